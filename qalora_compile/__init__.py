@@ -1,0 +1,83 @@
+"""qalora-compile: fine-tune a model on its own INT4/3/2 weights and ship one INT4 ONNX file.
+
+    import qalora_compile as qc
+
+    program = qc.capture_model(model, (x,))
+    program = qc.quantize_groups(program, qc.QuantSpec(bits=4, group_size=32))
+    program = qc.insert_adapters(program, qc.AdapterSpec(rank=16))
+    ...                                          # train program.adapter_parameters()
+    folded = qc.fold_adapters(program)
+    qc.export_model(folded, "edge/model.onnx")
+
+Names are imported on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qalora_compile.api import (
+        export_model,
+        fold_adapters,
+        insert_adapters,
+        quantize_groups,
+    )
+    from qalora_compile.capture.model import capture_model
+    from qalora_compile.config import AdapterSpec, ExportSpec, QuantSpec
+    from qalora_compile.errors import QaloraError
+    from qalora_compile.ir.program import Program
+    from qalora_compile.passes.base import Pass, PassResult
+    from qalora_compile.passes.pipeline import Pipeline
+    from qalora_compile.verify.compare import Tolerance
+    from qalora_compile.verify.equivalence import verify_equivalence
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterSpec": "config",
+    "ExportSpec": "config",
+    "Pass": "passes.base",
+    "PassResult": "passes.base",
+    "Pipeline": "passes.pipeline",
+    "Program": "ir.program",
+    "QaloraError": "errors",
+    "QuantSpec": "config",
+    "Tolerance": "verify.compare",
+    "capture_model": "capture.model",
+    "export_model": "api",
+    "fold_adapters": "api",
+    "insert_adapters": "api",
+    "quantize_groups": "api",
+    "verify_equivalence": "verify.equivalence",
+}
+
+__all__ = [
+    "AdapterSpec",
+    "ExportSpec",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "Program",
+    "QaloraError",
+    "QuantSpec",
+    "Tolerance",
+    "__version__",
+    "capture_model",
+    "export_model",
+    "fold_adapters",
+    "insert_adapters",
+    "quantize_groups",
+    "verify_equivalence",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

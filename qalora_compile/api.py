@@ -1,0 +1,127 @@
+"""The steps as plain functions, in the order a user takes them; each runs a short pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from qalora_compile.config import AdapterSpec, ExportSpec, QuantSpec
+from qalora_compile.errors import PreconditionError, UserInputError
+from qalora_compile.exporters.base import ExportReport
+from qalora_compile.files import check_output
+from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
+from qalora_compile.passes.annotate_linears import AnnotateLinears
+from qalora_compile.passes.base import Pass
+from qalora_compile.passes.fold_adapters import FoldAdapters
+from qalora_compile.passes.insert_adapters import InsertAdapters
+from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
+from qalora_compile.passes.pipeline import Pipeline
+from qalora_compile.passes.quantize_groups import QuantizeGroups
+from qalora_compile.passes.select import ALL_LINEAR
+from qalora_compile.passes.share_group_sums import ShareGroupSums
+
+
+def quantize_groups(
+    program: Program,
+    spec: QuantSpec | None = None,
+    *,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    exclude: Iterable[str] = (),
+) -> Program:
+    """Decide which linear layers to quantize, and quantize them.
+
+    Args:
+        program: At stage `float`, or `annotated` (its plan is then used as it is).
+        spec: Bits, group size and method; None takes 4 bits in groups of 32, min-max.
+        targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
+            named is quantized even where the default keeps it (a head tied to the embedding).
+        exclude: Patterns of layers to keep in float.
+
+    Raises:
+        UserInputError: a pattern matches nothing, a weight is not finite, or nothing is left to
+            quantize.
+        PreconditionError: the program is at another stage.
+    """
+    quantize = QuantizeGroups(**(spec or QuantSpec()).to_json())
+    steps: list[Pass] = [quantize]
+    if program.stage != ANNOTATED:
+        wanted = targets if isinstance(targets, str) else tuple(targets)
+        barred = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        steps.insert(0, AnnotateLinears(targets=wanted, exclude=barred))
+    return Pipeline(steps)(program).program
+
+
+def insert_adapters(program: Program, spec: AdapterSpec | None = None) -> Program:
+    """Put a trainable pooled adapter beside every quantized layer; the function stays the same.
+
+    Raises:
+        PreconditionError: the program is not at stage `quantized`, or the adapter's group size is
+            no multiple of the quantization group.
+    """
+    insert = InsertAdapters(**(spec or AdapterSpec()).to_json())
+    return Pipeline([insert, ShareGroupSums()])(program).program
+
+
+def fold_adapters(program: Program) -> Program:
+    """Fold trained adapters into the offsets: exact, and no adapter is left.
+
+    Raises:
+        PreconditionError: the program has no adapters, or one of them cannot fold.
+    """
+    return FoldAdapters()(program).program
+
+
+def lower(program: Program, spec: ExportSpec) -> Program:
+    """Rewrite a program for the target of `spec`; float programs need no rewriting.
+
+    Raises:
+        PreconditionError: adapters are not folded (or nothing is quantized) and the specification
+            does not allow that.
+    """
+    if program.stage.startswith(LEGALIZED):
+        if program.stage != f"{LEGALIZED}{spec.target}":
+            raise PreconditionError(
+                f"the program is lowered for another target ({program.stage})",
+                hint="export the folded program instead",
+            )
+        return program
+    if program.stage in (FLOAT, ANNOTATED, ADAPTED) and not spec.allow_unfolded:
+        problem, command = (
+            ("its adapters are not folded", "fold first: qc.fold_adapters(program), or `fold RUN`")
+            if program.stage == ADAPTED
+            else ("it is not quantized", "quantize first: qc.quantize_groups(program)")
+        )
+        raise PreconditionError(
+            f"the program cannot be exported as it is: {problem}",
+            hint=f"{command}; or export it as it is with allow_unfolded=True (--allow-unfolded)",
+        )
+    if program.stage in (FLOAT, ANNOTATED):
+        return program
+    legalize = LegalizeOrtStock(accuracy_level=spec.accuracy_level)
+    return Pipeline([legalize, ShareGroupSums()])(program).program
+
+
+def export_model(
+    program: Program, path: str | Path, spec: ExportSpec | None = None
+) -> ExportReport:
+    """Lower a folded (or quantized) program and write it as one ONNX file.
+
+    Args:
+        program: Folded; quantized without adapters is complete as well.
+        path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` beside it.
+        spec: Target and options; None takes `ort-stock`.
+
+    Raises:
+        UserInputError: the file exists and `overwrite` is false, or its name does not end in .onnx.
+        PreconditionError: see `lower`.
+        UnsupportedError: an operator or dtype has no form in the target.
+    """
+    from qalora_compile.exporters.onnx import write_onnx
+
+    spec, path = spec or ExportSpec(), Path(path)
+    if path.suffix != ".onnx":
+        raise UserInputError(f"{path} does not end in .onnx", where=str(path))
+    check_output(path, overwrite=spec.overwrite)
+    return write_onnx(lower(program, spec), path, spec)
+
+

@@ -1,0 +1,211 @@
+"""`capture_model`: any `nn.Module` to a `Program`, by `torch.export(strict=False)`."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from qalora_compile.errors import CaptureError, UserInputError
+from qalora_compile.ir.module import build_module, copy_graph
+from qalora_compile.ir.pattern import get_tensor
+from qalora_compile.ir.plan import SitePlan
+from qalora_compile.ir.program import FLOAT, Program
+from qalora_compile.ir.signature import (
+    InputLeaf,
+    Signature,
+    argument_names,
+    dtype_name,
+    input_spec,
+    leaf_name,
+    output_names,
+    output_spec,
+)
+
+_AXIS_NAMES = ("batch", "sequence")
+
+
+def capture_model(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Capture a model to a program at stage `float`.
+
+    The program shares the model's weights and starts in the model's own mode (train or eval).
+
+    Args:
+        model: Any module that `torch.export` accepts.
+        args: Example positional arguments. Give dynamic dimensions a size of 2 or more: torch
+            treats 0 and 1 as constants.
+        kwargs: Example keyword arguments.
+        dynamic_shapes: As for `torch.export.export`. None lets the first dimension of every tensor,
+            and the second of integer tensors and of floating ones with three dimensions or more,
+            vary where the model allows it.
+
+    Raises:
+        CaptureError: `torch.export` refused the model; the line of the model is named.
+        UserInputError: `model` is no module, or no example input was given.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserInputError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
+    args, kwargs = tuple(args), dict(kwargs or {})
+    notes: list[str] = []
+    exported = _export(model, args, kwargs, dynamic_shapes, notes)
+    with torch.no_grad():
+        unlifted = exported.module(check_guards=False)
+    graph = copy_graph(unlifted.graph)
+    _drop_metadata_checks(graph)
+    tensors = {
+        str(node.target): tensor
+        for node in graph.nodes
+        if node.op == "get_attr"
+        and (tensor := get_tensor(unlifted, str(node.target))) is not None
+    }
+    module = build_module(graph, tensors, submodules=unlifted, training=model.training)
+    signature = _read_signature(graph, args, kwargs)
+    notes += _static_notes(signature)
+    return Program(
+        module=module,
+        stage=FLOAT,
+        plan=SitePlan(),
+        signature=signature,
+        example=_canonical_example(graph, args, kwargs),
+        notes=tuple(notes),
+    )
+
+
+def _export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    notes: list[str],
+) -> ExportedProgram:
+    """Export with the given or default dynamic shapes; default ones may fall back to static."""
+    automatic = dynamic_shapes is None
+    shapes = _default_shapes(model, args, kwargs) if automatic else dynamic_shapes
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        if not automatic:
+            raise _capture_error(model, error) from error
+        first = error
+    try:
+        exported = torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        raise _capture_error(model, error) from error
+    reason = str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
+    notes.append(f"all shapes are fixed: capture with dynamic ones failed ({reason})")
+    return exported
+
+
+def _default_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Automatic dimensions: batch for all tensors, also the second axis of sequences."""
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise UserInputError(
+            f"the example inputs do not fit the model: {error}", where=type(model).__name__
+        ) from error
+    return {name: pytree.tree_map(_leaf_shapes, value) for name, value in bound.arguments.items()}
+
+
+def _leaf_shapes(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return None
+    varying = 1 if leaf.is_floating_point() and leaf.dim() < 3 else 2
+    if leaf.is_floating_point() and leaf.dim() > 3:
+        varying = 1  # an image: height and width belong to the model
+    return {axis: Dim.AUTO for axis in range(min(leaf.dim(), varying))}
+
+
+def _drop_metadata_checks(graph: torch.fx.Graph) -> None:
+    """Remove export's dtype and device assertions: `Signature.check` guards the inputs."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _read_signature(graph: torch.fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
+    names = argument_names(graph)
+    paths, _ = pytree.tree_flatten_with_path(_canonical_example(graph, args, kwargs))
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    leaves = []
+    for (path, leaf), node in zip(paths, placeholders, strict=True):
+        name = leaf_name(path, names)
+        if isinstance(leaf, Tensor):
+            value = node.meta.get("val")
+            shape = value.shape if isinstance(value, Tensor) else leaf.shape
+            dims = tuple(_dim_name(d, axis, name, leaf) for axis, d in enumerate(shape))
+            leaves.append(InputLeaf(name, dtype_name(leaf.dtype), dims))
+        elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+            leaves.append(InputLeaf(name, None, (), leaf))
+        else:
+            raise UserInputError(
+                f"the input {name} is a {type(leaf).__name__}",
+                hint="pass tensors, numbers, booleans, strings or containers of them",
+            )
+    return Signature(tuple(leaves), output_names(output_spec(graph)))
+
+
+def _dim_name(size: Any, axis: int, name: str, leaf: Tensor) -> int | str:
+    """A fixed size as a number, a symbolic one as a readable name."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    if axis < len(_AXIS_NAMES) and (axis == 0 or leaf.dim() <= 3):
+        return _AXIS_NAMES[axis]
+    return f"{name}_dim_{axis}"
+
+
+def _canonical_example(
+    graph: torch.fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example with keyword arguments in the captured order."""
+    positional = input_spec(graph).children()[0].num_children
+    order = argument_names(graph)[positional:]
+    return args, {name: kwargs[name] for name in order}
+
+
+def _static_notes(signature: Signature) -> list[str]:
+    """Say which of the leading dimensions stay fixed because the example had size 0 or 1."""
+    notes = []
+    for leaf in signature.inputs:
+        if leaf.dtype is None:
+            continue
+        for axis, size in enumerate(leaf.shape[:2]):
+            if size in (0, 1):
+                notes.append(
+                    f"{leaf.name}: axis {axis} is fixed at {size}; an example of size 2 or more "
+                    "lets it vary"
+                )
+    return notes
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    """Name the line of the user's model that export stopped at."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith("<")]
+    own = [f for f in own if not f.filename.endswith("qalora_compile/capture/model.py")]
+    where = type(model).__name__
+    if own:
+        last = own[-1]
+        code = linecache.getline(last.filename, last.lineno or 0).strip()
+        where = f"{last.filename}:{last.lineno}: {code}"
+    message = str(error).strip().splitlines()
+    return CaptureError(
+        f"torch.export cannot capture {type(model).__name__}: "
+        f"{type(error).__name__}: {message[0] if message else 'no message'}",
+        where=where,
+        hint="control flow on tensor values and tensor → Python number conversions cannot be "
+        "captured; replace them by torch.where or torch.cond, or give dynamic_shapes",
+    )

@@ -1,0 +1,159 @@
+"""Frozen, keyword-only specifications; each goes to JSON and back, and refuses unknown keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+from qalora_compile.errors import UnsupportedError, UserInputError
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+METHODS = ("minmax",)
+POOLINGS = ("sum", "mean", "mean_times_groups")
+TARGETS = ("ort-stock",)
+
+Pooling = Literal["sum", "mean", "mean_times_groups"]
+
+S = TypeVar("S", bound="Spec")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Base of the specifications."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return {
+            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
+            for f in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_json(cls: type[S], value: Mapping[str, Any]) -> S:
+        """Build a specification from JSON types.
+
+        Raises:
+            UserInputError: a key is unknown, or a value is out of range.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in value:
+            if key not in names:
+                raise UserInputError(
+                    f"{cls.__name__} has no field {key!r}", hint=f"fields: {', '.join(names)}"
+                )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+
+
+def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise UserInputError(
+            f"{field} is {value!r}", hint=f"use one of {', '.join(map(str, allowed))}"
+        )
+
+
+def _whole(field: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserInputError(f"{field} is {value!r}", hint=f"use a whole number, {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec(Spec):
+    """How weights are quantized in groups along the reduction axis.
+
+    Attributes:
+        bits: Width of a code: 2, 3, 4 or 8.
+        group_size: Weights that share one scale and offset; the last group of a row may be shorter.
+        method: How scale, offset and codes are chosen; `"minmax"` rounds to the nearest of
+            2^bits levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1).
+    """
+
+    bits: int = 4
+    group_size: int = 32
+    method: str = "minmax"
+
+    def __post_init__(self) -> None:
+        _one_of("bits", self.bits, SUPPORTED_BITS)
+        _whole("group_size", self.group_size, least=1)
+        _one_of("method", self.method, METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec(Spec):
+    """A pooled low-rank adapter: y += scaling · f · (S(x) Aᵀ) Bᵀ, S the sum of x inside a group.
+
+    Attributes:
+        rank: r, the inner width of A: [r, L] and B: [N, r].
+        alpha: Numerator of `scaling`, alpha / rank (or alpha / √rank with `use_rslora`).
+        pooling: The convention behind f: `"sum"` 1 (the paper's Algorithm 1), `"mean"` 1/g (the
+            authors' code), `"mean_times_groups"` L/g (PEFT's `use_qalora`).
+        group_size: Width of a pooling group; None takes the quantization group. It must be a
+            multiple of the quantization group, or the adapter could not fold.
+        use_rslora: Scale by alpha / √rank.
+        seed: Seed of A's initial values; B starts at zero.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    pooling: str = "sum"
+    group_size: int | None = None
+    use_rslora: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _whole("rank", self.rank, least=1)
+        _one_of("pooling", self.pooling, POOLINGS)
+        if self.group_size is not None:
+            _whole("adapter group_size", self.group_size, least=1)
+        if not (isinstance(self.alpha, (int, float)) and abs(self.alpha) < float("inf")):
+            raise UserInputError(f"alpha is {self.alpha!r}", hint="use a finite number")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, or alpha / √rank with rank-stabilised scaling (arXiv 2312.03732)."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+    def pooling_factor(self, group_size: int, groups: int) -> float:
+        """f, which turns the sum inside a group into this convention's pooling.
+
+        Args:
+            group_size: g, the width of a full pooling group. A shorter tail group is pooled as if
+                padded with zeros, so f is the same for every group.
+            groups: L, the number of pooling groups.
+        """
+        factors = {"sum": 1.0, "mean": 1.0 / group_size, "mean_times_groups": groups / group_size}
+        return factors[self.pooling]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSpec(Spec):
+    """What an exporter writes.
+
+    Attributes:
+        target: `"ort-stock"`: MatMulNBits with integer zero-points and one shared group-sum
+            correction, for any ONNX Runtime.
+        opset: ONNX opset version of the standard domain.
+        accuracy_level: MatMulNBits compute: 0 is exact float32; 4 quantizes activations to int8,
+            which is faster and errs by about 5e-3 of the output.
+        allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
+            one that is not quantized at all.
+        overwrite: Replace an existing file.
+    """
+
+    target: str = "ort-stock"
+    opset: int = 20
+    accuracy_level: int = 0
+    allow_unfolded: bool = False
+    overwrite: bool = False
+
+    OPSETS: ClassVar[tuple[int, ...]] = (18, 19, 20, 21)
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UnsupportedError(
+                f"there is no export target {self.target!r}",
+                hint=f"use one of {', '.join(TARGETS)}",
+            )
+        _one_of("opset", self.opset, self.OPSETS)
+        _one_of("accuracy_level", self.accuracy_level, (0, 4))

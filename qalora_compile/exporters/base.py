@@ -1,0 +1,56 @@
+"""What every exporter declares and reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What a format does to one property of a program.
+
+    Attributes:
+        kind: `exact`, `rounds` or `unsupported`.
+        detail: For `rounds`, the dtype it rounds to; else a remark.
+    """
+
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}({self.detail})" if self.detail else self.kind
+
+
+EXACT = Capability("exact")
+
+
+def rounds(dtype: str) -> Capability:
+    """The format stores the property rounded to `dtype`."""
+    return Capability("rounds", dtype)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        path: The main file.
+        files: Every file with its size in bytes.
+        target: The export target.
+        nodes: Number of nodes in the exported graph.
+        quantized_layers: Number of quantized linear layers in it.
+        capabilities: What happened to codes, scale, zero-point and float tensors.
+    """
+
+    path: Path
+    files: dict[str, int]
+    target: str
+    nodes: int
+    quantized_layers: int
+    capabilities: dict[str, Capability] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(self.files.values())

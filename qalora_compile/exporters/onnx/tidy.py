@@ -1,0 +1,100 @@
+"""Tidying of a translated model: light passes that stay linear in its size, and readable names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import Signature
+from qalora_compile.optional import require
+
+_FOLD_LIMIT_ELEMENTS = 4096  # folding larger constants would store weights twice
+
+
+def tidy(model: Any) -> None:
+    """Fold small constants, merge equal nodes, drop dead ones; in place."""
+    passes = require("onnx_ir.passes.common", extra="onnx", purpose="tidy an ONNX model")
+    optimizer = require("onnxscript.optimizer", extra="onnx", purpose="tidy an ONNX model")
+    optimizer.fold_constants(
+        model,
+        input_size_limit=_FOLD_LIMIT_ELEMENTS,
+        output_size_limit=_FOLD_LIMIT_ELEMENTS,
+    )
+    for step in (
+        passes.CommonSubexpressionEliminationPass(),
+        passes.IdentityEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        step(model)
+
+
+def name_axes(model: Any, signature: Signature) -> None:
+    """Give dynamic axes the names of the signature (`batch`, `sequence`) in place of `s17`."""
+    ir = require("onnx_ir", extra="onnx", purpose="name the axes of an ONNX model")
+    names: dict[str, str] = {}
+    leaves = {leaf.name: leaf for leaf in signature.inputs}
+    for value in model.graph.inputs:
+        leaf = leaves.get(value.name)
+        if leaf is None or value.shape is None:
+            continue
+        for size, name in zip(value.shape, leaf.shape, strict=True):
+            if isinstance(size, ir.SymbolicDim) and isinstance(name, str) and size.value:
+                names[size.value] = name
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [
+                    names.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) else d
+                    for d in value.shape
+                ]
+            )
+
+
+def name_sites(model: Any, program: Program) -> dict[str, str]:
+    """Name each site's nodes after its module path; gives site name → value that holds its output.
+
+    A site is found by the initializer that only it (or a site sharing its weight) reads; uses of a
+    shared weight are told apart by graph order, which translation keeps.
+    """
+    found: dict[str, str] = {}
+    readers: dict[str, list[Any]] = defaultdict(list)
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.is_initializer():
+                readers[value.name].append(node)
+    used: dict[str, int] = defaultdict(int)
+    for site in program.plan:
+        if site.bits is None:
+            continue
+        weight = f"{site.path}.qweight"
+        nodes = readers.get(weight, [])
+        if used[weight] >= len(nodes):
+            continue
+        node = nodes[used[weight]]
+        used[weight] += 1
+        node.name = f"{site.name}/{node.op_type}"
+        last = _follow_correction(node, f"{site.path}.correction", site.name)
+        if not last.outputs[0].is_graph_output():
+            last.outputs[0].name = f"{site.name}/output"
+        found[site.name] = last.outputs[0].name
+    return found
+
+
+def _follow_correction(node: Any, correction: str, site: str) -> Any:
+    """The node whose output is the site's: the Add of the zero-point correction, if there is one."""
+    for user in node.outputs[0].consumers():
+        if user.op_type != "Add":
+            continue
+        for value in user.inputs:
+            producer = value.producer() if value is not None else None
+            if producer is None or producer.op_type != "MatMul":
+                continue
+            if any(v is not None and v.name == correction for v in producer.inputs):
+                producer.name = f"{site}/Correction"
+                user.name = f"{site}/Add"
+                return user
+    return node

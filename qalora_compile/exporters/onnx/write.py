@@ -1,0 +1,177 @@
+"""`write_onnx`: from a legalized program to a checked `.onnx` file."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from qalora_compile.config import ExportSpec
+from qalora_compile.errors import InternalError, UnsupportedError
+from qalora_compile.exporters.base import EXACT, Capability, ExportReport, rounds
+from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
+from qalora_compile.exporters.onnx.translate import MICROSOFT, translation_table
+from qalora_compile.files import atomic_files
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import argument_names, input_spec
+from qalora_compile.optional import require
+
+INLINE_LIMIT_BYTES = 1 << 30
+"""Weights beyond this go to `<name>.data`; a protobuf file cannot exceed 2 GiB."""
+
+METADATA_KEY = "qalora"
+
+
+def write_onnx(program: Program, path: Path, spec: ExportSpec) -> ExportReport:
+    """Translate, tidy, name, check and write.
+
+    Args:
+        program: Legalized for the target, or a float program (see `api.lower`).
+        path: The `.onnx` file.
+        spec: Options; its target names the stage that `program` must have.
+
+    Raises:
+        UnsupportedError: torch.onnx has no translation for an operator, or the checker refuses.
+    """
+    for package in ("onnx", "onnxscript", "onnx_ir"):
+        require(package, extra="onnx", purpose="export to ONNX")
+    model = _translate(program, spec)
+    tidy(model)
+    name_axes(model, program.signature)
+    sites = name_sites(model, program)
+    model.producer_name = "qalora-compile"
+    model.metadata_props[METADATA_KEY] = _metadata(program, spec, sites)
+    return _save(model, program, path, spec)
+
+
+def _translate(program: Program, spec: ExportSpec) -> Any:
+    """Re-trace the rewritten graph and let torch.onnx translate it, without its optimizer."""
+    training = program.module.training
+    program.eval()
+    try:
+        exported = _retrace(program)
+        with _quiet():
+            onnx_program = torch.onnx.export(
+                exported,
+                (),
+                kwargs=None,
+                dynamo=True,
+                # The optimizer's rewrite rules take time more than linear in the layers.
+                optimize=False,
+                opset_version=spec.opset,
+                input_names=[leaf.name for leaf in program.signature.inputs if leaf.dtype],
+                output_names=list(program.signature.outputs),
+                custom_translation_table=translation_table(),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UnsupportedError(
+            f"torch.onnx cannot translate the program: {_first_line(error)}",
+            hint="the message names the operator; keep it out of the model, or report it",
+        ) from error
+    finally:
+        program.module.train(training)
+    if onnx_program is None:
+        raise InternalError("torch.onnx.export returned nothing")
+    return onnx_program.model
+
+
+def _retrace(program: Program) -> ExportedProgram:
+    """Export the rewritten GraphModule, with the dimensions dynamic that capture kept dynamic."""
+    args, kwargs = program.example
+    shapes: list[Any] = [
+        {a: Dim.AUTO for a, size in enumerate(leaf.shape) if isinstance(size, str)} or None
+        for leaf in program.signature.inputs
+    ]
+    names = argument_names(program.graph)
+    spec = input_spec(program.graph)
+    shape_args, shape_kwargs = pytree.tree_unflatten(shapes, spec)
+    dynamic = dict(zip(names, [*shape_args, *shape_kwargs.values()], strict=True))
+    return torch.export.export(
+        program.module, args, dict(kwargs), dynamic_shapes=dynamic, strict=False
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.onnx's progress lines and its notes on missing torchvision off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
+    from qalora_compile import __version__
+
+    layers = [
+        {"site": s.name, "bits": s.bits, "group_size": s.group_size, "k": s.k, "n": s.n}
+        for s in program.plan
+        if s.bits is not None
+    ]
+    value = {
+        "version": __version__,
+        "target": spec.target,
+        "stage": program.stage,
+        "history": list(program.history),
+        "signature": program.signature.to_json(),
+        "layers": layers,
+        "site_values": sites,
+    }
+    return json.dumps(value, sort_keys=True)
+
+
+def _save(model: Any, program: Program, path: Path, spec: ExportSpec) -> ExportReport:
+    onnx = require("onnx", extra="onnx", purpose="check an ONNX model")
+    ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
+    total = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    external = f"{path.name}.data" if total > INLINE_LIMIT_BYTES else None
+    with atomic_files(path, overwrite=spec.overwrite) as scratch:
+        if external is None:
+            ir.save(model, scratch)
+        else:
+            ir.save(model, scratch, external_data=external)
+        try:
+            onnx.checker.check_model(str(scratch))
+        except onnx.checker.ValidationError as error:
+            raise InternalError(f"the ONNX checker refuses the model: {error}") from error
+        sizes = {f.name: f.stat().st_size for f in scratch.parent.iterdir()}
+    nodes = list(model.graph.all_nodes())
+    return ExportReport(
+        path=path,
+        files=sizes,
+        target=spec.target,
+        nodes=len(nodes),
+        quantized_layers=sum(n.domain == MICROSOFT and n.op_type == "MatMulNBits" for n in nodes),
+        capabilities=_capabilities(program, spec),
+    )
+
+
+def _capabilities(program: Program, spec: ExportSpec) -> dict[str, Capability]:
+    exact_compute = spec.accuracy_level == 0
+    return {
+        "codes": EXACT,
+        "scale": EXACT,
+        "zero_point": Capability("exact", "integer part and float32 correction"),
+        "float tensors": EXACT,
+        "activations": EXACT if exact_compute else rounds("int8"),
+    }
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,47 @@
+"""Typed access to the node metadata that this package writes."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+_SITE = "qalora_site"
+_KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "val")
+
+
+def site_of(node: fx.Node) -> str | None:
+    """Name of the site whose output this node computes, or None."""
+    name = node.meta.get(_SITE)
+    return name if isinstance(name, str) else None
+
+
+def mark_site(node: fx.Node, name: str) -> None:
+    """Say that `node` computes the output of the site `name`."""
+    node.meta[_SITE] = name
+
+
+def move_site(source: fx.Node, target: fx.Node) -> None:
+    """Hand the site mark, shape and provenance of `source` to the node that replaces it."""
+    for key in _KEPT:
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+    name = source.meta.pop(_SITE, None)
+    if name is not None:
+        target.meta[_SITE] = name
+
+
+def module_path(node: fx.Node) -> str | None:
+    """Module path that called this node in the user's model, from `torch.export`'s own record."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = list(stack.values())[-1][0]
+    return str(path) if path else None
+
+
+def shape_of(node: fx.Node) -> tuple[int | str, ...] | None:
+    """Shape recorded at capture, symbols as text; None where it was not recorded."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(d if isinstance(d, int) else str(d) for d in value.shape)

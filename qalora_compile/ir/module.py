@@ -1,0 +1,127 @@
+"""`ProgramModule`: the GraphModule inside a program, with working train and eval modes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qalora_compile.ir.pattern import get_tensor
+
+_ATEN = torch.ops.aten
+_DROPOUT_P = "qalora_dropout_p"
+_MODE_ARGUMENT = {
+    _ATEN.dropout.default: 2,
+    _ATEN.dropout_.default: 2,
+    _ATEN.feature_dropout.default: 2,
+    _ATEN.alpha_dropout.default: 2,
+    _ATEN.batch_norm.default: 5,
+    _ATEN.instance_norm.default: 5,
+    _ATEN.rrelu.default: 3,
+}
+_SDPA = _ATEN.scaled_dot_product_attention.default
+_SDPA_P = 4
+
+
+class ProgramModule(fx.GraphModule):
+    """A GraphModule whose `train()` and `eval()` also switch the modes frozen into its graph.
+
+    `torch.export` burns the mode into arguments (`dropout(x, p, train)`, the dropout of attention,
+    `batch_norm(…, training, …)`); switching rewrites these arguments.
+    """
+
+    def train(self, mode: bool = True) -> ProgramModule:
+        """Switch dropout, attention dropout and batch norm to training or evaluation."""
+        changed = False
+        for node in self.graph.nodes:
+            changed |= _set_mode(node, mode)
+        if changed:
+            self.recompile()
+        super().train(mode)
+        return self
+
+    def rebuild(self, graph: fx.Graph, tensors: Mapping[str, Tensor]) -> ProgramModule:
+        """A new module with this one's mode from a graph and the tensors that it may read.
+
+        Tensors are shared, not copied; those that no node reads are left out.
+        """
+        return build_module(graph, tensors, submodules=self, training=self.training)
+
+
+def build_module(
+    graph: fx.Graph, tensors: Mapping[str, Tensor], *, submodules: nn.Module, training: bool
+) -> ProgramModule:
+    """Make a `ProgramModule` from a graph, its tensors and the subgraphs of `submodules`."""
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    root: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            target = str(node.target)
+            root[target] = tensors[target] if target in tensors else _lookup(submodules, target)
+    module = ProgramModule(root, graph)
+    # GraphModule copies neither the mode nor, from a dict, the kind of a parameter's container.
+    nn.Module.train(module, training)
+    return module
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph, node metadata and call signature included."""
+    copied = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = copied.graph_copy(graph, mapping, return_output_node=True)
+    assert result is not None, "a captured graph returns something"
+    value, old_output = result
+    output = copied.output(value)
+    output.meta = dict(old_output.meta)
+    # The call signature is immutable: sharing it beats copying its trees.
+    copied.set_codegen(graph._codegen)
+    return copied
+
+
+def program_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that the graph of `module` reads, by name, in graph order."""
+    found: dict[str, Tensor] = {}
+    for node in module.graph.nodes:  # type: ignore[union-attr]
+        if node.op == "get_attr":
+            value = get_tensor(module, str(node.target))
+            if value is not None:
+                found[str(node.target)] = value
+    return found
+
+
+def _lookup(module: nn.Module, target: str) -> Any:
+    owner, _, leaf = target.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
+def _set_mode(node: fx.Node, training: bool) -> bool:
+    """Write the mode into one node; True where that changed it."""
+    if node.op != "call_function":
+        return False
+    if node.target is _SDPA:
+        return _set_sdpa(node, training)
+    position = _MODE_ARGUMENT.get(node.target)  # type: ignore[call-overload]
+    if position is None or len(node.args) <= position or node.args[position] == training:
+        return False
+    node.update_arg(position, training)
+    return True
+
+
+def _set_sdpa(node: fx.Node, training: bool) -> bool:
+    """Attention dropout has no mode argument: its p is set to 0 and kept aside for training."""
+    positional = len(node.args) > _SDPA_P
+    current = node.args[_SDPA_P] if positional else node.kwargs.get("dropout_p", 0.0)
+    if current:
+        node.meta[_DROPOUT_P] = current
+    wanted = node.meta.get(_DROPOUT_P, 0.0) if training else 0.0
+    if wanted == current:
+        return False
+    if positional:
+        node.update_arg(_SDPA_P, wanted)
+    else:
+        node.update_kwarg("dropout_p", wanted)
+    return True

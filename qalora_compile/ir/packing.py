@@ -1,0 +1,61 @@
+"""Packed storage of unsigned codes: a little-endian bit stream per row.
+
+Row n of the packed tensor holds the codes of row n, code k in bits `k·bits … (k+1)·bits − 1` of the
+row's byte stream; K is padded with zero codes to a multiple of eight, so a row takes
+`ceil(K / 8) · bits` bytes whatever the width. For 2, 4 and 8 bits this is the order of ONNX
+Runtime's MatMulNBits (low nibble first); 3-bit codes straddle bytes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CODES_PER_WORD = 8
+
+
+def packed_width(k: int, bits: int) -> int:
+    """Bytes that hold one row of `k` codes of `bits` bits."""
+    return -(-k // CODES_PER_WORD) * bits
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes `[N, K]` uint8, each below 2^bits, to `[N, packed_width(K, bits)]` uint8."""
+    n, k = codes.shape
+    padded = functional.pad(codes, (0, -k % CODES_PER_WORD))
+    if bits == 8:
+        return padded.clone()
+    words = padded.reshape(n, -1, CODES_PER_WORD).to(torch.int64)
+    shifts = torch.arange(CODES_PER_WORD, device=codes.device) * bits
+    word = (words << shifts).sum(-1, keepdim=True)
+    byte_shifts = torch.arange(bits, device=codes.device) * 8
+    return ((word >> byte_shifts) & 0xFF).to(torch.uint8).reshape(n, -1)
+
+
+def unpack_codes(packed: Tensor, bits: int, k: int) -> Tensor:
+    """Unpack `[N, packed_width(k, bits)]` uint8 to codes `[N, k]` uint8; undoes `pack_codes`."""
+    return unpack_into(packed, bits, torch.uint8)[:, :k]
+
+
+def unpack_into(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Unpack to a fresh tensor of `dtype`, padding codes included: `[N, ceil(K / 8) · 8]`.
+
+    Works on the smallest whole unit (one byte for 2, 4 and 8 bits, three for 3 bits) and writes
+    each code lane straight into the result, so the only full-size temporary is the result.
+    """
+    shared = math.gcd(bits, 8)
+    unit_bytes, unit_codes = bits // shared, 8 // shared
+    n = packed.shape[0]
+    units = packed.reshape(n, -1, unit_bytes)
+    out = torch.empty(n, units.shape[1], unit_codes, dtype=dtype, device=packed.device)
+    mask = (1 << bits) - 1
+    for lane in range(unit_codes):
+        byte, shift = divmod(lane * bits, 8)
+        code = units[:, :, byte] >> shift
+        if shift + bits > 8:
+            code = code | (units[:, :, byte + 1] << (8 - shift))
+        out[:, :, lane] = code & mask
+    return out.reshape(n, -1)

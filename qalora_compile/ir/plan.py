@@ -1,0 +1,106 @@
+"""The site plan: one row for each use of a weight as a linear map, and for every weight kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qalora_compile.errors import UserInputError
+
+QUANTIZE = "quantize"
+KEEP = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One use of a parameter with two or more dimensions.
+
+    Attributes:
+        name: Unique: the module path, with `@2`, `@3` … for further uses of the same weight.
+        path: Module path of the weight, for example `model.layers.0.mlp.up_proj`.
+        weight: Name of the parameter in the captured graph.
+        storage: Number of the weight's storage; rows with one number share memory (ties, reuse).
+        kind: `linear`, `addmm`, `matmul`; for kept weights also the operator that reads them.
+        k: K, length of the reduction axis; 0 where the use is no linear map.
+        n: N, number of outputs; 0 where the use is no linear map.
+        dtype: Of the weight before quantization, and of the site's output.
+        transposed: The weight is stored `[K, N]` (GPT-2's Conv1D), not `[N, K]`.
+        decision: `quantize` or `keep`.
+        reason: Why.
+        bits, group_size: Set once quantized.
+        rank: Set while the site has an adapter.
+    """
+
+    name: str
+    path: str
+    weight: str
+    storage: int
+    kind: str
+    k: int
+    n: int
+    dtype: str
+    transposed: bool = False
+    decision: str
+    reason: str
+    bits: int | None = None
+    group_size: int | None = None
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The rows in graph order."""
+
+    sites: tuple[Site, ...] = ()
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise UserInputError(f"the plan has no site {name!r}")
+
+    def to_quantize(self) -> tuple[Site, ...]:
+        """The rows decided `quantize`."""
+        return tuple(s for s in self.sites if s.decision == QUANTIZE)
+
+    def weights_to_quantize(self) -> tuple[Site, ...]:
+        """The first row of each distinct storage decided `quantize`."""
+        first: dict[int, Site] = {}
+        for site in self.to_quantize():
+            first.setdefault(site.storage, site)
+        return tuple(first.values())
+
+    def update(self, changes: Mapping[str, Mapping[str, Any]]) -> SitePlan:
+        """A plan in which the fields `changes[name]` of each named row are replaced."""
+        return SitePlan(
+            tuple(dataclasses.replace(s, **changes.get(s.name, {})) for s in self.sites)
+        )
+
+    def counts(self) -> Counter[str]:
+        """How many rows each decision has."""
+        return Counter(s.decision for s in self.sites)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows as JSON types."""
+        return [dataclasses.asdict(s) for s in self.sites]
+
+    @classmethod
+    def from_json(cls, rows: Iterable[Mapping[str, Any]]) -> SitePlan:
+        """Undo `to_json`.
+
+        Raises:
+            UserInputError: a row has a missing or unknown field.
+        """
+        try:
+            return cls(tuple(Site(**row) for row in rows))
+        except TypeError as error:
+            raise UserInputError(f"a row of the site plan is malformed: {error}") from error

@@ -1,0 +1,192 @@
+"""The call signature of a program: names, dtypes and shapes of its inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from qalora_compile.errors import UserInputError
+
+Dim = int | str
+Constant = bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class InputLeaf:
+    """One tensor (or constant) input.
+
+    Attributes:
+        name: Readable and unique, for example `input_ids` or `cache.0.1`.
+        dtype: `float32`, `int64` …; None for a constant.
+        shape: A fixed dimension is a number, a dynamic one a name (`batch`, `sequence` …).
+        value: The value of a constant (`use_cache=False`), which calls must repeat.
+    """
+
+    name: str
+    dtype: str | None
+    shape: tuple[Dim, ...] = ()
+    value: Constant = None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs in flat order, and names of the flat outputs."""
+
+    inputs: tuple[InputLeaf, ...]
+    outputs: tuple[str, ...]
+
+    def check(self, leaves: Sequence[Any]) -> None:
+        """Compare flat inputs of a call with the signature.
+
+        Raises:
+            UserInputError: a dtype, rank, fixed dimension or constant differs; it is named.
+        """
+        for leaf, value in zip(self.inputs, leaves, strict=True):
+            if leaf.dtype is None:
+                if value != leaf.value:
+                    raise UserInputError(
+                        f"input {leaf.name} is {value!r}, but was {leaf.value!r} at capture",
+                        hint="constants are part of the captured graph: capture once for each value",
+                    )
+            else:
+                _check_tensor(leaf, value)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {
+            "inputs": [
+                {"name": i.name, "dtype": i.dtype, "shape": list(i.shape), "value": i.value}
+                for i in self.inputs
+            ],
+            "outputs": list(self.outputs),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Signature:
+        """Undo `to_json`."""
+        inputs = tuple(
+            InputLeaf(i["name"], i["dtype"], tuple(i["shape"]), i["value"]) for i in value["inputs"]
+        )
+        return cls(inputs, tuple(value["outputs"]))
+
+
+def _check_tensor(leaf: InputLeaf, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise UserInputError(f"input {leaf.name} is {type(value).__name__}, not a tensor")
+    if dtype_name(value.dtype) != leaf.dtype:
+        raise UserInputError(
+            f"input {leaf.name} is {dtype_name(value.dtype)}, but was {leaf.dtype} at capture"
+        )
+    shape = tuple(value.shape)
+    fixed_ok = len(shape) == len(leaf.shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(leaf.shape, shape, strict=True)
+    )
+    if not fixed_ok:
+        raise UserInputError(
+            f"input {leaf.name} has shape {list(shape)}, but the graph takes {list(leaf.shape)}",
+            hint="numbers are fixed at capture: capture with an example whose other sizes are 2 or "
+            "more, or name the dimension in dynamic_shapes",
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def argument_names(graph: fx.Graph) -> list[str]:
+    """Names of the arguments of the captured `forward`, positional ones first."""
+    return list(_codegen(graph).pytree_info.orig_args)
+
+
+def input_spec(graph: fx.Graph) -> pytree.TreeSpec:
+    """Tree of (args, kwargs)."""
+    return _codegen(graph).pytree_info.in_spec
+
+
+def output_spec(graph: fx.Graph) -> pytree.TreeSpec:
+    """Tree of the outputs."""
+    spec = _codegen(graph).pytree_info.out_spec
+    assert spec is not None, "a captured graph always has an output tree"
+    return spec
+
+
+def _codegen(graph: fx.Graph) -> Any:
+    return graph._codegen
+
+
+def bind(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Arguments of a call in the order of the captured `forward`, by position or by name.
+
+    Raises:
+        UserInputError: an argument is missing, unknown or given twice.
+    """
+    names = argument_names(graph)
+    if len(args) > len(names):
+        raise UserInputError(f"{len(args)} arguments given, the graph takes {', '.join(names)}")
+    values = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in names or name in values:
+            problem = "given twice" if name in values else "unknown"
+            raise UserInputError(
+                f"argument {name} is {problem}", hint=f"the graph takes: {', '.join(names)}"
+            )
+        values[name] = value
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise UserInputError(
+            f"missing argument: {', '.join(missing)}", hint=f"the graph takes: {', '.join(names)}"
+        )
+    return [values[name] for name in names]
+
+
+def flatten_inputs(graph: fx.Graph, values: Sequence[Any]) -> list[Any]:
+    """Flat leaves of bound arguments, in placeholder order.
+
+    Raises:
+        UserInputError: the nesting differs from that of the capture.
+    """
+    spec = input_spec(graph)
+    positional = spec.children()[0].num_children
+    names = argument_names(graph)[positional:]
+    tree = (tuple(values[:positional]), dict(zip(names, values[positional:], strict=True)))
+    leaves, found = pytree.tree_flatten(tree)
+    if found != spec:
+        raise UserInputError(
+            "the arguments are nested otherwise than at capture", hint=f"expected {spec}"
+        )
+    return leaves
+
+
+def leaf_name(path: Sequence[Any], names: Sequence[str]) -> str:
+    """Readable name of a leaf from its pytree path below (args, kwargs)."""
+    (_, section), rest = (path[0], path[0].idx), path[1:]
+    parts = [_key_text(key) for key in rest]
+    if section == 0:
+        parts[0] = names[int(parts[0])]
+    return ".".join(parts)
+
+
+def output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
+    """Names of the flat outputs: keys where the tree has keys, else `output`, `output_1` …"""
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths, _ = pytree.tree_flatten_with_path(tree)
+    names: list[str] = []
+    for index, (path, _) in enumerate(paths):
+        text = ".".join(_key_text(key) for key in path)
+        if not text or text.replace(".", "").isdigit():
+            text = "output" if spec.num_leaves == 1 else f"output_{index}"
+        names.append(text)
+    return tuple(names)
+
+
+def _key_text(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

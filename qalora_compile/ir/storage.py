@@ -1,0 +1,184 @@
+"""Programs on disk: `program.json` and safetensors, no pickle.
+
+==========================  =================================================================
+`program.json`              format version, stage, plan, signature, history, graph, ties
+`quantized.safetensors`     every tensor but the adapters: packed codes, scale, offset, floats
+`adapters.safetensors`      `lora_A`, `lora_B`; only at stage `adapted`
+`example.safetensors`       tensors of the example inputs, by flat position
+==========================  =================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.files import read_json, write_json
+from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
+from qalora_compile.ir.module import build_module
+from qalora_compile.ir.plan import SitePlan
+from qalora_compile.ir.program import ADAPTER_NAMES, Program
+from qalora_compile.ir.signature import Signature, input_spec
+
+FORMAT = "qalora-program"
+VERSION = 1
+
+PROGRAM_FILE = "program.json"
+TENSORS_FILE = "quantized.safetensors"
+ADAPTERS_FILE = "adapters.safetensors"
+EXAMPLE_FILE = "example.safetensors"
+
+
+def write_program(program: Program, folder: Path) -> None:
+    """Write the files of `program` into an existing folder."""
+    tensors = program.tensors()
+    unique, ties = _untie(tensors)
+    adapters = {n: t for n, t in unique.items() if n.rpartition(".")[2] in ADAPTER_NAMES}
+    base = {n: t for n, t in unique.items() if n not in adapters}
+    leaves = program.leaves(program.example[0], program.example[1])
+    write_json(
+        folder / PROGRAM_FILE,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "stage": program.stage,
+            "training": program.module.training,
+            "plan": program.plan.to_json(),
+            "signature": program.signature.to_json(),
+            "history": list(program.history),
+            "notes": list(program.notes),
+            "ties": ties,
+            "trainable": [n for n, t in tensors.items() if t.requires_grad],
+            "parameters": [n for n, t in tensors.items() if isinstance(t, nn.Parameter)],
+            "graph": graph_to_json(program.graph, program.module),
+        },
+    )
+    save_tensors(base, folder / TENSORS_FILE)
+    if adapters:
+        save_tensors(adapters, folder / ADAPTERS_FILE)
+    example = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    save_tensors(example, folder / EXAMPLE_FILE)
+
+
+def read_program(folder: Path) -> Program:
+    """Read the files that `write_program` wrote."""
+    if not folder.is_dir():
+        raise UserInputError(f"there is no program folder {folder}", where=str(folder))
+    value = read_json(folder / PROGRAM_FILE)
+    _check_version(value, folder)
+    tensors = load_tensors(folder / TENSORS_FILE)
+    if (folder / ADAPTERS_FILE).exists():
+        tensors |= load_tensors(folder / ADAPTERS_FILE)
+    try:
+        return _assemble(value, tensors, load_tensors(folder / EXAMPLE_FILE), folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserInputError(
+            f"{PROGRAM_FILE} is malformed: {error!r}", where=str(folder / PROGRAM_FILE)
+        ) from error
+
+
+def _assemble(
+    value: Mapping[str, Any], tensors: dict[str, Tensor], example: dict[str, Tensor], folder: Path
+) -> Program:
+    trainable, parameters = set(value["trainable"]), set(value["parameters"])
+    for name in parameters & tensors.keys():
+        tensors[name] = nn.Parameter(tensors[name], requires_grad=name in trainable)
+    for alias, owner in value["ties"].items():
+        tensors[alias] = tensors[owner]
+    graph, subgraphs = graph_from_json(value["graph"])
+    read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    missing = sorted(read - tensors.keys() - subgraphs.keys())
+    if missing:
+        raise UserInputError(
+            f"the tensor {missing[0]} is missing (and {len(missing) - 1} more)", where=str(folder)
+        )
+    holder = nn.Module()
+    for target, subgraph in subgraphs.items():
+        holder.add_module(target, subgraph)
+    module = build_module(graph, tensors, submodules=holder, training=value["training"])
+    signature = Signature.from_json(value["signature"])
+    leaves = [
+        leaf.value if leaf.dtype is None else example[str(i)]
+        for i, leaf in enumerate(signature.inputs)
+    ]
+    args, kwargs = pytree.tree_unflatten(leaves, input_spec(graph))
+    return Program(
+        module=module,
+        stage=value["stage"],
+        plan=SitePlan.from_json(value["plan"]),
+        signature=signature,
+        example=(args, kwargs),
+        history=tuple(value["history"]),
+        notes=tuple(value["notes"]),
+    )
+
+
+def _check_version(value: Any, folder: Path) -> None:
+    found = (value.get("format"), value.get("version")) if isinstance(value, dict) else None
+    if found is None or found[0] != FORMAT:
+        raise UserInputError(f"{folder} holds no program of this package", where=str(folder))
+    if found[1] != VERSION:
+        raise UserInputError(
+            f"the folder has format version {found[1]}, this package reads version {VERSION}",
+            where=str(folder),
+            hint="read it with the version of qalora-compile that wrote it",
+        )
+
+
+def _untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors stored once, and alias → owner for those that are the same memory."""
+    unique: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    owners: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        key = storage_key(tensor)
+        if key in owners:
+            ties[name] = owners[key]
+        else:
+            owners[key] = name
+            unique[name] = tensor
+    return unique, ties
+
+
+def storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same view of the same memory."""
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors to a safetensors file under a temporary name, then rename it."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    # Views that overlap without being equal must be copied: safetensors refuses shared memory.
+    save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, scratch)
+    scratch.replace(path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        UserInputError: it is missing, truncated or not a safetensors file.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserInputError(f"the file {path.name} is missing", where=str(path)) from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserInputError(
+            f"{path.name} is truncated or not a safetensors file: {error}", where=str(path)
+        ) from error
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity; integers always pass."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -1,0 +1,9 @@
+"""Graph-to-graph passes: pure functions of a `Program` with a stated contract, one a file."""
+
+from __future__ import annotations
+
+from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.passes.pipeline import Pipeline
+from qalora_compile.passes.registry import available_passes, get_pass
+
+__all__ = ["Change", "Pass", "PassResult", "Pipeline", "available_passes", "get_pass"]

@@ -1,0 +1,155 @@
+"""fold-adapters: absorb trained adapters into the offsets; exact, and no adapter is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qalora_compile.errors import PostconditionError, PreconditionError
+from qalora_compile.ir.affine import expand_groups
+from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.program import ADAPTED, FOLDED, Program
+from qalora_compile.ir.spec import GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER, tensor_argument
+from qalora_compile.ir.storage import is_finite
+from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.progress import track
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldAdapters(Pass):
+    """offset' = offset + scaling · f · (B A), group by group; in zero-point form
+    `zero_point' = zero_point − scaling · f · (B A) / scale` (arXiv 2309.14717, Algorithm 1).
+
+    Before:  %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, …)
+             %2 = qalora.group_sum(%x, 32)
+             %3 = qalora.pooled_adapter(%2, @fc.lora_A, @fc.lora_B, 2.0)
+             %4 = aten.add.Tensor(%1, %3)
+    After:   %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset', …)
+
+    Fires on: every pooled_adapter added to a group_linear of the same input.
+    Leaves alone: nothing; an adapter that does not fold is an error.
+    Exactness: exact in real arithmetic, since the update is constant inside each group; computed
+    in float64 and stored in the dtype of the offset. The codes and scales do not change.
+    """
+
+    name: ClassVar[str] = "fold-adapters"
+    consumes: ClassVar[tuple[str, ...]] = (ADAPTED,)
+    produces: ClassVar[str | None] = FOLDED
+
+    def requires(self, program: Program) -> None:
+        """Adapters are finite and each stands in a form that folds.
+
+        Raises:
+            PreconditionError: one is not, or pools groups that do not fit.
+        """
+        for name, parameter in program.named_adapter_parameters():
+            if not is_finite(parameter):
+                raise PreconditionError(
+                    "an adapter holds NaN or infinite values",
+                    where=name,
+                    hint="training diverged: lower the learning rate, or go back to a checkpoint",
+                )
+        for node in program.graph.nodes:
+            if node.target is POOLED_ADAPTER:
+                match_adapter(node)
+
+    def call(self, program: Program) -> PassResult:
+        """Fold and remove."""
+        graph = program.copy_graph()
+        tensors = program.tensors()
+        adapters = [match_adapter(n) for n in graph.nodes if n.target is POOLED_ADAPTER]
+        folded: dict[str, tuple[object, ...]] = {}
+        changes = []
+        for adapter in track(adapters, "fold"):
+            target = str(adapter.base.args[3].target)  # type: ignore[union-attr]
+            key = tuple(map(str, adapter.update.args[1:]))
+            if target not in folded:
+                tensors[target], largest = _fold(program, adapter, tensors[target])
+                folded[target] = key
+                changes.append(
+                    Change(site_of(adapter.total) or target, f"offset moved by up to {largest:.3g}")
+                )
+            elif folded[target] != key:
+                raise PreconditionError(
+                    "one weight carries two different adapters", where=site_of(adapter.total)
+                )
+            move_site(adapter.total, adapter.base)
+            adapter.total.replace_all_uses_with(adapter.base)
+            graph.erase_node(adapter.total)
+        graph.eliminate_dead_code()
+        plan = program.plan.update({site.name: {"rank": None} for site in program.plan})
+        return PassResult(program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes))
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """No adapter is left, and codes and scales are the tensors of before."""
+        for node in after.graph.nodes:
+            if node.target in (POOLED_ADAPTER, GROUP_SUM):
+                raise PostconditionError("an adapter node is left", where=f"node {node.name}")
+        old, new = before.tensors(), after.tensors()
+        for name, tensor in new.items():
+            if name.endswith((".qweight", ".scale")) and tensor is not old.get(name):
+                raise PostconditionError("folding changed codes or a scale", where=name)
+            if name.endswith(".offset") and not is_finite(tensor):
+                raise PostconditionError("a folded offset is not finite", where=name)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in the graph: `total = base + update`, `update = pooled_adapter(pooled, …)`."""
+
+    base: fx.Node
+    pooled: fx.Node
+    update: fx.Node
+    total: fx.Node
+
+
+def match_adapter(update: fx.Node) -> Adapter:
+    """The foldable form around a pooled_adapter node.
+
+    Raises:
+        PreconditionError: the graph around it has another form, or pools another tensor or group.
+    """
+    pooled, users = update.args[0], list(update.users)
+    form = isinstance(pooled, fx.Node) and pooled.target is GROUP_SUM and len(users) == 1
+    if not form or users[0].target is not torch.ops.aten.add.Tensor or users[0].kwargs:
+        raise PreconditionError(
+            "the adapter is not simply added to its layer", where=f"node {update.name}"
+        )
+    total = users[0]
+    base = total.args[0] if total.args[1] is update else total.args[1]
+    assert isinstance(pooled, fx.Node)
+    if not isinstance(base, fx.Node) or base.target is not GROUP_LINEAR or len(base.users) != 1:
+        raise PreconditionError(
+            "the adapter is added to no quantized layer", where=f"node {update.name}"
+        )
+    if base.args[0] is not pooled.args[0]:
+        raise PreconditionError(
+            "the adapter pools another tensor than its layer reads", where=site_of(total)
+        )
+    pool, group = pooled.args[1], base.args[6]
+    assert isinstance(pool, int) and isinstance(group, int)
+    if pool % group:
+        raise PreconditionError(
+            f"the adapter pools groups of {pool}, the weight is quantized in groups of {group}: "
+            "it does not fold",
+            where=site_of(total),
+            hint=f"train with an adapter group_size that is a multiple of {group}",
+        )
+    return Adapter(base, pooled, update, total)
+
+
+def _fold(program: Program, adapter: Adapter, offset: Tensor) -> tuple[Tensor, float]:
+    """The folded offset, and the largest distance it moved."""
+    lora_a, lora_b = (tensor_argument(program, adapter.update, i) for i in (1, 2))
+    scaling, pool, group = (
+        adapter.update.args[3],
+        adapter.pooled.args[1],
+        adapter.base.args[6],
+    )
+    assert isinstance(scaling, float) and isinstance(pool, int) and isinstance(group, int)
+    update = scaling * (lora_b.detach().double() @ lora_a.detach().double())
+    delta = expand_groups(update, pool // group, offset.shape[1])
+    return (offset.double() + delta).to(offset.dtype), float(delta.abs().max())

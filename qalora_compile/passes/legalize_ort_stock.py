@@ -1,0 +1,246 @@
+"""legalize-ort-stock: MatMulNBits with integer zero-points, and a group-sum correction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from qalora_compile.errors import PostconditionError, UnsupportedError, UserInputError
+from qalora_compile.ir.affine import group_count
+from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.packing import pack_codes, unpack_codes
+from qalora_compile.ir.plan import Site
+from qalora_compile.ir.program import ADAPTED, FOLDED, LEGALIZED, QUANTIZED, Program
+from qalora_compile.ir.spec import (
+    GROUP_LINEAR,
+    GROUP_SUM,
+    MATMUL_NBITS,
+    SPREAD_GROUPS,
+    tensor_argument,
+)
+from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.passes.rewrite import TensorNodes
+from qalora_compile.progress import track
+
+_ATEN = torch.ops.aten
+_MIN_BLOCK = 16
+_MAX_BLOCK = 256  # blocks of 512 and more gave zeros in ONNX Runtime up to 1.26
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """How groups of a weight are laid out as MatMulNBits blocks.
+
+    Attributes:
+        bits: Width of the stored codes: 2, 4 or 8.
+        block_size: A power of two from 16 to 256.
+        width: Stored codes per group; more than the group size where groups are padded.
+        spread: Groups are padded, so x must be spread alike.
+    """
+
+    bits: int
+    block_size: int
+    width: int
+    spread: bool
+
+    @classmethod
+    def choose(cls, *, bits: int, group_size: int, k: int, accuracy_level: int) -> BlockLayout:
+        """The layout for a weight of `k` columns.
+
+        3-bit codes are stored in 4 bits, there being no 3-bit kernel; so are 2-bit codes at
+        accuracy level 0, where the 2-bit kernel is about 100 times slower than the 4-bit one.
+        """
+        stored = 4 if bits == 3 or (bits == 2 and accuracy_level == 0) else bits
+        width = -(-group_size // _MIN_BLOCK) * _MIN_BLOCK
+        block = min(width & -width, _MAX_BLOCK)
+        return cls(stored, block, width, width != group_size and k > group_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LegalizeOrtStock(Pass):
+    """Rewrite every group_linear for stock ONNX Runtime, whose kernels take integer zero-points.
+
+    Before:  %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, @fc.bias, 4, 32)
+    After:   %1 = qalora.matmul_nbits(%x, @fc.qweight, @fc.scale, @fc.zero_point, @fc.bias, 4, 32, 0)
+             %2 = qalora.group_sum(%x, 32)
+             %3 = aten.matmul(%2, @fc.correction)
+             %4 = aten.add.Tensor(%1, %3)
+
+    with `zero_point = clamp(round(−offset / scale))` and `correction = (offset + scale ·
+    zero_point)ᵀ`, `[L, N]`, left out where it is zero throughout.
+
+    Fires on: every group_linear; group sizes that no kernel takes are padded (`spread_groups`).
+    Leaves alone: adapters that were not folded.
+    Exactness: exact in real arithmetic for any group size, tail, scale and offset; the correction
+    is rounded once to float32.
+
+    Options:
+        accuracy_level: As `ExportSpec.accuracy_level`.
+    """
+
+    name: ClassVar[str] = "legalize-ort-stock"
+    consumes: ClassVar[tuple[str, ...]] = (QUANTIZED, ADAPTED, FOLDED)
+    produces: ClassVar[str | None] = f"{LEGALIZED}ort-stock"
+
+    accuracy_level: int = 0
+
+    def __post_init__(self) -> None:
+        if self.accuracy_level not in (0, 4):
+            raise UserInputError(f"accuracy_level is {self.accuracy_level!r}", hint="use 0 or 4")
+
+    def requires(self, program: Program) -> None:
+        """The weights are not float64, for which there is no kernel.
+
+        Raises:
+            UnsupportedError: they are.
+        """
+        for site in program.plan.to_quantize():
+            if site.dtype == "float64":
+                raise UnsupportedError(
+                    "MatMulNBits has no float64 kernel",
+                    where=site.name,
+                    hint="capture model.float() to export",
+                )
+
+    def call(self, program: Program) -> PassResult:
+        """Legalize."""
+        graph = program.copy_graph()
+        rows = {site.name: site for site in program.plan}
+        tensors = program.tensors()
+        nodes, casts = TensorNodes(graph), dict[fx.Node, fx.Node]()
+        changes, done = [], dict[str, dict[str, Tensor]]()
+        linears = [n for n in graph.nodes if n.target is GROUP_LINEAR]
+        for node in track(linears, "legalize"):
+            site = rows[_site_name(node)]
+            bits, group_size = node.args[5], node.args[6]
+            assert isinstance(bits, int) and isinstance(group_size, int)
+            layout = BlockLayout.choose(
+                bits=bits, group_size=group_size, k=site.k, accuracy_level=self.accuracy_level
+            )
+            if site.path not in done:
+                parts = [tensor_argument(program, node, i) for i in (1, 2, 3)]
+                done[site.path] = lower_weight(*parts, bits, group_size, site.k, layout)
+                changes.append(_describe(site, bits, group_size, layout))
+            self._rewrite(graph, node, site, layout, nodes, casts, done[site.path])
+        graph.eliminate_dead_code()
+        for path, parts in done.items():
+            tensors |= {f"{path}.{name}": tensor for name, tensor in parts.items()}
+        return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """No group_linear is left."""
+        for node in after.graph.nodes:
+            if node.target is GROUP_LINEAR:
+                raise PostconditionError("a layer was not legalized", where=site_of(node))
+
+    def _rewrite(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        site: Site,
+        layout: BlockLayout,
+        nodes: TensorNodes,
+        casts: dict[fx.Node, fx.Node],
+        parts: dict[str, Tensor],
+    ) -> None:
+        x, bias, group_size = node.args[0], node.args[4], node.args[6]
+        assert isinstance(x, fx.Node)
+        half = site.dtype != "float32"
+        stored = {name: nodes.get(f"{site.path}.{name}") for name in parts}
+        with graph.inserting_before(node):
+            if half:  # the kernel would round scales to the type of x, so x is widened instead
+                if x not in casts:
+                    casts[x] = _to(graph, x, torch.float32)
+                x = casts[x]
+                bias = _to(graph, bias, torch.float32) if isinstance(bias, fx.Node) else None
+            spread = x
+            if layout.spread:
+                spread = graph.call_function(SPREAD_GROUPS, (x, group_size, layout.width))
+            y = graph.call_function(
+                MATMUL_NBITS,
+                (
+                    spread,
+                    stored["qweight"],
+                    stored["scale"],
+                    stored["zero_point"],
+                    bias,
+                    layout.bits,
+                    layout.block_size,
+                    self.accuracy_level,
+                ),
+            )
+            if "correction" in parts:
+                sums = graph.call_function(GROUP_SUM, (x, group_size))
+                moved = graph.call_function(_ATEN.matmul.default, (sums, stored["correction"]))
+                y = graph.call_function(_ATEN.add.Tensor, (y, moved))
+            if half:
+                y = _to(graph, y, getattr(torch, site.dtype))
+        move_site(node, y)
+        node.replace_all_uses_with(y)
+        graph.erase_node(node)
+
+
+def lower_weight(
+    qweight: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    layout: BlockLayout,
+) -> dict[str, Tensor]:
+    """Tensors of MatMulNBits and its correction from packed codes, scale and offset.
+
+    Returns:
+        `qweight` `[N, Lb, block_size · bits / 8]` uint8; `scale` `[N, Lb]` float32; `zero_point`
+        `[N, ceil(Lb · bits / 8)]` uint8; `correction` `[L, N]` float32 unless it is all zero.
+    """
+    n, groups = scale.shape
+    wide_scale, wide_offset = scale.double(), offset.double()
+    ratio = torch.where(wide_scale == 0, 0.0, -wide_offset / wide_scale)
+    zero_point = ratio.round().clamp(0, 2**layout.bits - 1)
+    correction = (wide_offset + wide_scale * zero_point).t()
+    codes = unpack_codes(qweight, bits, k)
+    if layout.spread:
+        codes = functional.pad(codes, (0, groups * group_size - k)).unflatten(1, (groups, -1))
+        codes = functional.pad(codes, (0, layout.width - group_size)).flatten(1)
+    span = layout.width if layout.spread or groups == 1 else group_size
+    blocks = group_count(codes.shape[1], layout.block_size)
+    codes = functional.pad(codes, (0, blocks * layout.block_size - codes.shape[1]))
+    group_of_block = torch.arange(blocks) * layout.block_size // span
+    zero_codes = zero_point[:, group_of_block].to(torch.uint8)
+    width = -(-blocks * layout.bits // 8)
+    lowered = {
+        "qweight": pack_codes(codes, layout.bits).reshape(n, blocks, -1),
+        "scale": scale[:, group_of_block].float().contiguous(),
+        "zero_point": pack_codes(zero_codes, layout.bits)[:, :width].contiguous(),
+    }
+    stored = correction.float().contiguous()
+    return lowered | ({"correction": stored} if bool(stored.any()) else {})
+
+
+def _to(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return graph.call_function(_ATEN.to.dtype, (node, dtype))
+
+
+def _site_name(node: fx.Node) -> str:
+    """Name of the site that a group_linear belongs to; an adapter may stand between them."""
+    name = site_of(node)
+    if name is None:
+        name = next((s for s in map(site_of, node.users) if s is not None), None)
+    if name is None:
+        raise PostconditionError("a quantized layer belongs to no site", where=f"node {node.name}")
+    return name
+
+
+def _describe(site: Site, bits: int, group_size: int, layout: BlockLayout) -> Change:
+    why = "exact"
+    if layout.bits != bits:
+        why = f"{bits}-bit codes stored in {layout.bits} bits: no fast kernel for {bits}"
+    if layout.spread:
+        why += f"; groups of {group_size} padded to {layout.width}: no kernel for {group_size}"
+    return Change(site.path, f"MatMulNBits, {layout.bits} bits, blocks of {layout.block_size}", why)

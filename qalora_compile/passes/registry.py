@@ -1,0 +1,51 @@
+"""Passes by name. Looking one up imports its file only; listing them imports nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.passes.base import Pass
+
+_PASSES = {
+    "annotate-linears": "AnnotateLinears",
+    "quantize-groups": "QuantizeGroups",
+    "insert-adapters": "InsertAdapters",
+    "fold-adapters": "FoldAdapters",
+    "share-group-sums": "ShareGroupSums",
+    "legalize-ort-stock": "LegalizeOrtStock",
+}
+
+
+def available_passes() -> tuple[str, ...]:
+    """The names that `Pipeline.parse` knows."""
+    return tuple(_PASSES)
+
+
+def get_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
+    """A pass by name with the given options.
+
+    Raises:
+        UserInputError: the name or an option is unknown, or a value is out of range.
+    """
+    if name not in _PASSES:
+        near = difflib.get_close_matches(name, _PASSES, n=1)
+        raise UserInputError(
+            f"there is no pass {name!r}",
+            hint=(f"did you mean {near[0]}? " if near else "") + f"passes: {', '.join(_PASSES)}",
+        )
+    module = importlib.import_module(f"qalora_compile.passes.{name.replace('-', '_')}")
+    kind: type[Pass] = getattr(module, _PASSES[name])
+    known = [f.name for f in dataclasses.fields(kind)]
+    for option in options or {}:
+        if option not in known:
+            listed = ", ".join(o.replace("_", "-") for o in known) or "none"
+            raise UserInputError(
+                f"the pass {name} has no option {option.replace('_', '-')!r}",
+                hint=f"options: {listed}",
+            )
+    return kind(**(options or {}))

@@ -1,0 +1,58 @@
+"""Selection of sites by name, dotted suffix, glob or regular expression."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from qalora_compile.errors import UserInputError
+
+ALL_LINEAR = "all-linear"
+_REGEX = "re:"
+_GLOB_CHARACTERS = frozenset("*?[")
+
+
+def match_patterns(
+    patterns: Iterable[str], names: Mapping[str, Sequence[str]], option: str
+) -> set[str]:
+    """Keys of `names` of which one alias matches one pattern.
+
+    A pattern is an exact path, a dotted suffix (`q_proj` takes `model.layers.0.self_attn.q_proj`),
+    a glob over the whole path (`*.mlp.*`), or `re:` and a regular expression searched in it.
+
+    Raises:
+        UserInputError: a pattern matches nothing, or is no valid regular expression; near names
+            are listed.
+    """
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = {key for key, aliases in names.items() if any(_fits(pattern, a) for a in aliases)}
+        if not hits:
+            raise UserInputError(
+                f"the pattern {pattern!r} matches no linear layer",
+                where=option,
+                hint=_near(pattern, names),
+            )
+        matched |= hits
+    return matched
+
+
+def _fits(pattern: str, path: str) -> bool:
+    if pattern.startswith(_REGEX):
+        try:
+            return re.search(pattern.removeprefix(_REGEX), path) is not None
+        except re.error as error:
+            raise UserInputError(f"{pattern!r} is no regular expression: {error}") from error
+    if _GLOB_CHARACTERS & set(pattern):
+        return fnmatch.fnmatchcase(path, pattern)
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def _near(pattern: str, names: Mapping[str, Sequence[str]]) -> str:
+    """The names most like a pattern, or the first few."""
+    paths = sorted({alias for aliases in names.values() for alias in aliases})
+    tails = sorted({path.rpartition(".")[2] for path in paths})
+    near = difflib.get_close_matches(pattern, [*tails, *paths], n=5, cutoff=0.4) or paths[:5]
+    return f"near names: {', '.join(near)}" if near else "the model has no linear layer"

@@ -1,0 +1,40 @@
+"""Progress of long work, reported by the core and shown by whoever listens.
+
+Passes and exporters must not know about terminals, so they only announce steps; the command line
+(or a notebook) installs a listener for the time of its own call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+T = TypeVar("T")
+Listener = Callable[[str, int, int], None]
+"""Called with (what, steps done, steps in all)."""
+
+_listener: ContextVar[Listener | None] = ContextVar("qalora_progress", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Send the progress of everything run inside the block to `listener`."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def track(items: Sequence[T], what: str) -> Iterator[T]:
+    """Iterate over `items` and announce each finished one under the heading `what`."""
+    listener = _listener.get()
+    total = len(items)
+    if listener is not None:
+        listener(what, 0, total)
+    for done, item in enumerate(items, start=1):
+        yield item
+        if listener is not None:
+            listener(what, done, total)
