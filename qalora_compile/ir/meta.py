@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+ONNX_METADATA_KEY = "qalora"
+"""Key of an exported model's metadata under which signature, sites and history are stored."""
+
 _SITE = "qalora_site"
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "val")
 

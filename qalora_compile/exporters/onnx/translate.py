@@ -32,9 +32,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         accuracy_level: int,
     ) -> Any:
         n, blocks, _ = (int(d) for d in qweight.shape)
-        last = x.shape[-1] if x.shape is not None else None
-        k = last if isinstance(last, int) else blocks * block_size
-        attributes = {"K": k, "N": n, "bits": bits, "block_size": block_size}
+        attributes = {"K": int(x.shape[-1]), "N": n, "bits": bits, "block_size": block_size}
         if accuracy_level:
             attributes["accuracy_level"] = accuracy_level
         inputs = [x, qweight, scale, zero_point] + ([] if bias is None else [None, bias])

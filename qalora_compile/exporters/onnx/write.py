@@ -21,14 +21,13 @@ from qalora_compile.exporters.base import EXACT, Capability, ExportReport, round
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.exporters.onnx.translate import MICROSOFT, translation_table
 from qalora_compile.files import atomic_files
+from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import argument_names, input_spec
 from qalora_compile.optional import require
 
 INLINE_LIMIT_BYTES = 1 << 30
 """Weights beyond this go to `<name>.data`; a protobuf file cannot exceed 2 GiB."""
-
-METADATA_KEY = "qalora"
 
 
 def write_onnx(program: Program, path: Path, spec: ExportSpec) -> ExportReport:
@@ -49,7 +48,7 @@ def write_onnx(program: Program, path: Path, spec: ExportSpec) -> ExportReport:
     name_axes(model, program.signature)
     sites = name_sites(model, program)
     model.producer_name = "qalora-compile"
-    model.metadata_props[METADATA_KEY] = _metadata(program, spec, sites)
+    model.metadata_props[ONNX_METADATA_KEY] = _metadata(program, spec, sites)
     return _save(model, program, path, spec)
 
 
@@ -118,8 +117,17 @@ def _quiet() -> Iterator[None]:
 def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
     from qalora_compile import __version__
 
+    sizes = {name: t.numel() * t.element_size() for name, t in program.tensors().items()}
+    parts = ("qweight", "scale", "zero_point", "correction")
     layers = [
-        {"site": s.name, "bits": s.bits, "group_size": s.group_size, "k": s.k, "n": s.n}
+        {
+            "site": s.name,
+            "bits": s.bits,
+            "group_size": s.group_size,
+            "k": s.k,
+            "n": s.n,
+            "bytes": sum(sizes.get(f"{s.path}.{part}", 0) for part in parts),
+        }
         for s in program.plan
         if s.bits is not None
     ]

@@ -1,0 +1,189 @@
+"""Models by reference: a Hugging Face folder, a `.gguf` file, or `package.module:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import re
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qalora_compile.capture.model import capture_model
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.files import read_json
+from qalora_compile.ir.program import Program
+from qalora_compile.optional import require
+
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_GGUF_MAGIC = b"GGUF"
+_EXAMPLE_SHAPE = (2, 16)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model with what is needed to capture and use it.
+
+    Attributes:
+        reference: As the user wrote it.
+        kind: `huggingface`, `gguf` or `factory`.
+        model: In evaluation mode.
+        args, kwargs: Example inputs.
+        tokenizer: Of a language model that brings one, else None.
+    """
+
+    reference: str
+    kind: str
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+
+    def capture(self) -> Program:
+        """Capture the model with its example inputs."""
+        return capture_model(self.model, self.args, self.kwargs)
+
+
+def load_source(reference: str) -> Source:
+    """Load a model by reference.
+
+    Args:
+        reference: A folder with `config.json` and safetensors, a `.gguf` file, or
+            `package.module:factory`, where the factory takes no argument and returns
+            `(model, example_args, example_kwargs)`.
+
+    Raises:
+        UserInputError: nothing is there, a file is truncated or malformed, or the factory fails.
+        UnsupportedError: the architecture or the checkpoint format is not supported.
+    """
+    path = Path(reference)
+    if path.is_dir():
+        return _load_folder(reference, path)
+    if path.suffix == ".gguf":
+        return _load_gguf(reference, path)
+    if _FACTORY.fullmatch(reference):
+        return _load_factory(reference)
+    raise UserInputError(
+        f"there is no model {reference!r}",
+        where=reference,
+        hint="give a Hugging Face folder, a .gguf file, or package.module:factory",
+    )
+
+
+def _load_folder(reference: str, path: Path) -> Source:
+    config = read_json(path / "config.json")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+        raise UserInputError(
+            f"the folder holds no safetensors file{' but pickled weights' if pickled else ''}",
+            where=str(path),
+            hint="pickles can run code and are never loaded: convert once with "
+            "model.save_pretrained(folder), which writes safetensors",
+        )
+    transformers = _transformers()
+    names = config.get("architectures") or []
+    if not names or not hasattr(transformers, names[0]):
+        raise UnsupportedError(
+            f"config.json names no architecture that transformers has ({names or 'none'})",
+            where=str(path / "config.json"),
+            hint="use package.module:factory for a model of your own",
+        )
+    try:
+        model = getattr(transformers, names[0]).from_pretrained(
+            path, local_files_only=True, use_safetensors=True, dtype="auto"
+        )
+    except Exception as error:  # transformers and safetensors raise types of many kinds
+        raise _unreadable(path, error) from error
+    has_tokenizer = (path / "tokenizer_config.json").exists() or (path / "tokenizer.json").exists()
+    tokenizer = (
+        transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        if has_tokenizer
+        else None
+    )
+    return _language_model(reference, "huggingface", model, tokenizer)
+
+
+def _load_gguf(reference: str, path: Path) -> Source:
+    if not path.is_file():
+        raise UserInputError(f"there is no file {path}", where=str(path))
+    with path.open("rb") as file:
+        magic = file.read(len(_GGUF_MAGIC))
+    if magic != _GGUF_MAGIC:
+        raise UserInputError(f"{path.name} is not a GGUF file", where=str(path))
+    require("gguf", extra="hf", purpose="read GGUF files")
+    transformers = _transformers()
+    options = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        with redirect_stderr(io.StringIO()):  # the reader draws a bar whatever the verbosity
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, **options
+            )
+    except Exception as error:  # the reader raises whatever a broken offset leads to
+        raise _unreadable(path, error) from error
+    return _language_model(reference, "gguf", model, tokenizer)
+
+
+def _load_factory(reference: str) -> Source:
+    module_name, _, name = reference.partition(":")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise UserInputError(
+            f"cannot find {reference}: {error}", hint="give package.module:factory"
+        ) from error
+    try:
+        made = factory()
+    except Exception as error:  # the user's own code
+        raise UserInputError(
+            f"the factory {reference} failed: {type(error).__name__}: {error}"
+        ) from error
+    if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module)):
+        raise UserInputError(
+            f"the factory {reference} returned a {type(made).__name__}",
+            hint="return (model, example_args, example_kwargs)",
+        )
+    model, args, kwargs = made
+    return Source(reference, "factory", model.eval(), tuple(args), dict(kwargs or {}))
+
+
+def _language_model(reference: str, kind: str, model: Any, tokenizer: Any) -> Source:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{type(model).__name__} has an encoder and a decoder",
+            where=reference,
+            hint="use package.module:factory with example inputs for both",
+        )
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, _EXAMPLE_SHAPE, generator=generator)
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Source(reference, kind, model.eval(), (), kwargs, tokenizer)
+
+
+def _transformers() -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers = require("transformers", extra="hf", purpose="load Hugging Face and GGUF models")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _unreadable(path: Path, error: Exception) -> UserInputError:
+    text = str(error).strip().splitlines()
+    return UserInputError(
+        f"cannot load {path.name}: {type(error).__name__}: {text[0] if text else 'no message'}",
+        where=str(path),
+        hint="the file may be truncated or of an unsupported kind: compare its size with the source",
+    )

@@ -1,0 +1,117 @@
+"""`doctor`: versions, CPU features, and which kernels a quantized layer will run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from qalora_compile import __version__
+from qalora_compile.cli.ui import console, print_summary
+
+NAME = "doctor"
+SUMMARY = "show versions, CPU features and which kernels will run"
+EXAMPLES = """examples:
+  qalora-compile doctor
+  qalora-compile doctor --json
+"""
+_PACKAGES = {
+    "torch": "core",
+    "safetensors": "core",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnx-ir": "onnx",
+    "onnxruntime": "onnx",
+    "transformers": "hf",
+    "gguf": "hf",
+}
+_FEATURES = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    facts = gather()
+    if options.json:
+        console.print_json(json.dumps(facts))
+    else:
+        print_summary("doctor", facts)
+    return 0
+
+
+def gather() -> dict[str, Any]:
+    """What this machine and installation have."""
+    facts: dict[str, Any] = {
+        "qalora-compile": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "cpu features": ", ".join(cpu_features()) or "none of those that matter here",
+    }
+    for package, extra in _PACKAGES.items():
+        facts[package] = _version(package, extra)
+    facts["kernels, target ort-stock"] = _stock_kernels()
+    return facts
+
+
+def cpu_features() -> list[str]:
+    """Instruction sets of interest that the operating system reports."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return []
+    words = set(text.split())
+    return [feature for feature in _FEATURES if feature in words]
+
+
+def _version(package: str, extra: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"missing: pip install 'qalora-compile[{extra}]'"
+
+
+def _stock_kernels() -> str:
+    """Run one tiny MatMulNBits to see that the installed ONNX Runtime has its kernel."""
+    try:
+        import numpy as np
+        import onnx
+        import onnxruntime
+    except ImportError:
+        return "unknown: onnx or onnxruntime is missing"
+    make = onnx.helper
+    k, n, block = 32, 16, 32
+    constants = {
+        "q": np.full((n, 1, block // 2), 0x99, np.uint8),
+        "s": np.ones((n, 1), np.float32),
+        "z": np.full((n, 1), 8, np.uint8),
+    }
+    node = make.make_node(
+        "MatMulNBits", ["x", *constants], ["y"], domain="com.microsoft",
+        K=k, N=n, bits=4, block_size=block,
+    )
+    value = make.make_tensor_value_info
+    float32 = onnx.TensorProto.FLOAT
+    graph = make.make_graph(
+        [node], "doctor", [value("x", float32, [1, k])], [value("y", float32, [1, n])],
+        [onnx.numpy_helper.from_array(a, name) for name, a in constants.items()],
+    )
+    opsets = [make.make_opsetid("", 20), make.make_opsetid("com.microsoft", 1)]
+    model = make.make_model(graph, opset_imports=opsets, ir_version=10)
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        result = session.run(None, {"x": np.ones((1, k), np.float32)})[0]
+    except Exception as error:  # whatever ONNX Runtime says is the finding
+        return f"MatMulNBits fails: {str(error).splitlines()[0]}"
+    right = bool(np.allclose(result, k))
+    return "MatMulNBits, 4 bits: works" if right else f"MatMulNBits computes {result[0, 0]}, not {k}"

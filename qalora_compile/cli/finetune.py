@@ -1,0 +1,290 @@
+"""`finetune`: capture, quantize, insert adapters, train them; writes a RUN folder."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qalora_compile.api import insert_adapters, quantize_groups
+from qalora_compile.capture.source import load_source
+from qalora_compile.cli.folders import (
+    CHECKPOINTS,
+    TOKENIZER,
+    load_run,
+    load_tokenizer,
+    save_tokenizer,
+    write_run_file,
+)
+from qalora_compile.cli.ui import Steps, print_summary, steps
+from qalora_compile.config import METHODS, POOLINGS, SUPPORTED_BITS, AdapterSpec, QuantSpec
+from qalora_compile.errors import UserInputError
+from qalora_compile.files import atomic_folder, check_output
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.storage import ADAPTERS_FILE, save_tensors, write_program
+from qalora_compile.training.checkpoint import (
+    list_checkpoints,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from qalora_compile.training.data import Dataset, load_examples
+from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
+from qalora_compile.training.fit import FitResult, FitSpec, StepReport, fit, make_optimizer
+
+NAME = "finetune"
+SUMMARY = "train adapters on a model's own quantized weights; writes a RUN folder"
+EXAMPLES = """examples:
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run
+  qalora-compile finetune model.gguf --data train.jsonl --eval-data test.jsonl --steps 200 --out run
+  qalora-compile finetune my_package.models:build --data ids.jsonl --bits 3 --out run
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --resume
+
+data, one JSON object a line:
+  {"prompt": "2 + 2 =", "completion": " 4"}      loss on the completion
+  {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+  {"text": "…"}                                  loss on every token
+  {"input_ids": [1, 2, 3]}                       for models without a tokenizer
+"""
+
+_STATUS = ("training", "interrupted", "finished")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("model", metavar="MODEL", help="HF folder, .gguf file or package.mod:factory")
+    parser.add_argument("--data", required=True, metavar="FILE", help="training data, JSON lines")
+    parser.add_argument("--eval-data", metavar="FILE", help="held-out data, JSON lines")
+    parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
+    quant = parser.add_argument_group("quantization")
+    quant.add_argument("--bits", type=int, default=4, choices=SUPPORTED_BITS)
+    quant.add_argument("--group-size", type=int, default=32, metavar="G")
+    quant.add_argument("--method", default="minmax", choices=METHODS)
+    quant.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
+    quant.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers to keep")
+    adapter = parser.add_argument_group("adapters")
+    adapter.add_argument("--rank", type=int, default=16)
+    adapter.add_argument("--alpha", type=float, default=32.0)
+    adapter.add_argument("--pooling", default="sum", choices=POOLINGS)
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, default=100)
+    training.add_argument("--batch-size", type=int, default=8, metavar="B")
+    training.add_argument("--seq-len", type=int, default=512, metavar="T", help="longest example")
+    training.add_argument("--lr", type=float, default=1e-3, metavar="F")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--save-every", type=int, default=50, metavar="N", help="checkpoint steps")
+    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing RUN")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    started = time.monotonic()
+    spec = FitSpec(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.lr,
+        seed=options.seed,
+    )
+    out = Path(options.out)
+    with steps() as shown:
+        job = _resume(options, spec, out) if options.resume else _start(options, spec, out, shown)
+        job.report_data(shown)
+        before = job.evaluate()
+        result = _train(job, options, shown)
+        after = job.evaluate() if not result.stopped else None
+    _finish(job, result, before, after)
+    rows: dict[str, object] = {
+        "model": job.record["model"],
+        "quantized layers": len(job.program.plan.to_quantize()),
+        "adapter parameters": sum(p.numel() for p in job.program.adapter_parameters()),
+        "examples": len(job.data.examples),
+        "loss, first and last step": _ends(result),
+        "held-out loss": _arrow(before, after, "loss"),
+        "held-out exact match": _arrow(before, after, "exact_match"),
+        "status": job.record["status"],
+        "seconds": f"{time.monotonic() - started:.0f}",
+        "written": str(out),
+        "next": f"qalora-compile fold {out} --out FOLDED"
+        if not result.stopped
+        else "the same command with --resume",
+    }
+    print_summary("finetune", rows)
+    return 130 if result.stopped else 0
+
+
+@dataclass
+class _Job:
+    """Everything that a started or resumed run works with."""
+
+    program: Program
+    data: Dataset
+    held_out: Dataset | None
+    spec: FitSpec
+    folder: Path
+    record: dict[str, Any]
+    start_step: int
+    optimizer: torch.optim.Optimizer
+
+    def report_data(self, shown: Steps) -> None:
+        """Say what of the data was cut or skipped."""
+        for note in self.program.notes:
+            shown.say(f"note: {note}")
+        for name, data in (("data", self.data), ("held-out data", self.held_out)):
+            if data is not None and (data.truncated or data.skipped):
+                shown.say(
+                    f"note: {name}: {data.truncated} examples cut to fit, "
+                    f"{data.skipped} skipped (nothing to learn)"
+                )
+
+    def evaluate(self) -> Metrics | None:
+        """Held-out metrics, where held-out data was given."""
+        if self.held_out is None:
+            return None
+        return evaluate(program_forward(self.program.eval()), self.held_out.examples)
+
+
+def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) -> _Job:
+    """Load, read the data, quantize, insert; write the RUN folder that training goes on in."""
+    check_output(out, overwrite=options.overwrite)
+    quant = QuantSpec(bits=options.bits, group_size=options.group_size, method=options.method)
+    adapter = AdapterSpec(
+        rank=options.rank, alpha=options.alpha, pooling=options.pooling, seed=options.seed
+    )
+    shown.say(f"load {options.model}")
+    source = load_source(options.model)
+    data = load_examples(options.data, source.tokenizer, max_length=options.seq_len)
+    held_out = (
+        load_examples(options.eval_data, source.tokenizer, max_length=options.seq_len)
+        if options.eval_data
+        else None
+    )
+    shown.say("capture")
+    program = source.capture()
+    program = quantize_groups(
+        program, quant, targets=options.targets or "all-linear", exclude=options.exclude
+    )
+    program = insert_adapters(program, adapter)
+    record = {
+        "model": options.model,
+        "data": str(Path(options.data).resolve()),
+        "quant": quant.to_json(),
+        "adapter": adapter.to_json(),
+        "fit": spec.to_json(),
+        "status": _STATUS[0],
+        "step": 0,
+    }
+    with atomic_folder(out, overwrite=options.overwrite) as folder:
+        write_program(program, folder)
+        save_tokenizer(source.tokenizer, folder)
+        write_run_file(folder, record)
+    optimizer = make_optimizer(program, spec)
+    return _Job(program, data, held_out, spec, out, record, 0, optimizer)
+
+
+def _resume(options: argparse.Namespace, spec: FitSpec, out: Path) -> _Job:
+    """Open a RUN folder and restore its last checkpoint.
+
+    Raises:
+        UserInputError: the folder was made with other training options, which are named.
+    """
+    program, record = load_run(out)
+    for name, value in spec.to_json().items():
+        if record["fit"].get(name) != value:
+            raise UserInputError(
+                f"the run was started with {name}={record['fit'].get(name)}, not {value}",
+                where=str(out),
+                hint="give the options of the first call, or start a new run",
+            )
+    tokenizer = load_tokenizer(out / TOKENIZER)
+    data = load_examples(options.data, tokenizer, max_length=options.seq_len)
+    held_out = (
+        load_examples(options.eval_data, tokenizer, max_length=options.seq_len)
+        if options.eval_data
+        else None
+    )
+    optimizer = make_optimizer(program, spec)
+    checkpoints = list_checkpoints(out / CHECKPOINTS)
+    step = 0
+    if checkpoints:
+        restore_checkpoint(checkpoints[-1], program, optimizer, seed=spec.seed)
+        step = checkpoints[-1].step
+    return _Job(program, data, held_out, spec, out, record, step, optimizer)
+
+
+def _train(job: _Job, options: argparse.Namespace, shown: Steps) -> FitResult:
+    with _interruptible() as interrupted:
+        shown.update("train", job.start_step, job.spec.steps)
+
+        def on_step(report: StepReport, optimizer: torch.optim.Optimizer) -> bool:
+            shown.update("train", report.step, job.spec.steps, f"loss {report.loss:.4f}")
+            job.record["step"] = report.step
+            last = report.step == job.spec.steps
+            if interrupted() or last or report.step % options.save_every == 0:
+                save_checkpoint(
+                    job.folder / CHECKPOINTS,
+                    job.program,
+                    optimizer,
+                    step=report.step,
+                    seed=job.spec.seed,
+                )
+            return interrupted() and not last
+
+        return fit(
+            job.program,
+            job.data.examples,
+            job.spec,
+            optimizer=job.optimizer,
+            start_step=job.start_step,
+            on_step=on_step,
+        )
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Let the first Ctrl-C finish the running step and save; a second one stops at once."""
+    hits: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if hits:
+            raise KeyboardInterrupt
+        hits.append(number)
+
+    old = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(hits)
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def _finish(job: _Job, result: FitResult, before: Metrics | None, after: Metrics | None) -> None:
+    """Store the trained adapters and the state of the run."""
+    save_tensors(dict(job.program.named_adapter_parameters()), job.folder / ADAPTERS_FILE)
+    job.record["status"] = _STATUS[1] if result.stopped else _STATUS[2]
+    job.record["losses"] = list(result.losses)
+    job.record["held_out"] = {
+        name: None if metrics is None else vars(metrics)
+        for name, metrics in (("before", before), ("after", after))
+    }
+    write_run_file(job.folder, {k: v for k, v in job.record.items() if k not in _WRITTEN})
+
+
+_WRITTEN = ("format", "version", "versions")
+
+
+def _ends(result: FitResult) -> str:
+    if not result.losses:
+        return "no step was run"
+    return f"{result.losses[0]:.4f} → {result.losses[-1]:.4f}"
+
+
+def _arrow(before: Metrics | None, after: Metrics | None, field: str) -> str:
+    if before is None or after is None:
+        return "no --eval-data" if before is None else f"{getattr(before, field):.4f} (before)"
+    return f"{getattr(before, field):.4f} → {getattr(after, field):.4f}"

@@ -1,0 +1,60 @@
+"""`fold`: fold the trained adapters of a RUN into its offsets; writes a FOLDED folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qalora_compile.api import fold_adapters
+from qalora_compile.cli.folders import TOKENIZER, copy_tokenizer, load_run, write_run_file
+from qalora_compile.cli.ui import console, print_summary, steps
+from qalora_compile.files import atomic_folder, check_output
+from qalora_compile.ir.storage import write_program
+from qalora_compile.verify.compare import Tolerance
+from qalora_compile.verify.equivalence import verify_equivalence
+from qalora_compile.verify.inputs import sample_inputs
+
+NAME = "fold"
+SUMMARY = "fold the trained adapters of a RUN into its zero-points, and check that nothing changed"
+EXAMPLES = """examples:
+  qalora-compile fold run --out folded
+  qalora-compile fold run --out folded --overwrite
+"""
+_MAX_REL = 1e-4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("folder", metavar="RUN", help="folder written by finetune")
+    parser.add_argument("--out", required=True, metavar="FOLDED", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing FOLDED")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    source, out = Path(options.folder), Path(options.out)
+    check_output(out, overwrite=options.overwrite)
+    with steps():
+        program, record = load_run(source)
+        folded = fold_adapters(program)
+        report = verify_equivalence(
+            program, folded, sample_inputs(folded, 2), Tolerance(max_rel=_MAX_REL)
+        ).check()
+        with atomic_folder(out, overwrite=options.overwrite) as folder:
+            write_program(folded, folder)
+            copy_tokenizer(source, folder / TOKENIZER)
+            kept = ("model", "quant", "adapter", "status", "step")
+            write_run_file(folder, {k: record[k] for k in kept if k in record})
+    if record.get("status") != "finished":
+        console.print(f"note: the run is {record.get('status')} at step {record.get('step')}")
+    print_summary(
+        "fold",
+        {
+            "layers folded": len(folded.plan.to_quantize()),
+            "largest difference, program and folded": f"{report.max_abs:.3g}",
+            "as a part of the output scale": f"{max(c.max_rel for c in report.outputs):.3g}",
+            "written": str(out),
+            "next": f"qalora-compile export {out} --out EDGE",
+        },
+    )
+    return 0

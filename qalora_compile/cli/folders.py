@@ -1,0 +1,101 @@
+"""RUN and FOLDED folders: a saved program, `run.json`, and the tokenizer."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qalora_compile import __version__
+from qalora_compile.errors import UserInputError
+from qalora_compile.files import read_json, write_json
+from qalora_compile.ir.program import Program
+from qalora_compile.optional import require
+
+RUN_FILE = "run.json"
+TOKENIZER = "tokenizer"
+CHECKPOINTS = "checkpoints"
+FORMAT = "qalora-run"
+VERSION = 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a folder."""
+    import torch
+
+    return {
+        "qalora-compile": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_run_file(folder: Path, record: dict[str, Any]) -> None:
+    """Write `run.json`: what made the folder, from what, with which options."""
+    write_json(
+        folder / RUN_FILE,
+        {"format": FORMAT, "version": VERSION, "versions": versions(), **record},
+    )
+
+
+def read_run_file(folder: Path) -> dict[str, Any]:
+    """Read `run.json`.
+
+    Raises:
+        UserInputError: the folder is missing, was not written by `finetune` or `fold`, or is of
+            another format version.
+    """
+    if not folder.is_dir():
+        raise UserInputError(f"there is no folder {folder}", where=str(folder))
+    if not (folder / RUN_FILE).is_file():
+        raise UserInputError(
+            f"{folder} was not written by finetune or fold: it holds no {RUN_FILE}",
+            where=str(folder),
+            hint="give the folder that --out named",
+        )
+    record = read_json(folder / RUN_FILE)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserInputError(f"{RUN_FILE} is of another kind", where=str(folder / RUN_FILE))
+    if record.get("version") != VERSION:
+        raise UserInputError(
+            f"the folder has version {record.get('version')}, this package reads {VERSION}",
+            where=str(folder),
+            hint="use the qalora-compile that wrote it",
+        )
+    return record
+
+
+def load_run(folder: Path) -> tuple[Program, dict[str, Any]]:
+    """The program and the record of a RUN or FOLDED folder."""
+    record = read_run_file(folder)
+    return Program.load(folder), record
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer's files, if there is a tokenizer."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / TOKENIZER)
+
+
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the tokenizer of a folder; False where it has none."""
+    if not (source / TOKENIZER).is_dir():
+        return False
+    shutil.copytree(source / TOKENIZER, target, dirs_exist_ok=True)
+    return True
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, or None.
+
+    Raises:
+        UserInputError: its files are broken.
+    """
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    transformers = require("transformers", extra="hf", purpose="load a tokenizer")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises types of many kinds
+        raise UserInputError(f"cannot load the tokenizer: {error}", where=str(folder)) from error

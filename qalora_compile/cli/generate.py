@@ -1,0 +1,85 @@
+"""`generate`: continue a prompt with an exported model in ONNX Runtime."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from qalora_compile.cli.folders import load_tokenizer
+from qalora_compile.cli.ui import console, print_summary
+from qalora_compile.errors import UserInputError
+from qalora_compile.runtime.session import LanguageModel, Sampling, open_session
+
+NAME = "generate"
+SUMMARY = "continue a prompt with an exported model, greedily or by sampling"
+EXAMPLES = """examples:
+  qalora-compile generate edge --prompt "The capital of France is"
+  qalora-compile generate edge --prompt "Hi" --chat --temperature 0.7 --top-p 0.9 --seed 1
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("folder", metavar="DIR", help="folder written by export")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (the default)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of ONNX Runtime")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    if options.max_new_tokens < 1:
+        raise UserInputError(f"--max-new-tokens is {options.max_new_tokens}", hint="use 1 or more")
+    folder = Path(options.folder)
+    sampling = Sampling(
+        temperature=options.temperature, top_p=options.top_p, seed=options.seed
+    )
+    model = LanguageModel(open_session(folder / "model.onnx", threads=options.threads))
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UserInputError(
+            "the folder holds no tokenizer", where=str(folder), hint="export a model that has one"
+        )
+    prompt = _tokens(tokenizer, options)
+    stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    started = time.monotonic()
+    tokens: list[int] = []
+    shown = ""
+    first = 0.0
+    for token in model.generate(
+        prompt, max_new_tokens=options.max_new_tokens, stop=stop, sampling=sampling
+    ):
+        first = first or time.monotonic() - started
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):  # a character that is not whole yet
+            console.print(text[len(shown) :], end="", markup=False, soft_wrap=True)
+            shown = text
+    console.print()
+    seconds = time.monotonic() - started
+    print_summary(
+        "generate",
+        {
+            "prompt tokens": len(prompt),
+            "new tokens": len(tokens),
+            "first token": f"{first:.3f} s",
+            "tokens/s": f"{len(tokens) / seconds:.1f}" if tokens else "none generated",
+        },
+    )
+    return 0
+
+
+def _tokens(tokenizer: object, options: argparse.Namespace) -> list[int]:
+    text = options.prompt
+    if options.chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserInputError("the tokenizer has no chat template", hint="leave --chat out")
+        text = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    return list(tokenizer(text, add_special_tokens=not options.chat).input_ids)  # type: ignore[operator]

@@ -1,0 +1,80 @@
+"""Entry point: parse, dispatch, turn errors into messages and exit codes.
+
+Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+from qalora_compile import __version__
+from qalora_compile.cli import doctor, export, finetune, fold, generate, inspect, verify
+from qalora_compile.cli.ui import err_console
+from qalora_compile.errors import InternalError, QaloraError, VerificationError
+
+COMMANDS = (finetune, fold, export, verify, inspect, generate, doctor)
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="qalora-compile",
+        description="Fine-tune a model on its own INT4/3/2 weights and ship one INT4 ONNX file.",
+        epilog=(
+            "the way through:\n"
+            "  qalora-compile finetune MODEL --data train.jsonl --out run\n"
+            "  qalora-compile fold run --out folded\n"
+            "  qalora-compile export folded --out edge\n"
+            "  qalora-compile verify folded edge --max-abs 1e-3\n"
+            '  qalora-compile generate edge --prompt "Hello"\n'
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        command = commands.add_parser(
+            module.NAME,
+            help=module.SUMMARY,
+            description=module.SUMMARY,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        options = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        err_console.print("interrupted", style="bold red")
+        return EXIT_INTERRUPTED
+    except VerificationError as error:
+        _complain(error)
+        return EXIT_FAILED
+    except QaloraError as error:
+        _complain(error)
+        return EXIT_USAGE
+
+
+def _complain(error: QaloraError) -> None:
+    kind = "internal error" if isinstance(error, InternalError) else "error"
+    err_console.print(f"{kind}: {error}", style="bold red", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""What the terminal shows: progress bars (plain lines where there is no terminal) and tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from qalora_compile.progress import listening
+
+console = Console(highlight=False)
+"""Tables and results, on standard output."""
+err_console = Console(stderr=True, highlight=False)
+"""Progress and errors, on standard error, so that output can be piped."""
+
+_PLAIN_INTERVAL_S = 5.0
+
+
+class Steps:
+    """Progress of one command: a bar per kind of work, and free text beside it."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=err_console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._live = err_console.is_terminal
+        self._last_line = 0.0
+        self._started: dict[str, float] = {}
+
+    def update(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` steps of `what` are finished."""
+        if done == 0:
+            self._started[what] = time.monotonic()
+        if not self._live:
+            self._print_plainly(what, done, total, note)
+            return
+        if what not in self._tasks or done == 0:
+            if what in self._tasks:
+                self._bar.remove_task(self._tasks[what])
+            self._tasks[what] = self._bar.add_task(what, total=total, note=note)
+        self._bar.update(self._tasks[what], completed=done, total=total, note=note)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        (self._bar.console if self._live else err_console).print(text)
+
+    def _print_plainly(self, what: str, done: int, total: int, note: str) -> None:
+        now = time.monotonic()
+        if done == 0 or (done < total and now - self._last_line < _PLAIN_INTERVAL_S):
+            return
+        self._last_line = now
+        spent = now - self._started.setdefault(what, now)
+        left = spent / done * (total - done)
+        err_console.print(f"{what} {done}/{total} {spent:.0f} s, eta {left:.0f} s {note}".rstrip())
+
+
+@contextmanager
+def steps() -> Iterator[Steps]:
+    """Show the progress of everything in the block."""
+    shown = Steps()
+    with listening(shown.update):
+        if shown._live:
+            with shown._bar:
+                yield shown
+        else:
+            yield shown
+
+
+def print_summary(title: str, rows: Mapping[str, object]) -> None:
+    """A closing table of two columns."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    console.print(table)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table with a header; columns of numbers are aligned right."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row])
+    console.print(table)
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes as text."""
+    return f"{size / 1e6:.1f} MB"

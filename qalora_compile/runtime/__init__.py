@@ -1,0 +1,7 @@
+"""Running exported models in ONNX Runtime. Stands alone: needs no torch."""
+
+from __future__ import annotations
+
+from qalora_compile.runtime.session import LanguageModel, Sampling, open_session
+
+__all__ = ["LanguageModel", "Sampling", "open_session"]

@@ -1,0 +1,208 @@
+"""Comparison of tensors in float64, tolerances, and the report of a verification."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.errors import UserInputError, VerificationError
+
+PASS = "PASS"
+FAIL = "FAIL"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a candidate lies from its reference, over every input tried.
+
+    Attributes:
+        name: Of the output or site.
+        max_abs: Largest absolute difference.
+        max_rel: Largest absolute difference divided by the largest absolute reference value.
+        sqnr_db: Signal to error ratio in decibels, 10 log10(Σ reference² / Σ error²); higher is
+            better, infinite where the two are equal.
+        scale: Largest absolute reference value.
+        problem: What makes the two incomparable (shapes, NaN), or empty.
+    """
+
+    name: str
+    max_abs: float
+    max_rel: float
+    sqnr_db: float
+    scale: float
+    problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What difference is admitted. There is no default: the caller states it.
+
+    Attributes:
+        max_abs: Largest absolute difference of an output.
+        max_rel: Largest absolute difference as a part of the output's scale.
+        min_sqnr_db: Least signal to error ratio in decibels.
+    """
+
+    max_abs: float | None = None
+    max_rel: float | None = None
+    min_sqnr_db: float | None = None
+
+    def __post_init__(self) -> None:
+        values = (self.max_abs, self.max_rel, self.min_sqnr_db)
+        if all(v is None for v in values):
+            raise UserInputError(
+                "the tolerance admits anything", hint="give max_abs, max_rel or min_sqnr_db"
+            )
+        for value in values:
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UserInputError(f"a tolerance is {value!r}", hint="use a number, 0 or more")
+
+    def admits(self, found: Comparison, *, output_scale: float | None = None) -> bool:
+        """Whether a comparison lies within the tolerance.
+
+        Args:
+            found: The comparison.
+            output_scale: For a site inside the model: the scale of the model's outputs, by which
+                `max_abs` is transferred to the site's own scale where that is larger.
+        """
+        if found.problem or math.isnan(found.max_abs):
+            return False
+        factor = 1.0
+        if output_scale:
+            factor = max(1.0, found.scale / output_scale)
+        return (
+            (self.max_abs is None or found.max_abs <= self.max_abs * factor)
+            and (self.max_rel is None or found.max_rel <= self.max_rel)
+            and (self.min_sqnr_db is None or found.sqnr_db >= self.min_sqnr_db)
+        )
+
+    def __str__(self) -> str:
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return ", ".join(f"{k} {v:g}" for k, v in given.items())
+
+
+def compare(name: str, reference: Tensor, candidate: Tensor) -> Comparison:
+    """Compare two tensors in float64. NaN anywhere, or unlike shapes, is a problem, not a number."""
+    if reference.shape != candidate.shape:
+        text = f"shapes {list(reference.shape)} and {list(candidate.shape)} differ"
+        return Comparison(name, math.inf, math.inf, -math.inf, math.nan, text)
+    a, b = reference.detach().double(), candidate.detach().double()
+    if bool(torch.isnan(a).any() | torch.isnan(b).any()):
+        return Comparison(name, math.nan, math.nan, -math.inf, math.nan, "NaN values")
+    if a.numel() == 0:
+        return Comparison(name, 0.0, 0.0, math.inf, 0.0)
+    error = torch.where(a == b, torch.zeros_like(a), (a - b).abs())  # equal infinities agree
+    finite = a[torch.isfinite(a)]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    worst = float(error.max())
+    relative = worst / scale if scale else (0.0 if worst == 0 else math.inf)
+    noise, signal = float(error.square().sum()), float(finite.square().sum())
+    sqnr = math.inf if noise == 0 else (10 * math.log10(signal / noise) if signal else -math.inf)
+    return Comparison(name, worst, relative, sqnr, scale)
+
+
+def worst_of(comparisons: Iterable[Comparison]) -> Comparison:
+    """One comparison that holds for all of the given ones (of one name, over several inputs)."""
+    items = list(comparisons)
+    nans = any(math.isnan(c.max_abs) for c in items)
+    return Comparison(
+        items[0].name,
+        math.nan if nans else max(c.max_abs for c in items),
+        math.nan if nans else max(c.max_rel for c in items),
+        min(c.sqnr_db for c in items),
+        max((c.scale for c in items if not math.isnan(c.scale)), default=math.nan),
+        next((c.problem for c in items if c.problem), ""),
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Outcome of `verify_equivalence`.
+
+    Attributes:
+        reference, candidate: What was compared.
+        tolerance: What was admitted.
+        inputs: How many inputs were tried.
+        outputs: One comparison for each output of the model; these decide the verdict.
+        sites: One for each site that both sides show, in graph order.
+        first_divergence: The first site out of tolerance when the verdict is FAIL, or, where every
+            site agrees, `after the last site`.
+        verdict: PASS or FAIL.
+    """
+
+    reference: str
+    candidate: str
+    tolerance: Tolerance
+    inputs: int
+    outputs: tuple[Comparison, ...]
+    sites: tuple[Comparison, ...]
+    first_divergence: str | None
+    verdict: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output lies within the tolerance."""
+        return self.verdict == PASS
+
+    @property
+    def max_abs(self) -> float:
+        """Largest absolute difference of any output."""
+        return worst_of(self.outputs).max_abs
+
+    def check(self) -> Report:
+        """Return self, or raise.
+
+        Raises:
+            VerificationError: the verdict is FAIL.
+        """
+        if not self.passed:
+            raise VerificationError(
+                f"{self.candidate} differs from {self.reference} by {self.max_abs:.3g}, "
+                f"more than {self.tolerance}",
+                report=self,
+                where=f"first diverging site: {self.first_divergence}",
+            )
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types; infinities and NaN become null."""
+        return {
+            "reference": self.reference,
+            "candidate": self.candidate,
+            "tolerance": dataclasses.asdict(self.tolerance),
+            "inputs": self.inputs,
+            "outputs": [_row(c) for c in self.outputs],
+            "sites": [_row(c) for c in self.sites],
+            "first_divergence": self.first_divergence,
+            "verdict": self.verdict,
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.verdict}: {self.candidate} against {self.reference} "
+            f"({self.inputs} inputs, tolerance {self.tolerance})"
+        ]
+        rows = [*self.sites, *self.outputs]
+        width = max(len(c.name) for c in rows)
+        lines.append(f"  {'':{width}}  {'max abs':>10} {'max rel':>10} {'sqnr dB':>8}")
+        lines += [
+            f"  {c.name:{width}}  {c.max_abs:10.3g} {c.max_rel:10.3g} {c.sqnr_db:8.1f}"
+            + (f"  {c.problem}" if c.problem else "")
+            for c in rows
+        ]
+        if self.first_divergence:
+            lines.append(f"  first diverging site: {self.first_divergence}")
+        return "\n".join(lines)
+
+
+def _row(comparison: Comparison) -> dict[str, Any]:
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in dataclasses.asdict(comparison).items()
+    }

@@ -1,0 +1,114 @@
+"""`verify_equivalence`: run two programs on the same inputs and compare, site by site."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.program import Program
+from qalora_compile.progress import track
+from qalora_compile.verify.compare import FAIL, PASS, Comparison, Report, Tolerance, compare, worst_of
+from qalora_compile.verify.runners import ProgramRunner, Runner, open_runner
+
+AFTER_LAST_SITE = "after the last site"
+
+
+def verify_equivalence(
+    reference: Program | str | Path,
+    candidate: Program | str | Path,
+    inputs: Sequence[Sequence[Any] | Mapping[str, Any]],
+    tolerance: Tolerance,
+) -> Report:
+    """Compare two programs, or a program and an exported model, in evaluation mode.
+
+    Args:
+        reference: A program, or the path of a program folder, export folder or `.onnx` file.
+        candidate: Likewise.
+        inputs: One call each: a tuple of positional arguments, or a dict of keyword arguments.
+        tolerance: What difference of the outputs is admitted.
+
+    Returns:
+        A report: `.passed`, per output and per site differences, and on FAIL the first site, in
+        graph order, that is out of tolerance (transferred to the site's scale).
+
+    Raises:
+        UserInputError: no input was given, an input does not fit the signature, or a path cannot
+            be read.
+    """
+    if not inputs:
+        raise UserInputError(
+            "no input was given to compare on", hint="pass at least one, e.g. [(x,)]"
+        )
+    a, b = open_runner(reference), open_runner(candidate)
+    outputs: dict[str, list[Comparison]] = defaultdict(list)
+    sites: dict[str, list[Comparison]] = defaultdict(list)
+    for call in track(list(inputs), "verify"):
+        leaves = _leaves(a, b, call)
+        run_a, run_b = a.run(leaves), b.run(leaves)
+        for name in _same_names(run_a.outputs, run_b.outputs, a, b):
+            outputs[name].append(compare(name, run_a.outputs[name], run_b.outputs[name]))
+        for name, value in run_a.sites.items():
+            if name in run_b.sites:
+                sites[name].append(compare(name, value, run_b.sites[name]))
+    output_rows = tuple(worst_of(c) for c in outputs.values())
+    site_rows = tuple(worst_of(c) for c in sites.values())
+    passed = bool(output_rows) and all(map(tolerance.admits, output_rows))
+    return Report(
+        reference=a.label,
+        candidate=b.label,
+        tolerance=tolerance,
+        inputs=len(inputs),
+        outputs=output_rows,
+        sites=site_rows,
+        first_divergence=None if passed else _first_divergence(output_rows, site_rows, tolerance),
+        verdict=PASS if passed else FAIL,
+    )
+
+
+def _first_divergence(
+    outputs: Sequence[Comparison], sites: Sequence[Comparison], tolerance: Tolerance
+) -> str:
+    scale = max((c.scale for c in outputs if c.scale == c.scale), default=0.0)
+    for site in sites:
+        if not tolerance.admits(site, output_scale=scale):
+            return site.name
+    return AFTER_LAST_SITE
+
+
+def _leaves(a: Runner, b: Runner, call: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
+    """Flat inputs of one call, bound and checked against both signatures."""
+    args, kwargs = ((), call) if isinstance(call, Mapping) else (tuple(call), {})
+    programs = [r.program for r in (a, b) if isinstance(r, ProgramRunner)]
+    if programs:
+        leaves = programs[0].leaves(args, kwargs)
+    else:
+        names = [leaf.name for leaf in a.signature.inputs]
+        values = dict(zip(names, args, strict=False)) | dict(kwargs)
+        if set(values) != set(names):
+            raise UserInputError(f"an input call must give {', '.join(names)}")
+        leaves = [values[name] for name in names]
+    for runner in (a, b):
+        if len(runner.signature.inputs) != len(leaves):
+            raise UserInputError(
+                f"the two sides take different inputs: {a.label} takes "
+                f"{[i.name for i in a.signature.inputs]}, {b.label} takes "
+                f"{[i.name for i in b.signature.inputs]}"
+            )
+        runner.signature.check(leaves)
+    return leaves
+
+
+def _same_names(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], a: Runner, b: Runner
+) -> list[str]:
+    if list(first) != list(second):
+        raise UserInputError(
+            f"the two sides have different outputs: {list(first)} and {list(second)}",
+            where=f"{a.label}, {b.label}",
+        )
+    return list(first)

@@ -1,0 +1,69 @@
+"""Random inputs made from a signature, for verification without data at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.ir.pattern import get_tensor
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import InputLeaf, argument_names, flatten_inputs, input_spec
+from torch.utils import _pytree as pytree
+
+_SIZES = {"batch": 3, "sequence": 24}
+_OTHER_SIZE = 5
+
+
+def sample_inputs(program: Program, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """`count` calls, as keyword arguments, with sizes that vary where the signature lets them.
+
+    Token ids stay below the rows of the embedding that reads them; inputs named `…mask…` are ones;
+    other integers and booleans repeat values of the example; floats are standard normal.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    args, kwargs = program.example
+    example = flatten_inputs(program.graph, [*args, *kwargs.values()])
+    limits = _token_limits(program)
+    calls = []
+    for index in range(count):
+        leaves = [
+            _sample(leaf, value, limits.get(leaf.name), index, generator)
+            for leaf, value in zip(program.signature.inputs, example, strict=True)
+        ]
+        new_args, new_kwargs = pytree.tree_unflatten(leaves, input_spec(program.graph))
+        names = argument_names(program.graph)
+        calls.append(dict(zip(names, [*new_args, *new_kwargs.values()], strict=True)))
+    return calls
+
+
+def _token_limits(program: Program) -> dict[str, int]:
+    """Rows of the embedding table that reads each input directly."""
+    limits = {}
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+    for leaf, node in zip(program.signature.inputs, placeholders, strict=True):
+        for user in node.users:
+            if user.target is torch.ops.aten.embedding.default:
+                table = get_tensor(program.module, str(user.args[0].target))
+                if table is not None:
+                    limits[leaf.name] = int(table.shape[0])
+    return limits
+
+
+def _sample(
+    leaf: InputLeaf, example: Any, limit: int | None, index: int, generator: torch.Generator
+) -> Any:
+    if not isinstance(example, Tensor):
+        return example
+    # The first call has batch 1; later ones vary batch and length, alike for every input.
+    sizes = {"batch": 1 if index == 0 else _SIZES["batch"], "sequence": _SIZES["sequence"] + index}
+    shape = [d if isinstance(d, int) else sizes.get(d, _OTHER_SIZE) for d in leaf.shape]
+    if "mask" in leaf.name:
+        return torch.ones(shape, dtype=example.dtype)
+    if example.is_floating_point():
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(example.dtype)
+    if limit is not None:
+        return torch.randint(0, limit, shape, generator=generator, dtype=example.dtype)
+    picks = torch.randint(0, max(example.numel(), 1), shape, generator=generator)
+    return example.flatten()[picks]
