@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,10 @@ from rich.table import Table
 
 from qalora_compile.progress import listening
 
-console = Console(highlight=False)
+_WIDE = 160
+"""Columns where the output is no terminal: a file or a pipe does not wrap."""
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 """Tables and results, on standard output."""
 err_console = Console(stderr=True, highlight=False)
 """Progress and errors, on standard error, so that output can be piped."""
@@ -101,7 +105,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(
+            column,
+            justify="right" if numeric else "left",
+            overflow="fold",
+            no_wrap=index < len(columns) - 1,  # only the last column, a remark, may wrap
+        )
     for row in rows:
         table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row])
     console.print(table)

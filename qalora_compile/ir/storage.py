@@ -160,6 +160,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     scratch = path.with_name(f".{path.name}.tmp")
     # Views that overlap without being equal must be copied: safetensors refuses shared memory.
     save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, scratch)
+    scratch.chmod(0o644)  # the library writes files that only their owner can read
     scratch.replace(path)
 
 

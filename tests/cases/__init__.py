@@ -1,0 +1,1 @@
+"""The reported cases, one named test each."""
