@@ -201,7 +201,9 @@ def compare_greedy(
 ) -> None:
     """The greedy continuation of torch and of ONNX Runtime, token by token."""
     example = held_out[0]
-    prompt = [t for t, label in zip(example.tokens, example.labels, strict=True) if label == IGNORED]
+    prompt = [
+        t for t, label in zip(example.tokens, example.labels, strict=True) if label == IGNORED
+    ]
     forward = program_forward(folded)
     tokens = list(prompt)
     for _ in range(size.new_tokens):
@@ -219,7 +221,9 @@ def compare_greedy(
 def compare_speed(results: Results, int4: LanguageModel, fp32: LanguageModel, size: Size) -> None:
     """Tokens a second of both files, alternated in one process: medians."""
     for name, length in (("64-token prompt", 64), ("one token", 1)):
-        ids = torch.randint(0, 1000, (1, length), generator=torch.Generator().manual_seed(0)).numpy()
+        ids = torch.randint(
+            0, 1000, (1, length), generator=torch.Generator().manual_seed(0)
+        ).numpy()
         times: dict[str, list[float]] = {"fp32": [], "int4": []}
         for _ in range(size.rounds + 1):
             for label, model in (("fp32", fp32), ("int4", int4)):

@@ -123,5 +123,3 @@ def export_model(
         raise UserInputError(f"{path} does not end in .onnx", where=str(path))
     check_output(path, overwrite=spec.overwrite)
     return write_onnx(lower(program, spec), path, spec)
-
-

@@ -111,7 +111,7 @@ class AdapterSpec(Spec):
 
     @property
     def scaling(self) -> float:
-        """alpha / rank, or alpha / √rank with rank-stabilised scaling (arXiv 2312.03732)."""
+        """Alpha / rank, or alpha / √rank with rank-stabilised scaling (arXiv 2312.03732)."""
         return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     def pooling_factor(self, group_size: int, groups: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class MLP(nn.Module):
 
     def __init__(self, *sizes: int, bias: bool = True) -> None:
         super().__init__()
-        pairs = zip(sizes, sizes[1:], strict=False)
+        pairs = itertools.pairwise(sizes)
         self.layers = nn.ModuleList(nn.Linear(k, n, bias=bias) for k, n in pairs)
 
     def forward(self, x: Tensor) -> Tensor:

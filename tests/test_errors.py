@@ -36,7 +36,9 @@ def test_the_tree() -> None:
     for child, parent in parents.items():
         assert child.__bases__ == (parent,)
     assert QaloraError.__bases__ == (Exception,)
-    classes = {v for _, v in inspect.getmembers(errors, inspect.isclass) if v.__module__ == errors.__name__}
+    classes = {
+        v for _, v in inspect.getmembers(errors, inspect.isclass) if v.__module__ == errors.__name__
+    }
     assert classes == {QaloraError, *parents}
 
 

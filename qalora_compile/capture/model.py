@@ -67,8 +67,7 @@ def capture_model(
     tensors = {
         str(node.target): tensor
         for node in graph.nodes
-        if node.op == "get_attr"
-        and (tensor := get_tensor(unlifted, str(node.target))) is not None
+        if node.op == "get_attr" and (tensor := get_tensor(unlifted, str(node.target))) is not None
     }
     module = build_module(graph, tensors, submodules=unlifted, training=model.training)
     signature = _read_signature(graph, args, kwargs)
@@ -125,7 +124,7 @@ def _leaf_shapes(leaf: Any) -> Any:
     varying = 1 if leaf.is_floating_point() and leaf.dim() < 3 else 2
     if leaf.is_floating_point() and leaf.dim() > 3:
         varying = 1  # an image: height and width belong to the model
-    return {axis: Dim.AUTO for axis in range(min(leaf.dim(), varying))}
+    return dict.fromkeys(range(min(leaf.dim(), varying)), Dim.AUTO)
 
 
 def _drop_metadata_checks(graph: torch.fx.Graph) -> None:
@@ -136,7 +135,9 @@ def _drop_metadata_checks(graph: torch.fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _read_signature(graph: torch.fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
+def _read_signature(
+    graph: torch.fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Signature:
     names = argument_names(graph)
     paths, _ = pytree.tree_flatten_with_path(_canonical_example(graph, args, kwargs))
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]

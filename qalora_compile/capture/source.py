@@ -185,5 +185,5 @@ def _unreadable(path: Path, error: Exception) -> UserInputError:
     return UserInputError(
         f"cannot load {path.name}: {type(error).__name__}: {text[0] if text else 'no message'}",
         where=str(path),
-        hint="the file may be truncated or of an unsupported kind: compare its size with the source",
+        hint="the file may be truncated or of an unsupported kind: fetch it again",
     )

@@ -95,13 +95,22 @@ def _stock_kernels() -> str:
         "z": np.full((n, 1), 8, np.uint8),
     }
     node = make.make_node(
-        "MatMulNBits", ["x", *constants], ["y"], domain="com.microsoft",
-        K=k, N=n, bits=4, block_size=block,
+        "MatMulNBits",
+        ["x", *constants],
+        ["y"],
+        domain="com.microsoft",
+        K=k,
+        N=n,
+        bits=4,
+        block_size=block,
     )
     value = make.make_tensor_value_info
     float32 = onnx.TensorProto.FLOAT
     graph = make.make_graph(
-        [node], "doctor", [value("x", float32, [1, k])], [value("y", float32, [1, n])],
+        [node],
+        "doctor",
+        [value("x", float32, [1, k])],
+        [value("y", float32, [1, n])],
         [onnx.numpy_helper.from_array(a, name) for name, a in constants.items()],
     )
     opsets = [make.make_opsetid("", 20), make.make_opsetid("com.microsoft", 1)]
@@ -114,4 +123,6 @@ def _stock_kernels() -> str:
     except Exception as error:  # whatever ONNX Runtime says is the finding
         return f"MatMulNBits fails: {str(error).splitlines()[0]}"
     right = bool(np.allclose(result, k))
-    return "MatMulNBits, 4 bits: works" if right else f"MatMulNBits computes {result[0, 0]}, not {k}"
+    return (
+        "MatMulNBits, 4 bits: works" if right else f"MatMulNBits computes {result[0, 0]}, not {k}"
+    )

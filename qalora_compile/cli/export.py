@@ -17,8 +17,8 @@ NAME = "export"
 SUMMARY = "write a folded model as one ONNX file for ONNX Runtime"
 EXAMPLES = """examples:
   qalora-compile export folded --out edge
-  qalora-compile export folded --out edge --accuracy-level 4     int8 activations: faster, 5e-3 error
-  qalora-compile export run --out edge --allow-unfolded          keep the adapters in the graph
+  qalora-compile export folded --out edge --accuracy-level 4   int8 activations: faster, 5e-3 error
+  qalora-compile export run --out edge --allow-unfolded        keep the adapters in the graph
 """
 
 

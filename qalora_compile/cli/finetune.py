@@ -58,7 +58,9 @@ _STATUS = ("training", "interrupted", "finished")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", metavar="MODEL", help="HF folder, .gguf file or package.mod:factory")
+    parser.add_argument(
+        "model", metavar="MODEL", help="HF folder, .gguf file or package.mod:factory"
+    )
     parser.add_argument("--data", required=True, metavar="FILE", help="training data, JSON lines")
     parser.add_argument("--eval-data", metavar="FILE", help="held-out data, JSON lines")
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
@@ -78,7 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--seq-len", type=int, default=512, metavar="T", help="longest example")
     training.add_argument("--lr", type=float, default=1e-3, metavar="F")
     training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--save-every", type=int, default=50, metavar="N", help="checkpoint steps")
+    training.add_argument(
+        "--save-every", type=int, default=50, metavar="N", help="checkpoint steps"
+    )
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing RUN")
 

@@ -36,9 +36,7 @@ def run(options: argparse.Namespace) -> int:
     if options.max_new_tokens < 1:
         raise UserInputError(f"--max-new-tokens is {options.max_new_tokens}", hint="use 1 or more")
     folder = Path(options.folder)
-    sampling = Sampling(
-        temperature=options.temperature, top_p=options.top_p, seed=options.seed
-    )
+    sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
     model = LanguageModel(open_session(folder / "model.onnx", threads=options.threads))
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:

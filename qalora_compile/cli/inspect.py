@@ -69,9 +69,11 @@ def _inspect_program(program: Program) -> tuple[list[dict[str, Any]], dict[str, 
 
 
 def _site_row(site: Site, stage: str, sizes: dict[str, int], *, shared: bool) -> dict[str, Any]:
-    own = [site.weight] if site.bits is None else [
-        f"{site.path}.{part}" for part in ("qweight", "scale", "offset", "lora_A", "lora_B")
-    ]
+    own = (
+        [site.weight]
+        if site.bits is None
+        else [f"{site.path}.{part}" for part in ("qweight", "scale", "offset", "lora_A", "lora_B")]
+    )
     real = "real (folded)" if stage == FOLDED else "real"
     return {
         "path": site.name,

@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="RUN, FOLDED, DIR or .onnx")
     parser.add_argument("b", metavar="B", help="likewise; at least one of them RUN or FOLDED")
     parser.add_argument("--max-abs", type=float, metavar="F", help="largest difference admitted")
-    parser.add_argument("--max-rel", type=float, metavar="F", help="… as a part of the output scale")
+    parser.add_argument(
+        "--max-rel", type=float, metavar="F", help="… as a part of the output scale"
+    )
     parser.add_argument("--inputs", type=int, default=4, metavar="N", help="random inputs to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -40,7 +42,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserInputError(f"--inputs is {options.inputs}", hint="use 1 or more")
     if options.max_abs is None and options.max_rel is None:
         raise UserInputError(
-            "no tolerance was given", hint="add --max-abs 1e-4 or --max-rel 1e-4: there is no default"
+            "no tolerance was given",
+            hint="add --max-abs 1e-4 or --max-rel 1e-4: there is no default",
         )
     tolerance = Tolerance(max_abs=options.max_abs, max_rel=options.max_rel)
     with steps():

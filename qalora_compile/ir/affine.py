@@ -26,7 +26,7 @@ def sum_groups(x: Tensor, group_size: int) -> Tensor:
     """S(x): sums of x inside each group, `[.., K]` to `[.., L]`; the tail group may be shorter."""
     k = x.shape[-1]
     full = k // group_size * group_size
-    sums = x[..., :full].unflatten(-1, (full // group_size, group_size)).sum(-1)
+    sums: Tensor = x[..., :full].unflatten(-1, (full // group_size, group_size)).sum(-1)
     if full == k:
         return sums
     return torch.cat([sums, x[..., full:].sum(-1, keepdim=True)], dim=-1)
@@ -100,7 +100,9 @@ class GroupAffine:
                 f"codes are {self.codes.dtype} {list(self.codes.shape)}, not uint8 [N, K]"
             )
         if int(self.codes.max()) >= 2**self.bits:
-            raise UserInputError(f"a code of {int(self.codes.max())} needs more than {self.bits} bits")
+            raise UserInputError(
+                f"a code of {int(self.codes.max())} needs more than {self.bits} bits"
+            )
         expected = (self.codes.shape[0], self.groups)
         for name, values in (("scale", self.scale), ("offset", self.offset)):
             if tuple(values.shape) != expected or not values.is_floating_point():

@@ -133,7 +133,7 @@ def _function(text: str) -> Callable[..., Any] | None:
     return None
 
 
-def _encode(value: Any, node: fx.Node) -> Any:  # noqa: PLR0911 - one return a JSON form
+def _encode(value: Any, node: fx.Node) -> Any:  # noqa: C901, PLR0911 - a branch a JSON form
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
@@ -179,7 +179,7 @@ def _decode(value: Any, seen: Mapping[str, fx.Node]) -> Any:
         return decoders[kind](content)
     decoded = getattr(torch, content)
     if not isinstance(decoded, _TORCH_TYPES[kind]):
-        raise ValueError(f"{content!r} is no {kind}")
+        raise TypeError(f"{content!r} is no {kind}")
     return decoded
 
 

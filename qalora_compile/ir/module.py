@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -74,7 +74,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     mapping: dict[fx.Node, fx.Node] = {}
     result = copied.graph_copy(graph, mapping, return_output_node=True)
     assert result is not None, "a captured graph returns something"
-    value, old_output = result
+    value, old_output = cast("tuple[Any, fx.Node]", result)
     output = copied.output(value)
     output.meta = dict(old_output.meta)
     # The call signature is immutable: sharing it beats copying its trees.

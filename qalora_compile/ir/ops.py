@@ -45,7 +45,7 @@ def group_linear(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """y = x Wᵀ + b with `W = scale · q + offset` (arXiv 2309.14717, Eq. 1).
+    """Y = x Wᵀ + b with `W = scale · q + offset` (arXiv 2309.14717, Eq. 1).
 
     Args:
         x: `[.., K]`, floating.
@@ -146,7 +146,7 @@ group_sum.register_autograd(_group_sum_backward, setup_context=_group_sum_setup)
 
 @torch.library.custom_op(f"{NAMESPACE}::pooled_adapter", mutates_args=())
 def pooled_adapter(pooled: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:  # noqa: N803
-    """d = scaling · (p Aᵀ) Bᵀ (arXiv 2309.14717, Algorithm 1).
+    """D = scaling · (p Aᵀ) Bᵀ (arXiv 2309.14717, Algorithm 1).
 
     Args:
         pooled: p = S(x), `[.., L]`.
@@ -218,7 +218,7 @@ def matmul_nbits(
     block_size: int,
     accuracy_level: int,
 ) -> Tensor:
-    """y = x Wᵀ + b, `W = scale · (q − zero_point)` with integer zero-points.
+    """Y = x Wᵀ + b, `W = scale · (q − zero_point)` with integer zero-points.
 
     The reference of ONNX Runtime's `com.microsoft::MatMulNBits` (contrib operator, version 1),
     always computed exactly: `accuracy_level` only travels to the exported node.

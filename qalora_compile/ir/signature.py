@@ -51,7 +51,7 @@ class Signature:
                 if value != leaf.value:
                     raise UserInputError(
                         f"input {leaf.name} is {value!r}, but was {leaf.value!r} at capture",
-                        hint="constants are part of the captured graph: capture once for each value",
+                        hint="constants are part of the graph: capture once for each value",
                     )
             else:
                 _check_tensor(leaf, value)
@@ -106,12 +106,13 @@ def argument_names(graph: fx.Graph) -> list[str]:
 
 def input_spec(graph: fx.Graph) -> pytree.TreeSpec:
     """Tree of (args, kwargs)."""
-    return _codegen(graph).pytree_info.in_spec
+    spec: pytree.TreeSpec = _codegen(graph).pytree_info.in_spec
+    return spec
 
 
 def output_spec(graph: fx.Graph) -> pytree.TreeSpec:
     """Tree of the outputs."""
-    spec = _codegen(graph).pytree_info.out_spec
+    spec: pytree.TreeSpec | None = _codegen(graph).pytree_info.out_spec
     assert spec is not None, "a captured graph always has an output tree"
     return spec
 
@@ -173,7 +174,7 @@ def leaf_name(path: Sequence[Any], names: Sequence[str]) -> str:
 
 
 def output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
-    """Names of the flat outputs: keys where the tree has keys, else `output`, `output_1` …"""
+    """Names of the flat outputs: keys where the tree has keys, else `output`, `output_1` and so on."""
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     paths, _ = pytree.tree_flatten_with_path(tree)
     names: list[str] = []

@@ -106,7 +106,8 @@ def _broken(node: fx.Node, what: str) -> InternalError:
 def _check_group_linear(program: Program, node: fx.Node) -> None:
     qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
     bits, group_size = node.args[5], node.args[6]
-    assert isinstance(bits, int) and isinstance(group_size, int)
+    assert isinstance(bits, int)
+    assert isinstance(group_size, int)
     n, groups = scale.shape
     if qweight.dtype != torch.uint8 or offset.shape != scale.shape or offset.dtype != scale.dtype:
         raise _broken(node, "codes, scale and offset disagree in shape or dtype")
@@ -130,7 +131,8 @@ def _check_adapter(program: Program, node: fx.Node) -> None:
 def _check_matmul_nbits(program: Program, node: fx.Node) -> None:
     qweight, scale, zero_point = (tensor_argument(program, node, i) for i in (1, 2, 3))
     bits, block_size = node.args[5], node.args[6]
-    assert isinstance(bits, int) and isinstance(block_size, int)
+    assert isinstance(bits, int)
+    assert isinstance(block_size, int)
     n, blocks, width = qweight.shape
     if bits not in (2, 4, 8) or block_size < 16 or block_size & (block_size - 1):
         raise _broken(node, f"MatMulNBits takes no {bits} bits in blocks of {block_size}")

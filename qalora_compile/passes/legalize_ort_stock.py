@@ -122,8 +122,10 @@ class LegalizeOrtStock(Pass):
                 bits=bits, group_size=group_size, k=site.k, accuracy_level=self.accuracy_level
             )
             if site.path not in done:
-                parts = [tensor_argument(program, node, i) for i in (1, 2, 3)]
-                done[site.path] = lower_weight(*parts, bits, group_size, site.k, layout)
+                qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
+                done[site.path] = lower_weight(
+                    qweight, scale, offset, bits, group_size, site.k, layout
+                )
                 changes.append(_describe(site, bits, group_size, layout))
             self._rewrite(graph, node, site, layout, nodes, casts, done[site.path])
         graph.eliminate_dead_code()

@@ -10,7 +10,7 @@ from qalora_compile.ir.affine import GroupAffine, expand_groups, group_count
 
 
 def quantize_minmax(weight: Tensor, spec: QuantSpec) -> GroupAffine:
-    """scale = (max − min) / (2^bits − 1), offset = min, q = round((w − offset) / scale).
+    """Scale = (max − min) / (2^bits − 1), offset = min, q = round((w − offset) / scale).
 
     arXiv 2309.14717, Eq. 1. The offset is the minimum itself, so a group of equal weights gets
     scale 0 and comes back exactly. Scale and offset are rounded to storage first and codes are

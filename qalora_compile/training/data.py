@@ -135,7 +135,9 @@ def _from_ids(row: dict[str, Any], where: str) -> Example:
         for values in (tokens, labels)
     )
     if not valid or len(tokens) != len(labels):
-        raise UserInputError("input_ids and labels must be integer lists of one length", where=where)
+        raise UserInputError(
+            "input_ids and labels must be integer lists of one length", where=where
+        )
     return Example(tuple(tokens), tuple(labels))
 
 

@@ -68,7 +68,7 @@ def logits_of(output: Any) -> Tensor:
         logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise UnsupportedError(
-            "the model gives no logits [batch, sequence, vocabulary]: it is no causal language model",
+            "the model gives no logits [batch, sequence, vocabulary], so it is no language model",
             hint="train it with a loop of your own on program.adapter_parameters()",
         )
     return logits

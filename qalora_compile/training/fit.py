@@ -39,7 +39,9 @@ class FitSpec(Spec):
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
-                raise UserInputError(f"{name} is {getattr(self, name)}", hint=f"use {least} or more")
+                raise UserInputError(
+                    f"{name} is {getattr(self, name)}", hint=f"use {least} or more"
+                )
         if not 0 < self.learning_rate < math.inf:
             raise UserInputError(f"learning_rate is {self.learning_rate}", hint="use e.g. 1e-3")
 

@@ -88,7 +88,7 @@ class Tolerance:
 
 
 def compare(name: str, reference: Tensor, candidate: Tensor) -> Comparison:
-    """Compare two tensors in float64. NaN anywhere, or unlike shapes, is a problem, not a number."""
+    """Compare two tensors in float64. NaN anywhere, or unlike shapes, is a problem, no number."""
     if reference.shape != candidate.shape:
         text = f"shapes {list(reference.shape)} and {list(candidate.shape)} differ"
         return Comparison(name, math.inf, math.inf, -math.inf, math.nan, text)

@@ -12,7 +12,15 @@ from torch import Tensor
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.progress import track
-from qalora_compile.verify.compare import FAIL, PASS, Comparison, Report, Tolerance, compare, worst_of
+from qalora_compile.verify.compare import (
+    FAIL,
+    PASS,
+    Comparison,
+    Report,
+    Tolerance,
+    compare,
+    worst_of,
+)
 from qalora_compile.verify.runners import ProgramRunner, Runner, open_runner
 
 AFTER_LAST_SITE = "after the last site"

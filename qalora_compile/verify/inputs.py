@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import InputLeaf, argument_names, flatten_inputs, input_spec
-from torch.utils import _pytree as pytree
 
 _SIZES = {"batch": 3, "sequence": 24}
 _OTHER_SIZE = 5

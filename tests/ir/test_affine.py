@@ -50,14 +50,16 @@ def plain_weight(affine: GroupAffine) -> Tensor:
 
 
 @given(
-    n=st.integers(1, 4), k=st.integers(1, 40), bits=BITS, g=st.integers(1, 45), seed=st.integers(0, 99)
+    n=st.integers(1, 4),
+    k=st.integers(1, 40),
+    bits=BITS,
+    g=st.integers(1, 45),
+    seed=st.integers(0, 99),
 )
 def test_dequantize_is_the_plain_formula(n: int, k: int, bits: int, g: int, seed: int) -> None:
     affine = make_affine(n, k, bits, g, seed=seed)
     expected = plain_weight(affine)
-    packed = dequantize(
-        affine.pack(), affine.scale, affine.offset, bits=bits, group_size=g, k=k
-    )
+    packed = dequantize(affine.pack(), affine.scale, affine.offset, bits=bits, group_size=g, k=k)
     assert packed.shape == expected.shape
     assert torch.allclose(packed, expected, rtol=0, atol=1e-12)
     assert torch.allclose(affine.dequantize(), expected, rtol=0, atol=1e-12)

@@ -66,17 +66,13 @@ FIRES: dict[str, tuple[Build, str, bool, bool]] = {
     "mm": (lambda g, x, w, b: call(g, ATEN.mm.default, x, w), "matmul", True, False),
     "matmul": (lambda g, x, w, b: call(g, ATEN.matmul.default, x, w), "matmul", True, False),
     "matmul, transpose(0, 1)": (
-        lambda g, x, w, b: call(
-            g, ATEN.matmul.default, x, call(g, ATEN.transpose.int, w, 0, 1)
-        ),
+        lambda g, x, w, b: call(g, ATEN.matmul.default, x, call(g, ATEN.transpose.int, w, 0, 1)),
         "matmul",
         False,
         False,
     ),
     "matmul, transpose(-1, -2)": (
-        lambda g, x, w, b: call(
-            g, ATEN.matmul.default, x, call(g, ATEN.transpose.int, w, -1, -2)
-        ),
+        lambda g, x, w, b: call(g, ATEN.matmul.default, x, call(g, ATEN.transpose.int, w, -1, -2)),
         "matmul",
         False,
         False,

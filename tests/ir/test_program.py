@@ -74,7 +74,11 @@ BAD_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "missing": ((torch.zeros(4, 16),), {}, "missing argument: scale"),
     "missing all": ((), {}, "missing argument: x, scale"),
     "unknown": ((torch.zeros(4, 16), torch.zeros(4, 8)), {"gain": 1}, "gain is unknown"),
-    "twice": ((torch.zeros(4, 16), torch.zeros(4, 8)), {"x": torch.zeros(4, 16)}, "x is given twice"),
+    "twice": (
+        (torch.zeros(4, 16), torch.zeros(4, 8)),
+        {"x": torch.zeros(4, 16)},
+        "x is given twice",
+    ),
     "too many": ((torch.zeros(4, 16), torch.zeros(4, 8), 1, 2), {}, "4 arguments given"),
     "fixed size": ((torch.zeros(4, 17), torch.zeros(4, 8)), {}, r"input x has shape \[4, 17\]"),
     "rank": ((torch.zeros(4, 2, 16), torch.zeros(4, 8)), {}, "input x has shape"),
@@ -134,7 +138,7 @@ class Attention(nn.Module):
         """Two heads of width 8."""
         parts = self.fc(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
         p = 0.5 if self.training else 0.0
-        return functional.scaled_dot_product_attention(*parts.unbind(0), dropout_p=p)
+        return functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], dropout_p=p)
 
 
 def seeded(function: Any, *args: Any) -> Any:
@@ -370,7 +374,9 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, damage: str) -> No
         path.unlink()
     else:
         path.write_bytes(
-            {"truncated": whole[: len(whole) // 2], "empty": b"", "garbage": b"\xff\x00{]" * 40}[damage]
+            {"truncated": whole[: len(whole) // 2], "empty": b"", "garbage": b"\xff\x00{]" * 40}[
+                damage
+            ]
         )
     with pytest.raises(UserInputError):
         qc.Program.load(folder)

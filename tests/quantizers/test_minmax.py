@@ -17,7 +17,9 @@ from qalora_compile.quantizers.minmax import quantize_minmax
 MAGNITUDES = st.sampled_from((1e-30, 1e-6, 1.0, 6e4, 1e38))
 
 
-def random_weight(n: int, k: int, size: float, shift: float, dtype: torch.dtype, seed: int) -> Tensor:
+def random_weight(
+    n: int, k: int, size: float, shift: float, dtype: torch.dtype, seed: int
+) -> Tensor:
     """Uniform within ±size around shift · size."""
     generator = torch.Generator().manual_seed(seed)
     values = 2 * torch.rand(n, k, generator=generator, dtype=torch.float64) - 1 + shift
