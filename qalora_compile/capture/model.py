@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import CaptureError, UserInputError
-from qalora_compile.ir.module import build_module, copy_graph
+from qalora_compile.ir.module import ProgramModule, build_module, copy_graph
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.plan import SitePlan
 from qalora_compile.ir.program import FLOAT, Program
@@ -29,7 +29,8 @@ from qalora_compile.ir.signature import (
     output_spec,
 )
 
-_AXIS_NAMES = ("batch", "sequence")
+_Norm = nn.modules.batchnorm._NormBase
+"""Keeps running statistics, which training would update while the model is captured."""
 
 
 def capture_model(
@@ -59,17 +60,8 @@ def capture_model(
         raise UserInputError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
     args, kwargs = tuple(args), dict(kwargs or {})
     notes: list[str] = []
-    exported = _export(model, args, kwargs, dynamic_shapes, notes)
-    with torch.no_grad():
-        unlifted = exported.module(check_guards=False)
-    graph = copy_graph(unlifted.graph)
-    _drop_metadata_checks(graph)
-    tensors = {
-        str(node.target): tensor
-        for node in graph.nodes
-        if node.op == "get_attr" and (tensor := get_tensor(unlifted, str(node.target))) is not None
-    }
-    module = build_module(graph, tensors, submodules=unlifted, training=model.training)
+    module = _capture_both_modes(model, args, kwargs, dynamic_shapes, notes)
+    graph = module.graph
     signature = _read_signature(graph, args, kwargs)
     notes += _static_notes(signature)
     return Program(
@@ -79,6 +71,66 @@ def capture_model(
         signature=signature,
         example=_canonical_example(graph, args, kwargs),
         notes=tuple(notes),
+    )
+
+
+def _capture_both_modes(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    notes: list[str],
+) -> ProgramModule:
+    """A module that can train and evaluate, in the model's own mode.
+
+    Attention dropout leaves no trace in a graph captured in evaluation, so a model without batch
+    statistics is captured in training; that graph is taken if, switched to evaluation, it computes
+    what the model does there. Otherwise the model's own mode is captured.
+    """
+    own_mode = model.training
+    if not own_mode and not any(isinstance(m, _Norm) for m in model.modules()):
+        modes = {name: m.training for name, m in model.named_modules()}
+        model.train()
+        try:
+            module = _to_module(_export(model, args, kwargs, dynamic_shapes, notes), training=True)
+        except CaptureError:
+            module = None
+        finally:
+            for name, submodule in model.named_modules():
+                submodule.training = modes[name]
+        if module is not None and _agrees(model, module.train(False), args, kwargs):
+            return module
+        notes.clear()
+    return _to_module(_export(model, args, kwargs, dynamic_shapes, notes), training=own_mode)
+
+
+def _to_module(exported: ExportedProgram, *, training: bool) -> ProgramModule:
+    """The exported graph as a module of ours, with its tensors shared."""
+    with torch.no_grad():
+        unlifted = exported.module(check_guards=False)
+    graph = copy_graph(unlifted.graph)
+    _drop_metadata_checks(graph)
+    tensors = {
+        str(node.target): tensor
+        for node in graph.nodes
+        if node.op == "get_attr" and (tensor := get_tensor(unlifted, str(node.target))) is not None
+    }
+    return build_module(graph, tensors, submodules=unlifted, training=training)
+
+
+def _agrees(
+    model: nn.Module, module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether model and graph, both in evaluation, give the same outputs on the example."""
+    _, call_kwargs = _canonical_example(module.graph, args, kwargs)
+    with torch.no_grad():
+        expected = pytree.tree_leaves(model(*args, **kwargs))
+        found = pytree.tree_leaves(module(*args, *call_kwargs.values()))
+    return len(expected) == len(found) and all(
+        torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else a == b
+        for a, b in zip(expected, found, strict=True)
     )
 
 
@@ -141,13 +193,13 @@ def _read_signature(
     names = argument_names(graph)
     paths, _ = pytree.tree_flatten_with_path(_canonical_example(graph, args, kwargs))
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    leaves = []
+    leaves, sizes = [], _DimNames()
     for (path, leaf), node in zip(paths, placeholders, strict=True):
         name = leaf_name(path, names)
         if isinstance(leaf, Tensor):
             value = node.meta.get("val")
             shape = value.shape if isinstance(value, Tensor) else leaf.shape
-            dims = tuple(_dim_name(d, axis, name, leaf) for axis, d in enumerate(shape))
+            dims = tuple(sizes.name(d, axis, name, leaf) for axis, d in enumerate(shape))
             leaves.append(InputLeaf(name, dtype_name(leaf.dtype), dims))
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
             leaves.append(InputLeaf(name, None, (), leaf))
@@ -159,13 +211,34 @@ def _read_signature(
     return Signature(tuple(leaves), output_names(output_spec(graph)))
 
 
-def _dim_name(size: Any, axis: int, name: str, leaf: Tensor) -> int | str:
-    """A fixed size as a number, a symbolic one as a readable name."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    if axis < len(_AXIS_NAMES) and (axis == 0 or leaf.dim() <= 3):
-        return _AXIS_NAMES[axis]
-    return f"{name}_dim_{axis}"
+class _DimNames:
+    """Readable names for symbolic sizes: one name for each symbol.
+
+    Leading axes of equal example size are all `batch`, though export may keep them as separate
+    symbols where broadcasting would allow it.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+        self._batch: int | None = None
+
+    def name(self, size: int | torch.SymInt, axis: int, leaf: str, tensor: Tensor) -> int | str:
+        """A fixed size as a number, a symbolic one as a name."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        symbol = str(size)
+        if symbol not in self._names:
+            self._names[symbol] = self._choose(axis, leaf, tensor)
+        return self._names[symbol]
+
+    def _choose(self, axis: int, leaf: str, tensor: Tensor) -> str:
+        if axis == 0 and self._batch in (None, tensor.shape[0]):
+            self._batch = tensor.shape[0]
+            return "batch"
+        if axis == 1 and tensor.dim() <= 3:
+            taken = "sequence" in self._names.values()
+            return f"{leaf}_sequence" if taken else "sequence"
+        return f"{leaf}_dim_{axis}"
 
 
 def _canonical_example(

@@ -112,6 +112,8 @@ class GroupAffine:
                 )
             if not bool(torch.isfinite(values).all()):
                 raise UserInputError(f"{name} holds NaN or infinite values")
+        if not bool(torch.isfinite(self.scale * (2**self.bits - 1)).all()):
+            raise UserInputError(f"the range of a group does not fit {self.scale.dtype}")
         if self.scale.dtype != self.offset.dtype:
             raise UserInputError("scale and offset differ in dtype")
         return self

@@ -8,8 +8,10 @@ code: operators are looked up by qualified name in a fixed set of namespaces.
 from __future__ import annotations
 
 import importlib
+import keyword
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +31,37 @@ _TORCH_TYPES = {
     "memory_format": torch.memory_format,
 }
 _TRUSTED_TREES = ("transformers",)
+_NODE_KINDS = ("placeholder", "get_attr", "call_function", "output")
+_TARGET = re.compile(r"[^\s\"'\\\\()]+")
+_OPERATORS = frozenset(
+    {
+        "abs",
+        "add",
+        "and_",
+        "eq",
+        "floordiv",
+        "ge",
+        "getitem",
+        "gt",
+        "invert",
+        "le",
+        "lshift",
+        "lt",
+        "mod",
+        "mul",
+        "ne",
+        "neg",
+        "not_",
+        "or_",
+        "pos",
+        "pow",
+        "rshift",
+        "sub",
+        "truediv",
+        "xor",
+    }
+)
+"""Functions of `operator` in exported graphs; others (`attrgetter`, `call`) could run anything."""
 
 
 def graph_to_json(graph: fx.Graph, module: torch.nn.Module) -> dict[str, Any]:
@@ -75,7 +108,7 @@ def graph_from_json(value: Mapping[str, Any]) -> tuple[fx.Graph, dict[str, fx.Gr
     try:
         for row in value["nodes"]:
             args = tuple(_decode(a, seen) for a in row["args"])
-            kwargs = {k: _decode(v, seen) for k, v in row.get("kwargs", {}).items()}
+            kwargs = {_identifier(k): _decode(v, seen) for k, v in row.get("kwargs", {}).items()}
             target = _decode_target(row["op"], row["target"])
             node = graph.create_node(row["op"], target, args, kwargs, name=row["name"])
             if "site" in row:
@@ -109,24 +142,46 @@ def _encode_target(node: fx.Node) -> str:
 
 
 def _decode_target(op: str, text: str) -> Any:
+    """What a node calls or names. Nothing but operators can be reached, whatever the text says."""
+    if op not in _NODE_KINDS:
+        raise ValueError(f"{op!r} is no kind of node that an exported graph has")
+    if op == "placeholder":
+        return _identifier(text)
     if op != "call_function":
+        if not _TARGET.fullmatch(text):
+            raise ValueError(f"{text!r} is no tensor name")
         return text
     function = _function(text)
     if function is not None:
         return function
-    names = text.split(".")
+    names = [_identifier(name) for name in text.split(".")]
     if names[0] == "higher_order":
-        return getattr(torch.ops.higher_order, names[1])
-    packet = getattr(getattr(torch.ops, names[0]), names[1])
-    return getattr(packet, names[2])
+        operator_ = getattr(torch.ops.higher_order, names[1])
+        return _checked(operator_, torch._ops.HigherOrderOperator, text)
+    namespace = _checked(getattr(torch.ops, names[0]), torch._ops._OpNamespace, text)
+    packet = _checked(getattr(namespace, names[1]), torch._ops.OpOverloadPacket, text)
+    return _checked(getattr(packet, names[2]), torch._ops.OpOverload, text)
+
+
+def _identifier(text: str) -> str:
+    """A name that may become Python source when the graph is compiled."""
+    if not text.isidentifier() or keyword.iskeyword(text):
+        raise ValueError(f"{text!r} is no name")
+    return text
+
+
+def _checked(value: Any, kind: type, text: str) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{text} is no operator")
+    return value
 
 
 def _function(text: str) -> Callable[..., Any] | None:
-    """A plain function from the short list of modules that exported graphs use, or None."""
+    """A plain function from the short list that exported graphs use, or None."""
     module, _, name = text.rpartition(".")
-    if module in ("_operator", "operator"):
+    if module in ("_operator", "operator") and name in _OPERATORS:
         return getattr(operator, name, None)
-    if module == "math":
+    if module == "math" and name.isalnum():
         return getattr(math, name, None)
     if module == "torch" and name.startswith("sym_"):
         return getattr(torch, name, None)
@@ -220,4 +275,5 @@ def _decode_tree(tree: Mapping[str, Any]) -> _PyTreeCodeGen:
             f"the program takes or returns a class that is not registered: {error}",
             hint=f"import {', '.join(tree['modules'])} before loading",
         ) from error
-    return _PyTreeCodeGen(_PyTreeInfo(list(tree["arguments"]), specs[0], specs[1]))
+    arguments = [_identifier(name) for name in tree["arguments"]]
+    return _PyTreeCodeGen(_PyTreeInfo(arguments, specs[0], specs[1]))

@@ -44,8 +44,10 @@ class Signature:
         """Compare flat inputs of a call with the signature.
 
         Raises:
-            UserInputError: a dtype, rank, fixed dimension or constant differs; it is named.
+            UserInputError: a dtype, rank, fixed dimension or constant differs, or axes of one name
+                differ in size; the input is named.
         """
+        sizes: dict[str, tuple[int, str]] = {}
         for leaf, value in zip(self.inputs, leaves, strict=True):
             if leaf.dtype is None:
                 if value != leaf.value:
@@ -55,6 +57,7 @@ class Signature:
                     )
             else:
                 _check_tensor(leaf, value)
+                _check_sizes(leaf, value, sizes)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
@@ -92,6 +95,18 @@ def _check_tensor(leaf: InputLeaf, value: Any) -> None:
             hint="numbers are fixed at capture: capture with an example whose other sizes are 2 or "
             "more, or name the dimension in dynamic_shapes",
         )
+
+
+def _check_sizes(leaf: InputLeaf, value: Tensor, sizes: dict[str, tuple[int, str]]) -> None:
+    """Axes of one name have one size."""
+    for name, size in zip(leaf.shape, value.shape, strict=True):
+        if isinstance(name, str):
+            first, where = sizes.setdefault(name, (size, leaf.name))
+            if first != size:
+                raise UserInputError(
+                    f"the axis {name} is {first} in {where} and {size} in {leaf.name}",
+                    hint="give inputs of one size along axes of one name",
+                )
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -174,7 +189,7 @@ def leaf_name(path: Sequence[Any], names: Sequence[str]) -> str:
 
 
 def output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
-    """Names of the flat outputs: keys where the tree has keys, else `output`, `output_1` and so on."""
+    """Names of the flat outputs: keys where the tree has keys, else `output_0` and so on."""
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     paths, _ = pytree.tree_flatten_with_path(tree)
     names: list[str] = []

@@ -111,6 +111,11 @@ def _check_group_linear(program: Program, node: fx.Node) -> None:
     n, groups = scale.shape
     if qweight.dtype != torch.uint8 or offset.shape != scale.shape or offset.dtype != scale.dtype:
         raise _broken(node, "codes, scale and offset disagree in shape or dtype")
+    bias = node.args[4]
+    if isinstance(bias, fx.Node) and bias.op == "get_attr":
+        stored = tensor_argument(program, node, 4)
+        if tuple(stored.shape) != (n,):
+            raise _broken(node, f"the bias is {list(stored.shape)}, not [{n}]")
     site = site_of(node)
     if site is not None:
         row = program.plan[site]
@@ -126,6 +131,15 @@ def _check_adapter(program: Program, node: fx.Node) -> None:
     lora_a, lora_b = tensor_argument(program, node, 1), tensor_argument(program, node, 2)
     if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
         raise _broken(node, f"A {list(lora_a.shape)} and B {list(lora_b.shape)} do not chain")
+    pooled = node.args[0]
+    site = next((s for s in map(site_of, node.users) if s is not None), None)
+    if site is None or not isinstance(pooled, fx.Node) or pooled.target is not GROUP_SUM:
+        return  # another form: fold-adapters refuses it, other passes need not understand it
+    row, pool = program.plan[site], pooled.args[1]
+    assert isinstance(pool, int)
+    want = (group_count(row.k, pool), row.n)
+    if (lora_a.shape[1], lora_b.shape[0]) != want:
+        raise _broken(node, f"A has {lora_a.shape[1]} groups and B {lora_b.shape[0]} rows: {want}")
 
 
 def _check_matmul_nbits(program: Program, node: fx.Node) -> None:
@@ -138,6 +152,8 @@ def _check_matmul_nbits(program: Program, node: fx.Node) -> None:
         raise _broken(node, f"MatMulNBits takes no {bits} bits in blocks of {block_size}")
     if width != block_size * bits // 8 or tuple(scale.shape) != (n, blocks):
         raise _broken(node, "codes and scale disagree in shape")
+    if not is_finite(scale):
+        raise _broken(node, "scale holds NaN or infinite values")
     if zero_point.dtype != torch.uint8 or tuple(zero_point.shape) != (n, -(-blocks * bits // 8)):
         raise _broken(node, f"zero_point is {zero_point.dtype} {list(zero_point.shape)}")
 

@@ -25,7 +25,7 @@ from qalora_compile.files import read_json, write_json
 from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
 from qalora_compile.ir.module import build_module
 from qalora_compile.ir.plan import SitePlan
-from qalora_compile.ir.program import ADAPTER_NAMES, Program
+from qalora_compile.ir.program import ADAPTER_NAMES, LEGALIZED, STAGES, Program
 from qalora_compile.ir.signature import Signature, input_spec
 
 FORMAT = "qalora-program"
@@ -88,6 +88,8 @@ def read_program(folder: Path) -> Program:
 def _assemble(
     value: Mapping[str, Any], tensors: dict[str, Tensor], example: dict[str, Tensor], folder: Path
 ) -> Program:
+    if value["stage"] not in STAGES and not value["stage"].startswith(LEGALIZED):
+        raise ValueError(f"unknown stage {value['stage']!r}")
     trainable, parameters = set(value["trainable"]), set(value["parameters"])
     for name in parameters & tensors.keys():
         tensors[name] = nn.Parameter(tensors[name], requires_grad=name in trainable)

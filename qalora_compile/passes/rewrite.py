@@ -11,11 +11,15 @@ class TensorNodes:
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
         self._nodes: dict[str, fx.Node] = {}
+        self._last: fx.Node | None = None
 
     def get(self, target: str) -> fx.Node:
         """The node that reads the tensor `target`."""
         if target not in self._nodes:
-            first = next(iter(self._graph.nodes))
-            with self._graph.inserting_before(first):
-                self._nodes[target] = self._graph.get_attr(target)
+            if self._last is None:
+                place = self._graph.inserting_before(next(iter(self._graph.nodes)))
+            else:
+                place = self._graph.inserting_after(self._last)
+            with place:
+                self._last = self._nodes[target] = self._graph.get_attr(target)
         return self._nodes[target]
