@@ -103,8 +103,16 @@ def compare(name: str, reference: Tensor, candidate: Tensor) -> Comparison:
     worst = float(error.max())
     relative = worst / scale if scale else (0.0 if worst == 0 else math.inf)
     noise, signal = float(error.square().sum()), float(finite.square().sum())
-    sqnr = math.inf if noise == 0 else (10 * math.log10(signal / noise) if signal else -math.inf)
-    return Comparison(name, worst, relative, sqnr, scale)
+    return Comparison(name, worst, relative, _decibels(signal, noise), scale)
+
+
+def _decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise), with the limits at no noise, no signal and infinite noise."""
+    if noise == 0:
+        return math.inf
+    if signal == 0 or math.isinf(noise):
+        return -math.inf
+    return 10 * math.log10(signal / noise)
 
 
 def worst_of(comparisons: Iterable[Comparison]) -> Comparison:

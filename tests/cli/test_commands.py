@@ -1,0 +1,210 @@
+"""The command line from end to end on a tiny model, and what it says about bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qalora_compile.cli.main import COMMANDS, main
+from qalora_compile.ir.storage import load_tensors
+
+Capture = pytest.CaptureFixture[str]
+
+TRAIN = ["--steps", "120", "--lr", "1e-2", "--rank", "8", "--alpha", "16", "--batch-size", "6"]
+
+
+@pytest.fixture(scope="module")
+def workspace(
+    model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished way through: run, folded, edge."""
+    root = tmp_path_factory.mktemp("work")
+    out = ["--out", str(root / "run")]
+    held_out = ["--eval-data", str(data_file)]
+    assert (
+        main(["finetune", str(model_folder), "--data", str(data_file), *held_out, *out, *TRAIN])
+        == 0
+    )
+    assert main(["fold", str(root / "run"), "--out", str(root / "folded")]) == 0
+    assert main(["export", str(root / "folded"), "--out", str(root / "edge")]) == 0
+    return root
+
+
+def test_training_learned_the_task(workspace: Path) -> None:
+    record = json.loads((workspace / "run" / "run.json").read_text("utf-8"))
+    assert record["status"] == "finished"
+    before, after = record["held_out"]["before"], record["held_out"]["after"]
+    assert after["loss"] < 0.2 * before["loss"]
+    assert after["exact_match"] == 1.0
+
+
+def test_the_folders_hold_what_the_design_says(workspace: Path) -> None:
+    names = {f.name for f in (workspace / "run").iterdir()}
+    assert {"run.json", "quantized.safetensors", "adapters.safetensors", "checkpoints"} <= names
+    folded = {f.name for f in (workspace / "folded").iterdir()}
+    assert "quantized.safetensors" in folded
+    assert "adapters.safetensors" not in folded
+    assert {"model.onnx", "tokenizer.json"} <= {f.name for f in (workspace / "edge").iterdir()}
+
+
+@pytest.mark.parametrize(("a", "b"), [("run", "folded"), ("folded", "edge"), ("edge", "folded")])
+def test_verify_finds_them_equal(workspace: Path, a: str, b: str) -> None:
+    paths = [str(workspace / a), str(workspace / b)]
+    assert main(["verify", *paths, "--max-rel", "1e-4"]) == 0
+
+
+def test_verify_finds_a_difference(workspace: Path, capsys: Capture) -> None:
+    paths = [str(workspace / "run"), str(workspace / "folded")]
+    assert main(["verify", *paths, "--max-abs", "0", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "FAIL"
+    assert report["first_divergence"].startswith("model.layers.0")
+
+
+def test_verify_says_when_it_cannot_compare(workspace: Path, capsys: Capture) -> None:
+    edge = str(workspace / "edge")
+    assert main(["verify", edge, edge, "--max-abs", "1"]) == 2
+    assert main(["verify", str(workspace / "run"), edge]) == 2
+    assert "no tolerance" in capsys.readouterr().err
+
+
+def test_inspect_lists_every_layer(workspace: Path, capsys: Capture) -> None:
+    assert main(["inspect", str(workspace / "folded"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["path"]: row for row in found["layers"]}
+    assert rows["model.layers.0.mlp.up_proj"]["bits"] == 4
+    assert rows["model.embed_tokens"]["decision"] == "keep"
+    assert all(row["reason"] for row in rows.values())
+    assert found["totals"]["layers to quantize"] == 15
+    assert main(["inspect", str(workspace / "edge")]) == 0
+    assert "model.layers.1.self_attn.q_proj" in capsys.readouterr().out
+
+
+def test_generate_continues_as_it_was_trained(workspace: Path, capsys: Capture) -> None:
+    for word, kind in (("red", "colour"), ("two", "number")):
+        prompt = ["--prompt", f"{word} is a", "--max-new-tokens", "4"]
+        assert main(["generate", str(workspace / "edge"), *prompt]) == 0
+        assert capsys.readouterr().out.splitlines()[0].strip() == kind
+
+
+def test_doctor_knows_its_libraries(capsys: Capture) -> None:
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["torch"].startswith("2.")
+    assert facts["kernels, target ort-stock"] == "MatMulNBits, 4 bits: works"
+
+
+@pytest.mark.parametrize("command", [module.NAME for module in COMMANDS])
+def test_every_command_has_help_with_examples(command: str, capsys: Capture) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"qalora-compile {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_a_factory_trains_on_token_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "my_models.py").write_text(
+        "import torch\n"
+        "from tests.models import llama\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    return llama(), (torch.randint(0, 128, (2, 8)),), {}\n",
+        "utf-8",
+    )
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 3, 4]}\n', "utf-8")
+    monkeypatch.chdir(tmp_path)
+    command = ["finetune", "my_models:build", "--data", "ids.jsonl", "--out", "run", "--steps", "2"]
+    assert main([*command, "--bits", "3", "--group-size", "24"]) == 0
+    assert main(["export", "run", "--out", "edge", "--allow-unfolded"]) == 0
+    assert main(["verify", "run", "edge", "--max-rel", "1e-4"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "run", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["layers"]
+    assert {row["bits"] for row in rows if row["decision"] == "quantize"} == {3}
+
+
+BAD_COMMANDS = {
+    "fold before finetune": (["fold", "{model}", "--out", "{new}"], "not written by finetune"),
+    "fold twice": (["fold", "{root}/folded", "--out", "{new}"], "folded already"),
+    "export before fold": (["export", "{root}/run", "--out", "{new}"], "fold RUN"),
+    "unknown target": (["export", "{root}/folded", "--out", "{new}", "--target", "x"], "ort-stock"),
+    "existing output": (["fold", "{root}/run", "--out", "{root}/edge"], "--overwrite"),
+    "no such model": (["finetune", "nothing", "--data", "{data}", "--out", "{new}"], "no model"),
+    "no data": (["finetune", "{model}", "--data", "none.jsonl", "--out", "{new}"], "cannot read"),
+    "pattern without a match": (
+        ["finetune", "{model}", "--data", "{data}", "--out", "{new}", "--exclude", "q_porj"],
+        "q_proj",
+    ),
+    "group size": (
+        ["finetune", "{model}", "--data", "{data}", "--out", "{new}", "--group-size", "0"],
+        "group_size is 0",
+    ),
+    "no tokenizer": (["generate", "{root}/folded", "--prompt", "x"], "no file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_COMMANDS)
+def test_bad_input_is_explained_and_writes_nothing(
+    kind: str, workspace: Path, model_folder: Path, data_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    words, expected = BAD_COMMANDS[kind]
+    new = tmp_path / "new"
+    before = sorted(f.name for f in workspace.iterdir())
+    filled = [w.format(root=workspace, model=model_folder, data=data_file, new=new) for w in words]
+    assert main(filled) == 2
+    message = capsys.readouterr().err
+    assert "error:" in message
+    assert expected in message
+    assert "Traceback" not in message
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(f.name for f in workspace.iterdir()) == before
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["fold"], ["finetune", "m", "--bits", "5"]])
+def test_bad_usage_exits_with_2(words: list[str]) -> None:
+    assert main(words) == 2
+
+
+def test_a_run_with_truncated_tensors_is_refused(
+    workspace: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(workspace / "run", run)
+    tensors = run / "quantized.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1000])
+    assert main(["fold", str(run), "--out", str(tmp_path / "folded")]) == 2
+    assert "truncated" in capsys.readouterr().err
+    assert not (tmp_path / "folded").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_resume_ends_bit_for_bit_alike(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "qalora_compile", "finetune", str(model_folder)]
+    command += ["--data", str(data_file), "--steps", "400", "--lr", "1e-2", "--save-every", "1000"]
+    whole = [*command, "--out", str(tmp_path / "whole")]
+    subprocess.run(whole, check=True, capture_output=True)
+    cut = [*command, "--out", str(tmp_path / "cut")]
+    process = subprocess.Popen(cut, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "cut" / "run.json").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    record = json.loads((tmp_path / "cut" / "run.json").read_text("utf-8"))
+    assert record["status"] == "interrupted"
+    assert 0 < record["step"] < 400
+    subprocess.run([*cut, "--resume"], check=True, capture_output=True)
+    ends = [load_tensors(tmp_path / name / "adapters.safetensors") for name in ("whole", "cut")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all((ends[0][name] == ends[1][name]).all() for name in ends[0])
