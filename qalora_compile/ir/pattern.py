@@ -101,6 +101,8 @@ def match_linear(node: fx.Node) -> LinearMap | None:
     else:
         return None
     ref = resolve_weight(weight)
+    if resolve_weight(x) is not None:  # two weights multiplied: no activation to group
+        return None
     if ref is None or not isinstance(x, fx.Node) or not isinstance(bias, (fx.Node, type(None))):
         return None
     return LinearMap(node, x, ref, bias, kind, stored_kn ^ ref.swapped)

@@ -118,7 +118,7 @@ def _name_rows(uses: list[_Use]) -> list[Site]:
     rows = []
     for use in uses:
         path = owner_path(use.weight)
-        shown = _shown_path(path, module_path(use.node))
+        shown = _shown_path(path.removesuffix(_RAW), module_path(use.node))
         taken[shown] = taken.get(shown, 0) + 1
         name = shown if taken[shown] == 1 else f"{shown}@{taken[shown]}"
         linear = use.linear
@@ -143,12 +143,16 @@ def _name_rows(uses: list[_Use]) -> list[Site]:
     return rows
 
 
+_RAW = "_quantized"
+"""Added to the name of a weight that is no module's `weight`, so that both can exist."""
+
+
 def owner_path(weight: str) -> str:
     """Module path under which a weight's quantized tensors are stored."""
     for suffix in (".weight", "_weight"):
         if weight.endswith(suffix):
             return weight.removesuffix(suffix)
-    return f"{weight}_quantized"
+    return f"{weight}{_RAW}"
 
 
 def _shown_path(path: str, caller: str | None) -> str:

@@ -1,0 +1,153 @@
+"""annotate-linears: every weight gets a row, a decision and a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import qalora_compile as qc
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.plan import KEEP, QUANTIZE
+from qalora_compile.ir.program import ANNOTATED
+from qalora_compile.passes.annotate_linears import AnnotateLinears, owner_path
+from tests.models import MLP, TRANSFORMERS, TiedHead, UsedTwice, token_ids, worst
+
+Golden = Callable[[str, str], None]
+
+
+def annotated(model: nn.Module, x: Tensor, **options: object) -> qc.Program:
+    program = qc.capture_model(model.eval(), (x,))
+    return AnnotateLinears(**options)(program).program  # type: ignore[arg-type]
+
+
+def test_golden(golden: Golden) -> None:
+    golden("annotate-linears", str(annotated(MLP(16, 24, 8), torch.randn(2, 16))))
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_every_weight_has_a_row_with_a_reason(name: str) -> None:
+    ids = token_ids(2, 16)
+    program = annotated(TRANSFORMERS[name](), ids)
+    weights = {
+        n for n, t in program.tensors().items() if isinstance(t, nn.Parameter) and t.dim() > 1
+    }
+    assert {site.weight for site in program.plan} == weights
+    assert all(site.reason for site in program.plan)
+    assert len({site.name for site in program.plan}) == len(program.plan)
+    assert program.stage == ANNOTATED
+
+
+def test_the_function_does_not_change() -> None:
+    model, x = MLP(16, 24, 8).double(), torch.randn(3, 16, dtype=torch.float64)
+    assert worst(annotated(model, x)(x), model(x)) == 0.0
+
+
+def test_ties_are_kept_and_can_be_forced() -> None:
+    model, ids = TiedHead(), token_ids(2, 8) % 48
+    kept = annotated(model, ids)
+    assert kept.plan["lm_head"].decision == KEEP
+    assert "tied to embed" in kept.plan["lm_head"].reason
+    assert annotated(model, ids, targets=("lm_head",)).plan["lm_head"].decision == QUANTIZE
+
+
+def test_uses_of_one_weight_share_a_storage() -> None:
+    plan = annotated(UsedTwice(), torch.randn(2, 32)).plan
+    assert [s.name for s in plan] == ["shared", "shared@2", "head"]
+    assert plan["shared"].storage == plan["shared@2"].storage != plan["head"].storage
+
+
+class Odd(nn.Module):
+    """Weights that are used in other ways than x Wᵀ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.randn(4, 4))
+        self.plain = nn.Parameter(torch.randn(6, 5))
+        self.conv = nn.Conv1d(1, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.left @ x) @ self.plain
+        y = torch.addmm(torch.zeros(5), y, self.plain.t() @ self.plain, alpha=2)
+        return self.conv(y[:, None])
+
+
+def test_other_uses_are_kept_and_named_by_their_operator() -> None:
+    plan = annotated(Odd(), torch.randn(4, 6)).plan
+    kinds = {(s.weight, s.kind): s.decision for s in plan}
+    assert kinds["left", "matmul"] == KEEP, "a weight on the left is no x W"
+    assert kinds["conv.weight", "conv1d"] == KEEP
+    plain = [s for s in plan if s.weight == "plain"]
+    assert [s.name for s in plain] == ["plain", "plain@2", "plain@3"]
+    assert {s.decision for s in plain} == {KEEP}, "it is also multiplied with itself"
+    assert any("tied to plain" in s.reason for s in plain)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("layers.1", {"layers.1"}),
+        ("1", {"layers.1"}),
+        ("layers.*", {"layers.0", "layers.1", "layers.2"}),
+        ("re:[02]$", {"layers.0", "layers.2"}),
+        ("all-linear", {"layers.0", "layers.1", "layers.2"}),
+    ],
+)
+def test_targets_select(pattern: str, expected: set[str]) -> None:
+    targets = pattern if pattern == "all-linear" else (pattern,)
+    plan = annotated(MLP(16, 8, 8, 8), torch.randn(2, 16), targets=targets).plan
+    assert {s.name for s in plan if s.decision == QUANTIZE} == expected
+    excluded = annotated(MLP(16, 8, 8, 8), torch.randn(2, 16), exclude=("layers.1",)).plan
+    assert excluded["layers.1"].reason == "excluded"
+
+
+@given(st.sets(st.sampled_from(["layers.0", "layers.1", "layers.2"]), min_size=1))
+def test_exactly_the_named_sites_are_quantized(names: set[str]) -> None:
+    program = qc.capture_model(_THREE, (_X,))
+    plan = AnnotateLinears(targets=tuple(sorted(names)))(program).program.plan
+    assert {s.name for s in plan if s.decision == QUANTIZE} == names
+
+
+_THREE, _X = MLP(8, 8, 8, 8).eval(), torch.zeros(2, 8)
+
+
+@pytest.mark.parametrize("option", ["targets", "exclude"])
+def test_a_pattern_that_matches_nothing_lists_near_names(option: str) -> None:
+    with pytest.raises(UserInputError, match="matches no linear layer") as caught:
+        annotated(MLP(16, 8, 8), torch.randn(2, 16), **{option: ("layer.1",)})
+    assert caught.value.where == option
+    assert "layers.1" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
+    model = MLP(16, 8, 8)
+    with torch.no_grad():
+        model.layers[1].weight[3, 3] = bad
+    with pytest.raises(UserInputError, match=r"layers\.1\.weight holds NaN or infinite"):
+        annotated(model, torch.randn(2, 16))
+
+
+def test_an_invalid_regular_expression_is_refused() -> None:
+    with pytest.raises(UserInputError, match="no regular expression"):
+        annotated(MLP(16, 8), torch.randn(2, 16), targets=("re:(",))
+
+
+def test_marks_follow_the_plan_and_the_input_has_none() -> None:
+    program = qc.capture_model(MLP(16, 8, 8).eval(), (torch.randn(2, 16),))
+    after = AnnotateLinears()(program).program
+    assert [s for s in map(site_of, after.graph.nodes) if s] == ["layers.0", "layers.1"]
+    assert not any(map(site_of, program.graph.nodes))
+
+
+@pytest.mark.parametrize(
+    ("weight", "path"),
+    [("a.b.weight", "a.b"), ("mha.in_proj_weight", "mha.in_proj"), ("a.W", "a.W_quantized")],
+)
+def test_where_quantized_tensors_are_stored(weight: str, path: str) -> None:
+    assert owner_path(weight) == path

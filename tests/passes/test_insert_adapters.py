@@ -1,0 +1,129 @@
+"""insert-adapters: a pooled adapter beside every quantized site, zero at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import qalora_compile as qc
+from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
+from qalora_compile.ir.spec import GROUP_SUM, POOLED_ADAPTER
+from qalora_compile.passes.insert_adapters import InsertAdapters
+from tests.models import MLP, ThreeReaders, UsedTwice, adapted, assert_close, bert, worst
+
+Golden = Callable[[str, str], None]
+
+
+def quantized(model: torch.nn.Module, x: Tensor, group: int = 8) -> qc.Program:
+    return qc.quantize_groups(qc.capture_model(model.eval(), (x,)), qc.QuantSpec(group_size=group))
+
+
+def test_golden(golden: Golden) -> None:
+    program = quantized(MLP(16, 24, 8), torch.randn(2, 16))
+    golden("insert-adapters", str(InsertAdapters(rank=2, alpha=3.0)(program).program))
+
+
+def test_nothing_changes_at_the_start() -> None:
+    x = torch.randn(3, 20, dtype=torch.float64)
+    before = quantized(MLP(20, 12, 5).double(), x)
+    assert worst(qc.insert_adapters(before)(x), before(x)) == 0.0
+
+
+@given(
+    pooling=st.sampled_from(["sum", "mean", "mean_times_groups"]),
+    k=st.integers(1, 40),
+    group=st.integers(1, 16),
+    times=st.integers(1, 3),
+    rank=st.integers(1, 5),
+    rslora=st.booleans(),
+)
+def test_the_adapter_computes_its_formula(
+    pooling: str, k: int, group: int, times: int, rank: int, rslora: bool
+) -> None:
+    pool = group * times
+    spec = qc.AdapterSpec(rank=rank, alpha=1.5, pooling=pooling, group_size=pool, use_rslora=rslora)
+    x = torch.randn(3, k, dtype=torch.float64)
+    model = MLP(k, 6).double().eval()
+    program = adapted(model, (x,), qc.QuantSpec(group_size=group), spec, size=0.5)
+    bare = quantized(model, x, group)
+    parts = {n.rpartition(".")[2]: p.detach() for n, p in program.named_adapter_parameters()}
+    chunks = x.split(pool, dim=-1)
+    factor = {"sum": 1.0, "mean": 1 / pool, "mean_times_groups": len(chunks) / pool}[pooling]
+    pooled = torch.stack([chunk.sum(-1) for chunk in chunks], dim=-1)
+    scaling = 1.5 / (rank**0.5 if rslora else rank)
+    update = scaling * factor * pooled @ parts["lora_A"].t() @ parts["lora_B"].t()
+    assert_close(program(x), bare(x) + update, relative=1e-12)
+
+
+def test_only_adapters_train_and_all_get_gradients() -> None:
+    ids = torch.randint(0, 128, (2, 8))
+    program = adapted(bert(), (ids,))
+    program(ids).last_hidden_state.square().mean().backward()
+    gradients = {n for n, p in program.module.named_parameters() if p.grad is not None}
+    expected = {n for n, _ in program.named_adapter_parameters() if "pooler" not in n}
+    assert gradients == expected  # the pooler's output is not part of the loss
+
+
+def test_a_shared_weight_has_one_adapter() -> None:
+    program = adapted(UsedTwice(), (torch.randn(2, 32),))
+    assert sum(n.target is POOLED_ADAPTER for n in program.graph.nodes) == 3
+    assert len(program.adapter_parameters()) == 4
+
+
+def test_readers_of_one_tensor_share_a_sum() -> None:
+    program = adapted(ThreeReaders(), (torch.randn(2, 64),))
+    assert sum(n.target is GROUP_SUM for n in program.graph.nodes) == 1
+
+
+def test_the_seed_decides_the_start() -> None:
+    program = quantized(MLP(16, 8), torch.randn(2, 16))
+
+    def start(seed: int) -> Tensor:
+        spec = qc.AdapterSpec(rank=2, seed=seed)
+        return qc.insert_adapters(program, spec).adapter_parameters()[0]
+
+    assert torch.equal(start(1), start(1))
+    assert not torch.equal(start(1), start(2))
+
+
+@pytest.mark.parametrize("pool", [1, 4, 12])
+def test_a_pool_that_is_no_multiple_is_refused(pool: int) -> None:
+    program = quantized(MLP(16, 8), torch.randn(2, 16))
+    with pytest.raises(PreconditionError, match=f"groups of {pool}, .* groups of 8") as caught:
+        qc.insert_adapters(program, qc.AdapterSpec(group_size=pool))
+    assert caught.value.where == "layers.0"
+    assert caught.value.pass_name == "insert-adapters"
+
+
+def test_a_float_program_is_refused() -> None:
+    program = qc.capture_model(MLP(16, 8).eval(), (torch.randn(2, 16),))
+    with pytest.raises(PreconditionError, match="takes a program at stage quantized"):
+        qc.insert_adapters(program)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 0}, {"pooling": "max"}, {"alpha": float("nan")}, {"group_size": 0}]
+)
+def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(UserInputError):
+        qc.AdapterSpec(**options)  # type: ignore[arg-type]
+
+
+def test_an_adapter_that_does_not_start_at_zero_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = InsertAdapters._make_adapters
+
+    def shifted(self: InsertAdapters, program: qc.Program) -> dict[str, Tensor]:
+        made = real(self, program)
+        for name, tensor in made.items():
+            if name.endswith("lora_B"):
+                tensor.data += 1
+        return made
+
+    monkeypatch.setattr(InsertAdapters, "_make_adapters", shifted)
+    with pytest.raises(PostconditionError, match="start at zero"):
+        qc.insert_adapters(quantized(MLP(16, 8), torch.randn(2, 16)))

@@ -1,0 +1,185 @@
+"""legalize-ort-stock: integer zero-points and a correction, exact for every size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import qalora_compile as qc
+from qalora_compile.api import lower
+from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
+from qalora_compile.ir.affine import dequantize
+from qalora_compile.ir.ops import matmul_nbits
+from qalora_compile.ir.packing import pack_codes
+from qalora_compile.ir.spec import GROUP_SUM, MATMUL_NBITS
+from qalora_compile.passes import legalize_ort_stock as pass_module
+from qalora_compile.passes.legalize_ort_stock import BlockLayout, LegalizeOrtStock, lower_weight
+from tests.models import MLP, OneLinear, adapted, assert_close, bert, llama, token_ids
+
+Golden = Callable[[str, str], None]
+X = torch.randn(4, 40, generator=torch.Generator().manual_seed(3))
+
+
+def folded(bits: int = 4, group: int = 16, k: int = 40) -> tuple[qc.Program, Tensor]:
+    x = torch.randn(4, k)
+    program = adapted(MLP(k, 24, 8).eval(), (x,), qc.QuantSpec(bits=bits, group_size=group))
+    return qc.fold_adapters(program), x
+
+
+def test_golden(golden: Golden) -> None:
+    golden("legalize-ort-stock", str(LegalizeOrtStock()(folded()[0]).program))
+    golden("legalize-ort-stock-spread", str(LegalizeOrtStock()(folded(3, 24)[0]).program))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [1, 7, 16, 24, 32, 48, 100, 576])
+@pytest.mark.parametrize("k", [33, 64])
+def test_every_size_is_exact(bits: int, group: int, k: int) -> None:
+    program, x = folded(bits, group, k)
+    assert_close(LegalizeOrtStock()(program).program(x), program(x), relative=1e-5)
+
+
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    level=st.sampled_from([0, 4]),
+    group=st.integers(1, 70),
+    k=st.integers(1, 80),
+    shift=st.floats(-100, 100),
+    seed=st.integers(0, 9),
+)
+def test_the_weight_comes_back_from_its_parts(
+    bits: int, level: int, group: int, k: int, shift: float, seed: int
+) -> None:
+    """x = one unit vector a column reads the weight out of kernel and correction."""
+    generator = torch.Generator().manual_seed(seed)
+    n, groups = 3, -(-k // group)
+    codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(n, groups, generator=generator, dtype=torch.float32)
+    scale[0, 0] = 0.0
+    offset = (torch.randn(n, groups, generator=generator) + shift).float()
+    packed = pack_codes(codes, bits)
+    layout = BlockLayout.choose(bits=bits, group_size=group, k=k, accuracy_level=level)
+    parts = lower_weight(packed, scale, offset, bits, group, k, layout)
+    eye = torch.eye(k, dtype=torch.float64)
+    x = torch.ops.qalora.spread_groups(eye, group, layout.width) if layout.spread else eye
+    y = matmul_nbits(
+        x, parts["qweight"], parts["scale"], parts["zero_point"], None, layout.bits,
+        layout.block_size, 0,
+    )  # fmt: skip
+    y = y + torch.ops.qalora.group_sum(eye, group) @ parts["correction"].double()
+    expected = dequantize(packed, scale.double(), offset.double(), bits=bits, group_size=group, k=k)
+    assert_close(y.t(), expected, relative=1e-6)
+
+
+@given(group=st.integers(1, 2000), k=st.integers(1, 4000), bits=st.sampled_from([2, 3, 4, 8]))
+def test_a_layout_is_one_that_the_kernel_takes(group: int, k: int, bits: int) -> None:
+    layout = BlockLayout.choose(bits=bits, group_size=group, k=k, accuracy_level=0)
+    assert layout.block_size in (16, 32, 64, 128, 256)
+    assert layout.width % layout.block_size == 0
+    assert layout.width - group < 16
+    assert layout.bits in (2, 4, 8)
+    assert layout.bits >= bits
+
+
+def test_no_correction_where_zero_points_are_integers() -> None:
+    model = OneLinear(32, 4)
+    with torch.no_grad():  # levels −8 … 7 with scale 1: zero-point 8 exactly
+        model.fc.weight.copy_(torch.arange(128).reshape(4, 32).remainder(16) - 8.0)
+    program = qc.quantize_groups(qc.capture_model(model.eval(), (torch.randn(2, 32),)))
+    lowered = LegalizeOrtStock()(program).program
+    assert "fc.correction" not in lowered.tensors()
+    assert not any(n.target is GROUP_SUM for n in lowered.graph.nodes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_are_computed_in_float32(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 40).to(dtype)
+    program = qc.fold_adapters(adapted(MLP(40, 24, 8).to(dtype).eval(), (x,)))
+    lowered = lower(program, qc.ExportSpec())
+    assert lowered(x).dtype == dtype
+    assert all(t.dtype == torch.float32 for n, t in lowered.tensors().items() if "scale" in n)
+    assert_close(lowered(x), program(x), relative=2e-2)
+
+
+@pytest.mark.parametrize("build", [bert, llama])
+def test_transformers(build: Callable[[], torch.nn.Module]) -> None:
+    ids = token_ids(2, 12)
+    program = qc.fold_adapters(adapted(build(), (ids,)))
+    lowered = lower(program, qc.ExportSpec())
+    assert_close(lowered(ids), program(ids), relative=1e-4)
+    count = sum(n.target is MATMUL_NBITS for n in lowered.graph.nodes)
+    assert count == len(program.plan.to_quantize())
+
+
+def test_unfolded_adapters_stay() -> None:
+    program = adapted(MLP(40, 24, 8).eval(), (X,))
+    lowered = LegalizeOrtStock()(program).program
+    assert_close(lowered(X), program(X), relative=1e-5)
+    assert len(lowered.adapter_parameters()) == 4
+
+
+def swap_nibbles(parts: dict[str, Tensor]) -> None:
+    q = parts["qweight"]
+    parts["qweight"] = (q >> 4) | (q << 4)
+
+
+def off_by_one(parts: dict[str, Tensor]) -> None:
+    parts["zero_point"] = parts["zero_point"] + 1
+
+
+def drop_correction(parts: dict[str, Tensor]) -> None:
+    parts["correction"] = torch.zeros_like(parts["correction"])
+
+
+def negate_correction(parts: dict[str, Tensor]) -> None:
+    parts["correction"] = -parts["correction"]
+
+
+def lose_tail(parts: dict[str, Tensor]) -> None:
+    parts["correction"] = parts["correction"].clone()
+    parts["correction"][-1] = 0
+
+
+FAULTS = [swap_nibbles, off_by_one, drop_correction, negate_correction, lose_tail]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_a_wrong_lowering_is_caught(
+    fault: Callable[[dict[str, Tensor]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, x = folded(4, 16)
+    real = lower_weight
+
+    def wrong(*args: object) -> dict[str, Tensor]:
+        parts = real(*args)  # type: ignore[arg-type]
+        fault(parts)
+        return parts
+
+    monkeypatch.setattr(pass_module, "lower_weight", wrong)
+    lowered = LegalizeOrtStock()(program).program
+    report = qc.verify_equivalence(program, lowered, [(x,)], qc.Tolerance(max_rel=1e-4))
+    assert not report.passed
+    assert report.first_divergence == "layers.0"
+
+
+def test_the_result_says_what_was_stored_otherwise() -> None:
+    changes = LegalizeOrtStock()(folded(3, 24)[0]).changes
+    assert "3-bit codes stored in 4 bits" in changes[0].why
+    assert "groups of 24 padded to 32" in changes[0].why
+
+
+def test_float64_and_other_stages_are_refused() -> None:
+    x = torch.randn(2, 40, dtype=torch.float64)
+    program = qc.quantize_groups(qc.capture_model(MLP(40, 8).double().eval(), (x,)))
+    with pytest.raises(UnsupportedError, match="no float64 kernel"):
+        LegalizeOrtStock()(program)
+    lowered = LegalizeOrtStock()(folded()[0]).program
+    with pytest.raises(PreconditionError):
+        LegalizeOrtStock()(lowered)
+    with pytest.raises(UserInputError):
+        LegalizeOrtStock(accuracy_level=3)
