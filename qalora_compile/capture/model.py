@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import CaptureError, UserInputError
@@ -224,7 +225,7 @@ class _DimNames:
 
     def name(self, size: int | torch.SymInt, axis: int, leaf: str, tensor: Tensor) -> int | str:
         """A fixed size as a number, a symbolic one as a name."""
-        if not isinstance(size, torch.SymInt):
+        if is_concrete_int(size):  # a symbol that export has specialised counts as a number
             return int(size)
         symbol = str(size)
         if symbol not in self._names:

@@ -57,9 +57,7 @@ def case_program(pooling: str, dtype: torch.dtype) -> tuple[qc.Program, Tensor]:
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_case_01_six_conventions_one_answer(
-    pooling: str, dtype: torch.dtype, limit: float
-) -> None:
+def test_case_01_six_conventions_one_answer(pooling: str, dtype: torch.dtype, limit: float) -> None:
     program, x = case_program(pooling, dtype)
     folded = qc.fold_adapters(program)
     assert worst(program(x), folded(x)) <= limit * max(1.0, scale_of(program(x)))
@@ -111,13 +109,13 @@ FLAT = {
 def test_case_03_flat_groups(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(K, N, bias=False)).eval()
     with torch.no_grad():
-        model[0].weight.copy_(torch.cat(list(FLAT.values()), dim=1))
+        model.get_parameter("0.weight").copy_(torch.cat(list(FLAT.values()), dim=1))
     x = torch.randn(7, K)
     program = adapted(model, (x,))
     quantized = tensors_of(program, "0")
     again = np.repeat(quantized["scale"], G, 1) * quantized["codes"]
     again += np.repeat(quantized["offset"], G, 1)
-    weight = model[0].weight.detach().double().numpy()
+    weight = model.get_parameter("0.weight").detach().double().numpy()
     for index, name in enumerate(FLAT):
         group = slice(index * G, (index + 1) * G)
         assert np.isfinite(again[:, group]).all()
@@ -135,7 +133,7 @@ def test_case_03_flat_groups(tmp_path: Path) -> None:
 def test_case_04_one_sided_groups(sign: float, bits: int, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(K, N)).eval()
     with torch.no_grad():
-        model[0].weight.copy_(sign * (5 + torch.rand(N, K)))
+        model.get_parameter("0.weight").copy_(sign * (5 + torch.rand(N, K)))
     x = torch.randn(7, K)
     program = adapted(model, (x,), qc.QuantSpec(bits=bits, group_size=G))
     folded = qc.fold_adapters(program)
@@ -212,7 +210,7 @@ def test_case_07b_a_head_tied_to_the_embedding() -> None:
 def test_case_07c_the_bias_is_added_once(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(K, N)).eval()
     with torch.no_grad():
-        model[0].bias.fill_(100.0)
+        model.get_parameter("0.bias").fill_(100.0)
     x = torch.zeros(2, K)
     program = adapted(model, (x,))
     folded = qc.fold_adapters(program)

@@ -128,7 +128,7 @@ def test_a_pattern_that_matches_nothing_lists_near_names(option: str) -> None:
 def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
     model = MLP(16, 8, 8)
     with torch.no_grad():
-        model.layers[1].weight[3, 3] = bad
+        model.get_parameter("layers.1.weight")[3, 3] = bad
     with pytest.raises(UserInputError, match=r"layers\.1\.weight holds NaN or infinite"):
         annotated(model, torch.randn(2, 16))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional
 
 import qalora_compile as qc
 from qalora_compile.config import QuantSpec
@@ -32,13 +32,12 @@ def test_golden(golden: Golden) -> None:
 
 def dequantized(model: MLP, spec: QuantSpec) -> MLP:
     """The eager model with its weights replaced by what the quantizer makes of them."""
-    sizes = [model.layers[0].in_features, *(layer.out_features for layer in model.layers)]
-    copy = MLP(*sizes).to(model.layers[0].weight.dtype)
-    copy.load_state_dict(model.state_dict())
+    replaced = copy.deepcopy(model)
     with torch.no_grad():
-        for layer in copy.layers:
-            layer.weight.copy_(quantize_minmax(layer.weight, spec).dequantize())
-    return copy
+        for name, parameter in replaced.named_parameters():
+            if name.endswith("weight"):
+                parameter.copy_(quantize_minmax(parameter, spec).dequantize())
+    return replaced
 
 
 @given(
@@ -121,9 +120,7 @@ def test_half_precision_weights_are_quantized_from_their_values() -> None:
     program = quantized(model, x, bits=8)
     assert program.tensors()["layers.0.scale"].dtype == torch.float32
     assert program(x).dtype == torch.bfloat16
-    expected = functional.linear(
-        x.float(), model.layers[0].weight.float(), model.layers[0].bias.float()
-    )
+    expected = model.float()(x.float())
     assert_close(program(x).float(), expected, relative=0.02)
 
 
