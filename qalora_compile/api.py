@@ -17,7 +17,7 @@ from qalora_compile.passes.insert_adapters import InsertAdapters
 from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
 from qalora_compile.passes.pipeline import Pipeline
 from qalora_compile.passes.quantize_groups import QuantizeGroups
-from qalora_compile.passes.select import ALL_LINEAR
+from qalora_compile.passes.select import ALL_LINEAR, as_patterns
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 
 
@@ -45,8 +45,8 @@ def quantize_groups(
     quantize = QuantizeGroups(**(spec or QuantSpec()).to_json())
     steps: list[Pass] = [quantize]
     if program.stage != ANNOTATED:
-        wanted = targets if isinstance(targets, str) else tuple(targets)
-        barred = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        wanted = targets if isinstance(targets, str) else as_patterns(list(targets), "targets")
+        barred = as_patterns(exclude if isinstance(exclude, str) else list(exclude), "exclude")
         steps.insert(0, AnnotateLinears(targets=wanted, exclude=barred))
     return Pipeline(steps)(program).program
 

@@ -15,7 +15,7 @@ from qalora_compile.ir.program import ANNOTATED, FLOAT, Program
 from qalora_compile.ir.signature import dtype_name
 from qalora_compile.ir.storage import is_finite, storage_key
 from qalora_compile.passes.base import Change, Pass, PassResult
-from qalora_compile.passes.select import ALL_LINEAR, match_patterns
+from qalora_compile.passes.select import ALL_LINEAR, as_patterns, match_patterns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,11 @@ class AnnotateLinears(Pass):
 
     targets: str | tuple[str, ...] = ALL_LINEAR
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.targets != ALL_LINEAR:
+            object.__setattr__(self, "targets", as_patterns(self.targets, "targets"))
+        object.__setattr__(self, "exclude", as_patterns(self.exclude, "exclude"))
 
     def requires(self, program: Program) -> None:
         """Every floating weight is finite.
@@ -176,8 +181,7 @@ def _decide(
     """
     names = {row.name: (row.name.split("@")[0], row.path) for row in rows if row.n}
     everything = targets == ALL_LINEAR
-    patterns = (targets,) if isinstance(targets, str) else targets
-    wanted = set(names) if everything else match_patterns(patterns, names, "targets")
+    wanted = set(names) if everything else match_patterns(targets, names, "targets")
     barred = match_patterns(exclude, names, "exclude")
     readers: dict[int, list[Site]] = {}
     for row in rows:

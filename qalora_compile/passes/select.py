@@ -14,6 +14,19 @@ _REGEX = "re:"
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
+def as_patterns(value: object, option: str) -> tuple[str, ...]:
+    """One pattern or several as a tuple of texts; a number names a layer of `nn.Sequential`.
+
+    Raises:
+        UserInputError: something is neither text nor a whole number.
+    """
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    for item in items:
+        if not isinstance(item, (str, int)) or isinstance(item, bool):
+            raise UserInputError(f"{option} holds {item!r}", hint="give names of layers as text")
+    return tuple(str(item) for item in items)
+
+
 def match_patterns(
     patterns: Iterable[str], names: Mapping[str, Sequence[str]], option: str
 ) -> set[str]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import qalora_compile as qc
-from qalora_compile.errors import UserInputError
+from qalora_compile.errors import InternalError, UserInputError
 from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.pattern import LinearMap
 from qalora_compile.ir.plan import KEEP, QUANTIZE
 from qalora_compile.ir.program import ANNOTATED
+from qalora_compile.passes import annotate_linears as pass_module
 from qalora_compile.passes.annotate_linears import AnnotateLinears, owner_path
-from tests.models import MLP, TRANSFORMERS, TiedHead, UsedTwice, token_ids, worst
+from tests.models import MLP, TRANSFORMERS, SquareConv1D, TiedHead, UsedTwice, token_ids, worst
 
 Golden = Callable[[str, str], None]
 
@@ -136,6 +139,28 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
 def test_an_invalid_regular_expression_is_refused() -> None:
     with pytest.raises(UserInputError, match="no regular expression"):
         annotated(MLP(16, 8), torch.randn(2, 16), targets=("re:(",))
+
+
+def test_a_layer_read_the_wrong_way_round_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = SquareConv1D(64).eval(), torch.randn(3, 64)
+    right = qc.quantize_groups(qc.capture_model(model, (x,)))
+    real = pass_module.match_linear
+
+    def turned(node: fx.Node) -> LinearMap | None:
+        found = real(node)
+        return found and dataclasses.replace(found, transposed=not found.transposed)
+
+    monkeypatch.setattr(pass_module, "match_linear", turned)
+    wrong = qc.quantize_groups(qc.capture_model(model, (x,)))
+    report = qc.verify_equivalence(right, wrong, [(x,)], qc.Tolerance(max_rel=0.05))
+    assert not report.passed
+    assert report.first_divergence == "c_proj"
+
+
+def test_a_site_marked_on_another_node_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pass_module, "mark_site", lambda node, name: None)
+    with pytest.raises(InternalError, match="no node computes the site"):
+        annotated(MLP(16, 8, 8), torch.randn(2, 16))
 
 
 def test_marks_follow_the_plan_and_the_input_has_none() -> None:

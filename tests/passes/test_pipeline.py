@@ -102,6 +102,17 @@ def test_unknown_names_suggest_near_ones() -> None:
     assert "group-size" in str(caught.value)
 
 
+def test_numbers_name_layers_of_a_sequential() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    captured = qc.capture_model(model.eval(), (X,))
+    plan = Pipeline.parse("annotate-linears{exclude=[2]}")(captured).program.plan
+    assert plan["2"].reason == "excluded"
+    assert plan["0"].decision == "quantize"
+    for text in ("annotate-linears{exclude=[true]}", "annotate-linears{targets=none}"):
+        with pytest.raises(UserInputError, match="give names of layers|holds"):
+            Pipeline.parse(text)
+
+
 @pytest.mark.parametrize(
     "text",
     [
