@@ -79,9 +79,7 @@ def main() -> None:
             qc.export_model(folded, path)
             report = qc.verify_equivalence(folded, path, [inputs], TOLERANCE).check()
         counts = ", ".join(f"{n} {decision}" for decision, n in folded.plan.counts().items())
-        print(
-            f"{name}: {counts}; loss {before:.3f} → {after:.3f}; ONNX off by {report.max_abs:.1e}"
-        )
+        print(f"{name}: {counts}; loss {before:.3f} → {after:.3f}, ONNX {report.max_abs:.0e} off")
         for site in folded.plan:
             print(f"  {site.name:45} {site.kind:9} {site.decision:8} {site.reason}")
 

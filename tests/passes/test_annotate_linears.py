@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import qalora_compile as qc
 from qalora_compile.errors import InternalError, UserInputError
 from qalora_compile.ir.meta import site_of
-from qalora_compile.ir.pattern import LinearMap
+from qalora_compile.ir.pattern import LinearMap, match_linear
 from qalora_compile.ir.plan import KEEP, QUANTIZE
 from qalora_compile.ir.program import ANNOTATED
 from qalora_compile.passes import annotate_linears as pass_module
@@ -144,7 +144,7 @@ def test_an_invalid_regular_expression_is_refused() -> None:
 def test_a_layer_read_the_wrong_way_round_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = SquareConv1D(64).eval(), torch.randn(3, 64)
     right = qc.quantize_groups(qc.capture_model(model, (x,)))
-    real = pass_module.match_linear
+    real = match_linear
 
     def turned(node: fx.Node) -> LinearMap | None:
         found = real(node)
