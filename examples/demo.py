@@ -52,7 +52,7 @@ class Size:
 
 
 FULL = Size(train=480, held_out=200, steps=60, calls=16, new_tokens=64, rounds=7)
-QUICK = Size(train=160, held_out=48, steps=14, calls=3, new_tokens=16, rounds=3)
+QUICK = Size(train=160, held_out=40, steps=12, calls=3, new_tokens=16, rounds=3)
 
 
 @dataclass
