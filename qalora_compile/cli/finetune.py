@@ -35,8 +35,9 @@ from qalora_compile.training.checkpoint import (
     save_checkpoint,
 )
 from qalora_compile.training.data import Dataset, load_examples
-from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
+from qalora_compile.training.evaluate import Metrics, evaluate, logits_of, program_forward
 from qalora_compile.training.fit import FitResult, FitSpec, StepReport, fit, make_optimizer
+from qalora_compile.verify.inputs import token_limits
 
 NAME = "finetune"
 SUMMARY = "train adapters on a model's own quantized weights; writes a RUN folder"
@@ -175,12 +176,14 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         program, quant, targets=options.targets or "all-linear", exclude=options.exclude
     )
     program = insert_adapters(program, adapter)
+    _check_trainable(program, data, held_out)
     record = {
         "model": options.model,
         "data": str(Path(options.data).resolve()),
         "quant": quant.to_json(),
         "adapter": adapter.to_json(),
         "fit": spec.to_json(),
+        "examples": len(data.examples),
         "status": _STATUS[0],
         "step": 0,
     }
@@ -213,6 +216,14 @@ def _resume(options: argparse.Namespace, spec: FitSpec, out: Path) -> _Job:
         if options.eval_data
         else None
     )
+    if len(data.examples) != record["examples"]:
+        raise UserInputError(
+            f"the run was started on {record['examples']} examples, the data now has "
+            f"{len(data.examples)}",
+            where=options.data,
+            hint="give the file of the first call, or start a new run",
+        )
+    _check_trainable(program, data, held_out)
     optimizer = make_optimizer(program, spec)
     checkpoints = list_checkpoints(out / CHECKPOINTS)
     step = 0
@@ -220,6 +231,27 @@ def _resume(options: argparse.Namespace, spec: FitSpec, out: Path) -> _Job:
         restore_checkpoint(checkpoints[-1], program, optimizer, seed=spec.seed)
         step = checkpoints[-1].step
     return _Job(program, data, held_out, spec, out, record, step, optimizer)
+
+
+def _check_trainable(program: Program, *datasets: Dataset | None) -> None:
+    """See, before anything is written, that the model gives logits and knows every token.
+
+    Raises:
+        UnsupportedError: it gives no logits.
+        UserInputError: a token is not in its vocabulary.
+    """
+    args, kwargs = program.example
+    with torch.no_grad():
+        logits_of(program(*args, **kwargs))
+    limit = min(token_limits(program).values(), default=None)
+    for data in datasets:
+        for number, example in enumerate(data.examples if data is not None else (), start=1):
+            odd = [t for t in example.tokens if limit and not 0 <= t < limit]
+            if limit and odd:
+                raise UserInputError(
+                    f"example {number} holds the token {odd[0]}; the model knows 0 to {limit - 1}",
+                    hint="use the tokenizer that belongs to the model",
+                )
 
 
 def _train(job: _Job, options: argparse.Namespace, shown: Steps) -> FitResult:
@@ -271,7 +303,8 @@ def _finish(job: _Job, result: FitResult, before: Metrics | None, after: Metrics
     """Store the trained adapters and the state of the run."""
     save_tensors(dict(job.program.named_adapter_parameters()), job.folder / ADAPTERS_FILE)
     job.record["status"] = _STATUS[1] if result.stopped else _STATUS[2]
-    job.record["losses"] = list(result.losses)
+    earlier = job.record.get("losses", [])[: job.start_step]
+    job.record["losses"] = [*earlier, *result.losses]
     job.record["held_out"] = {
         name: None if metrics is None else vars(metrics)
         for name, metrics in (("before", before), ("after", after))

@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QaloraError as error:
         _complain(error)
         return EXIT_USAGE
+    except OSError as error:  # a full disk, a folder without rights
+        _complain(QaloraError(f"{error.strerror or error}", where=error.filename))
+        return EXIT_USAGE
 
 
 def _complain(error: QaloraError) -> None:

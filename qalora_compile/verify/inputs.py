@@ -14,6 +14,7 @@ from qalora_compile.ir.signature import InputLeaf, argument_names, flatten_input
 
 _SIZES = {"batch": 3, "sequence": 24}
 _OTHER_SIZE = 5
+_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
 
 def sample_inputs(program: Program, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -25,7 +26,7 @@ def sample_inputs(program: Program, count: int, *, seed: int = 0) -> list[dict[s
     generator = torch.Generator().manual_seed(seed)
     args, kwargs = program.example
     example = flatten_inputs(program.graph, [*args, *kwargs.values()])
-    limits = _token_limits(program)
+    limits = token_limits(program)
     calls = []
     for index in range(count):
         leaves = [
@@ -38,13 +39,14 @@ def sample_inputs(program: Program, count: int, *, seed: int = 0) -> list[dict[s
     return calls
 
 
-def _token_limits(program: Program) -> dict[str, int]:
-    """Rows of the embedding table that reads each input directly."""
+def token_limits(program: Program) -> dict[str, int]:
+    """Rows of the embedding table that reads each input, directly or through a reshape."""
     limits = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     for leaf, node in zip(program.signature.inputs, placeholders, strict=True):
-        for user in node.users:
-            if user.target is torch.ops.aten.embedding.default:
+        sources = [node, *(user for user in node.users if user.target in _RESHAPES)]
+        for user in (user for source in sources for user in source.users):
+            if user.target is torch.ops.aten.embedding.default and user.args[1] in sources:
                 table = get_tensor(program.module, str(user.args[0].target))
                 if table is not None:
                     limits[leaf.name] = int(table.shape[0])

@@ -168,6 +168,31 @@ def test_bad_input_is_explained_and_writes_nothing(
     assert sorted(f.name for f in workspace.iterdir()) == before
 
 
+def test_models_and_tokens_that_cannot_train_are_refused_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "two_models.py").write_text(
+        "import torch\n"
+        "from tests.models import OneLinear, gpt2\n"
+        "def regressor():\n"
+        "    return OneLinear(8, 4), (torch.randn(2, 8),), {}\n"
+        "def decoder():\n"
+        "    return gpt2(), (torch.randint(0, 128, (2, 8)),), {}\n",
+        "utf-8",
+    )
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 128]}\n', "utf-8")
+    monkeypatch.chdir(tmp_path)
+    cases = {
+        "decoder": "token 128; the model knows 0 to 127",
+        "regressor": "gives no logits",
+    }
+    for name, expected in cases.items():
+        command = ["finetune", f"two_models:{name}", "--data", "ids.jsonl", "--out", "run"]
+        assert main(command) == 2
+        assert expected in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("words", [[], ["nonsense"], ["fold"], ["finetune", "m", "--bits", "5"]])
 def test_bad_usage_exits_with_2(words: list[str]) -> None:
     assert main(words) == 2
