@@ -15,6 +15,7 @@ import pytest
 
 from qalora_compile.cli.main import COMMANDS, main
 from qalora_compile.ir.storage import load_tensors
+from qalora_compile.training.checkpoint import list_checkpoints
 
 Capture = pytest.CaptureFixture[str]
 
@@ -215,14 +216,14 @@ def test_ctrl_c_saves_and_resume_ends_bit_for_bit_alike(
     model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "qalora_compile", "finetune", str(model_folder)]
-    command += ["--data", str(data_file), "--steps", "400", "--lr", "1e-2", "--save-every", "1000"]
+    command += ["--data", str(data_file), "--steps", "400", "--lr", "1e-2", "--save-every", "5"]
     whole = [*command, "--out", str(tmp_path / "whole")]
     subprocess.run(whole, check=True, capture_output=True)
     cut = [*command, "--out", str(tmp_path / "cut")]
     process = subprocess.Popen(cut, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (tmp_path / "cut" / "run.json").exists():
-        time.sleep(0.05)
-    time.sleep(0.5)
+    while not list_checkpoints(tmp_path / "cut" / "checkpoints"):
+        assert process.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
