@@ -1,56 +1,65 @@
-# `make help` lists the targets. Everything runs in .venv, made on first use.
+# `make help` lists the targets. Everything runs in .venv, made on first use and after each change
+# of pyproject.toml. ARGS passes options on: make demo ARGS=--quick, make test ARGS="-k fold".
 
 PYTHON ?= python3
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/installed
 # Without torch already there, a range would let pip take a CUDA build of several gigabytes.
 TORCH := torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 
-$(STAMP): pyproject.toml
+# What users need, and on top of it what the checks need. pip's own message about a Python that is
+# too old lists hundreds of releases, so say it first.
+$(VENV)/installed-all: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The extras need Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	touch $(STAMP)
+	$(PIP) "$(TORCH)"
+	$(PIP) -e ".[all]"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-all
+	$(PIP) -e ".[dev]"
+	touch $@
 
 .PHONY: help
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 .PHONY: install
-install: $(STAMP) ## make the virtual environment
+install: $(VENV)/installed-dev ## make the virtual environment, with everything
 
 .PHONY: demo
-demo: $(STAMP) ## quantize, fine-tune, fold, export and run SmolLM2-135M (ARGS=--quick for less)
+demo: $(VENV)/installed-all ## quantize, fine-tune, fold, export and run SmolLM2-135M (ARGS=--quick for less)
 	$(BIN)/python -W ignore examples/demo.py $(ARGS)
 
 .PHONY: test
-test: $(STAMP) ## run the tests, without the slow ones
+test: $(VENV)/installed-dev ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 -q -m "not slow" $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(STAMP) ## run the slow tests: a real model, the command line end to end
+test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 .PHONY: lint
-lint: $(STAMP) ## ruff and mypy
+lint: $(VENV)/installed-dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 .PHONY: format
-format: $(STAMP) ## format the code
+format: $(VENV)/installed-dev ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 .PHONY: wheel-check
-wheel-check: $(STAMP) ## build the wheel and import all of it without extras
+wheel-check: $(VENV)/installed-dev ## build the wheel and import all of it without extras
 	$(BIN)/python scripts/check_wheel.py
 
 .PHONY: readme-check
-readme-check: $(STAMP) ## run the commands of the README and the examples
+readme-check: $(VENV)/installed-dev ## run the commands of the README and the examples
 	$(BIN)/python scripts/check_readme.py
 
 .PHONY: clean

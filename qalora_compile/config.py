@@ -47,7 +47,7 @@ class Spec:
 
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
+    if value not in allowed or type(value) is not type(allowed[0]):  # 4.0 and True are no 4 and 1
         raise UserInputError(
             f"{field} is {value!r}", hint=f"use one of {', '.join(map(str, allowed))}"
         )
@@ -104,6 +104,8 @@ class AdapterSpec(Spec):
     def __post_init__(self) -> None:
         _whole("rank", self.rank, least=1)
         _one_of("pooling", self.pooling, POOLINGS)
+        _one_of("use_rslora", self.use_rslora, (True, False))
+        _whole("seed", self.seed, least=0)
         if self.group_size is not None:
             _whole("adapter group_size", self.group_size, least=1)
         if not (isinstance(self.alpha, (int, float)) and abs(self.alpha) < float("inf")):

@@ -1,7 +1,8 @@
 """Run what the README shows, and the examples.
 
-Fenced blocks behind a line `<!-- ci: run -->` are run in order in one scratch folder: `bash` blocks
-by bash with this environment first in PATH, `python` blocks in one Python process.
+Fenced blocks behind a line `<!-- ci: run -->` are run in one scratch folder: first the `python`
+blocks, in order, in one Python process; then each `bash` block, by bash with this environment first
+in PATH. Then every example that is a program runs, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,32 +15,49 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"<!-- ci: run -->\s*```(bash|python)\n(.*?)```", re.DOTALL)
+MARK = "<!-- ci: run -->"
+BLOCK = re.compile(rf"^{MARK}\s*^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOT_HERE = {"demo.py", "assets.py"}
 """Examples that CI runs in a step of their own, or that are no programs."""
 
 
+def marked_blocks(text: str) -> list[tuple[str, str]]:
+    """Language and code of the blocks to run.
+
+    Raises:
+        SystemExit: nothing is marked, or a mark has no block of bash or python behind it.
+    """
+    blocks = BLOCK.findall(text)
+    marks = len(re.findall(rf"^{MARK}", text, re.MULTILINE))
+    if not blocks or len(blocks) != marks:
+        raise SystemExit(f"README.md has {marks} marks to run and {len(blocks)} blocks behind them")
+    return blocks
+
+
 def main() -> None:
     """Run the blocks, then the examples."""
-    blocks = BLOCK.findall((ROOT / "README.md").read_text("utf-8"))
-    if not blocks:
-        raise SystemExit("README.md has no block marked to run")
+    blocks = marked_blocks((ROOT / "README.md").read_text("utf-8"))
+    python = "\n".join(code for kind, code in blocks if kind == "python")
+    runs: list[tuple[str, list[str]]] = []
+    if python:
+        runs.append(("README: python", [sys.executable, "-c", python]))
+    for kind, code in blocks:
+        if kind == "bash":
+            command = ["bash", "-euo", "pipefail", "-c", code]
+            runs.append((f"README: {code.splitlines()[0]}", command))
+    runs += [
+        (f"examples/{example.name}", [sys.executable, str(example)])
+        for example in sorted((ROOT / "examples").glob("*.py"))
+        if example.name not in NOT_HERE
+    ]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path}
-    python = "\n".join(code for kind, code in blocks if kind == "python")
-    shell = [code for kind, code in blocks if kind == "bash"]
     with tempfile.TemporaryDirectory() as scratch:
-        if python:
-            print("--- README: python", flush=True)
-            subprocess.run([sys.executable, "-c", python], check=True, cwd=scratch, env=environment)
-        for code in shell:
-            print(f"--- README: {code.splitlines()[0]}", flush=True)
-            command = ["bash", "-euo", "pipefail", "-c", code]
-            subprocess.run(command, check=True, cwd=scratch, env=environment)
-        for example in sorted((ROOT / "examples").glob("*.py")):
-            if example.name not in NOT_HERE:
-                print(f"--- {example.name}", flush=True)
-                subprocess.run([sys.executable, str(example)], check=True, cwd=scratch)
+        for name, command in runs:
+            print(f"--- {name}", flush=True)
+            done = subprocess.run(command, check=False, cwd=scratch, env=environment)
+            if done.returncode:
+                raise SystemExit(f"{name}: failed with {done.returncode}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
-"""Build the wheel, check what is in it, and import every module of it without any extra."""
+"""Build the wheel, check what is in it, and import every module of it without any extra.
+
+The wheel is installed in a new environment with what its own metadata asks for and nothing else
+(torch first, so that pip does not take a CUDA build), so that a dependency that is missing from
+pyproject.toml shows here.
+"""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,47 +16,81 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CORE = ("torch==2.13.0", "numpy", "rich", "safetensors")
+PACKAGE = "qalora_compile"
+TORCH = "torch==2.13.0"
 IMPORT_ALL = """
-import importlib, pkgutil, sys
+import importlib, importlib.metadata, importlib.util, pkgutil, sys
 import qalora_compile
+optional = "onnx onnxruntime onnxscript onnx_ir transformers gguf peft accelerate".split()
+installed = [name for name in optional if importlib.util.find_spec(name)]
+assert not installed, f"the environment holds extras: {installed}"
+assert qalora_compile.__version__ == importlib.metadata.version("qalora-compile")
 names = [m.name for m in pkgutil.walk_packages(qalora_compile.__path__, "qalora_compile.")]
-names = [n for n in names if not n.endswith("__main__")]
 for name in names:
     importlib.import_module(name)
-assert "transformers" not in sys.modules and "onnx" not in sys.modules
-print(len(names), "modules import without extras")
+for name in qalora_compile.__all__:
+    getattr(qalora_compile, name)
+assert len(names) + 1 == int(sys.argv[1]), f"{len(names) + 1} modules, {sys.argv[1]} files"
+print(len(names) + 1, "modules import without extras")
 """
 
 
-def run(*command: str) -> None:
+def run(*command: str, cwd: Path = ROOT) -> None:
     """Run a command, and stop the script where it fails."""
-    subprocess.run(command, check=True, cwd=ROOT)
+    done = subprocess.run(command, check=False, cwd=cwd)
+    if done.returncode:
+        raise SystemExit(f"failed with {done.returncode}: {' '.join(command[:6])}")
 
 
-def check_contents(wheel: Path) -> None:
-    """The wheel holds one package, its type marker, and nothing else."""
-    names = zipfile.ZipFile(wheel).namelist()
+def source_files() -> set[str]:
+    """The files that the wheel has to hold, as it names them."""
+    folder = ROOT / PACKAGE
+    files = [*folder.rglob("*.py"), folder / "py.typed"]
+    return {file.relative_to(ROOT).as_posix() for file in files}
+
+
+def contents_problem(names: list[str]) -> str | None:
+    """What is wrong with the list of a wheel's files, or None."""
     top = {name.split("/")[0] for name in names}
-    extra = {name for name in top if not name.endswith(".dist-info")} - {"qalora_compile"}
-    if extra or "qalora_compile/py.typed" not in names:
-        raise SystemExit(f"the wheel holds {sorted(top)}, or misses py.typed")
-    print(f"{wheel.name}: {len(names)} files, top-level name qalora_compile")
+    strange = {name for name in top if not name.endswith(".dist-info")} - {PACKAGE}
+    if strange:
+        return f"the wheel would install other top-level names: {sorted(strange)}"
+    held, wanted = {name for name in names if name.startswith(f"{PACKAGE}/")}, source_files()
+    if missing := wanted - held:
+        return f"the wheel misses {sorted(missing)}"
+    if stale := {name for name in held - wanted if name.endswith(".py")}:
+        return f"the wheel holds files that the source does not: {sorted(stale)}"
+    return None
 
 
 def main() -> None:
-    """Build, look inside, install apart, import."""
+    """Build, look inside, install apart, import, run the command."""
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would ship what lies there
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", scratch)
+        build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", scratch)
+        with (folder / "log").open("w+") as log:
+            done = subprocess.run(
+                [sys.executable, *build], check=False, cwd=ROOT, stdout=log, stderr=log
+            )
+            log.seek(0)
+            if done.returncode:
+                raise SystemExit(f"{log.read()}\nthe wheel does not build")
         (wheel,) = folder.glob("*.whl")
-        check_contents(wheel)
+        names = zipfile.ZipFile(wheel).namelist()
+        if problem := contents_problem(names):
+            raise SystemExit(problem)
+        print(f"{wheel.name}: {len(names)} files, top-level name {PACKAGE}", flush=True)
         venv.create(folder / "venv", with_pip=True)
-        python = str(folder / "venv" / "bin" / "python")
-        quiet = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-        run(python, *quiet, *CORE)
-        run(python, *quiet, "--no-deps", str(wheel))
-        subprocess.run([python, "-c", IMPORT_ALL], check=True, cwd=scratch)
+        binaries = folder / "venv" / "bin"
+        python = str(binaries / "python")
+        quiet = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input")
+        run(python, *quiet, TORCH)
+        run(python, *quiet, str(wheel))
+        run(python, "-m", "pip", "check")
+        modules = sum(name.endswith(".py") for name in names)
+        run(python, "-I", "-c", IMPORT_ALL, str(modules), cwd=folder)
+        run(str(binaries / "qalora-compile"), "--version", cwd=folder)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,10 @@ _STAGE_HINTS = {
 }
 
 
-def _fingerprint(program: Program) -> tuple[int, int]:
+def _fingerprint(program: Program) -> int:
     """Changes when a pass edits the graph or a tensor of its input in place."""
-    versions = sum(tensor._version for tensor in program.tensors().values())
-    return len(program.graph.nodes), versions
+    nodes = tuple((n.name, str(n.target), str(n.args), str(n.kwargs)) for n in program.graph.nodes)
+    tensors = tuple(
+        (name, id(t), t._version, t.requires_grad) for name, t in program.tensors().items()
+    )
+    return hash((nodes, tensors))

@@ -52,9 +52,18 @@ class FoldAdapters(Pass):
                     where=name,
                     hint="training diverged: lower the learning rate, or go back to a checkpoint",
                 )
+        adapted = {
+            match_adapter(node).base for node in program.graph.nodes if node.target is POOLED_ADAPTER
+        }
+        offsets = {str(base.args[3]) for base in adapted}
         for node in program.graph.nodes:
-            if node.target is POOLED_ADAPTER:
-                match_adapter(node)
+            shares = node.target is GROUP_LINEAR and str(node.args[3]) in offsets
+            if shares and node not in adapted:
+                raise PreconditionError(
+                    "one use of a shared weight has an adapter and another has none",
+                    where=site_of(node),
+                    hint="folding for one use would change the other: give both the adapter",
+                )
 
     def call(self, program: Program) -> PassResult:
         """Fold and remove."""
@@ -65,7 +74,7 @@ class FoldAdapters(Pass):
         changes = []
         for adapter in track(adapters, "fold"):
             target = str(adapter.base.args[3].target)  # type: ignore[union-attr]
-            key = tuple(map(str, adapter.update.args[1:]))
+            key = (*map(str, adapter.update.args[1:]), adapter.pooled.args[1])
             if target not in folded:
                 tensors[target], largest = _fold(program, adapter, tensors[target])
                 folded[target] = key

@@ -89,7 +89,7 @@ class LegalizeOrtStock(Pass):
     accuracy_level: int = 0
 
     def __post_init__(self) -> None:
-        if self.accuracy_level not in (0, 4):
+        if self.accuracy_level not in (0, 4) or isinstance(self.accuracy_level, bool):
             raise UserInputError(f"accuracy_level is {self.accuracy_level!r}", hint="use 0 or 4")
 
     def requires(self, program: Program) -> None:

@@ -33,7 +33,7 @@ def _format(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        plain = _BARE.fullmatch(value) and value not in _WORDS
+        plain = _BARE.fullmatch(value) and value not in _WORDS and not _NUMBER.match(value)
         return value if plain else json.dumps(value)
     return repr(value)
 

@@ -176,3 +176,68 @@ def test_marks_follow_the_plan_and_the_input_has_none() -> None:
 )
 def test_where_quantized_tensors_are_stored(weight: str, path: str) -> None:
     assert owner_path(weight) == path
+
+
+def test_excluding_outweighs_naming() -> None:
+    plan = annotated(
+        MLP(16, 8, 8), torch.randn(2, 16), targets=("layers.*",), exclude=("layers.1",)
+    ).plan
+    assert {s.name: (s.decision, s.reason) for s in plan} == {
+        "layers.0": (QUANTIZE, "named in targets"),
+        "layers.1": (KEEP, "excluded"),
+    }
+
+
+def test_every_use_of_a_shared_weight_is_decided_alike() -> None:
+    x = torch.randn(2, 32)
+    for options in ({"targets": ("shared",)}, {"exclude": ("head",)}):
+        plan = annotated(UsedTwice(), x, **options).plan
+        assert {s.name for s in plan if s.decision == QUANTIZE} == {"shared", "shared@2"}
+    assert annotated(UsedTwice(), x, exclude=("shared",)).plan["shared@2"].reason == "excluded"
+
+
+def test_annotating_again_decides_anew() -> None:
+    x = torch.randn(2, 16)
+    once = annotated(MLP(16, 8, 8), x, targets=("layers.0",))
+    again = AnnotateLinears(targets=("layers.1",))(once).program
+    assert [s.name for s in again.plan if s.decision == QUANTIZE] == ["layers.1"]
+    fresh = annotated(MLP(16, 8, 8), x, targets=("layers.1",))
+    assert again.plan == fresh.plan
+    assert len(again.history) == 2
+
+
+def test_rows_describe_the_weight_as_it_is_stored() -> None:
+    row = annotated(SquareConv1D(64), torch.randn(2, 64)).plan["c_proj"]
+    assert (row.kind, row.transposed, row.k, row.n, row.weight) == (
+        "addmm",
+        True,
+        64,
+        64,
+        "c_proj.weight",
+    )
+    row = annotated(MLP(16, 8), torch.randn(2, 16).double().float()).plan["layers.0"]
+    assert (row.kind, row.transposed, row.k, row.n, row.dtype) == (
+        "linear",
+        False,
+        16,
+        8,
+        "float32",
+    )
+
+
+def test_the_result_lists_each_row_once() -> None:
+    ids = token_ids(2, 8) % 48
+    result = AnnotateLinears()(qc.capture_model(TiedHead().eval(), (ids,)))
+    assert [c.path for c in result.changes] == ["mid"]
+    assert {c.path for c in result.skips} == {"embed", "lm_head"}
+    assert all(c.why for c in (*result.changes, *result.skips))
+
+
+def test_the_models_weights_are_the_programs_weights() -> None:
+    model, x = MLP(16, 8, 8).eval(), torch.randn(2, 16)
+    model.layers[0].weight.requires_grad_(False)
+    program = annotated(model, x)
+    for name, parameter in model.named_parameters():
+        stored = program.tensors()[name]
+        assert stored.data_ptr() == parameter.data_ptr()
+        assert parameter.requires_grad == (name != "layers.0.weight")

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 
 import qalora_compile as qc
-from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
+from qalora_compile.errors import (
+    InternalError,
+    PostconditionError,
+    PreconditionError,
+    UserInputError,
+)
+from qalora_compile.ir.plan import Site
 from qalora_compile.ir.spec import GROUP_SUM, POOLED_ADAPTER
+from qalora_compile.passes import insert_adapters as pass_module
 from qalora_compile.passes.insert_adapters import InsertAdapters
 from tests.models import MLP, ThreeReaders, UsedTwice, adapted, assert_close, bert, worst
 
@@ -42,6 +50,7 @@ def test_nothing_changes_at_the_start() -> None:
     rank=st.integers(1, 5),
     rslora=st.booleans(),
 )
+@settings(max_examples=25)
 def test_the_adapter_computes_its_formula(
     pooling: str, k: int, group: int, times: int, rank: int, rslora: bool
 ) -> None:
@@ -127,3 +136,81 @@ def test_an_adapter_that_does_not_start_at_zero_is_caught(monkeypatch: pytest.Mo
     monkeypatch.setattr(InsertAdapters, "_make_adapters", shifted)
     with pytest.raises(PostconditionError, match="start at zero"):
         qc.insert_adapters(quantized(MLP(16, 8), torch.randn(2, 16)))
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean", "mean_times_groups"])
+def test_a_starts_within_its_bound_and_b_at_zero(pooling: str) -> None:
+    """±1 / (f √K): pooled by f, the entries are as large as those of a plain LoRA of width K."""
+    program = quantized(MLP(100, 6), torch.randn(2, 100), group=16)
+    after = qc.insert_adapters(program, qc.AdapterSpec(rank=64, pooling=pooling))
+    lora_a, lora_b = (p.detach() for p in after.adapter_parameters())
+    factor = {"sum": 1.0, "mean": 1 / 16, "mean_times_groups": 7 / 16}[pooling]
+    bound = 1 / (factor * 10)
+    assert lora_a.shape == (64, 7)
+    assert 0.9 * bound < float(lora_a.abs().max()) <= bound * (1 + 1e-6)
+    assert abs(float(lora_a.mean())) < 0.15 * bound
+    assert float(lora_b.abs().max()) == 0.0
+
+
+def test_layers_with_other_numbers_of_groups_get_their_own_shapes() -> None:
+    program = quantized(MLP(20, 12, 5), torch.randn(2, 20))
+    after = qc.insert_adapters(program, qc.AdapterSpec(rank=3, group_size=16))
+    shapes = {n: tuple(p.shape) for n, p in after.named_adapter_parameters()}
+    assert shapes == {
+        "layers.0.lora_A": (3, 2),
+        "layers.0.lora_B": (12, 3),
+        "layers.1.lora_A": (3, 1),
+        "layers.1.lora_B": (5, 3),
+    }
+    assert [s.rank for s in after.plan] == [3, 3]
+
+
+def test_the_shared_adapter_learns_from_both_uses() -> None:
+    x = torch.randn(4, 32, dtype=torch.float64)
+    program = adapted(UsedTwice().double(), (x,), qc.QuantSpec(group_size=8))
+    lora_b = dict(program.named_adapter_parameters())["shared.lora_B"]
+    program(x).sum().backward()
+    assert lora_b.grad is not None
+    step = 1e-6
+    with torch.no_grad():
+        base = program(x).sum()
+        lora_b[3, 1] += step
+        moved = (program(x).sum() - base) / step
+    assert float(moved) == pytest.approx(float(lora_b.grad[3, 1]), rel=1e-4, abs=1e-6)
+
+
+def test_an_adapter_that_was_forgotten_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = InsertAdapters._insert
+
+    def skip(self: InsertAdapters, graph: fx.Graph, node: fx.Node, site: Site, nodes: Any) -> None:
+        if site.name != "layers.0":
+            real(self, graph, node, site, nodes)
+
+    monkeypatch.setattr(InsertAdapters, "_insert", skip)
+    with pytest.raises(PostconditionError, match="1 adapters for 2 sites"):
+        qc.insert_adapters(quantized(MLP(16, 8, 4), torch.randn(2, 16)))
+
+
+def test_an_adapter_of_the_wrong_width_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tail group that gets no column of A."""
+    monkeypatch.setattr(pass_module, "group_count", lambda k, g: k // g)
+    with pytest.raises(InternalError, match="A has 2 groups"):
+        qc.insert_adapters(quantized(MLP(20, 4), torch.randn(2, 20)))
+
+
+def test_an_adapter_without_its_pooling_factor_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 20, dtype=torch.float64)
+    model = MLP(20, 6).double().eval()
+    spec = qc.AdapterSpec(rank=2, pooling="mean")
+    right = adapted(model, (x,), qc.QuantSpec(group_size=8), spec)
+    monkeypatch.setattr(InsertAdapters, "_factor", lambda self, site: 1.0)
+    wrong = adapted(model, (x,), qc.QuantSpec(group_size=8), spec)
+    with torch.no_grad():  # the same A and B: what differs is the factor in the graph alone
+        for ours, theirs in zip(
+            wrong.adapter_parameters(), right.adapter_parameters(), strict=True
+        ):
+            ours.copy_(theirs)
+    report = qc.verify_equivalence(right, wrong, [(x,)], qc.Tolerance(max_rel=1e-6))
+    assert not report.passed
+    bare = quantized(model, x)
+    assert_close(wrong(x) - bare(x), 8 * (right(x) - bare(x)), relative=1e-9)

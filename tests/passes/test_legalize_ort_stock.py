@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 
 import qalora_compile as qc
 from qalora_compile.api import lower
-from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
+from qalora_compile.errors import (
+    InternalError,
+    PostconditionError,
+    PreconditionError,
+    UnsupportedError,
+    UserInputError,
+)
 from qalora_compile.ir.affine import dequantize
+from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.ops import matmul_nbits
 from qalora_compile.ir.packing import pack_codes
 from qalora_compile.ir.spec import GROUP_SUM, MATMUL_NBITS
 from qalora_compile.passes import legalize_ort_stock as pass_module
 from qalora_compile.passes.legalize_ort_stock import BlockLayout, LegalizeOrtStock, lower_weight
-from tests.models import MLP, OneLinear, adapted, assert_close, bert, llama, token_ids
+from tests.models import (
+    MLP,
+    OneLinear,
+    UsedTwice,
+    adapted,
+    assert_close,
+    bert,
+    llama,
+    randomize_adapters,
+    token_ids,
+)
 
 Golden = Callable[[str, str], None]
 X = torch.randn(4, 40, generator=torch.Generator().manual_seed(3))
 
 
+@functools.cache
+def captured(k: int, *, single: bool = False) -> tuple[qc.Program, Tensor]:
+    """A captured model with rows of `k` weights, and an input; capturing is what takes time."""
+    model, x = (OneLinear(k, 5) if single else MLP(k, 24, 8)), torch.randn(4, k)
+    return qc.capture_model(model.eval(), (x,)), x
+
+
+def trained(program: qc.Program, quant: qc.QuantSpec, size: float = 0.1) -> qc.Program:
+    """The program quantized, with adapters that have values folded into it."""
+    program = qc.insert_adapters(qc.quantize_groups(program, quant), qc.AdapterSpec(rank=4))
+    return qc.fold_adapters(randomize_adapters(program, size))
+
+
 def folded(bits: int = 4, group: int = 16, k: int = 40) -> tuple[qc.Program, Tensor]:
-    x = torch.randn(4, k)
-    program = adapted(MLP(k, 24, 8).eval(), (x,), qc.QuantSpec(bits=bits, group_size=group))
-    return qc.fold_adapters(program), x
+    program, x = captured(k)
+    return trained(program, qc.QuantSpec(bits=bits, group_size=group)), x
 
 
 def test_golden(golden: Golden) -> None:
@@ -183,3 +214,102 @@ def test_float64_and_other_stages_are_refused() -> None:
         LegalizeOrtStock()(lowered)
     with pytest.raises(UserInputError):
         LegalizeOrtStock(accuracy_level=3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("group", "k"), [(1, 17), (7, 50), (24, 100), (48, 145), (100, 601), (576, 1153), (1024, 1030)]
+)
+def test_long_rows_with_a_tail_group_are_exact(bits: int, group: int, k: int) -> None:
+    program, x = captured(k, single=True)
+    program = trained(program, qc.QuantSpec(bits=bits, group_size=group), size=0.3)
+    lowered = LegalizeOrtStock()(program).program
+    assert lowered.tensors()["fc.correction"].shape == (-(-k // group), 5)
+    assert_close(lowered(x), program(x), relative=1e-5)
+
+
+def test_groups_of_equal_weights_are_exact() -> None:
+    model = OneLinear(40, 4)
+    with torch.no_grad():
+        model.fc.weight[:, :16] = 0.75
+        model.fc.weight[1] = 0.0
+    program = qc.quantize_groups(qc.capture_model(model.eval(), (X,)), qc.QuantSpec(group_size=16))
+    scale = program.tensors()["fc.scale"]
+    assert float(scale[:, 0].abs().max()) == 0.0
+    assert float(scale[1].abs().max()) == 0.0
+    assert_close(LegalizeOrtStock()(program).program(X), program(X), relative=1e-6)
+
+
+def test_a_bias_added_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, x = folded()
+    real = LegalizeOrtStock._rewrite
+
+    def twice(self: LegalizeOrtStock, graph: fx.Graph, node: fx.Node, *rest: Any) -> None:
+        bias, name = node.args[4], site_of(node)
+        real(self, graph, node, *rest)
+        done = next(n for n in graph.nodes if site_of(n) == name)
+        with graph.inserting_after(done):
+            more = graph.call_function(torch.ops.aten.add.Tensor, (done, done))
+        move_site(done, more)
+        done.replace_all_uses_with(more, delete_user_cb=lambda user: user is not more)
+        more.args = (done, bias)
+
+    monkeypatch.setattr(LegalizeOrtStock, "_rewrite", twice)
+    wrong = LegalizeOrtStock()(program).program
+    report = qc.verify_equivalence(program, wrong, [(x,)], qc.Tolerance(max_rel=1e-4))
+    assert not report.passed
+    assert report.first_divergence == "layers.0"
+
+
+def test_codes_packed_in_the_wrong_order_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, x = folded()
+
+    def turned(codes: Tensor, bits: int) -> Tensor:
+        packed = pack_codes(codes, bits)
+        return (packed >> 4) | (packed << 4)
+
+    monkeypatch.setattr(pass_module, "pack_codes", turned)
+    wrong = LegalizeOrtStock()(program).program
+    report = qc.verify_equivalence(program, wrong, [(x,)], qc.Tolerance(max_rel=1e-4))
+    assert not report.passed
+    assert report.first_divergence == "layers.0"
+
+
+@pytest.mark.parametrize("width", [24, 48])
+def test_a_layout_of_the_wrong_width_is_caught(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 24 have no kernel; 48 columns a group in blocks of 32 mix two groups in one."""
+    program, x = folded(4, 24)
+    block = {24: 24, 48: 32}[width]
+    monkeypatch.setattr(BlockLayout, "choose", lambda **_: BlockLayout(4, block, width, True))
+    if width == 24:
+        with pytest.raises(InternalError, match="blocks of 24"):
+            LegalizeOrtStock()(program)
+        return
+    wrong = LegalizeOrtStock()(program).program
+    report = qc.verify_equivalence(program, wrong, [(x,)], qc.Tolerance(max_rel=1e-4))
+    assert not report.passed
+
+
+def test_a_layer_left_behind_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = LegalizeOrtStock._rewrite
+    seen: list[str] = []
+
+    def first_only(self: LegalizeOrtStock, graph: fx.Graph, node: fx.Node, *rest: Any) -> None:
+        if not seen:
+            real(self, graph, node, *rest)
+        seen.append(node.name)
+
+    monkeypatch.setattr(LegalizeOrtStock, "_rewrite", first_only)
+    with pytest.raises(PostconditionError, match="not legalized") as caught:
+        LegalizeOrtStock()(folded()[0])
+    assert caught.value.where == "layers.1"
+
+
+def test_a_weight_used_twice_is_lowered_once() -> None:
+    x = torch.randn(2, 40)
+    program = qc.fold_adapters(adapted(UsedTwice(40).eval(), (x,)))
+    result = LegalizeOrtStock()(program)
+    assert [c.path for c in result.changes] == ["shared", "head"]
+    assert sum(n.target is MATMUL_NBITS for n in result.program.graph.nodes) == 3
+    assert sum(n.endswith(".qweight") for n in result.program.tensors()) == 2
+    assert_close(result.program(x), program(x), relative=1e-5)

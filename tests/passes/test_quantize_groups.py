@@ -7,17 +7,37 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import qalora_compile as qc
+from qalora_compile.api import lower
 from qalora_compile.config import QuantSpec
-from qalora_compile.errors import InternalError, PreconditionError, UserInputError
+from qalora_compile.errors import (
+    InternalError,
+    PostconditionError,
+    PreconditionError,
+    UserInputError,
+)
 from qalora_compile.ir.affine import GroupAffine
+from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.pattern import match_linear
 from qalora_compile.passes import quantize_groups as pass_module
+from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.quantizers.minmax import quantize_minmax
-from tests.models import MLP, OneLinear, SquareConv1D, UsedTwice, assert_close, bert, gpt2
+from tests.models import (
+    MLP,
+    OneLinear,
+    SquareConv1D,
+    TiedHead,
+    UsedTwice,
+    assert_close,
+    bert,
+    gpt2,
+    randomize_adapters,
+    worst,
+)
 
 Golden = Callable[[str, str], None]
 
@@ -46,6 +66,7 @@ def dequantized(model: MLP, spec: QuantSpec) -> MLP:
     k=st.integers(1, 33),
     seed=st.integers(0, 99),
 )
+@settings(max_examples=25)
 def test_the_program_is_the_model_with_dequantized_weights(
     bits: int, group: int, k: int, seed: int
 ) -> None:
@@ -159,3 +180,134 @@ def test_addmm_sites_of_gpt2_are_quantized() -> None:
     assert {s.kind for s in program.plan.to_quantize()} == {"addmm"}
     with torch.no_grad():
         assert_close(program(ids), model(ids), relative=0.02)
+
+
+def test_a_head_that_is_forced_leaves_its_embedding_in_float() -> None:
+    model, ids = TiedHead().double().eval(), torch.arange(12).reshape(2, 6)
+    spec = QuantSpec(bits=3, group_size=12)
+    captured = qc.capture_model(model, (ids,))
+    kept, forced = (
+        qc.quantize_groups(captured, spec, targets=targets)
+        for targets in ("all-linear", ("mid", "lm_head"))
+    )
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        expected.mid.weight.copy_(quantize_minmax(model.mid.weight, spec).dequantize())
+        assert_close(kept(ids), expected(ids), relative=1e-12)
+        head = quantize_minmax(model.lm_head.weight, spec).dequantize()
+        expected.lm_head.weight = nn.Parameter(head)
+        assert_close(forced(ids), expected(ids), relative=1e-12)
+    assert forced.plan["lm_head"].reason == "named in targets"
+    stored = forced.tensors()[forced.plan["embed"].weight]
+    assert torch.equal(stored, model.embed.weight)
+
+
+def test_a_forced_head_folds_and_lowers() -> None:
+    model, ids = TiedHead().eval(), torch.arange(12).reshape(2, 6)
+    program = qc.quantize_groups(qc.capture_model(model, (ids,)), targets=("lm_head",))
+    program = randomize_adapters(qc.insert_adapters(program, qc.AdapterSpec(rank=2)))
+    folded = qc.fold_adapters(program)
+    assert_close(folded(ids), program(ids), relative=1e-5)
+    assert_close(lower(folded, qc.ExportSpec())(ids), program(ids), relative=1e-5)
+
+
+def test_no_step_touches_the_users_model() -> None:
+    model, x = MLP(20, 12, 12, 4).eval(), torch.randn(2, 20)
+    model.layers[1].weight.requires_grad_(False)
+    before = {n: (p, p.clone(), p.requires_grad, p.data_ptr()) for n, p in model.named_parameters()}
+    value = model(x)
+    program = quantized(model, x, bits=3, group_size=7)
+    program = randomize_adapters(qc.insert_adapters(program, qc.AdapterSpec(rank=2)))
+    program.train()
+    program(x).square().sum().backward()
+    with torch.no_grad():
+        for parameter in program.adapter_parameters():
+            assert parameter.grad is not None
+            parameter.sub_(0.1 * parameter.grad)
+    folded = qc.fold_adapters(program.eval())
+    lower(folded, qc.ExportSpec())
+    assert not model.training
+    for name, parameter in model.named_parameters():
+        first, copied, trainable, address = before[name]
+        assert parameter is first
+        assert parameter.data_ptr() == address
+        assert torch.equal(parameter, copied)
+        assert parameter.requires_grad == trainable == (name != "layers.1.weight")
+        assert parameter.grad is None
+    assert worst(model(x), value) == 0.0
+    assert worst(folded(x), value) > 0.0
+
+
+def test_a_bias_kept_beside_the_layer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bias goes into the new operator; a pass that adds it once more doubles it."""
+    x = torch.randn(3, 16)
+    model = OneLinear(16, 4)
+    right = quantized(model, x)
+    real = move_site
+
+    def add_again(old: fx.Node, new: fx.Node) -> None:
+        graph = new.graph
+        with graph.inserting_after(new):
+            more = graph.call_function(torch.ops.aten.add.Tensor, (new, new.args[4]))
+        real(old, new)
+        old.replace_all_uses_with(more)
+
+    monkeypatch.setattr(pass_module, "move_site", add_again)
+    wrong = quantized(model, x)
+    assert worst(wrong(x), right(x) + model.fc.bias) <= 1e-6, "the fault is the one that is meant"
+    with pytest.raises(AssertionError, match="differ by"):
+        assert_close(wrong(x), right(x), relative=1e-3)
+
+
+def test_a_site_that_was_passed_over_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = match_linear
+
+    def blind(node: fx.Node) -> object:
+        return None if site_of(node) == "layers.1" else real(node)
+
+    monkeypatch.setattr(pass_module, "match_linear", blind)
+    with pytest.raises(PostconditionError, match="was not quantized") as caught:
+        quantized(MLP(16, 8, 4), torch.randn(2, 16))
+    assert caught.value.where == "layers.1"
+    assert caught.value.pass_name == "quantize-groups"
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [("scale", float("inf"), "scale holds"), ("offset", float("nan"), "offset holds")],
+)
+def test_a_quantizer_that_returns_nonsense_is_caught(
+    part: str, value: float, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nonsense(weight: Tensor, spec: QuantSpec) -> GroupAffine:
+        affine = quantize_minmax(weight, spec)
+        getattr(affine, part)[0, 0] = value
+        return affine
+
+    monkeypatch.setattr(pass_module, "get_quantizer", lambda method: nonsense)
+    with pytest.raises(UserInputError, match=message):
+        quantized(MLP(16, 8), torch.randn(2, 16))
+
+
+def test_nothing_to_quantize_says_why_each_layer_was_kept() -> None:
+    program = qc.capture_model(MLP(16, 8, 4).eval(), (torch.randn(2, 16),))
+    with pytest.raises(UserInputError, match="no linear layer to quantize") as caught:
+        qc.quantize_groups(program, exclude=("layers.*",))
+    assert caught.value.where == "layers.0: excluded; layers.1: excluded"
+    assert caught.value.hint
+
+
+def test_the_result_tells_what_was_done_and_what_was_left() -> None:
+    ids = torch.arange(12).reshape(2, 6)
+    annotated = AnnotateLinears()(qc.capture_model(TiedHead().eval(), (ids,))).program
+    result = pass_module.QuantizeGroups(bits=3, group_size=8)(annotated)
+    assert [(c.path, c.what, c.why) for c in result.changes] == [
+        ("mid", "32×32 to 3 bits", "minmax")
+    ]
+    assert {c.path: c.what for c in result.skips} == {
+        "embed": "kept in float",
+        "lm_head": "kept in float",
+    }
+    row = result.program.plan["mid"]
+    assert (row.bits, row.group_size, row.rank) == (3, 8, None)
+    assert result.program.plan["lm_head"].bits is None

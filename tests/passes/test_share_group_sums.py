@@ -6,15 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
 import qalora_compile as qc
 from qalora_compile.api import lower
-from qalora_compile.errors import PreconditionError
+from qalora_compile.errors import PostconditionError, PreconditionError
 from qalora_compile.ir.spec import GROUP_SUM
+from qalora_compile.passes import PassResult
 from qalora_compile.passes.insert_adapters import InsertAdapters
+from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 from tests.models import MLP, ThreeReaders, adapted, llama, randomize_adapters, token_ids, worst
 
@@ -37,6 +39,7 @@ def test_golden(golden: Golden) -> None:
 
 
 @given(group=st.integers(1, 40), width=st.integers(1, 48))
+@settings(max_examples=15)
 def test_sharing_is_bit_identical(group: int, width: int) -> None:
     program, x = unshared(group, width)
     result = ShareGroupSums()(program)
@@ -79,3 +82,86 @@ def test_a_folded_program_has_nothing_to_share() -> None:
     program, _ = unshared()
     with pytest.raises(PreconditionError, match="share-group-sums takes"):
         ShareGroupSums()(qc.fold_adapters(program))
+
+
+def test_sums_of_other_sizes_are_not_merged() -> None:
+    program, x = unshared(16)
+    graph = program.copy_graph()
+    graph_sums = [n for n in graph.nodes if n.target is GROUP_SUM]
+    graph_sums[1].args = (graph_sums[1].args[0], 48)  # 64 columns: four groups of 16, two of 48
+    update = next(iter(graph_sums[1].users))
+    lora_a = str(update.args[1].target)
+    tensors = program.tensors()
+    tensors[lora_a] = torch.nn.Parameter(tensors[lora_a].detach()[:, :2].clone())
+    other = program.evolve(graph=graph, tensors=tensors)
+    result = ShareGroupSums()(other)
+    assert [n.args[1] for n in sums(result.program)] == [16, 48]
+    assert worst(result.program(x), other(x)) == 0.0
+
+
+def test_lowered_layers_with_adapters_share_one_sum_for_both_uses() -> None:
+    program = randomize_adapters(
+        InsertAdapters(rank=2)(
+            qc.quantize_groups(
+                qc.capture_model(ThreeReaders().eval(), (torch.randn(2, 64),)),
+                qc.QuantSpec(group_size=16),
+            )
+        ).program
+    )
+    lowered = LegalizeOrtStock()(program).program
+    result = ShareGroupSums()(lowered)
+    x = torch.randn(5, 64)
+    assert len(sums(lowered)) == 6, "an adapter's and a correction's, of three layers"
+    assert len(sums(result.program)) == 1
+    assert worst(result.program(x), lowered(x)) == 0.0
+
+
+def test_sharing_twice_changes_nothing_more() -> None:
+    once = ShareGroupSums()(unshared()[0]).program
+    again = ShareGroupSums()(once)
+    assert not again.modified
+    assert str(again.program) == str(once)
+
+
+def test_the_changes_name_the_sum_that_stays() -> None:
+    program, _ = unshared()
+    first, second, third = (n.name for n in sums(program))
+    changes = ShareGroupSums()(program).changes
+    assert [(c.path, c.what) for c in changes] == [
+        (second, f"shares {first}"),
+        (third, f"shares {first}"),
+    ]
+
+
+def test_equal_sums_that_are_left_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def idle(self: ShareGroupSums, program: qc.Program) -> PassResult:
+        return PassResult(program.evolve(graph=program.copy_graph()))
+
+    monkeypatch.setattr(ShareGroupSums, "call", idle)
+    with pytest.raises(PostconditionError, match="two equal group-sums") as caught:
+        ShareGroupSums()(unshared()[0])
+    assert caught.value.pass_name == "share-group-sums"
+
+
+def test_a_pass_that_looks_at_the_size_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of the first layer's input stands in for one of the second layer's."""
+    x = torch.randn(3, 32, dtype=torch.float64)
+    program = adapted(MLP(32, 32, 32).double().eval(), (x,), qc.QuantSpec(group_size=16))
+
+    def by_size(self: ShareGroupSums, program: qc.Program) -> PassResult:
+        graph = program.copy_graph()
+        first: dict[object, fx.Node] = {}
+        for node in [n for n in graph.nodes if n.target is GROUP_SUM]:
+            keeper = first.setdefault(node.args[1], node)
+            if keeper is not node:
+                node.replace_all_uses_with(keeper)
+                graph.erase_node(node)
+        return PassResult(program.evolve(graph=graph))
+
+    monkeypatch.setattr(ShareGroupSums, "call", by_size)
+    wrong = ShareGroupSums()(program).program
+    report = qc.verify_equivalence(program, wrong, [(x,)], qc.Tolerance(max_rel=1e-6))
+    assert not report.passed
+    assert report.first_divergence == "layers.1"
+    with pytest.raises(PreconditionError, match="pools another tensor"):
+        qc.fold_adapters(wrong)
