@@ -179,7 +179,7 @@ def _decide(
     Raises:
         UserInputError: a pattern of `targets` or `exclude` matches no linear site.
     """
-    names = {row.name: (row.name.split("@")[0], row.path) for row in rows if row.n}
+    names = {row.name: (row.name, row.name.split("@")[0], row.path) for row in rows if row.n}
     everything = targets == ALL_LINEAR
     wanted = set(names) if everything else match_patterns(targets, names, "targets")
     barred = match_patterns(exclude, names, "exclude")

@@ -16,6 +16,7 @@ from qalora_compile.errors import UserInputError
 
 _BARE = re.compile(r"[A-Za-z_*?./@-][A-Za-z0-9_*?./@-]*")
 _NUMBER = re.compile(r"-?\d+(\.\d*)?([eE][+-]?\d+)?")
+_DEPTH = 8
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -69,6 +70,8 @@ class _Parser:
         if self._take("{") and not self._take("}"):
             while True:
                 key = self._match(_BARE, "an option name").replace("-", "_")
+                if key in options:
+                    raise self._error(f"the option {key} is given twice,")
                 self._expect("=")
                 options[key] = self._value()
                 if self._take("}"):
@@ -76,13 +79,15 @@ class _Parser:
                 self._expect(",")
         return name, options
 
-    def _value(self) -> Any:
+    def _value(self, depth: int = 0) -> Any:
+        if depth > _DEPTH:
+            raise self._error("lists are nested too deeply")
         if self._take("["):
             items: list[Any] = []
             if self._take("]"):
                 return ()
             while True:
-                items.append(self._value())
+                items.append(self._value(depth + 1))
                 if self._take("]"):
                     return tuple(items)
                 self._expect(",")
