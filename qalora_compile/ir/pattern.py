@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from qalora_compile.ir.meta import shape_of
+
 _ATEN = torch.ops.aten
 _SWAPS = (_ATEN.t.default, _ATEN.numpy_T.default, _ATEN.transpose.int, _ATEN.permute.default)
 
@@ -78,6 +80,17 @@ def _swaps_two(node: fx.Node) -> bool:
     return True
 
 
+def _is_vector(bias: object) -> bool:
+    """Whether what addmm adds can be a bias `[N]`; a whole matrix `[M, N]` is none.
+
+    A stored tensor passes here without a recorded shape: annotate-linears looks at the tensor.
+    """
+    if not isinstance(bias, fx.Node):
+        return False
+    shape = shape_of(bias)
+    return bias.op == "get_attr" if shape is None else len(shape) == 1
+
+
 def match_linear(node: fx.Node) -> LinearMap | None:
     """The linear map that `node` computes with a parameter, or None.
 
@@ -93,7 +106,8 @@ def match_linear(node: fx.Node) -> LinearMap | None:
         kind, x, weight, stored_kn = LINEAR, args[0], args[1], False
         bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
     elif node.target is _ATEN.addmm.default:
-        if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+        scaled = any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
+        if scaled or not _is_vector(args[0]):
             return None
         kind, bias, x, weight, stored_kn = ADDMM, args[0], args[1], args[2], True
     elif node.target in (_ATEN.mm.default, _ATEN.matmul.default):

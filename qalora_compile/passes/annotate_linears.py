@@ -104,8 +104,17 @@ def _find_uses(graph: fx.Graph, module: nn.Module) -> list[_Use]:
             linear = match_linear(reader) if tensor.is_floating_point() else None
             if linear is not None and (tensor.dim() != 2 or linear.weight.node is not source):
                 linear = None
+            if linear is not None and not _adds_a_vector(linear, module):
+                linear = None
             uses.append(_Use(reader, str(source.target), tensor, storage, linear))
     return sorted(uses, key=lambda use: order[use.node])
+
+
+def _adds_a_vector(linear: LinearMap, module: nn.Module) -> bool:
+    """Whether the bias, where it is a stored tensor, has one value for each output."""
+    bias = linear.bias
+    stored = get_tensor(module, str(bias.target)) if bias is not None else None
+    return stored is None or stored.dim() == 1
 
 
 def _readers(source: fx.Node) -> list[fx.Node]:
@@ -188,8 +197,14 @@ def _decide(
         if not row.n:
             readers.setdefault(row.storage, []).append(row)
     decided = []
+    first: dict[int, Site] = {}
     for row in rows:
         decision, reason = _judge(row, readers.get(row.storage, []), wanted, barred, everything)
+        if decision == QUANTIZE:
+            # Codes are grouped along one axis of the stored weight, so one reading of it is served.
+            other = first.setdefault(row.storage, row)
+            if other.transposed != row.transposed:
+                decision, reason = KEEP, f"reads the weight of {other.name} the other way round"
         decided.append(_replace(row, decision, reason))
     return decided
 
