@@ -22,6 +22,7 @@ from qalora_compile.ir.program import FLOAT, Program
 from qalora_compile.ir.signature import (
     InputLeaf,
     Signature,
+    SizeRange,
     argument_names,
     dtype_name,
     input_spec,
@@ -32,6 +33,10 @@ from qalora_compile.ir.signature import (
 
 _Norm = nn.modules.batchnorm._NormBase
 """Keeps running statistics, which training would update while the model is captured."""
+
+
+_ASSUMED_LEAST = 2
+_NO_LIMIT = 2**31
 
 
 def capture_model(
@@ -209,7 +214,7 @@ def _read_signature(
                 f"the input {name} is a {type(leaf).__name__}",
                 hint="pass tensors, numbers, booleans, strings or containers of them",
             )
-    return Signature(tuple(leaves), output_names(output_spec(graph)))
+    return Signature(tuple(leaves), output_names(output_spec(graph)), sizes.ranges())
 
 
 class _DimNames:
@@ -222,15 +227,37 @@ class _DimNames:
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
         self._batch: int | None = None
+        self._limits: dict[str, tuple[int, int | None]] = {}
 
     def name(self, size: int | torch.SymInt, axis: int, leaf: str, tensor: Tensor) -> int | str:
         """A fixed size as a number, a symbolic one as a name."""
-        if is_concrete_int(size):  # a symbol that export has specialised counts as a number
+        if not isinstance(size, torch.SymInt) or is_concrete_int(
+            size
+        ):  # a symbol that export has specialised counts as a number
             return int(size)
         symbol = str(size)
         if symbol not in self._names:
             self._names[symbol] = self._choose(axis, leaf, tensor)
+            self._limit(self._names[symbol], size)
         return self._names[symbol]
+
+    def ranges(self) -> tuple[SizeRange, ...]:
+        """Limits of the named axes, without those that have none."""
+        return tuple(
+            SizeRange(name, low, high)
+            for name, (low, high) in self._limits.items()
+            if low > 0 or high is not None
+        )
+
+    def _limit(self, name: str, size: torch.SymInt) -> None:
+        """Narrow an axis to the sizes for which export's branches were taken."""
+        bounds = size.node.shape_env.bound_sympy(size.node.expr)
+        # Export assumes 2 or more of every dynamic axis; that alone is no branch of the model.
+        low = 0 if bounds.lower <= _ASSUMED_LEAST else int(bounds.lower)
+        high = None if bounds.upper >= _NO_LIMIT else int(bounds.upper)
+        other_low, other_high = self._limits.get(name, (0, None))
+        highs = [h for h in (high, other_high) if h is not None]
+        self._limits[name] = (max(low, other_low), min(highs, default=None))
 
     def _choose(self, axis: int, leaf: str, tensor: Tensor) -> str:
         if axis == 0 and self._batch in (None, tensor.shape[0]):

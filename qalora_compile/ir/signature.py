@@ -34,18 +34,40 @@ class InputLeaf:
 
 
 @dataclass(frozen=True)
+class SizeRange:
+    """Sizes of a dynamic axis for which the captured graph is the model; `high` None: no limit."""
+
+    name: str
+    low: int
+    high: int | None
+
+    def admits(self, size: int) -> bool:
+        """Whether a size lies in the range."""
+        return self.low <= size and (self.high is None or size <= self.high)
+
+    def nearest(self, size: int) -> int:
+        """The size in the range that is nearest to `size`."""
+        return max(self.low, size if self.high is None else min(size, self.high))
+
+
+@dataclass(frozen=True)
 class Signature:
-    """Inputs in flat order, and names of the flat outputs."""
+    """Inputs in flat order, names of the flat outputs, and limits of dynamic axes.
+
+    `ranges` holds the axes on whose size the model branches: outside, it takes another path than
+    the graph, which must not go unseen.
+    """
 
     inputs: tuple[InputLeaf, ...]
     outputs: tuple[str, ...]
+    ranges: tuple[SizeRange, ...] = ()
 
     def check(self, leaves: Sequence[Any]) -> None:
         """Compare flat inputs of a call with the signature.
 
         Raises:
             UserInputError: a dtype, rank, fixed dimension or constant differs, or axes of one name
-                differ in size; the input is named.
+                differ in size or leave their range; the input is named.
         """
         sizes: dict[str, tuple[int, str]] = {}
         for leaf, value in zip(self.inputs, leaves, strict=True):
@@ -58,6 +80,15 @@ class Signature:
             else:
                 _check_tensor(leaf, value)
                 _check_sizes(leaf, value, sizes)
+        for limit in self.ranges:
+            if limit.name in sizes and not limit.admits(sizes[limit.name][0]):
+                size, where = sizes[limit.name]
+                most = "any size" if limit.high is None else str(limit.high)
+                raise UserInputError(
+                    f"the axis {limit.name} is {size} in {where}; the graph holds for {limit.low} "
+                    f"to {most}",
+                    hint="the model branches on this size: capture with an example in that range",
+                )
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
@@ -67,6 +98,7 @@ class Signature:
                 for i in self.inputs
             ],
             "outputs": list(self.outputs),
+            "ranges": [[r.name, r.low, r.high] for r in self.ranges],
         }
 
     @classmethod
@@ -75,7 +107,8 @@ class Signature:
         inputs = tuple(
             InputLeaf(i["name"], i["dtype"], tuple(i["shape"]), i["value"]) for i in value["inputs"]
         )
-        return cls(inputs, tuple(value["outputs"]))
+        ranges = tuple(SizeRange(*row) for row in value.get("ranges", ()))
+        return cls(inputs, tuple(value["outputs"]), ranges)
 
 
 def _check_tensor(leaf: InputLeaf, value: Any) -> None:

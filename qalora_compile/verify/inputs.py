@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,13 @@ from torch.utils import _pytree as pytree
 
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.signature import InputLeaf, argument_names, flatten_inputs, input_spec
+from qalora_compile.ir.signature import (
+    InputLeaf,
+    SizeRange,
+    argument_names,
+    flatten_inputs,
+    input_spec,
+)
 
 _SIZES = {"batch": 3, "sequence": 24}
 _OTHER_SIZE = 5
@@ -30,7 +37,7 @@ def sample_inputs(program: Program, count: int, *, seed: int = 0) -> list[dict[s
     calls = []
     for index in range(count):
         leaves = [
-            _sample(leaf, value, limits.get(leaf.name), index, generator)
+            _sample(leaf, value, limits.get(leaf.name), index, generator, program.signature.ranges)
             for leaf, value in zip(program.signature.inputs, example, strict=True)
         ]
         new_args, new_kwargs = pytree.tree_unflatten(leaves, input_spec(program.graph))
@@ -54,18 +61,27 @@ def token_limits(program: Program) -> dict[str, int]:
 
 
 def _sample(
-    leaf: InputLeaf, example: Any, limit: int | None, index: int, generator: torch.Generator
+    leaf: InputLeaf,
+    example: Any,
+    rows: int | None,
+    index: int,
+    generator: torch.Generator,
+    ranges: Sequence[SizeRange],
 ) -> Any:
     if not isinstance(example, Tensor):
         return example
     # The first call has batch 1; later ones vary batch and length, alike for every input.
     sizes = {"batch": 1 if index == 0 else _SIZES["batch"], "sequence": _SIZES["sequence"] + index}
-    shape = [d if isinstance(d, int) else sizes.get(d, _OTHER_SIZE) for d in leaf.shape]
+    shape = []
+    for dim in leaf.shape:
+        size = dim if isinstance(dim, int) else sizes.get(dim, _OTHER_SIZE)
+        limit = next((r for r in ranges if r.name == dim), None)
+        shape.append(size if limit is None else limit.nearest(size))
     if "mask" in leaf.name:
         return torch.ones(shape, dtype=example.dtype)
     if example.is_floating_point():
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(example.dtype)
-    if limit is not None:
-        return torch.randint(0, limit, shape, generator=generator, dtype=example.dtype)
+    if rows is not None:
+        return torch.randint(0, rows, shape, generator=generator, dtype=example.dtype)
     picks = torch.randint(0, max(example.numel(), 1), shape, generator=generator)
     return example.flatten()[picks]
