@@ -12,6 +12,7 @@ from qalora_compile.files import check_output
 from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.base import Pass
+from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.insert_adapters import InsertAdapters
 from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
@@ -48,6 +49,8 @@ def quantize_groups(
         wanted = targets if isinstance(targets, str) else as_patterns(list(targets), "targets")
         barred = as_patterns(exclude if isinstance(exclude, str) else list(exclude), "exclude")
         steps.insert(0, AnnotateLinears(targets=wanted, exclude=barred))
+    if program.stage == FLOAT:
+        steps.insert(0, CanonicalizePointwise())
     return Pipeline(steps)(program).program
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-import linecache
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
+from qalora_compile.capture.export import export_model_graph
 from qalora_compile.errors import CaptureError, UserInputError
-from qalora_compile.ir.module import ProgramModule, build_module, copy_graph
+from qalora_compile.ir.module import ProgramModule, build_module, copy_graph, program_tensors
 from qalora_compile.ir.pattern import get_tensor
-from qalora_compile.ir.plan import SitePlan
+from qalora_compile.ir.plan import KEEP, UNUSED, Site, SitePlan
 from qalora_compile.ir.program import FLOAT, Program
 from qalora_compile.ir.signature import (
     InputLeaf,
@@ -30,6 +28,7 @@ from qalora_compile.ir.signature import (
     output_names,
     output_spec,
 )
+from qalora_compile.ir.storage import storage_key
 
 _Norm = nn.modules.batchnorm._NormBase
 """Keeps running statistics, which training would update while the model is captured."""
@@ -50,13 +49,13 @@ def capture_model(
     The program shares the model's weights and starts in the model's own mode (train or eval).
 
     Args:
-        model: Any module that `torch.export` accepts.
+        model: Any module that `torch.export` accepts, a `torch.fx` GraphModule included.
         args: Example positional arguments. Give dynamic dimensions a size of 2 or more: torch
             treats 0 and 1 as constants.
         kwargs: Example keyword arguments.
         dynamic_shapes: As for `torch.export.export`. None lets the first dimension of every tensor,
-            and the second of integer tensors and of floating ones with three dimensions or more,
-            vary where the model allows it.
+            and the second of sequences, vary where the model allows it; `notes` of the program say
+            which could not, and why.
 
     Raises:
         CaptureError: `torch.export` refused the model; the line of the model is named.
@@ -73,11 +72,30 @@ def capture_model(
     return Program(
         module=module,
         stage=FLOAT,
-        plan=SitePlan(),
+        plan=SitePlan(tuple(_unused_weights(model, module))),
         signature=signature,
         example=_canonical_example(graph, args, kwargs),
         notes=tuple(notes),
     )
+
+
+def _unused_weights(model: nn.Module, module: ProgramModule) -> Iterator[Site]:
+    """A plan row for every weight of the model that the graph does not read."""
+    read = {storage_key(tensor) for tensor in program_tensors(module).values()}
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if parameter.dim() >= 2 and storage_key(parameter) not in read:
+            yield Site(
+                name=name.removesuffix(".weight"),
+                path=name.removesuffix(".weight"),
+                weight=name,
+                storage=-1 - number,
+                kind=UNUSED,
+                k=0,
+                n=0,
+                dtype=dtype_name(parameter.dtype),
+                decision=KEEP,
+                reason="the captured forward pass does not read it; it is left out",
+            )
 
 
 def _capture_both_modes(
@@ -98,7 +116,9 @@ def _capture_both_modes(
         modes = {name: m.training for name, m in model.named_modules()}
         model.train()
         try:
-            module = _to_module(_export(model, args, kwargs, dynamic_shapes, notes), training=True)
+            module = _to_module(
+                export_model_graph(model, args, kwargs, dynamic_shapes, notes), training=True
+            )
         except CaptureError:
             module = None
         finally:
@@ -107,7 +127,9 @@ def _capture_both_modes(
         if module is not None and _agrees(model, module.train(False), args, kwargs):
             return module
         notes.clear()
-    return _to_module(_export(model, args, kwargs, dynamic_shapes, notes), training=own_mode)
+    return _to_module(
+        export_model_graph(model, args, kwargs, dynamic_shapes, notes), training=own_mode
+    )
 
 
 def _to_module(exported: ExportedProgram, *, training: bool) -> ProgramModule:
@@ -138,51 +160,6 @@ def _agrees(
         else a == b
         for a, b in zip(expected, found, strict=True)
     )
-
-
-def _export(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any,
-    notes: list[str],
-) -> ExportedProgram:
-    """Export with the given or default dynamic shapes; default ones may fall back to static."""
-    automatic = dynamic_shapes is None
-    shapes = _default_shapes(model, args, kwargs) if automatic else dynamic_shapes
-    try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        if not automatic:
-            raise _capture_error(model, error) from error
-        first = error
-    try:
-        exported = torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:
-        raise _capture_error(model, error) from error
-    reason = str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
-    notes.append(f"all shapes are fixed: capture with dynamic ones failed ({reason})")
-    return exported
-
-
-def _default_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Automatic dimensions: batch for all tensors, also the second axis of sequences."""
-    try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise UserInputError(
-            f"the example inputs do not fit the model: {error}", where=type(model).__name__
-        ) from error
-    return {name: pytree.tree_map(_leaf_shapes, value) for name, value in bound.arguments.items()}
-
-
-def _leaf_shapes(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return None
-    varying = 1 if leaf.is_floating_point() and leaf.dim() < 3 else 2
-    if leaf.is_floating_point() and leaf.dim() > 3:
-        varying = 1  # an image: height and width belong to the model
-    return dict.fromkeys(range(min(leaf.dim(), varying)), Dim.AUTO)
 
 
 def _drop_metadata_checks(graph: torch.fx.Graph) -> None:
@@ -291,23 +268,3 @@ def _static_notes(signature: Signature) -> list[str]:
                     "lets it vary"
                 )
     return notes
-
-
-def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
-    """Name the line of the user's model that export stopped at."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith("<")]
-    own = [f for f in own if not f.filename.endswith("qalora_compile/capture/model.py")]
-    where = type(model).__name__
-    if own:
-        last = own[-1]
-        code = linecache.getline(last.filename, last.lineno or 0).strip()
-        where = f"{last.filename}:{last.lineno}: {code}"
-    message = str(error).strip().splitlines()
-    return CaptureError(
-        f"torch.export cannot capture {type(model).__name__}: "
-        f"{type(error).__name__}: {message[0] if message else 'no message'}",
-        where=where,
-        hint="control flow on tensor values and tensor → Python number conversions cannot be "
-        "captured; replace them by torch.where or torch.cond, or give dynamic_shapes",
-    )

@@ -77,7 +77,7 @@ def _site_row(site: Site, stage: str, sizes: dict[str, int], *, shared: bool) ->
     real = "real (folded)" if stage == FOLDED else "real"
     return {
         "path": site.name,
-        "K×N": f"{site.k}×{site.n}" if site.n else None,
+        "K×N": site.shape or None,
         "bits": site.bits,
         "group": site.group_size,
         "zero-point": real if site.bits is not None else None,
@@ -97,7 +97,7 @@ def _inspect_onnx(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     rows = [
         {
             "path": layer["site"],
-            "K×N": f"{layer['k']}×{layer['n']}",
+            "K×N": "×".join(str(layer[d]) for d in ("experts", "k", "n") if layer.get(d)),
             "bits": layer["bits"],
             "group": layer["group_size"],
             "zero-point": "integer + correction",

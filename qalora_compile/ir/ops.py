@@ -26,10 +26,10 @@ from qalora_compile.ir.packing import packed_width, unpack_codes
 NAMESPACE = "qalora"
 
 
-def _weight(
-    packed: Tensor, scale: Tensor, offset: Tensor, bits: int, group_size: int, k: int, like: Tensor
+def dequantize_like(
+    like: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits: int, group_size: int, k: int
 ) -> Tensor:
-    """W `[N, K]`, computed at the precision of `scale`, or at float64 for a float64 `like`."""
+    """W `[N, K]` in the dtype of `like`, computed no narrower than `scale` or `like`."""
     if like.dtype == torch.float64 and scale.dtype != torch.float64:
         scale, offset = scale.double(), offset.double()
     return dequantize(packed, scale, offset, bits=bits, group_size=group_size, k=k).to(like.dtype)
@@ -59,7 +59,7 @@ def group_linear(
     The backward recomputes W: nothing but the packed weight is kept for it, not even x, since the
     base is frozen.
     """
-    weight = _weight(qweight, scale, offset, bits, group_size, x.shape[-1], x)
+    weight = dequantize_like(x, qweight, scale, offset, bits, group_size, x.shape[-1])
     return functional.linear(x, weight, bias)
 
 
@@ -87,7 +87,7 @@ def group_linear_input_grad(
     k: int,
 ) -> Tensor:
     """Gradient of `group_linear` by x: `grad W`, `[.., N]` to `[.., K]`."""
-    return grad @ _weight(qweight, scale, offset, bits, group_size, k, grad)
+    return grad @ dequantize_like(grad, qweight, scale, offset, bits, group_size, k)
 
 
 @group_linear_input_grad.register_fake
@@ -233,14 +233,21 @@ def matmul_nbits(
         block_size: A power of two, 16 or more.
         accuracy_level: MatMulNBits attribute.
     """
+    weight = matmul_nbits_weight(qweight, scale, zero_point, bits, block_size, x.shape[-1])
+    return functional.linear(x, weight.to(x.dtype), bias)
+
+
+def matmul_nbits_weight(
+    qweight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, block_size: int, k: int
+) -> Tensor:
+    """W `[N, K]` of MatMulNBits, at float32 or the wider dtype of `scale`."""
     n, blocks, _ = qweight.shape
-    k = x.shape[-1]
     codes = unpack_codes(qweight.reshape(n, -1), bits, blocks * block_size)
     zero = unpack_codes(pad_zero_point(zero_point, blocks, bits), bits, blocks)
     wide = torch.promote_types(scale.dtype, torch.float32)
     level = codes.to(wide).unflatten(1, (blocks, block_size)) - zero.to(wide)[..., None]
-    weight = (level * scale.to(wide)[..., None]).flatten(1)[:, :k]
-    return functional.linear(x, weight.to(x.dtype), bias)
+    weight: Tensor = (level * scale.to(wide)[..., None]).flatten(1)[:, :k]
+    return weight
 
 
 def pad_zero_point(zero_point: Tensor, blocks: int, bits: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -10,11 +12,45 @@ from torch import Tensor, fx
 from qalora_compile.ir.meta import shape_of
 
 _ATEN = torch.ops.aten
-_SWAPS = (_ATEN.t.default, _ATEN.numpy_T.default, _ATEN.transpose.int, _ATEN.permute.default)
+_VIEWS = frozenset(
+    {
+        _ATEN.t.default,
+        _ATEN.numpy_T.default,
+        _ATEN.mT.default,
+        _ATEN.transpose.int,
+        _ATEN.permute.default,
+        _ATEN.view.default,
+        _ATEN.reshape.default,
+        _ATEN.flatten.using_ints,
+        _ATEN.unflatten.int,
+        _ATEN.squeeze.default,
+        _ATEN.squeeze.dim,
+        _ATEN.squeeze.dims,
+        _ATEN.unsqueeze.default,
+        _ATEN.select.int,
+        _ATEN.slice.Tensor,
+        _ATEN.narrow.default,
+        _ATEN.split.Tensor,
+        _ATEN.split_with_sizes.default,
+        _ATEN.chunk.default,
+        _ATEN.unbind.int,
+        _ATEN.contiguous.default,
+        _ATEN.alias.default,
+        _ATEN.detach.default,
+        operator.getitem,
+    }
+)
+_GROUPED = ("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default")
 
 LINEAR = "linear"
 ADDMM = "addmm"
 MATMUL = "matmul"
+EXPERTS = "experts"
+_PRODUCTS = {
+    _ATEN.mm.default: MATMUL,
+    _ATEN.matmul.default: MATMUL,
+    _ATEN.bmm.default: EXPERTS,
+}
 
 
 def get_tensor(module: torch.nn.Module, target: str) -> Tensor | None:
@@ -29,11 +65,25 @@ def get_tensor(module: torch.nn.Module, target: str) -> Tensor | None:
 
 @dataclass(frozen=True)
 class WeightRef:
-    """A parameter as read by a node: its name, and whether through an odd number of transposes."""
+    """A parameter as read by a node, through any number of views.
+
+    Attributes:
+        target: Name of the parameter.
+        node: The `get_attr` that reads it.
+        views: The nodes between, from the parameter outwards.
+    """
 
     target: str
     node: fx.Node
-    swapped: bool
+    views: tuple[fx.Node, ...] = ()
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Apply the views to the parameter; the result shares its memory where torch's views do."""
+        value: Any = tensor
+        for view in self.views:
+            value = view.target(value, *view.args[1:], **view.kwargs)  # type: ignore[operator]
+        assert isinstance(value, Tensor), "the last of the views gives one tensor"
+        return value
 
 
 @dataclass(frozen=True)
@@ -42,11 +92,12 @@ class LinearMap:
 
     Attributes:
         node: The node that computes y.
-        x: The node that gives x, `[.., K]`.
+        x: The node that gives x, `[.., K]`; `[E, T, K]` or, with `ends`, `[T, K]` for experts.
         weight: The parameter.
         bias: Node of the bias, or None.
-        kind: `linear`, `addmm` or `matmul`.
-        transposed: The parameter is stored `[K, N]`.
+        kind: `linear`, `addmm`, `matmul`, or `experts` (one matrix for each of E experts).
+        flipped: The node reads W as `[K, N]`, not `[N, K]`.
+        ends: For experts that share the rows of x: node of the row where each expert ends, `[E]`.
     """
 
     node: fx.Node
@@ -54,30 +105,31 @@ class LinearMap:
     weight: WeightRef
     bias: fx.Node | None
     kind: str
-    transposed: bool
+    flipped: bool
+    ends: fx.Node | None = None
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """W as `[N, K]`, or `[E, N, K]`, from the parameter; a view where the reading is one."""
+        read = self.weight.read(tensor)
+        return read.transpose(-1, -2) if self.flipped and read.dim() > 1 else read
 
 
 def resolve_weight(node: object) -> WeightRef | None:
-    """Follow transposes of a two-dimensional value back to the `get_attr` of a parameter."""
-    swapped = False
+    """Follow views back to the `get_attr` of a parameter."""
+    views: list[fx.Node] = []
     while isinstance(node, fx.Node):
         if node.op == "get_attr":
-            return WeightRef(str(node.target), node, swapped)
-        if node.op != "call_function" or node.target not in _SWAPS or not _swaps_two(node):
+            return WeightRef(str(node.target), node, tuple(reversed(views)))
+        if node.op != "call_function" or node.target not in _VIEWS or not _is_constant(node):
             return None
-        swapped = not swapped
+        views.append(node)
         node = node.args[0]
     return None
 
 
-def _swaps_two(node: fx.Node) -> bool:
-    """Whether a transpose-like node exchanges the two axes of a matrix."""
-    if node.target is _ATEN.transpose.int:
-        return {int(a) % 2 for a in node.args[1:3]} == {0, 1}  # type: ignore[arg-type]
-    if node.target is _ATEN.permute.default:
-        order = node.args[1]
-        return isinstance(order, (list, tuple)) and [int(a) % 2 for a in order] == [1, 0]  # type: ignore[arg-type]
-    return True
+def _is_constant(view: fx.Node) -> bool:
+    """Whether a view depends on nothing but its tensor."""
+    return len(view.all_input_nodes) == 1 and view.all_input_nodes[0] is view.args[0]
 
 
 def _is_vector(bias: object) -> bool:
@@ -94,29 +146,77 @@ def _is_vector(bias: object) -> bool:
 def match_linear(node: fx.Node) -> LinearMap | None:
     """The linear map that `node` computes with a parameter, or None.
 
-    Fires on `aten.linear(x, W, b)`, `aten.addmm(b, x, W)` with alpha = beta = 1, `aten.mm(x, W)`
-    and `aten.matmul(x, W)`; W may be read through transposes.
+    Fires on `aten.linear(x, W, b)`, `aten.addmm(b, x, W)` with alpha = beta = 1, `aten.mm(x, W)`,
+    `aten.matmul(x, W)`, and on the products of stacked experts, `aten.bmm(x, W)` and
+    `grouped_mm(x, W, ends)`; W may be read through views. The dimensions of W are the caller's to
+    look at: the graph does not hold them.
     """
-    if node.op != "call_function":
+    parts = _operands(node) if node.op == "call_function" else None
+    if parts is None:
         return None
-    args = node.args
-    x: object
-    bias: object = None
-    if node.target is _ATEN.linear.default:
-        kind, x, weight, stored_kn = LINEAR, args[0], args[1], False
-        bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
-    elif node.target is _ATEN.addmm.default:
-        scaled = any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
-        if scaled or not _is_vector(args[0]):
-            return None
-        kind, bias, x, weight, stored_kn = ADDMM, args[0], args[1], args[2], True
-    elif node.target in (_ATEN.mm.default, _ATEN.matmul.default):
-        kind, x, weight, stored_kn = MATMUL, args[0], args[1], True
-    else:
-        return None
+    kind, x, weight, bias, ends = parts
     ref = resolve_weight(weight)
     if resolve_weight(x) is not None:  # two weights multiplied: no activation to group
         return None
     if ref is None or not isinstance(x, fx.Node) or not isinstance(bias, (fx.Node, type(None))):
         return None
-    return LinearMap(node, x, ref, bias, kind, stored_kn ^ ref.swapped)
+    return LinearMap(node, x, ref, bias, kind, kind != LINEAR, ends)
+
+
+_Operands = tuple[str, object, object, object, "fx.Node | None"]
+
+
+def _operands(node: fx.Node) -> _Operands | None:
+    """Kind, x, W, bias and ends of a node that may be a linear map."""
+    args = node.args
+    if node.target is _ATEN.linear.default:
+        bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
+        return LINEAR, args[0], args[1], bias, None
+    if node.target is _ATEN.addmm.default:
+        scaled = any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
+        usable = not scaled and _is_vector(args[0])
+        return (ADDMM, args[1], args[2], args[0], None) if usable else None
+    kind = _PRODUCTS.get(node.target)  # type: ignore[call-overload]
+    if kind is not None:
+        return kind, args[0], args[1], None, None
+    return _grouped_operands(node) if str(node.target) in _GROUPED else None
+
+
+def _grouped_operands(node: fx.Node) -> _Operands | None:
+    ends = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+    extra = (*node.args[3:], *(v for name, v in node.kwargs.items() if name != "offs"))
+    if not isinstance(ends, fx.Node) or any(v is not None for v in extra):
+        return None
+    return EXPERTS, node.args[0], node.args[1], None, ends
+
+
+_PASSED_ON = _VIEWS | {
+    _ATEN.softmax.int,
+    _ATEN._softmax.default,
+    _ATEN.sigmoid.default,
+    _ATEN.softplus.default,
+    _ATEN.to.dtype,
+    _ATEN._to_copy.default,
+    _ATEN.type_as.default,
+    _ATEN.clone.default,
+    _ATEN.add.Tensor,
+    _ATEN.div.Tensor,
+    _ATEN.mul.Tensor,
+}
+
+
+def feeds_topk(node: fx.Node) -> bool:
+    """Whether the values of `node`, or scores made of them one by one, are ranked by `topk`.
+
+    That is how a mixture of experts chooses: a router must not be quantized unasked, since a small
+    error sends a token to another expert.
+    """
+    open_nodes, seen = [node], {node}
+    while open_nodes:
+        for user in open_nodes.pop().users:
+            if user.target is _ATEN.topk.default:
+                return True
+            if user.target in _PASSED_ON and user not in seen:
+                seen.add(user)
+                open_nodes.append(user)
+    return False

@@ -12,6 +12,8 @@ from qalora_compile.errors import UserInputError
 
 QUANTIZE = "quantize"
 KEEP = "keep"
+UNUSED = "unused"
+"""Kind of a row for a weight that the captured forward pass does not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +22,15 @@ class Site:
 
     Attributes:
         name: Unique: the module path, with `@2`, `@3` … for further uses of the same weight.
-        path: Module path of the weight, for example `model.layers.0.mlp.up_proj`.
+        path: Module path that holds the weight's tensors, for example `model.layers.0.mlp.up_proj`;
+            rows that multiply by the same elements share it.
         weight: Name of the parameter in the captured graph.
         storage: Number of the weight's storage; rows with one number share memory (ties, reuse).
-        kind: `linear`, `addmm`, `matmul`; for kept weights also the operator that reads them.
+        kind: `linear`, `addmm`, `matmul`, `pointwise` (a 1×1 convolution), `experts`; for kept
+            weights also the operator that reads them, and `unused`.
         k: K, length of the reduction axis; 0 where the use is no linear map.
         n: N, number of outputs; 0 where the use is no linear map.
+        experts: E where one weight holds a matrix for each of E experts, else None.
         dtype: Of the weight before quantization, and of the site's output.
         transposed: The weight is stored `[K, N]` (GPT-2's Conv1D), not `[N, K]`.
         decision: `quantize` or `keep`.
@@ -48,6 +53,14 @@ class Site:
     bits: int | None = None
     group_size: int | None = None
     rank: int | None = None
+    experts: int | None = None
+
+    @property
+    def shape(self) -> str:
+        """`K×N`, with `E×` before it for experts; empty where the use is no linear map."""
+        if not self.n:
+            return ""
+        return f"{self.experts}×{self.k}×{self.n}" if self.experts else f"{self.k}×{self.n}"
 
 
 @dataclass(frozen=True)
@@ -73,10 +86,10 @@ class SitePlan:
         return tuple(s for s in self.sites if s.decision == QUANTIZE)
 
     def weights_to_quantize(self) -> tuple[Site, ...]:
-        """The first row of each distinct storage decided `quantize`."""
-        first: dict[int, Site] = {}
+        """The first row of each distinct weight, or part of one, decided `quantize`."""
+        first: dict[str, Site] = {}
         for site in self.to_quantize():
-            first.setdefault(site.storage, site)
+            first.setdefault(site.path, site)
         return tuple(first.values())
 
     def update(self, changes: Mapping[str, Mapping[str, Any]]) -> SitePlan:

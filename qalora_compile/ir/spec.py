@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError
-from qalora_compile.ir import ops
+from qalora_compile.ir import expert_ops, ops
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.packing import packed_width
@@ -32,20 +32,27 @@ from qalora_compile.ir.program import (
 )
 from qalora_compile.ir.storage import is_finite
 
+_REGISTERED = (ops, expert_ops)  # importing them registers the operators
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default
 POOLED_ADAPTER = QALORA.pooled_adapter.default
 SPREAD_GROUPS = QALORA.spread_groups.default
 MATMUL_NBITS = QALORA.matmul_nbits.default
+EXPERT_LINEAR = QALORA.expert_linear.default
+EXPERT_ADAPTER = QALORA.expert_adapter.default
+EXPERT_MATMUL_NBITS = QALORA.expert_matmul_nbits.default
+ON_CODES = frozenset({GROUP_LINEAR, EXPERT_LINEAR})
+ADAPTERS = frozenset({POOLED_ADAPTER, EXPERT_ADAPTER})
 
 LEGAL_OPS: dict[str, frozenset[object]] = {
     FLOAT: frozenset(),
     ANNOTATED: frozenset(),
-    QUANTIZED: frozenset({GROUP_LINEAR}),
-    ADAPTED: frozenset({GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER}),
-    FOLDED: frozenset({GROUP_LINEAR}),
-    f"{LEGALIZED}ort-stock": frozenset({MATMUL_NBITS, GROUP_SUM, SPREAD_GROUPS, POOLED_ADAPTER}),
+    QUANTIZED: ON_CODES,
+    ADAPTED: ON_CODES | ADAPTERS | {GROUP_SUM},
+    FOLDED: ON_CODES,
+    f"{LEGALIZED}ort-stock": ADAPTERS
+    | {MATMUL_NBITS, EXPERT_MATMUL_NBITS, GROUP_SUM, SPREAD_GROUPS},
 }
 """Operators of the `qalora` namespace that a program of each stage may call."""
 
@@ -63,12 +70,20 @@ def tensor_argument(program: Program, node: fx.Node, position: int) -> Tensor:
     Raises:
         InternalError: the argument is computed, or the tensor is missing.
     """
-    source = node.args[position]
+    return stored_tensor(program, node, node.args[position])
+
+
+def stored_tensor(program: Program, node: fx.Node, operand: object) -> Tensor:
+    """The tensor behind an operand of `node` that is a `get_attr`.
+
+    Raises:
+        InternalError: the operand is computed, or the tensor is missing.
+    """
     tensor = None
-    if isinstance(source, fx.Node) and source.op == "get_attr":
-        tensor = get_tensor(program.module, str(source.target))
+    if isinstance(operand, fx.Node) and operand.op == "get_attr":
+        tensor = get_tensor(program.module, str(operand.target))
     if tensor is None:
-        raise _broken(node, f"argument {position} ({source}) is not a stored tensor")
+        raise _broken(node, f"the operand {operand} is not a stored tensor")
     return tensor
 
 
@@ -103,25 +118,27 @@ def _broken(node: fx.Node, what: str) -> InternalError:
     return InternalError(what, where=f"node {node.name}" + (f", site {site}" if site else ""))
 
 
-def _check_group_linear(program: Program, node: fx.Node) -> None:
+def _check_on_codes(program: Program, node: fx.Node) -> None:
     qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
     bits, group_size = node.args[5], node.args[6]
     assert isinstance(bits, int)
     assert isinstance(group_size, int)
-    n, groups = scale.shape
     if qweight.dtype != torch.uint8 or offset.shape != scale.shape or offset.dtype != scale.dtype:
         raise _broken(node, "codes, scale and offset disagree in shape or dtype")
     bias = node.args[4]
-    if isinstance(bias, fx.Node) and bias.op == "get_attr":
+    if node.target is GROUP_LINEAR and isinstance(bias, fx.Node) and bias.op == "get_attr":
         stored = tensor_argument(program, node, 4)
-        if tuple(stored.shape) != (n,):
-            raise _broken(node, f"the bias is {list(stored.shape)}, not [{n}]")
+        if tuple(stored.shape) != (scale.shape[0],):
+            raise _broken(node, f"the bias is {list(stored.shape)}, not [{scale.shape[0]}]")
     site = site_of(node)
     if site is not None:
         row = program.plan[site]
-        want = (row.n, packed_width(row.k, bits), group_count(row.k, group_size))
-        if (n, qweight.shape[1], groups) != want or qweight.shape[0] != n:
-            raise _broken(node, f"packed [N, bytes] and L are {(n, *qweight.shape[1:], groups)}")
+        lead = (row.experts, row.n) if row.experts else (row.n,)
+        want = (*lead, packed_width(row.k, bits)), (*lead, group_count(row.k, group_size))
+        if (tuple(qweight.shape), tuple(scale.shape)) != want:
+            raise _broken(
+                node, f"codes {list(qweight.shape)} and scale {list(scale.shape)}, not {want}"
+            )
     for name, tensor in (("scale", scale), ("offset", offset)):
         if not is_finite(tensor):
             raise _broken(node, f"{name} holds NaN or infinite values")
@@ -129,7 +146,8 @@ def _check_group_linear(program: Program, node: fx.Node) -> None:
 
 def _check_adapter(program: Program, node: fx.Node) -> None:
     lora_a, lora_b = tensor_argument(program, node, 1), tensor_argument(program, node, 2)
-    if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
+    rank = 2 if node.target is POOLED_ADAPTER else 3
+    if not (lora_a.dim() == lora_b.dim() == rank and lora_a.shape[-2] == lora_b.shape[-1]):
         raise _broken(node, f"A {list(lora_a.shape)} and B {list(lora_b.shape)} do not chain")
     pooled = node.args[0]
     site = next((s for s in map(site_of, node.users) if s is not None), None)
@@ -138,13 +156,25 @@ def _check_adapter(program: Program, node: fx.Node) -> None:
     row, pool = program.plan[site], pooled.args[1]
     assert isinstance(pool, int)
     want = (group_count(row.k, pool), row.n)
-    if (lora_a.shape[1], lora_b.shape[0]) != want:
-        raise _broken(node, f"A has {lora_a.shape[1]} groups and B {lora_b.shape[0]} rows: {want}")
+    if (lora_a.shape[-1], lora_b.shape[-2]) != want:
+        raise _broken(
+            node, f"A has {lora_a.shape[-1]} groups and B {lora_b.shape[-2]} rows: {want}"
+        )
 
 
 def _check_matmul_nbits(program: Program, node: fx.Node) -> None:
-    qweight, scale, zero_point = (tensor_argument(program, node, i) for i in (1, 2, 3))
-    bits, block_size = node.args[5], node.args[6]
+    stored = [tensor_argument(program, node, i) for i in (1, 2, 3)]
+    _check_blocks(node, *stored)
+
+
+def _check_expert_matmul_nbits(program: Program, node: fx.Node) -> None:
+    lists = [node.args[i] for i in (2, 3, 4)]
+    for operands in zip(*lists, strict=True):
+        _check_blocks(node, *(stored_tensor(program, node, operand) for operand in operands))
+
+
+def _check_blocks(node: fx.Node, qweight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+    bits, block_size = node.args[-3:-1]
     assert isinstance(bits, int)
     assert isinstance(block_size, int)
     n, blocks, width = qweight.shape
@@ -159,9 +189,12 @@ def _check_matmul_nbits(program: Program, node: fx.Node) -> None:
 
 
 _CHECKS: dict[object, Callable[[Program, fx.Node], None]] = {
-    GROUP_LINEAR: _check_group_linear,
+    GROUP_LINEAR: _check_on_codes,
+    EXPERT_LINEAR: _check_on_codes,
     POOLED_ADAPTER: _check_adapter,
+    EXPERT_ADAPTER: _check_adapter,
     MATMUL_NBITS: _check_matmul_nbits,
+    EXPERT_MATMUL_NBITS: _check_expert_matmul_nbits,
 }
 
 
@@ -180,7 +213,7 @@ def _check_sites(program: Program) -> None:
 
 def _check_trainable(program: Program) -> None:
     adapters = dict(program.named_adapter_parameters())
-    if bool(adapters) and LEGAL_OPS[program.stage].isdisjoint({POOLED_ADAPTER}):
+    if bool(adapters) and LEGAL_OPS[program.stage].isdisjoint(ADAPTERS):
         raise InternalError(f"adapters are left at stage {program.stage}")
     for name, parameter in program.module.named_parameters():
         if parameter.requires_grad != (name.rpartition(".")[2] in ADAPTER_NAMES):

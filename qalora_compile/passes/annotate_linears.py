@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, fx, nn
+import torch
+from torch import Tensor, nn
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.meta import mark_site, module_path
-from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear, resolve_weight
-from qalora_compile.ir.plan import KEEP, QUANTIZE, Site, SitePlan
+from qalora_compile.ir.meta import mark_site
+from qalora_compile.ir.pattern import feeds_topk
+from qalora_compile.ir.plan import KEEP, QUANTIZE, UNUSED, Site, SitePlan
 from qalora_compile.ir.program import ANNOTATED, FLOAT, Program
-from qalora_compile.ir.signature import dtype_name
-from qalora_compile.ir.storage import is_finite, storage_key
+from qalora_compile.ir.storage import is_finite
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.select import ALL_LINEAR, as_patterns, match_patterns
+from qalora_compile.passes.uses import Use, find_uses, name_rows
+
+_MOST_EXPERTS = 1024
+"""A layer with more outputs ranks something else than experts, such as a vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +30,11 @@ class AnnotateLinears(Pass):
     Before:  %1 = aten.linear(%x, @fc.weight, @fc.bias)
     After:   the same; the plan holds a row `fc … quantize`, and %1 is marked with the site's name.
 
-    Fires on: linear, addmm, mm and matmul by a parameter, also through transposes.
+    Fires on: linear, addmm, mm and matmul by a parameter, also through views (a transpose, a slice
+    of a packed weight), and the products of stacked experts.
     Leaves alone (a `keep` row with a reason): excluded or untargeted sites, weights that are also
-    read in another way (an embedding tied to the head), weights of other operators.
+    read in another way (an embedding tied to the head), routers, weights of other operators,
+    weights that nothing reads.
     Exactness: the graph's function does not change.
 
     Options:
@@ -65,12 +72,12 @@ class AnnotateLinears(Pass):
     def call(self, program: Program) -> PassResult:
         """Write the plan."""
         graph = program.copy_graph()
-        uses = _find_uses(graph, program.module)
-        rows = _name_rows(uses)
-        decided = _decide(rows, self.targets, self.exclude)
+        uses = find_uses(graph, program.module)
+        decided = _decide(uses, name_rows(uses), self.targets, self.exclude)
         for use, site in zip(uses, decided, strict=True):
             if use.linear is not None:
                 mark_site(use.node, site.name)
+        decided += [site for site in program.plan if site.kind == UNUSED]
         after = program.evolve(graph=graph, plan=SitePlan(tuple(decided)))
         return PassResult(
             after,
@@ -79,111 +86,10 @@ class AnnotateLinears(Pass):
         )
 
 
-@dataclass(frozen=True)
-class _Use:
-    """One node that reads a parameter."""
-
-    node: fx.Node
-    weight: str
-    tensor: Tensor
-    storage: int
-    linear: LinearMap | None
-
-
-def _find_uses(graph: fx.Graph, module: nn.Module) -> list[_Use]:
-    """Every reader of every parameter with two or more dimensions, in graph order."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    storages: dict[tuple[object, ...], int] = {}
-    uses = []
-    for source in graph.nodes:
-        tensor = get_tensor(module, str(source.target)) if source.op == "get_attr" else None
-        if not isinstance(tensor, nn.Parameter) or tensor.dim() < 2:
-            continue
-        storage = storages.setdefault(storage_key(tensor), len(storages))
-        for reader in _readers(source):
-            linear = match_linear(reader) if tensor.is_floating_point() else None
-            if linear is not None and (tensor.dim() != 2 or linear.weight.node is not source):
-                linear = None
-            if linear is not None and not _adds_a_vector(linear, module):
-                linear = None
-            uses.append(_Use(reader, str(source.target), tensor, storage, linear))
-    return sorted(uses, key=lambda use: order[use.node])
-
-
-def _adds_a_vector(linear: LinearMap, module: nn.Module) -> bool:
-    """Whether the bias, where it is a stored tensor, has one value for each output."""
-    bias = linear.bias
-    stored = get_tensor(module, str(bias.target)) if bias is not None else None
-    return stored is None or stored.dim() == 1
-
-
-def _readers(source: fx.Node) -> list[fx.Node]:
-    """Nodes that read a parameter, directly or through transposes."""
-    found = []
-    for user in source.users:
-        through = resolve_weight(user)
-        found += _readers(user) if through is not None else [user]
-    return found
-
-
-def _name_rows(uses: list[_Use]) -> list[Site]:
-    """An undecided row for each use, with a unique name."""
-    taken: dict[str, int] = {}
-    rows = []
-    for use in uses:
-        path = owner_path(use.weight)
-        shown = _shown_path(path.removesuffix(_RAW), module_path(use.node))
-        taken[shown] = taken.get(shown, 0) + 1
-        name = shown if taken[shown] == 1 else f"{shown}@{taken[shown]}"
-        linear = use.linear
-        k, n = 0, 0
-        if linear is not None:
-            n, k = use.tensor.shape[::-1] if linear.transposed else use.tensor.shape
-        rows.append(
-            Site(
-                name=name,
-                path=path,
-                weight=use.weight,
-                storage=use.storage,
-                kind=linear.kind if linear is not None else _operator_name(use.node),
-                k=k,
-                n=n,
-                dtype=dtype_name(use.tensor.dtype),
-                transposed=linear is not None and linear.transposed,
-                decision=KEEP,
-                reason="",
-            )
-        )
-    return rows
-
-
-_RAW = "_quantized"
-"""Added to the name of a weight that is no module's `weight`, so that both can exist."""
-
-
-def owner_path(weight: str) -> str:
-    """Module path under which a weight's quantized tensors are stored."""
-    for suffix in (".weight", "_weight"):
-        if weight.endswith(suffix):
-            return weight.removesuffix(suffix)
-    return f"{weight}{_RAW}"
-
-
-def _shown_path(path: str, caller: str | None) -> str:
-    """The name to show: the weight's own path, unless another module uses it as its own (a tie)."""
-    if not caller or path == caller or path.startswith(f"{caller}."):
-        return path
-    return caller
-
-
-def _operator_name(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0]
-
-
 def _decide(
-    rows: list[Site], targets: str | tuple[str, ...], exclude: tuple[str, ...]
+    uses: list[Use], rows: list[Site], targets: str | tuple[str, ...], exclude: tuple[str, ...]
 ) -> list[Site]:
-    """Fill in decision and reason.
+    """Fill in decision and reason, and one path for all rows of one reading.
 
     Raises:
         UserInputError: a pattern of `targets` or `exclude` matches no linear site.
@@ -192,37 +98,62 @@ def _decide(
     everything = targets == ALL_LINEAR
     wanted = set(names) if everything else match_patterns(targets, names, "targets")
     barred = match_patterns(exclude, names, "exclude")
-    readers: dict[int, list[Site]] = {}
+    in_float: dict[int, Site] = {}
     for row in rows:
         if not row.n:
-            readers.setdefault(row.storage, []).append(row)
+            in_float.setdefault(row.storage, row)
+    routers = {use.storage for use, row in zip(uses, rows, strict=True) if _is_router(use, row)}
     decided = []
-    first: dict[int, Site] = {}
-    for row in rows:
-        decision, reason = _judge(row, readers.get(row.storage, []), wanted, barred, everything)
-        if decision == QUANTIZE:
-            # Codes are grouped along one axis of the stored weight, so one reading of it is served.
-            other = first.setdefault(row.storage, row)
-            if other.transposed != row.transposed:
-                decision, reason = KEEP, f"reads the weight of {other.name} the other way round"
-        decided.append(_replace(row, decision, reason))
+    first: dict[object, tuple[Use, Site]] = {}
+    for use, row in zip(uses, rows, strict=True):
+        decision, reason, path = KEEP, row.reason, row.path
+        if use.linear is not None:
+            if everything:
+                reason = _why_keep(row, in_float.get(row.storage), routers)
+            if row.name in barred or row.name not in wanted:
+                reason = "excluded" if row.name in barred else "not among the targets"
+            reason = reason or _clash(use, first)
+        if not reason:
+            # Codes are grouped along one axis, so one reading of a weight is served: rows share it.
+            path = first.setdefault(use.reading, (use, row))[1].path
+            decision = QUANTIZE
+            reason = "linear map by a parameter" if everything else "named in targets"
+        decided.append(dataclasses.replace(row, decision=decision, reason=reason, path=path))
     return decided
 
 
-def _judge(
-    row: Site, others: list[Site], wanted: set[str], barred: set[str], everything: bool
-) -> tuple[str, str]:
-    if not row.n:
-        return KEEP, f"read by {row.kind}, which is no linear map"
-    if row.name in barred:
-        return KEEP, "excluded"
-    if row.name not in wanted:
-        return KEEP, "not among the targets"
-    if others and everything:
-        other = others[0]
-        return KEEP, f"tied to {other.name}, which {other.kind} reads in float; name it to force it"
-    return QUANTIZE, "linear map by a parameter" if everything else "named in targets"
+def _why_keep(row: Site, in_float: Site | None, routers: set[int]) -> str:
+    """Why the default keeps a linear site; empty where it does not."""
+    if in_float is not None:
+        reader = in_float
+        return f"tied to {reader.name}, which {reader.kind} reads in float; name it to force it"
+    if row.storage in routers:
+        return "router: its outputs are ranked by topk; name it to force it"
+    return ""
 
 
-def _replace(row: Site, decision: str, reason: str) -> Site:
-    return SitePlan((row,)).update({row.name: {"decision": decision, "reason": reason}}).sites[0]
+def _is_router(use: Use, row: Site) -> bool:
+    return use.linear is not None and row.n <= _MOST_EXPERTS and feeds_topk(use.node)
+
+
+def _clash(use: Use, first: dict[object, tuple[Use, Site]]) -> str:
+    """Why a weight that is quantized for another use cannot serve this one too."""
+    for other, row in first.values():
+        if other.storage != use.storage or other.reading == use.reading:
+            continue
+        assert use.matrix is not None and other.matrix is not None
+        if other.matrix.mT.shape == use.matrix.shape and other.matrix.mT.stride() == (
+            use.matrix.stride()
+        ):
+            return f"reads the weight of {row.name} the other way round"
+        if _overlap(use.matrix, other.matrix):
+            return f"reads a part of the weight of {row.name}"
+    return ""
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two views of one storage share an element."""
+    mask = torch.zeros(first.untyped_storage().nbytes() // first.element_size(), dtype=torch.bool)
+    places = [mask.as_strided(t.shape, t.stride(), t.storage_offset()) for t in (first, second)]
+    places[0].fill_(True)
+    return bool(places[1].any())

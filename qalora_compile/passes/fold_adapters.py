@@ -12,7 +12,14 @@ from qalora_compile.errors import PostconditionError, PreconditionError
 from qalora_compile.ir.affine import expand_groups
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.program import ADAPTED, FOLDED, Program
-from qalora_compile.ir.spec import GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER, tensor_argument
+from qalora_compile.ir.spec import (
+    ADAPTERS,
+    EXPERT_ADAPTER,
+    EXPERT_LINEAR,
+    GROUP_SUM,
+    ON_CODES,
+    tensor_argument,
+)
 from qalora_compile.ir.storage import is_finite
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.progress import track
@@ -29,7 +36,8 @@ class FoldAdapters(Pass):
              %4 = aten.add.Tensor(%1, %3)
     After:   %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset', …)
 
-    Fires on: every pooled_adapter added to a group_linear of the same input.
+    Fires on: every pooled_adapter added to a group_linear of the same input, and every
+    expert_adapter added to an expert_linear, expert by expert.
     Leaves alone: nothing; an adapter that does not fold is an error.
     Exactness: exact in real arithmetic, since the update is constant inside each group; computed
     in float64 and stored in the dtype of the offset. The codes and scales do not change.
@@ -53,11 +61,11 @@ class FoldAdapters(Pass):
                     hint="training diverged: lower the learning rate, or go back to a checkpoint",
                 )
         adapted = {
-            match_adapter(node).base for node in program.graph.nodes if node.target is POOLED_ADAPTER
+            match_adapter(node).base for node in program.graph.nodes if node.target in ADAPTERS
         }
         offsets = {str(base.args[3]) for base in adapted}
         for node in program.graph.nodes:
-            shares = node.target is GROUP_LINEAR and str(node.args[3]) in offsets
+            shares = node.target in ON_CODES and str(node.args[3]) in offsets
             if shares and node not in adapted:
                 raise PreconditionError(
                     "one use of a shared weight has an adapter and another has none",
@@ -69,12 +77,16 @@ class FoldAdapters(Pass):
         """Fold and remove."""
         graph = program.copy_graph()
         tensors = program.tensors()
-        adapters = [match_adapter(n) for n in graph.nodes if n.target is POOLED_ADAPTER]
+        adapters = [match_adapter(n) for n in graph.nodes if n.target in ADAPTERS]
         folded: dict[str, tuple[object, ...]] = {}
         changes = []
         for adapter in track(adapters, "fold"):
             target = str(adapter.base.args[3].target)  # type: ignore[union-attr]
-            key = (*map(str, adapter.update.args[1:]), adapter.pooled.args[1])
+            key = (
+                *map(str, adapter.update.args[1:3]),
+                adapter.update.args[-1],
+                adapter.pooled.args[1],
+            )
             if target not in folded:
                 tensors[target], largest = _fold(program, adapter, tensors[target])
                 folded[target] = key
@@ -95,7 +107,7 @@ class FoldAdapters(Pass):
     def ensures(self, before: Program, after: Program) -> None:
         """No adapter is left, and codes and scales are the tensors of before."""
         for node in after.graph.nodes:
-            if node.target in (POOLED_ADAPTER, GROUP_SUM):
+            if node.target in ADAPTERS or node.target is GROUP_SUM:
                 raise PostconditionError("an adapter node is left", where=f"node {node.name}")
         old, new = before.tensors(), after.tensors()
         for name, tensor in new.items():
@@ -130,13 +142,20 @@ def match_adapter(update: fx.Node) -> Adapter:
     total = users[0]
     base = total.args[0] if total.args[1] is update else total.args[1]
     assert isinstance(pooled, fx.Node)
-    if not isinstance(base, fx.Node) or base.target is not GROUP_LINEAR or len(base.users) != 1:
+    if not isinstance(base, fx.Node) or base.target not in ON_CODES or len(base.users) != 1:
         raise PreconditionError(
             "the adapter is added to no quantized layer", where=f"node {update.name}"
         )
     if base.args[0] is not pooled.args[0]:
         raise PreconditionError(
             "the adapter pools another tensor than its layer reads", where=site_of(total)
+        )
+    experts = base.target is EXPERT_LINEAR
+    if experts != (update.target is EXPERT_ADAPTER) or (
+        experts and update.args[3] is not base.args[4]
+    ):
+        raise PreconditionError(
+            "adapter and layer give the rows to experts in different ways", where=site_of(total)
         )
     pool, group = pooled.args[1], base.args[6]
     assert isinstance(pool, int) and isinstance(group, int)
@@ -154,11 +173,11 @@ def _fold(program: Program, adapter: Adapter, offset: Tensor) -> tuple[Tensor, f
     """The folded offset, and the largest distance it moved."""
     lora_a, lora_b = (tensor_argument(program, adapter.update, i) for i in (1, 2))
     scaling, pool, group = (
-        adapter.update.args[3],
+        adapter.update.args[-1],
         adapter.pooled.args[1],
         adapter.base.args[6],
     )
     assert isinstance(scaling, float) and isinstance(pool, int) and isinstance(group, int)
     update = scaling * (lora_b.detach().double() @ lora_a.detach().double())
-    delta = expand_groups(update, pool // group, offset.shape[1])
+    delta = expand_groups(update, pool // group, offset.shape[-1])
     return (offset.double() + delta).to(offset.dtype), float(delta.abs().max())

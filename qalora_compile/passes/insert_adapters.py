@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,14 @@ from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ADAPTED, QUANTIZED, Program
-from qalora_compile.ir.spec import GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
+from qalora_compile.ir.spec import (
+    ADAPTERS,
+    EXPERT_ADAPTER,
+    EXPERT_LINEAR,
+    GROUP_SUM,
+    ON_CODES,
+    POOLED_ADAPTER,
+)
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.rewrite import TensorNodes
 
@@ -33,7 +40,8 @@ class InsertAdapters(AdapterSpec, Pass):
              %3 = qalora.pooled_adapter(%2, @fc.lora_A, @fc.lora_B, scaling · f)
              %4 = aten.add.Tensor(%1, %3)
 
-    Fires on: every group_linear. Sites that share a weight share its adapter.
+    Fires on: every group_linear, and every expert_linear, whose experts have an adapter each
+    (`qalora.expert_adapter`). Sites that share a weight share its adapter.
     Leaves alone: everything else.
     Exactness: exact; B starts at zero, so the function does not change.
 
@@ -68,7 +76,7 @@ class InsertAdapters(AdapterSpec, Pass):
         nodes = TensorNodes(graph)
         changes = []
         for node in list(graph.nodes):
-            if node.target is not GROUP_LINEAR:
+            if node.target not in ON_CODES:
                 continue
             site = rows[site_of(node) or ""]
             self._insert(graph, node, site, nodes)
@@ -80,7 +88,7 @@ class InsertAdapters(AdapterSpec, Pass):
     def ensures(self, before: Program, after: Program) -> None:
         """Each site got one adapter, and each adapter's B is zero."""
         counts = [
-            sum(n.target is op for n in after.graph.nodes) for op in (GROUP_LINEAR, POOLED_ADAPTER)
+            sum(n.target in kind for n in after.graph.nodes) for kind in (ON_CODES, ADAPTERS)
         ]
         if counts[0] != counts[1]:
             raise PostconditionError(f"{counts[1]} adapters for {counts[0]} sites")
@@ -104,10 +112,11 @@ class InsertAdapters(AdapterSpec, Pass):
             assert scale is not None, "a quantized site has a scale"
             groups = group_count(site.k, self._pool_of(site))
             bound = 1.0 / (self._factor(site) * math.sqrt(site.k))
-            start = torch.rand(self.rank, groups, generator=generator, dtype=torch.float64)
+            lead = (site.experts,) if site.experts else ()
+            start = torch.rand(*lead, self.rank, groups, generator=generator, dtype=torch.float64)
             lora_a = ((2 * start - 1) * bound).to(scale)
             made[f"{site.path}.lora_A"] = nn.Parameter(lora_a)
-            made[f"{site.path}.lora_B"] = nn.Parameter(scale.new_zeros(site.n, self.rank))
+            made[f"{site.path}.lora_B"] = nn.Parameter(scale.new_zeros(*lead, site.n, self.rank))
         return made
 
     def _insert(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
@@ -117,8 +126,12 @@ class InsertAdapters(AdapterSpec, Pass):
         node.replace_all_uses_with(total)
         with graph.inserting_before(total):
             pooled = graph.call_function(GROUP_SUM, (node.args[0], self._pool_of(site)))
+            operands: list[Any] = [pooled, lora_a, lora_b]
+            if node.target is EXPERT_LINEAR:
+                operands.append(node.args[4])  # ends
             update = graph.call_function(
-                POOLED_ADAPTER, (pooled, lora_a, lora_b, self.scaling * self._factor(site))
+                EXPERT_ADAPTER if node.target is EXPERT_LINEAR else POOLED_ADAPTER,
+                (*operands, self.scaling * self._factor(site)),
             )
         total.args = (node, update)
         move_site(node, total)

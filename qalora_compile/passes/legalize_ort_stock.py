@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -16,9 +16,11 @@ from qalora_compile.ir.packing import pack_codes, unpack_codes
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ADAPTED, FOLDED, LEGALIZED, QUANTIZED, Program
 from qalora_compile.ir.spec import (
-    GROUP_LINEAR,
+    EXPERT_LINEAR,
+    EXPERT_MATMUL_NBITS,
     GROUP_SUM,
     MATMUL_NBITS,
+    ON_CODES,
     SPREAD_GROUPS,
     tensor_argument,
 )
@@ -73,7 +75,8 @@ class LegalizeOrtStock(Pass):
     with `zero_point = clamp(round(−offset / scale))` and `correction = (offset + scale ·
     zero_point)ᵀ`, `[L, N]`, left out where it is zero throughout.
 
-    Fires on: every group_linear; group sizes that no kernel takes are padded (`spread_groups`).
+    Fires on: every group_linear, and every expert_linear, which becomes one
+    `qalora.expert_matmul_nbits`; group sizes that no kernel takes are padded (`spread_groups`).
     Leaves alone: adapters that were not folded.
     Exactness: exact in real arithmetic for any group size, tail, scale and offset; the correction
     is rounded once to float32.
@@ -113,7 +116,7 @@ class LegalizeOrtStock(Pass):
         tensors = program.tensors()
         nodes, casts = TensorNodes(graph), dict[fx.Node, fx.Node]()
         changes, done = [], dict[str, dict[str, Tensor]]()
-        linears = [n for n in graph.nodes if n.target is GROUP_LINEAR]
+        linears = [n for n in graph.nodes if n.target in ON_CODES]
         for node in track(linears, "legalize"):
             site = rows[_site_name(node)]
             bits, group_size = node.args[5], node.args[6]
@@ -123,9 +126,8 @@ class LegalizeOrtStock(Pass):
             )
             if site.path not in done:
                 qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
-                done[site.path] = lower_weight(
-                    qweight, scale, offset, bits, group_size, site.k, layout
-                )
+                lower = _lower_experts if site.experts else lower_weight
+                done[site.path] = lower(qweight, scale, offset, bits, group_size, site.k, layout)
                 changes.append(_describe(site, bits, group_size, layout))
             self._rewrite(graph, node, site, layout, nodes, casts, done[site.path])
         graph.eliminate_dead_code()
@@ -134,9 +136,9 @@ class LegalizeOrtStock(Pass):
         return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """No group_linear is left."""
+        """No group_linear or expert_linear is left."""
         for node in after.graph.nodes:
-            if node.target is GROUP_LINEAR:
+            if node.target in ON_CODES:
                 raise PostconditionError("a layer was not legalized", where=site_of(node))
 
     def _rewrite(
@@ -149,36 +151,33 @@ class LegalizeOrtStock(Pass):
         casts: dict[fx.Node, fx.Node],
         parts: dict[str, Tensor],
     ) -> None:
-        x, bias, group_size = node.args[0], node.args[4], node.args[6]
+        x, last, group_size = node.args[0], node.args[4], node.args[6]
         assert isinstance(x, fx.Node)
         half = site.dtype != "float32"
-        stored = {name: nodes.get(f"{site.path}.{name}") for name in parts}
+        corrected = any(name.endswith("correction") for name in parts)
+        stored = [
+            _operand(site, name, nodes)
+            for name in ("qweight", "scale", "zero_point", *(["correction"] if corrected else []))
+        ]
+        options = (layout.bits, layout.block_size, self.accuracy_level)
         with graph.inserting_before(node):
             if half:  # the kernel would round scales to the type of x, so x is widened instead
                 if x not in casts:
                     casts[x] = _to(graph, x, torch.float32)
                 x = casts[x]
-                bias = _to(graph, bias, torch.float32) if isinstance(bias, fx.Node) else None
             spread = x
             if layout.spread:
                 spread = graph.call_function(SPREAD_GROUPS, (x, group_size, layout.width))
-            y = graph.call_function(
-                MATMUL_NBITS,
-                (
-                    spread,
-                    stored["qweight"],
-                    stored["scale"],
-                    stored["zero_point"],
-                    bias,
-                    layout.bits,
-                    layout.block_size,
-                    self.accuracy_level,
-                ),
-            )
-            if "correction" in parts:
-                sums = graph.call_function(GROUP_SUM, (x, group_size))
-                moved = graph.call_function(_ATEN.matmul.default, (sums, stored["correction"]))
-                y = graph.call_function(_ATEN.add.Tensor, (y, moved))
+            sums = graph.call_function(GROUP_SUM, (x, group_size)) if corrected else None
+            if node.target is EXPERT_LINEAR:
+                operands = (spread, sums, *stored[:3], stored[3] if corrected else [], last)
+                y = graph.call_function(EXPERT_MATMUL_NBITS, (*operands, *options))
+            else:
+                bias = _to(graph, last, torch.float32) if half and last is not None else last
+                y = graph.call_function(MATMUL_NBITS, (spread, *stored[:3], bias, *options))
+                if sums is not None:
+                    moved = graph.call_function(_ATEN.matmul.default, (sums, stored[3]))
+                    y = graph.call_function(_ATEN.add.Tensor, (y, moved))
             if half:
                 y = _to(graph, y, getattr(torch, site.dtype))
         move_site(node, y)
@@ -225,7 +224,37 @@ def lower_weight(
     return lowered | ({"correction": stored} if bool(stored.any()) else {})
 
 
-def _to(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+def _lower_experts(
+    qweight: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+    layout: BlockLayout,
+) -> dict[str, Tensor]:
+    """`lower_weight` of each expert, named `0.qweight` and so on: a kernel's weights are its own.
+
+    Where one expert needs a correction, all have one.
+    """
+    each = [
+        lower_weight(*parts, bits, group_size, k, layout)
+        for parts in zip(qweight, scale, offset, strict=True)
+    ]
+    if any("correction" in parts for parts in each):
+        none = scale.new_zeros(scale.shape[2], scale.shape[1], dtype=torch.float32)
+        each = [{"correction": none} | parts for parts in each]
+    return {f"{e}.{name}": tensor for e, parts in enumerate(each) for name, tensor in parts.items()}
+
+
+def _operand(site: Site, name: str, nodes: TensorNodes) -> fx.Node | list[fx.Node]:
+    """The node of a lowered tensor; for experts the nodes of all of them."""
+    if not site.experts:
+        return nodes.get(f"{site.path}.{name}")
+    return [nodes.get(f"{site.path}.{expert}.{name}") for expert in range(site.experts)]
+
+
+def _to(graph: fx.Graph, node: Any, dtype: torch.dtype) -> fx.Node:
     return graph.call_function(_ATEN.to.dtype, (node, dtype))
 
 

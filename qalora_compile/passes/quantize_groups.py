@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
 from qalora_compile.config import QuantSpec
 from qalora_compile.errors import PostconditionError, UserInputError
 from qalora_compile.ir.meta import move_site, site_of
-from qalora_compile.ir.pattern import get_tensor, match_linear
+from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ANNOTATED, QUANTIZED, Program
-from qalora_compile.ir.spec import GROUP_LINEAR
+from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, ON_CODES
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.rewrite import TensorNodes
 from qalora_compile.progress import track
@@ -28,7 +30,8 @@ class QuantizeGroups(QuantSpec, Pass):
     After:   %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, @fc.bias, 4, 32)
 
     Fires on: the nodes of the plan's `quantize` rows. A weight used at several sites is quantized
-    once and its tensors are shared.
+    once and its tensors are shared; stacked experts become one `qalora.expert_linear`, quantized
+    expert by expert.
     Leaves alone: every other node. All remaining parameters stop requiring gradients.
     Exactness: lossy; the program computes the model with its weights replaced by
     `scale · q + offset` (arXiv 2309.14717, Eq. 1).
@@ -59,39 +62,19 @@ class QuantizeGroups(QuantSpec, Pass):
         graph = program.copy_graph()
         tensors = {name: _freeze(t) for name, t in program.tensors().items()}
         tensors = _keep_ties(program.tensors(), tensors)
-        weights = program.plan.weights_to_quantize()
-        owners = {site.storage: site.path for site in weights}
-        changes = []
-        for site in track(weights, "quantize"):
-            tensors |= self._quantize(site, program)
-            changes.append(Change(site.path, f"{site.k}×{site.n} to {self.bits} bits", self.method))
         rows = {site.name: site for site in program.plan.to_quantize()}
+        linears = _linears_of(graph, rows)
+        changes = []
+        weights = [s for s in program.plan.weights_to_quantize() if s.name in linears]
+        for site in track(weights, "quantize"):
+            tensors |= self._quantize(site, linears[site.name], program)
+            changes.append(Change(site.path, f"{site.shape} to {self.bits} bits", self.method))
         nodes = TensorNodes(graph)
-        for node in list(graph.nodes):
-            site_row = rows.get(site_of(node) or "")
-            linear = match_linear(node) if site_row is not None else None
-            if site_row is None or linear is None:
-                continue
-            path = owners[site_row.storage]
-            with graph.inserting_before(node):
-                parts = [nodes.get(f"{path}.{part}") for part in ("qweight", "scale", "offset")]
-                new = graph.call_function(
-                    GROUP_LINEAR, (linear.x, *parts, linear.bias, self.bits, self.group_size)
-                )
-            move_site(node, new)
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+        for name, linear in linears.items():
+            self._rewrite(graph, linear.node, rows[name], nodes)
         graph.eliminate_dead_code()
-        plan = program.plan.update(
-            {
-                name: {
-                    "bits": self.bits,
-                    "group_size": self.group_size,
-                    "path": owners[row.storage],
-                }
-                for name, row in rows.items()
-            }
-        )
+        spec = {"bits": self.bits, "group_size": self.group_size}
+        plan = program.plan.update(dict.fromkeys(rows, spec))
         return PassResult(
             program.evolve(graph=graph, tensors=tensors, plan=plan),
             tuple(changes),
@@ -99,24 +82,52 @@ class QuantizeGroups(QuantSpec, Pass):
         )
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Every `quantize` row is computed by a group_linear of the options' bits and group."""
-        computed = {
-            site_of(n): n.args[5:7] for n in after.graph.nodes if n.target is GROUP_LINEAR
-        }
+        """Every `quantize` row is computed on codes of the options' bits and group."""
+        computed = {site_of(n): n.args[5:7] for n in after.graph.nodes if n.target in ON_CODES}
         for site in after.plan.to_quantize():
             if computed.get(site.name) != (self.bits, self.group_size):
                 raise PostconditionError("the site was not quantized", where=site.name)
 
-    def _quantize(self, site: Site, program: Program) -> dict[str, Tensor]:
+    def _quantize(self, site: Site, linear: LinearMap, program: Program) -> dict[str, Tensor]:
+        """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""
         weight = get_tensor(program.module, site.weight)
         assert weight is not None, "the plan was made from this module"
-        matrix = weight.detach().t() if site.transposed else weight.detach()
-        affine = get_quantizer(self.method)(matrix, self).validate()
-        return {
-            f"{site.path}.qweight": affine.pack(),
-            f"{site.path}.scale": affine.scale,
-            f"{site.path}.offset": affine.offset,
+        matrix = linear.matrix(weight.detach())
+        quantizer = get_quantizer(self.method)
+        stack = [
+            quantizer(part, self).validate() for part in (matrix if site.experts else [matrix])
+        ]
+        parts = {
+            "qweight": [affine.pack() for affine in stack],
+            "scale": [affine.scale for affine in stack],
+            "offset": [affine.offset for affine in stack],
         }
+        return {
+            f"{site.path}.{part}": torch.stack(values) if site.experts else values[0]
+            for part, values in parts.items()
+        }
+
+    def _rewrite(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
+        """Put the operator on codes in the place of a linear map."""
+        linear = match_linear(node)  # again: an earlier rewrite may have given it another x
+        assert linear is not None, "it matched before"
+        with graph.inserting_before(node):
+            parts = [nodes.get(f"{site.path}.{part}") for part in ("qweight", "scale", "offset")]
+            last = linear.ends if site.experts else linear.bias
+            new = graph.call_function(
+                EXPERT_LINEAR if site.experts else GROUP_LINEAR,
+                (linear.x, *parts, last, self.bits, self.group_size),
+            )
+        move_site(node, new)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _linears_of(graph: fx.Graph, rows: Mapping[str, Site]) -> dict[str, LinearMap]:
+    """The linear map of each row, by site name."""
+    marked = {site_of(node): node for node in graph.nodes}
+    found = {name: match_linear(marked[name]) for name in rows if name in marked}
+    return {name: linear for name, linear in found.items() if linear is not None}
 
 
 def _freeze(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.passes.base import Pass
 
 _PASSES = {
+    "canonicalize-pointwise": "CanonicalizePointwise",
     "annotate-linears": "AnnotateLinears",
     "quantize-groups": "QuantizeGroups",
     "insert-adapters": "InsertAdapters",

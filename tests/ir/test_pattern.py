@@ -91,6 +91,38 @@ FIRES: dict[str, tuple[Build, str, bool, bool]] = {
         False,
         False,
     ),
+    "matmul, identity permutation": (
+        lambda g, x, w, b: call(
+            g, ATEN.matmul.default, x, call(g, ATEN.permute.default, w, [0, 1])
+        ),
+        "matmul",
+        True,
+        False,
+    ),
+    "matmul, same axis twice": (
+        lambda g, x, w, b: call(g, ATEN.matmul.default, x, call(g, ATEN.transpose.int, w, 1, -1)),
+        "matmul",
+        True,
+        False,
+    ),
+    "linear of two views": (
+        lambda g, x, w, b: call(
+            g,
+            ATEN.linear.default,
+            x,
+            call(g, ATEN.view.default, call(g, ATEN.unsqueeze.default, w, 0), [5, 3]),
+        ),
+        "linear",
+        False,
+        False,
+    ),
+    "bmm": (lambda g, x, w, b: call(g, ATEN.bmm.default, x, w), "experts", True, False),
+    "grouped": (
+        lambda g, x, w, b: call(g, ATEN._grouped_mm.default, x, w, b),
+        "experts",
+        True,
+        False,
+    ),
     "matmul, two transposes": (
         lambda g, x, w, b: call(
             g, ATEN.matmul.default, x, call(g, ATEN.t.default, call(g, ATEN.t.default, w))
@@ -108,7 +140,8 @@ def test_fires(kind: str) -> None:
     found = matched(build)
     assert found is not None
     assert found.kind == expected_kind
-    assert found.transposed is transposed
+    weight = torch.arange(15.0).view(5, 3)
+    assert torch.equal(found.matrix(weight), weight.t() if transposed else weight)
     assert found.weight.target == "fc.weight"
     assert found.x.name == "x"
     assert (found.bias is not None) is has_bias
@@ -125,11 +158,11 @@ LEFT_ALONE: dict[str, Build] = {
     ),
     "weight on the left": lambda g, x, w, b: call(g, ATEN.mm.default, w, x),
     "two inputs": lambda g, x, w, b: call(g, ATEN.mm.default, x, x),
-    "identity permutation": lambda g, x, w, b: call(
-        g, ATEN.matmul.default, x, call(g, ATEN.permute.default, w, [0, 1])
+    "a view of two inputs": lambda g, x, w, b: call(
+        g, ATEN.matmul.default, x, call(g, ATEN.view.default, w, [x, 3])
     ),
-    "same axis twice": lambda g, x, w, b: call(
-        g, ATEN.matmul.default, x, call(g, ATEN.transpose.int, w, 1, -1)
+    "grouped, with a bias": lambda g, x, w, b: call(
+        g, ATEN._grouped_mm.default, x, w, b, call(g, ATEN.neg.default, b)
     ),
     "other operator": lambda g, x, w, b: call(g, ATEN.add.Tensor, x, w),
     "no call": lambda g, x, w, b: w,
@@ -146,7 +179,11 @@ def test_resolve_weight_counts_the_transposes() -> None:
     w = graph.get_attr("fc.weight")
     once = call(graph, ATEN.t.default, w)
     twice = call(graph, ATEN.t.default, once)
-    assert [r.swapped for r in map(resolve_weight, (w, once, twice)) if r] == [False, True, False]
+    assert [len(r.views) for r in map(resolve_weight, (w, once, twice)) if r] == [0, 1, 2]
+    weight = torch.arange(15.0).view(5, 3)
+    found = resolve_weight(twice)
+    assert found is not None
+    assert torch.equal(found.read(weight), weight)
     assert resolve_weight(graph.placeholder("x")) is None
     assert resolve_weight(3.0) is None
 

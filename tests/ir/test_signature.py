@@ -78,7 +78,7 @@ def test_names_of_nested_inputs_and_outputs() -> None:
         "table.b",
     ]
     assert program.signature.outputs == ("sum", "rest.0", "rest.1")
-    assert all(leaf.shape == ("batch", 4) for leaf in program.signature.inputs)
+    assert all(leaf.shape[0] == "batch" for leaf in program.signature.inputs)
 
 
 @pytest.mark.parametrize(
@@ -135,5 +135,5 @@ def test_dynamic_axes_have_readable_names() -> None:
     assert shapes == {
         "ids": ("batch", "sequence"),
         "hidden": ("batch", "hidden_sequence", 8),  # nothing ties it to the length of ids
-        "flat": ("batch", 8),
+        "flat": ("batch", "flat_sequence"),  # nothing fixes it: the sum takes any length
     }

@@ -18,7 +18,10 @@ from qalora_compile.ir.pattern import LinearMap, match_linear
 from qalora_compile.ir.plan import KEEP, QUANTIZE
 from qalora_compile.ir.program import ANNOTATED
 from qalora_compile.passes import annotate_linears as pass_module
-from qalora_compile.passes.annotate_linears import AnnotateLinears, owner_path
+from qalora_compile.passes import quantize_groups as quantize_module
+from qalora_compile.passes import uses
+from qalora_compile.passes.annotate_linears import AnnotateLinears
+from qalora_compile.passes.uses import owner_path
 from tests.models import MLP, TRANSFORMERS, SquareConv1D, TiedHead, UsedTwice, token_ids, worst
 
 Golden = Callable[[str, str], None]
@@ -86,7 +89,7 @@ def test_other_uses_are_kept_and_named_by_their_operator() -> None:
     assert kinds["left", "matmul"] == KEEP, "a weight on the left is no x W"
     assert kinds["conv.weight", "conv1d"] == KEEP
     plain = [s for s in plan if s.weight == "plain"]
-    assert [s.name for s in plain] == ["plain", "plain@2", "plain@3"]
+    assert [s.name for s in plain] == ["plain", "plain@2"], "one row for each node that reads it"
     assert {s.decision for s in plain} == {KEEP}, "it is also multiplied with itself"
     assert any("tied to plain" in s.reason for s in plain)
 
@@ -148,9 +151,10 @@ def test_a_layer_read_the_wrong_way_round_is_caught(monkeypatch: pytest.MonkeyPa
 
     def turned(node: fx.Node) -> LinearMap | None:
         found = real(node)
-        return found and dataclasses.replace(found, transposed=not found.transposed)
+        return found and dataclasses.replace(found, flipped=not found.flipped)
 
-    monkeypatch.setattr(pass_module, "match_linear", turned)
+    monkeypatch.setattr(uses, "match_linear", turned)
+    monkeypatch.setattr(quantize_module, "match_linear", turned)
     wrong = qc.quantize_groups(qc.capture_model(model, (x,)))
     report = qc.verify_equivalence(right, wrong, [(x,)], qc.Tolerance(max_rel=0.05))
     assert not report.passed

@@ -137,6 +137,7 @@ def test_a_wrong_stage_stops_a_pass_before_it_looks() -> None:
 
 
 STEPS = {
+    "canonicalize-pointwise": {FLOAT},
     "annotate-linears": {FLOAT, ANNOTATED},
     "quantize-groups": {ANNOTATED},
     "insert-adapters": {QUANTIZED},

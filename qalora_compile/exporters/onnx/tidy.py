@@ -70,18 +70,30 @@ def name_sites(model: Any, program: Program) -> dict[str, str]:
     for site in program.plan:
         if site.bits is None:
             continue
-        weight = f"{site.path}.qweight"
+        weight = f"{site.path}.0.qweight" if site.experts else f"{site.path}.qweight"
         nodes = readers.get(weight, [])
         if used[weight] >= len(nodes):
             continue
         node = nodes[used[weight]]
         used[weight] += 1
         node.name = f"{site.name}/{node.op_type}"
-        last = _follow_correction(node, f"{site.path}.correction", site.name)
+        last = (
+            _follow_concat(node)
+            if site.experts
+            else _follow_correction(node, f"{site.path}.correction", site.name)
+        )
         if not last.outputs[0].is_graph_output():
             last.outputs[0].name = f"{site.name}/output"
         found[site.name] = last.outputs[0].name
     return found
+
+
+def _follow_concat(node: Any) -> Any:
+    """The Concat that joins the experts, from the MatMulNBits of the first of them."""
+    last = node
+    while last.op_type != "Concat" and last.outputs[0].consumers():
+        last = last.outputs[0].consumers()[0]
+    return last
 
 
 def _follow_correction(node: Any, correction: str, site: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qalora_compile.exporters.onnx.translate_experts import expert_table
 from qalora_compile.optional import require
 
 MICROSOFT = "com.microsoft"
@@ -30,9 +31,11 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         bits: int,
         block_size: int,
         accuracy_level: int,
+        k: int | None = None,
     ) -> Any:
         n, blocks, _ = (int(d) for d in qweight.shape)
-        attributes = {"K": int(x.shape[-1]), "N": n, "bits": bits, "block_size": block_size}
+        k = int(x.shape[-1]) if k is None else k
+        attributes = {"K": k, "N": n, "bits": bits, "block_size": block_size}
         if accuracy_level:
             attributes["accuracy_level"] = accuracy_level
         inputs = [x, qweight, scale, zero_point] + ([] if bias is None else [None, bias])
@@ -60,7 +63,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Mul(update, op.Constant(value_float=scaling))
 
     ops = torch.ops.qalora
-    return {
+    return expert_table(op, emit_matmul_nbits) | {
         ops.matmul_nbits.default: emit_matmul_nbits,
         ops.group_sum.default: emit_group_sum,
         ops.spread_groups.default: emit_spread_groups,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -22,9 +23,14 @@ from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.exporters.onnx.translate import MICROSOFT, translation_table
 from qalora_compile.files import atomic_files
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
+from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import argument_names, input_spec
 from qalora_compile.optional import require
+
+_OPERATOR = re.compile(r"(?:target=torch\.ops\.|OpOverload\(op=')([\w.]+)")
+
+_ASSERTIONS = ("aten._assert_scalar.default", "aten._assert_async.msg", "aten._assert_async.default")
 
 INLINE_LIMIT_BYTES = 1 << 30
 """Weights beyond this go to `<name>.data`; a protobuf file cannot exceed 2 GiB."""
@@ -68,14 +74,14 @@ def _translate(program: Program, spec: ExportSpec) -> Any:
                 optimize=False,
                 opset_version=spec.opset,
                 input_names=[leaf.name for leaf in program.signature.inputs if leaf.dtype],
-                output_names=list(program.signature.outputs),
+                output_names=_tensor_outputs(program),
                 custom_translation_table=translation_table(),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
         raise UnsupportedError(
-            f"torch.onnx cannot translate the program: {_first_line(error)}",
-            hint="the message names the operator; keep it out of the model, or report it",
+            f"torch.onnx cannot translate the program: {_cause(error)}",
+            hint="replace the operator in the model by others that ONNX has, or report it",
         ) from error
     finally:
         program.module.train(training)
@@ -95,9 +101,34 @@ def _retrace(program: Program) -> ExportedProgram:
     spec = input_spec(program.graph)
     shape_args, shape_kwargs = pytree.tree_unflatten(shapes, spec)
     dynamic = dict(zip(names, [*shape_args, *shape_kwargs.values()], strict=True))
-    return torch.export.export(
-        program.module, args, dict(kwargs), dynamic_shapes=dynamic, strict=False
-    )
+    module = _without_assertions(program)
+    return torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic, strict=False)
+
+
+def _tensor_outputs(program: Program) -> list[str]:
+    """Names of the outputs that are tensors: a None among them is no output of an ONNX model."""
+    output = next(n for n in program.graph.nodes if n.op == "output")
+    values = pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: leaf is None)
+    return [
+        name
+        for name, value in zip(program.signature.outputs, values, strict=True)
+        if isinstance(value, torch.fx.Node)
+    ]
+
+
+def _without_assertions(program: Program) -> torch.nn.Module:
+    """The graph without the model's own run-time assertions, for which ONNX has no operator."""
+    graph = program.copy_graph()
+    checks = [n for n in graph.nodes if str(n.target) in _ASSERTIONS]
+    if not checks:
+        return program.module
+    # What was computed for an assertion only goes too; other nodes without users may have effects.
+    while checks:
+        node = checks.pop()
+        if not node.users and node.op == "call_function":
+            checks += node.all_input_nodes
+            graph.erase_node(node)
+    return program.module.rebuild(graph, program.tensors())
 
 
 @contextmanager
@@ -118,7 +149,7 @@ def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
     from qalora_compile import __version__
 
     sizes = {name: t.numel() * t.element_size() for name, t in program.tensors().items()}
-    parts = ("qweight", "scale", "zero_point", "correction")
+    names = ("qweight", "scale", "zero_point", "correction")
     layers = [
         {
             "site": s.name,
@@ -126,7 +157,8 @@ def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
             "group_size": s.group_size,
             "k": s.k,
             "n": s.n,
-            "bytes": sum(sizes.get(f"{s.path}.{part}", 0) for part in parts),
+            "experts": s.experts,
+            "bytes": sum(sizes.get(f"{s.path}.{part}", 0) for part in _parts(s, names)),
         }
         for s in program.plan
         if s.bits is not None
@@ -141,6 +173,13 @@ def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
         "site_values": sites,
     }
     return json.dumps(value, sort_keys=True)
+
+
+def _parts(site: Site, names: tuple[str, ...]) -> list[str]:
+    """Lowered tensors of a site, below its path."""
+    if not site.experts:
+        return list(names)
+    return [f"{expert}.{name}" for expert in range(site.experts) for name in names]
 
 
 def _save(model: Any, program: Program, path: Path, spec: ExportSpec) -> ExportReport:
@@ -180,6 +219,13 @@ def _capabilities(program: Program, spec: ExportSpec) -> dict[str, Capability]:
     }
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _cause(error: BaseException) -> str:
+    """The operator that failed and why, from the first of a chain of exceptions."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    text = "\n".join(map(str, chain))
+    found = _OPERATOR.search(text)
+    lines = [line for line in str(chain[-1]).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(chain[-1]).__name__
+    return f"{found.group(1)}: {reason}" if found else reason

@@ -1,0 +1,146 @@
+"""`torch.export` with as many dynamic axes as the model allows, and errors in the user's terms."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import re
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from qalora_compile.errors import CaptureError, UserInputError
+
+_SPECIALIZED = re.compile(r"marked L\['(\w+)'\]((?:\[[^\]]*\]|\.\w+(?!\w*\())*)\.size\(\)\[(\d+)\]")
+_PACKAGE = str(Path(__file__).parent)
+_HINTS = (
+    (
+        ("GuardOnDataDependentSymNode", "data-dependent", "DataDependent"),
+        "the model's control flow depends on tensor values: write it with torch.where or "
+        "torch.cond, or take that part out of the captured module",
+    ),
+    (
+        ("_local_scalar_dense", ".item()", "tolist"),
+        "a tensor becomes a Python number here: keep it a tensor, or pass the number as an input",
+    ),
+    (
+        ("Constraints violated", "ConstraintViolation"),
+        "an axis of dynamic_shapes cannot vary in this model: leave it out of dynamic_shapes, or "
+        "pass dynamic_shapes=None to let capture find out",
+    ),
+    (
+        ("Unsupported input type", "pytree"),
+        "pass tensors, numbers, booleans, strings or containers of them; register other types "
+        "with torch.utils._pytree.register_dataclass or register_pytree_node",
+    ),
+)
+_HINT = (
+    "replace what torch.export cannot trace on this line by tensor operators, or capture a part "
+    "of the model"
+)
+
+
+def export_model_graph(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    notes: list[str],
+) -> ExportedProgram:
+    """Export with the given dynamic shapes, or with the most that the model allows.
+
+    Without given ones, batch and sequence are first asked for as dynamic; an axis that the model
+    makes a constant is left to torch to fix, and noted; where that fails too, all shapes are fixed.
+
+    Raises:
+        CaptureError: `torch.export` refused the model; the line of the model is named.
+        UserInputError: the example inputs do not fit the model.
+    """
+    if dynamic_shapes is not None:
+        return _export(model, args, kwargs, dynamic_shapes)
+    shapes = _default_shapes(model, args, kwargs)
+    try:
+        return _export(model, args, kwargs, shapes)
+    except CaptureError as error:
+        first = error
+    constants = _specialized(str(first.__cause__))
+    try:
+        exported = _export(model, args, kwargs, _relax(shapes))
+    except CaptureError:
+        exported = _export(model, args, kwargs, None)  # no axis can vary, or the model fails at all
+        notes.append(f"all shapes are fixed: capture with dynamic ones failed ({first.what})")
+        return exported
+    notes += [
+        f"{name}: axis {axis} is fixed: the model's code makes its size a constant"
+        for name, axis in constants
+    ]
+    return exported
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> ExportedProgram:
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise _capture_error(model, error) from error
+
+
+def _specialized(message: str) -> list[tuple[str, int]]:
+    """Input and axis of each size that the model fixes, from torch.export's message."""
+    found = ((name + path, int(axis)) for name, path, axis in _SPECIALIZED.findall(message))
+    return sorted(dict.fromkeys(found))
+
+
+def _relax(shapes: Any) -> Any:
+    """The same axes, each left to torch to keep or to fix."""
+    return pytree.tree_map(lambda d: Dim.AUTO if d is Dim.DYNAMIC else d, shapes)
+
+
+def _default_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dynamic axes to ask for: batch for all tensors, also the second axis of sequences."""
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise UserInputError(
+            f"the example inputs do not fit the model: {error}", where=type(model).__name__
+        ) from error
+    return {name: pytree.tree_map(_leaf_shapes, value) for name, value in bound.arguments.items()}
+
+
+def _leaf_shapes(leaf: Any) -> Any:
+    """Axes of one input that should vary; those of size 0 and 1 are constants to torch."""
+    if not isinstance(leaf, Tensor):
+        return None
+    axes = {0: Dim.DYNAMIC} if leaf.dim() else {}
+    if leaf.dim() > 1 and (not leaf.is_floating_point() or leaf.dim() == 3):
+        axes[1] = Dim.DYNAMIC
+    elif leaf.dim() == 2:
+        axes[1] = Dim.AUTO  # a waveform's samples vary, a layer's features do not
+    return {axis: dim for axis, dim in axes.items() if leaf.shape[axis] > 1} or None
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    """Name the line of the user's model that export stopped at, and what to change there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith("<")]
+    own = [f for f in own if not f.filename.startswith(_PACKAGE)]
+    where = type(model).__name__
+    if own:
+        last = own[-1]
+        code = linecache.getline(last.filename, last.lineno or 0).strip()
+        where = f"{last.filename}:{last.lineno}: {code}"
+    message = str(error).strip().splitlines()
+    text = f"{type(error).__name__} {error}"
+    hint = next((h for keys, h in _HINTS if any(key in text for key in keys)), _HINT)
+    return CaptureError(
+        f"torch.export cannot capture {type(model).__name__}: "
+        f"{type(error).__name__}: {message[0] if message else 'no message'}",
+        where=where,
+        hint=hint,
+    )

@@ -1,0 +1,106 @@
+"""Translations of the operators on stacked experts: each expert's rows, then one Concat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+_INT64 = 7
+
+
+def expert_table(
+    op: Any, emit_matmul_nbits: Callable[..., Any]
+) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operator → function that emits its ONNX nodes.
+
+    Args:
+        op: The onnxscript opset to emit with.
+        emit_matmul_nbits: Emits one MatMulNBits.
+    """
+
+    def emit_expert_matmul_nbits(
+        x: Any,
+        sums: Any,
+        qweight: Any,
+        scale: Any,
+        zero_point: Any,
+        correction: Any,
+        ends: Any,
+        bits: int,
+        block_size: int,
+        accuracy_level: int,
+    ) -> Any:
+        options, k = (bits, block_size, accuracy_level), int(x.shape[-1])
+
+        def compute(expert: int, rows: Any, group_sums: Any) -> Any:
+            codes = qweight[expert], scale[expert], zero_point[expert]
+            y = emit_matmul_nbits(rows, *codes, None, *options, k=k)
+            if group_sums is None:
+                return y
+            return op.Add(y, op.MatMul(group_sums, correction[expert]))
+
+        return _by_expert(op, ends, len(qweight), compute, x, sums)
+
+    def emit_expert_adapter(
+        pooled: Any, lora_a: Any, lora_b: Any, ends: Any, scaling: float
+    ) -> Any:
+        factor = op.Constant(value_float=scaling)
+
+        def compute(expert: int, rows: Any) -> Any:
+            a, b = (
+                op.Transpose(_take(op, stack, expert), perm=[1, 0]) for stack in (lora_a, lora_b)
+            )
+            return op.Mul(op.MatMul(op.MatMul(rows, a), b), factor)
+
+        return _by_expert(op, ends, int(lora_a.shape[0]), compute, pooled)
+
+    emit_grouped_mm = partial(_grouped_mm, op)
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.qalora.expert_matmul_nbits.default: emit_expert_matmul_nbits,
+        torch.ops.qalora.expert_adapter.default: emit_expert_adapter,
+        torch.ops.aten._grouped_mm.default: emit_grouped_mm,
+    }
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):  # registered by transformers
+        table[torch.ops.transformers.grouped_mm_fallback.default] = emit_grouped_mm
+    return table
+
+
+def _grouped_mm(op: Any, x: Any, weight: Any, ends: Any, *_: Any) -> Any:
+    """Experts that stay in float."""
+
+    def compute(expert: int, rows: Any) -> Any:
+        return op.MatMul(rows, _take(op, weight, expert))
+
+    return _by_expert(op, ends, int(weight.shape[0]), compute, x)
+
+
+def _by_expert(
+    op: Any, ends: Any, experts: int, compute: Callable[..., Any], *operands: Any
+) -> Any:
+    """Concat of `compute(e, rows…)`: slices between the ends, or x[e] where there are none."""
+    axis = op.Constant(value_ints=[0])
+    stops = []
+    if ends is not None:
+        places = op.Cast(ends, to=_INT64)
+        at = [op.Constant(value_ints=[expert]) for expert in range(experts + 1)]
+        stops = [op.Slice(places, at[e], at[e + 1], axis) for e in range(experts)]
+    parts = []
+    for expert in range(experts):
+        if ends is None:
+            rows = [None if x is None else _take(op, x, expert) for x in operands]
+            parts.append(op.Unsqueeze(compute(expert, *rows), axis))
+        else:
+            start = stops[expert - 1] if expert else axis
+            rows = [
+                None if x is None else op.Slice(x, start, stops[expert], axis) for x in operands
+            ]
+            parts.append(compute(expert, *rows))
+    return op.Concat(*parts, axis=0)
+
+
+def _take(op: Any, x: Any, expert: int) -> Any:
+    """x[e]."""
+    return op.Gather(x, op.Constant(value_int=expert), axis=0)

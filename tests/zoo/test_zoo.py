@@ -1,0 +1,31 @@
+"""The zoo: every architecture on its whole way, from capture to ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qalora_compile.passes.base import validating
+from tests.zoo.checks import CHECKS, Study, check_inspect
+from tests.zoo.entries import ENTRIES
+
+QUICK = ("llama", "mixtral", "resnet", "cross-attention", "batched-experts", "odd-readings")
+"""Those of the default suite: one of each kind of site."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ENTRIES],
+)
+def test_zoo(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with validating():
+        study = Study.make(ENTRIES[name], tmp_path)
+        for check in CHECKS.values():
+            check(study)
+        check_inspect(study, capsys)
+
+
+def test_the_zoo_is_large_enough() -> None:
+    assert len(ENTRIES) >= 24
+    assert set(QUICK) <= set(ENTRIES)
