@@ -6,6 +6,7 @@ import inspect
 import linecache
 import re
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from torch.utils import _pytree as pytree
 from qalora_compile.errors import CaptureError, UserInputError
 
 _SPECIALIZED = re.compile(r"marked L\['(\w+)'\]((?:\[[^\]]*\]|\.\w+(?!\w*\())*)\.size\(\)\[(\d+)\]")
-_PACKAGE = str(Path(__file__).parent)
+_NOT_THE_MODEL = (
+    str(Path(__file__).parent),
+    str(Path(torch.__file__).parent),
+    str(Path(inspect.__file__).parent / "contextlib.py"),
+    str(Path(inspect.__file__).parent / "functools.py"),
+)
 _HINTS = (
     (
         ("GuardOnDataDependentSymNode", "data-dependent", "DataDependent"),
@@ -86,7 +92,10 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> ExportedProgram:
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        with warnings.catch_warnings():
+            # RNNs hold their registered parameters in a list too; tracing swaps both, harmlessly
+            warnings.filterwarnings("ignore", "The tensor attributes .* were assigned during export")
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise _capture_error(model, error) from error
 
@@ -128,8 +137,7 @@ def _leaf_shapes(leaf: Any) -> Any:
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     """Name the line of the user's model that export stopped at, and what to change there."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith("<")]
-    own = [f for f in own if not f.filename.startswith(_PACKAGE)]
+    own = [f for f in frames if not f.filename.startswith((*_NOT_THE_MODEL, "<"))]
     where = type(model).__name__
     if own:
         last = own[-1]
