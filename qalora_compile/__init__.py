@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qalora_compile.api import (
+        adapt_module_,
         export_model,
         fold_adapters,
         insert_adapters,
@@ -45,6 +46,7 @@ _HOMES = {
     "QaloraError": "errors",
     "QuantSpec": "config",
     "Tolerance": "verify.compare",
+    "adapt_module_": "api",
     "capture_model": "capture.model",
     "export_model": "api",
     "fold_adapters": "api",
@@ -64,6 +66,7 @@ __all__ = [
     "QuantSpec",
     "Tolerance",
     "__version__",
+    "adapt_module_",
     "capture_model",
     "export_model",
     "fold_adapters",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qalora_compile.config import AdapterSpec, ExportSpec, QuantSpec
 from qalora_compile.errors import PreconditionError, UserInputError
@@ -20,6 +21,9 @@ from qalora_compile.passes.pipeline import Pipeline
 from qalora_compile.passes.quantize_groups import QuantizeGroups
 from qalora_compile.passes.select import ALL_LINEAR, as_patterns
 from qalora_compile.passes.share_group_sums import ShareGroupSums
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def quantize_groups(
@@ -44,14 +48,15 @@ def quantize_groups(
         PreconditionError: the program is at another stage.
     """
     quantize = QuantizeGroups(**(spec or QuantSpec()).to_json())
-    steps: list[Pass] = [quantize]
-    if program.stage != ANNOTATED:
-        wanted = targets if isinstance(targets, str) else as_patterns(list(targets), "targets")
-        barred = as_patterns(exclude if isinstance(exclude, str) else list(exclude), "exclude")
-        steps.insert(0, AnnotateLinears(targets=wanted, exclude=barred))
-    if program.stage == FLOAT:
-        steps.insert(0, CanonicalizePointwise())
-    return Pipeline(steps)(program).program
+    steps = [] if program.stage == ANNOTATED else _annotation(targets, exclude)
+    return Pipeline([*steps, quantize])(program).program
+
+
+def _annotation(targets: str | Iterable[str], exclude: Iterable[str]) -> list[Pass]:
+    """The passes that take a float program to stage `annotated`."""
+    wanted = targets if isinstance(targets, str) else as_patterns(list(targets), "targets")
+    barred = as_patterns(exclude if isinstance(exclude, str) else list(exclude), "exclude")
+    return [CanonicalizePointwise(), AnnotateLinears(targets=wanted, exclude=barred)]
 
 
 def insert_adapters(program: Program, spec: AdapterSpec | None = None) -> Program:
@@ -63,6 +68,65 @@ def insert_adapters(program: Program, spec: AdapterSpec | None = None) -> Progra
     """
     insert = InsertAdapters(**(spec or AdapterSpec()).to_json())
     return Pipeline([insert, ShareGroupSums()])(program).program
+
+
+def adapt_module_(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    quant: QuantSpec | None = None,
+    adapter: AdapterSpec | None = None,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    exclude: Iterable[str] = (),
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Quantize and adapt a model in place, module by module, by the plan of its captured graph.
+
+    For code that needs the model itself: `generate()`, `labels`, gradient checkpointing, the
+    Hugging Face Trainer. Linear layers become `AdaptedLinear`; where only a weight can be replaced
+    (packed attention, 1×1 convolutions, experts) it is parametrized. All else is frozen.
+
+    The returned program has the model's very tensors, under the same names: train the model, then
+    `fold_adapters(program)` and export. Before it returns, program and model are run with random
+    adapters and compared.
+
+    Args:
+        model: The model; a quantized weight that no module reads in float is let go.
+        args: Example positional arguments, as for `capture_model`.
+        kwargs: Example keyword arguments.
+        quant: As for `quantize_groups`.
+        adapter: As for `insert_adapters`.
+        targets: As for `quantize_groups`.
+        exclude: As for `quantize_groups`.
+        dynamic_shapes: As for `capture_model`.
+
+    Raises:
+        CaptureError: `torch.export` refused the model.
+        UnsupportedError: a module cannot hold its quantized weight.
+        VerificationError: model and program differ, for example because the model has a path
+            around an adapter.
+        UserInputError: as for `quantize_groups` and `insert_adapters`.
+
+    After an error the model is as it was.
+    """
+    from qalora_compile.capture.model import capture_model
+    from qalora_compile.eager.apply import Undo, apply_adapters, share_tensors
+    from qalora_compile.eager.check import cross_check
+
+    args, kwargs = tuple(args), dict(kwargs or {})
+    captured = capture_model(model, args, kwargs, dynamic_shapes)
+    annotated = Pipeline(_annotation(targets, exclude))(captured).program
+    program = insert_adapters(quantize_groups(annotated, quant), adapter)
+    undo = Undo()
+    try:
+        apply_adapters(model, annotated, program, undo)
+        program = share_tensors(model, program)
+        cross_check(program, model, args, kwargs)
+    except BaseException:
+        undo.run()
+        raise
+    return program
 
 
 def fold_adapters(program: Program) -> Program:

@@ -22,6 +22,7 @@ ALLOWED = {
     "verify": CORE | {"verify", "ir"},
     "runtime": {"runtime", "errors", "optional"},
     "training": CORE | {"training", "passes", "ir"},
+    "eager": CORE | {"eager", "verify", "ir"},
 }
 """What each room may import of this package."""
 FREE = {"__init__", "__main__", "api", "cli"}

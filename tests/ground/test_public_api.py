@@ -19,6 +19,7 @@ HOMES = {
     "QaloraError": "errors",
     "QuantSpec": "config",
     "Tolerance": "verify.compare",
+    "adapt_module_": "api",
     "capture_model": "capture.model",
     "export_model": "api",
     "fold_adapters": "api",

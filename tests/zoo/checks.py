@@ -21,6 +21,7 @@ from qalora_compile.ir.packing import unpack_codes
 from qalora_compile.ir.pattern import match_linear
 from qalora_compile.ir.plan import QUANTIZE, SitePlan
 from tests.models import assert_close, randomize_adapters, scale_of, worst
+from tests.zoo import eager
 from tests.zoo.entries import Entry
 
 CAPTURED = (2, 16)
@@ -237,11 +238,17 @@ def check_onnx(study: Study) -> str:
     return f"{max(c.max_abs / c.scale for c in result.outputs):.0e}"
 
 
+def check_modules(study: Study) -> str:
+    """The module-level back-end is the adapted program: names, outputs, gradients, fold."""
+    return eager.check_modules(study, CAPTURED, NEW_SIZES[0])
+
+
 CHECKS: dict[str, Callable[[Study], str]] = {
     "capture": check_capture,
     "plan": check_plan,
     "quantized": check_quantized,
     "training": check_training,
+    "modules": check_modules,
     "fold": check_fold,
     "stored": check_stored,
     "onnx": check_onnx,

@@ -1,0 +1,243 @@
+"""Apply an adapted program's plan to the model that it was captured from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qalora_compile.eager.layers import PARTS, AdaptedLinear, AdaptedWeight, register_parts
+from qalora_compile.eager.weights import Geometry, Piece, parametrize_weight
+from qalora_compile.errors import UnsupportedError
+from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.pattern import get_tensor, match_linear
+from qalora_compile.ir.plan import KEEP, UNUSED, Site
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.spec import ADAPTERS
+from qalora_compile.ir.storage import storage_key
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass
+class Undo:
+    """What was done to a model, to be taken back in reverse order."""
+
+    steps: list[Callable[[], None]] = field(default_factory=list)
+
+    def add(self, step: Callable[[], None]) -> None:
+        """Remember how to take back what was just done."""
+        self.steps.append(step)
+
+    def run(self) -> None:
+        """Bring the model back to what it was."""
+        while self.steps:
+            self.steps.pop()()
+
+
+def apply_adapters(model: nn.Module, annotated: Program, adapted: Program, undo: Undo) -> None:
+    """Replace every quantized weight of `model` by the tensors of `adapted`, and freeze the rest.
+
+    Args:
+        model: What both programs were captured from; changed in place.
+        annotated: The program with its plan, its weights still float.
+        adapted: The same program, quantized and with adapters.
+        undo: Takes up how to restore the model, also where this function fails half-way.
+
+    Raises:
+        UnsupportedError: a module reads one weight both on codes and in float, or has an attribute
+            where a tensor of ours must go.
+    """
+    weights = _adapted_weights(adapted)
+    tensors = adapted.tensors()
+    for parameter, rows in _rows_by_parameter(model, annotated):
+        readings = {row.path: place for row, place in rows}
+        parts = {path: {p: tensors[f"{path}.{p}"] for p in PARTS} for path in readings}
+        kept = next(
+            (s for s in adapted.plan if s.storage == rows[0][0].storage and _is_kept(s)), None
+        )
+        owners = _owners(model, parameter)
+        linear = [
+            owner
+            for owner, name in owners
+            if owner is not model and _is_whole(owner, name, readings)
+        ]
+        if kept is not None and not linear:
+            raise UnsupportedError(
+                f"one weight is quantized here and read in float by {kept.name}, and its module "
+                "cannot give both",
+                where=rows[0][0].name,
+                hint="exclude it, or adapt the captured program instead of the module",
+            )
+        for owner in linear:
+            (path,) = readings
+            _replace(model, owner, weights[path], parts[path], undo)
+        for path in readings:
+            _hold(model, path, parts[path], undo)
+        if kept is None:
+            for owner, name in owners:
+                if owner not in linear:
+                    pieces = [
+                        Piece(weights[path], model.get_submodule(path), place)
+                        for path, place in readings.items()
+                    ]
+                    undo.add(parametrize_weight(owner, name, pieces))
+    _freeze(model, undo)
+
+
+def share_tensors(model: nn.Module, program: Program) -> Program:
+    """The program with the model's own parameters, under the names that the model has now.
+
+    Moving the model to another device or dtype then moves the program's parameters as well. A tied
+    weight may have lost the name that the capture chose for it.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    by_storage = {storage_key(tensor): name for name, tensor in reversed(own.items())}
+    tensors, renamed = {}, {}
+    for name, tensor in program.tensors().items():
+        new = name if name in own else by_storage.get(storage_key(tensor), name)
+        renamed[name] = new
+        tensors[new] = own.get(new, tensor)
+    graph = program.copy_graph()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.target = renamed.get(str(node.target), node.target)
+    plan = program.plan.update(
+        {s.name: {"weight": renamed[s.weight]} for s in program.plan if s.weight in renamed}
+    )
+    return program.evolve(graph=graph, tensors=tensors, plan=plan)
+
+
+def _is_kept(site: Site) -> bool:
+    return site.decision == KEEP and site.kind != UNUSED
+
+
+def _adapted_weights(adapted: Program) -> dict[str, AdaptedWeight]:
+    """How the weight of each path is computed, from the graph's own nodes."""
+    found = {}
+    for node in adapted.graph.nodes:
+        if node.target not in ADAPTERS:
+            continue
+        (total,) = node.users
+        site = adapted.plan[site_of(total) or ""]
+        pool = node.args[0].args[1]
+        assert site.bits is not None
+        assert site.group_size is not None
+        dtype = getattr(torch, site.dtype)
+        found[site.path] = AdaptedWeight(
+            site.bits, site.group_size, pool, node.args[-1], site.k, dtype
+        )
+    return found
+
+
+def _rows_by_parameter(
+    model: nn.Module, annotated: Program
+) -> list[tuple[nn.Parameter, list[tuple[Site, Geometry]]]]:
+    """The quantized rows of each parameter of the model, with where each reads it."""
+    nodes = {site_of(node): node for node in annotated.graph.nodes}
+    found: dict[nn.Parameter, list[tuple[Site, Geometry]]] = {}
+    for site in annotated.plan.to_quantize():
+        parameter = get_tensor(model, site.weight)
+        linear = match_linear(nodes[site.name])
+        if not isinstance(parameter, nn.Parameter) or linear is None:
+            raise UnsupportedError(
+                f"the model has no parameter {site.weight}",
+                where=site.name,
+                hint="adapt the captured program instead of the module",
+            )
+        place = Geometry.of(linear.matrix(parameter.detach()), parameter)
+        found.setdefault(parameter, []).append((site, place))
+    return list(found.items())
+
+
+def _owners(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Every module that has the parameter as its own, and under which name."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, value in module.named_parameters(recurse=False, remove_duplicate=False)
+        if value is parameter
+    ]
+
+
+def _conv1d() -> type | None:
+    """GPT-2's transposed linear layer, where its library is in use."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def _is_flipped(module: nn.Module) -> bool:
+    conv1d = _conv1d()
+    return conv1d is not None and isinstance(module, conv1d)
+
+
+def _is_whole(module: nn.Module, name: str, readings: dict[str, Geometry]) -> bool:
+    """Whether a module is a linear layer, and nothing but one, that reads the weight as a whole."""
+    plain = type(module).forward is nn.Linear.forward or (
+        _is_flipped(module) and type(module).forward is _conv1d().forward  # type: ignore[union-attr]
+    )
+    own = "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+    if not plain or own or name != "weight" or len(readings) != 1:
+        return False
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    matrix = weight.t() if _is_flipped(module) else weight
+    return next(iter(readings.values())) == Geometry.of(matrix, weight)
+
+
+def _replace(
+    model: nn.Module,
+    old: nn.Module,
+    weight: AdaptedWeight,
+    parts: dict[str, Tensor],
+    undo: Undo,
+) -> None:
+    """Put an adapted layer wherever a linear layer is used in the model."""
+    bias = old.bias
+    assert bias is None or isinstance(bias, nn.Parameter)
+    new = AdaptedLinear(weight, parts, bias, flipped=_is_flipped(old)).train(old.training)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+                undo.add(lambda parent=parent, name=name: setattr(parent, name, old))  # type: ignore[misc]
+
+
+def _hold(model: nn.Module, path: str, parts: dict[str, Tensor], undo: Undo) -> None:
+    """Register tensors below their path, so that state dicts and the program name them alike."""
+    holder = model
+    for name in path.split("."):
+        child = getattr(holder, name, None)
+        if child is None:
+            child = nn.Module()
+            holder.add_module(name, child)
+            undo.add(lambda holder=holder, name=name: delattr(holder, name))  # type: ignore[misc]
+        if not isinstance(child, nn.Module):
+            raise _taken(path, name)
+        holder = child
+    if isinstance(holder, AdaptedLinear):
+        return
+    for part in PARTS:
+        if hasattr(holder, part):
+            raise _taken(path, part)
+    register_parts(holder, parts)
+    for part in PARTS:
+        undo.add(lambda part=part: delattr(holder, part))  # type: ignore[misc]
+
+
+def _taken(path: str, name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the module has an attribute {name} of its own, where the quantized weight must go",
+        where=path,
+        hint="exclude the site, or adapt the captured program instead of the module",
+    )
+
+
+def _freeze(model: nn.Module, undo: Undo) -> None:
+    """Leave the adapters alone to train."""
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] not in ("lora_A", "lora_B") and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            undo.add(lambda parameter=parameter: parameter.requires_grad_(True))  # type: ignore[misc]
