@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ def adapt_module_(
         dynamic_shapes: As for `capture_model`.
 
     Raises:
-        CaptureError: `torch.export` refused the model.
+        CaptureError: `torch.export` refused the model, or captured something else than it computes.
         UnsupportedError: a module cannot hold its quantized weight.
         VerificationError: model and program differ, for example because the model has a path
             around an adapter.
@@ -112,21 +113,22 @@ def adapt_module_(
     """
     from qalora_compile.capture.model import capture_model
     from qalora_compile.eager.apply import Undo, apply_adapters, share_tensors
-    from qalora_compile.eager.check import cross_check
+    from qalora_compile.eager.check import Agreement, cross_check
 
     args, kwargs = tuple(args), dict(kwargs or {})
     captured = capture_model(model, args, kwargs, dynamic_shapes)
+    agreement = Agreement.find(captured, model, args, kwargs)
     annotated = Pipeline(_annotation(targets, exclude))(captured).program
     program = insert_adapters(quantize_groups(annotated, quant), adapter)
     undo = Undo()
     try:
         apply_adapters(model, annotated, program, undo)
         program = share_tensors(model, program)
-        cross_check(program, model, args, kwargs)
+        cross_check(program, model, args, kwargs, agreement)
     except BaseException:
         undo.run()
         raise
-    return program
+    return dataclasses.replace(program, notes=(*program.notes, *agreement.notes()))
 
 
 def fold_adapters(program: Program) -> Program:

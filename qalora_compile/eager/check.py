@@ -4,46 +4,108 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qalora_compile.errors import VerificationError
+from qalora_compile.errors import CaptureError, VerificationError
 from qalora_compile.ir.program import Program
 from qalora_compile.verify.compare import FAIL, PASS, Comparison, Report, Tolerance, compare
 
 _STRENGTH = 0.25
 """Size of the tried updates beside the spread of codes: far above rounding, no other regime."""
 
+_FULL = 1e-4
+_LEAST_AGREEMENT = 0.1
 _RELATIVE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Admitted difference by the coarsest dtype: the two round weights and updates in other places."""
 
+_DIFFERS = "the model behaves differently while it is captured; adapt a part of it"
+
+Values = dict[str, tuple[Tensor, Tensor]]
+"""By name of output and mode: what the program gives, and what the model gives."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Where a model, before anything is done to it, computes what its captured program does.
+
+    A model may compute some values in two ways: torch's own encoder zeroes padded rows on its fast
+    path and not elsewhere. Those are no measure of a back-end.
+
+    Attributes:
+        masks: By name of output and mode: the values that agree.
+    """
+
+    masks: Mapping[str, Tensor]
+
+    @classmethod
+    def find(
+        cls, captured: Program, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Agreement:
+        """Run both as they are.
+
+        Raises:
+            CaptureError: most values of an output differ: capture changed the model's meaning.
+        """
+        with _evaluating(captured, model):
+            values = _run_both(captured, model, args, kwargs)
+        masks = {}
+        for name, (ours, theirs) in values.items():
+            limit = _RELATIVE.get(ours.dtype, _FULL) * ours.abs().max()
+            masks[name] = (ours - theirs).abs() <= limit
+            if masks[name].float().mean() < _LEAST_AGREEMENT:
+                raise CaptureError(
+                    f"the captured program does not compute what the model does: {name}",
+                    where=type(model).__name__,
+                    hint=_DIFFERS,
+                )
+        return cls(masks)
+
+    def notes(self) -> tuple[str, ...]:
+        """What to say of values that do not agree."""
+        return tuple(
+            f"{name}: {int((~mask).sum())} of {mask.numel()} values are left out of the check of "
+            "the adapted modules: the model itself computes them in two ways"
+            for name, mask in self.masks.items()
+            if not bool(mask.all())
+        )
+
 
 def cross_check(
-    program: Program, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    program: Program,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    agreement: Agreement | None = None,
 ) -> Report:
     """Run program and model with random adapters, in evaluation mode, and compare.
 
     Without gradients and with them, since fast paths of torch look at both. Adapters and modes are
     as before when it returns.
 
+    Args:
+        program: The adapted program.
+        model: The model with adapted modules; the two share their adapters.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        agreement: The values to compare; None compares all.
+
     Raises:
         VerificationError: they differ; carries the report. The model passes some adapter by, or
             reads a weight in a way that the graph does not.
     """
-    rows: list[Comparison] = []
     with _random_adapters(program), _evaluating(program, model):
-        for name, grad in (("no_grad", False), ("grad", True)):
-            with torch.set_grad_enabled(grad):
-                ours, theirs = (_outputs(f(*args, **kwargs)) for f in (program, model))
-            rows += [
-                compare(f"output {index} ({name})", a, b)
-                for index, (a, b) in enumerate(zip(ours, theirs, strict=True))
-            ]
+        values = _run_both(program, model, args, kwargs)
+    rows: list[Comparison] = []
+    for name, pair in values.items():
+        mask = ... if agreement is None else agreement.masks[name]
+        rows.append(compare(name, *(value[mask] for value in pair)))
     dtypes = {site.dtype for site in program.plan.to_quantize()}
-    loosest = max(_RELATIVE.get(getattr(torch, dtype), 1e-4) for dtype in dtypes)
+    loosest = max(_RELATIVE.get(getattr(torch, dtype), _FULL) for dtype in dtypes)
     tolerance = Tolerance(max_rel=loosest)
     passed = all(map(tolerance.admits, rows))
     report = Report(
@@ -67,6 +129,25 @@ def cross_check(
             "captured program instead, or exclude that layer. The model is as it was before",
         )
     return report
+
+
+def _run_both(
+    program: Program, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Values:
+    found: Values = {}
+    for mode, grad in (("no_grad", False), ("grad", True)):
+        with torch.set_grad_enabled(grad):
+            ours, theirs = (_outputs(f(*args, **kwargs)) for f in (program, model))
+        if [t.shape for t in ours] != [t.shape for t in theirs]:
+            raise CaptureError(
+                f"program and model return different tensors ({mode}): "
+                f"{[list(t.shape) for t in ours]} and {[list(t.shape) for t in theirs]}",
+                where=type(model).__name__,
+                hint=_DIFFERS,
+            )
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            found[f"output {index} ({mode})"] = pair
+    return found
 
 
 def _outputs(value: Any) -> list[Tensor]:

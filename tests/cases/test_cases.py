@@ -6,6 +6,7 @@ The key-value cache of case 11 belongs to a later version, which exports one.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from tests.models import (
     UsedTwice,
     adapted,
     outputs,
+    randomize_adapters,
     scale_of,
     token_ids,
     worst,
@@ -235,6 +237,46 @@ def test_case_08_pool_against_group(pool: int, folds: bool) -> None:
     program = adapted(model, (x,), qc.QuantSpec(group_size=G), spec)
     folded = qc.fold_adapters(program)
     assert worst(program(x), folded(x)) <= 1e-5 * scale_of(program(x))
+
+
+def encoder() -> nn.Module:
+    """A torch encoder whose evaluation takes the fused fast path; no dropout."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "modules"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_case_09_the_fast_path(graph: bool, padded: bool) -> None:
+    torch.manual_seed(0)
+    model, x = encoder(), torch.randn(3, 10, 32)
+    mask = torch.arange(10)[None] >= torch.tensor([[10], [7], [4]])
+    kwargs = {"src_key_padding_mask": mask} if padded else {}
+    spec = qc.AdapterSpec(rank=RANK)
+    if graph:
+        program = qc.quantize_groups(qc.capture_model(model, (x,), kwargs))
+        program = qc.insert_adapters(program, spec)
+    else:
+        program = qc.adapt_module_(model, (x,), kwargs, adapter=spec)
+        # on the fast path torch writes zeros to padded rows
+        assert any("288 of 960 values" in note for note in program.notes) == padded
+    ours: Any = program if graph else model
+    valid = ~mask if padded else torch.ones_like(mask)  # padded rows are no output
+
+    def run(*, train: bool) -> Tensor:
+        ours.train() if train else ours.eval()
+        with torch.inference_mode():
+            value = ours(x, **kwargs)
+        assert isinstance(value, Tensor)
+        return value[valid]
+
+    before = run(train=False)
+    randomize_adapters(program)
+    adapted_output = run(train=False)
+    assert worst(adapted_output, before) > 0.05 * scale_of(before)
+    assert worst(run(train=True), adapted_output) < 1e-5 * scale_of(adapted_output)
+    randomize_adapters(program, size=0.0)
+    assert worst(run(train=False), before) == 0.0
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

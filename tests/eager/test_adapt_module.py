@@ -251,7 +251,7 @@ class TakenName(nn.Module):
         self.weight = nn.Parameter(torch.randn(32, 64))
         self.inner: Any = nn.Module()
         self.inner.weight = nn.Parameter(torch.randn(32, 32))
-        self.inner.offset = 3
+        object.__setattr__(self.inner, "offset", 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Two products."""
