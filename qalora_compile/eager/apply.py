@@ -15,7 +15,7 @@ from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import get_tensor, match_linear
 from qalora_compile.ir.plan import KEEP, UNUSED, Site
-from qalora_compile.ir.program import Program
+from qalora_compile.ir.program import ADAPTER_NAMES, Program
 from qalora_compile.ir.spec import ADAPTERS
 from qalora_compile.ir.storage import storage_key
 
@@ -238,6 +238,6 @@ def _taken(path: str, name: str) -> UnsupportedError:
 def _freeze(model: nn.Module, undo: Undo) -> None:
     """Leave the adapters alone to train."""
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] not in ("lora_A", "lora_B") and parameter.requires_grad:
+        if name.rpartition(".")[2] not in ADAPTER_NAMES and parameter.requires_grad:
             parameter.requires_grad_(False)
             undo.add(lambda parameter=parameter: parameter.requires_grad_(True))  # type: ignore[misc]

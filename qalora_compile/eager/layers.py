@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qalora_compile.ir.affine import dequantize, expand_groups
+from qalora_compile.ir.program import ADAPTER_NAMES, CODE_NAMES
 from qalora_compile.ir.spec import GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
 
-PARTS = ("qweight", "scale", "offset", "lora_A", "lora_B")
+PARTS = (*CODE_NAMES, *ADAPTER_NAMES)
 """Names of the tensors of an adapted weight, below its path; lora_A and lora_B are parameters."""
 
 

@@ -22,7 +22,9 @@ FOLDED = "folded"
 LEGALIZED = "legalized:"
 STAGES = (FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED)
 
+CODE_NAMES = ("qweight", "scale", "offset")
 ADAPTER_NAMES = ("lora_A", "lora_B")
+"""Names of the tensors of a quantized weight, and of its adapter, below its path."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ class AnnotateLinears(Pass):
         """Write the plan."""
         graph = program.copy_graph()
         uses = find_uses(graph, program.module)
-        decided = _decide(uses, name_rows(uses), self.targets, self.exclude)
+        rows = name_rows(uses, program.tensors())
+        decided = _decide(uses, rows, self.targets, self.exclude)
         for use, site in zip(uses, decided, strict=True):
             if use.linear is not None:
                 mark_site(use.node, site.name)

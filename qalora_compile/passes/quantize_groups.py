@@ -14,7 +14,7 @@ from qalora_compile.errors import PostconditionError, UserInputError
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear
 from qalora_compile.ir.plan import Site
-from qalora_compile.ir.program import ANNOTATED, QUANTIZED, Program
+from qalora_compile.ir.program import ANNOTATED, CODE_NAMES, QUANTIZED, Program
 from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, ON_CODES
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.rewrite import TensorNodes
@@ -112,7 +112,7 @@ class QuantizeGroups(QuantSpec, Pass):
         linear = match_linear(node)  # again: an earlier rewrite may have given it another x
         assert linear is not None, "it matched before"
         with graph.inserting_before(node):
-            parts = [nodes.get(f"{site.path}.{part}") for part in ("qweight", "scale", "offset")]
+            parts = [nodes.get(f"{site.path}.{part}") for part in CODE_NAMES]
             last = linear.ends if site.experts else linear.bias
             new = graph.call_function(
                 EXPERT_LINEAR if site.experts else GROUP_LINEAR,

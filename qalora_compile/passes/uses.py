@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from qalora_compile.ir.pattern import (
     resolve_weight,
 )
 from qalora_compile.ir.plan import KEEP, Site
+from qalora_compile.ir.program import ADAPTER_NAMES, CODE_NAMES
 from qalora_compile.ir.signature import dtype_name
 from qalora_compile.ir.storage import storage_key
 
@@ -141,6 +143,8 @@ def _why_not(reader: fx.Node, tensor: Tensor) -> str:
         return f"{name} multiplies by it from the left"
     if name == "output":
         return "returned as it is"
+    if name == "linear":
+        return "read by linear as its input or bias"
     return f"read by {name}, which is no linear map"
 
 
@@ -163,9 +167,15 @@ def conv_options(node: fx.Node) -> list[tuple[str, object, int]]:
     ]
 
 
-def name_rows(uses: list[Use]) -> list[Site]:
-    """An undecided row for each use, with a unique name."""
+def name_rows(uses: list[Use], tensors: Collection[str]) -> list[Site]:
+    """An undecided row for each use, with a unique name, and a path for each reading.
+
+    Args:
+        uses: Of the whole graph.
+        tensors: Names of its tensors, which those of a quantized weight must not repeat.
+    """
     taken: Counter[str] = Counter()
+    paths: dict[str, object] = {}
     rows = []
     for use in uses:
         path = owner_path(use.weight)
@@ -173,10 +183,23 @@ def name_rows(uses: list[Use]) -> list[Site]:
         if use.matrix is not None and use.matrix.numel() != use.tensor.numel():
             piece = _piece(use)
             path, shown = f"{path}.{piece}", f"{shown}.{piece}"
+        while _is_taken(path, use, paths, tensors):
+            path += _RAW
+        paths[path] = use.reading
         taken[shown] += 1
         name = shown if taken[shown] == 1 else f"{shown}@{taken[shown]}"
         rows.append(_row(use, name, path))
     return rows
+
+
+def _is_taken(
+    path: str, use: Use, paths: Mapping[str, object], tensors: Collection[str]
+) -> bool:
+    """Whether another reading has a path, or the model itself a tensor where ours would go."""
+    if use.reading is None:
+        return False
+    own = any(f"{path}.{part}" in tensors for part in (*CODE_NAMES, *ADAPTER_NAMES))
+    return own or paths.get(path, use.reading) != use.reading
 
 
 def _row(use: Use, name: str, path: str) -> Site:
