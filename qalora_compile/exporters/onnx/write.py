@@ -209,13 +209,14 @@ def _save(model: Any, program: Program, path: Path, spec: ExportSpec) -> ExportR
 
 
 def _capabilities(program: Program, spec: ExportSpec) -> dict[str, Capability]:
-    exact_compute = spec.accuracy_level == 0
+    widened = any(step.startswith("widen-halves") for step in program.history)
+    exact = Capability("exact", "half-precision model computed in float32") if widened else EXACT
     return {
         "codes": EXACT,
         "scale": EXACT,
         "zero_point": Capability("exact", "integer part and float32 correction"),
         "float tensors": EXACT,
-        "activations": EXACT if exact_compute else rounds("int8"),
+        "activations": exact if spec.accuracy_level == 0 else rounds("int8"),
     }
 
 
