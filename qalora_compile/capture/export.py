@@ -94,7 +94,9 @@ def _export(
     try:
         with warnings.catch_warnings():
             # RNNs hold their registered parameters in a list too; tracing swaps both, harmlessly
-            warnings.filterwarnings("ignore", "The tensor attributes .* were assigned during export")
+            warnings.filterwarnings(
+                "ignore", "The tensor attributes .* were assigned during export"
+            )
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise _capture_error(model, error) from error

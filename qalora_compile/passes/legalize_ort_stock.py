@@ -17,6 +17,7 @@ from qalora_compile.errors import (
 )
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.packing import pack_codes, unpack_codes
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ADAPTED, FOLDED, LEGALIZED, QUANTIZED, Program
@@ -126,25 +127,21 @@ class LegalizeOrtStock(Pass):
         graph = program.copy_graph()
         rows = {site.name: site for site in program.plan}
         tensors = program.tensors()
+        linears = {n: rows[_site_name(n)] for n in graph.nodes if n.target in ON_CODES}
+        weights = {site.path: (node, site) for node, site in linears.items()}
+        changes, lowered = [], dict[str, dict[str, Tensor]]()
+        for node, site in track(list(weights.values()), "legalize"):
+            bits, group_size, layout = self._layout(node, site)
+            qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
+            lower = _lower_experts if site.experts else lower_weight
+            lowered[site.path] = lower(qweight, scale, offset, bits, group_size, site.k, layout)
+            changes.append(_describe(site, bits, group_size, layout))
         nodes = TensorNodes(graph)
-        changes, done = [], dict[str, dict[str, Tensor]]()
-        linears = [n for n in graph.nodes if n.target in ON_CODES]
-        for node in track(linears, "legalize"):
-            site = rows[_site_name(node)]
-            bits, group_size = node.args[5], node.args[6]
-            assert isinstance(bits, int) and isinstance(group_size, int)
-            layout = BlockLayout.choose(
-                bits=bits, group_size=group_size, k=site.k, accuracy_level=self.accuracy_level
-            )
-            if site.path not in done:
-                qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
-                lower = _lower_experts if site.experts else lower_weight
-                done[site.path] = lower(qweight, scale, offset, bits, group_size, site.k, layout)
-                changes.append(_describe(site, bits, group_size, layout))
-            self._rewrite(graph, node, site, layout, nodes, done[site.path])
-        graph.eliminate_dead_code()
-        for path, parts in done.items():
-            tensors |= {f"{path}.{name}": tensor for name, tensor in parts.items()}
+        for node, site in linears.items():
+            layout = self._layout(node, site)[2]
+            self._rewrite(graph, node, site, layout, nodes, lowered[site.path])
+        for path, stored in lowered.items():
+            tensors |= {f"{path}.{name}": tensor for name, tensor in stored.items()}
         return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -152,6 +149,18 @@ class LegalizeOrtStock(Pass):
         for node in after.graph.nodes:
             if node.target in ON_CODES:
                 raise PostconditionError("a layer was not legalized", where=site_of(node))
+
+    def _layout(self, node: fx.Node, site: Site) -> tuple[int, int, BlockLayout]:
+        """Bits and group size of a quantized layer, and the blocks to store it in."""
+        bits, group_size = node.args[5], node.args[6]
+        assert isinstance(bits, int) and isinstance(group_size, int)
+        return (
+            bits,
+            group_size,
+            BlockLayout.choose(
+                bits=bits, group_size=group_size, k=site.k, accuracy_level=self.accuracy_level
+            ),
+        )
 
     def _rewrite(
         self,
@@ -185,7 +194,7 @@ class LegalizeOrtStock(Pass):
                     y = graph.call_function(_ATEN.add.Tensor, (y, moved))
         move_site(node, y)
         node.replace_all_uses_with(y)
-        graph.erase_node(node)
+        erase_unread([node])
 
 
 def lower_weight(

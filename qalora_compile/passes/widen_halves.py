@@ -107,7 +107,9 @@ def _arguments(node: fx.Node) -> Iterator[Any]:
 
 
 def _names_half(node: fx.Node) -> bool:
-    return any(argument in _HALVES for argument in _arguments(node) if isinstance(argument, torch.dtype))
+    return any(
+        argument in _HALVES for argument in _arguments(node) if isinstance(argument, torch.dtype)
+    )
 
 
 def _widen_dtype(value: Any) -> Any:
