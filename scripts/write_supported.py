@@ -27,7 +27,7 @@ from tests.zoo.entries import ENTRIES, Entry
 
 PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
 MODELS, REASONS, PATTERNS = "Models", "Why weights stay in float", "Operator patterns"
-COLUMNS = ("model", "quantized", "in float", *CHECKS, "axes that the model fixes")
+COLUMNS = ("model", "sites quantized", "kept", *CHECKS, "axes that the model fixes")
 MOST_EXAMPLES = 3
 
 INTRODUCTION = f"""# What is supported
@@ -41,8 +41,8 @@ reads, has a row in the plan with a reason.
 
 ## {MODELS}
 
-*quantized* and *in float* count rows of the plan. Numbers are the largest error seen, as a part of
-the output's largest value, in one significant digit; ✓ stands where a check measures none.
+*sites quantized* and *kept* count rows of the plan. Numbers are the largest error seen, as a part
+of the output's largest value, in one significant digit; ✓ stands where a check measures none.
 
 * **capture**: the captured program against the model, at three sizes, and in training mode
 * **plan**: every weight has a row with a reason
@@ -98,7 +98,7 @@ KNOWN = (
     Pattern(
         "attention's packed `in_proj_weight`",
         "quantized: one site where q, k and v read one tensor, else a site a piece (`.q`, `.kv`)",
-        lambda site: site.decision == QUANTIZE and "in_proj" in site.weight,
+        lambda site: site.decision == QUANTIZE and site.weight.endswith("in_proj_weight"),
     ),
     Pattern(
         "stacked experts, 3-D (`grouped_mm`, `bmm`)",
