@@ -22,8 +22,8 @@ def seconds(**passes: float) -> Seconds:
     [
         (seconds(at_12=0.6, at_24=1.3), []),
         (seconds(at_12=0.6, at_24=1.4), ["2.33×"]),
-        (seconds(at_12=1.2, at_24=2.3), ["at 12 layers"]),
-        (seconds(at_12=0.5, at_24=2.4), ["4.80×", "at 24 layers"]),
+        (seconds(at_12=1.3, at_24=2.3), ["at 12 layers"]),
+        (seconds(at_12=0.5, at_24=2.5), ["5.00×", "at 24 layers"]),
         (seconds(at_12=0.6, at_36=1.0), []),
     ],
 )
