@@ -7,8 +7,8 @@ and medians are reported, so that a slow spell of the machine does not hit one d
 "Pass time" is everything that a pass does (checks of its input and result included) but choosing
 codes, scales and offsets (quantize-groups) and repacking them (legalize-ort-stock): that is
 arithmetic on weights, grows with their size and not with the graph, and stands in a row of its own
-(`numbers`). What the other passes compute on tensors counts as theirs. `python code` is what
-torch.fx takes to compile the final graph, once, when it is first called.
+(`numbers`). What the other passes compute on tensors counts as theirs. `python code`, the last
+row, is what torch.fx takes to compile the final graph when it is first called: passes do not.
 
 Exits with 1 where a doubling of the layers costs more than 2.2 times, or where all passes together
 take a tenth of torch.export's time or more.
@@ -88,11 +88,19 @@ class _Numbers:
             self.seconds += time.perf_counter() - self._started
 
 
-def measure(layers: int) -> dict[str, float]:
-    """Seconds of torch.export, of each pass and of work on numbers, for one depth."""
+Captured = tuple[nn.Module, torch.Tensor, qc.Program]
+
+
+def capture(layers: int) -> Captured:
+    """A model of that depth, its example input, and the program that passes start from."""
     torch.manual_seed(0)
     model, ids = llama(layers), torch.randint(0, 128, (2, 8))
-    program = qc.capture_model(model, (ids,))
+    return model, ids, qc.capture_model(model, (ids,))
+
+
+def measure(captured: Captured) -> dict[str, float]:
+    """Seconds of torch.export, of each pass and of work on numbers, for one depth."""
+    model, ids, program = captured
     seconds: dict[str, float] = {}
     _, seconds[EXPORT] = _timed(partial(export_model_graph, model, (ids,), {}, None, []))
     numbers = _Numbers()
@@ -103,16 +111,21 @@ def measure(layers: int) -> dict[str, float]:
             program = result.program
             graph_work = spent - (numbers.seconds - before)
             seconds[step.name] = seconds.get(step.name, 0.0) + graph_work
-    _, seconds[CODE] = _timed(lambda: program.module.forward)
     seconds[TOTAL] = sum(value for name, value in seconds.items() if name != EXPORT)
-    return seconds | {NUMBERS: numbers.seconds}
+    _, code = _timed(lambda: program.module.forward)
+    return seconds | {NUMBERS: numbers.seconds, CODE: code}
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    """Run without garbage collection, as `timeit` does: it would scan the other depths' graphs."""
     gc.collect()
-    started = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - started
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        result = work()
+        return result, time.perf_counter() - started
+    finally:
+        gc.enable()
 
 
 @dataclass(frozen=True)
@@ -170,10 +183,14 @@ def run(depths: Sequence[int], rounds: int, console: Console) -> Result:
     """Measure all depths in every round, and take medians."""
     rows: dict[int, list[dict[str, float]]] = {n: [] for n in depths}
     with Progress(console=console) as bar:
-        task = bar.add_task("layers measured", total=rounds * sum(depths))
+        task = bar.add_task("layers measured", total=(rounds + 1) * sum(depths))
+        programs = {}
+        for n in depths:
+            programs[n] = capture(n)
+            bar.advance(task, n)
         for _ in range(rounds):
             for n in depths:
-                rows[n].append(measure(n))
+                rows[n].append(measure(programs[n]))
                 bar.advance(task, n)
     return Result(
         {
