@@ -62,6 +62,10 @@ wheel-check: $(VENV)/installed-dev ## build the wheel and import all of it witho
 readme-check: $(VENV)/installed-dev ## run the commands of the README and the examples
 	$(BIN)/python scripts/check_readme.py
 
+.PHONY: supported
+supported: $(VENV)/installed-dev ## run the zoo and write docs/supported.md from what it shows
+	$(BIN)/python -m scripts.write_supported
+
 .PHONY: clean
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

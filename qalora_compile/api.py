@@ -22,6 +22,7 @@ from qalora_compile.passes.pipeline import Pipeline
 from qalora_compile.passes.quantize_groups import QuantizeGroups
 from qalora_compile.passes.select import ALL_LINEAR, as_patterns
 from qalora_compile.passes.share_group_sums import ShareGroupSums
+from qalora_compile.passes.widen_halves import WidenHalves, needs_widening
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,7 +142,7 @@ def fold_adapters(program: Program) -> Program:
 
 
 def lower(program: Program, spec: ExportSpec) -> Program:
-    """Rewrite a program for the target of `spec`; float programs need no rewriting.
+    """Rewrite a program for the target of `spec`; half-precision ones compute in float32 there.
 
     Raises:
         PreconditionError: adapters are not folded (or nothing is quantized) and the specification
@@ -164,10 +165,10 @@ def lower(program: Program, spec: ExportSpec) -> Program:
             f"the program cannot be exported as it is: {problem}",
             hint=f"{command}; or export it as it is with allow_unfolded=True (--allow-unfolded)",
         )
-    if program.stage in (FLOAT, ANNOTATED):
-        return program
-    legalize = LegalizeOrtStock(accuracy_level=spec.accuracy_level)
-    return Pipeline([legalize, ShareGroupSums()])(program).program
+    steps: list[Pass] = [WidenHalves()] if needs_widening(program) else []
+    if program.stage not in (FLOAT, ANNOTATED):
+        steps += [LegalizeOrtStock(accuracy_level=spec.accuracy_level), ShareGroupSums()]
+    return Pipeline(steps)(program).program
 
 
 def export_model(

@@ -8,10 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from qalora_compile.cli.alike import group_alike
 from qalora_compile.cli.ui import console, megabytes, print_summary, print_table
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
-from qalora_compile.ir.plan import Site
+from qalora_compile.ir.plan import QUANTIZE, Site
 from qalora_compile.ir.program import FOLDED, Program
 from qalora_compile.ir.storage import PROGRAM_FILE
 from qalora_compile.runtime.session import open_session
@@ -20,14 +21,23 @@ NAME = "inspect"
 SUMMARY = "show what was quantized, how, and why: one row a layer"
 EXAMPLES = """examples:
   qalora-compile inspect run
+  qalora-compile inspect folded --group
   qalora-compile inspect edge --json
 """
-_COLUMNS = ("path", "K×N", "bits", "group", "zero-point", "rank", "bytes", "decision", "reason")
+_MANY = 40
+"""Rows from which on the grouped form is pointed out."""
+
+Row = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("path", metavar="PATH", help="RUN, FOLDED, DIR or .onnx")
+    parser.add_argument(
+        "--group",
+        action="store_true",
+        help="one row for layers that differ in their number only: layers.{0..11}.q_proj",
+    )
     parser.add_argument("--json", action="store_true", help="print rows and totals as JSON")
 
 
@@ -38,29 +48,63 @@ def run(options: argparse.Namespace) -> int:
         rows, totals = _inspect_program(Program.load(path))
     else:
         rows, totals = _inspect_onnx(path)
+    if options.group:
+        rows = group_alike(rows)
     if options.json:
         console.print_json(json.dumps({"layers": rows, "totals": totals}))
         return 0
-    print_table(str(path), _COLUMNS, [[_cell(row[c]) for c in _COLUMNS] for row in rows])
-    print_summary("totals", totals)
+    _print_rows(rows, grouped=options.group)
+    print_summary(str(path), totals)
+    if len(rows) > _MANY and not options.group:
+        console.print("layers that are alike in one row each: --group")
     return 0
 
 
-def _cell(value: Any) -> str:
+def _print_rows(rows: list[Row], *, grouped: bool) -> None:
+    """What is quantized, then what is not and why: two tables that fit 80 columns."""
+    count = ("count",) if grouped else ()
+    quantized = [row for row in rows if row["decision"] == QUANTIZE]
+    kept = [row for row in rows if row["decision"] != QUANTIZE]
+    if quantized:
+        columns = ("path", *count, "kind", "K×N", "bits", "group", "rank", "bytes")
+        reasons = ", ".join(dict.fromkeys(row["reason"] for row in quantized))
+        _print("quantized", f"({reasons})", columns, quantized, wrap=("path",))
+    if kept:
+        columns = ("path", *count, "kind", "shape", "bytes", "reason")
+        _print("kept in float", "", columns, kept, wrap=("path", "reason"))
+
+
+def _print(
+    what: str, remark: str, columns: tuple[str, ...], rows: list[Row], *, wrap: tuple[str, ...]
+) -> None:
+    number = sum(row.get("count", 1) for row in rows)
+    if all(row.get("rank") is None for row in rows):
+        columns = tuple(c for c in columns if c != "rank")
+    cells = [[_cell(column, row[column]) for column in columns] for row in rows]
+    print_table(f"{what}: {number} {remark}".rstrip(), columns, cells, wrap=wrap)
+
+
+def _cell(column: str, value: Any) -> str:
+    if column == "bytes":
+        return megabytes(value) if value else "shared"
     return "" if value is None else str(value)
 
 
-def _inspect_program(program: Program) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    sizes = {name: t.numel() * t.element_size() for name, t in program.tensors().items()}
-    seen: set[int] = set()
+def _inspect_program(program: Program) -> tuple[list[Row], Row]:
+    tensors = program.tensors()
+    sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    seen: set[str] = set()
     rows = []
     for site in program.plan:
-        rows.append(_site_row(site, program.stage, sizes, shared=site.storage in seen))
-        seen.add(site.storage)
+        row = _site_row(site, program.stage, sizes, seen)
+        if site.weight in tensors and not site.n:
+            row["shape"] = "×".join(map(str, tensors[site.weight].shape))
+        rows.append(row)
     decisions = Counter(row["decision"] for row in rows)
     return rows, {
         "stage": program.stage,
         **{f"layers to {name}": count for name, count in sorted(decisions.items())},
+        **_zero_points(rows),
         "bytes of all tensors": sum(sizes.values()),
         "size": megabytes(sum(sizes.values())),
         "passes": " → ".join(program.history),
@@ -68,50 +112,70 @@ def _inspect_program(program: Program) -> tuple[list[dict[str, Any]], dict[str, 
     }
 
 
-def _site_row(site: Site, stage: str, sizes: dict[str, int], *, shared: bool) -> dict[str, Any]:
+def _site_row(site: Site, stage: str, sizes: dict[str, int], seen: set[str]) -> Row:
+    """A row; tensors count for the first site that reads them, which `seen` remembers."""
     own = (
         [site.weight]
         if site.bits is None
         else [f"{site.path}.{part}" for part in ("qweight", "scale", "offset", "lora_A", "lora_B")]
     )
     real = "real (folded)" if stage == FOLDED else "real"
-    return {
+    row = {
         "path": site.name,
+        "kind": site.kind,
+        "weight": site.weight,
+        "shape": site.shape or None,
         "K×N": site.shape or None,
         "bits": site.bits,
         "group": site.group_size,
         "zero-point": real if site.bits is not None else None,
         "rank": site.rank,
-        "bytes": 0 if shared else sum(sizes.get(name, 0) for name in own),
+        "bytes": sum(sizes.get(name, 0) for name in own if name not in seen),
         "decision": site.decision,
         "reason": site.reason,
     }
+    seen.update(own)
+    return row
 
 
-def _inspect_onnx(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _zero_points(rows: list[Row]) -> Row:
+    kinds = dict.fromkeys(row["zero-point"] for row in rows if row["zero-point"])
+    return {"zero-points": ", ".join(kinds)} if kinds else {}
+
+
+def _inspect_onnx(path: Path) -> tuple[list[Row], Row]:
     file = path / "model.onnx" if path.is_dir() else path
     text = open_session(file).get_modelmeta().custom_metadata_map.get(ONNX_METADATA_KEY)
     if text is None:
         raise UserInputError(f"{file.name} was not exported by this package", where=str(file))
     metadata = json.loads(text)
-    rows = [
-        {
-            "path": layer["site"],
-            "K×N": "×".join(str(layer[d]) for d in ("experts", "k", "n") if layer.get(d)),
-            "bits": layer["bits"],
-            "group": layer["group_size"],
-            "zero-point": "integer + correction",
-            "rank": None,
-            "bytes": layer["bytes"],
-            "decision": "quantize",
-            "reason": metadata["target"],
-        }
-        for layer in metadata["layers"]
-    ]
+    rows = [_onnx_row(layer, metadata["target"]) for layer in metadata["layers"]]
+    decisions = Counter(row["decision"] for row in rows)
     size = sum(f.stat().st_size for f in (file, file.with_name(f"{file.name}.data")) if f.exists())
     return rows, {
         "stage": metadata["stage"],
-        "layers to quantize": len(rows),
+        **{f"layers to {name}": count for name, count in sorted(decisions.items())},
+        **_zero_points(rows),
         "size": megabytes(size),
         "passes": " → ".join(metadata["history"]),
+    }
+
+
+def _onnx_row(layer: Row, target: str) -> Row:
+    matrix = "×".join(str(layer[d]) for d in ("experts", "k", "n") if layer.get(d)) or None
+    stored = "×".join(map(str, layer["shape"] or ())) or None
+    quantized = layer["bits"] is not None
+    return {
+        "path": layer["site"],
+        "kind": layer["kind"],
+        "weight": layer["weight"],
+        "shape": matrix or stored,
+        "K×N": matrix,
+        "bits": layer["bits"],
+        "group": layer["group_size"] if quantized else None,
+        "zero-point": "integer + correction" if quantized else None,
+        "rank": None,
+        "bytes": layer["bytes"],
+        "decision": layer["decision"],
+        "reason": target if quantized else layer["reason"],
     }

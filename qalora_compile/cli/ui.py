@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,9 +23,10 @@ from rich.table import Table
 from qalora_compile.progress import listening
 
 _WIDE = 160
-"""Columns where the output is no terminal: a file or a pipe does not wrap."""
+"""Columns where the output is no terminal, unless COLUMNS says otherwise."""
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+_width_known = sys.stdout.isatty() or "COLUMNS" in os.environ
+console = Console(highlight=False, width=None if _width_known else _WIDE)
 """Tables and results, on standard output."""
 err_console = Console(stderr=True, highlight=False)
 """Progress and errors, on standard error, so that output can be piped."""
@@ -100,8 +102,18 @@ def print_summary(title: str, rows: Mapping[str, object]) -> None:
     console.print(table)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table with a header; columns of numbers are aligned right."""
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    wrap: Sequence[str] | None = None,
+) -> None:
+    """A table with a header; columns of numbers are aligned right.
+
+    Columns named in `wrap` may take several lines; None allows it to the last, a remark.
+    """
+    wrap = columns[-1:] if wrap is None else wrap
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
@@ -109,7 +121,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
             column,
             justify="right" if numeric else "left",
             overflow="fold",
-            no_wrap=index < len(columns) - 1,  # only the last column, a remark, may wrap
+            no_wrap=column not in wrap,
         )
     for row in rows:
         table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row])
@@ -117,5 +129,5 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def megabytes(size: int) -> str:
-    """A size in bytes as text."""
-    return f"{size / 1e6:.1f} MB"
+    """A size in bytes as text; small ones in kB."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

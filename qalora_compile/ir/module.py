@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-
-from qalora_compile.ir.pattern import get_tensor
+from torch.fx.node import map_arg
 
 _ATEN = torch.ops.aten
 _DROPOUT_P = "qalora_dropout_p"
@@ -30,14 +29,46 @@ class ProgramModule(fx.GraphModule):
 
     `torch.export` burns the mode into arguments (`dropout(x, p, train)`, the dropout of attention,
     `batch_norm(…, training, …)`); switching rewrites these arguments.
+
+    Python code is made from the graph when the module is first called, not when it is built: most
+    modules between two passes are never called.
     """
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph."""
+        return self._graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        graph.owning_module = self
+        if self._compiled:
+            self.recompile()
+
+    @property
+    def _compiled(self) -> bool:
+        return "forward" in vars(type(self))  # every GraphModule has a class of its own
+
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+        """The compiled graph; compiling puts a method in the place of this property."""
+        self.recompile()
+        return self.forward
+
+    @property
+    def code(self) -> str:
+        """Python code of the graph."""
+        if not self._compiled:
+            self.recompile()
+        return super().code
 
     def train(self, mode: bool = True) -> ProgramModule:
         """Switch dropout, attention dropout and batch norm to training or evaluation."""
         changed = False
         for node in self.graph.nodes:
             changed |= _set_mode(node, mode)
-        if changed:
+        if changed and self._compiled:
             self.recompile()
         super().train(mode)
         return self
@@ -71,24 +102,43 @@ def build_module(
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph, node metadata and call signature included."""
     copied = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    result = copied.graph_copy(graph, mapping, return_output_node=True)
-    assert result is not None, "a captured graph returns something"
-    value, old_output = cast("tuple[Any, fx.Node]", result)
-    output = copied.output(value)
-    output.meta = dict(old_output.meta)
+    new: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copy = copied.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        # Not passed above: create_node searches what it is given for symbolic numbers, at length.
+        # Not assigned: every assignment to a node's attribute files the node anew.
+        copy._update_args_kwargs(
+            map_arg(node.args, new.__getitem__), map_arg(node.kwargs, new.__getitem__)
+        )
+        copy.meta.update(node.meta)
+        new[node] = copy
     # The call signature is immutable: sharing it beats copying its trees.
     copied.set_codegen(graph._codegen)
     return copied
 
 
+def erase_unread(nodes: Iterable[fx.Node]) -> None:
+    """Erase those of `nodes` that nothing reads, and what was computed for them alone.
+
+    Unlike `Graph.eliminate_dead_code` it looks at no other node: these may have effects.
+    """
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if not node.users and not node._erased and node.op in ("call_function", "get_attr"):
+            waiting += node.all_input_nodes
+            node.graph.erase_node(node)
+
+
 def program_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Every tensor that the graph of `module` reads, by name, in graph order."""
     found: dict[str, Tensor] = {}
+    owners = dict(module.named_modules(remove_duplicate=False))
     for node in module.graph.nodes:  # type: ignore[union-attr]
         if node.op == "get_attr":
-            value = get_tensor(module, str(node.target))
-            if value is not None:
+            owner, _, leaf = str(node.target).rpartition(".")
+            value = getattr(owners.get(owner), leaf, None)
+            if isinstance(value, Tensor):
                 found[str(node.target)] = value
     return found
 

@@ -90,6 +90,20 @@ class Signature:
                     hint="the model branches on this size: capture with an example in that range",
                 )
 
+    def widen(self, leaves: Sequence[Any]) -> list[Any]:
+        """Flat inputs with half-precision tensors widened, exactly, where float32 is asked for.
+
+        An exported half-precision model takes float32 inputs.
+        """
+        return [
+            value.float()
+            if leaf.dtype == "float32"
+            and isinstance(value, Tensor)
+            and value.dtype in (torch.float16, torch.bfloat16)
+            else value
+            for leaf, value in zip(self.inputs, leaves, strict=True)
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
         return {

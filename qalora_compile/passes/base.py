@@ -146,10 +146,11 @@ _STAGE_HINTS = {
 }
 
 
-def _fingerprint(program: Program) -> int:
-    """Changes when a pass edits the graph or a tensor of its input in place."""
-    nodes = tuple((n.name, str(n.target), str(n.args), str(n.kwargs)) for n in program.graph.nodes)
-    tensors = tuple(
-        (name, id(t), t._version, t.requires_grad) for name, t in program.tensors().items()
-    )
-    return hash((nodes, tensors))
+def _fingerprint(program: Program) -> list[tuple[object, ...]]:
+    """Differs after a pass has edited the graph or a tensor of its input in place.
+
+    Arguments of nodes are immutable: a node that is edited holds others.
+    """
+    nodes = [(n, n.name, n.target, n.args, n.kwargs) for n in program.graph.nodes]
+    tensors = [(name, id(t), t._version, t.requires_grad) for name, t in program.tensors().items()]
+    return [*nodes, *tensors]

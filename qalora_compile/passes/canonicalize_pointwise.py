@@ -41,6 +41,8 @@ class CanonicalizePointwise(Pass):
 
     def call(self, program: Program) -> PassResult:
         """Rewrite."""
+        if not any(_is_pointwise(node, program) for node in program.graph.nodes):
+            return PassResult(program.evolve())
         graph = program.copy_graph()
         changes = []
         for node in list(graph.nodes):

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from qalora_compile.errors import PostconditionError, PreconditionError
 from qalora_compile.ir.affine import expand_groups
 from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.program import ADAPTED, FOLDED, Program
 from qalora_compile.ir.spec import (
     ADAPTERS,
@@ -99,8 +100,7 @@ class FoldAdapters(Pass):
                 )
             move_site(adapter.total, adapter.base)
             adapter.total.replace_all_uses_with(adapter.base)
-            graph.erase_node(adapter.total)
-        graph.eliminate_dead_code()
+            erase_unread([adapter.total])
         plan = program.plan.update({site.name: {"rank": None} for site in program.plan})
         return PassResult(program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes))
 

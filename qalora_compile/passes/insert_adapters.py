@@ -87,9 +87,7 @@ class InsertAdapters(AdapterSpec, Pass):
 
     def ensures(self, before: Program, after: Program) -> None:
         """Each site got one adapter, and each adapter's B is zero."""
-        counts = [
-            sum(n.target in kind for n in after.graph.nodes) for kind in (ON_CODES, ADAPTERS)
-        ]
+        counts = [sum(n.target in kind for n in after.graph.nodes) for kind in (ON_CODES, ADAPTERS)]
         if counts[0] != counts[1]:
             raise PostconditionError(f"{counts[1]} adapters for {counts[0]} sites")
         for name, parameter in after.named_adapter_parameters():

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from qalora_compile.errors import PostconditionError, UnsupportedError, UserInputError
+from qalora_compile.errors import (
+    PostconditionError,
+    PreconditionError,
+    UnsupportedError,
+    UserInputError,
+)
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.packing import pack_codes, unpack_codes
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ADAPTED, FOLDED, LEGALIZED, QUANTIZED, Program
@@ -96,10 +102,11 @@ class LegalizeOrtStock(Pass):
             raise UserInputError(f"accuracy_level is {self.accuracy_level!r}", hint="use 0 or 4")
 
     def requires(self, program: Program) -> None:
-        """The weights are not float64, for which there is no kernel.
+        """The model computes in float32, as the kernels do.
 
         Raises:
-            UnsupportedError: they are.
+            UnsupportedError: it computes in float64, for which there is no kernel.
+            PreconditionError: it computes in half precision, and was not widened.
         """
         for site in program.plan.to_quantize():
             if site.dtype == "float64":
@@ -108,31 +115,33 @@ class LegalizeOrtStock(Pass):
                     where=site.name,
                     hint="capture model.float() to export",
                 )
+            if site.dtype != "float32":
+                raise PreconditionError(
+                    f"the layer computes in {site.dtype}",
+                    where=site.name,
+                    hint="run widen-halves before: it computes the same weights in float32",
+                )
 
     def call(self, program: Program) -> PassResult:
         """Legalize."""
         graph = program.copy_graph()
         rows = {site.name: site for site in program.plan}
         tensors = program.tensors()
-        nodes, casts = TensorNodes(graph), dict[fx.Node, fx.Node]()
-        changes, done = [], dict[str, dict[str, Tensor]]()
-        linears = [n for n in graph.nodes if n.target in ON_CODES]
-        for node in track(linears, "legalize"):
-            site = rows[_site_name(node)]
-            bits, group_size = node.args[5], node.args[6]
-            assert isinstance(bits, int) and isinstance(group_size, int)
-            layout = BlockLayout.choose(
-                bits=bits, group_size=group_size, k=site.k, accuracy_level=self.accuracy_level
-            )
-            if site.path not in done:
-                qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
-                lower = _lower_experts if site.experts else lower_weight
-                done[site.path] = lower(qweight, scale, offset, bits, group_size, site.k, layout)
-                changes.append(_describe(site, bits, group_size, layout))
-            self._rewrite(graph, node, site, layout, nodes, casts, done[site.path])
-        graph.eliminate_dead_code()
-        for path, parts in done.items():
-            tensors |= {f"{path}.{name}": tensor for name, tensor in parts.items()}
+        linears = {n: rows[_site_name(n)] for n in graph.nodes if n.target in ON_CODES}
+        weights = {site.path: (node, site) for node, site in linears.items()}
+        changes, lowered = [], dict[str, dict[str, Tensor]]()
+        for node, site in track(list(weights.values()), "legalize"):
+            bits, group_size, layout = self._layout(node, site)
+            qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
+            lower = _lower_experts if site.experts else lower_weight
+            lowered[site.path] = lower(qweight, scale, offset, bits, group_size, site.k, layout)
+            changes.append(_describe(site, bits, group_size, layout))
+        nodes = TensorNodes(graph)
+        for node, site in linears.items():
+            layout = self._layout(node, site)[2]
+            self._rewrite(graph, node, site, layout, nodes, lowered[site.path])
+        for path, stored in lowered.items():
+            tensors |= {f"{path}.{name}": tensor for name, tensor in stored.items()}
         return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -141,6 +150,18 @@ class LegalizeOrtStock(Pass):
             if node.target in ON_CODES:
                 raise PostconditionError("a layer was not legalized", where=site_of(node))
 
+    def _layout(self, node: fx.Node, site: Site) -> tuple[int, int, BlockLayout]:
+        """Bits and group size of a quantized layer, and the blocks to store it in."""
+        bits, group_size = node.args[5], node.args[6]
+        assert isinstance(bits, int) and isinstance(group_size, int)
+        return (
+            bits,
+            group_size,
+            BlockLayout.choose(
+                bits=bits, group_size=group_size, k=site.k, accuracy_level=self.accuracy_level
+            ),
+        )
+
     def _rewrite(
         self,
         graph: fx.Graph,
@@ -148,12 +169,10 @@ class LegalizeOrtStock(Pass):
         site: Site,
         layout: BlockLayout,
         nodes: TensorNodes,
-        casts: dict[fx.Node, fx.Node],
         parts: dict[str, Tensor],
     ) -> None:
         x, last, group_size = node.args[0], node.args[4], node.args[6]
         assert isinstance(x, fx.Node)
-        half = site.dtype != "float32"
         corrected = any(name.endswith("correction") for name in parts)
         stored = [
             _operand(site, name, nodes)
@@ -161,10 +180,6 @@ class LegalizeOrtStock(Pass):
         ]
         options = (layout.bits, layout.block_size, self.accuracy_level)
         with graph.inserting_before(node):
-            if half:  # the kernel would round scales to the type of x, so x is widened instead
-                if x not in casts:
-                    casts[x] = _to(graph, x, torch.float32)
-                x = casts[x]
             spread = x
             if layout.spread:
                 spread = graph.call_function(SPREAD_GROUPS, (x, group_size, layout.width))
@@ -173,16 +188,13 @@ class LegalizeOrtStock(Pass):
                 operands = (spread, sums, *stored[:3], stored[3] if corrected else [], last)
                 y = graph.call_function(EXPERT_MATMUL_NBITS, (*operands, *options))
             else:
-                bias = _to(graph, last, torch.float32) if half and last is not None else last
-                y = graph.call_function(MATMUL_NBITS, (spread, *stored[:3], bias, *options))
+                y = graph.call_function(MATMUL_NBITS, (spread, *stored[:3], last, *options))
                 if sums is not None:
                     moved = graph.call_function(_ATEN.matmul.default, (sums, stored[3]))
                     y = graph.call_function(_ATEN.add.Tensor, (y, moved))
-            if half:
-                y = _to(graph, y, getattr(torch, site.dtype))
         move_site(node, y)
         node.replace_all_uses_with(y)
-        graph.erase_node(node)
+        erase_unread([node])
 
 
 def lower_weight(
@@ -252,10 +264,6 @@ def _operand(site: Site, name: str, nodes: TensorNodes) -> fx.Node | list[fx.Nod
     if not site.experts:
         return nodes.get(f"{site.path}.{name}")
     return [nodes.get(f"{site.path}.{expert}.{name}") for expert in range(site.experts)]
-
-
-def _to(graph: fx.Graph, node: Any, dtype: torch.dtype) -> fx.Node:
-    return graph.call_function(_ATEN.to.dtype, (node, dtype))
 
 
 def _site_name(node: fx.Node) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from qalora_compile.config import QuantSpec
 from qalora_compile.errors import PostconditionError, UserInputError
 from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ANNOTATED, CODE_NAMES, QUANTIZED, Program
@@ -72,7 +73,6 @@ class QuantizeGroups(QuantSpec, Pass):
         nodes = TensorNodes(graph)
         for name, linear in linears.items():
             self._rewrite(graph, linear.node, rows[name], nodes)
-        graph.eliminate_dead_code()
         spec = {"bits": self.bits, "group_size": self.group_size}
         plan = program.plan.update(dict.fromkeys(rows, spec))
         return PassResult(
@@ -120,7 +120,7 @@ class QuantizeGroups(QuantSpec, Pass):
             )
         move_site(node, new)
         node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        erase_unread([node])
 
 
 def _linears_of(graph: fx.Graph, rows: Mapping[str, Site]) -> dict[str, LinearMap]:
@@ -141,5 +141,3 @@ def _keep_ties(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str,
     """Names that shared one parameter object share one again."""
     first = {id(before[name]): after[name] for name in reversed(before)}
     return {name: first[id(before[name])] for name in after}
-
-

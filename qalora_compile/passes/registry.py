@@ -18,6 +18,7 @@ _PASSES = {
     "insert-adapters": "InsertAdapters",
     "fold-adapters": "FoldAdapters",
     "share-group-sums": "ShareGroupSums",
+    "widen-halves": "WidenHalves",
     "legalize-ort-stock": "LegalizeOrtStock",
 }
 

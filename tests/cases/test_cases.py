@@ -5,10 +5,12 @@ The key-value cache of case 11 belongs to a later version, which exports one.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,13 @@ from qalora_compile.errors import PreconditionError
 from qalora_compile.ir.affine import expand_groups
 from qalora_compile.ir.packing import unpack_codes
 from qalora_compile.ir.plan import KEEP, QUANTIZE
+from qalora_compile.ir.spec import GROUP_SUM
 from qalora_compile.runtime import open_session
 from tests.models import (
     TRANSFORMERS,
     VOCABULARY,
     SquareConv1D,
+    ThreeReaders,
     TiedHead,
     UsedTwice,
     adapted,
@@ -33,6 +37,7 @@ from tests.models import (
     token_ids,
     worst,
 )
+from tests.zoo.entries import ENTRIES
 
 K, N, G, RANK, SCALING = 128, 48, 32, 4, 0.25
 POOLINGS = ("sum", "mean", "mean_times_groups")
@@ -279,6 +284,21 @@ def test_case_09_the_fast_path(graph: bool, padded: bool) -> None:
     assert worst(run(train=False), before) == 0.0
 
 
+def test_case_10_same_input_many_readers(tmp_path: Path) -> None:
+    x = torch.randn(5, 64)
+    folded = qc.fold_adapters(adapted(ThreeReaders(64).eval(), (x,)))
+    lowered = lower(folded, qc.ExportSpec())
+    (shared,) = [n for n in lowered.graph.nodes if n.target is GROUP_SUM]
+    assert len(shared.users) == 3
+    qc.export_model(folded, tmp_path / "model.onnx")
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    (group_sum,) = [n for n in nodes if n.op_type == "ReduceSum"]
+    readers = [n for n in nodes if group_sum.output[0] in n.input]
+    assert [n.op_type for n in readers] == ["MatMul"] * 3
+    tolerance = qc.Tolerance(max_rel=1e-5)
+    assert qc.verify_equivalence(folded, tmp_path / "model.onnx", [(x,)], tolerance).passed
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_case_11_a_batch_the_capture_never_saw(name: str, tmp_path: Path) -> None:
     model = TRANSFORMERS[name]()
@@ -293,3 +313,50 @@ def test_case_11_a_batch_the_capture_never_saw(name: str, tmp_path: Path) -> Non
         found = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
         for ours, theirs in zip(found, outputs(expected), strict=True):
             assert worst(torch.from_numpy(ours), theirs) < 1e-4
+
+
+EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""Half a step at 1: the largest relative error of one rounding."""
+
+
+@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_case_12_half_precision_models(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    entry = ENTRIES[name]
+    model = entry.build().to(dtype)
+
+    def inputs(batch: int, sequence: int) -> dict[str, Tensor]:
+        _, kwargs = entry.inputs(batch, sequence, 1)
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in kwargs.items()}
+
+    call, new = inputs(2, 16), inputs(4, 9)
+    program = qc.capture_model(model, (), call)
+    with torch.no_grad():
+        assert worst(program(**new), model(**new)) == 0.0
+    quantized = qc.quantize_groups(program)
+
+    # Codes, scales and offsets are those of the exact values …
+    wide = {k: v.float() if v.is_floating_point() else v for k, v in call.items()}
+    exact = qc.quantize_groups(qc.capture_model(copy.deepcopy(model).float(), (), wide)).tensors()
+    names = [n for n in exact if n.endswith((".qweight", ".scale", ".offset"))]
+    assert len(names) == 3 * len(quantized.plan.weights_to_quantize())
+    assert all(torch.equal(quantized.tensors()[n], exact[n]) for n in names)
+
+    # … adapters fold to within the roundings of the dtype …
+    adapted_program = randomize_adapters(qc.insert_adapters(quantized, qc.AdapterSpec(rank=4)))
+    folded = qc.fold_adapters(adapted_program)
+    with torch.no_grad():
+        expected, found = adapted_program(**new), folded(**new)
+    assert worst(found, expected) <= 16 * EPSILON[dtype] * scale_of(expected)
+
+    # … and the file computes the same weights in float32, between float32 inputs and outputs.
+    report = qc.export_model(folded, tmp_path / "model.onnx")
+    assert "float32" in report.capabilities["activations"].detail
+    session = open_session(tmp_path / "model.onnx")
+    declared = {v.type for v in [*session.get_inputs(), *session.get_outputs()]}
+    assert declared <= {"tensor(float)", "tensor(int64)"}
+    close = qc.Tolerance(max_rel=16 * EPSILON[dtype])
+    assert qc.verify_equivalence(folded, tmp_path / "model.onnx", [new], close).passed
+    same = qc.Tolerance(max_rel=1e-5)
+    lowered = lower(folded, qc.ExportSpec())
+    assert qc.verify_equivalence(lowered, tmp_path / "model.onnx", [wide], same).passed

@@ -118,8 +118,8 @@ def test_metadata_says_what_was_done(llama_file: tuple[qc.Program, onnx.ModelPro
     program, model = llama_file
     text = {p.key: p.value for p in model.metadata_props}[ONNX_METADATA_KEY]
     value = json.loads(text)
-    assert [layer["site"] for layer in value["layers"]] == [
-        s.name for s in program.plan.to_quantize()
+    assert [(layer["site"], layer["decision"], layer["reason"]) for layer in value["layers"]] == [
+        (s.name, s.decision, s.reason) for s in program.plan
     ]
     assert value["history"][: len(program.history)] == list(program.history)
     produced = {name for node in model.graph.node for name in node.output}

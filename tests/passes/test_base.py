@@ -143,6 +143,7 @@ STEPS = {
     "insert-adapters": {QUANTIZED},
     "fold-adapters": {ADAPTED},
     "share-group-sums": {ADAPTED},
+    "widen-halves": {FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED},
     "legalize-ort-stock": {QUANTIZED, ADAPTED, FOLDED},
 }
 

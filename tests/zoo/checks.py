@@ -1,15 +1,20 @@
-"""What has to hold for every model of the zoo, one function a check, on one shared study."""
+"""What has to hold for every model of the zoo, one function a check, on one shared study.
+
+A check returns the largest error that it saw, relative to the output's scale, or None where it
+measures none.
+"""
 
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +24,7 @@ from qalora_compile.ir.affine import expand_groups
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.packing import unpack_codes
 from qalora_compile.ir.pattern import match_linear
-from qalora_compile.ir.plan import QUANTIZE, SitePlan
+from qalora_compile.passes.base import validating
 from tests.models import assert_close, randomize_adapters, scale_of, worst
 from tests.zoo import eager
 from tests.zoo.entries import Entry
@@ -71,7 +76,7 @@ class Study:
         return self.entry.inputs(*self.size(batch, sequence), seed)
 
 
-def check_capture(study: Study) -> str:
+def check_capture(study: Study) -> float:
     """The captured program computes what the model does, at three sizes, and in training."""
     largest = 0.0
     for size in (CAPTURED, *NEW_SIZES):
@@ -83,7 +88,7 @@ def check_capture(study: Study) -> str:
     _check_training_mode(study)
     for axis in study.entry.fixed or {}:
         assert study.captured.notes, f"nothing says that {axis} is fixed"
-    return f"{largest:.0e}"
+    return largest
 
 
 def _check_training_mode(study: Study) -> None:
@@ -102,7 +107,7 @@ def _check_training_mode(study: Study) -> None:
     assert_close(found, expected, relative=1e-5)
 
 
-def check_plan(study: Study) -> str:
+def check_plan(study: Study) -> None:
     """Every parameter with two or more dimensions has a row, and every row a reason."""
     rows = study.quantized.plan
     storages = {t.data_ptr() for n, t in study.captured.tensors().items()}
@@ -112,11 +117,9 @@ def check_plan(study: Study) -> str:
             assert parameter.data_ptr() in storages, f"{name} has no row"
     assert all(site.reason for site in rows)
     assert len({site.name for site in rows}) == len(rows)
-    counts = rows.counts()
-    return f"{counts[QUANTIZE]} of {len(rows)}"
 
 
-def check_quantized(study: Study) -> str:
+def check_quantized(study: Study) -> float:
     """The quantized program is the eager model with dequantized weights in it."""
     twin = copy.deepcopy(study.model)
     parameters = dict(twin.named_parameters(remove_duplicate=False))
@@ -145,10 +148,10 @@ def check_quantized(study: Study) -> str:
             expected, found = twin(*args, **kwargs), study.quantized(*args, **kwargs)
         assert_close(found, expected, relative=1e-5)
         largest = max(largest, worst(found, expected) / scale_of(expected))
-    return f"{largest:.0e}"
+    return largest
 
 
-def check_training(study: Study) -> str:
+def check_training(study: Study) -> None:
     """Adapters alone get gradients, all of them do, and nothing else changes in ten steps."""
     program = randomize_adapters(qc.insert_adapters(study.quantized, ADAPTER))
     args, kwargs = study.inputs(*CAPTURED)
@@ -169,7 +172,6 @@ def check_training(study: Study) -> str:
     for name, tensor in frozen.items():
         assert torch.equal(tensor, after[name]), f"{name} changed"
     assert losses[-1] < losses[0]
-    return f"{losses[0]:.3g} → {losses[-1]:.3g}"
 
 
 def _distance(found: list[Tensor]) -> Tensor:
@@ -186,7 +188,7 @@ def _floats(value: Any) -> list[Tensor]:
     return [t for t in leaves if t.is_floating_point()]
 
 
-def check_fold(study: Study) -> str:
+def check_fold(study: Study) -> float:
     """The folded program is the adapted one, at two new sizes."""
     largest = 0.0
     for size in NEW_SIZES:
@@ -197,33 +199,39 @@ def check_fold(study: Study) -> str:
         assert worst(before, expected) > 0.01 * scale_of(expected), "the adapters do nothing"
         assert_close(found, expected, relative=1e-4)
         largest = max(largest, worst(found, expected) / scale_of(expected))
-    return f"{largest:.0e}"
+    return largest
 
 
-def check_stored(study: Study) -> str:
-    """The program comes back from its folder, and `inspect` prints the whole plan."""
-    folder = study.folder / "folded"
+def check_stored(study: Study) -> None:
+    """The program comes back from its folder."""
+    folder = study.folder / "stored"
     study.folded.save(folder)
     args, kwargs = study.inputs(*EXPORT_SIZE)
     with torch.no_grad():
         again = qc.Program.load(folder)(*args, **kwargs)
         assert worst(again, study.folded(*args, **kwargs)) == 0.0
-    assert main(["inspect", str(folder)]) == 0
-    return "yes"
 
 
-def check_inspect(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
-    """`inspect --json` gives the plan's rows."""
-    capsys.readouterr()
-    assert main(["inspect", str(study.folder / "folded"), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["layers"]
-    plan: SitePlan = study.folded.plan
+def check_inspect(study: Study) -> None:
+    """`inspect` prints the whole plan, and `inspect --json` gives its rows."""
+    folder = study.folder / "inspected"
+    study.folded.save(folder)
+    plan = study.folded.plan
+    assert len(_output("inspect", str(folder)).splitlines()) > len(plan)
+    rows = json.loads(_output("inspect", str(folder), "--json"))["layers"]
     assert [(r["path"], r["decision"], r["reason"]) for r in rows] == [
         (s.name, s.decision, s.reason) for s in plan
     ]
 
 
-def check_onnx(study: Study) -> str:
+def _output(*words: str) -> str:
+    """What a command prints."""
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main(list(words)) == 0
+    return printed.getvalue()
+
+
+def check_onnx(study: Study) -> float:
     """The exported file computes what the folded program does, at a third size."""
     path = study.folder / "model.onnx"
     report = qc.export_model(study.folded, path, qc.ExportSpec(target="ort-stock"))
@@ -235,15 +243,15 @@ def check_onnx(study: Study) -> str:
     result = qc.verify_equivalence(study.folded, path, [kwargs or args], qc.Tolerance(max_rel=1e-4))
     assert call and result.passed, str(result)
     assert len(result.sites) == len(rows)
-    return f"{max(c.max_abs / c.scale for c in result.outputs):.0e}"
+    return max(c.max_abs / c.scale for c in result.outputs)
 
 
-def check_modules(study: Study) -> str:
+def check_modules(study: Study) -> float:
     """The module-level back-end is the adapted program: names, outputs, gradients, fold."""
     return eager.check_modules(study, CAPTURED, NEW_SIZES[0])
 
 
-CHECKS: dict[str, Callable[[Study], str]] = {
+CHECKS: dict[str, Callable[[Study], float | None]] = {
     "capture": check_capture,
     "plan": check_plan,
     "quantized": check_quantized,
@@ -251,5 +259,13 @@ CHECKS: dict[str, Callable[[Study], str]] = {
     "modules": check_modules,
     "fold": check_fold,
     "stored": check_stored,
+    "inspect": check_inspect,
     "onnx": check_onnx,
 }
+
+
+def run_checks(entry: Entry, folder: Path) -> tuple[Study, dict[str, float | None]]:
+    """All checks on one model, every program validated; what each check measured."""
+    with validating():
+        study = Study.make(entry, folder)
+        return study, {name: check(study) for name, check in CHECKS.items()}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.zoo.checks import Study
 
 
-def check_modules(study: Study, captured: tuple[int, int], size: tuple[int, int]) -> str:
+def check_modules(study: Study, captured: tuple[int, int], size: tuple[int, int]) -> float:
     """`adapt_module_` gives the program's tensors, outputs and gradients to the model itself."""
     from tests.zoo.checks import ADAPTER, QUANT
 
@@ -35,7 +35,7 @@ def check_modules(study: Study, captured: tuple[int, int], size: tuple[int, int]
     assert_close(
         qc.fold_adapters(program)(*args, **kwargs), study.folded(*args, **kwargs), relative=1e-5
     )
-    return f"{largest:.0e}"
+    return largest
 
 
 def _interchange(tensors: dict[str, Tensor], model: nn.Module) -> None:

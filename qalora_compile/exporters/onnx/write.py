@@ -23,6 +23,7 @@ from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.exporters.onnx.translate import MICROSOFT, translation_table
 from qalora_compile.files import atomic_files
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
+from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import argument_names, input_spec
@@ -122,12 +123,7 @@ def _without_assertions(program: Program) -> torch.nn.Module:
     checks = [n for n in graph.nodes if str(n.target) in _ASSERTIONS]
     if not checks:
         return program.module
-    # What was computed for an assertion only goes too; other nodes without users may have effects.
-    while checks:
-        node = checks.pop()
-        if not node.users and node.op == "call_function":
-            checks += node.all_input_nodes
-            graph.erase_node(node)
+    erase_unread(checks)
     return program.module.rebuild(graph, program.tensors())
 
 
@@ -148,20 +144,28 @@ def _quiet() -> Iterator[None]:
 def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
     from qalora_compile import __version__
 
-    sizes = {name: t.numel() * t.element_size() for name, t in program.tensors().items()}
+    tensors = program.tensors()
+    sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
     names = ("qweight", "scale", "zero_point", "correction")
     layers = [
         {
             "site": s.name,
+            "kind": s.kind,
+            "weight": s.weight,
+            "decision": s.decision,
+            "reason": s.reason,
             "bits": s.bits,
             "group_size": s.group_size,
             "k": s.k,
             "n": s.n,
             "experts": s.experts,
-            "bytes": sum(sizes.get(f"{s.path}.{part}", 0) for part in _parts(s, names)),
+            "shape": list(tensors[s.weight].shape) if s.weight in tensors else None,
+            "bytes": sum(
+                sizes.get(name, 0)
+                for name in ([s.weight] if s.bits is None else _parts(s, names))
+            ),
         }
         for s in program.plan
-        if s.bits is not None
     ]
     value = {
         "version": __version__,
@@ -176,10 +180,9 @@ def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
 
 
 def _parts(site: Site, names: tuple[str, ...]) -> list[str]:
-    """Lowered tensors of a site, below its path."""
-    if not site.experts:
-        return list(names)
-    return [f"{expert}.{name}" for expert in range(site.experts) for name in names]
+    """Names of the lowered tensors of a site."""
+    lead = [f"{site.path}.{expert}" for expert in range(site.experts)] if site.experts else []
+    return [f"{path}.{name}" for path in lead or [site.path] for name in names]
 
 
 def _save(model: Any, program: Program, path: Path, spec: ExportSpec) -> ExportReport:
@@ -209,13 +212,14 @@ def _save(model: Any, program: Program, path: Path, spec: ExportSpec) -> ExportR
 
 
 def _capabilities(program: Program, spec: ExportSpec) -> dict[str, Capability]:
-    exact_compute = spec.accuracy_level == 0
+    widened = any(step.startswith("widen-halves") for step in program.history)
+    exact = Capability("exact", "half-precision model computed in float32") if widened else EXACT
     return {
         "codes": EXACT,
         "scale": EXACT,
         "zero_point": Capability("exact", "integer part and float32 correction"),
         "float tensors": EXACT,
-        "activations": EXACT if exact_compute else rounds("int8"),
+        "activations": exact if spec.accuracy_level == 0 else rounds("int8"),
     }
 
 

@@ -1,0 +1,235 @@
+"""Write docs/supported.md: every check of the zoo on every model, with what was seen.
+
+A check that fails stops the script, and nothing is written. Takes a few minutes.
+
+    python -m scripts.write_supported          # or: make supported
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from qalora_compile.files import atomic_files
+from qalora_compile.ir.plan import KEEP, QUANTIZE, Site, SitePlan
+from tests.zoo.checks import CHECKS, run_checks
+from tests.zoo.entries import ENTRIES, Entry
+
+PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
+MODELS, REASONS, PATTERNS = "Models", "Why weights stay in float", "Operator patterns"
+COLUMNS = ("model", "sites quantized", "kept", *CHECKS, "axes that the model fixes")
+MOST_EXAMPLES = 3
+
+INTRODUCTION = f"""# What is supported
+
+Written by `make supported` from the zoo's own run (`tests/zoo`): small models with random weights,
+built from configuration, on the whole way from capture to ONNX Runtime. Do not edit it by hand.
+
+Any model that `torch.export` takes can be captured. What is quantized are its linear maps by a
+parameter; every other weight with two or more dimensions, also one that the forward pass never
+reads, has a row in the plan with a reason.
+
+## {MODELS}
+
+*sites quantized* and *kept* count rows of the plan. Numbers are the largest error seen, as a part
+of the output's largest value, in one significant digit; ✓ stands where a check measures none.
+
+* **capture**: the captured program against the model, at three sizes, and in training mode
+* **plan**: every weight has a row with a reason
+* **quantized**: the 4-bit program against the model with its weights dequantized in place
+* **training**: only adapters get gradients, all of them do, and nothing else changes in ten steps
+* **fold**: the folded program against the one with adapters, at two sizes never captured
+* **stored**: saved, loaded, bit for bit the same
+* **inspect**: `qalora-compile inspect` shows the whole plan
+* **onnx**: the exported file in ONNX Runtime against torch, at another size never captured
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the zoo showed of one model."""
+
+    entry: Entry
+    plan: SitePlan
+    seen: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A way in which models use weights, and how to know it in a plan."""
+
+    what: str
+    how: str
+    fits: Callable[[Site], bool]
+
+
+def _kept(*kinds: str) -> Callable[[Site], bool]:
+    return lambda site: site.decision == KEEP and site.kind.startswith(kinds)
+
+
+def _quantized(*kinds: str) -> Callable[[Site], bool]:
+    return lambda site: site.decision == QUANTIZE and site.kind in kinds
+
+
+KNOWN = (
+    Pattern("`linear`", "quantized", _quantized("linear")),
+    Pattern("`addmm` by a weight stored `[K, N]` (GPT-2)", "quantized", _quantized("addmm")),
+    Pattern(
+        "`mm`, `matmul` by a parameter, also through t, transpose, permute, view, select, slice",
+        "quantized as the matrix that the views make",
+        _quantized("matmul"),
+    ),
+    Pattern(
+        "1×1 convolution with stride and groups 1",
+        "rewritten as a linear map along the channels (`canonicalize-pointwise`), quantized",
+        _quantized("pointwise"),
+    ),
+    Pattern("other convolutions", "kept, with the kernel, stride or groups", _kept("conv")),
+    Pattern(
+        "attention's packed `in_proj_weight`",
+        "quantized: one site where q, k and v read one tensor, else a site a piece (`.q`, `.kv`)",
+        lambda site: site.decision == QUANTIZE and site.weight.endswith("in_proj_weight"),
+    ),
+    Pattern(
+        "stacked experts, 3-D (`grouped_mm`, `bmm`)",
+        "quantized expert by expert, one adapter each",
+        _quantized("experts"),
+    ),
+    Pattern(
+        "router of experts (its outputs reach `topk`)",
+        "kept: a small error sends a token elsewhere; `targets` forces it",
+        lambda site: site.reason.startswith("router"),
+    ),
+    Pattern(
+        "output projection tied to an embedding",
+        "kept: the table is needed in float anyway; `targets` forces it",
+        lambda site: site.reason.startswith("tied"),
+    ),
+    Pattern("embedding", "kept", _kept("embedding")),
+    Pattern(
+        "LSTM, GRU", "kept: one operator reads the weights at every step", _kept("lstm", "gru")
+    ),
+    Pattern(
+        "one weight used several times",
+        "a site a use (`@2`, `@3`); codes and adapter are shared",
+        lambda site: site.decision == QUANTIZE and "@" in site.name,
+    ),
+)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def number(value: float | None) -> str:
+    """One significant digit, so that another run writes the same page as a rule."""
+    if value is None:
+        return "✓"
+    if value == 0:
+        return "0"
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
+def model_row(row: Row) -> list[str]:
+    """Cells of one model."""
+    counts = row.plan.counts()
+    fixed = "; ".join(f"{axis}: {why}" for axis, why in (row.entry.fixed or {}).items())
+    seen = [number(row.seen[name]) for name in CHECKS]
+    return [row.entry.name, str(counts[QUANTIZE]), str(counts[KEEP]), *seen, fixed]
+
+
+def reason_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """Each reason with how often it was given and where; names of sites in it left out."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        names = sorted((site.name for site in row.plan), key=len, reverse=True)
+        for site in row.plan:
+            if site.decision == KEEP:
+                words = site.reason.replace(",", " ,").split()
+                plain = " ".join("…" if word in names else word for word in words)
+                found[plain.replace(" ,", ",")].append(f"{row.entry.name}: `{site.name}`")
+    ordered = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [[reason, str(len(places)), examples(places)] for reason, places in ordered]
+
+
+def pattern_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """Each known pattern with models that show it.
+
+    Raises:
+        SystemExit: no model of the zoo shows a pattern: the page would claim what nothing tests.
+    """
+    cells = []
+    for known in KNOWN:
+        models = [row.entry.name for row in rows if any(map(known.fits, row.plan))]
+        if not models:
+            raise SystemExit(f"no model of the zoo shows the pattern: {known.what}")
+        cells.append([known.what, known.how, examples(models)])
+    return cells
+
+
+def examples(places: Sequence[str]) -> str:
+    """The first few, spread over models where there are several, and how many more."""
+    first: dict[str, str] = {}
+    for place in places:
+        first.setdefault(place.split(":")[0], place)
+    chosen = list(first.values())[:MOST_EXAMPLES]
+    more = len(places) - len(chosen)
+    return ", ".join(chosen) + (f" and {more} more" if more else "")
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The whole text."""
+    return "\n".join(
+        [
+            INTRODUCTION,
+            table(COLUMNS, map(model_row, rows)),
+            f"## {REASONS}\n",
+            table(("reason", "weights", "for example"), reason_rows(rows)),
+            f"## {PATTERNS}\n",
+            table(("weight or operator", "how it is handled", "seen in"), pattern_rows(rows)),
+        ]
+    )
+
+
+def study(entries: Sequence[Entry], console: Console) -> list[Row]:
+    """Run all checks on all models; the first failure ends it."""
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
+    rows = []
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("", total=len(entries))
+        for entry in entries:
+            bar.update(task, description=entry.name)
+            with tempfile.TemporaryDirectory() as scratch:
+                done, seen = run_checks(entry, Path(scratch))
+            assert not any(math.isnan(value) for value in seen.values() if value is not None)
+            rows.append(Row(entry, done.quantized.plan, seen))
+            bar.advance(task)
+    return rows
+
+
+def main() -> None:
+    """Run the zoo, write the page."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    rows = study(list(ENTRIES.values()), Console(stderr=True))
+    text = page(rows)
+    with atomic_files(PAGE, overwrite=True) as scratch:
+        scratch.write_text(text, "utf-8")
+    print(f"wrote {PAGE.name}: {len(rows)} models × {len(CHECKS)} checks, all passed")
+
+
+if __name__ == "__main__":
+    main()

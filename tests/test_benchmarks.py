@@ -1,0 +1,52 @@
+"""The benchmarks' verdicts: targets that can be missed, and are seen to be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.passes import EXPORT, NUMBERS, TOTAL, Result, main
+
+Seconds = dict[int, dict[str, float]]
+
+
+def seconds(**passes: float) -> Seconds:
+    """Depth → what → seconds; torch.export takes a second a layer."""
+    rows = {int(name.removeprefix("at_")): value for name, value in passes.items()}
+    return {n: {EXPORT: float(n), TOTAL: value} for n, value in rows.items()}
+
+
+@pytest.mark.parametrize(
+    ("measured", "missed"),
+    [
+        (seconds(at_12=0.6, at_24=1.3), []),
+        (seconds(at_12=0.6, at_24=1.4), ["2.33×"]),
+        (seconds(at_12=1.3, at_24=2.3), ["at 12 layers"]),
+        (seconds(at_12=0.5, at_24=2.5), ["5.00×", "at 24 layers"]),
+        (seconds(at_12=0.6, at_36=1.0), []),
+    ],
+)
+def test_missed_targets_are_named(measured: Seconds, missed: list[str]) -> None:
+    found = Result(measured).misses
+    assert len(found) == len(missed)
+    assert all(part in text for part, text in zip(missed, found, strict=True))
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "python -m benchmarks.passes --layers" in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_bad_depths_are_refused() -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--layers", "0"])
+
+
+@pytest.mark.slow
+def test_it_measures_every_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--layers", "1", "--rounds", "1", "--json"])
+    (row,) = json.loads(capsys.readouterr().out)["seconds"].values()
+    assert {"annotate-linears", "quantize-groups", "legalize-ort-stock", NUMBERS} <= row.keys()
+    assert all(value > 0 for value in row.values())
