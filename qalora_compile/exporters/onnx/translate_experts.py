@@ -42,7 +42,7 @@ def expert_table(
                 return y
             return op.Add(y, op.MatMul(group_sums, correction[expert]))
 
-        return _by_expert(op, ends, len(qweight), compute, x, sums)
+        return _by_expert(op, ends, len(qweight), int(qweight[0].shape[0]), compute, x, sums)
 
     def emit_expert_adapter(
         pooled: Any, lora_a: Any, lora_b: Any, ends: Any, scaling: float
@@ -55,7 +55,8 @@ def expert_table(
             )
             return op.Mul(op.MatMul(op.MatMul(rows, a), b), factor)
 
-        return _by_expert(op, ends, int(lora_a.shape[0]), compute, pooled)
+        experts, n = int(lora_b.shape[0]), int(lora_b.shape[1])
+        return _by_expert(op, ends, experts, n, compute, pooled)
 
     emit_grouped_mm = partial(_grouped_mm, op)
     table: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -68,19 +69,26 @@ def expert_table(
     return table
 
 
-def _grouped_mm(op: Any, x: Any, weight: Any, ends: Any, *_: Any) -> Any:
+def _grouped_mm(
+    op: Any, x: Any, weight: Any, ends: Any, bias: Any = None, out_dtype: Any = None
+) -> Any:
     """Experts that stay in float."""
+    if len(weight.shape) != 3 or ends is None or bias is not None or out_dtype is not None:
+        raise ValueError("only x [T, K] by stacked experts [E, K, N], without bias or out_dtype")
 
     def compute(expert: int, rows: Any) -> Any:
         return op.MatMul(rows, _take(op, weight, expert))
 
-    return _by_expert(op, ends, int(weight.shape[0]), compute, x)
+    return _by_expert(op, ends, int(weight.shape[0]), int(weight.shape[2]), compute, x)
 
 
 def _by_expert(
-    op: Any, ends: Any, experts: int, compute: Callable[..., Any], *operands: Any
+    op: Any, ends: Any, experts: int, n: int, compute: Callable[..., Any], *operands: Any
 ) -> Any:
-    """Concat of `compute(e, rows…)`: slices between the ends, or x[e] where there are none."""
+    """Concat of `compute(e, rows…)`: slices between the ends, or x[e] where there are none.
+
+    Rows after the last end give rows of `n` zeros, as the operators have it.
+    """
     axis = op.Constant(value_ints=[0])
     stops = []
     if ends is not None:
@@ -98,6 +106,11 @@ def _by_expert(
                 None if x is None else op.Slice(x, start, stops[expert], axis) for x in operands
             ]
             parts.append(compute(expert, *rows))
+    if ends is not None:
+        x = operands[0]
+        left = op.Sub(op.Shape(x, start=0, end=1), stops[-1])
+        size = op.Concat(left, op.Constant(value_ints=[n]), axis=0)
+        parts.append(op.CastLike(op.ConstantOfShape(size), x))
     return op.Concat(*parts, axis=0)
 
 
