@@ -114,7 +114,11 @@ def test_opcheck(kind: str) -> None:
 
 
 def test_every_operator_is_checked() -> None:
-    defined = {n for n, v in vars(expert_ops).items() if isinstance(v, torch.library.CustomOpDef)}
+    defined = {
+        n
+        for n, v in vars(expert_ops).items()
+        if isinstance(v, torch._library.custom_ops.CustomOpDef)
+    }
     assert {kind.split(",")[0] for kind in CHECKED} == defined
 
 
@@ -128,8 +132,8 @@ def test_every_operator_is_checked() -> None:
 def test_the_linear_map_and_its_gradient(k: int, bits: int, group: int, grouped: bool) -> None:
     x, ends = rows_of(k, torch.float64, grouped=grouped)
     parts = codes(k, bits, group, torch.float64)
-    options = {"bits": bits, "group_size": group, "k": k}
-    weights = torch.stack([dequantize(*p, **options) for p in zip(*parts, strict=True)])
+    stack = zip(*parts, strict=True)
+    weights = torch.stack([dequantize(*p, bits=bits, group_size=group, k=k) for p in stack])
     y, expected = Q.expert_linear(x, *parts, ends, bits, group), plainly(x, ends, weights)
     torch.testing.assert_close(y, expected)
     grad = torch.randn_like(y)
