@@ -48,7 +48,7 @@ of the output's largest value, in one significant digit; ✓ stands where a chec
 * **plan**: every weight has a row with a reason
 * **quantized**: the 4-bit program against the model with its weights dequantized in place
 * **training**: only adapters get gradients, all of them do, and nothing else changes in ten steps
-* **modules**: `adapt_module_` on the model itself: names, outputs, gradients and fold of the program
+* **modules**: `adapt_module_` on the model itself: the program's names, outputs, gradients and fold
 * **fold**: the folded program against the one with adapters, at two sizes never captured
 * **stored**: saved, loaded, bit for bit the same
 * **inspect**: `qalora-compile inspect` shows the whole plan
