@@ -148,8 +148,15 @@ def _inspect_onnx(path: Path) -> tuple[list[Row], Row]:
     text = open_session(file).get_modelmeta().custom_metadata_map.get(ONNX_METADATA_KEY)
     if text is None:
         raise UserInputError(f"{file.name} was not exported by this package", where=str(file))
-    metadata = json.loads(text)
-    rows = [_onnx_row(layer, metadata["target"]) for layer in metadata["layers"]]
+    try:
+        metadata = json.loads(text)
+        rows = [_onnx_row(layer, metadata["target"]) for layer in metadata["layers"]]
+    except (ValueError, KeyError) as error:
+        raise UserInputError(
+            f"the metadata of {file.name} is incomplete: {type(error).__name__} {error}",
+            where=str(file),
+            hint="it comes from another version of this package, or was changed: export again",
+        ) from error
     decisions = Counter(row["decision"] for row in rows)
     size = sum(f.stat().st_size for f in (file, file.with_name(f"{file.name}.data")) if f.exists())
     return rows, {

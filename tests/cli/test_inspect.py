@@ -7,7 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+import torch
 from rich.console import Console
 
 import qalora_compile as qc
@@ -15,6 +17,8 @@ from qalora_compile.cli import inspect as command
 from qalora_compile.cli import ui
 from qalora_compile.cli.alike import group_alike
 from qalora_compile.cli.main import main
+from qalora_compile.ir.meta import ONNX_METADATA_KEY
+from tests.models import OneLinear
 from tests.zoo.entries import ENTRIES
 
 Capture = pytest.CaptureFixture[str]
@@ -132,3 +136,19 @@ def test_many_rows_point_to_the_grouped_form(
     monkeypatch.setattr(command, "_MANY", 2)
     assert main(["inspect", str(tmp_path / "few")]) == 0
     assert "--group" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{", '{"layers": [{"site": "fc"}], "target": "ort-stock"}'])
+def test_metadata_of_another_version_is_explained(
+    text: str, tmp_path: Path, capsys: Capture
+) -> None:
+    program = qc.capture_model(OneLinear(32, 8), (torch.randn(2, 32),))
+    path = tmp_path / "model.onnx"
+    qc.export_model(program, path, qc.ExportSpec(allow_unfolded=True))
+    model = onnx.load(path)
+    (entry,) = [p for p in model.metadata_props if p.key == ONNX_METADATA_KEY]
+    entry.value = text
+    onnx.save(model, path)
+    assert main(["inspect", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert "metadata of model.onnx is incomplete" in shown and "export again" in shown
