@@ -26,6 +26,10 @@ _NOT_THE_MODEL = (
 )
 _HINTS = (
     (
+        ("cache_utils",),
+        "the model returns a key-value cache: pass use_cache=False among the keyword inputs",
+    ),
+    (
         ("GuardOnDataDependentSymNode", "data-dependent", "DataDependent"),
         "the model's control flow depends on tensor values: write it with torch.where or "
         "torch.cond, or take that part out of the captured module",

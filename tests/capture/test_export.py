@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import qalora_compile as qc
 from qalora_compile.errors import CaptureError
-from tests.models import MLP, scale_of, worst
+from tests.models import MLP, llama, scale_of, token_ids, worst
 
 
 class FixedSequence(nn.Module):
@@ -73,6 +73,14 @@ def test_an_error_names_the_line_and_what_to_change(
     text = str(info.value)
     assert line in text and hint in text
     assert not line or "test_export.py:" in text
+
+
+def test_a_model_that_returns_its_cache_is_told_how_not_to() -> None:
+    model = llama()
+    model.config.use_cache = True  # type: ignore[union-attr]
+    with pytest.raises(CaptureError, match="use_cache=False"):
+        qc.capture_model(model, (token_ids(2, 16),))
+    assert qc.capture_model(model, (token_ids(2, 16),), {"use_cache": False}).signature.outputs
 
 
 def test_dynamic_axes_that_cannot_vary_are_explained() -> None:
