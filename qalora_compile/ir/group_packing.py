@@ -1,0 +1,83 @@
+"""Packed storage of codes for the operator `qalora::GroupQuantLinear`, group by group.
+
+The packed tensor is `[N, L, g · bits / 8]` uint8 with L = ceil(K / g); the tail group is filled up to
+g with zero codes, so every group is whole. For 2, 4 and 8 bits the bytes are those of ONNX Runtime's
+MatMulNBits: code k of a group in bits `k · bits …` of the group's bytes, little end first.
+
+3-bit codes are split into two planes per **row**, so that a row is decoded like a 2-bit row with one
+more bit: first the low two bits of all L · g codes of the row, four to a byte, then the high bits,
+eight to a byte, both little end first. The last two dimensions of the packed tensor are therefore
+only the row's bytes cut into L equal parts; see `docs/operators/GroupQuantLinear.md`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.packing import pack_codes, unpack_codes
+
+GROUP_UNIT = 16
+"""The operator takes groups of a multiple of this many codes."""
+
+
+def pack_groups(codes: Tensor, *, bits: int, group_size: int) -> Tensor:
+    """Pack codes for `qalora::GroupQuantLinear`.
+
+    Args:
+        codes: `[N, K]` uint8, each below 2^bits.
+        bits: 2, 3, 4 or 8.
+        group_size: g, a multiple of 16; need not divide K.
+
+    Returns:
+        `[N, L, g · bits / 8]` uint8, L = ceil(K / g).
+
+    Raises:
+        UserInputError: the operator has no such width or group size.
+    """
+    _check(bits, group_size)
+    n, k = codes.shape
+    padded = functional.pad(codes, (0, -k % group_size))
+    if bits == 3:
+        rows = torch.cat([pack_codes(padded & 3, 2), _pack_bits(padded >> 2)], dim=1)
+    else:
+        rows = pack_codes(padded, bits)
+    return rows.reshape(n, -1, group_size * bits // 8)
+
+
+def unpack_groups(packed: Tensor, *, bits: int, group_size: int, k: int) -> Tensor:
+    """Undo `pack_groups`: `[N, L, g · bits / 8]` uint8 to codes `[N, k]` uint8.
+
+    Raises:
+        UserInputError: the operator has no such width or group size.
+    """
+    _check(bits, group_size)
+    n, groups = packed.shape[0], packed.shape[1]
+    rows = packed.reshape(n, -1)
+    if bits != 3:
+        return unpack_codes(rows, bits, k)
+    low_bytes = groups * group_size // 4
+    low = unpack_codes(rows[:, :low_bytes], 2, k)
+    return low | _unpack_bits(rows[:, low_bytes:])[:, :k] << 2
+
+
+def _check(bits: int, group_size: int) -> None:
+    if bits not in (2, 3, 4, 8) or group_size < GROUP_UNIT or group_size % GROUP_UNIT:
+        raise UserInputError(
+            f"GroupQuantLinear has no {bits}-bit codes in groups of {group_size}",
+            hint=f"bits: 2, 3, 4, 8; group_size: a multiple of {GROUP_UNIT}",
+        )
+
+
+def _pack_bits(values: Tensor) -> Tensor:
+    """Pack `[N, 8m]` zeros and ones to `[N, m]` uint8, little end first."""
+    weights = 2 ** torch.arange(8, device=values.device, dtype=torch.uint8)
+    return (values.unflatten(1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_bits(packed: Tensor) -> Tensor:
+    """Undo `_pack_bits`."""
+    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    return (packed[:, :, None] >> shifts & 1).flatten(1)

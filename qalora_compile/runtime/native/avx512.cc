@@ -1,0 +1,119 @@
+// AVX-512 F, BW, DQ, VL and VNNI.
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined operands inside its own intrinsics for mistakes of the caller.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include "half.h"
+#include "prepare_template.h"
+
+namespace qalora {
+namespace {
+
+struct Avx512 {
+  using I = __m512i;
+  using F = __m512;
+  using Acc = __m512i;
+  static constexpr int kStep = 64;
+  static constexpr int kLanes = 16;
+  static constexpr int kTileM = 6;
+  static constexpr int kInt8M = 4;
+
+  static I Load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static I LoadPartial(const uint8_t* p, int64_t count) {
+    return _mm512_maskz_loadu_epi8((1ull << count) - 1, p);
+  }
+  static I Nibbles(__m256i bytes) {
+    const I wide = _mm512_cvtepu8_epi16(bytes);
+    return And(Or(wide, _mm512_slli_epi16(wide, 4)), SetBytes(0x0f));
+  }
+  static I LoadNibbles(const uint8_t* p) {
+    return Nibbles(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static I LoadNibblesPartial(const uint8_t* p, int64_t count) {
+    return Nibbles(_mm256_maskz_loadu_epi8(static_cast<__mmask32>((1ull << count) - 1), p));
+  }
+  static I SetBytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+  static I And(I a, I b) { return _mm512_and_si512(a, b); }
+  static I Or(I a, I b) { return _mm512_or_si512(a, b); }
+  template <int bits>
+  static I Shl(I a) { return _mm512_slli_epi32(a, bits); }
+  template <int bits>
+  static I Shr(I a) {
+    if constexpr (bits == 0) return a;
+    return _mm512_srli_epi32(a, bits);
+  }
+  // Up to 4 bits: the permutation looks only at the low four bits of its index, so the table is the
+  // mask too. For 2 bits it holds 0 to 3 four times.
+  template <int width, int index>
+  static F Field(I a) {
+    const I field = Shr<width * index>(a);
+    if constexpr (width == 8) {
+      return _mm512_cvtepi32_ps(And(field, _mm512_set1_epi32(0xff)));
+    } else {
+      constexpr int m = (1 << width) - 1;
+      return _mm512_permutexvar_ps(
+          field, _mm512_setr_ps(0, 1, 2, 3, 4 & m, 5 & m, 6 & m, 7 & m, 8 & m, 9 & m, 10 & m, 11 & m,
+                                12 & m, 13 & m, 14 & m, 15 & m));
+    }
+  }
+
+  static Acc ZeroAcc() { return _mm512_setzero_si512(); }
+  static Acc Dot(Acc acc, I codes, const int8_t* x) {
+    return _mm512_dpbusd_epi32(acc, codes, _mm512_loadu_si512(x));
+  }
+  static F SumAcc(Acc acc) { return _mm512_cvtepi32_ps(acc); }
+  static F DotBytes(I codes, const int8_t* x) { return SumAcc(Dot(ZeroAcc(), codes, x)); }
+
+  static F ZeroF() { return _mm512_setzero_ps(); }
+  static F LoadF(const float* p) { return _mm512_loadu_ps(p); }
+  static void StoreF(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F Add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F Negate(F a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
+  static F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static float Reduce(F a) { return _mm512_reduce_add_ps(a); }
+  static F LaneValues(const float* groups, const LaneMap& map, int64_t step) {
+    const I index = _mm512_loadu_si512(map.lane + step * kLanes);
+    return _mm512_permutexvar_ps(index, LoadF(groups + map.first[step]));
+  }
+  static F LoadParameter(const void* p, bool half, int64_t at, int64_t count) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+    if (!half) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + at);
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + at));
+  }
+  static void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+  static uint32_t LargestBits16(const float* x) {
+    const I bits = And(_mm512_castps_si512(LoadF(x)), _mm512_set1_epi32(0x7fffffff));
+    return static_cast<uint32_t>(_mm512_reduce_max_epi32(bits));
+  }
+  static int32_t Quantize16(const float* x, float inverse, int8_t* out) {
+    const I codes = _mm512_cvtps_epi32(Mul(LoadF(x), _mm512_set1_ps(inverse)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(codes));
+    return _mm512_reduce_add_epi32(codes);
+  }
+  static void Widen(const uint16_t* from, float* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) StoreF(to + i, LoadParameter(from, true, i, kLanes));
+    for (; i < count; ++i) to[i] = HalfToFloat(from[i]);
+  }
+  static void Narrow(const float* from, uint16_t* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm512_cvtps_ph(LoadF(from + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+    for (; i < count; ++i) to[i] = FloatToHalf(from[i]);
+  }
+};
+
+}  // namespace
+
+const KernelSet kAvx512Kernels = MakeKernels<Avx512>("avx512");
+
+}  // namespace qalora

@@ -1,0 +1,411 @@
+// The kernels, written once over a vector type V; each level's file includes this with its own V.
+//
+// Everything is in an unnamed namespace on purpose: the including files are compiled for different
+// instruction sets, so nothing here may be merged across them. For the same reason no function of
+// the standard library is called, only intrinsics and memory functions.
+//
+// V provides: I (32-bit lanes of codes), F (float lanes), Acc (integer sums), kStep bytes, kTileM
+// columns of the fp32 tile, kInt8M of the int8 tile; Load, LoadPartial, LoadNibbles,
+// LoadNibblesPartial, And, Or, Shl<n>, Shr<n>, Field<width, index>; ZeroAcc, Dot, SumAcc, DotBytes;
+// ZeroF, LoadF, StoreF, Mul, Add, Negate, Fma, Reduce, LaneValues, LoadParameter, Prefetch;
+// LargestBits16, Quantize16; Widen, Narrow.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace qalora {
+namespace {
+
+template <int value>
+struct Index {
+  static constexpr int k = value;
+};
+
+// Calls f(Index<0>), ..., f(Index<count - 1>): shifts and fields need constants.
+template <int count, int from = 0, class Function>
+inline __attribute__((always_inline)) void Unroll(Function&& f) {
+  if constexpr (from < count) {
+    f(Index<from>{});
+    Unroll<count, from + 1>(f);
+  }
+}
+
+// How a step's bytes become codes. A step is kVectors vectors of kField-bit fields; byte i, field k
+// of vector v holds code i * kPerByte + k * kVectors + v of the step.
+template <class V, int bits>
+struct Codec {
+  using I = typename V::I;
+  static constexpr int kVectors = bits == 3 ? 2 : 1;
+  static constexpr int kField = bits == 3 ? 4 : bits;
+  static constexpr int kByteFields = 8 / kField;
+  static constexpr int kLaneFields = 32 / kField;
+  static constexpr int kPerByte = kVectors * kByteFields;
+  static constexpr int kCodes = V::kStep * kPerByte;
+
+  // Codes 4i and 4i + 2 of byte i into the nibbles of v[0], 4i + 1 and 4i + 3 into those of v[1];
+  // `high` has the four high bits of byte i in its low nibble.
+  static inline __attribute__((always_inline)) void Merge(I low, I high, I (&v)[kVectors]) {
+    const I two = V::SetBytes(0x33), bit2 = V::SetBytes(0x04), bit6 = V::SetBytes(0x40);
+    v[0] = V::Or(V::And(low, two), V::Or(V::And(V::template Shl<2>(high), bit2),
+                                         V::And(V::template Shl<4>(high), bit6)));
+    v[1] = V::Or(V::And(V::template Shr<2>(low), two),
+                 V::Or(V::And(V::template Shl<1>(high), bit2),
+                       V::And(V::template Shl<3>(high), bit6)));
+  }
+
+  static inline __attribute__((always_inline)) void Load(const uint8_t* low, const uint8_t* high,
+                                                         I (&v)[kVectors]) {
+    if constexpr (bits == 3) {
+      Merge(V::Load(low), V::LoadNibbles(high), v);
+    } else {
+      v[0] = V::Load(low);
+    }
+  }
+
+  // The same with `count` bytes of the low part left in the row; reads no byte past them.
+  static inline __attribute__((always_inline)) void LoadPartial(const uint8_t* low,
+                                                                const uint8_t* high, int64_t count,
+                                                                I (&v)[kVectors]) {
+    if constexpr (bits == 3) {
+      Merge(V::LoadPartial(low, count), V::LoadNibblesPartial(high, count / 2), v);
+    } else {
+      v[0] = V::LoadPartial(low, count);
+    }
+  }
+
+  // Sums of code times activation in each lane, exact: x in the order of the planes of a step.
+  static inline __attribute__((always_inline)) typename V::F Dot(const I (&v)[kVectors],
+                                                                 const int8_t* x) {
+    if constexpr (bits == 8) {
+      return V::DotBytes(v[0], x);
+    } else {
+      typename V::Acc acc = V::ZeroAcc();
+      const I mask = V::SetBytes((1 << kField) - 1);
+      Unroll<kVectors>([&](auto vector) {
+        Unroll<kByteFields>([&](auto field) {
+          constexpr int plane = vector.k * kByteFields + field.k;
+          const I codes = V::And(V::template Shr<field.k * kField>(v[vector.k]), mask);
+          acc = V::Dot(acc, codes, x + plane * V::kStep);
+        });
+      });
+      return V::SumAcc(acc);
+    }
+  }
+};
+
+// A row of codes, walked step by step.
+template <class V, int bits>
+struct RowReader {
+  const uint8_t* low;
+  const uint8_t* high;
+  int64_t bytes;  // of the low part
+
+  RowReader(const Job& job, int64_t n) {
+    low = job.codes + n * job.layer->row_bytes();
+    bytes = job.layer->low_bytes();
+    high = low + bytes;
+  }
+  inline __attribute__((always_inline)) void Step(
+      int64_t step, typename V::I (&v)[Codec<V, bits>::kVectors]) const {
+    const int64_t at = step * V::kStep;
+    if (__builtin_expect(at + V::kStep <= bytes, 1)) {
+      Codec<V, bits>::Load(low + at, high + at / 2, v);
+    } else {
+      Codec<V, bits>::LoadPartial(low + at, high + at / 2, bytes - at, v);
+    }
+  }
+  // DRAM pages and the hardware prefetcher both end at 4 KiB; asking that far ahead bridges rows.
+  inline __attribute__((always_inline)) void Prefetch(int64_t step) const {
+    const int64_t at = step * V::kStep + 4096;
+    V::Prefetch(low + at);
+    if constexpr (bits == 3) V::Prefetch(high + step * V::kStep / 2 + 4096);
+  }
+};
+
+// Scales of groups [begin, end) of row n as floats, and scale * zero_point; zeros behind them.
+template <class V>
+inline void ExpandGroups(const Job& job, int64_t n, int64_t begin, int64_t end, float* scale,
+                         float* product) {
+  const int64_t groups = job.layer->groups;
+  const int64_t base = n * groups;
+  const bool half = job.half_parameters;
+  const int64_t ahead = 2 * groups;  // two rows: these streams are short, each row opens new lines
+  for (int64_t g = begin; g < end; g += V::kLanes) {
+    const int64_t left = end - g < V::kLanes ? end - g : V::kLanes;
+    const auto s = V::LoadParameter(job.scale, half, base + g, left);
+    const auto z = V::LoadParameter(job.zero_point, half, base + g, left);
+    const int64_t width = half ? 2 : 4;
+    V::Prefetch(static_cast<const uint8_t*>(job.scale) + (base + g + ahead) * width);
+    V::Prefetch(static_cast<const uint8_t*>(job.zero_point) + (base + g + ahead) * width);
+    V::StoreF(scale + g, s);
+    V::StoreF(product + g, V::Mul(s, z));
+  }
+  for (int64_t g = end; g < end + 16; g += V::kLanes) {
+    V::StoreF(scale + g, V::ZeroF());
+    V::StoreF(product + g, V::ZeroF());
+  }
+}
+
+// Sum of scale * zero_point * (sum of x) over the groups of a row: what zero-points subtract.
+template <class V>
+inline float ZeroPointTerm(const Job& job, const float* product, int64_t row) {
+  const float* sum = job.group_sum + row * job.plan.group_floats;
+  auto acc = V::ZeroF();
+  for (int64_t g = 0; g < job.layer->groups; g += V::kLanes) {
+    acc = V::Fma(V::LoadF(product + g), V::LoadF(sum + g), acc);
+  }
+  return V::Reduce(acc);
+}
+
+// `wide` weight rows from n against `tall` rows of x from m, int8 activations.
+template <class V, int bits, int wide, int tall>
+inline void Int8Tile(const Job& job, int64_t n, int64_t m, const float* const (&scale)[wide],
+                     const float* const (&product)[wide]) {
+  using C = Codec<V, bits>;
+  const int64_t steps = job.plan.steps;
+  const RowReader<V, bits> first(job, n);
+  const int64_t row_bytes = job.layer->row_bytes();
+  const int8_t* x = job.quantized + m * job.plan.prepared();
+  const float* x_scale = job.block_scale + m * steps * V::kLanes;
+  typename V::F acc[wide][tall];
+  for (auto& line : acc) {
+    for (auto& value : line) value = V::ZeroF();
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    Unroll<wide>([&](auto r) {
+      RowReader<V, bits> reader = first;
+      reader.low += r.k * row_bytes;
+      reader.high += r.k * row_bytes;
+      typename V::I v[C::kVectors];
+      reader.Step(step, v);
+      reader.Prefetch(step);
+      const auto s = V::LaneValues(scale[r.k], job.map, step);
+      Unroll<tall>([&](auto c) {
+        const auto dot = C::Dot(v, x + (c.k * steps + step) * C::kCodes);
+        const auto xs = V::LoadF(x_scale + (c.k * steps + step) * V::kLanes);
+        acc[r.k][c.k] = V::Fma(dot, V::Mul(s, xs), acc[r.k][c.k]);
+      });
+    });
+  }
+  for (int r = 0; r < wide; ++r) {
+    const float bias = job.bias ? job.bias[n + r] : 0.0f;
+    for (int c = 0; c < tall; ++c) {
+      const float zero = ZeroPointTerm<V>(job, product[r], m + c);
+      job.y[(m + c) * job.layer->n + n + r] = V::Reduce(acc[r][c]) - zero + bias;
+    }
+  }
+}
+
+// One weight row against `tall` rows of x, float activations, straight from the codes.
+template <class V, int bits, int tall>
+inline void Fp32Row(const Job& job, int64_t n, const float* scale, const float* product) {
+  using C = Codec<V, bits>;
+  const int64_t steps = job.plan.steps;
+  const RowReader<V, bits> reader(job, n);
+  typename V::F acc[tall];
+  for (auto& value : acc) value = V::ZeroF();
+  for (int64_t step = 0; step < steps; ++step) {
+    typename V::I v[C::kVectors];
+    reader.Step(step, v);
+    reader.Prefetch(step);
+    const auto s = V::LaneValues(scale, job.map, step);
+    // Two sums each, so that the chain of additions is half as long.
+    typename V::F even[tall], odd[tall];
+    for (int c = 0; c < tall; ++c) even[c] = odd[c] = V::ZeroF();
+    const float* x = job.permuted + step * C::kCodes;
+    Unroll<C::kVectors>([&](auto vector) {
+      Unroll<C::kLaneFields>([&](auto field) {
+        constexpr int slot = vector.k * C::kLaneFields + field.k;
+        const auto code = V::template Field<C::kField, field.k>(v[vector.k]);
+        Unroll<tall>([&](auto c) {
+          auto& sum = slot % 2 ? odd[c.k] : even[c.k];
+          sum = V::Fma(code, V::LoadF(x + c.k * job.plan.prepared() + slot * V::kLanes), sum);
+        });
+      });
+    });
+    for (int c = 0; c < tall; ++c) acc[c] = V::Fma(V::Add(even[c], odd[c]), s, acc[c]);
+  }
+  const float bias = job.bias ? job.bias[n] : 0.0f;
+  for (int c = 0; c < tall; ++c) {
+    job.y[c * job.layer->n + n] = V::Reduce(acc[c]) - ZeroPointTerm<V>(job, product, c) + bias;
+  }
+}
+
+// Calls row(n, scale, product) for each weight row, with the groups of the row after it already
+// expanded: their loads are in flight, and their stores done, when the loop over codes needs them.
+template <class V, class Row>
+inline void EachRow(const Job& job, int64_t begin, int64_t end, float* scratch, Row&& row) {
+  const int64_t size = job.plan.group_floats, groups = job.layer->groups;
+  float* buffers[2] = {scratch, scratch + 2 * size};
+  ExpandGroups<V>(job, begin, 0, groups, buffers[0], buffers[0] + size);
+  for (int64_t n = begin; n < end; ++n) {
+    float* current = buffers[(n - begin) % 2];
+    float* next = buffers[(n - begin + 1) % 2];
+    if (n + 1 < end) ExpandGroups<V>(job, n + 1, 0, groups, next, next + size);
+    row(n, current, current + size);
+  }
+}
+
+// Few rows of x: each weight byte is read once, all rows of x against it.
+template <class V, int bits, int tall>
+void RunFew(const Job& job, int64_t begin, int64_t end, float* scratch) {
+  EachRow<V>(job, begin, end, scratch, [&](int64_t n, const float* scale, const float* product) {
+    if (job.layer->int8) {
+      const float* const scales[1] = {scale};
+      const float* const products[1] = {product};
+      Int8Tile<V, bits, 1, tall>(job, n, 0, scales, products);
+    } else {
+      Fp32Row<V, bits, tall>(job, n, scale, product);
+    }
+  });
+}
+
+template <class V, int bits, int wide>
+inline void Int8Columns(const Job& job, int64_t n, const float* const (&scale)[wide],
+                        const float* const (&product)[wide]) {
+  int64_t m = 0;
+  for (; m + V::kInt8M <= job.rows; m += V::kInt8M) {
+    Int8Tile<V, bits, wide, V::kInt8M>(job, n, m, scale, product);
+  }
+  for (; m < job.rows; ++m) Int8Tile<V, bits, wide, 1>(job, n, m, scale, product);
+}
+
+// Many rows of x, int8: tiles of four weight rows.
+template <class V, int bits>
+void Int8Many(const Job& job, int64_t begin, int64_t end, float* scratch) {
+  const int64_t size = job.plan.group_floats, groups = job.layer->groups;
+  int64_t n = begin;
+  for (; n + 4 <= end; n += 4) {
+    const float* scale[4];
+    const float* product[4];
+    for (int r = 0; r < 4; ++r) {
+      float* buffer = scratch + 2 * r * size;
+      ExpandGroups<V>(job, n + r, 0, groups, buffer, buffer + size);
+      scale[r] = buffer;
+      product[r] = buffer + size;
+    }
+    Int8Columns<V, bits, 4>(job, n, scale, product);
+  }
+  for (; n < end; ++n) {
+    ExpandGroups<V>(job, n, 0, groups, scratch, scratch + size);
+    const float* const scale[1] = {scratch};
+    const float* const product[1] = {scratch + size};
+    Int8Columns<V, bits, 1>(job, n, scale, product);
+  }
+}
+
+// Steps [begin, end) of weight row n as floats, in the order of the prepared activations.
+template <class V, int bits>
+inline void Dequantize(const Job& job, int64_t n, int64_t begin, int64_t end, const float* scale,
+                       const float* product, float* out) {
+  using C = Codec<V, bits>;
+  const RowReader<V, bits> reader(job, n);
+  for (int64_t step = begin; step < end; ++step) {
+    typename V::I v[C::kVectors];
+    reader.Step(step, v);
+    reader.Prefetch(step);
+    const auto s = V::LaneValues(scale, job.map, step);
+    const auto offset = V::Negate(V::LaneValues(product, job.map, step));
+    Unroll<C::kVectors>([&](auto vector) {
+      Unroll<C::kLaneFields>([&](auto field) {
+        constexpr int slot = vector.k * C::kLaneFields + field.k;
+        const auto code = V::template Field<C::kField, field.k>(v[vector.k]);
+        V::StoreF(out + slot * V::kLanes, V::Fma(code, s, offset));
+      });
+    });
+    out += C::kCodes;
+  }
+}
+
+// y[m .. m + tall, n .. n + used] += four dequantized rows times `tall` rows of x, `length` long.
+template <class V, int tall>
+inline void Fp32Tile(const Job& job, const float* weight, const float* x, int64_t length, int64_t n,
+                     int64_t used, int64_t m, bool first) {
+  typename V::F acc[4][tall];
+  for (auto& line : acc) {
+    for (auto& value : line) value = V::ZeroF();
+  }
+  const int64_t pitch = job.plan.prepared();
+  for (int64_t k = 0; k < length; k += V::kLanes) {
+    typename V::F w[4];
+    for (int r = 0; r < 4; ++r) w[r] = V::LoadF(weight + r * length + k);
+    Unroll<tall>([&](auto c) {
+      const auto value = V::LoadF(x + c.k * pitch + k);
+      for (int r = 0; r < 4; ++r) acc[r][c.k] = V::Fma(w[r], value, acc[r][c.k]);
+    });
+  }
+  for (int64_t r = 0; r < used; ++r) {
+    for (int64_t c = 0; c < tall; ++c) {
+      float* y = job.y + (m + c) * job.layer->n + n + r;
+      const float before = first ? (job.bias ? job.bias[n + r] : 0.0f) : *y;
+      *y = before + V::Reduce(acc[r][c]);
+    }
+  }
+}
+
+// Dequantized floats per row of the tile of four: 16 KiB in all, half of a small L1.
+constexpr int64_t kTileCodes = 1024;
+
+// Many rows of x, fp32: dequantize four rows by kTileCodes at a time, then a register-blocked product.
+template <class V, int bits>
+void Fp32Many(const Job& job, int64_t begin, int64_t end, float* scratch) {
+  using C = Codec<V, bits>;
+  constexpr int64_t kBlock = kTileCodes / C::kCodes;
+  static_assert(kBlock >= 1 && kTileCodes % C::kCodes == 0, "a tile is whole steps");
+  const int64_t size = job.plan.group_floats;
+  float* weight = scratch + 8 * size;
+  for (int64_t step = 0; step < job.plan.steps; step += kBlock) {
+    const int64_t stop = step + kBlock < job.plan.steps ? step + kBlock : job.plan.steps;
+    const int64_t length = (stop - step) * C::kCodes;
+    const int64_t low = job.map.first[step];
+    const int64_t code_end = stop * C::kCodes + job.layer->group_size - 1;
+    int64_t high = code_end / job.layer->group_size;
+    if (high > job.layer->groups) high = job.layer->groups;
+    for (int64_t n = begin; n < end; n += 4) {
+      const int64_t used = end - n < 4 ? end - n : 4;
+      for (int64_t r = 0; r < used; ++r) {
+        ExpandGroups<V>(job, n + r, low, high, scratch, scratch + size);
+        Dequantize<V, bits>(job, n + r, step, stop, scratch, scratch + size, weight + r * length);
+      }
+      // Rows that are not there: any finite weights, their sums are not stored.
+      if (used < 4) std::memset(weight + used * length, 0, (4 - used) * length * sizeof(float));
+      const float* x = job.permuted + step * C::kCodes;
+      int64_t m = 0;
+      for (; m + V::kTileM <= job.rows; m += V::kTileM) {
+        Fp32Tile<V, V::kTileM>(job, weight, x + m * job.plan.prepared(), length, n, used, m, !step);
+      }
+      for (; m < job.rows; ++m) {
+        Fp32Tile<V, 1>(job, weight, x + m * job.plan.prepared(), length, n, used, m, !step);
+      }
+    }
+  }
+}
+
+template <class V, int bits>
+void RunBits(const Job& job, int64_t begin, int64_t end, float* scratch) {
+  switch (job.rows) {
+    case 1: return RunFew<V, bits, 1>(job, begin, end, scratch);
+    case 2: return RunFew<V, bits, 2>(job, begin, end, scratch);
+    case 3: return RunFew<V, bits, 3>(job, begin, end, scratch);
+    case 4: return RunFew<V, bits, 4>(job, begin, end, scratch);
+    default: break;
+  }
+  job.layer->int8 ? Int8Many<V, bits>(job, begin, end, scratch)
+                  : Fp32Many<V, bits>(job, begin, end, scratch);
+}
+
+template <class V>
+void Run(const Job& job, int64_t begin, int64_t end, float* scratch) {
+  switch (job.layer->bits) {
+    case 2: return RunBits<V, 2>(job, begin, end, scratch);
+    case 3: return RunBits<V, 3>(job, begin, end, scratch);
+    case 4: return RunBits<V, 4>(job, begin, end, scratch);
+    default: return RunBits<V, 8>(job, begin, end, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace qalora

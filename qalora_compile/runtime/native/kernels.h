@@ -1,0 +1,82 @@
+// The interface between the driver (linear.cc) and the levels (scalar, avx2, avx512, neon).
+//
+// A level works in steps: `step_bytes` bytes of the low part of a row of codes, as `lanes` 32-bit
+// lanes. A lane holds codes of one group only, because a group has a multiple of 16 codes. The driver
+// prepares activations once per block of rows in the order in which a step's codes fall out of its
+// lanes, so that the loop over weight rows moves no activation around.
+#pragma once
+
+#include <cstdint>
+
+#include "layer.h"
+
+namespace qalora {
+
+// Rows of x in one block: bounds the workspace, and is how often weights are decoded again.
+constexpr int64_t kMaxBlockRows = 128;
+// Rows of weights that one task of the thread pool takes.
+constexpr int64_t kTaskRows = 64;
+// Floats by which per-group buffers are longer than L, so that vector loads stay inside. The slot at
+// L is 0: lanes past the end of a row read it.
+constexpr int64_t kGroupPadding = 32;
+
+// Which group each lane of each step belongs to; the same for all rows.
+struct LaneMap {
+  const int32_t* first = nullptr;  // [steps]: lowest group of the step
+  const int32_t* lane = nullptr;   // [steps, lanes]: group of the lane minus first
+};
+
+// Sizes that follow from a layer and a level.
+struct Plan {
+  int64_t steps = 0;         // per row
+  int64_t step_codes = 0;    // codes in a step
+  int64_t lanes = 0;         // floats in a vector of the level
+  int64_t group_floats = 0;  // floats of one per-group buffer, padding included
+  int64_t prepared() const { return steps * step_codes; }  // activations of a row, zero-padded
+};
+
+// One block of rows of x against the whole weight.
+struct Job {
+  const Layer* layer = nullptr;
+  Plan plan;
+  LaneMap map;
+  const uint8_t* codes = nullptr;
+  const void* scale = nullptr;       // [N, L], float or half
+  const void* zero_point = nullptr;  // [N, L], as scale
+  bool half_parameters = false;
+  const float* bias = nullptr;  // [N] or null
+  int64_t rows = 0;             // of x in this block, 1 to kMaxBlockRows
+  const float* x = nullptr;     // [rows, K], as given
+  int8_t* quantized = nullptr;  // int8: [rows, prepared]
+  float* block_scale = nullptr; // int8: [rows, steps, lanes]
+  float* permuted = nullptr;    // fp32: [rows, prepared]
+  float* group_sum = nullptr;   // [rows, group_floats]: sums of (quantized) x in each group
+  float* y = nullptr;           // [rows, N]
+};
+
+// One instruction set's kernels. Functions touch no memory but what the job names and `scratch`.
+struct KernelSet {
+  const char* name;
+  int64_t step_bytes;
+  int64_t lanes;
+  // Fill the prepared arrays of one row of x.
+  void (*prepare)(const Job& job, int64_t row, float* scratch);
+  // y[:, begin:end] of the block.
+  void (*run)(const Job& job, int64_t begin, int64_t end, float* scratch);
+  void (*widen)(const uint16_t* from, float* to, int64_t count);
+  void (*narrow)(const float* from, uint16_t* to, int64_t count);
+};
+
+// Floats that `prepare` and `run` need as scratch, 64-byte aligned.
+int64_t ScratchFloats(const Layer& layer, const Plan& plan);
+
+extern const KernelSet kScalarKernels;
+#if defined(QALORA_X86)
+extern const KernelSet kAvx2Kernels;
+extern const KernelSet kAvx512Kernels;
+#endif
+#if defined(QALORA_ARM64)
+extern const KernelSet kNeonKernels;
+#endif
+
+}  // namespace qalora

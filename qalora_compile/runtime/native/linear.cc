@@ -1,0 +1,218 @@
+#include "linear.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace qalora {
+namespace {
+
+constexpr size_t kAlignment = 64;
+// Kept between calls on each thread; what is larger goes back at the end of the call.
+constexpr size_t kKeptBytes = size_t{4} << 20;
+// Floats of the fp32 tile behind the per-group buffers; kTileCodes by four in kernel_template.h.
+constexpr int64_t kWeightTileFloats = 4 * 1024;
+
+int64_t RoundUp(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Memory of one thread, grown as needed. One buffer for a caller's workspace, one for a task's
+// scratch: the thread that calls may run tasks too.
+class Buffer {
+ public:
+  ~Buffer() { std::free(data_); }
+  void* Get(size_t bytes) {
+    if (bytes <= size_) return data_;
+    std::free(data_);
+    size_ = 0;
+    data_ = std::aligned_alloc(kAlignment, RoundUp(static_cast<int64_t>(bytes), kAlignment));
+    if (data_) size_ = bytes;
+    return data_;
+  }
+  void Shrink() {
+    if (size_ <= kKeptBytes) return;
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+thread_local Buffer workspace;
+thread_local Buffer scratch;
+
+// Hands out aligned parts of one allocation: a first pass with base null measures.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<uint8_t*>(base)) {}
+  template <class T>
+  T* Take(int64_t count) {
+    const size_t at = used_;
+    used_ += RoundUp(count * static_cast<int64_t>(sizeof(T)), kAlignment);
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  size_t used_ = 0;
+};
+
+// What the tasks of one call share.
+struct Call {
+  const KernelSet* kernels = nullptr;
+  Job job;
+  const uint16_t* half_x = nullptr;  // rows of this block, or null
+  float* wide_x = nullptr;           // [rows, K]: half_x as floats
+  uint16_t* half_y = nullptr;
+  int64_t scratch_floats = 0;
+  std::atomic<bool> short_of_memory{false};
+
+  float* Scratch() {
+    void* memory = scratch.Get(static_cast<size_t>(scratch_floats) * sizeof(float));
+    if (!memory) short_of_memory = true;
+    return static_cast<float*>(memory);
+  }
+};
+
+void PrepareTask(void* data, size_t index) {
+  Call& call = *static_cast<Call*>(data);
+  float* memory = call.Scratch();
+  if (!memory) return;
+  const int64_t row = static_cast<int64_t>(index), k = call.job.layer->k;
+  if (call.half_x) call.kernels->widen(call.half_x + row * k, call.wide_x + row * k, k);
+  call.kernels->prepare(call.job, row, memory);
+}
+
+void RunTask(void* data, size_t index) {
+  Call& call = *static_cast<Call*>(data);
+  float* memory = call.Scratch();
+  if (!memory) return;
+  const int64_t begin = static_cast<int64_t>(index) * kTaskRows;
+  const int64_t end = begin + kTaskRows < call.job.layer->n ? begin + kTaskRows : call.job.layer->n;
+  call.kernels->run(call.job, begin, end, memory);
+}
+
+// Where the arrays of a block lie in `base`; null measures.
+size_t Lay(void* base, const Tensors& tensors, int64_t rows, Call* call, float** bias) {
+  Carver carver(base);
+  Job& job = call->job;
+  const Layer& layer = *job.layer;
+  const Plan& plan = job.plan;
+  if (layer.int8) {
+    job.quantized = carver.Take<int8_t>(rows * plan.prepared());
+    job.block_scale = carver.Take<float>(rows * plan.steps * plan.lanes);
+  } else {
+    job.permuted = carver.Take<float>(rows * plan.prepared());
+  }
+  job.group_sum = carver.Take<float>(rows * plan.group_floats);
+  if (tensors.half_x) {
+    call->wide_x = carver.Take<float>(rows * layer.k);
+    job.y = carver.Take<float>(rows * layer.n);
+    if (tensors.bias) *bias = carver.Take<float>(layer.n);
+  }
+  return carver.used();
+}
+
+bool ShortOfMemory(Error* error) {
+  std::snprintf(error->text, sizeof error->text, "GroupQuantLinear: not enough memory");
+  return false;
+}
+
+bool RunBlock(Call* call, const Parallel& parallel, Error* error) {
+  const size_t tasks = static_cast<size_t>((call->job.layer->n + kTaskRows - 1) / kTaskRows);
+  if (!parallel.run(parallel.context, PrepareTask, static_cast<size_t>(call->job.rows), call) ||
+      !parallel.run(parallel.context, RunTask, tasks, call)) {
+    std::snprintf(error->text, sizeof error->text, "GroupQuantLinear: the thread pool failed");
+    return false;
+  }
+  if (call->short_of_memory) return ShortOfMemory(error);
+  if (call->half_y) {
+    call->kernels->narrow(call->job.y, call->half_y, call->job.rows * call->job.layer->n);
+  }
+  return true;
+}
+
+}  // namespace
+
+int64_t ScratchFloats(const Layer& layer, const Plan& plan) {
+  const int64_t run = 8 * plan.group_floats + (layer.int8 ? 0 : kWeightTileFloats);
+  const int64_t prepare = layer.int8 ? plan.prepared() / 4 + 16 : 0;
+  return run > prepare ? run : prepare;
+}
+
+Linear::~Linear() {
+  std::free(first_);
+  std::free(lane_);
+}
+
+bool Linear::Init(const Layer& layer, const KernelSet* kernels) {
+  layer_ = layer;
+  kernels_ = kernels;
+  plan_.lanes = kernels->lanes;
+  plan_.steps = (layer.low_bytes() + kernels->step_bytes - 1) / kernels->step_bytes;
+  plan_.step_codes = kernels->step_bytes * 8 / layer.low_bits();
+  plan_.group_floats = RoundUp(layer.groups, 16) + kGroupPadding;
+  const size_t steps = static_cast<size_t>(plan_.steps), lanes = static_cast<size_t>(plan_.lanes);
+  first_ = static_cast<int32_t*>(std::malloc(steps * sizeof(int32_t)));
+  lane_ = static_cast<int32_t*>(std::malloc(steps * lanes * sizeof(int32_t)));
+  if (!first_ || !lane_) return false;
+  const int64_t lane_codes = plan_.step_codes / plan_.lanes;
+  for (int64_t step = 0; step < plan_.steps; ++step) {
+    const int64_t first = step * plan_.step_codes / layer.group_size;
+    first_[step] = static_cast<int32_t>(first);
+    for (int64_t lane = 0; lane < plan_.lanes; ++lane) {
+      const int64_t group = (step * plan_.step_codes + lane * lane_codes) / layer.group_size;
+      const int64_t within = group < layer.groups ? group : layer.groups;
+      lane_[step * plan_.lanes + lane] = static_cast<int32_t>(within - first);
+    }
+  }
+  return true;
+}
+
+bool Linear::Run(const Tensors& tensors, int64_t rows, const Parallel& parallel,
+                 Error* error) const {
+  if (rows == 0) return true;
+  Call call;
+  call.kernels = kernels_;
+  call.scratch_floats = ScratchFloats(layer_, plan_);
+  Job& job = call.job;
+  job.layer = &layer_;
+  job.plan = plan_;
+  job.map = {first_, lane_};
+  job.codes = tensors.codes;
+  job.scale = tensors.scale;
+  job.zero_point = tensors.zero_point;
+  job.half_parameters = tensors.half_parameters;
+  float* bias = nullptr;
+  const int64_t block = rows < kMaxBlockRows ? rows : kMaxBlockRows;
+  void* memory = workspace.Get(Lay(nullptr, tensors, block, &call, &bias));
+  if (!memory) return ShortOfMemory(error);
+  Lay(memory, tensors, block, &call, &bias);
+  job.bias = static_cast<const float*>(tensors.bias);
+  if (bias) {
+    kernels_->widen(static_cast<const uint16_t*>(tensors.bias), bias, layer_.n);
+    job.bias = bias;
+  }
+  bool done = true;
+  for (int64_t row = 0; done && row < rows; row += block) {
+    job.rows = rows - row < block ? rows - row : block;
+    if (tensors.half_x) {
+      call.half_x = static_cast<const uint16_t*>(tensors.x) + row * layer_.k;
+      call.half_y = static_cast<uint16_t*>(tensors.y) + row * layer_.n;
+      job.x = call.wide_x;
+    } else {
+      job.x = static_cast<const float*>(tensors.x) + row * layer_.k;
+      job.y = static_cast<float*>(tensors.y) + row * layer_.n;
+    }
+    done = RunBlock(&call, parallel, error);
+  }
+  workspace.Shrink();
+  return done;
+}
+
+}  // namespace qalora

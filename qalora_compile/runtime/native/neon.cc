@@ -1,0 +1,139 @@
+// Arm NEON with the dot product instructions of Armv8.2 (asimddp).
+
+#include <arm_neon.h>
+
+#include "half.h"
+#include "prepare_template.h"
+
+namespace qalora {
+namespace {
+
+struct Neon {
+  using I = uint8x16_t;
+  using F = float32x4_t;
+  using Acc = int32x4_t;
+  static constexpr int kStep = 16;
+  static constexpr int kLanes = 4;
+  static constexpr int kTileM = 4;
+  static constexpr int kInt8M = 4;
+
+  static I Load(const uint8_t* p) { return vld1q_u8(p); }
+  static I LoadPartial(const uint8_t* p, int64_t count) {
+    uint8_t bytes[16] = {};
+    std::memcpy(bytes, p, count);
+    return vld1q_u8(bytes);
+  }
+  static I LoadNibbles(const uint8_t* p) {
+    const uint8x8_t bytes = vld1_u8(p);
+    const uint8x8x2_t pair = vzip_u8(vand_u8(bytes, vdup_n_u8(0x0f)), vshr_n_u8(bytes, 4));
+    return vcombine_u8(pair.val[0], pair.val[1]);
+  }
+  static I LoadNibblesPartial(const uint8_t* p, int64_t count) {
+    uint8_t bytes[8] = {};
+    std::memcpy(bytes, p, count);
+    return LoadNibbles(bytes);
+  }
+  static I SetBytes(int value) { return vdupq_n_u8(static_cast<uint8_t>(value)); }
+  static I And(I a, I b) { return vandq_u8(a, b); }
+  static I Or(I a, I b) { return vorrq_u8(a, b); }
+  template <int bits>
+  static I Shl(I a) { return vshlq_n_u8(a, bits); }
+  template <int bits>
+  static I Shr(I a) {
+    if constexpr (bits == 0) {
+      return a;
+    } else {
+      return vshrq_n_u8(a, bits);
+    }
+  }
+  template <int width, int index>
+  static F Field(I a) {
+    uint32x4_t word = vreinterpretq_u32_u8(a);
+    if constexpr (index > 0) word = vshrq_n_u32(word, width * index);
+    return vcvtq_f32_u32(vandq_u32(word, vdupq_n_u32((1u << width) - 1)));
+  }
+
+  // Codes below 128 are the same as signed bytes.
+  static Acc ZeroAcc() { return vdupq_n_s32(0); }
+  static Acc Dot(Acc acc, I codes, const int8_t* x) {
+    return vdotq_s32(acc, vreinterpretq_s8_u8(codes), vld1q_s8(x));
+  }
+  static F SumAcc(Acc acc) { return vcvtq_f32_s32(acc); }
+  // q = (q - 128) + 128, and 128 = 64 + 64 as signed bytes: the instruction has no mixed signs.
+  static F DotBytes(I codes, const int8_t* x) {
+    const int8x16_t value = vld1q_s8(x), half = vdupq_n_s8(64);
+    Acc acc = vdotq_s32(ZeroAcc(), vreinterpretq_s8_u8(veorq_u8(codes, SetBytes(0x80))), value);
+    acc = vdotq_s32(acc, half, value);
+    return SumAcc(vdotq_s32(acc, half, value));
+  }
+
+  static F ZeroF() { return vdupq_n_f32(0.0f); }
+  static F LoadF(const float* p) { return vld1q_f32(p); }
+  static void StoreF(float* p, F a) { vst1q_f32(p, a); }
+  static F Mul(F a, F b) { return vmulq_f32(a, b); }
+  static F Add(F a, F b) { return vaddq_f32(a, b); }
+  static F Negate(F a) { return vnegq_f32(a); }
+  static F Fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static float Reduce(F a) { return vaddvq_f32(a); }
+  static F LaneValues(const float* groups, const LaneMap& map, int64_t step) {
+    const float* from = groups + map.first[step];
+    const int32_t* lane = map.lane + step * kLanes;
+    if (lane[0] == lane[3]) return vdupq_n_f32(from[lane[0]]);
+    const float values[4] = {from[lane[0]], from[lane[1]], from[lane[2]], from[lane[3]]};
+    return vld1q_f32(values);
+  }
+  static F LoadParameter(const void* p, bool half, int64_t at, int64_t count) {
+    uint16_t halves[4] = {};
+    float floats[4] = {};
+    if (half) {
+      const uint16_t* from = static_cast<const uint16_t*>(p) + at;
+      if (count < kLanes) {
+        std::memcpy(halves, from, count * sizeof(uint16_t));
+        from = halves;
+      }
+      return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+    }
+    const float* from = static_cast<const float*>(p) + at;
+    if (count < kLanes) {
+      std::memcpy(floats, from, count * sizeof(float));
+      from = floats;
+    }
+    return vld1q_f32(from);
+  }
+  static void Prefetch(const void* p) { __builtin_prefetch(p); }
+
+  static uint32_t LargestBits16(const float* x) {
+    const uint32x4_t magnitude = vdupq_n_u32(0x7fffffffu);
+    uint32x4_t largest = vdupq_n_u32(0);
+    for (int i = 0; i < 16; i += 4) {
+      largest = vmaxq_u32(largest, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i)), magnitude));
+    }
+    return vmaxvq_u32(largest);
+  }
+  static int32_t Quantize16(const float* x, float inverse, int8_t* out) {
+    int32x4_t codes[4];
+    for (int i = 0; i < 4; ++i) codes[i] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4 * i), inverse));
+    const int16x8_t low = vcombine_s16(vmovn_s32(codes[0]), vmovn_s32(codes[1]));
+    const int16x8_t high = vcombine_s16(vmovn_s32(codes[2]), vmovn_s32(codes[3]));
+    vst1q_s8(out, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+    return vaddvq_s32(vaddq_s32(vaddq_s32(codes[0], codes[1]), vaddq_s32(codes[2], codes[3])));
+  }
+  static void Widen(const uint16_t* from, float* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) StoreF(to + i, LoadParameter(from, true, i, kLanes));
+    for (; i < count; ++i) to[i] = HalfToFloat(from[i]);
+  }
+  static void Narrow(const float* from, uint16_t* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
+    }
+    for (; i < count; ++i) to[i] = FloatToHalf(from[i]);
+  }
+};
+
+}  // namespace
+
+const KernelSet kNeonKernels = MakeKernels<Neon>("neon");
+
+}  // namespace qalora

@@ -1,0 +1,99 @@
+// The level that every CPU takes: a "vector" is one 32-bit word.
+
+#include <cmath>
+
+#include "half.h"
+#include "prepare_template.h"
+
+namespace qalora {
+namespace {
+
+struct Scalar {
+  using I = uint32_t;
+  using F = float;
+  using Acc = int32_t;
+  static constexpr int kStep = 4;
+  static constexpr int kLanes = 1;
+  static constexpr int kTileM = 4;
+  static constexpr int kInt8M = 2;
+
+  // The code of byte i in bits 8i and up, whatever the machine's byte order.
+  static I LoadPartial(const uint8_t* p, int64_t count) {
+    I word = 0;
+    for (int64_t i = 0; i < count; ++i) word |= static_cast<I>(p[i]) << (8 * i);
+    return word;
+  }
+  static I Load(const uint8_t* p) { return LoadPartial(p, 4); }
+  static I LoadNibblesPartial(const uint8_t* p, int64_t count) {
+    const I word = LoadPartial(p, count);
+    return (word & 0xf) | (word & 0xf0) << 4 | (word & 0xf00) << 8 | (word & 0xf000) << 12;
+  }
+  static I LoadNibbles(const uint8_t* p) { return LoadNibblesPartial(p, 2); }
+  static I SetBytes(int value) { return static_cast<I>(value) * 0x01010101u; }
+  static I And(I a, I b) { return a & b; }
+  static I Or(I a, I b) { return a | b; }
+  template <int bits>
+  static I Shl(I a) { return a << bits; }
+  template <int bits>
+  static I Shr(I a) { return a >> bits; }
+  template <int width, int index>
+  static F Field(I a) {
+    return static_cast<float>((a >> (width * index)) & ((1u << width) - 1));
+  }
+
+  static Acc ZeroAcc() { return 0; }
+  static Acc Dot(Acc acc, I codes, const int8_t* x) {
+    for (int i = 0; i < 4; ++i) acc += static_cast<int32_t>(codes >> (8 * i) & 0xff) * x[i];
+    return acc;
+  }
+  static F SumAcc(Acc acc) { return static_cast<float>(acc); }
+  static F DotBytes(I codes, const int8_t* x) { return SumAcc(Dot(0, codes, x)); }
+
+  static F ZeroF() { return 0.0f; }
+  static F LoadF(const float* p) { return *p; }
+  static void StoreF(float* p, F a) { *p = a; }
+  static F Mul(F a, F b) { return a * b; }
+  static F Add(F a, F b) { return a + b; }
+  static F Negate(F a) { return -a; }
+  static F Fma(F a, F b, F c) { return a * b + c; }
+  static float Reduce(F a) { return a; }
+  static F LaneValues(const float* groups, const LaneMap& map, int64_t step) {
+    return groups[map.first[step] + map.lane[step]];
+  }
+  static F LoadParameter(const void* p, bool half, int64_t at, int64_t) {
+    return half ? HalfToFloat(static_cast<const uint16_t*>(p)[at])
+                : static_cast<const float*>(p)[at];
+  }
+  static void Prefetch(const void*) {}
+
+  static uint32_t LargestBits16(const float* x) {
+    uint32_t largest = 0;
+    for (int i = 0; i < 16; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, x + i, sizeof bits);
+      bits &= 0x7fffffffu;
+      largest = bits > largest ? bits : largest;
+    }
+    return largest;
+  }
+  static int32_t Quantize16(const float* x, float inverse, int8_t* out) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) {
+      out[i] = static_cast<int8_t>(std::lrint(x[i] * inverse));
+      sum += out[i];
+    }
+    return sum;
+  }
+  static void Widen(const uint16_t* from, float* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = HalfToFloat(from[i]);
+  }
+  static void Narrow(const float* from, uint16_t* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = FloatToHalf(from[i]);
+  }
+};
+
+}  // namespace
+
+const KernelSet kScalarKernels = MakeKernels<Scalar>("scalar");
+
+}  // namespace qalora
