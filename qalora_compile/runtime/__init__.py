@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from qalora_compile.runtime.library import kernel_level, library_path, register
 from qalora_compile.runtime.session import LanguageModel, Sampling, open_session
 
-__all__ = ["LanguageModel", "Sampling", "open_session"]
+__all__ = [
+    "LanguageModel",
+    "Sampling",
+    "kernel_level",
+    "library_path",
+    "open_session",
+    "register",
+]

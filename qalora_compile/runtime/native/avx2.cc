@@ -73,6 +73,7 @@ struct Avx2 {
   static void StoreF(float* p, F a) { _mm256_storeu_ps(p, a); }
   static F Mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F Add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F Negate(F a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
   static F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static float Reduce(F a) {
@@ -100,7 +101,10 @@ struct Avx2 {
     std::memcpy(floats, static_cast<const float*>(p) + at, count * sizeof(float));
     return LoadF(floats);
   }
-  static void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // Always inlined: GCC takes a function that only prefetches for one without effect, and drops it.
+  static inline __attribute__((always_inline)) void Prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
 
   static uint32_t LargestBits16(const float* x) {
     const I magnitude = _mm256_set1_epi32(0x7fffffff);

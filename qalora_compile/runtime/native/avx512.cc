@@ -74,6 +74,7 @@ struct Avx512 {
   static void StoreF(float* p, F a) { _mm512_storeu_ps(p, a); }
   static F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F Add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F Sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F Negate(F a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
   static F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float Reduce(F a) { return _mm512_reduce_add_ps(a); }
@@ -86,7 +87,10 @@ struct Avx512 {
     if (!half) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + at);
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + at));
   }
-  static void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // Always inlined: GCC takes a function that only prefetches for one without effect, and drops it.
+  static inline __attribute__((always_inline)) void Prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
 
   static uint32_t LargestBits16(const float* x) {
     const I bits = And(_mm512_castps_si512(LoadF(x)), _mm512_set1_epi32(0x7fffffff));

@@ -7,7 +7,7 @@
 // V provides: I (32-bit lanes of codes), F (float lanes), Acc (integer sums), kStep bytes, kTileM
 // columns of the fp32 tile, kInt8M of the int8 tile; Load, LoadPartial, LoadNibbles,
 // LoadNibblesPartial, And, Or, Shl<n>, Shr<n>, Field<width, index>; ZeroAcc, Dot, SumAcc, DotBytes;
-// ZeroF, LoadF, StoreF, Mul, Add, Negate, Fma, Reduce, LaneValues, LoadParameter, Prefetch;
+// ZeroF, LoadF, StoreF, Mul, Add, Sub, Negate, Fma, Reduce, LaneValues, LoadParameter, Prefetch;
 // LargestBits16, Quantize16; Widen, Narrow.
 #pragma once
 
@@ -149,15 +149,16 @@ inline void ExpandGroups(const Job& job, int64_t n, int64_t begin, int64_t end, 
   }
 }
 
-// Sum of scale * zero_point * (sum of x) over the groups of a row: what zero-points subtract.
+// Sums of scale * zero_point * (sum of x) over the groups of a row: what zero-points subtract, spread
+// over the lanes of a vector.
 template <class V>
-inline float ZeroPointTerm(const Job& job, const float* product, int64_t row) {
+inline typename V::F ZeroPointTerm(const Job& job, const float* product, int64_t row) {
   const float* sum = job.group_sum + row * job.plan.group_floats;
   auto acc = V::ZeroF();
   for (int64_t g = 0; g < job.layer->groups; g += V::kLanes) {
     acc = V::Fma(V::LoadF(product + g), V::LoadF(sum + g), acc);
   }
-  return V::Reduce(acc);
+  return acc;
 }
 
 // `wide` weight rows from n against `tall` rows of x from m, int8 activations.
@@ -193,8 +194,8 @@ inline void Int8Tile(const Job& job, int64_t n, int64_t m, const float* const (&
   for (int r = 0; r < wide; ++r) {
     const float bias = job.bias ? job.bias[n + r] : 0.0f;
     for (int c = 0; c < tall; ++c) {
-      const float zero = ZeroPointTerm<V>(job, product[r], m + c);
-      job.y[(m + c) * job.layer->n + n + r] = V::Reduce(acc[r][c]) - zero + bias;
+      const auto zero = ZeroPointTerm<V>(job, product[r], m + c);
+      job.y[(m + c) * job.layer->n + n + r] = V::Reduce(V::Sub(acc[r][c], zero)) + bias;
     }
   }
 }
@@ -230,7 +231,8 @@ inline void Fp32Row(const Job& job, int64_t n, const float* scale, const float* 
   }
   const float bias = job.bias ? job.bias[n] : 0.0f;
   for (int c = 0; c < tall; ++c) {
-    job.y[c * job.layer->n + n] = V::Reduce(acc[c]) - ZeroPointTerm<V>(job, product, c) + bias;
+    const auto zero = ZeroPointTerm<V>(job, product, c);
+    job.y[c * job.layer->n + n] = V::Reduce(V::Sub(acc[c], zero)) + bias;
   }
 }
 

@@ -72,6 +72,7 @@ struct Neon {
   static void StoreF(float* p, F a) { vst1q_f32(p, a); }
   static F Mul(F a, F b) { return vmulq_f32(a, b); }
   static F Add(F a, F b) { return vaddq_f32(a, b); }
+  static F Sub(F a, F b) { return vsubq_f32(a, b); }
   static F Negate(F a) { return vnegq_f32(a); }
   static F Fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static float Reduce(F a) { return vaddvq_f32(a); }
@@ -100,7 +101,10 @@ struct Neon {
     }
     return vld1q_f32(from);
   }
-  static void Prefetch(const void* p) { __builtin_prefetch(p); }
+  // Always inlined: GCC takes a function that only prefetches for one without effect, and drops it.
+  static inline __attribute__((always_inline)) void Prefetch(const void* p) {
+    __builtin_prefetch(p);
+  }
 
   static uint32_t LargestBits16(const float* x) {
     const uint32x4_t magnitude = vdupq_n_u32(0x7fffffffu);

@@ -54,6 +54,7 @@ struct Scalar {
   static void StoreF(float* p, F a) { *p = a; }
   static F Mul(F a, F b) { return a * b; }
   static F Add(F a, F b) { return a + b; }
+  static F Sub(F a, F b) { return a - b; }
   static F Negate(F a) { return -a; }
   static F Fma(F a, F b, F c) { return a * b + c; }
   static float Reduce(F a) { return a; }

@@ -1,0 +1,92 @@
+"""The custom-operator library: where it is, and how a session gets it.
+
+The library is a shared object built from `native/` when the package is installed. It brings the
+operator `qalora::GroupQuantLinear` to any ONNX Runtime from 1.18 on. Everything else of the package
+works without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+
+from qalora_compile.errors import UnsupportedError
+
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+LIBRARY_NAME = f"libqalora_ort{_SUFFIX}"
+
+
+def library_path() -> Path:
+    """The custom-operator library of this installation.
+
+    Raises:
+        UnsupportedError: it was not built.
+    """
+    path = Path(__file__).with_name(LIBRARY_NAME)
+    if not path.is_file():
+        raise UnsupportedError(
+            "the custom-operator library was not built when the package was installed",
+            where=str(path),
+            hint="install a C++17 compiler (g++ or clang++) and the package again; models of target "
+            "ort also run without the library, on stock kernels",
+        )
+    return path
+
+
+def register(session_options: Any) -> None:
+    """Make the operators of the library known to sessions with these options.
+
+    Args:
+        session_options: An `onnxruntime.SessionOptions`.
+
+    Raises:
+        UnsupportedError: the library was not built, or this ONNX Runtime refuses it.
+    """
+    path = library_path()
+    try:
+        session_options.register_custom_ops_library(str(path))
+    except Exception as error:  # ONNX Runtime raises bare exception types of its own
+        raise UnsupportedError(
+            f"ONNX Runtime does not take the custom-operator library: {error}",
+            where=str(path),
+            hint="use ONNX Runtime 1.18 or newer",
+        ) from error
+
+
+def kernel_level() -> str | None:
+    """The kernels that this CPU takes: `"scalar"`, `"avx2"`, `"avx512"` or `"neon"`.
+
+    None where the library was not built. The environment variable `QALORA_KERNEL`, read when a
+    session is made, forces another of `kernel_levels`.
+    """
+    levels = kernel_levels()
+    return levels[-1] if levels else None
+
+
+def kernel_levels() -> tuple[str, ...]:
+    """All levels of kernels that this CPU has, slowest first; empty where there is no library."""
+    try:
+        path = library_path()
+    except UnsupportedError:
+        return ()
+    return tuple(_text(path, "QaloraKernelLevels").split(","))
+
+
+def library_version() -> str | None:
+    """The version of the package that the library was built from; None where there is none."""
+    try:
+        path = library_path()
+    except UnsupportedError:
+        return None
+    return _text(path, "QaloraVersion")
+
+
+def _text(path: Path, function: str) -> str:
+    """Call an exported function that returns a constant text."""
+    call = getattr(ctypes.CDLL(str(path)), function)
+    call.restype = ctypes.c_char_p
+    call.argtypes = []
+    text: bytes = call()
+    return text.decode("ascii")
