@@ -7,7 +7,8 @@
 // V provides: I (32-bit lanes of codes), F (float lanes), Acc (integer sums), kStep bytes, kTileM
 // columns of the fp32 tile, kInt8M of the int8 tile; Load, LoadPartial, LoadNibbles,
 // LoadNibblesPartial, And, Or, Shl<n>, Shr<n>, Field<width, index>; ZeroAcc, Dot, SumAcc, DotBytes;
-// ZeroF, LoadF, StoreF, Mul, Add, Sub, Negate, Fma, Reduce, LaneValues, LoadParameter, Prefetch;
+// ZeroF, LoadF, StoreF, Mul, Add, Sub, Negate, Fma, Reduce, LaneValues,
+// BlockValues<lanes of a block>, LoadParameter, Prefetch;
 // LargestBits16, Quantize16; Widen, Narrow.
 #pragma once
 
@@ -170,7 +171,7 @@ inline void Int8Tile(const Job& job, int64_t n, int64_t m, const float* const (&
   const RowReader<V, bits> first(job, n);
   const int64_t row_bytes = job.layer->row_bytes();
   const int8_t* x = job.quantized + m * job.plan.prepared();
-  const float* x_scale = job.block_scale + m * steps * V::kLanes;
+  const float* x_scale = job.lane_scale + m * steps * V::kLanes;
   typename V::F acc[wide][tall];
   for (auto& line : acc) {
     for (auto& value : line) value = V::ZeroF();
@@ -183,7 +184,7 @@ inline void Int8Tile(const Job& job, int64_t n, int64_t m, const float* const (&
       typename V::I v[C::kVectors];
       reader.Step(step, v);
       reader.Prefetch(step);
-      const auto s = V::LaneValues(scale[r.k], job.map, step);
+      const auto s = V::LaneValues(scale[r.k], job.steps, step);
       Unroll<tall>([&](auto c) {
         const auto dot = C::Dot(v, x + (c.k * steps + step) * C::kCodes);
         const auto xs = V::LoadF(x_scale + (c.k * steps + step) * V::kLanes);
@@ -200,6 +201,73 @@ inline void Int8Tile(const Job& job, int64_t n, int64_t m, const float* const (&
   }
 }
 
+// For one row of x, int8: scale times activation scale of each block of weight row n to `combined`,
+// `groups` is room for scales. Returns what ZeroPointTerm does.
+template <class V>
+inline typename V::F CombineScales(const Job& job, int64_t n, float* groups, float* combined) {
+  const int64_t count = job.layer->groups, base = n * count;
+  const bool half = job.half_parameters, same = job.plan.blocks == count;
+  const int64_t width = half ? 2 : 4, ahead = 2 * count;
+  auto zero = V::ZeroF();
+  for (int64_t g = 0; g < count; g += V::kLanes) {
+    const int64_t left = count - g < V::kLanes ? count - g : V::kLanes;
+    const auto s = V::LoadParameter(job.scale, half, base + g, left);
+    const auto z = V::LoadParameter(job.zero_point, half, base + g, left);
+    V::Prefetch(static_cast<const uint8_t*>(job.scale) + (base + g + ahead) * width);
+    V::Prefetch(static_cast<const uint8_t*>(job.zero_point) + (base + g + ahead) * width);
+    zero = V::Fma(V::Mul(s, z), V::LoadF(job.group_sum + g), zero);
+    if (same) {
+      V::StoreF(combined + g, V::Mul(s, V::LoadF(job.block_scale + g)));
+    } else {
+      V::StoreF(groups + g, s);
+    }
+  }
+  if (!same) {
+    for (int64_t i = 0; i < 16; i += V::kLanes) V::StoreF(groups + count + i, V::ZeroF());
+    for (int64_t b = 0, vector = 0; b < job.plan.blocks; b += V::kLanes, ++vector) {
+      const auto s = V::LaneValues(groups, job.blocks, vector);
+      V::StoreF(combined + b, V::Mul(s, V::LoadF(job.block_scale + b)));
+    }
+  }
+  const int64_t end = job.plan.blocks;
+  for (int64_t i = 0; i < 16; i += V::kLanes) V::StoreF(combined + end + i, V::ZeroF());
+  return zero;
+}
+
+// Weight row n against the one row of x, int8.
+template <class V, int bits, int block>
+inline void Int8Row(const Job& job, int64_t n, const float* combined, typename V::F zero) {
+  using C = Codec<V, bits>;
+  constexpr int kLanesPerBlock = block / (4 * C::kPerByte);
+  const RowReader<V, bits> reader(job, n);
+  const int64_t steps = job.plan.steps;
+  auto acc = V::Negate(zero);
+  for (int64_t step = 0; step < steps; ++step) {
+    typename V::I v[C::kVectors];
+    reader.Step(step, v);
+    reader.Prefetch(step);
+    const auto dot = C::Dot(v, job.quantized + step * C::kCodes);
+    acc = V::Fma(dot, V::template BlockValues<kLanesPerBlock>(combined, step), acc);
+  }
+  job.y[n] = V::Reduce(acc) + (job.bias ? job.bias[n] : 0.0f);
+}
+
+// All weight rows against the one row of x, int8. The scales of a row are combined one row ahead:
+// their loads are in flight, and their stores done, when the loop over codes needs them.
+template <class V, int bits, int block>
+void Int8Rows(const Job& job, int64_t begin, int64_t end, float* scratch) {
+  float* groups = scratch;
+  float* buffers[2] = {groups + job.plan.group_floats,
+                       groups + job.plan.group_floats + job.plan.block_floats};
+  auto zero = CombineScales<V>(job, begin, groups, buffers[0]);
+  for (int64_t n = begin; n < end; ++n) {
+    auto next = zero;
+    if (n + 1 < end) next = CombineScales<V>(job, n + 1, groups, buffers[(n - begin + 1) % 2]);
+    Int8Row<V, bits, block>(job, n, buffers[(n - begin) % 2], zero);
+    zero = next;
+  }
+}
+
 // One weight row against `tall` rows of x, float activations, straight from the codes.
 template <class V, int bits, int tall>
 inline void Fp32Row(const Job& job, int64_t n, const float* scale, const float* product) {
@@ -212,7 +280,7 @@ inline void Fp32Row(const Job& job, int64_t n, const float* scale, const float* 
     typename V::I v[C::kVectors];
     reader.Step(step, v);
     reader.Prefetch(step);
-    const auto s = V::LaneValues(scale, job.map, step);
+    const auto s = V::LaneValues(scale, job.steps, step);
     // Two sums each, so that the chain of additions is half as long.
     typename V::F even[tall], odd[tall];
     for (int c = 0; c < tall; ++c) even[c] = odd[c] = V::ZeroF();
@@ -255,7 +323,7 @@ inline void EachRow(const Job& job, int64_t begin, int64_t end, float* scratch, 
 template <class V, int bits, int tall>
 void RunFew(const Job& job, int64_t begin, int64_t end, float* scratch) {
   EachRow<V>(job, begin, end, scratch, [&](int64_t n, const float* scale, const float* product) {
-    if (job.layer->int8) {
+    if (tall > 1 && job.layer->int8) {
       const float* const scales[1] = {scale};
       const float* const products[1] = {product};
       Int8Tile<V, bits, 1, tall>(job, n, 0, scales, products);
@@ -309,8 +377,8 @@ inline void Dequantize(const Job& job, int64_t n, int64_t begin, int64_t end, co
     typename V::I v[C::kVectors];
     reader.Step(step, v);
     reader.Prefetch(step);
-    const auto s = V::LaneValues(scale, job.map, step);
-    const auto offset = V::Negate(V::LaneValues(product, job.map, step));
+    const auto s = V::LaneValues(scale, job.steps, step);
+    const auto offset = V::Negate(V::LaneValues(product, job.steps, step));
     Unroll<C::kVectors>([&](auto vector) {
       Unroll<C::kLaneFields>([&](auto field) {
         constexpr int slot = vector.k * C::kLaneFields + field.k;
@@ -362,7 +430,7 @@ void Fp32Many(const Job& job, int64_t begin, int64_t end, float* scratch) {
   for (int64_t step = 0; step < job.plan.steps; step += kBlock) {
     const int64_t stop = step + kBlock < job.plan.steps ? step + kBlock : job.plan.steps;
     const int64_t length = (stop - step) * C::kCodes;
-    const int64_t low = job.map.first[step];
+    const int64_t low = job.steps.first[step];
     const int64_t code_end = stop * C::kCodes + job.layer->group_size - 1;
     int64_t high = code_end / job.layer->group_size;
     if (high > job.layer->groups) high = job.layer->groups;
@@ -388,6 +456,10 @@ void Fp32Many(const Job& job, int64_t begin, int64_t end, float* scratch) {
 
 template <class V, int bits>
 void RunBits(const Job& job, int64_t begin, int64_t end, float* scratch) {
+  if (job.rows == 1 && job.layer->int8) {
+    return job.layer->block() == 32 ? Int8Rows<V, bits, 32>(job, begin, end, scratch)
+                                    : Int8Rows<V, bits, 16>(job, begin, end, scratch);
+  }
   switch (job.rows) {
     case 1: return RunFew<V, bits, 1>(job, begin, end, scratch);
     case 2: return RunFew<V, bits, 2>(job, begin, end, scratch);

@@ -20,10 +20,11 @@ constexpr int64_t kTaskRows = 64;
 // L is 0: lanes past the end of a row read it.
 constexpr int64_t kGroupPadding = 32;
 
-// Which group each lane of each step belongs to; the same for all rows.
+// Which group each lane of a sequence of vectors belongs to; the same for all rows. L, a slot that
+// holds 0, stands for lanes past the end of a row.
 struct LaneMap {
-  const int32_t* first = nullptr;  // [steps]: lowest group of the step
-  const int32_t* lane = nullptr;   // [steps, lanes]: group of the lane minus first
+  const int32_t* first = nullptr;  // [vectors]: lowest group of the vector
+  const int32_t* lane = nullptr;   // [vectors, lanes]: group of the lane minus first
 };
 
 // Sizes that follow from a layer and a level.
@@ -32,6 +33,8 @@ struct Plan {
   int64_t step_codes = 0;    // codes in a step
   int64_t lanes = 0;         // floats in a vector of the level
   int64_t group_floats = 0;  // floats of one per-group buffer, padding included
+  int64_t blocks = 0;        // of activations in a row: padded K / Layer::block()
+  int64_t block_floats = 0;  // floats of one per-block buffer, padding included
   int64_t prepared() const { return steps * step_codes; }  // activations of a row, zero-padded
 };
 
@@ -39,7 +42,8 @@ struct Plan {
 struct Job {
   const Layer* layer = nullptr;
   Plan plan;
-  LaneMap map;
+  LaneMap steps;   // groups of the lanes of each step
+  LaneMap blocks;  // groups of blocks, a vector of lanes at a time
   const uint8_t* codes = nullptr;
   const void* scale = nullptr;       // [N, L], float or half
   const void* zero_point = nullptr;  // [N, L], as scale
@@ -48,7 +52,8 @@ struct Job {
   int64_t rows = 0;             // of x in this block, 1 to kMaxBlockRows
   const float* x = nullptr;     // [rows, K], as given
   int8_t* quantized = nullptr;  // int8: [rows, prepared]
-  float* block_scale = nullptr; // int8: [rows, steps, lanes]
+  float* block_scale = nullptr; // int8: [rows, block_floats]
+  float* lane_scale = nullptr;  // int8 and more than one row: [rows, steps, lanes], the same spread
   float* permuted = nullptr;    // fp32: [rows, prepared]
   float* group_sum = nullptr;   // [rows, group_floats]: sums of (quantized) x in each group
   float* y = nullptr;           // [rows, N]

@@ -105,7 +105,8 @@ size_t Lay(void* base, const Tensors& tensors, int64_t rows, Call* call, float**
   const Plan& plan = job.plan;
   if (layer.int8) {
     job.quantized = carver.Take<int8_t>(rows * plan.prepared());
-    job.block_scale = carver.Take<float>(rows * plan.steps * plan.lanes);
+    job.block_scale = carver.Take<float>(rows * plan.block_floats);
+    if (rows > 1) job.lane_scale = carver.Take<float>(rows * plan.steps * plan.lanes);
   } else {
     job.permuted = carver.Take<float>(rows * plan.prepared());
   }
@@ -140,14 +141,36 @@ bool RunBlock(Call* call, const Parallel& parallel, Error* error) {
 }  // namespace
 
 int64_t ScratchFloats(const Layer& layer, const Plan& plan) {
-  const int64_t run = 8 * plan.group_floats + (layer.int8 ? 0 : kWeightTileFloats);
+  // Four rows' scales and products and a tile, or two rows' scales with their blocks' scales.
+  const int64_t tile = 8 * plan.group_floats + (layer.int8 ? 0 : kWeightTileFloats);
+  const int64_t one = 2 * (plan.group_floats + plan.block_floats);
+  const int64_t run = tile > one ? tile : one;
   const int64_t prepare = layer.int8 ? plan.prepared() / 4 + 16 : 0;
   return run > prepare ? run : prepare;
 }
 
 Linear::~Linear() {
-  std::free(first_);
-  std::free(lane_);
+  for (int32_t* memory : memory_) std::free(memory);
+}
+
+bool Linear::MakeMap(int64_t vectors, int64_t lane_codes, LaneMap* map) {
+  const int64_t lanes = plan_.lanes, size = layer_.group_size;
+  const size_t count = static_cast<size_t>(vectors * (1 + lanes));
+  auto* first = static_cast<int32_t*>(std::malloc(count * sizeof(int32_t)));
+  if (!first) return false;
+  memory_[maps_++] = first;
+  int32_t* lane = first + vectors;
+  for (int64_t vector = 0; vector < vectors; ++vector) {
+    const int64_t start = vector * lanes * lane_codes;
+    first[vector] = static_cast<int32_t>(start / size);
+    for (int64_t i = 0; i < lanes; ++i) {
+      const int64_t group = (start + i * lane_codes) / size;
+      const int64_t within = group < layer_.groups ? group : layer_.groups;
+      *lane++ = static_cast<int32_t>(within) - first[vector];
+    }
+  }
+  *map = {first, first + vectors};
+  return true;
 }
 
 bool Linear::Init(const Layer& layer, const KernelSet* kernels) {
@@ -157,21 +180,11 @@ bool Linear::Init(const Layer& layer, const KernelSet* kernels) {
   plan_.steps = (layer.low_bytes() + kernels->step_bytes - 1) / kernels->step_bytes;
   plan_.step_codes = kernels->step_bytes * 8 / layer.low_bits();
   plan_.group_floats = RoundUp(layer.groups, 16) + kGroupPadding;
-  const size_t steps = static_cast<size_t>(plan_.steps), lanes = static_cast<size_t>(plan_.lanes);
-  first_ = static_cast<int32_t*>(std::malloc(steps * sizeof(int32_t)));
-  lane_ = static_cast<int32_t*>(std::malloc(steps * lanes * sizeof(int32_t)));
-  if (!first_ || !lane_) return false;
-  const int64_t lane_codes = plan_.step_codes / plan_.lanes;
-  for (int64_t step = 0; step < plan_.steps; ++step) {
-    const int64_t first = step * plan_.step_codes / layer.group_size;
-    first_[step] = static_cast<int32_t>(first);
-    for (int64_t lane = 0; lane < plan_.lanes; ++lane) {
-      const int64_t group = (step * plan_.step_codes + lane * lane_codes) / layer.group_size;
-      const int64_t within = group < layer.groups ? group : layer.groups;
-      lane_[step * plan_.lanes + lane] = static_cast<int32_t>(within - first);
-    }
-  }
-  return true;
+  plan_.blocks = layer.padded_k() / layer.block();
+  plan_.block_floats = RoundUp(plan_.blocks, 16) + kGroupPadding;
+  const int64_t block_vectors = (plan_.blocks + plan_.lanes - 1) / plan_.lanes;
+  return MakeMap(plan_.steps, plan_.step_codes / plan_.lanes, &steps_) &&
+         MakeMap(block_vectors, layer.block(), &blocks_);
 }
 
 bool Linear::Run(const Tensors& tensors, int64_t rows, const Parallel& parallel,
@@ -183,7 +196,8 @@ bool Linear::Run(const Tensors& tensors, int64_t rows, const Parallel& parallel,
   Job& job = call.job;
   job.layer = &layer_;
   job.plan = plan_;
-  job.map = {first_, lane_};
+  job.steps = steps_;
+  job.blocks = blocks_;
   job.codes = tensors.codes;
   job.scale = tensors.scale;
   job.zero_point = tensors.zero_point;

@@ -49,8 +49,12 @@ class Linear {
   Layer layer_;
   const KernelSet* kernels_ = nullptr;
   Plan plan_;
-  int32_t* first_ = nullptr;
-  int32_t* lane_ = nullptr;
+  bool MakeMap(int64_t vectors, int64_t lane_codes, LaneMap* map);
+
+  int32_t* memory_[2] = {};  // of the two maps
+  int maps_ = 0;
+  LaneMap steps_;
+  LaneMap blocks_;
 };
 
 }  // namespace qalora

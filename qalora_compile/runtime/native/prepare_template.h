@@ -44,16 +44,15 @@ inline int32_t QuantizeBlock(const float* x, int64_t count, int8_t* out, float* 
 }
 
 // Quantize a row of K values to `codes`, [prepared], and fill the block scales and the group sums.
-template <class V, int bits>
+template <class V>
 inline void QuantizeRow(const Job& job, int64_t row, int8_t* codes) {
   const Layer& layer = *job.layer;
   const float* x = job.x + row * layer.k;
   float* sum = job.group_sum + row * job.plan.group_floats;
-  float* lane_scale = job.block_scale + row * job.plan.steps * V::kLanes;
-  constexpr int64_t kLaneCodes = Codec<V, bits>::kPerByte * 4;
+  float* block_scale = job.block_scale + row * job.plan.block_floats;
   const int64_t block = layer.block();
   std::memset(sum, 0, job.plan.group_floats * sizeof(float));
-  std::memset(lane_scale, 0, job.plan.steps * V::kLanes * sizeof(float));
+  std::memset(block_scale, 0, job.plan.block_floats * sizeof(float));
   std::memset(codes, 0, job.plan.prepared());
   for (int64_t k = 0; k < layer.k; k += block) {
     float padded[32] = {};
@@ -62,18 +61,30 @@ inline void QuantizeRow(const Job& job, int64_t row, int8_t* codes) {
       std::memcpy(padded, from, (layer.k - k) * sizeof(float));
       from = padded;
     }
-    float scale;
-    const int32_t total = QuantizeBlock<V>(from, block, codes + k, &scale);
-    sum[k / layer.group_size] += static_cast<float>(total) * scale;
-    for (int64_t i = 0; i < block; i += kLaneCodes) lane_scale[(k + i) / kLaneCodes] = scale;
+    float* scale = block_scale + k / block;
+    const int32_t total = QuantizeBlock<V>(from, block, codes + k, scale);
+    sum[k / layer.group_size] += static_cast<float>(total) * *scale;
   }
+}
+
+// Repeat each block's scale for each lane of the block, zeros behind the row.
+template <class V, int bits>
+inline void SpreadBlocks(const Job& job, int64_t row) {
+  const int64_t lanes = job.plan.steps * V::kLanes;
+  const int64_t per_block = job.layer->block() / (4 * Codec<V, bits>::kPerByte);
+  const float* from = job.block_scale + row * job.plan.block_floats;
+  float* to = job.lane_scale + row * lanes;
+  const int64_t used = job.plan.blocks * per_block;
+  for (int64_t i = 0; i < used; ++i) to[i] = from[i / per_block];
+  for (int64_t i = used; i < lanes; ++i) to[i] = 0.0f;
 }
 
 template <class V, int bits>
 inline void PrepareInt8(const Job& job, int64_t row, float* scratch) {
   using C = Codec<V, bits>;
   int8_t* codes = reinterpret_cast<int8_t*>(scratch);
-  QuantizeRow<V, bits>(job, row, codes);
+  QuantizeRow<V>(job, row, codes);
+  if (job.lane_scale) SpreadBlocks<V, bits>(job, row);
   int8_t* out = job.quantized + row * job.plan.prepared();
   for (int64_t step = 0; step < job.plan.steps; ++step) {
     for (int vector = 0; vector < C::kVectors; ++vector) {
