@@ -170,9 +170,7 @@ def open_chain(row: Row, variant: Variant, layers: int) -> tuple[Any, int]:
     before = os.environ.get("QALORA_KERNEL")
     os.environ["QALORA_KERNEL"] = variant.level
     try:
-        session = onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     finally:
         os.environ["QALORA_KERNEL"] = before or ""
     return session, size

@@ -1,5 +1,9 @@
 // AVX2 with FMA and F16C.
 
+#include "kernels.h"
+
+#if defined(QALORA_X86)
+
 #include <immintrin.h>
 
 #include "half.h"
@@ -85,6 +89,14 @@ struct Avx2 {
     const I index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(map.lane + step * kLanes));
     return _mm256_permutevar8x32_ps(LoadF(groups + map.first[step]), index);
   }
+  template <int lanes>
+  static F BlockValues(const float* blocks, int64_t step) {
+    const float* from = blocks + step * kLanes / lanes;
+    if constexpr (lanes == kLanes) return _mm256_set1_ps(*from);
+    const I index = _mm256_setr_epi32(0, 1 / lanes, 2 / lanes, 3 / lanes, 4 / lanes, 5 / lanes,
+                                      6 / lanes, 7 / lanes);
+    return _mm256_permutevar8x32_ps(LoadF(from), index);
+  }
   static F LoadParameter(const void* p, bool half, int64_t at, int64_t count) {
     if (count < kLanes) return LoadParameterTail(p, half, at, count);
     if (!half) return LoadF(static_cast<const float*>(p) + at);
@@ -149,3 +161,5 @@ struct Avx2 {
 const KernelSet kAvx2Kernels = MakeKernels<Avx2>("avx2");
 
 }  // namespace qalora
+
+#endif  // QALORA_X86

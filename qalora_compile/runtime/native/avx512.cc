@@ -1,5 +1,9 @@
 // AVX-512 F, BW, DQ, VL and VNNI.
 
+#include "kernels.h"
+
+#if defined(QALORA_X86)
+
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the undefined operands inside its own intrinsics for mistakes of the caller.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -82,6 +86,13 @@ struct Avx512 {
     const I index = _mm512_loadu_si512(map.lane + step * kLanes);
     return _mm512_permutexvar_ps(index, LoadF(groups + map.first[step]));
   }
+  template <int lanes>
+  static F BlockValues(const float* blocks, int64_t step) {
+    const I index = _mm512_setr_epi32(
+        0, 1 / lanes, 2 / lanes, 3 / lanes, 4 / lanes, 5 / lanes, 6 / lanes, 7 / lanes, 8 / lanes,
+        9 / lanes, 10 / lanes, 11 / lanes, 12 / lanes, 13 / lanes, 14 / lanes, 15 / lanes);
+    return _mm512_permutexvar_ps(index, LoadF(blocks + step * kLanes / lanes));
+  }
   static F LoadParameter(const void* p, bool half, int64_t at, int64_t count) {
     const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
     if (!half) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + at);
@@ -121,3 +132,5 @@ struct Avx512 {
 const KernelSet kAvx512Kernels = MakeKernels<Avx512>("avx512");
 
 }  // namespace qalora
+
+#endif  // QALORA_X86

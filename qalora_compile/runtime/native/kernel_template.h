@@ -416,9 +416,6 @@ inline void Fp32Tile(const Job& job, const float* weight, const float* x, int64_
   }
 }
 
-// Dequantized floats per row of the tile of four: 16 KiB in all, half of a small L1.
-constexpr int64_t kTileCodes = 1024;
-
 // Many rows of x, fp32: dequantize four rows by kTileCodes at a time, then a register-blocked product.
 template <class V, int bits>
 void Fp32Many(const Job& job, int64_t begin, int64_t end, float* scratch) {

@@ -10,12 +10,20 @@
 
 #include "layer.h"
 
+#if defined(__x86_64__) || defined(_M_X64)
+#define QALORA_X86 1
+#elif defined(__aarch64__)
+#define QALORA_ARM64 1
+#endif
+
 namespace qalora {
 
 // Rows of x in one block: bounds the workspace, and is how often weights are decoded again.
 constexpr int64_t kMaxBlockRows = 128;
 // Rows of weights that one task of the thread pool takes.
 constexpr int64_t kTaskRows = 64;
+// Weights that the fp32 tile holds of each of its four rows: 16 KiB in all, half of a small L1.
+constexpr int64_t kTileCodes = 1024;
 // Floats by which per-group buffers are longer than L, so that vector loads stay inside. The slot at
 // L is 0: lanes past the end of a row read it.
 constexpr int64_t kGroupPadding = 32;

@@ -12,8 +12,6 @@ namespace {
 constexpr size_t kAlignment = 64;
 // Kept between calls on each thread; what is larger goes back at the end of the call.
 constexpr size_t kKeptBytes = size_t{4} << 20;
-// Floats of the fp32 tile behind the per-group buffers; kTileCodes by four in kernel_template.h.
-constexpr int64_t kWeightTileFloats = 4 * 1024;
 
 int64_t RoundUp(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -142,7 +140,7 @@ bool RunBlock(Call* call, const Parallel& parallel, Error* error) {
 
 int64_t ScratchFloats(const Layer& layer, const Plan& plan) {
   // Four rows' scales and products and a tile, or two rows' scales with their blocks' scales.
-  const int64_t tile = 8 * plan.group_floats + (layer.int8 ? 0 : kWeightTileFloats);
+  const int64_t tile = 8 * plan.group_floats + (layer.int8 ? 0 : 4 * kTileCodes);
   const int64_t one = 2 * (plan.group_floats + plan.block_floats);
   const int64_t run = tile > one ? tile : one;
   const int64_t prepare = layer.int8 ? plan.prepared() / 4 + 16 : 0;

@@ -1,5 +1,9 @@
 // Arm NEON with the dot product instructions of Armv8.2 (asimddp).
 
+#include "kernels.h"
+
+#if defined(QALORA_ARM64)
+
 #include <arm_neon.h>
 
 #include "half.h"
@@ -83,6 +87,13 @@ struct Neon {
     const float values[4] = {from[lane[0]], from[lane[1]], from[lane[2]], from[lane[3]]};
     return vld1q_f32(values);
   }
+  template <int lanes>
+  static F BlockValues(const float* blocks, int64_t step) {
+    const float* from = blocks + step * kLanes / lanes;
+    if constexpr (lanes >= kLanes) return vdupq_n_f32(*from);
+    if constexpr (lanes == 1) return vld1q_f32(from);
+    return vcombine_f32(vdup_n_f32(from[0]), vdup_n_f32(from[1]));
+  }
   static F LoadParameter(const void* p, bool half, int64_t at, int64_t count) {
     uint16_t halves[4] = {};
     float floats[4] = {};
@@ -141,3 +152,5 @@ struct Neon {
 const KernelSet kNeonKernels = MakeKernels<Neon>("neon");
 
 }  // namespace qalora
+
+#endif  // QALORA_ARM64

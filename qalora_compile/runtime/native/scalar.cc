@@ -61,6 +61,8 @@ struct Scalar {
   static F LaneValues(const float* groups, const LaneMap& map, int64_t step) {
     return groups[map.first[step] + map.lane[step]];
   }
+  template <int lanes>
+  static F BlockValues(const float* blocks, int64_t step) { return blocks[step / lanes]; }
   static F LoadParameter(const void* p, bool half, int64_t at, int64_t) {
     return half ? HalfToFloat(static_cast<const uint16_t*>(p)[at])
                 : static_cast<const float*>(p)[at];
