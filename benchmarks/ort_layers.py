@@ -199,7 +199,7 @@ def chain_length(row: Row, cache_bytes: int) -> int:
 
 
 def time_row(row: Row, *, rounds: int, cache_bytes: int) -> list[Result]:
-    """Alternate the variants of a row; the stock variants come first and are what ratios refer to."""
+    """Alternate the variants of a row; stock ones come first, ratios refer to them."""
     layers = chain_length(row, cache_bytes)
     sessions = {variant: open_chain(row, variant, layers) for variant in row.variants}
     x = np.random.default_rng(0).standard_normal((row.m, row.k)).astype(np.float32)
@@ -237,11 +237,11 @@ def time_row(row: Row, *, rounds: int, cache_bytes: int) -> list[Result]:
 def rows(sizes: Sequence[int], levels: Sequence[str]) -> list[Row]:
     """What is timed: M = 1 in full, other M at the two group sizes that are common."""
     stock = (Variant(stock=True), Variant(stock=True, compute="fp32"))
-    one = (*stock, *(Variant(half=half) for half in (True, False)))
+    one: tuple[Variant, ...] = (*stock, Variant(half=True), Variant(half=False))
     one += tuple(Variant(bits=bits) for bits in (3, 2, 8))
     one += tuple(Variant(compute="fp32", bits=bits) for bits in (4, 3, 2))
     one += tuple(Variant(compute=c, level=level) for level in levels for c in ("int8", "fp32"))
-    few = (*stock, Variant(), Variant(compute="fp32"))
+    few: tuple[Variant, ...] = (*stock, Variant(), Variant(compute="fp32"))
     few += tuple(Variant(compute=c, level=level) for level in levels for c in ("int8", "fp32"))
     made = []
     for m in sizes:

@@ -1,13 +1,13 @@
 """Packed storage of codes for the operator `qalora::GroupQuantLinear`, group by group.
 
-The packed tensor is `[N, L, g · bits / 8]` uint8 with L = ceil(K / g); the tail group is filled up to
-g with zero codes, so every group is whole. For 2, 4 and 8 bits the bytes are those of ONNX Runtime's
-MatMulNBits: code k of a group in bits `k · bits …` of the group's bytes, little end first.
+The packed tensor is `[N, L, g · bits / 8]` uint8 with L = ceil(K / g); the tail group is filled up
+to g with zero codes, so every group is whole. For 2, 4 and 8 bits the bytes are those of ONNX
+Runtime's MatMulNBits: code k of a group in bits `k · bits …` of the group's bytes, low bits first.
 
-3-bit codes are split into two planes per **row**, so that a row is decoded like a 2-bit row with one
-more bit: first the low two bits of all L · g codes of the row, four to a byte, then the high bits,
-eight to a byte, both little end first. The last two dimensions of the packed tensor are therefore
-only the row's bytes cut into L equal parts; see `docs/operators/GroupQuantLinear.md`.
+3-bit codes are split into two planes per **row**, so that a row is decoded like a 2-bit row with
+one more bit: first the low two bits of all L · g codes of the row, four to a byte, then the high
+bits, eight to a byte, both little end first. The last two dimensions of the packed tensor are
+therefore only the row's bytes cut into L equal parts; see `docs/operators.md`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _check(bits: int, group_size: int) -> None:
 def _pack_bits(values: Tensor) -> Tensor:
     """Pack `[N, 8m]` zeros and ones to `[N, m]` uint8, little end first."""
     weights = 2 ** torch.arange(8, device=values.device, dtype=torch.uint8)
-    return (values.unflatten(1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (values.unflatten(1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def _unpack_bits(packed: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ def library_path() -> Path:
         raise UnsupportedError(
             "the custom-operator library was not built when the package was installed",
             where=str(path),
-            hint="install a C++17 compiler (g++ or clang++) and the package again; models of target "
-            "ort also run without the library, on stock kernels",
+            hint="install a C++17 compiler (g++ or clang++) and the package again; models of "
+            "target ort also run without the library, on stock kernels",
         )
     return path
 
