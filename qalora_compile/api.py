@@ -17,6 +17,8 @@ from qalora_compile.passes.base import Pass
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.insert_adapters import InsertAdapters
+from qalora_compile.passes.legalize_onnx import LegalizeOnnx
+from qalora_compile.passes.legalize_ort import LegalizeOrt
 from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
 from qalora_compile.passes.pipeline import Pipeline
 from qalora_compile.passes.quantize_groups import QuantizeGroups
@@ -167,8 +169,18 @@ def lower(program: Program, spec: ExportSpec) -> Program:
         )
     steps: list[Pass] = [WidenHalves()] if needs_widening(program) else []
     if program.stage not in (FLOAT, ANNOTATED):
-        steps += [LegalizeOrtStock(accuracy_level=spec.accuracy_level), ShareGroupSums()]
+        steps += [_legalize(spec), ShareGroupSums()]
     return Pipeline(steps)(program).program
+
+
+def _legalize(spec: ExportSpec) -> Pass:
+    """The pass that lowers to the target of `spec`."""
+    level = spec.accuracy_level
+    if spec.target == "ort":
+        return LegalizeOrt(accuracy_level=level, parameter_dtype=spec.parameter_dtype)
+    if spec.target == "onnx":
+        return LegalizeOnnx()
+    return LegalizeOrtStock(accuracy_level=level, correction=spec.correction)
 
 
 def export_model(
@@ -179,7 +191,7 @@ def export_model(
     Args:
         program: Folded; quantized without adapters is complete as well.
         path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` beside it.
-        spec: Target and options; None takes `ort-stock`.
+        spec: Target and options; None takes target `ort`.
 
     Raises:
         UserInputError: the file exists and `overwrite` is false, or its name does not end in .onnx.

@@ -12,7 +12,7 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 SUPPORTED_BITS = (2, 3, 4, 8)
 METHODS = ("minmax",)
 POOLINGS = ("sum", "mean", "mean_times_groups")
-TARGETS = ("ort-stock",)
+TARGETS = ("ort", "ort-stock", "onnx")
 
 Pooling = Literal["sum", "mean", "mean_times_groups"]
 
@@ -133,23 +133,38 @@ class ExportSpec(Spec):
     """What an exporter writes.
 
     Attributes:
-        target: `"ort-stock"`: MatMulNBits with integer zero-points and one shared group-sum
-            correction, for any ONNX Runtime.
-        opset: ONNX opset version of the standard domain.
-        accuracy_level: MatMulNBits compute: 0 is exact float32; 4 quantizes activations to int8,
-            which is faster and errs by about 5e-3 of the output.
+        target: `"ort"`: GroupQuantLinear with real-valued zero-points, in layered functions, for
+            ONNX Runtime with this package's library, without it, and for other runtimes.
+            `"ort-stock"`: MatMulNBits with integer zero-points and one shared group-sum
+            correction, for any ONNX Runtime. `"onnx"`: blocked DequantizeLinear and the same
+            correction, standard operators only.
+        opset: ONNX opset version of the standard domain; None takes 20, or 21 for `"onnx"`.
+        accuracy_level: 0 computes in float32; 4 quantizes activations to int8, which is faster and
+            errs by about 5e-3 of the output. In a file of target `"onnx"` it cannot be said: the
+            runtime decides (see docs/lowering.md).
+        parameter_dtype: Of scale and zero-point in target `"ort"`: `"float32"` is exact,
+            `"float16"` rounds, and is smaller and faster.
+        correction: Of target `"ort-stock"`: `"fp32"` is exact; `"digits"` makes it part of the
+            kernel, as two or three digits of the codes' width, which is faster and rounds.
         allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
             one that is not quantized at all.
         overwrite: Replace an existing file.
     """
 
-    target: str = "ort-stock"
-    opset: int = 20
+    target: str = "ort"
+    opset: int | None = None
     accuracy_level: int = 0
+    parameter_dtype: str = "float32"
+    correction: str = "fp32"
     allow_unfolded: bool = False
     overwrite: bool = False
 
     OPSETS: ClassVar[tuple[int, ...]] = (18, 19, 20, 21)
+
+    @property
+    def onnx_opset(self) -> int:
+        """The opset version that is written."""
+        return self.opset or (21 if self.target == "onnx" else 20)
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -157,5 +172,26 @@ class ExportSpec(Spec):
                 f"there is no export target {self.target!r}",
                 hint=f"use one of {', '.join(TARGETS)}",
             )
-        _one_of("opset", self.opset, self.OPSETS)
+        if self.opset is not None:
+            _one_of("opset", self.opset, self.OPSETS)
+        if self.onnx_opset < 21 and self.target == "onnx":
+            raise UserInputError(
+                f"opset is {self.opset}", hint="target onnx needs 21: DequantizeLinear in blocks"
+            )
+        _one_of("parameter_dtype", self.parameter_dtype, ("float32", "float16"))
+        _one_of("correction", self.correction, ("fp32", "digits"))
+        for field, default, target in (
+            ("parameter_dtype", "float32", "ort"),
+            ("correction", "fp32", "ort-stock"),
+        ):
+            if getattr(self, field) != default and self.target != target:
+                raise UserInputError(
+                    f"{field} is {getattr(self, field)!r} for target {self.target}",
+                    hint=f"it is an option of target {target}",
+                )
+        if self.accuracy_level != 0 and self.target == "onnx":
+            raise UserInputError(
+                f"accuracy_level is {self.accuracy_level!r} for target onnx",
+                hint="a standard model cannot say it; the session does: docs/lowering.md",
+            )
         _one_of("accuracy_level", self.accuracy_level, (0, 4))

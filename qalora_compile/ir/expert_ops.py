@@ -22,7 +22,7 @@ from torch import Tensor
 from qalora_compile.ir.ops import NAMESPACE, dequantize_like, matmul_nbits_weight
 
 
-def _by_expert(
+def by_expert(
     x: Tensor,
     ends: Tensor | None,
     experts: int,
@@ -73,7 +73,7 @@ def expert_linear(
         parts = qweight[expert], scale[expert], offset[expert]
         return rows @ dequantize_like(x, *parts, bits, group_size, x.shape[-1]).t()
 
-    return _by_expert(x, ends, qweight.shape[0], qweight.shape[1], compute)
+    return by_expert(x, ends, qweight.shape[0], qweight.shape[1], compute)
 
 
 @expert_linear.register_fake
@@ -106,7 +106,7 @@ def expert_linear_input_grad(
         parts = qweight[expert], scale[expert], offset[expert]
         return rows @ dequantize_like(grad, *parts, bits, group_size, k)
 
-    return _by_expert(grad, ends, qweight.shape[0], k, compute)
+    return by_expert(grad, ends, qweight.shape[0], k, compute)
 
 
 @expert_linear_input_grad.register_fake
@@ -160,7 +160,7 @@ def expert_adapter(
     def compute(expert: int, rows: Tensor) -> Tensor:
         return rows.to(lora_A.dtype) @ lora_A[expert].t() @ lora_B[expert].t() * scaling
 
-    return _by_expert(pooled, ends, lora_A.shape[0], lora_B.shape[1], compute)
+    return by_expert(pooled, ends, lora_A.shape[0], lora_B.shape[1], compute)
 
 
 @expert_adapter.register_fake
@@ -255,10 +255,10 @@ def expert_matmul_nbits(
         return rows @ matmul_nbits_weight(*parts, bits, block_size, x.shape[-1]).to(x.dtype).t()
 
     experts, n = len(qweight), qweight[0].shape[0]
-    y = _by_expert(x, ends, experts, n, multiply)
+    y = by_expert(x, ends, experts, n, multiply)
     if sums is None:
         return y
-    return y + _by_expert(sums, ends, experts, n, lambda e, rows: rows @ correction[e])
+    return y + by_expert(sums, ends, experts, n, lambda e, rows: rows @ correction[e])
 
 
 @expert_matmul_nbits.register_fake

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError
-from qalora_compile.ir import expert_ops, ops
+from qalora_compile.ir import expert_ops, lowered_ops, ops
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.packing import packed_width
@@ -32,7 +32,7 @@ from qalora_compile.ir.program import (
 )
 from qalora_compile.ir.storage import is_finite
 
-_REGISTERED = (ops, expert_ops)  # importing them registers the operators
+_REGISTERED = (ops, expert_ops, lowered_ops)  # importing them registers the operators
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default
@@ -42,8 +42,13 @@ MATMUL_NBITS = QALORA.matmul_nbits.default
 EXPERT_LINEAR = QALORA.expert_linear.default
 EXPERT_ADAPTER = QALORA.expert_adapter.default
 EXPERT_MATMUL_NBITS = QALORA.expert_matmul_nbits.default
+GROUP_QUANT_LINEAR = QALORA.group_quant_linear.default
+EXPERT_GROUP_QUANT_LINEAR = QALORA.expert_group_quant_linear.default
+MATMUL_BLOCKS = QALORA.matmul_blocks.default
+EXPERT_MATMUL_BLOCKS = QALORA.expert_matmul_blocks.default
 ON_CODES = frozenset({GROUP_LINEAR, EXPERT_LINEAR})
 ADAPTERS = frozenset({POOLED_ADAPTER, EXPERT_ADAPTER})
+_COMMON = ADAPTERS | {GROUP_SUM, SPREAD_GROUPS}  # of lowered programs
 
 LEGAL_OPS: dict[str, frozenset[object]] = {
     FLOAT: frozenset(),
@@ -51,8 +56,9 @@ LEGAL_OPS: dict[str, frozenset[object]] = {
     QUANTIZED: ON_CODES,
     ADAPTED: ON_CODES | ADAPTERS | {GROUP_SUM},
     FOLDED: ON_CODES,
-    f"{LEGALIZED}ort-stock": ADAPTERS
-    | {MATMUL_NBITS, EXPERT_MATMUL_NBITS, GROUP_SUM, SPREAD_GROUPS},
+    f"{LEGALIZED}ort": _COMMON | {GROUP_QUANT_LINEAR, EXPERT_GROUP_QUANT_LINEAR},
+    f"{LEGALIZED}ort-stock": _COMMON | {MATMUL_NBITS, EXPERT_MATMUL_NBITS},
+    f"{LEGALIZED}onnx": _COMMON | {MATMUL_BLOCKS, EXPERT_MATMUL_BLOCKS},
 }
 """Operators of the `qalora` namespace that a program of each stage may call."""
 
@@ -173,6 +179,59 @@ def _check_expert_matmul_nbits(program: Program, node: fx.Node) -> None:
         _check_blocks(node, *(stored_tensor(program, node, operand) for operand in operands))
 
 
+def _check_group_quant_linear(program: Program, node: fx.Node) -> None:
+    _check_groups(node, *(tensor_argument(program, node, i) for i in (1, 2, 3)))
+
+
+def _check_expert_group_quant_linear(program: Program, node: fx.Node) -> None:
+    for operands in zip(*(node.args[i] for i in (1, 2, 3)), strict=True):
+        _check_groups(node, *(stored_tensor(program, node, operand) for operand in operands))
+
+
+def _check_groups(node: fx.Node, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+    bits, group_size = node.args[-3:-1]
+    assert isinstance(bits, int)
+    assert isinstance(group_size, int)
+    n, groups, width = codes.shape
+    if bits not in (2, 3, 4, 8) or group_size < 16 or group_size % 16:
+        raise _broken(node, f"GroupQuantLinear takes no {bits} bits in groups of {group_size}")
+    if codes.dtype != torch.uint8 or width != group_size * bits // 8:
+        raise _broken(node, f"the codes are {codes.dtype} {list(codes.shape)}")
+    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
+        if tuple(tensor.shape) != (n, groups) or tensor.dtype != scale.dtype:
+            raise _broken(node, f"{name} is {tensor.dtype} {list(tensor.shape)}")
+        if not is_finite(tensor):
+            raise _broken(node, f"{name} holds NaN or infinite values")
+
+
+def _check_matmul_blocks(program: Program, node: fx.Node) -> None:
+    _check_flat(program, node, *(tensor_argument(program, node, i) for i in (1, 2, 3)))
+
+
+def _check_expert_matmul_blocks(program: Program, node: fx.Node) -> None:
+    for operands in zip(*(node.args[i] for i in (2, 3, 4)), strict=True):
+        _check_flat(program, node, *(stored_tensor(program, node, operand) for operand in operands))
+
+
+def _check_flat(
+    program: Program, node: fx.Node, codes: Tensor, scale: Tensor, zero_point: Tensor
+) -> None:
+    bits, block_size = node.args[-2:]
+    assert isinstance(bits, int)
+    assert isinstance(block_size, int)
+    blocks, n = scale.shape
+    if bits not in (2, 4, 8) or block_size < 1:
+        raise _broken(node, f"DequantizeLinear takes no {bits} bits in blocks of {block_size}")
+    least = lowered_ops.flat_width(((blocks - 1) * block_size + 1) * n, bits)
+    most = lowered_ops.flat_width(blocks * block_size * n, bits)
+    if codes.dtype != torch.uint8 or not least <= codes.numel() <= most:
+        raise _broken(node, "codes and scale disagree in shape")
+    if tuple(zero_point.shape) != (lowered_ops.flat_width(blocks * n, bits),):
+        raise _broken(node, f"zero_point is {zero_point.dtype} {list(zero_point.shape)}")
+    if not is_finite(scale):
+        raise _broken(node, "scale holds NaN or infinite values")
+
+
 def _check_blocks(node: fx.Node, qweight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
     bits, block_size = node.args[-3:-1]
     assert isinstance(bits, int)
@@ -195,6 +254,10 @@ _CHECKS: dict[object, Callable[[Program, fx.Node], None]] = {
     EXPERT_ADAPTER: _check_adapter,
     MATMUL_NBITS: _check_matmul_nbits,
     EXPERT_MATMUL_NBITS: _check_expert_matmul_nbits,
+    GROUP_QUANT_LINEAR: _check_group_quant_linear,
+    EXPERT_GROUP_QUANT_LINEAR: _check_expert_group_quant_linear,
+    MATMUL_BLOCKS: _check_matmul_blocks,
+    EXPERT_MATMUL_BLOCKS: _check_expert_matmul_blocks,
 }
 
 

@@ -19,7 +19,9 @@ _PASSES = {
     "fold-adapters": "FoldAdapters",
     "share-group-sums": "ShareGroupSums",
     "widen-halves": "WidenHalves",
+    "legalize-ort": "LegalizeOrt",
     "legalize-ort-stock": "LegalizeOrtStock",
+    "legalize-onnx": "LegalizeOnnx",
 }
 
 

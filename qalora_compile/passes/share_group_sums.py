@@ -27,7 +27,10 @@ class ShareGroupSums(Pass):
     """
 
     name: ClassVar[str] = "share-group-sums"
-    consumes: ClassVar[tuple[str, ...]] = (ADAPTED, f"{LEGALIZED}ort-stock")
+    consumes: ClassVar[tuple[str, ...]] = (
+        ADAPTED,
+        *(f"{LEGALIZED}{target}" for target in ("ort", "ort-stock", "onnx")),
+    )
     produces: ClassVar[str | None] = None
 
     def call(self, program: Program) -> PassResult:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import qalora_compile as qc
+from qalora_compile.config import TARGETS
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.exporters.onnx import write
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
@@ -30,7 +31,7 @@ from tests.models import (
 
 
 def run(path: Path, *inputs: Tensor) -> list[Tensor]:
-    session = open_session(path)
+    session = open_session(path, exact=True)
     feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
     return [torch.from_numpy(y) for y in session.run(None, feed)]
 
@@ -41,40 +42,48 @@ def folded_mlp(bits: int = 4, group: int = 16, bias: bool = True) -> qc.Program:
     return qc.fold_adapters(adapted(model, (x,), qc.QuantSpec(bits=bits, group_size=group)))
 
 
+EVERY_TARGET = pytest.mark.parametrize("target", TARGETS)
+STOCK = qc.ExportSpec(target="ort-stock")
+
+
+@EVERY_TARGET
 @pytest.mark.parametrize(
     ("bits", "group"),
     [(b, g) for b in (2, 3, 4, 8) for g in (16, 32)]
     + [(4, 1), (4, 7), (3, 24), (4, 48), (8, 64), (4, 100), (2, 576)],
 )
-def test_every_width_and_group(bits: int, group: int, tmp_path: Path) -> None:
+def test_every_width_and_group(bits: int, group: int, target: str, tmp_path: Path) -> None:
     program = folded_mlp(bits, group, bias=group % 3 != 0)
     path = tmp_path / "model.onnx"
-    report = qc.export_model(program, path)
+    report = qc.export_model(program, path, qc.ExportSpec(target=target))
     assert report.quantized_layers == 2
     for shape in ((1, 1, 50), (5, 7, 50)):
         x = torch.randn(shape)
         assert_close(run(path, x), program(x), relative=1e-5)
 
 
+@EVERY_TARGET
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_transformers_at_sizes_never_captured(name: str, tmp_path: Path) -> None:
+def test_transformers_at_sizes_never_captured(name: str, target: str, tmp_path: Path) -> None:
     program = qc.fold_adapters(adapted(TRANSFORMERS[name](), (token_ids(2, 16),)))
     path = tmp_path / "model.onnx"
-    qc.export_model(program, path)
+    qc.export_model(program, path, qc.ExportSpec(target=target))
     for shape in ((1, 1), (3, 37)):
         ids = token_ids(*shape)
         assert_close(run(path, ids), outputs(program(ids)), relative=1e-4)
 
 
-@pytest.fixture(scope="module")
-def llama_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[qc.Program, onnx.ModelProto]:
+@pytest.fixture(scope="module", params=TARGETS)
+def llama_file(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[qc.Program, onnx.ModelProto]:
     torch.manual_seed(0)
     ids = token_ids(2, 16)
     program = qc.fold_adapters(adapted(llama(), (ids, torch.ones_like(ids))))
     path = tmp_path_factory.mktemp("llama") / "model.onnx"
-    qc.export_model(program, path)
+    qc.export_model(program, path, qc.ExportSpec(target=request.param))
     model = onnx.load(path)
-    onnx.checker.check_model(model)
+    onnx.checker.check_model(model, full_check=True)
     return program, model
 
 
@@ -90,7 +99,8 @@ def test_names_are_those_of_the_model(llama_file: tuple[qc.Program, onnx.ModelPr
     }
     assert [o.name for o in model.graph.output] == ["logits"]
     names = {n.name for n in model.graph.node}
-    assert "model.layers.1.mlp.down_proj/MatMulNBits" in names
+    kinds = ("GroupQuantLinear", "MatMulNBits", "MatMul")
+    assert names & {f"model.layers.1.mlp.down_proj/{kind}" for kind in kinds}
     assert model.producer_name == "qalora-compile"
 
 
@@ -108,7 +118,7 @@ def test_nothing_is_stored_twice(llama_file: tuple[qc.Program, onnx.ModelProto])
 
 def test_readers_share_their_group_sum(tmp_path: Path) -> None:
     program = qc.fold_adapters(adapted(ThreeReaders(), (torch.randn(2, 64),)))
-    qc.export_model(program, tmp_path / "model.onnx")
+    qc.export_model(program, tmp_path / "model.onnx", STOCK)
     kinds = [n.op_type for n in onnx.load(tmp_path / "model.onnx").graph.node]
     assert kinds.count("MatMulNBits") == 3
     assert kinds.count("ReduceSum") == 1
@@ -150,12 +160,22 @@ def test_float_programs_are_refused_or_exported_on_request(tmp_path: Path) -> No
     assert_close(run(tmp_path / "model.onnx", x), program(x), relative=1e-5)
 
 
-def test_int8_activations_are_marked_and_near(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "kind", "name"),
+    [
+        ("ort-stock", "MatMulNBits", "accuracy_level"),
+        ("ort", "GroupQuantLinear", "stock_accuracy_level"),
+    ],
+)
+def test_int8_activations_are_marked_and_near(
+    target: str, kind: str, name: str, tmp_path: Path
+) -> None:
     program = folded_mlp(group=32)
-    report = qc.export_model(program, tmp_path / "m.onnx", qc.ExportSpec(accuracy_level=4))
+    spec = qc.ExportSpec(target=target, accuracy_level=4)
+    report = qc.export_model(program, tmp_path / "m.onnx", spec)
     assert str(report.capabilities["activations"]) == "rounds(int8)"
-    node = next(n for n in onnx.load(tmp_path / "m.onnx").graph.node if n.op_type == "MatMulNBits")
-    assert {a.name: a.i for a in node.attribute}["accuracy_level"] == 4
+    node = next(n for n in onnx.load(tmp_path / "m.onnx").graph.node if n.op_type == kind)
+    assert {a.name: a.i for a in node.attribute}[name] == 4
     x = torch.randn(2, 3, 50)
     assert_close(run(tmp_path / "m.onnx", x), program(x), relative=5e-2)
 

@@ -144,7 +144,9 @@ STEPS = {
     "fold-adapters": {ADAPTED},
     "share-group-sums": {ADAPTED},
     "widen-halves": {FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED},
+    "legalize-ort": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-ort-stock": {QUANTIZED, ADAPTED, FOLDED},
+    "legalize-onnx": {QUANTIZED, ADAPTED, FOLDED},
 }
 
 

@@ -27,7 +27,8 @@ from qalora_compile.ir.ops import matmul_nbits
 from qalora_compile.ir.packing import pack_codes
 from qalora_compile.ir.spec import GROUP_SUM, MATMUL_NBITS
 from qalora_compile.passes import legalize_ort_stock as pass_module
-from qalora_compile.passes.legalize_ort_stock import BlockLayout, LegalizeOrtStock, lower_weight
+from qalora_compile.passes.blocks import BlockLayout
+from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock, lower_weight
 from tests.models import (
     MLP,
     OneLinear,
@@ -77,14 +78,14 @@ def test_every_size_is_exact(bits: int, group: int, k: int) -> None:
 
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),
-    level=st.sampled_from([0, 4]),
+    narrow=st.booleans(),
     group=st.integers(1, 70),
     k=st.integers(1, 80),
     shift=st.floats(-100, 100),
     seed=st.integers(0, 9),
 )
 def test_the_weight_comes_back_from_its_parts(
-    bits: int, level: int, group: int, k: int, shift: float, seed: int
+    bits: int, narrow: bool, group: int, k: int, shift: float, seed: int
 ) -> None:
     """x = one unit vector a column reads the weight out of kernel and correction."""
     generator = torch.Generator().manual_seed(seed)
@@ -94,7 +95,7 @@ def test_the_weight_comes_back_from_its_parts(
     scale[0, 0] = 0.0
     offset = (torch.randn(n, groups, generator=generator) + shift).float()
     packed = pack_codes(codes, bits)
-    layout = BlockLayout.choose(bits=bits, group_size=group, k=k, accuracy_level=level)
+    layout = BlockLayout.choose(bits=bits, group_size=group, k=k, narrow=narrow)
     parts = lower_weight(packed, scale, offset, bits, group, k, layout)
     eye = torch.eye(k, dtype=torch.float64)
     x = torch.ops.qalora.spread_groups(eye, group, layout.width) if layout.spread else eye
@@ -109,7 +110,7 @@ def test_the_weight_comes_back_from_its_parts(
 
 @given(group=st.integers(1, 2000), k=st.integers(1, 4000), bits=st.sampled_from([2, 3, 4, 8]))
 def test_a_layout_is_one_that_the_kernel_takes(group: int, k: int, bits: int) -> None:
-    layout = BlockLayout.choose(bits=bits, group_size=group, k=k, accuracy_level=0)
+    layout = BlockLayout.choose(bits=bits, group_size=group, k=k, narrow=False)
     assert layout.block_size in (16, 32, 64, 128, 256)
     assert layout.width % layout.block_size == 0
     assert layout.width - group < 16
@@ -134,7 +135,7 @@ def test_half_precision_is_refused_unless_widened(dtype: torch.dtype) -> None:
     with pytest.raises(PreconditionError, match="widen-halves") as caught:
         LegalizeOrtStock()(program)
     assert caught.value.where == "layers.0"
-    lowered = lower(program, qc.ExportSpec())
+    lowered = lower(program, qc.ExportSpec(target="ort-stock"))
     assert lowered(x.float()).dtype == torch.float32
     assert_close(lowered(x.float()), program(x), relative=2e-2)
 
@@ -143,7 +144,7 @@ def test_half_precision_is_refused_unless_widened(dtype: torch.dtype) -> None:
 def test_transformers(build: Callable[[], torch.nn.Module]) -> None:
     ids = token_ids(2, 12)
     program = qc.fold_adapters(adapted(build(), (ids,)))
-    lowered = lower(program, qc.ExportSpec())
+    lowered = lower(program, qc.ExportSpec(target="ort-stock"))
     assert_close(lowered(ids), program(ids), relative=1e-4)
     count = sum(n.target is MATMUL_NBITS for n in lowered.graph.nodes)
     assert count == len(program.plan.to_quantize())

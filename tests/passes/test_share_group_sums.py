@@ -60,7 +60,7 @@ def test_other_inputs_are_not_merged() -> None:
 def test_a_stale_shared_sum_is_caught() -> None:
     x = torch.randn(2, 32)
     program = adapted(MLP(32, 32, 32).eval(), (x,), qc.QuantSpec(group_size=16))
-    lowered = lower(qc.fold_adapters(program), qc.ExportSpec())
+    lowered = lower(qc.fold_adapters(program), qc.ExportSpec(target="ort-stock"))
     graph = lowered.copy_graph()
     first, second = (n for n in graph.nodes if n.target is GROUP_SUM)
     second.replace_all_uses_with(first)
@@ -74,7 +74,7 @@ def test_a_stale_shared_sum_is_caught() -> None:
 
 def test_q_k_v_and_gate_up_of_a_llama_share() -> None:
     folded = qc.fold_adapters(adapted(llama(), (token_ids(2, 8),)))
-    lowered = lower(folded, qc.ExportSpec())
+    lowered = lower(folded, qc.ExportSpec(target="ort-stock"))
     assert len(sums(lowered)) == 2 * 4, "attention, its output, gate and up, down: of two layers"
 
 

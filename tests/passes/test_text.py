@@ -117,7 +117,17 @@ PASSES = st.one_of(
     ),
     st.just(get_pass("fold-adapters")),
     st.just(get_pass("share-group-sums")),
-    st.sampled_from([0, 4]).map(lambda n: get_pass("legalize-ort-stock", {"accuracy_level": n})),
+    st.builds(
+        lambda **options: get_pass("legalize-ort-stock", options),
+        accuracy_level=st.sampled_from([0, 4]),
+        correction=st.sampled_from(["fp32", "digits"]),
+    ),
+    st.builds(
+        lambda **options: get_pass("legalize-ort", options),
+        accuracy_level=st.sampled_from([0, 4]),
+        parameter_dtype=st.sampled_from(["float32", "float16"]),
+    ),
+    st.just(get_pass("legalize-onnx")),
 )
 
 
@@ -133,7 +143,8 @@ def test_a_whole_pipeline_is_read_back_as_it_was() -> None:
         'annotate-linears{targets=[q_proj,"re:mlp"],exclude=[]},'
         "quantize-groups{bits=3,group-size=24,method=minmax},"
         "insert-adapters{rank=2,alpha=4.0,pooling=mean,group-size=48,use-rslora=true,seed=5},"
-        "share-group-sums,fold-adapters,legalize-ort-stock{accuracy-level=4},share-group-sums"
+        "share-group-sums,fold-adapters,legalize-ort-stock{accuracy-level=4,correction=digits},"
+        "share-group-sums"
     )
     pipeline = Pipeline.parse(text)
     assert str(pipeline) == text

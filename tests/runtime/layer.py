@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,7 +140,7 @@ def make_model(
         [node],
         "layer",
         [info(name) for name in fed],
-        [make.make_tensor_value_info("y", kind, None)],
+        [make.make_tensor_value_info("y", kind, [None] * arrays["x"].ndim)],
         [onnx.numpy_helper.from_array(a, name) for name, a in arrays.items() if name not in fed],
     )
     opsets = [make.make_opsetid("", 20), make.make_opsetid("qalora", 1)]
@@ -159,14 +159,14 @@ def open_model(model: onnx.ModelProto, *, threads: int = 1) -> Any:
 
 
 @contextmanager
-def forced(monkeypatch_environment: dict[str, str], level: str) -> Iterator[None]:
+def forced(environment: MutableMapping[str, str], level: str) -> Iterator[None]:
     """Sessions made inside take the kernels of `level`."""
-    before = monkeypatch_environment.get("QALORA_KERNEL")
-    monkeypatch_environment["QALORA_KERNEL"] = level
+    before = environment.get("QALORA_KERNEL")
+    environment["QALORA_KERNEL"] = level
     try:
         yield
     finally:
         if before is None:
-            del monkeypatch_environment["QALORA_KERNEL"]
+            del environment["QALORA_KERNEL"]
         else:
-            monkeypatch_environment["QALORA_KERNEL"] = before
+            environment["QALORA_KERNEL"] = before

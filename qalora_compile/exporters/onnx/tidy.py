@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import torch
+
+from qalora_compile.exporters.onnx.small_types import use_small_types
+from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Signature
 from qalora_compile.optional import require
@@ -21,6 +25,7 @@ def tidy(model: Any) -> None:
         input_size_limit=_FOLD_LIMIT_ELEMENTS,
         output_size_limit=_FOLD_LIMIT_ELEMENTS,
     )
+    use_small_types(model)  # not before: constants of these types are not to be folded
     for step in (
         passes.CommonSubexpressionEliminationPass(),
         passes.IdentityEliminationPass(),
@@ -65,7 +70,8 @@ def name_sites(model: Any, program: Program) -> dict[str, str]:
     for node in model.graph:
         for value in node.inputs:
             if value is not None and value.is_initializer():
-                readers[value.name].append(node)
+                readers[value.name] += _products(node)
+    biases = _biases(program)
     used: dict[str, int] = defaultdict(int)
     for site in program.plan:
         if site.bits is None:
@@ -80,7 +86,7 @@ def name_sites(model: Any, program: Program) -> dict[str, str]:
         last = (
             _follow_concat(node)
             if site.experts
-            else _follow_correction(node, f"{site.path}.correction", site.name)
+            else _follow_adds(node, f"{site.path}.correction", biases.get(site.name), site.name)
         )
         if not last.outputs[0].is_graph_output():
             last.outputs[0].name = f"{site.name}/output"
@@ -88,25 +94,58 @@ def name_sites(model: Any, program: Program) -> dict[str, str]:
     return found
 
 
+def _products(node: Any) -> list[Any]:
+    """The nodes that multiply by a weight that `node` reads: itself, or those it dequantizes for."""
+    return list(node.outputs[0].consumers()) if node.op_type == "DequantizeLinear" else [node]
+
+
+def _biases(program: Program) -> dict[str, str]:
+    """Site → name of the bias, where a node of its own adds it."""
+    operands = {
+        name: node.args[1]
+        for node in program.graph.nodes
+        if (name := site_of(node)) is not None and node.target is torch.ops.aten.add.Tensor
+    }
+    return {
+        name: str(operand.target)
+        for name, operand in operands.items()
+        if isinstance(operand, torch.fx.Node) and operand.op == "get_attr"
+    }
+
+
 def _follow_concat(node: Any) -> Any:
-    """The Concat that joins the experts, from the MatMulNBits of the first of them."""
+    """The Concat that joins the experts, from the layer of the first of them."""
     last = node
     while last.op_type != "Concat" and last.outputs[0].consumers():
         last = last.outputs[0].consumers()[0]
     return last
 
 
-def _follow_correction(node: Any, correction: str, site: str) -> Any:
-    """The node whose output is the site's: the Add of the zero-point correction, if there is one."""
-    for user in node.outputs[0].consumers():
-        if user.op_type != "Add":
-            continue
-        for value in user.inputs:
-            producer = value.producer() if value is not None else None
-            if producer is None or producer.op_type != "MatMul":
-                continue
-            if any(v is not None and v.name == correction for v in producer.inputs):
-                producer.name = f"{site}/Correction"
-                user.name = f"{site}/Add"
-                return user
-    return node
+def _follow_adds(node: Any, correction: str, bias: str | None, site: str) -> Any:
+    """The node whose output is the site's: the last of the Adds of its correction and its bias."""
+    last = node
+    while True:
+        following = [user for user in last.outputs[0].consumers() if user.op_type == "Add"]
+        named = {id(user): _operand(user, last.outputs[0], correction, bias) for user in following}
+        found = next((user for user in following if named[id(user)]), None)
+        if found is None:
+            return last
+        if named[id(found)] == "Correction":
+            other = next(v for v in found.inputs if v is not last.outputs[0])
+            other.producer().name = f"{site}/Correction"
+        found.name = f"{site}/{'Add' if named[id(found)] == 'Correction' else 'Bias'}"
+        last = found
+
+
+def _operand(add: Any, value: Any, correction: str, bias: str | None) -> str | None:
+    """What an Add adds to `value`, if it is of the site: `Correction` or `Bias`."""
+    other = next((v for v in add.inputs if v is not value), None)
+    if other is None:
+        return None
+    if other.is_initializer():
+        return "Bias" if other.name == bias else None
+    producer = other.producer()
+    if producer is None or producer.op_type != "MatMul":
+        return None
+    reads = any(v is not None and v.name == correction for v in producer.inputs)
+    return "Correction" if reads else None

@@ -10,17 +10,28 @@ from typing import Any
 
 import torch
 
+from qalora_compile.exporters.onnx.operators import (
+    dequantize_blocks_op,
+    group_quant_linear_op,
+    matmul_nbits_op,
+)
 from qalora_compile.exporters.onnx.translate_experts import expert_table
+from qalora_compile.ir.nbits import largest_block, stored_bits
 from qalora_compile.optional import require
 
-MICROSOFT = "com.microsoft"
+Table = dict[Callable[..., Any], Callable[..., Any]]
 
 
-def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+def translation_table() -> Table:
     """Operator → function that emits its ONNX nodes, for `custom_translation_table`."""
-    onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
-    op = onnxscript.opset18
-    matmul_nbits = _matmul_nbits_op(onnxscript)
+    op = require("onnxscript", extra="onnx", purpose="export to ONNX").opset18
+    kernels = _kernel_table(op)
+    return kernels | _plain_table(op) | expert_table(op, kernels)
+
+
+def _kernel_table(op: Any) -> Table:
+    """The layers of each target."""
+    matmul_nbits, group_quant_linear = matmul_nbits_op(), group_quant_linear_op()
 
     def emit_matmul_nbits(
         x: Any,
@@ -33,13 +44,69 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         accuracy_level: int,
         k: int | None = None,
     ) -> Any:
-        n, blocks, _ = (int(d) for d in qweight.shape)
-        k = int(x.shape[-1]) if k is None else k
-        attributes = {"K": k, "N": n, "bits": bits, "block_size": block_size}
+        attributes = {"K": k or int(x.shape[-1]), "N": int(qweight.shape[0])}
+        attributes |= {"bits": bits, "block_size": block_size}
         if accuracy_level:
             attributes["accuracy_level"] = accuracy_level
         inputs = [x, qweight, scale, zero_point] + ([] if bias is None else [None, bias])
         return matmul_nbits(*inputs, **attributes)
+
+    def emit_group_quant_linear(
+        x: Any,
+        codes: Any,
+        scale: Any,
+        zero_point: Any,
+        bits: int,
+        group_size: int,
+        compute: str,
+        k: int | None = None,
+    ) -> Any:
+        return group_quant_linear(
+            x,
+            codes,
+            scale,
+            zero_point,
+            K=k or int(x.shape[-1]),
+            N=int(codes.shape[0]),
+            bits=bits,
+            group_size=group_size,
+            compute=compute,
+            stock_bits=stored_bits(bits, narrow=compute == "int8"),
+            stock_block_size=largest_block(group_size),
+            stock_accuracy_level=4 if compute == "int8" else 0,
+        )
+
+    ops = torch.ops.qalora
+    return {
+        ops.matmul_nbits.default: emit_matmul_nbits,
+        ops.group_quant_linear.default: emit_group_quant_linear,
+        ops.matmul_blocks.default: _matmul_blocks_emitter(op),
+    }
+
+
+def _matmul_blocks_emitter(op: Any) -> Callable[..., Any]:
+    dequantize_blocks = dequantize_blocks_op()
+
+    def emit_matmul_blocks(
+        x: Any,
+        codes: Any,
+        scale: Any,
+        zero_point: Any,
+        bits: int,
+        block_size: int,
+        k: int | None = None,
+    ) -> Any:
+        sizes = {"K": k or int(x.shape[-1]), "N": int(scale.shape[1])}
+        weight = dequantize_blocks(
+            codes, scale, zero_point, bits=bits, block_size=block_size, **sizes
+        )
+        return op.MatMul(x, weight)
+
+    return emit_matmul_blocks
+
+
+def _plain_table(op: Any) -> Table:
+    """What surrounds the layers, in standard operators."""
 
     def emit_group_sum(x: Any, group_size: int) -> Any:
         k = int(x.shape[-1])
@@ -52,6 +119,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         k = int(x.shape[-1])
         groups = -(-k // group_size)
         padded = _pad_last(op, x, groups * group_size - k)
+        if width == group_size:
+            return padded
         axes = _kept_axes(x)
         split = op.Reshape(padded, op.Constant(value_ints=[*axes, groups, group_size]))
         pads = op.Constant(value_ints=[0] * (2 * len(axes) + 3) + [width - group_size])
@@ -63,8 +132,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Mul(update, op.Constant(value_float=scaling))
 
     ops = torch.ops.qalora
-    return expert_table(op, emit_matmul_nbits) | {
-        ops.matmul_nbits.default: emit_matmul_nbits,
+    return {
         ops.group_sum.default: emit_group_sum,
         ops.spread_groups.default: emit_spread_groups,
         ops.pooled_adapter.default: emit_pooled_adapter,
@@ -82,43 +150,3 @@ def _pad_last(op: Any, x: Any, amount: int) -> Any:
         return x
     rank = len(x.shape)
     return op.Pad(x, op.Constant(value_ints=[0] * (2 * rank - 1) + [amount]))
-
-
-def _matmul_nbits_op(onnxscript: Any) -> Any:
-    """`com.microsoft::MatMulNBits` as a callable operator; onnx itself has no schema for it."""
-    defs = require("onnx", extra="onnx", purpose="export to ONNX").defs
-    schema_type, option = defs.OpSchema, defs.OpSchema.FormalParameterOption
-    parameter = schema_type.FormalParameter
-    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-    schema = schema_type(
-        "MatMulNBits",
-        MICROSOFT,
-        1,
-        inputs=[
-            parameter("A", "T1"),
-            parameter("B", "T2"),
-            parameter("scales", "T1"),
-            parameter("zero_points", "T3", param_option=option.Optional),
-            parameter("g_idx", "T4", param_option=option.Optional),
-            parameter("bias", "T1", param_option=option.Optional),
-        ],
-        outputs=[parameter("Y", "T1")],
-        type_constraints=[
-            ("T1", floats, ""),
-            ("T2", ["tensor(uint8)"], ""),
-            ("T3", ["tensor(uint8)", *floats], ""),
-            ("T4", ["tensor(int32)"], ""),
-        ],
-        attributes=[
-            schema_type.Attribute(name, schema_type.AttrType.INT, "", required=required)
-            for name, required in (
-                ("K", True),
-                ("N", True),
-                ("bits", True),
-                ("block_size", True),
-                ("accuracy_level", False),
-            )
-        ],
-    )
-    domain = onnxscript.values.Opset(MICROSOFT, 1)
-    return onnxscript.values.Op(domain, "MatMulNBits", schema)

@@ -12,14 +12,24 @@ _INT64 = 7
 
 
 def expert_table(
-    op: Any, emit_matmul_nbits: Callable[..., Any]
+    op: Any, kernels: dict[Callable[..., Any], Callable[..., Any]]
 ) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operator → function that emits its ONNX nodes.
 
     Args:
         op: The onnxscript opset to emit with.
-        emit_matmul_nbits: Emits one MatMulNBits.
+        kernels: What emits the layer of one expert, by the operator of one matrix.
     """
+    return _kernel_table(op, kernels) | _float_table(op)
+
+
+def _kernel_table(
+    op: Any, kernels: dict[Callable[..., Any], Callable[..., Any]]
+) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The layers of each target."""
+    ops = torch.ops.qalora
+    nbits, blocks = kernels[ops.matmul_nbits.default], kernels[ops.matmul_blocks.default]
+    group_quant = kernels[ops.group_quant_linear.default]
 
     def emit_expert_matmul_nbits(
         x: Any,
@@ -33,16 +43,71 @@ def expert_table(
         block_size: int,
         accuracy_level: int,
     ) -> Any:
-        options, k = (bits, block_size, accuracy_level), int(x.shape[-1])
+        options = {"bias": None, "bits": bits, "block_size": block_size}
+        emit = partial(nbits, accuracy_level=accuracy_level, **options)
+        stacks = (qweight, scale, zero_point)
+        return _layers(op, emit, x, sums, stacks, correction, ends, int(qweight[0].shape[0]))
 
-        def compute(expert: int, rows: Any, group_sums: Any) -> Any:
-            codes = qweight[expert], scale[expert], zero_point[expert]
-            y = emit_matmul_nbits(rows, *codes, None, *options, k=k)
-            if group_sums is None:
-                return y
-            return op.Add(y, op.MatMul(group_sums, correction[expert]))
+    def emit_expert_matmul_blocks(
+        x: Any,
+        sums: Any,
+        codes: Any,
+        scale: Any,
+        zero_point: Any,
+        correction: Any,
+        ends: Any,
+        bits: int,
+        block_size: int,
+    ) -> Any:
+        emit = partial(blocks, bits=bits, block_size=block_size)
+        stacks = (codes, scale, zero_point)
+        return _layers(op, emit, x, sums, stacks, correction, ends, int(scale[0].shape[1]))
 
-        return _by_expert(op, ends, len(qweight), int(qweight[0].shape[0]), compute, x, sums)
+    def emit_expert_group_quant_linear(
+        x: Any,
+        codes: Any,
+        scale: Any,
+        zero_point: Any,
+        ends: Any,
+        bits: int,
+        group_size: int,
+        compute: str,
+    ) -> Any:
+        emit = partial(group_quant, bits=bits, group_size=group_size, compute=compute)
+        stacks = (codes, scale, zero_point)
+        return _layers(op, emit, x, None, stacks, None, ends, int(codes[0].shape[0]))
+
+    return {
+        ops.expert_matmul_nbits.default: emit_expert_matmul_nbits,
+        ops.expert_matmul_blocks.default: emit_expert_matmul_blocks,
+        ops.expert_group_quant_linear.default: emit_expert_group_quant_linear,
+    }
+
+
+def _layers(
+    op: Any,
+    emit: Callable[..., Any],
+    x: Any,
+    sums: Any,
+    stacks: tuple[Any, ...],
+    correction: Any,
+    ends: Any,
+    n: int,
+) -> Any:
+    """`emit` with each expert's own weights, and its correction where there is one."""
+    k = int(x.shape[-1])
+
+    def compute(expert: int, rows: Any, group_sums: Any) -> Any:
+        y = emit(rows, *(stack[expert] for stack in stacks), k=k)
+        if group_sums is None:
+            return y
+        return op.Add(y, op.MatMul(group_sums, correction[expert]))
+
+    return _by_expert(op, ends, len(stacks[0]), n, compute, x, sums)
+
+
+def _float_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Adapters that stay, and experts that stay in float."""
 
     def emit_expert_adapter(
         pooled: Any, lora_a: Any, lora_b: Any, ends: Any, scaling: float
@@ -60,7 +125,6 @@ def expert_table(
 
     emit_grouped_mm = partial(_grouped_mm, op)
     table: dict[Callable[..., Any], Callable[..., Any]] = {
-        torch.ops.qalora.expert_matmul_nbits.default: emit_expert_matmul_nbits,
         torch.ops.qalora.expert_adapter.default: emit_expert_adapter,
         torch.ops.aten._grouped_mm.default: emit_grouped_mm,
     }

@@ -19,8 +19,13 @@ from torch.utils import _pytree as pytree
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import InternalError, UnsupportedError
 from qalora_compile.exporters.base import EXACT, Capability, ExportReport, rounds
+from qalora_compile.exporters.onnx.functions import (
+    MICROSOFT,
+    QALORA,
+    layered_functions,
+)
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
-from qalora_compile.exporters.onnx.translate import MICROSOFT, translation_table
+from qalora_compile.exporters.onnx.translate import translation_table
 from qalora_compile.files import atomic_files
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from qalora_compile.ir.module import erase_unread
@@ -32,6 +37,10 @@ from qalora_compile.optional import require
 _OPERATOR = re.compile(r"(?:target=torch\.ops\.|OpOverload\(op=')([\w.]+)")
 
 _ASSERTIONS = ("aten._assert_scalar.default", "aten._assert_async.msg", "aten._assert_async.default")
+
+QDQ_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
+"""ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul, on int8 activations unless this
+session configuration entry is 0."""
 
 INLINE_LIMIT_BYTES = 1 << 30
 """Weights beyond this go to `<name>.data`; a protobuf file cannot exceed 2 GiB."""
@@ -54,6 +63,8 @@ def write_onnx(program: Program, path: Path, spec: ExportSpec) -> ExportReport:
     tidy(model)
     name_axes(model, program.signature)
     sites = name_sites(model, program)
+    if spec.target == "ort":
+        _add_functions(model)
     model.producer_name = "qalora-compile"
     model.metadata_props[ONNX_METADATA_KEY] = _metadata(program, spec, sites)
     return _save(model, program, path, spec)
@@ -73,7 +84,7 @@ def _translate(program: Program, spec: ExportSpec) -> Any:
                 dynamo=True,
                 # The optimizer's rewrite rules take time more than linear in the layers.
                 optimize=False,
-                opset_version=spec.opset,
+                opset_version=spec.onnx_opset,
                 input_names=[leaf.name for leaf in program.signature.inputs if leaf.dtype],
                 output_names=_tensor_outputs(program),
                 custom_translation_table=translation_table(),
@@ -89,6 +100,17 @@ def _translate(program: Program, spec: ExportSpec) -> Any:
     if onnx_program is None:
         raise InternalError("torch.onnx.export returned nothing")
     return onnx_program.model
+
+
+def _add_functions(model: Any) -> None:
+    """Say what GroupQuantLinear means to a runtime that has no kernel for it."""
+    ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
+    if QALORA not in model.opset_imports:
+        return
+    for proto in layered_functions(model.opset_imports[""]):
+        function = ir.serde.deserialize_function(proto)
+        model.functions[function.identifier()] = function
+    model.opset_imports[MICROSOFT] = 1
 
 
 def _retrace(program: Program) -> ExportedProgram:
@@ -206,20 +228,36 @@ def _save(model: Any, program: Program, path: Path, spec: ExportSpec) -> ExportR
         files=sizes,
         target=spec.target,
         nodes=len(nodes),
-        quantized_layers=sum(n.domain == MICROSOFT and n.op_type == "MatMulNBits" for n in nodes),
+        quantized_layers=sum(map(_is_layer, nodes)),
         capabilities=_capabilities(program, spec),
     )
+
+
+def _is_layer(node: Any) -> bool:
+    """Whether a node is a quantized layer, or dequantizes its weight."""
+    if (node.domain, node.op_type) in ((MICROSOFT, "MatMulNBits"), (QALORA, "GroupQuantLinear")):
+        return True
+    return node.op_type == "DequantizeLinear" and "block_size" in node.attributes
 
 
 def _capabilities(program: Program, spec: ExportSpec) -> dict[str, Capability]:
     widened = any(step.startswith("widen-halves") for step in program.history)
     exact = Capability("exact", "half-precision model computed in float32") if widened else EXACT
+    parameter = EXACT if spec.parameter_dtype == "float32" else rounds(spec.parameter_dtype)
+    zero_point = Capability("exact", "integer part and float32 correction")
+    if spec.target == "ort":
+        zero_point = parameter
+    elif spec.correction == "digits":
+        zero_point = rounds("integer part and correction in digits")
+    activations = exact if spec.accuracy_level == 0 else rounds("int8")
+    if spec.target == "onnx":
+        activations = Capability("exact", f"in ONNX Runtime with {QDQ_ACCURACY_KEY}=0")
     return {
         "codes": EXACT,
-        "scale": EXACT,
-        "zero_point": Capability("exact", "integer part and float32 correction"),
+        "scale": parameter,
+        "zero_point": zero_point,
         "float tensors": EXACT,
-        "activations": exact if spec.accuracy_level == 0 else rounds("int8"),
+        "activations": activations,
     }
 
 

@@ -1,0 +1,80 @@
+"""Operators that onnx has no schema for, as callables for onnxscript."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qalora_compile.exporters.onnx.functions import MICROSOFT, QALORA, VERSION
+from qalora_compile.optional import require
+
+DEQUANTIZE_BLOCKS = "DequantizeBlocks"
+"""Stands for DequantizeLinear until `small_types` gives its tensors their types."""
+
+_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+_BYTES = ("tensor(uint8)",)
+
+
+def matmul_nbits_op() -> Any:
+    """`com.microsoft::MatMulNBits`."""
+    return _operator(
+        (MICROSOFT, 1, "MatMulNBits"),
+        {"A": "T1", "B": "T2", "scales": "T1", "zero_points": "T3"},
+        {"K": int, "N": int, "bits": int, "block_size": int, "accuracy_level": int},
+        {"T1": _FLOATS, "T2": _BYTES, "T3": (*_BYTES, *_FLOATS), "T4": ("tensor(int32)",)},
+        optional={"g_idx": "T4", "bias": "T1"},
+    )
+
+
+def group_quant_linear_op() -> Any:
+    """`qalora::GroupQuantLinear`, see docs/operators.md, with the attributes for its function."""
+    sizes = ("K", "N", "bits", "group_size")
+    stock = ("stock_bits", "stock_block_size", "stock_accuracy_level")
+    return _operator(
+        (QALORA, VERSION, "GroupQuantLinear"),
+        {"x": "T1", "codes": "T2", "scale": "T3", "zero_point": "T3"},
+        {**dict.fromkeys(sizes, int), "compute": str, **dict.fromkeys(stock, int)},
+        {"T1": _FLOATS[:2], "T2": _BYTES, "T3": _FLOATS[:2]},
+    )
+
+
+def dequantize_blocks_op() -> Any:
+    """The stand-in for blocked DequantizeLinear; no exported model holds it."""
+    return _operator(
+        (QALORA, VERSION, DEQUANTIZE_BLOCKS),
+        {"codes": "T1", "scale": "T2", "zero_point": "T1"},
+        {"K": int, "N": int, "bits": int, "block_size": int},
+        {"T1": _BYTES, "T2": _FLOATS},
+    )
+
+
+def _operator(
+    name: tuple[str, int, str],
+    inputs: dict[str, str],
+    attributes: dict[str, type],
+    types: dict[str, tuple[str, ...]],
+    *,
+    optional: dict[str, str] | None = None,
+) -> Any:
+    """An operator of one output, of the type of its first input or, where it has none, `T2`."""
+    onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
+    schema = require("onnx", extra="onnx", purpose="export to ONNX").defs.OpSchema
+    domain, version, kind = name
+    absent = schema.FormalParameterOption.Optional
+    attribute_types = {int: schema.AttrType.INT, str: schema.AttrType.STRING}
+    result = "T2" if kind == DEQUANTIZE_BLOCKS else "T1"
+    made = schema(
+        kind,
+        domain,
+        version,
+        inputs=[
+            *(schema.FormalParameter(n, t) for n, t in inputs.items()),
+            *(schema.FormalParameter(n, t, param_option=absent) for n, t in (optional or {}).items()),
+        ],
+        outputs=[schema.FormalParameter("Y", result)],
+        type_constraints=[(symbol, list(allowed), "") for symbol, allowed in types.items()],
+        attributes=[
+            schema.Attribute(n, attribute_types[t], "", required=False)
+            for n, t in attributes.items()
+        ],
+    )
+    return onnxscript.values.Op(onnxscript.values.Opset(domain, version), kind, made)

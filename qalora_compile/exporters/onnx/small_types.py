@@ -1,0 +1,47 @@
+"""Blocked DequantizeLinear on tensors of small integers, which torch has no types for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qalora_compile.exporters.onnx.operators import DEQUANTIZE_BLOCKS
+from qalora_compile.optional import require
+
+
+def use_small_types(model: Any) -> None:
+    """Turn each stand-in into DequantizeLinear, and its bytes into a tensor of their type; in place.
+
+    The bytes stay: torch held them as ONNX stores a `[K, N]` tensor of that type (see
+    `ir.lowered_ops`).
+    """
+    for node in model.graph.all_nodes():
+        if node.op_type == DEQUANTIZE_BLOCKS:
+            _replace(node)
+
+
+def _replace(node: Any) -> None:
+    ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
+    k, n, bits, block_size = (
+        node.attributes[name].as_int() for name in ("K", "N", "bits", "block_size")
+    )
+    codes, _, zero_point = node.inputs
+    _retype(codes, bits, (k, n))
+    _retype(zero_point, bits, (-(-k // block_size), n))
+    node.op_type, node.domain = "DequantizeLinear", ""
+    for name in ("K", "N", "bits"):
+        del node.attributes[name]
+    node.attributes.add(ir.AttrInt64("axis", 0))
+
+
+def _retype(value: Any, bits: int, shape: tuple[int, int]) -> None:
+    """Give an initializer of plain bytes its type; one that several layers read has it already."""
+    ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
+    kind = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}[bits]
+    if tuple(value.const_value.shape) == shape and value.dtype == kind:
+        return
+    raw = value.const_value.numpy()
+    if bits == 8:
+        value.const_value = ir.Tensor(raw.reshape(shape), name=value.name)
+    else:
+        value.const_value = ir.PackedTensor(raw, kind, shape=ir.Shape(shape), name=value.name)
+    value.type, value.shape = ir.TensorType(kind), ir.Shape(shape)
