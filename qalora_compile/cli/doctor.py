@@ -12,6 +12,14 @@ from typing import Any
 
 from qalora_compile import __version__
 from qalora_compile.cli.ui import console, print_summary
+from qalora_compile.errors import UnsupportedError
+from qalora_compile.optional import require
+from qalora_compile.runtime.library import (
+    kernel_levels,
+    library_path,
+    library_version,
+    register,
+)
 
 NAME = "doctor"
 SUMMARY = "show versions, CPU features and which kernels will run"
@@ -59,6 +67,8 @@ def gather() -> dict[str, Any]:
     for package, extra in _PACKAGES.items():
         facts[package] = _version(package, extra)
     facts["kernels, target ort-stock"] = _stock_kernels()
+    facts["operator library"] = _library()
+    facts["kernels, target ort"] = _library_kernels()
     return facts
 
 
@@ -77,6 +87,33 @@ def _version(package: str, extra: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return f"missing: pip install 'qalora-compile[{extra}]'"
+
+
+def _library() -> str:
+    """Where the operator library is, and of which version."""
+    try:
+        path = library_path()
+    except UnsupportedError as error:
+        return f"none: {error.hint}"
+    found = library_version()
+    stale = "" if found == __version__ else f", built from {found}: install the package again"
+    return f"{path}{stale}"
+
+
+def _library_kernels() -> str:
+    """Register the library with a session's options, as a user would, and name its kernels."""
+    levels = kernel_levels()
+    if not levels:
+        return "stock: MatMulNBits and a correction"
+    forced = os.environ.get("QALORA_KERNEL")
+    if forced:
+        return f"{forced}, by the environment variable QALORA_KERNEL (has {', '.join(levels)})"
+    try:
+        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+        register(runtime.SessionOptions())
+    except UnsupportedError as error:
+        return f"stock: {error}"
+    return f"GroupQuantLinear, {levels[-1]} (has {', '.join(levels)})"
 
 
 def _stock_kernels() -> str:

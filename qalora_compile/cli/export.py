@@ -12,12 +12,16 @@ from qalora_compile.cli.folders import copy_tokenizer, load_run
 from qalora_compile.cli.ui import console, megabytes, print_summary, steps
 from qalora_compile.config import TARGETS, ExportSpec
 from qalora_compile.files import atomic_folder, check_output
+from qalora_compile.runtime.library import kernel_level, library_path
 
 NAME = "export"
 SUMMARY = "write a folded model as one ONNX file for ONNX Runtime"
 EXAMPLES = """examples:
   qalora-compile export folded --out edge
-  qalora-compile export folded --out edge --accuracy-level 4   int8 activations: faster, 5e-3 error
+  qalora-compile export folded --out edge --accuracy-level 4 --parameter-dtype float16
+                                                        int8 activations: fastest, 5e-3 error
+  qalora-compile export folded --out edge --target ort-stock   no functions, MatMulNBits throughout
+  qalora-compile export folded --out edge --target onnx        standard operators only
   qalora-compile export run --out edge --allow-unfolded        keep the adapters in the graph
 """
 
@@ -28,8 +32,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDED", help="folder written by fold")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--target", default=defaults.target, help=f"one of {', '.join(TARGETS)}")
-    parser.add_argument("--opset", type=int, default=defaults.opset, metavar="N")
-    parser.add_argument("--accuracy-level", type=int, default=0, choices=(0, 4))
+    parser.add_argument(
+        "--opset", type=int, metavar="N", help="version of the standard operators (20; onnx: 21)"
+    )
+    parser.add_argument(
+        "--accuracy-level",
+        type=int,
+        default=0,
+        choices=(0, 4),
+        help="0 float32, 4 int8 activations",
+    )
+    parser.add_argument(
+        "--parameter-dtype",
+        default=defaults.parameter_dtype,
+        choices=("float32", "float16"),
+        help="of scale and zero-point in target ort; float16 rounds them",
+    )
+    parser.add_argument(
+        "--correction",
+        default=defaults.correction,
+        choices=("fp32", "digits"),
+        help="of zero-points in target ort-stock; digits is faster and rounds",
+    )
     parser.add_argument(
         "--allow-unfolded", action="store_true", help="export adapters that are not folded"
     )
@@ -44,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
         target=options.target,
         opset=options.opset,
         accuracy_level=options.accuracy_level,
+        parameter_dtype=options.parameter_dtype,
+        correction=options.correction,
         allow_unfolded=options.allow_unfolded,
     )
     check_output(out, overwrite=options.overwrite)
@@ -68,6 +94,15 @@ def run(options: argparse.Namespace) -> int:
             "seconds": f"{time.monotonic() - started:.0f}",
             "written": str(report.path),
             "next": f"qalora-compile verify {source} {out} --max-abs 1e-3",
-        },
+        }
+        | ({"kernels": _kernels()} if report.target == "ort" else {}),
     )
     return 0
+
+
+def _kernels() -> str:
+    """What a model of target `ort` runs on here."""
+    level = kernel_level()
+    if level is None:
+        return "stock, the operator library was not built: qalora-compile doctor"
+    return f"stock, or {level} with the operator library: {library_path().name}"

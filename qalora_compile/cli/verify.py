@@ -10,6 +10,7 @@ from qalora_compile.cli.ui import console, print_summary, print_table, steps
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import PROGRAM_FILE
+from qalora_compile.runtime.library import library_path
 from qalora_compile.verify.compare import Report, Tolerance
 from qalora_compile.verify.equivalence import verify_equivalence
 from qalora_compile.verify.inputs import sample_inputs
@@ -19,6 +20,7 @@ SUMMARY = "compare two programs or exported models; exit 0 equal, 1 not equal, 2
 EXAMPLES = """examples:
   qalora-compile verify run folded --max-abs 1e-4
   qalora-compile verify folded edge --max-rel 1e-4 --inputs 8
+  qalora-compile verify folded edge --max-rel 1e-4 --library     on the fused kernels
   qalora-compile verify folded edge/model.onnx --max-abs 1e-3 --json
 """
 
@@ -33,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--inputs", type=int, default=4, metavar="N", help="random inputs to try")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--library", action="store_true", help="run exported models with the operator library"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -55,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
                 hint="compare each exported model with its FOLDED folder",
             )
         calls = sample_inputs(program, options.inputs, seed=options.seed)
-        report = verify_equivalence(sides[0], sides[1], calls, tolerance)
+        library = library_path() if options.library else None
+        report = verify_equivalence(sides[0], sides[1], calls, tolerance, library=library)
     if options.json:
         console.print_json(json.dumps(report.to_json()))
     else:
@@ -87,6 +93,7 @@ def _show(report: Report, options: argparse.Namespace) -> None:
         {
             "A": options.a,
             "B": options.b,
+            "kernels": "with the operator library" if options.library else "of ONNX Runtime",
             "inputs": report.inputs,
             "tolerance": report.tolerance,
             "first diverging site": report.first_divergence or "none",

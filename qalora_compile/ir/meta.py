@@ -8,6 +8,10 @@ from torch import fx
 ONNX_METADATA_KEY = "qalora"
 """Key of an exported model's metadata under which signature, sites and history are stored."""
 
+QDQ_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
+"""ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul, on int8 activations unless this
+session configuration entry is 0."""
+
 _SITE = "qalora_site"
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "val")
 

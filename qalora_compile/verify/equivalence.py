@@ -31,6 +31,8 @@ def verify_equivalence(
     candidate: Program | str | Path,
     inputs: Sequence[Sequence[Any] | Mapping[str, Any]],
     tolerance: Tolerance,
+    *,
+    library: str | Path | None = None,
 ) -> Report:
     """Compare two programs, or a program and an exported model, in evaluation mode.
 
@@ -39,6 +41,8 @@ def verify_equivalence(
         candidate: Likewise.
         inputs: One call each: a tuple of positional arguments, or a dict of keyword arguments.
         tolerance: What difference of the outputs is admitted.
+        library: A library of custom operators that exported models run with, for example
+            `qalora_compile.runtime.library_path()`; None runs them on ONNX Runtime's own kernels.
 
     Returns:
         A report: `.passed`, per output and per site differences, and on FAIL the first site, in
@@ -52,7 +56,8 @@ def verify_equivalence(
         raise UserInputError(
             "no input was given to compare on", hint="pass at least one, e.g. [(x,)]"
         )
-    a, b = open_runner(reference), open_runner(candidate)
+    extra = None if library is None else Path(library)
+    a, b = open_runner(reference, extra), open_runner(candidate, extra)
     outputs: dict[str, list[Comparison]] = defaultdict(list)
     sites: dict[str, list[Comparison]] = defaultdict(list)
     for call in track(list(inputs), "verify"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.meta import ONNX_METADATA_KEY, site_of
+from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY, site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Signature
 from qalora_compile.optional import require
@@ -80,16 +80,20 @@ class OnnxRunner:
     """Runs an exported model in ONNX Runtime on the CPU, exactly as a user's session would.
 
     The outputs come from the file as it is; site values come from a second session in which they
-    are additional outputs.
+    are additional outputs. Standard models compute in float32 (`QDQ_ACCURACY_KEY`).
+
+    Args:
+        path: The `.onnx` file.
+        library: A library of custom operators that the sessions get.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.label = str(path)
-        self._path = path
+    def __init__(self, path: Path, library: Path | None = None) -> None:
+        self.label = f"{path} with {library.name}" if library else str(path)
+        self._path, self._library = path, library
         self._runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
         try:
             self._session = self._runtime.InferenceSession(
-                str(path), providers=["CPUExecutionProvider"]
+                str(path), self._options(), providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime raises bare exception types of its own
             raise UserInputError(
@@ -124,6 +128,13 @@ class OnnxRunner:
         values = dict(zip(inner, map(_tensor, self._site_session.run(inner, feed)), strict=True))
         return Run(outputs, {site: values[name] for site, name in self._site_values.items()})
 
+    def _options(self) -> Any:
+        options = self._runtime.SessionOptions()
+        options.add_session_config_entry(QDQ_ACCURACY_KEY, "0")
+        if self._library is not None:
+            options.register_custom_ops_library(str(self._library))
+        return options
+
     def _open_site_session(self) -> Any:
         onnx = require("onnx", extra="onnx", purpose="look inside an ONNX model")
         model = onnx.load(str(self._path), load_external_data=False)
@@ -131,7 +142,7 @@ class OnnxRunner:
         for name in dict.fromkeys(self._site_values.values()):
             if name not in present:
                 model.graph.output.append(onnx.ValueInfoProto(name=name))
-        options = self._runtime.SessionOptions()
+        options = self._options()
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self._path.parent)
         )
@@ -144,8 +155,12 @@ def _tensor(value: Any) -> Tensor:
     return torch.from_numpy(value)
 
 
-def open_runner(thing: Program | str | Path) -> Runner:
+def open_runner(thing: Program | str | Path, library: Path | None = None) -> Runner:
     """A runner for a program, or for the path of an exported model or of a saved program.
+
+    Args:
+        thing: What to run.
+        library: A library of custom operators for an exported model.
 
     Raises:
         UserInputError: the path is missing or is of no known kind.
@@ -155,10 +170,10 @@ def open_runner(thing: Program | str | Path) -> Runner:
     path = Path(thing)
     if path.is_dir():
         if (path / "model.onnx").exists():
-            return OnnxRunner(path / "model.onnx")
+            return OnnxRunner(path / "model.onnx", library)
         return ProgramRunner(Program.load(path), str(path))
     if path.suffix == ".onnx" and path.exists():
-        return OnnxRunner(path)
+        return OnnxRunner(path, library)
     raise UserInputError(
         f"{path} is neither a program folder nor an ONNX model",
         where=str(path),

@@ -27,7 +27,7 @@ from qalora_compile.exporters.onnx.functions import (
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.exporters.onnx.translate import translation_table
 from qalora_compile.files import atomic_files
-from qalora_compile.ir.meta import ONNX_METADATA_KEY
+from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import Program
@@ -37,10 +37,6 @@ from qalora_compile.optional import require
 _OPERATOR = re.compile(r"(?:target=torch\.ops\.|OpOverload\(op=')([\w.]+)")
 
 _ASSERTIONS = ("aten._assert_scalar.default", "aten._assert_async.msg", "aten._assert_async.default")
-
-QDQ_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
-"""ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul, on int8 activations unless this
-session configuration entry is 0."""
 
 INLINE_LIMIT_BYTES = 1 << 30
 """Weights beyond this go to `<name>.data`; a protobuf file cannot exceed 2 GiB."""
