@@ -5,9 +5,12 @@ to g with zero codes, so every group is whole. For 2, 4 and 8 bits the bytes are
 Runtime's MatMulNBits: code k of a group in bits `k · bits …` of the group's bytes, low bits first.
 
 3-bit codes are split into two planes per **row**, so that a row is decoded like a 2-bit row with
-one more bit: first the low two bits of all L · g codes of the row, four to a byte, then the high
-bits, eight to a byte, both little end first. The last two dimensions of the packed tensor are
-therefore only the row's bytes cut into L equal parts; see `docs/operators.md`.
+one more bit. First come the low two bits of all L · g codes of the row, four to a byte, low bits
+first. Then come the high bits, in units that each belong to 64 bytes of the first plane (256 codes;
+the last unit of a row to the u bytes that are left): bit `f · u + i` of a unit, low bits first, is
+the high bit of code `4 i + f`, so that the bits of one field of all bytes lie together. The last two
+dimensions of the packed tensor are therefore only the row's bytes cut into L equal parts; see
+`docs/operators.md`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from qalora_compile.ir.packing import pack_codes, unpack_codes
 
 GROUP_UNIT = 16
 """The operator takes groups of a multiple of this many codes."""
+UNIT_CODES = 256
+"""Codes that one unit of the plane of high bits belongs to."""
 
 
 def pack_groups(codes: Tensor, *, bits: int, group_size: int) -> Tensor:
@@ -41,7 +46,8 @@ def pack_groups(codes: Tensor, *, bits: int, group_size: int) -> Tensor:
     n, k = codes.shape
     padded = functional.pad(codes, (0, -k % group_size))
     if bits == 3:
-        rows = torch.cat([pack_codes(padded & 3, 2), _pack_bits(padded >> 2)], dim=1)
+        high = _pack_bits(_by_field(padded >> 2, inverse=False))
+        rows = torch.cat([pack_codes(padded & 3, 2), high], dim=1)
     else:
         rows = pack_codes(padded, bits)
     return rows.reshape(n, -1, group_size * bits // 8)
@@ -60,7 +66,7 @@ def unpack_groups(packed: Tensor, *, bits: int, group_size: int, k: int) -> Tens
         return unpack_codes(rows, bits, k)
     low_bytes = groups * group_size // 4
     low = unpack_codes(rows[:, :low_bytes], 2, k)
-    return low | _unpack_bits(rows[:, low_bytes:])[:, :k] << 2
+    return low | _by_field(_unpack_bits(rows[:, low_bytes:]), inverse=True)[:, :k] << 2
 
 
 def _check(bits: int, group_size: int) -> None:
@@ -69,6 +75,18 @@ def _check(bits: int, group_size: int) -> None:
             f"GroupQuantLinear has no {bits}-bit codes in groups of {group_size}",
             hint=f"bits: 2, 3, 4, 8; group_size: a multiple of {GROUP_UNIT}",
         )
+
+
+def _by_field(values: Tensor, *, inverse: bool) -> Tensor:
+    """Reorder the high bits of rows of codes, `[N, L · g]`, from code order to that of the units."""
+    whole = values.shape[1] // UNIT_CODES * UNIT_CODES
+    parts = []
+    for part, size in ((values[:, :whole], UNIT_CODES), (values[:, whole:], None)):
+        size = part.shape[1] if size is None else size
+        if part.shape[1]:
+            units = part.unflatten(1, (-1, 4, size // 4) if inverse else (-1, size // 4, 4))
+            parts.append(units.transpose(2, 3).flatten(1))
+    return torch.cat(parts, dim=1)
 
 
 def _pack_bits(values: Tensor) -> Tensor:

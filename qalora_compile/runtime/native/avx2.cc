@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#include "bits.h"
 #include "half.h"
 #include "prepare_template.h"
 
@@ -27,20 +28,9 @@ struct Avx2 {
     std::memcpy(bytes, p, count);
     return Load(bytes);
   }
-  static I LoadNibbles(const uint8_t* p) {
-    const I wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return And(Or(wide, _mm256_slli_epi16(wide, 4)), SetBytes(0x0f));
-  }
-  static I LoadNibblesPartial(const uint8_t* p, int64_t count) {
-    alignas(16) uint8_t bytes[16] = {};
-    std::memcpy(bytes, p, count);
-    return LoadNibbles(bytes);
-  }
   static I SetBytes(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
   static I And(I a, I b) { return _mm256_and_si256(a, b); }
   static I Or(I a, I b) { return _mm256_or_si256(a, b); }
-  template <int bits>
-  static I Shl(I a) { return _mm256_slli_epi32(a, bits); }
   template <int bits>
   static I Shr(I a) {
     if constexpr (bits == 0) return a;
@@ -52,6 +42,37 @@ struct Avx2 {
     const I field = Shr<width * index>(a);
     if constexpr (width * (index + 1) == 32) return _mm256_cvtepi32_ps(field);
     return _mm256_cvtepi32_ps(And(field, _mm256_set1_epi32((1 << width) - 1)));
+  }
+  template <int index>
+  static F SmallByte(I a) { return Field<8, index>(a); }
+
+  // The high bits of the 32 bytes, a word for each field.
+  struct High {
+    uint32_t bits[4];
+  };
+  static High LoadHigh(const uint8_t* unit, int64_t size, int64_t first) {
+    if (__builtin_expect(size != kUnitBytes, 0)) return LoadHighTail(unit, size, first);
+    const auto part = [=](int f) {
+      uint32_t bits;
+      std::memcpy(&bits, unit + f * (kUnitBytes / 8) + first / 8, sizeof bits);
+      return bits;
+    };
+    return {{part(0), part(1), part(2), part(3)}};
+  }
+  static __attribute__((noinline)) High LoadHighTail(const uint8_t* unit, int64_t size,
+                                                     int64_t first) {
+    const auto part = [=](int f) {
+      return static_cast<uint32_t>(HighBits(unit, size, first, f, kStep));
+    };
+    return {{part(0), part(1), part(2), part(3)}};
+  }
+  template <int f>
+  static I AddHigh(I codes, const High& high) {
+    const I each = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const I bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
+    const I word = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(high.bits[f])), each);
+    const I set = _mm256_cmpeq_epi8(And(word, bit), bit);
+    return Or(codes, And(set, SetBytes(4)));
   }
 
   // Codes below 16 in at most four planes: 4 * 2 * 15 * 127 fits 16 bits.
@@ -115,7 +136,7 @@ struct Avx2 {
   }
   // Always inlined: GCC takes a function that only prefetches for one without effect, and drops it.
   static inline __attribute__((always_inline)) void Prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
   }
 
   static uint32_t LargestBits16(const float* x) {

@@ -12,6 +12,7 @@
 
 #include <immintrin.h>
 
+#include "bits.h"
 #include "half.h"
 #include "prepare_template.h"
 
@@ -31,21 +32,8 @@ struct Avx512 {
   static I LoadPartial(const uint8_t* p, int64_t count) {
     return _mm512_maskz_loadu_epi8((1ull << count) - 1, p);
   }
-  static I Nibbles(__m256i bytes) {
-    const I wide = _mm512_cvtepu8_epi16(bytes);
-    return And(Or(wide, _mm512_slli_epi16(wide, 4)), SetBytes(0x0f));
-  }
-  static I LoadNibbles(const uint8_t* p) {
-    return Nibbles(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static I LoadNibblesPartial(const uint8_t* p, int64_t count) {
-    return Nibbles(_mm256_maskz_loadu_epi8(static_cast<__mmask32>((1ull << count) - 1), p));
-  }
   static I SetBytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
   static I And(I a, I b) { return _mm512_and_si512(a, b); }
-  static I Or(I a, I b) { return _mm512_or_si512(a, b); }
-  template <int bits>
-  static I Shl(I a) { return _mm512_slli_epi32(a, bits); }
   template <int bits>
   static I Shr(I a) {
     if constexpr (bits == 0) return a;
@@ -64,6 +52,30 @@ struct Avx512 {
           field, _mm512_setr_ps(0, 1, 2, 3, 4 & m, 5 & m, 6 & m, 7 & m, 8 & m, 9 & m, 10 & m, 11 & m,
                                 12 & m, 13 & m, 14 & m, 15 & m));
     }
+  }
+  // The permutation that Field uses, on codes below 16.
+  template <int index>
+  static F SmallByte(I a) {
+    return _mm512_permutexvar_ps(Shr<8 * index>(a), _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+                                                                  11, 12, 13, 14, 15));
+  }
+
+  // The high bits of the 64 bytes: a unit, whose words are masks as they are.
+  struct High {
+    __mmask64 bits[4];
+  };
+  static High LoadHigh(const uint8_t* unit, int64_t size, int64_t) {
+    if (__builtin_expect(size != kUnitBytes, 0)) return LoadHighTail(unit, size);
+    const auto word = [unit](int f) { return static_cast<__mmask64>(LoadWord(unit + 8 * f)); };
+    return {{word(0), word(1), word(2), word(3)}};
+  }
+  static __attribute__((noinline)) High LoadHighTail(const uint8_t* unit, int64_t size) {
+    const auto bits = [=](int f) { return HighBits(unit, size, 0, f, kStep); };
+    return {{bits(0), bits(1), bits(2), bits(3)}};
+  }
+  template <int f>
+  static I AddHigh(I codes, const High& high) {
+    return _mm512_mask_add_epi8(codes, high.bits[f], codes, SetBytes(4));
   }
 
   static Acc ZeroAcc() { return _mm512_setzero_si512(); }
@@ -94,13 +106,19 @@ struct Avx512 {
     return _mm512_permutexvar_ps(index, LoadF(blocks + step * kLanes / lanes));
   }
   static F LoadParameter(const void* p, bool half, int64_t at, int64_t count) {
+    if (__builtin_expect(count < kLanes, 0)) return LoadParameterTail(p, half, at, count);
+    if (!half) return LoadF(static_cast<const float*>(p) + at);
+    const uint16_t* from = static_cast<const uint16_t*>(p) + at;
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static F LoadParameterTail(const void* p, bool half, int64_t at, int64_t count) {
     const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
     if (!half) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + at);
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + at));
   }
   // Always inlined: GCC takes a function that only prefetches for one without effect, and drops it.
   static inline __attribute__((always_inline)) void Prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
   }
 
   static uint32_t LargestBits16(const float* x) {

@@ -5,8 +5,8 @@
 // the standard library is called, only intrinsics and memory functions.
 //
 // V provides: I (32-bit lanes of codes), F (float lanes), Acc (integer sums), kStep bytes, kTileM
-// columns of the fp32 tile, kInt8M of the int8 tile; Load, LoadPartial, LoadNibbles,
-// LoadNibblesPartial, And, Or, Shl<n>, Shr<n>, Field<width, index>; ZeroAcc, Dot, SumAcc, DotBytes;
+// columns of the fp32 tile, kInt8M of the int8 tile; Load, LoadPartial, And, Shr<n>,
+// Field<width, index>, SmallByte<index>; High, LoadHigh, AddHigh<f>; ZeroAcc, Dot, SumAcc, DotBytes;
 // ZeroF, LoadF, StoreF, Mul, Add, Sub, Negate, Fma, Reduce, LaneValues,
 // BlockValues<lanes of a block>, LoadParameter, Prefetch;
 // LargestBits16, Quantize16; Widen, Narrow.
@@ -34,65 +34,67 @@ inline __attribute__((always_inline)) void Unroll(Function&& f) {
   }
 }
 
-// How a step's bytes become codes. A step is kVectors vectors of kField-bit fields; byte i, field k
-// of vector v holds code i * kPerByte + k * kVectors + v of the step.
+// How far ahead memory is asked for, in bytes. DRAM pages and the hardware prefetcher both end at 4
+// KiB, so codes are asked for from the page after; scales and zero-points are read at a fraction of
+// the speed. Measured with the weights out of cache (benchmarks/ort_layers.py).
+constexpr int64_t kCodesAhead = 6144;
+constexpr int64_t kParametersAhead = 2048;
+
+// How a step's bytes become codes. A step is a vector of kField-bit fields; byte i, field f holds
+// code i * kPerByte + f of the step. 3-bit codes are 2-bit fields with a plane of high bits: see
+// kUnitBytes.
 template <class V, int bits>
 struct Codec {
   using I = typename V::I;
-  static constexpr int kVectors = bits == 3 ? 2 : 1;
-  static constexpr int kField = bits == 3 ? 4 : bits;
-  static constexpr int kByteFields = 8 / kField;
+  static constexpr int kField = bits == 3 ? 2 : bits;
+  static constexpr int kPerByte = 8 / kField;
   static constexpr int kLaneFields = 32 / kField;
-  static constexpr int kPerByte = kVectors * kByteFields;
   static constexpr int kCodes = V::kStep * kPerByte;
 
-  // Codes 4i and 4i + 2 of byte i into the nibbles of v[0], 4i + 1 and 4i + 3 into those of v[1];
-  // `high` has the four high bits of byte i in its low nibble.
-  static inline __attribute__((always_inline)) void Merge(I low, I high, I (&v)[kVectors]) {
-    const I two = V::SetBytes(0x33), bit2 = V::SetBytes(0x04), bit6 = V::SetBytes(0x40);
-    v[0] = V::Or(V::And(low, two), V::Or(V::And(V::template Shl<2>(high), bit2),
-                                         V::And(V::template Shl<4>(high), bit6)));
-    v[1] = V::Or(V::And(V::template Shr<2>(low), two),
-                 V::Or(V::And(V::template Shl<1>(high), bit2),
-                       V::And(V::template Shl<3>(high), bit6)));
-  }
+  // What a step has loaded.
+  struct Bytes {
+    I low;
+    typename V::High high;  // of 3 bits
+  };
 
-  static inline __attribute__((always_inline)) void Load(const uint8_t* low, const uint8_t* high,
-                                                         I (&v)[kVectors]) {
+  // Field f of each byte, as a byte.
+  template <int f>
+  static inline __attribute__((always_inline)) I ByteCodes(const Bytes& v) {
+    const I codes = V::And(V::template Shr<f * kField>(v.low), V::SetBytes((1 << kField) - 1));
     if constexpr (bits == 3) {
-      Merge(V::Load(low), V::LoadNibbles(high), v);
+      return V::template AddHigh<f>(codes, v.high);
     } else {
-      v[0] = V::Load(low);
-    }
-  }
-
-  // The same with `count` bytes of the low part left in the row; reads no byte past them.
-  static inline __attribute__((always_inline)) void LoadPartial(const uint8_t* low,
-                                                                const uint8_t* high, int64_t count,
-                                                                I (&v)[kVectors]) {
-    if constexpr (bits == 3) {
-      Merge(V::LoadPartial(low, count), V::LoadNibblesPartial(high, count / 2), v);
-    } else {
-      v[0] = V::LoadPartial(low, count);
+      return codes;
     }
   }
 
   // Sums of code times activation in each lane, exact: x in the order of the planes of a step.
-  static inline __attribute__((always_inline)) typename V::F Dot(const I (&v)[kVectors],
-                                                                 const int8_t* x) {
+  static inline __attribute__((always_inline)) typename V::F Dot(const Bytes& v, const int8_t* x) {
     if constexpr (bits == 8) {
-      return V::DotBytes(v[0], x);
+      return V::DotBytes(v.low, x);
     } else {
       typename V::Acc acc = V::ZeroAcc();
-      const I mask = V::SetBytes((1 << kField) - 1);
-      Unroll<kVectors>([&](auto vector) {
-        Unroll<kByteFields>([&](auto field) {
-          constexpr int plane = vector.k * kByteFields + field.k;
-          const I codes = V::And(V::template Shr<field.k * kField>(v[vector.k]), mask);
-          acc = V::Dot(acc, codes, x + plane * V::kStep);
-        });
+      Unroll<kPerByte>([&](auto f) {
+        acc = V::Dot(acc, ByteCodes<f.k>(v), x + f.k * V::kStep);
       });
       return V::SumAcc(acc);
+    }
+  }
+
+  // Calls use(Index<slot>, codes as floats) for the fields of a lane, slot by slot.
+  template <class Use>
+  static inline __attribute__((always_inline)) void EachField(const Bytes& v, Use&& use) {
+    if constexpr (bits == 3) {
+      Unroll<kPerByte>([&](auto f) {
+        const I codes = ByteCodes<f.k>(v);
+        Unroll<4>([&](auto byte) {
+          use(Index<byte.k * kPerByte + f.k>{}, V::template SmallByte<byte.k>(codes));
+        });
+      });
+    } else {
+      Unroll<kLaneFields>([&](auto field) {
+        use(field, V::template Field<kField, field.k>(v.low));
+      });
     }
   }
 };
@@ -100,6 +102,7 @@ struct Codec {
 // A row of codes, walked step by step.
 template <class V, int bits>
 struct RowReader {
+  using Bytes = typename Codec<V, bits>::Bytes;
   const uint8_t* low;
   const uint8_t* high;
   int64_t bytes;  // of the low part
@@ -109,22 +112,37 @@ struct RowReader {
     bytes = job.layer->low_bytes();
     high = low + bytes;
   }
-  inline __attribute__((always_inline)) void Step(
-      int64_t step, typename V::I (&v)[Codec<V, bits>::kVectors]) const {
+  // Reads no byte past the row.
+  inline __attribute__((always_inline)) Bytes Step(int64_t step) const {
     const int64_t at = step * V::kStep;
-    if (__builtin_expect(at + V::kStep <= bytes, 1)) {
-      Codec<V, bits>::Load(low + at, high + at / 2, v);
-    } else {
-      Codec<V, bits>::LoadPartial(low + at, high + at / 2, bytes - at, v);
+    Bytes v;
+    const bool whole = __builtin_expect(at + V::kStep <= bytes, 1);
+    v.low = whole ? V::Load(low + at) : V::LoadPartial(low + at, bytes - at);
+    if constexpr (bits == 3) {
+      const int64_t first = at % kUnitBytes, unit = at - first;
+      const int64_t left = bytes - unit;
+      const int64_t size = left < kUnitBytes ? left : kUnitBytes;
+      v.high = V::LoadHigh(high + unit / 2, size, first);
     }
+    return v;
   }
-  // DRAM pages and the hardware prefetcher both end at 4 KiB; asking that far ahead bridges rows.
   inline __attribute__((always_inline)) void Prefetch(int64_t step) const {
-    const int64_t at = step * V::kStep + 4096;
-    V::Prefetch(low + at);
-    if constexpr (bits == 3) V::Prefetch(high + step * V::kStep / 2 + 4096);
+    V::Prefetch(low + step * V::kStep + kCodesAhead);
+    if constexpr (bits == 3) V::Prefetch(high + step * V::kStep / 2 + kCodesAhead);
   }
 };
+
+// Asks for scales and zero-points, as many as row n has, kParametersAhead of it.
+template <class V>
+inline void PrefetchParameters(const Job& job, int64_t n) {
+  const int64_t width = job.half_parameters ? 2 : 4;
+  const int64_t bytes = job.layer->groups * width;
+  const int64_t begin = n * bytes + kParametersAhead;
+  for (int64_t at = 0; at < bytes; at += 64) {
+    V::Prefetch(static_cast<const uint8_t*>(job.scale) + begin + at);
+    V::Prefetch(static_cast<const uint8_t*>(job.zero_point) + begin + at);
+  }
+}
 
 // Scales of groups [begin, end) of row n as floats, and scale * zero_point; zeros behind them.
 template <class V>
@@ -133,14 +151,11 @@ inline void ExpandGroups(const Job& job, int64_t n, int64_t begin, int64_t end, 
   const int64_t groups = job.layer->groups;
   const int64_t base = n * groups;
   const bool half = job.half_parameters;
-  const int64_t ahead = 2 * groups;  // two rows: these streams are short, each row opens new lines
+  if (begin == 0) PrefetchParameters<V>(job, n);
   for (int64_t g = begin; g < end; g += V::kLanes) {
-    const int64_t left = end - g < V::kLanes ? end - g : V::kLanes;
+    const int64_t left = end - g;
     const auto s = V::LoadParameter(job.scale, half, base + g, left);
     const auto z = V::LoadParameter(job.zero_point, half, base + g, left);
-    const int64_t width = half ? 2 : 4;
-    V::Prefetch(static_cast<const uint8_t*>(job.scale) + (base + g + ahead) * width);
-    V::Prefetch(static_cast<const uint8_t*>(job.zero_point) + (base + g + ahead) * width);
     V::StoreF(scale + g, s);
     V::StoreF(product + g, V::Mul(s, z));
   }
@@ -181,8 +196,7 @@ inline void Int8Tile(const Job& job, int64_t n, int64_t m, const float* const (&
       RowReader<V, bits> reader = first;
       reader.low += r.k * row_bytes;
       reader.high += r.k * row_bytes;
-      typename V::I v[C::kVectors];
-      reader.Step(step, v);
+      const auto v = reader.Step(step);
       reader.Prefetch(step);
       const auto s = V::LaneValues(scale[r.k], job.steps, step);
       Unroll<tall>([&](auto c) {
@@ -203,24 +217,18 @@ inline void Int8Tile(const Job& job, int64_t n, int64_t m, const float* const (&
 
 // For one row of x, int8: scale times activation scale of each block of weight row n to `combined`,
 // `groups` is room for scales. Returns what ZeroPointTerm does.
-template <class V>
+template <class V, bool half>
 inline typename V::F CombineScales(const Job& job, int64_t n, float* groups, float* combined) {
   const int64_t count = job.layer->groups, base = n * count;
-  const bool half = job.half_parameters, same = job.plan.blocks == count;
-  const int64_t width = half ? 2 : 4, ahead = 2 * count;
+  const bool same = job.plan.blocks == count;
+  PrefetchParameters<V>(job, n);
   auto zero = V::ZeroF();
   for (int64_t g = 0; g < count; g += V::kLanes) {
-    const int64_t left = count - g < V::kLanes ? count - g : V::kLanes;
+    const int64_t left = count - g;
     const auto s = V::LoadParameter(job.scale, half, base + g, left);
     const auto z = V::LoadParameter(job.zero_point, half, base + g, left);
-    V::Prefetch(static_cast<const uint8_t*>(job.scale) + (base + g + ahead) * width);
-    V::Prefetch(static_cast<const uint8_t*>(job.zero_point) + (base + g + ahead) * width);
     zero = V::Fma(V::Mul(s, z), V::LoadF(job.group_sum + g), zero);
-    if (same) {
-      V::StoreF(combined + g, V::Mul(s, V::LoadF(job.block_scale + g)));
-    } else {
-      V::StoreF(groups + g, s);
-    }
+    V::StoreF(same ? combined + g : groups + g, same ? V::Mul(s, V::LoadF(job.block_scale + g)) : s);
   }
   if (!same) {
     for (int64_t i = 0; i < 16; i += V::kLanes) V::StoreF(groups + count + i, V::ZeroF());
@@ -243,8 +251,7 @@ inline void Int8Row(const Job& job, int64_t n, const float* combined, typename V
   const int64_t steps = job.plan.steps;
   auto acc = V::Negate(zero);
   for (int64_t step = 0; step < steps; ++step) {
-    typename V::I v[C::kVectors];
-    reader.Step(step, v);
+    const auto v = reader.Step(step);
     reader.Prefetch(step);
     const auto dot = C::Dot(v, job.quantized + step * C::kCodes);
     acc = V::Fma(dot, V::template BlockValues<kLanesPerBlock>(combined, step), acc);
@@ -254,15 +261,15 @@ inline void Int8Row(const Job& job, int64_t n, const float* combined, typename V
 
 // All weight rows against the one row of x, int8. The scales of a row are combined one row ahead:
 // their loads are in flight, and their stores done, when the loop over codes needs them.
-template <class V, int bits, int block>
+template <class V, int bits, int block, bool half>
 void Int8Rows(const Job& job, int64_t begin, int64_t end, float* scratch) {
   float* groups = scratch;
   float* buffers[2] = {groups + job.plan.group_floats,
                        groups + job.plan.group_floats + job.plan.block_floats};
-  auto zero = CombineScales<V>(job, begin, groups, buffers[0]);
+  auto zero = CombineScales<V, half>(job, begin, groups, buffers[0]);
   for (int64_t n = begin; n < end; ++n) {
     auto next = zero;
-    if (n + 1 < end) next = CombineScales<V>(job, n + 1, groups, buffers[(n - begin + 1) % 2]);
+    if (n + 1 < end) next = CombineScales<V, half>(job, n + 1, groups, buffers[(n - begin + 1) % 2]);
     Int8Row<V, bits, block>(job, n, buffers[(n - begin) % 2], zero);
     zero = next;
   }
@@ -277,22 +284,17 @@ inline void Fp32Row(const Job& job, int64_t n, const float* scale, const float* 
   typename V::F acc[tall];
   for (auto& value : acc) value = V::ZeroF();
   for (int64_t step = 0; step < steps; ++step) {
-    typename V::I v[C::kVectors];
-    reader.Step(step, v);
+    const auto v = reader.Step(step);
     reader.Prefetch(step);
     const auto s = V::LaneValues(scale, job.steps, step);
     // Two sums each, so that the chain of additions is half as long.
     typename V::F even[tall], odd[tall];
     for (int c = 0; c < tall; ++c) even[c] = odd[c] = V::ZeroF();
     const float* x = job.permuted + step * C::kCodes;
-    Unroll<C::kVectors>([&](auto vector) {
-      Unroll<C::kLaneFields>([&](auto field) {
-        constexpr int slot = vector.k * C::kLaneFields + field.k;
-        const auto code = V::template Field<C::kField, field.k>(v[vector.k]);
-        Unroll<tall>([&](auto c) {
-          auto& sum = slot % 2 ? odd[c.k] : even[c.k];
-          sum = V::Fma(code, V::LoadF(x + c.k * job.plan.prepared() + slot * V::kLanes), sum);
-        });
+    C::EachField(v, [&](auto slot, typename V::F code) {
+      Unroll<tall>([&](auto c) {
+        auto& sum = slot.k % 2 ? odd[c.k] : even[c.k];
+        sum = V::Fma(code, V::LoadF(x + c.k * job.plan.prepared() + slot.k * V::kLanes), sum);
       });
     });
     for (int c = 0; c < tall; ++c) acc[c] = V::Fma(V::Add(even[c], odd[c]), s, acc[c]);
@@ -374,17 +376,12 @@ inline void Dequantize(const Job& job, int64_t n, int64_t begin, int64_t end, co
   using C = Codec<V, bits>;
   const RowReader<V, bits> reader(job, n);
   for (int64_t step = begin; step < end; ++step) {
-    typename V::I v[C::kVectors];
-    reader.Step(step, v);
+    const auto v = reader.Step(step);
     reader.Prefetch(step);
     const auto s = V::LaneValues(scale, job.steps, step);
     const auto offset = V::Negate(V::LaneValues(product, job.steps, step));
-    Unroll<C::kVectors>([&](auto vector) {
-      Unroll<C::kLaneFields>([&](auto field) {
-        constexpr int slot = vector.k * C::kLaneFields + field.k;
-        const auto code = V::template Field<C::kField, field.k>(v[vector.k]);
-        V::StoreF(out + slot * V::kLanes, V::Fma(code, s, offset));
-      });
+    C::EachField(v, [&](auto slot, typename V::F code) {
+      V::StoreF(out + slot.k * V::kLanes, V::Fma(code, s, offset));
     });
     out += C::kCodes;
   }
@@ -454,8 +451,13 @@ void Fp32Many(const Job& job, int64_t begin, int64_t end, float* scratch) {
 template <class V, int bits>
 void RunBits(const Job& job, int64_t begin, int64_t end, float* scratch) {
   if (job.rows == 1 && job.layer->int8) {
-    return job.layer->block() == 32 ? Int8Rows<V, bits, 32>(job, begin, end, scratch)
-                                    : Int8Rows<V, bits, 16>(job, begin, end, scratch);
+    const bool half = job.half_parameters;
+    if (job.layer->block() == 32) {
+      return half ? Int8Rows<V, bits, 32, true>(job, begin, end, scratch)
+                  : Int8Rows<V, bits, 32, false>(job, begin, end, scratch);
+    }
+    return half ? Int8Rows<V, bits, 16, true>(job, begin, end, scratch)
+                : Int8Rows<V, bits, 16, false>(job, begin, end, scratch);
   }
   switch (job.rows) {
     case 1: return RunFew<V, bits, 1>(job, begin, end, scratch);

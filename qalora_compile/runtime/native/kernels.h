@@ -22,6 +22,10 @@ namespace qalora {
 constexpr int64_t kMaxBlockRows = 128;
 // Rows of weights that one task of the thread pool takes.
 constexpr int64_t kTaskRows = 64;
+// 3-bit rows have 2-bit codes first, then a plane with the high bits. Its unit covers so many bytes
+// of the low part (the last of a row may cover fewer, a multiple of 4): for u bytes, bit f * u + i of
+// the unit is the high bit of field f of byte i. So the bits of one field lie together, as a mask.
+constexpr int64_t kUnitBytes = 64;
 // Weights that the fp32 tile holds of each of its four rows: 16 KiB in all, half of a small L1.
 constexpr int64_t kTileCodes = 1024;
 // Floats by which per-group buffers are longer than L, so that vector loads stay inside. The slot at

@@ -6,6 +6,7 @@
 
 #include <arm_neon.h>
 
+#include "bits.h"
 #include "half.h"
 #include "prepare_template.h"
 
@@ -27,21 +28,9 @@ struct Neon {
     std::memcpy(bytes, p, count);
     return vld1q_u8(bytes);
   }
-  static I LoadNibbles(const uint8_t* p) {
-    const uint8x8_t bytes = vld1_u8(p);
-    const uint8x8x2_t pair = vzip_u8(vand_u8(bytes, vdup_n_u8(0x0f)), vshr_n_u8(bytes, 4));
-    return vcombine_u8(pair.val[0], pair.val[1]);
-  }
-  static I LoadNibblesPartial(const uint8_t* p, int64_t count) {
-    uint8_t bytes[8] = {};
-    std::memcpy(bytes, p, count);
-    return LoadNibbles(bytes);
-  }
   static I SetBytes(int value) { return vdupq_n_u8(static_cast<uint8_t>(value)); }
   static I And(I a, I b) { return vandq_u8(a, b); }
   static I Or(I a, I b) { return vorrq_u8(a, b); }
-  template <int bits>
-  static I Shl(I a) { return vshlq_n_u8(a, bits); }
   template <int bits>
   static I Shr(I a) {
     if constexpr (bits == 0) {
@@ -55,6 +44,36 @@ struct Neon {
     uint32x4_t word = vreinterpretq_u32_u8(a);
     if constexpr (index > 0) word = vshrq_n_u32(word, width * index);
     return vcvtq_f32_u32(vandq_u32(word, vdupq_n_u32((1u << width) - 1)));
+  }
+  template <int index>
+  static F SmallByte(I a) { return Field<8, index>(a); }
+
+  // The high bits of the 16 bytes, a half word for each field.
+  struct High {
+    uint16_t bits[4];
+  };
+  static High LoadHigh(const uint8_t* unit, int64_t size, int64_t first) {
+    if (__builtin_expect(size != kUnitBytes, 0)) return LoadHighTail(unit, size, first);
+    const auto part = [=](int f) {
+      uint16_t bits;
+      std::memcpy(&bits, unit + f * (kUnitBytes / 8) + first / 8, sizeof bits);
+      return bits;
+    };
+    return {{part(0), part(1), part(2), part(3)}};
+  }
+  static __attribute__((noinline)) High LoadHighTail(const uint8_t* unit, int64_t size,
+                                                     int64_t first) {
+    const auto part = [=](int f) {
+      return static_cast<uint16_t>(HighBits(unit, size, first, f, kStep));
+    };
+    return {{part(0), part(1), part(2), part(3)}};
+  }
+  template <int f>
+  static I AddHigh(I codes, const High& high) {
+    const uint8x8_t bit = vcreate_u8(0x8040201008040201ull);
+    const uint8x16_t word = vcombine_u8(vdup_n_u8(static_cast<uint8_t>(high.bits[f])),
+                                        vdup_n_u8(static_cast<uint8_t>(high.bits[f] >> 8)));
+    return Or(codes, And(vtstq_u8(word, vcombine_u8(bit, bit)), SetBytes(4)));
   }
 
   // Codes below 128 are the same as signed bytes.

@@ -87,12 +87,10 @@ inline void PrepareInt8(const Job& job, int64_t row, float* scratch) {
   if (job.lane_scale) SpreadBlocks<V, bits>(job, row);
   int8_t* out = job.quantized + row * job.plan.prepared();
   for (int64_t step = 0; step < job.plan.steps; ++step) {
-    for (int vector = 0; vector < C::kVectors; ++vector) {
-      for (int field = 0; field < C::kByteFields; ++field) {
-        const int8_t* from = codes + step * C::kCodes + field * C::kVectors + vector;
-        for (int i = 0; i < V::kStep; ++i) out[i] = from[i * C::kPerByte];
-        out += V::kStep;
-      }
+    for (int field = 0; field < C::kPerByte; ++field) {
+      const int8_t* from = codes + step * C::kCodes + field;
+      for (int i = 0; i < V::kStep; ++i) out[i] = from[i * C::kPerByte];
+      out += V::kStep;
     }
   }
 }
@@ -133,13 +131,9 @@ inline void PrepareFp32(const Job& job, int64_t row) {
       if (left > 0) std::memcpy(padded, from, left * sizeof(float));
       from = padded;
     }
-    for (int vector = 0; vector < C::kVectors; ++vector) {
-      for (int field = 0; field < C::kLaneFields; ++field) {
-        const int offset = field / C::kByteFields * C::kPerByte +
-                           field % C::kByteFields * C::kVectors + vector;
-        for (int lane = 0; lane < V::kLanes; ++lane) {
-          *out++ = from[lane * 4 * C::kPerByte + offset];
-        }
+    for (int field = 0; field < C::kLaneFields; ++field) {
+      for (int lane = 0; lane < V::kLanes; ++lane) {
+        *out++ = from[lane * C::kLaneFields + field];
       }
     }
   }

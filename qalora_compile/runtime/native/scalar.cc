@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "bits.h"
 #include "half.h"
 #include "prepare_template.h"
 
@@ -24,21 +25,32 @@ struct Scalar {
     return word;
   }
   static I Load(const uint8_t* p) { return LoadPartial(p, 4); }
-  static I LoadNibblesPartial(const uint8_t* p, int64_t count) {
-    const I word = LoadPartial(p, count);
-    return (word & 0xf) | (word & 0xf0) << 4 | (word & 0xf00) << 8 | (word & 0xf000) << 12;
-  }
-  static I LoadNibbles(const uint8_t* p) { return LoadNibblesPartial(p, 2); }
   static I SetBytes(int value) { return static_cast<I>(value) * 0x01010101u; }
   static I And(I a, I b) { return a & b; }
-  static I Or(I a, I b) { return a | b; }
-  template <int bits>
-  static I Shl(I a) { return a << bits; }
   template <int bits>
   static I Shr(I a) { return a >> bits; }
   template <int width, int index>
   static F Field(I a) {
     return static_cast<float>((a >> (width * index)) & ((1u << width) - 1));
+  }
+  template <int index>
+  static F SmallByte(I a) { return Field<8, index>(a); }
+
+  // The high bits of the four bytes, a nibble for each field.
+  struct High {
+    uint32_t bits[4];
+  };
+  static High LoadHigh(const uint8_t* unit, int64_t size, int64_t first) {
+    High high;
+    for (int f = 0; f < 4; ++f) {
+      high.bits[f] = static_cast<uint32_t>(HighBits(unit, size, first, f, kStep));
+    }
+    return high;
+  }
+  template <int f>
+  static I AddHigh(I codes, const High& high) {
+    const uint32_t bits = high.bits[f];
+    return codes | ((bits & 1) | (bits & 2) << 7 | (bits & 4) << 14 | (bits & 8) << 21) << 2;
   }
 
   static Acc ZeroAcc() { return 0; }
