@@ -11,6 +11,7 @@ is measured in this run; the exit code is 1 if one of the checks fails.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -25,7 +26,7 @@ from torch import Tensor
 import qalora_compile as qc
 from qalora_compile.capture.source import Source, load_source
 from qalora_compile.cli.ui import Steps, megabytes, print_summary, steps
-from qalora_compile.runtime import LanguageModel, open_session
+from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
 from qalora_compile.training import FitSpec, Metrics, evaluate, fit, load_examples
 from qalora_compile.training.data import IGNORED, Example
 from qalora_compile.training.evaluate import Forward, logits_of, program_forward
@@ -122,18 +123,39 @@ def run(options: argparse.Namespace, size: Size, results: Results, shown: Steps)
     edge, plain = out / "model.onnx", out / "float.onnx"
     overwrite = qc.ExportSpec(overwrite=True)
     exported = qc.export_model(folded, edge, overwrite)
-    floating = qc.export_model(original, plain, qc.ExportSpec(overwrite=True, allow_unfolded=True))
+    unfolded = qc.ExportSpec(overwrite=True, allow_unfolded=True)
+    floating = qc.export_model(original, plain, unfolded)
+    stock = dataclasses.replace(unfolded, target="ort-stock")
+    qc.export_model(program, out / "unmerged.onnx", stock)
     source.tokenizer.save_pretrained(out)
-    report = qc.verify_equivalence(folded, edge, calls, TOLERANCE)
-    results.check("ONNX Runtime equals folded", report.passed)
-    results.rows["largest difference, folded and ONNX Runtime"] = f"{report.max_abs:.2g}"
-    int4, fp32 = LanguageModel(open_session(edge)), LanguageModel(open_session(plain))
+    check_kernels(results, folded, edge, calls)
+    int4 = LanguageModel(open_session(edge))
     compare_metrics(results, folded, int4, held_out, choices)
     compare_greedy(results, source, folded, int4, held_out, size)
     results.rows["size, float32 → INT4"] = (
         f"{megabytes(floating.size_bytes)} → {megabytes(exported.size_bytes)}"
     )
-    compare_speed(results, int4, fp32, size)
+    variants = {
+        "float32": open_session(plain),
+        "adapters unmerged, stock kernels": open_session(out / "unmerged.onnx"),
+        "merged, stock kernels": open_session(edge, library=False),
+    }
+    if kernel_level() is not None:
+        variants["merged, operator library"] = int4.session
+    compare_speed(results, {name: LanguageModel(s) for name, s in variants.items()}, size)
+
+
+def check_kernels(
+    results: Results, folded: qc.Program, edge: Path, calls: list[dict[str, Tensor]]
+) -> None:
+    """The one file on stock kernels, and with the operator library where it was built."""
+    kernels: dict[str, Path | None] = {"stock kernels": None}
+    if kernel_level() is not None:
+        kernels[f"operator library ({kernel_level()})"] = library_path()
+    for name, library in kernels.items():
+        report = qc.verify_equivalence(folded, edge, calls, TOLERANCE, library=library)
+        results.check(f"ONNX Runtime equals folded, {name}", report.passed)
+        results.rows[f"largest difference, folded and {name}"] = f"{report.max_abs:.2g}"
 
 
 def load_data(
@@ -218,22 +240,22 @@ def compare_greedy(
     results.check("greedy equal", same == len(reference))
 
 
-def compare_speed(results: Results, int4: LanguageModel, fp32: LanguageModel, size: Size) -> None:
-    """Tokens a second of both files, alternated in one process: medians."""
-    for name, length in (("64-token prompt", 64), ("one token", 1)):
+def compare_speed(results: Results, models: dict[str, LanguageModel], size: Size) -> None:
+    """Tokens a second of all files, alternated in one process: medians."""
+    for title, length in (("64-token prompt", 64), ("one token", 1)):
         ids = torch.randint(
             0, 1000, (1, length), generator=torch.Generator().manual_seed(0)
         ).numpy()
-        times: dict[str, list[float]] = {"fp32": [], "int4": []}
+        times: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(size.rounds + 1):
-            for label, model in (("fp32", fp32), ("int4", int4)):
+            for name, model in models.items():
                 start = time.perf_counter()
                 model.logits(ids)
-                times[label].append(time.perf_counter() - start)
-        rates = {label: length / statistics.median(t[1:]) for label, t in times.items()}
-        results.rows[f"tokens/s, {name}, float32 → INT4"] = (
-            f"{rates['fp32']:.0f} → {rates['int4']:.0f} ({rates['int4'] / rates['fp32']:.2f}×)"
-        )
+                times[name].append(time.perf_counter() - start)
+        rates = {name: length / statistics.median(t[1:]) for name, t in times.items()}
+        first = next(iter(rates.values()))
+        for name, rate in rates.items():
+            results.rows[f"tokens/s, {title}, {name}"] = f"{rate:.0f} ({rate / first:.2f}×)"
 
 
 def session_forward(model: LanguageModel) -> Forward:

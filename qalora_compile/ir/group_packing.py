@@ -6,10 +6,10 @@ Runtime's MatMulNBits: code k of a group in bits `k · bits …` of the group's 
 
 3-bit codes are split into two planes per **row**, so that a row is decoded like a 2-bit row with
 one more bit. First come the low two bits of all L · g codes of the row, four to a byte, low bits
-first. Then come the high bits, in units that each belong to 64 bytes of the first plane (256 codes;
-the last unit of a row to the u bytes that are left): bit `f · u + i` of a unit, low bits first, is
-the high bit of code `4 i + f`, so that the bits of one field of all bytes lie together. The last two
-dimensions of the packed tensor are therefore only the row's bytes cut into L equal parts; see
+first. Then come the high bits, in units that each belong to 64 bytes of the first plane (256
+codes; the last unit of a row to the u bytes that are left): bit `f · u + i` of a unit, low bits
+first, is the high bit of code `4 i + f`, so that the bits of one field of all bytes lie together.
+The last two dimensions of the packed tensor are only the row's bytes cut into L equal parts; see
 `docs/operators.md`.
 """
 
@@ -78,13 +78,13 @@ def _check(bits: int, group_size: int) -> None:
 
 
 def _by_field(values: Tensor, *, inverse: bool) -> Tensor:
-    """Reorder the high bits of rows of codes, `[N, L · g]`, from code order to that of the units."""
+    """Reorder the high bits of rows of codes, `[N, L · g]`, from code order to that of units."""
     whole = values.shape[1] // UNIT_CODES * UNIT_CODES
     parts = []
-    for part, size in ((values[:, :whole], UNIT_CODES), (values[:, whole:], None)):
-        size = part.shape[1] if size is None else size
-        if part.shape[1]:
-            units = part.unflatten(1, (-1, 4, size // 4) if inverse else (-1, size // 4, 4))
+    for part in (values[:, :whole], values[:, whole:]):
+        size = min(part.shape[1], UNIT_CODES) // 4
+        if size:
+            units = part.unflatten(1, (-1, 4, size) if inverse else (-1, size, 4))
             parts.append(units.transpose(2, 3).flatten(1))
     return torch.cat(parts, dim=1)
 
