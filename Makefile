@@ -26,7 +26,7 @@ $(VENV)/installed-dev: $(VENV)/installed-all
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
 
 .PHONY: install
 install: $(VENV)/installed-dev ## make the virtual environment, with everything
@@ -42,6 +42,14 @@ test: $(VENV)/installed-dev ## run the tests, without the slow ones
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+.PHONY: native-check
+native-check: ## run the operator library's own tests: sanitizers, fuzzer, -O3
+	scripts/check_native.sh host
+
+.PHONY: native-check-aarch64
+native-check-aarch64: ## the same for 64-bit Arm, cross-compiled, under qemu-user
+	scripts/check_native.sh aarch64
 
 .PHONY: lint
 lint: $(VENV)/installed-dev ## ruff and mypy

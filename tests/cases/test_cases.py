@@ -287,10 +287,11 @@ def test_case_09_the_fast_path(graph: bool, padded: bool) -> None:
 def test_case_10_same_input_many_readers(tmp_path: Path) -> None:
     x = torch.randn(5, 64)
     folded = qc.fold_adapters(adapted(ThreeReaders(64).eval(), (x,)))
-    lowered = lower(folded, qc.ExportSpec())
+    spec = qc.ExportSpec(target="ort-stock")
+    lowered = lower(folded, spec)
     (shared,) = [n for n in lowered.graph.nodes if n.target is GROUP_SUM]
     assert len(shared.users) == 3
-    qc.export_model(folded, tmp_path / "model.onnx")
+    qc.export_model(folded, tmp_path / "model.onnx", spec)
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
     (group_sum,) = [n for n in nodes if n.op_type == "ReduceSum"]
     readers = [n for n in nodes if group_sum.output[0] in n.input]

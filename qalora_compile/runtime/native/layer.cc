@@ -33,10 +33,14 @@ const char* Name(Type type) {
   return "another type";
 }
 
-// "[2, ?, 64]", cut off where the buffer ends.
+// "[2, ?, 64]", cut off where the buffer ends. Dimensions beyond kMaxRank are not known.
 struct ShapeText {
   char text[160] = "[";
   explicit ShapeText(const TensorInfo& info) {
+    if (info.rank > kMaxRank) {
+      std::snprintf(text, sizeof text, "of rank %lld", static_cast<long long>(info.rank));
+      return;
+    }
     size_t used = 1;
     for (int64_t i = 0; i < info.rank && used + 24 < sizeof text; ++i) {
       const char* comma = i ? ", " : "";

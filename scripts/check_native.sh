@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The operator library's own tests, in C++.
+#
+#   scripts/check_native.sh host      sanitizers: kernels and 1,000,000 fuzz cases; then -O3 kernels
+#   scripts/check_native.sh aarch64   cross-compiled; scalar and NEON kernels under qemu-user
+#
+# Tools that are missing are installed with apt-get where that is possible. Where it is not, the
+# script fails, or with QALORA_ALLOW_SKIP=1 says so and ends well.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+native=qalora_compile/runtime/native
+
+need() { # COMMAND PACKAGE ...
+    local missing=()
+    while (($#)); do
+        command -v "$1" >/dev/null || missing+=("$2")
+        shift 2
+    done
+    ((${#missing[@]})) || return 0
+    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+        { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}"; } \
+            >/dev/null 2>&1 && return 0
+    fi
+    echo "NOTICE: native tests ($mode) need these packages: ${missing[*]}" >&2
+    [[ ${QALORA_ALLOW_SKIP:-} == 1 ]] && exit 0
+    exit 2
+}
+
+build() { # FOLDER OPTION ...
+    local folder=$1
+    shift
+    cmake -S "$native" -B "build/$folder" -DQALORA_TESTS=ON "$@" >"build/$folder.log" ||
+        { cat "build/$folder.log"; return 1; }
+    cmake --build "build/$folder" --parallel 2 >>"build/$folder.log" ||
+        { cat "build/$folder.log"; return 1; }
+}
+
+mode=${1:-}
+mkdir -p build
+case $mode in
+host)
+    need cmake cmake make make g++ g++
+    build native-sanitize -DQALORA_SANITIZE=ON
+    build/native-sanitize/kernel_test
+    build/native-sanitize/fuzz 1 1000000
+    build native-plain
+    build/native-plain/kernel_test
+    ;;
+aarch64)
+    need cmake cmake make make aarch64-linux-gnu-g++ g++-aarch64-linux-gnu qemu-aarch64-static \
+        qemu-user-static
+    build native-aarch64 -DCMAKE_TOOLCHAIN_FILE="$PWD/$native/toolchains/aarch64-linux-gnu.cmake"
+    # A CPU with dot products, and one without, which must not take the NEON kernels.
+    qemu-aarch64-static -cpu max build/native-aarch64/kernel_test --quick scalar neon
+    qemu-aarch64-static -cpu max build/native-aarch64/fuzz 1 20000
+    qemu-aarch64-static -cpu cortex-a53 build/native-aarch64/kernel_test --quick
+    ;;
+*)
+    sed -n '4,5p' "$0" >&2
+    exit 2
+    ;;
+esac
