@@ -7,6 +7,7 @@ pyproject.toml shows here.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = "qalora_compile"
 TORCH = "torch==2.13.0"
+LIBRARY = "libqalora_ort.dylib" if sys.platform == "darwin" else "libqalora_ort.so"
+LOAD_LIBRARY = """
+from qalora_compile.runtime import kernel_level
+print("the operator library loads; kernels:", kernel_level())
+"""
 IMPORT_ALL = """
 import importlib, importlib.metadata, importlib.util, pkgutil, sys
 import qalora_compile
@@ -63,23 +69,48 @@ def contents_problem(names: list[str]) -> str | None:
     return None
 
 
+def build_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, str]:
+    """Build the wheel into `folder`; gives its path and what the build printed."""
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would ship what lies there
+    build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder))
+    done = subprocess.run(
+        [sys.executable, *build],
+        check=False,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}\nthe wheel does not build")
+    (wheel,) = folder.glob("*.whl")
+    return wheel, done.stdout
+
+
+def check_without_compiler(folder: Path) -> None:
+    """Where no compiler is, the wheel is built all the same, with a notice."""
+    wheel, log = build_wheel(folder, {"CXX": "no-such-compiler"})
+    names = zipfile.ZipFile(wheel).namelist()
+    if any(Path(name).name == LIBRARY for name in names) or "was NOT built" not in log:
+        raise SystemExit(f"{log}\nwithout a compiler there has to be a notice and no library")
+    print(f"{wheel.name}: without a compiler no library, and a notice", flush=True)
+
+
 def main() -> None:
     """Build, look inside, install apart, import, run the command."""
-    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would ship what lies there
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", scratch)
-        with (folder / "log").open("w+") as log:
-            done = subprocess.run(
-                [sys.executable, *build], check=False, cwd=ROOT, stdout=log, stderr=log
-            )
-            log.seek(0)
-            if done.returncode:
-                raise SystemExit(f"{log.read()}\nthe wheel does not build")
-        (wheel,) = folder.glob("*.whl")
+        for name in ("plain", "full"):
+            (folder / name).mkdir()
+        check_without_compiler(folder / "plain")
+        wheel, log = build_wheel(folder / "full", {})
         names = zipfile.ZipFile(wheel).namelist()
         if problem := contents_problem(names):
             raise SystemExit(problem)
+        library = any(Path(name).name == LIBRARY for name in names)
+        if shutil.which("c++") and not library:
+            raise SystemExit(f"{log}\nthere is a C++ compiler, and no library in the wheel")
         print(f"{wheel.name}: {len(names)} files, top-level name {PACKAGE}", flush=True)
         venv.create(folder / "venv", with_pip=True)
         binaries = folder / "venv" / "bin"
@@ -91,6 +122,8 @@ def main() -> None:
         modules = sum(name.endswith(".py") for name in names)
         run(python, "-I", "-c", IMPORT_ALL, str(modules), cwd=folder)
         run(str(binaries / "qalora-compile"), "--version", cwd=folder)
+        if library:
+            run(python, "-I", "-c", LOAD_LIBRARY, cwd=folder)
 
 
 if __name__ == "__main__":

@@ -316,3 +316,29 @@ def test_a_weight_used_twice_is_lowered_once() -> None:
     assert sum(n.target is MATMUL_NBITS for n in result.program.graph.nodes) == 3
     assert sum(n.endswith(".qweight") for n in result.program.tensors()) == 2
     assert_close(result.program(x), program(x), relative=1e-5)
+
+
+@pytest.mark.parametrize(("level", "most"), [(0, 5e-4), (4, 8e-3)])
+@pytest.mark.parametrize(("bits", "group"), [(2, 16), (3, 24), (4, 16), (4, 32), (4, 7), (8, 16)])
+@pytest.mark.parametrize("k", [64, 100])
+def test_digits_are_near(bits: int, group: int, k: int, level: int, most: float) -> None:
+    program, x = folded(bits, group, k)
+    lowering = LegalizeOrtStock(correction="digits", accuracy_level=level)
+    result = lowering(program)
+    assert "digits of" in result.changes[0].why
+    assert not any(name.endswith("correction") for name in result.program.tensors())
+    assert_close(result.program(x), program(x), relative=most)
+
+
+def test_fewer_digits_are_worse() -> None:
+    program, x = folded(4, 16, 64)
+    errors = []
+    for level in (0, 4):  # three digits, two digits
+        lowered = LegalizeOrtStock(correction="digits", accuracy_level=level)(program).program
+        errors.append(float((lowered(x) - program(x)).abs().max()))
+    assert 4 * errors[0] < errors[1]
+
+
+def test_an_unknown_correction_is_refused() -> None:
+    with pytest.raises(UserInputError, match="fp32, digits"):
+        LegalizeOrtStock(correction="float")
