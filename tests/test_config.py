@@ -109,6 +109,26 @@ def test_an_unknown_target_names_the_known_ones() -> None:
     assert isinstance(caught.value, QaloraError)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target": "onnx", "opset": 20}, "target onnx needs 21"),
+        ({"target": "onnx", "accuracy_level": 4}, "the session does"),
+        ({"target": "ort", "correction": "digits"}, "option of target ort-stock"),
+        ({"target": "ort-stock", "parameter_dtype": "float16"}, "option of target ort"),
+    ],
+)
+def test_options_of_another_target_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserInputError) as caught:
+        ExportSpec(**options)
+    assert words in str(caught.value.hint)
+
+
+def test_each_target_has_its_opset() -> None:
+    assert [ExportSpec(target=t).onnx_opset for t in ("ort", "ort-stock", "onnx")] == [20, 20, 21]
+    assert ExportSpec(opset=18).onnx_opset == 18
+
+
 def test_scaling() -> None:
     assert AdapterSpec(rank=16, alpha=32.0).scaling == 2.0
     assert AdapterSpec(rank=16, alpha=32.0, use_rslora=True).scaling == 8.0

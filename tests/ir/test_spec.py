@@ -42,10 +42,12 @@ def at_stage(stage: str) -> qc.Program:
     program = qc.fold_adapters(program)
     if stage == "folded":
         return program
-    return qc.Pipeline.parse("legalize-ort-stock,share-group-sums")(program).program
+    target = stage.partition(":")[2]
+    return qc.Pipeline.parse(f"legalize-{target},share-group-sums")(program).program
 
 
-STAGES = ["float", "annotated", "quantized", "adapted", "folded", "legalized:ort-stock"]
+TARGETS = ["legalized:ort", "legalized:ort-stock", "legalized:onnx"]
+STAGES = ["float", "annotated", "quantized", "adapted", "folded", *TARGETS]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -142,6 +144,35 @@ def test_matmul_nbits_takes_only_what_the_kernel_takes(position: int, value: int
 
     with pytest.raises(InternalError, match="MatMulNBits takes no"):
         validate(edited(at_stage("legalized:ort-stock"), edit))
+
+
+# Of a group_quant_linear in three groups of 16, and a matmul_blocks of [40, 24].
+
+KERNEL_TENSORS: dict[str, dict[str, Tensor]] = {
+    "zero-point of another shape": {"zero_point": torch.zeros(24, 2)},
+    "zero-point of another dtype": {"zero_point": torch.zeros(24, 3, dtype=torch.float16)},
+    "scale of another shape": {"scale": torch.ones(24, 4)},
+    "codes of another width": {"qweight": torch.zeros(24, 3, 9, dtype=torch.uint8)},
+    "infinite zero-point": {"zero_point": torch.full((24, 3), float("inf"))},
+}
+BLOCK_TENSORS: dict[str, dict[str, Tensor]] = {
+    "zero-point of another shape": {"zero_point": torch.zeros(24, 2, dtype=torch.uint8)},
+    "scale of another shape": {"scale": torch.ones(4, 24)},
+    "fewer codes": {"qweight": torch.zeros(24 * 16, dtype=torch.uint8)},
+    "NaN in the scale": {"scale": torch.full((3, 24), float("nan"))},
+}
+
+
+@pytest.mark.parametrize("kind", KERNEL_TENSORS)
+def test_group_quant_linear_tensors(kind: str) -> None:
+    with pytest.raises(InternalError):
+        validate(with_tensors(at_stage("legalized:ort"), **KERNEL_TENSORS[kind]))
+
+
+@pytest.mark.parametrize("kind", BLOCK_TENSORS)
+def test_matmul_blocks_tensors(kind: str) -> None:
+    with pytest.raises(InternalError):
+        validate(with_tensors(at_stage("legalized:onnx"), **BLOCK_TENSORS[kind]))
 
 
 # Operators at stages where they have no place
