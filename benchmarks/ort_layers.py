@@ -5,9 +5,6 @@ on one thread. The variants of a row are alternated inside one process, and a nu
 a variant's time to that of stock MatMulNBits (4 bits, uint8 zero-points, no adapter) of the same
 accuracy level in the same round: the median over the rounds, and the quartiles. Weights carry a
 real-valued zero-point, as a folded QA-LoRA layer has it, which the stock kernel rounds.
-
-    python benchmarks/ort_layers.py                 # all rows, a few minutes
-    python benchmarks/ort_layers.py --rows 1 --json layers.json
 """
 
 from __future__ import annotations
@@ -33,6 +30,10 @@ import torch
 from qalora_compile.ir.group_packing import pack_groups
 from qalora_compile.runtime import kernel_level, register
 
+EXAMPLES = """examples:
+  python -m benchmarks.ort_layers                 all rows, a few minutes
+  python -m benchmarks.ort_layers --rows 1 --json layers.json
+"""
 MEGABYTE = 1 << 20
 SIDE = 4096
 WIDE = 11008
@@ -291,16 +292,20 @@ def print_results(results: Sequence[Result]) -> None:
         )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128, 512], help="rows of x")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--levels", nargs="*", default=["avx2"], help="levels to force besides")
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--sides", type=int, nargs="+", default=[SIDE, WIDE], help="values of N")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     stream = bandwidth()
     machine = {
         "cpu": processor(),

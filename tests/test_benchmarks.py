@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
 
+from benchmarks import ort_layers
 from benchmarks.passes import EXPORT, NUMBERS, TOTAL, Result, main
 
 Seconds = dict[int, dict[str, float]]
@@ -33,10 +35,27 @@ def test_missed_targets_are_named(measured: Seconds, missed: list[str]) -> None:
     assert all(part in text for part, text in zip(missed, found, strict=True))
 
 
-def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["passes", "ort_layers", "ort_model"])
+def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    assert "python -m benchmarks.passes --layers" in capsys.readouterr().out.split("examples:")[1]
+        benchmark.main(["--help"])
+    examples = capsys.readouterr().out.split("examples:")[1]
+    assert f"python -m benchmarks.{name} --" in examples
+
+
+def test_a_layer_is_timed_beside_stock() -> None:
+    row = ort_layers.Row(
+        m=1,
+        k=64,
+        n=32,
+        group_size=32,
+        variants=(ort_layers.Variant(stock=True), ort_layers.Variant()),
+    )
+    stock, ours = ort_layers.time_row(row, rounds=3, cache_bytes=4096)
+    assert stock.ratio == 1.0
+    assert ours.ratio > 0
+    assert ours.reach == 0.85
 
 
 def test_bad_depths_are_refused() -> None:
