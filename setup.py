@@ -60,7 +60,10 @@ class BuildLibrary(build_ext):
     """Compile the library with the plain compiler; it is no Python extension."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Its name does not depend on the Python version."""
+        """Its name does not depend on the Python version.
+
+        It lies in a folder that is no package, so that nothing takes it for a module.
+        """
         suffix = ".dylib" if sys.platform == "darwin" else ".so"
         return str(Path(*fullname.split("."))) + suffix
 
@@ -124,7 +127,7 @@ def extensions() -> list[Extension]:
         return []
     sources = sorted(str(path) for path in NATIVE.glob("*.cc"))
     headers = sorted(str(path) for path in NATIVE.glob("*.h"))
-    return [Extension("qalora_compile.runtime.libqalora_ort", sources, depends=headers)]
+    return [Extension("qalora_compile.runtime.lib.libqalora_ort", sources, depends=headers)]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})

@@ -24,7 +24,7 @@ def library_path() -> Path:
     Raises:
         UnsupportedError: it was not built.
     """
-    path = Path(__file__).with_name(LIBRARY_NAME)
+    path = Path(__file__).parent / "lib" / LIBRARY_NAME
     if not path.is_file():
         raise UnsupportedError(
             "the custom-operator library was not built when the package was installed",
