@@ -90,6 +90,11 @@ class BuildLibrary(build_ext):
                 flush=True,
             )
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: put it into the source tree, if it was built."""
+        (ROOT / NATIVE.parent / "lib").mkdir(exist_ok=True)
+        super().copy_extensions_to_source()
+
     def _compile(self, compiler: list[str], ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         work = Path(self.build_temp) / "native"
@@ -127,7 +132,8 @@ def extensions() -> list[Extension]:
         return []
     sources = sorted(str(path) for path in NATIVE.glob("*.cc"))
     headers = sorted(str(path) for path in NATIVE.glob("*.h"))
-    return [Extension("qalora_compile.runtime.lib.libqalora_ort", sources, depends=headers)]
+    name = "qalora_compile.runtime.lib.libqalora_ort"
+    return [Extension(name, sources, depends=headers, optional=True)]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})
