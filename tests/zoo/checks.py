@@ -25,6 +25,7 @@ from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.packing import unpack_codes
 from qalora_compile.ir.pattern import match_linear
 from qalora_compile.passes.base import validating
+from qalora_compile.runtime import library_path
 from tests.models import assert_close, randomize_adapters, scale_of, worst
 from tests.zoo import eager
 from tests.zoo.entries import Entry
@@ -232,15 +233,27 @@ def _output(*words: str) -> str:
 
 
 def check_onnx(study: Study) -> float:
-    """The exported file computes what the folded program does, at a third size."""
-    path = study.folder / "model.onnx"
-    report = qc.export_model(study.folded, path, qc.ExportSpec(target="ort-stock"))
+    """The exported files compute what the folded program does, with and without the library."""
+    return max(
+        _exported(study, "ort-stock", None),
+        _exported(study, "ort", None),
+        _exported(study, "ort", library_path()),
+    )
+
+
+def _exported(study: Study, target: str, library: Path | None) -> float:
+    """The largest difference of one export, as a part of the output's scale."""
+    path = study.folder / f"{target}.onnx"
     rows = study.folded.plan.to_quantize()
-    assert report.quantized_layers == sum(site.experts or 1 for site in rows)
+    if not path.exists():
+        report = qc.export_model(study.folded, path, qc.ExportSpec(target=target))
+        assert report.quantized_layers == sum(site.experts or 1 for site in rows)
     args, kwargs = study.inputs(*EXPORT_SIZE)
     names = [leaf.name for leaf in study.folded.signature.inputs]
     call = dict(zip(names, study.folded.leaves(args, kwargs), strict=True))
-    result = qc.verify_equivalence(study.folded, path, [kwargs or args], qc.Tolerance(max_rel=1e-4))
+    result = qc.verify_equivalence(
+        study.folded, path, [kwargs or args], qc.Tolerance(max_rel=1e-4), library=library
+    )
     assert call and result.passed, str(result)
     assert len(result.sites) == len(rows)
     return max(c.max_abs / c.scale for c in result.outputs)
