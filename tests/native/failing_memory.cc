@@ -1,5 +1,6 @@
 #include "failing_memory.h"
 
+#include <cerrno>
 #include <cstddef>
 #include <new>
 
@@ -28,15 +29,15 @@ SafeMemory::~SafeMemory() { --safe; }
 // The names that --wrap gives to the function that is called instead, and to the real one.
 extern "C" {
 void* __real_malloc(size_t bytes);
-void* __real_aligned_alloc(size_t alignment, size_t bytes);
+int __real_posix_memalign(void** out, size_t alignment, size_t bytes);
 void* __real__ZnwmRKSt9nothrow_t(size_t bytes, const std::nothrow_t& tag);
 
 void* __wrap_malloc(size_t bytes) {
   return qalora_test::Fails(bytes) ? nullptr : __real_malloc(bytes);
 }
 
-void* __wrap_aligned_alloc(size_t alignment, size_t bytes) {
-  return qalora_test::Fails(bytes) ? nullptr : __real_aligned_alloc(alignment, bytes);
+int __wrap_posix_memalign(void** out, size_t alignment, size_t bytes) {
+  return qalora_test::Fails(bytes) ? ENOMEM : __real_posix_memalign(out, alignment, bytes);
 }
 
 void* __wrap__ZnwmRKSt9nothrow_t(size_t bytes, const std::nothrow_t& tag) {
