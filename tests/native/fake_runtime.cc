@@ -1,8 +1,17 @@
 #include "fake_runtime.h"
 
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <thread>
+
+#include "failing_memory.h"
 
 namespace qalora_test {
+
+const char* const kInjected = "injected fault";
+const char* const kTooLarge = "the output is too large";
+
 namespace {
 
 using namespace qalora::ort;
@@ -10,16 +19,20 @@ using namespace qalora::ort;
 int64_t alive = 0;
 int64_t until_fault = -1;
 const char* release = "1.32.0";
+uint32_t newest_table = 18;
 
 Status* Make(const char* text) {
+  const SafeMemory safe;
   ++alive;
   return new Status{text};
 }
 
 // A status where this call is the one to fail.
-Status* Fault() { return until_fault >= 0 && until_fault-- == 0 ? Make("injected fault") : nullptr; }
+Status* Fault() { return until_fault >= 0 && until_fault-- == 0 ? Make(kInjected) : nullptr; }
 
-#define FAULT_POINT() \
+// Stands first in each function that can fail.
+#define FAULT_POINT()    \
+  const SafeMemory safe; \
   if (Status* fault = Fault()) return fault
 
 Status* CreateStatus(ErrorCode, const char* message) { return Make(message); }
@@ -58,6 +71,7 @@ Status* CreateInfo(TensorShapeInfo** out) {
   FAULT_POINT();
   ++alive;
   *out = new TensorShapeInfo;
+  (*out)->owned = true;
   return nullptr;
 }
 
@@ -101,6 +115,7 @@ Status* GetTensorInfo(const Value* value, TensorShapeInfo** out) {
   FAULT_POINT();
   ++alive;
   *out = new TensorShapeInfo(value->info);
+  (*out)->owned = true;
   return nullptr;
 }
 
@@ -149,16 +164,30 @@ Status* GetInput(const KernelContext* context, size_t index, const Value** out) 
   return nullptr;
 }
 
+// Bytes of a tensor; more than `most` where it has more, or a negative dimension.
+int64_t CountBytes(ElementType type, const int64_t* dims, size_t count, int64_t most) {
+  int64_t bytes = type == kHalf ? 2 : 4;
+  for (size_t i = 0; i < count; ++i) {
+    if (dims[i] == 0) return 0;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    if (dims[i] < 0 || dims[i] > most / bytes) return most + 1;
+    bytes *= dims[i];
+  }
+  return bytes;
+}
+
 Status* GetOutput(KernelContext* context, size_t, const int64_t* dims, size_t count, Value** out) {
   FAULT_POINT();
+  constexpr int64_t kMost = 1 << 20;
   const ElementType type = context->inputs[0]->info.type;
-  int64_t bytes = type == kHalf ? 2 : 4;
-  for (size_t i = 0; i < count; ++i) bytes *= dims[i];
-  if (bytes < 0 || bytes > (int64_t{1} << 26)) return Make("the output is too large");
-  context->memory.assign(static_cast<size_t>(bytes), 0xa5);
-  context->memory.shrink_to_fit();
+  const int64_t bytes = CountBytes(type, dims, count, kMost);
+  if (bytes > kMost) return Make(kTooLarge);
+  context->memory = std::make_unique<Exact>(static_cast<size_t>(bytes));
+  // 0x7fff and 0x7fff7fff are NaNs.
+  for (int64_t i = 0; i < bytes; ++i) context->memory->data()[i] = i % 2 ? 0x7f : 0xff;
   context->output.info = {type, {dims, dims + count}, {}};
-  context->output.data = context->memory.data();
+  context->output.data = context->memory->data();
   *out = &context->output;
   return nullptr;
 }
@@ -171,6 +200,10 @@ void ReleaseType(TypeInfo* type) {
 }
 
 void ReleaseInfo(TensorShapeInfo* info) {
+  if (!info->owned) {
+    std::printf("FAILED: a description was released that belongs to the runtime\n");
+    std::abort();
+  }
   --alive;
   delete info;
 }
@@ -193,6 +226,7 @@ Status* InferInput(const InferContext* context, size_t index, TensorShapeInfo** 
   FAULT_POINT();
   const auto& inputs = context->node->inputs;
   if (index >= inputs.size() || !inputs[index]) return Make("no such input");
+  if (!inputs[index]->is_tensor) return Make("no tensor");
   *out = &inputs[index]->tensor;  // owned by the context
   return nullptr;
 }
@@ -230,10 +264,19 @@ Status* ReadAttribute(const OpAttribute* attribute, AttributeKind, void* data, s
   return nullptr;
 }
 
-Status* ParallelFor(const KernelContext*, void (*fn)(void*, size_t), size_t total, size_t,
-                    void* data) {
-  FAULT_POINT();
+void RunTasks(void (*fn)(void*, size_t), size_t total, void* data) {
   for (size_t i = total; i-- > 0;) fn(data, i);  // any order is allowed
+}
+
+Status* ParallelFor(const KernelContext* context, void (*fn)(void*, size_t), size_t total, size_t,
+                    void* data) {
+  if (Status* fault = Fault()) return fault;
+  if (!context->threads) {
+    RunTasks(fn, total, data);
+    return nullptr;
+  }
+  const SafeMemory safe;
+  std::thread(RunTasks, fn, total, data).join();
   return nullptr;
 }
 
@@ -274,7 +317,7 @@ Api MakeApi() {
 }
 
 const Api api = MakeApi();
-const Api* GetApi(uint32_t version) { return version <= 18 ? &api : nullptr; }
+const Api* GetApi(uint32_t version) { return version <= newest_table ? &api : nullptr; }
 const char* GetVersion() { return release; }
 const ApiBase base{GetApi, GetVersion};
 
@@ -283,8 +326,9 @@ const ApiBase base{GetApi, GetVersion};
 int64_t Alive() { return alive; }
 void FailCall(int64_t number) { until_fault = number; }
 
-const ApiBase* Runtime(const char* version) {
+const ApiBase* Runtime(const char* version, uint32_t newest) {
   release = version;
+  newest_table = newest;
   return &base;
 }
 

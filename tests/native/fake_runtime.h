@@ -1,7 +1,7 @@
 // As much of ONNX Runtime as ort_abi.h declares, in memory, with faults on demand.
 //
 // It hands out statuses and descriptions like the real one and counts them, so that a test can tell
-// that each came back.
+// that each came back; one that is not the library's to release ends the program.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "ort_abi.h"
+#include "support.h"
 
 namespace qalora::ort {
 
@@ -28,6 +29,7 @@ struct TensorShapeInfo {
   ElementType type = kUndefined;
   std::vector<int64_t> dims;
   std::vector<std::string> names;
+  bool owned = false;  // by the library, which has to release it
 };
 struct TypeInfo {
   TensorShapeInfo tensor;
@@ -50,7 +52,8 @@ struct KernelInfo {
 struct KernelContext {
   std::vector<std::unique_ptr<Value>> inputs;  // null where absent
   Value output;
-  std::vector<uint8_t> memory;  // of the output, at its exact size
+  std::unique_ptr<qalora_test::Exact> memory;  // of the output; NaNs until something is written
+  bool threads = false;  // whether tasks run on other threads than the call
 };
 struct InferContext {
   const KernelInfo* node = nullptr;
@@ -68,7 +71,12 @@ int64_t Alive();
 // The call, counted from now, that fails instead of doing its work; -1 for none.
 void FailCall(int64_t number);
 
-const qalora::ort::ApiBase* Runtime(const char* version);
+// Texts of the statuses that the library may pass on.
+extern const char* const kInjected;
+extern const char* const kTooLarge;  // for an output of more than 1 MiB
+
+// A runtime of that release, whose table has versions up to `newest`.
+const qalora::ort::ApiBase* Runtime(const char* version, uint32_t newest = 18);
 void Release(qalora::ort::Status* status);
 
 }  // namespace qalora_test

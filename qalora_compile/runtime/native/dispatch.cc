@@ -7,6 +7,9 @@
 #if defined(QALORA_ARM64) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(QALORA_X86)
+#include <cpuid.h>
+#endif
 
 namespace qalora {
 namespace {
@@ -30,7 +33,7 @@ struct Levels {
 #if defined(QALORA_X86)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
+        HasHalfConversions()) {
       Add(&kAvx2Kernels);
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -43,6 +46,14 @@ struct Levels {
     if (HasDotProduct()) Add(&kNeonKernels);
 #endif
   }
+
+#if defined(QALORA_X86)
+  // F16C, which __builtin_cpu_supports of older Clang does not know.
+  static bool HasHalfConversions() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  }
+#endif
 
 #if defined(QALORA_ARM64)
   static bool HasDotProduct() {

@@ -23,9 +23,11 @@ class Buffer {
   void* Get(size_t bytes) {
     if (bytes <= size_) return data_;
     std::free(data_);
+    data_ = nullptr;
     size_ = 0;
-    data_ = std::aligned_alloc(kAlignment, RoundUp(static_cast<int64_t>(bytes), kAlignment));
-    if (data_) size_ = bytes;
+    // Not aligned_alloc: Android has it only from API level 28 on.
+    if (posix_memalign(&data_, kAlignment, bytes) != 0) return data_ = nullptr;
+    size_ = bytes;
     return data_;
   }
   void Shrink() {
