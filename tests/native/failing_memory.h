@@ -1,8 +1,8 @@
 // Memory that runs out on demand.
 //
-// The linker sends the library's calls of malloc, posix_memalign and the new that does not throw here
-// (--wrap), so that a test can make any of them fail, and large ones always do: a wrong dimension
-// that gets as far as an allocation costs nothing.
+// The linker sends the library's calls of malloc, posix_memalign and the new that does not throw
+// here (--wrap), so that a test can make any of them fail, and large ones always do: a wrong
+// dimension that gets as far as an allocation costs nothing.
 #pragma once
 
 #include <cstdint>

@@ -107,7 +107,9 @@ Status* GetDims(const TensorShapeInfo* info, int64_t* dims, size_t count) {
 
 Status* GetNames(const TensorShapeInfo* info, const char** names, size_t count) {
   FAULT_POINT();
-  for (size_t i = 0; i < count; ++i) names[i] = i < info->names.size() ? info->names[i].c_str() : "";
+  for (size_t i = 0; i < count; ++i) {
+    names[i] = i < info->names.size() ? info->names[i].c_str() : "";
+  }
   return nullptr;
 }
 

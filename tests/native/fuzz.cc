@@ -219,7 +219,8 @@ bool DescribesItself(const Domain& domain) {
     const ElementType types[] = {x, kByte, parameter, parameter, x};
     if (std::strcmp(op->GetName(op), "GroupQuantLinear") != 0) return false;
     if (op->GetInputTypeCount(op) != 5 || op->GetOutputTypeCount(op) != 1) return false;
-    if (op->GetOutputType(op, 0) != x || op->GetOutputCharacteristic(op, 0) != kRequired) return false;
+    if (op->GetOutputType(op, 0) != x) return false;
+    if (op->GetOutputCharacteristic(op, 0) != kRequired) return false;
     for (size_t i = 0; i < 5; ++i) {
       if (op->GetInputType(op, i) != types[i]) return false;
       if (op->GetInputCharacteristic(op, i) != (i == 4 ? kOptional : kRequired)) return false;
@@ -244,7 +245,8 @@ bool Register(SessionOptions* options) {
   FailCall(-1);
   if (!status) return false;
   Release(status);
-  if (RegisterCustomOps(&second, Runtime("1.32.0")) || second.domain != options->domain) return false;
+  if (RegisterCustomOps(&second, Runtime("1.32.0"))) return false;
+  if (second.domain != options->domain) return false;
   return DescribesItself(*options->domain) && Alive() == 0;
 }
 

@@ -117,7 +117,8 @@ void MakeHuge(Rng* rng, FuzzCase* c) {
   const char* const names[] = {"K", "N", "group_size"};
   const std::string name = rng->Pick(names);
   const bool group = name == "group_size";
-  const int64_t value = group ? rng->Between(1 << 16, 1 << 20) * 16 : rng->Between(1 << 28, INT_MAX);
+  const int64_t low = group ? 1 << 16 : 1 << 28, high = group ? 1 << 20 : INT_MAX;
+  const int64_t value = rng->Between(low, high) * (group ? 16 : 1);
   c->node.attributes[name] = Integer(value);
   c->what += ", attribute " + name + " is " + std::to_string(value);
   c->node.inputs.clear();

@@ -57,9 +57,8 @@ std::vector<float> Floats(bool quick) {
     const double high = half == 0x7bff ? 65536.0 : HalfValue(static_cast<uint16_t>(half + 1));
     for (const double center : {low, (low + high) / 2}) {
       const float value = static_cast<float>(center);
-      for (const float near : {value, std::nextafterf(value, -1.0f), std::nextafterf(value, 1e9f)}) {
-        list.push_back(half % 2 ? near : -near);
-      }
+      const float before = std::nextafterf(value, -1.0f), behind = std::nextafterf(value, 1e9f);
+      for (const float near : {before, value, behind}) list.push_back(half % 2 ? near : -near);
     }
   }
   Rng rng(7);

@@ -33,7 +33,8 @@ float Rounded(double value, bool half) {
 }
 
 double Power(Rng* rng, int low, int high) {
-  return std::pow(10.0, static_cast<double>(rng->Between(low, high))) * (1.5 + 0.5 * rng->Uniform());
+  const double exponent = static_cast<double>(rng->Between(low, high));
+  return std::pow(10.0, exponent) * (1.5 + 0.5 * rng->Uniform());
 }
 
 double DrawX(const Spec& spec, int64_t k, Rng* rng, int* exponent) {

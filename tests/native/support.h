@@ -46,7 +46,9 @@ class Rng {
 class Exact {
  public:
   Exact(const void* from, size_t bytes, size_t offset)
-      : memory_(static_cast<uint8_t*>(std::malloc(bytes + offset))), offset_(offset), bytes_(bytes) {
+      : memory_(static_cast<uint8_t*>(std::malloc(bytes + offset))),
+        offset_(offset),
+        bytes_(bytes) {
     if (!memory_) std::abort();
     if (from && bytes) std::memcpy(data(), from, bytes);
   }
