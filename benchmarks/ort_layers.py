@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def time_row(row: Row, *, rounds: int, cache_bytes: int) -> list[Result]:
     times: dict[Variant, list[float]] = {variant: [] for variant in row.variants}
     for number in range(rounds + 1):
         for variant, (session, _) in sessions.items():
-            took = seconds(lambda session=session: session.run(None, {"x": x}))  # type: ignore[misc]
+            took = seconds(partial(session.run, None, {"x": x}))
             if number:  # the first round touches the weights for the first time
                 times[variant].append(took)
     results = []

@@ -13,6 +13,9 @@ SUPPORTED_BITS = (2, 3, 4, 8)
 METHODS = ("minmax",)
 POOLINGS = ("sum", "mean", "mean_times_groups")
 TARGETS = ("ort", "ort-stock", "onnx")
+ACCURACY_LEVELS = (0, 4)
+PARAMETER_DTYPES = ("float32", "float16")
+CORRECTIONS = ("fp32", "digits")
 
 Pooling = Literal["sum", "mean", "mean_times_groups"]
 
@@ -46,7 +49,12 @@ class Spec:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
 
 
-def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
+def one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Refuse a value that is none of those allowed.
+
+    Raises:
+        UserInputError: the value is another, or of another type.
+    """
     if value not in allowed or type(value) is not type(allowed[0]):  # 4.0 and True are no 4 and 1
         raise UserInputError(
             f"{field} is {value!r}", hint=f"use one of {', '.join(map(str, allowed))}"
@@ -74,9 +82,9 @@ class QuantSpec(Spec):
     method: str = "minmax"
 
     def __post_init__(self) -> None:
-        _one_of("bits", self.bits, SUPPORTED_BITS)
+        one_of("bits", self.bits, SUPPORTED_BITS)
         _whole("group_size", self.group_size, least=1)
-        _one_of("method", self.method, METHODS)
+        one_of("method", self.method, METHODS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +111,8 @@ class AdapterSpec(Spec):
 
     def __post_init__(self) -> None:
         _whole("rank", self.rank, least=1)
-        _one_of("pooling", self.pooling, POOLINGS)
-        _one_of("use_rslora", self.use_rslora, (True, False))
+        one_of("pooling", self.pooling, POOLINGS)
+        one_of("use_rslora", self.use_rslora, (True, False))
         _whole("seed", self.seed, least=0)
         if self.group_size is not None:
             _whole("adapter group_size", self.group_size, least=1)
@@ -173,13 +181,13 @@ class ExportSpec(Spec):
                 hint=f"use one of {', '.join(TARGETS)}",
             )
         if self.opset is not None:
-            _one_of("opset", self.opset, self.OPSETS)
+            one_of("opset", self.opset, self.OPSETS)
         if self.onnx_opset < 21 and self.target == "onnx":
             raise UserInputError(
                 f"opset is {self.opset}", hint="target onnx needs 21: DequantizeLinear in blocks"
             )
-        _one_of("parameter_dtype", self.parameter_dtype, ("float32", "float16"))
-        _one_of("correction", self.correction, ("fp32", "digits"))
+        one_of("parameter_dtype", self.parameter_dtype, PARAMETER_DTYPES)
+        one_of("correction", self.correction, CORRECTIONS)
         for field, default, target in (
             ("parameter_dtype", "float32", "ort"),
             ("correction", "fp32", "ort-stock"),
@@ -194,4 +202,4 @@ class ExportSpec(Spec):
                 f"accuracy_level is {self.accuracy_level!r} for target onnx",
                 hint="a standard model cannot say it; the session does: docs/lowering.md",
             )
-        _one_of("accuracy_level", self.accuracy_level, (0, 4))
+        one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)

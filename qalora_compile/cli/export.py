@@ -10,7 +10,13 @@ from pathlib import Path
 from qalora_compile.api import export_model, lower
 from qalora_compile.cli.folders import copy_tokenizer, load_run
 from qalora_compile.cli.ui import console, megabytes, print_summary, steps
-from qalora_compile.config import TARGETS, ExportSpec
+from qalora_compile.config import (
+    ACCURACY_LEVELS,
+    CORRECTIONS,
+    PARAMETER_DTYPES,
+    TARGETS,
+    ExportSpec,
+)
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.runtime.library import kernel_level, library_path
 
@@ -39,19 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accuracy-level",
         type=int,
         default=0,
-        choices=(0, 4),
+        choices=ACCURACY_LEVELS,
         help="0 float32, 4 int8 activations",
     )
     parser.add_argument(
         "--parameter-dtype",
         default=defaults.parameter_dtype,
-        choices=("float32", "float16"),
+        choices=PARAMETER_DTYPES,
         help="of scale and zero-point in target ort; float16 rounds them",
     )
     parser.add_argument(
         "--correction",
         default=defaults.correction,
-        choices=("fp32", "digits"),
+        choices=CORRECTIONS,
         help="of zero-points in target ort-stock; digits is faster and rounds",
     )
     parser.add_argument(

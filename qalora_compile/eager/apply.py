@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class Undo:
     """What was done to a model, to be taken back in reverse order."""
 
-    steps: list[Callable[[], None]] = field(default_factory=list)
+    steps: list[Callable[[], object]] = field(default_factory=list)
 
-    def add(self, step: Callable[[], None]) -> None:
+    def add(self, step: Callable[[], object]) -> None:
         """Remember how to take back what was just done."""
         self.steps.append(step)
 
@@ -202,7 +203,7 @@ def _replace(
         for name, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, name, new)
-                undo.add(lambda parent=parent, name=name: setattr(parent, name, old))  # type: ignore[misc]
+                undo.add(partial(setattr, parent, name, old))
 
 
 def _hold(model: nn.Module, path: str, parts: dict[str, Tensor], undo: Undo) -> None:
@@ -213,7 +214,7 @@ def _hold(model: nn.Module, path: str, parts: dict[str, Tensor], undo: Undo) -> 
         if child is None:
             child = nn.Module()
             holder.add_module(name, child)
-            undo.add(lambda holder=holder, name=name: delattr(holder, name))  # type: ignore[misc]
+            undo.add(partial(delattr, holder, name))
         if not isinstance(child, nn.Module):
             raise _taken(path, name)
         holder = child
@@ -224,7 +225,7 @@ def _hold(model: nn.Module, path: str, parts: dict[str, Tensor], undo: Undo) -> 
             raise _taken(path, part)
     register_parts(holder, parts)
     for part in PARTS:
-        undo.add(lambda part=part: delattr(holder, part))  # type: ignore[misc]
+        undo.add(partial(delattr, holder, part))
 
 
 def _taken(path: str, name: str) -> UnsupportedError:
@@ -240,4 +241,4 @@ def _freeze(model: nn.Module, undo: Undo) -> None:
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] not in ADAPTER_NAMES and parameter.requires_grad:
             parameter.requires_grad_(False)
-            undo.add(lambda parameter=parameter: parameter.requires_grad_(True))  # type: ignore[misc]
+            undo.add(partial(parameter.requires_grad_, True))

@@ -39,6 +39,16 @@ def by_expert(
     return y
 
 
+def add_corrections(
+    y: Tensor, sums: Tensor | None, correction: list[Tensor], ends: Tensor | None
+) -> Tensor:
+    """Y + S(x) C_e of each expert's rows; y itself where there are no sums."""
+    if sums is None:
+        return y
+    width = y.shape[-1]
+    return y + by_expert(sums, ends, len(correction), width, lambda e, rows: rows @ correction[e])
+
+
 def _rows(ends: Tensor | None, experts: int) -> list[slice]:
     """The rows of each expert; the whole of its own where there are no ends."""
     if ends is None:
@@ -254,11 +264,8 @@ def expert_matmul_nbits(
         parts = qweight[expert], scale[expert], zero_point[expert]
         return rows @ matmul_nbits_weight(*parts, bits, block_size, x.shape[-1]).to(x.dtype).t()
 
-    experts, n = len(qweight), qweight[0].shape[0]
-    y = by_expert(x, ends, experts, n, multiply)
-    if sums is None:
-        return y
-    return y + by_expert(sums, ends, experts, n, lambda e, rows: rows @ correction[e])
+    y = by_expert(x, ends, len(qweight), qweight[0].shape[0], multiply)
+    return add_corrections(y, sums, correction, ends)
 
 
 @expert_matmul_nbits.register_fake

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qalora_compile.ir.expert_ops import by_expert
+from qalora_compile.ir.expert_ops import add_corrections, by_expert
 from qalora_compile.ir.group_packing import unpack_groups
 from qalora_compile.ir.ops import NAMESPACE
 from qalora_compile.ir.packing import packed_width, unpack_codes
@@ -175,11 +175,8 @@ def expert_matmul_blocks(
         parts = codes[expert], scale[expert], zero_point[expert]
         return rows @ blocks_weight(*parts, bits, block_size, x.shape[-1]).to(x.dtype)
 
-    experts, n = len(codes), scale[0].shape[1]
-    y = by_expert(x, ends, experts, n, multiply)
-    if sums is None:
-        return y
-    return y + by_expert(sums, ends, experts, n, lambda e, rows: rows @ correction[e])
+    y = by_expert(x, ends, len(codes), scale[0].shape[1], multiply)
+    return add_corrections(y, sums, correction, ends)
 
 
 @expert_matmul_blocks.register_fake

@@ -168,24 +168,21 @@ def _check_adapter(program: Program, node: fx.Node) -> None:
         )
 
 
-def _check_matmul_nbits(program: Program, node: fx.Node) -> None:
-    stored = [tensor_argument(program, node, i) for i in (1, 2, 3)]
-    _check_blocks(node, *stored)
+def _each_matrix(
+    first: int, check: Callable[[fx.Node, Tensor, Tensor, Tensor], None]
+) -> Callable[[Program, fx.Node], None]:
+    """A check of a layer's codes, scale and zero-point, which are its operands from `first` on.
 
+    For experts each of the three is a list, and every expert's are checked.
+    """
 
-def _check_expert_matmul_nbits(program: Program, node: fx.Node) -> None:
-    lists = [node.args[i] for i in (2, 3, 4)]
-    for operands in zip(*lists, strict=True):
-        _check_blocks(node, *(stored_tensor(program, node, operand) for operand in operands))
+    def run(program: Program, node: fx.Node) -> None:
+        operands = node.args[first : first + 3]
+        lists = [list(o) if isinstance(o, (list, tuple)) else [o] for o in operands]
+        for codes, scale, zero_point in zip(*lists, strict=True):
+            check(node, *(stored_tensor(program, node, o) for o in (codes, scale, zero_point)))
 
-
-def _check_group_quant_linear(program: Program, node: fx.Node) -> None:
-    _check_groups(node, *(tensor_argument(program, node, i) for i in (1, 2, 3)))
-
-
-def _check_expert_group_quant_linear(program: Program, node: fx.Node) -> None:
-    for operands in zip(*(node.args[i] for i in (1, 2, 3)), strict=True):
-        _check_groups(node, *(stored_tensor(program, node, operand) for operand in operands))
+    return run
 
 
 def _check_groups(node: fx.Node, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
@@ -204,18 +201,7 @@ def _check_groups(node: fx.Node, codes: Tensor, scale: Tensor, zero_point: Tenso
             raise _broken(node, f"{name} holds NaN or infinite values")
 
 
-def _check_matmul_blocks(program: Program, node: fx.Node) -> None:
-    _check_flat(program, node, *(tensor_argument(program, node, i) for i in (1, 2, 3)))
-
-
-def _check_expert_matmul_blocks(program: Program, node: fx.Node) -> None:
-    for operands in zip(*(node.args[i] for i in (2, 3, 4)), strict=True):
-        _check_flat(program, node, *(stored_tensor(program, node, operand) for operand in operands))
-
-
-def _check_flat(
-    program: Program, node: fx.Node, codes: Tensor, scale: Tensor, zero_point: Tensor
-) -> None:
+def _check_flat(node: fx.Node, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
     bits, block_size = node.args[-2:]
     assert isinstance(bits, int)
     assert isinstance(block_size, int)
@@ -252,12 +238,12 @@ _CHECKS: dict[object, Callable[[Program, fx.Node], None]] = {
     EXPERT_LINEAR: _check_on_codes,
     POOLED_ADAPTER: _check_adapter,
     EXPERT_ADAPTER: _check_adapter,
-    MATMUL_NBITS: _check_matmul_nbits,
-    EXPERT_MATMUL_NBITS: _check_expert_matmul_nbits,
-    GROUP_QUANT_LINEAR: _check_group_quant_linear,
-    EXPERT_GROUP_QUANT_LINEAR: _check_expert_group_quant_linear,
-    MATMUL_BLOCKS: _check_matmul_blocks,
-    EXPERT_MATMUL_BLOCKS: _check_expert_matmul_blocks,
+    MATMUL_NBITS: _each_matrix(1, _check_blocks),
+    EXPERT_MATMUL_NBITS: _each_matrix(2, _check_blocks),
+    GROUP_QUANT_LINEAR: _each_matrix(1, _check_groups),
+    EXPERT_GROUP_QUANT_LINEAR: _each_matrix(1, _check_groups),
+    MATMUL_BLOCKS: _each_matrix(1, _check_flat),
+    EXPERT_MATMUL_BLOCKS: _each_matrix(2, _check_flat),
 }
 
 

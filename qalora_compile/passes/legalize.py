@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError, PreconditionError, UnsupportedError
@@ -14,10 +15,12 @@ from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ADAPTED, FOLDED, QUANTIZED, Program
-from qalora_compile.ir.spec import ON_CODES, tensor_argument
+from qalora_compile.ir.spec import GROUP_SUM, ON_CODES, SPREAD_GROUPS, tensor_argument
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.rewrite import TensorNodes
 from qalora_compile.progress import track
+
+_ATEN = torch.ops.aten
 
 
 class Layer(NamedTuple):
@@ -146,6 +149,35 @@ class LegalizePass(Pass):
         if corrected:
             each = [{"correction": corrected[0].new_zeros(corrected[0].shape)} | p for p in each]
         return {f"{e}.{name}": tensor for e, p in enumerate(each) for name, tensor in p.items()}
+
+
+def spread(
+    graph: fx.Graph, x: fx.node.Argument, group_size: int, width: int, wanted: bool
+) -> fx.node.Argument:
+    """x with its groups padded to `width`, where the stored groups are."""
+    return graph.call_function(SPREAD_GROUPS, (x, group_size, width)) if wanted else x
+
+
+def group_sums(
+    graph: fx.Graph, x: fx.node.Argument, layer: Layer, wanted: bool
+) -> fx.Node | None:
+    """S(x), where there is a correction."""
+    return graph.call_function(GROUP_SUM, (x, layer.group_size)) if wanted else None
+
+
+def add_correction(
+    graph: fx.Graph, y: fx.Node, sums: fx.Node | None, correction: fx.node.Argument
+) -> fx.Node:
+    """y + S(x) C, where there is a correction."""
+    if sums is None:
+        return y
+    moved = graph.call_function(_ATEN.matmul.default, (sums, correction))
+    return graph.call_function(_ATEN.add.Tensor, (y, moved))
+
+
+def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.node.Argument) -> fx.Node:
+    """y + b, where there is a bias."""
+    return y if bias is None else graph.call_function(_ATEN.add.Tensor, (y, bias))
 
 
 def _layer(node: fx.Node, site: Site) -> Layer:

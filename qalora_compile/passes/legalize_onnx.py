@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, fx
 
 from qalora_compile.ir.lowered_ops import flat_width
@@ -15,14 +14,17 @@ from qalora_compile.ir.program import LEGALIZED
 from qalora_compile.ir.spec import (
     EXPERT_LINEAR,
     EXPERT_MATMUL_BLOCKS,
-    GROUP_SUM,
     MATMUL_BLOCKS,
-    SPREAD_GROUPS,
 )
 from qalora_compile.passes.blocks import BlockLayout, to_blocks
-from qalora_compile.passes.legalize import Layer, LegalizePass
-
-_ATEN = torch.ops.aten
+from qalora_compile.passes.legalize import (
+    Layer,
+    LegalizePass,
+    add_bias,
+    add_correction,
+    group_sums,
+    spread,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +94,13 @@ class LegalizeOnnx(LegalizePass):
         layout, correction = self.layout(layer), stored("correction")
         operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
         options = (layout.bits, layout.block_size)
-        spread, sums = x, None
-        if layout.spread:
-            spread = graph.call_function(SPREAD_GROUPS, (x, layer.group_size, layout.width))
-        if correction is not None:
-            sums = graph.call_function(GROUP_SUM, (x, layer.group_size))
+        wide = spread(graph, x, layer.group_size, layout.width, layout.spread)
+        sums = group_sums(graph, x, layer, correction is not None)
         if node.target is EXPERT_LINEAR:
-            more = (spread, sums, *operands, correction or [], last)
+            more = (wide, sums, *operands, correction or [], last)
             return graph.call_function(EXPERT_MATMUL_BLOCKS, (*more, *options))
-        y = graph.call_function(MATMUL_BLOCKS, (spread, *operands, *options))
-        if sums is not None:
-            moved = graph.call_function(_ATEN.matmul.default, (sums, correction))
-            y = graph.call_function(_ATEN.add.Tensor, (y, moved))
-        return y if last is None else graph.call_function(_ATEN.add.Tensor, (y, last))
+        y = graph.call_function(MATMUL_BLOCKS, (wide, *operands, *options))
+        return add_bias(graph, add_correction(graph, y, sums, correction), last)
 
 
 def pack_flat(codes: Tensor, bits: int) -> Tensor:

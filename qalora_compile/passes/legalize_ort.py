@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from qalora_compile.config import ACCURACY_LEVELS, PARAMETER_DTYPES, one_of
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.group_packing import pack_groups
@@ -19,13 +20,10 @@ from qalora_compile.ir.spec import (
     EXPERT_GROUP_QUANT_LINEAR,
     EXPERT_LINEAR,
     GROUP_QUANT_LINEAR,
-    SPREAD_GROUPS,
 )
 from qalora_compile.passes.blocks import widen_groups
-from qalora_compile.passes.legalize import Layer, LegalizePass
+from qalora_compile.passes.legalize import Layer, LegalizePass, add_bias, spread
 
-_ATEN = torch.ops.aten
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,8 @@ class LegalizeOrt(LegalizePass):
     parameter_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.accuracy_level not in (0, 4) or isinstance(self.accuracy_level, bool):
-            raise UserInputError(f"accuracy_level is {self.accuracy_level!r}", hint="use 0 or 4")
-        if self.parameter_dtype not in _DTYPES:
-            raise UserInputError(
-                f"parameter_dtype is {self.parameter_dtype!r}",
-                hint=f"use one of {', '.join(_DTYPES)}",
-            )
+        one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
+        one_of("parameter_dtype", self.parameter_dtype, PARAMETER_DTYPES)
 
     def lower_weight(
         self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
@@ -97,7 +90,7 @@ class LegalizeOrt(LegalizePass):
         Raises:
             UserInputError: a scale or zero-point does not fit float16.
         """
-        return lower_groups(qweight, scale, offset, layer, _DTYPES[self.parameter_dtype])
+        return lower_groups(qweight, scale, offset, layer, getattr(torch, self.parameter_dtype))
 
     def describe(self, layer: Layer) -> tuple[str, str]:
         """Bits and group size, and what is padded or rounded."""
@@ -123,12 +116,11 @@ class LegalizeOrt(LegalizePass):
         layout = GroupLayout.choose(layer)
         operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
         options = (layer.bits, layout.width, "int8" if self.accuracy_level else "fp32")
-        if layout.spread:
-            x = graph.call_function(SPREAD_GROUPS, (x, layout.group_size, layout.width))
+        x = spread(graph, x, layout.group_size, layout.width, layout.spread)
         if node.target is EXPERT_LINEAR:
             return graph.call_function(EXPERT_GROUP_QUANT_LINEAR, (x, *operands, last, *options))
         y = graph.call_function(GROUP_QUANT_LINEAR, (x, *operands, *options))
-        return y if last is None else graph.call_function(_ATEN.add.Tensor, (y, last))
+        return add_bias(graph, y, last)
 
 
 def lower_groups(

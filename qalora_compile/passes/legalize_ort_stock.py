@@ -10,19 +10,23 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from qalora_compile.errors import UserInputError
+from qalora_compile.config import ACCURACY_LEVELS, CORRECTIONS, one_of
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.packing import pack_codes
 from qalora_compile.ir.program import LEGALIZED
 from qalora_compile.ir.spec import (
     EXPERT_LINEAR,
     EXPERT_MATMUL_NBITS,
-    GROUP_SUM,
     MATMUL_NBITS,
-    SPREAD_GROUPS,
 )
 from qalora_compile.passes.blocks import BlockLayout, Blocks, to_blocks
-from qalora_compile.passes.legalize import Layer, LegalizePass
+from qalora_compile.passes.legalize import (
+    Layer,
+    LegalizePass,
+    add_correction,
+    group_sums,
+    spread,
+)
 
 _ATEN = torch.ops.aten
 DIGITS = {0: 3, 4: 2}
@@ -67,12 +71,8 @@ class LegalizeOrtStock(LegalizePass):
     correction: str = "fp32"
 
     def __post_init__(self) -> None:
-        if self.accuracy_level not in (0, 4) or isinstance(self.accuracy_level, bool):
-            raise UserInputError(f"accuracy_level is {self.accuracy_level!r}", hint="use 0 or 4")
-        if self.correction not in ("fp32", "digits"):
-            raise UserInputError(
-                f"correction is {self.correction!r}", hint="use one of fp32, digits"
-            )
+        one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
+        one_of("correction", self.correction, CORRECTIONS)
 
     def layout(self, layer: Layer) -> BlockLayout:
         """The blocks of a layer. The 2-bit float32 kernel is about 100 times slower than 4 bits."""
@@ -83,8 +83,7 @@ class LegalizeOrtStock(LegalizePass):
         self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
     ) -> dict[str, Tensor]:
         """Tensors of MatMulNBits, and its correction, see the function of that name."""
-        parts = lower_weight(qweight, scale, offset, *layer, self.layout(layer), self._digits())
-        return parts
+        return lower_weight(qweight, scale, offset, *layer, self.layout(layer), self._digits())
 
     def describe(self, layer: Layer) -> tuple[str, str]:
         """Kernel, bits and blocks."""
@@ -107,22 +106,15 @@ class LegalizeOrtStock(LegalizePass):
         layout, correction = self.layout(layer), stored("correction")
         operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
         options = (layout.bits, layout.block_size, self.accuracy_level)
-        spread, sums = x, None
-        if layout.spread:
-            spread = graph.call_function(SPREAD_GROUPS, (x, layer.group_size, layout.width))
-        if correction is not None or self.correction == "digits":
-            sums = graph.call_function(GROUP_SUM, (x, layer.group_size))
+        wide = spread(graph, x, layer.group_size, layout.width, layout.spread)
+        sums = group_sums(graph, x, layer, correction is not None or self.correction == "digits")
         if self.correction == "digits":
-            spread = self._append_sums(graph, spread, sums, layer)
-            sums = None
+            wide, sums = self._append_sums(graph, wide, sums, layer), None
         if node.target is EXPERT_LINEAR:
-            more = (spread, sums, *operands, correction or [], last)
+            more = (wide, sums, *operands, correction or [], last)
             return graph.call_function(EXPERT_MATMUL_NBITS, (*more, *options))
-        y = graph.call_function(MATMUL_NBITS, (spread, *operands, last, *options))
-        if sums is None:
-            return y
-        moved = graph.call_function(_ATEN.matmul.default, (sums, correction))
-        return graph.call_function(_ATEN.add.Tensor, (y, moved))
+        y = graph.call_function(MATMUL_NBITS, (wide, *operands, last, *options))
+        return add_correction(graph, y, sums, correction)
 
     def _digits(self) -> int:
         return DIGITS[self.accuracy_level] if self.correction == "digits" else 0

@@ -67,24 +67,21 @@ def kernel_level() -> str | None:
 
 def kernel_levels() -> tuple[str, ...]:
     """All levels of kernels that this CPU has, slowest first; empty where there is no library."""
-    try:
-        path = library_path()
-    except UnsupportedError:
-        return ()
-    return tuple(_text(path, "QaloraKernelLevels").split(","))
+    text = _text("QaloraKernelLevels")
+    return tuple(text.split(",")) if text else ()
 
 
 def library_version() -> str | None:
     """The version of the package that the library was built from; None where there is none."""
+    return _text("QaloraVersion")
+
+
+def _text(function: str) -> str | None:
+    """Call an exported function that returns a constant text; None where there is no library."""
     try:
         path = library_path()
     except UnsupportedError:
         return None
-    return _text(path, "QaloraVersion")
-
-
-def _text(path: Path, function: str) -> str:
-    """Call an exported function that returns a constant text."""
     call = getattr(ctypes.CDLL(str(path)), function)
     call.restype = ctypes.c_char_p
     call.argtypes = []

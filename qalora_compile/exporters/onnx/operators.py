@@ -44,6 +44,7 @@ def dequantize_blocks_op() -> Any:
         {"codes": "T1", "scale": "T2", "zero_point": "T1"},
         {"K": int, "N": int, "bits": int, "block_size": int},
         {"T1": _BYTES, "T2": _FLOATS},
+        result="T2",
     )
 
 
@@ -54,14 +55,14 @@ def _operator(
     types: dict[str, tuple[str, ...]],
     *,
     optional: dict[str, str] | None = None,
+    result: str = "T1",
 ) -> Any:
-    """An operator of one output, of the type of its first input or, where it has none, `T2`."""
+    """An operator of one output, of the type `result`."""
     onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
     schema = require("onnx", extra="onnx", purpose="export to ONNX").defs.OpSchema
     domain, version, kind = name
     absent = schema.FormalParameterOption.Optional
     attribute_types = {int: schema.AttrType.INT, str: schema.AttrType.STRING}
-    result = "T2" if kind == DEQUANTIZE_BLOCKS else "T1"
     made = schema(
         kind,
         domain,

@@ -123,22 +123,21 @@ def _follow_concat(node: Any) -> Any:
 
 def _follow_adds(node: Any, correction: str, bias: str | None, site: str) -> Any:
     """The node whose output is the site's: the last of the Adds of its correction and its bias."""
-    last = node
-    while True:
-        following = [user for user in last.outputs[0].consumers() if user.op_type == "Add"]
-        named = {id(user): _operand(user, last.outputs[0], correction, bias) for user in following}
-        found = next((user for user in following if named[id(user)]), None)
-        if found is None:
-            return last
-        if named[id(found)] == "Correction":
-            other = next(v for v in found.inputs if v is not last.outputs[0])
+    value = node.outputs[0]
+    for user in value.consumers():
+        what = _operand(user, value, correction, bias) if user.op_type == "Add" else None
+        if what is None:
+            continue
+        user.name = f"{site}/{what}"
+        if what == "Add":
+            other = next(v for v in user.inputs if v is not value)
             other.producer().name = f"{site}/Correction"
-        found.name = f"{site}/{'Add' if named[id(found)] == 'Correction' else 'Bias'}"
-        last = found
+        return _follow_adds(user, correction, bias, site)
+    return node
 
 
 def _operand(add: Any, value: Any, correction: str, bias: str | None) -> str | None:
-    """What an Add adds to `value`, if it is of the site: `Correction` or `Bias`."""
+    """What to call an Add to `value`, if it is of the site: `Add` (its correction) or `Bias`."""
     other = next((v for v in add.inputs if v is not value), None)
     if other is None:
         return None
@@ -148,4 +147,4 @@ def _operand(add: Any, value: Any, correction: str, bias: str | None) -> str | N
     if producer is None or producer.op_type != "MatMul":
         return None
     reads = any(v is not None and v.name == correction for v in producer.inputs)
-    return "Correction" if reads else None
+    return "Add" if reads else None

@@ -59,8 +59,7 @@ def write_onnx(program: Program, path: Path, spec: ExportSpec) -> ExportReport:
     tidy(model)
     name_axes(model, program.signature)
     sites = name_sites(model, program)
-    if spec.target == "ort":
-        _add_functions(model)
+    _add_functions(model)
     model.producer_name = "qalora-compile"
     model.metadata_props[ONNX_METADATA_KEY] = _metadata(program, spec, sites)
     return _save(model, program, path, spec)
@@ -99,7 +98,7 @@ def _translate(program: Program, spec: ExportSpec) -> Any:
 
 
 def _add_functions(model: Any) -> None:
-    """Say what GroupQuantLinear means to a runtime that has no kernel for it."""
+    """Say what GroupQuantLinear means to a runtime that has no kernel for it, if it is there."""
     ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
     if QALORA not in model.opset_imports:
         return
