@@ -6,8 +6,6 @@
 
 #include <immintrin.h>
 
-#include "bits.h"
-#include "half.h"
 #include "prepare_template.h"
 
 namespace qalora {
@@ -46,26 +44,8 @@ struct Avx2 {
   template <int index>
   static F SmallByte(I a) { return Field<8, index>(a); }
 
-  // The high bits of the 32 bytes, a word for each field.
-  struct High {
-    uint32_t bits[4];
-  };
-  static High LoadHigh(const uint8_t* unit, int64_t size, int64_t first) {
-    if (__builtin_expect(size != kUnitBytes, 0)) return LoadHighTail(unit, size, first);
-    const auto part = [=](int f) {
-      uint32_t bits;
-      std::memcpy(&bits, unit + f * (kUnitBytes / 8) + first / 8, sizeof bits);
-      return bits;
-    };
-    return {{part(0), part(1), part(2), part(3)}};
-  }
-  static __attribute__((noinline)) High LoadHighTail(const uint8_t* unit, int64_t size,
-                                                     int64_t first) {
-    const auto part = [=](int f) {
-      return static_cast<uint32_t>(HighBits(unit, size, first, f, kStep));
-    };
-    return {{part(0), part(1), part(2), part(3)}};
-  }
+  // The high bits of the 32 bytes.
+  using High = HighWords<uint32_t>;
   template <int f>
   static I AddHigh(I codes, const High& high) {
     const I each = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
@@ -162,18 +142,9 @@ struct Avx2 {
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
   }
-  static void Widen(const uint16_t* from, float* to, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) StoreF(to + i, LoadParameter(from, true, i, kLanes));
-    for (; i < count; ++i) to[i] = HalfToFloat(from[i]);
-  }
-  static void Narrow(const float* from, uint16_t* to, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                       _mm256_cvtps_ph(LoadF(from + i), _MM_FROUND_TO_NEAREST_INT));
-    }
-    for (; i < count; ++i) to[i] = FloatToHalf(from[i]);
+  static void StoreHalf(uint16_t* to, F a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
 };
 

@@ -12,8 +12,6 @@
 
 #include <immintrin.h>
 
-#include "bits.h"
-#include "half.h"
 #include "prepare_template.h"
 
 namespace qalora {
@@ -61,18 +59,7 @@ struct Avx512 {
   }
 
   // The high bits of the 64 bytes: a unit, whose words are masks as they are.
-  struct High {
-    __mmask64 bits[4];
-  };
-  static High LoadHigh(const uint8_t* unit, int64_t size, int64_t) {
-    if (__builtin_expect(size != kUnitBytes, 0)) return LoadHighTail(unit, size);
-    const auto word = [unit](int f) { return static_cast<__mmask64>(LoadWord(unit + 8 * f)); };
-    return {{word(0), word(1), word(2), word(3)}};
-  }
-  static __attribute__((noinline)) High LoadHighTail(const uint8_t* unit, int64_t size) {
-    const auto bits = [=](int f) { return HighBits(unit, size, 0, f, kStep); };
-    return {{bits(0), bits(1), bits(2), bits(3)}};
-  }
+  using High = HighWords<uint64_t>;
   template <int f>
   static I AddHigh(I codes, const High& high) {
     return _mm512_mask_add_epi8(codes, high.bits[f], codes, SetBytes(4));
@@ -130,18 +117,9 @@ struct Avx512 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(codes));
     return _mm512_reduce_add_epi32(codes);
   }
-  static void Widen(const uint16_t* from, float* to, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) StoreF(to + i, LoadParameter(from, true, i, kLanes));
-    for (; i < count; ++i) to[i] = HalfToFloat(from[i]);
-  }
-  static void Narrow(const float* from, uint16_t* to, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
-                          _mm512_cvtps_ph(LoadF(from + i), _MM_FROUND_TO_NEAREST_INT));
-    }
-    for (; i < count; ++i) to[i] = FloatToHalf(from[i]);
+  static void StoreHalf(uint16_t* to, F a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
   }
 };
 

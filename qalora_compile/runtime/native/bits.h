@@ -1,10 +1,12 @@
-// Reading bits that do not start at a byte.
+// The high bits of 3-bit codes, which need not start at a byte.
 //
-// Static for the reason given in half.h.
+// Static, or in an unnamed namespace, for the reason given in half.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "kernels.h"
 
 namespace qalora {
 
@@ -21,12 +23,6 @@ static inline uint64_t LoadBits(const uint8_t* stream, int64_t first, int64_t co
   return value;
 }
 
-static inline uint64_t LoadWord(const uint8_t* from) {
-  uint64_t word;
-  std::memcpy(&word, from, sizeof word);
-  return word;
-}
-
 // The high bits of field f of the low bytes from `first` on, at most `most` of them, in a unit that
 // covers `size` bytes.
 static inline uint64_t HighBits(const uint8_t* unit, int64_t size, int64_t first, int f,
@@ -34,4 +30,33 @@ static inline uint64_t HighBits(const uint8_t* unit, int64_t size, int64_t first
   return LoadBits(unit, f * size + first, size - first < most ? size - first : most);
 }
 
+namespace {
+
+// The high bits of a step of 3-bit codes, field by field, where a step has as many bytes as Word has
+// bits.
+template <class Word>
+struct HighWords {
+  Word bits[4];
+
+  static __attribute__((noinline)) HighWords LoadTail(const uint8_t* unit, int64_t size,
+                                                      int64_t first) {
+    const auto part = [=](int f) {
+      return static_cast<Word>(HighBits(unit, size, first, f, 8 * sizeof(Word)));
+    };
+    return {{part(0), part(1), part(2), part(3)}};
+  }
+  // Of the low bytes from `first` on, in a unit that covers `size` bytes.
+  static inline __attribute__((always_inline)) HighWords Load(const uint8_t* unit, int64_t size,
+                                                              int64_t first) {
+    if (__builtin_expect(size != kUnitBytes, 0)) return LoadTail(unit, size, first);
+    const auto part = [=](int f) {
+      Word word;
+      std::memcpy(&word, unit + f * (kUnitBytes / 8) + first / 8, sizeof word);
+      return word;
+    };
+    return {{part(0), part(1), part(2), part(3)}};
+  }
+};
+
+}  // namespace
 }  // namespace qalora

@@ -6,15 +6,16 @@
 //
 // V provides: I (32-bit lanes of codes), F (float lanes), Acc (integer sums), kStep bytes, kTileM
 // columns of the fp32 tile, kInt8M of the int8 tile; Load, LoadPartial, And, Shr<n>,
-// Field<width, index>, SmallByte<index>; High, LoadHigh, AddHigh<f>; ZeroAcc, Dot, SumAcc, DotBytes;
+// Field<width, index>, SmallByte<index>; High, AddHigh<f>; ZeroAcc, Dot, SumAcc, DotBytes;
 // ZeroF, LoadF, StoreF, Mul, Add, Sub, Negate, Fma, Reduce, LaneValues,
 // BlockValues<lanes of a block>, LoadParameter, Prefetch;
-// LargestBits16, Quantize16; Widen, Narrow.
+// LargestBits16, Quantize16; StoreHalf.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "bits.h"
 #include "kernels.h"
 
 namespace qalora {
@@ -122,7 +123,7 @@ struct RowReader {
       const int64_t first = at % kUnitBytes, unit = at - first;
       const int64_t left = bytes - unit;
       const int64_t size = left < kUnitBytes ? left : kUnitBytes;
-      v.high = V::LoadHigh(high + unit / 2, size, first);
+      v.high = V::High::Load(high + unit / 2, size, first);
     }
     return v;
   }

@@ -3,8 +3,6 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <new>
 
 namespace qalora {
 namespace {

@@ -6,8 +6,6 @@
 
 #include <arm_neon.h>
 
-#include "bits.h"
-#include "half.h"
 #include "prepare_template.h"
 
 namespace qalora {
@@ -48,26 +46,8 @@ struct Neon {
   template <int index>
   static F SmallByte(I a) { return Field<8, index>(a); }
 
-  // The high bits of the 16 bytes, a half word for each field.
-  struct High {
-    uint16_t bits[4];
-  };
-  static High LoadHigh(const uint8_t* unit, int64_t size, int64_t first) {
-    if (__builtin_expect(size != kUnitBytes, 0)) return LoadHighTail(unit, size, first);
-    const auto part = [=](int f) {
-      uint16_t bits;
-      std::memcpy(&bits, unit + f * (kUnitBytes / 8) + first / 8, sizeof bits);
-      return bits;
-    };
-    return {{part(0), part(1), part(2), part(3)}};
-  }
-  static __attribute__((noinline)) High LoadHighTail(const uint8_t* unit, int64_t size,
-                                                     int64_t first) {
-    const auto part = [=](int f) {
-      return static_cast<uint16_t>(HighBits(unit, size, first, f, kStep));
-    };
-    return {{part(0), part(1), part(2), part(3)}};
-  }
+  // The high bits of the 16 bytes.
+  using High = HighWords<uint16_t>;
   template <int f>
   static I AddHigh(I codes, const High& high) {
     const uint8x8_t bit = vcreate_u8(0x8040201008040201ull);
@@ -152,17 +132,8 @@ struct Neon {
     vst1q_s8(out, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
     return vaddvq_s32(vaddq_s32(vaddq_s32(codes[0], codes[1]), vaddq_s32(codes[2], codes[3])));
   }
-  static void Widen(const uint16_t* from, float* to, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) StoreF(to + i, LoadParameter(from, true, i, kLanes));
-    for (; i < count; ++i) to[i] = HalfToFloat(from[i]);
-  }
-  static void Narrow(const float* from, uint16_t* to, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      vst1_u16(to + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
-    }
-    for (; i < count; ++i) to[i] = FloatToHalf(from[i]);
+  static void StoreHalf(uint16_t* to, F a) {
+    vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(a)));
   }
 };
 

@@ -5,6 +5,7 @@
 // values, so that the whole layer sees one and the same x.
 #pragma once
 
+#include "half.h"
 #include "kernel_template.h"
 
 namespace qalora {
@@ -159,8 +160,24 @@ void Prepare(const Job& job, int64_t row, float* scratch) {
 }
 
 template <class V>
+void Widen(const uint16_t* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + V::kLanes <= count; i += V::kLanes) {
+    V::StoreF(to + i, V::LoadParameter(from, true, i, V::kLanes));
+  }
+  for (; i < count; ++i) to[i] = HalfToFloat(from[i]);
+}
+
+template <class V>
+void Narrow(const float* from, uint16_t* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + V::kLanes <= count; i += V::kLanes) V::StoreHalf(to + i, V::LoadF(from + i));
+  for (; i < count; ++i) to[i] = FloatToHalf(from[i]);
+}
+
+template <class V>
 constexpr KernelSet MakeKernels(const char* name) {
-  return {name, V::kStep, V::kLanes, Prepare<V>, Run<V>, V::Widen, V::Narrow};
+  return {name, V::kStep, V::kLanes, Prepare<V>, Run<V>, Widen<V>, Narrow<V>};
 }
 
 }  // namespace

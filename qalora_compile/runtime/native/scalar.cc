@@ -2,12 +2,24 @@
 
 #include <cmath>
 
-#include "bits.h"
 #include "half.h"
 #include "prepare_template.h"
 
 namespace qalora {
 namespace {
+
+// As HighWords, for a step of four bytes.
+struct HighNibbles {
+  uint32_t bits[4];
+
+  static HighNibbles Load(const uint8_t* unit, int64_t size, int64_t first) {
+    HighNibbles high;
+    for (int f = 0; f < 4; ++f) {
+      high.bits[f] = static_cast<uint32_t>(HighBits(unit, size, first, f, 4));
+    }
+    return high;
+  }
+};
 
 struct Scalar {
   using I = uint32_t;
@@ -36,17 +48,8 @@ struct Scalar {
   template <int index>
   static F SmallByte(I a) { return Field<8, index>(a); }
 
-  // The high bits of the four bytes, a nibble for each field.
-  struct High {
-    uint32_t bits[4];
-  };
-  static High LoadHigh(const uint8_t* unit, int64_t size, int64_t first) {
-    High high;
-    for (int f = 0; f < 4; ++f) {
-      high.bits[f] = static_cast<uint32_t>(HighBits(unit, size, first, f, kStep));
-    }
-    return high;
-  }
+  // The high bits of the four bytes.
+  using High = HighNibbles;
   template <int f>
   static I AddHigh(I codes, const High& high) {
     const uint32_t bits = high.bits[f];
@@ -99,11 +102,8 @@ struct Scalar {
     }
     return sum;
   }
-  static void Widen(const uint16_t* from, float* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = HalfToFloat(from[i]);
-  }
-  static void Narrow(const float* from, uint16_t* to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = FloatToHalf(from[i]);
+  static void StoreHalf(uint16_t* to, F a) {
+    *to = FloatToHalf(a);
   }
 };
 
