@@ -4,7 +4,8 @@ Every row is a chain of equal layers, long enough that its weights do not fit th
 on one thread. The variants of a row are alternated inside one process, and a number is the ratio of
 a variant's time to that of stock MatMulNBits (4 bits, uint8 zero-points, no adapter) of the same
 accuracy level in the same round: the median over the rounds, and the quartiles. Weights carry a
-real-valued zero-point, as a folded QA-LoRA layer has it, which the stock kernel rounds.
+real-valued zero-point, as a folded QA-LoRA layer has it, which the stock kernel rounds. The merged
+forms on stock kernels come from this package's own exporter: MatMulNBits and a correction.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ import onnx
 import onnxruntime
 import torch
 
+import qalora_compile as qc
 from qalora_compile.ir.group_packing import pack_groups
 from qalora_compile.runtime import kernel_level, register
 
@@ -38,6 +41,7 @@ EXAMPLES = """examples:
 MEGABYTE = 1 << 20
 SIDE = 4096
 WIDE = 11008
+REACH_MERGED = {"fp32": 1.23, "digits": 1.05}  # design: on stock kernels, g = 32, M = 1
 REACH = {  # design: ratio to stock 4 bits of the same accuracy level, M = 1, K = N = 4096
     ("int8", 4, 32): 0.85,
     ("int8", 4, 64): 1.0,
@@ -56,6 +60,8 @@ class Variant:
 
     Attributes:
         stock: MatMulNBits rather than GroupQuantLinear.
+        correction: How the stock form corrects its rounded zero-points, `ExportSpec.correction`; ""
+            leaves them rounded.
         compute: `"fp32"` or `"int8"` (accuracy level 0 or 4 of the stock kernel).
         bits: Width of a code.
         half: Scale and zero-point in float16.
@@ -63,12 +69,15 @@ class Variant:
     """
 
     stock: bool = False
+    correction: str = ""
     compute: str = "int8"
     bits: int = 4
     half: bool = True
     level: str = ""
 
     def __str__(self) -> str:
+        if self.correction:
+            return f"merged on stock kernels, {self.compute}, correction {self.correction}"
         if self.stock:
             return f"stock MatMulNBits, {self.compute}"
         types = "fp16" if self.half else "fp32"
@@ -162,9 +171,33 @@ def build_model(row: Row, variant: Variant, layers: int) -> tuple[bytes, int]:
     return model.SerializeToString(), size
 
 
-def open_chain(row: Row, variant: Variant, layers: int) -> tuple[Any, int]:
-    """A session on one thread, and the bytes of its weights."""
-    model, size = build_model(row, variant, layers)
+def export_merged(row: Row, layers: int, folder: Path) -> dict[Variant, tuple[Path, int]]:
+    """The same chain, adapted, folded and exported for stock kernels: files and bytes of each."""
+    variants = [variant for variant in row.variants if variant.correction]
+    if not variants:
+        return {}
+    sides = [(row.k, row.n) if i % 2 == 0 else (row.n, row.k) for i in range(layers)]
+    chain = torch.nn.Sequential(*(torch.nn.Linear(k, n, bias=False) for k, n in sides))
+    program = qc.capture_model(chain, (torch.ones(row.m, row.k),), {})
+    program = qc.quantize_groups(program, qc.QuantSpec(bits=4, group_size=row.group_size))
+    program = qc.insert_adapters(program, qc.AdapterSpec(rank=4))
+    with torch.no_grad():
+        for parameter in program.adapter_parameters():
+            parameter.normal_(0, 0.01)
+    folded = qc.fold_adapters(program)
+    files = {}
+    for variant in variants:
+        path = folder / f"{variant.compute}-{variant.correction}.onnx"
+        level = 4 if variant.compute == "int8" else 0
+        spec = qc.ExportSpec(
+            target="ort-stock", accuracy_level=level, correction=variant.correction
+        )
+        files[variant] = (path, qc.export_model(folded, path, spec).size_bytes)
+    return files
+
+
+def open_chain(model: bytes | Path, variant: Variant) -> Any:
+    """A session on one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     if not variant.stock:
@@ -172,10 +205,20 @@ def open_chain(row: Row, variant: Variant, layers: int) -> tuple[Any, int]:
     before = os.environ.get("QALORA_KERNEL")
     os.environ["QALORA_KERNEL"] = variant.level
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     finally:
         os.environ["QALORA_KERNEL"] = before or ""
-    return session, size
+
+
+def open_chains(row: Row, layers: int) -> dict[Variant, tuple[Any, int]]:
+    """Each variant's session, and the bytes of its weights."""
+    with tempfile.TemporaryDirectory() as scratch:
+        models: dict[Variant, tuple[bytes | Path, int]] = {}
+        models |= export_merged(row, layers, Path(scratch))
+        for variant in row.variants:
+            if variant not in models:
+                models[variant] = build_model(row, variant, layers)
+        return {v: (open_chain(models[v][0], v), models[v][1]) for v in row.variants}
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -200,15 +243,25 @@ def chain_length(row: Row, cache_bytes: int) -> int:
     return layers + layers % 2
 
 
+def reach(row: Row, variant: Variant) -> float | None:
+    """The design's target, where it states one."""
+    if row.m > 1 or variant.level or (variant.stock and not variant.correction):
+        return None
+    if variant.correction:
+        return REACH_MERGED[variant.correction] if row.group_size == 32 else None
+    wanted = (variant.compute, variant.bits, row.group_size)
+    return REACH.get(wanted) if variant.half else None
+
+
 def time_row(row: Row, *, rounds: int, cache_bytes: int) -> list[Result]:
     """Alternate the variants of a row; stock ones come first, ratios refer to them."""
     layers = chain_length(row, cache_bytes)
-    sessions = {variant: open_chain(row, variant, layers) for variant in row.variants}
+    sessions = open_chains(row, layers)
     x = np.random.default_rng(0).standard_normal((row.m, row.k)).astype(np.float32)
     times: dict[Variant, list[float]] = {variant: [] for variant in row.variants}
     for number in range(rounds + 1):
         for variant, (session, _) in sessions.items():
-            took = seconds(partial(session.run, None, {"x": x}))
+            took = seconds(partial(session.run, None, {session.get_inputs()[0].name: x}))
             if number:  # the first round touches the weights for the first time
                 times[variant].append(took)
     results = []
@@ -216,8 +269,6 @@ def time_row(row: Row, *, rounds: int, cache_bytes: int) -> list[Result]:
         stock = times[Variant(stock=True, compute=variant.compute)]
         ratios = sorted(a / b for a, b in zip(measured, stock, strict=True))
         typical = statistics.median(measured)
-        wanted = (variant.compute, variant.bits, row.group_size)
-        applies = row.m == 1 and not variant.stock and not variant.level and variant.half
         results.append(
             Result(
                 m=row.m,
@@ -230,7 +281,7 @@ def time_row(row: Row, *, rounds: int, cache_bytes: int) -> list[Result]:
                 ratio=statistics.median(ratios),
                 low=ratios[len(ratios) // 4],
                 high=ratios[-1 - len(ratios) // 4],
-                reach=REACH.get(wanted) if applies else None,
+                reach=reach(row, variant),
             )
         )
     return results
@@ -239,11 +290,16 @@ def time_row(row: Row, *, rounds: int, cache_bytes: int) -> list[Result]:
 def rows(sizes: Sequence[int], levels: Sequence[str]) -> list[Row]:
     """What is timed: M = 1 in full, other M at the two group sizes that are common."""
     stock = (Variant(stock=True), Variant(stock=True, compute="fp32"))
-    one: tuple[Variant, ...] = (*stock, Variant(half=True), Variant(half=False))
+    merged = tuple(
+        Variant(stock=True, correction=correction, compute=compute)
+        for compute in ("int8", "fp32")
+        for correction in REACH_MERGED
+    )
+    one: tuple[Variant, ...] = (*stock, *merged, Variant(half=True), Variant(half=False))
     one += tuple(Variant(bits=bits) for bits in (3, 2, 8))
     one += tuple(Variant(compute="fp32", bits=bits) for bits in (4, 3, 2))
     one += tuple(Variant(compute=c, level=level) for level in levels for c in ("int8", "fp32"))
-    few: tuple[Variant, ...] = (*stock, Variant(), Variant(compute="fp32"))
+    few: tuple[Variant, ...] = (*stock, *merged, Variant(), Variant(compute="fp32"))
     few += tuple(Variant(compute=c, level=level) for level in levels for c in ("int8", "fp32"))
     made = []
     for m in sizes:

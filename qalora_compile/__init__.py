@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qalora_compile.api import (
         adapt_module_,
+        add_kv_cache,
         export_model,
         fold_adapters,
         insert_adapters,
@@ -47,6 +48,7 @@ _HOMES = {
     "QuantSpec": "config",
     "Tolerance": "verify.compare",
     "adapt_module_": "api",
+    "add_kv_cache": "api",
     "capture_model": "capture.model",
     "export_model": "api",
     "fold_adapters": "api",
@@ -67,6 +69,7 @@ __all__ = [
     "Tolerance",
     "__version__",
     "adapt_module_",
+    "add_kv_cache",
     "capture_model",
     "export_model",
     "fold_adapters",

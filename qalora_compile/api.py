@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora_compile.config import AdapterSpec, ExportSpec, QuantSpec
+from qalora_compile.config import FUSION_OPSETS, AdapterSpec, ExportSpec, QuantSpec
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
@@ -16,12 +16,16 @@ from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.base import Pass
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
 from qalora_compile.passes.fold_adapters import FoldAdapters
+from qalora_compile.passes.fuse_attention import FuseAttention
+from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
+from qalora_compile.passes.fuse_rotary import FuseRotary
 from qalora_compile.passes.insert_adapters import InsertAdapters
 from qalora_compile.passes.legalize_onnx import LegalizeOnnx
 from qalora_compile.passes.legalize_ort import LegalizeOrt
 from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
 from qalora_compile.passes.pipeline import Pipeline
 from qalora_compile.passes.quantize_groups import QuantizeGroups
+from qalora_compile.passes.replay import replay
 from qalora_compile.passes.select import ALL_LINEAR, as_patterns
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 from qalora_compile.passes.widen_halves import WidenHalves, needs_widening
@@ -143,6 +147,34 @@ def fold_adapters(program: Program) -> Program:
     return FoldAdapters()(program).program
 
 
+def add_kv_cache(
+    program: Program, model: nn.Module | str | Path, *, last_logits: bool = False
+) -> Program:
+    """The same trained language model as a graph with a key-value cache, for deployment.
+
+    A program trains on whole sequences; a device generates token by token. The model is captured
+    again with its cache as inputs and outputs (see `capture.causal_lm`), the passes that made
+    `program` are run again on that graph, and the tensors of `program` are put in.
+
+    Args:
+        program: At any stage before lowering, made from a transformers decoder-only model by
+            `capture_model`.
+        model: That model, or a folder with its `config.json`. No weight of it is read.
+        last_logits: Give logits of the last position alone.
+
+    Raises:
+        PreconditionError: `program` was made from another model.
+        UnsupportedError: the model has no key-value cache, or is none of transformers.
+        CaptureError: `torch.export` refused the model.
+    """
+    from qalora_compile.capture.causal_lm import capture_causal_lm
+    from qalora_compile.capture.skeleton import build_skeleton, skeleton_of
+
+    folder = isinstance(model, (str, Path))
+    skeleton = build_skeleton(Path(model)) if folder else skeleton_of(model)  # type: ignore[arg-type]
+    return replay(program, capture_causal_lm(skeleton, last_logits=last_logits))
+
+
 def lower(program: Program, spec: ExportSpec) -> Program:
     """Rewrite a program for the target of `spec`; half-precision ones compute in float32 there.
 
@@ -170,7 +202,18 @@ def lower(program: Program, spec: ExportSpec) -> Program:
     steps: list[Pass] = [WidenHalves()] if needs_widening(program) else []
     if program.stage not in (FLOAT, ANNOTATED):
         steps += [_legalize(spec), ShareGroupSums()]
+    if spec.fusion == "standard":
+        steps += [FuseRmsNorm(), FuseRotary(), FuseAttention()]
     return Pipeline(steps)(program).program
+
+
+def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
+    """`spec` with what it leaves open decided for `program`."""
+    if spec.fusion is not None:
+        return spec
+    cached = any(leaf.name.startswith("past_key_values.") for leaf in program.signature.inputs)
+    opset = spec.opset is None or spec.opset >= FUSION_OPSETS["standard"]
+    return dataclasses.replace(spec, fusion="standard" if cached and opset else "none")
 
 
 def _legalize(spec: ExportSpec) -> Pass:
@@ -204,4 +247,5 @@ def export_model(
     if path.suffix != ".onnx":
         raise UserInputError(f"{path} does not end in .onnx", where=str(path))
     check_output(path, overwrite=spec.overwrite)
+    spec = complete_spec(program, spec)
     return write_onnx(lower(program, spec), path, spec)

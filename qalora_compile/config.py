@@ -16,6 +16,9 @@ TARGETS = ("ort", "ort-stock", "onnx")
 ACCURACY_LEVELS = (0, 4)
 PARAMETER_DTYPES = ("float32", "float16")
 CORRECTIONS = ("fp32", "digits")
+FUSION_OPSETS = {"none": 18, "standard": 23}
+"""Ways to write the parts of a transformer, and the opset that each needs."""
+FUSIONS = tuple(FUSION_OPSETS)
 
 Pooling = Literal["sum", "mean", "mean_times_groups"]
 
@@ -154,6 +157,9 @@ class ExportSpec(Spec):
             `"float16"` rounds, and is smaller and faster.
         correction: Of target `"ort-stock"`: `"fp32"` is exact; `"digits"` makes it part of the
             kernel, as two or three digits of the codes' width, which is faster and rounds.
+        fusion: How norms, rotary embeddings and attention of a transformer are written:
+            `"standard"`: the operators that opset 23 has for them; `"none"`: as the model computes
+            them. None takes `"standard"` for models with a key-value cache, else `"none"`.
         allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
             one that is not quantized at all.
         overwrite: Replace an existing file.
@@ -164,15 +170,17 @@ class ExportSpec(Spec):
     accuracy_level: int = 0
     parameter_dtype: str = "float32"
     correction: str = "fp32"
+    fusion: str | None = None
     allow_unfolded: bool = False
     overwrite: bool = False
 
-    OPSETS: ClassVar[tuple[int, ...]] = (18, 19, 20, 21)
+    OPSETS: ClassVar[tuple[int, ...]] = (18, 19, 20, 21, 22, 23)
 
     @property
     def onnx_opset(self) -> int:
         """The opset version that is written."""
-        return self.opset or (21 if self.target == "onnx" else 20)
+        least = FUSION_OPSETS.get(self.fusion or "", 18)
+        return self.opset or max(21 if self.target == "onnx" else 20, least)
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -186,6 +194,14 @@ class ExportSpec(Spec):
             raise UserInputError(
                 f"opset is {self.opset}", hint="target onnx needs 21: DequantizeLinear in blocks"
             )
+        if self.fusion is not None:
+            one_of("fusion", self.fusion, FUSIONS)
+            least = FUSION_OPSETS[self.fusion]
+            if self.onnx_opset < least:
+                raise UserInputError(
+                    f"opset is {self.opset} with fusion {self.fusion!r}",
+                    hint=f"its operators are in opset {least}; fusion='none' needs none of them",
+                )
         one_of("parameter_dtype", self.parameter_dtype, PARAMETER_DTYPES)
         one_of("correction", self.correction, CORRECTIONS)
         for field, default, target in (

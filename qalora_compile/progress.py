@@ -28,13 +28,17 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
+def announce(what: str, done: int, total: int) -> None:
+    """Say that `done` of `total` steps of `what` are finished."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(what, done, total)
+
+
 def track(items: Sequence[T], what: str) -> Iterator[T]:
     """Iterate over `items` and announce each finished one under the heading `what`."""
-    listener = _listener.get()
     total = len(items)
-    if listener is not None:
-        listener(what, 0, total)
+    announce(what, 0, total)
     for done, item in enumerate(items, start=1):
         yield item
-        if listener is not None:
-            listener(what, done, total)
+        announce(what, done, total)

@@ -34,6 +34,9 @@ _Norm = nn.modules.batchnorm._NormBase
 """Keeps running statistics, which training would update while the model is captured."""
 
 
+AxisNames = Mapping[str, Mapping[int, str]]
+"""Input → axis → name."""
+
 _ASSUMED_LEAST = 2
 _NO_LIMIT = 2**31
 
@@ -66,16 +69,36 @@ def capture_model(
     args, kwargs = tuple(args), dict(kwargs or {})
     notes: list[str] = []
     module = _capture_both_modes(model, args, kwargs, dynamic_shapes, notes)
+    return make_program(model, module, args, kwargs, notes)
+
+
+def make_program(
+    model: nn.Module,
+    module: ProgramModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    notes: Sequence[str] = (),
+    axes: AxisNames | None = None,
+) -> Program:
+    """A program at stage `float` from what was captured of a model.
+
+    Args:
+        model: The captured model.
+        module: Its graph.
+        args: The positional example inputs.
+        kwargs: Those by name.
+        notes: What capture had to say.
+        axes: Names of dynamic axes that are known, and known to have no limit; others are chosen.
+    """
     graph = module.graph
-    signature = _read_signature(graph, args, kwargs)
-    notes += _static_notes(signature)
+    signature = _read_signature(graph, args, kwargs, axes or {})
     return Program(
         module=module,
         stage=FLOAT,
         plan=SitePlan(tuple(_unused_weights(model, module))),
         signature=signature,
         example=_canonical_example(graph, args, kwargs),
-        notes=tuple(notes),
+        notes=(*notes, *_static_notes(signature)),
     )
 
 
@@ -116,7 +139,7 @@ def _capture_both_modes(
         modes = {name: m.training for name, m in model.named_modules()}
         model.train()
         try:
-            module = _to_module(
+            module = to_module(
                 export_model_graph(model, args, kwargs, dynamic_shapes, notes), training=True
             )
         except CaptureError:
@@ -127,12 +150,12 @@ def _capture_both_modes(
         if module is not None and _agrees(model, module.train(False), args, kwargs):
             return module
         notes.clear()
-    return _to_module(
+    return to_module(
         export_model_graph(model, args, kwargs, dynamic_shapes, notes), training=own_mode
     )
 
 
-def _to_module(exported: ExportedProgram, *, training: bool) -> ProgramModule:
+def to_module(exported: ExportedProgram, *, training: bool) -> ProgramModule:
     """The exported graph as a module of ours, with its tensors shared."""
     with torch.no_grad():
         unlifted = exported.module(check_guards=False)
@@ -171,12 +194,12 @@ def _drop_metadata_checks(graph: torch.fx.Graph) -> None:
 
 
 def _read_signature(
-    graph: torch.fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
+    graph: torch.fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any], axes: AxisNames
 ) -> Signature:
     names = argument_names(graph)
     paths, _ = pytree.tree_flatten_with_path(_canonical_example(graph, args, kwargs))
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    leaves, sizes = [], _DimNames()
+    leaves, sizes = [], _DimNames(axes)
     for (path, leaf), node in zip(paths, placeholders, strict=True):
         name = leaf_name(path, names)
         if isinstance(leaf, Tensor):
@@ -195,13 +218,14 @@ def _read_signature(
 
 
 class _DimNames:
-    """Readable names for symbolic sizes: one name for each symbol.
+    """Readable names for symbolic sizes: those that are given, else one for each symbol.
 
     Leading axes of equal example size are all `batch`, though export may keep them as separate
     symbols where broadcasting would allow it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: AxisNames) -> None:
+        self._given = given
         self._names: dict[str, str] = {}
         self._batch: int | None = None
         self._limits: dict[str, tuple[int, int | None]] = {}
@@ -213,10 +237,14 @@ class _DimNames:
         ):  # a symbol that export has specialised counts as a number
             return int(size)
         symbol = str(size)
-        if symbol not in self._names:
-            self._names[symbol] = self._choose(axis, leaf, tensor)
-            self._limit(self._names[symbol], size)
-        return self._names[symbol]
+        name = self._given.get(leaf, {}).get(axis) or self._names.get(symbol)
+        if name is None or symbol not in self._names:
+            given = name is not None
+            name = name or self._choose(axis, leaf, tensor)
+            self._names[symbol] = name
+            if not given:
+                self._limit(name, size)
+        return name
 
     def ranges(self) -> tuple[SizeRange, ...]:
         """Limits of the named axes, without those that have none."""

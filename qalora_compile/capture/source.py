@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from qalora_compile.capture.model import capture_model
+from qalora_compile.capture.skeleton import model_class, transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.files import read_json
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
 
@@ -78,7 +78,6 @@ def load_source(reference: str) -> Source:
 
 
 def _load_folder(reference: str, path: Path) -> Source:
-    config = read_json(path / "config.json")
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
@@ -88,23 +87,16 @@ def _load_folder(reference: str, path: Path) -> Source:
             hint="pickles can run code and are never loaded: convert once with "
             "model.save_pretrained(folder), which writes safetensors",
         )
-    transformers = _transformers()
-    names = config.get("architectures") or []
-    if not names or not hasattr(transformers, names[0]):
-        raise UnsupportedError(
-            f"config.json names no architecture that transformers has ({names or 'none'})",
-            where=str(path / "config.json"),
-            hint="use package.module:factory for a model of your own",
-        )
+    kind = model_class(path)
     try:
-        model = getattr(transformers, names[0]).from_pretrained(
+        model = kind.from_pretrained(
             path, local_files_only=True, use_safetensors=True, dtype="auto"
         )
     except Exception as error:  # transformers and safetensors raise types of many kinds
         raise _unreadable(path, error) from error
     has_tokenizer = (path / "tokenizer_config.json").exists() or (path / "tokenizer.json").exists()
     tokenizer = (
-        transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        transformers_module().AutoTokenizer.from_pretrained(path, local_files_only=True)
         if has_tokenizer
         else None
     )
@@ -119,7 +111,7 @@ def _load_gguf(reference: str, path: Path) -> Source:
     if magic != _GGUF_MAGIC:
         raise UserInputError(f"{path.name} is not a GGUF file", where=str(path))
     require("gguf", extra="hf", purpose="read GGUF files")
-    transformers = _transformers()
+    transformers = transformers_module()
     options = {"gguf_file": path.name, "local_files_only": True}
     try:
         with redirect_stderr(io.StringIO()):  # the reader draws a bar whatever the verbosity
@@ -170,14 +162,6 @@ def _language_model(reference: str, kind: str, model: Any, tokenizer: Any) -> So
     ids = torch.randint(0, model.config.vocab_size, _EXAMPLE_SHAPE, generator=generator)
     kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return Source(reference, kind, model.eval(), (), kwargs, tokenizer)
-
-
-def _transformers() -> Any:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    transformers = require("transformers", extra="hf", purpose="load Hugging Face and GGUF models")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
 
 
 def _unreadable(path: Path, error: Exception) -> UserInputError:

@@ -1,4 +1,4 @@
-"""`export`: write a FOLDED folder as an ONNX model with its tokenizer."""
+"""`export`: write a FOLDED folder as an edge folder: ONNX model, tokenizer, configurations."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import dataclasses
 import time
 from pathlib import Path
 
-from qalora_compile.api import export_model, lower
-from qalora_compile.cli.folders import copy_tokenizer, load_run
+from qalora_compile.api import add_kv_cache, complete_spec, export_model, lower
+from qalora_compile.cli.edge import EdgeParts, write_edge_parts
+from qalora_compile.cli.folders import MODEL, load_run
 from qalora_compile.cli.ui import console, megabytes, print_summary, steps
 from qalora_compile.config import (
     ACCURACY_LEVELS,
     CORRECTIONS,
+    FUSIONS,
     PARAMETER_DTYPES,
     TARGETS,
     ExportSpec,
 )
+from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.runtime.library import kernel_level, library_path
 
@@ -28,7 +31,11 @@ EXAMPLES = """examples:
                                                         int8 activations: fastest, 5e-3 error
   qalora-compile export folded --out edge --target ort-stock   no functions, MatMulNBits throughout
   qalora-compile export folded --out edge --target onnx        standard operators only
+  qalora-compile export folded --out edge --with-library       for GenAI: our kernels in the folder
+  qalora-compile export folded --out edge --no-kv-cache        one forward of whole sequences
   qalora-compile export run --out edge --allow-unfolded        keep the adapters in the graph
+
+language models get a key-value cache, and the folder runs in ONNX Runtime GenAI as it is
 """
 
 
@@ -61,6 +68,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of zero-points in target ort-stock; digits is faster and rounds",
     )
     parser.add_argument(
+        "--fusion",
+        choices=FUSIONS,
+        help="how norms, rotary embeddings and attention are written (standard with a cache)",
+    )
+    parser.add_argument(
+        "--no-kv-cache", action="store_true", help="a language model without key-value cache"
+    )
+    parser.add_argument(
+        "--last-logits", action="store_true", help="logits of the last token alone; with cache"
+    )
+    parser.add_argument(
+        "--with-library",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="put the operator library (this machine's, or FILE) into DIR, for GenAI to load",
+    )
+    parser.add_argument(
         "--allow-unfolded", action="store_true", help="export adapters that are not folded"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
@@ -76,17 +101,25 @@ def run(options: argparse.Namespace) -> int:
         accuracy_level=options.accuracy_level,
         parameter_dtype=options.parameter_dtype,
         correction=options.correction,
+        fusion=options.fusion,
         allow_unfolded=options.allow_unfolded,
     )
     check_output(out, overwrite=options.overwrite)
+    library = _library(options)
     with steps() as shown:
-        program, _ = load_run(source)
+        program, record = load_run(source)
+        cached = not options.no_kv_cache and (source / MODEL).is_dir()
+        if cached:
+            shown.say("capture with a key-value cache")
+            program = add_kv_cache(program, source / MODEL, last_logits=options.last_logits)
+        spec = complete_spec(program, spec)
         lowered = lower(program, spec)
         shown.say("translate to ONNX")
         with atomic_folder(out, overwrite=options.overwrite) as folder:
             report = export_model(lowered, folder / "model.onnx", spec)
             report = dataclasses.replace(report, path=out / "model.onnx")
-            has_tokenizer = copy_tokenizer(source, folder)
+            parts = EdgeParts(source, record, lowered, spec, cached, library)
+            written = write_edge_parts(folder, parts)
     for name, capability in report.capabilities.items():
         console.print(f"{name}: {capability}")
     print_summary(
@@ -96,7 +129,8 @@ def run(options: argparse.Namespace) -> int:
             "quantized layers": report.quantized_layers,
             "nodes": report.nodes,
             "size": megabytes(report.size_bytes),
-            "tokenizer": "copied" if has_tokenizer else "none",
+            "key-value cache": _cache_state(options, cached),
+            "beside it": ", ".join(written),
             "seconds": f"{time.monotonic() - started:.0f}",
             "written": str(report.path),
             "next": f"qalora-compile verify {source} {out} --max-abs 1e-3",
@@ -104,6 +138,31 @@ def run(options: argparse.Namespace) -> int:
         | ({"kernels": _kernels()} if report.target == "ort" else {}),
     )
     return 0
+
+
+def _library(options: argparse.Namespace) -> Path | None:
+    """The operator library to put into the folder.
+
+    Raises:
+        UserInputError: the file is missing, or the target does not use it.
+        UnsupportedError: this machine's was not built.
+    """
+    if options.with_library is None:
+        return None
+    if options.target != "ort":
+        raise UserInputError(
+            f"--with-library has no use with target {options.target}", hint="use --target ort"
+        )
+    path = Path(options.with_library) if options.with_library else library_path()
+    if not path.is_file():
+        raise UserInputError(f"there is no library {path}", where=str(path))
+    return path
+
+
+def _cache_state(options: argparse.Namespace, cached: bool) -> str:
+    if cached:
+        return "yes, logits of the last token" if options.last_logits else "yes"
+    return "left out" if options.no_kv_cache else "none: no transformers language model"
 
 
 def _kernels() -> str:

@@ -20,6 +20,7 @@ from qalora_compile.cli.folders import (
     TOKENIZER,
     load_run,
     load_tokenizer,
+    save_description,
     save_tokenizer,
     write_run_file,
 )
@@ -190,6 +191,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     with atomic_folder(out, overwrite=options.overwrite) as folder:
         write_program(program, folder)
         save_tokenizer(source.tokenizer, folder)
+        save_description(source.model, folder)
         write_run_file(folder, record)
     optimizer = make_optimizer(program, spec)
     return _Job(program, data, held_out, spec, out, record, 0, optimizer)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from qalora_compile.api import fold_adapters
-from qalora_compile.cli.folders import TOKENIZER, copy_tokenizer, load_run, write_run_file
+from qalora_compile.cli.folders import copy_parts, load_run, write_run_file
 from qalora_compile.cli.ui import console, print_summary, steps
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.storage import write_program
@@ -42,9 +42,12 @@ def run(options: argparse.Namespace) -> int:
         ).check()
         with atomic_folder(out, overwrite=options.overwrite) as folder:
             write_program(folded, folder)
-            copy_tokenizer(source, folder / TOKENIZER)
+            copy_parts(source, folder)
             kept = ("model", "quant", "adapter", "status", "step")
-            write_run_file(folder, {k: record[k] for k in kept if k in record})
+            verified = {"fold": report.summary()}
+            write_run_file(
+                folder, {k: record[k] for k in kept if k in record} | {"verified": verified}
+            )
     if record.get("status") != "finished":
         console.print(f"note: the run is {record.get('status')} at step {record.get('step')}")
     print_summary(

@@ -1,4 +1,4 @@
-"""RUN and FOLDED folders: a saved program, `run.json`, and the tokenizer."""
+"""RUN and FOLDED folders: a program, `run.json`, the tokenizer and the model's description."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qalora_compile.optional import require
 
 RUN_FILE = "run.json"
 TOKENIZER = "tokenizer"
+MODEL = "model"
 CHECKPOINTS = "checkpoints"
 FORMAT = "qalora-run"
 VERSION = 1
@@ -76,6 +77,30 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write the tokenizer's files, if there is a tokenizer."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / TOKENIZER)
+
+
+def save_description(model: Any, folder: Path) -> None:
+    """Write `config.json` and `generation_config.json` of a transformers model, and no weights.
+
+    They describe the model to be captured again, with a key-value cache; other models have none.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict") or not type(model).__module__.startswith("transformers."):
+        return
+    (folder / MODEL).mkdir()
+    value = config.to_diff_dict() | {"architectures": [type(model).__name__]}
+    value = {k: v for k, v in value.items() if k not in ("quantization_config", "use_cache")}
+    write_json(folder / MODEL / "config.json", value)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder / MODEL)
+
+
+def copy_parts(source: Path, target: Path) -> None:
+    """Copy what a folder holds beside its program: tokenizer and description."""
+    for name in (TOKENIZER, MODEL):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:

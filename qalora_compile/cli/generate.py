@@ -9,7 +9,8 @@ from pathlib import Path
 from qalora_compile.cli.folders import load_tokenizer
 from qalora_compile.cli.ui import console, print_summary
 from qalora_compile.errors import UserInputError
-from qalora_compile.runtime.session import LanguageModel, Sampling, open_session
+from qalora_compile.runtime.language_model import LanguageModel, Sampling
+from qalora_compile.runtime.session import open_session
 
 NAME = "generate"
 SUMMARY = "continue a prompt with an exported model, greedily or by sampling"

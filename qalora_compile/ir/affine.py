@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qalora_compile.config import SUPPORTED_BITS
 from qalora_compile.errors import UserInputError
+from qalora_compile.ir.deferred import holds
 from qalora_compile.ir.packing import pack_codes, unpack_into
 
 
@@ -99,7 +100,7 @@ class GroupAffine:
             raise UserInputError(
                 f"codes are {self.codes.dtype} {list(self.codes.shape)}, not uint8 [N, K]"
             )
-        if int(self.codes.max()) >= 2**self.bits:
+        if self.bits < 8 and not holds((self.codes < 2**self.bits).all()):
             raise UserInputError(
                 f"a code of {int(self.codes.max())} needs more than {self.bits} bits"
             )
@@ -110,9 +111,9 @@ class GroupAffine:
                     f"{name} is {values.dtype} {list(values.shape)}, not floating {list(expected)}",
                     hint="one value per row and group: [N, ceil(K / group_size)]",
                 )
-            if not bool(torch.isfinite(values).all()):
+            if not holds(torch.isfinite(values).all()):
                 raise UserInputError(f"{name} holds NaN or infinite values")
-        if not bool(torch.isfinite(self.scale * (2**self.bits - 1)).all()):
+        if not holds(torch.isfinite(self.scale * (2**self.bits - 1)).all()):
             raise UserInputError(f"the range of a group does not fit {self.scale.dtype}")
         if self.scale.dtype != self.offset.dtype:
             raise UserInputError("scale and offset differ in dtype")

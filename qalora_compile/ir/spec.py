@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError
-from qalora_compile.ir import expert_ops, lowered_ops, ops
+from qalora_compile.ir import expert_ops, fused_ops, lowered_ops, ops
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.packing import packed_width
@@ -32,7 +32,7 @@ from qalora_compile.ir.program import (
 )
 from qalora_compile.ir.storage import is_finite
 
-_REGISTERED = (ops, expert_ops, lowered_ops)  # importing them registers the operators
+_REGISTERED = (ops, expert_ops, lowered_ops, fused_ops)  # importing them registers the operators
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default
@@ -46,6 +46,11 @@ GROUP_QUANT_LINEAR = QALORA.group_quant_linear.default
 EXPERT_GROUP_QUANT_LINEAR = QALORA.expert_group_quant_linear.default
 MATMUL_BLOCKS = QALORA.matmul_blocks.default
 EXPERT_MATMUL_BLOCKS = QALORA.expert_matmul_blocks.default
+RMS_NORM = QALORA.rms_norm.default
+ROTARY_EMBEDDING = QALORA.rotary_embedding.default
+ATTENTION = QALORA.attention.default
+FUSED = frozenset({RMS_NORM, ROTARY_EMBEDDING, ATTENTION})
+"""Legal at every stage."""
 ON_CODES = frozenset({GROUP_LINEAR, EXPERT_LINEAR})
 ADAPTERS = frozenset({POOLED_ADAPTER, EXPERT_ADAPTER})
 _COMMON = ADAPTERS | {GROUP_SUM, SPREAD_GROUPS}  # of lowered programs
@@ -106,7 +111,7 @@ def validate(program: Program) -> None:
     if program.stage not in LEGAL_OPS:
         raise InternalError(f"unknown stage {program.stage!r}", hint=f"stages: {STAGES}")
     program.graph.lint()
-    legal = LEGAL_OPS[program.stage]
+    legal = LEGAL_OPS[program.stage] | FUSED
     for node in program.graph.nodes:
         if is_qalora(node):
             if node.target not in legal:

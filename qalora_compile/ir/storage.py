@@ -10,18 +10,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import read_json, write_json
+from qalora_compile.ir.deferred import defer_to, holds, keep_recipe
 from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
 from qalora_compile.ir.module import build_module
 from qalora_compile.ir.plan import SitePlan
@@ -35,6 +39,21 @@ PROGRAM_FILE = "program.json"
 TENSORS_FILE = "quantized.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
 EXAMPLE_FILE = "example.safetensors"
+
+_SMALL_ELEMENTS = 4096
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""What safetensors calls dtypes."""
 
 
 def write_program(program: Program, folder: Path) -> None:
@@ -68,13 +87,19 @@ def write_program(program: Program, folder: Path) -> None:
     save_tensors(example, folder / EXAMPLE_FILE)
 
 
-def read_program(folder: Path) -> Program:
-    """Read the files that `write_program` wrote."""
+def read_program(folder: Path, *, deferred: bool = False) -> Program:
+    """Read the files that `write_program` wrote.
+
+    Args:
+        folder: Where they are.
+        deferred: Leave the values of large tensors in their file until they are asked for.
+    """
     if not folder.is_dir():
         raise UserInputError(f"there is no program folder {folder}", where=str(folder))
     value = read_json(folder / PROGRAM_FILE)
     _check_version(value, folder)
-    tensors = load_tensors(folder / TENSORS_FILE)
+    load = defer_tensors if deferred else load_tensors
+    tensors = load(folder / TENSORS_FILE)
     if (folder / ADAPTERS_FILE).exists():
         tensors |= load_tensors(folder / ADAPTERS_FILE)
     try:
@@ -92,7 +117,8 @@ def _assemble(
         raise ValueError(f"unknown stage {value['stage']!r}")
     trainable, parameters = set(value["trainable"]), set(value["parameters"])
     for name in parameters & tensors.keys():
-        tensors[name] = nn.Parameter(tensors[name], requires_grad=name in trainable)
+        parameter = nn.Parameter(tensors[name], requires_grad=name in trainable)
+        tensors[name] = keep_recipe(tensors[name], parameter)
     for alias, owner in value["ties"].items():
         tensors[alias] = tensors[owner]
     graph, subgraphs = graph_from_json(value["graph"])
@@ -154,7 +180,14 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same view of the same memory."""
     if tensor.numel() == 0:
         return (id(tensor),)
-    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+    view = (tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+    return (memory_key(tensor), *view)
+
+
+def memory_key(tensor: Tensor) -> int:
+    """Equal for tensors in the same memory; deferred ones, which have none, count alike."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -182,6 +215,61 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def defer_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, large ones deferred: read when they are asked for.
+
+    Raises:
+        UserInputError: the file is missing, truncated or not a safetensors file.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    found = {}
+    with open_tensors(path) as file:
+        for name in file.keys():  # noqa: SIM118  the file is no mapping
+            part = file.get_slice(name)
+            like = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
+            small = like.numel() <= _SMALL_ELEMENTS
+            source = partial(read_tensor, path, name)
+            found[name] = file.get_tensor(name) if small else defer_to(source, like, mode)
+    return found
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, in memory of its own.
+
+    Raises:
+        UserInputError: the file is missing or broken, or has no such tensor.
+    """
+    with open_tensors(path) as file:
+        try:
+            values: Tensor = file.get_tensor(name)
+        except SafetensorError as error:
+            raise UserInputError(
+                f"{path.name}: cannot read {name}: {error}", where=str(path)
+            ) from error
+        return values.clone()  # the file's memory is given back when it is closed
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, open.
+
+    Raises:
+        UserInputError: it is missing, truncated or not a safetensors file.
+    """
+    try:
+        opened = safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserInputError(f"the file {path.name} is missing", where=str(path)) from None
+    except (SafetensorError, OSError) as error:
+        raise UserInputError(
+            f"{path.name} is no whole safetensors file: {error}",
+            where=str(path),
+            hint="it may be truncated: fetch or write it again",
+        ) from error
+    with opened as file:
+        yield file
+
+
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity; integers always pass."""
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    """Whether a tensor is not known to hold a NaN or an infinity; integers always pass."""
+    return not tensor.is_floating_point() or holds(torch.isfinite(tensor).all())

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError, PreconditionError
 from qalora_compile.ir.affine import expand_groups
+from qalora_compile.ir.deferred import defer, is_deferred
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.program import ADAPTED, FOLDED, Program
@@ -89,11 +90,11 @@ class FoldAdapters(Pass):
                 adapter.pooled.args[1],
             )
             if target not in folded:
-                tensors[target], largest = _fold(program, adapter, tensors[target])
+                before = tensors[target]
+                tensors[target] = _fold(program, adapter, before)
                 folded[target] = key
-                changes.append(
-                    Change(site_of(adapter.total) or target, f"offset moved by up to {largest:.3g}")
-                )
+                moved = _distance(before, tensors[target])
+                changes.append(Change(site_of(adapter.total) or target, f"offset moved{moved}"))
             elif folded[target] != key:
                 raise PreconditionError(
                     "one weight carries two different adapters", where=site_of(adapter.total)
@@ -169,8 +170,8 @@ def match_adapter(update: fx.Node) -> Adapter:
     return Adapter(base, pooled, update, total)
 
 
-def _fold(program: Program, adapter: Adapter, offset: Tensor) -> tuple[Tensor, float]:
-    """The folded offset, and the largest distance it moved."""
+def _fold(program: Program, adapter: Adapter, offset: Tensor) -> Tensor:
+    """The folded offset."""
     lora_a, lora_b = (tensor_argument(program, adapter.update, i) for i in (1, 2))
     scaling, pool, group = (
         adapter.update.args[-1],
@@ -178,6 +179,17 @@ def _fold(program: Program, adapter: Adapter, offset: Tensor) -> tuple[Tensor, f
         adapter.base.args[6],
     )
     assert isinstance(scaling, float) and isinstance(pool, int) and isinstance(group, int)
-    update = scaling * (lora_b.detach().double() @ lora_a.detach().double())
-    delta = expand_groups(update, pool // group, offset.shape[-1])
-    return (offset.double() + delta).to(offset.dtype), float(delta.abs().max())
+
+    def compute(offset: Tensor, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
+        update = scaling * (lora_b.detach().double() @ lora_a.detach().double())
+        delta = expand_groups(update, pool // group, offset.shape[-1])
+        return {"offset": (offset.double() + delta).to(offset.dtype)}
+
+    return defer(compute, offset, lora_a, lora_b)["offset"]
+
+
+def _distance(before: Tensor, after: Tensor) -> str:
+    """How far an offset moved at most, where it is known."""
+    if is_deferred(before):
+        return ""
+    return f" by up to {float((after - before).abs().max()):.3g}"

@@ -112,9 +112,9 @@ class InsertAdapters(AdapterSpec, Pass):
             bound = 1.0 / (self._factor(site) * math.sqrt(site.k))
             lead = (site.experts,) if site.experts else ()
             start = torch.rand(*lead, self.rank, groups, generator=generator, dtype=torch.float64)
-            lora_a = ((2 * start - 1) * bound).to(scale)
+            lora_a = ((2 * start - 1) * bound).to(scale.dtype)
             made[f"{site.path}.lora_A"] = nn.Parameter(lora_a)
-            made[f"{site.path}.lora_B"] = nn.Parameter(scale.new_zeros(*lead, site.n, self.rank))
+            made[f"{site.path}.lora_B"] = nn.Parameter(torch.zeros(*lead, site.n, self.rank, dtype=scale.dtype))
         return made
 
     def _insert(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:

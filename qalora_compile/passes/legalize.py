@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError, PreconditionError, UnsupportedError
+from qalora_compile.ir.deferred import defer
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.plan import Site
@@ -99,7 +101,7 @@ class LegalizePass(Pass):
             layer = _layer(node, site)
             qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
             lower = self._lower_experts if site.experts else self.lower_weight
-            lowered[site.path] = lower(qweight, scale, offset, layer)
+            lowered[site.path] = defer(partial(lower, layer=layer), qweight, scale, offset)
             changes.append(Change(site.path, *self.describe(layer)))
         nodes = TensorNodes(graph)
         for node, site in linears.items():

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
+from qalora_compile.ir.deferred import holds
 from qalora_compile.ir.lowered_ops import flat_width
 from qalora_compile.ir.packing import pack_codes
 from qalora_compile.ir.program import LEGALIZED
@@ -74,7 +75,7 @@ class LegalizeOnnx(LegalizePass):
             "zero_point": pack_flat(blocks.zero_point.t(), layout.bits),
         }
         stored = blocks.correction.float().contiguous()
-        return lowered | ({"correction": stored} if bool(stored.any()) else {})
+        return lowered | ({"correction": stored} if holds(stored.any()) else {})
 
     def describe(self, layer: Layer) -> tuple[str, str]:
         """Type and blocks."""

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from qalora_compile.config import ACCURACY_LEVELS, PARAMETER_DTYPES, one_of
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import group_count
+from qalora_compile.ir.deferred import holds
 from qalora_compile.ir.group_packing import pack_groups
 from qalora_compile.ir.nbits import padded_group
 from qalora_compile.ir.packing import unpack_codes
@@ -147,12 +148,12 @@ def lower_groups(
         "zero_point": torch.where(flat, zero_point, ratio).to(dtype),
     }
     for name, tensor in stored.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not holds(torch.isfinite(tensor).all()):
             raise UserInputError(
                 f"a {name} does not fit {dtype}".replace("torch.", ""),
                 hint="export with parameter_dtype float32",
             )
-    if not bool(stored["scale"].ne(0).all()):
+    if not holds(stored["scale"].ne(0).all()):
         raise UserInputError(
             f"a scale is too small for {dtype}".replace("torch.", ""),
             hint="export with parameter_dtype float32",

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from qalora_compile.config import ACCURACY_LEVELS, CORRECTIONS, one_of
 from qalora_compile.ir.affine import group_count
+from qalora_compile.ir.deferred import holds
 from qalora_compile.ir.packing import pack_codes
 from qalora_compile.ir.program import LEGALIZED
 from qalora_compile.ir.spec import (
@@ -167,7 +168,7 @@ def lower_weight(
         "zero_point": pack_codes(blocks.zero_point, layout.bits)[:, :width].contiguous(),
     }
     stored = blocks.correction.float().contiguous()
-    return lowered | ({"correction": stored} if bool(stored.any()) and not digits else {})
+    return lowered | ({"correction": stored} if holds(stored.any()) and not digits else {})
 
 
 def _with_digits(blocks: Blocks, layout: BlockLayout, digits: int) -> Blocks:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from qalora_compile.config import QuantSpec
 from qalora_compile.errors import PostconditionError, UserInputError
+from qalora_compile.ir.deferred import defer, keep_recipe
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear
@@ -92,20 +93,23 @@ class QuantizeGroups(QuantSpec, Pass):
         """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""
         weight = get_tensor(program.module, site.weight)
         assert weight is not None, "the plan was made from this module"
-        matrix = linear.matrix(weight.detach())
         quantizer = get_quantizer(self.method)
-        stack = [
-            quantizer(part, self).validate() for part in (matrix if site.experts else [matrix])
-        ]
-        parts = {
-            "qweight": [affine.pack() for affine in stack],
-            "scale": [affine.scale for affine in stack],
-            "offset": [affine.offset for affine in stack],
-        }
-        return {
-            f"{site.path}.{part}": torch.stack(values) if site.experts else values[0]
-            for part, values in parts.items()
-        }
+
+        def compute(weight: Tensor) -> dict[str, Tensor]:
+            matrix = linear.matrix(weight.detach())
+            matrices = matrix.unbind() if site.experts else [matrix]
+            stack = [quantizer(part, self).validate() for part in matrices]
+            parts = {
+                "qweight": [affine.pack() for affine in stack],
+                "scale": [affine.scale for affine in stack],
+                "offset": [affine.offset for affine in stack],
+            }
+            return {
+                f"{site.path}.{part}": torch.stack(values) if site.experts else values[0]
+                for part, values in parts.items()
+            }
+
+        return defer(compute, weight)
 
     def _rewrite(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
         """Put the operator on codes in the place of a linear map."""
@@ -134,7 +138,8 @@ def _freeze(tensor: Tensor) -> Tensor:
     """The same memory as a parameter that takes no gradient; the user's model is not touched."""
     if not isinstance(tensor, nn.Parameter):
         return tensor
-    return nn.Parameter(tensor.detach(), requires_grad=False)
+    frozen: Tensor = keep_recipe(tensor, nn.Parameter(tensor.detach(), requires_grad=False))
+    return frozen
 
 
 def _keep_ties(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from qalora_compile.ir.pattern import (
 from qalora_compile.ir.plan import KEEP, Site
 from qalora_compile.ir.program import ADAPTER_NAMES, CODE_NAMES
 from qalora_compile.ir.signature import dtype_name
-from qalora_compile.ir.storage import storage_key
+from qalora_compile.ir.storage import memory_key, storage_key
 
 _ATEN = torch.ops.aten
 _RAW = "_quantized"
@@ -111,7 +111,7 @@ def _misfit(
         return f"read by {operator_name} as its input or bias"
     if not _adds_a_vector(linear, module):
         return f"{operator_name} adds a whole matrix, which is no bias"
-    if matrix.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+    if memory_key(matrix) != memory_key(tensor):
         return f"read by {operator_name} through a copy in another layout"
     rank = len(shape_of(linear.x) or ())
     if matrix.dim() == 2 and linear.kind != EXPERTS:

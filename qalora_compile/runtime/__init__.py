@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from qalora_compile.runtime.language_model import LanguageModel, Sampling
 from qalora_compile.runtime.library import kernel_level, library_path, register
-from qalora_compile.runtime.session import LanguageModel, Sampling, open_session
+from qalora_compile.runtime.session import open_session
 
 __all__ = [
     "LanguageModel",

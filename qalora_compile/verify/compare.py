@@ -178,17 +178,22 @@ class Report:
             )
         return self
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON types; infinities and NaN become null."""
+    def summary(self) -> dict[str, Any]:
+        """What was compared and the verdict with its numbers, as JSON types."""
         return {
             "reference": self.reference,
             "candidate": self.candidate,
-            "tolerance": dataclasses.asdict(self.tolerance),
             "inputs": self.inputs,
+            "tolerance": dataclasses.asdict(self.tolerance),
             "outputs": [_row(c) for c in self.outputs],
+            "verdict": self.verdict,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types; infinities and NaN become null."""
+        return self.summary() | {
             "sites": [_row(c) for c in self.sites],
             "first_divergence": self.first_divergence,
-            "verdict": self.verdict,
         }
 
     def __str__(self) -> str:

@@ -16,6 +16,7 @@ from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY, site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Signature
 from qalora_compile.optional import require
+from qalora_compile.verify.cached import CachedSteps, has_cache, without_cache
 
 
 @dataclass
@@ -79,7 +80,8 @@ class _Recorder(fx.Interpreter):
 class OnnxRunner:
     """Runs an exported model in ONNX Runtime on the CPU, exactly as a user's session would.
 
-    The outputs come from the file as it is; site values come from a second session in which they
+    Language models with a key-value cache run on whole sequences, see `verify.cached`. The outputs
+    come from the file as it is; site values come from a second session in which they
     are additional outputs. Standard models compute in float32 (`QDQ_ACCURACY_KEY`).
 
     Args:
@@ -108,8 +110,17 @@ class OnnxRunner:
             )
         metadata: Mapping[str, Any] = json.loads(text)
         self.signature = Signature.from_json(metadata["signature"])
+        self._cached: CachedSteps | None = None
+        if has_cache(self.signature):
+            self._cached = CachedSteps(self._session, self.signature)
         self._site_values: dict[str, str] = dict(metadata["site_values"])
         self._site_session: Any = None
+
+    def meet(self, other: Runner) -> None:
+        """Take the inputs that `other` takes, if this model has a key-value cache beside them."""
+        if self._cached is not None:
+            names = [leaf.name for leaf in other.signature.inputs]
+            self.signature = without_cache(self._cached.signature, names)
 
     def run(self, leaves: Sequence[Any]) -> Run:
         """Run both sessions."""
@@ -118,10 +129,14 @@ class OnnxRunner:
             for leaf, value in zip(self.signature.inputs, leaves, strict=True)
             if leaf.dtype is not None
         }
-        taken = {i.name for i in self._session.get_inputs()}
-        feed = {name: value for name, value in feed.items() if name in taken}
-        names = [o.name for o in self._session.get_outputs()]
-        outputs = dict(zip(names, map(_tensor, self._session.run(None, feed)), strict=True))
+        if self._cached is not None:
+            outputs = {"logits": self._cached.logits(feed)}
+            feed = self._cached.whole(feed)
+        else:
+            taken = {i.name for i in self._session.get_inputs()}
+            feed = {name: value for name, value in feed.items() if name in taken}
+            names = [o.name for o in self._session.get_outputs()]
+            outputs = dict(zip(names, map(_tensor, self._session.run(None, feed)), strict=True))
         if self._site_session is None:
             self._site_session = self._open_site_session()
         inner = list(self._site_values.values())

@@ -144,6 +144,7 @@ STEPS = {
     "fold-adapters": {ADAPTED},
     "share-group-sums": {ADAPTED},
     "widen-halves": {FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED},
+    **dict.fromkeys(("fuse-rms-norm", "fuse-rotary", "fuse-attention"), set(STAGES)),
     "legalize-ort": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-ort-stock": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-onnx": {QUANTIZED, ADAPTED, FOLDED},

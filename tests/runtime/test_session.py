@@ -13,7 +13,7 @@ import torch
 import qalora_compile as qc
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.runtime import LanguageModel, Sampling, open_session
-from qalora_compile.runtime.session import choose_token
+from qalora_compile.runtime.language_model import choose_token
 from tests.models import MLP, adapted, llama, token_ids
 
 

@@ -39,9 +39,13 @@ def _retype(value: Any, bits: int, shape: tuple[int, int]) -> None:
     kind = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}[bits]
     if tuple(value.const_value.shape) == shape and value.dtype == kind:
         return
-    raw = value.const_value.numpy()
-    if bits == 8:
-        value.const_value = ir.Tensor(raw.reshape(shape), name=value.name)
-    else:
-        value.const_value = ir.PackedTensor(raw, kind, shape=ir.Shape(shape), name=value.name)
+    stored = value.const_value
+
+    def make() -> Any:
+        raw = stored.numpy()
+        if bits == 8:
+            return ir.Tensor(raw.reshape(shape), name=value.name)
+        return ir.PackedTensor(raw, kind, shape=ir.Shape(shape), name=value.name)
+
+    value.const_value = ir.LazyTensor(make, kind, ir.Shape(shape), name=value.name)
     value.type, value.shape = ir.TensorType(kind), ir.Shape(shape)

@@ -15,6 +15,7 @@ from qalora_compile.exporters.onnx.operators import (
     group_quant_linear_op,
     matmul_nbits_op,
 )
+from qalora_compile.exporters.onnx.translate_fused import fused_table
 from qalora_compile.exporters.onnx.translate_experts import expert_table
 from qalora_compile.ir.nbits import largest_block, stored_bits
 from qalora_compile.optional import require
@@ -22,11 +23,13 @@ from qalora_compile.optional import require
 Table = dict[Callable[..., Any], Callable[..., Any]]
 
 
-def translation_table() -> Table:
+def translation_table(opset: int) -> Table:
     """Operator → function that emits its ONNX nodes, for `custom_translation_table`."""
-    op = require("onnxscript", extra="onnx", purpose="export to ONNX").opset18
+    onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
+    op = onnxscript.opset18
     kernels = _kernel_table(op)
-    return kernels | _plain_table(op) | expert_table(op, kernels)
+    table = kernels | _plain_table(op) | expert_table(op, kernels)
+    return table | fused_table(onnxscript.opset23) if opset >= 23 else table
 
 
 def _kernel_table(op: Any) -> Table:

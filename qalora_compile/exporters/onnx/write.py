@@ -24,6 +24,7 @@ from qalora_compile.exporters.onnx.functions import (
     QALORA,
     layered_functions,
 )
+from qalora_compile.exporters.onnx.initializers import defer_initializers, write_model
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.exporters.onnx.translate import translation_table
 from qalora_compile.files import atomic_files
@@ -37,10 +38,6 @@ from qalora_compile.optional import require
 _OPERATOR = re.compile(r"(?:target=torch\.ops\.|OpOverload\(op=')([\w.]+)")
 
 _ASSERTIONS = ("aten._assert_scalar.default", "aten._assert_async.msg", "aten._assert_async.default")
-
-INLINE_LIMIT_BYTES = 1 << 30
-"""Weights beyond this go to `<name>.data`; a protobuf file cannot exceed 2 GiB."""
-
 
 def write_onnx(program: Program, path: Path, spec: ExportSpec) -> ExportReport:
     """Translate, tidy, name, check and write.
@@ -56,6 +53,7 @@ def write_onnx(program: Program, path: Path, spec: ExportSpec) -> ExportReport:
     for package in ("onnx", "onnxscript", "onnx_ir"):
         require(package, extra="onnx", purpose="export to ONNX")
     model = _translate(program, spec)
+    defer_initializers(model, program)
     tidy(model)
     name_axes(model, program.signature)
     sites = name_sites(model, program)
@@ -82,7 +80,7 @@ def _translate(program: Program, spec: ExportSpec) -> Any:
                 opset_version=spec.onnx_opset,
                 input_names=[leaf.name for leaf in program.signature.inputs if leaf.dtype],
                 output_names=_tensor_outputs(program),
-                custom_translation_table=translation_table(),
+                custom_translation_table=translation_table(spec.onnx_opset),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -204,14 +202,8 @@ def _parts(site: Site, names: tuple[str, ...]) -> list[str]:
 
 def _save(model: Any, program: Program, path: Path, spec: ExportSpec) -> ExportReport:
     onnx = require("onnx", extra="onnx", purpose="check an ONNX model")
-    ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
-    total = sum(v.const_value.nbytes for v in model.graph.initializers.values())
-    external = f"{path.name}.data" if total > INLINE_LIMIT_BYTES else None
     with atomic_files(path, overwrite=spec.overwrite) as scratch:
-        if external is None:
-            ir.save(model, scratch)
-        else:
-            ir.save(model, scratch, external_data=external)
+        write_model(model, scratch)
         try:
             onnx.checker.check_model(str(scratch))
         except onnx.checker.ValidationError as error:

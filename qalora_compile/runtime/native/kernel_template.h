@@ -336,37 +336,35 @@ void RunFew(const Job& job, int64_t begin, int64_t end, float* scratch) {
   });
 }
 
+// Rows of x that are multiplied by a tile of weights at a time: so many stay in the L2 cache.
+constexpr int64_t kBlockRows = 48;
+
+// Rows [m, stop) of x times `wide` weight rows from n.
 template <class V, int bits, int wide>
-inline void Int8Columns(const Job& job, int64_t n, const float* const (&scale)[wide],
-                        const float* const (&product)[wide]) {
-  int64_t m = 0;
-  for (; m + V::kInt8M <= job.rows; m += V::kInt8M) {
+inline void Int8Columns(const Job& job, int64_t n, int64_t m, int64_t stop, float* scratch) {
+  const int64_t size = job.plan.group_floats, groups = job.layer->groups;
+  const float* scale[wide];
+  const float* product[wide];
+  for (int r = 0; r < wide; ++r) {
+    float* buffer = scratch + 2 * r * size;
+    ExpandGroups<V>(job, n + r, 0, groups, buffer, buffer + size);
+    scale[r] = buffer;
+    product[r] = buffer + size;
+  }
+  for (; m + V::kInt8M <= stop; m += V::kInt8M) {
     Int8Tile<V, bits, wide, V::kInt8M>(job, n, m, scale, product);
   }
-  for (; m < job.rows; ++m) Int8Tile<V, bits, wide, 1>(job, n, m, scale, product);
+  for (; m < stop; ++m) Int8Tile<V, bits, wide, 1>(job, n, m, scale, product);
 }
 
 // Many rows of x, int8: tiles of four weight rows.
 template <class V, int bits>
 void Int8Many(const Job& job, int64_t begin, int64_t end, float* scratch) {
-  const int64_t size = job.plan.group_floats, groups = job.layer->groups;
-  int64_t n = begin;
-  for (; n + 4 <= end; n += 4) {
-    const float* scale[4];
-    const float* product[4];
-    for (int r = 0; r < 4; ++r) {
-      float* buffer = scratch + 2 * r * size;
-      ExpandGroups<V>(job, n + r, 0, groups, buffer, buffer + size);
-      scale[r] = buffer;
-      product[r] = buffer + size;
-    }
-    Int8Columns<V, bits, 4>(job, n, scale, product);
-  }
-  for (; n < end; ++n) {
-    ExpandGroups<V>(job, n, 0, groups, scratch, scratch + size);
-    const float* const scale[1] = {scratch};
-    const float* const product[1] = {scratch + size};
-    Int8Columns<V, bits, 1>(job, n, scale, product);
+  for (int64_t m = 0; m < job.rows; m += kBlockRows) {
+    const int64_t stop = m + kBlockRows < job.rows ? m + kBlockRows : job.rows;
+    int64_t n = begin;
+    for (; n + 4 <= end; n += 4) Int8Columns<V, bits, 4>(job, n, m, stop, scratch);
+    for (; n < end; ++n) Int8Columns<V, bits, 1>(job, n, m, stop, scratch);
   }
 }
 
@@ -414,36 +412,43 @@ inline void Fp32Tile(const Job& job, const float* weight, const float* x, int64_
   }
 }
 
+// Rows [m, stop) of x times the four dequantized rows in `weight`.
+template <class V>
+inline void Fp32Rows(const Job& job, const float* weight, const float* x, int64_t length, int64_t n,
+                     int64_t used, int64_t m, int64_t stop, bool first) {
+  const int64_t pitch = job.plan.prepared();
+  for (; m + V::kTileM <= stop; m += V::kTileM) {
+    Fp32Tile<V, V::kTileM>(job, weight, x + m * pitch, length, n, used, m, first);
+  }
+  for (; m < stop; ++m) Fp32Tile<V, 1>(job, weight, x + m * pitch, length, n, used, m, first);
+}
+
 // Many rows of x, fp32: dequantize four rows by kTileCodes at a time, then a register-blocked product.
 template <class V, int bits>
 void Fp32Many(const Job& job, int64_t begin, int64_t end, float* scratch) {
   using C = Codec<V, bits>;
   constexpr int64_t kBlock = kTileCodes / C::kCodes;
   static_assert(kBlock >= 1 && kTileCodes % C::kCodes == 0, "a tile is whole steps");
-  const int64_t size = job.plan.group_floats;
+  const int64_t size = job.plan.group_floats, group = job.layer->group_size;
   float* weight = scratch + 8 * size;
   for (int64_t step = 0; step < job.plan.steps; step += kBlock) {
     const int64_t stop = step + kBlock < job.plan.steps ? step + kBlock : job.plan.steps;
     const int64_t length = (stop - step) * C::kCodes;
     const int64_t low = job.steps.first[step];
-    const int64_t code_end = stop * C::kCodes + job.layer->group_size - 1;
-    int64_t high = code_end / job.layer->group_size;
+    int64_t high = (stop * C::kCodes + group - 1) / group;
     if (high > job.layer->groups) high = job.layer->groups;
-    for (int64_t n = begin; n < end; n += 4) {
-      const int64_t used = end - n < 4 ? end - n : 4;
-      for (int64_t r = 0; r < used; ++r) {
-        ExpandGroups<V>(job, n + r, low, high, scratch, scratch + size);
-        Dequantize<V, bits>(job, n + r, step, stop, scratch, scratch + size, weight + r * length);
-      }
-      // Rows that are not there: any finite weights, their sums are not stored.
-      if (used < 4) std::memset(weight + used * length, 0, (4 - used) * length * sizeof(float));
-      const float* x = job.permuted + step * C::kCodes;
-      int64_t m = 0;
-      for (; m + V::kTileM <= job.rows; m += V::kTileM) {
-        Fp32Tile<V, V::kTileM>(job, weight, x + m * job.plan.prepared(), length, n, used, m, !step);
-      }
-      for (; m < job.rows; ++m) {
-        Fp32Tile<V, 1>(job, weight, x + m * job.plan.prepared(), length, n, used, m, !step);
+    const float* x = job.permuted + step * C::kCodes;
+    for (int64_t m = 0; m < job.rows; m += kBlockRows) {
+      const int64_t last = m + kBlockRows < job.rows ? m + kBlockRows : job.rows;
+      for (int64_t n = begin; n < end; n += 4) {
+        const int64_t used = end - n < 4 ? end - n : 4;
+        for (int64_t r = 0; r < used; ++r) {
+          ExpandGroups<V>(job, n + r, low, high, scratch, scratch + size);
+          Dequantize<V, bits>(job, n + r, step, stop, scratch, scratch + size, weight + r * length);
+        }
+        // Rows that are not there: any finite weights, their sums are not stored.
+        if (used < 4) std::memset(weight + used * length, 0, (4 - used) * length * sizeof(float));
+        Fp32Rows<V>(job, weight, x, length, n, used, m, last, !step);
       }
     }
   }

@@ -1,0 +1,187 @@
+"""`capture_causal_lm`: a causal language model with its key-value cache as inputs and outputs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from qalora_compile.capture.export import export_model_graph
+from qalora_compile.capture.model import make_program, to_module
+from qalora_compile.errors import UnsupportedError
+from qalora_compile.ir.program import Program
+from qalora_compile.optional import require
+
+BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
+_BATCH_SIZE, _SEQUENCE_SIZE, _PAST_SIZE = 2, 3, 5
+
+
+def capture_causal_lm(model: nn.Module, *, last_logits: bool = False) -> Program:
+    """Capture a transformers decoder-only model, cache included, to a program at stage `float`.
+
+    One graph serves the prompt and each step after it:
+
+    =============================  ===========================================================
+    `input_ids`                    int64 `[batch, sequence]`
+    `attention_mask`               int64 `[batch, past_sequence + sequence]`, 0 where padding
+    `position_ids`                 int64 `[batch, sequence]`; only if the model reads it
+    `past_key_values.N.key/value`  `[batch, heads, past_sequence, head]`; may be empty
+    `logits`                       `[batch, sequence, vocabulary]`
+    `present.N.key/value`          `[batch, heads, past_sequence + sequence, head]`
+    =============================  ===========================================================
+
+    Tensors keep the names that `capture_model` gives them. The model's weights may be fake tensors:
+    no value is read.
+
+    Args:
+        model: In evaluation mode, from transformers.
+        last_logits: Give logits of the last position alone, `[batch, 1, vocabulary]`.
+
+    Raises:
+        UnsupportedError: the model keeps something other than keys and values.
+        CaptureError: `torch.export` refused the model.
+    """
+    layers = _cache_shapes(model)
+    cached = _with_cache(model, last_logits)
+    kwargs = _example(model, layers)
+    axes = _axes(len(layers))
+    shapes = pytree.tree_map_with_path(
+        lambda path, _: dict.fromkeys(axes[_name(path)], Dim.DYNAMIC), kwargs
+    )
+    with torch.no_grad():
+        exported = export_model_graph(cached, (), kwargs, shapes, [])
+    module = to_module(exported, training=False)
+    return make_program(model, module, (), kwargs, axes=axes)
+
+
+def _with_cache(model: nn.Module, last_logits: bool) -> nn.Module:
+    """The same model, with its very parameters under their names, and the cache as tensors."""
+    base = type(model)
+    keep = {"logits_to_keep": 1} if last_logits else {}
+    argument = _cache_argument(model)
+
+    def forward(
+        self: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        past_key_values: list[dict[str, Tensor]],
+    ) -> dict[str, Any]:
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        output = base.forward(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=True,
+            **{argument: _cache(past_key_values)},
+            **positions,
+            **keep,
+        )
+        present = [{"key": layer.keys, "value": layer.values} for layer in output[argument].layers]
+        return {"logits": output.logits, "present": present}
+
+    if last_logits and "logits_to_keep" not in inspect.signature(base.forward).parameters:
+        raise UnsupportedError(f"{base.__name__} cannot give the last logits alone")
+    cached = copy.copy(model)
+    cached.__class__ = type(base.__name__, (base,), {"forward": forward})
+    return cached
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """What this release of transformers calls a cache, as an input and an output."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def _cache(past: list[dict[str, Tensor]]) -> Any:
+    """A transformers cache that holds these keys and values, whole: no window drops any."""
+    caches = require("transformers.cache_utils", extra="hf", purpose="capture with a cache")
+    cache = caches.DynamicCache()
+    for tensors in past:
+        layer = caches.DynamicLayer()
+        layer.lazy_initialization(tensors["key"], tensors["value"])
+        layer.keys, layer.values = tensors["key"], tensors["value"]
+        cache.layers.append(layer)
+    return cache
+
+
+def _cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
+    """Heads, width of a key and width of a value of each layer, from a run on one token.
+
+    Raises:
+        UnsupportedError: the model gives no such cache.
+    """
+    with torch.no_grad(), _experts_by_shape(model):
+        try:
+            output = model(input_ids=_integers((1, 1)), use_cache=True)
+            layers = output[_cache_argument(model)].layers
+            pairs = [(layer.keys.shape, layer.values.shape) for layer in layers]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UnsupportedError(
+                f"{type(model).__name__} has no key-value cache that can be an input of a graph",
+                where=str(error),
+                hint="export it without one: --no-kv-cache",
+            ) from error
+    return [(key[1], key[3], value[3]) for key, value in pairs]
+
+
+@contextmanager
+def _experts_by_shape(model: nn.Module) -> Iterator[None]:
+    """Run experts in a way that looks at no value and at no dtype, where a model has them."""
+    config: Any = model.config
+    before = getattr(config, "_experts_implementation", None)
+    if before is not None:
+        config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        if before is not None:
+            config._experts_implementation = before
+
+
+def _integers(shape: tuple[int, ...]) -> Tensor:
+    return torch.ones(shape, dtype=torch.int64)
+
+
+def _example(model: nn.Module, layers: list[tuple[int, int, int]]) -> dict[str, Any]:
+    """Inputs of three tokens after five; sizes of 0 and 1 would be constants to torch."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    past = [
+        {
+            name: torch.zeros(_BATCH_SIZE, heads, _PAST_SIZE, width, dtype=dtype)
+            for name, width in (("key", key), ("value", value))
+        }
+        for heads, key, value in layers
+    ]
+    positions = torch.arange(_PAST_SIZE, _PAST_SIZE + _SEQUENCE_SIZE).repeat(_BATCH_SIZE, 1)
+    takes = "position_ids" in inspect.signature(type(model).forward).parameters
+    return {
+        "input_ids": _integers((_BATCH_SIZE, _SEQUENCE_SIZE)),
+        "attention_mask": _integers((_BATCH_SIZE, _PAST_SIZE + _SEQUENCE_SIZE)),
+        "position_ids": positions if takes else None,
+        "past_key_values": past,
+    }
+
+
+def _axes(layers: int) -> dict[str, dict[int, str]]:
+    """The dynamic axes of each input, by name."""
+    named = {
+        "input_ids": {0: BATCH, 1: SEQUENCE},
+        "attention_mask": {0: BATCH, 1: TOTAL},
+        "position_ids": {0: BATCH, 1: SEQUENCE},
+    }
+    for layer in range(layers):
+        for part in ("key", "value"):
+            named[f"past_key_values.{layer}.{part}"] = {0: BATCH, 2: PAST}
+    return named
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)

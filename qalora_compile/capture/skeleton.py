@@ -1,0 +1,95 @@
+"""Transformers models without weights: for capture, where only shapes count."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.files import read_json
+from qalora_compile.optional import require
+
+
+def transformers_module() -> Any:
+    """The transformers package, offline and quiet."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers = require("transformers", extra="hf", purpose="load Hugging Face and GGUF models")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def model_class(folder: Path) -> Any:
+    """The class that the folder's `config.json` names.
+
+    Raises:
+        UnsupportedError: transformers has no such class; code in the folder is never run.
+        UserInputError: there is no `config.json`, or it is no JSON.
+    """
+    names = read_json(folder / "config.json").get("architectures") or []
+    transformers = transformers_module()
+    if not names or not hasattr(transformers, names[0]):
+        raise UnsupportedError(
+            f"config.json names no architecture that transformers has ({names or 'none'})",
+            where=str(folder / "config.json"),
+            hint="use package.module:factory for a model of your own",
+        )
+    return getattr(transformers, names[0])
+
+
+def build_skeleton(folder: Path) -> nn.Module:
+    """The model that `config.json` describes, in evaluation mode, its parameters fake tensors.
+
+    Buffers, which no checkpoint holds in full, have their values.
+
+    Raises:
+        UnsupportedError, UserInputError: see `model_class`; or the configuration is refused.
+    """
+    kind = model_class(folder)
+    try:
+        config = kind.config_class.from_pretrained(folder, local_files_only=True)
+        with _parameters_on_meta():
+            model: nn.Module = kind._from_config(config)
+    except Exception as error:  # transformers raises types of many kinds
+        raise UserInputError(
+            f"config.json does not describe a {kind.__name__}: {type(error).__name__}: {error}",
+            where=str(folder / "config.json"),
+        ) from error
+    model.tie_weights()  # type: ignore[operator]
+    return skeleton_of(model)
+
+
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """A copy of a model in evaluation mode, its parameters fake tensors; buffers are shared."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        with mode:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+    return copy.deepcopy(model, memo).eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Move every parameter to the meta device as it is registered, so that it takes no memory."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

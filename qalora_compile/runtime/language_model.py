@@ -1,0 +1,185 @@
+"""Token generation with an exported language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.optional import require
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_TOKENS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
+_PAST, _PRESENT, _LOGITS = "past_key_values.", "present.", "logits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token (greedy).
+        top_p: Sample from the smallest set of tokens with this much probability together.
+        seed: Of the sampling.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+            raise UserInputError(
+                f"temperature is {self.temperature} and top_p is {self.top_p}",
+                hint="use temperature 0 or more and top_p in (0, 1]",
+            )
+
+
+class LanguageModel:
+    """A causal language model exported with a key-value cache, or as one full-sequence forward.
+
+    Args:
+        session: From `open_session`; takes `input_ids` and, as they were exported,
+            `attention_mask`, `position_ids` and `past_key_values.N.key` and `.value`.
+        context_length: Tokens that the model was made for, prompt and answer together; None sets no
+            limit.
+
+    Raises:
+        UnsupportedError: the model takes other inputs, or gives no logits `[B, T, V]`.
+    """
+
+    def __init__(self, session: Any, *, context_length: int | None = None) -> None:
+        self.session = session
+        self.context_length = context_length
+        self._inputs = {i.name: i for i in session.get_inputs()}
+        self._past = [name for name in self._inputs if name.startswith(_PAST)]
+        outputs = {o.name: o for o in session.get_outputs()}
+        self._logits = _LOGITS if _LOGITS in outputs else next(iter(outputs))
+        unknown = set(self._inputs) - {_TOKENS, _MASK, _POSITIONS, *self._past}
+        if unknown or len(outputs[self._logits].shape) != 3 or _TOKENS not in self._inputs:
+            raise UnsupportedError(
+                f"the model takes {', '.join(self._inputs)} and gives {self._logits}: it is "
+                "no causal language model exported by this package",
+            )
+
+    @property
+    def cached(self) -> bool:
+        """Whether the model has a key-value cache."""
+        return bool(self._past)
+
+    def empty_cache(self, batch: int = 1) -> dict[str, Any]:
+        """Keys and values of no token, by input name, as `onnxruntime.OrtValue`."""
+        import numpy as np
+
+        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+        cache = {}
+        for name in self._past:
+            value = self._inputs[name]
+            dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+            empty = np.zeros((batch, value.shape[1], 0, value.shape[3]), dtype)
+            cache[name] = runtime.OrtValue.ortvalue_from_numpy(empty)
+        return cache
+
+    def step(
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64],
+        cache: Mapping[str, Any],
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Logits of some tokens after those in the cache, and the cache with them.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, past + T]`, 0 where there is padding. Positions count the ones.
+            cache: From `empty_cache` or an earlier step.
+
+        Returns:
+            Logits `[B, T, V]` (`[B, 1, V]` of a model exported with the last ones alone), cache.
+        """
+        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+        positions = (attention_mask.cumsum(-1) - 1).clip(0)[:, -input_ids.shape[1] :]
+        feed = {_TOKENS: input_ids, _MASK: attention_mask, _POSITIONS: positions}
+        values = {
+            name: runtime.OrtValue.ortvalue_from_numpy(value)
+            for name, value in feed.items()
+            if name in self._inputs
+        }
+        present = [name.replace(_PAST, _PRESENT) for name in self._past]
+        found = self.session.run_with_ort_values([self._logits, *present], {**values, **cache})
+        logits: NDArray[np.float32] = found[0].numpy()
+        return logits, dict(zip(self._past, found[1:], strict=True))
+
+    def logits(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits `[B, T, V]` float32 of token ids `[B, T]` int64; no mask means all ones."""
+        mask = attention_mask if attention_mask is not None else input_ids * 0 + 1
+        return self.step(input_ids, mask, self.empty_cache(len(input_ids)))[0]
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[int] = (),
+        sampling: Sampling | None = None,
+    ) -> Iterator[int]:
+        """Yield new tokens one by one, until a stop token (not yielded) or the limit.
+
+        Without a key-value cache, each token runs the whole sequence again.
+
+        Raises:
+            UserInputError: the prompt is empty, or longer with its answer than the context.
+        """
+        sampling = sampling or Sampling()
+        if not prompt:
+            raise UserInputError("the prompt has no token")
+        if self.context_length is not None and len(prompt) + max_new_tokens > self.context_length:
+            raise UserInputError(
+                f"{len(prompt)} tokens of the prompt and {max_new_tokens} new ones are more than "
+                f"the {self.context_length} that the model was made for",
+                hint="ask for fewer new tokens, or shorten the prompt",
+            )
+        return self._generate(prompt, max_new_tokens, stop, sampling)
+
+    def _generate(
+        self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[int], sampling: Sampling
+    ) -> Iterator[int]:
+        import numpy as np
+
+        generator = np.random.default_rng(sampling.seed)
+        cache = self.empty_cache()
+        tokens, fresh = list(prompt), list(prompt)
+        for _ in range(max_new_tokens):
+            read = fresh if self.cached else tokens
+            logits, cache = self.step(
+                np.array([read], dtype=np.int64), np.ones((1, len(tokens)), np.int64), cache
+            )
+            token = choose_token(logits[0, -1], sampling, generator)
+            if token in stop:
+                return
+            fresh = [token]
+            tokens.append(token)
+            yield token
+
+
+def choose_token(
+    logits: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator
+) -> int:
+    """The next token from logits `[V]`: greedy, or nucleus sampling (arXiv 1904.09751)."""
+    import numpy as np
+
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / sampling.temperature
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities)
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    kept = order[before < sampling.top_p]
+    weights = probabilities[kept] / probabilities[kept].sum()
+    return int(generator.choice(kept, p=weights))

@@ -1,0 +1,86 @@
+"""Exported language models with a key-value cache, compared as whole-sequence models."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.ir.signature import Signature
+
+_PAST, _PRESENT = "past_key_values.", "present."
+_LOGITS, _TOKENS, _MASK, _POSITIONS = "logits", "input_ids", "attention_mask", "position_ids"
+
+
+def has_cache(signature: Signature) -> bool:
+    """Whether the model takes keys and values of a past."""
+    return any(leaf.name.startswith(_PAST) for leaf in signature.inputs)
+
+
+def without_cache(signature: Signature, names: Collection[str]) -> Signature:
+    """The signature of the same model on whole sequences: tokens in, logits out.
+
+    Args:
+        signature: Of the model with its cache.
+        names: Inputs of the model that it is compared with; the mask is left out if it has none.
+    """
+    kept = {leaf.name: leaf for leaf in signature.inputs if leaf.name == _TOKENS}
+    if _MASK in names:
+        mask = next(leaf for leaf in signature.inputs if leaf.name == _MASK)
+        kept[_MASK] = replace(mask, shape=kept[_TOKENS].shape)
+    return Signature(tuple(kept.values()), (_LOGITS,), ())
+
+
+class CachedSteps:
+    """Runs a session on whole sequences in two steps, the second one on the cache of the first.
+
+    So what is compared is what a device does: a prompt, then more tokens after it.
+    """
+
+    def __init__(self, session: Any, signature: Signature) -> None:
+        self._session = session
+        self.signature = signature
+        self._names = [output.name for output in session.get_outputs()]
+        # Where a model gives the last logits alone, it goes token by token to give them all.
+        self._last_only = session.get_outputs()[self._names.index(_LOGITS)].shape[1] == 1
+
+    def whole(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of one run on the whole sequence, after an empty past."""
+        return self._step(feed, 0, feed[_TOKENS].shape[1], self._empty(feed))
+
+    def logits(self, feed: Mapping[str, Any]) -> Tensor:
+        """Logits of every token."""
+        length = feed[_TOKENS].shape[1]
+        stops = range(1, length + 1) if self._last_only else sorted({(length + 1) // 2, length})
+        past, begin, parts = self._empty(feed), 0, []
+        for stop in stops:
+            found = self._session.run(None, self._step(feed, begin, stop, past))
+            values = dict(zip(self._names, found, strict=True))
+            past = {n.replace(_PRESENT, _PAST): v for n, v in values.items() if n != _LOGITS}
+            parts.append(torch.from_numpy(values[_LOGITS]))
+            begin = stop
+        return torch.cat(parts, dim=1)
+
+    def _empty(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        batch = feed[_TOKENS].shape[0]
+        past = {}
+        for leaf in self.signature.inputs:
+            if leaf.name.startswith(_PAST):
+                shape = [batch, int(leaf.shape[1]), 0, int(leaf.shape[3])]
+                past[leaf.name] = torch.zeros(shape, dtype=getattr(torch, str(leaf.dtype))).numpy()
+        return past
+
+    def _step(
+        self, feed: Mapping[str, Any], begin: int, stop: int, past: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        tokens = feed[_TOKENS][:, begin:stop]
+        mask = (
+            feed[_MASK][:, :stop] if _MASK in feed else torch.ones(len(tokens), stop).long().numpy()
+        )
+        positions = torch.arange(begin, stop).repeat(len(tokens), 1).numpy()
+        values = {_TOKENS: tokens, _MASK: mask, _POSITIONS: positions, **past}
+        taken = {leaf.name for leaf in self._session.get_inputs()}
+        return {name: value for name, value in values.items() if name in taken}

@@ -1,0 +1,208 @@
+"""Language models with a key-value cache: in ONNX Runtime, in GenAI, and what their files hold."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import qalora_compile as qc
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.exporters.genai import CONFIG_FILE, context_length, genai_config
+from qalora_compile.ir.signature import InputLeaf, Signature
+from qalora_compile.ir.storage import read_program
+from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
+from tests.models import adapted, gpt2, llama, token_ids
+
+BUILDS = {"llama": llama, "gpt2": gpt2}
+PROMPT = [5, 17, 40, 3]
+
+
+def fold(build: Callable[[], nn.Module]) -> tuple[Any, qc.Program]:
+    torch.manual_seed(0)
+    model, ids = build(), token_ids(2, 16)
+    return model, qc.fold_adapters(adapted(model, (ids,))).eval()
+
+
+def greedy(folded: qc.Program, count: int) -> list[int]:
+    """Tokens after PROMPT, each from the whole sequence, in torch."""
+    tokens = list(PROMPT)
+    for _ in range(count):
+        with torch.no_grad():
+            tokens.append(int(folded(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(PROMPT) :]
+
+
+@pytest.mark.parametrize("fusion", ["standard", "none"])
+@pytest.mark.parametrize("name", BUILDS)
+def test_tokens_equal_those_of_torch(name: str, fusion: str, tmp_path: Path) -> None:
+    model, folded = fold(BUILDS[name])
+    path = tmp_path / "model.onnx"
+    qc.export_model(qc.add_kv_cache(folded, model), path, qc.ExportSpec(fusion=fusion))
+    for library in (False, True) if kernel_level() else (False,):
+        deployed = LanguageModel(open_session(path, library=library, threads=1))
+        assert deployed.cached
+        assert list(deployed.generate(PROMPT, max_new_tokens=12)) == greedy(folded, 12)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, qc.Program, Path]:
+    model, folded = fold(llama)
+    path = tmp_path_factory.mktemp("edge") / "model.onnx"
+    qc.export_model(qc.add_kv_cache(folded, model), path)
+    return model, folded, path
+
+
+def test_any_batch_and_length_and_padding(exported: tuple[Any, qc.Program, Path]) -> None:
+    _, folded, path = exported
+    model = LanguageModel(open_session(path))
+    ids = token_ids(3, 9)
+    with torch.no_grad():
+        expected = folded(ids).logits.numpy()
+    np.testing.assert_allclose(model.logits(ids.numpy()), expected, rtol=1e-4, atol=1e-5)
+    padded = np.pad(ids.numpy(), ((0, 0), (2, 0)))
+    mask = np.pad(np.ones((3, 9), np.int64), ((0, 0), (2, 0)))
+    np.testing.assert_allclose(model.logits(padded, mask)[:, 2:], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_is_written_in_few_nodes(exported: tuple[Any, qc.Program, Path]) -> None:
+    kinds = Counter(node.op_type for node in onnx.load(exported[2]).graph.node)
+    assert kinds["GroupQuantLinear"] == 14
+    assert (kinds["RMSNormalization"], kinds["RotaryEmbedding"], kinds["Attention"]) == (5, 4, 2)
+    assert kinds["Softmax"] == 0
+    layers = 2
+    shared = sum(kinds.values()) - layers * 17 - 1  # one norm behind the last layer
+    assert shared < 70, f"{shared} nodes for masks, angles and the head"
+
+
+def test_no_weight_is_stored_twice_or_in_float(
+    exported: tuple[Any, qc.Program, Path],
+) -> None:
+    model = onnx.load(exported[2])
+    read = {name for node in model.graph.node for name in node.input}
+    names = [tensor.name for tensor in model.graph.initializer]
+    assert len(names) == len(set(names))
+    assert set(names) <= read
+    assert not any(name.endswith("_proj.weight") for name in names)
+    assert sum(tuple(t.dims) == (128, 64) for t in model.graph.initializer) == 1  # tied
+
+
+def test_the_last_logits_alone(
+    exported: tuple[Any, qc.Program, Path], tmp_path: Path
+) -> None:
+    model, folded, _ = exported
+    path = tmp_path / "last.onnx"
+    qc.export_model(qc.add_kv_cache(folded, model, last_logits=True), path)
+    deployed = LanguageModel(open_session(path))
+    assert deployed.logits(token_ids(2, 7).numpy()).shape == (2, 1, 128)
+    assert list(deployed.generate(PROMPT, max_new_tokens=8)) == greedy(folded, 8)
+    report = qc.verify_equivalence(
+        folded, path, [{"input_ids": token_ids(2, 9)}], qc.Tolerance(max_rel=1e-4)
+    )
+    assert report.passed, report
+
+
+def test_a_planted_fault_in_the_cache_is_found(
+    exported: tuple[Any, qc.Program, Path], tmp_path: Path
+) -> None:
+    _, folded, path = exported
+    call, tolerance = [{"input_ids": token_ids(2, 9)}], qc.Tolerance(max_rel=1e-4)
+    assert qc.verify_equivalence(folded, path, call, tolerance).passed
+    broken = onnx.load(path)
+    node = next(n for n in broken.graph.node if n.op_type == "Attention")
+    node.input[4], node.input[5] = node.input[5], node.input[4]  # past keys for past values
+    onnx.save(broken, tmp_path / "broken.onnx")
+    assert not qc.verify_equivalence(folded, tmp_path / "broken.onnx", call, tolerance).passed
+
+
+@pytest.mark.parametrize("target", ["ort", "ort-stock", "onnx"])
+def test_weights_left_in_their_file_give_the_same_model(target: str, tmp_path: Path) -> None:
+    model, folded = fold(llama)
+    folded.save(tmp_path / "folded")
+    spec = qc.ExportSpec(target=target)
+    for name, source in (
+        ("now", folded),
+        ("later", read_program(tmp_path / "folded", deferred=True)),
+    ):
+        qc.export_model(qc.add_kv_cache(source, model), tmp_path / f"{name}.onnx", spec)
+    first, second = (onnx.load(tmp_path / f"{name}.onnx") for name in ("now", "later"))
+    stored = [{t.name: onnx.numpy_helper.to_array(t) for t in m.graph.initializer} for m in (first, second)]
+    assert stored[0].keys() == stored[1].keys()
+    for name, values in stored[0].items():
+        assert np.array_equal(values, stored[1][name]), name
+
+
+def test_genai_generates_the_same_tokens(
+    exported: tuple[Any, qc.Program, Path], tmp_path: Path
+) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model, folded, path = exported
+    (tmp_path / "model.onnx").write_bytes(path.read_bytes())
+    signature = qc.add_kv_cache(folded, model).signature
+    described = model.config.to_dict()
+    libraries = [None] + ([library_path().name] if kernel_level() else [])
+    for library in libraries:
+        if library:
+            (tmp_path / library).write_bytes(library_path().read_bytes())
+        config = genai_config(signature, described, {}, library=library)
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(config), "utf-8")
+        loaded = genai.Model(str(tmp_path))
+        parameters = genai.GeneratorParams(loaded)
+        parameters.set_search_options(max_length=len(PROMPT) + 12, do_sample=False)
+        generator = genai.Generator(loaded, parameters)
+        generator.append_tokens(np.array([PROMPT], dtype=np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        found = [int(t) for t in generator.get_sequence(0)[len(PROMPT) :]]
+        assert found == greedy(folded, 12)[: len(found)]
+        assert found[-1] == 0 or len(found) == 12  # 0 ends the sequence
+
+
+def test_the_configuration_says_what_the_model_is() -> None:
+    cache = [
+        InputLeaf(f"past_key_values.{i}.{part}", "float32", ("batch", 2, "past", 16))
+        for i in (0, 1)
+        for part in ("key", "value")
+    ]
+    tokens = InputLeaf("input_ids", "int64", ("batch", "sequence"))
+    signature = Signature((tokens, *cache), ("logits",))
+    model = {
+        "model_type": "llama",
+        "vocab_size": 9,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "eos_token_id": 2,
+        "max_position_embeddings": 77,
+    }
+    value = genai_config(signature, model, {"eos_token_id": [2, 5], "top_p": 0.9})
+    assert value["model"]["type"] == "llama"
+    assert value["model"]["context_length"] == value["search"]["max_length"] == 77
+    assert value["model"]["eos_token_id"] == [2, 5]
+    assert value["model"]["pad_token_id"] == 2
+    decoder = value["model"]["decoder"]
+    assert decoder["num_key_value_heads"] == 2
+    assert decoder["head_size"] == 16
+    assert decoder["num_hidden_layers"] == 2
+    assert "position_ids" not in decoder["inputs"]
+    assert value["search"]["top_p"] == 0.9
+    assert genai_config(signature, model | {"model_type": "new"}, {})["model"]["type"] == "decoder"
+    odd = InputLeaf(cache[0].name, "float32", ("batch", 3, "past", 16))
+    with pytest.raises(UnsupportedError, match="one shape"):
+        genai_config(Signature((tokens, odd, *cache[1:]), ("logits",)), model, {})
+
+
+def test_the_context_is_a_limit(exported: tuple[Any, qc.Program, Path]) -> None:
+    limit = context_length(exported[0].config.to_dict())
+    assert limit == 64
+    model = LanguageModel(open_session(exported[2]), context_length=limit)
+    with pytest.raises(UserInputError, match="more than the 64"):
+        model.generate(PROMPT, max_new_tokens=61)
+    assert len(list(model.generate(PROMPT, max_new_tokens=60))) == 60

@@ -1,0 +1,92 @@
+"""Deferred tensors: shapes now, values later, each made once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qalora_compile.errors import InternalError
+from qalora_compile.ir.deferred import (
+    defer,
+    defer_to,
+    holds,
+    is_deferred,
+    keep_recipe,
+    materialize,
+)
+
+
+class Source:
+    """Gives a tensor and counts how often."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.calls = 0
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        return self.values
+
+    def defer(self) -> Tensor:
+        """The values, deferred."""
+        return defer_to(self, self.values.to("meta"), FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def halves(x: Tensor) -> dict[str, Tensor]:
+    return {"low": x[:2] * 2, "high": x[2:].double()}
+
+
+def test_real_tensors_are_computed_at_once() -> None:
+    found = defer(halves, torch.arange(4.0))
+    assert not any(map(is_deferred, found.values()))
+    assert found["low"].tolist() == [0, 2]
+
+
+def test_values_come_when_they_are_asked_for() -> None:
+    source = Source(torch.arange(4.0))
+    x = source.defer()
+    found = defer(halves, x)
+    assert all(map(is_deferred, [x, *found.values()]))
+    assert (found["high"].dtype, found["high"].shape) == (torch.float64, (2,))
+    assert source.calls == 0
+    assert materialize(found["low"]).tolist() == [0, 2]
+    assert materialize(found["high"]).tolist() == [2, 3]
+    assert source.calls == 1
+    materialize(found["low"])  # again: made anew, not kept
+    assert source.calls == 2
+
+
+def test_recipes_chain_and_mix_with_real_tensors() -> None:
+    source = Source(torch.arange(4.0))
+    first = defer(halves, source.defer())["low"]
+    second = defer(lambda a, b: {"sum": a + b}, first, torch.ones(2))["sum"]
+    assert materialize(second).tolist() == [1, 3]
+
+
+def test_a_parameter_made_of_one_keeps_its_recipe() -> None:
+    x = Source(torch.arange(4.0)).defer()
+    parameter = keep_recipe(x, torch.nn.Parameter(x, requires_grad=False))
+    assert materialize(parameter).tolist() == [0, 1, 2, 3]
+
+
+def test_conditions_on_unknown_values_are_not_known() -> None:
+    x = Source(torch.arange(4.0)).defer()
+    assert holds((x > 9).all())
+    assert not holds((x > 9).all(), unknown=False)
+    assert not holds((torch.ones(2) > 9).all())
+
+
+def test_a_tensor_without_a_recipe_is_a_bug() -> None:
+    with FakeTensorMode():
+        empty = torch.empty(3)
+    with pytest.raises(InternalError, match="never given values"):
+        materialize(empty)
+
+
+def test_values_of_another_shape_are_a_bug() -> None:
+    mode = FakeTensorMode()
+    wrong = defer_to(lambda: torch.ones(5), torch.empty(3, device="meta"), mode)
+    with pytest.raises(InternalError, match=r"\[3\]"):
+        materialize(wrong)
