@@ -22,12 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qalora_compile.files import atomic_files
 from qalora_compile.ir.plan import KEEP, QUANTIZE, Site, SitePlan
-from tests.zoo.checks import CHECKS, run_checks
+from tests.zoo.checks import CAUSAL, CHECKS, run_checks
 from tests.zoo.entries import ENTRIES, Entry
 
 PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
 MODELS, REASONS, PATTERNS = "Models", "Why weights stay in float", "Operator patterns"
 COLUMNS = ("model", "sites quantized", "kept", *CHECKS, "axes that the model fixes")
+CACHE = COLUMNS[-2]
 MOST_EXAMPLES = 3
 
 INTRODUCTION = f"""# What is supported
@@ -53,6 +54,8 @@ of the output's largest value, in one significant digit; ✓ stands where a chec
 * **stored**: saved, loaded, bit for bit the same
 * **inspect**: `qalora-compile inspect` shows the whole plan
 * **onnx**: the exported file in ONNX Runtime against torch, at another size never captured
+* **kv_cache**: decoder-only models with a key-value cache, prompt and later tokens, in ONNX Runtime
+  against torch; other models have none (–)
 """
 
 
@@ -147,7 +150,8 @@ def model_row(row: Row) -> list[str]:
     """Cells of one model."""
     counts = row.plan.counts()
     fixed = "; ".join(f"{axis}: {why}" for axis, why in (row.entry.fixed or {}).items())
-    seen = [number(row.seen[name]) for name in CHECKS]
+    seen = [number(row.seen[name]) for name in CHECKS if name != CACHE]
+    seen.append(number(row.seen[CACHE]) if row.entry.name in CAUSAL else "–")
     return [row.entry.name, str(counts[QUANTIZE]), str(counts[KEEP]), *seen, fixed]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalora_compile.cli.folders import MODEL, copy_tokenizer, versions
+from qalora_compile.cli.folders import copy_tokenizer, versions
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.genai import CONFIG_FILE, context_length, genai_config
@@ -24,15 +24,17 @@ class EdgeParts:
     """What the parts are made from.
 
     Attributes:
-        source: The RUN or FOLDED folder.
-        record: Its `run.json`.
+        description: Folder with the model's `config.json`, which may be missing.
+        tokenizer: Folder with the tokenizer's files, which may be missing.
+        record: What is known of the model: `run.json`, or part of it.
         program: As it was exported.
         spec: How it was.
         cached: Whether it has a key-value cache.
         library: The operator library to add, or None.
     """
 
-    source: Path
+    description: Path
+    tokenizer: Path
     record: dict[str, Any]
     program: Program
     spec: ExportSpec
@@ -43,12 +45,11 @@ class EdgeParts:
 def write_edge_parts(folder: Path, parts: EdgeParts) -> list[str]:
     """Write everything but the model into an edge folder; gives the names for a summary."""
     written = [RECORD_FILE]
-    description = _description(parts.source)
+    description = _description(parts.description)
     if parts.library is not None:
         shutil.copy2(parts.library, folder / parts.library.name)
         written.append(parts.library.name)
-    if copy_tokenizer(parts.source, folder):
-        written.append("tokenizer")
+    written.append("tokenizer" if copy_tokenizer(parts.tokenizer, folder) else "no tokenizer")
     genai = "no: needs a key-value cache"
     if parts.cached:
         genai = _write_genai(folder, parts, description)
@@ -77,10 +78,10 @@ def read_edge_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _description(source: Path) -> dict[str, Any]:
+def _description(folder: Path) -> dict[str, Any]:
     """`config.json` and `generation_config.json` of the model, each empty where it is missing."""
     return {
-        name: read_json(source / MODEL / file) if (source / MODEL / file).is_file() else {}
+        name: read_json(folder / file) if (folder / file).is_file() else {}
         for name, file in (("model", "config.json"), ("generation", "generation_config.json"))
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qalora_compile.api import add_kv_cache, complete_spec, export_model, lower
 from qalora_compile.cli.edge import EdgeParts, write_edge_parts
-from qalora_compile.cli.folders import MODEL, load_run
+from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
 from qalora_compile.cli.ui import console, megabytes, print_summary, steps
 from qalora_compile.config import (
     ACCURACY_LEVELS,
@@ -22,6 +22,7 @@ from qalora_compile.config import (
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.runtime.library import kernel_level, library_path
+from qalora_compile.runtime.memory import peak_memory
 
 NAME = "export"
 SUMMARY = "write a folded model as one ONNX file for ONNX Runtime"
@@ -41,9 +42,21 @@ language models get a key-value cache, and the folder runs in ONNX Runtime GenAI
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    defaults = ExportSpec()
     parser.add_argument("folder", metavar="FOLDED", help="folder written by fold")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    add_target_arguments(parser)
+    parser.add_argument(
+        "--no-kv-cache", action="store_true", help="a language model without key-value cache"
+    )
+    parser.add_argument(
+        "--allow-unfolded", action="store_true", help="export adapters that are not folded"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
+
+
+def add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what is written and how."""
+    defaults = ExportSpec()
     parser.add_argument("--target", default=defaults.target, help=f"one of {', '.join(TARGETS)}")
     parser.add_argument(
         "--opset", type=int, metavar="N", help="version of the standard operators (20; onnx: 21)"
@@ -73,9 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how norms, rotary embeddings and attention are written (standard with a cache)",
     )
     parser.add_argument(
-        "--no-kv-cache", action="store_true", help="a language model without key-value cache"
-    )
-    parser.add_argument(
         "--last-logits", action="store_true", help="logits of the last token alone; with cache"
     )
     parser.add_argument(
@@ -85,29 +95,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="put the operator library (this machine's, or FILE) into DIR, for GenAI to load",
     )
-    parser.add_argument(
-        "--allow-unfolded", action="store_true", help="export adapters that are not folded"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the command."""
-    started = time.monotonic()
-    source, out = Path(options.folder), Path(options.out)
-    spec = ExportSpec(
+def target_spec(options: argparse.Namespace) -> ExportSpec:
+    """What `add_target_arguments` has read."""
+    return ExportSpec(
         target=options.target,
         opset=options.opset,
         accuracy_level=options.accuracy_level,
         parameter_dtype=options.parameter_dtype,
         correction=options.correction,
         fusion=options.fusion,
-        allow_unfolded=options.allow_unfolded,
     )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    started = time.monotonic()
+    source, out = Path(options.folder), Path(options.out)
+    spec = dataclasses.replace(target_spec(options), allow_unfolded=options.allow_unfolded)
     check_output(out, overwrite=options.overwrite)
-    library = _library(options)
+    library = chosen_library(options)
     with steps() as shown:
-        program, record = load_run(source)
+        program, record = load_run(source, deferred=True)
         cached = not options.no_kv_cache and (source / MODEL).is_dir()
         if cached:
             shown.say("capture with a key-value cache")
@@ -118,7 +128,15 @@ def run(options: argparse.Namespace) -> int:
         with atomic_folder(out, overwrite=options.overwrite) as folder:
             report = export_model(lowered, folder / "model.onnx", spec)
             report = dataclasses.replace(report, path=out / "model.onnx")
-            parts = EdgeParts(source, record, lowered, spec, cached, library)
+            parts = EdgeParts(
+                description=source / MODEL,
+                tokenizer=source / TOKENIZER,
+                record=record,
+                program=lowered,
+                spec=spec,
+                cached=cached,
+                library=library,
+            )
             written = write_edge_parts(folder, parts)
     for name, capability in report.capabilities.items():
         console.print(f"{name}: {capability}")
@@ -129,18 +147,19 @@ def run(options: argparse.Namespace) -> int:
             "quantized layers": report.quantized_layers,
             "nodes": report.nodes,
             "size": megabytes(report.size_bytes),
+            "peak memory": megabytes(peak_memory()),
             "key-value cache": _cache_state(options, cached),
             "beside it": ", ".join(written),
             "seconds": f"{time.monotonic() - started:.0f}",
             "written": str(report.path),
             "next": f"qalora-compile verify {source} {out} --max-abs 1e-3",
         }
-        | ({"kernels": _kernels()} if report.target == "ort" else {}),
+        | ({"kernels": kernels()} if report.target == "ort" else {}),
     )
     return 0
 
 
-def _library(options: argparse.Namespace) -> Path | None:
+def chosen_library(options: argparse.Namespace) -> Path | None:
     """The operator library to put into the folder.
 
     Raises:
@@ -165,7 +184,7 @@ def _cache_state(options: argparse.Namespace, cached: bool) -> str:
     return "left out" if options.no_kv_cache else "none: no transformers language model"
 
 
-def _kernels() -> str:
+def kernels() -> str:
     """What a model of target `ort` runs on here."""
     level = kernel_level()
     if level is None:

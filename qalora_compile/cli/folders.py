@@ -11,12 +11,17 @@ from qalora_compile import __version__
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import read_json, write_json
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.storage import read_program
 from qalora_compile.optional import require
 
 RUN_FILE = "run.json"
 TOKENIZER = "tokenizer"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
+_TOKENIZER_FILES = (
+    *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template*"),
+)
 FORMAT = "qalora-run"
 VERSION = 1
 
@@ -67,10 +72,10 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     return record
 
 
-def load_run(folder: Path) -> tuple[Program, dict[str, Any]]:
-    """The program and the record of a RUN or FOLDED folder."""
+def load_run(folder: Path, *, deferred: bool = False) -> tuple[Program, dict[str, Any]]:
+    """The program and the record of a RUN or FOLDED folder; see `read_program`."""
     record = read_run_file(folder)
-    return Program.load(folder), record
+    return read_program(folder, deferred=deferred), record
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -104,11 +109,11 @@ def copy_parts(source: Path, target: Path) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer of a folder; False where it has none."""
-    if not (source / TOKENIZER).is_dir():
-        return False
-    shutil.copytree(source / TOKENIZER, target, dirs_exist_ok=True)
-    return True
+    """Copy the tokenizer's files among those of a folder; False where there are none."""
+    files = [file for name in _TOKENIZER_FILES for file in source.glob(name) if file.is_file()]
+    for file in files:
+        shutil.copy2(file, target / file.name)
+    return bool(files)
 
 
 def load_tokenizer(folder: Path) -> Any:

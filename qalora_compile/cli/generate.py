@@ -6,10 +6,12 @@ import argparse
 import time
 from pathlib import Path
 
+from qalora_compile.cli.edge import read_edge_record
 from qalora_compile.cli.folders import load_tokenizer
-from qalora_compile.cli.ui import console, print_summary
+from qalora_compile.cli.ui import console, megabytes, print_summary
 from qalora_compile.errors import UserInputError
 from qalora_compile.runtime.language_model import LanguageModel, Sampling
+from qalora_compile.runtime.memory import peak_memory
 from qalora_compile.runtime.session import open_session
 
 NAME = "generate"
@@ -38,7 +40,11 @@ def run(options: argparse.Namespace) -> int:
         raise UserInputError(f"--max-new-tokens is {options.max_new_tokens}", hint="use 1 or more")
     folder = Path(options.folder)
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    model = LanguageModel(open_session(folder / "model.onnx", threads=options.threads))
+    record = read_edge_record(folder)
+    model = LanguageModel(
+        open_session(folder / "model.onnx", threads=options.threads),
+        context_length=record.get("context_length"),
+    )
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UserInputError(
@@ -66,11 +72,17 @@ def run(options: argparse.Namespace) -> int:
         {
             "prompt tokens": len(prompt),
             "new tokens": len(tokens),
-            "first token": f"{first:.3f} s",
-            "tokens/s": f"{len(tokens) / seconds:.1f}" if tokens else "none generated",
+            "first token": f"{first:.3f} s" if tokens else "none generated",
+            "tokens/s after it": _rate(len(tokens) - 1, seconds - first),
+            "key-value cache": "yes" if model.cached else "no: each token runs all before it again",
+            "peak memory": megabytes(peak_memory()),
         },
     )
     return 0
+
+
+def _rate(count: int, seconds: float) -> str:
+    return f"{count / seconds:.1f}" if count > 0 and seconds > 0 else "only one token"
 
 
 def _tokens(tokenizer: object, options: argparse.Namespace) -> list[int]:

@@ -11,11 +11,20 @@ import warnings
 from collections.abc import Sequence
 
 from qalora_compile import __version__
-from qalora_compile.cli import doctor, export, finetune, fold, generate, inspect, verify
+from qalora_compile.cli import (
+    doctor,
+    export,
+    finetune,
+    fold,
+    generate,
+    inspect,
+    quantize,
+    verify,
+)
 from qalora_compile.cli.ui import err_console
 from qalora_compile.errors import InternalError, QaloraError, VerificationError
 
-COMMANDS = (finetune, fold, export, verify, inspect, generate, doctor)
+COMMANDS = (finetune, fold, export, quantize, verify, inspect, generate, doctor)
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 

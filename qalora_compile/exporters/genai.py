@@ -58,22 +58,35 @@ def genai_config(
             hint="export for plain ONNX Runtime: qalora-compile generate runs it",
         )
     heads, width = next((s[1], s[3]) for s in cache.values())
-    length = context_length(model)
+    decoder = _decoder(signature, model, len(cache) // 2, heads, width)
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if library is not None:
         options["custom_ops_library"] = library
+    kind, length = model.get("model_type"), context_length(model)
+    return {
+        "model": {
+            "type": kind if kind in _KNOWN_TYPES else _ANY_DECODER,
+            **_special_tokens(model, generation),
+            "context_length": length,
+            "vocab_size": model["vocab_size"],
+            "decoder": {"filename": filename, "session_options": options, **decoder},
+        },
+        "search": _search(generation, length),
+    }
+
+
+def _decoder(
+    signature: Signature, model: Mapping[str, Any], layers: int, heads: int, width: int
+) -> dict[str, Any]:
+    """Sizes, and the names of inputs and outputs."""
     names = {leaf.name for leaf in signature.inputs if leaf.dtype is not None}
     inputs = {n: n for n in ("input_ids", "attention_mask", "position_ids") if n in names}
-    kind = model.get("model_type")
-    tokens = _special_tokens(model, generation)
-    decoder: dict[str, Any] = {
-        "session_options": options,
-        "filename": filename,
+    return {
         "head_size": width,
         "hidden_size": model.get("hidden_size", model.get("n_embd")),
         "num_attention_heads": model.get("num_attention_heads", model.get("n_head")),
         "num_key_value_heads": heads,
-        "num_hidden_layers": len(cache) // 2,
+        "num_hidden_layers": layers,
         "inputs": {
             **inputs,
             "past_key_names": f"{_PAST}%d.key",
@@ -84,16 +97,6 @@ def genai_config(
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
         },
-    }
-    return {
-        "model": {
-            "type": kind if kind in _KNOWN_TYPES else _ANY_DECODER,
-            **tokens,
-            "context_length": length,
-            "vocab_size": model["vocab_size"],
-            "decoder": decoder,
-        },
-        "search": _search(generation, length),
     }
 
 

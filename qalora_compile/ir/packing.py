@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 CODES_PER_WORD = 8
+_CHUNK_ELEMENTS = 1 << 21
+"""Rows of about so many codes are packed at a time: the arithmetic takes 24 bytes a code."""
 
 
 def packed_width(k: int, bits: int) -> int:
@@ -24,6 +26,13 @@ def packed_width(k: int, bits: int) -> int:
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack codes `[N, K]` uint8, each below 2^bits, to `[N, packed_width(K, bits)]` uint8."""
+    rows = max(1, _CHUNK_ELEMENTS // max(1, codes.shape[1]))
+    if codes.shape[0] <= rows:
+        return _pack_rows(codes, bits)
+    return torch.cat([_pack_rows(part, bits) for part in codes.split(rows)])
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     n, k = codes.shape
     padded = functional.pad(codes, (0, -k % CODES_PER_WORD))
     if bits == 8:

@@ -226,11 +226,24 @@ def defer_tensors(path: Path) -> dict[str, Tensor]:
     with open_tensors(path) as file:
         for name in file.keys():  # noqa: SIM118  the file is no mapping
             part = file.get_slice(name)
-            like = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
+            like = torch.empty(
+                part.get_shape(), dtype=stored_dtype(part.get_dtype()), device="meta"
+            )
             small = like.numel() <= _SMALL_ELEMENTS
             source = partial(read_tensor, path, name)
             found[name] = file.get_tensor(name) if small else defer_to(source, like, mode)
     return found
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The dtype that safetensors calls `name`.
+
+    Raises:
+        UserInputError: this package has no use for it.
+    """
+    if name not in _DTYPES:
+        raise UserInputError(f"a tensor is of type {name}", hint=f"known: {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qalora_compile.cli.main import COMMANDS, main
@@ -94,6 +95,67 @@ def test_generate_continues_as_it_was_trained(workspace: Path, capsys: Capture) 
         prompt = ["--prompt", f"{word} is a", "--max-new-tokens", "4"]
         assert main(["generate", str(workspace / "edge"), *prompt]) == 0
         assert capsys.readouterr().out.splitlines()[0].strip() == kind
+
+
+def test_the_edge_folder_says_what_it_holds(workspace: Path) -> None:
+    record = json.loads((workspace / "edge" / "qalora.json").read_text("utf-8"))
+    assert record["format"] == "qalora-edge"
+    assert record["architecture"] == "LlamaForCausalLM"
+    assert (record["kv_cache"], record["genai"], record["context_length"]) == (True, "yes", 64)
+    assert record["layers"]["by_width"] == {"4 bits": record["layers"]["quantized"]}
+    assert record["verified"]["fold"]["verdict"] == "PASS"
+    assert record["export"]["fusion"] == "standard"
+    config = json.loads((workspace / "edge" / "genai_config.json").read_text("utf-8"))
+    assert config["model"]["type"] == "llama"
+    assert config["model"]["eos_token_id"] == 1
+
+
+def test_genai_runs_the_folder_as_it_is(workspace: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(workspace / "edge"))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=5)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(np.array([[2, 8, 9]], dtype=np.int32))  # red is a
+    generator.generate_next_token()
+    assert int(generator.get_sequence(0)[3]) == 10  # colour
+
+
+def test_the_folder_can_carry_the_library(workspace: Path, tmp_path: Path, capsys: Capture) -> None:
+    folded, library = str(workspace / "folded"), tmp_path / "libqalora_ort.so"
+    library.write_bytes(b"stands for a library of another machine")
+    out = tmp_path / "edge"
+    words = ["export", folded, "--out", str(out)]
+    assert main([*words, "--with-library", str(library)]) == 0
+    config = json.loads((out / "genai_config.json").read_text("utf-8"))
+    options = config["model"]["decoder"]["session_options"]
+    assert options["custom_ops_library"] == "libqalora_ort.so"
+    assert (out / "libqalora_ort.so").read_bytes() == library.read_bytes()
+    again = ["export", folded, "--out", str(tmp_path / "other")]
+    assert main([*again, "--with-library", str(tmp_path / "none.so")]) == 2
+    assert main([*again, "--with-library", str(library), "--target", "onnx"]) == 2
+    assert not (tmp_path / "other").exists()
+    assert "there is no library" in capsys.readouterr().err
+
+
+def test_without_a_cache_and_without_a_tokenizer(
+    workspace: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folded = tmp_path / "folded"
+    shutil.copytree(workspace / "folded", folded)
+    shutil.rmtree(folded / "tokenizer")
+    out = tmp_path / "edge"
+    assert main(["export", str(folded), "--out", str(out), "--no-kv-cache"]) == 0
+    assert {f.name for f in out.iterdir()} == {"model.onnx", "qalora.json"}
+    assert main(["verify", str(folded), str(out), "--max-rel", "1e-4"]) == 0
+    assert main(["generate", str(out), "--prompt", "red"]) == 2
+    assert "no tokenizer" in capsys.readouterr().err
+
+
+def test_a_context_that_is_too_long_is_refused(workspace: Path, capsys: Capture) -> None:
+    edge = str(workspace / "edge")
+    assert main(["generate", edge, "--prompt", "red is a", "--max-new-tokens", "62"]) == 2
+    assert "more than the 64" in capsys.readouterr().err
 
 
 def test_doctor_knows_its_libraries(capsys: Capture) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 import qalora_compile as qc
 from qalora_compile.config import TARGETS
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
-from qalora_compile.exporters.onnx import write
+from qalora_compile.exporters.onnx import initializers
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from qalora_compile.runtime import open_session
 from tests.models import (
@@ -181,7 +181,7 @@ def test_int8_activations_are_marked_and_near(
 
 
 def test_large_weights_go_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "INLINE_LIMIT_BYTES", 100)
+    monkeypatch.setattr(initializers, "INLINE_LIMIT_BYTES", 100)
     program, x = folded_mlp(), torch.randn(2, 3, 50)
     report = qc.export_model(program, tmp_path / "model.onnx")
     assert set(report.files) == {"model.onnx", "model.onnx.data"}

@@ -20,6 +20,7 @@ HOMES = {
     "QuantSpec": "config",
     "Tolerance": "verify.compare",
     "adapt_module_": "api",
+    "add_kv_cache": "api",
     "capture_model": "capture.model",
     "export_model": "api",
     "fold_adapters": "api",

@@ -30,7 +30,7 @@ from tests.models import (
 )
 
 Golden = Callable[[str, str], None]
-Fold = Callable[..., tuple[Tensor, float]]
+Fold = Callable[..., Tensor]
 
 X = torch.randn(4, 40, generator=torch.Generator().manual_seed(3))
 
@@ -105,10 +105,10 @@ def faulty(change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Fold:
 
     def fold(
         program: qc.Program, adapter: pass_module.Adapter, offset: Tensor
-    ) -> tuple[Tensor, float]:
-        right, largest = real(program, adapter, offset)
+    ) -> Tensor:
+        right = real(program, adapter, offset)
         scale = program.tensors()[str(adapter.base.args[2].target)]  # type: ignore[union-attr]
-        return change(offset, right, scale), largest
+        return change(offset, right, scale)
 
     return fold
 

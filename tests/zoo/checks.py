@@ -33,6 +33,10 @@ from tests.zoo.entries import Entry
 CAPTURED = (2, 16)
 NEW_SIZES = ((3, 23), (1, 5))
 EXPORT_SIZE = (4, 9)
+CAUSAL = frozenset(
+    ["llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "gpt-neox", "mixtral", "qwen3-moe"]
+)
+"""Decoder-only models whose layers cache keys and values."""
 QUANT = qc.QuantSpec(bits=4, group_size=32)
 ADAPTER = qc.AdapterSpec(rank=4)
 
@@ -259,6 +263,24 @@ def _exported(study: Study, target: str, library: Path | None) -> float:
     return max(c.max_abs / c.scale for c in result.outputs)
 
 
+def check_kv_cache(study: Study) -> float | None:
+    """Decoder-only models, captured again with their cache: a prompt, then more tokens after it."""
+    if study.entry.name not in CAUSAL:
+        return None
+    path = study.folder / "cached.onnx"
+    qc.export_model(qc.add_kv_cache(study.folded, study.model), path)
+    args, kwargs = study.inputs(*EXPORT_SIZE)
+    tolerance = qc.Tolerance(max_rel=1e-4)
+    worst = 0.0
+    for library in (None, library_path()):
+        result = qc.verify_equivalence(
+            study.folded, path, [kwargs or args], tolerance, library=library
+        )
+        assert result.passed, str(result)
+        worst = max(worst, *(c.max_abs / c.scale for c in result.outputs))
+    return worst
+
+
 def check_modules(study: Study) -> float:
     """The module-level back-end is the adapted program: names, outputs, gradients, fold."""
     return eager.check_modules(study, CAPTURED, NEW_SIZES[0])
@@ -274,6 +296,7 @@ CHECKS: dict[str, Callable[[Study], float | None]] = {
     "stored": check_stored,
     "inspect": check_inspect,
     "onnx": check_onnx,
+    "kv_cache": check_kv_cache,
 }
 
 

@@ -19,6 +19,9 @@ from qalora_compile.progress import announce
 INLINE_LIMIT_BYTES = 1 << 30
 """Weights beyond this go to `<name>.data`; a protobuf file cannot exceed 2 GiB."""
 
+DEFERRED_INLINE_LIMIT_BYTES = 32 << 20
+"""The same where weights are deferred: inside the model's file they would all be in memory."""
+
 _ROOM_BYTES = 64 << 20
 """What the graph itself and a file system may take beside the weights."""
 
@@ -45,7 +48,8 @@ def write_model(model: Any, path: Path) -> None:
         UserInputError: there is not enough room on the disk.
     """
     ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
-    total = sum(v.const_value.nbytes for v in model.graph.initializers.values())
+    initializers = model.graph.initializers.values()
+    total = sum(value.const_value.nbytes for value in initializers)
     free = shutil.disk_usage(path.parent).free
     if total + _ROOM_BYTES > free:
         raise UserInputError(
@@ -53,7 +57,8 @@ def write_model(model: Any, path: Path) -> None:
             where=str(path.parent),
             hint="make room, or write to another disk",
         )
-    if total <= INLINE_LIMIT_BYTES:
+    deferred = any(isinstance(v.const_value, ir.LazyTensor) for v in initializers)
+    if total <= (DEFERRED_INLINE_LIMIT_BYTES if deferred else INLINE_LIMIT_BYTES):
         ir.save(model, path)
     else:
         ir.save(model, path, external_data=f"{path.name}.data", callback=_listener())

@@ -1,0 +1,129 @@
+"""Hugging Face checkpoints whose weights stay in their files until they are asked for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from qalora_compile.capture.causal_lm import capture_causal_lm
+from qalora_compile.capture.skeleton import build_skeleton
+from qalora_compile.errors import UserInputError
+from qalora_compile.files import read_json
+from qalora_compile.ir.deferred import defer_to, is_deferred, keep_recipe
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.storage import open_tensors, read_tensor, stored_dtype
+
+_INDEX = "model.safetensors.index.json"
+
+
+def capture_checkpoint(folder: Path, *, last_logits: bool = False) -> Program:
+    """A decoder-only model from its folder, with a key-value cache and deferred weights.
+
+    Memory does not grow with the model: nothing is read but the headers of the files. Passes run on
+    shapes, and an exporter reads, quantizes and writes one layer after another.
+
+    Args:
+        folder: `config.json` and safetensors, one file or several with an index.
+        last_logits: As for `capture_causal_lm`.
+
+    Raises:
+        UserInputError: a file is missing or broken, or a tensor is missing or of another shape.
+        UnsupportedError: the architecture is none of transformers, or has no such cache.
+        CaptureError: `torch.export` refused the model.
+    """
+    stored = _read_headers(folder)
+    skeleton = build_skeleton(folder)
+    names = _stored_names(skeleton, stored)
+    program = capture_causal_lm(skeleton, last_logits=last_logits)
+    tensors = program.tensors()
+    made: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if is_deferred(tensor):
+            key = names.get(name, name)
+            if key not in made:
+                made[key] = _defer(stored, key, tensor, folder)
+            tensors[name] = made[key]
+    return program.evolve(graph=program.copy_graph(), tensors=tensors)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies, and what its header says."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _read_headers(folder: Path) -> dict[str, _Stored]:
+    """Every tensor of a checkpoint, by name; opens each file once.
+
+    Raises:
+        UserInputError: there is none, or one of its files is missing or broken; it is named.
+    """
+    if (folder / _INDEX).is_file():
+        value = read_json(folder / _INDEX)
+        wanted = value.get("weight_map") if isinstance(value, dict) else None
+        if not isinstance(wanted, dict):
+            raise UserInputError(f"{_INDEX} has no weight_map", where=str(folder / _INDEX))
+        files = [folder / name for name in dict.fromkeys(map(str, wanted.values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserInputError(
+            "the folder holds no safetensors file",
+            where=str(folder),
+            hint="convert once with model.save_pretrained(folder), which writes safetensors",
+        )
+    found: dict[str, _Stored] = {}
+    for path in files:
+        with open_tensors(path) as file:
+            for name in file.keys():  # noqa: SIM118  the file is no mapping
+                part = file.get_slice(name)
+                found[name] = _Stored(path, tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+def _stored_names(model: nn.Module, stored: Container[str]) -> dict[str, str]:
+    """Parameter → the name under which it is stored, which for a tie may be another's."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    found: dict[str, str] = {}
+    for tied in names.values():
+        owner = next((name for name in tied if name in stored), tied[0])
+        found |= dict.fromkeys(tied, owner)
+    return found
+
+
+def _defer(stored: dict[str, _Stored], name: str, wanted: Tensor, folder: Path) -> Tensor:
+    """The parameter `name`, to be read from its file.
+
+    Raises:
+        UserInputError: it is not there, or is of another shape or dtype than the model says.
+    """
+    found = stored.get(name)
+    if found is None:
+        raise UserInputError(
+            f"the checkpoint has no tensor {name}",
+            where=str(folder),
+            hint="its names are not those of the model's parameters: load it with transformers "
+            "and save it again, which renames them",
+        )
+    dtype = stored_dtype(found.dtype)
+    if found.shape != tuple(wanted.shape) or dtype != wanted.dtype:
+        raise UserInputError(
+            f"{name} is {found.dtype} {list(found.shape)} in {found.path.name}, and "
+            f"{wanted.dtype} {list(wanted.shape)} by config.json",
+            where=str(found.path),
+        )
+    assert isinstance(wanted, FakeTensor), "only deferred tensors are looked up"
+    tensor = defer_to(partial(read_tensor, found.path, name), wanted, wanted.fake_mode)
+    parameter: Tensor = keep_recipe(tensor, nn.Parameter(tensor, requires_grad=False))
+    return parameter

@@ -1,0 +1,99 @@
+"""`quantize`: a language model straight to an edge folder, layer by layer, without training."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+from qalora_compile.api import complete_spec, export_model, lower, quantize_groups
+from qalora_compile.capture.checkpoint import capture_checkpoint
+from qalora_compile.cli.edge import EdgeParts, write_edge_parts
+from qalora_compile.cli.export import (
+    add_target_arguments,
+    chosen_library,
+    kernels,
+    target_spec,
+)
+from qalora_compile.cli.ui import megabytes, print_summary, steps
+from qalora_compile.config import METHODS, SUPPORTED_BITS, QuantSpec
+from qalora_compile.errors import UserInputError
+from qalora_compile.files import atomic_folder, check_output
+from qalora_compile.runtime.memory import peak_memory
+
+NAME = "quantize"
+SUMMARY = "quantize a language model of any size straight to an edge folder, without training"
+EXAMPLES = """examples:
+  qalora-compile quantize ./Llama-7B --out edge
+  qalora-compile quantize ./Llama-7B --out edge --bits 3 --group-size 64 --parameter-dtype float16
+
+weights are read, quantized and written one layer after another: memory does not grow with the model
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder with safetensors")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--bits", type=int, default=4, choices=SUPPORTED_BITS)
+    parser.add_argument("--group-size", type=int, default=32, metavar="G")
+    parser.add_argument("--method", default="minmax", choices=METHODS)
+    parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="to keep")
+    add_target_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    started = time.monotonic()
+    source, out = Path(options.model), Path(options.out)
+    quant = QuantSpec(bits=options.bits, group_size=options.group_size, method=options.method)
+    spec = target_spec(options)
+    check_output(out, overwrite=options.overwrite)
+    library = chosen_library(options)
+    if not source.is_dir():
+        raise UserInputError(
+            f"there is no folder {source}",
+            where=str(source),
+            hint="quantize takes a Hugging Face folder; finetune also takes .gguf files",
+        )
+    with steps() as shown:
+        shown.say("capture with a key-value cache")
+        program = capture_checkpoint(source, last_logits=options.last_logits)
+        program = quantize_groups(
+            program, quant, targets=options.targets or "all-linear", exclude=options.exclude
+        )
+        spec = complete_spec(program, spec)
+        lowered = lower(program, spec)
+        shown.say("translate to ONNX, then read, quantize and write the weights")
+        with atomic_folder(out, overwrite=options.overwrite) as folder:
+            report = export_model(lowered, folder / "model.onnx", spec)
+            report = dataclasses.replace(report, path=out / "model.onnx")
+            parts = EdgeParts(
+                description=source,
+                tokenizer=source,
+                record={"model": str(source), "quant": quant.to_json()},
+                program=lowered,
+                spec=spec,
+                cached=True,
+                library=library,
+            )
+            written = write_edge_parts(folder, parts)
+    print_summary(
+        "quantize",
+        {
+            "target": report.target,
+            "quantized layers": report.quantized_layers,
+            "nodes": report.nodes,
+            "size": megabytes(report.size_bytes),
+            "beside it": ", ".join(written),
+            "peak memory": megabytes(peak_memory()),
+            "seconds": f"{time.monotonic() - started:.0f}",
+            "written": str(report.path),
+            "next": f'qalora-compile generate {out} --prompt "Hello"',
+        }
+        | ({"kernels": kernels()} if report.target == "ort" else {}),
+    )
+    return 0
