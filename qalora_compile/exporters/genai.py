@@ -57,7 +57,7 @@ def genai_config(
             f"{len({shape[1:] for shape in cache.values()})}",
             hint="export for plain ONNX Runtime: qalora-compile generate runs it",
         )
-    heads, width = next((s[1], s[3]) for s in cache.values())
+    heads, width = next((int(s[1]), int(s[3])) for s in cache.values())
     decoder = _decoder(signature, model, len(cache) // 2, heads, width)
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if library is not None:

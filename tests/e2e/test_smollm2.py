@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import qalora_compile as qc
 from qalora_compile.capture.source import load_source
+from qalora_compile.exporters.genai import CONFIG_FILE, genai_config
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.packing import unpack_codes
-from qalora_compile.runtime import LanguageModel, open_session
+from qalora_compile.runtime import LanguageModel, kernel_level, open_session
 from tests.models import randomize_adapters
 
 EXAMPLES = str(Path(__file__).parents[2] / "examples")
@@ -63,3 +66,27 @@ def test_a_real_model_folds_and_runs_in_onnx_runtime(
         assert int(logits[0, -1].argmax()) == token
         tokens.append(token)
     assert len(set(deployed)) > 10, "a degenerate continuation would show nothing"
+
+    cached = qc.add_kv_cache(folded, source.model)
+    edge = tmp_path / "edge"
+    qc.export_model(cached, edge / "model.onnx")
+    prompt = ids[0].tolist()
+    for library in (False, True) if kernel_level() else (False,):
+        model = LanguageModel(open_session(edge / "model.onnx", library=library))
+        assert list(model.generate(prompt, max_new_tokens=64)) == deployed
+    config = genai_config(cached.signature, source.model.config.to_dict(), {})
+    (edge / CONFIG_FILE).write_text(json.dumps(config), "utf-8")
+    assert _genai_tokens(edge, prompt, 64) == deployed
+
+
+def _genai_tokens(folder: Path, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens from ONNX Runtime GenAI."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(folder))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + count, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(np.array([prompt], dtype=np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]

@@ -41,8 +41,9 @@ def greedy(folded: qc.Program, count: int) -> list[int]:
     return tokens[len(PROMPT) :]
 
 
-@pytest.mark.parametrize("fusion", ["standard", "none"])
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize(
+    ("name", "fusion"), [("llama", "standard"), ("llama", "none"), ("gpt2", "standard")]
+)
 def test_tokens_equal_those_of_torch(name: str, fusion: str, tmp_path: Path) -> None:
     model, folded = fold(BUILDS[name])
     path = tmp_path / "model.onnx"
