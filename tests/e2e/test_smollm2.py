@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def test_a_real_model_folds_and_runs_in_onnx_runtime(
     for library in (False, True) if kernel_level() else (False,):
         model = LanguageModel(open_session(edge / "model.onnx", library=library))
         assert list(model.generate(prompt, max_new_tokens=64)) == deployed
-    config = genai_config(cached.signature, source.model.config.to_dict(), {})
+    described: Any = source.model.config
+    config = genai_config(cached.signature, described.to_dict(), {})
     (edge / CONFIG_FILE).write_text(json.dumps(config), "utf-8")
     assert _genai_tokens(edge, prompt, 64) == deployed
 
