@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from qalora_compile import __version__
 from qalora_compile.cli import (
+    bench,
     doctor,
     export,
     finetune,
@@ -24,7 +25,7 @@ from qalora_compile.cli import (
 from qalora_compile.cli.ui import err_console
 from qalora_compile.errors import InternalError, QaloraError, VerificationError
 
-COMMANDS = (finetune, fold, export, quantize, verify, inspect, generate, doctor)
+COMMANDS = (finetune, fold, export, quantize, verify, inspect, generate, bench, doctor)
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 

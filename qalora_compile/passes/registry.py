@@ -17,6 +17,7 @@ _PASSES = {
     "quantize-groups": "QuantizeGroups",
     "insert-adapters": "InsertAdapters",
     "fold-adapters": "FoldAdapters",
+    "dequantize-groups": "DequantizeGroups",
     "share-group-sums": "ShareGroupSums",
     "widen-halves": "WidenHalves",
     "fuse-rms-norm": "FuseRmsNorm",

@@ -158,6 +158,25 @@ def test_a_context_that_is_too_long_is_refused(workspace: Path, capsys: Capture)
     assert "more than the 64" in capsys.readouterr().err
 
 
+def test_bench_measures_every_form(workspace: Path, capsys: Capture) -> None:
+    sizes = ["--prompts", "4", "8", "--decode", "3", "--rounds", "2", "--threads", "1"]
+    run = ["--run", str(workspace / "run")]
+    assert main(["bench", str(workspace / "edge"), *run, *sizes, "--json"]) == 0
+    results = {row["form"]: row for row in json.loads(capsys.readouterr().out)}
+    wanted = {"merged, stock kernels", "adapters unmerged, stock kernels", "float32"}
+    assert wanted <= set(results)
+    for row in results.values():
+        assert set(row["prompts"]) == {"4", "8"}
+        assert min(*row["prompts"].values(), row["decode"], row["first_token"]) > 0
+        assert row["size"] > 50_000
+        assert row["memory"] > 1_000_000
+    assert not list(workspace.glob(".bench.*")), "the forms made for it are gone"
+    edge = str(workspace / "edge")
+    assert main(["bench", edge]) == 2  # 512 tokens are more than its context
+    assert main(["bench", edge, *sizes, "--run", str(workspace / "folded")]) == 2
+    assert "with adapters" in capsys.readouterr().err
+
+
 def test_doctor_knows_its_libraries(capsys: Capture) -> None:
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

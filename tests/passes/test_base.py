@@ -142,6 +142,7 @@ STEPS = {
     "quantize-groups": {ANNOTATED},
     "insert-adapters": {QUANTIZED},
     "fold-adapters": {ADAPTED},
+    "dequantize-groups": {QUANTIZED, FOLDED},
     "share-group-sums": {ADAPTED},
     "widen-halves": {FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED},
     **dict.fromkeys(("fuse-rms-norm", "fuse-rotary", "fuse-attention"), set(STAGES)),

@@ -1,0 +1,94 @@
+"""dequantize-groups: back to float weights, the same function on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qalora_compile.errors import PostconditionError, UnsupportedError
+from qalora_compile.ir.affine import dequantize
+from qalora_compile.ir.deferred import defer
+from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.program import FLOAT, FOLDED, QUANTIZED, Program
+from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, ON_CODES, tensor_argument
+from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.passes.rewrite import TensorNodes
+from qalora_compile.progress import track
+
+NAME = "dequantized"
+"""Of the float weight, below its site's path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DequantizeGroups(Pass):
+    """Replace packed codes by the weights that they stand for.
+
+    Before:  %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, @fc.bias, 4, 32)
+    After:   %1 = aten.linear(%x, @fc.dequantized, @fc.bias)
+
+    For runtimes without kernels on codes, and to measure what the codes save.
+
+    Fires on: every group_linear; a weight used twice is dequantized once.
+    Leaves alone: nothing; stacked experts are refused.
+    Exactness: the same weights, `scale · q + offset`, rounded to float32 as the operator rounds.
+    """
+
+    name: ClassVar[str] = "dequantize-groups"
+    consumes: ClassVar[tuple[str, ...]] = (QUANTIZED, FOLDED)
+    produces: ClassVar[str | None] = FLOAT
+
+    def requires(self, program: Program) -> None:
+        """There are no stacked experts.
+
+        Raises:
+            UnsupportedError: there are.
+        """
+        for node in program.graph.nodes:
+            if node.target is EXPERT_LINEAR:
+                raise UnsupportedError("stacked experts are not dequantized", where=site_of(node))
+
+    def call(self, program: Program) -> PassResult:
+        """Dequantize."""
+        graph, tensors = program.copy_graph(), program.tensors()
+        rows = {site.name: site for site in program.plan}
+        linears = [node for node in graph.nodes if node.target is GROUP_LINEAR]
+        nodes, changes = TensorNodes(graph), []
+        for node in track(linears, "dequantize"):
+            site = rows[site_of(node) or ""]
+            bits, group_size, k = node.args[5], node.args[6], site.k
+
+            def compute(
+                qweight: Tensor,
+                scale: Tensor,
+                offset: Tensor,
+                *,
+                bits: int = bits,
+                group_size: int = group_size,
+                k: int = k,
+            ) -> dict[str, Tensor]:
+                weight = dequantize(qweight, scale, offset, bits=bits, group_size=group_size, k=k)
+                return {NAME: weight.contiguous()}
+
+            name = f"{site.path}.{NAME}"
+            if name not in tensors:
+                parts = [tensor_argument(program, node, place) for place in (1, 2, 3)]
+                tensors[name] = defer(compute, *parts)[NAME]
+                changes.append(Change(site.path, f"{bits} bits to float"))
+            with graph.inserting_before(node):
+                operands = (node.args[0], nodes.get(name), node.args[4])
+                new = graph.call_function(torch.ops.aten.linear.default, operands)
+            move_site(node, new)
+            node.replace_all_uses_with(new)
+            erase_unread([node])
+        plan = program.plan.update({name: {"bits": None, "group_size": None} for name in rows})
+        return PassResult(program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes))
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """No operator on codes is left."""
+        for node in after.graph.nodes:
+            if node.target in ON_CODES:
+                raise PostconditionError("a layer was not dequantized", where=site_of(node))
