@@ -170,8 +170,7 @@ def add_kv_cache(
     from qalora_compile.capture.causal_lm import capture_causal_lm
     from qalora_compile.capture.skeleton import build_skeleton, skeleton_of
 
-    folder = isinstance(model, (str, Path))
-    skeleton = build_skeleton(Path(model)) if folder else skeleton_of(model)  # type: ignore[arg-type]
+    skeleton = build_skeleton(Path(model)) if isinstance(model, (str, Path)) else skeleton_of(model)
     return replay(program, capture_causal_lm(skeleton, last_logits=last_logits))
 
 
@@ -211,9 +210,9 @@ def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
     """`spec` with what it leaves open decided for `program`."""
     if spec.fusion is not None:
         return spec
-    cached = any(leaf.name.startswith("past_key_values.") for leaf in program.signature.inputs)
     opset = spec.opset is None or spec.opset >= FUSION_OPSETS["standard"]
-    return dataclasses.replace(spec, fusion="standard" if cached and opset else "none")
+    standard = opset and program.signature.cache
+    return dataclasses.replace(spec, fusion="standard" if standard else "none")
 
 
 def _legalize(spec: ExportSpec) -> Pass:

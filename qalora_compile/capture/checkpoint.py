@@ -17,7 +17,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.files import read_json
 from qalora_compile.ir.deferred import defer_to, is_deferred, keep_recipe
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.storage import open_tensors, read_tensor, stored_dtype
+from qalora_compile.ir.storage import read_headers, read_tensor
 
 _INDEX = "model.safetensors.index.json"
 
@@ -57,8 +57,7 @@ class _Stored:
     """Where a tensor lies, and what its header says."""
 
     path: Path
-    shape: tuple[int, ...]
-    dtype: str
+    like: Tensor
 
 
 def _read_headers(folder: Path) -> dict[str, _Stored]:
@@ -83,10 +82,7 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
         )
     found: dict[str, _Stored] = {}
     for path in files:
-        with open_tensors(path) as file:
-            for name in file.keys():  # noqa: SIM118  the file is no mapping
-                part = file.get_slice(name)
-                found[name] = _Stored(path, tuple(part.get_shape()), part.get_dtype())
+        found |= {name: _Stored(path, like) for name, like in read_headers(path).items()}
     return found
 
 
@@ -116,10 +112,10 @@ def _defer(stored: dict[str, _Stored], name: str, wanted: Tensor, folder: Path) 
             hint="its names are not those of the model's parameters: load it with transformers "
             "and save it again, which renames them",
         )
-    dtype = stored_dtype(found.dtype)
-    if found.shape != tuple(wanted.shape) or dtype != wanted.dtype:
+    like = found.like
+    if (like.shape, like.dtype) != (wanted.shape, wanted.dtype):
         raise UserInputError(
-            f"{name} is {found.dtype} {list(found.shape)} in {found.path.name}, and "
+            f"{name} is {like.dtype} {list(like.shape)} in {found.path.name}, and "
             f"{wanted.dtype} {list(wanted.shape)} by config.json",
             where=str(found.path),
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +52,17 @@ def build_skeleton(folder: Path) -> nn.Module:
         UnsupportedError, UserInputError: see `model_class`; or the configuration is refused.
     """
     kind = model_class(folder)
+    accelerate = require("accelerate", extra="hf", purpose="build a model without weights")
     try:
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
-        with _parameters_on_meta():
-            model: nn.Module = kind._from_config(config)
+        with accelerate.init_empty_weights(include_buffers=False):
+            model: Any = kind._from_config(config)
     except Exception as error:  # transformers raises types of many kinds
         raise UserInputError(
             f"config.json does not describe a {kind.__name__}: {type(error).__name__}: {error}",
             where=str(folder / "config.json"),
         ) from error
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights()  # registering a parameter on the meta device has made it another
     return skeleton_of(model)
 
 
@@ -76,20 +75,3 @@ def skeleton_of(model: nn.Module) -> nn.Module:
             empty = torch.empty(parameter.shape, dtype=parameter.dtype)
             memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
     return copy.deepcopy(model, memo).eval()
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Move every parameter to the meta device as it is registered, so that it takes no memory."""
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), param.requires_grad)
-        register(self, name, param)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalora_compile.cli.folders import copy_tokenizer, versions
+from qalora_compile.api import export_model
+from qalora_compile.cli.folders import copy_tokenizer, read_record, versions
 from qalora_compile.config import ExportSpec
-from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.errors import UnsupportedError
+from qalora_compile.exporters.base import ExportReport
 from qalora_compile.exporters.genai import CONFIG_FILE, context_length, genai_config
-from qalora_compile.files import read_json, write_json
+from qalora_compile.files import atomic_folder, read_json, write_json
 from qalora_compile.ir.program import Program
 
-RECORD_FILE = "qalora.json"
+RECORD_FILE, MODEL_FILE = "qalora.json", "model.onnx"
 FORMAT, VERSION = "qalora-edge", 1
 
 
@@ -27,9 +30,8 @@ class EdgeParts:
         description: Folder with the model's `config.json`, which may be missing.
         tokenizer: Folder with the tokenizer's files, which may be missing.
         record: What is known of the model: `run.json`, or part of it.
-        program: As it was exported.
-        spec: How it was.
-        cached: Whether it has a key-value cache.
+        program: Lowered for the target of `spec`.
+        spec: How it is exported.
         library: The operator library to add, or None.
     """
 
@@ -38,12 +40,18 @@ class EdgeParts:
     record: dict[str, Any]
     program: Program
     spec: ExportSpec
-    cached: bool
     library: Path | None
 
 
-def write_edge_parts(folder: Path, parts: EdgeParts) -> list[str]:
-    """Write everything but the model into an edge folder; gives the names for a summary."""
+def write_edge(out: Path, parts: EdgeParts, *, overwrite: bool) -> tuple[ExportReport, list[str]]:
+    """Write an edge folder; gives the model's report, and names of what lies beside it."""
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        report = export_model(parts.program, folder / MODEL_FILE, parts.spec)
+        written = _write_parts(folder, parts)
+    return dataclasses.replace(report, path=out / MODEL_FILE), written
+
+
+def _write_parts(folder: Path, parts: EdgeParts) -> list[str]:
     written = [RECORD_FILE]
     description = _description(parts.description)
     if parts.library is not None:
@@ -51,7 +59,7 @@ def write_edge_parts(folder: Path, parts: EdgeParts) -> list[str]:
         written.append(parts.library.name)
     written.append("tokenizer" if copy_tokenizer(parts.tokenizer, folder) else "no tokenizer")
     genai = "no: needs a key-value cache"
-    if parts.cached:
+    if parts.program.signature.cache:
         genai = _write_genai(folder, parts, description)
         written.append(CONFIG_FILE if genai == "yes" else f"no {CONFIG_FILE} ({genai})")
     write_json(folder / RECORD_FILE, _edge_record(parts, description, genai))
@@ -64,18 +72,8 @@ def read_edge_record(folder: Path) -> dict[str, Any]:
     Raises:
         UserInputError: it is of another kind or version.
     """
-    if not (folder / RECORD_FILE).is_file():
-        return {}
-    record = read_json(folder / RECORD_FILE)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserInputError(f"{RECORD_FILE} is of another kind", where=str(folder / RECORD_FILE))
-    if record.get("version") != VERSION:
-        raise UserInputError(
-            f"the folder has version {record.get('version')}, this package reads {VERSION}",
-            where=str(folder),
-            hint="use the qalora-compile that wrote it",
-        )
-    return record
+    path = folder / RECORD_FILE
+    return read_record(path, FORMAT, VERSION) if path.is_file() else {}
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -103,7 +101,7 @@ def _write_genai(folder: Path, parts: EdgeParts, description: dict[str, Any]) ->
 
 
 def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> dict[str, Any]:
-    rows = list(parts.program.plan)
+    rows, cached = list(parts.program.plan), bool(parts.program.signature.cache)
     widths = Counter(f"{row.bits} bits" for row in rows if row.bits is not None)
     return {
         "format": FORMAT,
@@ -111,8 +109,8 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
         "versions": versions(),
         "model": parts.record.get("model"),
         "architecture": next(iter(description["model"].get("architectures", [])), None),
-        "context_length": context_length(description["model"]) if parts.cached else None,
-        "kv_cache": parts.cached,
+        "context_length": context_length(description["model"]) if cached else None,
+        "kv_cache": cached,
         "genai": genai,
         "export": parts.spec.to_json(),
         "quant": parts.record.get("quant"),

@@ -7,8 +7,8 @@ import dataclasses
 import time
 from pathlib import Path
 
-from qalora_compile.api import add_kv_cache, complete_spec, export_model, lower
-from qalora_compile.cli.edge import EdgeParts, write_edge_parts
+from qalora_compile.api import add_kv_cache, complete_spec, lower
+from qalora_compile.cli.edge import EdgeParts, write_edge
 from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
 from qalora_compile.cli.ui import console, megabytes, print_summary, steps
 from qalora_compile.config import (
@@ -20,7 +20,7 @@ from qalora_compile.config import (
     ExportSpec,
 )
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import atomic_folder, check_output
+from qalora_compile.files import check_output
 from qalora_compile.runtime.library import kernel_level, library_path
 from qalora_compile.runtime.memory import peak_memory
 
@@ -125,19 +125,15 @@ def run(options: argparse.Namespace) -> int:
         spec = complete_spec(program, spec)
         lowered = lower(program, spec)
         shown.say("translate to ONNX")
-        with atomic_folder(out, overwrite=options.overwrite) as folder:
-            report = export_model(lowered, folder / "model.onnx", spec)
-            report = dataclasses.replace(report, path=out / "model.onnx")
-            parts = EdgeParts(
-                description=source / MODEL,
-                tokenizer=source / TOKENIZER,
-                record=record,
-                program=lowered,
-                spec=spec,
-                cached=cached,
-                library=library,
-            )
-            written = write_edge_parts(folder, parts)
+        parts = EdgeParts(
+            description=source / MODEL,
+            tokenizer=source / TOKENIZER,
+            record=record,
+            program=lowered,
+            spec=spec,
+            library=library,
+        )
+        report, written = write_edge(out, parts, overwrite=options.overwrite)
     for name, capability in report.capabilities.items():
         console.print(f"{name}: {capability}")
     print_summary(

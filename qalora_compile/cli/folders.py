@@ -60,13 +60,22 @@ def read_run_file(folder: Path) -> dict[str, Any]:
             where=str(folder),
             hint="give the folder that --out named",
         )
-    record = read_json(folder / RUN_FILE)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserInputError(f"{RUN_FILE} is of another kind", where=str(folder / RUN_FILE))
-    if record.get("version") != VERSION:
+    return read_record(folder / RUN_FILE, FORMAT, VERSION)
+
+
+def read_record(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """Read the file in which a folder says what made it.
+
+    Raises:
+        UserInputError: it is no JSON, of another kind, or of another format version.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format") != kind:
+        raise UserInputError(f"{path.name} is of another kind", where=str(path))
+    if record.get("version") != version:
         raise UserInputError(
-            f"the folder has version {record.get('version')}, this package reads {VERSION}",
-            where=str(folder),
+            f"the folder has version {record.get('version')}, this package reads {version}",
+            where=str(path.parent),
             hint="use the qalora-compile that wrote it",
         )
     return record

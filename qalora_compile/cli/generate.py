@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from qalora_compile.cli.edge import read_edge_record
 from qalora_compile.cli.folders import load_tokenizer
@@ -85,12 +86,12 @@ def _rate(count: int, seconds: float) -> str:
     return f"{count / seconds:.1f}" if count > 0 and seconds > 0 else "only one token"
 
 
-def _tokens(tokenizer: object, options: argparse.Namespace) -> list[int]:
+def _tokens(tokenizer: Any, options: argparse.Namespace) -> list[int]:
     text = options.prompt
     if options.chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UserInputError("the tokenizer has no chat template", hint="leave --chat out")
-        text = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+        text = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
-    return list(tokenizer(text, add_special_tokens=not options.chat).input_ids)  # type: ignore[operator]
+    return list(tokenizer(text, add_special_tokens=not options.chat).input_ids)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from pathlib import Path
 
-from qalora_compile.api import complete_spec, export_model, lower, quantize_groups
+from qalora_compile.api import complete_spec, lower, quantize_groups
 from qalora_compile.capture.checkpoint import capture_checkpoint
-from qalora_compile.cli.edge import EdgeParts, write_edge_parts
+from qalora_compile.cli.edge import EdgeParts, write_edge
 from qalora_compile.cli.export import (
     add_target_arguments,
     chosen_library,
@@ -19,7 +18,7 @@ from qalora_compile.cli.export import (
 from qalora_compile.cli.ui import megabytes, print_summary, steps
 from qalora_compile.config import METHODS, SUPPORTED_BITS, QuantSpec
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import atomic_folder, check_output
+from qalora_compile.files import check_output
 from qalora_compile.runtime.memory import peak_memory
 
 NAME = "quantize"
@@ -68,19 +67,15 @@ def run(options: argparse.Namespace) -> int:
         spec = complete_spec(program, spec)
         lowered = lower(program, spec)
         shown.say("translate to ONNX, then read, quantize and write the weights")
-        with atomic_folder(out, overwrite=options.overwrite) as folder:
-            report = export_model(lowered, folder / "model.onnx", spec)
-            report = dataclasses.replace(report, path=out / "model.onnx")
-            parts = EdgeParts(
-                description=source,
-                tokenizer=source,
-                record={"model": str(source), "quant": quant.to_json()},
-                program=lowered,
-                spec=spec,
-                cached=True,
-                library=library,
-            )
-            written = write_edge_parts(folder, parts)
+        parts = EdgeParts(
+            description=source,
+            tokenizer=source,
+            record={"model": str(source), "quant": quant.to_json()},
+            program=lowered,
+            spec=spec,
+            library=library,
+        )
+        report, written = write_edge(out, parts, overwrite=options.overwrite)
     print_summary(
         "quantize",
         {

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qalora_compile.errors import UnsupportedError
-from qalora_compile.ir.signature import Signature
+from qalora_compile.ir.signature import PAST, Signature
 
 CONFIG_FILE = "genai_config.json"
-_PAST = "past_key_values."
 _KNOWN_TYPES = frozenset(
     "chatglm ernie4_5 gemma gemma2 gemma3_text gpt2 gptoss granite internlm2 llama mistral nemotron "
     "olmo phi phi3 phi3small phimoe qwen2 qwen3 smollm3".split()
@@ -50,15 +49,14 @@ def genai_config(
     Raises:
         UnsupportedError: the layers' caches differ in shape.
     """
-    cache = {leaf.name: leaf.shape for leaf in signature.inputs if leaf.name.startswith(_PAST)}
-    if len({shape[1:] for shape in cache.values()}) != 1:
+    shapes = {leaf.shape[1:] for leaf in signature.cache}
+    if len(shapes) != 1:
         raise UnsupportedError(
             "ONNX Runtime GenAI takes one shape of key-value cache, the layers of this model have "
-            f"{len({shape[1:] for shape in cache.values()})}",
+            f"{len(shapes)}",
             hint="export for plain ONNX Runtime: qalora-compile generate runs it",
         )
-    heads, width = next((int(s[1]), int(s[3])) for s in cache.values())
-    decoder = _decoder(signature, model, len(cache) // 2, heads, width)
+    decoder = _decoder(signature, model)
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if library is not None:
         options["custom_ops_library"] = library
@@ -75,10 +73,9 @@ def genai_config(
     }
 
 
-def _decoder(
-    signature: Signature, model: Mapping[str, Any], layers: int, heads: int, width: int
-) -> dict[str, Any]:
+def _decoder(signature: Signature, model: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes, and the names of inputs and outputs."""
+    _, heads, _, width = signature.cache[0].shape
     names = {leaf.name for leaf in signature.inputs if leaf.dtype is not None}
     inputs = {n: n for n in ("input_ids", "attention_mask", "position_ids") if n in names}
     return {
@@ -86,11 +83,11 @@ def _decoder(
         "hidden_size": model.get("hidden_size", model.get("n_embd")),
         "num_attention_heads": model.get("num_attention_heads", model.get("n_head")),
         "num_key_value_heads": heads,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": len(signature.cache) // 2,
         "inputs": {
             **inputs,
-            "past_key_names": f"{_PAST}%d.key",
-            "past_value_names": f"{_PAST}%d.value",
+            "past_key_names": f"{PAST}%d.key",
+            "past_value_names": f"{PAST}%d.value",
         },
         "outputs": {
             "logits": "logits",

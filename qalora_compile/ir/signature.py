@@ -16,6 +16,10 @@ Dim = int | str
 Constant = bool | int | float | str | None
 
 
+PAST = "past_key_values."
+"""What the names of the inputs with keys and values of a past begin with."""
+
+
 @dataclass(frozen=True)
 class InputLeaf:
     """One tensor (or constant) input.
@@ -61,6 +65,11 @@ class Signature:
     inputs: tuple[InputLeaf, ...]
     outputs: tuple[str, ...]
     ranges: tuple[SizeRange, ...] = ()
+
+    @property
+    def cache(self) -> tuple[InputLeaf, ...]:
+        """The inputs that hold keys and values of a past, of a language model that takes them."""
+        return tuple(leaf for leaf in self.inputs if leaf.name.startswith(PAST))
 
     def check(self, leaves: Sequence[Any]) -> None:
         """Compare flat inputs of a call with the signature.

@@ -222,28 +222,33 @@ def defer_tensors(path: Path) -> dict[str, Tensor]:
         UserInputError: the file is missing, truncated or not a safetensors file.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    found = {}
-    with open_tensors(path) as file:
-        for name in file.keys():  # noqa: SIM118  the file is no mapping
-            part = file.get_slice(name)
-            like = torch.empty(
-                part.get_shape(), dtype=stored_dtype(part.get_dtype()), device="meta"
-            )
-            small = like.numel() <= _SMALL_ELEMENTS
-            source = partial(read_tensor, path, name)
-            found[name] = file.get_tensor(name) if small else defer_to(source, like, mode)
-    return found
+    return {
+        name: read_tensor(path, name)
+        if like.numel() <= _SMALL_ELEMENTS
+        else defer_to(partial(read_tensor, path, name), like, mode)
+        for name, like in read_headers(path).items()
+    }
 
 
-def stored_dtype(name: str) -> torch.dtype:
-    """The dtype that safetensors calls `name`.
+def read_headers(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the meta device: shapes and dtypes, no values.
 
     Raises:
-        UserInputError: this package has no use for it.
+        UserInputError: the file is missing or broken, or holds a type that this package cannot use.
     """
-    if name not in _DTYPES:
-        raise UserInputError(f"a tensor is of type {name}", hint=f"known: {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    found = {}
+    with open_tensors(path) as file:
+        parts = {name: file.get_slice(name) for name in sorted(file.keys())}
+        for name, part in parts.items():
+            if part.get_dtype() not in _DTYPES:
+                raise UserInputError(
+                    f"{name} is of type {part.get_dtype()}",
+                    where=str(path),
+                    hint=f"known: {', '.join(_DTYPES)}",
+                )
+            dtype = _DTYPES[part.get_dtype()]
+            found[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    return found
 
 
 def read_tensor(path: Path, name: str) -> Tensor:

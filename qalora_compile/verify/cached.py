@@ -9,15 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qalora_compile.ir.signature import Signature
+from qalora_compile.ir.signature import PAST, Signature
 
-_PAST, _PRESENT = "past_key_values.", "present."
+_PRESENT = "present."
 _LOGITS, _TOKENS, _MASK, _POSITIONS = "logits", "input_ids", "attention_mask", "position_ids"
-
-
-def has_cache(signature: Signature) -> bool:
-    """Whether the model takes keys and values of a past."""
-    return any(leaf.name.startswith(_PAST) for leaf in signature.inputs)
 
 
 def without_cache(signature: Signature, names: Collection[str]) -> Signature:
@@ -59,7 +54,7 @@ class CachedSteps:
         for stop in stops:
             found = self._session.run(None, self._step(feed, begin, stop, past))
             values = dict(zip(self._names, found, strict=True))
-            past = {n.replace(_PRESENT, _PAST): v for n, v in values.items() if n != _LOGITS}
+            past = {n.replace(_PRESENT, PAST): v for n, v in values.items() if n != _LOGITS}
             parts.append(torch.from_numpy(values[_LOGITS]))
             begin = stop
         return torch.cat(parts, dim=1)
@@ -67,10 +62,9 @@ class CachedSteps:
     def _empty(self, feed: Mapping[str, Any]) -> dict[str, Any]:
         batch = feed[_TOKENS].shape[0]
         past = {}
-        for leaf in self.signature.inputs:
-            if leaf.name.startswith(_PAST):
-                shape = [batch, int(leaf.shape[1]), 0, int(leaf.shape[3])]
-                past[leaf.name] = torch.zeros(shape, dtype=getattr(torch, str(leaf.dtype))).numpy()
+        for leaf in self.signature.cache:
+            shape = [batch, int(leaf.shape[1]), 0, int(leaf.shape[3])]
+            past[leaf.name] = torch.zeros(shape, dtype=getattr(torch, str(leaf.dtype))).numpy()
         return past
 
     def _step(

@@ -16,7 +16,7 @@ from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY, site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Signature
 from qalora_compile.optional import require
-from qalora_compile.verify.cached import CachedSteps, has_cache, without_cache
+from qalora_compile.verify.cached import CachedSteps, without_cache
 
 
 @dataclass
@@ -111,7 +111,7 @@ class OnnxRunner:
         metadata: Mapping[str, Any] = json.loads(text)
         self.signature = Signature.from_json(metadata["signature"])
         self._cached: CachedSteps | None = None
-        if has_cache(self.signature):
+        if self.signature.cache:
             self._cached = CachedSteps(self._session, self.signature)
         self._site_values: dict[str, str] = dict(metadata["site_values"])
         self._site_session: Any = None
