@@ -226,7 +226,11 @@ def _legalize(spec: ExportSpec) -> Pass:
 
 
 def export_model(
-    program: Program, path: str | Path, spec: ExportSpec | None = None
+    program: Program,
+    path: str | Path,
+    spec: ExportSpec | None = None,
+    *,
+    resume: str | None = None,
 ) -> ExportReport:
     """Lower a folded (or quantized) program and write it as one ONNX file.
 
@@ -234,6 +238,8 @@ def export_model(
         program: Folded; quantized without adapters is complete as well.
         path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` beside it.
         spec: Target and options; None takes target `ort`.
+        resume: A short key of all that determines the file, for models that take long to write: a
+            run with the same key that was interrupted is gone on with.
 
     Raises:
         UserInputError: the file exists and `overwrite` is false, or its name does not end in .onnx.
@@ -247,4 +253,4 @@ def export_model(
         raise UserInputError(f"{path} does not end in .onnx", where=str(path))
     check_output(path, overwrite=spec.overwrite)
     spec = complete_spec(program, spec)
-    return write_onnx(lower(program, spec), path, spec)
+    return write_onnx(lower(program, spec), path, spec, resume=resume)

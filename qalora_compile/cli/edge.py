@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.base import ExportReport
 from qalora_compile.exporters.genai import CONFIG_FILE, context_length, genai_config
-from qalora_compile.files import atomic_folder, read_json, write_json
+from qalora_compile.files import atomic_folder, keep_parts, read_json, write_json
 from qalora_compile.ir.program import Program
 
 RECORD_FILE, MODEL_FILE = "qalora.json", "model.onnx"
@@ -33,6 +35,7 @@ class EdgeParts:
         program: Lowered for the target of `spec`.
         spec: How it is exported.
         library: The operator library to add, or None.
+        weights: Folder with the safetensors that are read while the model is written.
     """
 
     description: Path
@@ -41,12 +44,32 @@ class EdgeParts:
     program: Program
     spec: ExportSpec
     library: Path | None
+    weights: Path
+
+    def key(self) -> str:
+        """Says whether an interrupted run wrote the same: a hash of all that the model is made of.
+
+        Files of tensors count by name, size and time of change.
+        """
+        files = sorted(self.weights.resolve().glob("*.safetensors"))
+        stats = [(str(file), file.stat()) for file in files]
+        value = {
+            "versions": versions(),
+            "spec": self.spec.to_json(),
+            "passes": self.program.history,
+            "signature": self.program.signature.to_json(),
+            "tensors": {n: [str(t.dtype), *t.shape] for n, t in self.program.tensors().items()},
+            "weights": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        }
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_edge(out: Path, parts: EdgeParts, *, overwrite: bool) -> tuple[ExportReport, list[str]]:
     """Write an edge folder; gives the model's report, and names of what lies beside it."""
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        report = export_model(parts.program, folder / MODEL_FILE, parts.spec)
+    key = parts.key()
+    with atomic_folder(out, overwrite=overwrite, resume=key) as folder:
+        keep_parts(folder)
+        report = export_model(parts.program, folder / MODEL_FILE, parts.spec, resume=key)
         written = _write_parts(folder, parts)
     return dataclasses.replace(report, path=out / MODEL_FILE), written
 

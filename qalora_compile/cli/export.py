@@ -20,6 +20,7 @@ from qalora_compile.config import (
     ExportSpec,
 )
 from qalora_compile.errors import UserInputError
+from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
 from qalora_compile.runtime.library import kernel_level, library_path
 from qalora_compile.runtime.memory import peak_memory
@@ -132,6 +133,7 @@ def run(options: argparse.Namespace) -> int:
             program=lowered,
             spec=spec,
             library=library,
+            weights=source,
         )
         report, written = write_edge(out, parts, overwrite=options.overwrite)
     for name, capability in report.capabilities.items():
@@ -150,7 +152,8 @@ def run(options: argparse.Namespace) -> int:
             "written": str(report.path),
             "next": f"qalora-compile verify {source} {out} --max-abs 1e-3",
         }
-        | ({"kernels": kernels()} if report.target == "ort" else {}),
+        | ({"kernels": kernels()} if report.target == "ort" else {})
+        | resumed(report),
     )
     return 0
 
@@ -172,6 +175,13 @@ def chosen_library(options: argparse.Namespace) -> Path | None:
     if not path.is_file():
         raise UserInputError(f"there is no library {path}", where=str(path))
     return path
+
+
+def resumed(report: ExportReport) -> dict[str, str]:
+    """A row of the summary where an interrupted run was gone on with."""
+    if not report.kept:
+        return {}
+    return {"gone on": f"{report.kept} weights were there from an interrupted run"}
 
 
 def _cache_state(options: argparse.Namespace, cached: bool) -> str:

@@ -13,6 +13,7 @@ from qalora_compile.cli.export import (
     add_target_arguments,
     chosen_library,
     kernels,
+    resumed,
     target_spec,
 )
 from qalora_compile.cli.ui import megabytes, print_summary, steps
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
             program=lowered,
             spec=spec,
             library=library,
+            weights=source,
         )
         report, written = write_edge(out, parts, overwrite=options.overwrite)
     print_summary(
@@ -89,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
             "written": str(report.path),
             "next": f'qalora-compile generate {out} --prompt "Hello"',
         }
-        | ({"kernels": kernels()} if report.target == "ort" else {}),
+        | ({"kernels": kernels()} if report.target == "ort" else {})
+        | resumed(report),
     )
     return 0

@@ -41,6 +41,7 @@ class ExportReport:
         nodes: Number of nodes in the exported graph.
         quantized_layers: Number of quantized linear layers in it.
         capabilities: What happened to codes, scale, zero-point and float tensors.
+        kept: Number of weights that an interrupted run had written already.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class ExportReport:
     nodes: int
     quantized_layers: int
     capabilities: dict[str, Capability] = field(default_factory=dict)
+    kept: int = 0
 
     @property
     def size_bytes(self) -> int:

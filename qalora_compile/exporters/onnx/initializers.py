@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qalora_compile.errors import InternalError, UserInputError
+from qalora_compile.exporters.onnx.weight_file import WeightFile
 from qalora_compile.ir.deferred import is_deferred, materialize
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
@@ -21,6 +21,9 @@ INLINE_LIMIT_BYTES = 1 << 30
 
 DEFERRED_INLINE_LIMIT_BYTES = 32 << 20
 """The same where weights are deferred: inside the model's file they would all be in memory."""
+
+_SMALL = 256
+"""Bytes of a tensor that stays inside the model's file."""
 
 _ROOM_BYTES = 64 << 20
 """What the graph itself and a file system may take beside the weights."""
@@ -41,33 +44,60 @@ def defer_initializers(model: Any, program: Program) -> None:
         value.const_value = ir.LazyTensor(make, dtype, shape, name=name)
 
 
-def write_model(model: Any, path: Path) -> None:
-    """Write a model; large weights to `<name>.data` beside it.
+def write_model(model: Any, path: Path) -> int:
+    """Write a model; large weights to `<name>.data` beside it, after those that are there already.
+
+    Returns:
+        How many weights an interrupted run had left there.
 
     Raises:
         UserInputError: there is not enough room on the disk.
     """
     ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
-    initializers = model.graph.initializers.values()
-    total = sum(value.const_value.nbytes for value in initializers)
+    values = list(model.graph.initializers.values())
+    total = sum(value.const_value.nbytes for value in values)
+    deferred = any(isinstance(v.const_value, ir.LazyTensor) for v in values)
+    data = path.with_name(f"{path.name}.data")
+    there = data.stat().st_size if data.is_file() else 0
     free = shutil.disk_usage(path.parent).free
-    if total + _ROOM_BYTES > free:
+    if total + _ROOM_BYTES > free + there:
         raise UserInputError(
-            f"the model takes {total / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+            f"the model takes {(total - there) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
             where=str(path.parent),
             hint="make room, or write to another disk",
         )
-    deferred = any(isinstance(v.const_value, ir.LazyTensor) for v in initializers)
-    if total <= (DEFERRED_INLINE_LIMIT_BYTES if deferred else INLINE_LIMIT_BYTES):
-        ir.save(model, path)
-    else:
-        ir.save(model, path, external_data=f"{path.name}.data", callback=_listener())
+    kept = 0
+    if total > (DEFERRED_INLINE_LIMIT_BYTES if deferred else INLINE_LIMIT_BYTES):
+        kept = _write_weights(ir, [v for v in values if v.const_value.nbytes > _SMALL], data)
+    ir.save(model, path)
+    return kept
+
+
+def _write_weights(ir: Any, values: list[Any], path: Path) -> int:
+    """Move the values of initializers into a file; gives how many of them lay there."""
+    kept = 0
+    with WeightFile(path) as file:
+        for done, value in enumerate(values):
+            tensor = value.const_value
+            announce("write", done, len(values))
+            key = (value.name, tensor.dtype.name, [int(size) for size in tensor.shape])
+            found = file.find(*key)
+            kept += found is not None
+            entry = found or file.add(*key, tensor)
+            value.const_value = ir.ExternalTensor(
+                path.name,
+                entry.offset,
+                entry.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=value.name,
+                base_dir=path.parent,
+            )
+    announce("write", len(values), len(values))
+    return kept
 
 
 def _adapt(tensor: Tensor, name: str) -> Any:
     adapters = require("onnx_ir.tensor_adapters", extra="onnx", purpose="write an ONNX model")
     return adapters.TorchTensor(materialize(tensor).detach(), name=name)
 
-
-def _listener() -> Callable[[Any, Any], None]:
-    return lambda tensor, info: announce("write", info.index + 1, info.total)

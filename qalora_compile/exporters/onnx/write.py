@@ -39,13 +39,17 @@ _OPERATOR = re.compile(r"(?:target=torch\.ops\.|OpOverload\(op=')([\w.]+)")
 
 _ASSERTIONS = ("aten._assert_scalar.default", "aten._assert_async.msg", "aten._assert_async.default")
 
-def write_onnx(program: Program, path: Path, spec: ExportSpec) -> ExportReport:
+def write_onnx(
+    program: Program, path: Path, spec: ExportSpec, *, resume: str | None = None
+) -> ExportReport:
     """Translate, tidy, name, check and write.
 
     Args:
         program: Legalized for the target, or a float program (see `api.lower`).
         path: The `.onnx` file.
         spec: Options; its target names the stage that `program` must have.
+        resume: A key of all that determines the model: a run with the same one that was
+            interrupted is gone on with (see `files`).
 
     Raises:
         UnsupportedError: torch.onnx has no translation for an operator, or the checker refuses.
@@ -60,7 +64,7 @@ def write_onnx(program: Program, path: Path, spec: ExportSpec) -> ExportReport:
     _add_functions(model)
     model.producer_name = "qalora-compile"
     model.metadata_props[ONNX_METADATA_KEY] = _metadata(program, spec, sites)
-    return _save(model, program, path, spec)
+    return _save(model, program, path, spec, resume)
 
 
 def _translate(program: Program, spec: ExportSpec) -> Any:
@@ -200,10 +204,12 @@ def _parts(site: Site, names: tuple[str, ...]) -> list[str]:
     return [f"{path}.{name}" for path in lead or [site.path] for name in names]
 
 
-def _save(model: Any, program: Program, path: Path, spec: ExportSpec) -> ExportReport:
+def _save(
+    model: Any, program: Program, path: Path, spec: ExportSpec, resume: str | None
+) -> ExportReport:
     onnx = require("onnx", extra="onnx", purpose="check an ONNX model")
-    with atomic_files(path, overwrite=spec.overwrite) as scratch:
-        write_model(model, scratch)
+    with atomic_files(path, overwrite=spec.overwrite, resume=resume) as scratch:
+        kept = write_model(model, scratch)
         try:
             onnx.checker.check_model(str(scratch))
         except onnx.checker.ValidationError as error:
@@ -217,6 +223,7 @@ def _save(model: Any, program: Program, path: Path, spec: ExportSpec) -> ExportR
         nodes=len(nodes),
         quantized_layers=sum(map(_is_layer, nodes)),
         capabilities=_capabilities(program, spec),
+        kept=kept,
     )
 
 
