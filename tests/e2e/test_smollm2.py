@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,28 @@ import torch
 import qalora_compile as qc
 from qalora_compile.capture.source import load_source
 from qalora_compile.exporters.genai import CONFIG_FILE, genai_config
+from qalora_compile.files import write_json
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.packing import unpack_codes
-from qalora_compile.runtime import LanguageModel, kernel_level, open_session
+from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
 from tests.models import randomize_adapters
 
 EXAMPLES = str(Path(__file__).parents[2] / "examples")
-TEXT = "The committee met on Tuesday to discuss the plans for a new railway line, and"
+PROMPTS = (
+    "The committee met on Tuesday to discuss the plans for a new railway line, and",
+    "Shares in the oil company fell sharply after",
+    "Once upon a time, in a village by the sea,",
+    "The capital of France is",
+    "def fibonacci(n):",
+    "To bake bread you need flour, water, salt and",
+    "The striker scored twice in the second half before",
+    "Water boils at a lower temperature on a mountain because",
+    "Dear Sir or Madam,",
+    "1, 2, 3, 4,",
+)
+NEW_TOKENS = 64
+NEVER_GENERATED = 16
+"""A special token of the tokenizer that no text has: generation does not end at it."""
 
 
 @pytest.mark.slow
@@ -47,7 +64,7 @@ def test_a_real_model_folds_and_runs_in_onnx_runtime(
 
     program = randomize_adapters(qc.insert_adapters(program, qc.AdapterSpec(rank=4)), size=0.003)
     folded = qc.fold_adapters(program)
-    ids = torch.tensor([source.tokenizer(TEXT).input_ids])
+    ids = torch.tensor([source.tokenizer(PROMPTS[0]).input_ids])
     call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tolerance = qc.Tolerance(max_rel=1e-4)
     qc.verify_equivalence(program, folded, [call], tolerance).check()
@@ -58,35 +75,53 @@ def test_a_real_model_folds_and_runs_in_onnx_runtime(
     assert report.size_bytes < 200e6
     qc.verify_equivalence(folded, path, [call], tolerance).check()
 
-    tokens = ids[0].tolist()
-    deployed = list(LanguageModel(open_session(path)).generate(tokens, max_new_tokens=64))
-    for token in deployed:
-        sequence = torch.tensor([tokens])
-        with torch.no_grad():
-            logits = folded(sequence, torch.ones_like(sequence)).logits
-        assert int(logits[0, -1].argmax()) == token
-        tokens.append(token)
-    assert len(set(deployed)) > 10, "a degenerate continuation would show nothing"
-
     cached = qc.add_kv_cache(folded, source.model)
     edge = tmp_path / "edge"
     qc.export_model(cached, edge / "model.onnx")
-    prompt = ids[0].tolist()
-    for library in (False, True) if kernel_level() else (False,):
-        model = LanguageModel(open_session(edge / "model.onnx", library=library))
-        assert list(model.generate(prompt, max_new_tokens=64)) == deployed
-    described: Any = source.model.config
-    config = genai_config(cached.signature, described.to_dict(), {})
-    (edge / CONFIG_FILE).write_text(json.dumps(config), "utf-8")
-    assert _genai_tokens(edge, prompt, 64) == deployed
+    ways = list(_deployments(edge, cached, source.model.config.to_dict()))
+    for text in PROMPTS:
+        prompt = source.tokenizer(text).input_ids
+        tokens = [generate(prompt) for generate in ways]
+        assert len(set(tokens[0])) > 10, "a degenerate continuation would show nothing"
+        assert _choices(folded, prompt, tokens[0]) == tokens[0], text
+        assert all(found == tokens[0] for found in tokens), text
 
 
-def _genai_tokens(folder: Path, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens from ONNX Runtime GenAI."""
+def _deployments(
+    edge: Path, cached: qc.Program, description: dict[str, Any]
+) -> Iterator[Callable[[list[int]], list[int]]]:
+    """Greedy generation: ONNX Runtime and GenAI, on stock kernels and with the library."""
     genai = pytest.importorskip("onnxruntime_genai")
-    model = genai.Model(str(folder))
+    for library in (None, library_path()) if kernel_level() else (None,):
+        if library is not None:
+            shutil.copy2(library, edge / library.name)
+        model = LanguageModel(open_session(edge / "model.onnx", library=library is not None))
+        yield partial(_tokens, model)
+        config = genai_config(
+            cached.signature,
+            description,
+            {"eos_token_id": NEVER_GENERATED},
+            library=None if library is None else library.name,
+        )
+        write_json(edge / CONFIG_FILE, config)
+        yield partial(_genai_tokens, genai, genai.Model(str(edge)))
+
+
+def _tokens(model: LanguageModel, prompt: list[int]) -> list[int]:
+    return list(model.generate(prompt, max_new_tokens=NEW_TOKENS))
+
+
+def _choices(folded: qc.Program, prompt: list[int], tokens: list[int]) -> list[int]:
+    """What torch, given the prompt and the tokens before it, takes for each token: greedily."""
+    ids = torch.tensor([prompt + tokens])
+    with torch.no_grad():
+        logits = folded(ids, torch.ones_like(ids)).logits
+    return [int(token) for token in logits[0, len(prompt) - 1 : -1].argmax(-1)]
+
+
+def _genai_tokens(genai: Any, model: Any, prompt: list[int]) -> list[int]:
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + count, do_sample=False)
+    parameters.set_search_options(max_length=len(prompt) + NEW_TOKENS, do_sample=False)
     generator = genai.Generator(model, parameters)
     generator.append_tokens(np.array([prompt], dtype=np.int32))
     while not generator.is_done():
