@@ -79,9 +79,10 @@ def test_a_real_model_folds_and_runs_in_onnx_runtime(
     edge = tmp_path / "edge"
     qc.export_model(cached, edge / "model.onnx")
     ways = list(_deployments(edge, cached, source.model.config.to_dict()))
-    for text in PROMPTS:
+    for number, text in enumerate(PROMPTS):
         prompt = source.tokenizer(text).input_ids
-        tokens = [generate(prompt) for generate in ways]
+        # Stock kernels are slow; `ways` ends with the two that have the library, if there is one.
+        tokens = [generate(prompt) for generate in (ways if number < 3 else ways[-2:])]
         assert len(set(tokens[0])) > 10, "a degenerate continuation would show nothing"
         assert _choices(folded, prompt, tokens[0]) == tokens[0], text
         assert all(found == tokens[0] for found in tokens), text
