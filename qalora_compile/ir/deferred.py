@@ -173,16 +173,14 @@ def materialize_parts(tensor: Tensor) -> Iterator[Tensor]:
     step, seen = max(1, _PART_ELEMENTS // max(1, _row_width(tensor))), 0
     for part in recipe.take_parts(name, tensor.shape[0], step):
         seen += part.shape[0]
-        _check_values(tensor, [seen, *part.shape[1:]], part.dtype, whole=seen == tensor.shape[0])
+        _check_values(tensor, [tensor.shape[0], *part.shape[1:]], part.dtype)
         yield part
+    _check_values(tensor, [seen, *tensor.shape[1:]], tensor.dtype)
 
 
-def _check_values(
-    tensor: Tensor, shape: list[int], dtype: torch.dtype, *, whole: bool = True
-) -> None:
-    """Whether values are those of a tensor; where they are a part, the first of its rows."""
-    wanted = list(tensor.shape) if whole else [shape[0], *tensor.shape[1:]]
-    if shape != wanted or shape[0:1] > list(tensor.shape[:1]) or dtype != tensor.dtype:
+def _check_values(tensor: Tensor, shape: list[int], dtype: torch.dtype) -> None:
+    """Whether values of some shape and dtype are those of a deferred tensor."""
+    if shape != list(tensor.shape) or dtype != tensor.dtype:
         raise InternalError(
             f"a tensor of shape {list(tensor.shape)}, {tensor.dtype}, was given values of shape "
             f"{shape}, {dtype}"

@@ -45,7 +45,7 @@ def group_embedding(
     """
     parts = (t[ids.flatten()] for t in (qweight, scale, offset))
     rows = dequantize(*parts, bits=bits, group_size=group_size, k=k)
-    return rows.reshape(*ids.shape, k).to(dtype)
+    return rows.reshape(*ids.shape, k).to(dtype).contiguous()
 
 
 @group_embedding.register_fake
@@ -86,7 +86,8 @@ def block_embedding(
     """
     codes, scale, zero_point = (t[ids.flatten()] for t in (codes, scale, zero_point))
     weight = matmul_nbits_weight if zero_point.dtype == torch.uint8 else group_quant_weight
-    return weight(codes, scale, zero_point, bits, block_size, k).reshape(*ids.shape, k)
+    rows = weight(codes, scale, zero_point, bits, block_size, k)
+    return rows.reshape(*ids.shape, k).contiguous()
 
 
 @block_embedding.register_fake
@@ -124,7 +125,7 @@ def flat_embedding(
         k: K.
     """
     weight = blocks_weight(codes, scale, zero_point, bits, block_size, k)
-    return weight[:, ids.flatten()].t().reshape(*ids.shape, k)
+    return weight[:, ids.flatten()].t().reshape(*ids.shape, k).contiguous()
 
 
 @flat_embedding.register_fake
