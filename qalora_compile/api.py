@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora_compile.config import FUSION_OPSETS, AdapterSpec, ExportSpec, QuantSpec
+from qalora_compile.config import FUSION_OPSETS, AdapterSpec, ExportSpec, QuantSpec, one_of
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
@@ -24,10 +24,12 @@ from qalora_compile.passes.legalize_onnx import LegalizeOnnx
 from qalora_compile.passes.legalize_ort import LegalizeOrt
 from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
 from qalora_compile.passes.pipeline import Pipeline
+from qalora_compile.passes.quantize_embeddings import KEPT, QuantizeEmbeddings
 from qalora_compile.passes.quantize_groups import QuantizeGroups
 from qalora_compile.passes.replay import replay
 from qalora_compile.passes.select import ALL_LINEAR, as_patterns
 from qalora_compile.passes.share_group_sums import ShareGroupSums
+from qalora_compile.passes.split_planes import SplitPlanes
 from qalora_compile.passes.widen_halves import WidenHalves, needs_widening
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def quantize_groups(
     *,
     targets: str | Iterable[str] = ALL_LINEAR,
     exclude: Iterable[str] = (),
+    embeddings: QuantSpec | None = None,
 ) -> Program:
     """Decide which linear layers to quantize, and quantize them.
 
@@ -49,22 +52,40 @@ def quantize_groups(
         targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
             named is quantized even where the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
+        embeddings: Bits (8 or 4) and group size of embeddings and of the head, which then get whole
+            zero-points and no adapter, see `passes.quantize_embeddings`; None leaves embeddings,
+            and heads tied to them, in float.
 
     Raises:
         UserInputError: a pattern matches nothing, a weight is not finite, or nothing is left to
-            quantize.
+            quantize, of embeddings and heads too where they are asked for.
         PreconditionError: the program is at another stage.
     """
-    quantize = QuantizeGroups(**(spec or QuantSpec()).to_json())
-    steps = [] if program.stage == ANNOTATED else _annotation(targets, exclude)
-    return Pipeline([*steps, quantize])(program).program
+    quantize: list[Pass] = [QuantizeGroups(**(spec or QuantSpec()).to_json())]
+    if embeddings is not None:
+        one_of("method of embeddings", embeddings.method, (QuantSpec().method,))
+        quantize.append(QuantizeEmbeddings(bits=embeddings.bits, group_size=embeddings.group_size))
+    annotated = program.stage == ANNOTATED
+    steps = [] if annotated else _annotation(targets, exclude, keep_heads=embeddings is not None)
+    result = Pipeline([*steps, *quantize])(program)
+    if embeddings is not None and not any(site.whole for site in result.program.plan):
+        why = "; ".join(f"{skip.path}: {skip.why}" for skip in result.skips if skip.what == KEPT)
+        raise UserInputError(
+            "there is no embedding and no head to quantize",
+            where=why or "the model has none",
+            hint="leave out the option for embeddings",
+        )
+    return result.program
 
 
-def _annotation(targets: str | Iterable[str], exclude: Iterable[str]) -> list[Pass]:
+def _annotation(
+    targets: str | Iterable[str], exclude: Iterable[str], *, keep_heads: bool = False
+) -> list[Pass]:
     """The passes that take a float program to stage `annotated`."""
     wanted = targets if isinstance(targets, str) else as_patterns(list(targets), "targets")
     barred = as_patterns(exclude if isinstance(exclude, str) else list(exclude), "exclude")
-    return [CanonicalizePointwise(), AnnotateLinears(targets=wanted, exclude=barred)]
+    annotate = AnnotateLinears(targets=wanted, exclude=barred, keep_heads=keep_heads)
+    return [CanonicalizePointwise(), annotate]
 
 
 def insert_adapters(program: Program, spec: AdapterSpec | None = None) -> Program:
@@ -200,6 +221,9 @@ def lower(program: Program, spec: ExportSpec) -> Program:
         )
     steps: list[Pass] = [WidenHalves()] if needs_widening(program) else []
     if program.stage not in (FLOAT, ANNOTATED):
+        wide = any(site.whole and site.bits == 8 for site in program.plan)
+        if wide and spec.accuracy_level == 0:  # kernels on int8 activations take 8 bits as they are
+            steps.append(SplitPlanes())
         steps += [_legalize(spec), ShareGroupSums()]
     if spec.fusion == "standard":
         steps += [FuseRmsNorm(), FuseRotary(), FuseAttention()]

@@ -17,7 +17,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.files import read_json
 from qalora_compile.ir.deferred import defer_to, is_deferred, keep_recipe
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.storage import read_headers, read_tensor
+from qalora_compile.ir.storage import read_headers, read_rows, read_tensor
 
 _INDEX = "model.safetensors.index.json"
 
@@ -120,6 +120,11 @@ def _defer(stored: dict[str, _Stored], name: str, wanted: Tensor, folder: Path) 
             where=str(found.path),
         )
     assert isinstance(wanted, FakeTensor), "only deferred tensors are looked up"
-    tensor = defer_to(partial(read_tensor, found.path, name), wanted, wanted.fake_mode)
+    tensor = defer_to(
+        partial(read_tensor, found.path, name),
+        wanted,
+        wanted.fake_mode,
+        partial(read_rows, found.path, name),
+    )
     parameter: Tensor = keep_recipe(tensor, nn.Parameter(tensor, requires_grad=False))
     return parameter

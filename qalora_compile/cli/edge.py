@@ -137,6 +137,7 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
         "genai": genai,
         "export": parts.spec.to_json(),
         "quant": parts.record.get("quant"),
+        "embeddings": parts.record.get("embeddings"),
         "adapter": parts.record.get("adapter"),
         "steps": parts.record.get("step"),
         "passes": list(parts.program.history),

@@ -15,6 +15,11 @@ import torch
 
 from qalora_compile.api import insert_adapters, quantize_groups
 from qalora_compile.capture.source import load_source
+from qalora_compile.cli.embeddings import (
+    add_embedding_arguments,
+    embedding_record,
+    embedding_spec,
+)
 from qalora_compile.cli.folders import (
     CHECKPOINTS,
     TOKENIZER,
@@ -46,6 +51,7 @@ EXAMPLES = """examples:
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run
   qalora-compile finetune model.gguf --data train.jsonl --eval-data test.jsonl --steps 200 --out run
   qalora-compile finetune my_package.models:build --data ids.jsonl --bits 3 --out run
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --embeddings 8
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --resume
 
 data, one JSON object a line:
@@ -72,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quant.add_argument("--method", default="minmax", choices=METHODS)
     quant.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
     quant.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers to keep")
+    add_embedding_arguments(quant)
     adapter = parser.add_argument_group("adapters")
     adapter.add_argument("--rank", type=int, default=16)
     adapter.add_argument("--alpha", type=float, default=32.0)
@@ -160,6 +167,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     """Load, read the data, quantize, insert; write the RUN folder that training goes on in."""
     check_output(out, overwrite=options.overwrite)
     quant = QuantSpec(bits=options.bits, group_size=options.group_size, method=options.method)
+    embeddings = embedding_spec(options)
     adapter = AdapterSpec(
         rank=options.rank, alpha=options.alpha, pooling=options.pooling, seed=options.seed
     )
@@ -174,7 +182,11 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     shown.say("capture")
     program = source.capture()
     program = quantize_groups(
-        program, quant, targets=options.targets or "all-linear", exclude=options.exclude
+        program,
+        quant,
+        targets=options.targets or "all-linear",
+        exclude=options.exclude,
+        embeddings=embeddings,
     )
     program = insert_adapters(program, adapter)
     _check_trainable(program, data, held_out)
@@ -187,7 +199,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         "examples": len(data.examples),
         "status": _STATUS[0],
         "step": 0,
-    }
+    } | embedding_record(embeddings)
     with atomic_folder(out, overwrite=options.overwrite) as folder:
         write_program(program, folder)
         save_tokenizer(source.tokenizer, folder)

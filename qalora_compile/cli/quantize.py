@@ -9,6 +9,11 @@ from pathlib import Path
 from qalora_compile.api import complete_spec, lower, quantize_groups
 from qalora_compile.capture.checkpoint import capture_checkpoint
 from qalora_compile.cli.edge import EdgeParts, write_edge
+from qalora_compile.cli.embeddings import (
+    add_embedding_arguments,
+    embedding_record,
+    embedding_spec,
+)
 from qalora_compile.cli.export import (
     add_target_arguments,
     chosen_library,
@@ -27,6 +32,7 @@ SUMMARY = "quantize a language model of any size straight to an edge folder, wit
 EXAMPLES = """examples:
   qalora-compile quantize ./Llama-7B --out edge
   qalora-compile quantize ./Llama-7B --out edge --bits 3 --group-size 64 --parameter-dtype float16
+  qalora-compile quantize ./SmolLM2 --out edge --embeddings 8     half of a small model's bytes
 
 weights are read, quantized and written one layer after another: memory does not grow with the model
 """
@@ -41,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="minmax", choices=METHODS)
     parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="to keep")
+    add_embedding_arguments(parser)
     add_target_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
 
@@ -50,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
     started = time.monotonic()
     source, out = Path(options.model), Path(options.out)
     quant = QuantSpec(bits=options.bits, group_size=options.group_size, method=options.method)
+    embeddings = embedding_spec(options)
     spec = target_spec(options)
     check_output(out, overwrite=options.overwrite)
     library = chosen_library(options)
@@ -63,7 +71,11 @@ def run(options: argparse.Namespace) -> int:
         shown.say("capture with a key-value cache")
         program = capture_checkpoint(source, last_logits=options.last_logits)
         program = quantize_groups(
-            program, quant, targets=options.targets or "all-linear", exclude=options.exclude
+            program,
+            quant,
+            targets=options.targets or "all-linear",
+            exclude=options.exclude,
+            embeddings=embeddings,
         )
         spec = complete_spec(program, spec)
         lowered = lower(program, spec)
@@ -71,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         parts = EdgeParts(
             description=source,
             tokenizer=source,
-            record={"model": str(source), "quant": quant.to_json()},
+            record={"model": str(source), "quant": quant.to_json()} | embedding_record(embeddings),
             program=lowered,
             spec=spec,
             library=library,

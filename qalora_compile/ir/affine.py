@@ -33,6 +33,13 @@ def sum_groups(x: Tensor, group_size: int) -> Tensor:
     return torch.cat([sums, x[..., full:].sum(-1, keepdim=True)], dim=-1)
 
 
+def is_whole(scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """Whether each zero-point −offset / scale is a whole number from 0 to 2^bits − 1, bool."""
+    ratio = -offset.double() / scale.double()
+    whole: Tensor = (ratio == ratio.round()) & (ratio >= 0) & (ratio <= 2**bits - 1)
+    return whole
+
+
 def dequantize(
     packed: Tensor, scale: Tensor, offset: Tensor, *, bits: int, group_size: int, k: int
 ) -> Tensor:

@@ -9,7 +9,7 @@ memory can be quantized and written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,22 +19,75 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from qalora_compile.errors import InternalError
 
 Compute = Callable[..., Mapping[str, Tensor]]
+ReadRows = Callable[[int, int], Tensor]
+"""Rows `start` to `stop` of a tensor."""
 _RECIPE = "_qalora_recipe"
+_PART_ELEMENTS = 1 << 22
+"""Elements of a tensor that are made at a time, where it is made some rows after another."""
+_KEPT_SHARE = 2
+"""A tensor is kept for later while another that is this many times as large is made in parts."""
 
 
 class Recipe:
-    """How the values of some tensors are made: by one function, together."""
+    """How the values of some tensors are made: by one function, together.
 
-    def __init__(self, compute: Compute, inputs: tuple[Tensor, ...]) -> None:
+    Args:
+        compute: The function.
+        inputs: What it is given.
+        by_rows: Some rows of the inputs give those rows of the results.
+    """
+
+    def __init__(
+        self, compute: Compute, inputs: tuple[Tensor, ...], *, by_rows: bool = False
+    ) -> None:
         self._compute = compute
-        self._inputs = inputs
+        self.inputs = inputs
         self._made: dict[str, Tensor] = {}
+        self._span = (0, 0)
+        self._part: dict[str, Tensor] = {}
+        self.by_rows = by_rows and all(map(_has_rows, inputs))
 
     def take(self, name: str) -> Tensor:
         """The values of one tensor; each is kept until it is taken, and made anew after that."""
         if name not in self._made:
-            self._made = dict(self._compute(*map(materialize, self._inputs)))
+            self._made = dict(self._compute(*map(materialize, self.inputs)))
         return self._made.pop(name)
+
+    def take_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one tensor; those of the others are kept until rows elsewhere are taken."""
+        if self._span != (start, stop) or name not in self._part:
+            given = [_rows(tensor, start, stop) for tensor in self.inputs]
+            self._span, self._part = (start, stop), dict(self._compute(*given))
+        return self._part.pop(name)
+
+    def take_parts(self, name: str, rows: int, step: int) -> Iterator[Tensor]:
+        """All rows of one tensor, `step` at a time; much smaller tensors are kept on the way."""
+        if name in self._made:
+            yield self._made.pop(name)
+            return
+        kept: dict[str, list[Tensor]] = {}
+        for start in range(0, rows, step):
+            part = self.take_rows(name, start, min(start + step, rows))
+            for other, values in self._part.items():
+                if values.nbytes * _KEPT_SHARE <= part.nbytes:
+                    kept.setdefault(other, []).append(values)
+            self._part = {}
+            yield part
+        self._made |= {other: torch.cat(parts) for other, parts in kept.items()}
+
+
+class FileRecipe(Recipe):
+    """How one tensor is read from a file, whole or some rows of it."""
+
+    def __init__(self, source: Callable[[], Tensor], read_rows: ReadRows | None) -> None:
+        super().__init__(lambda: {"": source()}, ())
+        self._read_rows = read_rows
+        self.by_rows = read_rows is not None
+
+    def take_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of the tensor."""
+        assert self._read_rows is not None, "it was asked for rows without `by_rows`"
+        return self._read_rows(start, stop)
 
 
 def is_deferred(tensor: Tensor) -> bool:
@@ -42,16 +95,22 @@ def is_deferred(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def defer(compute: Compute, *inputs: Tensor) -> dict[str, Tensor]:
+def defer(compute: Compute, *inputs: Tensor, by_rows: bool = False) -> dict[str, Tensor]:
     """`compute(*inputs)`, a dictionary of tensors, now or, if an input is deferred, later.
 
     For deferred inputs, `compute` is run on the fake tensors for the shapes and dtypes of its
     results: it must take no decision by their values but through `holds`.
+
+    Args:
+        compute: Makes the tensors.
+        inputs: What it is given.
+        by_rows: Every input and result has the same number of rows, and `compute` of some rows of
+            the inputs gives those rows of the results: large ones are then made in parts.
     """
     modes = [tensor.fake_mode for tensor in inputs if isinstance(tensor, FakeTensor)]
     if not modes:
         return dict(compute(*inputs))
-    recipe = Recipe(compute, inputs)
+    recipe = Recipe(compute, inputs, by_rows=by_rows)
     with modes[0]:
         shown = [t if is_deferred(t) else modes[0].from_tensor(t) for t in inputs]
         made = {name: tensor.detach() for name, tensor in compute(*shown).items()}
@@ -60,11 +119,19 @@ def defer(compute: Compute, *inputs: Tensor) -> dict[str, Tensor]:
     return made
 
 
-def defer_to(source: Callable[[], Tensor], like: Tensor, mode: FakeTensorMode) -> Tensor:
-    """A tensor of `mode` with the shape and dtype of `like`, read from `source` when asked for."""
+def defer_to(
+    source: Callable[[], Tensor],
+    like: Tensor,
+    mode: FakeTensorMode,
+    read_rows: ReadRows | None = None,
+) -> Tensor:
+    """A tensor of `mode` with the shape and dtype of `like`, read from `source` when asked for.
+
+    With `read_rows` it can also be read some rows at a time.
+    """
     with mode:
         tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-    setattr(tensor, _RECIPE, (Recipe(lambda: {"": source()}, ()), ""))
+    setattr(tensor, _RECIPE, (FileRecipe(source, read_rows), ""))
     return tensor
 
 
@@ -88,12 +155,60 @@ def materialize(tensor: Tensor) -> Tensor:
         raise InternalError(f"a tensor of shape {list(tensor.shape)} was never given values")
     recipe, name = found
     values: Tensor = recipe.take(name)
-    if values.shape != tensor.shape or values.dtype != tensor.dtype:
+    _check_values(tensor, list(values.shape), values.dtype)
+    return values
+
+
+def materialize_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The values of a tensor, one part of its rows after another where it can be made so.
+
+    Raises:
+        InternalError: it is deferred and carries no recipe.
+    """
+    found = getattr(tensor, _RECIPE, None)
+    if not is_deferred(tensor) or found is None or not _has_rows(tensor):
+        yield materialize(tensor)
+        return
+    recipe, name = found
+    step, seen = max(1, _PART_ELEMENTS // max(1, _row_width(tensor))), 0
+    for part in recipe.take_parts(name, tensor.shape[0], step):
+        seen += part.shape[0]
+        _check_values(tensor, [tensor.shape[0], *part.shape[1:]], part.dtype)
+        yield part
+    _check_values(tensor, [seen, *tensor.shape[1:]], tensor.dtype)
+
+
+def _check_values(tensor: Tensor, shape: list[int], dtype: torch.dtype) -> None:
+    """Whether values of some shape and dtype are those of a deferred tensor."""
+    if shape != list(tensor.shape) or dtype != tensor.dtype:
         raise InternalError(
             f"a tensor of shape {list(tensor.shape)}, {tensor.dtype}, was given values of shape "
-            f"{list(values.shape)}, {values.dtype}"
+            f"{shape}, {dtype}"
         )
-    return values
+
+
+def _row_width(tensor: Tensor) -> int:
+    """Elements of a row of the widest tensor that goes into a row of this one."""
+    found = getattr(tensor, _RECIPE, None)
+    inputs = found[0].inputs if is_deferred(tensor) and found is not None else ()
+    own = tensor.numel() // max(1, tensor.shape[0])
+    return max([own, *map(_row_width, inputs)])
+
+
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether some rows of a tensor can be had without the others."""
+    if tensor.dim() == 0 or not is_deferred(tensor):
+        return tensor.dim() > 0
+    found = getattr(tensor, _RECIPE, None)
+    return found is not None and found[0].by_rows
+
+
+def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    if not is_deferred(tensor):
+        return tensor[start:stop]
+    recipe, name = getattr(tensor, _RECIPE)
+    rows: Tensor = recipe.take_rows(name, start, stop)
+    return rows
 
 
 def holds(condition: Tensor, *, unknown: bool = True) -> bool:

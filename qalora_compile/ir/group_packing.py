@@ -60,8 +60,7 @@ def unpack_groups(packed: Tensor, *, bits: int, group_size: int, k: int) -> Tens
         UserInputError: the operator has no such width or group size.
     """
     _check(bits, group_size)
-    n, groups = packed.shape[0], packed.shape[1]
-    rows = packed.reshape(n, -1)
+    groups, rows = packed.shape[1], packed.flatten(1)
     if bits != 3:
         return unpack_codes(rows, bits, k)
     low_bytes = groups * group_size // 4

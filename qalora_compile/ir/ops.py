@@ -241,8 +241,8 @@ def matmul_nbits_weight(
     qweight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, block_size: int, k: int
 ) -> Tensor:
     """W `[N, K]` of MatMulNBits, at float32 or the wider dtype of `scale`."""
-    n, blocks, _ = qweight.shape
-    codes = unpack_codes(qweight.reshape(n, -1), bits, blocks * block_size)
+    blocks = qweight.shape[1]
+    codes = unpack_codes(qweight.flatten(1), bits, blocks * block_size)
     zero = unpack_codes(pad_zero_point(zero_point, blocks, bits), bits, blocks)
     wide = torch.promote_types(scale.dtype, torch.float32)
     level = codes.to(wide).unflatten(1, (blocks, block_size)) - zero.to(wide)[..., None]

@@ -58,7 +58,7 @@ def unpack_into(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     shared = math.gcd(bits, 8)
     unit_bytes, unit_codes = bits // shared, 8 // shared
     n = packed.shape[0]
-    units = packed.reshape(n, -1, unit_bytes)
+    units = packed.reshape(n, packed.shape[1] // unit_bytes, unit_bytes)
     out = torch.empty(n, units.shape[1], unit_codes, dtype=dtype, device=packed.device)
     mask = (1 << bits) - 1
     for lane in range(unit_codes):
@@ -67,4 +67,4 @@ def unpack_into(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
         if shift + bits > 8:
             code = code | (units[:, :, byte + 1] << (8 - shift))
         out[:, :, lane] = code & mask
-    return out.reshape(n, -1)
+    return out.flatten(1)

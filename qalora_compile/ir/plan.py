@@ -14,6 +14,10 @@ QUANTIZE = "quantize"
 KEEP = "keep"
 UNUSED = "unused"
 """Kind of a row for a weight that the captured forward pass does not read."""
+EMBEDDING = "embedding"
+"""Kind of a row for a table whose rows are looked up."""
+EXCLUDED = "excluded"
+"""Reason of a row that the user excluded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +32,8 @@ class Site:
         storage: Number of the weight's storage; rows with one number share memory (ties, reuse).
         kind: `linear`, `addmm`, `matmul`, `pointwise` (a 1×1 convolution), `experts`; for kept
             weights also the operator that reads them, and `unused`.
-        k: K, length of the reduction axis; 0 where the use is no linear map.
-        n: N, number of outputs; 0 where the use is no linear map.
+        k: K, length of the reduction axis, or of a row of a quantized table; else 0.
+        n: N, number of outputs, or of the rows of a quantized table; else 0.
         experts: E where one weight holds a matrix for each of E experts, else None.
         dtype: Of the weight before quantization, and of the site's output.
         transposed: The weight is stored `[K, N]` (GPT-2's Conv1D), not `[N, K]`.
@@ -37,6 +41,8 @@ class Site:
         reason: Why.
         bits, group_size: Set once quantized.
         rank: Set while the site has an adapter.
+        whole: Its zero-points −offset / scale are whole numbers from 0 to 2^bits − 1, and stay so:
+            it gets no adapter.
     """
 
     name: str
@@ -54,6 +60,7 @@ class Site:
     group_size: int | None = None
     rank: int | None = None
     experts: int | None = None
+    whole: bool = False
 
     @property
     def shape(self) -> str:

@@ -27,6 +27,8 @@ ANY_STAGE = (*STAGES, *(f"{LEGALIZED}{target}" for target in TARGETS))
 CODE_NAMES = ("qweight", "scale", "offset")
 ADAPTER_NAMES = ("lora_A", "lora_B")
 """Names of the tensors of a quantized weight, and of its adapter, below its path."""
+PLANE_NAMES = ("low", "high")
+"""Names of the two 4-bit planes of a weight of 8 bits, below its path."""
 
 
 @dataclass(frozen=True)

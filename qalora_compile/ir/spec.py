@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError
-from qalora_compile.ir import expert_ops, fused_ops, lowered_ops, ops
-from qalora_compile.ir.affine import group_count
+from qalora_compile.ir import embedding_ops, expert_ops, fused_ops, lowered_ops, ops
+from qalora_compile.ir.affine import group_count, is_whole
+from qalora_compile.ir.deferred import holds
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.packing import packed_width
 from qalora_compile.ir.pattern import get_tensor
@@ -32,7 +33,8 @@ from qalora_compile.ir.program import (
 )
 from qalora_compile.ir.storage import is_finite
 
-_REGISTERED = (ops, expert_ops, lowered_ops, fused_ops)  # importing them registers the operators
+# Importing them registers the operators.
+_REGISTERED = (ops, expert_ops, lowered_ops, fused_ops, embedding_ops)
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default
@@ -46,6 +48,9 @@ GROUP_QUANT_LINEAR = QALORA.group_quant_linear.default
 EXPERT_GROUP_QUANT_LINEAR = QALORA.expert_group_quant_linear.default
 MATMUL_BLOCKS = QALORA.matmul_blocks.default
 EXPERT_MATMUL_BLOCKS = QALORA.expert_matmul_blocks.default
+GROUP_EMBEDDING = QALORA.group_embedding.default
+BLOCK_EMBEDDING = QALORA.block_embedding.default
+FLAT_EMBEDDING = QALORA.flat_embedding.default
 RMS_NORM = QALORA.rms_norm.default
 ROTARY_EMBEDDING = QALORA.rotary_embedding.default
 ATTENTION = QALORA.attention.default
@@ -58,12 +63,12 @@ _COMMON = ADAPTERS | {GROUP_SUM, SPREAD_GROUPS}  # of lowered programs
 LEGAL_OPS: dict[str, frozenset[object]] = {
     FLOAT: frozenset(),
     ANNOTATED: frozenset(),
-    QUANTIZED: ON_CODES,
-    ADAPTED: ON_CODES | ADAPTERS | {GROUP_SUM},
-    FOLDED: ON_CODES,
-    f"{LEGALIZED}ort": _COMMON | {GROUP_QUANT_LINEAR, EXPERT_GROUP_QUANT_LINEAR},
-    f"{LEGALIZED}ort-stock": _COMMON | {MATMUL_NBITS, EXPERT_MATMUL_NBITS},
-    f"{LEGALIZED}onnx": _COMMON | {MATMUL_BLOCKS, EXPERT_MATMUL_BLOCKS},
+    QUANTIZED: ON_CODES | {GROUP_EMBEDDING},
+    ADAPTED: ON_CODES | ADAPTERS | {GROUP_SUM, GROUP_EMBEDDING},
+    FOLDED: ON_CODES | {GROUP_EMBEDDING},
+    f"{LEGALIZED}ort": _COMMON | {GROUP_QUANT_LINEAR, EXPERT_GROUP_QUANT_LINEAR, BLOCK_EMBEDDING},
+    f"{LEGALIZED}ort-stock": _COMMON | {MATMUL_NBITS, EXPERT_MATMUL_NBITS, BLOCK_EMBEDDING},
+    f"{LEGALIZED}onnx": _COMMON | {MATMUL_BLOCKS, EXPERT_MATMUL_BLOCKS, FLAT_EMBEDDING},
 }
 """Operators of the `qalora` namespace that a program of each stage may call."""
 
@@ -150,6 +155,8 @@ def _check_on_codes(program: Program, node: fx.Node) -> None:
             raise _broken(
                 node, f"codes {list(qweight.shape)} and scale {list(scale.shape)}, not {want}"
             )
+        if row.whole and not holds(is_whole(scale, offset, bits).all()):
+            raise _broken(node, f"a zero-point is no whole number from 0 to {2**bits - 1}")
     for name, tensor in (("scale", scale), ("offset", offset)):
         if not is_finite(tensor):
             raise _broken(node, f"{name} holds NaN or infinite values")
@@ -241,6 +248,7 @@ def _check_blocks(node: fx.Node, qweight: Tensor, scale: Tensor, zero_point: Ten
 _CHECKS: dict[object, Callable[[Program, fx.Node], None]] = {
     GROUP_LINEAR: _check_on_codes,
     EXPERT_LINEAR: _check_on_codes,
+    GROUP_EMBEDDING: _check_on_codes,
     POOLED_ADAPTER: _check_adapter,
     EXPERT_ADAPTER: _check_adapter,
     MATMUL_NBITS: _each_matrix(1, _check_blocks),

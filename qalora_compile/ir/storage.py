@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -225,7 +225,7 @@ def defer_tensors(path: Path) -> dict[str, Tensor]:
     return {
         name: read_tensor(path, name)
         if like.numel() <= _SMALL_ELEMENTS
-        else defer_to(partial(read_tensor, path, name), like, mode)
+        else defer_to(partial(read_tensor, path, name), like, mode, partial(read_rows, path, name))
         for name, like in read_headers(path).items()
     }
 
@@ -257,9 +257,22 @@ def read_tensor(path: Path, name: str) -> Tensor:
     Raises:
         UserInputError: the file is missing or broken, or has no such tensor.
     """
+    return _read(path, name, lambda file: file.get_tensor(name))
+
+
+def read_rows(path: Path, name: str, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` of one tensor of a safetensors file, in memory of their own.
+
+    Raises:
+        UserInputError: the file is missing or broken, or has no such tensor.
+    """
+    return _read(path, name, lambda file: file.get_slice(name)[start:stop])
+
+
+def _read(path: Path, name: str, read: Callable[[Any], Tensor]) -> Tensor:
     with open_tensors(path) as file:
         try:
-            values: Tensor = file.get_tensor(name)
+            values = read(file)
         except SafetensorError as error:
             raise UserInputError(
                 f"{path.name}: cannot read {name}: {error}", where=str(path)

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from qalora_compile.config import one_of
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import mark_site
 from qalora_compile.ir.pattern import feeds_topk
-from qalora_compile.ir.plan import KEEP, QUANTIZE, UNUSED, Site, SitePlan
+from qalora_compile.ir.plan import EXCLUDED, KEEP, QUANTIZE, UNUSED, Site, SitePlan
 from qalora_compile.ir.program import ANNOTATED, FLOAT, Program
 from qalora_compile.ir.storage import is_finite
 from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.passes.heads import find_heads
 from qalora_compile.passes.select import ALL_LINEAR, as_patterns, match_patterns
 from qalora_compile.passes.uses import Use, find_uses, name_rows
 
@@ -41,6 +43,7 @@ class AnnotateLinears(Pass):
         targets: `all-linear`, or names, dotted suffixes, globs or `re:` patterns; naming a site
             forces it where the default would keep it.
         exclude: Patterns of sites to keep in float.
+        keep_heads: Leave heads that are not named in `targets` to quantize-embeddings (`heads.py`).
     """
 
     name: ClassVar[str] = "annotate-linears"
@@ -49,11 +52,13 @@ class AnnotateLinears(Pass):
 
     targets: str | tuple[str, ...] = ALL_LINEAR
     exclude: tuple[str, ...] = ()
+    keep_heads: bool = False
 
     def __post_init__(self) -> None:
         if self.targets != ALL_LINEAR:
             object.__setattr__(self, "targets", as_patterns(self.targets, "targets"))
         object.__setattr__(self, "exclude", as_patterns(self.exclude, "exclude"))
+        one_of("keep_heads", self.keep_heads, (True, False))
 
     def requires(self, program: Program) -> None:
         """Every floating weight is finite.
@@ -74,7 +79,8 @@ class AnnotateLinears(Pass):
         graph = program.copy_graph()
         uses = find_uses(graph, program.module)
         rows = name_rows(uses, program.tensors())
-        decided = _decide(uses, rows, self.targets, self.exclude)
+        heads = find_heads(uses) if self.keep_heads else set()
+        decided = _decide(uses, rows, self.targets, self.exclude, heads)
         for use, site in zip(uses, decided, strict=True):
             if use.linear is not None:
                 mark_site(use.node, site.name)
@@ -88,7 +94,11 @@ class AnnotateLinears(Pass):
 
 
 def _decide(
-    uses: list[Use], rows: list[Site], targets: str | tuple[str, ...], exclude: tuple[str, ...]
+    uses: list[Use],
+    rows: list[Site],
+    targets: str | tuple[str, ...],
+    exclude: tuple[str, ...],
+    heads: set[fx.Node],
 ) -> list[Site]:
     """Fill in decision and reason, and one path for all rows of one reading.
 
@@ -111,8 +121,10 @@ def _decide(
         if use.linear is not None:
             if everything:
                 reason = _why_keep(row, in_float.get(row.storage), routers)
+                if use.node in heads:
+                    reason = reason or "head: quantize-embeddings takes it, or name it in targets"
             if row.name in barred or row.name not in wanted:
-                reason = "excluded" if row.name in barred else "not among the targets"
+                reason = EXCLUDED if row.name in barred else "not among the targets"
             reason = reason or _clash(use, first)
         if not reason:
             # Codes are grouped along one axis, so one reading of a weight is served: rows share it.

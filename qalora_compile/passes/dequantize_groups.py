@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError, UnsupportedError
 from qalora_compile.ir.affine import dequantize
@@ -14,11 +14,18 @@ from qalora_compile.ir.deferred import defer
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.program import FLOAT, FOLDED, QUANTIZED, Program
-from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, ON_CODES, tensor_argument
+from qalora_compile.ir.spec import (
+    EXPERT_LINEAR,
+    GROUP_EMBEDDING,
+    GROUP_LINEAR,
+    ON_CODES,
+    tensor_argument,
+)
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.rewrite import TensorNodes
 from qalora_compile.progress import track
 
+_ATEN = torch.ops.aten
 NAME = "dequantized"
 """Of the float weight, below its site's path."""
 
@@ -32,7 +39,8 @@ class DequantizeGroups(Pass):
 
     For runtimes without kernels on codes, and to measure what the codes save.
 
-    Fires on: every group_linear; a weight used twice is dequantized once.
+    Fires on: every group_linear, and every group_embedding, which becomes aten.embedding; a weight
+    used twice, or looked up and multiplied by, is dequantized once.
     Leaves alone: nothing; stacked experts are refused.
     Exactness: the same weights, `scale · q + offset`, rounded to float32 as the operator rounds.
     """
@@ -55,9 +63,9 @@ class DequantizeGroups(Pass):
         """Dequantize."""
         graph, tensors = program.copy_graph(), program.tensors()
         rows = {site.name: site for site in program.plan}
-        linears = [node for node in graph.nodes if node.target is GROUP_LINEAR]
+        layers = [node for node in graph.nodes if node.target in (GROUP_LINEAR, GROUP_EMBEDDING)]
         nodes, changes = TensorNodes(graph), []
-        for node in track(linears, "dequantize"):
+        for node in track(layers, "dequantize"):
             site = rows[site_of(node) or ""]
             bits, group_size, k = node.args[5], node.args[6], site.k
 
@@ -78,17 +86,27 @@ class DequantizeGroups(Pass):
                 parts = [tensor_argument(program, node, place) for place in (1, 2, 3)]
                 tensors[name] = defer(compute, *parts)[NAME]
                 changes.append(Change(site.path, f"{bits} bits to float"))
-            with graph.inserting_before(node):
-                operands = (node.args[0], nodes.get(name), node.args[4])
-                new = graph.call_function(torch.ops.aten.linear.default, operands)
+            new = _rewrite(graph, node, nodes.get(name))
             move_site(node, new)
             node.replace_all_uses_with(new)
             erase_unread([node])
-        plan = program.plan.update({name: {"bits": None, "group_size": None} for name in rows})
+        done = {"bits": None, "group_size": None, "whole": False}
+        plan = program.plan.update(dict.fromkeys(rows, done))
         return PassResult(program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
         """No operator on codes is left."""
         for node in after.graph.nodes:
-            if node.target in ON_CODES:
+            if node.target in ON_CODES or node.target is GROUP_EMBEDDING:
                 raise PostconditionError("a layer was not dequantized", where=site_of(node))
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, weight: fx.Node) -> fx.Node:
+    """Insert the operator on a float weight; a looked-up row is cast where it was before."""
+    with graph.inserting_before(node):
+        if node.target is GROUP_LINEAR:
+            return graph.call_function(_ATEN.linear.default, (node.args[0], weight, node.args[4]))
+        found = graph.call_function(_ATEN.embedding.default, (weight, node.args[0]))
+        if node.args[4] is torch.float32:
+            return found
+        return graph.call_function(_ATEN.to.dtype, (found, node.args[4]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,7 +43,7 @@ class InsertAdapters(AdapterSpec, Pass):
 
     Fires on: every group_linear, and every expert_linear, whose experts have an adapter each
     (`qalora.expert_adapter`). Sites that share a weight share its adapter.
-    Leaves alone: everything else.
+    Leaves alone: sites whose zero-points stay whole (`Site.whole`), and everything else.
     Exactness: exact; B starts at zero, so the function does not change.
 
     Options: the fields of `AdapterSpec`.
@@ -58,7 +59,7 @@ class InsertAdapters(AdapterSpec, Pass):
         Raises:
             PreconditionError: it is not: the adapter would not be constant inside a group.
         """
-        for site in program.plan.to_quantize():
+        for site in _adapted(program.plan.to_quantize()):
             pooled, group = self._pool_of(site), site.group_size or 1
             if pooled % group:
                 raise PreconditionError(
@@ -71,25 +72,31 @@ class InsertAdapters(AdapterSpec, Pass):
     def call(self, program: Program) -> PassResult:
         """Insert."""
         graph = program.copy_graph()
-        rows = {site.name: site for site in program.plan.to_quantize()}
+        rows = {site.name: site for site in _adapted(program.plan.to_quantize())}
         adapters = self._make_adapters(program)
         nodes = TensorNodes(graph)
         changes = []
         for node in list(graph.nodes):
-            if node.target not in ON_CODES:
+            site = rows.get(site_of(node) or "")
+            if node.target not in ON_CODES or site is None:
                 continue
-            site = rows[site_of(node) or ""]
             self._insert(graph, node, site, nodes)
             changes.append(Change(site.name, f"adapter of rank {self.rank}", self.pooling))
         plan = program.plan.update({name: {"rank": self.rank} for name in rows})
         tensors = program.tensors() | adapters
-        return PassResult(program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes))
+        whole = [site for site in program.plan if site.whole]
+        return PassResult(
+            program.evolve(graph=graph, tensors=tensors, plan=plan),
+            tuple(changes),
+            tuple(Change(s.name, "no adapter", "its zero-points stay whole") for s in whole),
+        )
 
     def ensures(self, before: Program, after: Program) -> None:
         """Each site got one adapter, and each adapter's B is zero."""
-        counts = [sum(n.target in kind for n in after.graph.nodes) for kind in (ON_CODES, ADAPTERS)]
-        if counts[0] != counts[1]:
-            raise PostconditionError(f"{counts[1]} adapters for {counts[0]} sites")
+        found = sum(n.target in ADAPTERS for n in after.graph.nodes)
+        wanted = len(_adapted(after.plan.to_quantize()))
+        if found != wanted:
+            raise PostconditionError(f"{found} adapters for {wanted} sites")
         for name, parameter in after.named_adapter_parameters():
             if name.endswith("lora_B") and bool(parameter.any()):
                 raise PostconditionError("an adapter does not start at zero", where=name)
@@ -105,7 +112,7 @@ class InsertAdapters(AdapterSpec, Pass):
         """A: uniform within ±1 / (f √K), as a plain LoRA's A of width K pooled by f; B: zero."""
         generator = torch.Generator().manual_seed(self.seed)
         made: dict[str, Tensor] = {}
-        for site in program.plan.weights_to_quantize():
+        for site in _adapted(program.plan.weights_to_quantize()):
             scale = get_tensor(program.module, f"{site.path}.scale")
             assert scale is not None, "a quantized site has a scale"
             groups = group_count(site.k, self._pool_of(site))
@@ -133,3 +140,8 @@ class InsertAdapters(AdapterSpec, Pass):
             )
         total.args = (node, update)
         move_site(node, total)
+
+
+def _adapted(sites: Iterable[Site]) -> list[Site]:
+    """The sites that get an adapter."""
+    return [site for site in sites if not site.whole]

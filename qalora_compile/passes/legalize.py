@@ -12,38 +12,52 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError, PreconditionError, UnsupportedError
-from qalora_compile.ir.deferred import defer
+from qalora_compile.ir.affine import is_whole
+from qalora_compile.ir.deferred import defer, holds
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ADAPTED, FOLDED, QUANTIZED, Program
-from qalora_compile.ir.spec import GROUP_SUM, ON_CODES, SPREAD_GROUPS, tensor_argument
+from qalora_compile.ir.spec import (
+    GROUP_EMBEDDING,
+    GROUP_SUM,
+    ON_CODES,
+    SPREAD_GROUPS,
+    tensor_argument,
+)
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.rewrite import TensorNodes
 from qalora_compile.progress import track
 
 _ATEN = torch.ops.aten
+_ON_CODES = ON_CODES | {GROUP_EMBEDDING}
 
 
 class Layer(NamedTuple):
-    """What a layer on codes says about its weight."""
+    """What a layer on codes says about its weight; `whole` as `Site.whole`."""
 
     bits: int
     group_size: int
     k: int
+    whole: bool = False
 
 
 @dataclass(frozen=True)
 class LegalizePass(Pass):
-    """Rewrite every group_linear and expert_linear into one target's operators.
+    """Rewrite every group_linear, expert_linear and group_embedding into one target's operators.
 
     A pass says how a weight is stored (`lower_weight`), how that is described, and which nodes
-    compute the layer (`emit`).
+    compute the layer (`emit`) or look its rows up (`emit_rows`). What is looked up and multiplied by
+    is stored once.
     """
 
     consumes: ClassVar[tuple[str, ...]] = (QUANTIZED, ADAPTED, FOLDED)
     kernel: ClassVar[str] = ""
     """What has no float64 form, for the message."""
+    by_rows: ClassVar[bool] = True
+    """A weight with whole zero-points is stored row by row, so that a large one is made in parts."""
+    shares_scale: ClassVar[bool] = True
+    """Two planes of one weight may read one tensor of scales."""
 
     @abstractmethod
     def lower_weight(
@@ -67,6 +81,16 @@ class LegalizePass(Pass):
 
         For experts it gives the nodes of all of them.
         """
+
+    @abstractmethod
+    def emit_rows(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        layer: Layer,
+        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+    ) -> fx.Node:
+        """Insert the lookup for a group_embedding; `stored` as for `emit`."""
 
     def requires(self, program: Program) -> None:
         """The model computes in float32, as the kernels do.
@@ -94,27 +118,44 @@ class LegalizePass(Pass):
         graph = program.copy_graph()
         rows = {site.name: site for site in program.plan}
         tensors = program.tensors()
-        linears = {n: rows[_site_name(n)] for n in graph.nodes if n.target in ON_CODES}
-        weights = {site.path: (node, site) for node, site in linears.items()}
-        changes, lowered = [], dict[str, dict[str, Tensor]]()
-        for node, site in track(list(weights.values()), "legalize"):
+        layers = {n: rows[_site_name(n)] for n in graph.nodes if n.target in _ON_CODES}
+        weights = {_path(node): (node, site) for node, site in layers.items()}
+        changes, lowered = [], dict[str, dict[str, str]]()
+        scales: dict[str, str] = {}
+        for path, (node, site) in track(list(weights.items()), "legalize"):
             layer = _layer(node, site)
-            qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
-            lower = self._lower_experts if site.experts else self.lower_weight
-            lowered[site.path] = defer(partial(lower, layer=layer), qweight, scale, offset)
-            changes.append(Change(site.path, *self.describe(layer)))
+            parts = (tensor_argument(program, node, i) for i in (1, 2, 3))
+            made = self._lower(layer, bool(site.experts), *parts)
+            lowered[path] = {name: f"{path}.{name}" for name in made}
+            tensors |= {f"{path}.{name}": tensor for name, tensor in made.items()}
+            if layer.whole and self.shares_scale:
+                lowered[path]["scale"] = scales.setdefault(site.path, f"{path}.scale")
+            changes.append(Change(path, *self.describe(layer)))
         nodes = TensorNodes(graph)
-        for node, site in linears.items():
-            self._rewrite(graph, node, site, nodes, lowered[site.path])
-        for path, parts in lowered.items():
-            tensors |= {f"{path}.{name}": tensor for name, tensor in parts.items()}
+        for node, site in layers.items():
+            self._rewrite(graph, node, site, nodes, lowered[_path(node)])
         return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """No group_linear or expert_linear is left."""
+        """No operator on codes is left."""
         for node in after.graph.nodes:
-            if node.target in ON_CODES:
+            if node.target in _ON_CODES:
                 raise PostconditionError("a layer was not legalized", where=site_of(node))
+
+    def _lower(self, layer: Layer, experts: bool, *parts: Tensor) -> dict[str, Tensor]:
+        """`lower_weight` of a layer's codes, scale and offset, now or later."""
+        lower = self._lower_experts if experts else self._lower_whole if layer.whole else None
+        by_rows = self.by_rows and layer.whole
+        return defer(partial(lower or self.lower_weight, layer=layer), *parts, by_rows=by_rows)
+
+    def _lower_whole(
+        self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
+    ) -> dict[str, Tensor]:
+        """`lower_weight` where zero-points are whole numbers, and no correction is left."""
+        if not holds(is_whole(scale, offset, layer.bits).all()):
+            raise PostconditionError("a zero-point that should be a whole number is none")
+        made = self.lower_weight(qweight, scale, offset, layer)
+        return {name: tensor for name, tensor in made.items() if name != "correction"}
 
     def _rewrite(
         self,
@@ -122,17 +163,20 @@ class LegalizePass(Pass):
         node: fx.Node,
         site: Site,
         nodes: TensorNodes,
-        parts: dict[str, Tensor],
+        names: dict[str, str],
     ) -> None:
+        path = _path(node)
+
         def stored(name: str) -> fx.Node | list[fx.Node] | None:
-            if (f"0.{name}" if site.experts else name) not in parts:
+            if (f"0.{name}" if site.experts else name) not in names:
                 return None
             if not site.experts:
-                return nodes.get(f"{site.path}.{name}")
-            return [nodes.get(f"{site.path}.{expert}.{name}") for expert in range(site.experts)]
+                return nodes.get(names[name])
+            return [nodes.get(f"{path}.{expert}.{name}") for expert in range(site.experts)]
 
+        emit = self.emit_rows if node.target is GROUP_EMBEDDING else self.emit
         with graph.inserting_before(node):
-            y = self.emit(graph, node, _layer(node, site), stored)
+            y = emit(graph, node, _layer(node, site), stored)
         move_site(node, y)
         node.replace_all_uses_with(y)
         erase_unread([node])
@@ -185,11 +229,18 @@ def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.node.Argument) -> fx.Node:
 def _layer(node: fx.Node, site: Site) -> Layer:
     bits, group_size = node.args[5], node.args[6]
     assert isinstance(bits, int) and isinstance(group_size, int)
-    return Layer(bits, group_size, site.k)
+    return Layer(bits, group_size, site.k, site.whole)
+
+
+def _path(node: fx.Node) -> str:
+    """Path of the tensors of a layer on codes."""
+    qweight = node.args[1]
+    assert isinstance(qweight, fx.Node)
+    return str(qweight.target).removesuffix(".qweight")
 
 
 def _site_name(node: fx.Node) -> str:
-    """Name of the site that a group_linear belongs to; an adapter may stand between them."""
+    """Name of the site that a layer belongs to; an adapter or another plane may be added to it."""
     name = site_of(node)
     if name is None:
         name = next((s for s in map(site_of, node.users) if s is not None), None)

@@ -15,6 +15,7 @@ from qalora_compile.ir.program import LEGALIZED
 from qalora_compile.ir.spec import (
     EXPERT_LINEAR,
     EXPERT_MATMUL_BLOCKS,
+    FLAT_EMBEDDING,
     MATMUL_BLOCKS,
 )
 from qalora_compile.passes.blocks import BlockLayout, to_blocks
@@ -43,7 +44,8 @@ class LegalizeOnnx(LegalizePass):
     ONNX Runtime makes MatMulNBits of each DequantizeLinear and MatMul.
 
     Fires on: every group_linear, and every expert_linear, which becomes one
-    `qalora.expert_matmul_blocks`.
+    `qalora.expert_matmul_blocks`, and every group_embedding, which becomes a
+    `qalora.flat_embedding`.
     Leaves alone: adapters that were not folded.
     Exactness: as legalize-ort-stock. 2-bit and 3-bit codes are stored as UINT4, the smallest type
     of opset 21.
@@ -52,10 +54,14 @@ class LegalizeOnnx(LegalizePass):
     name: ClassVar[str] = "legalize-onnx"
     produces: ClassVar[str | None] = f"{LEGALIZED}onnx"
     kernel: ClassVar[str] = "DequantizeLinear"
+    by_rows: ClassVar[bool] = False  # a weight is stored turned, [K, N]
+    shares_scale: ClassVar[bool] = False  # ONNX Runtime then makes no MatMulNBits
 
     def layout(self, layer: Layer) -> BlockLayout:
         """The blocks of a layer."""
-        return BlockLayout.choose(**layer._asdict(), narrow=False)
+        return BlockLayout.choose(
+            bits=layer.bits, group_size=layer.group_size, k=layer.k, narrow=False
+        )
 
     def lower_weight(
         self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
@@ -67,7 +73,7 @@ class LegalizeOnnx(LegalizePass):
             tensors; `scale` `[Lb, N]` and `correction` `[L, N]` float32, the latter unless zero.
         """
         layout = self.layout(layer)
-        blocks = to_blocks(qweight, scale, offset, *layer, layout)
+        blocks = to_blocks(qweight, scale, offset, *layer[:3], layout)
         rows = scale.shape[1] * layout.width if layout.spread else layer.k
         lowered = {
             "qweight": pack_flat(blocks.codes[:, :rows].t(), layout.bits),
@@ -102,6 +108,19 @@ class LegalizeOnnx(LegalizePass):
             return graph.call_function(EXPERT_MATMUL_BLOCKS, (*more, *options))
         y = graph.call_function(MATMUL_BLOCKS, (wide, *operands, *options))
         return add_bias(graph, add_correction(graph, y, sums, correction), last)
+
+    def emit_rows(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        layer: Layer,
+        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+    ) -> fx.Node:
+        """The lookup in the tensors of DequantizeLinear."""
+        layout = self.layout(layer)
+        operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
+        more = (layout.bits, layout.block_size, layer.k)
+        return graph.call_function(FLAT_EMBEDDING, (node.args[0], *operands, *more))
 
 
 def pack_flat(codes: Tensor, bits: int) -> Tensor:

@@ -18,6 +18,7 @@ from qalora_compile.ir.nbits import padded_group
 from qalora_compile.ir.packing import unpack_codes
 from qalora_compile.ir.program import LEGALIZED
 from qalora_compile.ir.spec import (
+    BLOCK_EMBEDDING,
     EXPERT_GROUP_QUANT_LINEAR,
     EXPERT_LINEAR,
     GROUP_QUANT_LINEAR,
@@ -61,7 +62,8 @@ class LegalizeOrt(LegalizePass):
     small that the quotient is no finite number, has codes 0, scale 1 and zero-point −offset.
 
     Fires on: every group_linear, and every expert_linear, which becomes one
-    `qalora.expert_group_quant_linear`. Where groups are no multiple of 16, or K is no multiple of
+    `qalora.expert_group_quant_linear`, and every group_embedding, which becomes a
+    `qalora.block_embedding`. Where groups are no multiple of 16, or K is no multiple of
     the group size, the stored groups are padded and x with them (`spread_groups`).
     Leaves alone: adapters that were not folded.
     Exactness: exact in real arithmetic; zero_point is rounded once to float32. With
@@ -122,6 +124,20 @@ class LegalizeOrt(LegalizePass):
             return graph.call_function(EXPERT_GROUP_QUANT_LINEAR, (x, *operands, last, *options))
         y = graph.call_function(GROUP_QUANT_LINEAR, (x, *operands, *options))
         return add_bias(graph, y, last)
+
+    def emit_rows(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        layer: Layer,
+        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+    ) -> fx.Node:
+        """The lookup in the tensors of GroupQuantLinear."""
+        operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
+        width = GroupLayout.choose(layer).width
+        return graph.call_function(
+            BLOCK_EMBEDDING, (node.args[0], *operands, layer.bits, width, layer.k)
+        )
 
 
 def lower_groups(

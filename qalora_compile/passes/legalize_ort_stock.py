@@ -16,6 +16,7 @@ from qalora_compile.ir.deferred import holds
 from qalora_compile.ir.packing import pack_codes
 from qalora_compile.ir.program import LEGALIZED
 from qalora_compile.ir.spec import (
+    BLOCK_EMBEDDING,
     EXPERT_LINEAR,
     EXPERT_MATMUL_NBITS,
     MATMUL_NBITS,
@@ -53,7 +54,8 @@ class LegalizeOrtStock(LegalizePass):
              %3 = qalora.matmul_nbits(%2, @fc.qweight, …)
 
     Fires on: every group_linear, and every expert_linear, which becomes one
-    `qalora.expert_matmul_nbits`; group sizes that no kernel takes are padded (`spread_groups`).
+    `qalora.expert_matmul_nbits`, and every group_embedding, which becomes a
+    `qalora.block_embedding`; group sizes that no kernel takes are padded (`spread_groups`).
     Leaves alone: adapters that were not folded.
     Exactness: exact in real arithmetic for any group size, tail, scale and offset; the correction
     is rounded once to float32. As digits of b bits each it is rounded to about 2^(1 − b) per digit
@@ -78,21 +80,24 @@ class LegalizeOrtStock(LegalizePass):
     def layout(self, layer: Layer) -> BlockLayout:
         """The blocks of a layer. The 2-bit float32 kernel is about 100 times slower than 4 bits."""
         narrow = self.accuracy_level != 0 and self.correction != "digits"
-        return BlockLayout.choose(**layer._asdict(), narrow=narrow)
+        return BlockLayout.choose(
+            bits=layer.bits, group_size=layer.group_size, k=layer.k, narrow=narrow
+        )
 
     def lower_weight(
         self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
     ) -> dict[str, Tensor]:
         """Tensors of MatMulNBits, and its correction, see the function of that name."""
-        return lower_weight(qweight, scale, offset, *layer, self.layout(layer), self._digits())
+        layout, digits = self.layout(layer), self._digits(layer)
+        return lower_weight(qweight, scale, offset, *layer[:3], layout, digits)
 
     def describe(self, layer: Layer) -> tuple[str, str]:
         """Kernel, bits and blocks."""
         layout = self.layout(layer)
         what = f"MatMulNBits, {layout.bits} bits, blocks of {layout.block_size}"
         why = layout.describe(layer.bits, layer.group_size)
-        if self.correction == "digits":
-            why += f"; correction as {self._digits()} digits of {layout.bits} bits"
+        if digits := self._digits(layer):
+            why += f"; correction as {digits} digits of {layout.bits} bits"
         return what, why
 
     def emit(
@@ -105,11 +110,12 @@ class LegalizeOrtStock(LegalizePass):
         """MatMulNBits, and its correction."""
         x, last = node.args[0], node.args[4]
         layout, correction = self.layout(layer), stored("correction")
+        digits = self._digits(layer)
         operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
         options = (layout.bits, layout.block_size, self.accuracy_level)
         wide = spread(graph, x, layer.group_size, layout.width, layout.spread)
-        sums = group_sums(graph, x, layer, correction is not None or self.correction == "digits")
-        if self.correction == "digits":
+        sums = group_sums(graph, x, layer, correction is not None or digits > 0)
+        if digits:
             wide, sums = self._append_sums(graph, wide, sums, layer), None
         if node.target is EXPERT_LINEAR:
             more = (wide, sums, *operands, correction or [], last)
@@ -117,8 +123,23 @@ class LegalizeOrtStock(LegalizePass):
         y = graph.call_function(MATMUL_NBITS, (wide, *operands, last, *options))
         return add_correction(graph, y, sums, correction)
 
-    def _digits(self) -> int:
-        return DIGITS[self.accuracy_level] if self.correction == "digits" else 0
+    def emit_rows(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        layer: Layer,
+        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+    ) -> fx.Node:
+        """The lookup in the tensors of MatMulNBits."""
+        layout = self.layout(layer)
+        operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
+        more = (layout.bits, layout.block_size, layer.k)
+        return graph.call_function(BLOCK_EMBEDDING, (node.args[0], *operands, *more))
+
+    def _digits(self, layer: Layer) -> int:
+        """Digits of the correction, which whole zero-points do not need."""
+        wanted = self.correction == "digits" and not layer.whole
+        return DIGITS[self.accuracy_level] if wanted else 0
 
     def _append_sums(
         self, graph: fx.Graph, x: fx.node.Argument, sums: fx.node.Argument, layer: Layer
@@ -128,7 +149,7 @@ class LegalizeOrtStock(LegalizePass):
         groups = group_count(layer.k, layer.group_size)
         width = groups * layout.width if layout.spread else layer.k
         parts = [_pad_to_blocks(graph, x, width, layout.block_size)]
-        parts += [_pad_to_blocks(graph, sums, groups, layout.block_size)] * self._digits()
+        parts += [_pad_to_blocks(graph, sums, groups, layout.block_size)] * self._digits(layer)
         return graph.call_function(_ATEN.cat.default, (parts, -1))
 
 

@@ -104,15 +104,15 @@ def _misfit(
     linear: LinearMap, source: fx.Node, tensor: Tensor, matrix: Tensor, module: nn.Module
 ) -> str:
     """Why a node that looks like a linear map is none of ours; empty where it is."""
-    operator_name = _operator_name(linear.node)
+    name = operator_name(linear.node)
     if not tensor.is_floating_point():
         return f"{dtype_name(tensor.dtype)} values, which are not quantized"
     if linear.weight.node is not source:
-        return f"read by {operator_name} as its input or bias"
+        return f"read by {name} as its input or bias"
     if not _adds_a_vector(linear, module):
-        return f"{operator_name} adds a whole matrix, which is no bias"
+        return f"{name} adds a whole matrix, which is no bias"
     if memory_key(matrix) != memory_key(tensor):
-        return f"read by {operator_name} through a copy in another layout"
+        return f"read by {name} through a copy in another layout"
     rank = len(shape_of(linear.x) or ())
     if matrix.dim() == 2 and linear.kind != EXPERTS:
         return ""
@@ -120,7 +120,7 @@ def _misfit(
     unknown = (0,) if linear.kind == EXPERTS else ()  # these operators take no other rank
     if matrix.dim() == 3 and linear.kind in (EXPERTS, MATMUL) and rank in (wanted, *unknown):
         return ""
-    return f"{operator_name} multiplies {rank} dimensions by a weight of {matrix.dim()}"
+    return f"{name} multiplies {rank} dimensions by a weight of {matrix.dim()}"
 
 
 def _adds_a_vector(linear: LinearMap, module: nn.Module) -> bool:
@@ -132,7 +132,7 @@ def _adds_a_vector(linear: LinearMap, module: nn.Module) -> bool:
 
 def _why_not(reader: fx.Node, tensor: Tensor) -> str:
     """The reason why a reader is no linear map by the parameter."""
-    name = _operator_name(reader)
+    name = operator_name(reader)
     if name.startswith("conv"):
         return _why_no_conv(reader, name, tensor)
     if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
@@ -204,7 +204,7 @@ def _is_taken(
 
 def _row(use: Use, name: str, path: str) -> Site:
     linear, matrix = use.linear, use.matrix
-    kind = _operator_name(use.node)
+    kind = operator_name(use.node)
     if linear is not None and matrix is not None:
         kind = EXPERTS if matrix.dim() == 3 else use.node.meta.get(KIND, linear.kind)
     return Site(
@@ -251,7 +251,8 @@ def _shown_path(path: str, caller: str | None) -> str:
     return caller
 
 
-def _operator_name(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
+    """Name of the operator that a node calls, without namespace and overload."""
     if node.op == "output":
         return "output"
     parts = str(node.target).split(".")  # namespace.name.overload

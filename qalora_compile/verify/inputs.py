@@ -18,10 +18,13 @@ from qalora_compile.ir.signature import (
     flatten_inputs,
     input_spec,
 )
+from qalora_compile.ir.spec import GROUP_EMBEDDING
 
 _SIZES = {"batch": 3, "sequence": 24}
 _OTHER_SIZE = 5
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+_LOOKUPS = {torch.ops.aten.embedding.default: (1, 0), GROUP_EMBEDDING: (0, 1)}
+"""Where a lookup has its ids, and where its table."""
 
 
 def sample_inputs(program: Program, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -53,8 +56,9 @@ def token_limits(program: Program) -> dict[str, int]:
     for leaf, node in zip(program.signature.inputs, placeholders, strict=True):
         sources = [node, *(user for user in node.users if user.target in _RESHAPES)]
         for user in (user for source in sources for user in source.users):
-            if user.target is torch.ops.aten.embedding.default and user.args[1] in sources:
-                table = get_tensor(program.module, str(user.args[0].target))
+            places = _LOOKUPS.get(user.target)
+            if places is not None and user.args[places[0]] in sources:
+                table = get_tensor(program.module, str(user.args[places[1]].target))
                 if table is not None:
                     limits[leaf.name] = int(table.shape[0])
     return limits

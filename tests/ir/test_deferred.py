@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qalora_compile.errors import InternalError
+from qalora_compile.ir import deferred as deferred_module
 from qalora_compile.ir.deferred import (
     defer,
     defer_to,
@@ -15,6 +16,7 @@ from qalora_compile.ir.deferred import (
     is_deferred,
     keep_recipe,
     materialize,
+    materialize_parts,
 )
 
 
@@ -90,3 +92,72 @@ def test_values_of_another_shape_are_a_bug() -> None:
     wrong = defer_to(lambda: torch.ones(5), torch.empty(3, device="meta"), mode)
     with pytest.raises(InternalError, match=r"\[3\]"):
         materialize(wrong)
+
+
+class Rows(Source):
+    """A source that can be read by rows, and says how many it gave at a time."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(values)
+        self.read: list[tuple[int, int]] = []
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Some rows."""
+        self.read.append((start, stop))
+        return self.values[start:stop]
+
+    def defer(self) -> Tensor:
+        """The values, deferred."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        return defer_to(self, self.values.to("meta"), mode, self.rows)
+
+
+def split_rows(x: Tensor) -> dict[str, Tensor]:
+    return {"wide": torch.cat([x, -x], 1), "sums": x.sum(1, keepdim=True)}
+
+
+@pytest.fixture
+def parts_of_two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deferred_module, "_PART_ELEMENTS", 16)
+
+
+def test_rows_are_made_some_at_a_time(parts_of_two_rows: None) -> None:
+    source = Rows(torch.arange(20.0).view(5, 4))
+    made = defer(split_rows, source.defer(), by_rows=True)
+    more = defer(lambda wide: {"": wide * 2}, made["wide"], by_rows=True)[""]
+    parts = list(materialize_parts(more))
+    assert source.read == [(0, 2), (2, 4), (4, 5)]
+    assert source.calls == 0, "nothing was read whole"
+    assert torch.equal(torch.cat(parts), 2 * split_rows(source.values)["wide"])
+
+
+def test_small_tensors_are_kept_while_a_large_one_is_made(parts_of_two_rows: None) -> None:
+    source = Rows(torch.arange(20.0).view(5, 4))
+    made = defer(split_rows, source.defer(), by_rows=True)
+    torch.cat(list(materialize_parts(made["wide"])))
+    (sums,) = materialize_parts(made["sums"])
+    assert len(source.read) == 3
+    assert torch.equal(sums, source.values.sum(1, keepdim=True))
+    list(materialize_parts(made["sums"]))  # taken: made anew
+    assert len(source.read) > 3
+
+
+def test_what_is_not_by_rows_is_made_whole(parts_of_two_rows: None) -> None:
+    source = Rows(torch.arange(20.0).view(5, 4))
+    turned = defer(lambda x: {"": x.T.contiguous()}, source.defer())[""]
+    (whole,) = materialize_parts(turned)
+    assert torch.equal(whole, source.values.T)
+    assert source.read == []
+    plain = torch.ones(3)
+    assert next(materialize_parts(plain)) is plain
+
+
+def test_rows_of_another_shape_are_a_bug(parts_of_two_rows: None) -> None:
+    wrong = Rows(torch.ones(5, 3))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tensor = defer_to(wrong, torch.empty(5, 4, device="meta"), mode, wrong.rows)
+    with pytest.raises(InternalError, match=r"\[5, 4\]"):
+        list(materialize_parts(tensor))
+    short = defer_to(wrong, torch.empty(6, 3, device="meta"), mode, wrong.rows)
+    with pytest.raises(InternalError, match=r"\[6, 3\]"):
+        list(materialize_parts(short))

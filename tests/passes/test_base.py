@@ -140,6 +140,8 @@ STEPS = {
     "canonicalize-pointwise": {FLOAT},
     "annotate-linears": {FLOAT, ANNOTATED},
     "quantize-groups": {ANNOTATED},
+    "quantize-embeddings": {QUANTIZED, ADAPTED, FOLDED},
+    "split-planes": {QUANTIZED, ADAPTED, FOLDED},
     "insert-adapters": {QUANTIZED},
     "fold-adapters": {ADAPTED},
     "dequantize-groups": {QUANTIZED, FOLDED},

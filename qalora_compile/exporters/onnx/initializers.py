@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qalora_compile.errors import InternalError, UserInputError
 from qalora_compile.exporters.onnx.weight_file import WeightFile
-from qalora_compile.ir.deferred import is_deferred, materialize
+from qalora_compile.ir.deferred import is_deferred, materialize, materialize_parts
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
 from qalora_compile.progress import announce
@@ -39,7 +39,7 @@ def defer_initializers(model: Any, program: Program) -> None:
             continue
         if name not in tensors:
             raise InternalError(f"the initializer {name} is no tensor of the program")
-        make = partial(_adapt, tensors[name], name)
+        make = partial(_Parts, tensors[name])
         shape, dtype = value.const_value.shape, value.const_value.dtype
         value.const_value = ir.LazyTensor(make, dtype, shape, name=name)
 
@@ -97,7 +97,31 @@ def _write_weights(ir: Any, values: list[Any], path: Path) -> int:
     return kept
 
 
-def _adapt(tensor: Tensor, name: str) -> Any:
+class _Parts:
+    """What `onnx_ir.LazyTensor` asks of a tensor; written part by part, never whole in memory.
+
+    Args:
+        tensor: Deferred.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def tofile(self, file: Any) -> None:
+        """Write the raw data to an open file."""
+        for part in materialize_parts(self._tensor):
+            _adapt(part).tofile(file)
+
+    def tobytes(self) -> bytes:
+        """The raw data."""
+        return b"".join(_adapt(part).tobytes() for part in materialize_parts(self._tensor))
+
+    def numpy(self) -> Any:
+        """The values."""
+        return _adapt(materialize(self._tensor)).numpy()
+
+
+def _adapt(tensor: Tensor) -> Any:
     adapters = require("onnx_ir.tensor_adapters", extra="onnx", purpose="write an ONNX model")
-    return adapters.TorchTensor(materialize(tensor).detach(), name=name)
+    return adapters.TorchTensor(tensor.detach())
 

@@ -9,6 +9,8 @@ from qalora_compile.optional import require
 
 DEQUANTIZE_BLOCKS = "DequantizeBlocks"
 """Stands for DequantizeLinear until `small_types` gives its tensors their types."""
+UNPACK_BLOCKS = "UnpackBlocks"
+"""Stands for Cast to uint8 until then."""
 
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 _BYTES = ("tensor(uint8)",)
@@ -45,6 +47,16 @@ def dequantize_blocks_op() -> Any:
         {"K": int, "N": int, "bits": int, "block_size": int},
         {"T1": _BYTES, "T2": _FLOATS},
         result="T2",
+    )
+
+
+def unpack_blocks_op() -> Any:
+    """The stand-in for a cast of small integers to uint8; no exported model holds it."""
+    return _operator(
+        (QALORA, VERSION, UNPACK_BLOCKS),
+        {"codes": "T1"},
+        {"K": int, "N": int, "bits": int},
+        {"T1": _BYTES},
     )
 
 

@@ -1,10 +1,10 @@
-"""Blocked DequantizeLinear on tensors of small integers, which torch has no types for."""
+"""Blocked DequantizeLinear, and casts, on tensors of small integers, which torch has no types for."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from qalora_compile.exporters.onnx.operators import DEQUANTIZE_BLOCKS
+from qalora_compile.exporters.onnx.operators import DEQUANTIZE_BLOCKS, UNPACK_BLOCKS
 from qalora_compile.optional import require
 
 
@@ -17,6 +17,8 @@ def use_small_types(model: Any) -> None:
     for node in model.graph.all_nodes():
         if node.op_type == DEQUANTIZE_BLOCKS:
             _replace(node)
+        elif node.op_type == UNPACK_BLOCKS:
+            _replace_cast(node)
 
 
 def _replace(node: Any) -> None:
@@ -31,6 +33,15 @@ def _replace(node: Any) -> None:
     for name in ("K", "N", "bits"):
         del node.attributes[name]
     node.attributes.add(ir.AttrInt64("axis", 0))
+
+
+def _replace_cast(node: Any) -> None:
+    ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
+    k, n, bits = (node.attributes[name].as_int() for name in ("K", "N", "bits"))
+    _retype(node.inputs[0], bits, (k, n))
+    node.op_type, node.domain = "Cast", ""
+    node.attributes.clear()
+    node.attributes.add(ir.AttrInt64("to", ir.DataType.UINT8))
 
 
 def _retype(value: Any, bits: int, shape: tuple[int, int]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from qalora_compile.exporters.onnx.small_types import use_small_types
 from qalora_compile.ir.meta import site_of
-from qalora_compile.ir.program import Program
+from qalora_compile.ir.plan import EMBEDDING, Site
+from qalora_compile.ir.program import PLANE_NAMES, Program
 from qalora_compile.ir.signature import Signature
 from qalora_compile.optional import require
 
@@ -76,17 +78,18 @@ def name_sites(model: Any, program: Program) -> dict[str, str]:
     for site in program.plan:
         if site.bits is None:
             continue
-        weight = f"{site.path}.0.qweight" if site.experts else f"{site.path}.qweight"
-        nodes = readers.get(weight, [])
+        nodes = readers.get(weight := _first_weight(site, readers), [])
         if used[weight] >= len(nodes):
             continue
         node = nodes[used[weight]]
         used[weight] += 1
+        if site.kind == EMBEDDING:  # what it reads are codes, and what they become has no one node
+            continue
         node.name = f"{site.name}/{node.op_type}"
         last = (
             _follow_concat(node)
             if site.experts
-            else _follow_adds(node, f"{site.path}.correction", biases.get(site.name), site.name)
+            else _follow_adds(node, site, biases.get(site.name))
         )
         if not last.outputs[0].is_graph_output():
             last.outputs[0].name = f"{site.name}/output"
@@ -121,30 +124,49 @@ def _follow_concat(node: Any) -> Any:
     return last
 
 
-def _follow_adds(node: Any, correction: str, bias: str | None, site: str) -> Any:
-    """The node whose output is the site's: the last of the Adds of its correction and its bias."""
+def _first_weight(site: Site, readers: Mapping[str, object]) -> str:
+    """Name of the codes of a site: of its first expert, or the low plane, where it has such."""
+    names = [f"{site.path}.{part}qweight" for part in ("", "0.", f"{PLANE_NAMES[0]}.")]
+    return next((name for name in names if name in readers), names[0])
+
+
+def _follow_adds(node: Any, site: Site, bias: str | None) -> Any:
+    """The node whose output is the site's: the last Add of a correction, a bias or a plane."""
     value = node.outputs[0]
     for user in value.consumers():
-        what = _operand(user, value, correction, bias) if user.op_type == "Add" else None
+        what = _operand(user, value, site, bias) if user.op_type == "Add" else None
         if what is None:
             continue
-        user.name = f"{site}/{what}"
+        user.name = f"{site.name}/{what}"
         if what == "Add":
             other = next(v for v in user.inputs if v is not value)
-            other.producer().name = f"{site}/Correction"
-        return _follow_adds(user, correction, bias, site)
+            other.producer().name = f"{site.name}/Correction"
+        return _follow_adds(user, site, bias)
     return node
 
 
-def _operand(add: Any, value: Any, correction: str, bias: str | None) -> str | None:
-    """What to call an Add to `value`, if it is of the site: `Add` (its correction) or `Bias`."""
+def _operand(add: Any, value: Any, site: Site, bias: str | None) -> str | None:
+    """What to call an Add to `value`, if it is of the site: `Add` (its correction), `Bias`, `Planes`."""
     other = next((v for v in add.inputs if v is not value), None)
     if other is None:
         return None
     if other.is_initializer():
         return "Bias" if other.name == bias else None
     producer = other.producer()
+    if producer is not None and producer.op_type == "Mul":
+        layer = producer.inputs[0].producer()
+        return "Planes" if layer is not None and _reads(layer, f"{site.path}.{PLANE_NAMES[1]}.qweight") else None
     if producer is None or producer.op_type != "MatMul":
         return None
-    reads = any(v is not None and v.name == correction for v in producer.inputs)
-    return "Add" if reads else None
+    return "Add" if _reads(producer, f"{site.path}.correction") else None
+
+
+def _reads(node: Any, name: str) -> bool:
+    """Whether a node reads an initializer, or what is dequantized of it."""
+    for value in node.inputs:
+        source = value.producer() if value is not None else None
+        if source is not None and source.op_type == "DequantizeLinear":
+            value = source.inputs[0]
+        if value is not None and value.name == name:
+            return True
+    return False

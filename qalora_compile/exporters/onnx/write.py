@@ -31,7 +31,7 @@ from qalora_compile.files import atomic_files
 from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.plan import Site
-from qalora_compile.ir.program import Program
+from qalora_compile.ir.program import PLANE_NAMES, Program
 from qalora_compile.ir.signature import argument_names, input_spec
 from qalora_compile.optional import require
 
@@ -200,8 +200,9 @@ def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
 
 def _parts(site: Site, names: tuple[str, ...]) -> list[str]:
     """Names of the lowered tensors of a site."""
-    lead = [f"{site.path}.{expert}" for expert in range(site.experts)] if site.experts else []
-    return [f"{path}.{name}" for path in lead or [site.path] for name in names]
+    parts = [str(expert) for expert in range(site.experts)] if site.experts else list(PLANE_NAMES)
+    paths = [site.path, *(f"{site.path}.{part}" for part in parts)]
+    return [f"{path}.{name}" for path in paths for name in names]
 
 
 def _save(
