@@ -106,14 +106,20 @@ def capture_decoder(model: nn.Module) -> Program:
 def capture_whole(model: nn.Module) -> Program:
     """Capture encoder and decoder as one forward of whole sequences, in evaluation mode.
 
+    The model is set to give no cache.
+
     Args, Raises: see `capture_encoder`.
     """
-    config: Any = model.config
-    before, config.use_cache = config.use_cache, False
-    try:
-        return _capture(model, type(model).forward, whole_example(model), _WHOLE_AXES)
-    finally:
-        config.use_cache = before
+    disable_cache(model)
+    return _capture(model, type(model).forward, whole_example(model), _WHOLE_AXES)
+
+
+def disable_cache(model: nn.Module) -> None:
+    """Let a model give no cache unless asked; its parts have settings of their own."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
 
 
 def whole_example(model: nn.Module) -> dict[str, Tensor]:
