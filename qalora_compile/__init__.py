@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         fold_adapters,
         insert_adapters,
         quantize_groups,
+        split_encoder_decoder,
     )
     from qalora_compile.capture.model import capture_model
     from qalora_compile.config import AdapterSpec, ExportSpec, QuantSpec
@@ -54,6 +55,7 @@ _HOMES = {
     "fold_adapters": "api",
     "insert_adapters": "api",
     "quantize_groups": "api",
+    "split_encoder_decoder": "api",
     "verify_equivalence": "verify.equivalence",
 }
 
@@ -75,6 +77,7 @@ __all__ = [
     "fold_adapters",
     "insert_adapters",
     "quantize_groups",
+    "split_encoder_decoder",
     "verify_equivalence",
 ]
 

@@ -26,7 +26,7 @@ from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
 from qalora_compile.passes.pipeline import Pipeline
 from qalora_compile.passes.quantize_embeddings import KEPT, QuantizeEmbeddings
 from qalora_compile.passes.quantize_groups import QuantizeGroups
-from qalora_compile.passes.replay import replay
+from qalora_compile.passes.replay import replay, replay_part
 from qalora_compile.passes.select import ALL_LINEAR, as_patterns
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 from qalora_compile.passes.split_planes import SplitPlanes
@@ -189,10 +189,51 @@ def add_kv_cache(
         CaptureError: `torch.export` refused the model.
     """
     from qalora_compile.capture.causal_lm import capture_causal_lm
-    from qalora_compile.capture.skeleton import build_skeleton, skeleton_of
+    from qalora_compile.capture.skeleton import as_skeleton
 
-    skeleton = build_skeleton(Path(model)) if isinstance(model, (str, Path)) else skeleton_of(model)
-    return replay(program, capture_causal_lm(skeleton, last_logits=last_logits))
+    return replay(program, capture_causal_lm(as_skeleton(model), last_logits=last_logits))
+
+
+def split_encoder_decoder(
+    program: Program, model: nn.Module | str | Path
+) -> tuple[Program, Program]:
+    """The same trained encoder-decoder model as the two graphs that a device runs.
+
+    The encoder runs once for an input, and computes also the keys and values of cross-attention;
+    the decoder, which takes them and a cache of its own, runs token by token. Inputs and outputs:
+    see `capture.encoder_decoder`. As in `add_kv_cache`, the passes that made `program` are run
+    again on each graph, and the tensors of `program` are put in.
+
+    Args:
+        program: At any stage before lowering, made by `capture_model` from an encoder-decoder model
+            of transformers that takes tokens (T5, BART) or log-mel features (Whisper).
+        model: That model, or a folder with its `config.json`. No weight of it is read.
+
+    Returns:
+        Encoder and decoder. What both read, such as a shared embedding, is one tensor object.
+
+    Raises:
+        PreconditionError: `program` was made from another model.
+        UnsupportedError: the model has no encoder and decoder with a key-value cache, or is none of
+            transformers.
+        CaptureError: `torch.export` refused the model.
+    """
+    from qalora_compile.capture.encoder_decoder import capture_decoder, capture_encoder
+    from qalora_compile.capture.skeleton import as_skeleton
+
+    skeleton = as_skeleton(model)
+    encoder, decoder = (
+        replay_part(program, capture(skeleton)) for capture in (capture_encoder, capture_decoder)
+    )
+    paths = {row.path for part in (encoder, decoder) for row in part.plan.to_quantize()}
+    lost = [row.name for row in program.plan.to_quantize() if row.path not in paths]
+    if lost:
+        raise PreconditionError(
+            f"neither encoder nor decoder reads {len(lost)} quantized layers of the program",
+            where=", ".join(lost[:3]),
+            hint="give the model that the program was made from",
+        )
+    return encoder, decoder
 
 
 def lower(program: Program, spec: ExportSpec) -> Program:

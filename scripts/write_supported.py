@@ -54,8 +54,8 @@ of the output's largest value, in one significant digit; ✓ stands where a chec
 * **stored**: saved, loaded, bit for bit the same
 * **inspect**: `qalora-compile inspect` shows the whole plan
 * **onnx**: the exported file in ONNX Runtime against torch, at another size never captured
-* **kv_cache**: decoder-only models with a key-value cache, prompt and later tokens, in ONNX Runtime
-  against torch; other models have none (–)
+* **kv_cache**: models with a key-value cache, prompt and later tokens, in ONNX Runtime against
+  torch; encoder-decoder models as two files; other models have none (–)
 """
 
 

@@ -53,7 +53,7 @@ def capture_causal_lm(model: nn.Module, *, last_logits: bool = False) -> Program
     kwargs = _example(model, layers)
     axes = _axes(len(layers))
     shapes = pytree.tree_map_with_path(
-        lambda path, _: dict.fromkeys(axes[_name(path)], Dim.DYNAMIC), kwargs
+        lambda path, _: dict.fromkeys(axes[leaf_path(path)], Dim.DYNAMIC), kwargs
     )
     with torch.no_grad():
         exported = export_model_graph(cached, (), kwargs, shapes, [])
@@ -65,7 +65,7 @@ def _with_cache(model: nn.Module, last_logits: bool) -> nn.Module:
     """The same model, with its very parameters under their names, and the cache as tensors."""
     base = type(model)
     keep = {"logits_to_keep": 1} if last_logits else {}
-    argument = _cache_argument(model)
+    argument = cache_argument(model)
 
     def forward(
         self: Any,
@@ -80,7 +80,7 @@ def _with_cache(model: nn.Module, last_logits: bool) -> nn.Module:
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=True,
-            **{argument: _cache(past_key_values)},
+            **{argument: make_cache(past_key_values)},
             **positions,
             **keep,
         )
@@ -94,13 +94,13 @@ def _with_cache(model: nn.Module, last_logits: bool) -> nn.Module:
     return cached
 
 
-def _cache_argument(model: nn.Module) -> str:
+def cache_argument(model: nn.Module) -> str:
     """What this release of transformers calls a cache, as an input and an output."""
     parameters = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def _cache(past: list[dict[str, Tensor]]) -> Any:
+def make_cache(past: list[dict[str, Tensor]]) -> Any:
     """A transformers cache that holds these keys and values, whole: no window drops any."""
     caches = require("transformers.cache_utils", extra="hf", purpose="capture with a cache")
     cache = caches.DynamicCache()
@@ -120,8 +120,8 @@ def _cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
     """
     with torch.no_grad(), _experts_by_shape(model):
         try:
-            output = model(input_ids=_integers((1, 1)), use_cache=True)
-            layers = output[_cache_argument(model)].layers
+            output = model(input_ids=ones((1, 1)), use_cache=True)
+            layers = output[cache_argument(model)].layers
             pairs = [(layer.keys.shape, layer.values.shape) for layer in layers]
         except (AttributeError, KeyError, TypeError) as error:
             raise UnsupportedError(
@@ -146,7 +146,8 @@ def _experts_by_shape(model: nn.Module) -> Iterator[None]:
             config._experts_implementation = before
 
 
-def _integers(shape: tuple[int, ...]) -> Tensor:
+def ones(shape: tuple[int, ...]) -> Tensor:
+    """Token numbers, or a mask, of an example."""
     return torch.ones(shape, dtype=torch.int64)
 
 
@@ -163,8 +164,8 @@ def _example(model: nn.Module, layers: list[tuple[int, int, int]]) -> dict[str, 
     positions = torch.arange(_PAST_SIZE, _PAST_SIZE + _SEQUENCE_SIZE).repeat(_BATCH_SIZE, 1)
     takes = "position_ids" in inspect.signature(type(model).forward).parameters
     return {
-        "input_ids": _integers((_BATCH_SIZE, _SEQUENCE_SIZE)),
-        "attention_mask": _integers((_BATCH_SIZE, _PAST_SIZE + _SEQUENCE_SIZE)),
+        "input_ids": ones((_BATCH_SIZE, _SEQUENCE_SIZE)),
+        "attention_mask": ones((_BATCH_SIZE, _PAST_SIZE + _SEQUENCE_SIZE)),
         "position_ids": positions if takes else None,
         "past_key_values": past,
     }
@@ -183,5 +184,6 @@ def _axes(layers: int) -> dict[str, dict[int, str]]:
     return named
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def leaf_path(path: tuple[Any, ...]) -> str:
+    """The name of an input from its place among the keyword arguments."""
     return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)

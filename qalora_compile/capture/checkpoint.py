@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qalora_compile.capture.causal_lm import capture_causal_lm
+from qalora_compile.capture.encoder_decoder import capture_whole, is_encoder_decoder
 from qalora_compile.capture.skeleton import build_skeleton
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import read_json
@@ -23,14 +24,17 @@ _INDEX = "model.safetensors.index.json"
 
 
 def capture_checkpoint(folder: Path, *, last_logits: bool = False) -> Program:
-    """A decoder-only model from its folder, with a key-value cache and deferred weights.
+    """A generating model from its folder, with deferred weights.
+
+    A decoder-only one has its key-value cache; one with an encoder is captured as one forward of
+    whole sequences, to be split when it is quantized (`api.split_encoder_decoder`).
 
     Memory does not grow with the model: nothing is read but the headers of the files. Passes run on
     shapes, and an exporter reads, quantizes and writes one layer after another.
 
     Args:
         folder: `config.json` and safetensors, one file or several with an index.
-        last_logits: As for `capture_causal_lm`.
+        last_logits: As for `capture_causal_lm`; of no effect with an encoder.
 
     Raises:
         UserInputError: a file is missing or broken, or a tensor is missing or of another shape.
@@ -40,11 +44,15 @@ def capture_checkpoint(folder: Path, *, last_logits: bool = False) -> Program:
     stored = _read_headers(folder)
     skeleton = build_skeleton(folder)
     names = _stored_names(skeleton, stored)
-    program = capture_causal_lm(skeleton, last_logits=last_logits)
+    if is_encoder_decoder(skeleton):
+        program = capture_whole(skeleton)
+    else:
+        program = capture_causal_lm(skeleton, last_logits=last_logits)
     tensors = program.tensors()
+    persistent = skeleton.state_dict()  # with buffers: BART has trained ones
     made: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if is_deferred(tensor):
+        if is_deferred(tensor) or (name in stored and name in persistent):
             key = names.get(name, name)
             if key not in made:
                 made[key] = _defer(stored, key, tensor, folder)
@@ -119,7 +127,8 @@ def _defer(stored: dict[str, _Stored], name: str, wanted: Tensor, folder: Path) 
             f"{wanted.dtype} {list(wanted.shape)} by config.json",
             where=str(found.path),
         )
-    assert isinstance(wanted, FakeTensor), "only deferred tensors are looked up"
+    if not isinstance(wanted, FakeTensor):
+        return read_tensor(found.path, name)
     tensor = defer_to(
         partial(read_tensor, found.path, name),
         wanted,

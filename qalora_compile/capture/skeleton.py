@@ -43,6 +43,22 @@ def model_class(folder: Path) -> Any:
     return getattr(transformers, names[0])
 
 
+def generates(folder: Path) -> bool:
+    """Whether the model that `config.json` describes generates tokens, and so can have a cache.
+
+    Raises:
+        UnsupportedError, UserInputError: see `model_class`.
+    """
+    return bool(model_class(folder).can_generate())
+
+
+def has_encoder(folder: Path) -> bool:
+    """Whether the model that `config.json` describes has an encoder and a decoder."""
+    known = read_json(folder / "config.json")
+    default = getattr(model_class(folder).config_class(), "is_encoder_decoder", False)
+    return bool(known.get("is_encoder_decoder", default))
+
+
 def build_skeleton(folder: Path) -> nn.Module:
     """The model that `config.json` describes, in evaluation mode, its parameters fake tensors.
 
@@ -64,6 +80,11 @@ def build_skeleton(folder: Path) -> nn.Module:
         ) from error
     model.tie_weights()  # registering a parameter on the meta device has made it another
     return skeleton_of(model)
+
+
+def as_skeleton(model: nn.Module | str | Path) -> nn.Module:
+    """A model without weights, from the model or from a folder with its `config.json`."""
+    return build_skeleton(Path(model)) if isinstance(model, (str, Path)) else skeleton_of(model)
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:

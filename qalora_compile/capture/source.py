@@ -16,6 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qalora_compile.capture.encoder_decoder import (
+    TOKENS,
+    disable_cache,
+    is_encoder_decoder,
+    whole_example,
+)
 from qalora_compile.capture.model import capture_model
 from qalora_compile.capture.skeleton import model_class, transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
@@ -37,6 +43,7 @@ class Source:
         model: In evaluation mode.
         args, kwargs: Example inputs.
         tokenizer: Of a language model that brings one, else None.
+        decoder_start: The token that the decoder of a model with an encoder begins with, else None.
     """
 
     reference: str
@@ -45,6 +52,7 @@ class Source:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
+    decoder_start: int | None = None
 
     def capture(self) -> Program:
         """Capture the model with its example inputs."""
@@ -150,18 +158,38 @@ def _load_factory(reference: str) -> Source:
 
 
 def _language_model(reference: str, kind: str, model: Any, tokenizer: Any) -> Source:
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"{type(model).__name__} has an encoder and a decoder",
-            where=reference,
-            hint="use package.module:factory with example inputs for both",
-        )
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
+    disable_cache(model)
+    if is_encoder_decoder(model):
+        return _with_encoder(reference, kind, model, tokenizer)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, _EXAMPLE_SHAPE, generator=generator)
     kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return Source(reference, kind, model.eval(), (), kwargs, tokenizer)
+
+
+def _with_encoder(reference: str, kind: str, model: Any, tokenizer: Any) -> Source:
+    """A model that reads one text and writes another.
+
+    Raises:
+        UnsupportedError: it reads no text.
+        UserInputError: it names no token that its decoder begins with.
+    """
+    kwargs = whole_example(model)
+    if TOKENS not in kwargs:
+        raise UnsupportedError(
+            f"{type(model).__name__} takes features of sound, and data are text",
+            where=reference,
+            hint="train it with a loop of your own: qc.capture_model(model, (), inputs)",
+        )
+    settings = (model.generation_config, model.config)
+    start = next((s for c in settings if (s := c.decoder_start_token_id) is not None), None)
+    if start is None:
+        raise UserInputError(
+            "the model names no token that its decoder begins with",
+            where=f"{reference}/config.json",
+            hint="add decoder_start_token_id",
+        )
+    return Source(reference, kind, model.eval(), (), kwargs, tokenizer, start)
 
 
 def _unreadable(path: Path, error: Exception) -> UserInputError:

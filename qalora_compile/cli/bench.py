@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from qalora_compile.api import add_kv_cache, export_model, fold_adapters
-from qalora_compile.cli.edge import read_edge_record
+from qalora_compile.cli.edge import MODEL_FILE, read_edge_record
 from qalora_compile.cli.folders import MODEL, load_run
 from qalora_compile.cli.ui import Steps, console, megabytes, print_table, steps
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.program import ADAPTED
 from qalora_compile.passes.dequantize_groups import DequantizeGroups
+from qalora_compile.runtime.encoder_decoder import ENCODER_FILE
 from qalora_compile.runtime.footprint import footprint
 from qalora_compile.runtime.language_model import LanguageModel
 from qalora_compile.runtime.library import kernel_level
@@ -104,7 +105,13 @@ def run(options: argparse.Namespace) -> int:
 @contextmanager
 def _forms(folder: Path, run_folder: str | None, shown: Steps) -> Iterator[list[Form]]:
     """The forms of the model; those made from RUN live as long as the block."""
-    path = folder / "model.onnx"
+    path = folder / MODEL_FILE
+    if (folder / ENCODER_FILE).is_file():
+        raise UnsupportedError(
+            "bench measures models of one graph, and this one has an encoder and a decoder",
+            where=str(folder),
+            hint="generate says how fast it is",
+        )
     forms = [Form(STOCK, path, library=False)]
     if kernel_level() is not None:
         forms.insert(0, Form(LIBRARY, path, library=True))

@@ -7,18 +7,39 @@ import hashlib
 import json
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalora_compile.api import export_model
-from qalora_compile.cli.folders import copy_tokenizer, read_record, versions
+from qalora_compile.api import (
+    add_kv_cache,
+    complete_spec,
+    export_model,
+    lower,
+    split_encoder_decoder,
+)
+from qalora_compile.capture.skeleton import generates, has_encoder
+from qalora_compile.cli.folders import (
+    copy_preprocessor,
+    copy_tokenizer,
+    read_record,
+    versions,
+)
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.base import ExportReport
-from qalora_compile.exporters.genai import CONFIG_FILE, context_length, genai_config
+from qalora_compile.exporters.genai import (
+    CONFIG_FILE,
+    context_length,
+    decoder_length,
+    decoder_start,
+    genai_config,
+    genai_whisper_config,
+)
 from qalora_compile.files import atomic_folder, keep_parts, read_json, write_json
 from qalora_compile.ir.program import Program
+from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
 
 RECORD_FILE, MODEL_FILE = "qalora.json", "model.onnx"
 FORMAT, VERSION = "qalora-edge", 1
@@ -32,7 +53,7 @@ class EdgeParts:
         description: Folder with the model's `config.json`, which may be missing.
         tokenizer: Folder with the tokenizer's files, which may be missing.
         record: What is known of the model: `run.json`, or part of it.
-        program: Lowered for the target of `spec`.
+        graphs: File name → program, lowered for the target of `spec`; encoder before decoder.
         spec: How it is exported.
         library: The operator library to add, or None.
         weights: Folder with the safetensors that are read while the model is written.
@@ -41,7 +62,7 @@ class EdgeParts:
     description: Path
     tokenizer: Path
     record: dict[str, Any]
-    program: Program
+    graphs: Mapping[str, Program]
     spec: ExportSpec
     library: Path | None
     weights: Path
@@ -56,12 +77,72 @@ class EdgeParts:
         value = {
             "versions": versions(),
             "spec": self.spec.to_json(),
-            "passes": self.program.history,
-            "signature": self.program.signature.to_json(),
-            "tensors": {n: [str(t.dtype), *t.shape] for n, t in self.program.tensors().items()},
+            "graphs": {file: _outline(program) for file, program in self.graphs.items()},
             "weights": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         }
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def program(self) -> Program:
+        """The graph that gives logits: the only one, or the decoder."""
+        return list(self.graphs.values())[-1]
+
+    @property
+    def pair(self) -> tuple[Program, Program] | None:
+        """Encoder and decoder, of a model that has both."""
+        return (self.graphs[ENCODER_FILE], self.program) if len(self.graphs) > 1 else None
+
+    def in_both(self) -> dict[str, int]:
+        """Weights that lie in both files of an encoder-decoder model, with their bytes."""
+        if self.pair is None:
+            return {}
+        first, second = (part.tensors() for part in self.pair)
+        return {
+            name: tensor.numel() * tensor.element_size()
+            for name, tensor in first.items()
+            if name in second and tensor.dim() > 1
+        }
+
+
+def _outline(program: Program) -> list[Any]:
+    """What tells a program from another of the same weights."""
+    tensors = {name: [str(t.dtype), *t.shape] for name, t in program.tensors().items()}
+    return [program.history, program.signature.to_json(), tensors]
+
+
+def edge_graphs(
+    program: Program, description: Path, *, last_logits: bool = False
+) -> dict[str, Program]:
+    """File name → graph of what a device runs, for a model trained as one forward.
+
+    Args:
+        program: As it was captured: whole sequences.
+        description: Folder with the `config.json` of the transformers model.
+        last_logits: As for `add_kv_cache`.
+
+    Raises:
+        UnsupportedError: last logits alone are asked of an encoder-decoder model; or see
+            `add_kv_cache` and `split_encoder_decoder`.
+    """
+    if not generates(description):
+        return {MODEL_FILE: program}
+    if not has_encoder(description):
+        return {MODEL_FILE: add_kv_cache(program, description, last_logits=last_logits)}
+    if last_logits:
+        raise UnsupportedError(
+            "a decoder with an encoder gives the logits of all its tokens",
+            hint="leave --last-logits out: it begins with a few tokens alone",
+        )
+    pair = split_encoder_decoder(program, description)
+    return dict(zip((ENCODER_FILE, DECODER_FILE), pair, strict=True))
+
+
+def lowered(
+    graphs: Mapping[str, Program], spec: ExportSpec
+) -> tuple[dict[str, Program], ExportSpec]:
+    """The graphs as they are exported, and `spec` with what it leaves open decided for them."""
+    spec = complete_spec(list(graphs.values())[-1], spec)
+    return {file: lower(program, spec) for file, program in graphs.items()}, spec
 
 
 def write_edge(out: Path, parts: EdgeParts, *, overwrite: bool) -> tuple[ExportReport, list[str]]:
@@ -69,9 +150,15 @@ def write_edge(out: Path, parts: EdgeParts, *, overwrite: bool) -> tuple[ExportR
     key = parts.key()
     with atomic_folder(out, overwrite=overwrite, resume=key) as folder:
         keep_parts(folder)
-        report = export_model(parts.program, folder / MODEL_FILE, parts.spec, resume=key)
+        first, *more = (
+            export_model(program, folder / file, parts.spec, resume=key)
+            for file, program in parts.graphs.items()
+        )
+        report = dataclasses.replace(first, path=out / MODEL_FILE)
+        for other in more:
+            report = report.joined(other, out)
         written = _write_parts(folder, parts)
-    return dataclasses.replace(report, path=out / MODEL_FILE), written
+    return report, written
 
 
 def _write_parts(folder: Path, parts: EdgeParts) -> list[str]:
@@ -81,6 +168,8 @@ def _write_parts(folder: Path, parts: EdgeParts) -> list[str]:
         shutil.copy2(parts.library, folder / parts.library.name)
         written.append(parts.library.name)
     written.append("tokenizer" if copy_tokenizer(parts.tokenizer, folder) else "no tokenizer")
+    if copy_preprocessor(parts.tokenizer, folder):
+        written.append("preprocessor")
     genai = "no: needs a key-value cache"
     if parts.program.signature.cache:
         genai = _write_genai(folder, parts, description)
@@ -110,13 +199,14 @@ def _description(folder: Path) -> dict[str, Any]:
 def _write_genai(folder: Path, parts: EdgeParts, description: dict[str, Any]) -> str:
     """Write `genai_config.json`; `yes`, or why GenAI cannot run the model."""
     library = None if parts.library is None else parts.library.name
+    described = (description["model"], description["generation"])
     try:
-        value = genai_config(
-            parts.program.signature,
-            description["model"],
-            description["generation"],
-            library=library,
-        )
+        if parts.pair is not None:
+            encoder, decoder = (part.signature for part in parts.pair)
+            files = (ENCODER_FILE, DECODER_FILE)
+            value = genai_whisper_config(encoder, decoder, *described, files=files, library=library)
+        else:
+            value = genai_config(parts.program.signature, *described, library=library)
     except UnsupportedError as error:
         return error.what
     write_json(folder / CONFIG_FILE, value)
@@ -124,15 +214,22 @@ def _write_genai(folder: Path, parts: EdgeParts, description: dict[str, Any]) ->
 
 
 def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> dict[str, Any]:
-    rows, cached = list(parts.program.plan), bool(parts.program.signature.cache)
+    rows = [row for program in parts.graphs.values() for row in program.plan]
+    cached = bool(parts.program.signature.cache)
+    model, generation = description["model"], description["generation"]
+    whole = parts.pair is None
+    limit = context_length(model) if whole else decoder_length(model)
     widths = Counter(f"{row.bits} bits" for row in rows if row.bits is not None)
     return {
         "format": FORMAT,
         "version": VERSION,
         "versions": versions(),
         "model": parts.record.get("model"),
-        "architecture": next(iter(description["model"].get("architectures", [])), None),
-        "context_length": context_length(description["model"]) if cached else None,
+        "architecture": next(iter(model.get("architectures", [])), None),
+        "context_length": limit if cached else None,
+        "files": list(parts.graphs),
+        "in_both_files": parts.in_both(),
+        "decoder_start": [] if whole else decoder_start(model, generation),
         "kv_cache": cached,
         "genai": genai,
         "export": parts.spec.to_json(),

@@ -7,8 +7,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from qalora_compile.api import add_kv_cache, complete_spec, lower
-from qalora_compile.cli.edge import EdgeParts, write_edge
+from qalora_compile.cli.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
 from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
 from qalora_compile.cli.ui import console, megabytes, print_summary, steps
 from qalora_compile.config import (
@@ -22,6 +21,7 @@ from qalora_compile.config import (
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
+from qalora_compile.ir.program import Program
 from qalora_compile.runtime.library import kernel_level, library_path
 from qalora_compile.runtime.memory import peak_memory
 
@@ -37,7 +37,8 @@ EXAMPLES = """examples:
   qalora-compile export folded --out edge --no-kv-cache        one forward of whole sequences
   qalora-compile export run --out edge --allow-unfolded        keep the adapters in the graph
 
-language models get a key-value cache, and the folder runs in ONNX Runtime GenAI as it is
+language models get a key-value cache, and the folder runs in ONNX Runtime GenAI as it is;
+encoder-decoder models (T5, BART, Whisper) become two graphs, encoder and decoder
 """
 
 
@@ -119,18 +120,17 @@ def run(options: argparse.Namespace) -> int:
     library = chosen_library(options)
     with steps() as shown:
         program, record = load_run(source, deferred=True)
-        cached = not options.no_kv_cache and (source / MODEL).is_dir()
-        if cached:
-            shown.say("capture with a key-value cache")
-            program = add_kv_cache(program, source / MODEL, last_logits=options.last_logits)
-        spec = complete_spec(program, spec)
-        lowered = lower(program, spec)
+        graphs = {MODEL_FILE: program}
+        if not options.no_kv_cache and (source / MODEL).is_dir():
+            shown.say("capture for a device")
+            graphs = edge_graphs(program, source / MODEL, last_logits=options.last_logits)
+        graphs, spec = lowered(graphs, spec)
         shown.say("translate to ONNX")
         parts = EdgeParts(
             description=source / MODEL,
             tokenizer=source / TOKENIZER,
             record=record,
-            program=lowered,
+            graphs=graphs,
             spec=spec,
             library=library,
             weights=source,
@@ -146,7 +146,8 @@ def run(options: argparse.Namespace) -> int:
             "nodes": report.nodes,
             "size": megabytes(report.size_bytes),
             "peak memory": megabytes(peak_memory()),
-            "key-value cache": _cache_state(options, cached),
+            "key-value cache": _cache_state(options, parts.program),
+            **pair_rows(parts),
             "beside it": ", ".join(written),
             "seconds": f"{time.monotonic() - started:.0f}",
             "written": str(report.path),
@@ -184,10 +185,18 @@ def resumed(report: ExportReport) -> dict[str, str]:
     return {"gone on": f"{report.kept} weights were there from an interrupted run"}
 
 
-def _cache_state(options: argparse.Namespace, cached: bool) -> str:
-    if cached:
+def _cache_state(options: argparse.Namespace, program: Program) -> str:
+    if program.signature.cache:
         return "yes, logits of the last token" if options.last_logits else "yes"
-    return "left out" if options.no_kv_cache else "none: no transformers language model"
+    return "left out" if options.no_kv_cache else "none: no transformers model that generates"
+
+
+def pair_rows(parts: EdgeParts) -> dict[str, str]:
+    """What a summary says of a model in two graphs."""
+    if parts.pair is None:
+        return {}
+    both = [f"{name} ({megabytes(size)})" for name, size in parts.in_both().items()]
+    return {"graphs": ", ".join(parts.graphs), "in both files": ", ".join(both) or "nothing"}
 
 
 def kernels() -> str:

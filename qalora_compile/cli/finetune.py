@@ -55,7 +55,7 @@ EXAMPLES = """examples:
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --resume
 
 data, one JSON object a line:
-  {"prompt": "2 + 2 =", "completion": " 4"}      loss on the completion
+  {"prompt": "2 + 2 =", "completion": " 4"}      loss on the completion; the only form for T5, BART
   {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
   {"text": "…"}                                  loss on every token
   {"input_ids": [1, 2, 3]}                       for models without a tokenizer
@@ -173,12 +173,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     )
     shown.say(f"load {options.model}")
     source = load_source(options.model)
-    data = load_examples(options.data, source.tokenizer, max_length=options.seq_len)
-    held_out = (
-        load_examples(options.eval_data, source.tokenizer, max_length=options.seq_len)
-        if options.eval_data
-        else None
-    )
+    data, held_out = _load_data(options, source.tokenizer, source.decoder_start)
     shown.say("capture")
     program = source.capture()
     program = quantize_groups(
@@ -197,6 +192,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         "adapter": adapter.to_json(),
         "fit": spec.to_json(),
         "examples": len(data.examples),
+        "decoder_start": source.decoder_start,
         "status": _STATUS[0],
         "step": 0,
     } | embedding_record(embeddings)
@@ -207,6 +203,20 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         write_run_file(folder, record)
     optimizer = make_optimizer(program, spec)
     return _Job(program, data, held_out, spec, out, record, 0, optimizer)
+
+
+def _load_data(
+    options: argparse.Namespace, tokenizer: Any, decoder_start: int | None
+) -> tuple[Dataset, Dataset | None]:
+    """Training data, and held-out data where there are any."""
+    data, held_out = (
+        load_examples(path, tokenizer, max_length=options.seq_len, decoder_start=decoder_start)
+        if path
+        else None
+        for path in (options.data, options.eval_data)
+    )
+    assert data is not None, "--data is required"
+    return data, held_out
 
 
 def _resume(options: argparse.Namespace, spec: FitSpec, out: Path) -> _Job:
@@ -224,12 +234,7 @@ def _resume(options: argparse.Namespace, spec: FitSpec, out: Path) -> _Job:
                 hint="give the options of the first call, or start a new run",
             )
     tokenizer = load_tokenizer(out / TOKENIZER)
-    data = load_examples(options.data, tokenizer, max_length=options.seq_len)
-    held_out = (
-        load_examples(options.eval_data, tokenizer, max_length=options.seq_len)
-        if options.eval_data
-        else None
-    )
+    data, held_out = _load_data(options, tokenizer, record.get("decoder_start"))
     if len(data.examples) != record["examples"]:
         raise UserInputError(
             f"the run was started on {record['examples']} examples, the data now has "
@@ -260,7 +265,8 @@ def _check_trainable(program: Program, *datasets: Dataset | None) -> None:
     limit = min(token_limits(program).values(), default=None)
     for data in datasets:
         for number, example in enumerate(data.examples if data is not None else (), start=1):
-            odd = [t for t in example.tokens if limit and not 0 <= t < limit]
+            tokens = (*example.source, *example.tokens)
+            odd = [t for t in tokens if limit and not 0 <= t < limit]
             if limit and odd:
                 raise UserInputError(
                     f"example {number} holds the token {odd[0]}; the model knows 0 to {limit - 1}",

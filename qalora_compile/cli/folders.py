@@ -22,6 +22,7 @@ _TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template*"),
 )
+_PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FORMAT = "qalora-run"
 VERSION = 1
 
@@ -120,6 +121,14 @@ def copy_parts(source: Path, target: Path) -> None:
 def copy_tokenizer(source: Path, target: Path) -> bool:
     """Copy the tokenizer's files among those of a folder; False where there are none."""
     files = [file for name in _TOKENIZER_FILES for file in source.glob(name) if file.is_file()]
+    for file in files:
+        shutil.copy2(file, target / file.name)
+    return bool(files)
+
+
+def copy_preprocessor(source: Path, target: Path) -> bool:
+    """Copy the description of a model's features, such as Whisper's; False where there is none."""
+    files = [source / name for name in _PREPROCESSOR_FILES if (source / name).is_file()]
     for file in files:
         shutil.copy2(file, target / file.name)
     return bool(files)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qalora_compile.cli.edge import read_edge_record
 from qalora_compile.cli.folders import load_tokenizer
 from qalora_compile.cli.ui import console, megabytes, print_summary
-from qalora_compile.errors import UserInputError
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.runtime.encoder_decoder import ENCODER_FILE, EncoderDecoder
 from qalora_compile.runtime.language_model import LanguageModel, Sampling
 from qalora_compile.runtime.memory import peak_memory
 from qalora_compile.runtime.session import open_session
@@ -41,11 +45,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserInputError(f"--max-new-tokens is {options.max_new_tokens}", hint="use 1 or more")
     folder = Path(options.folder)
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    record = read_edge_record(folder)
-    model = LanguageModel(
-        open_session(folder / "model.onnx", threads=options.threads),
-        context_length=record.get("context_length"),
-    )
+    model = _open(folder, options.threads)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UserInputError(
@@ -57,12 +57,11 @@ def run(options: argparse.Namespace) -> int:
     tokens: list[int] = []
     shown = ""
     first = 0.0
-    for token in model.generate(
-        prompt, max_new_tokens=options.max_new_tokens, stop=stop, sampling=sampling
-    ):
+    prompt_goes_on = isinstance(model, LanguageModel)
+    for token in _generate(model, prompt, options.max_new_tokens, stop, sampling):
         first = first or time.monotonic() - started
         tokens.append(token)
-        text = tokenizer.decode(tokens)
+        text = tokenizer.decode(tokens, skip_special_tokens=not prompt_goes_on)
         if not text.endswith("\ufffd"):  # a character that is not whole yet
             console.print(text[len(shown) :], end="", markup=False, soft_wrap=True)
             shown = text
@@ -75,11 +74,54 @@ def run(options: argparse.Namespace) -> int:
             "new tokens": len(tokens),
             "first token": f"{first:.3f} s" if tokens else "none generated",
             "tokens/s after it": _rate(len(tokens) - 1, seconds - first),
-            "key-value cache": "yes" if model.cached else "no: each token runs all before it again",
+            "key-value cache": _cache_state(model),
             "peak memory": megabytes(peak_memory()),
         },
     )
     return 0
+
+
+def _open(folder: Path, threads: int | None) -> LanguageModel | EncoderDecoder:
+    """The model in an edge folder.
+
+    Raises:
+        UnsupportedError: it hears, and takes no text.
+        UserInputError: a file is missing or broken.
+    """
+    record = read_edge_record(folder)
+    length = record.get("context_length")
+    if not (folder / ENCODER_FILE).is_file():
+        session = open_session(folder / "model.onnx", threads=threads)
+        return LanguageModel(session, context_length=length)
+    start = record.get("decoder_start", ())
+    model = EncoderDecoder.open(folder, threads=threads, start=start, context_length=length)
+    if not model.reads:
+        raise UnsupportedError(
+            "the model takes features of sound, and --prompt is text",
+            where=str(folder),
+            hint="in code: qalora_compile.runtime.EncoderDecoder.open(DIR).generate("
+            '{"audio_features": …}, prompt=[…], max_new_tokens=…)',
+        )
+    return model
+
+
+def _cache_state(model: LanguageModel | EncoderDecoder) -> str:
+    cached = isinstance(model, EncoderDecoder) or model.cached
+    return "yes" if cached else "no: each token runs all before it again"
+
+
+def _generate(
+    model: LanguageModel | EncoderDecoder,
+    prompt: list[int],
+    count: int,
+    stop: list[int],
+    sampling: Sampling,
+) -> Iterator[int]:
+    """New tokens: after the prompt, or of the decoder that has the prompt's encoding."""
+    if isinstance(model, LanguageModel):
+        return model.generate(prompt, max_new_tokens=count, stop=stop, sampling=sampling)
+    inputs = {"input_ids": np.array([prompt], np.int64)}
+    return model.generate(inputs, max_new_tokens=count, stop=stop, sampling=sampling)
 
 
 def _rate(count: int, seconds: float) -> str:

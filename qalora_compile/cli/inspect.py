@@ -15,6 +15,7 @@ from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from qalora_compile.ir.plan import QUANTIZE, Site
 from qalora_compile.ir.program import FOLDED, Program
 from qalora_compile.ir.storage import PROGRAM_FILE
+from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
 from qalora_compile.runtime.session import open_session
 
 NAME = "inspect"
@@ -27,6 +28,7 @@ EXAMPLES = """examples:
 _MANY = 40
 """Rows from which on the grouped form is pointed out."""
 
+_LAYERS = "layers to "
 Row = dict[str, Any]
 
 
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     if (path / PROGRAM_FILE).exists():
         rows, totals = _inspect_program(Program.load(path))
     else:
-        rows, totals = _inspect_onnx(path)
+        rows, totals = _inspect_edge(path)
     if options.group:
         rows = group_alike(rows)
     if options.json:
@@ -103,7 +105,7 @@ def _inspect_program(program: Program) -> tuple[list[Row], Row]:
     decisions = Counter(row["decision"] for row in rows)
     return rows, {
         "stage": program.stage,
-        **{f"layers to {name}": count for name, count in sorted(decisions.items())},
+        **{f"{_LAYERS}{name}": count for name, count in sorted(decisions.items())},
         **_zero_points(rows),
         "bytes of all tensors": sum(sizes.values()),
         "size": megabytes(sum(sizes.values())),
@@ -143,8 +145,28 @@ def _zero_points(rows: list[Row]) -> Row:
     return {"zero-points": ", ".join(kinds)} if kinds else {}
 
 
-def _inspect_onnx(path: Path) -> tuple[list[Row], Row]:
-    file = path / "model.onnx" if path.is_dir() else path
+def _inspect_edge(path: Path) -> tuple[list[Row], Row]:
+    """The rows of an exported model; of two graphs, those of the encoder come first."""
+    if not (path / ENCODER_FILE).is_file():
+        return _inspect_onnx(path / "model.onnx" if path.is_dir() else path)
+    parts = {file: _inspect_onnx(path / file) for file in (ENCODER_FILE, DECODER_FILE)}
+    rows = [row | {"file": file} for file, (found, _) in parts.items() for row in found]
+    totals = [totals for _, totals in parts.values()]
+    read = [{row["weight"]: row["bytes"] for row in found} for found, _ in parts.values()]
+    both = {name: size for name, size in read[0].items() if size and name in read[1]}
+    return rows, {
+        **totals[0],
+        **{
+            name: sum(part.get(name, 0) for part in totals)
+            for name in dict.fromkeys(key for part in totals for key in part)
+            if name.startswith(_LAYERS)
+        },
+        "size": ", ".join(f"{file}: {found['size']}" for file, (_, found) in parts.items()),
+        "in both files": ", ".join(f"{n} ({megabytes(s)})" for n, s in both.items()) or "nothing",
+    }
+
+
+def _inspect_onnx(file: Path) -> tuple[list[Row], Row]:
     text = open_session(file).get_modelmeta().custom_metadata_map.get(ONNX_METADATA_KEY)
     if text is None:
         raise UserInputError(f"{file.name} was not exported by this package", where=str(file))
@@ -161,7 +183,7 @@ def _inspect_onnx(path: Path) -> tuple[list[Row], Row]:
     size = sum(f.stat().st_size for f in (file, file.with_name(f"{file.name}.data")) if f.exists())
     return rows, {
         "stage": metadata["stage"],
-        **{f"layers to {name}": count for name, count in sorted(decisions.items())},
+        **{f"{_LAYERS}{name}": count for name, count in sorted(decisions.items())},
         **_zero_points(rows),
         "size": megabytes(size),
         "passes": " → ".join(metadata["history"]),

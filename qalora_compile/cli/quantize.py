@@ -6,9 +6,9 @@ import argparse
 import time
 from pathlib import Path
 
-from qalora_compile.api import complete_spec, lower, quantize_groups
+from qalora_compile.api import quantize_groups
 from qalora_compile.capture.checkpoint import capture_checkpoint
-from qalora_compile.cli.edge import EdgeParts, write_edge
+from qalora_compile.cli.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
 from qalora_compile.cli.embeddings import (
     add_embedding_arguments,
     embedding_record,
@@ -18,6 +18,7 @@ from qalora_compile.cli.export import (
     add_target_arguments,
     chosen_library,
     kernels,
+    pair_rows,
     resumed,
     target_spec,
 )
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
             hint="quantize takes a Hugging Face folder; finetune also takes .gguf files",
         )
     with steps() as shown:
-        shown.say("capture with a key-value cache")
+        shown.say("capture")
         program = capture_checkpoint(source, last_logits=options.last_logits)
         program = quantize_groups(
             program,
@@ -77,14 +78,16 @@ def run(options: argparse.Namespace) -> int:
             exclude=options.exclude,
             embeddings=embeddings,
         )
-        spec = complete_spec(program, spec)
-        lowered = lower(program, spec)
+        graphs = {MODEL_FILE: program}
+        if not program.signature.cache:
+            graphs = edge_graphs(program, source, last_logits=options.last_logits)
+        graphs, spec = lowered(graphs, spec)
         shown.say("translate to ONNX, then read, quantize and write the weights")
         parts = EdgeParts(
             description=source,
             tokenizer=source,
             record={"model": str(source), "quant": quant.to_json()} | embedding_record(embeddings),
-            program=lowered,
+            graphs=graphs,
             spec=spec,
             library=library,
             weights=source,
@@ -97,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
             "quantized layers": report.quantized_layers,
             "nodes": report.nodes,
             "size": megabytes(report.size_bytes),
+            **pair_rows(parts),
             "beside it": ", ".join(written),
             "peak memory": megabytes(peak_memory()),
             "seconds": f"{time.monotonic() - started:.0f}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -56,3 +56,14 @@ class ExportReport:
     def size_bytes(self) -> int:
         """Size of all files together."""
         return sum(self.files.values())
+
+    def joined(self, other: ExportReport, path: Path) -> ExportReport:
+        """One report on two files of one model, which lie in `path`."""
+        return replace(
+            self,
+            path=path,
+            files=self.files | other.files,
+            nodes=self.nodes + other.nodes,
+            quantized_layers=self.quantized_layers + other.quantized_layers,
+            kept=self.kept + other.kept,
+        )

@@ -10,15 +10,33 @@ from collections.abc import Mapping
 from typing import Any
 
 from qalora_compile.errors import UnsupportedError
-from qalora_compile.ir.signature import PAST, Signature
+from qalora_compile.ir.signature import PAST, InputLeaf, Signature
 
 CONFIG_FILE = "genai_config.json"
 _KNOWN_TYPES = frozenset(
     "chatglm ernie4_5 gemma gemma2 gemma3_text gpt2 gptoss granite internlm2 llama mistral nemotron "
     "olmo phi phi3 phi3small phimoe qwen2 qwen3 smollm3".split()
 )
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ANY_DECODER = "decoder"
 _DEFAULT_CONTEXT = 2048
+_CROSS_NAMES = {
+    "cross_present_key_names": "present.%d.encoder.key",
+    "cross_present_value_names": "present.%d.encoder.value",
+}
+_OWN_PAST_NAMES = {
+    "input_ids": "input_ids",
+    "past_key_names": f"{PAST}%d.decoder.key",
+    "past_value_names": f"{PAST}%d.decoder.value",
+    "cross_past_key_names": f"{PAST}%d.encoder.key",
+    "cross_past_value_names": f"{PAST}%d.encoder.value",
+}
+_OWN_PRESENT_NAMES = {
+    "logits": "logits",
+    "present_key_names": "present.%d.decoder.key",
+    "present_value_names": "present.%d.decoder.value",
+}
+_WHISPER, _WHISPER_FRAMES = "whisper", 3000
 
 
 def context_length(model: Mapping[str, Any]) -> int:
@@ -27,6 +45,29 @@ def context_length(model: Mapping[str, Any]) -> int:
         if isinstance(model.get(name), int):
             return int(model[name])
     return _DEFAULT_CONTEXT
+
+
+def decoder_length(model: Mapping[str, Any]) -> int | None:
+    """The most tokens of the decoder of an encoder-decoder model; None where nothing limits them.
+
+    T5 counts distances between tokens, and so takes any number of them.
+    """
+    for name in ("max_target_positions", "max_position_embeddings"):
+        if isinstance(model.get(name), int):
+            return int(model[name])
+    return None
+
+
+def decoder_start(model: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
+    """Tokens that the decoder of an encoder-decoder model begins with; empty: it names none.
+
+    A token that generation is forced to begin with (BART's) is one of them.
+    """
+    known = {**model, **{k: v for k, v in generation.items() if v is not None}}
+    names = ("decoder_start_token_id", "bos_token_id")
+    start = next((known[n] for n in names if isinstance(known.get(n), int)), None)
+    forced = known.get("forced_bos_token_id")
+    return [token for token in (start, forced) if isinstance(token, int)] if start is not None else []
 
 
 def genai_config(
@@ -57,9 +98,7 @@ def genai_config(
             hint="export for plain ONNX Runtime: qalora-compile generate runs it",
         )
     decoder = _decoder(signature, model)
-    options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
-    if library is not None:
-        options["custom_ops_library"] = library
+    options = _session_options(library)
     kind, length = model.get("model_type"), context_length(model)
     return {
         "model": {
@@ -71,6 +110,79 @@ def genai_config(
         },
         "search": _search(generation, length),
     }
+
+
+def genai_whisper_config(
+    encoder: Signature,
+    decoder: Signature,
+    model: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    *,
+    files: tuple[str, str],
+    library: str | None = None,
+) -> dict[str, Any]:
+    """The configuration of an encoder-decoder model, which GenAI runs where it is Whisper.
+
+    Args:
+        encoder, decoder: Of the exported graphs, see `capture.encoder_decoder`.
+        model, generation, library: As for `genai_config`.
+        files: Names of encoder and decoder, in the same folder.
+
+    Raises:
+        UnsupportedError: the model is no Whisper, or hears another length than GenAI gives it.
+    """
+    kind = model.get("model_type")
+    if kind != _WHISPER:
+        raise UnsupportedError(
+            f"of encoder-decoder models ONNX Runtime GenAI runs Whisper, and this is {kind}",
+            hint="qalora-compile generate runs it, on plain ONNX Runtime",
+        )
+    frames = encoder.inputs[0].shape[2]
+    if frames != _WHISPER_FRAMES:
+        raise UnsupportedError(
+            f"ONNX Runtime GenAI gives Whisper {_WHISPER_FRAMES} frames, this model takes {frames}"
+        )
+    options = _session_options(library)
+    own, cross = decoder.own_cache, decoder.cross_cache
+    sizes = {"hidden_size": model["d_model"], "num_hidden_layers": len(own) // 2}
+    length = model["max_target_positions"]
+    return {
+        "model": {
+            "type": kind,
+            **_special_tokens(model, generation),
+            "context_length": length,
+            "vocab_size": model["vocab_size"],
+            "encoder": {
+                "filename": files[0],
+                "session_options": options,
+                **sizes,
+                **_heads(cross[0]),
+                # It finds the input under this name alone, whatever is said here.
+                "inputs": {"audio_features": encoder.inputs[0].name},
+                "outputs": _CROSS_NAMES | {"encoder_hidden_states": encoder.outputs[0]},
+            },
+            "decoder": {
+                "filename": files[1],
+                "session_options": options,
+                **sizes,
+                **_heads(own[0]),
+                "inputs": _OWN_PAST_NAMES,
+                "outputs": _OWN_PRESENT_NAMES,
+            },
+        },
+        "search": _search(generation, length),
+    }
+
+
+def _heads(cache: InputLeaf) -> dict[str, Any]:
+    """Number and width of the heads whose keys an input holds."""
+    _, heads, _, width = cache.shape
+    return {"num_attention_heads": heads, "num_key_value_heads": heads, "head_size": width}
+
+
+def _session_options(library: str | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    return options if library is None else options | {"custom_ops_library": library}
 
 
 def _decoder(signature: Signature, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +213,7 @@ def _special_tokens(model: Mapping[str, Any], generation: Mapping[str, Any]) -> 
     """Begin, end and padding; generation settings win, and padding falls back to an end token."""
     found = {
         name: generation.get(name, model.get(name))
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        for name in (*_TOKENS, "decoder_start_token_id")
     }
     end = found["eos_token_id"]
     first = end[0] if isinstance(end, list) and end else end

@@ -71,6 +71,16 @@ class Signature:
         """The inputs that hold keys and values of a past, of a language model that takes them."""
         return tuple(leaf for leaf in self.inputs if leaf.name.startswith(PAST))
 
+    @property
+    def own_cache(self) -> tuple[InputLeaf, ...]:
+        """Of the decoder of an encoder-decoder model: the cache of its own tokens."""
+        return tuple(leaf for leaf in self.cache if ".decoder." in leaf.name)
+
+    @property
+    def cross_cache(self) -> tuple[InputLeaf, ...]:
+        """Of the decoder of an encoder-decoder model: what its encoder gives."""
+        return tuple(leaf for leaf in self.cache if ".encoder." in leaf.name)
+
     def check(self, leaves: Sequence[Any]) -> None:
         """Compare flat inputs of a call with the signature.
 

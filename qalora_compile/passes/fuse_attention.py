@@ -44,7 +44,8 @@ class FuseAttention(Pass):
 
     Fires on: attention whose heads are known, with or without a past, with or without a mask.
     Leaves alone: dropout in training, `is_causal` (which counts from the first key, not from the
-    past), and heads that capture did not record.
+    past), heads that capture did not record, and keys that are an input as they are (of an encoder):
+    the operator takes rows, and they would be copied in every call.
     Exactness: the same products; sums run in another order.
     """
 
@@ -99,6 +100,8 @@ def _match(node: fx.Node) -> _Attention | str:
     if first is not None and second is not None:
         past, totals = (first[0], second[0]), (keys, values)
         k, v = first[1], second[1]
+    if k.op == v.op == "placeholder":
+        return "its keys are an input, which every call would turn to rows and back"
     shapes = [shape_of(part) for part in (q, k, v)]
     if any(s is None or len(s) != 4 or not isinstance(s[1], int) for s in shapes):
         return "the number of heads is not known"

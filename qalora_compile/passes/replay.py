@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 from qalora_compile.errors import PreconditionError
 from qalora_compile.ir.deferred import is_deferred
-from qalora_compile.ir.program import Program
+from qalora_compile.ir.plan import QUANTIZE, UNUSED, Site, SitePlan
+from qalora_compile.ir.program import ANNOTATED, Program
+from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.pipeline import Pipeline
 
 
@@ -24,6 +29,63 @@ def replay(source: Program, captured: Program) -> Program:
     """
     history = source.history
     replayed = Pipeline.parse(",".join(history))(captured).program if history else captured
+    return _give_tensors(source, replayed)
+
+
+def replay_part(source: Program, captured: Program) -> Program:
+    """The same for a capture of a part of the model, such as its encoder.
+
+    What was quantized is taken from the plan of `source`, with its reasons, and not decided again:
+    a part knows nothing of ties to another, and patterns may name layers of another alone.
+
+    Args, Raises: see `replay`.
+    """
+    decided = {_key(row): row for row in source.plan}
+    clash = next((r for r in source.plan if decided[_key(r)].decision != r.decision), None)
+    if clash is not None:
+        raise PreconditionError(
+            f"the weight {clash.weight} is quantized for one use and kept for another of one shape",
+            where=clash.name,
+            hint="quantize it for all its uses, or for none",
+        )
+    part = captured
+    for step in Pipeline.parse(",".join(source.history)).passes if source.history else ():
+        if isinstance(step, AnnotateLinears):
+            part = _annotate(part, decided)
+        elif part.stage != ANNOTATED or part.plan.to_quantize():
+            part = step(part).program
+    part = dataclasses.replace(part, history=source.history)
+    return _give_tensors(source, part.evolve(stage=source.stage))
+
+
+_Key = tuple[str, str, int, int]
+
+
+def _key(row: Site) -> _Key:
+    """What a use is in any capture: numbers of repeated uses differ from one to another."""
+    return row.weight, row.kind, row.k, row.n
+
+
+def _annotate(part: Program, decided: Mapping[_Key, Site]) -> Program:
+    """Decide as it was decided, for the same reasons."""
+    linears = [row for row in AnnotateLinears()(part).program.plan if row.n]
+    wanted = [r.name for r in linears if (d := decided.get(_key(r))) and d.decision == QUANTIZE]
+    annotated = AnnotateLinears(targets=tuple(wanted))(part).program
+    rows = []
+    for row in annotated.plan:
+        known = decided.get(_key(row))
+        if row.kind == UNUSED and known is None:
+            continue  # another part reads it
+        rows.append(row if known is None else dataclasses.replace(row, reason=known.reason))
+    return annotated.evolve(plan=SitePlan(tuple(rows)))
+
+
+def _give_tensors(source: Program, replayed: Program) -> Program:
+    """`replayed` with the tensors of `source` of the same names.
+
+    Raises:
+        PreconditionError: see `replay`.
+    """
     given = source.tensors()
     tensors = {}
     for name, tensor in replayed.tensors().items():

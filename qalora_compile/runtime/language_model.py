@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,16 +73,7 @@ class LanguageModel:
 
     def empty_cache(self, batch: int = 1) -> dict[str, Any]:
         """Keys and values of no token, by input name, as `onnxruntime.OrtValue`."""
-        import numpy as np
-
-        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
-        cache = {}
-        for name in self._past:
-            value = self._inputs[name]
-            dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-            empty = np.zeros((batch, value.shape[1], 0, value.shape[3]), dtype)
-            cache[name] = runtime.OrtValue.ortvalue_from_numpy(empty)
-        return cache
+        return empty_cache(self._inputs, self._past, batch)
 
     def step(
         self,
@@ -151,20 +142,53 @@ class LanguageModel:
     ) -> Iterator[int]:
         import numpy as np
 
-        generator = np.random.default_rng(sampling.seed)
         cache = self.empty_cache()
-        tokens, fresh = list(prompt), list(prompt)
-        for _ in range(max_new_tokens):
+        tokens: list[int] = []
+
+        def step(fresh: list[int]) -> NDArray[np.float32]:
+            nonlocal cache
+            tokens.extend(fresh)
             read = fresh if self.cached else tokens
-            logits, cache = self.step(
-                np.array([read], dtype=np.int64), np.ones((1, len(tokens)), np.int64), cache
-            )
-            token = choose_token(logits[0, -1], sampling, generator)
-            if token in stop:
-                return
-            fresh = [token]
-            tokens.append(token)
-            yield token
+            mask = np.ones((1, len(tokens)), np.int64)
+            logits, cache = self.step(np.array([read], dtype=np.int64), mask, cache)
+            last: NDArray[np.float32] = logits[0, -1]
+            return last
+
+        return continue_tokens(step, prompt, max_new_tokens, stop, sampling)
+
+
+def empty_cache(inputs: Mapping[str, Any], names: Sequence[str], batch: int) -> dict[str, Any]:
+    """Keys and values of no token for the inputs `names` of a session, as `OrtValue`."""
+    import numpy as np
+
+    runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+    cache = {}
+    for name in names:
+        value = inputs[name]
+        dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+        empty = np.zeros((batch, value.shape[1], 0, value.shape[3]), dtype)
+        cache[name] = runtime.OrtValue.ortvalue_from_numpy(empty)
+    return cache
+
+
+def continue_tokens(
+    step: Callable[[list[int]], NDArray[np.float32]],
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    stop: Sequence[int],
+    sampling: Sampling,
+) -> Iterator[int]:
+    """Yield new tokens; `step` takes those that it has not seen yet, and gives logits `[V]`."""
+    import numpy as np
+
+    generator = np.random.default_rng(sampling.seed)
+    fresh = list(prompt)
+    for _ in range(max_new_tokens):
+        token = choose_token(step(fresh), sampling, generator)
+        if token in stop:
+            return
+        fresh = [token]
+        yield token
 
 
 def choose_token(

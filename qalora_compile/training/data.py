@@ -29,10 +29,12 @@ class Example:
         tokens: Token ids.
         labels: The token to predict *at* each position, or `IGNORED`; as long as `tokens`. The
             model predicts label t from the tokens before t.
+        source: Token ids for the encoder of a model that has one; `tokens` are then its decoder's.
     """
 
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
+    source: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,32 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded tensors `[B, T]`: token ids, attention mask, labels."""
+    """Right-padded tensors `[B, T]`: token ids, attention mask, labels.
+
+    Attributes:
+        source: Token ids and attention mask `[B, S]` for the encoder of a model that has one.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    source: tuple[Tensor, ...] = ()
 
 
-def load_examples(path: str | Path, tokenizer: Any, *, max_length: int) -> Dataset:
+def load_examples(
+    path: str | Path, tokenizer: Any, *, max_length: int, decoder_start: int | None = None
+) -> Dataset:
     """Read and tokenize a JSON lines file.
 
     Prompts carry no loss. An example longer than `max_length` loses its beginning (a prompt) or,
     for plain text, its end; the number cut is in the result.
+
+    Args:
+        path: The file.
+        tokenizer: Of the model; None where the lines hold token ids.
+        max_length: The most tokens of an example (and as many for the encoder).
+        decoder_start: The token that the decoder of an encoder-decoder model begins with: prompts
+            are then for the encoder, completions for the decoder. None: there is no encoder.
 
     Raises:
         UserInputError: the file is missing or empty, a line is malformed (its number is named), or
@@ -84,11 +100,15 @@ def load_examples(path: str | Path, tokenizer: Any, *, max_length: int) -> Datas
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        example, from_end = _read_line(line, tokenizer, f"{path}:{number}")
-        if len(example.tokens) > max_length:
+        where = f"{path}:{number}"
+        if decoder_start is None:
+            example, from_end = _read_line(line, tokenizer, where)
+        else:
+            example, from_end = _read_pair(line, tokenizer, decoder_start, where), False
+        if max(len(example.tokens), len(example.source)) > max_length:
             truncated += 1
             cut = slice(-max_length, None) if from_end else slice(max_length)
-            example = Example(example.tokens[cut], example.labels[cut])
+            example = Example(example.tokens[cut], example.labels[cut], example.source[cut])
         if all(label == IGNORED for label in example.labels[1:]):
             skipped += 1
             continue
@@ -102,12 +122,28 @@ def load_examples(path: str | Path, tokenizer: Any, *, max_length: int) -> Datas
     return Dataset(tuple(examples), truncated, skipped)
 
 
+def _read_pair(line: str, tokenizer: Any, decoder_start: int, where: str) -> Example:
+    """Text for the encoder, and what the decoder makes of it, each as the tokenizer ends it."""
+    row = _parse(line, where)
+    known = isinstance(row, dict) and {"prompt", "completion"} <= set(row)
+    if not known or tokenizer is None:
+        raise UserInputError(
+            "a model with an encoder learns from text to text",
+            where=where,
+            hint='use {"prompt": "…", "completion": "…"}, and a model that brings its tokenizer',
+        )
+    source = _encode(tokenizer, _string(row, "prompt", where))
+    target, end = _encode(tokenizer, _string(row, "completion", where)), _end(tokenizer)
+    if not source:
+        raise UserInputError("the prompt holds no token", where=where)
+    if target[-1:] != end:  # not every tokenizer writes it
+        target += end
+    return Example((decoder_start, *target), (IGNORED, *target), tuple(source))
+
+
 def _read_line(line: str, tokenizer: Any, where: str) -> tuple[Example, bool]:
     """An example, and whether truncation keeps its end."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserInputError(f"the line is not valid JSON: {error}", where=where) from error
+    row = _parse(line, where)
     if isinstance(row, dict):
         if "input_ids" in row:
             return _from_ids(row, where), False
@@ -126,6 +162,13 @@ def _read_line(line: str, tokenizer: Any, where: str) -> tuple[Example, bool]:
         where=where,
         hint='use {"text"}, {"prompt", "completion"}, {"messages"} or {"input_ids"}',
     )
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserInputError(f"the line is not valid JSON: {error}", where=where) from error
 
 
 def _from_ids(row: dict[str, Any], where: str) -> Example:
@@ -209,17 +252,21 @@ def _string(row: dict[str, Any], key: str, where: str) -> str:
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Right-pad examples to the longest of them."""
-    width = max(len(e.tokens) for e in examples)
-    shape = (len(examples), width)
-    input_ids = torch.zeros(shape, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    for row, example in enumerate(examples):
-        length = len(example.tokens)
-        input_ids[row, :length] = torch.tensor(example.tokens)
-        attention_mask[row, :length] = 1
-        labels[row, :length] = torch.tensor(example.labels)
-    return Batch(input_ids, attention_mask, labels)
+    input_ids, attention_mask = _pad([e.tokens for e in examples], 0)
+    labels, _ = _pad([e.labels for e in examples], IGNORED)
+    source = _pad([e.source for e in examples], 0) if examples[0].source else ()
+    return Batch(input_ids, attention_mask, labels, source)
+
+
+def _pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Rows `[B, T]` int64, filled on the right to the longest, and the mask of what is theirs."""
+    shape = (len(rows), max(map(len, rows)))
+    values = torch.full(shape, fill, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        values[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
+    return values, mask
 
 
 def batch_at(examples: Sequence[Example], step: int, *, batch_size: int, seed: int) -> Batch:

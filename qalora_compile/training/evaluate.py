@@ -15,8 +15,12 @@ from qalora_compile.ir.program import Program
 from qalora_compile.progress import track
 from qalora_compile.training.data import IGNORED, Batch, Example, collate
 
-Forward = Callable[[Tensor, Tensor], Tensor]
-"""(input_ids [B, T], attention_mask [B, T]) → logits [B, T, V]."""
+Forward = Callable[..., Tensor]
+"""(input_ids [B, T], attention_mask [B, T]) → logits [B, T, V].
+
+A model with an encoder is given two more: the tokens [B, S] for it and their mask; T is then the
+decoder's.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,15 @@ class Metrics:
 
 
 def program_forward(program: Program) -> Forward:
-    """The logits of a causal language model program."""
+    """The logits of a language model program, with an encoder or without."""
     argument = program.signature.inputs[0].name
     takes_mask = any(leaf.name == "attention_mask" for leaf in program.signature.inputs)
 
-    def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(input_ids: Tensor, attention_mask: Tensor, *source: Tensor) -> Tensor:
         inputs = {argument: input_ids}
+        if source:  # a causal decoder needs no mask for what is filled in on the right
+            inputs = {argument: source[0], "decoder_input_ids": input_ids}
+            attention_mask = source[1]
         if takes_mask:
             inputs["attention_mask"] = attention_mask
         return logits_of(program(**inputs))
@@ -103,7 +110,7 @@ def evaluate(
     with torch.no_grad():
         for chunk in track(chunks, "evaluate"):
             batch = collate(chunk)
-            logits = forward(batch.input_ids, batch.attention_mask)
+            logits = forward(batch.input_ids, batch.attention_mask, *batch.source)
             rows, targets = label_loss(logits, batch)
             total_loss += float(functional.cross_entropy(rows.float(), targets, reduction="sum"))
             hits = rows.argmax(-1) == targets

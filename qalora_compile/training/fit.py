@@ -96,7 +96,7 @@ def fit(
     """Train the adapters in place; the program ends in evaluation mode.
 
     Args:
-        program: At stage `adapted`; a causal language model.
+        program: At stage `adapted`; a language model, with an encoder or without.
         examples: At least one.
         spec: Steps, batch size, rate, seed.
         optimizer: For resuming; None makes one (`make_optimizer`).
@@ -137,7 +137,7 @@ def _step(
     step: int,
 ) -> StepReport:
     batch = batch_at(examples, step, batch_size=spec.batch_size, seed=spec.seed)
-    logits = program_forward(program)(batch.input_ids, batch.attention_mask)
+    logits = program_forward(program)(batch.input_ids, batch.attention_mask, *batch.source)
     rows, targets = label_loss(logits, batch)
     loss = functional.cross_entropy(rows.float(), targets)
     value = loss.item()

@@ -21,7 +21,9 @@ from qalora_compile.verify.compare import (
     compare,
     worst_of,
 )
-from qalora_compile.verify.runners import OnnxRunner, ProgramRunner, Runner, open_runner
+from qalora_compile.verify.encoder_decoder import EncoderDecoderRunner
+from qalora_compile.verify.results import Runner
+from qalora_compile.verify.runners import OnnxRunner, ProgramRunner, open_runner
 
 AFTER_LAST_SITE = "after the last site"
 
@@ -59,7 +61,7 @@ def verify_equivalence(
     extra = None if library is None else Path(library)
     a, b = open_runner(reference, extra), open_runner(candidate, extra)
     for one, other in ((a, b), (b, a)):
-        if isinstance(one, OnnxRunner):
+        if isinstance(one, (OnnxRunner, EncoderDecoderRunner)):
             one.meet(other)
     outputs: dict[str, list[Comparison]] = defaultdict(list)
     sites: dict[str, list[Comparison]] = defaultdict(list)

@@ -128,7 +128,7 @@ def test_the_key_tells_other_weights_and_other_options(folder: Path) -> None:
         description=folder,
         tokenizer=folder,
         record={},
-        program=program,
+        graphs={"model.onnx": program},
         spec=qc.ExportSpec(),
         library=None,
         weights=folder,

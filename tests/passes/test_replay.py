@@ -13,8 +13,8 @@ from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.skeleton import skeleton_of
 from qalora_compile.errors import PreconditionError
 from qalora_compile.ir.deferred import is_deferred
-from qalora_compile.passes.replay import replay
-from tests.models import adapted, gpt2, llama, token_ids
+from qalora_compile.passes.replay import replay, replay_part
+from tests.models import TiedHead, UsedTwice, adapted, gpt2, llama, token_ids
 
 
 def trained() -> tuple[torch.nn.Module, qc.Program]:
@@ -77,3 +77,21 @@ def test_another_size_is_refused() -> None:
     config.intermediate_size = 128
     with pytest.raises(PreconditionError, match="in this capture of its model"):
         replay(program, capture_causal_lm(skeleton_of(LlamaForCausalLM(config).eval())))
+
+
+def test_a_part_decides_nothing_again() -> None:
+    program = qc.capture_model(TiedHead(), (token_ids(2, 5) % 48,))
+    source = qc.quantize_groups(program, targets=["lm_head"])
+    part = replay_part(source, program)
+    assert part.history == source.history
+    assert [(r.decision, r.reason) for r in part.plan] == [
+        (r.decision, r.reason) for r in source.plan
+    ]
+    assert all(tensor is source.tensors()[name] for name, tensor in part.tensors().items())
+
+
+def test_a_weight_with_two_decisions_is_no_part() -> None:
+    program = qc.capture_model(UsedTwice(), (torch.randn(2, 32),))
+    source = qc.quantize_groups(program, exclude=["shared@2"])
+    with pytest.raises(PreconditionError, match="for one use and kept for another"):
+        replay_part(source, program)

@@ -146,6 +146,40 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(path: Path) -> None:
         load_examples(write(path, {"messages": turns}), Rewriting(), max_length=50)
 
 
+def pairs(path: Path, *rows: Any, max_length: int = 50) -> tuple[Example, ...]:
+    data = load_examples(write(path, *rows), Words(), max_length=max_length, decoder_start=7)
+    return data.examples
+
+
+def test_an_encoder_reads_prompts_and_its_decoder_learns_completions(path: Path) -> None:
+    (example,) = pairs(path, {"prompt": "a bb ccc", "completion": "dddd"})
+    assert example == Example((7, 4, 99), (IGNORED, 4, 99), (1, 2, 3))
+    (cut,) = pairs(path, {"prompt": "a bb ccc", "completion": "dddd eeeee"}, max_length=2)
+    assert cut == Example((7, 4), (IGNORED, 4), (1, 2))
+
+
+def test_an_end_that_the_tokenizer_writes_is_not_written_again(path: Path) -> None:
+    (example,) = pairs(path, {"prompt": "a", "completion": "bb " + "c" * 99})
+    assert example.labels == (IGNORED, 2, 99)
+
+
+@pytest.mark.parametrize("row", [{"text": "a"}, {"input_ids": [1, 2]}, {"prompt": "a"}, [1]])
+def test_an_encoder_needs_pairs(path: Path, row: Any) -> None:
+    with pytest.raises(UserInputError, match="from text to text"):
+        pairs(path, row)
+    with pytest.raises(UserInputError, match="holds no token"):
+        pairs(path, {"prompt": "", "completion": "a"})
+
+
+def test_pairs_are_padded_each_for_itself() -> None:
+    batch = collate([Example((7, 4), (IGNORED, 4), (1, 2, 3)), Example((7,), (IGNORED,), (5,))])
+    assert batch.input_ids.tolist() == [[7, 4], [7, 0]]
+    assert batch.labels.tolist() == [[IGNORED, 4], [IGNORED, IGNORED]]
+    source, mask = batch.source
+    assert source.tolist() == [[1, 2, 3], [5, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
 def test_padding_carries_neither_attention_nor_loss() -> None:
     batch = collate([Example((5, 6, 7), (5, 6, 7)), Example((8,), (8,))])
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]

@@ -37,6 +37,8 @@ CAUSAL = frozenset(
     ["llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt2", "gpt-neox", "mixtral", "qwen3-moe"]
 )
 """Decoder-only models whose layers cache keys and values."""
+PAIRS = frozenset(["t5", "bart", "whisper"])
+"""Models with an encoder and a decoder."""
 QUANT = qc.QuantSpec(bits=4, group_size=32)
 ADAPTER = qc.AdapterSpec(rank=4)
 
@@ -264,11 +266,20 @@ def _exported(study: Study, target: str, library: Path | None) -> float:
 
 
 def check_kv_cache(study: Study) -> float | None:
-    """Decoder-only models, captured again with their cache: a prompt, then more tokens after it."""
-    if study.entry.name not in CAUSAL:
+    """Models captured again with their cache: a prompt, then more tokens after it.
+
+    Encoder-decoder models become two files: the encoder, and the decoder with its cache.
+    """
+    if study.entry.name in CAUSAL:
+        path = study.folder / "cached.onnx"
+        qc.export_model(qc.add_kv_cache(study.folded, study.model), path)
+    elif study.entry.name in PAIRS:
+        path = study.folder / "pair"
+        parts = qc.split_encoder_decoder(study.folded, study.model)
+        for file, part in zip(("encoder_model.onnx", "decoder_model.onnx"), parts, strict=True):
+            qc.export_model(part, path / file)
+    else:
         return None
-    path = study.folder / "cached.onnx"
-    qc.export_model(qc.add_kv_cache(study.folded, study.model), path)
     args, kwargs = study.inputs(*EXPORT_SIZE)
     tolerance = qc.Tolerance(max_rel=1e-4)
     worst = 0.0

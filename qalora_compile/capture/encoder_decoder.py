@@ -1,0 +1,344 @@
+"""`capture_encoder`, `capture_decoder`: an encoder-decoder model as the two graphs of a device.
+
+The encoder runs once, and computes also what every decoder layer needs of it: the keys and values
+of cross-attention. The decoder takes these as inputs, so that no step computes them again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from qalora_compile.capture.causal_lm import (
+    BATCH,
+    PAST,
+    SEQUENCE,
+    cache_argument,
+    leaf_path,
+    make_cache,
+    ones,
+)
+from qalora_compile.capture.export import export_model_graph
+from qalora_compile.capture.model import AxisNames, make_program, to_module
+from qalora_compile.errors import UnsupportedError
+from qalora_compile.ir.module import copy_graph, erase_unread, program_tensors
+from qalora_compile.ir.program import Program
+from qalora_compile.optional import require
+
+ENCODER_SEQUENCE = "encoder_sequence"
+TOKENS, FEATURES, AUDIO = "input_ids", "input_features", "audio_features"
+_DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
+_Past = list[dict[str, dict[str, Tensor]]]
+_FRAMES_A_POSITION = 2
+"""Whisper's second convolution halves the frames."""
+_WHOLE_AXES = {
+    TOKENS: {0: BATCH, 1: ENCODER_SEQUENCE},
+    "attention_mask": {0: BATCH, 1: ENCODER_SEQUENCE},
+    FEATURES: {0: BATCH},
+    "decoder_input_ids": {0: BATCH, 1: SEQUENCE},
+}
+_BATCH_SIZE, _SEQUENCE_SIZE, _PAST_SIZE, _ENCODER_SIZE = 2, 3, 5, 7
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model is one of transformers that has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def capture_encoder(model: nn.Module) -> Program:
+    """Capture what runs once for an input: the encoder, and every layer's cross keys and values.
+
+    ===========================  ==============================================================
+    `input_ids`                  int64 `[batch, encoder_sequence]`; or
+    `audio_features`             `[batch, mel bins, frames]`, of models that hear; the name is the
+                                 one that ONNX Runtime GenAI asks for
+    `attention_mask`             int64 `[batch, encoder_sequence]`, 0 where padding; with tokens
+    `encoder_hidden_states`      `[batch, encoder_sequence, width]`
+    `present.N.encoder.key/value`  `[batch, heads, encoder_sequence, head]`
+    ===========================  ==============================================================
+
+    Tensors keep the names that `capture_model` gives them; no value of a weight is read.
+
+    Args:
+        model: An encoder-decoder model of transformers, in evaluation mode.
+
+    Raises:
+        UnsupportedError: it takes something else than tokens or log-mel features, or its cache is
+            not made of keys and values.
+        CaptureError: `torch.export` refused the model.
+    """
+    layers = len(_Layout.of(model).encoder)
+    kwargs, axes = (
+        {AUDIO if name == FEATURES else name: value for name, value in part.items()}
+        for part in _encoder_example(model)
+    )
+    return _capture(model, _encoder_forward(model, layers), kwargs, axes)
+
+
+def capture_decoder(model: nn.Module) -> Program:
+    """Capture the decoder with its cache; one graph serves the first step and each one after it.
+
+    =================================  =======================================================
+    `input_ids`                        int64 `[batch, sequence]`, the decoder's tokens
+    `encoder_attention_mask`           int64 `[batch, encoder_sequence]`; with tokens
+    `past_key_values.N.decoder.key`    `[batch, heads, past_sequence, head]`, and `.value`; may
+                                       be empty
+    `past_key_values.N.encoder.key`    `[batch, heads, encoder_sequence, head]`, and `.value`:
+                                       what the encoder gave
+    `logits`                           `[batch, sequence, vocabulary]`
+    `present.N.decoder.key/value`      `[batch, heads, past_sequence + sequence, head]`
+    =================================  =======================================================
+
+    Args, Raises: see `capture_encoder`.
+    """
+    layout = _Layout.of(model)
+    kwargs, axes = _decoder_example(model, layout)
+    return _capture(model, _decoder_forward(model, layout), kwargs, axes)
+
+
+def capture_whole(model: nn.Module) -> Program:
+    """Capture encoder and decoder as one forward of whole sequences, in evaluation mode.
+
+    The model is set to give no cache.
+
+    Args, Raises: see `capture_encoder`.
+    """
+    disable_cache(model)
+    return _capture(model, type(model).forward, whole_example(model), _WHOLE_AXES)
+
+
+def disable_cache(model: nn.Module) -> None:
+    """Let a model give no cache unless asked; its parts have settings of their own."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+
+
+def whole_example(model: nn.Module) -> dict[str, Tensor]:
+    """Keyword inputs of one forward of whole sequences: random tokens or features, no cache.
+
+    Raises:
+        UnsupportedError: the model takes something else than tokens or log-mel features.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config: Any = model.config
+
+    def tokens(length: int) -> Tensor:
+        size = (_BATCH_SIZE, length)
+        return torch.randint(0, config.vocab_size, size, generator=generator)
+
+    kwargs, _ = _encoder_example(model)
+    if TOKENS in kwargs:
+        kwargs[TOKENS] = tokens(_ENCODER_SIZE)
+    else:
+        noise = torch.randn(kwargs[FEATURES].shape, generator=generator)
+        kwargs[FEATURES] = noise.to(kwargs[FEATURES].dtype)
+    return {**kwargs, "decoder_input_ids": tokens(_SEQUENCE_SIZE)}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the caches of a model hold.
+
+    Attributes:
+        decoder: Heads, width of a key and width of a value in each layer's self-attention.
+        encoder: The same of cross-attention, and the length of it for the example.
+        width: Of the encoder's hidden states.
+    """
+
+    decoder: list[tuple[int, int, int]]
+    encoder: list[tuple[int, int, int]]
+    length: int
+    width: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Layout:
+        """Read the caches that a run on one token gives.
+
+        Raises:
+            UnsupportedError: there are none.
+        """
+        kwargs, _ = _encoder_example(model)
+        try:
+            with torch.no_grad():
+                output = model(**kwargs, decoder_input_ids=ones((_BATCH_SIZE, 1)), use_cache=True)
+            caches = output[cache_argument(model)]
+            own, cross = (
+                [(layer.keys.shape, layer.values.shape) for layer in cache.layers]
+                for cache in (caches.self_attention_cache, caches.cross_attention_cache)
+            )
+            hidden = output.encoder_last_hidden_state.shape
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UnsupportedError(
+                f"{type(model).__name__} has no key-value cache that can be an input of a graph",
+                where=str(error),
+                hint="export it without one: --no-kv-cache",
+            ) from error
+        sizes = [[(k[1], k[3], v[3]) for k, v in shapes] for shapes in (own, cross)]
+        return cls(sizes[0], sizes[1], cross[0][0][2], hidden[-1])
+
+
+def _capture(
+    model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], axes: AxisNames
+) -> Program:
+    """Capture `forward` in the place of the model's own, with its very parameters."""
+    base = type(model)
+    part = copy.copy(model)
+    part.__class__ = type(base.__name__, (base,), {"forward": forward})
+    shapes = pytree.tree_map_with_path(
+        lambda path, _: dict.fromkeys(axes[leaf_path(path)], Dim.DYNAMIC), kwargs
+    )
+    with torch.no_grad():
+        exported = export_model_graph(part, (), kwargs, shapes, [])
+    module = to_module(exported, training=False)
+    graph = copy_graph(module.graph)
+    # fx keeps what draws random numbers; dropout in evaluation has no effect to be kept for.
+    erase_unread(n for n in graph.nodes if n.target in _DROPOUTS)
+    module = module.rebuild(graph, program_tensors(module))
+    return make_program(model, module, (), kwargs, axes=axes)
+
+
+def _encoder_example(model: Any) -> tuple[dict[str, Any], AxisNames]:
+    """Inputs of the encoder, and their dynamic axes.
+
+    Raises:
+        UnsupportedError: it takes neither tokens nor log-mel features.
+    """
+    kind = getattr(model, "main_input_name", None)
+    if kind == TOKENS:
+        names = (TOKENS, "attention_mask")
+        example = {name: ones((_BATCH_SIZE, _ENCODER_SIZE)) for name in names}
+        return example, {name: {0: BATCH, 1: ENCODER_SEQUENCE} for name in names}
+    bins = getattr(model.config, "num_mel_bins", None)
+    positions = getattr(model.config, "max_source_positions", None)
+    if kind == FEATURES and isinstance(bins, int) and isinstance(positions, int):
+        shape = (_BATCH_SIZE, bins, _FRAMES_A_POSITION * positions)
+        return {FEATURES: torch.zeros(shape, dtype=_dtype(model))}, {FEATURES: {0: BATCH}}
+    raise UnsupportedError(
+        f"{type(model).__name__} takes {kind or 'unknown inputs'}",
+        hint=f"encoder-decoder models are split where they take {TOKENS} or Whisper's {FEATURES}; "
+        "export this one as one forward of whole sequences: --no-kv-cache",
+    )
+
+
+def _encoder_forward(model: nn.Module, layers: int) -> Callable[..., Any]:
+    """The encoder, and one step of the decoder for its keys and values; the rest of it is dead."""
+    base, argument = type(model), cache_argument(model)
+
+    def encode(self: Any, **inputs: Tensor) -> dict[str, Any]:
+        batch = next(iter(inputs.values())).shape[0]
+        output = base.forward(
+            self,
+            **inputs,
+            decoder_input_ids=torch.zeros(batch, 1, dtype=torch.int64),
+            use_cache=True,
+            **{argument: _first_cache(layers)},
+        )
+        cross = output[argument].cross_attention_cache.layers
+        return {
+            "encoder_hidden_states": output.encoder_last_hidden_state,
+            "present": [{"encoder": {"key": c.keys, "value": c.values}} for c in cross],
+        }
+
+    def read(self: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        return encode(self, input_ids=input_ids, attention_mask=attention_mask)
+
+    def hear(self: Any, audio_features: Tensor) -> dict[str, Any]:
+        return encode(self, input_features=audio_features)
+
+    return read if getattr(model, "main_input_name", None) == TOKENS else hear
+
+
+def _first_cache(layers: int) -> Any:
+    """An empty cache that keeps the first keys and values it is given as they are."""
+    caches = require("transformers.cache_utils", extra="hf", purpose="capture with a cache")
+
+    class Keep(caches.DynamicLayer):  # type: ignore[misc, name-defined]
+        def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            self.keys, self.values, self.is_initialized = keys, values, True
+            return keys, values
+
+    made = []
+    for _ in range(2):
+        made.append(caches.DynamicCache())
+        made[-1].layers += [Keep() for _ in range(layers)]
+    return caches.EncoderDecoderCache(*made)
+
+
+def _decoder_example(model: nn.Module, layout: _Layout) -> tuple[dict[str, Any], AxisNames]:
+    """Inputs of three tokens after five; sizes of 0 and 1 would be constants to torch."""
+    dtype = _dtype(model)
+
+    def keys_values(sizes: tuple[int, int, int], length: int) -> dict[str, Tensor]:
+        heads, *widths = sizes
+        shapes = [(_BATCH_SIZE, heads, length, width) for width in widths]
+        return {
+            name: torch.zeros(shape, dtype=dtype)
+            for name, shape in zip(("key", "value"), shapes, strict=True)
+        }
+
+    reads = TOKENS in _encoder_example(model)[0]
+    axes: dict[str, dict[int, str]] = {
+        TOKENS: {0: BATCH, 1: SEQUENCE},
+        "encoder_attention_mask": {0: BATCH, 1: ENCODER_SEQUENCE},
+    }
+    for layer in range(len(layout.decoder)):
+        for part in ("key", "value"):
+            name = f"past_key_values.{layer}"
+            axes[f"{name}.decoder.{part}"] = {0: BATCH, 2: PAST}
+            # A model that hears takes input of one length.
+            axes[f"{name}.encoder.{part}"] = {0: BATCH} | ({2: ENCODER_SEQUENCE} if reads else {})
+    mask = {"encoder_attention_mask": ones((_BATCH_SIZE, layout.length))} if reads else {}
+    past = [
+        {"decoder": keys_values(own, _PAST_SIZE), "encoder": keys_values(cross, layout.length)}
+        for own, cross in zip(layout.decoder, layout.encoder, strict=True)
+    ]
+    tokens = {TOKENS: ones((_BATCH_SIZE, _SEQUENCE_SIZE))}
+    return {**tokens, **mask, "past_key_values": past}, axes
+
+
+def _decoder_forward(model: nn.Module, layout: _Layout) -> Callable[..., Any]:
+    """The decoder, which finds its cross-attention's keys and values in the cache."""
+    base, argument = type(model), cache_argument(model)
+    caches = require("transformers.cache_utils", extra="hf", purpose="capture with a cache")
+
+    def decode(self: Any, tokens: Tensor, past: _Past, **mask: Tensor) -> dict[str, Any]:
+        own, cross = (
+            make_cache([layer[part] for layer in past]) for part in ("decoder", "encoder")
+        )
+        keys = past[0]["encoder"]["key"]
+        # Only its length counts: what is made of its values lies in the cache.
+        hidden = keys.new_zeros(keys.shape[0], keys.shape[2], layout.width)
+        output = base.forward(
+            self,
+            encoder_outputs=(hidden,),
+            decoder_input_ids=tokens,
+            use_cache=True,
+            **{argument: caches.EncoderDecoderCache(own, cross)},
+            **mask,
+        )
+        layers = output[argument].self_attention_cache.layers
+        present = [{"decoder": {"key": c.keys, "value": c.values}} for c in layers]
+        return {"logits": output.logits, "present": present}
+
+    def after_text(
+        self: Any, input_ids: Tensor, encoder_attention_mask: Tensor, past_key_values: _Past
+    ) -> dict[str, Any]:
+        return decode(self, input_ids, past_key_values, attention_mask=encoder_attention_mask)
+
+    def after_features(self: Any, input_ids: Tensor, past_key_values: _Past) -> dict[str, Any]:
+        return decode(self, input_ids, past_key_values)
+
+    return after_text if getattr(model, "main_input_name", None) == TOKENS else after_features
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())

@@ -1,0 +1,211 @@
+"""Token generation with an exported encoder-decoder model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.optional import require
+from qalora_compile.runtime.language_model import Sampling, continue_tokens, empty_cache
+from qalora_compile.runtime.session import open_session
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
+_TOKENS, _MASK, _DECODER_MASK = "input_ids", "attention_mask", "encoder_attention_mask"
+_PAST, _PRESENT, _LOGITS = "past_key_values.", "present.", "logits"
+_OWN, _CROSS = ".decoder.", ".encoder."
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the decoder needs of an encoded input: constant in all its steps.
+
+    Attributes:
+        values: Keys and values of cross-attention and the mask, by name of the decoder's input, as
+            `onnxruntime.OrtValue`.
+        batch: Inputs at a time.
+    """
+
+    values: Mapping[str, Any]
+    batch: int
+
+
+class EncoderDecoder:
+    """An encoder-decoder model exported as two graphs.
+
+    Args:
+        encoder: Session of `encoder_model.onnx`, from `open_session`.
+        decoder: Session of `decoder_model.onnx`.
+        start: Tokens that the decoder begins with; empty where the model names none.
+        context_length: The most tokens of the decoder, these included; None sets no limit.
+
+    Raises:
+        UnsupportedError: the sessions are not of two such graphs, or of two models.
+    """
+
+    def __init__(
+        self,
+        encoder: Any,
+        decoder: Any,
+        *,
+        start: Sequence[int] = (),
+        context_length: int | None = None,
+    ) -> None:
+        self.encoder, self.decoder = encoder, decoder
+        self.start, self.context_length = tuple(start), context_length
+        self._encoder_inputs = [i.name for i in encoder.get_inputs()]
+        self._inputs = {i.name: i for i in decoder.get_inputs()}
+        self._past = [name for name in self._inputs if _OWN in name]
+        self._cross = [name for name in self._inputs if name.startswith(_PAST) and _CROSS in name]
+        given = {o.name: o for o in encoder.get_outputs()}
+        wanted = [name.replace(_PAST, _PRESENT) for name in self._cross]
+        known = {_TOKENS, _DECODER_MASK, *self._past, *self._cross}
+        if not self._cross or not set(wanted) <= set(given) or not set(self._inputs) <= known:
+            raise UnsupportedError(
+                f"the decoder takes {', '.join(self._inputs)}, the encoder gives "
+                f"{', '.join(given)}: they are not the two graphs of one model",
+            )
+        for name, output in zip(self._cross, wanted, strict=True):
+            mine, theirs = (v.shape[1::2] for v in (self._inputs[name], given[output]))
+            if mine != theirs:
+                raise UnsupportedError(
+                    f"the decoder takes {name} of {mine[0]} heads of {mine[1]}, the encoder gives "
+                    f"{theirs[0]} of {theirs[1]}: they are of two models"
+                )
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        library: bool | None = None,
+        start: Sequence[int] = (),
+        context_length: int | None = None,
+    ) -> EncoderDecoder:
+        """The model in a folder written by `export`; `threads` and `library` as in `open_session`.
+
+        Raises:
+            UserInputError: a file is missing or broken.
+            UnsupportedError: see the class.
+        """
+        encoder, decoder = (
+            open_session(Path(folder) / file, threads=threads, library=library)
+            for file in (ENCODER_FILE, DECODER_FILE)
+        )
+        return cls(encoder, decoder, start=start, context_length=context_length)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the encoder takes tokens, and not features of sound."""
+        return _TOKENS in self._encoder_inputs
+
+    def encode(self, inputs: Mapping[str, NDArray[Any]]) -> Encoded:
+        """Run the encoder, once for an input.
+
+        Args:
+            inputs: `input_ids` int64 `[B, T]` and, where there is padding, `attention_mask`; or
+                `audio_features` float32 `[B, mel bins, frames]`.
+
+        Raises:
+            UserInputError: an input is missing or unknown.
+        """
+        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+        feed = dict(inputs)
+        if _MASK in self._encoder_inputs and _TOKENS in feed:
+            feed.setdefault(_MASK, feed[_TOKENS] * 0 + 1)
+        if set(feed) != set(self._encoder_inputs):
+            raise UserInputError(
+                f"the inputs are {', '.join(feed) or 'none'}",
+                hint=f"the encoder takes {', '.join(self._encoder_inputs)}",
+            )
+        batch = len(next(iter(feed.values())))
+        values = {n: runtime.OrtValue.ortvalue_from_numpy(value) for n, value in feed.items()}
+        wanted = [name.replace(_PAST, _PRESENT) for name in self._cross]
+        found = self.encoder.run_with_ort_values(wanted, values)
+        kept = dict(zip(self._cross, found, strict=True))
+        if _DECODER_MASK in self._inputs:
+            kept[_DECODER_MASK] = values[_MASK]
+        return Encoded(kept, batch)
+
+    def empty_cache(self, batch: int = 1) -> dict[str, Any]:
+        """Keys and values of no token of the decoder, by input name, as `onnxruntime.OrtValue`."""
+        return empty_cache(self._inputs, self._past, batch)
+
+    def step(
+        self, input_ids: NDArray[np.int64], encoded: Encoded, cache: Mapping[str, Any]
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Logits `[B, T, V]` of tokens `[B, T]` after those in the cache, and the cache with them.
+
+        Args:
+            input_ids: The decoder's tokens.
+            encoded: From `encode`.
+            cache: From `empty_cache` or an earlier step.
+        """
+        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+        tokens = {_TOKENS: runtime.OrtValue.ortvalue_from_numpy(input_ids)}
+        present = [name.replace(_PAST, _PRESENT) for name in self._past]
+        found = self.decoder.run_with_ort_values(
+            [_LOGITS, *present], {**tokens, **encoded.values, **cache}
+        )
+        logits: NDArray[np.float32] = found[0].numpy()
+        return logits, dict(zip(self._past, found[1:], strict=True))
+
+    def generate(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        max_new_tokens: int,
+        prompt: Sequence[int] | None = None,
+        stop: Sequence[int] = (),
+        sampling: Sampling | None = None,
+    ) -> Iterator[int]:
+        """Yield new tokens one by one, until a stop token (not yielded) or the limit.
+
+        Args:
+            inputs: Of one input, see `encode`.
+            max_new_tokens: The limit.
+            prompt: Tokens that the decoder begins with; None takes `start`. For Whisper: language,
+                task and whether it writes times.
+            stop: Tokens that end the generation.
+            sampling: How a token is chosen; None takes the likeliest.
+
+        Raises:
+            UserInputError: there is no token to begin with, more than one input, or more tokens are
+                asked for than the model was made for.
+        """
+        import numpy as np
+
+        begin = list(self.start if prompt is None else prompt)
+        if not begin:
+            raise UserInputError(
+                "the model names no token that its decoder begins with",
+                hint="give one as prompt, or set decoder_start_token_id in config.json and export "
+                "again",
+            )
+        limit = self.context_length
+        if limit is not None and len(begin) + max_new_tokens > limit:
+            raise UserInputError(
+                f"{len(begin)} tokens to begin with and {max_new_tokens} new ones are more than "
+                f"the {limit} that the model was made for",
+                hint="ask for fewer new tokens",
+            )
+        encoded, cache = self.encode(inputs), self.empty_cache()
+        if encoded.batch != 1:
+            raise UserInputError(
+                f"{encoded.batch} inputs were given", hint="generate takes one; step takes several"
+            )
+
+        def step(fresh: list[int]) -> NDArray[np.float32]:
+            nonlocal cache
+            logits, cache = self.step(np.array([fresh], dtype=np.int64), encoded, cache)
+            last: NDArray[np.float32] = logits[0, -1]
+            return last
+
+        return continue_tokens(step, begin, max_new_tokens, stop, sampling or Sampling())
