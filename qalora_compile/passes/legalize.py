@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError, PreconditionError, UnsupportedError
-from qalora_compile.ir.deferred import defer
+from qalora_compile.ir.deferred import Seen, defer
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.plan import Site
@@ -96,12 +96,14 @@ class LegalizePass(Pass):
         tensors = program.tensors()
         linears = {n: rows[_site_name(n)] for n in graph.nodes if n.target in ON_CODES}
         weights = {site.path: (node, site) for node, site in linears.items()}
-        changes, lowered = [], dict[str, dict[str, Tensor]]()
+        changes, lowered, seen = [], dict[str, dict[str, Tensor]](), Seen()
         for node, site in track(list(weights.values()), "legalize"):
             layer = _layer(node, site)
             qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
             lower = self._lower_experts if site.experts else self.lower_weight
-            lowered[site.path] = defer(partial(lower, layer=layer), qweight, scale, offset)
+            lowered[site.path] = defer(
+                partial(lower, layer=layer), qweight, scale, offset, seen=seen, key=layer
+            )
             changes.append(Change(site.path, *self.describe(layer)))
         nodes = TensorNodes(graph)
         for node, site in linears.items():

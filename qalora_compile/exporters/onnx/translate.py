@@ -15,8 +15,9 @@ from qalora_compile.exporters.onnx.operators import (
     group_quant_linear_op,
     matmul_nbits_op,
 )
-from qalora_compile.exporters.onnx.translate_fused import fused_table
+from qalora_compile.exporters.onnx.translate_aten import aten_table
 from qalora_compile.exporters.onnx.translate_experts import expert_table
+from qalora_compile.exporters.onnx.translate_fused import fused_table
 from qalora_compile.ir.nbits import largest_block, stored_bits
 from qalora_compile.optional import require
 
@@ -28,7 +29,7 @@ def translation_table(opset: int) -> Table:
     onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
     op = onnxscript.opset18
     kernels = _kernel_table(op)
-    table = kernels | _plain_table(op) | expert_table(op, kernels)
+    table = kernels | aten_table(op) | _plain_table(op) | expert_table(op, kernels)
     return table | fused_table(onnxscript.opset23) if opset >= 23 else table
 
 
