@@ -44,7 +44,7 @@ def export_forms(scratch: Path) -> tuple[dict[str, Path], list[list[int]]]:
 
 
 def perplexity(model: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """exp of the mean loss of every next token, and how many there were."""
+    """Exp of the mean loss of every next token, and how many there were."""
     losses: list[float] = []
     for tokens in texts:
         logits = model.logits(np.array([tokens], np.int64))[0, :-1].astype(np.float64)

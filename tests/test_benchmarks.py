@@ -7,7 +7,9 @@ import json
 
 import pytest
 
-from benchmarks import ort_layers
+from benchmarks import export_time, ort_layers
+from benchmarks.export_time import PASSES
+from benchmarks.export_time import TOTAL as WHOLE
 from benchmarks.passes import EXPORT, NUMBERS, TOTAL, Result, main
 
 Seconds = dict[int, dict[str, float]]
@@ -35,7 +37,7 @@ def test_missed_targets_are_named(measured: Seconds, missed: list[str]) -> None:
     assert all(part in text for part, text in zip(missed, found, strict=True))
 
 
-@pytest.mark.parametrize("name", ["passes", "ort_layers", "ort_model"])
+@pytest.mark.parametrize("name", ["passes", "ort_layers", "ort_model", "export_time"])
 def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit, match="0"):
@@ -56,6 +58,23 @@ def test_a_layer_is_timed_beside_stock() -> None:
     assert stock.ratio == 1.0
     assert ours.ratio > 0
     assert ours.reach == 0.85
+
+
+@pytest.mark.parametrize(
+    ("rows", "missed"),
+    [
+        ({15: (1.0, 20.0), 30: (3.0, 40.0)}, []),
+        ({15: (1.0, 20.0), 30: (3.0, 48.0)}, ["2.40×"]),
+        ({30: (1.0, 61.0)}, ["61 s"]),
+        ({12: (5.0, 50.0), 15: (1.0, 61.0)}, ["12 layers passes take 10.0%"]),
+    ],
+)
+def test_missed_targets_of_an_export_are_named(
+    rows: dict[int, tuple[float, float]], missed: list[str]
+) -> None:
+    found = export_time.Result({n: {PASSES: a, WHOLE: b} for n, (a, b) in rows.items()}).misses
+    assert len(found) == len(missed)
+    assert all(part in text for part, text in zip(missed, found, strict=True))
 
 
 def test_bad_depths_are_refused() -> None:

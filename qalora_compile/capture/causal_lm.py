@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from qalora_compile.capture.export import export_model_graph
@@ -20,6 +21,7 @@ from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
+_SDPA = "sdpa"
 _BATCH_SIZE, _SEQUENCE_SIZE, _PAST_SIZE = 2, 3, 5
 
 
@@ -55,7 +57,7 @@ def capture_causal_lm(model: nn.Module, *, last_logits: bool = False) -> Program
     shapes = pytree.tree_map_with_path(
         lambda path, _: dict.fromkeys(axes[leaf_path(path)], Dim.DYNAMIC), kwargs
     )
-    with torch.no_grad():
+    with torch.no_grad(), _grouped_heads():
         exported = export_model_graph(cached, (), kwargs, shapes, [])
     module = to_module(exported, training=False)
     return make_program(model, module, (), kwargs, axes=axes)
@@ -144,6 +146,46 @@ def _experts_by_shape(model: nn.Module) -> Iterator[None]:
     finally:
         if before is not None:
             config._experts_implementation = before
+
+
+@contextmanager
+def _grouped_heads() -> Iterator[None]:
+    """Let models hand over keys and values of grouped heads as they are, not one for each of q.
+
+    transformers repeats them where there is a mask. The repeats take a third of capture's time,
+    since each of their sizes is a symbol, and are taken out again by fuse-attention.
+    """
+    utilities = require("transformers.modeling_utils", extra="hf", purpose="capture with a cache")
+    functions = utilities.ALL_ATTENTION_FUNCTIONS
+    plain = functions[_SDPA]
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        odd = any(options.get(name) is not None for name in ("softcap", "position_bias"))
+        if odd or attention_mask is None or query.shape[1] == key.shape[1]:
+            given = {"dropout": dropout, "scaling": scaling, **options}
+            output: tuple[Tensor, None] = plain(module, query, key, value, attention_mask, **given)
+            return output
+        y = functional.scaled_dot_product_attention(
+            query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True
+        )
+        return y.transpose(1, 2).contiguous(), None
+
+    functions[_SDPA] = attend
+    try:
+        yield
+    finally:
+        del functions[_SDPA]  # the library's own lies under it
+        if functions[_SDPA] is not plain:
+            functions[_SDPA] = plain
 
 
 def ones(shape: tuple[int, ...]) -> Tensor:

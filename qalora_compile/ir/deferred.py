@@ -9,7 +9,7 @@ memory can be quantized and written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -95,7 +95,17 @@ def is_deferred(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def defer(compute: Compute, *inputs: Tensor, by_rows: bool = False) -> dict[str, Tensor]:
+Seen = dict[Hashable, dict[str, Tensor]]
+"""Results on the meta device, by what they depend on."""
+
+
+def defer(
+    compute: Compute,
+    *inputs: Tensor,
+    by_rows: bool = False,
+    seen: Seen | None = None,
+    key: Hashable = None,
+) -> dict[str, Tensor]:
     """`compute(*inputs)`, a dictionary of tensors, now or, if an input is deferred, later.
 
     For deferred inputs, `compute` is run on the fake tensors for the shapes and dtypes of its
@@ -106,14 +116,25 @@ def defer(compute: Compute, *inputs: Tensor, by_rows: bool = False) -> dict[str,
         inputs: What it is given.
         by_rows: Every input and result has the same number of rows, and `compute` of some rows of
             the inputs gives those rows of the results: large ones are then made in parts.
+        seen: Kept by the caller over many calls: where the key and the shapes and dtypes of the
+            inputs are those of an earlier call, so are those of the results, and `compute` is not
+            run for them again. A model has many layers of few shapes.
+        key: What else the results' shapes depend on.
     """
     modes = [tensor.fake_mode for tensor in inputs if isinstance(tensor, FakeTensor)]
     if not modes:
         return dict(compute(*inputs))
     recipe = Recipe(compute, inputs, by_rows=by_rows)
+    full = (key, *((tensor.shape, tensor.dtype) for tensor in inputs))
+    seen = {} if seen is None else seen
     with modes[0]:
-        shown = [t if is_deferred(t) else modes[0].from_tensor(t) for t in inputs]
-        made = {name: tensor.detach() for name, tensor in compute(*shown).items()}
+        if full not in seen:
+            shown = [t if is_deferred(t) else modes[0].from_tensor(t) for t in inputs]
+            seen[full] = {name: t.to("meta") for name, t in compute(*shown).items()}
+        made = {
+            name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+            for name, t in seen[full].items()
+        }
     for name, tensor in made.items():
         setattr(tensor, _RECIPE, (recipe, name))
     return made

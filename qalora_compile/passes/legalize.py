@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError, PreconditionError, UnsupportedError
 from qalora_compile.ir.affine import is_whole
-from qalora_compile.ir.deferred import defer, holds
+from qalora_compile.ir.deferred import Seen, defer, holds
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.plan import Site
@@ -122,10 +122,11 @@ class LegalizePass(Pass):
         weights = {_path(node): (node, site) for node, site in layers.items()}
         changes, lowered = [], dict[str, dict[str, str]]()
         scales: dict[str, str] = {}
+        seen = Seen()
         for path, (node, site) in track(list(weights.items()), "legalize"):
             layer = _layer(node, site)
             parts = (tensor_argument(program, node, i) for i in (1, 2, 3))
-            made = self._lower(layer, bool(site.experts), *parts)
+            made = self._lower(layer, bool(site.experts), seen, *parts)
             lowered[path] = {name: f"{path}.{name}" for name in made}
             tensors |= {f"{path}.{name}": tensor for name, tensor in made.items()}
             if layer.whole and self.shares_scale:
@@ -142,11 +143,14 @@ class LegalizePass(Pass):
             if node.target in _ON_CODES:
                 raise PostconditionError("a layer was not legalized", where=site_of(node))
 
-    def _lower(self, layer: Layer, experts: bool, *parts: Tensor) -> dict[str, Tensor]:
+    def _lower(
+        self, layer: Layer, experts: bool, seen: Seen, *parts: Tensor
+    ) -> dict[str, Tensor]:
         """`lower_weight` of a layer's codes, scale and offset, now or later."""
         lower = self._lower_experts if experts else self._lower_whole if layer.whole else None
+        compute = partial(lower or self.lower_weight, layer=layer)
         by_rows = self.by_rows and layer.whole
-        return defer(partial(lower or self.lower_weight, layer=layer), *parts, by_rows=by_rows)
+        return defer(compute, *parts, by_rows=by_rows, seen=seen, key=(layer, experts))
 
     def _lower_whole(
         self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from qalora_compile.config import QuantSpec
 from qalora_compile.errors import PostconditionError, UserInputError
-from qalora_compile.ir.deferred import defer, keep_recipe
+from qalora_compile.ir.deferred import Seen, defer, keep_recipe
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear
@@ -66,10 +66,10 @@ class QuantizeGroups(QuantSpec, Pass):
         tensors = _keep_ties(program.tensors(), tensors)
         rows = {site.name: site for site in program.plan.to_quantize()}
         linears = _linears_of(graph, rows)
-        changes = []
+        changes, seen = [], Seen()
         weights = [s for s in program.plan.weights_to_quantize() if s.name in linears]
         for site in track(weights, "quantize"):
-            tensors |= self._quantize(site, linears[site.name], program)
+            tensors |= self._quantize(site, linears[site.name], program, seen)
             changes.append(Change(site.path, f"{site.shape} to {self.bits} bits", self.method))
         nodes = TensorNodes(graph)
         for name, linear in linears.items():
@@ -89,7 +89,9 @@ class QuantizeGroups(QuantSpec, Pass):
             if computed.get(site.name) != (self.bits, self.group_size):
                 raise PostconditionError("the site was not quantized", where=site.name)
 
-    def _quantize(self, site: Site, linear: LinearMap, program: Program) -> dict[str, Tensor]:
+    def _quantize(
+        self, site: Site, linear: LinearMap, program: Program, seen: Seen
+    ) -> dict[str, Tensor]:
         """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""
         weight = get_tensor(program.module, site.weight)
         assert weight is not None, "the plan was made from this module"
@@ -105,11 +107,13 @@ class QuantizeGroups(QuantSpec, Pass):
                 "offset": [affine.offset for affine in stack],
             }
             return {
-                f"{site.path}.{part}": torch.stack(values) if site.experts else values[0]
+                part: torch.stack(values) if site.experts else values[0]
                 for part, values in parts.items()
             }
 
-        return defer(compute, weight)
+        key = (site.n, site.k, site.experts)
+        made = defer(compute, weight, seen=seen, key=key)
+        return {f"{site.path}.{part}": tensor for part, tensor in made.items()}
 
     def _rewrite(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
         """Put the operator on codes in the place of a linear map."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import qalora_compile as qc
 from qalora_compile.capture.causal_lm import capture_causal_lm
@@ -14,6 +16,17 @@ from qalora_compile.capture.skeleton import skeleton_of
 from qalora_compile.errors import CaptureError, UnsupportedError
 from qalora_compile.ir.deferred import is_deferred
 from tests.models import VOCABULARY, bert, gpt2, llama, token_ids
+
+
+class Odd(LlamaForCausalLM):  # type: ignore[misc]  # transformers gives no types
+    """A model that looks at values, which no capture can."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Fail under torch.export alone."""
+        output = super().forward(*args, **kwargs)
+        if kwargs["input_ids"].shape[1] > 1 and bool(output.logits.sum() > 0):
+            output.logits = -output.logits
+        return output
 
 
 def empty_past(program: qc.Program, batch: int) -> list[dict[str, Tensor]]:
@@ -54,6 +67,26 @@ def test_inputs_and_outputs_have_the_names_that_runtimes_know(program: qc.Progra
     wanted = ("logits", *(f"present.{i}.{part}" for i in (0, 1) for part in ("key", "value")))
     assert program.signature.outputs == wanted
     assert program.signature.ranges == ()
+
+
+def test_grouped_heads_are_not_repeated_and_transformers_is_as_it_was(
+    program: qc.Program,
+) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attentions = [n for n in program.graph.nodes if "dot_product" in str(n.target)]
+    assert [n.kwargs["enable_gqa"] for n in attentions] == [True, True]
+    assert [n.args[1].meta["val"].shape[1] for n in attentions] == [2, 2]
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.raises(CaptureError):
+        capture_causal_lm(Odd(llama().config))
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    try:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = mine = functools.partial(before)
+        capture_causal_lm(llama())
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is mine
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 @pytest.mark.parametrize(("batch", "past", "length"), [(1, 0, 1), (1, 7, 1), (3, 0, 4), (2, 20, 3)])

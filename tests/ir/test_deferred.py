@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qalora_compile.errors import InternalError
 from qalora_compile.ir import deferred as deferred_module
 from qalora_compile.ir.deferred import (
+    Seen,
     defer,
     defer_to,
     holds,
@@ -58,6 +59,25 @@ def test_values_come_when_they_are_asked_for() -> None:
     assert source.calls == 1
     materialize(found["low"])  # again: made anew, not kept
     assert source.calls == 2
+
+
+def test_shapes_that_were_seen_are_not_computed_again() -> None:
+    calls = []
+
+    def compute(x: Tensor) -> dict[str, Tensor]:
+        calls.append(x)
+        return {"y": x.double().t()}
+
+    seen: Seen = {}
+    sources = [Source(torch.full((2, 3), float(i))) for i in range(2)]
+    for i, source in enumerate(sources):
+        found = defer(compute, source.defer(), seen=seen, key="a")["y"]
+        assert (found.shape, found.dtype, found.stride()) == ((3, 2), torch.float64, (1, 3))
+        assert len(calls) == 1 + i  # once for the shapes, then only for values
+        assert materialize(found).unique().tolist() == [i]
+    defer(compute, sources[0].defer(), seen=seen, key="b")
+    defer(compute, Source(torch.ones(4, 4)).defer(), seen=seen, key="a")
+    assert len(seen) == 3
 
 
 def test_recipes_chain_and_mix_with_real_tensors() -> None:

@@ -81,7 +81,10 @@ def _operator(
         version,
         inputs=[
             *(schema.FormalParameter(n, t) for n, t in inputs.items()),
-            *(schema.FormalParameter(n, t, param_option=absent) for n, t in (optional or {}).items()),
+            *(
+                schema.FormalParameter(n, t, param_option=absent)
+                for n, t in (optional or {}).items()
+            ),
         ],
         outputs=[schema.FormalParameter("Y", result)],
         type_constraints=[(symbol, list(allowed), "") for symbol, allowed in types.items()],

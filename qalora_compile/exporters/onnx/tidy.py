@@ -22,6 +22,7 @@ def tidy(model: Any) -> None:
     """Fold small constants, merge equal nodes, drop dead ones; in place."""
     passes = require("onnx_ir.passes.common", extra="onnx", purpose="tidy an ONNX model")
     optimizer = require("onnxscript.optimizer", extra="onnx", purpose="tidy an ONNX model")
+    passes.IdentityEliminationPass()(model)  # folded, a weight would take the name of its copy
     optimizer.fold_constants(
         model,
         input_size_limit=_FOLD_LIMIT_ELEMENTS,

@@ -15,6 +15,7 @@ from qalora_compile.exporters.onnx.operators import (
     group_quant_linear_op,
     matmul_nbits_op,
 )
+from qalora_compile.exporters.onnx.translate_aten import aten_table
 from qalora_compile.exporters.onnx.translate_embeddings import embedding_table
 from qalora_compile.exporters.onnx.translate_experts import expert_table
 from qalora_compile.exporters.onnx.translate_fused import fused_table
@@ -29,7 +30,7 @@ def translation_table(opset: int) -> Table:
     onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
     op = onnxscript.opset18
     kernels = _kernel_table(op)
-    table = kernels | _plain_table(op) | expert_table(op, kernels)
+    table = kernels | aten_table(op) | _plain_table(op) | expert_table(op, kernels)
     table |= embedding_table(op, onnxscript.opset21)
     return table | fused_table(onnxscript.opset23) if opset >= 23 else table
 

@@ -1,0 +1,201 @@
+"""A lowered program as an `ExportedProgram` for torch.onnx: as it is, or traced and decomposed.
+
+Passes leave a graph in which almost every operator has a translation to ONNX already. Such a graph
+needs neither a second trace by `torch.export` nor the three that `run_decompositions` takes, which
+together cost more than everything else between capture and file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+
+from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import InputLeaf, argument_names, flatten_inputs, input_spec
+
+_ASSERTIONS = (
+    "aten._assert_scalar.default",
+    "aten._assert_async.msg",
+    "aten._assert_async.default",
+)
+
+
+class TranslatableProgram(ExportedProgram):
+    """An exported program of which every operator is translated as it is."""
+
+    def run_decompositions(self, *_: Any, **__: Any) -> ExportedProgram:
+        """The program itself: nothing is to be decomposed."""
+        return self
+
+
+def lift(program: Program) -> ExportedProgram | None:
+    """The program's own graph, its tensors lifted to inputs; None where it must be traced again.
+
+    Shapes are propagated through the whole graph, with one symbol for each name of an axis; what
+    capture and passes recorded is not relied on. Nodes of a graph with subgraphs, or with operators
+    that write to their inputs, cannot be lifted one by one.
+    """
+    graph = _without_assertions(program)
+    functional = all(
+        node.op in ("placeholder", "output")
+        or (node.op == "get_attr" and str(node.target) in program.tensors())
+        or (node.op == "call_function" and not _writes(node.target))
+        for node in graph.nodes
+    )
+    if not functional:
+        return None
+    tensors = program.tensors()
+    constants = _constants(program, graph)
+    lifted = _lift_tensors(graph)
+    _propagate(graph, program, {node: tensors[name] for node, name in lifted.items()})
+    inputs = [_input(node, lifted, constants) for node in graph.nodes if node.op == "placeholder"]
+    output = next(node for node in graph.nodes if node.op == "output")
+    leaves = pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: leaf is None)
+    output.args = (tuple(leaves),)
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, _argument(leaf), None) for leaf in leaves]
+    in_spec, out_spec = input_spec(program.graph), pytree.tree_structure(tuple(leaves))
+    call = ModuleCallSignature(inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec)
+    return TranslatableProgram(
+        root={},
+        graph=graph,
+        graph_signature=ExportGraphSignature(inputs, outputs),
+        state_dict={name: tensors[name] for name in lifted.values()},
+        range_constraints={},
+        module_call_graph=[ModuleCallEntry("", call)],
+    )
+
+
+def retrace(program: Program) -> ExportedProgram:
+    """The program exported anew, with the dimensions dynamic that capture kept dynamic."""
+    args, kwargs = program.example
+    shapes: list[Any] = [
+        {a: Dim.AUTO for a, size in enumerate(leaf.shape) if isinstance(size, str)} or None
+        for leaf in program.signature.inputs
+    ]
+    names = argument_names(program.graph)
+    shape_args, shape_kwargs = pytree.tree_unflatten(shapes, input_spec(program.graph))
+    dynamic = dict(zip(names, [*shape_args, *shape_kwargs.values()], strict=True))
+    module = program.module.rebuild(_without_assertions(program), program.tensors())
+    return torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic, strict=False)
+
+
+def _without_assertions(program: Program) -> fx.Graph:
+    """The graph without the model's own run-time assertions, for which ONNX has no operator."""
+    graph = program.copy_graph()
+    erase_unread([n for n in graph.nodes if str(n.target) in _ASSERTIONS])
+    return graph
+
+
+def _writes(target: object) -> bool:
+    """Whether a call may change what it is given, or is none of a single operator."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def _lift_tensors(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Make the tensors that nodes read inputs in front of all others; input → name of the tensor."""
+    first = next(iter(graph.nodes))
+    made: dict[str, fx.Node] = {}
+    readers = [node for node in graph.nodes if node.op == "get_attr"]
+    for node in readers:
+        name = str(node.target)
+        if name not in made:
+            with graph.inserting_before(first):
+                made[name] = graph.placeholder(f"t_{name.replace('.', '_')}")
+        node.replace_all_uses_with(made[name])
+    for node in readers:
+        graph.erase_node(node)
+    return {node: name for name, node in made.items()}
+
+
+def _constants(program: Program, graph: fx.Graph) -> dict[fx.Node, Any]:
+    """The inputs that are no tensors, with their values."""
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    pairs = zip(nodes, program.signature.inputs, strict=True)
+    return {node: leaf.value for node, leaf in pairs if leaf.dtype is None}
+
+
+def _propagate(graph: fx.Graph, program: Program, tensors: Mapping[fx.Node, Tensor]) -> None:
+    """Record at each node what it computes, as fake tensors and symbolic numbers."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    args, kwargs = program.example
+    example = flatten_inputs(program.graph, [*args, *kwargs.values()])
+    given = iter(zip(program.signature.inputs, example, strict=True))
+    sizes: dict[str, Any] = {}
+    values: dict[fx.Node, Any] = {}
+    with mode, torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                tensor = tensors.get(node)
+                value = (
+                    torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                    if tensor is not None
+                    else _fake_input(*next(given), mode, sizes)
+                )
+            elif node.op == "call_function":
+                call_args, call_kwargs = fx.node.map_arg(
+                    (node.args, node.kwargs), values.__getitem__
+                )
+                value = node.target(*call_args, **call_kwargs)
+            else:
+                continue
+            values[node] = node.meta["val"] = value
+
+
+def _fake_input(leaf: InputLeaf, value: Any, mode: FakeTensorMode, sizes: dict[str, Any]) -> Any:
+    """An input of the signature; axes of one name have one symbol for their size."""
+    if not isinstance(value, Tensor):
+        return value
+    shape = [
+        _symbol(size, int(value.shape[axis]), mode, sizes) if isinstance(size, str) else size
+        for axis, size in enumerate(leaf.shape)
+    ]
+    return torch.empty(shape, dtype=value.dtype)
+
+
+def _symbol(name: str, hint: int, mode: FakeTensorMode, sizes: dict[str, Any]) -> Any:
+    if name not in sizes:
+        shapes = mode.shape_env
+        assert shapes is not None
+        source = ConstantSource(name)
+        symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+        sizes[name] = shapes.create_symintnode(symbol, hint=hint, source=source)
+    return sizes[name]
+
+
+def _input(
+    node: fx.Node, tensors: Mapping[fx.Node, str], constants: Mapping[fx.Node, Any]
+) -> InputSpec:
+    if node in tensors:
+        kind, target = InputKind.BUFFER, tensors[node]
+        return InputSpec(kind, TensorArgument(node.name), target, persistent=True)
+    if node in constants:
+        argument: Any = ConstantArgument(node.name, constants[node])
+        return InputSpec(InputKind.USER_INPUT, argument, None)
+    return InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None)
+
+
+def _argument(leaf: object) -> Any:
+    if isinstance(leaf, fx.Node):
+        return TensorArgument(leaf.name)
+    return ConstantArgument("", leaf)  # type: ignore[arg-type]

@@ -1,0 +1,109 @@
+"""`translate`: from a legalized program to an ONNX model in memory, by torch.onnx."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from qalora_compile.config import ExportSpec
+from qalora_compile.errors import InternalError, UnsupportedError
+from qalora_compile.exporters.onnx.exported import lift, retrace
+from qalora_compile.exporters.onnx.translate import translation_table
+from qalora_compile.ir.program import Program
+from qalora_compile.optional import require
+
+_OPERATOR = re.compile(r"(?:target=torch\.ops\.|OpOverload\(op=')([\w.]+)")
+
+
+def translate(program: Program, spec: ExportSpec) -> Any:
+    """An ONNX model of the graph, by torch.onnx without its optimizer.
+
+    The graph is translated as it is; where it cannot be, or an operator has no translation of its
+    own, torch traces and decomposes it first.
+
+    Raises:
+        UnsupportedError: torch.onnx has no translation for an operator, or its parts.
+    """
+    for package in ("onnx", "onnxscript", "onnx_ir"):
+        require(package, extra="onnx", purpose="export to ONNX")
+    training = program.module.training
+    program.eval()
+    try:
+        lifted = lift(program)
+        if lifted is not None:
+            with suppress(torch.onnx.OnnxExporterError):
+                return _to_onnx(lifted, program, spec)
+        return _to_onnx(retrace(program), program, spec)
+    except torch.onnx.OnnxExporterError as error:
+        raise UnsupportedError(
+            f"torch.onnx cannot translate the program: {_cause(error)}",
+            hint="replace the operator in the model by others that ONNX has, or report it",
+        ) from error
+    finally:
+        program.module.train(training)
+
+
+def _to_onnx(exported: ExportedProgram, program: Program, spec: ExportSpec) -> Any:
+    with _quiet():
+        onnx_program = torch.onnx.export(
+            exported,
+            (),
+            kwargs=None,
+            dynamo=True,
+            # The optimizer's rewrite rules take time more than linear in the layers.
+            optimize=False,
+            opset_version=spec.onnx_opset,
+            input_names=[leaf.name for leaf in program.signature.inputs if leaf.dtype],
+            output_names=_tensor_outputs(program),
+            custom_translation_table=translation_table(spec.onnx_opset),
+            verbose=False,
+        )
+    if onnx_program is None:
+        raise InternalError("torch.onnx.export returned nothing")
+    return onnx_program.model
+
+
+def _tensor_outputs(program: Program) -> list[str]:
+    """Names of the outputs that are tensors: a None among them is no output of an ONNX model."""
+    output = next(n for n in program.graph.nodes if n.op == "output")
+    values = pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: leaf is None)
+    return [
+        name
+        for name, value in zip(program.signature.outputs, values, strict=True)
+        if isinstance(value, torch.fx.Node)
+    ]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.onnx's progress lines and its notes on missing torchvision off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _cause(error: BaseException) -> str:
+    """The operator that failed and why, from the first of a chain of exceptions."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    text = "\n".join(map(str, chain))
+    found = _OPERATOR.search(text)
+    lines = [line for line in str(chain[-1]).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(chain[-1]).__name__
+    return f"{found.group(1)}: {reason}" if found else reason
