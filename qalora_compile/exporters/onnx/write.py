@@ -39,10 +39,12 @@ def write_onnx(
     Raises:
         UnsupportedError: torch.onnx has no translation for an operator, or the checker refuses.
     """
-    return write_translated(translate(program, spec), program, path, spec)
+    return write_translated(translate(program, spec), program, path, spec, resume)
 
 
-def write_translated(model: Any, program: Program, path: Path, spec: ExportSpec) -> ExportReport:
+def write_translated(
+    model: Any, program: Program, path: Path, spec: ExportSpec, resume: str | None = None
+) -> ExportReport:
     """What `write_onnx` does with the model that torch.onnx gives."""
     defer_initializers(model, program)
     tidy(model)
