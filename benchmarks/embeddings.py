@@ -1,7 +1,7 @@
 """What quantized embeddings and heads save and cost, on SmolLM2-135M: bytes, speed, perplexity.
 
-The layers are 4 bits in groups of 32 throughout; the embedding, tied to the head, is float32, 8 or 4
-bits. Each form is exported with a key-value cache; sessions are alternated token by token.
+The layers are 4 bits in groups of 32 throughout; the embedding, tied to the head, is float32, 8 or
+4 bits. Each form is exported with a key-value cache; sessions are alternated token by token.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def export_forms(scratch: Path) -> tuple[dict[str, Path], list[list[int]]]:
 
 
 def perplexity(model: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """Exp of the mean loss of every next token, and how many there were."""
+    """E to the mean loss of every next token, and how many there were."""
     losses: list[float] = []
     for tokens in texts:
         logits = model.logits(np.array([tokens], np.int64))[0, :-1].astype(np.float64)
