@@ -182,7 +182,8 @@ def _with_encoder(reference: str, kind: str, model: Any, tokenizer: Any) -> Sour
             hint="train it with a loop of your own: qc.capture_model(model, (), inputs)",
         )
     settings = (model.generation_config, model.config)
-    start = next((s for c in settings if (s := c.decoder_start_token_id) is not None), None)
+    starts = [getattr(where, "decoder_start_token_id", None) for where in settings]
+    start = next((token for token in starts if token is not None), None)
     if start is None:
         raise UserInputError(
             "the model names no token that its decoder begins with",

@@ -162,6 +162,7 @@ def test_a_model_that_names_no_start_is_refused(
     assert "names no token" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quantize_needs_no_training(t5_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     out = str(tmp_path / "edge")
     words = ["--exclude", "re:^encoder.*wi$", "--bits", "8"]

@@ -72,7 +72,8 @@ def build(name: str) -> Any:
 
 
 @pytest.fixture(
-    scope="module", params=["t5", pytest.param("bart", marks=pytest.mark.slow), "whisper"]
+    scope="module",
+    params=["t5", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bart", "whisper"))],
 )
 def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     plain = build(request.param)
