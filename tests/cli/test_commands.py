@@ -184,7 +184,7 @@ def test_doctor_knows_its_libraries(capsys: Capture) -> None:
     assert facts["kernels, target ort-stock"] == "MatMulNBits, 4 bits: works"
 
 
-@pytest.mark.parametrize("command", [module.NAME for module in COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_examples(command: str, capsys: Capture) -> None:
     assert main([command, "--help"]) == 0
     assert f"qalora-compile {command}" in capsys.readouterr().out.split("examples:")[1]
