@@ -109,7 +109,28 @@ class _Reader:
         return codes, scale, zero_point
 
     def _bias(self, linear: Linear, operand: Any) -> Linear:
-        return linear if operand is None else with_bias(linear, self._stored(operand))
+        return linear if operand is None else with_bias(linear, self._vector(operand))
+
+    def _vector(self, operand: Any) -> Stored:
+        """A stored vector, widened or not, or a part of one.
+
+        Packed attention has one bias for several layers.
+        """
+        item = self._graph.node(operand)
+        if item is not None and item.op == "aten.to.dtype" and item.args[1] == "float32":
+            owner = self._stored(item.args[0])
+            if owner.widened:
+                return owner
+        split = self._graph.node(item.args[0]) if item is not None else None
+        if item is None or split is None or item.op != "_operator.getitem":
+            return self._stored(operand)
+        if split.op != "aten.split_with_sizes.default" or split.arg(2, "dim", 0) != 0:
+            return self._stored(operand)
+        owner, sizes, index = self._stored(split.args[0]), split.args[1], item.args[1]
+        begin = sum(sizes[:index])
+        part = slice(begin, begin + sizes[index])
+        name = f"{owner.name}[{part.start}:{part.stop}]"
+        return Stored(name, owner.dtype, (sizes[index],), lambda: owner.read()[part])
 
     def _add(self, node: Node) -> Linear:
         if node.options.get("alpha", 1) != 1:
@@ -117,8 +138,9 @@ class _Reader:
         first, second = node.args
         if isinstance(first, Tensor):
             first, second = second, first
-        if isinstance(second, Tensor):
-            return with_bias(self.linear(first), self._stored(second))
+        behind = self._graph.node(second)
+        if behind is None or behind.op not in self._readers:
+            return with_bias(self.linear(first), self._vector(second))
         return added(self.linear(first), self.linear(second))
 
     def _matmul(self, node: Node) -> Linear:

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from qalora_compile.verify.graph import FX, Graph, Node, Ref, Tensor, reachable
-from qalora_compile.verify.terms import Algebra, Term, as_number, term
+from qalora_compile.verify.terms import FLOATS, UNKNOWN, Algebra, Term, as_number, term
 
 FUSED = "fused"
 """The dialect of operators that stand for whole patterns."""
 _FUSED = ("qalora.rotary_embedding.default", "qalora.attention.default")
 _END = 2**62
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
 _UNARY = {
     "sqrt": "Sqrt",
     "exp": "Exp",
@@ -79,7 +78,7 @@ class Meanings:
             return self.algebra.constant(self.graph.tensors[operand.name])
         if isinstance(operand, (int, float)) and not isinstance(operand, bool):
             return self.algebra.number(operand)
-        return term("literal", (), repr(operand), line=repr(operand), dtype="?")
+        return term("literal", (), repr(operand), line=repr(operand), dtype=UNKNOWN)
 
     def _meaning(self, node: Node) -> Term:
         table = _FX if self.graph.dialect == FX else _ONNX
@@ -104,7 +103,7 @@ class Meanings:
             detail.append(f"result {node.output}")
         dialect = FUSED if node.op in _FUSED else self.graph.dialect
         line = self.graph.line(Ref(node.name))
-        return term(node.op, operands, ", ".join(detail), line=line, dialect=dialect, dtype="?")
+        return term(node.op, operands, ", ".join(detail), line=line, dialect=dialect, dtype=UNKNOWN)
 
     def line(self, node: Node) -> str:
         """A node as text, with its module path."""
@@ -142,7 +141,7 @@ def _multiply(m: Meanings, node: Node) -> Term:
 
 def _divide(m: Meanings, node: Node) -> Term | None:
     a, b = (m.of(v) for v in node.args[:2])
-    if a.dtype not in _FLOATS or node.options.get("rounding_mode") is not None:
+    if a.dtype not in FLOATS or node.options.get("rounding_mode") is not None:
         return None  # of integers ONNX's Div gives integers
     return m.algebra.product([a, m.algebra.inverse(b, _line(m, node))], _line(m, node))
 
@@ -209,7 +208,8 @@ def _onnx_rms_norm(m: Meanings, node: Node) -> Term | None:
 
 def _layer_norm(m: Meanings, node: Node, eps: float, operands: tuple[Any, ...]) -> Term:
     args = [m.of(v) for v in operands if v is not None]
-    detail = f"{m.algebra.number(eps).detail}, {len(args)}"
+    given = [v is not None for v in (*operands, None)[:3]]
+    detail = f"{m.algebra.number(eps).detail}, {given}"
     return term("layer_norm", args, detail, line=_line(m, node))
 
 
@@ -254,7 +254,8 @@ def _onnx_softmax(m: Meanings, node: Node) -> Term | None:
 def _take_rows(m: Meanings, table: Any, ids: Any, line: str) -> Term | None:
     if not isinstance(table, Tensor) or len(m.graph.tensors[table.name].shape) != 2:
         return None
-    return term("rows", [m.of(table), m.of(ids)], line=line)
+    stored = m.of(table)
+    return term("rows", [stored, m.of(ids)], line=line, dtype=stored.dtype)
 
 
 def _embedding(m: Meanings, node: Node) -> Term | None:
@@ -323,6 +324,13 @@ def _fx_cast(m: Meanings, node: Node) -> Term | None:
     elif node.op == "aten.to.device":
         dtype = node.args[2]
     return m.algebra.cast(_first(m, node), dtype, _line(m, node))
+
+
+def _type_as(m: Meanings, node: Node) -> Term | None:
+    like = m.of(node.args[1]).dtype
+    return (
+        None if like in (None, UNKNOWN) else m.algebra.cast(_first(m, node), like, _line(m, node))
+    )
 
 
 def _onnx_cast(m: Meanings, node: Node) -> Term | None:
@@ -397,6 +405,7 @@ _FX: dict[str, Meaning] = {
     **dict.fromkeys(("aten.mm.default", "aten.matmul.default"), _matmul),
     **dict.fromkeys(("aten.t.default", "aten.transpose.int"), _fx_transpose),
     **dict.fromkeys(("aten.rms_norm.default", "qalora.rms_norm.default"), _fx_rms_norm),
+    "aten.type_as.default": _type_as,
     "aten.neg.default": _negate,
     "aten.reciprocal.default": _reciprocal,
     "aten.rsqrt.default": _inverse_root,

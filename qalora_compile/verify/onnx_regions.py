@@ -29,6 +29,7 @@ from qalora_compile.verify.linear import (
 from qalora_compile.verify.stored import Stored
 
 GROUP_QUANT, NBITS = "qalora.GroupQuantLinear", "com.microsoft.MatMulNBits"
+_FLOAT = 1
 _BITS = {"uint2": 2, "uint4": 4, "uint8": 8}
 _BODY_ROUNDINGS = 3
 """Of a weight or correction that a function computes in float32 from stored numbers."""
@@ -242,6 +243,10 @@ class _Reader:
         first, second = node.args
         if isinstance(first, Tensor):
             first, second = second, first
+        behind = self._graph.node(second)
+        if behind is not None and behind.op == "onnx.Cast" and behind.options["to"] == _FLOAT:
+            widened = self._stored(behind.args[0])
+            second = behind.args[0] if widened.widened else second
         if isinstance(second, Tensor):
             return with_bias(self.linear(first), self._stored(second))
         return added(self.linear(first), self.linear(second))

@@ -30,7 +30,6 @@ from qalora_compile.verify.linear import Linear, NotLinearError, remembered
 from qalora_compile.verify.sides import files_of, open_side
 from qalora_compile.verify.structural import (
     DIFFERENT,
-    MISSING,
     OPEN,
     PROVED,
     SAMPLED,
@@ -83,7 +82,8 @@ def prove_equivalence(
     sides = (open_side(reference), open_side(candidate))
     structure = compare_structure(*sides)
     sites = tuple(_prove_site(pair) for pair in track(list(structure.pairs), "prove"))
-    segments = _sampled(structure, sites, things, sides, samples, seed)
+    segments, refused = _sampled(structure, sites, things, sides, samples, seed)
+    structure = dataclasses.replace(structure, notes=(*structure.notes, *refused))
     records = (
         _record(reference, sides[0], None if folder is None else Path(folder)),
         _record(candidate, sides[1], None),
@@ -187,6 +187,8 @@ def _prove_site(pair: Pair) -> SiteProof:
             status = PROVED if status != DIFFERENT and ways[name].equal else DIFFERENT
     except NotLinearError as error:
         status, problem = DIFFERENT, str(error)
+    except (ValueError, IndexError) as error:  # numpy: the tensors of a layer do not fit together
+        status, problem = DIFFERENT, f"the stored tensors cannot be decoded: {error}"
     return SiteProof(site.name, site.k, site.n, site.experts, status, ways, problem)
 
 
@@ -211,8 +213,8 @@ def _sampled(
     sides: tuple[Graph, Graph],
     count: int,
     seed: int,
-) -> list[Segment]:
-    """The segments, those that structure leaves open tried on samples."""
+) -> tuple[list[Segment], list[str]]:
+    """The segments, those that structure leaves open tried on samples; and why some were not."""
     open_ones = [
         s
         for s in structure.segments
@@ -221,22 +223,20 @@ def _sampled(
     lost = any(s.status == DIFFERENT for s in structure.segments)
     lost |= any(s.status == DIFFERENT for s in sites)
     if not open_ones or not count or lost:
-        return list(structure.segments)
+        return list(structure.segments), []
     from qalora_compile.verify.sampling import sample
 
     cuts = [p.site.name for p in structure.pairs if p.maps is not None]
     programs = (_program(things[0], sides[0]), _program(things[1], sides[1]))
-    if programs == (None, None):
-        return list(structure.segments)
     try:
         worst = sample(sides, programs, cuts, [s.targets for s in open_ones], count, seed)
-    except UserInputError:  # a runtime refuses the model; that it is undecided says so
-        return list(structure.segments)
+    except UserInputError as error:  # no program to make inputs from, or a runtime refuses
+        return list(structure.segments), [f"nothing was tried on samples: {error.what}"]
     tried = {}
     for segment, found in zip(open_ones, worst, strict=True):
         status = SAMPLED if found <= SAMPLE_TOLERANCE else DIFFERENT
         tried[segment.name] = dataclasses.replace(segment, status=status, sampled=found)
-    return [tried.get(segment.name, segment) for segment in structure.segments]
+    return [tried.get(segment.name, segment) for segment in structure.segments], []
 
 
 def _program(thing: Program | str | Path, side: Graph) -> Program | None:
@@ -266,10 +266,9 @@ def _certificate(
         dataclasses.replace(s, status=around) if s.status == OPEN and not s.ways else s
         for s in sites
     ]
-    missing = any(s.problem.startswith(MISSING) for s in sites)
     states |= {s.status for s in sites}
     verdict = EQUAL
-    if DIFFERENT in states or missing:
+    if DIFFERENT in states:
         verdict = UNEQUAL
     elif OPEN in states:
         verdict = UNDECIDED
@@ -292,15 +291,23 @@ def _first_difference(
 ) -> str | None:
     """The first difference in graph order: what a site reads before the site, outputs last."""
     wrong = OPEN if verdict == UNDECIDED else DIFFERENT
+    located = _located(sites, segments, wrong)
     for site in sites:
         if site.problem and site.status in (wrong, DIFFERENT):
-            return f"{site.name}: {site.problem}"
+            also = "" if located is None or located.startswith(site.name) else f"\n  and {located}"
+            return f"{site.name}: {site.problem}{also}"
+    return located
+
+
+def _located(
+    sites: Sequence[SiteProof], segments: Sequence[SegmentProof], wrong: str
+) -> str | None:
     reads = {s.name.partition(" of ")[2]: s for s in segments if " of " in s.name}
     for site in sites:
         segment = reads.get(site.name)
         if segment is not None and segment.status == wrong:
             return _segment_text(segment)
-        if site.status == wrong and site.worst is not None:
+        if site.status == wrong and site.worst is not None and not site.problem:
             return _site_text(site)
     return next((_segment_text(s) for s in segments if s.status == wrong), None)
 

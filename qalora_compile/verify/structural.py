@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
 
 PROVED, SAMPLED, DIFFERENT, OPEN = "proved", "sampled", "different", "open"
-MISSING = "the site is missing in"
 _ABSENT = "(nothing)"
 
 
@@ -79,20 +78,20 @@ class Structure:
 
     @property
     def same(self) -> bool:
-        """Whether everything outside the layers is the same by structure alone."""
-        return all(s.status == PROVED for s in self.segments) and not any(
-            p.problem for p in self.pairs
-        )
+        """Whether everything outside the layers is the same by structure alone.
+
+        A site that is no linear map on both sides counts as what stands around the layers.
+        """
+        return all(s.status == PROVED for s in self.segments)
 
     @property
     def difference(self) -> str | None:
         """The first difference, as text of two lines side by side, or None."""
-        for pair in self.pairs:
-            if pair.problem:
-                return f"{pair.site.name}: {pair.problem}"
+        problem = next((f"{p.site.name}: {p.problem}" for p in self.pairs if p.problem), None)
         for segment in self.segments:
             if segment.status != PROVED and segment.lines is not None:
-                return f"{segment.name}:\n  {segment.lines[0]}\n  {segment.lines[1]}"
+                lines = f"{segment.name}\n  {segment.lines[0]}\n  {segment.lines[1]}"
+                return lines if problem is None else f"{problem}\n  and {lines}"
         return None
 
 
@@ -133,14 +132,14 @@ def _pairs(a: Graph, b: Graph) -> list[Pair]:
     pairs = []
     for name, site in a.sites.items():
         if name not in b.sites:
-            pairs.append(Pair(site, None, (), f"{MISSING} {b.label}"))
+            pairs.append(Pair(site, None, (), f"the site is missing in {b.label}"))
             continue
         try:
             pairs.append(_pair(a, b, site))
         except NotLinearError as problem:
             pairs.append(Pair(site, None, (), str(problem)))
     missing = [site for name, site in b.sites.items() if name not in a.sites]
-    pairs += [Pair(s, None, (), f"{MISSING} {a.label}") for s in missing]
+    pairs += [Pair(s, None, (), f"the site is missing in {a.label}") for s in missing]
     return pairs
 
 

@@ -18,6 +18,9 @@ import numpy as np
 from qalora_compile.verify.stored import Stored, digest_of
 
 SUM, PRODUCT = "sum", "product"
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+UNKNOWN = "?"
+"""A dtype that is not known."""
 _COMMUTATIVE = (SUM, PRODUCT)
 _SMALL = 1 << 16
 """Elements up to which a stored matrix is turned to compare it with one that was stored turned."""
@@ -70,9 +73,16 @@ def term(
     inside = frozenset[str]().union(*(t.dialects for t in given))
     if dialect:
         inside |= {dialect}
-    if dtype is None:
-        dtype = next((t.dtype for t in given if t.dtype is not None), None)
+    if dtype is None and given:
+        dtype = _common_dtype(given)
     return Term(op, str(detail), given, key, line, dialect, inside, dtype, stored)
+
+
+def _common_dtype(args: Sequence[Term]) -> str:
+    """The dtype of floating operands that have one; else `?`: a cast of the result may round."""
+    found = {t.dtype for t in args if t.op != "number"}
+    only = next(iter(found)) if len(found) == 1 else None
+    return only if only is not None and only in FLOATS else UNKNOWN
 
 
 class Algebra:
@@ -116,8 +126,7 @@ class Algebra:
         """A cast; none where the value has that type."""
         if dtype is None or value.dtype == dtype:
             return value
-        floats = ("float16", "bfloat16", "float32")
-        if self.halves and dtype in floats and value.dtype in (*floats, None):
+        if self.halves and dtype in FLOATS and value.dtype in FLOATS:
             return value
         return term("cast", [value], dtype, line=line, dtype=dtype)
 

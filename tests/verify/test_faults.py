@@ -11,18 +11,11 @@ import pytest
 
 import qalora_compile as qc
 from tests.verify.model_faults import MODEL_FAULTS
-from tests.verify.planted import SPECS, Fault, compare, examine, export_all, program
+from tests.verify.planted import SPECS, Fault, compare, examine, program
 from tests.verify.program_faults import PROGRAM_FAULTS
 from tests.verify.score import is_right
 
 FAULTS = [*PROGRAM_FAULTS, *MODEL_FAULTS]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    export_all(folder)
-    return folder
 
 
 def test_the_library_is_large_and_its_names_tell_the_faults_apart() -> None:
