@@ -40,6 +40,7 @@ class Coefficients:
         float32: For |computed y − exact y| in float32, of either side, in any order of summation:
             ‖·‖₂ ≤ float32 · ‖x‖₂ + γ‖b‖₂; None on int8 activations.
         terms: n of γ_n in that bound.
+        coarse: The largest distance that storing explains, as a part of the scale of its group.
     """
 
     max_abs: float
@@ -53,6 +54,7 @@ class Coefficients:
     bias_norm: float
     float32: float | None
     terms: int
+    coarse: float
 
     @property
     def equal(self) -> bool:
@@ -90,6 +92,7 @@ def compare_linears(a: Linear, b: Linear) -> Coefficients:
         bias_norm=float(np.linalg.norm(bias)),
         float32=None if inexact else gamma * math.sqrt(sums.size_square),
         terms=terms,
+        coarse=sums.coarse,
     )
 
 
@@ -104,7 +107,7 @@ class _Sums:
     def __init__(self, k: int) -> None:
         self._k = k
         self.max_abs = self.max_ratio = self.square = self.operator = 0.0
-        self.weight_max = self.weight_square = self.size_square = 0.0
+        self.weight_max = self.weight_square = self.size_square = self.coarse = 0.0
         self.worst: tuple[int, ...] = ()
 
     def begin(self) -> None:
@@ -123,6 +126,7 @@ class _Sums:
         self._row = max(self._row, float(apart.sum(1).max()))
         product = math.sqrt(float(self._columns.max()) * self._row)
         self.operator = max(self.operator, min(math.sqrt(self._square), product))
+        self.coarse = max(self.coarse, a.coarse + b.coarse)
         self.weight_max = max(self.weight_max, float(np.abs(a.weight).max()))
         self.weight_square += float(np.square(a.weight).sum())
         self.size_square += float(np.square(np.maximum(a.size, b.size)).sum())

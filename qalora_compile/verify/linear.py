@@ -35,15 +35,19 @@ class Rows:
         size: `[n, K]`: the sum of the absolute values of the parts that a weight is computed from.
         radius: `[n, K]`: how far rounding for storage, and the float64 arithmetic of the decoder,
             may have moved a weight.
+        coarse: The largest radius of a group as a part of its scale: where it is below ½, no code
+            can be another unseen.
     """
 
     weight: Array
     size: Array
     radius: Array
+    coarse: float = 0.0
 
     def map(self, function: Callable[[Array], Array]) -> Rows:
         """The same linear function of all three."""
-        return Rows(function(self.weight), function(self.size), function(self.radius))
+        parts = function(self.weight), function(self.size), function(self.radius)
+        return Rows(*parts, self.coarse)
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,8 @@ def added(first: Linear, second: Linear) -> Linear:
 
     def rows(part: slice, expert: int) -> Rows:
         a, b = first.rows(part, expert), second.rows(part, expert)
-        return Rows(a.weight + b.weight, a.size + b.size, a.radius + b.radius)
+        coarse = max(a.coarse, b.coarse)
+        return Rows(a.weight + b.weight, a.size + b.size, a.radius + b.radius, coarse)
 
     bias, notes = (*first.bias, *second.bias), (*first.notes, *second.notes)
     terms = max(first.terms, second.terms) + 1

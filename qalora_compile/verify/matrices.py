@@ -67,7 +67,7 @@ def on_codes(
         wide = spread_columns(o, group_size, k)
         size = np.abs(product) + np.abs(wide)
         radius = spread_columns(moved, group_size, k) + ARITHMETIC * size
-        return Rows(product + wide, size, radius)
+        return Rows(product + wide, size, radius, _coarse(moved, s))
 
     return rows
 
@@ -90,9 +90,15 @@ def group_quant(
                 np.abs(level) + spread_columns(rounding(z, zero_point.dtype), group_size, k)
             )
         size = np.abs(wide_s) * (codes + np.abs(wide_z))
-        return Rows(level * wide_s, size, radius + ARITHMETIC * size)
+        return Rows(level * wide_s, size, radius + ARITHMETIC * size, _coarse(moved, s))
 
     return rows
+
+
+def _coarse(moved: Array, scale: Array) -> float:
+    """The largest part of a group's scale that rounding may have moved it by."""
+    steps = np.abs(scale)
+    return float((moved / np.where(steps == 0, np.inf, steps)).max())
 
 
 def nbits(

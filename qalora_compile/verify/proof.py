@@ -42,6 +42,7 @@ from qalora_compile.verify.structural import (
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
 
+_HALF_STEP = 0.5
 SAMPLE_TOLERANCE = 1e-5
 """Largest difference on samples, as a part of the largest value, that float32 arithmetic explains
 between two layers: some hundred roundings."""
@@ -337,6 +338,12 @@ def _notes(sites: Sequence[SiteProof], structure: Structure) -> list[str]:
         notes.append(
             f"{len(inexact)} layers run on int8 activations: equal in exact arithmetic, with no "
             "bound on what rounding x changes"
+        )
+    coarse = [s.name for s in sites if any(w.coarse >= _HALF_STEP for w in s.ways.values())]
+    if coarse:
+        notes.append(
+            f"in {len(coarse)} layers, {coarse[0]} the first, an offset is so much larger than its "
+            "scale that rounding it hides a whole code"
         )
     maps = [one for pair in structure.pairs if pair.maps is not None for one in pair.maps]
     halves = {stored.name for one in maps for stored in one.bias if stored.widened}

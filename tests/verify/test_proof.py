@@ -236,6 +236,15 @@ def test_rounded_parameters_and_int8_activations_are_said() -> None:
     assert not qc.prove_equivalence(folded, nearly).passed
 
 
+def test_an_offset_that_hides_a_code_is_said() -> None:
+    folded = program("folded")
+    far = with_tensors(folded, {"v.offset": lambda o: o + 1e7 * folded.tensors()["v.scale"]})
+    certificate = qc.prove_equivalence(far, far)
+    assert certificate.proved
+    assert any("hides a whole code" in note and "v the first" in note for note in certificate.notes)
+    assert not any("hides" in note for note in qc.prove_equivalence(folded, folded).notes)
+
+
 def test_a_layer_that_is_missing_is_said() -> None:
     few = qc.quantize_groups(qc.capture_model(ThreeReaders(), (torch.randn(2, 64),)), exclude=["v"])
     whole = qc.quantize_groups(qc.capture_model(ThreeReaders(), (torch.randn(2, 64),)))
