@@ -26,8 +26,8 @@ def test_every_layer_of_a_real_model_is_proved(
     quantized = qc.quantize_groups(load_source(str(model_path())).capture())
     program = randomize_adapters(qc.insert_adapters(quantized, qc.AdapterSpec(rank=4)), size=0.003)
     folded = qc.fold_adapters(program)
-    pairs = [(program, folded), *((folded, lower(folded, spec)) for spec in SPECS.values())]
-    for before, after in pairs:
+    lowered = [lower(folded, SPECS[name]) for name in ("ort-stock", "onnx")]
+    for before, after in [(program, folded), *((folded, after) for after in lowered)]:
         certificate = qc.prove_equivalence(before, after)
         assert certificate.proved, certificate
         assert len(certificate.sites) == 210
