@@ -70,6 +70,10 @@ wheel-check: $(VENV)/installed-dev ## build the wheel and import all of it witho
 readme-check: $(VENV)/installed-dev ## run the commands of the README and the examples
 	$(BIN)/python scripts/check_readme.py
 
+.PHONY: mutation-score
+mutation-score: $(VENV)/installed-dev ## plant every fault, and print what the proof and the numeric check find
+	$(BIN)/python -W ignore -m scripts.mutation_score $(ARGS)
+
 .PHONY: supported
 supported: $(VENV)/installed-dev ## run the zoo and write docs/supported.md from what it shows
 	$(BIN)/python -m scripts.write_supported

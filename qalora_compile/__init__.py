@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qalora_compile.passes.pipeline import Pipeline
     from qalora_compile.verify.compare import Tolerance
     from qalora_compile.verify.equivalence import verify_equivalence
+    from qalora_compile.verify.proof import prove_equivalence
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ _HOMES = {
     "export_model": "api",
     "fold_adapters": "api",
     "insert_adapters": "api",
+    "prove_equivalence": "verify.proof",
     "quantize_groups": "api",
     "split_encoder_decoder": "api",
     "verify_equivalence": "verify.equivalence",
@@ -76,6 +78,7 @@ __all__ = [
     "export_model",
     "fold_adapters",
     "insert_adapters",
+    "prove_equivalence",
     "quantize_groups",
     "split_encoder_decoder",
     "verify_equivalence",

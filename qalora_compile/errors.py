@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qalora_compile.verify.certificate import Certificate
     from qalora_compile.verify.compare import Report
 
 
@@ -82,10 +83,15 @@ class UnsupportedError(QaloraError):
 
 
 class VerificationError(QaloraError):
-    """Two programs that had to agree do not; carries the report of the comparison."""
+    """Two programs that had to agree do not; carries the report or certificate."""
 
     def __init__(
-        self, what: str, *, report: Report, where: str | None = None, hint: str | None = None
+        self,
+        what: str,
+        *,
+        report: Report | Certificate,
+        where: str | None = None,
+        hint: str | None = None,
     ) -> None:
         super().__init__(what, where=where, hint=hint)
         self.report = report

@@ -1,8 +1,8 @@
-"""Run what the README shows, and the examples.
+"""Run what the README and pages of docs show, and the examples.
 
 Fenced blocks behind a line `<!-- ci: run -->` are run in one scratch folder: first the `python`
-blocks, in order, in one Python process; then each `bash` block, by bash with this environment first
-in PATH. Then every example that is a program runs, each in a process of its own.
+blocks of a page, in order, in one Python process; then each `bash` block, by bash with this
+environment first in PATH. Then every example that is a program runs, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,34 +17,42 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MARK = "<!-- ci: run -->"
 BLOCK = re.compile(rf"^{MARK}\s*^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PAGES = ("README.md", "docs/verify.md")
 NOT_HERE = {"demo.py", "assets.py"}
 """Examples that CI runs in a step of their own, or that are no programs."""
 
 
-def marked_blocks(text: str) -> list[tuple[str, str]]:
-    """Language and code of the blocks to run.
+def marked_blocks(page: str) -> list[tuple[str, str]]:
+    """Language and code of the blocks of a page to run.
 
     Raises:
         SystemExit: nothing is marked, or a mark has no block of bash or python behind it.
     """
+    text = (ROOT / page).read_text("utf-8")
     blocks = BLOCK.findall(text)
     marks = len(re.findall(rf"^{MARK}", text, re.MULTILINE))
     if not blocks or len(blocks) != marks:
-        raise SystemExit(f"README.md has {marks} marks to run and {len(blocks)} blocks behind them")
+        raise SystemExit(f"{page} has {marks} marks to run and {len(blocks)} blocks behind them")
     return blocks
+
+
+def page_runs(page: str) -> list[tuple[str, list[str]]]:
+    """What runs a page's blocks."""
+    blocks = marked_blocks(page)
+    python = "\n".join(code for kind, code in blocks if kind == "python")
+    runs: list[tuple[str, list[str]]] = []
+    if python:
+        runs.append((f"{page}: python", [sys.executable, "-c", python]))
+    for kind, code in blocks:
+        if kind == "bash":
+            command = ["bash", "-euo", "pipefail", "-c", code]
+            runs.append((f"{page}: {code.splitlines()[0]}", command))
+    return runs
 
 
 def main() -> None:
     """Run the blocks, then the examples."""
-    blocks = marked_blocks((ROOT / "README.md").read_text("utf-8"))
-    python = "\n".join(code for kind, code in blocks if kind == "python")
-    runs: list[tuple[str, list[str]]] = []
-    if python:
-        runs.append(("README: python", [sys.executable, "-c", python]))
-    for kind, code in blocks:
-        if kind == "bash":
-            command = ["bash", "-euo", "pipefail", "-c", code]
-            runs.append((f"README: {code.splitlines()[0]}", command))
+    runs = [run for page in PAGES for run in page_runs(page)]
     runs += [
         (f"examples/{example.name}", [sys.executable, str(example)])
         for example in sorted((ROOT / "examples").glob("*.py"))

@@ -37,7 +37,7 @@ def test_missed_targets_are_named(measured: Seconds, missed: list[str]) -> None:
     assert all(part in text for part, text in zip(missed, found, strict=True))
 
 
-@pytest.mark.parametrize("name", ["passes", "ort_layers", "ort_model", "export_time"])
+@pytest.mark.parametrize("name", ["passes", "ort_layers", "ort_model", "export_time", "proof"])
 def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit, match="0"):

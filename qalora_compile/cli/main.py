@@ -6,32 +6,25 @@ Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import warnings
 from collections.abc import Sequence
 
 from qalora_compile import __version__
-from qalora_compile.cli import (
-    bench,
-    doctor,
-    export,
-    finetune,
-    fold,
-    generate,
-    inspect,
-    quantize,
-    verify,
-)
 from qalora_compile.cli.ui import err_console
 from qalora_compile.errors import InternalError, QaloraError, VerificationError
 
-COMMANDS = (finetune, fold, export, quantize, verify, inspect, generate, bench, doctor)
+COMMANDS = (
+    *("finetune", "fold", "export", "quantize", "verify", "inspect", "generate", "bench", "doctor"),
+)
+"""One module of `qalora_compile.cli` each."""
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of some commands; only their modules are imported."""
     parser = argparse.ArgumentParser(
         prog="qalora-compile",
         description="Fine-tune a model on its own INT4/3/2 weights and ship one INT4 ONNX file.",
@@ -47,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in COMMANDS:
+    for name in names:
+        module = importlib.import_module(f"qalora_compile.cli.{name}")
         command = commands.add_parser(
             module.NAME,
             help=module.SUMMARY,
@@ -62,8 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    # What another command needs, torch above all, need not be there.
+    names = [words[0]] if words and words[0] in COMMANDS else COMMANDS
     try:
-        options = build_parser().parse_args(argv)
+        options = build_parser(names).parse_args(words)
     except SystemExit as stop:
         return int(stop.code or 0)
     warnings.filterwarnings("ignore", category=FutureWarning)

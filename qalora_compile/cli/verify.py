@@ -1,19 +1,19 @@
-"""`verify`: compare two of RUN, FOLDED, DIR and .onnx on random inputs."""
+"""`verify`: compare two of RUN, FOLDED, DIR and .onnx: on random inputs, or by proof."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qalora_compile.cli.ui import console, print_summary, print_table, steps
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.program import Program
-from qalora_compile.ir.storage import PROGRAM_FILE
-from qalora_compile.runtime.library import library_path
-from qalora_compile.verify.compare import Report, Tolerance
-from qalora_compile.verify.equivalence import verify_equivalence
-from qalora_compile.verify.inputs import sample_inputs
+
+if TYPE_CHECKING:  # imported where they are used: a certificate is checked without torch
+    from qalora_compile.ir.program import Program
+    from qalora_compile.verify.certificate import Certificate
+    from qalora_compile.verify.compare import Report
 
 NAME = "verify"
 SUMMARY = "compare two programs or exported models; exit 0 equal, 1 not equal, 2 not comparable"
@@ -22,13 +22,15 @@ EXAMPLES = """examples:
   qalora-compile verify folded edge --max-rel 1e-4 --inputs 8
   qalora-compile verify folded edge --max-rel 1e-4 --library     on the fused kernels
   qalora-compile verify folded edge/model.onnx --max-abs 1e-3 --json
+  qalora-compile verify folded edge --prove --certificate equal.json
+  qalora-compile verify --certificate equal.json                 again later, without torch
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("a", metavar="A", help="RUN, FOLDED, DIR or .onnx")
-    parser.add_argument("b", metavar="B", help="likewise; at least one of them RUN or FOLDED")
+    parser.add_argument("a", metavar="A", nargs="?", help="RUN, FOLDED, DIR or .onnx")
+    parser.add_argument("b", metavar="B", nargs="?", help="likewise; one of them RUN or FOLDED")
     parser.add_argument("--max-abs", type=float, metavar="F", help="largest difference admitted")
     parser.add_argument(
         "--max-rel", type=float, metavar="F", help="… as a part of the output scale"
@@ -38,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--library", action="store_true", help="run exported models with the operator library"
     )
+    parser.add_argument(
+        "--prove", action="store_true", help="compare every coefficient and the graph around them"
+    )
+    parser.add_argument(
+        "--certificate", metavar="FILE", help="write what was proved; without A and B check FILE"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -45,10 +53,28 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     if options.inputs < 1:
         raise UserInputError(f"--inputs is {options.inputs}", hint="use 1 or more")
+    if options.a is None and options.certificate:
+        return _check_again(options)
+    if options.a is None or options.b is None:
+        raise UserInputError("two things to compare are needed", hint="verify A B --max-rel 1e-4")
+    if options.prove:
+        return _prove(options)
+    if options.certificate:
+        raise UserInputError("only a proof gives a certificate", hint="add --prove")
+    return _compare(options)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from qalora_compile.ir.program import Program
+    from qalora_compile.runtime.library import library_path
+    from qalora_compile.verify.compare import Tolerance
+    from qalora_compile.verify.equivalence import verify_equivalence
+    from qalora_compile.verify.inputs import sample_inputs
+
     if options.max_abs is None and options.max_rel is None:
         raise UserInputError(
             "no tolerance was given",
-            hint="add --max-abs 1e-4 or --max-rel 1e-4: there is no default",
+            hint="add --max-abs 1e-4 or --max-rel 1e-4, for which there is no default; or --prove",
         )
     tolerance = Tolerance(max_abs=options.max_abs, max_rel=options.max_rel)
     with steps():
@@ -69,7 +95,107 @@ def run(options: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
+def _prove(options: argparse.Namespace) -> int:
+    from qalora_compile.verify.proof import prove_equivalence
+
+    with steps():
+        a, b = Path(options.a), Path(options.b)
+        cached = with_cache(a, b)
+        certificate = prove_equivalence(
+            a if cached is None else cached,
+            b,
+            samples=options.inputs,
+            seed=options.seed,
+            folder=a if cached is not None else None,
+        )
+    if options.certificate:
+        certificate.write(options.certificate)
+    return _answer(certificate, [], options)
+
+
+def with_cache(folder: Path, model: Path) -> Program | None:
+    """The program of `folder` with a key-value cache, where the exported `model` has one.
+
+    It is captured again from the description of the model that the folder holds. None where the
+    program in the folder is the one to compare with.
+    """
+    from qalora_compile.verify.graph import FX, ONNX
+    from qalora_compile.verify.sides import open_side
+
+    sides = open_side(folder), open_side(model)
+    if (sides[0].dialect, sides[1].dialect) != (FX, ONNX):
+        return None
+    from qalora_compile.cli.folders import MODEL
+    from qalora_compile.ir.signature import PAST
+
+    names = [{name for name, _ in side.inputs.values()} for side in sides]
+    has_cache = [any(name.startswith(PAST) for name in side) for side in names]
+    if has_cache != [False, True] or not (folder / MODEL).is_dir():
+        return None
+    from qalora_compile.api import add_kv_cache
+    from qalora_compile.ir.program import Program
+
+    logits = next(o for o in sides[1].extra.graph.output if o.name == "logits")
+    last = logits.type.tensor_type.shape.dim[1].dim_value == 1
+    return add_kv_cache(Program.load(folder), folder / MODEL, last_logits=last)
+
+
+def _check_again(options: argparse.Namespace) -> int:
+    from qalora_compile.verify.proof import check_certificate
+
+    with steps():
+        certificate, problems = check_certificate(options.certificate)
+    return _answer(certificate, problems, options)
+
+
+def _answer(certificate: Certificate, problems: list[str], options: argparse.Namespace) -> int:
+    """Show a certificate; 0 equal (and, checked again, as it says), 1 not, 2 undecided."""
+    again = options.a is None
+    if options.json:
+        console.print_json(json.dumps(certificate.to_json() | {"problems": problems}))
+    else:
+        _show_certificate(certificate, problems, options)
+    if again:
+        return 1 if problems else 0
+    return {"EQUAL": 0, "DIFFERENT": 1}.get(certificate.verdict, 2)
+
+
+def _show_certificate(
+    certificate: Certificate, problems: list[str], options: argparse.Namespace
+) -> None:
+    console.print(str(certificate), markup=False)
+    worst = [(s, s.worst) for s in certificate.sites if s.worst is not None]
+    worst.sort(key=lambda item: -item[1][1].max_ratio if item[1] else 0.0)
+    if worst:
+        print_table(
+            f"worst {min(5, len(worst))} of {len(worst)} layers",
+            ("", "max |ΔW|", "of what storing explains", "‖Δy‖ ≤ · ‖x‖", "float32 ≤ · ‖x‖"),
+            [
+                (s.name, w[1].max_abs, w[1].max_ratio, w[1].operator, w[1].float32 or "no bound")
+                for s, w in worst[:5]
+                if w is not None
+            ],
+        )
+    rows: dict[str, object] = {
+        "A": certificate.reference.label,
+        "B": certificate.candidate.label,
+        "verdict": certificate.verdict,
+        "for all inputs": "yes" if certificate.proved else "no: see what was tried on samples",
+    }
+    if options.a is None:
+        rows = {name: rows[name] for name in ("A", "B")}
+        rows["certificate"] = "does not hold" if problems else "holds"
+        rows["problems"] = "\n".join(problems) or "none"
+        rows["not tried again"] = f"{len(certificate.sampled)} parts that were tried on samples"
+    elif options.certificate:
+        rows["written"] = options.certificate
+    print_summary("verify", rows)
+
+
 def _load(text: str) -> Program | Path:
+    from qalora_compile.ir.program import Program
+    from qalora_compile.ir.storage import PROGRAM_FILE
+
     path = Path(text)
     return Program.load(path) if (path / PROGRAM_FILE).exists() else path
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import fx
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import fx
 
 ONNX_METADATA_KEY = "qalora"
 """Key of an exported model's metadata under which signature, sites and history are stored."""
@@ -48,7 +50,9 @@ def module_path(node: fx.Node) -> str | None:
 
 def shape_of(node: fx.Node) -> tuple[int | str, ...] | None:
     """Shape recorded at capture, symbols as text; None where it was not recorded."""
+    from torch import Tensor
+
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         return None
     return tuple(d if isinstance(d, int) else str(d) for d in value.shape)

@@ -94,6 +94,8 @@ def read_program(folder: Path, *, deferred: bool = False) -> Program:
         folder: Where they are.
         deferred: Leave the values of large tensors in their file until they are asked for.
     """
+    from qalora_compile.ir import spec  # noqa: F401 - registers the operators that graphs name
+
     if not folder.is_dir():
         raise UserInputError(f"there is no program folder {folder}", where=str(folder))
     value = read_json(folder / PROGRAM_FILE)

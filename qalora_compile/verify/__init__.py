@@ -1,9 +1,47 @@
-"""Shows that a step kept a program's meaning. Depends on the IR alone; returns reports."""
+"""Shows that a step kept a program's meaning. Depends on the IR alone; returns reports.
+
+Names are imported on first use: certificates are checked without torch.
+"""
 
 from __future__ import annotations
 
-from qalora_compile.verify.compare import Comparison, Report, Tolerance
-from qalora_compile.verify.equivalence import verify_equivalence
-from qalora_compile.verify.inputs import sample_inputs
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Comparison", "Report", "Tolerance", "sample_inputs", "verify_equivalence"]
+if TYPE_CHECKING:
+    from qalora_compile.verify.certificate import Certificate
+    from qalora_compile.verify.compare import Comparison, Report, Tolerance
+    from qalora_compile.verify.equivalence import verify_equivalence
+    from qalora_compile.verify.inputs import sample_inputs
+    from qalora_compile.verify.proof import check_certificate, prove_equivalence
+    from qalora_compile.verify.structural import compare_structure
+
+_HOMES = {
+    "Certificate": "certificate",
+    "Comparison": "compare",
+    "Report": "compare",
+    "Tolerance": "compare",
+    "check_certificate": "proof",
+    "compare_structure": "structural",
+    "prove_equivalence": "proof",
+    "sample_inputs": "inputs",
+    "verify_equivalence": "equivalence",
+}
+
+__all__ = [
+    "Certificate",
+    "Comparison",
+    "Report",
+    "Tolerance",
+    "check_certificate",
+    "compare_structure",
+    "prove_equivalence",
+    "sample_inputs",
+    "verify_equivalence",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.signature import PAST, InputLeaf, Signature
-from qalora_compile.verify.onnx_graph import OnnxGraph
+from qalora_compile.verify.onnx_session import OnnxSession
 from qalora_compile.verify.results import Run, Runner
 
 ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
@@ -45,8 +45,8 @@ class EncoderDecoderRunner:
                 raise UserInputError(
                     f"the folder has no {file}", where=str(folder), hint="export the model again"
                 )
-        self._encoder = OnnxGraph(folder / ENCODER_FILE, library)
-        self._decoder = OnnxGraph(folder / DECODER_FILE, library)
+        self._encoder = OnnxSession(folder / ENCODER_FILE, library)
+        self._decoder = OnnxSession(folder / DECODER_FILE, library)
         wanted = {leaf.name.replace(PAST, _PRESENT) for leaf in self._cross}
         if not wanted or not wanted <= set(self._encoder.signature.outputs):
             raise UserInputError(

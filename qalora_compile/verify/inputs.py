@@ -20,7 +20,7 @@ from qalora_compile.ir.signature import (
 )
 from qalora_compile.ir.spec import GROUP_EMBEDDING
 
-_SIZES = {"batch": 3, "sequence": 24}
+_SIZES = {"batch": 3, "sequence": 24, "past_sequence": 7}
 _OTHER_SIZE = 5
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 _LOOKUPS = {torch.ops.aten.embedding.default: (1, 0), GROUP_EMBEDDING: (0, 1)}
@@ -75,7 +75,10 @@ def _sample(
     if not isinstance(example, Tensor):
         return example
     # The first call has batch 1; later ones vary batch and length, alike for every input.
-    sizes = {"batch": 1 if index == 0 else _SIZES["batch"], "sequence": _SIZES["sequence"] + index}
+    sizes = _SIZES | {"sequence": _SIZES["sequence"] + index}
+    sizes["total_sequence"] = sizes["past_sequence"] + sizes["sequence"]
+    if index == 0:
+        sizes["batch"] = 1
     shape = []
     for dim in leaf.shape:
         size = dim if isinstance(dim, int) else sizes.get(dim, _OTHER_SIZE)

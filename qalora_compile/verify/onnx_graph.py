@@ -1,97 +1,126 @@
-"""One exported file in ONNX Runtime: its outputs, and the values of its sites."""
+"""ONNX models of this package as graphs for a proof, without torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY
-from qalora_compile.ir.signature import Signature
+from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from qalora_compile.optional import require
+from qalora_compile.verify.graph import ONNX, Graph, Node, Ref, SiteRow, Tensor, text_of
+from qalora_compile.verify.stored import Stored, digest_of, from_array, from_onnx
+
+_SHOWN = 40
 
 
-class OnnxGraph:
-    """An exported file, run on the CPU exactly as a user's session would.
-
-    The outputs come from the file as it is; site values come from a second session in which they
-    are additional outputs. Standard models compute in float32 (`QDQ_ACCURACY_KEY`).
-
-    Args:
-        path: The `.onnx` file.
-        library: A library of custom operators that the sessions get.
+def read_onnx_graph(path: Path) -> Graph:
+    """The graph of an exported model; large weights stay in their file until they are read.
 
     Raises:
-        UserInputError: it cannot be loaded, or was not exported by this package.
+        UserInputError: the file is missing, is no ONNX model, or not one of this package.
     """
+    onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except FileNotFoundError:
+        raise UserInputError(f"the file {path.name} is missing", where=str(path)) from None
+    except Exception as error:  # protobuf's own types
+        raise UserInputError(f"{path.name} is no ONNX model", where=str(path)) from error
+    texts = {p.key: p.value for p in model.metadata_props}
+    try:
+        metadata = json.loads(texts[ONNX_METADATA_KEY])
+        return _assemble(model, metadata, path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserInputError(
+            f"{path.name} was not exported by this package, or its metadata is broken: {error!r}",
+            where=str(path),
+        ) from error
 
-    def __init__(self, path: Path, library: Path | None = None) -> None:
-        self._path, self._library = path, library
-        self._runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
-        try:
-            self.session = self._runtime.InferenceSession(
-                str(path), self._options(), providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime raises bare exception types of its own
-            raise UserInputError(
-                f"ONNX Runtime cannot load {path.name}: {str(error).splitlines()[0]}",
-                where=str(path),
-            ) from error
-        text = self.session.get_modelmeta().custom_metadata_map.get(ONNX_METADATA_KEY)
-        if text is None:
-            raise UserInputError(
-                f"{path.name} was not exported by this package: it has no signature to compare by",
-                where=str(path),
-            )
-        metadata: Mapping[str, Any] = json.loads(text)
-        self.signature = Signature.from_json(metadata["signature"])
-        self._site_values: dict[str, str] = dict(metadata["site_values"])
-        self._site_session: Any = None
 
-    def outputs(self, feed: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Every output by name; inputs that the file does not take are left out."""
-        taken = {leaf.name for leaf in self.session.get_inputs()}
-        values = {name: value for name, value in feed.items() if name in taken}
-        names = [output.name for output in self.session.get_outputs()]
-        return dict(zip(names, map(_tensor, self.session.run(None, values)), strict=True))
-
-    def sites(self, feed: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The outputs of every site, by its name, in graph order."""
-        if self._site_session is None:
-            self._site_session = self._open_site_session()
-        taken = {leaf.name for leaf in self.session.get_inputs()}
-        values = {name: value for name, value in feed.items() if name in taken}
-        inner = list(self._site_values.values())
-        found = dict(zip(inner, map(_tensor, self._site_session.run(inner, values)), strict=True))
-        return {site: found[name] for site, name in self._site_values.items()}
-
-    def _options(self) -> Any:
-        options = self._runtime.SessionOptions()
-        options.add_session_config_entry(QDQ_ACCURACY_KEY, "0")
-        if self._library is not None:
-            options.register_custom_ops_library(str(self._library))
-        return options
-
-    def _open_site_session(self) -> Any:
-        onnx = require("onnx", extra="onnx", purpose="look inside an ONNX model")
-        model = onnx.load(str(self._path), load_external_data=False)
-        present = {output.name for output in model.graph.output}
-        for name in dict.fromkeys(self._site_values.values()):
-            if name not in present:
-                model.graph.output.append(onnx.ValueInfoProto(name=name))
-        options = self._options()
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(self._path.parent)
+def _assemble(model: Any, metadata: dict[str, Any], path: Path) -> Graph:
+    tensors = {p.name: from_onnx(p, path.parent) for p in model.graph.initializer}
+    nodes: dict[str, Node] = {}
+    for proto in model.graph.node:
+        if proto.op_type == "Constant" and not proto.domain:
+            tensors[proto.output[0]] = _constant(proto, path.parent)
+            continue
+        for made in onnx_nodes(proto, set(tensors)):
+            nodes[made.name] = made
+    inputs = {
+        i.name: (i.name, _element_type(i)) for i in model.graph.input if i.name not in tensors
+    }
+    layers = [row for row in metadata["layers"] if row["bits"] is not None]
+    known = [row for row in layers if row["site"] in metadata["site_values"]]
+    sites = {
+        row["site"]: SiteRow(
+            row["site"], row["site"].partition("@")[0], row["k"], row["n"], "float32",
+            row["experts"],
         )
-        return self._runtime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        for row in known
+    }  # fmt: skip
+    return Graph(
+        ONNX,
+        str(path),
+        metadata["target"],
+        nodes,
+        inputs,
+        {o.name: _operand(o.name, set(tensors)) for o in model.graph.output},
+        tensors,
+        sites,
+        dict(metadata["site_values"]),
+        functions={(f.domain, f.name): f for f in model.functions},
+        extra=model,
+    )
 
 
-def _tensor(value: Any) -> Tensor:
-    return torch.from_numpy(value)
+def onnx_nodes(proto: Any, stored: set[str]) -> list[Node]:
+    """An `onnx.NodeProto`, once for each of its results."""
+    args = tuple(_operand(name, stored) for name in proto.input)
+    options = {a.name: _attribute(a) for a in proto.attribute}
+    op = f"{proto.domain or 'onnx'}.{proto.op_type}"
+    shown = [text_of(a) for a in args]
+    shown += [f"{k}={str(v)[:_SHOWN]}" for k, v in sorted(options.items())]
+    line = f"{', '.join(proto.output)} = {op}({', '.join(shown)})"
+    return [
+        Node(name, op, args, options, line, index, proto.name)
+        for index, name in enumerate(proto.output)
+        if name
+    ]
+
+
+def _operand(name: str, stored: set[str]) -> Any:
+    if not name:
+        return None
+    return Tensor(name) if name in stored else Ref(name)
+
+
+def _attribute(proto: Any) -> Any:
+    helper = require("onnx", extra="onnx", purpose="read an ONNX model").helper
+    value = helper.get_attribute_value(proto)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value):
+        return tuple(value)
+    if type(value).__name__ == "TensorProto":
+        return f"tensor {from_onnx(value, Path()).digest}"
+    return f"sha256 {digest_of(np.frombuffer(proto.SerializeToString(), np.uint8))}"
+
+
+def _constant(proto: Any, folder: Path) -> Stored:
+    attribute = proto.attribute[0]
+    if attribute.name == "value":
+        found = from_onnx(attribute.t, folder)
+        return Stored(proto.output[0], found.dtype, found.shape, found.read)
+    kind = np.float32 if "float" in attribute.name else np.int64
+    return from_array(proto.output[0], np.asarray(_attribute(attribute), kind))
+
+
+def _element_type(value: Any) -> str | None:
+    names = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64"}
+    return names.get(value.type.tensor_type.elem_type, "other")

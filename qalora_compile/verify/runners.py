@@ -18,7 +18,7 @@ from qalora_compile.verify.encoder_decoder import (
     ENCODER_FILE,
     EncoderDecoderRunner,
 )
-from qalora_compile.verify.onnx_graph import OnnxGraph
+from qalora_compile.verify.onnx_session import OnnxSession
 from qalora_compile.verify.results import Run, Runner
 
 
@@ -63,7 +63,7 @@ class _Recorder(fx.Interpreter):
 
 
 class OnnxRunner:
-    """Runs an exported model in ONNX Runtime, see `OnnxGraph`.
+    """Runs an exported model in ONNX Runtime, see `OnnxSession`.
 
     Language models with a key-value cache run on whole sequences, see `verify.cached`.
 
@@ -72,12 +72,12 @@ class OnnxRunner:
         library: A library of custom operators that the sessions get.
 
     Raises:
-        UserInputError: see `OnnxGraph`; or it is one half of an encoder-decoder model.
+        UserInputError: see `OnnxSession`; or it is one half of an encoder-decoder model.
     """
 
     def __init__(self, path: Path, library: Path | None = None) -> None:
         self.label = f"{path} with {library.name}" if library else str(path)
-        self._graph = OnnxGraph(path, library)
+        self._graph = OnnxSession(path, library)
         self.signature = self._graph.signature
         if self.signature.cross_cache:
             raise UserInputError(

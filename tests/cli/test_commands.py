@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from qalora_compile.cli.main import COMMANDS, main
@@ -76,6 +77,36 @@ def test_verify_says_when_it_cannot_compare(workspace: Path, capsys: Capture) ->
     assert main(["verify", edge, edge, "--max-abs", "1"]) == 2
     assert main(["verify", str(workspace / "run"), edge]) == 2
     assert "no tolerance" in capsys.readouterr().err
+
+
+def test_verify_proves_and_checks_its_certificate(
+    workspace: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run, folded, edge = (str(workspace / name) for name in ("run", "folded", "edge"))
+    assert main(["verify", run, folded, "--prove", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], found["proved"], len(found["sites"])) == ("EQUAL", True, 15)
+    path = str(tmp_path / "equal.json")
+    assert main(["verify", folded, edge, "--prove", "--certificate", path]) == 0
+    assert "no: see what was tried on samples" in capsys.readouterr().out
+    assert main(["verify", "--certificate", path]) == 0
+    assert "holds" in capsys.readouterr().out
+    assert main(["verify", folded, edge, "--certificate", path]) == 2
+    assert main(["verify", folded]) == 2
+    assert main(["verify", folded, str(tmp_path), "--prove"]) == 2
+    assert "neither a program folder" in capsys.readouterr().err
+
+
+def test_verify_names_what_a_proof_finds(workspace: Path, tmp_path: Path, capsys: Capture) -> None:
+    broken = tmp_path / "model.onnx"
+    model = onnx.load(workspace / "edge" / "model.onnx")
+    name = "model.layers.1.mlp.up_proj.scale"
+    proto = next(t for t in model.graph.initializer if t.name == name)
+    proto.raw_data = (onnx.numpy_helper.to_array(proto) * np.float32(1.001)).tobytes()
+    onnx.save(model, broken)
+    words = ["verify", str(workspace / "folded"), str(broken), "--prove"]
+    assert main(words) == 1
+    assert "model.layers.1.mlp.up_proj: weights differ" in capsys.readouterr().out
 
 
 def test_inspect_lists_every_layer(workspace: Path, capsys: Capture) -> None:
@@ -184,7 +215,7 @@ def test_doctor_knows_its_libraries(capsys: Capture) -> None:
     assert facts["kernels, target ort-stock"] == "MatMulNBits, 4 bits: works"
 
 
-@pytest.mark.parametrize("command", [module.NAME for module in COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_examples(command: str, capsys: Capture) -> None:
     assert main([command, "--help"]) == 0
     assert f"qalora-compile {command}" in capsys.readouterr().out.split("examples:")[1]

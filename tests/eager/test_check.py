@@ -12,6 +12,7 @@ import qalora_compile as qc
 from qalora_compile.eager.check import cross_check
 from qalora_compile.eager.layers import AdaptedLinear
 from qalora_compile.errors import CaptureError, VerificationError
+from qalora_compile.verify.compare import Report
 from tests.models import MLP
 
 
@@ -67,7 +68,7 @@ def test_a_planted_fault_is_found(fault: Callable[[AdaptedLinear], None]) -> Non
     fault(layer)
     with pytest.raises(VerificationError, match="differs by") as info:
         cross_check(program, model, (x,), {})
-    assert info.value.report is not None
+    assert isinstance(info.value.report, Report)
     assert all(row.max_rel > 1e-4 for row in info.value.report.outputs)
 
 

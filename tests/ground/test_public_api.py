@@ -25,6 +25,7 @@ HOMES = {
     "export_model": "api",
     "fold_adapters": "api",
     "insert_adapters": "api",
+    "prove_equivalence": "verify.proof",
     "quantize_groups": "api",
     "verify_equivalence": "verify.equivalence",
 }

@@ -1,0 +1,70 @@
+"""What can be compared by proof: programs, program folders, exported models, export folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.verify.fx_graph import (
+    PROGRAM_FILE,
+    program_files,
+    program_graph,
+    read_program_graph,
+)
+from qalora_compile.verify.graph import Graph
+from qalora_compile.verify.onnx_graph import read_onnx_graph
+from qalora_compile.verify.stored import digest_of_file
+
+if TYPE_CHECKING:
+    from qalora_compile.ir.program import Program
+
+_MODEL_FILE = "model.onnx"
+
+
+def open_side(thing: Program | Graph | str | Path) -> Graph:
+    """The graph of a program, or of what a path names; only a program in memory needs torch.
+
+    Raises:
+        UserInputError: the path is missing or is of no known kind.
+    """
+    if isinstance(thing, Graph):
+        return thing
+    if not isinstance(thing, (str, Path)):
+        return program_graph(thing)
+    path = Path(thing)
+    if (path / PROGRAM_FILE).exists():
+        return read_program_graph(path)
+    model = path / _MODEL_FILE if path.is_dir() else path
+    if model.suffix == ".onnx" and model.exists():
+        return read_onnx_graph(model)
+    raise UserInputError(
+        f"{path} is neither a program folder nor an ONNX model",
+        where=str(path),
+        hint="give a folder written by Program.save, finetune, fold or export, or a .onnx file",
+    )
+
+
+def files_of(path: Path) -> dict[str, str]:
+    """SHA-256 of every file that the meaning of a side depends on, by name."""
+    if (path / PROGRAM_FILE).exists():
+        names = [PROGRAM_FILE, *program_files(path)]
+        return {name: digest_of_file(path / name) for name in names}
+    model = path / _MODEL_FILE if path.is_dir() else path
+    found = {model.name: digest_of_file(model)}
+    for name in sorted(_external(model)):
+        found[name] = digest_of_file(model.parent / name)
+    return found
+
+
+def _external(model: Path) -> set[str]:
+    """Names of the files beside a model that its weights are in."""
+    graph = read_onnx_graph(model)
+    rows = (
+        entry.value
+        for proto in graph.extra.graph.initializer
+        if proto.data_location == 1
+        for entry in proto.external_data
+        if entry.key == "location"
+    )
+    return set(rows)

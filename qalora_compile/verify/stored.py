@@ -1,0 +1,184 @@
+"""Stored tensors as a proof reads them: from safetensors, ONNX files or memory, without torch.
+
+The readers are the verifier's own. Values are numpy arrays; what numpy has no type for stays in the
+bytes of the file: bfloat16 as uint16, integers of less than a byte as a flat stream of uint8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.optional import require
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_SAFETENSORS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_ONNX = {
+    1: "float32",
+    2: "uint8",
+    3: "int8",
+    5: "int16",
+    6: "int32",
+    7: "int64",
+    9: "bool",
+    10: "float16",
+    11: "float64",
+    16: "bfloat16",
+    21: "uint4",
+    25: "uint2",
+}
+"""Numbers of `onnx.TensorProto.DataType`."""
+_IN_BYTES = {"bfloat16": "uint16", "uint4": "uint8", "uint2": "uint8"}
+ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
+"""u: a stored number x was rounded from one within u |x| of it, to nearest."""
+SMALLEST = {"float64": 2.0**-1075, "float32": 2.0**-150, "bfloat16": 2.0**-134, "float16": 2.0**-25}
+"""Half the distance of subnormal numbers, which rounding may add."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file or in memory.
+
+    Attributes:
+        name: Its name there.
+        dtype: `float32`, `bfloat16`, `uint4` …
+        shape: Its shape, in elements.
+        read: Gives its bytes as an array, see above.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Array] = field(repr=False, compare=False)
+
+    def values(self) -> Array:
+        """The values, half precision widened to float32, which is exact."""
+        raw = self.read()
+        if self.dtype == "bfloat16":
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw.astype(np.float32) if self.dtype == "float16" else raw
+
+    def wide(self) -> Array:
+        """The values in float64."""
+        return self.values().astype(np.float64)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of type, shape and values; of half precision as widened."""
+        return digest_of(self.values())
+
+    @property
+    def widened(self) -> bool:
+        """Whether the values are stored in half precision."""
+        return self.dtype in ("bfloat16", "float16")
+
+
+def digest_of(values: Array) -> str:
+    """SHA-256 of an array's type, shape and values."""
+    hashed = hashlib.sha256(f"{values.dtype.str}{values.shape}".encode())
+    hashed.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    return hashed.hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def from_array(name: str, values: Array) -> Stored:
+    """A tensor in memory."""
+    return Stored(name, values.dtype.name, values.shape, lambda: values)
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file; their bytes stay in it until they are read.
+
+    Raises:
+        UserInputError: the file is missing or malformed.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        found = {}
+        for name, row in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, (begin, end) = _SAFETENSORS[row["dtype"]], row["data_offsets"]
+            read = _from_file(path, 8 + length + begin, end - begin, dtype, tuple(row["shape"]))
+            found[name] = Stored(name, dtype, tuple(row["shape"]), read)
+    except FileNotFoundError:
+        raise UserInputError(f"the file {path.name} is missing", where=str(path)) from None
+    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise UserInputError(f"{path.name} is malformed: {error!r}", where=str(path)) from error
+    return found
+
+
+def _from_file(
+    path: Path, offset: int, length: int, dtype: str, shape: tuple[int, ...]
+) -> Callable[[], Array]:
+    kind = np.dtype(_IN_BYTES.get(dtype, dtype))
+
+    def read() -> Array:
+        if length == 0:
+            return np.zeros(shape, kind)
+        try:
+            raw = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(length,))
+        except (OSError, ValueError) as error:
+            raise UserInputError(f"{path.name} cannot be read: {error}", where=str(path)) from error
+        values = raw.view(kind)
+        return values if dtype in ("uint4", "uint2") else values.reshape(shape)
+
+    return read
+
+
+def from_onnx(proto: Any, folder: Path) -> Stored:
+    """An `onnx.TensorProto`, its values in the model or in a file beside it.
+
+    Raises:
+        UserInputError: it has a type that no export of this package has.
+    """
+    if proto.data_type not in _ONNX:
+        raise UserInputError(f"the tensor {proto.name} has ONNX type {proto.data_type}")
+    dtype, shape = _ONNX[proto.data_type], tuple(proto.dims)
+    if proto.data_location == 1:
+        rows = {entry.key: entry.value for entry in proto.external_data}
+        path, offset = folder / rows["location"], int(rows.get("offset", 0))
+        length = int(rows.get("length", 0)) or path.stat().st_size - offset
+        return Stored(proto.name, dtype, shape, _from_file(path, offset, length, dtype, shape))
+
+    def read() -> Array:
+        if not proto.HasField("raw_data"):
+            helper = require("onnx", extra="onnx", purpose="read an ONNX model").numpy_helper
+            values: Array = helper.to_array(proto)
+            return values.view(np.uint16) if dtype == "bfloat16" else values
+        raw = np.frombuffer(proto.raw_data, np.dtype(_IN_BYTES.get(dtype, dtype)))
+        return raw if dtype in ("uint4", "uint2") else raw.reshape(shape)
+
+    return Stored(proto.name, dtype, shape, read)

@@ -1,0 +1,195 @@
+"""What stands around the rewritten layers of two graphs, compared by structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qalora_compile.verify.fx_regions import fx_linear
+from qalora_compile.verify.graph import FX, Graph, SiteRow
+from qalora_compile.verify.linear import Linear, NotLinearError
+from qalora_compile.verify.meanings import Meanings
+from qalora_compile.verify.onnx_regions import function_linears, onnx_linear
+from qalora_compile.verify.sides import open_side
+from qalora_compile.verify.terms import Algebra, Term, differences
+
+if TYPE_CHECKING:
+    from qalora_compile.ir.program import Program
+
+PROVED, SAMPLED, DIFFERENT, OPEN = "proved", "sampled", "different", "open"
+_ABSENT = "(nothing)"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What computes one input of a site, or one output of the model, from the sites before it.
+
+    Attributes:
+        name: `input of <site>` or `output <name>`.
+        status: `proved`: the same term on both sides; `different`: not the same; `open`: one side
+            has an operator that is foreign to the other's kind of graph; `sampled`: such a one, and
+            equal on samples.
+        lines: The first two nodes that differ, or are foreign, side by side.
+        targets: The operands that it ends in, on both sides.
+        sampled: Largest difference on samples, as a part of the largest value; where it was tried.
+    """
+
+    name: str
+    status: str
+    lines: tuple[str, str] | None
+    targets: tuple[Any, Any]
+    sampled: float | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A site on both sides, as linear maps.
+
+    Attributes:
+        site: The site.
+        maps: What it computes on both sides; None where it is compared with what stands around it.
+        functions: Other ways to take the operators of a side (0 or 1), made when asked for,
+            from the map by its operators.
+        problem: Why there are no maps.
+    """
+
+    site: SiteRow
+    maps: tuple[Linear, Linear] | None
+    functions: tuple[tuple[int, Callable[[Linear], Mapping[str, Linear]]], ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The outcome of a comparison by structure.
+
+    Attributes:
+        pairs: The sites of both sides.
+        segments: What stands between them.
+        notes: What was widened.
+    """
+
+    pairs: tuple[Pair, ...]
+    segments: tuple[Segment, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        """Whether everything outside the layers is the same by structure alone.
+
+        A site that is no linear map on both sides counts as what stands around the layers.
+        """
+        return all(s.status == PROVED for s in self.segments)
+
+    @property
+    def difference(self) -> str | None:
+        """The first difference, as text of two lines side by side, or None."""
+        problem = next((f"{p.site.name}: {p.problem}" for p in self.pairs if p.problem), None)
+        for segment in self.segments:
+            if segment.status != PROVED and segment.lines is not None:
+                lines = f"{segment.name}\n  {segment.lines[0]}\n  {segment.lines[1]}"
+                return lines if problem is None else f"{problem}\n  and {lines}"
+        return None
+
+
+def compare_structure(
+    reference: Program | Graph | str | Path, candidate: Program | Graph | str | Path
+) -> Structure:
+    """Compare two programs, or a program and an exported model, outside of their layers.
+
+    Names, the order of independent nodes and the nodes that compute a quantized site do not count.
+    Constants are compared bit for bit, half precision as widened to float32.
+
+    Raises:
+        UserInputError: a side cannot be read.
+    """
+    a, b = open_side(reference), open_side(candidate)
+    pairs = _pairs(a, b)
+    cuts = {p.site.name for p in pairs if p.maps is not None}
+    halves = a.half != b.half
+    algebra = Algebra(single=a.dialect != b.dialect, halves=halves)
+    sides = [
+        Meanings(graph, algebra, {graph.site_values[name]: name for name in cuts})
+        for graph in (a, b)
+    ]
+    wanted = _targets(a, b, pairs)
+    for side, index in zip(sides, (0, 1), strict=True):
+        side.make([targets[index] for _, targets in wanted])
+    mixed = a.dialect != b.dialect
+    segments = [
+        _segment(name, targets, (sides[0].of(targets[0]), sides[1].of(targets[1])), mixed)
+        for name, targets in wanted
+    ]
+    segments += _unmatched_outputs(a, b)
+    notes = ["half precision is compared as widened to float32"] if halves else []
+    return Structure(tuple(pairs), tuple(segments), tuple(notes))
+
+
+def _pairs(a: Graph, b: Graph) -> list[Pair]:
+    pairs = []
+    for name, site in a.sites.items():
+        if name not in b.sites:
+            pairs.append(Pair(site, None, (), f"the site is missing in {b.label}"))
+            continue
+        try:
+            pairs.append(_pair(a, b, site))
+        except NotLinearError as problem:
+            pairs.append(Pair(site, None, (), str(problem)))
+    missing = [site for name, site in b.sites.items() if name not in a.sites]
+    pairs += [Pair(s, None, (), f"the site is missing in {a.label}") for s in missing]
+    return pairs
+
+
+def _pair(a: Graph, b: Graph, site: SiteRow) -> Pair:
+    first, second = _linear(a, site), _linear(b, b.sites[site.name])
+    if len(first.source) != len(second.source):
+        raise NotLinearError("the rows of experts are given in different ways")
+    functions = tuple(
+        (index, partial(function_linears, graph, graph.sites[site.name]))
+        for index, graph in enumerate((a, b))
+        if graph.functions
+    )
+    return Pair(site, (first, second), functions)
+
+
+def _linear(graph: Graph, site: SiteRow) -> Linear:
+    return fx_linear(graph, site) if graph.dialect == FX else onnx_linear(graph, site)
+
+
+def _targets(a: Graph, b: Graph, pairs: list[Pair]) -> list[tuple[str, tuple[Any, Any]]]:
+    """The values that are compared: what the sites read, then the outputs."""
+    found = []
+    for pair in pairs:
+        if pair.maps is not None:
+            sources = zip(pair.maps[0].source, pair.maps[1].source, strict=True)
+            for index, operands in enumerate(sources):
+                what = "input" if index == 0 else "rows by expert"
+                found.append((f"{what} of {pair.site.name}", operands))
+    both = [name for name in a.outputs if name in b.outputs]
+    found += [(f"output {name}", (a.outputs[name], b.outputs[name])) for name in both]
+    return found
+
+
+def _unmatched_outputs(a: Graph, b: Graph) -> list[Segment]:
+    """Outputs of one side alone; a None is no output of an ONNX model."""
+    found = []
+    for one, other, flip in ((a, b, False), (b, a, True)):
+        for name, value in one.outputs.items():
+            if name not in other.outputs and value is not None:
+                lines = (one.line(value), _ABSENT)
+                shown = (lines[1], lines[0]) if flip else lines
+                found.append(Segment(f"output {name}", DIFFERENT, shown, (None, None)))
+    return found
+
+
+def _segment(name: str, targets: tuple[Any, Any], terms: tuple[Term, Term], mixed: bool) -> Segment:
+    found = differences(*terms, mixed=mixed)
+    if not found:
+        return Segment(name, PROVED, None, targets)
+    known = [d for d in found if d.known]
+    first = known[0] if known else found[0]
+    lines = (first.reference, first.candidate)
+    return Segment(name, DIFFERENT if known else OPEN, lines, targets)

@@ -1,0 +1,257 @@
+"""Terms: what a value is computed by, in a form that torch.fx and ONNX graphs have in common.
+
+A term is hashed over its whole computation, so that equal hashes mean equal computations: names,
+the order of independent nodes and the grouping and order of sums and products do not count. What
+both kinds of graphs say in their own operators (`silu`, `Sigmoid` and `Mul`) becomes the same term;
+an operator without such a form stays as it is, `foreign` to the other kind of graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qalora_compile.verify.stored import Stored, digest_of
+
+SUM, PRODUCT = "sum", "product"
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+UNKNOWN = "?"
+"""A dtype that is not known."""
+_COMMUTATIVE = (SUM, PRODUCT)
+_SMALL = 1 << 16
+"""Elements up to which a stored matrix is turned to compare it with one that was stored turned."""
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A computation.
+
+    Attributes:
+        op: What computes it; of `const` and `number` terms, what kind of leaf it is.
+        detail: Options and values, as text.
+        args: Operands.
+        key: The hash.
+        line: The node as text, for messages.
+        dialect: Of a foreign operator: the kind of graph that it is of; else empty.
+        dialects: Of all foreign operators inside.
+        dtype: Of the value, where it is known.
+        stored: Of a constant.
+    """
+
+    op: str
+    detail: str
+    args: tuple[Term, ...]
+    key: str
+    line: str
+    dialect: str
+    dialects: frozenset[str]
+    dtype: str | None
+    stored: Stored | None = None
+
+    def __str__(self) -> str:
+        return self.line
+
+
+def term(
+    op: str,
+    args: Sequence[Term] = (),
+    detail: object = "",
+    *,
+    line: str = "",
+    dialect: str = "",
+    dtype: str | None = None,
+    stored: Stored | None = None,
+) -> Term:
+    """A term; operands of commutative operators are put in order."""
+    given = tuple(sorted(args, key=lambda t: t.key) if op in _COMMUTATIVE else args)
+    text = f"{dialect}|{op}|{detail}|" + ",".join(t.key for t in given)
+    key = hashlib.sha256(text.encode()).hexdigest()
+    inside = frozenset[str]().union(*(t.dialects for t in given))
+    if dialect:
+        inside |= {dialect}
+    if dtype is None and given:
+        dtype = _common_dtype(given)
+    return Term(op, str(detail), given, key, line, dialect, inside, dtype, stored)
+
+
+def _common_dtype(args: Sequence[Term]) -> str:
+    """The dtype of floating operands that have one; else `?`: a cast of the result may round."""
+    found = {t.dtype for t in args if t.op != "number"}
+    only = next(iter(found)) if len(found) == 1 else None
+    return only if only is not None and only in FLOATS else UNKNOWN
+
+
+class Algebra:
+    """Makes terms of sums, products, numbers and constants.
+
+    Args:
+        single: Numbers are compared as float32: ONNX stores them so.
+        halves: Casts to half precision count as none: one side computes in float32 what the other
+            does in half precision.
+    """
+
+    def __init__(self, *, single: bool, halves: bool) -> None:
+        self.single, self.halves = single, halves
+        self._turned: dict[str, str] = {}
+
+    def number(self, value: float, line: str = "") -> Term:
+        """A number."""
+        wide = float(np.float32(value)) if self.single else float(value)
+        return term("number", (), repr(wide), line=line or repr(value))
+
+    def sum(self, parts: Sequence[Term], line: str = "") -> Term:
+        """A sum; sums inside it are taken apart, and numbers added."""
+        return self._combine(SUM, parts, line)
+
+    def product(self, parts: Sequence[Term], line: str = "") -> Term:
+        """A product; products inside it are taken apart, and numbers multiplied."""
+        return self._combine(PRODUCT, parts, line)
+
+    def negated(self, value: Term, line: str = "") -> Term:
+        """−x."""
+        return self.product([self.number(-1.0), value], line)
+
+    def inverse(self, value: Term, line: str = "") -> Term:
+        """1 / x."""
+        found = as_number(value)
+        if found:
+            return self.number(1.0 / found, line)
+        return term("reciprocal", [value], line=line)
+
+    def cast(self, value: Term, dtype: str | None, line: str = "") -> Term:
+        """A cast; none where the value has that type."""
+        if dtype is None or value.dtype == dtype:
+            return value
+        if self.halves and dtype in FLOATS and value.dtype in FLOATS:
+            return value
+        return term("cast", [value], dtype, line=line, dtype=dtype)
+
+    def constant(self, stored: Stored, *, turned: bool = False) -> Term:
+        """A stored tensor; one element is a number, a turned matrix is the matrix turned."""
+        floating = stored.dtype.startswith(("float", "bfloat"))
+        if stored.size == 1 and floating:
+            return self.number(float(stored.wide().reshape(-1)[0]), f"@{stored.name}")
+        line = f"@{stored.name}: {stored.dtype}{list(stored.shape)}"
+        dtype = "float32" if stored.widened and self.halves else stored.dtype
+        if not turned or stored.size <= _SMALL:
+            key = self._turned_digest(stored) if turned else stored.digest
+            return term("const", (), key, line=line, dtype=dtype, stored=stored)
+        return term("const", (), f"{stored.digest} turned", line=line, dtype=dtype, stored=stored)
+
+    def _turned_digest(self, stored: Stored) -> str:
+        if stored.digest not in self._turned:
+            self._turned[stored.digest] = digest_of(np.ascontiguousarray(stored.values().T))
+        return self._turned[stored.digest]
+
+    def _combine(self, op: str, parts: Sequence[Term], line: str) -> Term:
+        flat: list[Term] = []
+        for part in parts:
+            flat += part.args if part.op == op else (part,)
+        neutral = 0.0 if op == SUM else 1.0
+        total, rest = neutral, []
+        for part in flat:
+            value = as_number(part)
+            if value is None:
+                rest.append(part)
+            else:
+                total = total + value if op == SUM else total * value
+        if total != neutral or not rest:
+            rest.append(self.number(total))
+        return rest[0] if len(rest) == 1 else term(op, rest, line=line)
+
+
+def as_number(value: Term) -> float | None:
+    """The value of a number."""
+    return float(value.detail) if value.op == "number" else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two computations part.
+
+    Attributes:
+        reference: The node of the reference as text.
+        candidate: The node of the candidate.
+        known: Both are in terms of both graphs: the computations do differ there.
+    """
+
+    reference: str
+    candidate: str
+    known: bool
+
+
+def differences(a: Term, b: Term, *, mixed: bool) -> list[Difference]:
+    """Where two computations part, outermost first; nothing if they are the same.
+
+    Args:
+        a: A computation.
+        b: Another.
+        mixed: They are of graphs of two kinds, so that each has operators foreign to the other.
+    """
+    found: list[Difference] = []
+    waiting: list[tuple[Term, Term]] = [(a, b)]
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        first, second = waiting.pop()
+        if first.key == second.key or (first.key, second.key) in seen:
+            continue
+        seen.add((first.key, second.key))
+        pairs = _pairs(first, second)
+        if pairs is None:
+            found.append(Difference(first.line, second.line, _known(first, second, mixed)))
+            continue
+        for left, right in pairs:
+            if left is not None and right is not None:
+                waiting.append((left, right))
+            else:
+                one = left.line if left is not None else f"(nothing like it in) {first.line}"
+                other = right.line if right is not None else f"(nothing like it in) {second.line}"
+                found.append(Difference(one, other, _known(left, right, mixed)))
+    return found
+
+
+def _pairs(a: Term, b: Term) -> list[tuple[Term | None, Term | None]] | None:
+    """Operands to compare in place of two terms; None where the terms themselves differ."""
+    same = (a.op, a.detail, a.dialect) == (b.op, b.detail, b.dialect)
+    if not same or not a.args:
+        return None
+    if a.op not in _COMMUTATIVE:
+        return list(zip(a.args, b.args, strict=True)) if len(a.args) == len(b.args) else None
+    left, right = _without(a.args, b.args), _without(b.args, a.args)
+    left, right = (sorted(side, key=_shape) for side in (left, right))
+    paired: list[tuple[Term | None, Term | None]] = []
+    for one in list(left):
+        like = next((other for other in right if _shape(other) == _shape(one)), None)
+        if like is not None:
+            left.remove(one)
+            right.remove(like)
+            paired.append((one, like))
+    if len(left) == len(right):
+        return [*paired, *zip(left, right, strict=True)]
+    return [*paired, *((one, None) for one in left), *((None, one) for one in right)]
+
+
+def _shape(value: Term) -> tuple[str, str, int]:
+    return (value.dialect, value.op, len(value.args))
+
+
+def _without(these: Sequence[Term], those: Sequence[Term]) -> list[Term]:
+    """Those of `these` that are not in `those`, each as often as it is more often here."""
+    counts = Counter(t.key for t in those)
+    left = []
+    for one in these:
+        if counts[one.key]:
+            counts[one.key] -= 1
+        else:
+            left.append(one)
+    return left
+
+
+def _known(a: Term | None, b: Term | None, mixed: bool) -> bool:
+    """Whether a difference is one: not where an operator is foreign to the other graph."""
+    inside = frozenset[str]().union(*(t.dialects for t in (a, b) if t is not None))
+    return not inside if mixed else len(inside) <= 1

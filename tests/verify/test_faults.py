@@ -1,0 +1,37 @@
+"""Every planted fault is caught by the proof and by the numeric check, and named.
+
+`make mutation-score` prints what each check makes of each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import qalora_compile as qc
+from tests.verify.model_faults import MODEL_FAULTS
+from tests.verify.planted import SPECS, Fault, compare, examine, program
+from tests.verify.program_faults import PROGRAM_FAULTS
+from tests.verify.score import is_right
+
+FAULTS = [*PROGRAM_FAULTS, *MODEL_FAULTS]
+
+
+def test_the_library_is_large_and_its_names_tell_the_faults_apart() -> None:
+    assert len(FAULTS) >= 30
+    assert len({(fault.name, fault.on) for fault in FAULTS}) == len(FAULTS)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_without_a_fault_both_checks_find_them_equal(name: str, models: Path) -> None:
+    path = models / f"{name}.onnx"
+    certificate = qc.prove_equivalence(program("folded"), path)
+    assert certificate.proved, certificate
+    assert compare(program("folded"), path) == (False, "")
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.on}: {fault.name}")
+def test_a_planted_fault_is_caught_and_named(fault: Fault, models: Path, tmp_path: Path) -> None:
+    found = examine(fault, models, tmp_path)
+    assert is_right(found), found
