@@ -47,14 +47,9 @@ class ProgramRunner:
 
     def run(self, leaves: Sequence[Any]) -> Run:
         """Run node by node, without gradients; the program's mode is restored."""
-        training = self.program.module.training
-        self.program.eval()
         recorder = _Recorder(self.program.module)
-        try:
-            with torch.no_grad():
-                recorder.run(*leaves)
-        finally:
-            self.program.module.train(training)
+        with self.program.evaluating():
+            recorder.run(*leaves)
         outputs = zip(self.signature.outputs, recorder.flat_outputs, strict=True)
         return Run({n: v for n, v in outputs if isinstance(v, Tensor)}, recorder.sites)
 
