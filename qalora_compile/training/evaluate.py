@@ -41,16 +41,19 @@ class Metrics:
 
 def program_forward(program: Program) -> Forward:
     """The logits of a causal language model program."""
-    argument = program.signature.inputs[0].name
-    takes_mask = any(leaf.name == "attention_mask" for leaf in program.signature.inputs)
 
     def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        inputs = {argument: input_ids}
-        if takes_mask:
-            inputs["attention_mask"] = attention_mask
-        return logits_of(program(**inputs))
+        return logits_of(program(**model_inputs(program, input_ids, attention_mask)))
 
     return forward
+
+
+def model_inputs(program: Program, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Arguments of a causal language model by name; the mask where the model takes one."""
+    inputs = {program.signature.inputs[0].name: input_ids}
+    if any(leaf.name == "attention_mask" for leaf in program.signature.inputs):
+        inputs["attention_mask"] = attention_mask
+    return inputs
 
 
 def logits_of(output: Any) -> Tensor:
