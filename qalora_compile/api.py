@@ -12,6 +12,7 @@ from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
 from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
+from qalora_compile.ir.signature import Call
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.base import Pass
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
@@ -43,12 +44,16 @@ def quantize_groups(
     targets: str | Iterable[str] = ALL_LINEAR,
     exclude: Iterable[str] = (),
     embeddings: QuantSpec | None = None,
+    calibration: Iterable[Call] | None = None,
 ) -> Program:
     """Decide which linear layers to quantize, and quantize them.
 
     Args:
         program: At stage `float`, or `annotated` (its plan is then used as it is).
         spec: Bits, group size and method; None takes 4 bits in groups of 32, min-max.
+        calibration: Calls of the program, tuples or mappings of arguments as capture takes them:
+            weights are quantized to lose least on them. Method `gptq` needs it, the others
+            refine their offsets by it. Positions that an `attention_mask` hides do not count.
         targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
             named is quantized even where the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
@@ -57,11 +62,13 @@ def quantize_groups(
             and heads tied to them, in float.
 
     Raises:
-        UserInputError: a pattern matches nothing, a weight is not finite, or nothing is left to
-            quantize, of embeddings and heads too where they are asked for.
+        UserInputError: a pattern matches nothing, a weight is not finite, nothing is left to
+            quantize, of embeddings and heads too where they are asked for, or calibration data are
+            missing, do not fit or are all padding.
         PreconditionError: the program is at another stage.
     """
-    quantize: list[Pass] = [QuantizeGroups(**(spec or QuantSpec()).to_json())]
+    calls = () if calibration is None else _some(calibration)
+    quantize: list[Pass] = [QuantizeGroups(**(spec or QuantSpec()).to_json(), calibration=calls)]
     if embeddings is not None:
         one_of("method of embeddings", embeddings.method, (QuantSpec().method,))
         quantize.append(QuantizeEmbeddings(bits=embeddings.bits, group_size=embeddings.group_size))
@@ -76,6 +83,16 @@ def quantize_groups(
             hint="leave out the option for embeddings",
         )
     return result.program
+
+
+def _some(calls: Iterable[Call]) -> tuple[Call, ...]:
+    """Calibration calls, which must not be none at all."""
+    found = tuple(calls)
+    if not found:
+        raise UserInputError(
+            "there are no calibration data", hint="give at least one call, e.g. [(x,)]"
+        )
+    return found
 
 
 def _annotation(
@@ -109,6 +126,7 @@ def adapt_module_(
     targets: str | Iterable[str] = ALL_LINEAR,
     exclude: Iterable[str] = (),
     dynamic_shapes: Any = None,
+    calibration: Iterable[Call] | None = None,
 ) -> Program:
     """Quantize and adapt a model in place, module by module, by the plan of its captured graph.
 
@@ -129,6 +147,7 @@ def adapt_module_(
         targets: As for `quantize_groups`.
         exclude: As for `quantize_groups`.
         dynamic_shapes: As for `capture_model`.
+        calibration: As for `quantize_groups`.
 
     Raises:
         CaptureError: `torch.export` refused the model, or captured something else than it computes.
@@ -147,7 +166,7 @@ def adapt_module_(
     captured = capture_model(model, args, kwargs, dynamic_shapes)
     agreement = Agreement.find(captured, model, args, kwargs)
     annotated = Pipeline(_annotation(targets, exclude))(captured).program
-    program = insert_adapters(quantize_groups(annotated, quant), adapter)
+    program = insert_adapters(quantize_groups(annotated, quant, calibration=calibration), adapter)
     undo = Undo()
     try:
         apply_adapters(model, annotated, program, undo)

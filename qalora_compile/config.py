@@ -10,7 +10,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 from qalora_compile.errors import UnsupportedError, UserInputError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
-METHODS = ("minmax",)
+METHODS = ("minmax", "mse", "hqq", "gptq")
+"""Each loses less than the one before it, in the output of a layer."""
+CALIBRATED = ("gptq",)
+"""The methods that need calibration data."""
 POOLINGS = ("sum", "mean", "mean_times_groups")
 TARGETS = ("ort", "ort-stock", "onnx")
 ACCURACY_LEVELS = (0, 4)
@@ -76,18 +79,33 @@ class QuantSpec(Spec):
     Attributes:
         bits: Width of a code: 2, 3, 4 or 8.
         group_size: Weights that share one scale and offset; the last group of a row may be shorter.
-        method: How scale, offset and codes are chosen; `"minmax"` rounds to the nearest of
-            2^bits levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1).
+        method: How scale, offset and codes are chosen. `"minmax"` rounds to the nearest of
+            2^bits levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1);
+            `"mse"` searches for the range that loses least; `"hqq"` fits it half-quadratically;
+            `"gptq"` (arXiv 2210.17323) needs calibration data.
+        refine_offsets: Where there are calibration data, move the offsets to where the output error
+            is least, given the codes and the scale. This costs nothing at run time.
+        act_order: Of `"gptq"`: round the columns that are most active first; groups stay as they
+            are. False: from left to right.
+        damping: Of `"gptq"`: part of the mean diagonal of the second moments that is added to their
+            diagonal; more is added where calibration rows are few.
     """
 
     bits: int = 4
     group_size: int = 32
     method: str = "minmax"
+    refine_offsets: bool = True
+    act_order: bool = True
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         one_of("bits", self.bits, SUPPORTED_BITS)
         _whole("group_size", self.group_size, least=1)
         one_of("method", self.method, METHODS)
+        one_of("refine_offsets", self.refine_offsets, (True, False))
+        one_of("act_order", self.act_order, (True, False))
+        if not (isinstance(self.damping, float) and 0 < self.damping <= 1):
+            raise UserInputError(f"damping is {self.damping!r}", hint="use e.g. 0.01, 1 at most")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,12 +29,15 @@ from qalora_compile.cli.folders import (
     save_tokenizer,
     write_run_file,
 )
+from qalora_compile.cli.quantized import add_quant_arguments, print_reports, quant_spec
 from qalora_compile.cli.ui import Steps, print_summary, steps
-from qalora_compile.config import METHODS, POOLINGS, SUPPORTED_BITS, AdapterSpec, QuantSpec
+from qalora_compile.config import CALIBRATED, POOLINGS, AdapterSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import ADAPTERS_FILE, save_tensors, write_program
+from qalora_compile.quantizers.report import QuantReport, collecting_reports
+from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.checkpoint import (
     list_checkpoints,
     restore_checkpoint,
@@ -52,6 +55,7 @@ EXAMPLES = """examples:
   qalora-compile finetune model.gguf --data train.jsonl --eval-data test.jsonl --steps 200 --out run
   qalora-compile finetune my_package.models:build --data ids.jsonl --bits 3 --out run
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --embeddings 8
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --bits 3 --method gptq --out run
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --resume
 
 data, one JSON object a line:
@@ -73,12 +77,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-data", metavar="FILE", help="held-out data, JSON lines")
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
     quant = parser.add_argument_group("quantization")
-    quant.add_argument("--bits", type=int, default=4, choices=SUPPORTED_BITS)
-    quant.add_argument("--group-size", type=int, default=32, metavar="G")
-    quant.add_argument("--method", default="minmax", choices=METHODS)
-    quant.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
-    quant.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers to keep")
+    add_quant_arguments(quant)
     add_embedding_arguments(quant)
+    quant.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="data to quantize for, JSON lines; gptq takes the training data where none are given",
+    )
+    quant.add_argument(
+        "--calibration-samples", type=int, default=128, metavar="N", help="the first N of them"
+    )
     adapter = parser.add_argument_group("adapters")
     adapter.add_argument("--rank", type=int, default=16)
     adapter.add_argument("--alpha", type=float, default=32.0)
@@ -128,6 +136,8 @@ def run(options: argparse.Namespace) -> int:
         if not result.stopped
         else "the same command with --resume",
     }
+    if job.reports:
+        print_reports(job.reports)
     print_summary("finetune", rows)
     return 130 if result.stopped else 0
 
@@ -144,6 +154,7 @@ class _Job:
     record: dict[str, Any]
     start_step: int
     optimizer: torch.optim.Optimizer
+    reports: tuple[QuantReport, ...] = ()
 
     def report_data(self, shown: Steps) -> None:
         """Say what of the data was cut or skipped."""
@@ -166,7 +177,7 @@ class _Job:
 def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) -> _Job:
     """Load, read the data, quantize, insert; write the RUN folder that training goes on in."""
     check_output(out, overwrite=options.overwrite)
-    quant = QuantSpec(bits=options.bits, group_size=options.group_size, method=options.method)
+    quant = quant_spec(options)
     embeddings = embedding_spec(options)
     adapter = AdapterSpec(
         rank=options.rank, alpha=options.alpha, pooling=options.pooling, seed=options.seed
@@ -176,15 +187,17 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     data, held_out = _load_data(options, source.tokenizer, source.decoder_start)
     shown.say("capture")
     program = source.capture()
-    program = quantize_groups(
-        program,
-        quant,
-        targets=options.targets or "all-linear",
-        exclude=options.exclude,
-        embeddings=embeddings,
-    )
-    program = insert_adapters(program, adapter)
     _check_trainable(program, data, held_out)
+    with collecting_reports() as reports:
+        program = quantize_groups(
+            program,
+            quant,
+            targets=options.targets or "all-linear",
+            exclude=options.exclude,
+            embeddings=embeddings,
+            calibration=_calibration(options, program, data, source.tokenizer),
+        )
+    program = insert_adapters(program, adapter)
     record = {
         "model": options.model,
         "data": str(Path(options.data).resolve()),
@@ -202,7 +215,19 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         save_description(source.model, folder)
         write_run_file(folder, record)
     optimizer = make_optimizer(program, spec)
-    return _Job(program, data, held_out, spec, out, record, 0, optimizer)
+    return _Job(program, data, held_out, spec, out, record, 0, optimizer, tuple(reports))
+
+
+def _calibration(
+    options: argparse.Namespace, program: Program, data: Dataset, tokenizer: Any
+) -> list[dict[str, Any]] | None:
+    """Calls to quantize for, where a file of them is given or the method needs them."""
+    if options.calibration:
+        data = load_examples(options.calibration, tokenizer, max_length=options.seq_len)
+        _check_trainable(program, data)
+    elif options.method not in CALIBRATED:
+        return None
+    return calibration_calls(program, data.examples, options.calibration_samples)
 
 
 def _load_data(

@@ -95,6 +95,11 @@ def is_deferred(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def is_placeholder(tensor: Tensor) -> bool:
+    """Whether a tensor will never have values: it stands for one of another program."""
+    return is_deferred(tensor) and not hasattr(tensor, _RECIPE)
+
+
 Seen = dict[Hashable, dict[str, Tensor]]
 """Results on the meta device, by what they depend on."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from qalora_compile.config import TARGETS
@@ -87,6 +89,17 @@ class Program:
         """Switch to evaluation mode; returns self."""
         self.module.train(False)
         return self
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, and no gradients, in the block; the mode is restored after it."""
+        training = self.module.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train(training)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that the graph reads, by name, in graph order."""

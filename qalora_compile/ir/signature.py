@@ -14,6 +14,8 @@ from qalora_compile.errors import UserInputError
 
 Dim = int | str
 Constant = bool | int | float | str | None
+Call = Sequence[Any] | Mapping[str, Any]
+"""The arguments of one call, by position or by name."""
 
 
 PAST = "past_key_values."
@@ -225,6 +227,11 @@ def bind(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
             f"missing argument: {', '.join(missing)}", hint=f"the graph takes: {', '.join(names)}"
         )
     return [values[name] for name in names]
+
+
+def split_call(call: Call) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """(args, kwargs) of a call: a sequence of arguments, or a mapping of named ones."""
+    return ((), call) if isinstance(call, Mapping) else (tuple(call), {})
 
 
 def flatten_inputs(graph: fx.Graph, values: Sequence[Any]) -> list[Any]:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from qalora_compile.config import QuantSpec
+from qalora_compile.config import CALIBRATED, QuantSpec
 from qalora_compile.errors import PostconditionError, UserInputError
-from qalora_compile.ir.deferred import Seen, defer, keep_recipe
+from qalora_compile.ir.affine import GroupAffine
+from qalora_compile.ir.deferred import Seen, defer, is_deferred, is_placeholder, keep_recipe
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ANNOTATED, CODE_NAMES, QUANTIZED, Program
+from qalora_compile.ir.signature import Call
 from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, ON_CODES
-from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.passes.base import Change, Pass, PassResult, data_field
 from qalora_compile.passes.rewrite import TensorNodes
 from qalora_compile.progress import track
-from qalora_compile.quantizers import get_quantizer
+from qalora_compile.quantizers import data_needed, get_quantizer, quantize_weight
+from qalora_compile.quantizers.in_order import replace_in_order
+from qalora_compile.quantizers.statistics import ActivationStatistics
+
+_INSTEAD = "hqq"
+"""What quantizes a weight by itself where the method asked for needs data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +45,32 @@ class QuantizeGroups(QuantSpec, Pass):
     Exactness: lossy; the program computes the model with its weights replaced by
     `scale · q + offset` (arXiv 2309.14717, Eq. 1).
 
+    With calibration data, layers are quantized in graph order, each by statistics of its input
+    after the layers before it were quantized (`quantizers.in_order`). Without, by their weights
+    alone. Stacked experts have no statistics: methods that need them leave experts to `hqq`, and
+    say so in the skips.
+
+    Run again without the data on a graph of placeholders (`passes.replay`), a calibrated method
+    gives the same program, for the tensors of the first run.
+
     Options: the fields of `QuantSpec`.
+
+    Attributes:
+        calibration: Calls of the program, tuples or mappings, whose inputs the weights are
+            quantized for. No option: text cannot carry it.
     """
 
     name: ClassVar[str] = "quantize-groups"
     consumes: ClassVar[tuple[str, ...]] = (ANNOTATED,)
     produces: ClassVar[str | None] = QUANTIZED
 
+    calibration: tuple[Call, ...] = data_field(())
+
     def requires(self, program: Program) -> None:
-        """The plan has something to quantize.
+        """The plan has something to quantize, and there are the data that the method needs.
 
         Raises:
-            UserInputError: it has not.
+            UserInputError: it has not, or there are not.
         """
         if not program.plan.to_quantize():
             kept = "; ".join(f"{s.name}: {s.reason}" for s in program.plan if s.n)
@@ -58,6 +79,15 @@ class QuantizeGroups(QuantSpec, Pass):
                 where=kept or "the model has no linear map by a parameter",
                 hint="name sites in targets, or check that the model is the one you meant",
             )
+        weights = [_weight_of(site, program) for site in program.plan.to_quantize()]
+        if self.calibration and any(map(is_deferred, weights)):
+            raise UserInputError(
+                "a program whose weights are not in memory cannot be calibrated",
+                hint="load the model, or use a method that needs no data",
+            )
+        needs = self.method in CALIBRATED and not self.calibration
+        if needs and not all(map(is_placeholder, weights)):
+            raise data_needed(self.method)
 
     def call(self, program: Program) -> PassResult:
         """Quantize and rewrite."""
@@ -68,18 +98,25 @@ class QuantizeGroups(QuantSpec, Pass):
         linears = _linears_of(graph, rows)
         changes, seen = [], Seen()
         weights = [s for s in program.plan.weights_to_quantize() if s.name in linears]
+        made = self._calibrate(weights, linears, program) if self.calibration else {}
+        uncalibrated = [s for s in weights if self.calibration and s.path not in made]
         for site in track(weights, "quantize"):
-            tensors |= self._quantize(site, linears[site.name], program, seen)
-            changes.append(Change(site.path, f"{site.shape} to {self.bits} bits", self.method))
+            if site.path not in made:
+                made[site.path] = self._by_weight(site, linears[site.name], program, seen)
+            tensors |= made[site.path].tensors
+            why = "; ".join(made[site.path].remarks)
+            changes.append(Change(site.path, f"{site.shape} to {self.bits} bits", why))
         nodes = TensorNodes(graph)
         for name, linear in linears.items():
             self._rewrite(graph, linear.node, rows[name], nodes)
         spec = {"bits": self.bits, "group_size": self.group_size}
         plan = program.plan.update(dict.fromkeys(rows, spec))
+        skips = [Change(s.name, "kept in float", s.reason) for s in plan if s.bits is None]
+        for site in uncalibrated:
+            why = f"stacked experts: quantized by their weights alone, {self._without_data.method}"
+            skips.append(Change(site.name, "not calibrated", why))
         return PassResult(
-            program.evolve(graph=graph, tensors=tensors, plan=plan),
-            tuple(changes),
-            tuple(Change(s.name, "kept in float", s.reason) for s in plan if s.bits is None),
+            program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes), tuple(skips)
         )
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -89,31 +126,45 @@ class QuantizeGroups(QuantSpec, Pass):
             if computed.get(site.name) != (self.bits, self.group_size):
                 raise PostconditionError("the site was not quantized", where=site.name)
 
-    def _quantize(
-        self, site: Site, linear: LinearMap, program: Program, seen: Seen
-    ) -> dict[str, Tensor]:
-        """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""
-        weight = get_tensor(program.module, site.weight)
-        assert weight is not None, "the plan was made from this module"
+    @property
+    def _without_data(self) -> QuantizeGroups:
+        """The same with a method that needs no data."""
+        return replace(self, method=_INSTEAD) if self.method in CALIBRATED else self
+
+    def _calibrate(
+        self, weights: Sequence[Site], linears: Mapping[str, LinearMap], program: Program
+    ) -> dict[str, _Made]:
+        """Codes, scale and offset of each weight that has statistics, by path, in graph order."""
+        sites = {site.path: site for site in weights}
         quantizer = get_quantizer(self.method)
+        made: dict[str, _Made] = {}
+
+        def quantize(path: str, statistics: ActivationStatistics) -> Tensor:
+            site = sites[path]
+            weight = linears[site.name].matrix(_weight_of(site, program).detach())
+            chosen = quantize_weight(quantizer, weight, self, path=path, statistics=statistics)
+            tensors = _named(site, _parts(site, [chosen.affine]))
+            made[path] = _Made(tensors, (self.method, *chosen.notes))
+            return chosen.affine.dequantize()
+
+        replace_in_order(program, self.calibration, quantize)
+        return made
+
+    def _by_weight(self, site: Site, linear: LinearMap, program: Program, seen: Seen) -> _Made:
+        """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""
+        spec = self._without_data
+        quantizer = get_quantizer(spec.method)
 
         def compute(weight: Tensor) -> dict[str, Tensor]:
             matrix = linear.matrix(weight.detach())
             matrices = matrix.unbind() if site.experts else [matrix]
-            stack = [quantizer(part, self).validate() for part in matrices]
-            parts = {
-                "qweight": [affine.pack() for affine in stack],
-                "scale": [affine.scale for affine in stack],
-                "offset": [affine.offset for affine in stack],
-            }
-            return {
-                part: torch.stack(values) if site.experts else values[0]
-                for part, values in parts.items()
-            }
+            return _parts(
+                site, [quantize_weight(quantizer, m, spec, path=site.path).affine for m in matrices]
+            )
 
         key = (site.n, site.k, site.experts)
-        made = defer(compute, weight, seen=seen, key=key)
-        return {f"{site.path}.{part}": tensor for part, tensor in made.items()}
+        parts = defer(compute, _weight_of(site, program), seen=seen, key=key)
+        return _Made(_named(site, parts), (spec.method,))
 
     def _rewrite(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
         """Put the operator on codes in the place of a linear map."""
@@ -129,6 +180,37 @@ class QuantizeGroups(QuantSpec, Pass):
         move_site(node, new)
         node.replace_all_uses_with(new)
         erase_unread([node])
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The tensors of a quantized weight, by name, and the method with what it had to say."""
+
+    tensors: dict[str, Tensor]
+    remarks: tuple[str, ...]
+
+
+def _weight_of(site: Site, program: Program) -> Tensor:
+    weight = get_tensor(program.module, site.weight)
+    assert weight is not None, "the plan was made from this module"
+    return weight
+
+
+def _parts(site: Site, stack: Sequence[GroupAffine]) -> dict[str, Tensor]:
+    """The tensors of a site, of one matrix or of one for each expert."""
+    parts = {
+        "qweight": [affine.pack() for affine in stack],
+        "scale": [affine.scale for affine in stack],
+        "offset": [affine.offset for affine in stack],
+    }
+    return {
+        part: torch.stack(values) if site.experts else values[0] for part, values in parts.items()
+    }
+
+
+def _named(site: Site, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by their names in the program."""
+    return {f"{site.path}.{part}": tensor for part, tensor in parts.items()}
 
 
 def _linears_of(graph: fx.Graph, rows: Mapping[str, Site]) -> dict[str, LinearMap]:

@@ -14,6 +14,9 @@ from torch import Tensor
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import sum_groups
 
+_ROWS_AT_A_TIME = 4096
+"""They are widened to float64 for the sum."""
+
 
 @dataclass(frozen=True)
 class ActivationStatistics:
@@ -34,12 +37,9 @@ class ActivationStatistics:
         Raises:
             UserInputError: x has no row, or holds NaN or infinite values.
         """
-        rows = x.detach().reshape(-1, x.shape[-1]).double()
-        if not rows.shape[0]:
-            raise UserInputError("the calibration data give a layer no input row")
-        if not bool(torch.isfinite(rows).all()):
-            raise UserInputError("a layer's input on the calibration data is NaN or infinite")
-        return cls(rows.T @ rows / rows.shape[0], rows.shape[0])
+        rows = MomentSum()
+        rows.add(x)
+        return rows.statistics()
 
     def merged(self, other: ActivationStatistics) -> ActivationStatistics:
         """Statistics of the rows of both."""
@@ -56,3 +56,41 @@ class ActivationStatistics:
         """Moments of the group sums S(x): `(mean of S(x) S(x)ᵀ [L, L], mean of S(x) xᵀ [L, K])`."""
         half = sum_groups(self.moment, group_size)  # [K, L]: mean of x S(x)ᵀ
         return sum_groups(half.T, group_size), half.T
+
+
+class MomentSum:
+    """The rows seen so far, summed up: `Σ x xᵀ` and their number."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._rows = 0
+
+    def add(self, x: Tensor, keep: Tensor | None = None) -> None:
+        """Add the rows of x, `[.., K]`; where `keep`, boolean, one for each row, is true.
+
+        Raises:
+            UserInputError: a row holds NaN or infinite values.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1])
+        rows = rows if keep is None else rows[keep.reshape(-1)]
+        if not bool(torch.isfinite(rows).all()):
+            raise UserInputError("a layer's input on the calibration data is NaN or infinite")
+        if self._total is None:
+            self._total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
+        for part in rows.split(_ROWS_AT_A_TIME):
+            wide = part.double()
+            self._total.addmm_(wide.T, wide)
+        self._rows += rows.shape[0]
+
+    def statistics(self) -> ActivationStatistics:
+        """Statistics of all rows added.
+
+        Raises:
+            UserInputError: there was none.
+        """
+        if self._total is None or not self._rows:
+            raise UserInputError(
+                "the calibration data give a layer no input row",
+                hint="give data that are not all padding",
+            )
+        return ActivationStatistics(self._total / self._rows, self._rows)

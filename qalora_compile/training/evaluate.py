@@ -45,19 +45,32 @@ class Metrics:
 
 def program_forward(program: Program) -> Forward:
     """The logits of a language model program, with an encoder or without."""
-    argument = program.signature.inputs[0].name
-    takes_mask = any(leaf.name == "attention_mask" for leaf in program.signature.inputs)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, *source: Tensor) -> Tensor:
-        inputs = {argument: input_ids}
-        if source:  # a causal decoder needs no mask for what is filled in on the right
-            inputs = {argument: source[0], "decoder_input_ids": input_ids}
-            attention_mask = source[1]
-        if takes_mask:
-            inputs["attention_mask"] = attention_mask
-        return logits_of(program(**inputs))
+        return logits_of(program(**model_inputs(program, input_ids, attention_mask, *source)))
 
     return forward
+
+
+def model_inputs(
+    program: Program, input_ids: Tensor, attention_mask: Tensor, *source: Tensor
+) -> dict[str, Tensor]:
+    """Arguments of a language model by name; the mask where the model takes one.
+
+    Args:
+        program: A language model; one with an encoder gets `input_ids` as its decoder's tokens.
+        input_ids: `[B, T]`.
+        attention_mask: `[B, T]`.
+        source: Of a model with an encoder: its tokens, `[B, S]`, and their mask.
+    """
+    first = program.signature.inputs[0].name
+    inputs = {first: input_ids}
+    if source:  # a causal decoder needs no mask for what is filled in on the right
+        inputs = {first: source[0], "decoder_input_ids": input_ids}
+        attention_mask = source[1]
+    if any(leaf.name == "attention_mask" for leaf in program.signature.inputs):
+        inputs["attention_mask"] = attention_mask
+    return inputs
 
 
 def logits_of(output: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import Call, split_call
 from qalora_compile.progress import track
 from qalora_compile.verify.compare import (
     FAIL,
@@ -31,7 +32,7 @@ AFTER_LAST_SITE = "after the last site"
 def verify_equivalence(
     reference: Program | str | Path,
     candidate: Program | str | Path,
-    inputs: Sequence[Sequence[Any] | Mapping[str, Any]],
+    inputs: Sequence[Call],
     tolerance: Tolerance,
     *,
     library: str | Path | None = None,
@@ -98,9 +99,9 @@ def _first_divergence(
     return AFTER_LAST_SITE
 
 
-def _leaves(a: Runner, b: Runner, call: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
+def _leaves(a: Runner, b: Runner, call: Call) -> list[Any]:
     """Flat inputs of one call, bound and checked against both signatures."""
-    args, kwargs = ((), call) if isinstance(call, Mapping) else (tuple(call), {})
+    args, kwargs = split_call(call)
     programs = [r.program for r in (a, b) if isinstance(r, ProgramRunner)]
     if programs:
         leaves = programs[0].leaves(args, kwargs)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import UserInputError
@@ -32,14 +31,9 @@ class ProgramRunner:
 
     def run(self, leaves: Sequence[Any]) -> Run:
         """Run node by node, without gradients; the program's mode is restored."""
-        training = self.program.module.training
-        self.program.eval()
         recorder = _Recorder(self.program.module)
-        try:
-            with torch.no_grad():
-                recorder.run(*leaves)
-        finally:
-            self.program.module.train(training)
+        with self.program.evaluating():
+            recorder.run(*leaves)
         outputs = zip(self.signature.outputs, recorder.flat_outputs, strict=True)
         return Run({n: v for n, v in outputs if isinstance(v, Tensor)}, recorder.sites)
 

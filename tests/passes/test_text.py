@@ -141,7 +141,8 @@ def test_every_pass_with_any_options_is_read_back_as_it_was(step: Pass) -> None:
 def test_a_whole_pipeline_is_read_back_as_it_was() -> None:
     text = (
         'annotate-linears{targets=[q_proj,"re:mlp"],exclude=[],keep-heads=false},'
-        "quantize-groups{bits=3,group-size=24,method=minmax},"
+        "quantize-groups{bits=3,group-size=24,method=gptq,refine-offsets=false,act-order=true,"
+        "damping=0.05},"
         "insert-adapters{rank=2,alpha=4.0,pooling=mean,group-size=48,use-rslora=true,seed=5},"
         "share-group-sums,fold-adapters,legalize-ort-stock{accuracy-level=4,correction=digits},"
         "share-group-sums"
@@ -209,6 +210,9 @@ def test_any_text_is_read_or_refused_with_a_position(text: str) -> None:
         "quantize-groups{group-size=8.0}",
         "quantize-groups{group-size=[8]}",
         "quantize-groups{method=best}",
+        "quantize-groups{damping=0.0}",
+        "quantize-groups{act-order=1}",
+        "quantize-groups{calibration=[1]}",
         "insert-adapters{rank=none}",
         "insert-adapters{pooling=max}",
         "insert-adapters{alpha=big}",

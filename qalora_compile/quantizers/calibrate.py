@@ -1,0 +1,199 @@
+"""Calibration: second moments of what the planned layers read, from runs of the program."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, fx
+
+from qalora_compile.errors import PreconditionError, UserInputError
+from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.pattern import EXPERTS, match_linear
+from qalora_compile.ir.program import ANNOTATED, FOLDED, QUANTIZED, Program
+from qalora_compile.ir.signature import Call, split_call
+from qalora_compile.ir.spec import GROUP_LINEAR
+from qalora_compile.progress import track
+from qalora_compile.quantizers.statistics import ActivationStatistics, MomentSum
+
+_MASK = "attention_mask"
+
+
+def collect_statistics(
+    program: Program, calls: Iterable[Call], sites: Iterable[str] | None = None
+) -> dict[str, ActivationStatistics]:
+    """Run a program over calibration calls and take the second moments of its layers' inputs.
+
+    Runs in evaluation mode without gradients, up to the last layer that is asked for. Rows that an
+    `attention_mask` marks as padding do not count. The moments take `8 K²` bytes for each distinct
+    input: ask for some of the sites at a time where that is too much.
+
+    Args:
+        program: At stage `annotated`, `quantized` or `folded`.
+        calls: Arguments of each call, a tuple or a mapping, as capture takes them.
+        sites: Paths (`Site.path`) of the layers; None takes all that are planned.
+
+    Returns:
+        Statistics by path. Uses of one weight are merged; layers that read the same tensor share
+        one moment. Stacked experts have none: which rows an expert reads differs call by call.
+
+    Raises:
+        UserInputError: a path is unknown, there is no call, a call does not fit the signature, an
+            input is all padding, or is NaN or infinite; the site is named.
+        PreconditionError: the program is at another stage.
+    """
+    inputs = layer_inputs(program)
+    paths = _chosen(program, inputs, sites)
+    sums: dict[tuple[fx.Node, ...], InputMoments] = {}
+    for path in paths:
+        sums.setdefault(inputs[path], InputMoments(path))
+    wanted: dict[fx.Node, list[InputMoments]] = defaultdict(list)
+    for nodes, total in sums.items():
+        for x in nodes:
+            wanted[x].append(total)
+    with program.evaluating():
+        for leaves in track(check_calls(program, calls), "calibrate"):
+            reader = _Reader(program.module, wanted, real_rows(program, leaves))
+            reader.run(*leaves, enable_io_processing=False)  # it ends before there are outputs
+    found = {nodes: total.statistics() for nodes, total in sums.items()}
+    return {path: found[inputs[path]] for path in paths}
+
+
+def layer_inputs(program: Program) -> dict[str, tuple[fx.Node, ...]]:
+    """The nodes that each planned linear map reads as x, by path, in graph order.
+
+    A weight that is used several times has as many; stacked experts are left out.
+
+    Raises:
+        PreconditionError: the program has no such layers: it is at another stage.
+    """
+    if program.stage not in (ANNOTATED, QUANTIZED, FOLDED):
+        raise PreconditionError(
+            f"calibration takes a program at stage {ANNOTATED}, {QUANTIZED} or {FOLDED}, "
+            f"this one is {program.stage}",
+            hint="calibrate before adapters are inserted",
+        )
+    rows = {site.name: site for site in program.plan.to_quantize()}
+    found: dict[str, tuple[fx.Node, ...]] = {}
+    for node in program.graph.nodes:
+        site = rows.get(site_of(node) or "")
+        x = None if site is None or site.experts else _input_of(node)
+        if site is not None and x is not None:
+            found[site.path] = (*found.get(site.path, ()), x)
+    return found
+
+
+def _input_of(node: fx.Node) -> fx.Node | None:
+    """What the node of a planned layer reads as x."""
+    if node.target is GROUP_LINEAR:
+        x = node.args[0]
+        assert isinstance(x, fx.Node), "its schema says so"
+        return x
+    linear = match_linear(node)
+    return None if linear is None or linear.kind == EXPERTS else linear.x
+
+
+def _chosen(
+    program: Program, inputs: Mapping[str, tuple[fx.Node, ...]], sites: Iterable[str] | None
+) -> list[str]:
+    """The paths asked for, of layers that have statistics.
+
+    Raises:
+        UserInputError: a path is none of the plan.
+    """
+    if sites is None:
+        return list(inputs)
+    wanted, planned = set(sites), {site.path for site in program.plan.to_quantize()}
+    for path in sorted(wanted - planned):
+        raise UserInputError(
+            f"the plan quantizes no layer {path!r}", hint="name paths of rows of program.plan"
+        )
+    return [path for path in inputs if path in wanted]
+
+
+def check_calls(program: Program, calls: Iterable[Call]) -> list[list[Any]]:
+    """The flat inputs of each call, checked against the program's signature.
+
+    Raises:
+        UserInputError: there is no call, or one does not fit.
+    """
+    found = [program.leaves(*split_call(call)) for call in calls]
+    if not found:
+        raise UserInputError(
+            "there are no calibration data", hint="give at least one call, e.g. [(x,)]"
+        )
+    return found
+
+
+def real_rows(program: Program, leaves: Sequence[Any]) -> Tensor | None:
+    """Which positions are no padding, `[B, T]`, if the one attention mask of a call says so."""
+    masks = [
+        value
+        for leaf, value in zip(program.signature.inputs, leaves, strict=True)
+        if leaf.name.rpartition(".")[2] == _MASK and isinstance(value, Tensor) and value.dim() == 2
+    ]
+    return masks[0] != 0 if len(masks) == 1 else None
+
+
+class InputMoments:
+    """The second moments of what one layer reads; errors name its path."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._sum = MomentSum()
+
+    def add(self, x: Tensor, keep: Tensor | None) -> None:
+        """Add x, `[.., K]`, without the positions that `keep`, `[B, T]`, marks as padding.
+
+        Values that have no such positions (pooled ones, states of another length) count in full.
+
+        Raises:
+            UserInputError: x holds NaN or infinite values.
+        """
+        rows = x.shape[:-1]
+        fits = keep is not None and rows in (keep.shape, (keep.numel(),))
+        with self._located():
+            self._sum.add(x, keep if fits else None)
+
+    def statistics(self) -> ActivationStatistics:
+        """Of everything added.
+
+        Raises:
+            UserInputError: there was no row but padding.
+        """
+        with self._located():
+            return self._sum.statistics()
+
+    @contextmanager
+    def _located(self) -> Iterator[None]:
+        try:
+            yield
+        except UserInputError as error:
+            error.where = self._path
+            raise
+
+
+class _Reader(fx.Interpreter):
+    """Runs a graph up to the last node that is wanted, and adds up the values of those that are."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        wanted: Mapping[fx.Node, Sequence[InputMoments]],
+        keep: Tensor | None,
+    ) -> None:
+        super().__init__(module)
+        self._wanted, self._keep = wanted, keep
+        self._left = len(wanted)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not self._left:
+            return None
+        value = super().run_node(n)
+        if n in self._wanted:
+            self._left -= 1
+            for total in self._wanted[n]:
+                total.add(value, self._keep)
+        return value

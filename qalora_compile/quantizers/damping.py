@@ -1,0 +1,52 @@
+"""Cholesky factors of second moments, which calibration data may leave singular."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qalora_compile.errors import UserInputError
+
+_RAISE = 10.0
+_MOST = 1.0
+"""A diagonal of so many times its mean more leaves little of the data."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Of `moment + damping · mean diagonal · I`.
+
+    Attributes:
+        lower: The Cholesky factor, lower triangular.
+        damping: As it was in the end.
+    """
+
+    lower: Tensor
+    damping: float
+
+
+def factor(moment: Tensor, damping: float) -> Factor:
+    """Factor a symmetric positive semi-definite matrix `[K, K]`, damped enough for it to succeed.
+
+    Args:
+        moment: float64, with a positive trace.
+        damping: Part of the mean diagonal that is added to the diagonal; ten times as much is
+            tried where the factorization fails, and so on.
+
+    Raises:
+        UserInputError: it holds NaN or infinite values, or is far from positive semi-definite.
+    """
+    mean = moment.diagonal().mean()
+    tried = damping
+    while bool(torch.isfinite(moment).all()) and tried <= _MOST:
+        damped = moment + torch.eye(len(moment), dtype=moment.dtype) * (tried * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if not int(info):
+            return Factor(lower, tried)
+        tried *= _RAISE
+    raise UserInputError(
+        "the second moments of a layer's input cannot be factored",
+        hint="give more calibration data, and look for broken ones",
+    )
