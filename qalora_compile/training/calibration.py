@@ -16,7 +16,7 @@ _BATCH = 4
 def calibration_calls(
     program: Program, examples: Sequence[Example], samples: int
 ) -> list[dict[str, Any]]:
-    """Calls of a causal language model on the first `samples` examples, padded in small batches.
+    """Calls of a language model on the first `samples` examples, padded in small batches.
 
     Raises:
         UserInputError: none is asked for, or the examples are padded and the model takes no mask.
@@ -27,4 +27,4 @@ def calibration_calls(
     masked = any(leaf.name == "attention_mask" for leaf in program.signature.inputs)
     size = _BATCH if masked else 1  # without a mask, padding would count as data
     batches = [collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
-    return [model_inputs(program, b.input_ids, b.attention_mask) for b in batches]
+    return [model_inputs(program, b.input_ids, b.attention_mask, *b.source) for b in batches]
