@@ -78,7 +78,8 @@ def test_a_real_model_folds_and_runs_in_onnx_runtime(
     cached = qc.add_kv_cache(folded, source.model)
     edge = tmp_path / "edge"
     qc.export_model(cached, edge / "model.onnx")
-    ways = list(_deployments(edge, cached, source.model.config.to_dict()))
+    described: Any = source.model.config
+    ways = list(_deployments(edge, cached, described.to_dict()))
     for number, text in enumerate(PROMPTS):
         prompt = source.tokenizer(text).input_ids
         # Stock kernels are slow; `ways` ends with the two that have the library, if there is one.

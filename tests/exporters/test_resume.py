@@ -32,7 +32,8 @@ WRITTEN = 9
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    llama().save_pretrained(tmp_path / "model")
+    model: Any = llama()
+    model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -163,8 +164,7 @@ def test_what_is_damaged_is_written_again(tmp_path: Path, fault: str) -> None:
         assert [name for name, entry in found.items() if entry] == ["t0"]
         assert file.find("t0", "FLOAT", [3, 2]) is None
         for name, tensor in tensors.items():
-            entry = found[name] or file.add(*keys[name], ir.Tensor(tensor))
-            found[name] = entry
+            found[name] = found[name] or file.add(*keys[name], ir.Tensor(tensor))
     assert not journal.exists()
     for name, tensor in tensors.items():
         entry = found[name]
