@@ -7,6 +7,7 @@ The layers are 4 bits in groups of 32 throughout; the embedding, tied to the hea
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -40,7 +41,8 @@ def export_forms(scratch: Path) -> tuple[dict[str, Path], list[list[int]]]:
         found[name].parent.mkdir()
         qc.export_model(qc.add_kv_cache(program, source.model), found[name])
     lines = held_out.read_text("utf-8").splitlines()
-    return found, [source.tokenizer(line).input_ids[:256] for line in lines]
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    return found, [source.tokenizer(prompt).input_ids for prompt in prompts]
 
 
 def perplexity(model: LanguageModel, texts: Sequence[Sequence[int]]) -> tuple[float, int]:
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=24, metavar="N", help="decoded by each form")
-    parser.add_argument("--texts", type=int, default=4, metavar="N", help="held-out articles")
+    parser.add_argument("--texts", type=int, default=8, metavar="N", help="held-out articles")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         paths, texts = export_forms(Path(folder))

@@ -47,15 +47,15 @@ class LegalizePass(Pass):
     """Rewrite every group_linear, expert_linear and group_embedding into one target's operators.
 
     A pass says how a weight is stored (`lower_weight`), how that is described, and which nodes
-    compute the layer (`emit`) or look its rows up (`emit_rows`). What is looked up and multiplied by
-    is stored once.
+    compute the layer (`emit`) or look its rows up (`emit_rows`). What is looked up and multiplied
+    by is stored once.
     """
 
     consumes: ClassVar[tuple[str, ...]] = (QUANTIZED, ADAPTED, FOLDED)
     kernel: ClassVar[str] = ""
     """What has no float64 form, for the message."""
     by_rows: ClassVar[bool] = True
-    """A weight with whole zero-points is stored row by row, so that a large one is made in parts."""
+    """A weight with whole zero-points is stored row by row: a large one is made in parts."""
     shares_scale: ClassVar[bool] = True
     """Two planes of one weight may read one tensor of scales."""
 

@@ -1,4 +1,4 @@
-"""quantize-embeddings: tables of embeddings and the head on codes, stored once where they are tied."""
+"""quantize-embeddings: embeddings and the head on codes, stored once where they are tied."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class QuantizeEmbeddings(Pass):
 
     Before:  %1 = aten.embedding(@embed.weight, %ids)
              %9 = aten.linear(%8, @embed.weight)
-    After:   %1 = qalora.group_embedding(%ids, @embed.qweight, @embed.scale, @embed.offset, f32, 8, 32, 64)
-             %9 = qalora.group_linear(%8, @embed.qweight, @embed.scale, @embed.offset, None, 8, 32)
+    After:   %1 = qalora.group_embedding(%ids, @embed.qweight, …, f32, 8, 32, 64)
+             %9 = qalora.group_linear(%8, @embed.qweight, …, None, 8, 32)
 
-    Zero-points are whole numbers (`quantizers/whole.py`): no adapter will move them (insert-adapters
-    leaves these rows alone), and no kernel needs a correction.
+    Zero-points are whole numbers (`quantizers/whole.py`): no adapter will move them
+    (insert-adapters leaves these rows alone), and no kernel needs a correction.
 
-    Fires on: tables that nothing reads but lookups, and a head with the same rows (a tie: one set of
-    tensors serves both); heads with a weight of their own (`heads.py`).
+    Fires on: tables that nothing reads but lookups, and a head with the same rows (a tie: one set
+    of tensors serves both); heads with a weight of their own (`heads.py`).
     Leaves alone, with a reason: tables of at most 4096 weights, tables that something else reads,
     heads that were excluded, and tables tied to these. A head that quantize-groups has put on
     codes stays there, and a table tied to it gets codes of its own.
@@ -103,9 +103,10 @@ class QuantizeEmbeddings(Pass):
         return PassResult(after, tuple(changes), tuple(kept))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Each new row of the plan is computed on codes with whole zero-points, and none is float."""
+        """Each new row of the plan is computed on codes with whole zero-points."""
         old = {site.name for site in before.plan.to_quantize()}
-        found = {site_of(n): n for n in after.graph.nodes if n.target in (GROUP_EMBEDDING, GROUP_LINEAR)}
+        kinds = (GROUP_EMBEDDING, GROUP_LINEAR)
+        found = {site_of(n): n for n in after.graph.nodes if n.target in kinds}
         for site in after.plan.to_quantize():
             if site.name in old:
                 continue
@@ -183,9 +184,7 @@ def _pair(uses: list[Use], program: Program) -> list[Member]:
     for use in uses:
         if use.weight in rows:
             found[use.weight].append(use)
-    return [
-        pair for weight, own in found.items() for pair in zip(own, rows[weight], strict=True)
-    ]
+    return [pair for weight, own in found.items() for pair in zip(own, rows[weight], strict=True)]
 
 
 def _why_keep(members: list[Member], heads: set[fx.Node]) -> str:

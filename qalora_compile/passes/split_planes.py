@@ -37,7 +37,7 @@ class SplitPlanes(Pass):
     """W = W_low + 16 W_high: q = q_low + 16 q_high and z = z_low + 16 z_high, 4 bits each.
 
     Before:  %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, @fc.bias, 8, 32)
-    After:   %1 = qalora.group_linear(%x, @fc.low.qweight, @fc.low.scale, @fc.low.offset, @fc.bias, 4, 32)
+    After:   %1 = qalora.group_linear(%x, @fc.low.qweight, …, @fc.bias, 4, 32)
              %2 = qalora.group_linear(%x, @fc.high.qweight, …, None, 4, 32)
              %3 = aten.add.Tensor(%1, %2, alpha=16)
 
@@ -46,8 +46,8 @@ class SplitPlanes(Pass):
 
     Fires on: group_linear and group_embedding of 8 bits with whole zero-points (`Site.whole`).
     Leaves alone: everything else.
-    Exactness: exact in real arithmetic. Rows that are looked up are exact in float32 as well: scales
-    of whole zero-points have 16 significant bits.
+    Exactness: exact in real arithmetic. Rows that are looked up are exact in float32 as well:
+    scales of whole zero-points have 16 significant bits.
     """
 
     name: ClassVar[str] = "split-planes"
@@ -99,9 +99,7 @@ class _Planes:
         high = (zero_point / _STEP).floor()
         levels = (zero_point - _STEP * high, high)
         made = {}
-        for plane, q, z in zip(
-            PLANE_NAMES, (codes % _STEP, codes // _STEP), levels, strict=True
-        ):
+        for plane, q, z in zip(PLANE_NAMES, (codes % _STEP, codes // _STEP), levels, strict=True):
             made[f"{plane}.qweight"] = pack_codes(q, _HALF_BITS)
             made[f"{plane}.scale"] = scale
             made[f"{plane}.offset"] = (-scale.double() * z).to(scale.dtype)

@@ -64,7 +64,7 @@ def test_from_training_to_the_edge(folder: Path, tmp_path: Path, capsys: Capture
 
 
 def test_quantize(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    command = ["quantize", str(folder), "--out", str(tmp_path / "edge"), "--target", "onnx"]
+    command = ["quantize", str(folder), "--out", str(tmp_path / "edge")]
     assert main([*command, "--embeddings", "4", "--embeddings-group-size", "16"]) == 0
     rows = layers(tmp_path / "edge", capsys)
     assert {(rows[n]["bits"], rows[n]["group"]) for n in ("model.embed_tokens", "lm_head")} == {

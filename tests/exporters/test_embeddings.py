@@ -1,4 +1,4 @@
-"""Exported embeddings and heads on codes: exact in every target, stored once where they are tied."""
+"""Exported embeddings and heads on codes: exact in every target, a tie stored once."""
 
 from __future__ import annotations
 
@@ -82,9 +82,11 @@ def test_a_tie_is_stored_once(bits: int, target: str, tmp_path: Path) -> None:
     assert stored == VOCABULARY * 64 * bits // 8
     for name in codes:
         assert sum(name in node.input for node in graph.node) == 2, "one lookup and one product"
-    assert not any(tuple(t.dims) in {(VOCABULARY, 64), (64, VOCABULARY)} for t in graph.initializer if (
-        t.data_type == onnx.TensorProto.FLOAT
-    ))
+    assert not any(
+        tuple(t.dims) in {(VOCABULARY, 64), (64, VOCABULARY)}
+        for t in graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT
+    )
 
 
 def test_int8_activations_take_8_bits_as_they_are(tmp_path: Path) -> None:
@@ -111,12 +113,11 @@ def test_written_by_rows_it_is_the_same_file(
 ) -> None:
     program = folded(8)
     program.save(tmp_path / "folded")
+    monkeypatch.setattr("qalora_compile.ir.deferred._PART_ELEMENTS", 1000)
     stored = []
-    for name, source in (("now", program), ("later", None)):
-        if source is None:
-            monkeypatch.setattr("qalora_compile.ir.deferred._PART_ELEMENTS", 1000)
-            source = read_program(tmp_path / "folded", deferred=True)
-        path = tmp_path / f"{name}.onnx"
+    for deferred in (False, True):
+        path = tmp_path / f"{deferred}.onnx"
+        source = read_program(tmp_path / "folded", deferred=deferred)
         qc.export_model(source, path, qc.ExportSpec(target=target))
         stored.append({t.name: t.raw_data for t in onnx.load(path).graph.initializer})
     assert stored[0] == stored[1]

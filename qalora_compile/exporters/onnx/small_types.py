@@ -1,4 +1,4 @@
-"""Blocked DequantizeLinear, and casts, on tensors of small integers, which torch has no types for."""
+"""DequantizeLinear and casts on tensors of small integers, which torch has no types for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qalora_compile.optional import require
 
 
 def use_small_types(model: Any) -> None:
-    """Turn each stand-in into DequantizeLinear, and its bytes into a tensor of their type; in place.
+    """Turn each stand-in into its operator, and its bytes into a tensor of their type; in place.
 
     The bytes stay: torch held them as ONNX stores a `[K, N]` tensor of that type (see
     `ir.lowered_ops`).

@@ -84,7 +84,7 @@ def name_sites(model: Any, program: Program) -> dict[str, str]:
             continue
         node = nodes[used[weight]]
         used[weight] += 1
-        if site.kind == EMBEDDING:  # what it reads are codes, and what they become has no one node
+        if site.kind == EMBEDDING:  # its node gathers codes; what they become has no one node
             continue
         node.name = f"{site.name}/{node.op_type}"
         last = (
@@ -147,7 +147,10 @@ def _follow_adds(node: Any, site: Site, bias: str | None) -> Any:
 
 
 def _operand(add: Any, value: Any, site: Site, bias: str | None) -> str | None:
-    """What to call an Add to `value`, if it is of the site: `Add` (its correction), `Bias`, `Planes`."""
+    """What to call an Add to `value`, if it is of the site.
+
+    `Add` (its correction), `Bias` or `Planes` (the high one is added).
+    """
     other = next((v for v in add.inputs if v is not value), None)
     if other is None:
         return None
@@ -155,8 +158,8 @@ def _operand(add: Any, value: Any, site: Site, bias: str | None) -> str | None:
         return "Bias" if other.name == bias else None
     producer = other.producer()
     if producer is not None and producer.op_type == "Mul":
-        layer = producer.inputs[0].producer()
-        return "Planes" if layer is not None and _reads(layer, f"{site.path}.{PLANE_NAMES[1]}.qweight") else None
+        layer, weight = producer.inputs[0].producer(), f"{site.path}.{PLANE_NAMES[1]}.qweight"
+        return "Planes" if layer is not None and _reads(layer, weight) else None
     if producer is None or producer.op_type != "MatMul":
         return None
     return "Add" if _reads(producer, f"{site.path}.correction") else None
@@ -164,10 +167,7 @@ def _operand(add: Any, value: Any, site: Site, bias: str | None) -> str | None:
 
 def _reads(node: Any, name: str) -> bool:
     """Whether a node reads an initializer, or what is dequantized of it."""
-    for value in node.inputs:
-        source = value.producer() if value is not None else None
-        if source is not None and source.op_type == "DequantizeLinear":
-            value = source.inputs[0]
-        if value is not None and value.name == name:
-            return True
-    return False
+    given = [value for value in node.inputs if value is not None]
+    sources = [value.producer() for value in given]
+    given += [s.inputs[0] for s in sources if s is not None and s.op_type == "DequantizeLinear"]
+    return any(value.name == name for value in given)
