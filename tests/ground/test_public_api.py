@@ -26,6 +26,7 @@ HOMES = {
     "fold_adapters": "api",
     "insert_adapters": "api",
     "quantize_groups": "api",
+    "split_encoder_decoder": "api",
     "verify_equivalence": "verify.equivalence",
 }
 """Adding a name here is a decision; moving or removing one breaks users."""
