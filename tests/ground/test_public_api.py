@@ -27,6 +27,7 @@ HOMES = {
     "insert_adapters": "api",
     "prove_equivalence": "verify.proof",
     "quantize_groups": "api",
+    "split_encoder_decoder": "api",
     "verify_equivalence": "verify.equivalence",
 }
 """Adding a name here is a decision; moving or removing one breaks users."""
