@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora_compile.config import FUSION_OPSETS, AdapterSpec, ExportSpec, QuantSpec
+from qalora_compile.config import AUTO, FUSION_OPSETS, AdapterSpec, ExportSpec, QuantSpec
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
 from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
+from qalora_compile.ir.signature import Call
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.base import Pass
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
+from qalora_compile.passes.corrections import choose_ranks, find_corrections, start_from
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.fuse_attention import FuseAttention
 from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
@@ -29,6 +32,7 @@ from qalora_compile.passes.replay import replay
 from qalora_compile.passes.select import ALL_LINEAR, as_patterns
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 from qalora_compile.passes.widen_halves import WidenHalves, needs_widening
+from qalora_compile.quantizers.calibrate import collect_statistics
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,14 +71,48 @@ def _annotation(targets: str | Iterable[str], exclude: Iterable[str]) -> list[Pa
     return [CanonicalizePointwise(), AnnotateLinears(targets=wanted, exclude=barred)]
 
 
-def insert_adapters(program: Program, spec: AdapterSpec | None = None) -> Program:
-    """Put a trainable pooled adapter beside every quantized layer; the function stays the same.
+def insert_adapters(
+    program: Program,
+    spec: AdapterSpec | None = None,
+    *,
+    source: Program | None = None,
+    calibration: Iterable[Call] | None = None,
+) -> Program:
+    """Put a trainable pooled adapter beside every quantized layer.
+
+    The function stays the same, but with `init="svd"`: then the adapters start as what their rank
+    can make up for of the quantization error.
+
+    Args:
+        program: At stage `quantized`.
+        spec: Rank, scaling, pooling and start; None takes rank 16.
+        source: The program before quantization, float or annotated; for init `"svd"` and rank
+            `"auto"`, which compare its weights with the quantized ones.
+        calibration: Arguments of a few typical calls. With them the error of a layer's output
+            counts, as the program computes it on them; without, that of its weights.
 
     Raises:
-        PreconditionError: the program is not at stage `quantized`, or the adapter's group size is
-            no multiple of the quantization group.
+        PreconditionError: the program is not at stage `quantized`, the adapter's group size is no
+            multiple of the quantization group, or `source` is missing or another model.
+        UserInputError: calls do not fit the program, or the rank budget is too small.
     """
-    insert = InsertAdapters(**(spec or AdapterSpec()).to_json())
+    spec = spec or AdapterSpec()
+    if spec.rank != AUTO and spec.init == "zeros":
+        return _insert(program, InsertAdapters(**spec.to_json()))
+    if source is None:
+        raise PreconditionError(
+            f"rank {spec.rank!r} with init {spec.init!r} looks at the weights before quantization",
+            hint="give the program that they are in: source=captured",
+        )
+    statistics = {} if calibration is None else collect_statistics(program, calibration)
+    choose = partial(find_corrections, source, program, statistics=statistics)
+    insert, reasons = choose_ranks(spec, choose)
+    adapted = _insert(program, insert)
+    adapted = adapted.evolve(plan=adapted.plan.explain("why_rank", reasons))
+    return adapted if spec.init == "zeros" else start_from(adapted, insert, choose(insert))
+
+
+def _insert(program: Program, insert: InsertAdapters) -> Program:
     return Pipeline([insert, ShareGroupSums()])(program).program
 
 
@@ -87,6 +125,7 @@ def adapt_module_(
     adapter: AdapterSpec | None = None,
     targets: str | Iterable[str] = ALL_LINEAR,
     exclude: Iterable[str] = (),
+    calibration: Iterable[Call] | None = None,
     dynamic_shapes: Any = None,
 ) -> Program:
     """Quantize and adapt a model in place, module by module, by the plan of its captured graph.
@@ -107,6 +146,7 @@ def adapt_module_(
         adapter: As for `insert_adapters`.
         targets: As for `quantize_groups`.
         exclude: As for `quantize_groups`.
+        calibration: As for `insert_adapters`.
         dynamic_shapes: As for `capture_model`.
 
     Raises:
@@ -126,7 +166,8 @@ def adapt_module_(
     captured = capture_model(model, args, kwargs, dynamic_shapes)
     agreement = Agreement.find(captured, model, args, kwargs)
     annotated = Pipeline(_annotation(targets, exclude))(captured).program
-    program = insert_adapters(quantize_groups(annotated, quant), adapter)
+    program = quantize_groups(annotated, quant)
+    program = insert_adapters(program, adapter, source=annotated, calibration=calibration)
     undo = Undo()
     try:
         apply_adapters(model, annotated, program, undo)

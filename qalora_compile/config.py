@@ -11,7 +11,10 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 METHODS = ("minmax",)
+AUTO = "auto"
+"""A value of `bits` and `rank`: chosen layer by layer, within a budget."""
 POOLINGS = ("sum", "mean", "mean_times_groups")
+INITS = ("zeros", "svd")
 TARGETS = ("ort", "ort-stock", "onnx")
 ACCURACY_LEVELS = (0, 4)
 PARAMETER_DTYPES = ("float32", "float16")
@@ -95,25 +98,40 @@ class AdapterSpec(Spec):
     """A pooled low-rank adapter: y += scaling · f · (S(x) Aᵀ) Bᵀ, S the sum of x inside a group.
 
     Attributes:
-        rank: r, the inner width of A: [r, L] and B: [N, r].
+        rank: r, the inner width of A: [r, L] and B: [N, r]; or `"auto"`, a rank for each layer by
+            what it gains there, within `rank_budget`.
         alpha: Numerator of `scaling`, alpha / rank (or alpha / √rank with `use_rslora`).
         pooling: The convention behind f: `"sum"` 1 (the paper's Algorithm 1), `"mean"` 1/g (the
             authors' code), `"mean_times_groups"` L/g (PEFT's `use_qalora`).
         group_size: Width of a pooling group; None takes the quantization group. It must be a
             multiple of the quantization group, or the adapter could not fold.
         use_rslora: Scale by alpha / √rank.
-        seed: Seed of A's initial values; B starts at zero.
+        seed: Seed of A's initial values.
+        init: `"zeros"`: B starts at zero, and the model as it was quantized. `"svd"`: B A starts as
+            the best correction of rank r of the quantization error that folds.
+        rank_budget: Most parameters of all adapters together, with rank `"auto"`.
     """
 
-    rank: int = 16
+    rank: int | str = 16
     alpha: float = 32.0
     pooling: str = "sum"
     group_size: int | None = None
     use_rslora: bool = False
     seed: int = 0
+    init: str = "zeros"
+    rank_budget: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("rank", self.rank, least=1)
+        if self.rank == AUTO:
+            _whole("rank_budget, with rank 'auto',", self.rank_budget, least=1)
+        else:
+            _whole("rank", self.rank, least=1)
+            if self.rank_budget is not None:
+                raise UserInputError(
+                    f"rank_budget is {self.rank_budget!r} with rank {self.rank!r}",
+                    hint="it is for rank 'auto'",
+                )
+        one_of("init", self.init, INITS)
         one_of("pooling", self.pooling, POOLINGS)
         one_of("use_rslora", self.use_rslora, (True, False))
         _whole("seed", self.seed, least=0)
@@ -124,8 +142,18 @@ class AdapterSpec(Spec):
 
     @property
     def scaling(self) -> float:
+        """`scaling_at` the rank, where all layers have the same.
+
+        Raises:
+            UserInputError: the rank is `"auto"`.
+        """
+        if not isinstance(self.rank, int):
+            raise UserInputError(f"rank is {self.rank!r}", hint="ask for scaling_at(rank)")
+        return self.scaling_at(self.rank)
+
+    def scaling_at(self, rank: int) -> float:
         """Alpha / rank, or alpha / √rank with rank-stabilised scaling (arXiv 2312.03732)."""
-        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+        return self.alpha / (rank**0.5 if self.use_rslora else rank)
 
     def pooling_factor(self, group_size: int, groups: int) -> float:
         """f, which turns the sum inside a group into this convention's pooling.

@@ -37,6 +37,7 @@ class Site:
         reason: Why.
         bits, group_size: Set once quantized.
         rank: Set while the site has an adapter.
+        why_bits, why_rank: By what bits and rank were chosen, where a budget was spread over sites.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Site:
     group_size: int | None = None
     rank: int | None = None
     experts: int | None = None
+    why_bits: str = ""
+    why_rank: str = ""
 
     @property
     def shape(self) -> str:
@@ -97,6 +100,11 @@ class SitePlan:
         return SitePlan(
             tuple(dataclasses.replace(s, **changes.get(s.name, {})) for s in self.sites)
         )
+
+    def explain(self, field: str, reasons: Mapping[str, str]) -> SitePlan:
+        """A plan in which `why_bits` or `why_rank` of the rows of a path is `reasons[path]`."""
+        named = {s.name: {field: reasons[s.path]} for s in self.sites if s.path in reasons}
+        return self.update(named)
 
     def counts(self) -> Counter[str]:
         """How many rows each decision has."""
