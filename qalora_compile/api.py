@@ -17,6 +17,7 @@ from qalora_compile.ir.signature import Call
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.base import Pass
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
+from qalora_compile.passes.choose_bits import choose_bits
 from qalora_compile.passes.corrections import choose_ranks, find_corrections, start_from
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.fuse_attention import FuseAttention
@@ -44,6 +45,7 @@ def quantize_groups(
     *,
     targets: str | Iterable[str] = ALL_LINEAR,
     exclude: Iterable[str] = (),
+    calibration: Iterable[Call] | None = None,
 ) -> Program:
     """Decide which linear layers to quantize, and quantize them.
 
@@ -53,15 +55,21 @@ def quantize_groups(
         targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
             named is quantized even where the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
+        calibration: Arguments of a few typical calls, by which bits `"auto"` are chosen.
 
     Raises:
-        UserInputError: a pattern matches nothing, a weight is not finite, or nothing is left to
-            quantize.
+        UserInputError: a pattern matches nothing, a weight is not finite, nothing is left to
+            quantize, or the budget of bits `"auto"` is too small.
         PreconditionError: the program is at another stage.
     """
     quantize = QuantizeGroups(**(spec or QuantSpec()).to_json())
     steps = [] if program.stage == ANNOTATED else _annotation(targets, exclude)
-    return Pipeline([*steps, quantize])(program).program
+    if quantize.bits != AUTO or calibration is None:
+        return Pipeline([*steps, quantize])(program).program
+    annotated = Pipeline(steps)(program).program if steps else program
+    assign, reasons = choose_bits(annotated, quantize, calibration)
+    quantized = Pipeline([assign, quantize])(annotated).program
+    return quantized.evolve(plan=quantized.plan.explain("why_bits", reasons))
 
 
 def _annotation(targets: str | Iterable[str], exclude: Iterable[str]) -> list[Pass]:
@@ -130,8 +138,7 @@ def adapt_module_(
 ) -> Program:
     """Quantize and adapt a model in place, module by module, by the plan of its captured graph.
 
-    For code that needs the model itself: `generate()`, `labels`, gradient checkpointing, the
-    Hugging Face Trainer. Linear layers become `AdaptedLinear`; where only a weight can be replaced
+    For `generate()`, `labels`, gradient checkpointing, the Hugging Face Trainer. Linear layers become `AdaptedLinear`; where only a weight can be replaced
     (packed attention, 1×1 convolutions, experts) it is parametrized. All else is frozen.
 
     The returned program has the model's very tensors, under the same names: train the model, then
@@ -146,7 +153,7 @@ def adapt_module_(
         adapter: As for `insert_adapters`.
         targets: As for `quantize_groups`.
         exclude: As for `quantize_groups`.
-        calibration: As for `insert_adapters`.
+        calibration: As for `quantize_groups` and `insert_adapters`.
         dynamic_shapes: As for `capture_model`.
 
     Raises:
@@ -166,7 +173,8 @@ def adapt_module_(
     captured = capture_model(model, args, kwargs, dynamic_shapes)
     agreement = Agreement.find(captured, model, args, kwargs)
     annotated = Pipeline(_annotation(targets, exclude))(captured).program
-    program = quantize_groups(annotated, quant)
+    calibration = None if calibration is None else list(calibration)
+    program = quantize_groups(annotated, quant, calibration=calibration)
     program = insert_adapters(program, adapter, source=annotated, calibration=calibration)
     undo = Undo()
     try:

@@ -15,6 +15,7 @@ AUTO = "auto"
 """A value of `bits` and `rank`: chosen layer by layer, within a budget."""
 POOLINGS = ("sum", "mean", "mean_times_groups")
 INITS = ("zeros", "svd")
+BUDGET_UNITS = ("bits", "megabytes")
 TARGETS = ("ort", "ort-stock", "onnx")
 ACCURACY_LEVELS = (0, 4)
 PARAMETER_DTYPES = ("float32", "float16")
@@ -72,25 +73,55 @@ def _whole(field: str, value: object, *, least: int) -> None:
         raise UserInputError(f"{field} is {value!r}", hint=f"use a whole number, {least} or more")
 
 
+def _is_positive(value: object) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return 0 < value < float("inf")
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec(Spec):
     """How weights are quantized in groups along the reduction axis.
 
     Attributes:
-        bits: Width of a code: 2, 3, 4 or 8.
+        bits: Width of a code: 2, 3, 4 or 8; or `"auto"`, a width for each layer by what it loses
+            there, within `budget`.
         group_size: Weights that share one scale and offset; the last group of a row may be shorter.
         method: How scale, offset and codes are chosen; `"minmax"` rounds to the nearest of
             2^bits levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1).
+        budget: Most that the weights may take with bits `"auto"`, in `budget_unit`.
+        budget_unit: `"bits"`: the mean width of a code, over all weights that are quantized;
+            `"megabytes"`: 10⁶ bytes of codes, scales and offsets, as this package stores them.
     """
 
-    bits: int = 4
+    bits: int | str = 4
     group_size: int = 32
     method: str = "minmax"
+    budget: float | None = None
+    budget_unit: str = "bits"
 
     def __post_init__(self) -> None:
-        one_of("bits", self.bits, SUPPORTED_BITS)
+        if self.bits != AUTO:
+            one_of("bits", self.bits, SUPPORTED_BITS)
+        if not (_is_positive(self.budget) if self.bits == AUTO else self.budget is None):
+            raise UserInputError(
+                f"budget is {self.budget!r} with bits {self.bits!r}",
+                hint="bits 'auto' takes a budget, a number above 0; other bits take none",
+            )
+        one_of("budget_unit", self.budget_unit, BUDGET_UNITS)
         _whole("group_size", self.group_size, least=1)
         one_of("method", self.method, METHODS)
+
+    @property
+    def width(self) -> int:
+        """Bits, where all weights have the same.
+
+        Raises:
+            UserInputError: they are `"auto"`.
+        """
+        if not isinstance(self.bits, int):
+            raise UserInputError(f"bits are {self.bits!r}", hint="assign-bits chooses them")
+        return self.bits
 
 
 @dataclass(frozen=True, kw_only=True)

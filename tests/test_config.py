@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qalora_compile.config import (
+    BUDGET_UNITS,
     INITS,
     METHODS,
     POOLINGS,
@@ -33,6 +34,12 @@ SPECS = [QuantSpec, AdapterSpec, ExportSpec]
             bits=st.sampled_from(SUPPORTED_BITS),
             group_size=st.integers(1, 4096),
             method=st.sampled_from(METHODS),
+        ),
+        st.builds(
+            QuantSpec,
+            bits=st.just("auto"),
+            budget=st.floats(0.01, 1e6),
+            budget_unit=st.sampled_from(BUDGET_UNITS),
         ),
         st.builds(
             AdapterSpec,
@@ -83,6 +90,11 @@ BAD: dict[str, tuple[type[Spec], dict[str, Any]]] = {
     "group size 2.5": (QuantSpec, {"group_size": 2.5}),
     "group size true": (QuantSpec, {"group_size": True}),
     "method": (QuantSpec, {"method": "best"}),
+    "bits without a budget": (QuantSpec, {"budget": None, "bits": "auto"}),
+    "budget 0": (QuantSpec, {"budget": 0, "bits": "auto"}),
+    "budget infinite": (QuantSpec, {"budget": math.inf, "bits": "auto"}),
+    "budget for nothing": (QuantSpec, {"budget": 3.0, "bits": 4}),
+    "budget unit": (QuantSpec, {"budget_unit": "stones"}),
     "rank 0": (AdapterSpec, {"rank": 0}),
     "alpha infinite": (AdapterSpec, {"alpha": math.inf}),
     "alpha NaN": (AdapterSpec, {"alpha": math.nan}),

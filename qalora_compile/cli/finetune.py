@@ -25,7 +25,16 @@ from qalora_compile.cli.folders import (
     write_run_file,
 )
 from qalora_compile.cli.ui import Steps, print_summary, steps
-from qalora_compile.config import METHODS, POOLINGS, SUPPORTED_BITS, AdapterSpec, QuantSpec
+from qalora_compile.config import (
+    AUTO,
+    BUDGET_UNITS,
+    INITS,
+    METHODS,
+    POOLINGS,
+    SUPPORTED_BITS,
+    AdapterSpec,
+    QuantSpec,
+)
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.program import Program
@@ -36,7 +45,13 @@ from qalora_compile.training.checkpoint import (
     save_checkpoint,
 )
 from qalora_compile.training.data import Dataset, load_examples
-from qalora_compile.training.evaluate import Metrics, evaluate, logits_of, program_forward
+from qalora_compile.training.evaluate import (
+    Metrics,
+    evaluate,
+    example_calls,
+    logits_of,
+    program_forward,
+)
 from qalora_compile.training.fit import FitResult, FitSpec, StepReport, fit, make_optimizer
 from qalora_compile.verify.inputs import token_limits
 
@@ -47,6 +62,9 @@ EXAMPLES = """examples:
   qalora-compile finetune model.gguf --data train.jsonl --eval-data test.jsonl --steps 200 --out run
   qalora-compile finetune my_package.models:build --data ids.jsonl --bits 3 --out run
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --resume
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits 3 --init svd
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits auto --budget 3.5
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --rank auto --rank-budget 1000000
 
 data, one JSON object a line:
   {"prompt": "2 + 2 =", "completion": " 4"}      loss on the completion
@@ -67,15 +85,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-data", metavar="FILE", help="held-out data, JSON lines")
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
     quant = parser.add_argument_group("quantization")
-    quant.add_argument("--bits", type=int, default=4, choices=SUPPORTED_BITS)
+    quant.add_argument(
+        "--bits", type=number_or_auto, default=4, choices=(*SUPPORTED_BITS, AUTO), metavar="B"
+    )
+    quant.add_argument("--budget", type=float, metavar="X", help="of --bits auto")
+    quant.add_argument("--budget-unit", default="bits", choices=BUDGET_UNITS)
     quant.add_argument("--group-size", type=int, default=32, metavar="G")
     quant.add_argument("--method", default="minmax", choices=METHODS)
     quant.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
     quant.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers to keep")
     adapter = parser.add_argument_group("adapters")
-    adapter.add_argument("--rank", type=int, default=16)
+    adapter.add_argument("--rank", type=number_or_auto, default=16, metavar="R")
+    adapter.add_argument("--rank-budget", type=int, metavar="P", help="parameters, of --rank auto")
+    adapter.add_argument("--init", default="zeros", choices=INITS)
     adapter.add_argument("--alpha", type=float, default=32.0)
     adapter.add_argument("--pooling", default="sum", choices=POOLINGS)
+    parser.add_argument(
+        "--calibration-examples",
+        type=int,
+        default=16,
+        metavar="N",
+        help="first training examples by which auto and svd choose (default: 16)",
+    )
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=100)
     training.add_argument("--batch-size", type=int, default=8, metavar="B")
@@ -87,6 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing RUN")
+
+
+def number_or_auto(text: str) -> int | str:
+    """A whole number, or `auto`."""
+    return text if text == AUTO else int(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -159,10 +195,7 @@ class _Job:
 def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) -> _Job:
     """Load, read the data, quantize, insert; write the RUN folder that training goes on in."""
     check_output(out, overwrite=options.overwrite)
-    quant = QuantSpec(bits=options.bits, group_size=options.group_size, method=options.method)
-    adapter = AdapterSpec(
-        rank=options.rank, alpha=options.alpha, pooling=options.pooling, seed=options.seed
-    )
+    quant, adapter = _specs(options)
     shown.say(f"load {options.model}")
     source = load_source(options.model)
     data = load_examples(options.data, source.tokenizer, max_length=options.seq_len)
@@ -172,12 +205,17 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         else None
     )
     shown.say("capture")
-    program = source.capture()
+    captured = source.capture()
+    _check_trainable(captured, data, held_out)
+    calibration = example_calls(captured, data.examples[: options.calibration_examples])
     program = quantize_groups(
-        program, quant, targets=options.targets or "all-linear", exclude=options.exclude
+        captured,
+        quant,
+        targets=options.targets or "all-linear",
+        exclude=options.exclude,
+        calibration=calibration if quant.bits == AUTO else None,
     )
-    program = insert_adapters(program, adapter)
-    _check_trainable(program, data, held_out)
+    program = insert_adapters(program, adapter, source=captured, calibration=calibration)
     record = {
         "model": options.model,
         "data": str(Path(options.data).resolve()),
@@ -195,6 +233,34 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         write_run_file(folder, record)
     optimizer = make_optimizer(program, spec)
     return _Job(program, data, held_out, spec, out, record, 0, optimizer)
+
+
+def _specs(options: argparse.Namespace) -> tuple[QuantSpec, AdapterSpec]:
+    """What to quantize and what to adapt.
+
+    Raises:
+        UserInputError: a value is out of range, or fits no other.
+    """
+    if options.calibration_examples < 1:
+        raise UserInputError(
+            f"calibration-examples is {options.calibration_examples}", hint="use 1 or more"
+        )
+    quant = QuantSpec(
+        bits=options.bits,
+        group_size=options.group_size,
+        method=options.method,
+        budget=options.budget,
+        budget_unit=options.budget_unit,
+    )
+    adapter = AdapterSpec(
+        rank=options.rank,
+        alpha=options.alpha,
+        pooling=options.pooling,
+        seed=options.seed,
+        init=options.init,
+        rank_budget=options.rank_budget,
+    )
+    return quant, adapter
 
 
 def _resume(options: argparse.Namespace, spec: FitSpec, out: Path) -> _Job:

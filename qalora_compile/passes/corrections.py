@@ -54,13 +54,23 @@ def annotated_source(source: Program, quantized: Program) -> Program:
 
 
 def float_weights(annotated: Program) -> dict[str, Tensor]:
-    """The matrices to quantize, `[N, K]` or `[E, N, K]`, by path: views of the parameters."""
+    """The matrices to quantize, `[N, K]` or `[E, N, K]`, by path: views of the parameters.
+
+    Raises:
+        PreconditionError: a weight has no values yet.
+    """
     nodes = {site_of(node): node for node in annotated.graph.nodes}
     found = {}
     for site in annotated.plan.weights_to_quantize():
         linear = match_linear(nodes[site.name])
         tensor = get_tensor(annotated.module, site.weight)
         assert linear is not None and tensor is not None, "the plan was made from this module"
+        if is_deferred(tensor):
+            raise PreconditionError(
+                "the weight was not read yet, so that its error cannot be measured",
+                where=site.name,
+                hint="give a program whose weights have values",
+            )
         found[site.path] = linear.matrix(tensor.detach())
     return found
 
@@ -111,8 +121,6 @@ def find_corrections(
             raise PreconditionError(
                 "the source has no such weight", where=site.name, hint="give the program before it"
             )
-        if is_deferred(weight):
-            raise PreconditionError("the source's weights were not read yet", where=site.name)
         known = statistics.get(site.path)
         matrices = weight.double().reshape(-1, site.n, site.k)
         changes = matrices - _on_codes(quantized, site).reshape_as(matrices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from qalora_compile.config import QuantSpec
-from qalora_compile.errors import PostconditionError, UserInputError
+from qalora_compile.config import AUTO, QuantSpec
+from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
 from qalora_compile.ir.deferred import defer, keep_recipe
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
@@ -38,7 +39,8 @@ class QuantizeGroups(QuantSpec, Pass):
     Exactness: lossy; the program computes the model with its weights replaced by
     `scale · q + offset` (arXiv 2309.14717, Eq. 1).
 
-    Options: the fields of `QuantSpec`.
+    Options: the fields of `QuantSpec`. A row that assign-bits gave bits and a group size keeps
+    them; with bits `auto` every row must have them.
     """
 
     name: ClassVar[str] = "quantize-groups"
@@ -46,10 +48,11 @@ class QuantizeGroups(QuantSpec, Pass):
     produces: ClassVar[str | None] = QUANTIZED
 
     def requires(self, program: Program) -> None:
-        """The plan has something to quantize.
+        """The plan has something to quantize, and bits for all of it.
 
         Raises:
-            UserInputError: it has not.
+            UserInputError: it has nothing.
+            PreconditionError: bits are missing.
         """
         if not program.plan.to_quantize():
             kept = "; ".join(f"{s.name}: {s.reason}" for s in program.plan if s.n)
@@ -58,6 +61,14 @@ class QuantizeGroups(QuantSpec, Pass):
                 where=kept or "the model has no linear map by a parameter",
                 hint="name sites in targets, or check that the model is the one you meant",
             )
+        for site in program.plan.to_quantize():
+            if self.bits == AUTO and site.bits is None:
+                raise PreconditionError(
+                    "bits is 'auto', and no bits were chosen for the site",
+                    where=site.name,
+                    hint="qc.quantize_groups(program, spec, calibration=[…]) chooses them; in a "
+                    "pipeline, assign-bits gives them",
+                )
 
     def call(self, program: Program) -> PassResult:
         """Quantize and rewrite."""
@@ -70,12 +81,15 @@ class QuantizeGroups(QuantSpec, Pass):
         weights = [s for s in program.plan.weights_to_quantize() if s.name in linears]
         for site in track(weights, "quantize"):
             tensors |= self._quantize(site, linears[site.name], program)
-            changes.append(Change(site.path, f"{site.shape} to {self.bits} bits", self.method))
+            bits = self.spec_of(site).width
+            changes.append(Change(site.path, f"{site.shape} to {bits} bits", self.method))
         nodes = TensorNodes(graph)
         for name, linear in linears.items():
             self._rewrite(graph, linear.node, rows[name], nodes)
-        spec = {"bits": self.bits, "group_size": self.group_size}
-        plan = program.plan.update(dict.fromkeys(rows, spec))
+        specs = {name: self.spec_of(site) for name, site in rows.items()}
+        plan = program.plan.update(
+            {n: {"bits": s.bits, "group_size": s.group_size} for n, s in specs.items()}
+        )
         return PassResult(
             program.evolve(graph=graph, tensors=tensors, plan=plan),
             tuple(changes),
@@ -83,22 +97,29 @@ class QuantizeGroups(QuantSpec, Pass):
         )
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Every `quantize` row is computed on codes of the options' bits and group."""
+        """Every `quantize` row is computed on codes of its bits and group."""
         computed = {site_of(n): n.args[5:7] for n in after.graph.nodes if n.target in ON_CODES}
-        for site in after.plan.to_quantize():
-            if computed.get(site.name) != (self.bits, self.group_size):
+        for site in before.plan.to_quantize():
+            spec = self.spec_of(site)
+            if computed.get(site.name) != (spec.bits, spec.group_size):
                 raise PostconditionError("the site was not quantized", where=site.name)
+
+    def spec_of(self, site: Site) -> QuantSpec:
+        """How the weight of a planned row is quantized."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(QuantSpec)}
+        chosen = {"bits": site.bits, "group_size": site.group_size, "budget": None}
+        return QuantSpec(**options | (chosen if site.bits is not None else {}))
 
     def _quantize(self, site: Site, linear: LinearMap, program: Program) -> dict[str, Tensor]:
         """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""
         weight = get_tensor(program.module, site.weight)
         assert weight is not None, "the plan was made from this module"
-        quantizer = get_quantizer(self.method)
+        quantizer, spec = get_quantizer(self.method), self.spec_of(site)
 
         def compute(weight: Tensor) -> dict[str, Tensor]:
             matrix = linear.matrix(weight.detach())
             matrices = matrix.unbind() if site.experts else [matrix]
-            stack = [quantizer(part, self).validate() for part in matrices]
+            stack = [quantizer(part, spec).validate() for part in matrices]
             parts = {
                 "qweight": [affine.pack() for affine in stack],
                 "scale": [affine.scale for affine in stack],
@@ -113,6 +134,7 @@ class QuantizeGroups(QuantSpec, Pass):
 
     def _rewrite(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
         """Put the operator on codes in the place of a linear map."""
+        spec = self.spec_of(site)
         linear = match_linear(node)  # again: an earlier rewrite may have given it another x
         assert linear is not None, "it matched before"
         with graph.inserting_before(node):
@@ -120,7 +142,7 @@ class QuantizeGroups(QuantSpec, Pass):
             last = linear.ends if site.experts else linear.bias
             new = graph.call_function(
                 EXPERT_LINEAR if site.experts else GROUP_LINEAR,
-                (linear.x, *parts, last, self.bits, self.group_size),
+                (linear.x, *parts, last, spec.bits, spec.group_size),
             )
         move_site(node, new)
         node.replace_all_uses_with(new)

@@ -14,6 +14,7 @@ from qalora_compile.passes.base import Pass
 _PASSES = {
     "canonicalize-pointwise": "CanonicalizePointwise",
     "annotate-linears": "AnnotateLinears",
+    "assign-bits": "AssignBits",
     "quantize-groups": "QuantizeGroups",
     "insert-adapters": "InsertAdapters",
     "fold-adapters": "FoldAdapters",

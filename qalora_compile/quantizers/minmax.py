@@ -26,7 +26,7 @@ def quantize_minmax(weight: Tensor, spec: QuantSpec) -> GroupAffine:
     rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
     parts = [_quantize_rows(part, spec) for part in weight.detach().split(rows)]
     codes, scale, offset = (torch.cat(each) for each in zip(*parts, strict=True))
-    return GroupAffine(codes, scale, offset, spec.bits, spec.group_size)
+    return GroupAffine(codes, scale, offset, spec.width, spec.group_size)
 
 
 def _quantize_rows(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +39,7 @@ def _quantize_rows(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Ten
     tail = wide[:, -1:].expand(n, groups * spec.group_size - k)
     grouped = torch.cat([wide, tail], dim=1).unflatten(1, (groups, spec.group_size))
     low, high = grouped.amin(-1), grouped.amax(-1)
-    qmax = 2**spec.bits - 1
+    qmax = 2**spec.width - 1
     scale = ((high - low) / qmax).to(storage)
     offset = low.to(storage)
     step = expand_groups(scale.double(), spec.group_size, k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def started(
     captured: qc.Program,
     quant: qc.QuantSpec,
     adapter: qc.AdapterSpec = SVD,
-    calls: list[tuple[Tensor, ...]] | None = None,
+    calls: Sequence[tuple[Tensor, ...]] | None = None,
 ) -> tuple[qc.Program, qc.Program]:
     """The quantized program, and the same with adapters that start by the float weights."""
     quantized = qc.quantize_groups(captured, quant)
@@ -159,7 +160,7 @@ def test_a_weight_without_error_starts_where_it_was_and_can_learn() -> None:
     assert any(p.grad.any() for p in program.adapter_parameters() if p.grad is not None)
 
 
-MODELS = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "conv1d": (lambda: SquareConv1D(40), lambda: torch.randn(30, 40)),
     "used twice": (UsedTwice, lambda: torch.randn(30, 32)),
     "attention": (
