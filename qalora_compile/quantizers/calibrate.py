@@ -55,7 +55,8 @@ def collect_statistics(
             wanted[x].append(total)
     with program.evaluating():
         for leaves in track(check_calls(program, calls), "calibrate"):
-            _Reader(program.module, wanted, real_rows(program, leaves)).run(*leaves)
+            reader = _Reader(program.module, wanted, real_rows(program, leaves))
+            reader.run(*leaves, enable_io_processing=False)  # it ends before there are outputs
     found = {nodes: total.statistics() for nodes, total in sums.items()}
     return {path: found[inputs[path]] for path in paths}
 
