@@ -133,13 +133,14 @@ def adapt_module_(
     adapter: AdapterSpec | None = None,
     targets: str | Iterable[str] = ALL_LINEAR,
     exclude: Iterable[str] = (),
-    calibration: Iterable[Call] | None = None,
+    calibration: Sequence[Call] | None = None,
     dynamic_shapes: Any = None,
 ) -> Program:
     """Quantize and adapt a model in place, module by module, by the plan of its captured graph.
 
-    For `generate()`, `labels`, gradient checkpointing, the Hugging Face Trainer. Linear layers become `AdaptedLinear`; where only a weight can be replaced
-    (packed attention, 1×1 convolutions, experts) it is parametrized. All else is frozen.
+    For `generate()`, `labels`, gradient checkpointing, the Hugging Face Trainer. Linear layers
+    become `AdaptedLinear`; where only a weight can be replaced (packed attention, 1×1 convolutions,
+    experts) it is parametrized. All else is frozen.
 
     The returned program has the model's very tensors, under the same names: train the model, then
     `fold_adapters(program)` and export. Before it returns, program and model are run with random
@@ -161,7 +162,7 @@ def adapt_module_(
         UnsupportedError: a module cannot hold its quantized weight.
         VerificationError: model and program differ, for example because the model has a path
             around an adapter.
-        UserInputError: as for `quantize_groups` and `insert_adapters`.
+        UserInputError: as for the two steps.
 
     After an error the model is as it was.
     """
@@ -173,7 +174,6 @@ def adapt_module_(
     captured = capture_model(model, args, kwargs, dynamic_shapes)
     agreement = Agreement.find(captured, model, args, kwargs)
     annotated = Pipeline(_annotation(targets, exclude))(captured).program
-    calibration = None if calibration is None else list(calibration)
     program = quantize_groups(annotated, quant, calibration=calibration)
     program = insert_adapters(program, adapter, source=annotated, calibration=calibration)
     undo = Undo()
