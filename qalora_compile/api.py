@@ -160,8 +160,7 @@ def adapt_module_(
     Raises:
         CaptureError: `torch.export` refused the model, or captured something else than it computes.
         UnsupportedError: a module cannot hold its quantized weight.
-        VerificationError: model and program differ, for example because the model has a path
-            around an adapter.
+        VerificationError: model and program differ, as by a path around an adapter.
         UserInputError: as for the two steps.
 
     After an error the model is as it was.

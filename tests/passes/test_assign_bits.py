@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,11 @@ def mean_bits(program: qc.Program) -> float:
     rows = program.plan.weights_to_quantize()
     sizes = [(site.experts or 1) * site.n * site.k for site in rows]
     return sum(size * (row.bits or 0) for size, row in zip(sizes, rows, strict=True)) / sum(sizes)
+
+
+def test_golden(golden: Callable[[str, str], None]) -> None:
+    program = by_hand(MLP(16, 24, 8), torch.randn(2, 16), layers__0="3/8")
+    golden("assign-bits", str(program))
 
 
 def test_each_weight_is_quantized_as_the_plan_says() -> None:
