@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 from qalora_compile.config import SUPPORTED_BITS
@@ -68,7 +67,6 @@ class AssignBits(Pass):
                 raise PostconditionError("the plan has other bits", where=site.name)
 
 
-@lru_cache(maxsize=16)
 def parse_bits(texts: tuple[str, ...]) -> Mapping[str, tuple[int, int]]:
     """(bits, group size) by path.
 

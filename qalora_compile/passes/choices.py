@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from functools import lru_cache
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.plan import SitePlan
@@ -15,7 +14,6 @@ def format_choices(choices: Mapping[str, str | int]) -> tuple[str, ...]:
     return tuple(f"{path}={value}" for path, value in choices.items())
 
 
-@lru_cache(maxsize=16)
 def parse_choices(texts: tuple[str, ...], option: str) -> Mapping[str, str]:
     """Undo `format_choices`; the values stay text.
 
@@ -33,7 +31,6 @@ def parse_choices(texts: tuple[str, ...], option: str) -> Mapping[str, str]:
     return found
 
 
-@lru_cache(maxsize=16)
 def parse_ranks(texts: tuple[str, ...]) -> Mapping[str, int]:
     """Ranks by path.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -67,6 +69,10 @@ class InsertAdapters(AdapterSpec, Pass):
                 )
         parse_ranks(self.ranks)
 
+    @cached_property
+    def _ranks(self) -> Mapping[str, int]:
+        return parse_ranks(self.ranks)
+
     def requires(self, program: Program) -> None:
         """The pooling group is a multiple of every quantization group.
 
@@ -74,7 +80,7 @@ class InsertAdapters(AdapterSpec, Pass):
             PreconditionError: it is not: the adapter would not be constant inside a group.
             UserInputError: a path in `ranks` is of no quantized weight.
         """
-        check_paths(parse_ranks(self.ranks), program.plan, "ranks")
+        check_paths(self._ranks, program.plan, "ranks")
         for site in program.plan.to_quantize():
             pooled, group = self.pool_of(site), site.group_size or 1
             if pooled % group:
@@ -118,7 +124,7 @@ class InsertAdapters(AdapterSpec, Pass):
     def rank_of(self, site: Site) -> int:
         """The rank of a site's adapter."""
         assert isinstance(self.rank, int), "checked at construction"
-        return parse_ranks(self.ranks).get(site.path, self.rank)
+        return self._ranks.get(site.path, self.rank)
 
     def factor_of(self, site: Site) -> float:
         """Scaling · f: what B A is multiplied by."""
