@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from qalora_compile.config import AUTO, AdapterSpec
@@ -82,18 +83,24 @@ class Correction:
     Attributes:
         site: The first row of the weight.
         parts: One decomposition; one for each expert where it holds several matrices.
-        energy: Mean squared norm of the layer's output, by which a gain is made relative.
+        weight: Before quantization, `[N, K]` or `[E, N, K]`.
+        statistics: Of the layer's input, where there are any.
     """
 
     site: Site
     parts: tuple[PooledCorrection, ...]
-    energy: float
+    weight: Tensor
+    statistics: ActivationStatistics | None
 
     def gains(self) -> list[float]:
         """By how much of the layer's output energy each rank more lowers the error; falling."""
-        squares = sum(part.values.square() for part in self.parts)
-        assert isinstance(squares, Tensor)
-        return [float(square) / self.energy if self.energy > 0 else 0.0 for square in squares]
+        wide = self.weight.double()
+        if self.statistics is None:
+            energy = float(wide.square().sum())
+        else:
+            energy = self.statistics.output_error(wide)
+        values = torch.stack([part.values for part in self.parts])
+        return [gain / energy if energy > 0 else 0.0 for gain in values.square().sum(0).tolist()]
 
 
 def find_corrections(
@@ -125,12 +132,8 @@ def find_corrections(
         matrices = weight.double().reshape(-1, site.n, site.k)
         changes = matrices - _on_codes(quantized, site).reshape_as(matrices)
         pool = insert.pool_of(site)
-        energy = float(matrices.square().sum())
-        yield Correction(
-            site,
-            tuple(PooledCorrection.of(change, pool, known) for change in changes),
-            energy if known is None else known.output_error(matrices[0]),
-        )
+        parts = tuple(PooledCorrection.of(change, pool, known) for change in changes)
+        yield Correction(site, parts, weight, known)
 
 
 def choose_ranks(
