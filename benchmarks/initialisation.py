@@ -68,8 +68,10 @@ class Bench:
 
     @property
     def quant(self) -> qc.QuantSpec:
-        """How weights are quantized, but for the bits."""
-        return qc.QuantSpec(group_size=self.options.group_size, method=self.options.method)
+        """How weights are quantized, but for the bits; the offsets as the method leaves them."""
+        return qc.QuantSpec(
+            group_size=self.options.group_size, method=self.options.method, refine_offsets=False
+        )
 
     def quantize(self, **changes: Any) -> qc.Program:
         """Quantized as the options say, with changes."""

@@ -52,6 +52,9 @@ def quantize_groups(
     Args:
         program: At stage `float`, or `annotated` (its plan is then used as it is).
         spec: Bits, group size and method; None takes 4 bits in groups of 32, min-max.
+        calibration: Calls of the program, tuples or mappings of arguments as capture takes them:
+            weights are quantized to lose least on them. Method `gptq` needs it, the others
+            refine their offsets by it. Positions that an `attention_mask` hides do not count.
         targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
             named is quantized even where the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
@@ -59,17 +62,29 @@ def quantize_groups(
 
     Raises:
         UserInputError: a pattern matches nothing, a weight is not finite, nothing is left to
-            quantize, or the budget of bits `"auto"` is too small.
+            quantize, calibration data are missing, do not fit or are all padding, or the budget of
+            bits `"auto"` is too small.
         PreconditionError: the program is at another stage.
     """
-    quantize = QuantizeGroups(**(spec or QuantSpec()).to_json())
+    calls = () if calibration is None else _some(calibration)
+    quantize = QuantizeGroups(**(spec or QuantSpec()).to_json(), calibration=calls)
     steps = [] if program.stage == ANNOTATED else _annotation(targets, exclude)
     if quantize.bits != AUTO or calibration is None:
         return Pipeline([*steps, quantize])(program).program
     annotated = Pipeline(steps)(program).program if steps else program
-    assign, reasons = choose_bits(annotated, quantize, calibration)
+    assign, reasons = choose_bits(annotated, quantize, calls)
     quantized = Pipeline([assign, quantize])(annotated).program
     return quantized.evolve(plan=quantized.plan.explain("why_bits", reasons))
+
+
+def _some(calls: Iterable[Call]) -> tuple[Call, ...]:
+    """Calibration calls, which must not be none at all."""
+    found = tuple(calls)
+    if not found:
+        raise UserInputError(
+            "there are no calibration data", hint="give at least one call, e.g. [(x,)]"
+        )
+    return found
 
 
 def _annotation(targets: str | Iterable[str], exclude: Iterable[str]) -> list[Pass]:

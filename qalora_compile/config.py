@@ -10,9 +10,12 @@ from typing import Any, ClassVar, Literal, TypeVar
 from qalora_compile.errors import UnsupportedError, UserInputError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
-METHODS = ("minmax",)
 AUTO = "auto"
 """A value of `bits` and `rank`: chosen layer by layer, within a budget."""
+METHODS = ("minmax", "mse", "hqq", "gptq")
+"""Each loses less than the one before it, in the output of a layer."""
+CALIBRATED = ("gptq",)
+"""The methods that need calibration data."""
 POOLINGS = ("sum", "mean", "mean_times_groups")
 INITS = ("zeros", "svd")
 BUDGET_UNITS = ("bits", "megabytes")
@@ -87,8 +90,16 @@ class QuantSpec(Spec):
         bits: Width of a code: 2, 3, 4 or 8; or `"auto"`, a width for each layer by what it loses
             there, within `budget`.
         group_size: Weights that share one scale and offset; the last group of a row may be shorter.
-        method: How scale, offset and codes are chosen; `"minmax"` rounds to the nearest of
-            2^bits levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1).
+        method: How scale, offset and codes are chosen. `"minmax"` rounds to the nearest of
+            2^bits levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1);
+            `"mse"` searches for the range that loses least; `"hqq"` fits it half-quadratically;
+            `"gptq"` (arXiv 2210.17323) needs calibration data.
+        refine_offsets: Where there are calibration data, move the offsets to where the output error
+            is least, given the codes and the scale. This costs nothing at run time.
+        act_order: Of `"gptq"`: round the columns that are most active first; groups stay as they
+            are. False: from left to right.
+        damping: Of `"gptq"`: part of the mean diagonal of the second moments that is added to their
+            diagonal; more is added where calibration rows are few.
         budget: Most that the weights may take with bits `"auto"`, in `budget_unit`.
         budget_unit: `"bits"`: the mean width of a code, over all weights that are quantized;
             `"megabytes"`: 10⁶ bytes of codes, scales and offsets, as this package stores them.
@@ -97,6 +108,9 @@ class QuantSpec(Spec):
     bits: int | str = 4
     group_size: int = 32
     method: str = "minmax"
+    refine_offsets: bool = True
+    act_order: bool = True
+    damping: float = 0.01
     budget: float | None = None
     budget_unit: str = "bits"
 
@@ -111,6 +125,10 @@ class QuantSpec(Spec):
         one_of("budget_unit", self.budget_unit, BUDGET_UNITS)
         _whole("group_size", self.group_size, least=1)
         one_of("method", self.method, METHODS)
+        one_of("refine_offsets", self.refine_offsets, (True, False))
+        one_of("act_order", self.act_order, (True, False))
+        if not (isinstance(self.damping, float) and 0 < self.damping <= 1):
+            raise UserInputError(f"damping is {self.damping!r}", hint="use e.g. 0.01, 1 at most")
 
     @property
     def width(self) -> int:

@@ -97,7 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter = parser.add_argument_group("adapters")
     adapter.add_argument("--rank", type=number_or_auto, default=16, metavar="R")
     adapter.add_argument("--rank-budget", type=int, metavar="P", help="parameters, of --rank auto")
-    adapter.add_argument("--init", default="zeros", choices=INITS)
+    adapter.add_argument(
+        "--init",
+        default="zeros",
+        choices=INITS,
+        help="svd: adapters, not refined offsets, correct what quantization lost",
+    )
     adapter.add_argument("--alpha", type=float, default=32.0)
     adapter.add_argument("--pooling", default="sum", choices=POOLINGS)
     parser.add_argument(
@@ -251,6 +256,7 @@ def _specs(options: argparse.Namespace) -> tuple[QuantSpec, AdapterSpec]:
         method=options.method,
         budget=options.budget,
         budget_unit=options.budget_unit,
+        refine_offsets=options.init != "svd",  # else nothing would be left for the adapters
     )
     adapter = AdapterSpec(
         rank=options.rank,

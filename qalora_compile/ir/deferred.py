@@ -42,6 +42,11 @@ def is_deferred(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def is_placeholder(tensor: Tensor) -> bool:
+    """Whether a tensor will never have values: it stands for one of another program."""
+    return is_deferred(tensor) and not hasattr(tensor, _RECIPE)
+
+
 def defer(compute: Compute, *inputs: Tensor) -> dict[str, Tensor]:
     """`compute(*inputs)`, a dictionary of tensors, now or, if an input is deferred, later.
 

@@ -56,12 +56,21 @@ class PassResult:
         return bool(self.changes)
 
 
+_DATA = "qalora_data"
+
+
+def data_field(default: Any) -> Any:
+    """A field of a pass that is no option: it is not printed and not compared."""
+    return dataclasses.field(default=default, repr=False, compare=False, metadata={_DATA: True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pass(ABC):
     """A pure function from program to program. Subclasses are frozen dataclasses.
 
     The fields of a subclass are its options: they are simple values, print as
-    `name{option=value}` and parse back (`Pipeline.parse`).
+    `name{option=value}` and parse back (`Pipeline.parse`). A field made by `data_field` is none: it
+    holds what text cannot carry, and what a pass can be run again without.
 
     Class attributes:
         name: Kebab-case name.
@@ -129,7 +138,12 @@ class Pass(ABC):
 
     def options(self) -> dict[str, Any]:
         """The option values by field name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in self.option_names()}
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The names of the options."""
+        return [f.name for f in dataclasses.fields(cls) if not f.metadata.get(_DATA)]
 
     def __str__(self) -> str:
         from qalora_compile.passes.text import format_pass

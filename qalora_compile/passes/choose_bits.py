@@ -21,6 +21,7 @@ from qalora_compile.progress import track
 from qalora_compile.quantizers.budget import Choice, choose_within
 from qalora_compile.quantizers.calibrate import collect_statistics
 from qalora_compile.quantizers.minmax import quantize_minmax
+from qalora_compile.quantizers.refine import refine_offset
 from qalora_compile.quantizers.sensitivity import Sensitivity, measure_sensitivities
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
@@ -31,7 +32,8 @@ def choose_bits(
     """The pass that spends the budget of `spec` best, and why, by path.
 
     What a weight loses at a width is the expected squared change of the model's outputs on the
-    calls: the error of the layer's output, measured with min-max codes, times how much the outputs
+    calls: the error of the layer's output, measured with min-max codes (and refined offsets, if
+    `spec` asks for them), times how much the outputs
     move when that does (`measure_sensitivities`). The losses are taken to add up, and the sum is
     made as small as the budget allows (`choose_within`).
 
@@ -81,7 +83,10 @@ def _losses(
     found = []
     for bits in SUPPORTED_BITS:
         width = QuantSpec(bits=bits, group_size=spec.group_size)
-        changes = [part.double() - quantize_minmax(part, width).dequantize() for part in matrices]
+        made = [quantize_minmax(part, width) for part in matrices]
+        if statistics is not None and spec.refine_offsets:
+            made = [refine_offset(matrices[0], made[0], statistics)]
+        changes = [w.double() - affine.dequantize() for w, affine in zip(matrices, made, strict=True)]
         if statistics is not None:
             error = statistics.output_error(changes[0])
         else:  # experts: their inputs count alike

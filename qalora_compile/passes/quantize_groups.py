@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from qalora_compile.config import AUTO, QuantSpec
+from qalora_compile.config import AUTO, CALIBRATED, QuantSpec
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
-from qalora_compile.ir.deferred import defer, keep_recipe
+from qalora_compile.ir.affine import GroupAffine
+from qalora_compile.ir.deferred import defer, is_deferred, is_placeholder, keep_recipe
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ANNOTATED, CODE_NAMES, QUANTIZED, Program
+from qalora_compile.ir.signature import Call
 from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, ON_CODES
-from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.passes.base import Change, Pass, PassResult, data_field
 from qalora_compile.passes.rewrite import TensorNodes
 from qalora_compile.progress import track
-from qalora_compile.quantizers import get_quantizer
+from qalora_compile.quantizers import data_needed, get_quantizer, quantize_weight
+from qalora_compile.quantizers.in_order import replace_in_order
+from qalora_compile.quantizers.statistics import ActivationStatistics
+
+_INSTEAD = "hqq"
+"""What quantizes a weight by itself where the method asked for needs data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +45,33 @@ class QuantizeGroups(QuantSpec, Pass):
     Exactness: lossy; the program computes the model with its weights replaced by
     `scale · q + offset` (arXiv 2309.14717, Eq. 1).
 
+    With calibration data, layers are quantized in graph order, each by statistics of its input
+    after the layers before it were quantized (`quantizers.in_order`). Without, by their weights
+    alone. Stacked experts have no statistics: methods that need them leave experts to `hqq`, and
+    say so in the skips.
+
+    Run again without the data on a graph of placeholders (`passes.replay`), a calibrated method
+    gives the same program, for the tensors of the first run.
+
     Options: the fields of `QuantSpec`. A row that assign-bits gave bits and a group size keeps
     them; with bits `auto` every row must have them.
+
+    Attributes:
+        calibration: Calls of the program, tuples or mappings, whose inputs the weights are
+            quantized for. No option: text cannot carry it.
     """
 
     name: ClassVar[str] = "quantize-groups"
     consumes: ClassVar[tuple[str, ...]] = (ANNOTATED,)
     produces: ClassVar[str | None] = QUANTIZED
 
+    calibration: tuple[Call, ...] = data_field(())
+
     def requires(self, program: Program) -> None:
-        """The plan has something to quantize, and bits for all of it.
+        """The plan has something to quantize, bits for it, and there are the data it needs.
 
         Raises:
-            UserInputError: it has nothing.
+            UserInputError: it has nothing, or data are missing.
             PreconditionError: bits are missing.
         """
         if not program.plan.to_quantize():
@@ -69,6 +89,15 @@ class QuantizeGroups(QuantSpec, Pass):
                     hint="qc.quantize_groups(program, spec, calibration=[…]) chooses them; in a "
                     "pipeline, assign-bits gives them",
                 )
+        weights = [_weight_of(site, program) for site in program.plan.to_quantize()]
+        if self.calibration and any(map(is_deferred, weights)):
+            raise UserInputError(
+                "a program whose weights are not in memory cannot be calibrated",
+                hint="load the model, or use a method that needs no data",
+            )
+        needs = self.method in CALIBRATED and not self.calibration
+        if needs and not all(map(is_placeholder, weights)):
+            raise data_needed(self.method)
 
     def call(self, program: Program) -> PassResult:
         """Quantize and rewrite."""
@@ -79,10 +108,15 @@ class QuantizeGroups(QuantSpec, Pass):
         linears = _linears_of(graph, rows)
         changes = []
         weights = [s for s in program.plan.weights_to_quantize() if s.name in linears]
+        made = self._calibrate(weights, linears, program) if self.calibration else {}
+        uncalibrated = [s for s in weights if self.calibration and s.path not in made]
         for site in track(weights, "quantize"):
-            tensors |= self._quantize(site, linears[site.name], program)
+            if site.path not in made:
+                made[site.path] = self._by_weight(site, linears[site.name], program)
+            tensors |= made[site.path].tensors
+            why = "; ".join(made[site.path].remarks)
             bits = self.spec_of(site).width
-            changes.append(Change(site.path, f"{site.shape} to {bits} bits", self.method))
+            changes.append(Change(site.path, f"{site.shape} to {bits} bits", why))
         nodes = TensorNodes(graph)
         for name, linear in linears.items():
             self._rewrite(graph, linear.node, rows[name], nodes)
@@ -90,10 +124,12 @@ class QuantizeGroups(QuantSpec, Pass):
         plan = program.plan.update(
             {n: {"bits": s.bits, "group_size": s.group_size} for n, s in specs.items()}
         )
+        skips = [Change(s.name, "kept in float", s.reason) for s in plan if s.bits is None]
+        for site in uncalibrated:
+            why = f"stacked experts: quantized by their weights alone, {self._without_data.method}"
+            skips.append(Change(site.name, "not calibrated", why))
         return PassResult(
-            program.evolve(graph=graph, tensors=tensors, plan=plan),
-            tuple(changes),
-            tuple(Change(s.name, "kept in float", s.reason) for s in plan if s.bits is None),
+            program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes), tuple(skips)
         )
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -106,31 +142,48 @@ class QuantizeGroups(QuantSpec, Pass):
 
     def spec_of(self, site: Site) -> QuantSpec:
         """How the weight of a planned row is quantized."""
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(QuantSpec)}
+        options = {f.name: getattr(self, f.name) for f in fields(QuantSpec)}
         chosen = {"bits": site.bits, "group_size": site.group_size, "budget": None}
         return QuantSpec(**options | (chosen if site.bits is not None else {}))
 
-    def _quantize(self, site: Site, linear: LinearMap, program: Program) -> dict[str, Tensor]:
+    @property
+    def _without_data(self) -> QuantizeGroups:
+        """The same with a method that needs no data."""
+        return replace(self, method=_INSTEAD) if self.method in CALIBRATED else self
+
+    def _calibrate(
+        self, weights: Sequence[Site], linears: Mapping[str, LinearMap], program: Program
+    ) -> dict[str, _Made]:
+        """Codes, scale and offset of each weight that has statistics, by path, in graph order."""
+        sites = {site.path: site for site in weights}
+        quantizer = get_quantizer(self.method)
+        made: dict[str, _Made] = {}
+
+        def quantize(path: str, statistics: ActivationStatistics) -> Tensor:
+            site = sites[path]
+            weight = linears[site.name].matrix(_weight_of(site, program).detach())
+            spec = self.spec_of(site)
+            chosen = quantize_weight(quantizer, weight, spec, path=path, statistics=statistics)
+            tensors = _tensors(site, [chosen.affine])
+            made[path] = _Made(tensors, (self.method, *chosen.notes))
+            return chosen.affine.dequantize()
+
+        replace_in_order(program, self.calibration, quantize)
+        return made
+
+    def _by_weight(self, site: Site, linear: LinearMap, program: Program) -> _Made:
         """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""
-        weight = get_tensor(program.module, site.weight)
-        assert weight is not None, "the plan was made from this module"
-        quantizer, spec = get_quantizer(self.method), self.spec_of(site)
+        spec = self._without_data.spec_of(site)
+        quantizer = get_quantizer(spec.method)
 
         def compute(weight: Tensor) -> dict[str, Tensor]:
             matrix = linear.matrix(weight.detach())
             matrices = matrix.unbind() if site.experts else [matrix]
-            stack = [quantizer(part, spec).validate() for part in matrices]
-            parts = {
-                "qweight": [affine.pack() for affine in stack],
-                "scale": [affine.scale for affine in stack],
-                "offset": [affine.offset for affine in stack],
-            }
-            return {
-                f"{site.path}.{part}": torch.stack(values) if site.experts else values[0]
-                for part, values in parts.items()
-            }
+            return _tensors(
+                site, [quantize_weight(quantizer, m, spec, path=site.path).affine for m in matrices]
+            )
 
-        return defer(compute, weight)
+        return _Made(defer(compute, _weight_of(site, program)), (spec.method,))
 
     def _rewrite(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
         """Put the operator on codes in the place of a linear map."""
@@ -147,6 +200,33 @@ class QuantizeGroups(QuantSpec, Pass):
         move_site(node, new)
         node.replace_all_uses_with(new)
         erase_unread([node])
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The tensors of a quantized weight, by name, and the method with what it had to say."""
+
+    tensors: dict[str, Tensor]
+    remarks: tuple[str, ...]
+
+
+def _weight_of(site: Site, program: Program) -> Tensor:
+    weight = get_tensor(program.module, site.weight)
+    assert weight is not None, "the plan was made from this module"
+    return weight
+
+
+def _tensors(site: Site, stack: Sequence[GroupAffine]) -> dict[str, Tensor]:
+    """The tensors of a site, of one matrix or of one for each expert."""
+    parts = {
+        "qweight": [affine.pack() for affine in stack],
+        "scale": [affine.scale for affine in stack],
+        "offset": [affine.offset for affine in stack],
+    }
+    return {
+        f"{site.path}.{part}": torch.stack(values) if site.experts else values[0]
+        for part, values in parts.items()
+    }
 
 
 def _linears_of(graph: fx.Graph, rows: Mapping[str, Site]) -> dict[str, LinearMap]:

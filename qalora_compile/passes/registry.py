@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
 from collections.abc import Mapping
@@ -49,7 +48,7 @@ def get_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
         )
     module = importlib.import_module(f"qalora_compile.passes.{name.replace('-', '_')}")
     kind: type[Pass] = getattr(module, _PASSES[name])
-    known = [f.name for f in dataclasses.fields(kind)]
+    known = kind.option_names()
     for option in options or {}:
         if option not in known:
             listed = ", ".join(o.replace("_", "-") for o in known) or "none"

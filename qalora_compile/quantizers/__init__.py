@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from qalora_compile.quantizers.base import Quantizer, get_quantizer
+from qalora_compile.quantizers.base import (
+    Chosen,
+    Quantizer,
+    data_needed,
+    get_quantizer,
+    quantize_weight,
+)
 
-__all__ = ["Quantizer", "get_quantizer"]
+__all__ = ["Chosen", "Quantizer", "data_needed", "get_quantizer", "quantize_weight"]

@@ -1,31 +1,139 @@
-"""The protocol of a quantizer, and the lookup of quantizers by name."""
+"""The protocol of a quantizer, the lookup of quantizers by name, and one weight quantized."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from qalora_compile.config import QuantSpec
-from qalora_compile.errors import InternalError
+from qalora_compile.config import CALIBRATED, METHODS, QuantSpec
+from qalora_compile.errors import InternalError, UserInputError
 from qalora_compile.ir.affine import GroupAffine
+from qalora_compile.ir.deferred import is_deferred
+from qalora_compile.quantizers.refine import refine_offset
+from qalora_compile.quantizers.report import QuantReport, announce_report, measure_sqnr
+from qalora_compile.quantizers.statistics import ActivationStatistics
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a quantizer made of a weight, and what there is to say about it."""
+
+    affine: GroupAffine
+    notes: tuple[str, ...] = ()
 
 
 class Quantizer(Protocol):
     """Chooses codes, scale and offset of a weight."""
 
-    def __call__(self, weight: Tensor, spec: QuantSpec) -> GroupAffine:
+    def __call__(
+        self, weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
+    ) -> Chosen:
         """Quantize a finite `weight` `[N, K]`, floating, in groups along K.
 
-        Scale and offset are float64 for a float64 weight, else float32.
+        Scale and offset are float64 for a float64 weight, else float32. `statistics` are those of
+        the layer's input, or None where there was no calibration.
         """
 
 
 def get_quantizer(method: str) -> Quantizer:
     """The quantizer of `QuantSpec.method`."""
+    from qalora_compile.quantizers.gptq import quantize_gptq
+    from qalora_compile.quantizers.hqq import quantize_hqq
     from qalora_compile.quantizers.minmax import quantize_minmax
+    from qalora_compile.quantizers.mse import quantize_mse
 
-    methods: dict[str, Quantizer] = {"minmax": quantize_minmax}
+    methods: dict[str, Quantizer] = {
+        "minmax": _without_data(quantize_minmax),
+        "mse": _without_data(quantize_mse),
+        "hqq": _without_data(quantize_hqq),
+        "gptq": _with_data(quantize_gptq),
+    }
     if method not in methods:
         raise InternalError(f"the method {method!r} is configurable but has no quantizer")
     return methods[method]
+
+
+def _without_data(choose: Callable[[Tensor, QuantSpec], GroupAffine]) -> Quantizer:
+    def quantize(
+        weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
+    ) -> Chosen:
+        return Chosen(choose(weight, spec))
+
+    return quantize
+
+
+def _with_data(
+    choose: Callable[[Tensor, QuantSpec, ActivationStatistics], Chosen],
+) -> Quantizer:
+    def quantize(
+        weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
+    ) -> Chosen:
+        if statistics is None:
+            raise data_needed(spec.method)
+        return choose(weight, spec, statistics)
+
+    return quantize
+
+
+def data_needed(method: str) -> UserInputError:
+    """The error where there are no calibration data for a method that needs them."""
+    return UserInputError(
+        f"the method {method} needs calibration data",
+        hint="give calibration=[(x,), …] (--calibration FILE); these methods need none: "
+        f"{', '.join(name for name in METHODS if name not in CALIBRATED)}",
+    )
+
+
+def quantize_weight(
+    quantizer: Quantizer,
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    path: str,
+    statistics: ActivationStatistics | None = None,
+) -> Chosen:
+    """Quantize a weight, refine its offsets where the specification asks for it, and report.
+
+    Args:
+        quantizer: See `get_quantizer`.
+        weight: `[N, K]`; where it is deferred nothing is measured yet.
+        spec: Method, bits, group size.
+        path: Of the site, for the report.
+        statistics: Of the layer's input.
+
+    Raises:
+        UserInputError: the quantizer refuses its input, or gives an illegal result.
+    """
+    started = time.perf_counter()
+    try:
+        chosen = quantizer(weight, spec, statistics)
+        affine = chosen.affine.validate()
+        if statistics is not None and spec.refine_offsets:
+            affine = refine_offset(weight, affine, statistics).validate()
+    except UserInputError as error:
+        error.where = error.where or path
+        raise
+    spent = time.perf_counter() - started
+
+    def report() -> QuantReport:
+        weight_db, output_db = measure_sqnr(weight, affine, statistics)
+        return QuantReport(
+            path=path,
+            method=spec.method,
+            bits=spec.width,
+            group_size=spec.group_size,
+            weights=weight.numel(),
+            weight_sqnr_db=weight_db,
+            output_sqnr_db=output_db,
+            rows=None if statistics is None else statistics.rows,
+            seconds=spent,
+            notes=chosen.notes,
+        )
+
+    if not is_deferred(weight):
+        announce_report(report)
+    return Chosen(affine, chosen.notes)

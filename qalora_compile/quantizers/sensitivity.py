@@ -59,17 +59,11 @@ def measure_sensitivities(
     nodes = {node: rows[name] for node in program.graph.nodes if (name := site_of(node)) in rows}
     found = {site.path: Sensitivity() for site in nodes.values()}
     generator = torch.Generator().manual_seed(seed)
-    training = program.module.training
-    program.eval()
-    try:
+    with program.evaluating(), torch.enable_grad():
         for leaves in track(check_calls(program, calls), "sensitivity"):
             watcher = _Watcher(program.module, nodes, found)
-            with torch.enable_grad():
-                outputs = watcher.run(*leaves)
-                total = _projection(outputs, real_rows(program, leaves), generator)
-                watcher.take(total)
-    finally:
-        program.module.train(training)
+            outputs = watcher.run(*leaves)
+            watcher.take(_projection(outputs, real_rows(program, leaves), generator))
     return found
 
 

@@ -208,6 +208,17 @@ def test_calibration_makes_the_output_error_smaller_than_the_weights_alone() -> 
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_refined_offsets_leave_nothing_to_correct() -> None:
+    x = correlated(300, 48)
+    captured = qc.capture_model(OneLinear(48, 20).double().eval(), (x,))
+    spec = qc.QuantSpec(bits=2, group_size=8)
+    refined = qc.quantize_groups(captured, spec, calibration=[(x,)])
+    adapted = qc.insert_adapters(refined, SVD, source=captured, calibration=[(x,)])
+    assert_close(adapted(x), refined(x), relative=1e-3)  # the damping, twice
+    _, full = started(captured, spec, dataclasses.replace(SVD, rank=6), [(x,)])
+    assert_close(full(x), refined(x), relative=1e-6)
+
+
 def test_an_annotated_source_with_its_own_targets() -> None:
     ids = torch.arange(12).reshape(2, 6)
     captured = qc.capture_model(TiedHead().eval(), (ids,))
@@ -224,7 +235,7 @@ def test_the_model_can_be_adapted_in_place() -> None:
     with torch.no_grad():
         expected = model(ids).logits.clone()
     spec = dataclasses.replace(SVD, rank=8)
-    quant = qc.QuantSpec(bits=2, group_size=8)
+    quant = qc.QuantSpec(bits=2, group_size=8, refine_offsets=False)
     program = qc.adapt_module_(
         model, (ids,), quant=quant, adapter=spec, calibration=[(ids,)]
     )

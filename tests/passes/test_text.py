@@ -142,7 +142,8 @@ def test_a_whole_pipeline_is_read_back_as_it_was() -> None:
     text = (
         'annotate-linears{targets=[q_proj,"re:mlp"],exclude=[]},'
         'assign-bits{choices=["a.q_proj=8/16"]},'
-        "quantize-groups{bits=3,group-size=24,method=minmax,budget=none,budget-unit=bits},"
+        "quantize-groups{bits=3,group-size=24,method=gptq,refine-offsets=false,act-order=true,"
+        "damping=0.05,budget=none,budget-unit=bits},"
         "insert-adapters{rank=2,alpha=4.0,pooling=mean,group-size=48,use-rslora=true,seed=5,"
         'init=zeros,rank-budget=none,ranks=["a.q_proj=3"]},'
         "share-group-sums,fold-adapters,legalize-ort-stock{accuracy-level=4,correction=digits},"
@@ -211,6 +212,9 @@ def test_any_text_is_read_or_refused_with_a_position(text: str) -> None:
         "quantize-groups{group-size=8.0}",
         "quantize-groups{group-size=[8]}",
         "quantize-groups{method=best}",
+        "quantize-groups{damping=0.0}",
+        "quantize-groups{act-order=1}",
+        "quantize-groups{calibration=[1]}",
         "insert-adapters{rank=none}",
         "insert-adapters{pooling=max}",
         "insert-adapters{alpha=big}",

@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qalora_compile.config import METHODS, SUPPORTED_BITS, QuantSpec
-from qalora_compile.errors import InternalError, UserInputError
+from qalora_compile.config import SUPPORTED_BITS, QuantSpec
+from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import expand_groups
-from qalora_compile.quantizers import get_quantizer
 from qalora_compile.quantizers.minmax import quantize_minmax
 
 MAGNITUDES = st.sampled_from((1e-30, 1e-6, 1.0, 6e4, 1e38))
@@ -152,14 +151,3 @@ def test_the_weight_and_its_gradient_are_left_alone() -> None:
     affine = quantize_minmax(weight, QuantSpec(group_size=4))
     assert torch.equal(weight, before)
     assert not affine.scale.requires_grad
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_configurable_method_has_a_quantizer(method: str) -> None:
-    affine = get_quantizer(method)(torch.randn(3, 20), QuantSpec(group_size=8)).validate()
-    assert affine.shape == (3, 20)
-
-
-def test_an_unknown_method_is_an_internal_error() -> None:
-    with pytest.raises(InternalError, match="'magic'"):
-        get_quantizer("magic")

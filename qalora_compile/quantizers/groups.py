@@ -1,0 +1,66 @@
+"""What the methods share: groups of a weight, the nearest codes, work on some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qalora_compile.config import QuantSpec
+from qalora_compile.ir.affine import GroupAffine, expand_groups, group_count
+
+_CHUNK_ELEMENTS = 1 << 17
+"""Rows of about so many weights are quantized at a time, which fit a core's cache."""
+
+Parameters = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Scale and offset, float64 `[n, L]`, of some rows of a weight."""
+
+
+def split_groups(weight: Tensor, group_size: int) -> Tensor:
+    """The groups of a weight `[N, K]` as float64 `[N, L, g]`.
+
+    A repeated last column fills the tail group without moving its minimum or maximum.
+    """
+    n, k = weight.shape
+    groups = group_count(k, group_size)
+    wide = weight.double()
+    tail = wide[:, -1:].expand(n, groups * group_size - k)
+    grouped: Tensor = torch.cat([wide, tail], dim=1).unflatten(1, (groups, group_size))
+    return grouped
+
+
+def split_columns(values: Tensor, group_size: int) -> Tensor:
+    """One value a column, `[K]`, as `[L, g]`; 0 where a repeated column fills the tail group."""
+    groups = group_count(len(values), group_size)
+    filled = torch.nn.functional.pad(values, (0, groups * group_size - len(values)))
+    grouped: Tensor = filled.unflatten(0, (groups, group_size))
+    return grouped
+
+
+def storage_dtype(weight: Tensor) -> torch.dtype:
+    """Of scale and offset."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def nearest_codes(weight: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
+    """The codes of the levels that are nearest to each weight, uint8 `[N, K]`; 0 at scale 0."""
+    k = weight.shape[1]
+    step = expand_groups(scale.double(), spec.group_size, k)
+    level = (weight.double() - expand_groups(offset.double(), spec.group_size, k)) / step
+    codes = torch.where(
+        step == 0, torch.zeros_like(level), level.round().clamp(0, 2**spec.width - 1)
+    )
+    return codes.to(torch.uint8)
+
+
+def round_to_nearest(weight: Tensor, spec: QuantSpec, parameters: Parameters) -> GroupAffine:
+    """Choose scale and offset of some rows at a time, round them to storage, then choose codes."""
+    rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    storage = storage_dtype(weight)
+    parts = []
+    for part in weight.detach().split(rows):
+        scale, offset = (values.to(storage) for values in parameters(part))
+        parts.append((nearest_codes(part, scale, offset, spec), scale, offset))
+    codes, scale, offset = (torch.cat(each) for each in zip(*parts, strict=True))
+    return GroupAffine(codes, scale, offset, spec.width, spec.group_size)

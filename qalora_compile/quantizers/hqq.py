@@ -1,0 +1,62 @@
+"""Half-quadratic quantization: ranges that a few outlying weights do not pull away."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qalora_compile.config import QuantSpec
+from qalora_compile.ir.affine import GroupAffine
+from qalora_compile.quantizers.groups import round_to_nearest
+from qalora_compile.quantizers.mse import UnitGroups, fit_line, search_range
+
+_NORM = 0.7
+_BETA, _GROWTH = 1.0, 1.05
+_ITERATIONS = 5
+_SMALLEST = 1e-6
+"""Of a residual, before it is raised to a negative power."""
+
+
+def quantize_hqq(weight: Tensor, spec: QuantSpec) -> GroupAffine:
+    """Minimise `Σ |w − (scale · q + offset)|^p`, p = 0.7, by half-quadratic splitting.
+
+    Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): an
+    auxiliary e takes up the outliers, `e = shrink(w − scale · q − offset)`, and `w − e` is fitted
+    in closed form; the two alternate. Here the fit is of scale and offset, which are both real, and
+    starts from the range that `mse` finds: from min-max, as published, it ends at a larger output
+    error than `mse` (docs/quantizers.md). A group keeps the best fit it has seen, among those whose
+    squared error is no larger than that of the range.
+
+    Args:
+        weight: `[N, K]`, floating and finite.
+        spec: bits and group_size.
+    """
+
+    def parameters(rows: Tensor) -> tuple[Tensor, Tensor]:
+        groups = UnitGroups.of(rows, spec, None)
+        return groups.restore(*_half_quadratic(groups, *search_range(groups)))
+
+    return round_to_nearest(weight, spec, parameters)
+
+
+def _half_quadratic(groups: UnitGroups, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit scale and offset `[n, L, 1]`, from those given."""
+    best = torch.full_like(scale, torch.inf)
+    most = groups.error(scale, offset)
+    best_scale, best_offset, beta = scale, offset, _BETA
+    for _ in range(_ITERATIONS + 1):
+        codes = groups.codes(scale, offset)
+        residual = groups.values - (codes * scale + offset)
+        size = residual.abs()
+        norm = (size.pow(_NORM) * groups.importance).sum(-1, keepdim=True)
+        squares = (size.square() * groups.importance).sum(-1, keepdim=True)
+        better = (norm < best) & (squares <= most)
+        best = torch.where(better, norm, best)
+        best_scale = torch.where(better, scale, best_scale)
+        best_offset = torch.where(better, offset, best_offset)
+        steps = size / scale  # β is relative to a step, so that no magnitude is special
+        kept = (steps - steps.clamp_min(_SMALLEST).pow(_NORM - 1) / beta).clamp_min(0)
+        outlier = residual.sign() * kept * scale
+        scale, offset = fit_line(codes, groups, groups.values - outlier, scale)
+        beta *= _GROWTH
+    return best_scale, best_offset
