@@ -36,6 +36,7 @@ class Site:
         decision: `quantize` or `keep`.
         reason: Why.
         bits, group_size: Set once quantized.
+        chosen_bits, chosen_group: What assign-bits wants, until it is quantized so.
         rank: Set while the site has an adapter.
         why_bits, why_rank: By what bits and rank were chosen, where a budget was spread over sites.
     """
@@ -55,6 +56,8 @@ class Site:
     group_size: int | None = None
     rank: int | None = None
     experts: int | None = None
+    chosen_bits: int | None = None
+    chosen_group: int | None = None
     why_bits: str = ""
     why_rank: str = ""
 

@@ -50,7 +50,7 @@ class AssignBits(Pass):
         choices = parse_bits(self.choices)
         rows = [site for site in program.plan.to_quantize() if site.path in choices]
         fields = {
-            site.name: dict(zip(("bits", "group_size"), choices[site.path], strict=True))
+            site.name: dict(zip(("chosen_bits", "chosen_group"), choices[site.path], strict=True))
             for site in rows
         }
         changes = tuple(
@@ -63,7 +63,7 @@ class AssignBits(Pass):
         """The rows say what was chosen."""
         choices = parse_bits(self.choices)
         for site in after.plan.to_quantize():
-            if choices.get(site.path, found := (site.bits, site.group_size)) != found:
+            if choices.get(site.path, found := (site.chosen_bits, site.chosen_group)) != found:
                 raise PostconditionError("the plan has other bits", where=site.name)
 
 

@@ -82,7 +82,7 @@ class QuantizeGroups(QuantSpec, Pass):
                 hint="name sites in targets, or check that the model is the one you meant",
             )
         for site in program.plan.to_quantize():
-            if self.bits == AUTO and site.bits is None:
+            if self.bits == AUTO and site.chosen_bits is None:
                 raise PreconditionError(
                     "bits is 'auto', and no bits were chosen for the site",
                     where=site.name,
@@ -121,8 +121,9 @@ class QuantizeGroups(QuantSpec, Pass):
         for name, linear in linears.items():
             self._rewrite(graph, linear.node, rows[name], nodes)
         specs = {name: self.spec_of(site) for name, site in rows.items()}
+        done = {"chosen_bits": None, "chosen_group": None}
         plan = program.plan.update(
-            {n: {"bits": s.bits, "group_size": s.group_size} for n, s in specs.items()}
+            {n: {"bits": s.bits, "group_size": s.group_size} | done for n, s in specs.items()}
         )
         skips = [Change(s.name, "kept in float", s.reason) for s in plan if s.bits is None]
         for site in uncalibrated:
@@ -143,8 +144,8 @@ class QuantizeGroups(QuantSpec, Pass):
     def spec_of(self, site: Site) -> QuantSpec:
         """How the weight of a planned row is quantized."""
         options = {f.name: getattr(self, f.name) for f in fields(QuantSpec)}
-        chosen = {"bits": site.bits, "group_size": site.group_size, "budget": None}
-        return QuantSpec(**options | (chosen if site.bits is not None else {}))
+        chosen = {"bits": site.chosen_bits, "group_size": site.chosen_group, "budget": None}
+        return QuantSpec(**options | (chosen if site.chosen_bits is not None else {}))
 
     @property
     def _without_data(self) -> QuantizeGroups:

@@ -83,6 +83,21 @@ def test_each_weight_is_quantized_as_the_plan_says() -> None:
             torch.testing.assert_close(program.tensors()[name], alone[bits][name], rtol=0, atol=0)
 
 
+def test_the_plan_says_what_is_meant_until_it_is_done() -> None:
+    x = torch.randn(2, 16)
+    annotated = qc.Pipeline.parse("annotate-linears")(
+        qc.capture_model(MLP(16, 8, 4).eval(), (x,))
+    ).program
+    assigned = AssignBits(choices=("layers.1=3/16",))(annotated).program
+    rows = [(s.bits, s.chosen_bits, s.chosen_group) for s in assigned.plan]
+    assert rows == [(None, None, None), (None, 3, 16)]
+    done = qc.quantize_groups(assigned)
+    assert [(s.bits, s.group_size, s.chosen_bits) for s in done.plan] == [
+        (4, 32, None),
+        (3, 16, None),
+    ]
+
+
 def test_all_rows_of_a_weight_get_the_same() -> None:
     program = by_hand(UsedTwice(), torch.randn(3, 32), shared="3/16")
     assert [s.bits for s in program.plan if s.path == "shared"] == [3, 3]
@@ -304,7 +319,7 @@ def test_a_pass_that_forgets_its_choices_is_caught(monkeypatch: pytest.MonkeyPat
 
     def forgets(self: AssignBits, program: qc.Program) -> PassResult:
         done = real(self, program)
-        kept = {s.name: {"bits": 4} for s in done.program.plan}
+        kept = {s.name: {"chosen_bits": 4} for s in done.program.plan}
         plan = done.program.plan.update(kept)
         return dataclasses.replace(done, program=done.program.evolve(plan=plan))
 
