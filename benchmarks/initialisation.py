@@ -27,8 +27,9 @@ from typing import Any
 import qalora_compile as qc
 from qalora_compile.capture.source import Source, load_source
 from qalora_compile.training import FitSpec, evaluate, fit, load_examples
+from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.data import Example
-from qalora_compile.training.evaluate import example_calls, program_forward
+from qalora_compile.training.evaluate import program_forward
 
 EXAMPLES = """examples:
   python -m benchmarks.initialisation
@@ -124,7 +125,7 @@ def load(options: argparse.Namespace) -> Bench:
     held_out = tuple(next(whole) for _ in range(options.articles))
     calibration = [next(whole) for _ in range(options.calibration)]
     captured = source.capture()
-    calls = example_calls(captured, calibration)
+    calls = calibration_calls(captured, calibration, len(calibration))
     return Bench(source, captured, held_out, calls, options)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import ort_layers
+from benchmarks import ort_layers, quantizers
 from benchmarks.passes import EXPORT, NUMBERS, TOTAL, Result, main
+from benchmarks.scatter import Point, scatter_svg
 
 Seconds = dict[int, dict[str, float]]
 
@@ -35,7 +37,7 @@ def test_missed_targets_are_named(measured: Seconds, missed: list[str]) -> None:
     assert all(part in text for part, text in zip(missed, found, strict=True))
 
 
-@pytest.mark.parametrize("name", ["passes", "ort_layers", "ort_model"])
+@pytest.mark.parametrize("name", ["passes", "ort_layers", "ort_model", "quantizers"])
 def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit, match="0"):
@@ -69,3 +71,20 @@ def test_it_measures_every_pass(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = json.loads(capsys.readouterr().out)["seconds"].values()
     assert {"annotate-linears", "quantize-groups", "legalize-ort-stock", NUMBERS} <= row.keys()
     assert all(value > 0 for value in row.values())
+
+
+def test_a_plot_places_what_loses_less_lower() -> None:
+    points = [Point(10, 0.1, "a & b", "3 bits"), Point(20, 0.01, "c", "4 bits")]
+    text = scatter_svg(points, title="t", x="MB", y="loss", line=0.05)
+    root = ElementTree.fromstring(text)
+    marks = [e for e in root.iter() if e.tag.endswith("circle") and len(e)]
+    assert [e[0].text for e in marks] == ["a & b, 3 bits: 0.1", "c, 4 bits: 0.01"]
+    (first, second) = [(float(e.attrib["cx"]), float(e.attrib["cy"])) for e in marks]
+    assert first[0] < second[0] and first[1] < second[1], "down is less, in SVG a larger y"
+    (dashed,) = [e for e in root.iter() if "stroke-dasharray" in e.attrib]
+    assert first[1] < float(dashed.attrib["y1"]) < second[1]
+
+
+def test_bad_groups_are_refused() -> None:
+    with pytest.raises(SystemExit, match="2"):
+        quantizers.main(["--groups", "0"])

@@ -21,15 +21,15 @@ def group_alike(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[object, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
-        rest = tuple(_pattern(value) for name, value in row.items() if name not in _OWN)
-        groups[(_pattern(row["path"]), *rest)].append(row)
+        rest = tuple(pattern_of(value) for name, value in row.items() if name not in _OWN)
+        groups[(pattern_of(row["path"]), *rest)].append(row)
     return [
         {
             **same[0],
-            "path": _ranges([row["path"] for row in same]),
-            "weight": _ranges([row["weight"] for row in same]),
+            "path": ranges_of([row["path"] for row in same]),
+            "weight": ranges_of([row["weight"] for row in same]),
             "bytes": sum(row["bytes"] for row in same),
-            "reason": _ranges([row["reason"] for row in same]),
+            "reason": ranges_of([row["reason"] for row in same]),
             "count": len(same),
         }
         | ({"why": ""} if len(same) > 1 else {})
@@ -37,11 +37,12 @@ def group_alike(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _pattern(value: object) -> object:
+def pattern_of(value: object) -> object:
+    """A text with its numbers made alike; other values as they are."""
     return _NUMBER.sub("#", value) if isinstance(value, str) else value
 
 
-def _ranges(texts: Sequence[str]) -> str:
+def ranges_of(texts: Sequence[str]) -> str:
     """Texts of one pattern as one, with the numbers that vary in braces."""
     columns = zip(*(map(int, _NUMBER.findall(text)) for text in texts), strict=True)
     shown = iter([_braces(sorted(set(column))) for column in columns])

@@ -24,34 +24,27 @@ from qalora_compile.cli.folders import (
     save_tokenizer,
     write_run_file,
 )
-from qalora_compile.cli.ui import Steps, print_summary, steps
-from qalora_compile.config import (
-    AUTO,
-    BUDGET_UNITS,
-    INITS,
-    METHODS,
-    POOLINGS,
-    SUPPORTED_BITS,
-    AdapterSpec,
-    QuantSpec,
+from qalora_compile.cli.quantized import (
+    add_quant_arguments,
+    number_or_auto,
+    print_reports,
+    quant_spec,
 )
+from qalora_compile.cli.ui import Steps, print_summary, steps
+from qalora_compile.config import AUTO, CALIBRATED, INITS, POOLINGS, AdapterSpec, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import ADAPTERS_FILE, save_tensors, write_program
+from qalora_compile.quantizers.report import QuantReport, collecting_reports
+from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.checkpoint import (
     list_checkpoints,
     restore_checkpoint,
     save_checkpoint,
 )
 from qalora_compile.training.data import Dataset, load_examples
-from qalora_compile.training.evaluate import (
-    Metrics,
-    evaluate,
-    example_calls,
-    logits_of,
-    program_forward,
-)
+from qalora_compile.training.evaluate import Metrics, evaluate, logits_of, program_forward
 from qalora_compile.training.fit import FitResult, FitSpec, StepReport, fit, make_optimizer
 from qalora_compile.verify.inputs import token_limits
 
@@ -61,6 +54,7 @@ EXAMPLES = """examples:
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run
   qalora-compile finetune model.gguf --data train.jsonl --eval-data test.jsonl --steps 200 --out run
   qalora-compile finetune my_package.models:build --data ids.jsonl --bits 3 --out run
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --bits 3 --method gptq --out run
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --resume
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits 3 --init svd
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits auto --budget 3.5
@@ -85,17 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-data", metavar="FILE", help="held-out data, JSON lines")
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
     quant = parser.add_argument_group("quantization")
+    add_quant_arguments(quant, auto=True)
     quant.add_argument(
-        "--bits", type=number_or_auto, default=4, choices=(*SUPPORTED_BITS, AUTO), metavar="B"
+        "--calibration",
+        metavar="FILE",
+        help="data to quantize for, JSON lines; gptq, auto and svd take the training data where "
+        "none are given",
     )
-    quant.add_argument("--budget", type=float, metavar="X", help="of --bits auto")
-    quant.add_argument("--budget-unit", default="bits", choices=BUDGET_UNITS)
-    quant.add_argument("--group-size", type=int, default=32, metavar="G")
-    quant.add_argument("--method", default="minmax", choices=METHODS)
-    quant.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
-    quant.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers to keep")
+    quant.add_argument(
+        "--calibration-samples", type=int, default=128, metavar="N", help="the first N of them"
+    )
     adapter = parser.add_argument_group("adapters")
-    adapter.add_argument("--rank", type=number_or_auto, default=16, metavar="R")
+    adapter.add_argument("--rank", type=number_or_auto, default=16, metavar="R", help="or auto")
     adapter.add_argument("--rank-budget", type=int, metavar="P", help="parameters, of --rank auto")
     adapter.add_argument(
         "--init",
@@ -105,13 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     adapter.add_argument("--alpha", type=float, default=32.0)
     adapter.add_argument("--pooling", default="sum", choices=POOLINGS)
-    parser.add_argument(
-        "--calibration-examples",
-        type=int,
-        default=16,
-        metavar="N",
-        help="first training examples by which auto and svd choose (default: 16)",
-    )
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=100)
     training.add_argument("--batch-size", type=int, default=8, metavar="B")
@@ -123,11 +111,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing RUN")
-
-
-def number_or_auto(text: str) -> int | str:
-    """A whole number, or `auto`."""
-    return text if text == AUTO else int(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -162,6 +145,8 @@ def run(options: argparse.Namespace) -> int:
         if not result.stopped
         else "the same command with --resume",
     }
+    if job.reports:
+        print_reports(job.reports)
     print_summary("finetune", rows)
     return 130 if result.stopped else 0
 
@@ -178,6 +163,7 @@ class _Job:
     record: dict[str, Any]
     start_step: int
     optimizer: torch.optim.Optimizer
+    reports: tuple[QuantReport, ...] = ()
 
     def report_data(self, shown: Steps) -> None:
         """Say what of the data was cut or skipped."""
@@ -212,15 +198,16 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     shown.say("capture")
     captured = source.capture()
     _check_trainable(captured, data, held_out)
-    calibration = example_calls(captured, data.examples[: options.calibration_examples])
-    program = quantize_groups(
-        captured,
-        quant,
-        targets=options.targets or "all-linear",
-        exclude=options.exclude,
-        calibration=calibration if quant.bits == AUTO else None,
-    )
-    program = insert_adapters(program, adapter, source=captured, calibration=calibration)
+    calls = _calibration(options, captured, data, source.tokenizer)
+    with collecting_reports() as reports:
+        program = quantize_groups(
+            captured,
+            quant,
+            targets=options.targets or "all-linear",
+            exclude=options.exclude,
+            calibration=calls if _quantizes_by_data(options) else None,
+        )
+    program = insert_adapters(program, adapter, source=captured, calibration=calls)
     record = {
         "model": options.model,
         "data": str(Path(options.data).resolve()),
@@ -237,7 +224,24 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         save_description(source.model, folder)
         write_run_file(folder, record)
     optimizer = make_optimizer(program, spec)
-    return _Job(program, data, held_out, spec, out, record, 0, optimizer)
+    return _Job(program, data, held_out, spec, out, record, 0, optimizer, tuple(reports))
+
+
+def _calibration(
+    options: argparse.Namespace, program: Program, data: Dataset, tokenizer: Any
+) -> list[dict[str, Any]] | None:
+    """Calls to quantize and to start for, where a file of them is given or an option needs them."""
+    if options.calibration:
+        data = load_examples(options.calibration, tokenizer, max_length=options.seq_len)
+        _check_trainable(program, data)
+    elif not (_quantizes_by_data(options) or options.rank == AUTO or options.init == "svd"):
+        return None
+    return calibration_calls(program, data.examples, options.calibration_samples)
+
+
+def _quantizes_by_data(options: argparse.Namespace) -> bool:
+    needed = options.method in CALIBRATED or options.bits == AUTO
+    return needed or options.calibration is not None
 
 
 def _specs(options: argparse.Namespace) -> tuple[QuantSpec, AdapterSpec]:
@@ -246,14 +250,8 @@ def _specs(options: argparse.Namespace) -> tuple[QuantSpec, AdapterSpec]:
     Raises:
         UserInputError: a value is out of range, or fits no other.
     """
-    if options.calibration_examples < 1:
-        raise UserInputError(
-            f"calibration-examples is {options.calibration_examples}", hint="use 1 or more"
-        )
-    quant = QuantSpec(
-        bits=options.bits,
-        group_size=options.group_size,
-        method=options.method,
+    quant = quant_spec(
+        options,
         budget=options.budget,
         budget_unit=options.budget_unit,
         refine_offsets=options.init != "svd",  # else nothing would be left for the adapters

@@ -15,10 +15,12 @@ from qalora_compile.cli.export import (
     kernels,
     target_spec,
 )
+from qalora_compile.cli.quantized import add_quant_arguments, print_reports, quant_spec
 from qalora_compile.cli.ui import megabytes, print_summary, steps
-from qalora_compile.config import METHODS, SUPPORTED_BITS, QuantSpec
+from qalora_compile.config import CALIBRATED
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
+from qalora_compile.quantizers.report import collecting_reports
 from qalora_compile.runtime.memory import peak_memory
 
 NAME = "quantize"
@@ -26,6 +28,7 @@ SUMMARY = "quantize a language model of any size straight to an edge folder, wit
 EXAMPLES = """examples:
   qalora-compile quantize ./Llama-7B --out edge
   qalora-compile quantize ./Llama-7B --out edge --bits 3 --group-size 64 --parameter-dtype float16
+  qalora-compile quantize ./Llama-7B --out edge --bits 3 --method hqq
 
 weights are read, quantized and written one layer after another: memory does not grow with the model
 """
@@ -35,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("model", metavar="MODEL", help="Hugging Face folder with safetensors")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--bits", type=int, default=4, choices=SUPPORTED_BITS)
-    parser.add_argument("--group-size", type=int, default=32, metavar="G")
-    parser.add_argument("--method", default="minmax", choices=METHODS)
-    parser.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
-    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="to keep")
+    add_quant_arguments(parser)
     add_target_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
 
@@ -48,7 +47,13 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     started = time.monotonic()
     source, out = Path(options.model), Path(options.out)
-    quant = QuantSpec(bits=options.bits, group_size=options.group_size, method=options.method)
+    quant = quant_spec(options)
+    if quant.method in CALIBRATED:
+        raise UserInputError(
+            f"the method {quant.method} needs calibration data, which quantize does not take: it "
+            "never holds the whole model, so it cannot run it",
+            hint="finetune --method gptq --steps 0, then fold and export; or --method hqq",
+        )
     spec = target_spec(options)
     check_output(out, overwrite=options.overwrite)
     library = chosen_library(options)
@@ -58,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
             where=str(source),
             hint="quantize takes a Hugging Face folder; finetune also takes .gguf files",
         )
-    with steps() as shown:
+    with steps() as shown, collecting_reports() as reports:
         shown.say("capture with a key-value cache")
         program = capture_checkpoint(source, last_logits=options.last_logits)
         program = quantize_groups(
@@ -76,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
             library=library,
         )
         report, written = write_edge(out, parts, overwrite=options.overwrite)
+    print_reports(reports)
     print_summary(
         "quantize",
         {

@@ -50,23 +50,17 @@ def quantize_gptq(weight: Tensor, spec: QuantSpec, statistics: ActivationStatist
             round_to_nearest(weight, spec, _parameters(spec, None)),
             ("the calibration inputs are all zero: rounded to the nearest",),
         )
-    k = weight.shape[1]
+    k, diagonal = weight.shape[1], moment.diagonal()
+    order = torch.argsort(diagonal, descending=True) if spec.act_order else torch.arange(k)
     wanted = max(spec.damping, min(1.0, _NOISE * k / statistics.rows))
-    found = factor(moment, wanted)
+    found = factor(moment[order][:, order], wanted)
     notes = [f"damping raised to {found.damping:.2g}"] * (found.damping > spec.damping)
     if statistics.rows < k:
         notes.append(f"{statistics.rows} input rows for {k} columns")
-    dead = int((moment.diagonal() == 0).sum())
+    dead = int((diagonal == 0).sum())
     notes += [f"{dead} columns are never active"] * bool(dead)
-    importance = moment.diagonal() + found.damping * moment.diagonal().mean()
-    order = (
-        torch.argsort(importance, descending=True, stable=True)
-        if spec.act_order
-        else torch.arange(k)
-    )
-    damped = (found.lower @ found.lower.T)[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(found.lower), upper=True)
+    importance = diagonal + found.damping * diagonal.mean()
     rounding = _Rounding(weight, spec, importance)
     return Chosen(rounding.run(order, upper), tuple(notes))
 
@@ -97,7 +91,8 @@ def _parameters(
 class _Rounding:
     """Columns rounded one after the other.
 
-    Arithmetic is float32 (float64 for a float64 weight) on weights divided by the largest of them.
+    Arithmetic is float32 (float64 for a float64 weight) on weights divided by the largest of them,
+    and transposed: a column lies in one piece of memory.
 
     Args:
         weight: `[N, K]`.
@@ -111,48 +106,56 @@ class _Rounding:
         self._storage = storage_dtype(weight)
         largest = weight.abs().max().double()
         self._unit = torch.where(largest == 0, torch.ones_like(largest), largest)
-        self._rest = (weight.double() / self._unit).to(self._storage)
-        self._codes = torch.zeros(n, k, dtype=torch.uint8)
-        shape = n, group_count(k, spec.group_size)
-        self._scale, self._offset = (weight.new_zeros(shape, dtype=self._storage) for _ in "so")
+        self._rest = self._in_units(weight).T.contiguous()
+        self._codes = torch.zeros(k, n, dtype=torch.uint8)
+        groups = group_count(k, spec.group_size)
+        self._scale, self._offset = (torch.zeros(n, groups, dtype=self._storage) for _ in "so")
+        self._unit_scale, self._unit_offset = (self._rest.new_zeros(groups, n) for _ in "so")
         if spec.act_order:
             whole = round_to_nearest(weight, spec, _parameters(spec, importance))
-            self._scale, self._offset = whole.scale, whole.offset
+            self._store(slice(None), whole.scale, whole.offset)
 
     def run(self, order: Tensor, upper: Tensor) -> GroupAffine:
         """Round the columns in `order`; `upper` is U, for columns in that order."""
-        size, k = self._spec.group_size, len(order)
-        block = size * max(1, _BLOCK // size)  # a group does not end in another block
-        rest, upper = self._rest[:, order], upper.to(self._storage)
+        spec, k = self._spec, len(order)
+        places: list[int] = order.tolist()
+        block = spec.group_size * max(1, _BLOCK // spec.group_size)  # it ends where a group does
+        rest, upper = self._rest[order], upper.to(self._storage)
+        pivots: list[float] = upper.diagonal().tolist()
         for start in range(0, k, block):
             stop = min(start + block, k)
-            errors = torch.zeros(rest.shape[0], stop - start, dtype=rest.dtype)
+            errors = rest.new_zeros(stop - start, rest.shape[1])
             for column in range(start, stop):
-                place = int(order[column])
-                if not self._spec.act_order and column % size == 0:
-                    self._choose(rest[:, column : column + size], column)
-                error = self._round(rest[:, column], place) / upper[column, column]
-                rest[:, column + 1 : stop].addr_(error, upper[column, column + 1 : stop], alpha=-1)
-                errors[:, column - start] = error
-            rest[:, stop:] -= errors @ upper[start:stop, stop:]
-        spec = self._spec
-        return GroupAffine(self._codes, self._scale, self._offset, spec.width, spec.group_size)
+                if not spec.act_order and column % spec.group_size == 0:
+                    self._choose(rest[column : column + spec.group_size].T, column)
+                error = self._round(rest[column], places[column]).div_(pivots[column])
+                rest[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
+                errors[column - start] = error
+            rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        codes = self._codes.T.contiguous()
+        return GroupAffine(codes, self._scale, self._offset, spec.width, spec.group_size)
+
+    def _in_units(self, values: Tensor) -> Tensor:
+        return (values.double() / self._unit).to(self._storage)
+
+    def _store(self, groups: slice, scale: Tensor, offset: Tensor) -> None:
+        """Keep scale and offset `[N, _]` of some groups, as they are stored and in units."""
+        self._scale[:, groups], self._offset[:, groups] = scale, offset
+        self._unit_scale[groups] = self._in_units(self._scale[:, groups]).T
+        self._unit_offset[groups] = self._in_units(self._offset[:, groups]).T
 
     def _choose(self, columns: Tensor, first: int) -> None:
         """Scale and offset of the group that begins at the column `first`."""
         spec, group = self._spec, first // self._spec.group_size
         importance = self._importance[first : first + columns.shape[1]]
         values = columns.double() * self._unit
-        parameters = _parameters(spec, importance)(values)
-        for stored, found in zip((self._scale, self._offset), parameters, strict=True):
-            stored[:, group] = found[:, 0].to(self._storage)
+        self._store(slice(group, group + 1), *_parameters(spec, importance)(values))
 
     def _round(self, column: Tensor, place: int) -> Tensor:
         """Choose the codes of the column `place` of the weight; gives its error."""
         group = place // self._spec.group_size
-        scale = (self._scale[:, group].double() / self._unit).to(self._storage)
-        offset = (self._offset[:, group].double() / self._unit).to(self._storage)
-        level = ((column - offset) / scale).round().clamp(0, 2**self._spec.width - 1)
-        codes = torch.where(scale == 0, torch.zeros_like(level), level)
-        self._codes[:, place] = codes.to(torch.uint8)
-        return column - (codes * scale + offset)
+        scale, offset = self._unit_scale[group], self._unit_offset[group]
+        level = ((column - offset) / scale).round_().clamp_(0, 2**self._spec.width - 1)
+        level.nan_to_num_(0.0)  # of a group of equal weights
+        self._codes[place] = level.to(torch.uint8)
+        return column - level.mul_(scale).add_(offset)

@@ -43,21 +43,13 @@ def program_forward(program: Program) -> Forward:
     """The logits of a causal language model program."""
 
     def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return logits_of(program(**call_of(program, input_ids, attention_mask)))
+        return logits_of(program(**model_inputs(program, input_ids, attention_mask)))
 
     return forward
 
 
-def example_calls(
-    program: Program, examples: Sequence[Example], *, batch_size: int = 4
-) -> list[dict[str, Tensor]]:
-    """Examples as calls of a language model program, padded batch by batch, for calibration."""
-    batches = [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
-    return [call_of(program, batch.input_ids, batch.attention_mask) for batch in batches]
-
-
-def call_of(program: Program, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """The arguments of a language model program; a mask where it takes one."""
+def model_inputs(program: Program, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Arguments of a causal language model by name; the mask where the model takes one."""
     inputs = {program.signature.inputs[0].name: input_ids}
     if any(leaf.name == "attention_mask" for leaf in program.signature.inputs):
         inputs["attention_mask"] = attention_mask

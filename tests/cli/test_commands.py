@@ -221,7 +221,7 @@ def test_bits_ranks_and_start_are_chosen_by_the_data(
     command = ["finetune", str(model_folder), "--data", str(data_file), "--out", run]
     command += ["--bits", "auto", "--budget", "3.2", "--group-size", "16", "--init", "svd"]
     command += ["--rank", "auto", "--rank-budget", "6000", "--steps", "2"]
-    assert main([*command, "--calibration-examples", "4"]) == 0
+    assert main([*command, "--calibration-samples", "4"]) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
     assert (record["quant"]["bits"], record["adapter"]["rank"]) == ("auto", "auto")
     assert main(["fold", run, "--out", folded]) == 0
@@ -308,7 +308,7 @@ BAD_COMMANDS = {
             "{new}",
             "--init",
             "svd",
-            "--calibration-examples",
+            "--calibration-samples",
             "0",
         ],
         "use 1 or more",

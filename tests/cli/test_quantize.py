@@ -1,0 +1,74 @@
+"""Methods on the command line: calibration data, the table of what was lost, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qalora_compile.cli.main import main
+from qalora_compile.cli.quantized import print_reports
+from qalora_compile.quantizers.report import QuantReport
+
+Capture = pytest.CaptureFixture[str]
+
+
+def report(path: str, **values: object) -> QuantReport:
+    given = {"method": "gptq", "bits": 3, "group_size": 32, "weights": 64, "weight_sqnr_db": 12.0}
+    more = {"output_sqnr_db": 20.0, "rows": 9, "seconds": 1.5} | values
+    return QuantReport(path=path, **(given | more))  # type: ignore[arg-type]
+
+
+def test_layers_that_are_alike_share_a_row(capsys: Capture) -> None:
+    reports = [report(f"layers.{i}.fc", output_sqnr_db=20.0 - i) for i in range(4)]
+    reports += [report("head", notes=("damping raised to 0.5",), weight_sqnr_db=float("inf"))]
+    print_reports(reports)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "gptq" in line]
+    assert len(lines) == 2
+    assert [cell.strip() for cell in lines[0].split("│")][1:-1] == [
+        *("layers.{0..3}.fc", "4", "gptq", "3", "32", "12.0", "18.5", "17.0", "6.0", "")
+    ]
+    assert "exact" in lines[1] and "damping raised to 0.5" in lines[1]
+
+
+def test_numbers_in_notes_do_not_part_layers(capsys: Capture) -> None:
+    print_reports([report(f"a.{i}", notes=(f"damping raised to 0.{i}",)) for i in (1, 2)])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "gptq" in line]
+    assert "e.g. damping raised to 0.1" in line
+
+
+def test_finetune_calibrates(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    words = ["finetune", str(model_folder), "--data", str(data_file), "--steps", "0"]
+    words += ["--method", "gptq", "--bits", "3", "--calibration", str(data_file)]
+    assert main([*words, "--calibration-samples", "4", "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.{0..1}.mlp.down_proj" in printed
+    assert "damping" in printed, "four examples are few rows"
+    record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert record["quant"]["method"] == "gptq"
+    assert main([*words, "--calibration-samples", "0", "--out", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
+
+
+def test_quantize_refuses_what_it_cannot_calibrate(
+    model_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = str(tmp_path / "edge")
+    assert main(["quantize", str(model_folder), "--method", "gptq", "--out", out]) == 2
+    printed = capsys.readouterr().err
+    assert "needs calibration data" in printed and "finetune --method gptq --steps 0" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["minmax", "hqq"])
+def test_quantize_reports_what_was_lost(
+    method: str, model_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = str(tmp_path / "edge")
+    assert main(["quantize", str(model_folder), "--method", method, "--out", out]) == 0
+    printed = capsys.readouterr().out
+    assert "not measured" in printed and f" {method} " in printed
+    assert "model.layers.{0..1}.mlp.down_proj" in printed
