@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora_compile.config import FUSION_OPSETS, AdapterSpec, ExportSpec, QuantSpec, one_of
+from qalora_compile.config import AUTO, FUSION_OPSETS, AdapterSpec, ExportSpec, QuantSpec, one_of
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
@@ -16,6 +17,13 @@ from qalora_compile.ir.signature import Call
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.base import Pass
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
+from qalora_compile.passes.choose_bits import choose_bits
+from qalora_compile.passes.corrections import (
+    annotated_source,
+    choose_ranks,
+    find_corrections,
+    start_from,
+)
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.fuse_attention import FuseAttention
 from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
@@ -32,6 +40,7 @@ from qalora_compile.passes.select import ALL_LINEAR, as_patterns
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 from qalora_compile.passes.split_planes import SplitPlanes
 from qalora_compile.passes.widen_halves import WidenHalves, needs_widening
+from qalora_compile.quantizers.calibrate import collect_statistics
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,20 +70,30 @@ def quantize_groups(
             zero-points and no adapter, see `passes.quantize_embeddings`; None leaves embeddings,
             and heads tied to them, in float.
 
+        calibration: Arguments of a few typical calls, which methods that look at a layer's inputs
+            need, and by which bits `"auto"` are chosen.
+
     Raises:
         UserInputError: a pattern matches nothing, a weight is not finite, nothing is left to
-            quantize, of embeddings and heads too where they are asked for, or calibration data are
-            missing, do not fit or are all padding.
+            quantize, of embeddings and heads too where they are asked for, calibration data are
+            missing, do not fit or are all padding, or the budget of bits `"auto"` is too small.
         PreconditionError: the program is at another stage.
     """
     calls = () if calibration is None else _some(calibration)
-    quantize: list[Pass] = [QuantizeGroups(**(spec or QuantSpec()).to_json(), calibration=calls)]
+    steps: list[Pass] = []
+    if program.stage != ANNOTATED:
+        steps = _annotation(targets, exclude, keep_heads=embeddings is not None)
+    quantize = QuantizeGroups(**(spec or QuantSpec()).to_json(), calibration=calls)
+    reasons: Mapping[str, str] = {}
+    if quantize.bits == AUTO and calls:
+        program = Pipeline(steps)(program).program if steps else program
+        assign, reasons = choose_bits(program, quantize, calls)
+        steps = [assign]
+    steps.append(quantize)
     if embeddings is not None:
         one_of("method of embeddings", embeddings.method, (QuantSpec().method,))
-        quantize.append(QuantizeEmbeddings(bits=embeddings.bits, group_size=embeddings.group_size))
-    annotated = program.stage == ANNOTATED
-    steps = [] if annotated else _annotation(targets, exclude, keep_heads=embeddings is not None)
-    result = Pipeline([*steps, *quantize])(program)
+        steps.append(QuantizeEmbeddings(bits=embeddings.width, group_size=embeddings.group_size))
+    result = Pipeline(steps)(program)
     if embeddings is not None and not any(site.whole for site in result.program.plan):
         why = "; ".join(f"{skip.path}: {skip.why}" for skip in result.skips if skip.what == KEPT)
         raise UserInputError(
@@ -82,7 +101,8 @@ def quantize_groups(
             where=why or "the model has none",
             hint="leave out the option for embeddings",
         )
-    return result.program
+    plan = result.program.plan.explain("why_bits", reasons)
+    return result.program.evolve(plan=plan) if reasons else result.program
 
 
 def _some(calls: Iterable[Call]) -> tuple[Call, ...]:
@@ -105,14 +125,49 @@ def _annotation(
     return [CanonicalizePointwise(), annotate]
 
 
-def insert_adapters(program: Program, spec: AdapterSpec | None = None) -> Program:
-    """Put a trainable pooled adapter beside every quantized layer; the function stays the same.
+def insert_adapters(
+    program: Program,
+    spec: AdapterSpec | None = None,
+    *,
+    source: Program | None = None,
+    calibration: Iterable[Call] | None = None,
+) -> Program:
+    """Put a trainable pooled adapter beside every quantized layer.
+
+    The function stays the same, but with `init="svd"`: then the adapters start as what their rank
+    can make up for of the quantization error.
+
+    Args:
+        program: At stage `quantized`.
+        spec: Rank, scaling, pooling and start; None takes rank 16.
+        source: The program before quantization, float or annotated; for init `"svd"` and rank
+            `"auto"`, which compare its weights with the quantized ones.
+        calibration: Arguments of a few typical calls. With them the error of a layer's output
+            counts, for the inputs that it has in `source`; without, that of its weights.
 
     Raises:
-        PreconditionError: the program is not at stage `quantized`, or the adapter's group size is
-            no multiple of the quantization group.
+        PreconditionError: the program is not at stage `quantized`, the adapter's group size is no
+            multiple of the quantization group, or `source` is missing or another model.
+        UserInputError: calls do not fit the program, or the rank budget is too small.
     """
-    insert = InsertAdapters(**(spec or AdapterSpec()).to_json())
+    spec = spec or AdapterSpec()
+    if spec.rank != AUTO and spec.init == "zeros":
+        return _insert(program, InsertAdapters(**spec.to_json()))
+    if source is None:
+        raise PreconditionError(
+            f"rank {spec.rank!r} with init {spec.init!r} looks at the weights before quantization",
+            hint="give the program that they are in: source=captured",
+        )
+    source = annotated_source(source, program)
+    statistics = {} if calibration is None else collect_statistics(source, calibration)
+    choose = partial(find_corrections, source, program, statistics=statistics)
+    insert, reasons = choose_ranks(spec, choose)
+    adapted = _insert(program, insert)
+    adapted = adapted.evolve(plan=adapted.plan.explain("why_rank", reasons))
+    return adapted if spec.init == "zeros" else start_from(adapted, insert, choose(insert))
+
+
+def _insert(program: Program, insert: InsertAdapters) -> Program:
     return Pipeline([insert, ShareGroupSums()])(program).program
 
 
@@ -125,14 +180,14 @@ def adapt_module_(
     adapter: AdapterSpec | None = None,
     targets: str | Iterable[str] = ALL_LINEAR,
     exclude: Iterable[str] = (),
+    calibration: Sequence[Call] | None = None,
     dynamic_shapes: Any = None,
-    calibration: Iterable[Call] | None = None,
 ) -> Program:
     """Quantize and adapt a model in place, module by module, by the plan of its captured graph.
 
-    For code that needs the model itself: `generate()`, `labels`, gradient checkpointing, the
-    Hugging Face Trainer. Linear layers become `AdaptedLinear`; where only a weight can be replaced
-    (packed attention, 1×1 convolutions, experts) it is parametrized. All else is frozen.
+    For `generate()`, `labels`, gradient checkpointing, the Hugging Face Trainer. Linear layers
+    become `AdaptedLinear`; where only a weight can be replaced (packed attention, 1×1 convolutions,
+    experts) it is parametrized. All else is frozen.
 
     The returned program has the model's very tensors, under the same names: train the model, then
     `fold_adapters(program)` and export. Before it returns, program and model are run with random
@@ -146,15 +201,14 @@ def adapt_module_(
         adapter: As for `insert_adapters`.
         targets: As for `quantize_groups`.
         exclude: As for `quantize_groups`.
+        calibration: As for `quantize_groups` and `insert_adapters`.
         dynamic_shapes: As for `capture_model`.
-        calibration: As for `quantize_groups`.
 
     Raises:
         CaptureError: `torch.export` refused the model, or captured something else than it computes.
         UnsupportedError: a module cannot hold its quantized weight.
-        VerificationError: model and program differ, for example because the model has a path
-            around an adapter.
-        UserInputError: as for `quantize_groups` and `insert_adapters`.
+        VerificationError: model and program differ, as by a path around an adapter.
+        UserInputError: as for the two steps.
 
     After an error the model is as it was.
     """
@@ -166,7 +220,8 @@ def adapt_module_(
     captured = capture_model(model, args, kwargs, dynamic_shapes)
     agreement = Agreement.find(captured, model, args, kwargs)
     annotated = Pipeline(_annotation(targets, exclude))(captured).program
-    program = insert_adapters(quantize_groups(annotated, quant, calibration=calibration), adapter)
+    program = quantize_groups(annotated, quant, calibration=calibration)
+    program = insert_adapters(program, adapter, source=annotated, calibration=calibration)
     undo = Undo()
     try:
         apply_adapters(model, annotated, program, undo)

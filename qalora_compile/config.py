@@ -10,11 +10,15 @@ from typing import Any, ClassVar, Literal, TypeVar
 from qalora_compile.errors import UnsupportedError, UserInputError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
+AUTO = "auto"
+"""A value of `bits` and `rank`: chosen layer by layer, within a budget."""
 METHODS = ("minmax", "mse", "hqq", "gptq")
 """Each loses less than the one before it, in the output of a layer."""
 CALIBRATED = ("gptq",)
 """The methods that need calibration data."""
 POOLINGS = ("sum", "mean", "mean_times_groups")
+INITS = ("zeros", "svd")
+BUDGET_UNITS = ("bits", "megabytes")
 TARGETS = ("ort", "ort-stock", "onnx")
 ACCURACY_LEVELS = (0, 4)
 PARAMETER_DTYPES = ("float32", "float16")
@@ -72,12 +76,19 @@ def _whole(field: str, value: object, *, least: int) -> None:
         raise UserInputError(f"{field} is {value!r}", hint=f"use a whole number, {least} or more")
 
 
+def _is_positive(value: object) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return 0 < value < float("inf")
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec(Spec):
     """How weights are quantized in groups along the reduction axis.
 
     Attributes:
-        bits: Width of a code: 2, 3, 4 or 8.
+        bits: Width of a code: 2, 3, 4 or 8; or `"auto"`, a width for each layer by what it loses
+            there, within `budget`.
         group_size: Weights that share one scale and offset; the last group of a row may be shorter.
         method: How scale, offset and codes are chosen. `"minmax"` rounds to the nearest of
             2^bits levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1);
@@ -89,17 +100,29 @@ class QuantSpec(Spec):
             are. False: from left to right.
         damping: Of `"gptq"`: part of the mean diagonal of the second moments that is added to their
             diagonal; more is added where calibration rows are few.
+        budget: Most that the weights may take with bits `"auto"`, in `budget_unit`.
+        budget_unit: `"bits"`: the mean width of a code, over all weights that are quantized;
+            `"megabytes"`: 10⁶ bytes of codes, scales and offsets, as this package stores them.
     """
 
-    bits: int = 4
+    bits: int | str = 4
     group_size: int = 32
     method: str = "minmax"
     refine_offsets: bool = True
     act_order: bool = True
     damping: float = 0.01
+    budget: float | None = None
+    budget_unit: str = "bits"
 
     def __post_init__(self) -> None:
-        one_of("bits", self.bits, SUPPORTED_BITS)
+        if self.bits != AUTO:
+            one_of("bits", self.bits, SUPPORTED_BITS)
+        if not (_is_positive(self.budget) if self.bits == AUTO else self.budget is None):
+            raise UserInputError(
+                f"budget is {self.budget!r} with bits {self.bits!r}",
+                hint="bits 'auto' takes a budget, a number above 0; other bits take none",
+            )
+        one_of("budget_unit", self.budget_unit, BUDGET_UNITS)
         _whole("group_size", self.group_size, least=1)
         one_of("method", self.method, METHODS)
         one_of("refine_offsets", self.refine_offsets, (True, False))
@@ -107,31 +130,57 @@ class QuantSpec(Spec):
         if not (isinstance(self.damping, float) and 0 < self.damping <= 1):
             raise UserInputError(f"damping is {self.damping!r}", hint="use e.g. 0.01, 1 at most")
 
+    @property
+    def width(self) -> int:
+        """Bits, where all weights have the same.
+
+        Raises:
+            UserInputError: they are `"auto"`.
+        """
+        if not isinstance(self.bits, int):
+            raise UserInputError(f"bits are {self.bits!r}", hint="assign-bits chooses them")
+        return self.bits
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSpec(Spec):
     """A pooled low-rank adapter: y += scaling · f · (S(x) Aᵀ) Bᵀ, S the sum of x inside a group.
 
     Attributes:
-        rank: r, the inner width of A: [r, L] and B: [N, r].
+        rank: r, the inner width of A: [r, L] and B: [N, r]; or `"auto"`, a rank for each layer by
+            what it gains there, within `rank_budget`.
         alpha: Numerator of `scaling`, alpha / rank (or alpha / √rank with `use_rslora`).
         pooling: The convention behind f: `"sum"` 1 (the paper's Algorithm 1), `"mean"` 1/g (the
             authors' code), `"mean_times_groups"` L/g (PEFT's `use_qalora`).
         group_size: Width of a pooling group; None takes the quantization group. It must be a
             multiple of the quantization group, or the adapter could not fold.
         use_rslora: Scale by alpha / √rank.
-        seed: Seed of A's initial values; B starts at zero.
+        seed: Seed of A's initial values.
+        init: `"zeros"`: B starts at zero, and the model as it was quantized. `"svd"`: B A starts as
+            the best correction of rank r of the quantization error that folds.
+        rank_budget: Most parameters of all adapters together, with rank `"auto"`.
     """
 
-    rank: int = 16
+    rank: int | str = 16
     alpha: float = 32.0
     pooling: str = "sum"
     group_size: int | None = None
     use_rslora: bool = False
     seed: int = 0
+    init: str = "zeros"
+    rank_budget: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("rank", self.rank, least=1)
+        if self.rank == AUTO:
+            _whole("rank_budget, with rank 'auto',", self.rank_budget, least=1)
+        else:
+            _whole("rank", self.rank, least=1)
+            if self.rank_budget is not None:
+                raise UserInputError(
+                    f"rank_budget is {self.rank_budget!r} with rank {self.rank!r}",
+                    hint="it is for rank 'auto'",
+                )
+        one_of("init", self.init, INITS)
         one_of("pooling", self.pooling, POOLINGS)
         one_of("use_rslora", self.use_rslora, (True, False))
         _whole("seed", self.seed, least=0)
@@ -142,8 +191,18 @@ class AdapterSpec(Spec):
 
     @property
     def scaling(self) -> float:
+        """`scaling_at` the rank, where all layers have the same.
+
+        Raises:
+            UserInputError: the rank is `"auto"`.
+        """
+        if not isinstance(self.rank, int):
+            raise UserInputError(f"rank is {self.rank!r}", hint="ask for scaling_at(rank)")
+        return self.scaling_at(self.rank)
+
+    def scaling_at(self, rank: int) -> float:
         """Alpha / rank, or alpha / √rank with rank-stabilised scaling (arXiv 2312.03732)."""
-        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+        return self.alpha / (rank**0.5 if self.use_rslora else rank)
 
     def pooling_factor(self, group_size: int, groups: int) -> float:
         """f, which turns the sum inside a group into this convention's pooling.

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qalora_compile.config import (
+    BUDGET_UNITS,
+    INITS,
     METHODS,
     POOLINGS,
     SUPPORTED_BITS,
@@ -34,6 +36,12 @@ SPECS = [QuantSpec, AdapterSpec, ExportSpec]
             method=st.sampled_from(METHODS),
         ),
         st.builds(
+            QuantSpec,
+            bits=st.just("auto"),
+            budget=st.floats(0.01, 1e6),
+            budget_unit=st.sampled_from(BUDGET_UNITS),
+        ),
+        st.builds(
             AdapterSpec,
             rank=st.integers(1, 512),
             alpha=st.floats(-1e6, 1e6),
@@ -41,7 +49,9 @@ SPECS = [QuantSpec, AdapterSpec, ExportSpec]
             group_size=st.none() | st.integers(1, 4096),
             use_rslora=st.booleans(),
             seed=st.integers(0, 2**31),
+            init=st.sampled_from(INITS),
         ),
+        st.builds(AdapterSpec, rank=st.just("auto"), rank_budget=st.integers(1, 10**9)),
         st.builds(
             ExportSpec,
             opset=st.sampled_from(ExportSpec.OPSETS),
@@ -80,12 +90,22 @@ BAD: dict[str, tuple[type[Spec], dict[str, Any]]] = {
     "group size 2.5": (QuantSpec, {"group_size": 2.5}),
     "group size true": (QuantSpec, {"group_size": True}),
     "method": (QuantSpec, {"method": "best"}),
+    "bits without a budget": (QuantSpec, {"budget": None, "bits": "auto"}),
+    "budget 0": (QuantSpec, {"budget": 0, "bits": "auto"}),
+    "budget infinite": (QuantSpec, {"budget": math.inf, "bits": "auto"}),
+    "budget for nothing": (QuantSpec, {"budget": 3.0, "bits": 4}),
+    "budget unit": (QuantSpec, {"budget_unit": "stones"}),
     "rank 0": (AdapterSpec, {"rank": 0}),
     "alpha infinite": (AdapterSpec, {"alpha": math.inf}),
     "alpha NaN": (AdapterSpec, {"alpha": math.nan}),
     "alpha text": (AdapterSpec, {"alpha": "32"}),
     "pooling": (AdapterSpec, {"pooling": "max"}),
     "pool 0": (AdapterSpec, {"group_size": 0}),
+    "rank as text": (AdapterSpec, {"rank": "8"}),
+    "no budget": (AdapterSpec, {"rank_budget": None, "rank": "auto"}),
+    "rank budget 0": (AdapterSpec, {"rank_budget": 0, "rank": "auto"}),
+    "budget without use": (AdapterSpec, {"rank_budget": 9, "rank": 4}),
+    "init": (AdapterSpec, {"init": "random"}),
     "opset": (ExportSpec, {"opset": 9}),
     "accuracy": (ExportSpec, {"accuracy_level": 2}),
 }
@@ -132,6 +152,10 @@ def test_each_target_has_its_opset() -> None:
 def test_scaling() -> None:
     assert AdapterSpec(rank=16, alpha=32.0).scaling == 2.0
     assert AdapterSpec(rank=16, alpha=32.0, use_rslora=True).scaling == 8.0
+    chosen = AdapterSpec(rank="auto", alpha=32.0, rank_budget=1000)
+    assert [chosen.scaling_at(rank) for rank in (4, 64)] == [8.0, 0.5]
+    with pytest.raises(UserInputError, match="'auto'"):
+        _ = chosen.scaling
 
 
 @pytest.mark.parametrize(

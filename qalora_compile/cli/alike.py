@@ -9,7 +9,7 @@ from typing import Any
 
 _NUMBER = re.compile(r"(?<![^.@])\d+(?![^.@])")
 """A whole part of a dotted path: the 3 of `layers.3.fc1`, not the 1."""
-_OWN = ("path", "weight", "bytes")
+_OWN = ("path", "weight", "bytes", "why")
 """Columns in which rows that are alike may differ."""
 
 
@@ -17,7 +17,7 @@ def group_alike(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for all that are alike, where the first of them stood.
 
     The numbers of `path` and `weight` become ranges (`layers.{0..11}.q_proj`), `bytes` the sum,
-    and `count` says how many rows there were.
+    and `count` says how many rows there were. `why`, which is of each row alone, is left out.
     """
     groups: dict[tuple[object, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -32,6 +32,7 @@ def group_alike(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "reason": ranges_of([row["reason"] for row in same]),
             "count": len(same),
         }
+        | ({"why": ""} if len(same) > 1 else {})
         for same in groups.values()
     ]
 

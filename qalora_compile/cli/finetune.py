@@ -29,9 +29,14 @@ from qalora_compile.cli.folders import (
     save_tokenizer,
     write_run_file,
 )
-from qalora_compile.cli.quantized import add_quant_arguments, print_reports, quant_spec
+from qalora_compile.cli.quantized import (
+    add_quant_arguments,
+    number_or_auto,
+    print_reports,
+    quant_spec,
+)
 from qalora_compile.cli.ui import Steps, print_summary, steps
-from qalora_compile.config import CALIBRATED, POOLINGS, AdapterSpec
+from qalora_compile.config import AUTO, CALIBRATED, INITS, POOLINGS, AdapterSpec, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.program import Program
@@ -57,6 +62,9 @@ EXAMPLES = """examples:
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --embeddings 8
   qalora-compile finetune ./SmolLM2 --data train.jsonl --bits 3 --method gptq --out run
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --resume
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits 3 --init svd
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits auto --budget 3.5
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --rank auto --rank-budget 1000000
 
 data, one JSON object a line:
   {"prompt": "2 + 2 =", "completion": " 4"}      loss on the completion; the only form for T5, BART
@@ -77,18 +85,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-data", metavar="FILE", help="held-out data, JSON lines")
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
     quant = parser.add_argument_group("quantization")
-    add_quant_arguments(quant)
+    add_quant_arguments(quant, auto=True)
     add_embedding_arguments(quant)
     quant.add_argument(
         "--calibration",
         metavar="FILE",
-        help="data to quantize for, JSON lines; gptq takes the training data where none are given",
+        help="data to quantize for, JSON lines; gptq, auto and svd take the training data where "
+        "none are given",
     )
     quant.add_argument(
         "--calibration-samples", type=int, default=128, metavar="N", help="the first N of them"
     )
     adapter = parser.add_argument_group("adapters")
-    adapter.add_argument("--rank", type=int, default=16)
+    adapter.add_argument("--rank", type=number_or_auto, default=16, metavar="R", help="or auto")
+    adapter.add_argument("--rank-budget", type=int, metavar="P", help="parameters, of --rank auto")
+    adapter.add_argument(
+        "--init",
+        default="zeros",
+        choices=INITS,
+        help="svd: adapters, not refined offsets, correct what quantization lost",
+    )
     adapter.add_argument("--alpha", type=float, default=32.0)
     adapter.add_argument("--pooling", default="sum", choices=POOLINGS)
     training = parser.add_argument_group("training")
@@ -177,27 +193,25 @@ class _Job:
 def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) -> _Job:
     """Load, read the data, quantize, insert; write the RUN folder that training goes on in."""
     check_output(out, overwrite=options.overwrite)
-    quant = quant_spec(options)
+    quant, adapter = _specs(options)
     embeddings = embedding_spec(options)
-    adapter = AdapterSpec(
-        rank=options.rank, alpha=options.alpha, pooling=options.pooling, seed=options.seed
-    )
     shown.say(f"load {options.model}")
     source = load_source(options.model)
     data, held_out = _load_data(options, source.tokenizer, source.decoder_start)
     shown.say("capture")
-    program = source.capture()
-    _check_trainable(program, data, held_out)
+    captured = source.capture()
+    _check_trainable(captured, data, held_out)
+    calls = _calibration(options, captured, data, source.tokenizer)
     with collecting_reports() as reports:
         program = quantize_groups(
-            program,
+            captured,
             quant,
             targets=options.targets or "all-linear",
             exclude=options.exclude,
             embeddings=embeddings,
-            calibration=_calibration(options, program, data, source.tokenizer),
+            calibration=calls if _quantizes_by_data(options) else None,
         )
-    program = insert_adapters(program, adapter)
+    program = insert_adapters(program, adapter, source=captured, calibration=calls)
     record = {
         "model": options.model,
         "data": str(Path(options.data).resolve()),
@@ -221,11 +235,11 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
 def _calibration(
     options: argparse.Namespace, program: Program, data: Dataset, tokenizer: Any
 ) -> list[dict[str, Any]] | None:
-    """Calls to quantize for, where a file of them is given or the method needs them."""
+    """Calls to quantize and to start for, where a file of them is given or an option needs them."""
     if options.calibration:
         data = load_examples(options.calibration, tokenizer, max_length=options.seq_len)
         _check_trainable(program, data)
-    elif options.method not in CALIBRATED:
+    elif not (_quantizes_by_data(options) or options.rank == AUTO or options.init == "svd"):
         return None
     return calibration_calls(program, data.examples, options.calibration_samples)
 
@@ -242,6 +256,34 @@ def _load_data(
     )
     assert data is not None, "--data is required"
     return data, held_out
+
+
+def _quantizes_by_data(options: argparse.Namespace) -> bool:
+    needed = options.method in CALIBRATED or options.bits == AUTO
+    return needed or options.calibration is not None
+
+
+def _specs(options: argparse.Namespace) -> tuple[QuantSpec, AdapterSpec]:
+    """What to quantize and what to adapt.
+
+    Raises:
+        UserInputError: a value is out of range, or fits no other.
+    """
+    quant = quant_spec(
+        options,
+        budget=options.budget,
+        budget_unit=options.budget_unit,
+        refine_offsets=options.init != "svd",  # else nothing would be left for the adapters
+    )
+    adapter = AdapterSpec(
+        rank=options.rank,
+        alpha=options.alpha,
+        pooling=options.pooling,
+        seed=options.seed,
+        init=options.init,
+        rank_budget=options.rank_budget,
+    )
+    return quant, adapter
 
 
 def _resume(options: argparse.Namespace, spec: FitSpec, out: Path) -> _Job:

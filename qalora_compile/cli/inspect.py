@@ -68,9 +68,10 @@ def _print_rows(rows: list[Row], *, grouped: bool) -> None:
     quantized = [row for row in rows if row["decision"] == QUANTIZE]
     kept = [row for row in rows if row["decision"] != QUANTIZE]
     if quantized:
-        columns = ("path", *count, "kind", "K×N", "bits", "group", "rank", "bytes")
+        why = ("why",) if any(row["why"] for row in quantized) and not grouped else ()
+        columns = ("path", *count, "kind", "K×N", "bits", "group", "rank", "bytes", *why)
         reasons = ", ".join(dict.fromkeys(row["reason"] for row in quantized))
-        _print("quantized", f"({reasons})", columns, quantized, wrap=("path",))
+        _print("quantized", f"({reasons})", columns, quantized, wrap=("path", "why"))
     if kept:
         columns = ("path", *count, "kind", "shape", "bytes", "reason")
         _print("kept in float", "", columns, kept, wrap=("path", "reason"))
@@ -135,6 +136,7 @@ def _site_row(site: Site, stage: str, sizes: dict[str, int], seen: set[str]) -> 
         "bytes": sum(sizes.get(name, 0) for name in own if name not in seen),
         "decision": site.decision,
         "reason": site.reason,
+        "why": "; ".join(filter(None, (site.why_bits, site.why_rank))),
     }
     seen.update(own)
     return row
@@ -207,4 +209,5 @@ def _onnx_row(layer: Row, target: str) -> Row:
         "bytes": layer["bytes"],
         "decision": layer["decision"],
         "reason": target if quantized else layer["reason"],
+        "why": layer.get("why_bits", ""),
     }

@@ -24,7 +24,7 @@ from qalora_compile.cli.export import (
 )
 from qalora_compile.cli.quantized import add_quant_arguments, print_reports, quant_spec
 from qalora_compile.cli.ui import megabytes, print_summary, steps
-from qalora_compile.config import CALIBRATED
+from qalora_compile.config import CALIBRATED, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
 from qalora_compile.quantizers.report import collecting_reports
@@ -56,23 +56,12 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     started = time.monotonic()
     source, out = Path(options.model), Path(options.out)
-    quant = quant_spec(options)
-    if quant.method in CALIBRATED:
-        raise UserInputError(
-            f"the method {quant.method} needs calibration data, which quantize does not take: it "
-            "never holds the whole model, so it cannot run it",
-            hint="finetune --method gptq --steps 0, then fold and export; or --method hqq",
-        )
+    quant = _data_free(quant_spec(options))
     embeddings = embedding_spec(options)
     spec = target_spec(options)
     check_output(out, overwrite=options.overwrite)
     library = chosen_library(options)
-    if not source.is_dir():
-        raise UserInputError(
-            f"there is no folder {source}",
-            where=str(source),
-            hint="quantize takes a Hugging Face folder; finetune also takes .gguf files",
-        )
+    _check_folder(source)
     with steps() as shown, collecting_reports() as reports:
         shown.say("capture")
         program = capture_checkpoint(source, last_logits=options.last_logits)
@@ -117,3 +106,32 @@ def run(options: argparse.Namespace) -> int:
         | resumed(report),
     )
     return 0
+
+
+def _data_free(quant: QuantSpec) -> QuantSpec:
+    """The specification, whose method has to do without calibration data.
+
+    Raises:
+        UserInputError: it needs some.
+    """
+    if quant.method in CALIBRATED:
+        raise UserInputError(
+            f"the method {quant.method} needs calibration data, which quantize does not take: it "
+            "never holds the whole model, so it cannot run it",
+            hint="finetune --method gptq --steps 0, then fold and export; or --method hqq",
+        )
+    return quant
+
+
+def _check_folder(source: Path) -> None:
+    """The model is a folder.
+
+    Raises:
+        UserInputError: it is not.
+    """
+    if not source.is_dir():
+        raise UserInputError(
+            f"there is no folder {source}",
+            where=str(source),
+            hint="quantize takes a Hugging Face folder; finetune also takes .gguf files",
+        )

@@ -6,10 +6,11 @@ import argparse
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from qalora_compile.cli.alike import pattern_of, ranges_of
 from qalora_compile.cli.ui import print_table
-from qalora_compile.config import METHODS, SUPPORTED_BITS, QuantSpec
+from qalora_compile.config import AUTO, BUDGET_UNITS, METHODS, SUPPORTED_BITS, QuantSpec
 from qalora_compile.quantizers.report import QuantReport
 
 _COLUMNS = (
@@ -18,9 +19,18 @@ _COLUMNS = (
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
-def add_quant_arguments(group: argparse._ActionsContainer) -> None:
-    """Declare bits, group size, method and patterns."""
-    group.add_argument("--bits", type=int, default=4, choices=SUPPORTED_BITS)
+def number_or_auto(text: str) -> int | str:
+    """A whole number, or `auto`."""
+    return text if text == AUTO else int(text)
+
+
+def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False) -> None:
+    """Declare bits, group size, method and patterns; with `auto` also bits within a budget."""
+    widths = (*SUPPORTED_BITS, AUTO) if auto else SUPPORTED_BITS
+    group.add_argument("--bits", type=number_or_auto, default=4, choices=widths)
+    if auto:
+        group.add_argument("--budget", type=float, metavar="X", help="of --bits auto")
+        group.add_argument("--budget-unit", default="bits", choices=BUDGET_UNITS)
     group.add_argument("--group-size", type=int, default=32, metavar="G")
     group.add_argument(
         "--method", default="minmax", choices=METHODS, help="how codes are chosen; the last is best"
@@ -29,9 +39,11 @@ def add_quant_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="to keep")
 
 
-def quant_spec(options: argparse.Namespace) -> QuantSpec:
-    """The specification that the options ask for."""
-    return QuantSpec(bits=options.bits, group_size=options.group_size, method=options.method)
+def quant_spec(options: argparse.Namespace, **more: Any) -> QuantSpec:
+    """The specification that the options ask for, and what only one command has."""
+    return QuantSpec(
+        bits=options.bits, group_size=options.group_size, method=options.method, **more
+    )
 
 
 def print_reports(reports: Sequence[QuantReport]) -> None:

@@ -40,9 +40,11 @@ class Site:
         decision: `quantize` or `keep`.
         reason: Why.
         bits, group_size: Set once quantized.
+        chosen_bits, chosen_group: What assign-bits wants, until it is quantized so.
         rank: Set while the site has an adapter.
         whole: Its zero-points −offset / scale are whole numbers from 0 to 2^bits − 1, and stay so:
             it gets no adapter.
+        why_bits, why_rank: By what bits and rank were chosen, where a budget was spread over sites.
     """
 
     name: str
@@ -61,6 +63,10 @@ class Site:
     rank: int | None = None
     experts: int | None = None
     whole: bool = False
+    chosen_bits: int | None = None
+    chosen_group: int | None = None
+    why_bits: str = ""
+    why_rank: str = ""
 
     @property
     def shape(self) -> str:
@@ -94,16 +100,26 @@ class SitePlan:
 
     def weights_to_quantize(self) -> tuple[Site, ...]:
         """The first row of each distinct weight, or part of one, decided `quantize`."""
-        first: dict[str, Site] = {}
-        for site in self.to_quantize():
-            first.setdefault(site.path, site)
-        return tuple(first.values())
+        return _first_of_each(self.to_quantize())
+
+    def to_adapt(self) -> tuple[Site, ...]:
+        """The rows decided `quantize` that get an adapter: those without whole zero-points."""
+        return tuple(s for s in self.to_quantize() if not s.whole)
+
+    def weights_to_adapt(self) -> tuple[Site, ...]:
+        """The first row of each distinct weight that gets an adapter."""
+        return _first_of_each(self.to_adapt())
 
     def update(self, changes: Mapping[str, Mapping[str, Any]]) -> SitePlan:
         """A plan in which the fields `changes[name]` of each named row are replaced."""
         return SitePlan(
             tuple(dataclasses.replace(s, **changes.get(s.name, {})) for s in self.sites)
         )
+
+    def explain(self, field: str, reasons: Mapping[str, str]) -> SitePlan:
+        """A plan in which `why_bits` or `why_rank` of the rows of a path is `reasons[path]`."""
+        named = {s.name: {field: reasons[s.path]} for s in self.sites if s.path in reasons}
+        return self.update(named)
 
     def counts(self) -> Counter[str]:
         """How many rows each decision has."""
@@ -124,3 +140,11 @@ class SitePlan:
             return cls(tuple(Site(**row) for row in rows))
         except TypeError as error:
             raise UserInputError(f"a row of the site plan is malformed: {error}") from error
+
+
+def _first_of_each(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """The first row of each path."""
+    first: dict[str, Site] = {}
+    for site in sites:
+        first.setdefault(site.path, site)
+    return tuple(first.values())

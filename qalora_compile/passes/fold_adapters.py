@@ -102,7 +102,7 @@ class FoldAdapters(Pass):
             move_site(adapter.total, adapter.base)
             adapter.total.replace_all_uses_with(adapter.base)
             erase_unread([adapter.total])
-        plan = program.plan.update({site.name: {"rank": None} for site in program.plan})
+        plan = program.plan.update({site.name: {"rank": None, "why_rank": ""} for site in program.plan})
         return PassResult(program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from qalora_compile.config import AdapterSpec
-from qalora_compile.errors import PostconditionError, PreconditionError
+from qalora_compile.config import AUTO, AdapterSpec
+from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.pattern import get_tensor
@@ -26,6 +27,7 @@ from qalora_compile.ir.spec import (
     POOLED_ADAPTER,
 )
 from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.passes.choices import check_paths, parse_ranks
 from qalora_compile.passes.rewrite import TensorNodes
 
 _ADD = torch.ops.aten.add.Tensor
@@ -46,21 +48,41 @@ class InsertAdapters(AdapterSpec, Pass):
     Leaves alone: sites whose zero-points stay whole (`Site.whole`), and everything else.
     Exactness: exact; B starts at zero, so the function does not change.
 
-    Options: the fields of `AdapterSpec`.
+    Options: the fields of `AdapterSpec`, but neither rank `auto` nor init `svd`, which need the
+    float weights: `api.insert_adapters` has them chosen, and gives the ranks here. `ranks`:
+    `path=rank` for each weight (`Site.path`) whose rank is not `rank`.
     """
 
     name: ClassVar[str] = "insert-adapters"
     consumes: ClassVar[tuple[str, ...]] = (QUANTIZED,)
     produces: ClassVar[str | None] = ADAPTED
 
+    ranks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field, value in (("rank", AUTO), ("init", "svd")):
+            if getattr(self, field) == value:
+                raise UserInputError(
+                    f"{field} is {value!r}: the pass alone cannot choose by the float weights",
+                    hint="qc.insert_adapters(program, spec, source=float_program) can",
+                )
+        parse_ranks(self.ranks)
+
+    @cached_property
+    def _ranks(self) -> Mapping[str, int]:
+        return parse_ranks(self.ranks)
+
     def requires(self, program: Program) -> None:
         """The pooling group is a multiple of every quantization group.
 
         Raises:
             PreconditionError: it is not: the adapter would not be constant inside a group.
+            UserInputError: a path in `ranks` is of no quantized weight.
         """
-        for site in _adapted(program.plan.to_quantize()):
-            pooled, group = self._pool_of(site), site.group_size or 1
+        check_paths(self._ranks, program.plan, "ranks")
+        for site in program.plan.to_adapt():
+            pooled, group = self.pool_of(site), site.group_size or 1
             if pooled % group:
                 raise PreconditionError(
                     f"the adapter pools groups of {pooled}, the weight is quantized in groups of "
@@ -72,7 +94,7 @@ class InsertAdapters(AdapterSpec, Pass):
     def call(self, program: Program) -> PassResult:
         """Insert."""
         graph = program.copy_graph()
-        rows = {site.name: site for site in _adapted(program.plan.to_quantize())}
+        rows = {site.name: site for site in program.plan.to_adapt()}
         adapters = self._make_adapters(program)
         nodes = TensorNodes(graph)
         changes = []
@@ -81,8 +103,8 @@ class InsertAdapters(AdapterSpec, Pass):
             if node.target not in ON_CODES or site is None:
                 continue
             self._insert(graph, node, site, nodes)
-            changes.append(Change(site.name, f"adapter of rank {self.rank}", self.pooling))
-        plan = program.plan.update({name: {"rank": self.rank} for name in rows})
+            changes.append(Change(site.name, f"adapter of rank {self.rank_of(site)}", self.pooling))
+        plan = program.plan.update({name: {"rank": self.rank_of(s)} for name, s in rows.items()})
         tensors = program.tensors() | adapters
         whole = [site for site in program.plan if site.whole]
         return PassResult(
@@ -94,34 +116,48 @@ class InsertAdapters(AdapterSpec, Pass):
     def ensures(self, before: Program, after: Program) -> None:
         """Each site got one adapter, and each adapter's B is zero."""
         found = sum(n.target in ADAPTERS for n in after.graph.nodes)
-        wanted = len(_adapted(after.plan.to_quantize()))
+        wanted = len(after.plan.to_adapt())
         if found != wanted:
             raise PostconditionError(f"{found} adapters for {wanted} sites")
         for name, parameter in after.named_adapter_parameters():
             if name.endswith("lora_B") and bool(parameter.any()):
                 raise PostconditionError("an adapter does not start at zero", where=name)
 
-    def _pool_of(self, site: Site) -> int:
+    def pool_of(self, site: Site) -> int:
+        """Width of a pooling group of a site."""
         return self.group_size if self.group_size is not None else (site.group_size or 1)
 
-    def _factor(self, site: Site) -> float:
-        pool = self._pool_of(site)
+    def rank_of(self, site: Site) -> int:
+        """The rank of a site's adapter."""
+        assert isinstance(self.rank, int), "checked at construction"
+        return self._ranks.get(site.path, self.rank)
+
+    def factor_of(self, site: Site) -> float:
+        """Scaling · f: what B A is multiplied by."""
+        return self.scaling_at(self.rank_of(site)) * self._pooling(site)
+
+    def start_of(self, site: Site) -> float:
+        """The bound of A's initial values, 1 / (f √K): of a plain LoRA's A of width K, by f."""
+        return 1.0 / (self._pooling(site) * math.sqrt(site.k))
+
+    def _pooling(self, site: Site) -> float:
+        pool = self.pool_of(site)
         return self.pooling_factor(pool, group_count(site.k, pool))
 
     def _make_adapters(self, program: Program) -> dict[str, Tensor]:
-        """A: uniform within ±1 / (f √K), as a plain LoRA's A of width K pooled by f; B: zero."""
+        """A: uniform within ± `start_of`; B: zero."""
         generator = torch.Generator().manual_seed(self.seed)
         made: dict[str, Tensor] = {}
-        for site in _adapted(program.plan.weights_to_quantize()):
+        for site in program.plan.weights_to_adapt():
             scale = get_tensor(program.module, f"{site.path}.scale")
             assert scale is not None, "a quantized site has a scale"
-            groups = group_count(site.k, self._pool_of(site))
-            bound = 1.0 / (self._factor(site) * math.sqrt(site.k))
+            groups, rank = group_count(site.k, self.pool_of(site)), self.rank_of(site)
             lead = (site.experts,) if site.experts else ()
-            start = torch.rand(*lead, self.rank, groups, generator=generator, dtype=torch.float64)
-            lora_a = ((2 * start - 1) * bound).to(scale.dtype)
+            start = torch.rand(*lead, rank, groups, generator=generator, dtype=torch.float64)
+            lora_a = ((2 * start - 1) * self.start_of(site)).to(scale.dtype)
+            lora_b = torch.zeros(*lead, site.n, rank, dtype=scale.dtype)
             made[f"{site.path}.lora_A"] = nn.Parameter(lora_a)
-            made[f"{site.path}.lora_B"] = nn.Parameter(torch.zeros(*lead, site.n, self.rank, dtype=scale.dtype))
+            made[f"{site.path}.lora_B"] = nn.Parameter(lora_b)
         return made
 
     def _insert(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
@@ -130,18 +166,13 @@ class InsertAdapters(AdapterSpec, Pass):
             total = graph.call_function(_ADD, (node, node))
         node.replace_all_uses_with(total)
         with graph.inserting_before(total):
-            pooled = graph.call_function(GROUP_SUM, (node.args[0], self._pool_of(site)))
+            pooled = graph.call_function(GROUP_SUM, (node.args[0], self.pool_of(site)))
             operands: list[Any] = [pooled, lora_a, lora_b]
             if node.target is EXPERT_LINEAR:
                 operands.append(node.args[4])  # ends
             update = graph.call_function(
                 EXPERT_ADAPTER if node.target is EXPERT_LINEAR else POOLED_ADAPTER,
-                (*operands, self.scaling * self._factor(site)),
+                (*operands, self.factor_of(site)),
             )
         total.args = (node, update)
         move_site(node, total)
-
-
-def _adapted(sites: Iterable[Site]) -> list[Site]:
-    """The sites that get an adapter."""
-    return [site for site in sites if not site.whole]

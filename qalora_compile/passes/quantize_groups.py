@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from qalora_compile.config import CALIBRATED, QuantSpec
-from qalora_compile.errors import PostconditionError, UserInputError
+from qalora_compile.config import AUTO, CALIBRATED, QuantSpec
+from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.deferred import Seen, defer, is_deferred, is_placeholder, keep_recipe
 from qalora_compile.ir.meta import move_site, site_of
@@ -53,7 +53,8 @@ class QuantizeGroups(QuantSpec, Pass):
     Run again without the data on a graph of placeholders (`passes.replay`), a calibrated method
     gives the same program, for the tensors of the first run.
 
-    Options: the fields of `QuantSpec`.
+    Options: the fields of `QuantSpec`. A row that assign-bits gave bits and a group size keeps
+    them; with bits `auto` every row must have them.
 
     Attributes:
         calibration: Calls of the program, tuples or mappings, whose inputs the weights are
@@ -67,10 +68,11 @@ class QuantizeGroups(QuantSpec, Pass):
     calibration: tuple[Call, ...] = data_field(())
 
     def requires(self, program: Program) -> None:
-        """The plan has something to quantize, and there are the data that the method needs.
+        """The plan has something to quantize, bits for it, and there are the data it needs.
 
         Raises:
-            UserInputError: it has not, or there are not.
+            UserInputError: it has nothing, or data are missing.
+            PreconditionError: bits are missing.
         """
         if not program.plan.to_quantize():
             kept = "; ".join(f"{s.name}: {s.reason}" for s in program.plan if s.n)
@@ -79,6 +81,14 @@ class QuantizeGroups(QuantSpec, Pass):
                 where=kept or "the model has no linear map by a parameter",
                 hint="name sites in targets, or check that the model is the one you meant",
             )
+        for site in program.plan.to_quantize():
+            if self.bits == AUTO and site.chosen_bits is None:
+                raise PreconditionError(
+                    "bits is 'auto', and no bits were chosen for the site",
+                    where=site.name,
+                    hint="qc.quantize_groups(program, spec, calibration=[…]) chooses them; in a "
+                    "pipeline, assign-bits gives them",
+                )
         weights = [_weight_of(site, program) for site in program.plan.to_quantize()]
         if self.calibration and any(map(is_deferred, weights)):
             raise UserInputError(
@@ -105,12 +115,16 @@ class QuantizeGroups(QuantSpec, Pass):
                 made[site.path] = self._by_weight(site, linears[site.name], program, seen)
             tensors |= made[site.path].tensors
             why = "; ".join(made[site.path].remarks)
-            changes.append(Change(site.path, f"{site.shape} to {self.bits} bits", why))
+            bits = self.spec_of(site).width
+            changes.append(Change(site.path, f"{site.shape} to {bits} bits", why))
         nodes = TensorNodes(graph)
         for name, linear in linears.items():
             self._rewrite(graph, linear.node, rows[name], nodes)
-        spec = {"bits": self.bits, "group_size": self.group_size}
-        plan = program.plan.update(dict.fromkeys(rows, spec))
+        specs = {name: self.spec_of(site) for name, site in rows.items()}
+        done = {"chosen_bits": None, "chosen_group": None}
+        plan = program.plan.update(
+            {n: {"bits": s.bits, "group_size": s.group_size} | done for n, s in specs.items()}
+        )
         skips = [Change(s.name, "kept in float", s.reason) for s in plan if s.bits is None]
         for site in uncalibrated:
             why = f"stacked experts: quantized by their weights alone, {self._without_data.method}"
@@ -120,11 +134,18 @@ class QuantizeGroups(QuantSpec, Pass):
         )
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Every `quantize` row is computed on codes of the options' bits and group."""
+        """Every `quantize` row is computed on codes of its bits and group."""
         computed = {site_of(n): n.args[5:7] for n in after.graph.nodes if n.target in ON_CODES}
-        for site in after.plan.to_quantize():
-            if computed.get(site.name) != (self.bits, self.group_size):
+        for site in before.plan.to_quantize():
+            spec = self.spec_of(site)
+            if computed.get(site.name) != (spec.bits, spec.group_size):
                 raise PostconditionError("the site was not quantized", where=site.name)
+
+    def spec_of(self, site: Site) -> QuantSpec:
+        """How the weight of a planned row is quantized."""
+        options = {f.name: getattr(self, f.name) for f in fields(QuantSpec)}
+        chosen = {"bits": site.chosen_bits, "group_size": site.chosen_group, "budget": None}
+        return QuantSpec(**options | (chosen if site.chosen_bits is not None else {}))
 
     @property
     def _without_data(self) -> QuantizeGroups:
@@ -142,7 +163,8 @@ class QuantizeGroups(QuantSpec, Pass):
         def quantize(path: str, statistics: ActivationStatistics) -> Tensor:
             site = sites[path]
             weight = linears[site.name].matrix(_weight_of(site, program).detach())
-            chosen = quantize_weight(quantizer, weight, self, path=path, statistics=statistics)
+            spec = self.spec_of(site)
+            chosen = quantize_weight(quantizer, weight, spec, path=path, statistics=statistics)
             tensors = _named(site, _parts(site, [chosen.affine]))
             made[path] = _Made(tensors, (self.method, *chosen.notes))
             return chosen.affine.dequantize()
@@ -152,7 +174,7 @@ class QuantizeGroups(QuantSpec, Pass):
 
     def _by_weight(self, site: Site, linear: LinearMap, program: Program, seen: Seen) -> _Made:
         """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""
-        spec = self._without_data
+        spec = self._without_data.spec_of(site)
         quantizer = get_quantizer(spec.method)
 
         def compute(weight: Tensor) -> dict[str, Tensor]:
@@ -162,12 +184,13 @@ class QuantizeGroups(QuantSpec, Pass):
                 site, [quantize_weight(quantizer, m, spec, path=site.path).affine for m in matrices]
             )
 
-        key = (site.n, site.k, site.experts)
+        key = (site.n, site.k, site.experts, spec.bits, spec.group_size)
         parts = defer(compute, _weight_of(site, program), seen=seen, key=key)
         return _Made(_named(site, parts), (spec.method,))
 
     def _rewrite(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
         """Put the operator on codes in the place of a linear map."""
+        spec = self.spec_of(site)
         linear = match_linear(node)  # again: an earlier rewrite may have given it another x
         assert linear is not None, "it matched before"
         with graph.inserting_before(node):
@@ -175,7 +198,7 @@ class QuantizeGroups(QuantSpec, Pass):
             last = linear.ends if site.experts else linear.bias
             new = graph.call_function(
                 EXPERT_LINEAR if site.experts else GROUP_LINEAR,
-                (linear.x, *parts, last, self.bits, self.group_size),
+                (linear.x, *parts, last, spec.bits, spec.group_size),
             )
         move_site(node, new)
         node.replace_all_uses_with(new)

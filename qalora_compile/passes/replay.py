@@ -104,4 +104,7 @@ def _give_tensors(source: Program, replayed: Program) -> Program:
                 hint="capture the model that the program was made from",
             )
         tensors[name] = tensor if found is None else found
-    return replayed.evolve(graph=replayed.copy_graph(), tensors=tensors)
+    plan = replayed.plan
+    for field in ("why_bits", "why_rank"):
+        plan = plan.explain(field, {site.path: getattr(site, field) for site in source.plan})
+    return replayed.evolve(graph=replayed.copy_graph(), tensors=tensors, plan=plan)

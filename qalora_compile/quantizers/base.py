@@ -124,7 +124,7 @@ def quantize_weight(
         return QuantReport(
             path=path,
             method=spec.method,
-            bits=spec.bits,
+            bits=spec.width,
             group_size=spec.group_size,
             weights=weight.numel(),
             weight_sqnr_db=weight_db,

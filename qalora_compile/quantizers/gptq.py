@@ -133,7 +133,7 @@ class _Rounding:
                 errors[column - start] = error
             rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         codes = self._codes.T.contiguous()
-        return GroupAffine(codes, self._scale, self._offset, spec.bits, spec.group_size)
+        return GroupAffine(codes, self._scale, self._offset, spec.width, spec.group_size)
 
     def _in_units(self, values: Tensor) -> Tensor:
         return (values.double() / self._unit).to(self._storage)
@@ -155,7 +155,7 @@ class _Rounding:
         """Choose the codes of the column `place` of the weight; gives its error."""
         group = place // self._spec.group_size
         scale, offset = self._unit_scale[group], self._unit_offset[group]
-        level = ((column - offset) / scale).round_().clamp_(0, 2**self._spec.bits - 1)
+        level = ((column - offset) / scale).round_().clamp_(0, 2**self._spec.width - 1)
         level.nan_to_num_(0.0)  # of a group of equal weights
         self._codes[place] = level.to(torch.uint8)
         return column - level.mul_(scale).add_(offset)

@@ -24,6 +24,6 @@ def quantize_minmax(weight: Tensor, spec: QuantSpec) -> GroupAffine:
     def parameters(rows: Tensor) -> tuple[Tensor, Tensor]:
         grouped = split_groups(rows, spec.group_size)
         low, high = grouped.amin(-1), grouped.amax(-1)
-        return (high - low) / (2**spec.bits - 1), low
+        return (high - low) / (2**spec.width - 1), low
 
     return round_to_nearest(weight, spec, parameters)

@@ -46,7 +46,7 @@ class UnitGroups:
         if importance is None:
             importance = rows.new_ones(rows.shape[1])
         columns = split_columns(importance.float(), spec.group_size)
-        return cls(values.float(), columns, low, span, 2**spec.bits - 1)
+        return cls(values.float(), columns, low, span, 2**spec.width - 1)
 
     def codes(self, scale: Tensor, offset: Tensor) -> Tensor:
         """The nearest codes, as float32 `[n, L, g]`, at a unit scale and offset `[n, L, 1]`."""

@@ -14,7 +14,7 @@ from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.quantizers.damping import factor
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
-_DAMPING = 1e-4
+DAMPING = 1e-4
 """Of the mean diagonal of the moments of the group sums."""
 
 
@@ -23,7 +23,7 @@ def pooled_residual(
     statistics: ActivationStatistics,
     group_size: int,
     *,
-    damping: float = _DAMPING,
+    damping: float = DAMPING,
 ) -> Tensor:
     """E, `[N, L]`: what, added to each group of a layer's weights, best makes up for a change.
 

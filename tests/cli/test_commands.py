@@ -244,6 +244,41 @@ def test_a_factory_trains_on_token_ids(
     assert {row["bits"] for row in rows if row["decision"] == "quantize"} == {3}
 
 
+def test_bits_ranks_and_start_are_chosen_by_the_data(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Mixed bits and ranks through finetune, fold, export with a cache, verify and inspect."""
+    run, folded, edge = (str(tmp_path / name) for name in ("run", "folded", "edge"))
+    command = ["finetune", str(model_folder), "--data", str(data_file), "--out", run]
+    command += ["--bits", "auto", "--budget", "3.2", "--group-size", "16", "--init", "svd"]
+    command += ["--rank", "auto", "--rank-budget", "6000", "--steps", "2"]
+    assert main([*command, "--calibration-samples", "4"]) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert (record["quant"]["bits"], record["adapter"]["rank"]) == ("auto", "auto")
+    assert main(["fold", run, "--out", folded]) == 0
+    assert main(["export", folded, "--out", edge]) == 0
+    assert main(["verify", folded, edge, "--max-rel", "1e-4"]) == 0
+    capsys.readouterr()
+    chosen = []
+    for path, words in ((run, ("of the loss", "ranks correct")), (folded, ("of the loss",))):
+        assert main(["inspect", path, "--json"]) == 0
+        rows = [
+            row
+            for row in json.loads(capsys.readouterr().out)["layers"]
+            if row["decision"] == "quantize"
+        ]
+        assert all(word in row["why"] for row in rows for word in words)
+        chosen.append([row["bits"] for row in rows])
+    assert len(set(chosen[0])) > 1
+    assert chosen[0] == chosen[1]
+    assert main(["inspect", edge, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["layers"]
+    assert [row["bits"] for row in rows if row["decision"] == "quantize"] == chosen[0]
+    assert main(["inspect", run, "--group"]) == 0
+    assert main(["inspect", run]) == 0
+    assert "why" in capsys.readouterr().out
+
+
 BAD_COMMANDS = {
     "fold before finetune": (["fold", "{model}", "--out", "{new}"], "not written by finetune"),
     "fold twice": (["fold", "{root}/folded", "--out", "{new}"], "folded already"),
@@ -259,6 +294,55 @@ BAD_COMMANDS = {
     "group size": (
         ["finetune", "{model}", "--data", "{data}", "--out", "{new}", "--group-size", "0"],
         "group_size is 0",
+    ),
+    "budget": (
+        [
+            "finetune",
+            "{model}",
+            "--data",
+            "{data}",
+            "--out",
+            "{new}",
+            "--bits",
+            "auto",
+            "--budget",
+            "1.5",
+        ],
+        "the least is 2 bits",
+    ),
+    "rank budget": (
+        [
+            "finetune",
+            "{model}",
+            "--data",
+            "{data}",
+            "--out",
+            "{new}",
+            "--rank",
+            "auto",
+            "--rank-budget",
+            "9",
+        ],
+        "the least is",
+    ),
+    "auto without a budget": (
+        ["finetune", "{model}", "--data", "{data}", "--out", "{new}", "--bits", "auto"],
+        "takes a budget",
+    ),
+    "no calibration": (
+        [
+            "finetune",
+            "{model}",
+            "--data",
+            "{data}",
+            "--out",
+            "{new}",
+            "--init",
+            "svd",
+            "--calibration-samples",
+            "0",
+        ],
+        "use 1 or more",
     ),
     "no tokenizer": (["generate", "{root}/folded", "--prompt", "x"], "no file"),
 }

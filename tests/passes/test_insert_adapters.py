@@ -203,7 +203,7 @@ def test_an_adapter_without_its_pooling_factor_is_caught(monkeypatch: pytest.Mon
     model = MLP(20, 6).double().eval()
     spec = qc.AdapterSpec(rank=2, pooling="mean")
     right = adapted(model, (x,), qc.QuantSpec(group_size=8), spec)
-    monkeypatch.setattr(InsertAdapters, "_factor", lambda self, site: 1.0)
+    monkeypatch.setattr(InsertAdapters, "_pooling", lambda self, site: 1.0)
     wrong = adapted(model, (x,), qc.QuantSpec(group_size=8), spec)
     with torch.no_grad():  # the same A and B: what differs is the factor in the graph alone
         for ours, theirs in zip(

@@ -141,9 +141,11 @@ def test_every_pass_with_any_options_is_read_back_as_it_was(step: Pass) -> None:
 def test_a_whole_pipeline_is_read_back_as_it_was() -> None:
     text = (
         'annotate-linears{targets=[q_proj,"re:mlp"],exclude=[],keep-heads=false},'
+        'assign-bits{choices=["a.q_proj=8/16"]},'
         "quantize-groups{bits=3,group-size=24,method=gptq,refine-offsets=false,act-order=true,"
-        "damping=0.05},"
-        "insert-adapters{rank=2,alpha=4.0,pooling=mean,group-size=48,use-rslora=true,seed=5},"
+        "damping=0.05,budget=none,budget-unit=bits},"
+        "insert-adapters{rank=2,alpha=4.0,pooling=mean,group-size=48,use-rslora=true,seed=5,"
+        'init=zeros,rank-budget=none,ranks=["a.q_proj=3"]},'
         "share-group-sums,fold-adapters,legalize-ort-stock{accuracy-level=4,correction=digits},"
         "share-group-sums"
     )

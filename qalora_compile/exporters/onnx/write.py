@@ -80,6 +80,7 @@ def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
             "weight": s.weight,
             "decision": s.decision,
             "reason": s.reason,
+            "why_bits": s.why_bits,
             "bits": s.bits,
             "group_size": s.group_size,
             "k": s.k,
