@@ -122,7 +122,7 @@ def _site_row(site: Site, stage: str, sizes: dict[str, int], seen: set[str]) -> 
         if site.bits is None
         else [f"{site.path}.{part}" for part in ("qweight", "scale", "offset", "lora_A", "lora_B")]
     )
-    real = "real (folded)" if stage == FOLDED else "real"
+    form = "whole" if site.whole else "real (folded)" if stage == FOLDED else "real"
     row = {
         "path": site.name,
         "kind": site.kind,
@@ -131,7 +131,7 @@ def _site_row(site: Site, stage: str, sizes: dict[str, int], seen: set[str]) -> 
         "K×N": site.shape or None,
         "bits": site.bits,
         "group": site.group_size,
-        "zero-point": real if site.bits is not None else None,
+        "zero-point": form if site.bits is not None else None,
         "rank": site.rank,
         "bytes": sum(sizes.get(name, 0) for name in own if name not in seen),
         "decision": site.decision,
