@@ -18,7 +18,12 @@ from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.base import Pass
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
 from qalora_compile.passes.choose_bits import choose_bits
-from qalora_compile.passes.corrections import choose_ranks, find_corrections, start_from
+from qalora_compile.passes.corrections import (
+    annotated_source,
+    choose_ranks,
+    find_corrections,
+    start_from,
+)
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.fuse_attention import FuseAttention
 from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
@@ -112,7 +117,7 @@ def insert_adapters(
         source: The program before quantization, float or annotated; for init `"svd"` and rank
             `"auto"`, which compare its weights with the quantized ones.
         calibration: Arguments of a few typical calls. With them the error of a layer's output
-            counts, as the program computes it on them; without, that of its weights.
+            counts, for the inputs that it has in `source`; without, that of its weights.
 
     Raises:
         PreconditionError: the program is not at stage `quantized`, the adapter's group size is no
@@ -127,7 +132,8 @@ def insert_adapters(
             f"rank {spec.rank!r} with init {spec.init!r} looks at the weights before quantization",
             hint="give the program that they are in: source=captured",
         )
-    statistics = {} if calibration is None else collect_statistics(program, calibration)
+    source = annotated_source(source, program)
+    statistics = {} if calibration is None else collect_statistics(source, calibration)
     choose = partial(find_corrections, source, program, statistics=statistics)
     insert, reasons = choose_ranks(spec, choose)
     adapted = _insert(program, insert)

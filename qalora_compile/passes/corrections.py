@@ -104,7 +104,7 @@ class Correction:
 
 
 def find_corrections(
-    source: Program,
+    annotated: Program,
     quantized: Program,
     insert: InsertAdapters,
     statistics: Mapping[str, ActivationStatistics],
@@ -112,15 +112,15 @@ def find_corrections(
     """Compare the quantized weights with those before, one after another.
 
     Args:
-        source: See `annotated_source`.
+        annotated: See `annotated_source`.
         quantized: At stage `quantized`.
         insert: Says what the adapters pool.
         statistics: Of the layers' inputs, by path. Without its own, a layer's inputs count alike.
 
     Raises:
-        PreconditionError: `source` is of another model or stage, or its weights have no values yet.
+        PreconditionError: `annotated` is of another model, or its weights have no values yet.
     """
-    weights = float_weights(annotated_source(source, quantized))
+    weights = float_weights(annotated)
     for site in track(quantized.plan.weights_to_quantize(), "correct"):
         weight = weights.get(site.path)
         lead = (site.experts,) if site.experts else ()
