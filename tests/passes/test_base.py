@@ -140,6 +140,7 @@ STEPS = {
     "canonicalize-pointwise": {FLOAT},
     "annotate-linears": {FLOAT, ANNOTATED},
     "quantize-groups": {ANNOTATED},
+    "assign-bits": {ANNOTATED},
     "quantize-embeddings": {QUANTIZED, ADAPTED, FOLDED},
     "split-planes": {QUANTIZED, ADAPTED, FOLDED},
     "insert-adapters": {QUANTIZED},

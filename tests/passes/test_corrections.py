@@ -236,9 +236,7 @@ def test_the_model_can_be_adapted_in_place() -> None:
         expected = model(ids).logits.clone()
     spec = dataclasses.replace(SVD, rank=8)
     quant = qc.QuantSpec(bits=2, group_size=8, refine_offsets=False)
-    program = qc.adapt_module_(
-        model, (ids,), quant=quant, adapter=spec, calibration=[(ids,)]
-    )
+    program = qc.adapt_module_(model, (ids,), quant=quant, adapter=spec, calibration=[(ids,)])
     with torch.no_grad():
         error = (model(ids).logits - expected).square().sum()
         for name, parameter in program.named_adapter_parameters():
@@ -279,7 +277,6 @@ def test_ranks_within_a_budget(init: str) -> None:
 def test_chosen_ranks_are_better_than_equal_ones_at_equal_parameters() -> None:
     """Errors relative to each layer's output, summed: what the choice is made by."""
     x = correlated(400, 48)
-    captured, uniform = budgeted(1, x) if False else (None, None)
     torch.manual_seed(0)
     captured = qc.capture_model(MLP(48, 24, 40, 6).double().eval(), (x,))
     quant = qc.QuantSpec(bits=2, group_size=8)
