@@ -14,8 +14,28 @@ from qalora_compile.ir.signature import PAST, InputLeaf, Signature
 
 CONFIG_FILE = "genai_config.json"
 _KNOWN_TYPES = frozenset(
-    "chatglm ernie4_5 gemma gemma2 gemma3_text gpt2 gptoss granite internlm2 llama mistral nemotron "
-    "olmo phi phi3 phi3small phimoe qwen2 qwen3 smollm3".split()
+    [
+        "chatglm",
+        "ernie4_5",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gptoss",
+        "granite",
+        "internlm2",
+        "llama",
+        "mistral",
+        "nemotron",
+        "olmo",
+        "phi",
+        "phi3",
+        "phi3small",
+        "phimoe",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    ]
 )
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ANY_DECODER = "decoder"
@@ -67,7 +87,9 @@ def decoder_start(model: Mapping[str, Any], generation: Mapping[str, Any]) -> li
     names = ("decoder_start_token_id", "bos_token_id")
     start = next((known[n] for n in names if isinstance(known.get(n), int)), None)
     forced = known.get("forced_bos_token_id")
-    return [token for token in (start, forced) if isinstance(token, int)] if start is not None else []
+    return (
+        [token for token in (start, forced) if isinstance(token, int)] if start is not None else []
+    )
 
 
 def genai_config(
@@ -124,9 +146,12 @@ def genai_whisper_config(
     """The configuration of an encoder-decoder model, which GenAI runs where it is Whisper.
 
     Args:
-        encoder, decoder: Of the exported graphs, see `capture.encoder_decoder`.
-        model, generation, library: As for `genai_config`.
+        encoder: Of the exported encoder, see `capture.encoder_decoder`.
+        decoder: Of the exported decoder.
+        model: As for `genai_config`.
+        generation: Likewise.
         files: Names of encoder and decoder, in the same folder.
+        library: As for `genai_config`.
 
     Raises:
         UnsupportedError: the model is no Whisper, or hears another length than GenAI gives it.
@@ -212,8 +237,7 @@ def _decoder(signature: Signature, model: Mapping[str, Any]) -> dict[str, Any]:
 def _special_tokens(model: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
     """Begin, end and padding; generation settings win, and padding falls back to an end token."""
     found = {
-        name: generation.get(name, model.get(name))
-        for name in (*_TOKENS, "decoder_start_token_id")
+        name: generation.get(name, model.get(name)) for name in (*_TOKENS, "decoder_start_token_id")
     }
     end = found["eos_token_id"]
     first = end[0] if isinstance(end, list) and end else end

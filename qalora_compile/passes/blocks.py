@@ -15,6 +15,7 @@ from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.nbits import largest_block, padded_group, stored_bits
 from qalora_compile.ir.packing import unpack_codes
 
+
 @dataclass(frozen=True)
 class BlockLayout:
     """How groups of a weight are laid out as MatMulNBits blocks.

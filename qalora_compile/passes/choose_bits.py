@@ -56,7 +56,10 @@ def choose_bits(
         for s in track(sites, "measure")
     ]
     items = [
-        [Choice(_cost(site, bits, spec), loss) for bits, loss in zip(SUPPORTED_BITS, losses, strict=True)]
+        [
+            Choice(_cost(site, bits, spec), loss)
+            for bits, loss in zip(SUPPORTED_BITS, losses, strict=True)
+        ]
         for site, losses in zip(sites, measured, strict=True)
     ]
     chosen = choose_within(items, budget)
@@ -86,7 +89,9 @@ def _losses(
         made = [quantize_minmax(part, width) for part in matrices]
         if statistics is not None and spec.refine_offsets:
             made = [refine_offset(matrices[0], made[0], statistics)]
-        changes = [w.double() - affine.dequantize() for w, affine in zip(matrices, made, strict=True)]
+        changes = [
+            w.double() - affine.dequantize() for w, affine in zip(matrices, made, strict=True)
+        ]
         if statistics is not None:
             error = statistics.output_error(changes[0])
         else:  # experts: their inputs count alike
@@ -127,7 +132,7 @@ def _budget(sites: Iterable[Site], spec: QuantSpec) -> int:
 
 
 def _why(item: Sequence[Choice], way: int, total: float) -> str:
-    """What part of the whole loss is a weight's, and what it would be with the next narrower codes."""
+    """What part of the whole loss is a weight's, and what it would be with narrower codes."""
     shares = [choice.loss / total if total > 0 else 0.0 for choice in item]
     narrower = f", {SUPPORTED_BITS[way - 1]} bits {shares[way - 1]:.1e}" if way else ""
     return f"{SUPPORTED_BITS[way]} bits make {shares[way]:.1e} of the loss{narrower}"

@@ -29,8 +29,10 @@ from qalora_compile.progress import track
 
 @dataclass(frozen=True, kw_only=True)
 class FoldAdapters(Pass):
-    """offset' = offset + scaling · f · (B A), group by group; in zero-point form
-    `zero_point' = zero_point − scaling · f · (B A) / scale` (arXiv 2309.14717, Algorithm 1).
+    """Absorb each adapter: offset' = offset + scaling · f · (B A), group by group.
+
+    In zero-point form `zero_point' = zero_point − scaling · f · (B A) / scale` (arXiv 2309.14717,
+    Algorithm 1).
 
     Before:  %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, …)
              %2 = qalora.group_sum(%x, 32)
@@ -102,7 +104,9 @@ class FoldAdapters(Pass):
             move_site(adapter.total, adapter.base)
             adapter.total.replace_all_uses_with(adapter.base)
             erase_unread([adapter.total])
-        plan = program.plan.update({site.name: {"rank": None, "why_rank": ""} for site in program.plan})
+        plan = program.plan.update(
+            {site.name: {"rank": None, "why_rank": ""} for site in program.plan}
+        )
         return PassResult(program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:

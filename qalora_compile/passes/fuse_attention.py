@@ -44,8 +44,8 @@ class FuseAttention(Pass):
 
     Fires on: attention whose heads are known, with or without a past, with or without a mask.
     Leaves alone: dropout in training, `is_causal` (which counts from the first key, not from the
-    past), heads that capture did not record, and keys that are an input as they are (of an encoder):
-    the operator takes rows, and they would be copied in every call.
+    past), heads that capture did not record, and keys that are an input as they are (of an
+    encoder): the operator takes rows, and they would be copied in every call.
     Exactness: the same products; sums run in another order.
     """
 
@@ -66,7 +66,9 @@ class FuseAttention(Pass):
                 continue
             _rewrite(graph, found)
             what = f"{found.heads} heads, {found.kv_heads} of keys and values"
-            changes.append(Change(node.name, what, "with a past" if found.past else "without a past"))
+            changes.append(
+                Change(node.name, what, "with a past" if found.past else "without a past")
+            )
         return PassResult(program.evolve(graph=graph), tuple(changes), tuple(skips))
 
 
@@ -182,4 +184,3 @@ def _side_by_side(node: fx.Node) -> fx.Node | None:
     if reader is None or reader.target not in _VIEWS:
         return None
     return reader if len(shape_of(reader) or ()) == 3 else None
-

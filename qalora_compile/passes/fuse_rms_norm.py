@@ -10,11 +10,10 @@ from torch import fx
 
 from qalora_compile.ir.meta import move_site, shape_of
 from qalora_compile.ir.module import erase_unread
-from qalora_compile.ir.program import ANY_STAGE
+from qalora_compile.ir.program import ANY_STAGE, Program
 from qalora_compile.ir.spec import RMS_NORM
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.peel import call, number, operands, through
-from qalora_compile.ir.program import Program
 
 _ATEN = torch.ops.aten
 
@@ -70,7 +69,7 @@ def _match(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
 
 
 def _root_of_mean_square(value: object) -> tuple[fx.Node | None, float]:
-    """x and eps of `rsqrt(mean(x²) + eps)`."""
+    """X and eps of `rsqrt(mean(x²) + eps)`."""
     power = call(value, _ATEN.pow.Tensor_Scalar)
     inverse = call(value, _ATEN.rsqrt.default)
     if inverse is None and power is not None and power[1] == -0.5:
@@ -81,4 +80,6 @@ def _root_of_mean_square(value: object) -> tuple[fx.Node | None, float]:
     square = call(mean[0], _ATEN.pow.Tensor_Scalar) if mean is not None else None
     if eps is None or mean is None or square is None or square[1] != 2:
         return None, 0.0
-    return (through(square[0]), eps) if list(mean[1]) == [-1] and mean[2:] == (True,) else (None, 0.0)
+    return (
+        (through(square[0]), eps) if list(mean[1]) == [-1] and mean[2:] == (True,) else (None, 0.0)
+    )

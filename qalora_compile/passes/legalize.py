@@ -143,9 +143,7 @@ class LegalizePass(Pass):
             if node.target in _ON_CODES:
                 raise PostconditionError("a layer was not legalized", where=site_of(node))
 
-    def _lower(
-        self, layer: Layer, experts: bool, seen: Seen, *parts: Tensor
-    ) -> dict[str, Tensor]:
+    def _lower(self, layer: Layer, experts: bool, seen: Seen, *parts: Tensor) -> dict[str, Tensor]:
         """`lower_weight` of a layer's codes, scale and offset, now or later."""
         lower = self._lower_experts if experts else self._lower_whole if layer.whole else None
         compute = partial(lower or self.lower_weight, layer=layer)
@@ -204,13 +202,11 @@ class LegalizePass(Pass):
 def spread(
     graph: fx.Graph, x: fx.node.Argument, group_size: int, width: int, wanted: bool
 ) -> fx.node.Argument:
-    """x with its groups padded to `width`, where the stored groups are."""
+    """X with its groups padded to `width`, where the stored groups are."""
     return graph.call_function(SPREAD_GROUPS, (x, group_size, width)) if wanted else x
 
 
-def group_sums(
-    graph: fx.Graph, x: fx.node.Argument, layer: Layer, wanted: bool
-) -> fx.Node | None:
+def group_sums(graph: fx.Graph, x: fx.node.Argument, layer: Layer, wanted: bool) -> fx.Node | None:
     """S(x), where there is a correction."""
     return graph.call_function(GROUP_SUM, (x, layer.group_size)) if wanted else None
 
@@ -218,7 +214,7 @@ def group_sums(
 def add_correction(
     graph: fx.Graph, y: fx.Node, sums: fx.Node | None, correction: fx.node.Argument
 ) -> fx.Node:
-    """y + S(x) C, where there is a correction."""
+    """Y + S(x) C, where there is a correction."""
     if sums is None:
         return y
     moved = graph.call_function(_ATEN.matmul.default, (sums, correction))
@@ -226,7 +222,7 @@ def add_correction(
 
 
 def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.node.Argument) -> fx.Node:
-    """y + b, where there is a bias."""
+    """Y + b, where there is a bias."""
     return y if bias is None else graph.call_function(_ATEN.add.Tensor, (y, bias))
 
 

@@ -27,7 +27,6 @@ from qalora_compile.passes.blocks import widen_groups
 from qalora_compile.passes.legalize import Layer, LegalizePass, add_bias, spread
 
 
-
 @dataclass(frozen=True)
 class GroupLayout:
     """How groups of a weight are laid out for GroupQuantLinear.
@@ -70,7 +69,7 @@ class LegalizeOrt(LegalizePass):
     `parameter_dtype="float16"`, scale and zero_point are rounded to float16.
 
     Options:
-        accuracy_level: As `ExportSpec.accuracy_level`: 0 computes in float32, 4 on int8 activations.
+        accuracy_level: As `ExportSpec.accuracy_level`: 0 computes in float32, 4 on int8 ones.
         parameter_dtype: As `ExportSpec.parameter_dtype`.
     """
 

@@ -40,7 +40,7 @@ class LegalizeOrtStock(LegalizePass):
     """Rewrite every group_linear for stock ONNX Runtime, whose kernels take integer zero-points.
 
     Before:  %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, @fc.bias, 4, 32)
-    After:   %1 = qalora.matmul_nbits(%x, @fc.qweight, @fc.scale, @fc.zero_point, @fc.bias, 4, 32, 0)
+    After:   %1 = qalora.matmul_nbits(%x, @fc.qweight, @fc.scale, @fc.zero_point, @fc.bias, 4, …)
              %2 = qalora.group_sum(%x, 32)
              %3 = aten.matmul(%2, @fc.correction)
              %4 = aten.add.Tensor(%1, %3)

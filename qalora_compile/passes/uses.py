@@ -72,8 +72,7 @@ def find_uses(graph: fx.Graph, module: nn.Module) -> list[Use]:
         if not isinstance(tensor, nn.Parameter) or tensor.dim() < 2:
             continue
         storage = storages.setdefault(storage_key(tensor), len(storages))
-        for reader in _readers(source):
-            uses.append(_look_at(reader, source, tensor, storage, module))
+        uses += [_look_at(reader, source, tensor, storage, module) for reader in _readers(source)]
     return sorted(uses, key=lambda use: order[use.node])
 
 
@@ -192,9 +191,7 @@ def name_rows(uses: list[Use], tensors: Collection[str]) -> list[Site]:
     return rows
 
 
-def _is_taken(
-    path: str, use: Use, paths: Mapping[str, object], tensors: Collection[str]
-) -> bool:
+def _is_taken(path: str, use: Use, paths: Mapping[str, object], tensors: Collection[str]) -> bool:
     """Whether another reading has a path, or the model itself a tensor where ours would go."""
     if use.reading is None:
         return False

@@ -78,7 +78,7 @@ class WidenHalves(Pass):
                 _cast(graph, node)
                 changes.append(Change(str(node.target), f"{dtype_name(stored.dtype)} to float32"))
         halves = [site.name for site in program.plan if site.dtype in _HALF_NAMES]
-        plan = program.plan.update(dict.fromkeys(halves, {"dtype": dtype_name(_WIDE)}))
+        plan = program.plan.update({name: {"dtype": dtype_name(_WIDE)} for name in halves})
         after = program.evolve(graph=graph, plan=plan)
         after = dataclasses.replace(
             after,

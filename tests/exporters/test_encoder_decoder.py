@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ NEW_TOKENS = 16
 START = {"t5": 0, "bart": 2, "whisper": 2}
 FILES = ("encoder_model.onnx", "decoder_model.onnx")
 LAYERS = 16
-"""Linear layers of each file: six and two of every encoder layer, with the cross keys and values."""
+"""Linear layers of each file: six and two of every encoder layer, cross keys and values too."""
 
 
 @dataclass(frozen=True)
@@ -284,9 +283,9 @@ def test_bad_calls_are_refused(deployed: Deployed) -> None:
 
 
 @pytest.fixture(scope="module")
-def t5() -> Iterator[tuple[Any, qc.Program]]:
+def t5() -> tuple[Any, qc.Program]:
     model = build("t5")
-    yield model, qc.capture_model(model, *ENTRIES["t5"].inputs(2, 7, 0))
+    return model, qc.capture_model(model, *ENTRIES["t5"].inputs(2, 7, 0))
 
 
 def test_a_tied_head_that_was_named_is_quantized_in_the_decoder(t5: tuple[Any, qc.Program]) -> None:
@@ -350,7 +349,10 @@ def test_genai_runs_whisper(tmp_path: Path) -> None:
     )
     model = WhisperForConditionalGeneration(config).eval()
     sound = torch.randn(1, 8, 3000)
-    example = {"input_features": sound.repeat(2, 1, 1), "decoder_input_ids": torch.ones(2, 3).long()}
+    example = {
+        "input_features": sound.repeat(2, 1, 1),
+        "decoder_input_ids": torch.ones(2, 3).long(),
+    }
     quantized = qc.quantize_groups(qc.capture_model(model, (), example)).eval()
     parts = qc.split_encoder_decoder(quantized, model)
     for file, part in zip(FILES, parts, strict=True):
@@ -364,7 +366,9 @@ def test_genai_runs_whisper(tmp_path: Path) -> None:
     for library in [None] + ([library_path().name] if kernel_level() else []):
         if library:
             shutil.copy(library_path(), tmp_path)
-        value = genai_whisper_config(encoder, decoder, config.to_dict(), {}, files=FILES, library=library)
+        value = genai_whisper_config(
+            encoder, decoder, config.to_dict(), {}, files=FILES, library=library
+        )
         (tmp_path / CONFIG_FILE).write_text(json.dumps(value), "utf-8")
         loaded = genai.Model(str(tmp_path))
         parameters = genai.GeneratorParams(loaded)

@@ -96,9 +96,7 @@ def test_no_weight_is_stored_twice_or_in_float(
     assert sum(tuple(t.dims) == (128, 64) for t in model.graph.initializer) == 1  # tied
 
 
-def test_the_last_logits_alone(
-    exported: tuple[Any, qc.Program, Path], tmp_path: Path
-) -> None:
+def test_the_last_logits_alone(exported: tuple[Any, qc.Program, Path], tmp_path: Path) -> None:
     model, folded, _ = exported
     path = tmp_path / "last.onnx"
     qc.export_model(qc.add_kv_cache(folded, model, last_logits=True), path)
@@ -135,7 +133,10 @@ def test_weights_left_in_their_file_give_the_same_model(target: str, tmp_path: P
     ):
         qc.export_model(qc.add_kv_cache(source, model), tmp_path / f"{name}.onnx", spec)
     first, second = (onnx.load(tmp_path / f"{name}.onnx") for name in ("now", "later"))
-    stored = [{t.name: onnx.numpy_helper.to_array(t) for t in m.graph.initializer} for m in (first, second)]
+    stored = [
+        {t.name: onnx.numpy_helper.to_array(t) for t in m.graph.initializer}
+        for m in (first, second)
+    ]
     assert stored[0].keys() == stored[1].keys()
     for name, values in stored[0].items():
         assert np.array_equal(values, stored[1][name]), name

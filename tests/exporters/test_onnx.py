@@ -153,9 +153,7 @@ def test_float_programs_are_refused_or_exported_on_request(tmp_path: Path) -> No
     program = qc.capture_model(MLP(50, 64, 10).eval(), (x,))
     with pytest.raises(PreconditionError, match="not quantized"):
         qc.export_model(program, tmp_path / "model.onnx")
-    report = qc.export_model(
-        program, tmp_path / "model.onnx", qc.ExportSpec(allow_unfolded=True)
-    )
+    report = qc.export_model(program, tmp_path / "model.onnx", qc.ExportSpec(allow_unfolded=True))
     assert report.quantized_layers == 0
     assert_close(run(tmp_path / "model.onnx", x), program(x), relative=1e-5)
 

@@ -174,7 +174,7 @@ def test_what_is_damaged_is_written_again(tmp_path: Path, fault: str) -> None:
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "out", resume="key"):
-        with pytest.raises(UserInputError, match="another process"):
-            with atomic_folder(tmp_path / "out", resume="key"):
-                pytest.fail("two write the same output")
+    out = tmp_path / "out"
+    busy = pytest.raises(UserInputError, match="another process")
+    with atomic_folder(out, resume="key"), busy, atomic_folder(out, resume="key"):
+        pytest.fail("two write the same output")

@@ -1,4 +1,4 @@
-"""One file of target `ort`, three ways: with the library, on stock kernels, on standard operators."""
+"""One file of target `ort`, three ways: with the library, stock kernels, standard operators."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import Tensor
 import qalora_compile as qc
 from qalora_compile.ir.meta import QDQ_ACCURACY_KEY
 from qalora_compile.runtime import library_path, open_session, register
-from tests.models import MLP, OneLinear, adapted, assert_close, llama, token_ids
 from tests.exporters.test_experts import Grouped
+from tests.models import MLP, OneLinear, adapted, assert_close, llama, token_ids
 
 PROVIDERS = ["CPUExecutionProvider"]
 LIBRARY = pytest.mark.parametrize("library", [False, True], ids=["stock", "library"])

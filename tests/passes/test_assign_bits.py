@@ -21,7 +21,6 @@ from qalora_compile.passes.replay import replay
 from qalora_compile.quantizers.sensitivity import measure_sensitivities
 from qalora_compile.runtime import open_session
 from tests.exporters.test_experts import Grouped
-from tests.passes.test_corrections import correlated
 from tests.models import (
     MLP,
     UsedTwice,
@@ -30,6 +29,7 @@ from tests.models import (
     randomize_adapters,
     token_ids,
 )
+from tests.passes.test_corrections import correlated
 
 
 def by_hand(model: torch.nn.Module, x: Tensor, **choices: str) -> qc.Program:
@@ -164,9 +164,7 @@ def test_more_budget_loses_less() -> None:
 def test_a_megabyte_budget_counts_what_is_stored() -> None:
     torch.manual_seed(0)
     x = torch.randn(40, 48)
-    program = auto(
-        MLP(48, 24, 40, 36, 6), x, 0.0055, budget_unit="megabytes", group_size=8
-    )
+    program = auto(MLP(48, 24, 40, 36, 6), x, 0.0055, budget_unit="megabytes", group_size=8)
     parts = (".qweight", ".scale", ".offset")
     stored = sum(
         t.numel() * t.element_size() for n, t in program.tensors().items() if n.endswith(parts)
@@ -189,9 +187,7 @@ def test_bits_go_where_the_model_loses_most() -> None:
     x, model = torch.randn(50, 32), TwoPaths()
     program = auto(model, x, 5.0, group_size=8)
     assert {site.name: site.bits for site in program.plan} == {"loud": 8, "quiet": 2}
-    uniform = qc.quantize_groups(
-        qc.capture_model(model, (x,)), qc.QuantSpec(bits=4, group_size=8)
-    )
+    uniform = qc.quantize_groups(qc.capture_model(model, (x,)), qc.QuantSpec(bits=4, group_size=8))
     errors = [squared_error(p, model, x) for p in (program, uniform)]
     assert errors[0] < 0.05 * errors[1]
 
@@ -304,9 +300,7 @@ def test_choices_that_make_no_sense_are_refused(choice: str, words: str) -> None
 
 def test_weights_without_values_are_refused() -> None:
     model = llama()
-    annotated = qc.Pipeline.parse("annotate-linears")(
-        capture_causal_lm(skeleton_of(model))
-    ).program
+    annotated = qc.Pipeline.parse("annotate-linears")(capture_causal_lm(skeleton_of(model))).program
     with pytest.raises(PreconditionError, match="not read yet"):
         choose_bits(annotated, qc.QuantSpec(bits="auto", budget=3.0), [])
 

@@ -148,7 +148,7 @@ STEPS = {
     "dequantize-groups": {QUANTIZED, FOLDED},
     "share-group-sums": {ADAPTED},
     "widen-halves": {FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED},
-    **dict.fromkeys(("fuse-rms-norm", "fuse-rotary", "fuse-attention"), set(STAGES)),
+    **{name: set(STAGES) for name in ("fuse-rms-norm", "fuse-rotary", "fuse-attention")},
     "legalize-ort": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-ort-stock": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-onnx": {QUANTIZED, ADAPTED, FOLDED},

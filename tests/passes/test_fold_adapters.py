@@ -103,9 +103,7 @@ def faulty(change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Fold:
     """A fold whose new offset is `change(old offset, right new offset, scale)`."""
     real = pass_module._fold
 
-    def fold(
-        program: qc.Program, adapter: pass_module.Adapter, offset: Tensor
-    ) -> Tensor:
+    def fold(program: qc.Program, adapter: pass_module.Adapter, offset: Tensor) -> Tensor:
         right = real(program, adapter, offset)
         scale = program.tensors()[str(adapter.base.args[2].target)]  # type: ignore[union-attr]
         return change(offset, right, scale)

@@ -85,9 +85,21 @@ def test_option_text_round_trips(options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "  ", "quantize-groups{bits=4", "quantize-groups{bits}", "a,,b", "fold-adapters}", '{"x"}',
-     "quantize-groups{bits=2,bits=8}", "a{b=" + "[" * 5000, 'annotate-linears{targets=["a}', "quantize-groups{bits=}", "fold-adapters extra"],
-)  # fmt: skip
+    [
+        "",
+        "  ",
+        "quantize-groups{bits=4",
+        "quantize-groups{bits}",
+        "a,,b",
+        "fold-adapters}",
+        '{"x"}',
+        "quantize-groups{bits=2,bits=8}",
+        "a{b=" + "[" * 5000,
+        'annotate-linears{targets=["a}',
+        "quantize-groups{bits=}",
+        "fold-adapters extra",
+    ],
+)
 def test_malformed_text_is_refused(text: str) -> None:
     with pytest.raises(UserInputError):
         Pipeline.parse(text)

@@ -35,7 +35,7 @@ def plan_of(model: nn.Module, x: Tensor, **options: Any) -> SitePlan:
 
 
 READINGS: dict[str, Body] = {
-    "linear": lambda x, w: functional.linear(x, w),
+    "linear": functional.linear,
     "t": lambda x, w: x @ w.t(),
     "T": lambda x, w: x @ w.T,
     "mT": lambda x, w: x @ w.mT,

@@ -7,7 +7,7 @@ together cost more than everything else between capture and file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ def _writes(target: object) -> bool:
 
 
 def _lift_tensors(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Make the tensors that nodes read inputs in front of all others; input → name of the tensor."""
+    """Make tensors that nodes read inputs in front of all others; input → name of the tensor."""
     first = next(iter(graph.nodes))
     made: dict[str, fx.Node] = {}
     readers = [node for node in graph.nodes if node.op == "get_attr"]

@@ -87,8 +87,8 @@ MatMulNBits <K, N, bits, block_size, accuracy_level> (A, B, scales, zero_points)
 """
 
 # Sections: sizes; zero-points rounded to codes, and the correction; scales and zero-points of
-# blocks; zero-points packed to bytes; codes, widened to 4 bits where stock_bits says so (`plain` are
-# the bytes that stay, one of `plain` and `low` is empty); the layer.
+# blocks; zero-points packed to bytes; codes, widened to 4 bits where stock_bits says so (`plain`
+# are the bytes that stay, one of `plain` and `low` is empty); the layer.
 _GROUP_QUANT_LINEAR = """
 GroupQuantLinear <K, N, bits, group_size, compute,
                   stock_bits, stock_block_size, stock_accuracy_level>

@@ -124,4 +124,3 @@ class _Parts:
 def _adapt(tensor: Tensor) -> Any:
     adapters = require("onnx_ir.tensor_adapters", extra="onnx", purpose="write an ONNX model")
     return adapters.TorchTensor(tensor.detach())
-

@@ -99,7 +99,7 @@ def name_sites(model: Any, program: Program) -> dict[str, str]:
 
 
 def _products(node: Any) -> list[Any]:
-    """The nodes that multiply by a weight that `node` reads: itself, or those it dequantizes for."""
+    """The nodes that multiply by a weight that `node` reads: itself, or those it feeds it to."""
     return list(node.outputs[0].consumers()) if node.op_type == "DequantizeLinear" else [node]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.config import ExportSpec
-from qalora_compile.errors import InternalError, UnsupportedError
+from qalora_compile.errors import InternalError
 from qalora_compile.exporters.base import EXACT, Capability, ExportReport, rounds
 from qalora_compile.exporters.onnx.functions import (
     MICROSOFT,
