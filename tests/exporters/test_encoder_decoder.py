@@ -202,6 +202,15 @@ def test_each_layer_is_in_one_file_and_none_in_float(deployed: Deployed) -> None
     assert all(p.rpartition(".")[2] in ("k", "v", "k_proj", "v_proj") for p in cross)
 
 
+def test_attention_reads_the_encoders_keys_as_they_come(deployed: Deployed) -> None:
+    """As heads: to turn them to rows would copy all of them in every call."""
+    nodes = onnx.load(deployed.folder / FILES[1]).graph.node
+    cross = {leaf.name for leaf in deployed.parts[1].signature.cross_cache}
+    readers = {node.op_type for node in nodes if cross & set(node.input)}
+    assert "Attention" in readers
+    assert readers <= {"Attention", "Shape"}
+
+
 def test_the_parts_keep_reasons_and_passes(deployed: Deployed) -> None:
     whole = {(r.weight, r.kind): r for r in deployed.folded.plan}
     for part in deployed.parts:
