@@ -60,20 +60,10 @@ def quantize_groups(
             quantize, or calibration data are missing, do not fit or are all padding.
         PreconditionError: the program is at another stage.
     """
-    calls = () if calibration is None else _some(calibration)
+    calls = None if calibration is None else tuple(calibration)
     quantize = QuantizeGroups(**(spec or QuantSpec()).to_json(), calibration=calls)
     steps = [] if program.stage == ANNOTATED else _annotation(targets, exclude)
     return Pipeline([*steps, quantize])(program).program
-
-
-def _some(calls: Iterable[Call]) -> tuple[Call, ...]:
-    """Calibration calls, which must not be none at all."""
-    found = tuple(calls)
-    if not found:
-        raise UserInputError(
-            "there are no calibration data", hint="give at least one call, e.g. [(x,)]"
-        )
-    return found
 
 
 def _annotation(targets: str | Iterable[str], exclude: Iterable[str]) -> list[Pass]:
