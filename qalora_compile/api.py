@@ -79,7 +79,7 @@ def quantize_groups(
             missing, do not fit or are all padding, or the budget of bits `"auto"` is too small.
         PreconditionError: the program is at another stage.
     """
-    calls = () if calibration is None else _some(calibration)
+    calls = None if calibration is None else tuple(calibration)
     steps: list[Pass] = []
     if program.stage != ANNOTATED:
         steps = _annotation(targets, exclude, keep_heads=embeddings is not None)
@@ -103,16 +103,6 @@ def quantize_groups(
         )
     plan = result.program.plan.explain("why_bits", reasons)
     return result.program.evolve(plan=plan) if reasons else result.program
-
-
-def _some(calls: Iterable[Call]) -> tuple[Call, ...]:
-    """Calibration calls, which must not be none at all."""
-    found = tuple(calls)
-    if not found:
-        raise UserInputError(
-            "there are no calibration data", hint="give at least one call, e.g. [(x,)]"
-        )
-    return found
 
 
 def _annotation(
