@@ -23,6 +23,8 @@ _PASSES = {
     "fuse-rms-norm": "FuseRmsNorm",
     "fuse-rotary": "FuseRotary",
     "fuse-attention": "FuseAttention",
+    "fuse-skip-norm": "FuseSkipNorm",
+    "fuse-multi-head": "FuseMultiHead",
     "legalize-ort": "LegalizeOrt",
     "legalize-ort-stock": "LegalizeOrtStock",
     "legalize-onnx": "LegalizeOnnx",

@@ -69,16 +69,17 @@ def test_a_real_model_folds_and_runs_in_onnx_runtime(
     assert len(set(deployed)) > 10, "a degenerate continuation would show nothing"
 
     cached = qc.add_kv_cache(folded, source.model)
-    edge = tmp_path / "edge"
-    qc.export_model(cached, edge / "model.onnx")
     prompt = ids[0].tolist()
-    for library in (False, True) if kernel_level() else (False,):
-        model = LanguageModel(open_session(edge / "model.onnx", library=library))
-        assert list(model.generate(prompt, max_new_tokens=64)) == deployed
     described: Any = source.model.config
     config = genai_config(cached.signature, described.to_dict(), {})
-    (edge / CONFIG_FILE).write_text(json.dumps(config), "utf-8")
-    assert _genai_tokens(edge, prompt, 64) == deployed
+    for fusion in (None, "ort"):
+        edge = tmp_path / f"edge-{fusion}"
+        qc.export_model(cached, edge / "model.onnx", qc.ExportSpec(fusion=fusion))
+        for library in (False, True) if kernel_level() else (False,):
+            model = LanguageModel(open_session(edge / "model.onnx", library=library))
+            assert list(model.generate(prompt, max_new_tokens=64)) == deployed
+        (edge / CONFIG_FILE).write_text(json.dumps(config), "utf-8")
+        assert _genai_tokens(edge, prompt, 64) == deployed
 
 
 def _genai_tokens(folder: Path, prompt: list[int], count: int) -> list[int]:

@@ -136,6 +136,13 @@ def test_a_wrong_stage_stops_a_pass_before_it_looks() -> None:
     assert error.value.pass_name == "finisher"
 
 
+FUSING = (
+    "fuse-rms-norm",
+    "fuse-rotary",
+    "fuse-attention",
+    "fuse-skip-norm",
+    "fuse-multi-head",
+)
 STEPS = {
     "canonicalize-pointwise": {FLOAT},
     "annotate-linears": {FLOAT, ANNOTATED},
@@ -145,7 +152,7 @@ STEPS = {
     "dequantize-groups": {QUANTIZED, FOLDED},
     "share-group-sums": {ADAPTED},
     "widen-halves": {FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED},
-    **dict.fromkeys(("fuse-rms-norm", "fuse-rotary", "fuse-attention"), set(STAGES)),
+    **dict.fromkeys(FUSING, set(STAGES)),
     "legalize-ort": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-ort-stock": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-onnx": {QUANTIZED, ADAPTED, FOLDED},
