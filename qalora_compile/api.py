@@ -26,8 +26,10 @@ from qalora_compile.passes.corrections import (
 )
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.fuse_attention import FuseAttention
+from qalora_compile.passes.fuse_multi_head import FuseMultiHead
 from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
 from qalora_compile.passes.fuse_rotary import FuseRotary
+from qalora_compile.passes.fuse_skip_norm import FuseSkipNorm
 from qalora_compile.passes.insert_adapters import InsertAdapters
 from qalora_compile.passes.legalize_onnx import LegalizeOnnx
 from qalora_compile.passes.legalize_ort import LegalizeOrt
@@ -330,8 +332,10 @@ def lower(program: Program, spec: ExportSpec) -> Program:
         if wide and spec.accuracy_level == 0:  # kernels on int8 activations take 8 bits as they are
             steps.append(SplitPlanes())
         steps += [_legalize(spec), ShareGroupSums()]
-    if spec.fusion == "standard":
+    if spec.fusion in ("standard", "ort"):
         steps += [FuseRmsNorm(), FuseRotary(), FuseAttention()]
+    if spec.fusion == "ort":
+        steps += [FuseSkipNorm(), FuseMultiHead()]
     return Pipeline(steps)(program).program
 
 

@@ -23,7 +23,7 @@ TARGETS = ("ort", "ort-stock", "onnx")
 ACCURACY_LEVELS = (0, 4)
 PARAMETER_DTYPES = ("float32", "float16")
 CORRECTIONS = ("fp32", "digits")
-FUSION_OPSETS = {"none": 18, "standard": 23}
+FUSION_OPSETS = {"none": 18, "standard": 23, "ort": 18}
 """Ways to write the parts of a transformer, and the opset that each needs."""
 FUSIONS = tuple(FUSION_OPSETS)
 
@@ -235,7 +235,8 @@ class ExportSpec(Spec):
         correction: Of target `"ort-stock"`: `"fp32"` is exact; `"digits"` makes it part of the
             kernel, as two or three digits of the codes' width, which is faster and rounds.
         fusion: How norms, rotary embeddings and attention of a transformer are written:
-            `"standard"`: the operators that opset 23 has for them; `"none"`: as the model computes
+            `"standard"`: the operators that opset 23 has for them; `"ort"`: ONNX Runtime's own
+            operators, for its releases that do not have those; `"none"`: as the model computes
             them. None takes `"standard"` for models with a key-value cache, else `"none"`.
         allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
             one that is not quantized at all.
@@ -278,6 +279,11 @@ class ExportSpec(Spec):
                 raise UserInputError(
                     f"opset is {self.opset} with fusion {self.fusion!r}",
                     hint=f"its operators are in opset {least}; fusion='none' needs none of them",
+                )
+            if self.fusion == "ort" and self.target == "onnx":
+                raise UserInputError(
+                    "fusion is 'ort' for target onnx",
+                    hint="that target has standard operators only: fusion 'standard' or 'none'",
                 )
         one_of("parameter_dtype", self.parameter_dtype, PARAMETER_DTYPES)
         one_of("correction", self.correction, CORRECTIONS)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qalora_compile.config import (
     BUDGET_UNITS,
+    FUSIONS,
     INITS,
     METHODS,
     POOLINGS,
@@ -134,6 +135,8 @@ def test_an_unknown_target_names_the_known_ones() -> None:
     [
         ({"target": "onnx", "opset": 20}, "target onnx needs 21"),
         ({"target": "onnx", "accuracy_level": 4}, "the session does"),
+        ({"target": "onnx", "fusion": "ort"}, "standard operators only"),
+        ({"fusion": "standard", "opset": 20}, "opset 23"),
         ({"target": "ort", "correction": "digits"}, "option of target ort-stock"),
         ({"target": "ort-stock", "parameter_dtype": "float16"}, "option of target ort"),
     ],
@@ -147,6 +150,7 @@ def test_options_of_another_target_are_refused(options: dict[str, Any], words: s
 def test_each_target_has_its_opset() -> None:
     assert [ExportSpec(target=t).onnx_opset for t in ("ort", "ort-stock", "onnx")] == [20, 20, 21]
     assert ExportSpec(opset=18).onnx_opset == 18
+    assert [ExportSpec(fusion=f).onnx_opset for f in FUSIONS] == [20, 23, 20]
 
 
 def test_scaling() -> None:

@@ -4,6 +4,10 @@
 `rms_norm`              ONNX RMSNormalization (opset 23)
 `rotary_embedding`      ONNX RotaryEmbedding (opset 23), halves rotated against each other
 `attention`             ONNX Attention (opset 23): grouped heads, mask, key-value cache
+`skip_rms_norm`         com.microsoft SkipSimplifiedLayerNormalization: a sum and its norm
+`multi_head_attention`  com.microsoft MultiHeadAttention: each head its own keys and values
+`join_groups`           com.microsoft has no attention of grouped heads that takes any call: their
+`split_groups`          queries become rows of the head whose keys they share, and are taken apart
 ======================  ==========================================================================
 
 Each has a plain-torch reference and a fake kernel, and no gradient: fusions run before export.
@@ -121,3 +125,112 @@ def _attention_fake(
         k.new_empty(batch, kv_heads, total, width),
         v.new_empty(batch, kv_heads, total, value_width),
     )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::skip_rms_norm", mutates_args=())
+def skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The `rms_norm` of x + skip, and x + skip.
+
+    Args:
+        x: `[B, S, N]`.
+        skip: As `x`.
+        weight: `[N]`.
+        eps: Added to the mean.
+    """
+    total = x + skip
+    return rms_norm(total, weight, eps), total
+
+
+@skip_rms_norm.register_fake
+def _skip_rms_norm_fake(
+    x: Tensor, skip: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::multi_head_attention", mutates_args=())
+def multi_head_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    past_key: Tensor | None,
+    past_value: Tensor | None,
+    heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention` of which every head has keys and values of its own.
+
+    Args:
+        q: `[B, R, H · D]`; R, the number of queries, need not be S.
+        k: `[B, S, H · D]`.
+        v: `[B, S, H · Dv]`.
+        bias: `[B or 1, H or 1, R, T]`, added to the products; None adds nothing.
+        past_key: `[B, H, P, D]`, T = P + S; or None.
+        past_value: `[B, H, P, Dv]`; or None.
+        heads: H.
+        scale: Of the products.
+
+    Returns:
+        `[B, R, H · Dv]`, and all keys and values, `[B, H, T, D]` and `[B, H, T, Dv]`.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = attention(
+        q, k, v, bias, past_key, past_value, heads, heads, scale
+    )
+    return found
+
+
+@multi_head_attention.register_fake
+def _multi_head_attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    past_key: Tensor | None,
+    past_value: Tensor | None,
+    heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes: tuple[Tensor, Tensor, Tensor] = _attention_fake(
+        q, k, v, bias, past_key, past_value, heads, heads, scale
+    )
+    return shapes
+
+
+@torch.library.custom_op(f"{NAMESPACE}::join_groups", mutates_args=())
+def join_groups(q: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """The queries of heads that share keys, as rows of one head: for each of the G heads, all S.
+
+    Args:
+        q: `[B, S, H · D]`, head `i · G + j` with the keys `i`.
+        heads: H.
+        kv_heads: Hk, H = Hk · G.
+
+    Returns:
+        `[B, G · S, Hk · D]`.
+    """
+    each = q.unflatten(2, (kv_heads, heads // kv_heads, -1))
+    turned = each.permute(0, 3, 1, 2, 4).clone(memory_format=torch.contiguous_format)
+    joined: Tensor = turned.flatten(3).flatten(1, 2)
+    return joined
+
+
+@join_groups.register_fake
+def _join_groups_fake(q: Tensor, heads: int, kv_heads: int) -> Tensor:
+    groups = heads // kv_heads
+    return q.new_empty(q.shape[0], groups * q.shape[1], q.shape[2] // groups)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::split_groups", mutates_args=())
+def split_groups(y: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """Undo `join_groups`: `[B, G · S, Hk · D]` to `[B, S, H · D]`."""
+    each = y.unflatten(1, (heads // kv_heads, -1)).unflatten(3, (kv_heads, -1))
+    turned = each.permute(0, 2, 3, 1, 4).clone(memory_format=torch.contiguous_format)
+    split: Tensor = turned.flatten(2)
+    return split
+
+
+@split_groups.register_fake
+def _split_groups_fake(y: Tensor, heads: int, kv_heads: int) -> Tensor:
+    groups = heads // kv_heads
+    return y.new_empty(y.shape[0], y.shape[1] // groups, y.shape[2] * groups)

@@ -54,7 +54,14 @@ FLAT_EMBEDDING = QALORA.flat_embedding.default
 RMS_NORM = QALORA.rms_norm.default
 ROTARY_EMBEDDING = QALORA.rotary_embedding.default
 ATTENTION = QALORA.attention.default
-FUSED = frozenset({RMS_NORM, ROTARY_EMBEDDING, ATTENTION})
+SKIP_RMS_NORM = QALORA.skip_rms_norm.default
+MULTI_HEAD_ATTENTION = QALORA.multi_head_attention.default
+JOIN_GROUPS = QALORA.join_groups.default
+SPLIT_GROUPS = QALORA.split_groups.default
+FUSED = frozenset(
+    {RMS_NORM, ROTARY_EMBEDDING, ATTENTION, SKIP_RMS_NORM, MULTI_HEAD_ATTENTION}
+    | {JOIN_GROUPS, SPLIT_GROUPS}
+)
 """Legal at every stage."""
 ON_CODES = frozenset({GROUP_LINEAR, EXPERT_LINEAR})
 ADAPTERS = frozenset({POOLED_ADAPTER, EXPERT_ADAPTER})

@@ -24,6 +24,8 @@ _PASSES = {
     "fuse-rms-norm": "FuseRmsNorm",
     "fuse-rotary": "FuseRotary",
     "fuse-attention": "FuseAttention",
+    "fuse-skip-norm": "FuseSkipNorm",
+    "fuse-multi-head": "FuseMultiHead",
     "split-planes": "SplitPlanes",
     "legalize-ort": "LegalizeOrt",
     "legalize-ort-stock": "LegalizeOrtStock",

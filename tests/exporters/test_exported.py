@@ -84,13 +84,42 @@ def test_operators_that_write_are_traced_again(tmp_path: Path, retraced: list[qc
     np.testing.assert_allclose(y, (x + 1) * 2, rtol=1e-6)
 
 
+class Reversed(nn.Module):
+    """Holds a subtraction from a number, which torch.onnx translates as two operators."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """2 − x."""
+        return 2 - x
+
+
+@pytest.mark.parametrize(
+    ("module", "lifted"),
+    [(Reversed(), True), (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), False)],
+    ids=["no translation", "made of others"],
+)
 def test_operators_without_a_translation_are_decomposed(
-    tmp_path: Path, retraced: list[qc.Program]
+    module: nn.Module, lifted: bool, tmp_path: Path, retraced: list[qc.Program]
 ) -> None:
     x = torch.randn(3, 4)
-    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     program, y = export(module, x, tmp_path / "model.onnx")
-    assert isinstance(lift(program), TranslatableProgram)
+    assert isinstance(lift(program), TranslatableProgram) == lifted
+    assert len(retraced) == 1
+    np.testing.assert_allclose(y, module(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_translation_that_torch_never_uses_is_not_used(
+    tmp_path: Path, retraced: list[qc.Program]
+) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(4, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.gru(x)[0]
+
+    module, x = Recurrent().eval(), torch.randn(3, 5, 4)
+    _, y = export(module, x, tmp_path / "model.onnx")
     assert len(retraced) == 1
     np.testing.assert_allclose(y, module(x).detach(), rtol=1e-5, atol=1e-6)
 

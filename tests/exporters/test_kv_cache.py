@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import qalora_compile as qc
+from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.genai import CONFIG_FILE, context_length, genai_config
 from qalora_compile.ir.signature import InputLeaf, Signature
@@ -42,7 +43,8 @@ def greedy(folded: qc.Program, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "fusion"), [("llama", "standard"), ("llama", "none"), ("gpt2", "standard")]
+    ("name", "fusion"),
+    [("llama", "standard"), ("llama", "none"), ("gpt2", "standard"), ("gpt2", "ort")],
 )
 def test_tokens_equal_those_of_torch(name: str, fusion: str, tmp_path: Path) -> None:
     model, folded = fold(BUILDS[name])
@@ -54,16 +56,29 @@ def test_tokens_equal_those_of_torch(name: str, fusion: str, tmp_path: Path) -> 
         assert list(deployed.generate(PROMPT, max_new_tokens=12)) == greedy(folded, 12)
 
 
+Exported = tuple[Any, qc.Program, Path]
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, qc.Program, Path]:
+def both_ways(tmp_path_factory: pytest.TempPathFactory) -> tuple[Exported, Exported]:
+    """A model as it is written by default, and with ONNX Runtime's own operators."""
     model, folded = fold(llama)
-    path = tmp_path_factory.mktemp("edge") / "model.onnx"
-    qc.export_model(qc.add_kv_cache(folded, model), path)
-    return model, folded, path
+    cached, folder = qc.add_kv_cache(folded, model), tmp_path_factory.mktemp("edge")
+    made = []
+    for name, spec in (("default", None), ("ort", qc.ExportSpec(fusion="ort"))):
+        qc.export_model(cached, folder / f"{name}.onnx", spec)
+        made.append((model, folded, folder / f"{name}.onnx"))
+    return made[0], made[1]
 
 
-def test_any_batch_and_length_and_padding(exported: tuple[Any, qc.Program, Path]) -> None:
-    _, folded, path = exported
+@pytest.fixture(scope="module")
+def exported(both_ways: tuple[Exported, Exported]) -> Exported:
+    return both_ways[0]
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["default", "ort"])
+def test_any_batch_and_length_and_padding(way: int, both_ways: tuple[Exported, Exported]) -> None:
+    _, folded, path = both_ways[way]
     model = LanguageModel(open_session(path))
     ids = token_ids(3, 9)
     with torch.no_grad():
@@ -72,6 +87,62 @@ def test_any_batch_and_length_and_padding(exported: tuple[Any, qc.Program, Path]
     padded = np.pad(ids.numpy(), ((0, 0), (2, 0)))
     mask = np.pad(np.ones((3, 9), np.int64), ((0, 0), (2, 0)))
     np.testing.assert_allclose(model.logits(padded, mask)[:, 2:], expected, rtol=1e-4, atol=1e-5)
+    # several tokens of several sequences after a past with padding
+    _, cache = model.step(padded[:, :6], mask[:, :6], model.empty_cache(3))
+    later, _ = model.step(padded[:, 6:], mask, cache)
+    np.testing.assert_allclose(later, expected[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def test_the_runtimes_own_operators(both_ways: tuple[Exported, Exported]) -> None:
+    _, folded, path = both_ways[1]
+    model = onnx.load(path)
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["SkipSimplifiedLayerNormalization"] == 4
+    assert (kinds["RotaryEmbedding"], kinds["MultiHeadAttention"]) == (4, 2)
+    assert kinds["Softmax"] == kinds["Attention"] == kinds["RMSNormalization"] == 0
+    assert {o.domain: o.version for o in model.opset_import}[""] == 20
+    for library in (False, True) if kernel_level() else (False,):
+        deployed = LanguageModel(open_session(path, library=library, threads=1))
+        assert list(deployed.generate(PROMPT, max_new_tokens=12)) == greedy(folded, 12)
+    broken = onnx.load(path)
+    where = next(node for node in broken.graph.node if node.op_type == "MultiHeadAttention")
+    where.input[5] = ""  # the mask
+    onnx.save(broken, path.with_name("broken.onnx"))
+    call, tolerance = [{"input_ids": token_ids(2, 9)}], qc.Tolerance(max_rel=1e-4)
+    assert qc.verify_equivalence(folded, path, call, tolerance).passed
+    assert not qc.verify_equivalence(folded, path.with_name("broken.onnx"), call, tolerance).passed
+
+
+def test_windows_of_attention_stay_exact(tmp_path: Path) -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    torch.manual_seed(0)
+    windowed = Gemma3ForCausalLM(config).eval()
+    program = qc.quantize_groups(capture_causal_lm(windowed))
+    qc.export_model(program, tmp_path / "model.onnx", qc.ExportSpec(fusion="ort"))
+    model, ids = LanguageModel(open_session(tmp_path / "model.onnx")), token_ids(2, 12)
+    found, cache = [], model.empty_cache(2)
+    for begin, end in ((0, 1), (1, 9), (9, 12)):
+        mask = np.ones((2, end), np.int64)
+        logits, cache = model.step(ids.numpy()[:, begin:end], mask, cache)
+        found.append(logits)
+    past = [{n: torch.zeros(2, 1, 0, 16) for n in ("key", "value")} for _ in range(2)]
+    with torch.no_grad():
+        expected = program(ids, torch.ones_like(ids), torch.arange(12).repeat(2, 1), past)
+    np.testing.assert_allclose(
+        np.concatenate(found, 1), expected["logits"].numpy(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_layer_is_written_in_few_nodes(exported: tuple[Any, qc.Program, Path]) -> None:
@@ -142,11 +213,12 @@ def test_weights_left_in_their_file_give_the_same_model(target: str, tmp_path: P
         assert np.array_equal(values, stored[1][name]), name
 
 
+@pytest.mark.parametrize("way", [0, 1], ids=["default", "ort"])
 def test_genai_generates_the_same_tokens(
-    exported: tuple[Any, qc.Program, Path], tmp_path: Path
+    way: int, both_ways: tuple[Exported, Exported], tmp_path: Path
 ) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    model, folded, path = exported
+    model, folded, path = both_ways[way]
     (tmp_path / "model.onnx").write_bytes(path.read_bytes())
     signature = qc.add_kv_cache(folded, model).signature
     described = model.config.to_dict()

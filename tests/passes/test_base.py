@@ -136,6 +136,13 @@ def test_a_wrong_stage_stops_a_pass_before_it_looks() -> None:
     assert error.value.pass_name == "finisher"
 
 
+FUSING = (
+    "fuse-rms-norm",
+    "fuse-rotary",
+    "fuse-attention",
+    "fuse-skip-norm",
+    "fuse-multi-head",
+)
 STEPS = {
     "canonicalize-pointwise": {FLOAT},
     "annotate-linears": {FLOAT, ANNOTATED},
@@ -148,7 +155,7 @@ STEPS = {
     "dequantize-groups": {QUANTIZED, FOLDED},
     "share-group-sums": {ADAPTED},
     "widen-halves": {FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED},
-    **{name: set(STAGES) for name in ("fuse-rms-norm", "fuse-rotary", "fuse-attention")},
+    **{name: set(STAGES) for name in FUSING},
     "legalize-ort": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-ort-stock": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-onnx": {QUANTIZED, ADAPTED, FOLDED},

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
@@ -37,6 +38,35 @@ _ASSERTIONS = (
     "aten._assert_async.msg",
     "aten._assert_async.default",
 )
+_ATEN = torch.ops.aten
+_COMPOSED = frozenset(
+    {
+        _ATEN.__and__.Tensor,
+        _ATEN.__or__.Tensor,
+        _ATEN.chunk.default,
+        _ATEN.contiguous.default,
+        _ATEN.conv1d.default,
+        _ATEN.conv2d.default,
+        _ATEN.dropout.default,
+        _ATEN.flatten.using_ints,
+        _ATEN.layer_norm.default,
+        _ATEN.linear.default,
+        _ATEN.matmul.default,
+        _ATEN.reshape.default,
+        _ATEN.scaled_dot_product_attention.default,
+        _ATEN.softmax.int,
+        _ATEN.sym_size.int,
+        _ATEN.to.device,
+        _ATEN.to.dtype,
+        _ATEN.to.dtype_layout,
+        _ATEN.type_as.default,
+        _ATEN.unflatten.int,
+        _ATEN.where.Scalar,
+        _ATEN.where.ScalarOther,
+    }
+)
+"""Operators that torch makes of others, and whose own translations the tests have seen to be right;
+torch.onnx has some of others (of GRU, for one) that are not, and that it never uses."""
 
 
 class TranslatableProgram(ExportedProgram):
@@ -51,19 +81,18 @@ def lift(program: Program) -> ExportedProgram | None:
     """The program's own graph, its tensors lifted to inputs; None where it must be traced again.
 
     Shapes are propagated through the whole graph, with one symbol for each name of an axis; what
-    capture and passes recorded is not relied on. Nodes of a graph with subgraphs, or with operators
-    that write to their inputs, cannot be lifted one by one.
+    capture and passes recorded is not relied on. Subgraphs, operators that write to their inputs, and
+    operators that torch makes of others, but for some, are left to torch.
     """
-    graph = _without_assertions(program)
-    functional = all(
+    graph, tensors = _without_assertions(program), program.tensors()
+    translatable = all(
         node.op in ("placeholder", "output")
-        or (node.op == "get_attr" and str(node.target) in program.tensors())
-        or (node.op == "call_function" and not _writes(node.target))
+        or (node.op == "get_attr" and str(node.target) in tensors)
+        or (node.op == "call_function" and _is_translatable(node.target))
         for node in graph.nodes
     )
-    if not functional:
+    if not translatable:
         return None
-    tensors = program.tensors()
     constants = _constants(program, graph)
     lifted = _lift_tensors(graph)
     _propagate(graph, program, {node: tensors[name] for node, name in lifted.items()})
@@ -105,11 +134,13 @@ def _without_assertions(program: Program) -> fx.Graph:
     return graph
 
 
-def _writes(target: object) -> bool:
-    """Whether a call may change what it is given, or is none of a single operator."""
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    return isinstance(target, torch._ops.HigherOrderOperator)
+def _is_translatable(target: object) -> bool:
+    """Whether a call writes to nothing, and is one operator, not made of others."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return not isinstance(target, torch._ops.HigherOrderOperator)
+    name = target.name()
+    composed = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return not target._schema.is_mutable and (not composed or target in _COMPOSED)
 
 
 def _lift_tensors(graph: fx.Graph) -> dict[fx.Node, str]:
@@ -143,7 +174,7 @@ def _propagate(graph: fx.Graph, program: Program, tensors: Mapping[fx.Node, Tens
     given = iter(zip(program.signature.inputs, example, strict=True))
     sizes: dict[str, Any] = {}
     values: dict[fx.Node, Any] = {}
-    with mode, torch.no_grad():
+    with mode, enable_python_dispatcher(), torch.no_grad():
         for node in graph.nodes:
             if node.op == "placeholder":
                 tensor = tensors.get(node)

@@ -39,6 +39,45 @@ def group_quant_linear_op() -> Any:
     )
 
 
+def skip_norm_op() -> Any:
+    """`com.microsoft::SkipSimplifiedLayerNormalization`: the norm, two unused, and the sum."""
+    return _operator(
+        (MICROSOFT, 1, "SkipSimplifiedLayerNormalization"),
+        {"input": "T1", "skip": "T1", "gamma": "T1"},
+        {"epsilon": float},
+        {"T1": _FLOATS},
+        results=4,
+    )
+
+
+def rotary_op() -> Any:
+    """`com.microsoft::RotaryEmbedding`."""
+    return _operator(
+        (MICROSOFT, 1, "RotaryEmbedding"),
+        {"input": "T1", "position_ids": "T2", "cos_cache": "T1", "sin_cache": "T1"},
+        {"num_heads": int, "rotary_embedding_dim": int},
+        {"T1": _FLOATS, "T2": ("tensor(int64)",)},
+    )
+
+
+def multi_head_op(results: int) -> Any:
+    """`com.microsoft::MultiHeadAttention`, with one result or with all keys and values too."""
+    return _operator(
+        (MICROSOFT, 1, "MultiHeadAttention"),
+        {"query": "T1", "key": "T1", "value": "T1"},
+        {"num_heads": int, "scale": float},
+        {"T1": _FLOATS, "T2": ("tensor(int32)",)},
+        optional={
+            "bias": "T1",
+            "key_padding_mask": "T2",
+            "attention_bias": "T1",
+            "past_key": "T1",
+            "past_value": "T1",
+        },
+        results=results,
+    )
+
+
 def dequantize_blocks_op() -> Any:
     """The stand-in for blocked DequantizeLinear; no exported model holds it."""
     return _operator(
@@ -68,13 +107,18 @@ def _operator(
     *,
     optional: dict[str, str] | None = None,
     result: str = "T1",
+    results: int = 1,
 ) -> Any:
-    """An operator of one output, of the type `result`."""
+    """An operator with so many outputs of the type `result`."""
     onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
     schema = require("onnx", extra="onnx", purpose="export to ONNX").defs.OpSchema
     domain, version, kind = name
     absent = schema.FormalParameterOption.Optional
-    attribute_types = {int: schema.AttrType.INT, str: schema.AttrType.STRING}
+    attribute_types = {
+        int: schema.AttrType.INT,
+        float: schema.AttrType.FLOAT,
+        str: schema.AttrType.STRING,
+    }
     made = schema(
         kind,
         domain,
@@ -86,7 +130,7 @@ def _operator(
                 for n, t in (optional or {}).items()
             ),
         ],
-        outputs=[schema.FormalParameter("Y", result)],
+        outputs=[schema.FormalParameter(f"Y{index}", result) for index in range(results)],
         type_constraints=[(symbol, list(allowed), "") for symbol, allowed in types.items()],
         attributes=[
             schema.Attribute(n, attribute_types[t], "", required=False)

@@ -16,6 +16,7 @@ from qalora_compile.exporters.onnx.operators import (
     matmul_nbits_op,
 )
 from qalora_compile.exporters.onnx.translate_aten import aten_table
+from qalora_compile.exporters.onnx.translate_contrib import contrib_table
 from qalora_compile.exporters.onnx.translate_embeddings import embedding_table
 from qalora_compile.exporters.onnx.translate_experts import expert_table
 from qalora_compile.exporters.onnx.translate_fused import fused_table
@@ -25,14 +26,16 @@ from qalora_compile.optional import require
 Table = dict[Callable[..., Any], Callable[..., Any]]
 
 
-def translation_table(opset: int) -> Table:
+def translation_table(opset: int, fusion: str | None) -> Table:
     """Operator → function that emits its ONNX nodes, for `custom_translation_table`."""
     onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
     op = onnxscript.opset18
     kernels = _kernel_table(op)
     table = kernels | aten_table(op) | _plain_table(op) | expert_table(op, kernels)
     table |= embedding_table(op, onnxscript.opset21)
-    return table | fused_table(onnxscript.opset23) if opset >= 23 else table
+    if opset >= 23:
+        table |= fused_table(onnxscript.opset23)
+    return table | contrib_table(op) if fusion == "ort" else table
 
 
 def _kernel_table(op: Any) -> Table:
