@@ -81,8 +81,8 @@ def lift(program: Program) -> ExportedProgram | None:
     """The program's own graph, its tensors lifted to inputs; None where it must be traced again.
 
     Shapes are propagated through the whole graph, with one symbol for each name of an axis; what
-    capture and passes recorded is not relied on. Subgraphs, operators that write to their inputs, and
-    operators that torch makes of others, but for some, are left to torch.
+    capture and passes recorded is not relied on. Subgraphs, operators that write to their inputs,
+    and operators that torch makes of others, but for some, are left to torch.
     """
     graph, tensors = _without_assertions(program), program.tensors()
     translatable = all(
