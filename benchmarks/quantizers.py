@@ -47,6 +47,7 @@ EXAMPLES = """examples:
 METHODS = ("minmax", "minmax + data", "mse", "hqq", "hqq + data", "gptq")
 BITS, GROUPS = (2, 3, 4), (32, 64, 128)
 _COLUMNS = "method", "bits", "group", "score", "cosine", "output dB", "layers MB", "all MB", "s"
+_WIDTH = 100
 FLOAT, INT8 = "float32", "dynamic INT8"
 Run = Callable[..., Any]
 """A model: called with `input_ids` and `attention_mask`, gives its first output."""
@@ -303,7 +304,7 @@ def run(options: argparse.Namespace, console: Console) -> list[Row]:
                     if options.json:
                         everything = [asdict(row) for row in [*rows, *mine]]
                         options.json.write_text(json.dumps(everything, indent=1), "utf-8")
-        Console().print(table_of(mine, subject.better))
+        Console(width=_WIDTH).print(table_of(mine, subject.better))
         if options.plot:
             plot(mine, subject.better, options.plot / f"quantizers_{name}.svg")
         rows += mine

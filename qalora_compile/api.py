@@ -71,7 +71,7 @@ def quantize_groups(
             bits `"auto"` is too small.
         PreconditionError: the program is at another stage.
     """
-    calls = () if calibration is None else _some(calibration)
+    calls = None if calibration is None else tuple(calibration)
     quantize = QuantizeGroups(**(spec or QuantSpec()).to_json(), calibration=calls)
     steps = [] if program.stage == ANNOTATED else _annotation(targets, exclude)
     if quantize.bits != AUTO or calibration is None:
@@ -80,16 +80,6 @@ def quantize_groups(
     assign, reasons = choose_bits(annotated, quantize, calls)
     quantized = Pipeline([assign, quantize])(annotated).program
     return quantized.evolve(plan=quantized.plan.explain("why_bits", reasons))
-
-
-def _some(calls: Iterable[Call]) -> tuple[Call, ...]:
-    """Calibration calls, which must not be none at all."""
-    found = tuple(calls)
-    if not found:
-        raise UserInputError(
-            "there are no calibration data", hint="give at least one call, e.g. [(x,)]"
-        )
-    return found
 
 
 def _annotation(targets: str | Iterable[str], exclude: Iterable[str]) -> list[Pass]:

@@ -58,14 +58,14 @@ class QuantizeGroups(QuantSpec, Pass):
 
     Attributes:
         calibration: Calls of the program, tuples or mappings, whose inputs the weights are
-            quantized for. No option: text cannot carry it.
+            quantized for, or None. No option: text cannot carry it.
     """
 
     name: ClassVar[str] = "quantize-groups"
     consumes: ClassVar[tuple[str, ...]] = (ANNOTATED,)
     produces: ClassVar[str | None] = QUANTIZED
 
-    calibration: tuple[Call, ...] = data_field(())
+    calibration: tuple[Call, ...] | None = data_field(None)
 
     def requires(self, program: Program) -> None:
         """The plan has something to quantize, bits for it, and there are the data it needs.
@@ -90,12 +90,13 @@ class QuantizeGroups(QuantSpec, Pass):
                     "pipeline, assign-bits gives them",
                 )
         weights = [_weight_of(site, program) for site in program.plan.to_quantize()]
-        if self.calibration and any(map(is_deferred, weights)):
+        calibrated = self.calibration is not None
+        if calibrated and any(map(is_deferred, weights)):
             raise UserInputError(
                 "a program whose weights are not in memory cannot be calibrated",
                 hint="load the model, or use a method that needs no data",
             )
-        needs = self.method in CALIBRATED and not self.calibration
+        needs = self.method in CALIBRATED and not calibrated
         if needs and not all(map(is_placeholder, weights)):
             raise data_needed(self.method)
 
@@ -108,8 +109,9 @@ class QuantizeGroups(QuantSpec, Pass):
         linears = _linears_of(graph, rows)
         changes = []
         weights = [s for s in program.plan.weights_to_quantize() if s.name in linears]
-        made = self._calibrate(weights, linears, program) if self.calibration else {}
-        uncalibrated = [s for s in weights if self.calibration and s.path not in made]
+        calls = self.calibration
+        made = {} if calls is None else self._calibrate(calls, weights, linears, program)
+        uncalibrated = [s for s in weights if calls is not None and s.path not in made]
         for site in track(weights, "quantize"):
             if site.path not in made:
                 made[site.path] = self._by_weight(site, linears[site.name], program)
@@ -153,7 +155,11 @@ class QuantizeGroups(QuantSpec, Pass):
         return replace(self, method=_INSTEAD) if self.method in CALIBRATED else self
 
     def _calibrate(
-        self, weights: Sequence[Site], linears: Mapping[str, LinearMap], program: Program
+        self,
+        calls: Sequence[Call],
+        weights: Sequence[Site],
+        linears: Mapping[str, LinearMap],
+        program: Program,
     ) -> dict[str, _Made]:
         """Codes, scale and offset of each weight that has statistics, by path, in graph order."""
         sites = {site.path: site for site in weights}
@@ -169,7 +175,7 @@ class QuantizeGroups(QuantSpec, Pass):
             made[path] = _Made(tensors, (self.method, *chosen.notes))
             return chosen.affine.dequantize()
 
-        replace_in_order(program, self.calibration, quantize)
+        replace_in_order(program, calls, quantize)
         return made
 
     def _by_weight(self, site: Site, linear: LinearMap, program: Program) -> _Made:

@@ -89,7 +89,6 @@ def test_each_method_loses_no_more_than_the_one_before(
                     )
                     each.append(measure_sqnr(weight, chosen.affine, fresh[path])[1] or 0.0)
                 decibels[method, refine] = sum(each) / len(each)
-        print(build.__name__, bits, group, {k: round(v, 2) for k, v in decibels.items()})
         for refine in (False, True):
             assert decibels["mse", refine] > decibels["minmax", refine] + 0.2
             assert decibels["hqq", refine] > decibels["mse", refine] - 0.1
