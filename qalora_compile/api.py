@@ -59,11 +59,11 @@ def quantize_groups(
         spec: Bits, group size and method; None takes 4 bits in groups of 32, min-max.
         calibration: Calls of the program, tuples or mappings of arguments as capture takes them:
             weights are quantized to lose least on them. Method `gptq` needs it, the others
-            refine their offsets by it. Positions that an `attention_mask` hides do not count.
+            refine their offsets by it, and bits `"auto"` are chosen by it. Positions that an
+            `attention_mask` hides do not count.
         targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
             named is quantized even where the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
-        calibration: Arguments of a few typical calls, by which bits `"auto"` are chosen.
 
     Raises:
         UserInputError: a pattern matches nothing, a weight is not finite, nothing is left to
@@ -74,7 +74,7 @@ def quantize_groups(
     calls = None if calibration is None else tuple(calibration)
     quantize = QuantizeGroups(**(spec or QuantSpec()).to_json(), calibration=calls)
     steps = [] if program.stage == ANNOTATED else _annotation(targets, exclude)
-    if quantize.bits != AUTO or calibration is None:
+    if quantize.bits != AUTO or calls is None:
         return Pipeline([*steps, quantize])(program).program
     annotated = Pipeline(steps)(program).program if steps else program
     assign, reasons = choose_bits(annotated, quantize, calls)
