@@ -64,16 +64,14 @@ def quantize_groups(
         spec: Bits, group size and method; None takes 4 bits in groups of 32, min-max.
         calibration: Calls of the program, tuples or mappings of arguments as capture takes them:
             weights are quantized to lose least on them. Method `gptq` needs it, the others
-            refine their offsets by it. Positions that an `attention_mask` hides do not count.
+            refine their offsets by it, and bits `"auto"` are chosen by it. Positions that an
+            `attention_mask` hides do not count.
         targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
             named is quantized even where the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
         embeddings: Bits (8 or 4) and group size of embeddings and of the head, which then get whole
             zero-points and no adapter, see `passes.quantize_embeddings`; None leaves embeddings,
             and heads tied to them, in float.
-
-        calibration: Arguments of a few typical calls, which methods that look at a layer's inputs
-            need, and by which bits `"auto"` are chosen.
 
     Raises:
         UserInputError: a pattern matches nothing, a weight is not finite, nothing is left to
