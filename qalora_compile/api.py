@@ -341,9 +341,12 @@ def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
     """`spec` with what it leaves open decided for `program`."""
     if spec.fusion is not None:
         return spec
-    opset = spec.opset is None or spec.opset >= FUSION_OPSETS["standard"]
-    standard = opset and program.signature.cache
-    return dataclasses.replace(spec, fusion="standard" if standard else "none")
+    fusion = "none"
+    if program.signature.cache:
+        opset = spec.opset or max(FUSION_OPSETS.values())
+        choices = ("standard",) if spec.target == "onnx" else ("standard", "ort")  # faster first
+        fusion = next((c for c in choices if FUSION_OPSETS[c] <= opset), "none")
+    return dataclasses.replace(spec, fusion=fusion)
 
 
 def _legalize(spec: ExportSpec) -> Pass:

@@ -23,8 +23,11 @@ TARGETS = ("ort", "ort-stock", "onnx")
 ACCURACY_LEVELS = (0, 4)
 PARAMETER_DTYPES = ("float32", "float16")
 CORRECTIONS = ("fp32", "digits")
-FUSION_OPSETS = {"none": 18, "standard": 23, "ort": 18}
-"""Ways to write the parts of a transformer, and the opset that each needs."""
+FUSION_OPSETS = {"none": 18, "standard": 23, "ort": 22}
+"""Ways to write the parts of a transformer, and the opset that each needs.
+
+`ort` needs no operator of opset 22: ONNX Runtime releases before 1.21 do not take it, and these
+compute MultiHeadAttention wrongly for masks that differ inside a batch."""
 FUSIONS = tuple(FUSION_OPSETS)
 
 Pooling = Literal["sum", "mean", "mean_times_groups"]
@@ -236,8 +239,9 @@ class ExportSpec(Spec):
             kernel, as two or three digits of the codes' width, which is faster and rounds.
         fusion: How norms, rotary embeddings and attention of a transformer are written:
             `"standard"`: the operators that opset 23 has for them; `"ort"`: ONNX Runtime's own
-            operators, for its releases that do not have those; `"none"`: as the model computes
-            them. None takes `"standard"` for models with a key-value cache, else `"none"`.
+            operators, for its releases 1.21 and 1.22, which do not have those; `"none"`: as the
+            model computes them. None takes `"none"` for models without a key-value cache; with one
+            `"standard"`, or with a given opset that is too low for it `"ort"`, else `"none"`.
         allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
             one that is not quantized at all.
         overwrite: Replace an existing file.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 import qalora_compile as qc
+from qalora_compile.api import complete_spec
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.genai import CONFIG_FILE, context_length, genai_config
@@ -93,6 +95,29 @@ def test_any_batch_and_length_and_padding(way: int, both_ways: tuple[Exported, E
     np.testing.assert_allclose(later, expected[:, 4:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "fusion"),
+    [
+        ({}, "standard"),
+        ({"opset": 23}, "standard"),
+        ({"opset": 22}, "ort"),
+        ({"opset": 21}, "none"),
+        ({"opset": 22, "target": "onnx"}, "none"),
+        ({"target": "onnx"}, "standard"),
+        ({"fusion": "none"}, "none"),
+    ],
+)
+def test_the_fastest_form_that_the_opset_allows_is_taken(
+    options: dict[str, Any], fusion: str, exported: Exported
+) -> None:
+    folded, spec = exported[1], qc.ExportSpec(**options)
+    past = InputLeaf("past_key_values.0.key", "float32", ("batch", 2, "past", 16))
+    cached = replace(folded, signature=Signature((past,), ("logits",)))
+    assert complete_spec(cached, spec).fusion == fusion
+    wanted = options.get("fusion", "none")
+    assert complete_spec(folded, spec).fusion == wanted  # without a cache
+
+
 def test_the_runtimes_own_operators(both_ways: tuple[Exported, Exported]) -> None:
     _, folded, path = both_ways[1]
     model = onnx.load(path)
@@ -100,7 +125,7 @@ def test_the_runtimes_own_operators(both_ways: tuple[Exported, Exported]) -> Non
     assert kinds["SkipSimplifiedLayerNormalization"] == 4
     assert (kinds["RotaryEmbedding"], kinds["MultiHeadAttention"]) == (4, 2)
     assert kinds["Softmax"] == kinds["Attention"] == kinds["RMSNormalization"] == 0
-    assert {o.domain: o.version for o in model.opset_import}[""] == 20
+    assert {o.domain: o.version for o in model.opset_import}[""] == 22
     for library in (False, True) if kernel_level() else (False,):
         deployed = LanguageModel(open_session(path, library=library, threads=1))
         assert list(deployed.generate(PROMPT, max_new_tokens=12)) == greedy(folded, 12)
