@@ -85,7 +85,7 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fusion",
         choices=FUSIONS,
-        help="how norms, rotary embeddings and attention are written (standard with a cache)",
+        help="how norms, rotary embeddings and attention are written; with a cache: standard",
     )
     parser.add_argument(
         "--last-logits", action="store_true", help="logits of the last token alone; with cache"
