@@ -85,7 +85,7 @@ def quantize_groups(
         steps = _annotation(targets, exclude, keep_heads=embeddings is not None)
     quantize = QuantizeGroups(**(spec or QuantSpec()).to_json(), calibration=calls)
     reasons: Mapping[str, str] = {}
-    if quantize.bits == AUTO and calls:
+    if quantize.bits == AUTO and calls is not None:
         program = Pipeline(steps)(program).program if steps else program
         assign, reasons = choose_bits(program, quantize, calls)
         steps = [assign]

@@ -22,11 +22,11 @@ from rich.table import Table
 
 from qalora_compile.progress import listening
 
-_WIDE = 160
+WIDE = 160
 """Columns where the output is no terminal, unless COLUMNS says otherwise."""
 
 _width_known = sys.stdout.isatty() or "COLUMNS" in os.environ
-console = Console(highlight=False, width=None if _width_known else _WIDE)
+console = Console(highlight=False, width=None if _width_known else WIDE)
 """Tables and results, on standard output."""
 err_console = Console(stderr=True, highlight=False)
 """Progress and errors, on standard error, so that output can be piped."""

@@ -156,24 +156,14 @@ def genai_whisper_config(
     Raises:
         UnsupportedError: the model is no Whisper, or hears another length than GenAI gives it.
     """
-    kind = model.get("model_type")
-    if kind != _WHISPER:
-        raise UnsupportedError(
-            f"of encoder-decoder models ONNX Runtime GenAI runs Whisper, and this is {kind}",
-            hint="qalora-compile generate runs it, on plain ONNX Runtime",
-        )
-    frames = encoder.inputs[0].shape[2]
-    if frames != _WHISPER_FRAMES:
-        raise UnsupportedError(
-            f"ONNX Runtime GenAI gives Whisper {_WHISPER_FRAMES} frames, this model takes {frames}"
-        )
+    _check_whisper(encoder, model)
     options = _session_options(library)
     own, cross = decoder.own_cache, decoder.cross_cache
     sizes = {"hidden_size": model["d_model"], "num_hidden_layers": len(own) // 2}
     length = model["max_target_positions"]
     return {
         "model": {
-            "type": kind,
+            "type": _WHISPER,
             **_special_tokens(model, generation),
             "context_length": length,
             "vocab_size": model["vocab_size"],
@@ -197,6 +187,25 @@ def genai_whisper_config(
         },
         "search": _search(generation, length),
     }
+
+
+def _check_whisper(encoder: Signature, model: Mapping[str, Any]) -> None:
+    """GenAI runs the model.
+
+    Raises:
+        UnsupportedError: see `genai_whisper_config`.
+    """
+    kind = model.get("model_type")
+    if kind != _WHISPER:
+        raise UnsupportedError(
+            f"of encoder-decoder models ONNX Runtime GenAI runs Whisper, and this is {kind}",
+            hint="qalora-compile generate runs it, on plain ONNX Runtime",
+        )
+    frames = encoder.inputs[0].shape[2]
+    if frames != _WHISPER_FRAMES:
+        raise UnsupportedError(
+            f"ONNX Runtime GenAI gives Whisper {_WHISPER_FRAMES} frames, this model takes {frames}"
+        )
 
 
 def _heads(cache: InputLeaf) -> dict[str, Any]:

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from qalora_compile.cli.ui import WIDE, console
+
 WORDS = ["red", "green", "blue", "one", "two", "three", "is", "a", "colour", "number", ":"]
+
+
+@pytest.fixture(autouse=True)
+def _wide_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables as wide as where the output is no terminal, whatever COLUMNS says (xdist sets 80)."""
+    monkeypatch.setattr(console, "width", WIDE)
 
 
 @pytest.fixture(scope="session")

@@ -275,7 +275,7 @@ def test_auto_needs_calibration() -> None:
     with pytest.raises(PreconditionError, match="no bits were chosen") as caught:
         qc.quantize_groups(captured, qc.QuantSpec(bits="auto", budget=3.0))
     assert "calibration" in str(caught.value.hint)
-    with pytest.raises(UserInputError, match="no calibration data"):
+    with pytest.raises(UserInputError, match="calibration data"):
         qc.quantize_groups(captured, qc.QuantSpec(bits="auto", budget=3.0), calibration=[])
 
 
