@@ -196,16 +196,16 @@ def _show(results: list[Result]) -> None:
     lengths = sorted(results[0].prompts)
     columns = (
         "form",
-        *(f"tokens/s, prompt {n}" for n in lengths),
-        "tokens/s after it",
+        *(f"prompt {n}" for n in lengths),
+        "after it",
         "ratio",
-        f"first token, prompt {lengths[-1]}",
+        f"first of {lengths[-1]}",
         "memory",
         "file",
     )
     last = results[-1].decode
     print_table(
-        "bench",
+        "bench: tokens a second of a prompt and after it, and the time to the first token",
         columns,
         [
             (
