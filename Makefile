@@ -41,7 +41,7 @@ test: $(VENV)/installed-dev ## run the tests, without the slow ones
 
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
-	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 -q -m slow $(ARGS)
 
 .PHONY: native-check
 native-check: ## run the operator library's own tests: sanitizers, fuzzer, -O3

@@ -11,18 +11,16 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
 
 import qalora_compile as qc
 from benchmarks.export_time import write_checkpoint
 from qalora_compile.capture.checkpoint import capture_checkpoint
 from qalora_compile.config import FUSIONS
 from qalora_compile.runtime import LanguageModel, kernel_level, open_session
+from qalora_compile.runtime.timing import time_tokens
 
 EXAMPLES = """examples:
   python -m benchmarks.fusions
@@ -53,17 +51,6 @@ def export(layers: int, folder: Path) -> dict[str, tuple[Path, int]]:
     return made
 
 
-def time_prompt(model: LanguageModel, length: int, count: int) -> tuple[float, float]:
-    """Milliseconds of a prompt of so many tokens, and of each of `count` tokens after it."""
-    ids = np.ones((1, length), np.int64)
-    begin = time.perf_counter()
-    _, cache = model.step(ids, np.ones_like(ids), model.empty_cache())
-    between = time.perf_counter()
-    for total in range(length + 1, length + count + 1):
-        _, cache = model.step(ids[:, :1], np.ones((1, total), np.int64), cache)
-    return 1e3 * (between - begin), 1e3 * (time.perf_counter() - between) / max(count, 1)
-
-
 def measure(made: dict[str, tuple[Path, int]], threads: int, rounds: int) -> list[Row]:
     """Alternate all forms; the first round warms up."""
     libraries = (True, False) if kernel_level() is not None else (False,)
@@ -77,11 +64,11 @@ def measure(made: dict[str, tuple[Path, int]], threads: int, rounds: int) -> lis
     for number in range(rounds + 1):
         for length in PROMPTS:
             for key, model in models.items():
-                first, each = time_prompt(model, length, DECODE if length in AFTER else 0)
+                first, each = time_tokens(model, length, DECODE if length in AFTER else 0)
                 if number:
-                    prompts[key][length].append(first)
+                    prompts[key][length].append(1e3 * first)
                     if length in AFTER:
-                        tokens[key][length].append(each)
+                        tokens[key][length].append(1e3 * each)
     return [
         Row(
             form=f"{fusion}, {'operator library' if library else 'stock kernels'}",

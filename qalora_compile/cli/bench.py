@@ -6,13 +6,10 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import numpy as np
 
 from qalora_compile.api import add_kv_cache, export_model, fold_adapters
 from qalora_compile.cli.edge import MODEL_FILE, read_edge_record
@@ -27,6 +24,7 @@ from qalora_compile.runtime.footprint import footprint
 from qalora_compile.runtime.language_model import LanguageModel
 from qalora_compile.runtime.library import kernel_level
 from qalora_compile.runtime.session import open_session
+from qalora_compile.runtime.timing import time_tokens
 
 NAME = "bench"
 SUMMARY = "speed and memory of an exported language model, beside its unmerged and float forms"
@@ -159,7 +157,7 @@ def _measure(forms: list[Form], options: argparse.Namespace, shown: Steps) -> li
         shown.update("rounds", number, options.rounds + 1)
         for form, model in models.items():
             for length in options.prompts:
-                seconds, after = _time(model, length, options.decode)
+                seconds, after = time_tokens(model, length, options.decode)
                 if number:
                     prompts[form].setdefault(length, []).append(seconds)
                     decode[form].append(after)
@@ -178,17 +176,6 @@ def _measure(forms: list[Form], options: argparse.Namespace, shown: Steps) -> li
             )
         )
     return results
-
-
-def _time(model: LanguageModel, length: int, count: int) -> tuple[float, float]:
-    """Seconds of a prompt of so many tokens, and of each token after it."""
-    ids = np.ones((1, length), np.int64)
-    begin = time.perf_counter()
-    _, cache = model.step(ids, np.ones_like(ids), model.empty_cache())
-    between = time.perf_counter()
-    for total in range(length + 1, length + count + 1):
-        _, cache = model.step(ids[:, :1], np.ones((1, total), np.int64), cache)
-    return between - begin, (time.perf_counter() - between) / count
 
 
 def _show(results: list[Result]) -> None:
