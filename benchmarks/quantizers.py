@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class Row:
     seconds: float
 
 
-class Subject:
+class Subject(ABC):
     """A model with data: the captured program, calibration calls, and a score."""
 
     name: str
@@ -88,9 +89,9 @@ class Subject:
     program: qc.Program
     calibration: list[dict[str, Tensor]]
 
+    @abstractmethod
     def score(self, run: Run) -> tuple[float, float | None]:
         """The score, and for an encoder the cosine, of one form of the model."""
-        raise NotImplementedError
 
 
 class LanguageModel(Subject):
