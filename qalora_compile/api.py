@@ -92,7 +92,7 @@ def quantize_groups(
     steps.append(quantize)
     if embeddings is not None:
         one_of("method of embeddings", embeddings.method, (QuantSpec().method,))
-        steps.append(QuantizeEmbeddings(bits=embeddings.width, group_size=embeddings.group_size))
+        steps.append(QuantizeEmbeddings(bits=embeddings.width, group_size=embeddings.group))
     result = Pipeline(steps)(program)
     if embeddings is not None and not any(site.whole for site in result.program.plan):
         why = "; ".join(f"{skip.path}: {skip.why}" for skip in result.skips if skip.what == KEPT)

@@ -11,14 +11,16 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 AUTO = "auto"
-"""A value of `bits` and `rank`: chosen layer by layer, within a budget."""
+"""A value of `bits`, `group_size` and `rank`: chosen layer by layer, within a budget."""
 METHODS = ("minmax", "mse", "hqq", "gptq")
 """Each loses less than the one before it, in the output of a layer."""
 CALIBRATED = ("gptq",)
 """The methods that need calibration data."""
 POOLINGS = ("sum", "mean", "mean_times_groups")
 INITS = ("zeros", "svd")
-BUDGET_UNITS = ("bits", "megabytes")
+BUDGET_UNITS = ("bits", "stored-bits", "megabytes")
+AUTO_GROUPS = (32, 64, 128)
+"""What group size `"auto"` chooses from."""
 TARGETS = ("ort", "ort-stock", "onnx")
 ACCURACY_LEVELS = (0, 4)
 PARAMETER_DTYPES = ("float32", "float16")
@@ -93,6 +95,8 @@ class QuantSpec(Spec):
         bits: Width of a code: 2, 3, 4 or 8; or `"auto"`, a width for each layer by what it loses
             there, within `budget`.
         group_size: Weights that share one scale and offset; the last group of a row may be shorter.
+            With bits `"auto"` it may be `"auto"` too: 32, 64 or 128 for each layer, where that
+            loses least for its bytes.
         method: How scale, offset and codes are chosen. `"minmax"` rounds to the nearest of
             2^bits levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1);
             `"mse"` searches for the range that loses least; `"hqq"` fits it half-quadratically;
@@ -105,11 +109,12 @@ class QuantSpec(Spec):
             diagonal; more is added where calibration rows are few.
         budget: Most that the weights may take with bits `"auto"`, in `budget_unit`.
         budget_unit: `"bits"`: the mean width of a code, over all weights that are quantized;
+            `"stored-bits"`: the mean of what a weight takes, scales and offsets included;
             `"megabytes"`: 10⁶ bytes of codes, scales and offsets, as this package stores them.
     """
 
     bits: int | str = 4
-    group_size: int = 32
+    group_size: int | str = 32
     method: str = "minmax"
     refine_offsets: bool = True
     act_order: bool = True
@@ -126,12 +131,28 @@ class QuantSpec(Spec):
                 hint="bits 'auto' takes a budget, a number above 0; other bits take none",
             )
         one_of("budget_unit", self.budget_unit, BUDGET_UNITS)
-        _whole("group_size", self.group_size, least=1)
+        self._check_group_size()
         one_of("method", self.method, METHODS)
         one_of("refine_offsets", self.refine_offsets, (True, False))
         one_of("act_order", self.act_order, (True, False))
         if not (isinstance(self.damping, float) and 0 < self.damping <= 1):
             raise UserInputError(f"damping is {self.damping!r}", hint="use e.g. 0.01, 1 at most")
+
+    def _check_group_size(self) -> None:
+        if self.group_size != AUTO:
+            return _whole("group_size", self.group_size, least=1)
+        if self.bits != AUTO:
+            raise UserInputError(
+                f"group_size is 'auto' with bits {self.bits!r}",
+                hint="group sizes are chosen together with bits 'auto', within one budget",
+            )
+        if self.budget_unit == "bits":
+            raise UserInputError(
+                "the mean width of a code does not limit group_size 'auto': the smallest is best",
+                hint="give a budget that counts scales and offsets: budget_unit 'stored-bits', "
+                "or 'megabytes'",
+            )
+        return None
 
     @property
     def width(self) -> int:
@@ -143,6 +164,19 @@ class QuantSpec(Spec):
         if not isinstance(self.bits, int):
             raise UserInputError(f"bits are {self.bits!r}", hint="assign-bits chooses them")
         return self.bits
+
+    @property
+    def group(self) -> int:
+        """Group size, where all weights have the same.
+
+        Raises:
+            UserInputError: it is `"auto"`.
+        """
+        if not isinstance(self.group_size, int):
+            raise UserInputError(
+                f"group_size is {self.group_size!r}", hint="assign-bits chooses it"
+            )
+        return self.group_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,13 @@ SPECS = [QuantSpec, AdapterSpec, ExportSpec]
             budget_unit=st.sampled_from(BUDGET_UNITS),
         ),
         st.builds(
+            QuantSpec,
+            bits=st.just("auto"),
+            group_size=st.just("auto"),
+            budget=st.floats(0.01, 1e6),
+            budget_unit=st.sampled_from(("stored-bits", "megabytes")),
+        ),
+        st.builds(
             AdapterSpec,
             rank=st.integers(1, 512),
             alpha=st.floats(-1e6, 1e6),
@@ -91,6 +98,11 @@ BAD: dict[str, tuple[type[Spec], dict[str, Any]]] = {
     "group size 2.5": (QuantSpec, {"group_size": 2.5}),
     "group size true": (QuantSpec, {"group_size": True}),
     "method": (QuantSpec, {"method": "best"}),
+    "group auto, bits given": (QuantSpec, {"group_size": "auto"}),
+    "group auto, codes counted alone": (
+        QuantSpec,
+        {"group_size": "auto", "bits": "auto", "budget": 4.0},
+    ),
     "bits without a budget": (QuantSpec, {"budget": None, "bits": "auto"}),
     "budget 0": (QuantSpec, {"budget": 0, "bits": "auto"}),
     "budget infinite": (QuantSpec, {"budget": math.inf, "bits": "auto"}),

@@ -31,7 +31,13 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
     if auto:
         group.add_argument("--budget", type=float, metavar="X", help="of --bits auto")
         group.add_argument("--budget-unit", default="bits", choices=BUDGET_UNITS)
-    group.add_argument("--group-size", type=int, default=32, metavar="G")
+    group.add_argument(
+        "--group-size",
+        type=number_or_auto if auto else int,
+        default=32,
+        metavar="G",
+        help="or auto, with --bits auto: 32, 64 or 128" if auto else None,
+    )
     group.add_argument(
         "--method", default="minmax", choices=METHODS, help="how codes are chosen; the last is best"
     )

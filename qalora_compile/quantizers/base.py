@@ -125,7 +125,7 @@ def quantize_weight(
             path=path,
             method=spec.method,
             bits=spec.width,
-            group_size=spec.group_size,
+            group_size=spec.group,
             weights=weight.numel(),
             weight_sqnr_db=weight_db,
             output_sqnr_db=output_db,
