@@ -14,6 +14,7 @@ from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
 from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
 from qalora_compile.ir.signature import Call
+from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.base import Pass
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
@@ -31,6 +32,7 @@ from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
 from qalora_compile.passes.fuse_rotary import FuseRotary
 from qalora_compile.passes.fuse_skip_norm import FuseSkipNorm
 from qalora_compile.passes.insert_adapters import InsertAdapters
+from qalora_compile.passes.keep_codes import KeptCodes, keep_codes
 from qalora_compile.passes.legalize_onnx import LegalizeOnnx
 from qalora_compile.passes.legalize_ort import LegalizeOrt
 from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
@@ -56,6 +58,7 @@ def quantize_groups(
     exclude: Iterable[str] = (),
     embeddings: QuantSpec | None = None,
     calibration: Iterable[Call] | None = None,
+    stored: StoredCodes | None = None,
 ) -> Program:
     """Decide which linear layers to quantize, and quantize them.
 
@@ -69,6 +72,8 @@ def quantize_groups(
         targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
             named is quantized even where the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
+        stored: Codes that the checkpoint holds (`capture.source.load_source` reads them): weights
+            that are among them keep them as they are, whatever `spec` says; None quantizes all.
         embeddings: Bits (8 or 4) and group size of embeddings and of the head, which then get whole
             zero-points and no adapter, see `passes.quantize_embeddings`; None leaves embeddings,
             and heads tied to them, in float.
@@ -85,8 +90,13 @@ def quantize_groups(
         steps = _annotation(targets, exclude, keep_heads=embeddings is not None)
     quantize = QuantizeGroups(**(spec or QuantSpec()).to_json(), calibration=calls)
     reasons: Mapping[str, str] = {}
-    if quantize.bits == AUTO and calls is not None:
-        program = Pipeline(steps)(program).program if steps else program
+    if stored is not None or (quantize.bits == AUTO and calls is not None):
+        program, steps = Pipeline(steps)(program).program if steps else program, []
+    if stored is not None:
+        kept = _kept(program, stored, quantize)
+        quantize, reasons = dataclasses.replace(quantize, stored=kept.weights), kept.reasons
+        steps = [kept.choices] if kept.weights else []
+    elif quantize.bits == AUTO and calls is not None:
         assign, reasons = choose_bits(program, quantize, calls)
         steps = [assign]
     steps.append(quantize)
@@ -103,6 +113,20 @@ def quantize_groups(
         )
     plan = result.program.plan.explain("why_bits", reasons)
     return result.program.evolve(plan=plan) if reasons else result.program
+
+
+def _kept(annotated: Program, stored: StoredCodes, spec: QuantSpec) -> KeptCodes:
+    """The codes that are kept.
+
+    Raises:
+        UserInputError: bits are to be chosen, of codes that are there already.
+    """
+    if spec.bits == AUTO:
+        raise UserInputError(
+            "bits 'auto' chooses codes, and the weights are to keep those of their checkpoint",
+            hint="leave out stored, and all weights are quantized anew",
+        )
+    return keep_codes(annotated, stored)
 
 
 def _annotation(

@@ -7,9 +7,10 @@ import io
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from qalora_compile.capture.encoder_decoder import (
     is_encoder_decoder,
     whole_example,
 )
+from qalora_compile.capture.gguf_codes import read_gguf_codes
 from qalora_compile.capture.model import capture_model
 from qalora_compile.capture.skeleton import model_class, transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.optional import require
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -44,6 +47,7 @@ class Source:
         args, kwargs: Example inputs.
         tokenizer: Of a language model that brings one, else None.
         decoder_start: The token that the decoder of a model with an encoder begins with, else None.
+        read_codes: Reads the codes of a checkpoint that is quantized already, see `stored`.
     """
 
     reference: str
@@ -53,6 +57,15 @@ class Source:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
     decoder_start: int | None = None
+    read_codes: Callable[[], tuple[StoredCodes, tuple[str, ...]]] | None = None
+
+    def stored(self) -> tuple[StoredCodes, tuple[str, ...]]:
+        """The codes that the checkpoint holds, and notes on what of them could not be kept.
+
+        Raises:
+            UserInputError: the file is broken.
+        """
+        return (StoredCodes(), ()) if self.read_codes is None else self.read_codes()
 
     def capture(self) -> Program:
         """Capture the model with its example inputs."""
@@ -129,7 +142,8 @@ def _load_gguf(reference: str, path: Path) -> Source:
             )
     except Exception as error:  # the reader raises whatever a broken offset leads to
         raise _unreadable(path, error) from error
-    return _language_model(reference, "gguf", model, tokenizer)
+    source = _language_model(reference, "gguf", model, tokenizer)
+    return replace(source, read_codes=partial(read_gguf_codes, path))
 
 
 def _load_factory(reference: str) -> Source:

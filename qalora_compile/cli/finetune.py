@@ -34,6 +34,7 @@ from qalora_compile.cli.quantized import (
     number_or_auto,
     print_reports,
     quant_spec,
+    stored_codes,
 )
 from qalora_compile.cli.ui import Steps, print_summary, steps
 from qalora_compile.config import AUTO, CALIBRATED, INITS, POOLINGS, AdapterSpec, QuantSpec
@@ -202,6 +203,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     captured = source.capture()
     _check_trainable(captured, data, held_out)
     calls = _calibration(options, captured, data, source.tokenizer)
+    stored = stored_codes(options, source, shown)
     with collecting_reports() as reports:
         program = quantize_groups(
             captured,
@@ -210,6 +212,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
             exclude=options.exclude,
             embeddings=embeddings,
             calibration=calls if _quantizes_by_data(options) else None,
+            stored=stored,
         )
     program = insert_adapters(program, adapter, source=captured, calibration=calls)
     record = {

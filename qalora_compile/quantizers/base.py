@@ -79,6 +79,17 @@ def _with_data(
     return quantize
 
 
+def as_stored(affine: GroupAffine) -> Quantizer:
+    """A quantizer that chooses nothing: it gives the codes that a weight has already."""
+
+    def quantize(
+        weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
+    ) -> Chosen:
+        return Chosen(affine)
+
+    return quantize
+
+
 def data_needed(method: str) -> UserInputError:
     """The error where there are no calibration data for a method that needs them."""
     return UserInputError(
@@ -95,6 +106,7 @@ def quantize_weight(
     *,
     path: str,
     statistics: ActivationStatistics | None = None,
+    method: str | None = None,
 ) -> Chosen:
     """Quantize a weight, refine its offsets where the specification asks for it, and report.
 
@@ -104,6 +116,7 @@ def quantize_weight(
         spec: Method, bits, group size.
         path: Of the site, for the report.
         statistics: Of the layer's input.
+        method: What the report calls the quantizer; None takes the specification's.
 
     Raises:
         UserInputError: the quantizer refuses its input, or gives an illegal result.
@@ -123,7 +136,7 @@ def quantize_weight(
         weight_db, output_db = measure_sqnr(weight, affine, statistics)
         return QuantReport(
             path=path,
-            method=spec.method,
+            method=method or spec.method,
             bits=spec.width,
             group_size=spec.group,
             weights=weight.numel(),
