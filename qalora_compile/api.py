@@ -32,7 +32,7 @@ from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
 from qalora_compile.passes.fuse_rotary import FuseRotary
 from qalora_compile.passes.fuse_skip_norm import FuseSkipNorm
 from qalora_compile.passes.insert_adapters import InsertAdapters
-from qalora_compile.passes.keep_codes import KeptCodes, keep_codes
+from qalora_compile.passes.keep_codes import keep_codes
 from qalora_compile.passes.legalize_onnx import LegalizeOnnx
 from qalora_compile.passes.legalize_ort import LegalizeOrt
 from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
@@ -84,22 +84,11 @@ def quantize_groups(
             missing, do not fit or are all padding, or the budget of bits `"auto"` is too small.
         PreconditionError: the program is at another stage.
     """
-    calls = None if calibration is None else tuple(calibration)
-    steps: list[Pass] = []
     if program.stage != ANNOTATED:
-        steps = _annotation(targets, exclude, keep_heads=embeddings is not None)
-    quantize = QuantizeGroups(**(spec or QuantSpec()).to_json(), calibration=calls)
-    reasons: Mapping[str, str] = {}
-    if stored is not None or (quantize.bits == AUTO and calls is not None):
-        program, steps = Pipeline(steps)(program).program if steps else program, []
-    if stored is not None:
-        kept = _kept(program, stored, quantize)
-        quantize, reasons = dataclasses.replace(quantize, stored=kept.weights), kept.reasons
-        steps = [kept.choices] if kept.weights else []
-    elif quantize.bits == AUTO and calls is not None:
-        assign, reasons = choose_bits(program, quantize, calls)
-        steps = [assign]
-    steps.append(quantize)
+        annotation = _annotation(targets, exclude, keep_heads=embeddings is not None)
+        program = Pipeline(annotation)(program).program
+    calls = None if calibration is None else tuple(calibration)
+    steps, reasons = _coding(program, spec or QuantSpec(), calls, stored)
     if embeddings is not None:
         one_of("method of embeddings", embeddings.method, (QuantSpec().method,))
         steps.append(QuantizeEmbeddings(bits=embeddings.width, group_size=embeddings.group))
@@ -115,18 +104,31 @@ def quantize_groups(
     return result.program.evolve(plan=plan) if reasons else result.program
 
 
-def _kept(annotated: Program, stored: StoredCodes, spec: QuantSpec) -> KeptCodes:
-    """The codes that are kept.
+def _coding(
+    annotated: Program,
+    spec: QuantSpec,
+    calls: tuple[Call, ...] | None,
+    stored: StoredCodes | None,
+) -> tuple[list[Pass], Mapping[str, str]]:
+    """The passes that plan bits and quantize, and why these bits, by path.
 
     Raises:
-        UserInputError: bits are to be chosen, of codes that are there already.
+        UserInputError: see `choose_bits`; or bits are to be chosen, of codes that are there.
     """
-    if spec.bits == AUTO:
-        raise UserInputError(
-            "bits 'auto' chooses codes, and the weights are to keep those of their checkpoint",
-            hint="leave out stored, and all weights are quantized anew",
-        )
-    return keep_codes(annotated, stored)
+    quantize = QuantizeGroups(**spec.to_json(), calibration=calls)
+    if stored is not None:
+        if spec.bits == AUTO:
+            raise UserInputError(
+                "bits 'auto' chooses codes, and the weights are to keep those of their checkpoint",
+                hint="leave out stored, and all weights are quantized anew",
+            )
+        kept = keep_codes(annotated, stored)
+        quantize = dataclasses.replace(quantize, stored=kept.weights)
+        return ([kept.choices] if kept.weights else []) + [quantize], kept.reasons
+    if spec.bits == AUTO and calls is not None:
+        assign, reasons = choose_bits(annotated, quantize, calls)
+        return [assign, quantize], reasons
+    return [quantize], {}
 
 
 def _annotation(
