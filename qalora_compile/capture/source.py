@@ -23,9 +23,10 @@ from qalora_compile.capture.encoder_decoder import (
     is_encoder_decoder,
     whole_example,
 )
-from qalora_compile.capture.gguf_codes import read_gguf_codes
 from qalora_compile.capture.model import capture_model
 from qalora_compile.capture.skeleton import model_class, transformers_module
+from qalora_compile.capture.stored.folder import is_quantized, load_stored
+from qalora_compile.capture.stored.gguf import read_gguf_codes
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stored_codes import StoredCodes
@@ -108,20 +109,26 @@ def _load_folder(reference: str, path: Path) -> Source:
             hint="pickles can run code and are never loaded: convert once with "
             "model.save_pretrained(folder), which writes safetensors",
         )
-    kind = model_class(path)
-    try:
-        model = kind.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, dtype="auto"
-        )
-    except Exception as error:  # transformers and safetensors raise types of many kinds
-        raise _unreadable(path, error) from error
+    stored = load_stored(path) if is_quantized(path) else None
+    model = _load_float(path) if stored is None else stored.model
     has_tokenizer = (path / "tokenizer_config.json").exists() or (path / "tokenizer.json").exists()
     tokenizer = (
         transformers_module().AutoTokenizer.from_pretrained(path, local_files_only=True)
         if has_tokenizer
         else None
     )
-    return _language_model(reference, "huggingface", model, tokenizer)
+    source = _language_model(reference, "huggingface", model, tokenizer)
+    if stored is None:
+        return source
+    return replace(source, read_codes=lambda: (stored.codes, stored.notes))
+
+
+def _load_float(path: Path) -> Any:
+    kind = model_class(path)
+    try:
+        return kind.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto")
+    except Exception as error:  # transformers and safetensors raise types of many kinds
+        raise _unreadable(path, error) from error
 
 
 def _load_gguf(reference: str, path: Path) -> Source:

@@ -12,12 +12,12 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 
 import qalora_compile as qc
-from qalora_compile.capture.gguf_codes import read_gguf_codes
 from qalora_compile.capture.source import load_source
+from qalora_compile.capture.stored.gguf import read_gguf_codes
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.packing import pack_codes
-from tests.capture.gguf_files import example_ids, write_llama, write_tensors
+from tests.capture.stored.gguf_files import example_ids, write_llama, write_tensors
 from tests.models import randomize_adapters
 
 FORMS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -128,7 +128,7 @@ def test_codes_in_another_order_are_not_taken(
     nibbles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planted fault in the decoder: no row is found, so nothing wrong is kept."""
-    from qalora_compile.capture import gguf_codes
+    from qalora_compile.capture.stored import gguf as gguf_codes
 
     def wrong(raw: np.ndarray) -> np.ndarray:
         low, high = raw & np.uint8(15), raw >> np.uint8(4)
