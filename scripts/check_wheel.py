@@ -28,6 +28,7 @@ IMPORT_ALL = """
 import importlib, importlib.metadata, importlib.util, pkgutil, sys
 import qalora_compile
 optional = "onnx onnxruntime onnxscript onnx_ir transformers gguf peft accelerate".split()
+optional += ["matplotlib"]  # jinja2 comes with torch
 installed = [name for name in optional if importlib.util.find_spec(name)]
 assert not installed, f"the environment holds extras: {installed}"
 assert qalora_compile.__version__ == importlib.metadata.version("qalora-compile")
@@ -51,7 +52,7 @@ def run(*command: str, cwd: Path = ROOT) -> None:
 def source_files() -> set[str]:
     """The files that the wheel has to hold, as it names them."""
     folder = ROOT / PACKAGE
-    files = [*folder.rglob("*.py"), folder / "py.typed"]
+    files = [*folder.rglob("*.py"), folder / "py.typed", *(folder / "pages").glob("page.*")]
     return {file.relative_to(ROOT).as_posix() for file in files}
 
 

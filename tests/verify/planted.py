@@ -15,7 +15,8 @@ from torch.nn import functional
 
 import qalora_compile as qc
 from qalora_compile.api import lower
-from qalora_compile.verify import Certificate, sample_inputs
+from qalora_compile.errors import UserInputError
+from qalora_compile.verify import Certificate, compare_nodes, named_inputs, sample_inputs
 from tests.models import randomize_adapters
 
 WIDTH, INNER, WORDS = 48, 64, 40
@@ -80,7 +81,8 @@ class Fault:
         plant: Makes the faulty program from the right one, or changes the ONNX model in place.
         site: What the certificate's first difference begins with.
         numeric: The site that the numeric check names first; "" for that of the certificate.
-        unseen: Why a check cannot see it: `{"proof": …}`, `{"numeric": …}`.
+        unseen: Why a check cannot see it: `{"proof": …}`, `{"numeric": …}`, `{"nodes": …}`.
+        node: What the comparison along the graph names first; "" for that of the certificate.
     """
 
     name: str
@@ -89,21 +91,24 @@ class Fault:
     site: str
     numeric: str = ""
     unseen: tuple[tuple[str, str], ...] = ()
+    node: str = ""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the two checks said of a fault; None of a numeric site: the model does not run."""
+    """What the three checks said of a fault."""
 
     fault: Fault
     proof: bool
     difference: str
     numeric: bool
     named: str
+    nodes: str
+    node: str
 
 
 def examine(fault: Fault, models: Path, scratch: Path) -> Found:
-    """Plant a fault and run both checks.
+    """Plant a fault and run the checks.
 
     Args:
         fault: The fault.
@@ -124,9 +129,10 @@ def examine(fault: Fault, models: Path, scratch: Path) -> Found:
         candidate = scratch / "faulty.onnx"
         onnx.save(model, candidate)
     certificate = prove(reference, candidate)
-    numeric, named = compare(reference, candidate)
     difference = "" if certificate is None else certificate.difference or ""
-    return Found(fault, certificate is None or not certificate.passed, difference, numeric, named)
+    proof = certificate is None or not certificate.passed
+    along = along_the_graph(reference, candidate)
+    return Found(fault, proof, difference, *compare(reference, candidate), *along)
 
 
 def prove(reference: qc.Program, candidate: qc.Program | Path) -> Certificate | None:
@@ -139,9 +145,16 @@ def compare(reference: qc.Program, candidate: qc.Program | Path) -> tuple[bool, 
     calls = sample_inputs(program("folded"), 2, seed=1)
     try:
         report = qc.verify_equivalence(reference, candidate, calls, TOLERANCE)
-    except Exception as error:  # ONNX Runtime's own types among them
-        return True, f"does not run: {str(error).splitlines()[0]}"
+    except UserInputError as error:
+        return True, f"does not run: {error.what}"
     return not report.passed, report.first_divergence or ""
+
+
+def along_the_graph(reference: qc.Program, candidate: qc.Program | Path) -> tuple[str, str]:
+    """The verdict of the comparison along the graph, and what it names first."""
+    calls = named_inputs(program("folded"), 1, seed=1)
+    report = compare_nodes(reference, candidate, calls, levels=("all",))
+    return report.verdict, report.difference or ""
 
 
 def export_all(folder: Path) -> None:
