@@ -258,6 +258,36 @@ def add_kv_cache(
     return replay(program, capture_causal_lm(as_skeleton(model), last_logits=last_logits))
 
 
+def packed_form(program: Program, model: nn.Module | str | Path, *, max_length: int) -> Program:
+    """The same language model, over the same tensors, for several examples in one row.
+
+    For training on rows of `training.Packed`: what is trained in one form is trained in the other,
+    since they share their parameters. The model is captured again (see `capture.packed`), the
+    passes that made `program` are run again, and it is tried out that no example sees another.
+
+    Args:
+        program: At any stage before lowering, made from a transformers decoder-only model by
+            `capture_model`, with `input_ids` and `attention_mask` as keyword inputs.
+        model: That model, or a folder with its `config.json`. No weight of it is read.
+        max_length: The longest row.
+
+    Raises:
+        PreconditionError: `program` was made from another model.
+        UnsupportedError: the model cannot keep examples in a row apart, or was tried and does not.
+        CaptureError: `torch.export` refused the model.
+    """
+    from qalora_compile.capture.encoder_decoder import disable_cache
+    from qalora_compile.capture.packed import capture_packed
+    from qalora_compile.capture.skeleton import as_skeleton
+    from qalora_compile.training.packed import check_packed
+
+    skeleton = as_skeleton(model)
+    disable_cache(skeleton)
+    packed = replay(program, capture_packed(skeleton, max_length=max_length))
+    check_packed(program, packed)
+    return packed
+
+
 def split_encoder_decoder(
     program: Program, model: nn.Module | str | Path
 ) -> tuple[Program, Program]:
