@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from qalora_compile.training.data import Dataset, Example, load_examples
+from qalora_compile.training.batches import Batches, Packed
+from qalora_compile.training.data import Dataset, load_examples
 from qalora_compile.training.evaluate import Metrics, evaluate
+from qalora_compile.training.examples import Example
 from qalora_compile.training.fit import FitResult, FitSpec, fit
 
 __all__ = [
+    "Batches",
     "Dataset",
     "Example",
     "FitResult",
     "FitSpec",
     "Metrics",
+    "Packed",
     "evaluate",
     "fit",
     "load_examples",

@@ -12,8 +12,9 @@ from torch.nn import functional
 from qalora_compile.config import Spec
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.program import ADAPTED, Program
-from qalora_compile.training.data import Example, batch_at
+from qalora_compile.training.batches import Batches, batch_at
 from qalora_compile.training.evaluate import label_loss, program_forward
+from qalora_compile.training.examples import Example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def make_optimizer(program: Program, spec: FitSpec) -> torch.optim.AdamW:
 
 def fit(
     program: Program,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Batches,
     spec: FitSpec,
     *,
     optimizer: torch.optim.Optimizer | None = None,
@@ -97,7 +98,8 @@ def fit(
 
     Args:
         program: At stage `adapted`; a language model, with an encoder or without.
-        examples: At least one.
+        examples: At least one; or `Batches` of them, of the batch size and seed of `spec`, which
+            may be arranged by length or packed.
         spec: Steps, batch size, rate, seed.
         optimizer: For resuming; None makes one (`make_optimizer`).
         start_step: Steps already done.
@@ -131,7 +133,7 @@ def fit(
 
 def _step(
     program: Program,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Batches,
     spec: FitSpec,
     optimizer: torch.optim.Optimizer,
     step: int,
@@ -153,4 +155,4 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    return StepReport(step + 1, value, rate, norm.item(), int(batch.attention_mask.sum()))
+    return StepReport(step + 1, value, rate, norm.item(), batch.tokens)
