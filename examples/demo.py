@@ -176,7 +176,7 @@ def train_adapters(
     spec = FitSpec(steps=size.steps, batch_size=8, learning_rate=1e-3, seed=seed)
     shown.update("train", 0, spec.steps)
 
-    def on_step(report: Any, _: torch.optim.Optimizer) -> bool:
+    def on_step(report: Any, _: Any) -> bool:
         shown.update("train", report.step, spec.steps, f"loss {report.loss:.3f}")
         return False
 

@@ -192,6 +192,9 @@ class AdapterSpec(Spec):
         group_size: Width of a pooling group; None takes the quantization group. It must be a
             multiple of the quantization group, or the adapter could not fold.
         use_rslora: Scale by alpha / √rank.
+        dropout: In training, each number of the pooled input of an adapter is dropped with this
+            probability, and the others are scaled up. In evaluation, and folded, nothing is left
+            of it.
         seed: Seed of A's initial values.
         init: `"zeros"`: B starts at zero, and the model as it was quantized. `"svd"`: B A starts as
             the best correction of rank r of the quantization error that folds.
@@ -203,6 +206,7 @@ class AdapterSpec(Spec):
     pooling: str = "sum"
     group_size: int | None = None
     use_rslora: bool = False
+    dropout: float = 0.0
     seed: int = 0
     init: str = "zeros"
     rank_budget: int | None = None
@@ -220,6 +224,8 @@ class AdapterSpec(Spec):
         one_of("init", self.init, INITS)
         one_of("pooling", self.pooling, POOLINGS)
         one_of("use_rslora", self.use_rslora, (True, False))
+        if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
+            raise UserInputError(f"dropout is {self.dropout!r}", hint="use e.g. 0.05, below 1")
         _whole("seed", self.seed, least=0)
         if self.group_size is not None:
             _whole("adapter group_size", self.group_size, least=1)

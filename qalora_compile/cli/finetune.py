@@ -3,56 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from qalora_compile.api import insert_adapters, quantize_groups
-from qalora_compile.capture.source import load_source
-from qalora_compile.cli.embeddings import (
-    add_embedding_arguments,
-    embedding_record,
-    embedding_spec,
+from qalora_compile.cli.embeddings import add_embedding_arguments
+from qalora_compile.cli.finetune_job import FINISHED, INTERRUPTED, Job, open_job
+from qalora_compile.cli.finetune_train import train
+from qalora_compile.cli.quantized import add_quant_arguments, print_reports
+from qalora_compile.cli.training_options import (
+    add_adapter_arguments,
+    add_training_arguments,
+    fit_spec,
 )
-from qalora_compile.cli.folders import (
-    CHECKPOINTS,
-    TOKENIZER,
-    load_run,
-    load_tokenizer,
-    save_description,
-    save_tokenizer,
-    write_run_file,
-)
-from qalora_compile.cli.quantized import (
-    add_quant_arguments,
-    number_or_auto,
-    print_reports,
-    quant_spec,
-    stored_codes,
-)
-from qalora_compile.cli.ui import Steps, print_summary, steps
-from qalora_compile.config import AUTO, CALIBRATED, INITS, POOLINGS, AdapterSpec, QuantSpec
-from qalora_compile.errors import UserInputError
-from qalora_compile.files import atomic_folder, check_output
-from qalora_compile.ir.program import Program
-from qalora_compile.ir.storage import ADAPTERS_FILE, save_tensors, write_program
-from qalora_compile.quantizers.report import QuantReport, collecting_reports
-from qalora_compile.training.calibration import calibration_calls
-from qalora_compile.training.checkpoint import (
-    list_checkpoints,
-    restore_checkpoint,
-    save_checkpoint,
-)
-from qalora_compile.training.data import Dataset, load_examples
-from qalora_compile.training.evaluate import Metrics, evaluate, logits_of, program_forward
-from qalora_compile.training.fit import FitResult, FitSpec, StepReport, fit, make_optimizer
-from qalora_compile.verify.inputs import token_limits
+from qalora_compile.cli.ui import print_summary, quiet, steps
+from qalora_compile.ir.storage import ADAPTERS_FILE, save_tensors
+from qalora_compile.training.evaluate import Metrics
+from qalora_compile.training.fit import FitResult
+from qalora_compile.training.log import LOG_FILE, check_reporting, read_log
+from qalora_compile.training.processes import find_processes
 
 NAME = "finetune"
 SUMMARY = "train adapters on a model's own quantized weights; writes a RUN folder"
@@ -66,6 +33,9 @@ EXAMPLES = """examples:
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits 3 --init svd
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits auto --budget 3.5
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --rank auto --rank-budget 1000000
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --eval-data test.jsonl --out run \\
+    --eval-every 20 --patience 3 --report-to tensorboard
+  torchrun --nproc-per-node 2 -m qalora_compile finetune ./SmolLM2 --data train.jsonl --out run
 
 data, one JSON object a line:
   {"prompt": "2 + 2 =", "completion": " 4"}      loss on the completion; the only form for T5, BART
@@ -73,8 +43,6 @@ data, one JSON object a line:
   {"text": "…"}                                  loss on every token
   {"input_ids": [1, 2, 3]}                       for models without a tokenizer
 """
-
-_STATUS = ("training", "interrupted", "finished")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,318 +65,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quant.add_argument(
         "--calibration-samples", type=int, default=128, metavar="N", help="the first N of them"
     )
-    adapter = parser.add_argument_group("adapters")
-    adapter.add_argument("--rank", type=number_or_auto, default=16, metavar="R", help="or auto")
-    adapter.add_argument("--rank-budget", type=int, metavar="P", help="parameters, of --rank auto")
-    adapter.add_argument(
-        "--init",
-        default="zeros",
-        choices=INITS,
-        help="svd: adapters, not refined offsets, correct what quantization lost",
-    )
-    adapter.add_argument("--alpha", type=float, default=32.0)
-    adapter.add_argument("--pooling", default="sum", choices=POOLINGS)
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=100)
-    training.add_argument("--batch-size", type=int, default=8, metavar="B")
-    training.add_argument("--seq-len", type=int, default=512, metavar="T", help="longest example")
-    training.add_argument("--lr", type=float, default=1e-3, metavar="F")
-    training.add_argument("--seed", type=int, default=0)
-    training.add_argument(
-        "--save-every", type=int, default=50, metavar="N", help="checkpoint steps"
-    )
-    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    add_adapter_arguments(parser.add_argument_group("adapters"))
+    add_training_arguments(parser.add_argument_group("training"))
     parser.add_argument("--overwrite", action="store_true", help="replace an existing RUN")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     started = time.monotonic()
-    spec = FitSpec(
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.lr,
-        seed=options.seed,
-    )
-    out = Path(options.out)
-    with steps() as shown:
-        job = _resume(options, spec, out) if options.resume else _start(options, spec, out, shown)
+    spec = fit_spec(options)
+    check_reporting(options.report_to)
+    processes = find_processes()
+    with steps() if processes.is_first else quiet() as shown:
+        job = open_job(options, spec, shown, processes)
         job.report_data(shown)
         before = job.evaluate()
-        result = _train(job, options, shown)
+        result = train(job, options, shown, processes)
         after = job.evaluate() if not result.stopped else None
-    _finish(job, result, before, after)
+    if processes.is_first:
+        _finish(job, result, before, after)
+        _summarize(job, result, before, after, time.monotonic() - started)
+    processes.wait()
+    return 130 if result.stopped else 0
+
+
+def _finish(job: Job, result: FitResult, before: Metrics | None, after: Metrics | None) -> None:
+    """Store the trained adapters and the state of the run."""
+    save_tensors(dict(job.program.named_adapter_parameters()), job.folder / ADAPTERS_FILE)
+    held_out = {
+        name: None if metrics is None else vars(metrics)
+        for name, metrics in (("before", before), ("after", after))
+    }
+    status = INTERRUPTED if result.stopped else FINISHED
+    job.note(status=status, step=result.kept, held_out=held_out)
+
+
+def _summarize(
+    job: Job, result: FitResult, before: Metrics | None, after: Metrics | None, seconds: float
+) -> None:
+    """Print the closing tables."""
+    if job.reports:
+        print_reports(job.reports)
     rows: dict[str, object] = {
         "model": job.record["model"],
         "quantized layers": len(job.program.plan.to_quantize()),
         "adapter parameters": sum(p.numel() for p in job.program.adapter_parameters()),
         "examples": len(job.data.examples),
-        "loss, first and last step": _ends(result),
+        "loss, first and last step": _ends(job),
         "held-out loss": _arrow(before, after, "loss"),
         "held-out exact match": _arrow(before, after, "exact_match"),
+        "steps done": result.step,
+        "adapters of step": result.kept,
         "status": job.record["status"],
-        "seconds": f"{time.monotonic() - started:.0f}",
-        "written": str(out),
-        "next": f"qalora-compile fold {out} --out FOLDED"
+        "seconds": f"{seconds:.0f}",
+        "written": str(job.folder),
+        "next": f"qalora-compile fold {job.folder} --out FOLDED"
         if not result.stopped
         else "the same command with --resume",
     }
-    if job.reports:
-        print_reports(job.reports)
     print_summary("finetune", rows)
-    return 130 if result.stopped else 0
 
 
-@dataclass
-class _Job:
-    """Everything that a started or resumed run works with."""
-
-    program: Program
-    data: Dataset
-    held_out: Dataset | None
-    spec: FitSpec
-    folder: Path
-    record: dict[str, Any]
-    start_step: int
-    optimizer: torch.optim.Optimizer
-    reports: tuple[QuantReport, ...] = ()
-
-    def report_data(self, shown: Steps) -> None:
-        """Say what of the data was cut or skipped."""
-        for note in self.program.notes:
-            shown.say(f"note: {note}")
-        for name, data in (("data", self.data), ("held-out data", self.held_out)):
-            if data is not None and (data.truncated or data.skipped):
-                shown.say(
-                    f"note: {name}: {data.truncated} examples cut to fit, "
-                    f"{data.skipped} skipped (nothing to learn)"
-                )
-
-    def evaluate(self) -> Metrics | None:
-        """Held-out metrics, where held-out data was given."""
-        if self.held_out is None:
-            return None
-        return evaluate(program_forward(self.program.eval()), self.held_out.examples)
-
-
-def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) -> _Job:
-    """Load, read the data, quantize, insert; write the RUN folder that training goes on in."""
-    check_output(out, overwrite=options.overwrite)
-    quant, adapter = _specs(options)
-    embeddings = embedding_spec(options)
-    shown.say(f"load {options.model}")
-    source = load_source(options.model)
-    data, held_out = _load_data(options, source.tokenizer, source.decoder_start)
-    shown.say("capture")
-    captured = source.capture()
-    _check_trainable(captured, data, held_out)
-    calls = _calibration(options, captured, data, source.tokenizer)
-    stored = stored_codes(options, source, shown)
-    with collecting_reports() as reports:
-        program = quantize_groups(
-            captured,
-            quant,
-            targets=options.targets or "all-linear",
-            exclude=options.exclude,
-            embeddings=embeddings,
-            calibration=calls if _quantizes_by_data(options) else None,
-            stored=stored,
-        )
-    program = insert_adapters(program, adapter, source=captured, calibration=calls)
-    record = {
-        "model": options.model,
-        "data": str(Path(options.data).resolve()),
-        "quant": quant.to_json(),
-        "adapter": adapter.to_json(),
-        "fit": spec.to_json(),
-        "examples": len(data.examples),
-        "decoder_start": source.decoder_start,
-        "status": _STATUS[0],
-        "step": 0,
-    } | embedding_record(embeddings)
-    with atomic_folder(out, overwrite=options.overwrite) as folder:
-        write_program(program, folder)
-        save_tokenizer(source.tokenizer, folder)
-        save_description(source.model, folder)
-        write_run_file(folder, record)
-    optimizer = make_optimizer(program, spec)
-    return _Job(program, data, held_out, spec, out, record, 0, optimizer, tuple(reports))
-
-
-def _calibration(
-    options: argparse.Namespace, program: Program, data: Dataset, tokenizer: Any
-) -> list[dict[str, Any]] | None:
-    """Calls to quantize and to start for, where a file of them is given or an option needs them."""
-    if options.calibration:
-        data = load_examples(options.calibration, tokenizer, max_length=options.seq_len)
-        _check_trainable(program, data)
-    elif not (_quantizes_by_data(options) or options.rank == AUTO or options.init == "svd"):
-        return None
-    return calibration_calls(program, data.examples, options.calibration_samples)
-
-
-def _load_data(
-    options: argparse.Namespace, tokenizer: Any, decoder_start: int | None
-) -> tuple[Dataset, Dataset | None]:
-    """Training data, and held-out data where there are any."""
-    data, held_out = (
-        load_examples(path, tokenizer, max_length=options.seq_len, decoder_start=decoder_start)
-        if path
-        else None
-        for path in (options.data, options.eval_data)
-    )
-    assert data is not None, "--data is required"
-    return data, held_out
-
-
-def _quantizes_by_data(options: argparse.Namespace) -> bool:
-    needed = options.method in CALIBRATED or options.bits == AUTO
-    return needed or options.calibration is not None
-
-
-def _specs(options: argparse.Namespace) -> tuple[QuantSpec, AdapterSpec]:
-    """What to quantize and what to adapt.
-
-    Raises:
-        UserInputError: a value is out of range, or fits no other.
-    """
-    quant = quant_spec(
-        options,
-        budget=options.budget,
-        budget_unit=options.budget_unit,
-        refine_offsets=options.init != "svd",  # else nothing would be left for the adapters
-    )
-    adapter = AdapterSpec(
-        rank=options.rank,
-        alpha=options.alpha,
-        pooling=options.pooling,
-        seed=options.seed,
-        init=options.init,
-        rank_budget=options.rank_budget,
-    )
-    return quant, adapter
-
-
-def _resume(options: argparse.Namespace, spec: FitSpec, out: Path) -> _Job:
-    """Open a RUN folder and restore its last checkpoint.
-
-    Raises:
-        UserInputError: the folder was made with other training options, which are named.
-    """
-    program, record = load_run(out)
-    for name, value in spec.to_json().items():
-        if record["fit"].get(name) != value:
-            raise UserInputError(
-                f"the run was started with {name}={record['fit'].get(name)}, not {value}",
-                where=str(out),
-                hint="give the options of the first call, or start a new run",
-            )
-    tokenizer = load_tokenizer(out / TOKENIZER)
-    data, held_out = _load_data(options, tokenizer, record.get("decoder_start"))
-    if len(data.examples) != record["examples"]:
-        raise UserInputError(
-            f"the run was started on {record['examples']} examples, the data now has "
-            f"{len(data.examples)}",
-            where=options.data,
-            hint="give the file of the first call, or start a new run",
-        )
-    _check_trainable(program, data, held_out)
-    optimizer = make_optimizer(program, spec)
-    checkpoints = list_checkpoints(out / CHECKPOINTS)
-    step = 0
-    if checkpoints:
-        restore_checkpoint(checkpoints[-1], program, optimizer, seed=spec.seed)
-        step = checkpoints[-1].step
-    return _Job(program, data, held_out, spec, out, record, step, optimizer)
-
-
-def _check_trainable(program: Program, *datasets: Dataset | None) -> None:
-    """See, before anything is written, that the model gives logits and knows every token.
-
-    Raises:
-        UnsupportedError: it gives no logits.
-        UserInputError: a token is not in its vocabulary.
-    """
-    args, kwargs = program.example
-    with torch.no_grad():
-        logits_of(program(*args, **kwargs))
-    limit = min(token_limits(program).values(), default=None)
-    for data in datasets:
-        for number, example in enumerate(data.examples if data is not None else (), start=1):
-            tokens = (*example.source, *example.tokens)
-            odd = [t for t in tokens if limit and not 0 <= t < limit]
-            if limit and odd:
-                raise UserInputError(
-                    f"example {number} holds the token {odd[0]}; the model knows 0 to {limit - 1}",
-                    hint="use the tokenizer that belongs to the model",
-                )
-
-
-def _train(job: _Job, options: argparse.Namespace, shown: Steps) -> FitResult:
-    with _interruptible() as interrupted:
-        shown.update("train", job.start_step, job.spec.steps)
-
-        def on_step(report: StepReport, optimizer: torch.optim.Optimizer) -> bool:
-            shown.update("train", report.step, job.spec.steps, f"loss {report.loss:.4f}")
-            job.record["step"] = report.step
-            last = report.step == job.spec.steps
-            if interrupted() or last or report.step % options.save_every == 0:
-                save_checkpoint(
-                    job.folder / CHECKPOINTS,
-                    job.program,
-                    optimizer,
-                    step=report.step,
-                    seed=job.spec.seed,
-                )
-            return interrupted() and not last
-
-        return fit(
-            job.program,
-            job.data.examples,
-            job.spec,
-            optimizer=job.optimizer,
-            start_step=job.start_step,
-            on_step=on_step,
-        )
-
-
-@contextmanager
-def _interruptible() -> Iterator[Any]:
-    """Let the first Ctrl-C finish the running step and save; a second one stops at once."""
-    hits: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if hits:
-            raise KeyboardInterrupt
-        hits.append(number)
-
-    old = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: bool(hits)
-    finally:
-        signal.signal(signal.SIGINT, old)
-
-
-def _finish(job: _Job, result: FitResult, before: Metrics | None, after: Metrics | None) -> None:
-    """Store the trained adapters and the state of the run."""
-    save_tensors(dict(job.program.named_adapter_parameters()), job.folder / ADAPTERS_FILE)
-    job.record["status"] = _STATUS[1] if result.stopped else _STATUS[2]
-    earlier = job.record.get("losses", [])[: job.start_step]
-    job.record["losses"] = [*earlier, *result.losses]
-    job.record["held_out"] = {
-        name: None if metrics is None else vars(metrics)
-        for name, metrics in (("before", before), ("after", after))
-    }
-    write_run_file(job.folder, {k: v for k, v in job.record.items() if k not in _WRITTEN})
-
-
-_WRITTEN = ("format", "version", "versions")
-
-
-def _ends(result: FitResult) -> str:
-    if not result.losses:
-        return "no step was run"
-    return f"{result.losses[0]:.4f} → {result.losses[-1]:.4f}"
+def _ends(job: Job) -> str:
+    losses = [row["loss"] for row in read_log(job.folder / LOG_FILE)]
+    return f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else "no step was run"
 
 
 def _arrow(before: Metrics | None, after: Metrics | None, field: str) -> str:

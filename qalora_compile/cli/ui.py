@@ -37,7 +37,8 @@ _PLAIN_INTERVAL_S = 5.0
 class Steps:
     """Progress of one command: a bar per kind of work, and free text beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console = err_console) -> None:
+        self._console = console
         self._bar = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=30),
@@ -46,17 +47,25 @@ class Steps:
             TextColumn("eta"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=err_console,
+            console=console,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._live = err_console.is_terminal
+        self._live = console.is_terminal
         self._last_line = 0.0
         self._started: dict[str, float] = {}
+        self._before: dict[str, int] = {}
+
+    def begin(self, what: str, done: int, total: int) -> None:
+        """Show that `what` goes on from `done` steps that were finished before."""
+        self.update(what, 0, total)
+        self._before[what] = done
+        if self._live and done:
+            self._bar.update(self._tasks[what], completed=done, total=total)
 
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` steps of `what` are finished."""
         if done == 0:
-            self._started[what] = time.monotonic()
+            self._started[what], self._before[what] = time.monotonic(), 0
         if not self._live:
             self._print_plainly(what, done, total, note)
             return
@@ -68,7 +77,7 @@ class Steps:
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
-        (self._bar.console if self._live else err_console).print(text)
+        self._console.print(text)
 
     def _print_plainly(self, what: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
@@ -76,8 +85,10 @@ class Steps:
             return
         self._last_line = now
         spent = now - self._started.setdefault(what, now)
-        left = spent / done * (total - done)
-        err_console.print(f"{what} {done}/{total} {spent:.0f} s, eta {left:.0f} s {note}".rstrip())
+        left = spent / (done - self._before.get(what, 0)) * (total - done)
+        self._console.print(
+            f"{what} {done}/{total} {spent:.0f} s, eta {left:.0f} s {note}".rstrip()
+        )
 
 
 @contextmanager
@@ -90,6 +101,12 @@ def steps() -> Iterator[Steps]:
                 yield shown
         else:
             yield shown
+
+
+@contextmanager
+def quiet() -> Iterator[Steps]:
+    """Progress that nobody sees: of the processes that only help the first one."""
+    yield Steps(Console(quiet=True))
 
 
 def print_summary(title: str, rows: Mapping[str, object]) -> None:

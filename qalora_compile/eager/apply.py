@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import get_tensor, match_linear
 from qalora_compile.ir.plan import KEEP, UNUSED, Site
 from qalora_compile.ir.program import ADAPTER_NAMES, Program
-from qalora_compile.ir.spec import ADAPTERS
+from qalora_compile.ir.spec import ADAPTERS, pooled_input
 from qalora_compile.ir.storage import storage_key
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -85,8 +86,18 @@ def apply_adapters(model: nn.Module, annotated: Program, adapted: Program, undo:
                         Piece(weights[path], model.get_submodule(path), place)
                         for path, place in readings.items()
                     ]
+                    _check_dropout(rows[0][0], weights)
                     undo.add(parametrize_weight(owner, name, pieces))
     _freeze(model, undo)
+
+
+def _check_dropout(site: Site, weights: dict[str, AdaptedWeight]) -> None:
+    if weights[site.path].dropout:
+        raise UnsupportedError(
+            "adapter dropout acts on what a layer reads, and this module only takes a weight",
+            where=site.name,
+            hint="set dropout to 0, exclude the site, or train the captured program instead",
+        )
 
 
 def share_tensors(model: nn.Module, program: Program) -> Program:
@@ -124,12 +135,15 @@ def _adapted_weights(adapted: Program) -> dict[str, AdaptedWeight]:
             continue
         (total,) = node.users
         site = adapted.plan[site_of(total) or ""]
-        pool = node.args[0].args[1]
+        pooled = pooled_input(node)
+        assert pooled is not None
+        pool: Any = pooled.args[1]
+        dropout = 0.0 if pooled is node.args[0] else node.args[0].args[1]
         assert site.bits is not None
         assert site.group_size is not None
         dtype = getattr(torch, site.dtype)
         found[site.path] = AdaptedWeight(
-            site.bits, site.group_size, pool, node.args[-1], site.k, dtype
+            site.bits, site.group_size, pool, node.args[-1], site.k, dtype, dropout
         )
     return found
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.affine import dequantize, expand_groups
 from qalora_compile.ir.program import ADAPTER_NAMES, CODE_NAMES
 from qalora_compile.ir.spec import GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
@@ -27,6 +29,7 @@ class AdaptedWeight:
         scaling: alpha / rank times the pooling factor.
         k: K, the row length.
         dtype: Of the weight that it stands for.
+        dropout: Probability with which a pooled input of the adapter is dropped in training.
     """
 
     bits: int
@@ -35,6 +38,7 @@ class AdaptedWeight:
     scaling: float
     k: int
     dtype: torch.dtype
+    dropout: float = 0.0
 
     def matrix(self, holder: nn.Module) -> Tensor:
         """W + scaling · expand(B A), `[N, K]` or `[E, N, K]`; gradients reach A and B.
@@ -106,7 +110,16 @@ class AdaptedLinear(nn.Module):
         """The effective weight, adapter included, for code that reads it past `forward`.
 
         Fast paths of torch's attention do, for instance. Computed anew each time.
+
+        Raises:
+            UnsupportedError: in training with dropout, which no weight can stand for.
         """
+        if self.training and self.adapted.dropout:
+            raise UnsupportedError(
+                "the model reads a weight past its layer, where the adapter's input cannot be "
+                "dropped",
+                hint="train without adapter dropout, or the captured program instead",
+            )
         matrix = self.adapted.matrix(self)
         return matrix.t() if self.flipped else matrix
 
@@ -116,7 +129,9 @@ class AdaptedLinear(nn.Module):
         y: Tensor = GROUP_LINEAR(
             x, self.qweight, self.scale, self.offset, self.bias, own.bits, own.group_size
         )
-        pooled = GROUP_SUM(x, own.pool)
+        pooled: Tensor = GROUP_SUM(x, own.pool)
+        if own.dropout:
+            pooled = functional.dropout(pooled, own.dropout, self.training)
         update: Tensor = POOLED_ADAPTER(pooled, self.lora_A, self.lora_B, own.scaling)
         return y + update
 

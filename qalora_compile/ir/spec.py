@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError
-from qalora_compile.ir import embedding_ops, expert_ops, fused_ops, lowered_ops, ops
+from qalora_compile.ir import autocast, embedding_ops, expert_ops, fused_ops, lowered_ops, ops
 from qalora_compile.ir.affine import group_count, is_whole
 from qalora_compile.ir.deferred import holds
 from qalora_compile.ir.meta import site_of
@@ -33,7 +33,7 @@ from qalora_compile.ir.program import (
 from qalora_compile.ir.storage import is_finite
 
 # Importing them registers the operators.
-_REGISTERED = (ops, expert_ops, lowered_ops, fused_ops, embedding_ops)
+_REGISTERED = (ops, expert_ops, lowered_ops, fused_ops, embedding_ops, autocast)
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default
@@ -64,6 +64,8 @@ FUSED = frozenset(
 """Legal at every stage."""
 ON_CODES = frozenset({GROUP_LINEAR, EXPERT_LINEAR})
 ADAPTERS = frozenset({POOLED_ADAPTER, EXPERT_ADAPTER})
+DROPOUT = torch.ops.aten.dropout.default
+"""Between the group-sum and an adapter, where adapters drop inputs in training."""
 _COMMON = ADAPTERS | {GROUP_SUM, SPREAD_GROUPS}  # of lowered programs
 
 LEGAL_OPS: dict[str, frozenset[object]] = {
@@ -84,6 +86,14 @@ def is_qalora(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and (
         node.target.namespace == ops.NAMESPACE
     )
+
+
+def pooled_input(update: fx.Node) -> fx.Node | None:
+    """The node whose result an adapter takes, before dropout."""
+    pooled = update.args[0]
+    if isinstance(pooled, fx.Node) and pooled.target is DROPOUT:
+        pooled = pooled.args[0]
+    return pooled if isinstance(pooled, fx.Node) else None
 
 
 def tensor_argument(program: Program, node: fx.Node, position: int) -> Tensor:
@@ -173,9 +183,9 @@ def _check_adapter(program: Program, node: fx.Node) -> None:
     rank = 2 if node.target is POOLED_ADAPTER else 3
     if not (lora_a.dim() == lora_b.dim() == rank and lora_a.shape[-2] == lora_b.shape[-1]):
         raise _broken(node, f"A {list(lora_a.shape)} and B {list(lora_b.shape)} do not chain")
-    pooled = node.args[0]
+    pooled = pooled_input(node)
     site = next((s for s in map(site_of, node.users) if s is not None), None)
-    if site is None or not isinstance(pooled, fx.Node) or pooled.target is not GROUP_SUM:
+    if site is None or pooled is None or pooled.target is not GROUP_SUM:
         return  # another form: fold-adapters refuses it, other passes need not understand it
     row, pool = program.plan[site], pooled.args[1]
     assert isinstance(pool, int)

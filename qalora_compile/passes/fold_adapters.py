@@ -20,6 +20,7 @@ from qalora_compile.ir.spec import (
     EXPERT_LINEAR,
     GROUP_SUM,
     ON_CODES,
+    pooled_input,
     tensor_argument,
 )
 from qalora_compile.ir.storage import is_finite
@@ -40,6 +41,8 @@ class FoldAdapters(Pass):
              %3 = qalora.pooled_adapter(%2, @fc.lora_A, @fc.lora_B, 2.0)
              %4 = aten.add.Tensor(%1, %3)
     After:   %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset', …)
+
+    Dropout before an adapter is for training alone, and goes with it.
 
     Fires on: every pooled_adapter added to a group_linear of the same input, and every
     expert_adapter added to an expert_linear, expert by expert.
@@ -128,7 +131,10 @@ class FoldAdapters(Pass):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in the graph: `total = base + update`, `update = pooled_adapter(pooled, …)`."""
+    """An adapter in the graph: `total = base + update`, `update = pooled_adapter(pooled, …)`.
+
+    Between `pooled` and `update` may be a dropout.
+    """
 
     base: fx.Node
     pooled: fx.Node
@@ -142,15 +148,15 @@ def match_adapter(update: fx.Node) -> Adapter:
     Raises:
         PreconditionError: the graph around it has another form, or pools another tensor or group.
     """
-    pooled, users = update.args[0], list(update.users)
-    form = isinstance(pooled, fx.Node) and pooled.target is GROUP_SUM and len(users) == 1
+    pooled, users = pooled_input(update), list(update.users)
+    form = pooled is not None and pooled.target is GROUP_SUM and len(users) == 1
     if not form or users[0].target is not torch.ops.aten.add.Tensor or users[0].kwargs:
         raise PreconditionError(
             "the adapter is not simply added to its layer", where=f"node {update.name}"
         )
     total = users[0]
     base = total.args[0] if total.args[1] is update else total.args[1]
-    assert isinstance(pooled, fx.Node)
+    assert pooled is not None
     if not isinstance(base, fx.Node) or base.target not in ON_CODES or len(base.users) != 1:
         raise PreconditionError(
             "the adapter is added to no quantized layer", where=f"node {update.name}"

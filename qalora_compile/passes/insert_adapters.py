@@ -20,6 +20,7 @@ from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ADAPTED, QUANTIZED, Program
 from qalora_compile.ir.spec import (
     ADAPTERS,
+    DROPOUT,
     EXPERT_ADAPTER,
     EXPERT_LINEAR,
     GROUP_SUM,
@@ -44,7 +45,8 @@ class InsertAdapters(AdapterSpec, Pass):
              %4 = aten.add.Tensor(%1, %3)
 
     Fires on: every group_linear, and every expert_linear, whose experts have an adapter each
-    (`qalora.expert_adapter`). Sites that share a weight share its adapter.
+    (`qalora.expert_adapter`). Sites that share a weight share its adapter. With `dropout` an
+    `aten.dropout` stands before each adapter, whose mode is the program's.
     Leaves alone: sites whose zero-points stay whole (`Site.whole`), and everything else.
     Exactness: exact; B starts at zero, so the function does not change.
 
@@ -107,8 +109,9 @@ class InsertAdapters(AdapterSpec, Pass):
         plan = program.plan.update({name: {"rank": self.rank_of(s)} for name, s in rows.items()})
         tensors = program.tensors() | adapters
         whole = [site for site in program.plan if site.whole]
+        made = program.evolve(graph=graph, tensors=tensors, plan=plan)
         return PassResult(
-            program.evolve(graph=graph, tensors=tensors, plan=plan),
+            made.train() if program.module.training else made,
             tuple(changes),
             tuple(Change(s.name, "no adapter", "its zero-points stay whole") for s in whole),
         )
@@ -167,6 +170,8 @@ class InsertAdapters(AdapterSpec, Pass):
         node.replace_all_uses_with(total)
         with graph.inserting_before(total):
             pooled = graph.call_function(GROUP_SUM, (node.args[0], self.pool_of(site)))
+            if self.dropout:
+                pooled = graph.call_function(DROPOUT, (pooled, float(self.dropout), False))
             operands: list[Any] = [pooled, lora_a, lora_b]
             if node.target is EXPERT_LINEAR:
                 operands.append(node.args[4])  # ends

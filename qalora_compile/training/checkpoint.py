@@ -13,13 +13,17 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, read_json, write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import load_tensors, save_tensors
+from qalora_compile.training.fit import Best, FitState
+from qalora_compile.training.identity import Identity
 
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+BEST = "best.safetensors"
 STATE = "state.json"
 KEPT = 2
 
 _PREFIX = "step-"
+_FORMAT, _VERSION = "qalora-checkpoint", 1
 
 
 @dataclass(frozen=True)
@@ -31,22 +35,40 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, program: Program, optimizer: torch.optim.Optimizer, *, step: int, seed: int
+    folder: Path, program: Program, state: FitState, identity: Identity, *, keep: int = KEPT
 ) -> Checkpoint:
-    """Write `folder/step-N` and remove all but the last `KEPT` checkpoints."""
+    """Write `folder/step-N`, whole or not at all, then remove all but the last `keep`.
+
+    The schedule and the position in the data follow from the step, and so do all random numbers
+    (see `FitState`): a training that goes on from here ends with the same bits.
+    """
     names = {id(p): name for name, p in program.named_adapter_parameters()}
-    moments: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            moments[f"{names[id(parameter)]}:{key}"] = value
-    target = folder / f"{_PREFIX}{step:08d}"
+    moments: dict[str, Tensor] = {
+        f"{names[id(parameter)]}:{key}": value
+        for parameter, values in state.optimizer.state.items()
+        for key, value in values.items()
+    }
+    best = state.best
+    target = folder / f"{_PREFIX}{state.step:08d}"
     with atomic_folder(target, overwrite=True) as staging:
         save_tensors(dict(program.named_adapter_parameters()), staging / ADAPTERS)
         save_tensors(moments, staging / OPTIMIZER)
-        write_json(staging / STATE, {"step": step, "seed": seed})
-    for old in list_checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old.folder)
-    return Checkpoint(target, step)
+        if best is not None:
+            save_tensors(best.adapters, staging / BEST)
+        value = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "step": state.step,
+            "stale": state.stale,
+            "best": None if best is None else {"loss": best.loss, "step": best.step},
+            "identity": identity.to_json(),
+        }
+        write_json(staging / STATE, value)
+    for old in list_checkpoints(folder)[:-keep]:
+        going = old.folder.with_name(f".{old.folder.name}.going")
+        old.folder.rename(going)  # so that no half of one is ever taken for a checkpoint
+        shutil.rmtree(going)
+    return Checkpoint(target, state.step)
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -55,27 +77,47 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     return [Checkpoint(f, int(f.name.removeprefix(_PREFIX))) for f in found if f.is_dir()]
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote a checkpoint has left."""
+    for rest in folder.glob(f".{_PREFIX}*"):
+        shutil.rmtree(rest)
+
+
 def restore_checkpoint(
-    checkpoint: Checkpoint, program: Program, optimizer: torch.optim.Optimizer, *, seed: int
+    checkpoint: Checkpoint, program: Program, state: FitState, identity: Identity
 ) -> None:
-    """Load adapters, optimizer state and random state in place.
+    """Load adapters, optimizer state and position in place.
 
     Raises:
-        UserInputError: the checkpoint is of another plan or seed; the first difference is named.
+        UserInputError: the checkpoint is of another plan, model, data or options, and the first
+            difference is named; or it is broken. Nothing was changed then.
     """
-    state = read_json(checkpoint.folder / STATE)
-    if state.get("seed") != seed:
+    where = str(checkpoint.folder)
+    value = read_json(checkpoint.folder / STATE)
+    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+        raise UserInputError("this is no checkpoint of this package", where=where)
+    if value.get("version") != _VERSION:
         raise UserInputError(
-            f"the checkpoint was made with seed {state.get('seed')}, not {seed}",
-            where=str(checkpoint.folder),
+            f"the checkpoint has version {value.get('version')}, this package reads {_VERSION}",
+            where=where,
+            hint="use the qalora-compile that wrote it",
         )
+    identity.check(value["identity"], where=where)
     adapters = load_tensors(checkpoint.folder / ADAPTERS)
-    load_adapters(program, adapters, where=str(checkpoint.folder))
     moments = load_tensors(checkpoint.folder / OPTIMIZER)
-    torch.set_rng_state(moments.pop("rng"))
+    best = None
+    if value["best"] is not None:
+        best = Best(adapters=load_tensors(checkpoint.folder / BEST), **value["best"])
+        _check_adapters(program, best.adapters, where)
+    load_adapters(program, adapters, where=where)
     for name, parameter in program.named_adapter_parameters():
         keys = [k for k in moments if k.startswith(f"{name}:")]
-        optimizer.state[parameter] = {k.rpartition(":")[2]: moments[k] for k in keys}
+        own = {k.rpartition(":")[2]: moments[k] for k in keys}
+        state.optimizer.state[parameter] = {
+            key: tensor.to(parameter.device) if tensor.dim() else tensor
+            for key, tensor in own.items()
+        }
+    state.step, state.stale, state.best = value["step"], value["stale"], best
 
 
 def load_adapters(program: Program, adapters: dict[str, Tensor], *, where: str) -> None:
@@ -84,6 +126,13 @@ def load_adapters(program: Program, adapters: dict[str, Tensor], *, where: str) 
     Raises:
         UserInputError: names or shapes differ; the first difference is named.
     """
+    _check_adapters(program, adapters, where)
+    with torch.no_grad():
+        for name, parameter in program.named_adapter_parameters():
+            parameter.copy_(adapters[name])
+
+
+def _check_adapters(program: Program, adapters: dict[str, Tensor], where: str) -> None:
     own = dict(program.named_adapter_parameters())
     odd = sorted(own.keys() ^ adapters.keys())
     if odd:
@@ -96,5 +145,3 @@ def load_adapters(program: Program, adapters: dict[str, Tensor], *, where: str) 
                 f"{list(parameter.shape)} in the program",
                 where=where,
             )
-        with torch.no_grad():
-            parameter.copy_(adapters[name])

@@ -73,6 +73,8 @@ class _Reader:
             return group_sums(self.reading(node.args[0], ends), node.args[1])
         if node is not None and node.op == "qalora.spread_groups.default":
             return spread(self.reading(node.args[0], ends), *node.args[1:])
+        if node is not None and node.op == "aten.dropout.default" and node.args[2] is False:
+            return self.reading(node.args[0], ends)
         if node is not None and self._joins_sums(node):
             return side_by_side([self.reading(part, ends) for part in node.args[0]])
         if node is not None and self._pads(node):

@@ -1,0 +1,129 @@
+"""The training of `finetune`: checkpoints, Ctrl-C, what is logged and what the terminal shows."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qalora_compile.cli.finetune_job import FAILED, TRAINING, Job
+from qalora_compile.cli.ui import Steps
+from qalora_compile.errors import UserInputError
+from qalora_compile.training.fit import FitResult, FitState, StepReport, fit
+from qalora_compile.training.log import (
+    LOG_FILE,
+    TENSORBOARD,
+    JsonLog,
+    Recorder,
+    TensorBoardLog,
+)
+from qalora_compile.training.processes import Processes
+
+_RECENT = 10
+"""Steps over which the rate of tokens is averaged."""
+
+
+def train(job: Job, options: argparse.Namespace, shown: Steps, processes: Processes) -> FitResult:
+    """Train, and save every `--save-every` steps, at the end and when interrupted.
+
+    Raises:
+        UserInputError: a loss is not finite. The adapters on disk are those of the last
+            checkpoint, and `run.json` says what happened.
+    """
+    view = View(shown, job.spec.steps)
+    view.begin(job.state.step)
+    with _interruptible() as interrupted, _recorders(job, options, processes) as recorders:
+
+        def on_step(report: StepReport, state: FitState) -> bool:
+            for recorder in recorders:
+                recorder.record(report)
+            view.show(report)
+            over = state.is_over(job.spec)
+            due = over or interrupted() or report.step % options.save_every == 0
+            if due and processes.is_first:
+                job.save(options.keep)
+            return interrupted() and not over
+
+        if processes.is_first:
+            job.note(status=TRAINING)
+        try:
+            return fit(
+                job.program,
+                job.data.examples,
+                job.spec,
+                state=job.state,
+                held_out=job.held_out.examples if job.held_out else (),
+                on_step=on_step,
+                processes=processes,
+            )
+        except UserInputError as error:
+            if processes.is_first:
+                job.note(status=FAILED, problem=error.what)
+            raise
+
+
+class View:
+    """The line of a training on the terminal.
+
+    Args:
+        shown: Where it is shown.
+        steps: Of the whole training.
+    """
+
+    def __init__(self, shown: Steps, steps: int) -> None:
+        self._shown, self._steps = shown, steps
+        self._recent: deque[StepReport] = deque(maxlen=_RECENT)
+        self._held_out: float | None = None
+
+    def begin(self, step: int) -> None:
+        """Show where training begins."""
+        self._shown.begin("train", step, self._steps)
+
+    def show(self, report: StepReport) -> None:
+        """Show a step."""
+        self._recent.append(report)
+        if report.held_out is not None:
+            self._held_out = report.held_out
+        rate = sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent)
+        note = f"loss {report.loss:.4f}"
+        if self._held_out is not None:
+            note += f", held out {self._held_out:.4f}"
+        note += f", lr {report.learning_rate:.2e}, {rate:.0f} tokens/s"
+        self._shown.update("train", report.step, self._steps, note)
+
+
+@contextmanager
+def _recorders(
+    job: Job, options: argparse.Namespace, processes: Processes
+) -> Iterator[list[Recorder]]:
+    """What records the steps: the first process does."""
+    recorders: list[Recorder] = []
+    try:
+        if processes.is_first:
+            recorders.append(JsonLog(job.folder / LOG_FILE, job.state.step))
+            if TENSORBOARD in options.report_to:
+                recorders.append(TensorBoardLog(job.folder / TENSORBOARD, job.state.step))
+        yield recorders
+    finally:
+        for recorder in recorders:
+            recorder.close()
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C finish the running step and save; a second one stops at once."""
+    hits: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if hits:
+            raise KeyboardInterrupt
+        hits.append(number)
+
+    old = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(hits)
+    finally:
+        signal.signal(signal.SIGINT, old)

@@ -1,0 +1,116 @@
+"""What a training is of: options, plan, quantized weights and data; a checkpoint fits no other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.plan import Site
+from qalora_compile.ir.program import ADAPTER_NAMES, Program
+from qalora_compile.training.spec import FitSpec
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that decides to which weights a training leads.
+
+    Attributes:
+        plan: For each trained weight, by path: shape, bits, groups, rank.
+        weights: Digest of every tensor that is not trained.
+        options: The fields of the `FitSpec`.
+        data: Digest of the training data (`file_digest`), and of what else the caller decides by.
+    """
+
+    plan: Mapping[str, str]
+    weights: str
+    options: Mapping[str, Any]
+    data: str = ""
+
+    @classmethod
+    def of(cls, program: Program, spec: FitSpec, *, data: str = "") -> Identity:
+        """The identity of a training of `program`; reads all of its tensors once."""
+        plan = {site.path: _row(site) for site in program.plan.weights_to_adapt()}
+        frozen = {
+            name: tensor
+            for name, tensor in program.tensors().items()
+            if name.rpartition(".")[2] not in ADAPTER_NAMES
+        }
+        return cls(plan, _digest(frozen), spec.to_json(), data)
+
+    def to_json(self) -> dict[str, Any]:
+        """The parts as JSON types."""
+        return {
+            "plan": dict(self.plan),
+            "weights": self.weights,
+            "options": dict(self.options),
+            "data": self.data,
+        }
+
+    def check(self, stored: Mapping[str, Any], *, where: str) -> None:
+        """Compare with the identity that a checkpoint was stored with.
+
+        Raises:
+            UserInputError: they differ; the first difference is named.
+        """
+        own = self.to_json()
+        for part, what in (("plan", "layer"), ("options", "option")):
+            then, now = stored.get(part) or {}, own[part]
+            for name in [*now, *(n for n in then if n not in now)]:
+                a, b = then.get(name, "absent"), now.get(name, "absent")
+                if a != b:
+                    raise UserInputError(
+                        f"the checkpoint is of another training: {what} {name} was {a}, "
+                        f"and is {b} now",
+                        where=where,
+                        hint="go on with what it was started with, or start a new run",
+                    )
+        for part, what in (("weights", "quantized weights"), ("data", "training data")):
+            if stored.get(part) != own[part]:
+                raise UserInputError(
+                    f"the checkpoint is of another training: the {what} are not those of then",
+                    where=where,
+                    hint="go on with what it was started with, or start a new run",
+                )
+
+
+def _row(site: Site) -> str:
+    return f"{site.shape}, {site.bits} bits in groups of {site.group_size}, rank {site.rank}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_digest(paths: Sequence[str | Path]) -> str:
+    """SHA-256 of the contents of files, in order.
+
+    Raises:
+        UserInputError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with Path(path).open("rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+        except OSError as error:
+            raise UserInputError(
+                f"cannot read the data file: {error.strerror}", where=str(path)
+            ) from error
+        digest.update(b"\0end of file\0")
+    return digest.hexdigest()

@@ -1,0 +1,123 @@
+"""What a training records of each step: JSON lines, and TensorBoard where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.optional import require
+from qalora_compile.training.fit import StepReport
+
+LOG_FILE = "log.jsonl"
+TENSORBOARD = "tensorboard"
+REPORT_TO = (TENSORBOARD,)
+
+
+class Recorder(Protocol):
+    """Takes the reports of steps, in order."""
+
+    def record(self, report: StepReport) -> None:
+        """Write one step."""
+
+    def close(self) -> None:
+        """No step is to follow."""
+
+
+class JsonLog:
+    """`log.jsonl`: one line a step, there as soon as the step is done.
+
+    Args:
+        path: The file; it is continued.
+        step: Steps already done: lines after them, which a killed process may have left behind its
+            last checkpoint, are dropped.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        rows = [row for row in read_log(path) if row["step"] <= step] if path.exists() else []
+        scratch = path.with_name(f".{path.name}.tmp")
+        scratch.write_text("".join(map(_line, rows)), "utf-8")
+        os.replace(scratch, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def record(self, report: StepReport) -> None:
+        """Append a line."""
+        row = vars(report) | {"tokens_per_second": round(report.tokens / report.seconds, 1)}
+        self._file.write(_line({k: v for k, v in row.items() if v is not None}))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; one that a killed process left unfinished at the end is left out.
+
+    Raises:
+        UserInputError: a line before the last is no step.
+    """
+    lines = path.read_text("utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # behind the last "\n" nothing is finished
+        try:
+            row = json.loads(line)
+            valid = isinstance(row["step"], int) and math.isfinite(row["loss"])
+        except (json.JSONDecodeError, TypeError, KeyError):
+            valid = False
+        if not valid:
+            raise UserInputError("the line is no step of a training", where=f"{path}:{number}")
+        rows.append(row)
+    return rows
+
+
+class TensorBoardLog:
+    """Event files for TensorBoard, in the folder `tensorboard`.
+
+    Args:
+        folder: The folder to write to.
+        step: Steps already done; TensorBoard hides what was written after them before.
+
+    Raises:
+        UnsupportedError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        check_reporting([TENSORBOARD])
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def record(self, report: StepReport) -> None:
+        """Add the numbers of a step."""
+        values = {
+            "train/loss": report.loss,
+            "train/learning_rate": report.learning_rate,
+            "train/grad_norm": report.grad_norm,
+            "train/tokens_per_second": report.tokens / report.seconds,
+            "held_out/loss": report.held_out,
+        }
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, report.step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+def check_reporting(names: list[str]) -> None:
+    """See that the libraries for `--report-to` are there.
+
+    Raises:
+        UnsupportedError: one is not installed.
+    """
+    if TENSORBOARD in names:
+        require("tensorboard", extra="train", purpose="write event files")

@@ -1,0 +1,36 @@
+"""bfloat16 autocast, where a device computes in it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from qalora_compile.errors import UnsupportedError
+from qalora_compile.training.spec import FitSpec
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16, rather than an emulation."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return any("bf16" in name and has for name, has in torch.cpu.get_capabilities().items())
+    return False
+
+
+def computing(spec: FitSpec, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of a forward pass: autocast where `spec.precision` asks for it.
+
+    Raises:
+        UnsupportedError: the device has no bfloat16.
+    """
+    if spec.precision == "float32":
+        return nullcontext()
+    if not has_bfloat16(device):
+        raise UnsupportedError(
+            f"this {device.type} has no instructions for bfloat16, so it would only be slower",
+            hint="leave precision at float32",
+        )
+    return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,0 +1,104 @@
+"""Several processes that train one set of adapters on parts of the data, through accelerate."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import bind
+from qalora_compile.optional import require
+
+
+@dataclass(frozen=True)
+class WrappedProgram(Program):
+    """A program that runs its module through a wrapper, which watches the backward pass."""
+
+    wrapper: nn.Module | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapper with the arguments of the captured model."""
+        self.leaves(args, kwargs)
+        assert self.wrapper is not None
+        return self.wrapper(*bind(self.graph, args, kwargs))
+
+
+class Processes:
+    """What a training step asks of the processes that run it; this one is alone.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        count: How many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes files and talks to the terminal."""
+        return self.rank == 0
+
+    def wrap(self, program: Program) -> Program:
+        """The program whose backward pass gives every process the mean of all gradients."""
+        return program
+
+    def apart(self, program: Program) -> AbstractContextManager[Any]:
+        """Let the backward passes in the block add to the gradients of this process alone."""
+        return nullcontext()
+
+    def sum(self, value: float) -> float:
+        """The sum of what each process gives, the same in all of them."""
+        return value
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+
+
+class AccelerateProcesses(Processes):
+    """The processes that `torchrun` or `accelerate launch` started (DDP)."""
+
+    def __init__(self) -> None:
+        accelerate = require("accelerate", extra="train", purpose="train with several processes")
+        # The codes do not change: sending them anew before each step would be for nothing.
+        options = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)
+        self._accelerator = accelerate.Accelerator(
+            cpu=not torch.cuda.is_available(), kwargs_handlers=[options]
+        )
+        self.rank = self._accelerator.process_index
+        self.count = self._accelerator.num_processes
+
+    def wrap(self, program: Program) -> Program:
+        """See `Processes`; the module moves to the device of this process."""
+        wrapper = self._accelerator.prepare_model(program.module)
+        values = {f.name: getattr(program, f.name) for f in fields(Program)}
+        return WrappedProgram(**values, wrapper=wrapper)
+
+    def apart(self, program: Program) -> AbstractContextManager[Any]:
+        """See `Processes`."""
+        assert isinstance(program, WrappedProgram)
+        apart: AbstractContextManager[Any] = self._accelerator.no_sync(program.wrapper)
+        return apart
+
+    def sum(self, value: float) -> float:
+        """See `Processes`; summed in float64."""
+        device = self._accelerator.device
+        own = torch.tensor(value, dtype=torch.float64, device=device)
+        total: Tensor = self._accelerator.reduce(own, reduction="sum")
+        return total.item()
+
+    def wait(self) -> None:
+        """See `Processes`."""
+        self._accelerator.wait_for_everyone()
+
+
+def find_processes() -> Processes:
+    """The processes that a launcher started, by what it says in the environment; or this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return AccelerateProcesses()
+    return Processes()

@@ -1,0 +1,94 @@
+"""`FitSpec`: how to train, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qalora_compile.config import Spec, one_of
+from qalora_compile.errors import UserInputError
+
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSpec(Spec):
+    """How to train. docs/training.md says how the defaults were chosen.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Examples of a micro-batch: what is computed at once, in each process.
+        accumulate: Micro-batches of a step, in each process. The loss of a step is the mean over
+            the tokens of all of them, so that 2 of 4 examples do what 1 of 8 does.
+        learning_rate: Peak rate of AdamW.
+        lora_plus_ratio: How many times the rate of A is that of B (LoRA+, arXiv 2402.12354).
+        weight_decay: Of AdamW, decoupled.
+        schedule: After the warm-up, `"cosine"` and `"linear"` fall to zero, `"constant"` stays.
+        warmup: Part of the steps in which the rate rises from zero to its peak.
+        clip: Largest norm of the gradient; longer ones are scaled down to it.
+        precision: `"bfloat16"` computes linear maps and attention in bfloat16 (autocast), where the
+            device has it; adapters, their moments and the loss stay in float32.
+        evaluate_every: Steps between two evaluations on held-out examples; 0: none in training.
+        patience: Evaluations without a new least held-out loss after which training stops. The
+            adapters of the least are kept then, and at the end of all steps. 0: no early stop, and
+            the last adapters are kept.
+        seed: Of the data's order, and of dropout.
+    """
+
+    steps: int = 60
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    lora_plus_ratio: float = 1.0
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    clip: float = 1.0
+    precision: str = "float32"
+    evaluate_every: int = 0
+    patience: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("steps", 0),
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("evaluate_every", 0),
+            ("patience", 0),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserInputError(
+                    f"{name} is {value!r}", hint=f"use a whole number, {least} or more"
+                )
+        for name in ("learning_rate", "lora_plus_ratio", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserInputError(f"{name} is {getattr(self, name)}", hint="use e.g. 1e-3")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserInputError(f"weight_decay is {self.weight_decay}", hint="use e.g. 0.01")
+        if not 0 <= self.warmup <= 1:
+            raise UserInputError(f"warmup is {self.warmup}", hint="it is a part of the steps: 0.1")
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("precision", self.precision, PRECISIONS)
+        if self.patience and not self.evaluate_every:
+            raise UserInputError(
+                f"patience is {self.patience}, and nothing is evaluated in training",
+                hint="say after how many steps: evaluate_every",
+            )
+
+    def factor_at(self, step: int) -> float:
+        """What the peak rate is multiplied by at a step, counted from 0: from 0 to 1."""
+        warm = max(1, round(self.warmup * self.steps))
+        if step < warm:
+            return (step + 1) / warm
+        if self.schedule == "constant":
+            return 1.0
+        left = 1 - (step - warm) / max(1, self.steps - warm)
+        return left if self.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of A at a step, counted from 0; that of B is `lora_plus_ratio` times it."""
+        return self.learning_rate * self.factor_at(step)

@@ -1,0 +1,193 @@
+"""Checkpoints: whole or absent, the last ones kept, and of one training alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qalora_compile as qc
+from qalora_compile.errors import UserInputError
+from qalora_compile.files import read_json, write_json
+from qalora_compile.training import Example, FitSpec, FitState, StepReport, fit
+from qalora_compile.training.checkpoint import (
+    KEPT,
+    STATE,
+    Checkpoint,
+    list_checkpoints,
+    remove_unfinished,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from qalora_compile.training.identity import Identity, file_digest
+from tests.models import llama, token_ids
+from tests.training.test_fit import EXAMPLES, ROWS, adapters, language_model
+
+SPEC = FitSpec(steps=8, batch_size=3, accumulate=2, learning_rate=1e-2, lora_plus_ratio=4.0, seed=3)
+HELD_OUT = [Example(row[::-1], row[::-1]) for row in ROWS]
+
+
+def stop_at(
+    step: int, program: qc.Program, spec: FitSpec, folder: Path, **given: Any
+) -> list[float]:
+    """Train up to a step, save there, and stop."""
+
+    def stop(report: StepReport, state: FitState) -> bool:
+        if report.step == step:
+            save_checkpoint(folder, program, state, Identity.of(program, spec))
+        return report.step == step
+
+    result = fit(program, EXAMPLES, spec, on_step=stop, **given)
+    assert result.stopped
+    return list(result.losses)
+
+
+def go_on(program: qc.Program, spec: FitSpec, folder: Path) -> FitState:
+    state = FitState.fresh(program, spec)
+    restore_checkpoint(list_checkpoints(folder)[-1], program, state, Identity.of(program, spec))
+    return state
+
+
+@pytest.mark.parametrize("step", [1, 5, 7])
+def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path: Path, step: int) -> None:
+    whole = language_model(dropout=0.2)
+    losses = fit(whole, EXAMPLES, SPEC).losses
+    first = stop_at(step, language_model(dropout=0.2), SPEC, tmp_path)
+    again = language_model(dropout=0.2)
+    result = fit(again, EXAMPLES, SPEC, state=go_on(again, SPEC, tmp_path))
+    assert (*first, *result.losses) == losses
+    expected = adapters(whole)
+    assert all(torch.equal(expected[n], p) for n, p in adapters(again).items())
+
+
+def test_early_stopping_goes_on_where_it_was(tmp_path: Path) -> None:
+    """The best adapters, and how long ago they were, are in the checkpoint."""
+    spec = FitSpec(steps=60, batch_size=6, learning_rate=5e-2, evaluate_every=2, patience=3)
+    whole = language_model()
+    expected = fit(whole, EXAMPLES, spec, held_out=HELD_OUT)
+    assert expected.kept < expected.step < 60
+    between = expected.kept + 3  # the best are behind, and one evaluation was in vain
+    stop_at(between, language_model(), spec, tmp_path, held_out=HELD_OUT)
+    again = language_model()
+    state = go_on(again, spec, tmp_path)
+    assert state.best is not None
+    assert (state.best.step, state.stale) == (expected.kept, 1)
+    found = fit(again, EXAMPLES, spec, held_out=HELD_OUT, state=state)
+    assert (found.kept, found.step) == (expected.kept, expected.step)
+    wanted = adapters(whole)
+    assert all(torch.equal(wanted[n], p) for n, p in adapters(again).items())
+    finished = fit(again, EXAMPLES, spec, held_out=HELD_OUT, state=state)
+    assert finished.losses == ()
+
+
+@pytest.mark.parametrize("keep", [1, KEPT, 3])
+def test_the_last_checkpoints_are_kept_and_hold_no_pickle(tmp_path: Path, keep: int) -> None:
+    program = language_model()
+    state = FitState.fresh(program, SPEC)
+    identity = Identity.of(program, SPEC)
+    for step in range(1, 6):
+        state.step = step
+        save_checkpoint(tmp_path, program, state, identity, keep=keep)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [1, 2, 3, 4, 5][-keep:]
+    assert {f.suffix for f in tmp_path.rglob("*") if f.is_file()} == {".json", ".safetensors"}
+
+
+def saved(folder: Path, spec: FitSpec = SPEC, data: str = "") -> tuple[qc.Program, Checkpoint]:
+    program = language_model()
+    state = FitState.fresh(program, spec)
+    state.step = 1
+    return program, save_checkpoint(folder, program, state, Identity.of(program, spec, data=data))
+
+
+def refuse(
+    checkpoint: Checkpoint, program: qc.Program, match: str, spec: FitSpec = SPEC, data: str = ""
+) -> None:
+    """The checkpoint is refused, and the program is not touched."""
+    before = adapters(program)
+    state = FitState.fresh(program, spec)
+    with pytest.raises(UserInputError, match=match):
+        restore_checkpoint(checkpoint, program, state, Identity.of(program, spec, data=data))
+    assert state.step == 0
+    assert all(torch.equal(before[n], p) for n, p in adapters(program).items())
+
+
+def test_a_checkpoint_of_another_plan_model_option_or_data_is_refused(tmp_path: Path) -> None:
+    program, checkpoint = saved(tmp_path, data="a")
+    other_plan = language_model(rank=2)
+    refuse(checkpoint, other_plan, r"q_proj was .*rank 4, and is .*rank 2 now", data="a")
+    captured = qc.capture_model(llama().eval(), (token_ids(2, 8),))
+    bits = qc.insert_adapters(
+        qc.quantize_groups(captured, qc.QuantSpec(bits=3)), qc.AdapterSpec(rank=4)
+    )
+    refuse(checkpoint, bits, "q_proj was .*4 bits.*, and is .*3 bits", data="a")
+    torch.manual_seed(2)
+    other = qc.quantize_groups(qc.capture_model(llama().eval(), (token_ids(2, 8),)))
+    other = qc.insert_adapters(other, qc.AdapterSpec(rank=4))
+    refuse(checkpoint, other, "the quantized weights are not those", data="a")
+    seed = dataclasses.replace(SPEC, seed=4)
+    refuse(checkpoint, program, "option seed was 3, and is 4", seed, data="a")
+    refuse(checkpoint, program, "the training data are not those", data="b")
+
+
+def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
+    program, checkpoint = saved(tmp_path)
+    tensors = checkpoint.folder / "optimizer.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-7])
+    refuse(checkpoint, program, "truncated")
+    tensors.write_bytes(whole)
+    state = read_json(checkpoint.folder / STATE)
+    write_json(checkpoint.folder / STATE, state | {"version": 99})
+    refuse(checkpoint, program, "version 99")
+    write_json(checkpoint.folder / STATE, {"step": 1})
+    refuse(checkpoint, program, "no checkpoint of this package")
+
+
+def test_what_a_killed_process_left_is_no_checkpoint(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / ".step-00000002.abc.tmp").mkdir()
+    (tmp_path / ".step-00000000.going").mkdir()
+    assert [c.step for c in list_checkpoints(tmp_path)] == [1]
+    remove_unfinished(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_the_digest_of_files_tells_where_one_ends(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text("12")
+    b.write_text("3")
+    first = file_digest([a, b])
+    a.write_text("1")
+    b.write_text("23")
+    assert file_digest([a, b]) != first
+    with pytest.raises(UserInputError, match="cannot read"):
+        file_digest([tmp_path / "none"])
+
+
+def test_a_training_that_is_killed_anywhere_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL after any step, and at any point of writing a checkpoint; then resumed."""
+    script = Path(__file__).with_name("kill_and_resume.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # with one thread, a fork is safe
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    rows = json.loads(done.stdout)
+    assert {row["point"] for row in rows} == {
+        "after step", "optimizer.safetensors", "state.json", "rename", "prune", "going",
+    }  # fmt: skip
+    for row in rows:
+        assert row["killed"] == 9, row
+        assert row["same"], row
+        assert row["resumed_at"] <= row["step"], row
