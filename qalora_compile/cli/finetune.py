@@ -114,6 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--lr", type=float, default=1e-3, metavar="F")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory, more time"
+    )
+    training.add_argument(
         "--save-every", type=int, default=50, metavar="N", help="checkpoint steps"
     )
     training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -128,6 +131,7 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         learning_rate=options.lr,
         seed=options.seed,
+        gradient_checkpointing=options.gradient_checkpointing,
     )
     out = Path(options.out)
     with steps() as shown:

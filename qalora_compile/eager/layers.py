@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qalora_compile.ir.affine import dequantize, expand_groups
 from qalora_compile.ir.program import ADAPTER_NAMES, CODE_NAMES
-from qalora_compile.ir.spec import GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
+from qalora_compile.ir.spec import ADAPTED_LINEAR, GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
 
 PARTS = (*CODE_NAMES, *ADAPTER_NAMES)
 """Names of the tensors of an adapted weight, below its path; lora_A and lora_B are parameters."""
@@ -113,9 +113,12 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Y = x Wᵀ + b + scaling · (S(x) Aᵀ) Bᵀ, `[.., K]` to `[.., N]`."""
         own = self.adapted
-        y: Tensor = GROUP_LINEAR(
-            x, self.qweight, self.scale, self.offset, self.bias, own.bits, own.group_size
-        )
+        weight = (self.qweight, self.scale, self.offset, self.bias)
+        if x.dtype == self.lora_A.dtype:
+            options = (own.bits, own.group_size, own.pool, own.scaling)
+            fused: Tensor = ADAPTED_LINEAR(x, *weight, self.lora_A, self.lora_B, *options)[0]
+            return fused
+        y: Tensor = GROUP_LINEAR(x, *weight, own.bits, own.group_size)
         pooled = GROUP_SUM(x, own.pool)
         update: Tensor = POOLED_ADAPTER(pooled, self.lora_A, self.lora_B, own.scaling)
         return y + update
