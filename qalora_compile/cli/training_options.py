@@ -68,6 +68,7 @@ def add_training_arguments(group: argparse._ActionsContainer) -> None:
     add("--warmup", type=float, default=_FIT.warmup, metavar="F", help="part of the steps")
     add("--clip", type=float, default=_FIT.clip, metavar="F", help="largest gradient norm")
     add("--precision", default=_FIT.precision, choices=PRECISIONS)
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
     add("--eval-every", type=int, default=0, metavar="N", help="steps; needs --eval-data")
     add(
         "--patience",

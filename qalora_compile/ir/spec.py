@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError
-from qalora_compile.ir import autocast, embedding_ops, expert_ops, fused_ops, lowered_ops, ops
+from qalora_compile.ir import (
+    adapted_ops,
+    autocast,
+    embedding_ops,
+    expert_ops,
+    fused_ops,
+    lowered_ops,
+    ops,
+)
 from qalora_compile.ir.affine import group_count, is_whole
 from qalora_compile.ir.deferred import holds
 from qalora_compile.ir.meta import site_of
@@ -33,11 +41,13 @@ from qalora_compile.ir.program import (
 from qalora_compile.ir.storage import is_finite
 
 # Importing them registers the operators.
-_REGISTERED = (ops, expert_ops, lowered_ops, fused_ops, embedding_ops, autocast)
+_REGISTERED = (ops, adapted_ops, expert_ops, lowered_ops, fused_ops, embedding_ops, autocast)
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default
 POOLED_ADAPTER = QALORA.pooled_adapter.default
+ADAPTED_LINEAR = QALORA.adapted_linear.default
+"""GROUP_LINEAR and its POOLED_ADAPTER in one: in what training runs, at no stage of a program."""
 SPREAD_GROUPS = QALORA.spread_groups.default
 MATMUL_NBITS = QALORA.matmul_nbits.default
 EXPERT_LINEAR = QALORA.expert_linear.default
