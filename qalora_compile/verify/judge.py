@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 PASS, AMBIGUOUS, FAIL = "PASS", "AMBIGUOUS", "FAIL"
-EXPLAINED = 8.0
+EXPLAINED = 16.0
 """Up to this ratio rounding explains an error: the same sums, taken in another order, round
 otherwise. What is seen between right exports and programs stays below it (docs/verify.md)."""
-BEYOND = 64.0
+BEYOND = 128.0
 """From this ratio on rounding is no explanation. A mistake is orders of magnitude larger: float16
 somewhere is 8192 roundings of float32."""
 _LEAST_NORMAL = 2.0**-126

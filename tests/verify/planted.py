@@ -17,6 +17,7 @@ import qalora_compile as qc
 from qalora_compile.api import lower
 from qalora_compile.errors import UserInputError
 from qalora_compile.verify import Certificate, compare_nodes, named_inputs, sample_inputs
+from qalora_compile.verify.bisect import Culprit, Step, bisect
 from tests.models import randomize_adapters
 
 WIDTH, INNER, WORDS = 48, 64, 40
@@ -96,7 +97,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Found:
-    """What the three checks said of a fault."""
+    """What the three checks said of a fault; and of one in a pass, step and place by `bisect`."""
 
     fault: Fault
     proof: bool
@@ -105,6 +106,7 @@ class Found:
     named: str
     nodes: str
     node: str
+    bisected: str = ""
 
 
 def examine(fault: Fault, models: Path, scratch: Path) -> Found:
@@ -132,7 +134,9 @@ def examine(fault: Fault, models: Path, scratch: Path) -> Found:
     difference = "" if certificate is None else certificate.difference or ""
     proof = certificate is None or not certificate.passed
     along = along_the_graph(reference, candidate)
-    return Found(fault, proof, difference, *compare(reference, candidate), *along)
+    found = bisected(fault) if is_in_a_pass(fault) else None
+    named = "" if found is None else f"{found.step}: {found.row and found.row.name}"
+    return Found(fault, proof, difference, *compare(reference, candidate), *along, named)
 
 
 def prove(reference: qc.Program, candidate: qc.Program | Path) -> Certificate | None:
@@ -148,6 +152,24 @@ def compare(reference: qc.Program, candidate: qc.Program | Path) -> tuple[bool, 
     except UserInputError as error:
         return True, f"does not run: {error.what}"
     return not report.passed, report.first_divergence or ""
+
+
+def is_in_a_pass(fault: Fault) -> bool:
+    """Whether a fault is one of folding or lowering, which a pipeline can have."""
+    return fault.on.startswith(("program folded", "program lowered"))
+
+
+def bisected(fault: Fault) -> Culprit | None:
+    """What `bisect` finds in a pipeline of folding and lowering with the fault in one of them."""
+    kind = fault.on.partition(" ")[2]
+    folded, spec = program("folded"), SPECS[kind.partition(":")[2] or "ort-stock"]
+    if kind == "folded":
+        folded = fault.plant(folded)
+    lowered = lower(folded, spec)
+    if kind != "folded":
+        lowered = fault.plant(program(kind))
+    calls = named_inputs(program("folded"), 1, seed=1)
+    return bisect(program("adapted"), [Step("fold", folded), Step("lower", lowered)], calls)
 
 
 def along_the_graph(reference: qc.Program, candidate: qc.Program | Path) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qalora_compile.verify.judge import FAIL, PASS
-from tests.verify.planted import Found
+from tests.verify.planted import Found, is_in_a_pass
 
 
 def is_right(found: Found) -> bool:
@@ -28,15 +28,26 @@ def is_right(found: Found) -> bool:
     )
 
 
+def is_bisected(found: Found) -> bool:
+    """Whether `bisect` named the step and the place, of a fault that is in a pass."""
+    fault = found.fault
+    if not is_in_a_pass(fault):
+        return True
+    step = "fold" if fault.on == "program folded" else "lower"
+    return f"{found.bisected}:".startswith(f"{step}: {fault.node or fault.site}")
+
+
 def score_line(found: Sequence[Found]) -> str:
     """How many faults each check caught, in one line."""
     count = len(found)
     proof, numeric = sum(f.proof for f in found), sum(f.numeric for f in found)
     nodes = sum(f.nodes == FAIL for f in found)
     right = sum(map(is_right, found))
+    passes = [f for f in found if is_in_a_pass(f.fault)]
     return (
         f"mutation score: {count} faults planted; proof {proof}/{count}, numeric "
-        f"{numeric}/{count}, along the graph {nodes}/{count}, as expected and named rightly "
+        f"{numeric}/{count}, along the graph {nodes}/{count}, bisected "
+        f"{sum(map(is_bisected, passes))}/{len(passes)}, as expected and named rightly "
         f"{right}/{count}"
     )
 
