@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from qalora_compile.capture.source import Source, load_source
 from qalora_compile.cli.ui import Steps, megabytes, print_summary, steps
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
 from qalora_compile.training import FitSpec, Metrics, evaluate, fit, load_examples
-from qalora_compile.training.data import IGNORED, Example
 from qalora_compile.training.evaluate import Forward, logits_of, program_forward
+from qalora_compile.training.examples import IGNORED, Example
 
 sys.path.insert(0, str(Path(__file__).parent))
 from assets import TOPICS, model_path, write_topic_data
@@ -160,7 +161,7 @@ def check_kernels(
 
 def load_data(
     source: Source, out: Path, size: Size
-) -> tuple[tuple[Example, ...], tuple[Example, ...], list[int]]:
+) -> tuple[Sequence[Example], Sequence[Example], list[int]]:
     """Training and held-out examples, and the first token of each topic."""
     files = write_topic_data(source.tokenizer, out, train=size.train)
     train, held_out = (load_examples(f, source.tokenizer, max_length=128) for f in files)
@@ -169,7 +170,7 @@ def load_data(
 
 
 def train_adapters(
-    program: qc.Program, train: tuple[Example, ...], seed: int, size: Size, shown: Steps
+    program: qc.Program, train: Sequence[Example], seed: int, size: Size, shown: Steps
 ) -> None:
     """Train, with a progress bar."""
     spec = FitSpec(steps=size.steps, batch_size=8, learning_rate=1e-3, seed=seed)
@@ -200,7 +201,7 @@ def compare_metrics(
     results: Results,
     folded: qc.Program,
     int4: LanguageModel,
-    held_out: tuple[Example, ...],
+    held_out: Sequence[Example],
     choices: list[int],
 ) -> None:
     """The held-out metric of the folded program and of ONNX Runtime."""
@@ -218,7 +219,7 @@ def compare_greedy(
     source: Source,
     folded: qc.Program,
     int4: LanguageModel,
-    held_out: tuple[Example, ...],
+    held_out: Sequence[Example],
     size: Size,
 ) -> None:
     """The greedy continuation of torch and of ONNX Runtime, token by token."""
@@ -267,7 +268,7 @@ def session_forward(model: LanguageModel) -> Forward:
     return forward
 
 
-def as_calls(examples: tuple[Example, ...]) -> list[dict[str, Tensor]]:
+def as_calls(examples: Sequence[Example]) -> list[dict[str, Tensor]]:
     """Held-out texts as calls of the program, one text each."""
     rows = [torch.tensor([e.tokens]) for e in examples]
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows]

@@ -41,6 +41,7 @@ from qalora_compile.passes.replay import replay, replay_part
 from qalora_compile.passes.select import ALL_LINEAR, as_patterns
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 from qalora_compile.passes.split_planes import SplitPlanes
+from qalora_compile.passes.train_parameters import TrainParameters
 from qalora_compile.passes.widen_halves import WidenHalves, needs_widening
 from qalora_compile.quantizers.calibrate import collect_statistics
 
@@ -121,6 +122,7 @@ def insert_adapters(
     *,
     source: Program | None = None,
     calibration: Iterable[Call] | None = None,
+    train: str | Iterable[str] = (),
 ) -> Program:
     """Put a trainable pooled adapter beside every quantized layer.
 
@@ -134,13 +136,28 @@ def insert_adapters(
             `"auto"`, which compare its weights with the quantized ones.
         calibration: Arguments of a few typical calls. With them the error of a layer's output
             counts, for the inputs that it has in `source`; without, that of its weights.
+        train: Parameters, or modules, that are to train in float beside the adapters, such as a new
+            head; see `passes.train_parameters`. Their weights must have been kept in float.
 
     Raises:
         PreconditionError: the program is not at stage `quantized`, the adapter's group size is no
-            multiple of the quantization group, or `source` is missing or another model.
-        UserInputError: calls do not fit the program, or the rank budget is too small.
+            multiple of the quantization group, `source` is missing or another model, or a weight
+            in `train` is quantized.
+        UserInputError: calls do not fit the program, the rank budget is too small, or a pattern of
+            `train` fits no parameter.
     """
-    spec = spec or AdapterSpec()
+    adapted = _with_adapters(program, spec or AdapterSpec(), source, calibration)
+    names = as_patterns(train if isinstance(train, str) else list(train), "train")
+    return TrainParameters(names=names)(adapted).program if names else adapted
+
+
+def _with_adapters(
+    program: Program,
+    spec: AdapterSpec,
+    source: Program | None,
+    calibration: Iterable[Call] | None,
+) -> Program:
+    """`insert_adapters`, without parameters that train beside them."""
     if spec.rank != AUTO and spec.init == "zeros":
         return _insert(program, InsertAdapters(**spec.to_json()))
     if source is None:
@@ -256,6 +273,36 @@ def add_kv_cache(
     from qalora_compile.capture.skeleton import as_skeleton
 
     return replay(program, capture_causal_lm(as_skeleton(model), last_logits=last_logits))
+
+
+def packed_form(program: Program, model: nn.Module | str | Path, *, max_length: int) -> Program:
+    """The same language model, over the same tensors, for several examples in one row.
+
+    For training on rows of `training.Packed`: what is trained in one form is trained in the other,
+    since they share their parameters. The model is captured again (see `capture.packed`), the
+    passes that made `program` are run again, and it is tried out that no example sees another.
+
+    Args:
+        program: At any stage before lowering, made from a transformers decoder-only model by
+            `capture_model`, with `input_ids` and `attention_mask` as keyword inputs.
+        model: That model, or a folder with its `config.json`. No weight of it is read.
+        max_length: The longest row.
+
+    Raises:
+        PreconditionError: `program` was made from another model.
+        UnsupportedError: the model cannot keep examples in a row apart, or was tried and does not.
+        CaptureError: `torch.export` refused the model.
+    """
+    from qalora_compile.capture.encoder_decoder import disable_cache
+    from qalora_compile.capture.packed import capture_packed
+    from qalora_compile.capture.skeleton import as_skeleton
+    from qalora_compile.training.packed import check_packed
+
+    skeleton = as_skeleton(model)
+    disable_cache(skeleton)
+    packed = replay(program, capture_packed(skeleton, max_length=max_length))
+    check_packed(program, packed)
+    return packed
 
 
 def split_encoder_decoder(

@@ -49,6 +49,7 @@ class Program:
         example: (args, kwargs) of the capture; exporters trace with them.
         history: The passes run, as text that `Pipeline.parse` reads.
         notes: What capture had to say, for example a dimension it could not keep dynamic.
+        trained: Names of the float parameters that train beside the adapters, such as a head's.
     """
 
     module: ProgramModule
@@ -58,6 +59,7 @@ class Program:
     example: tuple[tuple[Any, ...], Mapping[str, Any]]
     history: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    trained: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -106,9 +108,12 @@ class Program:
         return program_tensors(self.module)
 
     def named_adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trainable `lora_A` [r, L] and `lora_B` [N, r] of each adapted weight, by name."""
+        """The trainable parameters by name, in graph order.
+
+        `lora_A` [r, L] and `lora_B` [N, r] of each adapted weight, and what is in `trained`.
+        """
         for name, parameter in self.module.named_parameters():
-            if name.rpartition(".")[2] in ADAPTER_NAMES:
+            if name.rpartition(".")[2] in ADAPTER_NAMES or name in self.trained:
                 yield name, parameter
 
     def adapter_parameters(self) -> list[nn.Parameter]:
@@ -126,6 +131,7 @@ class Program:
         tensors: Mapping[str, Tensor] | None = None,
         stage: str | None = None,
         plan: SitePlan | None = None,
+        trained: tuple[str, ...] | None = None,
     ) -> Program:
         """A new program that differs in the given parts; the graph is linted."""
         module = self.module
@@ -137,6 +143,7 @@ class Program:
             module=module,
             stage=self.stage if stage is None else stage,
             plan=self.plan if plan is None else plan,
+            trained=self.trained if trained is None else trained,
         )
 
     def with_history(self, entry: str) -> Program:

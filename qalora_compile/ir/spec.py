@@ -22,7 +22,6 @@ from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.plan import QUANTIZE
 from qalora_compile.ir.program import (
     ADAPTED,
-    ADAPTER_NAMES,
     ANNOTATED,
     FLOAT,
     FOLDED,
@@ -295,5 +294,5 @@ def _check_trainable(program: Program) -> None:
     if bool(adapters) and LEGAL_OPS[program.stage].isdisjoint(ADAPTERS):
         raise InternalError(f"adapters are left at stage {program.stage}")
     for name, parameter in program.module.named_parameters():
-        if parameter.requires_grad != (name.rpartition(".")[2] in ADAPTER_NAMES):
+        if parameter.requires_grad != (name in adapters):
             raise InternalError(f"{name} is {'' if parameter.requires_grad else 'not '}trainable")

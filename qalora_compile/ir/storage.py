@@ -3,7 +3,7 @@
 ==========================  =================================================================
 `program.json`              format version, stage, plan, signature, history, graph, ties
 `quantized.safetensors`     every tensor but the adapters: packed codes, scale, offset, floats
-`adapters.safetensors`      `lora_A`, `lora_B`; only at stage `adapted`
+`adapters.safetensors`      what trains: `lora_A`, `lora_B`, heads; only at stage `adapted`
 `example.safetensors`       tensors of the example inputs, by flat position
 ==========================  =================================================================
 """
@@ -29,7 +29,7 @@ from qalora_compile.ir.deferred import defer_to, holds, keep_recipe
 from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
 from qalora_compile.ir.module import build_module
 from qalora_compile.ir.plan import SitePlan
-from qalora_compile.ir.program import ADAPTER_NAMES, LEGALIZED, STAGES, Program
+from qalora_compile.ir.program import LEGALIZED, STAGES, Program
 from qalora_compile.ir.signature import Signature, input_spec
 
 FORMAT = "qalora-program"
@@ -60,7 +60,7 @@ def write_program(program: Program, folder: Path) -> None:
     """Write the files of `program` into an existing folder."""
     tensors = program.tensors()
     unique, ties = _untie(tensors)
-    adapters = {n: t for n, t in unique.items() if n.rpartition(".")[2] in ADAPTER_NAMES}
+    adapters = {n: unique[n] for n, _ in program.named_adapter_parameters() if n in unique}
     base = {n: t for n, t in unique.items() if n not in adapters}
     leaves = program.leaves(program.example[0], program.example[1])
     write_json(
@@ -74,6 +74,7 @@ def write_program(program: Program, folder: Path) -> None:
             "signature": program.signature.to_json(),
             "history": list(program.history),
             "notes": list(program.notes),
+            "trained": list(program.trained),
             "ties": ties,
             "trainable": [n for n, t in tensors.items() if t.requires_grad],
             "parameters": [n for n, t in tensors.items() if isinstance(t, nn.Parameter)],
@@ -148,6 +149,7 @@ def _assemble(
         example=(args, kwargs),
         history=tuple(value["history"]),
         notes=tuple(value["notes"]),
+        trained=tuple(value.get("trained", ())),
     )
 
 

@@ -25,6 +25,7 @@ from qalora_compile.ir.spec import (
 )
 from qalora_compile.ir.storage import is_finite
 from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.passes.rewrite import freeze
 from qalora_compile.progress import track
 
 
@@ -46,6 +47,7 @@ class FoldAdapters(Pass):
     Fires on: every pooled_adapter added to a group_linear of the same input, and every
     expert_adapter added to an expert_linear, expert by expert.
     Leaves alone: nothing; an adapter that does not fold is an error.
+    Heads that trained beside the adapters (`Program.trained`) take no gradient any more.
     Exactness: exact in real arithmetic, since the update is constant inside each group; computed
     in float64 and stored in the dtype of the offset. The codes and scales do not change.
     """
@@ -110,7 +112,9 @@ class FoldAdapters(Pass):
         plan = program.plan.update(
             {site.name: {"rank": None, "why_rank": ""} for site in program.plan}
         )
-        return PassResult(program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes))
+        tensors = freeze(tensors, program.trained)
+        after = program.evolve(graph=graph, tensors=tensors, plan=plan, trained=())
+        return PassResult(after, tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
         """No adapter is left, and codes and scales are the tensors of before."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from qalora_compile.config import AUTO, CALIBRATED, QuantSpec
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.deferred import Seen, defer, is_deferred, is_placeholder, keep_recipe
+from qalora_compile.ir.deferred import Seen, defer, is_deferred, is_placeholder
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear
@@ -21,7 +21,7 @@ from qalora_compile.ir.program import ANNOTATED, CODE_NAMES, QUANTIZED, Program
 from qalora_compile.ir.signature import Call
 from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, ON_CODES
 from qalora_compile.passes.base import Change, Pass, PassResult, data_field
-from qalora_compile.passes.rewrite import TensorNodes
+from qalora_compile.passes.rewrite import TensorNodes, freeze
 from qalora_compile.progress import track
 from qalora_compile.quantizers import data_needed, get_quantizer, quantize_weight
 from qalora_compile.quantizers.in_order import replace_in_order
@@ -103,8 +103,7 @@ class QuantizeGroups(QuantSpec, Pass):
     def call(self, program: Program) -> PassResult:
         """Quantize and rewrite."""
         graph = program.copy_graph()
-        tensors = {name: _freeze(t) for name, t in program.tensors().items()}
-        tensors = _keep_ties(program.tensors(), tensors)
+        tensors = freeze(program.tensors())
         rows = {site.name: site for site in program.plan.to_quantize()}
         linears = _linears_of(graph, rows)
         changes, seen = [], Seen()
@@ -247,17 +246,3 @@ def _linears_of(graph: fx.Graph, rows: Mapping[str, Site]) -> dict[str, LinearMa
     marked = {site_of(node): node for node in graph.nodes}
     found = {name: match_linear(marked[name]) for name in rows if name in marked}
     return {name: linear for name, linear in found.items() if linear is not None}
-
-
-def _freeze(tensor: Tensor) -> Tensor:
-    """The same memory as a parameter that takes no gradient; the user's model is not touched."""
-    if not isinstance(tensor, nn.Parameter):
-        return tensor
-    frozen: Tensor = keep_recipe(tensor, nn.Parameter(tensor.detach(), requires_grad=False))
-    return frozen
-
-
-def _keep_ties(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names that shared one parameter object share one again."""
-    first = {id(before[name]): after[name] for name in reversed(before)}
-    return {name: first[id(before[name])] for name in after}

@@ -17,6 +17,7 @@ _PASSES = {
     "quantize-groups": "QuantizeGroups",
     "quantize-embeddings": "QuantizeEmbeddings",
     "insert-adapters": "InsertAdapters",
+    "train-parameters": "TrainParameters",
     "fold-adapters": "FoldAdapters",
     "dequantize-groups": "DequantizeGroups",
     "share-group-sums": "ShareGroupSums",

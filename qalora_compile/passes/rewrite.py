@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import fx
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, fx, nn
+
+from qalora_compile.ir.deferred import is_deferred, keep_recipe
 
 
 class TensorNodes:
@@ -23,3 +27,46 @@ class TensorNodes:
             with place:
                 self._last = self._nodes[target] = self._graph.get_attr(target)
         return self._nodes[target]
+
+
+def freeze(
+    tensors: Mapping[str, Tensor], names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """The same memory, in parameters that take no gradient; the user's model is not touched.
+
+    Args:
+        tensors: By name.
+        names: Parameters to freeze; None: all.
+    """
+    made = {
+        name: _parameter(tensor.detach(), tensor, trains=False)
+        if isinstance(tensor, nn.Parameter) and (names is None or name in names)
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    return _keep_ties(tensors, made)
+
+
+def set_free(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The same tensors; those named are copies that take gradients, in memory of their own."""
+    made = {
+        name: _parameter(_copy(tensor), tensor, trains=True) if name in names else tensor
+        for name, tensor in tensors.items()
+    }
+    return _keep_ties(tensors, made)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy; a deferred tensor, which has no memory, as it is."""
+    return tensor.detach() if is_deferred(tensor) else tensor.detach().clone()
+
+
+def _parameter(values: Tensor, source: Tensor, *, trains: bool) -> Tensor:
+    made: Tensor = keep_recipe(source, nn.Parameter(values, requires_grad=trains))
+    return made
+
+
+def _keep_ties(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names that shared one parameter object share one again."""
+    first = {id(before[name]): after[name] for name in reversed(list(before))}
+    return {name: first[id(before[name])] for name in after}

@@ -28,12 +28,16 @@ def as_patterns(value: object, option: str) -> tuple[str, ...]:
 
 
 def match_patterns(
-    patterns: Iterable[str], names: Mapping[str, Sequence[str]], option: str
+    patterns: Iterable[str],
+    names: Mapping[str, Sequence[str]],
+    option: str,
+    what: str = "linear layer",
 ) -> set[str]:
     """Keys of `names` of which one alias matches one pattern.
 
     A pattern is an exact path, a dotted suffix (`q_proj` takes `model.layers.0.self_attn.q_proj`),
-    a glob over the whole path (`*.mlp.*`), or `re:` and a regular expression searched in it.
+    a glob over the whole path (`*.mlp.*`), or `re:` and a regular expression searched in it. `what`
+    is what the names are names of.
 
     Raises:
         UserInputError: a pattern matches nothing, or is no valid regular expression; near names
@@ -44,9 +48,9 @@ def match_patterns(
         hits = {key for key, aliases in names.items() if any(_fits(pattern, a) for a in aliases)}
         if not hits:
             raise UserInputError(
-                f"the pattern {pattern!r} matches no linear layer",
+                f"the pattern {pattern!r} matches no {what}",
                 where=option,
-                hint=_near(pattern, names),
+                hint=_near(pattern, names, what),
             )
         matched |= hits
     return matched
@@ -63,9 +67,10 @@ def _fits(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
-def _near(pattern: str, names: Mapping[str, Sequence[str]]) -> str:
+def _near(pattern: str, names: Mapping[str, Sequence[str]], what: str) -> str:
     """The names most like a pattern, or the first few."""
     paths = sorted({alias for aliases in names.values() for alias in aliases})
     tails = sorted({path.rpartition(".")[2] for path in paths})
     near = difflib.get_close_matches(pattern, [*tails, *paths], n=5, cutoff=0.4) or paths[:5]
-    return f"near names: {', '.join(near)}" if near else "the model has no linear layer"
+    near = list(dict.fromkeys(near))
+    return f"near names: {', '.join(near)}" if near else f"the model has no {what}"

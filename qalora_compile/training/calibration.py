@@ -7,8 +7,8 @@ from typing import Any
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
-from qalora_compile.training.data import Example, collate
 from qalora_compile.training.evaluate import model_inputs
+from qalora_compile.training.examples import Example, collate
 
 _BATCH = 4
 

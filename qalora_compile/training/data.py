@@ -1,280 +1,240 @@
-"""Training examples from JSON lines, and batches of them.
+"""Training data from JSON lines files: read, tokenized, counted.
 
-A line is `{"text": …}`, `{"prompt": …, "completion": …}`, `{"messages": [{"role", "content"}, …]}`
-or, for models without a tokenizer, `{"input_ids": […], "labels": […]}` (labels optional).
+The forms of a line are those of `training.lines`. Small files become a tuple of examples; large
+ones are tokenized once into a cache folder and read from there (`training.corpus`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from qalora_compile.errors import UserInputError
+from qalora_compile.training.examples import Example
+from qalora_compile.training.lines import COMPLETIONS, LineReader, class_name, parse_line
 
-IGNORED = -100
-"""Label of a position that carries no loss."""
+Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
-class Example:
-    """One training example.
+class FileCount:
+    """What became of a file.
 
     Attributes:
-        tokens: Token ids.
-        labels: The token to predict *at* each position, or `IGNORED`; as long as `tokens`. The
-            model predicts label t from the tokens before t.
-        source: Token ids for the encoder of a model that has one; `tokens` are then its decoder's.
+        path: Of the file.
+        examples: How many it gave.
+        truncated: How many of them were longer than the limit and were cut.
+        skipped: How many more had no token left to learn from (a completion that tokenizes to
+            nothing).
     """
 
-    tokens: tuple[int, ...]
-    labels: tuple[int, ...]
-    source: tuple[int, ...] = ()
+    path: str
+    examples: int
+    truncated: int
+    skipped: int
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of a file, and what was cut to fit.
+    """The examples of files, and what was cut to fit.
 
     Attributes:
-        examples: In file order.
-        truncated: How many were longer than the limit and were cut.
-        skipped: How many had no token left to learn from (a completion that tokenizes to nothing).
+        examples: In the order of the files.
+        files: What became of each file.
+        classes: Names of the classes of a classification task, in the order of the logits.
+        token_range: The least and the largest token id.
     """
 
-    examples: tuple[Example, ...]
-    truncated: int = 0
-    skipped: int = 0
+    examples: Sequence[Example]
+    files: tuple[FileCount, ...] = ()
+    classes: tuple[str, ...] = ()
+    token_range: tuple[int, int] = (0, 0)
 
+    @property
+    def truncated(self) -> int:
+        """How many examples were cut."""
+        return sum(file.truncated for file in self.files)
 
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded tensors `[B, T]`: token ids, attention mask, labels.
+    @property
+    def skipped(self) -> int:
+        """How many examples held nothing to learn."""
+        return sum(file.skipped for file in self.files)
 
-    Attributes:
-        source: Token ids and attention mask `[B, S]` for the encoder of a model that has one.
-    """
+    def check_tokens(self, limit: int) -> None:
+        """See that a model of `limit` tokens knows every token.
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    source: tuple[Tensor, ...] = ()
+        Raises:
+            UserInputError: it does not; an example with an unknown one is named.
+        """
+        least, largest = self.token_range
+        if least >= 0 and largest < limit:
+            return
+        for number, example in enumerate(self.examples, start=1):
+            odd = [t for t in (*example.source, *example.tokens) if not 0 <= t < limit]
+            if odd:
+                raise UserInputError(
+                    f"example {number} holds the token {odd[0]}; the model knows 0 to {limit - 1}",
+                    hint="use the tokenizer that belongs to the model",
+                )
 
 
 def load_examples(
-    path: str | Path, tokenizer: Any, *, max_length: int, decoder_start: int | None = None
+    paths: Paths,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    decoder_start: int | None = None,
+    learn: str = COMPLETIONS,
+    classes: tuple[str, ...] | None = None,
+    cache: str | Path | None = None,
 ) -> Dataset:
-    """Read and tokenize a JSON lines file.
+    """Read and tokenize JSON lines files.
 
-    Prompts carry no loss. An example longer than `max_length` loses its beginning (a prompt) or,
-    for plain text, its end; the number cut is in the result.
+    An example longer than `max_length` loses its beginning (a prompt, a chat) or, for plain text,
+    its end; the number cut is in the result.
 
     Args:
-        path: The file.
+        paths: A file, or several; patterns such as `data/*.jsonl` stand for files in sorted order.
         tokenizer: Of the model; None where the lines hold token ids.
         max_length: The most tokens of an example (and as many for the encoder).
-        decoder_start: The token that the decoder of an encoder-decoder model begins with: prompts
-            are then for the encoder, completions for the decoder. None: there is no encoder.
+        decoder_start: As for `LineReader`.
+        learn: As for `LineReader`.
+        classes: As for `LineReader`.
+        cache: A folder to tokenize into, once, and to read from: memory does not grow with the
+            files. Needs the library `datasets`. None: in memory.
 
     Raises:
-        UserInputError: the file is missing or empty, a line is malformed (its number is named), or
-            no example is usable.
+        UserInputError: a file is missing, empty or given twice, a line is malformed (its number is
+            named), or a file has no usable example.
+        UnsupportedError: `datasets` is not installed, and a cache is asked for.
     """
-    path = Path(path)
-    if max_length < 2:
-        raise UserInputError(f"max_length is {max_length}", hint="use 2 or more")
+    reader = LineReader(
+        tokenizer=tokenizer,
+        max_length=max_length,
+        decoder_start=decoder_start,
+        learn=learn,
+        classes=classes,
+    )
+    files = find_files(paths)
+    if cache is not None:
+        from qalora_compile.training.corpus import load_corpus
+
+        return load_corpus(files, reader, Path(cache))
+    count = ReadCount()
+    examples = tuple(count.read(files, reader))
+    return Dataset(examples, tuple(count.files), classes or (), count.token_range)
+
+
+def find_classes(paths: Paths) -> tuple[str, ...]:
+    """The labels in files of a classification task, each once, in sorted order.
+
+    Raises:
+        UserInputError: a line has no label, or all have the same.
+    """
+    found: dict[str, str] = {}
+    files = find_files(paths)
+    for path in files:
+        for where, line in _lines(path):
+            row = parse_line(line, where)
+            name = class_name(row, where)
+            kind = type(row["label"]).__name__
+            if found.setdefault(name, kind) != kind:
+                raise UserInputError(f"the label {name} is a text in one line and none in another")
+    if len(found) < 2:
+        raise UserInputError(
+            f"all examples have the same label ({next(iter(found), 'there is none')})",
+            where=", ".join(map(str, files)),
+            hint="a classification task needs two classes or more",
+        )
+    numbers = all(kind == "int" for kind in found.values())
+    return tuple(sorted(found, key=int) if numbers else sorted(found))
+
+
+def find_files(paths: Paths) -> tuple[Path, ...]:
+    """Files by name or pattern.
+
+    Raises:
+        UserInputError: a pattern fits nothing, or a file is there twice.
+    """
+    found: list[Path] = []
+    for given in [paths] if isinstance(paths, (str, Path)) else paths:
+        path = Path(given)
+        if path.exists() or not glob.has_magic(str(given)):
+            found.append(path)
+            continue
+        matched = sorted(map(Path, glob.glob(str(given), recursive=True)))
+        if not matched:
+            raise UserInputError(f"no file fits {given}", where=str(given))
+        found += matched
+    seen: set[Path] = set()
+    for path in found:
+        if path.resolve() in seen:
+            raise UserInputError(f"the data file {path} is given twice", where=str(path))
+        seen.add(path.resolve())
+    return tuple(found)
+
+
+@dataclass
+class ReadCount:
+    """Reads files line by line, and counts."""
+
+    files: list[FileCount] = field(default_factory=list)
+    least: int | None = None
+    largest: int = 0
+
+    @property
+    def token_range(self) -> tuple[int, int]:
+        """The least and the largest token id that was read."""
+        return self.least or 0, self.largest
+
+    def read(self, files: Sequence[Path], reader: LineReader) -> Iterator[Example]:
+        """The usable examples of the files.
+
+        Raises:
+            UserInputError: see `load_examples`.
+        """
+        for path in files:
+            usable, truncated, skipped = 0, 0, 0
+            for where, line in _lines(path):
+                example, cut = reader.read(line, where)
+                if not example.learns:
+                    skipped += 1
+                    continue
+                usable, truncated = usable + 1, truncated + cut
+                self._note(example)
+                yield example
+            if not usable:
+                raise UserInputError(
+                    f"the data file has no usable example ({skipped} held nothing to learn)",
+                    where=str(path),
+                    hint='write one JSON object a line: {"prompt": "…", "completion": "…"}',
+                )
+            self.files.append(FileCount(str(path), usable, truncated, skipped))
+
+    def _note(self, example: Example) -> None:
+        tokens = (*example.source, *example.tokens)
+        least = min(tokens)
+        self.least = least if self.least is None else min(self.least, least)
+        self.largest = max(self.largest, *tokens)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """File and number, and text, of each line that is not empty."""
+    number = 0
     try:
-        lines = path.read_text("utf-8").splitlines()
+        # not every separator that Python knows ends a line of JSON lines
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line
     except OSError as error:
         raise UserInputError(
             f"cannot read the data file: {error.strerror}", where=str(path)
         ) from error
     except UnicodeDecodeError as error:
-        raise UserInputError(f"the data file is not UTF-8: {error}", where=str(path)) from error
-    examples, truncated, skipped = [], 0, 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        if decoder_start is None:
-            example, from_end = _read_line(line, tokenizer, where)
-        else:
-            example, from_end = _read_pair(line, tokenizer, decoder_start, where), False
-        if max(len(example.tokens), len(example.source)) > max_length:
-            truncated += 1
-            cut = slice(-max_length, None) if from_end else slice(max_length)
-            example = Example(example.tokens[cut], example.labels[cut], example.source[cut])
-        if all(label == IGNORED for label in example.labels[1:]):
-            skipped += 1
-            continue
-        examples.append(example)
-    if not examples:
         raise UserInputError(
-            f"the data file has no usable example ({skipped} held nothing to learn)",
-            where=str(path),
-            hint='write one JSON object a line: {"prompt": "…", "completion": "…"}',
-        )
-    return Dataset(tuple(examples), truncated, skipped)
-
-
-def _read_pair(line: str, tokenizer: Any, decoder_start: int, where: str) -> Example:
-    """Text for the encoder, and what the decoder makes of it, each as the tokenizer ends it."""
-    row = _parse(line, where)
-    known = isinstance(row, dict) and {"prompt", "completion"} <= set(row)
-    if not known or tokenizer is None:
-        raise UserInputError(
-            "a model with an encoder learns from text to text",
-            where=where,
-            hint='use {"prompt": "…", "completion": "…"}, and a model that brings its tokenizer',
-        )
-    source = _encode(tokenizer, _string(row, "prompt", where))
-    target, end = _encode(tokenizer, _string(row, "completion", where)), _end(tokenizer)
-    if not source:
-        raise UserInputError("the prompt holds no token", where=where)
-    if target[-1:] != end:  # not every tokenizer writes it
-        target += end
-    return Example((decoder_start, *target), (IGNORED, *target), tuple(source))
-
-
-def _read_line(line: str, tokenizer: Any, where: str) -> tuple[Example, bool]:
-    """An example, and whether truncation keeps its end."""
-    row = _parse(line, where)
-    if isinstance(row, dict):
-        if "input_ids" in row:
-            return _from_ids(row, where), False
-        readers = {"messages": _from_messages, "completion": _from_completion, "text": _from_text}
-        for key, reader in readers.items():
-            if key in row:
-                if tokenizer is None:
-                    raise UserInputError(
-                        "the model has no tokenizer to read text with",
-                        where=where,
-                        hint='give token ids: {"input_ids": […]}, or a model folder with tokenizer',
-                    )
-                return reader(row, tokenizer, where), key != "text"
-    raise UserInputError(
-        "the line has none of the known forms",
-        where=where,
-        hint='use {"text"}, {"prompt", "completion"}, {"messages"} or {"input_ids"}',
-    )
-
-
-def _parse(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserInputError(f"the line is not valid JSON: {error}", where=where) from error
-
-
-def _from_ids(row: dict[str, Any], where: str) -> Example:
-    tokens, labels = row["input_ids"], row.get("labels", row["input_ids"])
-    valid = all(
-        isinstance(values, list) and all(isinstance(v, int) for v in values)
-        for values in (tokens, labels)
-    )
-    if not valid or len(tokens) != len(labels):
-        raise UserInputError(
-            "input_ids and labels must be integer lists of one length", where=where
-        )
-    return Example(tuple(tokens), tuple(labels))
-
-
-def _from_text(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
-    tokens = _encode(tokenizer, _string(row, "text", where)) + _end(tokenizer)
-    return Example(tuple(tokens), tuple(tokens))
-
-
-def _from_completion(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
-    prompt = _encode(tokenizer, _string(row, "prompt", where))
-    completion = _encode(tokenizer, _string(row, "completion", where), special=False)
-    if not completion:
-        return Example(tuple(prompt), (IGNORED,) * len(prompt))
-    completion = completion + _end(tokenizer)
-    return Example((*prompt, *completion), (*[IGNORED] * len(prompt), *completion))
-
-
-def _from_messages(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
-    """Loss on the assistant's turns, found by rendering the template up to each of them."""
-    messages = row["messages"]
-    valid = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str)
-        for m in messages
-    )
-    if not valid or not messages:
-        raise UserInputError("messages must be a list of {role, content}", where=where)
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserInputError(
-            "the tokenizer has no chat template", where=where, hint="use prompt and completion"
-        )
-    tokens: list[int] = []
-    labels: list[int] = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, messages[:index], prompt=True)
-        after = _render(tokenizer, messages[: index + 1], prompt=False)
-        if after[: len(before)] != before or before[: len(tokens)] != tokens:
-            raise UserInputError("the chat template rewrites earlier turns", where=where)
-        labels += [IGNORED] * (len(before) - len(labels)) + after[len(before) :]
-        tokens = after
-    if not tokens:
-        raise UserInputError("messages has no assistant turn to learn", where=where)
-    return Example(tuple(tokens), tuple(labels))
-
-
-def _render(tokenizer: Any, messages: Sequence[Any], *, prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=prompt
-    )
-    return _encode(tokenizer, text, special=False)
-
-
-def _encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special).input_ids)
-
-
-def _end(tokenizer: Any) -> list[int]:
-    end = tokenizer.eos_token_id
-    return [] if end is None else [int(end)]
-
-
-def _string(row: dict[str, Any], key: str, where: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise UserInputError(f"the field {key!r} is missing or no text", where=where)
-    return value
-
-
-def collate(examples: Sequence[Example]) -> Batch:
-    """Right-pad examples to the longest of them."""
-    input_ids, attention_mask = _pad([e.tokens for e in examples], 0)
-    labels, _ = _pad([e.labels for e in examples], IGNORED)
-    source = _pad([e.source for e in examples], 0) if examples[0].source else ()
-    return Batch(input_ids, attention_mask, labels, source)
-
-
-def _pad(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Rows `[B, T]` int64, filled on the right to the longest, and the mask of what is theirs."""
-    shape = (len(rows), max(map(len, rows)))
-    values = torch.full(shape, fill, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        values[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = 1
-    return values, mask
-
-
-def batch_at(examples: Sequence[Example], step: int, *, batch_size: int, seed: int) -> Batch:
-    """The batch of a step: epochs are shuffled by (seed, epoch), so the position is just `step`."""
-    size = min(batch_size, len(examples))
-    per_epoch = max(len(examples) // size, 1)
-    epoch, position = divmod(step, per_epoch)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    picked = order[position * size : (position + 1) * size]
-    return collate([examples[i] for i in picked])
+            f"the data file is not UTF-8: {error}", where=f"{path}:{number + 1}"
+        ) from error

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qalora_compile.errors import UnsupportedError
+from qalora_compile.errors import PreconditionError, UnsupportedError
 from qalora_compile.ir.program import Program
 from qalora_compile.progress import track
-from qalora_compile.training.data import IGNORED, Batch, Example, collate
+from qalora_compile.training.examples import IGNORED, Batch, Example, collate
 
 Forward = Callable[..., Tensor]
-"""(input_ids [B, T], attention_mask [B, T]) → logits [B, T, V].
+"""(input_ids [B, T], attention_mask [B, T]) → logits [B, T, V], or [B, C] of a classifier.
 
 A model with an encoder is given two more: the tokens [B, S] for it and their mask; T is then the
 decoder's.
@@ -30,7 +30,8 @@ class Metrics:
     Attributes:
         loss: Mean cross-entropy, in nats, over the tokens that carry loss.
         token_accuracy: Part of these tokens that is the most likely one.
-        exact_match: Part of the examples of which every such token is.
+        exact_match: Part of the examples of which every such token is; of a classification task
+            the accuracy, since there one class is predicted of each.
         choice_accuracy: Part of the examples whose first such token is the likeliest of the given
             choices; None where no choices were given.
         examples: How many were evaluated.
@@ -44,10 +45,12 @@ class Metrics:
 
 
 def program_forward(program: Program) -> Forward:
-    """The logits of a language model program, with an encoder or without."""
+    """The logits of a language model, with an encoder or without, or of a classifier."""
 
     def forward(input_ids: Tensor, attention_mask: Tensor, *source: Tensor) -> Tensor:
-        return logits_of(program(**model_inputs(program, input_ids, attention_mask, *source)))
+        output = program(**model_inputs(program, input_ids, attention_mask, *source))
+        logits = _find_logits(output)
+        return logits_of(output) if logits is None or logits.dim() != 2 else logits
 
     return forward
 
@@ -60,33 +63,50 @@ def model_inputs(
     Args:
         program: A language model; one with an encoder gets `input_ids` as its decoder's tokens.
         input_ids: `[B, T]`.
-        attention_mask: `[B, T]`.
+        attention_mask: `[B, T]`, see `Batch`; in its packed form the program gets what each token
+            sees, `[B, 1, T, T]`, and its position in its own example.
         source: Of a model with an encoder: its tokens, `[B, S]`, and their mask.
+
+    Raises:
+        PreconditionError: examples are packed, and the program is not in its packed form.
     """
     first = program.signature.inputs[0].name
     inputs = {first: input_ids}
     if source:  # a causal decoder needs no mask for what is filled in on the right
         inputs = {first: source[0], "decoder_input_ids": input_ids}
         attention_mask = source[1]
-    if any(leaf.name == "attention_mask" for leaf in program.signature.inputs):
-        inputs["attention_mask"] = attention_mask
-    return inputs
+    leaf = next((i for i in program.signature.inputs if i.name == "attention_mask"), None)
+    if leaf is not None and len(leaf.shape) == 4:
+        return inputs | packed_inputs(attention_mask)
+    if bool((attention_mask > 1).any()):
+        raise PreconditionError(
+            "the rows hold several examples, which this program would mix",
+            hint="give it in its packed form: qalora_compile.api.packed_form(program, model)",
+        )
+    return inputs if leaf is None else inputs | {"attention_mask": attention_mask}
+
+
+def packed_inputs(owners: Tensor) -> dict[str, Tensor]:
+    """What each token of packed rows sees, bool `[B, 1, T, T]`, and its position, `[B, T]`.
+
+    Args:
+        owners: `Batch.attention_mask`: the number of the example of each token. Padding sees
+            padding alone, since a token that sees nothing has no attention.
+    """
+    size = owners.shape[1]
+    before = torch.ones(size, size, dtype=torch.bool, device=owners.device).tril()
+    seen = (owners[:, :, None] == owners[:, None, :]) & before
+    return {"attention_mask": seen[:, None], "position_ids": seen.sum(-1) - 1}
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits `[B, T, V]` in a model's output.
+    """The logits `[B, T, V]` in a language model's output.
 
     Raises:
         UnsupportedError: the output holds no such tensor.
     """
-    logits = output if isinstance(output, Tensor) else None
-    if isinstance(output, dict):
-        logits = output.get("logits")
-    elif isinstance(output, (tuple, list)) and output:
-        logits = output[0]
-    elif logits is None:
-        logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 3:
+    logits = _find_logits(output)
+    if logits is None or logits.dim() != 3:
         raise UnsupportedError(
             "the model gives no logits [batch, sequence, vocabulary], so it is no language model",
             hint="train it with a loop of your own on program.adapter_parameters()",
@@ -94,8 +114,34 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def _find_logits(output: Any) -> Tensor | None:
+    logits = output if isinstance(output, Tensor) else None
+    if isinstance(output, dict):
+        logits = output.get("logits")
+    elif isinstance(output, (tuple, list)) and output:
+        logits = output[0]
+    elif logits is None:
+        logits = getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
 def label_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Predictions and targets of the positions that carry loss: `[n, V]` and `[n]`."""
+    """Predictions and targets of what carries loss: `[n, V]` and `[n]`.
+
+    Args:
+        logits: `[B, T, V]`; `[B, C]` of a classification task.
+        batch: With labels for them.
+
+    Raises:
+        UnsupportedError: the task is to predict tokens and the model a classifier, or otherwise.
+    """
+    if logits.dim() != batch.labels.dim() + 1:
+        raise UnsupportedError(
+            f"the model gives logits {list(logits.shape)} for labels {list(batch.labels.shape)}",
+            hint="classes are learned by a classifier, tokens by a language model",
+        )
+    if batch.labels.dim() == 1:
+        return logits, batch.labels
     targets = batch.labels[:, 1:]
     wanted = targets != IGNORED
     return logits[:, :-1][wanted], targets[wanted]
@@ -128,7 +174,7 @@ def evaluate(
             total_loss += float(functional.cross_entropy(rows.float(), targets, reduction="sum"))
             hits = rows.argmax(-1) == targets
             tokens, right = tokens + len(targets), right + int(hits.sum())
-            counts = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
+            counts = batch.targets.tolist()
             for hit, row, target in zip(
                 hits.split(counts), rows.split(counts), targets.split(counts), strict=True
             ):

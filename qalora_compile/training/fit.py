@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.program import ADAPTED, Program
-from qalora_compile.training.data import IGNORED, Batch, Example, batch_at
+from qalora_compile.training.batches import Batches, batch_at
 from qalora_compile.training.evaluate import evaluate, label_loss, program_forward
+from qalora_compile.training.examples import Batch, Example
 from qalora_compile.training.optimizer import clip_gradients, make_optimizer, set_rates
 from qalora_compile.training.precision import computing
 from qalora_compile.training.processes import Processes
@@ -107,7 +108,7 @@ OnStep = Callable[[StepReport, FitState], bool]
 
 def fit(
     program: Program,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Batches,
     spec: FitSpec,
     *,
     state: FitState | None = None,
@@ -119,7 +120,8 @@ def fit(
 
     Args:
         program: At stage `adapted`; a language model, with an encoder or without.
-        examples: At least one.
+        examples: At least one; or `Batches` of them, of the batch size and seed of `spec`, which
+            may be arranged by length or packed.
         spec: Steps, batch size, rate, seed.
         state: For resuming; None starts anew. It is brought forward in place.
         held_out: Examples for `spec.evaluate_every`.
@@ -171,7 +173,7 @@ class _Training:
     """The parts of one training, and its steps."""
 
     program: Program
-    examples: Sequence[Example]
+    examples: Sequence[Example] | Batches
     spec: FitSpec
     state: FitState
     held_out: Sequence[Example]
@@ -188,8 +190,8 @@ class _Training:
         started = time.monotonic()
         spec, state, number = self.spec, self.state, self.state.step
         batches = [self._batch(number, i) for i in range(spec.accumulate)]
-        targets = self.processes.sum(sum(_targets(batch) for _, batch in batches))
-        tokens = self.processes.sum(sum(int(b.attention_mask.sum()) for _, b in batches))
+        targets = self.processes.sum(sum(int(b.targets.sum()) for _, b in batches))
+        tokens = self.processes.sum(sum(b.tokens for _, b in batches))
         if not targets:
             raise UserInputError(f"the examples of step {number + 1} hold nothing to learn")
         state.optimizer.zero_grad(set_to_none=True)
@@ -263,7 +265,3 @@ def _put(program: Program, adapters: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in program.named_adapter_parameters():
             parameter.copy_(adapters[name])
-
-
-def _targets(batch: Batch) -> int:
-    return int((batch.labels[:, 1:] != IGNORED).sum())

@@ -154,6 +154,7 @@ STEPS = {
     "fold-adapters": {ADAPTED},
     "dequantize-groups": {QUANTIZED, FOLDED},
     "share-group-sums": {ADAPTED},
+    "train-parameters": {ADAPTED},
     "widen-halves": {FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED},
     **{name: set(STAGES) for name in FUSING},
     "legalize-ort": {QUANTIZED, ADAPTED, FOLDED},
@@ -162,12 +163,15 @@ STEPS = {
 }
 
 
+OPTIONS = {"quantize-groups": {"group_size": 8}, "train-parameters": {"names": ("bias",)}}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_pass_takes_its_stages_and_refuses_the_others(stage: str) -> None:
     program = at_stage(stage)
     assert set(STEPS) == set(available_passes())
     for name, good in STEPS.items():
-        step = get_pass(name, {"group_size": 8} if name == "quantize-groups" else {})
+        step = get_pass(name, OPTIONS.get(name))
         if stage in good:
             wanted = step.produces or stage
             assert step(program).program.stage == wanted, name
@@ -184,7 +188,7 @@ def test_no_pass_touches_its_input(stage: str) -> None:
     program = at_stage(stage)
     text, values = str(program), program(X)
     kept = {n: (t, t.clone(), t.requires_grad) for n, t in program.tensors().items()}
-    fitting = [get_pass(name) for name, good in STEPS.items() if stage in good]
+    fitting = [get_pass(name, OPTIONS.get(name)) for name in STEPS if stage in STEPS[name]]
     for step in fitting:
         step(program)
     assert fitting

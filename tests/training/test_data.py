@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.training.data import IGNORED, Example, batch_at, collate, load_examples
+from qalora_compile.training.batches import Batches, batch_at
+from qalora_compile.training.data import find_classes, load_examples
+from qalora_compile.training.examples import IGNORED, Example, collate
 
 
 class Words:
@@ -83,6 +85,58 @@ def test_truncation_keeps_the_completion_and_is_counted(path: Path) -> None:
     assert data.examples[1].tokens == (1, 2, 3)
 
 
+def test_prompts_are_learned_too_where_asked(path: Path) -> None:
+    turns = [{"role": r, "content": "a bb"} for r in ("user", "assistant")]
+    write(path, {"prompt": "a bb", "completion": "ccc"}, {"messages": turns}, {"text": "a bb"})
+    data = load_examples(path, Words(), max_length=50, learn="everything")
+    assert all(example.labels == example.tokens for example in data.examples)
+    assert data.examples[0].tokens == (1, 2, 3, 99)
+    write(path, {"prompt": "a bb", "completion": ""}, {"text": "a bb"})
+    assert load_examples(path, Words(), max_length=50, learn="everything").skipped == 1
+    with pytest.raises(UserInputError, match="learn is 'prompts'"):
+        load_examples(path, Words(), max_length=50, learn="prompts")
+
+
+def test_files_are_read_in_order_and_counted_each(tmp_path: Path) -> None:
+    for name, count in (("b", 2), ("a", 1)):
+        rows = [{"text": f"{name} {'bb ' * i}"} for i in range(1, count + 1)]
+        write(tmp_path / f"{name}.jsonl", *rows, {"prompt": "a", "completion": ""})
+    given = [tmp_path / "b.jsonl", tmp_path / "a.jsonl"]
+    data = load_examples(given, Words(), max_length=3)
+    assert [(Path(f.path).name, f.examples, f.truncated, f.skipped) for f in data.files] == [
+        ("b.jsonl", 2, 1, 1),
+        ("a.jsonl", 1, 0, 1),
+    ]
+    assert (data.truncated, data.skipped, data.token_range) == (1, 2, (1, 99))
+    sorted_ones = load_examples(str(tmp_path / "*.jsonl"), Words(), max_length=3)
+    assert [Path(f.path).name for f in sorted_ones.files] == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(UserInputError, match="given twice"):
+        load_examples([*given, str(tmp_path / "a*")], Words(), max_length=3)
+    with pytest.raises(UserInputError, match="no file fits"):
+        load_examples(str(tmp_path / "c*.jsonl"), Words(), max_length=3)
+    (tmp_path / "a.jsonl").write_text("", "utf-8")
+    with pytest.raises(UserInputError, match="no usable example") as caught:
+        load_examples(given, Words(), max_length=3)
+    assert str(caught.value.where).endswith("a.jsonl")
+
+
+def test_a_separator_inside_a_text_ends_no_line(path: Path) -> None:
+    path.write_text('{"text": "a\u2028bb"}\r\n{"text": "ccc dd"}\n', "utf-8")
+    assert len(load_examples(path, Words(), max_length=8).examples) == 2
+
+
+def test_a_token_that_the_model_does_not_know_is_named(path: Path) -> None:
+    data = load_examples(write(path, {"text": "a"}, {"text": "bb ccc"}), Words(), max_length=8)
+    data.check_tokens(100)
+    with pytest.raises(UserInputError, match="example 1 holds the token 99; the model knows 0 to"):
+        data.check_tokens(99)
+    ids = load_examples(
+        write(path, {"input_ids": [1, 2]}, {"input_ids": [3, -1]}), None, max_length=8
+    )
+    with pytest.raises(UserInputError, match="example 2 holds the token -1"):
+        ids.check_tokens(99)
+
+
 def test_an_example_with_nothing_to_learn_is_counted(path: Path) -> None:
     write(path, {"prompt": "a", "completion": " "}, {"text": "a bb"})
     data = load_examples(path, Words(), max_length=8)
@@ -92,6 +146,7 @@ def test_an_example_with_nothing_to_learn_is_counted(path: Path) -> None:
 BAD_LINES = {
     "not JSON": "{",
     "a list": "[1]",
+    "both kinds": '{"text": "a", "prompt": "a", "completion": "b"}',
     "no known field": '{"question": "?"}',
     "completion is a number": '{"prompt": "a", "completion": 3}',
     "prompt is missing": '{"completion": "a"}',
@@ -120,7 +175,7 @@ def test_a_file_without_a_usable_example_is_refused(path: Path, content: str) ->
 def test_a_missing_file_and_bytes_that_are_no_text_are_refused(path: Path) -> None:
     with pytest.raises(UserInputError, match="cannot read"):
         load_examples(path, Words(), max_length=8)
-    path.write_bytes(b"\xff\xfe\x00")
+    path.write_bytes(b'{"text": "a bb"}\n\xff\xfe\x00')
     with pytest.raises(UserInputError, match="not UTF-8"):
         load_examples(path, Words(), max_length=8)
 
@@ -148,7 +203,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(path: Path) -> None:
 
 def pairs(path: Path, *rows: Any, max_length: int = 50) -> tuple[Example, ...]:
     data = load_examples(write(path, *rows), Words(), max_length=max_length, decoder_start=7)
-    return data.examples
+    return tuple(data.examples)
 
 
 def test_an_encoder_reads_prompts_and_its_decoder_learns_completions(path: Path) -> None:
@@ -185,6 +240,98 @@ def test_padding_carries_neither_attention_nor_loss() -> None:
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.labels.tolist() == [[5, 6, 7], [8, IGNORED, IGNORED]]
+
+
+LABELLED = ({"text": "a bb", "label": "good"}, {"text": "ccc", "label": "bad"})
+
+
+class Truncating(Words):
+    """As tokenizers of encoders: 77 ends every text, and is kept where a text is cut."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **limits: Any) -> Any:
+        encoding = super().__call__(text)
+        words = encoding.input_ids[: limits.get("max_length", 1000) - 1]
+        encoding.input_ids = [*words, 77] if text else []
+        return encoding
+
+
+def test_classes_are_found_in_the_data(path: Path) -> None:
+    assert find_classes(write(path, *LABELLED)) == ("bad", "good")
+    data = load_examples(path, Truncating(), max_length=8, classes=("bad", "good"))
+    assert data.classes == ("bad", "good")
+    assert data.examples == (Example((1, 2, 77), (), label=1), Example((3, 77), (), label=0))
+    cut = load_examples(path, Truncating(), max_length=2, classes=("bad", "good"))
+    assert (cut.truncated, cut.examples[0].tokens) == (1, (1, 77))
+    batch = collate(data.examples)
+    assert (batch.labels.tolist(), batch.targets.tolist()) == ([1, 0], [1, 1])
+    numbers = [{"text": "a", "label": n} for n in (10, 9, 2)]
+    assert find_classes(write(path, *numbers)) == ("2", "9", "10")
+    assert find_classes(write(path, *({"text": "a", "label": n} for n in (True, False)))) == (
+        "false",
+        "true",
+    )
+
+
+BAD_LABELS = {
+    "no label": ({"text": "a"}, "no label"),
+    "a number that is not whole": ({"text": "a", "label": 0.5}, "no label"),
+    "an empty one": ({"text": "a", "label": ""}, "no label"),
+    "unknown": ({"text": "a", "label": "ugly"}, "'ugly' is none that was trained on"),
+    "no text": ({"label": "good"}, "'text' is missing"),
+    "nothing to read": ({"text": "", "label": "good"}, "holds no token"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LABELS)
+def test_a_bad_label_is_reported_with_its_line(path: Path, kind: str) -> None:
+    row, message = BAD_LABELS[kind]
+    write(path, *LABELLED, row)
+    with pytest.raises(UserInputError, match=message) as caught:
+        load_examples(path, Truncating(), max_length=8, classes=("bad", "good"))
+    assert str(caught.value.where).endswith("data.jsonl:3")
+
+
+def test_classes_that_cannot_be_told_apart_are_refused(path: Path) -> None:
+    with pytest.raises(UserInputError, match=r"same label \(good\)"):
+        find_classes(write(path, *LABELLED[:1] * 3))
+    with pytest.raises(UserInputError, match=r"there is none"):
+        find_classes(write(path, ""))
+    with pytest.raises(UserInputError, match="a text in one line"):
+        find_classes(write(path, {"text": "a", "label": 1}, {"text": "a", "label": "1"}))
+
+
+def of_lengths(*lengths: int) -> list[Example]:
+    return [Example((i,) * n, (i,) * n) for i, n in enumerate(lengths)]
+
+
+def test_by_length_pads_less_and_takes_every_example_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    examples = of_lengths(*torch.randint(2, 60, (90,), generator=generator).tolist())
+    wasted = {}
+    for by_length in (False, True):
+        batches = Batches(examples, batch_size=8, seed=1, by_length=by_length)
+        assert len(batches) == 11
+        epoch = [batches.at(step) for step in range(11)]
+        seen = [int(i) for batch in epoch for i in batch.input_ids[:, 0]]
+        assert len(set(seen)) == len(seen) == 88
+        wasted[by_length] = sum(int((b.attention_mask == 0).sum()) for b in epoch)
+        widths = [b.input_ids.shape[1] for b in epoch]
+        assert widths not in (sorted(widths), sorted(widths, reverse=True))
+        again = Batches(examples, batch_size=8, seed=1, by_length=by_length)
+        for step in (17, 3, 25):  # in any order, and whatever was asked for before
+            assert torch.equal(again.at(step).input_ids, batches.at(step).input_ids)
+    assert wasted[True] < 0.25 * wasted[False]
+
+
+def test_batches_that_are_made_are_taken_as_they_are() -> None:
+    examples = of_lengths(*range(2, 14))
+    batches = Batches(examples, batch_size=4, seed=1, by_length=True)
+    found = batch_at(batches, 5, batch_size=4, seed=1)
+    assert torch.equal(found.input_ids, batches.at(5).input_ids)
+    with pytest.raises(UserInputError, match="size 4 and seed 1, not 4 and 2"):
+        batch_at(batches, 5, batch_size=4, seed=2)
+    with pytest.raises(UserInputError, match="no example"):
+        Batches([], batch_size=4, seed=1)
 
 
 def test_an_epoch_takes_every_example_once() -> None:

@@ -1,0 +1,137 @@
+"""Training examples and batches of them: plain values, tokenized."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a position that carries no loss."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example.
+
+    Attributes:
+        tokens: Token ids.
+        labels: The token to predict *at* each position, or `IGNORED`; as long as `tokens`. The
+            model predicts label t from the tokens before t. Empty where there is a `label`.
+        source: Token ids for the encoder of a model that has one; `tokens` are then its decoder's.
+        label: The class of the whole text, of a classification task.
+        parts: Lengths of the examples that were packed into this one; empty where it is one.
+    """
+
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...]
+    source: tuple[int, ...] = ()
+    label: int | None = None
+    parts: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """How many positions it takes in a batch."""
+        return max(len(self.tokens), len(self.source))
+
+    @property
+    def learns(self) -> bool:
+        """Whether any position carries loss; the first one has nothing to be predicted from."""
+        return self.label is not None or any(label != IGNORED for label in self.labels[1:])
+
+
+class Examples(Sequence[Example]):
+    """Examples that are made when they are asked for, and know their lengths before that."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Tensor:
+        """`Example.length` of each, `[n]` int64."""
+
+    @abstractmethod
+    def take(self, indices: Sequence[int]) -> list[Example]:
+        """The examples at some positions."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[Example]:
+        step = 256
+        for start in range(0, len(self), step):
+            yield from self[start : start + step]
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return self.take(range(len(self))[index])
+        return self.take([range(len(self))[index]])[0]
+
+
+def lengths_of(examples: Sequence[Example]) -> Tensor:
+    """`Example.length` of each, `[n]` int64."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return torch.tensor([example.length for example in examples], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded tensors of B examples.
+
+    Attributes:
+        input_ids: `[B, T]` int64.
+        attention_mask: `[B, T]` int64, 0 where padding, else the number, from 1, of the example
+            that the token belongs to: 1 everywhere but in packed rows.
+        labels: `[B, T]` int64, `IGNORED` where there is no loss; `[B]` of a classification task.
+        source: Token ids and attention mask `[B, S]` for the encoder of a model that has one.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    source: tuple[Tensor, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are no padding; of the decoder, where there is an encoder."""
+        return int((self.attention_mask != 0).sum())
+
+    @property
+    def targets(self) -> Tensor:
+        """How many labels of each row carry loss, `[B]`."""
+        if self.labels.dim() == 1:
+            return torch.ones_like(self.labels)
+        return (self.labels[:, 1:] != IGNORED).sum(1)
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Right-pad examples to the longest of them."""
+    input_ids = _pad([e.tokens for e in examples], 0)
+    mask = _pad([_owners(e.parts or (len(e.tokens),)) for e in examples], 0)
+    source: tuple[Tensor, ...] = ()
+    if examples[0].source:
+        rows = [e.source for e in examples]
+        source = _pad(rows, 0), _pad([(1,) * len(row) for row in rows], 0)
+    if examples[0].label is not None:
+        return Batch(input_ids, mask, torch.tensor([e.label for e in examples]), source)
+    return Batch(input_ids, mask, _pad([e.labels for e in examples], IGNORED), source)
+
+
+def _owners(parts: Sequence[int]) -> list[int]:
+    """For each token the number of the part that it is in, from 1."""
+    return [number for number, size in enumerate(parts, start=1) for _ in range(size)]
+
+
+def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Rows `[B, T]` int64, filled on the right to the longest."""
+    values = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        values[index, : len(row)] = torch.tensor(row)
+    return values

@@ -1,0 +1,261 @@
+"""One line of a JSON lines file as a training example.
+
+==================================  ===========================================================
+`{"prompt": …, "completion": …}`    loss on the completion
+`{"messages": [{role, content}]}`   loss on the assistant's turns, by the model's chat template
+`{"text": …}`                       loss on every token
+`{"input_ids": […], "labels": […]}` for models without a tokenizer; `labels` may be left out
+`{"text": …, "label": …}`           of a classification task
+==================================  ===========================================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.training.examples import IGNORED, Example
+
+COMPLETIONS, EVERYTHING = "completions", "everything"
+LEARN = (COMPLETIONS, EVERYTHING)
+"""What of a prompt with its completion, or of a chat, carries loss."""
+
+_KINDS = ("input_ids", "messages", "completion", "text")
+"""The field that says of which kind a line is."""
+_CUT_AT_END = ("input_ids", "text")
+"""Kinds that lose their end where they are too long; the others lose their beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineReader:
+    """Makes examples of lines.
+
+    Attributes:
+        tokenizer: Of the model; None where the lines hold token ids.
+        max_length: The most tokens of an example (and as many for the encoder).
+        decoder_start: The token that the decoder of an encoder-decoder model begins with: prompts
+            are then for the encoder, completions for the decoder. None: there is no encoder.
+        learn: `completions`, or `everything` for loss on prompts too.
+        classes: Names of the classes of a classification task, in the order of the logits; None:
+            the task is to predict tokens.
+    """
+
+    tokenizer: Any
+    max_length: int
+    decoder_start: int | None = None
+    learn: str = COMPLETIONS
+    classes: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise UserInputError(f"max_length is {self.max_length}", hint="use 2 or more")
+        if self.learn not in LEARN:
+            raise UserInputError(f"learn is {self.learn!r}", hint=f"use one of {', '.join(LEARN)}")
+
+    def read(self, line: str, where: str) -> tuple[Example, bool]:
+        """The example of a line, cut to fit, and whether it was cut.
+
+        Raises:
+            UserInputError: the line is malformed.
+        """
+        row = parse_line(line, where)
+        if self.classes is not None:
+            return self._read_labelled(row, self.classes, where)
+        if self.decoder_start is not None:
+            example, cut = self._read_pair(row, self.decoder_start, where), slice(self.max_length)
+        else:
+            kind = kind_of(row, where)
+            example = self._read_kind(kind, row, where)
+            at_end = kind in _CUT_AT_END
+            cut = slice(self.max_length) if at_end else slice(-self.max_length, None)
+        if example.length <= self.max_length:
+            return example, False
+        return Example(example.tokens[cut], example.labels[cut], example.source[cut]), True
+
+    def _read_kind(self, kind: str, row: dict[str, Any], where: str) -> Example:
+        if kind == "input_ids":
+            return _from_ids(row, where)
+        if self.tokenizer is None:
+            raise UserInputError(
+                "the model has no tokenizer to read text with",
+                where=where,
+                hint='give token ids: {"input_ids": […]}, or a model folder with tokenizer',
+            )
+        if kind == "text":
+            return _from_text(row, self.tokenizer, where)
+        read = _from_messages if kind == "messages" else _from_completion
+        example = read(row, self.tokenizer, where)
+        if self.learn == EVERYTHING and example.learns:
+            return Example(example.tokens, example.tokens)
+        return example
+
+    def _read_pair(self, row: Any, decoder_start: int, where: str) -> Example:
+        """Text for the encoder, and what the decoder makes of it, each as the tokenizer ends it."""
+        known = isinstance(row, dict) and {"prompt", "completion"} <= set(row)
+        if not known or self.tokenizer is None:
+            raise UserInputError(
+                "a model with an encoder learns from text to text",
+                where=where,
+                hint='use {"prompt": "…", "completion": "…"}, and a model that brings its '
+                "tokenizer",
+            )
+        source = _encode(self.tokenizer, _string(row, "prompt", where))
+        target = _encode(self.tokenizer, _string(row, "completion", where))
+        if not source:
+            raise UserInputError("the prompt holds no token", where=where)
+        end = _end(self.tokenizer)
+        if target[-1:] != end:  # not every tokenizer writes it
+            target += end
+        return Example((decoder_start, *target), (IGNORED, *target), tuple(source))
+
+    def _read_labelled(
+        self, row: Any, classes: tuple[str, ...], where: str
+    ) -> tuple[Example, bool]:
+        name, text = class_name(row, where), _string(row, "text", where)
+        if name not in classes:
+            raise UserInputError(
+                f"the label {name!r} is none that was trained on",
+                where=where,
+                hint=f"known: {', '.join(classes)}",
+            )
+        if self.tokenizer is None:
+            raise UserInputError("the model has no tokenizer to read text with", where=where)
+        tokens = _encode(self.tokenizer, text)
+        cut = len(tokens) > self.max_length
+        if cut:  # by the tokenizer, which keeps the token that ends a text
+            limits = {"truncation": True, "max_length": self.max_length}
+            tokens = list(self.tokenizer(text, **limits).input_ids)
+        if not tokens:
+            raise UserInputError("the text holds no token", where=where)
+        return Example(tuple(tokens), (), label=classes.index(name)), cut
+
+
+def parse_line(line: str, where: str) -> Any:
+    """The JSON value of a line.
+
+    Raises:
+        UserInputError: it is no JSON.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserInputError(f"the line is not valid JSON: {error}", where=where) from error
+
+
+def kind_of(row: Any, where: str) -> str:
+    """The field that says of which kind a line is.
+
+    Raises:
+        UserInputError: it is of none, or of two.
+    """
+    found = [kind for kind in _KINDS if isinstance(row, dict) and kind in row]
+    if len(found) == 1:
+        return found[0]
+    raise UserInputError(
+        f"the line has {' and '.join(found)}: which of them is meant?"
+        if found
+        else "the line has none of the known forms",
+        where=where,
+        hint='use one of {"text"}, {"prompt", "completion"}, {"messages"} and {"input_ids"}',
+    )
+
+
+def class_name(row: Any, where: str) -> str:
+    """The label of a line of a classification task, as text.
+
+    Raises:
+        UserInputError: there is none, or it is no text and no whole number.
+    """
+    label = row.get("label") if isinstance(row, dict) else None
+    if isinstance(label, str) and label:
+        return label
+    if isinstance(label, int):  # true and false too
+        return json.dumps(label)
+    raise UserInputError(
+        "the line has no label",
+        where=where,
+        hint='a classification task learns from {"text": "…", "label": "…"}; labels are texts or '
+        "whole numbers",
+    )
+
+
+def _from_ids(row: dict[str, Any], where: str) -> Example:
+    tokens, labels = row["input_ids"], row.get("labels", row["input_ids"])
+    valid = all(
+        isinstance(values, list) and all(isinstance(v, int) for v in values)
+        for values in (tokens, labels)
+    )
+    if not valid or len(tokens) != len(labels):
+        raise UserInputError(
+            "input_ids and labels must be integer lists of one length", where=where
+        )
+    return Example(tuple(tokens), tuple(labels))
+
+
+def _from_text(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
+    tokens = _encode(tokenizer, _string(row, "text", where)) + _end(tokenizer)
+    return Example(tuple(tokens), tuple(tokens))
+
+
+def _from_completion(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
+    prompt = _encode(tokenizer, _string(row, "prompt", where))
+    completion = _encode(tokenizer, _string(row, "completion", where), special=False)
+    if not completion:
+        return Example(tuple(prompt), (IGNORED,) * len(prompt))
+    completion = completion + _end(tokenizer)
+    return Example((*prompt, *completion), (*[IGNORED] * len(prompt), *completion))
+
+
+def _from_messages(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
+    """Loss on the assistant's turns, found by rendering the template up to each of them."""
+    messages = row["messages"]
+    valid = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str)
+        for m in messages
+    )
+    if not valid or not messages:
+        raise UserInputError("messages must be a list of {role, content}", where=where)
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserInputError(
+            "the tokenizer has no chat template", where=where, hint="use prompt and completion"
+        )
+    tokens: list[int] = []
+    labels: list[int] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(tokenizer, messages[:index], prompt=True)
+        after = _render(tokenizer, messages[: index + 1], prompt=False)
+        if after[: len(before)] != before or before[: len(tokens)] != tokens:
+            raise UserInputError("the chat template rewrites earlier turns", where=where)
+        labels += [IGNORED] * (len(before) - len(labels)) + after[len(before) :]
+        tokens = after
+    if not tokens:
+        raise UserInputError("messages has no assistant turn to learn", where=where)
+    return Example(tuple(tokens), tuple(labels))
+
+
+def _render(tokenizer: Any, messages: Sequence[Any], *, prompt: bool) -> list[int]:
+    text = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=prompt
+    )
+    return _encode(tokenizer, text, special=False)
+
+
+def _encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special).input_ids)
+
+
+def _end(tokenizer: Any) -> list[int]:
+    end = tokenizer.eos_token_id
+    return [] if end is None else [int(end)]
+
+
+def _string(row: dict[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise UserInputError(f"the field {key!r} is missing or no text", where=where)
+    return value
