@@ -16,7 +16,7 @@ METHODS = ("minmax", "mse", "hqq", "gptq")
 """Each loses less than the one before it, in the output of a layer."""
 CALIBRATED = ("gptq",)
 """The methods that need calibration data."""
-POOLINGS = ("sum", "mean", "mean_times_groups")
+POOLINGS = ("sum", "mean", "mean_times_groups", "scaled_sum")
 INITS = ("zeros", "svd")
 BUDGET_UNITS = ("bits", "stored-bits", "megabytes")
 AUTO_GROUPS = (32, 64, 128)
@@ -32,7 +32,7 @@ FUSION_OPSETS = {"none": 18, "standard": 23, "ort": 22}
 compute MultiHeadAttention wrongly for masks that differ inside a batch."""
 FUSIONS = tuple(FUSION_OPSETS)
 
-Pooling = Literal["sum", "mean", "mean_times_groups"]
+Pooling = Literal["sum", "mean", "mean_times_groups", "scaled_sum"]
 
 S = TypeVar("S", bound="Spec")
 
@@ -188,7 +188,8 @@ class AdapterSpec(Spec):
             what it gains there, within `rank_budget`.
         alpha: Numerator of `scaling`, alpha / rank (or alpha / √rank with `use_rslora`).
         pooling: The convention behind f: `"sum"` 1 (the paper's Algorithm 1), `"mean"` 1/g (the
-            authors' code), `"mean_times_groups"` L/g (PEFT's `use_qalora`).
+            authors' code), `"mean_times_groups"` L/g (PEFT's `use_qalora`), `"scaled_sum"` 1/√g
+            (independent inputs keep their variance).
         group_size: Width of a pooling group; None takes the quantization group. It must be a
             multiple of the quantization group, or the adapter could not fold.
         use_rslora: Scale by alpha / √rank.
@@ -255,7 +256,12 @@ class AdapterSpec(Spec):
                 padded with zeros, so f is the same for every group.
             groups: L, the number of pooling groups.
         """
-        factors = {"sum": 1.0, "mean": 1.0 / group_size, "mean_times_groups": groups / group_size}
+        factors = {
+            "sum": 1.0,
+            "mean": 1.0 / group_size,
+            "mean_times_groups": groups / group_size,
+            "scaled_sum": group_size**-0.5,
+        }
         return factors[self.pooling]
 
 

@@ -233,11 +233,5 @@ def _check_trainable(program: Program, *datasets: Dataset | None) -> None:
         logits_of(program(*args, **kwargs))
     limit = min(token_limits(program).values(), default=None)
     for data in datasets:
-        for number, example in enumerate(data.examples if data is not None else (), start=1):
-            tokens = (*example.source, *example.tokens)
-            odd = [t for t in tokens if limit and not 0 <= t < limit]
-            if limit and odd:
-                raise UserInputError(
-                    f"example {number} holds the token {odd[0]}; the model knows 0 to {limit - 1}",
-                    hint="use the tokenizer that belongs to the model",
-                )
+        if data is not None and limit:
+            data.check_tokens(limit)

@@ -11,6 +11,7 @@ from qalora_compile.cli.quantized import number_or_auto
 from qalora_compile.config import INITS, POOLINGS, AdapterSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.checkpoint import KEPT
+from qalora_compile.training.data import find_files
 from qalora_compile.training.identity import file_digest
 from qalora_compile.training.log import REPORT_TO
 from qalora_compile.training.spec import PRECISIONS, SCHEDULES, FitSpec
@@ -129,8 +130,7 @@ def decisive_options(options: argparse.Namespace) -> dict[str, Any]:
     values = {name: v for name, v in vars(options).items() if name not in _FREE}
     for name in _FILES & values.keys():
         if values[name] is not None:
-            paths = [values[name]] if isinstance(values[name], str) else values[name]
-            values[name] = file_digest(paths)
+            values[name] = file_digest(find_files(values[name]))
     if Path(options.model).exists():
         values["model"] = str(Path(options.model).resolve())
     return values

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.plan import Site
-from qalora_compile.ir.program import ADAPTER_NAMES, Program
+from qalora_compile.ir.program import Program
 from qalora_compile.training.spec import FitSpec
 
 _BLOCK = 1 << 20
@@ -39,11 +39,8 @@ class Identity:
     def of(cls, program: Program, spec: FitSpec, *, data: str = "") -> Identity:
         """The identity of a training of `program`; reads all of its tensors once."""
         plan = {site.path: _row(site) for site in program.plan.weights_to_adapt()}
-        frozen = {
-            name: tensor
-            for name, tensor in program.tensors().items()
-            if name.rpartition(".")[2] not in ADAPTER_NAMES
-        }
+        trained = dict(program.named_adapter_parameters())
+        frozen = {n: tensor for n, tensor in program.tensors().items() if n not in trained}
         return cls(plan, _digest(frozen), spec.to_json(), data)
 
     def to_json(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import qalora_compile as qc
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.skeleton import skeleton_of
+from qalora_compile.config import POOLINGS
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.affine import dequantize, expand_groups, sum_groups
 from qalora_compile.ir.plan import Site
@@ -67,7 +68,7 @@ def lost(captured: qc.Program, quantized: qc.Program, path: str) -> Tensor:
 
 
 @given(
-    pooling=st.sampled_from(["sum", "mean", "mean_times_groups"]),
+    pooling=st.sampled_from(POOLINGS),
     bits=st.sampled_from([2, 3, 4, 8]),
     k=st.integers(1, 40),
     group=st.integers(1, 16),

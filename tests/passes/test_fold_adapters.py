@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import qalora_compile as qc
+from qalora_compile.config import POOLINGS
 from qalora_compile.errors import PostconditionError, PreconditionError
 from qalora_compile.ir.meta import move_site
 from qalora_compile.ir.spec import GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
@@ -45,7 +46,7 @@ def test_golden(golden: Golden) -> None:
 
 
 @given(
-    pooling=st.sampled_from(["sum", "mean", "mean_times_groups"]),
+    pooling=st.sampled_from(POOLINGS),
     bits=st.sampled_from([2, 3, 4, 8]),
     k=st.integers(1, 40),
     group=st.integers(1, 24),
@@ -191,7 +192,7 @@ def test_rank_and_alpha_fold_with_either_scaling(
         assert torch.allclose(moved[:, group], expected, rtol=1e-9, atol=1e-12)
 
 
-@given(factor=st.floats(-5, 5), pooling=st.sampled_from(["sum", "mean", "mean_times_groups"]))
+@given(factor=st.floats(-5, 5), pooling=st.sampled_from(POOLINGS))
 @settings(max_examples=10)
 def test_folding_is_linear_in_b(factor: float, pooling: str) -> None:
     x = torch.randn(2, 20, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 import qalora_compile as qc
+from qalora_compile.config import POOLINGS
 from qalora_compile.errors import (
     InternalError,
     PostconditionError,
@@ -43,7 +45,7 @@ def test_nothing_changes_at_the_start() -> None:
 
 
 @given(
-    pooling=st.sampled_from(["sum", "mean", "mean_times_groups"]),
+    pooling=st.sampled_from(POOLINGS),
     k=st.integers(1, 40),
     group=st.integers(1, 16),
     times=st.integers(1, 3),
@@ -62,7 +64,12 @@ def test_the_adapter_computes_its_formula(
     bare = quantized(model, x, group)
     parts = {n.rpartition(".")[2]: p.detach() for n, p in program.named_adapter_parameters()}
     chunks = x.split(pool, dim=-1)
-    factor = {"sum": 1.0, "mean": 1 / pool, "mean_times_groups": len(chunks) / pool}[pooling]
+    factor = {
+        "sum": 1.0,
+        "mean": 1 / pool,
+        "mean_times_groups": len(chunks) / pool,
+        "scaled_sum": 1 / math.sqrt(pool),
+    }[pooling]
     pooled = torch.stack([chunk.sum(-1) for chunk in chunks], dim=-1)
     scaling = 1.5 / (rank**0.5 if rslora else rank)
     update = scaling * factor * pooled @ parts["lora_A"].t() @ parts["lora_B"].t()
@@ -138,13 +145,14 @@ def test_an_adapter_that_does_not_start_at_zero_is_caught(monkeypatch: pytest.Mo
         qc.insert_adapters(quantized(MLP(16, 8), torch.randn(2, 16)))
 
 
-@pytest.mark.parametrize("pooling", ["sum", "mean", "mean_times_groups"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_starts_within_its_bound_and_b_at_zero(pooling: str) -> None:
     """±1 / (f √K): pooled by f, the entries are as large as those of a plain LoRA of width K."""
     program = quantized(MLP(100, 6), torch.randn(2, 100), group=16)
     after = qc.insert_adapters(program, qc.AdapterSpec(rank=64, pooling=pooling))
     lora_a, lora_b = (p.detach() for p in after.adapter_parameters())
-    factor = {"sum": 1.0, "mean": 1 / 16, "mean_times_groups": 7 / 16}[pooling]
+    factors = {"sum": 1.0, "mean": 1 / 16, "mean_times_groups": 7 / 16, "scaled_sum": 1 / 4}
+    factor = factors[pooling]
     bound = 1 / (factor * 10)
     assert lora_a.shape == (64, 7)
     assert 0.9 * bound < float(lora_a.abs().max()) <= bound * (1 + 1e-6)

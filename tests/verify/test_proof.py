@@ -15,6 +15,7 @@ from torch import nn
 
 import qalora_compile as qc
 from qalora_compile.api import lower
+from qalora_compile.config import POOLINGS
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.verify import Certificate, compare_structure
 from qalora_compile.verify.coefficients import compare_linears
@@ -123,7 +124,7 @@ def test_the_structure_alone_shows_two_lines() -> None:
     group=st.integers(3, 40),
     k=st.integers(1, 70),
     n=st.integers(1, 20),
-    pooling=st.sampled_from(["sum", "mean", "mean_times_groups"]),
+    pooling=st.sampled_from(POOLINGS),
     place=st.integers(0, 10**6),
 )
 @settings(max_examples=15)
