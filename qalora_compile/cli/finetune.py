@@ -14,7 +14,19 @@ from typing import Any
 import torch
 
 from qalora_compile.api import insert_adapters, quantize_groups
-from qalora_compile.capture.source import load_source
+from qalora_compile.cli.data_options import (
+    FORMS,
+    add_data_arguments,
+    arrange,
+    check_trainable,
+    data_rows,
+    excluded,
+    load_data,
+    load_model,
+    reading_record,
+    recorded_classes,
+    report_data,
+)
 from qalora_compile.cli.embeddings import (
     add_embedding_arguments,
     embedding_record,
@@ -42,6 +54,7 @@ from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import ADAPTERS_FILE, save_tensors, write_program
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
+from qalora_compile.training.batches import Batches
 from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.checkpoint import (
     list_checkpoints,
@@ -49,13 +62,13 @@ from qalora_compile.training.checkpoint import (
     save_checkpoint,
 )
 from qalora_compile.training.data import Dataset, load_examples
-from qalora_compile.training.evaluate import Metrics, evaluate, logits_of, program_forward
+from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
 from qalora_compile.training.fit import FitResult, FitSpec, StepReport, fit, make_optimizer
-from qalora_compile.verify.inputs import token_limits
 
 NAME = "finetune"
 SUMMARY = "train adapters on a model's own quantized weights; writes a RUN folder"
-EXAMPLES = """examples:
+EXAMPLES = (
+    """examples:
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run
   qalora-compile finetune model.gguf --data train.jsonl --eval-data test.jsonl --steps 200 --out run
   qalora-compile finetune my_package.models:build --data ids.jsonl --bits 3 --out run
@@ -65,13 +78,12 @@ EXAMPLES = """examples:
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits 3 --init svd
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits auto --budget 3.5
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --rank auto --rank-budget 1000000
+  qalora-compile finetune ./MiniLM --data reviews.jsonl --task classification --out run
+  qalora-compile finetune ./SmolLM2 --data 'chats/*.jsonl' --out run --batches packed
 
-data, one JSON object a line:
-  {"prompt": "2 + 2 =", "completion": " 4"}      loss on the completion; the only form for T5, BART
-  {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-  {"text": "…"}                                  loss on every token
-  {"input_ids": [1, 2, 3]}                       for models without a tokenizer
 """
+    + FORMS
+)
 
 _STATUS = ("training", "interrupted", "finished")
 
@@ -81,8 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="HF folder, .gguf file or package.mod:factory"
     )
-    parser.add_argument("--data", required=True, metavar="FILE", help="training data, JSON lines")
-    parser.add_argument("--eval-data", metavar="FILE", help="held-out data, JSON lines")
+    add_data_arguments(parser)
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
     quant = parser.add_argument_group("quantization")
     add_quant_arguments(quant, auto=True)
@@ -141,10 +152,12 @@ def run(options: argparse.Namespace) -> int:
         "model": job.record["model"],
         "quantized layers": len(job.program.plan.to_quantize()),
         "adapter parameters": sum(p.numel() for p in job.program.adapter_parameters()),
-        "examples": len(job.data.examples),
+        **data_rows(job.data, job.batches),
         "loss, first and last step": _ends(result),
         "held-out loss": _arrow(before, after, "loss"),
-        "held-out exact match": _arrow(before, after, "exact_match"),
+        "held-out accuracy" if job.data.classes else "held-out exact match": _arrow(
+            before, after, "exact_match"
+        ),
         "status": job.record["status"],
         "seconds": f"{time.monotonic() - started:.0f}",
         "written": str(out),
@@ -163,7 +176,9 @@ class _Job:
     """Everything that a started or resumed run works with."""
 
     program: Program
+    trained: Program
     data: Dataset
+    batches: Batches
     held_out: Dataset | None
     spec: FitSpec
     folder: Path
@@ -177,11 +192,8 @@ class _Job:
         for note in self.program.notes:
             shown.say(f"note: {note}")
         for name, data in (("data", self.data), ("held-out data", self.held_out)):
-            if data is not None and (data.truncated or data.skipped):
-                shown.say(
-                    f"note: {name}: {data.truncated} examples cut to fit, "
-                    f"{data.skipped} skipped (nothing to learn)"
-                )
+            if data is not None:
+                report_data(shown, name, data)
 
     def evaluate(self) -> Metrics | None:
         """Held-out metrics, where held-out data was given."""
@@ -196,25 +208,29 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     quant, adapter = _specs(options)
     embeddings = embedding_spec(options)
     shown.say(f"load {options.model}")
-    source = load_source(options.model)
-    data, held_out = _load_data(options, source.tokenizer, source.decoder_start)
+    source, classes = load_model(options)
+    data, held_out = load_data(options, source.tokenizer, source.decoder_start, classes)
     shown.say("capture")
     captured = source.capture()
-    _check_trainable(captured, data, held_out)
+    check_trainable(captured, classes, data, held_out)
     calls = _calibration(options, captured, data, source.tokenizer)
     with collecting_reports() as reports:
         program = quantize_groups(
             captured,
             quant,
             targets=options.targets or "all-linear",
-            exclude=options.exclude,
+            exclude=excluded(options, source),
             embeddings=embeddings,
             calibration=calls if _quantizes_by_data(options) else None,
         )
-    program = insert_adapters(program, adapter, source=captured, calibration=calls)
+    program = insert_adapters(
+        program, adapter, source=captured, calibration=calls, train=source.head
+    )
+    trained, batches = arrange(options, program, data, source.model)
     record = {
         "model": options.model,
-        "data": str(Path(options.data).resolve()),
+        "data": [str(Path(file.path).resolve()) for file in data.files],
+        "reading": reading_record(options, classes),
         "quant": quant.to_json(),
         "adapter": adapter.to_json(),
         "fit": spec.to_json(),
@@ -229,7 +245,8 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         save_description(source.model, folder)
         write_run_file(folder, record)
     optimizer = make_optimizer(program, spec)
-    return _Job(program, data, held_out, spec, out, record, 0, optimizer, tuple(reports))
+    parts = (program, trained, data, batches, held_out, spec, out, record)
+    return _Job(*parts, 0, optimizer, tuple(reports))
 
 
 def _calibration(
@@ -237,25 +254,16 @@ def _calibration(
 ) -> list[dict[str, Any]] | None:
     """Calls to quantize and to start for, where a file of them is given or an option needs them."""
     if options.calibration:
-        data = load_examples(options.calibration, tokenizer, max_length=options.seq_len)
-        _check_trainable(program, data)
+        data = load_examples(
+            options.calibration,
+            tokenizer,
+            max_length=options.seq_len,
+            classes=data.classes or None,
+        )
+        check_trainable(program, data.classes, data)
     elif not (_quantizes_by_data(options) or options.rank == AUTO or options.init == "svd"):
         return None
     return calibration_calls(program, data.examples, options.calibration_samples)
-
-
-def _load_data(
-    options: argparse.Namespace, tokenizer: Any, decoder_start: int | None
-) -> tuple[Dataset, Dataset | None]:
-    """Training data, and held-out data where there are any."""
-    data, held_out = (
-        load_examples(path, tokenizer, max_length=options.seq_len, decoder_start=decoder_start)
-        if path
-        else None
-        for path in (options.data, options.eval_data)
-    )
-    assert data is not None, "--data is required"
-    return data, held_out
 
 
 def _quantizes_by_data(options: argparse.Namespace) -> bool:
@@ -300,45 +308,24 @@ def _resume(options: argparse.Namespace, spec: FitSpec, out: Path) -> _Job:
                 where=str(out),
                 hint="give the options of the first call, or start a new run",
             )
-    tokenizer = load_tokenizer(out / TOKENIZER)
-    data, held_out = _load_data(options, tokenizer, record.get("decoder_start"))
+    tokenizer, classes = load_tokenizer(out / TOKENIZER), recorded_classes(options, record)
+    data, held_out = load_data(options, tokenizer, record.get("decoder_start"), classes)
     if len(data.examples) != record["examples"]:
         raise UserInputError(
             f"the run was started on {record['examples']} examples, the data now has "
             f"{len(data.examples)}",
-            where=options.data,
-            hint="give the file of the first call, or start a new run",
+            where=", ".join(options.data),
+            hint="give the files of the first call, or start a new run",
         )
-    _check_trainable(program, data, held_out)
+    check_trainable(program, classes, data, held_out)
+    trained, batches = arrange(options, program, data, out)
     optimizer = make_optimizer(program, spec)
     checkpoints = list_checkpoints(out / CHECKPOINTS)
     step = 0
     if checkpoints:
         restore_checkpoint(checkpoints[-1], program, optimizer, seed=spec.seed)
         step = checkpoints[-1].step
-    return _Job(program, data, held_out, spec, out, record, step, optimizer)
-
-
-def _check_trainable(program: Program, *datasets: Dataset | None) -> None:
-    """See, before anything is written, that the model gives logits and knows every token.
-
-    Raises:
-        UnsupportedError: it gives no logits.
-        UserInputError: a token is not in its vocabulary.
-    """
-    args, kwargs = program.example
-    with torch.no_grad():
-        logits_of(program(*args, **kwargs))
-    limit = min(token_limits(program).values(), default=None)
-    for data in datasets:
-        for number, example in enumerate(data.examples if data is not None else (), start=1):
-            tokens = (*example.source, *example.tokens)
-            odd = [t for t in tokens if limit and not 0 <= t < limit]
-            if limit and odd:
-                raise UserInputError(
-                    f"example {number} holds the token {odd[0]}; the model knows 0 to {limit - 1}",
-                    hint="use the tokenizer that belongs to the model",
-                )
+    return _Job(program, trained, data, batches, held_out, spec, out, record, step, optimizer)
 
 
 def _train(job: _Job, options: argparse.Namespace, shown: Steps) -> FitResult:
@@ -360,8 +347,8 @@ def _train(job: _Job, options: argparse.Namespace, shown: Steps) -> FitResult:
             return interrupted() and not last
 
         return fit(
-            job.program,
-            job.data.examples,
+            job.trained,
+            job.batches,
             job.spec,
             optimizer=job.optimizer,
             start_step=job.start_step,
