@@ -7,7 +7,7 @@ smaller ones where a format has no groups of its size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,15 +73,20 @@ class Layer:
 
     def cut(self, size: int) -> GroupAffine:
         """The same weight in groups of `size`, a divisor of `unit`: scales and offsets repeated."""
-        assert self.unit % size == 0, f"{self.name}: {size} does not divide {self.unit}"
         whole = self.affine()
-        k, times = self.site.k, min(self.group_size, self.site.k) // size
-        groups = group_count(k, size)
-        scale, offset = (
-            values.repeat_interleave(times, dim=1)[:, :groups].contiguous()
-            for values in (whole.scale, whole.offset)
-        )
+        scale, offset = (self._repeat(values, size) for values in (whole.scale, whole.offset))
         return GroupAffine(whole.codes, scale, offset, self.bits, size)
+
+    def _repeat(self, values: Tensor, size: int) -> Tensor:
+        """One value a group as one a smaller group; the tail group is as many as it holds."""
+        assert self.unit % size == 0, f"{self.name}: {size} does not divide {self.unit}"
+        k = self.site.k
+        times = min(self.group_size, k) // size
+        return values.repeat_interleave(times, dim=1)[:, : group_count(k, size)].contiguous()
+
+    def cut_zero_points(self, size: int) -> Tensor:
+        """`zero_points` of the smaller groups of `cut`."""
+        return self._repeat(self.zero_points(), size)
 
     def zero_points(self) -> Tensor:
         """The zero-points `[N, L]` as whole numbers, uint8.
@@ -102,6 +107,39 @@ class Layer:
                 "which hold them, or a training variant with whole zero-points",
             )
         return (-offset.double() / scale.double()).round().to(torch.uint8)
+
+
+Misfit = Callable[[Layer], str]
+"""Why a format cannot hold a layer on codes; empty if it can."""
+
+
+def refuse_if_none_fits(layers: tuple[Layer, ...], misfit: Misfit) -> None:
+    """A file of codes in which no weight is on codes is a mistake.
+
+    Raises:
+        UnsupportedError: the format can hold none of the layers.
+    """
+    if layers and all(map(misfit, layers)):
+        raise UnsupportedError(
+            f"the format can hold no layer on codes: {misfit(layers[0])}",
+            where=layers[0].name,
+            hint="quantize with other bits or --group-size, or use target float or safetensors",
+        )
+
+
+def refuse_turned(layers: tuple[Layer, ...], reader: str) -> None:
+    """Refuse weights that the model stores `[K, N]`, as GPT-2 does.
+
+    Raises:
+        UnsupportedError: there is one.
+    """
+    for layer in layers:
+        if layer.site.transposed:
+            raise UnsupportedError(
+                f"the model stores this weight as [K, N], which {reader} does not read on codes",
+                where=layer.name,
+                hint="target float or safetensors writes it",
+            )
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,12 @@ def write_float(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[
     Raises:
         UserInputError: float16 was asked for and cannot hold a value.
     """
-    dtype, writer, rows = DTYPES[spec.parameter_dtype], FolderWriter(folder), []
+    dtype, writer = DTYPES[spec.parameter_dtype], FolderWriter(folder)
+    rows = []
     for layer in track(checkpoint.layers, "write weights"):
         weight = layer.affine().dequantize()
-        name = f"{layer.name}{WEIGHT}"
         values = weight.t() if layer.site.transposed else weight
-        rows.append(add_float(writer, name, layer.name, values, dtype))
+        rows.append(add_float(writer, f"{layer.name}{WEIGHT}", layer.name, values, dtype))
     rows += add_floats(writer, checkpoint, dtype)
     changes = {} if checkpoint.description is None else {"dtype": spec.parameter_dtype}
     writer.finish(checkpoint.description, changes | checkpoint.untied())

@@ -25,6 +25,7 @@ from qalora_compile.exporters.checkpoint import (
     Checkpoint,
     Layer,
     check_half_range,
+    refuse_if_none_fits,
     stored_error,
 )
 from qalora_compile.exporters.gguf_metadata import (
@@ -99,7 +100,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, spec: ExportSpec) -> list[Sto
             hint="give the model: export_model(…, model=…), its folder or its .gguf file",
         )
     architecture = architecture_of(description)
-    _refuse_if_none_fits(checkpoint.layers)
+    refuse_if_none_fits(checkpoint.layers, _misfit)
     entries = list(_entries(checkpoint, description, architecture, spec))
     parameters = sum(entry.shape[0] * max(1, _columns(entry.shape)) for entry in entries)
     writer = gguf.GGUFWriter(path, architecture.name)
@@ -164,20 +165,6 @@ def _entries(
 def _kind(name: str) -> str:
     """`attn_q` of `blk.0.attn_q.weight`."""
     return name.split(".")[-2]
-
-
-def _refuse_if_none_fits(layers: tuple[Layer, ...]) -> None:
-    """A file of this format in which no weight is on codes is a mistake.
-
-    Raises:
-        UnsupportedError: no layer has groups that fit.
-    """
-    if layers and all(map(_misfit, layers)):
-        raise UnsupportedError(
-            f"no layer fits Q4_1: {_misfit(layers[0])}",
-            where=layers[0].name,
-            hint="quantize with bits 4, 3 or 2 and a group size that is a multiple of 32",
-        )
 
 
 class _Names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from qalora_compile.exporters.base import StoredTensor
 from qalora_compile.exporters.checkpoint import (
+    WEIGHT,
     Checkpoint,
     Layer,
+    Misfit,
     check_half_range,
     stored_error,
 )
 from qalora_compile.files import write_json
 from qalora_compile.ir.description import Description
+from qalora_compile.progress import track
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -106,6 +109,44 @@ class FolderWriter:
         write_json(self._folder / INDEX_FILE, index)
 
 
+def add_layers(
+    writer: FolderWriter,
+    layers: tuple[Layer, ...],
+    dtype: torch.dtype,
+    misfit: Misfit,
+    add: Callable[[Layer], StoredTensor],
+) -> Iterator[StoredTensor]:
+    """Add the layers on codes; as floats, with the reason, where the format cannot hold them so.
+
+    Args:
+        writer: Takes the tensors.
+        layers: Of a checkpoint.
+        dtype: Of floats.
+        misfit: Why a layer is written as floats.
+        add: Adds the tensors of a layer on codes.
+    """
+    for layer in track(layers, "write weights"):
+        remark = misfit(layer)
+        if not remark:
+            yield add(layer)
+            continue
+        weight = layer.affine().dequantize()
+        values = weight.t() if layer.site.transposed else weight
+        yield add_float(writer, f"{layer.name}{WEIGHT}", layer.name, values, dtype, remark)
+
+
+def check_parameters(layers: tuple[Layer, ...], dtype: torch.dtype, misfit: Misfit) -> None:
+    """Refuse scales and offsets that are beyond `dtype`.
+
+    Raises:
+        UserInputError: float16 cannot hold one.
+    """
+    for layer in layers:
+        if dtype == torch.float16 and not misfit(layer):
+            for what, values in zip(("scale", "offset"), layer.parameters(), strict=True):
+                check_half_range(layer.name, what, values)
+
+
 def add_floats(
     writer: FolderWriter, checkpoint: Checkpoint, dtype: torch.dtype
 ) -> Iterator[StoredTensor]:
@@ -141,12 +182,6 @@ def add_float(
     return stored_error(name, source, str(dtype).removeprefix("torch."), stored, values, remark)
 
 
-def common_shape(layers: tuple[Layer, ...], sizes: Mapping[str, int]) -> tuple[int, int]:
-    """The pair of bits and group size that most layers have.
-
-    Args:
-        layers: Of a checkpoint.
-        sizes: Group size that the format gives each of them, by name.
-    """
-    counts = Counter((layer.bits, sizes[layer.name]) for layer in layers if layer.name in sizes)
-    return counts.most_common(1)[0][0]
+def most_common(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The pair of bits and group size that most layers have."""
+    return Counter(shapes).most_common(1)[0][0]

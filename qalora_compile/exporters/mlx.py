@@ -6,28 +6,30 @@ and `biases` lie beside it; `config.json` says bits and group size, for each lay
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from qalora_compile.config import ExportSpec
-from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.base import EXACT, Capability, StoredTensor, rounds
 from qalora_compile.exporters.checkpoint import (
     WEIGHT,
     Checkpoint,
     Layer,
-    check_half_range,
+    refuse_if_none_fits,
+    refuse_turned,
     stored_affine,
 )
 from qalora_compile.exporters.hf_folder import (
     DTYPES,
     FolderWriter,
-    add_float,
     add_floats,
-    common_shape,
+    add_layers,
+    check_parameters,
+    most_common,
 )
-from qalora_compile.progress import track
+from qalora_compile.ir.packing import pack_words
 
 GROUPS = (128, 64, 32)
 """Group sizes that MLX has kernels for, largest first."""
@@ -57,59 +59,34 @@ def write_mlx(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[St
         UnsupportedError: a weight is stored `[K, N]` in the model, or no layer has groups that fit.
         UserInputError: float16 was asked for and cannot hold a value.
     """
-    dtype = DTYPES[spec.parameter_dtype]
-    sizes = _group_sizes(checkpoint.layers)
-    for layer in checkpoint.layers:
-        if dtype == torch.float16 and layer.name in sizes:
-            for what, values in zip(("scale", "offset"), layer.parameters(), strict=True):
-                check_half_range(layer.name, what, values)
-    writer, rows = FolderWriter(folder, tag="mlx"), []
-    for layer in track(checkpoint.layers, "write weights"):
-        if layer.name in sizes:
-            rows.append(_add_layer(writer, layer, sizes[layer.name], dtype))
-        else:
-            remark = f"groups of {layer.group_size} in rows of {layer.site.k} are none of MLX's"
-            name, values = f"{layer.name}{WEIGHT}", layer.affine().dequantize()
-            rows.append(add_float(writer, name, layer.name, values, dtype, remark))
+    dtype, layers = DTYPES[spec.parameter_dtype], checkpoint.layers
+    refuse_turned(layers, "mlx-lm")
+    refuse_if_none_fits(layers, _misfit)
+    check_parameters(layers, dtype, _misfit)
+    writer = FolderWriter(folder, tag="mlx")
+    add = partial(_add_layer, writer, dtype)
+    rows = [*add_layers(writer, layers, dtype, _misfit, add)]
     rows += add_floats(writer, checkpoint, dtype)
-    changes = {
-        "quantization": quantization(checkpoint.layers, sizes),
-        "dtype": spec.parameter_dtype,
-    }
+    changes = {"quantization": quantization(layers), "dtype": spec.parameter_dtype}
     writer.finish(checkpoint.description, changes | checkpoint.untied())
     return rows
 
 
-def _group_sizes(layers: tuple[Layer, ...]) -> dict[str, int]:
-    """The group size of each layer that MLX can hold on codes.
-
-    Raises:
-        UnsupportedError: a weight is stored `[K, N]`, or no layer fits.
-    """
-    for layer in layers:
-        if layer.site.transposed:
-            raise UnsupportedError(
-                "the model stores this weight as [K, N], and MLX's models turn it on loading",
-                where=layer.name,
-                hint="target float writes it as the model has it",
-            )
-    fitting = {layer.name: [g for g in GROUPS if layer.unit % g == 0] for layer in layers}
-    sizes = {name: groups[0] for name, groups in fitting.items() if groups}
-    if layers and not sizes:
-        raise UnsupportedError(
-            f"no layer has groups of {', '.join(map(str, GROUPS))} or of a multiple of them",
-            where=layers[0].name,
-            hint="quantize with --group-size 32, 64 or 128",
-        )
-    return sizes
+def _group_size(layer: Layer) -> int:
+    """The largest of MLX's sizes that the groups can be cut into; 0 if there is none."""
+    return next((size for size in GROUPS if layer.unit % size == 0), 0)
 
 
-def _add_layer(
-    writer: FolderWriter, layer: Layer, group_size: int, dtype: torch.dtype
-) -> StoredTensor:
+def _misfit(layer: Layer) -> str:
+    if _group_size(layer):
+        return ""
+    return f"groups of {layer.group_size} in rows of {layer.site.k} are none of MLX's"
+
+
+def _add_layer(writer: FolderWriter, dtype: torch.dtype, layer: Layer) -> StoredTensor:
+    group_size = _group_size(layer)
     affine = layer.cut(group_size)
-    row_bytes = layer.site.k * layer.bits // 8
-    words = affine.pack()[:, :row_bytes].contiguous().view(torch.uint32)
+    words = pack_words(affine.codes, layer.bits).view(torch.uint32)
     scale, offset = affine.scale.to(dtype), affine.offset.to(dtype)
     writer.add(f"{layer.name}{WEIGHT}", words)
     writer.add(f"{layer.name}.scales", scale)
@@ -118,14 +95,14 @@ def _add_layer(
     return stored_affine(layer.name, form, affine, scale, offset)
 
 
-def quantization(layers: tuple[Layer, ...], sizes: dict[str, int]) -> dict[str, object]:
+def quantization(layers: tuple[Layer, ...]) -> dict[str, object]:
     """What `config.json` says: bits and group size, and the layers that have others."""
-    bits, group_size = common_shape(layers, sizes)
+    shapes = {layer.name: (layer.bits, _group_size(layer)) for layer in layers}
+    bits, group_size = most_common(shape for shape in shapes.values() if shape[1])
     value: dict[str, object] = {"group_size": group_size, "bits": bits, "mode": "affine"}
-    for layer in layers:
-        size = sizes.get(layer.name)
-        if size is None:
-            value[layer.name] = False
-        elif (layer.bits, size) != (bits, group_size):
-            value[layer.name] = {"group_size": size, "bits": layer.bits, "mode": "affine"}
+    for name, shape in shapes.items():
+        if not shape[1]:
+            value[name] = False
+        elif shape != (bits, group_size):
+            value[name] = {"group_size": shape[1], "bits": shape[0], "mode": "affine"}
     return value

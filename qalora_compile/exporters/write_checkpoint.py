@@ -10,7 +10,15 @@ from typing import Any
 from qalora_compile import __version__
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UserInputError
-from qalora_compile.exporters import float_folder, gguf, mlx
+from qalora_compile.exporters import (
+    compressed_tensors,
+    float_folder,
+    gguf,
+    gptq,
+    hqq,
+    mlx,
+    own_folder,
+)
 from qalora_compile.exporters.base import Capability, ExportReport, StoredTensor
 from qalora_compile.exporters.checkpoint import Checkpoint, read_checkpoint
 from qalora_compile.files import atomic_files, atomic_folder, write_json
@@ -44,6 +52,14 @@ FORMATS = {
     "gguf": Format("llama.cpp", gguf.capabilities, gguf.write_gguf, ".gguf"),
     "mlx": Format("mlx-lm", mlx.capabilities, mlx.write_mlx),
     "float": Format("transformers", float_folder.capabilities, float_folder.write_float),
+    "hqq": Format("HQQ", hqq.capabilities, hqq.write_hqq),
+    "safetensors": Format("docs/formats.md", own_folder.capabilities, own_folder.write_own),
+    "gptq": Format("GPTQModel", gptq.capabilities, gptq.write_gptq),
+    "compressed-tensors": Format(
+        "compressed-tensors, vLLM",
+        compressed_tensors.capabilities,
+        compressed_tensors.write_compressed,
+    ),
 }
 
 

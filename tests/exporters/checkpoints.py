@@ -13,6 +13,7 @@ import qalora_compile as qc
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.packing import unpack_codes
 from qalora_compile.ir.plan import Site
+from qalora_compile.quantizers.whole import quantize_whole
 from tests.models import adapted, token_ids
 
 VOCABULARY, HIDDEN = 300, 64
@@ -70,8 +71,8 @@ def affine_of(program: qc.Program, site: Site) -> GroupAffine:
     assert site.bits is not None
     assert site.group_size is not None
     codes = unpack_codes(tensors[f"{site.path}.qweight"], site.bits, site.k)
-    parameters = (tensors[f"{site.path}.{part}"].detach() for part in ("scale", "offset"))
-    return GroupAffine(codes, *parameters, site.bits, site.group_size)
+    scale, offset = (tensors[f"{site.path}.{part}"].detach() for part in ("scale", "offset"))
+    return GroupAffine(codes, scale, offset, site.bits, site.group_size)
 
 
 def weight_of(program: qc.Program, site: Site) -> Tensor:
@@ -100,3 +101,19 @@ def write_tokenizer(folder: Path, *, digits: bool = True) -> Path:
         tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>"
     ).save_pretrained(folder)
     return folder
+
+
+def made_whole(program: qc.Program) -> qc.Program:
+    """The program with its layers quantized anew, to whole zero-points."""
+    tensors, changes = program.tensors(), {}
+    for site in program.plan.to_quantize():
+        assert site.bits is not None
+        assert site.group_size is not None
+        weight = weight_of(program, site)
+        affine = quantize_whole(weight, site.bits, site.group_size)
+        parts = (affine.pack(), affine.scale, affine.offset)
+        for part, tensor in zip(("qweight", "scale", "offset"), parts, strict=True):
+            tensors[f"{site.path}.{part}"] = tensor
+        changes[site.name] = {"whole": True}
+    plan = program.plan.update(changes)
+    return program.evolve(graph=program.copy_graph(), tensors=tensors, plan=plan)
