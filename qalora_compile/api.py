@@ -397,16 +397,7 @@ def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
                 hint="export the folded program instead",
             )
         return []
-    if program.stage in (FLOAT, ANNOTATED, ADAPTED) and not spec.allow_unfolded:
-        problem, command = (
-            ("its adapters are not folded", "fold first: qc.fold_adapters(program), or `fold RUN`")
-            if program.stage == ADAPTED
-            else ("it is not quantized", "quantize first: qc.quantize_groups(program)")
-        )
-        raise PreconditionError(
-            f"the program cannot be exported as it is: {problem}",
-            hint=f"{command}; or export it as it is with allow_unfolded=True (--allow-unfolded)",
-        )
+    _require_complete(program, spec)
     steps: list[Pass] = [WidenHalves()] if needs_widening(program) else []
     if program.stage not in (FLOAT, ANNOTATED):
         wide = any(site.whole and site.bits == 8 for site in program.plan)
@@ -418,6 +409,29 @@ def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
     if spec.fusion == "ort":
         steps += [FuseSkipNorm(), FuseMultiHead()]
     return steps
+
+
+def _require_complete(program: Program, spec: ExportSpec) -> None:
+    """Refuse a program whose adapters are not folded, or that is not quantized.
+
+    Raises:
+        PreconditionError: it is one of them, and the specification does not allow that.
+    """
+    if program.stage not in (FLOAT, ANNOTATED, ADAPTED) or spec.allow_unfolded:
+        return
+    problem, command = (
+        ("its adapters are not folded", "fold first: qc.fold_adapters(program), or `fold RUN`")
+        if program.stage == ADAPTED
+        else ("it is not quantized", "quantize first: qc.quantize_groups(program)")
+    )
+    as_it_is = (
+        ""
+        if spec.is_checkpoint
+        else ("; or export it as it is with allow_unfolded=True (--allow-unfolded)")
+    )
+    raise PreconditionError(
+        f"the program cannot be exported as it is: {problem}", hint=f"{command}{as_it_is}"
+    )
 
 
 def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
@@ -448,26 +462,62 @@ def export_model(
     spec: ExportSpec | None = None,
     *,
     resume: str | None = None,
+    model: nn.Module | str | Path | None = None,
+    tokenizer: str | Path | None = None,
 ) -> ExportReport:
-    """Lower a folded (or quantized) program and write it as one ONNX file.
+    """Write a folded (or quantized) program as one ONNX file, or as another library's checkpoint.
 
     Args:
         program: Folded; quantized without adapters is complete as well.
-        path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` beside it.
+        path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` beside it. For target
+            `"gguf"` a `.gguf` file, for other checkpoints a folder.
         spec: Target and options; None takes target `ort`.
         resume: A short key of all that determines the file, for models that take long to write: a
-            run with the same key that was interrupted is gone on with.
+            run with the same key that was interrupted is gone on with. Of ONNX files only.
+        model: For checkpoints: the transformers model that the program was made from, its folder
+            (`config.json`), or its `.gguf` file. Its weights are not read. Targets `"float"` and
+            `"safetensors"` do without, and then write no `config.json`.
+        tokenizer: For checkpoints: folder with the tokenizer's files; by default that of `model`.
 
     Raises:
-        UserInputError: the file exists and `overwrite` is false, or its name does not end in .onnx.
+        UserInputError: the file exists and `overwrite` is false, its name does not fit the target,
+            or a value is beyond the format.
         PreconditionError: see `lower`.
-        UnsupportedError: an operator or dtype has no form in the target.
+        UnsupportedError: an operator, dtype or property has no form in the target.
     """
+    spec, path = spec or ExportSpec(), Path(path)
+    if spec.is_checkpoint:
+        if resume is not None:
+            raise UserInputError(f"resume is given for target {spec.target}", hint="leave it out")
+        return _export_checkpoint(program, path, spec, model, tokenizer)
     from qalora_compile.exporters.onnx import write_onnx
 
-    spec, path = spec or ExportSpec(), Path(path)
+    if model is not None or tokenizer is not None:
+        raise UserInputError(
+            f"model and tokenizer are given for target {spec.target}",
+            hint="an ONNX file holds neither: leave them out",
+        )
     if path.suffix != ".onnx":
         raise UserInputError(f"{path} does not end in .onnx", where=str(path))
     check_output(path, overwrite=spec.overwrite)
     spec = complete_spec(program, spec)
     return write_onnx(lower(program, spec), path, spec, resume=resume)
+
+
+def _export_checkpoint(
+    program: Program,
+    path: Path,
+    spec: ExportSpec,
+    model: nn.Module | str | Path | None,
+    tokenizer: str | Path | None,
+) -> ExportReport:
+    from qalora_compile.capture.description import describe
+    from qalora_compile.exporters.write_checkpoint import check_path, write_checkpoint
+
+    check_path(path, spec)
+    check_output(path, overwrite=spec.overwrite)
+    _require_complete(program, spec)
+    if model is None and tokenizer is not None:
+        raise UserInputError("a tokenizer is given without a model", hint="give model=…")
+    description = None if model is None else describe(model, tokenizer=tokenizer)
+    return write_checkpoint(program, path, spec, description)

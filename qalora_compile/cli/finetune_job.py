@@ -163,7 +163,9 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     with atomic_folder(out, overwrite=options.overwrite) as folder:
         write_program(program, folder)
         save_tokenizer(source.tokenizer, folder)
-        save_description(source.model, folder)
+        save_description(
+            source.model, folder, Path(source.reference) if source.kind == "gguf" else None
+        )
         write_run_file(folder, record)
     return _Begun(program, data, held_out, tuple(reports))
 

@@ -1,4 +1,4 @@
-"""`verify`: compare two of RUN, FOLDED, DIR and .onnx: on inputs, node by node, or by proof."""
+"""`verify`: compare RUN, FOLDED, DIR, .onnx, .gguf: on inputs, node by node, or by proof."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   qalora-compile verify folded edge --max-rel 1e-4 --inputs 8
   qalora-compile verify folded edge --max-rel 1e-4 --library     on the fused kernels
   qalora-compile verify folded edge/model.onnx --max-abs 1e-3 --json
+  qalora-compile verify folded edge/model.gguf --max-rel 1e-2    read back by its own library
   qalora-compile verify folded edge --prove --certificate equal.json
   qalora-compile verify --certificate equal.json                 again later, without torch
   qalora-compile verify folded edge --numeric                    node by node, without a tolerance
@@ -32,7 +33,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("a", metavar="A", nargs="?", help="RUN, FOLDED, DIR or .onnx")
+    parser.add_argument("a", metavar="A", nargs="?", help="RUN, FOLDED, DIR, .onnx or .gguf")
     parser.add_argument("b", metavar="B", nargs="?", help="likewise; one of them RUN or FOLDED")
     parser.add_argument("--max-abs", type=float, metavar="F", help="largest difference admitted")
     parser.add_argument(
@@ -270,7 +271,23 @@ def _load(text: str) -> Program | Path:
     from qalora_compile.ir.storage import PROGRAM_FILE
 
     path = Path(text)
-    return Program.load(path) if (path / PROGRAM_FILE).exists() else path
+    if (path / PROGRAM_FILE).exists():
+        return Program.load(path)
+    return _read_back(path) if _is_checkpoint(path) else path
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a path is a GGUF file, or a folder with one, or one of a float model's weights."""
+    return path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors")))
+
+
+def _read_back(path: Path) -> Program:
+    """A checkpoint as transformers reads it, every linear map with its own row."""
+    from qalora_compile.capture.source import load_source
+    from qalora_compile.passes.pipeline import Pipeline
+
+    captured = load_source(str(path)).capture()
+    return Pipeline.parse("canonicalize-pointwise,annotate-linears")(captured).program
 
 
 def _show(report: Report, options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 CODES_PER_WORD = 8
+_WORD_BITS = 32
 _CHUNK_ELEMENTS = 1 << 21
 """Rows of about so many codes are packed at a time: the arithmetic takes 24 bytes a code."""
 
@@ -52,6 +53,14 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     word = (words << shifts).sum(-1, keepdim=True)
     byte_shifts = torch.arange(bits, device=codes.device) * 8
     return ((word >> byte_shifts) & 0xFF).to(torch.uint8).reshape(n, -1)
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """The same bit stream in words: `[N, K]` to `[N, ceil(K · bits / 32)]` int32, little endian."""
+    words = -(-codes.shape[1] * bits // _WORD_BITS)
+    stream = pack_codes(codes.contiguous(), bits)
+    padded = functional.pad(stream, (0, max(0, words * 4 - stream.shape[1])))
+    return padded[:, : words * 4].contiguous().view(torch.int32)
 
 
 def unpack_codes(packed: Tensor, bits: int, k: int) -> Tensor:
