@@ -125,7 +125,7 @@ def _coding(
             )
         kept = keep_codes(annotated, stored)
         quantize = dataclasses.replace(quantize, stored=kept.weights)
-        return ([kept.choices] if kept.weights else []) + [quantize], kept.reasons
+        return [*kept.steps, quantize], kept.reasons
     if spec.bits == AUTO and calls is not None:
         assign, reasons = choose_bits(annotated, quantize, calls)
         return [assign, quantize], reasons

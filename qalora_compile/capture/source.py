@@ -75,13 +75,15 @@ class Source:
         return capture_model(self.model, self.args, self.kwargs)
 
 
-def load_source(reference: str) -> Source:
+def load_source(reference: str, *, zero_points: str | None = None) -> Source:
     """Load a model by reference.
 
     Args:
         reference: A folder with `config.json` and safetensors, a `.gguf` file, or
             `package.module:factory`, where the factory takes no argument and returns
             `(model, example_args, example_kwargs)`.
+        zero_points: How a GPTQ checkpoint stores its zero-points, where its tag is wrong or says
+            nothing: `"v1"`, `"v2"`, `"float"` or `"offset"` (`capture.stored.gptq`).
 
     Raises:
         UserInputError: nothing is there, a file is truncated or malformed, or the factory fails.
@@ -89,7 +91,7 @@ def load_source(reference: str) -> Source:
     """
     path = Path(reference)
     if path.is_dir():
-        return _load_folder(reference, path)
+        return _load_folder(reference, path, zero_points)
     if path.suffix == ".gguf":
         return _load_gguf(reference, path)
     if _FACTORY.fullmatch(reference):
@@ -135,9 +137,9 @@ def unreadable(path: Path, error: Exception) -> UserInputError:
     )
 
 
-def _load_folder(reference: str, path: Path) -> Source:
+def _load_folder(reference: str, path: Path, zero_points: str | None) -> Source:
     check_safetensors(path)
-    stored = load_stored(path) if is_quantized(path) else None
+    stored = load_stored(path, zero_points=zero_points) if is_quantized(path) else None
     model = _load_float(path) if stored is None else stored.model
     source = _language_model(reference, "huggingface", model, load_folder_tokenizer(path))
     if stored is None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qalora_compile.capture.source import Source
+from qalora_compile.capture.stored.gptq import ZERO_POINTS
 from qalora_compile.cli.alike import pattern_of, ranges_of
 from qalora_compile.cli.ui import Steps, print_table
 from qalora_compile.config import AUTO, BUDGET_UNITS, METHODS, SUPPORTED_BITS, QuantSpec
@@ -49,6 +50,12 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
         choices=METHODS,
         help=f"how codes are chosen, default {_DEFAULT.method}; the last is best",
     )
+    if auto:
+        group.add_argument(
+            "--zero-points",
+            choices=ZERO_POINTS,
+            help="how a GPTQ checkpoint stores them, where its tag is wrong or says nothing",
+        )
     group.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
     group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="to keep")
 

@@ -25,11 +25,22 @@ class StoredWeight:
 
     Attributes:
         affine: Its codes, `[N, K]`, scales and offsets.
+        order: Where groups of columns lie apart in the weight: column `order[i]` of the weight is
+            column i of the codes, `[K]` int64. None: they are as in the weight.
         form: How the checkpoint names that form, for example `Q4_1`.
     """
 
     affine: GroupAffine
     form: str
+    order: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The weight, `[N, K]`, its columns where they belong."""
+        if self.order is None:
+            return self.affine.dequantize()
+        weight = torch.empty(self.affine.shape, dtype=self.affine.scale.dtype)
+        weight[:, self.order] = self.affine.dequantize()
+        return weight
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class _Place:
     row: int
 
 
-_Kind = tuple[int, int, int, str]
+_Kind = tuple[int, int, int, str, bytes]
 
 
 class StoredCodes:
@@ -54,21 +65,17 @@ class StoredCodes:
         """How many tensors there are."""
         return len(self._tensors)
 
-    def add(self, affine: GroupAffine, form: str) -> None:
-        """Take the codes of one tensor.
-
-        Args:
-            affine: Float32 scale and offset.
-            form: See `StoredWeight`.
+    def add(self, stored: StoredWeight) -> None:
+        """Take the codes of one tensor; scale and offset are float32.
 
         Raises:
             UserInputError: the codes are not valid (`GroupAffine.validate`).
         """
-        stored = StoredWeight(affine.validate(), form)
+        stored.affine.validate()
         places = self._rows[_kind(stored)]
         number = len(self._tensors)
         self._tensors.append(stored)
-        for row, key in enumerate(_row_keys(affine.dequantize())):
+        for row, key in enumerate(_row_keys(stored.dequantize())):
             places.setdefault(key, _Place(number, row))
 
     def find(self, matrix: Tensor) -> StoredWeight | None:
@@ -86,7 +93,7 @@ class StoredCodes:
             places = [known[key] for key in keys if key in known]
             if len(places) == len(keys):
                 found = self._gather(places)
-                if torch.equal(found.affine.dequantize(), matrix):
+                if torch.equal(found.dequantize(), matrix):
                     return found
         return None
 
@@ -107,13 +114,14 @@ class StoredCodes:
         affine = replace(
             first.affine, codes=rows("codes"), scale=rows("scale"), offset=rows("offset")
         )
-        return StoredWeight(affine, first.form)
+        return StoredWeight(affine, first.form, first.order)
 
 
 def _kind(stored: StoredWeight) -> _Kind:
-    """K, bits, group size and form: rows of one kind make one matrix."""
+    """K, bits, group size, form and order: rows of one kind make one matrix."""
     affine = stored.affine
-    return affine.codes.shape[1], affine.bits, affine.group_size, stored.form
+    order = b"" if stored.order is None else stored.order.numpy().tobytes()
+    return affine.codes.shape[1], affine.bits, affine.group_size, stored.form, order
 
 
 def _row_keys(matrix: Tensor) -> list[int]:

@@ -58,6 +58,18 @@ def unpack_stream(raw: Tensor, bits: int, count: int) -> Tensor:
     return torch.from_numpy(np.packbits(each, axis=2, bitorder="little")[..., 0])
 
 
+def take(tensors: Tensors, module: str, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a module by the names of its parts.
+
+    Raises:
+        UserInputError: one is missing; it is named.
+    """
+    missing = next((part for part in parts if f"{module}.{part}" not in tensors), None)
+    if missing is not None:
+        raise UserInputError(f"the checkpoint has no tensor {module}.{missing}", where=module)
+    return {part: tensors[f"{module}.{part}"] for part in parts}
+
+
 def check_shapes(name: str, codes: Tensor, group_size: int, **parts: Tensor) -> None:
     """Scales and what goes with them have one value for each row and group, `[N, L]`.
 

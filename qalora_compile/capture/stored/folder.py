@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from qalora_compile.capture.skeleton import model_class
+from qalora_compile.capture.stored.awq import decode_awq
 from qalora_compile.capture.stored.base import Decoded, Reader
+from qalora_compile.capture.stored.gptq import decode_gptq
 from qalora_compile.capture.stored.hqq import decode_hqq
 from qalora_compile.capture.stored.mlx import KEY as MLX
 from qalora_compile.capture.stored.mlx import decode_mlx
@@ -22,7 +25,7 @@ from qalora_compile.ir.storage import load_tensors
 from qalora_compile.ir.stored_codes import StoredCodes
 
 HF = "quantization_config"
-_METHODS: dict[str, Reader] = {"hqq": decode_hqq}
+_METHODS: dict[str, Reader] = {"awq": decode_awq, "gptq": decode_gptq, "hqq": decode_hqq}
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ def is_quantized(folder: Path) -> bool:
     return MLX in config or HF in config
 
 
-def load_stored(folder: Path) -> StoredModel:
+def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
     """Read a quantized checkpoint.
 
     Args:
         folder: `config.json` with `quantization` (MLX) or `quantization_config`, and safetensors.
+        zero_points: How a GPTQ checkpoint stores its zero-points (`gptq.ZERO_POINTS`), where its
+            tag is wrong or says nothing; None: by tag and numbers.
 
     Raises:
         UserInputError: a tensor is missing, broken, or fits neither the others nor the model.
@@ -55,25 +60,33 @@ def load_stored(folder: Path) -> StoredModel:
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_tensors(path)
     try:
-        decoded = _reader(config)(tensors, config)
+        decoded = _reader(config, zero_points)(tensors, config)
     except (UserInputError, UnsupportedError) as error:
         error.where = f"{folder}: {error.where}" if error.where else str(folder)
         raise
     rest = {name: t for name, t in tensors.items() if name not in decoded.used}
     codes = StoredCodes()
     for stored in decoded.weights.values():
-        codes.add(stored.affine, stored.form)
+        codes.add(stored)
     model = _build(folder, config, decoded, rest)
     return StoredModel(model, codes, decoded.notes + _widening(rest))
 
 
-def _reader(config: Mapping[str, Any]) -> Reader:
+def _reader(config: Mapping[str, Any], zero_points: str | None) -> Reader:
     """The reader of what `config.json` names.
 
     Raises:
         UnsupportedError: there is none.
+        UserInputError: `zero_points` is said of another method than GPTQ.
     """
     method = str((config.get(HF) or {}).get("quant_method", ""))
+    if method == "gptq":
+        return partial(decode_gptq, zero_points=zero_points)
+    if zero_points is not None:
+        raise UserInputError(
+            f"zero_points is {zero_points!r}, of a checkpoint that is not GPTQ's",
+            hint="leave it out",
+        )
     if method in _METHODS:
         return _METHODS[method]
     if MLX in config:
@@ -107,7 +120,7 @@ def _build(
     kind = model_class(folder)
     plain = {k: v for k, v in config.items() if k not in (MLX, HF, "dtype", "torch_dtype")}
     state = {n: t.float() if t.is_floating_point() else t for n, t in rest.items()}
-    state |= {f"{m}.weight": stored.affine.dequantize() for m, stored in decoded.weights.items()}
+    state |= {f"{m}.weight": stored.dequantize() for m, stored in decoded.weights.items()}
     try:
         model, info = kind.from_pretrained(
             None,

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.stored_codes import StoredCodes
+from qalora_compile.ir.stored_codes import StoredCodes, StoredWeight
 from qalora_compile.optional import require
 
 _BLOCK = 32
@@ -56,7 +56,7 @@ def read_gguf_codes(path: Path) -> tuple[StoredCodes, tuple[str, ...]]:
     for tensor in tensors:
         form = tensor.tensor_type.name
         if form in _FORMS and len(tensor.shape) > 1:
-            found.add(_decode(tensor, form, path), form)
+            found.add(StoredWeight(_decode(tensor, form, path), form))
             widened[form] += form.startswith("Q5")
         elif form not in _FORMS and form not in _FLOAT:
             dequantized[form] += 1

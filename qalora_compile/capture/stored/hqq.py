@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qalora_compile.capture.stored.base import Decoded, Tensors, affine_of
+from qalora_compile.capture.stored.base import Decoded, Tensors, affine_of, take
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.stored_codes import StoredWeight
 
@@ -46,10 +46,7 @@ def decode_hqq(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
     weights, used = {}, set()
     for name in [name for name in tensors if name.endswith(".W_q")]:
         module = name.removesuffix(".W_q")
-        missing = next((p for p in _PARTS if f"{module}.{p}" not in tensors), None)
-        if missing is not None:
-            raise UserInputError(f"the checkpoint has no tensor {module}.{missing}", where=module)
-        weights[module] = _decode(module, {p: tensors[f"{module}.{p}"] for p in _PARTS})
+        weights[module] = _decode(module, take(tensors, module, _PARTS))
         used |= {f"{module}.{part}" for part in _SETTINGS} & set(tensors)
     return Decoded(weights, frozenset(used))
 

@@ -15,6 +15,7 @@ from qalora_compile.capture.stored.base import (
     Decoded,
     Tensors,
     affine_of,
+    take,
     unpack_stream,
     widened_notes,
 )
@@ -22,6 +23,7 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.stored_codes import StoredWeight
 
 KEY = "quantization"
+_PARTS = ("weight", "scales", "biases")
 
 
 def decode_mlx(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
@@ -43,19 +45,17 @@ def decode_mlx(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
                 where=module,
                 hint="convert with mode affine",
             )
-        names = [f"{module}.{part}" for part in ("weight", "scales", "biases")]
-        missing = next((name for name in names if name not in tensors), None)
-        if missing is not None:
-            raise UserInputError(f"the checkpoint has no tensor {missing}", where=module)
-        packed, scale, bias = (tensors[name] for name in names)
+        parts = take(tensors, module, _PARTS)
+        packed, scale, bias = (parts[part] for part in _PARTS)
         bits, group = int(mine["bits"]), int(mine["group_size"])
         if packed.dtype != torch.uint32 or packed.dim() != 2:
             raise UserInputError(
-                f"{names[0]} is {packed.dtype} {list(packed.shape)}, not uint32 [N, K · bits / 32]",
+                f"{module}.weight is {packed.dtype} {list(packed.shape)}, not uint32 "
+                "[N, K · bits / 32]",
                 where=module,
             )
         codes = unpack_stream(packed.view(torch.uint8), bits, packed.shape[1] * 32 // bits)
         affine = affine_of(module, codes, scale, bias, bits, group)
         weights[module], widths[module] = StoredWeight(affine, f"MLX {bits} bits"), bits
-        used |= set(names)
+        used |= {f"{module}.{part}" for part in _PARTS}
     return Decoded(weights, frozenset(used), widened_notes(weights, widths))
