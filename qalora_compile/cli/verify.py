@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   qalora-compile verify folded edge --prove --certificate equal.json
   qalora-compile verify --certificate equal.json                 again later, without torch
   qalora-compile verify folded edge --numeric                    node by node, without a tolerance
-  qalora-compile verify folded edge --numeric --levels all --json
+  qalora-compile verify folded edge --numeric --html report.html
 """
 
 
@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="of --numeric: only these of disabled,basic,extended,all",
     )
+    parser.add_argument(
+        "--html", metavar="FILE", help="write a page of it that opens without a server"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -69,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
     if options.inputs < 1:
         raise UserInputError(f"--inputs is {options.inputs}", hint="use 1 or more")
     if options.a is None and options.certificate:
+        if options.html:
+            raise UserInputError("checked again, a certificate gives no page", hint="--prove does")
         return _check_again(options)
     if options.a is None or options.b is None:
         raise UserInputError("two things to compare are needed", hint="verify A B --max-rel 1e-4")
@@ -108,6 +113,7 @@ def _compare(options: argparse.Namespace) -> int:
         calls = sample_inputs(program, options.inputs, seed=options.seed)
         library = library_path() if options.library else None
         report = verify_equivalence(sides[0], sides[1], calls, tolerance, library=library)
+        _write_page(report, sides[0], sides[1], options)
     if options.json:
         console.print_json(json.dumps(report.to_json()))
     else:
@@ -130,6 +136,8 @@ def _prove(options: argparse.Namespace) -> int:
         )
     if options.certificate:
         certificate.write(options.certificate)
+    if options.html:
+        _write_page(certificate, cached or _load(options.a), _load(options.b), options)
     return _answer(certificate, [], options)
 
 
@@ -156,11 +164,31 @@ def _numeric(options: argparse.Namespace) -> int:
         built = kernel_level() is not None
         library = library_path() if built or options.library else None  # --library: or it is said
         report = compare_nodes(reference, b, calls, levels=levels, library=library)
+        _write_page(report, reference, _load(options.b), options)
     if options.json:
         console.print_json(json.dumps(report.to_json()))
     else:
         _show_numeric(report, options)
     return {"PASS": 0, "FAIL": 1}.get(report.verdict, 2)
+
+
+def _write_page(
+    outcome: Report | NumericReport | Certificate,
+    a: Program | Path,
+    b: Program | Path,
+    options: argparse.Namespace,
+) -> None:
+    """The page, where one was asked for."""
+    if not options.html:
+        return
+    from qalora_compile.cli.verify_page import verify_page
+    from qalora_compile.ir.program import Program
+
+    if not isinstance(a, Program):
+        raise UserInputError(
+            "a page needs a program as A", where=options.a, hint="give RUN or FOLDED first"
+        )
+    verify_page(outcome, a, b, title=f"{options.a} → {options.b}").write(options.html)
 
 
 def _show_numeric(report: NumericReport, options: argparse.Namespace) -> None:

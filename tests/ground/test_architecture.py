@@ -23,6 +23,7 @@ ALLOWED = {
     "runtime": {"runtime", "errors", "optional"},
     "pages": {"pages", "errors", "files", "optional"},
     "training": CORE | {"training", "passes", "ir"},
+    "testing": CORE | {"testing", "verify", "passes", "ir"},
     "eager": CORE | {"eager", "verify", "ir"},
 }
 """What each room may import of this package."""
