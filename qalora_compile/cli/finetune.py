@@ -36,7 +36,16 @@ from qalora_compile.cli.quantized import (
     quant_spec,
 )
 from qalora_compile.cli.ui import Steps, print_summary, steps
-from qalora_compile.config import AUTO, CALIBRATED, INITS, POOLINGS, AdapterSpec, QuantSpec
+from qalora_compile.config import (
+    ADAPTER_KINDS,
+    AUTO,
+    CALIBRATED,
+    INITS,
+    POOLINGS,
+    ZERO_POINTS,
+    AdapterSpec,
+    QuantSpec,
+)
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.program import Program
@@ -61,6 +70,7 @@ EXAMPLES = """examples:
   qalora-compile finetune my_package.models:build --data ids.jsonl --bits 3 --out run
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --embeddings 8
   qalora-compile finetune ./SmolLM2 --data train.jsonl --bits 3 --method gptq --out run
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --zero-point integer
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --resume
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits 3 --init svd
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits auto --budget 3.5
@@ -104,6 +114,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="zeros",
         choices=INITS,
         help="svd: adapters, not refined offsets, correct what quantization lost",
+    )
+    adapter.add_argument(
+        "--adapter",
+        default="lora",
+        choices=ADAPTER_KINDS,
+        help="scale: train the scales alone; zero-points stay whole numbers",
+    )
+    adapter.add_argument(
+        "--zero-point",
+        default="real",
+        choices=ZERO_POINTS,
+        help="integer: whole numbers, also after folding: for runtimes that take nothing else",
     )
     adapter.add_argument("--alpha", type=float, default=32.0)
     adapter.add_argument("--pooling", default="sum", choices=POOLINGS)
@@ -277,6 +299,7 @@ def _specs(options: argparse.Namespace) -> tuple[QuantSpec, AdapterSpec]:
         options,
         budget=options.budget,
         budget_unit=options.budget_unit,
+        zero_point="integer" if options.adapter == "scale" else options.zero_point,
         refine_offsets=options.init != "svd",  # else nothing would be left for the adapters
     )
     adapter = AdapterSpec(
@@ -286,6 +309,8 @@ def _specs(options: argparse.Namespace) -> tuple[QuantSpec, AdapterSpec]:
         seed=options.seed,
         init=options.init,
         rank_budget=options.rank_budget,
+        kind=options.adapter,
+        zero_point="real" if options.adapter == "scale" else options.zero_point,
     )
     return quant, adapter
 
