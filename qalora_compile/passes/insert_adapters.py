@@ -84,21 +84,24 @@ class InsertAdapters(AdapterSpec, Pass):
         """The pooling group is a multiple of every quantization group.
 
         Raises:
-            PreconditionError: it is not: the adapter would not be constant inside a group.
+            PreconditionError: it is not: the adapter would not be constant inside a group. Or the
+                adapter is to keep zero-points whole that are not.
             UserInputError: a path in `ranks` is of no quantized weight.
         """
         check_paths(self._ranks, program.plan, "ranks")
         for site in program.plan.to_adapt():
             pooled, group = self.pool_of(site), site.group_size or 1
-            if self.keeps_whole and (site.experts or not site.integer):
+            if self.keeps_whole and site.experts:
                 raise PreconditionError(
-                    "its zero-points are no whole numbers, and the adapter is to keep them whole"
-                    if not site.experts
-                    else "there are no adapters that keep zero-points whole for stacked experts",
+                    "there are no adapters that keep zero-points whole for stacked experts",
                     where=site.name,
-                    hint="exclude it"
-                    if site.experts
-                    else "quantize with QuantSpec(zero_point='integer') (--zero-point integer)",
+                    hint="exclude it",
+                )
+            if self.keeps_whole and not site.integer:
+                raise PreconditionError(
+                    "its zero-points are no whole numbers, and the adapter is to keep them whole",
+                    where=site.name,
+                    hint="quantize with QuantSpec(zero_point='integer') (--zero-point integer)",
                 )
             if pooled % group:
                 raise PreconditionError(
