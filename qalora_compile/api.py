@@ -239,7 +239,7 @@ def adapt_module_(
 
     Raises:
         CaptureError: `torch.export` refused the model, or captured something else than it computes.
-        UnsupportedError: a module cannot hold its quantized weight.
+        UnsupportedError: a module cannot hold its quantized weight or its kind of adapter.
         VerificationError: model and program differ, as by a path around an adapter.
         UserInputError: as for the two steps.
 

@@ -19,6 +19,8 @@ CALIBRATED = ("gptq",)
 """The methods that need calibration data."""
 POOLINGS = ("sum", "mean", "mean_times_groups", "scaled_sum")
 INITS = ("zeros", "svd")
+ZERO_POINTS = ("real", "integer")
+ADAPTER_KINDS = ("lora", "scale")
 BUDGET_UNITS = ("bits", "stored-bits", "megabytes")
 AUTO_GROUPS = (32, 64, 128)
 """What group size `"auto"` chooses from."""
@@ -120,6 +122,8 @@ class QuantSpec(Spec):
         budget_unit: `"bits"`: the mean width of a code, over all weights that are quantized;
             `"stored-bits"`: the mean of what a weight takes, scales and offsets included;
             `"megabytes"`: 10⁶ bytes of codes, scales and offsets, as this package stores them.
+        zero_point: `"integer"`: zero-points are whole numbers from 0 to 2^bits − 1, for runtimes
+            that take nothing else; with method `"minmax"`. Offsets are then never refined.
     """
 
     bits: int | str = 4
@@ -130,6 +134,7 @@ class QuantSpec(Spec):
     damping: float = 0.01
     budget: float | None = None
     budget_unit: str = "bits"
+    zero_point: str = "real"
 
     def __post_init__(self) -> None:
         if self.bits != AUTO:
@@ -142,6 +147,12 @@ class QuantSpec(Spec):
         one_of("budget_unit", self.budget_unit, BUDGET_UNITS)
         self._check_group_size()
         one_of("method", self.method, METHODS)
+        one_of("zero_point", self.zero_point, ZERO_POINTS)
+        if self.zero_point == "integer" and self.method != "minmax":
+            raise UserInputError(
+                f"zero_point is 'integer' with method {self.method!r}",
+                hint="method 'minmax' can round to levels whose zero-points are whole numbers",
+            )
         one_of("refine_offsets", self.refine_offsets, (True, False))
         one_of("act_order", self.act_order, (True, False))
         if not (isinstance(self.damping, float) and 0 < self.damping <= 1):
@@ -209,6 +220,14 @@ class AdapterSpec(Spec):
         init: `"zeros"`: B starts at zero, and the model as it was quantized. `"svd"`: B A starts as
             the best correction of rank r of the quantization error that folds.
         rank_budget: Most parameters of all adapters together, with rank `"auto"`.
+        kind: `"lora"`: the update of Algorithm 1, which moves zero-points. `"scale"`: the scales
+            alone are trained, scale' = scale · (1 + scaling · f · B A), and zero-points stay the
+            whole numbers that they are.
+        zero_point: Of kind `"lora"`. `"integer"`: the moved zero-points are rounded to whole
+            numbers while they are trained, so that what is deployed is what was trained.
+
+    Kind `"scale"` and zero_point `"integer"` need weights quantized with
+    `QuantSpec(zero_point="integer")`, and pool in their groups.
     """
 
     rank: int | str = 16
@@ -220,8 +239,13 @@ class AdapterSpec(Spec):
     seed: int = 0
     init: str = "zeros"
     rank_budget: int | None = None
+    kind: str = "lora"
+    zero_point: str = "real"
 
     def __post_init__(self) -> None:
+        one_of("kind", self.kind, ADAPTER_KINDS)
+        one_of("zero_point", self.zero_point, ZERO_POINTS)
+        self._check_variant()
         if self.rank == AUTO:
             _whole("rank_budget, with rank 'auto',", self.rank_budget, least=1)
         else:
@@ -241,6 +265,29 @@ class AdapterSpec(Spec):
             _whole("adapter group_size", self.group_size, least=1)
         if not (isinstance(self.alpha, (int, float)) and abs(self.alpha) < float("inf")):
             raise UserInputError(f"alpha is {self.alpha!r}", hint="use a finite number")
+
+    def _check_variant(self) -> None:
+        if self.kind == "scale" and self.zero_point != "real":
+            raise UserInputError(
+                f"zero_point is {self.zero_point!r} with kind 'scale'",
+                hint="that kind leaves zero-points as they are: leave the option out",
+            )
+        for field, usual in (("init", "zeros"), ("group_size", None)):
+            if self.keeps_whole and getattr(self, field) != usual:
+                raise UserInputError(
+                    f"{field} is {getattr(self, field)!r} with whole zero-points",
+                    hint="it is for kind 'lora' with zero_point 'real'",
+                )
+        if self.keeps_whole and self.rank == AUTO:
+            raise UserInputError(
+                "rank is 'auto' with adapters that keep zero-points whole",
+                hint="what a rank gains is known for kind 'lora' with zero_point 'real'",
+            )
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether zero-points that are whole numbers stay so."""
+        return self.kind == "scale" or self.zero_point == "integer"
 
     @property
     def scaling(self) -> float:

@@ -123,6 +123,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         options,
         budget=options.budget,
         budget_unit=options.budget_unit,
+        zero_point="integer" if options.adapter == "scale" else options.zero_point,
         refine_offsets=options.init != "svd",  # else nothing would be left for the adapters
     )
     shown.say(f"load {options.model}")

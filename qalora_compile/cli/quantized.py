@@ -52,7 +52,7 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
     )
     if auto:
         group.add_argument(
-            "--zero-points",
+            "--stored-zero-points",
             choices=ZERO_POINTS,
             help="how a GPTQ checkpoint stores them, where its tag is wrong or says nothing",
         )

@@ -7,6 +7,7 @@ pass, a hand-written backward. `torch.library.opcheck` covers all of them in the
 `group_linear`         y = x Wᵀ + b, W = scale · q + offset from packed codes
 `group_sum`            S(x): `[.., K]` to `[.., L]`
 `pooled_adapter`       d = scaling · (p Aᵀ) Bᵀ
+`whole_linear`         group_linear and an adapter that keeps zero-points whole: `whole_ops`
 `adapted_linear`       group_linear and pooled_adapter in one: `adapted_ops`
 `spread_groups`        x with every group zero-padded to a wider one: `[.., K]` to `[.., L · width]`
 `matmul_nbits`         ONNX Runtime's MatMulNBits with integer zero-points
@@ -43,14 +44,17 @@ _TILE_ELSEWHERE = 1 << 24
 does not grow with the layer. Accelerators want larger products."""
 
 
+def tile_rows(packed: Tensor, k: int) -> Iterator[slice]:
+    """The rows of a weight `[N, K]` in tiles."""
+    rows = max(1, _TILE_ELEMENTS.get(packed.device.type, _TILE_ELSEWHERE) // k)
+    return (slice(start, start + rows) for start in range(0, packed.shape[0], rows))
+
+
 def weight_tiles(
     like: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits: int, group_size: int, k: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """W in tiles of rows, `[n, K]` in the dtype of `like`, each with its place in `[N, K]`."""
-    elements = _TILE_ELEMENTS.get(packed.device.type, _TILE_ELSEWHERE)
-    rows = max(1, elements // k)
-    for start in range(0, packed.shape[0], rows):
-        part = slice(start, start + rows)
+    for part in tile_rows(packed, k):
         parameters = packed[part], scale[part], offset[part]
         yield part, dequantize_like(like, *parameters, bits, group_size, k)
 

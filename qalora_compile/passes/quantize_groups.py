@@ -141,9 +141,7 @@ class QuantizeGroups(QuantSpec, Pass):
             self._rewrite(graph, linear.node, rows[name], nodes)
         specs = {name: self.spec_of(site) for name, site in rows.items()}
         done = {"chosen_bits": None, "chosen_group": None}
-        plan = program.plan.update(
-            {n: {"bits": s.bits, "group_size": s.group_size} | done for n, s in specs.items()}
-        )
+        plan = program.plan.update({n: _described(s) | done for n, s in specs.items()})
         skips = [Change(s.name, "kept in float", s.reason) for s in plan if s.bits is None]
         for site in uncalibrated:
             why = f"stacked experts: quantized by their weights alone, {self._without_data.method}"
@@ -229,6 +227,12 @@ class QuantizeGroups(QuantSpec, Pass):
         move_site(node, new)
         node.replace_all_uses_with(new)
         erase_unread([node])
+
+
+def _described(spec: QuantSpec) -> dict[str, object]:
+    """What the plan says of a weight that is quantized so."""
+    integer = spec.zero_point == "integer"
+    return {"bits": spec.bits, "group_size": spec.group_size, "integer": integer}
 
 
 @dataclass(frozen=True)

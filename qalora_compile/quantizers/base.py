@@ -16,6 +16,7 @@ from qalora_compile.ir.deferred import is_deferred
 from qalora_compile.quantizers.refine import refine_offset
 from qalora_compile.quantizers.report import QuantReport, announce_report, measure_sqnr
 from qalora_compile.quantizers.statistics import ActivationStatistics
+from qalora_compile.quantizers.whole import quantize_whole
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,10 @@ def get_quantizer(method: str) -> Quantizer:
     """The quantizer of `QuantSpec.method`."""
     from qalora_compile.quantizers.gptq import quantize_gptq
     from qalora_compile.quantizers.hqq import quantize_hqq
-    from qalora_compile.quantizers.minmax import quantize_minmax
     from qalora_compile.quantizers.mse import quantize_mse
 
     methods: dict[str, Quantizer] = {
-        "minmax": _without_data(quantize_minmax),
+        "minmax": _without_data(_by_range),
         "mse": _without_data(quantize_mse),
         "hqq": _without_data(quantize_hqq),
         "gptq": _with_data(quantize_gptq),
@@ -55,6 +55,15 @@ def get_quantizer(method: str) -> Quantizer:
     if method not in methods:
         raise InternalError(f"the method {method!r} is configurable but has no quantizer")
     return methods[method]
+
+
+def _by_range(weight: Tensor, spec: QuantSpec) -> GroupAffine:
+    """Levels between the smallest and the largest weight of a group; 0 among them, where asked."""
+    from qalora_compile.quantizers.minmax import quantize_minmax
+
+    if spec.zero_point == "integer":
+        return quantize_whole(weight, spec.width, spec.group)
+    return quantize_minmax(weight, spec)
 
 
 def _without_data(choose: Callable[[Tensor, QuantSpec], GroupAffine]) -> Quantizer:
@@ -125,7 +134,7 @@ def quantize_weight(
     try:
         chosen = quantizer(weight, spec, statistics)
         affine = chosen.affine.validate()
-        if statistics is not None and spec.refine_offsets:
+        if statistics is not None and spec.refine_offsets and spec.zero_point == "real":
             affine = refine_offset(weight, affine, statistics).validate()
     except UserInputError as error:
         error.where = error.where or path

@@ -28,11 +28,19 @@ from qalora_compile.ir.module import (
     program_tensors,
 )
 from qalora_compile.ir.signature import output_spec
-from qalora_compile.ir.spec import ADAPTED_LINEAR, GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
+from qalora_compile.ir.spec import (
+    ADAPTED_LINEAR,
+    GROUP_LINEAR,
+    GROUP_SUM,
+    POOLED_ADAPTER,
+    WHOLE_LINEAR,
+)
 from qalora_compile.training.parts import part_of
 
 _ATEN = torch.ops.aten
-_PRODUCTS = frozenset({_ATEN.linear.default, GROUP_LINEAR, ADAPTED_LINEAR, POOLED_ADAPTER})
+_PRODUCTS = frozenset(
+    {_ATEN.linear.default, GROUP_LINEAR, ADAPTED_LINEAR, WHOLE_LINEAR, POOLED_ADAPTER}
+)
 _ROW_WISE = _PRODUCTS | frozenset(
     {
         GROUP_SUM,

@@ -200,7 +200,8 @@ def _zero_form(form: _Form, stored: list[Tensor | None]) -> tuple[str, tuple[str
         return form.zero_points, ()
     return by_numbers, (
         f"config.json says that zero-points are stored as {form.zero_points}, and symmetric ones, "
-        f"{middle}, are stored as {min(raw)}: read as {by_numbers} (zero_points overrides that)",
+        f"{middle}, are stored as {min(raw)}: read as {by_numbers} "
+        "(zero_points, --stored-zero-points, overrides that)",
     )
 
 
