@@ -151,6 +151,15 @@ def test_an_unknown_target_names_the_known_ones() -> None:
         ({"fusion": "standard", "opset": 20}, "opset 23"),
         ({"target": "ort", "correction": "digits"}, "option of target ort-stock"),
         ({"target": "ort-stock", "parameter_dtype": "float16"}, "option of target ort"),
+        ({"target": "gguf", "parameter_dtype": "float16"}, "option of target ort"),
+        ({"target": "safetensors", "parameter_dtype": "float16"}, "option of target ort"),
+        ({"target": "ort", "float_type": "f16"}, "option of target gguf"),
+        ({"target": "mlx", "opset": 20}, "option of target ort"),
+        ({"target": "gguf", "accuracy_level": 4}, "option of target ort"),
+        ({"target": "hqq", "fusion": "none"}, "option of target ort"),
+        ({"target": "gptq", "correction": "digits"}, "option of target ort-stock"),
+        ({"target": "float", "allow_unfolded": True}, "option of target ort"),
+        ({"target": "gguf", "float_type": "q4_0"}, "use one of q8_0"),
     ],
 )
 def test_options_of_another_target_are_refused(options: dict[str, Any], words: str) -> None:

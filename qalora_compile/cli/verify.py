@@ -301,12 +301,19 @@ def _load(text: str) -> Program | Path:
     path = Path(text)
     if (path / PROGRAM_FILE).exists():
         return Program.load(path)
-    return _read_back(path) if _is_checkpoint(path) else path
+    weights = _checkpoint(path)
+    return path if weights is None else _read_back(weights)
 
 
-def _is_checkpoint(path: Path) -> bool:
-    """Whether a path is a GGUF file, or a folder with one, or one of a float model's weights."""
-    return path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.safetensors")))
+def _checkpoint(path: Path) -> Path | None:
+    """The GGUF file or folder of weights that a path names; None where it names something else."""
+    from qalora_compile.cli.checkpoint import GGUF_FILE
+
+    if path.suffix == ".gguf":
+        return path
+    if (path / GGUF_FILE).is_file():
+        return path / GGUF_FILE
+    return path if any(path.glob("*.safetensors")) else None
 
 
 def _read_back(path: Path) -> Program:
