@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -226,7 +227,7 @@ class AdapterSpec(Spec):
             "sum": 1.0,
             "mean": 1.0 / group_size,
             "mean_times_groups": groups / group_size,
-            "scaled_sum": group_size**-0.5,
+            "scaled_sum": 1.0 / math.sqrt(group_size),
         }
         return factors[self.pooling]
 

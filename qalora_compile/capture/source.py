@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qalora_compile.capture.encoder_decoder import (
     TOKENS,
@@ -44,6 +44,7 @@ class Source:
         args, kwargs: Example inputs.
         tokenizer: Of a language model that brings one, else None.
         decoder_start: The token that the decoder of a model with an encoder begins with, else None.
+        head: Names of the parameters that the checkpoint did not hold, and which must be trained.
     """
 
     reference: str
@@ -53,6 +54,7 @@ class Source:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Any = None
     decoder_start: int | None = None
+    head: tuple[str, ...] = ()
 
     def capture(self) -> Program:
         """Capture the model with its example inputs."""
@@ -85,7 +87,12 @@ def load_source(reference: str) -> Source:
     )
 
 
-def _load_folder(reference: str, path: Path) -> Source:
+def check_safetensors(path: Path) -> None:
+    """See that a model's folder holds weights that can be read.
+
+    Raises:
+        UserInputError: it holds none, or pickled ones alone.
+    """
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
@@ -95,20 +102,35 @@ def _load_folder(reference: str, path: Path) -> Source:
             hint="pickles can run code and are never loaded: convert once with "
             "model.save_pretrained(folder), which writes safetensors",
         )
+
+
+def load_folder_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model's folder, or None."""
+    if not any((path / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    return transformers_module().AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def unreadable(path: Path, error: Exception) -> UserInputError:
+    """What to say of a model that a library could not load."""
+    text = str(error).strip().splitlines()
+    return UserInputError(
+        f"cannot load {path.name}: {type(error).__name__}: {text[0] if text else 'no message'}",
+        where=str(path),
+        hint="the file may be truncated or of an unsupported kind: fetch it again",
+    )
+
+
+def _load_folder(reference: str, path: Path) -> Source:
+    check_safetensors(path)
     kind = model_class(path)
     try:
         model = kind.from_pretrained(
             path, local_files_only=True, use_safetensors=True, dtype="auto"
         )
     except Exception as error:  # transformers and safetensors raise types of many kinds
-        raise _unreadable(path, error) from error
-    has_tokenizer = (path / "tokenizer_config.json").exists() or (path / "tokenizer.json").exists()
-    tokenizer = (
-        transformers_module().AutoTokenizer.from_pretrained(path, local_files_only=True)
-        if has_tokenizer
-        else None
-    )
-    return _language_model(reference, "huggingface", model, tokenizer)
+        raise unreadable(path, error) from error
+    return _language_model(reference, "huggingface", model, load_folder_tokenizer(path))
 
 
 def _load_gguf(reference: str, path: Path) -> Source:
@@ -128,7 +150,7 @@ def _load_gguf(reference: str, path: Path) -> Source:
                 path.parent, dtype=torch.float32, **options
             )
     except Exception as error:  # the reader raises whatever a broken offset leads to
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     return _language_model(reference, "gguf", model, tokenizer)
 
 
@@ -161,10 +183,14 @@ def _language_model(reference: str, kind: str, model: Any, tokenizer: Any) -> So
     disable_cache(model)
     if is_encoder_decoder(model):
         return _with_encoder(reference, kind, model, tokenizer)
+    return Source(reference, kind, model.eval(), (), text_example(model), tokenizer)
+
+
+def text_example(model: Any) -> dict[str, Tensor]:
+    """Keyword inputs of a model that reads tokens: random ones, all of which count."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, _EXAMPLE_SHAPE, generator=generator)
-    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return Source(reference, kind, model.eval(), (), kwargs, tokenizer)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _with_encoder(reference: str, kind: str, model: Any, tokenizer: Any) -> Source:
@@ -191,12 +217,3 @@ def _with_encoder(reference: str, kind: str, model: Any, tokenizer: Any) -> Sour
             hint="add decoder_start_token_id",
         )
     return Source(reference, kind, model.eval(), (), kwargs, tokenizer, start)
-
-
-def _unreadable(path: Path, error: Exception) -> UserInputError:
-    text = str(error).strip().splitlines()
-    return UserInputError(
-        f"cannot load {path.name}: {type(error).__name__}: {text[0] if text else 'no message'}",
-        where=str(path),
-        hint="the file may be truncated or of an unsupported kind: fetch it again",
-    )

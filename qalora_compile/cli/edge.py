@@ -236,6 +236,7 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
         "quant": parts.record.get("quant"),
         "embeddings": parts.record.get("embeddings"),
         "adapter": parts.record.get("adapter"),
+        "classes": parts.record.get("reading", {}).get("classes", []),
         "steps": parts.record.get("step"),
         "passes": list(parts.program.history),
         "layers": {"quantized": sum(widths.values()), "by_width": dict(widths)},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from qalora_compile.cli.data_options import FORMS, add_data_arguments, data_rows
 from qalora_compile.cli.embeddings import add_embedding_arguments
 from qalora_compile.cli.finetune_job import FINISHED, INTERRUPTED, Job, open_job
 from qalora_compile.cli.finetune_train import train
@@ -23,7 +24,8 @@ from qalora_compile.training.processes import find_processes
 
 NAME = "finetune"
 SUMMARY = "train adapters on a model's own quantized weights; writes a RUN folder"
-EXAMPLES = """examples:
+EXAMPLES = (
+    """examples:
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run
   qalora-compile finetune model.gguf --data train.jsonl --eval-data test.jsonl --steps 200 --out run
   qalora-compile finetune my_package.models:build --data ids.jsonl --bits 3 --out run
@@ -36,13 +38,12 @@ EXAMPLES = """examples:
   qalora-compile finetune ./SmolLM2 --data train.jsonl --eval-data test.jsonl --out run \\
     --eval-every 20 --patience 3 --report-to tensorboard
   torchrun --nproc-per-node 2 -m qalora_compile finetune ./SmolLM2 --data train.jsonl --out run
+  qalora-compile finetune ./MiniLM --data reviews.jsonl --task classification --out run
+  qalora-compile finetune ./SmolLM2 --data 'chats/*.jsonl' --out run --batches packed
 
-data, one JSON object a line:
-  {"prompt": "2 + 2 =", "completion": " 4"}      loss on the completion; the only form for T5, BART
-  {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-  {"text": "…"}                                  loss on every token
-  {"input_ids": [1, 2, 3]}                       for models without a tokenizer
 """
+    + FORMS
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="HF folder, .gguf file or package.mod:factory"
     )
-    parser.add_argument("--data", required=True, metavar="FILE", help="training data, JSON lines")
-    parser.add_argument("--eval-data", metavar="FILE", help="held-out data, JSON lines")
+    add_data_arguments(parser)
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
     quant = parser.add_argument_group("quantization")
     add_quant_arguments(quant, auto=True)
@@ -110,10 +110,12 @@ def _summarize(
         "model": job.record["model"],
         "quantized layers": len(job.program.plan.to_quantize()),
         "adapter parameters": sum(p.numel() for p in job.program.adapter_parameters()),
-        "examples": len(job.data.examples),
+        **data_rows(job.data, job.batches),
         "loss, first and last step": _ends(job),
         "held-out loss": _arrow(before, after, "loss"),
-        "held-out exact match": _arrow(before, after, "exact_match"),
+        "held-out accuracy" if job.data.classes else "held-out exact match": _arrow(
+            before, after, "exact_match"
+        ),
         "steps done": result.step,
         "adapters of step": result.kept,
         "status": job.record["status"],

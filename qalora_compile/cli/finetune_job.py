@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qalora_compile.api import insert_adapters, quantize_groups
-from qalora_compile.capture.source import load_source
+from qalora_compile.cli.data_options import (
+    arrange,
+    check_trainable,
+    excluded,
+    load_data,
+    load_model,
+    reading_record,
+    recorded_classes,
+    report_data,
+)
 from qalora_compile.cli.embeddings import embedding_record, embedding_spec
 from qalora_compile.cli.folders import (
     CHECKPOINTS,
     TOKENIZER,
-    load_run,
     load_tokenizer,
+    read_run_file,
     save_description,
     save_tokenizer,
     write_run_file,
@@ -28,8 +35,9 @@ from qalora_compile.config import AUTO, CALIBRATED
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.storage import ADAPTERS_FILE, save_tensors, write_program
+from qalora_compile.ir.storage import ADAPTERS_FILE, read_program, save_tensors, write_program
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
+from qalora_compile.training.batches import Batches
 from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.checkpoint import (
     list_checkpoints,
@@ -38,12 +46,11 @@ from qalora_compile.training.checkpoint import (
     save_checkpoint,
 )
 from qalora_compile.training.data import Dataset, load_examples
-from qalora_compile.training.evaluate import Metrics, evaluate, logits_of, program_forward
+from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
 from qalora_compile.training.fit import FitState
 from qalora_compile.training.identity import Identity
 from qalora_compile.training.processes import Processes
 from qalora_compile.training.spec import FitSpec
-from qalora_compile.verify.inputs import token_limits
 
 TRAINING, INTERRUPTED, FINISHED, FAILED = "training", "interrupted", "finished", "failed"
 _WRITTEN = ("format", "version", "versions")
@@ -51,10 +58,15 @@ _WRITTEN = ("format", "version", "versions")
 
 @dataclass
 class Job:
-    """Everything that a started or resumed run works with."""
+    """Everything that a started or resumed run works with.
+
+    `trained` is the form of `program` that the batches are for; it shares its parameters.
+    """
 
     program: Program
+    trained: Program
     data: Dataset
+    batches: Batches
     held_out: Dataset | None
     spec: FitSpec
     folder: Path
@@ -68,11 +80,8 @@ class Job:
         for note in self.program.notes:
             shown.say(f"note: {note}")
         for name, data in (("data", self.data), ("held-out data", self.held_out)):
-            if data is not None and (data.truncated or data.skipped):
-                shown.say(
-                    f"note: {name}: {data.truncated} examples cut to fit, "
-                    f"{data.skipped} skipped (nothing to learn)"
-                )
+            if data is not None:
+                report_data(shown, name, data)
 
     def evaluate(self) -> Metrics | None:
         """Held-out metrics, where held-out data was given."""
@@ -96,9 +105,19 @@ class Job:
         write_run_file(self.folder, rest)
 
 
-def start(
-    options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps
-) -> tuple[Program, Dataset, Dataset | None, tuple[QuantReport, ...]]:
+@dataclass(frozen=True)
+class _Begun:
+    """What is at hand where a run was started, or its folder opened."""
+
+    program: Program
+    trained: Program
+    data: Dataset
+    batches: Batches
+    held_out: Dataset | None
+    reports: tuple[QuantReport, ...] = ()
+
+
+def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) -> _Begun:
     """Load, read the data, quantize, insert; write the RUN folder that training goes on in."""
     check_output(out, overwrite=options.overwrite)
     adapter, embeddings = adapter_spec(options), embedding_spec(options)
@@ -109,25 +128,29 @@ def start(
         refine_offsets=options.init != "svd",  # else nothing would be left for the adapters
     )
     shown.say(f"load {options.model}")
-    source = load_source(options.model)
-    data, held_out = _load_data(options, source.tokenizer, source.decoder_start)
+    source, classes = load_model(options)
+    data, held_out = load_data(options, source.tokenizer, source.decoder_start, classes)
     shown.say("capture")
     captured = source.capture()
-    _check_trainable(captured, data, held_out)
+    check_trainable(captured, classes, data, held_out)
     calls = _calibration(options, captured, data, source.tokenizer)
     with collecting_reports() as reports:
         program = quantize_groups(
             captured,
             quant,
             targets=options.targets or "all-linear",
-            exclude=options.exclude,
+            exclude=excluded(options, source),
             embeddings=embeddings,
             calibration=calls if _quantizes_by_data(options) else None,
         )
-    program = insert_adapters(program, adapter, source=captured, calibration=calls)
+    program = insert_adapters(
+        program, adapter, source=captured, calibration=calls, train=source.head
+    )
+    trained, batches = arrange(options, program, data, source.model)
     record = {
         "model": options.model,
-        "data": str(Path(options.data).resolve()),
+        "data": [str(Path(file.path).resolve()) for file in data.files],
+        "reading": reading_record(options, classes),
         "quant": quant.to_json(),
         "adapter": adapter.to_json(),
         "fit": spec.to_json(),
@@ -142,7 +165,7 @@ def start(
         save_tokenizer(source.tokenizer, folder)
         save_description(source.model, folder)
         write_run_file(folder, record)
-    return program, data, held_out, tuple(reports)
+    return _Begun(program, trained, data, batches, held_out, tuple(reports))
 
 
 def open_job(options: argparse.Namespace, spec: FitSpec, shown: Steps, processes: Processes) -> Job:
@@ -156,25 +179,36 @@ def open_job(options: argparse.Namespace, spec: FitSpec, shown: Steps, processes
     out = Path(options.out)
     begun = None
     if not options.resume:
-        begun = start(options, spec, out, shown) if processes.is_first else None
+        begun = _start(options, spec, out, shown) if processes.is_first else None
         processes.wait()
-    program, record = load_run(out)
+    record = read_run_file(out)
     if "options" not in record:
         raise UserInputError("the folder was not written by finetune", where=str(out))
     if options.resume:
         check_options(options, record["options"], out)
-    if begun is not None:
-        program, data, held_out, reports = begun
-    else:
-        tokenizer = load_tokenizer(out / TOKENIZER)
-        data, held_out = _load_data(options, tokenizer, record.get("decoder_start"))
-        reports = ()
-        _check_trainable(program, data, held_out)
-    identity = Identity.of(program, spec, data=str(record["options"]["data"]))
-    state = FitState.fresh(program, spec)
+    begun = begun or _open(options, out, record)
+    identity = Identity.of(begun.program, spec, data=str(record["options"]["data"]))
+    state = FitState.fresh(begun.program, spec)
     if options.resume:
-        _restore(out / CHECKPOINTS, program, state, identity, processes)
-    return Job(program, data, held_out, spec, out, record, state, identity, reports)
+        _restore(out / CHECKPOINTS, begun.program, state, identity, processes)
+    return Job(
+        **{f.name: getattr(begun, f.name) for f in fields(begun)},
+        spec=spec,
+        folder=out,
+        record=record,
+        state=state,
+        identity=identity,
+    )
+
+
+def _open(options: argparse.Namespace, out: Path, record: dict[str, Any]) -> _Begun:
+    """Read the program of a RUN folder, and the data."""
+    program = read_program(out)
+    tokenizer, classes = load_tokenizer(out / TOKENIZER), recorded_classes(record)
+    data, held_out = load_data(options, tokenizer, record["decoder_start"], classes)
+    check_trainable(program, classes, data, held_out)
+    trained, batches = arrange(options, program, data, out)
+    return _Begun(program, trained, data, batches, held_out)
 
 
 def _restore(
@@ -193,43 +227,18 @@ def _calibration(
 ) -> list[dict[str, Any]] | None:
     """Calls to quantize and to start for, where a file of them is given or an option needs them."""
     if options.calibration:
-        data = load_examples(options.calibration, tokenizer, max_length=options.seq_len)
-        _check_trainable(program, data)
+        data = load_examples(
+            options.calibration,
+            tokenizer,
+            max_length=options.seq_len,
+            classes=data.classes or None,
+        )
+        check_trainable(program, data.classes, data)
     elif not (_quantizes_by_data(options) or options.rank == AUTO or options.init == "svd"):
         return None
     return calibration_calls(program, data.examples, options.calibration_samples)
 
 
-def _load_data(
-    options: argparse.Namespace, tokenizer: Any, decoder_start: int | None
-) -> tuple[Dataset, Dataset | None]:
-    """Training data, and held-out data where there are any."""
-    data, held_out = (
-        load_examples(path, tokenizer, max_length=options.seq_len, decoder_start=decoder_start)
-        if path
-        else None
-        for path in (options.data, options.eval_data)
-    )
-    assert data is not None, "--data is required"
-    return data, held_out
-
-
 def _quantizes_by_data(options: argparse.Namespace) -> bool:
     needed = options.method in CALIBRATED or options.bits == AUTO
     return needed or options.calibration is not None
-
-
-def _check_trainable(program: Program, *datasets: Dataset | None) -> None:
-    """See, before anything is written, that the model gives logits and knows every token.
-
-    Raises:
-        UnsupportedError: it gives no logits.
-        UserInputError: a token is not in its vocabulary.
-    """
-    args, kwargs = program.example
-    with torch.no_grad():
-        logits_of(program(*args, **kwargs))
-    limit = min(token_limits(program).values(), default=None)
-    for data in datasets:
-        if data is not None and limit:
-            data.check_tokens(limit)

@@ -51,8 +51,8 @@ def train(job: Job, options: argparse.Namespace, shown: Steps, processes: Proces
             job.note(status=TRAINING)
         try:
             return fit(
-                job.program,
-                job.data.examples,
+                job.trained,
+                job.batches,
                 job.spec,
                 state=job.state,
                 held_out=job.held_out.examples if job.held_out else (),

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         with atomic_folder(out, overwrite=options.overwrite) as folder:
             write_program(folded, folder)
             copy_parts(source, folder)
-            kept = ("model", "quant", "embeddings", "adapter", "status", "step")
+            kept = ("model", "quant", "embeddings", "adapter", "reading", "status", "step")
             verified = {"fold": report.summary()}
             write_run_file(
                 folder, {k: record[k] for k in kept if k in record} | {"verified": verified}

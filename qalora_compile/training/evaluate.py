@@ -114,6 +114,28 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def check_logits(output: Any, classes: int | None) -> None:
+    """See that a model gives what the task takes.
+
+    Args:
+        output: Of the model.
+        classes: Of a classification task; None where tokens are predicted.
+
+    Raises:
+        UnsupportedError: it gives no logits, or others.
+    """
+    if classes is None:
+        logits_of(output)
+        return
+    logits = _find_logits(output)
+    shape = None if logits is None else list(logits.shape)
+    if shape is None or len(shape) != 2 or shape[1] != classes:
+        raise UnsupportedError(
+            f"the model gives no logits [batch, {classes}] for {classes} classes, but {shape}",
+            hint="give an encoder of transformers, or a model with a head for these classes",
+        )
+
+
 def _find_logits(output: Any) -> Tensor | None:
     logits = output if isinstance(output, Tensor) else None
     if isinstance(output, dict):

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -163,7 +163,10 @@ STEPS = {
 }
 
 
-OPTIONS = {"quantize-groups": {"group_size": 8}, "train-parameters": {"names": ("bias",)}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "quantize-groups": {"group_size": 8},
+    "train-parameters": {"names": ("bias",)},
+}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -81,7 +81,7 @@ def test_peft_computes_what_the_program_does(tmp_path: Path, pooling: str) -> No
             stored[f"base_model.model.{path}.{part}.weight"] for part in ("lora_A", "lora_B")
         )
         width = program.plan[path].k
-        layer = SimpleNamespace(
+        layer: Any = SimpleNamespace(
             lora_A={"default": SimpleNamespace(weight=lora_a)},
             lora_B={"default": SimpleNamespace(weight=lora_b)},
             lora_dropout={"default": torch.nn.Identity()},
@@ -114,7 +114,7 @@ def test_other_adapters_are_refused_and_the_difference_named(tmp_path: Path) -> 
         ({"group_size": 64}, "group size of .* is 32 in the files and 64"),
         ({"pooling": "mean"}, "alpha"),
     ):
-        program = language_model(init_b=0.3, **adapter)  # type: ignore[arg-type]
+        program = language_model(init_b=0.3, **adapter)
         before = adapters(program)
         with pytest.raises(UserInputError, match=what):
             load_peft(program, tmp_path / "a")

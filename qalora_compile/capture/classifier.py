@@ -1,0 +1,115 @@
+"""`load_classifier`: an encoder of transformers with a head that tells classes apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qalora_compile.capture.skeleton import transformers_module
+from qalora_compile.capture.source import (
+    Source,
+    check_safetensors,
+    load_folder_tokenizer,
+    text_example,
+    unreadable,
+)
+from qalora_compile.errors import UnsupportedError, UserInputError
+
+
+def load_classifier(reference: str, classes: Sequence[str], *, seed: int = 0) -> Source:
+    """Load a checkpoint with a head for classification, in float32.
+
+    The head is named in `Source.head`, with all else that the checkpoint does not hold: it is to be
+    trained. It starts at random values, or as it is in a checkpoint with a head for these classes.
+
+    Args:
+        reference: A Hugging Face folder.
+        classes: Their names. `classes_of` says in which order the model has them.
+        seed: Of the random values.
+
+    Raises:
+        UserInputError: the folder is none of a model, or its head is for other classes.
+        UnsupportedError: transformers has no such head for the architecture, or there is no
+            tokenizer to read text with.
+    """
+    path = Path(reference)
+    if not path.is_dir():
+        raise UserInputError(
+            f"a classification task learns from a Hugging Face folder, not {reference!r}",
+            hint="train other models by a loop of your own: qc.insert_adapters(…, train=head)",
+        )
+    check_safetensors(path)
+    tokenizer = load_folder_tokenizer(path)
+    if tokenizer is None:
+        raise UnsupportedError("the model has no tokenizer to read text with", where=reference)
+    transformers = transformers_module()
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    kind = _class_of(transformers, config, path)
+    names = _in_order(config, classes, path)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, found = kind.from_pretrained(
+                path,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers and safetensors raise types of many kinds
+        raise unreadable(path, error) from error
+    inside, missing = f"{model.base_model_prefix}.", set(found["missing_keys"])
+    names = [name for name, _ in model.named_parameters()]
+    head = tuple(name for name in names if name in missing or not name.startswith(inside))
+    example = text_example(model)
+    return Source(reference, "huggingface", model.eval(), (), example, tokenizer, head=head)
+
+
+def classes_of(source: Source) -> tuple[str, ...]:
+    """The names of the classes of a classifier, in the order of its logits."""
+    config: Any = source.model.config
+    return tuple(config.id2label[index] for index in range(len(config.id2label)))
+
+
+def linear_layers(model: nn.Module, parameters: Sequence[str]) -> tuple[str, ...]:
+    """The paths of the linear layers that own some of these parameters."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+    return tuple(path for path in owners if isinstance(model.get_submodule(path), nn.Linear))
+
+
+def _class_of(transformers: Any, config: Any, path: Path) -> Any:
+    """The class of transformers with a head for classification."""
+    known = transformers.AutoModelForSequenceClassification
+    if type(config) not in known._model_mapping:
+        raise UnsupportedError(
+            f"transformers has no head for classification for {config.model_type!r}",
+            where=str(path / "config.json"),
+            hint="use an encoder, such as BERT, DistilBERT, RoBERTa or ModernBERT",
+        )
+    return known
+
+
+def _in_order(config: Any, classes: Sequence[str], path: Path) -> list[str]:
+    """The classes in the order of the logits: a checkpoint with a head for them has its own.
+
+    Raises:
+        UserInputError: it has a head for other classes.
+    """
+    architectures = config.architectures or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        return list(classes)
+    own = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    if sorted(own) != sorted(classes):
+        raise UserInputError(
+            f"the checkpoint tells {', '.join(own)} apart, the data {', '.join(classes)}",
+            where=str(path / "config.json"),
+            hint="name the labels as the checkpoint does, or give the encoder without its head",
+        )
+    return own

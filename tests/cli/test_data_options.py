@@ -1,0 +1,207 @@
+"""How `finetune` reads data: several files, packed rows, a cache, and a classification task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from qalora_compile.capture.classifier import load_classifier
+from qalora_compile.cli.main import main
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.ir.program import Program
+
+Capture = pytest.CaptureFixture[str]
+
+GOOD, BAD = ["fine", "great", "lovely"], ["awful", "dull", "poor"]
+FILLER = ["the", "film", "is", "so", "and", "very"]
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT encoder of one layer, without a head, as a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLER]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        initializer_range=0.2,  # so that the words differ from the start
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def reviews(path: Path, count: int, seed: int) -> Path:
+    """Filler words with two that tell."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        label = ("bad", "good")[index % 2]
+        telling = rng.choice(GOOD if label == "good" else BAD, 2).tolist()
+        words = rng.permutation([*rng.choice(FILLER, rng.integers(2, 5)), *telling])
+        rows.append({"text": " ".join(words), "label": label})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def classifier(encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished way through: train, test, run, folded, edge."""
+    root = tmp_path_factory.mktemp("classifier")
+    train, test = reviews(root / "train.jsonl", 240, 0), reviews(root / "test.jsonl", 30, 1)
+    words = ["finetune", str(encoder_folder), "--data", str(train), "--eval-data", str(test)]
+    words += ["--task", "classification", "--batches", "by-length", "--out", str(root / "run")]
+    words += ["--steps", "150", "--lr", "1e-2", "--batch-size", "12", "--group-size", "4"]
+    assert main(words) == 0
+    assert main(["fold", str(root / "run"), "--out", str(root / "folded")]) == 0
+    assert main(["export", str(root / "folded"), "--out", str(root / "edge")]) == 0
+    return root
+
+
+def record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run.json").read_text("utf-8"))
+    return found
+
+
+def test_a_classifier_learns_its_classes(classifier: Path) -> None:
+    found = record(classifier / "run")
+    assert found["reading"]["classes"] == ["bad", "good"]
+    before, after = (found["held_out"][when] for when in ("before", "after"))
+    assert before["exact_match"] < 0.8
+    assert after["exact_match"] == after["token_accuracy"] > 0.9
+    assert after["loss"] < 0.3 * before["loss"]
+    program = Program.load(classifier / "run")
+    assert program.trained == ("classifier.weight", "classifier.bias")
+    rows = {site.path: site for site in program.plan}
+    assert rows["classifier"].decision == "keep"
+    assert rows["bert.pooler.dense"].bits == 4
+
+
+def test_the_exported_classifier_tells_the_classes_apart(
+    classifier: Path, encoder_folder: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    for pair in (("run", "folded"), ("folded", "edge")):
+        assert main(["verify", *(str(classifier / n) for n in pair), "--max-rel", "1e-4"]) == 0
+    edge = json.loads((classifier / "edge" / "qalora.json").read_text("utf-8"))
+    assert edge["classes"] == ["bad", "good"]
+    session = onnxruntime.InferenceSession(classifier / "edge" / "model.onnx")
+    tokenizer = AutoTokenizer.from_pretrained(classifier / "edge")
+    texts = ["the film is so lovely", "the film is so dull"]
+    encoded = tokenizer(texts, return_tensors="np", padding=True)
+    feed = {i.name: encoded[i.name].astype(np.int64) for i in session.get_inputs()}
+    (logits,) = session.run(None, feed)
+    assert logits.shape == (2, 2)
+    assert [edge["classes"][i] for i in logits.argmax(1)] == ["good", "bad"]
+
+
+def test_a_classifier_that_was_interrupted_goes_on(
+    classifier: Path, encoder_folder: Path, capsys: Capture
+) -> None:
+    """As after all steps: nothing is left to do, and the head is the trained one."""
+    words = ["finetune", str(encoder_folder), "--data", str(classifier / "train.jsonl"), "--resume"]
+    words += ["--out", str(classifier / "run"), "--steps", "150", "--lr", "1e-2"]
+    words += ["--batch-size", "12", "--eval-data", str(classifier / "test.jsonl")]
+    words += ["--group-size", "4"]
+    task = ["--task", "classification", "--batches", "by-length"]
+    assert main([*words, *task]) == 0
+    held_out = record(classifier / "run")["held_out"]
+    assert held_out["before"] == held_out["after"]
+    assert held_out["after"]["exact_match"] > 0.9
+    assert main([*words, *task[:2]]) == 2
+    assert "--batches by-length, not shuffled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "the film", "label": "so-so"}, "'so-so' is none that was trained on"),
+        ({"text": "the film"}, "the line has no label"),
+    ],
+)
+def test_held_out_data_of_other_classes_are_refused(
+    classifier: Path, encoder_folder: Path, tmp_path: Path, capsys: Capture, row: Any, message: str
+) -> None:
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text(json.dumps(row), "utf-8")
+    words = ["finetune", str(encoder_folder), "--data", str(classifier / "train.jsonl")]
+    words += ["--eval-data", str(odd), "--task", "classification", "--out", str(tmp_path / "run")]
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_cannot_classify_are_refused(encoder_folder: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    with pytest.raises(UserInputError, match="Hugging Face folder"):
+        load_classifier("a.module:factory", ("a", "b"))
+    config = BertConfig.from_pretrained(encoder_folder)
+    config.id2label = {0: "yes", 1: "no"}
+    model = BertForSequenceClassification(config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="no tokenizer"):
+        load_classifier(str(tmp_path), ("no", "yes"))
+    for file in encoder_folder.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    kept = load_classifier(str(tmp_path), ("no", "yes"))
+    assert kept.model.config.id2label == {0: "yes", 1: "no"}  # type: ignore[union-attr]
+    assert kept.head == ("classifier.weight", "classifier.bias")
+    own = kept.model.state_dict()["classifier.weight"]
+    assert own.equal(model.state_dict()["classifier.weight"])
+    with pytest.raises(UserInputError, match="tells yes, no apart, the data maybe, no"):
+        load_classifier(str(tmp_path), ("maybe", "no"))
+
+
+def test_packed_rows_train_the_same_run_folder(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    second = tmp_path / "more.jsonl"
+    second.write_text('{"text": "red green blue"}\n{"text": "one two three"}\n', "utf-8")
+    words = ["finetune", str(model_folder), "--data", str(data_file), str(second)]
+    words += ["--eval-data", str(data_file), "--batches", "packed", "--seq-len", "16"]
+    words += ["--data-cache", str(cache), "--out", str(out), "--rank", "4", "--batch-size", "2"]
+    words += ["--lr", "1e-2", "--steps", "60", "--save-every", "10"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "3 rows, 79% full" in shown
+    found = record(out)
+    assert [Path(name).name for name in found["data"]] == ["train.jsonl", "more.jsonl"]
+    assert found["held_out"]["after"]["loss"] < 0.5 * found["held_out"]["before"]["loss"]
+    # the folder holds the program as it takes one example a row
+    assert [len(leaf.shape) for leaf in Program.load(out).signature.inputs] == [2, 2]
+    assert main([*words, "--resume"]) == 0
+    assert main(["fold", str(out), "--out", str(tmp_path / "folded")]) == 0
+
+
+def test_a_model_that_cannot_be_packed_is_refused_before_anything_is_written(
+    encoder_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "the film is so"}\n' * 4, "utf-8")
+    words = ["finetune", str(encoder_folder), "--data", str(data), "--out", str(tmp_path / "run")]
+    assert main([*words, "--batches", "packed"]) == 2
+    assert "no language model" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
