@@ -354,13 +354,23 @@ def lower(program: Program, spec: ExportSpec) -> Program:
         PreconditionError: adapters are not folded (or nothing is quantized) and the specification
             does not allow that.
     """
+    steps = lowering(program, spec)
+    return Pipeline(steps)(program).program if steps else program
+
+
+def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
+    """The passes of `lower`, in order; none where the program is lowered already.
+
+    Raises:
+        PreconditionError: see `lower`.
+    """
     if program.stage.startswith(LEGALIZED):
         if program.stage != f"{LEGALIZED}{spec.target}":
             raise PreconditionError(
                 f"the program is lowered for another target ({program.stage})",
                 hint="export the folded program instead",
             )
-        return program
+        return []
     if program.stage in (FLOAT, ANNOTATED, ADAPTED) and not spec.allow_unfolded:
         problem, command = (
             ("its adapters are not folded", "fold first: qc.fold_adapters(program), or `fold RUN`")
@@ -381,7 +391,7 @@ def lower(program: Program, spec: ExportSpec) -> Program:
         steps += [FuseRmsNorm(), FuseRotary(), FuseAttention()]
     if spec.fusion == "ort":
         steps += [FuseSkipNorm(), FuseMultiHead()]
-    return Pipeline(steps)(program).program
+    return steps
 
 
 def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:

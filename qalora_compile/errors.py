@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qalora_compile.verify.certificate import Certificate
     from qalora_compile.verify.compare import Report
+    from qalora_compile.verify.numeric_report import NumericReport
 
 
 class QaloraError(Exception):
@@ -89,7 +90,7 @@ class VerificationError(QaloraError):
         self,
         what: str,
         *,
-        report: Report | Certificate,
+        report: Report | Certificate | NumericReport,
         where: str | None = None,
         hint: str | None = None,
     ) -> None:

@@ -28,12 +28,14 @@ IMPORT_ALL = """
 import importlib, importlib.metadata, importlib.util, pkgutil, sys
 import qalora_compile
 optional = "onnx onnxruntime onnxscript onnx_ir transformers gguf peft accelerate".split()
+optional += ["matplotlib"]  # jinja2 comes with torch
 installed = [name for name in optional if importlib.util.find_spec(name)]
 assert not installed, f"the environment holds extras: {installed}"
 assert qalora_compile.__version__ == importlib.metadata.version("qalora-compile")
 names = [m.name for m in pkgutil.walk_packages(qalora_compile.__path__, "qalora_compile.")]
 for name in names:
-    importlib.import_module(name)
+    if name != "qalora_compile.testing.plugin":  # pytest imports it
+        importlib.import_module(name)
 for name in qalora_compile.__all__:
     getattr(qalora_compile, name)
 assert len(names) + 1 == int(sys.argv[1]), f"{len(names) + 1} modules, {sys.argv[1]} files"
@@ -51,7 +53,7 @@ def run(*command: str, cwd: Path = ROOT) -> None:
 def source_files() -> set[str]:
     """The files that the wheel has to hold, as it names them."""
     folder = ROOT / PACKAGE
-    files = [*folder.rglob("*.py"), folder / "py.typed"]
+    files = [*folder.rglob("*.py"), folder / "py.typed", *(folder / "pages").glob("page.*")]
     return {file.relative_to(ROOT).as_posix() for file in files}
 
 

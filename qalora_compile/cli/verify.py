@@ -1,4 +1,4 @@
-"""`verify`: compare two of RUN, FOLDED, DIR and .onnx: on random inputs, or by proof."""
+"""`verify`: compare two of RUN, FOLDED, DIR and .onnx: on inputs, node by node, or by proof."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # imported where they are used: a certificate is checked with
     from qalora_compile.ir.program import Program
     from qalora_compile.verify.certificate import Certificate
     from qalora_compile.verify.compare import Report
+    from qalora_compile.verify.numeric_report import NumericReport, Way
 
 NAME = "verify"
 SUMMARY = "compare two programs or exported models; exit 0 equal, 1 not equal, 2 not comparable"
@@ -24,6 +25,8 @@ EXAMPLES = """examples:
   qalora-compile verify folded edge/model.onnx --max-abs 1e-3 --json
   qalora-compile verify folded edge --prove --certificate equal.json
   qalora-compile verify --certificate equal.json                 again later, without torch
+  qalora-compile verify folded edge --numeric                    node by node, without a tolerance
+  qalora-compile verify folded edge --numeric --levels all --json
 """
 
 
@@ -46,6 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--certificate", metavar="FILE", help="write what was proved; without A and B check FILE"
     )
+    parser.add_argument(
+        "--numeric",
+        action="store_true",
+        help="compare along the graph, measured by float64, on odd inputs too, at every "
+        "optimization level, with the operator library and without; exit 2: AMBIGUOUS",
+    )
+    parser.add_argument(
+        "--levels",
+        metavar="LIST",
+        help="of --numeric: only these of disabled,basic,extended,all",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -57,8 +71,12 @@ def run(options: argparse.Namespace) -> int:
         return _check_again(options)
     if options.a is None or options.b is None:
         raise UserInputError("two things to compare are needed", hint="verify A B --max-rel 1e-4")
+    if options.levels and not options.numeric:
+        raise UserInputError("--levels belongs to --numeric", hint="add --numeric")
     if options.prove:
         return _prove(options)
+    if options.numeric:
+        return _numeric(options)
     if options.certificate:
         raise UserInputError("only a proof gives a certificate", hint="add --prove")
     return _compare(options)
@@ -74,7 +92,8 @@ def _compare(options: argparse.Namespace) -> int:
     if options.max_abs is None and options.max_rel is None:
         raise UserInputError(
             "no tolerance was given",
-            hint="add --max-abs 1e-4 or --max-rel 1e-4, for which there is no default; or --prove",
+            hint="add --max-abs 1e-4 or --max-rel 1e-4, for which there is no default; or --prove "
+            "or --numeric, which need none",
         )
     tolerance = Tolerance(max_abs=options.max_abs, max_rel=options.max_rel)
     with steps():
@@ -111,6 +130,60 @@ def _prove(options: argparse.Namespace) -> int:
     if options.certificate:
         certificate.write(options.certificate)
     return _answer(certificate, [], options)
+
+
+def _numeric(options: argparse.Namespace) -> int:
+    from qalora_compile.runtime.library import kernel_level, library_path
+    from qalora_compile.verify.numeric import compare_nodes, named_inputs
+    from qalora_compile.verify.onnx_session import LEVELS
+
+    if options.max_abs is not None or options.max_rel is not None:
+        raise UserInputError(
+            "--numeric takes no tolerance", hint="leave --max-abs and --max-rel out"
+        )
+    levels = tuple(LEVELS) if options.levels is None else tuple(options.levels.split(","))
+    with steps():
+        a, b = Path(options.a), Path(options.b)
+        reference = with_cache(a, b) or _load(options.a)
+        if isinstance(reference, Path):
+            raise UserInputError(
+                "A is no program: only a program runs in float64",
+                where=options.a,
+                hint="give RUN or FOLDED first, then what is compared with it",
+            )
+        calls = named_inputs(reference, options.inputs, seed=options.seed)
+        built = kernel_level() is not None
+        library = library_path() if built or options.library else None  # --library: or it is said
+        report = compare_nodes(reference, b, calls, levels=levels, library=library)
+    if options.json:
+        console.print_json(json.dumps(report.to_json()))
+    else:
+        _show_numeric(report, options)
+    return {"PASS": 0, "FAIL": 1}.get(report.verdict, 2)
+
+
+def _show_numeric(report: NumericReport, options: argparse.Namespace) -> None:
+    print_table(
+        f"ways of running {options.b}",
+        ("", "verdict", "values", "largest ratio", "at"),
+        [(w.name, w.verdict, len(w.rows), *_worst(w)) for w in report.ways],
+    )
+    print_summary(
+        "verify",
+        {
+            "A": f"{options.a}, in float64",
+            "B": options.b,
+            "inputs": ", ".join(report.inputs),
+            "first difference": report.difference or "none",
+            "notes": "\n".join(report.notes) or "none",
+            "verdict": report.verdict,
+        },
+    )
+
+
+def _worst(way: Way) -> tuple[object, str]:
+    worst = way.worst
+    return ("", way.problem) if worst is None else (worst.worst.ratio, worst.name)
 
 
 def with_cache(folder: Path, model: Path) -> Program | None:

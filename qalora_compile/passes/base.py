@@ -76,11 +76,13 @@ class Pass(ABC):
         name: Kebab-case name.
         consumes: Stages that the pass accepts.
         produces: Stage of the result, or None to keep the input's.
+        lossy: The result is meant to compute something else: weights are rounded.
     """
 
     name: ClassVar[str]
     consumes: ClassVar[tuple[str, ...]]
     produces: ClassVar[str | None]
+    lossy: ClassVar[bool] = False
 
     def requires(self, program: Program) -> None:
         """Raise `PreconditionError` or `UserInputError` where the pass cannot run."""

@@ -69,6 +69,7 @@ class QuantizeEmbeddings(Pass):
     name: ClassVar[str] = "quantize-embeddings"
     consumes: ClassVar[tuple[str, ...]] = (QUANTIZED, ADAPTED, FOLDED)
     produces: ClassVar[str | None] = None
+    lossy: ClassVar[bool] = True
 
     bits: int = 8
     group_size: int = 32

@@ -64,6 +64,7 @@ class QuantizeGroups(QuantSpec, Pass):
     name: ClassVar[str] = "quantize-groups"
     consumes: ClassVar[tuple[str, ...]] = (ANNOTATED,)
     produces: ClassVar[str | None] = QUANTIZED
+    lossy: ClassVar[bool] = True
 
     calibration: tuple[Call, ...] | None = data_field(None)
 

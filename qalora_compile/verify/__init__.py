@@ -13,16 +13,21 @@ if TYPE_CHECKING:
     from qalora_compile.verify.compare import Comparison, Report, Tolerance
     from qalora_compile.verify.equivalence import verify_equivalence
     from qalora_compile.verify.inputs import sample_inputs
+    from qalora_compile.verify.numeric import compare_nodes, named_inputs
+    from qalora_compile.verify.numeric_report import NumericReport
     from qalora_compile.verify.proof import check_certificate, prove_equivalence
     from qalora_compile.verify.structural import compare_structure
 
 _HOMES = {
     "Certificate": "certificate",
     "Comparison": "compare",
+    "NumericReport": "numeric_report",
     "Report": "compare",
     "Tolerance": "compare",
     "check_certificate": "proof",
+    "compare_nodes": "numeric",
     "compare_structure": "structural",
+    "named_inputs": "numeric",
     "prove_equivalence": "proof",
     "sample_inputs": "inputs",
     "verify_equivalence": "equivalence",
@@ -31,10 +36,13 @@ _HOMES = {
 __all__ = [
     "Certificate",
     "Comparison",
+    "NumericReport",
     "Report",
     "Tolerance",
     "check_certificate",
+    "compare_nodes",
     "compare_structure",
+    "named_inputs",
     "prove_equivalence",
     "sample_inputs",
     "verify_equivalence",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qalora_compile.ir.signature import PAST, Signature
+from qalora_compile.verify.onnx_session import OnnxSession
 
 _PRESENT = "present."
 _LOGITS, _TOKENS, _MASK, _POSITIONS = "logits", "input_ids", "attention_mask", "position_ids"
@@ -35,12 +36,12 @@ class CachedSteps:
     So what is compared is what a device does: a prompt, then more tokens after it.
     """
 
-    def __init__(self, session: Any, signature: Signature) -> None:
-        self._session = session
-        self.signature = signature
-        self._names = [output.name for output in session.get_outputs()]
+    def __init__(self, graph: OnnxSession) -> None:
+        self._graph = graph
+        self.signature = graph.signature
         # Where a model gives the last logits alone, it goes token by token to give them all.
-        self._last_only = session.get_outputs()[self._names.index(_LOGITS)].shape[1] == 1
+        logits = next(out for out in graph.session.get_outputs() if out.name == _LOGITS)
+        self._last_only = logits.shape[1] == 1
 
     def whole(self, feed: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of one run on the whole sequence, after an empty past."""
@@ -52,10 +53,9 @@ class CachedSteps:
         stops = range(1, length + 1) if self._last_only else sorted({(length + 1) // 2, length})
         past, begin, parts = self._empty(feed), 0, []
         for stop in stops:
-            found = self._session.run(None, self._step(feed, begin, stop, past))
-            values = dict(zip(self._names, found, strict=True))
-            past = {n.replace(_PRESENT, PAST): v for n, v in values.items() if n != _LOGITS}
-            parts.append(torch.from_numpy(values[_LOGITS]))
+            values = self._graph.outputs(self._step(feed, begin, stop, past))
+            parts.append(values.pop(_LOGITS))
+            past = {n.replace(_PRESENT, PAST): v.numpy() for n, v in values.items()}
             begin = stop
         return torch.cat(parts, dim=1)
 
@@ -75,6 +75,4 @@ class CachedSteps:
             feed[_MASK][:, :stop] if _MASK in feed else torch.ones(len(tokens), stop).long().numpy()
         )
         positions = torch.arange(begin, stop).repeat(len(tokens), 1).numpy()
-        values = {_TOKENS: tokens, _MASK: mask, _POSITIONS: positions, **past}
-        taken = {leaf.name for leaf in self._session.get_inputs()}
-        return {name: value for name, value in values.items() if name in taken}
+        return {_TOKENS: tokens, _MASK: mask, _POSITIONS: positions, **past}

@@ -43,10 +43,20 @@ def sample_inputs(program: Program, count: int, *, seed: int = 0) -> list[dict[s
             _sample(leaf, value, limits.get(leaf.name), index, generator, program.signature.ranges)
             for leaf, value in zip(program.signature.inputs, example, strict=True)
         ]
-        new_args, new_kwargs = pytree.tree_unflatten(leaves, input_spec(program.graph))
-        names = argument_names(program.graph)
-        calls.append(dict(zip(names, [*new_args, *new_kwargs.values()], strict=True)))
+        calls.append(rebuild_call(program, leaves))
     return calls
+
+
+def rebuild_call(program: Program, leaves: Sequence[Any]) -> dict[str, Any]:
+    """A call, as keyword arguments, from its flat inputs."""
+    args, kwargs = pytree.tree_unflatten(list(leaves), input_spec(program.graph))
+    names = argument_names(program.graph)
+    return dict(zip(names, [*args, *kwargs.values()], strict=True))
+
+
+def is_mask(leaf: InputLeaf) -> bool:
+    """Whether an input says which positions count: its name says so."""
+    return "mask" in leaf.name
 
 
 def token_limits(program: Program) -> dict[str, int]:
@@ -84,7 +94,7 @@ def _sample(
         size = dim if isinstance(dim, int) else sizes.get(dim, _OTHER_SIZE)
         limit = next((r for r in ranges if r.name == dim), None)
         shape.append(size if limit is None else limit.nearest(size))
-    if "mask" in leaf.name:
+    if is_mask(leaf):
         return torch.ones(shape, dtype=example.dtype)
     if example.is_floating_point():
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(example.dtype)

@@ -70,6 +70,11 @@ class Meanings:
             if name in wanted and name not in self._terms:
                 self._terms[name] = self._meaning(node)
 
+    def computed(self) -> dict[str, Term]:
+        """The terms of the nodes that were made, by the value, without the sites."""
+        nodes = self.graph.nodes
+        return {n: t for n, t in self._terms.items() if n in nodes and n not in self._cuts}
+
     def of(self, operand: Any) -> Term:
         """The term of an operand."""
         if isinstance(operand, Ref):

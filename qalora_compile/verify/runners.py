@@ -81,7 +81,7 @@ class OnnxRunner:
             )
         self._cached: CachedSteps | None = None
         if self.signature.cache:
-            self._cached = CachedSteps(self._graph.session, self.signature)
+            self._cached = CachedSteps(self._graph)
 
     def meet(self, other: Runner) -> None:
         """Take the inputs that `other` takes, if this model has a key-value cache beside them."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora_compile.verify.fx_regions import fx_linear
-from qalora_compile.verify.graph import FX, Graph, SiteRow
+from qalora_compile.verify.graph import FX, Graph, Ref, SiteRow
 from qalora_compile.verify.linear import Linear, NotLinearError
 from qalora_compile.verify.meanings import Meanings
 from qalora_compile.verify.onnx_regions import function_linears, onnx_linear
@@ -107,6 +107,84 @@ def compare_structure(
         UserInputError: a side cannot be read.
     """
     a, b = open_side(reference), open_side(candidate)
+    pairs, wanted, sides, halves = _read(a, b)
+    mixed = a.dialect != b.dialect
+    segments = [
+        _segment(name, targets, (sides[0].of(targets[0]), sides[1].of(targets[1])), mixed)
+        for name, targets in wanted
+    ]
+    segments += _unmatched_outputs(a, b)
+    notes = ["half precision is compared as widened to float32"] if halves else []
+    return Structure(tuple(pairs), tuple(segments), tuple(notes))
+
+
+@dataclass(frozen=True)
+class Match:
+    """A value that both graphs compute.
+
+    Attributes:
+        name: `input of <site>`, `<site>`, `output <name>`, or that of the reference's node.
+        kind: `read` by a site, what a `site` gives, an `output`, or a `node` between them.
+        values: The operands, on both sides.
+        lines: The nodes as text; where structure tells the two apart, those at which they part.
+        path: Module path in the user's model, where it is known.
+    """
+
+    name: str
+    kind: str
+    values: tuple[Any, Any]
+    lines: tuple[str, str]
+    path: str = ""
+
+
+def match_values(a: Graph, b: Graph) -> list[Match]:
+    """The values that two graphs have in common, in the order of the first.
+
+    What a site reads and gives, and the outputs, are matched by name; what stands between them
+    where it is the same computation from the same sites.
+    """
+    _, wanted, sides, _ = _read(a, b)
+    found: dict[str, Match] = {}
+    mixed = a.dialect != b.dialect
+    for name, targets in wanted:
+        segment = _segment(name, targets, (sides[0].of(targets[0]), sides[1].of(targets[1])), mixed)
+        shown = segment.lines or (a.line(targets[0]), b.line(targets[1]))
+        kind = "output" if name.startswith("output ") else "read"
+        found[name] = Match(name, kind, targets, shown, name.partition(" of ")[2])
+    for name in [n for n in a.site_values if n in b.site_values]:
+        values = (Ref(a.site_values[name]), Ref(b.site_values[name]))
+        lines = (a.line(values[0]), b.line(values[1]))
+        found[name] = Match(name, "site", values, lines, name)
+    taken = {m.values[0] for m in found.values()}
+    others = {computed.key: value for value, computed in sides[1].computed().items()}
+    for value, computed in sides[0].computed().items():
+        ref, other = Ref(value), others.get(computed.key)
+        if other is not None and ref not in taken:
+            lines = (a.line(ref), b.line(Ref(other)))
+            path = a.nodes[value].path
+            found[f"node {value}"] = Match(f"node {value}", "node", (ref, Ref(other)), lines, path)
+    return _in_order(a, found.values())
+
+
+def _in_order(graph: Graph, matches: Iterable[Match]) -> list[Match]:
+    """By the place of the value in the graph; what is read before what computes on it."""
+    place = {name: index for index, name in enumerate(graph.nodes)}
+
+    kinds = ("site", "node", "read", "output")
+
+    def key(match: Match) -> tuple[bool, int, int]:
+        operand = match.values[0]
+        at = place.get(operand.name, -1) if isinstance(operand, Ref) else -1
+        return match.kind == "output", at, kinds.index(match.kind)
+
+    return sorted(matches, key=key)
+
+
+_Wanted = list[tuple[str, tuple[Any, Any]]]
+
+
+def _read(a: Graph, b: Graph) -> tuple[list[Pair], _Wanted, list[Meanings], bool]:
+    """The sites, the values to compare, what all values mean, and whether halves are widened."""
     pairs = _pairs(a, b)
     cuts = {p.site.name for p in pairs if p.maps is not None}
     halves = a.half != b.half
@@ -118,14 +196,7 @@ def compare_structure(
     wanted = _targets(a, b, pairs)
     for side, index in zip(sides, (0, 1), strict=True):
         side.make([targets[index] for _, targets in wanted])
-    mixed = a.dialect != b.dialect
-    segments = [
-        _segment(name, targets, (sides[0].of(targets[0]), sides[1].of(targets[1])), mixed)
-        for name, targets in wanted
-    ]
-    segments += _unmatched_outputs(a, b)
-    notes = ["half precision is compared as widened to float32"] if halves else []
-    return Structure(tuple(pairs), tuple(segments), tuple(notes))
+    return pairs, wanted, sides, halves
 
 
 def _pairs(a: Graph, b: Graph) -> list[Pair]:
@@ -159,9 +230,9 @@ def _linear(graph: Graph, site: SiteRow) -> Linear:
     return fx_linear(graph, site) if graph.dialect == FX else onnx_linear(graph, site)
 
 
-def _targets(a: Graph, b: Graph, pairs: list[Pair]) -> list[tuple[str, tuple[Any, Any]]]:
+def _targets(a: Graph, b: Graph, pairs: list[Pair]) -> _Wanted:
     """The values that are compared: what the sites read, then the outputs."""
-    found = []
+    found: _Wanted = []
     for pair in pairs:
         if pair.maps is not None:
             sources = zip(pair.maps[0].source, pair.maps[1].source, strict=True)

@@ -102,6 +102,13 @@ def test_graph_optimizations_may_be_off(library: bool, tmp_path: Path) -> None:
     assert_close(torch.from_numpy(y), program(x), relative=1e-5)
 
 
+@pytest.mark.parametrize("n", [8, 5000])  # the widened bias is folded, and is not
+def test_a_half_precision_bias_is_of_its_layer(n: int, tmp_path: Path) -> None:
+    half = qc.fold_adapters(adapted(OneLinear(32, n).half().eval(), (torch.randn(2, 32).half(),)))
+    qc.export_model(half, tmp_path / "half.onnx")
+    assert qc.prove_equivalence(half, tmp_path / "half.onnx").passed
+
+
 @LIBRARY
 def test_half_models_and_experts(library: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ _NO_KERNEL = (
 _NEVER_DROPS = (
     "ONNX Runtime's build for inference never drops, whatever the node says; other runtimes do",
 )
+_REFUSED = "optimization all, kernels of ONNX Runtime: ONNX Runtime cannot"
 _SAME_OUTPUTS = ("the outputs are equal: only the names that the file gives its layers are wrong",)
 
 
@@ -268,7 +269,14 @@ MODEL_FAULTS = [
     Fault(
         "labels of q and k exchanged", "ort", _relabel, "q:", unseen=(("numeric", *_SAME_OUTPUTS),)
     ),
-    Fault("bits of a node", "ort", _attribute("GroupQuantLinear", "bits", 8), "q:", "does not run"),
+    Fault(
+        "bits of a node",
+        "ort",
+        _attribute("GroupQuantLinear", "bits", 8),
+        "q:",
+        "does not run",
+        node=_REFUSED,
+    ),
     Fault(
         "function without correction", "ort", _in_function("GroupQuantLinear", "y", _forget), "q:"
     ),
@@ -283,7 +291,7 @@ MODEL_FAULTS = [
         "ort",
         _in_function("MatMulNBits", "level", _forget),
         "q:",
-        unseen=(("numeric", *_NO_KERNEL),),
+        unseen=(("numeric", *_NO_KERNEL), ("nodes", *_NO_KERNEL)),
     ),
     Fault("bias twice", "ort", _bias_twice, "input of up", "up"),
     Fault("bias missing", "ort", _no_bias, "q:"),
@@ -303,7 +311,12 @@ MODEL_FAULTS = [
         "down:",
     ),
     Fault(
-        "bits of a node", "ort-stock", _attribute("MatMulNBits", "bits", 8), "q:", "does not run"
+        "bits of a node",
+        "ort-stock",
+        _attribute("MatMulNBits", "bits", 8),
+        "q:",
+        "does not run",
+        node=_REFUSED,
     ),
     Fault("bias of another layer", "ort-stock", _reread("q/MatMulNBits", 5, "k.bias"), "q:"),
     Fault("scale of a digit", "digits", _values("up.scale", _last_columns(2, 1.5)), "up:"),
@@ -343,7 +356,7 @@ MODEL_FAULTS = [
         "ort-stock",
         _dropout,
         "input of up",
-        unseen=(("numeric", *_NEVER_DROPS),),
+        unseen=(("numeric", *_NEVER_DROPS), ("nodes", *_NEVER_DROPS)),
     ),
     Fault(
         "cast to half and back",

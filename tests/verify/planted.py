@@ -15,7 +15,9 @@ from torch.nn import functional
 
 import qalora_compile as qc
 from qalora_compile.api import lower
-from qalora_compile.verify import Certificate, sample_inputs
+from qalora_compile.errors import UserInputError
+from qalora_compile.verify import Certificate, compare_nodes, named_inputs, sample_inputs
+from qalora_compile.verify.bisect import Culprit, Step, bisect
 from tests.models import randomize_adapters
 
 WIDTH, INNER, WORDS = 48, 64, 40
@@ -80,7 +82,8 @@ class Fault:
         plant: Makes the faulty program from the right one, or changes the ONNX model in place.
         site: What the certificate's first difference begins with.
         numeric: The site that the numeric check names first; "" for that of the certificate.
-        unseen: Why a check cannot see it: `{"proof": …}`, `{"numeric": …}`.
+        unseen: Why a check cannot see it: `{"proof": …}`, `{"numeric": …}`, `{"nodes": …}`.
+        node: What the comparison along the graph names first; "" for that of the certificate.
     """
 
     name: str
@@ -89,21 +92,25 @@ class Fault:
     site: str
     numeric: str = ""
     unseen: tuple[tuple[str, str], ...] = ()
+    node: str = ""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the two checks said of a fault; None of a numeric site: the model does not run."""
+    """What the three checks said of a fault; and of one in a pass, step and place by `bisect`."""
 
     fault: Fault
     proof: bool
     difference: str
     numeric: bool
     named: str
+    nodes: str
+    node: str
+    bisected: str = ""
 
 
 def examine(fault: Fault, models: Path, scratch: Path) -> Found:
-    """Plant a fault and run both checks.
+    """Plant a fault and run the checks.
 
     Args:
         fault: The fault.
@@ -124,9 +131,12 @@ def examine(fault: Fault, models: Path, scratch: Path) -> Found:
         candidate = scratch / "faulty.onnx"
         onnx.save(model, candidate)
     certificate = prove(reference, candidate)
-    numeric, named = compare(reference, candidate)
     difference = "" if certificate is None else certificate.difference or ""
-    return Found(fault, certificate is None or not certificate.passed, difference, numeric, named)
+    proof = certificate is None or not certificate.passed
+    along = along_the_graph(reference, candidate)
+    found = bisected(fault) if is_in_a_pass(fault) else None
+    named = "" if found is None else f"{found.step}: {found.row and found.row.name}"
+    return Found(fault, proof, difference, *compare(reference, candidate), *along, named)
 
 
 def prove(reference: qc.Program, candidate: qc.Program | Path) -> Certificate | None:
@@ -139,9 +149,34 @@ def compare(reference: qc.Program, candidate: qc.Program | Path) -> tuple[bool, 
     calls = sample_inputs(program("folded"), 2, seed=1)
     try:
         report = qc.verify_equivalence(reference, candidate, calls, TOLERANCE)
-    except Exception as error:  # ONNX Runtime's own types among them
-        return True, f"does not run: {str(error).splitlines()[0]}"
+    except UserInputError as error:
+        return True, f"does not run: {error.what}"
     return not report.passed, report.first_divergence or ""
+
+
+def is_in_a_pass(fault: Fault) -> bool:
+    """Whether a fault is one of folding or lowering, which a pipeline can have."""
+    return fault.on.startswith(("program folded", "program lowered"))
+
+
+def bisected(fault: Fault) -> Culprit | None:
+    """What `bisect` finds in a pipeline of folding and lowering with the fault in one of them."""
+    kind = fault.on.partition(" ")[2]
+    folded, spec = program("folded"), SPECS[kind.partition(":")[2] or "ort-stock"]
+    if kind == "folded":
+        folded = fault.plant(folded)
+    lowered = lower(folded, spec)
+    if kind != "folded":
+        lowered = fault.plant(program(kind))
+    calls = named_inputs(program("folded"), 1, seed=1)
+    return bisect(program("adapted"), [Step("fold", folded), Step("lower", lowered)], calls)
+
+
+def along_the_graph(reference: qc.Program, candidate: qc.Program | Path) -> tuple[str, str]:
+    """The verdict of the comparison along the graph, and what it names first."""
+    calls = named_inputs(program("folded"), 1, seed=1)
+    report = compare_nodes(reference, candidate, calls, levels=("all",))
+    return report.verdict, report.difference or ""
 
 
 def export_all(folder: Path) -> None:

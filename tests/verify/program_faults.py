@@ -262,13 +262,21 @@ PROGRAM_FAULTS = [
         "input of up",
         "up",
     ),
-    Fault("residual removed", "program folded", _graph(_drop_residual), "output output", "lm_head"),
+    Fault(
+        "residual removed",
+        "program folded",
+        _graph(_drop_residual),
+        "output output",
+        "lm_head",
+        node="lm_head",
+    ),
     Fault(
         "residual of another tensor",
         "program folded",
         _graph(_other_residual),
         "output output",
         "lm_head",
+        node="lm_head",
     ),
     Fault(
         "eps of a norm",
@@ -289,7 +297,14 @@ PROGRAM_FAULTS = [
         "input of up",
         "up",
     ),
-    Fault("tied weight split", "program folded", _split_tie, "output output", "lm_head"),
+    Fault(
+        "tied weight split",
+        "program folded",
+        _split_tie,
+        "output output",
+        "lm_head",
+        node="lm_head",
+    ),
     # adapters themselves: folded against adapted
     Fault("adapter of another site", "program adapted", _swapped(("q.lora_A", "k.lora_A")), "q:"),
     Fault(

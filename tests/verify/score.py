@@ -1,43 +1,72 @@
-"""What the two checks made of the planted faults, as a table and a line."""
+"""What the three checks made of the planted faults, as a table and a line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.verify.planted import Found
+from qalora_compile.verify.judge import FAIL, PASS
+from tests.verify.planted import Found, is_in_a_pass
 
 
 def is_right(found: Found) -> bool:
-    """Whether both checks did what the fault says: caught and named it, or could not see it."""
+    """Whether each check did what the fault says: caught and named it, or could not see it.
+
+    Along the graph AMBIGUOUS is not enough: a planted fault is FAIL.
+    """
     fault, unseen = found.fault, dict(found.fault.unseen)
-    named = found.named.startswith(fault.numeric or fault.site.removesuffix(":"))
-    proof = found.difference.startswith(fault.site) if found.proof else "proof" in unseen
-    numeric = named if found.numeric else "numeric" in unseen
-    expected = ("proof" not in unseen, "numeric" not in unseen)
-    return proof and numeric and (found.proof, found.numeric) == expected
+    caught = {"proof": found.proof, "numeric": found.numeric, "nodes": found.nodes == FAIL}
+    named = {
+        "proof": found.difference.startswith(fault.site),
+        "numeric": found.named.startswith(fault.numeric or fault.site.removesuffix(":")),
+        "nodes": found.node.startswith(fault.node or fault.site),
+    }
+    clean = found.nodes == PASS if "nodes" in unseen else True
+    return (
+        clean
+        and all(caught[c] == (c not in unseen) for c in caught)
+        and all(named[c] for c in caught if caught[c])
+    )
+
+
+def is_bisected(found: Found) -> bool:
+    """Whether `bisect` named the step and the place, of a fault that is in a pass."""
+    fault = found.fault
+    if not is_in_a_pass(fault):
+        return True
+    step = "fold" if fault.on == "program folded" else "lower"
+    return f"{found.bisected}:".startswith(f"{step}: {fault.node or fault.site}")
 
 
 def score_line(found: Sequence[Found]) -> str:
     """How many faults each check caught, in one line."""
     count = len(found)
     proof, numeric = sum(f.proof for f in found), sum(f.numeric for f in found)
+    nodes = sum(f.nodes == FAIL for f in found)
     right = sum(map(is_right, found))
+    passes = [f for f in found if is_in_a_pass(f.fault)]
     return (
         f"mutation score: {count} faults planted; proof {proof}/{count}, numeric "
-        f"{numeric}/{count}, as expected and named rightly {right}/{count}"
+        f"{numeric}/{count}, along the graph {nodes}/{count}, bisected "
+        f"{sum(map(is_bisected, passes))}/{len(passes)}, as expected and named rightly "
+        f"{right}/{count}"
     )
 
 
 def table(found: Sequence[Found]) -> str:
     """One row for each fault."""
-    rows = ["| fault | planted in | proof | numeric | first difference |", "|---|---|---|---|---|"]
+    checks = "proof | numeric | along the graph"
+    rows = [f"| fault | planted in | {checks} | first difference |", "|---|---|---|---|---|---|"]
     for one in found:
         unseen = dict(one.fault.unseen)
         marks = [
             "caught" if seen else f"not seen: {unseen.get(check, 'MISSED')}"
-            for check, seen in (("proof", one.proof), ("numeric", one.numeric))
+            for check, seen in (
+                ("proof", one.proof),
+                ("numeric", one.numeric),
+                ("nodes", one.nodes == FAIL),
+            )
         ]
         where = one.difference.partition("\n")[0].replace("|", "∣")
         on = one.fault.on.replace("program ", "")
-        rows.append(f"| {one.fault.name} | {on} | {marks[0]} | {marks[1]} | {where[:90]} |")
+        rows.append(f"| {one.fault.name} | {on} | {' | '.join(marks)} | {where[:90]} |")
     return "\n".join(rows)

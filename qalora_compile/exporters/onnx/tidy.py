@@ -90,7 +90,7 @@ def name_sites(model: Any, program: Program) -> dict[str, str]:
         last = (
             _follow_concat(node)
             if site.experts
-            else _follow_adds(node, site, biases.get(site.name))
+            else _follow_adds(node, site, biases.get(site.name, frozenset()))
         )
         if not last.outputs[0].is_graph_output():
             last.outputs[0].name = f"{site.name}/output"
@@ -103,18 +103,24 @@ def _products(node: Any) -> list[Any]:
     return list(node.outputs[0].consumers()) if node.op_type == "DequantizeLinear" else [node]
 
 
-def _biases(program: Program) -> dict[str, str]:
-    """Site → name of the bias, where a node of its own adds it."""
-    operands = {
-        name: node.args[1]
-        for node in program.graph.nodes
-        if (name := site_of(node)) is not None and node.target is torch.ops.aten.add.Tensor
-    }
-    return {
-        name: str(operand.target)
-        for name, operand in operands.items()
-        if isinstance(operand, torch.fx.Node) and operand.op == "get_attr"
-    }
+def _biases(program: Program) -> dict[str, frozenset[str]]:
+    """Site → names that its bias may have, where a node of its own adds it.
+
+    A bias that is stored in half precision is widened first; folded, it takes that node's name.
+    """
+    found = {}
+    for node in program.graph.nodes:
+        name = site_of(node)
+        if name is None or node.target is not torch.ops.aten.add.Tensor:
+            continue
+        operand = node.args[1]
+        names = set()
+        if isinstance(operand, torch.fx.Node) and operand.target is torch.ops.aten.to.dtype:
+            names.add(operand.name)
+            operand = operand.args[0]
+        if isinstance(operand, torch.fx.Node) and operand.op == "get_attr":
+            found[name] = frozenset({*names, str(operand.target)})
+    return found
 
 
 def _follow_concat(node: Any) -> Any:
@@ -131,7 +137,7 @@ def _first_weight(site: Site, readers: Mapping[str, object]) -> str:
     return next((name for name in names if name in readers), names[0])
 
 
-def _follow_adds(node: Any, site: Site, bias: str | None) -> Any:
+def _follow_adds(node: Any, site: Site, bias: frozenset[str]) -> Any:
     """The node whose output is the site's: the last Add of a correction, a bias or a plane."""
     value = node.outputs[0]
     for user in value.consumers():
@@ -146,7 +152,7 @@ def _follow_adds(node: Any, site: Site, bias: str | None) -> Any:
     return node
 
 
-def _operand(add: Any, value: Any, site: Site, bias: str | None) -> str | None:
+def _operand(add: Any, value: Any, site: Site, bias: frozenset[str]) -> str | None:
     """What to call an Add to `value`, if it is of the site.
 
     `Add` (its correction), `Bias` or `Planes` (the high one is added).
@@ -154,9 +160,10 @@ def _operand(add: Any, value: Any, site: Site, bias: str | None) -> str | None:
     other = next((v for v in add.inputs if v is not value), None)
     if other is None:
         return None
-    if other.is_initializer():
-        return "Bias" if other.name == bias else None
     producer = other.producer()
+    stored = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else other
+    if stored.is_initializer():
+        return "Bias" if stored.name in bias else None
     if producer is not None and producer.op_type == "Mul":
         layer, weight = producer.inputs[0].producer(), f"{site.path}.{PLANE_NAMES[1]}.qweight"
         return "Planes" if layer is not None and _reads(layer, weight) else None

@@ -1,0 +1,15 @@
+"""Pages that open without a server: one HTML file with its style and its charts inside.
+
+    page = Page("Training run", "SmolLM2-135M, 200 steps")
+    page.section("Loss", "Lower is better.")
+    page.chart(line_chart({"train": (steps, losses)}, x="step", y="loss"))
+    page.table(("layer", "bits"), [("q", 4), ("k", 3)], caption="What was chosen.")
+    page.write("run/report.html")
+
+Needs the extra `report`. Knows nothing of models: numbers and texts in, one file out.
+"""
+
+from qalora_compile.pages.charts import Chart, bar_chart, histogram, line_chart
+from qalora_compile.pages.page import Page
+
+__all__ = ["Chart", "Page", "bar_chart", "histogram", "line_chart"]

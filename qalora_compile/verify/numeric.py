@@ -1,0 +1,270 @@
+"""`compare_nodes`: a candidate held to its reference value by value, measured by float64."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import Call, split_call
+from qalora_compile.progress import track
+from qalora_compile.verify.adversarial import adversarial_inputs
+from qalora_compile.verify.graph import ONNX, Graph, Ref
+from qalora_compile.verify.inputs import sample_inputs
+from qalora_compile.verify.judge import AMBIGUOUS, UNITS, Judgement, judge
+from qalora_compile.verify.numeric_report import NumericReport, ValueRow, Way, worst_verdict
+from qalora_compile.verify.onnx_session import LEVELS, OnnxSession
+from qalora_compile.verify.precise import run_nodes
+from qalora_compile.verify.sides import open_side
+from qalora_compile.verify.structural import Match, match_values
+
+_LIBRARY_DOMAIN = "qalora"
+_HALVES = (torch.float16, torch.bfloat16)
+Compute = Callable[[Program, Sequence[Any]], dict[str, Tensor]]
+"""Values of the candidate by name, for the flat inputs of the reference."""
+
+
+def named_inputs(program: Program, count: int, *, seed: int = 0) -> dict[str, Call]:
+    """`count` random calls and the adversarial ones that a program has inputs for, by name."""
+    drawn = sample_inputs(program, count, seed=seed)
+    calls: dict[str, Call] = {f"random {i}": call for i, call in enumerate(drawn)}
+    return calls | adversarial_inputs(program, seed=seed)
+
+
+def compare_nodes(
+    reference: Program | str | Path,
+    candidate: Program | str | Path,
+    inputs: Mapping[str, Call] | None = None,
+    *,
+    levels: Sequence[str] = tuple(LEVELS),
+    library: str | Path | None = None,
+    seed: int = 0,
+) -> NumericReport:
+    """Compare two programs, or a program and an exported model, along the graph.
+
+    The reference runs in float64, which is what it means, and at working precision, which shows
+    what rounding does to it; the candidate runs as it is. Every value that both compute (what sites
+    read and give, what stands between them, the outputs) is judged by how much farther it lies from
+    float64 than the reference itself: see `verify.judge`. So there is no tolerance to choose.
+
+    An exported model runs at every level of ONNX Runtime's optimization. Its outputs are those of
+    the file as it is; inner values come from a second session that gives them too.
+
+    Args:
+        reference: A program, or the path of a program folder.
+        candidate: Likewise, or an export folder or `.onnx` file.
+        inputs: Calls by name; None takes two random and all adversarial ones (`named_inputs`).
+        levels: Of ONNX Runtime's optimization, of `disabled`, `basic`, `extended` and `all`.
+        library: A library of custom operators. A file with operators of its is run with it and
+            without; None runs it without.
+        seed: Of the inputs.
+
+    Raises:
+        UserInputError: the reference is no program, an input does not fit the signature, a path
+            cannot be read, or there is no input.
+    """
+    program = _program(reference)
+    calls = named_inputs(program, 2, seed=seed) if inputs is None else dict(inputs)
+    if not calls:
+        raise UserInputError("no input was given to compare on", hint="pass at least one")
+    unknown = [level for level in levels if level not in LEVELS]
+    if unknown or not levels:
+        raise UserInputError(
+            f"{', '.join(unknown) or 'nothing'} is no optimization level", hint=", ".join(LEVELS)
+        )
+    sides = (open_side(reference), open_side(candidate))
+    matches = match_values(*sides)
+    if {m.kind for m in matches} <= {"read", "site", "node"}:
+        raise UserInputError(
+            "the two have no output in common", where=f"{sides[0].label}, {sides[1].label}"
+        )
+    leaves = {name: program.leaves(*split_call(call)) for name, call in calls.items()}
+    ways, notes = _ways(candidate, sides[1], matches, levels, library)
+    with _references(program, matches, leaves, _working(candidate)) as references:
+        found = [_try(way, references, matches, program, leaves) for way in track(ways, "compare")]
+    return NumericReport(sides[0].label, sides[1].label, tuple(calls), tuple(found), tuple(notes))
+
+
+def _program(thing: Program | str | Path) -> Program:
+    if isinstance(thing, Program):
+        return thing
+    if not (Path(thing) / "program.json").exists():
+        raise UserInputError(
+            "the reference is no program: only a program runs in float64",
+            where=str(thing),
+            hint="give a Program, or a folder of Program.save, finetune or fold",
+        )
+    return Program.load(Path(thing))
+
+
+def _working(candidate: Program | str | Path) -> torch.dtype:
+    """The precision at which a candidate computes: exported models in float32."""
+    try:
+        program = _program(candidate)
+    except UserInputError:
+        return torch.float32
+    dtypes = {t.dtype for t in program.tensors().values()}
+    halves = [dtype for dtype in _HALVES if dtype in dtypes]
+    return halves[0] if halves else torch.float32
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One way of running the candidate; `open` is called when its turn comes."""
+
+    name: str
+    open: Callable[[], Compute]
+
+
+def _ways(
+    candidate: Program | str | Path,
+    graph: Graph,
+    matches: Sequence[Match],
+    levels: Sequence[str],
+    library: str | Path | None,
+) -> tuple[list[_Candidate], list[str]]:
+    names = _names(matches, 1)
+    if graph.dialect != ONNX:
+        program = _program(candidate)
+        return [_Candidate("as a program", lambda: _run_program(program, names))], []
+    path = Path(graph.label)
+    libraries: list[Path | None] = [None]
+    notes = []
+    if any(p.domain == _LIBRARY_DOMAIN for p in graph.extra.graph.node):
+        if library is None:
+            notes.append("not tried with the operator library, which was not given")
+        else:
+            libraries.append(Path(library))
+    elif library is not None:
+        notes.append("not tried with the operator library: the file has no operator of it")
+    ways = []
+    for level in levels:
+        for one in libraries:
+            kernels = "kernels of ONNX Runtime" if one is None else "operator library"
+            ways.append(
+                _Candidate(
+                    f"optimization {level}, {kernels}",
+                    lambda level=level, one=one: _run_model(  # type: ignore[misc]
+                        OnnxSession(path, one, level), graph, names
+                    ),
+                )
+            )
+    return ways, notes
+
+
+def _names(matches: Sequence[Match], side: int) -> list[str]:
+    """The values of one side that are compared and are no stored tensors."""
+    operands = [match.values[side] for match in matches]
+    return list(dict.fromkeys(ref.name for ref in operands if isinstance(ref, Ref)))
+
+
+def _run_program(program: Program, names: Sequence[str]) -> Compute:
+    def compute(source: Program, leaves: Sequence[Any]) -> dict[str, Tensor]:
+        return run_nodes(program, program.signature.widen(leaves), frozenset(names))
+
+    return compute
+
+
+def _run_model(session: OnnxSession, graph: Graph, names: Sequence[str]) -> Compute:
+    """The outputs from the file as it is, all else from a session that gives it too."""
+    outputs = {out.name for out in session.session.get_outputs()}
+    inner = [name for name in names if name not in outputs and name not in graph.inputs]
+
+    def compute(source: Program, leaves: Sequence[Any]) -> dict[str, Tensor]:
+        feed = {
+            leaf.name: value.detach()
+            for leaf, value in zip(source.signature.inputs, leaves, strict=True)
+            if isinstance(value, Tensor)
+        }
+        wide = {n: v.float() if v.dtype in _HALVES else v for n, v in feed.items()}
+        arrays = {name: value.numpy() for name, value in wide.items()}
+        found = session.outputs(arrays) | {n: v for n, v in wide.items() if n in graph.inputs}
+        return found | (session.values(inner, arrays) if inner else {})
+
+    return compute
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The values of the reference on every input, in files: `load(name)` gives (T, A)."""
+
+    folder: Path
+    unit: float
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        both = [load_file(self.folder / f"{index}.{side}") for side in ("exact", "own")]
+        return both[0], both[1]
+
+
+@contextmanager
+def _references(
+    program: Program,
+    matches: Sequence[Match],
+    leaves: Mapping[str, Sequence[Any]],
+    working: torch.dtype,
+) -> Iterator[_Reference]:
+    """Run the reference on every input, once in float64 and once at the candidate's precision."""
+    names = frozenset(_names(matches, 0))
+    own = torch.float32 if working is torch.float32 else None
+    with tempfile.TemporaryDirectory() as folder:
+        for index, flat in enumerate(track(list(leaves.values()), "float64")):
+            for side, dtype in (("exact", torch.float64), ("own", own)):
+                values = run_nodes(program, flat, names, dtype)
+                kept = {n: v.contiguous().clone() for n, v in values.items()}
+                save_file(kept, Path(folder) / f"{index}.{side}")
+        yield _Reference(Path(folder), UNITS[working])
+
+
+def _try(
+    way: _Candidate,
+    references: _Reference,
+    matches: Sequence[Match],
+    program: Program,
+    leaves: Mapping[str, Sequence[Any]],
+) -> Way:
+    """Run one way on every input and judge every value."""
+    judged: dict[int, list[tuple[str, Judgement]]] = defaultdict(list)
+    try:
+        compute = way.open()
+        for index, (name, flat) in enumerate(leaves.items()):
+            exact, own = references.load(index)
+            found = compute(program, flat)
+            for place, match in enumerate(matches):
+                first, second = match.values
+                if not (isinstance(first, Ref) and isinstance(second, Ref)):
+                    continue
+                if first.name in exact and second.name in found:
+                    values = exact[first.name], own[first.name], found[second.name]
+                    judged[place].append((name, judge(*values, references.unit)))
+    except UserInputError as error:
+        return Way(way.name, (), (), error.what)
+    rows = tuple(_row(matches[place], found) for place, found in sorted(judged.items()))
+    by_input: dict[str, float] = defaultdict(float)
+    for place, pairs in judged.items():
+        if matches[place].kind == "output":
+            for name, one in pairs:
+                by_input[name] = max(by_input[name], one.ratio)
+    return Way(way.name, rows, tuple(by_input.items()))
+
+
+def _row(match: Match, found: Sequence[tuple[str, Judgement]]) -> ValueRow:
+    """The worst of a value over the inputs; what is undefined on all of them is ambiguous."""
+    tried = [(name, one) for name, one in found if one.judged or one.problem] or list(found)
+    name, worst = max(tried, key=lambda item: item[1].ratio)
+    verdicts = [one.verdict for _, one in tried]
+    empty = all(not one.judged and not one.undefined for _, one in found)
+    verdict = worst_verdict(verdicts) if not empty else AMBIGUOUS
+    undefined = sum(one.undefined for _, one in found)
+    return ValueRow(
+        match.name, match.kind, match.path, match.lines, name, worst, undefined, verdict
+    )

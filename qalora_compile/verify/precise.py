@@ -1,0 +1,81 @@
+"""Programs run at another precision than their own, with the values of chosen nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from qalora_compile.ir.program import Program
+
+Values = dict[str, Tensor]
+
+
+def run_nodes(
+    program: Program,
+    leaves: Sequence[Any],
+    names: Collection[str],
+    dtype: torch.dtype | None = None,
+) -> Values:
+    """Values of nodes, in evaluation mode and without gradients.
+
+    Args:
+        program: What to run.
+        leaves: Checked flat inputs, in signature order.
+        names: The nodes whose values are wanted; those that are no tensors are left out.
+        dtype: What every floating tensor and every floating dtype in the graph becomes: `float64`
+            makes what the program means, up to 2⁻⁵³, on the weights as they are stored. None runs
+            the program as it is.
+    """
+    runner = _At(program.module, names, dtype)
+    previous = torch.get_default_dtype()
+    with program.evaluating():
+        if dtype is not None:
+            torch.set_default_dtype(dtype)  # of factories that name none
+        try:
+            runner.run(*map(runner.cast, leaves), enable_io_processing=False)
+        finally:
+            torch.set_default_dtype(previous)
+    return runner.found
+
+
+class _At(fx.Interpreter):
+    """Runs a graph with floating tensors of one dtype."""
+
+    def __init__(
+        self, module: fx.GraphModule, names: Collection[str], dtype: torch.dtype | None
+    ) -> None:
+        super().__init__(module)
+        self._names, self._dtype = names, dtype
+        self.found: Values = {}
+
+    def cast(self, value: Any) -> Any:
+        """A floating tensor, or a floating dtype, in the dtype asked for; all else as it is."""
+        if self._dtype is None:
+            return value
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(self._dtype)
+        if isinstance(value, torch.dtype) and value.is_floating_point:
+            return self._dtype
+        if isinstance(value, fx.GraphModule):
+            return _At(value, (), self._dtype).run
+        return value
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.cast(super().fetch_attr(target))
+
+    def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = pytree.tree_map(self.cast, (args, kwargs))
+        # Operators of single targets give float32 whatever they are given.
+        return pytree.tree_map(self.cast, super().call_function(target, args, kwargs))
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output" and self._names:
+            return None
+        value = super().run_node(n)
+        if n.name in self._names and isinstance(value, Tensor):
+            self.found[n.name] = value
+        return value

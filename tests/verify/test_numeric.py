@@ -1,0 +1,289 @@
+"""Comparison along the graph: what is judged, on what inputs, and what is said of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import qalora_compile as qc
+from qalora_compile.cli.main import main
+from qalora_compile.errors import UserInputError, VerificationError
+from qalora_compile.runtime.library import kernel_level, library_path
+from qalora_compile.verify import compare_nodes, named_inputs
+from qalora_compile.verify.judge import AMBIGUOUS, BEYOND, EXPLAINED, FAIL, PASS, judge, verdict_of
+from qalora_compile.verify.numeric_report import worst_verdict
+from qalora_compile.verify.onnx_session import LEVELS
+from qalora_compile.verify.precise import run_nodes
+from tests.models import MLP, adapted, capture_transformer, llama, token_ids, worst
+from tests.verify.planted import SPECS, program, with_tensors
+
+UNIT = 2.0**-24
+
+
+def pair() -> tuple[qc.Program, qc.Program]:
+    source = adapted(MLP(40, 24, 8), (torch.randn(2, 40),))
+    return source, qc.fold_adapters(source)
+
+
+def output_name(source: qc.Program) -> str:
+    return next(node.args[0][0].name for node in source.graph.nodes if node.op == "output")
+
+
+def test_float64_is_what_the_model_computes_in_float64() -> None:
+    class Casting(nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.fc, self.dtype = nn.Linear(16, 16), dtype
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = torch.arange(x.shape[1], dtype=self.dtype) / 7 + torch.ones(1)
+            h = x.to(self.dtype) * places[:, None].sin()
+            return torch.softmax(self.fc(h), -1, dtype=self.dtype)
+
+    narrow, x = Casting(torch.float32), torch.randn(3, 5, 16)
+    wide = copy.deepcopy(narrow).double()
+    wide.dtype = torch.float64
+    captured = qc.capture_model(narrow, (torch.randn(2, 4, 16),))
+    name = output_name(captured)
+    found = run_nodes(captured, captured.leaves((x,), {}), {name}, torch.float64)[name]
+    assert found.dtype is torch.float64
+    assert worst(found, wide(x.double())) < 1e-15
+    assert worst(found, narrow(x)) > 1e-10, "float32 rounds"
+
+
+def test_a_program_computes_at_its_own_precision_if_asked_for_none() -> None:
+    source, _ = pair()
+    x = torch.randn(3, 40)
+    name = output_name(source)
+    assert torch.equal(run_nodes(source, [x], {name})[name], source.eval()(x))
+    assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_target_passes_at_every_level(name: str, models: Path) -> None:
+    library = library_path() if kernel_level() is not None else None
+    report = compare_nodes(program("folded"), models / f"{name}.onnx", library=library).check()
+    with_library = name == "ort" and library is not None
+    assert len(report.ways) == len(LEVELS) * (2 if with_library else 1)
+    for way in report.ways:
+        assert {row.name for row in way.rows} >= {"q", "input of q", "down", "output output"}
+        assert way.worst is not None and 0 < way.worst.worst.ratio < EXPLAINED / 2
+    assert bool(report.notes) == (name != "ort" or library is None)
+
+
+def test_the_passes_in_between_pass_too() -> None:
+    for kind in ("folded", *(f"lowered:{name}" for name in SPECS)):
+        compare_nodes(program("adapted"), program(kind)).check()
+
+
+def test_a_model_with_attention_is_compared_on_both_sides_of_it(tmp_path: Path) -> None:
+    folded = qc.fold_adapters(adapted(llama(), (token_ids(2, 16),)))
+    qc.export_model(folded, tmp_path / "model.onnx")
+    report = compare_nodes(folded, tmp_path / "model.onnx", levels=("disabled", "all")).check()
+    assert report.inputs == ("random 0", "random 1", "first token", "last token")
+    names = {row.name for row in report.ways[0].rows}
+    assert "input of model.layers.0.self_attn.o_proj" in names
+    assert sum(name.startswith("node ") for name in names) >= 4
+
+
+def test_half_precision_is_held_to_float32_where_the_file_computes_in_it(tmp_path: Path) -> None:
+    folded = qc.fold_adapters(adapted(MLP(40, 24, 8).half(), (torch.randn(2, 40).half(),)))
+    qc.export_model(folded, tmp_path / "model.onnx")
+    report = compare_nodes(folded, tmp_path / "model.onnx", levels=("all",)).check()
+    row = report.ways[0].rows[-1]
+    assert row.worst.own < 1e-5 * row.worst.scale, "held to float32, not to float16"
+
+
+def test_inputs_are_odd_where_the_program_has_inputs_for_it() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(30, 16), nn.Linear(16, 16)
+
+        def forward(self, ids: Tensor, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.fc(self.embed(ids) + x) * attention_mask[..., None]
+
+    example = (torch.randint(0, 30, (2, 6)), torch.randn(2, 6, 16), torch.ones(2, 6).long())
+    calls = named_inputs(qc.capture_model(Masked(), example), 1)
+    assert list(calls) == [
+        "random 0", "zeros", "one-hot", "large", "denormal", "first token", "last token",
+        "all padding", "left padding", "right padding",
+    ]  # fmt: skip
+    found = {name: dict(call) for name, call in calls.items()}
+    assert not found["zeros"]["x"].any() and found["zeros"]["ids"].any()
+    assert torch.equal(found["one-hot"]["x"].sum(-1), torch.ones(3, found["one-hot"]["x"].shape[1]))
+    assert found["large"]["x"].abs().max() > 4096
+    tiny = found["denormal"]["x"].abs()
+    assert 0 < tiny.max() < torch.finfo(torch.float32).tiny
+    assert found["last token"]["ids"].unique().tolist() == [29]
+    assert found["first token"]["ids"].unique().tolist() == [0]
+    length = found["left padding"]["attention_mask"].shape[1]
+    assert found["all padding"]["attention_mask"].sum() == 0
+    left = found["left padding"]["attention_mask"][0]
+    right = found["right padding"]["attention_mask"][0]
+    assert left.tolist() == [0] * (length // 2) + [1] * (length - length // 2)
+    assert right.tolist() == [1] * (length // 2) + [0] * (length - length // 2)
+
+
+def test_a_program_of_tokens_alone_gets_no_odd_floats() -> None:
+    assert set(named_inputs(capture_transformer(llama()), 1)) == {
+        "random 0", "first token", "last token",
+    }  # fmt: skip
+
+
+def test_a_fault_that_only_an_odd_input_shows_is_found() -> None:
+    _, folded = pair()
+    wrong = with_tensors(folded, {f"{folded.plan.sites[0].path}.bias": lambda t: t + 1e-6})
+    calls = named_inputs(folded, 1)
+    assert compare_nodes(folded, wrong, {"large": calls["large"]}).passed, "too small to be seen"
+    report = compare_nodes(folded, wrong, calls)
+    assert report.culprit is not None and report.culprit[1] is not None
+    assert report.culprit[1].name == folded.plan.sites[0].name
+
+
+def test_an_error_between_rounding_and_a_mistake_is_ambiguous() -> None:
+    _, folded = pair()
+    name = f"{folded.plan.sites[0].path}.bias"
+    calls = {"random": named_inputs(folded, 1)["random 0"]}
+    found = set()
+    for exponent in range(-24, -10):
+        wrong = with_tensors(folded, {name: lambda t, e=exponent: t + 2.0**e})  # type: ignore[misc]
+        report = compare_nodes(folded, wrong, calls)
+        found.add(report.verdict)
+        if report.verdict == AMBIGUOUS:
+            with pytest.raises(VerificationError, match="AMBIGUOUS") as caught:
+                report.check()
+            assert "prove_equivalence" in str(caught.value)
+            assert caught.value.report is report
+    assert found == {PASS, AMBIGUOUS, FAIL}
+
+
+def test_a_failure_names_both_nodes_and_is_json(tmp_path: Path) -> None:
+    source, folded = pair()
+    site = folded.plan.sites[1]
+    wrong = with_tensors(folded, {f"{site.path}.offset": lambda t: t * 1.001})
+    report = compare_nodes(source, wrong)
+    assert report.verdict == FAIL
+    text = report.difference or ""
+    assert text.startswith(f"{site.name}: off by")
+    assert "aten.add" in text and "qalora.group_linear" in text and text.count("\n") == 2
+    with pytest.raises(VerificationError, match=f"(?s)where: as a program: {site.name}: off by"):
+        report.check()
+    written = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert written["verdict"] == FAIL and written["difference"] == text
+    assert f"first: {site.name}" in str(report)
+
+
+def test_a_file_that_does_not_run_fails_with_its_reason(models: Path, tmp_path: Path) -> None:
+    model = onnx.load(models / "ort-stock.onnx")
+    node = next(n for n in model.graph.node if n.op_type == "MatMulNBits")
+    next(a for a in node.attribute if a.name == "bits").i = 8
+    onnx.save(model, tmp_path / "model.onnx")
+    report = compare_nodes(program("folded"), tmp_path / "model.onnx", levels=("basic",))
+    assert report.verdict == FAIL and report.ways[0].problem
+    with pytest.raises(VerificationError, match="ONNX Runtime cannot load model.onnx"):
+        report.check()
+    calls = list(named_inputs(program("folded"), 1).values())
+    with pytest.raises(UserInputError, match="cannot load") as caught:
+        qc.verify_equivalence(
+            program("folded"), tmp_path / "model.onnx", calls, qc.Tolerance(max_rel=1e-3)
+        )
+    assert "optimization level all" in (caught.value.where or "")
+
+
+def test_wrong_use_is_refused(models: Path) -> None:
+    folded = program("folded")
+    with pytest.raises(UserInputError, match="only a program runs in float64"):
+        compare_nodes(models / "ort.onnx", folded)
+    with pytest.raises(UserInputError, match="O3 is no optimization level"):
+        compare_nodes(folded, models / "ort.onnx", levels=("O3",))
+    with pytest.raises(UserInputError, match="no input"):
+        compare_nodes(folded, folded, {})
+
+
+def test_the_command_line_compares_along_the_graph(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program("folded").save(tmp_path / "folded")
+    words = ["verify", str(tmp_path / "folded"), str(models / "ort-stock.onnx"), "--numeric"]
+    assert main([*words, "--inputs", "1", "--levels", "basic,all"]) == 0
+    shown = capsys.readouterr().out
+    assert "optimization basic" in shown and "last token" in shown and "PASS" in shown
+    assert main([*words, "--inputs", "1", "--levels", "all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == PASS
+    wrong = with_tensors(program("folded"), {"q.offset": lambda t: t * 1.001})
+    wrong.save(tmp_path / "wrong")
+    assert main(["verify", str(tmp_path / "folded"), str(tmp_path / "wrong"), "--numeric"]) == 1
+    assert "q: off by" in capsys.readouterr().out
+    assert main([*words, "--max-abs", "1"]) == 2
+    assert main([*words[:3], "--levels", "all"]) == 2
+    assert main(["verify", words[2], words[1], "--numeric"]) == 2
+
+
+# The judgement itself
+
+
+def values(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def test_an_error_is_measured_by_that_of_the_reference() -> None:
+    exact = values(1.0, -2.0)
+    found = judge(exact, exact + 1e-6, exact + 5e-6, UNIT)
+    assert (found.own, found.error, found.scale) == pytest.approx((1e-6, 5e-6, 2.0), rel=1e-6)
+    assert found.ratio == pytest.approx(5.0, rel=1e-6) and found.verdict == PASS
+
+
+def test_a_reference_without_error_admits_one_rounding() -> None:
+    exact = values(1.0, 2.0)
+    assert judge(exact, exact, exact + 2.0 * UNIT, UNIT).ratio == pytest.approx(1.0)
+    assert judge(exact, exact, exact + 200.0 * UNIT, UNIT).verdict == FAIL
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_fails_where_the_reference_is(bad: float) -> None:
+    exact = values(1.0, 2.0)
+    assert judge(exact, exact, values(1.0, bad), UNIT).verdict == FAIL
+    found = judge(values(1.0, bad), values(1.0, bad), values(1.0, 5.0), UNIT)
+    assert (found.judged, found.undefined, found.verdict) == (1, 1, PASS)
+    assert judge(values(bad), values(bad), values(0.0), UNIT).verdict == AMBIGUOUS
+
+
+def test_a_reference_that_has_lost_its_bits_judges_nothing() -> None:
+    exact = values(1.0, 2.0)
+    found = judge(exact, exact + 0.5, exact + 0.5, UNIT)
+    assert (found.judged, found.verdict) == (0, AMBIGUOUS)
+
+
+def test_shapes_and_integers() -> None:
+    exact = values(1.0, 2.0, 3.0, 4.0)
+    assert judge(exact.reshape(2, 2), exact.reshape(2, 2), exact, UNIT).verdict == PASS
+    assert "shapes" in judge(exact, exact, exact[:2], UNIT).problem
+    ids = torch.tensor([1, 2, 3])
+    assert judge(ids, ids, ids, UNIT).ratio == 0
+    assert judge(ids, ids, ids.flip(0), UNIT).verdict == FAIL
+
+
+def test_below_the_least_normal_number_zero_is_as_good() -> None:
+    exact = values(1e-40, -2e-41)
+    assert judge(exact, exact, torch.zeros(2, dtype=torch.float64), UNIT).verdict == PASS
+
+
+@given(st.floats(0, 1e9))
+def test_verdicts_are_in_order(ratio: float) -> None:
+    expected = PASS if ratio <= EXPLAINED else FAIL if ratio >= BEYOND else AMBIGUOUS
+    assert verdict_of(ratio) == expected
+    assert worst_verdict([PASS, verdict_of(ratio)]) == expected
+
+
+def test_nothing_compared_is_no_pass() -> None:
+    assert worst_verdict([]) == FAIL
