@@ -47,12 +47,23 @@ from qalora_compile.training.checkpoint import (
 )
 from qalora_compile.training.data import Dataset, load_examples
 from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
+from qalora_compile.training.examples import Example
 from qalora_compile.training.fit import FitState
 from qalora_compile.training.identity import Identity
+from qalora_compile.training.log import LOG_FILE, read_log
 from qalora_compile.training.processes import Processes
+from qalora_compile.training.report import (
+    REPORT_FILE,
+    Sample,
+    layer_changes,
+    write_report,
+)
+from qalora_compile.training.samples import answers, questions
 from qalora_compile.training.spec import FitSpec
 
 TRAINING, INTERRUPTED, FINISHED, FAILED = "training", "interrupted", "finished", "failed"
+_ASKED = 6
+"""Examples that the report shows the answers to."""
 _WRITTEN = ("format", "version", "versions")
 
 
@@ -88,6 +99,31 @@ class Job:
         if self.held_out is None:
             return None
         return evaluate(program_forward(self.program.eval()), self.held_out.examples)
+
+    def answer(self) -> list[str]:
+        """What the model says to the first held-out examples, or to those trained on."""
+        return answers(self.program, self._asked(), self._tokenizer(), self.data.classes)
+
+    def report(self, facts: dict[str, object], answered: list[str]) -> Path:
+        """Write `report.html`; the answers before training are in the record."""
+        asked = questions(self._asked(), self._tokenizer(), self.data.classes)
+        before = self.record["answers"]
+        path = self.folder / REPORT_FILE
+        write_report(
+            path,
+            read_log(self.folder / LOG_FILE),
+            layer_changes(self.program),
+            title=f"Training of {Path(self.record['model']).name}",
+            facts=facts,
+            samples=[Sample(*row) for row in zip(asked, before, answered, strict=True)],
+        )
+        return path
+
+    def _asked(self) -> list[Example]:
+        return list((self.held_out or self.data).examples[:_ASKED])
+
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.folder / TOKENIZER)
 
     def save(self, keep: int) -> None:
         """Write a checkpoint, and the adapters that the run would be folded with now."""

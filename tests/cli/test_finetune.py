@@ -65,6 +65,33 @@ def test_the_log_has_a_line_a_step(run: Path) -> None:
     assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"} <= rows[0].keys()
 
 
+def test_the_report_shows_curves_layers_and_answers(run: Path) -> None:
+    text = (run / "report.html").read_text("utf-8")
+    for shown in ("Training of model", "held out", "layers.1.mlp.down_proj", "red is a"):
+        assert shown in text
+    assert "colour" in text
+
+
+def test_the_adapters_lie_there_for_peft(run: Path) -> None:
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text("utf-8"))
+    assert config["qalora_pooling"] == record(run)["adapter"]["pooling"]
+    stored = load_tensors(run / "adapter" / "adapter_model.safetensors")
+    own = load_tensors(run / "adapters.safetensors")
+    for name, tensor in own.items():
+        assert torch.equal(stored[f"base_model.model.{name}.weight"], tensor)
+
+
+def test_without_its_libraries_a_run_has_no_report(
+    command: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "run"
+    assert main([*command, "--steps", "1", "--out", str(out)]) == 0
+    assert "there will be no report.html" in capsys.readouterr().err
+    assert record(out)["status"] == "finished"
+    assert not (out / "report.html").exists()
+
+
 def test_tensorboard_reads_what_was_written(run: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     accumulator = events.EventAccumulator(str(run / "tensorboard")).Reload()
