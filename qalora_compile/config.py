@@ -316,7 +316,7 @@ class AdapterSpec(Spec):
             "sum": 1.0,
             "mean": 1.0 / group_size,
             "mean_times_groups": groups / group_size,
-            "scaled_sum": math.pow(group_size, -0.5),
+            "scaled_sum": 1.0 / math.sqrt(group_size),
         }
         return factors[self.pooling]
 

@@ -14,7 +14,6 @@ from qalora_compile.capture.classifier import classes_of, linear_layers, load_cl
 from qalora_compile.capture.source import Source, load_source
 from qalora_compile.cli.folders import MODEL
 from qalora_compile.cli.ui import Steps
-from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.training.batches import ARRANGEMENTS, BY_LENGTH, PACKED, Batches, Packed
 from qalora_compile.training.data import Dataset, find_classes, load_examples
@@ -71,7 +70,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_record(options: argparse.Namespace, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What `run.json` says of how the data were read; a resumed run has to read them alike."""
+    """What `run.json` says of how the data were read."""
     return {
         "task": options.task,
         "learn": options.learn,
@@ -81,22 +80,9 @@ def reading_record(options: argparse.Namespace, classes: tuple[str, ...]) -> dic
     }
 
 
-def recorded_classes(options: argparse.Namespace, record: dict[str, Any]) -> tuple[str, ...]:
-    """The classes of a run that is resumed.
-
-    Raises:
-        UserInputError: the options read the data in another way than those of the first call.
-    """
-    reading = record.get("reading", {})
-    classes = tuple(reading.get("classes", ()))
-    for name, value in reading_record(options, classes).items():
-        if name in reading and reading[name] != value:
-            raise UserInputError(
-                f"the run was started with {name}={reading[name]}, not {value}",
-                where=options.out,
-                hint="give the options of the first call, or start a new run",
-            )
-    return classes
+def recorded_classes(record: dict[str, Any]) -> tuple[str, ...]:
+    """The classes of a run that is resumed."""
+    return tuple(record["reading"]["classes"])
 
 
 def load_model(options: argparse.Namespace) -> tuple[Source, tuple[str, ...]]:

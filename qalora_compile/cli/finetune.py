@@ -15,13 +15,18 @@ from qalora_compile.cli.training_options import (
     add_training_arguments,
     fit_spec,
 )
-from qalora_compile.cli.ui import print_summary, quiet, steps
+from qalora_compile.cli.ui import Steps, print_summary, quiet, steps
+from qalora_compile.config import AdapterSpec
+from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.storage import ADAPTERS_FILE, save_tensors
 from qalora_compile.training.evaluate import Metrics
 from qalora_compile.training.fit import FitResult
 from qalora_compile.training.log import LOG_FILE, check_reporting, read_log
+from qalora_compile.training.peft_format import save_peft
 from qalora_compile.training.processes import find_processes
+from qalora_compile.training.report import REPORT_FILE, check_report
 
+PEFT_FOLDER = "adapter"
 NAME = "finetune"
 SUMMARY = "train adapters on a model's own quantized weights; writes a RUN folder"
 EXAMPLES = (
@@ -80,11 +85,21 @@ def run(options: argparse.Namespace) -> int:
         job = open_job(options, spec, shown, processes)
         job.report_data(shown)
         before = job.evaluate()
+        reporting = processes.is_first and _can_report(shown)
+        if reporting and "answers" not in job.record:
+            job.note(answers=job.answer())
         result = train(job, options, shown, processes)
         after = job.evaluate() if not result.stopped else None
+        if processes.is_first:
+            _finish(job, result, before, after)
+            _save_for_peft(job, shown)
+            rows = _summary(job, result, before, after, time.monotonic() - started)
+            if reporting and read_log(job.folder / LOG_FILE):
+                rows["report"] = str(job.report(dict(rows), job.answer()))
     if processes.is_first:
-        _finish(job, result, before, after)
-        _summarize(job, result, before, after, time.monotonic() - started)
+        if job.reports:
+            print_reports(job.reports)
+        print_summary("finetune", rows | _next(job, result))
     processes.wait()
     return 130 if result.stopped else 0
 
@@ -100,13 +115,37 @@ def _finish(job: Job, result: FitResult, before: Metrics | None, after: Metrics 
     job.note(status=status, step=result.kept, held_out=held_out)
 
 
-def _summarize(
+def _save_for_peft(job: Job, shown: Steps) -> None:
+    """Write the adapters alone as PEFT reads them, where it has such adapters."""
+    spec = AdapterSpec.from_json(job.record["adapter"])
+    try:
+        save_peft(
+            job.program,
+            job.folder / PEFT_FOLDER,
+            pooling=spec.pooling,
+            base_model=job.record["model"],
+            dropout=spec.dropout,
+            overwrite=True,
+        )
+    except UnsupportedError as error:
+        shown.say(f"note: no {PEFT_FOLDER} for PEFT: {error.what}")
+
+
+def _can_report(shown: Steps) -> bool:
+    """Whether the libraries for a report are there; says so where not."""
+    try:
+        check_report()
+    except UnsupportedError as error:
+        shown.say(f"note: there will be no {REPORT_FILE}: {error.what}; {error.hint}")
+        return False
+    return True
+
+
+def _summary(
     job: Job, result: FitResult, before: Metrics | None, after: Metrics | None, seconds: float
-) -> None:
-    """Print the closing tables."""
-    if job.reports:
-        print_reports(job.reports)
-    rows: dict[str, object] = {
+) -> dict[str, object]:
+    """What the closing table and the report say."""
+    return {
         "model": job.record["model"],
         "quantized layers": len(job.program.plan.to_quantize()),
         "adapter parameters": sum(p.numel() for p in job.program.adapter_parameters()),
@@ -120,12 +159,13 @@ def _summarize(
         "adapters of step": result.kept,
         "status": job.record["status"],
         "seconds": f"{seconds:.0f}",
-        "written": str(job.folder),
-        "next": f"qalora-compile fold {job.folder} --out FOLDED"
-        if not result.stopped
-        else "the same command with --resume",
     }
-    print_summary("finetune", rows)
+
+
+def _next(job: Job, result: FitResult) -> dict[str, object]:
+    go_on = "the same command with --resume"
+    fold = f"qalora-compile fold {job.folder} --out FOLDED"
+    return {"written": str(job.folder), "next": go_on if result.stopped else fold}
 
 
 def _ends(job: Job) -> str:

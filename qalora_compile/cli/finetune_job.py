@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from qalora_compile.cli.embeddings import embedding_record, embedding_spec
 from qalora_compile.cli.folders import (
     CHECKPOINTS,
     TOKENIZER,
-    load_run,
     load_tokenizer,
+    read_run_file,
     save_description,
     save_tokenizer,
     write_run_file,
@@ -35,7 +35,7 @@ from qalora_compile.config import AUTO, CALIBRATED
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.storage import ADAPTERS_FILE, save_tensors, write_program
+from qalora_compile.ir.storage import ADAPTERS_FILE, read_program, save_tensors, write_program
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
 from qalora_compile.training.batches import Batches
 from qalora_compile.training.calibration import calibration_calls
@@ -47,12 +47,23 @@ from qalora_compile.training.checkpoint import (
 )
 from qalora_compile.training.data import Dataset, load_examples
 from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
+from qalora_compile.training.examples import Example
 from qalora_compile.training.fit import FitState
 from qalora_compile.training.identity import Identity
+from qalora_compile.training.log import LOG_FILE, read_log
 from qalora_compile.training.processes import Processes
+from qalora_compile.training.report import (
+    REPORT_FILE,
+    Sample,
+    layer_changes,
+    write_report,
+)
+from qalora_compile.training.samples import answers, questions
 from qalora_compile.training.spec import FitSpec
 
 TRAINING, INTERRUPTED, FINISHED, FAILED = "training", "interrupted", "finished", "failed"
+_ASKED = 6
+"""Examples that the report shows the answers to."""
 _WRITTEN = ("format", "version", "versions")
 
 
@@ -60,7 +71,7 @@ _WRITTEN = ("format", "version", "versions")
 class Job:
     """Everything that a started or resumed run works with.
 
-    `trained` is `program`, or the form of it that packed batches take, with the same parameters.
+    `trained` is the form of `program` that the batches are for; it shares its parameters.
     """
 
     program: Program
@@ -89,6 +100,31 @@ class Job:
             return None
         return evaluate(program_forward(self.program.eval()), self.held_out.examples)
 
+    def answer(self) -> list[str]:
+        """What the model says to the first held-out examples, or to those trained on."""
+        return answers(self.program, self._asked(), self._tokenizer(), self.data.classes)
+
+    def report(self, facts: dict[str, object], answered: list[str]) -> Path:
+        """Write `report.html`; the answers before training are in the record."""
+        asked = questions(self._asked(), self._tokenizer(), self.data.classes)
+        before = self.record["answers"]
+        path = self.folder / REPORT_FILE
+        write_report(
+            path,
+            read_log(self.folder / LOG_FILE),
+            layer_changes(self.program),
+            title=f"Training of {Path(self.record['model']).name}",
+            facts=facts,
+            samples=[Sample(*row) for row in zip(asked, before, answered, strict=True)],
+        )
+        return path
+
+    def _asked(self) -> list[Example]:
+        return list((self.held_out or self.data).examples[:_ASKED])
+
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.folder / TOKENIZER)
+
     def save(self, keep: int) -> None:
         """Write a checkpoint, and the adapters that the run would be folded with now."""
         folder = self.folder / CHECKPOINTS
@@ -107,12 +143,14 @@ class Job:
 
 @dataclass(frozen=True)
 class _Begun:
-    """What the first process has in memory once it has written the folder."""
+    """What is at hand where a run was started, or its folder opened."""
 
     program: Program
+    trained: Program
     data: Dataset
+    batches: Batches
     held_out: Dataset | None
-    reports: tuple[QuantReport, ...]
+    reports: tuple[QuantReport, ...] = ()
 
 
 def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) -> _Begun:
@@ -147,7 +185,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     program = insert_adapters(
         program, adapter, source=captured, calibration=calls, train=source.head
     )
-    arrange(options, program, data, source.model)  # refuses what cannot be packed
+    trained, batches = arrange(options, program, data, source.model)
     record = {
         "model": options.model,
         "data": [str(Path(file.path).resolve()) for file in data.files],
@@ -168,7 +206,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
             source.model, folder, Path(source.reference) if source.kind == "gguf" else None
         )
         write_run_file(folder, record)
-    return _Begun(program, data, held_out, tuple(reports))
+    return _Begun(program, trained, data, batches, held_out, tuple(reports))
 
 
 def open_job(options: argparse.Namespace, spec: FitSpec, shown: Steps, processes: Processes) -> Job:
@@ -183,31 +221,34 @@ def open_job(options: argparse.Namespace, spec: FitSpec, shown: Steps, processes
     if not options.resume:
         begun = _start(options, spec, out, shown) if processes.is_first else None
         processes.wait()
-    program, record = load_run(out)
+    record = read_run_file(out)
     if "options" not in record:
         raise UserInputError("the folder was not written by finetune", where=str(out))
     if options.resume:
         check_options(options, record["options"], out)
-    if begun is None:
-        begun = _reopen(options, program, record, out)
-    program = begun.program
-    trained, batches = arrange(options, program, begun.data, out)
-    identity = Identity.of(program, spec, data=str(record["options"]["data"]))
-    state = FitState.fresh(program, spec)
+    begun = begun or _open(options, out, record)
+    identity = Identity.of(begun.program, spec, data=str(record["options"]["data"]))
+    state = FitState.fresh(begun.program, spec)
     if options.resume:
-        _restore(out / CHECKPOINTS, program, state, identity, processes)
-    data = (begun.data, batches, begun.held_out)
-    return Job(program, trained, *data, spec, out, record, state, identity, begun.reports)
+        _restore(out / CHECKPOINTS, begun.program, state, identity, processes)
+    return Job(
+        **{f.name: getattr(begun, f.name) for f in fields(begun)},
+        spec=spec,
+        folder=out,
+        record=record,
+        state=state,
+        identity=identity,
+    )
 
 
-def _reopen(
-    options: argparse.Namespace, program: Program, record: dict[str, Any], out: Path
-) -> _Begun:
-    """What a folder that is there already works with."""
-    tokenizer, classes = load_tokenizer(out / TOKENIZER), recorded_classes(options, record)
-    data, held_out = load_data(options, tokenizer, record.get("decoder_start"), classes)
+def _open(options: argparse.Namespace, out: Path, record: dict[str, Any]) -> _Begun:
+    """Read the program of a RUN folder, and the data."""
+    program = read_program(out)
+    tokenizer, classes = load_tokenizer(out / TOKENIZER), recorded_classes(record)
+    data, held_out = load_data(options, tokenizer, record["decoder_start"], classes)
     check_trainable(program, classes, data, held_out)
-    return _Begun(program, data, held_out, ())
+    trained, batches = arrange(options, program, data, out)
+    return _Begun(program, trained, data, batches, held_out)
 
 
 def _restore(

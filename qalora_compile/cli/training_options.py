@@ -19,17 +19,8 @@ from qalora_compile.training.spec import PRECISIONS, SCHEDULES, FitSpec
 _ADAPTER, _FIT = AdapterSpec(), FitSpec()
 _STEPS = 100
 _FREE = frozenset(
-    {
-        "command",
-        "run",
-        "out",
-        "overwrite",
-        "resume",
-        "save_every",
-        "keep",
-        "report_to",
-        "data_cache",
-    }
+    {"command", "run", "out", "overwrite", "resume"}
+    | {"save_every", "keep", "report_to", "data_cache"}
 )
 """Options that decide nothing about the weights: a run may go on with others."""
 _FILES = frozenset({"data", "eval_data", "calibration"})

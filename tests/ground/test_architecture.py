@@ -22,7 +22,7 @@ ALLOWED = {
     "verify": CORE | {"verify", "ir"},
     "runtime": {"runtime", "errors", "optional"},
     "pages": {"pages", "errors", "files", "optional"},
-    "training": CORE | {"training", "passes", "ir"},
+    "training": CORE | {"training", "passes", "pages", "ir"},
     "testing": CORE | {"testing", "verify", "passes", "ir"},
     "eager": CORE | {"eager", "verify", "ir"},
 }

@@ -1,0 +1,191 @@
+"""`report.html`: how a training went, what it moved in each layer, and what the model says now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.affine import expand_groups
+from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.spec import ADAPTERS, tensor_argument
+from qalora_compile.optional import require
+from qalora_compile.pages import Page, bar_chart, line_chart
+from qalora_compile.passes.fold_adapters import Adapter, match_adapter
+from qalora_compile.training.samples import Question
+
+REPORT_FILE = "report.html"
+_ROWS = 400
+"""Layers that the table lists one by one."""
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What an adapter does to the weight of a layer.
+
+    Attributes:
+        path: Of the weight.
+        shape: `K×N`.
+        bits: Width of a code.
+        rank: Of the adapter.
+        norm: Frobenius norm of scaling · f · (B A): of the change of the offsets.
+        shift: Root mean square of the change of a zero-point, −offset / scale, in codes.
+        largest: Its largest absolute value. Groups of equal weights, whose scale is 0, have no
+            zero-point and are left out.
+    """
+
+    path: str
+    shape: str
+    bits: int
+    rank: int
+    norm: float
+    shift: float
+    largest: float
+
+
+def layer_changes(program: Program) -> list[LayerChange]:
+    """What folding would change, one entry for each adapted weight, in graph order."""
+    found: dict[str, LayerChange] = {}
+    for node in program.graph.nodes:
+        if node.target not in ADAPTERS:
+            continue
+        adapter = match_adapter(node)
+        site = program.plan[site_of(adapter.total) or ""]
+        if site.path in found:
+            continue
+        update = _update(program, adapter)
+        scale = tensor_argument(program, adapter.base, 2).double()
+        ratio, used = _spread(update, adapter, scale.shape[-1]) / scale, scale != 0
+        moved = ratio[used]
+        assert site.bits is not None and site.rank is not None
+        found[site.path] = LayerChange(
+            path=site.path,
+            shape=site.shape,
+            bits=site.bits,
+            rank=site.rank,
+            norm=float(update.norm()),
+            shift=float(moved.square().mean().sqrt()) if moved.numel() else 0.0,
+            largest=float(moved.abs().max()) if moved.numel() else 0.0,
+        )
+    return list(found.values())
+
+
+def _update(program: Program, adapter: Adapter) -> Tensor:
+    """Scaling · f · (B A), `[N, L']` or `[E, N, L']`, float64."""
+    lora_a, lora_b = (tensor_argument(program, adapter.update, i).detach() for i in (1, 2))
+    scaling: Any = adapter.update.args[-1]
+    update: Tensor = scaling * (lora_b.double() @ lora_a.double())
+    return update
+
+
+def _spread(update: Tensor, adapter: Adapter, groups: int) -> Tensor:
+    """The update of pooling groups, for each quantization group."""
+    pool: Any = adapter.pooled.args[1]
+    group: Any = adapter.base.args[6]
+    return expand_groups(update, pool // group, groups)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An example, and the model's answers before and after training."""
+
+    question: Question
+    before: str
+    after: str
+
+
+def check_report() -> None:
+    """See that the libraries for a report are there.
+
+    Raises:
+        UnsupportedError: one is not installed.
+    """
+    for library in ("jinja2", "matplotlib"):
+        require(library, extra="report", purpose="write the report of a training")
+
+
+def write_report(
+    path: Path,
+    log: Sequence[Mapping[str, Any]],
+    changes: Sequence[LayerChange],
+    *,
+    title: str,
+    facts: Mapping[str, object],
+    samples: Sequence[Sample] = (),
+) -> None:
+    """Write the report as one HTML file.
+
+    Args:
+        path: The file; replaced where it exists.
+        log: The lines of `log.jsonl`.
+        changes: See `layer_changes`.
+        title: Of the page.
+        facts: For its first table.
+        samples: Examples with answers.
+
+    Raises:
+        UserInputError: no step was run.
+        UnsupportedError: a library is missing.
+    """
+    if not log:
+        raise UserInputError("there is nothing to report: no step was run")
+    page = Page(title, f"{log[-1]['step']} steps")
+    page.section("The run")
+    page.facts(facts)
+    _add_curves(page, log)
+    _add_layers(page, changes)
+    if samples:
+        page.section("Before and after", "The likeliest answers to the first held-out examples.")
+        for sample in samples:
+            page.beside(
+                ("prompt", sample.question.prompt),
+                ("wanted", sample.question.wanted),
+                ("before training", sample.before),
+                ("after training", sample.after),
+            )
+    page.write(path)
+
+
+def _add_curves(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
+    steps = [row["step"] for row in log]
+    page.section("Loss", "Mean over the tokens that carry loss, in nats.")
+    series = {"training": (steps, [row["loss"] for row in log])}
+    held_out = [(row["step"], row["held_out"]) for row in log if "held_out" in row]
+    if held_out:
+        series["held out"] = ([s for s, _ in held_out], [v for _, v in held_out])
+    page.chart(line_chart(series, x="step", y="loss"))
+    page.section("Optimisation")
+    rates = [row["learning_rate"] for row in log]
+    page.chart(line_chart({"rate": (steps, rates)}, x="step", y="learning rate of A"))
+    norms = [row["grad_norm"] for row in log]
+    page.chart(
+        line_chart({"norm": (steps, norms)}, x="step", y="gradient norm", log_y=True),
+        "Before clipping.",
+    )
+    speeds = [row["tokens_per_second"] for row in log]
+    page.chart(line_chart({"speed": (steps, speeds)}, x="step", y="tokens a second"))
+
+
+def _add_layers(page: Page, changes: Sequence[LayerChange]) -> None:
+    page.section(
+        "Layers",
+        "What folding adds to the offsets, scaling · f · (B A), and how far that moves the "
+        "zero-points −offset / scale, counted in codes.",
+    )
+    paths = [change.path for change in changes]
+    norms = {"norm": [change.norm for change in changes]}
+    page.chart(bar_chart(paths, norms, y="norm of the change"))
+    shifts = {
+        "root mean square": [change.shift for change in changes],
+        "largest": [change.largest for change in changes],
+    }
+    page.chart(bar_chart(paths, shifts, y="zero-point shift, codes", log_y=True))
+    rows = [tuple(vars(change).values()) for change in changes[:_ROWS]]
+    columns = ("layer", "K×N", "bits", "rank", "norm", "shift", "largest shift")
+    cut = len(changes) - len(rows)
+    page.table(columns, rows, f"{cut} more layers are in the charts alone." if cut else "")

@@ -1,0 +1,286 @@
+"""`finetune`: what a run folder says after it ended, was killed or failed, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qalora_compile.cli.main import main
+from qalora_compile.ir.storage import load_tensors
+from qalora_compile.training.checkpoint import list_checkpoints
+from qalora_compile.training.fit import _Training
+from qalora_compile.training.log import read_log
+
+Capture = pytest.CaptureFixture[str]
+OPTIONS = [
+    *("--steps", "6", "--lr", "1e-2", "--rank", "4", "--batch-size", "3", "--accumulate", "2"),
+    *("--dropout", "0.1", "--rslora", "--lora-plus-ratio", "4", "--save-every", "2", "--keep", "3"),
+    *("--eval-every", "2", "--seed", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def command(model_folder: Path, data_file: Path) -> list[str]:
+    files = ["--data", str(data_file), "--eval-data", str(data_file)]
+    return ["finetune", str(model_folder), *files, *OPTIONS]
+
+
+@pytest.fixture(scope="module")
+def run(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main([*command, "--out", str(out), "--report-to", "tensorboard"]) == 0
+    return out
+
+
+def record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run.json").read_text("utf-8"))
+    return found
+
+
+def test_a_run_says_how_it_was_trained(run: Path) -> None:
+    found = record(run)
+    assert (found["status"], found["step"]) == ("finished", 6)
+    assert found["fit"]["accumulate"] == 2
+    assert found["fit"]["lora_plus_ratio"] == 4.0
+    assert found["adapter"]["dropout"] == 0.1
+    assert found["adapter"]["use_rslora"] is True
+    assert [c.step for c in list_checkpoints(run / "checkpoints")] == [2, 4, 6]
+
+
+def test_the_log_has_a_line_a_step(run: Path) -> None:
+    rows = read_log(run / "log.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert ["held_out" in row for row in rows] == [False, True] * 3
+    assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"} <= rows[0].keys()
+
+
+def test_the_report_shows_curves_layers_and_answers(run: Path) -> None:
+    text = (run / "report.html").read_text("utf-8")
+    for shown in ("Training of model", "held out", "layers.1.mlp.down_proj", "red is a"):
+        assert shown in text
+    assert "colour" in text
+
+
+def test_the_adapters_lie_there_for_peft(run: Path) -> None:
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text("utf-8"))
+    assert config["qalora_pooling"] == record(run)["adapter"]["pooling"]
+    stored = load_tensors(run / "adapter" / "adapter_model.safetensors")
+    own = load_tensors(run / "adapters.safetensors")
+    for name, tensor in own.items():
+        assert torch.equal(stored[f"base_model.model.{name}.weight"], tensor)
+
+
+def test_without_its_libraries_a_run_has_no_report(
+    command: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "run"
+    assert main([*command, "--steps", "1", "--out", str(out)]) == 0
+    assert "there will be no report.html" in capsys.readouterr().err
+    assert record(out)["status"] == "finished"
+    assert not (out / "report.html").exists()
+
+
+def test_tensorboard_reads_what_was_written(run: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = events.EventAccumulator(str(run / "tensorboard")).Reload()
+    losses = accumulator.Scalars("train/loss")
+    assert [e.step for e in losses] == [1, 2, 3, 4, 5, 6]
+    logged = [row["loss"] for row in read_log(run / "log.jsonl")]
+    assert [e.value for e in losses] == pytest.approx(logged, rel=1e-6)
+    assert [e.step for e in accumulator.Scalars("held_out/loss")] == [2, 4, 6]
+
+
+def test_a_run_that_lost_its_last_steps_goes_on_alike(
+    run: Path, command: list[str], tmp_path: Path
+) -> None:
+    """As after a kill: a checkpoint of step 4, and a log that is ahead of it and torn."""
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut)
+    shutil.rmtree(list_checkpoints(cut / "checkpoints")[-1].folder)
+    log = (cut / "log.jsonl").read_text("utf-8")
+    (cut / "log.jsonl").write_text(log[:-25], "utf-8")
+    (cut / "adapters.safetensors").write_bytes(
+        (cut / "checkpoints/step-00000004/adapters.safetensors").read_bytes()
+    )
+    (cut / "checkpoints" / ".step-00000006.x.tmp").mkdir()
+    assert main([*command, "--out", str(cut), "--resume"]) == 0
+    ends = [load_tensors(folder / "adapters.safetensors") for folder in (run, cut)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    kept = ("step", "loss", "learning_rate")
+    rows = [[[row[k] for k in kept] for row in read_log(f / "log.jsonl")] for f in (run, cut)]
+    assert rows[0] == rows[1]
+    assert not list((cut / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--lr", "2e-2"], "started with --lr 0.01, not 0.02"),
+        (["--bits", "3"], "started with --bits 4, not 3"),
+        (["--rank", "8"], "started with --rank 4, not 8"),
+        (["--exclude", "lm_head"], "started with --exclude none, not lm_head"),
+        (["--seq-len", "64"], "started with --seq-len 512, not 64"),
+        (["--data", "{other}"], "the contents of --data are not those"),
+        (["{other_model}"], "started with model"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_resuming_with_other_options_data_or_model_is_refused(
+    run: Path,
+    command: list[str],
+    model_folder: Path,
+    data_file: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    change: list[str],
+    said: str,
+) -> None:
+    other, other_model = tmp_path / "other.jsonl", tmp_path / "model"
+    other.write_text(data_file.read_text("utf-8").replace("red", "green"), "utf-8")
+    shutil.copytree(model_folder, other_model)
+    words = [*command, "--out", str(run), "--resume"]
+    if change == ["{other_model}"]:
+        words[1] = str(other_model)
+    else:
+        words += [w.format(other=other) for w in change]
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    assert main(words) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    run: Path, command: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    shutil.copytree(run, mine)
+    assert main([*command, "--out", str(other), "--exclude", "lm_head"]) == 0
+    shutil.rmtree(mine / "checkpoints")
+    shutil.copytree(other / "checkpoints", mine / "checkpoints")
+    assert main([*command, "--out", str(mine), "--resume"]) == 2
+    assert "layer lm_head was absent, and is" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture
+def _spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the fifth step on, a batch whose loss is no number."""
+    right = _Training._backward
+
+    def backward(self: Any, index: int, batch: Any, targets: float) -> float:
+        loss = right(self, index, batch, targets)
+        return float("nan") if self.state.step == 4 else loss
+
+    monkeypatch.setattr(_Training, "_backward", backward)
+
+
+@pytest.mark.usefixtures("_spoiled")
+def test_a_loss_that_is_no_number_leaves_the_last_good_weights(
+    run: Path, command: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "run"
+    assert main([*command, "--out", str(out)]) == 2
+    assert "at step 5 the loss is nan" in capsys.readouterr().err
+    assert [c.step for c in list_checkpoints(out / "checkpoints")] == [2, 4]
+    found = record(out)
+    assert (found["status"], found["step"]) == ("failed", 4)
+    assert "at step 5" in found["problem"]
+    assert len(read_log(out / "log.jsonl")) == 4
+    good = load_tensors(run / "checkpoints/step-00000004/adapters.safetensors")
+    for name, tensor in load_tensors(out / "adapters.safetensors").items():
+        assert torch.equal(tensor, good[name])
+    assert main(["fold", str(out), "--out", str(tmp_path / "folded")]) == 0
+
+
+BAD = {
+    "empty data": (["--data", "{empty}"], "no usable example"),
+    "tokenizes to nothing": (["--data", "{nothing}"], "no usable example"),
+    "accumulate": (["--accumulate", "0"], "accumulate is 0"),
+    "dropout": (["--dropout", "1.5"], "dropout is 1.5"),
+    "patience alone": (["--patience", "2", "--eval-every", "0"], "patience is 2"),
+    "keep": (["--keep", "0"], "--keep is 0"),
+    "save": (["--save-every", "0"], "--save-every is 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_is_written(
+    name: str, command: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    words, said = BAD[name]
+    empty, nothing = tmp_path / "empty.jsonl", tmp_path / "nothing.jsonl"
+    empty.write_text("\n\n", "utf-8")
+    nothing.write_text('{"prompt": "red is a", "completion": ""}\n', "utf-8")
+    words = [word.format(empty=empty, nothing=nothing) for word in words]
+    assert main([*command, "--out", str(tmp_path / "run"), *words]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_to_evaluate_on_is_refused(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    words = ["finetune", str(model_folder), "--data", str(data_file), "--eval-every", "2"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 2
+    assert "give --eval-data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(command: list[str], tmp_path: Path) -> None:
+    """SIGKILL from outside, twice, wherever it hits."""
+    start = [sys.executable, "-m", "qalora_compile", *command, "--steps", "60"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*start, "--out", str(whole)], check=True, capture_output=True, env=environment)
+    resume: list[str] = []
+    for _ in range(2):
+        process = subprocess.Popen(
+            [*start, "--out", str(cut), *resume],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        begun = [c.step for c in list_checkpoints(cut / "checkpoints")][-1:]
+        while [c.step for c in list_checkpoints(cut / "checkpoints")][-1:] == begun:
+            assert process.poll() is None, "it ended before its next checkpoint"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        resume = ["--resume"]
+    done = [*start, "--out", str(cut), "--resume"]
+    subprocess.run(done, check=True, capture_output=True, env=environment)
+    ends = [load_tensors(folder / "adapters.safetensors") for folder in (whole, cut)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    steps = [row["step"] for row in read_log(cut / "log.jsonl")]
+    assert steps == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run(command: list[str], run: Path, tmp_path: Path) -> None:
+    """As torchrun starts them; the losses are those of one with twice the accumulation."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    out = tmp_path / "run"
+    words = [*command, "--accumulate", "1", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*start, "-m", "qalora_compile", *words],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.count("held-out loss") == 1, "one process alone reports"
+    losses = [[row["loss"] for row in read_log(f / "log.jsonl")] for f in (run, out)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert record(out)["status"] == "finished"
