@@ -28,7 +28,7 @@ IMPORT_ALL = """
 import importlib, importlib.metadata, importlib.util, pkgutil, sys
 import qalora_compile
 optional = "onnx onnxruntime onnxscript onnx_ir transformers gguf peft accelerate".split()
-optional += ["matplotlib"]  # jinja2 comes with torch
+optional += ["grandalf", "matplotlib"]  # jinja2 comes with torch
 installed = [name for name in optional if importlib.util.find_spec(name)]
 assert not installed, f"the environment holds extras: {installed}"
 assert qalora_compile.__version__ == importlib.metadata.version("qalora-compile")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qalora_compile.cli.alike import group_alike
 from qalora_compile.cli.ui import console, megabytes, print_summary, print_table
 from qalora_compile.errors import UserInputError
+from qalora_compile.exporters.drawing import to_dot, to_svg
+from qalora_compile.exporters.onnx.structure import write_structure
+from qalora_compile.files import atomic_files, check_output
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from qalora_compile.ir.plan import QUANTIZE, Site
 from qalora_compile.ir.program import FOLDED, Program
@@ -24,6 +28,8 @@ EXAMPLES = """examples:
   qalora-compile inspect run
   qalora-compile inspect folded --group
   qalora-compile inspect edge --json
+  qalora-compile inspect folded --svg layer.svg --only model.layers.0
+  qalora-compile inspect run --netron run.onnx
 """
 _MANY = 40
 """Rows from which on the grouped form is pointed out."""
@@ -41,14 +47,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one row for layers that differ in their number only: layers.{0..11}.q_proj",
     )
     parser.add_argument("--json", action="store_true", help="print rows and totals as JSON")
+    parser.add_argument("--text", metavar="FILE", help="write the graph as text")
+    parser.add_argument("--dot", metavar="FILE", help="… as DOT, for Graphviz")
+    parser.add_argument("--svg", metavar="FILE", help="… as an image")
+    parser.add_argument("--netron", metavar="FILE", help="… as ONNX without weights, for Netron")
+    parser.add_argument("--only", metavar="PATH", help="of these, but the text, this part alone")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     path = Path(options.path)
+    drawn = {name: getattr(options, name) for name in ("text", "dot", "svg", "netron")}
+    files = {name: Path(file) for name, file in drawn.items() if file}
     if (path / PROGRAM_FILE).exists():
-        rows, totals = _inspect_program(Program.load(path))
+        program = Program.load(path)
+        _draw(program, files, options.only)
+        rows, totals = _inspect_program(program)
     else:
+        if files:
+            raise UserInputError(
+                f"{path} is no RUN or FOLDED folder, of which a graph can be written",
+                hint="an exported model opens in Netron as it is",
+            )
         rows, totals = _inspect_edge(path)
     if options.group:
         rows = group_alike(rows)
@@ -60,6 +80,24 @@ def run(options: argparse.Namespace) -> int:
     if len(rows) > _MANY and not options.group:
         console.print("layers that are alike in one row each: --group")
     return 0
+
+
+def _draw(program: Program, files: Mapping[str, Path], only: str | None) -> None:
+    """Write the graph in each of the forms asked for; nothing is replaced."""
+    forms: dict[str, Callable[[], str]] = {
+        "text": lambda: str(program),
+        "dot": lambda: to_dot(program, only),
+        "svg": lambda: to_svg(program, only),
+    }
+    for path in files.values():
+        check_output(path, overwrite=False)
+    for name, path in files.items():
+        if name == "netron":
+            write_structure(program, path, only)
+            continue
+        text = forms[name]()
+        with atomic_files(path) as scratch:
+            scratch.write_text(text, "utf-8")
 
 
 def _print_rows(rows: list[Row], *, grouped: bool) -> None:

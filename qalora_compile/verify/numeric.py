@@ -30,6 +30,8 @@ from qalora_compile.verify.sides import open_side
 from qalora_compile.verify.structural import Match, match_values
 
 _LIBRARY_DOMAIN = "qalora"
+_ROUNDINGS = 2
+"""Evaluations of the reference in which every result is rounded up or down at random."""
 _HALVES = (torch.float16, torch.bfloat16)
 Compute = Callable[[Program, Sequence[Any]], dict[str, Tensor]]
 """Values of the candidate by name, for the flat inputs of the reference."""
@@ -207,7 +209,7 @@ def _run_model(session: OnnxSession, graph: Graph, names: Sequence[str]) -> Comp
 
 @dataclass(frozen=True)
 class _Reference:
-    """The values of the reference on every input, in files: `load(name)` gives (T, A)."""
+    """The reference on every input, in files: `load(index)` gives (T, max |Aᵢ − T|) by node."""
 
     folder: Path
     unit: float
@@ -224,13 +226,20 @@ def _references(
     leaves: Mapping[str, Sequence[Any]],
     working: torch.dtype,
 ) -> Iterator[_Reference]:
-    """Run the reference on every input, once in float64 and once at the candidate's precision."""
+    """Run the reference on every input, in float64 and at the candidate's precision."""
     names = frozenset(_names(matches, 0))
-    own = torch.float32 if working is torch.float32 else None
+    narrow = torch.float32 if working is torch.float32 else None
     with tempfile.TemporaryDirectory() as folder:
         for index, flat in enumerate(track(list(leaves.values()), "float64")):
-            for side, dtype in (("exact", torch.float64), ("own", own)):
-                values = run_nodes(program, flat, names, dtype)
+            exact = run_nodes(program, flat, names, torch.float64)
+            own = {
+                name: torch.zeros_like(value, dtype=torch.float64) for name, value in exact.items()
+            }
+            for noise in (None, *((UNITS[working], seed) for seed in range(_ROUNDINGS))):
+                for name, value in run_nodes(program, flat, names, narrow, noise=noise).items():
+                    error = (value.double() - exact[name].double()).abs()
+                    own[name] = torch.maximum(own[name], error)  # NaN stays
+            for side, values in (("exact", exact), ("own", own)):
                 kept = {n: v.contiguous().clone() for n, v in values.items()}
                 save_file(kept, Path(folder) / f"{index}.{side}")
         yield _Reference(Path(folder), UNITS[working])

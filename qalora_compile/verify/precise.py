@@ -19,6 +19,8 @@ def run_nodes(
     leaves: Sequence[Any],
     names: Collection[str],
     dtype: torch.dtype | None = None,
+    *,
+    noise: tuple[float, int] | None = None,
 ) -> Values:
     """Values of nodes, in evaluation mode and without gradients.
 
@@ -29,8 +31,10 @@ def run_nodes(
         dtype: What every floating tensor and every floating dtype in the graph becomes: `float64`
             makes what the program means, up to 2⁻⁵³, on the weights as they are stored. None runs
             the program as it is.
+        noise: (u, seed): multiply each floating result by 1 + u or 1 − u, at random, as if it had
+            been rounded otherwise (Monte Carlo arithmetic).
     """
-    runner = _At(program.module, names, dtype)
+    runner = _At(program.module, names, dtype, noise)
     previous = torch.get_default_dtype()
     with program.evaluating():
         if dtype is not None:
@@ -46,10 +50,15 @@ class _At(fx.Interpreter):
     """Runs a graph with floating tensors of one dtype."""
 
     def __init__(
-        self, module: fx.GraphModule, names: Collection[str], dtype: torch.dtype | None
+        self,
+        module: fx.GraphModule,
+        names: Collection[str],
+        dtype: torch.dtype | None,
+        noise: tuple[float, int] | None = None,
     ) -> None:
         super().__init__(module)
-        self._names, self._dtype = names, dtype
+        self._names, self._dtype, self._noise = names, dtype, noise
+        self._generator = torch.Generator().manual_seed(0 if noise is None else noise[1])
         self.found: Values = {}
 
     def cast(self, value: Any) -> Any:
@@ -70,7 +79,16 @@ class _At(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         args, kwargs = pytree.tree_map(self.cast, (args, kwargs))
         # Operators of single targets give float32 whatever they are given.
-        return pytree.tree_map(self.cast, super().call_function(target, args, kwargs))
+        result = pytree.tree_map(self.cast, super().call_function(target, args, kwargs))
+        return result if self._noise is None else pytree.tree_map(self._rounded, result)
+
+    def _rounded(self, value: Any) -> Any:
+        """A floating tensor, each element a rounding larger or smaller."""
+        if self._noise is None or not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        up = torch.randint(0, 2, value.shape, generator=self._generator, dtype=torch.int8)
+        factor = 1 + (2.0 * up.double() - 1) * self._noise[0]
+        return (value.double() * factor).to(value.dtype)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "output" and self._names:

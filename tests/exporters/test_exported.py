@@ -171,7 +171,7 @@ def test_axes_of_one_name_have_one_symbol() -> None:
 def test_a_planted_fault_in_the_propagation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     program = qc.quantize_groups(capture_causal_lm(llama()))
     lowered = lower(program, complete_spec(program, qc.ExportSpec()))
-    monkeypatch.setattr(exported, "_propagate", lambda graph, program, tensors: None)
+    monkeypatch.setattr(exported, "propagate", lambda graph, program, tensors: {})
     bare = lowered.copy_graph()
     for node in bare.nodes:
         node.meta.pop("val", None)

@@ -31,7 +31,7 @@ FREE = {"__init__", "__main__", "api", "cli"}
 """Rooms that join the others: they may import everything."""
 OPTIONAL = {
     "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "gguf", "peft", "accelerate",
-    "jinja2", "matplotlib",
+    "grandalf", "jinja2", "matplotlib",
 }  # fmt: skip
 IMPORTING_CALLS = {"import_module", "require", "__import__"}
 MAX_LINES, MAX_FUNCTION_LINES = 500, 60

@@ -11,10 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -26,18 +23,12 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
-from qalora_compile.ir.module import erase_unread
+from qalora_compile.exporters.shapes import propagate, without_assertions
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.signature import InputLeaf, argument_names, flatten_inputs, input_spec
+from qalora_compile.ir.signature import argument_names, input_spec
 
-_ASSERTIONS = (
-    "aten._assert_scalar.default",
-    "aten._assert_async.msg",
-    "aten._assert_async.default",
-)
 _ATEN = torch.ops.aten
 _COMPOSED = frozenset(
     {
@@ -84,7 +75,7 @@ def lift(program: Program) -> ExportedProgram | None:
     capture and passes recorded is not relied on. Subgraphs, operators that write to their inputs,
     and operators that torch makes of others, but for some, are left to torch.
     """
-    graph, tensors = _without_assertions(program), program.tensors()
+    graph, tensors = without_assertions(program), program.tensors()
     translatable = all(
         node.op in ("placeholder", "output")
         or (node.op == "get_attr" and str(node.target) in tensors)
@@ -95,7 +86,7 @@ def lift(program: Program) -> ExportedProgram | None:
         return None
     constants = _constants(program, graph)
     lifted = _lift_tensors(graph)
-    _propagate(graph, program, {node: tensors[name] for node, name in lifted.items()})
+    propagate(graph, program, {node: tensors[name] for node, name in lifted.items()})
     inputs = [_input(node, lifted, constants) for node in graph.nodes if node.op == "placeholder"]
     output = next(node for node in graph.nodes if node.op == "output")
     leaves = pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: leaf is None)
@@ -123,15 +114,8 @@ def retrace(program: Program) -> ExportedProgram:
     names = argument_names(program.graph)
     shape_args, shape_kwargs = pytree.tree_unflatten(shapes, input_spec(program.graph))
     dynamic = dict(zip(names, [*shape_args, *shape_kwargs.values()], strict=True))
-    module = program.module.rebuild(_without_assertions(program), program.tensors())
+    module = program.module.rebuild(without_assertions(program), program.tensors())
     return torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic, strict=False)
-
-
-def _without_assertions(program: Program) -> fx.Graph:
-    """The graph without the model's own run-time assertions, for which ONNX has no operator."""
-    graph = program.copy_graph()
-    erase_unread([n for n in graph.nodes if str(n.target) in _ASSERTIONS])
-    return graph
 
 
 def _is_translatable(target: object) -> bool:
@@ -164,54 +148,6 @@ def _constants(program: Program, graph: fx.Graph) -> dict[fx.Node, Any]:
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     pairs = zip(nodes, program.signature.inputs, strict=True)
     return {node: leaf.value for node, leaf in pairs if leaf.dtype is None}
-
-
-def _propagate(graph: fx.Graph, program: Program, tensors: Mapping[fx.Node, Tensor]) -> None:
-    """Record at each node what it computes, as fake tensors and symbolic numbers."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    args, kwargs = program.example
-    example = flatten_inputs(program.graph, [*args, *kwargs.values()])
-    given = iter(zip(program.signature.inputs, example, strict=True))
-    sizes: dict[str, Any] = {}
-    values: dict[fx.Node, Any] = {}
-    with mode, enable_python_dispatcher(), torch.no_grad():
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                tensor = tensors.get(node)
-                value = (
-                    torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                    if tensor is not None
-                    else _fake_input(*next(given), mode, sizes)
-                )
-            elif node.op == "call_function":
-                call_args, call_kwargs = fx.node.map_arg(
-                    (node.args, node.kwargs), values.__getitem__
-                )
-                value = node.target(*call_args, **call_kwargs)
-            else:
-                continue
-            values[node] = node.meta["val"] = value
-
-
-def _fake_input(leaf: InputLeaf, value: Any, mode: FakeTensorMode, sizes: dict[str, Any]) -> Any:
-    """An input of the signature; axes of one name have one symbol for their size."""
-    if not isinstance(value, Tensor):
-        return value
-    shape = [
-        _symbol(size, int(value.shape[axis]), mode, sizes) if isinstance(size, str) else size
-        for axis, size in enumerate(leaf.shape)
-    ]
-    return torch.empty(shape, dtype=value.dtype)
-
-
-def _symbol(name: str, hint: int, mode: FakeTensorMode, sizes: dict[str, Any]) -> Any:
-    if name not in sizes:
-        shapes = mode.shape_env
-        assert shapes is not None
-        source = ConstantSource(name)
-        symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-        sizes[name] = shapes.create_symintnode(symbol, hint=hint, source=source)
-    return sizes[name]
 
 
 def _input(

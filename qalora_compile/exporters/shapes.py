@@ -1,0 +1,87 @@
+"""Shapes of every value of a program, propagated through its graph, with named axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import InputLeaf, flatten_inputs
+
+_ASSERTIONS = (
+    "aten._assert_scalar.default",
+    "aten._assert_async.msg",
+    "aten._assert_async.default",
+)
+
+
+def without_assertions(program: Program) -> fx.Graph:
+    """The graph without the model's own run-time assertions, for which ONNX has no operator."""
+    graph = program.copy_graph()
+    erase_unread([n for n in graph.nodes if str(n.target) in _ASSERTIONS])
+    return graph
+
+
+def propagate(
+    graph: fx.Graph, program: Program, tensors: Mapping[fx.Node, Tensor]
+) -> dict[str, str]:
+    """Record at each node what it computes, as fake tensors and symbolic numbers (`meta["val"]`).
+
+    Args:
+        graph: Of the program, or a copy of it.
+        program: Whose signature says what inputs are; axes of one name have one symbol.
+        tensors: The nodes that stand for stored tensors.
+
+    Returns:
+        Symbol → name of the axis.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    args, kwargs = program.example
+    example = flatten_inputs(program.graph, [*args, *kwargs.values()])
+    given = iter(zip(program.signature.inputs, example, strict=True))
+    sizes: dict[str, Any] = {}
+    values: dict[fx.Node, Any] = {}
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        for node in graph.nodes:
+            if (tensor := tensors.get(node)) is not None:
+                value = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            elif node.op == "placeholder":
+                value = _fake_input(*next(given), mode, sizes)
+            elif node.op == "call_function":
+                call_args, call_kwargs = fx.node.map_arg(
+                    (node.args, node.kwargs), values.__getitem__
+                )
+                value = node.target(*call_args, **call_kwargs)
+            else:
+                continue
+            values[node] = node.meta["val"] = value
+    return {str(symbol): name for name, symbol in sizes.items()}
+
+
+def _fake_input(leaf: InputLeaf, value: Any, mode: FakeTensorMode, sizes: dict[str, Any]) -> Any:
+    """An input of the signature; axes of one name have one symbol for their size."""
+    if not isinstance(value, Tensor):
+        return value
+    shape = [
+        _symbol(size, int(value.shape[axis]), mode, sizes) if isinstance(size, str) else size
+        for axis, size in enumerate(leaf.shape)
+    ]
+    return torch.empty(shape, dtype=value.dtype)
+
+
+def _symbol(name: str, hint: int, mode: FakeTensorMode, sizes: dict[str, Any]) -> Any:
+    if name not in sizes:
+        shapes = mode.shape_env
+        assert shapes is not None
+        source = ConstantSource(name)
+        symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+        sizes[name] = shapes.create_symintnode(symbol, hint=hint, source=source)
+    return sizes[name]
