@@ -1,0 +1,234 @@
+"""Run a folded model's GGUF file in llama.cpp, and compare its greedy tokens with ONNX Runtime's.
+
+llama.cpp is built from the source package of llama-cpp-python, once, into an environment of its
+own: `--build` takes about a quarter of an hour on one core. On a CPU it multiplies Q4_1 weights by
+activations that it rounds to int8, block by block, so its logits differ from those of float32 by
+what that costs; ONNX Runtime is run on float32 activations and, for the size of such a difference,
+on int8 ones too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import qalora_compile as qc
+from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run, load_tokenizer
+from qalora_compile.cli.ui import console, print_summary, print_table
+from qalora_compile.ir.program import Program
+from qalora_compile.runtime import LanguageModel, open_session
+
+EXAMPLES = """examples:
+  python -m benchmarks.llama_cpp FOLDED --build llama-venv
+  python -m benchmarks.llama_cpp FOLDED --python llama-venv/bin/python --json llama.json
+"""
+PACKAGE = "llama-cpp-python==0.3.36"
+CMAKE = (
+    "-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF "
+    "-DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF -DGGML_OPENMP=OFF"
+)
+SIDE = Path(__file__).with_name("llama_cpp_side.py")
+TEXTS = (
+    "The committee met on Tuesday to discuss the plans for a new railway line, and",
+    "Shares in the oil company fell sharply after",
+    "Once upon a time, in a village by the sea,",
+    "The capital of France is",
+    "Water boils at a lower temperature on a mountain because",
+)
+CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt.
+
+    Attributes:
+        text: The prompt.
+        equal: Tokens before the first that differs, ONNX Runtime and llama.cpp, both greedy.
+        choices: Positions of ONNX Runtime's continuation at which llama.cpp prefers the same token.
+        margin: At the first that differs: by how much ONNX Runtime's logits prefer theirs.
+        difference: Largest difference of a logit on that continuation, to the folded program.
+        scale: Largest logit there.
+        int8_equal, int8_difference: The same of ONNX Runtime on int8 activations.
+    """
+
+    text: str
+    equal: int
+    choices: int
+    margin: float
+    difference: float
+    scale: float
+    int8_equal: int
+    int8_difference: float
+
+
+def build(folder: Path) -> Path:
+    """An environment with llama.cpp, built from source; gives its Python."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    environment = os.environ | {"CMAKE_ARGS": CMAKE, "CMAKE_BUILD_PARALLEL_LEVEL": "1"}
+    command = [str(python), "-m", "pip", "install", "--no-binary", "llama-cpp-python", PACKAGE]
+    subprocess.run(["nice", "-n", "15", *command], check=True, env=environment)
+    return python
+
+
+def common(first: list[int], second: list[int]) -> int:
+    """How many tokens two sequences have in common from the start."""
+    pairs = zip(first, second, strict=True)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), len(first))
+
+
+def reference(program: Program, prompt: list[int], tokens: list[int]) -> np.ndarray[Any, Any]:
+    """Logits of the folded program at each of the tokens."""
+    ids = torch.tensor([prompt + tokens])
+    with torch.no_grad():
+        logits = program(ids, torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
+    values: np.ndarray[Any, Any] = logits.float().numpy()
+    return values
+
+
+def run_llama(python: Path, job: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """What llama.cpp makes of a job."""
+    place = scratch / "job.json"
+    place.write_text(json.dumps(job), "utf-8")
+    subprocess.run([str(python), str(SIDE), str(place)], check=True)
+    found: dict[str, Any] = json.loads((scratch / "found.json").read_text("utf-8"))
+    return found
+
+
+def measure(options: argparse.Namespace, python: Path, scratch: Path) -> dict[str, Any]:
+    """Export both ways, generate, compare."""
+    folder = Path(options.folder)
+    program, _ = load_run(folder)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    prompts = [tokenizer(text).input_ids for text in TEXTS[: options.prompts]]
+    exported = qc.export_model(
+        program,
+        scratch / "model.gguf",
+        qc.ExportSpec(target="gguf"),
+        model=folder / MODEL,
+        tokenizer=folder / TOKENIZER,
+    )
+    cached = qc.add_kv_cache(program, folder / MODEL)
+    tokens = []
+    for level in (0, 4):
+        path = scratch / f"level-{level}.onnx"
+        qc.export_model(cached, path, qc.ExportSpec(accuracy_level=level))
+        model = LanguageModel(open_session(path, threads=options.threads))
+        tokens.append([list(model.generate(p, max_new_tokens=options.tokens)) for p in prompts])
+    exact, int8 = tokens
+    job = {
+        "model": str(scratch / "model.gguf"),
+        "texts": TEXTS[: options.prompts],
+        "prompts": prompts,
+        "given": exact,
+        "new": options.tokens,
+        "threads": options.threads,
+        "context": CONTEXT,
+    }
+    found = run_llama(python, job, scratch)
+    rows = []
+    for number, prompt in enumerate(prompts):
+        wanted = reference(program, prompt, exact[number])
+        logits = np.load(scratch / f"logits-{number}.npy")
+        rough = reference_int8(scratch / "level-4.onnx", prompt, exact[number], options.threads)
+        equal = common(exact[number], found["tokens"][number])
+        margin = 0.0
+        if equal < len(exact[number]):
+            pair = exact[number][equal], found["tokens"][number][equal]
+            margin = float(wanted[equal, pair[0]] - wanted[equal, pair[1]])
+        same = [a == b for a, b in zip(exact[number], found["choices"][number], strict=True)]
+        rows.append(
+            Row(
+                text=TEXTS[number],
+                equal=equal,
+                choices=sum(same),
+                margin=margin,
+                difference=float(np.abs(logits - wanted).max()),
+                scale=float(np.abs(wanted).max()),
+                int8_equal=common(exact[number], int8[number]),
+                int8_difference=float(np.abs(rough - wanted).max()),
+            )
+        )
+    cut_alike = sum(a == b for a, b in zip(prompts, found["texts"], strict=True))
+    return {
+        "llama_cpp_python": found["version"],
+        "tokens": options.tokens,
+        "rows": [asdict(row) for row in rows],
+        "prompts cut into the same tokens": f"{cut_alike} of {len(prompts)}",
+        "rounding of weights": max(row.relative_error for row in exported.stored),
+        "bytes": exported.size_bytes,
+    }
+
+
+def reference_int8(
+    path: Path, prompt: list[int], tokens: list[int], threads: int
+) -> np.ndarray[Any, Any]:
+    """Logits of ONNX Runtime on int8 activations at each of the tokens."""
+    session = open_session(path, threads=threads)
+    shapes = {i.name: i.shape for i in session.get_inputs()}
+    ids = np.array([prompt + tokens], dtype=np.int64)
+    feed: dict[str, Any] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    feed["position_ids"] = np.arange(ids.shape[1])[None]
+    for name, shape in shapes.items():
+        if name.startswith("past_key_values."):
+            feed[name] = np.zeros((1, shape[1], 0, shape[3]), dtype=np.float32)
+    feed = {name: value for name, value in feed.items() if name in shapes}
+    (logits,) = session.run(["logits"], feed)
+    values: np.ndarray[Any, Any] = logits[0, len(prompt) - 1 : -1]
+    return values
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print what was measured."""
+    of = result["tokens"]
+    print_table(
+        f"llama.cpp beside ONNX Runtime, {of} tokens a prompt",
+        ("tokens equal", "same choice", "margin", "llama.cpp: Δ logit", "ORT int8: equal",
+         "ORT int8: Δ logit", "largest", "prompt"),
+        [(r["equal"], r["choices"], r["margin"], r["difference"], r["int8_equal"],
+          r["int8_difference"], r["scale"], r["text"]) for r in result["rows"]],
+    )  # fmt: skip
+    print_summary("llama.cpp", {k: v for k, v in result.items() if k != "rows"})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the comparison; 0 where at each position llama.cpp's choice is ours or close to it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="FOLDED", help="folder written by fold")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--build", type=Path, metavar="DIR", help="environment to build it in")
+    place.add_argument("--python", type=Path, help="Python that has llama-cpp-python")
+    parser.add_argument("--prompts", type=int, default=len(TEXTS), help="how many prompts")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    options = parser.parse_args(arguments)
+    python = build(options.build) if options.build else options.python
+    with tempfile.TemporaryDirectory() as scratch:
+        result = measure(options, python, Path(scratch))
+    show(result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    apart = [row for row in result["rows"] if row["margin"] > 2 * row["difference"]]
+    for row in apart:
+        console.print(f"more than rounding explains: {row['text']}", markup=False)
+    return 1 if apart else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Write the tables of docs/checkpoints.md: what each format keeps, declared and measured.
+
+python -m scripts.write_checkpoints
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+from qalora_compile.files import atomic_files
+from tests.exporters.matrix import PAGE, STUDIES, put_into, tables
+
+
+def main() -> None:
+    """Write every format, read it back, put the tables into the page."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = [row for study in STUDIES for row in study(Path(scratch))]
+    text = put_into(PAGE.read_text("utf-8"), tables(rows))
+    with atomic_files(PAGE, overwrite=True) as place:
+        place.write_text(text, "utf-8")
+    print(f"wrote {PAGE.name}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()
