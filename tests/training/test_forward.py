@@ -14,8 +14,8 @@ import qalora_compile as qc
 from qalora_compile.errors import PreconditionError, UnsupportedError
 from qalora_compile.ir.module import ProgramModule
 from qalora_compile.ir.spec import ADAPTED_LINEAR, ADAPTERS, GROUP_SUM
+from qalora_compile.training import Example, FitSpec, fit, token_loss
 from qalora_compile.training import forward as forward_module
-from qalora_compile.training import token_loss
 from qalora_compile.training.between import private_to, recompute_between
 from qalora_compile.training.data import IGNORED, Batch
 from qalora_compile.training.evaluate import label_loss, program_forward
@@ -211,6 +211,22 @@ def test_what_goes_elsewhere_or_has_effects_is_not_run_again() -> None:
     assert not {"tanh", "mul_"} & {str(node.name) for node in private_to(layer, order)}
     x = torch.randn(3, 16)
     assert worst(TrainingForward(program)(x), program(x)) <= 1e-5
+
+
+def test_fit_with_checkpointing_learns_the_same() -> None:
+    rows = [tuple(range(start, start + 9)) for start in range(10, 16)]
+    examples = [Example(row, row) for row in rows]
+    losses = []
+    for checkpointing in (False, True):
+        spec = FitSpec(
+            steps=3,
+            batch_size=3,
+            learning_rate=1e-2,
+            seed=3,
+            gradient_checkpointing=checkpointing,
+        )
+        losses.append(fit(language_model(), examples, spec).losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_dropout_falls_alike_in_the_second_run() -> None:
