@@ -14,6 +14,7 @@ from qalora_compile.errors import PreconditionError
 from qalora_compile.ir.module import ProgramModule
 from qalora_compile.ir.program import ADAPTED, Program
 from qalora_compile.ir.signature import bind, flatten_inputs
+from qalora_compile.training.between import recompute_between
 from qalora_compile.training.evaluate import label_loss, logits_of, model_inputs
 from qalora_compile.training.examples import Batch
 from qalora_compile.training.fuse import fuse_adapters
@@ -26,7 +27,8 @@ class TrainingForward:
 
     Every layer and its adapter are one operator (`fuse_adapters`). Called with the program's
     arguments, it gives the program's outputs; `loss` gives that of a language model without making
-    the logits of all tokens at once (`token_loss`). The mode follows that of the program.
+    the logits of all tokens at once (`token_loss`). What lies between two layers is computed again
+    in the backward pass (`recompute_between`). The mode follows that of the program.
 
     Args:
         program: At stage `adapted`; its parameters are shared, and may go on being trained by
@@ -87,7 +89,7 @@ class TrainingForward:
         return mean_loss(rows, targets, head)
 
     def _runnable(self, module: ProgramModule) -> ProgramModule:
-        return checkpoint_graph(module) if self._checkpointed else module
+        return checkpoint_graph(module) if self._checkpointed else recompute_between(module)
 
     def _run(self, module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call with checked arguments, in the mode of the program."""
