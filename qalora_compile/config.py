@@ -12,15 +12,27 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 AUTO = "auto"
-"""A value of `bits` and `rank`: chosen layer by layer, within a budget."""
+"""A value of `bits`, `group_size` and `rank`: chosen layer by layer, within a budget."""
 METHODS = ("minmax", "mse", "hqq", "gptq")
 """Each loses less than the one before it, in the output of a layer."""
 CALIBRATED = ("gptq",)
 """The methods that need calibration data."""
 POOLINGS = ("sum", "mean", "mean_times_groups", "scaled_sum")
 INITS = ("zeros", "svd")
-BUDGET_UNITS = ("bits", "megabytes")
-TARGETS = ("ort", "ort-stock", "onnx")
+ZERO_POINTS = ("real", "integer")
+ADAPTER_KINDS = ("lora", "scale")
+BUDGET_UNITS = ("bits", "stored-bits", "megabytes")
+AUTO_GROUPS = (32, 64, 128)
+"""What group size `"auto"` chooses from."""
+ONNX_TARGETS = ("ort", "ort-stock", "onnx")
+CHECKPOINT_TARGETS = (
+    *("gguf", "mlx", "float", "hqq", "safetensors"),
+    *("gptq", "compressed-tensors"),
+)
+"""Checkpoints of other libraries; the last two hold whole zero-points only."""
+TARGETS = (*ONNX_TARGETS, *CHECKPOINT_TARGETS)
+FLOAT_TYPES = ("q8_0", "f16", "bf16", "f32")
+"""How a GGUF file holds a matrix of floats, smallest first."""
 ACCURACY_LEVELS = (0, 4)
 PARAMETER_DTYPES = ("float32", "float16")
 CORRECTIONS = ("fp32", "digits")
@@ -94,6 +106,8 @@ class QuantSpec(Spec):
         bits: Width of a code: 2, 3, 4 or 8; or `"auto"`, a width for each layer by what it loses
             there, within `budget`.
         group_size: Weights that share one scale and offset; the last group of a row may be shorter.
+            With bits `"auto"` it may be `"auto"` too: 32, 64 or 128 for each layer, where that
+            loses least for its bytes.
         method: How scale, offset and codes are chosen. `"minmax"` rounds to the nearest of
             2^bits levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1);
             `"mse"` searches for the range that loses least; `"hqq"` fits it half-quadratically;
@@ -106,17 +120,21 @@ class QuantSpec(Spec):
             diagonal; more is added where calibration rows are few.
         budget: Most that the weights may take with bits `"auto"`, in `budget_unit`.
         budget_unit: `"bits"`: the mean width of a code, over all weights that are quantized;
+            `"stored-bits"`: the mean of what a weight takes, scales and offsets included;
             `"megabytes"`: 10⁶ bytes of codes, scales and offsets, as this package stores them.
+        zero_point: `"integer"`: zero-points are whole numbers from 0 to 2^bits − 1, for runtimes
+            that take nothing else; with method `"minmax"`. Offsets are then never refined.
     """
 
     bits: int | str = 4
-    group_size: int = 32
+    group_size: int | str = 32
     method: str = "minmax"
     refine_offsets: bool = True
     act_order: bool = True
     damping: float = 0.01
     budget: float | None = None
     budget_unit: str = "bits"
+    zero_point: str = "real"
 
     def __post_init__(self) -> None:
         if self.bits != AUTO:
@@ -127,12 +145,34 @@ class QuantSpec(Spec):
                 hint="bits 'auto' takes a budget, a number above 0; other bits take none",
             )
         one_of("budget_unit", self.budget_unit, BUDGET_UNITS)
-        _whole("group_size", self.group_size, least=1)
+        self._check_group_size()
         one_of("method", self.method, METHODS)
+        one_of("zero_point", self.zero_point, ZERO_POINTS)
+        if self.zero_point == "integer" and self.method != "minmax":
+            raise UserInputError(
+                f"zero_point is 'integer' with method {self.method!r}",
+                hint="method 'minmax' can round to levels whose zero-points are whole numbers",
+            )
         one_of("refine_offsets", self.refine_offsets, (True, False))
         one_of("act_order", self.act_order, (True, False))
         if not (isinstance(self.damping, float) and 0 < self.damping <= 1):
             raise UserInputError(f"damping is {self.damping!r}", hint="use e.g. 0.01, 1 at most")
+
+    def _check_group_size(self) -> None:
+        if self.group_size != AUTO:
+            return _whole("group_size", self.group_size, least=1)
+        if self.bits != AUTO:
+            raise UserInputError(
+                f"group_size is 'auto' with bits {self.bits!r}",
+                hint="group sizes are chosen together with bits 'auto', within one budget",
+            )
+        if self.budget_unit == "bits":
+            raise UserInputError(
+                "the mean width of a code does not limit group_size 'auto': the smallest is best",
+                hint="give a budget that counts scales and offsets: budget_unit 'stored-bits', "
+                "or 'megabytes'",
+            )
+        return None
 
     @property
     def width(self) -> int:
@@ -144,6 +184,19 @@ class QuantSpec(Spec):
         if not isinstance(self.bits, int):
             raise UserInputError(f"bits are {self.bits!r}", hint="assign-bits chooses them")
         return self.bits
+
+    @property
+    def group(self) -> int:
+        """Group size, where all weights have the same.
+
+        Raises:
+            UserInputError: it is `"auto"`.
+        """
+        if not isinstance(self.group_size, int):
+            raise UserInputError(
+                f"group_size is {self.group_size!r}", hint="assign-bits chooses it"
+            )
+        return self.group_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +220,14 @@ class AdapterSpec(Spec):
         init: `"zeros"`: B starts at zero, and the model as it was quantized. `"svd"`: B A starts as
             the best correction of rank r of the quantization error that folds.
         rank_budget: Most parameters of all adapters together, with rank `"auto"`.
+        kind: `"lora"`: the update of Algorithm 1, which moves zero-points. `"scale"`: the scales
+            alone are trained, scale' = scale · (1 + scaling · f · B A), and zero-points stay the
+            whole numbers that they are.
+        zero_point: Of kind `"lora"`. `"integer"`: the moved zero-points are rounded to whole
+            numbers while they are trained, so that what is deployed is what was trained.
+
+    Kind `"scale"` and zero_point `"integer"` need weights quantized with
+    `QuantSpec(zero_point="integer")`, and pool in their groups.
     """
 
     rank: int | str = 16
@@ -178,8 +239,13 @@ class AdapterSpec(Spec):
     seed: int = 0
     init: str = "zeros"
     rank_budget: int | None = None
+    kind: str = "lora"
+    zero_point: str = "real"
 
     def __post_init__(self) -> None:
+        one_of("kind", self.kind, ADAPTER_KINDS)
+        one_of("zero_point", self.zero_point, ZERO_POINTS)
+        self._check_variant()
         if self.rank == AUTO:
             _whole("rank_budget, with rank 'auto',", self.rank_budget, least=1)
         else:
@@ -199,6 +265,29 @@ class AdapterSpec(Spec):
             _whole("adapter group_size", self.group_size, least=1)
         if not (isinstance(self.alpha, (int, float)) and abs(self.alpha) < float("inf")):
             raise UserInputError(f"alpha is {self.alpha!r}", hint="use a finite number")
+
+    def _check_variant(self) -> None:
+        if self.kind == "scale" and self.zero_point != "real":
+            raise UserInputError(
+                f"zero_point is {self.zero_point!r} with kind 'scale'",
+                hint="that kind leaves zero-points as they are: leave the option out",
+            )
+        for field, usual in (("init", "zeros"), ("group_size", None)):
+            if self.keeps_whole and getattr(self, field) != usual:
+                raise UserInputError(
+                    f"{field} is {getattr(self, field)!r} with whole zero-points",
+                    hint="it is for kind 'lora' with zero_point 'real'",
+                )
+        if self.keeps_whole and self.rank == AUTO:
+            raise UserInputError(
+                "rank is 'auto' with adapters that keep zero-points whole",
+                hint="what a rank gains is known for kind 'lora' with zero_point 'real'",
+            )
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether zero-points that are whole numbers stay so."""
+        return self.kind == "scale" or self.zero_point == "integer"
 
     @property
     def scaling(self) -> float:
@@ -241,13 +330,15 @@ class ExportSpec(Spec):
             ONNX Runtime with this package's library, without it, and for other runtimes.
             `"ort-stock"`: MatMulNBits with integer zero-points and one shared group-sum
             correction, for any ONNX Runtime. `"onnx"`: blocked DequantizeLinear and the same
-            correction, standard operators only.
+            correction, standard operators only. The others are checkpoints of other libraries
+            (docs/checkpoints.md), which take none of the options of ONNX below.
         opset: ONNX opset version of the standard domain; None takes 20, or 21 for `"onnx"`.
         accuracy_level: 0 computes in float32; 4 quantizes activations to int8, which is faster and
             errs by about 5e-3 of the output. In a file of target `"onnx"` it cannot be said: the
             runtime decides (see docs/lowering.md).
         parameter_dtype: Of scale and zero-point in target `"ort"`: `"float32"` is exact,
-            `"float16"` rounds, and is smaller and faster.
+            `"float16"` rounds, and is smaller and faster. In checkpoints likewise; of all weights
+            in target `"float"`; `"gguf"` and `"safetensors"` leave no choice.
         correction: Of target `"ort-stock"`: `"fp32"` is exact; `"digits"` makes it part of the
             kernel, as two or three digits of the codes' width, which is faster and rounds.
         fusion: How norms, rotary embeddings and attention of a transformer are written:
@@ -255,6 +346,8 @@ class ExportSpec(Spec):
             operators, for its releases 1.21 and 1.22, which do not have those; `"none"`: as the
             model computes them. None takes `"none"` for models without a key-value cache; with one
             `"standard"`, or with a given opset that is too low for it `"ort"`, else `"none"`.
+        float_type: Of target `"gguf"`: how matrices are stored that are not on codes, `"q8_0"`,
+            `"f16"`, `"bf16"` or `"f32"`; None takes for each the smallest that keeps every value.
         allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
             one that is not quantized at all.
         overwrite: Replace an existing file.
@@ -266,6 +359,7 @@ class ExportSpec(Spec):
     parameter_dtype: str = "float32"
     correction: str = "fp32"
     fusion: str | None = None
+    float_type: str | None = None
     allow_unfolded: bool = False
     overwrite: bool = False
 
@@ -277,6 +371,11 @@ class ExportSpec(Spec):
         least = FUSION_OPSETS.get(self.fusion or "", 18)
         return self.opset or max(21 if self.target == "onnx" else 20, least)
 
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the target is a checkpoint of another library, not an ONNX model."""
+        return self.target in CHECKPOINT_TARGETS
+
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UnsupportedError(
@@ -285,12 +384,45 @@ class ExportSpec(Spec):
             )
         if self.opset is not None:
             one_of("opset", self.opset, self.OPSETS)
+        one_of("parameter_dtype", self.parameter_dtype, PARAMETER_DTYPES)
+        one_of("correction", self.correction, CORRECTIONS)
+        one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
+        for option, known in (("fusion", FUSIONS), ("float_type", FLOAT_TYPES)):
+            if getattr(self, option) is not None:
+                one_of(option, getattr(self, option), known)
+        self._check_target()
+        if not self.is_checkpoint:
+            self._check_onnx()
+
+    def _check_target(self) -> None:
+        """Refuse options that the target does not have."""
+        no_parameters = ("ort-stock", "onnx", "gguf", "safetensors")
+        checkpoint = CHECKPOINT_TARGETS
+        others = tuple(target for target in TARGETS if target != "ort-stock")
+        no_floats = tuple(target for target in TARGETS if target != "gguf")
+        for option, default, targets in (
+            ("parameter_dtype", "float32", no_parameters),
+            ("correction", "fp32", others),
+            ("float_type", None, no_floats),
+            ("opset", None, checkpoint),
+            ("accuracy_level", 0, checkpoint),
+            ("fusion", None, checkpoint),
+            ("allow_unfolded", False, checkpoint),
+        ):
+            if getattr(self, option) != default and self.target in targets:
+                fitting = [target for target in TARGETS if target not in targets]
+                raise UserInputError(
+                    f"{option} is {getattr(self, option)!r} for target {self.target}",
+                    hint=f"it is an option of target {', '.join(fitting)}",
+                )
+
+    def _check_onnx(self) -> None:
+        """Refuse options of ONNX that do not go together."""
         if self.onnx_opset < 21 and self.target == "onnx":
             raise UserInputError(
                 f"opset is {self.opset}", hint="target onnx needs 21: DequantizeLinear in blocks"
             )
         if self.fusion is not None:
-            one_of("fusion", self.fusion, FUSIONS)
             least = FUSION_OPSETS[self.fusion]
             if self.onnx_opset < least:
                 raise UserInputError(
@@ -302,20 +434,8 @@ class ExportSpec(Spec):
                     "fusion is 'ort' for target onnx",
                     hint="that target has standard operators only: fusion 'standard' or 'none'",
                 )
-        one_of("parameter_dtype", self.parameter_dtype, PARAMETER_DTYPES)
-        one_of("correction", self.correction, CORRECTIONS)
-        for field, default, target in (
-            ("parameter_dtype", "float32", "ort"),
-            ("correction", "fp32", "ort-stock"),
-        ):
-            if getattr(self, field) != default and self.target != target:
-                raise UserInputError(
-                    f"{field} is {getattr(self, field)!r} for target {self.target}",
-                    hint=f"it is an option of target {target}",
-                )
         if self.accuracy_level != 0 and self.target == "onnx":
             raise UserInputError(
                 f"accuracy_level is {self.accuracy_level!r} for target onnx",
                 hint="a standard model cannot say it; the session does: docs/lowering.md",
             )
-        one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)

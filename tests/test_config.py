@@ -43,6 +43,13 @@ SPECS = [QuantSpec, AdapterSpec, ExportSpec]
             budget_unit=st.sampled_from(BUDGET_UNITS),
         ),
         st.builds(
+            QuantSpec,
+            bits=st.just("auto"),
+            group_size=st.just("auto"),
+            budget=st.floats(0.01, 1e6),
+            budget_unit=st.sampled_from(("stored-bits", "megabytes")),
+        ),
+        st.builds(
             AdapterSpec,
             rank=st.integers(1, 512),
             alpha=st.floats(-1e6, 1e6),
@@ -91,6 +98,11 @@ BAD: dict[str, tuple[type[Spec], dict[str, Any]]] = {
     "group size 2.5": (QuantSpec, {"group_size": 2.5}),
     "group size true": (QuantSpec, {"group_size": True}),
     "method": (QuantSpec, {"method": "best"}),
+    "group auto, bits given": (QuantSpec, {"group_size": "auto"}),
+    "group auto, codes counted alone": (
+        QuantSpec,
+        {"group_size": "auto", "bits": "auto", "budget": 4.0},
+    ),
     "bits without a budget": (QuantSpec, {"budget": None, "bits": "auto"}),
     "budget 0": (QuantSpec, {"budget": 0, "bits": "auto"}),
     "budget infinite": (QuantSpec, {"budget": math.inf, "bits": "auto"}),
@@ -139,6 +151,15 @@ def test_an_unknown_target_names_the_known_ones() -> None:
         ({"fusion": "standard", "opset": 20}, "opset 23"),
         ({"target": "ort", "correction": "digits"}, "option of target ort-stock"),
         ({"target": "ort-stock", "parameter_dtype": "float16"}, "option of target ort"),
+        ({"target": "gguf", "parameter_dtype": "float16"}, "option of target ort"),
+        ({"target": "safetensors", "parameter_dtype": "float16"}, "option of target ort"),
+        ({"target": "ort", "float_type": "f16"}, "option of target gguf"),
+        ({"target": "mlx", "opset": 20}, "option of target ort"),
+        ({"target": "gguf", "accuracy_level": 4}, "option of target ort"),
+        ({"target": "hqq", "fusion": "none"}, "option of target ort"),
+        ({"target": "gptq", "correction": "digits"}, "option of target ort-stock"),
+        ({"target": "float", "allow_unfolded": True}, "option of target ort"),
+        ({"target": "gguf", "float_type": "q4_0"}, "use one of q8_0"),
     ],
 )
 def test_options_of_another_target_are_refused(options: dict[str, Any], words: str) -> None:

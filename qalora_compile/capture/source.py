@@ -7,9 +7,10 @@ import io
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from qalora_compile.capture.encoder_decoder import (
 )
 from qalora_compile.capture.model import capture_model
 from qalora_compile.capture.skeleton import model_class, transformers_module
+from qalora_compile.capture.stored.folder import is_quantized, load_stored
+from qalora_compile.capture.stored.gguf import read_gguf_codes
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.optional import require
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -44,6 +48,7 @@ class Source:
         args, kwargs: Example inputs.
         tokenizer: Of a language model that brings one, else None.
         decoder_start: The token that the decoder of a model with an encoder begins with, else None.
+        read_codes: Reads the codes of a checkpoint that is quantized already, see `stored`.
         head: Names of the parameters that the checkpoint did not hold, and which must be trained.
     """
 
@@ -55,19 +60,30 @@ class Source:
     tokenizer: Any = None
     decoder_start: int | None = None
     head: tuple[str, ...] = ()
+    read_codes: Callable[[], tuple[StoredCodes, tuple[str, ...]]] | None = None
+
+    def stored(self) -> tuple[StoredCodes, tuple[str, ...]]:
+        """The codes that the checkpoint holds, and notes on what of them could not be kept.
+
+        Raises:
+            UserInputError: the file is broken.
+        """
+        return (StoredCodes(), ()) if self.read_codes is None else self.read_codes()
 
     def capture(self) -> Program:
         """Capture the model with its example inputs."""
         return capture_model(self.model, self.args, self.kwargs)
 
 
-def load_source(reference: str) -> Source:
+def load_source(reference: str, *, zero_points: str | None = None) -> Source:
     """Load a model by reference.
 
     Args:
         reference: A folder with `config.json` and safetensors, a `.gguf` file, or
             `package.module:factory`, where the factory takes no argument and returns
             `(model, example_args, example_kwargs)`.
+        zero_points: How a GPTQ checkpoint stores its zero-points, where its tag is wrong or says
+            nothing: `"v1"`, `"v2"`, `"float"` or `"offset"` (`capture.stored.gptq`).
 
     Raises:
         UserInputError: nothing is there, a file is truncated or malformed, or the factory fails.
@@ -75,7 +91,7 @@ def load_source(reference: str) -> Source:
     """
     path = Path(reference)
     if path.is_dir():
-        return _load_folder(reference, path)
+        return _load_folder(reference, path, zero_points)
     if path.suffix == ".gguf":
         return _load_gguf(reference, path)
     if _FACTORY.fullmatch(reference):
@@ -121,16 +137,22 @@ def unreadable(path: Path, error: Exception) -> UserInputError:
     )
 
 
-def _load_folder(reference: str, path: Path) -> Source:
+def _load_folder(reference: str, path: Path, zero_points: str | None) -> Source:
     check_safetensors(path)
+    stored = load_stored(path, zero_points=zero_points) if is_quantized(path) else None
+    model = _load_float(path) if stored is None else stored.model
+    source = _language_model(reference, "huggingface", model, load_folder_tokenizer(path))
+    if stored is None:
+        return source
+    return replace(source, read_codes=lambda: (stored.codes, stored.notes))
+
+
+def _load_float(path: Path) -> Any:
     kind = model_class(path)
     try:
-        model = kind.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, dtype="auto"
-        )
+        return kind.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto")
     except Exception as error:  # transformers and safetensors raise types of many kinds
         raise unreadable(path, error) from error
-    return _language_model(reference, "huggingface", model, load_folder_tokenizer(path))
 
 
 def _load_gguf(reference: str, path: Path) -> Source:
@@ -151,7 +173,8 @@ def _load_gguf(reference: str, path: Path) -> Source:
             )
     except Exception as error:  # the reader raises whatever a broken offset leads to
         raise unreadable(path, error) from error
-    return _language_model(reference, "gguf", model, tokenizer)
+    source = _language_model(reference, "gguf", model, tokenizer)
+    return replace(source, read_codes=partial(read_gguf_codes, path))
 
 
 def _load_factory(reference: str) -> Source:

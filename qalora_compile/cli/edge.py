@@ -22,7 +22,6 @@ from qalora_compile.api import (
 from qalora_compile.capture.skeleton import generates, has_encoder
 from qalora_compile.cli.folders import (
     copy_preprocessor,
-    copy_tokenizer,
     read_record,
     versions,
 )
@@ -37,6 +36,7 @@ from qalora_compile.exporters.genai import (
     genai_config,
     genai_whisper_config,
 )
+from qalora_compile.exporters.hf_folder import copy_tokenizer
 from qalora_compile.files import atomic_folder, keep_parts, read_json, write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE

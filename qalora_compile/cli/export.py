@@ -7,12 +7,14 @@ import dataclasses
 import time
 from pathlib import Path
 
+from qalora_compile.cli.checkpoint import export_checkpoint
 from qalora_compile.cli.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
 from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
 from qalora_compile.cli.ui import console, megabytes, print_summary, steps
 from qalora_compile.config import (
     ACCURACY_LEVELS,
     CORRECTIONS,
+    FLOAT_TYPES,
     FUSIONS,
     PARAMETER_DTYPES,
     TARGETS,
@@ -26,7 +28,7 @@ from qalora_compile.runtime.library import kernel_level, library_path
 from qalora_compile.runtime.memory import peak_memory
 
 NAME = "export"
-SUMMARY = "write a folded model as one ONNX file for ONNX Runtime"
+SUMMARY = "write a folded model as one ONNX file, or as a checkpoint of another library"
 EXAMPLES = """examples:
   qalora-compile export folded --out edge
   qalora-compile export folded --out edge --accuracy-level 4 --parameter-dtype float16
@@ -36,6 +38,8 @@ EXAMPLES = """examples:
   qalora-compile export folded --out edge --with-library       for GenAI: our kernels in the folder
   qalora-compile export folded --out edge --no-kv-cache        one forward of whole sequences
   qalora-compile export run --out edge --allow-unfolded        keep the adapters in the graph
+  qalora-compile export folded --out edge --target gguf        model.gguf for llama.cpp
+  qalora-compile export folded --out edge --target float       Hugging Face folder, no codes
 
 language models get a key-value cache, and the folder runs in ONNX Runtime GenAI as it is;
 encoder-decoder models (T5, BART, Whisper) become two graphs, encoder and decoder
@@ -74,7 +78,7 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         "--parameter-dtype",
         default=defaults.parameter_dtype,
         choices=PARAMETER_DTYPES,
-        help="of scale and zero-point in target ort; float16 rounds them",
+        help="of scale and zero-point in target ort and in checkpoints; float16 rounds them",
     )
     parser.add_argument(
         "--correction",
@@ -86,6 +90,11 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         "--fusion",
         choices=FUSIONS,
         help="how norms, rotary embeddings and attention are written; with a cache: standard",
+    )
+    parser.add_argument(
+        "--float-type",
+        choices=FLOAT_TYPES,
+        help="of matrices that are not on codes, in target gguf; else the smallest exact one",
     )
     parser.add_argument(
         "--last-logits", action="store_true", help="logits of the last token alone; with cache"
@@ -108,6 +117,7 @@ def target_spec(options: argparse.Namespace) -> ExportSpec:
         parameter_dtype=options.parameter_dtype,
         correction=options.correction,
         fusion=options.fusion,
+        float_type=options.float_type,
     )
 
 
@@ -117,6 +127,8 @@ def run(options: argparse.Namespace) -> int:
     source, out = Path(options.folder), Path(options.out)
     spec = dataclasses.replace(target_spec(options), allow_unfolded=options.allow_unfolded)
     check_output(out, overwrite=options.overwrite)
+    if spec.is_checkpoint:
+        return export_checkpoint(options, spec)
     library = chosen_library(options)
     with steps() as shown:
         program, record = load_run(source, deferred=True)

@@ -28,7 +28,7 @@ from qalora_compile.cli.folders import (
     save_tokenizer,
     write_run_file,
 )
-from qalora_compile.cli.quantized import quant_spec
+from qalora_compile.cli.quantized import quant_spec, stored_codes
 from qalora_compile.cli.training_options import adapter_spec, check_options, decisive_options
 from qalora_compile.cli.ui import Steps
 from qalora_compile.config import AUTO, CALIBRATED
@@ -161,6 +161,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         options,
         budget=options.budget,
         budget_unit=options.budget_unit,
+        zero_point="integer" if options.adapter == "scale" else options.zero_point,
         refine_offsets=options.init != "svd",  # else nothing would be left for the adapters
     )
     shown.say(f"load {options.model}")
@@ -170,6 +171,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     captured = source.capture()
     check_trainable(captured, classes, data, held_out)
     calls = _calibration(options, captured, data, source.tokenizer)
+    stored = stored_codes(options, source, shown)
     with collecting_reports() as reports:
         program = quantize_groups(
             captured,
@@ -178,6 +180,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
             exclude=excluded(options, source),
             embeddings=embeddings,
             calibration=calls if _quantizes_by_data(options) else None,
+            stored=stored,
         )
     program = insert_adapters(
         program, adapter, source=captured, calibration=calls, train=source.head
@@ -199,7 +202,9 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     with atomic_folder(out, overwrite=options.overwrite) as folder:
         write_program(program, folder)
         save_tokenizer(source.tokenizer, folder)
-        save_description(source.model, folder)
+        save_description(
+            source.model, folder, Path(source.reference) if source.kind == "gguf" else None
+        )
         write_run_file(folder, record)
     return _Begun(program, trained, data, batches, held_out, tuple(reports))
 
@@ -212,8 +217,7 @@ def open_job(options: argparse.Namespace, spec: FitSpec, shown: Steps, processes
     Raises:
         UserInputError: the folder was made with other options or data; the first is named.
     """
-    out = Path(options.out)
-    begun = None
+    out, begun = Path(options.out), None
     if not options.resume:
         begun = _start(options, spec, out, shown) if processes.is_first else None
         processes.wait()

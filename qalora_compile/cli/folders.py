@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile import __version__
+from qalora_compile.capture.description import CONFIG_FILE, METADATA_FILE, model_config
 from qalora_compile.errors import UserInputError
+from qalora_compile.exporters.gguf_metadata import write_metadata_file
 from qalora_compile.files import read_json, write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program
@@ -18,10 +20,6 @@ RUN_FILE = "run.json"
 TOKENIZER = "tokenizer"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
-_TOKENIZER_FILES = (
-    *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template*"),
-)
 _PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FORMAT = "qalora-run"
 VERSION = 1
@@ -94,21 +92,23 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder / TOKENIZER)
 
 
-def save_description(model: Any, folder: Path) -> None:
+def save_description(model: Any, folder: Path, gguf: Path | None = None) -> None:
     """Write `config.json` and `generation_config.json` of a transformers model, and no weights.
 
     They describe the model to be captured again, with a key-value cache; other models have none.
+    Of the GGUF file that a model came from, the metadata are kept beside them, to be written into
+    another.
     """
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict") or not type(model).__module__.startswith("transformers."):
+    value = model_config(model)
+    if value is None:
         return
     (folder / MODEL).mkdir()
-    value = config.to_diff_dict() | {"architectures": [type(model).__name__]}
-    value = {k: v for k, v in value.items() if k not in ("quantization_config", "use_cache")}
-    write_json(folder / MODEL / "config.json", value)
-    generation = getattr(model, "generation_config", None)
+    write_json(folder / MODEL / CONFIG_FILE, value)
+    generation: Any = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder / MODEL)
+    if gguf is not None:
+        write_metadata_file(gguf, folder / MODEL / METADATA_FILE)
 
 
 def copy_parts(source: Path, target: Path) -> None:
@@ -116,14 +116,6 @@ def copy_parts(source: Path, target: Path) -> None:
     for name in (TOKENIZER, MODEL):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name)
-
-
-def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer's files among those of a folder; False where there are none."""
-    files = [file for name in _TOKENIZER_FILES for file in source.glob(name) if file.is_file()]
-    for file in files:
-        shutil.copy2(file, target / file.name)
-    return bool(files)
 
 
 def copy_preprocessor(source: Path, target: Path) -> bool:

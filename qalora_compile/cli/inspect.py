@@ -122,7 +122,7 @@ def _site_row(site: Site, stage: str, sizes: dict[str, int], seen: set[str]) -> 
         if site.bits is None
         else [f"{site.path}.{part}" for part in ("qweight", "scale", "offset", "lora_A", "lora_B")]
     )
-    form = "whole" if site.whole else "real (folded)" if stage == FOLDED else "real"
+    form = "whole" if site.has_whole else "real (folded)" if stage == FOLDED else "real"
     row = {
         "path": site.name,
         "kind": site.kind,

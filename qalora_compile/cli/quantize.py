@@ -24,7 +24,7 @@ from qalora_compile.cli.export import (
 )
 from qalora_compile.cli.quantized import add_quant_arguments, print_reports, quant_spec
 from qalora_compile.cli.ui import megabytes, print_summary, steps
-from qalora_compile.config import CALIBRATED, QuantSpec
+from qalora_compile.config import CALIBRATED, ExportSpec, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
 from qalora_compile.quantizers.report import collecting_reports
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     source, out = Path(options.model), Path(options.out)
     quant = _data_free(quant_spec(options))
     embeddings = embedding_spec(options)
-    spec = target_spec(options)
+    spec = _onnx_spec(options)
     check_output(out, overwrite=options.overwrite)
     library = chosen_library(options)
     _check_folder(source)
@@ -121,6 +121,21 @@ def _data_free(quant: QuantSpec) -> QuantSpec:
             hint="finetune --method gptq --steps 0, then fold and export; or --method hqq",
         )
     return quant
+
+
+def _onnx_spec(options: argparse.Namespace) -> ExportSpec:
+    """What is written: an ONNX model.
+
+    Raises:
+        UserInputError: the target is a checkpoint.
+    """
+    spec = target_spec(options)
+    if spec.is_checkpoint:
+        raise UserInputError(
+            f"quantize writes ONNX models, not target {spec.target}",
+            hint="finetune --steps 0, fold, then export with that target",
+        )
+    return spec
 
 
 def _check_folder(source: Path) -> None:

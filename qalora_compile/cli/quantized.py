@@ -8,14 +8,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from qalora_compile.capture.source import Source
+from qalora_compile.capture.stored.gptq import ZERO_POINTS
 from qalora_compile.cli.alike import pattern_of, ranges_of
-from qalora_compile.cli.ui import print_table
+from qalora_compile.cli.ui import Steps, print_table
 from qalora_compile.config import AUTO, BUDGET_UNITS, METHODS, SUPPORTED_BITS, QuantSpec
+from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.quantizers.report import QuantReport
 
 _COLUMNS = (
     "layers", "count", "method", "bits", "group", "weights dB", "outputs dB", "worst", "s", "notes",
 )  # fmt: skip
+_CHOICES = "bits", "group_size", "method"
+_DEFAULT = QuantSpec()
+_KEPT = "a quantized checkpoint keeps its codes where bits, group size and method are left out"
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
@@ -27,23 +33,62 @@ def number_or_auto(text: str) -> int | str:
 def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False) -> None:
     """Declare bits, group size, method and patterns; with `auto` also bits within a budget."""
     widths = (*SUPPORTED_BITS, AUTO) if auto else SUPPORTED_BITS
-    group.add_argument("--bits", type=number_or_auto, default=4, choices=widths)
+    group.add_argument(
+        "--bits", type=number_or_auto, choices=widths, help=f"default {_DEFAULT.bits}; {_KEPT}"
+    )
     if auto:
         group.add_argument("--budget", type=float, metavar="X", help="of --bits auto")
         group.add_argument("--budget-unit", default="bits", choices=BUDGET_UNITS)
-    group.add_argument("--group-size", type=int, default=32, metavar="G")
     group.add_argument(
-        "--method", default="minmax", choices=METHODS, help="how codes are chosen; the last is best"
+        "--group-size",
+        type=number_or_auto if auto else int,
+        metavar="G",
+        help=f"default {_DEFAULT.group_size}" + (", or auto, with --bits auto" if auto else ""),
     )
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        help=f"how codes are chosen, default {_DEFAULT.method}; the last is best",
+    )
+    if auto:
+        group.add_argument(
+            "--stored-zero-points",
+            choices=ZERO_POINTS,
+            help="how a GPTQ checkpoint stores them, where its tag is wrong or says nothing",
+        )
     group.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
     group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="to keep")
 
 
 def quant_spec(options: argparse.Namespace, **more: Any) -> QuantSpec:
     """The specification that the options ask for, and what only one command has."""
-    return QuantSpec(
-        bits=options.bits, group_size=options.group_size, method=options.method, **more
-    )
+    chosen = {name: getattr(options, name) for name in _CHOICES}
+    return QuantSpec(**{name: v for name, v in chosen.items() if v is not None}, **more)
+
+
+def chooses_codes(options: argparse.Namespace) -> bool:
+    """Whether the user asked for codes of a kind: then none are kept that a checkpoint holds."""
+    return any(getattr(options, name) is not None for name in _CHOICES)
+
+
+def stored_codes(options: argparse.Namespace, source: Source, shown: Steps) -> StoredCodes | None:
+    """The codes that a checkpoint holds and that stay as they are; None where there are none.
+
+    Raises:
+        UserInputError: the checkpoint is broken.
+    """
+    codes, notes = source.stored()
+    if not codes:
+        return None
+    if chooses_codes(options):
+        shown.say(
+            f"note: the {len(codes)} quantized tensors of {source.reference} are quantized anew, "
+            "as asked; without --bits, --group-size and --method they keep their codes"
+        )
+        return None
+    for note in notes:
+        shown.say(f"note: {note}")
+    return codes
 
 
 def print_reports(reports: Sequence[QuantReport]) -> None:

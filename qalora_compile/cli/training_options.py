@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.cli.quantized import number_or_auto
-from qalora_compile.config import INITS, POOLINGS, AdapterSpec
+from qalora_compile.config import ADAPTER_KINDS, INITS, POOLINGS, ZERO_POINTS, AdapterSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.checkpoint import KEPT
 from qalora_compile.training.data import find_files
@@ -35,6 +35,18 @@ def add_adapter_arguments(group: argparse._ActionsContainer) -> None:
         default=_ADAPTER.init,
         choices=INITS,
         help="svd: adapters, not refined offsets, correct what quantization lost",
+    )
+    group.add_argument(
+        "--adapter",
+        default=_ADAPTER.kind,
+        choices=ADAPTER_KINDS,
+        help="scale: train the scales alone; zero-points stay whole numbers",
+    )
+    group.add_argument(
+        "--zero-point",
+        default=_ADAPTER.zero_point,
+        choices=ZERO_POINTS,
+        help="integer: whole numbers, also after folding: for runtimes that take nothing else",
     )
     group.add_argument("--alpha", type=float, default=_ADAPTER.alpha)
     group.add_argument("--rslora", action="store_true", help="scale by alpha / √rank")
@@ -70,6 +82,7 @@ def add_training_arguments(group: argparse._ActionsContainer) -> None:
     add("--warmup", type=float, default=_FIT.warmup, metavar="F", help="part of the steps")
     add("--clip", type=float, default=_FIT.clip, metavar="F", help="largest gradient norm")
     add("--precision", default=_FIT.precision, choices=PRECISIONS)
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
     add("--eval-every", type=int, default=0, metavar="N", help="steps; needs --eval-data")
     add(
         "--patience",
@@ -100,6 +113,8 @@ def adapter_spec(options: argparse.Namespace) -> AdapterSpec:
         seed=options.seed,
         init=options.init,
         rank_budget=options.rank_budget,
+        kind=options.adapter,
+        zero_point="real" if options.adapter == "scale" else options.zero_point,
     )
 
 

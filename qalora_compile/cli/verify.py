@@ -1,4 +1,4 @@
-"""`verify`: compare two of RUN, FOLDED, DIR and .onnx: on inputs, node by node, or by proof."""
+"""`verify`: compare RUN, FOLDED, DIR, .onnx, .gguf: on inputs, node by node, or by proof."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ EXAMPLES = """examples:
   qalora-compile verify folded edge --max-rel 1e-4 --inputs 8
   qalora-compile verify folded edge --max-rel 1e-4 --library     on the fused kernels
   qalora-compile verify folded edge/model.onnx --max-abs 1e-3 --json
+  qalora-compile verify folded edge/model.gguf --max-rel 1e-2    read back by its own library
   qalora-compile verify folded edge --prove --certificate equal.json
   qalora-compile verify --certificate equal.json                 again later, without torch
   qalora-compile verify folded edge --numeric                    node by node, without a tolerance
-  qalora-compile verify folded edge --numeric --levels all --json
+  qalora-compile verify folded edge --numeric --html report.html
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("a", metavar="A", nargs="?", help="RUN, FOLDED, DIR or .onnx")
+    parser.add_argument("a", metavar="A", nargs="?", help="RUN, FOLDED, DIR, .onnx or .gguf")
     parser.add_argument("b", metavar="B", nargs="?", help="likewise; one of them RUN or FOLDED")
     parser.add_argument("--max-abs", type=float, metavar="F", help="largest difference admitted")
     parser.add_argument(
@@ -60,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="of --numeric: only these of disabled,basic,extended,all",
     )
+    parser.add_argument(
+        "--html", metavar="FILE", help="write a page of it that opens without a server"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -68,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
     if options.inputs < 1:
         raise UserInputError(f"--inputs is {options.inputs}", hint="use 1 or more")
     if options.a is None and options.certificate:
+        if options.html:
+            raise UserInputError("checked again, a certificate gives no page", hint="--prove does")
         return _check_again(options)
     if options.a is None or options.b is None:
         raise UserInputError("two things to compare are needed", hint="verify A B --max-rel 1e-4")
@@ -107,6 +113,7 @@ def _compare(options: argparse.Namespace) -> int:
         calls = sample_inputs(program, options.inputs, seed=options.seed)
         library = library_path() if options.library else None
         report = verify_equivalence(sides[0], sides[1], calls, tolerance, library=library)
+        _write_page(report, sides[0], sides[1], options)
     if options.json:
         console.print_json(json.dumps(report.to_json()))
     else:
@@ -129,6 +136,8 @@ def _prove(options: argparse.Namespace) -> int:
         )
     if options.certificate:
         certificate.write(options.certificate)
+    if options.html:
+        _write_page(certificate, cached or _load(options.a), _load(options.b), options)
     return _answer(certificate, [], options)
 
 
@@ -155,11 +164,31 @@ def _numeric(options: argparse.Namespace) -> int:
         built = kernel_level() is not None
         library = library_path() if built or options.library else None  # --library: or it is said
         report = compare_nodes(reference, b, calls, levels=levels, library=library)
+        _write_page(report, reference, _load(options.b), options)
     if options.json:
         console.print_json(json.dumps(report.to_json()))
     else:
         _show_numeric(report, options)
     return {"PASS": 0, "FAIL": 1}.get(report.verdict, 2)
+
+
+def _write_page(
+    outcome: Report | NumericReport | Certificate,
+    a: Program | Path,
+    b: Program | Path,
+    options: argparse.Namespace,
+) -> None:
+    """The page, where one was asked for."""
+    if not options.html:
+        return
+    from qalora_compile.cli.verify_page import verify_page
+    from qalora_compile.ir.program import Program
+
+    if not isinstance(a, Program):
+        raise UserInputError(
+            "a page needs a program as A", where=options.a, hint="give RUN or FOLDED first"
+        )
+    verify_page(outcome, a, b, title=f"{options.a} → {options.b}").write(options.html)
 
 
 def _show_numeric(report: NumericReport, options: argparse.Namespace) -> None:
@@ -270,7 +299,30 @@ def _load(text: str) -> Program | Path:
     from qalora_compile.ir.storage import PROGRAM_FILE
 
     path = Path(text)
-    return Program.load(path) if (path / PROGRAM_FILE).exists() else path
+    if (path / PROGRAM_FILE).exists():
+        return Program.load(path)
+    weights = _checkpoint(path)
+    return path if weights is None else _read_back(weights)
+
+
+def _checkpoint(path: Path) -> Path | None:
+    """The GGUF file or folder of weights that a path names; None where it names something else."""
+    from qalora_compile.cli.checkpoint import GGUF_FILE
+
+    if path.suffix == ".gguf":
+        return path
+    if (path / GGUF_FILE).is_file():
+        return path / GGUF_FILE
+    return path if any(path.glob("*.safetensors")) else None
+
+
+def _read_back(path: Path) -> Program:
+    """A checkpoint as transformers reads it, every linear map with its own row."""
+    from qalora_compile.capture.source import load_source
+    from qalora_compile.passes.pipeline import Pipeline
+
+    captured = load_source(str(path)).capture()
+    return Pipeline.parse("canonicalize-pointwise,annotate-linears")(captured).program
 
 
 def _show(report: Report, options: argparse.Namespace) -> None:

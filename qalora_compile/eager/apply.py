@@ -18,7 +18,7 @@ from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import get_tensor, match_linear
 from qalora_compile.ir.plan import KEEP, UNUSED, Site
 from qalora_compile.ir.program import ADAPTER_NAMES, Program
-from qalora_compile.ir.spec import ADAPTERS, pooled_input
+from qalora_compile.ir.spec import ADAPTERS, WHOLE_LINEAR, pooled_input
 from qalora_compile.ir.storage import storage_key
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -51,7 +51,7 @@ def apply_adapters(model: nn.Module, annotated: Program, adapted: Program, undo:
 
     Raises:
         UnsupportedError: a module reads one weight both on codes and in float, or has an attribute
-            where a tensor of ours must go.
+            where a tensor of ours must go; or the adapters keep zero-points whole.
     """
     weights = _adapted_weights(adapted)
     tensors = adapted.tensors()
@@ -131,6 +131,12 @@ def _adapted_weights(adapted: Program) -> dict[str, AdaptedWeight]:
     """How the weight of each path is computed, from the graph's own nodes."""
     found = {}
     for node in adapted.graph.nodes:
+        if node.target is WHOLE_LINEAR:
+            raise UnsupportedError(
+                "modules have no adapters that keep zero-points whole",
+                where=site_of(node),
+                hint="adapt the captured program: qc.insert_adapters(program, adapter)",
+            )
         if node.target not in ADAPTERS:
             continue
         (total,) = node.users

@@ -12,7 +12,7 @@ from torch.nn import functional
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.affine import dequantize, expand_groups
 from qalora_compile.ir.program import ADAPTER_NAMES, CODE_NAMES
-from qalora_compile.ir.spec import GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
+from qalora_compile.ir.spec import ADAPTED_LINEAR, GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
 
 PARTS = (*CODE_NAMES, *ADAPTER_NAMES)
 """Names of the tensors of an adapted weight, below its path; lora_A and lora_B are parameters."""
@@ -126,12 +126,17 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Y = x Wᵀ + b + scaling · (S(x) Aᵀ) Bᵀ, `[.., K]` to `[.., N]`."""
         own = self.adapted
-        y: Tensor = GROUP_LINEAR(
-            x, self.qweight, self.scale, self.offset, self.bias, own.bits, own.group_size
-        )
+        weight = (self.qweight, self.scale, self.offset, self.bias)
+        drops = bool(own.dropout) and self.training
+        narrow = x.dtype != self.lora_A.dtype or torch.is_autocast_enabled(x.device.type)
+        if not drops and not narrow:
+            options = (own.bits, own.group_size, own.pool, own.scaling)
+            fused: Tensor = ADAPTED_LINEAR(x, *weight, self.lora_A, self.lora_B, *options)[0]
+            return fused
+        y: Tensor = GROUP_LINEAR(x, *weight, own.bits, own.group_size)
         pooled: Tensor = GROUP_SUM(x, own.pool)
-        if own.dropout:
-            pooled = functional.dropout(pooled, own.dropout, self.training)
+        if drops:
+            pooled = functional.dropout(pooled, own.dropout)
         update: Tensor = POOLED_ADAPTER(pooled, self.lora_A, self.lora_B, own.scaling)
         return y + update
 

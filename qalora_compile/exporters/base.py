@@ -25,9 +25,35 @@ class Capability:
 EXACT = Capability("exact")
 
 
+def unsupported(why: str) -> Capability:
+    """The format cannot hold the property."""
+    return Capability("unsupported", why)
+
+
 def rounds(dtype: str) -> Capability:
     """The format stores the property rounded to `dtype`."""
     return Capability("rounds", dtype)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """How a checkpoint holds one tensor.
+
+    Attributes:
+        name: In the checkpoint.
+        source: Of the module or parameter in the model.
+        form: As the format calls it, for example `Q4_1`.
+        max_abs_error: Largest difference between a stored weight and the program's.
+        relative_error: The same as a part of the tensor's largest weight.
+        remark: Why it is not stored as its plan says; else empty.
+    """
+
+    name: str
+    source: str
+    form: str
+    max_abs_error: float = 0.0
+    relative_error: float = 0.0
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,10 +64,12 @@ class ExportReport:
         path: The main file.
         files: Every file with its size in bytes.
         target: The export target.
-        nodes: Number of nodes in the exported graph.
+        nodes: Number of nodes in the exported graph; 0 for a checkpoint, which has none.
         quantized_layers: Number of quantized linear layers in it.
         capabilities: What happened to codes, scale, zero-point and float tensors.
         kept: Number of weights that an interrupted run had written already.
+        stored: Of a checkpoint: how each tensor is stored.
+        notes: Of a checkpoint: what it leaves out or says otherwise.
     """
 
     path: Path
@@ -51,6 +79,8 @@ class ExportReport:
     quantized_layers: int
     capabilities: dict[str, Capability] = field(default_factory=dict)
     kept: int = 0
+    stored: tuple[StoredTensor, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:

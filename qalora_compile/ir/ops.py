@@ -7,6 +7,8 @@ pass, a hand-written backward. `torch.library.opcheck` covers all of them in the
 `group_linear`         y = x Wᵀ + b, W = scale · q + offset from packed codes
 `group_sum`            S(x): `[.., K]` to `[.., L]`
 `pooled_adapter`       d = scaling · (p Aᵀ) Bᵀ
+`whole_linear`         group_linear and an adapter that keeps zero-points whole: `whole_ops`
+`adapted_linear`       group_linear and pooled_adapter in one: `adapted_ops`
 `spread_groups`        x with every group zero-padded to a wider one: `[.., K]` to `[.., L · width]`
 `matmul_nbits`         ONNX Runtime's MatMulNBits with integer zero-points
 =====================  ============================================================================
@@ -14,6 +16,7 @@ pass, a hand-written backward. `torch.library.opcheck` covers all of them in the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +36,63 @@ def dequantize_like(
     if like.dtype == torch.float64 and scale.dtype != torch.float64:
         scale, offset = scale.double(), offset.double()
     return dequantize(packed, scale, offset, bits=bits, group_size=group_size, k=k).to(like.dtype)
+
+
+_TILE_ELEMENTS = {"cpu": 1 << 20}
+_TILE_ELSEWHERE = 1 << 24
+"""Rows of about so many weights are made float at a time: they stay in a core's cache, and the copy
+does not grow with the layer. Accelerators want larger products."""
+
+
+def tile_rows(packed: Tensor, k: int) -> Iterator[slice]:
+    """The rows of a weight `[N, K]` in tiles."""
+    rows = max(1, _TILE_ELEMENTS.get(packed.device.type, _TILE_ELSEWHERE) // k)
+    return (slice(start, start + rows) for start in range(0, packed.shape[0], rows))
+
+
+def weight_tiles(
+    like: Tensor, packed: Tensor, scale: Tensor, offset: Tensor, bits: int, group_size: int, k: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """W in tiles of rows, `[n, K]` in the dtype of `like`, each with its place in `[N, K]`."""
+    for part in tile_rows(packed, k):
+        parameters = packed[part], scale[part], offset[part]
+        yield part, dequantize_like(like, *parameters, bits, group_size, k)
+
+
+def linear_on_codes(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Y = x Wᵀ + b, `[.., K]` to `[.., N]`, tile by tile."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = x.new_empty(rows.shape[0], packed.shape[0])
+    for part, weight in weight_tiles(x, packed, scale, offset, bits, group_size, x.shape[-1]):
+        torch.mm(rows, weight.t(), out=y[:, part])
+    if bias is not None:
+        y += bias
+    return y.reshape(*x.shape[:-1], packed.shape[0])
+
+
+def input_grad_on_codes(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bits: int,
+    group_size: int,
+    k: int,
+) -> Tensor:
+    """`grad W`, `[.., N]` to `[.., K]`, tile by tile."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    total = grad.new_zeros(rows.shape[0], k)
+    for part, weight in weight_tiles(grad, packed, scale, offset, bits, group_size, k):
+        total.addmm_(rows[:, part], weight)
+    return total.reshape(*grad.shape[:-1], k)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::group_linear", mutates_args=())
@@ -59,8 +119,7 @@ def group_linear(
     The backward recomputes W: nothing but the packed weight is kept for it, not even x, since the
     base is frozen.
     """
-    weight = dequantize_like(x, qweight, scale, offset, bits, group_size, x.shape[-1])
-    return functional.linear(x, weight, bias)
+    return linear_on_codes(x, qweight, scale, offset, bias, bits, group_size)
 
 
 @group_linear.register_fake
@@ -87,7 +146,7 @@ def group_linear_input_grad(
     k: int,
 ) -> Tensor:
     """Gradient of `group_linear` by x: `grad W`, `[.., N]` to `[.., K]`."""
-    return grad @ dequantize_like(grad, qweight, scale, offset, bits, group_size, k)
+    return input_grad_on_codes(grad, qweight, scale, offset, bits, group_size, k)
 
 
 @group_linear_input_grad.register_fake

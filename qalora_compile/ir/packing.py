@@ -8,15 +8,26 @@ Runtime's MatMulNBits (low nibble first); 3-bit codes straddle bytes.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 CODES_PER_WORD = 8
+_WORD_BITS = 32
 _CHUNK_ELEMENTS = 1 << 21
 """Rows of about so many codes are packed at a time: the arithmetic takes 24 bytes a code."""
+
+_SPREAD: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    3: (
+        torch.int64,
+        ((20, 0x00000FFF00000FFF), (10, 0x003F003F003F003F), (5, 0x0707070707070707)),
+    ),
+    4: (torch.int16, ((4, 0x0F0F),)),
+}
+"""How the codes of a unit get a byte each: the integer, and shifts with what is kept after each.
+
+Little-endian, as the stream."""
 
 
 def packed_width(k: int, bits: int) -> int:
@@ -44,6 +55,14 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     return ((word >> byte_shifts) & 0xFF).to(torch.uint8).reshape(n, -1)
 
 
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """The same bit stream in words: `[N, K]` to `[N, ceil(K · bits / 32)]` int32, little endian."""
+    words = -(-codes.shape[1] * bits // _WORD_BITS)
+    stream = pack_codes(codes.contiguous(), bits)
+    padded = functional.pad(stream, (0, max(0, words * 4 - stream.shape[1])))
+    return padded[:, : words * 4].contiguous().view(torch.int32)
+
+
 def unpack_codes(packed: Tensor, bits: int, k: int) -> Tensor:
     """Unpack `[N, packed_width(k, bits)]` uint8 to codes `[N, k]` uint8; undoes `pack_codes`."""
     return unpack_into(packed, bits, torch.uint8)[:, :k]
@@ -52,19 +71,20 @@ def unpack_codes(packed: Tensor, bits: int, k: int) -> Tensor:
 def unpack_into(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Unpack to a fresh tensor of `dtype`, padding codes included: `[N, ceil(K / 8) · 8]`.
 
-    Works on the smallest whole unit (one byte for 2, 4 and 8 bits, three for 3 bits) and writes
-    each code lane straight into the result, so the only full-size temporary is the result.
+    The smallest whole unit (one byte for 2, 4 and 8 bits, three for 3 bits) is read into an integer
+    with a byte for each of its codes, and halves of it are moved apart until each code has its
+    byte: a few vectorised operations on whole rows, without a strided write.
     """
-    shared = math.gcd(bits, 8)
-    unit_bytes, unit_codes = bits // shared, 8 // shared
-    n = packed.shape[0]
-    units = packed.reshape(n, packed.shape[1] // unit_bytes, unit_bytes)
-    out = torch.empty(n, units.shape[1], unit_codes, dtype=dtype, device=packed.device)
-    mask = (1 << bits) - 1
-    for lane in range(unit_codes):
-        byte, shift = divmod(lane * bits, 8)
-        code = units[:, :, byte] >> shift
-        if shift + bits > 8:
-            code = code | (units[:, :, byte + 1] << (8 - shift))
-        out[:, :, lane] = code & mask
-    return out.flatten(1)
+    if bits == 8:
+        return packed.to(dtype, copy=True)
+    wide, steps = _SPREAD[bits]
+    unit = 3 if bits == 3 else 1
+    bytes_ = packed.unflatten(1, (-1, unit)).unbind(-1)
+    # A tensor of its own: a converted one may have odd strides, and could not be viewed as bytes.
+    word = torch.empty(bytes_[0].shape, dtype=wide, device=packed.device).copy_(bytes_[-1])
+    for byte in reversed(bytes_[:-1]):
+        word.bitwise_left_shift_(8).bitwise_or_(byte)
+    for shift, mask in steps:
+        word.bitwise_or_(word << shift).bitwise_and_(mask)
+    codes: Tensor = word.view(torch.uint8)
+    return codes.to(dtype)

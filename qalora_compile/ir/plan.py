@@ -44,6 +44,8 @@ class Site:
         rank: Set while the site has an adapter.
         whole: Its zero-points −offset / scale are whole numbers from 0 to 2^bits − 1, and stay so:
             it gets no adapter.
+        integer: They are whole numbers as well, and its adapter, if it gets one that says so, keeps
+            them whole.
         why_bits, why_rank: By what bits and rank were chosen, where a budget was spread over sites.
     """
 
@@ -63,10 +65,16 @@ class Site:
     rank: int | None = None
     experts: int | None = None
     whole: bool = False
+    integer: bool = False
     chosen_bits: int | None = None
     chosen_group: int | None = None
     why_bits: str = ""
     why_rank: str = ""
+
+    @property
+    def has_whole(self) -> bool:
+        """Whether its zero-points are whole numbers."""
+        return self.whole or self.integer
 
     @property
     def shape(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qalora_compile.config import TARGETS
+from qalora_compile.config import ONNX_TARGETS
 from qalora_compile.ir.module import ProgramModule, copy_graph, program_tensors
 from qalora_compile.ir.plan import SitePlan
 from qalora_compile.ir.signature import Signature, bind, flatten_inputs
@@ -24,7 +24,7 @@ ADAPTED = "adapted"
 FOLDED = "folded"
 LEGALIZED = "legalized:"
 STAGES = (FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED)
-ANY_STAGE = (*STAGES, *(f"{LEGALIZED}{target}" for target in TARGETS))
+ANY_STAGE = (*STAGES, *(f"{LEGALIZED}{target}" for target in ONNX_TARGETS))
 
 CODE_NAMES = ("qweight", "scale", "offset")
 ADAPTER_NAMES = ("lora_A", "lora_B")

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError
-from qalora_compile.ir import autocast, embedding_ops, expert_ops, fused_ops, lowered_ops, ops
+from qalora_compile.ir import (
+    adapted_ops,
+    autocast,
+    embedding_ops,
+    expert_ops,
+    fused_ops,
+    lowered_ops,
+    ops,
+    whole_ops,
+)
 from qalora_compile.ir.affine import group_count, is_whole
 from qalora_compile.ir.deferred import holds
 from qalora_compile.ir.meta import site_of
@@ -33,11 +42,17 @@ from qalora_compile.ir.program import (
 from qalora_compile.ir.storage import is_finite
 
 # Importing them registers the operators.
-_REGISTERED = (ops, expert_ops, lowered_ops, fused_ops, embedding_ops, autocast)
+_REGISTERED = (
+    *(ops, adapted_ops, whole_ops, expert_ops, lowered_ops, fused_ops, embedding_ops),
+    autocast,
+)
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default
 POOLED_ADAPTER = QALORA.pooled_adapter.default
+ADAPTED_LINEAR = QALORA.adapted_linear.default
+"""GROUP_LINEAR and its POOLED_ADAPTER in one: in what training runs, at no stage of a program."""
+WHOLE_LINEAR = QALORA.whole_linear.default
 SPREAD_GROUPS = QALORA.spread_groups.default
 MATMUL_NBITS = QALORA.matmul_nbits.default
 EXPERT_LINEAR = QALORA.expert_linear.default
@@ -72,7 +87,7 @@ LEGAL_OPS: dict[str, frozenset[object]] = {
     FLOAT: frozenset(),
     ANNOTATED: frozenset(),
     QUANTIZED: ON_CODES | {GROUP_EMBEDDING},
-    ADAPTED: ON_CODES | ADAPTERS | {GROUP_SUM, GROUP_EMBEDDING},
+    ADAPTED: ON_CODES | ADAPTERS | {WHOLE_LINEAR} | {GROUP_SUM, GROUP_EMBEDDING},
     FOLDED: ON_CODES | {GROUP_EMBEDDING},
     f"{LEGALIZED}ort": _COMMON | {GROUP_QUANT_LINEAR, EXPERT_GROUP_QUANT_LINEAR, BLOCK_EMBEDDING},
     f"{LEGALIZED}ort-stock": _COMMON | {MATMUL_NBITS, EXPERT_MATMUL_NBITS, BLOCK_EMBEDDING},
@@ -171,7 +186,7 @@ def _check_on_codes(program: Program, node: fx.Node) -> None:
             raise _broken(
                 node, f"codes {list(qweight.shape)} and scale {list(scale.shape)}, not {want}"
             )
-        if row.whole and not holds(is_whole(scale, offset, bits).all()):
+        if row.has_whole and not holds(is_whole(scale, offset, bits).all()):
             raise _broken(node, f"a zero-point is no whole number from 0 to {2**bits - 1}")
     for name, tensor in (("scale", scale), ("offset", offset)):
         if not is_finite(tensor):
@@ -194,6 +209,14 @@ def _check_adapter(program: Program, node: fx.Node) -> None:
         raise _broken(
             node, f"A has {lora_a.shape[-1]} groups and B {lora_b.shape[-2]} rows: {want}"
         )
+
+
+def _check_whole_linear(program: Program, node: fx.Node) -> None:
+    _check_on_codes(program, node)
+    scale, lora_a, lora_b = (tensor_argument(program, node, i) for i in (2, 7, 8))
+    chained = lora_a.dim() == lora_b.dim() == 2 and lora_a.shape[0] == lora_b.shape[1]
+    if not chained or (lora_b.shape[0], lora_a.shape[1]) != tuple(scale.shape):
+        raise _broken(node, f"A {list(lora_a.shape)} and B {list(lora_b.shape)} do not chain")
 
 
 def _each_matrix(
@@ -266,6 +289,7 @@ _CHECKS: dict[object, Callable[[Program, fx.Node], None]] = {
     EXPERT_LINEAR: _check_on_codes,
     GROUP_EMBEDDING: _check_on_codes,
     POOLED_ADAPTER: _check_adapter,
+    WHOLE_LINEAR: _check_whole_linear,
     EXPERT_ADAPTER: _check_adapter,
     MATMUL_NBITS: _each_matrix(1, _check_blocks),
     EXPERT_MATMUL_NBITS: _each_matrix(2, _check_blocks),

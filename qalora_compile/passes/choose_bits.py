@@ -1,4 +1,4 @@
-"""How wide the codes of each weight should be, within a budget, by what the model loses."""
+"""How wide the codes of each weight should be, and in what groups, within a budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from qalora_compile.config import SUPPORTED_BITS, QuantSpec
+from qalora_compile.config import AUTO, AUTO_GROUPS, SUPPORTED_BITS, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.packing import packed_width
@@ -31,11 +31,11 @@ def choose_bits(
 ) -> tuple[AssignBits, dict[str, str]]:
     """The pass that spends the budget of `spec` best, and why, by path.
 
-    What a weight loses at a width is the expected squared change of the model's outputs on the
-    calls: the error of the layer's output, measured with min-max codes (and refined offsets, if
-    `spec` asks for them), times how much the outputs
-    move when that does (`measure_sensitivities`). The losses are taken to add up, and the sum is
-    made as small as the budget allows (`choose_within`).
+    A form is a width, in a group size. What a weight loses in it is the expected squared change of
+    the model's outputs on the calls: the error of the layer's output, measured with min-max codes
+    (and refined offsets, if `spec` asks for them), times how much the outputs move when that does
+    (`measure_sensitivities`). The losses are taken to add up, and the sum is made as small as the
+    budget allows (`choose_within`).
 
     Args:
         annotated: The program to quantize.
@@ -43,51 +43,57 @@ def choose_bits(
         calls: Arguments of a few typical calls.
 
     Raises:
-        UserInputError: two bits everywhere are beyond the budget, or a call does not fit.
+        UserInputError: the cheapest form everywhere is beyond the budget, or a call does not fit.
         PreconditionError: a weight has no values yet.
     """
     calls, sites = list(calls), annotated.plan.weights_to_quantize()
-    budget = _budget(sites, spec)
+    forms, budget = _forms(spec), _budget(sites, spec)
     weights = float_weights(annotated)
     statistics = collect_statistics(annotated, calls)
     sensitivities = measure_sensitivities(annotated, calls)
     measured = [
-        _losses(weights[s.path], spec, statistics.get(s.path), sensitivities[s.path])
+        _losses(weights[s.path], forms, statistics.get(s.path), sensitivities[s.path])
         for s in track(sites, "measure")
     ]
     items = [
-        [
-            Choice(_cost(site, bits, spec), loss)
-            for bits, loss in zip(SUPPORTED_BITS, losses, strict=True)
-        ]
+        [Choice(_cost(site, form, spec), loss) for form, loss in zip(forms, losses, strict=True)]
         for site, losses in zip(sites, measured, strict=True)
     ]
     chosen = choose_within(items, budget)
     total = sum(item[way].loss for item, way in zip(items, chosen, strict=True))
     reasons = {
-        site.path: _why(item, way, total)
+        site.path: _why(forms, item, way, total)
         for site, item, way in zip(sites, items, chosen, strict=True)
     }
     choices = {
-        site.path: f"{SUPPORTED_BITS[way]}/{spec.group_size}"
+        site.path: f"{forms[way].width}/{forms[way].group}"
         for site, way in zip(sites, chosen, strict=True)
     }
     return AssignBits(choices=format_choices(choices)), reasons
 
 
+def _forms(spec: QuantSpec) -> list[QuantSpec]:
+    """The ways to quantize a weight that there are to choose from, min-max."""
+    groups = AUTO_GROUPS if spec.group_size == AUTO else (spec.group,)
+    return [
+        QuantSpec(bits=bits, group_size=group, refine_offsets=spec.refine_offsets)
+        for bits in SUPPORTED_BITS
+        for group in groups
+    ]
+
+
 def _losses(
     weight: Tensor,
-    spec: QuantSpec,
+    forms: Sequence[QuantSpec],
     statistics: ActivationStatistics | None,
     sensitivity: Sensitivity,
 ) -> list[float]:
-    """What a weight loses at each width."""
+    """What a weight loses in each form."""
     matrices = weight.reshape(-1, *weight.shape[-2:])
     found = []
-    for bits in SUPPORTED_BITS:
-        width = QuantSpec(bits=bits, group_size=spec.group_size)
-        made = [quantize_minmax(part, width) for part in matrices]
-        if statistics is not None and spec.refine_offsets:
+    for form in forms:
+        made = [quantize_minmax(part, form) for part in matrices]
+        if statistics is not None and form.refine_offsets:
             made = [refine_offset(matrices[0], made[0], statistics)]
         changes = [
             w.double() - affine.dequantize() for w, affine in zip(matrices, made, strict=True)
@@ -101,38 +107,50 @@ def _losses(
     return found
 
 
-def _cost(site: Site, bits: int, spec: QuantSpec) -> int:
-    """Bits of the codes, or bytes of codes, scale and offset."""
+def _cost(site: Site, form: QuantSpec, spec: QuantSpec) -> int:
+    """Bits of the codes, bits of all that is stored, or bytes of it."""
     rows = (site.experts or 1) * site.n
     if spec.budget_unit == "bits":
-        return rows * site.k * bits
+        return rows * site.k * form.width
     width = 8 if site.dtype == "float64" else 4
-    return rows * (packed_width(site.k, bits) + 2 * width * group_count(site.k, spec.group_size))
+    row = packed_width(site.k, form.width) + 2 * width * group_count(site.k, form.group)
+    return rows * row * (8 if spec.budget_unit == "stored-bits" else 1)
 
 
 def _budget(sites: Iterable[Site], spec: QuantSpec) -> int:
     """The budget in the unit of `_cost`.
 
     Raises:
-        UserInputError: it is less than the narrowest codes take.
+        UserInputError: it is less than the cheapest codes take.
     """
     assert spec.budget is not None, "checked with the specification"
-    sites, narrowest = list(sites), min(SUPPORTED_BITS)
+    sites, forms = list(sites), _forms(spec)
     one = 10**6
-    if spec.budget_unit == "bits":
+    if spec.budget_unit != "megabytes":
         one = sum((site.experts or 1) * site.n * site.k for site in sites)
-    least = sum(_cost(site, narrowest, spec) for site in sites)
+    least = sum(min(_cost(site, form, spec) for form in forms) for site in sites)
     if spec.budget * one < least:
         raise UserInputError(
-            f"a budget of {spec.budget:g} {spec.budget_unit} is less than {narrowest} bits for "
-            f"every weight take, in groups of {spec.group_size}",
+            f"a budget of {spec.budget:g} {spec.budget_unit} is less than {forms[0].bits} bits for "
+            f"every weight take, in groups of {max(form.group for form in forms)}",
             hint=f"the least is {math.ceil(least / one * 1e4) / 1e4:g} {spec.budget_unit}",
         )
     return int(spec.budget * one)
 
 
-def _why(item: Sequence[Choice], way: int, total: float) -> str:
-    """What part of the whole loss is a weight's, and what it would be with narrower codes."""
+def _why(forms: Sequence[QuantSpec], item: Sequence[Choice], way: int, total: float) -> str:
+    """What part of the whole loss is a weight's, and what it would be in the next cheaper form."""
     shares = [choice.loss / total if total > 0 else 0.0 for choice in item]
-    narrower = f", {SUPPORTED_BITS[way - 1]} bits {shares[way - 1]:.1e}" if way else ""
-    return f"{SUPPORTED_BITS[way]} bits make {shares[way]:.1e} of the loss{narrower}"
+    text = f"{_form(forms, way)} make {shares[way]:.1e} of the loss"
+    cheaper = [at for at, choice in enumerate(item) if choice.cost < item[way].cost]
+    if not cheaper:
+        return text
+    near = max(cheaper, key=lambda at: (item[at].cost, -item[at].loss))
+    return f"{text}, {_form(forms, near)} {shares[near]:.1e}"
+
+
+def _form(forms: Sequence[QuantSpec], way: int) -> str:
+    """Bits; and the group size, where that is chosen too."""
+    several = len({form.group_size for form in forms}) > 1
+    group = f" in groups of {forms[way].group}" if several else ""
+    return f"{forms[way].width} bits{group}"

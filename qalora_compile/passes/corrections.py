@@ -20,9 +20,11 @@ from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import get_tensor, match_linear
 from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ADAPTER_NAMES, ANNOTATED, CODE_NAMES, FLOAT, Program
+from qalora_compile.passes.base import Pass
 from qalora_compile.passes.choices import format_choices
 from qalora_compile.passes.insert_adapters import InsertAdapters
 from qalora_compile.passes.pipeline import Pipeline
+from qalora_compile.passes.sort_columns import SortColumns
 from qalora_compile.progress import track
 from qalora_compile.quantizers.budget import spread_ranks
 from qalora_compile.quantizers.low_rank import PooledCorrection
@@ -46,12 +48,15 @@ def annotated_source(source: Program, quantized: Program) -> Program:
             f"the float weights are wanted, this program is {source.stage}",
             hint="give the program as it was captured: source=captured",
         )
-    steps = []
+    steps: list[Pass] = []
     for entry in quantized.history[len(source.history) :]:
-        if Pipeline.parse(entry).passes[0].name == QUANTIZING:
+        (step,) = Pipeline.parse(entry).passes
+        if step.name == QUANTIZING:
             break
-        steps.append(entry)
-    return Pipeline.parse(",".join(steps))(source).program if steps else source
+        if isinstance(step, SortColumns):
+            step = step.with_orders_of(quantized)
+        steps.append(step)
+    return Pipeline(steps)(source).program if steps else source
 
 
 def float_weights(annotated: Program) -> dict[str, Tensor]:

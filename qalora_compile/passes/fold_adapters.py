@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,12 +19,15 @@ from qalora_compile.ir.spec import (
     ADAPTERS,
     EXPERT_ADAPTER,
     EXPERT_LINEAR,
+    GROUP_LINEAR,
     GROUP_SUM,
     ON_CODES,
+    WHOLE_LINEAR,
     pooled_input,
     tensor_argument,
 )
 from qalora_compile.ir.storage import is_finite
+from qalora_compile.ir.whole_ops import SCALE, whole_parameters
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.rewrite import freeze
 from qalora_compile.progress import track
@@ -42,14 +46,19 @@ class FoldAdapters(Pass):
              %4 = aten.add.Tensor(%1, %3)
     After:   %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset', …)
 
-    Dropout before an adapter is for training alone, and goes with it.
+    Dropout before an adapter is for training alone, and goes with it. Adapters that keep
+    zero-points whole are folded into what they compute with:
 
-    Fires on: every pooled_adapter added to a group_linear of the same input, and every
-    expert_adapter added to an expert_linear, expert by expert.
+    Before:  %1 = qalora.whole_linear(%x, @fc.qweight, @fc.scale, @fc.offset, …, integer)
+    After:   %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale', @fc.offset', …)
+
+    Fires on: every whole_linear; every pooled_adapter added to a group_linear of the same input,
+    and every expert_adapter added to an expert_linear, expert by expert.
     Leaves alone: nothing; an adapter that does not fold is an error.
     Heads that trained beside the adapters (`Program.trained`) take no gradient any more.
     Exactness: exact in real arithmetic, since the update is constant inside each group; computed
-    in float64 and stored in the dtype of the offset. The codes and scales do not change.
+    in float64 and stored in the dtype of the offset. Codes do not change, and scales only where an
+    adapter of kind `scale` trained them. A whole_linear is folded to the last bit.
     """
 
     name: ClassVar[str] = "fold-adapters"
@@ -72,6 +81,7 @@ class FoldAdapters(Pass):
         adapted = {
             match_adapter(node).base for node in program.graph.nodes if node.target in ADAPTERS
         }
+        adapted |= {node for node in program.graph.nodes if node.target is WHOLE_LINEAR}
         offsets = {str(base.args[3]) for base in adapted}
         for node in program.graph.nodes:
             shares = node.target in ON_CODES and str(node.args[3]) in offsets
@@ -88,7 +98,7 @@ class FoldAdapters(Pass):
         tensors = program.tensors()
         adapters = [match_adapter(n) for n in graph.nodes if n.target in ADAPTERS]
         folded: dict[str, tuple[object, ...]] = {}
-        changes = []
+        changes = _fold_whole(program, graph, tensors, folded)
         for adapter in track(adapters, "fold"):
             target = str(adapter.base.args[3].target)  # type: ignore[union-attr]
             key = (
@@ -119,14 +129,20 @@ class FoldAdapters(Pass):
     def ensures(self, before: Program, after: Program) -> None:
         """No adapter is left, and codes and scales are the tensors of before."""
         for node in after.graph.nodes:
-            if node.target in ADAPTERS or node.target is GROUP_SUM:
+            if node.target in ADAPTERS or node.target in (GROUP_SUM, WHOLE_LINEAR):
                 raise PostconditionError("an adapter node is left", where=f"node {node.name}")
         old, new = before.tensors(), after.tensors()
+        trained = {n.args[2].target for n in before.graph.nodes if _trains_scale(n)}
         for name, tensor in new.items():
-            if name.endswith((".qweight", ".scale")) and tensor is not old.get(name):
+            fixed = name.endswith(".qweight") or (name.endswith(".scale") and name not in trained)
+            if fixed and tensor is not old.get(name):
                 raise PostconditionError("folding changed codes or a scale", where=name)
             if name.endswith(".offset") and not is_finite(tensor):
                 raise PostconditionError("a folded offset is not finite", where=name)
+
+
+def _trains_scale(node: fx.Node) -> bool:
+    return node.target is WHOLE_LINEAR and node.args[-1] == SCALE
 
 
 @dataclass(frozen=True)
@@ -200,6 +216,55 @@ def _fold(program: Program, adapter: Adapter, offset: Tensor) -> Tensor:
         return {"offset": (offset.double() + delta).to(offset.dtype)}
 
     return defer(compute, offset, lora_a, lora_b)["offset"]
+
+
+def _fold_whole(
+    program: Program,
+    graph: fx.Graph,
+    tensors: dict[str, Tensor],
+    folded: dict[str, tuple[object, ...]],
+) -> list[Change]:
+    """Turn every whole_linear into a group_linear, and store what it computed with."""
+    changes = []
+    for node in [node for node in graph.nodes if node.target is WHOLE_LINEAR]:
+        names = [str(node.args[i].target) for i in (2, 3, 7, 8)]
+        key = (*names, *node.args[9:])
+        if names[1] not in folded:
+            folded[names[1]] = key
+            before = [tensors[name] for name in names[:2]]
+            made = _whole_parameters(node, [tensors[name] for name in names])
+            tensors |= zip(names[:2], made, strict=True)
+            part = 0 if _trains_scale(node) else 1
+            moved = _distance(before[part], made[part])
+            changes.append(Change(site_of(node) or names[1], f"{_PARTS[part]} moved{moved}"))
+        elif folded[names[1]] != key:
+            raise PreconditionError(
+                "one weight carries two different adapters", where=site_of(node)
+            )
+        with graph.inserting_before(node):
+            plain = graph.call_function(GROUP_LINEAR, node.args[:7])
+        move_site(node, plain)
+        node.replace_all_uses_with(plain)
+        erase_unread([node])
+    return changes
+
+
+_PARTS = ("scale", "offset")
+
+
+def _whole_parameters(node: fx.Node, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale and offset of a whole_linear, as its forward computes them."""
+    bits, scaling, kind = node.args[5], *node.args[9:]
+    assert isinstance(bits, int) and isinstance(scaling, float) and isinstance(kind, str)
+
+    def compute(scale: Tensor, offset: Tensor, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
+        lora = lora_a.detach(), lora_b.detach()
+        made = whole_parameters(scale, offset, *lora, bits, scaling, kind)
+        return dict(zip(_PARTS, made, strict=True))
+
+    made = defer(compute, *stored)
+    scale = made["scale"] if kind == SCALE else stored[0]
+    return scale, made["offset"]
 
 
 def _distance(before: Tensor, after: Tensor) -> str:

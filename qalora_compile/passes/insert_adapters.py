@@ -15,9 +15,10 @@ from qalora_compile.config import AUTO, AdapterSpec
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.plan import Site
-from qalora_compile.ir.program import ADAPTED, QUANTIZED, Program
+from qalora_compile.ir.program import ADAPTED, ADAPTER_NAMES, QUANTIZED, Program
 from qalora_compile.ir.spec import (
     ADAPTERS,
     DROPOUT,
@@ -26,7 +27,9 @@ from qalora_compile.ir.spec import (
     GROUP_SUM,
     ON_CODES,
     POOLED_ADAPTER,
+    WHOLE_LINEAR,
 )
+from qalora_compile.ir.whole_ops import INTEGER, SCALE
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.choices import check_paths, parse_ranks
 from qalora_compile.passes.rewrite import TensorNodes
@@ -43,6 +46,10 @@ class InsertAdapters(AdapterSpec, Pass):
              %2 = qalora.group_sum(%x, 32)
              %3 = qalora.pooled_adapter(%2, @fc.lora_A, @fc.lora_B, scaling · f)
              %4 = aten.add.Tensor(%1, %3)
+
+    Or, with `zero_point="integer"` or `kind="scale"`, adapters that keep zero-points whole:
+
+    After:   %1 = qalora.whole_linear(%x, …, 4, 32, @fc.lora_A, @fc.lora_B, scaling · f, integer)
 
     Fires on: every group_linear, and every expert_linear, whose experts have an adapter each
     (`qalora.expert_adapter`). Sites that share a weight share its adapter. With `dropout` an
@@ -79,12 +86,25 @@ class InsertAdapters(AdapterSpec, Pass):
         """The pooling group is a multiple of every quantization group.
 
         Raises:
-            PreconditionError: it is not: the adapter would not be constant inside a group.
+            PreconditionError: it is not: the adapter would not be constant inside a group. Or the
+                adapter is to keep zero-points whole that are not.
             UserInputError: a path in `ranks` is of no quantized weight.
         """
         check_paths(self._ranks, program.plan, "ranks")
         for site in program.plan.to_adapt():
             pooled, group = self.pool_of(site), site.group_size or 1
+            if self.keeps_whole and site.experts:
+                raise PreconditionError(
+                    "there are no adapters that keep zero-points whole for stacked experts",
+                    where=site.name,
+                    hint="exclude it",
+                )
+            if self.keeps_whole and not site.integer:
+                raise PreconditionError(
+                    "its zero-points are no whole numbers, and the adapter is to keep them whole",
+                    where=site.name,
+                    hint="quantize with QuantSpec(zero_point='integer') (--zero-point integer)",
+                )
             if pooled % group:
                 raise PreconditionError(
                     f"the adapter pools groups of {pooled}, the weight is quantized in groups of "
@@ -104,9 +124,15 @@ class InsertAdapters(AdapterSpec, Pass):
             site = rows.get(site_of(node) or "")
             if node.target not in ON_CODES or site is None:
                 continue
-            self._insert(graph, node, site, nodes)
+            insert = self._insert_whole if self.keeps_whole else self._insert
+            insert(graph, node, site, nodes)
             changes.append(Change(site.name, f"adapter of rank {self.rank_of(site)}", self.pooling))
-        plan = program.plan.update({name: {"rank": self.rank_of(s)} for name, s in rows.items()})
+        plan = program.plan.update(
+            {
+                name: {"rank": self.rank_of(s), "integer": s.integer and self.keeps_whole}
+                for name, s in rows.items()
+            }
+        )
         tensors = program.tensors() | adapters
         whole = [site for site in program.plan if site.whole]
         made = program.evolve(graph=graph, tensors=tensors, plan=plan)
@@ -118,7 +144,7 @@ class InsertAdapters(AdapterSpec, Pass):
 
     def ensures(self, before: Program, after: Program) -> None:
         """Each site got one adapter, and each adapter's B is zero."""
-        found = sum(n.target in ADAPTERS for n in after.graph.nodes)
+        found = sum(n.target in ADAPTERS | {WHOLE_LINEAR} for n in after.graph.nodes)
         wanted = len(after.plan.to_adapt())
         if found != wanted:
             raise PostconditionError(f"{found} adapters for {wanted} sites")
@@ -140,8 +166,12 @@ class InsertAdapters(AdapterSpec, Pass):
         return self.scaling_at(self.rank_of(site)) * self._pooling(site)
 
     def start_of(self, site: Site) -> float:
-        """The bound of A's initial values, 1 / (f √K): of a plain LoRA's A of width K, by f."""
-        return 1.0 / (self._pooling(site) * math.sqrt(site.k))
+        """The bound of A's initial values, 1 / (f √K): of a plain LoRA's A of width K, by f.
+
+        1 / (f √L) of kind `scale`, whose updates are parts of a scale.
+        """
+        width = group_count(site.k, self.pool_of(site)) if self.kind == "scale" else site.k
+        return 1.0 / (self._pooling(site) * math.sqrt(width))
 
     def _pooling(self, site: Site) -> float:
         pool = self.pool_of(site)
@@ -181,3 +211,14 @@ class InsertAdapters(AdapterSpec, Pass):
             )
         total.args = (node, update)
         move_site(node, total)
+
+    def _insert_whole(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
+        lora = [nodes.get(f"{site.path}.{part}") for part in ADAPTER_NAMES]
+        kind = SCALE if self.kind == "scale" else INTEGER
+        with graph.inserting_before(node):
+            whole = graph.call_function(
+                WHOLE_LINEAR, (*node.args, *lora, self.factor_of(site), kind)
+            )
+        move_site(node, whole)
+        node.replace_all_uses_with(whole)
+        erase_unread([node])

@@ -34,7 +34,7 @@ _ON_CODES = ON_CODES | {GROUP_EMBEDDING}
 
 
 class Layer(NamedTuple):
-    """What a layer on codes says about its weight; `whole` as `Site.whole`."""
+    """What a layer on codes says about its weight; `whole` as `Site.has_whole`."""
 
     bits: int
     group_size: int
@@ -229,7 +229,7 @@ def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.node.Argument) -> fx.Node:
 def _layer(node: fx.Node, site: Site) -> Layer:
     bits, group_size = node.args[5], node.args[6]
     assert isinstance(bits, int) and isinstance(group_size, int)
-    return Layer(bits, group_size, site.k, site.whole)
+    return Layer(bits, group_size, site.k, site.has_whole)
 
 
 def _path(node: fx.Node) -> str:

@@ -20,13 +20,21 @@ from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ANNOTATED, CODE_NAMES, QUANTIZED, Program
 from qalora_compile.ir.signature import Call
 from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, ON_CODES
+from qalora_compile.ir.stored_codes import StoredWeight
 from qalora_compile.passes.base import Change, Pass, PassResult, data_field
 from qalora_compile.passes.rewrite import TensorNodes, freeze
 from qalora_compile.progress import track
-from qalora_compile.quantizers import data_needed, get_quantizer, quantize_weight
+from qalora_compile.quantizers import (
+    Chosen,
+    as_stored,
+    data_needed,
+    get_quantizer,
+    quantize_weight,
+)
 from qalora_compile.quantizers.in_order import replace_in_order
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
+_STORED = "stored"
 _INSTEAD = "hqq"
 """What quantizes a weight by itself where the method asked for needs data."""
 
@@ -59,6 +67,8 @@ class QuantizeGroups(QuantSpec, Pass):
     Attributes:
         calibration: Calls of the program, tuples or mappings, whose inputs the weights are
             quantized for, or None. No option: text cannot carry it.
+        stored: Codes that weights have already, by path (`passes.keep_codes`): they stay as they
+            are, whatever the method; assign-bits has to have planned their bits and group sizes.
     """
 
     name: ClassVar[str] = "quantize-groups"
@@ -67,6 +77,7 @@ class QuantizeGroups(QuantSpec, Pass):
     lossy: ClassVar[bool] = True
 
     calibration: tuple[Call, ...] | None = data_field(None)
+    stored: Mapping[str, tuple[StoredWeight, ...]] | None = data_field(None)
 
     def requires(self, program: Program) -> None:
         """The plan has something to quantize, bits for it, and there are the data it needs.
@@ -98,7 +109,13 @@ class QuantizeGroups(QuantSpec, Pass):
                 hint="load the model, or use a method that needs no data",
             )
         needs = self.method in CALIBRATED and not calibrated
-        if needs and not all(map(is_placeholder, weights)):
+        stored = self.stored or {}
+        free = [
+            weight
+            for site, weight in zip(program.plan.to_quantize(), weights, strict=True)
+            if site.path not in stored
+        ]
+        if needs and not all(map(is_placeholder, free)):
             raise data_needed(self.method)
 
     def call(self, program: Program) -> PassResult:
@@ -124,9 +141,7 @@ class QuantizeGroups(QuantSpec, Pass):
             self._rewrite(graph, linear.node, rows[name], nodes)
         specs = {name: self.spec_of(site) for name, site in rows.items()}
         done = {"chosen_bits": None, "chosen_group": None}
-        plan = program.plan.update(
-            {n: {"bits": s.bits, "group_size": s.group_size} | done for n, s in specs.items()}
-        )
+        plan = program.plan.update({n: _described(s) | done for n, s in specs.items()})
         skips = [Change(s.name, "kept in float", s.reason) for s in plan if s.bits is None]
         for site in uncalibrated:
             why = f"stacked experts: quantized by their weights alone, {self._without_data.method}"
@@ -163,16 +178,15 @@ class QuantizeGroups(QuantSpec, Pass):
     ) -> dict[str, _Made]:
         """Codes, scale and offset of each weight that has statistics, by path, in graph order."""
         sites = {site.path: site for site in weights}
-        quantizer = get_quantizer(self.method)
         made: dict[str, _Made] = {}
 
         def quantize(path: str, statistics: ActivationStatistics) -> Tensor:
             site = sites[path]
             weight = linears[site.name].matrix(_weight_of(site, program).detach())
-            spec = self.spec_of(site)
-            chosen = quantize_weight(quantizer, weight, spec, path=path, statistics=statistics)
+            quantizer = self._quantizer_of(site)
+            chosen = quantizer(weight, statistics)
             tensors = _named(site, _parts(site, [chosen.affine]))
-            made[path] = _Made(tensors, (self.method, *chosen.notes))
+            made[path] = _Made(tensors, (quantizer.method, *chosen.notes))
             return chosen.affine.dequantize()
 
         replace_in_order(program, calls, quantize)
@@ -180,19 +194,23 @@ class QuantizeGroups(QuantSpec, Pass):
 
     def _by_weight(self, site: Site, linear: LinearMap, program: Program, seen: Seen) -> _Made:
         """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""
-        spec = self._without_data.spec_of(site)
-        quantizer = get_quantizer(spec.method)
+        quantizer = self._without_data._quantizer_of(site)
 
         def compute(weight: Tensor) -> dict[str, Tensor]:
             matrix = linear.matrix(weight.detach())
             matrices = matrix.unbind() if site.experts else [matrix]
-            return _parts(
-                site, [quantize_weight(quantizer, m, spec, path=site.path).affine for m in matrices]
-            )
+            found = [quantizer(m, None, expert=at) for at, m in enumerate(matrices)]
+            return _parts(site, [chosen.affine for chosen in found])
 
+        spec = quantizer.spec
         key = (site.n, site.k, site.experts, spec.bits, spec.group_size)
         parts = defer(compute, _weight_of(site, program), seen=seen, key=key)
-        return _Made(_named(site, parts), (spec.method,))
+        return _Made(_named(site, parts), (quantizer.method,))
+
+    def _quantizer_of(self, site: Site) -> _QuantizerOf:
+        """What quantizes a weight: the method, or the codes that it has already."""
+        held = (self.stored or {}).get(site.path, ())
+        return _QuantizerOf(site.path, self.spec_of(site), tuple(each.affine for each in held))
 
     def _rewrite(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
         """Put the operator on codes in the place of a linear map."""
@@ -209,6 +227,38 @@ class QuantizeGroups(QuantSpec, Pass):
         move_site(node, new)
         node.replace_all_uses_with(new)
         erase_unread([node])
+
+
+def _described(spec: QuantSpec) -> dict[str, object]:
+    """What the plan says of a weight that is quantized so."""
+    integer = spec.zero_point == "integer"
+    return {"bits": spec.bits, "group_size": spec.group_size, "integer": integer}
+
+
+@dataclass(frozen=True)
+class _QuantizerOf:
+    """What quantizes the weight of a path: the specification's method, or its stored codes."""
+
+    path: str
+    spec: QuantSpec
+    stored: tuple[GroupAffine, ...]
+
+    @property
+    def method(self) -> str:
+        return _STORED if self.stored else self.spec.method
+
+    def __call__(
+        self, weight: Tensor, statistics: ActivationStatistics | None, *, expert: int = 0
+    ) -> Chosen:
+        """Quantize one matrix, and report."""
+        if self.stored:
+            quantizer = as_stored(self.stored[expert])
+            spec = replace(self.spec, refine_offsets=False)
+        else:
+            quantizer, spec = get_quantizer(self.spec.method), self.spec
+        return quantize_weight(
+            quantizer, weight, spec, path=self.path, statistics=statistics, method=self.method
+        )
 
 
 @dataclass(frozen=True)

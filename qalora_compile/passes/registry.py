@@ -13,6 +13,7 @@ from qalora_compile.passes.base import Pass
 _PASSES = {
     "canonicalize-pointwise": "CanonicalizePointwise",
     "annotate-linears": "AnnotateLinears",
+    "sort-columns": "SortColumns",
     "assign-bits": "AssignBits",
     "quantize-groups": "QuantizeGroups",
     "quantize-embeddings": "QuantizeEmbeddings",

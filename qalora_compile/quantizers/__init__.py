@@ -5,9 +5,17 @@ from __future__ import annotations
 from qalora_compile.quantizers.base import (
     Chosen,
     Quantizer,
+    as_stored,
     data_needed,
     get_quantizer,
     quantize_weight,
 )
 
-__all__ = ["Chosen", "Quantizer", "data_needed", "get_quantizer", "quantize_weight"]
+__all__ = [
+    "Chosen",
+    "Quantizer",
+    "as_stored",
+    "data_needed",
+    "get_quantizer",
+    "quantize_weight",
+]

@@ -16,6 +16,7 @@ from qalora_compile.ir.deferred import is_deferred
 from qalora_compile.quantizers.refine import refine_offset
 from qalora_compile.quantizers.report import QuantReport, announce_report, measure_sqnr
 from qalora_compile.quantizers.statistics import ActivationStatistics
+from qalora_compile.quantizers.whole import quantize_whole
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,10 @@ def get_quantizer(method: str) -> Quantizer:
     """The quantizer of `QuantSpec.method`."""
     from qalora_compile.quantizers.gptq import quantize_gptq
     from qalora_compile.quantizers.hqq import quantize_hqq
-    from qalora_compile.quantizers.minmax import quantize_minmax
     from qalora_compile.quantizers.mse import quantize_mse
 
     methods: dict[str, Quantizer] = {
-        "minmax": _without_data(quantize_minmax),
+        "minmax": _without_data(_by_range),
         "mse": _without_data(quantize_mse),
         "hqq": _without_data(quantize_hqq),
         "gptq": _with_data(quantize_gptq),
@@ -55,6 +55,15 @@ def get_quantizer(method: str) -> Quantizer:
     if method not in methods:
         raise InternalError(f"the method {method!r} is configurable but has no quantizer")
     return methods[method]
+
+
+def _by_range(weight: Tensor, spec: QuantSpec) -> GroupAffine:
+    """Levels between the smallest and the largest weight of a group; 0 among them, where asked."""
+    from qalora_compile.quantizers.minmax import quantize_minmax
+
+    if spec.zero_point == "integer":
+        return quantize_whole(weight, spec.width, spec.group)
+    return quantize_minmax(weight, spec)
 
 
 def _without_data(choose: Callable[[Tensor, QuantSpec], GroupAffine]) -> Quantizer:
@@ -79,6 +88,17 @@ def _with_data(
     return quantize
 
 
+def as_stored(affine: GroupAffine) -> Quantizer:
+    """A quantizer that chooses nothing: it gives the codes that a weight has already."""
+
+    def quantize(
+        weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
+    ) -> Chosen:
+        return Chosen(affine)
+
+    return quantize
+
+
 def data_needed(method: str) -> UserInputError:
     """The error where there are no calibration data for a method that needs them."""
     return UserInputError(
@@ -95,6 +115,7 @@ def quantize_weight(
     *,
     path: str,
     statistics: ActivationStatistics | None = None,
+    method: str | None = None,
 ) -> Chosen:
     """Quantize a weight, refine its offsets where the specification asks for it, and report.
 
@@ -104,6 +125,7 @@ def quantize_weight(
         spec: Method, bits, group size.
         path: Of the site, for the report.
         statistics: Of the layer's input.
+        method: What the report calls the quantizer; None takes the specification's.
 
     Raises:
         UserInputError: the quantizer refuses its input, or gives an illegal result.
@@ -112,7 +134,7 @@ def quantize_weight(
     try:
         chosen = quantizer(weight, spec, statistics)
         affine = chosen.affine.validate()
-        if statistics is not None and spec.refine_offsets:
+        if statistics is not None and spec.refine_offsets and spec.zero_point == "real":
             affine = refine_offset(weight, affine, statistics).validate()
     except UserInputError as error:
         error.where = error.where or path
@@ -123,9 +145,9 @@ def quantize_weight(
         weight_db, output_db = measure_sqnr(weight, affine, statistics)
         return QuantReport(
             path=path,
-            method=spec.method,
+            method=method or spec.method,
             bits=spec.width,
-            group_size=spec.group_size,
+            group_size=spec.group,
             weights=weight.numel(),
             weight_sqnr_db=weight_db,
             output_sqnr_db=output_db,

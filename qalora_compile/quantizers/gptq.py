@@ -108,7 +108,7 @@ class _Rounding:
         self._unit = torch.where(largest == 0, torch.ones_like(largest), largest)
         self._rest = self._in_units(weight).T.contiguous()
         self._codes = torch.zeros(k, n, dtype=torch.uint8)
-        groups = group_count(k, spec.group_size)
+        groups = group_count(k, spec.group)
         self._scale, self._offset = (torch.zeros(n, groups, dtype=self._storage) for _ in "so")
         self._unit_scale, self._unit_offset = (self._rest.new_zeros(groups, n) for _ in "so")
         if spec.act_order:
@@ -119,21 +119,21 @@ class _Rounding:
         """Round the columns in `order`; `upper` is U, for columns in that order."""
         spec, k = self._spec, len(order)
         places: list[int] = order.tolist()
-        block = spec.group_size * max(1, _BLOCK // spec.group_size)  # it ends where a group does
+        block = spec.group * max(1, _BLOCK // spec.group)  # it ends where a group does
         rest, upper = self._rest[order], upper.to(self._storage)
         pivots: list[float] = upper.diagonal().tolist()
         for start in range(0, k, block):
             stop = min(start + block, k)
             errors = rest.new_zeros(stop - start, rest.shape[1])
             for column in range(start, stop):
-                if not spec.act_order and column % spec.group_size == 0:
-                    self._choose(rest[column : column + spec.group_size].T, column)
+                if not spec.act_order and column % spec.group == 0:
+                    self._choose(rest[column : column + spec.group].T, column)
                 error = self._round(rest[column], places[column]).div_(pivots[column])
                 rest[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
                 errors[column - start] = error
             rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         codes = self._codes.T.contiguous()
-        return GroupAffine(codes, self._scale, self._offset, spec.width, spec.group_size)
+        return GroupAffine(codes, self._scale, self._offset, spec.width, spec.group)
 
     def _in_units(self, values: Tensor) -> Tensor:
         return (values.double() / self._unit).to(self._storage)
@@ -146,14 +146,14 @@ class _Rounding:
 
     def _choose(self, columns: Tensor, first: int) -> None:
         """Scale and offset of the group that begins at the column `first`."""
-        spec, group = self._spec, first // self._spec.group_size
+        spec, group = self._spec, first // self._spec.group
         importance = self._importance[first : first + columns.shape[1]]
         values = columns.double() * self._unit
         self._store(slice(group, group + 1), *_parameters(spec, importance)(values))
 
     def _round(self, column: Tensor, place: int) -> Tensor:
         """Choose the codes of the column `place` of the weight; gives its error."""
-        group = place // self._spec.group_size
+        group = place // self._spec.group
         scale, offset = self._unit_scale[group], self._unit_offset[group]
         level = ((column - offset) / scale).round_().clamp_(0, 2**self._spec.width - 1)
         level.nan_to_num_(0.0)  # of a group of equal weights

@@ -46,8 +46,8 @@ def storage_dtype(weight: Tensor) -> torch.dtype:
 def nearest_codes(weight: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
     """The codes of the levels that are nearest to each weight, uint8 `[N, K]`; 0 at scale 0."""
     k = weight.shape[1]
-    step = expand_groups(scale.double(), spec.group_size, k)
-    level = (weight.double() - expand_groups(offset.double(), spec.group_size, k)) / step
+    step = expand_groups(scale.double(), spec.group, k)
+    level = (weight.double() - expand_groups(offset.double(), spec.group, k)) / step
     codes = torch.where(
         step == 0, torch.zeros_like(level), level.round().clamp(0, 2**spec.width - 1)
     )
@@ -63,4 +63,4 @@ def round_to_nearest(weight: Tensor, spec: QuantSpec, parameters: Parameters) ->
         scale, offset = (values.to(storage) for values in parameters(part))
         parts.append((nearest_codes(part, scale, offset, spec), scale, offset))
     codes, scale, offset = (torch.cat(each) for each in zip(*parts, strict=True))
-    return GroupAffine(codes, scale, offset, spec.width, spec.group_size)
+    return GroupAffine(codes, scale, offset, spec.width, spec.group)

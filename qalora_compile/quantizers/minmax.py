@@ -22,7 +22,7 @@ def quantize_minmax(weight: Tensor, spec: QuantSpec) -> GroupAffine:
     """
 
     def parameters(rows: Tensor) -> tuple[Tensor, Tensor]:
-        grouped = split_groups(rows, spec.group_size)
+        grouped = split_groups(rows, spec.group)
         low, high = grouped.amin(-1), grouped.amax(-1)
         return (high - low) / (2**spec.width - 1), low
 

@@ -39,13 +39,13 @@ class UnitGroups:
     @classmethod
     def of(cls, rows: Tensor, spec: QuantSpec, importance: Tensor | None) -> UnitGroups:
         """The groups of some rows of a weight; `importance` `[K]`, or None for 1."""
-        grouped = split_groups(rows, spec.group_size)
+        grouped = split_groups(rows, spec.group)
         low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
         span = high - low
         values = (grouped - low) / torch.where(span == 0, torch.ones_like(span), span)
         if importance is None:
             importance = rows.new_ones(rows.shape[1])
-        columns = split_columns(importance.float(), spec.group_size)
+        columns = split_columns(importance.float(), spec.group)
         return cls(values.float(), columns, low, span, 2**spec.width - 1)
 
     def codes(self, scale: Tensor, offset: Tensor) -> Tensor:

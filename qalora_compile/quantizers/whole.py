@@ -1,4 +1,4 @@
-"""Round to levels whose zero-points are whole numbers, for weights that no adapter moves."""
+"""Round to levels whose zero-points are whole numbers, for runtimes that take nothing else."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from qalora_compile.ir.affine import GroupAffine, expand_groups, group_count
+from qalora_compile.ir.whole_ops import shorten
 
 _CHUNK_ELEMENTS = 1 << 20
 """Rows of about so many weights are quantized at a time: the arithmetic takes 50 bytes a weight."""
-
-_SCALE_BITS = {torch.float32: 16, torch.float64: 45}
-"""Significant bits of a scale: scale times a zero-point of 8 bits then fits the dtype exactly."""
 
 
 def quantize_whole(weight: Tensor, bits: int, group_size: int) -> GroupAffine:
@@ -48,7 +46,7 @@ def _quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, 
     qmax = 2**bits - 1
     span = high.clamp_min(0) - low.clamp_max(0)
     # One step, of any size, is exact: such groups hold one value, or 0 and one other.
-    scale = torch.where(low == high, low.abs(), _shorten(span / qmax, _SCALE_BITS[storage]))
+    scale = torch.where(low == high, low.abs(), shorten(span / qmax, storage, up=True))
     scale = scale.to(storage).double()
     scale = torch.where(scale == 0, 1.0, scale)
     zero_point = (-low.clamp_max(0) / scale).round().clamp(0, qmax)
@@ -56,9 +54,3 @@ def _quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, 
     level = level + expand_groups(zero_point, group_size, k)
     codes = level.round().clamp(0, qmax)
     return codes.to(torch.uint8), scale.to(storage), (-scale * zero_point).to(storage)
-
-
-def _shorten(values: Tensor, bits: int) -> Tensor:
-    """Positive float64 values rounded up to so many significant bits."""
-    mantissa, exponent = torch.frexp(values)
-    return torch.ldexp((mantissa * 2.0**bits).ceil() / 2.0**bits, exponent)

@@ -110,6 +110,13 @@ class Batch:
             return torch.ones_like(self.labels)
         return (self.labels[:, 1:] != IGNORED).sum(1)
 
+    def to(self, device: torch.device) -> Batch:
+        """The batch with all tensors on a device."""
+        input_ids, mask, labels = (
+            t.to(device) for t in (self.input_ids, self.attention_mask, self.labels)
+        )
+        return Batch(input_ids, mask, labels, tuple(t.to(device) for t in self.source))
+
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Right-pad examples to the longest of them."""

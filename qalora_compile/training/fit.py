@@ -10,14 +10,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.program import ADAPTED, Program
 from qalora_compile.training.batches import Batches, batch_at
-from qalora_compile.training.evaluate import evaluate, label_loss, program_forward
+from qalora_compile.training.evaluate import evaluate, program_forward
 from qalora_compile.training.examples import Batch, Example
+from qalora_compile.training.forward import TrainingForward
 from qalora_compile.training.optimizer import clip_gradients, make_optimizer, set_rates
 from qalora_compile.training.precision import computing
 from qalora_compile.training.processes import Processes
@@ -169,6 +169,26 @@ def fit(
     return FitResult(tuple(losses), False, state.step, kept)
 
 
+class BatchLoss(nn.Module):
+    """The mean loss of a batch as a module, whose parameters are the program's."""
+
+    def __init__(self, program: Program, spec: FitSpec) -> None:
+        super().__init__()
+        self.module = program.module
+        self._program, self._spec = program, spec
+        self._training: TrainingForward | None = None  # made once the module is on its device
+
+    def forward(self, batch: Batch) -> Tensor:
+        """A scalar, in nats."""
+        if self._training is None:
+            self._training = TrainingForward(
+                self._program,
+                fused=self._spec.precision == "float32",
+                gradient_checkpointing=self._spec.gradient_checkpointing,
+            )
+        return self._training.loss(batch)
+
+
 @dataclass
 class _Training:
     """The parts of one training, and its steps."""
@@ -179,10 +199,10 @@ class _Training:
     state: FitState
     held_out: Sequence[Example]
     processes: Processes
-    wrapped: Program = field(init=False)
+    wrapped: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        self.wrapped = self.processes.wrap(self.program)
+        self.wrapped = self.processes.wrap(BatchLoss(self.program, self.spec))
         self.parameters = self.program.adapter_parameters()
         self.device = self.parameters[0].device
 
@@ -191,7 +211,7 @@ class _Training:
         started = time.monotonic()
         spec, state, number = self.spec, self.state, self.state.step
         batches = [self._batch(number, i) for i in range(spec.accumulate)]
-        targets = self.processes.sum(sum(int(b.targets.sum()) for _, b in batches))
+        targets = self.processes.sum(sum(int(batch.targets.sum()) for _, batch in batches))
         tokens = self.processes.sum(sum(b.tokens for _, b in batches))
         if not targets:
             raise UserInputError(f"the examples of step {number + 1} hold nothing to learn")
@@ -225,13 +245,9 @@ class _Training:
     def _backward(self, index: int, batch: Batch, targets: float) -> float:
         """Add the gradient of a micro-batch's part of the loss; returns that part."""
         torch.manual_seed(seed_of(self.spec.seed, index))
-        inputs = [t.to(self.device) for t in (batch.input_ids, batch.attention_mask)]
-        source = [t.to(self.device) for t in batch.source]
         with computing(self.spec, self.device):
-            logits = program_forward(self.wrapped)(*inputs, *source)
-        rows, wanted = label_loss(logits, batch)
-        total = functional.cross_entropy(rows.float(), wanted.to(self.device), reduction="sum")
-        part = total / targets
+            mean: Tensor = self.wrapped(batch.to(self.device))
+        part = mean * (int(batch.targets.sum()) / targets)
         (part * self.processes.count).backward()  # type: ignore[no-untyped-call]
         return part.item()
 

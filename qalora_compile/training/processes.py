@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qalora_compile.ir.program import Program
-from qalora_compile.ir.signature import bind
 from qalora_compile.optional import require
-
-
-@dataclass(frozen=True)
-class WrappedProgram(Program):
-    """A program that runs its module through a wrapper, which watches the backward pass."""
-
-    wrapper: nn.Module | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the wrapper with the arguments of the captured model."""
-        self.leaves(args, kwargs)
-        assert self.wrapper is not None
-        return self.wrapper(*bind(self.graph, args, kwargs))
 
 
 class Processes:
@@ -44,11 +28,11 @@ class Processes:
         """Whether this process is the one that writes files and talks to the terminal."""
         return self.rank == 0
 
-    def wrap(self, program: Program) -> Program:
-        """The program whose backward pass gives every process the mean of all gradients."""
-        return program
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module whose backward pass gives every process the mean of all gradients."""
+        return module
 
-    def apart(self, program: Program) -> AbstractContextManager[Any]:
+    def apart(self, module: nn.Module) -> AbstractContextManager[Any]:
         """Let the backward passes in the block add to the gradients of this process alone."""
         return nullcontext()
 
@@ -73,16 +57,14 @@ class AccelerateProcesses(Processes):
         self.rank = self._accelerator.process_index
         self.count = self._accelerator.num_processes
 
-    def wrap(self, program: Program) -> Program:
+    def wrap(self, module: nn.Module) -> nn.Module:
         """See `Processes`; the module moves to the device of this process."""
-        wrapper = self._accelerator.prepare_model(program.module)
-        values = {f.name: getattr(program, f.name) for f in fields(Program)}
-        return WrappedProgram(**values, wrapper=wrapper)
+        wrapped: nn.Module = self._accelerator.prepare_model(module)
+        return wrapped
 
-    def apart(self, program: Program) -> AbstractContextManager[Any]:
+    def apart(self, module: nn.Module) -> AbstractContextManager[Any]:
         """See `Processes`."""
-        assert isinstance(program, WrappedProgram)
-        apart: AbstractContextManager[Any] = self._accelerator.no_sync(program.wrapper)
+        apart: AbstractContextManager[Any] = self._accelerator.no_sync(module)
         return apart
 
     def sum(self, value: float) -> float:

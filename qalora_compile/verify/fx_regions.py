@@ -47,6 +47,7 @@ class _Reader:
             "aten.add.Tensor": self._add,
             "aten.matmul.default": self._matmul,
             "qalora.group_linear.default": self._group_linear,
+            "qalora.whole_linear.default": self._whole_linear,
             "qalora.expert_linear.default": self._expert_linear,
             "qalora.pooled_adapter.default": self._pooled_adapter,
             "qalora.expert_adapter.default": self._pooled_adapter,
@@ -152,6 +153,15 @@ class _Reader:
 
     def _group_linear(self, node: Node) -> Linear:
         return self._bias(self._on_codes(node, None), node.args[4])
+
+    def _whole_linear(self, node: Node) -> Linear:
+        x, *stored, bias, bits, group_size, lora_a, lora_b, scaling, kind = node.args
+        packed, scale, offset = self._three(stored)
+        lora = self._stored(lora_a), self._stored(lora_b)
+        part = matrices.whole_linear(
+            packed, scale, offset, *lora, bits, group_size, self._site.k, scaling, kind
+        )
+        return self._bias(applied(self.reading(x), packed.shape[0], part), bias)
 
     def _expert_linear(self, node: Node) -> Linear:
         return self._on_codes(node, node.args[4])

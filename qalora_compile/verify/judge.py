@@ -43,7 +43,8 @@ class Judgement:
         scale: `max |T|`.
         ratio: `error / floor`.
         judged: How many elements were compared.
-        undefined: How many were not: the reference is not finite there, or has lost 14 bits.
+        undefined: How many were not: the reference is not finite there, has lost 14 bits, or they
+            belong to padding, where the candidate has to be finite and no more.
         problem: Why nothing could be compared, or "".
     """
 
@@ -58,7 +59,7 @@ class Judgement:
     @property
     def verdict(self) -> str:
         """PASS, AMBIGUOUS or FAIL; AMBIGUOUS too where there was nothing to judge."""
-        if self.problem:
+        if self.problem or math.isinf(self.ratio):
             return FAIL
         if not self.judged and self.undefined:
             return AMBIGUOUS
@@ -72,7 +73,9 @@ def verdict_of(ratio: float) -> str:
     return AMBIGUOUS if ratio < BEYOND else FAIL
 
 
-def judge(exact: Tensor, own: Tensor, found: Tensor, unit: float) -> Judgement:
+def judge(
+    exact: Tensor, own: Tensor, found: Tensor, unit: float, padding: Tensor | None = None
+) -> Judgement:
     """Judge a value of the candidate.
 
     Args:
@@ -80,6 +83,7 @@ def judge(exact: Tensor, own: Tensor, found: Tensor, unit: float) -> Judgement:
         own: A.
         found: B.
         unit: u.
+        padding: True at elements that belong to padding; broadcasts to the value.
     """
     if found.shape != exact.shape and found.numel() == exact.numel():
         found = found.reshape(exact.shape)  # the same rows, flattened or not
@@ -87,13 +91,16 @@ def judge(exact: Tensor, own: Tensor, found: Tensor, unit: float) -> Judgement:
         text = f"shapes {list(exact.shape)} and {list(found.shape)} differ"
         return Judgement(0.0, math.inf, 0.0, math.inf, 0, 0, text)
     t, a, b = exact.double(), own.double(), found.double()
-    defined = torch.isfinite(t) & torch.isfinite(a)
+    finite = torch.isfinite(t) & torch.isfinite(a)
+    defined = finite if padding is None else finite & ~padding
     scale, own_error = _largest(t, defined), _largest(a - t, defined)
     undefined = int((~defined).sum())
     lost = own_error > 2.0**_BITS_LOST * unit * scale and own_error > _LEAST_NORMAL
+    if bool((finite & ~torch.isfinite(b)).any()):
+        return Judgement(own_error, math.inf, scale, math.inf, int(defined.sum()), undefined)
     if lost or not bool(defined.any()):
         return Judgement(own_error, math.nan, scale, 0.0, 0, t.numel())
-    error = _largest(torch.where(torch.isfinite(b), b - t, math.inf), defined)
+    error = _largest(b - t, defined)
     floor = max(own_error, unit * scale, _LEAST_NORMAL)
     return Judgement(own_error, error, scale, error / floor, int(defined.sum()), undefined)
 

@@ -26,6 +26,9 @@ ARITHMETIC = 2.0**-48
 _MARGIN = 1 + 1e-5
 """Over the half step of a digit, for its scale, which is rounded to float32."""
 
+_SCALE_STEP = {"float32": 2.0**-16, "float64": 2.0**-45}
+"""Half a step of a scale that is kept short, relative to it, at most."""
+
 Part = Callable[[slice, int], Rows]
 
 
@@ -68,6 +71,43 @@ def on_codes(
         size = np.abs(product) + np.abs(wide)
         radius = spread_columns(moved, group_size, k) + ARITHMETIC * size
         return Rows(product + wide, size, radius, _coarse(moved, s))
+
+    return rows
+
+
+def whole_linear(
+    packed: Stored,
+    scale: Stored,
+    offset: Stored,
+    lora_a: Stored,
+    lora_b: Stored,
+    bits: int,
+    group_size: int,
+    k: int,
+    scaling: float,
+    kind: str,
+) -> Part:
+    """`W = s · (q − z)`, z whole; an adapter moved z (`integer`) or s (`scale`) and was rounded.
+
+    Scales are rounded to 16 significant bits: half a step of them is within the radius.
+    """
+
+    def rows(part: slice, expert: int) -> Rows:
+        codes = row_codes(_take(packed, part, expert), bits, k).astype(np.float64)
+        s, o = _wide(scale, part, expert), _wide(offset, part, expert)
+        update = scaling * (_wide(lora_b, part, expert) @ _wide(lora_a, slice(None), expert))
+        zero, step = np.round(-o / s), np.zeros_like(s)
+        if kind == "scale":
+            s = s * (1 + update)
+            step = np.abs(s) * _SCALE_STEP[scale.dtype]
+        else:
+            zero = np.clip(np.round(zero - update / s), 0, 2**bits - 1)
+        level = codes - spread_columns(zero, group_size, k)
+        size = spread_columns(np.abs(s), group_size, k) * (
+            codes + spread_columns(zero, group_size, k)
+        )
+        radius = np.abs(level) * spread_columns(step, group_size, k) + ARITHMETIC * size
+        return Rows(spread_columns(s, group_size, k) * level, size, radius)
 
     return rows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,10 @@ from qalora_compile.progress import track
 from qalora_compile.verify.adversarial import adversarial_inputs
 from qalora_compile.verify.graph import ONNX, Graph, Ref
 from qalora_compile.verify.inputs import sample_inputs
-from qalora_compile.verify.judge import AMBIGUOUS, UNITS, Judgement, judge
+from qalora_compile.verify.judge import FAIL, UNITS, Judgement, judge
 from qalora_compile.verify.numeric_report import NumericReport, ValueRow, Way, worst_verdict
 from qalora_compile.verify.onnx_session import LEVELS, OnnxSession
+from qalora_compile.verify.padding import Padding, padding_of
 from qalora_compile.verify.precise import run_nodes
 from qalora_compile.verify.sides import open_side
 from qalora_compile.verify.structural import Match, match_values
@@ -92,7 +93,17 @@ def compare_nodes(
     ways, notes = _ways(candidate, sides[1], matches, levels, library)
     with _references(program, matches, leaves, _working(candidate)) as references:
         found = [_try(way, references, matches, program, leaves) for way in track(ways, "compare")]
+    notes += _not_judged(found, calls)
     return NumericReport(sides[0].label, sides[1].label, tuple(calls), tuple(found), tuple(notes))
+
+
+def _not_judged(ways: Sequence[Way], names: Iterable[str]) -> list[str]:
+    """The inputs on which no output was judged, on any way that ran."""
+    ran = [way for way in ways if not way.problem]
+    judged = {name for way in ran for name, _ in way.inputs}
+    lost = [name for name in names if ran and name not in judged]
+    why = "the reference is not accurate there itself, or all of it is padding"
+    return [f"no output is judged on {name}: {why}" for name in lost]
 
 
 def _program(thing: Program | str | Path) -> Program:
@@ -238,6 +249,7 @@ def _try(
         compute = way.open()
         for index, (name, flat) in enumerate(leaves.items()):
             exact, own = references.load(index)
+            padding = padding_of(program.signature, flat)
             found = compute(program, flat)
             for place, match in enumerate(matches):
                 first, second = match.values
@@ -245,7 +257,8 @@ def _try(
                     continue
                 if first.name in exact and second.name in found:
                     values = exact[first.name], own[first.name], found[second.name]
-                    judged[place].append((name, judge(*values, references.unit)))
+                    padded = None if padding is None else _padded(padding, values[0])
+                    judged[place].append((name, judge(*values, references.unit, padded)))
     except UserInputError as error:
         return Way(way.name, (), (), error.what)
     rows = tuple(_row(matches[place], found) for place, found in sorted(judged.items()))
@@ -253,17 +266,23 @@ def _try(
     for place, pairs in judged.items():
         if matches[place].kind == "output":
             for name, one in pairs:
-                by_input[name] = max(by_input[name], one.ratio)
+                if one.judged or one.verdict == FAIL:
+                    by_input[name] = max(by_input[name], one.ratio)
     return Way(way.name, rows, tuple(by_input.items()))
+
+
+def _padded(padding: Padding, value: Tensor) -> Tensor:
+    """The elements of padding; all of a value of which that cannot be told."""
+    found = padding.of(value)
+    return torch.ones((), dtype=torch.bool) if found is None else found
 
 
 def _row(match: Match, found: Sequence[tuple[str, Judgement]]) -> ValueRow:
     """The worst of a value over the inputs; what is undefined on all of them is ambiguous."""
-    tried = [(name, one) for name, one in found if one.judged or one.problem] or list(found)
+    decided = [(n, one) for n, one in found if one.judged or one.verdict == FAIL]
+    tried = decided or list(found)
     name, worst = max(tried, key=lambda item: item[1].ratio)
-    verdicts = [one.verdict for _, one in tried]
-    empty = all(not one.judged and not one.undefined for _, one in found)
-    verdict = worst_verdict(verdicts) if not empty else AMBIGUOUS
+    verdict = worst_verdict([one.verdict for _, one in tried])
     undefined = sum(one.undefined for _, one in found)
     return ValueRow(
         match.name, match.kind, match.path, match.lines, name, worst, undefined, verdict

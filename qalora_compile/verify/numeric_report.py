@@ -47,7 +47,7 @@ class Way:
     Attributes:
         name: `as a program`, or optimization level and kernels of an exported model.
         rows: In graph order, the outputs last.
-        inputs: Name of each input and the largest ratio of any output on it.
+        inputs: Name of each input on which outputs were judged, and the largest ratio of them.
         problem: Why it did not run, or "".
     """
 

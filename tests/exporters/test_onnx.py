@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import qalora_compile as qc
-from qalora_compile.config import TARGETS
+from qalora_compile.config import ONNX_TARGETS
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.exporters.onnx import initializers
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
@@ -42,7 +42,7 @@ def folded_mlp(bits: int = 4, group: int = 16, bias: bool = True) -> qc.Program:
     return qc.fold_adapters(adapted(model, (x,), qc.QuantSpec(bits=bits, group_size=group)))
 
 
-EVERY_TARGET = pytest.mark.parametrize("target", TARGETS)
+EVERY_TARGET = pytest.mark.parametrize("target", ONNX_TARGETS)
 STOCK = qc.ExportSpec(target="ort-stock")
 
 
@@ -73,7 +73,7 @@ def test_transformers_at_sizes_never_captured(name: str, target: str, tmp_path: 
         assert_close(run(path, ids), outputs(program(ids)), relative=1e-4)
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=ONNX_TARGETS)
 def llama_file(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[qc.Program, onnx.ModelProto]:

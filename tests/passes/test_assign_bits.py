@@ -165,11 +165,49 @@ def test_a_megabyte_budget_counts_what_is_stored() -> None:
     torch.manual_seed(0)
     x = torch.randn(40, 48)
     program = auto(MLP(48, 24, 40, 36, 6), x, 0.0055, budget_unit="megabytes", group_size=8)
+    assert 5000 < stored_bytes(program) <= 5500
+
+
+def test_stored_bits_count_scales_and_offsets() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 48)
+    options = {"group_size": 8, "refine_offsets": False}
+    program = auto(MLP(48, 24, 40, 36, 6), x, 11.5, budget_unit="stored-bits", **options)
+    stored = 8 * stored_bytes(program) / sum(site.n * site.k for site in program.plan)
+    assert 10.5 < stored <= 11.5
+
+
+def test_groups_are_chosen_with_the_bits(tmp_path: Path) -> None:
+    """Equal bytes: chosen groups lose less than any one, and the export is as it is trained."""
+    torch.manual_seed(0)
+    x, model = correlated(80, 160).float(), MLP(160, 96, 160, 12)
+    groups = ("auto", 32, 64, 128)
+    budget = {"budget_unit": "stored-bits", "refine_offsets": False}
+    programs = {g: auto(model, x, 4.0, group_size=g, **budget) for g in groups}
+    chosen = programs["auto"]
+    assert len({site.group_size for site in chosen.plan}) > 1
+    assert all(stored_bytes(p) * 8 <= 4.0 * weights(p) for p in programs.values())
+    errors = {g: squared_error(p, model, x) for g, p in programs.items()}
+    assert errors["auto"] < 1.02 * min(errors.values()), errors
+    assert "in groups of" in chosen.plan.sites[0].why_bits
+    folded = qc.fold_adapters(randomize_adapters(qc.insert_adapters(chosen)))
+    qc.export_model(folded, tmp_path / "model.onnx")
+    session = open_session(tmp_path / "model.onnx", library=False, exact=True)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(y), folded(x), relative=1e-5)
+
+
+def stored_bytes(program: qc.Program) -> int:
+    """Bytes of codes, scales and offsets."""
     parts = (".qweight", ".scale", ".offset")
-    stored = sum(
+    return sum(
         t.numel() * t.element_size() for n, t in program.tensors().items() if n.endswith(parts)
     )
-    assert 5000 < stored <= 5500
+
+
+def weights(program: qc.Program) -> int:
+    """How many weights were quantized."""
+    return sum(site.n * site.k for site in program.plan.to_quantize())
 
 
 def test_bits_go_where_the_model_loses_most() -> None:
@@ -260,7 +298,11 @@ def test_start_and_bits_chosen_together() -> None:
 
 @pytest.mark.parametrize(
     ("budget", "unit", "least"),
-    [(1.9, "bits", "the least is 2 bits"), (0.003, "megabytes", "the least is 0.0048 megabytes")],
+    [
+        (1.9, "bits", "the least is 2 bits"),
+        (0.003, "megabytes", "the least is 0.0048 megabytes"),
+        (9.0, "stored-bits", "the least is 10.0637 stored-bits"),
+    ],
 )
 def test_a_budget_that_cannot_be_met_names_the_nearest(
     budget: float, unit: str, least: str

@@ -148,6 +148,7 @@ STEPS = {
     "annotate-linears": {FLOAT, ANNOTATED},
     "quantize-groups": {ANNOTATED},
     "assign-bits": {ANNOTATED},
+    "sort-columns": {ANNOTATED},
     "quantize-embeddings": {QUANTIZED, ADAPTED, FOLDED},
     "split-planes": {QUANTIZED, ADAPTED, FOLDED},
     "insert-adapters": {QUANTIZED},
@@ -358,7 +359,7 @@ def test_passes_are_values() -> None:
         assert hash(step) == hash(get_pass(name))
         field_names = [f.name for f in dataclasses.fields(step)]
         assert list(step.options()) == step.option_names()
-        assert set(field_names) - set(step.option_names()) <= {"calibration"}
+        assert set(field_names) - set(step.option_names()) <= {"calibration", "orders", "stored"}
         with pytest.raises(dataclasses.FrozenInstanceError):
             step.name = "other"  # type: ignore[misc]
 

@@ -100,7 +100,7 @@ def test_a_dropped_tail_group_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
     def short(weight: Tensor, spec: QuantSpec, _: object) -> Chosen:
         full = quantize_minmax(weight, spec)
         scale, offset = full.scale[:, :-1], full.offset[:, :-1]
-        return Chosen(GroupAffine(full.codes, scale, offset, 4, spec.group_size))
+        return Chosen(GroupAffine(full.codes, scale, offset, 4, spec.group))
 
     monkeypatch.setattr(pass_module, "get_quantizer", lambda method: short)
     with pytest.raises(UserInputError, match="scale is"):

@@ -173,10 +173,11 @@ def test_the_digest_of_files_tells_where_one_ends(tmp_path: Path) -> None:
 
 def test_a_training_that_is_killed_anywhere_ends_with_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL after any step, and at any point of writing a checkpoint; then resumed."""
-    script = Path(__file__).with_name("kill_and_resume.py")
+    module, root = "tests.training.kill_and_resume", Path(__file__).parents[2]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # with one thread, a fork is safe
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, "-m", module, str(tmp_path)],
+        cwd=root,
         env=environment,
         check=True,
         capture_output=True,

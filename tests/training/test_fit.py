@@ -131,7 +131,8 @@ def test_small_batches_add_up_to_a_large_one(accumulate: int) -> None:
         results.append((fit(program, examples, spec).losses, adapters(program)))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
     for name, parameter in results[0][1].items():
-        assert_close(results[1][1][name], parameter, relative=1e-4)
+        # AdamW divides by the gradient's own size, which enlarges what was rounded.
+        assert_close(results[1][1][name], parameter, relative=1e-3)
 
 
 def test_a_step_of_unequal_parts_is_no_mean_of_means() -> None:

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 import qalora_compile as qc
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError, VerificationError
+from qalora_compile.ir.signature import InputLeaf, Signature
 from qalora_compile.runtime.library import kernel_level, library_path
 from qalora_compile.verify import compare_nodes, named_inputs
 from qalora_compile.verify.judge import AMBIGUOUS, BEYOND, EXPLAINED, FAIL, PASS, judge, verdict_of
 from qalora_compile.verify.numeric_report import worst_verdict
 from qalora_compile.verify.onnx_session import LEVELS
+from qalora_compile.verify.padding import padding_of
 from qalora_compile.verify.precise import run_nodes
 from tests.models import MLP, adapted, capture_transformer, llama, token_ids, worst
-from tests.verify.planted import SPECS, program, with_tensors
+from tests.verify.planted import SPECS, program, with_graph, with_tensors
 
 UNIT = 2.0**-24
 
@@ -142,7 +144,7 @@ def test_a_program_of_tokens_alone_gets_no_odd_floats() -> None:
 
 def test_a_fault_that_only_an_odd_input_shows_is_found() -> None:
     _, folded = pair()
-    wrong = with_tensors(folded, {f"{folded.plan.sites[0].path}.bias": lambda t: t + 1e-6})
+    wrong = with_tensors(folded, {f"{folded.plan.sites[0].path}.bias": lambda t: t + 1e-5})
     calls = named_inputs(folded, 1)
     assert compare_nodes(folded, wrong, {"large": calls["large"]}).passed, "too small to be seen"
     report = compare_nodes(folded, wrong, calls)
@@ -227,6 +229,64 @@ def test_the_command_line_compares_along_the_graph(
     assert main([*words, "--max-abs", "1"]) == 2
     assert main([*words[:3], "--levels", "all"]) == 2
     assert main(["verify", words[2], words[1], "--numeric"]) == 2
+
+
+# Padding
+
+
+def padded_model() -> qc.Program:
+    class Averaged(nn.Module):
+        """Attention that gives padding the mean of all, or zero."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(30, 16), nn.Linear(16, 16)
+
+        def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+            h = self.fc(self.embed(ids))
+            scores = h @ h.transpose(1, 2)
+            blocked = attention_mask[:, None, :] == 0
+            weights = torch.softmax(scores.masked_fill(blocked, -1e30), -1)
+            return self.fc(torch.where(blocked.all(-1, keepdim=True), 0.0, weights) @ h)
+
+    ids, mask = torch.randint(0, 30, (2, 6)), torch.ones(2, 6).long()
+    captured = qc.capture_model(Averaged().eval(), (ids, mask))
+    return qc.quantize_groups(captured, qc.QuantSpec(group_size=8))
+
+
+def test_what_padding_gives_is_not_judged_but_has_to_be_finite() -> None:
+    right = padded_model()
+
+    def instead(value: float) -> qc.Program:
+        def change(graph: torch.fx.Graph) -> None:
+            node = next(n for n in graph.nodes if str(n.target).startswith("aten.where"))
+            node.update_arg(1, value)
+
+        return with_graph(right, change)
+
+    calls = named_inputs(right, 1)
+    lax = compare_nodes(right, instead(0.5), calls)
+    assert "no output is judged on all padding" in "".join(lax.notes)
+    assert [name for name, _ in lax.ways[0].inputs] == [n for n in calls if n != "all padding"]
+    assert lax.passed
+    assert compare_nodes(right, instead(math.nan), calls).verdict == FAIL
+
+
+def test_positions_of_padding_are_found_in_values_of_many_shapes() -> None:
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    signature = Signature(
+        (InputLeaf("input_ids", "int64", (2, 2)), InputLeaf("attention_mask", "int64", (2, 3))), ()
+    )
+    padding = padding_of(signature, [torch.ones(2, 2).long(), mask])
+    assert padding is not None
+    assert set(padding.masks) == {2, 3}
+    assert not padding.masks[2].any(), "the tokens are the last positions"
+    for shape in ((2, 3, 5), (2, 4, 3, 5), (6, 5), (2, 3)):
+        found = padding.of(torch.zeros(shape))
+        assert found is not None
+        assert int((torch.zeros(shape, dtype=torch.bool) | found).sum()) * 6 == math.prod(shape)
+    assert padding.of(torch.zeros(5, 5)) is None
+    assert padding_of(signature, [torch.ones(2, 2).long(), torch.ones(2, 3).long()]) is None
 
 
 # The judgement itself

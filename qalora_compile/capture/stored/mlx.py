@@ -1,0 +1,61 @@
+"""MLX affine checkpoints: `w = scale · q + bias` (`mlx.core.quantize`, mode `affine`).
+
+`weight` is uint32 `[N, K · bits / 32]`, a little-endian stream of codes along K; `scales` and
+`biases` are `[N, K / group_size]`. Layers may have their own bits and group size in `config.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qalora_compile.capture.stored.base import (
+    Decoded,
+    Tensors,
+    affine_of,
+    take,
+    unpack_stream,
+    widened_notes,
+)
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.ir.stored_codes import StoredWeight
+
+KEY = "quantization"
+_PARTS = ("weight", "scales", "biases")
+
+
+def decode_mlx(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
+    """Every weight that has scales.
+
+    Raises:
+        UserInputError: a tensor is missing or of another shape than the others say.
+        UnsupportedError: the mode is another than affine.
+    """
+    options: Mapping[str, Any] = config[KEY]
+    weights, widths, used = {}, {}, set()
+    for scales in [name for name in tensors if name.endswith(".scales")]:
+        module = scales.removesuffix(".scales")
+        own = options.get(module)
+        mine = {**options, **(own if isinstance(own, dict) else {})}
+        if (mode := mine.get("mode", "affine")) != "affine":
+            raise UnsupportedError(
+                f"the mode {mode} has no codes with a scale and an offset",
+                where=module,
+                hint="convert with mode affine",
+            )
+        parts = take(tensors, module, _PARTS)
+        packed, scale, bias = (parts[part] for part in _PARTS)
+        bits, group = int(mine["bits"]), int(mine["group_size"])
+        if packed.dtype != torch.uint32 or packed.dim() != 2:
+            raise UserInputError(
+                f"{module}.weight is {packed.dtype} {list(packed.shape)}, not uint32 "
+                "[N, K · bits / 32]",
+                where=module,
+            )
+        codes = unpack_stream(packed.view(torch.uint8), bits, packed.shape[1] * 32 // bits)
+        affine = affine_of(module, codes, scale, bias, bits, group)
+        weights[module], widths[module] = StoredWeight(affine, f"MLX {bits} bits"), bits
+        used |= {f"{module}.{part}" for part in _PARTS}
+    return Decoded(weights, frozenset(used), widened_notes(weights, widths))

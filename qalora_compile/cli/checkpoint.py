@@ -1,0 +1,89 @@
+"""`export` to another library's checkpoint: what the format keeps, then the files."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+from qalora_compile.api import export_model
+from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
+from qalora_compile.cli.ui import console, megabytes, print_summary, print_table, steps
+from qalora_compile.config import ExportSpec
+from qalora_compile.errors import UserInputError
+from qalora_compile.exporters.base import ExportReport
+from qalora_compile.exporters.write_checkpoint import FORMATS, write_record
+from qalora_compile.files import atomic_folder
+from qalora_compile.runtime.memory import peak_memory
+
+GGUF_FILE = "model.gguf"
+_FOR_ONNX = ("no_kv_cache", "last_logits", "with_library")
+_SHOWN = 8
+
+
+def export_checkpoint(options: argparse.Namespace, spec: ExportSpec) -> int:
+    """Run `export` for a target that is a checkpoint.
+
+    Raises:
+        UserInputError: an option of ONNX models is given.
+    """
+    for option in _FOR_ONNX:
+        if getattr(options, option) not in (None, False):
+            raise UserInputError(
+                f"--{option.replace('_', '-')} has no use with target {spec.target}",
+                hint="it is for ONNX models",
+            )
+    started = time.monotonic()
+    source, out = Path(options.folder), Path(options.out)
+    kind = FORMATS[spec.target]
+    for name, capability in kind.capabilities(spec).items():
+        console.print(f"{name}: {capability}", markup=False)
+    described = source / MODEL if (source / MODEL).is_dir() else None
+    tokenizer = source / TOKENIZER if described and (source / TOKENIZER).is_dir() else None
+    with steps():
+        program, _ = load_run(source, deferred=True)
+        with atomic_folder(out, overwrite=options.overwrite) as folder:
+            place = folder / GGUF_FILE if kind.suffix else folder / "checkpoint"
+            report = export_model(program, place, spec, model=described, tokenizer=tokenizer)
+            if kind.suffix:
+                write_record(folder, report, spec)
+            else:
+                for file in list(place.iterdir()):
+                    file.rename(folder / file.name)
+                place.rmdir()
+    written = out / GGUF_FILE if kind.suffix else out
+    _show(dataclasses.replace(report, path=written), source, time.monotonic() - started)
+    return 0
+
+
+def _show(report: ExportReport, source: Path, seconds: float) -> None:
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)
+    odd = [row for row in report.stored if row.remark]
+    if odd:
+        print_table(
+            f"stored otherwise than the plan says: {len(odd)}",
+            ("tensor", "form", "why"),
+            [(row.name, row.form, row.remark) for row in odd[:_SHOWN]],
+        )
+    worst = max(report.stored, key=lambda row: row.relative_error)
+    forms = sorted({row.form for row in report.stored})
+    counts = [f"{sum(row.form == form for row in report.stored)} {form}" for form in forms]
+    print_summary(
+        "export",
+        {
+            "target": report.target,
+            "layers on codes": report.quantized_layers,
+            "tensors": ", ".join(counts),
+            "largest change of a weight": f"{worst.relative_error:.2g} of its tensor's largest "
+            f"({worst.name})"
+            if worst.relative_error
+            else "none",
+            "size": megabytes(report.size_bytes),
+            "peak memory": megabytes(peak_memory()),
+            "seconds": f"{seconds:.0f}",
+            "written": str(report.path),
+            "next": f"qalora-compile verify {source} {report.path} --max-rel 1e-2",
+        },
+    )

@@ -1,0 +1,188 @@
+"""sort-columns: read the input of a linear map in an order in which its groups are contiguous."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from qalora_compile.errors import PostconditionError, PreconditionError, UnsupportedError
+from qalora_compile.ir.deferred import defer, is_placeholder
+from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.pattern import LINEAR, LinearMap, get_tensor, match_linear
+from qalora_compile.ir.program import ANNOTATED, Program
+from qalora_compile.passes.base import Change, Pass, PassResult, data_field
+from qalora_compile.passes.choices import check_paths, parse_choices
+from qalora_compile.passes.rewrite import TensorNodes
+
+_ATEN = torch.ops.aten
+ORDER = "order"
+"""Name of the tensor of an order, `[K]` int64, below the path of the first weight that has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SortColumns(Pass):
+    """Permute the columns of weights, and the inputs that they are multiplied by.
+
+    Before:  %1 = aten.linear(%x, @fc.weight, @fc.bias)
+    After:   %1 = aten.index_select(%x, -1, @fc.order)
+             %2 = aten.linear(%1, @fc.weight, @fc.bias)        the columns of fc.weight sorted
+
+    Checkpoints that were quantized with activation order (`desc_act`, `g_idx`) have groups of
+    columns that lie apart. In the order of its groups a weight is one of contiguous groups, into
+    which an adapter folds. Weights that read one input in one order share the selection.
+
+    Fires on: the rows of the weights named in `owners`.
+    Leaves alone: other rows.
+    Exactness: exact in real arithmetic; sums run in another order.
+
+    Run again without the orders on a graph of placeholders (`passes.replay`), it gives the same
+    graph, for the tensors of the first run.
+
+    Options:
+        owners: `path=path` for each weight: whose order it has, its own or an earlier one's.
+
+    Attributes:
+        orders: The order by path of its owner, `[K]` int64: which column comes where. No option:
+            text cannot carry it.
+    """
+
+    name: ClassVar[str] = "sort-columns"
+    consumes: ClassVar[tuple[str, ...]] = (ANNOTATED,)
+    produces: ClassVar[str | None] = None
+
+    owners: tuple[str, ...] = ()
+    orders: Mapping[str, Tensor] | None = data_field(None)
+
+    def __post_init__(self) -> None:
+        parse_choices(self.owners, "owners")
+
+    def with_orders_of(self, program: Program) -> SortColumns:
+        """The pass with the orders that it has put into a program."""
+        owners = set(parse_choices(self.owners, "owners").values())
+        tensors = program.tensors()
+        return replace(self, orders={path: tensors[f"{path}.{ORDER}"] for path in owners})
+
+    def requires(self, program: Program) -> None:
+        """Every path is of a plain linear layer, and there is an order for it.
+
+        Raises:
+            UserInputError: a path is of no weight that is quantized.
+            UnsupportedError: a weight is no parameter of a linear layer of its own.
+            PreconditionError: there is no order, or one is no permutation.
+        """
+        owners = parse_choices(self.owners, "owners")
+        check_paths(owners, program.plan, "owners")
+        for row, linear in _linears(program, owners):
+            if linear.kind != LINEAR or linear.weight.views:
+                raise UnsupportedError(
+                    "columns of a weight that is read through views cannot be sorted",
+                    where=row,
+                    hint="exclude the layer",
+                )
+        for path, owner in owners.items():
+            weight = _weight(program, path)
+            if self.orders is None and is_placeholder(weight):
+                continue
+            order = (self.orders or {}).get(owner)
+            if order is None or not _is_permutation(order, weight.shape[1]):
+                raise PreconditionError(
+                    f"there is no order for the columns of {path}",
+                    where=path,
+                    hint="qc.quantize_groups(program, stored=codes) gives them",
+                )
+
+    def call(self, program: Program) -> PassResult:
+        """Permute and rewrite."""
+        owners = parse_choices(self.owners, "owners")
+        graph, tensors = program.copy_graph(), program.tensors()
+        for path, owner in owners.items():
+            weight = _weight(program, path)
+            made = _sorted(weight, (self.orders or {}).get(owner))
+            tensors[_weight_name(program, path)] = nn.Parameter(made["weight"], requires_grad=False)
+            if path == owner:
+                tensors[f"{path}.{ORDER}"] = made[ORDER]
+        nodes, selected = TensorNodes(graph), dict[tuple[fx.Node, str], fx.Node]()
+        for node in list(graph.nodes):
+            owner_of = owners.get(_path(program, node) or "")
+            if owner_of is not None:
+                _rewrite(graph, node, owner_of, nodes, selected)
+        changes = tuple(Change(path, "columns sorted by group") for path in owners)
+        return PassResult(program.evolve(graph=graph, tensors=tensors), changes)
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """Each linear map reads a selection."""
+        owners = parse_choices(self.owners, "owners")
+        for row, linear in _linears(after, owners):
+            if linear.x.target is not _ATEN.index_select.default:
+                raise PostconditionError("the input is not sorted", where=row)
+
+
+def _sorted(weight: Tensor, order: Tensor | None) -> dict[str, Tensor]:
+    """The weight with its columns in order, and the order; deferred where the weight is."""
+
+    def compute(values: Tensor) -> dict[str, Tensor]:
+        chosen = torch.arange(values.shape[1]) if order is None else order
+        return {"weight": values.detach()[:, chosen].contiguous(), ORDER: chosen.clone()}
+
+    return defer(compute, weight)
+
+
+def _rewrite(
+    graph: fx.Graph,
+    node: fx.Node,
+    owner: str,
+    nodes: TensorNodes,
+    selected: dict[tuple[fx.Node, str], fx.Node],
+) -> None:
+    linear = match_linear(node)
+    assert linear is not None, "checked by `requires`"
+    order = nodes.get(f"{owner}.{ORDER}")
+    key = (linear.x, owner)
+    if key not in selected:
+        with graph.inserting_before(node):
+            selected[key] = graph.call_function(_ATEN.index_select.default, (linear.x, -1, order))
+    with graph.inserting_before(node):
+        new = graph.call_function(
+            _ATEN.linear.default, (selected[key], linear.weight.node, linear.bias)
+        )
+    move_site(node, new)
+    node.replace_all_uses_with(new)
+    erase_unread([node])
+
+
+def _is_permutation(order: Tensor, k: int) -> bool:
+    return torch.equal(order.sort().values, torch.arange(k))
+
+
+def _weight_name(program: Program, path: str) -> str:
+    return next(site.weight for site in program.plan.to_quantize() if site.path == path)
+
+
+def _weight(program: Program, path: str) -> Tensor:
+    weight = get_tensor(program.module, _weight_name(program, path))
+    assert weight is not None, "the plan was made from this module"
+    return weight
+
+
+def _path(program: Program, node: fx.Node) -> str | None:
+    """The path of the weight that a planned node multiplies by."""
+    name = site_of(node)
+    row = next((s for s in program.plan.to_quantize() if s.name == name), None) if name else None
+    return None if row is None else row.path
+
+
+def _linears(program: Program, paths: Mapping[str, object]) -> list[tuple[str, LinearMap]]:
+    """The linear maps of the rows of some paths, by site name."""
+    rows = {site.name for site in program.plan.to_quantize() if site.path in paths}
+    found = []
+    for node in program.graph.nodes:
+        if (name := site_of(node)) in rows:
+            linear = match_linear(node)
+            assert name is not None and linear is not None, "the plan was made from this graph"
+            found.append((name, linear))
+    return found

@@ -1,0 +1,143 @@
+"""The codes of GGUF files are kept as they are, checked against the package gguf."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file
+
+import qalora_compile as qc
+from qalora_compile.capture.source import load_source
+from qalora_compile.capture.stored.gguf import read_gguf_codes
+from qalora_compile.cli.main import main
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.packing import pack_codes
+from tests.capture.stored.gguf_files import example_ids, write_llama, write_tensors
+from tests.models import randomize_adapters
+
+FORMS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_dequantize_to_what_the_library_gives(form: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(1).standard_normal((6, 96)).astype(np.float32)
+    values[2] = 0.25  # flat groups
+    values[3, 32:64] = 0
+    path = write_tensors(tmp_path / "a.gguf", {"w.weight": (values, form)})
+    codes, notes = read_gguf_codes(path)
+    kind = gguf.GGMLQuantizationType[form]
+    wanted = torch.from_numpy(dequantize(quantize(values, kind), kind))
+    found = codes.find(wanted)
+    assert found is not None
+    assert torch.equal(found.affine.dequantize(), wanted)
+    assert (found.form, found.affine.group_size) == (form, 32)
+    assert found.affine.bits == (4 if form.startswith("Q4") else 8)
+    assert [("8 bits" in note) for note in notes] == [True] * form.startswith("Q5")
+
+
+@pytest.mark.parametrize("form", ["Q4_1", "Q5_0"])
+def test_a_llama_keeps_its_codes_to_the_folded_program(form: str, tmp_path: Path) -> None:
+    source = load_source(str(write_llama(tmp_path / "llama.gguf", form)))
+    codes, _ = source.stored()
+    captured, ids = source.capture(), example_ids()
+    program = qc.quantize_groups(captured, stored=codes)
+    sites = program.plan.to_quantize()
+    assert len(sites) == 14
+    assert {site.why_bits for site in sites} == {f"{form}, as stored"}
+    mask = torch.ones_like(ids)
+    assert torch.equal(program(ids, mask).logits, captured(ids, mask).logits)
+    adapted = randomize_adapters(qc.insert_adapters(program, qc.AdapterSpec(rank=4)))
+    folded = qc.fold_adapters(adapted)
+    for site in sites:
+        held = codes.find(captured.tensors()[site.weight].detach())
+        assert held is not None
+        packed = folded.tensors()[f"{site.path}.qweight"]
+        assert torch.equal(packed, pack_codes(held.affine.codes, held.affine.bits))
+    assert not torch.equal(folded(ids, mask).logits, captured(ids, mask).logits)
+
+
+def test_other_tensors_are_quantized_and_say_so(tmp_path: Path) -> None:
+    """A head that is float in the file has no codes to keep."""
+    source = load_source(str(write_llama(tmp_path / "llama.gguf")))
+    program = qc.quantize_groups(
+        source.capture(),
+        qc.QuantSpec(bits=8, group_size=16),
+        targets=["re:.*"],
+        stored=source.stored()[0],
+    )
+    kinds = {site.name: (site.bits, site.group_size) for site in program.plan.to_quantize()}
+    assert kinds.pop("lm_head") == (8, 16)
+    assert set(kinds.values()) == {(4, 32)}
+
+
+def test_nested_scales_are_dequantized_with_a_note(tmp_path: Path) -> None:
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q6_K][1]
+    raw = np.zeros((4, block), np.uint8)
+    codes, notes = read_gguf_codes(write_tensors(tmp_path / "k.gguf", {"w": (raw, "Q6_K")}))
+    assert len(codes) == 0
+    assert notes == ("1 tensors in Q6_K were dequantized: codes with nested scales cannot be kept",)
+
+
+def test_the_command_keeps_codes_unless_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_llama(tmp_path / "llama.gguf")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "one and", "completion": " two"}\n' * 4)
+    common = ["finetune", str(model), "--data", str(data), "--steps", "1", "--batch-size", "2"]
+    assert main([*common, "--out", str(tmp_path / "kept")]) == 0
+    assert "stored" in capsys.readouterr().out
+    assert main([*common, "--out", str(tmp_path / "anew"), "--bits", "3"]) == 0
+    assert "quantized anew, as asked" in "".join(capsys.readouterr())
+    widths = [
+        load_file(tmp_path / run / "quantized.safetensors")[
+            "model.layers.0.mlp.up_proj.qweight"
+        ].shape[1]
+        for run in ("kept", "anew")
+    ]
+    assert widths == [64 * 4 // 8, 64 * 3 // 8]
+
+
+# Faults
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "llama.gguf")
+    path.write_bytes(path.read_bytes()[:-4096])
+    with pytest.raises(UserInputError) as caught:
+        read_gguf_codes(path)
+    assert "fetch it again" in str(caught.value.hint)
+
+
+def test_chosen_bits_and_kept_codes_exclude_each_other(tmp_path: Path) -> None:
+    source = load_source(str(write_llama(tmp_path / "llama.gguf")))
+    spec = qc.QuantSpec(bits="auto", budget=3.0)
+    with pytest.raises(UserInputError, match="keep those of their checkpoint"):
+        qc.quantize_groups(
+            source.capture(), spec, stored=source.stored()[0], calibration=[source.kwargs]
+        )
+
+
+@pytest.mark.parametrize("nibbles", ["swapped", "interleaved"])
+def test_codes_in_another_order_are_not_taken(
+    nibbles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted fault in the decoder: no row is found, so nothing wrong is kept."""
+    from qalora_compile.capture.stored import gguf as gguf_codes
+
+    def wrong(raw: np.ndarray) -> np.ndarray:
+        low, high = raw & np.uint8(15), raw >> np.uint8(4)
+        if nibbles == "swapped":
+            return np.concatenate([high, low], axis=1)
+        return np.stack([low, high], axis=2).reshape(len(raw), -1)
+
+    monkeypatch.setattr(gguf_codes, "_nibbles", wrong)
+    source = load_source(str(write_llama(tmp_path / "llama.gguf")))
+    codes, _ = source.stored()
+    weight = source.model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    assert codes.find(weight.detach()) is None

@@ -1,0 +1,250 @@
+"""GPTQ and AWQ folders keep their codes; zero-points are told apart; groups that lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qalora_compile as qc
+from qalora_compile.capture.causal_lm import capture_causal_lm
+from qalora_compile.capture.skeleton import skeleton_of
+from qalora_compile.capture.source import load_source
+from qalora_compile.errors import QaloraError
+from qalora_compile.passes.replay import replay
+from qalora_compile.runtime.session import open_session
+from tests.capture.stored.models import Quantize, example, rewrite, weights_of, write_folder
+from tests.capture.stored.packing import pack_awq, pack_words, quantize_whole
+from tests.models import assert_close, randomize_adapters
+
+GROUP = 32
+UP = "model.layers.0.mlp.up_proj"
+
+
+def gptq_layer(
+    wanted: list[Tensor],
+    bits: int = 4,
+    *,
+    symmetric: bool = False,
+    version: int = 1,
+    act_order: bool = False,
+    floating: str = "",
+) -> Quantize:
+    """Quantize a layer, store it as GPTQ does, and note its weight."""
+
+    def quantize(module: nn.Linear) -> dict[str, Tensor]:
+        weight, k = module.weight.detach(), module.in_features
+        order = torch.arange(k)
+        if act_order:
+            order = torch.randperm(k, generator=torch.Generator().manual_seed(k))
+        codes, scale, zero = quantize_whole(weight[:, order], bits, GROUP, symmetric=symmetric)
+        scale = scale.half().float()
+        levels = codes.float().unflatten(1, (-1, GROUP)) - zero[..., None].float()
+        made = torch.empty_like(weight)
+        made[:, order] = (levels * scale[..., None]).flatten(1)
+        wanted.append(made)
+        g_idx = torch.empty(k, dtype=torch.int32)
+        g_idx[order] = (torch.arange(k) // GROUP).to(torch.int32)
+        unsorted = torch.empty_like(codes)
+        unsorted[:, order] = codes
+        stored = (zero.int() - (2 - version)) % 2**bits
+        zeros = {
+            "": pack_words(stored.t(), bits),
+            "float": zero.t().float(),
+            "offset": (-zero.float() * scale).t(),
+        }[floating]
+        return {
+            "qweight": pack_words(unsorted, bits).t(),
+            "qzeros": zeros,
+            "scales": scale.t().half(),
+            "g_idx": g_idx,
+        }
+
+    return quantize
+
+
+def gptq_config(bits: int = 4, tag: str = "gptq", **more: Any) -> dict[str, Any]:
+    said = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "checkpoint_format": tag}
+    return {"quantization_config": said | more}
+
+
+def awq_layer(wanted: list[Tensor]) -> Quantize:
+    """Quantize a layer, store it as AWQ does, and note its weight."""
+
+    def quantize(module: nn.Linear) -> dict[str, Tensor]:
+        codes, scale, zero = quantize_whole(module.weight.detach(), 4, GROUP, symmetric=False)
+        scale = scale.half().float()
+        levels = codes.float().unflatten(1, (-1, GROUP)) - zero[..., None].float()
+        wanted.append((levels * scale[..., None]).flatten(1))
+        parts = {"qweight": codes, "qzeros": zero}
+        return {n: pack_awq(p.t()) for n, p in parts.items()} | {"scales": scale.t().half()}
+
+    return quantize
+
+
+AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": GROUP}}
+
+
+def check_weights(folder: Path, wanted: list[Tensor], **options: Any) -> Any:
+    """Load; the weights are those that were stored."""
+    source = load_source(str(folder), **options)
+    found = list(weights_of(source.model).values())
+    assert len(found) == len(wanted) == 14
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+    return source
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("version", [1, 2])
+def test_gptq_weights_of_both_versions(bits: int, version: int, tmp_path: Path) -> None:
+    wanted: list[Tensor] = []
+    layer = gptq_layer(wanted, bits, version=version)
+    tag = "gptq" if version == 1 else "gptq_v2"
+    write_folder(tmp_path / "model", layer, gptq_config(bits, tag))
+    assert len(check_weights(tmp_path / "model", wanted).stored()[0]) == 14
+
+
+@pytest.mark.parametrize("tag", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_symmetric_zero_points_show_a_wrong_tag(tag: str, version: int, tmp_path: Path) -> None:
+    wanted: list[Tensor] = []
+    layer = gptq_layer(wanted, symmetric=True, version=version)
+    write_folder(tmp_path / "model", layer, gptq_config(tag=tag, sym=True))
+    source = check_weights(tmp_path / "model", wanted)
+    disagree = tag != ("gptq" if version == 1 else "gptq_v2")
+    assert any(f"read as v{version}" in note for note in source.stored()[1]) == disagree
+
+
+def test_the_caller_has_the_last_word(tmp_path: Path) -> None:
+    wanted: list[Tensor] = []
+    layer = gptq_layer(wanted, version=2)
+    write_folder(tmp_path / "model", layer, gptq_config(tag="gptq"))
+    check_weights(tmp_path / "model", wanted, zero_points="v2")
+    with pytest.raises(AssertionError):
+        check_weights(tmp_path / "model", wanted)
+
+
+@pytest.mark.parametrize("floating", ["float", "offset"])
+@pytest.mark.parametrize("told", [True, False])
+def test_floating_zero_points_of_the_script_and_of_its_fork(
+    floating: str, told: bool, tmp_path: Path
+) -> None:
+    wanted: list[Tensor] = []
+    write_folder(tmp_path / "model", gptq_layer(wanted, floating=floating), gptq_config())
+    check_weights(tmp_path / "model", wanted, zero_points=floating if told else None)
+
+
+def test_awq_weights(tmp_path: Path) -> None:
+    wanted: list[Tensor] = []
+    write_folder(tmp_path / "model", awq_layer(wanted), AWQ)
+    check_weights(tmp_path / "model", wanted)
+
+
+def test_activation_order_goes_through_to_onnx(tmp_path: Path) -> None:
+    """Groups that lie apart: the input is selected in their order, once for q, k and v."""
+    wanted: list[Tensor] = []
+    layer = gptq_layer(wanted, act_order=True)
+    write_folder(tmp_path / "model", layer, gptq_config(desc_act=True))
+    source = check_weights(tmp_path / "model", wanted)
+    captured, ids = source.capture(), example(source.model)
+    call = (ids, torch.ones_like(ids))
+    program = qc.quantize_groups(captured, stored=source.stored()[0])
+    assert {s.why_bits for s in program.plan.to_quantize()} == {"GPTQ 4 bits, act-order, as stored"}
+    assert str(program).count("aten.index_select") == 2 * 4  # q, k, v; o; gate, up; down
+    assert_close(program(*call).logits, captured(*call).logits, relative=1e-5)
+    adapted = randomize_adapters(qc.insert_adapters(program))
+    folded = qc.fold_adapters(adapted)
+    assert_close(folded(*call).logits, adapted(*call).logits, relative=1e-5)
+    qc.export_model(folded, tmp_path / "model.onnx")
+    session = open_session(tmp_path / "model.onnx", library=False, exact=True)
+    feed = dict(zip([i.name for i in session.get_inputs()], [t.numpy() for t in call], strict=True))
+    assert_close(torch.from_numpy(session.run(None, feed)[0]), folded(*call).logits, relative=1e-5)
+    assert qc.prove_equivalence(folded, tmp_path / "model.onnx").passed
+    folded.save(tmp_path / "folded")
+    again = qc.Program.load(tmp_path / "folded")
+    assert torch.equal(again(*call).logits, folded(*call).logits)
+    cached = replay(folded, capture_causal_lm(skeleton_of(source.model)))
+    orders = {n: t for n, t in folded.tensors().items() if n.endswith(".order")}
+    assert orders
+    assert all(torch.equal(cached.tensors()[name], order) for name, order in orders.items())
+
+
+def test_an_svd_start_knows_the_order(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", gptq_layer([], act_order=True), gptq_config())
+    source = load_source(str(tmp_path / "model"))
+    captured = source.capture()
+    program = qc.quantize_groups(captured, stored=source.stored()[0])
+    spec = qc.AdapterSpec(rank=2, init="svd")
+    started = qc.insert_adapters(program, spec, source=captured)
+    ids = example(source.model)
+    mask = torch.ones_like(ids)  # nothing was lost, so there is nothing to correct
+    assert_close(started(ids, mask).logits, captured(ids, mask).logits, relative=1e-4)
+
+
+# Faults
+
+
+def replaced(part: str, value: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.{part}"] = value(tensors[f"{UP}.{part}"]).contiguous()
+
+    return change
+
+
+def without_scales(tensors: dict[str, Tensor]) -> None:
+    del tensors[f"{UP}.scales"]
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
+    "packed zero-points of another width": (
+        replaced("qzeros", lambda t: t[:, :-1]),
+        "scales of .* want",
+    ),
+    "no scales": (without_scales, "no tensor .*scales"),
+    "scales cut": (replaced("scales", lambda t: t[:-1]), "qzeros is"),
+    "codes cut": (replaced("qweight", lambda t: t[:-4]), "g_idx is|codes"),
+    "codes as floats": (replaced("qweight", lambda t: t.float()), "not int32"),
+    "unlike groups": (replaced("g_idx", torch.zeros_like), "not of 32 columns each"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_inconsistent_tensors_are_refused(kind: str, tmp_path: Path) -> None:
+    change, words = FAULTS[kind]
+    write_folder(tmp_path / "model", gptq_layer([]), gptq_config())
+    rewrite(tmp_path / "model", change)
+    with pytest.raises(QaloraError, match=words):
+        load_source(str(tmp_path / "model"))
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str | None, str]] = {
+    "another packing": (gptq_config(tag="marlin"), None, "packed as 'marlin'"),
+    "no bits": ({"quantization_config": {"quant_method": "gptq"}}, None, "does not say bits"),
+    "floats said of integers": (gptq_config(), "offset", "stored as integers"),
+    "an unknown word": (gptq_config(), "v3", "zero_points is 'v3'"),
+    "awq of another layout": (
+        {"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}},
+        None,
+        "layout 'gemv'",
+    ),
+    "zero-points said of AWQ": (AWQ, "v1", "not GPTQ's"),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_options_that_cannot_be_are_refused(kind: str, tmp_path: Path) -> None:
+    config, zero_points, words = OPTIONS[kind]
+    write_folder(tmp_path / "model", gptq_layer([]), config)
+    with pytest.raises(QaloraError, match=words):
+        load_source(str(tmp_path / "model"), zero_points=zero_points)
+
+
+def test_integers_said_of_floats_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", gptq_layer([], floating="float"), gptq_config())
+    with pytest.raises(QaloraError, match="stored in floating point"):
+        load_source(str(tmp_path / "model"), zero_points="v1")
