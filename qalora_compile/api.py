@@ -14,7 +14,9 @@ from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
 from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
 from qalora_compile.ir.signature import Call
+from qalora_compile.ir.stored import StoredWeight
 from qalora_compile.passes.annotate_linears import AnnotateLinears
+from qalora_compile.passes.assign_bits import AssignBits
 from qalora_compile.passes.base import Pass
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
 from qalora_compile.passes.choose_bits import choose_bits
@@ -57,6 +59,7 @@ def quantize_groups(
     exclude: Iterable[str] = (),
     embeddings: QuantSpec | None = None,
     calibration: Iterable[Call] | None = None,
+    stored: Mapping[str, StoredWeight] | None = None,
 ) -> Program:
     """Decide which linear layers to quantize, and quantize them.
 
@@ -73,6 +76,8 @@ def quantize_groups(
         embeddings: Bits (8 or 4) and group size of embeddings and of the head, which then get whole
             zero-points and no adapter, see `passes.quantize_embeddings`; None leaves embeddings,
             and heads tied to them, in float.
+        stored: Weights that the checkpoint holds quantized (`Source.stored`), by path: they are
+            taken as they are, with their own bits and group sizes, and no other is quantized.
 
     Raises:
         UserInputError: a pattern matches nothing, a weight is not finite, nothing is left to
@@ -80,6 +85,8 @@ def quantize_groups(
             missing, do not fit or are all padding, or the budget of bits `"auto"` is too small.
         PreconditionError: the program is at another stage.
     """
+    if stored:
+        return _take_stored(program, stored, exclude)
     calls = None if calibration is None else tuple(calibration)
     steps: list[Pass] = []
     if program.stage != ANNOTATED:
@@ -104,6 +111,17 @@ def quantize_groups(
         )
     plan = result.program.plan.explain("why_bits", reasons)
     return result.program.evolve(plan=plan) if reasons else result.program
+
+
+def _take_stored(
+    program: Program, stored: Mapping[str, StoredWeight], exclude: Iterable[str]
+) -> Program:
+    """The program with the codes that a checkpoint holds."""
+    annotated = Pipeline(_annotation(tuple(stored), exclude))(program).program
+    weights = {site.path: stored[site.path] for site in annotated.plan.weights_to_quantize()}
+    choices = tuple(f"{path}={w.bits}/{w.group_size}" for path, w in weights.items())
+    steps: list[Pass] = [AssignBits(choices=choices), QuantizeGroups(stored=weights)]
+    return Pipeline(steps)(annotated).program
 
 
 def _annotation(

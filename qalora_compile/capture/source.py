@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from qalora_compile.capture.encoder_decoder import (
 )
 from qalora_compile.capture.model import capture_model
 from qalora_compile.capture.skeleton import model_class, transformers_module
+from qalora_compile.capture.stored_checkpoint import is_stored, load_stored
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.stored import StoredWeight
 from qalora_compile.optional import require
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -45,6 +47,8 @@ class Source:
         tokenizer: Of a language model that brings one, else None.
         decoder_start: The token that the decoder of a model with an encoder begins with, else None.
         head: Names of the parameters that the checkpoint did not hold, and which must be trained.
+        stored: Weights that the checkpoint holds quantized, by the path of their layer.
+        notes: What loading had to say.
     """
 
     reference: str
@@ -55,19 +59,23 @@ class Source:
     tokenizer: Any = None
     decoder_start: int | None = None
     head: tuple[str, ...] = ()
+    stored: Mapping[str, StoredWeight] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def capture(self) -> Program:
         """Capture the model with its example inputs."""
-        return capture_model(self.model, self.args, self.kwargs)
+        program = capture_model(self.model, self.args, self.kwargs)
+        return replace(program, notes=(*self.notes, *program.notes))
 
 
-def load_source(reference: str) -> Source:
+def load_source(reference: str, *, zero_points: str | None = None) -> Source:
     """Load a model by reference.
 
     Args:
         reference: A folder with `config.json` and safetensors, a `.gguf` file, or
             `package.module:factory`, where the factory takes no argument and returns
             `(model, example_args, example_kwargs)`.
+        zero_points: Of a GPTQ checkpoint, `v1` or `v2`, against what it says itself.
 
     Raises:
         UserInputError: nothing is there, a file is truncated or malformed, or the factory fails.
@@ -75,7 +83,7 @@ def load_source(reference: str) -> Source:
     """
     path = Path(reference)
     if path.is_dir():
-        return _load_folder(reference, path)
+        return _load_folder(reference, path, zero_points)
     if path.suffix == ".gguf":
         return _load_gguf(reference, path)
     if _FACTORY.fullmatch(reference):
@@ -121,8 +129,12 @@ def unreadable(path: Path, error: Exception) -> UserInputError:
     )
 
 
-def _load_folder(reference: str, path: Path) -> Source:
+def _load_folder(reference: str, path: Path, zero_points: str | None) -> Source:
     check_safetensors(path)
+    if is_stored(path):
+        model, stored, notes = load_stored(path, zero_points=zero_points)
+        made = _language_model(reference, "huggingface", model, load_folder_tokenizer(path))
+        return replace(made, stored=stored, notes=notes)
     kind = model_class(path)
     try:
         model = kind.from_pretrained(

@@ -17,7 +17,13 @@ from qalora_compile.capture.peft_adapter import (
 )
 from qalora_compile.capture.source import Source, load_source
 from qalora_compile.cli.folders import save_description, save_tokenizer, write_run_file
-from qalora_compile.cli.quantized import add_quant_arguments, print_reports, quant_spec
+from qalora_compile.cli.quantized import (
+    add_quant_arguments,
+    add_stored_arguments,
+    print_reports,
+    quant_spec,
+    stored_of,
+)
 from qalora_compile.cli.ui import print_summary, steps
 from qalora_compile.config import CALIBRATED, QuantSpec
 from qalora_compile.errors import UserInputError
@@ -61,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
     add_quant_arguments(parser)
+    add_stored_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing RUN")
 
 
@@ -78,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     adapters = _read(options)
     with steps() as shown, collecting_reports() as reports:
         shown.say(f"load {options.model}")
-        source = load_source(options.model)
+        source = load_source(options.model, zero_points=options.zero_points)
         saved = put_saved_(source.model, adapters)
         program, lost = _adapted(options, source, _together(adapters), quant)
         record = {
@@ -124,7 +131,11 @@ def _adapted(
         merge_(source.model, updates)
         updates = {}
     program = quantize_groups(
-        source.capture(), quant, targets=options.targets or "all-linear", exclude=options.exclude
+        source.capture(),
+        quant,
+        targets=options.targets or "all-linear",
+        exclude=options.exclude,
+        stored={} if options.plain == MERGE else stored_of(options, source),
     )
     approximate = options.plain == APPROXIMATE
     adapted = take_updates(program, updates, approximate=approximate)

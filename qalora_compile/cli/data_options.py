@@ -102,7 +102,7 @@ def recorded_classes(options: argparse.Namespace, record: dict[str, Any]) -> tup
 def load_model(options: argparse.Namespace) -> tuple[Source, tuple[str, ...]]:
     """The model, and the classes of a classification task, which the training data name."""
     if options.task == LANGUAGE:
-        return load_source(options.model), ()
+        return load_source(options.model, zero_points=options.zero_points), ()
     found = find_classes(options.data)
     source = load_classifier(options.model, found, seed=options.seed)
     return source, classes_of(source)

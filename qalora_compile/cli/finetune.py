@@ -43,9 +43,11 @@ from qalora_compile.cli.folders import (
 )
 from qalora_compile.cli.quantized import (
     add_quant_arguments,
+    add_stored_arguments,
     number_or_auto,
     print_reports,
     quant_spec,
+    stored_of,
 )
 from qalora_compile.cli.ui import Steps, print_summary, steps
 from qalora_compile.config import AUTO, CALIBRATED, INITS, POOLINGS, AdapterSpec, QuantSpec
@@ -97,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
     quant = parser.add_argument_group("quantization")
     add_quant_arguments(quant, auto=True)
+    add_stored_arguments(quant)
     add_embedding_arguments(quant)
     quant.add_argument(
         "--calibration",
@@ -222,6 +225,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
             exclude=excluded(options, source),
             embeddings=embeddings,
             calibration=calls if _quantizes_by_data(options) else None,
+            stored=stored_of(options, source),
         )
     program = insert_adapters(
         program, adapter, source=captured, calibration=calls, train=source.head

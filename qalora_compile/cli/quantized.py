@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qalora_compile.capture.source import Source
 from qalora_compile.cli.alike import pattern_of, ranges_of
 from qalora_compile.cli.ui import print_table
 from qalora_compile.config import AUTO, BUDGET_UNITS, METHODS, SUPPORTED_BITS, QuantSpec
+from qalora_compile.ir.stored import StoredWeight
 from qalora_compile.quantizers.report import QuantReport
 
 _COLUMNS = (
@@ -37,6 +39,23 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
     )
     group.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
     group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="to keep")
+
+
+def add_stored_arguments(group: argparse._ActionsContainer) -> None:
+    """Declare what is done with a base that is quantized already."""
+    group.add_argument(
+        "--requantize",
+        action="store_true",
+        help="quantize a GPTQ or AWQ checkpoint anew; without, its codes are taken as they are",
+    )
+    group.add_argument(
+        "--zero-points", choices=("v1", "v2"), help="of a GPTQ checkpoint, against its own tag"
+    )
+
+
+def stored_of(options: argparse.Namespace, source: Source) -> Mapping[str, StoredWeight]:
+    """The weights of a checkpoint that are quantized already, and stay as they are."""
+    return {} if options.requantize else source.stored
 
 
 def quant_spec(options: argparse.Namespace, **more: Any) -> QuantSpec:

@@ -20,6 +20,7 @@ from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import ANNOTATED, CODE_NAMES, QUANTIZED, Program
 from qalora_compile.ir.signature import Call
 from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, ON_CODES
+from qalora_compile.ir.stored import StoredWeight
 from qalora_compile.passes.base import Change, Pass, PassResult, data_field
 from qalora_compile.passes.rewrite import TensorNodes, freeze
 from qalora_compile.progress import track
@@ -59,6 +60,8 @@ class QuantizeGroups(QuantSpec, Pass):
     Attributes:
         calibration: Calls of the program, tuples or mappings, whose inputs the weights are
             quantized for, or None. No option: text cannot carry it.
+        stored: Weights that are quantized already, by path: their codes, scales and offsets are
+            taken as they are. No option either.
     """
 
     name: ClassVar[str] = "quantize-groups"
@@ -66,6 +69,7 @@ class QuantizeGroups(QuantSpec, Pass):
     produces: ClassVar[str | None] = QUANTIZED
 
     calibration: tuple[Call, ...] | None = data_field(None)
+    stored: Mapping[str, StoredWeight] | None = data_field(None)
 
     def requires(self, program: Program) -> None:
         """The plan has something to quantize, bits for it, and there are the data it needs.
@@ -110,6 +114,7 @@ class QuantizeGroups(QuantSpec, Pass):
         weights = [s for s in program.plan.weights_to_quantize() if s.name in linears]
         calls = self.calibration
         made = {} if calls is None else self._calibrate(calls, weights, linears, program)
+        made |= {site.path: self._as_stored(site) for site in weights if self._has(site)}
         uncalibrated = [s for s in weights if calls is not None and s.path not in made]
         for site in track(weights, "quantize"):
             if site.path not in made:
@@ -176,6 +181,28 @@ class QuantizeGroups(QuantSpec, Pass):
 
         replace_in_order(program, calls, quantize)
         return made
+
+    def _has(self, site: Site) -> bool:
+        return self.stored is not None and site.path in self.stored
+
+    def _as_stored(self, site: Site) -> _Made:
+        """The tensors of a weight that is quantized already.
+
+        Raises:
+            PreconditionError: it has other sizes than the layer, or is planned otherwise.
+        """
+        assert self.stored is not None, "asked before"
+        weight, spec = self.stored[site.path], self.spec_of(site)
+        planned = (site.n, site.k, spec.bits, spec.group_size)
+        if (weight.scale.shape[0], weight.k, weight.bits, weight.group_size) != planned:
+            raise PreconditionError(
+                f"the stored weight has {weight.bits} bits in groups of {weight.group_size} and is "
+                f"{weight.k}×{weight.scale.shape[0]}, the plan says {spec.bits}, {spec.group_size} "
+                f"and {site.shape}",
+                where=site.name,
+                hint="qc.quantize_groups(program, stored=…) plans them as they are stored",
+            )
+        return _Made(_named(site, weight.tensors), ("as stored",))
 
     def _by_weight(self, site: Site, linear: LinearMap, program: Program, seen: Seen) -> _Made:
         """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""
