@@ -1,4 +1,7 @@
-"""SmolLM2-135M proved at every step: program, folded, lowered for every target, and as a file."""
+"""SmolLM2-135M proved at every step: program, folded, lowered for every target, and as a file.
+
+The file is also run and compared along the graph.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 import qalora_compile as qc
 from qalora_compile.api import lower
 from qalora_compile.capture.source import load_source
-from qalora_compile.verify import check_certificate
+from qalora_compile.verify import check_certificate, compare_nodes, named_inputs
 from tests.models import randomize_adapters
 from tests.verify.planted import SPECS
 
@@ -41,3 +44,10 @@ def test_every_layer_of_a_real_model_is_proved(
     assert list(certificate.sampled) == behind_attention
     certificate.write(tmp_path / "equal.json")
     assert check_certificate(tmp_path / "equal.json")[1] == []
+
+    calls = named_inputs(folded, 1)
+    tried = {name: calls[name] for name in ("random 0", "left padding")}
+    report = compare_nodes(folded, tmp_path / "model.onnx", tried, levels=("all",)).check()
+    sites = [row for row in report.ways[0].rows if row.kind == "site"]
+    assert len(sites) >= 210
+    assert {row.kind for row in report.ways[0].rows} == {"read", "node", "site", "output"}
