@@ -30,8 +30,8 @@ from qalora_compile.ir.program import Program
 from qalora_compile.runtime import LanguageModel, open_session
 
 EXAMPLES = """examples:
-  python -m benchmarks.llama_cpp FOLDED --build llama-venv
-  python -m benchmarks.llama_cpp FOLDED --python llama-venv/bin/python --json llama.json
+  python -m benchmarks.llama_cpp --build llama-venv FOLDED
+  python -m benchmarks.llama_cpp --python llama-venv/bin/python --json llama.json FOLDED
 """
 PACKAGE = "llama-cpp-python==0.3.36"
 CMAKE = (
