@@ -30,8 +30,8 @@ from qalora_compile.ir.program import Program
 from qalora_compile.runtime import LanguageModel, open_session
 
 EXAMPLES = """examples:
-  python -m benchmarks.llama_cpp FOLDED --build llama-venv
-  python -m benchmarks.llama_cpp FOLDED --python llama-venv/bin/python --json llama.json
+  python -m benchmarks.llama_cpp --build llama-venv FOLDED
+  python -m benchmarks.llama_cpp --python llama-venv/bin/python --json llama.json FOLDED
 """
 PACKAGE = "llama-cpp-python==0.3.36"
 CMAKE = (
@@ -103,7 +103,8 @@ def run_llama(python: Path, job: dict[str, Any], scratch: Path) -> dict[str, Any
     """What llama.cpp makes of a job."""
     place = scratch / "job.json"
     place.write_text(json.dumps(job), "utf-8")
-    subprocess.run([str(python), str(SIDE), str(place)], check=True)
+    # Isolated: this folder has a module of the name of the library.
+    subprocess.run([str(python), "-I", str(SIDE), str(place)], check=True)
     found: dict[str, Any] = json.loads((scratch / "found.json").read_text("utf-8"))
     return found
 

@@ -40,7 +40,8 @@ def test_missed_targets_are_named(measured: Seconds, missed: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["passes", "ort_layers", "ort_model", "export_time", "proof", "quantizers"]
+    "name",
+    ["passes", "ort_layers", "ort_model", "export_time", "proof", "quantizers", "llama_cpp"],
 )
 def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = importlib.import_module(f"benchmarks.{name}")

@@ -41,17 +41,16 @@ def export_checkpoint(options: argparse.Namespace, spec: ExportSpec) -> int:
         console.print(f"{name}: {capability}", markup=False)
     described = source / MODEL if (source / MODEL).is_dir() else None
     tokenizer = source / TOKENIZER if described and (source / TOKENIZER).is_dir() else None
+    spec = dataclasses.replace(spec, overwrite=options.overwrite)
     with steps():
         program, _ = load_run(source, deferred=True)
-        with atomic_folder(out, overwrite=options.overwrite) as folder:
-            place = folder / GGUF_FILE if kind.suffix else folder / "checkpoint"
-            report = export_model(program, place, spec, model=described, tokenizer=tokenizer)
-            if kind.suffix:
+        if not kind.suffix:
+            report = export_model(program, out, spec, model=described, tokenizer=tokenizer)
+        else:
+            with atomic_folder(out, overwrite=options.overwrite) as folder:
+                file = folder / GGUF_FILE
+                report = export_model(program, file, spec, model=described, tokenizer=tokenizer)
                 write_record(folder, report, spec)
-            else:
-                for file in list(place.iterdir()):
-                    file.rename(folder / file.name)
-                place.rmdir()
     written = out / GGUF_FILE if kind.suffix else out
     _show(dataclasses.replace(report, path=written), source, time.monotonic() - started)
     return 0

@@ -36,6 +36,7 @@ from qalora_compile.ir.plan import EMBEDDING
 
 _LANES = {8: 1, 4: 2, 3: 10, 2: 4}
 """Bits → how many rows share an element."""
+_HEAD = "lm_head"
 _PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
 
 
@@ -78,11 +79,17 @@ def write_hqq(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[St
         "quantization_config": {
             "quant_method": "hqq",
             "quant_config": {"weight_quant_params": weights, "offload_meta": False, **others},
-            "skip_modules": [la.name for la in layers if _misfit(la)] + ["lm_head"],
+            "skip_modules": _skipped(layers),
         },
     }
     writer.finish(checkpoint.description, changes | checkpoint.untied())
     return rows
+
+
+def _skipped(layers: tuple[Layer, ...]) -> list[str]:
+    """The linear layers that stay in float: those that cannot be packed, and the head."""
+    odd = [layer.name for layer in layers if _misfit(layer)]
+    return odd if any(layer.name == _HEAD for layer in layers) else [*odd, _HEAD]
 
 
 _FIXED = {"channel_wise": True, "optimize": False, "round_zero": False, "view_as_float": False}

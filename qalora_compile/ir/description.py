@@ -19,7 +19,8 @@ class Description:
         ties: Further name of a tensor → its first name.
         generation: `generation_config.json`, if there is one.
         tokenizer: Folder with the tokenizer's files, if there is a tokenizer.
-        gguf: A GGUF file whose metadata are the model's, if it came from one.
+        gguf: A GGUF file whose metadata are the model's, if it came from one. A GGUF file gets
+            them as they are, its tokenizer among them.
     """
 
     config: Mapping[str, Any]

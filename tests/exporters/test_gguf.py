@@ -20,7 +20,11 @@ from qalora_compile.capture.source import load_source
 from qalora_compile.cli.folders import save_description
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.exporters import gguf as exporter
-from qalora_compile.exporters.gguf_metadata import architecture_of
+from qalora_compile.exporters.gguf_metadata import (
+    architecture_of,
+    context_of,
+    pre_tokenizer,
+)
 from qalora_compile.ir.affine import GroupAffine
 from tests.exporters.checkpoints import (
     HIDDEN,
@@ -220,6 +224,50 @@ def test_llama3_frequencies_become_factors(tmp_path: Path) -> None:
     plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
     assert np.allclose(plain / factors, turned.inv_freq.numpy(), rtol=1e-6)
     assert factors[0] == pytest.approx(1.0, rel=1e-6) and factors[-1] == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "context"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"max_position_embeddings": 64, "sliding_window": 32}, 32),
+        ({"max_position_embeddings": 64, "sliding_window": 128}, 64),
+        ({"max_position_embeddings": 64, "sliding_window": 32, "use_sliding_window": False}, 64),
+    ],
+)
+def test_a_window_ends_the_context(settings: dict[str, Any], context: int) -> None:
+    assert context_of(settings) == context
+
+
+def test_rules_for_words_are_known_by_what_they_do(tmp_path: Path) -> None:
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    words += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    byte_level = {"type": "ByteLevel", "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    plain = byte_level | {"use_regex": False}
+
+    def rule(*steps: dict[str, Any], kind: str = "BPE") -> str:
+        value = {"model": {"type": kind}, "normalizer": None,
+                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)}}  # fmt: skip
+        return pre_tokenizer(value, tmp_path)
+
+    split = {"type": "Split", "pattern": {"Regex": words}}
+    apart = {"type": "Split", "pattern": {"Regex": words.replace("{1,3}", "")}}
+    assert rule(byte_level) == "gpt-2"
+    assert rule(digits, byte_level) == "smollm"
+    assert rule(split, plain) == "llama-bpe"
+    assert rule(apart, plain) == "qwen2"
+    for steps in (
+        (digits | {"individual_digits": False}, byte_level),
+        (plain,),
+        (split, byte_level),
+        ({"type": "Split", "pattern": {"Regex": "x"}}, plain),
+        (byte_level, digits),
+    ):
+        with pytest.raises(UnsupportedError, match="no rule of llama.cpp"):
+            rule(*steps)
+    with pytest.raises(UnsupportedError, match="for a Unigram tokenizer"):
+        rule(byte_level, kind="Unigram")
 
 
 def test_what_is_not_on_codes_takes_the_smallest_exact_type(tmp_path: Path) -> None:
