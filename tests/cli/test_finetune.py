@@ -128,7 +128,7 @@ def test_a_run_that_lost_its_last_steps_goes_on_alike(
     ("change", "said"),
     [
         (["--lr", "2e-2"], "started with --lr 0.01, not 0.02"),
-        (["--bits", "3"], "started with --bits 4, not 3"),
+        (["--bits", "3"], "started with --bits unset, not 3"),
         (["--rank", "8"], "started with --rank 4, not 8"),
         (["--exclude", "lm_head"], "started with --exclude none, not lm_head"),
         (["--seq-len", "64"], "started with --seq-len 512, not 64"),
