@@ -272,7 +272,7 @@ class AdapterSpec(Spec):
                 f"zero_point is {self.zero_point!r} with kind 'scale'",
                 hint="that kind leaves zero-points as they are: leave the option out",
             )
-        for field, usual in (("init", "zeros"), ("group_size", None)):
+        for field, usual in (("init", "zeros"), ("group_size", None), ("dropout", 0.0)):
             if self.keeps_whole and getattr(self, field) != usual:
                 raise UserInputError(
                     f"{field} is {getattr(self, field)!r} with whole zero-points",

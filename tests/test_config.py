@@ -185,7 +185,12 @@ def test_scaling() -> None:
 
 @pytest.mark.parametrize(
     ("pooling", "factor"),
-    [("sum", 1.0), ("mean", 1 / 32), ("mean_times_groups", 4 / 32), ("scaled_sum", 32**-0.5)],
+    [
+        ("sum", 1.0),
+        ("mean", 1 / 32),
+        ("mean_times_groups", 4 / 32),
+        ("scaled_sum", 1 / math.sqrt(32)),
+    ],
 )
 def test_pooling_factor(pooling: str, factor: float) -> None:
     assert AdapterSpec(pooling=pooling).pooling_factor(32, 4) == factor

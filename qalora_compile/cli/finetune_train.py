@@ -42,15 +42,15 @@ def train(job: Job, options: argparse.Namespace, shown: Steps, processes: Proces
                 recorder.record(report)
             view.show(report)
             over = state.is_over(job.spec)
-            due = over or interrupted() or report.step % options.save_every == 0
-            if due and processes.is_first:
+            if processes.is_first and (over or report.step % options.save_every == 0):
                 job.save(options.keep)
             return interrupted() and not over
 
         if processes.is_first:
+            job.record.pop("problem", None)
             job.note(status=TRAINING)
         try:
-            return fit(
+            result = fit(
                 job.trained,
                 job.batches,
                 job.spec,
@@ -59,6 +59,9 @@ def train(job: Job, options: argparse.Namespace, shown: Steps, processes: Proces
                 on_step=on_step,
                 processes=processes,
             )
+            if result.stopped and processes.is_first and result.step % options.save_every:
+                job.save(options.keep)  # here: the interrupt may have reached another process
+            return result
         except UserInputError as error:
             if processes.is_first:
                 job.note(status=FAILED, problem=error.what)

@@ -21,7 +21,7 @@ from qalora_compile.files import atomic_folder, read_json, write_json
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import ADAPTED, ADAPTER_NAMES, Program
-from qalora_compile.ir.spec import ADAPTERS, POOLED_ADAPTER, pooled_input
+from qalora_compile.ir.spec import ADAPTERS, POOLED_ADAPTER, WHOLE_LINEAR, pooled_input
 from qalora_compile.ir.storage import load_tensors, save_tensors
 from qalora_compile.training.checkpoint import load_adapters
 
@@ -62,7 +62,7 @@ def save_peft(
     Raises:
         PreconditionError: the program has no adapters.
         UnsupportedError: PEFT has no such adapters: those of stacked experts, of two group sizes,
-            or parameters that train beside them.
+            that keep zero-points whole, or parameters that train beside them.
         UserInputError: the folder exists, or there is no such pooling.
     """
     one_of("pooling", pooling, POOLINGS)
@@ -155,6 +155,12 @@ def _layers(program: Program) -> dict[str, _Layer]:
         )
     found = {}
     for node in program.graph.nodes:
+        if node.target is WHOLE_LINEAR:
+            raise UnsupportedError(
+                "PEFT has no adapters that keep zero-points whole",
+                where=site_of(node),
+                hint="save the whole program: Program.save",
+            )
         if node.target not in ADAPTERS:
             continue
         (total,) = node.users

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.affine import expand_groups
-from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.spec import ADAPTERS, tensor_argument
 from qalora_compile.optional import require
 from qalora_compile.pages import Page, bar_chart, line_chart
-from qalora_compile.passes.fold_adapters import Adapter, match_adapter
+from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.training.samples import Question
 
 REPORT_FILE = "report.html"
@@ -26,14 +23,14 @@ _ROWS = 400
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What an adapter does to the weight of a layer.
+    """What folding an adapter changes in a layer.
 
     Attributes:
         path: Of the weight.
         shape: `K×N`.
         bits: Width of a code.
         rank: Of the adapter.
-        norm: Frobenius norm of scaling · f · (B A): of the change of the offsets.
+        norm: Frobenius norm of the change of scales and offsets.
         shift: Root mean square of the change of a zero-point, −offset / scale, in codes.
         largest: Its largest absolute value. Groups of equal weights, whose scale is 0, have no
             zero-point and are left out.
@@ -50,44 +47,30 @@ class LayerChange:
 
 def layer_changes(program: Program) -> list[LayerChange]:
     """What folding would change, one entry for each adapted weight, in graph order."""
-    found: dict[str, LayerChange] = {}
-    for node in program.graph.nodes:
-        if node.target not in ADAPTERS:
-            continue
-        adapter = match_adapter(node)
-        site = program.plan[site_of(adapter.total) or ""]
-        if site.path in found:
-            continue
-        update = _update(program, adapter)
-        scale = tensor_argument(program, adapter.base, 2).double()
-        ratio, used = _spread(update, adapter, scale.shape[-1]) / scale, scale != 0
-        moved = ratio[used]
-        assert site.bits is not None and site.rank is not None
-        found[site.path] = LayerChange(
-            path=site.path,
-            shape=site.shape,
-            bits=site.bits,
-            rank=site.rank,
-            norm=float(update.norm()),
-            shift=float(moved.square().mean().sqrt()) if moved.numel() else 0.0,
-            largest=float(moved.abs().max()) if moved.numel() else 0.0,
+    before = program.tensors()
+    after = FoldAdapters()(program).program.tensors()
+    found = []
+    for site in program.plan.weights_to_adapt():
+        (scale, offset), (new_scale, new_offset) = (
+            [tensors[f"{site.path}.{part}"].double() for part in ("scale", "offset")]
+            for tensors in (before, after)
         )
-    return list(found.values())
-
-
-def _update(program: Program, adapter: Adapter) -> Tensor:
-    """Scaling · f · (B A), `[N, L']` or `[E, N, L']`, float64."""
-    lora_a, lora_b = (tensor_argument(program, adapter.update, i).detach() for i in (1, 2))
-    scaling: Any = adapter.update.args[-1]
-    update: Tensor = scaling * (lora_b.double() @ lora_a.double())
-    return update
-
-
-def _spread(update: Tensor, adapter: Adapter, groups: int) -> Tensor:
-    """The update of pooling groups, for each quantization group."""
-    pool: Any = adapter.pooled.args[1]
-    group: Any = adapter.base.args[6]
-    return expand_groups(update, pool // group, groups)
+        used = (scale != 0) & (new_scale != 0)
+        moved = (offset[used] / scale[used] - new_offset[used] / new_scale[used]).abs()
+        assert site.bits is not None
+        assert site.rank is not None
+        found.append(
+            LayerChange(
+                path=site.path,
+                shape=site.shape,
+                bits=site.bits,
+                rank=site.rank,
+                norm=float(torch.stack([new_scale - scale, new_offset - offset]).norm()),
+                shift=float(moved.square().mean().sqrt()) if moved.numel() else 0.0,
+                largest=float(moved.max()) if moved.numel() else 0.0,
+            )
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -174,8 +157,8 @@ def _add_curves(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
 def _add_layers(page: Page, changes: Sequence[LayerChange]) -> None:
     page.section(
         "Layers",
-        "What folding adds to the offsets, scaling · f · (B A), and how far that moves the "
-        "zero-points −offset / scale, counted in codes.",
+        "What folding changes in scales and offsets (offset + scaling · f · B A), and how far that "
+        "moves the zero-points −offset / scale, counted in codes.",
     )
     paths = [change.path for change in changes]
     norms = {"norm": [change.norm for change in changes]}

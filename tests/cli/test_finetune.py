@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from qalora_compile.cli.finetune_train import View
 from qalora_compile.cli.main import main
 from qalora_compile.ir.storage import load_tensors
+from qalora_compile.training import StepReport
 from qalora_compile.training.checkpoint import list_checkpoints
 from qalora_compile.training.fit import _Training
 from qalora_compile.training.log import read_log
@@ -124,11 +126,33 @@ def test_a_run_that_lost_its_last_steps_goes_on_alike(
     assert not list((cut / "checkpoints").glob(".*"))
 
 
+def test_an_interrupt_saves_where_it_is_and_resume_goes_on(
+    run: Path, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in step 3, which no checkpoint is due after."""
+    out, show = tmp_path / "run", View.show
+
+    def interrupt(self: View, report: StepReport) -> None:
+        show(self, report)
+        if report.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(View, "show", interrupt)
+        assert main([*command, "--out", str(out)]) == 130
+    assert [c.step for c in list_checkpoints(out / "checkpoints")] == [2, 3]
+    assert (record(out)["status"], record(out)["step"]) == ("interrupted", 3)
+    assert main([*command, "--out", str(out), "--resume"]) == 0
+    ends = [load_tensors(folder / "adapters.safetensors") for folder in (run, out)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert (record(out)["status"], record(out)["step"]) == ("finished", 6)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (["--lr", "2e-2"], "started with --lr 0.01, not 0.02"),
-        (["--bits", "3"], "started with --bits 4, not 3"),
+        (["--bits", "3"], "started with --bits unset, not 3"),
         (["--rank", "8"], "started with --rank 4, not 8"),
         (["--exclude", "lm_head"], "started with --exclude none, not lm_head"),
         (["--seq-len", "64"], "started with --seq-len 512, not 64"),

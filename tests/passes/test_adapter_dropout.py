@@ -112,6 +112,13 @@ def test_a_module_that_takes_only_a_weight_is_refused() -> None:
         qc.adapt_module_(attention, (x, x, x), {"need_weights": False}, adapter=SPEC)
 
 
+@pytest.mark.parametrize("variant", [{"kind": "scale"}, {"zero_point": "integer"}])
+def test_adapters_that_keep_zero_points_whole_drop_nothing(variant: dict[str, str]) -> None:
+    """They act on the weight, which has no input to drop."""
+    with pytest.raises(UserInputError, match="dropout is 0.1 with whole zero-points"):
+        qc.AdapterSpec(dropout=0.1, **variant)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dropout", [1.0, -0.1, float("nan"), "much"])
 def test_a_probability_out_of_range_is_refused(dropout: float) -> None:
     with pytest.raises(UserInputError, match="dropout"):

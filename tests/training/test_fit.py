@@ -119,6 +119,22 @@ def test_b_learns_at_a_rate_of_its_own() -> None:
         assert distance == pytest.approx(rate, rel=1e-2), name
 
 
+@pytest.mark.parametrize("pooling", ["mean", "scaled_sum"])
+def test_a_pooling_is_a_rate_of_a(pooling: str) -> None:
+    """A starts in units of 1 / f, and AdamW's steps have no unit: f A learns at f times the rate.
+
+    docs/training.md chooses among poolings by it.
+    """
+    factor = qc.AdapterSpec(pooling=pooling).pooling_factor(32, 2)
+    spec = FitSpec(steps=6, batch_size=6, learning_rate=5e-3, clip=1e6)
+    slower = dataclasses.replace(
+        spec, learning_rate=5e-3 * factor, lora_plus_ratio=1 / factor
+    )  # of A alone
+    found = fit(language_model(pooling=pooling), EXAMPLES, spec).losses
+    assert found == pytest.approx(fit(language_model(), EXAMPLES, slower).losses, abs=1e-4)
+    assert found != pytest.approx(fit(language_model(), EXAMPLES, spec).losses, abs=1e-3)
+
+
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_small_batches_add_up_to_a_large_one(accumulate: int) -> None:
     """Examples of other lengths: a mean of means would be another number."""
