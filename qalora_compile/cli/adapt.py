@@ -17,7 +17,13 @@ from qalora_compile.capture.peft_adapter import (
 )
 from qalora_compile.capture.source import Source, load_source
 from qalora_compile.cli.folders import save_description, save_tokenizer, write_run_file
-from qalora_compile.cli.quantized import add_quant_arguments, print_reports, quant_spec
+from qalora_compile.cli.quantized import (
+    add_quant_arguments,
+    add_stored_argument,
+    print_reports,
+    quant_spec,
+    stored_codes,
+)
 from qalora_compile.cli.ui import print_summary, steps
 from qalora_compile.config import CALIBRATED, QuantSpec
 from qalora_compile.errors import UserInputError
@@ -25,6 +31,7 @@ from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.low_rank import LowRankUpdate
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import write_program
+from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.passes.take_updates import Updates, losses, take_updates
 from qalora_compile.quantizers.report import collecting_reports
 
@@ -61,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
     add_quant_arguments(parser)
+    add_stored_argument(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing RUN")
 
 
@@ -78,9 +86,10 @@ def run(options: argparse.Namespace) -> int:
     adapters = _read(options)
     with steps() as shown, collecting_reports() as reports:
         shown.say(f"load {options.model}")
-        source = load_source(options.model)
+        source = load_source(options.model, zero_points=options.stored_zero_points)
         saved = put_saved_(source.model, adapters)
-        program, lost = _adapted(options, source, _together(adapters), quant)
+        stored = None if options.plain == MERGE else stored_codes(options, source, shown)
+        program, lost = _adapted(options, source, _together(adapters), quant, stored)
         record = {
             "model": options.model,
             "quant": quant.to_json(),
@@ -117,14 +126,22 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _adapted(
-    options: argparse.Namespace, source: Source, updates: Updates, quant: QuantSpec
+    options: argparse.Namespace,
+    source: Source,
+    updates: Updates,
+    quant: QuantSpec,
+    stored: StoredCodes | None,
 ) -> tuple[Program, dict[str, float]]:
     """The program with its adapters, and what of each update was lost."""
     if options.plain == MERGE:
         merge_(source.model, updates)
         updates = {}
     program = quantize_groups(
-        source.capture(), quant, targets=options.targets or "all-linear", exclude=options.exclude
+        source.capture(),
+        quant,
+        targets=options.targets or "all-linear",
+        exclude=options.exclude,
+        stored=stored,
     )
     approximate = options.plain == APPROXIMATE
     adapted = take_updates(program, updates, approximate=approximate)

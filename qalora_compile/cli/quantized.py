@@ -51,13 +51,18 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
         help=f"how codes are chosen, default {_DEFAULT.method}; the last is best",
     )
     if auto:
-        group.add_argument(
-            "--stored-zero-points",
-            choices=ZERO_POINTS,
-            help="how a GPTQ checkpoint stores them, where its tag is wrong or says nothing",
-        )
+        add_stored_argument(group)
     group.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
     group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="to keep")
+
+
+def add_stored_argument(group: argparse._ActionsContainer) -> None:
+    """Declare how a base that is quantized already is to be read."""
+    group.add_argument(
+        "--stored-zero-points",
+        choices=ZERO_POINTS,
+        help="how a GPTQ checkpoint stores them, where its tag is wrong or says nothing",
+    )
 
 
 def quant_spec(options: argparse.Namespace, **more: Any) -> QuantSpec:
