@@ -106,7 +106,7 @@ def peft_rows(folder: Path) -> tuple[Step, list[Any]]:
 
 def program(folder: Path, *, checkpointed: bool = False) -> tuple[Step, list[Any]]:
     """Our program, as `fit` runs it."""
-    from qalora_compile.training.data import Batch
+    from qalora_compile.training.examples import Batch
     from qalora_compile.training.forward import TrainingForward
 
     loaded = qc.Program.load(folder / "program").train()
