@@ -73,7 +73,7 @@ def save_peft(
             where=program.trained[0],
             hint="save the whole program: Program.save",
         )
-    (pool, *others) = {layer.pool for layer in layers.values()}
+    pool, *others = {layer.pool for layer in layers.values()}
     if others:
         raise UnsupportedError(f"adapters pool groups of {pool} and of {others[0]}, PEFT of one")
     rank, alpha = (
@@ -96,8 +96,7 @@ def save_peft(
         "qalora_group_size": pool,
         "qalora_pooling": pooling,
     }
-    own = dict(program.named_adapter_parameters())
-    tensors = {_tensor_name(name): tensor for name, tensor in own.items()}
+    tensors = {_tensor_name(name): tensor for name, tensor in program.named_adapter_parameters()}
     with atomic_folder(folder, overwrite=overwrite) as staging:
         write_json(staging / CONFIG_FILE, config)
         save_tensors(tensors, staging / TENSORS_FILE)
