@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from tests.capture.stored.test_gptq import AWQ, awq_layer, gptq_config, gptq_lay
 
 _FLOAT32 = 1e-6
 """Up to this part of a layer's largest weight, a change is rounding of float32, and none."""
+_Layer = Callable[[list[Tensor]], Quantize]
 Written = Iterator[tuple[str, Path, list[Tensor] | None]]
 """Forms of a format: name, file or folder, the weights by its library, layer by layer."""
 
 
-def _folders(
-    folder: Path, forms: dict[str, tuple[Callable[[list[Tensor]], Quantize], dict[str, Any]]]
-) -> Written:
+def _folders(folder: Path, forms: Mapping[str, tuple[_Layer, dict[str, Any]]]) -> Written:
     for name, (layer, config) in forms.items():
         weights: list[Tensor] = []
         write_folder(folder / name.replace(" ", "-"), layer(weights), config)
