@@ -1,11 +1,12 @@
 """Run a folded model's GGUF file in llama.cpp, and compare its greedy tokens with ONNX Runtime's.
 
 llama.cpp is built from the source package of llama-cpp-python, once, into an environment of its
-own: `--build` takes about a quarter of an hour on one core. On a CPU it multiplies Q4_1 weights by
-activations that it rounds to int8, block by block, so its logits differ from those of float32 by
-what that costs; ONNX Runtime is run on float32 activations and, for the size of such a difference,
-on int8 ones too. As a control, llama.cpp also runs the very weights of the file written out as F32,
-which it multiplies by activations in float32: what differs then is not the runtime's arithmetic.
+own: `--build` compiles on one core, niced, which takes from a quarter of an hour to an hour. On a
+CPU it multiplies Q4_1 weights by activations that it rounds to int8, block by block, so its logits
+differ from those of float32 by what that costs; ONNX Runtime is run on float32 activations and, for
+the size of such a difference, on int8 ones too. As a control, llama.cpp also runs the very weights
+of the file written out as F32, which it multiplies by activations in float32: what differs then is
+not the runtime's arithmetic.
 """
 
 from __future__ import annotations
