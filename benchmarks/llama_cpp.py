@@ -4,7 +4,8 @@ llama.cpp is built from the source package of llama-cpp-python, once, into an en
 own: `--build` takes about a quarter of an hour on one core. On a CPU it multiplies Q4_1 weights by
 activations that it rounds to int8, block by block, so its logits differ from those of float32 by
 what that costs; ONNX Runtime is run on float32 activations and, for the size of such a difference,
-on int8 ones too.
+on int8 ones too. As a control, llama.cpp also runs the very weights of the file written out as F32,
+which it multiplies by activations in float32: what differs then is not the runtime's arithmetic.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 
 import qalora_compile as qc
 from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run, load_tokenizer
 from qalora_compile.cli.ui import console, print_summary, print_table
+from qalora_compile.exporters.gguf_metadata import copy_metadata
 from qalora_compile.ir.program import Program
 from qalora_compile.runtime import LanguageModel, open_session
 
@@ -61,6 +64,8 @@ class Row:
         difference: Largest difference of a logit on that continuation, to the folded program.
         scale: Largest logit there.
         int8_equal, int8_difference: The same of ONNX Runtime on int8 activations.
+        float_equal, float_choices, float_margin, float_difference: The same of llama.cpp on the
+            file's weights as F32.
     """
 
     text: str
@@ -71,6 +76,10 @@ class Row:
     scale: float
     int8_equal: int
     int8_difference: float
+    float_equal: int
+    float_choices: int
+    float_margin: float
+    float_difference: float
 
 
 def build(folder: Path) -> Path:
@@ -99,13 +108,28 @@ def reference(program: Program, prompt: list[int], tokens: list[int]) -> np.ndar
     return values
 
 
-def run_llama(python: Path, job: dict[str, Any], scratch: Path) -> dict[str, Any]:
-    """What llama.cpp makes of a job."""
-    place = scratch / "job.json"
+def write_as_floats(source: Path, target: Path) -> None:
+    """The same GGUF file with every tensor dequantized to F32."""
+    reader = gguf.GGUFReader(str(source))
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    copy_metadata(source, writer)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def run_llama(python: Path, job: dict[str, Any], scratch: Path, name: str) -> dict[str, Any]:
+    """What llama.cpp makes of a job; its logits lie in the folder `name`."""
+    (scratch / name).mkdir()
+    place = scratch / name / "job.json"
     place.write_text(json.dumps(job), "utf-8")
     # Isolated: this folder has a module of the name of the library.
     subprocess.run([str(python), "-I", str(SIDE), str(place)], check=True)
-    found: dict[str, Any] = json.loads((scratch / "found.json").read_text("utf-8"))
+    found: dict[str, Any] = json.loads(place.with_name("found.json").read_text("utf-8"))
     return found
 
 
@@ -130,8 +154,8 @@ def measure(options: argparse.Namespace, python: Path, scratch: Path) -> dict[st
         model = LanguageModel(open_session(path, threads=options.threads))
         tokens.append([list(model.generate(p, max_new_tokens=options.tokens)) for p in prompts])
     exact, int8 = tokens
+    write_as_floats(scratch / "model.gguf", scratch / "float.gguf")
     job = {
-        "model": str(scratch / "model.gguf"),
         "texts": TEXTS[: options.prompts],
         "prompts": prompts,
         "given": exact,
@@ -139,28 +163,32 @@ def measure(options: argparse.Namespace, python: Path, scratch: Path) -> dict[st
         "threads": options.threads,
         "context": CONTEXT,
     }
-    found = run_llama(python, job, scratch)
+    found, control = (
+        run_llama(python, job | {"model": str(scratch / f"{name}.gguf")}, scratch, name)
+        for name in ("model", "float")
+    )
     rows = []
     for number, prompt in enumerate(prompts):
         wanted = reference(program, prompt, exact[number])
-        logits = np.load(scratch / f"logits-{number}.npy")
         rough = reference_int8(scratch / "level-4.onnx", prompt, exact[number], options.threads)
-        equal = common(exact[number], found["tokens"][number])
-        margin = 0.0
-        if equal < len(exact[number]):
-            pair = exact[number][equal], found["tokens"][number][equal]
-            margin = float(wanted[equal, pair[0]] - wanted[equal, pair[1]])
-        same = [a == b for a, b in zip(exact[number], found["choices"][number], strict=True)]
+        own, floats = (
+            compared(one, number, wanted, exact[number], scratch / name)
+            for name, one in (("model", found), ("float", control))
+        )
         rows.append(
             Row(
                 text=TEXTS[number],
-                equal=equal,
-                choices=sum(same),
-                margin=margin,
-                difference=float(np.abs(logits - wanted).max()),
+                equal=own[0],
+                choices=own[1],
+                margin=own[2],
+                difference=own[3],
                 scale=float(np.abs(wanted).max()),
                 int8_equal=common(exact[number], int8[number]),
                 int8_difference=float(np.abs(rough - wanted).max()),
+                float_equal=floats[0],
+                float_choices=floats[1],
+                float_margin=floats[2],
+                float_difference=floats[3],
             )
         )
     cut_alike = sum(a == b for a, b in zip(prompts, found["texts"], strict=True))
@@ -172,6 +200,22 @@ def measure(options: argparse.Namespace, python: Path, scratch: Path) -> dict[st
         "rounding of weights": max(row.relative_error for row in exported.stored),
         "bytes": exported.size_bytes,
     }
+
+
+def compared(
+    found: dict[str, Any],
+    number: int,
+    wanted: np.ndarray[Any, Any],
+    tokens: list[int],
+    folder: Path,
+) -> tuple[int, int, float, float]:
+    """Equal tokens, equal choices, margin and largest difference: what `Row` has of a run."""
+    equal, margin = common(tokens, found["tokens"][number]), 0.0
+    if equal < len(tokens):
+        margin = float(wanted[equal, tokens[equal]] - wanted[equal, found["tokens"][number][equal]])
+    same = sum(a == b for a, b in zip(tokens, found["choices"][number], strict=True))
+    logits = np.load(folder / f"logits-{number}.npy")
+    return equal, same, margin, float(np.abs(logits - wanted).max())
 
 
 def reference_int8(
@@ -197,9 +241,10 @@ def show(result: dict[str, Any]) -> None:
     of = result["tokens"]
     print_table(
         f"llama.cpp beside ONNX Runtime, {of} tokens a prompt",
-        ("tokens equal", "same choice", "margin", "llama.cpp: Δ logit", "ORT int8: equal",
-         "ORT int8: Δ logit", "largest", "prompt"),
-        [(r["equal"], r["choices"], r["margin"], r["difference"], r["int8_equal"],
+        ("equal", "choices", "margin", "Δ logit", "F32: equal", "choices", "margin", "Δ logit",
+         "ORT int8: equal", "Δ logit", "largest", "prompt"),
+        [(r["equal"], r["choices"], r["margin"], r["difference"], r["float_equal"],
+          r["float_choices"], r["float_margin"], r["float_difference"], r["int8_equal"],
           r["int8_difference"], r["scale"], r["text"]) for r in result["rows"]],
     )  # fmt: skip
     print_summary("llama.cpp", {k: v for k, v in result.items() if k != "rows"})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
-from benchmarks import export_time, ort_layers, quantizers
+from benchmarks import export_time, llama_cpp, ort_layers, quantizers
 from benchmarks.export_time import PASSES
 from benchmarks.export_time import TOTAL as WHOLE
 from benchmarks.passes import EXPORT, NUMBERS, TOTAL, Result, main
@@ -49,6 +51,14 @@ def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> Non
         benchmark.main(["--help"])
     examples = capsys.readouterr().out.split("examples:")[1]
     assert f"python -m benchmarks.{name} --" in examples
+
+
+def test_tokens_in_common_end_at_the_first_that_differs(tmp_path: Path) -> None:
+    assert llama_cpp.common([1, 2, 3], [1, 2, 3]) == 3
+    wanted = np.array([[0.0, 1.0], [0.5, 2.0]])
+    np.save(tmp_path / "logits-0.npy", wanted + np.array([[0, 0], [0.25, 0]]))
+    found = {"tokens": [[1, 0]], "choices": [[1, 1]]}
+    assert llama_cpp.compared(found, 0, wanted, [1, 1], tmp_path) == (1, 2, 1.5, 0.25)
 
 
 def test_a_layer_is_timed_beside_stock() -> None:

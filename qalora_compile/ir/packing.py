@@ -60,7 +60,8 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     words = -(-codes.shape[1] * bits // _WORD_BITS)
     stream = pack_codes(codes.contiguous(), bits)
     padded = functional.pad(stream, (0, max(0, words * 4 - stream.shape[1])))
-    return padded[:, : words * 4].contiguous().view(torch.int32)
+    # Flat: a single row counts as contiguous whatever its stride, which a view in words refuses.
+    return padded[:, : words * 4].flatten().view(torch.int32).reshape(-1, words)
 
 
 def unpack_codes(packed: Tensor, bits: int, k: int) -> Tensor:

@@ -78,8 +78,7 @@ def save_peft(
         "lora_dropout": dropout,
         "qalora_pooling": pooling,
     }
-    own = dict(program.named_adapter_parameters())
-    tensors = {_tensor_name(name): tensor for name, tensor in own.items()}
+    tensors = {_tensor_name(name): tensor for name, tensor in program.named_adapter_parameters()}
     with atomic_folder(folder, overwrite=overwrite) as staging:
         write_json(staging / CONFIG_FILE, config)
         save_tensors(tensors, staging / TENSORS_FILE)

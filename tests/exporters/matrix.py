@@ -15,6 +15,8 @@ import numpy as np
 import qalora_compile as qc
 from qalora_compile.exporters.write_checkpoint import FORMATS
 from qalora_compile.ir.plan import Site
+from tests.capture.stored.matrix import FORMATS as READ_FORMATS
+from tests.capture.stored.matrix import read_cells
 from tests.exporters.checkpoints import llama_and_program, made_whole, weight_of
 from tests.exporters.decoders import DECODERS, Array
 
@@ -55,6 +57,14 @@ def write_rows(folder: Path) -> list[Row]:
             cells[SEEN.format(bits, group_size)] = seen
         rows.append(Row(target, WRITE, kind.library, cells))
     return rows
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Every format that is read: its forms, and what of them was kept."""
+    return [
+        Row(name, READ, library, read_cells(name, folder, number))
+        for name, (_, library) in READ_FORMATS.items()
+    ]
 
 
 def number(value: float) -> str:
@@ -108,7 +118,7 @@ def decode(target: str, path: Path, site: Site) -> Array:
 
 
 Study = Callable[[Path], list[Row]]
-STUDIES: tuple[Study, ...] = (write_rows,)
+STUDIES: tuple[Study, ...] = (write_rows, read_rows)
 
 
 def tables(rows: Iterable[Row]) -> str:
@@ -120,7 +130,8 @@ def tables(rows: Iterable[Row]) -> str:
             continue
         names = list(dict.fromkeys(name for row in chosen for name in row.cells))
         lines = [["", *(f"`{row.name}`" for row in chosen)], ["---"] * (len(chosen) + 1)]
-        lines.append(["other libraries", *(row.library for row in chosen)])
+        title_of = "other libraries" if direction == WRITE else "checked against"
+        lines.append([title_of, *(row.library for row in chosen)])
         lines += [[name, *(row.cells.get(name, "–") for row in chosen)] for name in names]
         text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         parts.append(f"### {title}\n\n{text}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.exporters.matrix import PAGE, SEEN, STUDIES, WRITE, Row, put_into, tables
+from tests.exporters.matrix import PAGE, READ, SEEN, STUDIES, WRITE, Row, put_into, tables
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,13 @@ def test_what_is_declared_is_what_is_measured(rows: list[Row]) -> None:
         seen = float(row.cells[SEEN.format(4, 32)])
         assert seen <= (0 if exact else 1e-3), row.name
         assert exact or seen > 1e-6, f"{row.name} rounds, and nothing changed"
+
+
+def test_all_codes_that_are_read_are_kept(rows: list[Row]) -> None:
+    for row in (row for row in rows if row.direction == READ):
+        kept, _, total = row.cells["layers whose codes are kept"].partition(" of ")
+        assert kept == total != "0", row.name
+        assert float(row.cells["largest change of a weight"]) <= 1e-6, row.name
 
 
 def test_a_page_without_marks_is_refused() -> None:

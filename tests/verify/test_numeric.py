@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qalora_compile as qc
+from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.ir.signature import InputLeaf, Signature
@@ -25,7 +26,7 @@ from qalora_compile.verify.numeric_report import worst_verdict
 from qalora_compile.verify.onnx_session import LEVELS
 from qalora_compile.verify.padding import padding_of
 from qalora_compile.verify.precise import run_nodes
-from tests.models import MLP, adapted, llama, token_ids, worst
+from tests.models import MLP, adapted, llama, worst
 from tests.verify.planted import SPECS, program, with_graph, with_tensors
 
 UNIT = 2.0**-24
@@ -87,15 +88,20 @@ def test_the_passes_in_between_pass_too() -> None:
         compare_nodes(program("adapted"), program(kind)).check()
 
 
-def test_a_model_with_attention_is_compared_on_both_sides_of_it(tmp_path: Path) -> None:
-    folded = qc.fold_adapters(adapted(llama(), (token_ids(2, 16),)))
-    qc.export_model(folded, tmp_path / "model.onnx")
-    calls = named_inputs(folded, 1)
-    assert list(calls) == ["random 0", "first token", "last token"], "no odd floats"
-    report = compare_nodes(folded, tmp_path / "model.onnx", calls, levels=("all",)).check()
+def test_a_language_model_with_its_cache_is_compared_on_both_sides_of_attention(
+    tmp_path: Path,
+) -> None:
+    cached = qc.quantize_groups(capture_causal_lm(llama()))
+    qc.export_model(cached, tmp_path / "model.onnx")
+    calls = named_inputs(cached, 1)
+    assert {"zeros", "last token", "all padding"} < set(calls), "caches, tokens and masks"
+    tried = {name: calls[name] for name in ("random 0", "one-hot", "left padding", "all padding")}
+    report = compare_nodes(cached, tmp_path / "model.onnx", tried, levels=("all",)).check()
     names = {row.name for row in report.ways[0].rows}
     assert "input of model.layers.0.self_attn.o_proj" in names
+    assert "output present.1.key" in names
     assert sum(name.startswith("node ") for name in names) >= 4
+    assert [note for note in report.notes if "all padding" in note]
 
 
 def test_half_precision_is_held_to_float32_where_the_file_computes_in_it(tmp_path: Path) -> None:

@@ -222,6 +222,19 @@ def test_inconsistent_tensors_are_refused(kind: str, tmp_path: Path) -> None:
         load_source(str(tmp_path / "model"))
 
 
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [("qzeros", "qzeros is .* want"), ("scales", "qzeros is .* want"), ("qweight", "scale is")],
+)
+def test_inconsistent_tensors_of_awq_are_refused(part: str, words: str, tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", awq_layer([]), AWQ)
+    rewrite(
+        tmp_path / "model", replaced(part, lambda t: t[:-GROUP] if part == "qweight" else t[:-1])
+    )
+    with pytest.raises(QaloraError, match=words):
+        load_source(str(tmp_path / "model"))
+
+
 OPTIONS: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "another packing": (gptq_config(tag="marlin"), None, "packed as 'marlin'"),
     "no bits": ({"quantization_config": {"quant_method": "gptq"}}, None, "does not say bits"),

@@ -1,0 +1,179 @@
+"""What an exporter is given, and the files that come of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qalora_compile.config import FUSION_OPSETS, ExportSpec
+from qalora_compile.errors import PreconditionError, UserInputError
+from qalora_compile.exporters.base import ExportReport
+from qalora_compile.files import check_output
+from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
+from qalora_compile.passes.base import Pass
+from qalora_compile.passes.fuse_attention import FuseAttention
+from qalora_compile.passes.fuse_multi_head import FuseMultiHead
+from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
+from qalora_compile.passes.fuse_rotary import FuseRotary
+from qalora_compile.passes.fuse_skip_norm import FuseSkipNorm
+from qalora_compile.passes.legalize_onnx import LegalizeOnnx
+from qalora_compile.passes.legalize_ort import LegalizeOrt
+from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
+from qalora_compile.passes.pipeline import Pipeline
+from qalora_compile.passes.share_group_sums import ShareGroupSums
+from qalora_compile.passes.split_planes import SplitPlanes
+from qalora_compile.passes.widen_halves import WidenHalves, needs_widening
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def lower(program: Program, spec: ExportSpec) -> Program:
+    """Rewrite a program for the target of `spec`; half-precision ones compute in float32 there.
+
+    Raises:
+        PreconditionError: adapters are not folded (or nothing is quantized) and the specification
+            does not allow that.
+    """
+    steps = lowering(program, spec)
+    return Pipeline(steps)(program).program if steps else program
+
+
+def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
+    """The passes of `lower`, in order; none where the program is lowered already.
+
+    Raises:
+        PreconditionError: see `lower`.
+    """
+    if program.stage.startswith(LEGALIZED):
+        if program.stage != f"{LEGALIZED}{spec.target}":
+            raise PreconditionError(
+                f"the program is lowered for another target ({program.stage})",
+                hint="export the folded program instead",
+            )
+        return []
+    _require_complete(program, spec)
+    steps: list[Pass] = [WidenHalves()] if needs_widening(program) else []
+    if program.stage not in (FLOAT, ANNOTATED):
+        wide = any(site.whole and site.bits == 8 for site in program.plan)
+        if wide and spec.accuracy_level == 0:  # kernels on int8 activations take 8 bits as they are
+            steps.append(SplitPlanes())
+        steps += [_legalize(spec), ShareGroupSums()]
+    if spec.fusion in ("standard", "ort"):
+        steps += [FuseRmsNorm(), FuseRotary(), FuseAttention()]
+    if spec.fusion == "ort":
+        steps += [FuseSkipNorm(), FuseMultiHead()]
+    return steps
+
+
+def _require_complete(program: Program, spec: ExportSpec) -> None:
+    """Refuse a program whose adapters are not folded, or that is not quantized.
+
+    Raises:
+        PreconditionError: it is one of them, and the specification does not allow that.
+    """
+    if program.stage not in (FLOAT, ANNOTATED, ADAPTED) or spec.allow_unfolded:
+        return
+    problem, command = (
+        ("its adapters are not folded", "fold first: qc.fold_adapters(program), or `fold RUN`")
+        if program.stage == ADAPTED
+        else ("it is not quantized", "quantize first: qc.quantize_groups(program)")
+    )
+    as_it_is = (
+        ""
+        if spec.is_checkpoint
+        else ("; or export it as it is with allow_unfolded=True (--allow-unfolded)")
+    )
+    raise PreconditionError(
+        f"the program cannot be exported as it is: {problem}", hint=f"{command}{as_it_is}"
+    )
+
+
+def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
+    """`spec` with what it leaves open decided for `program`."""
+    if spec.fusion is not None:
+        return spec
+    fusion = "none"
+    if program.signature.cache:
+        opset = spec.opset or max(FUSION_OPSETS.values())
+        choices = ("standard",) if spec.target == "onnx" else ("standard", "ort")  # faster first
+        fusion = next((c for c in choices if FUSION_OPSETS[c] <= opset), "none")
+    return dataclasses.replace(spec, fusion=fusion)
+
+
+def _legalize(spec: ExportSpec) -> Pass:
+    """The pass that lowers to the target of `spec`."""
+    level = spec.accuracy_level
+    if spec.target == "ort":
+        return LegalizeOrt(accuracy_level=level, parameter_dtype=spec.parameter_dtype)
+    if spec.target == "onnx":
+        return LegalizeOnnx()
+    return LegalizeOrtStock(accuracy_level=level, correction=spec.correction)
+
+
+def export_model(
+    program: Program,
+    path: str | Path,
+    spec: ExportSpec | None = None,
+    *,
+    resume: str | None = None,
+    model: nn.Module | str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> ExportReport:
+    """Write a folded (or quantized) program as one ONNX file, or as another library's checkpoint.
+
+    Args:
+        program: Folded; quantized without adapters is complete as well.
+        path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` beside it. For target
+            `"gguf"` a `.gguf` file, for other checkpoints a folder.
+        spec: Target and options; None takes target `ort`.
+        resume: A short key of all that determines the file, for models that take long to write: a
+            run with the same key that was interrupted is gone on with. Of ONNX files only.
+        model: For checkpoints: the transformers model that the program was made from, its folder
+            (`config.json`), or its `.gguf` file. Its weights are not read. Targets `"float"` and
+            `"safetensors"` do without, and then write no `config.json`.
+        tokenizer: For checkpoints: folder with the tokenizer's files; by default that of `model`.
+
+    Raises:
+        UserInputError: the file exists and `overwrite` is false, its name does not fit the target,
+            or a value is beyond the format.
+        PreconditionError: see `lower`.
+        UnsupportedError: an operator, dtype or property has no form in the target.
+    """
+    spec, path = spec or ExportSpec(), Path(path)
+    if spec.is_checkpoint:
+        if resume is not None:
+            raise UserInputError(f"resume is given for target {spec.target}", hint="leave it out")
+        return _export_checkpoint(program, path, spec, model, tokenizer)
+    from qalora_compile.exporters.onnx import write_onnx
+
+    if model is not None or tokenizer is not None:
+        raise UserInputError(
+            f"model and tokenizer are given for target {spec.target}",
+            hint="an ONNX file holds neither: leave them out",
+        )
+    if path.suffix != ".onnx":
+        raise UserInputError(f"{path} does not end in .onnx", where=str(path))
+    check_output(path, overwrite=spec.overwrite)
+    spec = complete_spec(program, spec)
+    return write_onnx(lower(program, spec), path, spec, resume=resume)
+
+
+def _export_checkpoint(
+    program: Program,
+    path: Path,
+    spec: ExportSpec,
+    model: nn.Module | str | Path | None,
+    tokenizer: str | Path | None,
+) -> ExportReport:
+    from qalora_compile.capture.description import describe
+    from qalora_compile.exporters.write_checkpoint import check_path, write_checkpoint
+
+    check_path(path, spec)
+    check_output(path, overwrite=spec.overwrite)
+    _require_complete(program, spec)
+    if model is None and tokenizer is not None:
+        raise UserInputError("a tokenizer is given without a model", hint="give model=…")
+    description = None if model is None else describe(model, tokenizer=tokenizer)
+    return write_checkpoint(program, path, spec, description)

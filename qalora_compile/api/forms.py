@@ -1,0 +1,111 @@
+"""The same program captured in another form: with a cache, packed, in two halves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qalora_compile.errors import PreconditionError
+from qalora_compile.ir.program import Program
+from qalora_compile.passes.replay import replay, replay_part
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def add_kv_cache(
+    program: Program, model: nn.Module | str | Path, *, last_logits: bool = False
+) -> Program:
+    """The same trained language model as a graph with a key-value cache, for deployment.
+
+    A program trains on whole sequences; a device generates token by token. The model is captured
+    again with its cache as inputs and outputs (see `capture.causal_lm`), the passes that made
+    `program` are run again on that graph, and the tensors of `program` are put in.
+
+    Args:
+        program: At any stage before lowering, made from a transformers decoder-only model by
+            `capture_model`.
+        model: That model, or a folder with its `config.json`. No weight of it is read.
+        last_logits: Give logits of the last position alone.
+
+    Raises:
+        PreconditionError: `program` was made from another model.
+        UnsupportedError: the model has no key-value cache, or is none of transformers.
+        CaptureError: `torch.export` refused the model.
+    """
+    from qalora_compile.capture.causal_lm import capture_causal_lm
+    from qalora_compile.capture.skeleton import as_skeleton
+
+    return replay(program, capture_causal_lm(as_skeleton(model), last_logits=last_logits))
+
+
+def packed_form(program: Program, model: nn.Module | str | Path, *, max_length: int) -> Program:
+    """The same language model, over the same tensors, for several examples in one row.
+
+    For training on rows of `training.Packed`: what is trained in one form is trained in the other,
+    since they share their parameters. The model is captured again (see `capture.packed`), the
+    passes that made `program` are run again, and it is tried out that no example sees another.
+
+    Args:
+        program: At any stage before lowering, made from a transformers decoder-only model by
+            `capture_model`, with `input_ids` and `attention_mask` as keyword inputs.
+        model: That model, or a folder with its `config.json`. No weight of it is read.
+        max_length: The longest row.
+
+    Raises:
+        PreconditionError: `program` was made from another model.
+        UnsupportedError: the model cannot keep examples in a row apart, or was tried and does not.
+        CaptureError: `torch.export` refused the model.
+    """
+    from qalora_compile.capture.encoder_decoder import disable_cache
+    from qalora_compile.capture.packed import capture_packed
+    from qalora_compile.capture.skeleton import as_skeleton
+    from qalora_compile.training.packed import check_packed
+
+    skeleton = as_skeleton(model)
+    disable_cache(skeleton)
+    packed = replay(program, capture_packed(skeleton, max_length=max_length))
+    check_packed(program, packed)
+    return packed
+
+
+def split_encoder_decoder(
+    program: Program, model: nn.Module | str | Path
+) -> tuple[Program, Program]:
+    """The same trained encoder-decoder model as the two graphs that a device runs.
+
+    The encoder runs once for an input, and computes also the keys and values of cross-attention;
+    the decoder, which takes them and a cache of its own, runs token by token. Inputs and outputs:
+    see `capture.encoder_decoder`. As in `add_kv_cache`, the passes that made `program` are run
+    again on each graph, and the tensors of `program` are put in.
+
+    Args:
+        program: At any stage before lowering, made by `capture_model` from an encoder-decoder model
+            of transformers that takes tokens (T5, BART) or log-mel features (Whisper).
+        model: That model, or a folder with its `config.json`. No weight of it is read.
+
+    Returns:
+        Encoder and decoder. What both read, such as a shared embedding, is one tensor object.
+
+    Raises:
+        PreconditionError: `program` was made from another model.
+        UnsupportedError: the model has no encoder and decoder with a key-value cache, or is none of
+            transformers.
+        CaptureError: `torch.export` refused the model.
+    """
+    from qalora_compile.capture.encoder_decoder import capture_decoder, capture_encoder
+    from qalora_compile.capture.skeleton import as_skeleton
+
+    skeleton = as_skeleton(model)
+    encoder, decoder = (
+        replay_part(program, capture(skeleton)) for capture in (capture_encoder, capture_decoder)
+    )
+    paths = {row.path for part in (encoder, decoder) for row in part.plan.to_quantize()}
+    lost = [row.name for row in program.plan.to_quantize() if row.path not in paths]
+    if lost:
+        raise PreconditionError(
+            f"neither encoder nor decoder reads {len(lost)} quantized layers of the program",
+            where=", ".join(lost[:3]),
+            hint="give the model that the program was made from",
+        )
+    return encoder, decoder

@@ -1,0 +1,261 @@
+"""From a captured program to a folded one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from qalora_compile.config import AUTO, AdapterSpec, QuantSpec, one_of
+from qalora_compile.errors import PreconditionError, UserInputError
+from qalora_compile.ir.program import ANNOTATED, Program
+from qalora_compile.ir.signature import Call
+from qalora_compile.ir.stored_codes import StoredCodes
+from qalora_compile.passes.annotate_linears import AnnotateLinears
+from qalora_compile.passes.base import Pass
+from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
+from qalora_compile.passes.choose_bits import choose_bits
+from qalora_compile.passes.corrections import (
+    annotated_source,
+    choose_ranks,
+    find_corrections,
+    start_from,
+)
+from qalora_compile.passes.fold_adapters import FoldAdapters
+from qalora_compile.passes.insert_adapters import InsertAdapters
+from qalora_compile.passes.keep_codes import keep_codes
+from qalora_compile.passes.pipeline import Pipeline
+from qalora_compile.passes.quantize_embeddings import KEPT, QuantizeEmbeddings
+from qalora_compile.passes.quantize_groups import QuantizeGroups
+from qalora_compile.passes.select import ALL_LINEAR, as_patterns
+from qalora_compile.passes.share_group_sums import ShareGroupSums
+from qalora_compile.passes.train_parameters import TrainParameters
+from qalora_compile.quantizers.calibrate import collect_statistics
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def quantize_groups(
+    program: Program,
+    spec: QuantSpec | None = None,
+    *,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    exclude: Iterable[str] = (),
+    embeddings: QuantSpec | None = None,
+    calibration: Iterable[Call] | None = None,
+    stored: StoredCodes | None = None,
+) -> Program:
+    """Decide which linear layers to quantize, and quantize them.
+
+    Args:
+        program: At stage `float`, or `annotated` (its plan is then used as it is).
+        spec: Bits, group size and method; None takes 4 bits in groups of 32, min-max.
+        calibration: Calls of the program, tuples or mappings of arguments as capture takes them:
+            weights are quantized to lose least on them. Method `gptq` needs it, the others
+            refine their offsets by it, and bits `"auto"` are chosen by it. Positions that an
+            `attention_mask` hides do not count.
+        targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
+            named is quantized even where the default keeps it (a head tied to the embedding).
+        exclude: Patterns of layers to keep in float.
+        stored: Codes that the checkpoint holds (`capture.source.load_source` reads them): weights
+            that are among them keep them as they are, whatever `spec` says; None quantizes all.
+        embeddings: Bits (8 or 4) and group size of embeddings and of the head, which then get whole
+            zero-points and no adapter, see `passes.quantize_embeddings`; None leaves embeddings,
+            and heads tied to them, in float.
+
+    Raises:
+        UserInputError: a pattern matches nothing, a weight is not finite, nothing is left to
+            quantize, of embeddings and heads too where they are asked for, calibration data are
+            missing, do not fit or are all padding, or the budget of bits `"auto"` is too small.
+        PreconditionError: the program is at another stage.
+    """
+    if program.stage != ANNOTATED:
+        annotation = _annotation(targets, exclude, keep_heads=embeddings is not None)
+        program = Pipeline(annotation)(program).program
+    calls = None if calibration is None else tuple(calibration)
+    steps, reasons = _coding(program, spec or QuantSpec(), calls, stored)
+    if embeddings is not None:
+        one_of("method of embeddings", embeddings.method, (QuantSpec().method,))
+        steps.append(QuantizeEmbeddings(bits=embeddings.width, group_size=embeddings.group))
+    result = Pipeline(steps)(program)
+    if embeddings is not None and not any(site.whole for site in result.program.plan):
+        why = "; ".join(f"{skip.path}: {skip.why}" for skip in result.skips if skip.what == KEPT)
+        raise UserInputError(
+            "there is no embedding and no head to quantize",
+            where=why or "the model has none",
+            hint="leave out the option for embeddings",
+        )
+    plan = result.program.plan.explain("why_bits", reasons)
+    return result.program.evolve(plan=plan) if reasons else result.program
+
+
+def _coding(
+    annotated: Program,
+    spec: QuantSpec,
+    calls: tuple[Call, ...] | None,
+    stored: StoredCodes | None,
+) -> tuple[list[Pass], Mapping[str, str]]:
+    """The passes that plan bits and quantize, and why these bits, by path.
+
+    Raises:
+        UserInputError: see `choose_bits`; or bits are to be chosen, of codes that are there.
+    """
+    quantize = QuantizeGroups(**spec.to_json(), calibration=calls)
+    if stored is not None:
+        if spec.bits == AUTO:
+            raise UserInputError(
+                "bits 'auto' chooses codes, and the weights are to keep those of their checkpoint",
+                hint="leave out stored, and all weights are quantized anew",
+            )
+        kept = keep_codes(annotated, stored)
+        quantize = dataclasses.replace(quantize, stored=kept.weights)
+        return [*kept.steps, quantize], kept.reasons
+    if spec.bits == AUTO and calls is not None:
+        assign, reasons = choose_bits(annotated, quantize, calls)
+        return [assign, quantize], reasons
+    return [quantize], {}
+
+
+def _annotation(
+    targets: str | Iterable[str], exclude: Iterable[str], *, keep_heads: bool = False
+) -> list[Pass]:
+    """The passes that take a float program to stage `annotated`."""
+    wanted = targets if isinstance(targets, str) else as_patterns(list(targets), "targets")
+    barred = as_patterns(exclude if isinstance(exclude, str) else list(exclude), "exclude")
+    annotate = AnnotateLinears(targets=wanted, exclude=barred, keep_heads=keep_heads)
+    return [CanonicalizePointwise(), annotate]
+
+
+def insert_adapters(
+    program: Program,
+    spec: AdapterSpec | None = None,
+    *,
+    source: Program | None = None,
+    calibration: Iterable[Call] | None = None,
+    train: str | Iterable[str] = (),
+) -> Program:
+    """Put a trainable pooled adapter beside every quantized layer.
+
+    The function stays the same, but with `init="svd"`: then the adapters start as what their rank
+    can make up for of the quantization error.
+
+    Args:
+        program: At stage `quantized`.
+        spec: Rank, scaling, pooling and start; None takes rank 16.
+        source: The program before quantization, float or annotated; for init `"svd"` and rank
+            `"auto"`, which compare its weights with the quantized ones.
+        calibration: Arguments of a few typical calls. With them the error of a layer's output
+            counts, for the inputs that it has in `source`; without, that of its weights.
+        train: Parameters, or modules, that are to train in float beside the adapters, such as a new
+            head; see `passes.train_parameters`. Their weights must have been kept in float.
+
+    Raises:
+        PreconditionError: the program is not at stage `quantized`, the adapter's group size is no
+            multiple of the quantization group, `source` is missing or another model, or a weight
+            in `train` is quantized.
+        UserInputError: calls do not fit the program, the rank budget is too small, or a pattern of
+            `train` fits no parameter.
+    """
+    adapted = _with_adapters(program, spec or AdapterSpec(), source, calibration)
+    names = as_patterns(train if isinstance(train, str) else list(train), "train")
+    return TrainParameters(names=names)(adapted).program if names else adapted
+
+
+def _with_adapters(
+    program: Program,
+    spec: AdapterSpec,
+    source: Program | None,
+    calibration: Iterable[Call] | None,
+) -> Program:
+    """`insert_adapters`, without parameters that train beside them."""
+    if spec.rank != AUTO and spec.init == "zeros":
+        return _insert(program, InsertAdapters(**spec.to_json()))
+    if source is None:
+        raise PreconditionError(
+            f"rank {spec.rank!r} with init {spec.init!r} looks at the weights before quantization",
+            hint="give the program that they are in: source=captured",
+        )
+    source = annotated_source(source, program)
+    statistics = {} if calibration is None else collect_statistics(source, calibration)
+    choose = partial(find_corrections, source, program, statistics=statistics)
+    insert, reasons = choose_ranks(spec, choose)
+    adapted = _insert(program, insert)
+    adapted = adapted.evolve(plan=adapted.plan.explain("why_rank", reasons))
+    return adapted if spec.init == "zeros" else start_from(adapted, insert, choose(insert))
+
+
+def _insert(program: Program, insert: InsertAdapters) -> Program:
+    return Pipeline([insert, ShareGroupSums()])(program).program
+
+
+def adapt_module_(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    quant: QuantSpec | None = None,
+    adapter: AdapterSpec | None = None,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    exclude: Iterable[str] = (),
+    calibration: Sequence[Call] | None = None,
+    dynamic_shapes: Any = None,
+) -> Program:
+    """Quantize and adapt a model in place, module by module, by the plan of its captured graph.
+
+    For `generate()`, `labels`, gradient checkpointing, the Hugging Face Trainer. Linear layers
+    become `AdaptedLinear`; where only a weight can be replaced (packed attention, 1×1 convolutions,
+    experts) it is parametrized. All else is frozen.
+
+    The returned program has the model's very tensors, under the same names: train the model, then
+    `fold_adapters(program)` and export. Before it returns, program and model are run with random
+    adapters and compared.
+
+    Args:
+        model: The model; a quantized weight that no module reads in float is let go.
+        args: Example positional arguments, as for `capture_model`.
+        kwargs: Example keyword arguments.
+        quant: As for `quantize_groups`.
+        adapter: As for `insert_adapters`.
+        targets: As for `quantize_groups`.
+        exclude: As for `quantize_groups`.
+        calibration: As for `quantize_groups` and `insert_adapters`.
+        dynamic_shapes: As for `capture_model`.
+
+    Raises:
+        CaptureError: `torch.export` refused the model, or captured something else than it computes.
+        UnsupportedError: a module cannot hold its quantized weight or its kind of adapter.
+        VerificationError: model and program differ, as by a path around an adapter.
+        UserInputError: as for the two steps.
+
+    After an error the model is as it was.
+    """
+    from qalora_compile.capture.model import capture_model
+    from qalora_compile.eager.apply import Undo, apply_adapters, share_tensors
+    from qalora_compile.eager.check import Agreement, cross_check
+
+    args, kwargs = tuple(args), dict(kwargs or {})
+    captured = capture_model(model, args, kwargs, dynamic_shapes)
+    agreement = Agreement.find(captured, model, args, kwargs)
+    annotated = Pipeline(_annotation(targets, exclude))(captured).program
+    program = quantize_groups(annotated, quant, calibration=calibration)
+    program = insert_adapters(program, adapter, source=annotated, calibration=calibration)
+    undo = Undo()
+    try:
+        apply_adapters(model, annotated, program, undo)
+        program = share_tensors(model, program)
+        cross_check(program, model, args, kwargs, agreement)
+    except BaseException:
+        undo.run()
+        raise
+    return dataclasses.replace(program, notes=(*program.notes, *agreement.notes()))
+
+
+def fold_adapters(program: Program) -> Program:
+    """Fold trained adapters into the offsets: exact, and no adapter is left.
+
+    Raises:
+        PreconditionError: the program has no adapters, or one of them cannot fold.
+    """
+    return FoldAdapters()(program).program
