@@ -73,33 +73,39 @@ def save_peft(
             where=program.trained[0],
             hint="save the whole program: Program.save",
         )
-    pool, *others = {layer.pool for layer in layers.values()}
-    if others:
-        raise UnsupportedError(f"adapters pool groups of {pool} and of {others[0]}, PEFT of one")
-    rank, alpha = (
-        Counter(getattr(layer, part) for layer in layers.values()).most_common(1)[0][0]
-        for part in ("rank", "alpha")
-    )
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
+    config = _config(layers) | {
         "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": rank,
-        "rank_pattern": {p: layer.rank for p, layer in layers.items() if layer.rank != rank},
-        "lora_alpha": alpha,
-        "alpha_pattern": {p: layer.alpha for p, layer in layers.items() if layer.alpha != alpha},
         "lora_dropout": dropout,
-        "bias": "none",
-        "target_modules": sorted(layers),
-        "use_qalora": True,
-        "qalora_group_size": pool,
         "qalora_pooling": pooling,
     }
     tensors = {_tensor_name(name): tensor for name, tensor in program.named_adapter_parameters()}
     with atomic_folder(folder, overwrite=overwrite) as staging:
         write_json(staging / CONFIG_FILE, config)
         save_tensors(tensors, staging / TENSORS_FILE)
+
+
+def _config(layers: Mapping[str, _Layer]) -> dict[str, Any]:
+    """`adapter_config.json` of adapters; ranks and alphas of the few apart from those of most."""
+    (pool, *others) = {layer.pool for layer in layers.values()}
+    if others:
+        raise UnsupportedError(f"adapters pool groups of {pool} and of {others[0]}, PEFT of one")
+    rank, alpha = (
+        Counter(getattr(layer, part) for layer in layers.values()).most_common(1)[0][0]
+        for part in ("rank", "alpha")
+    )
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "rank_pattern": {p: layer.rank for p, layer in layers.items() if layer.rank != rank},
+        "lora_alpha": alpha,
+        "alpha_pattern": {p: layer.alpha for p, layer in layers.items() if layer.alpha != alpha},
+        "bias": "none",
+        "target_modules": sorted(layers),
+        "use_qalora": True,
+        "qalora_group_size": pool,
+    }
 
 
 def load_peft(program: Program, folder: Path) -> None:
