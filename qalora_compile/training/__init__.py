@@ -7,6 +7,7 @@ from qalora_compile.training.data import Dataset, load_examples
 from qalora_compile.training.evaluate import Metrics, evaluate
 from qalora_compile.training.examples import Example
 from qalora_compile.training.fit import FitResult, FitState, StepReport, fit
+from qalora_compile.training.forward import TrainingForward
 from qalora_compile.training.optimizer import make_optimizer, make_schedule
 from qalora_compile.training.processes import find_processes
 from qalora_compile.training.spec import FitSpec
@@ -21,6 +22,7 @@ __all__ = [
     "Metrics",
     "Packed",
     "StepReport",
+    "TrainingForward",
     "evaluate",
     "find_processes",
     "fit",
