@@ -244,6 +244,8 @@ class _Training:
 
     def _backward(self, index: int, batch: Batch, targets: float) -> float:
         """Add the gradient of a micro-batch's part of the loss; returns that part."""
+        if not int(batch.targets.sum()) and self.processes.count == 1:
+            return 0.0  # a mean over nothing; with several processes, all have to go backward
         torch.manual_seed(seed_of(self.spec.seed, index))
         with computing(self.spec, self.device):
             mean: Tensor = self.wrapped(batch.to(self.device))
