@@ -48,11 +48,19 @@ def program_forward(program: Program) -> Forward:
     """The logits of a language model, with an encoder or without, or of a classifier."""
 
     def forward(input_ids: Tensor, attention_mask: Tensor, *source: Tensor) -> Tensor:
-        output = program(**model_inputs(program, input_ids, attention_mask, *source))
-        logits = _find_logits(output)
-        return logits_of(output) if logits is None or logits.dim() != 2 else logits
+        return rows_of(program(**model_inputs(program, input_ids, attention_mask, *source)))
 
     return forward
+
+
+def rows_of(output: Any) -> Tensor:
+    """The logits of either task: `[B, T, V]` of a language model, `[B, classes]` of a classifier.
+
+    Raises:
+        UnsupportedError: the output holds neither.
+    """
+    logits = _find_logits(output)
+    return logits_of(output) if logits is None or logits.dim() != 2 else logits
 
 
 def model_inputs(

@@ -15,7 +15,7 @@ from qalora_compile.ir.module import ProgramModule
 from qalora_compile.ir.program import ADAPTED, Program
 from qalora_compile.ir.signature import bind, flatten_inputs
 from qalora_compile.training.between import recompute_between
-from qalora_compile.training.evaluate import label_loss, logits_of, model_inputs
+from qalora_compile.training.evaluate import label_loss, model_inputs, rows_of
 from qalora_compile.training.examples import Batch
 from qalora_compile.training.fuse import fuse_adapters
 from qalora_compile.training.layers import checkpoint_graph
@@ -85,7 +85,7 @@ class TrainingForward:
         output = self._run(body, (), inputs)
         if head.module is not None:
             head.module.train(self.program.module.training)
-        rows, targets = label_loss(logits_of(output), batch)
+        rows, targets = label_loss(rows_of(output), batch)
         return mean_loss(rows, targets, head)
 
     def _runnable(self, module: ProgramModule) -> ProgramModule:

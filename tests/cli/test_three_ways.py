@@ -28,7 +28,7 @@ from qalora_compile.training.trainer import (
     trainer_rows,
 )
 
-SPEC = FitSpec(steps=6, batch_size=3, accumulate=2, learning_rate=5e-3, lora_plus_ratio=4.0, seed=1)
+SPEC = FitSpec(steps=6, batch_size=3, accumulate=2, learning_rate=1e-3, lora_plus_ratio=4.0, seed=1)
 ADAPTER = qc.AdapterSpec(rank=4, seed=1)
 CLOSE = 1e-5
 
@@ -40,7 +40,7 @@ def expected(
     """The losses of `finetune`."""
     out = tmp_path_factory.mktemp("cli") / "run"
     command = ["finetune", str(model_folder), "--data", str(data_file), "--out", str(out)]
-    command += ["--steps", "6", "--batch-size", "3", "--accumulate", "2", "--lr", "5e-3"]
+    command += ["--steps", "6", "--batch-size", "3", "--accumulate", "2", "--lr", "1e-3"]
     command += ["--lora-plus-ratio", "4", "--seed", "1", "--rank", "4"]
     assert main(command) == 0
     losses = [row["loss"] for row in read_log(out / "log.jsonl")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_the_error_of_the_program_falls_with_the_rank() -> None:
         spec = dataclasses.replace(SVD, rank=rank)
         _, program = started(captured, qc.QuantSpec(bits=2, group_size=8), spec, [(x,)])
         errors.append(float((program(x) - captured(x)).detach().square().sum()))
-    assert errors == sorted(errors, reverse=True)
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(errors))
     assert errors[3] == pytest.approx(errors[4], rel=1e-9), "six groups have no more than rank 6"
 
 
