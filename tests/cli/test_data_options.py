@@ -122,10 +122,10 @@ def test_the_exported_classifier_tells_the_classes_apart(
 
 
 def test_a_classifier_that_was_interrupted_goes_on(
-    classifier: Path, tmp_path: Path, capsys: Capture
+    classifier: Path, encoder_folder: Path, capsys: Capture
 ) -> None:
     """As after all steps: nothing is left to do, and the head is the trained one."""
-    words = ["finetune", "unused", "--data", str(classifier / "train.jsonl"), "--resume"]
+    words = ["finetune", str(encoder_folder), "--data", str(classifier / "train.jsonl"), "--resume"]
     words += ["--out", str(classifier / "run"), "--steps", "150", "--lr", "1e-2"]
     words += ["--batch-size", "12", "--eval-data", str(classifier / "test.jsonl")]
     task = ["--task", "classification", "--batches", "by-length"]

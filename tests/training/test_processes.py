@@ -59,11 +59,11 @@ def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path: Pa
     """Two gloo processes on the CPU, as torchrun starts them, adapter dropout included."""
     program = language_model(dropout=0.2)
     program.save(tmp_path / "program")
-    script = Path(__file__).with_name("two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(script), str(tmp_path)]
+    command += ["--nproc-per-node", "2", "-m", "tests.training.two_processes", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    root = Path(__file__).parents[2]
+    subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, timeout=300)
     first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2))
     assert first == second
     assert first["count"] == 2
