@@ -223,13 +223,13 @@ def _pairs(a: Term, b: Term) -> list[tuple[Term | None, Term | None]] | None:
         return list(zip(a.args, b.args, strict=True)) if len(a.args) == len(b.args) else None
     left, right = _without(a.args, b.args), _without(b.args, a.args)
     left, right = (sorted(side, key=_shape) for side in (left, right))
+    alike = [(one, other) for one in left for other in right if _shape(one) == _shape(other)]
     paired: list[tuple[Term | None, Term | None]] = []
-    for one in list(left):
-        like = next((other for other in right if _shape(other) == _shape(one)), None)
-        if like is not None:
+    for one, other in sorted(alike, key=lambda pair: -_shared(*pair)):
+        if one in left and other in right:
             left.remove(one)
-            right.remove(like)
-            paired.append((one, like))
+            right.remove(other)
+            paired.append((one, other))
     if len(left) == len(right):
         return [*paired, *zip(left, right, strict=True)]
     return [*paired, *((one, None) for one in left), *((None, one) for one in right)]
@@ -237,6 +237,11 @@ def _pairs(a: Term, b: Term) -> list[tuple[Term | None, Term | None]] | None:
 
 def _shape(value: Term) -> tuple[str, str, int]:
     return (value.dialect, value.op, len(value.args))
+
+
+def _shared(a: Term, b: Term) -> int:
+    """How many operands two terms have in common: two lookups in one table are alike."""
+    return len({t.key for t in a.args} & {t.key for t in b.args})
 
 
 def _without(these: Sequence[Term], those: Sequence[Term]) -> list[Term]:

@@ -79,3 +79,17 @@ def test_an_operator_of_one_kind_of_graph_decides_nothing_against_the_other_kind
     inside = ALGEBRA.product([term("tanh", [view]), Y])
     assert not differences(inside, ALGEBRA.product([X, Y]), mixed=True)[0].known
     assert differences(term("tanh", [view]), term("tanh", [view]), mixed=True) == []
+
+
+def test_operands_that_differ_are_compared_with_what_they_share_most_with() -> None:
+    """Two lookups on either side, of other numbers: the tables are not what differs."""
+    words, places = leaf("words"), leaf("places")
+
+    def lookup(table: Term, ids: str) -> Term:
+        return term("gather", (table, leaf(ids, "int64")), line=f"{table.line}[{ids}]")
+
+    for pair in (("a", "b"), ("b", "a")):
+        ours = ALGEBRA.sum([lookup(words, pair[0]), lookup(places, pair[1])])
+        theirs = ALGEBRA.sum([lookup(places, "c"), lookup(words, "d")])
+        found = {(d.reference, d.candidate) for d in differences(ours, theirs, mixed=False)}
+        assert found == {(pair[0], "d"), (pair[1], "c")}
