@@ -128,13 +128,14 @@ def test_a_classifier_that_was_interrupted_goes_on(
     words = ["finetune", str(encoder_folder), "--data", str(classifier / "train.jsonl"), "--resume"]
     words += ["--out", str(classifier / "run"), "--steps", "150", "--lr", "1e-2"]
     words += ["--batch-size", "12", "--eval-data", str(classifier / "test.jsonl")]
+    words += ["--group-size", "4"]
     task = ["--task", "classification", "--batches", "by-length"]
     assert main([*words, *task]) == 0
     held_out = record(classifier / "run")["held_out"]
     assert held_out["before"] == held_out["after"]
     assert held_out["after"]["exact_match"] > 0.85
     assert main([*words, *task[:2]]) == 2
-    assert "batches=by-length, not shuffled" in capsys.readouterr().err
+    assert "--batches by-length, not shuffled" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
