@@ -34,6 +34,8 @@ from qalora_compile.optional import require
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _GGUF_MAGIC = b"GGUF"
+_NO_VOCABULARY = "no_vocab"
+"""What a GGUF file without a tokenizer calls it (llama.cpp)."""
 _EXAMPLE_SHAPE = (2, 16)
 
 
@@ -167,7 +169,7 @@ def _load_gguf(reference: str, path: Path) -> Source:
     options = {"gguf_file": path.name, "local_files_only": True}
     try:
         with redirect_stderr(io.StringIO()):  # the reader draws a bar whatever the verbosity
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+            tokenizer = _gguf_tokenizer(transformers, path, options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=torch.float32, **options
             )
@@ -175,6 +177,16 @@ def _load_gguf(reference: str, path: Path) -> Source:
         raise unreadable(path, error) from error
     source = _language_model(reference, "gguf", model, tokenizer)
     return replace(source, read_codes=partial(read_gguf_codes, path))
+
+
+def _gguf_tokenizer(transformers: Any, path: Path, options: Mapping[str, Any]) -> Any:
+    """The tokenizer of a GGUF file, or None where the file says that it has none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+    except ValueError as error:
+        if _NO_VOCABULARY in str(error):
+            return None
+        raise
 
 
 def _load_factory(reference: str) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,13 @@ class Decoded:
         weights: Quantized weights by the name of their module.
         used: Names of the tensors that they were made of.
         notes: What the user should know.
+        turned: Modules whose parameter is `[K, N]`.
     """
 
     weights: dict[str, StoredWeight]
     used: frozenset[str]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    turned: frozenset[str] = frozenset()
 
 
 Tensors = Mapping[str, Tensor]

@@ -15,17 +15,25 @@ from torch import Tensor, nn
 from qalora_compile.capture.skeleton import model_class
 from qalora_compile.capture.stored.awq import decode_awq
 from qalora_compile.capture.stored.base import Decoded, Reader
+from qalora_compile.capture.stored.compressed import decode_compressed
 from qalora_compile.capture.stored.gptq import decode_gptq
 from qalora_compile.capture.stored.hqq import decode_hqq
 from qalora_compile.capture.stored.mlx import KEY as MLX
 from qalora_compile.capture.stored.mlx import decode_mlx
+from qalora_compile.capture.stored.own import METHOD as OWN
+from qalora_compile.capture.stored.own import decode_own
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.files import read_json
 from qalora_compile.ir.storage import load_tensors
 from qalora_compile.ir.stored_codes import StoredCodes
 
 HF = "quantization_config"
-_METHODS: dict[str, Reader] = {"awq": decode_awq, "gptq": decode_gptq, "hqq": decode_hqq}
+_METHODS: dict[str, Reader] = {
+    "awq": decode_awq,
+    "compressed-tensors": decode_compressed,
+    "gptq": decode_gptq,
+    "hqq": decode_hqq,
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_tensors(path)
     try:
-        decoded = _reader(config, zero_points)(tensors, config)
+        decoded = _reader(folder, config, zero_points)(tensors, config)
     except (UserInputError, UnsupportedError) as error:
         error.where = f"{folder}: {error.where}" if error.where else str(folder)
         raise
@@ -72,7 +80,7 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
     return StoredModel(model, codes, decoded.notes + _widening(rest))
 
 
-def _reader(config: Mapping[str, Any], zero_points: str | None) -> Reader:
+def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) -> Reader:
     """The reader of what `config.json` names.
 
     Raises:
@@ -87,6 +95,8 @@ def _reader(config: Mapping[str, Any], zero_points: str | None) -> Reader:
             f"zero_points is {zero_points!r}, of a checkpoint that is not GPTQ's",
             hint="leave it out",
         )
+    if method == OWN:
+        return partial(decode_own, folder=folder)
     if method in _METHODS:
         return _METHODS[method]
     if MLX in config:
@@ -120,7 +130,10 @@ def _build(
     kind = model_class(folder)
     plain = {k: v for k, v in config.items() if k not in (MLX, HF, "dtype", "torch_dtype")}
     state = {n: t.float() if t.is_floating_point() else t for n, t in rest.items()}
-    state |= {f"{m}.weight": stored.dequantize() for m, stored in decoded.weights.items()}
+    for module, stored in decoded.weights.items():
+        weight = stored.dequantize()
+        turned = module in decoded.turned
+        state[f"{module}.weight"] = weight.t().contiguous() if turned else weight
     try:
         model, info = kind.from_pretrained(
             None,

@@ -1,0 +1,127 @@
+"""What this package writes, it reads: the same weights, and the same codes where it has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import qalora_compile as qc
+from qalora_compile.capture.source import load_source
+from qalora_compile.errors import QaloraError
+from qalora_compile.passes.annotate_linears import AnnotateLinears
+from qalora_compile.passes.keep_codes import keep_codes
+from tests.exporters.checkpoints import llama_and_program, made_whole, weight_of
+from tests.models import gpt2, randomize_adapters, token_ids, worst
+
+TARGETS = ("gguf", "mlx", "hqq", "safetensors", "gptq", "compressed-tensors")
+WHOLE = ("gptq", "compressed-tensors")
+UP = "model.layers.0.mlp.up_proj"
+
+
+def written(target: str, folder: Path) -> tuple[Path, qc.Program]:
+    """A folded llama in a format."""
+    model, program = llama_and_program()
+    if target in WHOLE:
+        program = made_whole(program)
+    path = folder / ("model.gguf" if target == "gguf" else "model")
+    qc.export_model(program, path, qc.ExportSpec(target=target), model=model)
+    return path, program
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_weights_and_codes_come_back(target: str, tmp_path: Path) -> None:
+    path, program = written(target, tmp_path)
+    source = load_source(str(path))
+    for site in program.plan.to_quantize():
+        wanted = weight_of(program, site)
+        found = source.model.get_parameter(f"{site.name}.weight").detach()
+        bound = 1e-3 if target == "gguf" else 1e-6
+        assert float((found - wanted).abs().max() / wanted.abs().max()) <= bound
+    annotated = AnnotateLinears(exclude=("lm_head",))(source.capture()).program
+    kept = keep_codes(annotated, source.stored()[0])
+    assert len(kept.weights) == len(program.plan.to_quantize())
+
+
+def test_weights_that_are_stored_turned_come_back(tmp_path: Path) -> None:
+    model = gpt2()
+    ids = token_ids(2, 8)
+    captured = qc.capture_model(model, (ids,))
+    program = qc.insert_adapters(qc.quantize_groups(captured, qc.QuantSpec(group_size=16)))
+    folded = qc.fold_adapters(randomize_adapters(program))
+    spec = qc.ExportSpec(target="safetensors")
+    qc.export_model(folded, tmp_path / "model", spec, model=model)
+    source = load_source(str(tmp_path / "model"))
+    assert (
+        worst(source.capture()(input_ids=ids, attention_mask=torch.ones_like(ids)), folded(ids))
+        < 1e-4
+    )
+
+
+# Faults
+
+
+def cut(name: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.{name}"] = tensors[f"{UP}.{name}"][..., :-1].contiguous()
+
+    return change
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[f"{UP}.{name}"]
+
+    return change
+
+
+FAULTS = {
+    "codes cut": ("safetensors", cut("qweight"), "bytes a row"),
+    "no offset": ("safetensors", without("offset"), "no tensor .*offset"),
+    "scale cut": ("safetensors", cut("scale"), "scale is"),
+    "words cut": ("compressed-tensors", cut("weight_packed"), "int32 words"),
+    "no shape": ("compressed-tensors", without("weight_shape"), "no tensor .*weight_shape"),
+    "zero-points cut": ("compressed-tensors", cut("weight_zero_point"), "groups"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_inconsistent_tensors_are_refused(kind: str, tmp_path: Path) -> None:
+    target, change, words = FAULTS[kind]
+    path, _ = written(target, tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(QaloraError, match=words):
+        load_source(str(path))
+
+
+def test_another_version_of_our_folder_is_refused(tmp_path: Path) -> None:
+    path, _ = written("safetensors", tmp_path)
+    said = json.loads((path / "layers.json").read_text("utf-8"))
+    (path / "layers.json").write_text(json.dumps(said | {"version": 9}))
+    with pytest.raises(QaloraError, match="version 9"):
+        load_source(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "float-quantized"}, "format 'float-quantized'"),
+        ({"config_groups": {}}, "not quantized to integers in groups"),
+    ],
+)
+def test_other_kinds_of_compressed_tensors_are_refused(
+    change: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    path, _ = written("compressed-tensors", tmp_path)
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    config["quantization_config"] |= change
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QaloraError, match=words):
+        load_source(str(path))
