@@ -63,7 +63,7 @@ def _same_gradients(program: qc.Program, model: nn.Module, args: Any, kwargs: An
         torch.manual_seed(4)
         results.append(run(*args, **kwargs))
         floats = [t for t in _raw(results[-1]) if t.requires_grad]
-        torch.stack([t.float().square().mean() for t in floats]).sum().backward()
+        _projection(floats).backward()
         named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         gradients.append({n: g.clone() for n, g in named.items()})
     model.load_state_dict(before)
@@ -75,6 +75,13 @@ def _same_gradients(program: qc.Program, model: nn.Module, args: Any, kwargs: An
     assert gradients[0].keys() == gradients[1].keys() == trainable
     for name, gradient in gradients[0].items():
         assert_close([gradients[1][name]], [gradient], relative=1e-3)
+
+
+def _projection(values: list[Tensor]) -> Tensor:
+    """A scalar that depends on every element: mean squares would not, behind a layer norm."""
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(value.shape, generator=generator) for value in values]
+    return torch.stack([(w * v.float()).mean() for w, v in zip(weights, values, strict=True)]).sum()
 
 
 def _raw(value: Any) -> list[Tensor]:
