@@ -37,11 +37,11 @@ demo: $(VENV)/installed-all ## quantize, fine-tune, fold, export and run SmolLM2
 
 .PHONY: test
 test: $(VENV)/installed-dev ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2 -q -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow" $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
-	$(BIN)/python -m pytest -n 2 -q -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow $(ARGS)
 
 .PHONY: native-check
 native-check: ## run the operator library's own tests: sanitizers, fuzzer, -O3
