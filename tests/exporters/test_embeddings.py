@@ -123,6 +123,7 @@ def test_written_by_rows_it_is_the_same_file(
     assert stored[0] == stored[1]
 
 
+@pytest.mark.slow
 def test_with_a_key_value_cache(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = llama()
@@ -161,6 +162,7 @@ def test_with_a_key_value_cache(tmp_path: Path) -> None:
     assert len(found) == len(prompt) or found[-1] == 0  # 0 ends the sequence
 
 
+@pytest.mark.slow
 def test_half_models(tmp_path: Path) -> None:
     torch.manual_seed(0)
     program = qc.quantize_groups(

@@ -14,11 +14,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     return [row for study in STUDIES for row in study(folder)]
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_formats_declare_and_decoders_find(rows: list[Row]) -> None:
     page = PAGE.read_text("utf-8")
     assert put_into(page, tables(rows)) == page, "run: python -m scripts.write_checkpoints"
 
 
+@pytest.mark.slow
 def test_what_is_declared_is_what_is_measured(rows: list[Row]) -> None:
     for row in (row for row in rows if row.direction == WRITE):
         exact = row.cells["scale"].startswith("exact")
@@ -27,6 +29,7 @@ def test_what_is_declared_is_what_is_measured(rows: list[Row]) -> None:
         assert exact or seen > 1e-6, f"{row.name} rounds, and nothing changed"
 
 
+@pytest.mark.slow
 def test_all_codes_that_are_read_are_kept(rows: list[Row]) -> None:
     for row in (row for row in rows if row.direction == READ):
         kept, _, total = row.cells["layers whose codes are kept"].partition(" of ")

@@ -55,6 +55,7 @@ def test_a_launcher_without_accelerate_is_told_what_to_install(
         find_processes()
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path: Path) -> None:
     """Two gloo processes on the CPU, as torchrun starts them, adapter dropout included."""
     program = language_model(dropout=0.2)

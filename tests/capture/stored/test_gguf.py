@@ -83,6 +83,7 @@ def test_nested_scales_are_dequantized_with_a_note(tmp_path: Path) -> None:
     assert notes == ("1 tensors in Q6_K were dequantized: codes with nested scales cannot be kept",)
 
 
+@pytest.mark.slow
 def test_the_command_keeps_codes_unless_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

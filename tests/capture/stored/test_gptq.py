@@ -174,6 +174,7 @@ def test_activation_order_goes_through_to_onnx(tmp_path: Path) -> None:
     assert all(torch.equal(cached.tensors()[name], order) for name, order in orders.items())
 
 
+@pytest.mark.slow
 def test_an_svd_start_knows_the_order(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", gptq_layer([], act_order=True), gptq_config())
     source = load_source(str(tmp_path / "model"))
