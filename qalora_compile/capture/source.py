@@ -146,7 +146,7 @@ def _load_folder(reference: str, path: Path, zero_points: str | None) -> Source:
     source = _language_model(reference, "huggingface", model, load_folder_tokenizer(path))
     if stored is None:
         return source
-    return replace(source, read_codes=lambda: (stored.codes, stored.notes))
+    return replace(source, read_codes=lambda: (stored.codes(), stored.notes))
 
 
 def _load_float(path: Path) -> Any:

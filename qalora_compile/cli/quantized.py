@@ -83,6 +83,8 @@ def stored_codes(options: argparse.Namespace, source: Source, shown: Steps) -> S
         UserInputError: the checkpoint is broken.
     """
     codes, notes = source.stored()
+    for note in notes:
+        shown.say(f"note: {note}")
     if not codes:
         return None
     if chooses_codes(options):
@@ -91,8 +93,6 @@ def stored_codes(options: argparse.Namespace, source: Source, shown: Steps) -> S
             "as asked; without --bits, --group-size and --method they keep their codes"
         )
         return None
-    for note in notes:
-        shown.say(f"note: {note}")
     return codes
 
 

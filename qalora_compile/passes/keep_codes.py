@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from qalora_compile.ir.program import Program
@@ -38,11 +37,12 @@ class KeptCodes:
         """The pass that sorts the columns of those whose groups lie apart; None: none do."""
         owners: dict[str, str] = {}
         orders: dict[str, Tensor] = {}
+        first: dict[bytes, str] = {}
         for path, held in self.weights.items():
             order = held[0].order
             if order is None:
                 continue
-            owner = next((p for p, known in orders.items() if torch.equal(known, order)), path)
+            owner = first.setdefault(order.numpy().tobytes(), path)
             orders.setdefault(owner, order)
             owners[path] = owner
         return SortColumns(owners=format_choices(owners), orders=orders) if owners else None

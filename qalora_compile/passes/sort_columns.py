@@ -84,8 +84,9 @@ class SortColumns(Pass):
                     where=row,
                     hint="exclude the layer",
                 )
+        names = _weight_names(program)
         for path, owner in owners.items():
-            weight = _weight(program, path)
+            weight = _weight(program, names[path])
             if self.orders is None and is_placeholder(weight):
                 continue
             order = (self.orders or {}).get(owner)
@@ -100,17 +101,18 @@ class SortColumns(Pass):
         """Permute and rewrite."""
         owners = parse_choices(self.owners, "owners")
         graph, tensors = program.copy_graph(), program.tensors()
+        names = _weight_names(program)
         for path, owner in owners.items():
-            weight = _weight(program, path)
+            weight = _weight(program, names[path])
             made = _sorted(weight, (self.orders or {}).get(owner))
-            tensors[_weight_name(program, path)] = nn.Parameter(made["weight"], requires_grad=False)
+            tensors[names[path]] = nn.Parameter(made["weight"], requires_grad=False)
             if path == owner:
                 tensors[f"{path}.{ORDER}"] = made[ORDER]
         nodes, selected = TensorNodes(graph), dict[tuple[fx.Node, str], fx.Node]()
+        rows = {s.name: owners[s.path] for s in program.plan.to_quantize() if s.path in owners}
         for node in list(graph.nodes):
-            owner_of = owners.get(_path(program, node) or "")
-            if owner_of is not None:
-                _rewrite(graph, node, owner_of, nodes, selected)
+            if (name := site_of(node)) in rows:
+                _rewrite(graph, node, rows[name], nodes, selected)
         changes = tuple(Change(path, "columns sorted by group") for path in owners)
         return PassResult(program.evolve(graph=graph, tensors=tensors), changes)
 
@@ -159,21 +161,15 @@ def _is_permutation(order: Tensor, k: int) -> bool:
     return torch.equal(order.sort().values, torch.arange(k))
 
 
-def _weight_name(program: Program, path: str) -> str:
-    return next(site.weight for site in program.plan.to_quantize() if site.path == path)
+def _weight_names(program: Program) -> dict[str, str]:
+    """The parameter of each path."""
+    return {site.path: site.weight for site in program.plan.weights_to_quantize()}
 
 
-def _weight(program: Program, path: str) -> Tensor:
-    weight = get_tensor(program.module, _weight_name(program, path))
+def _weight(program: Program, name: str) -> Tensor:
+    weight = get_tensor(program.module, name)
     assert weight is not None, "the plan was made from this module"
     return weight
-
-
-def _path(program: Program, node: fx.Node) -> str | None:
-    """The path of the weight that a planned node multiplies by."""
-    name = site_of(node)
-    row = next((s for s in program.plan.to_quantize() if s.name == name), None) if name else None
-    return None if row is None else row.path
 
 
 def _linears(program: Program, paths: Mapping[str, object]) -> list[tuple[str, LinearMap]]:

@@ -25,7 +25,7 @@ from qalora_compile.capture.stored.own import decode_own
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.files import read_json
 from qalora_compile.ir.storage import load_tensors
-from qalora_compile.ir.stored_codes import StoredCodes
+from qalora_compile.ir.stored_codes import StoredCodes, StoredWeight
 
 HF = "quantization_config"
 _METHODS: dict[str, Reader] = {
@@ -41,8 +41,15 @@ class StoredModel:
     """A model in float32, in evaluation mode, with the codes that its weights were made of."""
 
     model: nn.Module
-    codes: StoredCodes
+    weights: tuple[StoredWeight, ...]
     notes: tuple[str, ...]
+
+    def codes(self) -> StoredCodes:
+        """The codes, to be found by rows; made on each call, since only quantizing asks for it."""
+        codes = StoredCodes()
+        for weight in self.weights:
+            codes.add(weight)
+        return codes
 
 
 def is_quantized(folder: Path) -> bool:
@@ -73,11 +80,8 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
         error.where = f"{folder}: {error.where}" if error.where else str(folder)
         raise
     rest = {name: t for name, t in tensors.items() if name not in decoded.used}
-    codes = StoredCodes()
-    for stored in decoded.weights.values():
-        codes.add(stored)
     model = _build(folder, config, decoded, rest)
-    return StoredModel(model, codes, decoded.notes + _widening(rest))
+    return StoredModel(model, tuple(decoded.weights.values()), decoded.notes + _widening(rest))
 
 
 def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) -> Reader:
