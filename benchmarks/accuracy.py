@@ -1,9 +1,9 @@
 """The paper's claim at our scale: what fine-tuning is left with after quantization.
 
-all-MiniLM-L6-v2 (22.7 million weights, true float32) with a linear head judges sentences of film
-reviews. For each width of codes and seed, accuracy on held-out sentences of
+A sentence encoder learns to judge film reviews, or a language model to name the topic of an article
+(`benchmarks.accuracy_tasks`). For each width of codes and seed, accuracy on held-out texts of
 
-* `ptq`: the quantized model, the head alone fitted to it;
+* `ptq`: the quantized model, only the head, where the model has one, fitted to it;
 * `merged`: LoRA trained beside the float weights, merged into them, then quantized;
 * `qa-lora`: pooled adapters trained on the quantized weights, then folded: the same size and speed;
 * `beside`: LoRA trained beside the quantized weights and kept there in float: the upper reference;
@@ -20,9 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -33,14 +32,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import qalora_compile as qc
+from benchmarks.accuracy_tasks import TASKS, load_task
 from qalora_compile.ir.affine import dequantize
 from qalora_compile.training.forward import TrainingForward
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from assets import encoder_path, reviews
-
 EXAMPLES = """examples:
   python -m benchmarks.accuracy --cells accuracy.jsonl
+  python -m benchmarks.accuracy --cells accuracy.jsonl --model smollm2
   python -m benchmarks.accuracy --cells accuracy.jsonl --bits 3 --seeds 0 --methods merged qa-lora
   python -m benchmarks.accuracy --cells accuracy.jsonl --table
 """
@@ -48,11 +46,13 @@ METHODS = ("float", "ptq", "merged", "qa-lora", "beside", "scale", "integer")
 WHOLE = ("scale", "integer")
 QUANTIZERS = ("minmax", "gptq")
 RANK, ALPHA, HEAD_RATE = 16, 32, 5e-3
-_WIDTH = 24
-"""Most tokens of a sentence: longer ones are left out, the machine being small."""
-_TARGETS = ("query", "key", "value", "dense")
+DEFAULTS = {
+    "minilm": {"steps": 60, "batch_size": 32, "group_size": 32, "held_out": 600},
+    "smollm2": {"steps": 30, "batch_size": 8, "group_size": 64, "held_out": 200},
+}
+"""What is not given; SmolLM2's checkpoint is 4-bit in groups of 32 itself, so it gets others."""
 Forward = Callable[[Tensor, Tensor], Tensor]
-"""Token ids and mask, `[B, T]` → sentence vectors `[B, 384]`."""
+"""Token ids and mask, `[B, T]` → vectors `[B, F]`."""
 
 
 @dataclass(frozen=True)
@@ -70,86 +70,28 @@ class Cell:
         return replace(self, method="", seed=0)
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Tokenized sentences: ids and mask `[n, T]`, labels `[n]`."""
-
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor
-
-    def part(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Some rows, without the columns that are padding in all of them."""
-        mask = self.mask[rows]
-        used = int(mask.sum(1).max())
-        return self.ids[rows][:, :used], mask[:, :used], self.labels[rows]
-
-
-class Sentences(nn.Module):
-    """A sentence encoder: the mean of the last states."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`[B, T]` twice → `[B, 384]`."""
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        mask = attention_mask[..., None].to(states.dtype)
-        total: Tensor = (states * mask).sum(1)
-        return total / mask.sum(1)
-
-
 class Bench:
     """The model, the data, and every way to train."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.train, self.test = self._texts()
+        self.task = load_task(options)
 
-    def _texts(self) -> tuple[Texts, Texts]:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(encoder_path(), local_files_only=True)
-        sizes = tokenizer([text for text, _ in reviews()]).input_ids
-        rows = [row for row, ids in zip(reviews(), sizes, strict=True) if len(ids) <= _WIDTH]
-        parts = rows[self.options.held_out :], rows[: self.options.held_out]
-        made = []
-        for part in parts:
-            found = tokenizer(
-                [text for text, _ in part],
-                padding="max_length",
-                max_length=_WIDTH,
-                return_tensors="pt",
-            )
-            labels = torch.tensor([label for _, label in part])
-            made.append(Texts(found.input_ids, found.attention_mask, labels))
-        return made[0], made[1]
-
-    def encoder(self) -> nn.Module:
-        """A fresh copy of the model, in float."""
-        from transformers import AutoModel
-
-        model: nn.Module = AutoModel.from_pretrained(encoder_path(), local_files_only=True)
-        return model.eval()
-
-    def capture(self, encoder: nn.Module) -> qc.Program:
-        """Its graph."""
-        ids, mask, _ = self.train.part(slice(0, 4))
-        return qc.capture_model(
-            Sentences(encoder).eval(), (), {"input_ids": ids, "attention_mask": mask}
-        )
+    def capture(self, model: nn.Module) -> qc.Program:
+        """The graph of a model."""
+        ids, mask, _ = self.task.train.part(slice(0, 4))
+        return qc.capture_model(model, (), {"input_ids": ids, "attention_mask": mask})
 
     @cached_property
     def calibration(self) -> list[dict[str, Tensor]]:
-        """Training sentences, as calls."""
-        parts = (self.train.part(slice(i, i + 32)) for i in range(0, 128, 32))
+        """Training texts, as calls."""
+        parts = (self.task.train.part(slice(i, i + 32)) for i in range(0, 128, 32))
         return [{"input_ids": ids, "attention_mask": mask} for ids, mask, _ in parts]
 
     @cached_property
     def captured(self) -> qc.Program:
         """The graph of the model as it is."""
-        return self.capture(self.encoder())
+        return self.capture(self.task.model())
 
     @cache  # noqa: B019 - one bench a process
     def base(self, cell: Cell, zero_point: str = "real") -> qc.Program:
@@ -165,7 +107,7 @@ class Bench:
             zero_point=zero_point,
         )
         calls = self.calibration if cell.quantizer == "gptq" else None
-        return qc.quantize_groups(program, spec, calibration=calls)
+        return qc.quantize_groups(program, spec, targets=list(self.task.targets), calibration=calls)
 
     def run(self, cell: Cell) -> dict[str, float]:
         """Accuracy and loss of a cell, and what folding moved."""
@@ -182,8 +124,7 @@ class Bench:
         return forms[cell.method](cell)
 
     def _float(self, cell: Cell) -> dict[str, float]:
-        encoder, head = self._lora(cell.seed)
-        return self.score(Sentences(encoder), head)
+        return self.score(*self._lora(cell.seed))
 
     def _ptq(self, cell: Cell) -> dict[str, float]:
         program = self.base(cell.group())
@@ -191,8 +132,8 @@ class Bench:
         return self.score(program, head)
 
     def _merged(self, cell: Cell) -> dict[str, float]:
-        encoder, head = self._lora(cell.seed)
-        return self.score(self.quantize(self.capture(encoder), cell), head)
+        model, head = self._lora(cell.seed)
+        return self.score(self.quantize(self.capture(model), cell), head)
 
     def _qa_lora(self, cell: Cell) -> dict[str, float]:
         return self._trained(self.base(cell.group()), cell, qc.AdapterSpec())
@@ -202,17 +143,16 @@ class Bench:
         spec = replace(spec, rank=RANK, alpha=ALPHA, seed=cell.seed)
         program = qc.insert_adapters(quantized, spec)
         head = self.fit(TrainingForward(program), program.adapter_parameters(), cell.seed)
-        folded, (ids, mask, _) = qc.fold_adapters(program), self.test.part(slice(0, 50))
+        folded, (ids, mask, _) = qc.fold_adapters(program), self.task.test.part(slice(0, 50))
         with torch.no_grad():
             moved = (program(ids, mask) - folded(ids, mask)).abs().max()
         return self.score(folded, head) | {"fold_moved": float(moved)}
 
     def _beside(self, cell: Cell) -> dict[str, float]:
-        encoder = self.encoder()
-        put_back(self.base(cell.group()), encoder)
-        adapted, parameters = add_lora(encoder, cell.seed)
-        head = self.fit(Sentences(adapted), parameters, cell.seed)
-        return self.score(Sentences(adapted), head)
+        model = self.task.model()
+        put_back(self.base(cell.group()), model)
+        parameters = self.add_lora(model, cell.seed)
+        return self.score(model, self.fit(model, parameters, cell.seed))
 
     def _scale(self, cell: Cell) -> dict[str, float]:
         spec = qc.AdapterSpec(kind="scale")
@@ -225,73 +165,75 @@ class Bench:
     @cache  # noqa: B019 - one bench a process
     def _lora(self, seed: int) -> tuple[nn.Module, nn.Module]:
         """LoRA trained in float and merged, with its head; the same for all widths."""
-        adapted, parameters = add_lora(self.encoder(), seed)
-        head = self.fit(Sentences(adapted), parameters, seed)
-        return adapted.merge_and_unload().eval(), head
+        model = self.task.model()
+        head = self.fit(model, self.add_lora(model, seed), seed)
+        inner: Any = model.inner
+        model.inner = inner.merge_and_unload()
+        return model.eval(), head
 
-    def fit(self, forward: Any, parameters: Iterable[nn.Parameter], seed: int) -> nn.Linear:
+    def add_lora(self, model: nn.Module, seed: int) -> list[nn.Parameter]:
+        """Put PEFT's LoRA on the linear layers that are quantized elsewhere; its parameters."""
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        layers = r".*layers?\.\d+\..*(" + "|".join(self.task.targets) + ")"
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=layers)
+        inner: Any = model.inner
+        model.inner = get_peft_model(inner, config)
+        return [p for p in model.parameters() if p.requires_grad]
+
+    def fit(self, forward: Any, parameters: Iterable[nn.Parameter], seed: int) -> nn.Module:
         """Train parameters and a head; the batches depend on the seed alone."""
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        head = nn.Linear(384, 2)
-        parameters = list(parameters)
-        rates = [HEAD_RATE, self.options.rate][: 2 if parameters else 1]
-        groups = zip((list(head.parameters()), parameters), rates, strict=False)
-        optimizer = torch.optim.AdamW(
-            [{"params": group, "lr": rate} for group, rate in groups], weight_decay=0.0
-        )
+        head = self.task.head()
+        adapters, own = list(parameters), list(head.parameters())
+        rates = [rate for rate, found in ((HEAD_RATE, own), (self.options.rate, adapters)) if found]
+        if not rates:
+            return head
+        sets = [found for found in (own, adapters) if found]
+        groups = [{"params": p, "lr": rate} for p, rate in zip(sets, rates, strict=True)]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         steps, size = self.options.steps, self.options.batch_size
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, rates, total_steps=steps, pct_start=0.1
         )
-        order = torch.randperm(len(self.train.labels), generator=generator)
+        train = self.task.train
+        order = torch.randperm(len(train.labels), generator=generator)
         for step in range(steps):
             at = torch.arange(step * size, (step + 1) * size) % len(order)
-            ids, mask, labels = self.train.part(order[at])
-            with torch.set_grad_enabled(bool(parameters)):
+            ids, mask, labels = train.part(order[at])
+            with torch.set_grad_enabled(bool(adapters)):
                 vectors = forward(ids, mask)
             loss = functional.cross_entropy(head(vectors), labels)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(adapters, 1.0)
             optimizer.step()
             schedule.step()
         return head
 
     @torch.no_grad()
     def score(self, forward: Any, head: nn.Module) -> dict[str, float]:
-        """Accuracy and loss on the held-out sentences."""
-        logits, labels = [], []
-        for start in range(0, len(self.test.labels), 100):
-            ids, mask, wanted = self.test.part(slice(start, start + 100))
-            logits.append(head(forward(ids, mask)))
-            labels.append(wanted)
-        found, right = torch.cat(logits), torch.cat(labels)
-        accuracy = (found.argmax(-1) == right).float().mean()
-        loss = functional.cross_entropy(found, right)
-        return {"accuracy": float(accuracy), "loss": float(loss)}
+        """Accuracy and loss on the held-out texts."""
+        test = self.task.test
+        right, loss = 0, 0.0
+        for start in range(0, len(test.labels), 100):
+            ids, mask, labels = test.part(slice(start, start + 100))
+            scores = head(forward(ids, mask))
+            right += int((self.task.choose(scores) == labels).sum())
+            loss += float(functional.cross_entropy(scores, labels, reduction="sum"))
+        return {"accuracy": right / len(test.labels), "loss": loss / len(test.labels)}
 
 
-def add_lora(encoder: nn.Module, seed: int) -> tuple[Any, list[nn.Parameter]]:
-    """PEFT's LoRA on every linear layer of the encoder, and its parameters."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=r".*encoder\.layer.*\.(" + "|".join(_TARGETS) + ")"
-    )
-    adapted = get_peft_model(encoder, config)
-    return adapted, [p for p in adapted.parameters() if p.requires_grad]
-
-
-def put_back(program: qc.Program, encoder: nn.Module) -> None:
+def put_back(program: qc.Program, model: nn.Module) -> None:
     """Write what a program's codes stand for into the model that it was captured from."""
     tensors = program.tensors()
     for site in program.plan.weights_to_quantize():
         assert site.bits is not None and site.group_size is not None, "it is quantized"
         parts = (tensors[f"{site.path}.{part}"] for part in ("qweight", "scale", "offset"))
         weight = dequantize(*parts, bits=site.bits, group_size=site.group_size, k=site.k)
-        encoder.get_parameter(site.weight.removeprefix("encoder.")).data.copy_(weight)
+        model.get_parameter(site.weight).data.copy_(weight)
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
@@ -306,27 +248,32 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                     yield Cell(method, quantizer, bits, options.group_size, seed)
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Mean accuracy over the seeds, and their standard deviation, as a Markdown table."""
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Means over the seeds with standard deviations, accuracy and loss, as a Markdown table."""
     widths = sorted({line["bits"] for line in lines if line["bits"]}, reverse=True)
     forms = dict.fromkeys((line["method"], line["quantizer"]) for line in lines)
     head = ["", *(f"{bits} bits" for bits in widths), "seeds"]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for method, quantizer in sorted(forms, key=lambda f: (METHODS.index(f[0]), f[1])):
-        texts = []
-        count = 0
+    for form in sorted(forms, key=lambda f: (METHODS.index(f[0]), f[1])):
+        texts, counts = [], set()
         for bits in widths:
             found = [
-                100 * line["accuracy"]
+                line
                 for line in lines
-                if (line["method"], line["quantizer"]) == (method, quantizer)
-                and line["bits"] in (0, bits)
+                if (line["method"], line["quantizer"]) == form and line["bits"] in (0, bits)
             ]
-            count = max(count, len(found))
-            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-            texts.append(f"{statistics.mean(found):.1f}{spread}" if found else "")
-        rows.append(f"| {method} {quantizer} | {' | '.join(texts)} | {count} |")
+            counts.add(len(found))
+            shown = (_mean(found, "accuracy", 100, 1) + " %", _mean(found, "loss", 1, 3))
+            texts.append(", ".join(shown) if found else "")
+        seeds = "-".join(map(str, sorted(counts - {0})))
+        rows.append(f"| {' '.join(form).strip()} | {' | '.join(texts)} | {seeds} |")
     return "\n".join(rows)
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], what: str, factor: float, digits: int) -> str:
+    values = [factor * line[what] for line in lines]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -337,40 +284,45 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--cells", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--model", default="minilm", choices=list(TASKS))
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS)
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 2, 4], choices=(2, 3, 4, 8))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of adapters")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--held-out", type=int, default=600)
-    return parser.parse_args(arguments)
+    for name in ("group_size", "steps", "batch_size", "held_out"):
+        shown = ", ".join(f"{model} {numbers[name]}" for model, numbers in DEFAULTS.items())
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, help=f"if not given: {shown}")
+    options = parser.parse_args(arguments)
+    for name, value in DEFAULTS[options.model].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the cells that are missing, then print the table."""
+    """Run the cells that are missing, then print the table of those with these settings."""
     options = parse(arguments)
     done = options.cells.read_text("utf-8").splitlines() if options.cells.exists() else []
     lines = [json.loads(line) for line in done]
-    settings = {"steps": options.steps, "batch_size": options.batch_size, "rate": options.rate}
-    known = [
-        {key: line[key] for key in (*asdict(Cell("", "", 0, 0, 0)), *settings)} for line in lines
-    ]
+    names = ("model", "steps", "batch_size", "rate", "held_out")
+    settings = {name: getattr(options, name) for name in names}
     bench = None if options.table else Bench(options)
     for cell in dict.fromkeys(cells(options)) if bench else ():
-        if asdict(cell) | settings in known:
+        wanted = asdict(cell) | settings
+        if any(wanted.items() <= line.items() for line in lines):
             continue
         assert bench is not None
         started = time.perf_counter()
         measured = bench.run(cell) | {"seconds": round(time.perf_counter() - started, 1)}
-        lines.append(asdict(cell) | settings | measured)
+        lines.append(wanted | measured)
         with options.cells.open("a", encoding="utf-8") as file:
             file.write(json.dumps(lines[-1]) + "\n")
         print(json.dumps(lines[-1]), flush=True)
-    print(table(lines))
+    groups = (0, options.group_size)
+    print(table([x for x in lines if settings.items() <= x.items() and x["group_size"] in groups]))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import pytest
 from benchmarks import accuracy, training
 
 LINES = [
-    {"method": "qa-lora", "quantizer": "gptq", "bits": 3, "accuracy": value}
+    {"method": "qa-lora", "quantizer": "gptq", "bits": 3, "accuracy": value, "loss": value / 2}
     for value in (0.80, 0.82, 0.84)
-] + [{"method": "float", "quantizer": "", "bits": 0, "accuracy": 0.9}]
+] + [{"method": "float", "quantizer": "", "bits": 0, "accuracy": 0.9, "loss": 0.25}]
 
 
 @pytest.mark.parametrize("name", ["training", "accuracy"])
@@ -28,8 +28,8 @@ def test_help_has_examples(name: str, capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_table_gives_mean_and_spread() -> None:
     head, _, first, second = accuracy.table(LINES).splitlines()
     assert head == "|  | 3 bits | seeds |"
-    assert first == "| float  | 90.0 | 1 |"
-    assert second == "| qa-lora gptq | 82.0 ± 2.0 | 3 |"
+    assert first == "| float | 90.0 %, 0.250 | 1 |"
+    assert second == "| qa-lora gptq | 82.0 ± 2.0 %, 0.410 ± 0.010 | 3 |"
 
 
 def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +56,10 @@ def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(file.read_text("utf-8").splitlines()) == 3
     accuracy.main([*command, "--methods", "ptq", "--steps", "7"])
     assert len(Counted.ran) == 5, "other settings are other cells"
+    accuracy.main([*command, "--methods", "ptq", "--model", "smollm2"])
+    assert len(Counted.ran) == 7, "so is another model"
+    accuracy.main([*command, "--methods", "ptq", "scale", "--table"])
+    assert len(Counted.ran) == 7, "a table runs nothing"
 
 
 def test_the_training_benchmark_misses_and_reaches(
