@@ -9,12 +9,17 @@ Version 1 stores zero-points less one, modulo 2^bits; version 2 as they are. The
 zero-points are all 2^(bits − 1). The QA-LoRA authors' script and a fork of it store zero-points in
 floating point, `[L, N]`: as zero-points (`w = scale · (q − z)`), or as offsets
 (`w = scale · q + z`). What the numbers do not tell, `zero_points` has to.
+
+GPTQModel gives single layers other options: `dynamic` in `quantization_config` has regular
+expressions that match the beginning of a module's name, and the first that does decides. Behind
+`+:`, or nothing, stand options that replace the general ones; `-:` marks layers left in float.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +40,7 @@ V1, V2, FLOAT_ZERO, FLOAT_OFFSET = "v1", "v2", "float", "offset"
 ZERO_POINTS = (V1, V2, FLOAT_ZERO, FLOAT_OFFSET)
 _TAGS = {"gptq": V1, "gptq_v2": V2, "": V1}
 _PARTS = ("qweight", "qzeros", "scales")
+_FLOAT, _OTHERWISE = "-:", "+:"
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,36 @@ class _Form:
         told = zero_points is not None
         return cls(bits, group, bool(options.get("sym")), zero_points or _TAGS[tag], told)
 
+    def of_module(self, module: str, dynamic: Mapping[str, Any]) -> _Form:
+        """How one module is to be read, by the first rule that matches its name.
+
+        Raises:
+            UserInputError: a rule is no regular expression or gives no numbers, or says that the
+                module is in float.
+        """
+        for rule, options in dynamic.items():
+            pattern = rule.removeprefix(_FLOAT).removeprefix(_OTHERWISE)
+            try:
+                if not re.match(pattern, module):
+                    continue
+                if rule.startswith(_FLOAT):
+                    raise UserInputError(
+                        f"{module} is quantized, and the rule {rule!r} says that it is not",
+                        where=module,
+                    )
+                return replace(
+                    self,
+                    bits=int(options.get("bits", self.bits)),
+                    group_size=int(options.get("group_size", self.group_size)),
+                    symmetric=bool(options.get("sym", self.symmetric)),
+                )
+            except (re.error, AttributeError, TypeError, ValueError) as error:
+                raise UserInputError(
+                    f"the rule {rule!r} of quantization_config.dynamic cannot be read: {error}",
+                    where=module,
+                ) from error
+        return self
+
 
 def decode_gptq(
     tensors: Tensors, config: Mapping[str, Any], *, zero_points: str | None = None
@@ -88,11 +124,14 @@ def decode_gptq(
             zero-points are cannot be told.
         UnsupportedError: the format is packed in another way.
     """
-    form = _Form.of(config["quantization_config"], zero_points)
+    options = config["quantization_config"]
+    general, dynamic = _Form.of(options, zero_points), options.get("dynamic") or {}
     modules = [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]
-    stored_as, notes = _zero_form(form, [tensors.get(f"{m}.qzeros") for m in modules])
+    forms = {module: general.of_module(module, dynamic) for module in modules}
+    zeros = [(forms[m], t) for m in modules if (t := tensors.get(f"{m}.qzeros")) is not None]
+    stored_as, notes = _zero_form(general, zeros)
     weights, used = {}, set[str]()
-    for module in modules:
+    for module, form in forms.items():
         parts = take(tensors, module, _PARTS)
         g_idx = tensors.get(f"{module}.g_idx")
         weights[module] = _decode(module, parts, g_idx, form, stored_as)
@@ -175,32 +214,32 @@ def _order(module: str, g_idx: Tensor | None, k: int, group: int) -> Tensor | No
     return order
 
 
-def _zero_form(form: _Form, stored: list[Tensor | None]) -> tuple[str, tuple[str, ...]]:
+def _zero_form(general: _Form, stored: list[tuple[_Form, Tensor]]) -> tuple[str, tuple[str, ...]]:
     """What the stored zero-points are, and notes where tag and numbers disagree.
 
     Raises:
         UserInputError: floating zero-points are neither plainly zero-points nor plainly offsets.
     """
-    present = [each for each in stored if each is not None]
-    if not present:
-        return form.zero_points, ()
-    if present[0].is_floating_point():
-        return _float_form(form, torch.cat([each.float().flatten() for each in present])), ()
-    if form.told and form.zero_points not in (V1, V2):
+    if not stored:
+        return general.zero_points, ()
+    if stored[0][1].is_floating_point():
+        bits = max(form.bits for form, _ in stored)
+        return _float_form(general, bits, torch.cat([t.float().flatten() for _, t in stored])), ()
+    if general.told and general.zero_points not in (V1, V2):
         raise UserInputError(
-            f"zero_points is {form.zero_points!r}, and they are stored as integers",
+            f"zero_points is {general.zero_points!r}, and they are stored as integers",
             hint=f"use {V1!r} or {V2!r}",
         )
-    if form.told or not form.symmetric:
-        return form.zero_points, ()
-    middle = 2 ** (form.bits - 1)
-    raw = {int(v) for each in present for v in _distinct(each, form.bits)}
-    by_numbers = {frozenset({middle - 1}): V1, frozenset({middle}): V2}.get(frozenset(raw))
-    if by_numbers in (None, form.zero_points):
-        return form.zero_points, ()
+    symmetric = [] if general.told else [each for each in stored if each[0].symmetric]
+    middles = {form.bits: 2 ** (form.bits - 1) for form, _ in symmetric}
+    steps = {v - middles[form.bits] for form, t in symmetric for v in _distinct(t, form.bits)}
+    by_numbers = {frozenset({-1}): V1, frozenset({0}): V2}.get(frozenset(steps))
+    if by_numbers in (None, general.zero_points):
+        return general.zero_points, ()
+    first = next(iter(middles.values()))
     return by_numbers, (
-        f"config.json says that zero-points are stored as {form.zero_points}, and symmetric ones, "
-        f"{middle}, are stored as {min(raw)}: read as {by_numbers} "
+        f"config.json says that zero-points are stored as {general.zero_points}, and symmetric "
+        f"ones, {first}, are stored as {first + min(steps)}: read as {by_numbers} "
         "(zero_points, --stored-zero-points, overrides that)",
     )
 
@@ -213,7 +252,7 @@ def _distinct(packed: Tensor, bits: int) -> list[int]:
     return values
 
 
-def _float_form(form: _Form, zeros: Tensor) -> str:
+def _float_form(form: _Form, bits: int, zeros: Tensor) -> str:
     """Zero-points lie from 0 to 2^bits − 1, mostly above 1/2; offsets are mostly below 0.
 
     Raises:
@@ -227,7 +266,7 @@ def _float_form(form: _Form, zeros: Tensor) -> str:
             )
         return form.zero_points
     median = float(zeros.median())
-    if 0.5 < median < 2**form.bits:
+    if 0.5 < median < 2**bits:
         return FLOAT_ZERO
     if median < 0:
         return FLOAT_OFFSET

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,40 @@ def test_the_caller_has_the_last_word(tmp_path: Path) -> None:
         check_weights(tmp_path / "model", wanted)
 
 
+DYNAMIC: dict[str, Any] = {
+    "-:.*k_proj": {},
+    r"+:.*\.mlp\.down_proj": {"bits": 8, "group_size": GROUP},
+    r".*\.[kv]_proj": {"bits": 3},  # the first that matches decides, so v alone
+    "proj": {"bits": 2},  # matches no beginning
+}
+
+
+@pytest.mark.parametrize(("version", "tag"), [(1, "gptq"), (2, "gptq_v2"), (2, "gptq")])
+def test_layers_with_options_of_their_own(version: int, tag: str, tmp_path: Path) -> None:
+    wanted: list[Tensor] = []
+    names = itertools.cycle(("q", "k", "v", "o", "gate", "up", "down"))
+
+    def layer(module: nn.Linear) -> dict[str, Tensor]:
+        name = next(names)
+        if name == "k":
+            wanted.append(module.weight.detach())
+            return {"weight": wanted[-1]}
+        bits = {"v": 3, "down": 8}.get(name, 4)
+        return gptq_layer(wanted, bits, symmetric=True, version=version)(module)
+
+    config = gptq_config(tag=tag, sym=True, dynamic=DYNAMIC)
+    write_folder(tmp_path / "model", layer, config)
+    source = check_weights(tmp_path / "model", wanted)
+    codes, notes = source.stored()
+    assert len(codes) == 12
+    assert any("read as v2" in note for note in notes) == (version == 2 and tag == "gptq")
+    plan = qc.quantize_groups(source.capture(), stored=codes).plan
+    kept = {s.path.rpartition(".")[2]: (s.bits, s.why_bits) for s in plan.to_quantize()}
+    assert kept["down_proj"] == (8, "GPTQ 8 bits, as stored")
+    assert kept["v_proj"] == (3, "GPTQ 3 bits, as stored")
+    assert kept["q_proj"] == (4, "GPTQ 4 bits, as stored")
+
+
 @pytest.mark.parametrize("floating", ["float", "offset"])
 @pytest.mark.parametrize("told", [True, False])
 def test_floating_zero_points_of_the_script_and_of_its_fork(
@@ -239,6 +274,9 @@ def test_inconsistent_tensors_of_awq_are_refused(part: str, words: str, tmp_path
 OPTIONS: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "another packing": (gptq_config(tag="marlin"), None, "packed as 'marlin'"),
     "no bits": ({"quantization_config": {"quant_method": "gptq"}}, None, "does not say bits"),
+    "a rule that is none": (gptq_config(dynamic={"+:(": {}}), None, r"the rule '\+:\('"),
+    "a rule without options": (gptq_config(dynamic={".*": 4}), None, "the rule '.*' .* be read"),
+    "codes of a float": (gptq_config(dynamic={"-:.*up": {}}), None, "quantized, and the rule"),
     "floats said of integers": (gptq_config(), "offset", "stored as integers"),
     "an unknown word": (gptq_config(), "v3", "zero_points is 'v3'"),
     "awq of another layout": (
