@@ -36,6 +36,7 @@ from qalora_compile.runtime import LanguageModel, open_session
 EXAMPLES = """examples:
   python -m benchmarks.llama_cpp --build llama-venv FOLDED
   python -m benchmarks.llama_cpp --python llama-venv/bin/python --json llama.json FOLDED
+  python -m benchmarks.llama_cpp --python llama-venv/bin/python --texts test.jsonl --tokens 2 FOLDED
 """
 PACKAGE = "llama-cpp-python==0.3.36"
 CMAKE = (
@@ -83,6 +84,13 @@ class Row:
     float_difference: float
 
 
+def read_texts(file: Path | None) -> list[str]:
+    """The prompts of a file of JSON lines, or a few of our own."""
+    if file is None:
+        return list(TEXTS)
+    return [json.loads(line)["prompt"] for line in file.read_text("utf-8").splitlines()]
+
+
 def build(folder: Path) -> Path:
     """An environment with llama.cpp, built from source; gives its Python."""
     python = folder / "bin" / "python"
@@ -98,6 +106,11 @@ def common(first: list[int], second: list[int]) -> int:
     """How many tokens two sequences have in common from the start."""
     pairs = zip(first, second, strict=True)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), len(first))
+
+
+def whole(equal: list[int], tokens: int) -> str:
+    """How many continuations are equal to the last token."""
+    return f"{sum(count == tokens for count in equal)} of {len(equal)}"
 
 
 def reference(program: Program, prompt: list[int], tokens: list[int]) -> np.ndarray[Any, Any]:
@@ -139,7 +152,8 @@ def measure(options: argparse.Namespace, python: Path, scratch: Path) -> dict[st
     folder = Path(options.folder)
     program, _ = load_run(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER)
-    prompts = [tokenizer(text).input_ids for text in TEXTS[: options.prompts]]
+    texts = read_texts(options.texts)[: options.prompts]
+    prompts = [tokenizer(text).input_ids for text in texts]
     exported = qc.export_model(
         program,
         scratch / "model.gguf",
@@ -157,7 +171,7 @@ def measure(options: argparse.Namespace, python: Path, scratch: Path) -> dict[st
     exact, int8 = tokens
     write_as_floats(scratch / "model.gguf", scratch / "float.gguf")
     job = {
-        "texts": TEXTS[: options.prompts],
+        "texts": texts,
         "prompts": prompts,
         "given": exact,
         "new": options.tokens,
@@ -170,33 +184,24 @@ def measure(options: argparse.Namespace, python: Path, scratch: Path) -> dict[st
     )
     rows = []
     for number, prompt in enumerate(prompts):
-        wanted = reference(program, prompt, exact[number])
-        rough = reference_int8(scratch / "level-4.onnx", prompt, exact[number], options.threads)
+        given = exact[number]
+        wanted = reference(program, prompt, given)
+        rough = reference_int8(scratch / "level-4.onnx", prompt, given, options.threads)
         own, floats = (
-            compared(one, number, wanted, exact[number], scratch / name)
+            compared(one, number, wanted, given, scratch / name)
             for name, one in (("model", found), ("float", control))
         )
-        rows.append(
-            Row(
-                text=TEXTS[number],
-                equal=own[0],
-                choices=own[1],
-                margin=own[2],
-                difference=own[3],
-                scale=float(np.abs(wanted).max()),
-                int8_equal=common(exact[number], int8[number]),
-                int8_difference=float(np.abs(rough - wanted).max()),
-                float_equal=floats[0],
-                float_choices=floats[1],
-                float_margin=floats[2],
-                float_difference=floats[3],
-            )
-        )
+        same, apart = common(given, int8[number]), float(np.abs(rough - wanted).max())
+        scale = float(np.abs(wanted).max())
+        rows.append(Row(texts[number], *own, scale, same, apart, *floats))
     cut_alike = sum(a == b for a, b in zip(prompts, found["texts"], strict=True))
     return {
         "llama_cpp_python": found["version"],
         "tokens": options.tokens,
         "rows": [asdict(row) for row in rows],
+        "equal to the last token": whole([row.equal for row in rows], options.tokens),
+        "as F32": whole([row.float_equal for row in rows], options.tokens),
+        "ONNX Runtime on int8 activations": whole([row.int8_equal for row in rows], options.tokens),
         "prompts cut into the same tokens": f"{cut_alike} of {len(prompts)}",
         "rounding of weights": max(row.relative_error for row in exported.stored),
         "bytes": exported.size_bytes,
@@ -260,7 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--build", type=Path, metavar="DIR", help="environment to build it in")
     place.add_argument("--python", type=Path, help="Python that has llama-cpp-python")
-    parser.add_argument("--prompts", type=int, default=len(TEXTS), help="how many prompts")
+    parser.add_argument("--texts", type=Path, help="JSON lines with a prompt each, as trained on")
+    parser.add_argument("--prompts", type=int, help="how many prompts; all if not given")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
