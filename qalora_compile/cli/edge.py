@@ -33,6 +33,7 @@ from qalora_compile.exporters.genai import (
     context_length,
     decoder_length,
     decoder_start,
+    end_tokens,
     genai_config,
     genai_whisper_config,
 )
@@ -230,6 +231,7 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
         "files": list(parts.graphs),
         "in_both_files": parts.in_both(),
         "decoder_start": [] if whole else decoder_start(model, generation),
+        "end_tokens": end_tokens(model, generation),
         "kv_cache": cached,
         "genai": genai,
         "export": parts.spec.to_json(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,16 @@ def run(options: argparse.Namespace) -> int:
         raise UserInputError(f"--max-new-tokens is {options.max_new_tokens}", hint="use 1 or more")
     folder = Path(options.folder)
     sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=options.seed)
-    model = _open(folder, options.threads)
+    record = read_edge_record(folder)
+    model = _open(folder, record, options.threads)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UserInputError(
             "the folder holds no tokenizer", where=str(folder), hint="export a model that has one"
         )
     prompt = _tokens(tokenizer, options)
-    stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    own = tokenizer.eos_token_id
+    stop = [*record.get("end_tokens", ()), *([] if own is None else [own])]
     started = time.monotonic()
     tokens: list[int] = []
     shown = ""
@@ -81,14 +83,15 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(folder: Path, threads: int | None) -> LanguageModel | EncoderDecoder:
+def _open(
+    folder: Path, record: Mapping[str, Any], threads: int | None
+) -> LanguageModel | EncoderDecoder:
     """The model in an edge folder.
 
     Raises:
         UnsupportedError: it hears, and takes no text.
         UserInputError: a file is missing or broken.
     """
-    record = read_edge_record(folder)
     length = record.get("context_length")
     if not (folder / ENCODER_FILE).is_file():
         session = open_session(folder / "model.onnx", threads=threads)

@@ -92,6 +92,12 @@ def decoder_start(model: Mapping[str, Any], generation: Mapping[str, Any]) -> li
     )
 
 
+def end_tokens(model: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
+    """Tokens that end an answer; there may be several. Generation settings win."""
+    found = generation.get("eos_token_id", model.get("eos_token_id"))
+    return [token for token in (found if isinstance(found, list) else [found]) if token is not None]
+
+
 def genai_config(
     signature: Signature,
     model: Mapping[str, Any],
@@ -248,10 +254,8 @@ def _special_tokens(model: Mapping[str, Any], generation: Mapping[str, Any]) -> 
     found = {
         name: generation.get(name, model.get(name)) for name in (*_TOKENS, "decoder_start_token_id")
     }
-    end = found["eos_token_id"]
-    first = end[0] if isinstance(end, list) and end else end
     if found["pad_token_id"] is None:
-        found["pad_token_id"] = first if isinstance(first, int) else 0
+        found["pad_token_id"] = next(iter(end_tokens(model, generation)), 0)
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -129,6 +129,19 @@ def test_generate_continues_as_it_was_trained(workspace: Path, capsys: Capture) 
         assert capsys.readouterr().out.splitlines()[0].strip() == kind
 
 
+def test_every_end_token_ends_an_answer(workspace: Path, tmp_path: Path, capsys: Capture) -> None:
+    folded, out = tmp_path / "folded", tmp_path / "edge"
+    shutil.copytree(workspace / "folded", folded)
+    settings = folded / "model" / "generation_config.json"
+    value = json.loads(settings.read_text("utf-8")) | {"eos_token_id": [1, 11]}  # <end>, number
+    settings.write_text(json.dumps(value), "utf-8")
+    assert main(["export", str(folded), "--out", str(out)]) == 0
+    capsys.readouterr()
+    for word, answer in (("red", "colour"), ("two", "")):
+        assert main(["generate", str(out), "--prompt", f"{word} is a"]) == 0
+        assert capsys.readouterr().out.splitlines()[0].strip() == answer
+
+
 def test_the_edge_folder_says_what_it_holds(workspace: Path) -> None:
     record = json.loads((workspace / "edge" / "qalora.json").read_text("utf-8"))
     assert record["format"] == "qalora-edge"
