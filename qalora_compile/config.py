@@ -14,7 +14,8 @@ SUPPORTED_BITS = (2, 3, 4, 8)
 AUTO = "auto"
 """A value of `bits`, `group_size` and `rank`: chosen layer by layer, within a budget."""
 METHODS = ("minmax", "mse", "hqq", "gptq")
-"""Each loses less than the one before it, in the output of a layer."""
+"""Each loses less than the one before it, as a rule in the output of a layer; for certain, up to
+`hqq`, in the squared error of the weights, and `hqq` on calibration data in the output too."""
 CALIBRATED = ("gptq",)
 """The methods that need calibration data."""
 POOLINGS = ("sum", "mean", "mean_times_groups", "scaled_sum")
@@ -110,10 +111,12 @@ class QuantSpec(Spec):
             loses least for its bytes.
         method: How scale, offset and codes are chosen. `"minmax"` rounds to the nearest of
             2^bits levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1);
-            `"mse"` searches for the range that loses least; `"hqq"` fits it half-quadratically;
-            `"gptq"` (arXiv 2210.17323) needs calibration data.
+            `"mse"` searches for the range that loses least; `"hqq"` fits it half-quadratically,
+            and with calibration data keeps no row of a weight whose outputs lose more than with
+            `"mse"`; `"gptq"` (arXiv 2210.17323) needs calibration data.
         refine_offsets: Where there are calibration data, move the offsets to where the output error
-            is least, given the codes and the scale. This costs nothing at run time.
+            is least, given the codes and the scale; the less, the fewer calibration rows there are.
+            This costs nothing at run time. It leaves nothing to init `"svd"` and rank `"auto"`.
         act_order: Of `"gptq"`: round the columns that are most active first; groups stay as they
             are. False: from left to right.
         damping: Of `"gptq"`: part of the mean diagonal of the second moments that is added to their

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qalora_compile.config import AUTO, AdapterSpec, QuantSpec, one_of
@@ -17,6 +16,7 @@ from qalora_compile.passes.base import Pass
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
 from qalora_compile.passes.choose_bits import choose_bits
 from qalora_compile.passes.corrections import (
+    Correction,
     annotated_source,
     choose_ranks,
     find_corrections,
@@ -31,7 +31,10 @@ from qalora_compile.passes.quantize_groups import QuantizeGroups
 from qalora_compile.passes.select import ALL_LINEAR, as_patterns
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 from qalora_compile.passes.train_parameters import TrainParameters
-from qalora_compile.quantizers.calibrate import collect_statistics
+from qalora_compile.quantizers.calibrate import as_calls
+from qalora_compile.quantizers.in_parts import StatisticsInParts
+from qalora_compile.quantizers.low_rank import CorrectionTally
+from qalora_compile.quantizers.statistics import ActivationStatistics
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +77,7 @@ def quantize_groups(
     if program.stage != ANNOTATED:
         annotation = _annotation(targets, exclude, keep_heads=embeddings is not None)
         program = Pipeline(annotation)(program).program
-    calls = None if calibration is None else tuple(calibration)
+    calls = None if calibration is None else as_calls(calibration)
     steps, reasons = _coding(program, spec or QuantSpec(), calls, stored)
     if embeddings is not None:
         one_of("method of embeddings", embeddings.method, (QuantSpec().method,))
@@ -139,7 +142,9 @@ def insert_adapters(
     """Put a trainable pooled adapter beside every quantized layer.
 
     The function stays the same, but with `init="svd"`: then the adapters start as what their rank
-    can make up for of the quantization error.
+    can make up for of the quantization error. Offsets that were refined when the weights were
+    quantized (`QuantSpec.refine_offsets`) leave it, and rank `"auto"`, next to nothing: the
+    program's notes say so, and where calibration rows are few.
 
     Args:
         program: At stage `quantized`.
@@ -177,13 +182,30 @@ def _with_adapters(
             f"rank {spec.rank!r} with init {spec.init!r} looks at the weights before quantization",
             hint="give the program that they are in: source=captured",
         )
-    source = annotated_source(source, program)
-    statistics = {} if calibration is None else collect_statistics(source, calibration)
-    choose = partial(find_corrections, source, program, statistics=statistics)
-    insert, reasons = choose_ranks(spec, choose)
+    annotated = annotated_source(source, program)
+    known: Mapping[str, ActivationStatistics] = {}
+    if calibration is not None:
+        known = StatisticsInParts(annotated, calibration)
+    tally = CorrectionTally()
+
+    def find(insert: InsertAdapters) -> Iterator[Correction]:
+        for correction in find_corrections(annotated, program, insert, known):
+            tally.add(correction.site.path, correction.parts)
+            yield correction
+
+    insert, reasons = choose_ranks(spec, find)
     adapted = _insert(program, insert)
     adapted = adapted.evolve(plan=adapted.plan.explain("why_rank", reasons))
-    return adapted if spec.init == "zeros" else start_from(adapted, insert, choose(insert))
+    if spec.init != "zeros":
+        adapted = start_from(adapted, insert, find(insert))
+    notes = tally.notes(refined=bool(known) and _refines_offsets(program))
+    return dataclasses.replace(adapted, notes=(*adapted.notes, *notes))
+
+
+def _refines_offsets(quantized: Program) -> bool:
+    """Whether the weights were quantized with `refine_offsets`, which needs data to do anything."""
+    steps = [step for entry in quantized.history for step in Pipeline.parse(entry).passes]
+    return any(isinstance(step, QuantizeGroups) and step.refine_offsets for step in steps)
 
 
 def _insert(program: Program, insert: InsertAdapters) -> Program:

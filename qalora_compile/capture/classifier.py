@@ -17,6 +17,7 @@ from qalora_compile.capture.source import (
     text_example,
     unreadable,
 )
+from qalora_compile.capture.stored.folder import is_quantized
 from qalora_compile.errors import UnsupportedError, UserInputError
 
 
@@ -43,6 +44,12 @@ def load_classifier(reference: str, classes: Sequence[str], *, seed: int = 0) ->
             hint="train other models by a loop of your own: qc.insert_adapters(…, train=head)",
         )
     check_safetensors(path)
+    if is_quantized(path):
+        raise UnsupportedError(
+            "a classification task learns from a model in float, and this one is quantized",
+            where=reference,
+            hint="give the model that it was made from",
+        )
     tokenizer = load_folder_tokenizer(path)
     if tokenizer is None:
         raise UnsupportedError("the model has no tokenizer to read text with", where=reference)

@@ -9,19 +9,23 @@ A folder holds `adapter_config.json` and `adapter_model.safetensors` with the te
 
 with s = alpha / r, or alpha / √r (`use_rslora`). Whatever else its settings may ask for is refused
 rather than ignored.
+
+The script of QA-LoRA's authors saves the same files, with A `[r, K / g]`, and says nowhere that it
+pools: `as_pooled` has to be told how, for what the paper calls a sum is a mean in its code.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qalora_compile.config import one_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.files import read_json
 from qalora_compile.ir.low_rank import LowRankUpdate
@@ -32,6 +36,9 @@ CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = (
     "adapter_model.safetensors",
     "adapter_model.bin",
 )
+MEAN, SUM = "mean", "sum"
+POOLINGS = (MEAN, SUM)
+"""Of the authors' script; of the paper's algorithm."""
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -203,17 +210,77 @@ def _for_layer(pattern: Mapping[str, Any] | None, path: str, default: Any) -> An
     return default
 
 
+def as_pooled(adapter: PeftAdapter, model: nn.Module, pooling: str | None) -> PeftAdapter:
+    """An adapter that pools its inputs without saying so, as one that does.
+
+    Args:
+        adapter: As it was read.
+        model: Its widths tell the groups.
+        pooling: One of `POOLINGS`, of what of a group A is multiplied by; None: it does not pool,
+            or says how itself, and is given back as it is.
+
+    Raises:
+        UserInputError: by its shapes the adapter pools, and `pooling` is None, or the reverse.
+    """
+    if pooling is not None:
+        one_of("pooling", pooling, POOLINGS)
+    plain = {path: update for path, update in adapter.updates.items() if update.pool is None}
+    groups = {_group_of(update, *_sizes(model, path)) for path, update in plain.items()}
+    group = max(1, *groups) if len(groups) == 1 else 1
+    if pooling is None and group == 1:
+        return adapter
+    if pooling is None:
+        raise UserInputError(
+            f"lora_A is as if inputs were pooled in groups of {group}, and {CONFIG_FILE} does not "
+            "say how",
+            where=adapter.name,
+            hint=f"say it: --pooling {MEAN}, as in the script of QA-LoRA's authors, or {SUM}, as "
+            "in their paper (as_pooled)",
+        )
+    if group == 1:
+        sizes = ", ".join(map(str, sorted(groups))) or "those that it says itself"
+        raise UserInputError(
+            f"the adapter was to pool its inputs ({pooling}) in groups of one size, and by its "
+            f"shapes has groups of {sizes}",
+            where=adapter.name,
+            hint="leave pooling out, or give the model that the adapter was trained on",
+        )
+    part = 1 / group if pooling == MEAN else 1.0
+    made = {
+        path: replace(update, factor=update.factor * part, pool=group)
+        for path, update in plain.items()
+    }
+    return replace(adapter, updates={**adapter.updates, **made})
+
+
+def _group_of(update: LowRankUpdate, n: int, k: int) -> int:
+    """How many inputs share a column of A; 0 where the layer has other sizes."""
+    groups = update.a.shape[1]
+    return k // groups if update.b.shape[0] == n and k % groups == 0 else 0
+
+
+def _sizes(model: nn.Module, path: str) -> tuple[int, int]:
+    """N, K of a linear layer."""
+    weight = _weight_of(model, path)
+    turned = not isinstance(model.get_submodule(path), nn.Linear)
+    n, k = weight.shape[::-1] if turned else weight.shape
+    return int(n), int(k)
+
+
 def put_saved_(model: nn.Module, adapters: Sequence[PeftAdapter]) -> tuple[str, ...]:
     """Put the whole parameters that adapters bring into a model; gives their names.
 
     Raises:
         UserInputError: the model has no such parameter, it has another shape, or two adapters
             bring it. The model is then as it was.
+        UnsupportedError: the model ties it to another, which the adapter leaves as it is.
     """
     owners: dict[str, Tensor] = {}
+    known = dict(model.named_parameters(remove_duplicate=False))
     for adapter in adapters:
+        _check_ties(known, adapter)
         for name, values in adapter.saved.items():
-            own = dict(model.named_parameters()).get(name)
+            own = known.get(name)
             if own is None or own.shape != values.shape or name in owners:
                 problem = "no such parameter" if own is None else f"one of {list(own.shape)}"
                 raise UserInputError(
@@ -230,8 +297,32 @@ def put_saved_(model: nn.Module, adapters: Sequence[PeftAdapter]) -> tuple[str, 
     return tuple(owners)
 
 
-def merge_(model: nn.Module, updates: Mapping[str, Sequence[LowRankUpdate]]) -> None:
+def _check_ties(known: Mapping[str, Tensor], adapter: PeftAdapter) -> None:
+    """PEFT trains a copy of one module: what the base ties to it keeps the old values there.
+
+    Raises:
+        UnsupportedError: that is so; both names are said.
+    """
+    for name, values in adapter.saved.items():
+        tied = [other for other, own in known.items() if own is known.get(name) and other != name]
+        for other in tied:
+            theirs = adapter.saved.get(other)
+            if theirs is None or not torch.equal(theirs, values):
+                raise UnsupportedError(
+                    f"the adapter brings {name}, which the model ties to {other}: that would "
+                    "change too, and with PEFT it does not",
+                    where=adapter.name,
+                    hint="save the base with tie_word_embeddings=False and both weights, and give "
+                    "that",
+                )
+
+
+def merge_(model: nn.Module, updates: Mapping[str, Sequence[LowRankUpdate]]) -> dict[str, Tensor]:
     """Add updates to the float weights of a model, in float64, in place.
+
+    Returns:
+        The sums in float32, by the name of the parameter, where the model's dtype is narrower and
+        its own weight a rounded one: much of a small update is below its last digit.
 
     Raises:
         UserInputError: the model has no such layer, or one of other sizes; the first is named.
@@ -253,9 +344,14 @@ def merge_(model: nn.Module, updates: Mapping[str, Sequence[LowRankUpdate]]) -> 
                 )
         total = stored.detach().double() + sum(update.matrix(k) for update in several)
         merged[path] = total if stored is weight else total.mT
+    unrounded: dict[str, Tensor] = {}
     with torch.no_grad():
         for path, values in merged.items():
-            _weight_of(model, path).copy_(values)
+            weight = _weight_of(model, path)
+            weight.copy_(values)
+            if weight.dtype.itemsize < torch.float32.itemsize:
+                unrounded[f"{path}.weight"] = values.float()
+    return unrounded
 
 
 def _weight_of(model: nn.Module, path: str) -> Tensor:

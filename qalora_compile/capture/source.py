@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
@@ -37,6 +38,17 @@ _GGUF_MAGIC = b"GGUF"
 _NO_VOCABULARY = "no_vocab"
 """What a GGUF file without a tokenizer calls it (llama.cpp)."""
 _EXAMPLE_SHAPE = (2, 16)
+_WEIGHTS = "model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_OF_TRAINING = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "scaler.pt")
+"""Pickles of a trainer beside a model's."""
+_CONVERT = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "t = {k: v for f in sys.argv[2:] for k, v in torch.load(f, map_location='cpu', "
+    "weights_only=True).items()}; save_file({k: v.contiguous().clone() for k, v in t.items()}, "
+    "sys.argv[1], {'format': 'pt'})"
+)
+"""A program that reads pickles of tensors, and nothing else of them, and writes safetensors."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,8 @@ def load_source(reference: str, *, zero_points: str | None = None) -> Source:
         return _load_gguf(reference, path)
     if _FACTORY.fullmatch(reference):
         return _load_factory(reference)
+    if path.suffix in _PICKLES and path.is_file():
+        raise _pickled(f"{path.name} is a pickle", path, [path])
     raise UserInputError(
         f"there is no model {reference!r}",
         where=reference,
@@ -111,15 +125,26 @@ def check_safetensors(path: Path) -> None:
     Raises:
         UserInputError: it holds none, or pickled ones alone.
     """
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-        raise UserInputError(
-            f"the folder holds no safetensors file{' but pickled weights' if pickled else ''}",
-            where=str(path),
-            hint="pickles can run code and are never loaded: convert once with "
-            "model.save_pretrained(folder), which writes safetensors",
-        )
+    if any(path.glob("*.safetensors")):
+        return
+    pickled = [each for each in sorted(path.iterdir()) if each.suffix in _PICKLES]
+    pickled = [each for each in pickled if each.name not in _OF_TRAINING]
+    if pickled:
+        raise _pickled("the folder holds no safetensors file but pickled weights", path, pickled)
+    raise UserInputError(
+        "the folder holds no safetensors file", where=str(path), hint="give a model's whole folder"
+    )
+
+
+def _pickled(what: str, where: Path, files: list[Path]) -> UserInputError:
+    """A refusal, with a command that writes safetensors beside the first file."""
+    words = ["python", "-c", _CONVERT, str(files[0].with_name(_WEIGHTS)), *map(str, files)]
+    return UserInputError(
+        what,
+        where=str(where),
+        hint="pickles can run code and are never loaded; this reads tensors alone and writes "
+        f"{_WEIGHTS}, for the folder to be given: {shlex.join(words)}",
+    )
 
 
 def load_folder_tokenizer(path: Path) -> Any:
@@ -150,11 +175,32 @@ def _load_folder(reference: str, path: Path, zero_points: str | None) -> Source:
 
 
 def _load_float(path: Path) -> Any:
+    """A model of floats, all of which are in its checkpoint.
+
+    Raises:
+        UserInputError: the files are broken, or lack a parameter, which would be random.
+    """
     kind = model_class(path)
     try:
-        return kind.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto")
+        model, found = kind.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype="auto",
+            output_loading_info=True,
+        )
     except Exception as error:  # transformers and safetensors raise types of many kinds
         raise unreadable(path, error) from error
+    missing, unknown = (sorted(map(str, found[f"{key}_keys"])) for key in ("missing", "unexpected"))
+    if not missing:
+        return model
+    besides = f", and has an unknown {unknown[0]}" if unknown else ""
+    raise UserInputError(
+        f"the checkpoint has no tensor {missing[0]} ({len(missing)} in all){besides}",
+        where=str(path),
+        hint="config.json may name another architecture, or not say that the weights are "
+        "quantized (quantization_config)",
+    )
 
 
 def _load_gguf(reference: str, path: Path) -> Source:

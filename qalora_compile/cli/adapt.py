@@ -8,9 +8,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from qalora_compile.api import quantize_groups
 from qalora_compile.capture.peft_adapter import (
+    POOLINGS,
     PeftAdapter,
+    as_pooled,
     merge_,
     put_saved_,
     read_peft_adapter,
@@ -24,7 +28,7 @@ from qalora_compile.cli.quantized import (
     quant_spec,
     stored_codes,
 )
-from qalora_compile.cli.ui import print_summary, steps
+from qalora_compile.cli.ui import Steps, print_summary, steps
 from qalora_compile.config import CALIBRATED, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, check_output
@@ -32,6 +36,10 @@ from qalora_compile.ir.low_rank import LowRankUpdate
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import write_program
 from qalora_compile.ir.stored_codes import StoredCodes
+from qalora_compile.passes.annotate_linears import AnnotateLinears
+from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
+from qalora_compile.passes.pipeline import Pipeline
+from qalora_compile.passes.select import ALL_LINEAR
 from qalora_compile.passes.take_updates import Updates, losses, take_updates
 from qalora_compile.quantizers.report import collecting_reports
 
@@ -47,6 +55,7 @@ EXAMPLES = """examples:
 adapters trained with use_qalora fold exactly, where their group is a multiple of --group-size.
 plain LoRA does not: --plain approximate takes the nearest update that does, --plain merge adds it
 to the float weights before these are quantized.
+adapters of the QA-LoRA authors' script pool without saying so: --pooling mean.
 """
 REFUSE, APPROXIMATE, MERGE = "refuse", "approximate", "merge"
 
@@ -65,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=REFUSE,
         choices=(REFUSE, APPROXIMATE, MERGE),
         help="what to do with updates that do not fold",
+    )
+    parser.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="of adapters whose lora_A is [r, K / g] and whose settings do not say use_qalora",
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
     add_quant_arguments(parser)
@@ -87,9 +101,10 @@ def run(options: argparse.Namespace) -> int:
     with steps() as shown, collecting_reports() as reports:
         shown.say(f"load {options.model}")
         source = load_source(options.model, zero_points=options.stored_zero_points)
+        adapters = [as_pooled(each, source.model, options.pooling) for each in adapters]
         saved = put_saved_(source.model, adapters)
-        stored = None if options.plain == MERGE else stored_codes(options, source, shown)
-        program, lost = _adapted(options, source, _together(adapters), quant, stored)
+        stored = _stored(options, source, shown)
+        program, lost, rounded = _adapted(options, source, _together(adapters), quant, stored)
         record = {
             "model": options.model,
             "quant": quant.to_json(),
@@ -97,6 +112,7 @@ def run(options: argparse.Namespace) -> int:
                 "peft": [str(Path(folder).resolve()) for folder in options.adapter],
                 "weights": _weights(options),
                 "plain": options.plain,
+                "pooling": options.pooling,
                 "lost": {path: part for path, part in lost.items() if part},
             },
             "status": "finished",
@@ -105,7 +121,9 @@ def run(options: argparse.Namespace) -> int:
         with atomic_folder(out, overwrite=options.overwrite) as folder:
             write_program(program, folder)
             save_tokenizer(source.tokenizer, folder)
-            save_description(source.model, folder)
+            save_description(
+                source.model, folder, Path(source.reference) if source.kind == "gguf" else None
+            )
             write_run_file(folder, record)
     print_reports(reports)
     print_summary(
@@ -115,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
             "trained on": ", ".join(dict.fromkeys(a.base or "not said" for a in adapters)),
             "quantized layers": len(program.plan.to_quantize()),
             "adapted layers": len(_together(adapters)),
-            "updates": _fidelity(lost, merged=options.plain == MERGE),
+            "updates": _fidelity(lost, rounded, merged=options.plain == MERGE),
             "whole parameters put in": len(saved),
             "seconds": f"{time.monotonic() - started:.0f}",
             "written": str(out),
@@ -125,27 +143,46 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _stored(options: argparse.Namespace, source: Source, shown: Steps) -> StoredCodes | None:
+    """The codes to keep, after the reader's notes; none where merging changes the weights."""
+    codes = stored_codes(options, source, shown)
+    if options.plain != MERGE or codes is None:
+        return codes
+    shown.say(
+        f"note: the {len(codes)} quantized tensors of {source.reference} are quantized anew, since "
+        "--plain merge changes their weights"
+    )
+    return None
+
+
 def _adapted(
     options: argparse.Namespace,
     source: Source,
     updates: Updates,
     quant: QuantSpec,
     stored: StoredCodes | None,
-) -> tuple[Program, dict[str, float]]:
-    """The program with its adapters, and what of each update was lost."""
-    if options.plain == MERGE:
-        merge_(source.model, updates)
-        updates = {}
-    program = quantize_groups(
-        source.capture(),
-        quant,
-        targets=options.targets or "all-linear",
-        exclude=options.exclude,
-        stored=stored,
-    )
+) -> tuple[Program, dict[str, float], tuple[str, ...]]:
+    """The program with its adapters, what of each update was lost, and weights that were rounded.
+
+    An update that is merged into a weight in half precision is rounded with it, unless the weight
+    is quantized: that is done from the sum in float32.
+    """
+    wide = merge_(source.model, updates) if options.plain == MERGE else {}
+    updates = {} if options.plain == MERGE else updates
+    targets = tuple(options.targets) if options.targets else ALL_LINEAR
+    annotate = AnnotateLinears(targets=targets, exclude=tuple(options.exclude))
+    annotated = Pipeline([CanonicalizePointwise(), annotate])(source.capture()).program
+    on_codes = {site.weight for site in annotated.plan.weights_to_quantize()}
+    tensors = annotated.tensors() | {
+        name: nn.Parameter(values, requires_grad=False)
+        for name, values in wide.items()
+        if name in on_codes
+    }
+    annotated = annotated.evolve(graph=annotated.copy_graph(), tensors=tensors)
+    program = quantize_groups(annotated, quant, stored=stored)
     approximate = options.plain == APPROXIMATE
     adapted = take_updates(program, updates, approximate=approximate)
-    return adapted, losses(program.plan, updates)
+    return adapted, losses(program, updates), tuple(wide.keys() - on_codes)
 
 
 def _together(adapters: Sequence[PeftAdapter]) -> Updates:
@@ -179,8 +216,13 @@ def _read(options: argparse.Namespace) -> list[PeftAdapter]:
     return [read_peft_adapter(folder, weight=weight) for folder, weight in pairs]
 
 
-def _fidelity(lost: Mapping[str, float], *, merged: bool) -> str:
+def _fidelity(lost: Mapping[str, float], rounded: Sequence[str], *, merged: bool) -> str:
     """How the updates were taken."""
+    if rounded:
+        return (
+            "added to the float weights, which were then quantized; "
+            f"{len(rounded)} stay in half precision, and were rounded to it"
+        )
     if merged:
         return "added to the float weights, which were then quantized"
     parts = [part for part in lost.values() if part]

@@ -9,7 +9,7 @@ from pathlib import Path
 from qalora_compile.api import lowering
 from qalora_compile.capture.source import load_source
 from qalora_compile.cli.ui import console, print_summary, steps
-from qalora_compile.config import TARGETS, ExportSpec
+from qalora_compile.config import ONNX_TARGETS, ExportSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
 from qalora_compile.ir.program import ADAPTED, FOLDED, QUANTIZED, Program
@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--passes", metavar="TEXT", help="the pipeline, as text")
     chosen.add_argument(
-        "--target", choices=TARGETS, help="all passes up to this target, as export runs them"
+        "--target",
+        help=f"all passes up to this target, as export runs them: {', '.join(ONNX_TARGETS)}",
     )
     parser.add_argument("--out", metavar="DIR", help="write a minimal reproduction")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
@@ -76,6 +77,13 @@ def _load(text: str) -> Program:
 def _passes(start: Program, options: argparse.Namespace) -> list[Pass]:
     if options.passes:
         return list(Pipeline.parse(options.passes).passes)
+    if options.target not in ONNX_TARGETS:
+        raise UserInputError(
+            f"no pass is run for the target {options.target}: only ONNX targets are lowered to",
+            where="--target",
+            hint=f"use one of {', '.join(ONNX_TARGETS)}; a checkpoint is compared by "
+            "qalora-compile verify FOLDED CHECKPOINT --max-rel",
+        )
     if start.stage not in (QUANTIZED, ADAPTED, FOLDED):
         raise UserInputError(
             f"a program at stage {start.stage} cannot be lowered",

@@ -8,7 +8,7 @@ import time
 from qalora_compile.cli.data_options import FORMS, add_data_arguments, data_rows
 from qalora_compile.cli.embeddings import add_embedding_arguments
 from qalora_compile.cli.finetune_job import FINISHED, INTERRUPTED, Job, open_job
-from qalora_compile.cli.finetune_train import train
+from qalora_compile.cli.finetune_train import noting_failure, train
 from qalora_compile.cli.quantized import add_quant_arguments, print_reports
 from qalora_compile.cli.training_options import (
     add_adapter_arguments,
@@ -84,14 +84,16 @@ def run(options: argparse.Namespace) -> int:
     with steps() if processes.is_first else quiet() as shown:
         job = open_job(options, spec, shown, processes)
         job.report_data(shown)
-        before = job.evaluate()
+        with noting_failure(job, processes):
+            before = job.before()
         reporting = processes.is_first and _can_report(shown)
         if reporting and "answers" not in job.record:
             job.note(answers=job.answer())
-        result = train(job, options, shown, processes)
-        after = job.evaluate() if not result.stopped else None
+        with noting_failure(job, processes):
+            result = train(job, options, shown, processes)
+            after = job.evaluate(f"after step {result.kept}") if not result.stopped else None
         if processes.is_first:
-            _finish(job, result, before, after)
+            _finish(job, result, after)
             _save_for_peft(job, shown)
             rows = _summary(job, result, before, after, time.monotonic() - started)
             if reporting and read_log(job.folder / LOG_FILE):
@@ -104,13 +106,10 @@ def run(options: argparse.Namespace) -> int:
     return 130 if result.stopped else 0
 
 
-def _finish(job: Job, result: FitResult, before: Metrics | None, after: Metrics | None) -> None:
+def _finish(job: Job, result: FitResult, after: Metrics | None) -> None:
     """Store the trained adapters and the state of the run."""
     save_tensors(dict(job.program.named_adapter_parameters()), job.folder / ADAPTERS_FILE)
-    held_out = {
-        name: None if metrics is None else vars(metrics)
-        for name, metrics in (("before", before), ("after", after))
-    }
+    held_out = job.record["held_out"] | {"after": vars(after) if after else None}
     status = INTERRUPTED if result.stopped else FINISHED
     job.note(status=status, step=result.kept, held_out=held_out)
 
@@ -150,6 +149,7 @@ def _summary(
         "quantized layers": len(job.program.plan.to_quantize()),
         "adapter parameters": sum(p.numel() for p in job.program.adapter_parameters()),
         **data_rows(job.data, job.batches),
+        "cut to fit": _cut(job),
         "loss, first and last step": _ends(job),
         "held-out loss": _arrow(before, after, "loss"),
         "held-out accuracy" if job.data.classes else "held-out exact match": _arrow(
@@ -160,6 +160,14 @@ def _summary(
         "status": job.record["status"],
         "seconds": f"{seconds:.0f}",
     }
+
+
+def _cut(job: Job) -> str:
+    """How many examples were longer than `--seq-len`."""
+    named = [("examples", job.data)]
+    if job.held_out is not None:
+        named.append(("held-out examples", job.held_out))
+    return ", ".join(f"{d.truncated} of {len(d.examples)} {name}" for name, d in named)
 
 
 def _next(job: Job, result: FitResult) -> dict[str, object]:

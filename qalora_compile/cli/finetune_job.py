@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.api import insert_adapters, quantize_groups
+from qalora_compile.capture.source import Source
 from qalora_compile.cli.data_options import (
     arrange,
     check_trainable,
@@ -94,11 +95,29 @@ class Job:
             if data is not None:
                 report_data(shown, name, data)
 
-    def evaluate(self) -> Metrics | None:
-        """Held-out metrics, where held-out data was given."""
+    def before(self) -> Metrics | None:
+        """Held-out metrics before training, measured once: a resumed run has them in its record.
+
+        Raises:
+            UserInputError: the loss is not finite.
+        """
+        if "held_out" not in self.record:
+            found = self.evaluate("before training")
+            self.record["held_out"] = {"before": vars(found) if found else None, "after": None}
+        stored = self.record["held_out"]["before"]
+        return Metrics(**stored) if stored else None
+
+    def evaluate(self, when: str) -> Metrics | None:
+        """Held-out metrics, where held-out data was given.
+
+        Raises:
+            UserInputError: the loss is not finite; `when` is in the message.
+        """
         if self.held_out is None:
             return None
-        return evaluate(program_forward(self.program.eval()), self.held_out.examples)
+        found = evaluate(program_forward(self.program.eval()), self.held_out.examples)
+        found.check(when)
+        return found
 
     def answer(self) -> list[str]:
         """What the model says to the first held-out examples, or to those trained on."""
@@ -170,7 +189,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     shown.say("capture")
     captured = source.capture()
     check_trainable(captured, classes, data, held_out)
-    calls = _calibration(options, captured, data, source.tokenizer)
+    calls = _calibration(options, captured, data, source)
     stored = stored_codes(options, source, shown)
     with collecting_reports() as reports:
         program = quantize_groups(
@@ -195,6 +214,10 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         "fit": spec.to_json(),
         "options": decisive_options(options),
         "examples": len(data.examples),
+        "files": {
+            "data": [vars(file) for file in data.files],
+            "held_out": [vars(file) for file in held_out.files] if held_out else [],
+        },
         "decoder_start": source.decoder_start,
         "status": TRAINING,
         "step": 0,
@@ -263,15 +286,18 @@ def _restore(
 
 
 def _calibration(
-    options: argparse.Namespace, program: Program, data: Dataset, tokenizer: Any
+    options: argparse.Namespace, program: Program, data: Dataset, source: Source
 ) -> list[dict[str, Any]] | None:
     """Calls to quantize and to start for, where a file of them is given or an option needs them."""
     if options.calibration:
         data = load_examples(
             options.calibration,
-            tokenizer,
+            source.tokenizer,
             max_length=options.seq_len,
+            decoder_start=source.decoder_start,
+            learn=options.learn,
             classes=data.classes or None,
+            cache=options.data_cache,
         )
         check_trainable(program, data.classes, data)
     elif not (_quantizes_by_data(options) or options.rank == AUTO or options.init == "svd"):

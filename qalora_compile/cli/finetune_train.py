@@ -31,7 +31,7 @@ def train(job: Job, options: argparse.Namespace, shown: Steps, processes: Proces
 
     Raises:
         UserInputError: a loss is not finite. The adapters on disk are those of the last
-            checkpoint, and `run.json` says what happened.
+            checkpoint, whose own loss was.
     """
     view = View(shown, job.spec.steps)
     view.begin(job.state.step)
@@ -41,31 +41,36 @@ def train(job: Job, options: argparse.Namespace, shown: Steps, processes: Proces
             for recorder in recorders:
                 recorder.record(report)
             view.show(report)
-            over = state.is_over(job.spec)
-            if processes.is_first and (over or report.step % options.save_every == 0):
+            return interrupted() and not state.is_over(job.spec)
+
+        def on_good(state: FitState, last: bool) -> None:
+            if processes.is_first and (last or state.step % options.save_every == 0):
                 job.save(options.keep)
-            return interrupted() and not over
 
         if processes.is_first:
             job.record.pop("problem", None)
             job.note(status=TRAINING)
-        try:
-            result = fit(
-                job.trained,
-                job.batches,
-                job.spec,
-                state=job.state,
-                held_out=job.held_out.examples if job.held_out else (),
-                on_step=on_step,
-                processes=processes,
-            )
-            if result.stopped and processes.is_first and result.step % options.save_every:
-                job.save(options.keep)  # here: the interrupt may have reached another process
-            return result
-        except UserInputError as error:
-            if processes.is_first:
-                job.note(status=FAILED, problem=error.what)
-            raise
+        return fit(
+            job.trained,
+            job.batches,
+            job.spec,
+            state=job.state,
+            held_out=job.held_out.examples if job.held_out else (),
+            on_step=on_step,
+            on_good=on_good,
+            processes=processes,
+        )
+
+
+@contextmanager
+def noting_failure(job: Job, processes: Processes) -> Iterator[None]:
+    """Write into `run.json` what goes wrong in the block."""
+    try:
+        yield
+    except UserInputError as error:
+        if processes.is_first:
+            job.note(status=FAILED, problem=error.what)
+        raise
 
 
 class View:
@@ -79,7 +84,7 @@ class View:
     def __init__(self, shown: Steps, steps: int) -> None:
         self._shown, self._steps = shown, steps
         self._recent: deque[StepReport] = deque(maxlen=_RECENT)
-        self._held_out: float | None = None
+        self._held_out = ""
 
     def begin(self, step: int) -> None:
         """Show where training begins."""
@@ -89,11 +94,11 @@ class View:
         """Show a step."""
         self._recent.append(report)
         if report.held_out is not None:
-            self._held_out = report.held_out
+            self._held_out = f", held out {report.held_out:.4f}"
+            if report.held_out_accuracy is not None:
+                self._held_out += f" ({report.held_out_accuracy:.1%} right)"
         rate = sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent)
-        note = f"loss {report.loss:.4f}"
-        if self._held_out is not None:
-            note += f", held out {self._held_out:.4f}"
+        note = f"loss {report.loss:.4f}{self._held_out}"
         note += f", lr {report.learning_rate:.2e}, {rate:.0f} tokens/s"
         self._shown.update("train", report.step, self._steps, note)
 

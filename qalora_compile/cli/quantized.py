@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -101,7 +102,8 @@ def print_reports(reports: Sequence[QuantReport]) -> None:
     alike: dict[tuple[object, ...], list[QuantReport]] = defaultdict(list)
     for report in reports:
         notes = tuple(_NUMBER.sub("#", note) for note in report.notes)
-        alike[(pattern_of(report.path), report.method, report.bits, notes)].append(report)
+        key = pattern_of(report.path), report.method, report.bits, report.group_size, notes
+        alike[key].append(report)
     print_table(
         "quantization: signal to noise, higher is better",
         _COLUMNS,
@@ -120,8 +122,8 @@ def _row(same: Sequence[QuantReport]) -> tuple[object, ...]:
         first.method,
         first.bits,
         first.group_size,
-        _decibels(sum(r.weight_sqnr_db for r in same) / len(same)),
-        _decibels(sum(outputs) / len(outputs)) if outputs else "not measured",
+        _mean([r.weight_sqnr_db for r in same]),
+        _mean(outputs) if outputs else "not measured",
         _decibels(min(outputs)) if outputs else "",
         f"{sum(r.seconds for r in same):.1f}",
         _remark(same),
@@ -134,5 +136,14 @@ def _remark(same: Sequence[QuantReport]) -> str:
     return text if len({r.notes for r in same}) == 1 else f"e.g. {text}"
 
 
+def _mean(decibels: Sequence[float]) -> str:
+    """Of those that are not exact; how many are, where only some are."""
+    lossy = [value for value in decibels if value != math.inf]
+    if not lossy:
+        return _decibels(math.inf)
+    exact = f", {len(decibels) - len(lossy)} exact" if len(lossy) < len(decibels) else ""
+    return _decibels(sum(lossy) / len(lossy)) + exact
+
+
 def _decibels(value: float) -> str:
-    return "exact" if value == float("inf") else f"{value:.1f}"
+    return "exact" if value == math.inf else f"{value:.1f}"

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qalora_compile.cli.ui import console, print_summary, print_table, steps
+from qalora_compile.cli.ui import console, err_console, print_summary, print_table, steps
 from qalora_compile.errors import UserInputError
 
 if TYPE_CHECKING:  # imported where they are used: a certificate is checked without torch
@@ -317,11 +317,15 @@ def _checkpoint(path: Path) -> Path | None:
 
 
 def _read_back(path: Path) -> Program:
-    """A checkpoint as transformers reads it, every linear map with its own row."""
+    """A checkpoint as a model, by its format's own library; every linear map with its own row."""
     from qalora_compile.capture.source import load_source
     from qalora_compile.passes.pipeline import Pipeline
+    from qalora_compile.verify.foreign import put_library_weights_
 
-    captured = load_source(str(path)).capture()
+    source = load_source(str(path))
+    reader = "gguf" if path.is_file() else put_library_weights_(source.model, path)
+    err_console.print(f"note: {path} is read back by {reader}", markup=False)
+    captured = source.capture()
     return Pipeline.parse("canonicalize-pointwise,annotate-linears")(captured).program
 
 

@@ -35,6 +35,17 @@ def rounds(dtype: str) -> Capability:
     return Capability("rounds", dtype)
 
 
+def partly(fits: str, floats: Capability) -> Capability:
+    """A property that the format has in part; the rest is written as floats, as exact as these."""
+    if floats.kind == EXACT.kind:
+        return Capability(EXACT.kind, f"{fits}; others as floats")
+    return rounds(f"{floats.detail}, but for {fits}")
+
+
+NO_ORDER = unsupported("refused on codes")
+"""Of columns whose groups lie apart, in formats that have no place for their order."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """How a checkpoint holds one tensor.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.exporters.base import StoredTensor
 from qalora_compile.ir.affine import GroupAffine, group_count, is_whole
+from qalora_compile.ir.columns import column_orders, unsorted
 from qalora_compile.ir.deferred import materialize
 from qalora_compile.ir.description import Description
 from qalora_compile.ir.packing import unpack_codes
@@ -26,6 +27,7 @@ from qalora_compile.progress import track
 
 WEIGHT = ".weight"
 FLOAT16_MAX = float(torch.finfo(torch.float16).max)
+_PARTS = (*CODE_NAMES, "order")
 _PLAIN_KINDS = ("linear", "addmm", "matmul", EMBEDDING)
 """Kinds of sites whose weight is a matrix `[N, K]`, or `[K, N]`, under one name."""
 
@@ -38,11 +40,13 @@ class Layer:
         name: Module path in the model: its weight is `<name>.weight`.
         site: Its first row in the plan.
         tensors: Packed codes, scale and offset; perhaps deferred.
+        order: Of the columns, where they are not as in the model (`ir.columns`).
     """
 
     name: str
     site: Site
     tensors: tuple[Tensor, Tensor, Tensor]
+    order: Tensor | None = None
 
     @property
     def bits(self) -> int:
@@ -67,9 +71,13 @@ class Layer:
         return materialize(self.tensors[1]).detach(), materialize(self.tensors[2]).detach()
 
     def affine(self) -> GroupAffine:
-        """Codes `[N, K]`, scale and offset."""
+        """Codes `[N, K]`, scale and offset; columns in `order`."""
         codes = unpack_codes(materialize(self.tensors[0]), self.bits, self.site.k)
         return GroupAffine(codes, *self.parameters(), self.bits, self.group_size)
+
+    def weight(self) -> Tensor:
+        """The weight as floats `[N, K]`, its columns where the model has them."""
+        return unsorted(self.affine().dequantize(), self.order)
 
     def cut(self, size: int) -> GroupAffine:
         """The same weight in groups of `size`, a divisor of `unit`: scales and offsets repeated."""
@@ -142,6 +150,21 @@ def refuse_turned(layers: tuple[Layer, ...], reader: str) -> None:
             )
 
 
+def refuse_sorted(layers: tuple[Layer, ...], misfit: Misfit, reader: str) -> None:
+    """Refuse codes whose groups lie apart in the weight: a format without an order moves columns.
+
+    Raises:
+        UnsupportedError: there are such, in a layer that is written on codes.
+    """
+    for layer in layers:
+        if layer.order is not None and not misfit(layer):
+            raise UnsupportedError(
+                f"the weight was quantized in activation order, and {reader} has no place for it",
+                where=layer.name,
+                hint="target float writes the weight; gptq its codes, where zero-points are whole",
+            )
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of a program for a checkpoint.
@@ -198,7 +221,7 @@ def read_checkpoint(program: Program, description: Description | None) -> Checkp
         )
     tensors = program.tensors()
     layers = tuple(_layers(program, tensors))
-    on_codes = {f"{layer.site.path}.{part}" for layer in layers for part in CODE_NAMES}
+    on_codes = {f"{layer.site.path}.{part}" for layer in layers for part in _PARTS}
     names = _first_names(program, description)
     floats = {}
     for name, tensor in tensors.items():
@@ -218,6 +241,7 @@ def read_checkpoint(program: Program, description: Description | None) -> Checkp
 
 
 def _layers(program: Program, tensors: dict[str, Tensor]) -> Iterator[Layer]:
+    orders = column_orders(program)
     for site in program.plan.weights_to_quantize():
         if site.bits is None:
             continue
@@ -229,7 +253,7 @@ def _layers(program: Program, tensors: dict[str, Tensor]) -> Iterator[Layer]:
             )
         name = site.name if site.kind == EMBEDDING else site.weight.removesuffix(WEIGHT)
         parts = [tensors[f"{site.path}.{part}"] for part in CODE_NAMES]
-        yield Layer(name, site, (parts[0], parts[1], parts[2]))
+        yield Layer(name, site, (parts[0], parts[1], parts[2]), orders.get(site.path))
 
 
 def _first_names(program: Program, description: Description | None) -> dict[str, str]:

@@ -14,12 +14,20 @@ from typing import Any
 import torch
 
 from qalora_compile.config import ExportSpec
-from qalora_compile.exporters.base import EXACT, Capability, StoredTensor, rounds, unsupported
+from qalora_compile.exporters.base import (
+    EXACT,
+    NO_ORDER,
+    Capability,
+    StoredTensor,
+    rounds,
+    unsupported,
+)
 from qalora_compile.exporters.checkpoint import (
     WEIGHT,
     Checkpoint,
     Layer,
     refuse_if_none_fits,
+    refuse_sorted,
     refuse_turned,
     stored_affine,
 )
@@ -44,6 +52,7 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
         "real zero-point": unsupported("whole numbers only; others are refused"),
         "groups": EXACT,
         "tail groups": Capability("exact", "all groups are cut to gcd(g, K)"),
+        "activation order": NO_ORDER,
         "matrices of floats": exact,
         "vectors": exact,
         "tied weights": EXACT,
@@ -55,12 +64,14 @@ def write_compressed(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> 
     """Write a folder that compressed-tensors and what is built on it (vLLM) load.
 
     Raises:
-        UnsupportedError: a zero-point is no whole number, or a weight is stored `[K, N]`.
+        UnsupportedError: a zero-point is no whole number, or a weight is stored `[K, N]`, or was
+            quantized in activation order.
         UserInputError: float16 was asked for and cannot hold a value.
     """
     dtype, layers = DTYPES[spec.parameter_dtype], checkpoint.layers
     refuse_turned(layers, "compressed-tensors")
     refuse_if_none_fits(layers, _misfit)
+    refuse_sorted(layers, _misfit, "what is written here")
     check_parameters(layers, dtype, _misfit)
     for layer in layers:
         if not _misfit(layer):

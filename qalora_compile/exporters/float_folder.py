@@ -22,6 +22,7 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
         "real zero-point": weights,
         "groups": weights,
         "tail groups": weights,
+        "activation order": weights,
         "matrices of floats": EXACT if exact else rounds(spec.parameter_dtype),
         "vectors": EXACT if exact else rounds(spec.parameter_dtype),
         "tied weights": EXACT,
@@ -38,7 +39,7 @@ def write_float(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[
     dtype, writer = DTYPES[spec.parameter_dtype], FolderWriter(folder)
     rows = []
     for layer in track(checkpoint.layers, "write weights"):
-        weight = layer.affine().dequantize()
+        weight = layer.weight()
         values = weight.t() if layer.site.transposed else weight
         rows.append(add_float(writer, f"{layer.name}{WEIGHT}", layer.name, values, dtype))
     rows += add_floats(writer, checkpoint, dtype)

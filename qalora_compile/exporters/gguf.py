@@ -18,7 +18,15 @@ from torch import Tensor
 
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.exporters.base import EXACT, Capability, StoredTensor, rounds, unsupported
+from qalora_compile.exporters.base import (
+    EXACT,
+    NO_ORDER,
+    Capability,
+    StoredTensor,
+    partly,
+    rounds,
+    unsupported,
+)
 from qalora_compile.exporters.checkpoint import (
     FLOAT16_MAX,
     WEIGHT,
@@ -26,6 +34,7 @@ from qalora_compile.exporters.checkpoint import (
     Layer,
     check_half_range,
     refuse_if_none_fits,
+    refuse_sorted,
     stored_error,
 )
 from qalora_compile.exporters.gguf_metadata import (
@@ -65,14 +74,17 @@ class _Entry:
 
 def capabilities(spec: ExportSpec) -> dict[str, Capability]:
     """What the format does to each property of a program."""
-    floats = EXACT if spec.float_type is None else rounds(spec.float_type.upper())
+    exact = spec.float_type in (None, "f32")
+    floats = EXACT if exact else rounds(str(spec.float_type).upper())
+    wide = Capability("exact", "as floats, not on codes") if exact else floats
     return {
         "codes of 4, 3 and 2 bits": Capability("exact", "as 4-bit codes of Q4_1"),
-        "codes of 8 bits": Capability("exact", "as floats, not on codes"),
+        "codes of 8 bits": wide,
         "scale": rounds("float16"),
         "real zero-point": rounds("float16 minimum"),
-        "groups": Capability("exact", "blocks of 32: groups of 64, 96 … are cut; others as floats"),
-        "tail groups": Capability("exact", "of a multiple of 32; others as floats"),
+        "groups": partly("blocks of 32: groups of 64, 96 … are cut", floats),
+        "tail groups": partly("tails of a multiple of 32", floats),
+        "activation order": NO_ORDER,
         "matrices of floats": floats,
         "vectors": Capability("exact", "F32"),
         "tied weights": EXACT,
@@ -89,8 +101,8 @@ def write_gguf(checkpoint: Checkpoint, path: Path, spec: ExportSpec) -> list[Sto
 
     Raises:
         UserInputError: the model is not described, a scale or offset exceeds float16.
-        UnsupportedError: the architecture, a tensor of it, or the tokenizer is not known, or no
-            layer at all has groups that fit.
+        UnsupportedError: the architecture, a tensor of it, or the tokenizer is not known, a weight
+            was quantized in activation order, or no layer at all has groups that fit.
     """
     gguf = require("gguf", extra="hf", purpose="write GGUF files")
     description = checkpoint.description
@@ -101,6 +113,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, spec: ExportSpec) -> list[Sto
         )
     architecture = architecture_of(description)
     refuse_if_none_fits(checkpoint.layers, _misfit)
+    refuse_sorted(checkpoint.layers, _misfit, "Q4_1")
     entries = list(_entries(checkpoint, description, architecture, spec))
     parameters = sum(entry.shape[0] * max(1, _columns(entry.shape)) for entry in entries)
     writer = gguf.GGUFWriter(path, architecture.name)
@@ -144,7 +157,7 @@ def _entries(
         shape, remark = (layer.site.n, layer.site.k), _misfit(layer)
         form = "q4_1"
         if remark:
-            form = _float_form(source, layer.affine().dequantize(), spec, table=False)
+            form = _float_form(source, layer.weight(), spec, table=False)
         else:
             for what, values in zip(("scale", "offset"), layer.parameters(), strict=True):
                 check_half_range(layer.name, what, values)
@@ -247,7 +260,7 @@ def _write(entry: _Entry, writer: Any, gguf: Any) -> StoredTensor:
         data = pack_q4_1(affine)
     else:
         values = entry.values
-        made = values.affine().dequantize() if isinstance(values, Layer) else materialize(values)
+        made = values.weight() if isinstance(values, Layer) else materialize(values)
         wanted = turn_rows(made.detach(), entry.heads)
         data = gguf.quants.quantize(wanted.float().contiguous().numpy(), kind)
     writer.write_tensor_data(data)

@@ -16,7 +16,14 @@ import torch
 
 from qalora_compile import __version__
 from qalora_compile.config import ExportSpec
-from qalora_compile.exporters.base import EXACT, Capability, StoredTensor, rounds, unsupported
+from qalora_compile.exporters.base import (
+    EXACT,
+    Capability,
+    StoredTensor,
+    partly,
+    rounds,
+    unsupported,
+)
 from qalora_compile.exporters.checkpoint import (
     Checkpoint,
     Layer,
@@ -32,6 +39,7 @@ from qalora_compile.exporters.hf_folder import (
     most_common,
 )
 from qalora_compile.files import write_json
+from qalora_compile.ir.columns import unsorted
 from qalora_compile.ir.packing import pack_words
 from qalora_compile.ir.plan import EMBEDDING
 
@@ -49,8 +57,9 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
         "codes of 8 bits": EXACT,
         "scale": exact,
         "real zero-point": unsupported("whole numbers only; others are refused"),
-        "groups": Capability("exact", "of 16 to 1024; multiples are cut, others as floats"),
-        "tail groups": Capability("exact", "cut; K and N are multiples of 32, others as floats"),
+        "groups": partly("16 to 1024; multiples are cut", exact),
+        "tail groups": partly("tails cut, where K and N are multiples of 32", exact),
+        "activation order": Capability("exact", "g_idx"),
         "matrices of floats": exact,
         "vectors": exact,
         "tied weights": EXACT,
@@ -97,11 +106,12 @@ def _add_layer(writer: FolderWriter, dtype: torch.dtype, layer: Layer) -> Stored
     size = _group_size(layer)
     affine, zeros = layer.cut(size), layer.cut_zero_points(size)
     scale = affine.scale.to(dtype)
+    groups = torch.arange(layer.site.k, dtype=torch.int32) // size
     tensors = {
-        "qweight": pack_words(affine.codes, layer.bits).t(),
+        "qweight": pack_words(unsorted(affine.codes, layer.order), layer.bits).t(),
         "qzeros": pack_words(zeros.t(), layer.bits),
         "scales": scale.t(),
-        "g_idx": torch.arange(layer.site.k, dtype=torch.int32) // size,
+        "g_idx": unsorted(groups, layer.order),
     }
     for name, tensor in tensors.items():
         writer.add(f"{layer.name}.{name}", tensor)
@@ -125,7 +135,7 @@ def quantize_config(layers: tuple[Layer, ...]) -> dict[str, Any]:
         "checkpoint_format": "gptq_v2",
         "bits": bits,
         "group_size": group_size,
-        "desc_act": False,
+        "desc_act": any(layer.order is not None for layer in layers if layer.name not in odd),
         "sym": False,
         "lm_head": "lm_head" in shapes and "lm_head" not in odd,
         "pack_dtype": "int32",

@@ -130,7 +130,7 @@ def add_layers(
         if not remark:
             yield add(layer)
             continue
-        weight = layer.affine().dequantize()
+        weight = layer.weight()
         values = weight.t() if layer.site.transposed else weight
         yield add_float(writer, f"{layer.name}{WEIGHT}", layer.name, values, dtype, remark)
 

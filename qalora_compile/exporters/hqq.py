@@ -15,11 +15,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from qalora_compile.config import ExportSpec
-from qalora_compile.exporters.base import EXACT, Capability, StoredTensor, rounds
+from qalora_compile.exporters.base import (
+    EXACT,
+    NO_ORDER,
+    Capability,
+    StoredTensor,
+    partly,
+    rounds,
+)
 from qalora_compile.exporters.checkpoint import (
     Checkpoint,
     Layer,
     refuse_if_none_fits,
+    refuse_sorted,
     refuse_turned,
     stored_error,
 )
@@ -48,8 +56,9 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
         "codes of 8 bits": EXACT,
         "scale": exact,
         "real zero-point": rounds(spec.parameter_dtype),
-        "groups": EXACT,
-        "tail groups": Capability("exact", "all groups are cut to gcd(g, K)"),
+        "groups": partly("numbers of groups that can be packed", exact),
+        "tail groups": partly("groups cut to gcd(g, K)", exact),
+        "activation order": NO_ORDER,
         "matrices of floats": exact,
         "vectors": exact,
         "tied weights": EXACT,
@@ -61,12 +70,14 @@ def write_hqq(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[St
     """Write a folder whose layers `HQQLinear.load_state_dict` takes.
 
     Raises:
-        UnsupportedError: a weight is stored `[K, N]` in the model, or no layer can be packed.
+        UnsupportedError: a weight is stored `[K, N]` in the model, or was quantized in activation
+            order, or no layer can be packed.
         UserInputError: float16 was asked for and cannot hold a value.
     """
     dtype, layers = DTYPES[spec.parameter_dtype], checkpoint.layers
     refuse_turned(layers, "HQQ")
     refuse_if_none_fits(layers, _misfit)
+    refuse_sorted(layers, _misfit, "HQQ")
     check_parameters(layers, dtype, _misfit)
     writer = FolderWriter(folder)
     rows = [*add_layers(writer, layers, dtype, _misfit, partial(_add_layer, writer, dtype))]

@@ -12,12 +12,20 @@ from pathlib import Path
 import torch
 
 from qalora_compile.config import ExportSpec
-from qalora_compile.exporters.base import EXACT, Capability, StoredTensor, rounds
+from qalora_compile.exporters.base import (
+    EXACT,
+    NO_ORDER,
+    Capability,
+    StoredTensor,
+    partly,
+    rounds,
+)
 from qalora_compile.exporters.checkpoint import (
     WEIGHT,
     Checkpoint,
     Layer,
     refuse_if_none_fits,
+    refuse_sorted,
     refuse_turned,
     stored_affine,
 )
@@ -43,8 +51,9 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
         "codes of 8 bits": EXACT,
         "scale": exact,
         "real zero-point": exact,
-        "groups": Capability("exact", "of 32, 64, 128; multiples are cut, others as floats"),
-        "tail groups": Capability("exact", "of a multiple of 32; others as floats"),
+        "groups": partly("32, 64, 128; multiples are cut", exact),
+        "tail groups": partly("tails of a multiple of 32", exact),
+        "activation order": NO_ORDER,
         "matrices of floats": exact,
         "vectors": exact,
         "tied weights": EXACT,
@@ -56,12 +65,14 @@ def write_mlx(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[St
     """Write a folder that mlx-lm loads.
 
     Raises:
-        UnsupportedError: a weight is stored `[K, N]` in the model, or no layer has groups that fit.
+        UnsupportedError: a weight is stored `[K, N]` in the model, or was quantized in activation
+            order, or no layer has groups that fit.
         UserInputError: float16 was asked for and cannot hold a value.
     """
     dtype, layers = DTYPES[spec.parameter_dtype], checkpoint.layers
     refuse_turned(layers, "mlx-lm")
     refuse_if_none_fits(layers, _misfit)
+    refuse_sorted(layers, _misfit, "MLX")
     check_parameters(layers, dtype, _misfit)
     writer = FolderWriter(folder, tag="mlx")
     add = partial(_add_layer, writer, dtype)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.config import ExportSpec
-from qalora_compile.exporters.base import EXACT, Capability, StoredTensor
-from qalora_compile.exporters.checkpoint import Checkpoint
+from qalora_compile.exporters.base import EXACT, NO_ORDER, Capability, StoredTensor
+from qalora_compile.exporters.checkpoint import Checkpoint, refuse_sorted
 from qalora_compile.exporters.hf_folder import FolderWriter
 from qalora_compile.files import write_json
 from qalora_compile.ir.deferred import materialize
@@ -23,12 +23,17 @@ _PROPERTIES = (
 
 
 def capabilities(_: ExportSpec) -> dict[str, Capability]:
-    """What the format does to each property of a program: nothing."""
-    return dict.fromkeys(_PROPERTIES, EXACT)
+    """What the format does to each property of a program: nothing, where it takes it."""
+    return dict.fromkeys(_PROPERTIES, EXACT) | {"activation order": NO_ORDER}
 
 
 def write_own(checkpoint: Checkpoint, folder: Path, _: ExportSpec) -> list[StoredTensor]:
-    """Write the tensors of a program under the model's names, without its graph."""
+    """Write the tensors of a program under the model's names, without its graph.
+
+    Raises:
+        UnsupportedError: a weight was quantized in activation order.
+    """
+    refuse_sorted(checkpoint.layers, lambda _: "", "layers.json")
     writer, rows, layers = FolderWriter(folder), [], {}
     for layer in track(checkpoint.layers, "write weights"):
         for name, tensor in zip(CODE_NAMES, layer.tensors, strict=True):

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qalora_compile.ir import expert_ops, ops
+from qalora_compile.ir import expert_ops, ops, whole_ops
 
 _LAYERS = (
     (ops.group_linear, (0, 4)),
+    (whole_ops.whole_linear, (0, 4)),
     (expert_ops.expert_linear, (0,)),
 )
 """Operators, and which of their arguments are cast: the input, and a bias."""

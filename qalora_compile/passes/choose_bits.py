@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 from torch import Tensor
 
@@ -18,12 +19,16 @@ from qalora_compile.passes.assign_bits import AssignBits
 from qalora_compile.passes.choices import format_choices
 from qalora_compile.passes.corrections import float_weights
 from qalora_compile.progress import track
+from qalora_compile.quantizers.base import get_quantizer
 from qalora_compile.quantizers.budget import Choice, choose_within
-from qalora_compile.quantizers.calibrate import collect_statistics
-from qalora_compile.quantizers.minmax import quantize_minmax
+from qalora_compile.quantizers.calibrate import as_calls
+from qalora_compile.quantizers.in_parts import StatisticsInParts
 from qalora_compile.quantizers.refine import refine_offset
 from qalora_compile.quantizers.sensitivity import Sensitivity, measure_sensitivities
 from qalora_compile.quantizers.statistics import ActivationStatistics
+
+_PARTS = 10**4
+"""The least budget is named in parts of so many, rounded up."""
 
 
 def choose_bits(
@@ -33,9 +38,9 @@ def choose_bits(
 
     A form is a width, in a group size. What a weight loses in it is the expected squared change of
     the model's outputs on the calls: the error of the layer's output, measured with min-max codes
-    (and refined offsets, if `spec` asks for them), times how much the outputs move when that does
-    (`measure_sensitivities`). The losses are taken to add up, and the sum is made as small as the
-    budget allows (`choose_within`).
+    (with refined offsets or whole zero-points, if `spec` asks for them), times how much the outputs
+    move when that does (`measure_sensitivities`). The losses are taken to add up, and the sum is
+    made as small as the budget allows (`choose_within`). Without a layer nothing is chosen.
 
     Args:
         annotated: The program to quantize.
@@ -46,10 +51,12 @@ def choose_bits(
         UserInputError: the cheapest form everywhere is beyond the budget, or a call does not fit.
         PreconditionError: a weight has no values yet.
     """
-    calls, sites = list(calls), annotated.plan.weights_to_quantize()
+    calls, sites = as_calls(calls), annotated.plan.weights_to_quantize()
+    if not sites:
+        return AssignBits(), {}
     forms, budget = _forms(spec), _budget(sites, spec)
     weights = float_weights(annotated)
-    statistics = collect_statistics(annotated, calls)
+    statistics = StatisticsInParts(annotated, calls)
     sensitivities = measure_sensitivities(annotated, calls)
     measured = [
         _losses(weights[s.path], forms, statistics.get(s.path), sensitivities[s.path])
@@ -76,7 +83,12 @@ def _forms(spec: QuantSpec) -> list[QuantSpec]:
     """The ways to quantize a weight that there are to choose from, min-max."""
     groups = AUTO_GROUPS if spec.group_size == AUTO else (spec.group,)
     return [
-        QuantSpec(bits=bits, group_size=group, refine_offsets=spec.refine_offsets)
+        QuantSpec(
+            bits=bits,
+            group_size=group,
+            refine_offsets=spec.refine_offsets and spec.zero_point == "real",
+            zero_point=spec.zero_point,
+        )
         for bits in SUPPORTED_BITS
         for group in groups
     ]
@@ -92,9 +104,10 @@ def _losses(
     matrices = weight.reshape(-1, *weight.shape[-2:])
     found = []
     for form in forms:
-        made = [quantize_minmax(part, form) for part in matrices]
+        quantizer = get_quantizer(form.method)
+        made = [quantizer(part, form, statistics).affine for part in matrices]
         if statistics is not None and form.refine_offsets:
-            made = [refine_offset(matrices[0], made[0], statistics)]
+            made = [refine_offset(matrices[0], made[0], statistics)[0]]
         changes = [
             w.double() - affine.dequantize() for w, affine in zip(matrices, made, strict=True)
         ]
@@ -129,13 +142,16 @@ def _budget(sites: Iterable[Site], spec: QuantSpec) -> int:
     if spec.budget_unit != "megabytes":
         one = sum((site.experts or 1) * site.n * site.k for site in sites)
     least = sum(min(_cost(site, form, spec) for form in forms) for site in sites)
-    if spec.budget * one < least:
+    # the decimal number that was given, not the double next to it: one that was named is accepted
+    budget = Fraction(repr(float(spec.budget))) * one
+    if budget < least:
+        nearest = math.ceil(Fraction(least, one) * _PARTS) / _PARTS
         raise UserInputError(
-            f"a budget of {spec.budget:g} {spec.budget_unit} is less than {forms[0].bits} bits for "
-            f"every weight take, in groups of {max(form.group for form in forms)}",
-            hint=f"the least is {math.ceil(least / one * 1e4) / 1e4:g} {spec.budget_unit}",
+            f"a budget of {spec.budget:.15g} {spec.budget_unit} is less than {forms[0].bits} bits "
+            f"for every weight take, in groups of {max(form.group for form in forms)}",
+            hint=f"the least is {nearest:.15g} {spec.budget_unit}",
         )
-    return int(spec.budget * one)
+    return int(budget)
 
 
 def _why(forms: Sequence[QuantSpec], item: Sequence[Choice], way: int, total: float) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qalora_compile.errors import PostconditionError, PreconditionError, UnsupportedError
+from qalora_compile.ir.columns import ORDER
 from qalora_compile.ir.deferred import defer, is_placeholder
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
@@ -20,8 +21,6 @@ from qalora_compile.passes.choices import check_paths, parse_choices
 from qalora_compile.passes.rewrite import TensorNodes
 
 _ATEN = torch.ops.aten
-ORDER = "order"
-"""Name of the tensor of an order, `[K]` int64, below the path of the first weight that has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

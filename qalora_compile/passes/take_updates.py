@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from qalora_compile.errors import PreconditionError, UserInputError
+from qalora_compile.ir.affine import expand_groups
+from qalora_compile.ir.columns import column_orders
 from qalora_compile.ir.low_rank import LowRankUpdate, concatenate
 from qalora_compile.ir.plan import KEEP, Site, SitePlan
 from qalora_compile.ir.program import Program
@@ -52,24 +55,25 @@ def _check_sizes(site: Site, update: LowRankUpdate) -> None:
     pool = update.pool or 1
     wide, high = update.a.shape[1] * pool, update.b.shape[0]
     if (wide, high) != (site.k, site.n):
+        pools = update.pool is None and high == site.n and site.k % wide == 0
         raise UserInputError(
             f"the adapter is of another model: it is for a layer of {wide}×{high}, the model's is "
             f"{site.shape}",
             where=site.path,
-            hint="give the model that the adapter was trained on",
+            hint="give the model that the adapter was trained on"
+            + (f", or say how it pools groups of {site.k // wide} (as_pooled)" if pools else ""),
         )
 
 
-def losses(plan: SitePlan, updates: Updates) -> dict[str, float]:
+def losses(program: Program, updates: Updates) -> dict[str, float]:
     """What of each update is lost where it is made constant inside the groups, by path.
 
     The part ‖update − nearest‖ / ‖update‖ of the sum of a layer's updates; 0 where it folds.
     """
-    sites = {site.path: site for site in plan.to_adapt()}
-    found = {}
-    for path, several in updates.items():
+    sites, found = _sites(program), {}
+    for path, several in _in_order(program, updates).items():
         k, group = sites[path].k, sites[path].group_size or 1
-        if all(update.folds_into(group) for update in several):
+        if all(_folds(update, sites[path]) for update in several):
             found[path] = 0.0
             continue
         exact = sum((update.matrix(k) for update in several[1:]), several[0].matrix(k))
@@ -77,6 +81,38 @@ def losses(plan: SitePlan, updates: Updates) -> dict[str, float]:
         size = float(exact.norm())
         found[path] = float((exact - near).norm()) / size if size else 0.0
     return found
+
+
+def _sites(program: Program) -> dict[str, Site]:
+    return {site.path: site for site in program.plan.to_adapt()}
+
+
+def _in_order(program: Program, updates: Updates) -> dict[str, list[LowRankUpdate]]:
+    """The updates with their columns where the program has them: by group, in activation order.
+
+    An update that pools neighbours of the model pools none of the program then: it is made one of
+    single columns, the same in those that it pooled.
+    """
+    orders, sites = column_orders(program), _sites(program)
+    return {
+        path: [_permuted(update, orders.get(path), sites[path].k) for update in several]
+        for path, several in updates.items()
+    }
+
+
+def _permuted(update: LowRankUpdate, order: Tensor | None, k: int) -> LowRankUpdate:
+    if order is None:
+        return update
+    wide = update.a if update.pool is None else expand_groups(update.a, update.pool, k)
+    return LowRankUpdate(wide[:, order], update.b, update.factor, None)
+
+
+def _folds(update: LowRankUpdate, site: Site) -> bool:
+    """Whether an update, its columns in order, is constant inside the groups of its weight."""
+    group = site.group_size or 1
+    if update.pool is not None:
+        return update.folds_into(group)
+    return torch.equal(expand_groups(update.a[:, ::group], group, site.k), update.a)
 
 
 def take_updates(program: Program, updates: Updates, *, approximate: bool = False) -> Program:
@@ -97,13 +133,13 @@ def take_updates(program: Program, updates: Updates, *, approximate: bool = Fals
     """
     check_updates(program.plan, updates)
     if not approximate:
-        _check_folds(program.plan, updates)
+        _check_folds(program, updates)
     sites = {site.path: site for site in program.plan.weights_to_adapt()}
     made = {
         path: concatenate(
             [update.per_group(sites[path].k, sites[path].group_size or 1) for update in several]
         )
-        for path, several in updates.items()
+        for path, several in _in_order(program, updates).items()
     }
     others = {path: update.rank for path, update in made.items() if update.rank != 1}
     insert = InsertAdapters(rank=1, alpha=1.0, use_rslora=True, ranks=format_choices(others))
@@ -120,20 +156,22 @@ def _put(tensors: dict[str, Tensor], name: str, values: Tensor) -> None:
     tensors[name] = nn.Parameter(values.to(tensors[name].dtype).contiguous())
 
 
-def _check_folds(plan: SitePlan, updates: Updates) -> None:
-    sites = {site.path: site for site in plan.to_adapt()}
+def _check_folds(program: Program, updates: Updates) -> None:
+    sites, orders = _sites(program), column_orders(program)
     odd = [
         (path, update)
-        for path, several in updates.items()
-        for update in several
-        if not update.folds_into(sites[path].group_size or 1)
+        for path, several in _in_order(program, updates).items()
+        for update, moved in zip(updates[path], several, strict=True)
+        if not _folds(moved, sites[path])
     ]
     if not odd:
         return
     path, update = odd[0]
-    lost = losses(plan, updates)
+    lost = losses(program, updates)
     worst = sorted(lost, key=lambda name: -lost[name])[:_SHOWN]
     pooled = f"pools groups of {update.pool}" if update.pool else "is plain LoRA, which pools none"
+    if path in orders:
+        pooled += ", and the weight was quantized in activation order, where groups lie apart"
     raise PreconditionError(
         f"the adapter {pooled}; {len(odd)} of its updates are not constant inside the weight's "
         f"groups of {sites[path].group_size}, so they do not fold. The nearest that do lose "
@@ -141,6 +179,10 @@ def _check_folds(plan: SitePlan, updates: Updates) -> None:
         + ", ".join(f"{lost[name]:.0%} ({name})" for name in worst),
         where=path,
         hint="take the nearest all the same (--plain approximate), add the adapter to the float "
-        "weights before they are quantized (--plain merge), or train with "
-        "use_qalora=True and a qalora_group_size that is a multiple of the group size",
+        "weights before they are quantized (--plain merge), or train "
+        + (
+            "on it with finetune, which pools in that order"
+            if path in orders
+            else "with use_qalora=True and a qalora_group_size that is a multiple of the group size"
+        ),
     )

@@ -49,7 +49,7 @@ def get_quantizer(method: str) -> Quantizer:
     methods: dict[str, Quantizer] = {
         "minmax": _without_data(_by_range),
         "mse": _without_data(quantize_mse),
-        "hqq": _without_data(quantize_hqq),
+        "hqq": quantize_hqq,
         "gptq": _with_data(quantize_gptq),
     }
     if method not in methods:
@@ -133,9 +133,10 @@ def quantize_weight(
     started = time.perf_counter()
     try:
         chosen = quantizer(weight, spec, statistics)
-        affine = chosen.affine.validate()
+        affine, notes = chosen.affine.validate(), chosen.notes
         if statistics is not None and spec.refine_offsets and spec.zero_point == "real":
-            affine = refine_offset(weight, affine, statistics).validate()
+            affine, more = refine_offset(weight, affine, statistics)
+            affine, notes = affine.validate(), (*notes, *more)
     except UserInputError as error:
         error.where = error.where or path
         raise
@@ -153,9 +154,9 @@ def quantize_weight(
             output_sqnr_db=output_db,
             rows=None if statistics is None else statistics.rows,
             seconds=spent,
-            notes=chosen.notes,
+            notes=notes,
         )
 
     if not is_deferred(weight):
         announce_report(report)
-    return Chosen(affine, chosen.notes)
+    return Chosen(affine, notes)

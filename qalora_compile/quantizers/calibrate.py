@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
@@ -19,6 +20,9 @@ from qalora_compile.progress import track
 from qalora_compile.quantizers.statistics import ActivationStatistics, MomentSum
 
 _MASK = "attention_mask"
+_DECODER = "decoder_"
+"""What the names of the inputs of an encoder-decoder model's decoder begin with."""
+_CALLS = "give at least one call, a tuple or a mapping of arguments, e.g. calibration=[(x,)]"
 
 
 def collect_statistics(
@@ -27,7 +31,8 @@ def collect_statistics(
     """Run a program over calibration calls and take the second moments of its layers' inputs.
 
     Runs in evaluation mode without gradients, up to the last layer that is asked for. Rows that an
-    `attention_mask` marks as padding do not count. The moments take `8 K²` bytes for each distinct
+    `attention_mask` marks as padding do not count, nor those of a decoder that a
+    `decoder_attention_mask` marks. The moments take `8 K²` bytes for each distinct
     input: ask for some of the sites at a time where that is too much.
 
     Args:
@@ -113,28 +118,77 @@ def _chosen(
     return [path for path in inputs if path in wanted]
 
 
+def as_calls(calls: Iterable[Call] | None) -> tuple[Call, ...]:
+    """Calls as a tuple: a generator is read once.
+
+    Raises:
+        UserInputError: it is no collection of calls, or one of them is no call.
+    """
+    if not isinstance(calls, Iterable) or isinstance(calls, (Tensor, Mapping, str)):
+        raise UserInputError(f"calibration is {type(calls).__name__}, not calls", hint=_CALLS)
+    found = tuple(calls)
+    for number, call in enumerate(found):
+        if not isinstance(call, (tuple, list, Mapping)):
+            raise UserInputError(
+                f"a calibration call is {type(call).__name__}", where=f"call {number}", hint=_CALLS
+            )
+    return found
+
+
 def check_calls(program: Program, calls: Iterable[Call]) -> list[list[Any]]:
     """The flat inputs of each call, checked against the program's signature.
 
     Raises:
         UserInputError: there is no call, or one does not fit.
     """
-    found = [program.leaves(*split_call(call)) for call in calls]
+    found = [program.leaves(*split_call(call)) for call in as_calls(calls)]
     if not found:
-        raise UserInputError(
-            "there are no calibration data", hint="give at least one call, e.g. [(x,)]"
-        )
+        raise UserInputError("there are no calibration data", hint=_CALLS)
     return found
 
 
-def real_rows(program: Program, leaves: Sequence[Any]) -> Tensor | None:
-    """Which positions are no padding, `[B, T]`, if the one attention mask of a call says so."""
-    masks = [
-        value
-        for leaf, value in zip(program.signature.inputs, leaves, strict=True)
-        if leaf.name.rpartition(".")[2] == _MASK and isinstance(value, Tensor) and value.dim() == 2
-    ]
-    return masks[0] != 0 if len(masks) == 1 else None
+@dataclass(frozen=True)
+class RealRows:
+    """Which positions of one call are no padding, `[B, T]` boolean; None where nothing says so.
+
+    The decoder of an encoder-decoder model has positions of its own: the encoder's mask says
+    nothing of them, whether or not both have the same length.
+
+    Attributes:
+        mask: By the one `attention_mask`, of all values but the decoder's.
+        decoder_mask: By the one `decoder_attention_mask`, of the decoder's.
+        decoder: The nodes that depend on an input of the decoder.
+    """
+
+    mask: Tensor | None
+    decoder_mask: Tensor | None
+    decoder: frozenset[fx.Node]
+
+    def of(self, node: fx.Node) -> Tensor | None:
+        """Those of the value of a node."""
+        return self.decoder_mask if node in self.decoder else self.mask
+
+
+def real_rows(program: Program, leaves: Sequence[Any]) -> RealRows:
+    """Which positions are no padding, by the attention masks of a call."""
+    inputs = [leaf.name.rpartition(".")[2] for leaf in program.signature.inputs]
+    masks = {}
+    for wanted in (_MASK, _DECODER + _MASK):
+        found = [
+            value
+            for name, value in zip(inputs, leaves, strict=True)
+            if name == wanted and isinstance(value, Tensor) and value.dim() == 2
+        ]
+        masks[wanted] = found[0] != 0 if len(found) == 1 else None
+    placeholders = program.graph.find_nodes(op="placeholder")
+    decoder: set[fx.Node] = {
+        node for node, name in zip(placeholders, inputs, strict=True) if name.startswith(_DECODER)
+    }
+    if decoder:
+        for node in program.graph.nodes:
+            if not decoder.isdisjoint(node.all_input_nodes):
+                decoder.add(node)
+    return RealRows(masks[_MASK], masks[_DECODER + _MASK], frozenset(decoder))
 
 
 class InputMoments:
@@ -182,7 +236,7 @@ class _Reader(fx.Interpreter):
         self,
         module: fx.GraphModule,
         wanted: Mapping[fx.Node, Sequence[InputMoments]],
-        keep: Tensor | None,
+        keep: RealRows,
     ) -> None:
         super().__init__(module)
         self._wanted, self._keep = wanted, keep
@@ -195,5 +249,5 @@ class _Reader(fx.Interpreter):
         if n in self._wanted:
             self._left -= 1
             for total in self._wanted[n]:
-                total.add(value, self._keep)
+                total.add(value, self._keep.of(n))
         return value

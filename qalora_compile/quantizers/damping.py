@@ -11,7 +11,7 @@ from qalora_compile.errors import UserInputError
 
 _RAISE = 10.0
 _MOST = 1.0
-"""A diagonal of so many times its mean more leaves little of the data."""
+"""Raised no further: a diagonal of so many times its mean more leaves little of the data."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def factor(moment: Tensor, damping: float) -> Factor:
     """
     mean = moment.diagonal().mean()
     tried = damping
-    while bool(torch.isfinite(moment).all()) and tried <= _MOST:
+    while bool(torch.isfinite(moment).all()) and tried <= max(_MOST, damping):
         damped = moment + torch.eye(len(moment), dtype=moment.dtype) * (tried * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if not int(info):

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from qalora_compile.config import QuantSpec
 from qalora_compile.ir.affine import GroupAffine
+from qalora_compile.quantizers.base import Chosen
 from qalora_compile.quantizers.groups import round_to_nearest
-from qalora_compile.quantizers.mse import UnitGroups, fit_line, search_range
+from qalora_compile.quantizers.mse import UnitGroups, fit_line, quantize_mse, search_range
+from qalora_compile.quantizers.refine import refine_offset
+from qalora_compile.quantizers.statistics import ActivationStatistics
 
 _NORM = 0.7
 _BETA, _GROWTH = 1.0, 1.05
@@ -17,7 +20,9 @@ _SMALLEST = 1e-6
 """Of a residual, before it is raised to a negative power."""
 
 
-def quantize_hqq(weight: Tensor, spec: QuantSpec) -> GroupAffine:
+def quantize_hqq(
+    weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None = None
+) -> Chosen:
     """Minimise `Σ |w − (scale · q + offset)|^p`, p = 0.7, by half-quadratic splitting.
 
     Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): an
@@ -27,16 +32,42 @@ def quantize_hqq(weight: Tensor, spec: QuantSpec) -> GroupAffine:
     error than `mse` (docs/quantizers.md). A group keeps the best fit it has seen, among those whose
     squared error is no larger than that of the range.
 
+    A smaller error of the weights can be a larger one of the layer's output. Where there are
+    `statistics`, each row of the weight keeps the better of the fit and of what `mse` gives, by
+    the output error, after refinement where `spec` asks for it: on these rows of x, no row of the
+    weight is worse than with `mse`.
+
     Args:
         weight: `[N, K]`, floating and finite.
-        spec: bits and group_size.
+        spec: bits, group_size and refine_offsets.
+        statistics: Of the layer's input, if there are any.
     """
 
     def parameters(rows: Tensor) -> tuple[Tensor, Tensor]:
         groups = UnitGroups.of(rows, spec, None)
         return groups.restore(*_half_quadratic(groups, *search_range(groups)))
 
-    return round_to_nearest(weight, spec, parameters)
+    fitted = round_to_nearest(weight, spec, parameters)
+    if statistics is None:
+        return Chosen(fitted)
+    ranged = quantize_mse(weight, spec)
+    fit_error, range_error = (
+        _row_errors(weight, affine, spec, statistics) for affine in (fitted, ranged)
+    )
+    fits = (fit_error <= range_error)[:, None]
+    codes = torch.where(fits, fitted.codes, ranged.codes)
+    scale = torch.where(fits, fitted.scale, ranged.scale)
+    offset = torch.where(fits, fitted.offset, ranged.offset)
+    return Chosen(GroupAffine(codes, scale, offset, spec.width, spec.group))
+
+
+def _row_errors(
+    weight: Tensor, affine: GroupAffine, spec: QuantSpec, statistics: ActivationStatistics
+) -> Tensor:
+    """The mean squared output error of each row of a weight, `[N]`."""
+    if spec.refine_offsets:
+        affine, _ = refine_offset(weight, affine, statistics)
+    return statistics.row_errors(weight.double() - affine.dequantize().double())
 
 
 def _half_quadratic(groups: UnitGroups, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:

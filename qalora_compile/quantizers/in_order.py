@@ -22,6 +22,7 @@ from qalora_compile.ir.signature import Call
 from qalora_compile.progress import track
 from qalora_compile.quantizers.calibrate import (
     InputMoments,
+    as_calls,
     check_calls,
     collect_statistics,
     layer_inputs,
@@ -51,7 +52,7 @@ def replace_in_order(program: Program, calls: Iterable[Call], replace: Replace) 
     Raises:
         UserInputError: as `collect_statistics`.
     """
-    calls = list(calls)
+    calls = as_calls(calls)
     leaves = check_calls(program, calls)
     inputs = layer_inputs(program)
     weights: dict[str, Tensor] = {}
@@ -73,7 +74,7 @@ def replace_in_order(program: Program, calls: Iterable[Call], replace: Replace) 
             paths = due[nodes[-1]]
             moments = InputMoments(paths[0])
             for run, keep in zip(runs, keeps, strict=True):
-                moments.add(run.advance(nodes), keep)
+                moments.add(run.advance(nodes), keep.of(nodes[-1]))
             for path in [path for path in weights if last.get(path) == index]:
                 del weights[path]  # every call is past it
             statistics = moments.statistics()

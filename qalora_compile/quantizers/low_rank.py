@@ -10,15 +10,19 @@ lowers the output error, and at full rank `C = E`.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qalora_compile.ir.affine import group_count, sum_groups
-from qalora_compile.quantizers.damping import factor
-from qalora_compile.quantizers.refine import DAMPING, pooled_residual
+from qalora_compile.ir.affine import sum_groups
+from qalora_compile.quantizers.refine import PooledMoments
 from qalora_compile.quantizers.statistics import ActivationStatistics
+
+_LITTLE = 0.05
+"""Part of the output error: below, a start by it and ranks chosen by it say little."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,15 @@ class PooledCorrection:
         values: Falling, `[R]`; a correction of rank r lowers the (damped) mean squared output error
             by the sum of the squares of the first r.
         right: `Vᵀ M^−½`, `[R, L]`.
+        error: The mean squared output error of the change itself, before any correction.
+        notes: Of few calibration rows and of damping.
     """
 
     left: Tensor
     values: Tensor
     right: Tensor
+    error: float
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -48,28 +56,58 @@ class PooledCorrection:
             statistics: Of the layer's input; without, all inputs count alike and are uncorrelated:
                 E is the mean of D in each group.
         """
-        root = _root(change.shape[1], group_size, statistics)
+        notes: tuple[str, ...] = ()
         if statistics is None:
-            residual = sum_groups(change.double(), group_size) / root.diagonal().square()
+            sizes = sum_groups(torch.ones(change.shape[1], dtype=torch.float64), group_size)
+            root = torch.diag(sizes.sqrt())
+            residual = sum_groups(change.double(), group_size) / sizes
+            error = float(change.double().square().sum())
         else:
-            residual = pooled_residual(change, statistics, group_size)
+            moments = PooledMoments.of(statistics, group_size)
+            root, notes = moments.lower, moments.notes
+            residual, error = moments.residual(change), statistics.output_error(change)
         left, values, right = torch.linalg.svd(residual @ root, full_matrices=False)
-        return cls(
-            left, values, torch.linalg.solve_triangular(root, right, upper=False, left=False)
-        )
+        right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
+        return cls(left, values, right, error, notes)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """B `[N, r]` and A `[r, L]`, r = min(rank, R), whose product is the best correction."""
         return self.left[:, :rank] * self.values[:rank], self.right[:rank]
 
 
-def _root(k: int, group_size: int, statistics: ActivationStatistics | None) -> Tensor:
-    """A lower triangular square root of M, `[L, L]`, that can be inverted."""
-    groups = group_count(k, group_size)
-    if statistics is None:
-        sizes = sum_groups(torch.ones(k, dtype=torch.float64), group_size)
-        return torch.diag(sizes.sqrt())
-    moment, _ = statistics.pooled(group_size)
-    if not float(moment.diagonal().sum()) > 0:  # no input at all: there is nothing to correct
-        return torch.eye(groups, dtype=torch.float64)
-    return factor(moment, DAMPING).lower
+class CorrectionTally:
+    """What the corrections of all weights say together."""
+
+    def __init__(self) -> None:
+        self._gained: dict[str, float] = {}
+        self._error: dict[str, float] = {}
+        self._notes: dict[str, tuple[str, ...]] = {}
+
+    def add(self, path: str, parts: Sequence[PooledCorrection]) -> None:
+        """Count one weight; its experts, where it holds several matrices."""
+        self._gained[path] = sum(float(part.values.square().sum()) for part in parts)
+        self._error[path] = sum(part.error for part in parts)
+        self._notes[path] = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+
+    def notes(self, *, refined: bool) -> list[str]:
+        """Each different note of a weight, and where; and where nothing is left to correct.
+
+        Args:
+            refined: Whether offsets may have been refined when the weights were quantized.
+        """
+        where: dict[str, list[str]] = defaultdict(list)
+        for path, notes in self._notes.items():
+            for note in notes:
+                where[note].append(path)
+        found = []
+        for note, paths in where.items():
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            found.append(f"adapters: {note} ({paths[0]}{more})")
+        error = sum(self._error.values())
+        share = sum(self._gained.values()) / error if error > 0 else 1.0
+        if refined and share < _LITTLE:
+            found.append(
+                f"adapters of any rank can correct {share:.1%} of the layers' output errors, which "
+                "is what refined offsets leave; refine_offsets=False leaves the errors to them"
+            )
+        return found

@@ -6,6 +6,7 @@ Offsets are real numbers here, so a better one costs nothing at run time.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +16,60 @@ from qalora_compile.quantizers.damping import factor
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
 DAMPING = 1e-4
-"""Of the mean diagonal of the moments of the group sums."""
+"""Least part of the mean diagonal of the moments of the group sums that is added to it."""
+_NOISE = 8.0
+"""Least damping, times L / rows: below, what few rows say of how groups go together is mostly
+noise, and offsets that follow it lose more on other rows than they gain (docs/quantizers.md)."""
+
+
+@dataclass(frozen=True)
+class PooledMoments:
+    """Second moments of the group sums S(x), damped and factored.
+
+    Attributes:
+        lower: The Cholesky factor of M + λ, M the mean of `S(x) S(x)ᵀ`, `[L, L]`; the identity
+            where all inputs are zero.
+        cross: X, the mean of `S(x) xᵀ`, `[L, K]`.
+        damping: λ as a part of the mean diagonal of M.
+        notes: What there is to say of few rows, of damping and of inputs that are all zero.
+    """
+
+    lower: Tensor
+    cross: Tensor
+    damping: float
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, statistics: ActivationStatistics, group_size: int, damping: float | None = None
+    ) -> PooledMoments:
+        """Factor the moments of a layer's input.
+
+        Args:
+            statistics: Of the layer's input.
+            group_size: g; L = ceil(K / g).
+            damping: None takes `max(DAMPING, 8 L / rows)`: the fewer rows, the less they count.
+
+        Raises:
+            UserInputError: they cannot be factored.
+        """
+        moment, cross = statistics.pooled(group_size)
+        groups, rows = len(moment), statistics.rows
+        if not float(moment.diagonal().sum()) > 0:
+            note = "the calibration inputs are all zero: offsets stay"
+            return cls(torch.eye(groups, dtype=moment.dtype), cross, 0.0, (note,))
+        wanted = max(DAMPING, _NOISE * groups / rows) if damping is None else damping
+        found = factor(moment, wanted)
+        notes = []
+        if damping is None and wanted > 1:
+            notes.append(f"{rows} input rows for {groups} groups: offsets damped by {wanted:.2g}")
+        if found.damping > wanted:
+            notes.append(f"damping of offsets raised to {found.damping:.2g}")
+        return cls(found.lower, cross, found.damping, tuple(notes))
+
+    def residual(self, change: Tensor) -> Tensor:
+        """E, float64 `[N, L]`, see `pooled_residual`, of a change of the weights `[N, K]`."""
+        return torch.cholesky_solve(self.cross @ change.double().T, self.lower).T
 
 
 def pooled_residual(
@@ -23,7 +77,7 @@ def pooled_residual(
     statistics: ActivationStatistics,
     group_size: int,
     *,
-    damping: float = DAMPING,
+    damping: float | None = None,
 ) -> Tensor:
     """E, `[N, L]`: what, added to each group of a layer's weights, best makes up for a change.
 
@@ -36,23 +90,18 @@ def pooled_residual(
         change: D = W − Wq, `[N, K]`.
         statistics: Of the layer's input.
         group_size: g; L = ceil(K / g).
-        damping: Larger ones trust few calibration rows less.
+        damping: See `PooledMoments.of`.
 
     Returns:
         float64.
     """
-    moment, cross = statistics.pooled(group_size)
-    right = change.double() @ cross.T
-    if not float(moment.diagonal().sum()) > 0:
-        return torch.zeros_like(right)
-    lower = factor(moment, damping).lower
-    return torch.cholesky_solve(right.T, lower).T
+    return PooledMoments.of(statistics, group_size, damping).residual(change)
 
 
 def refine_offset(
     weight: Tensor, affine: GroupAffine, statistics: ActivationStatistics
-) -> GroupAffine:
-    """The same codes and scale with the offset that minimises the output error.
+) -> tuple[GroupAffine, tuple[str, ...]]:
+    """The same codes and scale with the offset that minimises the output error, and notes.
 
     Args:
         weight: W, `[N, K]`.
@@ -60,5 +109,7 @@ def refine_offset(
         statistics: Of the layer's input.
     """
     wide = dataclasses.replace(affine, scale=affine.scale.double(), offset=affine.offset.double())
-    residual = pooled_residual(weight.double() - wide.dequantize(), statistics, affine.group_size)
-    return dataclasses.replace(affine, offset=(wide.offset + residual).to(affine.offset.dtype))
+    moments = PooledMoments.of(statistics, affine.group_size)
+    residual = moments.residual(weight.double() - wide.dequantize())
+    offset = (wide.offset + residual).to(affine.offset.dtype)
+    return dataclasses.replace(affine, offset=offset), moments.notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call
 from qalora_compile.progress import track
-from qalora_compile.quantizers.calibrate import check_calls, real_rows
+from qalora_compile.quantizers.calibrate import RealRows, check_calls, real_rows
 
 
 @dataclass
@@ -53,29 +54,33 @@ def measure_sensitivities(
         seed: Of v.
 
     Raises:
-        UserInputError: there is no call, one does not fit, or no output depends on a layer.
+        UserInputError: there is no call, one does not fit, no output depends on a layer, or a
+            layer's input or the outputs' gradient by it is NaN or infinite; the layer is named.
     """
     rows = {site.name: site for site in program.plan.to_quantize()}
     nodes = {node: rows[name] for node in program.graph.nodes if (name := site_of(node)) in rows}
     found = {site.path: Sensitivity() for site in nodes.values()}
     generator = torch.Generator().manual_seed(seed)
+    last = program.graph.output_node()
     with program.evaluating(), torch.enable_grad():
         for leaves in track(check_calls(program, calls), "sensitivity"):
             watcher = _Watcher(program.module, nodes, found)
-            outputs = watcher.run(*leaves)
-            watcher.take(_projection(outputs, real_rows(program, leaves), generator))
+            outputs = watcher.run(*leaves, enable_io_processing=False)
+            watcher.take(_projection(last, outputs, real_rows(program, leaves), generator))
     return found
 
 
-def _projection(outputs: Any, keep: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Σ v · output over all outputs that depend on a layer."""
+def _projection(last: fx.Node, outputs: Any, keep: RealRows, generator: torch.Generator) -> Tensor:
+    """Σ v · output over all outputs that depend on a layer; `last` is the node that gives them."""
     total = torch.zeros((), dtype=torch.float64)
-    for leaf in pytree.tree_leaves(outputs):
+    nodes = pytree.tree_leaves(last.args[0])
+    for node, leaf in zip(nodes, pytree.tree_leaves(outputs), strict=True):
         if not isinstance(leaf, Tensor) or not leaf.requires_grad:
             continue
         random = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
-        if keep is not None and leaf.shape[:2] == keep.shape:
-            random[~keep] = 0
+        real = keep.of(node)
+        if real is not None and leaf.shape[:2] == real.shape:
+            random[~real] = 0
         total = total + (leaf * random).sum()
     return total
 
@@ -98,7 +103,12 @@ class _Watcher(fx.Interpreter):
         linear = match_linear(n)
         assert linear is not None, "the plan was made from this graph"
         x = self.env[linear.x].detach()
-        self._found[site.path].power += float(x.double().square().sum())
+        power = float(x.double().square().sum())
+        if not math.isfinite(power):
+            raise UserInputError(
+                "a layer's input on the calibration data is NaN or infinite", where=site.path
+            )
+        self._found[site.path].power += power
         self._found[site.path].inputs += x.numel()
         value = value if value.requires_grad else value.detach().requires_grad_()
         self._values.append((site, value))
@@ -108,14 +118,23 @@ class _Watcher(fx.Interpreter):
         """Add the squared gradients of what was watched.
 
         Raises:
-            UserInputError: no output depends on it.
+            UserInputError: no output depends on it, or a gradient is NaN or infinite.
         """
-        if not total.requires_grad:
-            raise UserInputError("no output of the model depends on a layer to quantize")
         values = [value for _, value in self._values]
-        for (site, value), gradient in zip(
-            self._values, torch.autograd.grad(total, values, allow_unused=True), strict=True
-        ):
-            if gradient is not None:
-                squares = float(gradient.double().square().sum())
-                self._found[site.path].gain += squares / value.shape[-1]
+        gradients: tuple[Tensor | None, ...] = ()
+        if values and total.requires_grad:
+            gradients = torch.autograd.grad(total, values, allow_unused=True)
+        if all(gradient is None for gradient in gradients):
+            raise UserInputError("no output of the model depends on a layer to quantize")
+        for (site, value), gradient in zip(self._values, gradients, strict=True):
+            if gradient is None:
+                continue
+            squares = float(gradient.double().square().sum())
+            if not math.isfinite(squares):
+                raise UserInputError(
+                    "the gradient of the model's outputs by a layer is NaN or infinite",
+                    where=site.path,
+                    hint="leave out the calibration rows that give it, such as rows of zeros that "
+                    "the model divides by their length, or give bits as a number",
+                )
+            self._found[site.path].gain += squares / value.shape[-1]

@@ -49,8 +49,12 @@ class ActivationStatistics:
 
     def output_error(self, change: Tensor) -> float:
         """Mean over the rows of ‖x Dᵀ‖² for a change of the weights D, `[N, K]`."""
+        return float(self.row_errors(change).sum())
+
+    def row_errors(self, change: Tensor) -> Tensor:
+        """`output_error` of each row of a change, `[N]` float64."""
         wide = change.double()
-        return float(((wide @ self.moment) * wide).sum())
+        return ((wide @ self.moment) * wide).sum(-1)
 
     def pooled(self, group_size: int) -> tuple[Tensor, Tensor]:
         """Moments of the group sums S(x): `(mean of S(x) S(x)ᵀ [L, L], mean of S(x) xᵀ [L, K])`."""

@@ -33,12 +33,13 @@ _POOL = 64
 class Batches:
     """The batches of all steps: `at(index)` depends on data, index, batch size and seed alone.
 
-    Every epoch takes each example at most once; what does not fill a batch waits for the next.
+    Every epoch takes each example at most once; what does not fill a batch is left out, other
+    examples in each epoch.
 
     Args:
         examples: At least one; `Packed` for packing.
         batch_size: Examples a batch; fewer where there are not as many.
-        seed: Of the order.
+        seed: Of the order; any whole number.
         by_length: Put examples of about one length into one batch, so that little is padded. The
             order of the batches is random all the same.
     """
@@ -70,15 +71,16 @@ class Batches:
 
     def _order_of(self, epoch: int) -> Tensor:
         """The examples of each batch of an epoch, `[batches, batch size]`."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        seed = (self.seed * 1_000_003 + epoch) % 2**64  # torch takes 64 bits
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.examples), generator=generator)
-        used = len(self) * self._size
+        order = order[: len(self) * self._size]  # before sorting, or the longest never have a turn
         if not self.by_length:
-            return order[:used].reshape(-1, self._size)
+            return order.reshape(-1, self._size)
         lengths = lengths_of(self.examples)
         pools = order.split(_POOL * self._size)
         order = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools])
-        rows = order[:used].reshape(-1, self._size)
+        rows = order.reshape(-1, self._size)
         return rows[torch.randperm(len(rows), generator=generator)]
 
 
@@ -108,10 +110,12 @@ class Packed(Examples):
     lengths alone.
 
     Raises:
-        UserInputError: an example is longer than a row, or is not of one text alone.
+        UserInputError: there is no example, or one is longer than a row or not of one text alone.
     """
 
     def __init__(self, examples: Sequence[Example], max_length: int) -> None:
+        if not len(examples):
+            raise UserInputError("there is no example to pack")
         if examples[0].source or examples[0].label is not None:
             raise UserInputError(
                 "only the texts of a decoder-only language model can be packed",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +26,8 @@ STATE = "state.json"
 KEPT = 2
 
 _PREFIX = "step-"
-_FORMAT, _VERSION = "qalora-checkpoint", 1
+_FORMAT, _VERSION = "qalora-checkpoint", 2
+_FIELDS = {"step": int, "stale": int, "moments": list, "identity": dict}
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ def save_checkpoint(
     folder: Path, program: Program, state: FitState, identity: Identity, *, keep: int = KEPT
 ) -> Checkpoint:
     """Write `folder/step-N`, whole or not at all, then remove all but the last `keep`.
+
+    Since older ones are removed, save what has proved good: in `on_good` of `fit`.
 
     The schedule and the position in the data follow from the step, and so do all random numbers
     (see `FitState`): a training that goes on from here ends with the same bits.
@@ -60,6 +66,7 @@ def save_checkpoint(
             "version": _VERSION,
             "step": state.step,
             "stale": state.stale,
+            "moments": sorted(moments),
             "best": None if best is None else {"loss": best.loss, "step": best.step},
             "identity": identity.to_json(),
         }
@@ -73,8 +80,9 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Complete checkpoints in a folder, oldest first."""
-    found = sorted(folder.glob(f"{_PREFIX}*")) if folder.is_dir() else []
-    return [Checkpoint(f, int(f.name.removeprefix(_PREFIX))) for f in found if f.is_dir()]
+    named = [(f, re.fullmatch(rf"{_PREFIX}(\d+)", f.name)) for f in folder.glob(f"{_PREFIX}*")]
+    found = [Checkpoint(f, int(name[1])) for f, name in named if name and f.is_dir()]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -93,18 +101,11 @@ def restore_checkpoint(
             difference is named; or it is broken. Nothing was changed then.
     """
     where = str(checkpoint.folder)
-    value = read_json(checkpoint.folder / STATE)
-    if not isinstance(value, dict) or value.get("format") != _FORMAT:
-        raise UserInputError("this is no checkpoint of this package", where=where)
-    if value.get("version") != _VERSION:
-        raise UserInputError(
-            f"the checkpoint has version {value.get('version')}, this package reads {_VERSION}",
-            where=where,
-            hint="use the qalora-compile that wrote it",
-        )
+    value = _read_state(checkpoint.folder)
     identity.check(value["identity"], where=where)
     adapters = load_tensors(checkpoint.folder / ADAPTERS)
     moments = load_tensors(checkpoint.folder / OPTIMIZER)
+    _check_moments(program, moments, value["moments"], where)
     best = None
     if value["best"] is not None:
         best = Best(adapters=load_tensors(checkpoint.folder / BEST), **value["best"])
@@ -118,6 +119,56 @@ def restore_checkpoint(
             for key, tensor in own.items()
         }
     state.step, state.stale, state.best = value["step"], value["stale"], best
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint, all there and of the right types."""
+    where = str(folder)
+    value = read_json(folder / STATE)
+    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+        raise UserInputError("this is no checkpoint of this package", where=where)
+    if value.get("version") != _VERSION:
+        raise UserInputError(
+            f"the checkpoint has version {value.get('version')}, this package reads {_VERSION}",
+            where=where,
+            hint="use the qalora-compile that wrote it",
+        )
+    odd = [name for name, kind in _FIELDS.items() if not isinstance(value.get(name), kind)]
+    best = value.get("best", {})
+    if best is not None and (not isinstance(best, dict) or best.keys() != {"loss", "step"}):
+        odd.append("best")
+    if odd:
+        raise UserInputError(
+            f"the checkpoint is broken: {odd[0]} is missing in {STATE}, or of another form",
+            where=where,
+            hint="remove it, to go on from the one before",
+        )
+    return value
+
+
+def _check_moments(
+    program: Program, moments: Mapping[str, Tensor], stored: list[str], where: str
+) -> None:
+    """See that the moments are those that were stored, and fit the adapters.
+
+    A moment that is missing would begin at zero, and other weights would come out.
+    """
+    own = dict(program.named_adapter_parameters())
+    for name in sorted({*stored, *moments}):
+        moment, parameter = moments.get(name), own.get(name.rpartition(":")[0])
+        if moment is None:
+            problem = "is missing"
+        elif name not in stored or parameter is None:
+            problem = "belongs to no adapter"
+        elif moment.dim() and moment.shape != parameter.shape:
+            problem = f"is {list(moment.shape)}, its adapter {list(parameter.shape)}"
+        else:
+            continue
+        raise UserInputError(
+            f"the checkpoint is broken: the state {name} of the optimizer {problem}",
+            where=where,
+            hint="remove it, to go on from the one before",
+        )
 
 
 def load_adapters(program: Program, adapters: dict[str, Tensor], *, where: str) -> None:

@@ -29,7 +29,7 @@ from qalora_compile.training.examples import Example, Examples
 from qalora_compile.training.lines import LineReader
 
 EXAMPLES_FILE, COUNTS_FILE = "examples.arrow", "dataset.json"
-_VERSION = 1
+_VERSION = 2
 _ROWS = 1000
 """Examples that are held in memory before they are written."""
 _STATE = ("truncation", "padding")

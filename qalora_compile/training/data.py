@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.training.examples import Example
+from qalora_compile.training.examples import IGNORED, Example
 from qalora_compile.training.lines import COMPLETIONS, LineReader, class_name, parse_line
 
 Paths = str | Path | Sequence[str | Path]
@@ -45,7 +45,7 @@ class Dataset:
         examples: In the order of the files.
         files: What became of each file.
         classes: Names of the classes of a classification task, in the order of the logits.
-        token_range: The least and the largest token id.
+        token_range: The least and the largest token id, labels too.
     """
 
     examples: Sequence[Example]
@@ -64,7 +64,7 @@ class Dataset:
         return sum(file.skipped for file in self.files)
 
     def check_tokens(self, limit: int) -> None:
-        """See that a model of `limit` tokens knows every token.
+        """See that a model of `limit` tokens knows every token, and every label.
 
         Raises:
             UserInputError: it does not; an example with an unknown one is named.
@@ -73,12 +73,15 @@ class Dataset:
         if least >= 0 and largest < limit:
             return
         for number, example in enumerate(self.examples, start=1):
-            odd = [t for t in (*example.source, *example.tokens) if not 0 <= t < limit]
-            if odd:
-                raise UserInputError(
-                    f"example {number} holds the token {odd[0]}; the model knows 0 to {limit - 1}",
-                    hint="use the tokenizer that belongs to the model",
-                )
+            kinds = {"token": (*example.source, *example.tokens), "label": _learned(example)}
+            for kind, values in kinds.items():
+                odd = [value for value in values if not 0 <= value < limit]
+                if odd:
+                    raise UserInputError(
+                        f"example {number} holds the {kind} {odd[0]}; "
+                        f"the model knows 0 to {limit - 1}",
+                        hint="use the tokenizer that belongs to the model",
+                    )
 
 
 def load_examples(
@@ -187,7 +190,7 @@ class ReadCount:
 
     @property
     def token_range(self) -> tuple[int, int]:
-        """The least and the largest token id that was read."""
+        """The least and the largest token id that was read, labels too."""
         return self.least or 0, self.largest
 
     def read(self, files: Sequence[Path], reader: LineReader) -> Iterator[Example]:
@@ -215,10 +218,15 @@ class ReadCount:
             self.files.append(FileCount(str(path), usable, truncated, skipped))
 
     def _note(self, example: Example) -> None:
-        tokens = (*example.source, *example.tokens)
+        tokens = (*example.source, *example.tokens, *_learned(example))
         least = min(tokens)
         self.least = least if self.least is None else min(self.least, least)
         self.largest = max(self.largest, *tokens)
+
+
+def _learned(example: Example) -> list[int]:
+    """The labels that carry loss."""
+    return [label for label in example.labels if label != IGNORED]
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qalora_compile.errors import PreconditionError, UnsupportedError
+from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.progress import track
 from qalora_compile.training.examples import IGNORED, Batch, Example, collate
@@ -43,12 +45,32 @@ class Metrics:
     choice_accuracy: float | None
     examples: int
 
+    def check(self, when: str) -> None:
+        """See that the loss is a number.
+
+        Raises:
+            UserInputError: it is not.
+        """
+        if not math.isfinite(self.loss):
+            raise UserInputError(
+                f"{when} the held-out loss is {self.loss}",
+                hint="lower the learning rate, quantize to more bits, or look for broken examples",
+            )
+
 
 def program_forward(program: Program) -> Forward:
-    """The logits of a language model, with an encoder or without, or of a classifier."""
+    """The logits of a language model, with an encoder or without, or of a classifier.
+
+    They are computed, and stay, on the device of the program's tensors.
+    """
 
     def forward(input_ids: Tensor, attention_mask: Tensor, *source: Tensor) -> Tensor:
-        return rows_of(program(**model_inputs(program, input_ids, attention_mask, *source)))
+        tensors = chain(program.module.parameters(), program.module.buffers())
+        given = [input_ids, attention_mask, *source]
+        own = next(tensors, None)
+        if own is not None:
+            given = [tensor.to(own.device) for tensor in given]
+        return rows_of(program(**model_inputs(program, *given)))
 
     return forward
 
@@ -192,14 +214,17 @@ def evaluate(
         batch_size: Examples at a time.
         choices: Token ids among which the first predicted token is chosen, for classification by
             label words.
+
+    Raises:
+        UserInputError: there is no example, or none that carries loss.
     """
     total_loss, tokens, right = 0.0, 0, 0
     exact, chosen = 0, 0
-    chunks = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     with torch.no_grad():
-        for chunk in track(chunks, "evaluate"):
-            batch = collate(chunk)
+        for start in track(range(0, len(examples), batch_size), "evaluate"):
+            batch = collate(examples[start : start + batch_size])
             logits = forward(batch.input_ids, batch.attention_mask, *batch.source)
+            batch = batch.to(logits.device)
             rows, targets = label_loss(logits, batch)
             total_loss += float(functional.cross_entropy(rows.float(), targets, reduction="sum"))
             hits = rows.argmax(-1) == targets
@@ -211,6 +236,8 @@ def evaluate(
                 exact += bool(hit.all())
                 if choices is not None:
                     chosen += choices[int(row[0, list(choices)].argmax())] == int(target[0])
+    if not tokens:
+        raise UserInputError("the examples to evaluate on hold nothing to predict")
     return Metrics(
         loss=total_loss / tokens,
         token_accuracy=right / tokens,

@@ -7,10 +7,11 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.program import ADAPTED, Program
@@ -22,6 +23,8 @@ from qalora_compile.training.optimizer import clip_gradients, make_optimizer, se
 from qalora_compile.training.precision import computing
 from qalora_compile.training.processes import Processes
 from qalora_compile.training.spec import FitSpec
+
+_HINT = "lower the learning rate, or look for broken examples"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class StepReport:
         tokens: Read, padding not counted, by all processes.
         seconds: That the step took, evaluation not counted.
         held_out: Loss on held-out examples, where they were evaluated after it.
+        held_out_accuracy: `Metrics.exact_match` of them.
     """
 
     step: int
@@ -83,6 +87,7 @@ class StepReport:
     tokens: int
     seconds: float
     held_out: float | None = None
+    held_out_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,14 @@ class FitResult:
 OnStep = Callable[[StepReport, FitState], bool]
 """Called after each step, in every process; True stops training."""
 
+OnGood = Callable[[FitState, bool], None]
+"""Called, in every process, once a loss and a gradient computed with the weights of a step are
+finite: in the next step, before it moves them, or after the last one (then with True).
+
+Weights may diverge in the very step that they come from, and the loss of that step, which was
+computed before it, says nothing of them. Saved here, every checkpoint is one to go on from.
+"""
+
 
 def fit(
     program: Program,
@@ -115,6 +128,7 @@ def fit(
     state: FitState | None = None,
     held_out: Sequence[Example] = (),
     on_step: OnStep | None = None,
+    on_good: OnGood | None = None,
     processes: Processes | None = None,
 ) -> FitResult:
     """Train the adapters in place; the program ends in evaluation mode.
@@ -127,15 +141,47 @@ def fit(
         state: For resuming; None starts anew. It is brought forward in place.
         held_out: Examples for `spec.evaluate_every`.
         on_step: Called after every step.
+        on_good: Called when the weights of a step have proved good: the place to save them.
         processes: Those that train together (`find_processes`); None trains in this one alone.
             Each reads other micro-batches, and all see the same losses.
 
     Raises:
         PreconditionError: the program has no adapters.
-        UserInputError: there is no example, none to evaluate on, or a loss or gradient is not
-            finite (the step is named; the adapters are still those of the step before).
+        UserInputError: there is no example, none to evaluate on, or a loss, of training or held
+            out, or a gradient is not finite (the step is named; the adapters are still those that
+            it was computed with).
         UnsupportedError: the device does not compute in `spec.precision`.
     """
+    _check_trainable(program, examples, spec, held_out)
+    state = state or FitState.fresh(program, spec)
+    processes = processes or Processes()
+    training = _Training(program, examples, spec, state, held_out, processes, on_good)
+    losses: list[float] = []
+    stopped = False
+    program.train()
+    try:
+        with torch.random.fork_rng():
+            while not (stopped or state.is_over(spec)):
+                report = training.step()
+                losses.append(report.loss)
+                stop = on_step is not None and on_step(report, state)
+                stopped = processes.sum(float(stop)) > 0  # it may reach one process sooner
+            if losses:
+                training.prove_last()
+    finally:
+        program.eval()
+    if stopped or state.best is None:
+        return FitResult(tuple(losses), stopped, state.step, state.step)
+    _put(program, state.best.adapters)
+    return FitResult(tuple(losses), False, state.step, state.best.step)
+
+
+def _check_trainable(
+    program: Program,
+    examples: Sequence[Example] | Batches,
+    spec: FitSpec,
+    held_out: Sequence[Example],
+) -> None:
     if program.stage != ADAPTED:
         raise PreconditionError(
             f"training takes a program at stage {ADAPTED}, this one is {program.stage}",
@@ -148,25 +194,6 @@ def fit(
             f"evaluate_every is {spec.evaluate_every}, and there is nothing to evaluate on",
             hint="give held-out examples",
         )
-    state = state or FitState.fresh(program, spec)
-    processes = processes or Processes()
-    training = _Training(program, examples, spec, state, held_out, processes)
-    losses: list[float] = []
-    program.train()
-    try:
-        with torch.random.fork_rng():
-            while not state.is_over(spec):
-                report = training.step()
-                losses.append(report.loss)
-                stop = on_step is not None and on_step(report, state)
-                if processes.sum(float(stop)):  # an interrupt may reach one process sooner
-                    return FitResult(tuple(losses), True, state.step, state.step)
-    finally:
-        program.eval()
-    if state.best is not None:
-        _put(program, state.best.adapters)
-    kept = state.best.step if state.best is not None else state.step
-    return FitResult(tuple(losses), False, state.step, kept)
 
 
 class BatchLoss(nn.Module):
@@ -199,9 +226,11 @@ class _Training:
     state: FitState
     held_out: Sequence[Example]
     processes: Processes
+    on_good: OnGood | None
     wrapped: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
+        self.begun = self.state.step
         self.wrapped = self.processes.wrap(BatchLoss(self.program, self.spec))
         self.parameters = self.program.adapter_parameters()
         self.device = self.parameters[0].device
@@ -210,30 +239,48 @@ class _Training:
         """One optimizer step, and the evaluation that is due after it."""
         started = time.monotonic()
         spec, state, number = self.spec, self.state, self.state.step
-        batches = [self._batch(number, i) for i in range(spec.accumulate)]
+        loss, norm, tokens = self._gradients(number, f"at step {number + 1}")
+        saving = time.monotonic()
+        if number > self.begun:  # what it began with is saved already, or nothing yet
+            self._note_good(last=False)
+        started += time.monotonic() - saving
+        rate = set_rates(state.optimizer, spec, number)
+        state.optimizer.step()
+        state.step += 1
+        seconds = time.monotonic() - started
+        return StepReport(state.step, loss, rate, norm, tokens, seconds, *self._evaluate())
+
+    def prove_last(self) -> None:
+        """See that the last weights give a finite loss and gradient, on what their step read."""
+        step = self.state.step
+        self._gradients(step - 1, f"after step {step}")
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self._note_good(last=True)
+
+    def _note_good(self, *, last: bool) -> None:
+        if self.on_good is not None:
+            self.on_good(self.state, last)
+
+    def _gradients(self, number: int, when: str) -> tuple[float, float, int]:
+        """Loss, norm of its gradient, which is clipped and left in place, and tokens of a step."""
+        batches = [self._batch(number, i) for i in range(self.spec.accumulate)]
         targets = self.processes.sum(sum(int(batch.targets.sum()) for _, batch in batches))
         tokens = self.processes.sum(sum(b.tokens for _, b in batches))
         if not targets:
             raise UserInputError(f"the examples of step {number + 1} hold nothing to learn")
-        state.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for index, batch in batches:
             last = index == batches[-1][0]
             with nullcontext() if last else self.processes.apart(self.wrapped):
                 loss += self._backward(index, batch, targets)
         loss = self.processes.sum(loss)
-        norm = clip_gradients(self.parameters, spec)
+        norm = clip_gradients(self.parameters, self.spec)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserInputError(
-                f"at step {number + 1} the loss is {loss} and the norm of its gradient {norm}",
-                hint="lower the learning rate, or look for broken examples",
+                f"{when} the loss is {loss} and the norm of its gradient {norm}", hint=_HINT
             )
-        rate = set_rates(state.optimizer, spec, number)
-        state.optimizer.step()
-        state.step += 1
-        seconds = time.monotonic() - started
-        held_out = self._evaluate()
-        return StepReport(state.step, loss, rate, norm, int(tokens), seconds, held_out)
+        return loss, norm, int(tokens)
 
     def _batch(self, step: int, part: int) -> tuple[int, Batch]:
         """The number of a micro-batch of this process, and the micro-batch."""
@@ -244,35 +291,48 @@ class _Training:
 
     def _backward(self, index: int, batch: Batch, targets: float) -> float:
         """Add the gradient of a micro-batch's part of the loss; returns that part."""
-        if not int(batch.targets.sum()) and self.processes.count == 1:
-            return 0.0  # a mean over nothing; with several processes, all have to go backward
+        own = int(batch.targets.sum())
+        if not own:
+            if self.processes.count == 1:
+                return 0.0  # a mean over nothing
+            batch = _any_targets(batch)  # all processes go backward together; it counts nothing
         torch.manual_seed(seed_of(self.spec.seed, index))
         with computing(self.spec, self.device):
             mean: Tensor = self.wrapped(batch.to(self.device))
-        part = mean * (int(batch.targets.sum()) / targets)
+        part = mean * (own / targets)
         (part * self.processes.count).backward()  # type: ignore[no-untyped-call]
         return part.item()
 
-    def _evaluate(self) -> float | None:
-        """Held-out loss where it is due; notes whether it is the least."""
-        spec, state = self.spec, self.state
+    def _evaluate(self) -> tuple[float | None, float | None]:
+        """Held-out loss and accuracy where they are due; notes whether the loss is the least."""
+        spec, state, processes = self.spec, self.state, self.processes
         due = spec.evaluate_every and (
             state.step % spec.evaluate_every == 0 or state.step == spec.steps
         )
         if not due:
-            return None
+            return None, None
         self.program.eval()
         with computing(spec, self.device):
-            own = evaluate(program_forward(self.program), self.held_out).loss
+            own = evaluate(program_forward(self.program), self.held_out)
         self.program.train()
-        loss = self.processes.sum(own) / self.processes.count  # one number for all to decide by
+        # one number for all to decide by
+        loss, right = (processes.sum(v) / processes.count for v in (own.loss, own.exact_match))
+        if not math.isfinite(loss):
+            raise UserInputError(f"after step {state.step} the held-out loss is {loss}", hint=_HINT)
         if not spec.patience:
-            return loss
+            return loss, right
         if state.best is None or loss < state.best.loss:
             state.best, state.stale = Best(loss, state.step, adapters_of(self.program)), 0
         else:
             state.stale += 1
-        return loss
+        return loss, right
+
+
+def _any_targets(batch: Batch) -> Batch:
+    """A batch of tokens without targets, with some."""
+    short = max(0, 2 - batch.input_ids.shape[1])  # the first token has nothing to be predicted from
+    ids, mask = (functional.pad(t, (0, short)) for t in (batch.input_ids, batch.attention_mask))
+    return replace(batch, input_ids=ids, attention_mask=mask, labels=ids)
 
 
 def seed_of(seed: int, index: int) -> int:

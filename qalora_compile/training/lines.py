@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from qalora_compile.errors import UserInputError
@@ -27,6 +28,79 @@ _KINDS = ("input_ids", "messages", "completion", "text")
 """The field that says of which kind a line is."""
 _CUT_AT_END = ("input_ids", "text")
 """Kinds that lose their end where they are too long; the others lose their beginning."""
+_LARGEST = 2**31 - 1
+"""What a token id can be: a cache stores 32 bits, and no vocabulary has more."""
+
+
+class _Texts:
+    """A tokenizer whose errors name the line.
+
+    Special tokens are those that it writes around a text, such as the ones that begin and end it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def special(self) -> int:
+        """How many tokens a text of none has."""
+        return len(self.encode("", "an empty text"))
+
+    def encode(self, text: str, where: str, **options: Any) -> list[int]:
+        """The tokens of a text, and special ones."""
+        _check_characters(text, where)
+        try:
+            return list(self.tokenizer(text, **options).input_ids)
+        except Exception as error:  # tokenizers raise types of many kinds
+            raise UserInputError(
+                f"the tokenizer cannot read the text: {error}", where=where
+            ) from error
+
+    def plain(self, text: str, where: str) -> list[int]:
+        """The tokens of a text alone."""
+        return self.encode(text, where, add_special_tokens=False)
+
+    def whole(self, row: dict[str, Any], key: str, where: str) -> list[int]:
+        """The tokens of a field, and special ones; a text that holds none is refused."""
+        text = _string(row, key, where)
+        tokens = self.encode(text, where)
+        # only what is that short can be empty: the second call is saved for the others
+        if len(tokens) <= self.special and not self.plain(text, where):
+            raise UserInputError(
+                f"the {key} holds no token", where=where, hint="leave the line out"
+            )
+        return tokens
+
+    def opened(self, prompt: str, completion: str, where: str) -> list[int]:
+        """The tokens of a prompt with the special ones before it, not those after: it goes on."""
+        own = self.plain(prompt, where)
+        text, tokens = (prompt, own) if own else (completion, self.plain(completion, where))
+        whole = self.encode(text, where)
+        for size in range(len(whole) - len(tokens) + 1):
+            if whole[size : size + len(tokens)] == tokens:
+                return whole[:size] + own
+        raise UserInputError(
+            "the tokenizer reads the prompt in another way without special tokens",
+            where=where,
+            hint='give token ids: {"input_ids": […], "labels": […]}',
+        )
+
+    def ended(self, tokens: list[int]) -> list[int]:
+        """Tokens with the one that ends a text, which not every tokenizer writes."""
+        end = self.tokenizer.eos_token_id
+        return tokens if end is None or tokens[-1:] == [end] else [*tokens, int(end)]
+
+    def render(self, messages: Sequence[Any], where: str, *, prompt: bool) -> list[int]:
+        """The tokens of a chat; `prompt`: up to where an answer begins."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # a template is a program, and raises what it likes
+            raise UserInputError(
+                f"the chat template does not take the messages: {error}", where=where
+            ) from error
+        return self.plain(text, where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +122,10 @@ class LineReader:
     decoder_start: int | None = None
     learn: str = COMPLETIONS
     classes: tuple[str, ...] | None = None
+
+    @cached_property
+    def _texts(self) -> _Texts:
+        return _Texts(self.tokenizer)
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -85,9 +163,9 @@ class LineReader:
                 hint='give token ids: {"input_ids": […]}, or a model folder with tokenizer',
             )
         if kind == "text":
-            return _from_text(row, self.tokenizer, where)
+            return _from_text(row, self._texts, where)
         read = _from_messages if kind == "messages" else _from_completion
-        example = read(row, self.tokenizer, where)
+        example = read(row, self._texts, where)
         if self.learn == EVERYTHING and example.learns:
             return Example(example.tokens, example.tokens)
         return example
@@ -102,19 +180,14 @@ class LineReader:
                 hint='use {"prompt": "…", "completion": "…"}, and a model that brings its '
                 "tokenizer",
             )
-        source = _encode(self.tokenizer, _string(row, "prompt", where))
-        target = _encode(self.tokenizer, _string(row, "completion", where))
-        if not source:
-            raise UserInputError("the prompt holds no token", where=where)
-        end = _end(self.tokenizer)
-        if target[-1:] != end:  # not every tokenizer writes it
-            target += end
+        source = self._texts.whole(row, "prompt", where)
+        target = self._texts.ended(self._texts.whole(row, "completion", where))
         return Example((decoder_start, *target), (IGNORED, *target), tuple(source))
 
     def _read_labelled(
         self, row: Any, classes: tuple[str, ...], where: str
     ) -> tuple[Example, bool]:
-        name, text = class_name(row, where), _string(row, "text", where)
+        name = class_name(row, where)
         if name not in classes:
             raise UserInputError(
                 f"the label {name!r} is none that was trained on",
@@ -123,13 +196,17 @@ class LineReader:
             )
         if self.tokenizer is None:
             raise UserInputError("the model has no tokenizer to read text with", where=where)
-        tokens = _encode(self.tokenizer, text)
+        tokens = self._texts.whole(row, "text", where)
         cut = len(tokens) > self.max_length
         if cut:  # by the tokenizer, which keeps the token that ends a text
             limits = {"truncation": True, "max_length": self.max_length}
-            tokens = list(self.tokenizer(text, **limits).input_ids)
-        if not tokens:
-            raise UserInputError("the text holds no token", where=where)
+            tokens = self._texts.encode(row["text"], where, **limits)
+            if len(tokens) <= self._texts.special:
+                raise UserInputError(
+                    f"{self.max_length} tokens hold nothing of the text",
+                    where=where,
+                    hint="cut texts later",
+                )
         return Example(tuple(tokens), (), label=classes.index(name)), cut
 
 
@@ -137,11 +214,11 @@ def parse_line(line: str, where: str) -> Any:
     """The JSON value of a line.
 
     Raises:
-        UserInputError: it is no JSON.
+        UserInputError: it is no JSON, or more than Python reads of it.
     """
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # too many digits, or brackets
         raise UserInputError(f"the line is not valid JSON: {error}", where=where) from error
 
 
@@ -171,6 +248,7 @@ def class_name(row: Any, where: str) -> str:
     """
     label = row.get("label") if isinstance(row, dict) else None
     if isinstance(label, str) and label:
+        _check_characters(label, where)
         return label
     if isinstance(label, int):  # true and false too
         return json.dumps(label)
@@ -185,31 +263,40 @@ def class_name(row: Any, where: str) -> str:
 def _from_ids(row: dict[str, Any], where: str) -> Example:
     tokens, labels = row["input_ids"], row.get("labels", row["input_ids"])
     valid = all(
-        isinstance(values, list) and all(isinstance(v, int) for v in values)
+        isinstance(values, list) and all(type(v) is int for v in values)  # true is no token
         for values in (tokens, labels)
     )
     if not valid or len(tokens) != len(labels):
         raise UserInputError(
             "input_ids and labels must be integer lists of one length", where=where
         )
+    learned = [label for label in labels if label != IGNORED]
+    for name, values in (("input_ids", tokens), ("labels", learned)):
+        odd = [v for v in values if not 0 <= v <= _LARGEST]
+        if odd:
+            raise UserInputError(
+                f"{name} holds {odd[0]}, which is no token",
+                where=where,
+                hint=f"tokens begin at 0; the label {IGNORED} stands for no loss",
+            )
     return Example(tuple(tokens), tuple(labels))
 
 
-def _from_text(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
-    tokens = _encode(tokenizer, _string(row, "text", where)) + _end(tokenizer)
+def _from_text(row: dict[str, Any], texts: _Texts, where: str) -> Example:
+    tokens = texts.ended(texts.whole(row, "text", where))
     return Example(tuple(tokens), tuple(tokens))
 
 
-def _from_completion(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
-    prompt = _encode(tokenizer, _string(row, "prompt", where))
-    completion = _encode(tokenizer, _string(row, "completion", where), special=False)
-    if not completion:
-        return Example(tuple(prompt), (IGNORED,) * len(prompt))
-    completion = completion + _end(tokenizer)
-    return Example((*prompt, *completion), (*[IGNORED] * len(prompt), *completion))
+def _from_completion(row: dict[str, Any], texts: _Texts, where: str) -> Example:
+    prompt, completion = (_string(row, key, where) for key in ("prompt", "completion"))
+    learned = texts.plain(completion, where)
+    if not learned:
+        return Example((), ())
+    before, learned = texts.opened(prompt, completion, where), texts.ended(learned)
+    return Example((*before, *learned), (*[IGNORED] * len(before), *learned))
 
 
-def _from_messages(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
+def _from_messages(row: dict[str, Any], texts: _Texts, where: str) -> Example:
     """Loss on the assistant's turns, found by rendering the template up to each of them."""
     messages = row["messages"]
     valid = isinstance(messages, list) and all(
@@ -218,7 +305,13 @@ def _from_messages(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
     )
     if not valid or not messages:
         raise UserInputError("messages must be a list of {role, content}", where=where)
-    if not getattr(tokenizer, "chat_template", None):
+    if messages[0]["role"] == "assistant":
+        raise UserInputError(
+            "the chat begins with the assistant, which answers nothing",
+            where=where,
+            hint="begin with a turn of the user",
+        )
+    if not getattr(texts.tokenizer, "chat_template", None):
         raise UserInputError(
             "the tokenizer has no chat template", where=where, hint="use prompt and completion"
         )
@@ -227,8 +320,8 @@ def _from_messages(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:index], prompt=True)
-        after = _render(tokenizer, messages[: index + 1], prompt=False)
+        before = texts.render(messages[:index], where, prompt=True)
+        after = texts.render(messages[: index + 1], where, prompt=False)
         if after[: len(before)] != before or before[: len(tokens)] != tokens:
             raise UserInputError("the chat template rewrites earlier turns", where=where)
         labels += [IGNORED] * (len(before) - len(labels)) + after[len(before) :]
@@ -238,20 +331,16 @@ def _from_messages(row: dict[str, Any], tokenizer: Any, where: str) -> Example:
     return Example(tuple(tokens), tuple(labels))
 
 
-def _render(tokenizer: Any, messages: Sequence[Any], *, prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=prompt
-    )
-    return _encode(tokenizer, text, special=False)
-
-
-def _encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special).input_ids)
-
-
-def _end(tokenizer: Any) -> list[int]:
-    end = tokenizer.eos_token_id
-    return [] if end is None else [int(end)]
+def _check_characters(text: str, where: str) -> None:
+    """See that a text can be written: JSON can name one surrogate alone, half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserInputError(
+            f"a text holds half of a character: {error}",
+            where=where,
+            hint="a code such as \\ud83d needs its second one, \\ude00",
+        ) from error
 
 
 def _string(row: dict[str, Any], key: str, where: str) -> str:

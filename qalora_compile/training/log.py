@@ -103,6 +103,7 @@ class TensorBoardLog:
             "train/grad_norm": report.grad_norm,
             "train/tokens_per_second": report.tokens / report.seconds,
             "held_out/loss": report.held_out,
+            "held_out/accuracy": report.held_out_accuracy,
         }
         for name, value in values.items():
             if value is not None:

@@ -17,6 +17,7 @@ from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.training.samples import Question
 
 REPORT_FILE = "report.html"
+_ACCURACY = "held_out_accuracy"
 _ROWS = 400
 """Layers that the table lists one by one."""
 
@@ -142,6 +143,11 @@ def _add_curves(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
     if held_out:
         series["held out"] = ([s for s, _ in held_out], [v for _, v in held_out])
     page.chart(line_chart(series, x="step", y="loss"))
+    right = [(row["step"], row[_ACCURACY]) for row in log if _ACCURACY in row]
+    if right:
+        page.section("Accuracy", "Part of the held-out examples whose answer is right as a whole.")
+        shown = {"held out": ([s for s, _ in right], [v for _, v in right])}
+        page.chart(line_chart(shown, x="step", y="accuracy"))
     page.section("Optimisation")
     rates = [row["learning_rate"] for row in log]
     page.chart(line_chart({"rate": (steps, rates)}, x="step", y="learning rate of A"))

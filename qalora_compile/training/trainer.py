@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.training.batches import Batches
-from qalora_compile.training.examples import Example, collate
+from qalora_compile.training.batches import Batches, Packed
+from qalora_compile.training.examples import Batch, Example, collate
 from qalora_compile.training.optimizer import make_optimizer, make_schedule
 from qalora_compile.training.spec import FitSpec
 
@@ -37,6 +37,7 @@ def trainer_arguments(spec: FitSpec) -> dict[str, Any]:
         "per_device_train_batch_size": spec.batch_size,
         "gradient_accumulation_steps": spec.accumulate,
         "max_grad_norm": spec.clip,
+        "gradient_checkpointing": spec.gradient_checkpointing,
         "bf16": spec.precision == "bfloat16",
         "seed": spec.seed,
         "train_sampling_strategy": "sequential",
@@ -56,13 +57,17 @@ def trainer_rows(
     """The examples of all micro-batches in the order in which `fit` takes them.
 
     Args:
-        examples: At least one.
+        examples: Of texts: tokens, and which of them carry loss.
         spec: Steps, batch size and seed.
         processes: How many train together.
 
     Raises:
         UserInputError: there are fewer examples than a batch holds.
+        UnsupportedError: they are batches, packed, labelled, or for a model with an encoder. The
+            rows have no form for that, and a trainer would compute another loss.
     """
+    if isinstance(examples, (Batches, Packed)):
+        raise _unsupported("examples in batches or packed")
     if len(examples) < spec.batch_size:
         raise UserInputError(
             f"{len(examples)} examples make no batch of {spec.batch_size}",
@@ -72,12 +77,29 @@ def trainer_rows(
     rows = []
     for index in range(spec.steps * spec.accumulate * processes):
         batch = batches.at(index)
+        _check_batch(batch)
         for tokens, mask, labels in zip(
             batch.input_ids.tolist(), batch.attention_mask, batch.labels.tolist(), strict=True
         ):
             size = int(mask.sum())
             rows.append({"input_ids": tokens[:size], "labels": labels[:size]})
     return rows
+
+
+def _check_batch(batch: Batch) -> None:
+    if batch.source:
+        raise _unsupported("examples for a model with an encoder")
+    if batch.labels.dim() == 1:
+        raise _unsupported("classes of whole texts")
+    if bool((batch.attention_mask > 1).any()):
+        raise _unsupported("packed examples")
+
+
+def _unsupported(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the rows for a trainer cannot hold {what}",
+        hint="give texts one by one, or train with fit, which takes these",
+    )
 
 
 def trainer_collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:

@@ -1,23 +1,29 @@
 """Inputs that look for trouble: zeros, one-hot, large and denormal values, extreme tokens, padding.
 
-Each is a random call in which every input of one kind takes the odd form, and the others do not.
+Each is a random call in which every input of one kind takes the odd form, and the others do not;
+and one is a long call, for what depends on the distance of positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.signature import InputLeaf, argument_names, flatten_inputs
+from qalora_compile.ir.signature import InputLeaf, SizeRange, argument_names, flatten_inputs
 from qalora_compile.verify.inputs import is_mask, rebuild_call, sample_inputs, token_limits
+from qalora_compile.verify.precise import run_nodes
 
 _LARGE = {torch.float16: 2.0**6, torch.float32: 2.0**12, torch.bfloat16: 2.0**12}
 _TINY = {torch.float16: 2.0**-18, torch.float32: 2.0**-130, torch.bfloat16: 2.0**-130}
 """Factors of standard normal values; the second below the least normal number of the dtype."""
+_LONG, _BEYOND, _WIDEST = 160, 32, 512
+_COMPARING = ("lt", "le", "gt", "ge", "add", "sub", "tril", "triu")
+"""Operators whose whole numbers may be distances of positions."""
 
 Odd = Callable[[Tensor], Tensor]
 
@@ -34,6 +40,9 @@ def adversarial_inputs(program: Program, *, seed: int = 0) -> dict[str, dict[str
     `all padding`           masks (inputs named `…mask…`) are 0
     `left padding`,         … are 0 in the first, or the last, half of the sequence
     `right padding`
+    `long`                  one row of 160 positions, or 32 more than the largest whole number up to
+                            512 that positions are compared with: a sliding window shows there. As
+                            many as the program takes, where it takes fewer
     ======================= ======================================================================
 
     What a program has no input for is left out.
@@ -73,7 +82,92 @@ def adversarial_inputs(program: Program, *, seed: int = 0) -> dict[str, dict[str
                 for leaf, value, taken in zip(leaves, flat, chosen, strict=True)
             ]
             calls[name] = rebuild_call(program, odd)
-    return calls
+    return calls | _long_call(program, seed)
+
+
+def _long_call(program: Program, seed: int) -> dict[str, dict[str, Any]]:
+    """A call of the length that is wanted, or of the largest that the program takes; {} if none."""
+    drawn = sample_inputs(program, 1, seed=seed)[0]
+    flat = flatten_inputs(program.graph, [drawn[n] for n in argument_names(program.graph)])
+    pairs = list(zip(program.signature.inputs, flat, strict=True))
+    sizes = {
+        name: size
+        for leaf, value in pairs
+        if isinstance(value, Tensor)
+        for name, size in zip(leaf.shape, value.shape, strict=True)
+        if isinstance(name, str)
+    }
+    growing = [name for name in sizes if name.endswith("sequence") and not name.startswith("past")]
+    if not growing:
+        return {}
+
+    def make(length: int) -> list[Any] | None:
+        longer = _longer(sizes, growing, length, program.signature.ranges)
+        leaves = [_lengthened(leaf, value, longer, seed) for leaf, value in pairs]
+        return leaves if _runs(program, leaves) else None
+
+    low, high = max(sizes[name] for name in growing), _wanted_length(program)
+    best = make(high)
+    if best is None:
+        # Tables of positions end somewhere, and no signature says where.
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = make(middle)
+            low, high, best = (low, middle, best) if found is None else (middle, high, found)
+    return {} if best is None else {"long": rebuild_call(program, best)}
+
+
+def _longer(
+    sizes: Mapping[str, int], growing: Sequence[str], length: int, ranges: Sequence[SizeRange]
+) -> dict[str, int]:
+    """The sizes of all axes with the growing ones at `length`, or at the end of their range."""
+    limits = {limit.name: limit for limit in ranges}
+    longer = dict(sizes)
+    for name in growing:
+        longer[name] = limits[name].nearest(length) if name in limits else length
+    if {"sequence", "total_sequence"} <= set(sizes):
+        longer["total_sequence"] = longer["sequence"] + sizes.get("past_sequence", 0)
+    return longer
+
+
+def _wanted_length(program: Program) -> int:
+    """Positions that a call needs to go beyond any window that the graph compares with."""
+    numbers = [
+        value
+        for node in program.graph.nodes
+        if str(node.target).partition(".")[2].partition(".")[0] in _COMPARING
+        for value in node.args
+        if type(value) is int and value <= _WIDEST
+    ]
+    return max(_LONG, max(numbers, default=0) + _BEYOND)
+
+
+def _lengthened(leaf: InputLeaf, value: Any, sizes: Mapping[str, int], seed: int) -> Any:
+    """The same kind of values along longer axes: ones in masks, positions in order, rows drawn."""
+    if not isinstance(value, Tensor):
+        return value
+    generator = torch.Generator().manual_seed(seed)
+    for axis, name in enumerate(leaf.shape):
+        size = sizes.get(name, 0) if isinstance(name, str) else 0
+        if size > value.shape[axis] > 0:
+            picks = torch.randint(0, value.shape[axis], (size,), generator=generator)
+            value = value.index_select(axis, picks)
+            if "position" in leaf.name and not value.is_floating_point():
+                begin = sizes.get("past_sequence", 0)
+                shape = [size if at == axis else 1 for at in range(value.dim())]
+                places = torch.arange(begin, begin + size, dtype=value.dtype)
+                value = places.reshape(shape).expand(value.shape).clone()
+    return value
+
+
+def _runs(program: Program, leaves: Sequence[Any]) -> bool:
+    """Whether the program takes a call of this length."""
+    try:
+        program.signature.check(leaves)
+        run_nodes(program, leaves, ())
+    except (UserInputError, IndexError, RuntimeError):
+        return False
+    return True
 
 
 def _is_float(leaf: InputLeaf, value: Tensor) -> bool:

@@ -129,7 +129,7 @@ class Certificate:
     @property
     def proved(self) -> bool:
         """Whether the two are equal for all inputs, nothing being tried on samples alone."""
-        return self.passed and not self.sampled
+        return self.passed and all(part.status == PROVED for part in self.parts)
 
     @property
     def max_abs(self) -> float:
@@ -176,11 +176,14 @@ class Certificate:
                 where=str(path),
             )
         try:
-            return _certificate(value)
+            made = _certificate(value)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserInputError(
                 f"the certificate is malformed: {error!r}", where=str(path)
             ) from error
+        if value.get("proved") and not made.proved:
+            raise UserInputError("the certificate says proved of what is not", where=str(path))
+        return made
 
     def __str__(self) -> str:
         sites, parts = (Counter(p.status for p in rows) for rows in (self.sites, self.segments))
@@ -229,14 +232,17 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
         lines = None if row["lines"] is None else (str(row["lines"][0]), str(row["lines"][1]))
         sampled = None if row["sampled"] is None else float(row["sampled"])
         segments.append(SegmentProof(**(row | {"lines": lines, "sampled": sampled})))
+    if value["verdict"] not in (EQUAL, UNEQUAL, UNDECIDED):
+        raise ValueError(f"no verdict is {value['verdict']!r}")
+    sides = [SideRecord(**value[name]) for name in ("reference", "candidate")]
     return Certificate(
-        reference=SideRecord(**value["reference"]),
-        candidate=SideRecord(**value["candidate"]),
+        reference=dataclasses.replace(sides[0], files=dict(sides[0].files)),
+        candidate=dataclasses.replace(sides[1], files=dict(sides[1].files)),
         verdict=value["verdict"],
         sites=tuple(sites),
         segments=tuple(segments),
         difference=value["difference"],
-        samples=value["samples"],
+        samples={name: float(value["samples"][name]) for name in ("count", "tolerance")},
         notes=tuple(value["notes"]),
         versions=value["versions"],
     )
@@ -244,6 +250,9 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
 
 def _coefficients(way: Mapping[str, Any]) -> Coefficients:
     numbers: dict[str, Any] = {
-        name: float(v) if isinstance(v, str) else v for name, v in way.items() if name != "worst"
+        name: None if v is None and name == "float32" else float(v)
+        for name, v in way.items()
+        if name != "worst"
     }
+    numbers["terms"] = int(way["terms"])
     return Coefficients(**numbers, worst=tuple(way["worst"]))

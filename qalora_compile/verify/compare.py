@@ -142,6 +142,7 @@ class Report:
         first_divergence: The first site out of tolerance when the verdict is FAIL, or, where every
             site agrees, `after the last site`.
         verdict: PASS or FAIL.
+        by_input: One comparison for each input, over all outputs, by its place (`input 0`).
     """
 
     reference: str
@@ -152,6 +153,7 @@ class Report:
     sites: tuple[Comparison, ...]
     first_divergence: str | None
     verdict: str
+    by_input: tuple[Comparison, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -194,6 +196,7 @@ class Report:
         return self.summary() | {
             "sites": [_row(c) for c in self.sites],
             "first_divergence": self.first_divergence,
+            "by_input": [_row(c) for c in self.by_input],
         }
 
     def __str__(self) -> str:

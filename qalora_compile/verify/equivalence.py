@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +64,8 @@ def verify_equivalence(
     for one, other in ((a, b), (b, a)):
         if isinstance(one, (OnnxRunner, EncoderDecoderRunner)):
             one.meet(other)
-    outputs: dict[str, list[Comparison]] = defaultdict(list)
-    sites: dict[str, list[Comparison]] = defaultdict(list)
-    for call in track(list(inputs), "verify"):
-        leaves = _leaves(a, b, call)
-        run_a, run_b = (side.run(side.signature.widen(leaves)) for side in (a, b))
-        for name in _same_names(run_a.outputs, run_b.outputs, a, b):
-            outputs[name].append(compare(name, run_a.outputs[name], run_b.outputs[name]))
-        for name, value in run_a.sites.items():
-            if name in run_b.sites:
-                sites[name].append(compare(name, value, run_b.sites[name]))
-    output_rows = tuple(worst_of(c) for c in outputs.values())
-    site_rows = tuple(worst_of(c) for c in sites.values())
+    outputs, sites, by_input = _compare_runs(a, b, inputs)
+    output_rows, site_rows = (tuple(map(worst_of, rows.values())) for rows in (outputs, sites))
     passed = bool(output_rows) and all(map(tolerance.admits, output_rows))
     return Report(
         reference=a.label,
@@ -86,7 +76,31 @@ def verify_equivalence(
         sites=site_rows,
         first_divergence=None if passed else _first_divergence(output_rows, site_rows, tolerance),
         verdict=PASS if passed else FAIL,
+        by_input=tuple(by_input),
     )
+
+
+_Rows = dict[str, list[Comparison]]
+
+
+def _compare_runs(
+    a: Runner, b: Runner, inputs: Sequence[Call]
+) -> tuple[_Rows, _Rows, list[Comparison]]:
+    """Every output and every site by name, on each input; and the worst output of each input."""
+    outputs, sites, by_input = _Rows(), _Rows(), list[Comparison]()
+    for index, call in enumerate(track(list(inputs), "verify")):
+        leaves = _leaves(a, b, call)
+        run_a, run_b = (side.run(side.signature.widen(leaves)) for side in (a, b))
+        names = _same_names(run_a.outputs, run_b.outputs, a, b)
+        found = [compare(name, run_a.outputs[name], run_b.outputs[name]) for name in names]
+        for one in found:
+            outputs.setdefault(one.name, []).append(one)
+        if found:
+            by_input.append(replace(worst_of(found), name=f"input {index}"))
+        for name, value in run_a.sites.items():
+            if name in run_b.sites:
+                sites.setdefault(name, []).append(compare(name, value, run_b.sites[name]))
+    return outputs, sites, by_input
 
 
 def _first_divergence(

@@ -15,7 +15,9 @@ from qalora_compile.verify.linear import (
     added,
     applied,
     group_sums,
+    looked_up,
     padded,
+    scaled,
     side_by_side,
     spread,
     whole,
@@ -56,6 +58,9 @@ class _Reader:
             "qalora.group_quant_linear.default": self._group_quant,
             "qalora.expert_group_quant_linear.default": self._expert_group_quant,
             "qalora.matmul_blocks.default": self._blocks,
+            "qalora.group_embedding.default": self._group_embedding,
+            "qalora.block_embedding.default": self._block_embedding,
+            "qalora.flat_embedding.default": self._flat_embedding,
             "qalora.expert_matmul_blocks.default": self._expert_blocks,
         }
 
@@ -136,9 +141,9 @@ class _Reader:
         return Stored(name, owner.dtype, (sizes[index],), lambda: owner.read()[part])
 
     def _add(self, node: Node) -> Linear:
-        if node.options.get("alpha", 1) != 1:
-            raise NotLinearError(f"a part is scaled: {node.line}")
-        first, second = node.args
+        first, second, factor = *node.args, float(node.options.get("alpha", 1))
+        if factor != 1:
+            return added(self.linear(first), scaled(self.linear(second), factor))
         if isinstance(first, Tensor):
             first, second = second, first
         behind = self._graph.node(second)
@@ -210,6 +215,28 @@ class _Reader:
         reading = self.reading(x)
         part = matrices.blocks(packed, scale, zero, bits, block_size, reading.width)
         return applied(reading, scale.shape[1], part)
+
+    def _group_embedding(self, node: Node) -> Linear:
+        ids, *stored, _, bits, group_size, k = node.args
+        packed, scale, offset = self._three(stored)
+        rounded = self._graph.stage not in _UNROUNDED_STAGES
+        part = matrices.on_codes(packed, scale, offset, bits, group_size, k, rounded=rounded)
+        return looked_up((ids,), packed.shape[0], k, part)
+
+    def _block_embedding(self, node: Node) -> Linear:
+        ids, *stored, bits, block_size, k = node.args
+        packed, scale, zero = self._three(stored)
+        if zero.dtype == "uint8":
+            part = matrices.nbits(whole((ids,), k), packed, scale, zero, bits, block_size)
+        else:
+            part = matrices.group_quant(packed, scale, zero, bits, block_size)
+        return looked_up((ids,), packed.shape[0], k, part)
+
+    def _flat_embedding(self, node: Node) -> Linear:
+        ids, *stored, bits, block_size, k = node.args
+        packed, scale, zero = self._three(stored)
+        part = matrices.blocks(packed, scale, zero, bits, block_size, k)
+        return looked_up((ids,), scale.shape[1], k, part)
 
     def _expert_nbits(self, node: Node) -> Linear:
         x, sums, *lists, ends, bits, block_size, level = node.args

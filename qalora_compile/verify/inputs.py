@@ -47,6 +47,40 @@ def sample_inputs(program: Program, count: int, *, seed: int = 0) -> list[dict[s
     return calls
 
 
+def padded_inputs(program: Program, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Calls whose masks exclude the last positions, and the first: none without a mask.
+
+    Sentences lose a different number of positions, and none loses all.
+    """
+    drawn = sample_inputs(program, 2, seed=seed)[1]
+    leaves = program.leaves((), drawn)
+    chosen = [
+        is_mask(leaf) and isinstance(value, Tensor) and value.dim() > 1 and value.shape[-1] > 1
+        for leaf, value in zip(program.signature.inputs, leaves, strict=True)
+    ]
+    if not any(chosen):
+        return []
+    return [
+        rebuild_call(
+            program,
+            [
+                _padded(value, first=first) if taken else value
+                for value, taken in zip(leaves, chosen, strict=True)
+            ],
+        )
+        for first in (False, True)
+    ]
+
+
+def _padded(mask: Tensor, *, first: bool) -> Tensor:
+    """0 at one end of the last axis, on more positions from row to row."""
+    odd, length = mask.clone(), mask.shape[-1]
+    for row, values in enumerate(odd):
+        count = min(length - 1, length // 3 + row)
+        values[..., slice(0, count) if first else slice(length - count, length)] = 0
+    return odd
+
+
 def rebuild_call(program: Program, leaves: Sequence[Any]) -> dict[str, Any]:
     """A call, as keyword arguments, from its flat inputs."""
     args, kwargs = pytree.tree_unflatten(list(leaves), input_spec(program.graph))

@@ -12,6 +12,8 @@ u is the unit of rounding of the working precision (2⁻²⁴ for float32): no r
 nearer than that. Below the least normal number of float32 a runtime may take values for zero. One
 evaluation alone may be right by luck, where one element is far larger than all others; that is what
 the random ones are for (Monte Carlo arithmetic: D. S. Parker, 1997).
+
+Integers and booleans have to be equal wherever every Aᵢ agrees with T: they are no measurements.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from qalora_compile.ir.signature import dtype_name
 
 PASS, AMBIGUOUS, FAIL = "PASS", "AMBIGUOUS", "FAIL"
 EXPLAINED = 8.0
@@ -47,7 +51,7 @@ class Judgement:
         judged: How many elements were compared.
         undefined: How many were not: the reference is not finite there, has lost 14 bits, or they
             belong to padding, where the candidate has to be finite and no more.
-        problem: Why nothing could be compared, or "".
+        problem: Why nothing could be compared, or what integers are not equal, or "".
     """
 
     own: float
@@ -76,7 +80,13 @@ def verdict_of(ratio: float) -> str:
 
 
 def judge(
-    exact: Tensor, own: Tensor, found: Tensor, unit: float, padding: Tensor | None = None
+    exact: Tensor,
+    own: Tensor,
+    found: Tensor,
+    unit: float,
+    padding: Tensor | None = None,
+    *,
+    as_is: bool = False,
 ) -> Judgement:
     """Judge a value of the candidate.
 
@@ -86,12 +96,15 @@ def judge(
         found: B.
         unit: u.
         padding: True at elements that belong to padding; broadcasts to the value.
+        as_is: B has to have the shape of T, and be a floating tensor where T is: an output, which
+            users read. Inside a graph rows may be flattened, and a mask may be numbers.
     """
-    if found.shape != exact.shape and found.numel() == exact.numel():
-        found = found.reshape(exact.shape)  # the same rows, flattened or not
-    if found.shape != exact.shape:
-        text = f"shapes {list(exact.shape)} and {list(found.shape)} differ"
-        return Judgement(0.0, math.inf, 0.0, math.inf, 0, 0, text)
+    problem = _unlike(exact, found, as_is=as_is)
+    if problem:
+        return unjudged(problem)
+    found = found.reshape(exact.shape)
+    if not exact.is_floating_point():
+        return _judge_whole(exact, own, found, padding)
     t, e, b = exact.double(), own.double(), found.double()
     finite = torch.isfinite(t) & torch.isfinite(e)
     defined = finite if padding is None else finite & ~padding
@@ -105,6 +118,38 @@ def judge(
     error = _largest(b - t, defined)
     floor = max(own_error, unit * scale, _LEAST_NORMAL)
     return Judgement(own_error, error, scale, error / floor, int(defined.sum()), undefined)
+
+
+def unjudged(problem: str) -> Judgement:
+    """FAIL without numbers: there is nothing that could be compared."""
+    return Judgement(0.0, math.inf, 0.0, math.inf, 0, 0, problem)
+
+
+def _unlike(exact: Tensor, found: Tensor, *, as_is: bool) -> str:
+    """Why the two cannot be compared, or ""."""
+    flattened = not as_is and found.numel() == exact.numel()
+    if found.shape != exact.shape and not flattened:
+        return f"shapes {list(exact.shape)} and {list(found.shape)} differ"
+    if as_is and found.is_floating_point() != exact.is_floating_point():
+        return f"holds {dtype_name(found.dtype)} where the reference has {dtype_name(exact.dtype)}"
+    return ""
+
+
+def _judge_whole(exact: Tensor, own: Tensor, found: Tensor, padding: Tensor | None) -> Judgement:
+    """Integers or booleans: equal, or not; undefined where rounding decides them (an argmax)."""
+    defined = own == 0 if padding is None else (own == 0) & ~padding
+    # Promotion would bring an integer beside a float32 down to float32.
+    other = found.double() if found.is_floating_point() else found
+    wrong = (other != (exact.double() if found.is_floating_point() else exact)) & defined
+    scale, judged = _largest(exact.double(), defined), int(defined.sum())
+    undefined = defined.numel() - judged
+    if not bool(wrong.any()):
+        return Judgement(0.0, 0.0, scale, 0.0, judged, undefined)
+    at = wrong.nonzero()[0].tolist()
+    first, second = (value[tuple(at)].item() for value in (exact, found))
+    text = f"{int(wrong.sum())} of {judged} are not equal, the first {second}, not {first}, at {at}"
+    error = _largest(found.double() - exact.double(), wrong)
+    return Judgement(0.0, error, scale, math.inf, judged, undefined, text)
 
 
 def _largest(values: Tensor, where: Tensor) -> float:

@@ -183,6 +183,23 @@ def applied(
     return Linear(reading.source, n, k, pulled, bias, experts, notes, terms)
 
 
+def looked_up(
+    source: tuple[Any, ...], n: int, k: int, rows: Callable[[slice, int], Rows]
+) -> Linear:
+    """Rows of a stored matrix `[n, k or more]` by number: its transpose on zeros and a one.
+
+    The largest singular value is that of the matrix, so that bounds are as of any other map.
+    """
+
+    def cut(part: slice, expert: int) -> Rows:
+        made = rows(part, expert)
+        if made.weight.shape[1] < k:
+            raise NotLinearError(f"rows of {made.weight.shape[1]} values are looked up as {k}")
+        return made.map(lambda m: m[:, :k])
+
+    return Linear(source, n, k, cut, terms=_ROUNDINGS)
+
+
 def added(first: Linear, second: Linear) -> Linear:
     """The sum of two.
 

@@ -158,6 +158,10 @@ def nbits(
         s = _wide(scale, part, expert).reshape(n, blocks)
         if zero_point is None:
             z = np.full((n, blocks), 2.0 ** (bits - 1))
+        elif zero_point.dtype != "uint8":
+            raise NotLinearError(
+                f"zero-points of {bits} bits are stored as {zero_point.dtype}, not packed"
+            )
         else:
             z = from_bits(_take(zero_point, part, expert).reshape(n, -1), bits, blocks)
         made = _levels(codes, s, np.asarray(z, np.float64), block_size, reading.width)

@@ -9,12 +9,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from qalora_compile.verify.graph import FX, Graph, Node, Ref, Tensor, reachable
-from qalora_compile.verify.terms import FLOATS, UNKNOWN, Algebra, Term, as_number, term
+from qalora_compile.errors import UserInputError
+from qalora_compile.verify.graph import FX, Graph, Node, Ref, Tensor, reachable, refs
+from qalora_compile.verify.onnx_bodies import bodies
+from qalora_compile.verify.onnx_graph import ONNX_TYPES
+from qalora_compile.verify.options import accounted
+from qalora_compile.verify.terms import FLOATS, INTEGERS, UNKNOWN, Algebra, Term, as_number, term
 
 FUSED = "fused"
 """The dialect of operators that stand for whole patterns."""
 _FUSED = ("qalora.rotary_embedding.default", "qalora.attention.default")
+HALVES = ("float16", "bfloat16")
 _END = 2**62
 _UNARY = {
     "sqrt": "Sqrt",
@@ -36,8 +41,6 @@ _SAME = (
     "aten.lift_fresh_copy.default",
 )
 _MODAL = ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
-_ONNX_TYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64",
-               16: "bfloat16"}  # fmt: skip
 
 Meaning = Callable[["Meanings", Node], Term | None]
 
@@ -56,12 +59,21 @@ class Meanings:
         self.graph, self.algebra = graph, algebra
         self._terms: dict[str, Term] = {}
         for value, (name, dtype) in graph.inputs.items():
-            self._terms[value] = term("input", (), name, line=f"input {name}", dtype=dtype)
+            self._terms[value] = self._input(name, dtype)
         for value, site in cuts.items():
             line = graph.nodes[value].line
             dtype = "float32" if algebra.halves else graph.sites[site].dtype
-            self._terms[value] = term("site", (), site, line=line, dtype=dtype)
+            # An export computes its layers in float32, whatever the program does.
+            detail = site if algebra.single else f"{site}: {dtype}"
+            self._terms[value] = term("site", (), detail, line=line, dtype=dtype)
         self._cuts = frozenset(cuts)
+
+    def _input(self, name: str, dtype: str | None) -> Term:
+        """An input; of half precision it is float32 where one side is widened."""
+        algebra = self.algebra
+        if dtype in HALVES and (algebra.halves or algebra.single):
+            algebra.widened, dtype = True, "float32"
+        return term("input", (), f"{name}: {dtype}", line=f"input {name}: {dtype}", dtype=dtype)
 
     def make(self, targets: list[Any]) -> None:
         """Make the terms of everything that `targets` are computed by, in graph order."""
@@ -69,6 +81,8 @@ class Meanings:
         for name, node in self.graph.nodes.items():
             if name in wanted and name not in self._terms:
                 self._terms[name] = self._meaning(node)
+        for ref in (ref for target in targets for ref in refs(target)):
+            self.of(ref)
 
     def computed(self) -> dict[str, Term]:
         """The terms of the nodes that were made, by the value, without the sites."""
@@ -78,6 +92,12 @@ class Meanings:
     def of(self, operand: Any) -> Term:
         """The term of an operand."""
         if isinstance(operand, Ref):
+            if operand.name not in self._terms:
+                raise UserInputError(
+                    f"nothing computes the value {operand.name} before it is read",
+                    where=self.graph.label,
+                    hint="the graph is broken: write it again",
+                )
             return self._terms[operand.name]
         if isinstance(operand, Tensor):
             return self.algebra.constant(self.graph.tensors[operand.name])
@@ -88,8 +108,15 @@ class Meanings:
     def _meaning(self, node: Node) -> Term:
         table = _FX if self.graph.dialect == FX else _ONNX
         meaning = table.get(node.op)
-        found = meaning(self, node) if meaning is not None else None
-        return self._foreign(node) if found is None else found
+        known = meaning is not None and accounted(node)
+        try:
+            found = meaning(self, node) if meaning is not None and known else None
+            return self._foreign(node) if found is None else found
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserInputError(
+                f"a node is not as its operator is defined: {error!r}",
+                where=f"{self.graph.label}: {node.line}",
+            ) from error
 
     def _foreign(self, node: Node) -> Term:
         operands: list[Term] = []
@@ -106,6 +133,7 @@ class Meanings:
         detail += [f"{name}={shown(value)}" for name, value in sorted(node.options.items())]
         if node.output:
             detail.append(f"result {node.output}")
+        detail += bodies(self.graph, node)
         dialect = FUSED if node.op in _FUSED else self.graph.dialect
         line = self.graph.line(Ref(node.name))
         return term(node.op, operands, ", ".join(detail), line=line, dialect=dialect, dtype=UNKNOWN)
@@ -166,18 +194,26 @@ def _inverse_root(m: Meanings, node: Node) -> Term:
 
 def _power(m: Meanings, node: Node) -> Term | None:
     base, exponent = _first(m, node), as_number(m.of(node.args[1]))
-    if exponent is None:
+    if exponent is None or base.dtype in INTEGERS:  # of integers ONNX's Pow gives integers
         return None
+    exponent = float(exponent)
     if exponent in (2, 3):
         return m.algebra.product([base] * int(exponent), _line(m, node))
     if exponent == -0.5:
         return _inverse_root(m, node)
-    return term("pow", [base], exponent, line=_line(m, node))
+    wide = base.dtype == "float64"
+    shown = as_number(m.of(node.args[1]), exact=True) if wide else exponent
+    return term("pow", [base], shown, line=_line(m, node))
 
 
 def _silu(m: Meanings, node: Node) -> Term:
     x = _first(m, node)
     return m.algebra.product([x, term("sigmoid", [x], line=_line(m, node))], _line(m, node))
+
+
+def _modal(m: Meanings, node: Node) -> Term | None:
+    """A dropout that is off, as `fx_graph` leaves it where the model has it."""
+    return _first(m, node) if node.arg(2) is False else None
 
 
 def _gelu(m: Meanings, node: Node) -> Term | None:
@@ -205,8 +241,13 @@ def _fx_rms_norm(m: Meanings, node: Node) -> Term | None:
     return _normed(m, node, eps, weight)
 
 
+def _last_in_float32(node: Node) -> bool:
+    """Whether a norm is over the last axis, and computed as it is by default."""
+    return (node.options.get("axis", -1), node.options.get("stash_type", 1)) == (-1, 1)
+
+
 def _onnx_rms_norm(m: Meanings, node: Node) -> Term | None:
-    if node.options.get("axis", -1) != -1 or node.options.get("stash_type", 1) != 1:
+    if not _last_in_float32(node):
         return None
     return _normed(m, node, node.options.get("epsilon", 1e-5), node.args[1])
 
@@ -214,7 +255,7 @@ def _onnx_rms_norm(m: Meanings, node: Node) -> Term | None:
 def _layer_norm(m: Meanings, node: Node, eps: float, operands: tuple[Any, ...]) -> Term:
     args = [m.of(v) for v in operands if v is not None]
     given = [v is not None for v in (*operands, None)[:3]]
-    detail = f"{m.algebra.number(eps).detail}, {given}"
+    detail = f"{m.algebra.rounded(eps)!r}, {given}"
     return term("layer_norm", args, detail, line=_line(m, node))
 
 
@@ -226,7 +267,7 @@ def _fx_layer_norm(m: Meanings, node: Node) -> Term | None:
 
 
 def _onnx_layer_norm(m: Meanings, node: Node) -> Term | None:
-    if node.options.get("axis", -1) != -1 or node.output:
+    if not _last_in_float32(node) or node.output:
         return None
     return _layer_norm(m, node, node.options.get("epsilon", 1e-5), node.args[:3])
 
@@ -234,6 +275,8 @@ def _onnx_layer_norm(m: Meanings, node: Node) -> Term | None:
 def _fx_mean(m: Meanings, node: Node) -> Term | None:
     if tuple(node.args[1] or ()) != (-1,) or not node.arg(2, "keepdim", False):
         return None
+    if node.options.get("dtype") not in (None, _first(m, node).dtype):
+        return None  # another precision to compute in
     return term("mean", [_first(m, node)], "last, kept", line=_line(m, node))
 
 
@@ -245,7 +288,7 @@ def _onnx_mean(m: Meanings, node: Node) -> Term | None:
 
 
 def _fx_softmax(m: Meanings, node: Node) -> Term | None:
-    if node.arg(1, "dim") != -1 or node.arg(2, "dtype") is not None:
+    if node.arg(1, "dim") != -1 or node.arg(2, "dtype") not in (None, _first(m, node).dtype):
         return None
     return term("softmax", [_first(m, node)], "last", line=_line(m, node))
 
@@ -325,9 +368,11 @@ def _fx_transpose(m: Meanings, node: Node) -> Term | None:
 def _fx_cast(m: Meanings, node: Node) -> Term | None:
     dtype = node.options.get("dtype")
     if node.op == "aten.to.dtype":
-        dtype = node.args[1]
+        dtype = node.arg(1, "dtype")
     elif node.op == "aten.to.device":
-        dtype = node.args[2]
+        dtype = node.arg(2, "dtype")
+    if node.options.get("layout") not in (None, "strided"):
+        return None
     return m.algebra.cast(_first(m, node), dtype, _line(m, node))
 
 
@@ -339,7 +384,7 @@ def _type_as(m: Meanings, node: Node) -> Term | None:
 
 
 def _onnx_cast(m: Meanings, node: Node) -> Term | None:
-    dtype = _ONNX_TYPES.get(int(node.options["to"]))
+    dtype = ONNX_TYPES.get(int(node.options["to"]))
     return None if dtype is None else m.algebra.cast(_first(m, node), dtype, _line(m, node))
 
 
@@ -361,7 +406,7 @@ def _is_false(graph: Graph, operand: Any) -> bool:
 
 
 def _fx_slice(m: Meanings, node: Node) -> Term | None:
-    start, end, step = (*node.args[2:5], None, None, None)[:3]
+    start, end, step = (node.arg(i, name) for i, name in ((2, "start"), (3, "end"), (4, "step")))
     whole = start in (None, 0) and (end is None or (isinstance(end, int) and end > _END))
     return _first(m, node) if whole and step in (None, 1) else None
 
@@ -369,7 +414,7 @@ def _fx_slice(m: Meanings, node: Node) -> Term | None:
 def _onnx_slice(m: Meanings, node: Node) -> Term | None:
     found = [integers(m.graph, node.arg(i)) for i in (1, 2, 4)]
     start, end, step = found
-    if start is None or end is None or any(start) or min(end) <= _END:
+    if not start or not end or any(start) or min(end) <= _END:
         return None
     return _first(m, node) if node.arg(4) is None or (step and set(step) == {1}) else None
 
@@ -377,14 +422,14 @@ def _onnx_slice(m: Meanings, node: Node) -> Term | None:
 def _fx_batch_norm(m: Meanings, node: Node) -> Term | None:
     if node.args[5] or None in node.args[1:5]:
         return None
-    detail = m.algebra.number(node.args[7]).detail
+    detail = repr(m.algebra.rounded(node.args[7]))
     return term("batch_norm", [m.of(v) for v in node.args[:5]], detail, line=_line(m, node))
 
 
 def _onnx_batch_norm(m: Meanings, node: Node) -> Term | None:
     if node.options.get("training_mode", 0) or node.output:
         return None
-    detail = m.algebra.number(node.options.get("epsilon", 1e-5)).detail
+    detail = repr(m.algebra.rounded(node.options.get("epsilon", 1e-5)))
     return term("batch_norm", [m.of(v) for v in node.args[:5]], detail, line=_line(m, node))
 
 
@@ -401,7 +446,7 @@ def integers(graph: Graph, operand: Any) -> list[int] | None:
 _FX: dict[str, Meaning] = {
     **{f"aten.{op}.default": _unary(op) for op in _UNARY},
     **dict.fromkeys(_SAME, _same),
-    **dict.fromkeys((f"aten.{name}.default" for name in _MODAL), _same),
+    **dict.fromkeys((f"aten.{name}.default" for name in _MODAL), _modal),
     **dict.fromkeys(("aten.add.Tensor", "aten.add.Scalar"), _add),
     **dict.fromkeys(("aten.sub.Tensor", "aten.sub.Scalar"), _subtract),
     **dict.fromkeys(("aten.mul.Tensor", "aten.mul.Scalar"), _multiply),

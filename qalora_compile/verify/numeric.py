@@ -6,7 +6,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from qalora_compile.ir.signature import Call, split_call
 from qalora_compile.progress import track
 from qalora_compile.verify.adversarial import adversarial_inputs
 from qalora_compile.verify.graph import ONNX, Graph, Ref
+from qalora_compile.verify.graph import Tensor as StoredTensor
 from qalora_compile.verify.inputs import sample_inputs
-from qalora_compile.verify.judge import FAIL, UNITS, Judgement, judge
+from qalora_compile.verify.judge import FAIL, UNITS, Judgement, judge, unjudged
 from qalora_compile.verify.numeric_report import NumericReport, ValueRow, Way, worst_verdict
-from qalora_compile.verify.onnx_session import LEVELS, OnnxSession
+from qalora_compile.verify.onnx_session import LEVELS, OnnxSession, hides
 from qalora_compile.verify.padding import Padding, padding_of
 from qalora_compile.verify.precise import run_nodes
 from qalora_compile.verify.sides import open_side
@@ -61,7 +62,10 @@ def compare_nodes(
     float64 than the reference itself: see `verify.judge`. So there is no tolerance to choose.
 
     An exported model runs at every level of ONNX Runtime's optimization. Its outputs are those of
-    the file as it is; inner values come from a second session that gives them too.
+    the file as it is; inner values come from a second session that gives them too. Where the file
+    has functions for operators of ONNX Runtime's, it runs once more on these, on the first input.
+
+    Outputs have to be those of the reference, in its shapes; integers and booleans equal.
 
     Args:
         reference: A program, or the path of a program folder.
@@ -94,8 +98,12 @@ def compare_nodes(
     leaves = {name: program.leaves(*split_call(call)) for name, call in calls.items()}
     ways, notes = _ways(candidate, sides[1], matches, levels, library)
     with _references(program, matches, leaves, _working(candidate)) as references:
-        found = [_try(way, references, matches, program, leaves) for way in track(ways, "compare")]
-    notes += _not_judged(found, calls)
+        found = [
+            _try(way, references, sides, matches, program, leaves) for way in track(ways, "compare")
+        ]
+    absent = _absent_outputs(*sides, next(iter(calls)))
+    found = [way if way.problem else replace(way, rows=(*way.rows, *absent)) for way in found]
+    notes += [*_not_judged(found, calls), *_not_tensors(found, matches)]
     return NumericReport(sides[0].label, sides[1].label, tuple(calls), tuple(found), tuple(notes))
 
 
@@ -106,6 +114,27 @@ def _not_judged(ways: Sequence[Way], names: Iterable[str]) -> list[str]:
     lost = [name for name in names if ran and name not in judged]
     why = "the reference is not accurate there itself, or all of it is padding"
     return [f"no output is judged on {name}: {why}" for name in lost]
+
+
+def _not_tensors(ways: Sequence[Way], matches: Sequence[Match]) -> list[str]:
+    """The outputs that no way that ran has a row of."""
+    ran = [way for way in ways if not way.problem]
+    rows = {row.name for way in ran for row in way.rows}
+    lost = [m.name for m in matches if m.kind == "output" and ran and m.name not in rows]
+    return [f"{name} is not compared: it is no tensor" for name in lost]
+
+
+def _absent_outputs(a: Graph, b: Graph, tried: str) -> list[ValueRow]:
+    """A row that fails for each output that one side alone gives; None is no output."""
+    rows = []
+    for one, other, flip in ((a, b, False), (b, a, True)):
+        for name, value in one.outputs.items():
+            if value is not None and other.outputs.get(name) is None:
+                lines = (one.line(value), "(nothing)")
+                shown = (lines[1], lines[0]) if flip else lines
+                found = unjudged(f"{other.label} has no such output")
+                rows.append(ValueRow(f"output {name}", "output", "", shown, tried, found, 0, FAIL))
+    return rows
 
 
 def _program(thing: Program | str | Path) -> Program:
@@ -133,10 +162,14 @@ def _working(candidate: Program | str | Path) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One way of running the candidate; `open` is called when its turn comes."""
+    """One way of running the candidate; `open` is called when its turn comes.
+
+    `once`: on the first input alone, where a run is dear and what it may show is in every input.
+    """
 
     name: str
     open: Callable[[], Compute]
+    once: bool = False
 
 
 def _ways(
@@ -172,6 +205,16 @@ def _ways(
                     ),
                 )
             )
+    if hides(graph.extra):
+        ways.append(
+            _Candidate(
+                "functions of the file instead of kernels",
+                lambda: _run_model(
+                    OnnxSession(path, None, "disabled", spelled_out=True), graph, names
+                ),
+                once=True,
+            )
+        )
     return ways, notes
 
 
@@ -248,6 +291,7 @@ def _references(
 def _try(
     way: _Candidate,
     references: _Reference,
+    sides: tuple[Graph, Graph],
     matches: Sequence[Match],
     program: Program,
     leaves: Mapping[str, Sequence[Any]],
@@ -257,17 +301,15 @@ def _try(
     try:
         compute = way.open()
         for index, (name, flat) in enumerate(leaves.items()):
+            if index and way.once:
+                break
             exact, own = references.load(index)
             padding = padding_of(program.signature, flat)
             found = compute(program, flat)
             for place, match in enumerate(matches):
-                first, second = match.values
-                if not (isinstance(first, Ref) and isinstance(second, Ref)):
-                    continue
-                if first.name in exact and second.name in found:
-                    values = exact[first.name], own[first.name], found[second.name]
-                    padded = None if padding is None else _padded(padding, values[0])
-                    judged[place].append((name, judge(*values, references.unit, padded)))
+                one = _judge(match, sides, (exact, own), found, references.unit, padding)
+                if one is not None:
+                    judged[place].append((name, one))
     except UserInputError as error:
         return Way(way.name, (), (), error.what)
     rows = tuple(_row(matches[place], found) for place, found in sorted(judged.items()))
@@ -278,6 +320,40 @@ def _try(
                 if one.judged or one.verdict == FAIL:
                     by_input[name] = max(by_input[name], one.ratio)
     return Way(way.name, rows, tuple(by_input.items()))
+
+
+def _judge(
+    match: Match,
+    sides: tuple[Graph, Graph],
+    reference: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    found: Mapping[str, Tensor],
+    unit: float,
+    padding: Padding | None,
+) -> Judgement | None:
+    """The judgement of one value on one input; None where there is no value to hold it to."""
+    as_is = match.kind == "output"
+    if not as_is and not all(isinstance(operand, Ref) for operand in match.values):
+        return None  # a stored tensor that a site reads: the proof compares it
+    exact = _value(sides[0], match.values[0], reference[0])
+    value = _value(sides[1], match.values[1], found)
+    if exact is None or (value is None and not as_is):
+        return None
+    if value is None:
+        return unjudged("the candidate gives no tensor")
+    first = match.values[0]
+    computed = isinstance(first, Ref)
+    own = reference[1][first.name] if computed else torch.zeros(exact.shape, dtype=torch.float64)
+    padded = None if padding is None else _padded(padding, exact)
+    return judge(exact, own, value, unit, padded, as_is=as_is)
+
+
+def _value(graph: Graph, operand: Any, computed: Mapping[str, Tensor]) -> Tensor | None:
+    """A computed value, a stored tensor or a number; None where it is none of these."""
+    if isinstance(operand, Ref):
+        return computed.get(operand.name)
+    if isinstance(operand, StoredTensor):
+        return torch.from_numpy(graph.tensors[operand.name].values().copy())
+    return torch.as_tensor(operand) if isinstance(operand, (bool, int, float)) else None
 
 
 def _padded(padding: Padding, value: Tensor) -> Tensor:

@@ -12,9 +12,14 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from qalora_compile.optional import require
 from qalora_compile.verify.graph import ONNX, Graph, Node, Ref, SiteRow, Tensor, text_of
+from qalora_compile.verify.onnx_bodies import body_of, graphs_of
+from qalora_compile.verify.onnx_lookups import lookup_values
 from qalora_compile.verify.stored import Stored, digest_of, from_array, from_onnx
 
 _SHOWN = 40
+ONNX_TYPES = {1: "float32", 2: "uint8", 3: "int8", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
+              10: "float16", 11: "float64", 16: "bfloat16"}  # fmt: skip
+"""Of `onnx.TensorProto.DataType`, what a program has as well."""
 
 
 def read_onnx_graph(path: Path) -> Graph:
@@ -54,14 +59,27 @@ def _assemble(model: Any, metadata: dict[str, Any], path: Path) -> Graph:
         i.name: (i.name, _element_type(i)) for i in model.graph.input if i.name not in tensors
     }
     layers = [row for row in metadata["layers"] if row["bits"] is not None]
-    known = [row for row in layers if row["site"] in metadata["site_values"]]
-    sites = {
+    graph = _graph(model, metadata, path, (nodes, inputs, tensors))
+    _locate_lookups(graph, layers)
+    known = [row for row in layers if row["site"] in graph.site_values]
+    graph.sites |= {
         row["site"]: SiteRow(
             row["site"], row["site"].partition("@")[0], row["k"], row["n"], "float32",
             row["experts"],
         )
         for row in known
     }  # fmt: skip
+    return graph
+
+
+def _graph(
+    model: Any,
+    metadata: dict[str, Any],
+    path: Path,
+    parts: tuple[dict[str, Node], dict[str, tuple[str, str | None]], dict[str, Stored]],
+) -> Graph:
+    """The graph without its sites."""
+    nodes, inputs, tensors = parts
     return Graph(
         ONNX,
         str(path),
@@ -70,20 +88,32 @@ def _assemble(model: Any, metadata: dict[str, Any], path: Path) -> Graph:
         inputs,
         {o.name: _operand(o.name, set(tensors)) for o in model.graph.output},
         tensors,
-        sites,
+        {},
         dict(metadata["site_values"]),
         functions={(f.domain, f.name): f for f in model.functions},
         extra=model,
     )
 
 
+def _locate_lookups(graph: Graph, layers: list[dict[str, Any]]) -> None:
+    """The values of lookups on codes, which the metadata does not name, by the tables they read."""
+    missing: dict[str, list[str]] = {}
+    for row in layers:
+        if row["site"] not in graph.site_values:
+            missing.setdefault(row["site"].partition("@")[0], []).append(row["site"])
+    for path, sites in missing.items():
+        found = lookup_values(graph, path)
+        if len(found) == len(sites):
+            graph.site_values.update(zip(sites, found, strict=True))
+
+
 def onnx_nodes(proto: Any, stored: set[str]) -> list[Node]:
     """An `onnx.NodeProto`, once for each of its results."""
     args = tuple(_operand(name, stored) for name in proto.input)
-    options = {a.name: _attribute(a) for a in proto.attribute}
+    options = {a.name: _attribute(a, stored) for a in proto.attribute}
     op = f"{proto.domain or 'onnx'}.{proto.op_type}"
     shown = [text_of(a) for a in args]
-    shown += [f"{k}={str(v)[:_SHOWN]}" for k, v in sorted(options.items())]
+    shown += [f"{k}={text_of(v)[:_SHOWN]}" for k, v in sorted(options.items())]
     line = f"{', '.join(proto.output)} = {op}({', '.join(shown)})"
     return [
         Node(name, op, args, options, line, index, proto.name)
@@ -98,7 +128,11 @@ def _operand(name: str, stored: set[str]) -> Any:
     return Tensor(name) if name in stored else Ref(name)
 
 
-def _attribute(proto: Any) -> Any:
+def _attribute(proto: Any, stored: set[str]) -> Any:
+    """A plain value, or a hash; of a body its hash and what it captures."""
+    inside = [body_of(body) for body in graphs_of(proto)]
+    if inside:
+        return tuple((f"sha256 {d}", *(_operand(n, stored) for n in names)) for d, names in inside)
     helper = require("onnx", extra="onnx", purpose="read an ONNX model").helper
     value = helper.get_attribute_value(proto)
     if isinstance(value, bytes):
@@ -118,9 +152,8 @@ def _constant(proto: Any, folder: Path) -> Stored:
         found = from_onnx(attribute.t, folder)
         return Stored(proto.output[0], found.dtype, found.shape, found.read)
     kind = np.float32 if "float" in attribute.name else np.int64
-    return from_array(proto.output[0], np.asarray(_attribute(attribute), kind))
+    return from_array(proto.output[0], np.asarray(_attribute(attribute, set()), kind))
 
 
 def _element_type(value: Any) -> str | None:
-    names = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64"}
-    return names.get(value.type.tensor_type.elem_type, "other")
+    return ONNX_TYPES.get(value.type.tensor_type.elem_type, "other")

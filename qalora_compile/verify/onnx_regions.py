@@ -26,6 +26,7 @@ from qalora_compile.verify.linear import (
     whole,
     with_bias,
 )
+from qalora_compile.verify.onnx_lookups import LOOKUP_ENDS, lookup_linear
 from qalora_compile.verify.stored import Stored
 
 GROUP_QUANT, NBITS = "qalora.GroupQuantLinear", "com.microsoft.MatMulNBits"
@@ -121,11 +122,19 @@ class _Reader:
     def linear(self, operand: Any) -> Linear:
         """A computed value as a linear map."""
         node = self._graph.node(operand)
+        if node is not None and self._is_lookup(node):
+            return lookup_linear(self._graph, node)
         if node is None or node.op not in self._readers:
             raise NotLinearError(f"no linear map by stored weights: {self._graph.line(operand)}")
         if node.op in self._inlined:
             return self._inline(node)
         return self._readers[node.op](node)
+
+    def _is_lookup(self, node: Node) -> bool:
+        """Whether a node ends in rows of a table, which no layer's nodes do."""
+        parts = node.args if node.op in ("onnx.Add", "onnx.Mul") else ()
+        behind = [n for n in map(self._graph.node, parts) if n is not None]
+        return node.op in LOOKUP_ENDS or (bool(behind) and all(map(self._is_lookup, behind)))
 
     def reading(self, operand: Any) -> Reading:
         """What a layer reads of the site's input."""

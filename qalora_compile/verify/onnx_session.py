@@ -23,6 +23,25 @@ LEVELS = {
 }
 """How far ONNX Runtime optimizes a graph, and its own name for it; `all` is its default."""
 
+_MICROSOFT, _SPELLED = "com.microsoft", "qalora.spelled_out"
+_DROPOUT_INPUTS = 3
+_DROPOUT = f"""
+<domain: "{_SPELLED}", opset_import: ["" : 18]>
+Dropout (data, ratio, training_mode) => (output, mask) {{
+    draws = RandomUniformLike (data)
+    chance = CastLike (ratio, data)
+    mask = GreaterOrEqual (draws, chance)
+    factor = CastLike (mask, data)
+    one = Constant <value: tensor = float {{1}}> ()
+    whole = CastLike (one, data)
+    rest = Sub (whole, chance)
+    kept = Mul (data, factor)
+    larger = Div (kept, rest)
+    output = Where (training_mode, larger, data)
+}}
+"""
+"""What ONNX's specification says of it."""
+
 
 class OnnxSession:
     """An exported file, run on the CPU exactly as a user's session would.
@@ -34,16 +53,28 @@ class OnnxSession:
         path: The `.onnx` file.
         library: A library of custom operators that the sessions get.
         level: How far ONNX Runtime optimizes the graph, one of `LEVELS`.
+        spelled_out: Take what the file says of operators for which this runtime has kernels of its
+            own, see `spell_out`, as a runtime without them does.
 
     Raises:
         UserInputError: it cannot be loaded, or was not exported by this package. So do `outputs`
             and `values` where ONNX Runtime does not run it.
     """
 
-    def __init__(self, path: Path, library: Path | None = None, level: str = "all") -> None:
+    def __init__(
+        self,
+        path: Path,
+        library: Path | None = None,
+        level: str = "all",
+        *,
+        spelled_out: bool = False,
+    ) -> None:
         self._path, self._library, self._level = path, library, level
+        self._spelled_out = spelled_out
         self._runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
-        self.session = self._open(str(path), self._options())
+        self.session = (
+            self._open_changed(()) if spelled_out else self._open(str(path), self._options())
+        )
         text = self.session.get_modelmeta().custom_metadata_map.get(ONNX_METADATA_KEY)
         if text is None:
             raise UserInputError(
@@ -68,7 +99,7 @@ class OnnxSession:
     def values(self, names: Sequence[str], feed: Mapping[str, Any]) -> dict[str, Tensor]:
         """Values inside the graph, by name; what is not a tensor is left out."""
         if self._inner is None or self._inner[0] != frozenset(names):
-            self._inner = (frozenset(names), self._open_inner(names))
+            self._inner = (frozenset(names), self._open_changed(names))
         inner = list(dict.fromkeys(names))
         found = dict(zip(inner, self._run(self._inner[1], inner, feed), strict=True))
         return {name: _tensor(v) for name, v in found.items() if hasattr(v, "dtype")}
@@ -107,9 +138,12 @@ class OnnxSession:
             options.register_custom_ops_library(str(self._library))
         return options
 
-    def _open_inner(self, names: Sequence[str]) -> Any:
+    def _open_changed(self, names: Sequence[str]) -> Any:
+        """The file with these values as outputs too, and spelled out where that was asked for."""
         onnx = require("onnx", extra="onnx", purpose="look inside an ONNX model")
         model = onnx.load(str(self._path), load_external_data=False)
+        if self._spelled_out:
+            spell_out(model)
         present = {output.name for output in model.graph.output}
         for name in dict.fromkeys(names):
             if name not in present:
@@ -119,6 +153,49 @@ class OnnxSession:
             "session.model_external_initializers_file_folder_path", str(self._path.parent)
         )
         return self._open(model.SerializeToString(), options)
+
+
+def hides(model: Any) -> bool:
+    """Whether ONNX Runtime hides something that a model says, which `spell_out` shows."""
+    return bool(_unused(model) or _training(model))
+
+
+def spell_out(model: Any) -> None:
+    """Let a model say, in place, what ONNX Runtime else does not hear.
+
+    It never takes a function that a file carries for an operator for which it has a kernel, and
+    its build for inference never drops. So operators with a function get a domain in which there
+    is no kernel, and a Dropout that says whether it trains becomes a function that does so.
+    """
+    bodies, trained = _unused(model), _training(model)
+    names = {function.name for function in bodies}
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        for node in nodes:
+            if node.domain == _MICROSOFT and node.op_type in names:
+                node.domain = _SPELLED
+    for function in bodies:
+        function.domain = _SPELLED
+    if trained:
+        parser = require("onnx.parser", extra="onnx", purpose="run an ONNX model")
+        model.functions.append(parser.parse_function(_DROPOUT))
+    for node in trained:
+        node.domain = _SPELLED
+        del node.attribute[:]
+        if len(node.output) == 1:
+            node.output.append(f"{node.output[0]}/kept")
+    for importing in (model, *model.functions):
+        importing.opset_import.add(domain=_SPELLED, version=1)
+
+
+def _unused(model: Any) -> list[Any]:
+    """Functions of operators for which ONNX Runtime has kernels."""
+    return [function for function in model.functions if function.domain == _MICROSOFT]
+
+
+def _training(model: Any) -> list[Any]:
+    """Dropouts with all of their inputs, the last of which says whether they train."""
+    found = (node for node in model.graph.node if node.op_type == "Dropout" and not node.domain)
+    return [node for node in found if len(node.input) == _DROPOUT_INPUTS and all(node.input)]
 
 
 def _tensor(value: Any) -> Tensor:

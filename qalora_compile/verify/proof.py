@@ -24,6 +24,7 @@ from qalora_compile.verify.certificate import (
     SiteProof,
 )
 from qalora_compile.verify.coefficients import Coefficients, compare_linears
+from qalora_compile.verify.contradictions import contradictions
 from qalora_compile.verify.fx_graph import describe_program, read_program_graph
 from qalora_compile.verify.graph import FX, Graph, Ref
 from qalora_compile.verify.linear import Linear, NotLinearError, remembered
@@ -123,13 +124,19 @@ def check_certificate(path: str | Path) -> tuple[Certificate, list[str]]:
     records = (stated.reference, stated.candidate)
     segments = _as_tried(structure.segments, stated)
     now = _certificate(records, structure, sites, segments, int(stated.samples["count"]))
-    problems += _contradictions(stated, now)
+    problems += contradictions(stated, now)
     return now, problems
 
 
 def _as_tried(segments: Sequence[Segment], stated: Certificate) -> list[Segment]:
     """Segments that structure leaves open, with what was found on samples when it was tried."""
-    tried = {s.name: s.sampled for s in stated.segments if s.status == SAMPLED}
+    tried = {
+        s.name: s.sampled
+        for s in stated.segments
+        if s.status == SAMPLED and s.sampled is not None and s.sampled <= SAMPLE_TOLERANCE
+    }
+    if stated.samples["count"] < 1:
+        tried = {}
     return [
         dataclasses.replace(s, status=SAMPLED, sampled=tried[s.name])
         if s.status == OPEN and s.name in tried
@@ -153,31 +160,6 @@ def _place(side: SideRecord, certificate: Path) -> Path:
     )
 
 
-def _contradictions(stated: Certificate, now: Certificate) -> list[str]:
-    """What a certificate says otherwise than it is found now."""
-    problems = []
-    if not stated.passed:
-        problems.append(f"the certificate itself says {stated.verdict}")
-    if now.verdict == UNEQUAL:
-        problems.append(f"the two are different: {now.difference}")
-    found = {part.name: part for part in now.parts}
-    said = {part.name: part for part in stated.parts}
-    problems += [f"{name}: in one of the two only" for name in sorted(found.keys() ^ said.keys())]
-    problems += [
-        f"{name}: stated as proved, and is {found[name].status}"
-        for name, part in said.items()
-        if part.status == PROVED and name in found and found[name].status != PROVED
-    ]
-    for site in stated.sites:
-        other = found.get(site.name)
-        if isinstance(other, SiteProof) and other.max_abs > site.max_abs * (1 + 1e-9):
-            problems.append(
-                f"{site.name}: the largest difference is {other.max_abs:.3g}, stated as "
-                f"{site.max_abs:.3g}"
-            )
-    return problems
-
-
 def _prove_site(pair: Pair) -> SiteProof:
     site, problem = pair.site, pair.problem
     ways: dict[str, Coefficients] = {}
@@ -188,7 +170,8 @@ def _prove_site(pair: Pair) -> SiteProof:
             status = PROVED if status != DIFFERENT and ways[name].equal else DIFFERENT
     except NotLinearError as error:
         status, problem = DIFFERENT, str(error)
-    except (ValueError, IndexError) as error:  # numpy: the tensors of a layer do not fit together
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        # numpy: the tensors of a layer do not fit together
         status, problem = DIFFERENT, f"the stored tensors cannot be decoded: {error}"
     return SiteProof(site.name, site.k, site.n, site.experts, status, ways, problem)
 

@@ -112,6 +112,8 @@ def _smallest(culprit: Culprit) -> _Parts | None:
     a, b = culprit.before, culprit.after
     matches = match_values(open_side(a), open_side(b))
     known = {m.name: m.values for m in matches}
+    if row.name not in known or not all(isinstance(v, Ref) for v in known[row.name]):
+        return None  # an output that one side lacks, or that is stored
     passed = {r.name for way in culprit.report.ways for r in way.rows if r.verdict == PASS}
     targets = known[row.name]
     agreeing = {

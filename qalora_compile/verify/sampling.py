@@ -20,7 +20,9 @@ from qalora_compile.optional import require
 from qalora_compile.progress import track
 from qalora_compile.verify.compare import compare
 from qalora_compile.verify.graph import Graph, Ref, reachable
-from qalora_compile.verify.inputs import sample_inputs
+from qalora_compile.verify.inputs import padded_inputs, sample_inputs
+from qalora_compile.verify.onnx_bodies import captured
+from qalora_compile.verify.padding import Padding, padding_of
 from qalora_compile.verify.runners import ProgramRunner
 
 if TYPE_CHECKING:
@@ -136,9 +138,9 @@ class CutModel:
             if node is None or name in self._cuts or node.output[0] in wanted:
                 continue
             wanted[node.output[0]] = node
-            waiting += node.input
+            waiting += [*node.input, *captured(node)]
         nodes = [n for n in whole.graph.node if n.output[0] in wanted]
-        read = {name for node in nodes for name in node.input}
+        read = {name for node in nodes for name in (*node.input, *captured(node))}
         cut = [name for name in self._cuts if name in read]
         inputs = [i for i in whole.graph.input if i.name in read]
         inputs += [onnx.helper.make_tensor_value_info(n, 1, None) for n in cut]
@@ -160,6 +162,8 @@ def sample(
     seed: int,
 ) -> list[float]:
     """Largest difference of each target over `count` samples, as a part of its largest value.
+
+    Where the program has masks, two more calls have padding, of which no position is judged.
 
     Args:
         sides: The graphs.
@@ -183,8 +187,10 @@ def sample(
     ]
     worst = [0.0] * len(targets)
     generator = torch.Generator().manual_seed(seed)
-    for call in track(sample_inputs(program, count, seed=seed), "sample"):
+    calls = sample_inputs(program, count, seed=seed) + padded_inputs(program, seed=seed)
+    for call in track(calls, "sample"):
         leaves = program.leaves((), call)
+        padding = padding_of(program.signature, leaves)
         shown = ProgramRunner(program).run(leaves).sites
         values = {name: _like(shown[name], generator) for name in sites}
         found = [
@@ -192,10 +198,16 @@ def sample(
             for side, owner in zip(cut, programs, strict=True)
         ]
         for index, (one, other) in enumerate(zip(*found, strict=True)):
-            compared = compare("", one, other)
+            compared = compare("", _counted(one, padding), _counted(other, padding))
             bad = bool(compared.problem)
             worst[index] = max(worst[index], float("inf") if bad else compared.max_rel)
     return worst
+
+
+def _counted(value: Tensor, padding: Padding | None) -> Tensor:
+    """A value with zeros at padding, which has no value to hold others to; see `padding`."""
+    where = None if padding is None else padding.of(value)
+    return value if where is None else torch.where(where, torch.zeros_like(value), value)
 
 
 def _run(

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
 
 _MODEL_FILE = "model.onnx"
+_HALVES = ("encoder_model.onnx", "decoder_model.onnx")
 
 
 def open_side(thing: Program | Graph | str | Path) -> Graph:
     """The graph of a program, or of what a path names; only a program in memory needs torch.
 
     Raises:
-        UserInputError: the path is missing or is of no known kind.
+        UserInputError: the path is missing or is of no known kind, or the folder holds two graphs.
     """
     if isinstance(thing, Graph):
         return thing
@@ -38,11 +39,32 @@ def open_side(thing: Program | Graph | str | Path) -> Graph:
     model = path / _MODEL_FILE if path.is_dir() else path
     if model.suffix == ".onnx" and model.exists():
         return read_onnx_graph(model)
+    halves = [path / file for file in _HALVES if (path / file).exists()]
+    if halves:
+        raise UserInputError(
+            f"{path} is an encoder-decoder model: two graphs, which are compared one by one",
+            where=", ".join(half.name for half in halves),
+            hint="encoder, decoder = qc.split_encoder_decoder(program, model), then compare each "
+            "with its file; or compare the outputs of both: verify A B --max-rel 1e-4",
+        )
     raise UserInputError(
         f"{path} is neither a program folder nor an ONNX model",
         where=str(path),
         hint="give a folder written by Program.save, finetune, fold or export, or a .onnx file",
     )
+
+
+def open_sides(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
+    """The graphs of a side: one, or encoder and decoder, to be looked at and not to be compared.
+
+    Raises:
+        UserInputError: see `open_side`.
+    """
+    if isinstance(thing, (str, Path)):
+        halves = [Path(thing) / file for file in _HALVES]
+        if all(half.exists() for half in halves):
+            return tuple(map(read_onnx_graph, halves))
+    return (open_side(thing),)
 
 
 def files_of(path: Path) -> dict[str, str]:

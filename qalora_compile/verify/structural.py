@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_compile.verify.fx_regions import fx_linear
 from qalora_compile.verify.graph import FX, Graph, Ref, SiteRow
+from qalora_compile.verify.leaves import parted
 from qalora_compile.verify.linear import Linear, NotLinearError
 from qalora_compile.verify.meanings import Meanings
+from qalora_compile.verify.mutations import refuse_hidden_writes
 from qalora_compile.verify.onnx_regions import function_linears, onnx_linear
 from qalora_compile.verify.sides import open_side
 from qalora_compile.verify.terms import Algebra, Term, differences
@@ -104,17 +106,20 @@ def compare_structure(
     Constants are compared bit for bit, half precision as widened to float32.
 
     Raises:
-        UserInputError: a side cannot be read.
+        UserInputError: a side cannot be read, or writes into tensors in a way that cannot be
+            followed.
     """
     a, b = open_side(reference), open_side(candidate)
-    pairs, wanted, sides, halves = _read(a, b)
+    for side in (a, b):
+        refuse_hidden_writes(side)
+    pairs, wanted, sides, widened = _read(a, b)
     mixed = a.dialect != b.dialect
     segments = [
         _segment(name, targets, (sides[0].of(targets[0]), sides[1].of(targets[1])), mixed)
         for name, targets in wanted
     ]
     segments += _unmatched_outputs(a, b)
-    notes = ["half precision is compared as widened to float32"] if halves else []
+    notes = ["half precision is compared as widened to float32"] if widened else []
     return Structure(tuple(pairs), tuple(segments), tuple(notes))
 
 
@@ -196,7 +201,7 @@ def _read(a: Graph, b: Graph) -> tuple[list[Pair], _Wanted, list[Meanings], bool
     wanted = _targets(a, b, pairs)
     for side, index in zip(sides, (0, 1), strict=True):
         side.make([targets[index] for _, targets in wanted])
-    return pairs, wanted, sides, halves
+    return pairs, wanted, sides, halves or algebra.widened
 
 
 def _pairs(a: Graph, b: Graph) -> list[Pair]:
@@ -227,7 +232,13 @@ def _pair(a: Graph, b: Graph, site: SiteRow) -> Pair:
 
 
 def _linear(graph: Graph, site: SiteRow) -> Linear:
-    return fx_linear(graph, site) if graph.dialect == FX else onnx_linear(graph, site)
+    try:
+        return fx_linear(graph, site) if graph.dialect == FX else onnx_linear(graph, site)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise NotLinearError(
+            f"the nodes of the layer in {graph.label} are not as their operators are defined: "
+            f"{error!r}"
+        ) from error
 
 
 def _targets(a: Graph, b: Graph, pairs: list[Pair]) -> _Wanted:
@@ -263,4 +274,7 @@ def _segment(name: str, targets: tuple[Any, Any], terms: tuple[Term, Term], mixe
     known = [d for d in found if d.known]
     first = known[0] if known else found[0]
     lines = (first.reference, first.candidate)
-    return Segment(name, DIFFERENT if known else OPEN, lines, targets)
+    if not known:
+        apart = parted(*terms)
+        return Segment(name, OPEN if apart is None else DIFFERENT, apart or lines, targets)
+    return Segment(name, DIFFERENT, lines, targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,21 @@ from torch import Tensor, nn
 import qalora_compile as qc
 from qalora_compile.capture.peft_adapter import (
     CONFIG_FILE,
+    POOLINGS,
     WEIGHTS_FILE,
+    as_pooled,
     merge_,
     put_saved_,
     read_peft_adapter,
 )
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
+from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.low_rank import LowRankUpdate
+from qalora_compile.ir.stored_codes import StoredCodes, StoredWeight
 from qalora_compile.passes.dequantize_groups import DequantizeGroups
 from qalora_compile.passes.take_updates import losses, take_updates
-from tests.models import assert_close, gpt2, llama, token_ids, worst
+from tests.capture.stored.models import linears
+from tests.models import OneLinear, assert_close, gpt2, llama, token_ids, worst
 
 peft = pytest.importorskip("peft")
 
@@ -145,7 +151,7 @@ def test_plain_lora_is_refused_with_what_would_be_lost(tmp_path: Path) -> None:
     with pytest.raises(PreconditionError, match=r"plain LoRA.*lose 9\d% of an update") as caught:
         take_updates(program, updates)
     assert "merge" in str(caught.value.hint)
-    found = losses(program.plan, updates)
+    found = losses(program, updates)
     adapted = take_updates(program, updates, approximate=True)
     tensors, folded = adapted.tensors(), qc.fold_adapters(adapted)
     for path, (update,) in updates.items():
@@ -173,6 +179,56 @@ def test_a_coarser_pool_folds_and_a_finer_one_does_not(tmp_path: Path) -> None:
     assert torch.allclose(moved.double(), expected, atol=1e-6)
     with pytest.raises(PreconditionError, match=r"pools groups of 16.*groups of 32"):
         take_updates(finer, updates)
+
+
+def sorted_base(order: Tensor) -> tuple[qc.Program, Tensor]:
+    """A layer whose codes have their columns in an order, and its weight in the model's order."""
+    torch.manual_seed(0)
+    n, k = 24, len(order)
+    model, codes = OneLinear(k, n).eval(), StoredCodes()
+    parts = torch.rand(n, k // GROUP) + 0.1, torch.randn(n, k // GROUP)
+    values = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    stored = StoredWeight(GroupAffine(values, *parts, 4, GROUP), "test", order)
+    codes.add(stored)
+    with torch.no_grad():
+        model.fc.weight.copy_(stored.dequantize())
+    captured = qc.capture_model(model, (torch.randn(3, k),))
+    return qc.quantize_groups(captured, stored=codes), stored.dequantize()
+
+
+def test_an_update_of_neighbours_does_not_fold_in_activation_order() -> None:
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    program, weight = sorted_base(order)
+    update = LowRankUpdate(torch.randn(2, 64 // GROUP), torch.randn(24, 2), 0.5, GROUP)
+    with pytest.raises(PreconditionError, match=r"pools groups of 16, and .* activation order"):
+        take_updates(program, {"fc": [update]})
+    plain = LowRankUpdate(torch.randn(3, 64), torch.randn(24, 3), 0.5, None)
+    updates = {"fc": [update, plain]}
+    adapted = take_updates(program, updates, approximate=True)
+    exact = (update.matrix(64) + plain.matrix(64))[:, order]
+    means = exact.unflatten(1, (-1, GROUP)).mean(2).repeat_interleave(GROUP, 1)
+    lost = float((exact - means).norm() / exact.norm())
+    assert lost > 0.1
+    assert losses(program, updates)["fc"] == pytest.approx(lost, abs=1e-9)
+    near = torch.empty_like(means)
+    near[:, order] = means
+    x = torch.randn(5, 64)
+    wanted = x.double() @ (weight.double() + near).T
+    for found in (adapted(x), qc.fold_adapters(adapted)(x)):
+        bias = program(torch.zeros(1, 64))
+        assert worst(found - bias, wanted.float()) <= 1e-5 * float(wanted.abs().max())
+
+
+def test_an_order_that_keeps_pooling_groups_whole_folds_exactly() -> None:
+    inside = torch.stack([torch.randperm(32) for _ in range(2)]) + torch.tensor([[32], [0]])
+    program, weight = sorted_base(inside.flatten())
+    update = LowRankUpdate(torch.randn(2, 2), torch.randn(24, 2), 0.5, 32)
+    updates = {"fc": [update]}
+    assert losses(program, updates) == {"fc": 0.0}
+    folded, x = qc.fold_adapters(take_updates(program, updates)), torch.randn(5, 64)
+    wanted = x.double() @ (weight.double() + update.matrix(64)).T
+    found = folded(x) - program(torch.zeros(1, 64))
+    assert worst(found, wanted.float()) <= 1e-5 * float(wanted.abs().max())
 
 
 def test_several_adapters_are_added_up_exactly(tmp_path: Path) -> None:
@@ -229,6 +285,107 @@ def test_whole_parameters_that_were_saved_are_put_into_the_model(tmp_path: Path)
         put_saved_(ours, [adapter, adapter])
     with pytest.raises(UserInputError, match="no such parameter"):
         put_saved_(llama(), [adapter])
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, of weights that are tied
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_a_parameter_that_the_model_ties_is_refused(saved: str, tmp_path: Path) -> None:
+    trained(base(), lora(modules_to_save=[saved]), tmp_path)
+    adapter, ours = read_peft_adapter(tmp_path), base()
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    with pytest.raises(UnsupportedError, match="which the model ties to") as caught:
+        put_saved_(ours, [adapter])
+    assert "model.embed_tokens.weight" in caught.value.what
+    assert "lm_head.weight" in caught.value.what
+    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+    # brought under both names with one value, it is what the model has room for
+    values = torch.randn_like(ours.get_parameter("model.embed_tokens.weight"))
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    both = dataclasses.replace(adapter, saved=dict.fromkeys(names, values))
+    put_saved_(ours, [both])
+    assert torch.equal(ours.get_parameter("model.embed_tokens.weight"), values)
+
+
+def test_a_small_update_of_a_half_precision_model_is_not_rounded_away() -> None:
+    path = "model.layers.0.self_attn.q_proj"
+    update = LowRankUpdate(torch.randn(2, 64) * 0.01, torch.randn(64, 2) * 0.002, 1.0, None)
+    exact, halves = base(), base().bfloat16()
+    before = halves.get_parameter(f"{path}.weight").detach().double()
+    assert merge_(exact, {path: [update]}) == {}
+    wide = merge_(halves, {path: [update]})
+    assert wide.keys() == {f"{path}.weight"}
+    delta = update.matrix(64)
+    lost = wide[f"{path}.weight"].double() - before - delta
+    assert wide[f"{path}.weight"].dtype == torch.float32
+    assert float(lost.norm()) < 1e-3 * float(delta.norm())
+    rounded = halves.get_parameter(f"{path}.weight").detach().double() - before - delta
+    assert float(rounded.norm()) > 0.5 * float(delta.norm()), "else there is nothing to keep"
+
+
+def authors_adapter(
+    folder: Path, *, model: nn.Module | None = None, odd: str = ""
+) -> dict[str, Tensor]:
+    """An adapter as the QA-LoRA authors' script saves it: A `[r, K / g]`, no word of pooling."""
+    sizes = {name: (m.out_features, m.in_features) for name, m in linears(model or base())}
+    folder.mkdir()
+    tensors = {}
+    for name, (n, k) in sizes.items():
+        own = 2 * GROUP if name == odd else GROUP
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(3, k // own) * 0.2
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(n, 3) * 0.2
+    save_file(tensors, folder / WEIGHTS_FILE)
+    said = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "bias": "none", "lora_dropout": 0.0}
+    (folder / CONFIG_FILE).write_text(json.dumps(said), "utf-8")
+    return tensors
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_an_adapter_of_the_authors_script_is_read_as_told(pooling: str, tmp_path: Path) -> None:
+    model, ids = base(), token_ids(2, 9)
+    program = on_codes(model, ids)
+    tensors = authors_adapter(tmp_path / "adapter")
+    adapter = read_peft_adapter(tmp_path / "adapter")
+    with pytest.raises(UserInputError, match="pooled in groups of 16") as caught:
+        as_pooled(adapter, model, None)
+    assert "--pooling mean" in str(caught.value.hint)
+    with pytest.raises(UserInputError, match="of another model") as caught:
+        take_updates(program, updates_of(adapter))
+    assert "pools groups of 16" in str(caught.value.hint)
+    told = as_pooled(adapter, model, pooling)
+    # the script's own forward: lora_B(lora_A(AvgPool1d(g)(x))) · alpha / r
+    pool = nn.AvgPool1d(GROUP)
+    factor = 5 / 3 * (1 if pooling == "mean" else GROUP)
+    for name, module in linears(model):
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+
+        def add(_: Any, args: Any, out: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
+            return out + factor * pool(args[0]) @ a.T @ b.T
+
+        module.register_forward_hook(add)
+    with torch.no_grad():
+        expected = model(ids).logits
+    adapted = take_updates(program, updates_of(told))
+    assert worst(expected, program(ids)["logits"]) > 0.1
+    assert_close(adapted(ids)["logits"], expected, relative=3e-6)
+    assert_close(qc.fold_adapters(adapted)(ids)["logits"], expected, relative=3e-6)
+
+
+def test_what_does_not_pool_is_not_told_to(tmp_path: Path) -> None:
+    trained(base(), lora(), tmp_path / "plain")
+    trained(base(), pooled(), tmp_path / "pooled")
+    for name, sizes in (("plain", "groups of 1"), ("pooled", "that it says itself")):
+        adapter = read_peft_adapter(tmp_path / name)
+        assert as_pooled(adapter, base(), None) is adapter
+        with pytest.raises(UserInputError, match=sizes):
+            as_pooled(adapter, base(), "mean")
+    authors_adapter(tmp_path / "odd", odd="model.layers.1.mlp.up_proj")
+    odd = read_peft_adapter(tmp_path / "odd")
+    with pytest.raises(UserInputError, match="groups of 16, 32"):
+        as_pooled(odd, base(), "mean")
+    with pytest.raises(UserInputError, match="pooling is 'most'"):
+        as_pooled(odd, base(), "most")
+    with pytest.raises(UserInputError, match="no linear layer"):
+        as_pooled(odd, gpt2(), "mean")
 
 
 def test_an_adapter_of_another_model_names_the_layer(tmp_path: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qalora_compile.capture.source import load_source
 from qalora_compile.errors import QaloraError, UnsupportedError, UserInputError
@@ -96,11 +100,45 @@ def test_an_unknown_architecture_is_refused(folder: Path) -> None:
             load_source(str(folder))
 
 
-def test_pickled_weights_are_never_loaded(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserInputError, match="pickled") as caught:
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_pickled_weights_are_refused_with_a_command_that_converts_them(
+    given: str, tmp_path: Path
+) -> None:
+    folder, wanted = tmp_path / "a model's", llama()
+    wanted.save_pretrained(folder)  # type: ignore[operator]
+    (folder / "model.safetensors").unlink()
+    parts = list(wanted.state_dict().items())
+    for number, some in enumerate((parts[:4], parts[4:])):
+        torch.save(dict(some), folder / f"pytorch_model-0000{number}-of-00002.bin")
+    (folder / "training_args.bin").write_bytes(b"no tensors")
+    reference = folder if given == "folder" else folder / "pytorch_model-00000-of-00002.bin"
+    with pytest.raises(UserInputError, match="pickle") as caught:
+        load_source(str(reference))
+    hint = str(caught.value.hint)
+    program, *words = shlex.split(hint[hint.index("python -c") :])
+    assert program == "python"
+    if given == "file":
+        words.append(str(folder / "pytorch_model-00001-of-00002.bin"))
+    subprocess.run([sys.executable, *words], check=True)
+    found = load_source(str(folder)).model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in parts)
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserInputError, match=r"holds no safetensors file\n"):
         load_source(str(folder))
-    assert "save_pretrained" in str(caught.value.hint)
+
+
+def test_parameters_that_the_checkpoint_lacks_are_not_made_up(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserInputError, match=r"no tensor model\.norm\.weight \(1 in all\)\n"):
+        load_source(str(folder))
+    save_file(tensors | {"model.norm.odd": norm}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserInputError, match=r"has an unknown model\.norm\.odd"):
+        load_source(str(folder))
 
 
 GGUF_FILES = {

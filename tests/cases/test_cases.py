@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import qalora_compile as qc
 from qalora_compile.api import lower
+from qalora_compile.config import CALIBRATED, METHODS
 from qalora_compile.errors import PreconditionError
 from qalora_compile.ir.affine import expand_groups
 from qalora_compile.ir.packing import unpack_codes
@@ -113,12 +114,26 @@ FLAT = {
 }
 
 
-def test_case_03_flat_groups(tmp_path: Path) -> None:
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def adapted_by(
+    method: str, model: nn.Module, x: Tensor, calls: list[tuple[Tensor]], bits: int = 4
+) -> qc.Program:
+    """Random adapters on codes of a method, calibrated where it needs data."""
+    spec = qc.QuantSpec(bits=bits, group_size=G, method=method, refine_offsets=False)
+    data = calls if method in CALIBRATED else None
+    quantized = qc.quantize_groups(qc.capture_model(model, (x,)), spec, calibration=data)
+    return randomize_adapters(qc.insert_adapters(quantized, qc.AdapterSpec(rank=RANK)))
+
+
+@every_method
+def test_case_03_flat_groups(method: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(K, N, bias=False)).eval()
     with torch.no_grad():
         model.get_parameter("0.weight").copy_(torch.cat(list(FLAT.values()), dim=1))
     x = torch.randn(7, K)
-    program = adapted(model, (x,))
+    program = adapted_by(method, model, x, [(torch.randn(300, K),)])
     quantized = tensors_of(program, "0")
     again = np.repeat(quantized["scale"], G, 1) * quantized["codes"]
     again += np.repeat(quantized["offset"], G, 1)
@@ -136,13 +151,14 @@ def test_case_03_flat_groups(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_case_04_one_sided_groups(sign: float, bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@every_method
+def test_case_04_one_sided_groups(method: str, bits: int, sign: float, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(K, N)).eval()
     with torch.no_grad():
         model.get_parameter("0.weight").copy_(sign * (5 + torch.rand(N, K)))
     x = torch.randn(7, K)
-    program = adapted(model, (x,), qc.QuantSpec(bits=bits, group_size=G))
+    program = adapted_by(method, model, x, [(torch.randn(300, K),)], bits)
     folded = qc.fold_adapters(program)
     stored = tensors_of(folded, "0")
     zero_point = -stored["offset"] / stored["scale"]

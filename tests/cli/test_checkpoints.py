@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -62,11 +63,15 @@ def test_a_float_folder_is_written_and_verified(folded: Path, tmp_path: Path) ->
 
 
 def test_other_folders_are_written(folded: Path, tmp_path: Path, capsys: Capture) -> None:
-    for target in ("mlx", "hqq", "safetensors"):
+    for target, module in (("mlx", "mlx.core"), ("hqq", "hqq"), ("safetensors", "")):
         edge = tmp_path / target
         assert main(["export", str(folded), "--out", str(edge), "--target", target]) == 0
         assert (edge / "model.safetensors").is_file()
         assert (edge / "tokenizer.json").is_file()
+        capsys.readouterr()
+        assert main(["verify", str(folded), str(edge), "--max-rel", "1e-5"]) == 0
+        reader = target if module and importlib.util.find_spec(module) else "qalora-compile"
+        assert f"is read back by {reader}" in " ".join(capsys.readouterr().err.split())
     for target in ("gptq", "compressed-tensors"):
         edge = tmp_path / target
         assert main(["export", str(folded), "--out", str(edge), "--target", target]) == 2

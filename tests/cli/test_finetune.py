@@ -18,12 +18,13 @@ import torch
 from qalora_compile.cli.finetune_train import View
 from qalora_compile.cli.main import main
 from qalora_compile.ir.storage import load_tensors
-from qalora_compile.training import StepReport
+from qalora_compile.training import FitSpec, Metrics, StepReport
 from qalora_compile.training.checkpoint import list_checkpoints
-from qalora_compile.training.fit import _Training
 from qalora_compile.training.log import read_log
+from tests.cli import test_encoder_decoder
 
 Capture = pytest.CaptureFixture[str]
+t5_folder = test_encoder_decoder.t5_folder
 OPTIONS = [
     *("--steps", "6", "--lr", "1e-2", "--rank", "4", "--batch-size", "3", "--accumulate", "2"),
     *("--dropout", "0.1", "--rslora", "--lora-plus-ratio", "4", "--save-every", "2", "--keep", "3"),
@@ -64,6 +65,7 @@ def test_the_log_has_a_line_a_step(run: Path) -> None:
     rows = read_log(run / "log.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert ["held_out" in row for row in rows] == [False, True] * 3
+    assert ["held_out_accuracy" in row for row in rows] == [False, True] * 3
     assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"} <= rows[0].keys()
 
 
@@ -101,7 +103,8 @@ def test_tensorboard_reads_what_was_written(run: Path) -> None:
     assert [e.step for e in losses] == [1, 2, 3, 4, 5, 6]
     logged = [row["loss"] for row in read_log(run / "log.jsonl")]
     assert [e.value for e in losses] == pytest.approx(logged, rel=1e-6)
-    assert [e.step for e in accumulator.Scalars("held_out/loss")] == [2, 4, 6]
+    for name in ("held_out/loss", "held_out/accuracy"):
+        assert [e.step for e in accumulator.Scalars(name)] == [2, 4, 6]
 
 
 def test_a_run_that_lost_its_last_steps_goes_on_alike(
@@ -127,7 +130,11 @@ def test_a_run_that_lost_its_last_steps_goes_on_alike(
 
 
 def test_an_interrupt_saves_where_it_is_and_resume_goes_on(
-    run: Path, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
 ) -> None:
     """Ctrl-C in step 3, which no checkpoint is due after."""
     out, show = tmp_path / "run", View.show
@@ -142,10 +149,18 @@ def test_an_interrupt_saves_where_it_is_and_resume_goes_on(
         assert main([*command, "--out", str(out)]) == 130
     assert [c.step for c in list_checkpoints(out / "checkpoints")] == [2, 3]
     assert (record(out)["status"], record(out)["step"]) == ("interrupted", 3)
+    before = record(run)["held_out"]["before"]
+    assert record(out)["held_out"] == {"before": before, "after": None}
     assert main([*command, "--out", str(out), "--resume"]) == 0
     ends = [load_tensors(folder / "adapters.safetensors") for folder in (run, out)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert (record(out)["status"], record(out)["step"]) == ("finished", 6)
+    after = record(out)["held_out"]["after"]
+    assert record(out)["held_out"] == record(run)["held_out"]
+    assert before["loss"] != after["loss"]
+    told = capsys.readouterr()
+    assert f"{before['loss']:.4f} → {after['loss']:.4f}" in told.out
+    assert f"held out {after['loss']:.4f} ({after['exact_match']:.1%} right)" in told.err
 
 
 @pytest.mark.parametrize(
@@ -197,34 +212,83 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert "layer lm_head was absent, and is" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.fixture
-def _spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the fifth step on, a batch whose loss is no number."""
-    right = _Training._backward
-
-    def backward(self: Any, index: int, batch: Any, targets: float) -> float:
-        loss = right(self, index, batch, targets)
-        return float("nan") if self.state.step == 4 else loss
-
-    monkeypatch.setattr(_Training, "_backward", backward)
-
-
-@pytest.mark.usefixtures("_spoiled")
-def test_a_loss_that_is_no_number_leaves_the_last_good_weights(
-    run: Path, command: list[str], tmp_path: Path, capsys: Capture
+@pytest.mark.parametrize(
+    ("evaluated", "said", "logged"),
+    [(3, "at step 5 the loss is nan", 4), (2, "after step 4 the held-out loss is nan", 3)],
+)
+def test_weights_that_diverge_leave_the_last_good_ones(
+    run: Path,
+    command: list[str],
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    evaluated: int,
+    said: str,
+    logged: int,
 ) -> None:
-    out = tmp_path / "run"
-    assert main([*command, "--out", str(out)]) == 2
-    assert "at step 5 the loss is nan" in capsys.readouterr().err
-    assert [c.step for c in list_checkpoints(out / "checkpoints")] == [2, 4]
+    """Step 4 throws them far away. One checkpoint is kept, and one is due after each step."""
+    out, factor_at = tmp_path / "run", FitSpec.factor_at
+    command = [*command, "--out", str(out), "--eval-every", str(evaluated)]
+    command += ["--save-every", "1", "--keep", "1"]
+
+    def far(self: FitSpec, step: int) -> float:
+        return 1e27 if step == 3 else factor_at(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FitSpec, "factor_at", far)
+        assert main(command) == 2
+    assert said in capsys.readouterr().err
+    assert [c.step for c in list_checkpoints(out / "checkpoints")] == [3]
     found = record(out)
-    assert (found["status"], found["step"]) == ("failed", 4)
-    assert "at step 5" in found["problem"]
-    assert len(read_log(out / "log.jsonl")) == 4
-    good = load_tensors(run / "checkpoints/step-00000004/adapters.safetensors")
+    assert (found["status"], found["step"]) == ("failed", 3)
+    assert said in found["problem"]
+    assert len(read_log(out / "log.jsonl")) == logged
+    good = load_tensors(out / "checkpoints/step-00000003/adapters.safetensors")
     for name, tensor in load_tensors(out / "adapters.safetensors").items():
         assert torch.equal(tensor, good[name])
     assert main(["fold", str(out), "--out", str(tmp_path / "folded")]) == 0
+    assert main([*command, "--resume"]) == 0
+    assert record(out)["status"] == "finished"
+    ends = [load_tensors(folder / "adapters.safetensors") for folder in (run, out)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_model_that_gives_no_number_is_not_trained(
+    command: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: Any, **__: Any) -> Metrics:
+        return Metrics(float("nan"), 0.0, 0.0, None, 6)
+
+    monkeypatch.setattr("qalora_compile.cli.finetune_job.evaluate", nothing)
+    out = tmp_path / "run"
+    assert main([*command, "--out", str(out)]) == 2
+    assert "before training the held-out loss is nan" in capsys.readouterr().err
+    assert record(out)["status"] == "failed"
+
+
+def test_what_was_cut_is_in_the_record_and_the_summary(
+    command: list[str], data_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "run"
+    assert main([*command, "--seq-len", "4", "--steps", "1", "--out", str(out)]) == 0
+    files = record(out)["files"]
+    for part in ("data", "held_out"):
+        (file,) = files[part]
+        assert (file["path"], file["examples"], file["truncated"]) == (str(data_file), 6, 6)
+    said = "6 of 6 examples, 6 of 6 held-out examples"
+    assert said in capsys.readouterr().out
+    assert said in (out / "report.html").read_text("utf-8")
+
+
+def test_a_model_with_an_encoder_is_calibrated_on_a_file(
+    t5_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """Its decoder begins with a token of its own, in these data too."""
+    out = tmp_path / "run"
+    words = ["finetune", str(t5_folder), "--data", str(data_file), "--out", str(out)]
+    words += ["--calibration", str(data_file), "--steps", "1", "--data-cache", str(tmp_path / "c")]
+    assert main(words) == 0
+    assert record(out)["status"] == "finished"
 
 
 BAD = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qalora_compile.training import (
     make_optimizer,
     make_schedule,
 )
-from qalora_compile.training.batches import Batches
+from qalora_compile.training.batches import Batches, Packed
 from qalora_compile.training.log import read_log
 from qalora_compile.training.trainer import (
     trainer_arguments,
@@ -103,9 +104,8 @@ def trainer_losses(trainer: Any) -> list[float]:
 
 def options(folder: Path) -> dict[str, Any]:
     return {
-        **trainer_arguments(SPEC),
+        **trainer_arguments(dataclasses.replace(SPEC, gradient_checkpointing=True)),
         "output_dir": str(folder),
-        "gradient_checkpointing": True,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
@@ -163,3 +163,18 @@ def test_what_a_trainer_does_otherwise_is_refused() -> None:
         trainer_arguments(FitSpec(evaluate_every=2))
     with pytest.raises(UserInputError, match="2 examples make no batch of 3"):
         trainer_rows([Example((1, 2), (1, 2))] * 2, SPEC)
+
+
+@pytest.mark.parametrize("kind", ["batches", "packed", "a packed row", "encoder", "classes"])
+def test_examples_that_rows_cannot_hold_are_refused(kind: str) -> None:
+    """Packed ones would see each other, a source would be dropped, a label has no place."""
+    texts = [Example((1, 2, 3), (1, 2, 3))] * 6
+    given: dict[str, Any] = {
+        "batches": Batches(texts, batch_size=3, seed=1),
+        "packed": Packed(texts, 6),
+        "a packed row": list(Packed(texts, 6)),
+        "encoder": [Example((0, 2), (0, 2), source=(5, 6))] * 3,
+        "classes": [Example((1, 2), (), label=1)] * 3,
+    }
+    with pytest.raises(UnsupportedError, match="rows for a trainer cannot hold"):
+        trainer_rows(given[kind], SPEC)

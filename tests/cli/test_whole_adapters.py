@@ -7,8 +7,11 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
 from qalora_compile.cli.main import main
+from qalora_compile.training.log import read_log
+from qalora_compile.training.precision import has_bfloat16
 
 
 @pytest.mark.parametrize("options", [("--adapter", "scale"), ("--zero-point", "integer")])
@@ -35,3 +38,16 @@ def test_it_is_trained_folded_exported_and_verified(
     rows = json.loads(capsys.readouterr().out)["layers"]
     kinds = {row["zero-point"] for row in rows if row["decision"] == "quantize"}
     assert kinds == {"whole"}
+
+
+@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16")
+def test_it_is_trained_in_bfloat16(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / precision
+        words = ["finetune", str(model_folder), "--data", str(data_file), "--out", str(out)]
+        words += ["--adapter", "scale", "--steps", "4", "--lr", "1e-2", "--precision", precision]
+        assert main(words) == 0
+        losses.append([row["loss"] for row in read_log(out / "log.jsonl")])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

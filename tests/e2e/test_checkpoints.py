@@ -29,7 +29,7 @@ def test_a_real_model_goes_from_gguf_to_gguf(
     torch.set_num_threads(2)
     base, path = model_path(), tmp_path / "model.gguf"
     source = load_source(str(base))
-    program = qc.quantize_groups(source.capture())
+    program = qc.quantize_groups(source.capture(), stored=source.stored()[0])
     adapters = randomize_adapters(qc.insert_adapters(program, qc.AdapterSpec(rank=4)), size=0.003)
     folded = qc.fold_adapters(adapters)
     report = qc.export_model(folded, path, qc.ExportSpec(target="gguf"), model=base)

@@ -7,23 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
 
 import qalora_compile as qc
+from qalora_compile.capture.source import load_source
 from qalora_compile.exporters.write_checkpoint import FORMATS
 from qalora_compile.ir.plan import Site
 from tests.capture.stored.matrix import FORMATS as READ_FORMATS
-from tests.capture.stored.matrix import read_cells
-from tests.exporters.checkpoints import llama_and_program, made_whole, weight_of
+from tests.capture.stored.matrix import Written, _folders, _gptq, read_cells
+from tests.capture.stored.models import linears, weights_of
+from tests.capture.stored.test_gptq import gptq_config, gptq_layer
+from tests.exporters.checkpoints import causal_lm, llama_and_program, made_whole, weight_of
 from tests.exporters.decoders import DECODERS, Array
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 START, END = "<!-- written by scripts/write_checkpoints.py -->", "<!-- end -->"
 WRITE, READ = "write", "read"
 WIDTHS = ((4, 32), (3, 64), (8, 32))
+KEPT, NO_CODES = "layers whose codes are kept", "it has none"
+DECODED = "packing read bit by bit"
 SEEN = "largest change seen: {} bits, g = {}"
 WHOLE = "unsupported"
 _FLOAT32 = 1.3e-7
@@ -61,10 +68,59 @@ def write_rows(folder: Path) -> list[Row]:
 
 def read_rows(folder: Path) -> list[Row]:
     """Every format that is read: its forms, and what of them was kept."""
-    return [
+    rows = [
         Row(name, READ, library, read_cells(name, folder, number))
         for name, (_, library) in READ_FORMATS.items()
     ]
+    return [*rows, Row("float", READ, "transformers", float_cells(folder))]
+
+
+def more_gptq(folder: Path) -> Written:
+    """What `tests.capture.stored.matrix` has of GPTQ, symmetric zero-points, and offsets."""
+    yield from _gptq(folder)
+    yield from _folders(
+        folder / "gptq",
+        {
+            "symmetric": (partial(gptq_layer, symmetric=True), gptq_config(sym=True)),
+            "float offsets": (partial(gptq_layer, floating="offset"), gptq_config()),
+        },
+    )
+
+
+def exported(target: str, folder: Path) -> Written:
+    """Folders that this package writes, and their weights by decoders written for the tests."""
+    for bits, group_size in WIDTHS:
+        model, program = llama_and_program(bits, group_size)
+        program = made_whole(program) if target == "compressed-tensors" else program
+        path = folder / target / f"{bits}-{group_size}"
+        qc.export_model(program, path, qc.ExportSpec(target=target), model=model)
+        names = [name for name, _ in linears(model)]
+        weights = [torch.from_numpy(DECODERS[target](path, name)).float() for name in names]
+        yield f"{bits} bits", path, weights
+
+
+READ_FORMATS |= {
+    "gptq": (more_gptq, READ_FORMATS["gptq"][1]),
+    "compressed-tensors": (partial(exported, "compressed-tensors"), DECODED),
+    "safetensors": (partial(exported, "safetensors"), DECODED),
+}
+"""`read_cells` looks them up there."""
+
+
+def float_cells(folder: Path) -> dict[str, str]:
+    """Plain floats of three widths: what transformers saves, and what is read."""
+    largest = 0.0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model, path = causal_lm().to(dtype), folder / f"plain-{dtype}"
+        model.save_pretrained(path)  # type: ignore[operator]
+        found = weights_of(load_source(str(path)).model)
+        for name, wanted in weights_of(model).items():
+            largest = max(largest, float((found[name].double() - wanted.double()).abs().max()))
+    return {
+        "forms": "float32, bfloat16, float16",
+        KEPT: NO_CODES,
+        "largest change of a weight": number(largest),
+    }
 
 
 def number(value: float) -> str:

@@ -428,6 +428,31 @@ def test_every_target_has_a_format() -> None:
     assert all(found - {"activations"} == properties[1] for found in properties)
 
 
+@pytest.mark.parametrize("target", ["mlx", "gptq", "hqq"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_written_as_floats_is_declared_as_these(
+    tmp_path: Path, target: str, dtype: str
+) -> None:
+    sizes = {"mlx": (64, 80, 32), "gptq": (64, 64, 8), "hqq": (64, 64, 7)}[target]
+    bits = 2 if target == "hqq" else 4
+    captured = qc.capture_model(MLP(*sizes), (torch.randn(3, sizes[0]),))
+    program = qc.quantize_groups(captured, qc.QuantSpec(bits=bits, group_size=64))
+    program = made_whole(program) if target in WHOLE else program
+    report = export(program, tmp_path / "out", target, parameter_dtype=dtype)
+    (odd,) = [row for row in report.stored if row.remark]
+    kind = "exact" if dtype == "float32" else "rounds"
+    assert (odd.max_abs_error > 0) == (kind == "rounds")
+    assert {report.capabilities[name].kind for name in ("groups", "tail groups")} == {kind}
+
+
+def test_narrow_floats_of_gguf_are_declared() -> None:
+    names = ("codes of 8 bits", "groups", "tail groups", "matrices of floats")
+    for float_type, kind in ((None, "exact"), ("f32", "exact"), ("q8_0", "rounds")):
+        spec = qc.ExportSpec(target="gguf", float_type=float_type)
+        declared = FORMATS["gguf"].capabilities(spec)
+        assert {declared[name].kind for name in names} == {kind}
+
+
 def test_cut_groups_hold_the_same_weight() -> None:
     from qalora_compile.exporters.checkpoint import read_checkpoint
 

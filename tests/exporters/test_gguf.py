@@ -148,7 +148,7 @@ def test_gguf_to_adapters_to_gguf_keeps_every_code_byte(tmp_path: Path) -> None:
     first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
     qc.export_model(plain, first, GGUF, model=model, tokenizer=tokenizer)
     source = load_source(str(first))
-    program = qc.quantize_groups(source.capture())
+    program = qc.quantize_groups(source.capture(), stored=source.stored()[0])
     adapters = qc.insert_adapters(program, qc.AdapterSpec(rank=4))
     with torch.no_grad():
         for parameter in adapters.adapter_parameters():

@@ -7,7 +7,8 @@ import torch
 
 from qalora_compile.ir.affine import dequantize
 from qalora_compile.ir.packing import pack_codes
-from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR
+from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, WHOLE_LINEAR
+from qalora_compile.ir.whole_ops import KINDS, shorten, whole_parameters
 
 
 def layer(n: int = 6, k: int = 64) -> tuple[torch.Tensor, ...]:
@@ -56,6 +57,30 @@ def test_experts_are_cast_too() -> None:
         one = GROUP_LINEAR(x, packed, scale, offset, None, 4, 32)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_with_whole_zero_points_are_cast_too(kind: str) -> None:
+    """Their adapters are not: the scales and zero-points that they give are float32's."""
+    packed, scale, _, bias = layer()
+    scale = shorten(scale.double(), torch.float32).float()
+    lora = [torch.randn(2, 2, requires_grad=True), torch.randn(6, 2, requires_grad=True)]
+    operands = packed, scale, -8 * scale, bias, 4, 32, *lora, 0.1, kind
+    x = torch.randn(3, 64)
+    exact = WHOLE_LINEAR(x, *operands)
+    wanted = torch.autograd.grad(exact.sum(), lora)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = WHOLE_LINEAR(x, *operands)
+    assert y.dtype == torch.bfloat16
+    a, b = (p.detach() for p in lora)
+    parameters = whole_parameters(scale, -8 * scale, a, b, 4, 0.1, kind)
+    weight = dequantize(packed, *parameters, bits=4, group_size=32, k=64).bfloat16()
+    expected = torch.nn.functional.linear(x.bfloat16(), weight, bias.bfloat16())
+    apart = (y.float() - expected.float()).detach().abs().max()
+    assert float(apart / expected.abs().max()) < 0.01
+    for grad, right in zip(torch.autograd.grad(y.float().sum(), lora), wanted, strict=True):
+        assert grad.dtype == torch.float32
+        assert float((grad - right).norm() / right.norm()) < 0.03
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

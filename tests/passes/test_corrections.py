@@ -211,7 +211,7 @@ def test_calibration_makes_the_output_error_smaller_than_the_weights_alone() -> 
 
 
 def test_refined_offsets_leave_nothing_to_correct() -> None:
-    x = correlated(300, 48)
+    x = correlated(60_000, 48)  # few rows are damped more
     captured = qc.capture_model(OneLinear(48, 20).double().eval(), (x,))
     spec = qc.QuantSpec(bits=2, group_size=8)
     refined = qc.quantize_groups(captured, spec, calibration=[(x,)])

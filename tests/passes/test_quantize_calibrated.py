@@ -102,7 +102,8 @@ def test_notes_are_among_the_changes() -> None:
     annotated = AnnotateLinears()(qc.capture_model(ThreeReaders().eval(), calls[0])).program
     result = QuantizeGroups(method="gptq", calibration=tuple(calls))(annotated)
     assert {change.why for change in result.changes} == {
-        "gptq; damping raised to 1; 12 input rows for 64 columns"
+        "gptq; damping raised to 1; 12 input rows for 64 columns; "
+        "12 input rows for 2 groups: offsets damped by 1.3"
     }
 
 
@@ -165,3 +166,30 @@ def test_a_module_is_adapted_on_calibrated_codes() -> None:
     with torch.no_grad():
         found, expected = model(ids).last_hidden_state, before(ids).last_hidden_state
     assert float((found - expected).abs().max()) < 0.1
+
+
+def test_a_start_on_refined_offsets_says_that_little_is_left() -> None:
+    calls = data(1, 400, 48)
+    captured = qc.capture_model(MLP(48, 24, 40, 6).eval(), calls[0])
+    said = {}
+    for refine in (True, False):
+        spec = qc.QuantSpec(bits=2, group_size=8, refine_offsets=refine)
+        program = qc.quantize_groups(captured, spec, calibration=calls)
+        for adapter in (
+            qc.AdapterSpec(rank=2, init="svd"),
+            qc.AdapterSpec(rank="auto", rank_budget=330),
+        ):
+            adapted = qc.insert_adapters(program, adapter, source=captured, calibration=calls)
+            said[refine, adapter.init] = [n for n in adapted.notes if "refine_offsets=False" in n]
+    assert len(said[True, "svd"]) == len(said[True, "zeros"]) == 1
+    assert said[False, "svd"] == said[False, "zeros"] == []
+
+
+def test_a_start_on_few_rows_says_so() -> None:
+    calls = data(1, 6, 48)
+    captured = qc.capture_model(MLP(48, 24, 40, 6).eval(), calls[0])
+    program = qc.quantize_groups(captured, qc.QuantSpec(bits=2, group_size=8))
+    adapter = qc.AdapterSpec(rank=2, init="svd")
+    adapted = qc.insert_adapters(program, adapter, source=captured, calibration=calls)
+    assert "adapters: 6 input rows for 6 groups: offsets damped by 8 (layers.0)" in adapted.notes
+    assert not qc.insert_adapters(program, adapter, source=captured).notes

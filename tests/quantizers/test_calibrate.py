@@ -13,7 +13,11 @@ from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
 from qalora_compile.quantizers.calibrate import collect_statistics
+from qalora_compile.quantizers.in_order import replace_in_order
+from qalora_compile.quantizers.sensitivity import measure_sensitivities
 from qalora_compile.quantizers.statistics import ActivationStatistics
+from qalora_compile.training.calibration import calibration_calls
+from qalora_compile.training.examples import Example
 from tests.models import MLP, ThreeReaders, UsedTwice, adapted, assert_close, bert, token_ids
 
 
@@ -85,6 +89,77 @@ def test_padding_does_not_count(masked: qc.Program) -> None:
         assert_close(found[path].moment, statistics.moment, relative=1e-5)
 
 
+class EncoderDecoder(nn.Module):
+    """A decoder that reads the sum of what an encoder gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8)
+        self.encoder, self.decoder, self.cross = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_input_ids: Tensor,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        states = self.encoder(self.embedding(input_ids)) * attention_mask[..., None]
+        x = self.decoder(self.embedding(decoder_input_ids))
+        if decoder_attention_mask is not None:
+            x = x * decoder_attention_mask[..., None]
+        return x + self.cross(states).sum(1, keepdim=True), states
+
+
+@pytest.mark.parametrize("length", [4, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_side_of_an_encoder_decoder_has_its_own_padding(length: int, masked: bool) -> None:
+    ids, mask = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
+    mask[1, 2:] = 0
+    tokens, own = (torch.ones(2, length, dtype=torch.long) for _ in range(2))
+    own[0, 1:] = 0
+    call = (ids, mask, tokens, own) if masked else (ids, mask, tokens)
+    program = annotated(EncoderDecoder(), call)
+    rows = {path: found.rows for path, found in collect_statistics(program, [call]).items()}
+    assert rows == {
+        "encoder": 8,
+        "cross": 8,
+        "decoder": length + 1 if masked else 2 * length,
+    }
+    in_order: dict[str, int] = {}
+
+    def replace(path: str, statistics: ActivationStatistics) -> Tensor:
+        in_order[path] = statistics.rows
+        weight: Tensor = program.tensors()[f"{path}.weight"].detach()
+        return weight
+
+    replace_in_order(program, [call], replace)
+    assert in_order == rows
+
+
+def test_the_gradients_of_a_decoder_do_not_follow_the_mask_of_its_encoder() -> None:
+    ids = torch.ones(2, 6, dtype=torch.long)
+    model = EncoderDecoder()
+    program = annotated(model, (ids, ids, ids))
+    half = ids.clone()
+    half[:, :3] = 0
+    whole, masked = (
+        measure_sensitivities(program, [(ids, mask, ids)])["decoder"].gain for mask in (ids, half)
+    )
+    assert masked == whole
+
+
+def test_calls_of_a_model_with_an_encoder_hold_one_example_without_padding() -> None:
+    ids = torch.ones(2, 6, dtype=torch.long)
+    program = annotated(EncoderDecoder(), (ids, ids, ids[:, :4]))
+    sizes = [(2, 5), (4, 4), (3, 2)]
+    examples = [Example((1,) * t, (1,) * t, source=(2,) * s) for t, s in sizes]
+    calls = calibration_calls(program, examples, 3)
+    assert [call["decoder_input_ids"].shape for call in calls] == [(1, t) for t, _ in sizes]
+    rows = {path: found.rows for path, found in collect_statistics(program, calls).items()}
+    assert rows == {"encoder": 11, "cross": 11, "decoder": 9}
+
+
 def test_data_of_nothing_but_padding_are_refused(masked: qc.Program) -> None:
     ids = token_ids(2, 8)
     with pytest.raises(UserInputError, match="no input row") as caught:
@@ -97,6 +172,30 @@ def test_nan_is_refused_with_the_layer() -> None:
     with pytest.raises(UserInputError, match="NaN") as caught:
         collect_statistics(program, [(torch.full((2, 4), float("nan")),)])
     assert caught.value.where == "layers.0"
+
+
+@pytest.mark.parametrize(
+    ("calibration", "words"),
+    [
+        (5, "calibration is int"),
+        (torch.randn(2, 4), "calibration is Tensor"),
+        ({"x": torch.randn(2, 4)}, "calibration is dict"),
+        ([None], "a calibration call is NoneType"),
+        ([torch.randn(2, 4)], "a calibration call is Tensor"),
+    ],
+)
+@pytest.mark.parametrize("bits", [3, "auto"])
+def test_what_is_no_calibration_is_refused(calibration: Any, words: str, bits: int | str) -> None:
+    captured = qc.capture_model(MLP(4, 4).eval(), (torch.randn(2, 4),))
+    spec = qc.QuantSpec(bits=bits, budget=4.0 if bits == "auto" else None)
+    with pytest.raises(UserInputError, match=words) as caught:
+        qc.quantize_groups(captured, spec, calibration=calibration)
+    assert "calibration=[(x,)]" in str(caught.value.hint)
+    start = qc.AdapterSpec(init="svd")
+    with pytest.raises(UserInputError, match=words):
+        qc.insert_adapters(
+            qc.quantize_groups(captured), start, source=captured, calibration=calibration
+        )
 
 
 def test_bad_requests_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from qalora_compile.config import SUPPORTED_BITS, QuantSpec
 from qalora_compile.ir.affine import expand_groups, group_count
-from qalora_compile.quantizers.low_rank import PooledCorrection
+from qalora_compile.quantizers.low_rank import CorrectionTally, PooledCorrection
 from qalora_compile.quantizers.minmax import quantize_minmax
 from qalora_compile.quantizers.refine import pooled_residual
 from qalora_compile.quantizers.statistics import ActivationStatistics
@@ -97,7 +98,9 @@ def test_without_statistics_it_is_the_mean_of_each_group() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_no_other_correction_of_that_rank_is_better(weighted: bool) -> None:
     change = lost(12, 40, 2, 5, 1)
-    known = ActivationStatistics.of(inputs(400, 40, 1)) if weighted else None
+    known = None
+    if weighted:  # so many rows are hardly damped
+        known = dataclasses.replace(ActivationStatistics.of(inputs(400, 40, 1)), rows=10**9)
     metric = known or ActivationStatistics(torch.eye(40, dtype=torch.float64), 1)
     correction = PooledCorrection.of(change, 5, known)
     best = metric.output_error(after(change, correction, 2, 5))
@@ -119,3 +122,34 @@ def test_inputs_that_are_all_zero_give_no_correction() -> None:
     left, right = PooledCorrection.of(change, 4, known).factors(3)
     assert not (left @ right).any()
     assert torch.isfinite(right).all()
+
+
+@pytest.mark.parametrize("rows", [8, 18, 40])
+def test_few_rows_do_no_harm_on_others(rows: int) -> None:
+    change, x = lost(32, 288, 3, 16, 3), inputs(2000, 288, 3)
+    few, fresh = (ActivationStatistics.of(part) for part in (x[:rows], x[rows:]))
+    correction = PooledCorrection.of(change, 16, few)
+    assert correction.notes == (
+        f"{rows} input rows for 18 groups: offsets damped by {144 / rows:.2g}",
+    )
+    assert correction.error == pytest.approx(few.output_error(change))
+    before = fresh.output_error(change)
+    for rank in (1, 4, 16):
+        assert fresh.output_error(after(change, correction, rank, 16)) <= 1.01 * before
+
+
+def test_what_is_said_of_many_weights() -> None:
+    change = lost(8, 32, 2, 8, 1)
+    few = PooledCorrection.of(change, 8, ActivationStatistics.of(inputs(4, 32, 1)))
+    many = PooledCorrection.of(change, 8, ActivationStatistics.of(inputs(400, 32, 1)))
+    tally = CorrectionTally()
+    for path, correction in (("a", few), ("b", few), ("c", many)):
+        tally.add(path, [correction])
+    told = "adapters: 4 input rows for 4 groups: offsets damped by 8 (a and 1 more)"
+    assert tally.notes(refined=True) == [told]
+    nothing = dataclasses.replace(many, values=many.values * 0)
+    tally = CorrectionTally()
+    tally.add("c", [nothing])
+    assert tally.notes(refined=False) == []
+    (note,) = tally.notes(refined=True)
+    assert "can correct 0.0% of" in note and "refine_offsets=False" in note

@@ -13,6 +13,7 @@ from torch import Tensor
 from qalora_compile.config import SUPPORTED_BITS, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import expand_groups, group_count
+from qalora_compile.quantizers import get_quantizer, quantize_weight
 from qalora_compile.quantizers.damping import factor
 from qalora_compile.quantizers.minmax import quantize_minmax
 from qalora_compile.quantizers.refine import pooled_residual, refine_offset
@@ -50,7 +51,7 @@ def test_the_output_error_never_grows(
     residual = pooled_residual(change, statistics, group, damping=damping)
     after = statistics.output_error(change - expand_groups(residual, group, k))
     assert after <= before * (1 + 1e-9) + 1e-12 * statistics.output_error(weight)
-    refined = refine_offset(weight, affine, statistics)
+    refined, _ = refine_offset(weight, affine, statistics)
     assert torch.equal(refined.codes, affine.codes) and torch.equal(refined.scale, affine.scale)
     error = statistics.output_error(weight - refined.dequantize())
     assert error <= before * (1 + 1e-9) + 1e-12 * statistics.output_error(weight)
@@ -71,7 +72,7 @@ def test_it_is_the_least_squares_solution() -> None:
 def test_a_group_that_is_never_active_keeps_its_offset() -> None:
     weight, statistics = layer(4, 24, 60, 3, dead=8)
     affine = quantize_minmax(weight, QuantSpec(bits=2, group_size=8))
-    refined = refine_offset(weight, affine, statistics)
+    refined, _ = refine_offset(weight, affine, statistics)
     assert torch.equal(refined.offset[:, 0], affine.offset[:, 0])
     assert not torch.equal(refined.offset[:, 1], affine.offset[:, 1])
 
@@ -79,7 +80,9 @@ def test_a_group_that_is_never_active_keeps_its_offset() -> None:
 def test_inputs_that_are_all_zero_leave_everything() -> None:
     weight, statistics = layer(4, 24, 60, 3, dead=24)
     affine = quantize_minmax(weight, QuantSpec(bits=2, group_size=8))
-    assert torch.equal(refine_offset(weight, affine, statistics).offset, affine.offset)
+    refined, notes = refine_offset(weight, affine, statistics)
+    assert torch.equal(refined.offset, affine.offset)
+    assert notes == ("the calibration inputs are all zero: offsets stay",)
 
 
 def test_damping_is_raised_until_the_factor_exists_and_told() -> None:
@@ -103,8 +106,9 @@ def test_moments_that_are_none_are_refused() -> None:
 
 def test_another_offset_is_worse() -> None:
     weight, statistics = layer(4, 24, 60, 5)
+    statistics = dataclasses.replace(statistics, rows=10**9)  # so many are hardly damped
     affine = quantize_minmax(weight, QuantSpec(bits=3, group_size=8))
-    refined = refine_offset(weight, affine, statistics)
+    refined, _ = refine_offset(weight, affine, statistics)
     best = statistics.output_error(weight - refined.dequantize())
     for group in range(3):
         for shift in (-0.01, 0.01):
@@ -112,3 +116,46 @@ def test_another_offset_is_worse() -> None:
             moved[:, group] += shift
             other = dataclasses.replace(refined, offset=moved)
             assert statistics.output_error(weight - other.dequantize()) > best
+
+
+@pytest.mark.parametrize("method", ["minmax", "hqq", "gptq"])
+@pytest.mark.parametrize("rows", [4, 16, 18, 36, 144])
+def test_few_rows_do_no_harm_on_others(method: str, rows: int) -> None:
+    """18 groups: as many rows make M singular to rounding, and undamped offsets are 10 dB off."""
+    k, group = 288, 16
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(24, k, generator=generator)
+    mix = torch.randn(k, k, generator=generator) / k**0.5
+    few, fresh = (
+        ActivationStatistics.of(torch.randn(n, k, generator=generator) @ mix + 0.1)
+        for n in (rows, 1500)
+    )
+    errors, notes = {}, {}
+    for refine in (False, True):
+        spec = QuantSpec(bits=3, group_size=group, method=method, refine_offsets=refine)
+        chosen = quantize_weight(get_quantizer(method), weight, spec, path="fc", statistics=few)
+        errors[refine] = fresh.output_error(weight - chosen.affine.dequantize())
+        notes[refine] = chosen.notes
+    assert errors[True] <= 1.01 * errors[False]
+    said = f"{rows} input rows for 18 groups: offsets damped by {144 / rows:.2g}"
+    assert (said in notes[True]) == (rows < 144)
+    assert not any("offsets" in note for note in notes[False])
+
+
+def test_many_rows_are_hardly_damped() -> None:
+    weight, statistics = layer(5, 64, 4000, 2)
+    affine = quantize_minmax(weight, QuantSpec(bits=3, group_size=16))
+    refined, notes = refine_offset(weight, affine, statistics)
+    change = weight - affine.dequantize()
+    least = pooled_residual(change, statistics, 16, damping=1e-12)
+    best = statistics.output_error(change - expand_groups(least, 16, 64))
+    error = statistics.output_error(weight - refined.dequantize())
+    assert notes == () and error <= 1.001 * best
+
+
+def test_moments_that_are_hard_to_factor_are_told() -> None:
+    moment = torch.diag(torch.tensor([9.0, 9.0, -0.1], dtype=torch.float64))
+    weight = torch.randn(2, 3, dtype=torch.float64)
+    affine = quantize_minmax(weight, QuantSpec(bits=2, group_size=1))
+    _, notes = refine_offset(weight, affine, ActivationStatistics(moment, 10**9))
+    assert notes == ("damping of offsets raised to 0.1",)

@@ -16,6 +16,7 @@ import torch
 import qalora_compile as qc
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import read_json, write_json
+from qalora_compile.ir.storage import load_tensors, save_tensors
 from qalora_compile.training import Example, FitSpec, FitState, StepReport, fit
 from qalora_compile.training.checkpoint import (
     KEPT,
@@ -28,7 +29,7 @@ from qalora_compile.training.checkpoint import (
 )
 from qalora_compile.training.identity import Identity, file_digest
 from tests.models import llama, token_ids
-from tests.training.test_fit import EXAMPLES, ROWS, adapters, language_model
+from tests.training.test_fit import EXAMPLES, ROWS, adapters, diverge, language_model
 
 SPEC = FitSpec(steps=8, batch_size=3, accumulate=2, learning_rate=1e-2, lora_plus_ratio=4.0, seed=3)
 HELD_OUT = [Example(row[::-1], row[::-1]) for row in ROWS]
@@ -87,6 +88,28 @@ def test_early_stopping_goes_on_where_it_was(tmp_path: Path) -> None:
     assert finished.losses == ()
 
 
+@pytest.mark.parametrize("steps", [4, 8])
+def test_the_only_checkpoint_is_a_good_one_though_the_weights_diverge(
+    tmp_path: Path, steps: int
+) -> None:
+    """They overflow in step 4, the last one or not, and one checkpoint is kept."""
+    spec = dataclasses.replace(SPEC, steps=steps)
+    program = language_model()
+    identity = Identity.of(program, spec)
+
+    def save(state: FitState, last: bool) -> None:
+        save_checkpoint(tmp_path, program, state, identity, keep=1)
+
+    with pytest.raises(UserInputError, match="step . the loss is nan"):
+        fit(program, EXAMPLES, spec, on_step=diverge, on_good=save)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [3]
+    again, whole = language_model(), language_model()
+    fit(again, EXAMPLES, spec, state=go_on(again, spec, tmp_path))
+    fit(whole, EXAMPLES, spec)
+    expected = adapters(whole)
+    assert all(torch.equal(expected[n], p) for n, p in adapters(again).items())
+
+
 @pytest.mark.parametrize("keep", [1, KEPT, 3])
 def test_the_last_checkpoints_are_kept_and_hold_no_pickle(tmp_path: Path, keep: int) -> None:
     program = language_model()
@@ -121,7 +144,7 @@ def refuse(
 def test_a_checkpoint_of_another_plan_model_option_or_data_is_refused(tmp_path: Path) -> None:
     program, checkpoint = saved(tmp_path, data="a")
     other_plan = language_model(rank=2)
-    refuse(checkpoint, other_plan, r"q_proj was .*rank 4, and is .*rank 2 now", data="a")
+    refuse(checkpoint, other_plan, r"q_proj was .*rank 4, .*, and is .*rank 2,", data="a")
     captured = qc.capture_model(llama().eval(), (token_ids(2, 8),))
     bits = qc.insert_adapters(
         qc.quantize_groups(captured, qc.QuantSpec(bits=3)), qc.AdapterSpec(rank=4)
@@ -130,10 +153,92 @@ def test_a_checkpoint_of_another_plan_model_option_or_data_is_refused(tmp_path: 
     torch.manual_seed(2)
     other = qc.quantize_groups(qc.capture_model(llama().eval(), (token_ids(2, 8),)))
     other = qc.insert_adapters(other, qc.AdapterSpec(rank=4))
-    refuse(checkpoint, other, "the quantized weights are not those", data="a")
+    refuse(checkpoint, other, r"numbers of the tensor \S*0.self_attn.q_proj.qweight are", data="a")
     seed = dataclasses.replace(SPEC, seed=4)
     refuse(checkpoint, program, "option seed was 3, and is 4", seed, data="a")
     refuse(checkpoint, program, "the training data are not those", data="b")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"alpha": 8}, r"q_proj was .*times 8.0 .*, and is .*times 2.0 "),
+        ({"pooling": "mean"}, r"q_proj was .*times 8.0 .*, and is .*times 0.25 "),
+        ({"dropout": 0.3}, r"q_proj was .*dropout 0.0, and is .*dropout 0.3 now"),
+        ({"group_size": 64}, r"q_proj was .*sums of 32, .*, and is .*sums of 64,"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_adapter_is_refused(
+    tmp_path: Path, adapter: dict[str, Any], said: str
+) -> None:
+    """Of the same shapes, but for the last, and of another function."""
+    _, checkpoint = saved(tmp_path)
+    refuse(checkpoint, language_model(**adapter), said)
+
+
+def test_a_checkpoint_of_another_whole_adapter_is_refused(tmp_path: Path) -> None:
+    captured = qc.capture_model(llama().eval(), (token_ids(2, 8),))
+    quantized = qc.quantize_groups(captured, qc.QuantSpec(zero_point="integer"))
+    one, *others = (
+        qc.insert_adapters(quantized, qc.AdapterSpec(rank=4, **values))
+        for values in ({"kind": "scale"}, {"kind": "scale", "alpha": 8}, {"zero_point": "integer"})
+    )
+    state = FitState.fresh(one, SPEC)
+    checkpoint = save_checkpoint(tmp_path, one, state, Identity.of(one, SPEC))
+    for other, said in zip(others, ("times 2.0 on the scale", "on the integer"), strict=True):
+        refuse(checkpoint, other, f"q_proj was .*times 8.0 on the scale .*, and is .*{said}")
+
+
+def test_a_checkpoint_of_a_model_with_other_tensors_is_refused(tmp_path: Path) -> None:
+    program, checkpoint = saved(tmp_path)
+    file = checkpoint.folder / STATE
+    state = read_json(file)
+    weights = state["identity"]["weights"]
+    ours, theirs = "model.layers.0.self_attn.q_proj.scale", "lm_head.bias"
+    for name, changed, when in (
+        (ours, {k: v for k, v in weights.items() if k != ours}, "then"),
+        (theirs, weights | {theirs: "0"}, "now"),
+    ):
+        write_json(file, state | {"identity": state["identity"] | {"weights": changed}})
+        refuse(checkpoint, program, f"there is no tensor {name} {when}")
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_moments_that_are_not_those_of_then_are_refused(tmp_path: Path, change: str) -> None:
+    """They would begin at zero without a word, and other weights would come out."""
+    stop_at(2, language_model(), SPEC, tmp_path)
+    (checkpoint,) = list_checkpoints(tmp_path)
+    file = checkpoint.folder / "optimizer.safetensors"
+    moments = load_tensors(file)
+    name = "model.layers.0.self_attn.q_proj.lora_A:exp_avg"
+    said = {"missing": "is missing", "unknown": "belongs to no adapter", "shape": r"is \[1\], its"}
+    if change == "missing":
+        del moments[name]
+    elif change == "unknown":
+        name = "model.layers.0.self_attn.q_proj.lora_C:exp_avg"
+        moments[name] = torch.zeros(1)
+    else:
+        moments[name] = torch.zeros(1)
+    save_tensors(moments, file)
+    refuse(checkpoint, language_model(), f"the state {name} of the optimizer {said[change]}")
+
+
+@pytest.mark.parametrize("field", ["step", "stale", "moments", "identity", "best"])
+def test_a_checkpoint_without_a_part_of_its_state_is_refused(tmp_path: Path, field: str) -> None:
+    program, checkpoint = saved(tmp_path)
+    state = read_json(checkpoint.folder / STATE)
+    del state[field]
+    write_json(checkpoint.folder / STATE, state)
+    refuse(checkpoint, program, f"broken: {field} is missing in state.json")
+
+
+def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "step-old").mkdir()
+    (tmp_path / "step-00000009 (copy)").mkdir()
+    (tmp_path / "step-3").write_text("")
+    assert [c.step for c in list_checkpoints(tmp_path)] == [1]
 
 
 def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:

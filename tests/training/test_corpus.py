@@ -111,6 +111,20 @@ def test_a_bad_line_leaves_nothing_behind(path: Path, tmp_path: Path) -> None:
     assert find_files(path) == (path,)
 
 
+@pytest.mark.parametrize("field", ["input_ids", "labels"])
+def test_a_token_that_the_cache_cannot_hold_is_reported_with_its_line(
+    tmp_path: Path, field: str
+) -> None:
+    good = {"input_ids": [1, 2**31 - 1], "labels": [-100, 2**31 - 1]}
+    path, cache = write(tmp_path / "data.jsonl", good), tmp_path / "cache"
+    data = load_examples(path, None, max_length=8, cache=cache)
+    assert data.examples[0].tokens == (1, 2**31 - 1)
+    write(path, good, good | {field: [1, 2**31]})
+    with pytest.raises(UserInputError, match=f"{field} holds 2147483648") as caught:
+        load_examples(path, None, max_length=8, cache=cache)
+    assert str(caught.value.where).endswith("data.jsonl:2")
+
+
 def test_without_the_library_small_files_still_work(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Examples from JSON lines, truncation, padding, batches, and bad lines."""
+"""Examples from JSON lines, truncation, padding, and bad lines."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.training.batches import Batches, batch_at
-from qalora_compile.training.data import find_classes, load_examples
+from qalora_compile.training.data import Dataset, find_classes, load_examples
 from qalora_compile.training.examples import IGNORED, Example, collate
 
 
@@ -33,14 +31,25 @@ class Words:
         return " ".join([*turns, *(["aaaaaaa"] if add_generation_prompt else [])])
 
 
+class Marking(Words):
+    """As many tokenizers: 98 begins every text and 99 ends it, one that holds nothing too."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        encoding = super().__call__(text)
+        if add_special_tokens:
+            encoding.input_ids = [98, *encoding.input_ids, 99]
+        return encoding
+
+
 def write(path: Path, *rows: Any) -> Path:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("\n".join(lines), "utf-8")
     return path
 
 
-def only(path: Path, row: Any, max_length: int = 50) -> Example:
-    (example,) = load_examples(write(path, row), Words(), max_length=max_length).examples
+def only(path: Path, row: Any, tokenizer: Any = None) -> Example:
+    data = load_examples(write(path, row), tokenizer or Words(), max_length=50)
+    (example,) = data.examples
     return example
 
 
@@ -130,11 +139,18 @@ def test_a_token_that_the_model_does_not_know_is_named(path: Path) -> None:
     data.check_tokens(100)
     with pytest.raises(UserInputError, match="example 1 holds the token 99; the model knows 0 to"):
         data.check_tokens(99)
-    ids = load_examples(
-        write(path, {"input_ids": [1, 2]}, {"input_ids": [3, -1]}), None, max_length=8
-    )
-    with pytest.raises(UserInputError, match="example 2 holds the token -1"):
-        ids.check_tokens(99)
+    (only,) = pairs(path, {"prompt": "a " + "b" * 120, "completion": "a"})
+    with pytest.raises(UserInputError, match="example 1 holds the token 120"):
+        Dataset((only,), token_range=(1, 120)).check_tokens(100)
+
+
+def test_a_label_that_the_model_does_not_know_is_named(path: Path) -> None:
+    rows = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, last]} for last in (9, 999)]
+    data = load_examples(write(path, *rows), None, max_length=8)
+    assert data.token_range == (1, 999)
+    data.check_tokens(1000)
+    with pytest.raises(UserInputError, match="example 2 holds the label 999; the model knows 0 to"):
+        data.check_tokens(999)
 
 
 def test_an_example_with_nothing_to_learn_is_counted(path: Path) -> None:
@@ -151,18 +167,125 @@ BAD_LINES = {
     "completion is a number": '{"prompt": "a", "completion": 3}',
     "prompt is missing": '{"completion": "a"}',
     "ids are text": '{"input_ids": ["a"]}',
+    "ids are no numbers": '{"input_ids": [true, false]}',
+    "a negative id": '{"input_ids": [1, -1]}',
+    "an ignored id": '{"input_ids": [1, -100]}',
+    "an id of more than 32 bits": '{"input_ids": [1, 3000000000]}',
+    "a label that is no token": '{"input_ids": [1, 2], "labels": [-100, -1]}',
+    "a label of more than 32 bits": '{"input_ids": [1, 2], "labels": [-100, 3000000000]}',
+    "brackets without end": "[" * 100_000,
+    "a number without end": '{"input_ids": [' + "1" * 5000 + "]}",
+    "half of a character": '{"text": "a \\ud800"}',
+    "half of a character in a prompt": '{"prompt": "a \\ud800", "completion": "a"}',
+    "half of a character in a completion": '{"prompt": "a", "completion": "a \\ud800"}',
+    "the assistant begins": '{"messages": [{"role": "assistant", "content": "hi"}]}',
+    "nothing to read": '{"text": ""}',
+    "blanks to read": '{"text": " "}',
     "labels of another length": '{"input_ids": [1, 2], "labels": [1]}',
     "messages is text": '{"messages": "hi"}',
     "no assistant": '{"messages": [{"role": "user", "content": "hi"}]}',
 }
 
 
+@pytest.mark.parametrize("tokenizer", [Words(), Marking()], ids=["plain", "marking"])
 @pytest.mark.parametrize("kind", BAD_LINES)
-def test_a_bad_line_is_reported_with_its_number(path: Path, kind: str) -> None:
+def test_a_bad_line_is_reported_with_its_number(path: Path, kind: str, tokenizer: Words) -> None:
     write(path, {"text": "a bb"}, "", BAD_LINES[kind])
     with pytest.raises(UserInputError) as caught:
-        load_examples(path, Words(), max_length=8)
+        load_examples(path, tokenizer, max_length=8)
     assert str(caught.value.where).endswith("data.jsonl:3")
+
+
+REFUSED_CHATS = {
+    "the template refuses them": (["user", "user", "assistant"], "a"),
+    "the template fails": (["system", "assistant"], "a"),
+    "half of a character": (["user", "assistant"], "a \ud800"),
+    "the assistant begins": (["assistant", "user", "assistant"], "a"),
+}
+
+
+@pytest.fixture(scope="module")
+def library_tokenizer() -> Any:
+    """One of transformers, with special tokens around a text, and a template of a kind in use."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    known = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", "a", "bb"])}
+    inside = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
+    inside.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inside.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inside, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    made.chat_template = (
+        "{% for m in messages %}"
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) and messages[0].role != 'system' %}"
+        "{{ raise_exception('roles must take turns') }}{% endif %}"
+        "{{ m.content + (m.missing if m.role == 'system' else ' ') }}{% endfor %}"
+    )
+    return made
+
+
+@pytest.mark.parametrize("kind", REFUSED_CHATS)
+def test_a_chat_that_a_template_refuses_is_reported_with_its_number(
+    path: Path, library_tokenizer: Any, kind: str
+) -> None:
+    roles, content = REFUSED_CHATS[kind]
+    good = [{"role": role, "content": "a bb"} for role in ("user", "assistant")]
+    bad = [{"role": role, "content": content} for role in roles]
+    assert only(path, {"messages": good}, library_tokenizer).tokens == (3, 4, 3, 4)
+    write(path, {"messages": good}, {"messages": bad})
+    with pytest.raises(UserInputError) as caught:
+        load_examples(path, library_tokenizer, max_length=8)
+    assert str(caught.value.where).endswith("data.jsonl:2")
+
+
+def test_a_tokenizer_that_fails_is_reported_with_the_line(path: Path) -> None:
+    class Failing(Words):
+        def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+            if "bb" in text:
+                raise KeyError("[UNK]")
+            return super().__call__(text)
+
+    with pytest.raises(UserInputError, match=r"cannot read the text: '\[UNK\]'") as caught:
+        load_examples(write(path, {"text": "a ccc"}, {"text": "bb"}), Failing(), max_length=8)
+    assert str(caught.value.where).endswith("data.jsonl:2")
+
+
+def test_special_tokens_stand_where_a_text_begins_and_ends(
+    path: Path, library_tokenizer: Any
+) -> None:
+    pair = {"prompt": "a bb", "completion": "bb"}
+    assert only(path, {"text": "a bb"}, library_tokenizer).tokens == (1, 3, 4, 2)
+    assert only(path, pair, library_tokenizer) == Example((1, 3, 4, 4, 2), (*[IGNORED] * 3, 4, 2))
+    assert only(path, {"text": "a bb"}, Marking()).labels == (98, 1, 2, 99)
+    assert only(path, pair, Marking()) == Example((98, 1, 2, 2, 99), (*[IGNORED] * 3, 2, 99))
+    begun = only(path, {"prompt": "", "completion": "bb"}, Marking())
+    assert begun == Example((98, 2, 99), (IGNORED, 2, 99))
+    # what a text itself says stays: of a prompt all, at the end once
+    said = only(path, {"prompt": "a </s>", "completion": "bb </s>"}, library_tokenizer)
+    assert said.tokens == (1, 3, 2, 4, 2)
+
+
+def test_a_tokenizer_without_an_end_gets_none(path: Path) -> None:
+    class Endless(Marking):
+        eos_token_id = None
+
+    assert only(path, {"text": "a bb"}, Endless()).tokens == (98, 1, 2, 99)
+    assert only(path, {"prompt": "a", "completion": "bb"}, Endless()).tokens == (98, 1, 2)
+
+
+def test_a_tokenizer_that_cannot_be_followed_is_refused(path: Path) -> None:
+    class Shifting(Words):
+        def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+            encoding = super().__call__(text)
+            encoding.input_ids = [t + 50 * add_special_tokens for t in encoding.input_ids]
+            return encoding
+
+    with pytest.raises(UserInputError, match="in another way without special tokens") as caught:
+        only(path, {"prompt": "a", "completion": "bb"}, Shifting())
+    assert str(caught.value.where).endswith("data.jsonl:1")
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", '{"prompt": "a", "completion": ""}'])
@@ -201,8 +324,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(path: Path) -> None:
         load_examples(write(path, {"messages": turns}), Rewriting(), max_length=50)
 
 
-def pairs(path: Path, *rows: Any, max_length: int = 50) -> tuple[Example, ...]:
-    data = load_examples(write(path, *rows), Words(), max_length=max_length, decoder_start=7)
+def pairs(
+    path: Path, *rows: Any, max_length: int = 50, tokenizer: Any = None
+) -> tuple[Example, ...]:
+    write(path, *rows)
+    tokenizer = tokenizer or Words()
+    data = load_examples(path, tokenizer, max_length=max_length, decoder_start=7)
     return tuple(data.examples)
 
 
@@ -222,8 +349,18 @@ def test_an_end_that_the_tokenizer_writes_is_not_written_again(path: Path) -> No
 def test_an_encoder_needs_pairs(path: Path, row: Any) -> None:
     with pytest.raises(UserInputError, match="from text to text"):
         pairs(path, row)
-    with pytest.raises(UserInputError, match="holds no token"):
-        pairs(path, {"prompt": "", "completion": "a"})
+
+
+@pytest.mark.parametrize("tokenizer", [Words(), Marking()], ids=["plain", "marking"])
+@pytest.mark.parametrize("empty", ["prompt", "completion"])
+def test_a_pair_with_nothing_in_it_is_refused(path: Path, empty: str, tokenizer: Words) -> None:
+    good = {"prompt": "a", "completion": "bb"}
+    with pytest.raises(UserInputError, match=f"the {empty} holds no token") as caught:
+        pairs(path, good, good | {empty: " "}, tokenizer=tokenizer)
+    assert str(caught.value.where).endswith("data.jsonl:2")
+    assert pairs(path, good, tokenizer=Marking()) == (
+        Example((7, 98, 2, 99), (IGNORED, 98, 2, 99), (98, 1, 99)),
+    )
 
 
 def test_pairs_are_padded_each_for_itself() -> None:
@@ -251,7 +388,7 @@ class Truncating(Words):
     def __call__(self, text: str, add_special_tokens: bool = True, **limits: Any) -> Any:
         encoding = super().__call__(text)
         words = encoding.input_ids[: limits.get("max_length", 1000) - 1]
-        encoding.input_ids = [*words, 77] if text else []
+        encoding.input_ids = [*words, 77] if add_special_tokens else words
         return encoding
 
 
@@ -278,7 +415,9 @@ BAD_LABELS = {
     "an empty one": ({"text": "a", "label": ""}, "no label"),
     "unknown": ({"text": "a", "label": "ugly"}, "'ugly' is none that was trained on"),
     "no text": ({"label": "good"}, "'text' is missing"),
-    "nothing to read": ({"text": "", "label": "good"}, "holds no token"),
+    "nothing to read": ({"text": "", "label": "good"}, "the text holds no token"),
+    "blanks to read": ({"text": " ", "label": "good"}, "the text holds no token"),
+    "half of a character": ({"text": "a", "label": "\ud800"}, "half of a character"),
 }
 
 
@@ -291,61 +430,30 @@ def test_a_bad_label_is_reported_with_its_line(path: Path, kind: str) -> None:
     assert str(caught.value.where).endswith("data.jsonl:3")
 
 
+def test_a_text_of_which_nothing_is_left_is_refused(path: Path) -> None:
+    class Closing(Truncating):
+        """76 and 77 are kept where a text is cut: of two tokens, none is the text's."""
+
+        def __call__(self, text: str, add_special_tokens: bool = True, **limits: Any) -> Any:
+            limit = limits.get("max_length", 1000) - 1
+            encoding = super().__call__(text, add_special_tokens, max_length=limit)
+            encoding.input_ids = [76] * add_special_tokens + encoding.input_ids
+            return encoding
+
+    write(path, *LABELLED)
+    options: dict[str, Any] = {"classes": ("bad", "good")}
+    assert load_examples(path, Closing(), max_length=3, **options).examples[0].tokens == (76, 1, 77)
+    with pytest.raises(UserInputError, match="2 tokens hold nothing of the text") as caught:
+        load_examples(path, Closing(), max_length=2, **options)
+    assert str(caught.value.where).endswith("data.jsonl:1")
+
+
 def test_classes_that_cannot_be_told_apart_are_refused(path: Path) -> None:
     with pytest.raises(UserInputError, match=r"same label \(good\)"):
         find_classes(write(path, *LABELLED[:1] * 3))
+    with pytest.raises(UserInputError, match="half of a character"):
+        find_classes(write(path, {"text": "a", "label": "\ud800"}))
     with pytest.raises(UserInputError, match=r"there is none"):
         find_classes(write(path, ""))
     with pytest.raises(UserInputError, match="a text in one line"):
         find_classes(write(path, {"text": "a", "label": 1}, {"text": "a", "label": "1"}))
-
-
-def of_lengths(*lengths: int) -> list[Example]:
-    return [Example((i,) * n, (i,) * n) for i, n in enumerate(lengths)]
-
-
-def test_by_length_pads_less_and_takes_every_example_once() -> None:
-    generator = torch.Generator().manual_seed(0)
-    examples = of_lengths(*torch.randint(2, 60, (90,), generator=generator).tolist())
-    wasted = {}
-    for by_length in (False, True):
-        batches = Batches(examples, batch_size=8, seed=1, by_length=by_length)
-        assert len(batches) == 11
-        epoch = [batches.at(step) for step in range(11)]
-        seen = [int(i) for batch in epoch for i in batch.input_ids[:, 0]]
-        assert len(set(seen)) == len(seen) == 88
-        wasted[by_length] = sum(int((b.attention_mask == 0).sum()) for b in epoch)
-        widths = [b.input_ids.shape[1] for b in epoch]
-        assert widths not in (sorted(widths), sorted(widths, reverse=True))
-        again = Batches(examples, batch_size=8, seed=1, by_length=by_length)
-        for step in (17, 3, 25):  # in any order, and whatever was asked for before
-            assert torch.equal(again.at(step).input_ids, batches.at(step).input_ids)
-    assert wasted[True] < 0.25 * wasted[False]
-
-
-def test_batches_that_are_made_are_taken_as_they_are() -> None:
-    examples = of_lengths(*range(2, 14))
-    batches = Batches(examples, batch_size=4, seed=1, by_length=True)
-    found = batch_at(batches, 5, batch_size=4, seed=1)
-    assert torch.equal(found.input_ids, batches.at(5).input_ids)
-    with pytest.raises(UserInputError, match="size 4 and seed 1, not 4 and 2"):
-        batch_at(batches, 5, batch_size=4, seed=2)
-    with pytest.raises(UserInputError, match="no example"):
-        Batches([], batch_size=4, seed=1)
-
-
-def test_an_epoch_takes_every_example_once() -> None:
-    examples = [Example((i, i), (i, i)) for i in range(12)]
-    epoch = [batch_at(examples, step, batch_size=4, seed=1).input_ids[:, 0] for step in range(3)]
-    assert sorted(torch.cat(epoch).tolist()) == list(range(12))
-    later = batch_at(examples, 3, batch_size=4, seed=1).input_ids[:, 0]
-    assert later.tolist() != epoch[0].tolist()
-
-
-def test_the_batch_of_a_step_depends_on_nothing_else() -> None:
-    examples = [Example((i, i), (i, i)) for i in range(12)]
-    first, again, other = (
-        batch_at(examples, 7, batch_size=4, seed=seed).input_ids for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, overload
 
 import pytest
 import torch
@@ -279,6 +280,76 @@ def test_a_loss_or_gradient_that_is_no_number_stops_and_changes_nothing(where: s
     assert all(torch.equal(kept[n], p) for n, p in adapters(program).items())
 
 
+def test_weights_are_good_once_a_loss_was_computed_with_them() -> None:
+    program, seen = language_model(), list[tuple[Any, ...]]()
+    made: dict[int, dict[str, torch.Tensor]] = {}
+
+    def step(report: StepReport, state: FitState) -> bool:
+        seen.append(("made", report.step))
+        made[report.step] = adapters(program)
+        return False
+
+    def good(state: FitState, last: bool) -> None:
+        seen.append(("good", state.step, last))
+        found = adapters(program)
+        assert all(torch.equal(found[n], p) for n, p in made[state.step].items())
+
+    fit(program, EXAMPLES, dataclasses.replace(SPEC, steps=2), on_step=step, on_good=good)
+    assert seen == [("made", 1), ("good", 1, False), ("made", 2), ("good", 2, True)]
+
+
+def diverge(report: StepReport, state: FitState) -> bool:
+    """For `on_step`: from the fourth step on, a rate at which the weights overflow."""
+    if report.step == 3:
+        for group in state.optimizer.param_groups:
+            group["initial_lr"] = 1e25
+    return False
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, "at step 5 the loss is nan"),
+        ({"steps": 4}, "after step 4 the loss is nan"),
+        ({"evaluate_every": 1}, "after step 4 the held-out loss is nan"),
+        ({"evaluate_every": 1, "patience": 2}, "after step 4 the held-out loss is nan"),
+    ],
+    ids=str,
+)
+def test_weights_that_diverged_are_never_good(values: dict[str, Any], said: str) -> None:
+    """The loss of step 4, which is finite, was computed with the weights of step 3."""
+    program, good = language_model(), list[int]()
+    spec = dataclasses.replace(SPEC, **values)
+    state = FitState.fresh(program, spec)
+
+    def note(state: FitState, last: bool) -> None:
+        good.append(state.step)
+
+    with pytest.raises(UserInputError, match=said):
+        fit(program, EXAMPLES, spec, state=state, held_out=EXAMPLES, on_step=diverge, on_good=note)
+    assert good == [1, 2, 3]
+    assert state.step == 4
+    if spec.patience:
+        assert state.best is not None
+        assert state.best.step <= 3
+
+
+def test_a_step_tells_how_many_held_out_answers_are_right() -> None:
+    answers = [Example(row, (*[-100] * 8, row[-1])) for row in ROWS]
+    spec = FitSpec(steps=40, batch_size=6, learning_rate=5e-2, evaluate_every=5)
+    program, seen = language_model(), list[tuple[float | None, float]]()
+
+    def note(report: StepReport, state: FitState) -> bool:
+        if report.held_out is not None:
+            now = evaluate(program_forward(program), answers).exact_match
+            seen.append((report.held_out_accuracy, now))
+        return False
+
+    fit(program, answers, spec, held_out=answers, on_step=note)
+    assert all(told == now for told, now in seen)
+    assert max(now for _, now in seen) > 0.0
+
+
 def test_examples_that_hold_nothing_to_learn_are_refused() -> None:
     with pytest.raises(UserInputError, match="step 1 hold nothing to learn"):
         fit(language_model(), [Example((1, 2, 3), (-100, -100, -100))], SPEC)
@@ -345,3 +416,50 @@ def test_metrics_are_counted_by_hand() -> None:
     assert found.choice_accuracy == 1.0
     assert found.loss == pytest.approx(100 / 4)
     assert evaluate(forward, examples, choices=[1, 3]).choice_accuracy == 0.0
+
+
+def test_held_out_examples_are_read_as_they_are_needed() -> None:
+    """With `--data-cache` all of them may not fit into memory."""
+    done: list[str] = []
+
+    class OnDisk(Sequence[Example]):
+        def __len__(self) -> int:
+            return len(EXAMPLES)
+
+        @overload
+        def __getitem__(self, index: int) -> Example: ...
+        @overload
+        def __getitem__(self, index: slice) -> Sequence[Example]: ...
+        def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+            done.append("read")
+            return EXAMPLES[index]
+
+    def forward(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        done.append("computed")
+        return torch.zeros(*ids.shape, 64)
+
+    evaluate(forward, OnDisk(), batch_size=2)
+    assert done == ["read", "computed"] * 3
+
+
+def test_a_program_is_evaluated_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(_: qc.Program, *given: torch.Tensor) -> None:
+        raise LookupError([tensor.device.type for tensor in given])
+
+    monkeypatch.setitem(program_forward.__globals__, "model_inputs", look)
+    program = language_model()
+    program.module.to("meta")
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(LookupError, match="meta.*meta.*meta"):
+        program_forward(program)(ids, ids, ids)
+
+
+def test_what_cannot_be_evaluated_is_refused() -> None:
+    def forward(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.full((*ids.shape, 64), float("inf"))
+
+    with pytest.raises(UserInputError, match="after step 7 the held-out loss is nan"):
+        evaluate(forward, EXAMPLES).check("after step 7")
+    for nothing in ([], [Example((1, 2), (-100, -100))]):
+        with pytest.raises(UserInputError, match="nothing to predict"):
+            evaluate(forward, nothing)

@@ -14,7 +14,8 @@ from qalora_compile.training.log import JsonLog, TensorBoardLog, check_reporting
 
 
 def report(step: int, held_out: float | None = None) -> StepReport:
-    return StepReport(step, 2.0 / step, 1e-3, 0.5, 90, 0.25, held_out)
+    accuracy = None if held_out is None else 0.5
+    return StepReport(step, 2.0 / step, 1e-3, 0.5, 90, 0.25, held_out, accuracy)
 
 
 def write(path: Path, steps: range, done: int) -> None:
@@ -37,7 +38,7 @@ def test_a_line_holds_what_was_reported(tmp_path: Path) -> None:
         "seconds": 0.25,
         "tokens_per_second": 360.0,
     }
-    assert second["held_out"] == 1.5
+    assert (second["held_out"], second["held_out_accuracy"]) == (1.5, 0.5)
 
 
 @pytest.mark.parametrize("torn", [0, 1, 30])

@@ -1,4 +1,4 @@
-"""Rows of several examples: how they are filled, and that no example sees another."""
+"""Batches: what each holds. Rows of several examples: that none of them sees another."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from hypothesis import example as always
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from qalora_compile.errors import (
     UserInputError,
 )
 from qalora_compile.training import Batches, Example, FitSpec, Packed, evaluate, fit
+from qalora_compile.training.batches import batch_at
 from qalora_compile.training.evaluate import label_loss, packed_inputs, program_forward
 from qalora_compile.training.examples import IGNORED, collate
 from qalora_compile.training.packed import check_packed
@@ -195,3 +197,95 @@ def test_what_cannot_be_packed_is_refused() -> None:
         Packed([Example((1, 2), (1, 2), source=(3,))], 8)
     with pytest.raises(UserInputError, match="decoder-only"):
         Packed([Example((1, 2), (), label=1)], 8)
+    with pytest.raises(UserInputError, match="no example to pack"):
+        Packed([], 8)
+
+
+def of_lengths(*lengths: int) -> list[Example]:
+    return [Example((i,) * n, (i,) * n) for i, n in enumerate(lengths)]
+
+
+def test_by_length_pads_less_and_takes_every_example_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    examples = of_lengths(*torch.randint(2, 60, (90,), generator=generator).tolist())
+    wasted = {}
+    for by_length in (False, True):
+        batches = Batches(examples, batch_size=8, seed=1, by_length=by_length)
+        assert len(batches) == 11
+        epoch = [batches.at(step) for step in range(11)]
+        seen = [int(i) for batch in epoch for i in batch.input_ids[:, 0]]
+        assert len(set(seen)) == len(seen) == 88
+        wasted[by_length] = sum(int((b.attention_mask == 0).sum()) for b in epoch)
+        widths = [b.input_ids.shape[1] for b in epoch]
+        assert widths not in (sorted(widths), sorted(widths, reverse=True))
+        again = Batches(examples, batch_size=8, seed=1, by_length=by_length)
+        for step in (17, 3, 25):  # in any order, and whatever was asked for before
+            assert torch.equal(again.at(step).input_ids, batches.at(step).input_ids)
+    assert wasted[True] < 0.25 * wasted[False]
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+@always(90, 8)
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_over_epochs_every_example_has_its_turn(
+    by_length: bool, count: int, batch_size: int
+) -> None:
+    """Less than half of them are left out of an epoch: 50 times the same one is no chance."""
+    examples = of_lengths(*range(2, count + 2))
+    batches = Batches(examples, batch_size=batch_size, seed=3, by_length=by_length)
+    drawn: set[int] = set()
+    for epoch in range(50):
+        steps = range(epoch * len(batches), (epoch + 1) * len(batches))
+        seen = [int(i) for step in steps for i in batches.at(step).input_ids[:, 0]]
+        assert len(set(seen)) == len(seen) > len(examples) / 2
+        drawn.update(seen)
+    assert drawn == set(range(len(examples)))
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_what_is_left_out_depends_on_the_seed(by_length: bool) -> None:
+    def left_out(seed: int) -> list[set[int]]:
+        examples = of_lengths(*range(2, 92))
+        batches = Batches(examples, batch_size=8, seed=seed, by_length=by_length)
+        epochs = [range(start, start + 11) for start in (0, 11, 22)]
+        taken = [[batches.at(step).input_ids[:, 0] for step in epoch] for epoch in epochs]
+        return [set(range(90)) - set(torch.cat(rows).tolist()) for rows in taken]
+
+    assert all(len(out) == 2 for out in left_out(1))
+    assert left_out(1) == left_out(1) != left_out(2)
+    assert left_out(1)[0] != left_out(1)[1]
+
+
+def test_a_seed_can_be_any_whole_number() -> None:
+    examples = of_lengths(*range(2, 30))
+    seeds = (20241231235959, 20241231235960, 2**64 - 1, 10**30)
+    found = [Batches(examples, batch_size=14, seed=seed).at(3).input_ids for seed in seeds]
+    assert len({str(rows[:, 0].tolist()) for rows in found}) == 4
+
+
+def test_batches_that_are_made_are_taken_as_they_are() -> None:
+    examples = of_lengths(*range(2, 14))
+    batches = Batches(examples, batch_size=4, seed=1, by_length=True)
+    found = batch_at(batches, 5, batch_size=4, seed=1)
+    assert torch.equal(found.input_ids, batches.at(5).input_ids)
+    with pytest.raises(UserInputError, match="size 4 and seed 1, not 4 and 2"):
+        batch_at(batches, 5, batch_size=4, seed=2)
+    with pytest.raises(UserInputError, match="no example"):
+        Batches([], batch_size=4, seed=1)
+
+
+def test_an_epoch_takes_every_example_once() -> None:
+    examples = [Example((i, i), (i, i)) for i in range(12)]
+    epoch = [batch_at(examples, step, batch_size=4, seed=1).input_ids[:, 0] for step in range(3)]
+    assert sorted(torch.cat(epoch).tolist()) == list(range(12))
+    later = batch_at(examples, 3, batch_size=4, seed=1).input_ids[:, 0]
+    assert later.tolist() != epoch[0].tolist()
+
+
+def test_the_batch_of_a_step_depends_on_nothing_else() -> None:
+    examples = [Example((i, i), (i, i)) for i in range(12)]
+    first, again, other = (
+        batch_at(examples, 7, batch_size=4, seed=seed).input_ids for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import qalora_compile as qc
 from qalora_compile.errors import UnsupportedError
-from qalora_compile.training import Example, FitSpec, find_processes, fit
-from tests.training.test_fit import language_model
+from qalora_compile.training import Batches, Example, FitSpec, find_processes, fit
+from qalora_compile.training.processes import Processes
+from tests.training.test_fit import adapters, language_model
 
 SPEC = FitSpec(
     steps=6,
@@ -27,8 +29,10 @@ SPEC = FitSpec(
     seed=3,
 )
 ROWS = [tuple(range(start, start + size)) for start in (10, 20, 30) for size in (3, 5, 8, 13)]
-EXAMPLES = [Example(row, row) for row in ROWS]
-"""Of many lengths: the mean of the means of two processes would be another loss."""
+SILENT = Example((5, 6, 7), (-100, -100, -100))
+EXAMPLES = [Example(row, row) for row in ROWS] + [SILENT] * 6
+"""Of many lengths: the mean of the means of two processes would be another loss. Some hold nothing
+to learn, and so does a micro-batch of them."""
 HELD_OUT = [Example(row[::-1], row[::-1]) for row in ROWS]
 
 
@@ -55,9 +59,34 @@ def test_a_launcher_without_accelerate_is_told_what_to_install(
         find_processes()
 
 
+class Half(Processes):
+    """The first of two processes; the other one gives what is written here, sum by sum."""
+
+    count = 2
+
+    def __init__(self, *others: float) -> None:
+        self.others = list(others)
+
+    def sum(self, value: float) -> float:
+        return value + self.others.pop(0)
+
+
+def test_a_process_without_anything_to_learn_adds_nothing() -> None:
+    """Targets, tokens and loss of the other process, for the step and once more after it."""
+    program = language_model(init_b=0.05)
+    before = adapters(program)
+    processes = Half(10, 12, 2.5, 0, 10, 12, 2.25)
+    result = fit(program, [SILENT] * 2, FitSpec(steps=1, batch_size=2), processes=processes)
+    assert result.losses == (2.5,)
+    assert not processes.others
+    assert all(torch.equal(before[n], p) for n, p in adapters(program).items())
+
+
 @pytest.mark.slow
 def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path: Path) -> None:
     """Two gloo processes on the CPU, as torchrun starts them, adapter dropout included."""
+    batches = Batches(EXAMPLES, batch_size=SPEC.batch_size, seed=SPEC.seed)
+    assert 0 in [int(batches.at(index).targets.sum()) for index in range(4 * SPEC.steps)]
     program = language_model(dropout=0.2)
     program.save(tmp_path / "program")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -103,7 +103,7 @@ def test_the_page_holds_curves_layers_and_answers(tmp_path: Path) -> None:
     check_report()
     program = language_model(init_b=0.05)
     sample = Sample(Question("2 + 2 = <b>", "4"), "fish", "4")
-    log = [row | {"held_out": 2.0 / row["step"]} for row in LOG]
+    log = [row | {"held_out": 2.0 / row["step"], "held_out_accuracy": 0.5} for row in LOG]
     path = tmp_path / "report.html"
     write_report(
         path,
@@ -115,7 +115,8 @@ def test_the_page_holds_curves_layers_and_answers(tmp_path: Path) -> None:
     )
     text = path.read_text("utf-8")
     assert "Training of tiny" in text
-    assert text.count("<svg") == 6
+    assert text.count("<svg") == 7
+    assert "Accuracy" in text
     assert "held out" in text
     assert "model.layers.1.mlp.down_proj" in text
     assert "2 + 2 = &lt;b&gt;" in text

@@ -291,7 +291,7 @@ MODEL_FAULTS = [
         "ort",
         _in_function("MatMulNBits", "level", _forget),
         "q:",
-        unseen=(("numeric", *_NO_KERNEL), ("nodes", *_NO_KERNEL)),
+        unseen=(("numeric", *_NO_KERNEL),),
     ),
     Fault("bias twice", "ort", _bias_twice, "input of up", "up"),
     Fault("bias missing", "ort", _no_bias, "q:"),
@@ -356,7 +356,7 @@ MODEL_FAULTS = [
         "ort-stock",
         _dropout,
         "input of up",
-        unseen=(("numeric", *_NEVER_DROPS), ("nodes", *_NEVER_DROPS)),
+        unseen=(("numeric", *_NEVER_DROPS),),
     ),
     Fault(
         "cast to half and back",

@@ -9,7 +9,7 @@ from tests.verify.planted import Found, is_in_a_pass
 
 
 def is_right(found: Found) -> bool:
-    """Whether each check did what the fault says: caught and named it, or could not see it.
+    """Whether each check caught and named a fault, or missed one that it is said not to see.
 
     Along the graph AMBIGUOUS is not enough: a planted fault is FAIL.
     """

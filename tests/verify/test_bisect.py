@@ -102,6 +102,32 @@ def test_steps_that_are_each_within_rounding_are_found_together(tmp_path: Path) 
     assert "whole" in (write_reproduction(found, tmp_path / "r") / "README.txt").read_text()
 
 
+def test_a_step_that_loses_an_output_is_found_and_reproduced(tmp_path: Path) -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = self.fc(x)
+            return {"y": y, "z": y.tanh()}
+
+    class One(Two):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": self.fc(x)}
+
+    two = Two().eval()
+    one = One().eval()
+    one.load_state_dict(two.state_dict())
+    before, after = (
+        qc.quantize_groups(qc.capture_model(model, (torch.randn(3, 32),))) for model in (two, one)
+    )
+    found = bisect(before, [Step("lose", after)])
+    assert found is not None and found.row is not None and found.row.name == "output z"
+    write_reproduction(found, tmp_path / "found")
+    assert "has no such output" in run_script(tmp_path / "found").stdout
+
+
 def test_no_steps_are_refused() -> None:
     with pytest.raises(UserInputError, match="no step"):
         bisect(program("folded"), [])
@@ -156,6 +182,10 @@ def test_the_command_line_takes_models_and_pipelines(capsys: pytest.CaptureFixtu
     assert main([*words, "no-such-pass"]) == 2
     assert main([*words[:2], "--target", "ort"]) == 2
     assert "cannot be lowered" in capsys.readouterr().err
+    for target in ("gguf", "float", "no-such-target"):
+        assert main([*words[:2], "--target", target]) == 2
+        shown = capsys.readouterr().err
+        assert f"no pass is run for the target {target}" in shown and "ort-stock" in shown
 
 
 def factory() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...], dict[str, Any]]:

@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -175,3 +177,71 @@ def test_a_half_precision_model_is_proved_from_its_files(tmp_path: Path) -> None
     certificate = qc.prove_equivalence(tmp_path / "folded", tmp_path / "model.onnx")
     assert certificate.proved, certificate
     assert any("widened" in note for note in certificate.notes)
+
+
+def _edited(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    value = json.loads(path.read_text("utf-8"))
+    change(value)
+    path.write_text(json.dumps(value), "utf-8")
+
+
+@pytest.mark.parametrize(
+    "field", ["max_abs", "max_ratio", "frobenius", "operator", "float32", "weight_max", "coarse"]
+)
+def test_every_bound_is_compared(field: str, copy: Path) -> None:
+    def change(value: dict[str, Any]) -> None:
+        value["sites"][0]["ways"]["operators"][field] = 0.0
+
+    _edited(copy / "equal.json", change)
+    _, problems = check_certificate(copy / "equal.json")
+    assert len(problems) == 1
+    assert problems[0].startswith("q: ")
+    assert problems[0].endswith("stated as 0")
+
+
+def test_a_certificate_cannot_claim_a_stronger_verdict(copy: Path) -> None:
+    """What was left undecided is so still, whatever the certificate says."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8))
+    quantized = qc.quantize_groups(qc.capture_model(model.eval(), (torch.randn(2, 4, 16),)))
+    quantized.save(copy / "quantized")
+    qc.export_model(quantized, copy / "other.onnx", qc.ExportSpec(target="ort-stock"))
+    found = qc.prove_equivalence(copy / "quantized", copy / "other.onnx", samples=0)
+    assert found.verdict == "UNDECIDED"
+    found.write(copy / "c.json")
+    _edited(copy / "c.json", lambda value: value.update(verdict="EQUAL"))
+    certificate, problems = check_certificate(copy / "c.json")
+    assert certificate.verdict == "UNDECIDED"
+    assert not Certificate.read(copy / "c.json").proved
+    assert problems[0].startswith("stated as EQUAL, and is UNDECIDED")
+
+    def sampled(value: dict[str, Any]) -> None:
+        for row in value["segments"]:
+            if row["status"] == "open":
+                row.update(status="sampled", sampled=1.0)
+
+    _edited(copy / "c.json", sampled)
+    assert check_certificate(copy / "c.json")[0].verdict == "UNDECIDED", "beyond the tolerance"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value.update(samples={}),
+        lambda value: value.update(verdict="FINE"),
+        lambda value: value["sites"][0]["ways"]["operators"].update(max_abs=None),
+        lambda value: value["reference"].update(files=3),
+    ],
+)
+def test_a_malformed_field_is_our_error(
+    change: Callable[[dict[str, Any]], None], copy: Path
+) -> None:
+    _edited(copy / "equal.json", change)
+    with pytest.raises(UserInputError, match="malformed"):
+        check_certificate(copy / "equal.json")
+
+
+def test_a_certificate_cannot_say_proved_of_what_is_not(copy: Path) -> None:
+    _edited(copy / "equal.json", lambda value: value["segments"][0].update(status="sampled"))
+    with pytest.raises(UserInputError, match="says proved of what is not"):
+        check_certificate(copy / "equal.json")

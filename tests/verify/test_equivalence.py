@@ -43,6 +43,16 @@ def test_folding_is_verified_per_layer_and_whole(mlp: qc.Program) -> None:
     assert 0 < report.sites[0].max_abs < 1e-4  # reassociation: not the same object twice
 
 
+def test_the_worst_of_each_input_is_kept(mlp: qc.Program) -> None:
+    folded = qc.fold_adapters(mlp)
+    report = qc.verify_equivalence(mlp, folded, calls(mlp), TIGHT)
+    assert [row.name for row in report.by_input] == ["input 0", "input 1", "input 2"]
+    assert max(row.max_abs for row in report.by_input) == report.max_abs
+    alone = qc.verify_equivalence(mlp, folded, calls(mlp)[1:2], TIGHT)
+    assert alone.max_abs == report.by_input[1].max_abs
+    assert len(report.to_json()["by_input"]) == 3
+
+
 def test_quantizing_is_no_equivalence() -> None:
     model = MLP(40, 32, 8)
     program = qc.capture_model(model.eval(), (torch.randn(4, 40),))

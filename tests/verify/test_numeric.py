@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -76,7 +78,7 @@ def test_every_target_passes_at_every_level(name: str, models: Path) -> None:
     library = library_path() if kernel_level() is not None else None
     report = compare_nodes(program("folded"), models / f"{name}.onnx", library=library).check()
     with_library = name == "ort" and library is not None
-    assert len(report.ways) == len(LEVELS) * (2 if with_library else 1)
+    assert len(report.ways) == len(LEVELS) * (2 if with_library else 1) + (name == "ort")
     for way in report.ways:
         assert {row.name for row in way.rows} >= {"q", "input of q", "down", "output output"}
         assert way.worst is not None and 0 < way.worst.worst.ratio < EXPLAINED / 2
@@ -139,7 +141,7 @@ def test_inputs_are_odd_where_the_program_has_inputs_for_it() -> None:
     calls = named_inputs(qc.capture_model(Masked(), example), 1)
     assert list(calls) == [
         "random 0", "zeros", "one-hot", "large", "denormal", "first token", "last token",
-        "all padding", "left padding", "right padding",
+        "all padding", "left padding", "right padding", "long",
     ]  # fmt: skip
     found = {name: dict(call) for name, call in calls.items()}
     assert not found["zeros"]["x"].any() and found["zeros"]["ids"].any()
@@ -182,6 +184,93 @@ def test_an_error_between_rounding_and_a_mistake_is_ambiguous() -> None:
             assert "prove_equivalence" in str(caught.value)
             assert caught.value.report is report
     assert found == {PASS, AMBIGUOUS, FAIL}
+
+
+class Told(nn.Module):
+    """One layer, and outputs that are told from it."""
+
+    def __init__(self, tell: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.tell = nn.Linear(32, 8), tell
+        self.register_buffer("table", torch.arange(3.0))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.tell(self.fc(x)) | {"table": self.table}
+
+
+def told(tell: Callable[[Tensor], Any]) -> qc.Program:
+    return qc.quantize_groups(qc.capture_model(Told(tell).eval(), (torch.randn(3, 32),)))
+
+
+@pytest.mark.parametrize(
+    ("tell", "says"),
+    [
+        (lambda y: {"y": y}, "output z: program (quantized) has no such output"),
+        (lambda y: {"y": y, "z": y.tanh(), "more": y}, "output more: program (quantized) has no"),
+        (lambda y: {"y": y.reshape(-1), "z": y.tanh()}, "output y: shapes [1, 8] and [8] differ"),
+        (lambda y: {"y": y, "z": y.tanh().double()}, None),
+        (lambda y: {"y": y, "z": (y > 0).long()}, "output z: holds int64 where the reference has"),
+    ],
+)
+def test_outputs_have_to_be_there_in_their_shape_and_kind(
+    tell: Callable[[Tensor], Any], says: str | None
+) -> None:
+    report = compare_nodes(told(lambda y: {"y": y, "z": y.tanh()}), told(tell))
+    assert report.passed == (says is None)
+    assert says is None or (report.difference or "").startswith(says)
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_an_output_that_is_a_stored_tensor_is_compared_too() -> None:
+    source = told(lambda y: {"y": y})
+    report = compare_nodes(source, source).check()
+    assert "output table" in {row.name for row in report.ways[0].rows}
+    wrong = with_tensors(source, {"table": lambda t: t + 1})
+    assert (compare_nodes(source, wrong).difference or "").startswith("output table: off by 1")
+
+
+def test_an_output_that_is_no_tensor_is_noted() -> None:
+    source = told(lambda y: {"y": y, "rows": y.shape[0]})
+    assert compare_nodes(source, source).notes == ("output rows is not compared: it is no tensor",)
+
+
+class Windowed(nn.Module):
+    """Attention to `window` positions back, with or without a table of positions."""
+
+    def __init__(self, window: int, table: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.fc, self.window = nn.Embedding(30, 32), nn.Linear(32, 32), window
+        self.places = nn.Embedding(table, 32) if table else None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        place = torch.arange(ids.shape[1])
+        h = self.fc(
+            self.embed(ids) if self.places is None else self.embed(ids) + self.places(place)
+        )
+        back = place[:, None] - place[None, :]
+        far = back >= self.window if self.window else back < 0
+        scores = (h @ h.transpose(1, 2)).masked_fill(far | (back < 0), -1e30)
+        return self.fc(torch.softmax(scores, -1) @ h)
+
+
+@pytest.mark.parametrize(("window", "table", "length"), [(64, 0, 160), (300, 0, 332), (40, 65, 65)])
+def test_a_sliding_window_that_was_dropped_shows_on_a_long_call(
+    window: int, table: int, length: int
+) -> None:
+    right, wrong = (
+        qc.quantize_groups(
+            qc.capture_model(Windowed(size, table).eval(), (torch.randint(0, 30, (2, 6)),))
+        )
+        for size in (window, 0)
+    )
+    calls = named_inputs(right, 1)
+    assert calls["long"]["ids"].shape == (1, length)  # type: ignore[call-overload]
+    short = {name: call for name, call in calls.items() if name != "long"}
+    assert compare_nodes(right, wrong, short).passed, "nothing else is long enough"
+    assert compare_nodes(right, wrong, calls).verdict == FAIL
+    assert compare_nodes(right, right, {"long": calls["long"]}).passed
 
 
 def test_a_failure_names_both_nodes_and_is_json(tmp_path: Path) -> None:
@@ -342,11 +431,40 @@ def test_a_reference_that_has_lost_its_bits_judges_nothing() -> None:
 def test_shapes_and_integers() -> None:
     exact = values(1.0, 2.0, 3.0, 4.0)
     none = torch.zeros(2, 2, dtype=torch.float64)
-    assert judge(exact.reshape(2, 2), none, exact, UNIT).verdict == PASS
+    assert judge(exact.reshape(2, 2), none, exact, UNIT).verdict == PASS, "rows, flattened"
+    assert "shapes" in judge(exact.reshape(2, 2), none, exact, UNIT, as_is=True).problem
     assert "shapes" in judge(exact, none.flatten(), exact[:2], UNIT).problem
     ids, none = torch.tensor([1, 2, 3]), torch.zeros(3)
     assert judge(ids, none, ids, UNIT).ratio == 0
+    assert judge(ids, none, ids.int(), UNIT).verdict == PASS
     assert judge(ids, none, ids.flip(0), UNIT).verdict == FAIL
+    assert judge(ids, none, ids.float(), UNIT).verdict == PASS, "a mask may be numbers"
+    found = judge(ids, none, ids.float(), UNIT, as_is=True)
+    assert found.problem == "holds float32 where the reference has int64"
+
+
+@pytest.mark.parametrize("size", [2**24, 2**53])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_integers_are_equal_or_wrong(size: int, dtype: torch.dtype) -> None:
+    exact, none = torch.tensor([[7, size]]), torch.zeros(1, 2, dtype=torch.float64)
+    other = (exact + torch.tensor([[0, 2]])).to(dtype)
+    found = judge(exact, none, other, UNIT)
+    assert (found.verdict, found.judged) == (FAIL, 2)
+    assert f"1 of 2 are not equal, the first {other[0, 1].item()}, not {size}" in found.problem
+    assert judge(exact, none, other, UNIT, torch.tensor([[False, True]])).verdict == PASS
+
+
+def test_booleans_are_equal_or_wrong() -> None:
+    mask, none = torch.tensor([True, False]), torch.zeros(2, dtype=torch.float64)
+    assert judge(mask, none, mask, UNIT, as_is=True).verdict == PASS
+    assert judge(mask, none, ~mask, UNIT, as_is=True).verdict == FAIL
+
+
+def test_an_integer_that_rounding_decides_is_not_judged() -> None:
+    exact, own = torch.tensor([3, 4]), values(1.0, 0.0)
+    found = judge(exact, own, torch.tensor([2, 4]), UNIT)
+    assert (found.verdict, found.judged, found.undefined) == (PASS, 1, 1)
+    assert judge(exact, own, torch.tensor([3, 5]), UNIT).verdict == FAIL
 
 
 def test_below_the_least_normal_number_zero_is_as_good() -> None:

@@ -277,3 +277,117 @@ def test_every_way_to_run_the_default_target_is_proved(models: Path) -> None:
     for site in certificate.sites:
         assert list(site.ways) == ["operators", "functions", "standard functions"]
         assert site.bound(1.0) < 1e-5
+
+
+class Looked(nn.Module):
+    """A table that is looked up by shifted numbers, and a layer that masked rows reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(200, 48), nn.Linear(48, 16)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Sums over what counts, beside each row."""
+        rows = self.fc(self.table(ids + 2)) * attention_mask[:, :, None]
+        y: torch.Tensor = self.out(rows + rows.sum(1, keepdim=True))
+        return y
+
+
+def looked_up(bits: int) -> qc.Program:
+    """It, folded, with its table on codes."""
+    torch.manual_seed(1)
+    steps = "annotate-linears,quantize-groups,insert-adapters{rank=2},quantize-embeddings{bits=%d}"
+    example = (torch.randint(0, 190, (2, 6)), torch.ones(2, 6))
+    captured = qc.capture_model(Looked().eval(), example)
+    return qc.fold_adapters(qc.Pipeline.parse(steps % bits)(captured).program)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("target", ["ort", "ort-stock", "onnx"])
+def test_a_table_on_codes_is_proved_row_by_row(bits: int, target: str, tmp_path: Path) -> None:
+    folded, spec = looked_up(bits), qc.ExportSpec(target=target)
+    lowered = qc.prove_equivalence(folded, lower(folded, spec))
+    assert lowered.proved, lowered
+    qc.export_model(folded, tmp_path / "model.onnx", spec)
+    certificate = qc.prove_equivalence(folded, tmp_path / "model.onnx")
+    assert certificate.passed, certificate
+    assert {s.name: s.status for s in certificate.sites}["table"] == "proved"
+    model = onnx.load(tmp_path / "model.onnx")
+    codes = next(t for t in model.graph.initializer if t.name.startswith("table."))
+    assert codes.name.endswith("qweight")
+    changed = bytearray(codes.raw_data)
+    changed[len(changed) // 2] ^= 1
+    codes.raw_data = bytes(changed)
+    onnx.save(model, tmp_path / "other.onnx")
+    other = qc.prove_equivalence(folded, tmp_path / "other.onnx")
+    assert other.verdict == "DIFFERENT"
+    assert (other.difference or "").startswith("table: weights differ")
+
+
+def test_padding_is_tried_where_structure_does_not_tell(tmp_path: Path) -> None:
+    folded = looked_up(4)
+    qc.export_model(folded, tmp_path / "model.onnx", qc.ExportSpec(target="ort-stock"))
+    model = onnx.load(tmp_path / "model.onnx")
+    node = next(n for n in model.graph.node if "attention_mask" in n.input)
+    place = list(node.input).index("attention_mask")
+    node.input[place] = "read"  # of a mask of ones it makes the same: 2 − 1
+    one = onnx.numpy_helper.from_array(np.array(1, np.float32), "one")
+    model.graph.initializer.append(one)
+    before = [
+        onnx.helper.make_node("Sub", ["attention_mask", "attention_mask"], ["none"]),
+        onnx.helper.make_node("Add", ["none", "one"], ["read"]),
+    ]
+    nodes = [*before, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, tmp_path / "other.onnx")
+    assert qc.prove_equivalence(folded, tmp_path / "model.onnx").passed
+    other = qc.prove_equivalence(folded, tmp_path / "other.onnx")
+    assert other.verdict == "DIFFERENT", other
+
+
+class Convolved(nn.Module):
+    """A convolution, which has no form that both kinds of graphs share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Means of the channels."""
+        y: torch.Tensor = self.fc(torch.relu_(self.conv(x)).mean((2, 3)))
+        return y
+
+
+def test_a_weight_that_samples_cannot_tell_apart_is_found(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    example = (torch.randn(2, 3, 8, 8),)
+    quantized = qc.quantize_groups(qc.capture_model(Convolved().eval(), example))
+    qc.export_model(quantized, tmp_path / "model.onnx", qc.ExportSpec(target="ort-stock"))
+    assert qc.prove_equivalence(quantized, tmp_path / "model.onnx").passed
+    model = onnx.load(tmp_path / "model.onnx")
+    proto = next(t for t in model.graph.initializer if t.name == "conv.weight")
+    values = onnx.numpy_helper.to_array(proto).copy()
+    values[0, 0, 0, 0] *= 1 + 1e-5
+    proto.CopyFrom(onnx.numpy_helper.from_array(values, proto.name))
+    onnx.save(model, tmp_path / "other.onnx")
+    other = qc.prove_equivalence(quantized, tmp_path / "other.onnx")
+    assert other.verdict == "DIFFERENT"
+    assert "@conv.weight" in (other.difference or "")
+
+
+@pytest.mark.parametrize("broken", ["float zero-points", "no block size"])
+def test_a_broken_layer_of_a_file_is_not_equal(broken: str, models: Path, tmp_path: Path) -> None:
+    model = onnx.load(models / "ort-stock.onnx")
+    if broken == "no block size":
+        node = next(n for n in model.graph.node if n.op_type == "MatMulNBits")
+        node.attribute.remove(next(a for a in node.attribute if a.name == "block_size"))
+    else:
+        proto = next(t for t in model.graph.initializer if t.name == "q.zero_point")
+        values = onnx.numpy_helper.to_array(proto).astype(np.float32)
+        proto.CopyFrom(onnx.numpy_helper.from_array(values, proto.name))
+    onnx.save(model, tmp_path / "other.onnx")
+    certificate = qc.prove_equivalence(program("folded"), tmp_path / "other.onnx")
+    assert not certificate.passed
+    assert (certificate.difference or "").startswith("q: ")

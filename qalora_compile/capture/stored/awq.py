@@ -12,12 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qalora_compile.capture.stored.base import Decoded, Tensors, affine_of, take
+from qalora_compile.capture.stored.base import (
+    CONFIG,
+    WHOLE_ROWS,
+    Decoded,
+    Tensors,
+    affine_of,
+    check_matrix,
+    section,
+    take,
+    whole_number,
+)
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.stored_codes import StoredWeight
 
 _PARTS = ("qweight", "qzeros", "scales")
 _BITS = 4
+_GROUP_SIZE = 128
+"""Where the configuration says none."""
 _OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs lies in the first four bits of a word, in the next, and so on."""
 
@@ -29,18 +41,20 @@ def decode_awq(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
         UserInputError: a tensor is missing or of another shape than the others say.
         UnsupportedError: other bits than 4, or another layout.
     """
-    options = config["quantization_config"]
+    options = {"group_size": _GROUP_SIZE, **section(config, "quantization_config", CONFIG)}
     bits, layout = options.get("bits"), str(options.get("version", "gemm")).lower()
     if bits != _BITS or layout != "gemm":
         raise UnsupportedError(
             f"an AWQ checkpoint of {bits} bits in the layout {layout!r}",
+            where=CONFIG,
             hint="4 bits in the layout 'gemm' can be read",
         )
+    group_size = whole_number(options, "group_size", CONFIG, rows=True)
     weights, used = {}, set[str]()
     for name in [name for name in tensors if name.endswith(".qweight")]:
         module = name.removesuffix(".qweight")
         parts = take(tensors, module, _PARTS)
-        weights[module] = _decode(module, parts, int(options.get("group_size", 128)))
+        weights[module] = _decode(module, parts, group_size)
         used |= {f"{module}.{part}" for part in _PARTS}
     return Decoded(weights, frozenset(used))
 
@@ -48,6 +62,7 @@ def decode_awq(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
 def _decode(module: str, parts: Mapping[str, Tensor], group_size: int) -> StoredWeight:
     codes = _unpack(module, "qweight", parts["qweight"]).t()
     zeros = _unpack(module, "qzeros", parts["qzeros"]).t().float()
+    check_matrix(module, "scales", parts["scales"], None, "[L, N]")
     scale = parts["scales"].t().float()
     if zeros.shape != scale.shape:
         raise UserInputError(
@@ -55,18 +70,14 @@ def _decode(module: str, parts: Mapping[str, Tensor], group_size: int) -> Stored
             f"{list(parts['scales'].shape)} want {[scale.shape[1], scale.shape[0] // 8]}",
             where=f"{module}.qzeros",
         )
-    group = codes.shape[1] if group_size == -1 else group_size
+    group = codes.shape[1] if group_size == WHOLE_ROWS else group_size
     affine = affine_of(module, codes, scale, -scale * zeros, _BITS, group)
     return StoredWeight(affine, "AWQ 4 bits")
 
 
 def _unpack(module: str, part: str, packed: Tensor) -> Tensor:
     """`[R, N / 8]` int32 to `[R, N]` uint8."""
-    if packed.dtype != torch.int32 or packed.dim() != 2:
-        raise UserInputError(
-            f"{module}.{part} is {packed.dtype} {list(packed.shape)}, not int32 [.., N / 8]",
-            where=f"{module}.{part}",
-        )
+    check_matrix(module, part, packed, torch.int32, "[.., N / 8]")
     codes = torch.empty((*packed.shape, 8), dtype=torch.uint8)
     for place, output in enumerate(_OUTPUTS):
         codes[..., output] = ((packed >> 4 * place) & 15).to(torch.uint8)

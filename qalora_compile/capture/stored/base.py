@@ -33,6 +33,11 @@ class Decoded:
     turned: frozenset[str] = frozenset()
 
 
+CONFIG = "config.json"
+"""Where options are that are said of the whole checkpoint."""
+WHOLE_ROWS = -1
+"""As a group size: each row of a weight is one group."""
+
 Tensors = Mapping[str, Tensor]
 Reader = Callable[[Tensors, Mapping[str, Any]], Decoded]
 """(tensors by name, `config.json`) → what is in them."""
@@ -72,18 +77,92 @@ def take(tensors: Tensors, module: str, parts: tuple[str, ...]) -> dict[str, Ten
     return {part: tensors[f"{module}.{part}"] for part in parts}
 
 
-def check_shapes(name: str, codes: Tensor, group_size: int, **parts: Tensor) -> None:
-    """Scales and what goes with them have one value for each row and group, `[N, L]`.
+def section(options: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    """A part of a configuration; an empty one where it is missing or null.
 
     Raises:
-        UserInputError: one has another shape; the tensor and both shapes are named.
+        UserInputError: it is no object of JSON.
+    """
+    value = options.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise UserInputError(
+            f"{name} is {value!r}", where=where, hint="names with values are wanted there"
+        )
+    return value or {}
+
+
+def whole_number(
+    options: Mapping[str, Any], name: str, where: str, *, top: int | None = None, rows: bool = False
+) -> int:
+    """A whole number of a configuration, from 1 to `top`; with `rows` also `WHOLE_ROWS`.
+
+    Raises:
+        UserInputError: it is missing, or another value.
+    """
+    value = options.get(name)
+    number = value if isinstance(value, int) and not isinstance(value, bool) else 0
+    if 1 <= number <= (top or number) or (rows and number == WHOLE_ROWS):
+        return number
+    last = "" if top is None else f" to {top}"
+    raise UserInputError(
+        f"{name} is {'missing' if value is None else repr(value)}",
+        where=where,
+        hint=f"a whole number from 1{last}{f', or {WHOLE_ROWS}' if rows else ''} is wanted there",
+    )
+
+
+def code_width(options: Mapping[str, Any], name: str, where: str) -> int:
+    """How many bits a code has, by a configuration.
+
+    Raises:
+        UserInputError: it is missing, or no width that can be read.
+    """
+    return whole_number(options, name, where, top=max(SUPPORTED_BITS))
+
+
+def small_numbers(module: str, part: str, values: Tensor, count: int) -> list[int]:
+    """Whole numbers that a checkpoint stores as a tensor.
+
+    Raises:
+        UserInputError: they are of another dtype, more or fewer.
+    """
+    if values.is_floating_point() or values.numel() != count:
+        raise UserInputError(
+            f"{module}.{part} is {values.dtype} {list(values.shape)}, not {count} whole numbers",
+            where=f"{module}.{part}",
+        )
+    return [int(value) for value in values.flatten().tolist()]
+
+
+def check_matrix(
+    module: str, part: str, values: Tensor, dtype: torch.dtype | None, form: str
+) -> None:
+    """A tensor has two axes and a dtype; None: a floating one.
+
+    Raises:
+        UserInputError: it has not, or is empty; `form` says what was wanted.
+    """
+    fits = values.is_floating_point() if dtype is None else values.dtype == dtype
+    if not fits or values.dim() != 2 or values.numel() == 0:
+        wanted = "floating" if dtype is None else str(dtype).removeprefix("torch.")
+        raise UserInputError(
+            f"{module}.{part} is {values.dtype} {list(values.shape)}, not {wanted} {form}",
+            where=f"{module}.{part}",
+        )
+
+
+def check_shapes(name: str, codes: Tensor, group_size: int, **parts: Tensor) -> None:
+    """Scales and what goes with them have one floating value for each row and group, `[N, L]`.
+
+    Raises:
+        UserInputError: one has not; the tensor and both shapes are named.
     """
     wanted = [codes.shape[0], group_count(codes.shape[1], group_size)]
     for part, values in parts.items():
-        if list(values.shape) != wanted:
+        if list(values.shape) != wanted or not values.is_floating_point():
             raise UserInputError(
-                f"{name}.{part} is {list(values.shape)}, and its codes {list(codes.shape)} in "
-                f"groups of {group_size} want {wanted}",
+                f"{name}.{part} is {values.dtype} {list(values.shape)}, and its codes "
+                f"{list(codes.shape)} in groups of {group_size} want floating {wanted}",
                 where=f"{name}.{part}",
                 hint="the checkpoint is inconsistent: fetch it again",
             )

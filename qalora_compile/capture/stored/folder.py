@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qalora_compile.capture.skeleton import model_class
+from qalora_compile.capture.skeleton import build_skeleton, model_class, transformers_module
 from qalora_compile.capture.stored.awq import decode_awq
-from qalora_compile.capture.stored.base import Decoded, Reader
+from qalora_compile.capture.stored.base import CONFIG, Decoded, Reader, section
 from qalora_compile.capture.stored.compressed import decode_compressed
 from qalora_compile.capture.stored.gptq import decode_gptq
 from qalora_compile.capture.stored.hqq import decode_hqq
@@ -28,6 +28,8 @@ from qalora_compile.ir.storage import load_tensors
 from qalora_compile.ir.stored_codes import StoredCodes, StoredWeight
 
 HF = "quantization_config"
+_GPTQ, _GPTQ_CONFIG = "gptq", "quantize_config.json"
+"""AutoGPTQ's own file, of what newer tools put under `quantization_config`."""
 _METHODS: dict[str, Reader] = {
     "awq": decode_awq,
     "compressed-tensors": decode_compressed,
@@ -53,16 +55,20 @@ class StoredModel:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether `config.json` says that the weights are quantized."""
-    config = read_json(folder / "config.json")
-    return MLX in config or HF in config
+    """Whether `config.json`, or `quantize_config.json`, says that the weights are quantized.
+
+    Raises:
+        UserInputError: one of them is malformed.
+    """
+    return _says_codes(_config_of(folder))
 
 
 def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
     """Read a quantized checkpoint.
 
     Args:
-        folder: `config.json` with `quantization` (MLX) or `quantization_config`, and safetensors.
+        folder: `config.json` with `quantization` (MLX) or `quantization_config`, or beside it
+            AutoGPTQ's `quantize_config.json`; and safetensors.
         zero_points: How a GPTQ checkpoint stores its zero-points (`gptq.ZERO_POINTS`), where its
             tag is wrong or says nothing; None: by tag and numbers.
 
@@ -70,7 +76,7 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
         UserInputError: a tensor is missing, broken, or fits neither the others nor the model.
         UnsupportedError: the method is none of those that can be read.
     """
-    config = read_json(folder / "config.json")
+    config = _config_of(folder)
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_tensors(path)
@@ -80,8 +86,34 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
         error.where = f"{folder}: {error.where}" if error.where else str(folder)
         raise
     rest = {name: t for name, t in tensors.items() if name not in decoded.used}
-    model = _build(folder, config, decoded, rest)
-    return StoredModel(model, tuple(decoded.weights.values()), decoded.notes + _widening(rest))
+    model, notes = _build(folder, config, decoded, rest)
+    notes = (*decoded.notes, *notes, *_widening(rest))
+    return StoredModel(model, tuple(decoded.weights.values()), notes)
+
+
+def _config_of(folder: Path) -> Mapping[str, Any]:
+    """`config.json`, with what AutoGPTQ says of the codes in a file of its own.
+
+    Raises:
+        UserInputError: a file, or what it says of the codes, is no object of JSON.
+    """
+    config, own = _object(folder / CONFIG), folder / _GPTQ_CONFIG
+    if not _says_codes(config) and own.is_file():
+        return {**config, HF: {"quant_method": _GPTQ, **_object(own)}}
+    for key in (MLX, HF):
+        section(config, key, str(folder / CONFIG))
+    return config
+
+
+def _says_codes(config: Mapping[str, Any]) -> bool:
+    return any(config.get(key) is not None for key in (MLX, HF))
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, Mapping):
+        raise UserInputError(f"{path.name} is no object of JSON", where=str(path))
+    return value
 
 
 def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) -> Reader:
@@ -92,7 +124,7 @@ def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) ->
         UserInputError: `zero_points` is said of another method than GPTQ.
     """
     method = str((config.get(HF) or {}).get("quant_method", ""))
-    if method == "gptq":
+    if method == _GPTQ:
         return partial(decode_gptq, zero_points=zero_points)
     if zero_points is not None:
         raise UserInputError(
@@ -103,7 +135,7 @@ def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) ->
         return partial(decode_own, folder=folder)
     if method in _METHODS:
         return _METHODS[method]
-    if MLX in config:
+    if config.get(MLX) is not None:
         return decode_mlx
     raise UnsupportedError(
         f"checkpoints quantized by {method or 'an unnamed method'} cannot be read",
@@ -125,8 +157,8 @@ def _widening(rest: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 def _build(
     folder: Path, config: Mapping[str, Any], decoded: Decoded, rest: Mapping[str, Tensor]
-) -> nn.Module:
-    """The model with its weights in float32.
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model with its weights in float32, and a note on what of the checkpoint it leaves out.
 
     Raises:
         UserInputError: the model wants a tensor that is not there, or does not know one.
@@ -134,10 +166,10 @@ def _build(
     kind = model_class(folder)
     plain = {k: v for k, v in config.items() if k not in (MLX, HF, "dtype", "torch_dtype")}
     state = {n: t.float() if t.is_floating_point() else t for n, t in rest.items()}
+    turned = decoded.turned | _turned(folder, decoded.weights)
     for module, stored in decoded.weights.items():
         weight = stored.dequantize()
-        turned = module in decoded.turned
-        state[f"{module}.weight"] = weight.t().contiguous() if turned else weight
+        state[f"{module}.weight"] = weight.t().contiguous() if module in turned else weight
     try:
         model, info = kind.from_pretrained(
             None,
@@ -151,13 +183,28 @@ def _build(
             f"the tensors do not make a {kind.__name__}: {type(error).__name__}: {error}",
             where=str(folder),
         ) from error
+    padding = {
+        bias
+        for module in decoded.weights
+        if (bias := f"{module}.bias") in info["unexpected_keys"] and not state[bias].any()
+    }
     for key, what in (("missing_keys", "has no"), ("unexpected_keys", "has an unknown")):
-        odd = sorted(map(str, info[key]))
+        odd = sorted(set(map(str, info[key])) - padding)
         if odd:
             raise UserInputError(
                 f"the checkpoint {what} tensor {odd[0]} ({len(odd)} in all)",
                 where=str(folder),
                 hint="config.json may be of another model",
             )
-    evaluated: nn.Module = model.eval()
-    return evaluated
+    dropped = f"{len(padding)} biases that the model has not are left out: they are all zeros"
+    return model.eval(), (dropped,) if padding else ()
+
+
+def _turned(folder: Path, modules: Iterable[str]) -> set[str]:
+    """Those of the modules whose parameter the model has as `[K, N]`: transformers' Conv1D."""
+    model: Any = build_skeleton(folder)
+    kind = transformers_module().pytorch_utils.Conv1D
+    paths = {path for path, module in model.named_modules() if isinstance(module, kind)}
+    inside = f"{model.base_model_prefix}."  # there in a checkpoint's names, or not
+    known = {name for path in paths for name in (path, path.removeprefix(inside), inside + path)}
+    return known & set(modules)

@@ -12,14 +12,19 @@ from typing import Any
 import torch
 
 from qalora_compile.capture.stored.base import (
+    CONFIG,
     Decoded,
     Tensors,
     affine_of,
+    check_matrix,
+    code_width,
+    section,
     take,
     unpack_stream,
+    whole_number,
     widened_notes,
 )
-from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.stored_codes import StoredWeight
 
 KEY = "quantization"
@@ -33,7 +38,7 @@ def decode_mlx(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
         UserInputError: a tensor is missing or of another shape than the others say.
         UnsupportedError: the mode is another than affine.
     """
-    options: Mapping[str, Any] = config[KEY]
+    options = section(config, KEY, CONFIG)
     weights, widths, used = {}, {}, set()
     for scales in [name for name in tensors if name.endswith(".scales")]:
         module = scales.removesuffix(".scales")
@@ -47,13 +52,8 @@ def decode_mlx(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
             )
         parts = take(tensors, module, _PARTS)
         packed, scale, bias = (parts[part] for part in _PARTS)
-        bits, group = int(mine["bits"]), int(mine["group_size"])
-        if packed.dtype != torch.uint32 or packed.dim() != 2:
-            raise UserInputError(
-                f"{module}.weight is {packed.dtype} {list(packed.shape)}, not uint32 "
-                "[N, K · bits / 32]",
-                where=module,
-            )
+        bits, group = code_width(mine, "bits", module), whole_number(mine, "group_size", module)
+        check_matrix(module, "weight", packed, torch.uint32, "[N, K · bits / 32]")
         codes = unpack_stream(packed.view(torch.uint8), bits, packed.shape[1] * 32 // bits)
         affine = affine_of(module, codes, scale, bias, bits, group)
         weights[module], widths[module] = StoredWeight(affine, f"MLX {bits} bits"), bits

@@ -11,43 +11,63 @@ import torch
 from gguf.quants import quantize
 
 HIDDEN, MLP, HEADS, LAYERS, VOCABULARY = 64, 96, 4, 2, 256
+_HALVES = {"Q4_K": (0, 2), "Q6_K": (208,)}
+"""Where the halves of a block are, of forms that the package gguf reads and cannot write."""
 
 
-def write_llama(path: Path, form: str = "Q4_1", *, embedding: str = "F32") -> Path:
+def write_llama(
+    path: Path,
+    form: str = "Q4_1",
+    *,
+    embedding: str = "F32",
+    hidden: int = HIDDEN,
+    mlp: int = MLP,
+) -> Path:
     """A llama of random weights: all linear layers in one form, rows as llama.cpp orders them."""
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
-    writer.add_embedding_length(HIDDEN)
+    writer.add_embedding_length(hidden)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(MLP)
+    writer.add_feed_forward_length(mlp)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(HEADS // 2)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_dimension_count(hidden // HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCABULARY)
     _add_tokenizer(writer)
 
     def add(name: str, n: int, k: int, kind: str = form) -> None:
-        _add(writer, name, random.standard_normal((n, k)).astype(np.float32) * k**-0.5, kind)
+        values = random.standard_normal((n, k)).astype(np.float32) * k**-0.5
+        _add(writer, name, nested(random, n, k, kind) if kind in _HALVES else values, kind)
 
-    add("token_embd.weight", VOCABULARY, HIDDEN, embedding)
+    add("token_embd.weight", VOCABULARY, hidden, embedding)
     for layer in range(LAYERS):
         for norm in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(HIDDEN, np.float32))
+            writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(hidden, np.float32))
         for part, n, k in (
-            ("attn_q", HIDDEN, HIDDEN),
-            ("attn_k", HIDDEN // 2, HIDDEN),
-            ("attn_v", HIDDEN // 2, HIDDEN),
-            ("attn_output", HIDDEN, HIDDEN),
-            ("ffn_gate", MLP, HIDDEN),
-            ("ffn_up", MLP, HIDDEN),
-            ("ffn_down", HIDDEN, MLP),
+            ("attn_q", hidden, hidden),
+            ("attn_k", hidden // 2, hidden),
+            ("attn_v", hidden // 2, hidden),
+            ("attn_output", hidden, hidden),
+            ("ffn_gate", mlp, hidden),
+            ("ffn_up", mlp, hidden),
+            ("ffn_down", hidden, mlp),
         ):
             add(f"blk.{layer}.{part}.weight", n, k)
-    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
     finish(writer)
     return path
+
+
+def nested(random: np.random.Generator, n: int, k: int, form: str) -> np.ndarray:
+    """Bytes of a K-quant, `[n, bytes of k]`: all random but its halves, which are small."""
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[form]]
+    raw = random.integers(0, 256, (n * k // values, size), dtype=np.uint8)
+    for place in _HALVES[form]:
+        halves = random.uniform(1e-3, 2e-3, len(raw)).astype(np.float16)
+        raw[:, place : place + 2] = halves[:, None].view(np.uint8)
+    return raw.reshape(n, -1)
 
 
 def finish(writer: Any) -> None:

@@ -85,7 +85,7 @@ def read_cells(name: str, folder: Path, number: Callable[[float], str]) -> dict[
         total += len(annotated.plan.to_quantize())
         forms.append(form)
         found = list(weights_of(source.model).values())
-        for mine, theirs in zip(found, wanted or _by_gguf(path), strict=True):
+        for mine, theirs in zip(found, wanted or by_gguf(path), strict=True):
             change = (mine - theirs).abs().max() / theirs.abs().max()
             largest = max(largest, float(change))
     return {
@@ -95,7 +95,7 @@ def read_cells(name: str, folder: Path, number: Callable[[float], str]) -> dict[
     }
 
 
-def _by_gguf(path: Path) -> list[Tensor]:
+def by_gguf(path: Path) -> list[Tensor]:
     """The weights of the blocks by gguf, the rows of q and k as transformers has them."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
     parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

@@ -120,6 +120,27 @@ def test_halves_are_widened_with_a_note(tmp_path: Path) -> None:
     assert "are float16 and computed in float32" in source.stored()[1][-1]
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(3, torch.float32), (4, torch.float16)])
+def test_words_of_hqq_seen_as_floats(bits: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Read where the file says that they are, refused where it does not."""
+    wanted = written(tmp_path / "model", "hqq", bits)
+
+    def view(tensors: dict[str, Tensor]) -> None:
+        tensors |= {n: t.view(dtype) for n, t in tensors.items() if n.endswith("W_q")}
+
+    def say(tensors: dict[str, Tensor]) -> None:
+        tensors |= {n: t.fill_(1) for n, t in tensors.items() if n.endswith("view_as_float")}
+
+    rewrite(tmp_path / "model", view)
+    with pytest.raises(UserInputError, match=rf"W_q is {dtype} .* not .* words"):
+        load_source(str(tmp_path / "model"))
+    rewrite(tmp_path / "model", say)
+    source = load_source(str(tmp_path / "model"))
+    assert len(source.stored()[0]) == len(wanted)
+    for mine, theirs in zip(weights_of(source.model).values(), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
 # Faults
 
 UP = "model.layers.0.mlp.up_proj"
@@ -147,6 +168,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "hqq zero missing": ("hqq", lambda t: t.pop(f"{UP}.zero"), "no tensor .*zero"),
     "hqq zero packed": ("hqq", lambda t: cut(t, f"{UP}.zero"), "one value for each of"),
     "hqq codes cut": ("hqq", lambda t: cut(t, f"{UP}.W_q"), "groups of 32"),
+    "hqq of one axis": ("hqq", lambda t: cut(t, f"{UP}.shape"), "not 2 whole numbers"),
     "hqq along the outputs": ("hqq", lambda t: t[f"{UP}.axis"].fill_(0), "along axis 0"),
 }
 

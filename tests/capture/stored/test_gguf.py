@@ -17,7 +17,9 @@ from qalora_compile.capture.stored.gguf import read_gguf_codes
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.packing import pack_codes
-from tests.capture.stored.gguf_files import example_ids, write_llama, write_tensors
+from tests.capture.stored.gguf_files import example_ids, nested, write_llama, write_tensors
+from tests.capture.stored.matrix import by_gguf
+from tests.capture.stored.models import weights_of
 from tests.models import randomize_adapters
 
 FORMS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -81,6 +83,34 @@ def test_nested_scales_are_dequantized_with_a_note(tmp_path: Path) -> None:
     codes, notes = read_gguf_codes(write_tensors(tmp_path / "k.gguf", {"w": (raw, "Q6_K")}))
     assert len(codes) == 0
     assert notes == ("1 tensors in Q6_K were dequantized: codes with nested scales cannot be kept",)
+
+
+@pytest.mark.parametrize("form", ["Q4_K", "Q6_K"])
+def test_nested_scales_are_dequantized_as_the_library_does(form: str, tmp_path: Path) -> None:
+    raw = nested(np.random.default_rng(0), 3, 512, form)
+    assert dequantize(raw, gguf.GGMLQuantizationType[form]).shape == (3, 512)
+    path = write_llama(tmp_path / "llama.gguf", form, hidden=256, mlp=256)
+    source = load_source(str(path))
+    codes, notes = source.stored()
+    assert len(codes) == 0
+    assert any(f"14 tensors in {form} were dequantized" in note for note in notes)
+    for mine, theirs in zip(weights_of(source.model).values(), by_gguf(path), strict=True):
+        assert float(theirs.std()) > 1e-3
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("form", ["F16", "BF16", "F32"])
+def test_floats_are_read_exactly(form: str, tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "llama.gguf", form, embedding=form)
+    source = load_source(str(path))
+    codes, notes = source.stored()
+    assert (len(codes), notes) == (0, ())
+    for mine, theirs in zip(weights_of(source.model).values(), by_gguf(path), strict=True):
+        assert torch.equal(mine, theirs)
+    stored = {t.name: t for t in gguf.GGUFReader(str(path)).tensors}["token_embd.weight"]
+    assert stored.tensor_type.name == form
+    embedding = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+    assert torch.equal(source.model.get_parameter("model.embed_tokens.weight"), embedding)
 
 
 @pytest.mark.slow

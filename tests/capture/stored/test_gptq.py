@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import qalora_compile as qc
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.skeleton import skeleton_of
 from qalora_compile.capture.source import load_source
-from qalora_compile.errors import QaloraError
+from qalora_compile.errors import QaloraError, UserInputError
 from qalora_compile.passes.replay import replay
 from qalora_compile.runtime.session import open_session
 from tests.capture.stored.models import Quantize, example, rewrite, weights_of, write_folder
@@ -110,15 +111,89 @@ def test_gptq_weights_of_both_versions(bits: int, version: int, tmp_path: Path) 
     assert len(check_weights(tmp_path / "model", wanted).stored()[0]) == 14
 
 
+@pytest.mark.parametrize("said", [{"sym": True}, {}])
 @pytest.mark.parametrize("tag", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("version", [1, 2])
-def test_symmetric_zero_points_show_a_wrong_tag(tag: str, version: int, tmp_path: Path) -> None:
+def test_symmetric_zero_points_show_a_wrong_tag(
+    said: dict[str, bool], tag: str, version: int, tmp_path: Path
+) -> None:
     wanted: list[Tensor] = []
     layer = gptq_layer(wanted, symmetric=True, version=version)
-    write_folder(tmp_path / "model", layer, gptq_config(tag=tag, sym=True))
+    write_folder(tmp_path / "model", layer, gptq_config(tag=tag, **said))
     source = check_weights(tmp_path / "model", wanted)
     disagree = tag != ("gptq" if version == 1 else "gptq_v2")
     assert any(f"read as v{version}" in note for note in source.stored()[1]) == disagree
+
+
+def test_one_symmetric_layer_shows_the_version_of_all(tmp_path: Path) -> None:
+    wanted: list[Tensor] = []
+    symmetric = itertools.chain([True], itertools.repeat(False))
+
+    def layer(module: nn.Linear) -> dict[str, Tensor]:
+        return gptq_layer(wanted, symmetric=next(symmetric), version=2)(module)
+
+    write_folder(tmp_path / "model", layer, gptq_config(tag="gptq"))
+    (note, *_) = check_weights(tmp_path / "model", wanted).stored()[1]
+    assert "(1 layers): read as v2" in note
+
+
+@pytest.mark.parametrize("tag", ["gptq", "gptq_v2"])
+def test_layers_that_contradict_each_other_are_read_by_the_tag(tag: str, tmp_path: Path) -> None:
+    versions = itertools.cycle([1, 2])
+
+    def layer(module: nn.Linear) -> dict[str, Tensor]:
+        return gptq_layer([], symmetric=True, version=next(versions))(module)
+
+    write_folder(tmp_path / "model", layer, gptq_config(tag=tag))
+    (note, *_) = load_source(str(tmp_path / "model")).stored()[1]
+    assert "(7 layers)" in note
+    assert f"read as {'v1' if tag == 'gptq' else 'v2'}" in note
+
+
+def test_symmetric_by_word_alone_is_noted(tmp_path: Path) -> None:
+    wanted: list[Tensor] = []
+    write_folder(tmp_path / "model", gptq_layer(wanted), gptq_config(sym=True))
+    (note, *_) = check_weights(tmp_path / "model", wanted).stored()[1]
+    assert "14 layers are symmetric by config.json" in note
+    assert "are not: read as v1" in note
+
+
+def test_the_configuration_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """AutoGPTQ's `quantize_config.json`; without it there is nothing to read the codes by."""
+    wanted: list[Tensor] = []
+    folder = tmp_path / "model"
+    write_folder(folder, gptq_layer(wanted), {})
+    with pytest.raises(UserInputError, match="has no tensor .*weight.* an unknown .*qweight|g_idx"):
+        load_source(str(folder))
+    said = gptq_config()["quantization_config"]
+    del said["quant_method"]  # its first versions did not say
+    (folder / "quantize_config.json").write_text(json.dumps(said))
+    assert len(check_weights(folder, wanted).stored()[0]) == 14
+
+
+def with_biases(value: float) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".qweight")]:
+            bias = torch.full((tensors[name].shape[1],), value, dtype=torch.float16)
+            tensors[f"{name.removesuffix('.qweight')}.bias"] = bias
+
+    return change
+
+
+def test_biases_of_zeros_that_the_model_has_not_are_left_out(tmp_path: Path) -> None:
+    """Some tools write one for each layer."""
+    wanted: list[Tensor] = []
+    write_folder(tmp_path / "model", gptq_layer(wanted), gptq_config())
+    rewrite(tmp_path / "model", with_biases(0.0))
+    notes = check_weights(tmp_path / "model", wanted).stored()[1]
+    assert any("14 biases that the model has not are left out" in note for note in notes)
+
+
+def test_other_biases_that_the_model_has_not_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", gptq_layer([]), gptq_config())
+    rewrite(tmp_path / "model", with_biases(0.5))
+    with pytest.raises(UserInputError, match=r"unknown tensor model\.layers.*\.bias"):
+        load_source(str(tmp_path / "model"))
 
 
 def test_the_caller_has_the_last_word(tmp_path: Path) -> None:
@@ -241,6 +316,15 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
         replaced("qzeros", lambda t: t[:, :-1]),
         "scales of .* want",
     ),
+    "packed zero-points of the scales' shape": (
+        replaced("qzeros", lambda t: torch.zeros(2, 96, dtype=torch.int32)),
+        r"int32 \[2, 96\], and scales of \[2, 96\] want \[2, 12\]",
+    ),
+    "zero-points in floating point beside packed ones": (
+        replaced("qzeros", lambda t: torch.full((2, 96), 7.0)),
+        "up_proj.qzeros is torch.float32, and .*qzeros torch.int32",
+    ),
+    "scales of one axis": (replaced("scales", torch.flatten), "not floating"),
     "no scales": (without_scales, "no tensor .*scales"),
     "scales cut": (replaced("scales", lambda t: t[:-1]), "qzeros is"),
     "codes cut": (replaced("qweight", lambda t: t[:-4]), "g_idx is|codes"),
@@ -273,9 +357,10 @@ def test_inconsistent_tensors_of_awq_are_refused(part: str, words: str, tmp_path
 
 OPTIONS: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "another packing": (gptq_config(tag="marlin"), None, "packed as 'marlin'"),
-    "no bits": ({"quantization_config": {"quant_method": "gptq"}}, None, "does not say bits"),
+    "no bits": ({"quantization_config": {"quant_method": "gptq"}}, None, "bits is missing"),
     "a rule that is none": (gptq_config(dynamic={"+:(": {}}), None, r"the rule '\+:\('"),
-    "a rule without options": (gptq_config(dynamic={".*": 4}), None, "the rule '.*' .* be read"),
+    "a rule without options": (gptq_config(dynamic={".*": 4}), None, r"\.\* is 4"),
+    "a rule of 0 bits": (gptq_config(dynamic={".*": {"bits": 0}}), None, "bits is 0"),
     "codes of a float": (gptq_config(dynamic={"-:.*up": {}}), None, "quantized, and the rule"),
     "floats said of integers": (gptq_config(), "offset", "stored as integers"),
     "an unknown word": (gptq_config(), "v3", "zero_points is 'v3'"),
@@ -300,3 +385,20 @@ def test_integers_said_of_floats_are_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", gptq_layer([], floating="float"), gptq_config())
     with pytest.raises(QaloraError, match="stored in floating point"):
         load_source(str(tmp_path / "model"), zero_points="v1")
+
+
+def test_floats_that_may_be_zero_points_or_offsets_are_refused(tmp_path: Path) -> None:
+    """Between 0 and 1/2 either could be meant; the caller says which."""
+    write_folder(tmp_path / "model", gptq_layer([], floating="float"), gptq_config())
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors |= {n: torch.full_like(t, 0.25) for n, t in tensors.items() if "qzeros" in n}
+
+    rewrite(tmp_path / "model", change)
+    with pytest.raises(UserInputError, match="median of 0.25 may be zero-points or offsets"):
+        load_source(str(tmp_path / "model"))
+    read = [
+        weights_of(load_source(str(tmp_path / "model"), zero_points=word).model)[UP]
+        for word in ("float", "offset")
+    ]
+    assert not torch.equal(*read)

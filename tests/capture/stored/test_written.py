@@ -16,7 +16,13 @@ from qalora_compile.capture.source import load_source
 from qalora_compile.errors import QaloraError
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.keep_codes import keep_codes
-from tests.exporters.checkpoints import llama_and_program, made_whole, weight_of
+from tests.exporters.checkpoints import (
+    causal_lm,
+    folded,
+    llama_and_program,
+    made_whole,
+    weight_of,
+)
 from tests.models import gpt2, randomize_adapters, token_ids, worst
 
 TARGETS = ("gguf", "mlx", "hqq", "safetensors", "gptq", "compressed-tensors")
@@ -48,17 +54,50 @@ def test_weights_and_codes_come_back(target: str, tmp_path: Path) -> None:
     assert len(kept.weights) == len(program.plan.to_quantize())
 
 
-def test_weights_that_are_stored_turned_come_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["safetensors", "gptq"])
+@pytest.mark.parametrize("targets", ["all-linear", ["attn.c_proj"]])  # those are square
+def test_weights_that_are_stored_turned_come_back(
+    target: str, targets: str | list[str], tmp_path: Path
+) -> None:
     model = gpt2()
     ids = token_ids(2, 8)
     captured = qc.capture_model(model, (ids,))
-    program = qc.insert_adapters(qc.quantize_groups(captured, qc.QuantSpec(group_size=16)))
-    folded = qc.fold_adapters(randomize_adapters(program))
-    spec = qc.ExportSpec(target="safetensors")
-    qc.export_model(folded, tmp_path / "model", spec, model=model)
+    spec = qc.QuantSpec(group_size=32)
+    program = qc.insert_adapters(qc.quantize_groups(captured, spec, targets=targets))
+    program = qc.fold_adapters(randomize_adapters(program))
+    program = made_whole(program) if target in WHOLE else program
+    qc.export_model(program, tmp_path / "model", qc.ExportSpec(target=target), model=model)
     source = load_source(str(tmp_path / "model"))
     again = source.capture()(input_ids=ids, attention_mask=torch.ones_like(ids))
-    assert worst(again, folded(ids)) < 1e-4
+    assert worst(again, program(ids)) < 1e-4
+    assert len(source.stored()[0]) == len(program.plan.to_quantize())
+
+
+def test_turned_weights_under_the_names_of_the_inner_model_come_back(tmp_path: Path) -> None:
+    """GPT-2's own checkpoint begins its names with `h.`, not with `transformer.h.`."""
+    model, ids = gpt2(), token_ids(2, 8)
+    quantized = qc.quantize_groups(qc.capture_model(model, (ids,)), targets=["attn.c_proj"])
+    program = made_whole(quantized)
+    qc.export_model(program, tmp_path / "model", qc.ExportSpec(target="gptq"), model=model)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(file).items()}
+    assert any(name.startswith("h.0.attn.c_proj.") for name in tensors)
+    save_file(tensors, file)
+    again = load_source(str(tmp_path / "model")).capture()
+    assert worst(again(input_ids=ids, attention_mask=torch.ones_like(ids)), program(ids)) < 1e-4
+
+
+@pytest.mark.parametrize("target", WHOLE)
+def test_biases_of_layers_come_back(target: str, tmp_path: Path) -> None:
+    model = causal_lm(attention_bias=True)
+    program = made_whole(folded(model))
+    qc.export_model(program, tmp_path / "model", qc.ExportSpec(target=target), model=model)
+    found = load_source(str(tmp_path / "model")).model
+    biases = {n: p for n, p in model.named_parameters() if n.endswith(".bias")}
+    assert len(biases) == 8
+    for name, bias in biases.items():
+        assert float(bias.detach().abs().max()) > 0
+        assert torch.equal(found.get_parameter(name), bias)
 
 
 # Faults

@@ -1,0 +1,142 @@
+"""Weights of activation order: columns come back where they belong, or nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qalora_compile as qc
+from qalora_compile.capture.source import load_source
+from qalora_compile.errors import UnsupportedError
+from qalora_compile.exporters import gptq as gptq_format
+from qalora_compile.ir.affine import GroupAffine
+from qalora_compile.ir.columns import column_orders
+from qalora_compile.ir.stored_codes import StoredCodes, StoredWeight
+from tests.capture.stored.models import weights_of, write_folder
+from tests.capture.stored.test_gptq import gptq_config, gptq_layer
+from tests.exporters.decoders import DECODERS, config, tensors
+from tests.models import scale_of, token_ids, worst
+
+K, N, GROUP = 96, 64, 32
+
+
+class Pair(nn.Module):
+    """Two layers that read one input, and a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(K, N), nn.Linear(K, N)
+        self.c = nn.Linear(N, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x) * self.b(x))
+
+
+def sorted_pair(bits: int = 4, *, whole: bool = True) -> tuple[nn.Module, qc.Program]:
+    """A program whose first two layers share an order, and the model with the weights it has."""
+    torch.manual_seed(0)
+    model, codes, order = Pair().eval(), StoredCodes(), torch.randperm(K)
+    for layer, own in ((model.a, order), (model.b, order), (model.c, None)):
+        n, k = layer.weight.shape
+        groups = k // GROUP
+        scale = torch.rand(n, groups).half().float() + 0.125
+        zero = torch.randint(0, 2**bits, (n, groups)).float()
+        offset = -scale * (zero if whole else zero + 0.3)
+        values = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+        stored = StoredWeight(GroupAffine(values, scale, offset, bits, GROUP), "test", own)
+        codes.add(stored)
+        with torch.no_grad():
+            layer.weight.copy_(stored.dequantize())
+    captured = qc.capture_model(model, (torch.randn(3, K),))
+    return model, qc.quantize_groups(captured, stored=codes)
+
+
+def test_weights_that_share_an_order_are_all_found() -> None:
+    model, program = sorted_pair()
+    orders = column_orders(program)
+    assert orders.keys() == {"a", "b"}
+    adapted = qc.insert_adapters(program, qc.AdapterSpec(rank=2))
+    for later in (adapted, qc.fold_adapters(adapted)):
+        found = column_orders(later)
+        assert all(torch.equal(found[path], order) for path, order in orders.items())
+    captured = qc.capture_model(model, (torch.randn(3, K),))
+    assert column_orders(qc.quantize_groups(captured)) == {}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_floats_are_the_models_own_weights(whole: bool, tmp_path: Path) -> None:
+    model, program = sorted_pair(whole=whole)
+    qc.export_model(program, tmp_path / "out", qc.ExportSpec(target="float"))
+    found = {name: torch.from_numpy(t) for name, t in tensors(tmp_path / "out").items()}
+    assert found.keys() == model.state_dict().keys(), "an order is no tensor of the model"
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_gptq_keeps_codes_and_says_their_groups(bits: int, tmp_path: Path) -> None:
+    model, program = sorted_pair(bits)
+    qc.export_model(program, tmp_path / "out", qc.ExportSpec(target="gptq"))
+    assert config(tmp_path / "out", "quantize_config.json")["desc_act"] is True
+    for name in ("a", "b", "c"):
+        weight = model.get_parameter(f"{name}.weight").detach()
+        found = torch.from_numpy(DECODERS["gptq"](tmp_path / "out", name))
+        assert worst(found, weight.double()) <= 2.0**-23 * scale_of(weight)
+    groups = tensors(tmp_path / "out")
+    assert np.array_equal(groups["c.g_idx"], np.arange(N) // GROUP)
+    assert not np.array_equal(groups["a.g_idx"], np.arange(K) // GROUP)
+
+
+def test_layers_that_gptq_has_as_floats_are_in_order_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, program = sorted_pair()
+    monkeypatch.setattr(gptq_format, "_misfit", lambda layer: "odd" * (layer.name == "a"))
+    qc.export_model(program, tmp_path / "out", qc.ExportSpec(target="gptq"))
+    found = torch.from_numpy(tensors(tmp_path / "out")["a.weight"])
+    assert torch.equal(found, model.get_parameter("a.weight"))
+
+
+@pytest.mark.parametrize("target", ["mlx", "hqq", "compressed-tensors", "safetensors"])
+def test_formats_without_an_order_are_refused(target: str, tmp_path: Path) -> None:
+    _, program = sorted_pair()
+    spec = qc.ExportSpec(target=target)
+    with pytest.raises(UnsupportedError, match="in activation order") as caught:
+        qc.export_model(program, tmp_path / "out", spec)
+    assert caught.value.where == "a"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_activation_order_goes_round(tmp_path: Path) -> None:
+    wanted: list[Tensor] = []
+    write_folder(tmp_path / "base", gptq_layer(wanted, act_order=True), gptq_config())
+    source = load_source(str(tmp_path / "base"))
+    program = qc.quantize_groups(source.capture(), stored=source.stored()[0])
+    for target in ("gptq", "float"):
+        qc.export_model(
+            program, tmp_path / target, qc.ExportSpec(target=target), model=tmp_path / "base"
+        )
+        again = load_source(str(tmp_path / target))
+        found = list(weights_of(again.model).values())
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert worst(mine, theirs) <= 1e-6 * scale_of(theirs)
+        assert len(again.stored()[0]) == (14 if target == "gptq" else 0)
+    ids = token_ids(2, 7)
+    logits = source.model(ids).logits
+    assert worst(again.model(ids).logits, logits) <= 1e-5 * scale_of(logits)
+    with pytest.raises(UnsupportedError, match="Q4_1 has no place"):
+        qc.export_model(
+            program, tmp_path / "m.gguf", qc.ExportSpec(target="gguf"), model=tmp_path / "base"
+        )
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_column_put_elsewhere_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, program = sorted_pair()
+    monkeypatch.setattr(gptq_format, "unsorted", lambda values, _: values)
+    qc.export_model(program, tmp_path / "out", qc.ExportSpec(target="gptq"))
+    found = torch.from_numpy(DECODERS["gptq"](tmp_path / "out", "a"))
+    assert worst(found, model.get_parameter("a.weight").double()) > 0.1
