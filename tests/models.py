@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -150,6 +151,14 @@ def llama() -> nn.Module:
     )
     config.use_cache = False
     return LlamaForCausalLM(config).eval()
+
+
+def slow(*values: object) -> list[Any]:
+    """Parameters of a test that is slow with them; a tuple holds several."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        for value in values
+    ]
 
 
 TRANSFORMERS = {"bert": bert, "gpt2": gpt2, "llama": llama}

@@ -6,7 +6,7 @@ A parameter that is off by less than that, and a mask of ones that is not read, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -18,6 +18,11 @@ _NEAR = 1e-2
 parameter; what is farther apart shows on samples."""
 _SHAPES = ("size", "sym_size", "Shape", "zeros_like", "ones_like", "full_like", "empty_like")
 """Operators that read nothing of an operand but its shape."""
+_RESULTS: dict[str, dict[int, tuple[int, ...]]] = {
+    "onnx.Attention": {1: (1, 4), 2: (2, 5)},
+    "com.microsoft.MultiHeadAttention": {1: (1, 3, 6), 2: (2, 3, 7)},
+}
+"""The operands that a result is made of, where it is not all of them: a cache takes no mask."""
 
 
 def parted(a: Term, b: Term) -> tuple[str, str] | None:
@@ -83,12 +88,26 @@ def _parted_masks(a: Term, b: Term) -> tuple[str, str] | None:
 
 
 def _masks(value: Term) -> dict[str, str]:
-    found = _walk(value, lambda t: _base(t.op) not in _SHAPES)
+    found = _walk(value, _read)
     return {t.detail: t.line for t in found if t.op == "input" and "mask" in t.detail}
 
 
+def _read(value: Term) -> tuple[Term, ...]:
+    """The operands of which the values matter."""
+    if _base(value.op) in _SHAPES:
+        return ()
+    parts = value.detail.split(", ")
+    result = next((int(p.removeprefix("result ")) for p in parts if p.startswith("result ")), 0)
+    places = _RESULTS.get(value.op, {}).get(result)
+    if places is None:
+        return value.args
+    operands = iter(value.args)  # one for each dot
+    by_place = {place: next(operands) for place, part in enumerate(parts) if part == "·"}
+    return tuple(by_place[place] for place in places if place in by_place)
+
+
 def _tensors(value: Term) -> list[tuple[str, Stored]]:
-    return [(t.key, t.stored) for t in _walk(value, lambda _: True) if t.stored is not None]
+    return [(t.key, t.stored) for t in _walk(value, lambda t: t.args) if t.stored is not None]
 
 
 def _base(op: str) -> str:
@@ -96,15 +115,13 @@ def _base(op: str) -> str:
     return parts[1] if len(parts) > 1 else op
 
 
-def _walk(value: Term, enters: Callable[[Term], bool]) -> Iterator[Term]:
-    """A term and all inside it, each once."""
+def _walk(value: Term, operands: Callable[[Term], Sequence[Term]]) -> Iterator[Term]:
+    """A term and all inside it that is reached by `operands`, each once."""
     waiting, seen = [value], {value.key}
     while waiting:
         here = waiting.pop()
         yield here
-        if not enters(here):
-            continue
-        for arg in here.args:
+        for arg in operands(here):
             if arg.key not in seen:
                 seen.add(arg.key)
                 waiting.append(arg)

@@ -19,7 +19,7 @@ from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.onnx import initializers
 from qalora_compile.ir.deferred import is_deferred, materialize
-from tests.models import llama, token_ids
+from tests.models import llama, slow, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_weights_are_those_of_the_files(model: Any, folder: Path) -> None:
         assert torch.equal(materialize(tensor), parameters[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float32)])
 def test_quantizing_later_is_quantizing_now(model: Any, tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     twin = type(model)(model.config).eval().to(dtype)

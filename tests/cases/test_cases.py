@@ -35,6 +35,7 @@ from tests.models import (
     outputs,
     randomize_adapters,
     scale_of,
+    slow,
     token_ids,
     worst,
 )
@@ -150,9 +151,12 @@ def test_case_03_flat_groups(method: str, tmp_path: Path) -> None:
     assert qc.verify_equivalence(folded, tmp_path / "model.onnx", [(x,)], tolerance).passed
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@every_method
+ONE_SIDED = [("minmax", bits, sign) for bits in (2, 3, 4, 8) for sign in (1.0, -1.0)]
+ONE_SIDED += [("mse", 2, 1.0), ("mse", 4, -1.0), ("hqq", 2, -1.0), ("hqq", 3, 1.0)]
+ONE_SIDED += [("gptq", 3, -1.0), ("gptq", 4, 1.0)]
+
+
+@pytest.mark.parametrize(("method", "bits", "sign"), ONE_SIDED)
 def test_case_04_one_sided_groups(method: str, bits: int, sign: float, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(K, N)).eval()
     with torch.no_grad():
@@ -337,7 +341,7 @@ EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
-@pytest.mark.parametrize("name", ["llama", "vit"])
+@pytest.mark.parametrize("name", ["vit", *slow("llama")])
 def test_case_12_half_precision_models(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     entry = ENTRIES[name]
     model = entry.build().to(dtype)

@@ -17,6 +17,7 @@ from qalora_compile.runtime import EncoderDecoder
 from tests.cli.conftest import WORDS
 from tests.zoo.entries import ENTRIES
 
+pytestmark = pytest.mark.slow  # T5 is trained first
 Capture = pytest.CaptureFixture[str]
 TRAIN = ["--steps", "150", "--lr", "1e-2", "--rank", "8", "--alpha", "16", "--batch-size", "6"]
 
@@ -162,7 +163,6 @@ def test_a_model_that_names_no_start_is_refused(
     assert "names no token" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_quantize_needs_no_training(t5_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     out = str(tmp_path / "edge")
     words = ["--exclude", "re:^encoder.*wi$", "--bits", "8"]
@@ -180,7 +180,6 @@ def test_quantize_needs_no_training(t5_folder: Path, tmp_path: Path, capsys: Cap
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()  # of 8 bits
 
 
-@pytest.mark.slow
 def test_quantize_takes_a_bart_with_its_buffer(tmp_path: Path) -> None:
     model: Any = ENTRIES["bart"].build()
     torch.nn.init.normal_(model.get_buffer("final_logits_bias"))
@@ -195,7 +194,6 @@ def test_quantize_takes_a_bart_with_its_buffer(tmp_path: Path) -> None:
     assert record["context_length"] == 1024
 
 
-@pytest.mark.slow
 def test_whisper_is_quantized_and_not_given_text(tmp_path: Path, capsys: Capture) -> None:
     model: Any = ENTRIES["whisper"].build()
     model.save_pretrained(tmp_path / "whisper")

@@ -24,6 +24,7 @@ from tests.models import (
     gpt2,
     llama,
     randomize_adapters,
+    slow,
     token_ids,
 )
 
@@ -204,7 +205,7 @@ def test_a_layer_with_hooks_keeps_them() -> None:
     assert set(program.tensors()) == set(model.state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float16)])
 def test_half_precision_models(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = llama().to(dtype)

@@ -17,7 +17,7 @@ from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.exporters.onnx import exported, model
 from qalora_compile.exporters.onnx.exported import TranslatableProgram, lift, retrace
 from qalora_compile.runtime import open_session
-from tests.models import gpt2, llama
+from tests.models import gpt2, llama, slow
 
 FLOAT = qc.ExportSpec(allow_unfolded=True)
 
@@ -44,8 +44,8 @@ def retraced(monkeypatch: pytest.MonkeyPatch) -> list[qc.Program]:
     return seen
 
 
-@pytest.mark.parametrize("fusion", ["none", "standard"])
-@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("fusion", ["standard", *slow("none")])
+@pytest.mark.parametrize("build", [llama, *slow(gpt2)])
 def test_language_models_are_not_traced_again(
     build: Any, fusion: str, tmp_path: Path, retraced: list[qc.Program]
 ) -> None:

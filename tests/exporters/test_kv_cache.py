@@ -23,7 +23,7 @@ from qalora_compile.exporters.genai import CONFIG_FILE, context_length, genai_co
 from qalora_compile.ir.signature import InputLeaf, Signature
 from qalora_compile.ir.storage import read_program
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
-from tests.models import adapted, gpt2, llama, token_ids
+from tests.models import adapted, gpt2, llama, slow, token_ids
 
 BUILDS = {"llama": llama, "gpt2": gpt2}
 PROMPT = [5, 17, 40, 3]
@@ -46,7 +46,11 @@ def greedy(folded: qc.Program, count: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("name", "fusion"),
-    [("llama", "standard"), ("llama", "none"), ("gpt2", "standard"), ("gpt2", "ort")],
+    [
+        ("llama", "standard"),
+        ("gpt2", "ort"),
+        *slow(("llama", "none"), ("gpt2", "standard")),
+    ],
 )
 def test_tokens_equal_those_of_torch(name: str, fusion: str, tmp_path: Path) -> None:
     model, folded = fold(BUILDS[name])
@@ -218,7 +222,7 @@ def test_a_planted_fault_in_the_cache_is_found(
     assert not qc.verify_equivalence(folded, tmp_path / "broken.onnx", call, tolerance).passed
 
 
-@pytest.mark.parametrize("target", ["ort", "ort-stock", "onnx"])
+@pytest.mark.parametrize("target", ["ort", *slow("ort-stock", "onnx")])
 def test_weights_left_in_their_file_give_the_same_model(target: str, tmp_path: Path) -> None:
     model, folded = fold(llama)
     folded.save(tmp_path / "folded")

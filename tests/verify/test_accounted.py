@@ -161,6 +161,14 @@ def test_a_mask_that_one_side_does_not_read_is_a_difference() -> None:
     assert status(ours(1.0), theirs) == DIFFERENT
 
 
+@pytest.mark.parametrize(("result", "expected"), [(0, DIFFERENT), (1, OPEN), (2, OPEN)])
+def test_the_cache_that_attention_gives_takes_no_mask(result: int, expected: str) -> None:
+    operands = (X, X, X, Ref("attention_mask"))
+    made = Node("y", "onnx.Attention", operands, {}, "%y", output=result)
+    ours = graph(FX, node("aten.cat.default", (X, X)), mask="attention_mask")
+    assert status(ours, graph(ONNX, made, mask="attention_mask")) == expected
+
+
 def branching(captures: str, factor: float = 1.0, inner: str = "o") -> Graph:
     """If, whose branches multiply x by a stored matrix."""
     helper = onnx.helper

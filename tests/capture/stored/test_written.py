@@ -23,7 +23,7 @@ from tests.exporters.checkpoints import (
     made_whole,
     weight_of,
 )
-from tests.models import gpt2, randomize_adapters, token_ids, worst
+from tests.models import gpt2, randomize_adapters, slow, token_ids, worst
 
 TARGETS = ("gguf", "mlx", "hqq", "safetensors", "gptq", "compressed-tensors")
 WHOLE = ("gptq", "compressed-tensors")
@@ -54,8 +54,8 @@ def test_weights_and_codes_come_back(target: str, tmp_path: Path) -> None:
     assert len(kept.weights) == len(program.plan.to_quantize())
 
 
-@pytest.mark.parametrize("target", ["safetensors", "gptq"])
-@pytest.mark.parametrize("targets", ["all-linear", ["attn.c_proj"]])  # those are square
+@pytest.mark.parametrize("target", ["gptq", *slow("safetensors")])
+@pytest.mark.parametrize("targets", [["attn.c_proj"], *slow("all-linear")])  # those are square
 def test_weights_that_are_stored_turned_come_back(
     target: str, targets: str | list[str], tmp_path: Path
 ) -> None:
