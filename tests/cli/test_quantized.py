@@ -7,14 +7,7 @@ import math
 import pytest
 
 from qalora_compile.cli.quantized import print_reports
-from qalora_compile.cli.ui import WIDE, console
 from qalora_compile.quantizers.report import QuantReport
-
-
-@pytest.fixture(autouse=True)
-def _wide_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables as wide as where the output is no terminal, whatever COLUMNS says (xdist sets 80)."""
-    monkeypatch.setattr(console, "width", WIDE)
 
 
 def report(path: str, decibels: float, group: int = 32) -> QuantReport:
