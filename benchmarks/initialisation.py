@@ -79,7 +79,7 @@ class Bench:
     def quantize(self, **changes: Any) -> qc.Program:
         """Quantized as the options say, with changes."""
         spec = dataclasses.replace(self.quant, **changes)
-        calls = self.calls if spec.bits == "auto" else None
+        calls = self.calls if spec.bits == "auto" or spec.method == "gptq" else None
         return qc.quantize_groups(self.captured, spec, calibration=calls)
 
     def adapt(self, program: qc.Program, **adapter: Any) -> qc.Program:

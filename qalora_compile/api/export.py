@@ -68,11 +68,17 @@ def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
 
 
 def _require_complete(program: Program, spec: ExportSpec) -> None:
-    """Refuse a program whose adapters are not folded, or that is not quantized.
+    """Refuse a program on another device, whose adapters are not folded, or not quantized.
 
     Raises:
         PreconditionError: it is one of them, and the specification does not allow that.
     """
+    device = next((t.device for t in program.tensors().values() if t.device.type != "cpu"), None)
+    if device is not None:
+        raise PreconditionError(
+            f"the program is on {device}, and files are written from the CPU",
+            hint='program.to("cpu")',
+        )
     if program.stage not in (FLOAT, ANNOTATED, ADAPTED) or spec.allow_unfolded:
         return
     problem, command = (

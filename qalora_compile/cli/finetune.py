@@ -13,6 +13,7 @@ from qalora_compile.cli.quantized import add_quant_arguments, print_reports
 from qalora_compile.cli.training_options import (
     add_adapter_arguments,
     add_training_arguments,
+    device_of,
     fit_spec,
 )
 from qalora_compile.cli.ui import Steps, print_summary, quiet, steps
@@ -81,15 +82,16 @@ def run(options: argparse.Namespace) -> int:
     spec = fit_spec(options)
     check_reporting(options.report_to)
     processes = find_processes()
+    device = device_of(options, processes)
     with steps() if processes.is_first else quiet() as shown:
         job = open_job(options, spec, shown, processes)
         job.report_data(shown)
-        with noting_failure(job, processes):
+        with noting_failure(job, processes), job.on(device):
             before = job.before()
         reporting = processes.is_first and _can_report(shown)
         if reporting and "answers" not in job.record:
             job.note(answers=job.answer())
-        with noting_failure(job, processes):
+        with noting_failure(job, processes), job.on(device):
             result = train(job, options, shown, processes)
             after = job.evaluate(f"after step {result.kept}") if not result.stopped else None
         if processes.is_first:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qalora_compile.api import insert_adapters, quantize_groups
 from qalora_compile.capture.source import Source
@@ -94,6 +98,18 @@ class Job:
         for name, data in (("data", self.data), ("held-out data", self.held_out)):
             if data is not None:
                 report_data(shown, name, data)
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Both forms of the program on a device in the block, and on the CPU after it."""
+        forms = (self.program, self.trained)
+        for form in forms:
+            form.to(device)
+        try:
+            yield
+        finally:
+            for form in forms:
+                form.to("cpu")
 
     def before(self) -> Metrics | None:
         """Held-out metrics before training, measured once: a resumed run has them in its record.

@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qalora_compile.cli.quantized import number_or_auto
 from qalora_compile.config import ADAPTER_KINDS, INITS, POOLINGS, ZERO_POINTS, AdapterSpec
 from qalora_compile.errors import UserInputError
@@ -14,13 +16,15 @@ from qalora_compile.training.checkpoint import KEPT
 from qalora_compile.training.data import find_files
 from qalora_compile.training.identity import file_digest
 from qalora_compile.training.log import REPORT_TO
+from qalora_compile.training.precision import find_device
+from qalora_compile.training.processes import Processes
 from qalora_compile.training.spec import PRECISIONS, SCHEDULES, FitSpec
 
 _ADAPTER, _FIT = AdapterSpec(), FitSpec()
 _STEPS = 100
 _FREE = frozenset(
     {"command", "run", "out", "overwrite", "resume"}
-    | {"save_every", "keep", "report_to", "data_cache"}
+    | {"save_every", "keep", "report_to", "data_cache", "device"}
 )
 """Options that decide nothing about the weights: a run may go on with others."""
 _FILES = frozenset({"data", "eval_data", "calibration"})
@@ -82,6 +86,11 @@ def add_training_arguments(group: argparse._ActionsContainer) -> None:
     add("--warmup", type=float, default=_FIT.warmup, metavar="F", help="part of the steps")
     add("--clip", type=float, default=_FIT.clip, metavar="F", help="largest gradient norm")
     add("--precision", default=_FIT.precision, choices=PRECISIONS)
+    add(
+        "--device",
+        metavar="D",
+        help="to train on: cuda, cuda:1, …; cpu if not given, under a launcher the process's own",
+    )
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
     add("--eval-every", type=int, default=0, metavar="N", help="steps; needs --eval-data")
     add(
@@ -116,6 +125,23 @@ def adapter_spec(options: argparse.Namespace) -> AdapterSpec:
         kind=options.adapter,
         zero_point="real" if options.adapter == "scale" else options.zero_point,
     )
+
+
+def device_of(options: argparse.Namespace, processes: Processes) -> torch.device:
+    """Where to train.
+
+    Raises:
+        UserInputError: the name is none, or a launcher decides.
+        UnsupportedError: the device is not there.
+    """
+    if options.device is None:
+        return processes.device
+    if processes.count > 1:
+        raise UserInputError(
+            f"--device {options.device} is given to {processes.count} processes",
+            hint="leave it out: each takes the device that its launcher gives it",
+        )
+    return find_device(options.device)
 
 
 def fit_spec(options: argparse.Namespace) -> FitSpec:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 _ATEN = torch.ops.aten
 _DROPOUT_P = "qalora_dropout_p"
@@ -22,13 +23,16 @@ _MODE_ARGUMENT = {
 }
 _SDPA = _ATEN.scaled_dot_product_attention.default
 _SDPA_P = 4
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+"""Has the kind of a device, as a word, for its first argument."""
 
 
 class ProgramModule(fx.GraphModule):
-    """A GraphModule whose `train()` and `eval()` also switch the modes frozen into its graph.
+    """A GraphModule whose modes and device follow `train()`, `eval()` and `to()`.
 
     `torch.export` burns the mode into arguments (`dropout(x, p, train)`, the dropout of attention,
-    `batch_norm(…, training, …)`); switching rewrites these arguments.
+    `batch_norm(…, training, …)`), and the device on which a model was captured (`arange(…,
+    device=cpu)`); switching the mode, or moving the tensors, rewrites these arguments.
 
     Python code is made from the graph when the module is first called, not when it is built: most
     modules between two passes are never called.
@@ -72,6 +76,24 @@ class ProgramModule(fx.GraphModule):
             self.recompile()
         super().train(mode)
         return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ProgramModule:
+        """Under `to()`, `cuda()` and the like: what the graph makes follows the tensors."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved = next(chain(self.parameters(), self.buffers()), None)
+        if moved is not None:
+            self.move_graph(moved.device)
+        return self
+
+    def move_graph(self, device: torch.device) -> None:
+        """Have the graph, and those inside it, make its tensors on a device."""
+        for module in self.modules():
+            if not isinstance(module, fx.GraphModule):
+                continue
+            changed = [_set_device(node, device) for node in module.graph.nodes]
+            # A plain GraphModule is compiled when it is made.
+            if any(changed) and (not isinstance(module, ProgramModule) or module._compiled):
+                module.recompile()
 
     def rebuild(self, graph: fx.Graph, tensors: Mapping[str, Tensor]) -> ProgramModule:
         """A new module with this one's mode from a graph and the tensors that it may read.
@@ -158,6 +180,21 @@ def _set_mode(node: fx.Node, training: bool) -> bool:
     if position is None or len(node.args) <= position or node.args[position] == training:
         return False
     node.update_arg(position, training)
+    return True
+
+
+def _set_device(node: fx.Node, device: torch.device) -> bool:
+    """Write the device into one node; True where that changed it."""
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    args, kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
+    if node.target is _AUTOCAST and torch.amp.is_autocast_available(device.type):
+        args = (device.type, *args[1:])
+    if (args, kwargs) == (node.args, node.kwargs):
+        return False
+    node._update_args_kwargs(args, kwargs)
     return True
 
 

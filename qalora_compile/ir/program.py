@@ -38,8 +38,8 @@ class Program:
     """A torch.fx graph with its tensors, its stage, its site plan and its history.
 
     A program is a value: passes return a new one, which shares the tensors they left alone. Only
-    training changes a program in place, through its adapter parameters, and `train()`/`eval()`
-    through its mode.
+    training changes a program in place, through its adapter parameters, `train()`/`eval()` through
+    its mode, and `to()` through the device of its tensors.
 
     Attributes:
         module: The graph as a callable, trainable `nn.Module`.
@@ -90,6 +90,16 @@ class Program:
     def eval(self) -> Program:
         """Switch to evaluation mode; returns self."""
         self.module.train(False)
+        return self
+
+    def to(self, device: torch.device | str) -> Program:
+        """Move to a device: the tensors, and what the graph makes itself; returns self.
+
+        Parameters stay the same objects, so an optimizer that has them keeps them. Programs made
+        from this one before share its parameters, and are not to be run any more: move first, then
+        apply passes. Exporters take programs on the CPU.
+        """
+        self.module.to(device)
         return self
 
     @contextmanager

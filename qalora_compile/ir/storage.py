@@ -135,6 +135,7 @@ def _assemble(
     for target, subgraph in subgraphs.items():
         holder.add_module(target, subgraph)
     module = build_module(graph, tensors, submodules=holder, training=value["training"])
+    module.move_graph(torch.device("cpu"))  # it may have been captured or trained elsewhere
     signature = Signature.from_json(value["signature"])
     leaves = [
         leaf.value if leaf.dtype is None else example[str(i)]

@@ -234,6 +234,8 @@ class _Training:
         self.wrapped = self.processes.wrap(BatchLoss(self.program, self.spec))
         self.parameters = self.program.adapter_parameters()
         self.device = self.parameters[0].device
+        for moments in self.state.optimizer.state.values():  # a resumed run's were read to the CPU
+            moments.update({k: t.to(self.device) for k, t in moments.items() if t.dim()})
 
     def step(self) -> StepReport:
         """One optimizer step, and the evaluation that is due after it."""

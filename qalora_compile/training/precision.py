@@ -7,8 +7,36 @@ from typing import Any
 
 import torch
 
-from qalora_compile.errors import UnsupportedError
+from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.training.spec import FitSpec
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name, `cpu` or as torch writes it (`cuda`, `cuda:1`, `mps`).
+
+    Raises:
+        UserInputError: torch does not know it.
+        UnsupportedError: this machine, or this build of torch, has none such.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserInputError(
+            f"no device is called {name}", hint="cpu, or as torch writes it: cuda, cuda:1, mps"
+        ) from error
+    there = torch.accelerator.current_accelerator(check_available=True)
+    if device.type == "cpu":
+        return device
+    if there is None or device.type != there.type:
+        raise UnsupportedError(
+            f"torch {torch.__version__} has no device {name} on this machine",
+            hint=f"it has cpu{f' and {there.type}' if there else ' alone'}",
+        )
+    if (device.index or 0) >= torch.accelerator.device_count():
+        raise UnsupportedError(
+            f"there is no {name}", hint=f"devices of this kind: {torch.accelerator.device_count()}"
+        )
+    return device
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -18,10 +18,12 @@ class Processes:
     Attributes:
         rank: Number of this process, from 0.
         count: How many there are.
+        device: Where it computes.
     """
 
     rank: int = 0
     count: int = 1
+    device: torch.device = torch.device("cpu")
 
     @property
     def is_first(self) -> bool:
@@ -56,6 +58,7 @@ class AccelerateProcesses(Processes):
         )
         self.rank = self._accelerator.process_index
         self.count = self._accelerator.num_processes
+        self.device = self._accelerator.device
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """See `Processes`; the module moves to the device of this process."""
@@ -69,8 +72,7 @@ class AccelerateProcesses(Processes):
 
     def sum(self, value: float) -> float:
         """See `Processes`; summed in float64."""
-        device = self._accelerator.device
-        own = torch.tensor(value, dtype=torch.float64, device=device)
+        own = torch.tensor(value, dtype=torch.float64, device=self.device)
         total: Tensor = self._accelerator.reduce(own, reduction="sum")
         return total.item()
 

@@ -298,6 +298,7 @@ BAD = {
     "dropout": (["--dropout", "1.5"], "dropout is 1.5"),
     "patience alone": (["--patience", "2", "--eval-every", "0"], "patience is 2"),
     "keep": (["--keep", "0"], "--keep is 0"),
+    "device": (["--device", "gpu"], "no device is called gpu"),
     "save": (["--save-every", "0"], "--save-every is 0"),
 }
 

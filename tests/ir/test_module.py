@@ -5,15 +5,22 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from pathlib import Path
 
+import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 import qalora_compile as qc
-from qalora_compile.ir.module import copy_graph, erase_unread
-from tests.models import MLP, adapted, worst
+from qalora_compile.errors import PreconditionError
+from qalora_compile.ir.module import copy_graph, erase_unread, program_tensors
+from qalora_compile.training import TrainingForward
+from tests.models import MLP, adapted, llama, worst
 
 X = torch.randn(3, 32)
+ARGUMENTS = (X, torch.ones(3, 32, dtype=torch.long))
+AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 def compiled(program: qc.Program) -> bool:
@@ -98,3 +105,85 @@ def test_what_nothing_reads_is_erased_and_nothing_else() -> None:
     assert view.name not in names
     assert {linear.name, linear.args[1].name, unread.name} <= names
     assert len(graph.nodes) == len(program.graph.nodes) + 1
+
+
+class Positions(nn.Module):
+    """Makes tensors of its own, moves one, and computes in an autocast block."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+        self.register_buffer("table", torch.randn(64))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        kept = mask.to(device=x.device, dtype=torch.bool)
+        with torch.autocast("cpu", enabled=False):
+            at = torch.arange(x.shape[1], device=x.device) + self.table[0]
+        hidden = self.linear(x) * at + torch.tensor([2.0], device=x.device)
+        return torch.where(kept, hidden, torch.zeros(x.shape, device=x.device))
+
+
+def test_what_a_graph_makes_follows_its_tensors() -> None:
+    # An operator with tensors on two devices fails; "meta" is a second device on every machine.
+    mask = ARGUMENTS[1]
+    program = adapted(Positions().eval(), ARGUMENTS)
+    before = program(*ARGUMENTS)
+    parameters = program.adapter_parameters()
+    moved = copy.deepcopy(program.module).to("meta")
+    assert all(tensor.is_meta for tensor in program_tensors(moved).values())
+    assert devices(moved) == {"meta"}
+    assert moved(X.to("meta"), mask.to("meta")).is_meta
+    assert devices(program.module) == {"cpu"}, "a copy has a graph of its own"
+    assert program.to("cpu") is program
+    assert worst(program(*ARGUMENTS), before) == 0.0
+    assert all(a is b for a, b in zip(program.adapter_parameters(), parameters, strict=True))
+
+
+def devices(module: nn.Module) -> set[str]:
+    """Kinds of the devices that all graphs of a module name."""
+    found: set[str] = set()
+    for graph in (m.graph for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in graph.nodes:
+            values = (*pytree.tree_leaves(node.args), *pytree.tree_leaves(node.kwargs))
+            found |= {value.type for value in values if isinstance(value, torch.device)}
+    return found
+
+
+def test_autocast_blocks_follow() -> None:
+    # Nothing is computed: no machine of the tests has the device.
+    module = adapted(Positions().eval(), ARGUMENTS).module
+    blocks = [n for n in module.graph.nodes if n.target is AUTOCAST]
+    assert [block.args[0] for block in blocks] == ["cpu"]
+    module.move_graph(torch.device("cuda", 1))
+    assert [block.args[0] for block in blocks] == ["cuda"]
+    assert devices(module) == {"cuda"}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "scale"])
+def test_training_runs_on_a_device_that_a_program_was_moved_to(
+    kind: str, checkpointed: bool
+) -> None:
+    model, ids = llama(), torch.arange(12).reshape(2, 6)
+    arguments = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    spec = qc.QuantSpec(zero_point="integer" if kind == "scale" else "real")
+    program = qc.quantize_groups(qc.capture_model(model, (ids,), arguments), spec)
+    program = qc.insert_adapters(program, qc.AdapterSpec(kind=kind)).to("meta").train()
+    forward = TrainingForward(program, gradient_checkpointing=checkpointed)
+    mask = torch.ones(ids.shape, dtype=torch.long, device="meta")
+    logits = forward(ids.to("meta"), attention_mask=mask, use_cache=False).logits
+    logits.sum().backward()
+    gradients = [parameter.grad for parameter in program.adapter_parameters()]
+    assert gradients and all(g is not None and g.is_meta for g in gradients)
+
+
+def test_a_program_elsewhere_is_stored_for_the_cpu_and_not_exported(tmp_path: Path) -> None:
+    program = qc.quantize_groups(qc.capture_model(Positions().eval(), ARGUMENTS))
+    program.module.move_graph(torch.device("cuda", 0))  # as training there leaves it
+    program.save(tmp_path / "stored")
+    assert devices(qc.Program.load(tmp_path / "stored").module) == {"cpu"}
+    with pytest.raises(PreconditionError, match="the program is on meta"):
+        qc.export_model(program.to("meta"), tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
