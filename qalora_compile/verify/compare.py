@@ -28,7 +28,7 @@ class Comparison:
         sqnr_db: Signal to error ratio in decibels, 10 log10(Σ reference² / Σ error²); higher is
             better, infinite where the two are equal.
         scale: Largest absolute reference value.
-        problem: What makes the two incomparable (shapes, NaN), or empty.
+        problem: What no tolerance admits (unlike shapes, NaN, whole numbers that differ), or empty.
     """
 
     name: str
@@ -88,7 +88,11 @@ class Tolerance:
 
 
 def compare(name: str, reference: Tensor, candidate: Tensor) -> Comparison:
-    """Compare two tensors in float64. NaN anywhere, or unlike shapes, is a problem, no number."""
+    """Compare two tensors in float64.
+
+    NaN anywhere, or unlike shapes, is a problem, no number. Integers and booleans (a class, a
+    token, a mask) that differ are a problem beside the numbers: being near means nothing to them.
+    """
     if reference.shape != candidate.shape:
         text = f"shapes {list(reference.shape)} and {list(candidate.shape)} differ"
         return Comparison(name, math.inf, math.inf, -math.inf, math.nan, text)
@@ -103,7 +107,16 @@ def compare(name: str, reference: Tensor, candidate: Tensor) -> Comparison:
     worst = float(error.max())
     relative = worst / scale if scale else (0.0 if worst == 0 else math.inf)
     noise, signal = float(error.square().sum()), float(finite.square().sum())
-    return Comparison(name, worst, relative, _decibels(signal, noise), scale)
+    problem = _unequal(reference, candidate)
+    return Comparison(name, worst, relative, _decibels(signal, noise), scale, problem)
+
+
+def _unequal(reference: Tensor, candidate: Tensor) -> str:
+    """How many values differ where both are integers or booleans; float64 would round large ones."""
+    if any(t.is_floating_point() or t.is_complex() for t in (reference, candidate)):
+        return ""
+    differ = int((reference != candidate).sum())
+    return f"{differ} of {reference.numel()} whole numbers differ" if differ else ""
 
 
 def _decibels(signal: float, noise: float) -> float:

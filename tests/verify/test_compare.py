@@ -54,6 +54,30 @@ def test_unlike_shapes_are_named() -> None:
     assert not Tolerance(max_abs=1e9).admits(found)
 
 
+@pytest.mark.parametrize(
+    ("reference", "candidate", "said"),
+    [
+        ([49_150, 3], [49_151, 3], "1 of 2 whole numbers differ"),
+        ([2**53, 1], [2**53 + 1, 2], "2 of 2 whole numbers differ"),  # float64 sees one
+        ([True, False], [True, True], "1 of 2 whole numbers differ"),
+        ([7, 7], [7, 7], ""),
+    ],
+)
+def test_whole_numbers_are_equal_or_wrong(
+    reference: list[int], candidate: list[int], said: str
+) -> None:
+    found = compare("token", torch.tensor(reference), torch.tensor(candidate))
+    assert found.problem == said
+    wide = Tolerance(max_abs=10.0, max_rel=1.0)
+    assert wide.admits(found) == (not said)
+    assert wide.admits(worst_of([found])) == (not said)
+
+
+def test_numbers_that_one_side_holds_as_floats_are_compared_as_such() -> None:
+    found = compare("y", torch.tensor([100]), torch.tensor([100.5]))
+    assert found.problem == "" and Tolerance(max_abs=1.0).admits(found)
+
+
 def test_an_error_on_a_zero_reference_is_infinitely_large_in_proportion() -> None:
     assert compare("y", torch.zeros(2), torch.tensor([0.0, 1e-9])).max_rel == math.inf
 
