@@ -88,9 +88,21 @@ def one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
         )
 
 
-def _whole(field: str, value: object, *, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserInputError(f"{field} is {value!r}", hint=f"use a whole number, {least} or more")
+LARGEST_SEED = 2**63 - 1
+"""Of torch's generators, which take a seed as a signed integer of 64 bits."""
+
+
+def whole(field: str, value: object, *, least: int, most: int | None = None) -> None:
+    """Refuse what is no whole number from `least` to `most`.
+
+    Raises:
+        UserInputError: it is none; the field is named.
+    """
+    counts = isinstance(value, int) and not isinstance(value, bool)
+    if counts and least <= value <= (math.inf if most is None else most):  # type: ignore[operator]
+        return
+    limit = "or more" if most is None else f"to {most}"
+    raise UserInputError(f"{field} is {value!r}", hint=f"use a whole number, {least} {limit}")
 
 
 def _is_positive(value: object) -> bool:
@@ -163,7 +175,7 @@ class QuantSpec(Spec):
 
     def _check_group_size(self) -> None:
         if self.group_size != AUTO:
-            return _whole("group_size", self.group_size, least=1)
+            return whole("group_size", self.group_size, least=1)
         if self.bits != AUTO:
             raise UserInputError(
                 f"group_size is 'auto' with bits {self.bits!r}",
@@ -250,9 +262,9 @@ class AdapterSpec(Spec):
         one_of("zero_point", self.zero_point, ZERO_POINTS)
         self._check_variant()
         if self.rank == AUTO:
-            _whole("rank_budget, with rank 'auto',", self.rank_budget, least=1)
+            whole("rank_budget, with rank 'auto',", self.rank_budget, least=1)
         else:
-            _whole("rank", self.rank, least=1)
+            whole("rank", self.rank, least=1)
             if self.rank_budget is not None:
                 raise UserInputError(
                     f"rank_budget is {self.rank_budget!r} with rank {self.rank!r}",
@@ -263,9 +275,9 @@ class AdapterSpec(Spec):
         one_of("use_rslora", self.use_rslora, (True, False))
         if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
             raise UserInputError(f"dropout is {self.dropout!r}", hint="use e.g. 0.05, below 1")
-        _whole("seed", self.seed, least=0)
+        whole("seed", self.seed, least=0, most=LARGEST_SEED)
         if self.group_size is not None:
-            _whole("adapter group_size", self.group_size, least=1)
+            whole("adapter group_size", self.group_size, least=1)
         if not (isinstance(self.alpha, (int, float)) and abs(self.alpha) < float("inf")):
             raise UserInputError(f"alpha is {self.alpha!r}", hint="use a finite number")
 

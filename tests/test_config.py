@@ -98,6 +98,7 @@ BAD: dict[str, tuple[type[Spec], dict[str, Any]]] = {
     "group size 2.5": (QuantSpec, {"group_size": 2.5}),
     "group size true": (QuantSpec, {"group_size": True}),
     "method": (QuantSpec, {"method": "best"}),
+    "seed beyond torch's": (AdapterSpec, {"seed": 2**63}),
     "group auto, bits given": (QuantSpec, {"group_size": "auto"}),
     "group auto, codes counted alone": (
         QuantSpec,

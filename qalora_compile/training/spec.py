@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qalora_compile.config import Spec, one_of
+from qalora_compile.config import LARGEST_SEED, Spec, one_of, whole
 from qalora_compile.errors import UserInputError
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -60,13 +60,9 @@ class FitSpec(Spec):
             ("accumulate", 1),
             ("evaluate_every", 0),
             ("patience", 0),
-            ("seed", 0),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserInputError(
-                    f"{name} is {value!r}", hint=f"use a whole number, {least} or more"
-                )
+            whole(name, getattr(self, name), least=least)
+        whole("seed", self.seed, least=0, most=LARGEST_SEED)
         for name in ("learning_rate", "lora_plus_ratio", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserInputError(f"{name} is {getattr(self, name)}", hint="use e.g. 1e-3")

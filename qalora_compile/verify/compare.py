@@ -112,7 +112,7 @@ def compare(name: str, reference: Tensor, candidate: Tensor) -> Comparison:
 
 
 def _unequal(reference: Tensor, candidate: Tensor) -> str:
-    """How many values differ where both are integers or booleans; float64 would round large ones."""
+    """How many values differ, where both are integers or booleans; float64 rounds large ones."""
     if any(t.is_floating_point() or t.is_complex() for t in (reference, candidate)):
         return ""
     differ = int((reference != candidate).sum())

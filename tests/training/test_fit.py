@@ -387,6 +387,7 @@ def test_a_model_without_logits_is_refused() -> None:
         {"patience": 2},
         {"evaluate_every": -1},
         {"seed": -1},
+        {"seed": 2**64},
     ],
     ids=str,
 )
