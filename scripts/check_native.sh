@@ -35,6 +35,16 @@ build() { # FOLDER OPTION ...
         { cat "build/$folder.log"; return 1; }
 }
 
+at_once() { # COMMAND ...: each one string; all end before the first failure is one
+    local jobs=() job status=0
+    for job in "$@"; do
+        $job &
+        jobs+=($!)
+    done
+    for job in "${jobs[@]}"; do wait "$job" || status=1; done
+    return "$status"
+}
+
 mode=${1:-}
 mkdir -p build
 case $mode in
@@ -42,7 +52,7 @@ host)
     need cmake cmake make make g++ g++
     build native-sanitize -DQALORA_SANITIZE=ON
     build/native-sanitize/kernel_test
-    build/native-sanitize/fuzz 1 1000000
+    at_once "build/native-sanitize/fuzz 1 500000" "build/native-sanitize/fuzz 2 500000"
     build native-plain
     build/native-plain/kernel_test
     ;;
@@ -51,9 +61,9 @@ aarch64)
         qemu-user-static
     build native-aarch64 -DCMAKE_TOOLCHAIN_FILE="$PWD/$native/toolchains/aarch64-linux-gnu.cmake"
     # A CPU with dot products, and one without, which must not take the NEON kernels.
-    qemu-aarch64-static -cpu max build/native-aarch64/kernel_test --quick scalar neon
+    at_once "qemu-aarch64-static -cpu max build/native-aarch64/kernel_test --quick scalar neon" \
+        "qemu-aarch64-static -cpu cortex-a53 build/native-aarch64/kernel_test --quick"
     qemu-aarch64-static -cpu max build/native-aarch64/fuzz 1 20000
-    qemu-aarch64-static -cpu cortex-a53 build/native-aarch64/kernel_test --quick
     ;;
 *)
     sed -n '4,5p' "$0" >&2
