@@ -161,7 +161,8 @@ def refuse_sorted(layers: tuple[Layer, ...], misfit: Misfit, reader: str) -> Non
             raise UnsupportedError(
                 f"the weight was quantized in activation order, and {reader} has no place for it",
                 where=layer.name,
-                hint="target float writes the weight; gptq its codes, where zero-points are whole",
+                hint="target float writes the weight; safetensors its codes, and gptq too, where "
+                "zero-points are whole",
             )
 
 

@@ -48,7 +48,7 @@ def put_library_weights_(model: nn.Module, folder: Path) -> str:
     except ImportError:
         return f"qalora-compile; {_MODULES[kind].partition('.')[0]} cannot be imported"
     try:
-        weights = _READERS[kind](library, folder)
+        weights = _READERS[kind](library, folder, model)
     except Exception as error:  # libraries raise types of many kinds
         raise UserInputError(
             f"{kind} cannot read the checkpoint: {type(error).__name__}: {error}", where=str(folder)
@@ -92,7 +92,7 @@ def _states(folder: Path, part: str) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _by_mlx(library: Any, folder: Path) -> Weights:
+def _by_mlx(library: Any, folder: Path, _: nn.Module) -> Weights:
     options = read_json(folder / "config.json")["quantization"]
     arrays: dict[str, Any] = {}
     for path in _files(folder):
@@ -108,7 +108,7 @@ def _by_mlx(library: Any, folder: Path) -> Weights:
     return found
 
 
-def _by_hqq(library: Any, folder: Path) -> Weights:
+def _by_hqq(library: Any, folder: Path, _: nn.Module) -> Weights:
     found = {}
     for module, state in _states(folder, ".W_q").items():
         layer = library.HQQLinear(
@@ -119,19 +119,31 @@ def _by_hqq(library: Any, folder: Path) -> Weights:
     return found
 
 
-def _by_compressed_tensors(library: Any, folder: Path) -> Weights:
+def _by_compressed_tensors(library: Any, folder: Path, model: nn.Module) -> Weights:
+    """The weights by compressed-tensors; its own matching finds the group of each layer.
+
+    Raises:
+        LookupError: a layer with codes is in no group of the configuration, or is to be ignored.
+    """
     schemes = importlib.import_module(f"{_COMPRESSED}.quantization")
-    groups = read_json(folder / "config.json")["quantization_config"]["config_groups"]
+    match = importlib.import_module(f"{_COMPRESSED}.utils.match")
+    config = read_json(folder / "config.json")["quantization_config"]
+    groups = {
+        target: group for group in config["config_groups"].values() for target in group["targets"]
+    }
     found = {}
     for module, state in _states(folder, ".weight_packed").items():
-        group = next(group for group in groups.values() if module in group["targets"])
-        scheme = schemes.QuantizationScheme(**group)
+        layer = model.get_submodule(module)
+        targets = match.match_targets(module, layer, groups)  # the most specific is the first
+        if not targets or match.is_match(module, layer, config.get("ignore") or []):
+            raise LookupError(f"{module} has codes, and by config.json it is in float")
+        scheme = schemes.QuantizationScheme(**groups[targets[0]])
         made = library.PackedQuantizationCompressor.decompress(state, scheme)
         found[module] = made["weight"].float()
     return found
 
 
-_READERS: dict[str, Callable[[Any, Path], Weights]] = {
+_READERS: dict[str, Callable[[Any, Path, nn.Module], Weights]] = {
     "mlx": _by_mlx,
     "hqq": _by_hqq,
     "compressed-tensors": _by_compressed_tensors,

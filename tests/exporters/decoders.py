@@ -101,13 +101,19 @@ def compressed(folder: Path, name: str) -> Array:
 
 
 def own(folder: Path, name: str) -> Array:
-    """docs/formats.md: `scale · q + offset`, a row a little-endian bit stream padded to 8 codes."""
+    """docs/formats.md: `scale · q + offset`, a row a little-endian bit stream padded to 8 codes.
+
+    Column `order[i]` of the weight is where the codes have column i.
+    """
     found = tensors(folder)
     layer = config(folder, "layers.json")["layers"][name]
     k, size = layer["k"], layer["group_size"]
     codes = bits_of(found[f"{name}.qweight"], layer["bits"], k)
     scale, offset = (spread(found[f"{name}.{p}"], size)[:, :k] for p in ("scale", "offset"))
-    return scale * codes + offset
+    order = found[f"{name}.order"] if layer.get("ordered") else np.arange(k)
+    weight = np.full(codes.shape, np.nan)
+    weight[:, order] = scale * codes + offset
+    return weight
 
 
 DECODERS: dict[str, Callable[[Path, str], Array]] = {

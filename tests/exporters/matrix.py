@@ -20,7 +20,7 @@ from qalora_compile.exporters.write_checkpoint import FORMATS
 from qalora_compile.ir.plan import Site
 from tests.capture.stored.matrix import FORMATS as READ_FORMATS
 from tests.capture.stored.matrix import Written, _folders, _gptq, read_cells
-from tests.capture.stored.models import linears, weights_of
+from tests.capture.stored.models import linears, weights_of, write_folder
 from tests.capture.stored.test_gptq import gptq_config, gptq_layer
 from tests.exporters.checkpoints import causal_lm, llama_and_program, made_whole, weight_of
 from tests.exporters.decoders import DECODERS, Array
@@ -99,10 +99,22 @@ def exported(target: str, folder: Path) -> Written:
         yield f"{bits} bits", path, weights
 
 
+def own_folders(folder: Path) -> Written:
+    """Our own folders, and one of a base in activation order."""
+    yield from exported("safetensors", folder)
+    weights: list[torch.Tensor] = []
+    base, path = folder / "safetensors" / "base", folder / "safetensors" / "act-order"
+    write_folder(base, gptq_layer(weights, act_order=True), gptq_config())
+    source = load_source(str(base))
+    program = qc.quantize_groups(source.capture(), stored=source.stored()[0])
+    qc.export_model(program, path, qc.ExportSpec(target="safetensors"), model=base)
+    yield "act-order", path, weights
+
+
 READ_FORMATS |= {
     "gptq": (more_gptq, READ_FORMATS["gptq"][1]),
     "compressed-tensors": (partial(exported, "compressed-tensors"), DECODED),
-    "safetensors": (partial(exported, "safetensors"), DECODED),
+    "safetensors": (own_folders, DECODED),
 }
 """`read_cells` looks them up there."""
 

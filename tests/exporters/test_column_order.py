@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import qalora_compile as qc
-from qalora_compile.capture.source import load_source
-from qalora_compile.errors import UnsupportedError
+from qalora_compile.capture.source import Source, load_source
+from qalora_compile.capture.stored import folder as stored_folder
+from qalora_compile.cli.main import main
+from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters import gptq as gptq_format
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.columns import column_orders
 from qalora_compile.ir.stored_codes import StoredCodes, StoredWeight
-from tests.capture.stored.models import weights_of, write_folder
+from tests.capture.stored.models import rewrite, weights_of, write_folder
 from tests.capture.stored.test_gptq import gptq_config, gptq_layer
 from tests.exporters.decoders import DECODERS, config, tensors
-from tests.models import scale_of, token_ids, worst
+from tests.models import randomize_adapters, scale_of, token_ids, worst
 
 K, N, GROUP = 96, 64, 32
 
@@ -100,7 +102,7 @@ def test_layers_that_gptq_has_as_floats_are_in_order_too(
     assert torch.equal(found, model.get_parameter("a.weight"))
 
 
-@pytest.mark.parametrize("target", ["mlx", "hqq", "compressed-tensors", "safetensors"])
+@pytest.mark.parametrize("target", ["mlx", "hqq", "compressed-tensors"])
 def test_formats_without_an_order_are_refused(target: str, tmp_path: Path) -> None:
     _, program = sorted_pair()
     spec = qc.ExportSpec(target=target)
@@ -110,12 +112,98 @@ def test_formats_without_an_order_are_refused(target: str, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("whole", [True, False])
+def test_our_own_folder_keeps_codes_and_their_order(bits: int, whole: bool, tmp_path: Path) -> None:
+    model, program = sorted_pair(bits, whole=whole)
+    report = qc.export_model(program, tmp_path / "out", qc.ExportSpec(target="safetensors"))
+    assert str(report.capabilities["activation order"]) == "exact"
+    said, found = config(tmp_path / "out", "layers.json"), tensors(tmp_path / "out")
+    assert said["version"] == 2, "readers of version 1 would put the columns elsewhere"
+    assert {name for name, row in said["layers"].items() if row.get("ordered")} == {"a", "b"}
+    assert "ordered" not in said["layers"]["c"]
+    assert "c.order" not in found
+    orders, stored = column_orders(program), program.tensors()
+    for name in ("a", "b", "c"):
+        weight = model.get_parameter(f"{name}.weight").detach()
+        read = torch.from_numpy(DECODERS["safetensors"](tmp_path / "out", name))
+        assert worst(read, weight.double()) <= 2.0**-23 * scale_of(weight)
+        for part in ("qweight", "scale", "offset"):
+            assert np.array_equal(found[f"{name}.{part}"], stored[f"{name}.{part}"].detach())
+        if name != "c":
+            assert found[f"{name}.order"].dtype == np.int32
+            assert np.array_equal(found[f"{name}.order"], orders[name])
+
+
+def test_our_own_folder_without_an_order_is_what_it_was(tmp_path: Path) -> None:
+    program = qc.quantize_groups(qc.capture_model(Pair().eval(), (torch.randn(3, K),)))
+    qc.export_model(program, tmp_path / "out", qc.ExportSpec(target="safetensors"))
+    said = config(tmp_path / "out", "layers.json")
+    assert said["version"] == 1
+    kept = {"bits", "group_size", "n", "k", "transposed", "whole_zero_points"}
+    assert all(row.keys() == kept for row in said["layers"].values())
+    parts = {name.rpartition(".")[2] for name in tensors(tmp_path / "out")}
+    assert parts == {"qweight", "scale", "offset", "bias"}
+
+
+def folded_of(base: Path) -> tuple[Source, qc.Program]:
+    """A GPTQ folder in activation order as a model, and with random adapters folded in."""
+    write_folder(base, gptq_layer([], act_order=True), gptq_config())
+    source = load_source(str(base))
+    program = qc.quantize_groups(source.capture(), stored=source.stored()[0])
+    adapted = randomize_adapters(qc.insert_adapters(program, qc.AdapterSpec(rank=2)))
+    return source, qc.fold_adapters(adapted)
+
+
+def test_a_folded_model_of_activation_order_is_the_same_again(tmp_path: Path) -> None:
+    source, folded = folded_of(tmp_path / "base")
+    spec, out = qc.ExportSpec(target="safetensors"), tmp_path / "out"
+    qc.export_model(folded, out, spec, model=tmp_path / "base")
+    read = load_source(str(out))
+    again = qc.quantize_groups(read.capture(), stored=read.stored()[0])
+    assert all("act-order" in weight.form for weight in read.stored()[0]._tensors)
+    mine, theirs = folded.tensors(), again.tensors()
+    orders, others = column_orders(folded), column_orders(again)
+    assert len(orders) == 14
+    assert orders.keys() == others.keys()
+    for path, order in orders.items():
+        assert torch.equal(order, others[path])
+        for part in ("qweight", "scale", "offset"):
+            assert torch.equal(mine[f"{path}.{part}"], theirs[f"{path}.{part}"]), path
+    ids = token_ids(2, 7)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert worst(folded(**given), again(**given)) == 0
+    assert worst(folded(**given).logits, source.model(ids).logits) > 1e-3, "the adapters do nothing"
+    qc.export_model(again, tmp_path / "twice", spec, model=out)
+    for file in ("layers.json", "model.safetensors"):
+        assert (tmp_path / "twice" / file).read_bytes() == (out / file).read_bytes()
+
+
+def test_an_order_is_checked_before_a_model_is_built_and_by_verify(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folded = folded_of(tmp_path / "base")
+    folded.save(tmp_path / "folded")
+    out = tmp_path / "out"
+    qc.export_model(folded, out, qc.ExportSpec(target="safetensors"), model=tmp_path / "base")
+    verify = ["verify", str(tmp_path / "folded"), str(out), "--max-rel", "1e-3"]
+    assert main(verify) == 0
+    order = "model.layers.0.mlp.up_proj.order"
+    rewrite(out, lambda found: found.update({order: found[order].roll(1)}))
+    assert main(verify) == 1, "columns elsewhere are another model"
+    rewrite(out, lambda found: found.update({order: found[order].clamp(min=1)}))
+    monkeypatch.setattr(stored_folder, "_build", None)
+    with pytest.raises(UserInputError, match="does not name each column") as caught:
+        load_source(str(out))
+    assert order in str(caught.value.where)
+
+
 def test_a_checkpoint_of_activation_order_goes_round(tmp_path: Path) -> None:
     wanted: list[Tensor] = []
     write_folder(tmp_path / "base", gptq_layer(wanted, act_order=True), gptq_config())
     source = load_source(str(tmp_path / "base"))
     program = qc.quantize_groups(source.capture(), stored=source.stored()[0])
-    for target in ("gptq", "float"):
+    for target in ("gptq", "safetensors", "float"):
         qc.export_model(
             program, tmp_path / target, qc.ExportSpec(target=target), model=tmp_path / "base"
         )
@@ -123,7 +211,7 @@ def test_a_checkpoint_of_activation_order_goes_round(tmp_path: Path) -> None:
         found = list(weights_of(again.model).values())
         for mine, theirs in zip(found, wanted, strict=True):
             assert worst(mine, theirs) <= 1e-6 * scale_of(theirs)
-        assert len(again.stored()[0]) == (14 if target == "gptq" else 0)
+        assert len(again.stored()[0]) == (0 if target == "float" else 14)
     ids = token_ids(2, 7)
     logits = source.model(ids).logits
     assert worst(again.model(ids).logits, logits) <= 1e-5 * scale_of(logits)

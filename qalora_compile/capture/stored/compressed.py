@@ -3,16 +3,21 @@
 `weight_packed` is int32 `[N, K · bits / 32]`, a little-endian stream of codes along K, each plus
 2^(bits − 1); `weight_zero_point` the same along N, `[N · bits / 32, L]`, absent where they are all
 0; `weight_scale` `[N, L]`; `weight_shape` (N, K).
+
+Which group of `config_groups` a layer is in is said as the library says it: `targets` and `ignore`
+have names of layers, `re:` and a regular expression that matches the beginning of a name, or names
+of classes. Of several groups that mean a layer, a name goes before an expression, an expression
+before a class; expressions by the alphabet; of one target in two groups the later group counts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qalora_compile.capture.stored.base import (
     CONFIG,
@@ -32,13 +37,24 @@ from qalora_compile.ir.stored_codes import StoredWeight
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
 _ZERO = "weight_zero_point"
+_PATTERN = "re:"
+Modules = Callable[[], Mapping[str, nn.Module]]
+"""The modules of the model by the names that a checkpoint may have for them."""
 
 
-def decode_compressed(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
+def decode_compressed(
+    tensors: Tensors, config: Mapping[str, Any], *, modules: Modules = dict
+) -> Decoded:
     """Every weight that has `weight_packed`.
 
+    Args:
+        tensors: By name.
+        config: `config.json`.
+        modules: Whose classes the configuration may name; what is not there is a linear layer.
+
     Raises:
-        UserInputError: a tensor is missing or of another shape than the others say.
+        UserInputError: a tensor is missing or of another shape than the others say, or the
+            configuration leaves a layer with codes in float.
         UnsupportedError: another format, or a layer that is not quantized in groups.
     """
     options = section(config, "quantization_config", CONFIG)
@@ -48,10 +64,10 @@ def decode_compressed(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
             where=CONFIG,
             hint="the format pack-quantized can be read",
         )
-    weights, used = {}, set[str]()
+    weights, used, known = {}, set[str](), modules()
     for name in [name for name in tensors if name.endswith(".weight_packed")]:
         module = name.removesuffix(".weight_packed")
-        bits, group_size = _settings(module, options)
+        bits, group_size = _settings(module, _classes(known.get(module)), options)
         parts = take(tensors, module, _PARTS)
         zeros = tensors.get(f"{module}.{_ZERO}")
         weights[module] = _decode(module, parts, zeros, bits, group_size)
@@ -59,38 +75,80 @@ def decode_compressed(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
     return Decoded(weights, frozenset(used))
 
 
-def _settings(module: str, options: Mapping[str, Any]) -> tuple[int, int]:
+def _classes(module: nn.Module | None) -> frozenset[str]:
+    """The names of a module's classes, its own and those that it derives from.
+
+    A module that the model does not have under this name is a part of a larger one, as an expert is
+    of its stack: such parts were linear layers where they were quantized.
+    """
+    kinds = nn.Linear.__mro__ if module is None else type(module).__mro__
+    return frozenset(kind.__name__ for kind in kinds if issubclass(kind, nn.Module))
+
+
+def _settings(module: str, classes: Collection[str], options: Mapping[str, Any]) -> tuple[int, int]:
     """Bits and group size of a module.
 
     Raises:
-        UserInputError: the configuration is malformed.
+        UserInputError: the configuration is malformed, or leaves the module in float.
         UnsupportedError: it is in no group of the configuration, or in one of another kind.
     """
+    ignored = _first_meant(_texts(options, "ignore", CONFIG), module, classes, CONFIG)
+    if ignored is not None:
+        raise UserInputError(
+            f"{module} is quantized, and by {ignored!r} of quantization_config.ignore it is not",
+            where=module,
+        )
     groups = section(options, "config_groups", CONFIG)
+    group_of: dict[str, str] = {}
     for name in groups:
-        group, where = section(groups, name, CONFIG), f"{CONFIG}: {name}"
-        targets = group.get("targets") or []
-        if not isinstance(targets, list):
-            raise UserInputError(f"targets is {targets!r}", where=where, hint="give a list")
-        if any(_meant(target, module, where) for target in targets):
-            weights = section(group, "weights", where)
-            if weights.get("strategy") == "group" and weights.get("type") == "int":
-                bits = code_width(weights, "num_bits", where)
-                return bits, whole_number(weights, "group_size", where)
-            break
+        where = f"{CONFIG}: {name}"
+        group_of |= dict.fromkeys(_texts(section(groups, name, CONFIG), "targets", where), name)
+    target = _first_meant(group_of, module, classes, CONFIG)
+    if target is not None:
+        where = f"{CONFIG}: {group_of[target]}"
+        weights = section(section(groups, group_of[target], CONFIG), "weights", where)
+        if weights.get("strategy") == "group" and weights.get("type") == "int":
+            bits = code_width(weights, "num_bits", where)
+            return bits, whole_number(weights, "group_size", where)
     raise UnsupportedError(
         f"{module} is not quantized to integers in groups", where=module, hint="give a float model"
     )
 
 
-def _meant(target: object, module: str, where: str) -> bool:
-    text = str(target)
-    if not text.startswith("re:"):
-        return text in ("Linear", module)
+def _texts(options: Mapping[str, Any], name: str, where: str) -> list[str]:
+    """A list of a configuration, as texts; an empty one where it is missing or null.
+
+    Raises:
+        UserInputError: it is no list.
+    """
+    values = options.get(name) or []
+    if not isinstance(values, list):
+        raise UserInputError(f"{name} is {values!r}", where=where, hint="give a list")
+    return [str(value) for value in values]
+
+
+def _first_meant(
+    targets: Iterable[str], module: str, classes: Collection[str], where: str
+) -> str | None:
+    """The target that means a module most closely: by its name, a pattern of it, or its class.
+
+    Raises:
+        UserInputError: a pattern is no regular expression.
+    """
+    names = sorted(targets, key=lambda text: (text.startswith(_PATTERN), text))
+    by_name = next((text for text in names if _names(text, module, where)), None)
+    return by_name or next((text for text in names if text in classes), None)
+
+
+def _names(target: str, module: str, where: str) -> bool:
+    if not target.startswith(_PATTERN):
+        return target == module
     try:
-        return re.match(text.removeprefix("re:"), module) is not None
+        return re.match(target.removeprefix(_PATTERN), module) is not None
     except re.error as error:
-        raise UserInputError(f"the target {text!r} cannot be read: {error}", where=where) from error
+        raise UserInputError(
+            f"the target {target!r} cannot be read: {error}", where=where
+        ) from error
 
 
 def _decode(

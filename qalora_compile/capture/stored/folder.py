@@ -30,9 +30,10 @@ from qalora_compile.ir.stored_codes import StoredCodes, StoredWeight
 HF = "quantization_config"
 _GPTQ, _GPTQ_CONFIG = "gptq", "quantize_config.json"
 """AutoGPTQ's own file, of what newer tools put under `quantization_config`."""
+_COMPRESSED = "compressed-tensors"
 _METHODS: dict[str, Reader] = {
     "awq": decode_awq,
-    "compressed-tensors": decode_compressed,
+    _COMPRESSED: decode_compressed,
     "gptq": decode_gptq,
     "hqq": decode_hqq,
 }
@@ -131,6 +132,8 @@ def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) ->
             f"zero_points is {zero_points!r}, of a checkpoint that is not GPTQ's",
             hint="leave it out",
         )
+    if method == _COMPRESSED:
+        return partial(decode_compressed, modules=partial(_modules, folder))
     if method == OWN:
         return partial(decode_own, folder=folder)
     if method in _METHODS:
@@ -202,9 +205,20 @@ def _build(
 
 def _turned(folder: Path, modules: Iterable[str]) -> set[str]:
     """Those of the modules whose parameter the model has as `[K, N]`: transformers' Conv1D."""
+    known, kind = _modules(folder), transformers_module().pytorch_utils.Conv1D
+    return {name for name in modules if isinstance(known.get(name), kind)}
+
+
+def _modules(folder: Path) -> dict[str, nn.Module]:
+    """The modules that `config.json` describes, without weights, by every name of theirs.
+
+    The names of a checkpoint may begin with that of the inner model, or leave it out.
+    """
     model: Any = build_skeleton(folder)
-    kind = transformers_module().pytorch_utils.Conv1D
-    paths = {path for path, module in model.named_modules() if isinstance(module, kind)}
-    inside = f"{model.base_model_prefix}."  # there in a checkpoint's names, or not
-    known = {name for path in paths for name in (path, path.removeprefix(inside), inside + path)}
-    return known & set(modules)
+    inside, found = f"{model.base_model_prefix}.", dict(model.named_modules())
+    others = {
+        name: module
+        for path, module in found.items()
+        for name in (path.removeprefix(inside), inside + path)
+    }
+    return others | found

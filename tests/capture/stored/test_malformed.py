@@ -51,13 +51,14 @@ def _compressed() -> tuple[dict[str, Tensor], Options]:
 
 def _own() -> tuple[dict[str, Tensor], Options]:
     """The configuration is `layers.json`: `_read_own` writes it."""
-    layer = {"bits": 4, "k": K, "group_size": GROUP}
+    layer = {"bits": 4, "k": K, "group_size": GROUP, "ordered": True}
     tensors = {
         "qweight": torch.zeros(N, K // 2, dtype=torch.uint8),
         "scale": torch.rand(N, K // GROUP),
         "offset": torch.rand(N, K // GROUP),
+        "order": torch.randperm(K).to(torch.int32),
     }
-    return tensors, {"format": METHOD, "version": 1, "layers": {MODULE: layer}}
+    return tensors, {"format": METHOD, "version": 2, "layers": {MODULE: layer}}
 
 
 def _read_own(tensors: Tensors, config: Mapping[str, Any], *, folder: Path) -> object:
@@ -146,6 +147,58 @@ def test_options_of_any_value_are_read_or_refused(reader: str, tmp_path: Path) -
     said = [name for name in refused if "bits" in name or name in ("group_size", "k")]
     assert said
     assert min(refused[name] for name in said) >= 9, refused
+
+
+ORDERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "cut": (lambda t: t[:-1], rf"order is torch.int32 \[{K - 1}\], and {K} columns want"),
+    "too long": (lambda t: torch.cat([t, t.new_tensor([K])]), "columns want int32"),
+    "two axes": (lambda t: t[None], "columns want int32"),
+    "int64": (lambda t: t.long(), rf"order is torch.int64 \[{K}\]"),
+    "floats": (lambda t: t.float(), "order is torch.float32"),
+    "a column twice": (lambda t: t.clamp(min=1), "does not name each column from 0 to"),
+    "a column beyond": (lambda t: t + 1, "does not name each column"),
+    "a negative column": (lambda t: t - 1, "does not name each column"),
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_an_order_is_one_int32_for_each_column(kind: str, tmp_path: Path) -> None:
+    change, words = ORDERS[kind]
+    decode, tensors, config = made("own", tmp_path)
+    tensors["order"] = change(tensors["order"])
+    with pytest.raises(UserInputError, match=words) as caught:
+        decode({f"{MODULE}.{name}": t for name, t in tensors.items()}, config)
+    assert caught.value.where == f"{MODULE}.order"
+
+
+@pytest.mark.parametrize(
+    ("version", "ordered", "words"),
+    [
+        (1, True, "has an order of columns, and the folder is of version 1"),
+        (2, "yes", "ordered is 'yes'"),
+        (2, 1, "ordered is 1"),
+        (3, True, "version 3"),
+    ],
+)
+def test_what_is_said_of_an_order(
+    version: int, ordered: object, words: str, tmp_path: Path
+) -> None:
+    decode, tensors, config = made("own", tmp_path)
+    config["version"], config["layers"][MODULE]["ordered"] = version, ordered
+    with pytest.raises(UserInputError, match=words) as caught:
+        decode({f"{MODULE}.{name}": t for name, t in tensors.items()}, config)
+    assert "layers.json" in str(caught.value.where)
+
+
+def test_an_order_that_was_lost_or_not_said_is_noticed(tmp_path: Path) -> None:
+    decode, tensors, config = made("own", tmp_path)
+    named = {f"{MODULE}.{name}": t for name, t in tensors.items()}
+    order = named.pop(f"{MODULE}.order")
+    with pytest.raises(UserInputError, match=f"no tensor {MODULE}.order"):
+        decode(named, config)
+    del config["layers"][MODULE]["ordered"]
+    named[f"{MODULE}.order"] = order
+    assert f"{MODULE}.order" not in decode(named, config).used, "the model has to know it"
 
 
 CONFIGS: dict[str, tuple[Options, str]] = {
