@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.files import read_json
+from qalora_compile.exporters.gguf_tokenizers import write_tokenizer
 from qalora_compile.ir.description import Description
 from qalora_compile.optional import require
 
@@ -39,18 +38,6 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": Architecture("qwen2", False),
     "Qwen3ForCausalLM": Architecture("qwen3", False),
 }
-
-_PRE_TOKENIZERS = {
-    ("ByteLevel",): "gpt-2",
-    ("Digits", "ByteLevel"): "smollm",
-}
-"""Kinds of pre-tokenizers in `tokenizer.json` → the name of the same rule in llama.cpp."""
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {_LLAMA3_WORDS: "llama-bpe", _LLAMA3_WORDS.replace("{1,3}", ""): "qwen2"}
-"""Regular expressions of a Split before ByteLevel → the name of the same rule in llama.cpp."""
 
 
 def architecture_of(description: Description) -> Architecture:
@@ -148,7 +135,8 @@ def write_described(description: Description, parameters: int, writer: Any) -> N
         writer: A GGUFWriter.
 
     Raises:
-        UnsupportedError: llama.cpp has no tokenizer of that kind.
+        UnsupportedError: see `write_tokenizer`, or there is no `tokenizer.json`.
+        UserInputError: see `write_tokenizer`.
     """
     gguf = require("gguf", extra="hf", purpose=_PURPOSE)
     settings = description.settings
@@ -159,7 +147,7 @@ def write_described(description: Description, parameters: int, writer: Any) -> N
     if description.tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
     elif (description.tokenizer / "tokenizer.json").is_file():
-        _write_bpe(description.tokenizer, int(settings["vocab_size"]), writer)
+        write_tokenizer(description.tokenizer, int(settings["vocab_size"]), writer)
     else:
         raise UnsupportedError(
             "the tokenizer has no tokenizer.json",
@@ -199,60 +187,3 @@ def context_of(settings: Mapping[str, Any]) -> int:
     window = settings.get("sliding_window")
     used = bool(settings.get("use_sliding_window", True))
     return min(longest, int(window)) if window and used else longest
-
-
-def _write_bpe(folder: Path, vocabulary: int, writer: Any) -> None:
-    """A byte-level BPE tokenizer."""
-    gguf = require("gguf", extra="hf", purpose=_PURPOSE)
-    value = read_json(folder / "tokenizer.json")
-    pre = pre_tokenizer(value, folder)
-    known = {number: token for token, number in value["model"]["vocab"].items()}
-    kinds = dict.fromkeys(known, gguf.TokenType.NORMAL)
-    for added in value.get("added_tokens", ()):
-        known[added["id"]] = added["content"]
-        special = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        kinds[added["id"]] = special
-    if max(known) >= vocabulary:
-        raise UserInputError(
-            f"the tokenizer has token {max(known)}, the model has {vocabulary}",
-            where=str(folder / "tokenizer.json"),
-        )
-    numbers = range(vocabulary)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list([known.get(number, f"[PAD{number}]") for number in numbers])
-    writer.add_token_types([int(kinds.get(number, gguf.TokenType.UNUSED)) for number in numbers])
-    special_vocabulary = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
-    special_vocabulary.add_to_gguf(writer, quiet=True)
-
-
-def pre_tokenizer(value: Mapping[str, Any], folder: Path) -> str:
-    """What llama.cpp calls the rule by which a tokenizer cuts a text into words.
-
-    Args:
-        value: `tokenizer.json`.
-        folder: Where it is.
-
-    Raises:
-        UnsupportedError: it is no byte-level BPE tokenizer, or cuts words by another rule.
-    """
-    model, rule = value["model"], value.get("pre_tokenizer") or {}
-    steps = rule.get("pretokenizers", [rule]) if rule else []
-    kinds = tuple(step.get("type") for step in steps)
-    found = None
-    if model["type"] == "BPE" and value.get("normalizer") in (None, {"type": "NFC"}):
-        if kinds == ("Split", "ByteLevel") and not steps[1].get("use_regex", True):
-            found = _SPLITS.get(steps[0].get("pattern", {}).get("Regex"))
-        elif all(step.get("use_regex", True) for step in steps if step["type"] == "ByteLevel") and (
-            all(step.get("individual_digits") for step in steps if step["type"] == "Digits")
-        ):
-            found = _PRE_TOKENIZERS.get(kinds)
-    if found is None:
-        raise UnsupportedError(
-            f"no rule of llama.cpp is known for a {model['type']} tokenizer with "
-            f"{json.dumps(rule)[:120]}",
-            where=str(folder / "tokenizer.json"),
-            hint="known: byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen 2; give the model's "
-            "own .gguf file as the model to take its metadata, or leave the tokenizer out",
-        )
-    return found

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from torch import Tensor
 
-from qalora_compile.config import AUTO, AUTO_GROUPS, SUPPORTED_BITS, QuantSpec
+from qalora_compile.config import AUTO, AUTO_GROUPS, CALIBRATED, SUPPORTED_BITS, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.packing import packed_width
@@ -19,7 +20,7 @@ from qalora_compile.passes.assign_bits import AssignBits
 from qalora_compile.passes.choices import format_choices
 from qalora_compile.passes.corrections import float_weights
 from qalora_compile.progress import track
-from qalora_compile.quantizers.base import get_quantizer
+from qalora_compile.quantizers.base import WITHOUT_DATA, get_quantizer
 from qalora_compile.quantizers.budget import Choice, choose_within
 from qalora_compile.quantizers.calibrate import as_calls
 from qalora_compile.quantizers.in_parts import StatisticsInParts
@@ -37,10 +38,10 @@ def choose_bits(
     """The pass that spends the budget of `spec` best, and why, by path.
 
     A form is a width, in a group size. What a weight loses in it is the expected squared change of
-    the model's outputs on the calls: the error of the layer's output, measured with min-max codes
-    (with refined offsets or whole zero-points, if `spec` asks for them), times how much the outputs
-    move when that does (`measure_sensitivities`). The losses are taken to add up, and the sum is
-    made as small as the budget allows (`choose_within`). Without a layer nothing is chosen.
+    the model's outputs on the calls: the error of the layer's output, measured with the codes that
+    the method of `spec` gives (with refined offsets, if it asks for them), times how much the
+    outputs move when that does (`measure_sensitivities`). The losses are taken to add up, and the
+    sum is made as small as the budget allows (`choose_within`). Without a layer nothing is chosen.
 
     Args:
         annotated: The program to quantize.
@@ -80,14 +81,16 @@ def choose_bits(
 
 
 def _forms(spec: QuantSpec) -> list[QuantSpec]:
-    """The ways to quantize a weight that there are to choose from, min-max."""
+    """The ways to quantize a weight that there are to choose from."""
     groups = AUTO_GROUPS if spec.group_size == AUTO else (spec.group,)
     return [
-        QuantSpec(
+        replace(
+            spec,
             bits=bits,
             group_size=group,
+            budget=None,
+            budget_unit=QuantSpec.budget_unit,
             refine_offsets=spec.refine_offsets and spec.zero_point == "real",
-            zero_point=spec.zero_point,
         )
         for bits in SUPPORTED_BITS
         for group in groups
@@ -104,7 +107,8 @@ def _losses(
     matrices = weight.reshape(-1, *weight.shape[-2:])
     found = []
     for form in forms:
-        quantizer = get_quantizer(form.method)
+        blind = statistics is None and form.method in CALIBRATED
+        quantizer = get_quantizer(WITHOUT_DATA if blind else form.method)
         made = [quantizer(part, form, statistics).affine for part in matrices]
         if statistics is not None and form.refine_offsets:
             made = [refine_offset(matrices[0], made[0], statistics)[0]]

@@ -25,6 +25,7 @@ from qalora_compile.passes.base import Change, Pass, PassResult, data_field
 from qalora_compile.passes.rewrite import TensorNodes, freeze
 from qalora_compile.progress import track
 from qalora_compile.quantizers import (
+    WITHOUT_DATA,
     Chosen,
     as_stored,
     data_needed,
@@ -35,8 +36,6 @@ from qalora_compile.quantizers.in_order import replace_in_order
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
 _STORED = "stored"
-_INSTEAD = "hqq"
-"""What quantizes a weight by itself where the method asked for needs data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +166,7 @@ class QuantizeGroups(QuantSpec, Pass):
     @property
     def _without_data(self) -> QuantizeGroups:
         """The same with a method that needs no data."""
-        return replace(self, method=_INSTEAD) if self.method in CALIBRATED else self
+        return replace(self, method=WITHOUT_DATA) if self.method in CALIBRATED else self
 
     def _calibrate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qalora_compile.quantizers.base import (
+    WITHOUT_DATA,
     Chosen,
     Quantizer,
     as_stored,
@@ -12,6 +13,7 @@ from qalora_compile.quantizers.base import (
 )
 
 __all__ = [
+    "WITHOUT_DATA",
     "Chosen",
     "Quantizer",
     "as_stored",

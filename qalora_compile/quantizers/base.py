@@ -18,6 +18,9 @@ from qalora_compile.quantizers.report import QuantReport, announce_report, measu
 from qalora_compile.quantizers.statistics import ActivationStatistics
 from qalora_compile.quantizers.whole import quantize_whole
 
+WITHOUT_DATA = "hqq"
+"""The method for a weight without statistics, where the one asked for needs them."""
+
 
 @dataclass(frozen=True)
 class Chosen:

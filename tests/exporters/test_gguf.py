@@ -20,11 +20,8 @@ from qalora_compile.capture.source import load_source
 from qalora_compile.cli.folders import save_description
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.exporters import gguf as exporter
-from qalora_compile.exporters.gguf_metadata import (
-    architecture_of,
-    context_of,
-    pre_tokenizer,
-)
+from qalora_compile.exporters.gguf_metadata import architecture_of, context_of
+from qalora_compile.exporters.gguf_tokenizers import pre_tokenizer
 from qalora_compile.ir.affine import GroupAffine
 from tests.exporters.checkpoints import (
     HIDDEN,

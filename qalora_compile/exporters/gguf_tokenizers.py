@@ -1,0 +1,447 @@
+"""A tokenizer in a GGUF file, from `tokenizer.json`: byte-level BPE, or SentencePiece's BPE.
+
+llama.cpp has a tokenizer of its own for each. The first, `gpt2`, reads merges. The second, `llama`,
+reads a score for every piece, as SentencePiece's models hold: of all neighbours whose joined text
+is a piece, those of the highest score are joined first, from the left. `tokenizer.json` holds no
+scores, but its merges are sorted by them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Never
+
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.files import read_json
+from qalora_compile.optional import require
+
+_PURPOSE = "write GGUF files"
+_FILE = "tokenizer.json"
+
+_PRE_TOKENIZERS = {
+    ("ByteLevel",): "gpt-2",
+    ("Digits", "ByteLevel"): "smollm",
+}
+"""Kinds of pre-tokenizers in `tokenizer.json` → the name of the same rule in llama.cpp."""
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {_LLAMA3_WORDS: "llama-bpe", _LLAMA3_WORDS.replace("{1,3}", ""): "qwen2"}
+"""Regular expressions of a Split before ByteLevel → the name of the same rule in llama.cpp."""
+
+_SPACE = "▁"
+"""What SentencePiece writes for a space."""
+_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+_SPACES = {
+    ("prepend", "replace"): True,
+    ("replace",): False,
+    ("replace", "double", "metaspace always"): True,
+    ("metaspace always",): True,
+    ("metaspace first",): True,
+    ("metaspace never",): False,
+}
+"""Steps before the pieces are joined (`_step`) → whether a space is put before the text."""
+_OFF = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+"""Settings of a BPE model that llama.cpp does not have: they are to be unset."""
+
+Merge = tuple[str, str]
+
+
+def write_tokenizer(folder: Path, vocabulary: int, writer: Any) -> None:
+    """Write the keys of a tokenizer.
+
+    Args:
+        folder: Holds `tokenizer.json` and, mostly, `tokenizer_config.json`.
+        vocabulary: How many tokens the model has; the tokenizer may have fewer.
+        writer: A GGUFWriter.
+
+    Raises:
+        UnsupportedError: llama.cpp has no tokenizer that computes the same.
+        UserInputError: a token is beyond the vocabulary, two have the same text, or one that the
+            tokenizer puts around a text is not known.
+    """
+    value = read_json(folder / _FILE)
+    texts, types = _tokens(value, vocabulary, str(folder / _FILE))
+    if _is_sentencepiece(value):
+        _write_sentencepiece(value, folder, texts, types, writer)
+    else:
+        _write_byte_level(value, folder, texts, types, writer)
+
+
+def _tokens(value: Mapping[str, Any], vocabulary: int, where: str) -> tuple[list[str], list[int]]:
+    """Text and type of every token of the model.
+
+    Raises:
+        UserInputError: see `write_tokenizer`.
+    """
+    kind = require("gguf", extra="hf", purpose=_PURPOSE).TokenType
+    known: dict[int, str] = {}
+    if isinstance(value["model"]["vocab"], dict):  # a list, in kinds of models that are refused
+        known = {number: token for token, number in value["model"]["vocab"].items()}
+    kinds = dict.fromkeys(known, kind.NORMAL)
+    for added in value.get("added_tokens") or ():
+        known[added["id"]] = added["content"]
+        kinds[added["id"]] = kind.CONTROL if added["special"] else kind.USER_DEFINED
+    if max(known, default=0) >= vocabulary:
+        raise UserInputError(
+            f"the tokenizer has token {max(known)}, the model has {vocabulary}", where=where
+        )
+    numbers = range(vocabulary)
+    texts = [known.get(number, f"[PAD{number}]") for number in numbers]
+    seen: dict[str, int] = {}
+    for number, text in enumerate(texts):
+        if text in seen:  # llama.cpp does not load such a file
+            raise UserInputError(
+                f"tokens {seen[text]} and {number} are both {text!r}",
+                where=where,
+                hint="unused tokens of the model are named [PAD…] by their number",
+            )
+        seen[text] = number
+    return texts, [int(kinds.get(number, kind.UNUSED)) for number in numbers]
+
+
+def _steps(rule: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or post-processor, a sequence or not."""
+    return list(rule.get(inner, [rule])) if rule else []
+
+
+# Byte-level BPE
+
+
+def _write_byte_level(
+    value: Mapping[str, Any], folder: Path, texts: list[str], types: list[int], writer: Any
+) -> None:
+    """A byte-level BPE tokenizer: llama.cpp's `gpt2`, which reads the merges themselves."""
+    gguf = require("gguf", extra="hf", purpose=_PURPOSE)
+    pre = pre_tokenizer(value, folder)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=len(texts))
+    special.add_to_gguf(writer, quiet=True)
+
+
+def pre_tokenizer(value: Mapping[str, Any], folder: Path) -> str:
+    """What llama.cpp calls the rule by which a byte-level tokenizer cuts a text into words.
+
+    Args:
+        value: `tokenizer.json`.
+        folder: Where it is.
+
+    Raises:
+        UnsupportedError: it is no byte-level BPE tokenizer, or cuts words by another rule.
+    """
+    model, rule = value["model"], value.get("pre_tokenizer") or {}
+    steps = _steps(rule, "pretokenizers")
+    kinds = tuple(str(step.get("type")) for step in steps)
+    found = None
+    if model["type"] == "BPE" and value.get("normalizer") in (None, {"type": "NFC"}):
+        if kinds == ("Split", "ByteLevel") and not steps[1].get("use_regex", True):
+            found = _SPLITS.get(steps[0].get("pattern", {}).get("Regex"))
+        elif all(step.get("use_regex", True) for step in steps if step["type"] == "ByteLevel") and (
+            all(step.get("individual_digits") for step in steps if step["type"] == "Digits")
+        ):
+            found = _PRE_TOKENIZERS.get(kinds)
+    if found is None:
+        raise UnsupportedError(
+            f"no rule of llama.cpp is known for a {model['type']} tokenizer with "
+            f"{json.dumps(rule)[:120]}",
+            where=str(folder / _FILE),
+            hint="known: byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen 2, SentencePiece's "
+            "BPE with byte fallback as in Llama 2 and Mistral; give the model's own .gguf file as "
+            "the model to take its metadata, or leave the tokenizer out",
+        )
+    return found
+
+
+# SentencePiece's BPE
+
+
+def _is_sentencepiece(value: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer joins pieces of text, unknown characters being cut into bytes."""
+    steps = _steps(value.get("pre_tokenizer"), "pretokenizers")
+    model = value["model"]
+    joins = model["type"] == "BPE" and bool(model.get("byte_fallback"))
+    return joins and all(step["type"] != "ByteLevel" for step in steps)
+
+
+def _write_sentencepiece(
+    value: Mapping[str, Any], folder: Path, texts: list[str], types: list[int], writer: Any
+) -> None:
+    """A BPE tokenizer of SentencePiece: llama.cpp's `llama`.
+
+    The gguf package's own reader of such a folder gives every piece the same score, which cuts
+    texts into other tokens: scores are made here. Ids of special tokens are those it finds.
+    """
+    gguf = require("gguf", extra="hf", purpose=_PURPOSE)
+    kind, where = gguf.TokenType, str(folder / _FILE)
+    _check_model(value, texts, where)
+    prefix = space_prefix(value, where)
+    whole = {a["content"] for a in value.get("added_tokens") or () if _SPACE not in a["content"]}
+    scores = piece_scores(_merges(value["model"], where), texts, whole, where)
+    with _without_warnings("gguf.vocab"):  # of pairs of texts, which llama.cpp does not have
+        special = gguf.SpecialVocab(folder, n_vocab=len(texts))
+    unknown = value["model"].get("unk_token")
+    if unknown in texts:
+        special.special_token_ids.setdefault("unk", texts.index(unknown))
+    _settle_ends(value, special, texts, where)
+    types = [
+        int(kind.BYTE) if found == kind.NORMAL and text in _BYTES else found
+        for text, found in zip(texts, types, strict=True)
+    ]
+    if "unk" in special.special_token_ids:
+        types[special.special_token_ids["unk"]] = int(kind.UNKNOWN)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(texts)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_add_space_prefix(prefix)
+    special.add_to_gguf(writer, quiet=True)
+
+
+@contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    """Keep a logger quiet, but for errors."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _refuse(what: str, where: str) -> Never:
+    """Raise for what llama.cpp's tokenizer does not compute."""
+    raise UnsupportedError(
+        what,
+        where=where,
+        hint="give the model's own .gguf file as the model to take its metadata, or leave the "
+        "tokenizer out",
+    )
+
+
+def _check_model(value: Mapping[str, Any], texts: list[str], where: str) -> None:
+    """Refuse settings of the model and of added tokens that llama.cpp does not have.
+
+    Raises:
+        UnsupportedError: one is set, or a byte has no token.
+    """
+    settings = {name: value["model"][name] for name in _OFF if value["model"].get(name)}
+    if settings:
+        _refuse(f"llama.cpp's tokenizer has no {json.dumps(settings)}", where)
+    if missing := _BYTES.difference(texts):
+        _refuse(f"there is no token for {len(missing)} bytes, {min(missing)} among them", where)
+    for added in value.get("added_tokens") or ():
+        strict = [name for name in ("single_word", "lstrip", "rstrip") if added.get(name)]
+        # A special token in a text is the caller's choice in llama.cpp; others are always found,
+        # in the text as it is given.
+        if added.get("normalized") and not added["special"] and value.get("normalizer"):
+            strict.append("normalized")
+        if strict:
+            _refuse(f"llama.cpp finds {added['content']!r} without {', '.join(strict)}", where)
+
+
+def space_prefix(value: Mapping[str, Any], where: str) -> bool:
+    """Whether a space is put before a text; spaces are written as ▁.
+
+    llama.cpp puts it before every text, and before what follows a special token. The pre-tokenizer
+    Metaspace puts none before a text that begins with a space, nor, where its scheme is `first`,
+    after a special token: there alone they differ.
+
+    Args:
+        value: `tokenizer.json`.
+        where: Named in errors.
+
+    Raises:
+        UnsupportedError: texts are changed in another way.
+    """
+    rules = [value.get("normalizer"), value.get("pre_tokenizer")]
+    steps = [*_steps(rules[0], "normalizers"), *_steps(rules[1], "pretokenizers")]
+    names = [_step(step) for step in steps]
+    if names[1:] and names[0] == "replace" and names[1].startswith("metaspace"):
+        del names[0]  # Metaspace does the same
+    found = _SPACES.get(tuple(names))
+    if found is None:
+        _refuse(
+            f"llama.cpp's tokenizer only writes spaces as {_SPACE}, this one changes texts by "
+            f"{json.dumps(rules, ensure_ascii=False)[:160]}",
+            where,
+        )
+    return found
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    """A step of a normalizer or pre-tokenizer by what it does: a word of `_SPACES`, or its type."""
+    match step:
+        case {"type": "Prepend", "prepend": "▁"}:
+            return "prepend"
+        case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
+            return "replace"
+        case {"type": "Replace", "pattern": {"Regex": r"\A▁"}, "content": "▁▁"}:
+            return "double"
+        case {"type": "Metaspace", "replacement": "▁", "split": False}:
+            # older files say it with `add_prefix_space`
+            plain = "never" if step.get("add_prefix_space") is False else "always"
+            return f"metaspace {step.get('prepend_scheme', plain)}"
+    return str(step.get("type"))
+
+
+def _settle_ends(value: Mapping[str, Any], special: Any, texts: list[str], where: str) -> None:
+    """Say for both ends whether a token is put there: left unsaid, llama.cpp begins with BOS.
+
+    Raises:
+        UnsupportedError: other tokens than BOS and EOS are put around a text.
+        UserInputError: it is not said which token that is.
+    """
+    numbers, adds = special.special_token_ids, special.add_special_token
+    ends = {kind: texts[numbers[kind]] for kind in ("bos", "eos") if kind in numbers}
+    first, last = ends.get("bos"), ends.get("eos")
+    for step in _steps(value.get("post_processor"), "processors"):
+        parts = tuple(part.get("SpecialToken", {}).get("id") for part in step.get("single", ()))
+        if parts not in {(None,), (first, None), (None, last), (first, None, last)}:
+            _refuse(
+                "llama.cpp puts BOS before a text and EOS behind it, this tokenizer "
+                f"{json.dumps(step.get('single', step), ensure_ascii=False)[:160]}",
+                where,
+            )
+    for kind in ("bos", "eos"):
+        if adds.setdefault(kind, False) and kind not in ends:
+            raise UserInputError(
+                f"the tokenizer adds {kind.upper()}, and does not say which token that is",
+                where=where,
+                hint=f"name {kind}_token in tokenizer_config.json",
+            )
+
+
+def _merges(model: Mapping[str, Any], where: str) -> list[Merge]:
+    """The merges of a model; older files hold each as one text.
+
+    Raises:
+        UserInputError: one is no pair.
+    """
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    odd = next((pair for pair in pairs if len(pair) != 2), None)
+    if odd is not None:
+        raise UserInputError(f"the merge {odd} is no pair", where=where)
+    return [(left, right) for left, right in pairs]
+
+
+def piece_scores(merges: list[Merge], texts: list[str], whole: set[str], where: str) -> list[float]:
+    """The score of every piece: minus the rank of the first merge that makes it.
+
+    A piece that no merge makes is never joined; it comes last.
+
+    Args:
+        merges: Pairs of pieces, the first to be joined first.
+        texts: All pieces.
+        whole: Those that are cut out of a text before it is cut into pieces.
+        where: Named in errors.
+
+    Raises:
+        UnsupportedError: joining by these scores is not joining by the merges.
+    """
+    made: dict[str, list[int]] = {}
+    for rank, (left, right) in enumerate(merges):
+        made.setdefault(left + right, []).append(rank)
+    _check_complete(merges, texts, whole, where)
+    _check_order(made, where)
+    _check_runs(merges, made, where)
+    return [-float(made[text][0] if text in made else len(merges)) for text in texts]
+
+
+def _check_complete(merges: list[Merge], texts: list[str], whole: set[str], where: str) -> None:
+    """llama.cpp joins any two neighbours that make a piece: every such pair has to be a merge.
+
+    Raises:
+        UnsupportedError: a pair is none, or a merge is no such pair, or is there twice.
+    """
+    parts = set(texts) - _BYTES - whole  # a byte's token stands for a byte, not for its name
+    wanted = {
+        (text[:cut], text[cut:])
+        for text in texts
+        if text not in whole
+        for cut in range(1, len(text))
+        if all(len(part) == 1 or part in parts for part in (text[:cut], text[cut:]))
+    }
+    possible = [merge for merge in merges if whole.isdisjoint((*merge, "".join(merge)))]
+    given = set(possible)
+    odd = min(wanted ^ given, default=None)
+    if odd is not None:
+        has = "a" if odd in given else "no"
+        _refuse(
+            f"{len(wanted ^ given)} merges are not those that the pieces imply: there is {has} "
+            f"merge of {odd[0]!r} and {odd[1]!r}",
+            where,
+        )
+    if len(given) != len(possible):
+        _refuse("a merge is there twice", where)
+
+
+def _check_order(made: Mapping[str, list[int]], where: str) -> None:
+    """All merges that make a piece have to come before all that make the next.
+
+    Runs of spaces may be mixed with each other, if no other piece holds one: `_check_runs` decides.
+
+    Raises:
+        UnsupportedError: the order depends on what a piece is made of.
+    """
+    order = sorted(made, key=lambda piece: made[piece][0])
+    apart = not any(_SPACE * 2 in piece and not _is_run(piece) for piece in order)
+    latest = order[0] if order else ""
+    for piece in order[1:]:
+        mixed = made[piece][0] < made[latest][-1]
+        if mixed and not (apart and _is_run(piece) and _is_run(latest)):
+            _refuse(
+                f"merges that make {piece!r} come between those that make {latest!r}: no score of "
+                "a piece says which to join first",
+                where,
+            )
+        latest = max(latest, piece, key=lambda text: made[text][-1])
+
+
+def _is_run(piece: str) -> bool:
+    """Whether a piece is spaces only."""
+    return piece == _SPACE * len(piece)
+
+
+def _check_runs(merges: list[Merge], made: Mapping[str, list[int]], where: str) -> None:
+    """Join spaces by merges and by scores; runs of two longest pieces show every way they meet.
+
+    Raises:
+        UnsupportedError: the results differ.
+    """
+    runs = {
+        (len(pair[0]), len(pair[1])): rank
+        for rank, pair in enumerate(merges)
+        if _is_run("".join(pair))
+    }
+    firsts = {len(piece): ranks[0] for piece, ranks in made.items() if _is_run(piece)}
+    for length in range(2, 2 * max(firsts, default=0) + 2):
+        by_merges = _join_run(length, lambda left, right: runs.get((left, right)))
+        by_scores = _join_run(length, lambda left, right: firsts.get(left + right))
+        if by_merges != by_scores:
+            _refuse(
+                f"{length} spaces are cut into {by_merges} by the merges, and by scores of pieces "
+                f"into {by_scores}",
+                where,
+            )
+
+
+def _join_run(length: int, rank: Callable[[int, int], int | None]) -> list[int]:
+    """Lengths of the pieces that a run of spaces is joined to; the lowest rank first, leftmost."""
+    pieces = [1] * length
+    while True:
+        ranks = [(rank(left, right), at) for at, (left, right) in enumerate(pairwise(pieces))]
+        possible = [(found, at) for found, at in ranks if found is not None]
+        if not possible:
+            return pieces
+        at = min(possible)[1]
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
