@@ -44,6 +44,7 @@ from qalora_compile.exporters.gguf_metadata import (
     has_frequency_factors,
     write_described,
 )
+from qalora_compile.exporters.gguf_tokenizers import tokenizer_notes
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.deferred import materialize
 from qalora_compile.ir.description import Description
@@ -91,6 +92,16 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
         "other architectures": unsupported("Llama, Mistral, Qwen 2, Qwen 3 only"),
         "activations": rounds("int8, by llama.cpp as it computes on a CPU"),
     }
+
+
+def notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What a report has to say: of the weights, and of the tokenizer where it is translated."""
+    found, description = checkpoint.notes(), checkpoint.description
+    if description is None or description.gguf is not None or description.tokenizer is None:
+        return found
+    if not (description.tokenizer / "tokenizer.json").is_file():
+        return found  # refused, as it is written
+    return (*found, *tokenizer_notes(description.tokenizer))
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path, spec: ExportSpec) -> list[StoredTensor]:

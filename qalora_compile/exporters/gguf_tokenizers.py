@@ -278,6 +278,21 @@ def space_prefix(value: Mapping[str, Any], where: str) -> bool:
     return found
 
 
+def tokenizer_notes(folder: Path) -> tuple[str, ...]:
+    """What llama.cpp cuts into other tokens, by `space_prefix`, than the tokenizer of a folder."""
+    value = read_json(folder / _FILE)
+    if not _is_sentencepiece(value):
+        return ()
+    kinds = {_step(step) for step in _steps(value.get("pre_tokenizer"), "pretokenizers")}
+    if not kinds & {"metaspace always", "metaspace first"}:
+        return ()
+    after = " and texts after a special token" if "metaspace first" in kinds else ""
+    return (
+        f"llama.cpp puts a space before texts that begin with one{after}, the tokenizer none: give "
+        "llama.cpp the tokens of such texts",
+    )
+
+
 def _step(step: Mapping[str, Any]) -> str:
     """A step of a normalizer or pre-tokenizer by what it does: a word of `_SPACES`, or its type."""
     match step:

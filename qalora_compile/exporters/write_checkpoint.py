@@ -40,16 +40,18 @@ class Format:
         capabilities: What it does to each property of a program.
         write: Writes into the file or folder, and gives a row for each tensor.
         suffix: Of the file; empty where a folder is written.
+        notes: What the report has to say beside its rows.
     """
 
     library: str
     capabilities: Callable[[ExportSpec], dict[str, Capability]]
     write: Write
     suffix: str = ""
+    notes: Callable[[Checkpoint], tuple[str, ...]] = Checkpoint.notes
 
 
 FORMATS = {
-    "gguf": Format("llama.cpp", gguf.capabilities, gguf.write_gguf, ".gguf"),
+    "gguf": Format("llama.cpp", gguf.capabilities, gguf.write_gguf, ".gguf", gguf.notes),
     "mlx": Format("mlx-lm", mlx.capabilities, mlx.write_mlx),
     "float": Format("transformers", float_folder.capabilities, float_folder.write_float),
     "hqq": Format("HQQ", hqq.capabilities, hqq.write_hqq),
@@ -104,7 +106,7 @@ def write_checkpoint(
         nodes=0,
         quantized_layers=len(checkpoint.layers),
         capabilities=kind.capabilities(spec),
-        notes=checkpoint.notes(),
+        notes=kind.notes(checkpoint),
     )
     place = atomic_files if kind.suffix else atomic_folder
     with place(path, overwrite=spec.overwrite) as scratch:

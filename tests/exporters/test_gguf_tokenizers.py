@@ -232,6 +232,17 @@ def test_the_older_kind_is_the_model_that_was_trained(
     assert sorted(joined, key=scores.__getitem__) == sorted(joined, key=written.__getitem__)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_report_says_which_texts_are_cut_otherwise(
+    folders: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    model, program = model_and_program()
+    to, spec = tmp_path / "model.gguf", qc.ExportSpec(target="gguf")
+    report = qc.export_model(program, to, spec, model=model, tokenizer=folders[kind])
+    said = [note for note in report.notes if "before texts that begin with one" in note]
+    assert len(said) == (kind == "metaspace")
+
+
 def test_transformers_reads_the_same_tokenizer(
     folders: dict[str, Path], exported: dict[str, dict[str, Any]]
 ) -> None:
