@@ -182,11 +182,11 @@ def measure(options: argparse.Namespace, python: Path, scratch: Path) -> dict[st
         run_llama(python, job | {"model": str(scratch / f"{name}.gguf")}, scratch, name)
         for name in ("model", "float")
     )
-    rows = []
+    rows, session = [], open_session(scratch / "level-4.onnx", threads=options.threads)
     for number, prompt in enumerate(prompts):
         given = exact[number]
         wanted = reference(program, prompt, given)
-        rough = reference_int8(scratch / "level-4.onnx", prompt, given, options.threads)
+        rough = reference_int8(session, prompt, given)
         own, floats = (
             compared(one, number, wanted, given, scratch / name)
             for name, one in (("model", found), ("float", control))
@@ -224,11 +224,8 @@ def compared(
     return equal, same, margin, float(np.abs(logits - wanted).max())
 
 
-def reference_int8(
-    path: Path, prompt: list[int], tokens: list[int], threads: int
-) -> np.ndarray[Any, Any]:
+def reference_int8(session: Any, prompt: list[int], tokens: list[int]) -> np.ndarray[Any, Any]:
     """Logits of ONNX Runtime on int8 activations at each of the tokens."""
-    session = open_session(path, threads=threads)
     shapes = {i.name: i.shape for i in session.get_inputs()}
     ids = np.array([prompt + tokens], dtype=np.int64)
     feed: dict[str, Any] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
