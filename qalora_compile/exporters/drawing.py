@@ -102,15 +102,17 @@ class _Layout:
 
     def __init__(self, boxes: Sequence[Box]) -> None:
         graphs = require("grandalf.graphs", extra="report", purpose="lay out a graph")
-        vertices: dict[str, Any] = {box.value.name: graphs.Vertex(box) for box in boxes}
-        for vertex in vertices.values():
+        new_vertex, new_edge = map(_in_fixed_order, (graphs.Vertex, graphs.Edge))
+        vertices: dict[str, Any] = {box.value.name: new_vertex(box) for box in boxes}
+        for number, vertex in enumerate(vertices.values()):
+            vertex.number = number
             lines = _label(vertex.data)
             wide = max(map(len, lines)) * _LETTER + 2 * _MARGIN
             vertex.view = _Size(wide, len(lines) * _LINE + _MARGIN)
         pairs = dict.fromkeys((s, box.value.name) for box in boxes for s in box.reads)
-        edges = {(a, b): graphs.Edge(vertices[a], vertices[b]) for a, b in pairs}
-        for edge in edges.values():
-            edge.view = _Size()
+        edges = {(a, b): new_edge(vertices[a], vertices[b]) for a, b in pairs}
+        for number, edge in enumerate(edges.values()):
+            edge.number, edge.view = number, _Size()
         parts = graphs.Graph(list(vertices.values()), list(edges.values())).C
         self.size: tuple[float, float] = (_MARGIN, _MARGIN)
         shifts = {id(v): shift for part in parts for shift in [self._place(part)] for v in part.sV}
@@ -141,6 +143,15 @@ class _Layout:
         width, height = max(across) + shift[0] + _MARGIN, max(down) + shift[1] + _MARGIN
         self.size = (width, max(self.size[1], height))
         return shift
+
+
+def _in_fixed_order(kind: type[Any]) -> type[Any]:
+    """A class of grandalf's whose objects a set keeps by their `number`.
+
+    grandalf walks through sets of vertices and edges. By their addresses, as objects are hashed,
+    one graph would be drawn now so and now so.
+    """
+    return type(kind.__name__, (kind,), {"__hash__": lambda self: self.number})
 
 
 def _label(box: Box) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -113,6 +114,16 @@ def test_svg_has_every_node_apart_from_all_others_inside_the_image() -> None:
             assert x + w <= u or u + p <= x or y + h <= v or v + q <= y, "two boxes overlap"
     texts = [t.text for t in root.iter(f"{SVG}text")]
     assert "qalora.group_linear" in texts and "float32[batch, sequence, 48]" in texts
+
+
+def test_a_drawing_does_not_depend_on_where_in_memory_it_is_made() -> None:
+    source, draw, kept = program("adapted"), random.Random(0), []
+    drawn = set()
+    for _ in range(100):
+        kept.append([object() for _ in range(draw.randrange(3000))])
+        kept = kept[::2] if len(kept) > 6 else kept
+        drawn.add(to_svg(source))
+    assert len(drawn) == 1
 
 
 def test_what_is_read_stands_above_what_reads_it() -> None:
