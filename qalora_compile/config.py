@@ -98,11 +98,10 @@ def whole(field: str, value: object, *, least: int, most: int | None = None) -> 
     Raises:
         UserInputError: it is none; the field is named.
     """
-    counts = isinstance(value, int) and not isinstance(value, bool)
-    if counts and least <= value <= (math.inf if most is None else most):  # type: ignore[operator]
-        return
-    limit = "or more" if most is None else f"to {most}"
-    raise UserInputError(f"{field} is {value!r}", hint=f"use a whole number, {least} {limit}")
+    highest = math.inf if most is None else most
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= highest:
+        limit = "or more" if most is None else f"to {most}"
+        raise UserInputError(f"{field} is {value!r}", hint=f"use a whole number, {least} {limit}")
 
 
 def _is_positive(value: object) -> bool:

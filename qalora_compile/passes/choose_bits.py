@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from qalora_compile.config import AUTO, AUTO_GROUPS, CALIBRATED, SUPPORTED_BITS, QuantSpec
+from qalora_compile.config import AUTO, AUTO_GROUPS, SUPPORTED_BITS, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.packing import packed_width
@@ -20,7 +20,7 @@ from qalora_compile.passes.assign_bits import AssignBits
 from qalora_compile.passes.choices import format_choices
 from qalora_compile.passes.corrections import float_weights
 from qalora_compile.progress import track
-from qalora_compile.quantizers.base import WITHOUT_DATA, get_quantizer
+from qalora_compile.quantizers.base import get_quantizer, without_data
 from qalora_compile.quantizers.budget import Choice, choose_within
 from qalora_compile.quantizers.calibrate import as_calls
 from qalora_compile.quantizers.in_parts import StatisticsInParts
@@ -106,9 +106,8 @@ def _losses(
     """What a weight loses in each form."""
     matrices = weight.reshape(-1, *weight.shape[-2:])
     found = []
-    for form in forms:
-        blind = statistics is None and form.method in CALIBRATED
-        quantizer = get_quantizer(WITHOUT_DATA if blind else form.method)
+    for form in forms if statistics is not None else map(without_data, forms):
+        quantizer = get_quantizer(form.method)
         made = [quantizer(part, form, statistics).affine for part in matrices]
         if statistics is not None and form.refine_offsets:
             made = [refine_offset(matrices[0], made[0], statistics)[0]]

@@ -25,12 +25,12 @@ from qalora_compile.passes.base import Change, Pass, PassResult, data_field
 from qalora_compile.passes.rewrite import TensorNodes, freeze
 from qalora_compile.progress import track
 from qalora_compile.quantizers import (
-    WITHOUT_DATA,
     Chosen,
     as_stored,
     data_needed,
     get_quantizer,
     quantize_weight,
+    without_data,
 )
 from qalora_compile.quantizers.in_order import replace_in_order
 from qalora_compile.quantizers.statistics import ActivationStatistics
@@ -143,7 +143,7 @@ class QuantizeGroups(QuantSpec, Pass):
         plan = program.plan.update({n: _described(s) | done for n, s in specs.items()})
         skips = [Change(s.name, "kept in float", s.reason) for s in plan if s.bits is None]
         for site in uncalibrated:
-            why = f"stacked experts: quantized by their weights alone, {self._without_data.method}"
+            why = f"stacked experts: quantized by their weights alone, {without_data(self).method}"
             skips.append(Change(site.name, "not calibrated", why))
         return PassResult(
             program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes), tuple(skips)
@@ -162,11 +162,6 @@ class QuantizeGroups(QuantSpec, Pass):
         options = {f.name: getattr(self, f.name) for f in fields(QuantSpec)}
         chosen = {"bits": site.chosen_bits, "group_size": site.chosen_group, "budget": None}
         return QuantSpec(**options | (chosen if site.chosen_bits is not None else {}))
-
-    @property
-    def _without_data(self) -> QuantizeGroups:
-        """The same with a method that needs no data."""
-        return replace(self, method=WITHOUT_DATA) if self.method in CALIBRATED else self
 
     def _calibrate(
         self,
@@ -193,7 +188,7 @@ class QuantizeGroups(QuantSpec, Pass):
 
     def _by_weight(self, site: Site, linear: LinearMap, program: Program, seen: Seen) -> _Made:
         """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""
-        quantizer = self._without_data._quantizer_of(site)
+        quantizer = without_data(self)._quantizer_of(site)
 
         def compute(weight: Tensor) -> dict[str, Tensor]:
             matrix = linear.matrix(weight.detach())

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from qalora_compile.quantizers.base import (
-    WITHOUT_DATA,
     Chosen,
     Quantizer,
     as_stored,
     data_needed,
     get_quantizer,
     quantize_weight,
+    without_data,
 )
 
 __all__ = [
-    "WITHOUT_DATA",
     "Chosen",
     "Quantizer",
     "as_stored",
     "data_needed",
     "get_quantizer",
     "quantize_weight",
+    "without_data",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -18,7 +18,8 @@ from qalora_compile.quantizers.report import QuantReport, announce_report, measu
 from qalora_compile.quantizers.statistics import ActivationStatistics
 from qalora_compile.quantizers.whole import quantize_whole
 
-WITHOUT_DATA = "hqq"
+_Spec = TypeVar("_Spec", bound=QuantSpec)
+_WITHOUT_DATA = "hqq"
 """The method for a weight without statistics, where the one asked for needs them."""
 
 
@@ -89,6 +90,11 @@ def _with_data(
         return choose(weight, spec, statistics)
 
     return quantize
+
+
+def without_data(spec: _Spec) -> _Spec:
+    """The same specification, with a method that needs no data."""
+    return replace(spec, method=_WITHOUT_DATA) if spec.method in CALIBRATED else spec
 
 
 def as_stored(affine: GroupAffine) -> Quantizer:

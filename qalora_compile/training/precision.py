@@ -24,9 +24,9 @@ def find_device(name: str) -> torch.device:
         raise UserInputError(
             f"no device is called {name}", hint="cpu, or as torch writes it: cuda, cuda:1, mps"
         ) from error
-    there = torch.accelerator.current_accelerator(check_available=True)
     if device.type == "cpu":
         return device
+    there = torch.accelerator.current_accelerator(check_available=True)
     if there is None or device.type != there.type:
         raise UnsupportedError(
             f"torch {torch.__version__} has no device {name} on this machine",
