@@ -140,17 +140,3 @@ def write_json(path: Path, value: Any) -> None:
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", "utf-8")
     os.replace(scratch, path)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserInputError: the file is missing or is not valid JSON.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserInputError(f"the file {path.name} is missing", where=str(path)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserInputError(f"{path.name} is not valid JSON: {error}", where=str(path)) from error

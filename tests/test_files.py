@@ -9,13 +9,8 @@ from typing import Any
 import pytest
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import (
-    atomic_files,
-    atomic_folder,
-    check_output,
-    read_json,
-    write_json,
-)
+from qalora_compile.files import atomic_files, atomic_folder, check_output, write_json
+from qalora_compile.untrusted import read_json
 
 
 def names(folder: Path) -> list[str]:
@@ -152,16 +147,3 @@ def test_json_is_stable_and_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         write_json(path, {"a": float("nan")})
     assert path.read_bytes() == first
     assert names(tmp_path) == ["a.json"]
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1,}', b"\xff\xfe"])
-def test_bad_json_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "a.json"
-    path.write_bytes(content)
-    with pytest.raises(UserInputError, match="not valid JSON"):
-        read_json(path)
-
-
-def test_missing_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserInputError, match=r"a\.json is missing"):
-        read_json(tmp_path / "a.json")

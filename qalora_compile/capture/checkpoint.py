@@ -15,10 +15,10 @@ from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.encoder_decoder import capture_whole, is_encoder_decoder
 from qalora_compile.capture.skeleton import build_skeleton
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import read_json
 from qalora_compile.ir.deferred import defer_to, is_deferred, keep_recipe
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_headers, read_rows, read_tensor
+from qalora_compile.untrusted import read_json
 
 _INDEX = "model.safetensors.index.json"
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from qalora_compile.capture.skeleton import build_skeleton, skeleton_of, transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.files import read_json
 from qalora_compile.ir.description import Description
 from qalora_compile.optional import require
+from qalora_compile.untrusted import read_json
 
 METADATA_FILE = "metadata.gguf"
 """In a folder with `config.json`: the metadata of the GGUF file that the model came from."""

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from qalora_compile.config import one_of
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.files import read_json
 from qalora_compile.ir.low_rank import LowRankUpdate
 from qalora_compile.ir.storage import load_tensors
+from qalora_compile.untrusted import read_json
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = (
     "adapter_config.json",

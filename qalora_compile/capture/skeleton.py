@@ -12,8 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.files import read_json
 from qalora_compile.optional import require
+from qalora_compile.untrusted import read_json
 
 
 def transformers_module() -> Any:

@@ -38,9 +38,10 @@ from qalora_compile.exporters.genai import (
     genai_whisper_config,
 )
 from qalora_compile.exporters.hf_folder import copy_tokenizer
-from qalora_compile.files import atomic_folder, keep_parts, read_json, write_json
+from qalora_compile.files import atomic_folder, keep_parts, write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
+from qalora_compile.untrusted import read_json
 
 RECORD_FILE, MODEL_FILE = "qalora.json", "model.onnx"
 FORMAT, VERSION = "qalora-edge", 1

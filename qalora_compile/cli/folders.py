@@ -11,10 +11,11 @@ from qalora_compile import __version__
 from qalora_compile.capture.description import CONFIG_FILE, METADATA_FILE, model_config
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.gguf_metadata import write_metadata_file
-from qalora_compile.files import read_json, write_json
+from qalora_compile.files import write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program
 from qalora_compile.optional import require
+from qalora_compile.untrusted import read_json
 
 RUN_FILE = "run.json"
 TOKENIZER = "tokenizer"

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Never
 
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.files import read_json
 from qalora_compile.optional import require
+from qalora_compile.untrusted import read_json
 
 _PURPOSE = "write GGUF files"
 _FILE = "tokenizer.json"

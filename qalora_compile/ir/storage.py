@@ -24,13 +24,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import read_json, write_json
+from qalora_compile.files import write_json
 from qalora_compile.ir.deferred import defer_to, holds, keep_recipe
 from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
 from qalora_compile.ir.module import build_module
 from qalora_compile.ir.plan import SitePlan
 from qalora_compile.ir.program import LEGALIZED, STAGES, Program
 from qalora_compile.ir.signature import Signature, input_spec
+from qalora_compile.untrusted import read_json
 
 FORMAT = "qalora-program"
 VERSION = 1

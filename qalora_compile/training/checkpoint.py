@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import atomic_folder, read_json, write_json
+from qalora_compile.files import atomic_folder, write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import load_tensors, save_tensors
 from qalora_compile.training.fit import Best, FitState
 from qalora_compile.training.identity import Identity
+from qalora_compile.untrusted import read_json
 
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"

@@ -22,11 +22,12 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from qalora_compile.files import atomic_folder, read_json, write_json
+from qalora_compile.files import atomic_folder, write_json
 from qalora_compile.optional import require
 from qalora_compile.training.data import Dataset, FileCount, ReadCount
 from qalora_compile.training.examples import Example, Examples
 from qalora_compile.training.lines import LineReader
+from qalora_compile.untrusted import read_json
 
 EXAMPLES_FILE, COUNTS_FILE = "examples.arrow", "dataset.json"
 _VERSION = 2

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from qalora_compile.config import POOLINGS, one_of
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
-from qalora_compile.files import atomic_folder, read_json, write_json
+from qalora_compile.files import atomic_folder, write_json
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import ADAPTED, ADAPTER_NAMES, Program
 from qalora_compile.ir.spec import ADAPTERS, POOLED_ADAPTER, WHOLE_LINEAR, pooled_input
 from qalora_compile.ir.storage import load_tensors, save_tensors
 from qalora_compile.training.checkpoint import load_adapters
+from qalora_compile.untrusted import read_json
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.errors import UserInputError, VerificationError
-from qalora_compile.files import read_json, write_json
+from qalora_compile.files import write_json
+from qalora_compile.untrusted import read_json
 from qalora_compile.verify.coefficients import RULE, Coefficients
 from qalora_compile.verify.structural import DIFFERENT, OPEN, PROVED, SAMPLED
 

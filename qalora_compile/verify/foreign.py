@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import read_json
 from qalora_compile.ir.storage import load_tensors
+from qalora_compile.untrusted import read_json
 
 _COMPRESSED = "compressed_tensors"
 _MODULES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import read_json
+from qalora_compile.untrusted import read_json
 from qalora_compile.verify.graph import FX, Graph, Node, Ref, SiteRow, Tensor, text_of
 from qalora_compile.verify.stored import Array, Stored, read_safetensors
 

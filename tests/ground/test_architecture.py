@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qalora_compile"
 ROOT_NAME = "qalora_compile"
-CORE = {"errors", "config", "optional", "progress", "files"}
+CORE = {"errors", "config", "optional", "progress", "files", "untrusted"}
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
     "ir": CORE | {"ir"},
@@ -164,7 +164,7 @@ def test_every_room_of_the_contract_exists() -> None:
         ("ir", "import importlib\nimportlib.import_module('qalora_compile.passes')"),
         ("ir", "def f(n):\n    return import_module(f'qalora_compile.passes.{n}')"),
         ("runtime", "from qalora_compile.ir.program import Program"),
-        ("runtime", "from qalora_compile.files import read_json"),
+        ("runtime", "from qalora_compile.files import write_json"),
         ("pages", "from qalora_compile.ir.program import Program"),
         ("errors", "from qalora_compile.ir.plan import Site"),
         ("capture", "from qalora_compile.verify import Report"),

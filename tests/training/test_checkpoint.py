@@ -15,7 +15,7 @@ import torch
 
 import qalora_compile as qc
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import read_json, write_json
+from qalora_compile.files import write_json
 from qalora_compile.ir.storage import load_tensors, save_tensors
 from qalora_compile.training import Example, FitSpec, FitState, StepReport, fit
 from qalora_compile.training.checkpoint import (
@@ -28,6 +28,7 @@ from qalora_compile.training.checkpoint import (
     save_checkpoint,
 )
 from qalora_compile.training.identity import Identity, file_digest
+from qalora_compile.untrusted import read_json
 from tests.models import llama, token_ids
 from tests.training.test_fit import EXAMPLES, ROWS, adapters, diverge, language_model
 

@@ -15,7 +15,8 @@ from torch import Tensor
 import qalora_compile as qc
 from qalora_compile.capture.source import load_source
 from qalora_compile.errors import QaloraError, UserInputError
-from qalora_compile.files import read_json, write_json
+from qalora_compile.files import write_json
+from qalora_compile.untrusted import read_json
 from qalora_compile.verify import foreign
 from tests.capture.stored.models import rewrite
 from tests.exporters.checkpoints import causal_lm, llama_and_program, made_whole, weight_of

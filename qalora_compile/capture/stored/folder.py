@@ -23,9 +23,9 @@ from qalora_compile.capture.stored.mlx import decode_mlx
 from qalora_compile.capture.stored.own import METHOD as OWN
 from qalora_compile.capture.stored.own import decode_own
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.files import read_json
 from qalora_compile.ir.storage import load_tensors
 from qalora_compile.ir.stored_codes import StoredCodes, StoredWeight
+from qalora_compile.untrusted import read_json
 
 HF = "quantization_config"
 _GPTQ, _GPTQ_CONFIG = "gptq", "quantize_config.json"

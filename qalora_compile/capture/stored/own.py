@@ -20,11 +20,11 @@ from qalora_compile.capture.stored.base import (
 )
 from qalora_compile.config import SUPPORTED_BITS
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import read_json
 from qalora_compile.ir.columns import ORDER
 from qalora_compile.ir.packing import packed_width, unpack_codes
 from qalora_compile.ir.program import CODE_NAMES
 from qalora_compile.ir.stored_codes import StoredWeight
+from qalora_compile.untrusted import read_json
 
 METHOD = "qalora-weights"
 _LAYERS = "layers.json"
