@@ -211,9 +211,9 @@ def _decode_tree(tree: Mapping[str, Any], placeholders: int) -> _PyTreeCodeGen:
     """Rebuild the call signature; its names become Python source when the graph is compiled."""
     arguments = [_identifier(name) for name in tree["arguments"]]
     inputs, outputs = (tree_from_text(tree[name]) for name in ("in", "out"))
-    positional, named = inputs.children() if inputs.type is tuple else (None, None)
-    if positional is None or positional.type is not tuple or named.type is not dict:
+    if inputs.type is not tuple or [c.type for c in inputs.children()] != [tuple, dict]:
         raise ValueError("the tree of the inputs is no pair of positional and named arguments")
+    positional, named = inputs.children()
     if [_identifier(name) for name in named.context] != arguments[positional.num_children :]:
         raise ValueError("the named arguments of the tree are not those of the graph")
     if inputs.num_leaves != placeholders:

@@ -20,7 +20,7 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.tree_json import tree_from_text, tree_to_text
 
 X = torch.zeros(1)
-LEAF = {"type": None, "context": None, "children_spec": []}
+LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
 
 
 @dataclass
@@ -56,7 +56,7 @@ def test_trees_survive(kind: str) -> None:
 Pair = namedtuple("Pair", "a b")
 
 
-@pytest.mark.parametrize("value", [defaultdict(int, a=X), Pair(X, X), {(1, 2): X}])
+@pytest.mark.parametrize("value", [defaultdict(lambda: X, a=X), Pair(X, X), {(1, 2): X}])
 def test_other_containers_are_refused_when_they_are_written(value: Any) -> None:
     with pytest.raises(UnsupportedError, match="no stored form"):
         tree_to_text(pytree.tree_structure(value))
