@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.tokenizer import render_chat
 from qalora_compile.training.examples import IGNORED, Example
 
 COMPLETIONS, EVERYTHING = "completions", "everything"
@@ -92,14 +93,7 @@ class _Texts:
 
     def render(self, messages: Sequence[Any], where: str, *, prompt: bool) -> list[int]:
         """The tokens of a chat; `prompt`: up to where an answer begins."""
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt
-            )
-        except Exception as error:  # a template is a program, and raises what it likes
-            raise UserInputError(
-                f"the chat template does not take the messages: {error}", where=where
-            ) from error
+        text = render_chat(self.tokenizer, messages, prompt=prompt, where=where)
         return self.plain(text, where)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qalora_compile"
 ROOT_NAME = "qalora_compile"
-CORE = {"errors", "config", "optional", "progress", "files", "untrusted", "sealed"}
+CORE = {"errors", "config", "optional", "progress", "files", "untrusted", "sealed", "tokenizer"}
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
     "ir": CORE | {"ir"},
