@@ -63,10 +63,10 @@ def check_gguf(path: Path) -> Header:
     """Hold everything that a GGUF file says of itself against its bytes.
 
     Raises:
-        UserInputError: the file is missing or no regular file, or no GGUF file; it is cut short; a
+        UserInputError: the file is missing or no regular file, or no GGUF file; it is big-endian or cut short; a
             key or a tensor is named twice, by no text, or is of an unknown type; arrays are nested
             more than 8 deep; tensors overlap, are not aligned, or end behind the file.
-        UnsupportedError: its byte order is big-endian, or its version another than 2 and 3.
+        UnsupportedError: its version is another than 2 and 3.
     """
     check_regular(path)
     size = path.stat().st_size
@@ -87,6 +87,8 @@ class _Cursor:
         if self.take(4) != _MAGIC:
             raise _broken(self.path, "it begins with other bytes than GGUF")
         version = self.number("<I")
+        if version not in _VERSIONS and not 0 < version < 1 << 16:
+            raise _broken(self.path, "its version is none, or it is big-endian")
         if version not in _VERSIONS:
             raise UnsupportedError(
                 f"{self.path.name} is of GGUF version {version}",

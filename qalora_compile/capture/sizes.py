@@ -6,6 +6,7 @@ how much is built: ten million layers are built one by one, and buffers are allo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,14 +33,18 @@ _FREE = re.compile(
     r"|original_context_length|\w*_window_size|max_\w*seq\w*"
 )
 """Lengths of texts, of which a model of any size may have many: no tensor is as long as they say."""
+_RANGE = re.compile(r"\w*(limit|range|max|min)\w*")
+"""Names of values that may be infinite (Mamba's `time_step_limit`)."""
 _PACKED, _SMALL = 64, 8192
 """A size may be larger than every axis of a tensor in the files: sixteen codes of 2 bits are one
 word, and a layer's parts may stand in tensors of their own. Small sizes are never refused."""
 _LONGEST_TEXT = 1 << 31
 
 
-def check_config_sizes(config: Mapping[str, Any], folder: Path) -> None:
+def check_config(config: Mapping[str, Any], folder: Path) -> None:
     """See that `config.json` describes a model of the size that the folder's files have.
+
+    Nothing in it is a NaN, and an infinity only the end of a range.
 
     Args:
         config: What `config.json` holds.
@@ -79,6 +84,8 @@ def _check(
     for name, value in numbers:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
+        if value != value or (abs(value) == math.inf and not _RANGE.fullmatch(name)):
+            raise UserInputError(f"{name} is {value}, which is no number", where=where)
         limit = _limit(name, most_layers, largest)
         if limit is not None and not 0 <= value <= limit and value != -1:
             raise UserInputError(

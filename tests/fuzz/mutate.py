@@ -172,7 +172,8 @@ def _another(draw: Draw, old: Any, kind: str) -> tuple[Any, bool]:
     if kind == "same" and isinstance(old, list):
         return (old * 2 if draw(st.booleans()) else old[::-1]), True
     other = draw(st.sampled_from(OTHERS))
-    return other, type(other) is type(old)
+    numbers = all(type(v) in (int, float) for v in (old, other))
+    return other, numbers or type(other) is type(old)
 
 
 def _safetensors(draw: Draw, path: Path) -> tuple[str, str, bool]:

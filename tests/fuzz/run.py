@@ -121,6 +121,7 @@ def _cases(
     @given(st.data())
     def one(data: st.DataObject) -> None:
         folder = scratch / f"case-{len(found)}"
+        shutil.rmtree(folder, ignore_errors=True)  # hypothesis gives up some draws halfway
         shutil.copytree(valid, folder)
         mutation = mutate(data.draw, folder, made.files)
         outcome, text = read_in_child(made, folder)

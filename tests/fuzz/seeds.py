@@ -232,7 +232,23 @@ def _read_checkpoint(folder: Path) -> str:
 
 
 def _edge(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     qc.export_model(_folded(), folder / "model.onnx")
+
+
+def _edge_with_data(folder: Path) -> None:
+    """The same with every weight in a file of its own: those of a tiny model else are inside."""
+    import onnx
+
+    _edge(folder)
+    model = onnx.load(folder / "model.onnx")
+    onnx.save(
+        model,
+        folder / "model.onnx",
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=64,
+    )
 
 
 def _read_edge(folder: Path) -> str:
@@ -457,7 +473,7 @@ FORMATS: dict[str, Format] = {
         Format("PEFT", _peft, _read_peft, ("*.json", "*.safetensors")),
         Format("JSONL", _jsonl, _read_jsonl, ("*.jsonl",)),
         Format("ONNX", _edge, _read_edge, ("*.onnx",)),
-        Format("ONNX data", _edge, _read_edge, ("*.data",)),
+        Format("ONNX data", _edge_with_data, _read_edge, ("*.data", "*.onnx")),
     )
 }
 

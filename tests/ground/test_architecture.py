@@ -11,9 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qalora_compile"
 ROOT_NAME = "qalora_compile"
-FORMATS = {"safetensors_header", "gguf_header", "onnx_file"}
-"""What is known of foreign files before a library is given them."""
-CORE = {"errors", "config", "optional", "progress", "files", "untrusted"} | FORMATS
+FOREIGN = {"safetensors_header", "gguf_header", "onnx_file", "linear_regex"}
+"""What is checked of foreign files before a library is given them."""
+CORE = {"errors", "config", "optional", "progress", "files", "untrusted"} | FOREIGN
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
     "ir": CORE | {"ir"},
