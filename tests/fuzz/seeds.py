@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import qalora_compile as qc
-from qalora_compile.errors import VerificationError
+from qalora_compile.errors import CaptureError, VerificationError
 
 TEXTS = ("red is a colour", "one", "three : green")
 
@@ -124,8 +124,11 @@ def _load_source(path: Path) -> str:
 
     source = load_source(str(path))
     codes, _ = source.stored()
-    with torch.no_grad():
-        logits = source.model(torch.arange(8)[None]).logits
+    try:
+        with torch.no_grad():
+            logits = source.model(torch.arange(8)[None]).logits
+    except Exception as error:  # `capture` runs the model too, and says so of any error in it
+        raise CaptureError(f"the model does not run: {error}") from error
     return digest(logits, len(codes), _tokens(source.tokenizer))
 
 
@@ -328,19 +331,16 @@ def _gguf(folder: Path) -> None:
 
 
 def _read_gguf(folder: Path) -> str:
-    """The codes and metadata; one in eight files goes through transformers too, which is slow."""
+    """The model, its codes, what describes it, and its metadata as they are copied."""
     from qalora_compile.capture.description import describe
     from qalora_compile.capture.stored.gguf import read_gguf_codes
     from qalora_compile.exporters.gguf_metadata import write_metadata_file
 
     path = folder / "model.gguf"
-    codes, notes = read_gguf_codes(path)
+    _, notes = read_gguf_codes(path)
     write_metadata_file(path, folder / "metadata.gguf")
     metadata = (folder / "metadata.gguf").read_bytes()
-    if path.stat().st_size % 8 == sum(path.read_bytes()[-64:]) % 8:
-        return digest(_load_source(path), metadata)
-    described = describe(path)
-    return digest(len(codes), notes, metadata, described.shapes)
+    return digest(_load_source(path), notes, metadata, describe(path).shapes)
 
 
 def _quantized(kind: str, folder: Path) -> None:
