@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 import qalora_compile as qc
 
-TOLERANCE = qc.Tolerance(max_rel=1e-4)
+TOLERANCE = qc.Tolerance(max_rel=1e-4, rounding=True)
 
 
 def build_models() -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:

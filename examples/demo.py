@@ -35,7 +35,7 @@ from qalora_compile.training.examples import IGNORED, Example
 sys.path.insert(0, str(Path(__file__).parent))
 from assets import TOPICS, model_path, write_topic_data
 
-TOLERANCE = qc.Tolerance(max_rel=1e-4)
+TOLERANCE = qc.Tolerance(max_rel=1e-4, rounding=True)
 """Largest difference that a step may make, as a part of the scale of the logits."""
 LEARNED = 0.15
 """Least gain of held-out accuracy that counts as having learned."""

@@ -25,7 +25,9 @@ _MAX_ENTRIES = 1 << 21
 """Of all arrays together: readers make an object of each; a vocabulary of 262,144 has 1.3 million."""
 _ALIGNMENT, _ALIGNMENT_KEY = 32, "general.alignment"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?"} | {
-    10: "<Q", 11: "<q", 12: "<d"
+    10: "<Q",
+    11: "<q",
+    12: "<d",
 }
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 _SMALLEST_ROW = 8 + 4 + 4 + 8

@@ -180,8 +180,7 @@ def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
     for name, value in config.items():
         if name not in _KNOWN and value:
             raise UnsupportedError(
-                f"the adapter has the setting {quoted(name)}, which is not known: "
-                f"{quoted(value)}",
+                f"the adapter has the setting {quoted(name)}, which is not known: {quoted(value)}",
                 where=where,
                 hint="merge it into a float model with PEFT (merge_and_unload), and quantize that",
             )
@@ -295,8 +294,7 @@ def _check_targets(layers: Iterable[str], config: Mapping[str, Any], folder: Pat
             known = any(path == target or path.endswith(f".{target}") for target in targets)
         if not known:
             raise UserInputError(
-                f"the file adapts {path}, which is none of the target_modules "
-                f"{quoted(targets)}",
+                f"the file adapts {path}, which is none of the target_modules {quoted(targets)}",
                 where=where,
                 hint="the settings and the tensors do not belong together: get both again",
             )

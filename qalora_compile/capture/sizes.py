@@ -73,9 +73,7 @@ def check_gguf_sizes(header: Header, path: Path) -> None:
     _check(numbers, [row.shape for row in header.tensors.values()], str(path))
 
 
-def _check(
-    numbers: Iterable[tuple[str, Any]], shapes: list[tuple[int, ...]], where: str
-) -> None:
+def _check(numbers: Iterable[tuple[str, Any]], shapes: list[tuple[int, ...]], where: str) -> None:
     most_layers, largest = MOST_LAYERS, LARGEST_SIZE
     if shapes:
         most_layers = min(MOST_LAYERS, len(shapes))

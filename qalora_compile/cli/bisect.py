@@ -13,7 +13,7 @@ from qalora_compile.config import ONNX_TARGETS, ExportSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
 from qalora_compile.ir.program import ADAPTED, FOLDED, QUANTIZED, Program
-from qalora_compile.ir.storage import PROGRAM_FILE
+from qalora_compile.ir.program_record import PROGRAM_FILE
 from qalora_compile.passes.base import Pass, PassResult, validating
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.pipeline import Pipeline

@@ -41,10 +41,11 @@ from qalora_compile.exporters.hf_folder import copy_tokenizer
 from qalora_compile.files import atomic_folder, keep_parts, write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
+from qalora_compile.sealed import write_sealed
 from qalora_compile.untrusted import read_json
 
 RECORD_FILE, MODEL_FILE = "qalora.json", "model.onnx"
-FORMAT, VERSION = "qalora-edge", 1
+FORMAT, VERSION = "qalora-edge", 2
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _write_parts(folder: Path, parts: EdgeParts) -> list[str]:
     if parts.program.signature.cache:
         genai = _write_genai(folder, parts, description)
         written.append(CONFIG_FILE if genai == "yes" else f"no {CONFIG_FILE} ({genai})")
-    write_json(folder / RECORD_FILE, _edge_record(parts, description, genai))
+    write_sealed(folder / RECORD_FILE, _edge_record(parts, description, genai))
     return written
 
 

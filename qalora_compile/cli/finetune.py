@@ -19,7 +19,7 @@ from qalora_compile.cli.training_options import (
 from qalora_compile.cli.ui import Steps, print_summary, quiet, steps
 from qalora_compile.config import AdapterSpec
 from qalora_compile.errors import UnsupportedError
-from qalora_compile.ir.storage import ADAPTERS_FILE, save_tensors
+from qalora_compile.ir.storage import replace_adapters
 from qalora_compile.training.evaluate import Metrics
 from qalora_compile.training.fit import FitResult
 from qalora_compile.training.log import LOG_FILE, check_reporting, read_log
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _finish(job: Job, result: FitResult, after: Metrics | None) -> None:
     """Store the trained adapters and the state of the run."""
-    save_tensors(dict(job.program.named_adapter_parameters()), job.folder / ADAPTERS_FILE)
+    replace_adapters(dict(job.program.named_adapter_parameters()), job.folder)
     held_out = job.record["held_out"] | {"after": vars(after) if after else None}
     status = INTERRUPTED if result.stopped else FINISHED
     job.note(status=status, step=result.kept, held_out=held_out)

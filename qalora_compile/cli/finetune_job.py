@@ -40,7 +40,7 @@ from qalora_compile.config import AUTO, CALIBRATED
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.storage import ADAPTERS_FILE, read_program, save_tensors, write_program
+from qalora_compile.ir.storage import read_program, replace_adapters, write_program
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
 from qalora_compile.training.batches import Batches
 from qalora_compile.training.calibration import calibration_calls
@@ -166,7 +166,7 @@ class Job:
         save_checkpoint(folder, self.program, self.state, self.identity, keep=keep)
         best = self.state.best
         adapters = best.adapters if best else dict(self.program.named_adapter_parameters())
-        save_tensors(adapters, self.folder / ADAPTERS_FILE)
+        replace_adapters(adapters, self.folder)
         self.note(step=best.step if best else self.state.step)
 
     def note(self, **facts: Any) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from qalora_compile.api import fold_adapters
 from qalora_compile.cli.folders import copy_parts, load_run, write_run_file
 from qalora_compile.cli.ui import console, print_summary, steps
+from qalora_compile.errors import VerificationError
 from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.storage import write_program
-from qalora_compile.verify.compare import Tolerance
+from qalora_compile.verify.compare import Report, Tolerance, worst_of
 from qalora_compile.verify.equivalence import verify_equivalence
 from qalora_compile.verify.inputs import sample_inputs
 
@@ -20,7 +21,8 @@ EXAMPLES = """examples:
   qalora-compile fold run --out folded
   qalora-compile fold run --out folded --overwrite
 """
-_MAX_REL = 1e-4
+_TOLERANCE = Tolerance(max_rel=1e-4, rounding=True)
+_FAILED = ".failed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +39,9 @@ def run(options: argparse.Namespace) -> int:
     with steps():
         program, record = load_run(source)
         folded = fold_adapters(program)
-        report = verify_equivalence(
-            program, folded, sample_inputs(folded, 2), Tolerance(max_rel=_MAX_REL)
-        ).check()
-        with atomic_folder(out, overwrite=options.overwrite) as folder:
+        report = verify_equivalence(program, folded, sample_inputs(folded, 2), _TOLERANCE)
+        place = out if report.passed else out.with_name(out.name + _FAILED)
+        with atomic_folder(place, overwrite=options.overwrite or not report.passed) as folder:
             write_program(folded, folder)
             copy_parts(source, folder)
             kept = ("model", "quant", "embeddings", "adapter", "reading", "status", "step")
@@ -48,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
             write_run_file(
                 folder, {k: record[k] for k in kept if k in record} | {"verified": verified}
             )
+    if not report.passed:
+        raise _refused(report, place)
     if record.get("status") != "finished":
         console.print(f"note: the run is {record.get('status')} at step {record.get('step')}")
     print_summary(
@@ -56,8 +59,22 @@ def run(options: argparse.Namespace) -> int:
             "layers folded": len(folded.plan.to_quantize()),
             "largest difference, program and folded": f"{report.max_abs:.3g}",
             "as a part of the output scale": f"{max(c.max_rel for c in report.outputs):.3g}",
+            "times what rounding alone does": f"{worst_of(report.outputs).rounding or 0:.3g}",
             "written": str(out),
             "next": f"qalora-compile export {out} --out EDGE",
         },
     )
     return 0
+
+
+def _refused(report: Report, place: Path) -> VerificationError:
+    """The failed check, with the name of the folder in which the result is kept."""
+    worst = worst_of(report.outputs)
+    return VerificationError(
+        f"the folded program differs from the trained one by {worst.max_abs:.3g}, "
+        f"{worst.rounding or 0:.3g} times what rounding does to the trained one",
+        report=report,
+        where=f"first diverging site: {report.first_divergence}",
+        hint="this is a fault of the fold, not of your training: please report it; the result is "
+        f"kept in {place}",
+    )

@@ -15,7 +15,8 @@ from qalora_compile.files import write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program
 from qalora_compile.optional import require
-from qalora_compile.untrusted import read_json
+from qalora_compile.sealed import read_sealed, write_sealed
+from qalora_compile.untrusted import check_folder, quoted
 
 RUN_FILE = "run.json"
 TOKENIZER = "tokenizer"
@@ -23,7 +24,8 @@ MODEL = "model"
 CHECKPOINTS = "checkpoints"
 _PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FORMAT = "qalora-run"
-VERSION = 1
+VERSION = 2
+"""Version 2 has a digest; folders of version 1, which have none, are read."""
 
 
 def versions() -> dict[str, str]:
@@ -39,10 +41,8 @@ def versions() -> dict[str, str]:
 
 def write_run_file(folder: Path, record: dict[str, Any]) -> None:
     """Write `run.json`: what made the folder, from what, with which options."""
-    write_json(
-        folder / RUN_FILE,
-        {"format": FORMAT, "version": VERSION, "versions": versions(), **record},
-    )
+    head = {"format": FORMAT, "version": VERSION, "versions": versions()}
+    write_sealed(folder / RUN_FILE, head | record)
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:
@@ -60,6 +60,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
             where=str(folder),
             hint="give the folder that --out named",
         )
+    check_folder(folder)
     return read_record(folder / RUN_FILE, FORMAT, VERSION)
 
 
@@ -69,12 +70,13 @@ def read_record(path: Path, kind: str, version: int) -> dict[str, Any]:
     Raises:
         UserInputError: it is no JSON, of another kind, or of another format version.
     """
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("format") != kind:
+    record = read_sealed(path, since=version)
+    if record.get("format") != kind:
         raise UserInputError(f"{path.name} is of another kind", where=str(path))
-    if record.get("version") != version:
+    if record.get("version") not in range(1, version + 1):
         raise UserInputError(
-            f"the folder has version {record.get('version')}, this package reads {version}",
+            f"the folder has version {quoted(record.get('version'))}, this package reads 1 to "
+            f"{version}",
             where=str(path.parent),
             hint="use the qalora-compile that wrote it",
         )

@@ -18,7 +18,7 @@ from qalora_compile.files import atomic_files, check_output
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from qalora_compile.ir.plan import QUANTIZE, Site
 from qalora_compile.ir.program import FOLDED, Program
-from qalora_compile.ir.storage import PROGRAM_FILE
+from qalora_compile.ir.program_record import PROGRAM_FILE
 from qalora_compile.onnx_file import check_onnx
 from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
 from qalora_compile.untrusted import parse_json

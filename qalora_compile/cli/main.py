@@ -10,10 +10,12 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from qalora_compile import __version__
 from qalora_compile.cli.ui import err_console
 from qalora_compile.errors import InternalError, QaloraError, VerificationError
+from qalora_compile.sealed import unchecked
 
 COMMANDS = (
     *("finetune", "adapt", "fold", "export", "quantize", "verify", "bisect", "inspect"),
@@ -21,6 +23,9 @@ COMMANDS = (
     "doctor",
 )
 """One module of `qalora_compile.cli` each."""
+
+READERS = ("finetune", "fold", "export", "verify", "bisect", "inspect", "generate", "bench")
+"""Commands that read folders which this tool wrote."""
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -52,6 +57,12 @@ def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
+        if name in READERS:
+            command.add_argument(
+                "--no-verify",
+                action="store_true",
+                help="read folders of this tool without comparing the SHA-256 of their files",
+            )
         command.set_defaults(run=module.run)
     return parser
 
@@ -68,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     try:
-        return int(options.run(options))
+        with unchecked() if getattr(options, "no_verify", False) else nullcontext():
+            return int(options.run(options))
     except KeyboardInterrupt:
         err_console.print("interrupted", style="bold red")
         return EXIT_INTERRUPTED

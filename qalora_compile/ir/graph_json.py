@@ -2,15 +2,14 @@
 
 `torch.export.save` would re-trace the rewritten graph, rename its nodes and store example inputs
 as a pickle; this form keeps node names, site marks and the call signature, and reading it runs no
-code: operators are looked up by qualified name in a fixed set of namespaces.
+code: operators come from a fixed list (`ir.operators`), containers from a fixed table
+(`ir.tree_json`), and arguments are compared with the operators' schemas.
 """
 
 from __future__ import annotations
 
-import importlib
 import keyword
 import math
-import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.meta import mark_site, site_of
+from qalora_compile.ir.operators import check_call, find_operator, operator_text
 from qalora_compile.ir.signature import argument_names, input_spec, output_spec
+from qalora_compile.ir.tree_json import tree_from_text, tree_to_text
 
 _DROPOUT_P = "qalora_dropout_p"
 _TORCH_TYPES = {
@@ -30,38 +30,8 @@ _TORCH_TYPES = {
     "layout": torch.layout,
     "memory_format": torch.memory_format,
 }
-_TRUSTED_TREES = ("transformers",)
 _NODE_KINDS = ("placeholder", "get_attr", "call_function", "output")
 _TARGET = re.compile(r"[^\s\"'\\\\()]+")
-_OPERATORS = frozenset(
-    {
-        "abs",
-        "add",
-        "and_",
-        "eq",
-        "floordiv",
-        "ge",
-        "getitem",
-        "gt",
-        "invert",
-        "le",
-        "lshift",
-        "lt",
-        "mod",
-        "mul",
-        "ne",
-        "neg",
-        "not_",
-        "or_",
-        "pos",
-        "pow",
-        "rshift",
-        "sub",
-        "truediv",
-        "xor",
-    }
-)
-"""Functions of `operator` in exported graphs; others (`attrgetter`, `call`) could run anything."""
 
 
 def graph_to_json(graph: fx.Graph, module: torch.nn.Module) -> dict[str, Any]:
@@ -109,36 +79,42 @@ def graph_from_json(value: Mapping[str, Any]) -> tuple[fx.Graph, dict[str, fx.Gr
         for row in value["nodes"]:
             args = tuple(_decode(a, seen) for a in row["args"])
             kwargs = {_identifier(k): _decode(v, seen) for k, v in row.get("kwargs", {}).items()}
-            target = _decode_target(row["op"], row["target"])
-            node = graph.create_node(row["op"], target, args, kwargs, name=row["name"])
-            if "site" in row:
-                mark_site(node, row["site"])
-            if "dropout_p" in row:
-                node.meta[_DROPOUT_P] = row["dropout_p"]
+            node = _create_node(graph, row, args, kwargs)
+            if row["name"] in seen:
+                raise ValueError(f"two nodes are named {row['name']!r}")
             seen[row["name"]] = node
         if "tree" in value:
-            graph.set_codegen(_decode_tree(value["tree"]))
+            placeholders = sum(node.op == "placeholder" for node in graph.nodes)
+            graph.set_codegen(_decode_tree(value["tree"], placeholders))
+        graph.lint()
         subgraphs = {}
         for target, encoded in value["subgraphs"].items():
             inner, nested = graph_from_json(encoded)
             subgraphs[target] = fx.GraphModule(dict(nested), inner)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserInputError(f"the stored graph is malformed: {error!r}") from error
     return graph, subgraphs
+
+
+def _create_node(
+    graph: fx.Graph, row: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> fx.Node:
+    """Add the node of a row, once its arguments have been compared with the operator's schema."""
+    target = _decode_target(row["op"], row["target"])
+    if row["op"] == "call_function":
+        check_call(target, args, kwargs)
+    node = graph.create_node(row["op"], target, args, kwargs, name=_text(row["name"]))
+    if "site" in row:
+        mark_site(node, _text(row["site"]))
+    if "dropout_p" in row:
+        node.meta[_DROPOUT_P] = _probability(row["dropout_p"])
+    return node
 
 
 def _encode_target(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return node.target
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"higher_order.{target.name()}"
-    text = f"{getattr(target, '__module__', '?')}.{getattr(target, '__name__', '?')}"
-    if _function(text) is not target:
-        raise UnsupportedError(f"the function {text} has no stored form", where=f"node {node.name}")
-    return text
+    return operator_text(node.target, f"node {node.name}")
 
 
 def _decode_target(op: str, text: str) -> Any:
@@ -147,45 +123,30 @@ def _decode_target(op: str, text: str) -> Any:
         raise ValueError(f"{op!r} is no kind of node that an exported graph has")
     if op == "placeholder":
         return _identifier(text)
-    if op != "call_function":
-        if not _TARGET.fullmatch(text):
-            raise ValueError(f"{text!r} is no tensor name")
-        return text
-    function = _function(text)
-    if function is not None:
-        return function
-    names = [_identifier(name) for name in text.split(".")]
-    if names[0] == "higher_order":
-        operator_ = getattr(torch.ops.higher_order, names[1])
-        return _checked(operator_, torch._ops.HigherOrderOperator, text)
-    namespace = _checked(getattr(torch.ops, names[0]), torch._ops._OpNamespace, text)
-    packet = _checked(getattr(namespace, names[1]), torch._ops.OpOverloadPacket, text)
-    return _checked(getattr(packet, names[2]), torch._ops.OpOverload, text)
-
-
-def _identifier(text: str) -> str:
-    """A name that may become Python source when the graph is compiled."""
-    if not text.isidentifier() or keyword.iskeyword(text):
-        raise ValueError(f"{text!r} is no name")
+    if op == "call_function":
+        return find_operator(text)
+    if not _TARGET.fullmatch(text):
+        raise ValueError(f"{text!r} is no tensor name")
     return text
 
 
-def _checked(value: Any, kind: type, text: str) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{text} is no operator")
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
     return value
 
 
-def _function(text: str) -> Callable[..., Any] | None:
-    """A plain function from the short list that exported graphs use, or None."""
-    module, _, name = text.rpartition(".")
-    if module in ("_operator", "operator") and name in _OPERATORS:
-        return getattr(operator, name, None)
-    if module == "math" and name.isalnum():
-        return getattr(math, name, None)
-    if module == "torch" and name.startswith("sym_"):
-        return getattr(torch, name, None)
-    return None
+def _probability(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{value!r} is no probability")
+    return value
+
+
+def _identifier(text: Any) -> str:
+    """A name that may become Python source when the graph is compiled."""
+    if not isinstance(text, str) or not text.isidentifier() or keyword.iskeyword(text):
+        raise ValueError(f"{text!r} is no name")
+    return text
 
 
 def _encode(value: Any, node: fx.Node) -> Any:  # noqa: C901, PLR0911 - a branch a JSON form
@@ -239,41 +200,22 @@ def _decode(value: Any, seen: Mapping[str, fx.Node]) -> Any:
 
 
 def _encode_tree(graph: fx.Graph) -> dict[str, Any]:
-    specs = {"in": input_spec(graph), "out": output_spec(graph)}
-    modules = {m for spec in specs.values() for m in _node_modules(spec)}
     return {
         "arguments": argument_names(graph),
-        "modules": sorted(modules),
-        **{name: pytree.treespec_dumps(spec) for name, spec in specs.items()},
+        "in": tree_to_text(input_spec(graph)),
+        "out": tree_to_text(output_spec(graph)),
     }
 
 
-def _node_modules(spec: pytree.TreeSpec) -> set[str]:
-    """Modules that define the container classes of a tree, builtins left out."""
-    own = getattr(spec.type, "__module__", "builtins") if spec.type is not None else "builtins"
-    found = set() if own in ("builtins", "collections") else {own}
-    for child in spec.children():
-        found |= _node_modules(child)
-    return found
-
-
-def _decode_tree(tree: Mapping[str, Any]) -> _PyTreeCodeGen:
-    """Rebuild the call signature; output classes of trusted libraries are imported first."""
-    for name in tree["modules"]:
-        if name.split(".")[0] in _TRUSTED_TREES:
-            try:
-                importlib.import_module(name)
-            except ImportError as error:
-                raise UnsupportedError(
-                    f"the program returns a class of {name}, which cannot be imported",
-                    hint="pip install 'qalora-compile[hf]'",
-                ) from error
-    try:
-        specs = [pytree.treespec_loads(tree[name]) for name in ("in", "out")]
-    except NotImplementedError as error:
-        raise UserInputError(
-            f"the program takes or returns a class that is not registered: {error}",
-            hint=f"import {', '.join(tree['modules'])} before loading",
-        ) from error
+def _decode_tree(tree: Mapping[str, Any], placeholders: int) -> _PyTreeCodeGen:
+    """Rebuild the call signature; its names become Python source when the graph is compiled."""
     arguments = [_identifier(name) for name in tree["arguments"]]
-    return _PyTreeCodeGen(_PyTreeInfo(arguments, specs[0], specs[1]))
+    inputs, outputs = (tree_from_text(tree[name]) for name in ("in", "out"))
+    if inputs.type is not tuple or [c.type for c in inputs.children()] != [tuple, dict]:
+        raise ValueError("the tree of the inputs is no pair of positional and named arguments")
+    positional, named = inputs.children()
+    if [_identifier(name) for name in named.context] != arguments[positional.num_children :]:
+        raise ValueError("the named arguments of the tree are not those of the graph")
+    if inputs.num_leaves != placeholders:
+        raise ValueError(f"the tree has {inputs.num_leaves} inputs, the graph {placeholders}")
+    return _PyTreeCodeGen(_PyTreeInfo(arguments, inputs, outputs))

@@ -24,23 +24,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import write_json
 from qalora_compile.ir.deferred import defer_to, holds, keep_recipe
 from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
 from qalora_compile.ir.module import build_module
 from qalora_compile.ir.plan import SitePlan
 from qalora_compile.ir.program import LEGALIZED, STAGES, Program
+from qalora_compile.ir.program_record import (
+    ADAPTERS_FILE,
+    EXAMPLE_FILE,
+    PROGRAM_FILE,
+    TENSORS_FILE,
+    admit_file,
+    read_record,
+    write_record,
+)
 from qalora_compile.ir.signature import Signature, input_spec
 from qalora_compile.safetensors_header import check_types, read_header
-from qalora_compile.untrusted import read_json
-
-FORMAT = "qalora-program"
-VERSION = 1
-
-PROGRAM_FILE = "program.json"
-TENSORS_FILE = "quantized.safetensors"
-ADAPTERS_FILE = "adapters.safetensors"
-EXAMPLE_FILE = "example.safetensors"
+from qalora_compile.sealed import digest_of_file
 
 _SMALL_ELEMENTS = 4096
 _DTYPES = {
@@ -65,11 +65,14 @@ def write_program(program: Program, folder: Path) -> None:
     adapters = {n: unique[n] for n, _ in program.named_adapter_parameters() if n in unique}
     base = {n: t for n, t in unique.items() if n not in adapters}
     leaves = program.leaves(program.example[0], program.example[1])
-    write_json(
-        folder / PROGRAM_FILE,
+    save_tensors(base, folder / TENSORS_FILE)
+    if adapters:
+        save_tensors(adapters, folder / ADAPTERS_FILE)
+    example = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    save_tensors(example, folder / EXAMPLE_FILE)
+    write_record(
+        folder,
         {
-            "format": FORMAT,
-            "version": VERSION,
             "stage": program.stage,
             "training": program.module.training,
             "plan": program.plan.to_json(),
@@ -83,11 +86,20 @@ def write_program(program: Program, folder: Path) -> None:
             "graph": graph_to_json(program.graph, program.module),
         },
     )
-    save_tensors(base, folder / TENSORS_FILE)
-    if adapters:
-        save_tensors(adapters, folder / ADAPTERS_FILE)
-    example = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-    save_tensors(example, folder / EXAMPLE_FILE)
+
+
+def replace_adapters(adapters: Mapping[str, Tensor], folder: Path) -> None:
+    """Write other adapters into a program folder.
+
+    The record admits the old digest and the new one until the new file has its name, so that a
+    process that dies in between leaves a folder that can be read.
+    """
+    path, scratch = folder / ADAPTERS_FILE, folder / f".{ADAPTERS_FILE}.new"
+    save_tensors(adapters, scratch)
+    digests = [digest_of_file(file) for file in (path, scratch) if file.is_file()]
+    admit_file(folder, ADAPTERS_FILE, digests)
+    scratch.replace(path)
+    admit_file(folder, ADAPTERS_FILE, digests[-1:])
 
 
 def read_program(folder: Path, *, deferred: bool = False) -> Program:
@@ -99,10 +111,7 @@ def read_program(folder: Path, *, deferred: bool = False) -> Program:
     """
     from qalora_compile.ir import spec  # noqa: F401 - registers the operators that graphs name
 
-    if not folder.is_dir():
-        raise UserInputError(f"there is no program folder {folder}", where=str(folder))
-    value = read_json(folder / PROGRAM_FILE)
-    _check_version(value, folder)
+    value = read_record(folder)
     load = defer_tensors if deferred else load_tensors
     tensors = load(folder / TENSORS_FILE)
     if (folder / ADAPTERS_FILE).exists():
@@ -154,18 +163,6 @@ def _assemble(
         notes=tuple(value["notes"]),
         trained=tuple(value.get("trained", ())),
     )
-
-
-def _check_version(value: Any, folder: Path) -> None:
-    found = (value.get("format"), value.get("version")) if isinstance(value, dict) else None
-    if found is None or found[0] != FORMAT:
-        raise UserInputError(f"{folder} holds no program of this package", where=str(folder))
-    if found[1] != VERSION:
-        raise UserInputError(
-            f"the folder has format version {found[1]}, this package reads version {VERSION}",
-            where=str(folder),
-            hint="read it with the version of qalora-compile that wrote it",
-        )
 
 
 def _untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

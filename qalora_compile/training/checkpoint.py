@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import atomic_folder, write_json
+from qalora_compile.files import atomic_folder
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import load_tensors, save_tensors
+from qalora_compile.sealed import check_files, digests_of, read_sealed, write_sealed
 from qalora_compile.training.fit import Best, FitState
 from qalora_compile.training.identity import Identity
-from qalora_compile.untrusted import read_json
+from qalora_compile.untrusted import quoted
 
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -27,7 +28,9 @@ STATE = "state.json"
 KEPT = 2
 
 _PREFIX = "step-"
-_FORMAT, _VERSION = "qalora-checkpoint", 2
+_FORMAT, _VERSION = "qalora-checkpoint", 3
+"""Version 3 has digests; checkpoints of version 2, which have none, are read."""
+_VERSIONS = (2, _VERSION)
 _FIELDS = {"step": int, "stale": int, "moments": list, "identity": dict}
 
 
@@ -71,7 +74,8 @@ def save_checkpoint(
             "best": None if best is None else {"loss": best.loss, "step": best.step},
             "identity": identity.to_json(),
         }
-        write_json(staging / STATE, value)
+        written = (path.name for path in staging.glob("*.safetensors"))
+        write_sealed(staging / STATE, value | {"files": digests_of(staging, written)})
     for old in list_checkpoints(folder)[:-keep]:
         going = old.folder.with_name(f".{old.folder.name}.going")
         old.folder.rename(going)  # so that no half of one is ever taken for a checkpoint
@@ -125,12 +129,13 @@ def restore_checkpoint(
 def _read_state(folder: Path) -> dict[str, Any]:
     """The facts of a checkpoint, all there and of the right types."""
     where = str(folder)
-    value = read_json(folder / STATE)
-    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+    value = read_sealed(folder / STATE, since=_VERSION)
+    if value.get("format") != _FORMAT:
         raise UserInputError("this is no checkpoint of this package", where=where)
-    if value.get("version") != _VERSION:
+    if value.get("version") not in _VERSIONS:
         raise UserInputError(
-            f"the checkpoint has version {value.get('version')}, this package reads {_VERSION}",
+            f"the checkpoint has version {quoted(value.get('version'))}, this package reads "
+            f"{_VERSIONS[0]} and {_VERSION}",
             where=where,
             hint="use the qalora-compile that wrote it",
         )
@@ -144,6 +149,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
             where=where,
             hint="remove it, to go on from the one before",
         )
+    if value["version"] == _VERSION:
+        check_files(folder, value.get("files"))
     return value
 
 

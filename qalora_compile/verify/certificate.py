@@ -179,7 +179,14 @@ class Certificate:
             )
         try:
             made = _certificate(value)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            IndexError,
+        ) as error:
             raise UserInputError(
                 f"the certificate is malformed: {error!r}", where=str(path)
             ) from error

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError, VerificationError
-
-PASS = "PASS"
-FAIL = "FAIL"
+from qalora_compile.verify.judge import AMBIGUOUS, PASS, verdict_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,8 @@ class Comparison:
             better, infinite where the two are equal.
         scale: Largest absolute reference value.
         problem: What no tolerance admits (unlike shapes, NaN, whole numbers that differ), or empty.
+        rounding: How many times farther the candidate lies from the exact value than rounding
+            takes the reference (`verify.judge`); None where that was not asked for.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Comparison:
     sqnr_db: float
     scale: float
     problem: str = ""
+    rounding: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,15 @@ class Tolerance:
         max_abs: Largest absolute difference of an output.
         max_rel: Largest absolute difference as a part of the output's scale.
         min_sqnr_db: Least signal to error ratio in decibels.
+        rounding: Hold the difference against what rounding does to the reference itself, which has
+            to be a program: up to 8 times as much is admitted whatever the figures above say, from
+            64 times on nothing is, and between them the figures decide.
     """
 
     max_abs: float | None = None
     max_rel: float | None = None
     min_sqnr_db: float | None = None
+    rounding: bool = False
 
     def __post_init__(self) -> None:
         values = (self.max_abs, self.max_rel, self.min_sqnr_db)
@@ -73,6 +78,10 @@ class Tolerance:
         """
         if found.problem or math.isnan(found.max_abs):
             return False
+        if self.rounding and found.rounding is not None:
+            verdict = verdict_of(found.rounding)
+            if verdict != AMBIGUOUS:
+                return verdict == PASS
         factor = 1.0
         if output_scale:
             factor = max(1.0, found.scale / output_scale)
@@ -84,7 +93,9 @@ class Tolerance:
 
     def __str__(self) -> str:
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return ", ".join(f"{k} {v:g}" for k, v in given.items())
+        rounding = given.pop("rounding")
+        text = ", ".join(f"{k} {v:g}" for k, v in given.items())
+        return f"{text} or what rounding explains" if rounding else text
 
 
 def compare(name: str, reference: Tensor, candidate: Tensor) -> Comparison:
@@ -139,6 +150,7 @@ def worst_of(comparisons: Iterable[Comparison]) -> Comparison:
         min(c.sqnr_db for c in items),
         max((c.scale for c in items if not math.isnan(c.scale)), default=math.nan),
         next((c.problem for c in items if c.problem), ""),
+        max((c.rounding for c in items if c.rounding is not None), default=None),
     )
 
 

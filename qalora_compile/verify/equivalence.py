@@ -14,8 +14,6 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call, split_call
 from qalora_compile.progress import track
 from qalora_compile.verify.compare import (
-    FAIL,
-    PASS,
     Comparison,
     Report,
     Tolerance,
@@ -23,7 +21,9 @@ from qalora_compile.verify.compare import (
     worst_of,
 )
 from qalora_compile.verify.encoder_decoder import EncoderDecoderRunner
+from qalora_compile.verify.judge import FAIL, PASS
 from qalora_compile.verify.results import Runner
+from qalora_compile.verify.rounding import RoundingJudge
 from qalora_compile.verify.runners import OnnxRunner, ProgramRunner, open_runner
 
 AFTER_LAST_SITE = "after the last site"
@@ -64,7 +64,8 @@ def verify_equivalence(
     for one, other in ((a, b), (b, a)):
         if isinstance(one, (OnnxRunner, EncoderDecoderRunner)):
             one.meet(other)
-    outputs, sites, by_input = _compare_runs(a, b, inputs)
+    exact = RoundingJudge.of(a, b) if tolerance.rounding else None
+    outputs, sites, by_input = _compare_runs(a, b, inputs, exact)
     output_rows, site_rows = (tuple(map(worst_of, rows.values())) for rows in (outputs, sites))
     passed = bool(output_rows) and all(map(tolerance.admits, output_rows))
     return Report(
@@ -84,7 +85,7 @@ _Rows = dict[str, list[Comparison]]
 
 
 def _compare_runs(
-    a: Runner, b: Runner, inputs: Sequence[Call]
+    a: Runner, b: Runner, inputs: Sequence[Call], exact: RoundingJudge | None
 ) -> tuple[_Rows, _Rows, list[Comparison]]:
     """Every output and every site by name, on each input; and the worst output of each input."""
     outputs, sites, by_input = _Rows(), _Rows(), list[Comparison]()
@@ -93,6 +94,8 @@ def _compare_runs(
         run_a, run_b = (side.run(side.signature.widen(leaves)) for side in (a, b))
         names = _same_names(run_a.outputs, run_b.outputs, a, b)
         found = [compare(name, run_a.outputs[name], run_b.outputs[name]) for name in names]
+        if exact is not None:
+            found = exact.judged(found, leaves, run_b.outputs)
         for one in found:
             outputs.setdefault(one.name, []).append(one)
         if found:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.untrusted import read_json
+from qalora_compile.ir.program_record import PROGRAM_FILE, read_record, tensor_files
 from qalora_compile.verify.graph import FX, Graph, Node, Ref, SiteRow, Tensor, text_of
 from qalora_compile.verify.stored import Array, Stored, read_safetensors
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from qalora_compile.ir.program import Program
 
-PROGRAM_FILE = "program.json"
-_TENSOR_FILES = ("quantized.safetensors", "adapters.safetensors")
-_VERSION = 1
 _MODE = {  # where the mode stands that a program in evaluation has as False, or 0
     "aten.dropout.default": (2, False),
     "aten.dropout_.default": (2, False),
@@ -43,13 +40,9 @@ def read_program_graph(folder: Path, described: Mapping[str, Any] | None = None)
     Raises:
         UserInputError: the folder is incomplete, malformed or of another version.
     """
-    value = read_json(folder / PROGRAM_FILE)
-    if not isinstance(value, dict) or value.get("format") != "qalora-program":
-        raise UserInputError(f"{folder} holds no program of this package", where=str(folder))
-    if value.get("version") != _VERSION:
-        raise UserInputError(f"{folder} has format version {value.get('version')}, not {_VERSION}")
+    value = read_record(folder)
     tensors: dict[str, Stored] = {}
-    for name in program_files(folder):
+    for name in tensor_files(folder):
         tensors |= read_safetensors(folder / name)
     try:
         tensors |= {alias: tensors[owner] for alias, owner in value["ties"].items()}
@@ -59,11 +52,6 @@ def read_program_graph(folder: Path, described: Mapping[str, Any] | None = None)
         raise UserInputError(
             f"{PROGRAM_FILE} is malformed: {error!r}", where=str(folder / PROGRAM_FILE)
         ) from error
-
-
-def program_files(folder: Path) -> list[str]:
-    """Names of the files that hold a program's tensors."""
-    return [name for name in _TENSOR_FILES if (folder / name).exists()]
 
 
 def describe_program(program: Program) -> dict[str, Any]:

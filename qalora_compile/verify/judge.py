@@ -120,6 +120,27 @@ def judge(
     return Judgement(own_error, error, scale, error / floor, int(defined.sum()), undefined)
 
 
+def rounding_ratio(
+    exact: Tensor, own: Tensor, found: Tensor, unit: float, padding: Tensor | None = None
+) -> float:
+    """How many times farther the candidate lies from T than rounding takes the reference.
+
+    Unlike `judge` it also compares values of which the reference itself has lost many bits: an
+    input on which a model is badly conditioned is no fault of the candidate's. The arguments are
+    those of `judge`. Integers and booleans give 0 or infinity, as do unlike shapes.
+    """
+    if not exact.is_floating_point() or found.shape != exact.shape:
+        return judge(exact, own, found, unit, padding, as_is=True).ratio
+    t, e, b = exact.double(), own.double(), found.double()
+    defined = torch.isfinite(t) & torch.isfinite(e)
+    if padding is not None:
+        defined &= ~padding
+    if bool((defined & ~torch.isfinite(b)).any()):
+        return math.inf
+    floor = max(_largest(e, defined), unit * _largest(t, defined), _LEAST_NORMAL)
+    return _largest(b - t, defined) / floor
+
+
 def unjudged(problem: str) -> Judgement:
     """FAIL without numbers: there is nothing that could be compared."""
     return Judgement(0.0, math.inf, 0.0, math.inf, 0, 0, problem)

@@ -26,13 +26,11 @@ from qalora_compile.verify.judge import FAIL, UNITS, Judgement, judge, unjudged
 from qalora_compile.verify.numeric_report import NumericReport, ValueRow, Way, worst_verdict
 from qalora_compile.verify.onnx_session import LEVELS, OnnxSession, hides
 from qalora_compile.verify.padding import Padding, padding_of
-from qalora_compile.verify.precise import run_nodes
+from qalora_compile.verify.precise import run_nodes, run_reference, working_dtype
 from qalora_compile.verify.sides import open_side
 from qalora_compile.verify.structural import Match, match_values
 
 _LIBRARY_DOMAIN = "qalora"
-_ROUNDINGS = 2
-"""Evaluations of the reference in which every result is rounded up or down at random."""
 _HALVES = (torch.float16, torch.bfloat16)
 Compute = Callable[[Program, Sequence[Any]], dict[str, Tensor]]
 """Values of the candidate by name, for the flat inputs of the reference."""
@@ -155,9 +153,7 @@ def _working(candidate: Program | str | Path) -> torch.dtype:
         program = _program(candidate)
     except UserInputError:
         return torch.float32
-    dtypes = {t.dtype for t in program.tensors().values()}
-    halves = [dtype for dtype in _HALVES if dtype in dtypes]
-    return halves[0] if halves else torch.float32
+    return working_dtype(program)
 
 
 @dataclass(frozen=True)
@@ -271,17 +267,9 @@ def _references(
 ) -> Iterator[_Reference]:
     """Run the reference on every input, in float64 and at the candidate's precision."""
     names = frozenset(_names(matches, 0))
-    narrow = torch.float32 if working is torch.float32 else None
     with tempfile.TemporaryDirectory() as folder:
         for index, flat in enumerate(track(list(leaves.values()), "float64")):
-            exact = run_nodes(program, flat, names, torch.float64)
-            own = {
-                name: torch.zeros_like(value, dtype=torch.float64) for name, value in exact.items()
-            }
-            for noise in (None, *((UNITS[working], seed) for seed in range(_ROUNDINGS))):
-                for name, value in run_nodes(program, flat, names, narrow, noise=noise).items():
-                    error = (value.double() - exact[name].double()).abs()
-                    own[name] = torch.maximum(own[name], error)  # NaN stays
+            exact, own = run_reference(program, flat, names, working)
             for side, values in (("exact", exact), ("own", own)):
                 kept = {n: v.contiguous().clone() for n, v in values.items()}
                 save_file(kept, Path(folder) / f"{index}.{side}")

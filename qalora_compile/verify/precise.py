@@ -10,8 +10,39 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from qalora_compile.ir.program import Program
+from qalora_compile.verify.judge import UNITS
 
 Values = dict[str, Tensor]
+_ROUNDINGS = 2
+"""Evaluations of the reference in which every result is rounded up or down at random."""
+
+
+def run_reference(
+    program: Program, leaves: Sequence[Any], names: Collection[str], working: torch.dtype
+) -> tuple[Values, Values]:
+    """What nodes mean, and what rounding alone does to them: (T, max |Aᵢ − T|), see `judge`.
+
+    Args:
+        program: The reference.
+        leaves: Checked flat inputs, in signature order.
+        names: The nodes whose values are wanted.
+        working: The precision at which the candidate computes.
+    """
+    exact = run_nodes(program, leaves, names, torch.float64)
+    own = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in exact.items()}
+    narrow = torch.float32 if working is torch.float32 else None
+    for noise in (None, *((UNITS[working], seed) for seed in range(_ROUNDINGS))):
+        for name, value in run_nodes(program, leaves, names, narrow, noise=noise).items():
+            error = (value.double() - exact[name].double()).abs()
+            own[name] = torch.maximum(own[name], error)  # NaN stays
+    return exact, own
+
+
+def working_dtype(program: Program) -> torch.dtype:
+    """The precision at which a program computes: that of its halves where it has some."""
+    dtypes = {t.dtype for t in program.tensors().values()}
+    halves = [dtype for dtype in UNITS if dtype is not torch.float32 and dtype in dtypes]
+    return halves[0] if halves else torch.float32
 
 
 def run_nodes(
@@ -44,6 +75,14 @@ def run_nodes(
         finally:
             torch.set_default_dtype(previous)
     return runner.found
+
+
+def output_nodes(program: Program) -> dict[str, str]:
+    """Name of each output that is computed → the node that gives it."""
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    values = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    pairs = zip(program.signature.outputs, values, strict=True)
+    return {name: value.name for name, value in pairs if isinstance(value, fx.Node)}
 
 
 class _At(fx.Interpreter):

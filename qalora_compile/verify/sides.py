@@ -6,15 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.verify.fx_graph import (
-    PROGRAM_FILE,
-    program_files,
-    program_graph,
-    read_program_graph,
-)
+from qalora_compile.ir.program_record import PROGRAM_FILE, tensor_files
+from qalora_compile.sealed import digest_of_file
+from qalora_compile.verify.fx_graph import program_graph, read_program_graph
 from qalora_compile.verify.graph import Graph
 from qalora_compile.verify.onnx_graph import read_onnx_graph
-from qalora_compile.verify.stored import digest_of_file
 
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
@@ -70,7 +66,7 @@ def open_sides(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
 def files_of(path: Path) -> dict[str, str]:
     """SHA-256 of every file that the meaning of a side depends on, by name."""
     if (path / PROGRAM_FILE).exists():
-        names = [PROGRAM_FILE, *program_files(path)]
+        names = [PROGRAM_FILE, *tensor_files(path)]
         return {name: digest_of_file(path / name) for name in names}
     model = path / _MODEL_FILE if path.is_dir() else path
     found = {model.name: digest_of_file(model)}

@@ -105,12 +105,6 @@ def digest_of(values: Array) -> str:
     return hashed.hexdigest()
 
 
-def digest_of_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def from_array(name: str, values: Array) -> Stored:
     """A tensor in memory."""
     return Stored(name, values.dtype.name, values.shape, lambda: values)

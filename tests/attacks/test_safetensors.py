@@ -35,7 +35,13 @@ def built(header: object, payload: bytes = b"\0" * 32, length: int | None = None
 ONE = {"a": row("F32", [8], 0, 32)}
 FILES: dict[str, tuple[bytes, str]] = {
     "audit 2023: duplicate keys": (
-        built(b'{"a":' + json.dumps(ONE["a"]).encode() + b',"a":' + json.dumps(ONE["a"]).encode() + b"}"),
+        built(
+            b'{"a":'
+            + json.dumps(ONE["a"]).encode()
+            + b',"a":'
+            + json.dumps(ONE["a"]).encode()
+            + b"}"
+        ),
         "stands twice",
     ),
     "audit 2023: tensors overlap": (

@@ -181,7 +181,9 @@ def _safetensors(draw: Draw, path: Path) -> tuple[str, str, bool]:
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header, payload = json.loads(data[8 : 8 + length]), data[8 + length :]
-    kind = draw(st.sampled_from(("length", "dtype", "shape", "offsets", "json", "rename", "payload")))
+    kind = draw(
+        st.sampled_from(("length", "dtype", "shape", "offsets", "json", "rename", "payload"))
+    )
     if kind == "length":
         other = draw(st.sampled_from((0, 1, length - 1, length + 1, len(data), 2**32, 2**64 - 1)))
         path.write_bytes(struct.pack("<Q", other) + data[8:])
@@ -197,12 +199,28 @@ def _safetensors(draw: Draw, path: Path) -> tuple[str, str, bool]:
     name = draw(st.sampled_from(names))
     row = header[name]
     if kind == "dtype":
-        kinds = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "F4", "x", 1)
+        kinds = (
+            "F64",
+            "F32",
+            "F16",
+            "BF16",
+            "I64",
+            "I32",
+            "I8",
+            "U8",
+            "BOOL",
+            "F8_E4M3",
+            "F4",
+            "x",
+            1,
+        )
         row["dtype"] = draw(st.sampled_from(kinds))
         content = True  # of as many bits: the same bytes, said to be something else
     elif kind == "shape":
         other = [draw(st.sampled_from(NUMBERS)) for _ in row["shape"]] or [1]
-        row["shape"] = draw(st.sampled_from((other, row["shape"][::-1], [*row["shape"], 1], "x", None)))
+        row["shape"] = draw(
+            st.sampled_from((other, row["shape"][::-1], [*row["shape"], 1], "x", None))
+        )
         content = True  # as many values in another arrangement
     elif kind == "offsets":
         at = draw(st.integers(0, 1))
@@ -230,7 +248,21 @@ def _gguf(draw: Draw, path: Path) -> tuple[str, str, bool]:
         raise AssertionError(what)
     top = 2 ** (8 * size)
     old = int.from_bytes(data[at : at + size], "little")
-    values = (0, 1, old + 1, old - 1, old * 2, 32, 33, 255, 2**31, 2**32 - 1, 2**61, 2**63, 2**64 - 1)
+    values = (
+        0,
+        1,
+        old + 1,
+        old - 1,
+        old * 2,
+        32,
+        33,
+        255,
+        2**31,
+        2**32 - 1,
+        2**61,
+        2**63,
+        2**64 - 1,
+    )
     new = draw(st.sampled_from(values)) % top
     data[at : at + size] = new.to_bytes(size, "little")
     path.write_bytes(data)
@@ -318,9 +350,13 @@ def _onnx(draw: Draw, path: Path) -> tuple[str, str, bool]:
     elif kind in ("input", "output"):
         values = node.input if kind == "input" else node.output
         if values:
-            values[draw(st.integers(0, len(values) - 1))] = draw(st.sampled_from((*names, "", "no")))
+            values[draw(st.integers(0, len(values) - 1))] = draw(
+                st.sampled_from((*names, "", "no"))
+            )
     elif kind == "op":
-        node.op_type = draw(st.sampled_from(("Add", "Loop", "If", "Scan", "Cast", "Nothing", "EPContext")))
+        node.op_type = draw(
+            st.sampled_from(("Add", "Loop", "If", "Scan", "Cast", "Nothing", "EPContext"))
+        )
     elif kind == "external":
         detail = _external(draw, tensor)
         content = False
@@ -347,7 +383,9 @@ def _onnx(draw: Draw, path: Path) -> tuple[str, str, bool]:
         leaf = draw(st.sampled_from([*model.graph.input, *model.graph.output]))
         leaf.type.tensor_type.elem_type = draw(st.sampled_from((0, 1, 7, 8, 10, 99)))
     elif kind == "opset":
-        draw(st.sampled_from(list(model.opset_import))).version = draw(st.sampled_from((0, 1, 5, 99)))
+        draw(st.sampled_from(list(model.opset_import))).version = draw(
+            st.sampled_from((0, 1, 5, 99))
+        )
     path.write_bytes(model.SerializeToString())
     return kind, detail, content
 

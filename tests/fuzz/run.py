@@ -74,9 +74,7 @@ class Table:
         return lines
 
 
-def fuzz(
-    names: list[str], count: int, number: int, keep: Path, progress: bool = False
-) -> Table:
+def fuzz(names: list[str], count: int, number: int, keep: Path, progress: bool = False) -> Table:
     """Try so many mutations, spread over formats.
 
     Args:
@@ -99,7 +97,9 @@ def fuzz(
                     _keep(case, folder, keep, row[case.outcome])
             if progress:
                 bad = {outcome: row[outcome] for outcome in BAD if row[outcome]}
-                print(f"{name}: {share} in {time.monotonic() - started:.0f} s {bad or ''}", flush=True)
+                print(
+                    f"{name}: {share} in {time.monotonic() - started:.0f} s {bad or ''}", flush=True
+                )
     table.seconds = time.monotonic() - began
     return table
 

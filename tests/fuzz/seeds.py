@@ -104,9 +104,7 @@ def write_tokenizer(folder: Path) -> None:
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<end>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>"
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
     made.chat_template = (
         "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}"
         "{{ m.content }} {% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"

@@ -14,6 +14,7 @@ import qalora_compile as qc
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
 from qalora_compile.ir.meta import mark_site, site_of
+from qalora_compile.ir.operators import trust_operators
 from tests.models import OneLinear
 
 ATEN = torch.ops.aten
@@ -33,37 +34,40 @@ def one_call(target: Any, *args: Any, **kwargs: Any) -> fx.Graph:
     return graph
 
 
-ARGUMENTS: dict[str, Any] = {
-    "none": None,
-    "bool": True,
-    "int": -3,
-    "float": 0.1,
-    "infinity": float("-inf"),
-    "text": "same",
-    "list": [1, None, 2],
-    "tuple": (1, (2.5, "a")),
-    "dict": {"a": [1], "b": (2,)},
-    "slice": slice(None, 4, None),
-    "dtype": torch.bfloat16,
-    "layout": torch.strided,
-    "memory format": torch.channels_last,
-    "device": torch.device("cpu"),
+FULL = {"dtype": torch.bfloat16, "layout": torch.strided, "device": torch.device("cpu")}
+CALLS: dict[str, fx.Graph] = {
+    "none": one_call(ATEN.clamp.default, None, 1),
+    "bool": one_call(ATEN.sum.dim_IntList, [1], True),
+    "int": one_call(ATEN.unsqueeze.default, -3),
+    "float": one_call(ATEN.leaky_relu.default, 0.1),
+    "infinity": one_call(ATEN.masked_fill.Scalar, True, float("-inf")),
+    "text": one_call(ATEN.gelu.default, approximate="tanh"),
+    "list": one_call(ATEN.permute.default, [1, 0, 2]),
+    "tuple": one_call(ATEN.permute.default, (1, 0)),
+    "one number for several axes": one_call(ATEN.max_pool2d.default, 2),
+    "missing tensors in a list": one_call(ATEN.index.Tensor, [None, None]),
+    "a number for a tensor": one_call(ATEN.add.Tensor, 1, alpha=2),
+    "slice": one_call(operator.getitem, slice(None, 4, None)),
+    "slices": one_call(operator.getitem, (slice(1, None, 2), (0, None))),
+    "dtype, layout, device": one_call(ATEN.empty_like.default, **FULL),
+    "memory format": one_call(ATEN.contiguous.default, memory_format=torch.channels_last),
+    "words": one_call(torch.ops.higher_order.wrap_with_autocast, "cpu", {"a": [1], "b": (2,)}),
 }
 
 
-@pytest.mark.parametrize("kind", ARGUMENTS)
+@pytest.mark.parametrize("kind", CALLS)
 def test_arguments_survive(kind: str) -> None:
-    value = ARGUMENTS[kind]
-    again = through_text(one_call(ATEN.relu.default, value, extra=value))
-    node = list(again.nodes)[1]
-    assert node.target is ATEN.relu.default
-    assert node.args[1] == value
-    assert type(node.args[1]) is type(value) or kind in ("list", "tuple", "dict", "slice")
-    assert node.kwargs == {"extra": value}
+    _, before, _ = CALLS[kind].nodes
+    _, after, _ = through_text(CALLS[kind]).nodes
+    assert after.target is before.target
+    for old, new in zip(before.args[1:], after.args[1:], strict=True):
+        assert old == new
+        assert type(old) is type(new)
+    assert after.kwargs == before.kwargs
 
 
 def test_not_a_number_survives() -> None:
-    again = through_text(one_call(ATEN.relu.default, float("nan")))
+    again = through_text(one_call(ATEN.leaky_relu.default, float("nan")))
     value = list(again.nodes)[1].args[1]
     assert isinstance(value, float)
     assert value != value
@@ -117,7 +121,7 @@ def test_subgraphs_survive() -> None:
 
 def test_an_argument_without_a_stored_form_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="argument of type object") as caught:
-        through_text(one_call(ATEN.relu.default, object()))
+        through_text(one_call(ATEN.leaky_relu.default, object()))
     assert "relu" in str(caught.value)
 
 
@@ -156,7 +160,50 @@ def test_malformed_graphs_are_refused(kind: str) -> None:
         graph_from_json(MALFORMED[kind])
 
 
+WRONG_CALLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "too many arguments": ("takes 1 positional", {"args": [{"node": "x"}, 1]}),
+    "no argument": ("lacks its argument self", {"args": []}),
+    "an unknown argument": ("unknown or twice", {"kwargs": {"other": 1}}),
+    "an argument twice": ("unknown or twice", {"kwargs": {"self": 1}}),
+    "text for a tensor": ("no Tensor", {"args": [{"str": "x"}]}),
+    "a number that never ends": (
+        "larger than any size",
+        {"target": "_operator.pow", "args": [10, 10**9]},
+    ),
+    "text for a number": (
+        "no int",
+        {"target": "aten.unsqueeze.default", "args": [{"node": "x"}, {"str": "0"}]},
+    ),
+    "a bool for a number": (
+        "no int",
+        {"target": "aten.unsqueeze.default", "args": [{"node": "x"}, True]},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_CALLS)
+def test_calls_are_compared_with_the_schema(kind: str) -> None:
+    message, changes = WRONG_CALLS[kind]
+    with pytest.raises(UserInputError, match=message):
+        graph_from_json(stored(**changes))
+
+
+def test_two_nodes_of_one_name_are_refused() -> None:
+    with pytest.raises(UserInputError, match="two nodes are named"):
+        graph_from_json(stored(name="x"))
+
+
 FOREIGN = [
+    "aten.from_file.default",
+    "aten.add.out",
+    "aten._sparse_coo_tensor_unsafe.default",
+    "aten._nested_view_from_buffer.default",
+    "aten.set_.source_Storage",
+    "aten._print.default",
+    "prims.copy_to.default",
+    "higher_order.triton_kernel_wrapper_mutation",
+    "higher_order.inductor_compiled_code",
+    "math.factorial",
     "os.system",
     "builtins.eval",
     "torch.load",
@@ -198,5 +245,31 @@ def test_argument_names_must_be_names(name: str) -> None:
 def test_placeholder_targets_must_be_names(name: str) -> None:
     value = stored()
     value["nodes"][0]["target"] = name
+    with pytest.raises(UserInputError):
+        graph_from_json(value)
+
+
+def test_operators_of_ones_own_have_to_be_trusted() -> None:
+    library = torch.library.Library("qalora_test_own", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: x * 2, "CPU")
+    graph = one_call(torch.ops.qalora_test_own.twice.default)
+    with pytest.raises(UnsupportedError, match="trust_operators"):
+        graph_to_json(graph, nn.Module())
+    trust_operators("qalora_test_own.twice.default")
+    again = through_text(graph)
+    assert torch.equal(fx.GraphModule(nn.Module(), again)(torch.ones(2)), torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize(
+    "name", ["x': __import__('os').system('id'), 'y", "x y", "lambda", "", "other"]
+)
+def test_keyword_names_of_the_tree_must_be_those_of_the_graph(name: str) -> None:
+    """Torch writes them into source code, in quotes that it does not escape."""
+    program = qc.capture_model(OneLinear(16, 4), (), {"x": torch.randn(3, 16)})
+    value = graph_to_json(program.graph, program.module)
+    protocol, tree = json.loads(value["tree"]["in"])
+    tree["children_spec"][1]["context"] = json.dumps([name])
+    value["tree"]["in"] = json.dumps([protocol, tree])
     with pytest.raises(UserInputError):
         graph_from_json(value)

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 import qalora_compile as qc
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir import storage
+from qalora_compile.ir import program_record, storage
+from qalora_compile.sealed import read_sealed, unchecked, write_sealed
 from tests.models import (
     MLP,
     OneLinear,
@@ -386,14 +387,69 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, damage: str) -> No
 def rewrite(folder: Path, **changes: Any) -> None:
     """Replace top-level entries of program.json."""
     path = folder / "program.json"
+    write_sealed(path, read_sealed(path) | changes)
+
+
+def test_a_changed_record_or_tensor_is_noticed(tmp_path: Path) -> None:
+    program, folder, x = saved(tmp_path)
+    path = folder / "program.json"
+    before = path.read_bytes()
+    value = json.loads(before)
+    for changed in (value | {"training": not value["training"]}, value | {"sha256": "0" * 64}):
+        path.write_text(json.dumps(changed), "utf-8")
+        with pytest.raises(UserInputError, match="changed after it was written"):
+            qc.Program.load(folder)
+    del value["sha256"]
+    path.write_text(json.dumps(value), "utf-8")
+    with pytest.raises(UserInputError, match="changed after it was written"):
+        qc.Program.load(folder)
+    path.write_bytes(before)
+    for name in FILES[1:]:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(UserInputError, match=f"{name} was changed"):
+            qc.Program.load(folder)
+        with unchecked():
+            assert qc.Program.load(folder).stage == program.stage
+        (folder / name).write_bytes(whole)
+    assert worst(qc.Program.load(folder)(x), program(x)) == 0.0
+
+
+def test_folders_of_version_1_are_read(tmp_path: Path) -> None:
+    """They have no digests."""
+    program, folder, x = saved(tmp_path)
+    path = folder / "program.json"
     value = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(value | changes), "utf-8")
+    del value["sha256"], value["files"]
+    path.write_text(json.dumps(value | {"version": 1}), "utf-8")
+    assert worst(qc.Program.load(folder)(x), program(x)) == 0.0
+
+
+def test_adapters_are_replaced_so_that_the_folder_can_be_read_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, folder, _ = saved(tmp_path)
+    others = {name: torch.ones_like(p) for name, p in program.named_adapter_parameters()}
+    original, seen = program_record.admit_file, []
+
+    def watch(*args: Any) -> None:
+        original(*args)
+        loaded = qc.Program.load(folder)
+        seen.append(bool(all(bool((p == 1).all()) for p in loaded.adapter_parameters())))
+
+    monkeypatch.setattr(storage, "admit_file", watch)
+    storage.replace_adapters(others, folder)
+    assert seen == [False, True]
+    value = json.loads((folder / "program.json").read_text("utf-8"))
+    assert len(value["files"]["adapters.safetensors"]) == 1
 
 
 BAD_ENTRIES: dict[str, dict[str, Any]] = {
     "another format": {"format": "something"},
-    "later version": {"version": 2},
+    "later version": {"version": 3},
     "earlier version": {"version": 0},
+    "no digests": {"files": {}},
+    "digests of another form": {"files": ["quantized.safetensors"]},
     "unknown stage": {"stage": "nonsense"},
     "plan is no list": {"plan": 3},
     "plan row": {"plan": [{"name": "fc"}]},
@@ -414,14 +470,14 @@ def test_malformed_programs_are_refused(tmp_path: Path, kind: str) -> None:
 def test_a_program_that_is_no_object_is_refused(tmp_path: Path) -> None:
     _, folder, _ = saved(tmp_path)
     (folder / "program.json").write_text("[1, 2]", "utf-8")
-    with pytest.raises(UserInputError, match="no program of this package"):
+    with pytest.raises(UserInputError, match="no JSON object"):
         qc.Program.load(folder)
 
 
 def test_a_version_from_the_future_says_which(tmp_path: Path) -> None:
     _, folder, _ = saved(tmp_path)
     rewrite(folder, version=99)
-    with pytest.raises(UserInputError, match="format version 99, this package reads version 1"):
+    with pytest.raises(UserInputError, match="version 99, this package reads versions 1 to 2"):
         qc.Program.load(folder)
 
 
@@ -462,7 +518,7 @@ def test_an_existing_folder_is_refused_or_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("failing", ["save_tensors", "write_json"])
+@pytest.mark.parametrize("failing", ["save_tensors", "write_record"])
 def test_a_crash_while_saving_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, overwrite: bool
 ) -> None:

@@ -18,8 +18,9 @@ from qalora_compile.errors import (
     PreconditionError,
     UserInputError,
 )
+from qalora_compile.ir.program_record import ADAPTERS_FILE
 from qalora_compile.ir.spec import validate
-from qalora_compile.ir.storage import ADAPTERS_FILE, load_tensors
+from qalora_compile.ir.storage import load_tensors
 from qalora_compile.passes import train_parameters
 from qalora_compile.passes.replay import replay
 from qalora_compile.passes.train_parameters import TrainParameters

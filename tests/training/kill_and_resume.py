@@ -51,7 +51,7 @@ def before(function: Callable[..., Any], wanted: Callable[..., bool]) -> Callabl
 def deadly(point: str) -> Any:
     """What has to be replaced for a checkpoint to be killed at a point while it is written."""
     of_file = lambda *a: any(isinstance(v, Path) and v.name == point for v in a)  # noqa: E731
-    writers = {"optimizer.safetensors": "save_tensors", "state.json": "write_json"}
+    writers = {"optimizer.safetensors": "save_tensors", "state.json": "write_sealed"}
     if point in writers:  # the files before it are there, under the temporary name
         name = writers[point]
         return mock.patch.object(module, name, before(getattr(module, name), of_file))

@@ -15,8 +15,8 @@ import torch
 
 import qalora_compile as qc
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import write_json
 from qalora_compile.ir.storage import load_tensors, save_tensors
+from qalora_compile.sealed import digests_of, read_sealed, unchecked, write_sealed
 from qalora_compile.training import Example, FitSpec, FitState, StepReport, fit
 from qalora_compile.training.checkpoint import (
     KEPT,
@@ -28,7 +28,6 @@ from qalora_compile.training.checkpoint import (
     save_checkpoint,
 )
 from qalora_compile.training.identity import Identity, file_digest
-from qalora_compile.untrusted import read_json
 from tests.models import llama, token_ids
 from tests.training.test_fit import EXAMPLES, ROWS, adapters, diverge, language_model
 
@@ -194,14 +193,14 @@ def test_a_checkpoint_of_another_whole_adapter_is_refused(tmp_path: Path) -> Non
 def test_a_checkpoint_of_a_model_with_other_tensors_is_refused(tmp_path: Path) -> None:
     program, checkpoint = saved(tmp_path)
     file = checkpoint.folder / STATE
-    state = read_json(file)
+    state = read_sealed(file)
     weights = state["identity"]["weights"]
     ours, theirs = "model.layers.0.self_attn.q_proj.scale", "lm_head.bias"
     for name, changed, when in (
         (ours, {k: v for k, v in weights.items() if k != ours}, "then"),
         (theirs, weights | {theirs: "0"}, "now"),
     ):
-        write_json(file, state | {"identity": state["identity"] | {"weights": changed}})
+        write_sealed(file, state | {"identity": state["identity"] | {"weights": changed}})
         refuse(checkpoint, program, f"there is no tensor {name} {when}")
 
 
@@ -222,15 +221,18 @@ def test_moments_that_are_not_those_of_then_are_refused(tmp_path: Path, change: 
     else:
         moments[name] = torch.zeros(1)
     save_tensors(moments, file)
+    state = read_sealed(checkpoint.folder / STATE)
+    names = state["files"]
+    write_sealed(checkpoint.folder / STATE, state | {"files": digests_of(checkpoint.folder, names)})
     refuse(checkpoint, language_model(), f"the state {name} of the optimizer {said[change]}")
 
 
 @pytest.mark.parametrize("field", ["step", "stale", "moments", "identity", "best"])
 def test_a_checkpoint_without_a_part_of_its_state_is_refused(tmp_path: Path, field: str) -> None:
     program, checkpoint = saved(tmp_path)
-    state = read_json(checkpoint.folder / STATE)
+    state = read_sealed(checkpoint.folder / STATE)
     del state[field]
-    write_json(checkpoint.folder / STATE, state)
+    write_sealed(checkpoint.folder / STATE, state)
     refuse(checkpoint, program, f"broken: {field} is missing in state.json")
 
 
@@ -247,12 +249,14 @@ def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
     tensors = checkpoint.folder / "optimizer.safetensors"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-7])
-    refuse(checkpoint, program, "truncated")
+    refuse(checkpoint, program, "changed after it was written")
+    with unchecked():
+        refuse(checkpoint, program, "truncated")
     tensors.write_bytes(whole)
-    state = read_json(checkpoint.folder / STATE)
-    write_json(checkpoint.folder / STATE, state | {"version": 99})
+    state = read_sealed(checkpoint.folder / STATE)
+    write_sealed(checkpoint.folder / STATE, state | {"version": 99})
     refuse(checkpoint, program, "version 99")
-    write_json(checkpoint.folder / STATE, {"step": 1})
+    write_sealed(checkpoint.folder / STATE, {"step": 1})
     refuse(checkpoint, program, "no checkpoint of this package")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,13 @@ from hypothesis import strategies as st
 
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.verify.compare import (
-    FAIL,
-    PASS,
     Comparison,
     Report,
     Tolerance,
     compare,
     worst_of,
 )
+from qalora_compile.verify.judge import FAIL, PASS
 
 
 def test_a_known_difference_has_known_figures() -> None:
@@ -82,8 +82,10 @@ def test_an_error_on_a_zero_reference_is_infinitely_large_in_proportion() -> Non
     assert compare("y", torch.zeros(2), torch.tensor([0.0, 1e-9])).max_rel == math.inf
 
 
-@pytest.mark.parametrize("values", [{}, {"max_abs": -1.0}, {"max_rel": math.nan}])
-def test_a_tolerance_that_admits_anything_is_refused(values: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "values", [{}, {"max_abs": -1.0}, {"max_rel": math.nan}, {"rounding": True}]
+)
+def test_a_tolerance_that_admits_anything_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(UserInputError):
         Tolerance(**values)
 
@@ -94,6 +96,20 @@ def test_every_bound_counts() -> None:
     assert not Tolerance(max_abs=0.09).admits(found)
     assert not Tolerance(max_rel=0.009).admits(found)
     assert not Tolerance(min_sqnr_db=41.0).admits(found)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "near", "far"),
+    [(1.0, True, True), (8.0, True, True), (9.0, True, False), (64.0, False, False)],
+)
+def test_rounding_outweighs_the_figures_where_it_is_clear(
+    ratio: float, near: bool, far: bool
+) -> None:
+    for max_abs, admitted in ((1e-5, near), (1e-3, far)):
+        found = Comparison("y", max_abs, max_abs, 40.0, 1.0, rounding=ratio)
+        assert Tolerance(max_rel=1e-4, rounding=True).admits(found) == admitted
+        assert Tolerance(max_rel=1e-4).admits(found) == (max_abs <= 1e-4)
+    assert "what rounding explains" in str(Tolerance(max_rel=1e-4, rounding=True))
 
 
 def test_an_absolute_bound_is_transferred_to_a_larger_site() -> None:

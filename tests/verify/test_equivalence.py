@@ -53,6 +53,54 @@ def test_the_worst_of_each_input_is_kept(mlp: qc.Program) -> None:
     assert len(report.to_json()["by_input"]) == 3
 
 
+class BadlyConditioned(nn.Module):
+    """A model that makes much of a rounding: no fault of whoever computes it otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(40, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A rounding of the layer moves the result by a thousandth."""
+        return torch.sin(2e4 * self.fc(x))
+
+
+JUDGED = qc.Tolerance(max_rel=1e-4, rounding=True)
+
+
+def test_what_rounding_does_to_the_reference_is_no_difference() -> None:
+    torch.manual_seed(0)
+    program = adapted(BadlyConditioned(), torch.randn(4, 40))
+    folded = qc.fold_adapters(program)
+    figures = qc.verify_equivalence(program, folded, calls(program), qc.Tolerance(max_rel=1e-4))
+    judged = qc.verify_equivalence(program, folded, calls(program), JUDGED)
+    assert figures.outputs[0].max_rel > 1e-4 and not figures.passed
+    assert judged.passed and judged.outputs[0].rounding is not None
+    assert 0 < judged.outputs[0].rounding < 8
+
+
+def test_what_rounding_does_not_explain_is_a_difference_however_small(mlp: qc.Program) -> None:
+    folded = qc.fold_adapters(mlp)
+    tensors = folded.tensors()
+    name = next(name for name in tensors if name.endswith(".offset"))
+    tensors[name] = tensors[name] + 2e-6 * tensors[name].abs().max()
+    other = folded.evolve(graph=folded.copy_graph(), tensors=tensors)
+    figures = qc.verify_equivalence(mlp, other, calls(mlp), qc.Tolerance(max_rel=1e-4))
+    judged = qc.verify_equivalence(mlp, other, calls(mlp), JUDGED)
+    assert figures.passed
+    assert not judged.passed and (judged.outputs[0].rounding or 0) > 64
+
+
+def test_an_exported_model_is_judged_by_rounding_too(mlp: qc.Program, tmp_path: Path) -> None:
+    folded = qc.fold_adapters(mlp)
+    path = tmp_path / "model.onnx"
+    qc.export_model(folded, path)
+    report = qc.verify_equivalence(folded, path, calls(folded), JUDGED)
+    assert report.passed and (report.outputs[0].rounding or 9) < 8
+    with pytest.raises(UserInputError, match="the reference is no program"):
+        qc.verify_equivalence(path, folded, calls(folded), JUDGED)
+
+
 def test_quantizing_is_no_equivalence() -> None:
     model = MLP(40, 32, 8)
     program = qc.capture_model(model.eval(), (torch.randn(4, 40),))

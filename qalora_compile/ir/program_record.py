@@ -1,0 +1,74 @@
+"""`program.json`, the record of a program folder: files, versions and digests; without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.sealed import check_files, digests_of, read_sealed, write_sealed
+from qalora_compile.untrusted import check_folder, quoted
+
+FORMAT = "qalora-program"
+VERSION = 2
+"""Version 2 has digests; folders of version 1, which have none, are read."""
+_VERSIONS = (1, VERSION)
+
+PROGRAM_FILE = "program.json"
+TENSORS_FILE = "quantized.safetensors"
+ADAPTERS_FILE = "adapters.safetensors"
+EXAMPLE_FILE = "example.safetensors"
+
+
+def write_record(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `program.json` behind the tensor files, whose digests it holds."""
+    files = digests_of(folder, _present(folder, (TENSORS_FILE, ADAPTERS_FILE, EXAMPLE_FILE)))
+    head = {"format": FORMAT, "version": VERSION, "files": files}
+    write_sealed(folder / PROGRAM_FILE, head | facts)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read `program.json`, and compare the files with tensors with their digests.
+
+    Raises:
+        UserInputError: it is missing, malformed, of another version or changed; or a link or a
+            device stands in the folder.
+    """
+    if not folder.is_dir():
+        raise UserInputError(f"there is no program folder {folder}", where=str(folder))
+    check_folder(folder)
+    value = read_sealed(folder / PROGRAM_FILE, since=VERSION)
+    if value.get("format") != FORMAT:
+        raise UserInputError(f"{folder} holds no program of this package", where=str(folder))
+    if value.get("version") not in _VERSIONS:
+        raise UserInputError(
+            f"the folder has format version {quoted(value.get('version'))}, this package reads "
+            f"versions {_VERSIONS[0]} to {VERSION}",
+            where=str(folder),
+            hint="read it with the version of qalora-compile that wrote it",
+        )
+    if value["version"] == VERSION:
+        check_files(folder, value.get("files"))
+        unknown = set(_present(folder, (TENSORS_FILE, ADAPTERS_FILE))) - set(value["files"])
+        if unknown:
+            raise UserInputError(
+                f"{PROGRAM_FILE} holds no digest of {sorted(unknown)[0]}", where=str(folder)
+            )
+    return value
+
+
+def tensor_files(folder: Path) -> list[str]:
+    """Names of the files that hold a program's tensors."""
+    return _present(folder, (TENSORS_FILE, ADAPTERS_FILE))
+
+
+def admit_file(folder: Path, name: str, digests: list[str]) -> None:
+    """Let a file of the folder have one of these digests, and no other."""
+    value = read_sealed(folder / PROGRAM_FILE, since=VERSION)
+    if "files" in value:
+        value["files"][name] = digests
+        write_sealed(folder / PROGRAM_FILE, value)
+
+
+def _present(folder: Path, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if (folder / name).is_file()]

@@ -1,0 +1,107 @@
+"""Records that notice damage: JSON with a SHA-256 of itself and of the files that it speaks of.
+
+A bit that flips in a weight, a truncated copy or a file from another run gives other answers and no
+error. So the records of this package carry digests, which are compared when a folder is read. They
+show damage, not authorship: whoever changes a folder on purpose can write new digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.files import write_json
+from qalora_compile.untrusted import read_object
+
+SEAL = "sha256"
+"""The key of a record's own digest."""
+_HINT = "get the folder again, or read it as it is with --no-verify (sealed.unchecked())"
+
+_checking: ContextVar[bool] = ContextVar("qalora_checking", default=True)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Do not compare digests in the block: `--no-verify` of the command line."""
+    token = _checking.set(False)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a record as JSON, atomically, with the digest of its contents under `sha256`."""
+    write_json(path, {**value, SEAL: _digest(value)})
+
+
+def read_sealed(path: Path, *, since: int = 1) -> dict[str, Any]:
+    """Read a record and compare its digest; gives it without the digest.
+
+    Args:
+        path: The file.
+        since: The first `version` of the record that has a digest; older ones need none.
+
+    Raises:
+        UserInputError: the file is missing, no JSON object, or was changed after it was written.
+    """
+    value = read_object(path)
+    found, version = value.pop(SEAL, None), value.get("version")
+    older = found is None and isinstance(version, int) and version < since
+    if older or not _checking.get():
+        return value
+    if found != _digest(value):
+        raise UserInputError(
+            f"{path.name} was changed after it was written: its SHA-256 is another",
+            where=str(path),
+            hint=_HINT,
+        )
+    return value
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
+    """SHA-256 of files of a folder, by name, in the form that `check_files` takes."""
+    return {name: [digest_of_file(folder / name)] for name in sorted(names)}
+
+
+def check_files(folder: Path, digests: object) -> None:
+    """Compare files with the digests that a record holds for them.
+
+    Args:
+        folder: Where the files are.
+        digests: Name → the digests that it may have: one, or two while the file is replaced.
+
+    Raises:
+        UserInputError: a file is missing or has another digest, or the digests are malformed.
+    """
+    if not isinstance(digests, Mapping):
+        raise UserInputError("the record holds no digests of its files", where=str(folder))
+    if not _checking.get():
+        return
+    for name, admitted in digests.items():
+        path = folder / str(name)
+        if not path.is_file():
+            raise UserInputError(f"the file {name} is missing", where=str(folder), hint=_HINT)
+        if not isinstance(admitted, list) or digest_of_file(path) not in admitted:
+            raise UserInputError(
+                f"{name} was changed after it was written: its SHA-256 is another",
+                where=str(path),
+                hint=_HINT,
+            )
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
