@@ -18,7 +18,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.ir.deferred import defer_to, is_deferred, keep_recipe
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_headers, read_rows, read_tensor
-from qalora_compile.untrusted import read_json
+from qalora_compile.untrusted import member, read_json
 
 _INDEX = "model.safetensors.index.json"
 
@@ -79,7 +79,9 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
         wanted = value.get("weight_map") if isinstance(value, dict) else None
         if not isinstance(wanted, dict):
             raise UserInputError(f"{_INDEX} has no weight_map", where=str(folder / _INDEX))
-        files = [folder / name for name in dict.fromkeys(map(str, wanted.values()))]
+        if not all(isinstance(name, str) for name in wanted.values()):
+            raise UserInputError(f"{_INDEX} names no files", where=str(folder / _INDEX))
+        files = [member(folder, name) for name in dict.fromkeys(wanted.values())]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:

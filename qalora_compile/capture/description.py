@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from qalora_compile.capture.sizes import check_gguf_sizes
 from qalora_compile.capture.skeleton import build_skeleton, skeleton_of, transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.gguf_header import check_gguf
 from qalora_compile.ir.description import Description
 from qalora_compile.optional import require
 from qalora_compile.untrusted import read_json
@@ -110,6 +112,7 @@ def _from_gguf(path: Path) -> tuple[dict[str, Any], nn.Module]:
     """Configuration and skeleton of the model in a GGUF file."""
     if not path.is_file():
         raise UserInputError(f"there is no file {path}", where=str(path))
+    check_gguf_sizes(check_gguf(path), path)
     transformers = transformers_module()
     accelerate = require("accelerate", extra="hf", purpose="build a model without weights")
     try:

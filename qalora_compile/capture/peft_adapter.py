@@ -17,7 +17,7 @@ pools: `as_pooled` has to be told how, for what the paper calls a sum is a mean 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from qalora_compile.config import one_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.low_rank import LowRankUpdate
 from qalora_compile.ir.storage import load_tensors
-from qalora_compile.untrusted import read_json
+from qalora_compile.linear_regex import compile_expression
+from qalora_compile.untrusted import quoted, read_object
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = (
     "adapter_config.json",
@@ -39,6 +40,8 @@ CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = (
 MEAN, SUM = "mean", "sum"
 POOLINGS = (MEAN, SUM)
 """Of the authors' script; of the paper's algorithm."""
+_ALL_LINEAR = "all-linear"
+_LARGEST_POOL, _LARGEST_ALPHA = 1 << 24, 1e30
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -57,6 +60,27 @@ _OTHER_FORMS = {
     "megatron_config": "its layers are split over devices",
 }
 """Settings that make another update than the two above, and what it is."""
+_KNOWN = frozenset(
+    (
+        *_OTHER_FORMS,
+        *("peft_type", "peft_version", "task_type", "inference_mode", "auto_mapping", "revision"),
+        *("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "rank_pattern"),
+        *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
+        *("layers_pattern", "modules_to_save", "fan_in_fan_out", "bias", "use_rslora"),
+        *("init_lora_weights", "use_qalora", "qalora_group_size", "qalora_pooling"),
+        *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("velora_config", "ensure_weight_tying", "runtime_config"),
+    )
+)
+"""Settings that are understood, or change nothing of a trained adapter."""
+_SWITCHES = ("use_qalora", "use_rslora")
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_SWITCHES, (bool,)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    "target_modules": (str, list),
+    "base_model_name_or_path": (str,),
+}
+"""What settings are, where they are not null."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +132,14 @@ def read_peft_adapter(folder: str | Path, *, weight: float = 1.0) -> PeftAdapter
         elif ".original_module." not in name:  # what a saved module replaces is not used
             # the names of modules that PEFT wraps others in
             saved[re.sub(r"\.(modules_to_save|base_layer)\.", ".", name)] = tensor
+    _check_targets(factors, config, folder)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserInputError(
+                f"{key} holds a NaN or an infinity",
+                where=str(folder / WEIGHTS_FILE),
+                hint="training diverged: take a checkpoint from before",
+            )
     if not factors:
         raise UserInputError("the adapter adapts no layer", where=str(folder / WEIGHTS_FILE))
     updates = {
@@ -129,10 +161,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             if inside
             else "give a folder written by save_pretrained of PEFT",
         )
-    config = read_json(folder / CONFIG_FILE)
-    if not isinstance(config, dict):
-        raise UserInputError(f"{CONFIG_FILE} holds no settings", where=str(folder / CONFIG_FILE))
-    return config
+    return read_object(folder / CONFIG_FILE)
 
 
 def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
@@ -148,6 +177,15 @@ def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
                 where=where,
                 hint="merge it into a float model with PEFT (merge_and_unload), and quantize that",
             )
+    for name, value in config.items():
+        if name not in _KNOWN and value:
+            raise UnsupportedError(
+                f"the adapter has the setting {quoted(name)}, which is not known: {quoted(value)}",
+                where=where,
+                hint="merge it into a float model with PEFT (merge_and_unload), and quantize that",
+            )
+        if value is not None and not isinstance(value, _TYPES.get(name, (object,))):
+            raise UserInputError(f"{name} is {quoted(value)}", where=where)
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(_CHANGED_BASE):
         raise UnsupportedError(
@@ -178,36 +216,88 @@ def _update(
         missing = "".join({"A", "B"} - parts.keys())
         raise UserInputError(f"lora_{missing} is missing", where=where)
     a, b = parts["A"], parts["B"]
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+    floating = a.is_floating_point() and b.is_floating_point()
+    if not floating or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         raise UserInputError(
-            f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}: their ranks differ, or they "
-            "are of no linear layer",
+            f"lora_A is {a.dtype} {list(a.shape)} and lora_B {b.dtype} {list(b.shape)}: their "
+            "ranks differ, or they are of no linear layer",
             where=where,
         )
     rank = a.shape[0]
-    stated = _for_layer(config.get("rank_pattern"), path, config.get("r"))
+    if rank < 1 or b.shape[0] < 1 or a.shape[1] < 1:
+        raise UserInputError(
+            f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}: an adapter of nothing",
+            where=where,
+        )
+    stated = _for_layer(config, "rank_pattern", path, "r", folder)
     if stated != rank:
         raise UserInputError(
-            f"the tensors have rank {rank}, {CONFIG_FILE} says {stated}", where=where
+            f"the tensors have rank {rank}, {CONFIG_FILE} says {quoted(stated)}", where=where
         )
-    alpha = _for_layer(config.get("alpha_pattern"), path, config.get("lora_alpha"))
-    if not isinstance(alpha, (int, float)):
-        raise UserInputError(f"lora_alpha is {alpha!r}", where=str(folder / CONFIG_FILE))
+    alpha = _for_layer(config, "alpha_pattern", path, "lora_alpha", folder)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not _is_small(alpha):
+        raise UserInputError(f"lora_alpha is {quoted(alpha)}", where=str(folder / CONFIG_FILE))
     scaling = weight * alpha / (rank**0.5 if config.get("use_rslora") else rank)
     if not config.get("use_qalora"):
         return LowRankUpdate(a, b, scaling, None)
     pool = config.get("qalora_group_size")
-    if not isinstance(pool, int) or pool < 1:
-        raise UserInputError(f"qalora_group_size is {pool!r}", where=str(folder / CONFIG_FILE))
+    if isinstance(pool, bool) or not isinstance(pool, int) or not 1 <= pool <= _LARGEST_POOL:
+        raise UserInputError(
+            f"qalora_group_size is {quoted(pool)}", where=str(folder / CONFIG_FILE)
+        )
     return LowRankUpdate(a, b, scaling * a.shape[1] / pool, pool)
 
 
-def _for_layer(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+def _is_small(number: float) -> bool:
+    """Whether a scaling is a number that float32 has."""
+    return -_LARGEST_ALPHA <= number <= _LARGEST_ALPHA
+
+
+def _for_layer(
+    config: Mapping[str, Any], patterns: str, path: str, general: str, folder: Path
+) -> Any:
     """The setting of one layer: of the first pattern that its path ends with, as PEFT reads it."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
+    for key, value in (config.get(patterns) or {}).items():
+        if _ends_with(path, key, f"{folder / CONFIG_FILE}: {patterns}"):
             return value
-    return default
+    return config.get(general)
+
+
+def _ends_with(path: str, pattern: str, where: str) -> bool:
+    """Whether the last parts of a path match a pattern; `.` is a dot, or any character.
+
+    Raises:
+        UserInputError: the pattern cannot be matched in linear time.
+    """
+    try:
+        return compile_expression(rf"(.*\.)?({pattern})").matches(path, whole=True)
+    except UserInputError as error:
+        error.where = where
+        raise
+
+
+def _check_targets(layers: Iterable[str], config: Mapping[str, Any], folder: Path) -> None:
+    """See that the layers in the file are those that the settings name.
+
+    Raises:
+        UserInputError: one is not, or the names are no texts; PEFT would leave it out silently.
+    """
+    targets, where = config.get("target_modules"), str(folder / CONFIG_FILE)
+    if targets is None or targets == _ALL_LINEAR:
+        return
+    if isinstance(targets, list) and not all(isinstance(target, str) for target in targets):
+        raise UserInputError(f"target_modules is {quoted(targets)}", where=where)
+    for path in layers:
+        if isinstance(targets, str):
+            known = _ends_with(path, targets, f"{where}: target_modules")
+        else:
+            known = any(path == target or path.endswith(f".{target}") for target in targets)
+        if not known:
+            raise UserInputError(
+                f"the file adapts {path}, which is none of the target_modules {quoted(targets)}",
+                where=where,
+                hint="the settings and the tensors do not belong together: get both again",
+            )
 
 
 def as_pooled(adapter: PeftAdapter, model: nn.Module, pooling: str | None) -> PeftAdapter:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qalora_compile.capture.sizes import check_config
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
-from qalora_compile.untrusted import read_json
+from qalora_compile.untrusted import quoted, read_json, read_object
 
 
 def transformers_module() -> Any:
@@ -32,11 +33,14 @@ def model_class(folder: Path) -> Any:
         UnsupportedError: transformers has no such class; code in the folder is never run.
         UserInputError: there is no `config.json`, or it is no JSON.
     """
-    names = read_json(folder / "config.json").get("architectures") or []
+    config = read_object(folder / "config.json")
+    check_config(config, folder)
+    names = config.get("architectures") or []
     transformers = transformers_module()
-    if not names or not hasattr(transformers, names[0]):
+    known = isinstance(names, list) and names and isinstance(names[0], str)
+    if not known or not hasattr(transformers, names[0]):
         raise UnsupportedError(
-            f"config.json names no architecture that transformers has ({names or 'none'})",
+            f"config.json names no architecture that transformers has ({quoted(names or 'none')})",
             where=str(folder / "config.json"),
             hint="use package.module:factory for a model of your own",
         )

@@ -25,10 +25,12 @@ from qalora_compile.capture.encoder_decoder import (
     whole_example,
 )
 from qalora_compile.capture.model import capture_model
+from qalora_compile.capture.sizes import check_gguf_sizes
 from qalora_compile.capture.skeleton import model_class, transformers_module
 from qalora_compile.capture.stored.folder import is_quantized, load_stored
 from qalora_compile.capture.stored.gguf import read_gguf_codes
 from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.gguf_header import check_gguf
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.optional import require
@@ -207,6 +209,7 @@ def _load_gguf(reference: str, path: Path) -> Source:
         magic = file.read(len(_GGUF_MAGIC))
     if magic != _GGUF_MAGIC:
         raise UserInputError(f"{path.name} is not a GGUF file", where=str(path))
+    check_gguf_sizes(check_gguf(path), path)
     require("gguf", extra="hf", purpose="read GGUF files")
     transformers = transformers_module()
     options = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}

@@ -19,8 +19,9 @@ from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from qalora_compile.ir.plan import QUANTIZE, Site
 from qalora_compile.ir.program import FOLDED, Program
 from qalora_compile.ir.program_record import PROGRAM_FILE
+from qalora_compile.onnx_file import check_onnx
 from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
-from qalora_compile.runtime.session import open_session
+from qalora_compile.untrusted import parse_json
 
 NAME = "inspect"
 SUMMARY = "show what was quantized, how, and why: one row a layer"
@@ -207,13 +208,15 @@ def _inspect_edge(path: Path) -> tuple[list[Row], Row]:
 
 
 def _inspect_onnx(file: Path) -> tuple[list[Row], Row]:
-    text = open_session(file).get_modelmeta().custom_metadata_map.get(ONNX_METADATA_KEY)
+    if not file.is_file():
+        raise UserInputError(f"there is no file {file}", where=str(file))
+    text = check_onnx(file).metadata.get(ONNX_METADATA_KEY)
     if text is None:
         raise UserInputError(f"{file.name} was not exported by this package", where=str(file))
     try:
-        metadata = json.loads(text)
+        metadata = parse_json(text, file, what=f"the metadata of {file.name}")
         rows = [_onnx_row(layer, metadata["target"]) for layer in metadata["layers"]]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserInputError(
             f"the metadata of {file.name} is incomplete: {type(error).__name__} {error}",
             where=str(file),

@@ -9,6 +9,7 @@ from typing import Any
 
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.gguf_tokenizers import write_tokenizer
+from qalora_compile.gguf_header import check_gguf
 from qalora_compile.ir.description import Description
 from qalora_compile.optional import require
 
@@ -90,14 +91,7 @@ def copy_metadata(path: Path, writer: Any) -> None:
     Raises:
         UserInputError: it is no GGUF file, or of another architecture.
     """
-    gguf = require("gguf", extra="hf", purpose=_PURPOSE)
-    try:
-        reader = gguf.GGUFReader(str(path))
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserInputError(
-            f"{path.name} is not a whole GGUF file: {error}", where=str(path)
-        ) from error
-    known = reader.fields["general.architecture"].contents()
+    reader, known = _open(path)
     if known != writer.arch:
         raise UserInputError(
             f"{path.name} describes a model of kind {known}, the program is {writer.arch}",
@@ -110,6 +104,26 @@ def copy_metadata(path: Path, writer: Any) -> None:
         writer.add_key_value(name, field.contents(), kind, inner)
 
 
+def _open(path: Path) -> tuple[Any, str]:
+    """A reader of a GGUF file, and the architecture that the file names.
+
+    Raises:
+        UserInputError: it is no GGUF file, or names none.
+    """
+    gguf = require("gguf", extra="hf", purpose=_PURPOSE)
+    check_gguf(path)
+    try:
+        reader = gguf.GGUFReader(str(path))
+        known = reader.fields["general.architecture"].contents()
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise UserInputError(
+            f"{path.name} cannot be read as a GGUF file: {error}", where=str(path)
+        ) from error
+    if not isinstance(known, str):
+        raise UserInputError(f"{path.name} names no architecture", where=str(path))
+    return reader, known
+
+
 def write_metadata_file(source: Path, target: Path) -> None:
     """Write a GGUF file that holds the metadata of another and no tensor.
 
@@ -117,7 +131,7 @@ def write_metadata_file(source: Path, target: Path) -> None:
         UserInputError: see `copy_metadata`.
     """
     gguf = require("gguf", extra="hf", purpose=_PURPOSE)
-    architecture = gguf.GGUFReader(str(source)).fields["general.architecture"].contents()
+    _, architecture = _open(source)
     writer = gguf.GGUFWriter(target, architecture)
     copy_metadata(source, writer)
     writer.write_header_to_file()

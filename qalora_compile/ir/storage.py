@@ -39,6 +39,7 @@ from qalora_compile.ir.program_record import (
     write_record,
 )
 from qalora_compile.ir.signature import Signature, input_spec
+from qalora_compile.safetensors_header import check_types, read_header
 from qalora_compile.sealed import digest_of_file
 
 _SMALL_ELEMENTS = 4096
@@ -207,11 +208,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         UserInputError: it is missing, truncated or not a safetensors file.
+        UnsupportedError: a tensor is of a type that this package cannot use.
     """
+    check_types(path)
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise UserInputError(f"the file {path.name} is missing", where=str(path)) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UserInputError(
             f"{path.name} is truncated or not a safetensors file: {error}", where=str(path)
@@ -290,10 +291,9 @@ def open_tensors(path: Path) -> Iterator[Any]:
     Raises:
         UserInputError: it is missing, truncated or not a safetensors file.
     """
+    read_header(path)
     try:
         opened = safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserInputError(f"the file {path.name} is missing", where=str(path)) from None
     except (SafetensorError, OSError) as error:
         raise UserInputError(
             f"{path.name} is no whole safetensors file: {error}",

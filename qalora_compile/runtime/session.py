@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.onnx_file import check_onnx
 from qalora_compile.optional import require
 from qalora_compile.runtime.library import kernel_level, register
 
@@ -29,12 +30,14 @@ def open_session(
         exact: Compute models of target `onnx` in float32, not on int8 activations.
 
     Raises:
-        UserInputError: the file is missing, truncated or not one that ONNX Runtime loads.
+        UserInputError: the file is missing, truncated or not one that ONNX Runtime loads, or it is
+            refused before: see `onnx_file.check_onnx`.
         UnsupportedError: the library is asked for, and was not built.
     """
     runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
     if not Path(path).is_file():
         raise UserInputError(f"there is no file {path}", where=str(path))
+    check_onnx(Path(path))
     options = runtime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads

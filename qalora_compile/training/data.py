@@ -15,6 +15,7 @@ from typing import Any
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.examples import IGNORED, Example
 from qalora_compile.training.lines import COMPLETIONS, LineReader, class_name, parse_line
+from qalora_compile.untrusted import check_regular
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -232,6 +233,8 @@ def _learned(example: Example) -> list[int]:
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """File and number, and text, of each line that is not empty."""
     number = 0
+    if path.exists():
+        check_regular(path)  # a pipe or a device may never end
     try:
         # not every separator that Python knows ends a line of JSON lines
         with path.open(encoding="utf-8", newline="\n") as file:

@@ -15,11 +15,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.tokenizer import render_chat
 from qalora_compile.training.examples import IGNORED, Example
+from qalora_compile.untrusted import parse_json
 
 COMPLETIONS, EVERYTHING = "completions", "everything"
 LEARN = (COMPLETIONS, EVERYTHING)
@@ -208,12 +210,9 @@ def parse_line(line: str, where: str) -> Any:
     """The JSON value of a line.
 
     Raises:
-        UserInputError: it is no JSON, or more than Python reads of it.
+        UserInputError: it is no JSON, or beyond the limits of `untrusted.read_json`.
     """
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:  # too many digits, or brackets
-        raise UserInputError(f"the line is not valid JSON: {error}", where=where) from error
+    return parse_json(line, Path(where), what="the line")
 
 
 def kind_of(row: Any, where: str) -> str:

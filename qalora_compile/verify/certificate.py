@@ -12,11 +12,12 @@ from typing import Any
 
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.files import write_json
-from qalora_compile.untrusted import read_json
+from qalora_compile.untrusted import quoted, read_json
 from qalora_compile.verify.coefficients import RULE, Coefficients
 from qalora_compile.verify.structural import DIFFERENT, OPEN, PROVED, SAMPLED
 
 FORMAT, VERSION = "qalora-certificate", 1
+_NONE = type(None)
 EQUAL, UNEQUAL, UNDECIDED = "EQUAL", "DIFFERENT", "UNDECIDED"
 
 
@@ -178,7 +179,14 @@ class Certificate:
             )
         try:
             made = _certificate(value)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            IndexError,
+        ) as error:
             raise UserInputError(
                 f"the certificate is malformed: {error!r}", where=str(path)
             ) from error
@@ -227,14 +235,24 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
     sites = []
     for row in value["sites"]:
         ways = {name: _coefficients(way) for name, way in row["ways"].items()}
+        _check_types(row, name=str, k=int, n=int, status=str, problem=str)
         sites.append(SiteProof(**(row | {"ways": ways})))
     segments = []
     for row in value["segments"]:
         lines = None if row["lines"] is None else (str(row["lines"][0]), str(row["lines"][1]))
         sampled = None if row["sampled"] is None else float(row["sampled"])
+        _check_types(row, name=str, status=str)
         segments.append(SegmentProof(**(row | {"lines": lines, "sampled": sampled})))
     if value["verdict"] not in (EQUAL, UNEQUAL, UNDECIDED):
         raise ValueError(f"no verdict is {value['verdict']!r}")
+    for rows in (value["sites"], value["segments"]):
+        names = Counter(row["name"] for row in rows)
+        if names and max(names.values()) > 1:
+            raise ValueError(f"{names.most_common(1)[0][0]} is there twice")
+    for name in ("reference", "candidate"):
+        _check_types(value[name], label=str, kind=str, stage=str, files=dict, path=(str, _NONE))
+        _check_types(value[name]["files"], **dict.fromkeys(value[name]["files"], str))
+        _check_types(value[name], tensors=(str, _NONE), graph=(dict, _NONE))
     sides = [SideRecord(**value[name]) for name in ("reference", "candidate")]
     return Certificate(
         reference=dataclasses.replace(sides[0], files=dict(sides[0].files)),
@@ -242,11 +260,23 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
         verdict=value["verdict"],
         sites=tuple(sites),
         segments=tuple(segments),
-        difference=value["difference"],
+        difference=None if value["difference"] is None else str(value["difference"]),
         samples={name: float(value["samples"][name]) for name in ("count", "tolerance")},
-        notes=tuple(value["notes"]),
-        versions=value["versions"],
+        notes=tuple(map(str, value["notes"])),
+        versions={str(k): str(v) for k, v in value["versions"].items()},
     )
+
+
+def _check_types(row: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:
+    """See that the values of a row are of these types.
+
+    Raises:
+        TypeError: one is not, or is missing.
+    """
+    for name, kind in kinds.items():
+        value = row[name] if name != "graph" else row.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise TypeError(f"{name} is {quoted(value)}")
 
 
 def _coefficients(way: Mapping[str, Any]) -> Coefficients:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ import numpy as np
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
+from qalora_compile.onnx_file import check_onnx
 from qalora_compile.optional import require
+from qalora_compile.untrusted import parse_json
 from qalora_compile.verify.graph import ONNX, Graph, Node, Ref, SiteRow, Tensor, text_of
 from qalora_compile.verify.onnx_bodies import body_of, graphs_of
 from qalora_compile.verify.onnx_lookups import lookup_values
@@ -29,17 +30,15 @@ def read_onnx_graph(path: Path) -> Graph:
         UserInputError: the file is missing, is no ONNX model, or not one of this package.
     """
     onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
+    texts = check_onnx(path).metadata
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except FileNotFoundError:
-        raise UserInputError(f"the file {path.name} is missing", where=str(path)) from None
     except Exception as error:  # protobuf's own types
         raise UserInputError(f"{path.name} is no ONNX model", where=str(path)) from error
-    texts = {p.key: p.value for p in model.metadata_props}
     try:
-        metadata = json.loads(texts[ONNX_METADATA_KEY])
+        metadata = parse_json(texts[ONNX_METADATA_KEY], path, what="its metadata")
         return _assemble(model, metadata, path)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserInputError(
             f"{path.name} was not exported by this package, or its metadata is broken: {error!r}",
             where=str(path),

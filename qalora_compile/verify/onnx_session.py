@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from torch import Tensor
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY
 from qalora_compile.ir.signature import Signature
+from qalora_compile.onnx_file import check_onnx
 from qalora_compile.optional import require
+from qalora_compile.untrusted import parse_json
 
 LEVELS = {
     "disabled": "ORT_DISABLE_ALL",
@@ -71,19 +72,17 @@ class OnnxSession:
     ) -> None:
         self._path, self._library, self._level = path, library, level
         self._spelled_out = spelled_out
-        self._runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
-        self.session = (
-            self._open_changed(()) if spelled_out else self._open(str(path), self._options())
-        )
-        text = self.session.get_modelmeta().custom_metadata_map.get(ONNX_METADATA_KEY)
+        text = check_onnx(path).metadata.get(ONNX_METADATA_KEY)
         if text is None:
             raise UserInputError(
                 f"{path.name} was not exported by this package: it has no signature to compare by",
                 where=str(path),
             )
-        metadata: Mapping[str, Any] = json.loads(text)
-        self.signature = Signature.from_json(metadata["signature"])
-        self._site_values: dict[str, str] = dict(metadata["site_values"])
+        self.signature, self._site_values = _signature(text, path)
+        self._runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+        self.session = (
+            self._open_changed(()) if spelled_out else self._open(str(path), self._options())
+        )
         self._inner: tuple[frozenset[str], Any] | None = None
 
     def outputs(self, feed: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -153,6 +152,24 @@ class OnnxSession:
             "session.model_external_initializers_file_folder_path", str(self._path.parent)
         )
         return self._open(model.SerializeToString(), options)
+
+
+def _signature(text: str, path: Path) -> tuple[Signature, dict[str, str]]:
+    """What a file's metadata say of its inputs and outputs, and the names of its sites' values.
+
+    Raises:
+        UserInputError: they are malformed.
+    """
+    try:
+        metadata: Mapping[str, Any] = parse_json(text, path, what=f"the metadata of {path.name}")
+        values = {str(site): str(name) for site, name in metadata["site_values"].items()}
+        return Signature.from_json(metadata["signature"]), values
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserInputError(
+            f"the metadata of {path.name} are malformed: {error!r}",
+            where=str(path),
+            hint="the file comes from another version of this package, or was changed",
+        ) from error
 
 
 def hides(model: Any) -> bool:

@@ -153,11 +153,18 @@ def _place(side: SideRecord, certificate: Path) -> Path:
             hint="save the program and make the certificate for its folder",
         )
     for place in (Path(side.path), certificate.parent / Path(side.path).name):
-        if place.exists():
+        if _exists(place):
             return place
     raise UserInputError(
         f"{side.path}, which the certificate was made for, is missing", where=str(certificate)
     )
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def _prove_site(pair: Pair) -> SiteProof:

@@ -7,7 +7,6 @@ bytes of the file: bfloat16 as uint16, integers of less than a byte as a flat st
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ import numpy as np
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.optional import require
+from qalora_compile.safetensors_header import check_types
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -115,23 +115,17 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 
     Raises:
         UserInputError: the file is missing or malformed.
+        UnsupportedError: a tensor is of a type that no program has.
     """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        found = {}
-        for name, row in header.items():
-            if name == "__metadata__":
-                continue
-            dtype, (begin, end) = _SAFETENSORS[row["dtype"]], row["data_offsets"]
-            read = _from_file(path, 8 + length + begin, end - begin, dtype, tuple(row["shape"]))
-            found[name] = Stored(name, dtype, tuple(row["shape"]), read)
-    except FileNotFoundError:
-        raise UserInputError(f"the file {path.name} is missing", where=str(path)) from None
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise UserInputError(f"{path.name} is malformed: {error!r}", where=str(path)) from error
-    return found
+    return {
+        name: Stored(
+            name,
+            _SAFETENSORS[row.dtype],
+            row.shape,
+            _from_file(path, row.begin, row.end - row.begin, _SAFETENSORS[row.dtype], row.shape),
+        )
+        for name, row in check_types(path, _SAFETENSORS).items()
+    }
 
 
 def _from_file(

@@ -79,7 +79,7 @@ def truncate(path: Path, keep: int) -> None:
 
 def test_truncated_weights_are_refused(folder: Path) -> None:
     truncate(folder / "model.safetensors", 5000)
-    with pytest.raises(UserInputError, match="cannot load model"):
+    with pytest.raises(UserInputError, match="model.safetensors is truncated"):
         load_source(str(folder))
 
 

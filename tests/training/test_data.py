@@ -417,7 +417,7 @@ BAD_LABELS = {
     "no text": ({"label": "good"}, "'text' is missing"),
     "nothing to read": ({"text": "", "label": "good"}, "the text holds no token"),
     "blanks to read": ({"text": " ", "label": "good"}, "the text holds no token"),
-    "half of a character": ({"text": "a", "label": "\ud800"}, "half of a character"),
+    "half of a character": ({"text": "a", "label": "\ud800"}, "half of a surrogate pair"),
 }
 
 
@@ -451,7 +451,7 @@ def test_a_text_of_which_nothing_is_left_is_refused(path: Path) -> None:
 def test_classes_that_cannot_be_told_apart_are_refused(path: Path) -> None:
     with pytest.raises(UserInputError, match=r"same label \(good\)"):
         find_classes(write(path, *LABELLED[:1] * 3))
-    with pytest.raises(UserInputError, match="half of a character"):
+    with pytest.raises(UserInputError, match="half of a surrogate pair"):
         find_classes(write(path, {"text": "a", "label": "\ud800"}))
     with pytest.raises(UserInputError, match=r"there is none"):
         find_classes(write(path, ""))

@@ -12,7 +12,6 @@ before a class; expressions by the alphabet; of one target in two groups the lat
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -34,6 +33,8 @@ from qalora_compile.capture.stored.base import (
 )
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.stored_codes import StoredWeight
+from qalora_compile.linear_regex import compile_expression
+from qalora_compile.untrusted import quoted
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
 _ZERO = "weight_zero_point"
@@ -144,11 +145,14 @@ def _names(target: str, module: str, where: str) -> bool:
     if not target.startswith(_PATTERN):
         return target == module
     try:
-        return re.match(target.removeprefix(_PATTERN), module) is not None
-    except re.error as error:
+        expression = compile_expression(target.removeprefix(_PATTERN))
+    except UserInputError as error:
         raise UserInputError(
-            f"the target {target!r} cannot be read: {error}", where=where
-        ) from error
+            f"the target {quoted(target)} cannot be read: {error.what}",
+            where=where,
+            hint=error.hint,
+        ) from None
+    return expression.matches(module, whole=False)
 
 
 def _decode(

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.gguf_header import check_gguf
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.stored_codes import StoredCodes, StoredWeight
 from qalora_compile.optional import require
@@ -41,10 +42,11 @@ def read_gguf_codes(path: Path) -> tuple[StoredCodes, tuple[str, ...]]:
 
     Raises:
         UserInputError: the file cannot be read, or a tensor's bytes end before it does.
-        MissingDependencyError: the package gguf is not there.
+        UnsupportedError: the package gguf is not there, or the file is of another version.
     """
     gguf = require("gguf", extra="hf", purpose="read GGUF files")
     found, widened, dequantized = StoredCodes(), Counter[str](), Counter[str]()
+    check_gguf(path)
     try:
         tensors = gguf.GGUFReader(path).tensors
     except (OSError, ValueError, IndexError, KeyError) as error:

@@ -18,7 +18,6 @@ expressions that match the beginning of a module's name, and the first that does
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +41,8 @@ from qalora_compile.capture.stored.base import (
 from qalora_compile.config import one_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.stored_codes import StoredWeight
+from qalora_compile.linear_regex import compile_expression
+from qalora_compile.untrusted import quoted
 
 V1, V2, FLOAT_ZERO, FLOAT_OFFSET = "v1", "v2", "float", "offset"
 ZERO_POINTS = (V1, V2, FLOAT_ZERO, FLOAT_OFFSET)
@@ -93,18 +94,20 @@ class _Form:
         for rule in dynamic:
             pattern = rule.removeprefix(_FLOAT).removeprefix(_OTHERWISE)
             try:
-                if not re.match(pattern, module):
+                if not compile_expression(pattern).matches(module, whole=False):
                     continue
-                if rule.startswith(_FLOAT):
-                    raise UserInputError(
-                        f"{module} is quantized, and the rule {rule!r} says that it is not",
-                        where=module,
-                    )
-            except re.error as error:
+            except UserInputError as error:
                 raise UserInputError(
-                    f"the rule {rule!r} of quantization_config.dynamic cannot be read: {error}",
+                    f"the rule {quoted(rule)} of quantization_config.dynamic cannot be read: "
+                    f"{error.what}",
                     where=module,
-                ) from error
+                    hint=error.hint,
+                ) from None
+            if rule.startswith(_FLOAT):
+                raise UserInputError(
+                    f"{module} is quantized, and the rule {rule!r} says that it is not",
+                    where=module,
+                )
             where = f"{CONFIG}: {_DYNAMIC}: {rule}"
             own = section(dynamic, rule, f"{CONFIG}: {_DYNAMIC}")
             options = {"bits": self.bits, "group_size": self.group_size, **own}

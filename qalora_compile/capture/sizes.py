@@ -1,0 +1,120 @@
+"""What a configuration says of a model's size, held against the tensors that are there.
+
+A model is built before its weights are read, so a number in a configuration must not decide alone
+how much is built: ten million layers are built one by one, and buffers are allocated as they say.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.gguf_header import Header
+from qalora_compile.safetensors_header import read_header
+from qalora_compile.untrusted import quoted
+
+MOST_LAYERS, LARGEST_SIZE = 1_000, 1 << 20
+"""Of a model whose weights are not at hand. Transformers of 2026 have up to 130 layers, and
+vocabularies of up to 262,144 tokens."""
+_MOST_ENTRIES = 1 << 16
+_LAYERS = re.compile(r"(num|n)_?(\w*_)?(layers?|blocks?)|\w+_layers|depths?|block_count")
+_SIZES = re.compile(
+    r"\w*(_size|_dim|_dims|_rank|_heads|_channels|_experts|_width|_groups)|d_\w+|dim|hidden_dim"
+    r"|n_(embd|head|inner|positions|ctx)|num_\w*(heads|experts|groups|labels|buckets)\w*"
+    r"|head_count\w*|\w*_length|(max_)?\w*positions?|expert_count"
+)
+_FREE = re.compile(
+    r"max_position_embeddings|original_max_position_embeddings|max_sequence_length|seq_length"
+    r"|sliding_window\w*|\w*chunk_size\w*|context_length|max_length|min_length|model_max_length"
+    r"|original_context_length|\w*_window_size|max_\w*seq\w*"
+)
+"""Lengths of texts, of which a model of any size may have many: no tensor is as long as they say."""
+_RANGE = re.compile(r"\w*(limit|range|max|min)\w*")
+"""Names of values that may be infinite (Mamba's `time_step_limit`)."""
+_PACKED, _SMALL = 64, 8192
+"""A size may be larger than every axis of a tensor in the files: sixteen codes of 2 bits are one
+word, and a layer's parts may stand in tensors of their own. Small sizes are never refused."""
+_LONGEST_TEXT = 1 << 31
+
+
+def check_config(config: Mapping[str, Any], folder: Path) -> None:
+    """See that `config.json` describes a model of the size that the folder's files have.
+
+    Nothing in it is a NaN, and an infinity only the end of a range.
+
+    Args:
+        config: What `config.json` holds.
+        folder: Whose safetensors are looked at: the headers, no values. Without any, sizes are
+            held against what models have.
+
+    Raises:
+        UserInputError: a size is negative, no number, or larger than the files allow; or a file is
+            broken.
+    """
+    shapes = [
+        row.shape
+        for path in sorted(folder.glob("*.safetensors"))
+        for row in read_header(path).values()
+    ]
+    _check(_numbers(config), shapes, str(folder / "config.json"))
+
+
+def check_gguf_sizes(header: Header, path: Path) -> None:
+    """See that the metadata of a GGUF file describe a model of the size of its tensors.
+
+    Raises:
+        UserInputError: they do not.
+    """
+    numbers = ((key.rpartition(".")[2], value) for key, value in header.values.items())
+    _check(numbers, [row.shape for row in header.tensors.values()], str(path))
+
+
+def _check(numbers: Iterable[tuple[str, Any]], shapes: list[tuple[int, ...]], where: str) -> None:
+    most_layers, largest = MOST_LAYERS, LARGEST_SIZE
+    if shapes:
+        most_layers = min(MOST_LAYERS, len(shapes))
+        longest = max((axis for shape in shapes for axis in shape), default=1)
+        largest = max(_SMALL, min(_PACKED * longest, LARGEST_SIZE), longest)
+    for name, value in numbers:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if value != value or (abs(value) == math.inf and not _RANGE.fullmatch(name)):
+            raise UserInputError(f"{name} is {value}, which is no number", where=where)
+        limit = _limit(name, most_layers, largest)
+        if limit is not None and not 0 <= value <= limit and value != -1:
+            raise UserInputError(
+                f"{name} is {quoted(value)}, and by the tensors of the checkpoint it is at most "
+                f"{limit}",
+                where=where,
+                hint="the configuration is of another model, or was changed",
+            )
+
+
+def _limit(name: str, most_layers: int, largest: int) -> int | None:
+    """What a number of this name may be; None: it is not counted in tensors."""
+    if _FREE.fullmatch(name):
+        return _LONGEST_TEXT
+    if _LAYERS.fullmatch(name):
+        return most_layers
+    return largest if _SIZES.fullmatch(name) else None
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every plain value of a configuration, by the name that it stands under."""
+    waiting: list[tuple[str, Any]] = list(config.items())
+    count = 0
+    while waiting:
+        name, value = waiting.pop()
+        count += 1
+        if count > _MOST_ENTRIES:
+            return
+        if isinstance(value, Mapping):
+            waiting += [(str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(name, inner) for inner in value]
+        else:
+            yield name, value

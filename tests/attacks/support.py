@@ -1,0 +1,197 @@
+"""What every attack must not do, checked once: `attack` runs a reader in a child and watches it.
+
+The child is forked, so that nothing has to be imported again. It reports what it opened, imported
+and ran (audit events of Python), how much its memory grew, and what the reader gave or raised.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qalora_compile.errors import InternalError, QaloraError
+
+SECONDS = 20
+FREE_MEMORY = 64 << 20
+SECRET = "the secret that no model may read"
+_READ = ("/usr/", "/lib", "/etc/ld", "/proc/", "/sys/", "/dev/", "/root/.pyenv", "/etc/localtime")
+
+
+@dataclass
+class Outcome:
+    """What became of an attack."""
+
+    error: str = ""
+    kind: str = ""
+    value: Any = None
+    memory: int = 0
+    opened: list[str] = field(default_factory=list)
+    ran: list[str] = field(default_factory=list)
+
+
+def attack(reader: Callable[[], Any], folder: Path) -> Outcome:
+    """Run a reader on a hostile folder, and see that it does no harm.
+
+    No file outside the folder is opened but those of Python and its libraries, no code is run, the
+    memory grows by at most twice the folder's size (or 64 MiB), and it ends within 20 seconds.
+
+    Returns:
+        The error of this package that it raised, or what it gave, as JSON.
+    """
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and not f.is_symlink())
+    gc.collect()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _watch(reader, writing)
+    os.close(writing)
+    said, limit = b"", time.monotonic() + SECONDS
+    while (left := limit - time.monotonic()) > 0:
+        if select.select([reading], [], [], left)[0]:
+            part = os.read(reading, 1 << 16)
+            said += part
+            if not part:
+                break
+    else:
+        os.kill(child, signal.SIGKILL)
+    os.close(reading)
+    _, status = os.waitpid(child, 0)
+    assert not os.WIFSIGNALED(status), f"ended by signal {os.WTERMSIG(status)} ({SECONDS} s?)"
+    outcome = Outcome(**json.loads(said))
+    assert outcome.kind != "foreign", outcome.error
+    _check_opened(outcome.opened, folder)
+    assert not outcome.ran, f"ran {outcome.ran}"
+    allowed = max(2 * size, FREE_MEMORY)
+    assert outcome.memory <= allowed, f"memory grew by {outcome.memory} bytes, of {allowed}"
+    return outcome
+
+
+def refused(reader: Callable[[], Any], folder: Path, *words: str) -> Outcome:
+    """Run a reader that has to refuse a folder, in words that say why."""
+    outcome = attack(reader, folder)
+    assert outcome.kind == "typed", f"it was read: {outcome.value}"
+    for word in words:
+        assert word in outcome.error, f"{word!r} is not in: {outcome.error}"
+    assert SECRET not in outcome.error
+    return outcome
+
+
+def cli(*words: object) -> Callable[[], Any]:
+    """A command, as a reader."""
+
+    def run() -> Any:
+        import io
+        from contextlib import redirect_stderr, redirect_stdout
+
+        from qalora_compile.cli import ui
+        from qalora_compile.cli.main import main
+
+        text = io.StringIO()
+        ui.err_console.file = ui.console.file = text
+        with redirect_stdout(text), redirect_stderr(text):
+            code = main([str(word) for word in words])
+        if code == 2:
+            raise QaloraError(text.getvalue())
+        return [code, text.getvalue()]
+
+    return run
+
+
+def plant_secret(folder: Path) -> Path:
+    """A file outside a folder, which nothing in it may reach."""
+    path = folder.parent / "secret.txt"
+    path.write_text(SECRET * 100)
+    return path
+
+
+def _check_opened(opened: list[str], folder: Path) -> None:
+    home, package = folder.resolve(), Path(__file__).resolve().parents[2]
+    free = (*_READ, str(package), sys.prefix, sys.base_prefix, str(home))
+    for text in opened:
+        path = os.path.realpath(text)
+        library = path.endswith((".py", ".pyc", ".so", ".pth", ".zip")) and "secret" not in path
+        assert path.startswith(free) or library, f"opened {path}"
+
+
+def _watch(reader: Callable[[], Any], answer: int) -> None:
+    """In the child."""
+    _reset_peak()
+    outcome, before = Outcome(), _resident()
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(args[0], (str, bytes)):
+            outcome.opened.append(os.fsdecode(args[0]))
+        elif event in _RUNS:
+            outcome.ran.append(f"{event} {args!r:.200}")
+        elif event == "import" and str(args[0]).startswith("canary"):
+            outcome.ran.append(f"import {args[0]}")
+
+    sys.addaudithook(hook)
+    try:
+        value = reader()
+        outcome.kind, outcome.value = "value", value if _plain(value) else str(value)[:1000]
+    except InternalError:
+        outcome.kind, outcome.error = "foreign", traceback.format_exc()
+    except QaloraError as error:
+        outcome.kind, outcome.error = "typed", str(error)
+    except BaseException:
+        outcome.kind, outcome.error = "foreign", traceback.format_exc()[-4000:]
+    outcome.memory = max(0, _peak() - before) * 1024
+    try:
+        with os.fdopen(answer, "wb") as file:
+            file.write(json.dumps(vars(outcome)).encode())
+    finally:
+        os._exit(0)
+
+
+_RUNS = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "pickle.find_class",
+    "marshal.loads",
+    "ctypes.dlopen",
+)
+"""Events that no reader of data has a reason for; compiled modules of Python are not `marshal`."""
+
+
+def _plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    return 0
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _reset_peak() -> None:
+    """Forget the parent's peak (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,214 @@
+"""Reads each mutated input in a child process of its own, and says what became of it.
+
+The parent has imported everything and is forked for each case, so that a case costs a few
+milliseconds. The child may take 20 seconds and one GiB more memory than the parent has.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from qalora_compile.errors import InternalError, QaloraError
+from tests.fuzz.mutate import Mutation, mutate
+from tests.fuzz.seeds import FORMATS, Format, import_all
+
+SECONDS, MORE_MEMORY = 20, 1 << 30
+TYPED, SAME, PAYLOAD, DIFFERENT = "typed", "same", "payload differs", "different"
+FOREIGN, HANG, CRASH = "foreign", "hang", "crash"
+OUTCOMES = (TYPED, SAME, PAYLOAD, DIFFERENT, FOREIGN, HANG, CRASH)
+BAD = (DIFFERENT, FOREIGN, HANG, CRASH)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mutated input and what became of it."""
+
+    format: str
+    mutation: Mutation
+    outcome: str
+    text: str
+
+
+@dataclass
+class Table:
+    """How many mutations of each format had which outcome."""
+
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> int:
+        """Of all formats."""
+        return sum(sum(row.values()) for row in self.counts.values())
+
+    @property
+    def bad(self) -> int:
+        """How many should not have been."""
+        return sum(row[outcome] for row in self.counts.values() for outcome in BAD)
+
+    def lines(self) -> list[str]:
+        """As Markdown."""
+        lines = [f"| format | mutations | {' | '.join(OUTCOMES)} |", "|---" * 9 + "|"]
+        for name, row in self.counts.items():
+            cells = " | ".join(str(row[outcome]) for outcome in OUTCOMES)
+            lines.append(f"| {name} | {sum(row.values())} | {cells} |")
+        sums = (sum(row[outcome] for row in self.counts.values()) for outcome in OUTCOMES)
+        lines.append(f"| all | {self.total} | {' | '.join(map(str, sums))} |")
+        return lines
+
+
+def fuzz(names: list[str], count: int, number: int, keep: Path, progress: bool = False) -> Table:
+    """Try so many mutations, spread over formats.
+
+    Args:
+        names: Of the formats.
+        count: Of all mutations.
+        number: Seed of the run.
+        keep: A folder for what should not have been.
+        progress: Print a line for each format.
+    """
+    table, began = Table(), time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+        valid = import_all(names, Path(scratch) / "valid")
+        for index, name in enumerate(names):
+            share = count // len(names) + (index < count % len(names))
+            table.counts[name] = row = Counter()
+            started = time.monotonic()
+            for case, folder in _cases(FORMATS[name], share, number, Path(scratch), valid[name]):
+                row[case.outcome] += 1
+                if case.outcome in BAD:
+                    _keep(case, folder, keep, row[case.outcome])
+            if progress:
+                bad = {outcome: row[outcome] for outcome in BAD if row[outcome]}
+                print(
+                    f"{name}: {share} in {time.monotonic() - started:.0f} s {bad or ''}", flush=True
+                )
+    table.seconds = time.monotonic() - began
+    return table
+
+
+def _cases(
+    made: Format, count: int, number: int, scratch: Path, wanted: str
+) -> list[tuple[Case, Path]]:
+    """The cases of one format, as hypothesis draws them; folders of bad ones stay until then."""
+    valid, found = scratch / "valid" / made.name.replace(" ", "-"), list[tuple[Case, Path]]()
+
+    @seed(number)
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def one(data: st.DataObject) -> None:
+        folder = scratch / f"case-{len(found)}"
+        shutil.rmtree(folder, ignore_errors=True)  # hypothesis gives up some draws halfway
+        shutil.copytree(valid, folder)
+        mutation = mutate(data.draw, folder, made.files)
+        outcome, text = read_in_child(made, folder)
+        if outcome == "read":
+            outcome = judge(made, mutation, text == wanted)
+        found.append((Case(made.name, mutation, outcome, text), folder))
+        if outcome not in BAD:
+            shutil.rmtree(folder)
+
+    one()
+    return found
+
+
+def judge(made: Format, mutation: Mutation, same: bool) -> str:
+    """What it means that an input was read."""
+    if same:
+        return SAME
+    return PAYLOAD if mutation.content and not made.own else DIFFERENT
+
+
+def read_in_child(made: Format, folder: Path) -> tuple[str, str]:
+    """Read an input in a child: `read` with its digest, or another outcome with its error."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _read(made, folder, writing)
+    os.close(writing)
+    answer, ended, limit = b"", False, time.monotonic() + SECONDS
+    while not ended and (left := limit - time.monotonic()) > 0:
+        if select.select([reading], [], [], left)[0]:
+            part = os.read(reading, 1 << 16)
+            answer, ended = answer + part, not part
+    os.close(reading)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not ended or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
+        return HANG, f"over {SECONDS} seconds"
+    if os.WIFSIGNALED(status) or not answer:
+        return CRASH, f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "it ended"
+    outcome, _, text = answer.decode("utf-8", "replace").partition("\n")
+    return outcome, text
+
+
+def _read(made: Format, folder: Path, answer: int) -> None:
+    """In the child: read, answer, and end at once."""
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        faulthandler.disable()
+        memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (memory + MORE_MEMORY, memory + MORE_MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        said = f"read\n{made.door(folder)}"
+    except InternalError:
+        said = f"{FOREIGN}\n{traceback.format_exc()}"
+    except QaloraError as error:
+        said = f"{TYPED}\n{error}"
+    except BaseException:
+        said = f"{FOREIGN}\n{traceback.format_exc()}"
+    try:
+        os.write(answer, said.encode("utf-8", "replace")[:60_000])
+    finally:
+        os._exit(0)
+
+
+def _keep(case: Case, folder: Path, keep: Path, number: int) -> None:
+    """Keep a bad input, to be read again with `--replay`."""
+    target = keep / f"{case.format.replace(' ', '-')}-{case.outcome}-{number}"
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(folder, target)
+    (target / "case.json").write_text(json.dumps(asdict(case), indent=1), "utf-8")
+
+
+def replay(folder: Path) -> int:
+    """Read a kept input once more, in this process, for a debugger; its error is shown."""
+    case: Mapping[str, str] = json.loads((folder / "case.json").read_text("utf-8"))
+    print(f"{case['format']}, {case['mutation']}: was {case['outcome']}")
+    try:
+        print(f"read: {FORMATS[case['format']].door(folder)}")
+    except QaloraError as error:
+        print(f"typed: {error}")
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        return 1
+    return 0
