@@ -87,9 +87,9 @@ def _bytes(draw: Draw, path: Path) -> tuple[str, str, bool]:
     elif kind == "repeat":
         data[at:at] = data[at : at + draw(st.integers(1, 64))]
     path.write_bytes(data)
-    # lines of text and raw weights are such, whatever is added or left out
-    text = path.suffix in (".jsonl", ".jinja", ".data")
-    return kind, f"at {at} of {size}", kind in ("flip", "set") or text
+    # text that is still JSON, lines of text, and raw weights are what they were, otherwise filled
+    loose = path.suffix in (".jsonl", ".jinja", ".data") or (path.suffix == ".json" and kind != "cut")
+    return kind, f"at {at} of {size}", kind in ("flip", "set") or loose
 
 
 def _places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
