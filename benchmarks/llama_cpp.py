@@ -27,11 +27,12 @@ import numpy as np
 import torch
 
 import qalora_compile as qc
-from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run, load_tokenizer
+from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
 from qalora_compile.cli.ui import console, print_summary, print_table
 from qalora_compile.exporters.gguf_metadata import copy_metadata
 from qalora_compile.ir.program import Program
 from qalora_compile.runtime import LanguageModel, open_session
+from qalora_compile.tokenizer import load_tokenizer
 
 EXAMPLES = """examples:
   python -m benchmarks.llama_cpp --build llama-venv FOLDED

@@ -13,12 +13,12 @@ from qalora_compile.capture.skeleton import transformers_module
 from qalora_compile.capture.source import (
     Source,
     check_safetensors,
-    load_folder_tokenizer,
     text_example,
     unreadable,
 )
 from qalora_compile.capture.stored.folder import is_quantized
 from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.tokenizer import load_tokenizer
 
 
 def load_classifier(reference: str, classes: Sequence[str], *, seed: int = 0) -> Source:
@@ -50,11 +50,11 @@ def load_classifier(reference: str, classes: Sequence[str], *, seed: int = 0) ->
             where=reference,
             hint="give the model that it was made from",
         )
-    tokenizer = load_folder_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     if tokenizer is None:
         raise UnsupportedError("the model has no tokenizer to read text with", where=reference)
     transformers = transformers_module()
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    config = _config(transformers, path)
     kind = _class_of(transformers, config, path)
     names = _in_order(config, classes, path)
     config.id2label = dict(enumerate(names))
@@ -66,6 +66,7 @@ def load_classifier(reference: str, classes: Sequence[str], *, seed: int = 0) ->
                 path,
                 config=config,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
@@ -89,6 +90,15 @@ def linear_layers(model: nn.Module, parameters: Sequence[str]) -> tuple[str, ...
     """The paths of the linear layers that own some of these parameters."""
     owners = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
     return tuple(path for path in owners if isinstance(model.get_submodule(path), nn.Linear))
+
+
+def _config(transformers: Any, path: Path) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises types of many kinds
+        raise unreadable(path, error) from error
 
 
 def _class_of(transformers: Any, config: Any, path: Path) -> Any:

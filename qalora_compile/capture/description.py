@@ -117,7 +117,7 @@ def _from_gguf(path: Path) -> tuple[dict[str, Any], nn.Module]:
     accelerate = require("accelerate", extra="hf", purpose="build a model without weights")
     try:
         config = transformers.AutoConfig.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
         )
         with accelerate.init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(config)

@@ -34,6 +34,8 @@ from qalora_compile.gguf_header import check_gguf
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.optional import require
+from qalora_compile.tokenizer import load_tokenizer
+from qalora_compile.untrusted import check_folder
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _GGUF_MAGIC = b"GGUF"
@@ -107,6 +109,7 @@ def load_source(reference: str, *, zero_points: str | None = None) -> Source:
     """
     path = Path(reference)
     if path.is_dir():
+        check_folder(path)
         return _load_folder(reference, path, zero_points)
     if path.suffix == ".gguf":
         return _load_gguf(reference, path)
@@ -149,13 +152,6 @@ def _pickled(what: str, where: Path, files: list[Path]) -> UserInputError:
     )
 
 
-def load_folder_tokenizer(path: Path) -> Any:
-    """The tokenizer of a model's folder, or None."""
-    if not any((path / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")):
-        return None
-    return transformers_module().AutoTokenizer.from_pretrained(path, local_files_only=True)
-
-
 def unreadable(path: Path, error: Exception) -> UserInputError:
     """What to say of a model that a library could not load."""
     text = str(error).strip().splitlines()
@@ -170,7 +166,7 @@ def _load_folder(reference: str, path: Path, zero_points: str | None) -> Source:
     check_safetensors(path)
     stored = load_stored(path, zero_points=zero_points) if is_quantized(path) else None
     model = _load_float(path) if stored is None else stored.model
-    source = _language_model(reference, "huggingface", model, load_folder_tokenizer(path))
+    source = _language_model(reference, "huggingface", model, load_tokenizer(path))
     if stored is None:
         return source
     return replace(source, read_codes=lambda: (stored.codes(), stored.notes))
@@ -187,6 +183,7 @@ def _load_float(path: Path) -> Any:
         model, found = kind.from_pretrained(
             path,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             dtype="auto",
             output_loading_info=True,
@@ -215,7 +212,7 @@ def _load_gguf(reference: str, path: Path) -> Source:
     check_gguf_sizes(check_gguf(path), path)
     require("gguf", extra="hf", purpose="read GGUF files")
     transformers = transformers_module()
-    options = {"gguf_file": path.name, "local_files_only": True}
+    options = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         with redirect_stderr(io.StringIO()):  # the reader draws a bar whatever the verbosity
             tokenizer = _gguf_tokenizer(transformers, path, options)

@@ -27,7 +27,6 @@ from qalora_compile.cli.embeddings import embedding_record, embedding_spec
 from qalora_compile.cli.folders import (
     CHECKPOINTS,
     TOKENIZER,
-    load_tokenizer,
     read_run_file,
     save_description,
     save_tokenizer,
@@ -42,6 +41,7 @@ from qalora_compile.files import atomic_folder, check_output
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program, replace_adapters, write_program
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
+from qalora_compile.tokenizer import load_tokenizer
 from qalora_compile.training.batches import Batches
 from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.checkpoint import (

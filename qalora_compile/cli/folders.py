@@ -14,7 +14,6 @@ from qalora_compile.exporters.gguf_metadata import write_metadata_file
 from qalora_compile.files import write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program
-from qalora_compile.optional import require
 from qalora_compile.sealed import read_sealed, write_sealed
 from qalora_compile.untrusted import check_folder, quoted
 
@@ -127,18 +126,3 @@ def copy_preprocessor(source: Path, target: Path) -> bool:
     for file in files:
         shutil.copy2(file, target / file.name)
     return bool(files)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, or None.
-
-    Raises:
-        UserInputError: its files are broken.
-    """
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    transformers = require("transformers", extra="hf", purpose="load a tokenizer")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises types of many kinds
-        raise UserInputError(f"cannot load the tokenizer: {error}", where=str(folder)) from error

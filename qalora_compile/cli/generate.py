@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from qalora_compile.cli.edge import read_edge_record
-from qalora_compile.cli.folders import load_tokenizer
 from qalora_compile.cli.ui import console, megabytes, print_summary
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.runtime.encoder_decoder import ENCODER_FILE, EncoderDecoder
 from qalora_compile.runtime.language_model import LanguageModel, Sampling
 from qalora_compile.runtime.memory import peak_memory
 from qalora_compile.runtime.session import open_session
+from qalora_compile.tokenizer import load_tokenizer, render_chat
 
 NAME = "generate"
 SUMMARY = "continue a prompt with an exported model, greedily or by sampling"
@@ -136,7 +136,6 @@ def _tokens(tokenizer: Any, options: argparse.Namespace) -> list[int]:
     if options.chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UserInputError("the tokenizer has no chat template", hint="leave --chat out")
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
+        messages = [{"role": "user", "content": text}]
+        text = render_chat(tokenizer, messages, prompt=True, where=options.folder)
     return list(tokenizer(text, add_special_tokens=not options.chat).input_ids)

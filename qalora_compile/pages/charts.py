@@ -33,6 +33,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qalora",
     "font.size": 9,
+    "text.parse_math": False,  # a name with dollar signs is no formula
     "text.color": _INK,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,

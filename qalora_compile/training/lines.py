@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.tokenizer import render_chat
 from qalora_compile.training.examples import IGNORED, Example
 from qalora_compile.untrusted import parse_json
 
@@ -94,14 +95,7 @@ class _Texts:
 
     def render(self, messages: Sequence[Any], where: str, *, prompt: bool) -> list[int]:
         """The tokens of a chat; `prompt`: up to where an answer begins."""
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt
-            )
-        except Exception as error:  # a template is a program, and raises what it likes
-            raise UserInputError(
-                f"the chat template does not take the messages: {error}", where=where
-            ) from error
+        text = render_chat(self.tokenizer, messages, prompt=prompt, where=where)
         return self.plain(text, where)
 
 

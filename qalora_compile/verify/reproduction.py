@@ -23,7 +23,7 @@ from qalora_compile.verify.structural import match_values
 
 _INPUTS = "inputs.safetensors"
 _OUTPUT = "value"
-_SCRIPT = '''"""{title}
+_SCRIPT = '''"""Two programs that differ, and what they are run on.
 
 Run it with `python repro.py`: it exits with 1 and says where the two programs part. With --again
 it gives `before` to the pass anew, to see whether a changed pass is right; then it exits with 0.
@@ -38,6 +38,7 @@ import qalora_compile as qc
 from qalora_compile.verify import compare_nodes
 
 HERE = Path(__file__).parent
+TITLE = {title!r}
 PASS = {step!r}
 
 before = qc.Program.load(HERE / "before")
@@ -47,6 +48,7 @@ else:
     after = qc.Program.load(HERE / "after")
 inputs = load_file(HERE / "{inputs}")
 report = compare_nodes(before, after, {{"recorded": inputs}})
+print(TITLE)
 print(report)
 sys.exit(0 if report.passed else 1)
 '''

@@ -13,7 +13,16 @@ PACKAGE = Path(__file__).parents[2] / "qalora_compile"
 ROOT_NAME = "qalora_compile"
 FOREIGN = {"safetensors_header", "gguf_header", "onnx_file", "linear_regex"}
 """What is checked of foreign files before a library is given them."""
-CORE = {"errors", "config", "optional", "progress", "files", "untrusted", "sealed"} | FOREIGN
+CORE = {
+    "errors",
+    "config",
+    "optional",
+    "progress",
+    "files",
+    "untrusted",
+    "sealed",
+    "tokenizer",
+} | FOREIGN
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
     "ir": CORE | {"ir"},

@@ -1,5 +1,6 @@
 #include "failing_memory.h"
 
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <new>
@@ -10,16 +11,20 @@ namespace {
 constexpr size_t kLargest = size_t{8} << 20;
 
 int64_t until_failure = -1;
+std::atomic<int64_t> asked_for{0};
 thread_local int safe = 0;
 
 bool Fails(size_t bytes) {
   if (safe) return false;
+  asked_for += static_cast<int64_t>(bytes);
   return bytes > kLargest || (until_failure >= 0 && until_failure-- == 0);
 }
 
 }  // namespace
 
 void FailAllocation(int64_t number) { until_failure = number; }
+
+int64_t TakeAskedFor() { return asked_for.exchange(0); }
 
 SafeMemory::SafeMemory() { ++safe; }
 SafeMemory::~SafeMemory() { --safe; }

@@ -12,6 +12,9 @@ namespace qalora_test {
 // The allocation, counted from now, that fails; -1 for none.
 void FailAllocation(int64_t number);
 
+// Bytes asked for since the last call, by all threads, whether they were given or not.
+int64_t TakeAskedFor();
+
 // While one lives, this thread's allocations do not fail: those of the fake runtime itself, which a
 // static link sends here too.
 class SafeMemory {

@@ -25,6 +25,8 @@ namespace {
 using namespace qalora::ort;
 
 constexpr const char* kOurs = "GroupQuantLinear: ";
+// What a kernel may take before it runs, whatever the node and its stated shapes say.
+constexpr int64_t kMostOfAKernel = 4096;
 
 // What fails from outside while a case runs.
 enum class Fault { kNone, kCall, kMemory };
@@ -148,8 +150,11 @@ class Fuzzer {
     const CustomOp* op = domain_.ops[c->variant()];
     void* kernel = nullptr;
     Arm(rng, 30);
+    TakeAskedFor();
     Status* status = op->CreateKernelV2(op, Runtime("1.32.0")->GetApi(18), &c->node, &kernel);
     Disarm();
+    const int64_t asked = TakeAskedFor();
+    if (asked > kMostOfAKernel) return "creation asks for " + std::to_string(asked) + " bytes";
     if ((status == nullptr) != (kernel != nullptr)) return "a kernel with a status, or neither";
     std::string problem = Outcome("creation", status, c->create);
     if (!kernel) return problem;

@@ -32,6 +32,12 @@ def texts(chart: Chart) -> list[str]:
     return [element.text or "" for element in ET.fromstring(chart.svg).iter(f"{SVG}text")]
 
 
+def test_names_are_drawn_as_they_are() -> None:
+    names = ["$\\frac{a}$", "</text><script>", "&amp;"]
+    chart = bar_chart(names, {"$x$": [1.0, 2.0, 3.0]}, y="error")
+    assert {*names} <= {*texts(chart)}
+
+
 @pytest.mark.parametrize("draw", [bars, lines, counts])
 def test_equal_numbers_give_equal_text_in_the_colours_of_the_page(
     draw: Callable[[], Chart],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -185,6 +187,56 @@ def test_wrong_shapes_fail_when_the_model_runs(name: str) -> None:
     wrong = np.concatenate([arrays[name]] * 2, axis=-1)
     with pytest.raises(Exception, match=f"\\({name}\\) has shape"):
         session.run(None, arrays | {name: wrong})
+
+
+HUGE = """
+import resource, sys
+import numpy as np, onnx
+from onnx import TensorProto, helper
+from qalora_compile.runtime.library import register
+import onnxruntime
+
+k, n = 2**31 - 1, 2**31 - 1
+value = lambda name, kind, shape: helper.make_tensor_value_info(name, kind, shape)
+stated = sys.argv[1] == "stated"
+shapes = [["m", k], [n, 2**26, 16], [n, 2**26], [n, 2**26]] if stated else [["m", k], *[None] * 3]
+kinds = [TensorProto.FLOAT, TensorProto.UINT8, TensorProto.FLOAT, TensorProto.FLOAT]
+inputs = [value(name, *rest) for name, *rest in zip("xcsz", kinds, shapes)]
+node = helper.make_node(
+    "GroupQuantLinear", list("xcsz"), ["y"], domain="qalora", K=k, N=n, bits=4, group_size=32
+)
+graph = helper.make_graph([node], "g", inputs, [value("y", TensorProto.FLOAT, None)])
+opsets = [helper.make_opsetid("", 20), helper.make_opsetid("qalora", 1)]
+model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+assert len(model) < 400, len(model)
+options = onnxruntime.SessionOptions()
+register(options)
+small = onnxruntime.InferenceSession(onnx.helper.make_model(
+    helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g",
+                      [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [1])]),
+    ir_version=10, opset_imports=opsets).SerializeToString(), options)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session = onnxruntime.InferenceSession(model, options)
+feed = {"x": np.zeros((1, 8), np.float32), "c": np.zeros((1, 1, 16), np.uint8)}
+try:
+    session.run(None, feed | dict.fromkeys("sz", np.zeros((1, 1), np.float32)))
+except Exception as error:
+    print("refused:", str(error).splitlines()[0])
+print("kB:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("shapes", ["stated", "unknown"])
+def test_a_small_file_that_says_it_is_huge_allocates_nothing(shapes: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HUGE, shapes],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "refused:" in done.stdout
+    assert int(done.stdout.rpartition("kB:")[2]) < 16_000, done.stdout
 
 
 def test_an_unknown_level_is_an_error_that_lists_the_levels() -> None:

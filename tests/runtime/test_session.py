@@ -97,5 +97,5 @@ def test_missing_and_truncated_files_are_refused(
         open_session(tmp_path / "model.onnx")
     content = exported[1].read_bytes()
     (tmp_path / "half.onnx").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserInputError, match="no ONNX model that can be read"):
+    with pytest.raises(UserInputError, match="cannot load|no ONNX model"):
         open_session(tmp_path / "half.onnx")

@@ -128,6 +128,17 @@ def test_a_step_that_loses_an_output_is_found_and_reproduced(tmp_path: Path) -> 
     assert "has no such output" in run_script(tmp_path / "found").stdout
 
 
+def test_the_script_quotes_the_names_of_a_file(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    name = f'""" + str(open({str(marker)!r}, "w")) + """'
+    folded = qc.fold_adapters(adapted(MLP(40, 24), (torch.randn(2, 40),)))
+    found = bisect(folded, [Step(name, shifted(folded, 0.1))])
+    assert found is not None
+    done = run_script(write_reproduction(found, tmp_path / "found"))
+    assert done.returncode == 1 and name in done.stdout
+    assert not marker.exists()
+
+
 def test_no_steps_are_refused() -> None:
     with pytest.raises(UserInputError, match="no step"):
         bisect(program("folded"), [])

@@ -151,12 +151,11 @@ Linear::~Linear() {
   for (int32_t* memory : memory_) std::free(memory);
 }
 
-bool Linear::MakeMap(int64_t vectors, int64_t lane_codes, LaneMap* map) {
+int32_t* Linear::MakeMap(int64_t vectors, int64_t lane_codes, LaneMap* map) const {
   const int64_t lanes = plan_.lanes, size = layer_.group_size;
   const size_t count = static_cast<size_t>(vectors * (1 + lanes));
   auto* first = static_cast<int32_t*>(std::malloc(count * sizeof(int32_t)));
-  if (!first) return false;
-  memory_[maps_++] = first;
+  if (!first) return nullptr;
   int32_t* lane = first + vectors;
   for (int64_t vector = 0; vector < vectors; ++vector) {
     const int64_t start = vector * lanes * lane_codes;
@@ -168,10 +167,23 @@ bool Linear::MakeMap(int64_t vectors, int64_t lane_codes, LaneMap* map) {
     }
   }
   *map = {first, first + vectors};
+  return first;
+}
+
+// False where memory is short; the next call tries again.
+bool Linear::MakeMaps() const {
+  if (made_.load(std::memory_order_acquire)) return true;
+  const std::lock_guard<std::mutex> lock(making_);
+  if (made_.load(std::memory_order_relaxed)) return true;
+  const int64_t block_vectors = (plan_.blocks + plan_.lanes - 1) / plan_.lanes;
+  if (!memory_[0]) memory_[0] = MakeMap(plan_.steps, plan_.step_codes / plan_.lanes, &steps_);
+  if (!memory_[1]) memory_[1] = MakeMap(block_vectors, layer_.block(), &blocks_);
+  if (!memory_[0] || !memory_[1]) return false;
+  made_.store(true, std::memory_order_release);
   return true;
 }
 
-bool Linear::Init(const Layer& layer, const KernelSet* kernels) {
+void Linear::Init(const Layer& layer, const KernelSet* kernels) {
   layer_ = layer;
   kernels_ = kernels;
   plan_.lanes = kernels->lanes;
@@ -180,14 +192,12 @@ bool Linear::Init(const Layer& layer, const KernelSet* kernels) {
   plan_.group_floats = RoundUp(layer.groups, 16) + kGroupPadding;
   plan_.blocks = layer.padded_k() / layer.block();
   plan_.block_floats = RoundUp(plan_.blocks, 16) + kGroupPadding;
-  const int64_t block_vectors = (plan_.blocks + plan_.lanes - 1) / plan_.lanes;
-  return MakeMap(plan_.steps, plan_.step_codes / plan_.lanes, &steps_) &&
-         MakeMap(block_vectors, layer.block(), &blocks_);
 }
 
 bool Linear::Run(const Tensors& tensors, int64_t rows, const Parallel& parallel,
                  Error* error) const {
   if (rows == 0) return true;
+  if (!MakeMaps()) return ShortOfMemory(error);
   Call call;
   call.kernels = kernels_;
   call.scratch_floats = ScratchFloats(layer_, plan_);

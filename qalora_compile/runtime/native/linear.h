@@ -1,8 +1,10 @@
 // y = x Wᵀ + b for one checked layer: workspace, blocks of rows, division into tasks.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 
 #include "kernels.h"
 
@@ -28,7 +30,10 @@ struct Tensors {
   bool half_parameters = false;
 };
 
-// A layer bound to a level. Immutable after Init: any number of threads may call Run at once.
+// A layer bound to a level: any number of threads may call Run at once, after Init.
+//
+// Init allocates nothing: attributes and stated shapes cost a model file a few bytes, whatever they
+// say. What grows with K is made in the first call, when tensors of that size are there.
 class Linear {
  public:
   Linear() = default;
@@ -36,8 +41,7 @@ class Linear {
   Linear(const Linear&) = delete;
   Linear& operator=(const Linear&) = delete;
 
-  // False where memory is short.
-  bool Init(const Layer& layer, const KernelSet* kernels);
+  void Init(const Layer& layer, const KernelSet* kernels);
 
   // False with `error` filled where memory is short or the runner fails.
   bool Run(const Tensors& tensors, int64_t rows, const Parallel& parallel, Error* error) const;
@@ -49,12 +53,14 @@ class Linear {
   Layer layer_;
   const KernelSet* kernels_ = nullptr;
   Plan plan_;
-  bool MakeMap(int64_t vectors, int64_t lane_codes, LaneMap* map);
+  bool MakeMaps() const;
+  int32_t* MakeMap(int64_t vectors, int64_t lane_codes, LaneMap* map) const;
 
-  int32_t* memory_[2] = {};  // of the two maps
-  int maps_ = 0;
-  LaneMap steps_;
-  LaneMap blocks_;
+  mutable std::mutex making_;
+  mutable std::atomic<bool> made_{false};
+  mutable int32_t* memory_[2] = {};  // of the two maps
+  mutable LaneMap steps_;
+  mutable LaneMap blocks_;
 };
 
 }  // namespace qalora

@@ -134,10 +134,8 @@ Status* QALORA_CALL CreateKernel(const ort::CustomOp* base, const Api* api,
   const KernelSet* kernels = ChooseKernels(&error);
   if (!kernels) return ToStatus(api, error);
   Kernel* kernel = new (std::nothrow) Kernel;
-  if (!kernel || !kernel->linear.Init(layer, kernels)) {
-    delete kernel;
-    return api->CreateStatus(ort::kFail, "GroupQuantLinear: not enough memory");
-  }
+  if (!kernel) return api->CreateStatus(ort::kFail, "GroupQuantLinear: not enough memory");
+  kernel->linear.Init(layer, kernels);
   kernel->api = api;
   *out = kernel;
   return nullptr;
