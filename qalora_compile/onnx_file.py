@@ -456,23 +456,22 @@ def check_node(
         asked = inputs[0].numbers or ()
         if any(axis < 0 for axis in asked) or math.prod(asked) > _MAX_MADE:
             raise UserInputError(f"a {kind} is to make {list(asked)} elements", where=str(path))
-    sizes = _packed_sizes(kind, domain, attributes)
-    for index, wanted in sizes.items():
+    for index, wanted in _packed_shapes(kind, domain, attributes).items():
         given = inputs[index] if index < len(inputs) else None
-        if given is None:
-            continue
-        held = given.size * _BITS.get(given.kind, 8) // 8 if index in (1,) else given.size
-        if held < wanted(given):
+        if given is not None and given.shape not in wanted(given):
             raise UserInputError(
-                f"a {kind} says that its input {index} ({quoted(given.name)}) has "
-                f"{wanted(given)} values, and it has {held}",
+                f"a {kind} says that its input {index} ({quoted(given.name)}) is "
+                f"{list(wanted(given)[0])}, and it is {list(given.shape)}",
                 where=str(path),
                 hint="the file was changed, or written by a broken exporter: export it again",
             )
 
 
-def _packed_sizes(kind: str, domain: str, attributes: Mapping[str, Any]) -> dict[int, Any]:
-    """For each input of a node on codes, how many values its attributes say that it has."""
+def _packed_shapes(kind: str, domain: str, attributes: Mapping[str, Any]) -> dict[int, Any]:
+    """For each input of a node on codes, the shapes that its attributes allow.
+
+    Scales and zero-points may be flat; zero-points of MatMulNBits are packed where they are bytes.
+    """
     ours = (domain, kind) == (_QALORA, "GroupQuantLinear")
     if not ours and (domain, kind) != (_MICROSOFT, "MatMulNBits"):
         return {}
@@ -480,14 +479,13 @@ def _packed_sizes(kind: str, domain: str, attributes: Mapping[str, Any]) -> dict
     k, n, bits, block = (attributes.get(name, default) for name, default in defaults.items())
     numbers = [v for v in (k, n, bits, block) if isinstance(v, int) and 0 < v < 1 << 31]
     if len(numbers) != 4 or bits > 8:
-        return {1: lambda _: 1 << 63}
+        return {1: lambda _: [(0, 0, 0)]}
     blocks = -(-k // block)
-    if ours:
-        codes = n * blocks * (block * bits // 8)
-        return {1: lambda _: codes, 2: lambda _: n * blocks, 3: lambda _: n * blocks}
-    zeros = n * -(-blocks * bits // 8)
+    groups = [(n, blocks), (n * blocks,), (n, blocks, 1)]
+    packed = -(-blocks * bits // 8)
+    zeros = [(n, packed), (n * packed,)]
     return {
-        1: lambda _: n * blocks * (block * bits // 8),
-        2: lambda _: n * blocks,
-        3: lambda given: zeros if given.kind == 2 else n * blocks,
+        1: lambda _: [(n, blocks, block * bits // 8)],
+        2: lambda _: groups,
+        3: lambda given: zeros if given.kind == 2 and not ours else groups,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import stat
@@ -28,7 +29,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _HUB_BLOBS, _HUB_SNAPSHOTS = "blobs", "snapshots"
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, finite: bool = False) -> Any:
     """Read a JSON file that anybody may have written.
 
     Raises:
@@ -36,12 +37,12 @@ def read_json(path: Path) -> Any:
             names a key twice in one object, is nested more than 200 deep, or holds an integer of
             more than 100 digits or half of a surrogate pair.
     """
-    return parse_json(read_bytes(path, limit=MAX_JSON_BYTES), path)
+    return parse_json(read_bytes(path, limit=MAX_JSON_BYTES), path, finite=finite)
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, *, finite: bool = False) -> dict[str, Any]:
     """Read a JSON file whose outermost value is an object; see `read_json`."""
-    value = read_json(path)
+    value = read_json(path, finite=finite)
     if not isinstance(value, dict):
         raise UserInputError(f"{path.name} holds no JSON object", where=str(path))
     return value
@@ -68,22 +69,25 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
         ) from None
 
 
-def parse_json(data: bytes | str, path: Path, *, what: str = "") -> Any:
+def parse_json(data: bytes | str, path: Path, *, what: str = "", finite: bool = False) -> Any:
     """Parse JSON; the limits are those of `read_json`.
 
     Args:
         data: The text, or its UTF-8 bytes.
         path: The file that it stands in, for messages.
         what: What the text is, where it is not the whole file.
+        finite: Refuse NaN, infinities and numbers beyond float64, which Python reads and JSON
+            does not have.
 
     Raises:
         UserInputError: see `read_json`.
     """
     name = what or path.name
+    numbers = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         _check_depth(text)
-        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer, **numbers)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -101,6 +105,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice!r} stands twice in one object")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
     return value
 
 

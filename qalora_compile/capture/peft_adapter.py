@@ -161,7 +161,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             if inside
             else "give a folder written by save_pretrained of PEFT",
         )
-    return read_object(folder / CONFIG_FILE)
+    return read_object(folder / CONFIG_FILE, finite=True)
 
 
 def _check_kind(config: Mapping[str, Any], folder: Path) -> None:

@@ -33,6 +33,7 @@ _FREE = re.compile(
     r"|original_context_length|\w*_window_size|max_\w*seq\w*"
 )
 """Lengths of texts, of which a model of any size may have many: no tensor is as long as they say."""
+_NUMBER = re.compile(r"\w*_(theta|eps|epsilon|factor|size|layers|heads)")
 _RANGE = re.compile(r"\w*(limit|range|max|min)\w*")
 """Names of values that may be infinite (Mamba's `time_step_limit`)."""
 _PACKED, _SMALL = 64, 8192
@@ -80,6 +81,8 @@ def _check(numbers: Iterable[tuple[str, Any]], shapes: list[tuple[int, ...]], wh
         longest = max((axis for shape in shapes for axis in shape), default=1)
         largest = max(_SMALL, min(_PACKED * longest, LARGEST_SIZE), longest)
     for name, value in numbers:
+        if isinstance(value, bool) and _NUMBER.fullmatch(name):
+            raise UserInputError(f"{name} is {value}, which is no number", where=where)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         if value != value or (abs(value) == math.inf and not _RANGE.fullmatch(name)):

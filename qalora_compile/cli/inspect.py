@@ -21,7 +21,7 @@ from qalora_compile.ir.program import FOLDED, Program
 from qalora_compile.ir.program_record import PROGRAM_FILE
 from qalora_compile.onnx_file import check_onnx
 from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
-from qalora_compile.untrusted import parse_json
+from qalora_compile.untrusted import parse_json, quoted
 
 NAME = "inspect"
 SUMMARY = "show what was quantized, how, and why: one row a layer"
@@ -36,6 +36,7 @@ _MANY = 40
 """Rows from which on the grouped form is pointed out."""
 
 _LAYERS = "layers to "
+_NUMBERS = ("k", "n", "experts", "bits", "group_size", "bytes", "rank")
 Row = dict[str, Any]
 
 
@@ -214,8 +215,9 @@ def _inspect_onnx(file: Path) -> tuple[list[Row], Row]:
     if text is None:
         raise UserInputError(f"{file.name} was not exported by this package", where=str(file))
     try:
-        metadata = parse_json(text, file, what=f"the metadata of {file.name}")
-        rows = [_onnx_row(layer, metadata["target"]) for layer in metadata["layers"]]
+        metadata = parse_json(text, file, what=f"the metadata of {file.name}", finite=True)
+        stage, passes = str(metadata["stage"]), " → ".join(map(str, metadata["history"]))
+        rows = [_onnx_row(layer, str(metadata["target"])) for layer in metadata["layers"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserInputError(
             f"the metadata of {file.name} is incomplete: {type(error).__name__} {error}",
@@ -225,15 +227,24 @@ def _inspect_onnx(file: Path) -> tuple[list[Row], Row]:
     decisions = Counter(row["decision"] for row in rows)
     size = sum(f.stat().st_size for f in (file, file.with_name(f"{file.name}.data")) if f.exists())
     return rows, {
-        "stage": metadata["stage"],
+        "stage": stage,
         **{f"{_LAYERS}{name}": count for name, count in sorted(decisions.items())},
         **_zero_points(rows),
         "size": megabytes(size),
-        "passes": " → ".join(metadata["history"]),
+        "passes": passes,
     }
 
 
 def _onnx_row(layer: Row, target: str) -> Row:
+    """A row of what a file says of a layer.
+
+    Raises:
+        KeyError, TypeError, ValueError: it says something else.
+    """
+    for name, value in layer.items():
+        known = (int, type(None)) if name in _NUMBERS else (str, list, type(None), bool)
+        if not isinstance(value, known) or (name in _NUMBERS and isinstance(value, bool)):
+            raise ValueError(f"{name} is {quoted(value)}")
     matrix = "×".join(str(layer[d]) for d in ("experts", "k", "n") if layer.get(d)) or None
     stored = "×".join(map(str, layer["shape"] or ())) or None
     quantized = layer["bits"] is not None

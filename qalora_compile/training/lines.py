@@ -212,7 +212,7 @@ def parse_line(line: str, where: str) -> Any:
     Raises:
         UserInputError: it is no JSON, or beyond the limits of `untrusted.read_json`.
     """
-    return parse_json(line, Path(where), what="the line")
+    return parse_json(line, Path(where), what="the line", finite=True)
 
 
 def kind_of(row: Any, where: str) -> str:

@@ -169,7 +169,7 @@ class Certificate:
         Raises:
             UserInputError: the file is missing, malformed or of another version.
         """
-        value = read_json(Path(path))
+        value = read_json(Path(path), finite=True)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise UserInputError(f"{path} is no certificate", where=str(path))
         if value.get("version") != VERSION:

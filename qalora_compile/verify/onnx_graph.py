@@ -36,7 +36,7 @@ def read_onnx_graph(path: Path) -> Graph:
     except Exception as error:  # protobuf's own types
         raise UserInputError(f"{path.name} is no ONNX model", where=str(path)) from error
     try:
-        metadata = parse_json(texts[ONNX_METADATA_KEY], path, what="its metadata")
+        metadata = parse_json(texts[ONNX_METADATA_KEY], path, what="its metadata", finite=True)
         return _assemble(model, metadata, path)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserInputError(

@@ -161,7 +161,9 @@ def _signature(text: str, path: Path) -> tuple[Signature, dict[str, str]]:
         UserInputError: they are malformed.
     """
     try:
-        metadata: Mapping[str, Any] = parse_json(text, path, what=f"the metadata of {path.name}")
+        metadata: Mapping[str, Any] = parse_json(
+            text, path, what=f"the metadata of {path.name}", finite=True
+        )
         values = {str(site): str(name) for site, name in metadata["site_values"].items()}
         return Signature.from_json(metadata["signature"]), values
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

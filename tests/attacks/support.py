@@ -6,7 +6,6 @@ and ran (audit events of Python), how much its memory grew, and what the reader 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import select
@@ -24,6 +23,7 @@ from qalora_compile.errors import InternalError, QaloraError
 SECONDS = 20
 FREE_MEMORY = 64 << 20
 SECRET = "the secret that no model may read"
+_PACKAGE = Path(__file__).resolve().parents[2]
 _READ = ("/usr/", "/lib", "/etc/ld", "/proc/", "/sys/", "/dev/", "/root/.pyenv", "/etc/localtime")
 
 
@@ -49,7 +49,6 @@ def attack(reader: Callable[[], Any], folder: Path) -> Outcome:
         The error of this package that it raised, or what it gave, as JSON.
     """
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and not f.is_symlink())
-    gc.collect()
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -116,8 +115,8 @@ def plant_secret(folder: Path) -> Path:
 
 
 def _check_opened(opened: list[str], folder: Path) -> None:
-    home, package = folder.resolve(), Path(__file__).resolve().parents[2]
-    free = (*_READ, str(package), sys.prefix, sys.base_prefix, str(home))
+    home = folder.resolve()
+    free = (*_READ, str(_PACKAGE), sys.prefix, sys.base_prefix, str(home))
     for text in opened:
         path = os.path.realpath(text)
         library = path.endswith((".py", ".pyc", ".so", ".pth", ".zip")) and "secret" not in path
@@ -134,6 +133,8 @@ def _watch(reader: Callable[[], Any], answer: int) -> None:
             outcome.opened.append(os.fsdecode(args[0]))
         elif event in _RUNS:
             outcome.ran.append(f"{event} {args!r:.200}")
+        elif event == "ctypes.dlopen" and not _is_ours(args[0]):
+            outcome.ran.append(f"dlopen {args[0]}")
         elif event == "import" and str(args[0]).startswith("canary"):
             outcome.ran.append(f"import {args[0]}")
 
@@ -163,10 +164,14 @@ _RUNS = (
     "subprocess.Popen",
     "socket.connect",
     "pickle.find_class",
-    "marshal.loads",
-    "ctypes.dlopen",
 )
-"""Events that no reader of data has a reason for; compiled modules of Python are not `marshal`."""
+"""Events that no reader of data has a reason for."""
+
+
+def _is_ours(library: object) -> bool:
+    """Whether a library is this package's or one of Python's."""
+    place = os.path.realpath(str(library))
+    return library is None or place.startswith((str(_PACKAGE), sys.prefix, sys.base_prefix))
 
 
 def _plain(value: Any) -> bool:

@@ -9,6 +9,7 @@ or to make no difference.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,9 +87,9 @@ def _bytes(draw: Draw, path: Path) -> tuple[str, str, bool]:
     elif kind == "repeat":
         data[at:at] = data[at : at + draw(st.integers(1, 64))]
     path.write_bytes(data)
-    # a line that is cut off a text file, or added, leaves a text file
-    text = path.suffix in (".jsonl", ".jinja")
-    return kind, f"at {at} of {size}", kind in ("flip", "set") or text
+    # text that is still JSON, lines of text, and raw weights are what they were, otherwise filled
+    loose = path.suffix in (".jsonl", ".jinja", ".data") or (path.suffix == ".json" and kind != "cut")
+    return kind, f"at {at} of {size}", kind in ("flip", "set") or loose
 
 
 def _places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -339,11 +340,12 @@ def _onnx(draw: Draw, path: Path) -> tuple[str, str, bool]:
         else:
             chosen.i = draw(st.sampled_from(small))
     elif kind == "dims":
-        detail, content = f"{tensor.name} {list(tensor.dims)}", False
+        detail, size = f"{tensor.name} {list(tensor.dims)}", math.prod(tensor.dims)
         if tensor.dims and draw(st.booleans()):
             tensor.dims[0] = draw(st.sampled_from(small))
         else:
             tensor.dims.append(draw(st.sampled_from(small)))
+        content = math.prod(tensor.dims) == size
     elif kind == "type":
         tensor.data_type = draw(st.sampled_from((0, 1, 2, 3, 6, 7, 8, 10, 16, 17, 21, 23, 99)))
         detail = tensor.name

@@ -1,0 +1,57 @@
+"""Everything that readers import is imported before the first attack: a child is forked for each."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from qalora_compile.cli.main import COMMANDS
+from qalora_compile.runtime.library import kernel_level, library_path
+
+MODULES = (
+    "accelerate",
+    "gguf",
+    "onnx.reference",
+    "onnxruntime",
+    "peft",
+    "tokenizers",
+    "transformers.models.llama.modeling_llama",
+    "transformers.integrations.ggml",
+    "qalora_compile.verify.numeric",
+    "qalora_compile.verify.sampling",
+    *(f"qalora_compile.cli.{command}" for command in COMMANDS),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    from qalora_compile.capture.source import load_source
+    from tests.attacks.onnx_files import model, write
+    from tests.fuzz.seeds import FORMATS
+
+    for module in MODULES:
+        importlib.import_module(module)
+    scratch = tmp_path_factory.mktemp("warm")
+    for name in ("HF config", "GGUF", "GPTQ", "ONNX", "program"):
+        made = FORMATS[name]
+        made.build(scratch / name)
+        made.door(scratch / name)
+    write(model(), scratch)
+    if kernel_level() is not None:
+        assert library_path().is_file()
+    assert callable(load_source)
+    assert json.loads((scratch / "HF config" / "config.json").read_text())["model_type"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder beside which a secret lies."""
+    from tests.attacks.support import plant_secret
+
+    inside = tmp_path / "model"
+    inside.mkdir()
+    plant_secret(inside)
+    return inside
