@@ -74,6 +74,14 @@ readme-check: $(VENV)/installed-dev ## run the commands of the README and the ex
 mutation-score: $(VENV)/installed-dev ## plant every fault, and print what the proof and the numeric check find
 	$(BIN)/python -W ignore -m scripts.mutation_score $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(VENV)/installed-dev ## mutate inputs of every format, 20,000 in all, and write the table of docs/security.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --write $(ARGS)
+
+.PHONY: fuzz-quick
+fuzz-quick: $(VENV)/installed-dev ## the same, 1,200 mutations, and write nothing
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count 1200 $(ARGS)
+
 .PHONY: supported
 supported: $(VENV)/installed-dev ## run the zoo and write docs/supported.md from what it shows
 	$(BIN)/python -m scripts.write_supported

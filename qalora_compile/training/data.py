@@ -236,9 +236,10 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     if path.exists():
         check_regular(path)  # a pipe or a device may never end
     try:
-        # not every separator that Python knows ends a line of JSON lines
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
+        # bytes: not every separator that Python knows in texts ends a line of JSON lines
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                line = raw.decode("utf-8")
                 if line.strip():
                     yield f"{path}:{number}", line
     except OSError as error:
@@ -247,5 +248,5 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserInputError(
-            f"the data file is not UTF-8: {error}", where=f"{path}:{number + 1}"
+            f"the data file is not UTF-8: {error}", where=f"{path}:{number}"
         ) from error

@@ -15,7 +15,7 @@ from qalora_compile.verify.onnx_graph import read_onnx_graph
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
 
-_MODEL_FILE = "model.onnx"
+_MODEL_FILE, _SUFFIX = "model.onnx", ".onnx"
 _HALVES = ("encoder_model.onnx", "decoder_model.onnx")
 
 
@@ -33,7 +33,7 @@ def open_side(thing: Program | Graph | str | Path) -> Graph:
     if (path / PROGRAM_FILE).exists():
         return read_program_graph(path)
     model = path / _MODEL_FILE if path.is_dir() else path
-    if model.suffix == ".onnx" and model.exists():
+    if model.suffix == _SUFFIX and model.exists():
         return read_onnx_graph(model)
     halves = [path / file for file in _HALVES if (path / file).exists()]
     if halves:
@@ -64,15 +64,21 @@ def open_sides(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
 
 
 def files_of(path: Path) -> dict[str, str]:
-    """SHA-256 of every file that the meaning of a side depends on, by name."""
+    """SHA-256 of every file that the meaning of a side depends on, by name.
+
+    Raises:
+        UserInputError: the path is of no side; nothing else is opened, whatever a certificate names.
+    """
     if (path / PROGRAM_FILE).exists():
         names = [PROGRAM_FILE, *tensor_files(path)]
         return {name: digest_of_file(path / name) for name in names}
     model = path / _MODEL_FILE if path.is_dir() else path
-    found = {model.name: digest_of_file(model)}
-    for name in sorted(_external(model)):
-        found[name] = digest_of_file(model.parent / name)
-    return found
+    if model.suffix != _SUFFIX:
+        raise UserInputError(
+            f"{path} is neither a program folder nor an ONNX model", where=str(path)
+        )
+    names = [model.name, *sorted(_external(model))]
+    return {name: digest_of_file(model.parent / name) for name in names}
 
 
 def _external(model: Path) -> set[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from qalora_compile.training.data import find_classes, load_examples
 from tests.attacks.support import attack, refused
-from tests.fuzz.seeds import _tokenizer
+from tests.fuzz.seeds import tokenizer
 
 LINES: dict[str, bytes] = {
     "nested 100,000 deep": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -34,7 +34,8 @@ LINES: dict[str, bytes] = {
 
 
 def read(path: Path) -> Callable[[], Any]:
-    return lambda: len(load_examples(path, _tokenizer(), max_length=16).examples)
+    words = tokenizer()
+    return lambda: len(load_examples(path, words, max_length=16).examples)
 
 
 @pytest.mark.parametrize("kind", LINES)

@@ -172,7 +172,9 @@ def test_our_own_operator_with_attributes_that_overstate_its_weights(
 ) -> None:
     """214 bytes that declare K = 2³¹ − 1: nothing is allocated."""
     sizes = {"K": 2**31 - 1, "N": 2**31 - 1, "bits": 4, "group_size": 32}
-    node = helper.make_node("GroupQuantLinear", ["x", "b", "s", "z"], ["y"], domain="qalora", **sizes)
+    node = helper.make_node(
+        "GroupQuantLinear", ["x", "b", "s", "z"], ["y"], domain="qalora", **sizes
+    )
     tensors = [
         numpy_helper.from_array(np.zeros((1, 1, 16), np.uint8), "b"),
         numpy_helper.from_array(np.ones((1, 1), np.float32), "s"),
@@ -185,7 +187,9 @@ def test_our_own_operator_with_attributes_that_overstate_its_weights(
 @every_reader
 def test_bodies_nested_without_end_are_refused(reader: str, folder: Path) -> None:
     """Readers recurse into bodies; CVE-2024-5187's kind of trust in a file's own structure."""
-    made = model([numpy_helper.from_array(np.array(True), "c")], [helper.make_node("Identity", ["x"], ["y"])])
+    made = model(
+        [numpy_helper.from_array(np.array(True), "c")], [helper.make_node("Identity", ["x"], ["y"])]
+    )
     for _ in range(MAX_DEPTH + 2):  # one branch alone grows, or the file would double each time
         body = helper.make_graph(list(made.graph.node), "b", [], [Y])
         other = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "e", [], [Y])

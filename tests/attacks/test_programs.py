@@ -77,9 +77,7 @@ CONTAINERS = (
 
 @pytest.mark.parametrize("reader", ["load", "inspect"])
 @pytest.mark.parametrize("container", CONTAINERS, ids=range(len(CONTAINERS)))
-def test_case_23_a_container_that_names_a_module(
-    container: Any, reader: str, run: Path
-) -> None:
+def test_case_23_a_container_that_names_a_module(container: Any, reader: str, run: Path) -> None:
     """The loader of torch's tree specs imports what an enum or a default factory names."""
 
     def edit(text: str) -> str:

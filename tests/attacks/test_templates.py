@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qalora_compile.capture.source import load_folder_tokenizer
+from qalora_compile.tokenizer import load_tokenizer
 from qalora_compile.training.lines import LineReader
 from tests.attacks.support import SECRET, attack, refused
 from tests.fuzz.seeds import write_tokenizer
@@ -21,7 +21,7 @@ def render(folder: Path) -> Callable[[], Any]:
     """Read a chat of a data file with the folder's tokenizer."""
 
     def run() -> Any:
-        reader = LineReader(tokenizer=load_folder_tokenizer(folder), max_length=64)
+        reader = LineReader(tokenizer=load_tokenizer(folder), max_length=64)
         return len(reader.read(json.dumps(ROW), "train.jsonl:1")[0].tokens)
 
     return run

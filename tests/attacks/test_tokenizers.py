@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from qalora_compile.capture.source import load_folder_tokenizer
-from qalora_compile.cli.folders import load_tokenizer
+from qalora_compile.capture.source import load_source
+from qalora_compile.tokenizer import load_tokenizer
 from tests.attacks.support import SECRET, attack, refused
-from tests.fuzz.seeds import write_tokenizer
+from tests.fuzz.seeds import FORMATS
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    "model": lambda folder: load_folder_tokenizer(folder)("red is").input_ids,
-    "generate": lambda folder: load_tokenizer(folder)("red is").input_ids,
+    "alone": lambda folder: load_tokenizer(folder)("red is").input_ids,
+    "of a model": lambda folder: load_source(str(folder)).tokenizer("red is").input_ids,
 }
 every_reader = pytest.mark.parametrize("reader", READERS)
 CONFIG, FILE = "tokenizer_config.json", "tokenizer.json"
@@ -24,7 +24,7 @@ CONFIG, FILE = "tokenizer_config.json", "tokenizer.json"
 
 @pytest.fixture
 def tokenizer(folder: Path) -> Path:
-    write_tokenizer(folder)
+    FORMATS["HF tokenizer"].build(folder)
     (folder / "canary.py").write_text("import os\nos.system('touch canary-ran')\nclass T: pass\n")
     return folder
 
@@ -95,9 +95,7 @@ BROKEN: dict[str, tuple[str, bytes]] = {
 
 @every_reader
 @pytest.mark.parametrize("kind", BROKEN)
-def test_files_that_libraries_fail_on_are_refused(
-    kind: str, reader: str, tokenizer: Path
-) -> None:
+def test_files_that_libraries_fail_on_are_refused(kind: str, reader: str, tokenizer: Path) -> None:
     """The libraries raise errors of many kinds, some in Rust."""
     file, content = BROKEN[kind]
     (tokenizer / file).write_bytes(content)

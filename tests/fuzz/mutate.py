@@ -88,7 +88,9 @@ def _bytes(draw: Draw, path: Path) -> tuple[str, str, bool]:
         data[at:at] = data[at : at + draw(st.integers(1, 64))]
     path.write_bytes(data)
     # text that is still JSON, lines of text, and raw weights are what they were, otherwise filled
-    loose = path.suffix in (".jsonl", ".jinja", ".data") or (path.suffix == ".json" and kind != "cut")
+    loose = path.suffix in (".jsonl", ".jinja", ".data") or (
+        path.suffix == ".json" and kind != "cut"
+    )
     return kind, f"at {at} of {size}", kind in ("flip", "set") or loose
 
 

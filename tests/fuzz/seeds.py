@@ -149,10 +149,10 @@ def _tokens(tokenizer: Any) -> Any:
 
 
 def _read_tokenizer(folder: Path) -> str:
-    from qalora_compile.capture.source import load_folder_tokenizer
+    from qalora_compile.tokenizer import load_tokenizer
     from qalora_compile.training.lines import LineReader
 
-    tokenizer = load_folder_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         return digest(None)
     reader = LineReader(tokenizer=tokenizer, max_length=32)
@@ -445,7 +445,8 @@ def _jsonl(folder: Path) -> None:
 
 
 @cache
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
+    """That of `write_tokenizer`, in memory."""
     import tempfile
 
     from transformers import AutoTokenizer
@@ -458,7 +459,7 @@ def _tokenizer() -> Any:
 def _read_jsonl(folder: Path) -> str:
     from qalora_compile.training.data import load_examples
 
-    data = load_examples(folder / "train.jsonl", _tokenizer(), max_length=16)
+    data = load_examples(folder / "train.jsonl", tokenizer(), max_length=16)
     return digest([tuple(vars(example).items()) for example in data.examples], data.token_range)
 
 

@@ -1,0 +1,83 @@
+"""The fuzzer finds what it is there for; and a short run of it over every format is clean."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qalora_compile.errors import UserInputError
+from tests.fuzz import run
+from tests.fuzz.mutate import Mutation
+from tests.fuzz.run import CRASH, DIFFERENT, FOREIGN, HANG, PAYLOAD, SAME, TYPED, Table, judge
+from tests.fuzz.seeds import Format
+
+
+def format_of(door: Callable[[Path], str], *, own: bool = False) -> Format:
+    return Format("x", lambda _: None, door, ("*",), own)
+
+
+def refuse(_: Path) -> str:
+    raise UserInputError("no")
+
+
+def fail(_: Path) -> str:
+    raise KeyError("x")
+
+
+def crash(_: Path) -> str:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return ""
+
+
+def hang(_: Path) -> str:
+    time.sleep(60)
+    return ""
+
+
+def swallow(_: Path) -> str:
+    return str(len(bytearray(run.MORE_MEMORY * 2)))
+
+
+@pytest.mark.parametrize(
+    ("door", "outcome"),
+    [(refuse, TYPED), (fail, FOREIGN), (crash, CRASH), (hang, HANG), (swallow, FOREIGN)]
+    + [(lambda _: "a", "read")],
+)
+def test_each_way_to_end_is_told_from_the_others(
+    door: Callable[[Path], str], outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "SECONDS", 1)
+    assert run.read_in_child(format_of(door), tmp_path)[0] == outcome
+
+
+@pytest.mark.parametrize(
+    ("same", "content", "own", "outcome"),
+    [(True, False, False, SAME), (False, True, False, PAYLOAD), (False, False, False, DIFFERENT)]
+    + [(False, True, True, DIFFERENT)],
+)
+def test_another_result_is_accepted_of_content_without_checksums_alone(
+    same: bool, content: bool, own: bool, outcome: str
+) -> None:
+    made = format_of(lambda _: "a", own=own)
+    assert judge(made, Mutation("k", "f", "d", content), same) == outcome
+
+
+def test_the_table_sums_up() -> None:
+    table = Table()
+    table.counts["JSONL"] = run.Counter({TYPED: 3, DIFFERENT: 1})
+    assert (table.total, table.bad) == (4, 1)
+    assert table.lines()[-1] == "| all | 4 | 3 | 0 | 0 | 1 | 0 | 0 | 0 |"
+
+
+@pytest.mark.slow
+def test_a_short_run_over_every_format_is_clean(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tests.fuzz", "--count", "1200", "--keep", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
