@@ -1,9 +1,9 @@
-"""Regular expressions of strangers, matched in time that grows with the text alone.
+r"""Regular expressions of strangers, matched in time that grows with the text alone.
 
 Settings of checkpoints name layers by regular expressions. Python's own engine tries all ways to
 match one after another, and an expression like `(a+)+$` has exponentially many. Here all ways are
 followed at once (Thompson, 1968), for the part of the syntax that names of layers need: literals,
-`.`, classes, groups, `|`, `*`, `+`, `?`, `{m,n}`, `^`, `$`, and `\\d`, `\\w`, `\\s`. What cannot be
+`.`, classes, groups, `|`, `*`, `+`, `?`, `{m,n}`, `^`, `$`, and `\d`, `\w`, `\s`. What cannot be
 matched so, backreferences and looking around, is refused.
 """
 
@@ -28,6 +28,8 @@ _CLASSES = {
 }
 _CONTROLS = {"n": "\n", "t": "\t", "r": "\r"}
 _COUNTS = re.compile(r"\{(\d{1,3})?(,(\d{1,3})?)?\}")
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+_UNLIMITED = re.compile(r"[*+]|\{\d*,\}")
 Test = Callable[[str], bool]
 
 
@@ -93,6 +95,14 @@ def compile_expression(pattern: str) -> Expression:
     if parser.at < len(pattern):
         raise parser.bad("a ) closes nothing")
     return Expression(parser.states, start, end)
+
+
+def is_harmless(pattern: str) -> bool:
+    """Whether Python's own engine matches an expression soon.
+
+    No group of it is repeated, and no more than three of its parts without limit.
+    """
+    return _REPEATED_GROUP.search(pattern) is None and len(_UNLIMITED.findall(pattern)) <= 3
 
 
 class _Parser:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.linear_regex import compile_expression
+from qalora_compile.linear_regex import compile_expression, is_harmless
 
 ATOMS = st.sampled_from(["a", "b", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "[a-c0]", "^", "$"])
 PATTERNS = st.recursive(
@@ -43,9 +43,35 @@ def test_an_expression_that_explodes_elsewhere_ends_at_once(pattern: str) -> Non
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(", ")", "[a", "*", "a**", "(?=a)", r"(a)\1", "\\", "a{3,2}", "x" * 1001, "(" * 40 + ")" * 40]
-    + ["((((a{99}){99}){99}){99})"],
+    [
+        "(",
+        ")",
+        "[a",
+        "*",
+        "a**",
+        "(?=a)",
+        r"(a)\1",
+        "\\",
+        "a{3,2}",
+        "x" * 1001,
+        "(" * 40 + ")" * 40,
+        "((((a{99}){99}){99}){99})",
+    ],
 )
 def test_what_cannot_be_matched_is_refused(pattern: str) -> None:
     with pytest.raises(UserInputError):
         compile_expression(pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "harmless"),
+    [
+        ("re:.*lm_head", True),
+        (r"model\.layers\.(0|1)\.q", True),
+        ("(a+)+$", False),
+        ("(.*a){3}", False),
+        (".*.*.*.*x", False),
+    ],
+)
+def test_what_may_be_given_to_another_engine(pattern: str, harmless: bool) -> None:
+    assert is_harmless(pattern) == harmless
