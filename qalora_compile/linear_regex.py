@@ -4,7 +4,8 @@ Settings of checkpoints name layers by regular expressions. Python's own engine 
 match one after another, and an expression like `(a+)+$` has exponentially many. Here all ways are
 followed at once (Thompson, 1968), for the part of the syntax that names of layers need: literals,
 `.`, classes, groups, `|`, `*`, `+`, `?`, `{m,n}`, `^`, `$`, and `\d`, `\w`, `\s`. What cannot be
-matched so, backreferences and looking around, is refused.
+matched so, backreferences and looking around, is left to Python's engine where it is harmless there
+(`is_harmless`), and else refused.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ _CLASSES = {
 }
 _CONTROLS = {"n": "\n", "t": "\t", "r": "\r"}
 _COUNTS = re.compile(r"\{(\d{1,3})?(,(\d{1,3})?)?\}")
-_REPEATED_GROUP = re.compile(r"\)[*+?{]")
-_UNLIMITED = re.compile(r"[*+]|\{\d*,\}")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_REPEATED = re.compile(r"[*+]|\{\d*,\d*\}")
+_CHOICE = re.compile(r"\||(?<!\()\?")
 Test = Callable[[str], bool]
 
 
@@ -47,9 +49,19 @@ class Expression:
 
     def __init__(self, states: list[_State], start: int, accept: int) -> None:
         self._states, self._start, self._accept = states, start, accept
+        self._native: re.Pattern[str] | None = None
+
+    @classmethod
+    def native(cls, pattern: re.Pattern[str]) -> Expression:
+        """An expression for Python's engine."""
+        made = cls([], 0, 0)
+        made._native = pattern
+        return made
 
     def matches(self, text: str, *, whole: bool) -> bool:
         """Whether it matches from the beginning of a text, to its end if `whole`."""
+        if self._native is not None:
+            return (self._native.fullmatch if whole else self._native.match)(text) is not None
         current = self._closure([self._start], 0, text)
         for index, character in enumerate(text):
             if self._accept in current and not whole:
@@ -85,24 +97,35 @@ def compile_expression(pattern: str) -> Expression:
     """Compile an expression.
 
     Raises:
-        UserInputError: it is no regular expression, one that cannot be matched in linear time, or
-            too large.
+        UserInputError: it is no regular expression, one that can be matched neither in linear time
+            nor soon, or too large.
     """
     if len(pattern) > MAX_LENGTH:
         raise UserInputError(f"an expression has {len(pattern)} characters, over {MAX_LENGTH}")
-    parser = _Parser(pattern)
-    start, end = parser.alternatives(0)
-    if parser.at < len(pattern):
-        raise parser.bad("a ) closes nothing")
+    try:
+        parser = _Parser(pattern)
+        start, end = parser.alternatives(0)
+        if parser.at < len(pattern):
+            raise parser.bad("a ) closes nothing")
+    except UserInputError:
+        if not is_harmless(pattern):
+            raise
+        try:
+            return Expression.native(re.compile(pattern))
+        except (re.error, OverflowError):
+            pass  # it is no expression for Python either
+        raise
     return Expression(parser.states, start, end)
 
 
 def is_harmless(pattern: str) -> bool:
     """Whether Python's own engine matches an expression soon.
 
-    No group of it is repeated, and no more than three of its parts without limit.
+    No group of it is repeated, no more than three of its parts are, and it has six choices at most.
     """
-    return _REPEATED_GROUP.search(pattern) is None and len(_UNLIMITED.findall(pattern)) <= 3
+    repeated, choices = (len(each.findall(pattern)) for each in (_REPEATED, _CHOICE))
+    few = repeated <= 3 and choices <= 6 and pattern.count("(") <= MAX_DEPTH
+    return few and _REPEATED_GROUP.search(pattern) is None
 
 
 class _Parser:
@@ -114,7 +137,7 @@ class _Parser:
     def bad(self, what: str) -> UserInputError:
         return UserInputError(
             f"the expression {quoted(self.pattern)} cannot be read: {what}",
-            hint="backreferences and (?=…), (?!…), (?<…) are not read: write the names out",
+            hint="write the names out, without backreferences, (?=…), (?!…) and (?<…)",
         )
 
     def state(self, test: Test | None = None, at: str = "") -> int:
