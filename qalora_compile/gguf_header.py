@@ -22,7 +22,7 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _HEADER = 24
 _MAX_AXES, _MAX_DEPTH, _MAX_NAME, _MAX_ALIGNMENT = 4, 8, 1 << 16, 1 << 20
 _MAX_ENTRIES = 1 << 21
-"""Of all arrays together: readers make an object of each; a vocabulary of 262,144 has 1.3 million."""
+"""Of all arrays: readers make an object of each; a vocabulary of 262,144 has 1.3 million."""
 _ALIGNMENT, _ALIGNMENT_KEY = 32, "general.alignment"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?"} | {
     10: "<Q",
@@ -65,9 +65,10 @@ def check_gguf(path: Path) -> Header:
     """Hold everything that a GGUF file says of itself against its bytes.
 
     Raises:
-        UserInputError: the file is missing or no regular file, or no GGUF file; it is big-endian or cut short; a
-            key or a tensor is named twice, by no text, or is of an unknown type; arrays are nested
-            more than 8 deep; tensors overlap, are not aligned, or end behind the file.
+        UserInputError: the file is missing or no regular file, or no GGUF file; it is big-endian or
+            cut short; a key or a tensor is named twice, by no text, or is of an unknown type;
+            arrays are nested more than 8 deep; tensors overlap, are not aligned, or end behind the
+            file.
         UnsupportedError: its version is another than 2 and 3.
     """
     check_regular(path)

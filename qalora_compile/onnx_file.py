@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ _BITS = {
 }
 """Bits of an element, by the number of a type (`onnx.TensorProto.DataType`)."""
 _TEXT_TYPE = 8
+_VALUES = (4, 5, 6, 7, 10, 11)
+"""Fields of a tensor that hold its values, where raw bytes do not."""
 _SINGULAR = {3, 5, 6, 22}
 """Fields of an attribute that protobuf would merge where they are there twice."""
 _MICROSOFT, _QALORA = "com.microsoft", "qalora"
@@ -216,7 +218,8 @@ class _Walk:
         self, data: Any, depth: int, tensors: Mapping[str, TensorRow], called: set[tuple[str, str]]
     ) -> tuple[str, Any]:
         """Name and value of an attribute; None where the value is of no interest."""
-        name, found, seen = "", None, set[int]()
+        name, seen = "", set[int]()
+        found: Any = None
         for number, value in self.fields(data):
             if number in seen:
                 raise self.broken(f"the attribute {quoted(name)} has a value twice")
@@ -245,7 +248,8 @@ class _Walk:
             raise self.broken(f"a sparse tensor is {quoted(shape)}")
 
     def tensor(self, data: Any) -> TensorRow:
-        name, kind, location = "", 0, 0
+        name = ""
+        numbers = {2: 0, 14: 0}
         shape: list[int] = []
         external: dict[str, str] = {}
         stored: dict[int, int] = {}
@@ -253,19 +257,17 @@ class _Walk:
         for number, value in self.fields(data):
             if number == 1:
                 shape += self.integers(value)
-            elif number in (2, 14) and isinstance(value, int):
-                kind, location = (value, location) if number == 2 else (kind, value)
+            elif number in numbers and isinstance(value, int):
+                numbers[number] = value
             elif number == 8:
                 name = self.text(value)
             elif number == 9:
                 raw = value
             elif number == 13:
-                key, text = self.pair(value)
-                if key in external:
-                    raise self.broken(f"the place of {quoted(name)} has {quoted(key)} twice")
-                external[key] = text
-            elif number in (4, 5, 6, 7, 10, 11):
+                self.add_place(external, value)
+            elif number in _VALUES:
                 stored[number] = stored.get(number, 0) + self.count(number, value)
+        kind, location = numbers[2], numbers[14]
         self.check_shape(name, kind, shape)
         row = TensorRow(name, kind, tuple(shape), external if location == 1 else None)
         if location == 1:
@@ -274,9 +276,14 @@ class _Walk:
         if location or external:
             raise self.broken(f"{quoted(name)} is in the file and in another")
         self.check_stored(row, raw, stored)
-        small = kind == 7 and raw is not None and len(raw) <= 8 * MAX_AXES
-        numbers = tuple(raw.cast("q")) if small and len(raw) % 8 == 0 else None
-        return TensorRow(name, kind, tuple(shape), None, numbers)
+        small = kind == 7 and raw is not None and len(raw) <= 8 * MAX_AXES and len(raw) % 8 == 0
+        return replace(row, numbers=tuple(raw.cast("q"))) if small else row
+
+    def add_place(self, external: dict[str, str], data: Any) -> None:
+        key, text = self.pair(data)
+        if key in external:
+            raise self.broken(f"the place of a tensor has {quoted(key)} twice")
+        external[key] = text
 
     def check_shape(self, name: str, kind: int, shape: list[int]) -> None:
         if kind not in _BITS and kind != _TEXT_TYPE:
@@ -367,7 +374,7 @@ class _Walk:
         return found
 
     def count(self, number: int, value: Any) -> int:
-        """How many values a field of a tensor holds: floats 4, int32 5, texts 6, int64 7 …"""
+        """How many values a field of a tensor holds: 4 has floats, 5 int32, 6 texts, 7 int64."""
         if not isinstance(value, memoryview):
             return 1
         if number == 6:

@@ -83,7 +83,9 @@ def parse_json(data: bytes | str, path: Path, *, what: str = "", finite: bool = 
         UserInputError: see `read_json`.
     """
     name = what or path.name
-    numbers = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
+    numbers: dict[str, Any] = {}
+    if finite:
+        numbers = {"parse_constant": _finite, "parse_float": _finite}
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         _check_depth(text)

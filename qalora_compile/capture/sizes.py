@@ -32,7 +32,7 @@ _FREE = re.compile(
     r"|sliding_window\w*|\w*chunk_size\w*|context_length|max_length|min_length|model_max_length"
     r"|original_context_length|\w*_window_size|max_\w*seq\w*"
 )
-"""Lengths of texts, of which a model of any size may have many: no tensor is as long as they say."""
+"""Lengths of texts, of which a model of any size may have many: no tensor is as long."""
 _NUMBER = re.compile(r"\w*_(theta|eps|epsilon|factor|size|layers|heads)")
 _RANGE = re.compile(r"\w*(limit|range|max|min)\w*")
 """Names of values that may be infinite (Mamba's `time_step_limit`)."""
@@ -85,7 +85,9 @@ def _check(numbers: Iterable[tuple[str, Any]], shapes: list[tuple[int, ...]], wh
             raise UserInputError(f"{name} is {value}, which is no number", where=where)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if value != value or (abs(value) == math.inf and not _RANGE.fullmatch(name)):
+        infinite = isinstance(value, float) and math.isinf(value)
+        ranged = _RANGE.fullmatch(name) is not None
+        if (isinstance(value, float) and math.isnan(value)) or (infinite and not ranged):
             raise UserInputError(f"{name} is {value}, which is no number", where=where)
         limit = _limit(name, most_layers, largest)
         if limit is not None and not 0 <= value <= limit and value != -1:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
 from qalora_compile.runtime.language_model import Sampling, continue_tokens, empty_cache
-from qalora_compile.runtime.session import open_session
+from qalora_compile.runtime.session import open_session, run_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +128,7 @@ class EncoderDecoder:
         batch = len(next(iter(feed.values())))
         values = {n: runtime.OrtValue.ortvalue_from_numpy(value) for n, value in feed.items()}
         wanted = [name.replace(_PAST, _PRESENT) for name in self._cross]
-        found = self.encoder.run_with_ort_values(wanted, values)
+        found = run_values(self.encoder, wanted, values)
         kept = dict(zip(self._cross, found, strict=True))
         if _DECODER_MASK in self._inputs:
             kept[_DECODER_MASK] = values[_MASK]
@@ -151,9 +151,8 @@ class EncoderDecoder:
         runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
         tokens = {_TOKENS: runtime.OrtValue.ortvalue_from_numpy(input_ids)}
         present = [name.replace(_PAST, _PRESENT) for name in self._past]
-        found = self.decoder.run_with_ort_values(
-            [_LOGITS, *present], {**tokens, **encoded.values, **cache}
-        )
+        feed = {**tokens, **encoded.values, **cache}
+        found = run_values(self.decoder, [_LOGITS, *present], feed)
         logits: NDArray[np.float32] = found[0].numpy()
         return logits, dict(zip(self._past, found[1:], strict=True))
 

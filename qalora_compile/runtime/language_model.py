@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
+from qalora_compile.runtime.session import run_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,9 +59,10 @@ class LanguageModel:
         self._inputs = {i.name: i for i in session.get_inputs()}
         self._past = [name for name in self._inputs if name.startswith(_PAST)]
         outputs = {o.name: o for o in session.get_outputs()}
-        self._logits = _LOGITS if _LOGITS in outputs else next(iter(outputs))
+        self._logits = _LOGITS if _LOGITS in outputs else next(iter(outputs), "nothing")
         unknown = set(self._inputs) - {_TOKENS, _MASK, _POSITIONS, *self._past}
-        if unknown or len(outputs[self._logits].shape) != 3 or _TOKENS not in self._inputs:
+        known = self._logits in outputs and len(outputs[self._logits].shape) == 3
+        if unknown or not known or _TOKENS not in self._inputs:
             raise UnsupportedError(
                 f"the model takes {', '.join(self._inputs)} and gives {self._logits}: it is "
                 "no causal language model exported by this package",
@@ -100,7 +102,7 @@ class LanguageModel:
             if name in self._inputs
         }
         present = [name.replace(_PAST, _PRESENT) for name in self._past]
-        found = self.session.run_with_ort_values([self._logits, *present], {**values, **cache})
+        found = run_values(self.session, [self._logits, *present], {**values, **cache})
         logits: NDArray[np.float32] = found[0].numpy()
         return logits, dict(zip(self._past, found[1:], strict=True))
 
@@ -158,15 +160,22 @@ class LanguageModel:
 
 
 def empty_cache(inputs: Mapping[str, Any], names: Sequence[str], batch: int) -> dict[str, Any]:
-    """Keys and values of no token for the inputs `names` of a session, as `OrtValue`."""
+    """Keys and values of no token for the inputs `names` of a session, as `OrtValue`.
+
+    Raises:
+        UnsupportedError: one is no cache `[B, heads, tokens, width]`.
+    """
     import numpy as np
 
     runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
     cache = {}
     for name in names:
         value = inputs[name]
+        shape = value.shape
+        if len(shape) != 4 or not all(isinstance(n, int) and n > 0 for n in shape[1::2]):
+            raise UnsupportedError(f"the input {name} is {shape}: no cache of keys or values")
         dtype = np.float16 if value.type == "tensor(float16)" else np.float32
-        empty = np.zeros((batch, value.shape[1], 0, value.shape[3]), dtype)
+        empty = np.zeros((batch, shape[1], 0, shape[3]), dtype)
         cache[name] = runtime.OrtValue.ortvalue_from_numpy(empty)
     return cache
 

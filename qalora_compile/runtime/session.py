@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.onnx_file import check_onnx
 from qalora_compile.optional import require
 from qalora_compile.runtime.library import kernel_level, register
+from qalora_compile.untrusted import quoted
 
 QDQ_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 
@@ -53,3 +55,19 @@ def open_session(
             where=str(path),
             hint="export it again; a truncated file cannot be repaired",
         ) from error
+
+
+def run_values(session: Any, names: Sequence[str], values: Mapping[str, Any]) -> list[Any]:
+    """What a session gives for these values, both as `onnxruntime.OrtValue`.
+
+    Raises:
+        UserInputError: ONNX Runtime does not run the model on them.
+    """
+    try:
+        found: list[Any] = session.run_with_ort_values(list(names), dict(values))
+    except Exception as error:  # ONNX Runtime raises bare exception types of its own
+        raise UserInputError(
+            f"ONNX Runtime cannot run the model: {quoted(str(error), 300)}",
+            hint="export it again; if that does not help, it is a bug of the exporter",
+        ) from error
+    return found

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.storage import load_tensors
-from qalora_compile.untrusted import read_json
+from qalora_compile.linear_regex import is_harmless
+from qalora_compile.untrusted import quoted, read_json
 
 _COMPRESSED = "compressed_tensors"
 _MODULES = {
@@ -131,6 +132,9 @@ def _by_compressed_tensors(library: Any, folder: Path, model: nn.Module) -> Weig
     groups = {
         target: group for group in config["config_groups"].values() for target in group["targets"]
     }
+    odd = next((t for t in [*groups, *(config.get("ignore") or [])] if not is_harmless(t)), None)
+    if odd is not None:  # the library matches with an engine that some expressions keep busy
+        raise LookupError(f"the target {quoted(odd)} may take the library too long to match")
     found = {}
     for module, state in _states(folder, ".weight_packed").items():
         layer = model.get_submodule(module)

@@ -67,7 +67,7 @@ def files_of(path: Path) -> dict[str, str]:
     """SHA-256 of every file that the meaning of a side depends on, by name.
 
     Raises:
-        UserInputError: the path is of no side; nothing else is opened, whatever a certificate names.
+        UserInputError: the path is of no side: a certificate may name any file.
     """
     if (path / PROGRAM_FILE).exists():
         names = [PROGRAM_FILE, *tensor_files(path)]

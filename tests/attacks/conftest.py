@@ -1,4 +1,4 @@
-"""Everything that readers import is imported before the first attack: a child is forked for each."""
+"""What readers import is imported before the first attack: a child is forked for each."""
 
 from __future__ import annotations
 

@@ -88,9 +88,16 @@ def test_sizes_beyond_the_tensors_are_refused(kind: str, reader: str, model: Pat
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_size": 16}, {"num_attention_heads": 3}, {"num_key_value_heads": 0}]
-    + [{"hidden_act": "os.system"}, {"num_hidden_layers": "1"}, {"vocab_size": None}]
-    + [{"rope_parameters": {"rope_type": "canary"}}, {"architectures": "LlamaForCausalLM"}],
+    [
+        {"hidden_size": 16},
+        {"num_attention_heads": 3},
+        {"num_key_value_heads": 0},
+        {"hidden_act": "os.system"},
+        {"num_hidden_layers": "1"},
+        {"vocab_size": None},
+        {"rope_parameters": {"rope_type": "canary"}},
+        {"architectures": "LlamaForCausalLM"},
+    ],
     ids=str,
 )
 def test_a_configuration_of_another_model_is_refused(changes: dict[str, Any], model: Path) -> None:

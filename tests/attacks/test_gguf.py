@@ -143,8 +143,12 @@ def llama(folder: Path, **metadata: int) -> Path:
 @pytest.mark.parametrize("reader", ["model", "describe"])
 @pytest.mark.parametrize(
     "metadata",
-    [{"block_count": 10_000_000}, {"embedding_length": 2**31}, {"feed_forward_length": 2**31}]
-    + [{"vocab_size": 2**31}],
+    [
+        {"block_count": 10000000},
+        {"embedding_length": 2**31},
+        {"feed_forward_length": 2**31},
+        {"vocab_size": 2**31},
+    ],
     ids=lambda metadata: next(iter(metadata)),
 )
 def test_metadata_do_not_decide_how_much_is_built(

@@ -53,8 +53,15 @@ def test_a_program_that_was_changed_is_noticed(reader: str, run: Path) -> None:
 @pytest.mark.parametrize("reader", ["load", "inspect"])
 @pytest.mark.parametrize(
     "operator",
-    ["aten.from_file.default", "aten.save.default", "prims.inductor_seeds.default", "os.system"]
-    + ["profiler._record_function_enter_new.default", "canary.run.default", "../canary.so"],
+    [
+        "aten.from_file.default",
+        "aten.save.default",
+        "prims.inductor_seeds.default",
+        "os.system",
+        "profiler._record_function_enter_new.default",
+        "canary.run.default",
+        "../canary.so",
+    ],
 )
 def test_case_24_an_operator_that_capture_does_not_write(
     operator: str, reader: str, run: Path

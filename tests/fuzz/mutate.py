@@ -1,4 +1,4 @@
-"""Structure-aware mutations: of JSON, of the headers of safetensors and GGUF, of protobuf, of bytes.
+"""Structure-aware mutations: of JSON, of headers of safetensors and GGUF, of protobuf, of bytes.
 
 Each is drawn by hypothesis, and says whether the file still is a valid one that merely says
 something else (`content`): a number, a text or a weight was changed for another of its kind. Of
@@ -9,7 +9,6 @@ or to make no difference.
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
+
+from tests.fuzz.json_texts import NUMBERS, TEXTS, changed_json
+from tests.fuzz.mutate_onnx import mutate_onnx
 
 Draw = Callable[[Any], Any]
 
@@ -29,24 +31,6 @@ class Mutation:
     file: str
     detail: str
     content: bool
-
-
-TEXTS = (
-    "", "x", "../../secret", "/etc/hostname", "C:\\x", "\0", "\n[/red]\x1b[2J", "é" * 3, "a" * 5000,
-    "__import__('os')", "{{ 1/0 }}", "(a+)+$", "re:(.*.*)*x", "NaN", "-1", "true", "null",
-)  # fmt: skip
-NUMBERS: tuple[Any, ...] = (
-    0, -1, 1, 2, 3, 7, 64, 1000, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64, -(2**63),
-    10**7, 10**50, 0.5, 1e-9, -0.5, 1e30, 1e308,
-)  # fmt: skip
-OTHERS: tuple[Any, ...] = (None, True, False, 0, 1, -1, 1.5, "x", "", [], [1], {}, {"a": 1}, [[[]]])
-_RAW = {
-    "NaN": "NaN", "Infinity": "Infinity", "-Infinity": "-Infinity", "1e999": "1e999",
-    "a number of 5000 digits": "9" * 5000, "half a surrogate": '"\\ud800"',
-    "nested": "[" * 100_000 + "]" * 100_000, "no value": "", "a control character": '"\x01"',
-}  # fmt: skip
-"""Texts that are put where a value was."""
-_MARK = "@@mark@@"
 
 
 def mutate(draw: Draw, folder: Path, patterns: tuple[str, ...]) -> Mutation:
@@ -63,7 +47,7 @@ def mutate(draw: Draw, folder: Path, patterns: tuple[str, ...]) -> Mutation:
     elif path.suffix == ".gguf":
         ways += [_gguf] * 3
     elif path.suffix == ".onnx":
-        ways += [_onnx] * 5
+        ways += [mutate_onnx] * 5
     kind, detail, content = draw(st.sampled_from(ways))(draw, path)
     return Mutation(kind, str(path.relative_to(folder)), detail[:200], content)
 
@@ -94,18 +78,6 @@ def _bytes(draw: Draw, path: Path) -> tuple[str, str, bool]:
     return kind, f"at {at} of {size}", kind in ("flip", "set") or loose
 
 
-def _places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner: list[tuple[Any, Any]] = []
-    if isinstance(value, dict):
-        inner = list(value.items())
-    elif isinstance(value, list):
-        inner = list(enumerate(value[:8]))
-    found = [way] if way else []
-    for key, each in inner:
-        found += _places(each, (*way, key))
-    return found
-
-
 def _json(draw: Draw, path: Path) -> tuple[str, str, bool]:
     text, detail, content = changed_json(draw, path.read_text("utf-8"))
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -118,65 +90,6 @@ def _json_lines(draw: Draw, path: Path) -> tuple[str, str, bool]:
     lines[at], detail, content = changed_json(draw, lines[at])
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass") + b"\n")
     return "line", f"{at}: {detail}", content
-
-
-def changed_json(draw: Draw, text: str) -> tuple[str, str, bool]:
-    """A text of JSON with one change."""
-    value = json.loads(text)
-    places = _places(value)
-    kind = draw(st.sampled_from(("other", "same", "same", "delete", "twice", "raw", "root", "add")))
-    if not places or kind == "root":
-        other = draw(st.sampled_from(OTHERS))
-        return json.dumps(other), f"all of it is {other!r}", False
-    way = draw(st.sampled_from(places))
-    holder = value
-    for key in way[:-1]:
-        holder = holder[key]
-    key, old = way[-1], holder[way[-1]]
-    name = ".".join(map(str, way))
-    if kind == "delete":
-        del holder[key]
-        return json.dumps(value), f"{name} deleted", True
-    if kind == "add":
-        other = draw(st.sampled_from(OTHERS))
-        if isinstance(holder, dict):
-            holder[draw(st.sampled_from(TEXTS)) or "new"] = other
-        else:
-            holder.insert(key, other)
-        return json.dumps(value), f"{other!r} added beside {name}", True
-    if kind == "twice":
-        holder[key] = _MARK
-        pair = f"{json.dumps(str(key))}: {json.dumps(old)}"
-        if not isinstance(holder, dict):
-            holder[key] = old
-            holder.insert(key, old)
-            return json.dumps(value), f"{name} twice", True
-        marked = json.dumps(value).replace(
-            f'{json.dumps(str(key))}: "{_MARK}"', f"{json.dumps(str(key))}: 1, {pair}", 1
-        )
-        return marked, f"the key {name} twice", False
-    if kind == "raw":
-        what = draw(st.sampled_from(sorted(_RAW)))
-        holder[key] = _MARK
-        return json.dumps(value).replace(f'"{_MARK}"', _RAW[what], 1), f"{name}: {what}", False
-    other, content = _another(draw, old, kind)
-    holder[key] = other
-    return json.dumps(value), f"{name} is {other!r}", content
-
-
-def _another(draw: Draw, old: Any, kind: str) -> tuple[Any, bool]:
-    """Another value: of the same type, or of any."""
-    if kind == "same" and isinstance(old, bool):
-        return not old, True
-    if kind == "same" and isinstance(old, (int, float)):
-        return draw(st.sampled_from(NUMBERS)), True
-    if kind == "same" and isinstance(old, str):
-        return draw(st.sampled_from(TEXTS)), True
-    if kind == "same" and isinstance(old, list):
-        return (old * 2 if draw(st.booleans()) else old[::-1]), True
-    other = draw(st.sampled_from(OTHERS))
-    numbers = all(type(v) in (int, float) for v in (old, other))
-    return other, numbers or type(other) is type(old)
 
 
 def _safetensors(draw: Draw, path: Path) -> tuple[str, str, bool]:
@@ -315,93 +228,3 @@ def _gguf_places(data: bytes) -> list[tuple[str, int, str]]:
         found += [("type of a tensor", at, "<I"), ("offset", at + 4, "<Q")]
         at += 12
     return found
-
-
-_KINDS = (
-    "attribute", "dims", "type", "input", "output", "op", "external", "metadata", "drop", "double",
-    "function", "raw", "graph input", "opset",
-)  # fmt: skip
-
-
-def _onnx(draw: Draw, path: Path) -> tuple[str, str, bool]:
-    """The messages of a model, by onnx's own objects."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    kind = draw(st.sampled_from(_KINDS))
-    nodes, tensors = list(model.graph.node), list(model.graph.initializer)
-    node, tensor = draw(st.sampled_from(nodes)), draw(st.sampled_from(tensors))
-    names = [name for each in nodes for name in (*each.input, *each.output)]
-    detail, content = f"{node.op_type} {node.name}", True
-    small = (0, -1, 1, 2, 3, 7, 64, 2**31 - 1, 2**62, -(2**63))
-    if kind == "attribute" and node.attribute:
-        chosen = draw(st.sampled_from(list(node.attribute)))
-        detail += f".{chosen.name}"
-        if chosen.ints:
-            chosen.ints[0] = draw(st.sampled_from(small))
-        else:
-            chosen.i = draw(st.sampled_from(small))
-    elif kind == "dims":
-        detail, size = f"{tensor.name} {list(tensor.dims)}", math.prod(tensor.dims)
-        if tensor.dims and draw(st.booleans()):
-            tensor.dims[0] = draw(st.sampled_from(small))
-        else:
-            tensor.dims.append(draw(st.sampled_from(small)))
-        content = math.prod(tensor.dims) == size
-    elif kind == "type":
-        tensor.data_type = draw(st.sampled_from((0, 1, 2, 3, 6, 7, 8, 10, 16, 17, 21, 23, 99)))
-        detail = tensor.name
-    elif kind in ("input", "output"):
-        values = node.input if kind == "input" else node.output
-        if values:
-            values[draw(st.integers(0, len(values) - 1))] = draw(
-                st.sampled_from((*names, "", "no"))
-            )
-    elif kind == "op":
-        node.op_type = draw(
-            st.sampled_from(("Add", "Loop", "If", "Scan", "Cast", "Nothing", "EPContext"))
-        )
-    elif kind == "external":
-        detail = _external(draw, tensor)
-        content = False
-    elif kind == "metadata" and model.metadata_props:
-        entry = draw(st.sampled_from(list(model.metadata_props)))
-        try:
-            entry.value, detail, content = changed_json(draw, entry.value)
-        except ValueError:
-            entry.value = draw(st.sampled_from(TEXTS))
-    elif kind == "drop":
-        del model.graph.node[draw(st.integers(0, len(nodes) - 1))]
-    elif kind == "double":
-        model.graph.node.append(node)
-        content = False
-    elif kind == "function" and model.functions:
-        chosen = draw(st.sampled_from(list(model.functions)))
-        inner = draw(st.sampled_from(list(chosen.node)))
-        inner.op_type, inner.domain = chosen.name, chosen.domain
-        detail, content = f"{chosen.name} calls itself", False
-    elif kind == "raw":
-        tensor.raw_data = draw(st.binary(max_size=16))
-        detail, content = tensor.name, False
-    elif kind == "graph input":
-        leaf = draw(st.sampled_from([*model.graph.input, *model.graph.output]))
-        leaf.type.tensor_type.elem_type = draw(st.sampled_from((0, 1, 7, 8, 10, 99)))
-    elif kind == "opset":
-        draw(st.sampled_from(list(model.opset_import))).version = draw(
-            st.sampled_from((0, 1, 5, 99))
-        )
-    path.write_bytes(model.SerializeToString())
-    return kind, detail, content
-
-
-def _external(draw: Draw, tensor: Any) -> str:
-    """Another place of a tensor's bytes."""
-    places = ("../x", "/etc/hostname", "a/../../x", "", "model.onnx", "model.onnx.data", "no", "\0")
-    numbers = ("0", "1", "-1", "4096", str(2**62), str(2**64), "x", "0x10", "１")
-    key = draw(st.sampled_from(("location", "offset", "length", "basepath", "location")))
-    value = draw(st.sampled_from(places if key == "location" else numbers))
-    found = [entry for entry in tensor.external_data if entry.key == key]
-    entry = found[0] if found and draw(st.booleans()) else tensor.external_data.add(key=key)
-    entry.value = value
-    tensor.data_location = 1
-    return f"{tensor.name}: {key} {value!r}"

@@ -89,7 +89,7 @@ def fuzz(names: list[str], count: int, number: int, keep: Path, progress: bool =
         valid = import_all(names, Path(scratch) / "valid")
         for index, name in enumerate(names):
             share = count // len(names) + (index < count % len(names))
-            table.counts[name] = row = Counter()
+            row = table.counts[name] = Counter[str]()
             started = time.monotonic()
             for case, folder in _cases(FORMATS[name], share, number, Path(scratch), valid[name]):
                 row[case.outcome] += 1

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,8 +48,14 @@ def swallow(_: Path) -> str:
 
 @pytest.mark.parametrize(
     ("door", "outcome"),
-    [(refuse, TYPED), (fail, FOREIGN), (crash, CRASH), (hang, HANG), (swallow, FOREIGN)]
-    + [(lambda _: "a", "read")],
+    [
+        (refuse, TYPED),
+        (fail, FOREIGN),
+        (crash, CRASH),
+        (hang, HANG),
+        (swallow, FOREIGN),
+        (lambda _: "a", "read"),
+    ],
 )
 def test_each_way_to_end_is_told_from_the_others(
     door: Callable[[Path], str], outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -59,8 +66,12 @@ def test_each_way_to_end_is_told_from_the_others(
 
 @pytest.mark.parametrize(
     ("same", "content", "own", "outcome"),
-    [(True, False, False, SAME), (False, True, False, PAYLOAD), (False, False, False, DIFFERENT)]
-    + [(False, True, True, DIFFERENT)],
+    [
+        (True, False, False, SAME),
+        (False, True, False, PAYLOAD),
+        (False, False, False, DIFFERENT),
+        (False, True, True, DIFFERENT),
+    ],
 )
 def test_another_result_is_accepted_of_content_without_checksums_alone(
     same: bool, content: bool, own: bool, outcome: str
@@ -71,7 +82,7 @@ def test_another_result_is_accepted_of_content_without_checksums_alone(
 
 def test_the_table_sums_up() -> None:
     table = Table()
-    table.counts["JSONL"] = run.Counter({TYPED: 3, DIFFERENT: 1})
+    table.counts["JSONL"] = Counter({TYPED: 3, DIFFERENT: 1})
     assert (table.total, table.bad) == (4, 1)
     assert table.lines()[-1] == "| all | 4 | 3 | 0 | 0 | 1 | 0 | 0 | 0 |"
 
