@@ -47,7 +47,7 @@ def _compile(pattern: str) -> Any:
             return re2.compile(pattern, options)
     except re2.error as error:
         problem = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
-        if _is_harmless(pattern):
+        if is_harmless(pattern):
             try:
                 return re.compile(pattern)
             except (re.error, OverflowError):
@@ -58,7 +58,7 @@ def _compile(pattern: str) -> Any:
     )
 
 
-def _is_harmless(pattern: str) -> bool:
+def is_harmless(pattern: str) -> bool:
     """Whether Python's engine matches the name of a layer soon: in the cube of its length."""
     repeated, choices = (len(each.findall(pattern)) for each in (_REPEATED, _CHOICE))
     few = repeated <= _MOST_REPEATED and choices <= _MOST_CHOICES
