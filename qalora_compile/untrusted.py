@@ -7,6 +7,7 @@ file that another file names is found with `member`, and JSON is read with `read
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -14,7 +15,8 @@ import re
 import stat
 from collections import Counter
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from qalora_compile.errors import UserInputError
 
@@ -246,6 +248,40 @@ def _is_hub_blob(resolved: Path, folder: Path) -> bool:
         if parent.parent.name == _HUB_SNAPSHOTS:
             return resolved.parent == parent.parent.parent.resolve() / _HUB_BLOBS
     return False
+
+
+def check_fields(kind: Any, row: object, what: str) -> dict[str, Any]:
+    """Compare a JSON object with the fields of a dataclass: its names, and their types.
+
+    Args:
+        kind: The dataclass, of texts, numbers, booleans, None, unions or tuples of them.
+        row: The object; lists stand for tuples.
+        what: What it describes, for messages.
+
+    Returns:
+        The fields as arguments of the dataclass, lists as tuples.
+
+    Raises:
+        ValueError: a field is missing, unknown or of another type.
+    """
+    hints = get_type_hints(kind)
+    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    if not isinstance(row, dict) or required - row.keys() or row.keys() - hints.keys():
+        raise ValueError(f"{what} has other fields than {', '.join(sorted(hints))}")
+    for name, value in row.items():
+        if not _is_of(hints[name], value):
+            raise ValueError(f"{name} of {what} is {quoted(value)}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+
+
+def _is_of(hint: Any, value: object) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_of(each, value) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_is_of(get_args(hint)[0], v) for v in value)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def quoted(value: object, limit: int = 80) -> str:

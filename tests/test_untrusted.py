@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.untrusted import check_folder, member, read_json, read_object
+from qalora_compile.untrusted import (
+    check_fields,
+    check_folder,
+    member,
+    read_json,
+    read_object,
+)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1,}', b"\xff\xfe"])
@@ -123,3 +130,34 @@ def test_a_name_that_is_there_is_found(tmp_path: Path) -> None:
     assert member(tmp_path, "x/a..b") == tmp_path / "x" / "a..b"
     with pytest.raises(UserInputError, match="missing"):
         member(tmp_path, "x/b")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a record may hold."""
+
+    name: str
+    size: int | None
+    shape: tuple[int | str, ...] = ()
+    flag: bool = False
+
+
+def test_fields_are_compared_with_a_dataclass() -> None:
+    given = {"name": "a", "size": None, "shape": [1, "batch"]}
+    assert Row(**check_fields(Row, given, "a row")) == Row("a", None, (1, "batch"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"name": 1}, {"size": True}, {"size": 1.5}, {"shape": "ab"}, {"shape": [None]}]
+    + [{"flag": 1}, {"other": 1}, {"flag": None}],
+)
+def test_fields_of_other_types_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="a row"):
+        check_fields(Row, {"name": "a", "size": 1} | changes, "a row")
+
+
+@pytest.mark.parametrize("row", [None, [], {"name": "a"}])
+def test_what_is_no_such_object_is_refused(row: object) -> None:
+    with pytest.raises(ValueError, match="other fields"):
+        check_fields(Row, row, "a row")

@@ -29,7 +29,7 @@ from qalora_compile.config import one_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.low_rank import LowRankUpdate
 from qalora_compile.ir.storage import load_tensors
-from qalora_compile.linear_regex import compile_expression
+from qalora_compile.patterns import matches
 from qalora_compile.untrusted import quoted, read_object
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = (
@@ -270,7 +270,7 @@ def _ends_with(path: str, pattern: str, where: str) -> bool:
         UserInputError: the pattern cannot be matched in linear time.
     """
     try:
-        return compile_expression(rf"(.*\.)?({pattern})").matches(path, whole=True)
+        return matches(rf"(.*\.)?({pattern})", path, whole=True)
     except UserInputError as error:
         error.where = where
         raise

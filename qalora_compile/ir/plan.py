@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.untrusted import check_fields
 
 QUANTIZE = "quantize"
 KEEP = "keep"
@@ -142,12 +143,13 @@ class SitePlan:
         """Undo `to_json`.
 
         Raises:
-            UserInputError: a row has a missing or unknown field.
+            UserInputError: a row has a missing or unknown field, or one of another type.
         """
         try:
-            return cls(tuple(Site(**row) for row in rows))
-        except TypeError as error:
-            raise UserInputError(f"a row of the site plan is malformed: {error}") from error
+            fields = [check_fields(Site, row, "a row of the site plan") for row in rows]
+        except (TypeError, ValueError) as error:
+            raise UserInputError(f"the site plan is malformed: {error}") from error
+        return cls(tuple(Site(**row) for row in fields))
 
 
 def _first_of_each(sites: Iterable[Site]) -> tuple[Site, ...]:

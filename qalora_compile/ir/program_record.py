@@ -14,6 +14,24 @@ VERSION = 2
 """Version 2 has digests; folders of version 1, which have none, are read."""
 _VERSIONS = (1, VERSION)
 
+_FACTS = {
+    "stage": str,
+    "training": bool,
+    "plan": list,
+    "signature": dict,
+    "history": list,
+    "notes": list,
+    "trained": list,
+    "ties": dict,
+    "trainable": list,
+    "parameters": list,
+    "graph": dict,
+}
+"""The entries of a record, and what they are."""
+_TEXTS = ("history", "notes", "trained", "ties", "trainable", "parameters")
+_LATER = ("trained",)
+"""What the first folders lack."""
+
 PROGRAM_FILE = "program.json"
 TENSORS_FILE = "quantized.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
@@ -47,6 +65,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             where=str(folder),
             hint="read it with the version of qalora-compile that wrote it",
         )
+    _check_facts(value, folder)
     if value["version"] == VERSION:
         check_files(folder, value.get("files"))
         unknown = set(_present(folder, (TENSORS_FILE, ADAPTERS_FILE))) - set(value["files"])
@@ -55,6 +74,20 @@ def read_record(folder: Path) -> dict[str, Any]:
                 f"{PROGRAM_FILE} holds no digest of {sorted(unknown)[0]}", where=str(folder)
             )
     return value
+
+
+def _check_facts(value: dict[str, Any], folder: Path) -> None:
+    """Refuse a record whose entries are missing or of other types than `write_program` writes."""
+    for name, kind in _FACTS.items():
+        entry: Any = value.get(name, [] if name in _LATER else None)
+        texts = entry.values() if isinstance(entry, dict) else entry
+        if not isinstance(entry, kind) or (
+            name in _TEXTS and not all(isinstance(text, str) for text in texts)
+        ):
+            raise UserInputError(
+                f"{PROGRAM_FILE} is malformed: {name} is {quoted(entry)}",
+                where=str(folder / PROGRAM_FILE),
+            )
 
 
 def tensor_files(folder: Path) -> list[str]:

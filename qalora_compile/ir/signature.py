@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.untrusted import check_fields, quoted
 
 Dim = int | str
 Constant = bool | int | float | str | None
@@ -138,12 +139,23 @@ class Signature:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Signature:
-        """Undo `to_json`."""
-        inputs = tuple(
-            InputLeaf(i["name"], i["dtype"], tuple(i["shape"]), i["value"]) for i in value["inputs"]
-        )
-        ranges = tuple(SizeRange(*row) for row in value.get("ranges", ()))
-        return cls(inputs, tuple(value["outputs"]), ranges)
+        """Undo `to_json`.
+
+        Raises:
+            ValueError, KeyError: the value is malformed.
+        """
+        inputs = tuple(InputLeaf(**check_fields(InputLeaf, i, "an input")) for i in value["inputs"])
+        names = ("name", "low", "high")
+        ranges = [dict(zip(names, row, strict=True)) for row in value.get("ranges", ())]
+        outputs = value["outputs"]
+        if not isinstance(outputs, list) or not all(isinstance(name, str) for name in outputs):
+            raise ValueError(f"the outputs are {quoted(outputs)}")
+        for leaf in inputs:
+            kind = torch.float32 if leaf.dtype is None else getattr(torch, leaf.dtype, None)
+            if not isinstance(kind, torch.dtype):
+                raise ValueError(f"the input {quoted(leaf.name)} is of type {quoted(leaf.dtype)}")
+        limits = tuple(SizeRange(**check_fields(SizeRange, row, "a range")) for row in ranges)
+        return cls(inputs, tuple(outputs), limits)
 
 
 def _check_tensor(leaf: InputLeaf, value: Any) -> None:

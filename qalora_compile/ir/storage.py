@@ -127,8 +127,9 @@ def read_program(folder: Path, *, deferred: bool = False) -> Program:
 def _assemble(
     value: Mapping[str, Any], tensors: dict[str, Tensor], example: dict[str, Tensor], folder: Path
 ) -> Program:
-    if value["stage"] not in STAGES and not value["stage"].startswith(LEGALIZED):
-        raise ValueError(f"unknown stage {value['stage']!r}")
+    stage = str(value["stage"])
+    if stage not in STAGES and not stage.startswith(LEGALIZED):
+        raise ValueError(f"unknown stage {stage!r}")
     trainable, parameters = set(value["trainable"]), set(value["parameters"])
     for name in parameters & tensors.keys():
         parameter = nn.Parameter(tensors[name], requires_grad=name in trainable)
@@ -155,7 +156,7 @@ def _assemble(
     args, kwargs = pytree.tree_unflatten(leaves, input_spec(graph))
     return Program(
         module=module,
-        stage=value["stage"],
+        stage=stage,
         plan=SitePlan.from_json(value["plan"]),
         signature=signature,
         example=(args, kwargs),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.storage import load_tensors
-from qalora_compile.linear_regex import is_harmless
+from qalora_compile.patterns import is_harmless
 from qalora_compile.untrusted import quoted, read_json
 
 _COMPRESSED = "compressed_tensors"

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from qalora_compile.errors import UserInputError
+from qalora_compile.errors import QaloraError, UserInputError
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import Program
+from qalora_compile.untrusted import quoted
 from qalora_compile.verify.cached import CachedSteps, without_cache
 from qalora_compile.verify.encoder_decoder import (
     DECODER_FILE,
@@ -33,7 +34,16 @@ class ProgramRunner:
         """Run node by node, without gradients; the program's mode is restored."""
         recorder = _Recorder(self.program.module)
         with self.program.evaluating():
-            recorder.run(*leaves)
+            try:
+                recorder.run(*leaves)
+            except QaloraError:
+                raise
+            except Exception as error:  # a stored program may hold what does not fit together
+                raise UserInputError(
+                    f"the program fails when it runs: {type(error).__name__}: "
+                    f"{quoted(str(error), 200)}",
+                    where=self.label,
+                ) from error
         outputs = zip(self.signature.outputs, recorder.flat_outputs, strict=True)
         return Run({n: v for n, v in outputs if isinstance(v, Tensor)}, recorder.sites)
 

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qalora_compile"
 ROOT_NAME = "qalora_compile"
-FOREIGN = {"safetensors_header", "gguf_header", "onnx_file", "linear_regex"}
+FOREIGN = {"safetensors_header", "gguf_header", "onnx_file", "patterns"}
 """What is checked of foreign files before a library is given them."""
 CORE = {
     "errors",
@@ -42,7 +42,7 @@ FREE = {"__init__", "__main__", "api", "cli"}
 """Rooms that join the others: they may import everything."""
 OPTIONAL = {
     "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "gguf", "peft", "accelerate",
-    "grandalf", "jinja2", "matplotlib",
+    "grandalf", "jinja2", "matplotlib", "re2",
 }  # fmt: skip
 IMPORTING_CALLS = {"import_module", "require", "__import__"}
 MAX_LINES, MAX_FUNCTION_LINES = 500, 60

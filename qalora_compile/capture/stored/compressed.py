@@ -33,7 +33,7 @@ from qalora_compile.capture.stored.base import (
 )
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.stored_codes import StoredWeight
-from qalora_compile.linear_regex import compile_expression
+from qalora_compile.patterns import matches
 from qalora_compile.untrusted import quoted
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
@@ -145,14 +145,13 @@ def _names(target: str, module: str, where: str) -> bool:
     if not target.startswith(_PATTERN):
         return target == module
     try:
-        expression = compile_expression(target.removeprefix(_PATTERN))
+        return matches(target.removeprefix(_PATTERN), module, whole=False)
     except UserInputError as error:
         raise UserInputError(
             f"the target {quoted(target)} cannot be read: {error.what}",
             where=where,
             hint=error.hint,
         ) from None
-    return expression.matches(module, whole=False)
 
 
 def _decode(

@@ -41,7 +41,7 @@ from qalora_compile.capture.stored.base import (
 from qalora_compile.config import one_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.stored_codes import StoredWeight
-from qalora_compile.linear_regex import compile_expression
+from qalora_compile.patterns import matches
 from qalora_compile.untrusted import quoted
 
 V1, V2, FLOAT_ZERO, FLOAT_OFFSET = "v1", "v2", "float", "offset"
@@ -94,7 +94,7 @@ class _Form:
         for rule in dynamic:
             pattern = rule.removeprefix(_FLOAT).removeprefix(_OTHERWISE)
             try:
-                if not compile_expression(pattern).matches(module, whole=False):
+                if not matches(pattern, module, whole=False):
                     continue
             except UserInputError as error:
                 raise UserInputError(
