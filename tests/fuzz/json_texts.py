@@ -47,7 +47,7 @@ def changed_json(draw: Draw, text: str) -> tuple[str, str, bool]:
     kind = draw(st.sampled_from(("other", "same", "same", "delete", "twice", "raw", "root", "add")))
     if not places or kind == "root":
         other = draw(st.sampled_from(OTHERS))
-        return json.dumps(other), f"all of it is {other!r}", False
+        return json.dumps(other), f"all of it is {other!r}", isinstance(other, dict)
     way = draw(st.sampled_from(places))
     holder = value
     for key in way[:-1]:

@@ -343,8 +343,7 @@ def _gguf(folder: Path) -> None:
 
 
 def _read_gguf(folder: Path) -> str:
-    """The model, its codes, what describes it, and its metadata as they are copied."""
-    from qalora_compile.capture.description import describe
+    """The model, its codes, and its metadata as they are copied."""
     from qalora_compile.capture.stored.gguf import read_gguf_codes
     from qalora_compile.exporters.gguf_metadata import write_metadata_file
 
@@ -352,7 +351,7 @@ def _read_gguf(folder: Path) -> str:
     _, notes = read_gguf_codes(path)
     write_metadata_file(path, folder / "metadata.gguf")
     metadata = (folder / "metadata.gguf").read_bytes()
-    return digest(_load_source(path), notes, metadata, describe(path).shapes)
+    return digest(_load_source(path), notes, metadata)
 
 
 def _quantized(kind: str, folder: Path) -> None:

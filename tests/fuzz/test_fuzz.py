@@ -61,7 +61,9 @@ def test_each_way_to_end_is_told_from_the_others(
     door: Callable[[Path], str], outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "SECONDS", 1)
-    assert run.read_in_child(format_of(door), tmp_path)[0] == outcome
+    child = run.Child(format_of(door))
+    assert [child.read(tmp_path)[0] for _ in range(2)] == [outcome] * 2
+    child.close()
 
 
 @pytest.mark.parametrize(
