@@ -8,7 +8,7 @@ from pathlib import Path
 from qalora_compile.api import fold_adapters
 from qalora_compile.cli.folders import copy_parts, load_run, write_run_file
 from qalora_compile.cli.ui import console, print_summary, steps
-from qalora_compile.files import atomic_folder, check_output
+from qalora_compile.files import atomic_folder, reserve
 from qalora_compile.ir.storage import write_program
 from qalora_compile.verify.compare import Tolerance
 from qalora_compile.verify.equivalence import verify_equivalence
@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     source, out = Path(options.folder), Path(options.out)
-    check_output(out, overwrite=options.overwrite)
-    with steps():
+    with reserve(out, overwrite=options.overwrite, inputs=[source]), steps():
         program, record = load_run(source)
         folded = fold_adapters(program)
         report = verify_equivalence(

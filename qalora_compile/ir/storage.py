@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import write_json
+from qalora_compile.files import scratch_file, write_json
 from qalora_compile.ir.deferred import defer_to, holds, keep_recipe
 from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
 from qalora_compile.ir.module import build_module
@@ -197,12 +197,14 @@ def memory_key(tensor: Tensor) -> int:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a safetensors file under a temporary name, then rename it."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    # Views that overlap without being equal must be copied: safetensors refuses shared memory.
-    save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, scratch)
-    scratch.chmod(0o644)  # the library writes files that only their owner can read
-    scratch.replace(path)
+    """Write tensors to a safetensors file under a temporary name, then rename it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with scratch_file(path) as scratch:
+        # Views that overlap without being equal must be copied: safetensors refuses shared memory.
+        save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, scratch)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
