@@ -26,8 +26,8 @@ _WITHOUT_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _TRIES, _PAUSE_S = 4, 0.05
 """A reader that recovers an output holds its lock for a moment."""
 
-_reserved: dict[Path, Lock] = {}
-"""Locks of this process that nothing inside it uses at the moment."""
+_reserved: dict[tuple[int, Path], Lock] = {}
+"""Locks of this process, by its number, that nothing inside it uses at the moment."""
 
 
 class Lock:
@@ -112,7 +112,7 @@ def held(path: Path, *, reserve: bool = False) -> Iterator[None]:
         UserInputError: another process writes the output, or something in this one does.
         OutputError: no file can be written there.
     """
-    key = Path(os.path.realpath(path.parent), path.name)
+    key = (os.getpid(), Path(os.path.realpath(path.parent), path.name))
     lock = None if reserve else _reserved.pop(key, None)
     if lock is not None:
         try:

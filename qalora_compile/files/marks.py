@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from qalora_compile.errors import QaloraError
@@ -28,8 +29,8 @@ PRODUCER = "qalora-compile"
 """Of every ONNX model."""
 
 _HEAD_BYTES = 1 << 16
-_PRODUCER_FIELD = b"\x12" + bytes([len(PRODUCER)]) + PRODUCER.encode()
-"""`producer_name` as protobuf writes it: behind `ir_version`, at the beginning of the file."""
+_ONNX_HEAD = re.compile(rb"\x08[\x00-\x7f]\x12" + bytes([len(PRODUCER)]) + PRODUCER.encode())
+"""`ir_version`, then `producer_name`, as protobuf writes them at the beginning of the file."""
 
 
 def is_own_folder(folder: Path) -> bool:
@@ -46,7 +47,7 @@ def is_own_file(path: Path) -> bool:
         head = file.read(_HEAD_BYTES)
     if head.startswith(b"GGUF"):
         return GGUF_KEY.encode() in head
-    if GENERATOR.encode() in head or _PRODUCER_FIELD in head[:32] or not head:
+    if GENERATOR.encode() in head or _ONNX_HEAD.match(head) or not head:
         return True
     return head[:1] == b"{" and _names(path, "format", _CERTIFICATE)
 
