@@ -13,7 +13,6 @@ from qalora_compile.files import atomic_files, atomic_folder, check_output, writ
 from qalora_compile.files.marks import GENERATOR
 from qalora_compile.untrusted import read_json
 
-
 RUN = '{"format": "qalora-run", "version": 1}'
 """What says that a folder is ours."""
 

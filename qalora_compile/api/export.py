@@ -10,6 +10,7 @@ from qalora_compile.config import FUSION_OPSETS, ExportSpec
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
+from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
 from qalora_compile.passes.base import Pass
 from qalora_compile.passes.fuse_attention import FuseAttention
@@ -35,7 +36,9 @@ def lower(program: Program, spec: ExportSpec) -> Program:
     Raises:
         PreconditionError: adapters are not folded (or nothing is quantized) and the specification
             does not allow that.
+        UserInputError: a tensor holds NaN or infinite values.
     """
+    check_program(program)
     steps = lowering(program, spec)
     return Pipeline(steps)(program).program if steps else program
 
@@ -183,6 +186,7 @@ def _export_checkpoint(
     is_file = bool(FORMATS[spec.target].suffix)
     check_output(path, overwrite=spec.overwrite, inputs=inputs, is_file=is_file)
     _require_complete(program, spec)
+    check_program(program)
     if model is None and tokenizer is not None:
         raise UserInputError("a tokenizer is given without a model", hint="give model=…")
     description = None if model is None else describe(model, tokenizer=tokenizer)

@@ -32,6 +32,7 @@ from qalora_compile.cli.ui import Steps, print_summary, steps
 from qalora_compile.config import CALIBRATED, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, reserve
+from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.low_rank import LowRankUpdate
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import write_program
@@ -123,6 +124,7 @@ def _adapt(options: argparse.Namespace) -> int:
             "status": "finished",
             "step": 0,
         }
+        check_program(program)
         with atomic_folder(out, overwrite=options.overwrite) as folder:
             write_program(program, folder)
             save_tokenizer(source.tokenizer, folder)

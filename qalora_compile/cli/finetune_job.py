@@ -39,6 +39,7 @@ from qalora_compile.cli.ui import Steps
 from qalora_compile.config import AUTO, CALIBRATED
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder
+from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import ADAPTERS_FILE, read_program, save_tensors, write_program
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
@@ -203,6 +204,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     data, held_out = load_data(options, source.tokenizer, source.decoder_start, classes)
     shown.say("capture")
     captured = source.capture()
+    check_program(captured)
     check_trainable(captured, classes, data, held_out)
     calls = _calibration(options, captured, data, source)
     stored = stored_codes(options, source, shown)

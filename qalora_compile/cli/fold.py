@@ -9,6 +9,7 @@ from qalora_compile.api import fold_adapters
 from qalora_compile.cli.folders import copy_parts, load_run, write_run_file
 from qalora_compile.cli.ui import console, print_summary, steps
 from qalora_compile.files import atomic_folder, reserve
+from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.storage import write_program
 from qalora_compile.verify.compare import Tolerance
 from qalora_compile.verify.equivalence import verify_equivalence
@@ -35,7 +36,9 @@ def run(options: argparse.Namespace) -> int:
     source, out = Path(options.folder), Path(options.out)
     with reserve(out, overwrite=options.overwrite, inputs=[source]), steps():
         program, record = load_run(source)
+        check_program(program)
         folded = fold_adapters(program)
+        check_program(folded)
         report = verify_equivalence(
             program, folded, sample_inputs(folded, 2), Tolerance(max_rel=_MAX_REL)
         ).check()

@@ -46,6 +46,8 @@ def fault_of(error: BaseException, path: Path | str) -> OutputError | None:
 def reporting_faults(path: Path) -> Iterator[None]:
     """Raise `OutputError` for what goes wrong in the block because `path` cannot be written.
 
+    An error of ours that a library has wrapped into one of its own comes out as it was.
+
     Raises:
         OutputError: the disk is full, a file too large, a right is missing.
     """
@@ -54,10 +56,21 @@ def reporting_faults(path: Path) -> Iterator[None]:
     except QaloraError:
         raise
     except Exception as error:
-        found = fault_of(error, path)
-        if found is None:
-            raise
-        raise found from error
+        for cause in _causes(error):
+            found = cause if isinstance(cause, QaloraError) else fault_of(cause, path)
+            if found is not None:
+                raise found from error
+        raise
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and those that it was raised from, the outermost first."""
+    seen: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in seen:
+        seen.append(current)
+        yield current
+        current = current.__cause__
 
 
 def _fault(path: Path | str, number: int) -> OutputError:

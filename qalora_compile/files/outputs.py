@@ -186,7 +186,8 @@ def _staging(path: Path, resume: str | None) -> Iterator[Path]:
         folder = staging_of(path, resume)
         folder.mkdir(exist_ok=resume is not None)
         try:
-            yield folder
+            with reporting_faults(path):
+                yield folder
         except BaseException as error:
             wrong = isinstance(error, QaloraError) and not isinstance(error, OutputError)
             if resume is None or wrong:  # written again, it would be wrong again

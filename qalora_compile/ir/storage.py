@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import scratch_file, write_json
 from qalora_compile.ir.deferred import defer_to, holds, keep_recipe
+from qalora_compile.ir.finite import check_sound
 from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
 from qalora_compile.ir.module import build_module
 from qalora_compile.ir.plan import SitePlan
@@ -263,7 +264,8 @@ def read_tensor(path: Path, name: str) -> Tensor:
     """One tensor of a safetensors file, in memory of its own.
 
     Raises:
-        UserInputError: the file is missing or broken, or has no such tensor.
+        UserInputError: the file is missing or broken, or has no such tensor, or it holds NaN or
+            infinite values.
     """
     return _read(path, name, lambda file: file.get_tensor(name))
 
@@ -285,6 +287,7 @@ def _read(path: Path, name: str, read: Callable[[Any], Tensor]) -> Tensor:
             raise UserInputError(
                 f"{path.name}: cannot read {name}: {error}", where=str(path)
             ) from error
+        check_sound(name, values, path)
         return values.clone()  # the file's memory is given back when it is closed
 
 

@@ -50,6 +50,18 @@ def test_what_is_about_something_else_stays_as_it_is(error: Exception) -> None:
     assert fault_of(error, "out") is None
 
 
+def test_what_a_library_has_wrapped_is_found() -> None:
+    for inner, kind in (
+        (OSError(errno.ENOSPC, FULL), OutputError),
+        (UserInputError("a"), UserInputError),
+    ):
+        with pytest.raises(kind), reporting_faults(Path("out")):
+            try:
+                raise inner
+            except Exception as error:
+                raise RuntimeError("wrapped") from error
+
+
 def test_errors_of_ours_pass() -> None:
     with pytest.raises(UserInputError, match="a"), reporting_faults(Path("out")):
         raise UserInputError("a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import time
@@ -74,14 +75,13 @@ def test_a_lock_file_that_was_removed_and_made_anew_is_not_held_twice(
     path = lock_of(tmp_path / "out")
     first, second, third = Lock(path), Lock(path), Lock(path)
     assert first.acquire()
-    flock, calls = locks._flock, []
+    flock, calls = fcntl.flock, []
 
     def late(descriptor: int, flags: int) -> None:
         calls.append(flags)
         if len(calls) == 1:  # `second` has opened the file
             first.release()
             assert third.acquire()
-        assert flock is not None
         flock(descriptor, flags)
 
     monkeypatch.setattr(locks, "_flock", late)

@@ -1,10 +1,11 @@
-"""A process that is killed while it replaces an output loses nothing, and leaves nothing for long."""
+"""A process that is killed while it replaces an output loses nothing, and no rest of it stays."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def in_child(work: Callable[[], Any]) -> int:
 
 
 def killed_at(number: int, work: Callable[[], Any]) -> bool:
-    """Do something in a child that is killed before its call of that number; False: it had fewer."""
+    """Kill a child before its call of that number; False: it had fewer."""
 
     def deadly() -> None:
         count = 0
@@ -75,7 +76,7 @@ def test_a_folder_is_the_old_one_or_the_new_one_wherever_its_writer_is_killed(
         path = tmp_path / str(number) / "out"
         path.parent.mkdir()
         write_run(path, "old")
-        landed = killed_at(number, lambda path=path: write_run(path, "new"))
+        landed = killed_at(number, partial(write_run, path, "new"))
         recover(path)
         assert (path / "a").read_text("utf-8") in ("old", "new")
         write_run(path, "newest")
@@ -96,7 +97,7 @@ def test_files_are_the_old_ones_or_the_new_ones_wherever_their_writer_is_killed(
         if old != "nothing":
             write_model(path, "old", companion=old == "both")
         before = {f.name: f.read_text("utf-8") for f in path.parent.iterdir()}
-        landed = killed_at(number, lambda path=path: write_model(path, "new"))
+        landed = killed_at(number, partial(write_model, path, "new"))
         recover(path)
         found = {f.name: f.read_text("utf-8") for f in path.parent.iterdir() if f.name[0] != "."}
         assert found in (before, {"m.onnx": f"new {GENERATOR}", "m.onnx.data": "new"})
