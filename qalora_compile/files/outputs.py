@@ -192,6 +192,7 @@ def _staging(path: Path, resume: str | None) -> Iterator[Path]:
             wrong = isinstance(error, QaloraError) and not isinstance(error, OutputError)
             if resume is None or wrong:  # written again, it would be wrong again
                 remove(folder)
+            mend(path)  # it may have been interrupted while it replaced the old output
             raise
         remove(folder)
         remove_parts(path)

@@ -99,7 +99,8 @@ def replace_folder(staging: Path, path: Path) -> None:
     try:
         os.rename(staging, path)
     except BaseException:
-        os.rename(aside, path)
+        if not os.path.lexists(path):
+            os.rename(aside, path)
         raise
     sync_folder(path.parent)
     mend(path)

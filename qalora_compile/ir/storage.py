@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import scratch_file, write_json
+from qalora_compile.files import recover, scratch_file, write_json
 from qalora_compile.ir.deferred import defer_to, holds, keep_recipe
 from qalora_compile.ir.finite import check_sound
 from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
@@ -99,6 +99,7 @@ def read_program(folder: Path, *, deferred: bool = False) -> Program:
     """
     from qalora_compile.ir import spec  # noqa: F401 - registers the operators that graphs name
 
+    recover(folder)
     if not folder.is_dir():
         raise UserInputError(f"there is no program folder {folder}", where=str(folder))
     value = read_json(folder / PROGRAM_FILE)

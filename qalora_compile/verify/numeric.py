@@ -102,9 +102,9 @@ def compare_nodes(
         found = [
             _try(way, references, sides, matches, program, leaves) for way in track(ways, "compare")
         ]
-    found += [Way("stored tensors", (), (), text) for text in damages(sides)]
     absent = _absent_outputs(*sides, next(iter(calls)))
     found = [way if way.problem else replace(way, rows=(*way.rows, *absent)) for way in found]
+    found += [Way("stored tensors", (), (), text) for text in damages(sides)]
     notes += [*_not_judged(found, calls), *_not_tensors(found, matches)]
     return NumericReport(sides[0].label, sides[1].label, tuple(calls), tuple(found), tuple(notes))
 
