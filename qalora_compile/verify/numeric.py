@@ -19,6 +19,7 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call, split_call
 from qalora_compile.progress import track
 from qalora_compile.verify.adversarial import adversarial_inputs
+from qalora_compile.verify.damage import damages
 from qalora_compile.verify.graph import ONNX, Graph, Ref
 from qalora_compile.verify.graph import Tensor as StoredTensor
 from qalora_compile.verify.inputs import sample_inputs
@@ -101,6 +102,7 @@ def compare_nodes(
         ]
     absent = _absent_outputs(*sides, next(iter(calls)))
     found = [way if way.problem else replace(way, rows=(*way.rows, *absent)) for way in found]
+    found += [Way("stored tensors", (), (), text) for text in damages(sides)]
     notes += [*_not_judged(found, calls), *_not_tensors(found, matches)]
     return NumericReport(sides[0].label, sides[1].label, tuple(calls), tuple(found), tuple(notes))
 
