@@ -83,11 +83,7 @@ def compare_nodes(
     calls = named_inputs(program, 2, seed=seed) if inputs is None else dict(inputs)
     if not calls:
         raise UserInputError("no input was given to compare on", hint="pass at least one")
-    unknown = [level for level in levels if level not in LEVELS]
-    if unknown or not levels:
-        raise UserInputError(
-            f"{', '.join(unknown) or 'nothing'} is no optimization level", hint=", ".join(LEVELS)
-        )
+    _check_levels(levels)
     sides = (open_side(reference), open_side(candidate))
     matches = match_values(*sides)
     if {m.kind for m in matches} <= {"read", "site", "node"}:
@@ -105,6 +101,14 @@ def compare_nodes(
     found += [Way("stored tensors", (), (), text) for text in damages(sides)]
     notes += [*_not_judged(found, calls), *_not_tensors(found, matches)]
     return NumericReport(sides[0].label, sides[1].label, tuple(calls), tuple(found), tuple(notes))
+
+
+def _check_levels(levels: Sequence[str]) -> None:
+    unknown = [level for level in levels if level not in LEVELS]
+    if unknown or not levels:
+        raise UserInputError(
+            f"{', '.join(unknown) or 'nothing'} is no optimization level", hint=", ".join(LEVELS)
+        )
 
 
 def _not_judged(ways: Sequence[Way], names: Iterable[str]) -> list[str]:
