@@ -108,7 +108,8 @@ def check_onnx(path: Path) -> OnnxFile:
         raise UserInputError(
             f"{path.name} is in ONNX Runtime's own format, which cannot be checked",
             where=str(path),
-            hint="give the .onnx file that it was made from",
+            hint="give the .onnx file that it was made from; a file that you trust is loaded by "
+            "runtime.open_session(path, trusted=True)",
         )
     return _Walk(path).model(view)
 

@@ -21,7 +21,7 @@ from qalora_compile.training.checkpoint import list_checkpoints
 
 Capture = pytest.CaptureFixture[str]
 
-TRAIN = ["--steps", "120", "--lr", "1e-2", "--rank", "8", "--alpha", "16", "--batch-size", "6"]
+TRAIN = ["--steps", "160", "--lr", "1e-2", "--rank", "8", "--alpha", "16", "--batch-size", "6"]
 
 
 @pytest.fixture(scope="module")

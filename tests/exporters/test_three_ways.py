@@ -33,7 +33,7 @@ def folded(bits: int, group: int, k: int = 96, seed: int = 0) -> tuple[qc.Progra
 
 
 def run(path: Path, x: Tensor, *, library: bool) -> Tensor:
-    session = open_session(path, library=library)
+    session = open_session(path, library=library, trusted=path.suffix == ".ort")
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
