@@ -41,10 +41,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "patterns that are a list": ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
     "patterns that are a number": ({"alpha_pattern": 3}, "alpha_pattern"),
     "a pattern that looks around": ({"rank_pattern": {"(?!x)q_proj": 2}}, ""),
-<<<<<<< HEAD
-=======
     "one that also explodes": ({"rank_pattern": {"(?!x)(a+)+q_proj": 2}}, "cannot be matched"),
->>>>>>> main
     "a pattern that is none": ({"rank_pattern": {"(": 2}}, "cannot be matched"),
     "a rank of 0": ({"r": 0}, "rank"),
     "a rank of 2**62": ({"r": 2**62}, "rank"),
