@@ -181,7 +181,8 @@ def _adapted() -> qc.Program:
 
 
 @cache
-def _folded() -> qc.Program:
+def folded_program() -> qc.Program:
+    """Two layers on codes, folded."""
     return qc.fold_adapters(_adapted())
 
 
@@ -248,7 +249,7 @@ def _read_checkpoint(folder: Path) -> str:
 
 def _edge(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    qc.export_model(_folded(), folder / "model.onnx")
+    qc.export_model(folded_program(), folder / "model.onnx")
 
 
 def _edge_with_data(folder: Path) -> None:
@@ -293,7 +294,7 @@ def _input(leaf: Any) -> Any:
 
 def _certificate(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _folded().save(folder / "folded", overwrite=True)
+    folded_program().save(folder / "folded", overwrite=True)
     _edge(folder / "edge")
     qc.prove_equivalence(folder / "folded", folder / "edge").write(folder / "equal.json")
 
