@@ -100,21 +100,8 @@ def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [
-        "red",
-        "green",
-        "blue",
-        "one",
-        "two",
-        "three",
-        "is",
-        "a",
-        "colour",
-        "number",
-        ":",
-        "<user>",
-        "<bot>",
-    ]
+    words = ["red", "green", "blue", "one", "two", "three", "is", "a", "colour", "number", ":"]
+    words += ["<user>", "<bot>"]
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<end>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
