@@ -42,6 +42,10 @@ class UserInputError(QaloraError):
     """A configuration, shape, pattern, file or data line that the user gave is wrong."""
 
 
+class OutputError(QaloraError):
+    """A file could not be written: the disk is full, a limit is reached, a right is missing."""
+
+
 class CaptureError(QaloraError):
     """`torch.export` could not turn the model into a graph."""
 

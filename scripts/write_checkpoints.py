@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qalora_compile.files import atomic_files
+from qalora_compile.files import write_text
 from tests.exporters.matrix import PAGE, STUDIES, put_into, tables
 
 
@@ -24,8 +24,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = [row for study in STUDIES for row in study(Path(scratch))]
     text = put_into(PAGE.read_text("utf-8"), tables(rows))
-    with atomic_files(PAGE, overwrite=True) as place:
-        place.write_text(text, "utf-8")
+    write_text(PAGE, text)
     print(f"wrote {PAGE.name}: {len(rows)} rows")
 
 

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from qalora_compile.files import atomic_files
+from qalora_compile.files import write_text
 from qalora_compile.ir.plan import KEEP, QUANTIZE, Site, SitePlan
 from tests.zoo.checks import CAUSAL, CHECKS, run_checks
 from tests.zoo.entries import ENTRIES, Entry
@@ -231,8 +231,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = study(list(ENTRIES.values()), Console(stderr=True))
     text = page(rows)
-    with atomic_files(PAGE, overwrite=True) as scratch:
-        scratch.write_text(text, "utf-8")
+    write_text(PAGE, text)
     print(f"wrote {PAGE.name}: {len(rows)} models × {len(CHECKS)} checks, all passed")
 
 

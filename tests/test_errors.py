@@ -12,6 +12,7 @@ from qalora_compile import errors
 from qalora_compile.errors import (
     CaptureError,
     InternalError,
+    OutputError,
     PassError,
     PostconditionError,
     PreconditionError,
@@ -25,6 +26,7 @@ from qalora_compile.errors import (
 def test_the_tree() -> None:
     parents = {
         UserInputError: QaloraError,
+        OutputError: QaloraError,
         CaptureError: QaloraError,
         PassError: QaloraError,
         PreconditionError: PassError,

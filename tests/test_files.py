@@ -10,7 +10,11 @@ import pytest
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_files, atomic_folder, check_output, write_json
+from qalora_compile.files.marks import GENERATOR
 from qalora_compile.untrusted import read_json
+
+RUN = '{"format": "qalora-run", "version": 1}'
+"""What says that a folder is ours."""
 
 
 def names(folder: Path) -> list[str]:
@@ -39,12 +43,12 @@ def test_a_folder_does_not_appear_after_an_error(tmp_path: Path) -> None:
 def test_an_existing_folder_is_kept_or_replaced_whole(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with atomic_folder(target) as folder:
-        (folder / "old").write_text("1", "utf-8")
+        (folder / "run.json").write_text(RUN, "utf-8")
     with pytest.raises(UserInputError, match="exists already"), atomic_folder(target):
         pytest.fail("the block must not run")
     with pytest.raises(KeyError), atomic_folder(target, overwrite=True):
         raise KeyError
-    assert names(target) == ["old"]
+    assert names(target) == ["run.json"]
     with atomic_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("1", "utf-8")
     assert names(target) == ["new"]
@@ -56,7 +60,7 @@ def test_a_failed_rename_puts_the_old_folder_back(
 ) -> None:
     target = tmp_path / "out"
     with atomic_folder(target) as folder:
-        (folder / "old").write_text("1", "utf-8")
+        (folder / "run.json").write_text(RUN, "utf-8")
     original, calls = os.rename, []
 
     def second_fails(source: Any, destination: Any) -> None:
@@ -65,20 +69,22 @@ def test_a_failed_rename_puts_the_old_folder_back(
             raise OSError("no")
         original(source, destination)
 
-    monkeypatch.setattr("qalora_compile.files.os.rename", second_fails)
+    monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(OSError, match="no"), atomic_folder(target, overwrite=True):
         pass
-    assert names(target) == ["old"]
+    assert names(target) == ["run.json"]
     assert names(tmp_path) == ["out"]
 
 
-def test_a_file_replaced_by_a_folder(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.write_text("a file", "utf-8")
-    with atomic_folder(target, overwrite=True) as folder:
-        (folder / "new").write_text("1", "utf-8")
-    assert names(target) == ["new"]
-    assert names(tmp_path) == ["out"]
+def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text(GENERATOR, "utf-8")
+    folder.mkdir()
+    with pytest.raises(UserInputError, match="is no folder"), atomic_folder(file, overwrite=True):
+        pytest.fail("the block must not run")
+    with pytest.raises(UserInputError, match="is no file"), atomic_files(folder, overwrite=True):
+        pytest.fail("the block must not run")
+    assert names(tmp_path) == ["file", "folder"]
 
 
 def test_files_appear_together_the_main_one_last(
@@ -91,12 +97,12 @@ def test_files_appear_together_the_main_one_last(
         moved.append(Path(destination).name)
         original(source, destination)
 
-    monkeypatch.setattr("qalora_compile.files.os.replace", record)
+    monkeypatch.setattr(os, "replace", record)
     with atomic_files(tmp_path / "a.onnx") as scratch:
         scratch.write_text("main", "utf-8")
         scratch.with_name("a.onnx.data").write_text("data", "utf-8")
         scratch.with_name("z.json").write_text("{}", "utf-8")
-        assert names(tmp_path) == [scratch.parent.name]
+        assert names(tmp_path) == [".a.onnx.qalora.lock", scratch.parent.name]
     assert names(tmp_path) == ["a.onnx", "a.onnx.data", "z.json"]
     assert moved[-1] == "a.onnx"
 
@@ -110,14 +116,14 @@ def test_files_do_not_appear_after_an_error(tmp_path: Path) -> None:
 
 def test_an_existing_file_is_kept_or_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a.onnx"
-    path.write_text("old", "utf-8")
+    path.write_text(f"old {GENERATOR}", "utf-8")
     with pytest.raises(UserInputError, match="exists already") as caught, atomic_files(path):
         pytest.fail("the block must not run")
     assert "overwrite=True" in str(caught.value)
     with pytest.raises(RuntimeError), atomic_files(path, overwrite=True) as scratch:
         scratch.write_text("half", "utf-8")
         raise RuntimeError
-    assert path.read_text("utf-8") == "old"
+    assert path.read_text("utf-8") == f"old {GENERATOR}"
     with atomic_files(path, overwrite=True) as scratch:
         scratch.write_text("new", "utf-8")
     assert path.read_text("utf-8") == "new"

@@ -10,6 +10,7 @@ from qalora_compile.config import FUSION_OPSETS, ExportSpec
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
+from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
 from qalora_compile.passes.base import Pass
 from qalora_compile.passes.fuse_attention import FuseAttention
@@ -35,7 +36,9 @@ def lower(program: Program, spec: ExportSpec) -> Program:
     Raises:
         PreconditionError: adapters are not folded (or nothing is quantized) and the specification
             does not allow that.
+        UserInputError: a tensor holds NaN or infinite values.
     """
+    check_program(program)
     steps = lowering(program, spec)
     return Pipeline(steps)(program).program if steps else program
 
@@ -142,8 +145,10 @@ def export_model(
         tokenizer: For checkpoints: folder with the tokenizer's files; by default that of `model`.
 
     Raises:
-        UserInputError: the file exists and `overwrite` is false, its name does not fit the target,
-            or a value is beyond the format.
+        UserInputError: the path exists and may not be replaced (see `files.check_output`), its
+            name does not fit the target, a value is beyond the format, or a tensor holds NaN or
+            infinite values.
+        OutputError: it cannot be written.
         PreconditionError: see `lower`.
         UnsupportedError: an operator, dtype or property has no form in the target.
     """
@@ -161,7 +166,7 @@ def export_model(
         )
     if path.suffix != ".onnx":
         raise UserInputError(f"{path} does not end in .onnx", where=str(path))
-    check_output(path, overwrite=spec.overwrite)
+    check_output(path, overwrite=spec.overwrite, is_file=True)
     spec = complete_spec(program, spec)
     return write_onnx(lower(program, spec), path, spec, resume=resume)
 
@@ -174,11 +179,14 @@ def _export_checkpoint(
     tokenizer: str | Path | None,
 ) -> ExportReport:
     from qalora_compile.capture.description import describe
-    from qalora_compile.exporters.write_checkpoint import check_path, write_checkpoint
+    from qalora_compile.exporters.write_checkpoint import FORMATS, check_path, write_checkpoint
 
     check_path(path, spec)
-    check_output(path, overwrite=spec.overwrite)
+    inputs = [entry for entry in (model, tokenizer) if isinstance(entry, (str, Path))]
+    is_file = bool(FORMATS[spec.target].suffix)
+    check_output(path, overwrite=spec.overwrite, inputs=inputs, is_file=is_file)
     _require_complete(program, spec)
+    check_program(program)
     if model is None and tokenizer is not None:
         raise UserInputError("a tokenizer is given without a model", hint="give model=…")
     description = None if model is None else describe(model, tokenizer=tokenizer)

@@ -31,7 +31,8 @@ from qalora_compile.cli.quantized import (
 from qalora_compile.cli.ui import Steps, print_summary, steps
 from qalora_compile.config import CALIBRATED, QuantSpec
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import atomic_folder, check_output
+from qalora_compile.files import atomic_folder, reserve
+from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.low_rank import LowRankUpdate
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import write_program
@@ -88,9 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    inputs = [options.model, *options.adapter]
+    with reserve(Path(options.out), overwrite=options.overwrite, inputs=inputs):
+        return _adapt(options)
+
+
+def _adapt(options: argparse.Namespace) -> int:
     started = time.monotonic()
     out = Path(options.out)
-    check_output(out, overwrite=options.overwrite)
     quant = quant_spec(options)
     if quant.method in CALIBRATED:
         raise UserInputError(
@@ -118,6 +124,7 @@ def run(options: argparse.Namespace) -> int:
             "status": "finished",
             "step": 0,
         }
+        check_program(program)
         with atomic_folder(out, overwrite=options.overwrite) as folder:
             write_program(program, folder)
             save_tokenizer(source.tokenizer, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from qalora_compile.api import add_kv_cache, export_model, fold_adapters
 from qalora_compile.cli.edge import MODEL_FILE, read_edge_record
 from qalora_compile.cli.folders import MODEL, load_run
-from qalora_compile.cli.ui import Steps, console, megabytes, print_table, steps
+from qalora_compile.cli.ui import Steps, megabytes, print_json, print_table, steps
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.program import ADAPTED
@@ -94,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     with steps() as shown, _forms(folder, options.trained, shown) as forms:
         results = _measure(forms, options, shown)
     if options.json:
-        console.print_json(json.dumps([asdict(result) for result in results]))
+        print_json([asdict(result) for result in results])
     else:
         _show(results)
     return 0

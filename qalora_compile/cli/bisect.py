@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from qalora_compile.api import lowering
 from qalora_compile.capture.source import load_source
-from qalora_compile.cli.ui import console, print_summary, steps
+from qalora_compile.cli.ui import print_json, print_summary, steps
 from qalora_compile.config import ONNX_TARGETS, ExportSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
@@ -52,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
     if options.inputs < 1:
         raise UserInputError(f"--inputs is {options.inputs}", hint="use 1 or more")
     if options.out:
-        check_output(Path(options.out), overwrite=options.overwrite)
+        out = Path(options.out)
+        check_output(out, overwrite=options.overwrite, inputs=[options.path])
     with steps():
         start = _load(options.path)
         done = _run_passes(start, _passes(start, options))
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         if culprit is not None and options.out:
             write_reproduction(culprit, options.out, overwrite=options.overwrite)
     if options.json:
-        console.print_json(json.dumps(_to_json(culprit, done)))
+        print_json(_to_json(culprit, done))
     else:
         _show(culprit, done, options)
     return 0 if culprit is None else 1

@@ -38,7 +38,7 @@ def export_checkpoint(options: argparse.Namespace, spec: ExportSpec) -> int:
     source, out = Path(options.folder), Path(options.out)
     kind = FORMATS[spec.target]
     for name, capability in kind.capabilities(spec).items():
-        console.print(f"{name}: {capability}", markup=False)
+        console.print(f"{name}: {capability}")
     described = source / MODEL if (source / MODEL).is_dir() else None
     tokenizer = source / TOKENIZER if described and (source / TOKENIZER).is_dir() else None
     spec = dataclasses.replace(spec, overwrite=options.overwrite)
@@ -58,7 +58,7 @@ def export_checkpoint(options: argparse.Namespace, spec: ExportSpec) -> int:
 
 def _show(report: ExportReport, source: Path, seconds: float) -> None:
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     odd = [row for row in report.stored if row.remark]
     if odd:
         print_table(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
 from qalora_compile import __version__
-from qalora_compile.cli.ui import console, print_summary
+from qalora_compile.cli.ui import print_json, print_summary
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.optional import require
 from qalora_compile.runtime.library import (
@@ -49,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     facts = gather()
     if options.json:
-        console.print_json(json.dumps(facts))
+        print_json(facts)
     else:
         print_summary("doctor", facts)
     return 0

@@ -22,7 +22,7 @@ from qalora_compile.config import (
 )
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.base import ExportReport
-from qalora_compile.files import check_output
+from qalora_compile.files import reserve
 from qalora_compile.ir.program import Program
 from qalora_compile.runtime.library import kernel_level, library_path
 from qalora_compile.runtime.memory import peak_memory
@@ -123,12 +123,17 @@ def target_spec(options: argparse.Namespace) -> ExportSpec:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    spec = dataclasses.replace(target_spec(options), allow_unfolded=options.allow_unfolded)
+    inputs = [options.folder, options.with_library or None]
+    with reserve(Path(options.out), overwrite=options.overwrite, inputs=inputs):
+        if spec.is_checkpoint:
+            return export_checkpoint(options, spec)
+        return _export_onnx(options, spec)
+
+
+def _export_onnx(options: argparse.Namespace, spec: ExportSpec) -> int:
     started = time.monotonic()
     source, out = Path(options.folder), Path(options.out)
-    spec = dataclasses.replace(target_spec(options), allow_unfolded=options.allow_unfolded)
-    check_output(out, overwrite=options.overwrite)
-    if spec.is_checkpoint:
-        return export_checkpoint(options, spec)
     library = chosen_library(options)
     with steps() as shown:
         program, record = load_run(source, deferred=True)

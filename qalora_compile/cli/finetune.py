@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 from qalora_compile.cli.data_options import FORMS, add_data_arguments, data_rows
 from qalora_compile.cli.embeddings import add_embedding_arguments
@@ -19,13 +20,15 @@ from qalora_compile.cli.training_options import (
 from qalora_compile.cli.ui import Steps, print_summary, quiet, steps
 from qalora_compile.config import AdapterSpec
 from qalora_compile.errors import UnsupportedError
+from qalora_compile.files import reserve
 from qalora_compile.ir.storage import replace_adapters
 from qalora_compile.training.evaluate import Metrics
 from qalora_compile.training.fit import FitResult
 from qalora_compile.training.log import LOG_FILE, check_reporting, read_log
 from qalora_compile.training.peft_format import save_peft
-from qalora_compile.training.processes import find_processes
+from qalora_compile.training.processes import Processes, find_processes
 from qalora_compile.training.report import REPORT_FILE, check_report
+from qalora_compile.training.spec import FitSpec
 
 PEFT_FOLDER = "adapter"
 NAME = "finetune"
@@ -78,10 +81,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    started = time.monotonic()
     spec = fit_spec(options)
     check_reporting(options.report_to)
     processes = find_processes()
+    if not processes.is_first:
+        return _finetune(options, spec, processes)
+    inputs = [options.model, *options.data, *(options.eval_data or ()), options.calibration]
+    with reserve(
+        Path(options.out), overwrite=options.overwrite, inputs=inputs, go_on=options.resume
+    ):
+        return _finetune(options, spec, processes)
+
+
+def _finetune(options: argparse.Namespace, spec: FitSpec, processes: Processes) -> int:
+    started = time.monotonic()
     device = device_of(options, processes)
     with steps() if processes.is_first else quiet() as shown:
         job = open_job(options, spec, shown, processes)
@@ -92,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
         if reporting and "answers" not in job.record:
             job.note(answers=job.answer())
         with noting_failure(job, processes), job.on(device):
-            result = train(job, options, shown, processes)
+            result, code = train(job, options, shown, processes)
             after = job.evaluate(f"after step {result.kept}") if not result.stopped else None
         if processes.is_first:
             _finish(job, result, after)
@@ -105,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
             print_reports(job.reports)
         print_summary("finetune", rows | _next(job, result))
     processes.wait()
-    return 130 if result.stopped else 0
+    return code
 
 
 def _finish(job: Job, result: FitResult, after: Metrics | None) -> None:

@@ -37,7 +37,8 @@ from qalora_compile.cli.training_options import adapter_spec, check_options, dec
 from qalora_compile.cli.ui import Steps
 from qalora_compile.config import AUTO, CALIBRATED
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import atomic_folder, check_output
+from qalora_compile.files import atomic_folder
+from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program, replace_adapters, write_program
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
@@ -190,7 +191,6 @@ class _Begun:
 
 def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) -> _Begun:
     """Load, read the data, quantize, insert; write the RUN folder that training goes on in."""
-    check_output(out, overwrite=options.overwrite)
     adapter, embeddings = adapter_spec(options), embedding_spec(options)
     quant = quant_spec(
         options,
@@ -204,6 +204,7 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     data, held_out = load_data(options, source.tokenizer, source.decoder_start, classes)
     shown.say("capture")
     captured = source.capture()
+    check_program(captured)
     check_trainable(captured, classes, data, held_out)
     calls = _calibration(options, captured, data, source)
     stored = stored_codes(options, source, shown)

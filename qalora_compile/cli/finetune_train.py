@@ -1,15 +1,14 @@
-"""The training of `finetune`: checkpoints, Ctrl-C, what is logged and what the terminal shows."""
+"""The training of `finetune`: checkpoints, signals, what is logged and what the terminal shows."""
 
 from __future__ import annotations
 
 import argparse
-import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from qalora_compile.cli.finetune_job import FAILED, TRAINING, Job
+from qalora_compile.cli.signals import stopping
 from qalora_compile.cli.ui import Steps
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.fit import FitResult, FitState, StepReport, fit
@@ -26,8 +25,13 @@ _RECENT = 10
 """Steps over which the rate of tokens is averaged."""
 
 
-def train(job: Job, options: argparse.Namespace, shown: Steps, processes: Processes) -> FitResult:
-    """Train, and save every `--save-every` steps, at the end and when interrupted.
+def train(
+    job: Job, options: argparse.Namespace, shown: Steps, processes: Processes
+) -> tuple[FitResult, int]:
+    """Train, and save every `--save-every` steps, at the end and when a signal stops it.
+
+    Returns:
+        The result, and the exit code that it calls for.
 
     Raises:
         UserInputError: a loss is not finite. The adapters on disk are those of the last
@@ -35,13 +39,13 @@ def train(job: Job, options: argparse.Namespace, shown: Steps, processes: Proces
     """
     view = View(shown, job.spec.steps)
     view.begin(job.state.step)
-    with _interruptible() as interrupted, _recorders(job, options, processes) as recorders:
+    with stopping() as stop, _recorders(job, options, processes) as recorders:
 
         def on_step(report: StepReport, state: FitState) -> bool:
             for recorder in recorders:
                 recorder.record(report)
             view.show(report)
-            return interrupted() and not state.is_over(job.spec)
+            return stop.number is not None and not state.is_over(job.spec)
 
         def on_good(state: FitState, last: bool) -> None:
             if processes.is_first and (last or state.step % options.save_every == 0):
@@ -50,7 +54,7 @@ def train(job: Job, options: argparse.Namespace, shown: Steps, processes: Proces
         if processes.is_first:
             job.record.pop("problem", None)
             job.note(status=TRAINING)
-        return fit(
+        result = fit(
             job.trained,
             job.batches,
             job.spec,
@@ -60,6 +64,7 @@ def train(job: Job, options: argparse.Namespace, shown: Steps, processes: Proces
             on_good=on_good,
             processes=processes,
         )
+    return result, stop.exit_code if result.stopped else 0
 
 
 @contextmanager
@@ -118,20 +123,3 @@ def _recorders(
     finally:
         for recorder in recorders:
             recorder.close()
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C finish the running step and save; a second one stops at once."""
-    hits: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if hits:
-            raise KeyboardInterrupt
-        hits.append(number)
-
-    old = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: bool(hits)
-    finally:
-        signal.signal(signal.SIGINT, old)

@@ -9,7 +9,8 @@ from qalora_compile.api import fold_adapters
 from qalora_compile.cli.folders import copy_parts, load_run, write_run_file
 from qalora_compile.cli.ui import console, print_summary, steps
 from qalora_compile.errors import VerificationError
-from qalora_compile.files import atomic_folder, check_output
+from qalora_compile.files import atomic_folder, reserve
+from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.storage import write_program
 from qalora_compile.verify.compare import Report, Tolerance, worst_of
 from qalora_compile.verify.equivalence import verify_equivalence
@@ -35,10 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     source, out = Path(options.folder), Path(options.out)
-    check_output(out, overwrite=options.overwrite)
-    with steps():
+    with reserve(out, overwrite=options.overwrite, inputs=[source]), steps():
         program, record = load_run(source)
+        check_program(program)
         folded = fold_adapters(program)
+        check_program(folded)
         report = verify_equivalence(program, folded, sample_inputs(folded, 2), _TOLERANCE)
         place = out if report.passed else out.with_name(out.name + _FAILED)
         with atomic_folder(place, overwrite=options.overwrite or not report.passed) as folder:

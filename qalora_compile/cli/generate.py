@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         tokens.append(token)
         text = tokenizer.decode(tokens, skip_special_tokens=not prompt_goes_on)
         if not text.endswith("\ufffd"):  # a character that is not whole yet
-            console.print(text[len(shown) :], end="", markup=False, soft_wrap=True)
+            console.print(text[len(shown) :], end="", soft_wrap=True)
             shown = text
     console.print()
     seconds = time.monotonic() - started

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qalora_compile.cli.alike import group_alike
-from qalora_compile.cli.ui import console, megabytes, print_summary, print_table
+from qalora_compile.cli.ui import console, megabytes, print_json, print_summary, print_table
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.drawing import to_dot, to_svg
 from qalora_compile.exporters.onnx.structure import write_structure
@@ -75,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     if options.group:
         rows = group_alike(rows)
     if options.json:
-        console.print_json(json.dumps({"layers": rows, "totals": totals}))
+        print_json({"layers": rows, "totals": totals})
         return 0
     _print_rows(rows, grouped=options.group)
     print_summary(str(path), totals)
@@ -92,7 +91,7 @@ def _draw(program: Program, files: Mapping[str, Path], only: str | None) -> None
         "svg": lambda: to_svg(program, only),
     }
     for path in files.values():
-        check_output(path, overwrite=False)
+        check_output(path, overwrite=False, is_file=True)
     for name, path in files.items():
         if name == "netron":
             write_structure(program, path, only)

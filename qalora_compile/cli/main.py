@@ -1,6 +1,7 @@
 """Entry point: parse, dispatch, turn errors into messages and exit codes.
 
-Exit codes: 0 done, 1 a check failed, 2 bad usage or input, 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 bad usage or input or a file that cannot be written, 130
+interrupted (Ctrl-C), 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -11,10 +12,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 from qalora_compile import __version__
-from qalora_compile.cli.ui import err_console
+from qalora_compile.cli.signals import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    Terminated,
+    terminable,
+)
+from qalora_compile.cli.ui import complain
 from qalora_compile.errors import InternalError, QaloraError, VerificationError
+from qalora_compile.files import fault_of, recover
 from qalora_compile.sealed import unchecked
 
 COMMANDS = (
@@ -27,7 +36,7 @@ COMMANDS = (
 READERS = ("finetune", "fold", "export", "verify", "bisect", "inspect", "generate", "bench")
 """Commands that read folders which this tool wrote."""
 
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 
 def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
@@ -79,10 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     try:
-        with unchecked() if getattr(options, "no_verify", False) else nullcontext():
+        digests = unchecked() if getattr(options, "no_verify", False) else nullcontext()
+        with terminable(), digests:
+            _recover_named(options)
             return int(options.run(options))
+    except Terminated:
+        complain("terminated")
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
-        err_console.print("interrupted", style="bold red")
+        complain("interrupted")
         return EXIT_INTERRUPTED
     except VerificationError as error:
         _complain(error)
@@ -90,14 +104,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QaloraError as error:
         _complain(error)
         return EXIT_USAGE
-    except OSError as error:  # a full disk, a folder without rights
-        _complain(QaloraError(f"{error.strerror or error}", where=error.filename))
+    except Exception as error:
+        _complain(_of_system(error, options))
         return EXIT_USAGE
+
+
+def _recover_named(options: argparse.Namespace) -> None:
+    """Put back what a killed process had moved aside, of every path that an option names."""
+    for value in vars(options).values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                recover(Path(text))
+
+
+def _of_system(error: Exception, options: argparse.Namespace) -> QaloraError:
+    """What the system refused (a full disk, a folder without rights), as an error of ours.
+
+    Raises:
+        Exception: it is something else: the same exception.
+    """
+    found = fault_of(error, getattr(options, "out", None) or "the output")
+    if found is not None:
+        return found
+    if not isinstance(error, OSError):
+        raise error
+    return QaloraError(f"{error.strerror or error}", where=error.filename)
 
 
 def _complain(error: QaloraError) -> None:
     kind = "internal error" if isinstance(error, InternalError) else "error"
-    err_console.print(f"{kind}: {error}", style="bold red", markup=False, soft_wrap=True)
+    complain(f"{kind}: {error}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from qalora_compile.cli.quantized import add_quant_arguments, print_reports, qua
 from qalora_compile.cli.ui import megabytes, print_summary, steps
 from qalora_compile.config import CALIBRATED, ExportSpec, QuantSpec
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import check_output
+from qalora_compile.files import reserve
 from qalora_compile.quantizers.report import collecting_reports
 from qalora_compile.runtime.memory import peak_memory
 
@@ -54,12 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    quant, spec = _data_free(quant_spec(options)), _onnx_spec(options)
+    inputs = [options.model, options.with_library or None]
+    with reserve(Path(options.out), overwrite=options.overwrite, inputs=inputs):
+        return _quantize(options, quant, spec)
+
+
+def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -> int:
     started = time.monotonic()
     source, out = Path(options.model), Path(options.out)
-    quant = _data_free(quant_spec(options))
     embeddings = embedding_spec(options)
-    spec = _onnx_spec(options)
-    check_output(out, overwrite=options.overwrite)
     library = chosen_library(options)
     _check_folder(source)
     with steps() as shown, collecting_reports() as reports:

@@ -1,12 +1,19 @@
-"""What the terminal shows: progress bars (plain lines where there is no terminal) and tables."""
+"""What the terminal shows: progress bars (plain lines where there is no terminal) and tables.
+
+Texts come from files, paths and options, so nothing in them is interpreted: no markup and no emoji
+of rich, and no control character reaches the terminal. All printing goes through this module.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,16 +26,41 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from qalora_compile.progress import listening
 
 WIDE = 160
 """Columns where the output is no terminal, unless COLUMNS says otherwise."""
 
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What moves the cursor, gives orders to the terminal or turns the direction of a text around."""
+
+
+def shown(text: str) -> str:
+    """A text with every control character but the line feed and the tabulator spelled out."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class PlainConsole(Console):
+    """A console that prints texts as they are, control characters spelled out."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None, quiet: bool = False):
+        super().__init__(
+            stderr=stderr, width=width, quiet=quiet, markup=False, emoji=False, highlight=False
+        )
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See `rich.console.Console`; every text that is printed comes through here."""
+        return super().render_str(shown(text), **options)
+
+
 _width_known = sys.stdout.isatty() or "COLUMNS" in os.environ
-console = Console(highlight=False, width=None if _width_known else WIDE)
+console = PlainConsole(width=None if _width_known else WIDE)
 """Tables and results, on standard output."""
-err_console = Console(stderr=True, highlight=False)
+err_console = PlainConsole(stderr=True)
 """Progress and errors, on standard error, so that output can be piped."""
 
 _PLAIN_INTERVAL_S = 5.0
@@ -40,13 +72,13 @@ class Steps:
     def __init__(self, console: Console = err_console) -> None:
         self._console = console
         self._bar = Progress(
-            TextColumn("{task.description:<10}"),
+            TextColumn("{task.description:<10}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -72,8 +104,8 @@ class Steps:
         if what not in self._tasks or done == 0:
             if what in self._tasks:
                 self._bar.remove_task(self._tasks[what])
-            self._tasks[what] = self._bar.add_task(what, total=total, note=note)
-        self._bar.update(self._tasks[what], completed=done, total=total, note=note)
+            self._tasks[what] = self._bar.add_task(shown(what), total=total, note="")
+        self._bar.update(self._tasks[what], completed=done, total=total, note=shown(note))
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
@@ -106,7 +138,19 @@ def steps() -> Iterator[Steps]:
 @contextmanager
 def quiet() -> Iterator[Steps]:
     """Progress that nobody sees: of the processes that only help the first one."""
-    yield Steps(Console(quiet=True))
+    yield Steps(PlainConsole(quiet=True))
+
+
+def complain(text: str) -> None:
+    """An error, or that the command was stopped, on standard error."""
+    err_console.print(text, style="bold red", soft_wrap=True)
+
+
+def print_json(value: object) -> None:
+    """A value as JSON, in which control characters are escaped as JSON does."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    escaped = _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    console.print(escaped, soft_wrap=True)
 
 
 def print_summary(title: str, rows: Mapping[str, object]) -> None:

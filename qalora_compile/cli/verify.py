@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qalora_compile.cli.ui import console, err_console, print_summary, print_table, steps
+from qalora_compile.cli.ui import (
+    console,
+    err_console,
+    print_json,
+    print_summary,
+    print_table,
+    steps,
+)
 from qalora_compile.errors import UserInputError
+from qalora_compile.files import check_output
 
 if TYPE_CHECKING:  # imported where they are used: a certificate is checked without torch
     from qalora_compile.ir.program import Program
@@ -79,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserInputError("two things to compare are needed", hint="verify A B --max-rel 1e-4")
     if options.levels and not options.numeric:
         raise UserInputError("--levels belongs to --numeric", hint="add --numeric")
+    _check_written(options)
     if options.prove:
         return _prove(options)
     if options.numeric:
@@ -86,6 +94,14 @@ def run(options: argparse.Namespace) -> int:
     if options.certificate:
         raise UserInputError("only a proof gives a certificate", hint="add --prove")
     return _compare(options)
+
+
+def _check_written(options: argparse.Namespace) -> None:
+    """Refuse a page or certificate in the place of something else, before the work is done."""
+    for file in (options.html, options.certificate):
+        if file:
+            inputs = [options.a, options.b]
+            check_output(Path(file), overwrite=True, inputs=inputs, is_file=True)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -115,7 +131,7 @@ def _compare(options: argparse.Namespace) -> int:
         report = verify_equivalence(sides[0], sides[1], calls, tolerance, library=library)
         _write_page(report, sides[0], sides[1], options)
     if options.json:
-        console.print_json(json.dumps(report.to_json()))
+        print_json(report.to_json())
     else:
         _show(report, options)
     return 0 if report.passed else 1
@@ -166,7 +182,7 @@ def _numeric(options: argparse.Namespace) -> int:
         report = compare_nodes(reference, b, calls, levels=levels, library=library)
         _write_page(report, reference, _load(options.b), options)
     if options.json:
-        console.print_json(json.dumps(report.to_json()))
+        print_json(report.to_json())
     else:
         _show_numeric(report, options)
     return {"PASS": 0, "FAIL": 1}.get(report.verdict, 2)
@@ -254,7 +270,7 @@ def _answer(certificate: Certificate, problems: list[str], options: argparse.Nam
     """Show a certificate; 0 equal (and, checked again, as it says), 1 not, 2 undecided."""
     again = options.a is None
     if options.json:
-        console.print_json(json.dumps(certificate.to_json() | {"problems": problems}))
+        print_json(certificate.to_json() | {"problems": problems})
     else:
         _show_certificate(certificate, problems, options)
     if again:
@@ -265,7 +281,7 @@ def _answer(certificate: Certificate, problems: list[str], options: argparse.Nam
 def _show_certificate(
     certificate: Certificate, problems: list[str], options: argparse.Namespace
 ) -> None:
-    console.print(str(certificate), markup=False)
+    console.print(str(certificate))
     worst = [(s, s.worst) for s in certificate.sites if s.worst is not None]
     worst.sort(key=lambda item: -item[1][1].max_ratio if item[1] else 0.0)
     if worst:
@@ -324,7 +340,7 @@ def _read_back(path: Path) -> Program:
 
     source = load_source(str(path))
     reader = "gguf" if path.is_file() else put_library_weights_(source.model, path)
-    err_console.print(f"note: {path} is read back by {reader}", markup=False)
+    err_console.print(f"note: {path} is read back by {reader}")
     captured = source.capture()
     return Pipeline.parse("canonicalize-pointwise,annotate-linears")(captured).program
 

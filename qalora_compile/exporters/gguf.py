@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qalora_compile import __version__
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.base import (
@@ -45,6 +46,7 @@ from qalora_compile.exporters.gguf_metadata import (
     write_described,
 )
 from qalora_compile.exporters.gguf_tokenizers import tokenizer_notes
+from qalora_compile.files.marks import GGUF_KEY
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.deferred import materialize
 from qalora_compile.ir.description import Description
@@ -128,6 +130,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, spec: ExportSpec) -> list[Sto
     entries = list(_entries(checkpoint, description, architecture, spec))
     parameters = sum(entry.shape[0] * max(1, _columns(entry.shape)) for entry in entries)
     writer = gguf.GGUFWriter(path, architecture.name)
+    writer.add_string(GGUF_KEY, f"qalora-compile {__version__}")
     try:
         if description.gguf is not None:
             copy_metadata(description.gguf, writer)

@@ -9,12 +9,16 @@ from typing import Any
 
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.gguf_tokenizers import write_tokenizer
+from qalora_compile.files.marks import GGUF_KEY
 from qalora_compile.gguf_header import check_gguf
 from qalora_compile.ir.description import Description
 from qalora_compile.optional import require
 
 _PURPOSE = "write GGUF files"
-_OWN = ("general.architecture", "general.file_type", "general.quantization_version")
+_OWN = (
+    *("general.architecture", "general.file_type", "general.quantization_version"),
+    GGUF_KEY,
+)
 """Keys that follow from what is written, not from the model."""
 _READER_PREFIX = "GGUF."  # what the reader calls fields of the header
 

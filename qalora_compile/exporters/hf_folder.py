@@ -91,7 +91,6 @@ class FolderWriter:
     def _close_shard(self) -> None:
         path = self._folder / f".shard-{len(self._shards)}"
         save_file(self._open, path, metadata={"format": self._tag})
-        path.chmod(0o644)  # the library writes files that only their owner can read
         self._shards.append(list(self._open))
         self._open, self._size = {}, 0
 

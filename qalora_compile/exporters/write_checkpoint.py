@@ -125,12 +125,13 @@ def write_record(folder: Path, report: ExportReport, spec: ExportSpec) -> None:
 
 
 def export_record(report: ExportReport, spec: ExportSpec) -> dict[str, Any]:
-    """The report as JSON types."""
+    """The report as JSON types; what was replaced says nothing of what was written."""
+    options = {name: value for name, value in spec.to_json().items() if name != "overwrite"}
     return {
         "format": FORMAT,
         "version": VERSION,
         "made_by": f"qalora-compile {__version__}",
-        "export": spec.to_json(),
+        "export": options,
         "quantized_layers": report.quantized_layers,
         "capabilities": {name: str(value) for name, value in report.capabilities.items()},
         "notes": list(report.notes),

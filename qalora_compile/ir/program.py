@@ -169,7 +169,9 @@ class Program:
         """Write a folder of JSON and safetensors, atomically; see `Program.load`.
 
         Raises:
-            UserInputError: the folder exists and `overwrite` is false.
+            UserInputError: the folder exists and `overwrite` is false, or is not one that this
+                package wrote; see `files.check_output`.
+            OutputError: it cannot be written.
             UnsupportedError: a node of the graph has no stored form.
         """
         from qalora_compile.files import atomic_folder

@@ -151,8 +151,8 @@ class Signature:
         if not isinstance(outputs, list) or not all(isinstance(name, str) for name in outputs):
             raise ValueError(f"the outputs are {quoted(outputs)}")
         for leaf in inputs:
-            kind = torch.float32 if leaf.dtype is None else getattr(torch, leaf.dtype, None)
-            if not isinstance(kind, torch.dtype):
+            known = leaf.dtype is None or isinstance(getattr(torch, leaf.dtype, 0), torch.dtype)
+            if not known:
                 raise ValueError(f"the input {quoted(leaf.name)} is of type {quoted(leaf.dtype)}")
         limits = tuple(SizeRange(**check_fields(SizeRange, row, "a range")) for row in ranges)
         return cls(inputs, tuple(outputs), limits)

@@ -24,7 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.files import recover, scratch_file
 from qalora_compile.ir.deferred import defer_to, holds, keep_recipe
+from qalora_compile.ir.finite import check_sound
 from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
 from qalora_compile.ir.module import build_module
 from qalora_compile.ir.plan import SitePlan
@@ -111,6 +113,7 @@ def read_program(folder: Path, *, deferred: bool = False) -> Program:
     """
     from qalora_compile.ir import spec  # noqa: F401 - registers the operators that graphs name
 
+    recover(folder)
     value = read_record(folder)
     load = defer_tensors if deferred else load_tensors
     tensors = load(folder / TENSORS_FILE)
@@ -196,12 +199,14 @@ def memory_key(tensor: Tensor) -> int:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a safetensors file under a temporary name, then rename it."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    # Views that overlap without being equal must be copied: safetensors refuses shared memory.
-    save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, scratch)
-    scratch.chmod(0o644)  # the library writes files that only their owner can read
-    scratch.replace(path)
+    """Write tensors to a safetensors file under a temporary name, then rename it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with scratch_file(path) as scratch:
+        # Views that overlap without being equal must be copied: safetensors refuses shared memory.
+        save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, scratch)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -260,7 +265,8 @@ def read_tensor(path: Path, name: str) -> Tensor:
     """One tensor of a safetensors file, in memory of its own.
 
     Raises:
-        UserInputError: the file is missing or broken, or has no such tensor.
+        UserInputError: the file is missing or broken, or has no such tensor, or it holds NaN or
+            infinite values.
     """
     return _read(path, name, lambda file: file.get_tensor(name))
 
@@ -282,6 +288,7 @@ def _read(path: Path, name: str, read: Callable[[Any], Tensor]) -> Tensor:
             raise UserInputError(
                 f"{path.name}: cannot read {name}: {error}", where=str(path)
             ) from error
+        check_sound(name, values, path)
         return values.clone()  # the file's memory is given back when it is closed
 
 

@@ -130,7 +130,8 @@ class Page:
         """Write the page whole or not at all; gives its path.
 
         Raises:
-            UserInputError: the path exists and may not be replaced, or its folder is a file.
+            UserInputError: the path exists and may not be replaced, or is no page of this
+                package; or its folder is a file.
             UnsupportedError: jinja2 is not installed.
         """
         path = Path(path)

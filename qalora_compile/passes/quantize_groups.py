@@ -244,15 +244,24 @@ class _QuantizerOf:
     def __call__(
         self, weight: Tensor, statistics: ActivationStatistics | None, *, expert: int = 0
     ) -> Chosen:
-        """Quantize one matrix, and report."""
+        """Quantize one matrix, and report.
+
+        Raises:
+            UserInputError: it cannot be put on codes; the path is named.
+        """
         if self.stored:
             quantizer = as_stored(self.stored[expert])
             spec = replace(self.spec, refine_offsets=False)
         else:
             quantizer, spec = get_quantizer(self.spec.method), self.spec
-        return quantize_weight(
-            quantizer, weight, spec, path=self.path, statistics=statistics, method=self.method
-        )
+        try:
+            return quantize_weight(
+                quantizer, weight, spec, path=self.path, statistics=statistics, method=self.method
+            )
+        except UserInputError as error:  # of a matrix, which does not know whose it is
+            raise UserInputError(
+                error.what, where=error.where or self.path, hint=error.hint
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import atomic_files
+from qalora_compile.files import write_text
 
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
@@ -43,8 +43,8 @@ class Golden:
             raise UserInputError(f"the name {name} leaves the folder", where=str(self.folder))
         text = str(thing)
         if self.update:
-            with atomic_files(path, overwrite=True) as scratch:
-                scratch.write_text(text, "utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
             return
         if not path.exists():
             raise AssertionError(f"{path} is missing: run pytest with --update-golden")

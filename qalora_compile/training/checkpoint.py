@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import atomic_folder
+from qalora_compile.files import atomic_folder, recover
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import load_tensors, save_tensors
 from qalora_compile.sealed import check_files, digests_of, read_sealed, write_sealed
@@ -51,6 +51,9 @@ def save_checkpoint(
 
     The schedule and the position in the data follow from the step, and so do all random numbers
     (see `FitState`): a training that goes on from here ends with the same bits.
+
+    Raises:
+        OutputError: it cannot be written; the older ones are as they were.
     """
     names = {id(p): name for name, p in program.named_adapter_parameters()}
     moments: dict[str, Tensor] = {
@@ -92,8 +95,14 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a process that was killed while it wrote a checkpoint has left."""
-    for rest in folder.glob(f".{_PREFIX}*"):
-        shutil.rmtree(rest)
+    for rest in list(folder.glob(f".{_PREFIX}*")):
+        name = re.match(rf"\.({_PREFIX}\d+)\.", rest.name)
+        if name is not None:
+            recover(folder / name[1])
+        if rest.is_dir():
+            shutil.rmtree(rest)
+        else:
+            rest.unlink(missing_ok=True)
 
 
 def restore_checkpoint(

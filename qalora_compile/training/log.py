@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.files import reporting_faults, write_text
 from qalora_compile.optional import require
 from qalora_compile.training.fit import StepReport
 
@@ -38,20 +39,25 @@ class JsonLog:
 
     def __init__(self, path: Path, step: int) -> None:
         rows = [row for row in read_log(path) if row["step"] <= step] if path.exists() else []
-        scratch = path.with_name(f".{path.name}.tmp")
-        scratch.write_text("".join(map(_line, rows)), "utf-8")
-        os.replace(scratch, path)
+        write_text(path, "".join(map(_line, rows)))
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def record(self, report: StepReport) -> None:
-        """Append a line."""
+        """Append a line.
+
+        Raises:
+            OutputError: the disk is full.
+        """
         row = vars(report) | {"tokens_per_second": round(report.tokens / report.seconds, 1)}
-        self._file.write(_line({k: v for k, v in row.items() if v is not None}))
-        self._file.flush()
+        with reporting_faults(self._path):
+            self._file.write(_line({k: v for k, v in row.items() if v is not None}))
+            self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; half a line that did not fit on the disk is left as it is."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def _line(row: dict[str, Any]) -> str:

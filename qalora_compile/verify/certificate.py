@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.errors import UserInputError, VerificationError
-from qalora_compile.files import write_json
+from qalora_compile.files import atomic_files, write_json
 from qalora_compile.untrusted import quoted, read_json
 from qalora_compile.verify.coefficients import RULE, Coefficients
 from qalora_compile.verify.structural import DIFFERENT, OPEN, PROVED, SAMPLED
@@ -159,8 +159,14 @@ class Certificate:
         return value | {"proved": self.proved, "sampled": list(self.sampled)}
 
     def write(self, path: str | Path) -> None:
-        """Write the certificate as a JSON file."""
-        write_json(Path(path), self.to_json())
+        """Write the certificate as a JSON file, in the place of another certificate.
+
+        Raises:
+            UserInputError: the path holds something else.
+            OutputError: it cannot be written.
+        """
+        with atomic_files(Path(path), overwrite=True) as scratch:
+            write_json(scratch, self.to_json())
 
     @classmethod
     def read(cls, path: str | Path) -> Certificate:

@@ -20,6 +20,7 @@ from qalora_compile.verify.compare import (
     compare,
     worst_of,
 )
+from qalora_compile.verify.damage import damages_of
 from qalora_compile.verify.encoder_decoder import EncoderDecoderRunner
 from qalora_compile.verify.judge import FAIL, PASS
 from qalora_compile.verify.results import Runner
@@ -49,7 +50,8 @@ def verify_equivalence(
 
     Returns:
         A report: `.passed`, per output and per site differences, and on FAIL the first site, in
-        graph order, that is out of tolerance (transferred to the site's scale).
+        graph order, that is out of tolerance (transferred to the site's scale), or the first
+        stored tensor with NaN or infinite values, with which nothing passes.
 
     Raises:
         UserInputError: no input was given, an input does not fit the signature, or a path cannot
@@ -67,7 +69,9 @@ def verify_equivalence(
     exact = RoundingJudge.of(a, b) if tolerance.rounding else None
     outputs, sites, by_input = _compare_runs(a, b, inputs, exact)
     output_rows, site_rows = (tuple(map(worst_of, rows.values())) for rows in (outputs, sites))
+    damaged = damages_of(reference, candidate)
     passed = bool(output_rows) and all(map(tolerance.admits, output_rows))
+    first = None if passed else _first_divergence(output_rows, site_rows, tolerance)
     return Report(
         reference=a.label,
         candidate=b.label,
@@ -75,8 +79,8 @@ def verify_equivalence(
         inputs=len(inputs),
         outputs=output_rows,
         sites=site_rows,
-        first_divergence=None if passed else _first_divergence(output_rows, site_rows, tolerance),
-        verdict=PASS if passed else FAIL,
+        first_divergence=damaged[0] if damaged else first,
+        verdict=PASS if passed and not damaged else FAIL,
         by_input=tuple(by_input),
     )
 

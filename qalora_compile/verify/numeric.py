@@ -19,6 +19,7 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call, split_call
 from qalora_compile.progress import track
 from qalora_compile.verify.adversarial import adversarial_inputs
+from qalora_compile.verify.damage import damages
 from qalora_compile.verify.graph import ONNX, Graph, Ref
 from qalora_compile.verify.graph import Tensor as StoredTensor
 from qalora_compile.verify.inputs import sample_inputs
@@ -82,11 +83,7 @@ def compare_nodes(
     calls = named_inputs(program, 2, seed=seed) if inputs is None else dict(inputs)
     if not calls:
         raise UserInputError("no input was given to compare on", hint="pass at least one")
-    unknown = [level for level in levels if level not in LEVELS]
-    if unknown or not levels:
-        raise UserInputError(
-            f"{', '.join(unknown) or 'nothing'} is no optimization level", hint=", ".join(LEVELS)
-        )
+    _check_levels(levels)
     sides = (open_side(reference), open_side(candidate))
     matches = match_values(*sides)
     if {m.kind for m in matches} <= {"read", "site", "node"}:
@@ -101,8 +98,17 @@ def compare_nodes(
         ]
     absent = _absent_outputs(*sides, next(iter(calls)))
     found = [way if way.problem else replace(way, rows=(*way.rows, *absent)) for way in found]
+    found += [Way("stored tensors", (), (), text) for text in damages(sides)]
     notes += [*_not_judged(found, calls), *_not_tensors(found, matches)]
     return NumericReport(sides[0].label, sides[1].label, tuple(calls), tuple(found), tuple(notes))
+
+
+def _check_levels(levels: Sequence[str]) -> None:
+    unknown = [level for level in levels if level not in LEVELS]
+    if unknown or not levels:
+        raise UserInputError(
+            f"{', '.join(unknown) or 'nothing'} is no optimization level", hint=", ".join(LEVELS)
+        )
 
 
 def _not_judged(ways: Sequence[Way], names: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qalora_compile.files import atomic_folder
+from qalora_compile.files import atomic_folder, write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import argument_names, split_call
 from qalora_compile.verify.bisect import Culprit
@@ -21,7 +21,7 @@ from qalora_compile.verify.precise import run_nodes
 from qalora_compile.verify.sides import open_side
 from qalora_compile.verify.structural import match_values
 
-_INPUTS = "inputs.safetensors"
+_INPUTS, _RECORD = "inputs.safetensors", "reproduction.json"
 _OUTPUT = "value"
 _SCRIPT = '''"""Two programs that differ, and what they are run on.
 
@@ -100,6 +100,7 @@ def write_reproduction(culprit: Culprit, folder: str | Path, *, overwrite: bool 
         save_file({n: v.contiguous().clone() for n, v in inputs.items()}, scratch / _INPUTS)
         (scratch / "repro.py").write_text(_SCRIPT.format(**filled), "utf-8")
         (scratch / "README.txt").write_text(_README.format(**filled), "utf-8")
+        write_json(scratch / _RECORD, {"format": "qalora-reproduction", "version": 1})
     return folder
 
 

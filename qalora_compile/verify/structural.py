@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qalora_compile.verify.damage import damages
 from qalora_compile.verify.fx_regions import fx_linear
 from qalora_compile.verify.graph import FX, Graph, Ref, SiteRow
 from qalora_compile.verify.leaves import parted
@@ -103,7 +104,8 @@ def compare_structure(
     """Compare two programs, or a program and an exported model, outside of their layers.
 
     Names, the order of independent nodes and the nodes that compute a quantized site do not count.
-    Constants are compared bit for bit, half precision as widened to float32.
+    Constants are compared bit for bit, half precision as widened to float32; NaN, and infinities
+    outside of masks, are equal to nothing.
 
     Raises:
         UserInputError: a side cannot be read, or writes into tensors in a way that cannot be
@@ -119,6 +121,7 @@ def compare_structure(
         for name, targets in wanted
     ]
     segments += _unmatched_outputs(a, b)
+    segments += [Segment(text, DIFFERENT, None, (None, None)) for text in damages((a, b))]
     notes = ["half precision is compared as widened to float32"] if widened else []
     return Structure(tuple(pairs), tuple(segments), tuple(notes))
 

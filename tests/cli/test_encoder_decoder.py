@@ -14,7 +14,7 @@ import torch
 
 from qalora_compile.cli.main import main
 from qalora_compile.runtime import EncoderDecoder
-from tests.cli.conftest import WORDS
+from tests.cli.tiny import WORDS
 from tests.zoo.entries import ENTRIES
 
 pytestmark = pytest.mark.slow  # T5 is trained first

@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qalora_compile as qc
-from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
+from qalora_compile.errors import (
+    OutputError,
+    PreconditionError,
+    UnsupportedError,
+    UserInputError,
+)
 from qalora_compile.exporters import hf_folder, hqq
 from qalora_compile.exporters.write_checkpoint import FORMATS
 from qalora_compile.ir.affine import GroupAffine
@@ -403,7 +408,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hf_folder, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         export(program, out, "mlx", model, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
     assert (out / "model.safetensors").read_bytes() == before

@@ -18,7 +18,12 @@ import qalora_compile as qc
 from qalora_compile.capture.description import describe
 from qalora_compile.capture.source import load_source
 from qalora_compile.cli.folders import save_description
-from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
+from qalora_compile.errors import (
+    OutputError,
+    PreconditionError,
+    UnsupportedError,
+    UserInputError,
+)
 from qalora_compile.exporters import gguf as exporter
 from qalora_compile.exporters.gguf_metadata import architecture_of, context_of
 from qalora_compile.exporters.gguf_tokenizers import pre_tokenizer
@@ -404,7 +409,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         write(model, program, tmp_path, overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.gguf"]
     assert path.read_bytes() == before

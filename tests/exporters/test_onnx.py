@@ -197,7 +197,12 @@ def test_an_existing_file_is_kept_unless_told(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="exists already"):
         qc.export_model(folded_mlp(), path)
     assert path.read_text() == "mine"
-    qc.export_model(folded_mlp(), path, qc.ExportSpec(overwrite=True))
+    with pytest.raises(UserInputError, match="was not written by this tool"):
+        qc.export_model(folded_mlp(), path, qc.ExportSpec(overwrite=True))
+    assert path.read_text() == "mine"
+    path.unlink()
+    for _ in range(2):
+        qc.export_model(folded_mlp(), path, qc.ExportSpec(overwrite=True))
     assert run(path, torch.randn(1, 1, 50))
 
 

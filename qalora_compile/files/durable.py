@@ -1,0 +1,49 @@
+"""Files that are on the disk, with the rights that the user's umask gives."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+def settle(path: Path, mode: int) -> None:
+    """Give a file the rights `mode`, and have the system write it to the disk.
+
+    A file that can be executed stays so, for whom `mode` lets read it.
+    """
+    found = stat.S_IMODE(path.stat().st_mode)
+    wanted = mode | ((mode & 0o444) >> 2 if found & 0o100 else 0)
+    if found != wanted:
+        path.chmod(wanted)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def settle_folder(folder: Path) -> None:
+    """Settle all that lies in a folder that was made by `Path.mkdir`, and the folder itself.
+
+    Libraries write files that their owner alone can read, and copies have the rights of what they
+    are copies of. Here they all get those of a new file.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o777
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            settle(Path(root, name), mode & 0o666)
+        if Path(root) != folder:
+            os.chmod(root, mode)
+        sync_folder(Path(root))
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the system write the names in a folder to the disk, where it can."""
+    if os.name == "nt":  # pragma: no cover
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

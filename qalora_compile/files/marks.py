@@ -1,0 +1,71 @@
+"""What says that a folder or a file was written by this package, and may so be replaced by it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qalora_compile.errors import QaloraError
+from qalora_compile.untrusted import read_json
+
+_RECORDS = {
+    "run.json": "qalora-run",
+    "qalora.json": "qalora-edge",
+    "export.json": "qalora-export",
+    "state.json": "qalora-checkpoint",
+    "reproduction.json": "qalora-reproduction",
+    "program.json": "qalora-program",
+}
+"""File of a folder → the `format` that it names; what is quickly read first."""
+_PEFT_FILE, _PEFT_MARK = "adapter_config.json", "qalora_pooling"
+"""PEFT's own file, and the entry that this package alone puts into it."""
+_CERTIFICATE = "qalora-certificate"
+
+GENERATOR = '<meta name="generator" content="qalora-compile">'
+"""In the head of every page."""
+GGUF_KEY = "qalora.made_by"
+"""Of the metadata of every GGUF file."""
+PRODUCER = "qalora-compile"
+"""Of every ONNX model."""
+
+_HEAD_BYTES = 1 << 16
+_ONNX_HEAD = re.compile(rb"\x08[\x00-\x7f]\x12" + bytes([len(PRODUCER)]) + PRODUCER.encode())
+"""`ir_version`, then `producer_name`, as protobuf writes them at the beginning of the file."""
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Whether this package wrote a folder, as a file in it says; an empty one counts too."""
+    for name, kind in _RECORDS.items():
+        if _names(folder / name, "format", kind):
+            return True
+    return _has(folder / _PEFT_FILE, _PEFT_MARK) or not any(folder.iterdir())
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether this package wrote a file: ONNX, GGUF, a page or a certificate; or it is empty."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if head.startswith(b"GGUF"):
+        return GGUF_KEY.encode() in head
+    if GENERATOR.encode() in head or _ONNX_HEAD.match(head) or not head:
+        return True
+    return head[:1] == b"{" and _names(path, "format", _CERTIFICATE)
+
+
+def _names(path: Path, key: str, kind: str) -> bool:
+    value = _read(path)
+    return isinstance(value, dict) and value.get(key) == kind
+
+
+def _has(path: Path, key: str) -> bool:
+    value = _read(path)
+    return isinstance(value, dict) and key in value
+
+
+def _read(path: Path) -> object:
+    if not path.is_file():
+        return None
+    try:
+        return read_json(path)
+    except QaloraError:
+        return None

@@ -1,0 +1,51 @@
+"""Tensors that an output must not hold: with NaN, or with infinities that are no mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.deferred import is_deferred
+from qalora_compile.ir.program import Program
+
+
+def is_sound(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity, but for −∞ in an additive mask.
+
+    A mask is what −∞ is put into on purpose: a constant without positive numbers. Integers are
+    sound; so is a deferred tensor, whose values are looked at when they are read.
+    """
+    if not tensor.is_floating_point() or is_deferred(tensor) or tensor.numel() == 0:
+        return True
+    if bool(torch.isfinite(tensor).all()):
+        return True
+    masks = not isinstance(tensor, nn.Parameter) and bool((tensor <= 0).all())  # NaN is not <= 0
+    return masks
+
+
+def check_sound(name: str, values: Tensor, where: Path | None = None) -> None:
+    """Refuse values that are not sound.
+
+    Raises:
+        UserInputError: they hold NaN or infinities; the tensor is named.
+    """
+    if not is_sound(values):
+        raise UserInputError(
+            f"the tensor {name} holds NaN or infinite values",
+            where=name if where is None else str(where),
+            hint="repair or reload the checkpoint; where training made them, lower the learning "
+            "rate or go back to a checkpoint",
+        )
+
+
+def check_program(program: Program) -> None:
+    """Refuse a program that is not to be written out, before anything of it is.
+
+    Raises:
+        UserInputError: a tensor holds NaN or infinities; the first is named.
+    """
+    for name, tensor in program.tensors().items():
+        check_sound(name, tensor)

@@ -1,0 +1,47 @@
+"""A tiny Hugging Face language model with a tokenizer, and data for it, as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "is", "a", "colour", "number", ":"]
+
+
+def write_model(folder: Path, *, layers: int = 2) -> Path:
+    """Write a Llama as a folder of config, safetensors and tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<end>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_data(path: Path) -> Path:
+    """Write words and their kind."""
+    rows = [
+        {"prompt": f"{word} is a", "completion": kind}
+        for kind, words in (("colour", WORDS[:3]), ("number", WORDS[3:6]))
+        for word in words
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
