@@ -97,4 +97,4 @@ def _another(draw: Draw, old: Any, kind: str) -> tuple[Any, bool]:
     other = draw(st.sampled_from(OTHERS))
     numbers = all(type(v) in (int, float) for v in (old, other))
     # nothing, in place of something, is as good as leaving it out
-    return other, other is None or numbers or type(other) is type(old)
+    return other, None in (other, old) or numbers or type(other) is type(old)
