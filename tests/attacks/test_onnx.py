@@ -12,12 +12,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import qalora_compile as qc
 from qalora_compile.onnx_file import MAX_DEPTH, check_onnx
 from qalora_compile.runtime.session import open_session
 from qalora_compile.verify.onnx_graph import read_onnx_graph
 from qalora_compile.verify.onnx_session import OnnxSession
 from tests.attacks.onnx_files import X, Y, external, model, weight, write
 from tests.attacks.support import attack, cli, refused
+from tests.fuzz.seeds import folded_program
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "session": lambda path: open_session(path).get_outputs()[0].name,
@@ -280,3 +282,57 @@ def test_what_is_found_is_said(folder: Path) -> None:
     assert found.nodes == 1
     assert found.tensors["w"].shape == (4, 4)
     assert weight().dims == [4, 4] and X.name == "x"
+
+
+def shapeless(kind: str, tensors: list[TensorProto], **attributes: Any) -> onnx.ModelProto:
+    """A node whose shapes ONNX infers when a file is loaded."""
+    node = helper.make_node(kind, ["x", *(t.name for t in tensors)], ["y"], **attributes)
+    return model(tensors, [node])
+
+
+INFERRED = {
+    "ONNX Runtime 28731: a kernel with more axes than what it reads": shapeless(
+        "Conv", [weight("w", (4, 4, 3, 3, 3))], dilations=[1, 1]
+    ),
+    "ONNX 8275: a split into more parts than there are": shapeless("Split", [], num_outputs=2**20),
+    "ONNX Runtime 27699: a classifier of fewer vectors than it says": model(
+        [],
+        [
+            helper.make_node(
+                "SVMClassifier",
+                ["x"],
+                ["l", "y"],
+                domain="ai.onnx.ml",
+                classlabels_ints=[0, 1],
+                vectors_per_class=[2**30, 2**30],
+                coefficients=[1.0],
+                support_vectors=[1.0],
+                rho=[0.0],
+            )
+        ],
+        domains=("ai.onnx.ml",),
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", ["session", "proof", "inspect"])
+@pytest.mark.parametrize("kind", INFERRED)
+def test_shapes_that_do_not_fit_end_in_no_crash(kind: str, reader: str, folder: Path) -> None:
+    """Inference of shapes read past the ends of lists that attributes were to fill."""
+    attack(read(reader, write(INFERRED[kind], folder)), folder)
+
+
+def test_cve_2025_51480_an_export_does_not_write_through_a_link(folder: Path) -> None:
+    """Saving external data followed whatever stood at the place of the data file."""
+    secret = folder.parent / "secret.txt"
+    (folder / "edge").mkdir()
+    (folder / "edge" / "model.onnx.data").symlink_to(secret)
+    before = secret.read_bytes()
+    program = folded_program()
+
+    def export() -> str:
+        qc.export_model(program, folder / "edge" / "model.onnx")
+        return "written"
+
+    attack(export, folder)
+    assert secret.read_bytes() == before

@@ -36,7 +36,7 @@ def change(folder: Path, file: str, **values: Any) -> None:
 
 CODE: dict[str, dict[str, Any]] = {
     "CVE-2026-22807: auto_map": {"auto_map": {"AutoTokenizer": ["canary.T", "canary.T"]}},
-    "CVE-2026-22807: auto_map with a class of its own": {
+    "CVE-2026-7669: auto_map of a class that transformers does not have": {
         "auto_map": {"AutoTokenizer": ["canary.T", None]},
         "tokenizer_class": "CanaryTokenizer",
     },

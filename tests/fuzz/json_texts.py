@@ -96,4 +96,5 @@ def _another(draw: Draw, old: Any, kind: str) -> tuple[Any, bool]:
         return (old * 2 if draw(st.booleans()) else old[::-1]), True
     other = draw(st.sampled_from(OTHERS))
     numbers = all(type(v) in (int, float) for v in (old, other))
-    return other, numbers or type(other) is type(old)
+    # nothing, in place of something, is as good as leaving it out
+    return other, None in (other, old) or numbers or type(other) is type(old)

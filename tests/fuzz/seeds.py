@@ -100,21 +100,8 @@ def write_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [
-        "red",
-        "green",
-        "blue",
-        "one",
-        "two",
-        "three",
-        "is",
-        "a",
-        "colour",
-        "number",
-        ":",
-        "<user>",
-        "<bot>",
-    ]
+    words = ["red", "green", "blue", "one", "two", "three", "is", "a", "colour", "number", ":"]
+    words += ["<user>", "<bot>"]
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<end>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -181,7 +168,8 @@ def _adapted() -> qc.Program:
 
 
 @cache
-def _folded() -> qc.Program:
+def folded_program() -> qc.Program:
+    """Two layers on codes, folded."""
     return qc.fold_adapters(_adapted())
 
 
@@ -248,7 +236,7 @@ def _read_checkpoint(folder: Path) -> str:
 
 def _edge(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    qc.export_model(_folded(), folder / "model.onnx")
+    qc.export_model(folded_program(), folder / "model.onnx")
 
 
 def _edge_with_data(folder: Path) -> None:
@@ -293,7 +281,7 @@ def _input(leaf: Any) -> Any:
 
 def _certificate(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _folded().save(folder / "folded", overwrite=True)
+    folded_program().save(folder / "folded", overwrite=True)
     _edge(folder / "edge")
     qc.prove_equivalence(folder / "folded", folder / "edge").write(folder / "equal.json")
 
