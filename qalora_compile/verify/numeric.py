@@ -71,13 +71,12 @@ def compare_nodes(
         candidate: Likewise, or an export folder or `.onnx` file.
         inputs: Calls by name; None takes two random and all adversarial ones (`named_inputs`).
         levels: Of ONNX Runtime's optimization, of `disabled`, `basic`, `extended` and `all`.
-        library: A library of custom operators. A file with operators of its is run with it and
-            without; None runs it without.
+        library: Of custom operators: a file that has some runs with it and without it.
         seed: Of the inputs.
 
     Raises:
-        UserInputError: the reference is no program, an input does not fit the signature, a path
-            cannot be read, or there is no input.
+        UserInputError: the reference is no program, an input does not fit it, a path cannot be
+            read, or there is no input.
     """
     program = _program(reference)
     calls = named_inputs(program, 2, seed=seed) if inputs is None else dict(inputs)
@@ -96,10 +95,10 @@ def compare_nodes(
         found = [
             _try(way, references, sides, matches, program, leaves) for way in track(ways, "compare")
         ]
-    absent = _absent_outputs(*sides, next(iter(calls)))
-    found = [way if way.problem else replace(way, rows=(*way.rows, *absent)) for way in found]
-    found += [Way("stored tensors", (), (), text) for text in damages(sides)]
-    notes += [*_not_judged(found, calls), *_not_tensors(found, matches)]
+    rest = tuple(_absent_outputs(*sides, next(iter(calls))))
+    found = [way if way.problem else replace(way, rows=way.rows + rest) for way in found]
+    found += _damaged_ways(sides)
+    notes += _not_judged(found, calls) + _not_tensors(found, matches)
     return NumericReport(sides[0].label, sides[1].label, tuple(calls), tuple(found), tuple(notes))
 
 
@@ -109,6 +108,11 @@ def _check_levels(levels: Sequence[str]) -> None:
         raise UserInputError(
             f"{', '.join(unknown) or 'nothing'} is no optimization level", hint=", ".join(LEVELS)
         )
+
+
+def _damaged_ways(sides: Sequence[Graph]) -> list[Way]:
+    """A way that fails for each stored tensor with NaN or infinities, which no input may read."""
+    return [Way("stored tensors", (), (), text) for text in damages(sides)]
 
 
 def _not_judged(ways: Sequence[Way], names: Iterable[str]) -> list[str]:
