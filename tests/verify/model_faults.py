@@ -18,7 +18,6 @@ _NO_KERNEL = (
 _NEVER_DROPS = (
     "ONNX Runtime's build for inference never drops, whatever the node says; other runtimes do",
 )
-_REFUSED = "optimization all, kernels of ONNX Runtime: ONNX Runtime cannot"
 _SAME_OUTPUTS = ("the outputs are equal: only the names that the file gives its layers are wrong",)
 
 
@@ -275,7 +274,6 @@ MODEL_FAULTS = [
         _attribute("GroupQuantLinear", "bits", 8),
         "q:",
         "does not run",
-        node=_REFUSED,
     ),
     Fault(
         "function without correction", "ort", _in_function("GroupQuantLinear", "y", _forget), "q:"
@@ -316,7 +314,6 @@ MODEL_FAULTS = [
         _attribute("MatMulNBits", "bits", 8),
         "q:",
         "does not run",
-        node=_REFUSED,
     ),
     Fault("bias of another layer", "ort-stock", _reread("q/MatMulNBits", 5, "k.bias"), "q:"),
     Fault("scale of a digit", "digits", _values("up.scale", _last_columns(2, 1.5)), "up:"),

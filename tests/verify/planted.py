@@ -18,6 +18,7 @@ from qalora_compile.api import lower
 from qalora_compile.errors import UserInputError
 from qalora_compile.verify import Certificate, compare_nodes, named_inputs, sample_inputs
 from qalora_compile.verify.bisect import Culprit, Step, bisect
+from qalora_compile.verify.judge import FAIL
 from tests.models import randomize_adapters
 
 WIDTH, INNER, WORDS = 48, 64, 40
@@ -130,13 +131,22 @@ def examine(fault: Fault, models: Path, scratch: Path) -> Found:
         fault.plant(model)
         candidate = scratch / "faulty.onnx"
         onnx.save(model, candidate)
-    certificate = prove(reference, candidate)
+    try:
+        certificate = prove(reference, candidate)
+    except UserInputError as error:
+        return _refused(fault, error)
     difference = "" if certificate is None else certificate.difference or ""
     proof = certificate is None or not certificate.passed
     along = along_the_graph(reference, candidate)
     found = bisected(fault) if is_in_a_pass(fault) else None
     named = "" if found is None else f"{found.step}: {found.row and found.row.name}"
     return Found(fault, proof, difference, *compare(reference, candidate), *along, named)
+
+
+def _refused(fault: Fault, error: UserInputError) -> Found:
+    """What is found of a file that is refused before anything in it is used: its tensor is named."""
+    site = fault.site if f"'{fault.site.removesuffix(':')}." in error.what else ""
+    return Found(fault, True, site, True, f"does not run: {error.what}", FAIL, site)
 
 
 def prove(reference: qc.Program, candidate: qc.Program | Path) -> Certificate | None:
