@@ -39,6 +39,19 @@ demo: $(VENV)/installed-all ## quantize, fine-tune, fold, export and run SmolLM2
 test: $(VENV)/installed-dev ## run the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow" $(ARGS)
 
+# Sums are taken in other orders on other processors: the numbers that tests hold must not depend on
+# it. Two kinds of arithmetic: that of any processor on two threads, and AVX2's on one.
+NUMERIC := tests/verify tests/passes tests/quantizers tests/eager tests/runtime tests/training \
+	tests/cli/test_fold.py tests/cli/test_commands.py tests/cli/test_finetune.py \
+	tests/exporters/test_three_ways.py tests/exporters/test_matrix.py
+
+.PHONY: test-arithmetic
+test-arithmetic: $(VENV)/installed-dev ## run the numeric tests as on two other kinds of processors
+	ATEN_CPU_CAPABILITY=default QALORA_KERNEL=scalar OMP_NUM_THREADS=2 \
+		$(BIN)/python -m pytest -n 2 -q -m "not slow" $(NUMERIC) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n 2 -q -m "not slow" $(NUMERIC) $(ARGS)
+
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow $(ARGS)

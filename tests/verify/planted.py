@@ -144,7 +144,7 @@ def examine(fault: Fault, models: Path, scratch: Path) -> Found:
 
 
 def _refused(fault: Fault, error: UserInputError) -> Found:
-    """What is found of a file that is refused before anything in it is used: its tensor is named."""
+    """What is found of a file that is refused before it is used; the tensor is named."""
     site = fault.site if f"'{fault.site.removesuffix(':')}." in error.what else ""
     return Found(fault, True, site, True, f"does not run: {error.what}", FAIL, site)
 

@@ -105,5 +105,5 @@ def test_a_broken_file_is_refused(tmp_path: Path) -> None:
         read_safetensors(path)
     save_file({"a": torch.ones(64)}, path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserInputError, match="cannot be read"):
-        read_safetensors(path)["a"].values()
+    with pytest.raises(UserInputError, match="of 256 bytes"):
+        read_safetensors(path)
