@@ -52,7 +52,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Words and their kind."""
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     rows = [
-        {"prompt": f"{word} is a", "completion": kind}
+        {"prompt": f"{word} is a", "completion": f" {kind}"}
         for kind, words in (("colour", WORDS[:3]), ("number", WORDS[3:6]))
         for word in words
     ]
