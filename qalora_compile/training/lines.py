@@ -52,8 +52,11 @@ class _Texts:
     def encode(self, text: str, where: str, **options: Any) -> list[int]:
         """The tokens of a text, and special ones."""
         _check_characters(text, where)
+        return list(self._call(text, where, **options).input_ids)
+
+    def _call(self, text: str, where: str, **options: Any) -> Any:
         try:
-            return list(self.tokenizer(text, **options).input_ids)
+            return self.tokenizer(text, **options)
         except Exception as error:  # tokenizers raise types of many kinds
             raise UserInputError(
                 f"the tokenizer cannot read the text: {error}", where=where
@@ -74,16 +77,36 @@ class _Texts:
             )
         return tokens
 
-    def opened(self, prompt: str, completion: str, where: str) -> list[int]:
-        """The tokens of a prompt with the special ones before it, not those after: it goes on."""
-        own = self.plain(prompt, where)
-        text, tokens = (prompt, own) if own else (completion, self.plain(completion, where))
-        whole = self.encode(text, where)
-        for size in range(len(whole) - len(tokens) + 1):
-            if whole[size : size + len(tokens)] == tokens:
-                return whole[:size] + own
+    def joint(self, prompt: str, completion: str, where: str) -> tuple[list[int], int]:
+        """The tokens of a prompt with its completion, and how many of them are the prompt's.
+
+        Tokenizers do not cut a text at a prompt's end: `Answer: ` and `4` are two tokens of the
+        joint text, and three of the two parts. A token in which both have characters is learned.
+        Special tokens that the tokenizer writes behind the text are left out.
+        """
+        text = prompt + completion
+        if not getattr(self.tokenizer, "is_fast", False):
+            return self._joint_by_prefix(prompt, text, where)
+        _check_characters(text, where)
+        found = self._call(
+            text, where, return_offsets_mapping=True, return_special_tokens_mask=True
+        )
+        own = [i for i, special in enumerate(found.special_tokens_mask) if not special]
+        learned = [i for i in own if not prompt or found.offset_mapping[i][1] > len(prompt)]
+        tokens = list(found.input_ids)[: own[-1] + 1 if own else 0]
+        return tokens, learned[0] if learned else len(tokens)
+
+    def _joint_by_prefix(self, prompt: str, text: str, where: str) -> tuple[list[int], int]:
+        """The same of a tokenizer that does not say where its tokens stand in a text."""
+        own, first = self.plain(text, where), self.plain(prompt, where)
+        pairs = enumerate(zip(own, first, strict=False))
+        begin = next((i for i, (a, b) in pairs if a != b), min(len(own), len(first)))
+        written = self.encode(text, where)
+        for size in range(len(written) - len(own) + 1):
+            if written[size : size + len(own)] == own:
+                return written[: size + len(own)], size + begin
         raise UserInputError(
-            "the tokenizer reads the prompt in another way without special tokens",
+            "the tokenizer reads the text in another way without special tokens",
             where=where,
             hint='give token ids: {"input_ids": […], "labels": […]}',
         )
@@ -282,11 +305,11 @@ def _from_text(row: dict[str, Any], texts: _Texts, where: str) -> Example:
 
 def _from_completion(row: dict[str, Any], texts: _Texts, where: str) -> Example:
     prompt, completion = (_string(row, key, where) for key in ("prompt", "completion"))
-    learned = texts.plain(completion, where)
-    if not learned:
+    tokens, begin = texts.joint(prompt, completion, where)
+    if begin == len(tokens):
         return Example((), ())
-    before, learned = texts.opened(prompt, completion, where), texts.ended(learned)
-    return Example((*before, *learned), (*[IGNORED] * len(before), *learned))
+    tokens = texts.ended(tokens)
+    return Example(tuple(tokens), (*[IGNORED] * begin, *tokens[begin:]))
 
 
 def _from_messages(row: dict[str, Any], texts: _Texts, where: str) -> Example:

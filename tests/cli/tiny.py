@@ -39,7 +39,7 @@ def write_model(folder: Path, *, layers: int = 2) -> Path:
 def write_data(path: Path) -> Path:
     """Write words and their kind."""
     rows = [
-        {"prompt": f"{word} is a", "completion": kind}
+        {"prompt": f"{word} is a", "completion": f" {kind}"}
         for kind, words in (("colour", WORDS[:3]), ("number", WORDS[3:6]))
         for word in words
     ]

@@ -144,7 +144,7 @@ def _read_tokenizer(folder: Path) -> str:
         return digest(None)
     reader = LineReader(tokenizer=tokenizer, max_length=32)
     turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "a colour"}]
-    rows = [{"prompt": "red is", "completion": "a colour"}, {"messages": turns}]
+    rows = [{"prompt": "red is", "completion": " a colour"}, {"messages": turns}]
     return digest([reader.read(json.dumps(row), "row") for row in rows])
 
 
@@ -422,7 +422,7 @@ def _read_peft(folder: Path) -> str:
 def _jsonl(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"prompt": "red is a", "completion": "colour"},
+        {"prompt": "red is a", "completion": " colour"},
         {"text": "one is a number"},
         {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "a"}]},
         {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},

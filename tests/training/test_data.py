@@ -59,7 +59,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_prompt_carries_no_loss(path: Path) -> None:
-    example = only(path, {"prompt": "a bb ccc", "completion": "dddd"})
+    example = only(path, {"prompt": "a bb ccc", "completion": " dddd"})
     assert example.tokens == (1, 2, 3, 4, 99)
     assert example.labels == (IGNORED, IGNORED, IGNORED, 4, 99)
 
@@ -87,7 +87,7 @@ def test_token_ids_need_no_tokenizer(path: Path) -> None:
 
 
 def test_truncation_keeps_the_completion_and_is_counted(path: Path) -> None:
-    write(path, {"prompt": "a bb ccc", "completion": "dddd"}, {"text": "a bb ccc dddd"})
+    write(path, {"prompt": "a bb ccc", "completion": " dddd"}, {"text": "a bb ccc dddd"})
     data = load_examples(path, Words(), max_length=3)
     assert data.truncated == 2
     assert data.examples[0].tokens == (3, 4, 99)
@@ -96,7 +96,7 @@ def test_truncation_keeps_the_completion_and_is_counted(path: Path) -> None:
 
 def test_prompts_are_learned_too_where_asked(path: Path) -> None:
     turns = [{"role": r, "content": "a bb"} for r in ("user", "assistant")]
-    write(path, {"prompt": "a bb", "completion": "ccc"}, {"messages": turns}, {"text": "a bb"})
+    write(path, {"prompt": "a bb", "completion": " ccc"}, {"messages": turns}, {"text": "a bb"})
     data = load_examples(path, Words(), max_length=50, learn="everything")
     assert all(example.labels == example.tokens for example in data.examples)
     assert data.examples[0].tokens == (1, 2, 3, 99)
@@ -256,7 +256,7 @@ def test_a_tokenizer_that_fails_is_reported_with_the_line(path: Path) -> None:
 def test_special_tokens_stand_where_a_text_begins_and_ends(
     path: Path, library_tokenizer: Any
 ) -> None:
-    pair = {"prompt": "a bb", "completion": "bb"}
+    pair = {"prompt": "a bb", "completion": " bb"}
     assert only(path, {"text": "a bb"}, library_tokenizer).tokens == (1, 3, 4, 2)
     assert only(path, pair, library_tokenizer) == Example((1, 3, 4, 4, 2), (*[IGNORED] * 3, 4, 2))
     assert only(path, {"text": "a bb"}, Marking()).labels == (98, 1, 2, 99)
@@ -264,7 +264,7 @@ def test_special_tokens_stand_where_a_text_begins_and_ends(
     begun = only(path, {"prompt": "", "completion": "bb"}, Marking())
     assert begun == Example((98, 2, 99), (IGNORED, 2, 99))
     # what a text itself says stays: of a prompt all, at the end once
-    said = only(path, {"prompt": "a </s>", "completion": "bb </s>"}, library_tokenizer)
+    said = only(path, {"prompt": "a </s>", "completion": " bb </s>"}, library_tokenizer)
     assert said.tokens == (1, 3, 2, 4, 2)
 
 
@@ -273,7 +273,7 @@ def test_a_tokenizer_without_an_end_gets_none(path: Path) -> None:
         eos_token_id = None
 
     assert only(path, {"text": "a bb"}, Endless()).tokens == (98, 1, 2, 99)
-    assert only(path, {"prompt": "a", "completion": "bb"}, Endless()).tokens == (98, 1, 2)
+    assert only(path, {"prompt": "a", "completion": " bb"}, Endless()).tokens == (98, 1, 2)
 
 
 def test_a_tokenizer_that_cannot_be_followed_is_refused(path: Path) -> None:
