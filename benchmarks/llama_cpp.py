@@ -32,7 +32,7 @@ from qalora_compile.cli.ui import console, print_summary, print_table
 from qalora_compile.exporters.gguf_metadata import copy_metadata
 from qalora_compile.ir.program import Program
 from qalora_compile.runtime import LanguageModel, open_session
-from qalora_compile.tokenizer import load_tokenizer
+from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 EXAMPLES = """examples:
   python -m benchmarks.llama_cpp --build llama-venv FOLDED

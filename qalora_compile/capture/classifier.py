@@ -18,7 +18,7 @@ from qalora_compile.capture.source import (
 )
 from qalora_compile.capture.stored.folder import is_quantized
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.tokenizer import load_tokenizer
+from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 
 def load_classifier(reference: str, classes: Sequence[str], *, seed: int = 0) -> Source:

@@ -10,10 +10,10 @@ from torch import nn
 from qalora_compile.capture.sizes import check_gguf_sizes
 from qalora_compile.capture.skeleton import build_skeleton, skeleton_of, transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.gguf_header import check_gguf
 from qalora_compile.ir.description import Description
 from qalora_compile.optional import require
 from qalora_compile.untrusted import read_json
+from qalora_compile.untrusted.gguf_header import check_gguf
 
 METADATA_FILE = "metadata.gguf"
 """In a folder with `config.json`: the metadata of the GGUF file that the model came from."""

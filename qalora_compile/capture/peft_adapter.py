@@ -29,8 +29,8 @@ from qalora_compile.config import one_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.low_rank import LowRankUpdate
 from qalora_compile.ir.storage import load_tensors
-from qalora_compile.patterns import matches
 from qalora_compile.untrusted import quoted, read_object
+from qalora_compile.untrusted.patterns import matches
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = (
     "adapter_config.json",

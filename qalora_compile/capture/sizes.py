@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.gguf_header import Header
-from qalora_compile.safetensors_header import read_header
 from qalora_compile.untrusted import quoted
+from qalora_compile.untrusted.gguf_header import Header
+from qalora_compile.untrusted.safetensors_header import read_header
 
 MOST_LAYERS, LARGEST_SIZE = 1_000, 1 << 20
 """Of a model whose weights are not at hand. Transformers of 2026 have up to 130 layers, and

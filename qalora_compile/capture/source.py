@@ -30,12 +30,12 @@ from qalora_compile.capture.skeleton import model_class, transformers_module
 from qalora_compile.capture.stored.folder import is_quantized, load_stored
 from qalora_compile.capture.stored.gguf import read_gguf_codes
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.gguf_header import check_gguf
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.optional import require
-from qalora_compile.tokenizer import load_tokenizer
 from qalora_compile.untrusted import check_folder
+from qalora_compile.untrusted.gguf_header import check_gguf
+from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _GGUF_MAGIC = b"GGUF"

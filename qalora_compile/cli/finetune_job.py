@@ -42,7 +42,6 @@ from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program, replace_adapters, write_program
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
-from qalora_compile.tokenizer import load_tokenizer
 from qalora_compile.training.batches import Batches
 from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.checkpoint import (
@@ -66,6 +65,7 @@ from qalora_compile.training.report import (
 )
 from qalora_compile.training.samples import answers, questions
 from qalora_compile.training.spec import FitSpec
+from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 TRAINING, INTERRUPTED, FINISHED, FAILED = "training", "interrupted", "finished", "failed"
 _ASKED = 6

@@ -18,9 +18,9 @@ from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from qalora_compile.ir.plan import QUANTIZE, Site
 from qalora_compile.ir.program import FOLDED, Program
 from qalora_compile.ir.program_record import PROGRAM_FILE
-from qalora_compile.onnx_file import check_onnx
 from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
 from qalora_compile.untrusted import parse_json, quoted
+from qalora_compile.untrusted.onnx_file import check_onnx
 
 NAME = "inspect"
 SUMMARY = "show what was quantized, how, and why: one row a layer"

@@ -10,9 +10,9 @@ from typing import Any
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.gguf_tokenizers import write_tokenizer
 from qalora_compile.files.marks import GGUF_KEY
-from qalora_compile.gguf_header import check_gguf
 from qalora_compile.ir.description import Description
 from qalora_compile.optional import require
+from qalora_compile.untrusted.gguf_header import check_gguf
 
 _PURPOSE = "write GGUF files"
 _OWN = (

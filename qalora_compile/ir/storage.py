@@ -41,8 +41,8 @@ from qalora_compile.ir.program_record import (
     write_record,
 )
 from qalora_compile.ir.signature import Signature, input_spec
-from qalora_compile.safetensors_header import check_types, read_header
 from qalora_compile.sealed import digest_of_file
+from qalora_compile.untrusted.safetensors_header import check_types, read_header
 
 _SMALL_ELEMENTS = 4096
 _DTYPES = {

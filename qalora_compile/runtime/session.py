@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.onnx_file import check_onnx
 from qalora_compile.optional import require
 from qalora_compile.runtime.library import kernel_level, register
 from qalora_compile.untrusted import quoted
+from qalora_compile.untrusted.onnx_file import check_onnx
 
 QDQ_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.tokenizer import render_chat
 from qalora_compile.training.examples import IGNORED, Example
 from qalora_compile.untrusted import parse_json
+from qalora_compile.untrusted.tokenizer import render_chat
 
 COMPLETIONS, EVERYTHING = "completions", "everything"
 LEARN = (COMPLETIONS, EVERYTHING)

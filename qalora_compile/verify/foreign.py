@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.storage import load_tensors
-from qalora_compile.patterns import is_harmless
 from qalora_compile.untrusted import quoted, read_json
+from qalora_compile.untrusted.patterns import is_harmless
 
 _COMPRESSED = "compressed_tensors"
 _MODULES = {

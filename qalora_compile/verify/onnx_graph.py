@@ -9,9 +9,9 @@ import numpy as np
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
-from qalora_compile.onnx_file import check_onnx
 from qalora_compile.optional import require
 from qalora_compile.untrusted import parse_json
+from qalora_compile.untrusted.onnx_file import check_onnx
 from qalora_compile.verify.graph import ONNX, Graph, Node, Ref, SiteRow, Tensor, text_of
 from qalora_compile.verify.onnx_bodies import body_of, graphs_of
 from qalora_compile.verify.onnx_lookups import lookup_values

@@ -12,9 +12,9 @@ from torch import Tensor
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY
 from qalora_compile.ir.signature import Signature
-from qalora_compile.onnx_file import check_onnx
 from qalora_compile.optional import require
 from qalora_compile.untrusted import parse_json
+from qalora_compile.untrusted.onnx_file import check_onnx
 
 LEVELS = {
     "disabled": "ORT_DISABLE_ALL",

@@ -17,7 +17,7 @@ import numpy as np
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.optional import require
-from qalora_compile.safetensors_header import check_types
+from qalora_compile.untrusted.safetensors_header import check_types
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

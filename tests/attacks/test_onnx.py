@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qalora_compile as qc
-from qalora_compile.onnx_file import MAX_DEPTH, check_onnx
 from qalora_compile.runtime.session import open_session
+from qalora_compile.untrusted.onnx_file import MAX_DEPTH, check_onnx
 from qalora_compile.verify.onnx_graph import read_onnx_graph
 from qalora_compile.verify.onnx_session import OnnxSession
 from tests.attacks.onnx_files import X, Y, external, model, weight, write

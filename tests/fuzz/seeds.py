@@ -136,8 +136,8 @@ def _tokens(tokenizer: Any) -> Any:
 
 
 def _read_tokenizer(folder: Path) -> str:
-    from qalora_compile.tokenizer import load_tokenizer
     from qalora_compile.training.lines import LineReader
+    from qalora_compile.untrusted.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:

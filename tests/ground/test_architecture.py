@@ -11,18 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qalora_compile"
 ROOT_NAME = "qalora_compile"
-FOREIGN = {"safetensors_header", "gguf_header", "onnx_file", "patterns"}
-"""What is checked of foreign files before a library is given them."""
-CORE = {
-    "errors",
-    "config",
-    "optional",
-    "progress",
-    "files",
-    "untrusted",
-    "sealed",
-    "tokenizer",
-} | FOREIGN
+CORE = {"errors", "config", "optional", "progress", "files", "untrusted", "sealed"}
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
     "ir": CORE | {"ir"},
@@ -31,7 +20,7 @@ ALLOWED = {
     "exporters": CORE | {"exporters", "ir"},
     "capture": CORE | {"capture", "ir"},
     "verify": CORE | {"verify", "ir"},
-    "runtime": {"runtime", "errors", "optional", "untrusted", "onnx_file"},
+    "runtime": {"runtime", "errors", "optional", "untrusted"},
     "pages": {"pages", "errors", "files", "optional"},
     "training": CORE | {"training", "passes", "pages", "ir"},
     "testing": CORE | {"testing", "verify", "passes", "ir"},

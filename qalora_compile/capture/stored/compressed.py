@@ -33,8 +33,8 @@ from qalora_compile.capture.stored.base import (
 )
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.stored_codes import StoredWeight
-from qalora_compile.patterns import matches
 from qalora_compile.untrusted import quoted
+from qalora_compile.untrusted.patterns import matches
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
 _ZERO = "weight_zero_point"

@@ -25,10 +25,10 @@ import torch
 from numpy.typing import NDArray
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.gguf_header import check_gguf
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.stored_codes import StoredCodes, StoredWeight
 from qalora_compile.optional import require
+from qalora_compile.untrusted.gguf_header import check_gguf
 
 _BLOCK = 32
 _FLOAT = ("F16", "F32", "F64", "BF16")

@@ -41,8 +41,8 @@ from qalora_compile.capture.stored.base import (
 from qalora_compile.config import one_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.stored_codes import StoredWeight
-from qalora_compile.patterns import matches
 from qalora_compile.untrusted import quoted
+from qalora_compile.untrusted.patterns import matches
 
 V1, V2, FLOAT_ZERO, FLOAT_OFFSET = "v1", "v2", "float", "offset"
 ZERO_POINTS = (V1, V2, FLOAT_ZERO, FLOAT_OFFSET)

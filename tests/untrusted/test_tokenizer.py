@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from qalora_compile import tokenizer as module
 from qalora_compile.errors import UserInputError
-from qalora_compile.tokenizer import has_tokenizer, load_tokenizer, render_chat
+from qalora_compile.untrusted import tokenizer as module
+from qalora_compile.untrusted.tokenizer import has_tokenizer, load_tokenizer, render_chat
 
 MESSAGES = [{"role": "user", "content": "Hello [/red]"}]
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.patterns import matches
+from qalora_compile.untrusted.patterns import matches
 
 ATOMS = st.sampled_from(["a", "b", ".", r"\.", r"\d", r"\w", "[ab]", "[^a]", "[a-c0]", "^", "$"])
 PATTERNS = st.recursive(
