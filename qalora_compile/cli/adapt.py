@@ -32,6 +32,7 @@ from qalora_compile.cli.ui import Steps, print_summary, steps
 from qalora_compile.config import CALIBRATED, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, reserve
+from qalora_compile.ir.ends import ends_to_json
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.low_rank import LowRankUpdate
 from qalora_compile.ir.program import Program
@@ -128,10 +129,13 @@ def _adapt(options: argparse.Namespace) -> int:
         with atomic_folder(out, overwrite=options.overwrite) as folder:
             write_program(program, folder)
             save_tokenizer(source.tokenizer, folder)
-            save_description(
-                source.model, folder, Path(source.reference) if source.kind == "gguf" else None
+            ends = save_description(
+                source.model,
+                folder,
+                Path(source.reference) if source.kind == "gguf" else None,
+                tokenizer=source.tokenizer,
             )
-            write_run_file(folder, record)
+            write_run_file(folder, record | {"ends": ends_to_json(ends)})
     print_reports(reports)
     print_summary(
         "adapt",

@@ -33,16 +33,17 @@ from qalora_compile.exporters.genai import (
     context_length,
     decoder_length,
     decoder_start,
-    end_tokens,
     genai_config,
     genai_whisper_config,
 )
 from qalora_compile.exporters.hf_folder import copy_tokenizer
 from qalora_compile.files import atomic_folder, keep_parts, write_json
+from qalora_compile.ir.ends import Ends, end_tokens, ends_from_json, ends_to_json, with_ends
 from qalora_compile.ir.program import Program
 from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
 from qalora_compile.sealed import write_sealed
 from qalora_compile.untrusted import read_json
+from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 RECORD_FILE, MODEL_FILE = "qalora.json", "model.onnx"
 FORMAT, VERSION = "qalora-edge", 2
@@ -167,6 +168,8 @@ def write_edge(out: Path, parts: EdgeParts, *, overwrite: bool) -> tuple[ExportR
 def _write_parts(folder: Path, parts: EdgeParts) -> list[str]:
     written = [RECORD_FILE]
     description = _description(parts.description)
+    ends = _ends(parts, description)
+    description["generation"] = with_ends(description["generation"], ends)
     if parts.library is not None:
         shutil.copy2(parts.library, folder / parts.library.name)
         written.append(parts.library.name)
@@ -177,8 +180,18 @@ def _write_parts(folder: Path, parts: EdgeParts) -> list[str]:
     if parts.program.signature.cache:
         genai = _write_genai(folder, parts, description)
         written.append(CONFIG_FILE if genai == "yes" else f"no {CONFIG_FILE} ({genai})")
-    write_sealed(folder / RECORD_FILE, _edge_record(parts, description, genai))
+    record = _edge_record(parts, description, genai)
+    said = {"end_tokens": list(ends), "end_tokens_from": ends_to_json(ends)}
+    write_sealed(folder / RECORD_FILE, record | said)
     return written
+
+
+def _ends(parts: EdgeParts, description: Mapping[str, Any]) -> Ends:
+    """The tokens at which a text ends: those of the record of a training, or of the model."""
+    recorded = ends_from_json(parts.record.get("ends"))
+    tokenizer = None if recorded else load_tokenizer(parts.tokenizer)
+    found = end_tokens(description["model"], description["generation"], tokenizer=tokenizer)
+    return recorded or found
 
 
 def read_edge_record(folder: Path) -> dict[str, Any]:
@@ -233,7 +246,6 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
         "files": list(parts.graphs),
         "in_both_files": parts.in_both(),
         "decoder_start": [] if whole else decoder_start(model, generation),
-        "end_tokens": end_tokens(model, generation),
         "kv_cache": cached,
         "genai": genai,
         "export": parts.spec.to_json(),

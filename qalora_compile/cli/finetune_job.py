@@ -38,6 +38,7 @@ from qalora_compile.cli.ui import Steps
 from qalora_compile.config import AUTO, CALIBRATED
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder
+from qalora_compile.ir.ends import ends_to_json
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program, replace_adapters, write_program
@@ -50,7 +51,7 @@ from qalora_compile.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from qalora_compile.training.data import Dataset, load_examples
+from qalora_compile.training.data import Dataset, load_examples, taught_ends
 from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
 from qalora_compile.training.examples import Example
 from qalora_compile.training.fit import FitState
@@ -242,10 +243,14 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
     with atomic_folder(out, overwrite=options.overwrite) as folder:
         write_program(program, folder)
         save_tokenizer(source.tokenizer, folder)
-        save_description(
-            source.model, folder, Path(source.reference) if source.kind == "gguf" else None
+        ends = save_description(
+            source.model,
+            folder,
+            Path(source.reference) if source.kind == "gguf" else None,
+            tokenizer=source.tokenizer,
+            taught=[] if classes else taught_ends(data, source.tokenizer),
         )
-        write_run_file(folder, record)
+        write_run_file(folder, record | {"ends": ends_to_json(ends)})
     return _Begun(program, trained, data, batches, held_out, tuple(reports))
 
 

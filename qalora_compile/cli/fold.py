@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         with atomic_folder(place, overwrite=options.overwrite or not report.passed) as folder:
             write_program(folded, folder)
             copy_parts(source, folder)
-            kept = ("model", "quant", "embeddings", "adapter", "reading", "status", "step")
+            kept = ("model", "quant", "embeddings", "adapter", "reading", "status", "step", "ends")
             verified = {"fold": report.summary()}
             write_run_file(
                 folder, {k: record[k] for k in kept if k in record} | {"verified": verified}

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qalora_compile import __version__
-from qalora_compile.capture.description import CONFIG_FILE, METADATA_FILE, model_config
+from qalora_compile.capture.description import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    METADATA_FILE,
+    model_config,
+)
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.gguf_metadata import write_metadata_file
 from qalora_compile.files import write_json
+from qalora_compile.ir.ends import Ends, end_tokens, with_ends
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program
 from qalora_compile.sealed import read_sealed, write_sealed
-from qalora_compile.untrusted import check_folder, quoted
+from qalora_compile.untrusted import check_folder, quoted, read_object
 
 RUN_FILE = "run.json"
 TOKENIZER = "tokenizer"
@@ -94,23 +101,46 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder / TOKENIZER)
 
 
-def save_description(model: Any, folder: Path, gguf: Path | None = None) -> None:
+def save_description(
+    model: Any,
+    folder: Path,
+    gguf: Path | None = None,
+    *,
+    tokenizer: Any = None,
+    taught: Sequence[int] = (),
+) -> Ends:
     """Write `config.json` and `generation_config.json` of a transformers model, and no weights.
 
     They describe the model to be captured again, with a key-value cache; other models have none.
     Of the GGUF file that a model came from, the metadata are kept beside them, to be written into
     another.
+
+    Args:
+        model: The model.
+        folder: To write into.
+        gguf: The GGUF file that the model came from.
+        tokenizer: Its tokenizer, or None.
+        taught: Tokens that training teaches as the end of an answer.
+
+    Returns:
+        The tokens at which a text of a generating model ends, which its generation settings name.
     """
     value = model_config(model)
     if value is None:
-        return
+        return {}
     (folder / MODEL).mkdir()
     write_json(folder / MODEL / CONFIG_FILE, value)
     generation: Any = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder / MODEL)
     if gguf is not None:
         write_metadata_file(gguf, folder / MODEL / METADATA_FILE)
+    if generation is None:
+        return {}
+    generation.save_pretrained(folder / MODEL)
+    path = folder / MODEL / GENERATION_FILE
+    settings = read_object(path)
+    ends = end_tokens(value, settings, tokenizer=tokenizer, taught=taught)
+    write_json(path, with_ends(settings, ends))
+    return ends
 
 
 def copy_parts(source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from qalora_compile.runtime.encoder_decoder import ENCODER_FILE, EncoderDecoder
 from qalora_compile.runtime.language_model import LanguageModel, Sampling
 from qalora_compile.runtime.memory import peak_memory
 from qalora_compile.runtime.session import open_session
+from qalora_compile.training.lines import prompt_tokens
 from qalora_compile.untrusted.tokenizer import load_tokenizer, render_chat
 
 NAME = "generate"
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserInputError(
             "the folder holds no tokenizer", where=str(folder), hint="export a model that has one"
         )
-    prompt = _tokens(tokenizer, options)
+    prompt = _tokens(tokenizer, options, encodes=isinstance(model, EncoderDecoder))
     own = tokenizer.eos_token_id
     stop = [*record.get("end_tokens", ()), *([] if own is None else [own])]
     started = time.monotonic()
@@ -131,11 +132,15 @@ def _rate(count: int, seconds: float) -> str:
     return f"{count / seconds:.1f}" if count > 0 and seconds > 0 else "only one token"
 
 
-def _tokens(tokenizer: Any, options: argparse.Namespace) -> list[int]:
+def _tokens(tokenizer: Any, options: argparse.Namespace, *, encodes: bool) -> list[int]:
+    """The tokens of the prompt, as training has them: an encoder reads a text with its end."""
     text = options.prompt
     if options.chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UserInputError("the tokenizer has no chat template", hint="leave --chat out")
         messages = [{"role": "user", "content": text}]
         text = render_chat(tokenizer, messages, prompt=True, where=options.folder)
-    return list(tokenizer(text, add_special_tokens=not options.chat).input_ids)
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+    if encodes:
+        return list(tokenizer(text).input_ids)
+    return prompt_tokens(tokenizer, text)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qalora_compile.errors import UnsupportedError
+from qalora_compile.ir.ends import end_tokens
 from qalora_compile.ir.signature import PAST, InputLeaf, Signature
 
 CONFIG_FILE = "genai_config.json"
@@ -90,12 +91,6 @@ def decoder_start(model: Mapping[str, Any], generation: Mapping[str, Any]) -> li
     return (
         [token for token in (start, forced) if isinstance(token, int)] if start is not None else []
     )
-
-
-def end_tokens(model: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
-    """Tokens that end an answer; there may be several. Generation settings win."""
-    found = generation.get("eos_token_id", model.get("eos_token_id"))
-    return [token for token in (found if isinstance(found, list) else [found]) if token is not None]
 
 
 def genai_config(

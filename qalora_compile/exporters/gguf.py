@@ -44,6 +44,7 @@ from qalora_compile.exporters.gguf_metadata import (
     copy_metadata,
     has_frequency_factors,
     write_described,
+    write_turn_end,
 )
 from qalora_compile.exporters.gguf_tokenizers import tokenizer_notes
 from qalora_compile.files.marks import GGUF_KEY
@@ -136,6 +137,7 @@ def write_gguf(checkpoint: Checkpoint, path: Path, spec: ExportSpec) -> list[Sto
             copy_metadata(description.gguf, writer)
         else:
             write_described(description, parameters, writer)
+        write_turn_end(description, writer)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for entry in entries:

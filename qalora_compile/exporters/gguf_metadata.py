@@ -15,6 +15,7 @@ from qalora_compile.optional import require
 from qalora_compile.untrusted.gguf_header import check_gguf
 
 _PURPOSE = "write GGUF files"
+_EOT = "tokenizer.ggml.eot_token_id"
 _OWN = (
     *("general.architecture", "general.file_type", "general.quantization_version"),
     GGUF_KEY,
@@ -172,6 +173,21 @@ def write_described(description: Description, parameters: int, writer: Any) -> N
             where=str(description.tokenizer),
             hint="load it with transformers and save it again, which writes one",
         )
+
+
+def write_turn_end(description: Description, writer: Any) -> None:
+    """Name a further token that ends an answer, beside the one that ends a text.
+
+    llama.cpp has a key for the end of a turn; what training taught is the last of the tokens that
+    the generation settings name (`ir.ends`).
+    """
+    gguf = require("gguf", extra="hf", purpose=_PURPOSE)
+    known = {name: value.value for part in writer.kv_data for name, value in part.items()}
+    end = known.get(gguf.Keys.Tokenizer.EOS_ID)
+    named = (description.generation or {}).get("eos_token_id")
+    others = [token for token in (named if isinstance(named, list) else [named]) if token != end]
+    if end is not None and others and others[-1] is not None and _EOT not in known:
+        writer.add_eot_token_id(int(others[-1]))
 
 
 def _write_shape(settings: Mapping[str, Any], writer: Any) -> None:

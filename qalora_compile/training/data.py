@@ -7,8 +7,10 @@ ones are tokenized once into a cache folder and read from there (`training.corpu
 from __future__ import annotations
 
 import glob
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from qalora_compile.training.examples import IGNORED, Example
 from qalora_compile.training.lines import COMPLETIONS, LineReader, class_name, parse_line
 from qalora_compile.untrusted import check_regular
 
+_LOOKED_AT = 1000
 Paths = str | Path | Sequence[str | Path]
 
 
@@ -250,3 +253,25 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise UserInputError(
             f"the data file is not UTF-8: {error}", where=f"{path}:{number}"
         ) from error
+
+
+def taught_ends(data: Dataset, tokenizer: Any) -> list[int]:
+    """The tokens that the examples teach as the end of an answer, the most frequent first.
+
+    Of an example that is the last special token that carries loss (a chat's template may put a line
+    break behind it); of examples without a tokenizer, the last token, if all share it. The first
+    1,000 examples are looked at.
+
+    Args:
+        data: What is learned.
+        tokenizer: What it was tokenized with, or None.
+    """
+    learned = [_learned(example) for example in islice(data.examples, _LOOKED_AT)]
+    if tokenizer is None:
+        last = {labels[-1] for labels in learned if labels}
+        return list(last) if len(last) == 1 and len(learned) > 1 else []
+    special = set(tokenizer.all_special_ids)
+    counts = Counter(
+        next((label for label in reversed(labels) if label in special), None) for labels in learned
+    )
+    return [token for token, _ in counts.most_common() if token is not None]

@@ -122,6 +122,15 @@ class _Texts:
         return self.plain(text, where)
 
 
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt as training has it: special tokens before it, and none behind, where it goes on.
+
+    Raises:
+        UserInputError: the tokenizer cannot read it.
+    """
+    return _Texts(tokenizer).joint(prompt, "", "the prompt")[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LineReader:
     """Makes examples of lines.
