@@ -237,7 +237,9 @@ def compare_greedy(
     deployed = list(int4.generate(prompt, max_new_tokens=size.new_tokens))
     same = sum(a == b for a, b in zip(reference, deployed, strict=True))
     results.rows["greedy tokens equal, torch and ONNX Runtime"] = f"{same} of {len(reference)}"
-    results.rows["continuation"] = repr(source.tokenizer.decode(deployed)[:120])
+    end = source.tokenizer.eos_token_id
+    answer = deployed[: deployed.index(end)] if end in deployed else deployed
+    results.rows["answer"] = repr(source.tokenizer.decode(answer)[:120])
     results.check("greedy equal", same == len(reference))
 
 

@@ -128,7 +128,11 @@ def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     Raises:
         UserInputError: the tokenizer cannot read it.
     """
-    return _Texts(tokenizer).joint(prompt, "", "the prompt")[0]
+    texts, where = _Texts(tokenizer), "the prompt"
+    if texts.plain(prompt, where):
+        return texts.joint(prompt, "", where)[0]
+    tokens, begin = texts.joint("", "a", where)  # any text shows what stands before one
+    return tokens[:begin]
 
 
 @dataclass(frozen=True, kw_only=True)

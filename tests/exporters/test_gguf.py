@@ -201,6 +201,20 @@ def test_metadata_and_tokenizer_are_complete(tmp_path: Path) -> None:
     assert source.tokenizer(text).input_ids == own(text).input_ids
 
 
+@pytest.mark.parametrize(("ends", "turn"), [([0, 7], 7), ([0], None), (0, None), ([5, 0, 9], 9)])
+def test_a_further_end_of_an_answer_is_the_end_of_a_turn(
+    tmp_path: Path, ends: Any, turn: int | None
+) -> None:
+    model, program = llama_and_program()
+    settings: Any = model.generation_config
+    settings.eos_token_id = ends
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    path = tmp_path / "model.gguf"
+    qc.export_model(program, path, GGUF, model=model, tokenizer=tokenizer)
+    assert fields(path)["tokenizer.ggml.eos_token_id"] == 0
+    assert fields(path).get("tokenizer.ggml.eot_token_id") == turn
+
+
 def test_a_file_of_metadata_alone_serves_as_description(tmp_path: Path) -> None:
     model, program = llama_and_program()
     tokenizer = write_tokenizer(tmp_path / "tokenizer", digits=False)
