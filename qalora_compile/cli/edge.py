@@ -187,11 +187,11 @@ def _write_parts(folder: Path, parts: EdgeParts) -> list[str]:
 
 
 def _ends(parts: EdgeParts, description: Mapping[str, Any]) -> Ends:
-    """The tokens at which a text ends: those of the record of a training, or of the model."""
+    """The tokens at which a text ends: those of the record of a training, and of the model."""
     recorded = ends_from_json(parts.record.get("ends"))
     tokenizer = None if recorded else load_tokenizer(parts.tokenizer)
     found = end_tokens(description["model"], description["generation"], tokenizer=tokenizer)
-    return recorded or found
+    return recorded | {token: found[token] for token in found if token not in recorded}
 
 
 def read_edge_record(folder: Path) -> dict[str, Any]:

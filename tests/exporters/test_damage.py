@@ -17,7 +17,9 @@ from torch import Tensor, nn
 import qalora_compile as qc
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
+from qalora_compile.ir.program_record import admit_file
 from qalora_compile.ir.storage import load_tensors, save_tensors
+from qalora_compile.sealed import digest_of_file
 from qalora_compile.verify import Tolerance, prove_equivalence, verify_equivalence
 from qalora_compile.verify.inputs import sample_inputs
 from qalora_compile.verify.numeric import compare_nodes
@@ -91,7 +93,9 @@ def test_export_refuses_a_folder_with_nan(
     (source / "run.json").write_text(json.dumps({"format": "qalora-run", "version": 1}), "utf-8")
     tensors = load_tensors(source / "quantized.safetensors")
     tensors[name].view(-1)[3] = math.nan
-    save_tensors(tensors, source / "quantized.safetensors")
+    path = source / "quantized.safetensors"
+    save_tensors(tensors, path)
+    admit_file(source, path.name, [digest_of_file(path)])  # as if it had been written so
     words = ["export", str(source), "--out", str(tmp_path / "out"), "--target", target]
     assert main(words) == 2
     assert name in capsys.readouterr().err
