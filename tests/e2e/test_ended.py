@@ -28,8 +28,8 @@ def ended(what: str, root: Path, count: int, *names: str, timeout: int = 1200) -
         timeout=timeout,
     )
     assert found.returncode == 0, found.stderr[-2000:]
-    rows: list[Any] = json.loads(found.stdout.splitlines()[-1])
-    return rows
+    lines = found.stdout.splitlines()
+    return [json.loads(line.removeprefix("row: ")) for line in lines if line.startswith("row: ")]
 
 
 def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
