@@ -56,6 +56,10 @@ test-arithmetic: $(VENV)/installed-dev ## run the numeric tests as on two other 
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow $(ARGS)
 
+.PHONY: test-ended
+test-ended: $(VENV)/installed-dev ## kill commands at 50 random moments each, and fill their disk at 50 points
+	QALORA_TRIES=50 $(BIN)/python -m pytest -q -m slow tests/e2e/test_ended.py $(ARGS)
+
 .PHONY: native-check
 native-check: ## run the operator library's own tests: sanitizers, fuzzer, -O3
 	scripts/check_native.sh host
