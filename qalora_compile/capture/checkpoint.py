@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.encoder_decoder import capture_whole, is_encoder_decoder
+from qalora_compile.capture.loading import refuse_extra_layers, untie_
 from qalora_compile.capture.skeleton import build_skeleton
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.deferred import defer_to, is_deferred, keep_recipe
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import dtype_name
 from qalora_compile.ir.storage import read_headers, read_rows, read_tensor
 from qalora_compile.untrusted import member, read_json
 
@@ -42,7 +45,9 @@ def capture_checkpoint(folder: Path, *, last_logits: bool = False) -> Program:
         CaptureError: `torch.export` refused the model.
     """
     stored = _read_headers(folder)
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, {name: row.like for name, row in stored.items()})
+    refuse_extra_layers(stored, skeleton, folder)
+    notes = _untie(skeleton, stored)
     names = _stored_names(skeleton, stored)
     if is_encoder_decoder(skeleton):
         program = capture_whole(skeleton)
@@ -51,13 +56,50 @@ def capture_checkpoint(folder: Path, *, last_logits: bool = False) -> Program:
     tensors = program.tensors()
     persistent = skeleton.state_dict()  # with buffers: BART has trained ones
     made: dict[str, Tensor] = {}
+    cast: dict[tuple[torch.dtype, torch.dtype], set[str]] = defaultdict(set)
     for name, tensor in tensors.items():
         if is_deferred(tensor) or (name in stored and name in persistent):
             key = names.get(name, name)
             if key not in made:
                 made[key] = _defer(stored, key, tensor, folder)
             tensors[name] = made[key]
-    return program.evolve(graph=program.copy_graph(), tensors=tensors)
+            cast[stored[key].like.dtype, tensor.dtype].add(key)
+    notes += [
+        f"{len(keys)} tensors are {dtype_name(a)} in the files and {dtype_name(b)} by config.json: "
+        "cast, as transformers does"
+        for (a, b), keys in cast.items()
+        if a != b
+    ]
+    made_of = program.evolve(graph=program.copy_graph(), tensors=tensors)
+    return dataclasses.replace(made_of, notes=(*program.notes, *notes))
+
+
+def _untie(model: nn.Module, stored: Mapping[str, _Stored]) -> list[str]:
+    """Untie what the files hold several different tensors for; a note for each.
+
+    `tie_word_embeddings` of a configuration is often left from the base of a model whose head was
+    trained and stored (PEFT's `modules_to_save`, merges).
+    """
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups[id(parameter)].append(name)
+    notes = []
+    for tied in groups.values():
+        first, *others = [name for name in tied if name in stored] or [""]
+        apart = [name for name in others if not _equal(stored[first], first, stored[name], name)]
+        untie_(model, apart)
+        notes += [
+            f"{name} is tied to {first} by config.json, and the files hold another tensor for it: "
+            "both are used, as transformers does"
+            for name in apart
+        ]
+    return notes
+
+
+def _equal(a: _Stored, first: str, b: _Stored, second: str) -> bool:
+    return a.like.shape == b.like.shape and torch.equal(
+        read_tensor(a.path, first), read_tensor(b.path, second)
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +154,8 @@ def _defer(stored: dict[str, _Stored], name: str, wanted: Tensor, folder: Path) 
     """The parameter `name`, to be read from its file.
 
     Raises:
-        UserInputError: it is not there, or is of another shape or dtype than the model says.
+        UserInputError: it is not there, or is of another shape than the model says, or of integers
+            where that says floats.
     """
     found = stored.get(name)
     if found is None:
@@ -123,19 +166,20 @@ def _defer(stored: dict[str, _Stored], name: str, wanted: Tensor, folder: Path) 
             "and save it again, which renames them",
         )
     like = found.like
-    if (like.shape, like.dtype) != (wanted.shape, wanted.dtype):
+    floats = like.is_floating_point() and wanted.is_floating_point()
+    if like.shape != wanted.shape or (like.dtype != wanted.dtype and not floats):
         raise UserInputError(
             f"{name} is {like.dtype} {list(like.shape)} in {found.path.name}, and "
             f"{wanted.dtype} {list(wanted.shape)} by config.json",
             where=str(found.path),
         )
     if not isinstance(wanted, FakeTensor):
-        return read_tensor(found.path, name)
+        return read_tensor(found.path, name).to(wanted.dtype)
     tensor = defer_to(
-        partial(read_tensor, found.path, name),
+        lambda: read_tensor(found.path, name).to(wanted.dtype),
         wanted,
         wanted.fake_mode,
-        partial(read_rows, found.path, name),
+        lambda start, stop: read_rows(found.path, name, start, stop).to(wanted.dtype),
     )
     parameter: Tensor = keep_recipe(tensor, nn.Parameter(tensor, requires_grad=False))
     return parameter

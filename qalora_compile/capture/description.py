@@ -27,7 +27,19 @@ def model_config(model: Any) -> dict[str, Any] | None:
     if not hasattr(config, "to_dict") or not type(model).__module__.startswith("transformers."):
         return None
     value = config.to_diff_dict() | {"architectures": [type(model).__name__]}
+    if getattr(config, "tie_word_embeddings", False) and _has_own_head(model):
+        value["tie_word_embeddings"] = False
     return {k: v for k, v in value.items() if k not in ("quantization_config", "use_cache")}
+
+
+def _has_own_head(model: Any) -> bool:
+    """Whether a language model's head has other weights than the embedding, whatever it is said."""
+    if not hasattr(model, "get_output_embeddings"):
+        return False
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear) or not isinstance(table, nn.Embedding):
+        return False
+    return head.weight is not table.weight and head.weight.shape == table.weight.shape
 
 
 def describe(model: nn.Module | str | Path, *, tokenizer: str | Path | None = None) -> Description:

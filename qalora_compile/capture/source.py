@@ -24,6 +24,7 @@ from qalora_compile.capture.encoder_decoder import (
     is_encoder_decoder,
     whole_example,
 )
+from qalora_compile.capture.loading import refuse_extra_layers
 from qalora_compile.capture.model import capture_model
 from qalora_compile.capture.sizes import check_gguf_sizes
 from qalora_compile.capture.skeleton import model_class, transformers_module
@@ -191,6 +192,7 @@ def _load_float(path: Path) -> Any:
     except Exception as error:  # transformers and safetensors raise types of many kinds
         raise unreadable(path, error) from error
     missing, unknown = (sorted(map(str, found[f"{key}_keys"])) for key in ("missing", "unexpected"))
+    refuse_extra_layers(unknown, model, path)
     if not missing:
         return model
     besides = f", and has an unknown {unknown[0]}" if unknown else ""

@@ -69,6 +69,8 @@ def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -
     with steps() as shown, collecting_reports() as reports:
         shown.say("capture")
         program = capture_checkpoint(source, last_logits=options.last_logits)
+        for note in program.notes:
+            shown.say(f"note: {note}")
         program = quantize_groups(
             program,
             quant,

@@ -25,8 +25,9 @@ namespace {
 using namespace qalora::ort;
 
 constexpr const char* kOurs = "GroupQuantLinear: ";
-// What a kernel may take before it runs, whatever the node and its stated shapes say.
-constexpr int64_t kMostOfAKernel = 4096;
+// What a kernel may take before it runs, whatever the node and its stated shapes say: far below what
+// the sizes of MakeHuge would ask for, and above what a static C library takes for itself once.
+constexpr int64_t kMostOfAKernel = int64_t{1} << 20;
 
 // What fails from outside while a case runs.
 enum class Fault { kNone, kCall, kMemory };
