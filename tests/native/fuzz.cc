@@ -170,7 +170,8 @@ class Fuzzer {
     Arm(rng, 40);
     const auto run = [&] { status = op->KernelComputeV2(kernel, &c->context); };
     if (rng->OneIn(50) || fault_ == Fault::kMemory) {
-      std::thread(run).join();  // a thread's first call has to allocate
+      const SafeMemory making_the_thread;  // a static link sends its memory here too
+      std::thread(run).join();             // a thread's first call has to allocate
     } else {
       run();
     }
