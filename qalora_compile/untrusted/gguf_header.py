@@ -68,7 +68,7 @@ def check_gguf(path: Path) -> Header:
         UserInputError: the file is missing or no regular file, or no GGUF file; it is big-endian or
             cut short; a key or a tensor is named twice, by no text, or is of an unknown type;
             arrays are nested more than 8 deep; tensors overlap, are not aligned, or end behind the
-            file.
+            file; a text is no UTF-8, or there are bytes that nothing describes.
         UnsupportedError: its version is another than 2 and 3.
     """
     check_regular(path)
@@ -137,7 +137,14 @@ class _Cursor:
             if row.begin < at:
                 raise _broken(self.path, f"{name} overlaps with {before}")
             at, before = row.end, name
+        self.check_end(at if made else self.at, alignment)
         return made
+
+    def check_end(self, at: int, alignment: int) -> None:
+        """See that nothing but padding stands behind what the header describes."""
+        rest = self.size - at
+        if rest >= alignment or any(self.data[at:]):
+            raise _broken(self.path, f"{rest} bytes stand behind all that its header describes")
 
     def row(
         self, name: str, stated: tuple[int, tuple[int, ...], int], start: int, alignment: int
@@ -194,9 +201,12 @@ class _Cursor:
                 raise _broken(self.path, f"the value of {name} is neither true nor false")
             return self.number(_SCALARS[kind])
         if kind == _STRING:
-            length = self.number("<Q")
-            self.skip(length)
-            return f"text of {length} bytes"
+            raw = self.take(self.number("<Q"))
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _broken(self.path, f"a text of {name} is no UTF-8") from error
+            return f"text of {len(raw)} bytes"
         if kind != _ARRAY or depth >= _MAX_DEPTH:
             raise _broken(self.path, f"the value of {name} is of the unknown type {kind}")
         return self.array(name, depth)

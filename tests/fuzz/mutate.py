@@ -154,6 +154,10 @@ def _safetensors(draw: Draw, path: Path) -> tuple[str, str, bool]:
     return kind, detail, content
 
 
+_WIDTHS = {0: 1, 1: 1, 7: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 10: 8, 11: 8, 12: 8}
+"""Bytes of the plain types of GGUF: another of as many bytes says the same bits."""
+
+
 def _gguf(draw: Draw, path: Path) -> tuple[str, str, bool]:
     """Counts, types, sizes and offsets, by their places in the file."""
     data = bytearray(path.read_bytes())
@@ -182,7 +186,9 @@ def _gguf(draw: Draw, path: Path) -> tuple[str, str, bool]:
     new = draw(st.sampled_from(values)) % top
     data[at : at + size] = new.to_bytes(size, "little")
     path.write_bytes(data)
-    return what, f"{what} at {at}: {old} → {new}", what in ("value", "type of a tensor")
+    same = what == "type of a value" and _WIDTHS.get(old, 0) == _WIDTHS.get(new, 1)
+    content = same or what in ("value", "type of a tensor")
+    return what, f"{what} at {at}: {old} → {new}", content
 
 
 def _gguf_places(data: bytes) -> list[tuple[str, int, str]]:
