@@ -241,8 +241,9 @@ def _onnx_row(layer: Row, target: str) -> Row:
         KeyError, TypeError, ValueError: it says something else.
     """
     for name, value in layer.items():
-        known = (int, type(None)) if name in _NUMBERS else (str, list, type(None), bool)
-        if not isinstance(value, known) or (name in _NUMBERS and isinstance(value, bool)):
+        kinds = int if name in _NUMBERS else list if name == "shape" else (str, bool)
+        fits = isinstance(value, kinds) and not (name in _NUMBERS and isinstance(value, bool))
+        if value is not None and not fits:
             raise ValueError(f"{name} is {quoted(value)}")
     matrix = "×".join(str(layer[d]) for d in ("experts", "k", "n") if layer.get(d)) or None
     stored = "×".join(map(str, layer["shape"] or ())) or None
