@@ -240,7 +240,22 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         "status": TRAINING,
         "step": 0,
     } | embedding_record(embeddings)
-    with atomic_folder(out, overwrite=options.overwrite) as folder:
+    taught = [] if classes else taught_ends(data, source.tokenizer)
+    _write_run(out, program, source, record, taught, overwrite=options.overwrite)
+    return _Begun(program, trained, data, batches, held_out, tuple(reports))
+
+
+def _write_run(
+    out: Path,
+    program: Program,
+    source: Source,
+    record: dict[str, Any],
+    taught: list[int],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write a RUN folder as it is before the first step."""
+    with atomic_folder(out, overwrite=overwrite) as folder:
         write_program(program, folder)
         save_tokenizer(source.tokenizer, folder)
         ends = save_description(
@@ -248,10 +263,9 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
             folder,
             Path(source.reference) if source.kind == "gguf" else None,
             tokenizer=source.tokenizer,
-            taught=[] if classes else taught_ends(data, source.tokenizer),
+            taught=taught,
         )
         write_run_file(folder, record | {"ends": ends_to_json(ends)})
-    return _Begun(program, trained, data, batches, held_out, tuple(reports))
 
 
 def open_job(options: argparse.Namespace, spec: FitSpec, shown: Steps, processes: Processes) -> Job:

@@ -16,9 +16,11 @@ def is_sound(tensor: Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity, but for −∞ in an additive mask.
 
     A mask is what −∞ is put into on purpose: a constant without positive numbers. Integers are
-    sound; so is a deferred tensor, whose values are looked at when they are read.
+    sound; so are a deferred tensor, whose values are looked at when they are read, and one on the
+    meta device, which has none.
     """
-    if not tensor.is_floating_point() or is_deferred(tensor) or tensor.numel() == 0:
+    unread = is_deferred(tensor) or tensor.is_meta
+    if not tensor.is_floating_point() or unread or tensor.numel() == 0:
         return True
     if bool(torch.isfinite(tensor).all()):
         return True
