@@ -80,11 +80,8 @@ def _untie(model: nn.Module, stored: Mapping[str, _Stored]) -> list[str]:
     `tie_word_embeddings` of a configuration is often left from the base of a model whose head was
     trained and stored (PEFT's `modules_to_save`, merges).
     """
-    groups: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups[id(parameter)].append(name)
     notes = []
-    for tied in groups.values():
+    for tied in _tied_names(model):
         first, *others = [name for name in tied if name in stored] or [""]
         apart = [name for name in others if not _equal(stored[first], first, stored[name], name)]
         untie_(model, apart)
@@ -94,6 +91,14 @@ def _untie(model: nn.Module, stored: Mapping[str, _Stored]) -> list[str]:
             for name in apart
         ]
     return notes
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter: several where it is tied."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return list(names.values())
 
 
 def _equal(a: _Stored, first: str, b: _Stored, second: str) -> bool:
@@ -140,11 +145,8 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
 
 def _stored_names(model: nn.Module, stored: Container[str]) -> dict[str, str]:
     """Parameter → the name under which it is stored, which for a tie may be another's."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
     found: dict[str, str] = {}
-    for tied in names.values():
+    for tied in _tied_names(model):
         owner = next((name for name in tied if name in stored), tied[0])
         found |= dict.fromkeys(tied, owner)
     return found

@@ -15,7 +15,6 @@ from qalora_compile.optional import require
 from qalora_compile.untrusted.gguf_header import check_gguf
 
 _PURPOSE = "write GGUF files"
-_EOT = "tokenizer.ggml.eot_token_id"
 _OWN = (
     *("general.architecture", "general.file_type", "general.quantization_version"),
     GGUF_KEY,
@@ -182,11 +181,12 @@ def write_turn_end(description: Description, writer: Any) -> None:
     the generation settings name (`ir.ends`).
     """
     gguf = require("gguf", extra="hf", purpose=_PURPOSE)
+    keys = gguf.Keys.Tokenizer
     known = {name: value.value for part in writer.kv_data for name, value in part.items()}
-    end = known.get(gguf.Keys.Tokenizer.EOS_ID)
+    end = known.get(keys.EOS_ID)
     named = (description.generation or {}).get("eos_token_id")
     others = [token for token in (named if isinstance(named, list) else [named]) if token != end]
-    if end is not None and others and others[-1] is not None and _EOT not in known:
+    if end is not None and others and others[-1] is not None and keys.EOT_ID not in known:
         writer.add_eot_token_id(int(others[-1]))
 
 
