@@ -53,7 +53,7 @@ def capture_causal_lm(model: nn.Module, *, last_logits: bool = False) -> Program
     layers = _cache_shapes(model)
     cached = _with_cache(model, last_logits)
     kwargs = _example(model, layers)
-    axes = _axes(len(layers))
+    axes = _axes(kwargs)
     shapes = pytree.tree_map_with_path(
         lambda path, _: dict.fromkeys(axes[leaf_path(path)], Dim.DYNAMIC), kwargs
     )
@@ -71,9 +71,10 @@ def _with_cache(model: nn.Module, last_logits: bool) -> nn.Module:
 
     def forward(
         self: Any,
+        *,
         input_ids: Tensor,
         attention_mask: Tensor,
-        position_ids: Tensor | None,
+        position_ids: Tensor | None = None,
         past_key_values: list[dict[str, Tensor]],
     ) -> dict[str, Any]:
         positions = {} if position_ids is None else {"position_ids": position_ids}
@@ -208,22 +209,22 @@ def _example(model: nn.Module, layers: list[tuple[int, int, int]]) -> dict[str, 
     return {
         "input_ids": ones((_BATCH_SIZE, _SEQUENCE_SIZE)),
         "attention_mask": ones((_BATCH_SIZE, _PAST_SIZE + _SEQUENCE_SIZE)),
-        "position_ids": positions if takes else None,
+        **({"position_ids": positions} if takes else {}),  # ALiBi counts the mask's ones
         "past_key_values": past,
     }
 
 
-def _axes(layers: int) -> dict[str, dict[int, str]]:
+def _axes(inputs: dict[str, Any]) -> dict[str, dict[int, str]]:
     """The dynamic axes of each input, by name."""
     named = {
         "input_ids": {0: BATCH, 1: SEQUENCE},
         "attention_mask": {0: BATCH, 1: TOTAL},
         "position_ids": {0: BATCH, 1: SEQUENCE},
     }
-    for layer in range(layers):
+    for layer in range(len(inputs["past_key_values"])):
         for part in ("key", "value"):
             named[f"past_key_values.{layer}.{part}"] = {0: BATCH, 2: PAST}
-    return named
+    return {name: axes for name, axes in named.items() if name.partition(".")[0] in inputs}
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:

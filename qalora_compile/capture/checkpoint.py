@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Container, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.encoder_decoder import capture_whole, is_encoder_decoder
-from qalora_compile.capture.loading import refuse_extra_layers, untie_
-from qalora_compile.capture.skeleton import build_skeleton
-from qalora_compile.errors import UserInputError
-from qalora_compile.ir.deferred import defer_to, is_deferred, keep_recipe
+from qalora_compile.capture.lazy_loading import Casts, LazyTensor, load_lazily
+from qalora_compile.capture.loading import check_report, unreadable
+from qalora_compile.capture.skeleton import model_class, read_config
+from qalora_compile.errors import QaloraError, UnsupportedError, UserInputError
+from qalora_compile.ir.deferred import is_deferred, is_placeholder, materialize
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import dtype_name
 from qalora_compile.ir.storage import read_headers, read_rows, read_tensor
@@ -44,79 +46,90 @@ def capture_checkpoint(folder: Path, *, last_logits: bool = False) -> Program:
         UnsupportedError: the architecture is none of transformers, or has no such cache.
         CaptureError: `torch.export` refused the model.
     """
-    stored = _read_headers(folder)
-    skeleton = build_skeleton(folder, {name: row.like for name, row in stored.items()})
-    refuse_extra_layers(stored, skeleton, folder)
-    notes = _untie(skeleton, stored)
-    names = _stored_names(skeleton, stored)
-    if is_encoder_decoder(skeleton):
-        program = capture_whole(skeleton)
+    loaded = load_checkpoint(folder)
+    if is_encoder_decoder(loaded.model):
+        program = capture_whole(loaded.model)
     else:
-        program = capture_causal_lm(skeleton, last_logits=last_logits)
+        program = capture_causal_lm(loaded.model, last_logits=last_logits)
     tensors = program.tensors()
-    persistent = skeleton.state_dict()  # with buffers: BART has trained ones
-    made: dict[str, Tensor] = {}
-    cast: dict[tuple[torch.dtype, torch.dtype], set[str]] = defaultdict(set)
-    for name, tensor in tensors.items():
-        if is_deferred(tensor) or (name in stored and name in persistent):
-            key = names.get(name, name)
-            if key not in made:
-                made[key] = _defer(stored, key, tensor, folder)
-            tensors[name] = made[key]
-            cast[stored[key].like.dtype, tensor.dtype].add(key)
-    notes += [
-        f"{len(keys)} tensors are {dtype_name(a)} in the files and {dtype_name(b)} by config.json: "
-        "cast, as transformers does"
-        for (a, b), keys in cast.items()
-        if a != b
-    ]
+    own = dict(loaded.model.named_parameters(remove_duplicate=False))
+    tensors |= {name: own[name] for name, tensor in tensors.items() if is_deferred(tensor)}
     made_of = program.evolve(graph=program.copy_graph(), tensors=tensors)
-    return dataclasses.replace(made_of, notes=(*program.notes, *notes))
+    return dataclasses.replace(made_of, notes=(*program.notes, *loaded.notes))
 
 
-def _untie(model: nn.Module, stored: Mapping[str, _Stored]) -> list[str]:
-    """Untie what the files hold several different tensors for; a note for each.
+@dataclass(frozen=True)
+class Loaded:
+    """A model of transformers whose weights are deferred.
+
+    Attributes:
+        model: In evaluation mode; its buffers have their values.
+        notes: What was made of the checkpoint that its configuration does not say.
+    """
+
+    model: Any
+    notes: tuple[str, ...]
+
+
+def load_checkpoint(folder: Path) -> Loaded:
+    """The model that transformers loads from a folder, its weights left in their files.
+
+    Raises:
+        UserInputError, UnsupportedError: see `capture_checkpoint`.
+    """
+    kind, config = model_class(folder), read_config(folder)
+    casts: Casts = Counter()
+    stored = _read_headers(folder, casts)
+    try:
+        model, report = load_lazily(kind, config, stored)
+    except QaloraError:
+        raise
+    except Exception as error:  # transformers raises types of many kinds
+        raise unreadable(folder, error) from error
+    check_report(report, model, folder)
+    for name, parameter in model.named_parameters():
+        if is_placeholder(parameter):
+            raise UnsupportedError(
+                f"transformers makes {name} in place, of other tensors of the checkpoint",
+                where=str(folder),
+                hint="load the model with transformers, and give it to qc.capture_model",
+            )
+    for name, buffer in list(model.named_buffers()):
+        if is_deferred(buffer):
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, materialize(buffer))
+    return Loaded(model, (*_untied(model), *_cast(casts)))
+
+
+def _untied(model: Any) -> list[str]:
+    """A note for each tensor that the configuration ties, and the files hold apart.
 
     `tie_word_embeddings` of a configuration is often left from the base of a model whose head was
     trained and stored (PEFT's `modules_to_save`, merges).
     """
-    notes = []
-    for tied in _tied_names(model):
-        first, *others = [name for name in tied if name in stored] or [""]
-        apart = [name for name in others if not _equal(stored[first], first, stored[name], name)]
-        untie_(model, apart)
-        notes += [
-            f"{name} is tied to {first} by config.json, and the files hold another tensor for it: "
-            "both are used, as transformers does"
-            for name in apart
-        ]
-    return notes
+    expected = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return [
+        f"{name} is tied to {owner} by config.json, and the files hold another tensor for it: "
+        "both are used, as transformers does"
+        for name, owner in expected.items()
+        if name not in model.all_tied_weights_keys
+    ]
 
 
-def _tied_names(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter: several where it is tied."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-    return list(names.values())
+def _cast(casts: Casts) -> list[str]:
+    return [
+        f"{count} tensors are {dtype_name(stored)} in the files and {dtype_name(wanted)} by "
+        "config.json: cast, as transformers does"
+        for (stored, wanted), count in casts.items()
+    ]
 
 
-def _equal(a: _Stored, first: str, b: _Stored, second: str) -> bool:
-    return a.like.shape == b.like.shape and torch.equal(
-        read_tensor(a.path, first), read_tensor(b.path, second)
-    )
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies, and what its header says."""
-
-    path: Path
-    like: Tensor
-
-
-def _read_headers(folder: Path) -> dict[str, _Stored]:
+def _read_headers(folder: Path, casts: Casts) -> Mapping[str, LazyTensor]:
     """Every tensor of a checkpoint, by name; opens each file once.
+
+    Args:
+        folder: With one file or several.
+        casts: Counts the tensors that are asked for in another dtype.
 
     Raises:
         UserInputError: there is none, or one of its files is missing or broken; it is named.
@@ -137,51 +150,12 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
             where=str(folder),
             hint="convert once with model.save_pretrained(folder), which writes safetensors",
         )
-    found: dict[str, _Stored] = {}
-    for path in files:
-        found |= {name: _Stored(path, like) for name, like in read_headers(path).items()}
-    return found
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
 
+    def lazy(path: Path, name: str, like: Tensor) -> LazyTensor:
+        read, rows = partial(read_tensor, path, name), partial(read_rows, path, name)
+        return LazyTensor(name, like, mode, read, rows, casts)
 
-def _stored_names(model: nn.Module, stored: Container[str]) -> dict[str, str]:
-    """Parameter → the name under which it is stored, which for a tie may be another's."""
-    found: dict[str, str] = {}
-    for tied in _tied_names(model):
-        owner = next((name for name in tied if name in stored), tied[0])
-        found |= dict.fromkeys(tied, owner)
-    return found
-
-
-def _defer(stored: dict[str, _Stored], name: str, wanted: Tensor, folder: Path) -> Tensor:
-    """The parameter `name`, to be read from its file.
-
-    Raises:
-        UserInputError: it is not there, or is of another shape than the model says, or of integers
-            where that says floats.
-    """
-    found = stored.get(name)
-    if found is None:
-        raise UserInputError(
-            f"the checkpoint has no tensor {name}",
-            where=str(folder),
-            hint="its names are not those of the model's parameters: load it with transformers "
-            "and save it again, which renames them",
-        )
-    like = found.like
-    floats = like.is_floating_point() and wanted.is_floating_point()
-    if like.shape != wanted.shape or (like.dtype != wanted.dtype and not floats):
-        raise UserInputError(
-            f"{name} is {like.dtype} {list(like.shape)} in {found.path.name}, and "
-            f"{wanted.dtype} {list(wanted.shape)} by config.json",
-            where=str(found.path),
-        )
-    if not isinstance(wanted, FakeTensor):
-        return read_tensor(found.path, name).to(wanted.dtype)
-    tensor = defer_to(
-        lambda: read_tensor(found.path, name).to(wanted.dtype),
-        wanted,
-        wanted.fake_mode,
-        lambda start, stop: read_rows(found.path, name, start, stop).to(wanted.dtype),
-    )
-    parameter: Tensor = keep_recipe(tensor, nn.Parameter(tensor, requires_grad=False))
-    return parameter
+    return {
+        name: lazy(path, name, like) for path in files for name, like in read_headers(path).items()
+    }

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qalora_compile.capture.loading import unreadable
 from qalora_compile.capture.skeleton import transformers_module
 from qalora_compile.capture.source import (
     Source,
     check_safetensors,
     text_example,
-    unreadable,
 )
 from qalora_compile.capture.stored.folder import is_quantized
 from qalora_compile.errors import UnsupportedError, UserInputError

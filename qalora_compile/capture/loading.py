@@ -1,8 +1,7 @@
 """What transformers makes of a checkpoint that does not say quite what its `config.json` says.
 
-`from_pretrained` casts weights to one dtype, leaves a head untied that has weights of its own, and
-passes over tensors that the model has no place for. The reader of weights that stay in their files
-(`capture.checkpoint`) does the same, but for layers that the model lacks: half a model is refused.
+`from_pretrained` gives parameters that the files lack random values, and passes over tensors that
+the model has no place for. Here, a missing parameter is refused, and so is half a model.
 """
 
 from __future__ import annotations
@@ -13,24 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from qalora_compile.errors import UserInputError
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-
-def checkpoint_dtype(config: Any, stored: Mapping[str, Tensor]) -> torch.dtype | None:
-    """The dtype that all floats are cast to: the configuration's, or that of the first tensor.
-
-    Args:
-        config: Of transformers.
-        stored: The tensors of the checkpoint by name, in the order of the files.
-    """
-    if getattr(config, "dtype", None) is not None:
-        found: torch.dtype = config.dtype
-        return found
-    return next((t.dtype for t in stored.values() if t.is_floating_point()), None)
 
 
 def keep_in_float32_(model: Any, dtype: torch.dtype | None) -> None:
@@ -51,13 +36,46 @@ def keep_in_float32_(model: Any, dtype: torch.dtype | None) -> None:
             parameter.data = parameter.data.float()
 
 
-def untie_(model: nn.Module, names: Iterable[str]) -> None:
-    """Give parameters of a model without values memory of their own, in place."""
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        empty = torch.empty_like(getattr(owner, leaf))
-        setattr(owner, leaf, nn.Parameter(empty, requires_grad=False))
+def unreadable(path: Path, error: Exception) -> UserInputError:
+    """What to say of a model that a library could not load."""
+    text = str(error).strip().splitlines()
+    return UserInputError(
+        f"cannot load {path.name}: {type(error).__name__}: {text[0] if text else 'no message'}",
+        where=str(path),
+        hint="the file may be truncated or of an unsupported kind: fetch it again",
+    )
+
+
+def check_report(report: Mapping[str, Any], model: Any, where: Path) -> None:
+    """Refuse a model that did not find all of its tensors, or left layers of the checkpoint.
+
+    Args:
+        report: Of transformers (`output_loading_info`).
+        model: What was loaded.
+        where: The folder.
+
+    Raises:
+        UserInputError: a parameter would be random, or a layer is missing from the model.
+    """
+    missing, unknown = (
+        sorted(map(str, report[f"{key}_keys"])) for key in ("missing", "unexpected")
+    )
+    refuse_extra_layers(unknown, model, where)
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise UserInputError(
+            f"{name} is {list(stored)} in the files, and {list(wanted)} by config.json",
+            where=str(where),
+            hint="config.json is of another model, or was edited",
+        )
+    if not missing:
+        return
+    besides = f", and has an unknown {unknown[0]}" if unknown else ""
+    raise UserInputError(
+        f"the checkpoint has no tensor {missing[0]} ({len(missing)} in all){besides}",
+        where=str(where),
+        hint="config.json may name another architecture, or not say that the weights are "
+        "quantized (quantization_config)",
+    )
 
 
 def refuse_extra_layers(stored: Iterable[str], model: Any, where: Path) -> None:

@@ -30,9 +30,10 @@ _SIZES = re.compile(
 _FREE = re.compile(
     r"max_position_embeddings|original_max_position_embeddings|max_sequence_length|seq_length"
     r"|sliding_window\w*|\w*chunk_size\w*|context_length|max_length|min_length|model_max_length"
-    r"|original_context_length|\w*_window_size|max_\w*seq\w*"
+    r"|original_context_length|\w*_window_size|max_\w*seq\w*|max_window_layers"
 )
-"""Lengths of texts, of which a model of any size may have many: no tensor is as long."""
+"""Lengths of texts, of which a model of any size may have many: no tensor is as long. And the layer
+that windows begin at, which Qwen2's small models put behind their last one."""
 _NUMBER = re.compile(r"\w*_(theta|eps|epsilon|factor|size|layers|heads)")
 _RANGE = re.compile(r"\w*(limit|range|max|min)\w*")
 """Names of values that may be infinite (Mamba's `time_step_limit`)."""

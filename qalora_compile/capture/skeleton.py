@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qalora_compile.capture.loading import checkpoint_dtype, keep_in_float32_
+from qalora_compile.capture.loading import keep_in_float32_
 from qalora_compile.capture.sizes import check_config
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
@@ -65,31 +64,46 @@ def has_encoder(folder: Path) -> bool:
     return bool(known.get("is_encoder_decoder", default))
 
 
-def build_skeleton(folder: Path, stored: Mapping[str, Tensor] | None = None) -> nn.Module:
+def read_config(folder: Path) -> Any:
+    """The configuration in a folder, as an object of transformers.
+
+    Raises:
+        UnsupportedError, UserInputError: see `model_class`; or the configuration is refused.
+    """
+    kind = model_class(folder)
+    try:
+        return kind.config_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises types of many kinds
+        raise _undescribed(folder, kind, error) from error
+
+
+def _undescribed(folder: Path, kind: Any, error: Exception) -> UserInputError:
+    return UserInputError(
+        f"config.json does not describe a {kind.__name__}: {type(error).__name__}: {error}",
+        where=str(folder / "config.json"),
+    )
+
+
+def build_skeleton(folder: Path) -> nn.Module:
     """The model that `config.json` describes, in evaluation mode, its parameters fake tensors.
 
     Buffers, which no checkpoint holds in full, have their values.
 
     Args:
         folder: With `config.json`.
-        stored: The tensors of its checkpoint, of which the dtype follows where the configuration
-            says none.
 
     Raises:
         UnsupportedError, UserInputError: see `model_class`; or the configuration is refused.
     """
     kind = model_class(folder)
+    config = read_config(folder)
     accelerate = require("accelerate", extra="hf", purpose="build a model without weights")
+    dtype: torch.dtype | None = getattr(config, "dtype", None)
     try:
-        config = kind.config_class.from_pretrained(folder, local_files_only=True)
         with accelerate.init_empty_weights(include_buffers=False):
-            dtype = checkpoint_dtype(config, stored or {})
             model: Any = kind._from_config(config, **({} if dtype is None else {"dtype": dtype}))
     except Exception as error:  # transformers raises types of many kinds
-        raise UserInputError(
-            f"config.json does not describe a {kind.__name__}: {type(error).__name__}: {error}",
-            where=str(folder / "config.json"),
-        ) from error
+        raise _undescribed(folder, kind, error) from error
     keep_in_float32_(model, dtype)
     model.tie_weights()  # registering a parameter on the meta device has made it another
     return skeleton_of(model)

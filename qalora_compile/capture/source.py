@@ -24,7 +24,7 @@ from qalora_compile.capture.encoder_decoder import (
     is_encoder_decoder,
     whole_example,
 )
-from qalora_compile.capture.loading import refuse_extra_layers
+from qalora_compile.capture.loading import check_report, unreadable
 from qalora_compile.capture.model import capture_model
 from qalora_compile.capture.sizes import check_gguf_sizes
 from qalora_compile.capture.skeleton import model_class, transformers_module
@@ -153,16 +153,6 @@ def _pickled(what: str, where: Path, files: list[Path]) -> UserInputError:
     )
 
 
-def unreadable(path: Path, error: Exception) -> UserInputError:
-    """What to say of a model that a library could not load."""
-    text = str(error).strip().splitlines()
-    return UserInputError(
-        f"cannot load {path.name}: {type(error).__name__}: {text[0] if text else 'no message'}",
-        where=str(path),
-        hint="the file may be truncated or of an unsupported kind: fetch it again",
-    )
-
-
 def _load_folder(reference: str, path: Path, zero_points: str | None) -> Source:
     check_safetensors(path)
     stored = load_stored(path, zero_points=zero_points) if is_quantized(path) else None
@@ -188,20 +178,12 @@ def _load_float(path: Path) -> Any:
             use_safetensors=True,
             dtype="auto",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name
         )
     except Exception as error:  # transformers and safetensors raise types of many kinds
         raise unreadable(path, error) from error
-    missing, unknown = (sorted(map(str, found[f"{key}_keys"])) for key in ("missing", "unexpected"))
-    refuse_extra_layers(unknown, model, path)
-    if not missing:
-        return model
-    besides = f", and has an unknown {unknown[0]}" if unknown else ""
-    raise UserInputError(
-        f"the checkpoint has no tensor {missing[0]} ({len(missing)} in all){besides}",
-        where=str(path),
-        hint="config.json may name another architecture, or not say that the weights are "
-        "quantized (quantization_config)",
-    )
+    check_report(found, model, path)
+    return model
 
 
 def _load_gguf(reference: str, path: Path) -> Source:

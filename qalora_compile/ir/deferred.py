@@ -168,6 +168,12 @@ def keep_recipe(source: Tensor, target: Any) -> Any:
     return target
 
 
+def forget_recipe(tensor: Tensor) -> None:
+    """Leave a deferred tensor without values for good: asking for them is an error from now on."""
+    if hasattr(tensor, _RECIPE):
+        delattr(tensor, _RECIPE)
+
+
 def materialize(tensor: Tensor) -> Tensor:
     """The values of a tensor.
 

@@ -1,0 +1,257 @@
+"""transformers' own loader, run on tensors that stay in their files.
+
+`from_pretrained` renames tensors, splits, stacks and transposes them by the conversion rules of the
+architecture, casts them, ties and unties. It is given tensors without values here, and a mode that
+writes down each operation on one as a recipe (`ir.deferred`): what it makes of the files is then
+made of them when a layer is asked for, and no rule of transformers is repeated in this project.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.ir.deferred import (
+    ReadRows,
+    defer,
+    defer_to,
+    forget_recipe,
+    is_deferred,
+    is_placeholder,
+    materialize,
+)
+from qalora_compile.ir.signature import dtype_name
+
+_aten = torch.ops.aten
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+"""transformers reads files in threads unless this is set; a mode holds in one thread alone."""
+_VIEWED = "_qalora_viewed"
+_MOST_MADE = 1 << 28
+"""Bytes of parameters that transformers computes, tables of positions."""
+
+
+Casts = Counter[tuple[torch.dtype, torch.dtype]]
+"""How many tensors were cast, from which dtype to which."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a checkpoint, as much of one as transformers' loader looks at.
+
+    Args:
+        name: In the checkpoint.
+        like: Shape and dtype, without values.
+        mode: What its fake tensors belong to.
+        read: Reads it.
+        read_rows: Reads some of its rows.
+        casts: Counts the tensors that are asked for in another dtype, by both.
+    """
+
+    name: str
+    like: Tensor
+    mode: FakeTensorMode
+    read: Callable[[], Tensor]
+    read_rows: ReadRows
+    casts: Casts
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of it without its values: `dtype`, `shape`, `is_floating_point`."""
+        return getattr(self.like, name)
+
+    def __getitem__(self, index: Any) -> LazyTensor:
+        """All of it; transformers asks for parts on several devices alone."""
+        if index is not Ellipsis:
+            raise UnsupportedError(f"transformers reads parts of {self.name}", where=self.name)
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The deferred tensor, cast as it is read.
+
+        Raises:
+            UserInputError: it is of integers and the model's of floats, or the reverse.
+        """
+        wanted, own = dtype or self.like.dtype, self.like.dtype
+        if wanted.is_floating_point != own.is_floating_point:
+            raise UserInputError(
+                f"{self.name} is {dtype_name(own)} in the files, and {dtype_name(wanted)} by "
+                "config.json",
+                where=self.name,
+                hint="weights of integers have to be described by a quantization_config",
+            )
+        if wanted != own:
+            self.casts[own, wanted] += 1
+        return defer_to(
+            lambda: self.read().to(wanted),
+            self.like.to(wanted),
+            self.mode,
+            lambda start, stop: self.read_rows(start, stop).to(wanted),
+        )
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down every operation on a deferred tensor as the recipe of its results."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._mode = mode
+        self._made = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func is _aten.empty_like.default and isinstance(args[0], nn.Parameter):
+            # A parameter that the checkpoint lacks. Tables that are computed are made; a checkpoint
+            # that lacks more is refused when `from_pretrained` is through, and takes no memory.
+            self._made += args[0].nbytes
+            if self._made > _MOST_MADE:
+                with self._mode:
+                    return torch.empty(args[0].shape, dtype=args[0].dtype)
+        if not any(is_deferred(tensor) and not is_placeholder(tensor) for tensor in given):
+            return func(*args, **kwargs)
+        if func in (_aten.equal.default, _aten._local_scalar_dense.default):
+            return func(*pytree.tree_map_only(Tensor, materialize, args), **kwargs)
+        return _record(func, args, kwargs)
+
+
+def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation gives for deferred tensors: deferred tensors."""
+    if func._schema.is_mutable:
+        written = _written(func._schema, args, kwargs)
+        if not all(map(is_deferred, written)):  # a buffer
+            return func(*pytree.tree_map_only(Tensor, materialize, args), **kwargs)
+        for tensor in written:
+            _forget(tensor)
+        return func(*args, **kwargs)
+    if not all(str(each.type) in ("Tensor", "List[Tensor]") for each in func._schema.returns):
+        return func(*args, **kwargs)  # a device, a size
+    if func is _aten.stack.default and (len(args) == 1 or args[1] == 0):
+        return _stack(list(args[0]))
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def compute(*tensors: Tensor) -> dict[str, Tensor]:
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        given, options = pytree.tree_unflatten(filled, spec)
+        results = pytree.tree_leaves(func(*given, **options))
+        return {str(number): _alone(result) for number, result in enumerate(results)}
+
+    made = defer(compute, *(leaves[place] for place in places), by_rows=_is_by_rows(func, args))
+    if func.is_view:
+        for tensor in made.values():
+            setattr(tensor, _VIEWED, args[0])
+    if len(func._schema.returns) == 1 and str(func._schema.returns[0].type) == "Tensor":
+        return made["0"]
+    return list(made.values())
+
+
+def _written(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The inputs that an operation writes into."""
+    given = dict(kwargs)
+    given |= {
+        argument.name: args[place] for place, argument in enumerate(schema.arguments[: len(args)])
+    }
+    marks = {argument.name: argument.alias_info for argument in schema.arguments}
+    return [given[name] for name, mark in marks.items() if mark is not None and mark.is_write]
+
+
+def _forget(tensor: Tensor) -> None:
+    """Take the recipes from a tensor that is written into, and from those that it is a view of.
+
+    transformers does so to starting values, for parameters that the checkpoint has already. Where
+    such a tensor is asked for, that is an error: no recipe says what was written.
+    """
+    while is_deferred(tensor):
+        forget_recipe(tensor)
+        if not hasattr(tensor, _VIEWED):
+            return
+        tensor = getattr(tensor, _VIEWED)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The same values, in memory that holds nothing else."""
+    if is_deferred(tensor) or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone()
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """`torch.stack`, of which a row is one tensor: experts are read one after another."""
+    mode: FakeTensorMode = next(tensor for tensor in tensors if is_deferred(tensor)).fake_mode  # type: ignore[attr-defined]
+
+    def rows(start: int, stop: int) -> Tensor:
+        return torch.stack([materialize(tensor) for tensor in tensors[start:stop]])
+
+    with mode:
+        like = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype)
+    return defer_to(lambda: rows(0, len(tensors)), like, mode, rows)
+
+
+def _is_by_rows(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether some rows of the inputs give those rows of the results."""
+    if func in (_aten._to_copy.default, _aten.clone.default, _aten.detach.default):
+        return True
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    rank = tensors[0].dim()
+    if func in (_aten.transpose.int, _aten.cat.default):
+        dims = [dim % rank for dim in args[1:] if isinstance(dim, int)]
+        return bool(dims) and 0 not in dims
+    return False
+
+
+def load_lazily(
+    kind: Any, config: Any, stored: Mapping[str, LazyTensor]
+) -> tuple[Any, Mapping[str, Any]]:
+    """`kind.from_pretrained` of tensors that stay in their files.
+
+    Args:
+        kind: A class of models of transformers.
+        config: Its configuration.
+        stored: The tensors of the checkpoint by name.
+
+    Returns:
+        The model in evaluation mode, each tensor of it that comes of the checkpoint deferred, and
+        transformers' report (`output_loading_info`).
+
+    Raises:
+        Exception: of many kinds, by transformers.
+    """
+    mode = next((tensor.mode for tensor in stored.values()), FakeTensorMode())
+    with _without_threads(), _Recorder(mode):
+        model, report = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(stored),
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name
+            trust_remote_code=False,
+        )
+    return model.requires_grad_(False), report
+
+
+@contextmanager
+def _without_threads() -> Iterator[None]:
+    before = os.environ.get(_NO_THREADS)
+    os.environ[_NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = before
