@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from qalora_compile.capture.export import export_model_graph
 from qalora_compile.capture.model import make_program, to_module
-from qalora_compile.errors import UnsupportedError
+from qalora_compile.errors import CaptureError, UnsupportedError
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
 
@@ -131,6 +131,12 @@ def _cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
                 f"{type(model).__name__} has no key-value cache that can be an input of a graph",
                 where=str(error),
                 hint="export it without one: --no-kv-cache",
+            ) from error
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise CaptureError(
+                f"{type(model).__name__} fails on one token: {type(error).__name__}: {error}",
+                where=type(model).__name__,
+                hint="its configuration may not fit together: run the model with transformers",
             ) from error
     return [(key[1], key[3], value[3]) for key, value in pairs]
 

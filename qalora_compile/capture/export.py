@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from qalora_compile.capture.rope import traceable_rope
 from qalora_compile.errors import CaptureError, UserInputError
 
 _SPECIALIZED = re.compile(r"marked L\['(\w+)'\]((?:\[[^\]]*\]|\.\w+(?!\w*\())*)\.size\(\)\[(\d+)\]")
@@ -96,7 +97,7 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> ExportedProgram:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), traceable_rope(model):
             # RNNs hold their registered parameters in a list too; tracing swaps both, harmlessly
             warnings.filterwarnings("ignore", "The tensor attributes .* were assigned")
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)

@@ -36,6 +36,8 @@ from qalora_compile.ir.signature import dtype_name
 _aten = torch.ops.aten
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 """transformers reads files in threads unless this is set; a mode holds in one thread alone."""
+_OF_VALUES = (_aten.equal.default, _aten._local_scalar_dense.default)
+"""What gives no tensor, and needs values."""
 _VIEWED = "_qalora_viewed"
 _MOST_MADE = 1 << 28
 """Bytes of parameters that transformers computes, tables of positions."""
@@ -121,24 +123,33 @@ class _Recorder(TorchDispatchMode):
                     return torch.empty(args[0].shape, dtype=args[0].dtype)
         if not any(is_deferred(tensor) and not is_placeholder(tensor) for tensor in given):
             return func(*args, **kwargs)
-        if func in (_aten.equal.default, _aten._local_scalar_dense.default):
-            return func(*pytree.tree_map_only(Tensor, materialize, args), **kwargs)
-        return _record(func, args, kwargs)
+        return _run(func, args, kwargs)
 
 
-def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation gives for deferred tensors: deferred tensors."""
+    if func in _OF_VALUES:
+        return func(*pytree.tree_map_only(Tensor, materialize, args), **kwargs)
     if func._schema.is_mutable:
-        written = _written(func._schema, args, kwargs)
-        if not all(map(is_deferred, written)):  # a buffer
-            return func(*pytree.tree_map_only(Tensor, materialize, args), **kwargs)
-        for tensor in written:
-            _forget(tensor)
-        return func(*args, **kwargs)
+        return _write(func, args, kwargs)
     if not all(str(each.type) in ("Tensor", "List[Tensor]") for each in func._schema.returns):
         return func(*args, **kwargs)  # a device, a size
     if func is _aten.stack.default and (len(args) == 1 or args[1] == 0):
         return _stack(list(args[0]))
+    return _record(func, args, kwargs)
+
+
+def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation that writes into its inputs; what was deferred has no recipe after it."""
+    written = _written(func._schema, args, kwargs)
+    if not all(map(is_deferred, written)):  # a buffer
+        return func(*pytree.tree_map_only(Tensor, materialize, args), **kwargs)
+    for tensor in written:
+        _forget(tensor)
+    return func(*args, **kwargs)
+
+
+def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
