@@ -11,25 +11,36 @@ import torch
 
 from qalora_compile.api import packed_form
 from qalora_compile.capture.classifier import classes_of, linear_layers, load_classifier
+from qalora_compile.capture.skeleton import generates
 from qalora_compile.capture.source import Source, load_source
 from qalora_compile.cli.folders import MODEL
 from qalora_compile.cli.ui import Steps
+from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.training.batches import ARRANGEMENTS, BY_LENGTH, PACKED, Batches, Packed
-from qalora_compile.training.data import Dataset, find_classes, load_examples
+from qalora_compile.training.data import (
+    Dataset,
+    begins_labelled,
+    find_classes,
+    load_examples,
+)
 from qalora_compile.training.evaluate import check_logits
+from qalora_compile.training.forms import read_mapping
 from qalora_compile.training.lines import LEARN
 from qalora_compile.verify.inputs import token_limits
 
 LANGUAGE, CLASSIFICATION = "language", "classification"
 TASKS = (LANGUAGE, CLASSIFICATION)
 
-FORMS = """data, one JSON object a line:
+FORMS = """data, as JSON lines (or .json, .csv, .parquet, .jsonl.gz, a folder, one of datasets):
   {"prompt": "2 + 2 =", "completion": " 4"}      loss on the completion; the only form for T5, BART
   {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+  {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
+  {"instruction": "…", "input": "…", "output": "…"}
   {"text": "…"}                                  loss on every token
   {"input_ids": [1, 2, 3]}                       for models without a tokenizer
-  {"text": "…", "label": "…"}                    with --task classification
+  {"text": "…", "label": "…"}                    for an encoder: it learns to tell labels apart
+other names of fields: --map prompt=question,completion=answer
 """
 
 
@@ -40,15 +51,21 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="FILE",
-        help="training data, JSON lines; files or patterns",
+        help="training data: files, patterns or folders",
     )
-    parser.add_argument("--eval-data", nargs="+", metavar="FILE", help="held-out data, JSON lines")
+    parser.add_argument("--eval-data", nargs="+", metavar="FILE", help="held-out data")
     group = parser.add_argument_group("data")
     group.add_argument(
         "--task",
-        default=LANGUAGE,
         choices=TASKS,
-        help="classification: an encoder learns to tell labels apart, with a new head",
+        help="classification: an encoder learns to tell labels apart, with a new head; found from "
+        "the data and the model where left out",
+    )
+    group.add_argument(
+        "--map",
+        type=_mapping,
+        metavar="FIELD=COLUMN,…",
+        help="which fields of the data are read, and as what: prompt=question,completion=answer",
     )
     group.add_argument(
         "--learn",
@@ -69,10 +86,45 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _mapping(text: str) -> dict[str, str]:
+    try:
+        return read_mapping(text)
+    except UserInputError as error:
+        raise argparse.ArgumentTypeError(f"{error.what}; {error.hint}") from error
+
+
+def find_task(options: argparse.Namespace) -> None:
+    """Decide the task where the options leave it open: by the first row, before a model is loaded.
+
+    Raises:
+        UserInputError: the rows have labels and the model generates texts, or cannot have a head.
+    """
+    if options.task is not None:
+        return
+    options.task = LANGUAGE
+    if not begins_labelled(options.data, options.map):
+        return
+    folder = Path(options.model)
+    if not folder.is_dir():
+        problem = "only a Hugging Face folder gets a head that tells labels apart"
+    elif generates(folder):
+        problem = "the model generates texts"
+    else:
+        options.task = CLASSIFICATION
+        return
+    raise UserInputError(
+        f"the data are texts with labels, and {problem}",
+        where=f"{options.data[0]}, {options.model}",
+        hint="to learn the labels give an encoder such as BERT, or write "
+        '{"prompt": text, "completion": label}; to learn the texts alone: --task language',
+    )
+
+
 def reading_record(options: argparse.Namespace, classes: tuple[str, ...]) -> dict[str, Any]:
     """What `run.json` says of how the data were read."""
     return {
         "task": options.task,
+        "map": options.map,
         "learn": options.learn,
         "batches": options.batches,
         "seq_len": options.seq_len,
@@ -89,7 +141,7 @@ def load_model(options: argparse.Namespace) -> tuple[Source, tuple[str, ...]]:
     """The model, and the classes of a classification task, which the training data name."""
     if options.task == LANGUAGE:
         return load_source(options.model, zero_points=options.stored_zero_points), ()
-    found = find_classes(options.data)
+    found = find_classes(options.data, options.map)
     source = load_classifier(options.model, found, seed=options.seed)
     return source, classes_of(source)
 
@@ -116,6 +168,7 @@ def load_data(
             learn=options.learn,
             classes=classes or None,
             cache=options.data_cache,
+            mapping=options.map,
         )
 
     return load(options.data), load(options.eval_data) if options.eval_data else None
@@ -167,21 +220,32 @@ def arrange(
 
 
 def report_data(shown: Steps, name: str, data: Dataset) -> None:
-    """Say what of each file was cut or skipped."""
+    """Say how each file is read, and what of it was cut or skipped."""
+    if data.is_lazy:
+        shown.say(
+            f"note: {name}: {len(data.examples):,} rows are checked, and tokenized while training "
+            "goes on; --data-cache tokenizes them all before"
+        )
     for file in data.files:
+        for remark, count in file.remarks.items():
+            shown.say(f"note: {name}: {count} of {file.looked_at} {remark}: {file.path}")
         if file.truncated or file.skipped:
             shown.say(
-                f"note: {name}: {file.truncated} of {file.examples} examples cut to fit, "
+                f"note: {name}: {file.truncated} of {file.looked_at} examples cut to fit, "
                 f"{file.skipped} more skipped (nothing to learn): {file.path}"
             )
 
 
 def data_rows(data: Dataset, batches: Batches) -> dict[str, object]:
     """What a summary says of the data."""
-    rows: dict[str, object] = {"examples": len(data.examples)}
+    forms = sum((Counter(file.forms) for file in data.files), Counter[str]())
+    rows: dict[str, object] = {
+        "examples": len(data.examples),
+        "read as": ", ".join(f"{form} ({count})" for form, count in forms.items()),
+    }
     if isinstance(batches.examples, Packed):
         rows["packed"] = f"{len(batches.examples)} rows, {batches.examples.fill:.0%} full"
-    if data.classes:
+    if data.classes and not data.is_lazy:
         counts = Counter(example.label for example in data.examples)
         named = (f"{name} {counts[index]}" for index, name in enumerate(data.classes))
         rows["classes"] = ", ".join(named)

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from qalora_compile.cli.data_options import FORMS, add_data_arguments, data_rows
+from qalora_compile.cli.data_options import FORMS, add_data_arguments, data_rows, find_task
 from qalora_compile.cli.embeddings import add_embedding_arguments
 from qalora_compile.cli.finetune_job import FINISHED, INTERRUPTED, Job, open_job
 from qalora_compile.cli.finetune_train import noting_failure, train
@@ -47,7 +47,8 @@ EXAMPLES = (
   qalora-compile finetune ./SmolLM2 --data train.jsonl --eval-data test.jsonl --out run \\
     --eval-every 20 --patience 3 --report-to tensorboard
   torchrun --nproc-per-node 2 -m qalora_compile finetune ./SmolLM2 --data train.jsonl --out run
-  qalora-compile finetune ./MiniLM --data reviews.jsonl --task classification --out run
+  qalora-compile finetune ./MiniLM --data reviews.jsonl --out run             labels: a new head
+  qalora-compile finetune ./SmolLM2 --data qa.csv --map prompt=question,completion=answer --out run
   qalora-compile finetune ./SmolLM2 --data 'chats/*.jsonl' --out run --batches packed
 
 """
@@ -68,8 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quant.add_argument(
         "--calibration",
         metavar="FILE",
-        help="data to quantize for, JSON lines; gptq, auto and svd take the training data where "
-        "none are given",
+        help="data to quantize for; gptq, auto and svd take the training data where none are given",
     )
     quant.add_argument(
         "--calibration-samples", type=int, default=128, metavar="N", help="the first N of them"
@@ -82,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     spec = fit_spec(options)
+    find_task(options)
     check_reporting(options.report_to)
     processes = find_processes()
     if not processes.is_first:
@@ -182,7 +183,7 @@ def _cut(job: Job) -> str:
     named = [("examples", job.data)]
     if job.held_out is not None:
         named.append(("held-out examples", job.held_out))
-    return ", ".join(f"{d.truncated} of {len(d.examples)} {name}" for name, d in named)
+    return ", ".join(f"{d.truncated} of {d.looked_at} {name}" for name, d in named)
 
 
 def _next(job: Job, result: FitResult) -> dict[str, object]:

@@ -334,6 +334,7 @@ def _calibration(
             learn=options.learn,
             classes=data.classes or None,
             cache=options.data_cache,
+            mapping=options.map,
         )
         check_trainable(program, data.classes, data)
     elif not (_quantizes_by_data(options) or options.rank == AUTO or options.init == "svd"):

@@ -30,7 +30,7 @@ from qalora_compile.training.lines import LineReader
 from qalora_compile.untrusted import read_json
 
 EXAMPLES_FILE, COUNTS_FILE = "examples.arrow", "dataset.json"
-_VERSION = 2
+_VERSION = 3
 _ROWS = 1000
 """Examples that are held in memory before they are written."""
 _STATE = ("truncation", "padding")

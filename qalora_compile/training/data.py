@@ -1,14 +1,15 @@
-"""Training data from JSON lines files: read, tokenized, counted.
+"""Training data from files: read, tokenized, counted.
 
-The forms of a line are those of `training.lines`. Small files become a tuple of examples; large
-ones are tokenized once into a cache folder and read from there (`training.corpus`).
+The forms of a row are those of `training.forms`, the files those of `training.rows`. Small data
+become a tuple of examples; of large ones the rows stay in the files (`training.lazy`), or are
+tokenized once into a cache folder (`training.corpus`).
 """
 
 from __future__ import annotations
 
-import glob
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.examples import IGNORED, Example
-from qalora_compile.training.lines import COMPLETIONS, LineReader, class_name, parse_line
-from qalora_compile.untrusted import check_regular
+from qalora_compile.training.forms import class_name, fields_of, is_labelled
+from qalora_compile.training.lazy import LazyExamples, RowIndex, usable_rows
+from qalora_compile.training.lines import COMPLETIONS, LineReader, Reading
+from qalora_compile.training.rows import Paths, find_files, read_rows
 
 _LOOKED_AT = 1000
-Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,22 @@ class FileCount:
     Attributes:
         path: Of the file.
         examples: How many it gave.
-        truncated: How many of them were longer than the limit and were cut.
+        truncated: How many of them were longer than the limit and were cut; of data that are read
+            while training goes on, of the first 1,000.
         skipped: How many more had no token left to learn from (a completion that tokenizes to
             nothing).
+        forms: How many examples were of each form; as `truncated`.
+        remarks: What else was done to how many; as `truncated`.
+        looked_at: How many examples these counts are of.
     """
 
     path: str
     examples: int
     truncated: int
     skipped: int
+    forms: Mapping[str, int] = field(default_factory=dict)
+    remarks: Mapping[str, int] = field(default_factory=dict)
+    looked_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,8 @@ class Dataset:
         examples: In the order of the files.
         files: What became of each file.
         classes: Names of the classes of a classification task, in the order of the logits.
-        token_range: The least and the largest token id, labels too.
+        token_range: The least and the largest token id, labels too; of data that are read while
+            training goes on, of the examples that were looked at.
     """
 
     examples: Sequence[Example]
@@ -67,25 +77,31 @@ class Dataset:
         """How many examples held nothing to learn."""
         return sum(file.skipped for file in self.files)
 
+    @property
+    def looked_at(self) -> int:
+        """How many examples were tokenized to count them."""
+        return sum(file.looked_at for file in self.files)
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the examples are tokenized while training goes on."""
+        return isinstance(self.examples, LazyExamples)
+
     def check_tokens(self, limit: int) -> None:
         """See that a model of `limit` tokens knows every token, and every label.
+
+        Data that are read while training goes on are checked then.
 
         Raises:
             UserInputError: it does not; an example with an unknown one is named.
         """
+        if isinstance(self.examples, LazyExamples):
+            self.examples.limit = limit
         least, largest = self.token_range
         if least >= 0 and largest < limit:
             return
         for number, example in enumerate(self.examples, start=1):
-            kinds = {"token": (*example.source, *example.tokens), "label": _learned(example)}
-            for kind, values in kinds.items():
-                odd = [value for value in values if not 0 <= value < limit]
-                if odd:
-                    raise UserInputError(
-                        f"example {number} holds the {kind} {odd[0]}; "
-                        f"the model knows 0 to {limit - 1}",
-                        hint="use the tokenizer that belongs to the model",
-                    )
+            example.check_tokens(limit, f"example {number}")
 
 
 def load_examples(
@@ -97,26 +113,31 @@ def load_examples(
     learn: str = COMPLETIONS,
     classes: tuple[str, ...] | None = None,
     cache: str | Path | None = None,
+    mapping: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Read and tokenize JSON lines files.
+    """Read and tokenize data files.
 
     An example longer than `max_length` loses its beginning (a prompt, a chat) or, for plain text,
-    its end; the number cut is in the result.
+    its end; the number cut is in the result. Of more than 20,000 rows, or 4 million tokens, the
+    rows are looked at and stay in the files: they are tokenized when a batch has need of them.
 
     Args:
-        paths: A file, or several; patterns such as `data/*.jsonl` stand for files in sorted order.
-        tokenizer: Of the model; None where the lines hold token ids.
+        paths: A file or folder, or several; patterns such as `data/*.jsonl` stand for files in
+            sorted order.
+        tokenizer: Of the model; None where the rows hold token ids.
         max_length: The most tokens of an example (and as many for the encoder).
         decoder_start: As for `LineReader`.
         learn: As for `LineReader`.
         classes: As for `LineReader`.
         cache: A folder to tokenize into, once, and to read from: memory does not grow with the
-            files. Needs the library `datasets`. None: in memory.
+            files, and every row is tokenized before training. Needs the library `datasets`.
+        mapping: As for `LineReader`.
 
     Raises:
-        UserInputError: a file is missing, empty or given twice, a line is malformed (its number is
+        UserInputError: a file is missing, empty or given twice, a row is malformed (its number is
             named), or a file has no usable example.
-        UnsupportedError: `datasets` is not installed, and a cache is asked for.
+        UnsupportedError: `datasets` is not installed, and a cache is asked for; or `pyarrow`, and a
+            file needs it.
     """
     reader = LineReader(
         tokenizer=tokenizer,
@@ -124,30 +145,58 @@ def load_examples(
         decoder_start=decoder_start,
         learn=learn,
         classes=classes,
+        mapping=mapping,
     )
     files = find_files(paths)
     if cache is not None:
         from qalora_compile.training.corpus import load_corpus
 
         return load_corpus(files, reader, Path(cache))
+    index = RowIndex(files)
+    if not index.few(max_length):
+        return _load_lazily(index, reader)
     count = ReadCount()
-    examples = tuple(count.read(files, reader))
+    examples = tuple(count.read_index(index, reader))
     return Dataset(examples, tuple(count.files), classes or (), count.token_range)
 
 
-def find_classes(paths: Paths) -> tuple[str, ...]:
+def _load_lazily(index: RowIndex, reader: LineReader) -> Dataset:
+    """All rows checked, the first of each file tokenized, the others left in the files."""
+    chosen = array("q")
+    usable, skipped = Counter[int](), Counter[int]()
+    for row, (owner, useful) in enumerate(usable_rows(index, reader)):
+        (usable if useful else skipped)[owner] += 1
+        if useful:
+            chosen.append(row)
+    first, counts = 0, []
+    total = ReadCount()
+    for owner, path in enumerate(index.files):
+        _require_usable(path, usable[owner], skipped[owner])
+        rows = chosen[first : min(first + _LOOKED_AT, first + usable[owner])]
+        count = total.begin(path)
+        for row in rows:
+            where, value = index[row]
+            count.note(reader.read(value, where))
+        counts.append(count.result(usable[owner], skipped[owner]))
+        first += usable[owner]
+    examples = LazyExamples(index, chosen, reader)
+    return Dataset(examples, tuple(counts), reader.classes or (), total.token_range)
+
+
+def find_classes(paths: Paths, mapping: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """The labels in files of a classification task, each once, in sorted order.
 
     Raises:
-        UserInputError: a line has no label, or all have the same.
+        UserInputError: a row has no label, or all have the same.
     """
     found: dict[str, str] = {}
     files = find_files(paths)
     for path in files:
-        for where, line in _lines(path):
-            row = parse_line(line, where)
-            name = class_name(row, where)
-            kind = type(row["label"]).__name__
+        for number, row in read_rows(path):
+            where = f"{path}:{number}"
+            fields = fields_of(row, mapping, where)
+            name = class_name(fields, where)
+            kind = type(fields["label"]).__name__
             if found.setdefault(name, kind) != kind:
                 raise UserInputError(f"the label {name} is a text in one line and none in another")
     if len(found) < 2:
@@ -160,33 +209,51 @@ def find_classes(paths: Paths) -> tuple[str, ...]:
     return tuple(sorted(found, key=int) if numbers else sorted(found))
 
 
-def find_files(paths: Paths) -> tuple[Path, ...]:
-    """Files by name or pattern.
+def begins_labelled(paths: Paths, mapping: Mapping[str, str] | None = None) -> bool:
+    """Whether the first row of the files is one of a classification task: a text with a label.
 
     Raises:
-        UserInputError: a pattern fits nothing, or a file is there twice.
+        UserInputError: there is no file, or the row cannot be read.
     """
-    found: list[Path] = []
-    for given in [paths] if isinstance(paths, (str, Path)) else paths:
-        path = Path(given)
-        if path.exists() or not glob.has_magic(str(given)):
-            found.append(path)
-            continue
-        matched = sorted(map(Path, glob.glob(str(given), recursive=True)))
-        if not matched:
-            raise UserInputError(f"no file fits {given}", where=str(given))
-        found += matched
-    seen: set[Path] = set()
-    for path in found:
-        if path.resolve() in seen:
-            raise UserInputError(f"the data file {path} is given twice", where=str(path))
-        seen.add(path.resolve())
-    return tuple(found)
+    for path in find_files(paths):
+        for number, row in read_rows(path):
+            return is_labelled(fields_of(row, mapping, f"{path}:{number}"))
+    return False
+
+
+@dataclass
+class _FileReadings:
+    """Counts the readings of one file, into `total` too."""
+
+    path: Path
+    total: ReadCount
+    looked_at: int = 0
+    truncated: int = 0
+    skipped: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
+
+    def note(self, reading: Reading) -> bool:
+        """Count a reading; False if it holds nothing to learn."""
+        if not reading.example.learns:
+            self.skipped += 1
+            return False
+        self.looked_at += 1
+        self.truncated += reading.cut
+        self.forms[reading.form] += 1
+        self.remarks.update(reading.remarks)
+        self.total.widen(reading.example)
+        return True
+
+    def result(self, examples: int, skipped: int) -> FileCount:
+        """What became of the file."""
+        counts = dict(self.forms), dict(self.remarks)
+        return FileCount(str(self.path), examples, self.truncated, skipped, *counts, self.looked_at)
 
 
 @dataclass
 class ReadCount:
-    """Reads files line by line, and counts."""
+    """Reads files row by row, and counts."""
 
     files: list[FileCount] = field(default_factory=list)
     least: int | None = None
@@ -197,6 +264,10 @@ class ReadCount:
         """The least and the largest token id that was read, labels too."""
         return self.least or 0, self.largest
 
+    def begin(self, path: Path) -> _FileReadings:
+        """Count a file."""
+        return _FileReadings(path, self)
+
     def read(self, files: Sequence[Path], reader: LineReader) -> Iterator[Example]:
         """The usable examples of the files.
 
@@ -204,55 +275,47 @@ class ReadCount:
             UserInputError: see `load_examples`.
         """
         for path in files:
-            usable, truncated, skipped = 0, 0, 0
-            for where, line in _lines(path):
-                example, cut = reader.read(line, where)
-                if not example.learns:
-                    skipped += 1
-                    continue
-                usable, truncated = usable + 1, truncated + cut
-                self._note(example)
-                yield example
-            if not usable:
-                raise UserInputError(
-                    f"the data file has no usable example ({skipped} held nothing to learn)",
-                    where=str(path),
-                    hint='write one JSON object a line: {"prompt": "…", "completion": "…"}',
-                )
-            self.files.append(FileCount(str(path), usable, truncated, skipped))
+            rows = ((f"{path}:{number}", row) for number, row in read_rows(path))
+            yield from self._read(path, rows, reader)
 
-    def _note(self, example: Example) -> None:
+    def read_index(self, index: RowIndex, reader: LineReader) -> Iterator[Example]:
+        """The same of files that are open already."""
+        begin = 0
+        for path, end in zip(index.files, index.ends, strict=True):
+            yield from self._read(path, (index[row] for row in range(begin, end)), reader)
+            begin = end
+
+    def _read(
+        self, path: Path, rows: Iterator[tuple[str, Any]], reader: LineReader
+    ) -> Iterator[Example]:
+        count = self.begin(path)
+        for where, row in rows:
+            reading = reader.read(row, where)
+            if count.note(reading):
+                yield reading.example
+        _require_usable(path, count.looked_at, count.skipped)
+        self.files.append(count.result(count.looked_at, count.skipped))
+
+    def widen(self, example: Example) -> None:
+        """Count the tokens of an example."""
         tokens = (*example.source, *example.tokens, *_learned(example))
         least = min(tokens)
         self.least = least if self.least is None else min(self.least, least)
         self.largest = max(self.largest, *tokens)
 
 
+def _require_usable(path: Path, usable: int, skipped: int) -> None:
+    if not usable:
+        raise UserInputError(
+            f"the data file has no usable example ({skipped} held nothing to learn)",
+            where=str(path),
+            hint='write one JSON object a line: {"prompt": "…", "completion": "…"}',
+        )
+
+
 def _learned(example: Example) -> list[int]:
     """The labels that carry loss."""
     return [label for label in example.labels if label != IGNORED]
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """File and number, and text, of each line that is not empty."""
-    number = 0
-    if path.exists():
-        check_regular(path)  # a pipe or a device may never end
-    try:
-        # bytes: not every separator that Python knows in texts ends a line of JSON lines
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                line = raw.decode("utf-8")
-                if line.strip():
-                    yield f"{path}:{number}", line
-    except OSError as error:
-        raise UserInputError(
-            f"cannot read the data file: {error.strerror}", where=str(path)
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserInputError(
-            f"the data file is not UTF-8: {error}", where=f"{path}:{number}"
-        ) from error
 
 
 def taught_ends(data: Dataset, tokenizer: Any) -> list[int]:

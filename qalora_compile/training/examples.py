@@ -10,6 +10,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from qalora_compile.errors import UserInputError
+
 IGNORED = -100
 """Label of a position that carries no loss."""
 
@@ -42,6 +44,25 @@ class Example:
     def learns(self) -> bool:
         """Whether any position carries loss; the first one has nothing to be predicted from."""
         return self.label is not None or any(label != IGNORED for label in self.labels[1:])
+
+    def check_tokens(self, limit: int, where: str) -> None:
+        """See that a model of `limit` tokens knows every token, and every label.
+
+        Args:
+            limit: Of the model.
+            where: Of the example, for the message.
+
+        Raises:
+            UserInputError: it does not.
+        """
+        learned = [label for label in self.labels if label != IGNORED]
+        for kind, values in (("token", (*self.source, *self.tokens)), ("label", learned)):
+            odd = [value for value in values if not 0 <= value < limit]
+            if odd:
+                raise UserInputError(
+                    f"{where} holds the {kind} {odd[0]}; the model knows 0 to {limit - 1}",
+                    hint="use the tokenizer that belongs to the model",
+                )
 
 
 class Examples(Sequence[Example]):

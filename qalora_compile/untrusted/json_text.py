@@ -40,12 +40,12 @@ def read_object(path: Path, *, finite: bool = False) -> dict[str, Any]:
     return value
 
 
-def parse_json(data: bytes | str, path: Path, *, what: str = "", finite: bool = False) -> Any:
+def parse_json(data: bytes | str, path: Path | str, *, what: str = "", finite: bool = False) -> Any:
     """Parse JSON; the limits are those of `read_json`.
 
     Args:
         data: The text, or its UTF-8 bytes.
-        path: The file that it stands in, for messages.
+        path: The file that it stands in, and the line if there is one, for messages.
         what: What the text is, where it is not the whole file.
         finite: Refuse NaN, infinities and numbers beyond float64, which Python reads and JSON
             does not have.
@@ -53,7 +53,7 @@ def parse_json(data: bytes | str, path: Path, *, what: str = "", finite: bool = 
     Raises:
         UserInputError: see `read_json`.
     """
-    name = what or path.name
+    name = what or Path(path).name
     numbers: dict[str, Any] = {}
     if finite:
         numbers = {"parse_constant": _finite, "parse_float": _finite}

@@ -60,15 +60,21 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def render_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, prompt: bool, where: str
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    prompt: bool,
+    where: str,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The text that a tokenizer's chat template makes of messages.
 
     Args:
         tokenizer: With a `chat_template`.
-        messages: With `role` and `content`.
+        messages: With `role` and `content`, or tool calls.
         prompt: Up to where an answer begins.
         where: What the messages are from, for errors.
+        tools: Descriptions of the functions that may be called, as JSON schemas.
 
     Raises:
         UserInputError: the template does not take the messages, or needs more than 10 seconds or
@@ -76,11 +82,12 @@ def render_chat(
     """
     _check_template(getattr(tokenizer, "chat_template", None), where)
     found: dict[str, Any] = {}
+    more = {"tools": list(tools)} if tools else {}
 
     def render() -> None:
         try:
             found["text"] = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt
+                list(messages), tokenize=False, add_generation_prompt=prompt, **more
             )
         except BaseException as error:
             found["error"] = error

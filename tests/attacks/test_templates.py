@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ def render(folder: Path) -> Callable[[], Any]:
 
     def run() -> Any:
         reader = LineReader(tokenizer=load_tokenizer(folder), max_length=64)
-        return len(reader.read(json.dumps(ROW), "train.jsonl:1")[0].tokens)
+        return len(reader.read(ROW, "train.jsonl:1").example.tokens)
 
     return run
 

@@ -72,7 +72,7 @@ def classifier(encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     root = tmp_path_factory.mktemp("classifier")
     train, test = reviews(root / "train.jsonl", 240, 0), reviews(root / "test.jsonl", 30, 1)
     words = ["finetune", str(encoder_folder), "--data", str(train), "--eval-data", str(test)]
-    words += ["--task", "classification", "--batches", "by-length", "--out", str(root / "run")]
+    words += ["--batches", "by-length", "--out", str(root / "run")]
     words += ["--steps", "150", "--lr", "1e-2", "--batch-size", "12", "--group-size", "4"]
     assert main(words) == 0
     assert main(["fold", str(root / "run"), "--out", str(root / "folded")]) == 0
@@ -240,3 +240,56 @@ def test_a_model_that_cannot_be_packed_is_refused_before_anything_is_written(
     assert main([*words, "--batches", "packed"]) == 2
     assert "no language model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_labels_and_a_model_that_generates_are_refused_before_it_is_loaded(
+    model_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """By the first row and `config.json`: there are no weights here that could be loaded."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    data = reviews(tmp_path / "data.jsonl", 4, 0)
+    words = ["finetune", str(folder), "--data", str(data), "--out", str(tmp_path / "run")]
+    assert main(words) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "texts with labels, and the model generates texts" in shown
+    assert "--task language" in shown
+    assert main(["finetune", "a.module:factory", *words[2:]]) == 2
+    assert "only a Hugging Face folder gets a head" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_table_with_names_of_its_own_is_learned(
+    model_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """And what was read of it is said: forms, labels that are not learned, how many were cut."""
+    table, out = tmp_path / "data.csv", tmp_path / "run"
+    table.write_text("q,a\n" + "red is a, colour\n" * 6, "utf-8")
+    words = ["finetune", str(model_folder), "--steps", "1", "--batch-size", "2", "--rank", "2"]
+    mapped = [*words, "--data", str(table), "--out", str(out)]
+    assert main(mapped) == 2
+    assert "none of the known forms, but the fields ['q', 'a']" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*mapped, "--map", "prompt=q,completion=a"]) == 0
+    assert "prompt and completion (6)" in " ".join(capsys.readouterr().out.split())
+    assert record(out)["reading"]["map"] == {"prompt": "q", "completion": "a"}
+    assert main([*mapped, "--map", "prompt=q", "--resume"]) == 2
+    assert main([*mapped, "--map", "question=q"]) == 2
+    assert "no form has a field 'question'" in " ".join(capsys.readouterr().err.split())
+    labelled = reviews(tmp_path / "labelled.jsonl", 4, 0)
+    given = [*words, "--data", str(labelled), "--task", "language", "--out", str(tmp_path / "b")]
+    assert main(given) == 0
+    assert "4 of 4 labels are not learned" in " ".join(capsys.readouterr().err.split())
+
+
+def test_many_rows_are_trained_on_from_their_file(
+    model_folder: Path, data_file: Path, tmp_path: Path, capsys: Capture, monkeypatch: Any
+) -> None:
+    words = ["finetune", str(model_folder), "--data", str(data_file), "--steps", "4", "--rank", "2"]
+    words += ["--batch-size", "2", "--batches", "by-length", "--eval-data", str(data_file)]
+    assert main([*words, "--out", str(tmp_path / "inside")]) == 0
+    monkeypatch.setattr("qalora_compile.training.lazy._FEW_ROWS", 0)
+    assert main([*words, "--out", str(tmp_path / "outside")]) == 0
+    assert "6 rows are checked, and tokenized while" in " ".join(capsys.readouterr().err.split())
+    inside, outside = (record(tmp_path / name)["held_out"] for name in ("inside", "outside"))
+    assert inside == outside

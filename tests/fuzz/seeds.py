@@ -145,7 +145,7 @@ def _read_tokenizer(folder: Path) -> str:
     reader = LineReader(tokenizer=tokenizer, max_length=32)
     turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "a colour"}]
     rows = [{"prompt": "red is", "completion": " a colour"}, {"messages": turns}]
-    return digest([reader.read(json.dumps(row), "row") for row in rows])
+    return digest([reader.read(row, "row") for row in rows])
 
 
 class _Two(nn.Module):

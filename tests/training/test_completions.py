@@ -21,7 +21,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from qalora_compile.training.examples import IGNORED
-from qalora_compile.training.lines import LineReader, _Texts
+from qalora_compile.training.lines import LineReader
+from qalora_compile.training.texts import Texts
 
 CORPUS = [
     'Answer: 4\nQuestion: What is 2 + 2? Answer: 4 {"x": 1} {"x":1}',
@@ -153,7 +154,7 @@ def learned(kind: str, prompt: str, completion: str) -> tuple[list[int], int]:
     """The tokens of an example, and how many of them carry no loss."""
     reader = LineReader(tokenizer=tokenizer(kind), max_length=10_000)
     row = {"prompt": prompt, "completion": completion}
-    example = reader._read_kind("completion", row, "here")
+    example = reader.read(row, "here").example
     free = sum(label == IGNORED for label in example.labels)
     assert list(example.labels) == [IGNORED] * free + list(example.tokens[free:])
     return list(example.tokens), free
@@ -193,7 +194,7 @@ def test_a_tokenizer_without_offsets_gives_the_same(
     kind: str, prompt: str, completion: str
 ) -> None:
     """Where the prompt's tokens begin the joint ones, there is no doubt."""
-    texts = _Texts(tokenizer(kind))
+    texts = Texts(tokenizer(kind))
     own = texts.plain(prompt + completion, "here")
     alone = texts.plain(prompt, "here")
     if not prompt or UNKNOWN in own or own[: len(alone)] != alone:

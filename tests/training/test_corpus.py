@@ -13,7 +13,7 @@ import torch
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.training import Batches, Packed, load_examples
 from qalora_compile.training.corpus import COUNTS_FILE
-from qalora_compile.training.data import find_files
+from qalora_compile.training.rows import find_files
 from tests.training.test_data import LABELLED, Truncating, Words, write
 
 pytest.importorskip("datasets")

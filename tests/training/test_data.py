@@ -324,6 +324,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(path: Path) -> None:
         load_examples(write(path, {"messages": turns}), Rewriting(), max_length=50)
 
 
+CHAT = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+
+
 def pairs(
     path: Path, *rows: Any, max_length: int = 50, tokenizer: Any = None
 ) -> tuple[Example, ...]:
@@ -345,7 +348,7 @@ def test_an_end_that_the_tokenizer_writes_is_not_written_again(path: Path) -> No
     assert example.labels == (IGNORED, 2, 99)
 
 
-@pytest.mark.parametrize("row", [{"text": "a"}, {"input_ids": [1, 2]}, {"prompt": "a"}, [1]])
+@pytest.mark.parametrize("row", [{"text": "a"}, {"input_ids": [1, 2]}, {"messages": CHAT}])
 def test_an_encoder_needs_pairs(path: Path, row: Any) -> None:
     with pytest.raises(UserInputError, match="from text to text"):
         pairs(path, row)

@@ -1,0 +1,311 @@
+"""Rows of data files, one after another: JSON lines, tables, and folders of them.
+
+=====================  =============================================================================
+`.jsonl` and others    one JSON object a line, UTF-8, a byte order mark or none
+`.json`                the same, or one list of objects
+`.csv`, `.tsv`         the first line names the columns; values are texts
+`.parquet`, `.arrow`   read with pyarrow
+=====================  =============================================================================
+
+The first three may be compressed: `.jsonl.gz`. A folder stands for the files in it, one written by
+`datasets` (`save_to_disk`) for its rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.optional import require
+from qalora_compile.untrusted import check_regular, member, parse_json, quoted, read_object
+from qalora_compile.untrusted.json_text import MAX_JSON_BYTES
+
+Paths = str | Path | Sequence[str | Path]
+NumberedRow = tuple[int, Any]
+
+_BOM = b"\xef\xbb\xbf"
+_GZIP = ".gz"
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_COLUMNS = (".parquet", ".arrow")
+_SUFFIXES = (".jsonl", ".ndjson", ".json", *_TABLES, *_COLUMNS)
+_LISTS = ("messages", "conversations", "input_ids", "labels", "history")
+"""Fields that a table of texts holds as JSON."""
+_HELD_OUT = ("test", "validation", "valid", "dev", "eval")
+_BATCH = 256
+_STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
+
+
+def find_files(paths: Paths) -> tuple[Path, ...]:
+    """Files by name, pattern or folder.
+
+    Raises:
+        UserInputError: a pattern fits nothing, a folder holds no data or those of several splits,
+            or a file is there twice.
+    """
+    found: list[Path] = []
+    for given in [paths] if isinstance(paths, (str, Path)) else paths:
+        path = Path(given)
+        if path.is_dir():
+            found += _files_of(path)
+        elif path.exists() or not glob.has_magic(str(given)):
+            found.append(path)
+        else:
+            found += _matching(str(given))
+    seen: set[Path] = set()
+    for path in found:
+        if path.resolve() in seen:
+            raise UserInputError(f"the data file {path} is given twice", where=str(path))
+        seen.add(path.resolve())
+    return tuple(found)
+
+
+def is_plain(path: Path) -> bool:
+    """Whether each row of a file is a line of it that can be read by itself."""
+    if path.suffix == ".json":
+        with _opened(path) as file:
+            return not _is_list(file)
+    return path.suffix not in (_GZIP, *_TABLES, *_COLUMNS)
+
+
+def read_rows(path: Path) -> Iterator[NumberedRow]:
+    """Number and JSON value of each row, from 1; the number of a line where rows are lines.
+
+    Raises:
+        UserInputError: the file cannot be read, or a row is malformed; its number is named.
+        UnsupportedError: pyarrow is not installed, and the file needs it.
+    """
+    kind = Path(path.stem).suffix if path.suffix == _GZIP else path.suffix
+    if kind in _COLUMNS:
+        return _read_columns(path, kind)
+    return _read_table(path, _TABLES[kind]) if kind in _TABLES else _read_json(path, kind)
+
+
+def raw_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number, place and bytes of each line that is not empty, without a byte order mark.
+
+    Raises:
+        UserInputError: a line is longer than a JSON text may be.
+    """
+    number, place = 0, 0
+    # bytes: not every separator that Python knows in texts ends a line of JSON lines
+    while raw := file.readline(MAX_JSON_BYTES + 1):
+        number += 1
+        if len(raw) > MAX_JSON_BYTES:
+            raise UserInputError(
+                f"the line has more than the {MAX_JSON_BYTES >> 20} MiB that one may have",
+                where=f"{path}:{number}",
+                hint="one JSON object a line",
+            )
+        line = raw.removeprefix(_BOM) if number == 1 else raw
+        if line and not line.isspace():
+            yield number, place + len(raw) - len(line), line
+        place += len(raw)
+
+
+def parse_row(raw: bytes, where: str) -> Any:
+    """The JSON value of a line.
+
+    Raises:
+        UserInputError: it is no JSON or no UTF-8, or beyond the limits of `untrusted.read_json`.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserInputError(
+            f"the data file is not UTF-8: {error}", where=where, hint="convert it: iconv -t UTF-8"
+        ) from error
+    return parse_json(text, where, what="the line", finite=True)
+
+
+def _matching(pattern: str) -> list[Path]:
+    matched = sorted(map(Path, glob.glob(pattern, recursive=True)))
+    if not matched:
+        raise UserInputError(f"no file fits {pattern}", where=pattern)
+    return matched
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The data files of a folder, in sorted order."""
+    if (folder / _SPLITS_FILE).is_file():
+        splits = read_object(folder / _SPLITS_FILE).get("splits")
+        names = [str(name) for name in splits] if isinstance(splits, list) else []
+        if len(names) != 1:
+            raise UserInputError(
+                f"the folder holds the splits {quoted(', '.join(names))}: which of them is meant?",
+                where=str(folder),
+                hint=f"give one of them, such as {folder / 'train'}",
+            )
+        member(folder, f"{names[0]}/{_STATE_FILE}")
+        return _files_of(folder / names[0])
+    if (folder / _STATE_FILE).is_file():
+        files = read_object(folder / _STATE_FILE).get("_data_files")
+        rows = files if isinstance(files, list) else []
+        return [
+            member(folder, row.get("filename") if isinstance(row, dict) else row) for row in rows
+        ]
+    files = sorted(f for f in folder.iterdir() if _is_data(f) and not f.name.startswith("."))
+    if not files:
+        raise UserInputError(
+            "the folder holds no data file",
+            where=str(folder),
+            hint=f"known are {', '.join(_SUFFIXES)}, and the same with {_GZIP}",
+        )
+    apart = [file for file in files if file.name.lower().startswith(_HELD_OUT)]
+    if apart and len(apart) < len(files):
+        raise UserInputError(
+            f"the folder holds held-out data beside others: {apart[0].name}",
+            where=str(folder),
+            hint=f"name what is meant: '{folder}/train*'",
+        )
+    return files
+
+
+def _is_data(path: Path) -> bool:
+    name = Path(path.stem) if path.suffix == _GZIP else path
+    return name.suffix in _SUFFIXES and path.is_file()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed where its name says that it is compressed.
+
+    Raises:
+        UserInputError: it cannot be read, or is no regular file: a pipe may never end.
+    """
+    if path.exists():
+        check_regular(path)
+    open_file: Callable[..., Any] = gzip.open if path.suffix == _GZIP else open
+    try:
+        with open_file(path, "rb") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserInputError(
+            f"cannot decompress the data file: {error}", where=str(path)
+        ) from error
+    except OSError as error:
+        raise UserInputError(
+            f"cannot read the data file: {error.strerror or error}", where=str(path)
+        ) from error
+
+
+def _is_list(file: IO[bytes]) -> bool:
+    """Whether a JSON file begins with a list; the file is then at its beginning again."""
+    head = file.read(1 << 12).removeprefix(_BOM).lstrip()
+    file.seek(0)
+    return head.startswith(b"[")
+
+
+def _read_json(path: Path, kind: str) -> Iterator[NumberedRow]:
+    with _opened(path) as file:
+        if kind == ".json" and _is_list(file):
+            yield from enumerate(_list_of(file, path), start=1)
+            return
+        for number, _, raw in raw_lines(file, path):
+            yield number, parse_row(raw, f"{path}:{number}")
+
+
+def _list_of(file: IO[bytes], path: Path) -> list[Any]:
+    data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise UserInputError(
+            f"the list has more than {MAX_JSON_BYTES >> 20} MiB",
+            where=str(path),
+            hint="write JSON lines: they are read one by one",
+        )
+    found = parse_json(data.removeprefix(_BOM), path, finite=True)
+    return found if isinstance(found, list) else [found]
+
+
+def _read_table(path: Path, delimiter: str) -> Iterator[NumberedRow]:
+    """Rows of a table of texts; a row has as many values as the first line names."""
+    csv.field_size_limit(MAX_JSON_BYTES)
+    number = 1
+    with _opened(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            names = next(reader, [])
+            if len(set(names)) != len(names):
+                raise UserInputError("two columns have one name", where=f"{path}:1")
+            for values in reader:
+                number = reader.line_num
+                if not values:
+                    continue
+                if len(values) != len(names):
+                    raise UserInputError(
+                        f"the row has {len(values)} values, and there are {len(names)} columns",
+                        where=f"{path}:{number}",
+                    )
+                row = dict(zip(names, values, strict=True))
+                yield number, {name: _value(name, v, path, number) for name, v in row.items()}
+        except csv.Error as error:
+            raise UserInputError(
+                f"the table is malformed: {error}", where=f"{path}:{reader.line_num}"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise UserInputError(
+                f"the data file is not UTF-8: {error}", where=f"{path}:{number}"
+            ) from error
+
+
+def _value(name: str, text: str, path: Path, number: int) -> Any:
+    """A field of a table: a text, or the list that it spells out."""
+    if name not in _LISTS:
+        return text
+    where = f"{path}:{number}"
+    return parse_json(text, where, what=f"the column {name!r}", finite=True) if text else None
+
+
+def _read_columns(path: Path, kind: str) -> Iterator[NumberedRow]:
+    """Rows of a file of columns, some at a time."""
+    with _opened(path):
+        pass  # says what is wrong with a file that cannot be opened
+    module = "pyarrow.parquet" if kind == ".parquet" else "pyarrow.ipc"
+    library = require(module, extra="train", purpose=f"read {kind} files")
+    invalid = require("pyarrow", extra="train", purpose=f"read {kind} files").ArrowException
+    number = 0
+    try:
+        for batch in (_parquet if kind == ".parquet" else _arrow)(library, path):
+            for start in range(0, batch.num_rows, _BATCH):
+                for row in batch.slice(start, _BATCH).to_pylist():
+                    number += 1
+                    yield number, {name: _without_nulls(value) for name, value in row.items()}
+    except (invalid, OSError, UnicodeDecodeError) as error:
+        raise UserInputError(
+            f"cannot read the data file: {quoted(str(error), 200)}", where=f"{path}:{number + 1}"
+        ) from error
+
+
+def _parquet(library: Any, path: Path) -> Iterator[Any]:
+    with library.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=_BATCH)
+
+
+def _arrow(library: Any, path: Path) -> Iterator[Any]:
+    """Record batches of a stream, as `datasets` writes, or of a file with an index at its end."""
+    pyarrow = require("pyarrow", extra="train", purpose="read .arrow files")
+    with pyarrow.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            source.seek(0)
+            with library.open_file(source) as file:
+                for index in range(file.num_record_batches):
+                    yield file.get_batch(index)
+            return
+        source.seek(0)
+        with library.open_stream(source) as stream:
+            yield from stream
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without fields that are null: objects of a column all have the fields of each."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None or k == "content"}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
