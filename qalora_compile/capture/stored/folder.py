@@ -70,8 +70,8 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
     Args:
         folder: `config.json` with `quantization` (MLX) or `quantization_config`, or beside it
             AutoGPTQ's `quantize_config.json`; and safetensors.
-        zero_points: How a GPTQ checkpoint stores its zero-points (`gptq_zeros.ZERO_POINTS`), where its
-            tag is wrong or says nothing; None: by tag, numbers and weights.
+        zero_points: How a GPTQ checkpoint stores its zero-points (`gptq_zeros.ZERO_POINTS`), where
+            its tag is wrong or says nothing; None: by tag, numbers and weights.
 
     Raises:
         UserInputError: a tensor is missing, broken, or fits neither the others nor the model.

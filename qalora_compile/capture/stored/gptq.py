@@ -206,9 +206,7 @@ def _unpack(module: str, parts: Mapping[str, Tensor], form: _Form) -> StoredLaye
     return StoredLayer(codes, scale, zeros.t().float(), floating, form.bits, group, form.symmetric)
 
 
-def _order(
-    module: str, g_idx: Tensor | None, layer: StoredLayer, ordered: bool
-) -> Tensor | None:
+def _order(module: str, g_idx: Tensor | None, layer: StoredLayer, ordered: bool) -> Tensor | None:
     """The order of a layer's columns in which groups are contiguous; see `column_order`.
 
     Raises:

@@ -23,7 +23,7 @@ V1, V2, FLOAT_ZERO, FLOAT_OFFSET = "v1", "v2", "float", "offset"
 ZERO_POINTS = (V1, V2, FLOAT_ZERO, FLOAT_OFFSET)
 _OTHER = {V1: V2, V2: V1}
 _NEAR, _FAR = 0.25, 0.75
-"""How far a mean lies from 0, in steps of the codes: what it may, and what tells a wrong version."""
+"""How far a mean may lie from 0, in steps of the codes, and where it tells a wrong version."""
 _WIDEST = 4
 """Up to so many bits a step is large against the mean of a layer's weights."""
 _OVERRIDE = "(zero_points, --stored-zero-points, overrides that)"
