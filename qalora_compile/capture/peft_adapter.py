@@ -20,67 +20,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qalora_compile.capture.peft_settings import CONFIG_FILE, PeftSettings
 from qalora_compile.config import one_of
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.low_rank import LowRankUpdate
+from qalora_compile.ir.low_rank import LowRankUpdate, check_pools
 from qalora_compile.ir.storage import load_tensors
-from qalora_compile.untrusted import quoted, read_object
-from qalora_compile.untrusted.patterns import matches
 
-CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+WEIGHTS_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
 MEAN, SUM = "mean", "sum"
 POOLINGS = (MEAN, SUM)
 """Of the authors' script; of the paper's algorithm."""
-_ALL_LINEAR = "all-linear"
-_LARGEST_POOL, _LARGEST_ALPHA = 1 << 24, 1e30
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
-_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Ways to start that take the start out of the base: the adapter fits no base but that one."""
-_OTHER_FORMS = {
-    "use_dora": "DoRA scales the whole weight, and no group's offset can hold that",
-    "layer_replication": "layers of the base are repeated",
-    "alora_invocation_tokens": "the adapter is switched on by tokens",
-    "use_bdlora": "its factors are block-diagonal",
-    "kasa_config": "its update is scaled by singular values",
-    "monteclora_config": "its update is drawn at random",
-    "arrow_config": "it is a router over other adapters",
-    "target_parameters": "it adapts parameters of stacked experts",
-    "trainable_token_indices": "it trains rows of an embedding",
-    "lora_bias": "its B has a bias",
-    "megatron_config": "its layers are split over devices",
-}
-"""Settings that make another update than the two above, and what it is."""
-_KNOWN = frozenset(
-    (
-        *_OTHER_FORMS,
-        *("peft_type", "peft_version", "task_type", "inference_mode", "auto_mapping", "revision"),
-        *("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "rank_pattern"),
-        *("alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform"),
-        *("layers_pattern", "modules_to_save", "fan_in_fan_out", "bias", "use_rslora"),
-        *("init_lora_weights", "use_qalora", "qalora_group_size", "qalora_pooling"),
-        *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        *("velora_config", "ensure_weight_tying", "runtime_config"),
-    )
-)
-"""Settings that are understood, or change nothing of a trained adapter."""
-_SWITCHES = ("use_qalora", "use_rslora")
-_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(_SWITCHES, (bool,)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
-    "target_modules": (str, list),
-    "base_model_name_or_path": (str,),
-}
-"""What settings are, where they are not null."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +68,7 @@ def read_peft_adapter(folder: str | Path, *, weight: float = 1.0) -> PeftAdapter
         UnsupportedError: the adapter is of another kind than LoRA, plain or `use_qalora`.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    _check_kind(config, folder)
+    settings = PeftSettings.read(folder)
     tensors = _read_tensors(folder)
     factors: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
@@ -132,7 +86,7 @@ def read_peft_adapter(folder: str | Path, *, weight: float = 1.0) -> PeftAdapter
         elif ".original_module." not in name:  # what a saved module replaces is not used
             # the names of modules that PEFT wraps others in
             saved[re.sub(r"\.(modules_to_save|base_layer)\.", ".", name)] = tensor
-    _check_targets(factors, config, folder)
+    _check_targets(factors, settings)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserInputError(
@@ -143,56 +97,25 @@ def read_peft_adapter(folder: str | Path, *, weight: float = 1.0) -> PeftAdapter
     if not factors:
         raise UserInputError("the adapter adapts no layer", where=str(folder / WEIGHTS_FILE))
     updates = {
-        path: _update(path, parts, config, weight, folder) for path, parts in factors.items()
+        path: _update(path, parts, settings, weight, folder) for path, parts in factors.items()
     }
-    base = str(config.get("base_model_name_or_path") or "")
-    return PeftAdapter(folder.name, updates, saved, base)
+    return PeftAdapter(folder.name, updates, saved, settings.base)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / CONFIG_FILE).is_file():
-        inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
-        raise UserInputError(
-            f"the folder holds {len(inside)} adapters: {', '.join(inside)}"
-            if inside
-            else f"the folder holds no {CONFIG_FILE}",
-            where=str(folder),
-            hint=f"give one of them: {folder / inside[0]}"
-            if inside
-            else "give a folder written by save_pretrained of PEFT",
-        )
-    return read_object(folder / CONFIG_FILE, finite=True)
+def _check_targets(layers: Iterable[str], settings: PeftSettings) -> None:
+    """See that the layers in the file are those that the settings name.
 
-
-def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
-    where = str(folder / CONFIG_FILE)
-    if config.get("peft_type") != "LORA":
-        raise UnsupportedError(
-            f"the adapter is of the kind {config.get('peft_type')}, not LORA", where=where
-        )
-    for name, what in _OTHER_FORMS.items():
-        if config.get(name):
-            raise UnsupportedError(
-                f"the adapter cannot be taken: {what} ({name})",
-                where=where,
-                hint="merge it into a float model with PEFT (merge_and_unload), and quantize that",
+    Raises:
+        UserInputError: one is not; PEFT would leave it out without an error.
+    """
+    for path in layers:
+        why = settings.why_not(path)
+        if why:
+            raise UserInputError(
+                f"the file adapts {path}, which is {why}",
+                where=settings.where,
+                hint="the settings and the tensors do not belong together: get both again",
             )
-    for name, value in config.items():
-        if name not in _KNOWN and value:
-            raise UnsupportedError(
-                f"the adapter has the setting {quoted(name)}, which is not known: {quoted(value)}",
-                where=where,
-                hint="merge it into a float model with PEFT (merge_and_unload), and quantize that",
-            )
-        if value is not None and not isinstance(value, _TYPES.get(name, (object,))):
-            raise UserInputError(f"{name} is {quoted(value)}", where=where)
-    start = str(config.get("init_lora_weights", "")).lower()
-    if start.startswith(_CHANGED_BASE):
-        raise UnsupportedError(
-            f"the adapter was started by {start!r}, which changes the base: it fits no other",
-            where=where,
-            hint="save it with PEFT's path_initial_model_for_weight_conversion",
-        )
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -209,7 +132,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _update(
-    path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], weight: float, folder: Path
+    path: str, parts: Mapping[str, Tensor], settings: PeftSettings, weight: float, folder: Path
 ) -> LowRankUpdate:
     where = f"{folder / WEIGHTS_FILE}: {path}"
     if parts.keys() != {"A", "B"}:
@@ -229,75 +152,12 @@ def _update(
             f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}: an adapter of nothing",
             where=where,
         )
-    stated = _for_layer(config, "rank_pattern", path, "r", folder)
-    if stated != rank:
+    if (stated := settings.rank(path)) != rank:
         raise UserInputError(
-            f"the tensors have rank {rank}, {CONFIG_FILE} says {quoted(stated)}", where=where
+            f"the tensors have rank {rank}, {CONFIG_FILE} says {stated}", where=where
         )
-    alpha = _for_layer(config, "alpha_pattern", path, "lora_alpha", folder)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not _is_small(alpha):
-        raise UserInputError(f"lora_alpha is {quoted(alpha)}", where=str(folder / CONFIG_FILE))
-    scaling = weight * alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    if not config.get("use_qalora"):
-        return LowRankUpdate(a, b, scaling, None)
-    pool = config.get("qalora_group_size")
-    if isinstance(pool, bool) or not isinstance(pool, int) or not 1 <= pool <= _LARGEST_POOL:
-        raise UserInputError(
-            f"qalora_group_size is {quoted(pool)}", where=str(folder / CONFIG_FILE)
-        )
-    return LowRankUpdate(a, b, scaling * a.shape[1] / pool, pool)
-
-
-def _is_small(number: float) -> bool:
-    """Whether a scaling is a number that float32 has."""
-    return -_LARGEST_ALPHA <= number <= _LARGEST_ALPHA
-
-
-def _for_layer(
-    config: Mapping[str, Any], patterns: str, path: str, general: str, folder: Path
-) -> Any:
-    """The setting of one layer: of the first pattern that its path ends with, as PEFT reads it."""
-    for key, value in (config.get(patterns) or {}).items():
-        if _ends_with(path, key, f"{folder / CONFIG_FILE}: {patterns}"):
-            return value
-    return config.get(general)
-
-
-def _ends_with(path: str, pattern: str, where: str) -> bool:
-    """Whether the last parts of a path match a pattern; `.` is a dot, or any character.
-
-    Raises:
-        UserInputError: the pattern cannot be matched in linear time.
-    """
-    try:
-        return matches(rf"(.*\.)?({pattern})", path, whole=True)
-    except UserInputError as error:
-        error.where = where
-        raise
-
-
-def _check_targets(layers: Iterable[str], config: Mapping[str, Any], folder: Path) -> None:
-    """See that the layers in the file are those that the settings name.
-
-    Raises:
-        UserInputError: one is not, or the names are no texts; PEFT would leave it out silently.
-    """
-    targets, where = config.get("target_modules"), str(folder / CONFIG_FILE)
-    if targets is None or targets == _ALL_LINEAR:
-        return
-    if isinstance(targets, list) and not all(isinstance(target, str) for target in targets):
-        raise UserInputError(f"target_modules is {quoted(targets)}", where=where)
-    for path in layers:
-        if isinstance(targets, str):
-            known = _ends_with(path, targets, f"{where}: target_modules")
-        else:
-            known = any(path == target or path.endswith(f".{target}") for target in targets)
-        if not known:
-            raise UserInputError(
-                f"the file adapts {path}, which is none of the target_modules {quoted(targets)}",
-                where=where,
-                hint="the settings and the tensors do not belong together: get both again",
-            )
+    scaling, pool = weight * settings.scaling(path), settings.pool()
+    return LowRankUpdate(a, b, scaling if pool is None else scaling * a.shape[1] / pool, pool)
 
 
 def as_pooled(adapter: PeftAdapter, model: nn.Module, pooling: str | None) -> PeftAdapter:
@@ -424,6 +284,7 @@ def merge_(model: nn.Module, updates: Mapping[str, Sequence[LowRankUpdate]]) -> 
         stored = weight if isinstance(model.get_submodule(path), nn.Linear) else weight.mT
         n, k = stored.shape
         for update in several:
+            check_pools(update, k, path)
             wide = update.a.shape[1] * (update.pool or 1)
             if (update.b.shape[0], wide) != (n, k):
                 raise UserInputError(

@@ -30,6 +30,7 @@ from qalora_compile.capture.sizes import check_gguf_sizes
 from qalora_compile.capture.skeleton import model_class, transformers_module
 from qalora_compile.capture.stored.folder import is_quantized, load_stored
 from qalora_compile.capture.stored.gguf import read_gguf_codes
+from qalora_compile.capture.stored.gguf_complete import check_complete
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stored_codes import StoredCodes
@@ -102,7 +103,7 @@ def load_source(reference: str, *, zero_points: str | None = None) -> Source:
             `package.module:factory`, where the factory takes no argument and returns
             `(model, example_args, example_kwargs)`.
         zero_points: How a GPTQ checkpoint stores its zero-points, where its tag is wrong or says
-            nothing: `"v1"`, `"v2"`, `"float"` or `"offset"` (`capture.stored.gptq`).
+            nothing: `"v1"`, `"v2"`, `"float"` or `"offset"` (`capture.stored.gptq_zeros`).
 
     Raises:
         UserInputError: nothing is there, a file is truncated or malformed, or the factory fails.
@@ -193,18 +194,20 @@ def _load_gguf(reference: str, path: Path) -> Source:
         magic = file.read(len(_GGUF_MAGIC))
     if magic != _GGUF_MAGIC:
         raise UserInputError(f"{path.name} is not a GGUF file", where=str(path))
-    check_gguf_sizes(check_gguf(path), path)
+    header = check_gguf(path)
+    check_gguf_sizes(header, path)
     require("gguf", extra="hf", purpose="read GGUF files")
     transformers = transformers_module()
     options = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         with redirect_stderr(io.StringIO()):  # the reader draws a bar whatever the verbosity
             tokenizer = _gguf_tokenizer(transformers, path, options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.float32, **options
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, output_loading_info=True, **options
             )
     except Exception as error:  # the reader raises whatever a broken offset leads to
         raise unreadable(path, error) from error
+    check_complete(header, model, found["missing_keys"], path)
     source = _language_model(reference, "gguf", model, tokenizer)
     return replace(source, read_codes=partial(read_gguf_codes, path))
 

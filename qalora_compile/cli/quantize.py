@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 
 from qalora_compile.api import quantize_groups
+from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.checkpoint import capture_checkpoint
+from qalora_compile.capture.source import load_source
+from qalora_compile.capture.stored.folder import is_quantized
 from qalora_compile.cli.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
 from qalora_compile.cli.embeddings import (
     add_embedding_arguments,
@@ -22,11 +25,19 @@ from qalora_compile.cli.export import (
     resumed,
     target_spec,
 )
-from qalora_compile.cli.quantized import add_quant_arguments, print_reports, quant_spec
-from qalora_compile.cli.ui import megabytes, print_summary, steps
+from qalora_compile.cli.quantized import (
+    add_quant_arguments,
+    add_stored_argument,
+    print_reports,
+    quant_spec,
+    stored_codes,
+)
+from qalora_compile.cli.ui import Steps, megabytes, print_summary, steps
 from qalora_compile.config import CALIBRATED, ExportSpec, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import reserve
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.quantizers.report import collecting_reports
 from qalora_compile.runtime.memory import peak_memory
 
@@ -38,7 +49,9 @@ EXAMPLES = """examples:
   qalora-compile quantize ./SmolLM2 --out edge --embeddings 8     half of a small model's bytes
   qalora-compile quantize ./Llama-7B --out edge --bits 3 --method hqq
 
-weights are read, quantized and written one layer after another: memory does not grow with the model
+weights are read, quantized and written one layer after another: memory does not grow with the
+model. A folder that is quantized already (GPTQ, AWQ, HQQ, compressed-tensors, MLX) keeps its codes;
+its weights are in memory meanwhile, in float32
 """
 
 
@@ -47,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hugging Face folder with safetensors")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     add_quant_arguments(parser)
+    add_stored_argument(parser)
     add_embedding_arguments(parser)
     add_target_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
@@ -68,7 +82,7 @@ def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -
     _check_folder(source)
     with steps() as shown, collecting_reports() as reports:
         shown.say("capture")
-        program = capture_checkpoint(source, last_logits=options.last_logits)
+        program, stored = _captured(options, source, shown)
         for note in program.notes:
             shown.say(f"note: {note}")
         program = quantize_groups(
@@ -77,6 +91,7 @@ def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -
             targets=options.targets or "all-linear",
             exclude=options.exclude,
             embeddings=embeddings,
+            stored=stored,
         )
         graphs = {MODEL_FILE: program}
         if not program.signature.cache:
@@ -112,6 +127,33 @@ def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -
         | resumed(report),
     )
     return 0
+
+
+def _captured(
+    options: argparse.Namespace, source: Path, shown: Steps
+) -> tuple[Program, StoredCodes | None]:
+    """The program, its weights in their files; and the codes to keep, of a quantized checkpoint.
+
+    The weights of a quantized checkpoint are in memory: codes are found by the rows they stand for.
+
+    Raises:
+        UserInputError: the folder cannot be read; or it holds no codes, and options say of which
+            kind they are.
+    """
+    if not is_quantized(source):
+        if options.stored_zero_points is not None:
+            raise UserInputError(
+                "--stored-zero-points is of a checkpoint that is quantized, and this one is not",
+                where=str(source),
+                hint="leave it out",
+            )
+        return capture_checkpoint(source, last_logits=options.last_logits), None
+    loaded = load_source(str(source), zero_points=options.stored_zero_points)
+    shown.say("note: the checkpoint is quantized already: its weights are in memory, in float32")
+    codes = stored_codes(options, loaded, shown)
+    if loaded.decoder_start is not None:
+        return loaded.capture(), codes
+    return capture_causal_lm(loaded.model, last_logits=options.last_logits), codes
 
 
 def _data_free(quant: QuantSpec) -> QuantSpec:

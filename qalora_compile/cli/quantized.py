@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qalora_compile.capture.source import Source
-from qalora_compile.capture.stored.gptq import ZERO_POINTS
+from qalora_compile.capture.stored.gptq_zeros import ZERO_POINTS
 from qalora_compile.cli.alike import pattern_of, ranges_of
 from qalora_compile.cli.ui import Steps, print_table
 from qalora_compile.config import AUTO, BUDGET_UNITS, METHODS, SUPPORTED_BITS, QuantSpec

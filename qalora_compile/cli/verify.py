@@ -19,8 +19,10 @@ from qalora_compile.files import check_output
 
 if TYPE_CHECKING:  # imported where they are used: a certificate is checked without torch
     from qalora_compile.ir.program import Program
+    from qalora_compile.ir.signature import Call
     from qalora_compile.verify.certificate import Certificate
     from qalora_compile.verify.compare import Report
+    from qalora_compile.verify.graph import Graph
     from qalora_compile.verify.numeric_report import NumericReport, Way
 
 NAME = "verify"
@@ -28,7 +30,7 @@ SUMMARY = "compare two programs or exported models; exit 0 equal, 1 not equal, 2
 EXAMPLES = """examples:
   qalora-compile verify run folded --max-abs 1e-4
   qalora-compile verify folded edge --max-rel 1e-4 --inputs 8
-  qalora-compile verify folded edge --max-rel 1e-4 --library     on the fused kernels
+  qalora-compile verify folded edge --max-rel 1e-4 --library     on the fused kernels alone
   qalora-compile verify folded edge/model.onnx --max-abs 1e-3 --json
   qalora-compile verify folded edge/model.gguf --max-rel 1e-2    read back by its own library
   qalora-compile verify folded edge --prove --certificate equal.json
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inputs", type=int, default=4, metavar="N", help="random inputs to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--library", action="store_true", help="run exported models with the operator library"
+        "--library", action="store_true", help="run exported models with the operator library alone"
     )
     parser.add_argument(
         "--prove", action="store_true", help="compare every coefficient and the graph around them"
@@ -108,6 +110,7 @@ def _compare(options: argparse.Namespace) -> int:
     from qalora_compile.ir.program import Program
     from qalora_compile.runtime.library import library_path
     from qalora_compile.verify.compare import Tolerance
+    from qalora_compile.verify.decoding import sequence_calls
     from qalora_compile.verify.equivalence import verify_equivalence
     from qalora_compile.verify.inputs import sample_inputs
 
@@ -126,15 +129,51 @@ def _compare(options: argparse.Namespace) -> int:
                 "neither side is a RUN or FOLDED folder, whose signature inputs are made from",
                 hint="compare each exported model with its FOLDED folder",
             )
-        calls = sample_inputs(program, options.inputs, seed=options.seed)
-        library = library_path() if options.library else None
-        report = verify_equivalence(sides[0], sides[1], calls, tolerance, library=library)
-        _write_page(report, sides[0], sides[1], options)
+        calls: list[Call] = list(sample_inputs(program, options.inputs, seed=options.seed))
+        if any(_keeps_cache(side) for side in sides):
+            calls += sequence_calls(program, seed=options.seed)
+        both = not options.library and any(map(_has_own_operators, sides))
+        reports = {
+            used: verify_equivalence(
+                sides[0], sides[1], calls, tolerance, library=library_path() if used else None
+            )
+            for used in ([False, True] if both else [options.library])
+        }
+        decisive = next((r for r in reports.values() if not r.passed), reports[min(reports)])
+        _write_page(decisive, sides[0], sides[1], options)
     if options.json:
-        print_json(report.to_json())
+        more = {"with_library": reports[True].to_json()} if both else {}
+        print_json(reports[min(reports)].to_json() | more)
     else:
-        _show(report, options)
-    return 0 if report.passed else 1
+        for used, report in reports.items():
+            _show(report, options, library=used)
+    return 0 if decisive.passed else 1
+
+
+def _keeps_cache(side: Program | Path) -> bool:
+    """Whether a side is an exported language model with a key-value cache."""
+    from qalora_compile.ir.signature import PAST
+
+    graphs = _exported(side)
+    return len(graphs) == 1 and any(n.startswith(PAST) for n, _ in graphs[0].inputs.values())
+
+
+def _has_own_operators(side: Program | Path) -> bool:
+    """Whether a side is exported with operators of the library, which can run here."""
+    from qalora_compile.runtime.library import kernel_level
+    from qalora_compile.verify.onnx_session import uses_library
+
+    own = any(uses_library(graph.extra) for graph in _exported(side))
+    return own and kernel_level() is not None
+
+
+def _exported(side: Program | Path) -> list[Graph]:
+    """The graphs of an exported model; none where the side is something else."""
+    from qalora_compile.verify.graph import ONNX
+    from qalora_compile.verify.sides import open_sides
+
+    graphs = open_sides(side) if isinstance(side, Path) else ()
+    return [graph for graph in graphs if graph.dialect == ONNX]
 
 
 def _prove(options: argparse.Namespace) -> int:
@@ -345,7 +384,7 @@ def _read_back(path: Path) -> Program:
     return Pipeline.parse("canonicalize-pointwise,annotate-linears")(captured).program
 
 
-def _show(report: Report, options: argparse.Namespace) -> None:
+def _show(report: Report, options: argparse.Namespace, *, library: bool) -> None:
     worst = sorted(report.sites, key=lambda c: -c.max_rel)[:10]
     columns = ("", "max abs", "max rel", "sqnr dB")
     if worst:
@@ -364,7 +403,7 @@ def _show(report: Report, options: argparse.Namespace) -> None:
         {
             "A": options.a,
             "B": options.b,
-            "kernels": "with the operator library" if options.library else "of ONNX Runtime",
+            "kernels": "with the operator library" if library else "of ONNX Runtime",
             "inputs": report.inputs,
             "tolerance": report.tolerance,
             "first diverging site": report.first_divergence or "none",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qalora_compile.errors import PreconditionError
+from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.affine import expand_groups, group_count
 
 
@@ -71,3 +71,23 @@ def concatenate(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
     a = torch.cat([update.a.double() for update in updates])
     b = torch.cat([update.b.double() * update.factor for update in updates], dim=1)
     return LowRankUpdate(a, b, 1.0, pools.pop())
+
+
+def check_pools(update: LowRankUpdate, k: int, path: str) -> None:
+    """See that an update that is said to pool does.
+
+    Args:
+        update: Of a layer.
+        k: How many inputs that has.
+        path: Of the layer.
+
+    Raises:
+        UserInputError: its A has a column for each input.
+    """
+    if update.pool is not None and update.pool > 1 and update.a.shape[1] == k:
+        raise UserInputError(
+            "the settings say use_qalora, and lora_A has a column for each input: PEFT pools only "
+            "on GPTQ layers: this is plain LoRA",
+            where=path,
+            hint='set "use_qalora": false in adapter_config.json, and it is read as PEFT uses it',
+        )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.affine import expand_groups
 from qalora_compile.ir.columns import column_orders
-from qalora_compile.ir.low_rank import LowRankUpdate, concatenate
+from qalora_compile.ir.low_rank import LowRankUpdate, check_pools, concatenate
 from qalora_compile.ir.plan import KEEP, Site, SitePlan
 from qalora_compile.ir.program import Program
 from qalora_compile.passes.choices import format_choices
@@ -52,6 +52,7 @@ def check_updates(plan: SitePlan, updates: Updates) -> None:
 
 
 def _check_sizes(site: Site, update: LowRankUpdate) -> None:
+    check_pools(update, site.k, site.path)
     pool = update.pool or 1
     wide, high = update.a.shape[1] * pool, update.b.shape[0]
     if (wide, high) != (site.k, site.n):

@@ -1,4 +1,8 @@
-"""Exported language models with a key-value cache, compared as whole-sequence models."""
+"""Exported language models with a key-value cache, compared as whole-sequence models.
+
+A sequence is given in the steps in which devices give it: a prompt, several tokens, two, and then
+one token at a time, each on the cache of those before.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +34,18 @@ def without_cache(signature: Signature, names: Collection[str]) -> Signature:
     return Signature(tuple(kept.values()), (_LOGITS,), ())
 
 
-class CachedSteps:
-    """Runs a session on whole sequences in two steps, the second one on the cache of the first.
+_BACKWARD = (5, 3, 2, 1, 0)
+"""Where steps behind the prompt end, counted from the end of the sequence."""
 
-    So what is compared is what a device does: a prompt, then more tokens after it.
-    """
+
+def stops_of(length: int) -> list[int]:
+    """Where the steps of a sequence end: half of it, several tokens, two, and single ones."""
+    prompt = (length + 1) // 2
+    return sorted({prompt, *(length - back for back in _BACKWARD if length - back > prompt)})
+
+
+class CachedSteps:
+    """Runs a session on whole sequences in steps, each on the cache of those before; `stops_of`."""
 
     def __init__(self, graph: OnnxSession) -> None:
         self._graph = graph
@@ -50,7 +61,7 @@ class CachedSteps:
     def logits(self, feed: Mapping[str, Any]) -> Tensor:
         """Logits of every token."""
         length = feed[_TOKENS].shape[1]
-        stops = range(1, length + 1) if self._last_only else sorted({(length + 1) // 2, length})
+        stops = range(1, length + 1) if self._last_only else stops_of(length)
         past, begin, parts = self._empty(feed), 0, []
         for stop in stops:
             values = self._graph.outputs(self._step(feed, begin, stop, past))

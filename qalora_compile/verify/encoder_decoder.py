@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.signature import PAST, InputLeaf, Signature
+from qalora_compile.verify.cached import stops_of
 from qalora_compile.verify.onnx_session import OnnxSession
 from qalora_compile.verify.results import Run, Runner
 
@@ -28,7 +29,8 @@ class EncoderDecoderRunner:
     """Runs encoder and decoder on whole sequences, as a device does.
 
     The encoder runs once; the decoder gets a first token, then some more on the cache of it, then
-    the rest. Site values come from a run of the decoder on all tokens at once.
+    the rest in the steps of `verify.cached`. Site values come from a run of the decoder on all
+    tokens at once.
 
     Args:
         folder: With `encoder_model.onnx` and `decoder_model.onnx`.
@@ -108,9 +110,8 @@ class EncoderDecoderRunner:
         return Run({name: values[name] for name in self.signature.outputs}, sites)
 
     def _logits(self, tokens: Any, constant: dict[str, Any]) -> Tensor:
-        """Logits of every token: of the first, of some after it, and of the rest."""
-        length = tokens.shape[1]
-        stops = sorted({0, 1, (length + 1) // 2, length})
+        """Logits of every token: of the first, of some behind it, and then in steps."""
+        stops = sorted({0, 1, *stops_of(tokens.shape[1])})
         past, parts = self._empty(len(tokens)), []
         for begin, stop in itertools.pairwise(stops):
             step = {_TOKENS: tokens[:, begin:stop], **constant, **past}

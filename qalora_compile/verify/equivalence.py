@@ -23,6 +23,7 @@ from qalora_compile.verify.compare import (
 from qalora_compile.verify.damage import damages_of
 from qalora_compile.verify.encoder_decoder import EncoderDecoderRunner
 from qalora_compile.verify.judge import FAIL, PASS
+from qalora_compile.verify.padding import Padding, counted, padding_of
 from qalora_compile.verify.results import Runner
 from qalora_compile.verify.rounding import RoundingJudge
 from qalora_compile.verify.runners import OnnxRunner, ProgramRunner, open_runner
@@ -93,11 +94,13 @@ def _compare_runs(
 ) -> tuple[_Rows, _Rows, list[Comparison]]:
     """Every output and every site by name, on each input; and the worst output of each input."""
     outputs, sites, by_input = _Rows(), _Rows(), list[Comparison]()
+    in_steps = any(isinstance(side, OnnxRunner) and side.in_steps for side in (a, b))
     for index, call in enumerate(track(list(inputs), "verify")):
         leaves = _leaves(a, b, call)
         run_a, run_b = (side.run(side.signature.widen(leaves)) for side in (a, b))
         names = _same_names(run_a.outputs, run_b.outputs, a, b)
-        found = [compare(name, run_a.outputs[name], run_b.outputs[name]) for name in names]
+        padding = padding_of(a.signature, leaves) if in_steps else None
+        found = [_compared(n, run_a.outputs[n], run_b.outputs[n], padding) for n in names]
         if exact is not None:
             found = exact.judged(found, leaves, run_b.outputs)
         for one in found:
@@ -106,8 +109,13 @@ def _compare_runs(
             by_input.append(replace(worst_of(found), name=f"input {index}"))
         for name, value in run_a.sites.items():
             if name in run_b.sites:
-                sites.setdefault(name, []).append(compare(name, value, run_b.sites[name]))
+                one = _compared(name, value, run_b.sites[name], padding)
+                sites.setdefault(name, []).append(one)
     return outputs, sites, by_input
+
+
+def _compared(name: str, a: Tensor, b: Tensor, padding: Padding | None) -> Comparison:
+    return compare(name, counted(a, padding), counted(b, padding))
 
 
 def _first_divergence(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,17 +34,34 @@ def sample_inputs(program: Program, count: int, *, seed: int = 0) -> list[dict[s
     other integers and booleans repeat values of the example; floats are standard normal.
     """
     generator = torch.Generator().manual_seed(seed)
-    args, kwargs = program.example
-    example = flatten_inputs(program.graph, [*args, *kwargs.values()])
-    limits = token_limits(program)
     calls = []
     for index in range(count):
-        leaves = [
-            _sample(leaf, value, limits.get(leaf.name), index, generator, program.signature.ranges)
-            for leaf, value in zip(program.signature.inputs, example, strict=True)
-        ]
-        calls.append(rebuild_call(program, leaves))
+        # The first call has batch 1; later ones vary batch and length, alike for every input.
+        sizes = _SIZES | {"sequence": _SIZES["sequence"] + index}
+        sizes["total_sequence"] = sizes["past_sequence"] + sizes["sequence"]
+        if index == 0:
+            sizes["batch"] = 1
+        calls.append(rebuild_call(program, draw_leaves(program, sizes, generator)))
     return calls
+
+
+def draw_leaves(
+    program: Program, sizes: Mapping[str, int], generator: torch.Generator
+) -> list[Any]:
+    """Random flat inputs; see `sample_inputs`.
+
+    Args:
+        program: Whose signature is followed.
+        sizes: Of axes by name; one that is not named is 5, and each stays within its range.
+        generator: Of the values.
+    """
+    args, kwargs = program.example
+    example = flatten_inputs(program.graph, [*args, *kwargs.values()])
+    limits, ranges = token_limits(program), program.signature.ranges
+    return [
+        _sample(leaf, value, limits.get(leaf.name), sizes, generator, ranges)
+        for leaf, value in zip(program.signature.inputs, example, strict=True)
+    ]
 
 
 def padded_inputs(program: Program, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -112,17 +129,12 @@ def _sample(
     leaf: InputLeaf,
     example: Any,
     rows: int | None,
-    index: int,
+    sizes: Mapping[str, int],
     generator: torch.Generator,
     ranges: Sequence[SizeRange],
 ) -> Any:
     if not isinstance(example, Tensor):
         return example
-    # The first call has batch 1; later ones vary batch and length, alike for every input.
-    sizes = _SIZES | {"sequence": _SIZES["sequence"] + index}
-    sizes["total_sequence"] = sizes["past_sequence"] + sizes["sequence"]
-    if index == 0:
-        sizes["batch"] = 1
     shape = []
     for dim in leaf.shape:
         size = dim if isinstance(dim, int) else sizes.get(dim, _OTHER_SIZE)

@@ -20,28 +20,33 @@ from qalora_compile.ir.signature import Call, split_call
 from qalora_compile.progress import track
 from qalora_compile.verify.adversarial import adversarial_inputs
 from qalora_compile.verify.damage import damages
+from qalora_compile.verify.decoding import decoding_calls, every_token
 from qalora_compile.verify.graph import ONNX, Graph, Ref
 from qalora_compile.verify.graph import Tensor as StoredTensor
 from qalora_compile.verify.inputs import sample_inputs
 from qalora_compile.verify.judge import FAIL, UNITS, Judgement, judge, unjudged
 from qalora_compile.verify.numeric_report import NumericReport, ValueRow, Way, worst_verdict
-from qalora_compile.verify.onnx_session import LEVELS, OnnxSession, hides
+from qalora_compile.verify.onnx_session import LEVELS, OnnxSession, hides, uses_library
 from qalora_compile.verify.padding import Padding, padding_of
 from qalora_compile.verify.precise import run_nodes, run_reference, working_dtype
 from qalora_compile.verify.sides import open_side
 from qalora_compile.verify.structural import Match, match_values
 
-_LIBRARY_DOMAIN = "qalora"
 _HALVES = (torch.float16, torch.bfloat16)
 Compute = Callable[[Program, Sequence[Any]], dict[str, Tensor]]
 """Values of the candidate by name, for the flat inputs of the reference."""
 
 
 def named_inputs(program: Program, count: int, *, seed: int = 0) -> dict[str, Call]:
-    """`count` random calls and the adversarial ones that a program has inputs for, by name."""
+    """`count` random calls, and the adversarial ones that a program has inputs for, by name.
+
+    Of a language model with its cache also the steps in which devices run it; of one that knows up
+    to 2,048 tokens, a call with each of them.
+    """
     drawn = sample_inputs(program, count, seed=seed)
     calls: dict[str, Call] = {f"random {i}": call for i, call in enumerate(drawn)}
-    return calls | adversarial_inputs(program, seed=seed)
+    calls |= adversarial_inputs(program, seed=seed)
+    return calls | decoding_calls(program, seed=seed) | every_token(program, seed=seed)
 
 
 def compare_nodes(
@@ -192,7 +197,7 @@ def _ways(
     path = Path(graph.label)
     libraries: list[Path | None] = [None]
     notes = []
-    if any(p.domain == _LIBRARY_DOMAIN for p in graph.extra.graph.node):
+    if uses_library(graph.extra):
         if library is None:
             notes.append("not tried with the operator library, which was not given")
         else:

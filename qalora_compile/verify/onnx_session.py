@@ -25,6 +25,7 @@ LEVELS = {
 """How far ONNX Runtime optimizes a graph, and its own name for it; `all` is its default."""
 
 _MICROSOFT, _SPELLED = "com.microsoft", "qalora.spelled_out"
+_LIBRARY_DOMAIN = "qalora"
 _DROPOUT_INPUTS = 3
 _DROPOUT = f"""
 <domain: "{_SPELLED}", opset_import: ["" : 18]>
@@ -172,6 +173,11 @@ def _signature(text: str, path: Path) -> tuple[Signature, dict[str, str]]:
             where=str(path),
             hint="the file comes from another version of this package, or was changed",
         ) from error
+
+
+def uses_library(model: Any) -> bool:
+    """Whether a model has operators of this package's library."""
+    return any(node.domain == _LIBRARY_DOMAIN for node in model.graph.node)
 
 
 def hides(model: Any) -> bool:

@@ -66,3 +66,9 @@ def padding_of(signature: Signature, leaves: Sequence[Any]) -> Padding | None:
     if not any(bool(mask.any()) for mask in masks.values()):
         return None
     return Padding(masks)
+
+
+def counted(value: Tensor, padding: Padding | None) -> Tensor:
+    """A value with zeros at padding, which has no value to hold others to."""
+    where = None if padding is None else padding.of(value)
+    return value if where is None else torch.where(where, torch.zeros_like(value), value)

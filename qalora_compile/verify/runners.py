@@ -93,6 +93,11 @@ class OnnxRunner:
         if self.signature.cache:
             self._cached = CachedSteps(self._graph)
 
+    @property
+    def in_steps(self) -> bool:
+        """Whether sequences are given in steps, on a cache."""
+        return self._cached is not None
+
     def meet(self, other: Runner) -> None:
         """Take the inputs that `other` takes, if this model has a key-value cache beside them."""
         if self._cached is not None:

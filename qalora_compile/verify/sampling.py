@@ -22,7 +22,7 @@ from qalora_compile.verify.compare import compare
 from qalora_compile.verify.graph import Graph, Ref, reachable
 from qalora_compile.verify.inputs import padded_inputs, sample_inputs
 from qalora_compile.verify.onnx_bodies import captured
-from qalora_compile.verify.padding import Padding, padding_of
+from qalora_compile.verify.padding import counted, padding_of
 from qalora_compile.verify.runners import ProgramRunner
 
 if TYPE_CHECKING:
@@ -198,16 +198,10 @@ def sample(
             for side, owner in zip(cut, programs, strict=True)
         ]
         for index, (one, other) in enumerate(zip(*found, strict=True)):
-            compared = compare("", _counted(one, padding), _counted(other, padding))
+            compared = compare("", counted(one, padding), counted(other, padding))
             bad = bool(compared.problem)
             worst[index] = max(worst[index], float("inf") if bad else compared.max_rel)
     return worst
-
-
-def _counted(value: Tensor, padding: Padding | None) -> Tensor:
-    """A value with zeros at padding, which has no value to hold others to; see `padding`."""
-    where = None if padding is None else padding.of(value)
-    return value if where is None else torch.where(where, torch.zeros_like(value), value)
 
 
 def _run(

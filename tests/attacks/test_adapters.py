@@ -35,6 +35,18 @@ def change(folder: Path, **values: Any) -> None:
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "fewer targets than layers": ({"target_modules": ["v_proj"]}, "none of the target_modules"),
+    "layers that are left out": ({"exclude_modules": ["q_proj"]}, "one of the exclude_modules"),
+    "an expression of such": ({"exclude_modules": ".*q_proj"}, "one of the exclude_modules"),
+    "other layers": ({"layers_to_transform": [7]}, "none of the layers_to_transform"),
+    "layers of another pattern": (
+        {"layers_to_transform": [0], "layers_pattern": "blocks"},
+        "none of the layers_to_transform",
+    ),
+    "a layer that is saved": ({"modules_to_save": ["q_proj"]}, "one of the modules_to_save"),
+    "a part of a path": ({"target_modules": "q_proj"}, "none of the target_modules"),
+    "what PEFT refuses": ({"layers_pattern": "layers"}, "PEFT refuses the settings"),
+    "layers that are texts": ({"layers_to_transform": ["0"]}, "layers_to_transform is"),
+    "modules that are a text": ({"modules_to_save": "head"}, "modules_to_save is"),
     "targets that are numbers": ({"target_modules": [1, 2]}, "target_modules"),
     "targets that are an object": ({"target_modules": {"a": 1}}, "target_modules"),
     "a setting that nobody knows": ({"use_magnitude_gate": True}, "use_magnitude_gate"),
@@ -74,11 +86,19 @@ def test_settings_are_refused_by_name(kind: str, adapter: Path) -> None:
         assert attack(read(adapter), adapter).kind == "value"
 
 
-@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern", "target_modules"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
+        *("layers_pattern", "modules_to_save"),
+    ],
+)
 def test_an_expression_that_explodes_ends_at_once(name: str, adapter: Path) -> None:
     """PEFT matches patterns with Python's engine, which some expressions keep busy for years."""
-    pattern: Any = EXPLODING if name == "target_modules" else {EXPLODING: 2}
-    change(adapter, **{name: pattern})
+    kinds: dict[str, Any] = {"rank_pattern": {EXPLODING: 2}, "alpha_pattern": {EXPLODING: 2}}
+    pattern = kinds.get(name, [EXPLODING] if name == "modules_to_save" else EXPLODING)
+    more = {"layers_to_transform": [0]} if name == "layers_pattern" else {}
+    change(adapter, **{name: pattern}, **more)
     attack(read(adapter), adapter)
 
 

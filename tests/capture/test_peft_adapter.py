@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 import qalora_compile as qc
 from qalora_compile.capture.peft_adapter import (
-    CONFIG_FILE,
     POOLINGS,
     WEIGHTS_FILE,
     as_pooled,
@@ -22,6 +22,7 @@ from qalora_compile.capture.peft_adapter import (
     put_saved_,
     read_peft_adapter,
 )
+from qalora_compile.capture.peft_settings import CONFIG_FILE, PeftSettings
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.low_rank import LowRankUpdate
@@ -456,7 +457,7 @@ def test_broken_folders_are_refused(tmp_path: Path) -> None:
     refused("lora_B is missing", "q_proj", {n: t for n, t in whole.items() if n != name})
     refused("their ranks differ", "q_proj", whole | {name: torch.ones(64, 2)})
     refused("rank 3, adapter_config.json says 4", "proj", r=4)
-    refused("lora_alpha is None", CONFIG_FILE, lora_alpha=None)
+    refused("lora_alpha of .* is None", CONFIG_FILE, lora_alpha=None)
     refused("qalora_group_size is 0", CONFIG_FILE, qalora_group_size=0)
     refused("adapts no layer", WEIGHTS_FILE, {"base_model.model.x": torch.ones(2)})
     weights.write_bytes(b"\x10")
@@ -468,3 +469,82 @@ def test_broken_folders_are_refused(tmp_path: Path) -> None:
     assert "weights_only=True" in str(caught.value.hint)
     with pytest.raises(UserInputError, match="holds no adapter_config"):
         read_peft_adapter(tmp_path / "none")
+
+
+Q = ["q_proj"]
+LAYERS: dict[str, dict[str, Any]] = {
+    "names": {"target_modules": ["q_proj", "mlp.up_proj"]},
+    "a whole path": {"target_modules": ["model.layers.1.mlp.down_proj"]},
+    "an expression": {"target_modules": r".*\.layers\.1\..*(q|v)_proj"},
+    "a part of a path": {"target_modules": "q_proj"},
+    "without some": {"target_modules": [*Q, "v_proj"], "exclude_modules": ["0.self_attn.q_proj"]},
+    "without an expression": {"target_modules": Q, "exclude_modules": r".*\.0\..*"},
+    "one layer": {"target_modules": Q, "layers_to_transform": 1},
+    "layers": {"target_modules": Q, "layers_to_transform": [0, 7]},
+    "no layers": {"target_modules": Q, "layers_to_transform": []},
+    "a whole path and layers": {
+        "target_modules": ["model.layers.0.mlp.up_proj", "q_proj"],
+        "layers_to_transform": [1],
+    },
+    "layers of a pattern": {
+        "target_modules": Q, "layers_to_transform": [1], "layers_pattern": "layers"
+    },
+    "layers of several": {
+        "target_modules": Q, "layers_to_transform": [1], "layers_pattern": ["h", "layers"]
+    },
+    "experts": {"target_modules": ["w1"], "layers_to_transform": [3]},
+    "no such pattern": {
+        "target_modules": Q, "layers_to_transform": [1], "layers_pattern": ["h"]
+    },
+    "saved modules": {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["mlp"]},
+    "saved by an expression": {"target_modules": Q, "modules_to_save": [r"layers\.1"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_layers_of_an_adapter_are_those_that_peft_adapts(kind: str, tmp_path: Path) -> None:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = peft.LoraConfig(**LAYERS[kind])
+    config.save_pretrained(tmp_path)
+    settings = PeftSettings.read(tmp_path)
+    paths = [name for name, _ in linears(base())]
+    paths += [f"model.layers.{i}.experts.{j}.w1" for i in (1, 3) for j in (1, 3)]
+    paths += ["q_proj", "up_proj", "encoder.layers.1.layers.0.q_proj", "model.h.1.q_proj"]
+    theirs = [bool(check_target_module_exists(config, path)) for path in paths]
+    assert [settings.why_not(path) == "" for path in paths] == theirs
+    assert not all(theirs)
+
+
+def test_every_setting_of_peft_is_known_or_refused_by_name(tmp_path: Path) -> None:
+    """A setting of a newer PEFT has to be looked at before it is allowed."""
+    from qalora_compile.capture import peft_settings
+
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields <= peft_settings._KNOWN
+
+
+def test_what_the_settings_leave_out_has_the_value_of_peft(tmp_path: Path) -> None:
+    wrapped = trained(base(), lora(r=8, lora_alpha=8), tmp_path)
+    path = tmp_path / CONFIG_FILE
+    said = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({n: v for n, v in said.items() if n not in ("r", "lora_alpha")}))
+    for name, update in read_peft_adapter(tmp_path).updates.items():
+        delta = wrapped.base_model.model.get_submodule(name).get_delta_weight("default")
+        assert torch.allclose(update.matrix(delta.shape[1]), delta.detach().double(), atol=1e-7)
+
+
+def test_an_adapter_that_peft_did_not_pool_is_plain_lora(tmp_path: Path) -> None:
+    """PEFT pools in GPTQ layers alone, and saves `use_qalora` of any base."""
+    model, ids = base(), token_ids(2, 9)
+    program = on_codes(model, ids)
+    ours = copy.deepcopy(model)
+    wrapped = trained(model, lora(use_qalora=True, qalora_group_size=GROUP), tmp_path)
+    updates = updates_of(read_peft_adapter(tmp_path))
+    for take in (lambda: merge_(base(), updates), lambda: take_updates(program, updates)):
+        with pytest.raises(UserInputError, match="PEFT pools only on GPTQ layers: this is plain"):
+            take()
+    change(tmp_path, use_qalora=False)
+    merge_(ours, updates_of(read_peft_adapter(tmp_path)))
+    with torch.no_grad():
+        assert_close(ours(ids).logits, wrapped(ids).logits, relative=1e-6)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 
 from qalora_compile.cli.main import main
 from qalora_compile.cli.quantized import print_reports
 from qalora_compile.quantizers.report import QuantReport
+from qalora_compile.runtime.session import open_session
+from tests.capture.stored.models import linears, write_folder
+from tests.capture.stored.test_gptq import gptq_config, gptq_layer
+from tests.models import assert_close, llama, slow, token_ids
 
 Capture = pytest.CaptureFixture[str]
 
@@ -72,3 +78,54 @@ def test_quantize_reports_what_was_lost(
     printed = capsys.readouterr().out
     assert "not measured" in printed and f" {method} " in printed
     assert "model.layers.{0..1}.mlp.down_proj" in printed
+
+
+@pytest.mark.parametrize("act_order", [False, *slow(True)])
+def test_quantize_keeps_the_codes_of_a_checkpoint(
+    act_order: bool, tmp_path: Path, capsys: Capture
+) -> None:
+    """The edge model computes what the float model of its GPTQ weights does, by transformers."""
+    wanted: list[torch.Tensor] = []
+    folder, edge = tmp_path / "gptq", tmp_path / "edge"
+    layer = gptq_layer(wanted, 3, act_order=act_order)
+    state = write_folder(folder, layer, gptq_config(3, desc_act=act_order))
+    assert main(["quantize", str(folder), "--out", str(edge)]) == 0
+    assert "in memory" in capsys.readouterr().err
+    model = llama()
+    names = [name for name, _ in linears(model)]
+    weights = {f"{n}.weight": w for n, w in zip(names, wanted, strict=True)}
+    model.load_state_dict(state | weights)
+    session, ids = open_session(edge / "model.onnx", library=False, exact=True), token_ids(2, 9)
+    ones = torch.ones_like(ids)
+    feed = {"input_ids": ids.numpy(), "attention_mask": ones.numpy()}
+    for value in session.get_inputs():
+        if value.name == "position_ids":
+            feed[value.name] = (ones.cumsum(1) - 1).numpy()
+        elif value.name not in feed:
+            shape = [
+                2 if i == 0 else s if isinstance(s, int) else 0 for i, s in enumerate(value.shape)
+            ]
+            feed[value.name] = numpy.zeros(shape, numpy.float32)
+    logits = torch.from_numpy(session.run(["logits"], feed)[0])
+    with torch.no_grad():
+        assert_close(logits, model(ids).logits, relative=1e-5)
+    record = json.loads((edge / "qalora.json").read_text("utf-8"))
+    assert record["layers"]["by_width"] == {"3 bits": 14}
+
+
+def test_quantize_anew_where_bits_are_asked_for(tmp_path: Path, capsys: Capture) -> None:
+    folder, edge = tmp_path / "gptq", tmp_path / "edge"
+    write_folder(folder, gptq_layer([], 3), gptq_config(3))
+    assert main(["quantize", str(folder), "--out", str(edge), "--bits", "4"]) == 0
+    assert "quantized anew, as asked" in capsys.readouterr().err
+    record = json.loads((edge / "qalora.json").read_text("utf-8"))
+    assert record["layers"]["by_width"] == {"4 bits": 14}
+
+
+def test_quantize_refuses_what_no_float_checkpoint_says(
+    model_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    words = ["quantize", str(model_folder), "--out", str(tmp_path / "edge")]
+    assert main([*words, "--stored-zero-points", "v2"]) == 2
+    assert "this one is not" in capsys.readouterr().err
+    assert not (tmp_path / "edge").exists()

@@ -141,7 +141,7 @@ def test_inputs_are_odd_where_the_program_has_inputs_for_it() -> None:
     calls = named_inputs(qc.capture_model(Masked(), example), 1)
     assert list(calls) == [
         "random 0", "zeros", "one-hot", "large", "denormal", "first token", "last token",
-        "all padding", "left padding", "right padding", "long",
+        "all padding", "left padding", "right padding", "long", "every token",
     ]  # fmt: skip
     found = {name: dict(call) for name, call in calls.items()}
     assert not found["zeros"]["x"].any() and found["zeros"]["ids"].any()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qalora_compile.config import SUPPORTED_BITS
-from qalora_compile.errors import UserInputError
+from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.affine import GroupAffine, group_count
 from qalora_compile.ir.stored_codes import StoredWeight
 
@@ -166,6 +166,48 @@ def check_shapes(name: str, codes: Tensor, group_size: int, **parts: Tensor) -> 
                 where=f"{name}.{part}",
                 hint="the checkpoint is inconsistent: fetch it again",
             )
+
+
+def column_order(name: str, g_idx: Tensor | None, k: int, group: int) -> Tensor | None:
+    """The order of columns in which groups are contiguous; None where they are as they stand.
+
+    Args:
+        name: Of the tensor.
+        g_idx: The group of each column, `[K]`; None where the checkpoint has none.
+        k: How many columns there are.
+        group: How many of them are in a group.
+
+    Raises:
+        UserInputError: `g_idx` is of another length, or holds no whole numbers.
+        UnsupportedError: its groups are not all of one size, the last excepted.
+    """
+    if g_idx is None:
+        return None
+    if g_idx.shape != (k,) or g_idx.is_floating_point():
+        raise UserInputError(
+            f"{name} is {g_idx.dtype} {list(g_idx.shape)}, and there are {k} columns", where=name
+        )
+    plain, stored = torch.arange(k) // group, g_idx.long()
+    if torch.equal(stored, plain):
+        return None
+    order = torch.argsort(stored, stable=True)
+    if not torch.equal(stored[order], plain):
+        raise UnsupportedError(
+            f"the groups of {name} are not of {group} columns each",
+            where=name,
+            hint="adapters fold into groups of one size",
+        )
+    return order
+
+
+def missing_order(name: str, promise: str) -> UserInputError:
+    """A refusal: the configuration promises an order of columns, and no tensor says which."""
+    return UserInputError(
+        f"the checkpoint has no tensor {name}, and {CONFIG} says {promise}: the order of the "
+        "columns is not known",
+        where=name,
+        hint="fetch the checkpoint again, or quantize the float model without that option",
+    )
 
 
 def affine_of(

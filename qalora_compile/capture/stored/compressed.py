@@ -2,7 +2,9 @@
 
 `weight_packed` is int32 `[N, K · bits / 32]`, a little-endian stream of codes along K, each plus
 2^(bits − 1); `weight_zero_point` the same along N, `[N · bits / 32, L]`, absent where they are all
-0; `weight_scale` `[N, L]`; `weight_shape` (N, K).
+0 (`symmetric`); `weight_scale` `[N, L]`; `weight_shape` (N, K); `weight_g_idx` `[K]`, of versions
+up to 0.19, the group of each column, where layers were quantized in an order of their activations
+(`actorder`: `group`).
 
 Which group of `config_groups` a layer is in is said as the library says it: `targets` and `ignore`
 have names of layers, `re:` and a regular expression that matches the beginning of a name, or names
@@ -13,6 +15,7 @@ before a class; expressions by the alphabet; of one target in two groups the lat
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +28,8 @@ from qalora_compile.capture.stored.base import (
     affine_of,
     check_matrix,
     code_width,
+    column_order,
+    missing_order,
     section,
     small_numbers,
     take,
@@ -37,8 +42,11 @@ from qalora_compile.untrusted import quoted
 from qalora_compile.untrusted.patterns import matches
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
-_ZERO = "weight_zero_point"
+_ZERO, _G_IDX = "weight_zero_point", "weight_g_idx"
+_OPTIONAL = (_ZERO, _G_IDX)
 _PATTERN = "re:"
+_IN_GROUPS = ("group", True)
+"""What `actorder` is where an order of columns is stored; other orders leave columns in place."""
 Modules = Callable[[], Mapping[str, nn.Module]]
 """The modules of the model by the names that a checkpoint may have for them."""
 
@@ -68,11 +76,12 @@ def decode_compressed(
     weights, used, known = {}, set[str](), modules()
     for name in [name for name in tensors if name.endswith(".weight_packed")]:
         module = name.removesuffix(".weight_packed")
-        bits, group_size = _settings(module, _classes(known.get(module)), options)
-        parts = take(tensors, module, _PARTS)
-        zeros = tensors.get(f"{module}.{_ZERO}")
-        weights[module] = _decode(module, parts, zeros, bits, group_size)
-        used |= {f"{module}.{part}" for part in (*_PARTS, _ZERO)} & set(tensors)
+        settings = _settings(module, _classes(known.get(module)), options)
+        wanted = _PARTS if settings.symmetric else (*_PARTS, _ZERO)
+        parts = take(tensors, module, wanted)
+        more = {n: tensors[f"{module}.{n}"] for n in _OPTIONAL if f"{module}.{n}" in tensors}
+        weights[module] = _decode(module, parts | more, settings)
+        used |= {f"{module}.{part}" for part in (*_PARTS, *more)}
     return Decoded(weights, frozenset(used))
 
 
@@ -86,8 +95,18 @@ def _classes(module: nn.Module | None) -> frozenset[str]:
     return frozenset(kind.__name__ for kind in kinds if issubclass(kind, nn.Module))
 
 
-def _settings(module: str, classes: Collection[str], options: Mapping[str, Any]) -> tuple[int, int]:
-    """Bits and group size of a module.
+@dataclass(frozen=True)
+class _Settings:
+    """What the configuration says of the weights of a module."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    ordered: bool
+
+
+def _settings(module: str, classes: Collection[str], options: Mapping[str, Any]) -> _Settings:
+    """What the configuration says of a module.
 
     Raises:
         UserInputError: the configuration is malformed, or leaves the module in float.
@@ -109,8 +128,12 @@ def _settings(module: str, classes: Collection[str], options: Mapping[str, Any])
         where = f"{CONFIG}: {group_of[target]}"
         weights = section(section(groups, group_of[target], CONFIG), "weights", where)
         if weights.get("strategy") == "group" and weights.get("type") == "int":
-            bits = code_width(weights, "num_bits", where)
-            return bits, whole_number(weights, "group_size", where)
+            return _Settings(
+                code_width(weights, "num_bits", where),
+                whole_number(weights, "group_size", where),
+                bool(weights.get("symmetric", True)),
+                weights.get("actorder") in _IN_GROUPS,
+            )
     raise UnsupportedError(
         f"{module} is not quantized to integers in groups", where=module, hint="give a float model"
     )
@@ -154,11 +177,10 @@ def _names(target: str, module: str, where: str) -> bool:
         ) from None
 
 
-def _decode(
-    module: str, parts: Mapping[str, Tensor], zeros: Tensor | None, bits: int, group_size: int
-) -> StoredWeight:
+def _decode(module: str, parts: Mapping[str, Tensor], settings: _Settings) -> StoredWeight:
     n, k = small_numbers(module, "weight_shape", parts["weight_shape"], 2)
     check_matrix(module, "weight_scale", parts["weight_scale"], None, "[N, L]")
+    bits, group_size, zeros = settings.bits, settings.group_size, parts.get(_ZERO)
     codes = _unpack(module, "weight_packed", parts["weight_packed"], bits, k)
     scale = parts["weight_scale"].float()
     level = torch.full_like(scale, 2 ** (bits - 1))
@@ -171,8 +193,23 @@ def _decode(
             f"{list(scale.shape)}",
             where=f"{module}.{_ZERO}",
         )
+    order = _order(module, parts.get(_G_IDX), k, settings)
+    codes = codes if order is None else codes[:, order]
     affine = affine_of(module, codes, scale, -scale * level, bits, group_size)
-    return StoredWeight(affine, f"compressed-tensors {bits} bits")
+    act = ", act-order" if order is not None else ""
+    return StoredWeight(affine, f"compressed-tensors {bits} bits{act}", order)
+
+
+def _order(module: str, g_idx: Tensor | None, k: int, settings: _Settings) -> Tensor | None:
+    """The order of a layer's columns in which groups are contiguous; see `column_order`.
+
+    Raises:
+        UserInputError: an order is promised, and there is none.
+    """
+    name = f"{module}.{_G_IDX}"
+    if g_idx is None and settings.ordered and k > settings.group_size:
+        raise missing_order(name, "actorder: group")
+    return column_order(name, g_idx, k, settings.group_size)
 
 
 def _unpack(module: str, part: str, packed: Tensor, bits: int, count: int) -> Tensor:

@@ -70,8 +70,8 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
     Args:
         folder: `config.json` with `quantization` (MLX) or `quantization_config`, or beside it
             AutoGPTQ's `quantize_config.json`; and safetensors.
-        zero_points: How a GPTQ checkpoint stores its zero-points (`gptq.ZERO_POINTS`), where its
-            tag is wrong or says nothing; None: by tag and numbers.
+        zero_points: How a GPTQ checkpoint stores its zero-points (`gptq_zeros.ZERO_POINTS`), where
+            its tag is wrong or says nothing; None: by tag, numbers and weights.
 
     Raises:
         UserInputError: a tensor is missing, broken, or fits neither the others nor the model.
@@ -87,6 +87,7 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
         error.where = f"{folder}: {error.where}" if error.where else str(folder)
         raise
     rest = {name: t for name, t in tensors.items() if name not in decoded.used}
+    _check_finite(rest, folder)
     model, notes = _build(folder, config, decoded, rest)
     notes = (*decoded.notes, *notes, *_widening(rest))
     return StoredModel(model, tuple(decoded.weights.values()), notes)
@@ -146,6 +147,21 @@ def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) ->
     )
 
 
+def _check_finite(rest: Mapping[str, Tensor], folder: Path) -> None:
+    """See that what is not quantized holds numbers; of scales and zero-points a reader sees it.
+
+    Raises:
+        UserInputError: a tensor holds a NaN or an infinity; it is named.
+    """
+    for name, tensor in rest.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserInputError(
+                f"{name} holds a NaN or an infinity",
+                where=str(folder),
+                hint="the checkpoint is damaged: fetch it again",
+            )
+
+
 def _widening(rest: Mapping[str, Tensor]) -> tuple[str, ...]:
     narrow = Counter(
         str(t.dtype).removeprefix("torch.")
@@ -161,7 +177,7 @@ def _widening(rest: Mapping[str, Tensor]) -> tuple[str, ...]:
 def _build(
     folder: Path, config: Mapping[str, Any], decoded: Decoded, rest: Mapping[str, Tensor]
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model with its weights in float32, and a note on what of the checkpoint it leaves out.
+    """The model with its weights in float32, and notes on what it leaves out or is doubtful.
 
     Raises:
         UserInputError: the model wants a tensor that is not there, or does not know one.
@@ -170,8 +186,10 @@ def _build(
     plain = {k: v for k, v in config.items() if k not in (MLX, HF, "dtype", "torch_dtype")}
     state = {n: t.float() if t.is_floating_point() else t for n, t in rest.items()}
     turned = decoded.turned | _turned(folder, decoded.weights)
+    aside = []
     for module, stored in decoded.weights.items():
         weight = stored.dequantize()
+        aside += [module] if _lies_aside(weight) else []
         state[f"{module}.weight"] = weight.t().contiguous() if module in turned else weight
     try:
         model, info = kind.from_pretrained(
@@ -199,8 +217,22 @@ def _build(
                 where=str(folder),
                 hint="config.json may be of another model",
             )
-    dropped = f"{len(padding)} biases that the model has not are left out: they are all zeros"
-    return model.eval(), (dropped,) if padding else ()
+    notes = []
+    if padding:
+        notes.append(
+            f"{len(padding)} biases that the model has not are left out: they are all zeros"
+        )
+    if aside:
+        notes.append(
+            f"the weights of {aside[0]} ({len(aside)} layers) lie further from 0 than they spread: "
+            "their zero-points may be stored in another way than was read"
+        )
+    return model.eval(), tuple(notes)
+
+
+def _lies_aside(weight: Tensor) -> bool:
+    """Whether a weight lies to one side of 0, as none does that was trained."""
+    return weight.numel() > 1 and bool(weight.mean().abs() > weight.std(correction=0))
 
 
 def _turned(folder: Path, modules: Iterable[str]) -> set[str]:

@@ -24,7 +24,7 @@ from qalora_compile.capture.stored.base import (
     whole_number,
     widened_notes,
 )
-from qalora_compile.errors import UnsupportedError
+from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.stored_codes import StoredWeight
 
 KEY = "quantization"
@@ -39,6 +39,7 @@ def decode_mlx(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
         UnsupportedError: the mode is another than affine.
     """
     options = section(config, KEY, CONFIG)
+    _check_promises(tensors, options)
     weights, widths, used = {}, {}, set()
     for scales in [name for name in tensors if name.endswith(".scales")]:
         module = scales.removesuffix(".scales")
@@ -59,3 +60,22 @@ def decode_mlx(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
         weights[module], widths[module] = StoredWeight(affine, f"MLX {bits} bits"), bits
         used |= {f"{module}.{part}" for part in _PARTS}
     return Decoded(weights, frozenset(used), widened_notes(weights, widths))
+
+
+def _check_promises(tensors: Tensors, options: Mapping[str, Any]) -> None:
+    """See that the layers with codes are those that the configuration names.
+
+    Raises:
+        UserInputError: a layer has codes, or options of its own, and no scales; or scales, and the
+            configuration says that it is in float.
+    """
+    words = {name for name, tensor in tensors.items() if tensor.dtype == torch.uint32}
+    coded = {name.removesuffix(".weight") for name in words if name.endswith(".weight")}
+    named = {name for name, own in options.items() if isinstance(own, dict)}
+    for module in sorted(coded | {name for name in named if f"{name}.weight" in tensors}):
+        take(tensors, module, _PARTS)
+    for module in (name for name, own in options.items() if own is False):
+        if f"{module}.scales" in tensors:
+            raise UserInputError(
+                f"{module} is quantized, and {CONFIG} says that it is not", where=module
+            )

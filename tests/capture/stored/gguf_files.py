@@ -22,8 +22,13 @@ def write_llama(
     embedding: str = "F32",
     hidden: int = HIDDEN,
     mlp: int = MLP,
+    without: str = "",
+    more: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """A llama of random weights: all linear layers in one form, rows as llama.cpp orders them."""
+    """A llama of random weights: all linear layers in one form, rows as llama.cpp orders them.
+
+    Without the tensor of one name, and with more in float32.
+    """
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
@@ -38,6 +43,8 @@ def write_llama(
     _add_tokenizer(writer)
 
     def add(name: str, n: int, k: int, kind: str = form) -> None:
+        if name == without:
+            return
         values = random.standard_normal((n, k)).astype(np.float32) * k**-0.5
         _add(writer, name, nested(random, n, k, kind) if kind in _HALVES else values, kind)
 
@@ -56,6 +63,8 @@ def write_llama(
         ):
             add(f"blk.{layer}.{part}.weight", n, k)
     writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values.astype(np.float32))
     finish(writer)
     return path
 

@@ -158,6 +158,12 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
         lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"].view(torch.int32)}),
         "not uint32",
     ),
+    "mlx codes without scales and biases": (
+        "mlx",
+        lambda t: [t.pop(f"{UP}.{part}") for part in ("scales", "biases")],
+        rf"no tensor {UP}\.scales",
+    ),
+    "a norm NaN": ("mlx", lambda t: t["model.norm.weight"].fill_(torch.nan), "model.norm.*NaN"),
     "mlx scale NaN": ("mlx", lambda t: t[f"{UP}.scales"].fill_(torch.nan), "NaN"),
     "a norm missing": ("mlx", lambda t: t.pop("model.norm.weight"), "has no tensor model.norm"),
     "an unknown tensor": (
@@ -182,6 +188,33 @@ def test_inconsistent_tensors_are_refused(kind: str, tmp_path: Path) -> None:
         load_source(str(tmp_path / "model"))
     assert isinstance(caught.value, (UserInputError, UnsupportedError))
     assert str(tmp_path / "model") in str(caught.value.where)
+
+
+@pytest.mark.parametrize(
+    ("own", "part", "words"),
+    [
+        ({"bits": 4, "group_size": GROUP}, "scales", rf"no tensor {UP}\.scales"),
+        (False, "", rf"{UP} is quantized, and .* not"),
+    ],
+)
+def test_mlx_layers_are_those_that_the_configuration_names(
+    own: object, part: str, words: str, tmp_path: Path
+) -> None:
+    config = {"quantization": {"group_size": GROUP, "bits": 4, UP: own}}
+    write_folder(tmp_path / "model", mlx_layer(4, []), config)
+    if part:
+        rewrite(tmp_path / "model", lambda t: (t.pop(f"{UP}.{part}"), None)[1])
+    with pytest.raises(UserInputError, match=words):
+        load_source(str(tmp_path / "model"))
+
+
+def test_weights_to_one_side_of_zero_are_noted(tmp_path: Path) -> None:
+    """What a wrong zero-point makes of a layer, in a format that has no second way to read it."""
+    written(tmp_path / "model", "hqq", 4)
+    assert not any("further from 0" in n for n in load_source(str(tmp_path / "model")).stored()[1])
+    rewrite(tmp_path / "model", lambda t: (t[f"{UP}.zero"].sub_(9), None)[1])
+    notes = load_source(str(tmp_path / "model")).stored()[1]
+    assert any(f"the weights of {UP} (1 layers) lie further from 0" in note for note in notes)
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,7 +16,7 @@ import qalora_compile as qc
 from qalora_compile.capture.source import load_source
 from qalora_compile.capture.stored.gguf import read_gguf_codes
 from qalora_compile.cli.main import main
-from qalora_compile.errors import UserInputError
+from qalora_compile.errors import QaloraError, UserInputError
 from qalora_compile.ir.packing import pack_codes
 from tests.capture.stored.gguf_files import example_ids, nested, write_llama, write_tensors
 from tests.capture.stored.matrix import by_gguf
@@ -143,6 +144,34 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserInputError) as caught:
         read_gguf_codes(path)
     assert "fetch it again" in str(caught.value.hint)
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "a weight missing": (
+        {"without": "blk.1.ffn_up.weight"},
+        r"no tensor for model\.layers\.1\.mlp\.up_proj\.weight \(1 in all\)",
+    ),
+    "a layer more": ({"more": {"blk.2.ffn_up.weight": np.ones((96, 64))}}, "a layer that the"),
+    "a bias": ({"more": {"blk.0.attn_q.bias": np.ones(64)}}, r"attn_q\.bias, and .* no place"),
+    "frequencies": ({"more": {"rope_freqs.weight": np.full(8, 4.0)}}, "rope_freqs"),
+    "long factors": ({"more": {"rope_factors_long.weight": np.ones(8)}}, "rope_factors_long"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_transformers_would_draw_at_random_or_pass_over_is_refused(
+    kind: str, tmp_path: Path
+) -> None:
+    odd, words = ODD[kind]
+    path = write_llama(tmp_path / "llama.gguf", **odd)
+    with pytest.raises(QaloraError, match=words) as caught:
+        load_source(str(path))
+    assert str(path) in str(caught.value.where)
+
+
+def test_frequencies_that_change_nothing_are_read_over(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "llama.gguf", more={"rope_freqs.weight": np.ones(8)})
+    assert len(load_source(str(path)).stored()[0]) == 14
 
 
 def test_chosen_bits_and_kept_codes_exclude_each_other(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def gptq_layer(
     version: int = 1,
     act_order: bool = False,
     floating: str = "",
+    zero: int | None = None,
 ) -> Quantize:
     """Quantize a layer, store it as GPTQ does, and note its weight."""
 
@@ -43,9 +44,12 @@ def gptq_layer(
         order = torch.arange(k)
         if act_order:
             order = torch.randperm(k, generator=torch.Generator().manual_seed(k))
-        codes, scale, zero = quantize_whole(weight[:, order], bits, GROUP, symmetric=symmetric)
+        codes, scale, zeros = quantize_whole(weight[:, order], bits, GROUP, symmetric=symmetric)
+        if zero is not None:  # the codes move along, so that the weights stay about 0
+            codes = (codes.int() + zero - 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
+            zeros = torch.full_like(zeros, zero)
         scale = scale.half().float()
-        levels = codes.float().unflatten(1, (-1, GROUP)) - zero[..., None].float()
+        levels = codes.float().unflatten(1, (-1, GROUP)) - zeros[..., None].float()
         made = torch.empty_like(weight)
         made[:, order] = (levels * scale[..., None]).flatten(1)
         wanted.append(made)
@@ -53,15 +57,15 @@ def gptq_layer(
         g_idx[order] = (torch.arange(k) // GROUP).to(torch.int32)
         unsorted = torch.empty_like(codes)
         unsorted[:, order] = codes
-        stored = (zero.int() - (2 - version)) % 2**bits
-        zeros = {
+        stored = (zeros.int() - (2 - version)) % 2**bits
+        forms = {
             "": pack_words(stored.t(), bits),
-            "float": zero.t().float(),
-            "offset": (-zero.float() * scale).t(),
-        }[floating]
+            "float": zeros.t().float(),
+            "offset": (-zeros.float() * scale).t(),
+        }
         return {
             "qweight": pack_words(unsorted, bits).t(),
-            "qzeros": zeros,
+            "qzeros": forms[floating],
             "scales": scale.t().half(),
             "g_idx": g_idx,
         }
@@ -125,29 +129,50 @@ def test_symmetric_zero_points_show_a_wrong_tag(
     assert any(f"read as v{version}" in note for note in source.stored()[1]) == disagree
 
 
-def test_one_symmetric_layer_shows_the_version_of_all(tmp_path: Path) -> None:
+def test_a_layer_that_happens_to_look_like_the_other_version_does_not_outweigh_the_tag(
+    tmp_path: Path,
+) -> None:
+    """All zero-points of one asymmetric layer are 7, stored as 7 in version 2."""
     wanted: list[Tensor] = []
-    symmetric = itertools.chain([True], itertools.repeat(False))
+    seven = itertools.chain([True], itertools.repeat(False))
 
     def layer(module: nn.Linear) -> dict[str, Tensor]:
-        return gptq_layer(wanted, symmetric=next(symmetric), version=2)(module)
+        odd = next(seven)
+        return gptq_layer(wanted, version=2, symmetric=odd, zero=7 if odd else None)(module)
+
+    write_folder(tmp_path / "model", layer, gptq_config(tag="gptq_v2"))
+    (note,) = check_weights(tmp_path / "model", wanted).stored()[1]
+    assert "model.layers.0.self_attn.q_proj, 8, are stored as 7 (1 layers): read as v2" in note
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_tag_that_all_weights_speak_against_is_refused(symmetric: bool, tmp_path: Path) -> None:
+    """Read by the tag, all weights would be off by one step; one symmetric layer is no proof."""
+    first = itertools.chain([symmetric], itertools.repeat(False))
+
+    def layer(module: nn.Linear) -> dict[str, Tensor]:
+        return gptq_layer([], symmetric=next(first), version=2)(module)
 
     write_folder(tmp_path / "model", layer, gptq_config(tag="gptq"))
-    (note, *_) = check_weights(tmp_path / "model", wanted).stored()[1]
-    assert "(1 layers): read as v2" in note
+    with pytest.raises(UserInputError, match=r"\(14 layers\) are all too .* one step") as caught:
+        load_source(str(tmp_path / "model"))
+    assert "zero_points='v2'" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("tag", ["gptq", "gptq_v2"])
-def test_layers_that_contradict_each_other_are_read_by_the_tag(tag: str, tmp_path: Path) -> None:
+def test_symmetric_layers_of_both_versions_are_each_read_by_their_own(
+    tag: str, tmp_path: Path
+) -> None:
+    wanted: list[Tensor] = []
     versions = itertools.cycle([1, 2])
 
     def layer(module: nn.Linear) -> dict[str, Tensor]:
-        return gptq_layer([], symmetric=True, version=next(versions))(module)
+        return gptq_layer(wanted, symmetric=True, version=next(versions))(module)
 
-    write_folder(tmp_path / "model", layer, gptq_config(tag=tag))
-    (note, *_) = load_source(str(tmp_path / "model")).stored()[1]
+    write_folder(tmp_path / "model", layer, gptq_config(tag=tag, sym=True))
+    (note, *_) = check_weights(tmp_path / "model", wanted).stored()[1]
     assert "(7 layers)" in note
-    assert f"read as {'v1' if tag == 'gptq' else 'v2'}" in note
+    assert f"read as {'v2' if tag == 'gptq' else 'v1'}" in note
 
 
 def test_symmetric_by_word_alone_is_noted(tmp_path: Path) -> None:
@@ -200,9 +225,10 @@ def test_the_caller_has_the_last_word(tmp_path: Path) -> None:
     wanted: list[Tensor] = []
     layer = gptq_layer(wanted, version=2)
     write_folder(tmp_path / "model", layer, gptq_config(tag="gptq"))
-    check_weights(tmp_path / "model", wanted, zero_points="v2")
+    notes = check_weights(tmp_path / "model", wanted, zero_points="v2").stored()[1]
+    assert not notes
     with pytest.raises(AssertionError):
-        check_weights(tmp_path / "model", wanted)
+        check_weights(tmp_path / "model", wanted, zero_points="v1")
 
 
 DYNAMIC: dict[str, Any] = {
@@ -247,6 +273,58 @@ def test_floating_zero_points_of_the_script_and_of_its_fork(
     wanted: list[Tensor] = []
     write_folder(tmp_path / "model", gptq_layer(wanted, floating=floating), gptq_config())
     check_weights(tmp_path / "model", wanted, zero_points=floating if told else None)
+
+
+@pytest.mark.parametrize("odd", ["float", "offset"])
+def test_floating_zero_points_are_told_apart_layer_by_layer(odd: str, tmp_path: Path) -> None:
+    """One layer of another form than all others; one is enough for a wrong model."""
+    wanted: list[Tensor] = []
+    others = {"float": "offset", "offset": "float"}[odd]
+    forms = itertools.chain([others, others, odd], itertools.repeat(others))
+
+    def layer(module: nn.Linear) -> dict[str, Tensor]:
+        return gptq_layer(wanted, floating=next(forms))(module)
+
+    write_folder(tmp_path / "model", layer, gptq_config())
+    (note,) = check_weights(tmp_path / "model", wanted).stored()[1]
+    assert f"{1 if odd == 'offset' else 13} layers" in note
+    (note,) = load_source(str(tmp_path / "model"), zero_points=others).stored()[1]
+    assert "1 layers, first model.layers.0.self_attn.v_proj, are read as" in note
+
+
+def without_order(every: bool) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith(".g_idx") and (every or UP in n)]:
+            del tensors[name]
+
+    return change
+
+
+@pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize(
+    "said", [{"desc_act": True}, {"dynamic": {r".*\.up_proj": {"desc_act": True}}}]
+)
+def test_a_promised_order_that_is_missing_is_refused(
+    said: dict[str, Any], every: bool, tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "model", gptq_layer([], act_order=True), gptq_config(**said))
+    rewrite(tmp_path / "model", without_order(every))
+    with pytest.raises(UserInputError, match=r"no tensor .*\.g_idx, and .* desc_act: true"):
+        load_source(str(tmp_path / "model"))
+
+
+def test_one_order_that_is_missing_is_refused_without_a_promise(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", gptq_layer([], act_order=True), gptq_config())
+    rewrite(tmp_path / "model", without_order(False))
+    with pytest.raises(UserInputError, match=rf"no tensor {UP}\.g_idx, and .* another order"):
+        load_source(str(tmp_path / "model"))
+
+
+def test_no_order_is_needed_where_none_is_promised(tmp_path: Path) -> None:
+    wanted: list[Tensor] = []
+    write_folder(tmp_path / "model", gptq_layer(wanted), gptq_config(desc_act=False))
+    rewrite(tmp_path / "model", without_order(True))
+    check_weights(tmp_path / "model", wanted)
 
 
 def test_awq_weights(tmp_path: Path) -> None:
@@ -322,7 +400,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     ),
     "zero-points in floating point beside packed ones": (
         replaced("qzeros", lambda t: torch.full((2, 96), 7.0)),
-        "up_proj.qzeros is torch.float32, and .*qzeros torch.int32",
+        "up_proj.qzeros is in floating point, and .*qzeros packed integers",
     ),
     "scales of one axis": (replaced("scales", torch.flatten), "not floating"),
     "no scales": (without_scales, "no tensor .*scales"),

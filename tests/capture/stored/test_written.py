@@ -138,6 +138,71 @@ def test_inconsistent_tensors_are_refused(kind: str, tmp_path: Path) -> None:
         load_source(str(path))
 
 
+def compressed(
+    folder: Path, say: dict[str, object], change: Callable[[dict[str, Tensor]], None]
+) -> Path:
+    """A compressed-tensors folder whose weights are said to be otherwise, and are."""
+    path, _ = written("compressed-tensors", folder)
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    for group in config["quantization_config"]["config_groups"].values():
+        group["weights"] |= say
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("actorder", ["group", True])
+def test_a_promised_order_of_compressed_tensors_that_is_missing_is_refused(
+    actorder: object, tmp_path: Path
+) -> None:
+    path = compressed(tmp_path, {"actorder": actorder}, lambda tensors: None)
+    with pytest.raises(QaloraError, match=r"no tensor .*weight_g_idx, and .* actorder: group"):
+        load_source(str(path))
+
+
+def test_promised_zero_points_of_compressed_tensors_that_are_missing_are_refused(
+    tmp_path: Path,
+) -> None:
+    path = compressed(tmp_path, {"symmetric": False}, without("weight_zero_point"))
+    with pytest.raises(QaloraError, match=rf"no tensor {UP}\.weight_zero_point"):
+        load_source(str(path))
+
+
+@pytest.mark.parametrize("actorder", ["weight", "static", None])
+def test_an_order_that_leaves_columns_in_place_promises_nothing(
+    actorder: object, tmp_path: Path
+) -> None:
+    path = compressed(tmp_path, {"actorder": actorder}, lambda tensors: None)
+    assert load_source(str(path)).stored()[0]
+
+
+def test_columns_of_compressed_tensors_in_groups_that_lie_apart(tmp_path: Path) -> None:
+    """By the formula of the library's versions with `g_idx`: w[:, k] = s[:, g[k]] (q − z)."""
+    g_idx: dict[str, Tensor] = {}
+
+    def shuffle(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith(".weight_scale")]:
+            module, scale = name.removesuffix(".weight_scale"), tensors[name]
+            _, k = (int(size) for size in tensors[f"{module}.weight_shape"])
+            order = torch.randperm(k, generator=torch.Generator().manual_seed(k))
+            plain = torch.arange(k) // (k // scale.shape[1])
+            g_idx[module] = plain[order].to(torch.int32)
+            tensors[f"{module}.weight_g_idx"] = g_idx[module]
+
+    plain, _ = written("compressed-tensors", tmp_path / "plain")
+    path = compressed(tmp_path / "apart", {"actorder": "group"}, shuffle)
+    source, before = load_source(str(path)), load_source(str(plain)).stored()[0]
+    stored = dict(zip(g_idx, before._tensors, strict=True))
+    for module, groups in g_idx.items():
+        affine, each = stored[module].affine, groups.long()
+        wanted = affine.codes * affine.scale[:, each] + affine.offset[:, each]
+        found = source.model.get_parameter(f"{module}.weight").detach()
+        torch.testing.assert_close(found, wanted)
+    assert "act-order" in source.stored()[0]._tensors[0].form
+
+
 def test_another_version_of_our_folder_is_refused(tmp_path: Path) -> None:
     path, _ = written("safetensors", tmp_path)
     said = json.loads((path / "layers.json").read_text("utf-8"))
