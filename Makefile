@@ -49,7 +49,7 @@ NUMERIC := tests/verify tests/passes tests/quantizers tests/eager tests/runtime 
 test-arithmetic: $(VENV)/installed-dev ## run the numeric tests as on two other kinds of processors
 	ATEN_CPU_CAPABILITY=default QALORA_KERNEL=scalar OMP_NUM_THREADS=2 \
 		$(BIN)/python -m pytest -n 2 -q -m "not slow" $(NUMERIC) $(ARGS)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 QALORA_KERNEL=avx2 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n 2 -q -m "not slow" $(NUMERIC) $(ARGS)
 
 .PHONY: test-slow

@@ -184,7 +184,7 @@ def as_pooled(adapter: PeftAdapter, model: nn.Module, pooling: str | None) -> Pe
             f"lora_A is as if inputs were pooled in groups of {group}, and {CONFIG_FILE} does not "
             "say how",
             where=adapter.name,
-            hint=f"say it: --pooling {MEAN}, as in the script of QA-LoRA's authors, or {SUM}, as "
+            hint=f"say it: adapt --pooling {MEAN}, as in the script of QA-LoRA's authors, or {SUM}, as "
             "in their paper (as_pooled)",
         )
     if group == 1:

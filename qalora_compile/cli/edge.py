@@ -135,7 +135,7 @@ def edge_graphs(
     if last_logits:
         raise UnsupportedError(
             "a decoder with an encoder gives the logits of all its tokens",
-            hint="leave --last-logits out: it begins with a few tokens alone",
+            hint="export without --last-logits: it begins with a few tokens alone",
         )
     pair = split_encoder_decoder(program, description)
     return dict(zip((ENCODER_FILE, DECODER_FILE), pair, strict=True))

@@ -250,7 +250,7 @@ def _layers(program: Program, tensors: dict[str, Tensor]) -> Iterator[Layer]:
             raise UnsupportedError(
                 f"a weight of kind {site.kind} ({site.weight}) has no form in a checkpoint",
                 where=site.name,
-                hint=f"exclude it when the model is quantized: --exclude {site.name}",
+                hint=f"exclude it when the model is quantized: finetune --exclude {site.name}",
             )
         name = site.name if site.kind == EMBEDDING else site.weight.removesuffix(WEIGHT)
         parts = [tensors[f"{site.path}.{part}"] for part in CODE_NAMES]

@@ -57,7 +57,7 @@ def to_svg(program: Program, only: str | None = None) -> str:
     if len(boxes) > _MOST:
         raise UserInputError(
             f"the graph has {len(boxes)} nodes; a drawing of more than {_MOST} cannot be read",
-            hint="draw one part with --only PATH (only=…), for example --only model.layers.0; "
+            hint="draw one part: inspect --only PATH (only=…), for example --only model.layers.0; "
             "or write DOT or Netron's form",
         )
     layout = _Layout(boxes)

@@ -179,8 +179,8 @@ def _check_folds(program: Program, updates: Updates) -> None:
         f"{sum(lost.values()) / len(lost):.0%} of an update on average, at most "
         + ", ".join(f"{lost[name]:.0%} ({name})" for name in worst),
         where=path,
-        hint="take the nearest all the same (--plain approximate), add the adapter to the float "
-        "weights before they are quantized (--plain merge), or train "
+        hint="take the nearest all the same (adapt --plain approximate), add the adapter to the "
+        "float weights before they are quantized (adapt --plain merge), or train "
         + (
             "on it with finetune, which pools in that order"
             if path in orders

@@ -112,7 +112,7 @@ def data_needed(method: str) -> UserInputError:
     """The error where there are no calibration data for a method that needs them."""
     return UserInputError(
         f"the method {method} needs calibration data",
-        hint="give calibration=[(x,), …] (--calibration FILE); these methods need none: "
+        hint="give calibration=[(x,), …] (finetune --calibration FILE); these methods need none: "
         f"{', '.join(name for name in METHODS if name not in CALIBRATED)}",
     )
 

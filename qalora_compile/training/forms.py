@@ -69,7 +69,7 @@ def read_mapping(text: str) -> dict[str, str]:
         if not (name and equals and field) or name in found:
             raise UserInputError(
                 f"the map {text!r} is malformed",
-                hint="give FIELD=COLUMN, …: --map prompt=question,completion=answer",
+                hint="give FIELD=COLUMN, …: finetune --map prompt=question,completion=answer",
             )
         if name not in _FIELDS:
             raise UserInputError(
@@ -148,7 +148,7 @@ def class_name(fields: Mapping[str, Any], where: str) -> str:
         f"the line has no label; it has {_names(fields)}",
         where=where,
         hint='a classification task learns from {"text": "…", "label": "…"}; labels are texts or '
-        "whole numbers; other names with --map text=…,label=…",
+        "whole numbers; other names with finetune --map text=…,label=…",
     )
 
 

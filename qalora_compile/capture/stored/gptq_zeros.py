@@ -181,7 +181,8 @@ def _versions(
             f"zero-points are stored as {tag} by config.json, and read so the weights of "
             f"{first} ({len(lean - sure)} layers) are all too large or too small by one step",
             where=f"{first}.qzeros",
-            hint=f"say how they are stored: zero_points={other!r} (--stored-zero-points {other})",
+            hint=f"say how they are stored: zero_points={other!r} (finetune, adapt or quantize "
+            f"--stored-zero-points {other})",
         )
     read = {module: other if module in sure else tag for module in layers}
     return read, tuple(_notes(layers, against, read, tag, lean - sure - set(against)))
