@@ -13,7 +13,7 @@ from qalora_compile.ir.signature import Call
 from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.base import Pass
-from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
+from qalora_compile.passes.canonical import canonical_passes
 from qalora_compile.passes.choose_bits import choose_bits
 from qalora_compile.passes.corrections import (
     Correction,
@@ -128,7 +128,7 @@ def _annotation(
     wanted = targets if isinstance(targets, str) else as_patterns(list(targets), "targets")
     barred = as_patterns(exclude if isinstance(exclude, str) else list(exclude), "exclude")
     annotate = AnnotateLinears(targets=wanted, exclude=barred, keep_heads=keep_heads)
-    return [CanonicalizePointwise(), annotate]
+    return [*canonical_passes(), annotate]
 
 
 def insert_adapters(

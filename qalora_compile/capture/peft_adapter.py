@@ -184,8 +184,8 @@ def as_pooled(adapter: PeftAdapter, model: nn.Module, pooling: str | None) -> Pe
             f"lora_A is as if inputs were pooled in groups of {group}, and {CONFIG_FILE} does not "
             "say how",
             where=adapter.name,
-            hint=f"say it: adapt --pooling {MEAN}, as in the script of QA-LoRA's authors, or {SUM}, as "
-            "in their paper (as_pooled)",
+            hint=f"say it: adapt --pooling {MEAN}, as in the script of QA-LoRA's authors, or "
+            f"{SUM}, as in their paper (as_pooled)",
         )
     if group == 1:
         sizes = ", ".join(map(str, sorted(groups))) or "those that it says itself"

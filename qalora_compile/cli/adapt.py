@@ -39,7 +39,7 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import write_program
 from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.passes.annotate_linears import AnnotateLinears
-from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
+from qalora_compile.passes.canonical import canonical_passes
 from qalora_compile.passes.pipeline import Pipeline
 from qalora_compile.passes.select import ALL_LINEAR
 from qalora_compile.passes.take_updates import Updates, losses, take_updates
@@ -182,7 +182,7 @@ def _adapted(
     updates = {} if options.plain == MERGE else updates
     targets = tuple(options.targets) if options.targets else ALL_LINEAR
     annotate = AnnotateLinears(targets=targets, exclude=tuple(options.exclude))
-    annotated = Pipeline([CanonicalizePointwise(), annotate])(source.capture()).program
+    annotated = Pipeline([*canonical_passes(), annotate])(source.capture()).program
     on_codes = {site.weight for site in annotated.plan.weights_to_quantize()}
     tensors = annotated.tensors() | {
         name: nn.Parameter(values, requires_grad=False)

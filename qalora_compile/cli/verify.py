@@ -374,6 +374,8 @@ def _checkpoint(path: Path) -> Path | None:
 def _read_back(path: Path) -> Program:
     """A checkpoint as a model, by its format's own library; every linear map with its own row."""
     from qalora_compile.capture.source import load_source
+    from qalora_compile.passes.annotate_linears import AnnotateLinears
+    from qalora_compile.passes.canonical import canonical_passes
     from qalora_compile.passes.pipeline import Pipeline
     from qalora_compile.verify.foreign import put_library_weights_
 
@@ -381,7 +383,7 @@ def _read_back(path: Path) -> Program:
     reader = "gguf" if path.is_file() else put_library_weights_(source.model, path)
     err_console.print(f"note: {path} is read back by {reader}")
     captured = source.capture()
-    return Pipeline.parse("canonicalize-pointwise,annotate-linears")(captured).program
+    return Pipeline([*canonical_passes(), AnnotateLinears()])(captured).program
 
 
 def _show(report: Report, options: argparse.Namespace, *, library: bool) -> None:

@@ -67,7 +67,7 @@ nanmedian nanquantile nansum narrow narrow_copy native_batch_norm native_dropout
 native_layer_norm ne ne_ neg neg_ negative new_empty new_full new_ones new_zeros nextafter
 nll_loss nll_loss2d nll_loss_nd nonzero norm normal normal_ not_equal nuclear_norm numpy_T one_hot
 ones ones_like outer pad pairwise_distance pdist permute pinverse pixel_shuffle pixel_unshuffle
-poisson polygamma positive pow pow_ prelu prod put quantile rad2deg rand rand_like randint
+poisson polar polygamma positive pow pow_ prelu prod put quantile rad2deg rand rand_like randint
 randint_like randn randn_like randperm range ravel real reciprocal reciprocal_ reflection_pad1d
 reflection_pad2d reflection_pad3d relu relu6 relu6_ relu_ remainder remainder_ renorm repeat
 repeat_interleave replication_pad2d replication_pad3d reshape reshape_as resolve_conj resolve_neg

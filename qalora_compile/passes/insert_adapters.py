@@ -103,7 +103,8 @@ class InsertAdapters(AdapterSpec, Pass):
                 raise PreconditionError(
                     "its zero-points are no whole numbers, and the adapter is to keep them whole",
                     where=site.name,
-                    hint="quantize with QuantSpec(zero_point='integer') (finetune --zero-point integer)",
+                    hint="quantize with QuantSpec(zero_point='integer') "
+                    "(finetune --zero-point integer)",
                 )
             if pooled % group:
                 raise PreconditionError(

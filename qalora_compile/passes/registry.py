@@ -11,6 +11,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.passes.base import Pass
 
 _PASSES = {
+    "canonicalize-complex": "CanonicalizeComplex",
     "canonicalize-pointwise": "CanonicalizePointwise",
     "annotate-linears": "AnnotateLinears",
     "sort-columns": "SortColumns",

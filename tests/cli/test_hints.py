@@ -41,7 +41,7 @@ def options_of(command: str) -> frozenset[str]:
     parser = build_parser([command])
     (commands,) = (a for a in parser._actions if a.dest == "command")
     assert commands.choices is not None
-    chosen = dict(commands.choices)[command]  # type: ignore[call-overload]
+    chosen = dict(commands.choices)[command]
     return frozenset(name for action in chosen._actions for name in action.option_strings)
 
 

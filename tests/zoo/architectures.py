@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-VOCABULARY = 128
+VOCABULARY = 384
 SIZES: dict[str, Any] = {
     # widths
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim"), 64),
@@ -55,6 +55,14 @@ _LATENT = {"num_key_value_heads": 4}
 OTHERS: dict[str, dict[str, Any]] = {
     "DeepseekV2ForCausalLM": _LATENT,
     "DeepseekV3ForCausalLM": _LATENT,
+    "Ernie4_5_MoeForCausalLM": {"moe_k": 2},
+    # one layer that keeps a state, and one of attention
+    "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]},
+    "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "Qwen3NextForCausalLM": {"layer_types": ["linear_attention", "full_attention"]},
+    "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},
 }
 
 DENSE = (

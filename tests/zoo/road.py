@@ -1,0 +1,111 @@
+"""The command line's whole way with one architecture: quantize; finetune, fold, export, verify."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qalora_compile.cli.main import main
+from tests.zoo.architectures import ENCODERS, EXPERTS, VOCABULARY, build
+
+WORDS = ("red", "green", "blue", "one", "two", "three")
+QUANTIZE, QUANTIZED, FINETUNE, FOLD, EXPORT, VERIFY = STEPS = (
+    "quantize",
+    "quantized",
+    "finetune",
+    "fold",
+    "export",
+    "verify",
+)
+"""`quantized` compares what `quantize` wrote with the model in float."""
+_ROUNDING = {True: "0.9", False: "0.2"}
+"""What 8 bits may change, as a part of the output: another expert is another output."""
+_GROUPS = ("--group-size", "16")
+_TRAINING = ("--steps", "1", "--rank", "4", *_GROUPS)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one step ended.
+
+    Attributes:
+        step: One of `STEPS`.
+        code: The exit code.
+        said: What was printed.
+    """
+
+    step: str
+    code: int
+    said: str
+
+    def reason(self) -> str:
+        """The error's first line."""
+        lines = [line.strip() for line in self.said.splitlines() if line.strip()]
+        return next(
+            (line for line in lines if line.startswith("error:")), lines[-1] if lines else ""
+        )
+
+
+def write_model(name: str, folder: Path) -> None:
+    """Write a small model with a byte-level tokenizer."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    build(name).save_pretrained(folder)
+    cutter = ByteLevelBPETokenizer()
+    specials = ["<pad>", "<s>", "</s>"]
+    cutter.train_from_iterator([" ".join(WORDS)], vocab_size=VOCABULARY, special_tokens=specials)
+    PreTrainedTokenizerFast(
+        tokenizer_object=cutter._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+
+
+def write_data(name: str, path: Path) -> None:
+    """Write six examples of words and their kind, as texts or labels."""
+    kinds = {word: "colour" if word in WORDS[:3] else "number" for word in WORDS}
+    rows = [
+        {"text": word, "label": kind}
+        if name in ENCODERS
+        else {"prompt": f"{word} is a", "completion": f" {kind}"}
+        for word, kind in kinds.items()
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def walk(name: str, folder: Path) -> Iterator[Result]:
+    """Take one architecture the whole way; a step that fails ends what follows from it."""
+    model, data = folder / "model", folder / "data.jsonl"
+    write_model(name, model)
+    write_data(name, data)
+    expert = name.removesuffix("ForCausalLM") in EXPERTS or "Moe" in name or "Switch" in name
+    edge = folder / "quantized"
+    ways = (
+        (
+            (QUANTIZE, str(model), "--out", str(edge), "--bits", "8", *_GROUPS),
+            (QUANTIZED, str(model), str(edge), "--max-rel", _ROUNDING[expert]),
+        ),
+        (
+            (FINETUNE, str(model), "--data", str(data), "--out", str(folder / "run"), *_TRAINING),
+            (FOLD, str(folder / "run"), "--out", str(folder / "folded")),
+            (EXPORT, str(folder / "folded"), "--out", str(folder / "edge")),
+            (VERIFY, str(folder / "folded"), str(folder / "edge"), "--max-rel", "1e-3"),
+        ),
+    )
+    for way in ways:
+        for step, *arguments in way:
+            result = _run(step, arguments)
+            yield result
+            if result.code:
+                break
+
+
+def _run(step: str, arguments: list[str]) -> Result:
+    printed = io.StringIO()
+    command = VERIFY if step == QUANTIZED else step
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main([command, *arguments])
+    return Result(step, code, printed.getvalue())
