@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from qalora_compile.exporters.base import ExportReport
 from qalora_compile.files import check_output
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
-from qalora_compile.passes.base import Pass
+from qalora_compile.passes.base import Pass, PassResult
 from qalora_compile.passes.fuse_attention import FuseAttention
 from qalora_compile.passes.fuse_multi_head import FuseMultiHead
 from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
@@ -30,8 +31,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_FUSING = (FuseRmsNorm, FuseRotary, FuseAttention, FuseSkipNorm, FuseMultiHead)
+_NOT_FUSED = "not fused: "
+
+
 def lower(program: Program, spec: ExportSpec) -> Program:
     """Rewrite a program for the target of `spec`; half-precision ones compute in float32 there.
+
+    What the fusions of `spec` leave alone, and why, is said in the notes of the program.
 
     Raises:
         PreconditionError: adapters are not folded (or nothing is quantized) and the specification
@@ -40,7 +47,29 @@ def lower(program: Program, spec: ExportSpec) -> Program:
     """
     check_program(program)
     steps = lowering(program, spec)
-    return Pipeline(steps)(program).program if steps else program
+    if not steps:
+        return program
+    found: list[tuple[Pass, PassResult]] = []
+    lowered = Pipeline(steps)(program, lambda step, result: found.append((step, result))).program
+    fused = [(step, result) for step, result in found if isinstance(step, _FUSING)]
+    return dataclasses.replace(lowered, notes=(*lowered.notes, *_not_fused(fused)))
+
+
+def _not_fused(found: Sequence[tuple[Pass, PassResult]]) -> list[str]:
+    """What fusing passes left alone: a note for each reason, with the first node."""
+    notes = []
+    for step, result in found:
+        places: dict[str, list[str]] = {}
+        for skip in result.skips:
+            places.setdefault(skip.why, []).append(skip.path)
+        notes += [
+            f"{_NOT_FUSED}{step.name} left {paths[0]} ({len(paths)} in all): {why}"
+            for why, paths in places.items()
+        ]
+    if found and not notes and not any(result.modified for _, result in found):
+        names = ", ".join(step.name for step, _ in found)
+        notes.append(f"{_NOT_FUSED}{names} found nothing that is written out")
+    return notes
 
 
 def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
@@ -168,7 +197,10 @@ def export_model(
         raise UserInputError(f"{path} does not end in .onnx", where=str(path))
     check_output(path, overwrite=spec.overwrite, is_file=True)
     spec = complete_spec(program, spec)
-    return write_onnx(lower(program, spec), path, spec, resume=resume)
+    lowered = lower(program, spec)
+    report = write_onnx(lowered, path, spec, resume=resume)
+    notes = tuple(note for note in lowered.notes if note.startswith(_NOT_FUSED))
+    return dataclasses.replace(report, notes=notes)
 
 
 def _export_checkpoint(

@@ -196,10 +196,11 @@ def chosen_library(options: argparse.Namespace) -> Path | None:
 
 
 def resumed(report: ExportReport) -> dict[str, str]:
-    """A row of the summary where an interrupted run was gone on with."""
-    if not report.kept:
-        return {}
-    return {"gone on": f"{report.kept} weights were there from an interrupted run"}
+    """Rows of the summary: an interrupted run that was gone on with, and what was not fused."""
+    rows = {"notes": "\n".join(report.notes)} if report.notes else {}
+    if report.kept:
+        rows["gone on"] = f"{report.kept} weights were there from an interrupted run"
+    return rows
 
 
 def _cache_state(options: argparse.Namespace, program: Program) -> str:

@@ -80,7 +80,8 @@ class ExportReport:
         capabilities: What happened to codes, scale, zero-point and float tensors.
         kept: Number of weights that an interrupted run had written already.
         stored: Of a checkpoint: how each tensor is stored.
-        notes: Of a checkpoint: what it leaves out or says otherwise.
+        notes: Of a checkpoint: what it leaves out or says otherwise. Of an ONNX model: what was not
+            fused, the first node of each reason.
     """
 
     path: Path
@@ -107,4 +108,5 @@ class ExportReport:
             nodes=self.nodes + other.nodes,
             quantized_layers=self.quantized_layers + other.quantized_layers,
             kept=self.kept + other.kept,
+            notes=(*self.notes, *other.notes),
         )

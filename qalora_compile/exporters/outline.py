@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.exporters.shapes import propagate
 from qalora_compile.ir.meta import module_path, site_of
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.shapes import propagate
 from qalora_compile.ir.signature import dtype_name
 
 Shape = tuple[int | str, ...]

@@ -11,6 +11,7 @@ from torch import fx
 from qalora_compile.ir.meta import shape_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.program import ANY_STAGE, Program
+from qalora_compile.ir.shapes import shaped_graph
 from qalora_compile.ir.spec import ATTENTION
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.peel import (
@@ -55,7 +56,7 @@ class FuseAttention(Pass):
 
     def call(self, program: Program) -> PassResult:
         """Fuse."""
-        graph = program.copy_graph()
+        graph = shaped_graph(program)
         changes, skips = [], []
         for node in list(graph.nodes):
             if node.target is not _SDPA:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from qalora_compile.ir.meta import shape_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.program import ANY_STAGE, Program
+from qalora_compile.ir.shapes import shaped_graph
 from qalora_compile.ir.spec import ATTENTION, JOIN_GROUPS, MULTI_HEAD_ATTENTION, SPLIT_GROUPS
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.peel import item
@@ -48,7 +49,7 @@ class FuseMultiHead(Pass):
 
     def call(self, program: Program) -> PassResult:
         """Fuse."""
-        graph = program.copy_graph()
+        graph = shaped_graph(program)
         biases = _Biases(graph)
         changes, skips = [], []
         for node in [n for n in graph.nodes if n.target is ATTENTION]:

@@ -11,6 +11,7 @@ from torch import fx
 from qalora_compile.ir.meta import move_site, shape_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.program import ANY_STAGE, Program
+from qalora_compile.ir.shapes import shaped_graph
 from qalora_compile.ir.spec import RMS_NORM
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.peel import call, number, operands, through
@@ -42,8 +43,8 @@ class FuseRmsNorm(Pass):
 
     def call(self, program: Program) -> PassResult:
         """Fuse."""
-        graph = program.copy_graph()
-        changes = []
+        graph = shaped_graph(program)
+        changes, skips = [], []
         for node in list(graph.nodes):
             found = None if node._erased else _match(node)
             if found is not None:
@@ -53,7 +54,29 @@ class FuseRmsNorm(Pass):
                 node.replace_all_uses_with(new)
                 erase_unread([node])
                 changes.append(Change(new.name, "root-mean-square norm"))
-        return PassResult(program.evolve(graph=graph), tuple(changes))
+        for node in graph.nodes:
+            why = _why_not(node)
+            if why:
+                skips.append(Change(node.name, "left as it is", why))
+        return PassResult(program.evolve(graph=graph), tuple(changes), tuple(skips))
+
+
+def _why_not(node: fx.Node) -> str:
+    """Why the root of a mean of squares is no norm; empty where a node is no such root."""
+    power = node.target is _ATEN.pow.Tensor_Scalar and node.args[1] == -0.5
+    if node.target is not _ATEN.rsqrt.default and not power:
+        return ""
+    shifted = call(node.args[0], _ATEN.add.Tensor)
+    mean = call(shifted[0], _ATEN.mean.dim) if shifted is not None else None
+    square = call(mean[0], _ATEN.pow.Tensor_Scalar) if mean is not None else None
+    if mean is None or square is None or square[1] != 2:
+        return ""
+    inner, _ = _root_of_mean_square(node)
+    if inner is None:
+        return "the mean is not over the last axis, or what is added to it is no number"
+    if shape_of(inner) is None:
+        return "the shape of what is normed is not known"
+    return "no weight of one axis is multiplied, or another dtype lies between"
 
 
 def _match(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:

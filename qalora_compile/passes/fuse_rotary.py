@@ -11,6 +11,7 @@ from torch import fx
 from qalora_compile.ir.meta import shape_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.program import ANY_STAGE, Program
+from qalora_compile.ir.shapes import shaped_graph
 from qalora_compile.ir.spec import ROTARY_EMBEDDING
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.peel import (
@@ -54,7 +55,7 @@ class FuseRotary(Pass):
 
     def call(self, program: Program) -> PassResult:
         """Fuse."""
-        graph = program.copy_graph()
+        graph = shaped_graph(program)
         halves = _Halves(graph)
         changes = []
         for node in list(graph.nodes):
@@ -70,7 +71,29 @@ class FuseRotary(Pass):
             found.end.replace_all_uses_with(new)
             erase_unread([found.end])
             changes.append(Change(turned.name, f"rotary embedding of {found.heads} heads"))
-        return PassResult(program.evolve(graph=graph), tuple(changes))
+        reasons = [(node.name, _why_not(node)) for node in graph.nodes]
+        skips = tuple(Change(name, "left as it is", why) for name, why in reasons if why)
+        return PassResult(program.evolve(graph=graph), tuple(changes), skips)
+
+
+def _why_not(node: fx.Node) -> str:
+    """Why a sum of a value and its crossed halves is no rotation; empty where it is no such sum."""
+    for straight, crossed in operands(node, _ATEN.add.Tensor):
+        for x, cos in operands(straight, _ATEN.mul.Tensor):
+            for turned, sin in operands(crossed, _ATEN.mul.Tensor):
+                parts, inner = pair(turned, -1, 3), through(x)
+                if parts is None or call(parts[0], _ATEN.neg.default) is None:
+                    continue
+                first = call(parts[1], _ATEN.slice.Tensor)
+                if inner is None or first is None or through(first[0]) is not inner:
+                    continue
+                shape = shape_of(inner)
+                if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
+                    return "the number of heads is not known"
+                if _table(cos) is None or _table(sin) is None:
+                    return "cos and sin are not seen to be computed from two equal halves"
+                return "what changes places is not the two halves of what is rotated"
+    return ""
 
 
 @dataclass(frozen=True)

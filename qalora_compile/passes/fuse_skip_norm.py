@@ -11,6 +11,7 @@ from torch import fx
 from qalora_compile.ir.meta import shape_of, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.program import ANY_STAGE, Program
+from qalora_compile.ir.shapes import shaped_graph
 from qalora_compile.ir.spec import RMS_NORM, SKIP_RMS_NORM
 from qalora_compile.passes.base import Change, Pass, PassResult
 from qalora_compile.passes.peel import item, through
@@ -39,7 +40,7 @@ class FuseSkipNorm(Pass):
 
     def call(self, program: Program) -> PassResult:
         """Fuse."""
-        graph = program.copy_graph()
+        graph = shaped_graph(program)
         changes, skips = [], []
         place = {node: number for number, node in enumerate(graph.nodes)}
         for norm in [node for node in graph.nodes if node.target is RMS_NORM]:

@@ -74,7 +74,9 @@ def _attention_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         options = {"num_heads": heads, "scale": scale}
         if past_key is None:
-            return alone(q, k, v, None, None, bias, **options), None, None
+            # Nothing reads keys and values without a past, and torch.onnx wants all three.
+            y = alone(q, k, v, None, None, bias, **options)
+            return y, op.Identity(k), op.Identity(v)
         return with_past(q, k, v, None, None, bias, past_key, past_value, **options)
 
     def emit_join_groups(q: Any, heads: int, kv_heads: int) -> Any:

@@ -18,6 +18,10 @@ def fused_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
         each = int(x.shape[-1]) // heads
         rotated = 2 * int(cos.shape[-1])
         part = {} if rotated == each else {"rotary_embedding_dim": rotated}
+        if cos.shape[0] == 1:  # the same for each sequence of a batch; the operator repeats nothing
+            half = op.Constant(value_ints=[rotated // 2])
+            sizes = op.Concat(op.Shape(x, start=0, end=2), half, axis=0)
+            cos, sin = op.Expand(cos, sizes), op.Expand(sin, sizes)
         return op.RotaryEmbedding(x, cos, sin, num_heads=heads, **part)
 
     def emit_attention(

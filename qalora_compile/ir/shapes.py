@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,6 +28,22 @@ def without_assertions(program: Program) -> fx.Graph:
     """The graph without the model's own run-time assertions, for which ONNX has no operator."""
     graph = program.copy_graph()
     erase_unread([n for n in graph.nodes if str(n.target) in _ASSERTIONS])
+    return graph
+
+
+def shaped_graph(program: Program) -> fx.Graph:
+    """A copy of the graph whose nodes say what they compute, in `meta["val"]`.
+
+    What capture recorded is kept; a program that was loaded has none of it. A graph that cannot be
+    followed without values (a size that is computed from data) comes as it is.
+    """
+    graph, tensors = program.copy_graph(), program.tensors()
+    if all("val" in node.meta for node in graph.nodes if node.op == "placeholder"):
+        return graph
+    stored = {n: t for n in graph.nodes if (t := tensors.get(str(n.target))) is not None}
+    # what fails is of an operator, and raises what its author chose
+    with suppress(Exception):
+        propagate(graph, program, stored)
     return graph
 
 
