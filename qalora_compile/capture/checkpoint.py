@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.encoder_decoder import capture_whole, is_encoder_decoder
 from qalora_compile.capture.loading import refuse_extra_layers, untie_
-from qalora_compile.capture.skeleton import build_skeleton
+from qalora_compile.capture.skeleton import build_skeleton, generates
+from qalora_compile.capture.text_encoder import capture_text_encoder
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.deferred import defer_to, is_deferred, keep_recipe
 from qalora_compile.ir.program import Program
@@ -27,10 +28,11 @@ _INDEX = "model.safetensors.index.json"
 
 
 def capture_checkpoint(folder: Path, *, last_logits: bool = False) -> Program:
-    """A generating model from its folder, with deferred weights.
+    """A model that reads tokens from its folder, with deferred weights.
 
-    A decoder-only one has its key-value cache; one with an encoder is captured as one forward of
-    whole sequences, to be split when it is quantized (`api.split_encoder_decoder`).
+    A decoder-only one that generates has its key-value cache; one with an encoder too is captured
+    as one forward of whole sequences, to be split when it is quantized
+    (`api.split_encoder_decoder`); an encoder alone as its one forward.
 
     Memory does not grow with the model: nothing is read but the headers of the files. Passes run on
     shapes, and an exporter reads, quantizes and writes one layer after another.
@@ -51,6 +53,8 @@ def capture_checkpoint(folder: Path, *, last_logits: bool = False) -> Program:
     names = _stored_names(skeleton, stored)
     if is_encoder_decoder(skeleton):
         program = capture_whole(skeleton)
+    elif not generates(folder):
+        program = capture_text_encoder(skeleton)
     else:
         program = capture_causal_lm(skeleton, last_logits=last_logits)
     tensors = program.tensors()

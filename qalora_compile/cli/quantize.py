@@ -1,4 +1,4 @@
-"""`quantize`: a language model straight to an edge folder, layer by layer, without training."""
+"""`quantize`: a model straight to an edge folder, layer by layer, without training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from qalora_compile.api import quantize_groups
 from qalora_compile.capture.checkpoint import capture_checkpoint
+from qalora_compile.capture.sentence import encoder_folder
+from qalora_compile.capture.skeleton import generates
 from qalora_compile.cli.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
 from qalora_compile.cli.embeddings import (
     add_embedding_arguments,
@@ -22,6 +24,7 @@ from qalora_compile.cli.export import (
     resumed,
     target_spec,
 )
+from qalora_compile.cli.pooling import add_pooling_arguments, chosen_pooling
 from qalora_compile.cli.quantized import add_quant_arguments, print_reports, quant_spec
 from qalora_compile.cli.ui import megabytes, print_summary, steps
 from qalora_compile.config import CALIBRATED, ExportSpec, QuantSpec
@@ -31,12 +34,13 @@ from qalora_compile.quantizers.report import collecting_reports
 from qalora_compile.runtime.memory import peak_memory
 
 NAME = "quantize"
-SUMMARY = "quantize a language model of any size straight to an edge folder, without training"
+SUMMARY = "quantize a model of any size straight to an edge folder, without training"
 EXAMPLES = """examples:
   qalora-compile quantize ./Llama-7B --out edge
   qalora-compile quantize ./Llama-7B --out edge --bits 3 --group-size 64 --parameter-dtype float16
   qalora-compile quantize ./SmolLM2 --out edge --embeddings 8     half of a small model's bytes
   qalora-compile quantize ./Llama-7B --out edge --bits 3 --method hqq
+  qalora-compile quantize ./MiniLM --out edge --pooling mean --normalize   sentence embeddings
 
 weights are read, quantized and written one layer after another: memory does not grow with the model
 """
@@ -49,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quant_arguments(parser)
     add_embedding_arguments(parser)
     add_target_arguments(parser)
+    add_pooling_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
 
 
@@ -62,15 +67,18 @@ def run(options: argparse.Namespace) -> int:
 
 def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -> int:
     started = time.monotonic()
-    source, out = Path(options.model), Path(options.out)
+    out = Path(options.out)
     embeddings = embedding_spec(options)
     library = chosen_library(options)
-    _check_folder(source)
+    _check_folder(Path(options.model))
+    pooling = chosen_pooling(options, Path(options.model))
+    source = encoder_folder(Path(options.model))
     with steps() as shown, collecting_reports() as reports:
         shown.say("capture")
         program = capture_checkpoint(source, last_logits=options.last_logits)
         for note in program.notes:
             shown.say(f"note: {note}")
+        program = pooling.apply(program)
         program = quantize_groups(
             program,
             quant,
@@ -86,11 +94,13 @@ def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -
         parts = EdgeParts(
             description=source,
             tokenizer=source,
-            record={"model": str(source), "quant": quant.to_json()} | embedding_record(embeddings),
+            record={"model": options.model, "quant": quant.to_json()}
+            | embedding_record(embeddings),
             graphs=graphs,
             spec=spec,
             library=library,
             weights=source,
+            pooling=pooling,
         )
         report, written = write_edge(out, parts, overwrite=options.overwrite)
     print_reports(reports)
@@ -106,7 +116,9 @@ def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -
             "peak memory": megabytes(peak_memory()),
             "seconds": f"{time.monotonic() - started:.0f}",
             "written": str(report.path),
-            "next": f'qalora-compile generate {out} --prompt "Hello"',
+            "next": f'qalora-compile generate {out} --prompt "Hello"'
+            if generates(source)
+            else f"qalora-compile inspect {out}",
         }
         | ({"kernels": kernels()} if report.target == "ort" else {})
         | resumed(report),
