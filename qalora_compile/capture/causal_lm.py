@@ -130,7 +130,7 @@ def _cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
             raise UnsupportedError(
                 f"{type(model).__name__} has no key-value cache that can be an input of a graph",
                 where=str(error),
-                hint="export it without one: --no-kv-cache",
+                hint="write it without one: export or quantize with --no-kv-cache",
             ) from error
         except (RuntimeError, ValueError, IndexError) as error:
             raise CaptureError(

@@ -18,6 +18,7 @@ from qalora_compile.capture.encoder_decoder import capture_whole, is_encoder_dec
 from qalora_compile.capture.lazy_loading import Casts, LazyTensor, load_lazily
 from qalora_compile.capture.loading import check_report, unreadable
 from qalora_compile.capture.skeleton import model_class, read_config
+from qalora_compile.capture.text_model import capture_text_model
 from qalora_compile.errors import QaloraError, UnsupportedError, UserInputError
 from qalora_compile.ir.deferred import is_deferred, is_placeholder, materialize
 from qalora_compile.ir.program import Program
@@ -28,11 +29,12 @@ from qalora_compile.untrusted import member, read_json
 _INDEX = "model.safetensors.index.json"
 
 
-def capture_checkpoint(folder: Path, *, last_logits: bool = False) -> Program:
-    """A generating model from its folder, with deferred weights.
+def capture_checkpoint(folder: Path, *, last_logits: bool = False, cache: bool = True) -> Program:
+    """A model that reads tokens from its folder, with deferred weights.
 
-    A decoder-only one has its key-value cache; one with an encoder is captured as one forward of
-    whole sequences, to be split when it is quantized (`api.split_encoder_decoder`).
+    A decoder-only one that generates has its key-value cache; one with an encoder too is captured
+    as one forward of whole sequences, to be split when it is quantized
+    (`api.split_encoder_decoder`); an encoder alone as its one forward.
 
     Memory does not grow with the model: nothing is read but the headers of the files. Passes run on
     shapes, and an exporter reads, quantizes and writes one layer after another.
@@ -40,6 +42,7 @@ def capture_checkpoint(folder: Path, *, last_logits: bool = False) -> Program:
     Args:
         folder: `config.json` and safetensors, one file or several with an index.
         last_logits: As for `capture_causal_lm`; of no effect with an encoder.
+        cache: Give a decoder-only model its key-value cache.
 
     Raises:
         UserInputError: a file is missing or broken, or a tensor is missing or of another shape.
@@ -49,6 +52,8 @@ def capture_checkpoint(folder: Path, *, last_logits: bool = False) -> Program:
     loaded = load_checkpoint(folder)
     if is_encoder_decoder(loaded.model):
         program = capture_whole(loaded.model)
+    elif not cache or not loaded.model.can_generate():
+        program = capture_text_model(loaded.model)
     else:
         program = capture_causal_lm(loaded.model, last_logits=last_logits)
     tensors = program.tensors()

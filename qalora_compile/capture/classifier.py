@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qalora_compile.capture.loading import unreadable
+from qalora_compile.capture.sentence import encoder_folder
 from qalora_compile.capture.skeleton import transformers_module
 from qalora_compile.capture.source import (
     Source,
@@ -37,7 +38,7 @@ def load_classifier(reference: str, classes: Sequence[str], *, seed: int = 0) ->
         UnsupportedError: transformers has no such head for the architecture, or there is no
             tokenizer to read text with.
     """
-    path = Path(reference)
+    path = encoder_folder(Path(reference))
     if not path.is_dir():
         raise UserInputError(
             f"a classification task learns from a Hugging Face folder, not {reference!r}",

@@ -26,6 +26,7 @@ from qalora_compile.capture.encoder_decoder import (
 )
 from qalora_compile.capture.loading import check_report, unreadable
 from qalora_compile.capture.model import capture_model
+from qalora_compile.capture.sentence import encoder_folder
 from qalora_compile.capture.sizes import check_gguf_sizes
 from qalora_compile.capture.skeleton import model_class, transformers_module
 from qalora_compile.capture.stored.folder import is_quantized, load_stored
@@ -112,7 +113,7 @@ def load_source(reference: str, *, zero_points: str | None = None) -> Source:
     path = Path(reference)
     if path.is_dir():
         check_folder(path)
-        return _load_folder(reference, path, zero_points)
+        return _load_folder(reference, encoder_folder(path), zero_points)
     if path.suffix == ".gguf":
         return _load_gguf(reference, path)
     if _FACTORY.fullmatch(reference):

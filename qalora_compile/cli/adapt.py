@@ -20,7 +20,8 @@ from qalora_compile.capture.peft_adapter import (
     read_peft_adapter,
 )
 from qalora_compile.capture.source import Source, load_source
-from qalora_compile.cli.folders import save_description, save_tokenizer, write_run_file
+from qalora_compile.cli.folders import MODEL, save_description, save_tokenizer, write_run_file
+from qalora_compile.cli.pooling import keep_pooling
 from qalora_compile.cli.quantized import (
     add_quant_arguments,
     add_stored_argument,
@@ -135,6 +136,7 @@ def _adapt(options: argparse.Namespace) -> int:
                 Path(source.reference) if source.kind == "gguf" else None,
                 tokenizer=source.tokenizer,
             )
+            keep_pooling(Path(options.model), folder / MODEL)
             write_run_file(folder, record | {"ends": ends_to_json(ends)})
     print_reports(reports)
     print_summary(

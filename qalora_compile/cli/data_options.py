@@ -11,6 +11,7 @@ import torch
 
 from qalora_compile.api import packed_form
 from qalora_compile.capture.classifier import classes_of, linear_layers, load_classifier
+from qalora_compile.capture.sentence import encoder_folder
 from qalora_compile.capture.skeleton import generates
 from qalora_compile.capture.source import Source, load_source
 from qalora_compile.cli.folders import MODEL
@@ -107,7 +108,7 @@ def find_task(options: argparse.Namespace) -> None:
     folder = Path(options.model)
     if not folder.is_dir():
         problem = "only a Hugging Face folder gets a head that tells labels apart"
-    elif generates(folder):
+    elif generates(encoder_folder(folder)):
         problem = "the model generates texts"
     else:
         options.task = CLASSIFICATION

@@ -25,6 +25,7 @@ from qalora_compile.cli.folders import (
     read_record,
     versions,
 )
+from qalora_compile.cli.pooling import Pooling
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.base import ExportReport
@@ -46,6 +47,7 @@ from qalora_compile.untrusted import read_json
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 RECORD_FILE, MODEL_FILE = "qalora.json", "model.onnx"
+MODEL_CONFIG_FILE = "config.json"
 FORMAT, VERSION = "qalora-edge", 2
 
 
@@ -61,6 +63,7 @@ class EdgeParts:
         spec: How it is exported.
         library: The operator library to add, or None.
         weights: Folder with the safetensors that are read while the model is written.
+        pooling: Of an encoder of sentences.
     """
 
     description: Path
@@ -70,6 +73,7 @@ class EdgeParts:
     spec: ExportSpec
     library: Path | None
     weights: Path
+    pooling: Pooling = dataclasses.field(default_factory=Pooling)
 
     def key(self) -> str:
         """Says whether an interrupted run wrote the same: a hash of all that the model is made of.
@@ -129,6 +133,10 @@ def edge_graphs(
             `add_kv_cache` and `split_encoder_decoder`.
     """
     if not generates(description):
+        if last_logits:
+            raise UnsupportedError(
+                "the model generates no text, token by token", hint="leave --last-logits out"
+            )
         return {MODEL_FILE: program}
     if not has_encoder(description):
         return {MODEL_FILE: add_kv_cache(program, description, last_logits=last_logits)}
@@ -180,6 +188,11 @@ def _write_parts(folder: Path, parts: EdgeParts) -> list[str]:
     if parts.program.signature.cache:
         genai = _write_genai(folder, parts, description)
         written.append(CONFIG_FILE if genai == "yes" else f"no {CONFIG_FILE} ({genai})")
+    elif parts.pair is None and description["model"]:  # optimum and transformers.js ask for it
+        write_json(folder / MODEL_CONFIG_FILE, description["model"])
+        written.append(MODEL_CONFIG_FILE)
+        if parts.pooling.write(folder, description["model"]):
+            written.append("modules.json")
     record = _edge_record(parts, description, genai)
     said = {"end_tokens": list(ends), "end_tokens_from": ends_to_json(ends)}
     write_sealed(folder / RECORD_FILE, record | said)
@@ -229,6 +242,19 @@ def _write_genai(folder: Path, parts: EdgeParts, description: dict[str, Any]) ->
     return "yes"
 
 
+def _classes(parts: EdgeParts, model: Mapping[str, Any]) -> list[str]:
+    """Names of the classes in the order of the logits: of a training, or of `config.json`."""
+    trained = parts.record.get("reading", {}).get("classes")
+    if trained or not any(
+        str(name).endswith("ForSequenceClassification") for name in model.get("architectures") or ()
+    ):
+        return list(trained or ())
+    names = model.get("id2label")
+    if not isinstance(names, dict) or not all(str(key).isdigit() for key in names):
+        return []
+    return [str(names[key]) for key in sorted(names, key=int)]
+
+
 def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> dict[str, Any]:
     rows = [row for program in parts.graphs.values() for row in program.plan]
     cached = bool(parts.program.signature.cache)
@@ -252,7 +278,8 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
         "quant": parts.record.get("quant"),
         "embeddings": parts.record.get("embeddings"),
         "adapter": parts.record.get("adapter"),
-        "classes": parts.record.get("reading", {}).get("classes", []),
+        "classes": _classes(parts, model),
+        "pooling": parts.pooling.record(),
         "steps": parts.record.get("step"),
         "passes": list(parts.program.history),
         "layers": {"quantized": sum(widths.values()), "by_width": dict(widths)},

@@ -10,6 +10,7 @@ from pathlib import Path
 from qalora_compile.cli.checkpoint import export_checkpoint
 from qalora_compile.cli.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
 from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
+from qalora_compile.cli.pooling import add_pooling_arguments, chosen_pooling
 from qalora_compile.cli.ui import console, megabytes, print_summary, steps
 from qalora_compile.config import (
     ACCURACY_LEVELS,
@@ -37,6 +38,7 @@ EXAMPLES = """examples:
   qalora-compile export folded --out edge --target onnx        standard operators only
   qalora-compile export folded --out edge --with-library       for GenAI: our kernels in the folder
   qalora-compile export folded --out edge --no-kv-cache        one forward of whole sequences
+  qalora-compile export folded --out edge --pooling mean --normalize     sentence embeddings
   qalora-compile export run --out edge --allow-unfolded        keep the adapters in the graph
   qalora-compile export folded --out edge --target gguf        model.gguf for llama.cpp
   qalora-compile export folded --out edge --target float       Hugging Face folder, no codes
@@ -51,13 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDED", help="folder written by fold")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     add_target_arguments(parser)
-    parser.add_argument(
-        "--no-kv-cache", action="store_true", help="a language model without key-value cache"
-    )
+    add_pooling_arguments(parser)
+    add_cache_argument(parser)
     parser.add_argument(
         "--allow-unfolded", action="store_true", help="export adapters that are not folded"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
+
+
+def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare how a model that generates is written."""
+    parser.add_argument(
+        "--no-kv-cache", action="store_true", help="a language model without key-value cache"
+    )
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +135,11 @@ def run(options: argparse.Namespace) -> int:
     inputs = [options.folder, options.with_library or None]
     with reserve(Path(options.out), overwrite=options.overwrite, inputs=inputs):
         if spec.is_checkpoint:
+            if options.pooling or options.normalize:
+                raise UserInputError(
+                    f"--pooling is of ONNX models, not of target {spec.target}",
+                    hint="leave it out: a checkpoint holds weights alone",
+                )
             return export_checkpoint(options, spec)
         return _export_onnx(options, spec)
 
@@ -137,6 +150,8 @@ def _export_onnx(options: argparse.Namespace, spec: ExportSpec) -> int:
     library = chosen_library(options)
     with steps() as shown:
         program, record = load_run(source, deferred=True)
+        pooling = chosen_pooling(options, source / MODEL)
+        program = pooling.apply(program)
         graphs = {MODEL_FILE: program}
         if not options.no_kv_cache and (source / MODEL).is_dir():
             shown.say("capture for a device")
@@ -151,6 +166,7 @@ def _export_onnx(options: argparse.Namespace, spec: ExportSpec) -> int:
             spec=spec,
             library=library,
             weights=source,
+            pooling=pooling,
         )
         report, written = write_edge(out, parts, overwrite=options.overwrite)
     for name, capability in report.capabilities.items():

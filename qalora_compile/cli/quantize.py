@@ -1,4 +1,4 @@
-"""`quantize`: a language model straight to an edge folder, layer by layer, without training."""
+"""`quantize`: a model straight to an edge folder, layer by layer, without training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from qalora_compile.api import quantize_groups
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.checkpoint import capture_checkpoint
+from qalora_compile.capture.sentence import encoder_folder
+from qalora_compile.capture.skeleton import generates
 from qalora_compile.capture.source import load_source
 from qalora_compile.capture.stored.folder import is_quantized
 from qalora_compile.cli.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
@@ -18,6 +20,7 @@ from qalora_compile.cli.embeddings import (
     embedding_spec,
 )
 from qalora_compile.cli.export import (
+    add_cache_argument,
     add_target_arguments,
     chosen_library,
     kernels,
@@ -25,6 +28,7 @@ from qalora_compile.cli.export import (
     resumed,
     target_spec,
 )
+from qalora_compile.cli.pooling import add_pooling_arguments, chosen_pooling
 from qalora_compile.cli.quantized import (
     add_quant_arguments,
     add_stored_argument,
@@ -42,12 +46,13 @@ from qalora_compile.quantizers.report import collecting_reports
 from qalora_compile.runtime.memory import peak_memory
 
 NAME = "quantize"
-SUMMARY = "quantize a language model of any size straight to an edge folder, without training"
+SUMMARY = "quantize a model of any size straight to an edge folder, without training"
 EXAMPLES = """examples:
   qalora-compile quantize ./Llama-7B --out edge
   qalora-compile quantize ./Llama-7B --out edge --bits 3 --group-size 64 --parameter-dtype float16
   qalora-compile quantize ./SmolLM2 --out edge --embeddings 8     half of a small model's bytes
   qalora-compile quantize ./Llama-7B --out edge --bits 3 --method hqq
+  qalora-compile quantize ./MiniLM --out edge --pooling mean --normalize   sentence embeddings
 
 weights are read, quantized and written one layer after another: memory does not grow with the
 model. A folder that is quantized already (GPTQ, AWQ, HQQ, compressed-tensors, MLX) keeps its codes;
@@ -63,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stored_argument(parser)
     add_embedding_arguments(parser)
     add_target_arguments(parser)
+    add_cache_argument(parser)
+    add_pooling_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
 
 
@@ -76,15 +83,18 @@ def run(options: argparse.Namespace) -> int:
 
 def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -> int:
     started = time.monotonic()
-    source, out = Path(options.model), Path(options.out)
+    out = Path(options.out)
     embeddings = embedding_spec(options)
     library = chosen_library(options)
-    _check_folder(source)
+    _check_folder(Path(options.model))
+    pooling = chosen_pooling(options, Path(options.model))
+    source = encoder_folder(Path(options.model))
     with steps() as shown, collecting_reports() as reports:
         shown.say("capture")
         program, stored = _captured(options, source, shown)
         for note in program.notes:
             shown.say(f"note: {note}")
+        program = pooling.apply(program)
         program = quantize_groups(
             program,
             quant,
@@ -94,18 +104,20 @@ def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -
             stored=stored,
         )
         graphs = {MODEL_FILE: program}
-        if not program.signature.cache:
+        if not program.signature.cache and not options.no_kv_cache:
             graphs = edge_graphs(program, source, last_logits=options.last_logits)
         graphs, spec = lowered(graphs, spec)
         shown.say("translate to ONNX, then read, quantize and write the weights")
         parts = EdgeParts(
             description=source,
             tokenizer=source,
-            record={"model": str(source), "quant": quant.to_json()} | embedding_record(embeddings),
+            record={"model": options.model, "quant": quant.to_json()}
+            | embedding_record(embeddings),
             graphs=graphs,
             spec=spec,
             library=library,
             weights=source,
+            pooling=pooling,
         )
         report, written = write_edge(out, parts, overwrite=options.overwrite)
     print_reports(reports)
@@ -121,7 +133,9 @@ def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -
             "peak memory": megabytes(peak_memory()),
             "seconds": f"{time.monotonic() - started:.0f}",
             "written": str(report.path),
-            "next": f'qalora-compile generate {out} --prompt "Hello"',
+            "next": f'qalora-compile generate {out} --prompt "Hello"'
+            if generates(source)
+            else f"qalora-compile inspect {out}",
         }
         | ({"kernels": kernels()} if report.target == "ort" else {})
         | resumed(report),
@@ -140,6 +154,7 @@ def _captured(
         UserInputError: the folder cannot be read; or it holds no codes, and options say of which
             kind they are.
     """
+    cache, last_logits = not options.no_kv_cache, options.last_logits
     if not is_quantized(source):
         if options.stored_zero_points is not None:
             raise UserInputError(
@@ -147,13 +162,13 @@ def _captured(
                 where=str(source),
                 hint="leave it out",
             )
-        return capture_checkpoint(source, last_logits=options.last_logits), None
+        return capture_checkpoint(source, last_logits=last_logits, cache=cache), None
     loaded = load_source(str(source), zero_points=options.stored_zero_points)
     shown.say("note: the checkpoint is quantized already: its weights are in memory, in float32")
     codes = stored_codes(options, loaded, shown)
-    if loaded.decoder_start is not None:
+    if loaded.decoder_start is not None or not cache or not generates(source):
         return loaded.capture(), codes
-    return capture_causal_lm(loaded.model, last_logits=options.last_logits), codes
+    return capture_causal_lm(loaded.model, last_logits=last_logits), codes
 
 
 def _data_free(quant: QuantSpec) -> QuantSpec:

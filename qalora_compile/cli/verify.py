@@ -123,6 +123,7 @@ def _compare(options: argparse.Namespace) -> int:
     tolerance = Tolerance(max_abs=options.max_abs, max_rel=options.max_rel)
     with steps():
         sides = [_load(options.a), _load(options.b)]
+        sides = [_pooled_as(a, b) for a, b in (sides, sides[::-1])]
         program = next((s for s in sides if isinstance(s, Program)), None)
         if program is None:
             raise UserInputError(
@@ -273,8 +274,9 @@ def _worst(way: Way) -> tuple[object, str]:
 def with_cache(folder: Path, model: Path) -> Program | None:
     """The program of `folder` with a key-value cache, where the exported `model` has one.
 
-    It is captured again from the description of the model that the folder holds. None where the
-    program in the folder is the one to compare with.
+    It is captured again from the description of the model that the folder holds. An encoder is
+    pooled as the record beside the exported model says. None where the program in the folder is
+    the one to compare with.
     """
     from qalora_compile.verify.graph import FX, ONNX
     from qalora_compile.verify.sides import open_side
@@ -283,18 +285,35 @@ def with_cache(folder: Path, model: Path) -> Program | None:
     if (sides[0].dialect, sides[1].dialect) != (FX, ONNX):
         return None
     from qalora_compile.cli.folders import MODEL
+    from qalora_compile.ir.program import Program
     from qalora_compile.ir.signature import PAST
 
     names = [{name for name, _ in side.inputs.values()} for side in sides]
+    program = Program.load(folder)
+    pooled = _pooled_as(program, model)
+    if isinstance(pooled, Program) and pooled is not program:
+        return pooled
     has_cache = [any(name.startswith(PAST) for name in side) for side in names]
     if has_cache != [False, True] or not (folder / MODEL).is_dir():
         return None
     from qalora_compile.api import add_kv_cache
-    from qalora_compile.ir.program import Program
 
     logits = next(o for o in sides[1].extra.graph.output if o.name == "logits")
     last = logits.type.tensor_type.shape.dim[1].dim_value == 1
-    return add_kv_cache(Program.load(folder), folder / MODEL, last_logits=last)
+    return add_kv_cache(program, folder / MODEL, last_logits=last)
+
+
+def _pooled_as(side: Program | Path, other: Program | Path) -> Program | Path:
+    """A program with the sentence embedding that the exported model in `other` has."""
+    from qalora_compile.cli.edge import read_edge_record
+    from qalora_compile.cli.pooling import recorded_pooling
+    from qalora_compile.ir.program import Program
+
+    if not isinstance(side, Program) or isinstance(other, Program):
+        return side
+    folder = other if other.is_dir() else other.parent
+    pooling = recorded_pooling(read_edge_record(folder))
+    return pooling.apply(side)
 
 
 def _check_again(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ _PASSES = {
     "fold-adapters": "FoldAdapters",
     "dequantize-groups": "DequantizeGroups",
     "share-group-sums": "ShareGroupSums",
+    "pool-tokens": "PoolTokens",
     "widen-halves": "WidenHalves",
     "fuse-rms-norm": "FuseRmsNorm",
     "fuse-rotary": "FuseRotary",

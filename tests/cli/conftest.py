@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qalora_compile.cli.ui import WIDE, console
-from tests.cli.tiny import write_data, write_model
+from tests.cli.tiny import write_data, write_encoder, write_model
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +26,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Words and their kind."""
     return write_data(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT encoder of one layer, without a head, as a folder."""
+    return write_encoder(tmp_path_factory.mktemp("encoder"))

@@ -191,7 +191,7 @@ def test_without_a_cache_and_without_a_tokenizer(
     shutil.rmtree(folded / "tokenizer")
     out = tmp_path / "edge"
     assert main(["export", str(folded), "--out", str(out), "--no-kv-cache"]) == 0
-    assert {f.name for f in out.iterdir()} == {"model.onnx", "qalora.json"}
+    assert {f.name for f in out.iterdir()} == {"config.json", "model.onnx", "qalora.json"}
     assert main(["verify", str(folded), str(out), "--max-rel", "1e-4"]) == 0
     assert main(["generate", str(out), "--prompt", "red"]) == 2
     assert "no tokenizer" in capsys.readouterr().err

@@ -9,48 +9,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 
 from qalora_compile.capture.classifier import load_classifier
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
+from tests.cli.tiny import BAD, FILLER, GOOD
 
 Capture = pytest.CaptureFixture[str]
-
-GOOD, BAD = ["fine", "great", "lovely"], ["awful", "dull", "poor"]
-FILLER = ["the", "film", "is", "so", "and", "very"]
-
-
-@pytest.fixture(scope="session")
-def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT encoder of one layer, without a head, as a folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLER]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", sep_token="[SEP]"
-    ).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        initializer_range=0.2,  # so that the words differ from the start
-    )
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
-    return folder
 
 
 def reviews(path: Path, count: int, seed: int) -> Path:
@@ -108,6 +74,9 @@ def test_the_exported_classifier_tells_the_classes_apart(
         assert main(["verify", *(str(classifier / n) for n in pair), "--max-rel", "1e-4"]) == 0
     edge = json.loads((classifier / "edge" / "qalora.json").read_text("utf-8"))
     assert edge["classes"] == ["bad", "good"]
+    described = json.loads((classifier / "edge" / "config.json").read_text("utf-8"))
+    assert described["id2label"] == {"0": "bad", "1": "good"}
+    assert described["architectures"] == ["BertForSequenceClassification"]
     session = onnxruntime.InferenceSession(classifier / "edge" / "model.onnx")
     tokenizer = AutoTokenizer.from_pretrained(classifier / "edge")
     lines = (classifier / "test.jsonl").read_text("utf-8").splitlines()

@@ -14,7 +14,6 @@ from qalora_compile.cli import ui
 from qalora_compile.cli.main import main
 from qalora_compile.cli.ui import PlainConsole, Steps
 from qalora_compile.errors import UserInputError
-from tests.cli.test_data_options import encoder_folder as encoder_folder  # noqa: PLC0414
 
 Capture = pytest.CaptureFixture[str]
 PACKAGE = Path(ui.__file__).parents[1]

@@ -157,6 +157,7 @@ STEPS = {
     "share-group-sums": {ADAPTED},
     "train-parameters": {ADAPTED},
     "widen-halves": {FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED},
+    "pool-tokens": set(STAGES),
     **{name: set(STAGES) for name in FUSING},
     "legalize-ort": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-ort-stock": {QUANTIZED, ADAPTED, FOLDED},

@@ -1,0 +1,137 @@
+"""`--pooling` and `--normalize`: sentence embeddings in the graph, and files that say so."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qalora_compile.capture.description import CONFIG_FILE
+from qalora_compile.capture.sentence import SETTINGS_FILES, SentenceParts, read_sentence_parts
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.exporters.sentence import write_sentence_files
+from qalora_compile.ir.program import Program
+from qalora_compile.passes.pool_tokens import POOLINGS, PoolTokens
+from qalora_compile.untrusted import read_object
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the tokens of a text become one vector.
+
+    Attributes:
+        pooling: `mean` or `cls`; None: nothing is known of it, and nothing asked for.
+        normalize: Whether the vector is divided by its norm.
+        in_graph: Whether the exported graph does it; else sentence-transformers does.
+        settings: Files of sentence-transformers, and their contents.
+    """
+
+    pooling: str | None = None
+    normalize: bool = False
+    in_graph: bool = False
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def apply(self, program: Program) -> Program:
+        """The program with the output `sentence_embedding`, if the graph is to have it.
+
+        Raises:
+            UnsupportedError: it gives no states of tokens.
+        """
+        if not self.in_graph:
+            return program
+        result = PoolTokens(pooling=str(self.pooling), normalize=self.normalize)(program)
+        if result.skips:
+            raise UnsupportedError(
+                f"the model cannot be pooled: {result.skips[0].why}",
+                hint="--pooling is for encoders without a head, such as BertModel",
+            )
+        return result.program
+
+    def record(self) -> dict[str, Any] | None:
+        """As `qalora.json` has it."""
+        if self.pooling is None:
+            return None
+        return {
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "in_graph": self.in_graph,
+        }
+
+    def write(self, folder: Path, config: Mapping[str, Any]) -> bool:
+        """Write the files of sentence-transformers; False where nothing is known of a pooling."""
+        if self.pooling is None:
+            return False
+        write_sentence_files(
+            folder,
+            config,
+            pooling=self.pooling,
+            normalize=self.normalize,
+            settings=self.settings,
+        )
+        return True
+
+
+def add_pooling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="an encoder's graph gives sentence_embedding too: mean of the tokens, or the first",
+    )
+    parser.add_argument(
+        "--normalize", action="store_true", help="divide sentence_embedding by its norm"
+    )
+
+
+def chosen_pooling(options: argparse.Namespace, folder: Path) -> Pooling:
+    """What the options ask for, or else what a folder of sentence-transformers says.
+
+    Raises:
+        UserInputError: `--normalize` is given alone, or the folder says something else.
+    """
+    known = stored_pooling(folder)
+    if options.pooling is None:
+        if options.normalize:
+            raise UserInputError(
+                "--normalize divides an embedding that is not asked for",
+                hint="add --pooling mean or --pooling cls",
+            )
+        return known
+    asked = (options.pooling, options.normalize)
+    if known.pooling is not None and asked != (known.pooling, known.normalize):
+        said = f"--pooling {known.pooling}" + " --normalize" * known.normalize
+        raise UserInputError(
+            f"the model was trained for {said}, as its modules.json says",
+            where=str(folder),
+            hint=f"give {said}, or take modules.json away",
+        )
+    return Pooling(*asked, in_graph=True, settings=known.settings)
+
+
+def stored_pooling(folder: Path) -> Pooling:
+    """What a folder of sentence-transformers says, where that can be written again."""
+    parts = read_sentence_parts(folder)
+    if parts is None or parts.others or parts.pooling not in POOLINGS:
+        return Pooling()
+    return Pooling(parts.pooling, parts.normalize, settings=_settings(folder, parts))
+
+
+def keep_pooling(source: Path, target: Path) -> None:
+    """Write what `source` says of a pooling beside the `config.json` in `target`, if both do."""
+    if (target / CONFIG_FILE).is_file():
+        stored_pooling(source).write(target, read_object(target / CONFIG_FILE))
+
+
+def recorded_pooling(record: Mapping[str, Any]) -> Pooling:
+    """The pooling of an exported model, from its `qalora.json`."""
+    found = record.get("pooling")
+    return Pooling(**found) if isinstance(found, dict) else Pooling()
+
+
+def _settings(folder: Path, parts: SentenceParts) -> dict[str, Mapping[str, Any]]:
+    """The settings, which lie beside `modules.json` or beside the encoder."""
+    places = (folder, parts.encoder)
+    found = {name: [p / name for p in places if (p / name).is_file()] for name in SETTINGS_FILES}
+    return {name: read_object(paths[0]) for name, paths in found.items() if paths}
