@@ -120,25 +120,38 @@ def _cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
 
     Raises:
         UnsupportedError: the model gives no such cache.
+        CaptureError: it does not run.
     """
     with torch.no_grad(), _experts_by_shape(model):
         try:
             output = model(input_ids=ones((1, 1)), use_cache=True)
             layers = output[cache_argument(model)].layers
             pairs = [(layer.keys.shape, layer.values.shape) for layer in layers]
-        except (AttributeError, KeyError, TypeError) as error:
+        except Exception as error:  # the model's own code
+            _check_runs(model)
             raise UnsupportedError(
                 f"{type(model).__name__} has no key-value cache that can be an input of a graph",
                 where=str(error),
                 hint="write it without one: export or quantize with --no-kv-cache",
             ) from error
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise CaptureError(
-                f"{type(model).__name__} fails on one token: {type(error).__name__}: {error}",
-                where=type(model).__name__,
-                hint="its configuration may not fit together: run the model with transformers",
-            ) from error
     return [(key[1], key[3], value[3]) for key, value in pairs]
+
+
+def _check_runs(model: nn.Module) -> None:
+    """See that a model runs on one token.
+
+    Raises:
+        CaptureError: it does not, with no cache either.
+    """
+    try:
+        model(input_ids=ones((1, 1)), use_cache=False)
+    except Exception as error:  # the model's own code
+        raise CaptureError(
+            f"{type(model).__name__} fails on one token: {type(error).__name__}: {error}",
+            where=type(model).__name__,
+            hint="its configuration may not fit together: run the model with transformers; or its "
+            "code depends on values, which capture does not have",
+        ) from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def model_config(model: Any) -> dict[str, Any] | None:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict") or not type(model).__module__.startswith("transformers."):
         return None
-    value = config.to_diff_dict() | {"architectures": [type(model).__name__]}
+    # as transformers writes it: Mamba's limits are infinite, which JSON has no number for
+    value = json.loads(config.to_json_string()) | {"architectures": [type(model).__name__]}
     if getattr(config, "tie_word_embeddings", False) and _has_own_head(model):
         value["tie_word_embeddings"] = False
     return {k: v for k, v in value.items() if k not in ("quantization_config", "use_cache")}

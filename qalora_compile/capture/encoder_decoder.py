@@ -180,7 +180,7 @@ class _Layout:
             raise UnsupportedError(
                 f"{type(model).__name__} has no key-value cache that can be an input of a graph",
                 where=str(error),
-                hint="export it without one: --no-kv-cache",
+                hint="write it without one: export or quantize with --no-kv-cache",
             ) from error
         sizes = [[(k[1], k[3], v[3]) for k, v in shapes] for shapes in (own, cross)]
         return cls(sizes[0], sizes[1], cross[0][0][2], hidden[-1])
@@ -225,7 +225,7 @@ def _encoder_example(model: Any) -> tuple[dict[str, Any], AxisNames]:
     raise UnsupportedError(
         f"{type(model).__name__} takes {kind or 'unknown inputs'}",
         hint=f"encoder-decoder models are split where they take {TOKENS} or Whisper's {FEATURES}; "
-        "export this one as one forward of whole sequences: --no-kv-cache",
+        "export or quantize this one as one forward, with --no-kv-cache",
     )
 
 

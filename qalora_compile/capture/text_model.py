@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.export import Dim
 
 from qalora_compile.capture.causal_lm import BATCH, SEQUENCE, ones
 from qalora_compile.capture.encoder_decoder import disable_cache
@@ -41,12 +40,12 @@ def capture_text_model(model: nn.Module) -> Program:
     disable_cache(model)
     axes = {name: {0: BATCH, 1: SEQUENCE} for name in (TOKENS, MASK)}
     kwargs = {name: ones(_EXAMPLE_SHAPE) for name in axes}
-    shapes = {name: dict.fromkeys(axes[name], Dim.DYNAMIC) for name in axes}
+    notes: list[str] = []
     with torch.no_grad():
-        exported = export_model_graph(model, (), kwargs, shapes, [])
+        exported = export_model_graph(model, (), kwargs, None, notes)
     module = to_module(exported, training=False)
     graph = copy_graph(module.graph)
     # fx keeps what draws random numbers; dropout in evaluation has no effect to be kept for
     erase_unread(n for n in graph.nodes if n.target in _DROPOUTS)
     module = module.rebuild(graph, program_tensors(module))
-    return make_program(model, module, (), kwargs, axes=axes)
+    return make_program(model, module, (), kwargs, notes, axes=axes)

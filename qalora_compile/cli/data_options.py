@@ -16,7 +16,7 @@ from qalora_compile.capture.skeleton import generates
 from qalora_compile.capture.source import Source, load_source
 from qalora_compile.cli.folders import MODEL
 from qalora_compile.cli.ui import Steps
-from qalora_compile.errors import UserInputError
+from qalora_compile.errors import CaptureError, UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.training.batches import ARRANGEMENTS, BY_LENGTH, PACKED, Batches, Packed
 from qalora_compile.training.data import (
@@ -31,6 +31,7 @@ from qalora_compile.training.lines import LEARN
 from qalora_compile.verify.inputs import token_limits
 
 LANGUAGE, CLASSIFICATION = "language", "classification"
+_TOKENS = "input_ids"
 TASKS = (LANGUAGE, CLASSIFICATION)
 
 FORMS = """data, as JSON lines (or .json, .csv, .parquet, .jsonl.gz, a folder, one of datasets):
@@ -179,12 +180,29 @@ def check_trainable(program: Program, classes: tuple[str, ...], *datasets: Datas
     """See, before anything is written, that the model gives logits and knows every token.
 
     Raises:
-        UnsupportedError: it gives no logits, or those of another task.
+        UnsupportedError: it gives no logits, or those of another task; or it takes texts of one
+            length alone.
+        CaptureError: what was captured does not run.
         UserInputError: a token is not in its vocabulary.
     """
     args, kwargs = program.example
-    with torch.no_grad():
-        check_logits(program(*args, **kwargs), len(classes) or None)
+    try:
+        with torch.no_grad():
+            output = program(*args, **kwargs)
+    except RuntimeError as error:  # sizes that depend on values
+        raise CaptureError(
+            f"the captured model does not run on its own example: {error}".splitlines()[0],
+            hint="its code depends on values, which capture does not have: train the model itself, "
+            "with qc.adapt_module_ and a loop of your own",
+        ) from error
+    check_logits(output, len(classes) or None)
+    for leaf in program.signature.inputs:
+        if leaf.name == _TOKENS and isinstance(leaf.shape[1], int):
+            raise UnsupportedError(
+                f"the captured model takes texts of {leaf.shape[1]} tokens alone: its code makes "
+                "their length a constant, as a loop over time does",
+                hint="train the model itself, with qc.adapt_module_ and a loop of your own",
+            )
     limit = min(token_limits(program).values(), default=None)
     for data in datasets:
         if data is not None and limit:

@@ -43,7 +43,7 @@ copy copy_ copysign corrcoef cos cos_ cosh cosine_similarity count_nonzero cov c
 cross_entropy_loss cummax cummin cumprod cumsum cumsum_ deg2rad det detach detach_ diag diag_embed
 diagonal diagonal_copy diagonal_scatter diff digamma dist div div_ divide dot dropout dropout_
 dstack einsum elu elu_ embedding embedding_bag empty empty_like empty_strided eq eq_ erf erf_ erfc
-erfinv exp exp2 exp_ expand expand_as expm1 exponential_ feature_alpha_dropout feature_dropout
+erfinv exp exp2 exp_ expand expand_as expm1 exponential_ eye feature_alpha_dropout feature_dropout
 feature_dropout_ fft_fft fft_fft2 fft_fftfreq fft_fftn fft_fftshift fft_hfft fft_ifft fft_ifft2
 fft_ifftn fft_ifftshift fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftfreq fft_rfftn
 fill fill_ fill_diagonal_ fix flatten flip fliplr flipud float_power floor floor_ floor_divide

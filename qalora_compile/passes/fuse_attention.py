@@ -100,7 +100,8 @@ def _match(node: fx.Node) -> _Attention | str:
     first, second = _split_past(keys), _split_past(values)
     past = totals = None
     k, v = keys, values
-    if first is not None and second is not None:
+    early = [_read_early(part, node, node.args[at]) for at, part in ((1, keys), (2, values))]
+    if first is not None and second is not None and not any(early):
         past, totals = (first[0], second[0]), (keys, values)
         k, v = first[1], second[1]
     if k.op == v.op == "placeholder":
@@ -149,6 +150,18 @@ def _split_past(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Past and present of `cat([past, present], -2)`, where the past is an input."""
     parts = pair(value, -2, 2)
     return parts if parts is not None and parts[0].op == "placeholder" else None
+
+
+def _read_early(total: fx.Node, node: fx.Node, value: object) -> bool:
+    """Whether all keys or values are read before the attention, as Doge's mask is made of them.
+
+    The operator gives them as a result, which cannot be read before it has run.
+    """
+    path: set[object] = set()
+    while isinstance(value, fx.Node) and value is not total:
+        path.add(value)
+        value = value.args[0]
+    return any(user < node and user not in path for user in total.users)
 
 
 def _rewrite(graph: fx.Graph, found: _Attention) -> None:

@@ -56,6 +56,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "DeepseekV2ForCausalLM": _LATENT,
     "DeepseekV3ForCausalLM": _LATENT,
     "Ernie4_5_MoeForCausalLM": {"moe_k": 2},
+    "LongT5ForConditionalGeneration": {"decoder_start_token_id": 0},
     # one layer that keeps a state, and one of attention
     "BambaForCausalLM": {"attn_layer_indices": [1]},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]},
@@ -227,4 +228,8 @@ def build(name: str) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    return getattr(transformers, name)(configuration(name)).eval()
+    model = getattr(transformers, name)(configuration(name)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)  # a router of zeros finds all experts alike
+    return model

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qalora_compile.cli.main import main
-from tests.zoo.architectures import ENCODERS, EXPERTS, VOCABULARY, build
+from tests.zoo.architectures import ENCODERS, EXPERTS, STATES, VOCABULARY, build
 
 WORDS = ("red", "green", "blue", "one", "two", "three")
 QUANTIZE, QUANTIZED, FINETUNE, FOLD, EXPORT, VERIFY = STEPS = (
@@ -45,9 +45,8 @@ class Result:
     def reason(self) -> str:
         """The error's first line."""
         lines = [line.strip() for line in self.said.splitlines() if line.strip()]
-        return next(
-            (line for line in lines if line.startswith("error:")), lines[-1] if lines else ""
-        )
+        found = (line for line in lines if line.startswith(("error:", "internal error:")))
+        return next(found, lines[-1] if lines else "")
 
 
 def write_model(name: str, folder: Path) -> None:
@@ -83,15 +82,16 @@ def walk(name: str, folder: Path) -> Iterator[Result]:
     write_data(name, data)
     expert = name.removesuffix("ForCausalLM") in EXPERTS or "Moe" in name or "Switch" in name
     edge = folder / "quantized"
+    cache = ("--no-kv-cache",) if name.removesuffix("ForCausalLM") in STATES else ()
     ways = (
         (
-            (QUANTIZE, str(model), "--out", str(edge), "--bits", "8", *_GROUPS),
+            (QUANTIZE, str(model), "--out", str(edge), "--bits", "8", *_GROUPS, *cache),
             (QUANTIZED, str(model), str(edge), "--max-rel", _ROUNDING[expert]),
         ),
         (
             (FINETUNE, str(model), "--data", str(data), "--out", str(folder / "run"), *_TRAINING),
             (FOLD, str(folder / "run"), "--out", str(folder / "folded")),
-            (EXPORT, str(folder / "folded"), "--out", str(folder / "edge")),
+            (EXPORT, str(folder / "folded"), "--out", str(folder / "edge"), *cache),
             (VERIFY, str(folder / "folded"), str(folder / "edge"), "--max-rel", "1e-3"),
         ),
     )
