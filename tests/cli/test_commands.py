@@ -17,7 +17,7 @@ import pytest
 
 from qalora_compile.cli.main import COMMANDS, main
 from qalora_compile.ir.storage import load_tensors
-from qalora_compile.runtime import kernel_level
+from qalora_compile.runtime import kernel_level, library_path
 from qalora_compile.training.checkpoint import list_checkpoints
 from tests.verify.test_decoding import FAULTS, planted
 
@@ -83,7 +83,7 @@ def test_verify_runs_the_steps_of_devices_with_the_library_and_without(
     report = json.loads(capsys.readouterr().out)
     assert report["inputs"] == 3, "one random sequence, a long one, and two rows with padding"
     if kernel_level() is not None:
-        assert "library" in report["with_library"]["candidate"]
+        assert library_path().name in report["with_library"]["candidate"]
         assert report["with_library"]["verdict"] == "PASS"
     shutil.copytree(workspace / "edge", tmp_path / "edge")
     faulty = planted(tmp_path / "edge" / "model.onnx", FAULTS["one token of the second row"])
