@@ -17,7 +17,9 @@ import pytest
 
 from qalora_compile.cli.main import COMMANDS, main
 from qalora_compile.ir.storage import load_tensors
+from qalora_compile.runtime import kernel_level, library_path
 from qalora_compile.training.checkpoint import list_checkpoints
+from tests.verify.test_decoding import FAULTS, planted
 
 Capture = pytest.CaptureFixture[str]
 
@@ -71,6 +73,21 @@ def test_verify_finds_a_difference(workspace: Path, capsys: Capture) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["verdict"] == "FAIL"
     assert report["first_divergence"].startswith("model.layers.0")
+
+
+def test_verify_runs_the_steps_of_devices_with_the_library_and_without(
+    workspace: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folded, words = str(workspace / "folded"), ["--max-rel", "5e-4", "--inputs", "1"]
+    assert main(["verify", folded, str(workspace / "edge"), *words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["inputs"] == 3, "one random sequence, a long one, and two rows with padding"
+    if kernel_level() is not None:
+        assert library_path().name in report["with_library"]["candidate"]
+        assert report["with_library"]["verdict"] == "PASS"
+    shutil.copytree(workspace / "edge", tmp_path / "edge")
+    faulty = planted(tmp_path / "edge" / "model.onnx", FAULTS["one token of the second row"])
+    assert main(["verify", folded, str(faulty), *words]) == 1
 
 
 def test_verify_says_when_it_cannot_compare(workspace: Path, capsys: Capture) -> None:

@@ -26,6 +26,7 @@ from qalora_compile.ir.packing import unpack_codes
 from qalora_compile.ir.pattern import match_linear
 from qalora_compile.passes.base import validating
 from qalora_compile.runtime import library_path
+from qalora_compile.verify.decoding import sequence_calls
 from tests.models import assert_close, randomize_adapters, scale_of, worst
 from tests.zoo import eager
 from tests.zoo.entries import Entry
@@ -266,7 +267,7 @@ def _exported(study: Study, target: str, library: Path | None) -> float:
 
 
 def check_kv_cache(study: Study) -> float | None:
-    """Models captured again with their cache: a prompt, then more tokens after it.
+    """Models captured again with their cache, in the steps in which devices run them.
 
     Encoder-decoder models become two files: the encoder, and the decoder with its cache.
     """
@@ -281,12 +282,11 @@ def check_kv_cache(study: Study) -> float | None:
     else:
         return None
     args, kwargs = study.inputs(*EXPORT_SIZE)
+    calls = [kwargs or args, *sequence_calls(study.folded)]
     tolerance = qc.Tolerance(max_rel=1e-4)
     worst = 0.0
     for library in (None, library_path()):
-        result = qc.verify_equivalence(
-            study.folded, path, [kwargs or args], tolerance, library=library
-        )
+        result = qc.verify_equivalence(study.folded, path, calls, tolerance, library=library)
         assert result.passed, str(result)
         worst = max(worst, *(c.max_abs / c.scale for c in result.outputs))
     return worst

@@ -123,15 +123,8 @@ def zero_forms(
             hint=f"use {fitting[0]!r} or {fitting[1]!r}",
         )
     if told is not None:
-        return dict.fromkeys(layers, told), _against(layers, told)
+        return dict.fromkeys(layers, told), ()
     return _float_forms(layers) if one.floating else _versions(layers, tag)
-
-
-def _against(layers: Mapping[str, StoredLayer], told: str) -> tuple[str, ...]:
-    """A note on layers whose weights do not look like what the caller says."""
-    odd = [module for module, layer in layers.items() if not layer.is_plausible(told)]
-    said = f"read as {told}, as asked: their weights then lie all to one side of 0"
-    return (f"{len(odd)} layers, first {odd[0]}, are {said}",) if odd else ()
 
 
 def _float_forms(layers: Mapping[str, StoredLayer]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -289,7 +289,7 @@ def test_floating_zero_points_are_told_apart_layer_by_layer(odd: str, tmp_path: 
     (note,) = check_weights(tmp_path / "model", wanted).stored()[1]
     assert f"{1 if odd == 'offset' else 13} layers" in note
     (note,) = load_source(str(tmp_path / "model"), zero_points=others).stored()[1]
-    assert "1 layers, first model.layers.0.self_attn.v_proj, are read as" in note
+    assert "the weights of model.layers.0.self_attn.v_proj (1 layers) lie further from 0" in note
 
 
 def without_order(every: bool) -> Callable[[dict[str, Tensor]], None]:
