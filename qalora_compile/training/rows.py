@@ -275,6 +275,7 @@ def _read_columns(path: Path, kind: str) -> Iterator[NumberedRow]:
     number = 0
     try:
         for batch in (_parquet if kind == ".parquet" else _arrow)(library, path):
+            batch.validate(full=True)  # offsets of strangers may lead out of the memory
             for start in range(0, batch.num_rows, _BATCH):
                 for row in batch.slice(start, _BATCH).to_pylist():
                     number += 1
