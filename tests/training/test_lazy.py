@@ -173,7 +173,7 @@ print(time.monotonic() - begin, resident() - before, len(data.examples), tokens)
 
 @pytest.mark.slow
 def test_a_million_lines_start_at_once(tmp_path: Path) -> None:
-    """Within 400 MB and 10 s more than ten lines: 36 MB and 7 s on a shared machine."""
+    """Within 400 MB and 10 s more than ten lines: 36 MB and 5 s of one core here."""
     line = json.dumps({"prompt": "red is a number: one two three, or", "completion": " a colour"})
     few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
     few.write_text(f"{line}\n" * 10, "utf-8")
