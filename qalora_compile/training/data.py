@@ -22,7 +22,8 @@ from qalora_compile.training.lazy import LazyExamples, RowIndex, usable_rows
 from qalora_compile.training.lines import COMPLETIONS, LineReader, Reading
 from qalora_compile.training.rows import Paths, find_files, read_rows
 
-_LOOKED_AT = 1000
+_LOOKED_AT, _LEAST_LOOKED_AT = 1000, 10
+"""Examples of all files, and of each at least, that are tokenized where the others are not."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class FileCount:
         path: Of the file.
         examples: How many it gave.
         truncated: How many of them were longer than the limit and were cut; of data that are read
-            while training goes on, of the first 1,000.
+            while training goes on, of the first ones.
         skipped: How many more had no token left to learn from (a completion that tokenizes to
             nothing).
         forms: How many examples were of each form; as `truncated`.
@@ -169,10 +170,10 @@ def _load_lazily(index: RowIndex, reader: LineReader) -> Dataset:
         if useful:
             chosen.append(row)
     first, counts = 0, []
-    total = ReadCount()
+    total, looked_at = ReadCount(), max(_LEAST_LOOKED_AT, _LOOKED_AT // len(index.files))
     for owner, path in enumerate(index.files):
         _require_usable(path, usable[owner], skipped[owner])
-        rows = chosen[first : min(first + _LOOKED_AT, first + usable[owner])]
+        rows = chosen[first : first + min(looked_at, usable[owner])]
         count = total.begin(path)
         for row in rows:
             where, value = index[row]

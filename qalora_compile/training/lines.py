@@ -97,6 +97,9 @@ class LineReader:
             string(fields, "text", where)
             return True
         form = recognise(fields, where)
+        if self.decoder_start is not None:
+            self._pair_of(form, where)
+            return True
         if form.name == TOKEN_IDS:
             return self._read(form, where).example.learns
         self._require_tokenizer(where)
@@ -176,6 +179,14 @@ class LineReader:
 
     def _read_pair(self, form: Form, decoder_start: int, where: str) -> Reading:
         """Text for the encoder, and what the decoder makes of it, each as the tokenizer ends it."""
+        prompt, completion = self._pair_of(form, where)
+        source = self._texts.whole(prompt, "prompt", where)
+        target = self._texts.ended(self._texts.whole(completion, "completion", where))
+        example = Example((decoder_start, *target), (IGNORED, *target), tuple(source))
+        return Reading(example, form.name)
+
+    def _pair_of(self, form: Form, where: str) -> tuple[str, str]:
+        """The two texts of a row for a model with an encoder."""
         if form.pair is None or self.tokenizer is None:
             raise UserInputError(
                 f"a model with an encoder learns from text to text, and this is {form.name}",
@@ -183,11 +194,7 @@ class LineReader:
                 hint='use {"prompt": "…", "completion": "…"}, and a model that brings its '
                 "tokenizer",
             )
-        prompt, completion = form.pair
-        source = self._texts.whole(prompt, "prompt", where)
-        target = self._texts.ended(self._texts.whole(completion, "completion", where))
-        example = Example((decoder_start, *target), (IGNORED, *target), tuple(source))
-        return Reading(example, form.name)
+        return form.pair
 
     def _read_labelled(
         self, fields: Mapping[str, Any], classes: tuple[str, ...], where: str

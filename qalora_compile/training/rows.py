@@ -40,6 +40,7 @@ _LISTS = ("messages", "conversations", "input_ids", "labels", "history")
 """Fields that a table of texts holds as JSON."""
 _HELD_OUT = ("test", "validation", "valid", "dev", "eval")
 _BATCH = 256
+_JSON_TYPE = "arrow.json"
 _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
 
@@ -274,10 +275,12 @@ def _read_columns(path: Path, kind: str) -> Iterator[NumberedRow]:
     number = 0
     try:
         for batch in (_parquet if kind == ".parquet" else _arrow)(library, path):
+            batch.validate(full=True)  # offsets of strangers may lead out of the memory
             for start in range(0, batch.num_rows, _BATCH):
                 for row in batch.slice(start, _BATCH).to_pylist():
                     number += 1
-                    yield number, {name: _without_nulls(value) for name, value in row.items()}
+                    where = f"{path}:{number}"
+                    yield number, {f.name: _plain(row[f.name], f.type, where) for f in batch.schema}
     except (invalid, OSError, UnicodeDecodeError) as error:
         raise UserInputError(
             f"cannot read the data file: {quoted(str(error), 200)}", where=f"{path}:{number + 1}"
@@ -304,8 +307,17 @@ def _arrow(library: Any, path: Path) -> Iterator[Any]:
             yield from stream
 
 
-def _without_nulls(value: Any) -> Any:
-    """A value without fields that are null: objects of a column all have the fields of each."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None or k == "content"}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+def _plain(value: Any, kind: Any, where: str) -> Any:
+    """A value of a column, its JSON parsed, without fields that are null.
+
+    Objects of a column all have the fields of each, unless `datasets` has stored them as JSON.
+    """
+    if getattr(kind, "extension_name", "") == _JSON_TYPE and isinstance(value, str):
+        return parse_json(value, where, what="a value", finite=True)
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_plain(each, kind.value_type, where) for each in value]
+    if not isinstance(value, dict):
+        return value
+    kinds = {field.name: field.type for field in kind}
+    named = {name: _plain(each, kinds.get(name), where) for name, each in value.items()}
+    return {name: each for name, each in named.items() if each is not None or name == "content"}

@@ -54,13 +54,10 @@ def parse_json(data: bytes | str, path: Path | str, *, what: str = "", finite: b
         UserInputError: see `read_json`.
     """
     name = what or Path(path).name
-    numbers: dict[str, Any] = {}
-    if finite:
-        numbers = {"parse_constant": _finite, "parse_float": _finite}
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         _check_depth(text)
-        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer, **numbers)
+        value = (_FINITE if finite else _ANY).decode(text)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -107,3 +104,10 @@ def _check_depth(text: str) -> None:
                 raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
         elif mark in "]}":
             depth -= 1
+
+
+_ANY = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+_FINITE = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_integer, parse_constant=_finite, parse_float=_finite
+)
+"""Made once: data have millions of lines."""

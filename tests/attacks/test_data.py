@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from qalora_compile.errors import UserInputError
 from qalora_compile.training.data import find_classes, load_examples
+from qalora_compile.training.rows import read_rows
 from tests.attacks.support import attack, refused
 from tests.fuzz.seeds import tokenizer
 
@@ -60,3 +63,32 @@ def test_a_pipe_is_not_waited_for(folder: Path) -> None:
 def test_a_folder_in_place_of_a_file(folder: Path) -> None:
     """Data that are a folder."""
     refused(read(folder), folder)
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_offsets_that_lead_out_of_the_memory(kind: str, folder: Path) -> None:
+    """A column of texts, one of which begins beyond the file: reading it would end the process."""
+    pa = pytest.importorskip("pyarrow")
+    batch = pa.RecordBatch.from_pydict({"text": ["red is", "a colour"]})
+    path = folder / "train.arrow"
+    made = {"stream": pa.ipc.new_stream, "file": pa.ipc.new_file}[kind]
+    with pa.OSFile(str(path), "wb") as file, made(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    before, after = (
+        b"".join(n.to_bytes(4, "little") for n in offsets)
+        for offsets in ((0, 6, 14), (0, 1 << 30, (1 << 30) + 8))
+    )
+    assert path.read_bytes().count(before) == 1
+    path.write_bytes(path.read_bytes().replace(before, after))
+    refused(lambda: len(list(read_rows(path))), folder, "train.arrow:1", "cannot read")
+
+
+def test_a_row_that_a_compressed_file_never_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few kilobytes of nothing, which are megabytes."""
+    path = folder / "train.jsonl.gz"
+    path.write_bytes(gzip.compress(b" " * (3 << 20)))
+    monkeypatch.setattr("qalora_compile.training.rows.MAX_JSON_BYTES", 2 << 20)
+    with pytest.raises(UserInputError, match="more than the 2 MiB that one may have"):
+        load_examples(path, tokenizer(), max_length=16)

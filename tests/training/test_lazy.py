@@ -77,6 +77,9 @@ def test_every_row_is_checked_before_training(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": "a", "completion": ""})
     with pytest.raises(UserInputError, match="no usable example"):
         load_examples(path, Words(), max_length=8)
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, {"text": "a"})
+    with pytest.raises(UserInputError, match="from text to text"):
+        load_examples(path, Words(), max_length=8, decoder_start=7)
     path = write(tmp_path / "a.jsonl", *LABELLED, {"text": "a", "label": "ugly"})
     with pytest.raises(UserInputError, match="'ugly' is none"):
         load_examples(path, Truncating(), max_length=8, classes=("bad", "good"))
@@ -87,6 +90,7 @@ def test_what_only_tokens_show_is_said_when_it_is_met(
 ) -> None:
     monkeypatch.setattr(lazy, "_FEW_ROWS", 0)
     monkeypatch.setattr("qalora_compile.training.data._LOOKED_AT", 1)
+    monkeypatch.setattr("qalora_compile.training.data._LEAST_LOOKED_AT", 1)
     path = write(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b" * 500}, {"text": " "})
     data = load_examples(path, Words(), max_length=8)
     data.check_tokens(100)
@@ -169,7 +173,7 @@ print(time.monotonic() - begin, resident() - before, len(data.examples), tokens)
 
 @pytest.mark.slow
 def test_a_million_lines_start_at_once(tmp_path: Path) -> None:
-    """Within 400 MB and 10 s more than ten lines: 36 MB and 7 s on a shared machine."""
+    """Within 400 MB and 10 s more than ten lines: 36 MB and 5 s of one core here."""
     line = json.dumps({"prompt": "red is a number: one two three, or", "completion": " a colour"})
     few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
     few.write_text(f"{line}\n" * 10, "utf-8")

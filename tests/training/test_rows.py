@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,29 @@ def test_nulls_of_columns_are_no_fields(tmp_path: Path) -> None:
     (_, first), (_, second) = read_rows(file)
     assert first["messages"] == CHAT
     assert second["messages"][1] == {**CALL, "content": None}
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_json_in_columns_is_parsed(tmp_path: Path, kind: str) -> None:
+    """As `datasets` stores objects whose fields differ, so that no nulls are put between them."""
+    if "on_mixed_types" not in inspect.signature(datasets.Dataset.from_list).parameters:
+        pytest.skip("datasets before 4.7 has no columns of JSON")
+    other = {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "g", "arguments": {"y": 2}}}],
+    }
+    rows = [
+        {"messages": [CHAT[0], call], "tools": [{"name": name}]}
+        for call, name in ((CALL, "f"), (other, "g"))
+    ]
+    made = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    if kind == "saved":
+        made.save_to_disk(tmp_path / "data")
+    else:
+        (tmp_path / "data").mkdir()
+        made.to_parquet(tmp_path / "data" / "a.parquet")
+    found = [row for file in find_files(tmp_path / "data") for _, row in read_rows(file)]
+    assert found == rows == list(made)
 
 
 def test_a_table_holds_lists_as_json(tmp_path: Path) -> None:
