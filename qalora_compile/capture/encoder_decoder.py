@@ -309,6 +309,10 @@ def _decoder_forward(model: nn.Module, layout: _Layout) -> Callable[..., Any]:
     """The decoder, which finds its cross-attention's keys and values in the cache."""
     base, argument = type(model), cache_argument(model)
     caches = require("transformers.cache_utils", extra="hf", purpose="capture with a cache")
+    outputs = require("transformers.modeling_outputs", extra="hf", purpose="capture with a cache")
+
+    class Encoded(outputs.BaseModelOutput):  # type: ignore[misc, name-defined]
+        router_logits = None  # NLLB-MoE reads what no decoder needs
 
     def decode(self: Any, tokens: Tensor, past: _Past, **mask: Tensor) -> dict[str, Any]:
         own, cross = (
@@ -319,7 +323,7 @@ def _decoder_forward(model: nn.Module, layout: _Layout) -> Callable[..., Any]:
         hidden = keys.new_zeros(keys.shape[0], keys.shape[2], layout.width)
         output = base.forward(
             self,
-            encoder_outputs=(hidden,),
+            encoder_outputs=Encoded(last_hidden_state=hidden),
             decoder_input_ids=tokens,
             use_cache=True,
             **{argument: caches.EncoderDecoderCache(own, cross)},

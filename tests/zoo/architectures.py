@@ -56,7 +56,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "DeepseekV2ForCausalLM": _LATENT,
     "DeepseekV3ForCausalLM": _LATENT,
     "Ernie4_5_MoeForCausalLM": {"moe_k": 2},
-    "LongT5ForConditionalGeneration": {"decoder_start_token_id": 0},
+    **{
+        f"{name}ForConditionalGeneration": {"decoder_start_token_id": 0}
+        for name in ("LongT5", "MT5", "PLBart", "SwitchTransformers", "T5")
+    },
     # one layer that keeps a state, and one of attention
     "BambaForCausalLM": {"attn_layer_indices": [1]},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]},
@@ -202,6 +205,8 @@ ENCODERS = tuple(
 )
 IMAGES = tuple(f"{name}ForImageClassification" for name in ["Beit", "DeiT", "Dinov2", "ViT"])
 SOUNDS = tuple(f"{name}ForSequenceClassification" for name in ["Hubert", "Wav2Vec2", "WavLM"])
+WITHOUT_CACHE = (*(f"{name}ForCausalLM" for name in STATES), "OpenAIGPTLMHeadModel")
+"""Decoders that keep something else than keys and values, or nothing."""
 ARCHITECTURES = (*DECODERS, *ENCODER_DECODERS, *ENCODERS, *IMAGES, *SOUNDS)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qalora_compile.cli.main import main
-from tests.zoo.architectures import ENCODERS, EXPERTS, STATES, VOCABULARY, build
+from tests.zoo.architectures import ENCODERS, EXPERTS, VOCABULARY, WITHOUT_CACHE, build
 
 WORDS = ("red", "green", "blue", "one", "two", "three")
 QUANTIZE, QUANTIZED, FINETUNE, FOLD, EXPORT, VERIFY = STEPS = (
@@ -82,7 +82,7 @@ def walk(name: str, folder: Path) -> Iterator[Result]:
     write_data(name, data)
     expert = name.removesuffix("ForCausalLM") in EXPERTS or "Moe" in name or "Switch" in name
     edge = folder / "quantized"
-    cache = ("--no-kv-cache",) if name.removesuffix("ForCausalLM") in STATES else ()
+    cache = ("--no-kv-cache",) if name in WITHOUT_CACHE else ()
     ways = (
         (
             (QUANTIZE, str(model), "--out", str(edge), "--bits", "8", *_GROUPS, *cache),
