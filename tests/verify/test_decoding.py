@@ -17,7 +17,7 @@ from qalora_compile.runtime.library import kernel_level, library_path
 from qalora_compile.verify import compare_nodes, named_inputs, sample_inputs
 from qalora_compile.verify.cached import stops_of
 from qalora_compile.verify.decoding import decoding_calls, every_token, sequence_calls
-from tests.models import gpt2, llama, randomize_adapters, token_ids
+from tests.models import gpt2, llama, randomize_adapters, slow, token_ids
 
 Plant = Callable[[Any], None]
 TOLERANCE = qc.Tolerance(max_rel=1e-4)
@@ -176,7 +176,10 @@ def test_whole_sequences_in_steps_show_it(
         assert not qc.verify_equivalence(folded, faulty, calls, TOLERANCE, library=library).passed
 
 
-@pytest.mark.parametrize("kind", FAULTS | OF_VALUES)
+QUICK = ("one token of the second row", "past 64 positions", *OF_VALUES)
+
+
+@pytest.mark.parametrize("kind", [*QUICK, *slow(*(kind for kind in FAULTS if kind not in QUICK))])
 def test_the_comparison_along_the_graph_shows_it(
     kind: str, exported: tuple[qc.Program, qc.Program, Path]
 ) -> None:
