@@ -70,12 +70,13 @@ def linear_on_codes(
 ) -> Tensor:
     """Y = x Wᵀ + b, `[.., K]` to `[.., N]`, tile by tile."""
     rows = x.reshape(-1, x.shape[-1])
-    y = x.new_empty(rows.shape[0], packed.shape[0])
+    y = x.new_empty(*x.shape[:-1], packed.shape[0])  # no view: Llama 4 writes into what it is given
+    flat = y.view(len(rows), packed.shape[0])
     for part, weight in weight_tiles(x, packed, scale, offset, bits, group_size, x.shape[-1]):
-        torch.mm(rows, weight.t(), out=y[:, part])
+        torch.mm(rows, weight.t(), out=flat[:, part])
     if bias is not None:
         y += bias
-    return y.reshape(*x.shape[:-1], packed.shape[0])
+    return y
 
 
 def input_grad_on_codes(

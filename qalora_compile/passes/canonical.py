@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from qalora_compile.passes.base import Pass
+from qalora_compile.passes.canonicalize_clamps import CanonicalizeClamps
 from qalora_compile.passes.canonicalize_complex import CanonicalizeComplex
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
 
 
 def canonical_passes() -> tuple[Pass, ...]:
     """What runs before linear maps are looked for."""
-    return CanonicalizeComplex(), CanonicalizePointwise()
+    return CanonicalizeComplex(), CanonicalizeClamps(), CanonicalizePointwise()

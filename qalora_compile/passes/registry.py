@@ -12,6 +12,7 @@ from qalora_compile.passes.base import Pass
 
 _PASSES = {
     "canonicalize-complex": "CanonicalizeComplex",
+    "canonicalize-clamps": "CanonicalizeClamps",
     "canonicalize-pointwise": "CanonicalizePointwise",
     "annotate-linears": "AnnotateLinears",
     "sort-columns": "SortColumns",

@@ -13,11 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import PAST, Signature
+from qalora_compile.verify.inputs import draw_leaves
 from qalora_compile.verify.onnx_session import OnnxSession
+from qalora_compile.verify.results import Runner
 
 _PRESENT = "present."
-_LOGITS, _TOKENS, _MASK, _POSITIONS = "logits", "input_ids", "attention_mask", "position_ids"
+_PROBE, _PADDING, _SAME = 9, 3, 1e-3
+"""Tokens of a probe, those of padding among them, and what is the same to it."""
+MASK = "attention_mask"
+_LOGITS, _TOKENS, _POSITIONS = "logits", "input_ids", "position_ids"
 
 
 def without_cache(signature: Signature, names: Collection[str]) -> Signature:
@@ -28,10 +35,37 @@ def without_cache(signature: Signature, names: Collection[str]) -> Signature:
         names: Inputs of the model that it is compared with; the mask is left out if it has none.
     """
     kept = {leaf.name: leaf for leaf in signature.inputs if leaf.name == _TOKENS}
-    if _MASK in names:
-        mask = next(leaf for leaf in signature.inputs if leaf.name == _MASK)
-        kept[_MASK] = replace(mask, shape=kept[_TOKENS].shape)
+    if MASK in names:
+        mask = next(leaf for leaf in signature.inputs if leaf.name == MASK)
+        kept[MASK] = replace(mask, shape=kept[_TOKENS].shape)
     return Signature(tuple(kept.values()), (_LOGITS,), ())
+
+
+def counts_padding(program: Program, model: Runner) -> bool:
+    """Whether a model that is given no positions counts tokens of padding, too.
+
+    OPT and BioGPT count the ones of the mask: a text is the same with padding before it. So it is
+    with relative positions, for which both ways of counting are right.
+
+    Args:
+        program: The model.
+        model: Runs it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    leaves = draw_leaves(program, {"batch": 2, "sequence": _PROBE}, generator)
+    padded, alone = list(leaves), list(leaves)
+    for index, leaf in enumerate(program.signature.inputs):
+        if leaf.name == MASK:
+            padded[index] = (torch.arange(_PROBE) >= _PADDING).long().repeat(2, 1)
+            alone[index] = torch.ones(2, _PROBE - _PADDING, dtype=torch.int64)
+        elif leaf.name == _TOKENS:
+            alone[index] = leaves[index][:, _PADDING:]
+    try:
+        one, other = (model.run(each).outputs[_LOGITS] for each in (padded, alone))
+    except (KeyError, UserInputError):  # no logits, or a length that the model does not take
+        return True
+    scale = float(other.abs().max())
+    return float((one[:, _PADDING:] - other).abs().max()) > _SAME * scale
 
 
 _BACKWARD = (5, 3, 2, 1, 0)
@@ -53,6 +87,8 @@ class CachedSteps:
         # Where a model gives the last logits alone, it goes token by token to give them all.
         logits = next(out for out in graph.session.get_outputs() if out.name == _LOGITS)
         self._last_only = logits.shape[1] == 1
+        self.counts_padding = True
+        """Whether positions count tokens of padding, as most models do that are given none."""
 
     def whole(self, feed: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of one run on the whole sequence, after an empty past."""
@@ -83,7 +119,9 @@ class CachedSteps:
     ) -> dict[str, Any]:
         tokens = feed[_TOKENS][:, begin:stop]
         mask = (
-            feed[_MASK][:, :stop] if _MASK in feed else torch.ones(len(tokens), stop).long().numpy()
+            feed[MASK][:, :stop] if MASK in feed else torch.ones(len(tokens), stop).long().numpy()
         )
-        positions = torch.arange(begin, stop).repeat(len(tokens), 1).numpy()
-        return {_TOKENS: tokens, _MASK: mask, _POSITIONS: positions, **past}
+        positions = torch.arange(stop).repeat(len(tokens), 1)
+        if not self.counts_padding:
+            positions = (torch.from_numpy(mask).long().cumsum(1) - 1).clamp(min=0)
+        return {_TOKENS: tokens, MASK: mask, _POSITIONS: positions[:, begin:].numpy(), **past}

@@ -131,6 +131,6 @@ def _runs(program: Program, leaves: list[Any]) -> bool:
     try:
         program.signature.check(leaves)
         run_nodes(program, leaves, ())
-    except (UserInputError, IndexError, RuntimeError):
+    except UserInputError:
         return False
     return True

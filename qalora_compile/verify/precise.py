@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import dtype_name
+from qalora_compile.untrusted import quoted
 from qalora_compile.verify.judge import UNITS
 
 Values = dict[str, Tensor]
@@ -64,6 +67,9 @@ def run_nodes(
             the program as it is.
         noise: (u, seed): multiply each floating result by 1 + u or 1 − u, at random, as if it had
             been rounded otherwise (Monte Carlo arithmetic).
+
+    Raises:
+        UserInputError: the program does not run on these inputs.
     """
     runner = _At(program.module, names, dtype, noise)
     previous = torch.get_default_dtype()
@@ -72,6 +78,11 @@ def run_nodes(
             torch.set_default_dtype(dtype)  # of factories that name none
         try:
             runner.run(*map(runner.cast, leaves), enable_io_processing=False)
+        except (RuntimeError, IndexError) as error:  # sizes that depend on values
+            raise UserInputError(
+                f"the program fails when it runs: {quoted(str(error), 200)}",
+                where=f"in {dtype_name(dtype or torch.float32)}",
+            ) from error
         finally:
             torch.set_default_dtype(previous)
     return runner.found

@@ -12,7 +12,7 @@ from qalora_compile.errors import QaloraError, UserInputError
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.untrusted import quoted
-from qalora_compile.verify.cached import CachedSteps, without_cache
+from qalora_compile.verify.cached import MASK, CachedSteps, counts_padding, without_cache
 from qalora_compile.verify.encoder_decoder import (
     DECODER_FILE,
     ENCODER_FILE,
@@ -103,6 +103,8 @@ class OnnxRunner:
         if self._cached is not None:
             names = [leaf.name for leaf in other.signature.inputs]
             self.signature = without_cache(self._cached.signature, names)
+            if isinstance(other, ProgramRunner) and MASK in names:
+                self._cached.counts_padding = counts_padding(other.program, other)
 
     def run(self, leaves: Sequence[Any]) -> Run:
         """Run both sessions."""

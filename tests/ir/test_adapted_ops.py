@@ -159,3 +159,13 @@ def test_a_gradient_that_drops_the_adapter_is_seen(monkeypatch: pytest.MonkeyPat
     mine = torch.autograd.grad(y.sum(), arguments[0])[0]
     theirs = torch.autograd.grad(separate(*arguments).sum(), arguments[0])[0]
     assert not torch.allclose(mine, theirs, rtol=0, atol=1e-3)
+
+
+def test_what_it_gives_can_be_written_into() -> None:
+    """Llama 4 multiplies queries in place; of a view, torch could not train that."""
+    arguments = adapted_arguments((2, 3, 20), 5, 4, 8)
+    y = Q.adapted_linear(*arguments)[0]
+    y.mul_(2)
+    (twice,) = torch.autograd.grad(y.sum(), [arguments[5]])
+    (once,) = torch.autograd.grad(Q.adapted_linear(*arguments)[0].sum(), [arguments[5]])
+    assert torch.allclose(twice, 2 * once)

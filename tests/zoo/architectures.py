@@ -55,6 +55,8 @@ _LATENT = {"num_key_value_heads": 4}
 OTHERS: dict[str, dict[str, Any]] = {
     "DeepseekV2ForCausalLM": _LATENT,
     "DeepseekV3ForCausalLM": _LATENT,
+    "MiniCPM3ForCausalLM": _LATENT,
+    "YoutuForCausalLM": _LATENT,
     "Ernie4_5_MoeForCausalLM": {"moe_k": 2},
     **{
         f"{name}ForConditionalGeneration": {"decoder_start_token_id": 0}

@@ -1,0 +1,68 @@
+"""canonicalize-clamps: leave out bounds that bound nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from qalora_compile.errors import PostconditionError
+from qalora_compile.ir.meta import module_path
+from qalora_compile.ir.program import FLOAT, Program
+from qalora_compile.passes.base import Change, Pass, PassResult
+
+_CLAMP = torch.ops.aten.clamp.default
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanonicalizeClamps(Pass):
+    """Leave out the infinite bounds of clamps, which Mamba's steps of time have.
+
+    Before:  %1 = aten.clamp(%x, 0.0, inf)
+    After:   %1 = aten.clamp(%x, 0.0)
+
+    Fires on: clamps by numbers, of which the lower is −∞ or the upper ∞.
+    Leaves alone: every other clamp.
+    Exactness: bit for bit. An exported file holds no infinity, which would look like a broken one.
+    """
+
+    name: ClassVar[str] = "canonicalize-clamps"
+    consumes: ClassVar[tuple[str, ...]] = (FLOAT,)
+    produces: ClassVar[str | None] = None
+
+    def call(self, program: Program) -> PassResult:
+        """Rewrite."""
+        if not any(map(_is_unbounded, program.graph.nodes)):
+            return PassResult(program.evolve())
+        graph = program.copy_graph()
+        changes = []
+        for node in filter(_is_unbounded, list(graph.nodes)):
+            changes.append(Change(module_path(node) or node.name, "infinite bounds left out"))
+            low, high = _bounds(node)
+            kept = (None if low == -math.inf else low, None if high == math.inf else high)
+            if kept == (None, None):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+            else:
+                node.args, node.kwargs = (node.args[0], *kept), {}
+        return PassResult(program.evolve(graph=graph), tuple(changes))
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """No such bound is left."""
+        for node in filter(_is_unbounded, after.graph.nodes):
+            raise PostconditionError("an infinite bound is left", where=f"node {node.name}")
+
+
+def _bounds(node: fx.Node) -> tuple[Any, Any]:
+    given = dict(zip(("min", "max"), node.args[1:], strict=False)) | dict(node.kwargs)
+    return given.get("min"), given.get("max")
+
+
+def _is_unbounded(node: fx.Node) -> bool:
+    if node.target is not _CLAMP:
+        return False
+    low, high = _bounds(node)
+    return bool(low == -math.inf or high == math.inf)

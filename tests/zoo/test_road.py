@@ -1,0 +1,41 @@
+"""The command line's whole way, for architectures that differ in kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.zoo.road import STEPS, walk
+
+KINDS = (
+    "BloomForCausalLM",  # no position ids
+    "MptForCausalLM",
+    "DeepseekV2ForCausalLM",  # experts one by one, complex rotary embeddings
+    "Lfm2ForCausalLM",  # a state of convolutions
+    "DogeForCausalLM",  # a mask that is made of values
+    "NllbMoeForConditionalGeneration",
+    "RobertaForSequenceClassification",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_the_whole_way(name: str, tmp_path: Path) -> None:
+    results = list(walk(name, tmp_path))
+    assert [(r.step, r.code) for r in results if r.code] == [], results[-1].said
+    assert [result.step for result in results] == list(STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("MambaForCausalLM", "takes texts of 16 tokens alone"),
+        ("YoutuForCausalLM", "makes model.embed_tokens.weight in place"),
+    ],
+)
+def test_what_is_refused_says_why(name: str, reason: str, tmp_path: Path) -> None:
+    refused = [result for result in walk(name, tmp_path) if result.code]
+    assert refused and all(result.code == 2 for result in refused)
+    assert any(reason in " ".join(result.said.split()) for result in refused)
