@@ -99,6 +99,10 @@ fuzz: $(VENV)/installed-dev ## mutate inputs of every format, 20,000 in all, and
 fuzz-quick: $(VENV)/installed-dev ## the same, 1,200 mutations, and write nothing
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count 1200 $(ARGS)
 
+.PHONY: architectures
+architectures: $(VENV)/installed-dev ## take every architecture the whole way and write its table
+	$(BIN)/python -m scripts.write_architectures architectures.jsonl
+
 .PHONY: known-problems
 known-problems: $(VENV)/installed-dev ## run the tests of public problems and write docs/known_problems.md
 	$(BIN)/python -m scripts.write_known_problems

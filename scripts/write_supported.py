@@ -26,6 +26,8 @@ from tests.zoo.checks import CAUSAL, CHECKS, run_checks
 from tests.zoo.entries import ENTRIES, Entry
 
 PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
+ARCHITECTURES = "## Architectures on the command line"
+"""Heading of the section that `scripts.write_architectures` writes."""
 MODELS, REASONS, PATTERNS = "Models", "Why weights stay in float", "Operator patterns"
 COLUMNS = ("model", "sites quantized", "kept", *CHECKS, "axes that the model fixes")
 CACHE = COLUMNS[-2]
@@ -230,8 +232,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     rows = study(list(ENTRIES.values()), Console(stderr=True))
-    text = page(rows)
-    write_text(PAGE, text)
+    others = PAGE.read_text("utf-8").partition(f"\n{ARCHITECTURES}")
+    write_text(PAGE, page(rows) + "".join(others[1:]))
     print(f"wrote {PAGE.name}: {len(rows)} models × {len(CHECKS)} checks, all passed")
 
 

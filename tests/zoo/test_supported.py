@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from scripts.write_architectures import COLUMNS as COLUMNS_OF_ARCHITECTURES
+from scripts.write_architectures import ON_THE_ROAD
 from scripts.write_supported import COLUMNS, PAGE, PATTERNS, REASONS, number
+from tests.zoo.architectures import ARCHITECTURES
 from tests.zoo.checks import CHECKS
 from tests.zoo.entries import ENTRIES
 
@@ -31,6 +34,24 @@ def test_every_reason_and_pattern_has_examples() -> None:
         _, *rows = cells_of(heading)
         assert rows
         assert all(all(row) for row in rows)
+
+
+def test_every_architecture_has_a_row() -> None:
+    header, *rows = cells_of("Architectures on the command line")
+    assert header == list(COLUMNS_OF_ARCHITECTURES), "run `make architectures`"
+    names = [row[0].partition(" ")[0].strip("`") for row in rows]
+    assert names == list(ARCHITECTURES), "run `make architectures`"
+    for name, row in zip(names, rows, strict=True):
+        refused = "**refused**" in row[1:-1]
+        assert refused == bool(row[-1]) or name not in ON_THE_ROAD, (
+            f"{name}: refused without a word"
+        )
+
+
+def test_nine_of_ten_go_the_whole_way() -> None:
+    _, *rows = cells_of("Architectures on the command line")
+    tried = [row[1:-1] for row in rows if row[2]]
+    assert sum(set(marks) == {"✓"} for marks in tried) >= 0.9 * len(tried) > 90
 
 
 def test_numbers_have_one_digit() -> None:
