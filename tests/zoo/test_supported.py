@@ -43,9 +43,8 @@ def test_every_architecture_has_a_row() -> None:
     assert names == list(ARCHITECTURES), "run `make architectures`"
     for name, row in zip(names, rows, strict=True):
         refused = "**refused**" in row[1:-1]
-        assert refused == bool(row[-1]) or name not in ON_THE_ROAD, (
-            f"{name}: refused without a word"
-        )
+        if name in ON_THE_ROAD:
+            assert refused == bool(row[-1]), f"{name}: refused without a word"
 
 
 def test_nine_of_ten_go_the_whole_way() -> None:
