@@ -13,6 +13,7 @@ KINDS = (
     "MptForCausalLM",
     "DeepseekV2ForCausalLM",  # experts one by one, complex rotary embeddings
     "Lfm2ForCausalLM",  # a state of convolutions
+    "OPTForCausalLM",  # positions that count no padding
     "DogeForCausalLM",  # a mask that is made of values
     "NllbMoeForConditionalGeneration",
     "RobertaForSequenceClassification",
