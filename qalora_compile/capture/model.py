@@ -18,6 +18,7 @@ from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.plan import KEEP, UNUSED, Site, SitePlan
 from qalora_compile.ir.program import FLOAT, Program
 from qalora_compile.ir.signature import (
+    PAST,
     InputLeaf,
     Signature,
     SizeRange,
@@ -283,12 +284,24 @@ def _canonical_example(
     return args, {name: kwargs[name] for name in order}
 
 
+def _is_image(leaf: InputLeaf) -> bool:
+    """Whether an input is `[batch, channels, height, width]`, and the last two are fixed."""
+    if len(leaf.shape) != 4 or leaf.name.startswith(PAST) or "float" not in str(leaf.dtype):
+        return False
+    return all(isinstance(size, int) and size > 1 for size in leaf.shape[2:])
+
+
 def _static_notes(signature: Signature) -> list[str]:
-    """Say which of the leading dimensions stay fixed because the example had size 0 or 1."""
+    """Say which of the leading sizes are fixed since they are 0 or 1, and those of images."""
     notes = []
     for leaf in signature.inputs:
         if leaf.dtype is None:
             continue
+        if _is_image(leaf):
+            notes.append(
+                f"{leaf.name}: axes 2 and 3 are fixed at {leaf.shape[2]} × {leaf.shape[3]}; name "
+                "them in dynamic_shapes where the model takes images of any size"
+            )
         for axis, size in enumerate(leaf.shape[:2]):
             if size in (0, 1):
                 notes.append(

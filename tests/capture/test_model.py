@@ -175,3 +175,20 @@ def test_examples_that_do_not_fit_are_refused(args: tuple[Tensor, ...]) -> None:
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(UserInputError, match="not a torch.nn.Module"):
         qc.capture_model(lambda x: x, (torch.randn(2, 8),))  # type: ignore[arg-type]
+
+
+def test_the_size_of_images_is_said_to_be_fixed_and_can_vary() -> None:
+    """Torch makes height and width constants unless it is asked not to."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    fixed = qc.capture_model(model.eval(), (torch.randn(2, 3, 16, 20),))
+    (note,) = fixed.notes
+    assert "axes 2 and 3 are fixed at 16 × 20" in note and "dynamic_shapes" in note
+    with pytest.raises(UserInputError, match="16, 20"):
+        fixed(torch.randn(2, 3, 24, 24))
+    axes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    free = qc.capture_model(model, (torch.randn(2, 3, 16, 20),), dynamic_shapes=(axes,))
+    assert free.notes == ()
+    other = torch.randn(2, 3, 24, 31)
+    assert torch.allclose(free(other), model(other), atol=1e-6)
