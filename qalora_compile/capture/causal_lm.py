@@ -19,6 +19,7 @@ from qalora_compile.capture.model import make_program, to_module
 from qalora_compile.errors import CaptureError, UnsupportedError
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
+from qalora_compile.untrusted import quoted
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
 _SDPA = "sdpa"
@@ -131,7 +132,7 @@ def _cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
             _check_runs(model)
             raise UnsupportedError(
                 f"{type(model).__name__} has no key-value cache that can be an input of a graph",
-                where=str(error),
+                where=quoted(str(error).partition("\n")[0]),
                 hint="write it without one: export or quantize with --no-kv-cache",
             ) from error
     return [(key[1], key[3], value[3]) for key, value in pairs]

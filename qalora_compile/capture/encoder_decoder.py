@@ -31,6 +31,7 @@ from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.module import copy_graph, erase_unread, program_tensors
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
+from qalora_compile.untrusted import quoted
 
 ENCODER_SEQUENCE = "encoder_sequence"
 TOKENS, FEATURES, AUDIO = "input_ids", "input_features", "audio_features"
@@ -176,10 +177,10 @@ class _Layout:
                 for cache in (caches.self_attention_cache, caches.cross_attention_cache)
             )
             hidden = output.encoder_last_hidden_state.shape
-        except (AttributeError, KeyError, TypeError) as error:
+        except Exception as error:  # the model's own code
             raise UnsupportedError(
                 f"{type(model).__name__} has no key-value cache that can be an input of a graph",
-                where=str(error),
+                where=quoted(str(error).partition("\n")[0]),
                 hint="write it without one: export or quantize with --no-kv-cache",
             ) from error
         sizes = [[(k[1], k[3], v[3]) for k, v in shapes] for shapes in (own, cross)]

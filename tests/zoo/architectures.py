@@ -207,7 +207,11 @@ ENCODERS = tuple(
 )
 IMAGES = tuple(f"{name}ForImageClassification" for name in ["Beit", "DeiT", "Dinov2", "ViT"])
 SOUNDS = tuple(f"{name}ForSequenceClassification" for name in ["Hubert", "Wav2Vec2", "WavLM"])
-WITHOUT_CACHE = (*(f"{name}ForCausalLM" for name in STATES), "OpenAIGPTLMHeadModel")
+WITHOUT_CACHE = (
+    *(f"{name}ForCausalLM" for name in STATES),
+    "OpenAIGPTLMHeadModel",
+    "SwitchTransformersForConditionalGeneration",  # its encoder refuses to be asked for one
+)
 """Decoders that keep something else than keys and values, or nothing."""
 ARCHITECTURES = (*DECODERS, *ENCODER_DECODERS, *ENCODERS, *IMAGES, *SOUNDS)
 

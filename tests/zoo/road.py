@@ -66,8 +66,9 @@ def write_model(name: str, folder: Path) -> None:
 def write_data(name: str, path: Path) -> None:
     """Write six examples of words and their kind, as texts or labels."""
     kinds = {word: "colour" if word in WORDS[:3] else "number" for word in WORDS}
+    labels = {"colour": "LABEL_0", "number": "LABEL_1"}  # as configurations call classes
     rows = [
-        {"text": word, "label": kind}
+        {"text": word, "label": labels[kind]}
         if name in ENCODERS
         else {"prompt": f"{word} is a", "completion": f" {kind}"}
         for word, kind in kinds.items()
