@@ -76,7 +76,8 @@ def page_section(results: Mapping[str, Mapping[str, str]]) -> str:
     rows = [_row(name, results.get(name, {})) for name in ARCHITECTURES]
     passed = sum(all(mark in ("✓", "") for mark in row[1:-1]) for row in rows if row[2])
     tried = sum(bool(row[2]) for row in rows)
-    said = f"\n{passed} of {tried} go the whole way, {len(rows)} are loaded.\n\n"
+    exact = len(rows) - len(LOADED_OTHERWISE)
+    said = f"\n{passed} of {tried} go the whole way; {exact} of {len(rows)} are loaded.\n\n"
     return INTRODUCTION + said + table(COLUMNS, rows)
 
 
