@@ -135,7 +135,8 @@ def edge_graphs(
     if not generates(description):
         if last_logits:
             raise UnsupportedError(
-                "the model generates no text, token by token", hint="leave --last-logits out"
+                "the model generates no text, token by token",
+                hint="export or quantize it without --last-logits",
             )
         return {MODEL_FILE: program}
     if not has_encoder(description):

@@ -45,7 +45,7 @@ class Pooling:
         if result.skips:
             raise UnsupportedError(
                 f"the model cannot be pooled: {result.skips[0].why}",
-                hint="--pooling is for encoders without a head, such as BertModel",
+                hint="quantize and export take --pooling for encoders without a head, as BertModel",
             )
         return result.program
 
@@ -96,7 +96,7 @@ def chosen_pooling(options: argparse.Namespace, folder: Path) -> Pooling:
         if options.normalize:
             raise UserInputError(
                 "--normalize divides an embedding that is not asked for",
-                hint="add --pooling mean or --pooling cls",
+                hint="give quantize or export --pooling mean or --pooling cls too",
             )
         return known
     asked = (options.pooling, options.normalize)

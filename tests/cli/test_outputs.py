@@ -160,10 +160,14 @@ def test_a_signal_ends_a_command_and_leaves_nothing(
     code: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setattr(
         "qalora_compile.cli.fold.copy_parts", lambda *_: signal.raise_signal(number)
     )
+    # what starts the tests may ignore it, as shells do for what runs behind them
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     old = signal.getsignal(signal.SIGTERM)
     assert main(lines(ready, tmp_path / "out")["fold"]) == code
     assert signal.getsignal(signal.SIGTERM) is old
