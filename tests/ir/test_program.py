@@ -228,6 +228,8 @@ def test_evolve_and_passes_leave_the_program_alone() -> None:
     assert worst(program(x), before) == 0.0
     assert program.history == ()
     assert [entry.split("{")[0] for entry in quantized.history] == [
+        "canonicalize-complex",
+        "canonicalize-clamps",
         "canonicalize-pointwise",
         "annotate-linears",
         "quantize-groups",
