@@ -144,6 +144,8 @@ FUSING = (
     "fuse-multi-head",
 )
 STEPS = {
+    "canonicalize-complex": {FLOAT},
+    "canonicalize-clamps": {FLOAT},
     "canonicalize-pointwise": {FLOAT},
     "annotate-linears": {FLOAT, ANNOTATED},
     "quantize-groups": {ANNOTATED},
