@@ -100,7 +100,7 @@ fuzz-quick: $(VENV)/installed-dev ## the same, 1,200 mutations, and write nothin
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count 1200 $(ARGS)
 
 .PHONY: architectures
-architectures: $(VENV)/installed-dev ## take every architecture the whole way and write its table
+architectures: $(VENV)/installed-dev ## run every architecture end to end and write the table
 	$(BIN)/python -m scripts.write_architectures architectures.jsonl
 
 .PHONY: known-problems

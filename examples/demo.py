@@ -1,4 +1,4 @@
-"""The whole way on a real language model: quantize, adapt, train, fold, export, run, verify.
+"""End to end on a real language model: quantize, adapt, train, fold, export, run, verify.
 
     python examples/demo.py                 a few minutes on two cores
     python examples/demo.py --quick         under three minutes

@@ -1,4 +1,4 @@
-"""Write the table of architectures in docs/supported.md: the command line's whole way with each.
+"""Write the table of architectures in docs/supported.md: what the command line makes of each.
 
 Results are kept in a file of JSON lines, one for an architecture, so that a run can be gone on with
 and single architectures be tried again. All of them take about forty minutes on one core.
@@ -39,7 +39,7 @@ LOADED_OTHERWISE = ("YoutuForCausalLM",)
 INTRODUCTION = f"""{HEADING}
 
 Written by `make architectures`: classes of transformers, built small from configuration
-(`tests/zoo/architectures.py`), saved with `save_pretrained`, and taken the whole way
+(`tests/zoo/architectures.py`), saved with `save_pretrained`, and run end to end
 (`tests/zoo/road.py`). ✓ is done, **refused** an error that says why, with nothing written, – not
 tried, since a step before it was refused.
 
@@ -66,7 +66,7 @@ def read_results(path: Path) -> Results:
 
 
 def steps_of(name: str) -> dict[str, str]:
-    """Take one architecture the whole way."""
+    """Run one architecture end to end."""
     with tempfile.TemporaryDirectory() as folder:
         return {r.step: r.reason() if r.code else "" for r in walk(name, Path(folder))}
 
@@ -77,7 +77,7 @@ def page_section(results: Mapping[str, Mapping[str, str]]) -> str:
     passed = sum(all(mark in ("✓", "") for mark in row[1:-1]) for row in rows if row[2])
     tried = sum(bool(row[2]) for row in rows)
     exact = len(rows) - len(LOADED_OTHERWISE)
-    said = f"\n{passed} of {tried} go the whole way; {exact} of {len(rows)} are loaded.\n\n"
+    said = f"\n{passed} of {tried} pass end to end; {exact} of {len(rows)} are loaded.\n\n"
     return INTRODUCTION + said + table(COLUMNS, rows)
 
 

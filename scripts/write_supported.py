@@ -36,7 +36,7 @@ MOST_EXAMPLES = 3
 INTRODUCTION = f"""# What is supported
 
 Written by `make supported` from the zoo's own run (`tests/zoo`): small models with random weights,
-built from configuration, on the whole way from capture to ONNX Runtime. Do not edit it by hand.
+built from configuration, end to end from capture to ONNX Runtime. Do not edit it by hand.
 
 Any model that `torch.export` takes can be captured. What is quantized are its linear maps by a
 parameter; every other weight with two or more dimensions, also one that the forward pass never

@@ -1,4 +1,4 @@
-"""The command line's whole way with one architecture: quantize; finetune, fold, export, verify."""
+"""The command line end to end with one architecture: quantize; finetune, fold, export, verify."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def write_data(name: str, path: Path) -> None:
 
 
 def walk(name: str, folder: Path) -> Iterator[Result]:
-    """Take one architecture the whole way; a step that fails ends what follows from it."""
+    """Run one architecture end to end; a step that fails ends what follows from it."""
     model, data = folder / "model", folder / "data.jsonl"
     write_model(name, model)
     write_data(name, data)

@@ -1,4 +1,4 @@
-"""The command line's whole way, for architectures that differ in kind."""
+"""The command line end to end, for architectures that differ in kind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-def test_the_whole_way(name: str, tmp_path: Path) -> None:
+def test_end_to_end(name: str, tmp_path: Path) -> None:
     results = list(walk(name, tmp_path))
     assert [(r.step, r.code) for r in results if r.code] == [], results[-1].said
     assert [result.step for result in results] == list(STEPS)

@@ -47,7 +47,7 @@ def test_every_architecture_has_a_row() -> None:
             assert refused == bool(row[-1]), f"{name}: refused without a word"
 
 
-def test_nine_of_ten_go_the_whole_way() -> None:
+def test_nine_of_ten_pass_end_to_end() -> None:
     _, *rows = cells_of("Architectures on the command line")
     tried = [row[1:-1] for row in rows if row[2]]
     assert sum(set(marks) == {"✓"} for marks in tried) >= 0.9 * len(tried) > 90

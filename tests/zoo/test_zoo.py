@@ -1,4 +1,4 @@
-"""The zoo: every architecture on its whole way, from capture to ONNX Runtime."""
+"""The zoo: every architecture end to end, from capture to ONNX Runtime."""
 
 from __future__ import annotations
 
