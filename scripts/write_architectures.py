@@ -29,13 +29,13 @@ from tests.zoo.architectures import (
     DECODERS,
     ENCODER_DECODERS,
     ENCODERS,
+    LOADED_OTHERWISE,
     WITHOUT_CACHE,
 )
 from tests.zoo.road import STEPS, walk
 
 ON_THE_ROAD = (*DECODERS, *ENCODER_DECODERS, *ENCODERS)
 COLUMNS = ("architecture", "loaded", *STEPS, "refused because")
-LOADED_OTHERWISE = ("YoutuForCausalLM",)
 INTRODUCTION = f"""{HEADING}
 
 Written by `make architectures`: classes of transformers, built small from configuration

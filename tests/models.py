@@ -133,22 +133,27 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(config).eval()
 
 
-def llama() -> nn.Module:
-    """A two-layer Llama with grouped key-value heads, tied embeddings and random weights."""
+def llama(**settings: Any) -> nn.Module:
+    """A two-layer Llama with grouped key-value heads, tied embeddings and random weights.
+
+    Args:
+        settings: Of its configuration, in place of those here.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    config = LlamaConfig(**sizes | settings)
     config.use_cache = False
     return LlamaForCausalLM(config).eval()
 

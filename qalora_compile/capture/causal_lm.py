@@ -130,12 +130,17 @@ def _cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
             pairs = [(layer.keys.shape, layer.values.shape) for layer in layers]
         except Exception as error:  # the model's own code
             _check_runs(model)
-            raise UnsupportedError(
-                f"{type(model).__name__} has no key-value cache that can be an input of a graph",
-                where=quoted(str(error).partition("\n")[0]),
-                hint="write it without one: export or quantize with --no-kv-cache",
-            ) from error
+            raise no_cache(model, error) from error
     return [(key[1], key[3], value[3]) for key, value in pairs]
+
+
+def no_cache(model: nn.Module, error: Exception) -> UnsupportedError:
+    """What to say of a model whose cache is none of keys and values."""
+    return UnsupportedError(
+        f"{type(model).__name__} has no key-value cache that can be an input of a graph",
+        where=quoted(str(error).partition("\n")[0]),
+        hint="write it without one: export or quantize with --no-kv-cache",
+    )
 
 
 def _check_runs(model: nn.Module) -> None:

@@ -82,7 +82,8 @@ def load_checkpoint(folder: Path) -> Loaded:
     Raises:
         UserInputError, UnsupportedError: see `capture_checkpoint`.
     """
-    kind, config = model_class(folder), read_config(folder)
+    kind = model_class(folder)
+    config = read_config(kind, folder)
     casts: Casts = Counter()
     stored = _read_headers(folder, casts)
     try:

@@ -23,19 +23,17 @@ from qalora_compile.capture.causal_lm import (
     cache_argument,
     leaf_path,
     make_cache,
+    no_cache,
     ones,
 )
 from qalora_compile.capture.export import export_model_graph
-from qalora_compile.capture.model import AxisNames, make_program, to_module
+from qalora_compile.capture.model import AxisNames, make_program, to_evaluation_module
 from qalora_compile.errors import UnsupportedError
-from qalora_compile.ir.module import copy_graph, erase_unread, program_tensors
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
-from qalora_compile.untrusted import quoted
 
 ENCODER_SEQUENCE = "encoder_sequence"
 TOKENS, FEATURES, AUDIO = "input_ids", "input_features", "audio_features"
-_DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
 _Past = list[dict[str, dict[str, Tensor]]]
 _FRAMES_A_POSITION = 2
 """Whisper's second convolution halves the frames."""
@@ -178,11 +176,7 @@ class _Layout:
             )
             hidden = output.encoder_last_hidden_state.shape
         except Exception as error:  # the model's own code
-            raise UnsupportedError(
-                f"{type(model).__name__} has no key-value cache that can be an input of a graph",
-                where=quoted(str(error).partition("\n")[0]),
-                hint="write it without one: export or quantize with --no-kv-cache",
-            ) from error
+            raise no_cache(model, error) from error
         sizes = [[(k[1], k[3], v[3]) for k, v in shapes] for shapes in (own, cross)]
         return cls(sizes[0], sizes[1], cross[0][0][2], hidden[-1])
 
@@ -199,12 +193,7 @@ def _capture(
     )
     with torch.no_grad():
         exported = export_model_graph(part, (), kwargs, shapes, [])
-    module = to_module(exported, training=False)
-    graph = copy_graph(module.graph)
-    # fx keeps what draws random numbers; dropout in evaluation has no effect to be kept for.
-    erase_unread(n for n in graph.nodes if n.target in _DROPOUTS)
-    module = module.rebuild(graph, program_tensors(module))
-    return make_program(model, module, (), kwargs, axes=axes)
+    return make_program(model, to_evaluation_module(exported), (), kwargs, axes=axes)
 
 
 def _encoder_example(model: Any) -> tuple[dict[str, Any], AxisNames]:
@@ -311,9 +300,8 @@ def _decoder_forward(model: nn.Module, layout: _Layout) -> Callable[..., Any]:
     base, argument = type(model), cache_argument(model)
     caches = require("transformers.cache_utils", extra="hf", purpose="capture with a cache")
     outputs = require("transformers.modeling_outputs", extra="hf", purpose="capture with a cache")
-
-    class Encoded(outputs.BaseModelOutput):  # type: ignore[misc, name-defined]
-        router_logits = None  # NLLB-MoE reads what no decoder needs
+    # NLLB-MoE reads what no decoder needs
+    encoded = type("Encoded", (outputs.BaseModelOutput,), {"router_logits": None})
 
     def decode(self: Any, tokens: Tensor, past: _Past, **mask: Tensor) -> dict[str, Any]:
         own, cross = (
@@ -324,7 +312,7 @@ def _decoder_forward(model: nn.Module, layout: _Layout) -> Callable[..., Any]:
         hidden = keys.new_zeros(keys.shape[0], keys.shape[2], layout.width)
         output = base.forward(
             self,
-            encoder_outputs=Encoded(last_hidden_state=hidden),
+            encoder_outputs=encoded(last_hidden_state=hidden),
             decoder_input_ids=tokens,
             use_cache=True,
             **{argument: caches.EncoderDecoderCache(own, cross)},

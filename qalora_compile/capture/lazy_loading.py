@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -202,7 +202,7 @@ def _alone(tensor: Tensor) -> Tensor:
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     """`torch.stack`, of which a row is one tensor: experts are read one after another."""
-    mode: FakeTensorMode = next(tensor for tensor in tensors if is_deferred(tensor)).fake_mode  # type: ignore[attr-defined]
+    mode = next(tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor))
 
     def rows(start: int, stop: int) -> Tensor:
         return torch.stack([materialize(tensor) for tensor in tensors[start:stop]])

@@ -13,7 +13,13 @@ from torch.utils import _pytree as pytree
 
 from qalora_compile.capture.export import export_model_graph
 from qalora_compile.errors import CaptureError, UserInputError
-from qalora_compile.ir.module import ProgramModule, build_module, copy_graph, program_tensors
+from qalora_compile.ir.module import (
+    ProgramModule,
+    build_module,
+    copy_graph,
+    erase_unread,
+    program_tensors,
+)
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.plan import KEEP, UNUSED, Site, SitePlan
 from qalora_compile.ir.program import FLOAT, Program
@@ -33,6 +39,7 @@ from qalora_compile.ir.storage import storage_key
 
 _Norm = nn.modules.batchnorm._NormBase
 """Keeps running statistics, which training would update while the model is captured."""
+_DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
 
 
 AxisNames = Mapping[str, Mapping[int, str]]
@@ -282,6 +289,15 @@ def _canonical_example(
     positional = input_spec(graph).children()[0].num_children
     order = argument_names(graph)[positional:]
     return args, {name: kwargs[name] for name in order}
+
+
+def to_evaluation_module(exported: ExportedProgram) -> ProgramModule:
+    """The graph of a model that was exported in evaluation mode, without its dropouts."""
+    module = to_module(exported, training=False)
+    graph = copy_graph(module.graph)
+    # fx keeps what draws random numbers; dropout in evaluation has no effect to be kept for
+    erase_unread(n for n in graph.nodes if n.target in _DROPOUTS)
+    return module.rebuild(graph, program_tensors(module))
 
 
 def _is_image(leaf: InputLeaf) -> bool:

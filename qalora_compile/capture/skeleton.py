@@ -64,13 +64,12 @@ def has_encoder(folder: Path) -> bool:
     return bool(known.get("is_encoder_decoder", default))
 
 
-def read_config(folder: Path) -> Any:
-    """The configuration in a folder, as an object of transformers.
+def read_config(kind: Any, folder: Path) -> Any:
+    """The configuration in a folder, for the class that `model_class` has found.
 
     Raises:
-        UnsupportedError, UserInputError: see `model_class`; or the configuration is refused.
+        UserInputError: transformers refuses it.
     """
-    kind = model_class(folder)
     try:
         return kind.config_class.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises types of many kinds
@@ -96,7 +95,7 @@ def build_skeleton(folder: Path) -> nn.Module:
         UnsupportedError, UserInputError: see `model_class`; or the configuration is refused.
     """
     kind = model_class(folder)
-    config = read_config(folder)
+    config = read_config(kind, folder)
     accelerate = require("accelerate", extra="hf", purpose="build a model without weights")
     dtype: torch.dtype | None = getattr(config, "dtype", None)
     try:

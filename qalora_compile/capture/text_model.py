@@ -6,15 +6,13 @@ import torch
 from torch import nn
 
 from qalora_compile.capture.causal_lm import BATCH, SEQUENCE, ones
-from qalora_compile.capture.encoder_decoder import disable_cache
+from qalora_compile.capture.encoder_decoder import TOKENS, disable_cache
 from qalora_compile.capture.export import export_model_graph
-from qalora_compile.capture.model import make_program, to_module
+from qalora_compile.capture.model import make_program, to_evaluation_module
 from qalora_compile.errors import UnsupportedError
-from qalora_compile.ir.module import copy_graph, erase_unread, program_tensors
 from qalora_compile.ir.program import Program
 
-TOKENS, MASK = "input_ids", "attention_mask"
-_DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
+_MASK = "attention_mask"
 _EXAMPLE_SHAPE = (2, 16)
 
 
@@ -38,14 +36,9 @@ def capture_text_model(model: nn.Module) -> Program:
             hint="capture it in code: qc.capture_model(model, (), inputs)",
         )
     disable_cache(model)
-    axes = {name: {0: BATCH, 1: SEQUENCE} for name in (TOKENS, MASK)}
+    axes = {name: {0: BATCH, 1: SEQUENCE} for name in (TOKENS, _MASK)}
     kwargs = {name: ones(_EXAMPLE_SHAPE) for name in axes}
     notes: list[str] = []
     with torch.no_grad():
         exported = export_model_graph(model, (), kwargs, None, notes)
-    module = to_module(exported, training=False)
-    graph = copy_graph(module.graph)
-    # fx keeps what draws random numbers; dropout in evaluation has no effect to be kept for
-    erase_unread(n for n in graph.nodes if n.target in _DROPOUTS)
-    module = module.rebuild(graph, program_tensors(module))
-    return make_program(model, module, (), kwargs, notes, axes=axes)
+    return make_program(model, to_evaluation_module(exported), (), kwargs, notes, axes=axes)

@@ -18,6 +18,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
 
 if TYPE_CHECKING:  # imported where they are used: a certificate is checked without torch
+    from qalora_compile.cli.pooling import Pooling
     from qalora_compile.ir.program import Program
     from qalora_compile.ir.signature import Call
     from qalora_compile.verify.certificate import Certificate
@@ -131,9 +132,10 @@ def _compare(options: argparse.Namespace) -> int:
                 hint="compare each exported model with its FOLDED folder",
             )
         calls: list[Call] = list(sample_inputs(program, options.inputs, seed=options.seed))
-        if any(_keeps_cache(side) for side in sides):
+        exported = [_exported(side) for side in sides]
+        if any(map(_keeps_cache, exported)):
             calls += sequence_calls(program, seed=options.seed)
-        both = not options.library and any(map(_has_own_operators, sides))
+        both = not options.library and any(map(_has_own_operators, exported))
         reports = {
             used: verify_equivalence(
                 sides[0], sides[1], calls, tolerance, library=library_path() if used else None
@@ -151,20 +153,19 @@ def _compare(options: argparse.Namespace) -> int:
     return 0 if decisive.passed else 1
 
 
-def _keeps_cache(side: Program | Path) -> bool:
-    """Whether a side is an exported language model with a key-value cache."""
+def _keeps_cache(graphs: list[Graph]) -> bool:
+    """Whether graphs are those of an exported language model with a key-value cache."""
     from qalora_compile.ir.signature import PAST
 
-    graphs = _exported(side)
     return len(graphs) == 1 and any(n.startswith(PAST) for n, _ in graphs[0].inputs.values())
 
 
-def _has_own_operators(side: Program | Path) -> bool:
-    """Whether a side is exported with operators of the library, which can run here."""
+def _has_own_operators(graphs: list[Graph]) -> bool:
+    """Whether graphs have operators of the library, which can run here."""
     from qalora_compile.runtime.library import kernel_level
     from qalora_compile.verify.onnx_session import uses_library
 
-    own = any(uses_library(graph.extra) for graph in _exported(side))
+    own = any(uses_library(graph.extra) for graph in graphs)
     return own and kernel_level() is not None
 
 
@@ -289,10 +290,9 @@ def with_cache(folder: Path, model: Path) -> Program | None:
     from qalora_compile.ir.signature import PAST
 
     names = [{name for name, _ in side.inputs.values()} for side in sides]
-    program = Program.load(folder)
-    pooled = _pooled_as(program, model)
-    if isinstance(pooled, Program) and pooled is not program:
-        return pooled
+    pooling = _pooling_of(model)
+    if pooling.in_graph:
+        return pooling.apply(Program.load(folder))
     has_cache = [any(name.startswith(PAST) for name in side) for side in names]
     if has_cache != [False, True] or not (folder / MODEL).is_dir():
         return None
@@ -300,20 +300,25 @@ def with_cache(folder: Path, model: Path) -> Program | None:
 
     logits = next(o for o in sides[1].extra.graph.output if o.name == "logits")
     last = logits.type.tensor_type.shape.dim[1].dim_value == 1
-    return add_kv_cache(program, folder / MODEL, last_logits=last)
+    return add_kv_cache(Program.load(folder), folder / MODEL, last_logits=last)
 
 
 def _pooled_as(side: Program | Path, other: Program | Path) -> Program | Path:
     """A program with the sentence embedding that the exported model in `other` has."""
-    from qalora_compile.cli.edge import read_edge_record
-    from qalora_compile.cli.pooling import recorded_pooling
     from qalora_compile.ir.program import Program
 
     if not isinstance(side, Program) or isinstance(other, Program):
         return side
-    folder = other if other.is_dir() else other.parent
-    pooling = recorded_pooling(read_edge_record(folder))
-    return pooling.apply(side)
+    return _pooling_of(other).apply(side)
+
+
+def _pooling_of(exported: Path) -> Pooling:
+    """The pooling that the record of an exported model says."""
+    from qalora_compile.cli.edge import read_edge_record
+    from qalora_compile.cli.pooling import recorded_pooling
+
+    folder = exported if exported.is_dir() else exported.parent
+    return recorded_pooling(read_edge_record(folder))
 
 
 def _check_again(options: argparse.Namespace) -> int:

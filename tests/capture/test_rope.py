@@ -12,6 +12,7 @@ from torch import Tensor
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.model import capture_model
 from qalora_compile.cli.main import main
+from tests.models import llama
 
 TRAINED = 32
 KINDS: dict[str, dict[str, Any]] = {
@@ -28,19 +29,13 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def model_of(kind: str, *, scale: float = 4) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+    model = llama(
+        num_key_value_heads=4,
         max_position_embeddings=TRAINED,
+        tie_word_embeddings=False,
         rope_parameters=KINDS[kind] | {"rope_theta": 10000.0},
     )
-    model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)  # so that positions count
