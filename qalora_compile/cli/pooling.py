@@ -14,7 +14,7 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.sentence import write_sentence_files
 from qalora_compile.ir.program import Program
 from qalora_compile.passes.pool_tokens import POOLINGS, PoolTokens
-from qalora_compile.untrusted import read_object
+from qalora_compile.untrusted import quoted, read_object
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,18 @@ def keep_pooling(source: Path, target: Path) -> None:
 
 
 def recorded_pooling(record: Mapping[str, Any]) -> Pooling:
-    """The pooling of an exported model, from its `qalora.json`."""
+    """The pooling of an exported model, from its `qalora.json`.
+
+    Raises:
+        UserInputError: the record is malformed.
+    """
     found = record.get("pooling")
-    return Pooling(**found) if isinstance(found, dict) else Pooling()
+    if found is None:
+        return Pooling()
+    kinds = {"pooling": str, "normalize": bool, "in_graph": bool}
+    if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != kinds:
+        raise UserInputError(f"the pooling in the record is malformed: {quoted(found)}")
+    return Pooling(**found)
 
 
 def _settings(folder: Path, parts: SentenceParts) -> dict[str, Mapping[str, Any]]:

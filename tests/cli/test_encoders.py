@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from qalora_compile.capture.sentence import read_sentence_parts
 from qalora_compile.cli.main import main
+from qalora_compile.cli.pooling import Pooling, recorded_pooling
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.sentence import write_sentence_files
 from qalora_compile.ir.program import Program
@@ -218,3 +219,11 @@ def test_a_list_of_parts_that_is_none_is_refused(tmp_path: Path, rows: Any, mess
     (tmp_path / "modules.json").write_text(json.dumps(rows), "utf-8")
     with pytest.raises(UserInputError, match=message):
         read_sentence_parts(tmp_path)
+
+
+@pytest.mark.parametrize("found", [{"bogus": 1}, [], {"pooling": 1, "normalize": True}, "mean"])
+def test_a_malformed_record_of_pooling_is_refused(found: object) -> None:
+    """The record may come from anybody: it was given to a constructor as it was."""
+    with pytest.raises(UserInputError, match="malformed"):
+        recorded_pooling({"pooling": found})
+    assert recorded_pooling({}) == recorded_pooling({"pooling": None}) == Pooling()
