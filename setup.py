@@ -49,10 +49,10 @@ def find_compiler() -> list[str] | None:
 
 def version() -> str:
     """The package's version, read without importing it."""
-    text = (ROOT / "qalora_compile/__init__.py").read_text("utf-8")
+    text = (ROOT / "qalora_compile/_version.py").read_text("utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if found is None:
-        raise SystemExit("qalora_compile/__init__.py has no __version__")
+        raise SystemExit("qalora_compile/_version.py has no __version__")
     return found.group(1)
 
 

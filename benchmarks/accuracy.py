@@ -34,7 +34,7 @@ from torch.nn import functional
 import qalora_compile as qc
 from benchmarks.accuracy_tasks import TASKS, load_task
 from qalora_compile.ir.affine import dequantize
-from qalora_compile.training.forward import TrainingForward
+from qalora_compile.training.forward.training_forward import TrainingForward
 
 EXAMPLES = """examples:
   python -m benchmarks.accuracy --cells accuracy.jsonl

@@ -155,7 +155,7 @@ class Topics(Task):
     _WIDTH = 32
 
     def __init__(self, held_out: int) -> None:
-        from qalora_compile.capture.source import load_source
+        from qalora_compile.capture.load_source import load_source
 
         source = load_source(str(model_path()))
         self._model, tokenize = source.model, source.tokenizer

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import qalora_compile as qc
-from qalora_compile.capture.source import load_source
+from qalora_compile.capture.load_source import load_source
 from qalora_compile.runtime import LanguageModel, kernel_level, open_session
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

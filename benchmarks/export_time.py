@@ -26,7 +26,7 @@ import torch
 import qalora_compile as qc
 from benchmarks.export_memory import SHAPES
 from qalora_compile.api import complete_spec, lower
-from qalora_compile.capture.checkpoint import capture_checkpoint
+from qalora_compile.capture.lazy_folder import capture_checkpoint
 from qalora_compile.exporters.onnx.model import translate
 from qalora_compile.exporters.onnx.write import write_translated
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import qalora_compile as qc
 from benchmarks.export_time import write_checkpoint
-from qalora_compile.capture.checkpoint import capture_checkpoint
+from qalora_compile.capture.lazy_folder import capture_checkpoint
 from qalora_compile.config import FUSIONS
 from qalora_compile.runtime import LanguageModel, kernel_level, open_session
-from qalora_compile.runtime.timing import time_tokens
+from qalora_compile.runtime.footprint import time_tokens
 
 EXAMPLES = """examples:
   python -m benchmarks.fusions

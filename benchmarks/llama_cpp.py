@@ -29,7 +29,7 @@ import torch
 import qalora_compile as qc
 from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
 from qalora_compile.cli.ui import console, print_summary, print_table
-from qalora_compile.exporters.gguf_metadata import copy_metadata
+from qalora_compile.exporters.checkpoints.gguf.metadata import copy_metadata
 from qalora_compile.ir.program import Program
 from qalora_compile.runtime import LanguageModel, open_session
 from qalora_compile.untrusted.tokenizer import load_tokenizer

@@ -31,7 +31,7 @@ import onnxruntime
 import torch
 
 import qalora_compile as qc
-from qalora_compile.ir.group_packing import pack_groups
+from qalora_compile.ir.packing.kernel_layouts import pack_groups
 from qalora_compile.runtime import kernel_level, register
 
 EXAMPLES = """examples:

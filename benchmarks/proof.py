@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qalora_compile as qc
-from qalora_compile.runtime.memory import peak_memory
+from qalora_compile.runtime.footprint import peak_memory
 
 EXAMPLES = """examples:
   python -m benchmarks.proof run folded edge

@@ -33,7 +33,7 @@ from torch.nn import functional
 import qalora_compile as qc
 from benchmarks.scatter import Point, scatter_svg
 from qalora_compile.config import SUPPORTED_BITS
-from qalora_compile.ir.program import CODE_NAMES
+from qalora_compile.ir.stages import CODE_NAMES
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
 
@@ -100,7 +100,7 @@ class LanguageModel(Subject):
     name, better = "smollm2", "perplexity (lower is better)"
 
     def __init__(self, windows: int, width: int = 256) -> None:
-        from qalora_compile.capture.source import load_source
+        from qalora_compile.capture.load_source import load_source
 
         source = load_source(str(model_path()))
         self.program = source.capture()

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import qalora_compile as qc
-from qalora_compile.runtime.memory import peak_memory, resident_memory
+from qalora_compile.runtime.footprint import peak_memory, resident_memory
 
 EXAMPLES = """examples:
   python -m benchmarks.training
@@ -91,7 +91,7 @@ def peft_usual(
 
 def peft_rows(folder: Path) -> tuple[Step, list[Any]]:
     """PEFT, and our loss: a few rows of logits at a time."""
-    from qalora_compile.training.token_loss import Head, mean_loss
+    from qalora_compile.training.forward.chunked_loss import Head, mean_loss
 
     model, parameters = _peft(folder, torch.float32)
     causal = model.get_base_model()
@@ -106,8 +106,8 @@ def peft_rows(folder: Path) -> tuple[Step, list[Any]]:
 
 def program(folder: Path, *, checkpointed: bool = False) -> tuple[Step, list[Any]]:
     """Our program, as `fit` runs it."""
-    from qalora_compile.training.examples import Batch
-    from qalora_compile.training.forward import TrainingForward
+    from qalora_compile.training.data.example import Batch
+    from qalora_compile.training.forward.training_forward import TrainingForward
 
     loaded = qc.Program.load(folder / "program").train()
     forward = TrainingForward(loaded, gradient_checkpointing=checkpointed)
@@ -121,7 +121,7 @@ def program(folder: Path, *, checkpointed: bool = False) -> tuple[Step, list[Any
 def program_whole_logits(folder: Path) -> tuple[Step, list[Any]]:
     """Our program, and all logits at once."""
     from qalora_compile.training.evaluate import logits_of
-    from qalora_compile.training.forward import TrainingForward
+    from qalora_compile.training.forward.training_forward import TrainingForward
 
     loaded = qc.Program.load(folder / "program").train()
     forward = TrainingForward(loaded)
@@ -258,7 +258,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     """Write what the forms load: the model in float32, our program, and tokens `[S, B, T]`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qalora_compile.capture.source import load_source
+    from qalora_compile.capture.load_source import load_source
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     from assets import articles, model_path

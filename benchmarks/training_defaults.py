@@ -27,7 +27,7 @@ from typing import Any
 
 import qalora_compile as qc
 from qalora_compile.capture.classifier import linear_layers, load_classifier
-from qalora_compile.capture.source import load_source
+from qalora_compile.capture.load_source import load_source
 from qalora_compile.config import POOLINGS
 from qalora_compile.training import Example, FitSpec, evaluate, fit, load_examples
 from qalora_compile.training.evaluate import program_forward

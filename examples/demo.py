@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 import qalora_compile as qc
-from qalora_compile.capture.source import Source, load_source
+from qalora_compile.capture.load_source import Source, load_source
 from qalora_compile.cli.ui import Steps, megabytes, print_summary, steps
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
 from qalora_compile.training import FitSpec, Metrics, evaluate, fit, load_examples
+from qalora_compile.training.data.example import IGNORED, Example
 from qalora_compile.training.evaluate import Forward, logits_of, program_forward
-from qalora_compile.training.examples import IGNORED, Example
 
 sys.path.insert(0, str(Path(__file__).parent))
 from assets import TOPICS, model_path, write_topic_data

@@ -17,6 +17,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qalora_compile._version import __version__
+
 if TYPE_CHECKING:
     from qalora_compile.api import (
         adapt_module_,
@@ -31,20 +33,18 @@ if TYPE_CHECKING:
     from qalora_compile.config import AdapterSpec, ExportSpec, QuantSpec
     from qalora_compile.errors import QaloraError
     from qalora_compile.ir.program import Program
-    from qalora_compile.passes.base import Pass, PassResult
-    from qalora_compile.passes.pipeline import Pipeline
+    from qalora_compile.passes.framework.base import Pass, PassResult
+    from qalora_compile.passes.framework.pipeline import Pipeline
     from qalora_compile.verify.compare import Tolerance
     from qalora_compile.verify.equivalence import verify_equivalence
-    from qalora_compile.verify.proof import prove_equivalence
-
-__version__ = "0.1.0"
+    from qalora_compile.verify.proof.prove import prove_equivalence
 
 _HOMES = {
     "AdapterSpec": "config",
     "ExportSpec": "config",
-    "Pass": "passes.base",
-    "PassResult": "passes.base",
-    "Pipeline": "passes.pipeline",
+    "Pass": "passes.framework.base",
+    "PassResult": "passes.framework.base",
+    "Pipeline": "passes.framework.pipeline",
     "Program": "ir.program",
     "QaloraError": "errors",
     "QuantSpec": "config",
@@ -55,7 +55,7 @@ _HOMES = {
     "export_model": "api.export",
     "fold_adapters": "api.steps",
     "insert_adapters": "api.steps",
-    "prove_equivalence": "verify.proof",
+    "prove_equivalence": "verify.proof.prove",
     "quantize_groups": "api.steps",
     "split_encoder_decoder": "api.forms",
     "verify_equivalence": "verify.equivalence",

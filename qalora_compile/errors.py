@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qalora_compile.verify.certificate import Certificate
     from qalora_compile.verify.compare import Report
-    from qalora_compile.verify.numeric_report import NumericReport
+    from qalora_compile.verify.numeric.report import NumericReport
+    from qalora_compile.verify.proof.certificate import Certificate
 
 
 class QaloraError(Exception):

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qalora_compile.files import write_text
-from qalora_compile.ir.plan import KEEP, QUANTIZE, Site, SitePlan
+from qalora_compile.ir.site_plan import KEEP, QUANTIZE, Site, SitePlan
 from tests.zoo.checks import CAUSAL, CHECKS, run_checks
 from tests.zoo.entries import ENTRIES, Entry
 

@@ -9,23 +9,24 @@ from typing import TYPE_CHECKING
 
 from qalora_compile.config import FUSION_OPSETS, ExportSpec
 from qalora_compile.errors import PreconditionError, UserInputError
-from qalora_compile.exporters.base import ExportReport
+from qalora_compile.exporters.capability import ExportReport
 from qalora_compile.files import check_output
 from qalora_compile.ir.finite import check_program
-from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, LEGALIZED, Program
-from qalora_compile.passes.base import Pass, PassResult
-from qalora_compile.passes.fuse_attention import FuseAttention
-from qalora_compile.passes.fuse_multi_head import FuseMultiHead
-from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
-from qalora_compile.passes.fuse_rotary import FuseRotary
-from qalora_compile.passes.fuse_skip_norm import FuseSkipNorm
-from qalora_compile.passes.legalize_onnx import LegalizeOnnx
-from qalora_compile.passes.legalize_ort import LegalizeOrt
-from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
-from qalora_compile.passes.pipeline import Pipeline
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.stages import ADAPTED, ANNOTATED, FLOAT, LEGALIZED
+from qalora_compile.passes.framework.base import Pass, PassResult
+from qalora_compile.passes.framework.pipeline import Pipeline
+from qalora_compile.passes.fusions.fuse_attention import FuseAttention
+from qalora_compile.passes.fusions.fuse_multi_head import FuseMultiHead
+from qalora_compile.passes.fusions.fuse_rms_norm import FuseRmsNorm
+from qalora_compile.passes.fusions.fuse_rotary import FuseRotary
+from qalora_compile.passes.fusions.fuse_skip_norm import FuseSkipNorm
+from qalora_compile.passes.legalize.legalize_onnx import LegalizeOnnx
+from qalora_compile.passes.legalize.legalize_ort import LegalizeOrt
+from qalora_compile.passes.legalize.legalize_ort_stock import LegalizeOrtStock
+from qalora_compile.passes.legalize.split_planes import SplitPlanes
+from qalora_compile.passes.legalize.widen_halves import WidenHalves, needs_widening
 from qalora_compile.passes.share_group_sums import ShareGroupSums
-from qalora_compile.passes.split_planes import SplitPlanes
-from qalora_compile.passes.widen_halves import WidenHalves, needs_widening
 
 if TYPE_CHECKING:
     from torch import nn
@@ -210,8 +211,8 @@ def _export_checkpoint(
     model: nn.Module | str | Path | None,
     tokenizer: str | Path | None,
 ) -> ExportReport:
-    from qalora_compile.capture.description import describe
-    from qalora_compile.exporters.write_checkpoint import FORMATS, check_path, write_checkpoint
+    from qalora_compile.capture.describe_model import describe
+    from qalora_compile.exporters.checkpoints.registry import FORMATS, check_path, write_checkpoint
 
     check_path(path, spec)
     inputs = [entry for entry in (model, tokenizer) if isinstance(entry, (str, Path))]

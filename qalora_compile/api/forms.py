@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qalora_compile.errors import PreconditionError
 from qalora_compile.ir.program import Program
-from qalora_compile.passes.replay import replay, replay_part
+from qalora_compile.passes.recipes.replay import replay, replay_part
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +60,7 @@ def packed_form(program: Program, model: nn.Module | str | Path, *, max_length: 
     from qalora_compile.capture.encoder_decoder import disable_cache
     from qalora_compile.capture.packed import capture_packed
     from qalora_compile.capture.skeleton import as_skeleton
-    from qalora_compile.training.packed import check_packed
+    from qalora_compile.training.forward.check_packed import check_packed
 
     skeleton = as_skeleton(model)
     disable_cache(skeleton)

@@ -8,31 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_compile.config import AUTO, AdapterSpec, QuantSpec, one_of
 from qalora_compile.errors import PreconditionError, UserInputError
-from qalora_compile.ir.program import ANNOTATED, Program
+from qalora_compile.ir.checkpoint_codes import StoredCodes
+from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call
-from qalora_compile.ir.stored_codes import StoredCodes
+from qalora_compile.ir.stages import ANNOTATED
+from qalora_compile.passes.analysis.select_sites import ALL_LINEAR, as_patterns
 from qalora_compile.passes.annotate_linears import AnnotateLinears
-from qalora_compile.passes.base import Pass
-from qalora_compile.passes.canonical import canonical_passes
-from qalora_compile.passes.choose_bits import choose_bits
-from qalora_compile.passes.corrections import (
+from qalora_compile.passes.fold_adapters import FoldAdapters
+from qalora_compile.passes.framework.base import Pass
+from qalora_compile.passes.framework.pipeline import Pipeline
+from qalora_compile.passes.insert_adapters import InsertAdapters
+from qalora_compile.passes.quantize_embeddings import KEPT, QuantizeEmbeddings
+from qalora_compile.passes.quantize_groups import QuantizeGroups
+from qalora_compile.passes.recipes.canonicalize import canonical_passes
+from qalora_compile.passes.recipes.choose_bits import choose_bits
+from qalora_compile.passes.recipes.lora_init import (
     Correction,
     annotated_source,
     choose_ranks,
     find_corrections,
     start_from,
 )
-from qalora_compile.passes.fold_adapters import FoldAdapters
-from qalora_compile.passes.insert_adapters import InsertAdapters
-from qalora_compile.passes.keep_codes import keep_codes
-from qalora_compile.passes.pipeline import Pipeline
-from qalora_compile.passes.quantize_embeddings import KEPT, QuantizeEmbeddings
-from qalora_compile.passes.quantize_groups import QuantizeGroups
-from qalora_compile.passes.select import ALL_LINEAR, as_patterns
+from qalora_compile.passes.recipes.reuse_codes import keep_codes
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 from qalora_compile.passes.train_parameters import TrainParameters
+from qalora_compile.quantizers.bounded_statistics import StatisticsInParts
 from qalora_compile.quantizers.calibrate import as_calls
-from qalora_compile.quantizers.in_parts import StatisticsInParts
 from qalora_compile.quantizers.low_rank import CorrectionTally
 from qalora_compile.quantizers.statistics import ActivationStatistics
 

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from qalora_compile.capture.loading import unreadable
-from qalora_compile.capture.sentence import encoder_folder
-from qalora_compile.capture.skeleton import transformers_module
-from qalora_compile.capture.source import (
+from qalora_compile.capture.checkpoints.open_folder import is_quantized
+from qalora_compile.capture.load_source import (
     Source,
     check_safetensors,
     text_example,
 )
-from qalora_compile.capture.stored.folder import is_quantized
+from qalora_compile.capture.loading import unreadable
+from qalora_compile.capture.sentence import encoder_folder
+from qalora_compile.capture.skeleton import transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 

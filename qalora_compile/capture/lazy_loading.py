@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.deferred import (
+from qalora_compile.ir.lazy_tensor import (
     ReadRows,
     defer,
     defer_to,

@@ -21,8 +21,7 @@ from qalora_compile.ir.module import (
     program_tensors,
 )
 from qalora_compile.ir.pattern import get_tensor
-from qalora_compile.ir.plan import KEEP, UNUSED, Site, SitePlan
-from qalora_compile.ir.program import FLOAT, Program
+from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import (
     PAST,
     InputLeaf,
@@ -35,7 +34,9 @@ from qalora_compile.ir.signature import (
     output_names,
     output_spec,
 )
-from qalora_compile.ir.storage import storage_key
+from qalora_compile.ir.site_plan import KEEP, UNUSED, Site, SitePlan
+from qalora_compile.ir.stages import FLOAT
+from qalora_compile.ir.tensor_identity import storage_key
 
 _Norm = nn.modules.batchnorm._NormBase
 """Keeps running statistics, which training would update while the model is captured."""

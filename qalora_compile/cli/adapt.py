@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import nn
 
 from qalora_compile.api import quantize_groups
-from qalora_compile.capture.peft_adapter import (
+from qalora_compile.capture.load_source import Source, load_source
+from qalora_compile.capture.peft_adapters import (
     POOLINGS,
     PeftAdapter,
     as_pooled,
@@ -19,7 +20,6 @@ from qalora_compile.capture.peft_adapter import (
     put_saved_,
     read_peft_adapter,
 )
-from qalora_compile.capture.source import Source, load_source
 from qalora_compile.cli.folders import MODEL, save_description, save_tokenizer, write_run_file
 from qalora_compile.cli.pooling import keep_pooling
 from qalora_compile.cli.quantized import (
@@ -33,17 +33,17 @@ from qalora_compile.cli.ui import Steps, print_summary, steps
 from qalora_compile.config import CALIBRATED, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, reserve
-from qalora_compile.ir.ends import ends_to_json
+from qalora_compile.ir.checkpoint_codes import StoredCodes
 from qalora_compile.ir.finite import check_program
-from qalora_compile.ir.low_rank import LowRankUpdate
+from qalora_compile.ir.end_tokens import ends_to_json
+from qalora_compile.ir.lora_update import LowRankUpdate
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import write_program
-from qalora_compile.ir.stored_codes import StoredCodes
+from qalora_compile.passes.analysis.select_sites import ALL_LINEAR
 from qalora_compile.passes.annotate_linears import AnnotateLinears
-from qalora_compile.passes.canonical import canonical_passes
-from qalora_compile.passes.pipeline import Pipeline
-from qalora_compile.passes.select import ALL_LINEAR
-from qalora_compile.passes.take_updates import Updates, losses, take_updates
+from qalora_compile.passes.framework.pipeline import Pipeline
+from qalora_compile.passes.recipes.canonicalize import canonical_passes
+from qalora_compile.passes.recipes.import_lora import Updates, losses, take_updates
 from qalora_compile.quantizers.report import collecting_reports
 
 NAME = "adapt"

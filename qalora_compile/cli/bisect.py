@@ -6,19 +6,20 @@ import argparse
 from pathlib import Path
 
 from qalora_compile.api import lowering
-from qalora_compile.capture.source import load_source
+from qalora_compile.capture.load_source import load_source
 from qalora_compile.cli.ui import print_json, print_summary, steps
 from qalora_compile.config import ONNX_TARGETS, ExportSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
-from qalora_compile.ir.program import ADAPTED, FOLDED, QUANTIZED, Program
+from qalora_compile.ir.program import Program
 from qalora_compile.ir.program_record import PROGRAM_FILE
-from qalora_compile.passes.base import Pass, PassResult, validating
+from qalora_compile.ir.stages import ADAPTED, FOLDED, QUANTIZED
 from qalora_compile.passes.fold_adapters import FoldAdapters
-from qalora_compile.passes.pipeline import Pipeline
-from qalora_compile.verify.bisect import Culprit, Step, bisect
-from qalora_compile.verify.numeric import named_inputs
-from qalora_compile.verify.reproduction import write_reproduction
+from qalora_compile.passes.framework.base import Pass, PassResult, validating
+from qalora_compile.passes.framework.pipeline import Pipeline
+from qalora_compile.verify.debug.bisect import Culprit, Step, bisect
+from qalora_compile.verify.debug.write_repro import write_reproduction
+from qalora_compile.verify.numeric.compare_nodes import named_inputs
 
 NAME = "bisect"
 SUMMARY = "name the first pass, site and node that changes what a program computes"

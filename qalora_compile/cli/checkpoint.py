@@ -12,10 +12,10 @@ from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
 from qalora_compile.cli.ui import console, megabytes, print_summary, print_table, steps
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UserInputError
-from qalora_compile.exporters.base import ExportReport
-from qalora_compile.exporters.write_checkpoint import FORMATS, write_record
+from qalora_compile.exporters.capability import ExportReport
+from qalora_compile.exporters.checkpoints.registry import FORMATS, write_record
 from qalora_compile.files import atomic_folder
-from qalora_compile.runtime.memory import peak_memory
+from qalora_compile.runtime.footprint import peak_memory
 
 GGUF_FILE = "model.gguf"
 _FOR_ONNX = ("no_kv_cache", "last_logits", "with_library")

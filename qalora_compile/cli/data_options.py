@@ -11,23 +11,19 @@ import torch
 
 from qalora_compile.api import packed_form
 from qalora_compile.capture.classifier import classes_of, linear_layers, load_classifier
+from qalora_compile.capture.load_source import Source, load_source
 from qalora_compile.capture.sentence import encoder_folder
 from qalora_compile.capture.skeleton import generates
-from qalora_compile.capture.source import Source, load_source
 from qalora_compile.cli.folders import MODEL
 from qalora_compile.cli.ui import Steps
 from qalora_compile.errors import CaptureError, UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
-from qalora_compile.training.batches import ARRANGEMENTS, BY_LENGTH, PACKED, Batches, Packed
-from qalora_compile.training.data import (
-    Dataset,
-    begins_labelled,
-    find_classes,
-    load_examples,
-)
+from qalora_compile.training.data.batches import ARRANGEMENTS, BY_LENGTH, PACKED, Batches, Packed
+from qalora_compile.training.data.dataset import Dataset
+from qalora_compile.training.data.load_examples import begins_labelled, find_classes, load_examples
+from qalora_compile.training.data.parse_line import LEARN
+from qalora_compile.training.data.row_forms import read_mapping
 from qalora_compile.training.evaluate import check_logits
-from qalora_compile.training.forms import read_mapping
-from qalora_compile.training.lines import LEARN
 from qalora_compile.verify.inputs import token_limits
 
 LANGUAGE, CLASSIFICATION = "language", "classification"

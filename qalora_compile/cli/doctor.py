@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from qalora_compile import __version__
+from qalora_compile._version import __version__
 from qalora_compile.cli.ui import print_json, print_summary
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.optional import require

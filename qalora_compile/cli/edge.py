@@ -28,8 +28,9 @@ from qalora_compile.cli.folders import (
 from qalora_compile.cli.pooling import Pooling
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError
-from qalora_compile.exporters.base import ExportReport
-from qalora_compile.exporters.genai import (
+from qalora_compile.exporters.capability import ExportReport
+from qalora_compile.exporters.checkpoints.hf_folder import copy_tokenizer
+from qalora_compile.exporters.onnx.genai_config import (
     CONFIG_FILE,
     context_length,
     decoder_length,
@@ -37,9 +38,14 @@ from qalora_compile.exporters.genai import (
     genai_config,
     genai_whisper_config,
 )
-from qalora_compile.exporters.hf_folder import copy_tokenizer
 from qalora_compile.files import atomic_folder, keep_parts, write_json
-from qalora_compile.ir.ends import Ends, end_tokens, ends_from_json, ends_to_json, with_ends
+from qalora_compile.ir.end_tokens import (
+    Ends,
+    end_tokens,
+    ends_from_json,
+    ends_to_json,
+    with_ends,
+)
 from qalora_compile.ir.program import Program
 from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
 from qalora_compile.sealed import write_sealed

@@ -22,11 +22,11 @@ from qalora_compile.config import (
     ExportSpec,
 )
 from qalora_compile.errors import UserInputError
-from qalora_compile.exporters.base import ExportReport
+from qalora_compile.exporters.capability import ExportReport
 from qalora_compile.files import reserve
 from qalora_compile.ir.program import Program
+from qalora_compile.runtime.footprint import peak_memory
 from qalora_compile.runtime.library import kernel_level, library_path
-from qalora_compile.runtime.memory import peak_memory
 
 NAME = "export"
 SUMMARY = "write a folded model as one ONNX file, or as a checkpoint of another library"

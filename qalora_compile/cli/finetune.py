@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 
 from qalora_compile.cli.data_options import FORMS, add_data_arguments, data_rows, find_task
-from qalora_compile.cli.embeddings import add_embedding_arguments
 from qalora_compile.cli.finetune_job import FINISHED, INTERRUPTED, Job, open_job
 from qalora_compile.cli.finetune_train import noting_failure, train
-from qalora_compile.cli.quantized import add_quant_arguments, print_reports
+from qalora_compile.cli.quantized import add_embedding_arguments, add_quant_arguments, print_reports
 from qalora_compile.cli.training_options import (
     add_adapter_arguments,
     add_training_arguments,
@@ -22,12 +21,12 @@ from qalora_compile.config import AdapterSpec
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.files import reserve
 from qalora_compile.ir.storage import replace_adapters
+from qalora_compile.training.distributed import Processes, find_processes
 from qalora_compile.training.evaluate import Metrics
 from qalora_compile.training.fit import FitResult
-from qalora_compile.training.log import LOG_FILE, check_reporting, read_log
-from qalora_compile.training.peft_format import save_peft
-from qalora_compile.training.processes import Processes, find_processes
-from qalora_compile.training.report import REPORT_FILE, check_report
+from qalora_compile.training.records.log import LOG_FILE, check_reporting, read_log
+from qalora_compile.training.records.peft_adapters import save_peft
+from qalora_compile.training.records.report_page import REPORT_FILE, check_report
 from qalora_compile.training.spec import FitSpec
 
 PEFT_FOLDER = "adapter"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qalora_compile.api import insert_adapters, quantize_groups
-from qalora_compile.capture.source import Source
+from qalora_compile.capture.load_source import Source
 from qalora_compile.cli.data_options import (
     arrange,
     check_trainable,
@@ -23,7 +23,6 @@ from qalora_compile.cli.data_options import (
     recorded_classes,
     report_data,
 )
-from qalora_compile.cli.embeddings import embedding_record, embedding_spec
 from qalora_compile.cli.folders import (
     CHECKPOINTS,
     TOKENIZER,
@@ -32,39 +31,40 @@ from qalora_compile.cli.folders import (
     save_tokenizer,
     write_run_file,
 )
-from qalora_compile.cli.quantized import quant_spec, stored_codes
+from qalora_compile.cli.quantized import embedding_record, embedding_spec, quant_spec, stored_codes
 from qalora_compile.cli.training_options import adapter_spec, check_options, decisive_options
 from qalora_compile.cli.ui import Steps
 from qalora_compile.config import AUTO, CALIBRATED
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder
-from qalora_compile.ir.ends import ends_to_json
 from qalora_compile.ir.finite import check_program
+from qalora_compile.ir.end_tokens import ends_to_json
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program, replace_adapters, write_program
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
-from qalora_compile.training.batches import Batches
-from qalora_compile.training.calibration import calibration_calls
-from qalora_compile.training.checkpoint import (
+from qalora_compile.training.data.batches import Batches
+from qalora_compile.training.data.calibration import calibration_calls
+from qalora_compile.training.data.dataset import Dataset, taught_ends
+from qalora_compile.training.data.example import Example
+from qalora_compile.training.data.load_examples import load_examples
+from qalora_compile.training.distributed import Processes
+from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
+from qalora_compile.training.fit import FitState
+from qalora_compile.training.records.checkpoint import (
     list_checkpoints,
     remove_unfinished,
     restore_checkpoint,
     save_checkpoint,
 )
-from qalora_compile.training.data import Dataset, load_examples, taught_ends
-from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
-from qalora_compile.training.examples import Example
-from qalora_compile.training.fit import FitState
-from qalora_compile.training.identity import Identity
-from qalora_compile.training.log import LOG_FILE, read_log
-from qalora_compile.training.processes import Processes
-from qalora_compile.training.report import (
+from qalora_compile.training.records.log import LOG_FILE, read_log
+from qalora_compile.training.records.report_page import (
     REPORT_FILE,
     Sample,
     layer_changes,
     write_report,
 )
-from qalora_compile.training.samples import answers, questions
+from qalora_compile.training.records.run_identity import Identity
+from qalora_compile.training.sample_answers import answers, questions
 from qalora_compile.training.spec import FitSpec
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 

@@ -11,15 +11,15 @@ from qalora_compile.cli.finetune_job import FAILED, TRAINING, Job
 from qalora_compile.cli.signals import stopping
 from qalora_compile.cli.ui import Steps
 from qalora_compile.errors import UserInputError
+from qalora_compile.training.distributed import Processes
 from qalora_compile.training.fit import FitResult, FitState, StepReport, fit
-from qalora_compile.training.log import (
+from qalora_compile.training.records.log import (
     LOG_FILE,
     TENSORBOARD,
     JsonLog,
     Recorder,
     TensorBoardLog,
 )
-from qalora_compile.training.processes import Processes
 
 _RECENT = 10
 """Steps over which the rate of tokens is averaged."""

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qalora_compile import __version__
-from qalora_compile.capture.description import (
+from qalora_compile._version import __version__
+from qalora_compile.capture.describe_model import (
     CONFIG_FILE,
     GENERATION_FILE,
     METADATA_FILE,
     model_config,
 )
 from qalora_compile.errors import UserInputError
-from qalora_compile.exporters.gguf_metadata import write_metadata_file
+from qalora_compile.exporters.checkpoints.gguf.metadata import write_metadata_file
 from qalora_compile.files import write_json
-from qalora_compile.ir.ends import Ends, end_tokens, with_ends
+from qalora_compile.ir.end_tokens import Ends, end_tokens, with_ends
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program
 from qalora_compile.sealed import read_sealed, write_sealed

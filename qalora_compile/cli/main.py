@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from qalora_compile import __version__
+from qalora_compile._version import __version__
 from qalora_compile.cli.signals import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,

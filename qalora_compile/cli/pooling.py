@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qalora_compile.capture.description import CONFIG_FILE
+from qalora_compile.capture.describe_model import CONFIG_FILE
 from qalora_compile.capture.sentence import SETTINGS_FILES, SentenceParts, read_sentence_parts
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.exporters.sentence import write_sentence_files
+from qalora_compile.exporters.onnx.sentence_transformers import write_sentence_files
 from qalora_compile.ir.program import Program
 from qalora_compile.passes.pool_tokens import POOLINGS, PoolTokens
 from qalora_compile.untrusted import quoted, read_object

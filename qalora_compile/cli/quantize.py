@@ -8,17 +8,12 @@ from pathlib import Path
 
 from qalora_compile.api import quantize_groups
 from qalora_compile.capture.causal_lm import capture_causal_lm
-from qalora_compile.capture.checkpoint import capture_checkpoint
+from qalora_compile.capture.checkpoints.open_folder import is_quantized
+from qalora_compile.capture.lazy_folder import capture_checkpoint
+from qalora_compile.capture.load_source import load_source
 from qalora_compile.capture.sentence import encoder_folder
 from qalora_compile.capture.skeleton import generates
-from qalora_compile.capture.source import load_source
-from qalora_compile.capture.stored.folder import is_quantized
 from qalora_compile.cli.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
-from qalora_compile.cli.embeddings import (
-    add_embedding_arguments,
-    embedding_record,
-    embedding_spec,
-)
 from qalora_compile.cli.export import (
     add_cache_argument,
     add_target_arguments,
@@ -30,8 +25,11 @@ from qalora_compile.cli.export import (
 )
 from qalora_compile.cli.pooling import add_pooling_arguments, chosen_pooling
 from qalora_compile.cli.quantized import (
+    add_embedding_arguments,
     add_quant_arguments,
     add_stored_argument,
+    embedding_record,
+    embedding_spec,
     print_reports,
     quant_spec,
     stored_codes,
@@ -40,10 +38,10 @@ from qalora_compile.cli.ui import Steps, megabytes, print_summary, steps
 from qalora_compile.config import CALIBRATED, ExportSpec, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import reserve
+from qalora_compile.ir.checkpoint_codes import StoredCodes
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.stored_codes import StoredCodes
 from qalora_compile.quantizers.report import collecting_reports
-from qalora_compile.runtime.memory import peak_memory
+from qalora_compile.runtime.footprint import peak_memory
 
 NAME = "quantize"
 SUMMARY = "quantize a model of any size straight to an edge folder, without training"

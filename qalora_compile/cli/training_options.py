@@ -12,12 +12,12 @@ import torch
 from qalora_compile.cli.quantized import number_or_auto
 from qalora_compile.config import ADAPTER_KINDS, INITS, POOLINGS, ZERO_POINTS, AdapterSpec
 from qalora_compile.errors import UserInputError
-from qalora_compile.training.checkpoint import KEPT
-from qalora_compile.training.identity import file_digest
-from qalora_compile.training.log import REPORT_TO
-from qalora_compile.training.precision import find_device
-from qalora_compile.training.processes import Processes
-from qalora_compile.training.rows import find_files
+from qalora_compile.training.data.read_rows import find_files
+from qalora_compile.training.distributed import Processes
+from qalora_compile.training.forward.autocast import find_device
+from qalora_compile.training.records.checkpoint import KEPT
+from qalora_compile.training.records.log import REPORT_TO
+from qalora_compile.training.records.run_identity import file_digest
 from qalora_compile.training.spec import PRECISIONS, SCHEDULES, FitSpec
 
 _ADAPTER, _FIT = AdapterSpec(), FitSpec()

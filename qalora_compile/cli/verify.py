@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # imported where they are used: a certificate is checked with
     from qalora_compile.cli.pooling import Pooling
     from qalora_compile.ir.program import Program
     from qalora_compile.ir.signature import Call
-    from qalora_compile.verify.certificate import Certificate
     from qalora_compile.verify.compare import Report
-    from qalora_compile.verify.graph import Graph
-    from qalora_compile.verify.numeric_report import NumericReport, Way
+    from qalora_compile.verify.numeric.report import NumericReport, Way
+    from qalora_compile.verify.proof.certificate import Certificate
+    from qalora_compile.verify.proof.graphs.graph import Graph
 
 NAME = "verify"
 SUMMARY = "compare two programs or exported models; exit 0 equal, 1 not equal, 2 not comparable"
@@ -111,9 +111,9 @@ def _compare(options: argparse.Namespace) -> int:
     from qalora_compile.ir.program import Program
     from qalora_compile.runtime.library import library_path
     from qalora_compile.verify.compare import Tolerance
-    from qalora_compile.verify.decoding import sequence_calls
     from qalora_compile.verify.equivalence import verify_equivalence
     from qalora_compile.verify.inputs import sample_inputs
+    from qalora_compile.verify.numeric.decoding_calls import sequence_calls
 
     if options.max_abs is None and options.max_rel is None:
         raise UserInputError(
@@ -163,7 +163,7 @@ def _keeps_cache(graphs: list[Graph]) -> bool:
 def _has_own_operators(graphs: list[Graph]) -> bool:
     """Whether graphs have operators of the library, which can run here."""
     from qalora_compile.runtime.library import kernel_level
-    from qalora_compile.verify.onnx_session import uses_library
+    from qalora_compile.verify.runners.onnx_session import uses_library
 
     own = any(uses_library(graph.extra) for graph in graphs)
     return own and kernel_level() is not None
@@ -171,15 +171,15 @@ def _has_own_operators(graphs: list[Graph]) -> bool:
 
 def _exported(side: Program | Path) -> list[Graph]:
     """The graphs of an exported model; none where the side is something else."""
-    from qalora_compile.verify.graph import ONNX
-    from qalora_compile.verify.sides import open_sides
+    from qalora_compile.verify.proof.graphs.graph import ONNX
+    from qalora_compile.verify.proof.open_graph import open_sides
 
     graphs = open_sides(side) if isinstance(side, Path) else ()
     return [graph for graph in graphs if graph.dialect == ONNX]
 
 
 def _prove(options: argparse.Namespace) -> int:
-    from qalora_compile.verify.proof import prove_equivalence
+    from qalora_compile.verify.proof.prove import prove_equivalence
 
     with steps():
         a, b = Path(options.a), Path(options.b)
@@ -200,8 +200,8 @@ def _prove(options: argparse.Namespace) -> int:
 
 def _numeric(options: argparse.Namespace) -> int:
     from qalora_compile.runtime.library import kernel_level, library_path
-    from qalora_compile.verify.numeric import compare_nodes, named_inputs
-    from qalora_compile.verify.onnx_session import LEVELS
+    from qalora_compile.verify.numeric.compare_nodes import compare_nodes, named_inputs
+    from qalora_compile.verify.runners.onnx_session import LEVELS
 
     if options.max_abs is not None or options.max_rel is not None:
         raise UserInputError(
@@ -238,8 +238,8 @@ def _write_page(
     """The page, where one was asked for."""
     if not options.html:
         return
-    from qalora_compile.cli.verify_page import verify_page
     from qalora_compile.ir.program import Program
+    from qalora_compile.verify.debug.report_page import verify_page
 
     if not isinstance(a, Program):
         raise UserInputError(
@@ -279,8 +279,8 @@ def with_cache(folder: Path, model: Path) -> Program | None:
     pooled as the record beside the exported model says. None where the program in the folder is
     the one to compare with.
     """
-    from qalora_compile.verify.graph import FX, ONNX
-    from qalora_compile.verify.sides import open_side
+    from qalora_compile.verify.proof.graphs.graph import FX, ONNX
+    from qalora_compile.verify.proof.open_graph import open_side
 
     sides = open_side(folder), open_side(model)
     if (sides[0].dialect, sides[1].dialect) != (FX, ONNX):
@@ -322,7 +322,7 @@ def _pooling_of(exported: Path) -> Pooling:
 
 
 def _check_again(options: argparse.Namespace) -> int:
-    from qalora_compile.verify.proof import check_certificate
+    from qalora_compile.verify.proof.prove import check_certificate
 
     with steps():
         certificate, problems = check_certificate(options.certificate)
@@ -397,11 +397,11 @@ def _checkpoint(path: Path) -> Path | None:
 
 def _read_back(path: Path) -> Program:
     """A checkpoint as a model, by its format's own library; every linear map with its own row."""
-    from qalora_compile.capture.source import load_source
+    from qalora_compile.capture.load_source import load_source
     from qalora_compile.passes.annotate_linears import AnnotateLinears
-    from qalora_compile.passes.canonical import canonical_passes
-    from qalora_compile.passes.pipeline import Pipeline
-    from qalora_compile.verify.foreign import put_library_weights_
+    from qalora_compile.passes.framework.pipeline import Pipeline
+    from qalora_compile.passes.recipes.canonicalize import canonical_passes
+    from qalora_compile.verify.runners.reference_libraries import put_library_weights_
 
     source = load_source(str(path))
     reader = "gguf" if path.is_file() else put_library_weights_(source.model, path)

@@ -16,10 +16,11 @@ from qalora_compile.eager.weights import Geometry, Piece, parametrize_weight
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import get_tensor, match_linear
-from qalora_compile.ir.plan import KEEP, UNUSED, Site
-from qalora_compile.ir.program import ADAPTER_NAMES, Program
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.site_plan import KEEP, UNUSED, Site
 from qalora_compile.ir.spec import ADAPTERS, WHOLE_LINEAR, pooled_input
-from qalora_compile.ir.storage import storage_key
+from qalora_compile.ir.stages import ADAPTER_NAMES
+from qalora_compile.ir.tensor_identity import storage_key
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from qalora_compile.errors import CaptureError, VerificationError
 from qalora_compile.ir.program import Program
 from qalora_compile.verify.compare import Comparison, Report, Tolerance, compare
-from qalora_compile.verify.judge import FAIL, PASS, UNITS, rounding_ratio
-from qalora_compile.verify.precise import output_nodes, run_reference, working_dtype
+from qalora_compile.verify.numeric.error_bound import FAIL, PASS, UNITS, rounding_ratio
+from qalora_compile.verify.numeric.run_float64 import output_nodes, run_reference, working_dtype
 
 _STRENGTH = 0.25
 """Size of the tried updates beside the spread of codes: far above rounding, no other regime."""

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.affine import dequantize, expand_groups
-from qalora_compile.ir.program import ADAPTER_NAMES, CODE_NAMES
 from qalora_compile.ir.spec import ADAPTED_LINEAR, GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
+from qalora_compile.ir.stages import ADAPTER_NAMES, CODE_NAMES
 
 PARTS = (*CODE_NAMES, *ADAPTER_NAMES)
 """Names of the tensors of an adapted weight, below its path; lora_A and lora_B are parameters."""

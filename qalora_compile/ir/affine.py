@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qalora_compile.config import SUPPORTED_BITS
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.deferred import holds
-from qalora_compile.ir.packing import pack_codes, unpack_into
+from qalora_compile.ir.lazy_tensor import holds
+from qalora_compile.ir.packing.bitstream import pack_codes, unpack_into
 
 
 def group_count(k: int, group_size: int) -> int:

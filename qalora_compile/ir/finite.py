@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.deferred import is_deferred
+from qalora_compile.ir.lazy_tensor import is_deferred
 from qalora_compile.ir.program import Program
 
 

@@ -12,25 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qalora_compile.config import ONNX_TARGETS
 from qalora_compile.ir.module import ProgramModule, copy_graph, program_tensors
-from qalora_compile.ir.plan import SitePlan
 from qalora_compile.ir.signature import Signature, bind, flatten_inputs
-
-FLOAT = "float"
-ANNOTATED = "annotated"
-QUANTIZED = "quantized"
-ADAPTED = "adapted"
-FOLDED = "folded"
-LEGALIZED = "legalized:"
-STAGES = (FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED)
-ANY_STAGE = (*STAGES, *(f"{LEGALIZED}{target}" for target in ONNX_TARGETS))
-
-CODE_NAMES = ("qweight", "scale", "offset")
-ADAPTER_NAMES = ("lora_A", "lora_B")
-"""Names of the tensors of a quantized weight, and of its adapter, below its path."""
-PLANE_NAMES = ("low", "high")
-"""Names of the two 4-bit planes of a weight of 8 bits, below its path."""
+from qalora_compile.ir.site_plan import SitePlan
+from qalora_compile.ir.stages import ADAPTER_NAMES
 
 
 @dataclass(frozen=True)

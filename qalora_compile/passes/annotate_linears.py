@@ -13,13 +13,13 @@ from qalora_compile.config import one_of
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import mark_site
 from qalora_compile.ir.pattern import feeds_topk
-from qalora_compile.ir.plan import EXCLUDED, KEEP, QUANTIZE, UNUSED, Site, SitePlan
-from qalora_compile.ir.program import ANNOTATED, FLOAT, Program
-from qalora_compile.ir.storage import is_finite
-from qalora_compile.passes.base import Change, Pass, PassResult
-from qalora_compile.passes.heads import find_heads
-from qalora_compile.passes.select import ALL_LINEAR, as_patterns, match_patterns
-from qalora_compile.passes.uses import Use, find_uses, name_rows
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.site_plan import EXCLUDED, KEEP, QUANTIZE, UNUSED, Site, SitePlan
+from qalora_compile.ir.stages import ANNOTATED, FLOAT
+from qalora_compile.ir.tensor_identity import is_finite
+from qalora_compile.passes.analysis.find_weight_uses import Use, find_heads, find_uses, name_rows
+from qalora_compile.passes.analysis.select_sites import ALL_LINEAR, as_patterns, match_patterns
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
 
 _MOST_EXPERTS = 1024
 """A layer with more outputs ranks something else than experts, such as a vocabulary."""

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from qalora_compile.config import SUPPORTED_BITS
 from qalora_compile.errors import PostconditionError, UserInputError
-from qalora_compile.ir.program import ANNOTATED, Program
-from qalora_compile.passes.base import Change, Pass, PassResult
-from qalora_compile.passes.choices import check_paths, parse_choices
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.stages import ANNOTATED
+from qalora_compile.passes.analysis.select_sites import check_paths, parse_choices
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
 
 
 @dataclass(frozen=True, kw_only=True)

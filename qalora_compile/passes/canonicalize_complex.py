@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from qalora_compile.errors import PostconditionError
 from qalora_compile.ir.meta import module_path
 from qalora_compile.ir.pattern import get_tensor
-from qalora_compile.ir.program import FLOAT, Program
-from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.stages import FLOAT
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
 
 _ATEN = torch.ops.aten
 _MAKE = (_ATEN.polar.default, _ATEN.complex.default, _ATEN.view_as_complex.default)

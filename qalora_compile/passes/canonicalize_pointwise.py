@@ -11,9 +11,10 @@ from torch import fx
 from qalora_compile.errors import PostconditionError
 from qalora_compile.ir.meta import module_path
 from qalora_compile.ir.pattern import get_tensor
-from qalora_compile.ir.program import FLOAT, Program
-from qalora_compile.passes.base import Change, Pass, PassResult
-from qalora_compile.passes.uses import KIND, POINTWISE, conv_options
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.stages import FLOAT
+from qalora_compile.passes.analysis.find_weight_uses import KIND, POINTWISE, conv_options
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS = (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default)

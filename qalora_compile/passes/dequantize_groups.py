@@ -10,10 +10,10 @@ from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError, UnsupportedError
 from qalora_compile.ir.affine import dequantize
-from qalora_compile.ir.deferred import defer
+from qalora_compile.ir.lazy_tensor import defer
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
-from qalora_compile.ir.program import FLOAT, FOLDED, QUANTIZED, Program
+from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import (
     EXPERT_LINEAR,
     GROUP_EMBEDDING,
@@ -21,8 +21,9 @@ from qalora_compile.ir.spec import (
     ON_CODES,
     tensor_argument,
 )
-from qalora_compile.passes.base import Change, Pass, PassResult
-from qalora_compile.passes.rewrite import TensorNodes
+from qalora_compile.ir.stages import FLOAT, FOLDED, QUANTIZED
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
+from qalora_compile.passes.framework.rewrite import TensorNodes
 from qalora_compile.progress import track
 
 _ATEN = torch.ops.aten

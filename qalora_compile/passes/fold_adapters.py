@@ -11,10 +11,11 @@ from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError, PreconditionError
 from qalora_compile.ir.affine import expand_groups
-from qalora_compile.ir.deferred import defer, is_deferred
+from qalora_compile.ir.lazy_tensor import defer, is_deferred
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
-from qalora_compile.ir.program import ADAPTED, FOLDED, Program
+from qalora_compile.ir.ops.integer_zero_linear import SCALE, whole_parameters
+from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import (
     ADAPTERS,
     EXPERT_ADAPTER,
@@ -26,10 +27,10 @@ from qalora_compile.ir.spec import (
     pooled_input,
     tensor_argument,
 )
-from qalora_compile.ir.storage import is_finite
-from qalora_compile.ir.whole_ops import SCALE, whole_parameters
-from qalora_compile.passes.base import Change, Pass, PassResult
-from qalora_compile.passes.rewrite import freeze
+from qalora_compile.ir.stages import ADAPTED, FOLDED
+from qalora_compile.ir.tensor_identity import is_finite
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
+from qalora_compile.passes.framework.rewrite import freeze
 from qalora_compile.progress import track
 
 

@@ -16,9 +16,10 @@ from qalora_compile.errors import PostconditionError, PreconditionError, UserInp
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.integer_zero_linear import INTEGER, SCALE
 from qalora_compile.ir.pattern import get_tensor
-from qalora_compile.ir.plan import Site
-from qalora_compile.ir.program import ADAPTED, ADAPTER_NAMES, QUANTIZED, Program
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.site_plan import Site
 from qalora_compile.ir.spec import (
     ADAPTERS,
     DROPOUT,
@@ -29,10 +30,10 @@ from qalora_compile.ir.spec import (
     POOLED_ADAPTER,
     WHOLE_LINEAR,
 )
-from qalora_compile.ir.whole_ops import INTEGER, SCALE
-from qalora_compile.passes.base import Change, Pass, PassResult
-from qalora_compile.passes.choices import check_paths, parse_ranks
-from qalora_compile.passes.rewrite import TensorNodes
+from qalora_compile.ir.stages import ADAPTED, ADAPTER_NAMES, QUANTIZED
+from qalora_compile.passes.analysis.select_sites import check_paths, parse_ranks
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
+from qalora_compile.passes.framework.rewrite import TensorNodes
 
 _ADD = torch.ops.aten.add.Tensor
 

@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from qalora_compile.config import one_of
 from qalora_compile.errors import PostconditionError, UserInputError
-from qalora_compile.ir.program import ADAPTED, ANNOTATED, FLOAT, FOLDED, QUANTIZED, Program
-from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.stages import ADAPTED, ANNOTATED, FLOAT, FOLDED, QUANTIZED
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
 
 HIDDEN, MASK, EMBEDDING = "last_hidden_state", "attention_mask", "sentence_embedding"
 MEAN, CLS = "mean", "cls"

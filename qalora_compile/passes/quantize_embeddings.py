@@ -13,20 +13,20 @@ from torch import Tensor, fx
 from qalora_compile.config import one_of
 from qalora_compile.errors import PostconditionError, UserInputError
 from qalora_compile.ir.affine import is_whole
-from qalora_compile.ir.deferred import defer, holds
+from qalora_compile.ir.lazy_tensor import defer, holds
 from qalora_compile.ir.meta import mark_site, move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.pattern import match_linear
-from qalora_compile.ir.plan import EMBEDDING, EXCLUDED, QUANTIZE, UNUSED, Site
-from qalora_compile.ir.program import ADAPTED, CODE_NAMES, FOLDED, QUANTIZED, Program
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.site_plan import EMBEDDING, EXCLUDED, QUANTIZE, UNUSED, Site
 from qalora_compile.ir.spec import GROUP_EMBEDDING, GROUP_LINEAR, stored_tensor
-from qalora_compile.ir.storage import storage_key
-from qalora_compile.passes.base import Change, Pass, PassResult
-from qalora_compile.passes.heads import find_heads
-from qalora_compile.passes.rewrite import TensorNodes
-from qalora_compile.passes.uses import Use, find_uses, owner_path
+from qalora_compile.ir.stages import ADAPTED, CODE_NAMES, FOLDED, QUANTIZED
+from qalora_compile.ir.tensor_identity import storage_key
+from qalora_compile.passes.analysis.find_weight_uses import Use, find_heads, find_uses, owner_path
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
+from qalora_compile.passes.framework.rewrite import TensorNodes
 from qalora_compile.progress import track
-from qalora_compile.quantizers.whole import quantize_whole
+from qalora_compile.quantizers.minmax import quantize_whole
 
 BITS = (8, 4)
 KEPT = "embedding or head kept in float"

@@ -12,17 +12,18 @@ from torch import Tensor, fx
 from qalora_compile.config import AUTO, CALIBRATED, QuantSpec
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.deferred import Seen, defer, is_deferred, is_placeholder
+from qalora_compile.ir.checkpoint_codes import StoredWeight
+from qalora_compile.ir.lazy_tensor import Seen, defer, is_deferred, is_placeholder
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear
-from qalora_compile.ir.plan import Site
-from qalora_compile.ir.program import ANNOTATED, CODE_NAMES, QUANTIZED, Program
+from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call
+from qalora_compile.ir.site_plan import Site
 from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, ON_CODES
-from qalora_compile.ir.stored_codes import StoredWeight
-from qalora_compile.passes.base import Change, Pass, PassResult, data_field
-from qalora_compile.passes.rewrite import TensorNodes, freeze
+from qalora_compile.ir.stages import ANNOTATED, CODE_NAMES, QUANTIZED
+from qalora_compile.passes.framework.base import Change, Pass, PassResult, data_field
+from qalora_compile.passes.framework.rewrite import TensorNodes, freeze
 from qalora_compile.progress import track
 from qalora_compile.quantizers import (
     Chosen,
@@ -32,7 +33,7 @@ from qalora_compile.quantizers import (
     quantize_weight,
     without_data,
 )
-from qalora_compile.quantizers.in_order import replace_in_order
+from qalora_compile.quantizers.sequential_calibration import replace_in_order
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
 _STORED = "stored"

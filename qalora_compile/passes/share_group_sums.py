@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import fx
 
 from qalora_compile.errors import PostconditionError
-from qalora_compile.ir.program import ADAPTED, LEGALIZED, Program
+from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import GROUP_SUM
-from qalora_compile.passes.base import Change, Pass, PassResult
+from qalora_compile.ir.stages import ADAPTED, LEGALIZED
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from qalora_compile.errors import PostconditionError, PreconditionError, UnsupportedError
-from qalora_compile.ir.columns import ORDER
-from qalora_compile.ir.deferred import defer, is_placeholder
+from qalora_compile.ir.activation_order import ORDER
+from qalora_compile.ir.lazy_tensor import defer, is_placeholder
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.pattern import LINEAR, LinearMap, get_tensor, match_linear
-from qalora_compile.ir.program import ANNOTATED, Program
-from qalora_compile.passes.base import Change, Pass, PassResult, data_field
-from qalora_compile.passes.choices import check_paths, parse_choices
-from qalora_compile.passes.rewrite import TensorNodes
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.stages import ANNOTATED
+from qalora_compile.passes.analysis.select_sites import check_paths, parse_choices
+from qalora_compile.passes.framework.base import Change, Pass, PassResult, data_field
+from qalora_compile.passes.framework.rewrite import TensorNodes
 
 _ATEN = torch.ops.aten
 

@@ -8,12 +8,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
-from qalora_compile.ir.deferred import is_deferred
-from qalora_compile.ir.program import ADAPTED, ADAPTER_NAMES, CODE_NAMES, Program
-from qalora_compile.ir.storage import memory_key
-from qalora_compile.passes.base import Change, Pass, PassResult
-from qalora_compile.passes.rewrite import set_free
-from qalora_compile.passes.select import as_patterns, match_patterns
+from qalora_compile.ir.lazy_tensor import is_deferred
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.stages import ADAPTED, ADAPTER_NAMES, CODE_NAMES
+from qalora_compile.ir.tensor_identity import memory_key
+from qalora_compile.passes.analysis.select_sites import as_patterns, match_patterns
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
+from qalora_compile.passes.framework.rewrite import set_free
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from qalora_compile.quantizers.base import (
-    Chosen,
-    Quantizer,
+from qalora_compile.quantizers.base import Chosen, Quantizer
+from qalora_compile.quantizers.registry import (
     as_stored,
     data_needed,
     get_quantizer,

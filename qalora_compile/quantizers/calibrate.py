@@ -13,9 +13,10 @@ from torch import Tensor, fx
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import EXPERTS, match_linear
-from qalora_compile.ir.program import ANNOTATED, FOLDED, QUANTIZED, Program
+from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call, split_call
 from qalora_compile.ir.spec import GROUP_LINEAR
+from qalora_compile.ir.stages import ANNOTATED, FOLDED, QUANTIZED
 from qalora_compile.progress import track
 from qalora_compile.quantizers.statistics import ActivationStatistics, MomentSum
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qalora_compile.config import QuantSpec
-from qalora_compile.ir.affine import GroupAffine
+from qalora_compile.ir.affine import GroupAffine, expand_groups, group_count
+from qalora_compile.ir.ops.integer_zero_linear import shorten
 from qalora_compile.quantizers.groups import round_to_nearest, split_groups
 
 
@@ -27,3 +29,51 @@ def quantize_minmax(weight: Tensor, spec: QuantSpec) -> GroupAffine:
         return (high - low) / (2**spec.width - 1), low
 
     return round_to_nearest(weight, spec, parameters)
+
+
+_CHUNK_ELEMENTS = 1 << 20
+"""Rows of about so many weights are quantized at a time: the arithmetic takes 50 bytes a weight."""
+
+
+def quantize_whole(weight: Tensor, bits: int, group_size: int) -> GroupAffine:
+    """W ≈ scale · (q − z) with z a whole number from 0 to 2^bits − 1; offset = −scale · z, exactly.
+
+    The range of a group is widened to hold 0, so that z is a code (the quantization of ONNX's
+    QuantizeLinear). Scales have 16 significant bits (45 in float64): the product with z is exact,
+    and `−offset / scale` gives z back. Kernels with whole zero-points then need no correction. A
+    group of equal weights comes back exactly.
+
+    Args:
+        weight: `[N, K]`, floating and finite.
+        bits: Width of a code, at most 8.
+        group_size: g.
+
+    Scale and offset are float64 for a float64 weight, else float32.
+    """
+    rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    parts = [_quantize_rows(part, bits, group_size) for part in weight.detach().split(rows)]
+    codes, scale, offset = (torch.cat(each) for each in zip(*parts, strict=True))
+    return GroupAffine(codes, scale, offset, bits, group_size)
+
+
+def _quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `[N, K]`, scale and offset `[N, L]` of some rows."""
+    n, k = weight.shape
+    groups = group_count(k, group_size)
+    storage = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = weight.double()
+    # A repeated last column fills the tail group without moving its minimum or maximum.
+    tail = wide[:, -1:].expand(n, groups * group_size - k)
+    grouped = torch.cat([wide, tail], dim=1).unflatten(1, (groups, group_size))
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    qmax = 2**bits - 1
+    span = high.clamp_min(0) - low.clamp_max(0)
+    # One step, of any size, is exact: such groups hold one value, or 0 and one other.
+    scale = torch.where(low == high, low.abs(), shorten(span / qmax, storage, up=True))
+    scale = scale.to(storage).double()
+    scale = torch.where(scale == 0, 1.0, scale)
+    zero_point = (-low.clamp_max(0) / scale).round().clamp(0, qmax)
+    level = wide / expand_groups(scale, group_size, k)
+    level = level + expand_groups(zero_point, group_size, k)
+    codes = level.round().clamp(0, qmax)
+    return codes.to(torch.uint8), scale.to(storage), (-scale * zero_point).to(storage)

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import match_linear
-from qalora_compile.ir.plan import Site
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call
+from qalora_compile.ir.site_plan import Site
 from qalora_compile.progress import track
 from qalora_compile.quantizers.calibrate import RealRows, check_calls, real_rows
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from qalora_compile.errors import QaloraError
 from qalora_compile.runtime.language_model import LanguageModel
-from qalora_compile.runtime.memory import peak_memory, resident_memory
 from qalora_compile.runtime.session import open_session
 
 _NEW_TOKENS = 8
@@ -43,3 +43,42 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+
+
+def peak_memory() -> int:
+    """Bytes of the largest resident set so far; 0 where the system does not say."""
+    try:  # not getrusage: on Linux that counts what ran before exec, too
+        lines = Path("/proc/self/status").read_text("ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def resident_memory() -> int:
+    """Bytes that are resident now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    import resource
+
+    return pages * resource.getpagesize()
+
+
+def time_tokens(model: LanguageModel, prompt: int, count: int) -> tuple[float, float]:
+    """Seconds of a prompt of so many tokens, and of each of `count` tokens after it, 0 for none."""
+    import numpy as np
+
+    ids = np.ones((1, prompt), np.int64)
+    begin = time.perf_counter()
+    _, cache = model.step(ids, np.ones_like(ids), model.empty_cache())
+    between = time.perf_counter()
+    for total in range(prompt + 1, prompt + count + 1):
+        _, cache = model.step(ids[:, :1], np.ones((1, total), np.int64), cache)
+    return between - begin, (time.perf_counter() - between) / max(count, 1)

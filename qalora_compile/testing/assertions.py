@@ -8,14 +8,14 @@ from pathlib import Path
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call
-from qalora_compile.verify.certificate import Certificate
 from qalora_compile.verify.compare import Report, Tolerance
 from qalora_compile.verify.equivalence import verify_equivalence
 from qalora_compile.verify.inputs import sample_inputs
-from qalora_compile.verify.numeric import compare_nodes, named_inputs
-from qalora_compile.verify.numeric_report import NumericReport
-from qalora_compile.verify.proof import prove_equivalence
-from qalora_compile.verify.structural import Structure, compare_structure
+from qalora_compile.verify.numeric.compare_nodes import compare_nodes, named_inputs
+from qalora_compile.verify.numeric.report import NumericReport
+from qalora_compile.verify.proof.certificate import Certificate
+from qalora_compile.verify.proof.match_structure import Structure, compare_structure
+from qalora_compile.verify.proof.prove import prove_equivalence
 
 Side = Program | str | Path
 Outcome = Certificate | NumericReport | Report | Structure

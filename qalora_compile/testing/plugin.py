@@ -46,7 +46,7 @@ def qalora_golden(request: pytest.FixtureRequest) -> Golden:
 @pytest.fixture
 def qalora_validating() -> Iterator[None]:
     """Checks every program against the specification of its stage around every pass of the test."""
-    from qalora_compile.passes.base import validating
+    from qalora_compile.passes.framework.base import validating
 
     with validating():
         yield
@@ -66,7 +66,7 @@ def pytest_runtest_makereport(
 
 
 def _text(outcome: object) -> str:
-    from qalora_compile.verify.structural import Structure
+    from qalora_compile.verify.proof.match_structure import Structure
 
     if isinstance(outcome, Structure):
         open_parts = [s for s in outcome.segments if s.status != "proved"]

@@ -15,7 +15,7 @@ from torch.nn import functional
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.progress import track
-from qalora_compile.training.examples import IGNORED, Batch, Example, collate
+from qalora_compile.training.data.example import IGNORED, Batch, Example, collate
 
 Forward = Callable[..., Tensor]
 """(input_ids [B, T], attention_mask [B, T]) → logits [B, T, V], or [B, C] of a classifier.

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qalora_compile.errors import PreconditionError, UserInputError
-from qalora_compile.ir.program import ADAPTED, Program
-from qalora_compile.training.batches import Batches, batch_at
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.stages import ADAPTED
+from qalora_compile.training.data.batches import Batches, batch_at
+from qalora_compile.training.data.example import Batch, Example
+from qalora_compile.training.distributed import Processes
 from qalora_compile.training.evaluate import evaluate, program_forward
-from qalora_compile.training.examples import Batch, Example
-from qalora_compile.training.forward import TrainingForward
+from qalora_compile.training.forward.autocast import computing
+from qalora_compile.training.forward.training_forward import TrainingForward
 from qalora_compile.training.optimizer import clip_gradients, make_optimizer, set_rates
-from qalora_compile.training.precision import computing
-from qalora_compile.training.processes import Processes
 from qalora_compile.training.spec import FitSpec
 
 _HINT = "lower the learning rate, or look for broken examples"

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.program import ADAPTER_NAMES, Program
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.stages import ADAPTER_NAMES
 from qalora_compile.training.spec import FitSpec
 
 _B = ADAPTER_NAMES[1]

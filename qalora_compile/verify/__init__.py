@@ -9,26 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qalora_compile.verify.certificate import Certificate
     from qalora_compile.verify.compare import Comparison, Report, Tolerance
     from qalora_compile.verify.equivalence import verify_equivalence
     from qalora_compile.verify.inputs import sample_inputs
-    from qalora_compile.verify.numeric import compare_nodes, named_inputs
-    from qalora_compile.verify.numeric_report import NumericReport
-    from qalora_compile.verify.proof import check_certificate, prove_equivalence
-    from qalora_compile.verify.structural import compare_structure
+    from qalora_compile.verify.numeric.compare_nodes import compare_nodes, named_inputs
+    from qalora_compile.verify.numeric.report import NumericReport
+    from qalora_compile.verify.proof.certificate import Certificate
+    from qalora_compile.verify.proof.match_structure import compare_structure
+    from qalora_compile.verify.proof.prove import check_certificate, prove_equivalence
 
 _HOMES = {
-    "Certificate": "certificate",
+    "Certificate": "proof.certificate",
     "Comparison": "compare",
-    "NumericReport": "numeric_report",
+    "NumericReport": "numeric.report",
     "Report": "compare",
     "Tolerance": "compare",
-    "check_certificate": "proof",
-    "compare_nodes": "numeric",
-    "compare_structure": "structural",
-    "named_inputs": "numeric",
-    "prove_equivalence": "proof",
+    "check_certificate": "proof.prove",
+    "compare_nodes": "numeric.compare_nodes",
+    "compare_structure": "proof.match_structure",
+    "named_inputs": "numeric.compare_nodes",
+    "prove_equivalence": "proof.prove",
     "sample_inputs": "inputs",
     "verify_equivalence": "equivalence",
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError, VerificationError
-from qalora_compile.verify.judge import AMBIGUOUS, PASS, verdict_of
+from qalora_compile.verify.numeric.error_bound import AMBIGUOUS, PASS, verdict_of
 
 
 @dataclass(frozen=True)

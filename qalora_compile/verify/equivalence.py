@@ -20,13 +20,13 @@ from qalora_compile.verify.compare import (
     compare,
     worst_of,
 )
-from qalora_compile.verify.damage import damages_of
-from qalora_compile.verify.encoder_decoder import EncoderDecoderRunner
-from qalora_compile.verify.judge import FAIL, PASS
-from qalora_compile.verify.padding import Padding, counted, padding_of
-from qalora_compile.verify.results import Runner
-from qalora_compile.verify.rounding import RoundingJudge
-from qalora_compile.verify.runners import OnnxRunner, ProgramRunner, open_runner
+from qalora_compile.verify.numeric.error_bound import FAIL, PASS
+from qalora_compile.verify.numeric.nonfinite import damages_of
+from qalora_compile.verify.numeric.padding import Padding, counted, padding_of
+from qalora_compile.verify.numeric.rounding import RoundingJudge
+from qalora_compile.verify.runners.encoder_decoder import EncoderDecoderRunner
+from qalora_compile.verify.runners.open_runner import OnnxRunner, ProgramRunner, open_runner
+from qalora_compile.verify.runners.run import Runner
 
 AFTER_LAST_SITE = "after the last site"
 

@@ -20,15 +20,15 @@ MODULES = (
     "tokenizers",
     "transformers.models.llama.modeling_llama",
     "transformers.integrations.ggml",
-    "qalora_compile.verify.numeric",
-    "qalora_compile.verify.sampling",
+    "qalora_compile.verify.numeric.compare_nodes",
+    "qalora_compile.verify.proof.sampled_equality",
     *(f"qalora_compile.cli.{command}" for command in COMMANDS),
 )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _imported(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from qalora_compile.capture.source import load_source
+    from qalora_compile.capture.load_source import load_source
     from tests.attacks.onnx_files import model, write
     from tests.fuzz.seeds import FORMATS
 

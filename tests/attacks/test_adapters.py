@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qalora_compile.capture.peft_adapter import read_peft_adapter
+from qalora_compile.capture.peft_adapters import read_peft_adapter
 from tests.attacks.support import attack, refused
 from tests.fuzz.seeds import FORMATS
 

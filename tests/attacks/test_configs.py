@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from qalora_compile.capture.checkpoint import capture_checkpoint
+from qalora_compile.capture.lazy_folder import capture_checkpoint
+from qalora_compile.capture.load_source import load_source
 from qalora_compile.capture.skeleton import build_skeleton
-from qalora_compile.capture.source import load_source
 from tests.attacks.support import attack, refused
 from tests.fuzz.seeds import FORMATS
 

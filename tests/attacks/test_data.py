@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.training.data import find_classes, load_examples
-from qalora_compile.training.rows import read_rows
+from qalora_compile.training.data.load_examples import find_classes, load_examples
+from qalora_compile.training.data.read_rows import read_rows
 from tests.attacks.support import attack, refused
 from tests.fuzz.seeds import tokenizer
 
@@ -89,6 +89,6 @@ def test_a_row_that_a_compressed_file_never_ends(
     """A few kilobytes of nothing, which are megabytes."""
     path = folder / "train.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * (3 << 20)))
-    monkeypatch.setattr("qalora_compile.training.rows.MAX_JSON_BYTES", 2 << 20)
+    monkeypatch.setattr("qalora_compile.training.data.read_rows.MAX_JSON_BYTES", 2 << 20)
     with pytest.raises(UserInputError, match="more than the 2 MiB that one may have"):
         load_examples(path, tokenizer(), max_length=16)

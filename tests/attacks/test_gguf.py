@@ -11,12 +11,12 @@ import gguf
 import numpy as np
 import pytest
 
-from qalora_compile.capture.description import describe
-from qalora_compile.capture.source import load_source
-from qalora_compile.capture.stored.gguf import read_gguf_codes
-from qalora_compile.exporters.gguf_metadata import write_metadata_file
+from qalora_compile.capture.checkpoints.gguf import read_gguf_codes
+from qalora_compile.capture.describe_model import describe
+from qalora_compile.capture.load_source import load_source
+from qalora_compile.exporters.checkpoints.gguf.metadata import write_metadata_file
 from tests.attacks.support import SECRET, attack, cli, refused
-from tests.capture.stored.gguf_files import finish, write_llama
+from tests.capture.checkpoints.gguf_files import finish, write_llama
 
 READERS: dict[str, Callable[[Path], Any]] = {
     "model": lambda path: load_source(str(path)).kind,

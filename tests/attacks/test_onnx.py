@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 import qalora_compile as qc
 from qalora_compile.runtime.session import open_session
 from qalora_compile.untrusted.onnx_file import MAX_DEPTH, check_onnx
-from qalora_compile.verify.onnx_graph import read_onnx_graph
-from qalora_compile.verify.onnx_session import OnnxSession
+from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
+from qalora_compile.verify.runners.onnx_session import OnnxSession
 from tests.attacks.onnx_files import X, Y, external, model, weight, write
 from tests.attacks.support import attack, cli, refused
 from tests.fuzz.seeds import folded_program

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from qalora_compile.capture.peft_adapter import read_peft_adapter
-from qalora_compile.capture.source import load_source
-from qalora_compile.ir.storage import load_tensors
+from qalora_compile.capture.load_source import load_source
+from qalora_compile.capture.peft_adapters import read_peft_adapter
+from qalora_compile.ir.safetensors_io import load_tensors
 from tests.attacks.support import attack, cli, refused
 from tests.fuzz.seeds import FORMATS
 

@@ -12,7 +12,7 @@ import pytest
 
 import qalora_compile as qc
 from qalora_compile.sealed import read_sealed, write_sealed
-from qalora_compile.verify.fx_graph import read_program_graph
+from qalora_compile.verify.proof.graphs.read_fx import read_program_graph
 from tests.attacks.support import attack, cli, refused
 from tests.fuzz.seeds import FORMATS
 

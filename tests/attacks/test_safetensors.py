@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from qalora_compile.ir.storage import load_tensors, read_headers
-from qalora_compile.verify.stored import read_safetensors
+from qalora_compile.ir.safetensors_io import load_tensors, read_headers
+from qalora_compile.verify.proof.graphs.stored_tensor import read_safetensors
 from tests.attacks.support import attack, refused
 
 READERS: dict[str, Callable[[Path], Any]] = {

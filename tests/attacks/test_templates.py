@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qalora_compile.training.lines import LineReader
+from qalora_compile.training.data.parse_line import LineReader
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 from tests.attacks.support import SECRET, attack, refused
 from tests.fuzz.seeds import write_tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qalora_compile.capture.source import load_source
+from qalora_compile.capture.load_source import load_source
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 from tests.attacks.support import SECRET, attack, refused
 from tests.fuzz.seeds import FORMATS

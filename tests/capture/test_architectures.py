@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qalora_compile.capture import checkpoint
-from qalora_compile.capture.checkpoint import load_checkpoint
+from qalora_compile.capture import lazy_folder
+from qalora_compile.capture.lazy_folder import load_checkpoint
 from qalora_compile.errors import UnsupportedError
-from qalora_compile.ir import deferred
-from qalora_compile.ir.deferred import is_deferred, materialize
-from qalora_compile.ir.storage import read_rows, read_tensor
+from qalora_compile.ir import lazy_tensor
+from qalora_compile.ir.lazy_tensor import is_deferred, materialize
+from qalora_compile.ir.safetensors_io import read_rows, read_tensor
 from tests.zoo.architectures import ARCHITECTURES, LOADED_OTHERWISE, build
 
 
@@ -65,14 +65,14 @@ def test_experts_are_read_one_after_another(
 
         return run
 
-    monkeypatch.setattr(checkpoint, "read_tensor", watched(read_tensor))
-    monkeypatch.setattr(checkpoint, "read_rows", watched(read_rows))
-    monkeypatch.setattr(deferred, "_PART_ELEMENTS", 1)
+    monkeypatch.setattr(lazy_folder, "read_tensor", watched(read_tensor))
+    monkeypatch.setattr(lazy_folder, "read_rows", watched(read_rows))
+    monkeypatch.setattr(lazy_tensor, "_PART_ELEMENTS", 1)
     build("MixtralForCausalLM").save_pretrained(tmp_path)
     model = load_checkpoint(tmp_path).model
     assert not [each for each in read if "expert" in each]
     stacked = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
-    for number, part in enumerate(deferred.materialize_parts(stacked)):
+    for number, part in enumerate(lazy_tensor.materialize_parts(stacked)):
         assert part.shape == (1, 192, 64)
         assert len(read) == 2 * (number + 1)  # its gate and its up projection
     assert len(read) == 8

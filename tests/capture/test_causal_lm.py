@@ -14,7 +14,7 @@ import qalora_compile as qc
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.skeleton import skeleton_of
 from qalora_compile.errors import CaptureError, UnsupportedError
-from qalora_compile.ir.deferred import is_deferred
+from qalora_compile.ir.lazy_tensor import is_deferred
 from tests.models import VOCABULARY, bert, gpt2, llama, token_ids
 
 

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qalora_compile.capture.checkpoint import capture_checkpoint
-from qalora_compile.capture.description import model_config
-from qalora_compile.capture.source import load_source
+from qalora_compile.capture.describe_model import model_config
+from qalora_compile.capture.lazy_folder import capture_checkpoint
+from qalora_compile.capture.load_source import load_source
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.deferred import materialize
+from qalora_compile.ir.lazy_tensor import materialize
 from tests.models import llama
 
 

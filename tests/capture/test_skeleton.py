@@ -11,7 +11,7 @@ import torch
 
 from qalora_compile.capture.skeleton import build_skeleton, skeleton_of
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.deferred import is_deferred
+from qalora_compile.ir.lazy_tensor import is_deferred
 from tests.models import llama
 
 

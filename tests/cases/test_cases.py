@@ -20,8 +20,8 @@ from qalora_compile.api import lower
 from qalora_compile.config import CALIBRATED, METHODS
 from qalora_compile.errors import PreconditionError
 from qalora_compile.ir.affine import expand_groups
-from qalora_compile.ir.packing import unpack_codes
-from qalora_compile.ir.plan import KEEP, QUANTIZE
+from qalora_compile.ir.packing.bitstream import unpack_codes
+from qalora_compile.ir.site_plan import KEEP, QUANTIZE
 from qalora_compile.ir.spec import GROUP_SUM
 from qalora_compile.runtime import open_session
 from tests.models import (

@@ -11,16 +11,16 @@ import gguf
 import pytest
 import torch
 
-from qalora_compile.capture.peft_adapter import read_peft_adapter
-from qalora_compile.capture.source import load_source
+from qalora_compile.capture.load_source import load_source
+from qalora_compile.capture.peft_adapters import read_peft_adapter
 from qalora_compile.cli.main import main
 from qalora_compile.config import QuantSpec
 from qalora_compile.ir.program import Program
 from qalora_compile.quantizers.minmax import quantize_minmax
-from tests.capture.stored.gguf_files import write_llama
-from tests.capture.stored.models import write_folder
-from tests.capture.stored.test_gptq import gptq_config, gptq_layer
-from tests.capture.test_peft_adapter import authors_adapter, lora, pooled, trained
+from tests.capture.checkpoints.gguf_files import write_llama
+from tests.capture.checkpoints.models import write_folder
+from tests.capture.checkpoints.test_gptq import gptq_config, gptq_layer
+from tests.capture.test_peft_adapters import authors_adapter, lora, pooled, trained
 from tests.models import llama
 
 Capture = pytest.CaptureFixture[str]

@@ -11,7 +11,7 @@ import pytest
 
 import qalora_compile as qc
 from qalora_compile.cli.main import main
-from tests.exporters.checkpoints import TEXT, causal_lm, write_tokenizer
+from tests.exporters.checkpoint_cases import TEXT, causal_lm, write_tokenizer
 from tests.models import capture_transformer
 
 Capture = pytest.CaptureFixture[str]

@@ -16,10 +16,10 @@ import onnx
 import pytest
 
 from qalora_compile.cli.main import COMMANDS, main
-from qalora_compile.ir.storage import load_tensors
+from qalora_compile.ir.safetensors_io import load_tensors
 from qalora_compile.runtime import kernel_level, library_path
-from qalora_compile.training.checkpoint import list_checkpoints
-from tests.verify.test_decoding import FAULTS, planted
+from qalora_compile.training.records.checkpoint import list_checkpoints
+from tests.verify.numeric.test_decoding_calls import FAULTS, planted
 
 Capture = pytest.CaptureFixture[str]
 

@@ -257,7 +257,7 @@ def test_many_rows_are_trained_on_from_their_file(
     words = ["finetune", str(model_folder), "--data", str(data_file), "--steps", "4", "--rank", "2"]
     words += ["--batch-size", "2", "--batches", "by-length", "--eval-data", str(data_file)]
     assert main([*words, "--out", str(tmp_path / "inside")]) == 0
-    monkeypatch.setattr("qalora_compile.training.lazy._FEW_ROWS", 0)
+    monkeypatch.setattr("qalora_compile.training.data.lazy_rows._FEW_ROWS", 0)
     assert main([*words, "--out", str(tmp_path / "outside")]) == 0
     assert "6 rows are checked, and tokenized while" in " ".join(capsys.readouterr().err.split())
     inside, outside = (record(tmp_path / name)["held_out"] for name in ("inside", "outside"))

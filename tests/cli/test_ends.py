@@ -102,7 +102,7 @@ def test_a_prompt_has_no_end_behind_it(run: Path, tmp_path: Path) -> None:
     from tokenizers import processors
     from transformers import AutoTokenizer
 
-    from qalora_compile.training.texts import prompt_tokens
+    from qalora_compile.training.data.tokenize import prompt_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(

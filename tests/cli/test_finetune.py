@@ -17,10 +17,11 @@ import torch
 
 from qalora_compile.cli.finetune_train import View
 from qalora_compile.cli.main import main
-from qalora_compile.ir.storage import load_tensors, replace_adapters
+from qalora_compile.ir.safetensors_io import load_tensors
+from qalora_compile.ir.storage import replace_adapters
 from qalora_compile.training import FitSpec, Metrics, StepReport
-from qalora_compile.training.checkpoint import list_checkpoints
-from qalora_compile.training.log import read_log
+from qalora_compile.training.records.checkpoint import list_checkpoints
+from qalora_compile.training.records.log import read_log
 from tests.cli import test_encoder_decoder
 
 Capture = pytest.CaptureFixture[str]

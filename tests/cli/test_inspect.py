@@ -15,7 +15,7 @@ from rich.console import Console
 import qalora_compile as qc
 from qalora_compile.cli import inspect as command
 from qalora_compile.cli import ui
-from qalora_compile.cli.alike import group_alike
+from qalora_compile.cli.inspect import group_alike
 from qalora_compile.cli.main import main
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from tests.models import OneLinear

@@ -17,7 +17,7 @@ from qalora_compile.cli.main import main
 from qalora_compile.cli.signals import Stop, Terminated, stopping
 from qalora_compile.errors import UserInputError
 from qalora_compile.files.locks import held
-from qalora_compile.training.checkpoint import list_checkpoints
+from qalora_compile.training.records.checkpoint import list_checkpoints
 from tests.e2e.ended import contents
 
 Capture = pytest.CaptureFixture[str]

@@ -13,8 +13,8 @@ from qalora_compile.cli.main import main
 from qalora_compile.cli.quantized import print_reports
 from qalora_compile.quantizers.report import QuantReport
 from qalora_compile.runtime.session import open_session
-from tests.capture.stored.models import linears, write_folder
-from tests.capture.stored.test_gptq import gptq_config, gptq_layer
+from tests.capture.checkpoints.models import linears, write_folder
+from tests.capture.checkpoints.test_gptq import gptq_config, gptq_layer
 from tests.models import assert_close, llama, slow, token_ids
 
 Capture = pytest.CaptureFixture[str]

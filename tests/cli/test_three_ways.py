@@ -20,14 +20,14 @@ from qalora_compile.training import (
     make_optimizer,
     make_schedule,
 )
-from qalora_compile.training.batches import Batches, Packed
-from qalora_compile.training.log import read_log
-from qalora_compile.training.trainer import (
+from qalora_compile.training.data.batches import Batches, Packed
+from qalora_compile.training.hf_trainer import (
     trainer_arguments,
     trainer_collate,
     trainer_optimizers,
     trainer_rows,
 )
+from qalora_compile.training.records.log import read_log
 
 SPEC = FitSpec(steps=6, batch_size=3, accumulate=2, learning_rate=1e-3, lora_plus_ratio=4.0, seed=1)
 ADAPTER = qc.AdapterSpec(rank=4, seed=1)

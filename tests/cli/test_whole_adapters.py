@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qalora_compile.cli.main import main
-from qalora_compile.training.log import read_log
-from qalora_compile.training.precision import has_bfloat16
+from qalora_compile.training.forward.autocast import has_bfloat16
+from qalora_compile.training.records.log import read_log
 
 
 @pytest.mark.parametrize("options", [("--adapter", "scale"), ("--zero-point", "integer")])

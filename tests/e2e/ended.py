@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from qalora_compile.cli.main import main as run_command
 from qalora_compile.files import recover
-from tests.capture.stored.gguf_files import write_llama
+from tests.capture.checkpoints.gguf_files import write_llama
 from tests.cli.tiny import write_data, write_model
 
 TIMEOUT_S = 60

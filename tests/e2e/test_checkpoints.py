@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qalora_compile as qc
-from qalora_compile.capture.source import load_source
+from qalora_compile.capture.load_source import load_source
 from qalora_compile.files.marks import GGUF_KEY
 from tests.models import randomize_adapters, scale_of, worst
 

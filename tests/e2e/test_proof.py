@@ -11,7 +11,7 @@ import pytest
 
 import qalora_compile as qc
 from qalora_compile.api import lower
-from qalora_compile.capture.source import load_source
+from qalora_compile.capture.load_source import load_source
 from qalora_compile.verify import check_certificate, compare_nodes, named_inputs
 from tests.models import randomize_adapters
 from tests.verify.planted import SPECS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import qalora_compile as qc
-from qalora_compile.capture.source import load_source
+from qalora_compile.capture.load_source import load_source
 from qalora_compile.config import METHODS
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.quantizers import get_quantizer, quantize_weight

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import qalora_compile as qc
-from qalora_compile.capture.source import load_source
-from qalora_compile.exporters.genai import CONFIG_FILE, genai_config
+from qalora_compile.capture.load_source import load_source
+from qalora_compile.exporters.onnx.genai_config import CONFIG_FILE, genai_config
 from qalora_compile.files import write_json
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.packing import unpack_codes
+from qalora_compile.ir.packing.bitstream import unpack_codes
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
 from tests.models import randomize_adapters
 

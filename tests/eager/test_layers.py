@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from qalora_compile.eager.layers import PARTS, AdaptedLinear, AdaptedWeight, register_parts
 from qalora_compile.ir.affine import group_count
-from qalora_compile.ir.packing import pack_codes
+from qalora_compile.ir.packing.bitstream import pack_codes
 
 
 def make_parts(

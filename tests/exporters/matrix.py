@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 import qalora_compile as qc
-from qalora_compile.capture.source import load_source
-from qalora_compile.exporters.write_checkpoint import FORMATS
-from qalora_compile.ir.plan import Site
-from tests.capture.stored.matrix import FORMATS as READ_FORMATS
-from tests.capture.stored.matrix import Written, _folders, _gptq, read_cells
-from tests.capture.stored.models import linears, weights_of, write_folder
-from tests.capture.stored.test_gptq import gptq_config, gptq_layer
-from tests.exporters.checkpoints import causal_lm, llama_and_program, made_whole, weight_of
+from qalora_compile.capture.load_source import load_source
+from qalora_compile.exporters.checkpoints.registry import FORMATS
+from qalora_compile.ir.site_plan import Site
+from tests.capture.checkpoints.matrix import FORMATS as READ_FORMATS
+from tests.capture.checkpoints.matrix import Written, _folders, _gptq, read_cells
+from tests.capture.checkpoints.models import linears, weights_of, write_folder
+from tests.capture.checkpoints.test_gptq import gptq_config, gptq_layer
+from tests.exporters.checkpoint_cases import causal_lm, llama_and_program, made_whole, weight_of
 from tests.exporters.decoders import DECODERS, Array
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
@@ -76,7 +76,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def more_gptq(folder: Path) -> Written:
-    """What `tests.capture.stored.matrix` has of GPTQ, symmetric zero-points, and offsets."""
+    """What `tests.capture.checkpoints.matrix` has of GPTQ, symmetric zero-points, and offsets."""
     yield from _gptq(folder)
     yield from _folders(
         folder / "gptq",

@@ -21,11 +21,11 @@ from qalora_compile.errors import (
     UnsupportedError,
     UserInputError,
 )
-from qalora_compile.exporters import hf_folder, hqq
-from qalora_compile.exporters.write_checkpoint import FORMATS
+from qalora_compile.exporters.checkpoints import hf_folder, hqq
+from qalora_compile.exporters.checkpoints.registry import FORMATS
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.packing import pack_words
-from tests.exporters.checkpoints import (
+from qalora_compile.ir.packing.bitstream import pack_words
+from tests.exporters.checkpoint_cases import (
     affine_of,
     causal_lm,
     llama_and_program,
@@ -459,7 +459,7 @@ def test_narrow_floats_of_gguf_are_declared() -> None:
 
 
 def test_cut_groups_hold_the_same_weight() -> None:
-    from qalora_compile.exporters.checkpoint import read_checkpoint
+    from qalora_compile.exporters.checkpoints.named_tensors import read_checkpoint
 
     for k, group_size, size in ((96, 64, 32), (96, 64, 16), (40, 128, 8), (64, 64, 64)):
         model = OneLinear(k, 6)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import qalora_compile as qc
-from qalora_compile.capture.source import Source, load_source
-from qalora_compile.capture.stored import folder as stored_folder
+from qalora_compile.capture.checkpoints import open_folder as stored_folder
+from qalora_compile.capture.load_source import Source, load_source
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.exporters import gptq as gptq_format
+from qalora_compile.exporters.checkpoints import gptq as gptq_format
+from qalora_compile.ir.activation_order import column_orders
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.columns import column_orders
-from qalora_compile.ir.stored_codes import StoredCodes, StoredWeight
-from tests.capture.stored.models import rewrite, weights_of, write_folder
-from tests.capture.stored.test_gptq import gptq_config, gptq_layer
+from qalora_compile.ir.checkpoint_codes import StoredCodes, StoredWeight
+from tests.capture.checkpoints.models import rewrite, weights_of, write_folder
+from tests.capture.checkpoints.test_gptq import gptq_config, gptq_layer
 from tests.exporters.decoders import DECODERS, config, tensors
 from tests.models import randomize_adapters, scale_of, token_ids, worst
 

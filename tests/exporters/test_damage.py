@@ -18,11 +18,11 @@ import qalora_compile as qc
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program_record import admit_file
-from qalora_compile.ir.storage import load_tensors, save_tensors
+from qalora_compile.ir.safetensors_io import load_tensors, save_tensors
 from qalora_compile.sealed import digest_of_file
 from qalora_compile.verify import Tolerance, prove_equivalence, verify_equivalence
 from qalora_compile.verify.inputs import sample_inputs
-from qalora_compile.verify.numeric import compare_nodes
+from qalora_compile.verify.numeric.compare_nodes import compare_nodes
 from tests.models import capture_transformer, llama
 
 NAMES = (

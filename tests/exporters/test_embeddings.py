@@ -15,9 +15,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 import qalora_compile as qc
-from qalora_compile.exporters.genai import CONFIG_FILE, genai_config
+from qalora_compile.exporters.onnx.genai_config import CONFIG_FILE, genai_config
 from qalora_compile.ir.storage import read_program
-from qalora_compile.passes.pipeline import Pipeline
+from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
 from tests.models import TiedHead, assert_close, llama, randomize_adapters, token_ids
 from tests.passes.test_quantize_embeddings import VOCABULARY, Untied, captured, ids_of
@@ -113,7 +113,7 @@ def test_written_by_rows_it_is_the_same_file(
 ) -> None:
     program = folded(8)
     program.save(tmp_path / "folded")
-    monkeypatch.setattr("qalora_compile.ir.deferred._PART_ELEMENTS", 1000)
+    monkeypatch.setattr("qalora_compile.ir.lazy_tensor._PART_ELEMENTS", 1000)
     stored = []
     for deferred in (False, True):
         path = tmp_path / f"{deferred}.onnx"

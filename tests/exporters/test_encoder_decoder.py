@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import qalora_compile as qc
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
-from qalora_compile.exporters.genai import CONFIG_FILE, genai_whisper_config
+from qalora_compile.exporters.onnx.genai_config import CONFIG_FILE, genai_whisper_config
 from qalora_compile.runtime import EncoderDecoder, kernel_level, library_path
 from tests.models import VOCABULARY, randomize_adapters
 from tests.zoo.entries import ENTRIES

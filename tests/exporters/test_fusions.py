@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import qalora_compile as qc
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.verify import compare_nodes, sample_inputs
-from qalora_compile.verify.decoding import decoding_calls
+from qalora_compile.verify.numeric.decoding_calls import decoding_calls
 from tests.models import gpt2, llama, slow, token_ids
 
 FUSED = {

@@ -19,7 +19,7 @@ import qalora_compile as qc
 from qalora_compile.api import complete_spec
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.exporters.genai import CONFIG_FILE, context_length, genai_config
+from qalora_compile.exporters.onnx.genai_config import CONFIG_FILE, context_length, genai_config
 from qalora_compile.ir.signature import InputLeaf, Signature
 from qalora_compile.ir.storage import read_program
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import pytest
 
 import qalora_compile as qc
-from qalora_compile.capture.checkpoint import capture_checkpoint
+from qalora_compile.capture.lazy_folder import capture_checkpoint
 from qalora_compile.cli.edge import EdgeParts
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from qalora_compile.errors import OutputError, UserInputError
 from qalora_compile.files import atomic_files, atomic_folder, check_output, reserve, write_json
 from qalora_compile.files.marks import GENERATOR, GGUF_KEY
-from qalora_compile.ir.storage import save_tensors
+from qalora_compile.ir.safetensors_io import save_tensors
 
 RECORDS = {
     "run.json": {"format": "qalora-run"},

@@ -119,7 +119,7 @@ def _hf(folder: Path) -> None:
 
 
 def _load_source(path: Path) -> str:
-    from qalora_compile.capture.source import load_source
+    from qalora_compile.capture.load_source import load_source
 
     source = load_source(str(path))
     codes, _ = source.stored()
@@ -136,7 +136,7 @@ def _tokens(tokenizer: Any) -> Any:
 
 
 def _read_tokenizer(folder: Path) -> str:
-    from qalora_compile.training.lines import LineReader
+    from qalora_compile.training.data.parse_line import LineReader
     from qalora_compile.untrusted.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -196,7 +196,7 @@ def _of_program(program: qc.Program) -> str:
 
 
 def _read_program(folder: Path) -> str:
-    from qalora_compile.verify.fx_graph import read_program_graph
+    from qalora_compile.verify.proof.graphs.read_fx import read_program_graph
 
     graph = read_program_graph(folder)
     stored = {name: tensor.digest for name, tensor in graph.tensors.items()}
@@ -205,8 +205,8 @@ def _read_program(folder: Path) -> str:
 
 def _checkpoint(folder: Path) -> None:
     from qalora_compile.training import FitSpec, FitState
-    from qalora_compile.training.checkpoint import save_checkpoint
-    from qalora_compile.training.identity import Identity
+    from qalora_compile.training.records.checkpoint import save_checkpoint
+    from qalora_compile.training.records.run_identity import Identity
 
     program, spec = _adapted(), FitSpec(steps=2)
     state = FitState.fresh(program, spec)
@@ -220,8 +220,8 @@ def _checkpoint(folder: Path) -> None:
 
 def _read_checkpoint(folder: Path) -> str:
     from qalora_compile.training import FitSpec, FitState
-    from qalora_compile.training.checkpoint import list_checkpoints, restore_checkpoint
-    from qalora_compile.training.identity import Identity
+    from qalora_compile.training.records.checkpoint import list_checkpoints, restore_checkpoint
+    from qalora_compile.training.records.run_identity import Identity
 
     program, spec = _adapted(), FitSpec(steps=2)
     found = list_checkpoints(folder)
@@ -256,8 +256,8 @@ def _edge_with_data(folder: Path) -> None:
 
 def _read_edge(folder: Path) -> str:
     from qalora_compile.cli.inspect import _inspect_onnx
-    from qalora_compile.verify.onnx_graph import read_onnx_graph
-    from qalora_compile.verify.onnx_session import OnnxSession
+    from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
+    from qalora_compile.verify.runners.onnx_session import OnnxSession
 
     path = folder / "model.onnx"
     rows = _inspect_onnx(path)
@@ -287,8 +287,8 @@ def _certificate(folder: Path) -> None:
 
 
 def _read_certificate(folder: Path) -> str:
-    from qalora_compile.verify.certificate import Certificate
-    from qalora_compile.verify.proof import check_certificate
+    from qalora_compile.verify.proof.certificate import Certificate
+    from qalora_compile.verify.proof.prove import check_certificate
 
     stated = Certificate.read(folder / "equal.json")
     certificate, problems = check_certificate(folder / "equal.json")
@@ -298,7 +298,7 @@ def _read_certificate(folder: Path) -> str:
 
 
 def _safetensors(folder: Path) -> None:
-    from qalora_compile.ir.storage import save_tensors
+    from qalora_compile.ir.safetensors_io import save_tensors
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -312,8 +312,8 @@ def _safetensors(folder: Path) -> None:
 
 
 def _read_safetensors(folder: Path) -> str:
-    from qalora_compile.ir.storage import load_tensors, read_headers, read_tensor
-    from qalora_compile.verify.stored import read_safetensors
+    from qalora_compile.ir.safetensors_io import load_tensors, read_headers, read_tensor
+    from qalora_compile.verify.proof.graphs.stored_tensor import read_safetensors
 
     path = folder / "model.safetensors"
     found = load_tensors(path)
@@ -324,7 +324,7 @@ def _read_safetensors(folder: Path) -> str:
 
 
 def _gguf(folder: Path) -> None:
-    from tests.capture.stored.gguf_files import write_llama
+    from tests.capture.checkpoints.gguf_files import write_llama
 
     folder.mkdir(parents=True, exist_ok=True)
     write_llama(folder / "model.gguf", "Q4_1", embedding="Q8_0")
@@ -332,8 +332,8 @@ def _gguf(folder: Path) -> None:
 
 def _read_gguf(folder: Path) -> str:
     """The model, its codes, and its metadata as they are copied."""
-    from qalora_compile.capture.stored.gguf import read_gguf_codes
-    from qalora_compile.exporters.gguf_metadata import write_metadata_file
+    from qalora_compile.capture.checkpoints.gguf import read_gguf_codes
+    from qalora_compile.exporters.checkpoints.gguf.metadata import write_metadata_file
 
     path = folder / "model.gguf"
     _, notes = read_gguf_codes(path)
@@ -343,8 +343,8 @@ def _read_gguf(folder: Path) -> str:
 
 
 def _quantized(kind: str, folder: Path) -> None:
-    from tests.capture.stored.test_folders import config_of, hqq_layer, mlx_layer
-    from tests.capture.stored.test_gptq import AWQ, awq_layer, gptq_config, gptq_layer
+    from tests.capture.checkpoints.test_folders import config_of, hqq_layer, mlx_layer
+    from tests.capture.checkpoints.test_gptq import AWQ, awq_layer, gptq_config, gptq_layer
 
     layers: dict[str, tuple[Any, dict[str, Any]]] = {
         "gptq": (gptq_layer([]), gptq_config()),
@@ -359,7 +359,7 @@ def _quantized(kind: str, folder: Path) -> None:
 def _write_quantized(folder: Path, layer: Any, config: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    from tests.capture.stored.models import linears
+    from tests.capture.checkpoints.models import linears
 
     model = tiny_llama()
     stored = {n: t.detach().clone() for n, t in model.state_dict().items() if n != "lm_head.weight"}
@@ -405,7 +405,7 @@ def _base() -> Any:
 
 
 def _read_peft(folder: Path) -> str:
-    from qalora_compile.capture.peft_adapter import (
+    from qalora_compile.capture.peft_adapters import (
         as_pooled,
         merge_,
         put_saved_,
@@ -444,7 +444,7 @@ def tokenizer() -> Any:
 
 
 def _read_jsonl(folder: Path) -> str:
-    from qalora_compile.training.data import load_examples
+    from qalora_compile.training.data.load_examples import load_examples
 
     data = load_examples(folder / "train.jsonl", tokenizer(), max_length=16)
     return digest([tuple(vars(example).items()) for example in data.examples], data.token_range)

@@ -155,10 +155,10 @@ def test_every_room_of_the_contract_exists() -> None:
 @pytest.mark.parametrize(
     ("room", "source"),
     [
-        ("exporters", "from qalora_compile.passes.base import Pass"),
+        ("exporters", "from qalora_compile.passes.framework.base import Pass"),
         ("exporters", "from qalora_compile import passes"),
         ("exporters", "from qalora_compile import Pipeline"),
-        ("exporters", "import qalora_compile.passes.base"),
+        ("exporters", "import qalora_compile.passes.framework.base"),
         ("verify", "import qalora_compile as qc"),
         ("ir", "def f():\n    from qalora_compile.passes import base"),
         ("ir", "import importlib\nimportlib.import_module('qalora_compile.passes')"),
@@ -166,7 +166,7 @@ def test_every_room_of_the_contract_exists() -> None:
         ("runtime", "from qalora_compile.ir.program import Program"),
         ("runtime", "from qalora_compile.files import write_json"),
         ("pages", "from qalora_compile.ir.program import Program"),
-        ("errors", "from qalora_compile.ir.plan import Site"),
+        ("errors", "from qalora_compile.ir.site_plan import Site"),
         ("capture", "from qalora_compile.verify import Report"),
         ("ir", "if TYPE_CHECKING:\n    pass\nelse:\n    from qalora_compile.passes import Pass"),
     ],

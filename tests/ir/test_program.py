@@ -15,6 +15,7 @@ from torch.nn import functional
 import qalora_compile as qc
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir import program_record, storage
+from qalora_compile.ir.safetensors_io import load_tensors
 from qalora_compile.sealed import read_sealed, unchecked, write_sealed
 from tests.models import (
     MLP,
@@ -310,7 +311,7 @@ def test_ties_are_kept(tmp_path: Path, forced: bool) -> None:
     shared = {n for n in again.tensors() if n in ("embed.weight", "lm_head.weight")}
     pointers = {again.tensors()[n].data_ptr() for n in shared}
     assert shared and len(pointers) == 1
-    stored = storage.load_tensors(tmp_path / "p" / "quantized.safetensors")
+    stored = load_tensors(tmp_path / "p" / "quantized.safetensors")
     assert sum(tuple(t.shape) == (48, 32) for t in stored.values()) == 1
 
 

@@ -15,13 +15,13 @@ import qalora_compile as qc
 from qalora_compile.errors import InternalError, UserInputError
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import LinearMap, match_linear
-from qalora_compile.ir.plan import KEEP, QUANTIZE
-from qalora_compile.ir.program import ANNOTATED
+from qalora_compile.ir.site_plan import KEEP, QUANTIZE
+from qalora_compile.ir.stages import ANNOTATED
 from qalora_compile.passes import annotate_linears as pass_module
 from qalora_compile.passes import quantize_groups as quantize_module
-from qalora_compile.passes import uses
+from qalora_compile.passes.analysis import find_weight_uses
+from qalora_compile.passes.analysis.find_weight_uses import owner_path
 from qalora_compile.passes.annotate_linears import AnnotateLinears
-from qalora_compile.passes.uses import owner_path
 from tests.models import MLP, TRANSFORMERS, SquareConv1D, TiedHead, UsedTwice, token_ids, worst
 
 Golden = Callable[[str, str], None]
@@ -153,7 +153,7 @@ def test_a_layer_read_the_wrong_way_round_is_caught(monkeypatch: pytest.MonkeyPa
         found = real(node)
         return found and dataclasses.replace(found, flipped=not found.flipped)
 
-    monkeypatch.setattr(uses, "match_linear", turned)
+    monkeypatch.setattr(find_weight_uses, "match_linear", turned)
     monkeypatch.setattr(quantize_module, "match_linear", turned)
     wrong = qc.quantize_groups(qc.capture_model(model, (x,)))
     report = qc.verify_equivalence(right, wrong, [(x,)], qc.Tolerance(max_rel=0.05))

@@ -21,10 +21,10 @@ from qalora_compile.capture.skeleton import skeleton_of
 from qalora_compile.config import BUDGET_UNITS
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
 from qalora_compile.passes.assign_bits import AssignBits
-from qalora_compile.passes.base import PassResult
-from qalora_compile.passes.choose_bits import _budget as budget_of
-from qalora_compile.passes.choose_bits import choose_bits
-from qalora_compile.passes.replay import replay
+from qalora_compile.passes.framework.base import PassResult
+from qalora_compile.passes.recipes.choose_bits import _budget as budget_of
+from qalora_compile.passes.recipes.choose_bits import choose_bits
+from qalora_compile.passes.recipes.replay import replay
 from qalora_compile.quantizers.sensitivity import measure_sensitivities
 from qalora_compile.runtime import open_session
 from tests.exporters.test_experts import Grouped
@@ -36,7 +36,7 @@ from tests.models import (
     randomize_adapters,
     token_ids,
 )
-from tests.passes.test_corrections import correlated
+from tests.passes.recipes.test_lora_init import correlated
 
 
 def by_hand(model: torch.nn.Module, x: Tensor, **choices: str) -> qc.Program:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 import qalora_compile as qc
 from qalora_compile.errors import PostconditionError, PreconditionError
-from qalora_compile.ir.plan import KEEP, QUANTIZE
+from qalora_compile.ir.site_plan import KEEP, QUANTIZE
 from qalora_compile.passes import canonicalize_pointwise as module
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import qalora_compile as qc
 from qalora_compile.errors import PreconditionError, UnsupportedError
-from qalora_compile.ir.program import FLOAT
 from qalora_compile.ir.spec import ON_CODES
+from qalora_compile.ir.stages import FLOAT
 from qalora_compile.passes.dequantize_groups import DequantizeGroups
 from tests.models import MLP, UsedTwice, adapted, worst
 from tests.zoo.entries import ENTRIES

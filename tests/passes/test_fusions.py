@@ -22,13 +22,13 @@ from qalora_compile.ir.spec import (
     ROTARY_EMBEDDING,
     SKIP_RMS_NORM,
 )
-from qalora_compile.passes import fuse_multi_head
-from qalora_compile.passes.fuse_attention import FuseAttention
-from qalora_compile.passes.fuse_multi_head import FuseMultiHead
-from qalora_compile.passes.fuse_rms_norm import FuseRmsNorm
-from qalora_compile.passes.fuse_rotary import FuseRotary
-from qalora_compile.passes.fuse_skip_norm import FuseSkipNorm
-from qalora_compile.passes.pipeline import Pipeline
+from qalora_compile.passes.framework.pipeline import Pipeline
+from qalora_compile.passes.fusions import fuse_multi_head
+from qalora_compile.passes.fusions.fuse_attention import FuseAttention
+from qalora_compile.passes.fusions.fuse_multi_head import FuseMultiHead
+from qalora_compile.passes.fusions.fuse_rms_norm import FuseRmsNorm
+from qalora_compile.passes.fusions.fuse_rotary import FuseRotary
+from qalora_compile.passes.fusions.fuse_skip_norm import FuseSkipNorm
 from tests.models import gpt2, llama, worst
 
 Golden = Callable[[str, str], None]

@@ -20,7 +20,7 @@ from qalora_compile.errors import (
     PreconditionError,
     UserInputError,
 )
-from qalora_compile.ir.plan import Site
+from qalora_compile.ir.site_plan import Site
 from qalora_compile.ir.spec import GROUP_SUM, POOLED_ADAPTER
 from qalora_compile.passes import insert_adapters as pass_module
 from qalora_compile.passes.insert_adapters import InsertAdapters

@@ -15,7 +15,7 @@ from qalora_compile.config import METHODS
 from qalora_compile.errors import UserInputError
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.quantize_groups import QuantizeGroups
-from qalora_compile.passes.replay import replay
+from qalora_compile.passes.recipes.replay import replay
 from qalora_compile.quantizers.report import collecting_reports
 from tests.models import MLP, ThreeReaders, UsedTwice, bert, llama, randomize_adapters, token_ids
 

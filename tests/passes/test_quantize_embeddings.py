@@ -14,12 +14,12 @@ from torch import Tensor, nn
 import qalora_compile as qc
 from qalora_compile.errors import InternalError, PostconditionError, UserInputError
 from qalora_compile.ir.affine import GroupAffine, is_whole
-from qalora_compile.ir.program import FLOAT
 from qalora_compile.ir.spec import GROUP_EMBEDDING, GROUP_LINEAR, POOLED_ADAPTER, validate
+from qalora_compile.ir.stages import FLOAT
 from qalora_compile.passes import quantize_embeddings as pass_module
 from qalora_compile.passes.dequantize_groups import DequantizeGroups
 from qalora_compile.passes.quantize_embeddings import QuantizeEmbeddings
-from qalora_compile.quantizers.whole import quantize_whole
+from qalora_compile.quantizers.minmax import quantize_whole
 from qalora_compile.verify.inputs import token_limits
 from tests.models import (
     TiedHead,

@@ -16,7 +16,7 @@ from qalora_compile.errors import PostconditionError, PreconditionError
 from qalora_compile.ir.spec import GROUP_SUM
 from qalora_compile.passes import PassResult
 from qalora_compile.passes.insert_adapters import InsertAdapters
-from qalora_compile.passes.legalize_ort_stock import LegalizeOrtStock
+from qalora_compile.passes.legalize.legalize_ort_stock import LegalizeOrtStock
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 from tests.models import MLP, ThreeReaders, adapted, llama, randomize_adapters, token_ids, worst
 

@@ -19,10 +19,10 @@ from qalora_compile.errors import (
     UserInputError,
 )
 from qalora_compile.ir.program_record import ADAPTERS_FILE
+from qalora_compile.ir.safetensors_io import load_tensors
 from qalora_compile.ir.spec import validate
-from qalora_compile.ir.storage import load_tensors
 from qalora_compile.passes import train_parameters
-from qalora_compile.passes.replay import replay
+from qalora_compile.passes.recipes.replay import replay
 from qalora_compile.passes.train_parameters import TrainParameters
 from tests.models import MLP, TiedHead, assert_close, randomize_adapters, worst
 

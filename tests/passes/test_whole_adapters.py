@@ -22,7 +22,7 @@ from qalora_compile.errors import (
     UnsupportedError,
     UserInputError,
 )
-from qalora_compile.ir import whole_ops
+from qalora_compile.ir.ops import integer_zero_linear
 from qalora_compile.ir.spec import WHOLE_LINEAR, validate
 from qalora_compile.passes import fold_adapters as fold_module
 from qalora_compile.passes.insert_adapters import InsertAdapters
@@ -209,7 +209,7 @@ def test_a_wrong_fold_is_found_by_number_and_by_proof(
 ) -> None:
     x = torch.randn(4, 32)
     program = adapted(kind, MLP(32, 8), x)
-    right = whole_ops.whole_parameters
+    right = integer_zero_linear.whole_parameters
 
     def doubled(*arguments: Any) -> Any:
         scale, offset, lora_a, lora_b, bits, scaling, kind = arguments

@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from qalora_compile.ir.group_packing import pack_groups
+from qalora_compile.ir.packing.kernel_layouts import pack_groups
 from qalora_compile.runtime.library import register
 
 Array = NDArray[Any]

@@ -19,14 +19,14 @@ import torch
 
 import qalora_compile as qc
 from qalora_compile.training import FitSpec, FitState, StepReport, fit
-from qalora_compile.training import checkpoint as module
-from qalora_compile.training.checkpoint import (
+from qalora_compile.training.records import checkpoint as module
+from qalora_compile.training.records.checkpoint import (
     list_checkpoints,
     remove_unfinished,
     restore_checkpoint,
     save_checkpoint,
 )
-from qalora_compile.training.identity import Identity
+from qalora_compile.training.records.run_identity import Identity
 from tests.training.test_fit import EXAMPLES, adapters, language_model
 
 SPEC = FitSpec(steps=6, batch_size=3, learning_rate=1e-2, seed=3)

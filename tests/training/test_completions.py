@@ -20,9 +20,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from qalora_compile.training.examples import IGNORED
-from qalora_compile.training.lines import LineReader
-from qalora_compile.training.texts import Texts
+from qalora_compile.training.data.example import IGNORED
+from qalora_compile.training.data.parse_line import LineReader
+from qalora_compile.training.data.tokenize import Texts
 
 CORPUS = [
     'Answer: 4\nQuestion: What is 2 + 2? Answer: 4 {"x": 1} {"x":1}',

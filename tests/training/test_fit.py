@@ -23,7 +23,7 @@ from qalora_compile.training import (
     make_schedule,
 )
 from qalora_compile.training.evaluate import logits_of, program_forward
-from qalora_compile.training.precision import has_bfloat16
+from qalora_compile.training.forward.autocast import has_bfloat16
 from tests.models import MLP, assert_close, llama, token_ids
 
 ROWS = [tuple(range(start, start + 9)) for start in range(10, 16)]

@@ -20,10 +20,10 @@ from qalora_compile.errors import (
     UserInputError,
 )
 from qalora_compile.training import Batches, Example, FitSpec, Packed, evaluate, fit
-from qalora_compile.training.batches import batch_at
+from qalora_compile.training.data.batches import batch_at
+from qalora_compile.training.data.example import IGNORED, collate
 from qalora_compile.training.evaluate import label_loss, packed_inputs, program_forward
-from qalora_compile.training.examples import IGNORED, collate
-from qalora_compile.training.packed import check_packed
+from qalora_compile.training.forward.check_packed import check_packed
 from tests.models import VOCABULARY, gpt2, llama, randomize_adapters, token_ids
 
 MODELS = {"llama": llama, "gpt2": gpt2}

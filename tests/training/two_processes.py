@@ -9,7 +9,7 @@ from pathlib import Path
 
 import qalora_compile as qc
 from qalora_compile.training import FitState, StepReport, find_processes, fit
-from tests.training.test_processes import EXAMPLES, HELD_OUT, SPEC, sums
+from tests.training.test_distributed import EXAMPLES, HELD_OUT, SPEC, sums
 
 
 def main(folder: Path) -> None:

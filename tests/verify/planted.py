@@ -17,8 +17,8 @@ import qalora_compile as qc
 from qalora_compile.api import lower
 from qalora_compile.errors import UserInputError
 from qalora_compile.verify import Certificate, compare_nodes, named_inputs, sample_inputs
-from qalora_compile.verify.bisect import Culprit, Step, bisect
-from qalora_compile.verify.judge import FAIL
+from qalora_compile.verify.debug.bisect import Culprit, Step, bisect
+from qalora_compile.verify.numeric.error_bound import FAIL
 from tests.models import randomize_adapters
 
 WIDTH, INNER, WORDS = 48, 64, 40

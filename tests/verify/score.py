@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qalora_compile.verify.judge import FAIL, PASS
+from qalora_compile.verify.numeric.error_bound import FAIL, PASS
 from tests.verify.planted import Found, is_in_a_pass
 
 

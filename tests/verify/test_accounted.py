@@ -12,11 +12,11 @@ import onnx
 import pytest
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.verify.graph import FX, ONNX, Graph, Node, Ref, Tensor
-from qalora_compile.verify.onnx_bodies import body_of, captured
-from qalora_compile.verify.onnx_graph import onnx_nodes
-from qalora_compile.verify.stored import Array, from_array
-from qalora_compile.verify.structural import DIFFERENT, OPEN, PROVED, compare_structure
+from qalora_compile.verify.proof.graphs.graph import FX, ONNX, Graph, Node, Ref, Tensor
+from qalora_compile.verify.proof.graphs.onnx_subgraphs import body_of, captured
+from qalora_compile.verify.proof.graphs.read_onnx import onnx_nodes
+from qalora_compile.verify.proof.graphs.stored_tensor import Array, from_array
+from qalora_compile.verify.proof.match_structure import DIFFERENT, OPEN, PROVED, compare_structure
 
 X, C = Ref("x"), Tensor("c")
 ONES = np.ones(8, np.float32)

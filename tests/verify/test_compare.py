@@ -19,7 +19,7 @@ from qalora_compile.verify.compare import (
     compare,
     worst_of,
 )
-from qalora_compile.verify.judge import FAIL, PASS
+from qalora_compile.verify.numeric.error_bound import FAIL, PASS
 
 
 def test_a_known_difference_has_known_figures() -> None:

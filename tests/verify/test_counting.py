@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import qalora_compile as qc
-from qalora_compile.verify.cached import counts_padding
-from qalora_compile.verify.runners import ProgramRunner
+from qalora_compile.verify.runners.kv_cache import counts_padding
+from qalora_compile.verify.runners.open_runner import ProgramRunner
 from tests.zoo.architectures import build
 
 KINDS = {

@@ -22,11 +22,11 @@ import qalora_compile as qc
 from qalora_compile.cli.main import main
 from qalora_compile.ir.affine import expand_groups
 from qalora_compile.ir.meta import site_of
-from qalora_compile.ir.packing import unpack_codes
+from qalora_compile.ir.packing.bitstream import unpack_codes
 from qalora_compile.ir.pattern import match_linear
-from qalora_compile.passes.base import validating
+from qalora_compile.passes.framework.base import validating
 from qalora_compile.runtime import library_path
-from qalora_compile.verify.decoding import sequence_calls
+from qalora_compile.verify.numeric.decoding_calls import sequence_calls
 from tests.models import assert_close, randomize_adapters, scale_of, worst
 from tests.zoo import eager
 from tests.zoo.entries import Entry

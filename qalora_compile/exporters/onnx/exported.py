@@ -26,7 +26,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.shapes import propagate, without_assertions
+from qalora_compile.ir.shape_propagation import propagate, without_assertions
 from qalora_compile.ir.signature import argument_names, input_spec
 
 _ATEN = torch.ops.aten

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qalora_compile.errors import InternalError, UserInputError
 from qalora_compile.exporters.onnx.weight_file import WeightFile
-from qalora_compile.ir.deferred import is_deferred, materialize, materialize_parts
+from qalora_compile.ir.lazy_tensor import is_deferred, materialize, materialize_parts
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
 from qalora_compile.progress import announce

@@ -10,9 +10,10 @@ import torch
 
 from qalora_compile.exporters.onnx.small_types import use_small_types
 from qalora_compile.ir.meta import site_of
-from qalora_compile.ir.plan import EMBEDDING, Site
-from qalora_compile.ir.program import PLANE_NAMES, Program
+from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Signature
+from qalora_compile.ir.site_plan import EMBEDDING, Site
+from qalora_compile.ir.stages import PLANE_NAMES
 from qalora_compile.optional import require
 
 _FOLD_LIMIT_ELEMENTS = 4096  # folding larger constants would store weights twice

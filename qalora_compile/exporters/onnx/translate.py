@@ -20,7 +20,7 @@ from qalora_compile.exporters.onnx.translate_contrib import contrib_table
 from qalora_compile.exporters.onnx.translate_embeddings import embedding_table
 from qalora_compile.exporters.onnx.translate_experts import expert_table
 from qalora_compile.exporters.onnx.translate_fused import fused_table
-from qalora_compile.ir.nbits import largest_block, stored_bits
+from qalora_compile.ir.packing.kernel_layouts import largest_block, stored_bits
 from qalora_compile.optional import require
 
 Table = dict[Callable[..., Any], Callable[..., Any]]

@@ -8,7 +8,7 @@ from typing import Any
 
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import InternalError
-from qalora_compile.exporters.base import EXACT, Capability, ExportReport, rounds
+from qalora_compile.exporters.capability import EXACT, Capability, ExportReport, rounds
 from qalora_compile.exporters.onnx.functions import (
     MICROSOFT,
     QALORA,
@@ -19,8 +19,9 @@ from qalora_compile.exporters.onnx.model import translate
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.files import atomic_files
 from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY
-from qalora_compile.ir.plan import Site
-from qalora_compile.ir.program import PLANE_NAMES, Program
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.site_plan import Site
+from qalora_compile.ir.stages import PLANE_NAMES
 from qalora_compile.optional import require
 
 
@@ -68,7 +69,7 @@ def _add_functions(model: Any) -> None:
 
 
 def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
-    from qalora_compile import __version__
+    from qalora_compile._version import __version__
 
     tensors = program.tensors()
     sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}

@@ -1,0 +1,84 @@
+"""AWQ checkpoints of the layout `gemm`: `w = scale · (q − zero_point)`, 4 bits.
+
+`qweight` is int32 `[K, N / 8]`, `qzeros` int32 `[L, N / 8]`: eight outputs in a word, those of even
+number in its lower half, those of odd number in its upper; `scales` is `[L, N]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.capture.checkpoints.base import (
+    CONFIG,
+    WHOLE_ROWS,
+    Decoded,
+    Tensors,
+    affine_of,
+    check_matrix,
+    section,
+    take,
+    whole_number,
+)
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.ir.checkpoint_codes import StoredWeight
+
+_PARTS = ("qweight", "qzeros", "scales")
+_BITS = 4
+_GROUP_SIZE = 128
+"""Where the configuration says none."""
+_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight outputs lies in the first four bits of a word, in the next, and so on."""
+
+
+def decode_awq(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
+    """Every weight that has `qweight`.
+
+    Raises:
+        UserInputError: a tensor is missing or of another shape than the others say.
+        UnsupportedError: other bits than 4, or another layout.
+    """
+    options = {"group_size": _GROUP_SIZE, **section(config, "quantization_config", CONFIG)}
+    bits, layout = options.get("bits"), str(options.get("version", "gemm")).lower()
+    if bits != _BITS or layout != "gemm":
+        raise UnsupportedError(
+            f"an AWQ checkpoint of {bits} bits in the layout {layout!r}",
+            where=CONFIG,
+            hint="4 bits in the layout 'gemm' can be read",
+        )
+    group_size = whole_number(options, "group_size", CONFIG, rows=True)
+    weights, used = {}, set[str]()
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        module = name.removesuffix(".qweight")
+        parts = take(tensors, module, _PARTS)
+        weights[module] = _decode(module, parts, group_size)
+        used |= {f"{module}.{part}" for part in _PARTS}
+    return Decoded(weights, frozenset(used))
+
+
+def _decode(module: str, parts: Mapping[str, Tensor], group_size: int) -> StoredWeight:
+    codes = _unpack(module, "qweight", parts["qweight"]).t()
+    zeros = _unpack(module, "qzeros", parts["qzeros"]).t().float()
+    check_matrix(module, "scales", parts["scales"], None, "[L, N]")
+    scale = parts["scales"].t().float()
+    if zeros.shape != scale.shape:
+        raise UserInputError(
+            f"{module}.qzeros is {list(parts['qzeros'].shape)}, and scales of "
+            f"{list(parts['scales'].shape)} want {[scale.shape[1], scale.shape[0] // 8]}",
+            where=f"{module}.qzeros",
+        )
+    group = codes.shape[1] if group_size == WHOLE_ROWS else group_size
+    affine = affine_of(module, codes, scale, -scale * zeros, _BITS, group)
+    return StoredWeight(affine, "AWQ 4 bits")
+
+
+def _unpack(module: str, part: str, packed: Tensor) -> Tensor:
+    """`[R, N / 8]` int32 to `[R, N]` uint8."""
+    check_matrix(module, part, packed, torch.int32, "[.., N / 8]")
+    codes = torch.empty((*packed.shape, 8), dtype=torch.uint8)
+    for place, output in enumerate(_OUTPUTS):
+        codes[..., output] = ((packed >> 4 * place) & 15).to(torch.uint8)
+    return codes.flatten(1)

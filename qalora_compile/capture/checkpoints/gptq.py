@@ -1,0 +1,245 @@
+"""GPTQ checkpoints: `w = scale · (q − zero_point)` (AutoGPTQ, GPTQModel; format `gptq`, `gptq_v2`).
+
+`qweight` is int32 `[K · bits / 32, N]`, a little-endian stream of codes along K; `qzeros` int32
+`[L, N · bits / 32]`, a stream along N; `scales` `[L, N]`; `g_idx` `[K]` names the group of each
+column of the weight, in any order where it was quantized by activation order. Where `config.json`
+says so (`desc_act`) and a layer has none, the order is lost, and the checkpoint refused.
+
+Version 1 stores zero-points less one, modulo 2^bits; version 2 as they are. The tag in
+`config.json` says which, but is wrong in some checkpoints. The QA-LoRA authors' script and a fork
+of it store zero-points in floating point, `[L, N]`: as zero-points (`w = scale · (q − z)`), or as
+offsets (`w = scale · q + z`). `gptq_zeros` decides, layer by layer; what neither tag, numbers nor
+weights tell, `zero_points` has to.
+
+GPTQModel gives single layers other options: `dynamic` in `quantization_config` has regular
+expressions that match the beginning of a module's name, and the first that does decides. Behind
+`+:`, or nothing, stand options that replace the general ones; `-:` marks layers left in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.capture.checkpoints.base import (
+    CONFIG,
+    WHOLE_ROWS,
+    Decoded,
+    Tensors,
+    affine_of,
+    check_matrix,
+    check_shapes,
+    code_width,
+    column_order,
+    missing_order,
+    section,
+    take,
+    unpack_stream,
+    whole_number,
+)
+from qalora_compile.capture.checkpoints.gptq_zeros import V1, V2, StoredLayer, zero_forms
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.ir.checkpoint_codes import StoredWeight
+from qalora_compile.untrusted import quoted
+from qalora_compile.untrusted.patterns import matches
+
+_TAGS = {"gptq": V1, "gptq_v2": V2, "": V1}
+_PARTS = ("qweight", "qzeros", "scales")
+_FLOAT, _OTHERWISE = "-:", "+:"
+_DYNAMIC, _ORDERED = "dynamic", "desc_act"
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a checkpoint is to be read, by `config.json`."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    ordered: bool
+    tag: str
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> _Form:
+        """Read `quantization_config`.
+
+        Raises:
+            UserInputError: bits or group size are missing.
+            UnsupportedError: the checkpoint is of another format than GPTQ's own.
+        """
+        tag = str(options.get("checkpoint_format") or "")
+        if tag not in _TAGS:
+            raise UnsupportedError(
+                f"the GPTQ checkpoint is packed as {tag!r}",
+                where=CONFIG,
+                hint=f"save it as {' or '.join(filter(None, _TAGS))}",
+            )
+        bits = code_width(options, "bits", CONFIG)
+        group = whole_number(options, "group_size", CONFIG, rows=True)
+        ordered = bool(options.get(_ORDERED))
+        return cls(bits, group, bool(options.get("sym")), ordered, _TAGS[tag])
+
+    def of_module(self, module: str, dynamic: Mapping[str, Any]) -> _Form:
+        """How one module is to be read, by the first rule that matches its name.
+
+        Raises:
+            UserInputError: a rule is no regular expression or gives no numbers, or says that the
+                module is in float.
+        """
+        for rule in dynamic:
+            pattern = rule.removeprefix(_FLOAT).removeprefix(_OTHERWISE)
+            try:
+                if not matches(pattern, module, whole=False):
+                    continue
+            except UserInputError as error:
+                raise UserInputError(
+                    f"the rule {quoted(rule)} of quantization_config.dynamic cannot be read: "
+                    f"{error.what}",
+                    where=module,
+                    hint=error.hint,
+                ) from None
+            if rule.startswith(_FLOAT):
+                raise UserInputError(
+                    f"{module} is quantized, and the rule {rule!r} says that it is not",
+                    where=module,
+                )
+            where = f"{CONFIG}: {_DYNAMIC}: {rule}"
+            own = section(dynamic, rule, f"{CONFIG}: {_DYNAMIC}")
+            options = {"bits": self.bits, "group_size": self.group_size, **own}
+            return replace(
+                self,
+                bits=code_width(options, "bits", where),
+                group_size=whole_number(options, "group_size", where, rows=True),
+                symmetric=bool(options.get("sym", self.symmetric)),
+                ordered=bool(options.get(_ORDERED, self.ordered)),
+            )
+        return self
+
+
+def decode_gptq(
+    tensors: Tensors, config: Mapping[str, Any], *, zero_points: str | None = None
+) -> Decoded:
+    """Every weight that has `qweight`.
+
+    Args:
+        tensors: By name.
+        config: `config.json`.
+        zero_points: How zero-points are stored, one of `gptq_zeros.ZERO_POINTS`; None: by tag,
+            numbers and weights.
+
+    Raises:
+        UserInputError: a tensor is missing or of another shape than the others say, or what its
+            zero-points are cannot be told.
+        UnsupportedError: the format is packed in another way.
+    """
+    options = section(config, "quantization_config", CONFIG)
+    general, dynamic = _Form.of(options), section(options, _DYNAMIC, CONFIG)
+    modules = [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]
+    layers: dict[str, StoredLayer] = {}
+    orders: dict[str, Tensor | None] = {}
+    used = set[str]()
+    for module in modules:
+        form, parts = general.of_module(module, dynamic), take(tensors, module, _PARTS)
+        _check(module, parts, form)
+        layer = _unpack(module, parts, form)
+        order = _order(module, tensors.get(f"{module}.g_idx"), layer, form.ordered)
+        layers[module] = layer if order is None else replace(layer, codes=layer.codes[:, order])
+        orders[module] = order
+        used |= {f"{module}.{part}" for part in (*_PARTS, "g_idx")} & set(tensors)
+    _check_orders(orders, layers, tensors)
+    read, notes = zero_forms(layers, general.tag, zero_points)
+    weights = {m: _decode(m, layer, orders[m], read[m]) for m, layer in layers.items()}
+    return Decoded(weights, frozenset(used), notes)
+
+
+def _check(module: str, parts: Mapping[str, Tensor], form: _Form) -> None:
+    """See that the tensors of a layer fit together.
+
+    Raises:
+        UserInputError: one is of another dtype or shape than the others, or the bits, say.
+    """
+    packed, scales, zeros = (parts[part] for part in ("qweight", "scales", "qzeros"))
+    check_matrix(module, "qweight", packed, torch.int32, f"[K · {form.bits} / 32, N]")
+    if packed.shape[0] * 32 % form.bits:
+        raise UserInputError(
+            f"{module}.qweight is {list(packed.shape)}, and its rows are no whole codes of "
+            f"{form.bits} bits",
+            where=f"{module}.qweight",
+        )
+    check_matrix(module, "scales", scales, None, "[L, N]")
+    groups, n = scales.shape
+    if packed.shape[1] != n:
+        raise UserInputError(
+            f"{module}.scales is {list(scales.shape)}, and its codes are for {packed.shape[1]} "
+            "outputs",
+            where=f"{module}.scales",
+        )
+    floating = zeros.is_floating_point()
+    wanted = [groups, n if floating else -(-n * form.bits // 32)]
+    if list(zeros.shape) != wanted or not (floating or zeros.dtype == torch.int32):
+        raise UserInputError(
+            f"{module}.qzeros is {zeros.dtype} {list(zeros.shape)}, and scales of "
+            f"{[groups, n]} want {wanted}",
+            where=f"{module}.qzeros",
+            hint="integer zero-points are int32, packed along the outputs, floating ones are not",
+        )
+
+
+def _unpack(module: str, parts: Mapping[str, Tensor], form: _Form) -> StoredLayer:
+    """A layer's codes, columns as they are stored, with its scales and zero-points.
+
+    Raises:
+        UserInputError: there are other scales than its groups want.
+    """
+    packed, zeros = parts["qweight"], parts["qzeros"]
+    k, n = packed.shape[0] * 32 // form.bits, packed.shape[1]
+    group = k if form.group_size == WHOLE_ROWS else form.group_size
+    codes = unpack_stream(packed.t().contiguous().view(torch.uint8), form.bits, k)
+    scale, floating = parts["scales"].t().float(), zeros.is_floating_point()
+    check_shapes(module, codes, group, scale=scale)
+    if not floating:
+        zeros = unpack_stream(zeros.contiguous().view(torch.uint8), form.bits, n)
+    return StoredLayer(codes, scale, zeros.t().float(), floating, form.bits, group, form.symmetric)
+
+
+def _order(module: str, g_idx: Tensor | None, layer: StoredLayer, ordered: bool) -> Tensor | None:
+    """The order of a layer's columns in which groups are contiguous; see `column_order`.
+
+    Raises:
+        UserInputError: an order is promised, and there is none.
+    """
+    name, k = f"{module}.g_idx", layer.codes.shape[1]
+    if g_idx is None and ordered and k > layer.group_size:
+        raise missing_order(name, f"{_ORDERED}: true")
+    return column_order(name, g_idx, k, layer.group_size)
+
+
+def _check_orders(
+    orders: Mapping[str, Tensor | None], layers: Mapping[str, StoredLayer], tensors: Tensors
+) -> None:
+    """See that no layer lacks its order where others have theirs.
+
+    Raises:
+        UserInputError: one does.
+    """
+    ordered = next((module for module, order in orders.items() if order is not None), None)
+    grouped = [m for m, layer in layers.items() if layer.codes.shape[1] > layer.group_size]
+    without = next((module for module in grouped if f"{module}.g_idx" not in tensors), None)
+    if ordered is not None and without is not None:
+        raise UserInputError(
+            f"the checkpoint has no tensor {without}.g_idx, and {ordered}.g_idx puts columns in "
+            "another order",
+            where=f"{without}.g_idx",
+            hint="fetch the checkpoint again: the order of the columns is not known",
+        )
+
+
+def _decode(module: str, layer: StoredLayer, order: Tensor | None, form: str) -> StoredWeight:
+    bits, offset = layer.bits, layer.offset(form)
+    affine = affine_of(module, layer.codes, layer.scale, offset, bits, layer.group_size)
+    act = ", act-order" if order is not None else ""
+    return StoredWeight(affine, f"GPTQ {bits} bits{act}", order)

@@ -1,0 +1,167 @@
+"""Hugging Face checkpoints whose weights stay in their files until they are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qalora_compile.capture.causal_lm import capture_causal_lm
+from qalora_compile.capture.encoder_decoder import capture_whole, is_encoder_decoder
+from qalora_compile.capture.lazy_loading import Casts, LazyTensor, load_lazily
+from qalora_compile.capture.loading import check_report, unreadable
+from qalora_compile.capture.skeleton import model_class, read_config
+from qalora_compile.capture.text_model import capture_text_model
+from qalora_compile.errors import QaloraError, UnsupportedError, UserInputError
+from qalora_compile.ir.lazy_tensor import is_deferred, is_placeholder, materialize
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.safetensors_io import read_headers, read_rows, read_tensor
+from qalora_compile.ir.signature import dtype_name
+from qalora_compile.untrusted import member, read_json
+
+_INDEX = "model.safetensors.index.json"
+
+
+def capture_checkpoint(folder: Path, *, last_logits: bool = False, cache: bool = True) -> Program:
+    """A model that reads tokens from its folder, with deferred weights.
+
+    A decoder-only one that generates has its key-value cache; one with an encoder too is captured
+    as one forward of whole sequences, to be split when it is quantized
+    (`api.split_encoder_decoder`); an encoder alone as its one forward.
+
+    Memory does not grow with the model: nothing is read but the headers of the files. Passes run on
+    shapes, and an exporter reads, quantizes and writes one layer after another.
+
+    Args:
+        folder: `config.json` and safetensors, one file or several with an index.
+        last_logits: As for `capture_causal_lm`; of no effect with an encoder.
+        cache: Give a decoder-only model its key-value cache.
+
+    Raises:
+        UserInputError: a file is missing or broken, or a tensor is missing or of another shape.
+        UnsupportedError: the architecture is none of transformers, or has no such cache.
+        CaptureError: `torch.export` refused the model.
+    """
+    loaded = load_checkpoint(folder)
+    if is_encoder_decoder(loaded.model):
+        program = capture_whole(loaded.model)
+    elif not cache or not loaded.model.can_generate():
+        program = capture_text_model(loaded.model)
+    else:
+        program = capture_causal_lm(loaded.model, last_logits=last_logits)
+    tensors = program.tensors()
+    own = dict(loaded.model.named_parameters(remove_duplicate=False))
+    tensors |= {name: own[name] for name, tensor in tensors.items() if is_deferred(tensor)}
+    made_of = program.evolve(graph=program.copy_graph(), tensors=tensors)
+    return dataclasses.replace(made_of, notes=(*program.notes, *loaded.notes))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model of transformers whose weights are deferred.
+
+    Attributes:
+        model: In evaluation mode; its buffers have their values.
+        notes: What was made of the checkpoint that its configuration does not say.
+    """
+
+    model: Any
+    notes: tuple[str, ...]
+
+
+def load_checkpoint(folder: Path) -> Loaded:
+    """The model that transformers loads from a folder, its weights left in their files.
+
+    Raises:
+        UserInputError, UnsupportedError: see `capture_checkpoint`.
+    """
+    kind = model_class(folder)
+    config = read_config(kind, folder)
+    casts: Casts = Counter()
+    stored = _read_headers(folder, casts)
+    try:
+        model, report = load_lazily(kind, config, stored)
+    except QaloraError:
+        raise
+    except Exception as error:  # transformers raises types of many kinds
+        raise unreadable(folder, error) from error
+    check_report(report, model, folder)
+    for name, parameter in model.named_parameters():
+        if is_placeholder(parameter):
+            raise UnsupportedError(
+                f"transformers makes {name} in place, of other tensors of the checkpoint",
+                where=str(folder),
+                hint="load the model with transformers, and give it to qc.capture_model",
+            )
+    for name, buffer in list(model.named_buffers()):
+        if is_deferred(buffer):
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, materialize(buffer))
+    return Loaded(model, (*_untied(model), *_cast(casts)))
+
+
+def _untied(model: Any) -> list[str]:
+    """A note for each tensor that the configuration ties, and the files hold apart.
+
+    `tie_word_embeddings` of a configuration is often left from the base of a model whose head was
+    trained and stored (PEFT's `modules_to_save`, merges).
+    """
+    expected = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return [
+        f"{name} is tied to {owner} by config.json, and the files hold another tensor for it: "
+        "both are used, as transformers does"
+        for name, owner in expected.items()
+        if name not in model.all_tied_weights_keys
+    ]
+
+
+def _cast(casts: Casts) -> list[str]:
+    return [
+        f"{count} tensors are {dtype_name(stored)} in the files and {dtype_name(wanted)} by "
+        "config.json: cast, as transformers does"
+        for (stored, wanted), count in casts.items()
+    ]
+
+
+def _read_headers(folder: Path, casts: Casts) -> Mapping[str, LazyTensor]:
+    """Every tensor of a checkpoint, by name; opens each file once.
+
+    Args:
+        folder: With one file or several.
+        casts: Counts the tensors that are asked for in another dtype.
+
+    Raises:
+        UserInputError: there is none, or one of its files is missing or broken; it is named.
+    """
+    if (folder / _INDEX).is_file():
+        value = read_json(folder / _INDEX)
+        wanted = value.get("weight_map") if isinstance(value, dict) else None
+        if not isinstance(wanted, dict):
+            raise UserInputError(f"{_INDEX} has no weight_map", where=str(folder / _INDEX))
+        if not all(isinstance(name, str) for name in wanted.values()):
+            raise UserInputError(f"{_INDEX} names no files", where=str(folder / _INDEX))
+        files = [member(folder, name) for name in dict.fromkeys(wanted.values())]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserInputError(
+            "the folder holds no safetensors file",
+            where=str(folder),
+            hint="convert once with model.save_pretrained(folder), which writes safetensors",
+        )
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def lazy(path: Path, name: str, like: Tensor) -> LazyTensor:
+        read, rows = partial(read_tensor, path, name), partial(read_rows, path, name)
+        return LazyTensor(name, like, mode, read, rows, casts)
+
+    return {
+        name: lazy(path, name, like) for path in files for name, like in read_headers(path).items()
+    }

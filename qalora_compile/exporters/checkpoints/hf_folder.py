@@ -1,0 +1,186 @@
+"""Folders in the layout of Hugging Face: safetensors, `config.json`, tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qalora_compile.exporters.capability import StoredTensor
+from qalora_compile.exporters.checkpoints.named_tensors import (
+    WEIGHT,
+    Checkpoint,
+    Layer,
+    Misfit,
+    check_half_range,
+    stored_error,
+)
+from qalora_compile.files import write_json
+from qalora_compile.ir.model_description import Description
+from qalora_compile.progress import track
+
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 4 << 30
+"""A file of weights is closed when it would become larger; memory holds one at a time."""
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_TOKENIZER_FILES = (
+    *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template*"),
+)
+
+
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the tokenizer's files among those of a folder; False where there are none."""
+    files = [file for name in _TOKENIZER_FILES for file in source.glob(name) if file.is_file()]
+    for file in files:
+        shutil.copy2(file, target / file.name)
+    return bool(files)
+
+
+class FolderWriter:
+    """Writes the weights of a model, one file after another, then what describes them.
+
+    Args:
+        folder: An empty folder.
+        tag: What the files say that they are for, `pt` or `mlx`.
+        shard_bytes: Most that a file takes, unless one tensor is larger.
+    """
+
+    def __init__(self, folder: Path, *, tag: str = "pt", shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder, self._tag, self._limit = folder, tag, shard_bytes
+        self._open: dict[str, Tensor] = {}
+        self._size = self._total = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor; its memory is its own from here on."""
+        size = tensor.numel() * tensor.element_size()
+        if self._open and self._size + size > self._limit:
+            self._close_shard()
+        self._open[name] = tensor.detach().contiguous().clone()
+        self._size, self._total = self._size + size, self._total + size
+
+    def finish(
+        self, description: Description | None, changes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the last file, the index if there are several, configuration and tokenizer.
+
+        Args:
+            description: Of the model; None where nothing but the weights is known.
+            changes: Entries of `config.json` that the format adds.
+        """
+        self._close_shard()
+        self._name_shards()
+        config = dict(description.config if description is not None else {}) | dict(changes or {})
+        if config:
+            write_json(self._folder / CONFIG_FILE, config)
+        if description is None:
+            return
+        if description.generation is not None:
+            write_json(self._folder / GENERATION_FILE, dict(description.generation))
+        if description.tokenizer is not None:
+            copy_tokenizer(description.tokenizer, self._folder)
+
+    def _close_shard(self) -> None:
+        path = self._folder / f".shard-{len(self._shards)}"
+        save_file(self._open, path, metadata={"format": self._tag})
+        self._shards.append(list(self._open))
+        self._open, self._size = {}, 0
+
+    def _name_shards(self) -> None:
+        count = len(self._shards)
+        if count == 1:
+            (self._folder / ".shard-0").rename(self._folder / WEIGHTS_FILE)
+            return
+        places: dict[str, str] = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            (self._folder / f".shard-{number}").rename(self._folder / file)
+            places |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total}, "weight_map": places}
+        write_json(self._folder / INDEX_FILE, index)
+
+
+def add_layers(
+    writer: FolderWriter,
+    layers: tuple[Layer, ...],
+    dtype: torch.dtype,
+    misfit: Misfit,
+    add: Callable[[Layer], StoredTensor],
+) -> Iterator[StoredTensor]:
+    """Add the layers on codes; as floats, with the reason, where the format cannot hold them so.
+
+    Args:
+        writer: Takes the tensors.
+        layers: Of a checkpoint.
+        dtype: Of floats.
+        misfit: Why a layer is written as floats.
+        add: Adds the tensors of a layer on codes.
+    """
+    for layer in track(layers, "write weights"):
+        remark = misfit(layer)
+        if not remark:
+            yield add(layer)
+            continue
+        weight = layer.weight()
+        values = weight.t() if layer.site.transposed else weight
+        yield add_float(writer, f"{layer.name}{WEIGHT}", layer.name, values, dtype, remark)
+
+
+def check_parameters(layers: tuple[Layer, ...], dtype: torch.dtype, misfit: Misfit) -> None:
+    """Refuse scales and offsets that are beyond `dtype`.
+
+    Raises:
+        UserInputError: float16 cannot hold one.
+    """
+    for layer in layers:
+        if dtype == torch.float16 and not misfit(layer):
+            for what, values in zip(("scale", "offset"), layer.parameters(), strict=True):
+                check_half_range(layer.name, what, values)
+
+
+def add_floats(
+    writer: FolderWriter, checkpoint: Checkpoint, dtype: torch.dtype
+) -> Iterator[StoredTensor]:
+    """Add every tensor that is not on codes; those of floats in `dtype`.
+
+    Raises:
+        UserInputError: float16 cannot hold a value.
+    """
+    for name, values in checkpoint.float_values("write floats"):
+        yield add_float(writer, name, name, values, dtype)
+
+
+def add_float(
+    writer: FolderWriter,
+    name: str,
+    source: str,
+    values: Tensor,
+    dtype: torch.dtype,
+    remark: str = "",
+) -> StoredTensor:
+    """Add one tensor; a floating one in `dtype`.
+
+    Raises:
+        UserInputError: float16 cannot hold a value.
+    """
+    if not values.is_floating_point():
+        writer.add(name, values)
+        return StoredTensor(name, source, str(values.dtype).removeprefix("torch."))
+    if dtype == torch.float16:
+        check_half_range(source, "tensor", values)
+    stored = values.to(dtype)
+    writer.add(name, stored)
+    return stored_error(name, source, str(dtype).removeprefix("torch."), stored, values, remark)
+
+
+def most_common(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The pair of bits and group size that most layers have."""
+    return Counter(shapes).most_common(1)[0][0]

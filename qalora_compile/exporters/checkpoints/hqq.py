@@ -1,0 +1,170 @@
+"""`write_hqq`: layers as the library HQQ stores them, `(W_q − zero) · scale` in groups of a row.
+
+Groups of all rows lie below each other as a matrix `[N · L, g]`, whose rows are packed by halves
+(4 bits), quarters (2 bits), tenths (3 bits, in words) or not (8 bits); what else the library has to
+know lies beside it in tensors of one number or text each.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qalora_compile.config import ExportSpec
+from qalora_compile.exporters.capability import (
+    EXACT,
+    NO_ORDER,
+    Capability,
+    StoredTensor,
+    partly,
+    rounds,
+)
+from qalora_compile.exporters.checkpoints.hf_folder import (
+    DTYPES,
+    FolderWriter,
+    add_floats,
+    add_layers,
+    check_parameters,
+    most_common,
+)
+from qalora_compile.exporters.checkpoints.named_tensors import (
+    Checkpoint,
+    Layer,
+    refuse_if_none_fits,
+    refuse_sorted,
+    refuse_turned,
+    stored_error,
+)
+from qalora_compile.ir.affine import GroupAffine
+from qalora_compile.ir.site_plan import EMBEDDING
+
+_LANES = {8: 1, 4: 2, 3: 10, 2: 4}
+"""Bits → how many rows share an element."""
+_HEAD = "lm_head"
+_PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
+
+
+def capabilities(spec: ExportSpec) -> dict[str, Capability]:
+    """What the format does to each property of a program."""
+    exact = EXACT if spec.parameter_dtype == "float32" else rounds(spec.parameter_dtype)
+    return {
+        "codes of 4, 3 and 2 bits": EXACT,
+        "codes of 8 bits": EXACT,
+        "scale": exact,
+        "real zero-point": rounds(spec.parameter_dtype),
+        "groups": partly("numbers of groups that can be packed", exact),
+        "tail groups": partly("groups cut to gcd(g, K)", exact),
+        "activation order": NO_ORDER,
+        "matrices of floats": exact,
+        "vectors": exact,
+        "tied weights": EXACT,
+        "other architectures": Capability("exact", "linear layers stored [N, K]"),
+    }
+
+
+def write_hqq(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[StoredTensor]:
+    """Write a folder whose layers `HQQLinear.load_state_dict` takes.
+
+    Raises:
+        UnsupportedError: a weight is stored `[K, N]` in the model, or was quantized in activation
+            order, or no layer can be packed.
+        UserInputError: float16 was asked for and cannot hold a value.
+    """
+    dtype, layers = DTYPES[spec.parameter_dtype], checkpoint.layers
+    refuse_turned(layers, "HQQ")
+    refuse_if_none_fits(layers, _misfit)
+    refuse_sorted(layers, _misfit, "HQQ")
+    check_parameters(layers, dtype, _misfit)
+    writer = FolderWriter(folder)
+    rows = [*add_layers(writer, layers, dtype, _misfit, partial(_add_layer, writer, dtype))]
+    rows += add_floats(writer, checkpoint, dtype)
+    bits, group_size = most_common((la.bits, la.unit) for la in layers if not _misfit(la))
+    weights = {"nbits": bits, "group_size": group_size, "axis": 1} | _FIXED
+    others = dict.fromkeys(("scale_quant_params", "zero_quant_params"))
+    changes = {
+        "dtype": spec.parameter_dtype,
+        "quantization_config": {
+            "quant_method": "hqq",
+            "quant_config": {"weight_quant_params": weights, "offload_meta": False, **others},
+            "skip_modules": _skipped(layers),
+        },
+    }
+    writer.finish(checkpoint.description, changes | checkpoint.untied())
+    return rows
+
+
+def _skipped(layers: tuple[Layer, ...]) -> list[str]:
+    """The linear layers that stay in float: those that cannot be packed, and the head."""
+    odd = [layer.name for layer in layers if _misfit(layer)]
+    return odd if any(layer.name == _HEAD for layer in layers) else [*odd, _HEAD]
+
+
+_FIXED = {"channel_wise": True, "optimize": False, "round_zero": False, "view_as_float": False}
+
+
+def _misfit(layer: Layer) -> str:
+    if layer.site.kind == EMBEDDING:
+        return "a table: HQQ has linear layers on codes"
+    rows = layer.site.n * (layer.site.k // layer.unit)
+    if layer.bits != 3 and rows % _LANES[layer.bits]:
+        return f"{rows} groups cannot be packed by {_LANES[layer.bits]}"
+    return ""
+
+
+def zero_form(affine: GroupAffine, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `[N, K]`, scale and zero `[N, L]` with `W = (codes − zero) · scale`.
+
+    A group of equal weights has scale 0 and no such zero: it is stored as code 0, zero −1 and its
+    value as the scale.
+    """
+    scale, offset = affine.scale, affine.offset
+    zero = -offset.double() / scale.double()
+    flat = ~torch.isfinite(zero.to(dtype))
+    zero = torch.where(flat, -torch.ones_like(zero), zero).to(dtype)
+    scale = torch.where(flat, offset, scale).to(dtype)
+    flat_codes = flat.repeat_interleave(affine.group_size, dim=1)
+    return torch.where(flat_codes, torch.zeros_like(affine.codes), affine.codes), scale, zero
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Pack a matrix of codes `[R, g]` by rows: the first part of the rows in the highest bits."""
+    lanes, count = _LANES[bits], codes.shape[0]
+    words = torch.int32 if bits == 3 else torch.uint8
+    padded = functional.pad(codes, (0, 0, 0, -count % lanes)).to(words)
+    packed = torch.zeros(padded.shape[0] // lanes, codes.shape[1], dtype=words)
+    for part in padded.chunk(lanes):
+        packed = packed << bits | part if lanes > 1 else part
+    return packed
+
+
+def _add_layer(writer: FolderWriter, dtype: torch.dtype, layer: Layer) -> StoredTensor:
+    affine = layer.cut(layer.unit)
+    codes, scale, zero = zero_form(affine, dtype)
+    size = affine.group_size
+    packed = pack_rows(codes.reshape(-1, size), layer.bits)
+    numbers = {"nbits": layer.bits, "group_size": size, "axis": 1}
+    flags = {"quant_scale": False, "quant_zero": False, "offload_meta": False, **_FIXED}
+    flags |= {"encoded_state_dict": True, "stores_quant_config": True}
+    texts = {"packing": _PACKING[layer.bits], "unpack_view_dtype": packed.dtype}
+    texts |= {"compute_dtype": dtype}
+    tensors = {
+        "W_q": packed,
+        "scale": scale.reshape(-1, 1),
+        "zero": zero.reshape(-1, 1),
+        "shape": torch.tensor(codes.shape),
+        **{name: torch.tensor(value, dtype=torch.int32) for name, value in numbers.items()},
+        **{name: torch.tensor(value, dtype=torch.uint8) for name, value in flags.items()},
+        **{name: torch.tensor(list(str(value).encode("ascii")), dtype=torch.uint8)
+           for name, value in texts.items()},
+    }  # fmt: skip
+    for name, tensor in tensors.items():
+        writer.add(f"{layer.name}.{name}", tensor)
+    stored = (codes.double().unflatten(1, (-1, size)) - zero.double()[..., None]) * (
+        scale.double()[..., None]
+    )
+    form = f"{_PACKING[layer.bits]}, groups of {size}"
+    return stored_error(layer.name, layer.name, form, stored.flatten(1), affine.dequantize())

@@ -1,0 +1,1 @@
+"""The operators of the IR, one family a file: schema, fake kernel and reference kernel."""

@@ -1,0 +1,44 @@
+"""The operators of layers under `torch.autocast`: inputs are cast, scales and offsets are not.
+
+Torch's own helper would cast every floating argument. A scale in bfloat16 would move all weights of
+its group by up to 0.4 %; what is cast instead is each weight, once it is made of its codes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.ir.ops import experts, integer_zero_linear, linear
+
+_LAYERS = (
+    (linear.group_linear, (0, 4)),
+    (integer_zero_linear.whole_linear, (0, 4)),
+    (experts.expert_linear, (0,)),
+)
+"""Operators, and which of their arguments are cast: the input, and a bias."""
+_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def _call(operator: Any, cast: tuple[int, ...], device: str, *arguments: Any) -> Tensor:
+    """Call an operator with some arguments in the dtype of autocast, and autocast off."""
+    dtype = torch.get_autocast_dtype(device)
+    values = [
+        value.to(dtype)
+        if index in cast and isinstance(value, Tensor) and value.dtype == torch.float32
+        else value
+        for index, value in enumerate(arguments)
+    ]
+    with torch.autocast(device, enabled=False):
+        result: Tensor = operator(*values)
+    return result
+
+
+LIBRARY = torch.library.Library(linear.NAMESPACE, "IMPL")
+"""Kernels last as long as the library that holds them."""
+for _operator, _cast in _LAYERS:
+    for _device, _key in _KEYS.items():
+        LIBRARY.impl(_operator._name, partial(_call, _operator._opoverload, _cast, _device), _key)

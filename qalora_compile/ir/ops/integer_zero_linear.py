@@ -1,0 +1,195 @@
+"""`qalora::whole_linear`: a layer on codes whose zero-points stay whole while it is trained.
+
+Some runtimes take whole zero-points and nothing else. Two adapters keep them whole:
+
+* `integer`: the zero-point of Algorithm 1 (arXiv 2309.14717), rounded to a code in each forward:
+  `z' = round(z − scaling · (B A) / scale)`. In the backward the rounding counts as the identity
+  between 0 and 2^bits − 1 (straight through, arXiv 1308.3432), and as a constant beyond.
+* `scale`: zero-points stay, `scale' = scale · (1 + scaling · (B A))` (after PEQA, arXiv 2305.14152,
+  which trains all scales, without the low rank).
+
+Scales keep 16 significant bits, so that `scale · z` is exact and `−offset / scale` gives z back.
+The forward computes with the very numbers that folding stores: what is deployed is what was
+trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.ir.affine import sum_groups
+from qalora_compile.ir.ops.linear import NAMESPACE, linear_on_codes, tile_rows
+from qalora_compile.ir.packing.bitstream import unpack_codes
+
+INTEGER, SCALE = "integer", "scale"
+KINDS = (INTEGER, SCALE)
+_SCALE_BITS = {torch.float32: 16, torch.float64: 45}
+"""Significant bits of a scale: scale times a zero-point of 8 bits then fits the dtype exactly."""
+
+
+def shorten(values: Tensor, dtype: torch.dtype, *, up: bool = False) -> Tensor:
+    """Float64 values rounded, to the nearest or up, to the bits that a scale of `dtype` keeps."""
+    bits = _SCALE_BITS[dtype]
+    mantissa, exponent = torch.frexp(values)
+    level = mantissa * 2.0**bits
+    return torch.ldexp((level.ceil() if up else level.round()) / 2.0**bits, exponent)
+
+
+def zero_points(scale: Tensor, offset: Tensor) -> Tensor:
+    """The whole zero-points behind offsets, float64 `[N, L]`."""
+    return (-offset.double() / scale.double()).round()
+
+
+def moved_zero_points(scale: Tensor, offset: Tensor, update: Tensor) -> Tensor:
+    """`z − update / scale`, before it is rounded, float64 `[N, L]`."""
+    return zero_points(scale, offset) - update / scale.double()
+
+
+def whole_parameters(
+    scale: Tensor,
+    offset: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bits: int,
+    scaling: float,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset that an adapter of one of the `KINDS` gives, in the dtype of `scale`.
+
+    Args:
+        scale: `[N, L]`, none 0, with 16 significant bits (45 in float64).
+        offset: `[N, L]`, −scale times a whole number from 0 to 2^bits − 1.
+        lora_a: `[r, L]`.
+        lora_b: `[N, r]`.
+        bits: Width of a code.
+        scaling: What B A is multiplied by.
+        kind: `"integer"` or `"scale"`.
+    """
+    update = scaling * (lora_b.double() @ lora_a.double())
+    if kind == SCALE:
+        new = shorten(scale.double() * (1 + update), scale.dtype)
+        return new.to(scale.dtype), (-new * zero_points(scale, offset)).to(scale.dtype)
+    zero = moved_zero_points(scale, offset, update).round().clamp(0, 2**bits - 1)
+    return scale, (-scale.double() * zero).to(scale.dtype)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::whole_linear", mutates_args=())
+def whole_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    lora_A: Tensor,  # noqa: N803
+    lora_B: Tensor,  # noqa: N803
+    scaling: float,
+    kind: str,
+) -> Tensor:
+    """Y = x Wᵀ + b, `W = scale' · q + offset'` by `whole_parameters`; `[.., K]` to `[.., N]`.
+
+    Args:
+        x: `[.., K]`, floating.
+        qweight: `[N, ceil(K / 8) · bits]` uint8, see `packing`.
+        scale: `[N, L]`, float32 or float64.
+        offset: `[N, L]`, as `scale`.
+        bias: `[N]` or None.
+        bits: Width of a code.
+        group_size: g; L = ceil(K / g).
+        lora_A: `[r, L]`.
+        lora_B: `[N, r]`.
+        scaling: alpha / rank times the pooling factor f.
+        kind: `"integer"` or `"scale"`.
+
+    For `"scale"` the backward keeps x, since a scale's gradient takes every product of x and a
+    code; for `"integer"` the sums S(x) are enough.
+    """
+    weight = whole_parameters(scale, offset, lora_A, lora_B, bits, scaling, kind)
+    return linear_on_codes(x, qweight, *weight, bias, bits, group_size)
+
+
+@whole_linear.register_fake
+def _whole_linear_fake(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    lora_A: Tensor,  # noqa: N803
+    lora_B: Tensor,  # noqa: N803
+    scaling: float,
+    kind: str,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::group_code_grad", mutates_args=())
+def group_code_grad(grad: Tensor, x: Tensor, qweight: Tensor, bits: int, group_size: int) -> Tensor:
+    """Gradient of `group_linear` by its scales: sums of `(gradᵀ x) · q` in each group, `[N, L]`.
+
+    Args:
+        grad: `[M, N]`.
+        x: `[M, K]`.
+        qweight: `[N, ceil(K / 8) · bits]` uint8.
+        bits: Width of a code.
+        group_size: g.
+    """
+    k = x.shape[-1]
+    parts = []
+    for part in tile_rows(qweight, k):
+        weight_grad = grad[:, part].t() @ x
+        weight_grad.mul_(unpack_codes(qweight[part], bits, k))
+        parts.append(sum_groups(weight_grad, group_size))
+    return torch.cat(parts)
+
+
+@group_code_grad.register_fake
+def _group_code_grad_fake(
+    grad: Tensor, x: Tensor, qweight: Tensor, bits: int, group_size: int
+) -> Tensor:
+    return grad.new_empty(qweight.shape[0], -(-x.shape[-1] // group_size))
+
+
+def _whole_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scale, offset, _, bits, group_size, lora_a, lora_b, scaling, kind = inputs
+    rows = x.reshape(-1, x.shape[-1])
+    kept = rows if kind == SCALE else sum_groups(rows, group_size)
+    ctx.save_for_backward(qweight, scale, offset, lora_a, lora_b, kept)
+    ctx.options = (bits, group_size, scaling, kind, x.shape[-1])
+
+
+def _whole_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    qweight, scale, offset, lora_a, lora_b, kept = ctx.saved_tensors
+    bits, group_size, scaling, kind, k = ctx.options
+    weight = whole_parameters(scale, offset, lora_a, lora_b, bits, scaling, kind)
+    rows = grad.reshape(-1, grad.shape[-1])
+    grad_x = grad_bias = grad_a = grad_b = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.qalora.group_linear_input_grad(
+            grad, qweight, *weight, bits, group_size, k
+        )
+    if ctx.needs_input_grad[4]:
+        grad_bias = rows.sum(0)
+    if ctx.needs_input_grad[7] or ctx.needs_input_grad[8]:
+        if kind == SCALE:
+            by_code = torch.ops.qalora.group_code_grad(rows, kept, qweight, bits, group_size)
+            by_offset = rows.t() @ sum_groups(kept, group_size)
+            by_scale = by_code - zero_points(scale, offset).to(rows.dtype) * by_offset
+            by_update = by_scale.to(scale.dtype) * scale
+        else:
+            update = scaling * (lora_b.double() @ lora_a.double())
+            moved = moved_zero_points(scale, offset, update)
+            inside = (moved >= -0.5) & (moved <= 2**bits - 0.5)
+            by_update = (rows.t() @ kept).to(scale.dtype) * inside
+        by_update = by_update.to(lora_a.dtype) * scaling
+        grad_a, grad_b = lora_b.t() @ by_update, by_update @ lora_a.t()
+    return grad_x, None, None, None, grad_bias, None, None, grad_a, grad_b, None, None
+
+
+whole_linear.register_autograd(_whole_linear_backward, setup_context=_whole_linear_setup)

@@ -1,0 +1,39 @@
+"""The stages of a program, and the names of the tensors of a quantized weight."""
+
+from __future__ import annotations
+
+from qalora_compile.config import ONNX_TARGETS
+
+FLOAT = "float"
+
+
+ANNOTATED = "annotated"
+
+
+QUANTIZED = "quantized"
+
+
+ADAPTED = "adapted"
+
+
+FOLDED = "folded"
+
+
+LEGALIZED = "legalized:"
+
+
+STAGES = (FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED)
+
+
+ANY_STAGE = (*STAGES, *(f"{LEGALIZED}{target}" for target in ONNX_TARGETS))
+
+
+CODE_NAMES = ("qweight", "scale", "offset")
+
+
+ADAPTER_NAMES = ("lora_A", "lora_B")
+"""Names of the tensors of a quantized weight, and of its adapter, below its path."""
+
+
+PLANE_NAMES = ("low", "high")
+"""Names of the two 4-bit planes of a weight of 8 bits, below its path."""

@@ -1,0 +1,130 @@
+"""A part of a graph as a module of its own, on the same tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.module import ProgramModule, build_module, program_tensors
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import InputLeaf, Signature, dtype_name
+from qalora_compile.ir.site_plan import SitePlan
+
+
+def part_of(
+    module: ProgramModule,
+    nodes: Iterable[fx.Node],
+    inputs: Iterable[fx.Node],
+    output: fx.Node | tuple[fx.Node, ...],
+) -> ProgramModule:
+    """What some nodes of a module's graph compute.
+
+    Args:
+        module: The whole.
+        nodes: In graph order, without those that read a stored tensor.
+        inputs: What they read of the rest; the arguments, in this order.
+        output: What is returned.
+    """
+    graph = fx.Graph()
+    new = {node: graph.placeholder(node.name) for node in inputs}
+
+    def find(node: fx.Node) -> fx.Node:
+        if node not in new:
+            assert node.op == "get_attr", "the inputs are complete"
+            new[node] = graph.get_attr(str(node.target))
+        return new[node]
+
+    for node in nodes:
+        new[node] = graph.node_copy(node, find)
+    graph.output(map_arg(output, find))
+    tensors = program_tensors(module)
+    return build_module(graph, tensors, submodules=module, training=module.training)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An input of a part.
+
+    Attributes:
+        name: Of the input.
+        node: The node of the whole program whose value it takes.
+        value: That value.
+    """
+
+    name: str
+    node: str
+    value: Tensor
+
+
+def cut_part(program: Program, target: str, cuts: Sequence[Cut], output: str) -> Program:
+    """The part that computes the node `target`; its inputs are `cuts`, all of fixed shape.
+
+    Args:
+        program: The whole.
+        target: Name of a node.
+        cuts: Everything that the part reads and does not compute or store.
+        output: Name of the output.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    for cut in cuts:
+        placeholder = graph.placeholder(cut.name)
+        placeholder.meta.update({k: v for k, v in nodes[cut.node].meta.items() if k == "val"})
+        made[nodes[cut.node]] = placeholder
+    inside = _inside(nodes[target], set(made))
+    for node in program.graph.nodes:
+        if node in inside:
+            made[node] = graph.node_copy(node, made.__getitem__)
+    graph.output((map_arg(nodes[target], made.__getitem__),))
+    names = [cut.name for cut in cuts]
+    values = tuple(cut.value for cut in cuts)
+    _, in_spec = pytree.tree_flatten((values, {}))
+    _, out_spec = pytree.tree_flatten(0)
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, out_spec)))
+    graph.lint()
+    leaves = [InputLeaf(c.name, dtype_name(c.value.dtype), tuple(c.value.shape)) for c in cuts]
+    sites = {site_of(node) for node in inside}
+    return dataclasses.replace(
+        program,
+        module=build_module(graph, program.tensors(), submodules=program.module, training=False),
+        plan=SitePlan(tuple(row for row in program.plan if row.name in sites)),
+        signature=Signature(tuple(leaves), (output,)),
+        example=(values, {}),
+        notes=(),
+    )
+
+
+def reads(program: Program, target: str, stops: Mapping[str, object]) -> list[str]:
+    """The nodes among `stops`, and the inputs, that the part computing `target` reads directly."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    stopped = {nodes[name] for name in stops if name != target}
+    inside = _inside(nodes[target], stopped)
+    found = {
+        source
+        for node in inside
+        for source in node.all_input_nodes
+        if source in stopped or source.op == "placeholder"
+    }
+    if nodes[target].op == "placeholder":
+        found.add(nodes[target])
+    return [node.name for node in program.graph.nodes if node in found]
+
+
+def _inside(target: fx.Node, stops: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that compute `target`, itself included, without `stops` and inputs."""
+    found: set[fx.Node] = set()
+    waiting = [target]
+    while waiting:
+        node = waiting.pop()
+        if node in found or node in stops or node.op == "placeholder":
+            continue
+        found.add(node)
+        waiting += node.all_input_nodes
+    return found

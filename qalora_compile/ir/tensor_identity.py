@@ -1,0 +1,29 @@
+"""Which tensors are the same memory, and which hold finite values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.ir.lazy_tensor import holds
+
+
+def storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same view of the same memory."""
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    view = (tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+    return (memory_key(tensor), *view)
+
+
+def memory_key(tensor: Tensor) -> int:
+    """Equal for tensors in the same memory; deferred ones, which have none, count alike."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor is not known to hold a NaN or an infinity; integers always pass."""
+    return not tensor.is_floating_point() or holds(torch.isfinite(tensor).all())

@@ -1,0 +1,1 @@
+"""Analyses, which change nothing: where weights are used, and which sites options name."""

@@ -1,0 +1,1 @@
+"""What every pass is made of: the base class, pipelines, the registry, matching and rewriting."""

@@ -1,0 +1,172 @@
+"""The pass contract: `requires` sees the input, `call` makes a new program, `ensures` sees both."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+from qalora_compile.errors import InternalError, PassError, PreconditionError, QaloraError
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.spec import validate
+
+_validating: ContextVar[bool] = ContextVar("qalora_validating", default=False)
+
+
+@contextmanager
+def validating(on: bool = True) -> Iterator[None]:
+    """Check every program against its stage's specification around every pass in the block."""
+    token = _validating.set(on)
+    try:
+        yield
+    finally:
+        _validating.reset(token)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that a pass did, or one that it left alone.
+
+    Attributes:
+        path: Site or module path.
+        what: What was done, or not.
+        why: The reason.
+    """
+
+    path: str
+    what: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """A new program, and what was changed and skipped on the way."""
+
+    program: Program
+    changes: tuple[Change, ...] = ()
+    skips: tuple[Change, ...] = ()
+
+    @property
+    def modified(self) -> bool:
+        """Whether the pass did anything."""
+        return bool(self.changes)
+
+
+_DATA = "qalora_data"
+
+
+def data_field(default: Any) -> Any:
+    """A field of a pass that is no option: it is not printed and not compared."""
+    return dataclasses.field(default=default, repr=False, compare=False, metadata={_DATA: True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """A pure function from program to program. Subclasses are frozen dataclasses.
+
+    The fields of a subclass are its options: they are simple values, print as
+    `name{option=value}` and parse back (`Pipeline.parse`). A field made by `data_field` is none: it
+    holds what text cannot carry, and what a pass can be run again without.
+
+    Class attributes:
+        name: Kebab-case name.
+        consumes: Stages that the pass accepts.
+        produces: Stage of the result, or None to keep the input's.
+        lossy: The result is meant to compute something else: weights are rounded.
+    """
+
+    name: ClassVar[str]
+    consumes: ClassVar[tuple[str, ...]]
+    produces: ClassVar[str | None]
+    lossy: ClassVar[bool] = False
+
+    def requires(self, program: Program) -> None:
+        """Raise `PreconditionError` or `UserInputError` where the pass cannot run."""
+
+    @abstractmethod
+    def call(self, program: Program) -> PassResult:
+        """Do the work on a copy; the input stays as it is."""
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """Raise `PostconditionError` where the result breaks the pass's promise."""
+
+    @final
+    def __call__(self, program: Program) -> PassResult:
+        """Check, run, check again.
+
+        Raises:
+            PreconditionError: the stage, or what `requires` asks for, is wrong.
+            PostconditionError: the result breaks what `ensures` promises.
+            InternalError: the pass changed its input, or failed in an unforeseen way.
+        """
+        try:
+            return self._run(program)
+        except PassError as error:
+            error.pass_name = error.pass_name or self.name
+            raise
+        except QaloraError:
+            raise
+        except Exception as error:
+            raise InternalError(
+                f"the pass {self.name} failed: {type(error).__name__}: {error}",
+                hint="this is a bug of qalora-compile; please report it with the model",
+            ) from error
+
+    def _run(self, program: Program) -> PassResult:
+        if program.stage not in self.consumes:
+            raise PreconditionError(
+                f"{self.name} takes a program at stage {' or '.join(self.consumes)}, "
+                f"this one is {program.stage}",
+                hint=_STAGE_HINTS.get(program.stage),
+            )
+        if _validating.get():
+            validate(program)
+        self.requires(program)
+        fingerprint = _fingerprint(program)
+        result = self.call(program)
+        if _fingerprint(program) != fingerprint or result.program is program:
+            raise InternalError(f"the pass {self.name} changed its input")
+        after = result.program.with_history(str(self))
+        if self.produces is not None:
+            after = dataclasses.replace(after, stage=self.produces)
+        self.ensures(program, after)
+        if _validating.get():
+            validate(after)
+        return dataclasses.replace(result, program=after)
+
+    def options(self) -> dict[str, Any]:
+        """The option values by field name."""
+        return {name: getattr(self, name) for name in self.option_names()}
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The names of the options."""
+        return [f.name for f in dataclasses.fields(cls) if not f.metadata.get(_DATA)]
+
+    def __str__(self) -> str:
+        from qalora_compile.passes.framework.pipeline_text import format_pass
+
+        return format_pass(self.name, self.options())
+
+
+_STAGE_HINTS = {
+    "float": "quantize first: qc.quantize_groups(program, qc.QuantSpec())",
+    "annotated": "quantize first: qc.quantize_groups(program, qc.QuantSpec())",
+    "quantized": "insert adapters first: qc.insert_adapters(program, qc.AdapterSpec())",
+    "adapted": "fold the adapters first: qc.fold_adapters(program), or `qalora-compile fold RUN`",
+    "folded": "the adapters are folded already: export the program, or start again from `float`",
+}
+
+
+def _fingerprint(program: Program) -> list[tuple[object, ...]]:
+    """Differs after a pass has edited the graph or a tensor of its input in place.
+
+    Arguments of nodes are immutable: a node that is edited holds others.
+    """
+    nodes = [(n, n.name, n.target, n.args, n.kwargs) for n in program.graph.nodes]
+    tensors = [(name, id(t), t._version, t.requires_grad) for name, t in program.tensors().items()]
+    return [*nodes, *tensors]

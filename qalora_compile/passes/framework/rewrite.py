@@ -1,0 +1,72 @@
+"""What several passes need to edit a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, fx, nn
+
+from qalora_compile.ir.lazy_tensor import is_deferred, keep_recipe
+
+
+class TensorNodes:
+    """One `get_attr` node for each tensor of a graph, made at the top on first use."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._nodes: dict[str, fx.Node] = {}
+        self._last: fx.Node | None = None
+
+    def get(self, target: str) -> fx.Node:
+        """The node that reads the tensor `target`."""
+        if target not in self._nodes:
+            if self._last is None:
+                place = self._graph.inserting_before(next(iter(self._graph.nodes)))
+            else:
+                place = self._graph.inserting_after(self._last)
+            with place:
+                self._last = self._nodes[target] = self._graph.get_attr(target)
+        return self._nodes[target]
+
+
+def freeze(
+    tensors: Mapping[str, Tensor], names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """The same memory, in parameters that take no gradient; the user's model is not touched.
+
+    Args:
+        tensors: By name.
+        names: Parameters to freeze; None: all.
+    """
+    made = {
+        name: _parameter(tensor.detach(), tensor, trains=False)
+        if isinstance(tensor, nn.Parameter) and (names is None or name in names)
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    return _keep_ties(tensors, made)
+
+
+def set_free(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The same tensors; those named are copies that take gradients, in memory of their own."""
+    made = {
+        name: _parameter(_copy(tensor), tensor, trains=True) if name in names else tensor
+        for name, tensor in tensors.items()
+    }
+    return _keep_ties(tensors, made)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy; a deferred tensor, which has no memory, as it is."""
+    return tensor.detach() if is_deferred(tensor) else tensor.detach().clone()
+
+
+def _parameter(values: Tensor, source: Tensor, *, trains: bool) -> Tensor:
+    made: Tensor = keep_recipe(source, nn.Parameter(values, requires_grad=trains))
+    return made
+
+
+def _keep_ties(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names that shared one parameter object share one again."""
+    first = {id(before[name]): after[name] for name in reversed(list(before))}
+    return {name: first[id(before[name])] for name in after}

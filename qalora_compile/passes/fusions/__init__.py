@@ -1,0 +1,1 @@
+"""Passes that replace several nodes by one operator with the same meaning."""

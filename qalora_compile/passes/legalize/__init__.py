@@ -1,0 +1,1 @@
+"""Passes that rewrite a folded program to what a target can run."""

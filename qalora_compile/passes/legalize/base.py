@@ -1,0 +1,250 @@
+"""What all legalize passes have in common: each layer on codes becomes its target's kernel."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from qalora_compile.errors import PostconditionError, PreconditionError, UnsupportedError
+from qalora_compile.ir.affine import is_whole
+from qalora_compile.ir.lazy_tensor import Seen, defer, holds
+from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.site_plan import Site
+from qalora_compile.ir.spec import (
+    GROUP_EMBEDDING,
+    GROUP_SUM,
+    ON_CODES,
+    SPREAD_GROUPS,
+    tensor_argument,
+)
+from qalora_compile.ir.stages import ADAPTED, FOLDED, QUANTIZED
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
+from qalora_compile.passes.framework.rewrite import TensorNodes
+from qalora_compile.progress import track
+
+_ATEN = torch.ops.aten
+_ON_CODES = ON_CODES | {GROUP_EMBEDDING}
+
+
+class Layer(NamedTuple):
+    """What a layer on codes says about its weight; `whole` as `Site.has_whole`."""
+
+    bits: int
+    group_size: int
+    k: int
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class LegalizePass(Pass):
+    """Rewrite every group_linear, expert_linear and group_embedding into one target's operators.
+
+    A pass says how a weight is stored (`lower_weight`), how that is described, and which nodes
+    compute the layer (`emit`) or look its rows up (`emit_rows`). What is looked up and multiplied
+    by is stored once.
+    """
+
+    consumes: ClassVar[tuple[str, ...]] = (QUANTIZED, ADAPTED, FOLDED)
+    kernel: ClassVar[str] = ""
+    """What has no float64 form, for the message."""
+    by_rows: ClassVar[bool] = True
+    """A weight with whole zero-points is stored row by row: a large one is made in parts."""
+    shares_scale: ClassVar[bool] = True
+    """Two planes of one weight may read one tensor of scales."""
+
+    @abstractmethod
+    def lower_weight(
+        self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
+    ) -> dict[str, Tensor]:
+        """The stored tensors of one matrix, by the names that they get behind the site's path."""
+
+    @abstractmethod
+    def describe(self, layer: Layer) -> tuple[str, str]:
+        """What a layer becomes, and what of it is stored otherwise."""
+
+    @abstractmethod
+    def emit(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        layer: Layer,
+        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+    ) -> fx.Node:
+        """Insert the target's nodes for `node`; `stored` gives a lowered tensor's node, or None.
+
+        For experts it gives the nodes of all of them.
+        """
+
+    @abstractmethod
+    def emit_rows(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        layer: Layer,
+        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+    ) -> fx.Node:
+        """Insert the lookup for a group_embedding; `stored` as for `emit`."""
+
+    def requires(self, program: Program) -> None:
+        """The model computes in float32, as the kernels do.
+
+        Raises:
+            UnsupportedError: it computes in float64, for which there is no kernel.
+            PreconditionError: it computes in half precision, and was not widened.
+        """
+        for site in program.plan.to_quantize():
+            if site.dtype == "float64":
+                raise UnsupportedError(
+                    f"{self.kernel} has no float64 kernel",
+                    where=site.name,
+                    hint="capture model.float() to export",
+                )
+            if site.dtype != "float32":
+                raise PreconditionError(
+                    f"the layer computes in {site.dtype}",
+                    where=site.name,
+                    hint="run widen-halves before: it computes the same weights in float32",
+                )
+
+    def call(self, program: Program) -> PassResult:
+        """Legalize."""
+        graph = program.copy_graph()
+        rows = {site.name: site for site in program.plan}
+        tensors = program.tensors()
+        layers = {n: rows[_site_name(n)] for n in graph.nodes if n.target in _ON_CODES}
+        weights = {_path(node): (node, site) for node, site in layers.items()}
+        changes, lowered = [], dict[str, dict[str, str]]()
+        scales: dict[str, str] = {}
+        seen = Seen()
+        for path, (node, site) in track(list(weights.items()), "legalize"):
+            layer = _layer(node, site)
+            parts = (tensor_argument(program, node, i) for i in (1, 2, 3))
+            made = self._lower(layer, bool(site.experts), seen, *parts)
+            lowered[path] = {name: f"{path}.{name}" for name in made}
+            tensors |= {f"{path}.{name}": tensor for name, tensor in made.items()}
+            if layer.whole and self.shares_scale:
+                lowered[path]["scale"] = scales.setdefault(site.path, f"{path}.scale")
+            changes.append(Change(path, *self.describe(layer)))
+        nodes = TensorNodes(graph)
+        for node, site in layers.items():
+            self._rewrite(graph, node, site, nodes, lowered[_path(node)])
+        return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """No operator on codes is left."""
+        for node in after.graph.nodes:
+            if node.target in _ON_CODES:
+                raise PostconditionError("a layer was not legalized", where=site_of(node))
+
+    def _lower(self, layer: Layer, experts: bool, seen: Seen, *parts: Tensor) -> dict[str, Tensor]:
+        """`lower_weight` of a layer's codes, scale and offset, now or later."""
+        lower = self._lower_experts if experts else self._lower_whole if layer.whole else None
+        compute = partial(lower or self.lower_weight, layer=layer)
+        by_rows = self.by_rows and layer.whole
+        return defer(compute, *parts, by_rows=by_rows, seen=seen, key=(layer, experts))
+
+    def _lower_whole(
+        self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
+    ) -> dict[str, Tensor]:
+        """`lower_weight` where zero-points are whole numbers, and no correction is left."""
+        if not holds(is_whole(scale, offset, layer.bits).all()):
+            raise PostconditionError("a zero-point that should be a whole number is none")
+        made = self.lower_weight(qweight, scale, offset, layer)
+        return {name: tensor for name, tensor in made.items() if name != "correction"}
+
+    def _rewrite(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        site: Site,
+        nodes: TensorNodes,
+        names: dict[str, str],
+    ) -> None:
+        path = _path(node)
+
+        def stored(name: str) -> fx.Node | list[fx.Node] | None:
+            if (f"0.{name}" if site.experts else name) not in names:
+                return None
+            if not site.experts:
+                return nodes.get(names[name])
+            return [nodes.get(f"{path}.{expert}.{name}") for expert in range(site.experts)]
+
+        emit = self.emit_rows if node.target is GROUP_EMBEDDING else self.emit
+        with graph.inserting_before(node):
+            y = emit(graph, node, _layer(node, site), stored)
+        move_site(node, y)
+        node.replace_all_uses_with(y)
+        erase_unread([node])
+
+    def _lower_experts(
+        self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
+    ) -> dict[str, Tensor]:
+        """`lower_weight` of each expert, named `0.qweight` …: a kernel's weights are its own.
+
+        Where one expert needs a correction, all have one.
+        """
+        each = [
+            self.lower_weight(*parts, layer) for parts in zip(qweight, scale, offset, strict=True)
+        ]
+        corrected = [parts["correction"] for parts in each if "correction" in parts]
+        if corrected:
+            each = [{"correction": corrected[0].new_zeros(corrected[0].shape)} | p for p in each]
+        return {f"{e}.{name}": tensor for e, p in enumerate(each) for name, tensor in p.items()}
+
+
+def spread(
+    graph: fx.Graph, x: fx.node.Argument, group_size: int, width: int, wanted: bool
+) -> fx.node.Argument:
+    """X with its groups padded to `width`, where the stored groups are."""
+    return graph.call_function(SPREAD_GROUPS, (x, group_size, width)) if wanted else x
+
+
+def group_sums(graph: fx.Graph, x: fx.node.Argument, layer: Layer, wanted: bool) -> fx.Node | None:
+    """S(x), where there is a correction."""
+    return graph.call_function(GROUP_SUM, (x, layer.group_size)) if wanted else None
+
+
+def add_correction(
+    graph: fx.Graph, y: fx.Node, sums: fx.Node | None, correction: fx.node.Argument
+) -> fx.Node:
+    """Y + S(x) C, where there is a correction."""
+    if sums is None:
+        return y
+    moved = graph.call_function(_ATEN.matmul.default, (sums, correction))
+    return graph.call_function(_ATEN.add.Tensor, (y, moved))
+
+
+def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.node.Argument) -> fx.Node:
+    """Y + b, where there is a bias."""
+    return y if bias is None else graph.call_function(_ATEN.add.Tensor, (y, bias))
+
+
+def _layer(node: fx.Node, site: Site) -> Layer:
+    bits, group_size = node.args[5], node.args[6]
+    assert isinstance(bits, int) and isinstance(group_size, int)
+    return Layer(bits, group_size, site.k, site.has_whole)
+
+
+def _path(node: fx.Node) -> str:
+    """Path of the tensors of a layer on codes."""
+    qweight = node.args[1]
+    assert isinstance(qweight, fx.Node)
+    return str(qweight.target).removesuffix(".qweight")
+
+
+def _site_name(node: fx.Node) -> str:
+    """Name of the site that a layer belongs to; an adapter or another plane may be added to it."""
+    name = site_of(node)
+    if name is None:
+        name = next((s for s in map(site_of, node.users) if s is not None), None)
+    if name is None:
+        raise PostconditionError("a quantized layer belongs to no site", where=f"node {node.name}")
+    return name

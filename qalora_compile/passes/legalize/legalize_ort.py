@@ -1,0 +1,176 @@
+"""legalize-ort: GroupQuantLinear, which takes the folded zero-points as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qalora_compile.config import ACCURACY_LEVELS, PARAMETER_DTYPES, one_of
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.affine import group_count
+from qalora_compile.ir.lazy_tensor import holds
+from qalora_compile.ir.packing.bitstream import unpack_codes
+from qalora_compile.ir.packing.kernel_layouts import pack_groups, padded_group
+from qalora_compile.ir.spec import (
+    BLOCK_EMBEDDING,
+    EXPERT_GROUP_QUANT_LINEAR,
+    EXPERT_LINEAR,
+    GROUP_QUANT_LINEAR,
+)
+from qalora_compile.ir.stages import LEGALIZED
+from qalora_compile.passes.legalize.base import Layer, LegalizePass, add_bias, spread
+from qalora_compile.passes.legalize.block_layout import widen_groups
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """How groups of a weight are laid out for GroupQuantLinear.
+
+    Attributes:
+        group_size: Of the layer, at most K.
+        width: Stored codes per group, a multiple of 16.
+        spread: The stored groups together are longer than K, so x must be spread alike.
+    """
+
+    group_size: int
+    width: int
+    spread: bool
+
+    @classmethod
+    def choose(cls, layer: Layer) -> GroupLayout:
+        """Groups that are no multiple of 16, and a tail group, are filled up with zero codes."""
+        group_size = min(layer.group_size, layer.k)
+        width = padded_group(group_size)
+        return cls(group_size, width, width * group_count(layer.k, group_size) != layer.k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LegalizeOrt(LegalizePass):
+    """Rewrite every group_linear for ONNX Runtime with this package's operator library.
+
+    Before:  %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, @fc.bias, 4, 32)
+    After:   %1 = qalora.group_quant_linear(%x, @fc.qweight, @fc.scale, @fc.zero_point, 4, 32, fp32)
+             %2 = aten.add.Tensor(%1, @fc.bias)
+
+    with `zero_point = −offset / scale`, a real number, `[N, L]`. A group whose scale is 0, or so
+    small that the quotient is no finite number, has codes 0, scale 1 and zero-point −offset.
+
+    Fires on: every group_linear, and every expert_linear, which becomes one
+    `qalora.expert_group_quant_linear`, and every group_embedding, which becomes a
+    `qalora.block_embedding`. Where groups are no multiple of 16, or K is no multiple of
+    the group size, the stored groups are padded and x with them (`spread_groups`).
+    Leaves alone: adapters that were not folded.
+    Exactness: exact in real arithmetic; zero_point is rounded once to float32. With
+    `parameter_dtype="float16"`, scale and zero_point are rounded to float16.
+
+    Options:
+        accuracy_level: As `ExportSpec.accuracy_level`: 0 computes in float32, 4 on int8 ones.
+        parameter_dtype: As `ExportSpec.parameter_dtype`.
+    """
+
+    name: ClassVar[str] = "legalize-ort"
+    produces: ClassVar[str | None] = f"{LEGALIZED}ort"
+    kernel: ClassVar[str] = "GroupQuantLinear"
+
+    accuracy_level: int = 0
+    parameter_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
+        one_of("parameter_dtype", self.parameter_dtype, PARAMETER_DTYPES)
+
+    def lower_weight(
+        self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
+    ) -> dict[str, Tensor]:
+        """Tensors of GroupQuantLinear.
+
+        Raises:
+            UserInputError: a scale or zero-point does not fit float16.
+        """
+        return lower_groups(qweight, scale, offset, layer, getattr(torch, self.parameter_dtype))
+
+    def describe(self, layer: Layer) -> tuple[str, str]:
+        """Bits and group size, and what is padded or rounded."""
+        layout = GroupLayout.choose(layer)
+        why = "exact"
+        if self.parameter_dtype == "float16":
+            why = "scale and zero-point rounded to float16"
+        if layout.width != layout.group_size:
+            why += f"; groups of {layout.group_size} padded to {layout.width}"
+        elif layout.spread:
+            why += f"; tail group padded to {layout.width}"
+        return f"GroupQuantLinear, {layer.bits} bits, groups of {layout.width}", why
+
+    def emit(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        layer: Layer,
+        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+    ) -> fx.Node:
+        """GroupQuantLinear; the bias behind it, as a function has no optional inputs."""
+        x, last = node.args[0], node.args[4]
+        layout = GroupLayout.choose(layer)
+        operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
+        options = (layer.bits, layout.width, "int8" if self.accuracy_level else "fp32")
+        x = spread(graph, x, layout.group_size, layout.width, layout.spread)
+        if node.target is EXPERT_LINEAR:
+            return graph.call_function(EXPERT_GROUP_QUANT_LINEAR, (x, *operands, last, *options))
+        y = graph.call_function(GROUP_QUANT_LINEAR, (x, *operands, *options))
+        return add_bias(graph, y, last)
+
+    def emit_rows(
+        self,
+        graph: fx.Graph,
+        node: fx.Node,
+        layer: Layer,
+        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+    ) -> fx.Node:
+        """The lookup in the tensors of GroupQuantLinear."""
+        operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
+        width = GroupLayout.choose(layer).width
+        return graph.call_function(
+            BLOCK_EMBEDDING, (node.args[0], *operands, layer.bits, width, layer.k)
+        )
+
+
+def lower_groups(
+    qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Tensors of GroupQuantLinear from packed codes `[N, ·]`, scale and offset `[N, L]`.
+
+    Returns:
+        `qweight` `[N, L, width · bits / 8]` uint8; `scale` and `zero_point` `[N, L]` of `dtype`.
+
+    Raises:
+        UserInputError: a scale or zero-point does not fit `dtype`.
+    """
+    layout = GroupLayout.choose(layer)
+    codes = widen_groups(
+        unpack_codes(qweight, layer.bits, layer.k), layout.group_size, layout.width
+    )
+    scale, zero_point = scale.double(), -offset.double()
+    ratio = zero_point / torch.where(scale == 0, 1.0, scale)
+    flat = (scale == 0) | ~torch.isfinite(ratio.float())
+    codes = codes.unflatten(1, (-1, layout.width)) * ~flat[..., None]
+    stored = {
+        "scale": torch.where(flat, 1.0, scale).to(dtype),
+        "zero_point": torch.where(flat, zero_point, ratio).to(dtype),
+    }
+    for name, tensor in stored.items():
+        if not holds(torch.isfinite(tensor).all()):
+            raise UserInputError(
+                f"a {name} does not fit {dtype}".replace("torch.", ""),
+                hint="export with parameter_dtype float32",
+            )
+    if not holds(stored["scale"].ne(0).all()):
+        raise UserInputError(
+            f"a scale is too small for {dtype}".replace("torch.", ""),
+            hint="export with parameter_dtype float32",
+        )
+    packed = pack_groups(codes.flatten(1), bits=layer.bits, group_size=layout.width)
+    return {"qweight": packed} | stored

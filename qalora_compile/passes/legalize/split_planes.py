@@ -1,0 +1,123 @@
+"""split-planes: a weight of 8 bits as two of 4 bits, for which there are kernels in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qalora_compile.errors import PostconditionError
+from qalora_compile.ir.affine import is_whole
+from qalora_compile.ir.lazy_tensor import defer, holds
+from qalora_compile.ir.meta import move_site, site_of
+from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.packing.bitstream import pack_codes, unpack_codes
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.spec import GROUP_EMBEDDING, GROUP_LINEAR, stored_tensor, tensor_argument
+from qalora_compile.ir.stages import ADAPTED, CODE_NAMES, FOLDED, PLANE_NAMES, QUANTIZED
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
+from qalora_compile.passes.framework.rewrite import TensorNodes
+from qalora_compile.progress import track
+
+_ADD = torch.ops.aten.add.Tensor
+_HALF_BITS, _STEP = 4, 16
+_LAYERS = (GROUP_LINEAR, GROUP_EMBEDDING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitPlanes(Pass):
+    """W = W_low + 16 W_high: q = q_low + 16 q_high and z = z_low + 16 z_high, 4 bits each.
+
+    Before:  %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, @fc.bias, 8, 32)
+    After:   %1 = qalora.group_linear(%x, @fc.low.qweight, …, @fc.bias, 4, 32)
+             %2 = qalora.group_linear(%x, @fc.high.qweight, …, None, 4, 32)
+             %3 = aten.add.Tensor(%1, %2, alpha=16)
+
+    with `offset = −scale · z` of each plane, and one scale for both. ONNX Runtime's MatMulNBits has
+    no float32 kernel for 8 bits: it dequantizes the whole weight in every call.
+
+    Fires on: group_linear and group_embedding of 8 bits with whole zero-points (`Site.whole`).
+    Leaves alone: everything else.
+    Exactness: exact in real arithmetic. Rows that are looked up are exact in float32 as well:
+    scales of whole zero-points have 16 significant bits.
+    """
+
+    name: ClassVar[str] = "split-planes"
+    consumes: ClassVar[tuple[str, ...]] = (QUANTIZED, ADAPTED, FOLDED)
+    produces: ClassVar[str | None] = None
+
+    def call(self, program: Program) -> PassResult:
+        """Split."""
+        graph, tensors = program.copy_graph(), program.tensors()
+        rows = {site.name: site for site in program.plan}
+        split: dict[str, int] = {}
+        nodes, changes = TensorNodes(graph), []
+        for node in track([n for n in graph.nodes if n.target in _LAYERS], "split"):
+            site = rows.get(site_of(node) or "")
+            if site is None or not site.whole or node.args[5] != 2 * _HALF_BITS:
+                continue
+            if site.path not in split:
+                parts = [tensor_argument(program, node, place) for place in (1, 2, 3)]
+                made = defer(_Planes(site.k), *parts, by_rows=True)
+                tensors |= {f"{site.path}.{name}": tensor for name, tensor in made.items()}
+                split[site.path] = site.k
+                changes.append(Change(site.path, "8 bits to two planes of 4", "exact"))
+            _rewrite(graph, node, site.path, nodes)
+        return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """Zero-points of planes are whole numbers of 4 bits."""
+        for node in after.graph.nodes:
+            if node.target not in _LAYERS or not _is_plane(node):
+                continue
+            scale, offset = (stored_tensor(after, node, node.args[i]) for i in (2, 3))
+            if not holds(is_whole(scale, offset, _HALF_BITS).all()):
+                raise PostconditionError("a plane's zero-point is no code", where=str(node.args[1]))
+
+
+@dataclass(frozen=True)
+class _Planes:
+    """The tensors of both planes, by plane and name.
+
+    Attributes:
+        k: K.
+    """
+
+    k: int
+
+    def __call__(self, qweight: Tensor, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
+        codes = unpack_codes(qweight, 2 * _HALF_BITS, self.k)
+        zero_point = (-offset.double() / scale.double()).round()
+        high = (zero_point / _STEP).floor()
+        levels = (zero_point - _STEP * high, high)
+        made = {}
+        for plane, q, z in zip(PLANE_NAMES, (codes % _STEP, codes // _STEP), levels, strict=True):
+            made[f"{plane}.qweight"] = pack_codes(q, _HALF_BITS)
+            made[f"{plane}.scale"] = scale
+            made[f"{plane}.offset"] = (-scale.double() * z).to(scale.dtype)
+        return made
+
+
+def _is_plane(node: fx.Node) -> bool:
+    """Whether a layer is one of two planes."""
+    qweight = node.args[1]
+    assert isinstance(qweight, fx.Node)
+    return str(qweight.target).endswith(tuple(f".{plane}.qweight" for plane in PLANE_NAMES))
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, path: str, nodes: TensorNodes) -> None:
+    """Put the sum of two planes in the place of a layer."""
+    operand, last, group, more = node.args[0], node.args[4], node.args[6], node.args[7:]
+    planes: list[fx.Node] = []
+    with graph.inserting_before(node):
+        for plane in PLANE_NAMES:
+            parts = [nodes.get(f"{path}.{plane}.{name}") for name in CODE_NAMES]
+            fifth = last if node.target is GROUP_EMBEDDING or not planes else None  # the bias, once
+            operands = (operand, *parts, fifth, _HALF_BITS, group, *more)
+            planes.append(graph.call_function(node.target, operands))  # type: ignore[arg-type]
+        total = graph.call_function(_ADD, tuple(planes), {"alpha": _STEP})
+    move_site(node, total)
+    node.replace_all_uses_with(total)
+    erase_unread([node])

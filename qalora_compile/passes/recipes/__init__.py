@@ -1,0 +1,1 @@
+"""Procedures made of several passes, or that decide what a pass is to do."""

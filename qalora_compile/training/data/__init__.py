@@ -1,0 +1,1 @@
+"""Training data: files, forms of a row, tokens, batches."""

@@ -1,0 +1,245 @@
+"""Of which form a row of data is: the fields say it, and a row of two forms is refused.
+
+=============================  =====================================================================
+token ids                      `input_ids`, and `labels` if some carry no loss
+messages                       `messages`: a list of {role, content}; `tools`
+ShareGPT                       `conversations`: a list of {from, value}; `system`, `tools`
+prompt and completion          texts, or both lists of messages; `tools`
+Alpaca                         `instruction`, `input` if there is one, `output`; `system`, `history`
+text                           `text`
+text and label                 the same with `label`, in a classification task
+=============================  =====================================================================
+
+Fields that are null count as missing: tables have every column in every row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.training.data.chats import Chat, chat_of, from_sharegpt, tools_of
+from qalora_compile.training.data.tokenize import check_characters
+from qalora_compile.untrusted import quoted
+
+TOKEN_IDS, TEXT, LABELLED = "token ids", "text", "text and label"
+PAIR, CHAT_PAIR, ALPACA = "prompt and completion", "prompt and completion of messages", "Alpaca"
+MESSAGES, SHAREGPT = "messages", "ShareGPT"
+KNOWN = (
+    '{"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"}, '
+    '{"text"}, {"text", "label"}, {"input_ids"}'
+)
+_MARKS = ("input_ids", "messages", "conversations", "completion", "instruction", "text")
+"""The field that says of which form a row is."""
+_FIELDS = {*_MARKS, "labels", "tools", "prompt", "input", "output", "system", "history", "label"}
+_PREFERENCE = {"chosen", "rejected"}
+
+Mapped = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A row of which it is known how it is learned.
+
+    Attributes:
+        name: Of the form, as notes say it.
+        row: Its fields, those that are null left out.
+        pair: Prompt and completion, of a row of two texts.
+        chat: Turns, of a row of messages. Alpaca rows have both `pair` and `chat`.
+    """
+
+    name: str
+    row: Mapping[str, Any]
+    pair: tuple[str, str] | None = None
+    chat: Chat | None = None
+
+
+def read_mapping(text: str) -> dict[str, str]:
+    """The field of ours → the field of the data, from `prompt=question,completion=answer`.
+
+    Raises:
+        UserInputError: it is malformed, or names a field that no form has.
+    """
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, field = (each.strip() for each in part.partition("="))
+        if not (name and equals and field) or name in found:
+            raise UserInputError(
+                f"the map {text!r} is malformed",
+                hint="give FIELD=COLUMN, …: finetune --map prompt=question,completion=answer",
+            )
+        if name not in _FIELDS:
+            raise UserInputError(
+                f"no form has a field {name!r}", hint=f"map to one of {', '.join(sorted(_FIELDS))}"
+            )
+        found[name] = field
+    return found
+
+
+def fields_of(row: Any, mapping: Mapped | None, where: str) -> dict[str, Any]:
+    """The fields of a row that are not null; with a mapping, those that it names, and no other.
+
+    Raises:
+        UserInputError: the row is no object, or lacks a mapped field.
+    """
+    if not isinstance(row, dict):
+        raise _unknown("the line has none of the known forms: it is no JSON object", where)
+    if not mapping:
+        return {name: value for name, value in row.items() if value is not None}
+    missing = [field for field in mapping.values() if field not in row]
+    if missing:
+        raise UserInputError(
+            f"the line has no field {missing[0]!r} for --map; it has {_names(row)}", where=where
+        )
+    return {name: row[field] for name, field in mapping.items() if row[field] is not None}
+
+
+def recognise(fields: Mapping[str, Any], where: str) -> Form:
+    """The form of a row, its texts and messages checked.
+
+    Args:
+        fields: As `fields_of` gives them.
+        where: File and line.
+
+    Raises:
+        UserInputError: it is of no form or of two, or a field is malformed.
+    """
+    if fields.get("chat_template_kwargs"):
+        raise UserInputError(
+            "chat_template_kwargs would give the template other settings, and are not read",
+            where=where,
+            hint="leave them out, and set them in the tokenizer's chat template",
+        )
+    found = [mark for mark in _MARKS if mark in fields]
+    if len(found) == 1:
+        return _READERS[found[0]](fields, where)
+    if found:
+        raise _unknown(
+            f"the line has {' and '.join(found)}: which of them is meant?",
+            where,
+            "name the fields: --map "
+            + ",".join(f"{name}={name}" for name in _together(found[0], fields))
+            + "; ",
+        )
+    kind = " (answers to choose from are not learned)" if _PREFERENCE & set(fields) else ""
+    raise _unknown(
+        f"the line has none of the known forms, but {_names(fields)}{kind}",
+        where,
+        "name the fields: --map prompt=question,completion=answer; ",
+    )
+
+
+def class_name(fields: Mapping[str, Any], where: str) -> str:
+    """The label of a row of a classification task, as text.
+
+    Raises:
+        UserInputError: there is none, or it is no text and no whole number.
+    """
+    label = fields.get("label")
+    if isinstance(label, str) and label:
+        check_characters(label, where)
+        return label
+    if isinstance(label, int):  # true and false too
+        return json.dumps(label)
+    raise UserInputError(
+        f"the line has no label; it has {_names(fields)}",
+        where=where,
+        hint='a classification task learns from {"text": "…", "label": "…"}; labels are texts or '
+        "whole numbers; other names with finetune --map text=…,label=…",
+    )
+
+
+def is_labelled(fields: Mapping[str, Any]) -> bool:
+    """Whether a row is one of a classification task."""
+    return "label" in fields and [mark for mark in _MARKS if mark in fields] == ["text"]
+
+
+def string(fields: Mapping[str, Any], key: str, where: str) -> str:
+    """A field that is to be a text.
+
+    Raises:
+        UserInputError: it is missing or none.
+    """
+    value = fields.get(key)
+    if not isinstance(value, str):
+        raise UserInputError(f"the field {key!r} is missing or no text", where=where)
+    return value
+
+
+def _token_ids(fields: Mapping[str, Any], where: str) -> Form:
+    return Form(TOKEN_IDS, fields)
+
+
+def _text(fields: Mapping[str, Any], where: str) -> Form:
+    string(fields, "text", where)
+    return Form(TEXT, fields)
+
+
+def _messages(fields: Mapping[str, Any], where: str) -> Form:
+    chat = chat_of(fields["messages"], tools_of(fields, where), where)
+    return Form(MESSAGES, fields, chat=chat)
+
+
+def _conversations(fields: Mapping[str, Any], where: str) -> Form:
+    messages = from_sharegpt(fields["conversations"], fields.get("system"), where)
+    return Form(SHAREGPT, fields, chat=chat_of(messages, tools_of(fields, where), where))
+
+
+def _pair(fields: Mapping[str, Any], where: str) -> Form:
+    prompt, completion = fields.get("prompt"), fields["completion"]
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        texts = string(fields, "prompt", where), string(fields, "completion", where)
+        return Form(PAIR, fields, pair=texts)
+    chat = chat_of([*prompt, *completion], tools_of(fields, where), where, first=len(prompt))
+    return Form(CHAT_PAIR, fields, chat=chat)
+
+
+def _alpaca(fields: Mapping[str, Any], where: str) -> Form:
+    """Instruction and input, with an empty line between, and the output that answers them."""
+    question, output = string(fields, "instruction", where), string(fields, "output", where)
+    more = fields.get("input", "")
+    if not isinstance(more, str):
+        raise UserInputError("the field 'input' is no text", where=where)
+    if more:
+        question = f"{question}\n\n{more}"
+    turns: list[tuple[str, Any]] = []
+    if fields.get("system"):
+        turns.append(("system", string(fields, "system", where)))
+    for earlier in fields.get("history") or []:
+        if not (isinstance(earlier, (list, tuple)) and len(earlier) == 2):
+            raise UserInputError(
+                "history is no list of [question, answer]", where=where, hint="use messages"
+            )
+        turns += zip(("user", "assistant"), earlier, strict=True)
+    alone = not turns
+    turns += [("user", question), ("assistant", output)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    chat = chat_of(messages, None, where, first=len(turns) - 1)
+    return Form(ALPACA, fields, pair=(f"{question}\n\n", output) if alone else None, chat=chat)
+
+
+_READERS = {
+    "input_ids": _token_ids,
+    "messages": _messages,
+    "conversations": _conversations,
+    "completion": _pair,
+    "instruction": _alpaca,
+    "text": _text,
+}
+
+
+def _together(mark: str, fields: Mapping[str, Any]) -> list[str]:
+    """The fields that make a form with its mark, of those that are there."""
+    more = {"completion": ("prompt",), "instruction": ("input", "output")}.get(mark, ())
+    return [mark, *(name for name in more if name in fields)]
+
+
+def _names(fields: Mapping[str, Any]) -> str:
+    return "the fields " + quoted(list(fields), 200)
+
+
+def _unknown(what: str, where: str, hint: str = "") -> UserInputError:
+    return UserInputError(what, where=where, hint=f"{hint}the known forms are {KNOWN}")

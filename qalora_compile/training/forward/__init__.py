@@ -1,0 +1,1 @@
+"""The forward pass in training: memory, precision and the loss."""

@@ -1,0 +1,196 @@
+"""Cross-entropy of a language model that never holds the logits of all tokens.
+
+With a vocabulary of 49 thousand the logits of a thousand tokens are 200 MB, and the usual way to a
+loss holds three or four tensors of that size. Here the head of a program is cut off; it runs on a
+few rows at a time, on those that carry loss only, and the gradient of each chunk is taken on the
+spot (the loss being a sum over rows), so that nothing of a chunk is kept.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from qalora_compile.errors import UnsupportedError
+from qalora_compile.ir.module import (
+    ProgramModule,
+    build_module,
+    copy_graph,
+    erase_unread,
+    program_tensors,
+)
+from qalora_compile.ir.signature import output_spec
+from qalora_compile.ir.spec import (
+    ADAPTED_LINEAR,
+    GROUP_LINEAR,
+    GROUP_SUM,
+    POOLED_ADAPTER,
+    WHOLE_LINEAR,
+)
+from qalora_compile.ir.subgraph import part_of
+
+_ATEN = torch.ops.aten
+_PRODUCTS = frozenset(
+    {_ATEN.linear.default, GROUP_LINEAR, ADAPTED_LINEAR, WHOLE_LINEAR, POOLED_ADAPTER}
+)
+_ROW_WISE = _PRODUCTS | frozenset(
+    {
+        GROUP_SUM,
+        _ATEN.add.Tensor,
+        _ATEN.mul.Tensor,
+        _ATEN.div.Tensor,
+        _ATEN.tanh.default,
+        _ATEN.to.dtype,
+    }
+)
+_CHUNK_ELEMENTS = 1 << 23
+"""Rows of about so many logits, 32 MB in float32, are made at a time."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states `[n, H]` to logits `[n, V]`; without a module the states are the logits.
+
+    Attributes:
+        module: The part of the graph, on rows.
+        parameters: Those of its tensors that train: an adapter's, where the head has one.
+    """
+
+    module: ProgramModule | None
+    parameters: tuple[Tensor, ...] = ()
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Logits, float32 or wider."""
+        logits: Tensor = rows if self.module is None else self.module(rows)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def split_head(module: ProgramModule) -> tuple[ProgramModule, Head]:
+    """A language model's graph as one that gives hidden states `[B, T, H]`, and its head.
+
+    The head is what computes the logits of each token from one vector of its own alone. Where there
+    is none, the first part gives the logits.
+    """
+    (end,) = (node for node in module.graph.nodes if node.op == "output")
+    outputs = list(end.args[0])
+    logits = outputs[_place_of_logits(module.graph, len(outputs))]
+    found = _row_wise_part(logits)
+    nodes, cut = found or ((), logits)
+    graph = copy_graph(module.graph)
+    named = {node.name: node for node in graph.nodes}
+    info = _codegen(graph).pytree_info._replace(out_spec=pytree.tree_structure(0))
+    graph.set_codegen(fx.graph._PyTreeCodeGen(info))
+    graph.erase_node(named[end.name])
+    graph.output((named[cut.name],))
+    erase_unread([named[node.name] for node in outputs if isinstance(node, fx.Node)])
+    tensors = program_tensors(module)
+    body = build_module(graph, tensors, submodules=module, training=module.training)
+    if found is None:
+        return body, Head(None)
+    head = part_of(module, nodes, (cut,), logits)
+    return body, Head(head, tuple(p for p in head.parameters() if p.requires_grad))
+
+
+def _codegen(graph: fx.Graph) -> Any:
+    return graph._codegen
+
+
+def _place_of_logits(graph: fx.Graph, count: int) -> int:
+    """Which of the flat outputs are the logits, as `logits_of` finds them.
+
+    Raises:
+        UnsupportedError: none is.
+    """
+    tree = pytree.tree_unflatten(range(count), output_spec(graph))
+    if isinstance(tree, dict):
+        tree = tree.get("logits")
+    elif isinstance(tree, (tuple, list)) and tree:
+        tree = tree[0]
+    if not isinstance(tree, int):
+        raise UnsupportedError("the model gives no logits, so it is no language model")
+    return tree
+
+
+def _row_wise_part(logits: fx.Node) -> tuple[tuple[fx.Node, ...], fx.Node] | None:
+    """The last nodes of a graph, down to the input of a linear map, if they work row by row.
+
+    Gives them in graph order, and the node that they read.
+    """
+    order = {node: place for place, node in enumerate(logits.graph.nodes)}
+    taken: list[fx.Node] = []
+    reached = {logits}
+    while len(reached) > 1 or not any(node.target in _PRODUCTS for node in taken):
+        node = max(reached, key=order.__getitem__)
+        of_fused = node.target is operator.getitem and node.args[0].target is ADAPTED_LINEAR  # type: ignore[union-attr]
+        if node.target not in _ROW_WISE and not of_fused:
+            return None
+        taken.append(node)
+        reached.remove(node)
+        reached.update(n for n in node.all_input_nodes if n.op != "get_attr")
+    return tuple(reversed(taken)), reached.pop()
+
+
+def mean_loss(rows: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """Mean cross-entropy in nats of hidden states `[n, H]` against targets `[n]`; a scalar."""
+    if head.module is None:
+        return functional.cross_entropy(head(rows), targets)
+    if not torch.is_grad_enabled():
+        return _sum(rows, targets, head, ())[0] / len(targets)
+    total: Tensor = _ChunkedLoss.apply(rows, targets, head, *head.parameters)  # type: ignore[no-untyped-call]
+    return total / len(targets)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The sum over rows, whose gradients are taken with it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, targets: Tensor, head: Head, *parameters: Tensor) -> Tensor:
+        wanted = tuple(
+            p for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed
+        )
+        total, grads = _sum(rows, targets, head, (*wanted,), rows_too=True)
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *others = (g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        found = iter(others)
+        rest = (next(found) if needed else None for needed in ctx.needs_input_grad[3:])
+        return (rows, None, None, *rest)
+
+
+def _sum(
+    rows: Tensor, targets: Tensor, head: Head, wanted: Sequence[Tensor], *, rows_too: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """The summed loss, and its gradients by the rows and by `wanted`, chunk by chunk."""
+    total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
+    grads = [torch.zeros_like(p) for p in wanted]
+    row_grads = [rows[:0]]
+    start, count = 0, 1  # of the first chunk one row, which tells how wide logits are
+    while start < len(rows):
+        part, target = rows[start : start + count].detach(), targets[start : start + count]
+        with torch.set_grad_enabled(rows_too):
+            logits = head(part.requires_grad_(rows_too))
+        peak = torch.logsumexp(logits.detach(), -1, keepdim=True)
+        right = logits.detach().gather(-1, target[:, None])
+        total += (peak - right).sum()
+        if rows_too:
+            slope = (logits.detach() - peak).exp_()
+            slope.scatter_add_(-1, target[:, None], slope.new_full((len(target), 1), -1.0))
+            row_grad, *others = torch.autograd.grad(logits, (part, *wanted), slope)
+            row_grads.append(row_grad)
+            for whole, grad in zip(grads, others, strict=True):
+                whole.add_(grad)
+        start += count
+        count = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    return total, ([torch.cat(row_grads), *grads] if rows_too else [])

@@ -1,0 +1,81 @@
+"""What lies between two layers on codes, computed again in the backward pass.
+
+A layer on codes keeps sums of its input, not the input. What attention and activation functions
+keep for their own backward is then most of what a step holds, and cheap to compute again from the
+outputs of the layers before: queries, keys and values; the two halves of a gated network.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+from torch import fx, nn
+from torch._ops import OpOverload
+
+from qalora_compile.ir.module import (
+    ProgramModule,
+    build_module,
+    copy_graph,
+    erase_unread,
+    program_tensors,
+)
+from qalora_compile.ir.spec import ADAPTED_LINEAR, WHOLE_LINEAR
+from qalora_compile.ir.subgraph import part_of
+from qalora_compile.training.forward.layer_checkpointing import Checkpointed
+
+_LAYERS = frozenset({ADAPTED_LINEAR, WHOLE_LINEAR})
+
+
+def recompute_between(module: ProgramModule) -> ProgramModule:
+    """A module of the same function and tensors that keeps less.
+
+    For every layer with an adapter, the nodes whose values reach nothing but this layer's input run
+    again in the backward pass, with the same random numbers. Values that go elsewhere too, such as
+    the residual stream and norms that several layers read, are computed and kept as before.
+    """
+    graph = copy_graph(module.graph)
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    holder = nn.Module()
+    for name, child in module.named_children():
+        holder.add_module(name, child)
+    for layer in [node for node in graph.nodes if node.target in _LAYERS]:
+        x = layer.args[0]
+        assert isinstance(x, fx.Node), "a layer reads what was computed"
+        own = private_to(layer, order)
+        if not own:
+            continue
+        nodes = sorted(own, key=order.__getitem__)
+        read = (n for node in nodes for n in node.all_input_nodes if n.op != "get_attr")
+        inputs = tuple(dict.fromkeys(node for node in read if node not in own))
+        name = f"between_{order[layer]}"
+        holder.add_module(name, Checkpointed(part_of(module, nodes, inputs, x)))
+        with graph.inserting_before(layer):
+            again = graph.call_module(name, inputs)
+        layer.update_arg(0, again)
+        erase_unread([x])
+    tensors = program_tensors(module)
+    return build_module(graph, tensors, submodules=holder, training=module.training)
+
+
+def private_to(layer: fx.Node, order: Mapping[fx.Node, int]) -> set[fx.Node]:
+    """The nodes that compute the input of a layer from the outputs of others, and nothing else."""
+    own: set[fx.Node] = set()
+    waiting = {layer.args[0]}
+    while waiting:
+        node = max(waiting, key=order.__getitem__)  # type: ignore[arg-type]
+        waiting.remove(node)
+        assert isinstance(node, fx.Node)
+        if _can_run_again(node) and all(user in own or user is layer for user in node.users):
+            own.add(node)
+            waiting.update(n for n in node.all_input_nodes if n.op != "get_attr")
+    return own
+
+
+def _can_run_again(node: fx.Node) -> bool:
+    """Whether a node is computed, has no effect, and is no layer on codes."""
+    if node.op != "call_function" or node.target in _LAYERS:
+        return False
+    if node.target is operator.getitem:
+        return False  # of several outputs, which may be a layer's
+    return isinstance(node.target, OpOverload) and not node.target._schema.is_mutable

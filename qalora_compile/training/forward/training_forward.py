@@ -1,0 +1,101 @@
+"""How a program runs while it trains: fused layers, checkpointed layers, no whole logits.
+
+A program's own graph is made to be read and rewritten. `TrainingForward` runs the same function on
+the same parameters: what is trained here is trained there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from qalora_compile.errors import PreconditionError
+from qalora_compile.ir.module import ProgramModule
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import bind, flatten_inputs
+from qalora_compile.ir.stages import ADAPTED
+from qalora_compile.training.data.example import Batch
+from qalora_compile.training.evaluate import label_loss, model_inputs, rows_of
+from qalora_compile.training.forward.chunked_loss import Head, mean_loss, split_head
+from qalora_compile.training.forward.fuse_adapters import fuse_adapters
+from qalora_compile.training.forward.layer_checkpointing import checkpoint_graph
+from qalora_compile.training.forward.recompute_activations import recompute_between
+
+
+class TrainingForward:
+    """An adapted program in the form that trains fastest and in the least memory.
+
+    Every layer and its adapter are one operator (`fuse_adapters`). Called with the program's
+    arguments, it gives the program's outputs; `loss` gives that of a language model without making
+    the logits of all tokens at once (`token_loss`). What lies between two layers is computed again
+    in the backward pass (`recompute_between`). The mode follows that of the program.
+
+    Args:
+        program: At stage `adapted`; its parameters are shared, and may go on being trained by
+            either.
+        fused: False keeps layers and adapters apart: under autocast, the update would be rounded
+            with the weight.
+        gradient_checkpointing: Keep, of each layer, its inputs alone, and compute the rest again in
+            the backward pass: about a third more time, for the memory of one layer instead of all.
+
+    Raises:
+        PreconditionError: the program has no adapters.
+        UnsupportedError: checkpointing is asked for and no layers are found.
+    """
+
+    def __init__(
+        self, program: Program, *, fused: bool = True, gradient_checkpointing: bool = False
+    ) -> None:
+        if program.stage != ADAPTED:
+            raise PreconditionError(
+                f"training takes a program at stage {ADAPTED}, this one is {program.stage}",
+                hint="insert adapters first: qc.insert_adapters(program, qc.AdapterSpec())",
+            )
+        self.program = program
+        self._checkpointed = gradient_checkpointing
+        graph = fuse_adapters(program) if fused else program.copy_graph()
+        self._fused = program.module.rebuild(graph, program.tensors())
+        self._whole: ProgramModule | None = None
+        self._parts: tuple[ProgramModule, Head] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run with the arguments of the program.
+
+        Raises:
+            UserInputError: an argument is missing, unknown, or differs from the signature.
+        """
+        if self._whole is None:
+            self._whole = self._runnable(self._fused)
+        return self._run(self._whole, args, kwargs)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats over the tokens of a batch that carry loss; a scalar.
+
+        Equal to that of the logits up to reassociation. Where the logits are no row-wise function
+        of hidden states, they are made whole.
+
+        Raises:
+            UnsupportedError: the program gives no logits.
+        """
+        inputs = model_inputs(self.program, batch.input_ids, batch.attention_mask, *batch.source)
+        if self._parts is None:
+            body, head = split_head(self._fused)
+            self._parts = self._runnable(body), head
+        body, head = self._parts
+        output = self._run(body, (), inputs)
+        if head.module is not None:
+            head.module.train(self.program.module.training)
+        rows, targets = label_loss(rows_of(output), batch)
+        return mean_loss(rows, targets, head)
+
+    def _runnable(self, module: ProgramModule) -> ProgramModule:
+        return checkpoint_graph(module) if self._checkpointed else recompute_between(module)
+
+    def _run(self, module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call with checked arguments, in the mode of the program."""
+        values = bind(self.program.graph, args, kwargs)
+        self.program.signature.check(flatten_inputs(self.program.graph, values))
+        if module.training != self.program.module.training:
+            module.train(self.program.module.training)
+        return module(*values)

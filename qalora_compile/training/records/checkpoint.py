@@ -1,0 +1,215 @@
+"""Checkpoints: adapters, optimizer and position in safetensors and JSON, written atomically."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.files import atomic_folder, recover
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.safetensors_io import load_tensors, save_tensors
+from qalora_compile.sealed import check_files, digests_of, read_sealed, write_sealed
+from qalora_compile.training.fit import Best, FitState
+from qalora_compile.training.records.run_identity import Identity
+from qalora_compile.untrusted import quoted
+
+ADAPTERS = "adapters.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+BEST = "best.safetensors"
+STATE = "state.json"
+KEPT = 2
+
+_PREFIX = "step-"
+_FORMAT, _VERSION = "qalora-checkpoint", 3
+"""Version 3 has digests; checkpoints of version 2, which have none, are read."""
+_VERSIONS = (2, _VERSION)
+_FIELDS = {"step": int, "stale": int, "moments": list, "identity": dict}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder and the number of steps done when it was written."""
+
+    folder: Path
+    step: int
+
+
+def save_checkpoint(
+    folder: Path, program: Program, state: FitState, identity: Identity, *, keep: int = KEPT
+) -> Checkpoint:
+    """Write `folder/step-N`, whole or not at all, then remove all but the last `keep`.
+
+    Since older ones are removed, save what has proved good: in `on_good` of `fit`.
+
+    The schedule and the position in the data follow from the step, and so do all random numbers
+    (see `FitState`): a training that goes on from here ends with the same bits.
+
+    Raises:
+        OutputError: it cannot be written; the older ones are as they were.
+    """
+    names = {id(p): name for name, p in program.named_adapter_parameters()}
+    moments: dict[str, Tensor] = {
+        f"{names[id(parameter)]}:{key}": value
+        for parameter, values in state.optimizer.state.items()
+        for key, value in values.items()
+    }
+    best = state.best
+    target = folder / f"{_PREFIX}{state.step:08d}"
+    with atomic_folder(target, overwrite=True) as staging:
+        save_tensors(dict(program.named_adapter_parameters()), staging / ADAPTERS)
+        save_tensors(moments, staging / OPTIMIZER)
+        if best is not None:
+            save_tensors(best.adapters, staging / BEST)
+        value = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "step": state.step,
+            "stale": state.stale,
+            "moments": sorted(moments),
+            "best": None if best is None else {"loss": best.loss, "step": best.step},
+            "identity": identity.to_json(),
+        }
+        written = (path.name for path in staging.glob("*.safetensors"))
+        write_sealed(staging / STATE, value | {"files": digests_of(staging, written)})
+    for old in list_checkpoints(folder)[:-keep]:
+        going = old.folder.with_name(f".{old.folder.name}.going")
+        old.folder.rename(going)  # so that no half of one is ever taken for a checkpoint
+        shutil.rmtree(going)
+    return Checkpoint(target, state.step)
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Complete checkpoints in a folder, oldest first."""
+    named = [(f, re.fullmatch(rf"{_PREFIX}(\d+)", f.name)) for f in folder.glob(f"{_PREFIX}*")]
+    found = [Checkpoint(f, int(name[1])) for f, name in named if name and f.is_dir()]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote a checkpoint has left."""
+    for rest in list(folder.glob(f".{_PREFIX}*")):
+        name = re.match(rf"\.({_PREFIX}\d+)\.", rest.name)
+        if name is not None:
+            recover(folder / name[1])
+        if rest.is_dir():
+            shutil.rmtree(rest)
+        else:
+            rest.unlink(missing_ok=True)
+
+
+def restore_checkpoint(
+    checkpoint: Checkpoint, program: Program, state: FitState, identity: Identity
+) -> None:
+    """Load adapters, optimizer state and position in place.
+
+    Raises:
+        UserInputError: the checkpoint is of another plan, model, data or options, and the first
+            difference is named; or it is broken. Nothing was changed then.
+    """
+    where = str(checkpoint.folder)
+    value = _read_state(checkpoint.folder)
+    identity.check(value["identity"], where=where)
+    adapters = load_tensors(checkpoint.folder / ADAPTERS)
+    moments = load_tensors(checkpoint.folder / OPTIMIZER)
+    _check_moments(program, moments, value["moments"], where)
+    best = None
+    if value["best"] is not None:
+        best = Best(adapters=load_tensors(checkpoint.folder / BEST), **value["best"])
+        _check_adapters(program, best.adapters, where)
+    load_adapters(program, adapters, where=where)
+    for name, parameter in program.named_adapter_parameters():
+        keys = [k for k in moments if k.startswith(f"{name}:")]
+        own = {k.rpartition(":")[2]: moments[k] for k in keys}
+        state.optimizer.state[parameter] = {
+            key: tensor.to(parameter.device) if tensor.dim() else tensor
+            for key, tensor in own.items()
+        }
+    state.step, state.stale, state.best = value["step"], value["stale"], best
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint, all there and of the right types."""
+    where = str(folder)
+    value = read_sealed(folder / STATE, since=_VERSION)
+    if value.get("format") != _FORMAT:
+        raise UserInputError("this is no checkpoint of this package", where=where)
+    if value.get("version") not in _VERSIONS:
+        raise UserInputError(
+            f"the checkpoint has version {quoted(value.get('version'))}, this package reads "
+            f"{_VERSIONS[0]} and {_VERSION}",
+            where=where,
+            hint="use the qalora-compile that wrote it",
+        )
+    odd = [name for name, kind in _FIELDS.items() if not isinstance(value.get(name), kind)]
+    best = value.get("best", {})
+    if best is not None and (not isinstance(best, dict) or best.keys() != {"loss", "step"}):
+        odd.append("best")
+    if odd:
+        raise UserInputError(
+            f"the checkpoint is broken: {odd[0]} is missing in {STATE}, or of another form",
+            where=where,
+            hint="remove it, to go on from the one before",
+        )
+    if value["version"] == _VERSION:
+        check_files(folder, value.get("files"))
+    return value
+
+
+def _check_moments(
+    program: Program, moments: Mapping[str, Tensor], stored: list[str], where: str
+) -> None:
+    """See that the moments are those that were stored, and fit the adapters.
+
+    A moment that is missing would begin at zero, and other weights would come out.
+    """
+    own = dict(program.named_adapter_parameters())
+    for name in sorted({*stored, *moments}):
+        moment, parameter = moments.get(name), own.get(name.rpartition(":")[0])
+        if moment is None:
+            problem = "is missing"
+        elif name not in stored or parameter is None:
+            problem = "belongs to no adapter"
+        elif moment.dim() and moment.shape != parameter.shape:
+            problem = f"is {list(moment.shape)}, its adapter {list(parameter.shape)}"
+        else:
+            continue
+        raise UserInputError(
+            f"the checkpoint is broken: the state {name} of the optimizer {problem}",
+            where=where,
+            hint="remove it, to go on from the one before",
+        )
+
+
+def load_adapters(program: Program, adapters: dict[str, Tensor], *, where: str) -> None:
+    """Copy stored adapters into a program.
+
+    Raises:
+        UserInputError: names or shapes differ; the first difference is named.
+    """
+    _check_adapters(program, adapters, where)
+    with torch.no_grad():
+        for name, parameter in program.named_adapter_parameters():
+            parameter.copy_(adapters[name])
+
+
+def _check_adapters(program: Program, adapters: dict[str, Tensor], where: str) -> None:
+    own = dict(program.named_adapter_parameters())
+    odd = sorted(own.keys() ^ adapters.keys())
+    if odd:
+        side = "missing in the file" if odd[0] in own else "unknown to the program"
+        raise UserInputError(f"the adapter {odd[0]} is {side}", where=where)
+    for name, parameter in own.items():
+        if parameter.shape != adapters[name].shape:
+            raise UserInputError(
+                f"the adapter {name} is {list(adapters[name].shape)} in the file and "
+                f"{list(parameter.shape)} in the program",
+                where=where,
+            )

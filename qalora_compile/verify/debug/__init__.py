@@ -1,0 +1,1 @@
+"""Where a difference begins: bisection, a script that repeats it, a page."""

@@ -1,0 +1,1 @@
+"""Comparison by running: inputs, a float64 reference, bounds on rounding, verdicts."""

@@ -1,0 +1,136 @@
+"""Calls of language models as devices make them: a prompt, then a few tokens, then one at a time.
+
+Kernels take another way for one token than for many, and a mistake may show at one token alone, at
+two, behind many positions, in the second sequence, or beside padding. `decoding_calls` are of a
+program with a key-value cache; `sequence_calls` are whole sequences, which `verify.cached` gives to
+an exported model in such steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.program import Program
+from qalora_compile.verify.inputs import draw_leaves, is_mask, rebuild_call, token_limits
+from qalora_compile.verify.numeric.run_float64 import run_nodes
+
+_SHAPES = {
+    "prompt": (2, 0, 12),
+    "one token": (1, 23, 1),
+    "one token, padded": (2, 9, 1),
+    "two tokens, padded": (2, 14, 2),
+    "one token, far": (2, 71, 1),
+}
+"""Rows, tokens of the past (fewer where tables of positions end before), new tokens.
+
+Of two rows the first is padded on its left.
+"""
+_PADDED = 3
+_LENGTHS = (80, 48, 24)
+"""Tokens of a whole sequence: as many as a model's tables of positions have."""
+_MOST_WORDS, _ROW = 2048, 32
+
+
+def decoding_calls(program: Program, *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Calls of a decoder with its cache, by what they are; none for other programs.
+
+    Keys and values of the past are random; positions count from the first token that is no padding.
+    """
+    signature = program.signature
+    if not signature.cache or signature.cross_cache:
+        return {}
+    calls = {}
+    for index, (name, (batch, past, new)) in enumerate(_SHAPES.items()):
+        for before in dict.fromkeys((past, past * 2 // 3, past // 3)):
+            generator = torch.Generator().manual_seed(seed + 100 + index)
+            sizes = {"batch": batch, "past_sequence": before, "sequence": new}
+            leaves = draw_leaves(program, sizes | {"total_sequence": before + new}, generator)
+            call = _padded(program, leaves, new)
+            if _runs(program, call):
+                calls[name] = rebuild_call(program, call)
+                break
+    return calls
+
+
+def sequence_calls(program: Program, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Two whole sequences for a model that reads tokens: a long one, and two rows with padding.
+
+    None where the program has other inputs than tokens and a mask.
+    """
+    leaves = program.signature.inputs
+    tokens = [leaf for leaf in leaves if leaf.name in token_limits(program)]
+    others = [leaf for leaf in leaves if leaf not in tokens and leaf.dtype is not None]
+    if len(tokens) != 1 or len(tokens[0].shape) != 2 or not all(map(is_mask, others)):
+        return []
+    for length in _LENGTHS:
+        calls = []
+        for batch in (1, 2):
+            generator = torch.Generator().manual_seed(seed + 200 + batch)
+            sizes = {"batch": batch, "sequence": length, "total_sequence": length}
+            calls.append(_padded(program, draw_leaves(program, sizes, generator), length))
+        if all(_runs(program, call) for call in calls):
+            return [rebuild_call(program, call) for call in calls]
+    return []
+
+
+def every_token(program: Program, *, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """A call in which each token id occurs; none where there are more than 2,048 of them."""
+    limits = token_limits(program)
+    words = max(limits.values(), default=0)
+    if not 0 < words <= _MOST_WORDS:
+        return {}
+    generator = torch.Generator().manual_seed(seed)
+    for length in (_ROW, _ROW // 4):
+        rows = -(-words // length)
+        sizes = {"batch": rows, "sequence": length, "past_sequence": 7}
+        leaves = draw_leaves(program, sizes | {"total_sequence": 7 + length}, generator)
+        each = torch.randperm(rows * length, generator=generator)
+        call = [
+            _spread(each, limits[leaf.name], value) if leaf.name in limits else value
+            for leaf, value in zip(program.signature.inputs, leaves, strict=True)
+        ]
+        whole = all(
+            set(range(limits[leaf.name])) <= set(value.flatten().tolist())
+            for leaf, value in zip(program.signature.inputs, call, strict=True)
+            if leaf.name in limits
+        )
+        if whole and _runs(program, call):
+            return {"every token": rebuild_call(program, call)}
+    return {}
+
+
+def _spread(each: Tensor, words: int, like: Tensor) -> Tensor:
+    """Ids in the shape of a leaf, all of them where it has room."""
+    ids = each[: like.numel()] if like.numel() <= len(each) else each.repeat(like.numel())
+    return (ids[: like.numel()] % words).reshape(like.shape).to(like.dtype)
+
+
+def _padded(program: Program, leaves: list[Any], new: int) -> list[Any]:
+    """The first of two rows with padding on its left, and positions that begin behind it."""
+    inputs = program.signature.inputs
+    changed = list(leaves)
+    counted: Tensor | None = None
+    for index, (leaf, value) in enumerate(zip(inputs, leaves, strict=True)):
+        if is_mask(leaf) and value.dim() == 2:
+            mask = torch.ones_like(value)
+            mask[: len(mask) - 1, :_PADDED] = 0
+            changed[index], counted = mask, mask
+    for index, (leaf, value) in enumerate(zip(inputs, leaves, strict=True)):
+        if "position" in leaf.name and counted is not None:
+            places = (counted.long().cumsum(1) - 1).clamp(min=0)
+            changed[index] = places[:, -new:].to(value.dtype)
+    return changed
+
+
+def _runs(program: Program, leaves: list[Any]) -> bool:
+    """Whether the program takes a call: its axes may have limits, and its tables may end."""
+    try:
+        program.signature.check(leaves)
+        run_nodes(program, leaves, ())
+    except UserInputError:
+        return False
+    return True

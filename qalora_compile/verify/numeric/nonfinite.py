@@ -1,0 +1,49 @@
+"""Stored tensors with NaN, or with infinities that are no mask: nothing is equal to those.
+
+The rule is that of `ir.finite`, for numpy: −∞ is put on purpose into masks alone, which have no
+positive numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qalora_compile.verify.proof.graphs.graph import Graph
+from qalora_compile.verify.proof.graphs.stored_tensor import Stored
+from qalora_compile.verify.proof.open_graph import open_sides
+
+if TYPE_CHECKING:
+    from qalora_compile.ir.program import Program
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+def is_damaged(stored: Stored) -> bool:
+    """Whether a tensor holds NaN, or infinities that are no mask."""
+    if stored.dtype not in _FLOATS or stored.size == 0:
+        return False
+    values = stored.values()
+    return not (bool(np.isfinite(values).all()) or bool((values <= 0).all()))
+
+
+def damages(graphs: Iterable[Graph]) -> list[str]:
+    """A line for each damaged tensor of some graphs."""
+    return [
+        f"{graph.label}: the tensor {name} holds NaN or infinite values"
+        for graph in graphs
+        for name, stored in graph.tensors.items()
+        if is_damaged(stored)
+    ]
+
+
+def damages_of(*things: Program | str | Path) -> list[str]:
+    """The same of programs and paths.
+
+    Raises:
+        UserInputError: a path cannot be read.
+    """
+    return damages(graph for thing in things for graph in open_sides(thing))

@@ -1,0 +1,223 @@
+"""What a numeric comparison found: one row a value, for each way of running the candidate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qalora_compile.errors import VerificationError
+from qalora_compile.verify.numeric.error_bound import (
+    AMBIGUOUS,
+    BEYOND,
+    EXPLAINED,
+    FAIL,
+    PASS,
+    Judgement,
+)
+
+_ORDER = (PASS, AMBIGUOUS, FAIL)
+
+
+@dataclass(frozen=True)
+class ValueRow:
+    """A value of both sides, at the input on which it came out worst.
+
+    Attributes:
+        name: `input of <site>`, `<site>`, `output <name>` or `node <name>`.
+        kind: `read` by a site, `site`, `output`, or a `node` between them.
+        path: Module path in the user's model, where it is known.
+        lines: The nodes on both sides as text; where structure tells the two sides apart before
+            this value, the nodes at which they part.
+        input: Name of the input that is worst.
+        worst: What was found there.
+        undefined: Elements, over all inputs, that could not be judged (`Judgement.undefined`).
+        verdict: PASS, AMBIGUOUS or FAIL.
+    """
+
+    name: str
+    kind: str
+    path: str
+    lines: tuple[str, str]
+    input: str
+    worst: Judgement
+    undefined: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running the candidate.
+
+    Attributes:
+        name: `as a program`, or optimization level and kernels of an exported model.
+        rows: In graph order, the outputs last.
+        inputs: Name of each input on which outputs were judged, and the largest ratio of them.
+        problem: Why it did not run, or "".
+    """
+
+    name: str
+    rows: tuple[ValueRow, ...]
+    inputs: tuple[tuple[str, float], ...] = ()
+    problem: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """The worst of its rows; FAIL where it did not run."""
+        return FAIL if self.problem else worst_verdict([row.verdict for row in self.rows])
+
+    @property
+    def first(self) -> ValueRow | None:
+        """The first row, in graph order, whose verdict is that of the way, unless that is PASS."""
+        if self.verdict == PASS:
+            return None
+        return next((row for row in self.rows if row.verdict == self.verdict), None)
+
+    @property
+    def worst(self) -> ValueRow | None:
+        """The row with the largest ratio."""
+        return max(self.rows, key=lambda row: row.worst.ratio, default=None)
+
+
+@dataclass(frozen=True)
+class NumericReport:
+    """Outcome of `compare_nodes`.
+
+    Attributes:
+        reference: What was run in float64, and at its own precision.
+        candidate: What was held to it.
+        inputs: Names of the inputs, in the order they were tried.
+        ways: One for each way of running the candidate.
+        notes: What was not tried, and why.
+    """
+
+    reference: str
+    candidate: str
+    inputs: tuple[str, ...]
+    ways: tuple[Way, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """FAIL if any way fails, else AMBIGUOUS if any is, else PASS."""
+        return worst_verdict([way.verdict for way in self.ways])
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is PASS: AMBIGUOUS is not."""
+        return self.verdict == PASS
+
+    @property
+    def culprit(self) -> tuple[Way, ValueRow | None] | None:
+        """The first way with the verdict, and its first such row; None if all passes."""
+        if self.passed:
+            return None
+        way = next(way for way in self.ways if way.verdict == self.verdict)
+        return way, way.first
+
+    @property
+    def difference(self) -> str | None:
+        """The culprit as text of one line and, below it, the nodes; None if all passes."""
+        if self.culprit is None:
+            return None
+        way, row = self.culprit
+        if row is None:
+            return f"{way.name}: {way.problem}"
+        return f"{describe(row)}\n    {row.lines[0]}\n    {row.lines[1]}"
+
+    def check(self) -> NumericReport:
+        """Return self, or raise.
+
+        Raises:
+            VerificationError: the verdict is FAIL or AMBIGUOUS.
+        """
+        if self.culprit is None:
+            return self
+        way, row = self.culprit
+        raise VerificationError(
+            f"{self.candidate} is not the same as {self.reference}: {self.verdict}",
+            report=self,
+            where=f"{way.name}: {way.problem or (row and describe(row))}",
+            hint=None
+            if self.verdict == FAIL
+            else "rounding explains a part of it: try more inputs, or prove_equivalence",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types; numbers that are not finite become null."""
+        return {
+            "reference": self.reference,
+            "candidate": self.candidate,
+            "verdict": self.verdict,
+            "explained": EXPLAINED,
+            "beyond": BEYOND,
+            "inputs": list(self.inputs),
+            "difference": self.difference,
+            "ways": [_way_json(way) for way in self.ways],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.verdict}: {self.candidate} against {self.reference} in float64 "
+            f"({len(self.inputs)} inputs; rounding explains a ratio of {EXPLAINED:g}, "
+            f"{BEYOND:g} is beyond it)"
+        ]
+        for way in self.ways:
+            worst = way.worst
+            found = way.problem or (
+                f"{len(way.rows)} values, largest ratio {worst.worst.ratio:.3g} at {worst.name}"
+                if worst is not None
+                else "nothing to compare"
+            )
+            lines.append(f"  {way.verdict:9}  {way.name}: {found}")
+        if self.difference:
+            lines.append(f"  first: {self.difference}")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def worst_verdict(verdicts: Sequence[str]) -> str:
+    """The worst of some verdicts; FAIL where there are none: nothing was compared."""
+    return max(verdicts, key=_ORDER.index, default=FAIL)
+
+
+def describe(row: ValueRow) -> str:
+    """A row in one line."""
+    found, where = row.worst, "" if row.path in ("", row.name) else f" ({row.path})"
+    if found.problem:
+        return f"{row.name}{where}: {found.problem}"
+    if not found.judged:
+        return f"{row.name}{where}: the reference has no accurate value on {row.input}"
+    return (
+        f"{row.name}{where}: off by {found.error:.3g} of {found.scale:.3g} on {row.input}, "
+        f"{found.ratio:.3g} times what rounding does to the reference ({found.own:.3g})"
+    )
+
+
+def _way_json(way: Way) -> dict[str, Any]:
+    return {
+        "name": way.name,
+        "verdict": way.verdict,
+        "problem": way.problem,
+        "inputs": {name: _number(ratio) for name, ratio in way.inputs},
+        "values": [
+            {
+                "name": row.name,
+                "kind": row.kind,
+                "path": row.path,
+                "lines": list(row.lines),
+                "input": row.input,
+                "verdict": row.verdict,
+                "undefined_in_all": row.undefined,
+                **{k: _number(v) for k, v in dataclasses.asdict(row.worst).items()},
+            }
+            for row in way.rows
+        ],
+    }
+
+
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,149 @@
+"""Programs run at another precision than their own, with the values of chosen nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import dtype_name
+from qalora_compile.untrusted import quoted
+from qalora_compile.verify.numeric.error_bound import UNITS
+
+Values = dict[str, Tensor]
+_ROUNDINGS = 2
+"""Evaluations of the reference in which every result is rounded up or down at random."""
+
+
+def run_reference(
+    program: Program, leaves: Sequence[Any], names: Collection[str], working: torch.dtype
+) -> tuple[Values, Values]:
+    """What nodes mean, and what rounding alone does to them: (T, max |Aᵢ − T|), see `judge`.
+
+    Args:
+        program: The reference.
+        leaves: Checked flat inputs, in signature order.
+        names: The nodes whose values are wanted.
+        working: The precision at which the candidate computes.
+    """
+    exact = run_nodes(program, leaves, names, torch.float64)
+    own = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in exact.items()}
+    narrow = torch.float32 if working is torch.float32 else None
+    for noise in (None, *((UNITS[working], seed) for seed in range(_ROUNDINGS))):
+        for name, value in run_nodes(program, leaves, names, narrow, noise=noise).items():
+            error = (value.double() - exact[name].double()).abs()
+            own[name] = torch.maximum(own[name], error)  # NaN stays
+    return exact, own
+
+
+def working_dtype(program: Program) -> torch.dtype:
+    """The precision at which a program computes: that of its halves where it has some."""
+    dtypes = {t.dtype for t in program.tensors().values()}
+    halves = [dtype for dtype in UNITS if dtype is not torch.float32 and dtype in dtypes]
+    return halves[0] if halves else torch.float32
+
+
+def run_nodes(
+    program: Program,
+    leaves: Sequence[Any],
+    names: Collection[str],
+    dtype: torch.dtype | None = None,
+    *,
+    noise: tuple[float, int] | None = None,
+) -> Values:
+    """Values of nodes, in evaluation mode and without gradients.
+
+    Args:
+        program: What to run.
+        leaves: Checked flat inputs, in signature order.
+        names: The nodes whose values are wanted; those that are no tensors are left out.
+        dtype: What every floating tensor and every floating dtype in the graph becomes: `float64`
+            makes what the program means, up to 2⁻⁵³, on the weights as they are stored. None runs
+            the program as it is.
+        noise: (u, seed): multiply each floating result by 1 + u or 1 − u, at random, as if it had
+            been rounded otherwise (Monte Carlo arithmetic).
+
+    Raises:
+        UserInputError: the program does not run on these inputs.
+    """
+    runner = _At(program.module, names, dtype, noise)
+    previous = torch.get_default_dtype()
+    with program.evaluating():
+        if dtype is not None:
+            torch.set_default_dtype(dtype)  # of factories that name none
+        try:
+            runner.run(*map(runner.cast, leaves), enable_io_processing=False)
+        except (RuntimeError, IndexError) as error:  # sizes that depend on values
+            raise UserInputError(
+                f"the program fails when it runs: {quoted(str(error), 200)}",
+                where=f"in {dtype_name(dtype or torch.float32)}",
+            ) from error
+        finally:
+            torch.set_default_dtype(previous)
+    return runner.found
+
+
+def output_nodes(program: Program) -> dict[str, str]:
+    """Name of each output that is computed → the node that gives it."""
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    values = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    pairs = zip(program.signature.outputs, values, strict=True)
+    return {name: value.name for name, value in pairs if isinstance(value, fx.Node)}
+
+
+class _At(fx.Interpreter):
+    """Runs a graph with floating tensors of one dtype."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        names: Collection[str],
+        dtype: torch.dtype | None,
+        noise: tuple[float, int] | None = None,
+    ) -> None:
+        super().__init__(module)
+        self._names, self._dtype, self._noise = names, dtype, noise
+        self._generator = torch.Generator().manual_seed(0 if noise is None else noise[1])
+        self.found: Values = {}
+
+    def cast(self, value: Any) -> Any:
+        """A floating tensor, or a floating dtype, in the dtype asked for; all else as it is."""
+        if self._dtype is None:
+            return value
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(self._dtype)
+        if isinstance(value, torch.dtype) and value.is_floating_point:
+            return self._dtype
+        if isinstance(value, fx.GraphModule):
+            return _At(value, (), self._dtype).run
+        return value
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.cast(super().fetch_attr(target))
+
+    def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        args, kwargs = pytree.tree_map(self.cast, (args, kwargs))
+        # Operators of single targets give float32 whatever they are given.
+        result = pytree.tree_map(self.cast, super().call_function(target, args, kwargs))
+        return result if self._noise is None else pytree.tree_map(self._rounded, result)
+
+    def _rounded(self, value: Any) -> Any:
+        """A floating tensor, each element a rounding larger or smaller."""
+        if self._noise is None or not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        up = torch.randint(0, 2, value.shape, generator=self._generator, dtype=torch.int8)
+        factor = 1 + (2.0 * up.double() - 1) * self._noise[0]
+        return (value.double() * factor).to(value.dtype)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output" and self._names:
+            return None
+        value = super().run_node(n)
+        if n.name in self._names and isinstance(value, Tensor):
+            self.found[n.name] = value
+        return value

@@ -1,0 +1,1 @@
+"""Proof that two graphs are equal: structure, weights and terms; certificates."""

@@ -1,0 +1,295 @@
+"""Certificates: what a proof found, as JSON that can be checked again later, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qalora_compile.errors import UserInputError, VerificationError
+from qalora_compile.files import atomic_files, write_json
+from qalora_compile.untrusted import quoted, read_json
+from qalora_compile.verify.proof.compare_weights import RULE, Coefficients
+from qalora_compile.verify.proof.match_structure import DIFFERENT, OPEN, PROVED, SAMPLED
+
+FORMAT, VERSION = "qalora-certificate", 1
+_NONE = type(None)
+EQUAL, UNEQUAL, UNDECIDED = "EQUAL", "DIFFERENT", "UNDECIDED"
+
+
+@dataclass(frozen=True)
+class SideRecord:
+    """One side of a comparison.
+
+    Attributes:
+        label: What it was called.
+        kind: `fx` (a program) or `onnx`.
+        stage: Of the program, or the target of the model.
+        path: Of the folder or file; None for a program in memory.
+        files: SHA-256 of the files there, by name.
+        tensors: SHA-256 over the names and values of the tensors of a program in memory.
+        graph: Of a program in memory whose tensors are those of the folder `path`: its graph.
+    """
+
+    label: str
+    kind: str
+    stage: str
+    path: str | None
+    files: Mapping[str, str]
+    tensors: str | None
+    graph: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class SiteProof:
+    """What was found of one site.
+
+    Attributes:
+        name, k, n, experts: The site.
+        status: `proved`, `different`, or `sampled`: its nodes were not read as a linear map.
+        ways: How far the weights lie apart, for each way to take the candidate's operators.
+        problem: Why there are no numbers.
+    """
+
+    name: str
+    k: int
+    n: int
+    experts: int | None
+    status: str
+    ways: Mapping[str, Coefficients]
+    problem: str = ""
+
+    @property
+    def max_abs(self) -> float:
+        """Largest difference of two coefficients."""
+        return max((w.max_abs for w in self.ways.values()), default=math.nan)
+
+    @property
+    def worst(self) -> tuple[str, Coefficients] | None:
+        """The way whose difference is the largest part of what storing explains."""
+        return max(self.ways.items(), key=lambda item: item[1].max_ratio, default=None)
+
+    def bound(self, norm: float) -> float:
+        """Bound of ‖Δy‖₂ for every x with ‖x‖₂ ≤ `norm`, in exact arithmetic."""
+        return max((w.operator * norm + w.bias_norm for w in self.ways.values()), default=math.nan)
+
+
+@dataclass(frozen=True)
+class SegmentProof:
+    """What was found of what stands between sites; `lines` as of `structural.Segment`."""
+
+    name: str
+    status: str
+    lines: tuple[str, str] | None
+    sampled: float | None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The outcome of `prove_equivalence`.
+
+    Attributes:
+        reference, candidate: What was compared.
+        verdict: `EQUAL`, `DIFFERENT`, or `UNDECIDED`: something could neither be proved nor tried.
+        sites: The quantized layers.
+        segments: What stands between them.
+        difference: The first difference, as lines of text, or None.
+        samples: How many samples were tried where structure alone is no proof, and within what.
+        notes: What was widened, and where no bound holds.
+        versions: Of what made it.
+    """
+
+    reference: SideRecord
+    candidate: SideRecord
+    verdict: str
+    sites: tuple[SiteProof, ...]
+    segments: tuple[SegmentProof, ...]
+    difference: str | None
+    samples: Mapping[str, float]
+    notes: tuple[str, ...]
+    versions: Mapping[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the two are equal: proved, or on samples where `sampled` says so."""
+        return self.verdict == EQUAL
+
+    @property
+    def parts(self) -> tuple[SiteProof | SegmentProof, ...]:
+        """The layers, and what stands between them."""
+        return (*self.sites, *self.segments)
+
+    @property
+    def sampled(self) -> tuple[str, ...]:
+        """Names of what was tried on samples and not proved; empty: all is proved."""
+        return tuple(part.name for part in self.parts if part.status == SAMPLED)
+
+    @property
+    def proved(self) -> bool:
+        """Whether the two are equal for all inputs, nothing being tried on samples alone."""
+        return self.passed and all(part.status == PROVED for part in self.parts)
+
+    @property
+    def max_abs(self) -> float:
+        """Largest difference of two coefficients of any site."""
+        found = [s.max_abs for s in self.sites if s.ways]
+        return max(found, default=0.0)
+
+    def check(self) -> Certificate:
+        """Return self, or raise.
+
+        Raises:
+            VerificationError: the verdict is not `EQUAL`.
+        """
+        if not self.passed:
+            raise VerificationError(
+                f"{self.candidate.label} is not proved equal to {self.reference.label}",
+                report=self,
+                where=self.difference,
+            )
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types; what is not finite becomes text."""
+        value = {"format": FORMAT, "version": VERSION, "tolerance": RULE, **_fields(self)}
+        return value | {"proved": self.proved, "sampled": list(self.sampled)}
+
+    def write(self, path: str | Path) -> None:
+        """Write the certificate as a JSON file, in the place of another certificate.
+
+        Raises:
+            UserInputError: the path holds something else.
+            OutputError: it cannot be written.
+        """
+        with atomic_files(Path(path), overwrite=True) as scratch:
+            write_json(scratch, self.to_json())
+
+    @classmethod
+    def read(cls, path: str | Path) -> Certificate:
+        """Undo `write`.
+
+        Raises:
+            UserInputError: the file is missing, malformed or of another version.
+        """
+        value = read_json(Path(path), finite=True)
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise UserInputError(f"{path} is no certificate", where=str(path))
+        if value.get("version") != VERSION:
+            raise UserInputError(
+                f"the certificate has version {value.get('version')}, this package reads {VERSION}",
+                where=str(path),
+            )
+        try:
+            made = _certificate(value)
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            IndexError,
+        ) as error:
+            raise UserInputError(
+                f"the certificate is malformed: {error!r}", where=str(path)
+            ) from error
+        if value.get("proved") and not made.proved:
+            raise UserInputError("the certificate says proved of what is not", where=str(path))
+        return made
+
+    def __str__(self) -> str:
+        sites, parts = (Counter(p.status for p in rows) for rows in (self.sites, self.segments))
+        lines = [
+            f"{self.verdict}: {self.candidate.label} against {self.reference.label}",
+            f"  layers: {_counts(sites)}; largest difference of a coefficient {self.max_abs:.3g}",
+            f"  between them: {_counts(parts)}",
+        ]
+        if self.sampled:
+            worst = max((s.sampled or 0.0 for s in self.segments), default=0.0)
+            lines.append(
+                f"  not proved but tried on {self.samples['count']:g} samples: "
+                f"{len(self.sampled)} parts, largest relative difference {worst:.3g}"
+            )
+        if self.difference:
+            lines.append(f"  first difference: {self.difference}")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    order = (PROVED, SAMPLED, DIFFERENT, OPEN)
+    return ", ".join(f"{counts[s]} {s}" for s in order if counts.get(s)) or "none"
+
+
+def _fields(value: Any) -> Any:
+    """Dataclasses as dictionaries, tuples as lists, infinities and NaN as text."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _fields(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _fields(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_fields(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _certificate(value: Mapping[str, Any]) -> Certificate:
+    sites = []
+    for row in value["sites"]:
+        ways = {name: _coefficients(way) for name, way in row["ways"].items()}
+        _check_types(row, name=str, k=int, n=int, status=str, problem=str)
+        sites.append(SiteProof(**(row | {"ways": ways})))
+    segments = []
+    for row in value["segments"]:
+        lines = None if row["lines"] is None else (str(row["lines"][0]), str(row["lines"][1]))
+        sampled = None if row["sampled"] is None else float(row["sampled"])
+        _check_types(row, name=str, status=str)
+        segments.append(SegmentProof(**(row | {"lines": lines, "sampled": sampled})))
+    if value["verdict"] not in (EQUAL, UNEQUAL, UNDECIDED):
+        raise ValueError(f"no verdict is {value['verdict']!r}")
+    for rows in (value["sites"], value["segments"]):
+        names = Counter(row["name"] for row in rows)
+        if names and max(names.values()) > 1:
+            raise ValueError(f"{names.most_common(1)[0][0]} is there twice")
+    for name in ("reference", "candidate"):
+        _check_types(value[name], label=str, kind=str, stage=str, files=dict, path=(str, _NONE))
+        _check_types(value[name]["files"], **dict.fromkeys(value[name]["files"], str))
+        _check_types(value[name], tensors=(str, _NONE), graph=(dict, _NONE))
+    sides = [SideRecord(**value[name]) for name in ("reference", "candidate")]
+    return Certificate(
+        reference=dataclasses.replace(sides[0], files=dict(sides[0].files)),
+        candidate=dataclasses.replace(sides[1], files=dict(sides[1].files)),
+        verdict=value["verdict"],
+        sites=tuple(sites),
+        segments=tuple(segments),
+        difference=None if value["difference"] is None else str(value["difference"]),
+        samples={name: float(value["samples"][name]) for name in ("count", "tolerance")},
+        notes=tuple(map(str, value["notes"])),
+        versions={str(k): str(v) for k, v in value["versions"].items()},
+    )
+
+
+def _check_types(row: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:
+    """See that the values of a row are of these types.
+
+    Raises:
+        TypeError: one is not, or is missing.
+    """
+    for name, kind in kinds.items():
+        value = row[name] if name != "graph" else row.get(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise TypeError(f"{name} is {quoted(value)}")
+
+
+def _coefficients(way: Mapping[str, Any]) -> Coefficients:
+    numbers: dict[str, Any] = {
+        name: None if v is None and name == "float32" else float(v)
+        for name, v in way.items()
+        if name != "worst"
+    }
+    numbers["terms"] = int(way["terms"])
+    return Coefficients(**numbers, worst=tuple(way["worst"]))

@@ -1,0 +1,142 @@
+"""Two linear maps compared coefficient by coefficient, and what a difference does to outputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qalora_compile.verify.proof.graphs.stored_tensor import Array
+from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError, Rows
+
+_CHUNK = 1 << 22
+"""Coefficients that are decoded at a time."""
+_UNIT = 2.0**-24
+"""u of float32."""
+RULE = (
+    "entry by entry in float64: |W_a − W_b| ≤ r_a + r_b, where r is what storing explains: "
+    "u·|offset| for an offset that was folded, scale·u·|zero_point| for a real zero-point, u·|C| "
+    "for a correction (u = 2^-24, or 2^-11 in float16, plus half the smallest number of the type), "
+    "half a step of the last digit of a correction in digits, and 2^-48 of the weight's parts for "
+    "the decoder's own arithmetic; codes, scales and biases have no tolerance"
+)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """How far two effective weights and biases lie apart.
+
+    Attributes:
+        max_abs: Largest difference of two weights.
+        max_ratio: Largest ratio of a difference to what storing explains there; above 1: unequal.
+        worst: (row, column) of that ratio; for experts with the expert before them.
+        frobenius: ‖ΔW‖_F, so that ‖Δy‖₂ ≤ ‖ΔW‖_F ‖x‖₂ + ‖Δb‖₂ for every x, in exact arithmetic.
+        operator: A bound of the largest singular value of ΔW: min(‖ΔW‖_F, √(‖ΔW‖₁ ‖ΔW‖_∞)).
+        weight_max, weight_frobenius: Of the reference's weight.
+        bias_max_abs: Largest difference of two biases; any at all is a difference.
+        bias_norm: ‖Δb‖₂.
+        float32: For |computed y − exact y| in float32, of either side, in any order of summation:
+            ‖·‖₂ ≤ float32 · ‖x‖₂ + γ‖b‖₂; None on int8 activations.
+        terms: n of γ_n in that bound.
+        coarse: The largest distance that storing explains, as a part of the scale of its group.
+    """
+
+    max_abs: float
+    max_ratio: float
+    worst: tuple[int, ...]
+    frobenius: float
+    operator: float
+    weight_max: float
+    weight_frobenius: float
+    bias_max_abs: float
+    bias_norm: float
+    float32: float | None
+    terms: int
+    coarse: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether storing explains every difference."""
+        return self.max_ratio <= 1 and self.bias_max_abs == 0
+
+
+def compare_linears(a: Linear, b: Linear) -> Coefficients:
+    """Compare two linear maps, some rows at a time.
+
+    Raises:
+        NotLinearError: their shapes differ, or a matrix does not fit what it multiplies.
+    """
+    if (a.n, a.k, a.experts) != (b.n, b.k, b.experts):
+        raise NotLinearError(f"{_shape(a)} and {_shape(b)} are no one shape")
+    sums = _Sums(a.k)
+    for expert in range(a.experts or 1):
+        sums.begin()
+        for start in range(0, a.n, step := max(1, _CHUNK // max(1, a.k))):
+            part, which = slice(start, min(start + step, a.n)), expert if a.experts else -1
+            sums.add(a.rows(part, which), b.rows(part, which), start, which)
+    bias = a.biases() - b.biases()
+    terms = max(a.terms, b.terms)
+    inexact = "int8 activations" in (*a.notes, *b.notes)
+    gamma = terms * _UNIT / (1 - terms * _UNIT)
+    return Coefficients(
+        max_abs=sums.max_abs,
+        max_ratio=sums.max_ratio,
+        worst=sums.worst,
+        frobenius=math.sqrt(sums.square),
+        operator=sums.operator,
+        weight_max=sums.weight_max,
+        weight_frobenius=math.sqrt(sums.weight_square),
+        bias_max_abs=float(np.abs(bias).max()),
+        bias_norm=float(np.linalg.norm(bias)),
+        float32=None if inexact else gamma * math.sqrt(sums.size_square),
+        terms=terms,
+        coarse=sums.coarse,
+    )
+
+
+def _shape(linear: Linear) -> str:
+    lead = f"{linear.experts}×" if linear.experts else ""
+    return f"{lead}{linear.n}×{linear.k}"
+
+
+class _Sums:
+    """What is summed up over the rows."""
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+        self.max_abs = self.max_ratio = self.square = self.operator = 0.0
+        self.weight_max = self.weight_square = self.size_square = self.coarse = 0.0
+        self.worst: tuple[int, ...] = ()
+
+    def begin(self) -> None:
+        """Begin a matrix."""
+        self._columns = np.zeros(self._k)
+        self._row, self._square = 0.0, 0.0
+
+    def add(self, a: Rows, b: Rows, start: int, expert: int) -> None:
+        """Add some rows of both sides."""
+        apart = np.abs(a.weight - b.weight)
+        self._ratio(apart, a.radius + b.radius, start, expert)
+        self.max_abs = max(self.max_abs, float(apart.max()))
+        square = float(np.square(apart).sum())
+        self.square, self._square = self.square + square, self._square + square
+        self._columns += apart.sum(0)
+        self._row = max(self._row, float(apart.sum(1).max()))
+        product = math.sqrt(float(self._columns.max()) * self._row)
+        self.operator = max(self.operator, min(math.sqrt(self._square), product))
+        self.coarse = max(self.coarse, a.coarse + b.coarse)
+        self.weight_max = max(self.weight_max, float(np.abs(a.weight).max()))
+        self.weight_square += float(np.square(a.weight).sum())
+        self.size_square += float(np.square(np.maximum(a.size, b.size)).sum())
+
+    def _ratio(self, apart: Array, radius: Array, start: int, expert: int) -> None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(apart == 0, 0.0, apart / radius)
+        ratio = np.where(np.isnan(ratio), np.inf, ratio)  # a NaN is a difference
+        place: Any = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+        if float(ratio[place]) > self.max_ratio or not self.worst:
+            self.max_ratio = float(ratio[place])
+            lead = () if expert < 0 else (expert,)
+            self.worst = (*lead, int(place[0]) + start, int(place[1]))

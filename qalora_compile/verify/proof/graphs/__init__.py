@@ -1,0 +1,1 @@
+"""Programs and ONNX files as one kind of graph."""

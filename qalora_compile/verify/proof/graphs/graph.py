@@ -1,0 +1,148 @@
+"""One form for graphs of both kinds, torch.fx and ONNX, as a proof reads them; without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qalora_compile.verify.proof.graphs.stored_tensor import Stored
+
+FX, ONNX = "fx", "onnx"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the graph, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A stored tensor, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """What computes one value.
+
+    Attributes:
+        name: Of the value.
+        op: `aten.add.Tensor`, `qalora.group_sum.default`, `onnx.Add`, `com.microsoft.MatMulNBits`.
+        args: Operands: `Ref`, `Tensor`, None, numbers, texts, and tuples of these.
+        options: Keyword arguments or attributes, of the same kinds.
+        line: The node as text.
+        output: Which of the results of an ONNX node with several.
+        path: Module path in the user's model, where it is known.
+    """
+
+    name: str
+    op: str
+    args: tuple[Any, ...]
+    options: Mapping[str, Any]
+    line: str
+    output: int = 0
+    path: str = ""
+
+    def arg(self, index: int, name: str = "", default: Any = None) -> Any:
+        """An operand by position or by name."""
+        return self.args[index] if len(self.args) > index else self.options.get(name, default)
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """A quantized use of a weight: `[N, K]`, or E of them; `path` holds its tensors."""
+
+    name: str
+    path: str
+    k: int
+    n: int
+    dtype: str
+    experts: int | None = None
+
+
+@dataclass
+class Graph:
+    """A graph with its tensors.
+
+    Attributes:
+        dialect: `fx` or `onnx`.
+        label: What it is called in messages.
+        stage: Of a program; the target of an ONNX model.
+        nodes: By the value that they compute, in graph order.
+        inputs: Value → name of the input, and its dtype (None for a constant).
+        outputs: Name → the value, or None.
+        tensors: By name.
+        sites: The quantized sites by name, in graph order.
+        site_values: Site → the value that holds its output.
+        half: The model computes in half precision.
+        functions: Model-local functions of an ONNX model, by (domain, name).
+        extra: The ONNX model itself, or of a function's body the name of its input x.
+    """
+
+    dialect: str
+    label: str
+    stage: str
+    nodes: dict[str, Node]
+    inputs: dict[str, tuple[str, str | None]]
+    outputs: dict[str, Any]
+    tensors: dict[str, Stored]
+    sites: dict[str, SiteRow]
+    site_values: dict[str, str]
+    half: bool = False
+    functions: dict[tuple[str, str], Any] = field(default_factory=dict)
+    extra: Any = None
+
+    def node(self, operand: Any) -> Node | None:
+        """The node behind an operand, if it is a computed value."""
+        return self.nodes.get(operand.name) if isinstance(operand, Ref) else None
+
+    def line(self, operand: Any) -> str:
+        """An operand as text: the node that computes it, or its name."""
+        node = self.node(operand)
+        if node is not None:
+            return node.line + (f"  # {node.path}" if node.path else "")
+        if isinstance(operand, Ref):
+            return f"input {self.inputs.get(operand.name, (operand.name, None))[0]}"
+        return f"@{operand.name}" if isinstance(operand, Tensor) else repr(operand)
+
+
+def refs(value: Any) -> Iterator[Ref]:
+    """The values that an operand refers to, however nested."""
+    if isinstance(value, Ref):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from refs(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from refs(item)
+
+
+def reachable(graph: Graph, targets: list[Any], stop: frozenset[str]) -> set[str]:
+    """Names of the nodes that `targets` are computed by, up to the values `stop`."""
+    seen: set[str] = set()
+    waiting = [ref for target in targets for ref in refs(target)]
+    while waiting:
+        ref = waiting.pop()
+        node = graph.nodes.get(ref.name)
+        if node is None or ref.name in seen or ref.name in stop:
+            continue
+        seen.add(ref.name)
+        waiting += refs(node.args)
+        waiting += refs(dict(node.options))
+    return seen
+
+
+def text_of(value: Any) -> str:
+    """An operand as text."""
+    if isinstance(value, Ref):
+        return f"%{value.name}"
+    if isinstance(value, Tensor):
+        return f"@{value.name}"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(text_of, value))}]"
+    return str(value)

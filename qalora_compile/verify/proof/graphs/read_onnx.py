@@ -1,0 +1,156 @@
+"""ONNX models of this package as graphs for a proof, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.meta import ONNX_METADATA_KEY
+from qalora_compile.optional import require
+from qalora_compile.untrusted import parse_json
+from qalora_compile.untrusted.onnx_file import check_onnx
+from qalora_compile.verify.proof.graphs.graph import (
+    ONNX,
+    Graph,
+    Node,
+    Ref,
+    SiteRow,
+    Tensor,
+    text_of,
+)
+from qalora_compile.verify.proof.graphs.onnx_subgraphs import body_of, graphs_of
+from qalora_compile.verify.proof.graphs.stored_tensor import (
+    Stored,
+    digest_of,
+    from_array,
+    from_onnx,
+)
+
+_SHOWN = 40
+ONNX_TYPES = {1: "float32", 2: "uint8", 3: "int8", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
+              10: "float16", 11: "float64", 16: "bfloat16"}  # fmt: skip
+"""Of `onnx.TensorProto.DataType`, what a program has as well."""
+
+
+def read_onnx_graph(path: Path) -> Graph:
+    """The graph of an exported model; large weights stay in their file until they are read.
+
+    Raises:
+        UserInputError: the file is missing, is no ONNX model, or not one of this package.
+    """
+    onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
+    texts = check_onnx(path).metadata
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own types
+        raise UserInputError(f"{path.name} is no ONNX model", where=str(path)) from error
+    try:
+        metadata = parse_json(texts[ONNX_METADATA_KEY], path, what="its metadata", finite=True)
+        return _assemble(model, metadata, path)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserInputError(
+            f"{path.name} was not exported by this package, or its metadata is broken: {error!r}",
+            where=str(path),
+        ) from error
+
+
+def _assemble(model: Any, metadata: dict[str, Any], path: Path) -> Graph:
+    tensors = {p.name: from_onnx(p, path.parent) for p in model.graph.initializer}
+    nodes: dict[str, Node] = {}
+    for proto in model.graph.node:
+        if proto.op_type == "Constant" and not proto.domain:
+            tensors[proto.output[0]] = _constant(proto, path.parent)
+            continue
+        for made in onnx_nodes(proto, set(tensors)):
+            nodes[made.name] = made
+    inputs = {
+        i.name: (i.name, _element_type(i)) for i in model.graph.input if i.name not in tensors
+    }
+    layers = [row for row in metadata["layers"] if row["bits"] is not None]
+    graph = _graph(model, metadata, path, (nodes, inputs, tensors))
+    graph.sites |= {
+        row["site"]: SiteRow(
+            row["site"], row["site"].partition("@")[0], row["k"], row["n"], "float32",
+            row["experts"],
+        )
+        for row in layers
+    }  # fmt: skip
+    return graph
+
+
+def _graph(
+    model: Any,
+    metadata: dict[str, Any],
+    path: Path,
+    parts: tuple[dict[str, Node], dict[str, tuple[str, str | None]], dict[str, Stored]],
+) -> Graph:
+    """The graph without its sites."""
+    nodes, inputs, tensors = parts
+    return Graph(
+        ONNX,
+        str(path),
+        metadata["target"],
+        nodes,
+        inputs,
+        {o.name: _operand(o.name, set(tensors)) for o in model.graph.output},
+        tensors,
+        {},
+        dict(metadata["site_values"]),
+        functions={(f.domain, f.name): f for f in model.functions},
+        extra=model,
+    )
+
+
+def onnx_nodes(proto: Any, stored: set[str]) -> list[Node]:
+    """An `onnx.NodeProto`, once for each of its results."""
+    args = tuple(_operand(name, stored) for name in proto.input)
+    options = {a.name: _attribute(a, stored) for a in proto.attribute}
+    op = f"{proto.domain or 'onnx'}.{proto.op_type}"
+    shown = [text_of(a) for a in args]
+    shown += [f"{k}={text_of(v)[:_SHOWN]}" for k, v in sorted(options.items())]
+    line = f"{', '.join(proto.output)} = {op}({', '.join(shown)})"
+    return [
+        Node(name, op, args, options, line, index, proto.name)
+        for index, name in enumerate(proto.output)
+        if name
+    ]
+
+
+def _operand(name: str, stored: set[str]) -> Any:
+    if not name:
+        return None
+    return Tensor(name) if name in stored else Ref(name)
+
+
+def _attribute(proto: Any, stored: set[str]) -> Any:
+    """A plain value, or a hash; of a body its hash and what it captures."""
+    inside = [body_of(body) for body in graphs_of(proto)]
+    if inside:
+        return tuple((f"sha256 {d}", *(_operand(n, stored) for n in names)) for d, names in inside)
+    helper = require("onnx", extra="onnx", purpose="read an ONNX model").helper
+    value = helper.get_attribute_value(proto)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value):
+        return tuple(value)
+    if type(value).__name__ == "TensorProto":
+        return f"tensor {from_onnx(value, Path()).digest}"
+    return f"sha256 {digest_of(np.frombuffer(proto.SerializeToString(), np.uint8))}"
+
+
+def _constant(proto: Any, folder: Path) -> Stored:
+    attribute = proto.attribute[0]
+    if attribute.name == "value":
+        found = from_onnx(attribute.t, folder)
+        return Stored(proto.output[0], found.dtype, found.shape, found.read)
+    kind = np.float32 if "float" in attribute.name else np.int64
+    return from_array(proto.output[0], np.asarray(_attribute(attribute, set()), kind))
+
+
+def _element_type(value: Any) -> str | None:
+    return ONNX_TYPES.get(value.type.tensor_type.elem_type, "other")

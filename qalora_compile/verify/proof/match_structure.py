@@ -1,0 +1,283 @@
+"""What stands around the rewritten layers of two graphs, compared by structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qalora_compile.verify.numeric.nonfinite import damages
+from qalora_compile.verify.proof.aliasing import refuse_hidden_writes
+from qalora_compile.verify.proof.compare_leaves import parted
+from qalora_compile.verify.proof.graphs.graph import FX, Graph, Ref, SiteRow
+from qalora_compile.verify.proof.open_graph import open_side
+from qalora_compile.verify.proof.terms.op_semantics import Meanings
+from qalora_compile.verify.proof.terms.term import Algebra, Term, differences
+from qalora_compile.verify.proof.weights.fx_layers import fx_linear
+from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError
+from qalora_compile.verify.proof.weights.onnx_layers import function_linears, onnx_linear
+
+if TYPE_CHECKING:
+    from qalora_compile.ir.program import Program
+
+PROVED, SAMPLED, DIFFERENT, OPEN = "proved", "sampled", "different", "open"
+_ABSENT = "(nothing)"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What computes one input of a site, or one output of the model, from the sites before it.
+
+    Attributes:
+        name: `input of <site>` or `output <name>`.
+        status: `proved`: the same term on both sides; `different`: not the same; `open`: one side
+            has an operator that is foreign to the other's kind of graph; `sampled`: such a one, and
+            equal on samples.
+        lines: The first two nodes that differ, or are foreign, side by side.
+        targets: The operands that it ends in, on both sides.
+        sampled: Largest difference on samples, as a part of the largest value; where it was tried.
+    """
+
+    name: str
+    status: str
+    lines: tuple[str, str] | None
+    targets: tuple[Any, Any]
+    sampled: float | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A site on both sides, as linear maps.
+
+    Attributes:
+        site: The site.
+        maps: What it computes on both sides; None where it is compared with what stands around it.
+        functions: Other ways to take the operators of a side (0 or 1), made when asked for,
+            from the map by its operators.
+        problem: Why there are no maps.
+    """
+
+    site: SiteRow
+    maps: tuple[Linear, Linear] | None
+    functions: tuple[tuple[int, Callable[[Linear], Mapping[str, Linear]]], ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The outcome of a comparison by structure.
+
+    Attributes:
+        pairs: The sites of both sides.
+        segments: What stands between them.
+        notes: What was widened.
+    """
+
+    pairs: tuple[Pair, ...]
+    segments: tuple[Segment, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        """Whether everything outside the layers is the same by structure alone.
+
+        A site that is no linear map on both sides counts as what stands around the layers.
+        """
+        return all(s.status == PROVED for s in self.segments)
+
+    @property
+    def difference(self) -> str | None:
+        """The first difference, as text of two lines side by side, or None."""
+        problem = next((f"{p.site.name}: {p.problem}" for p in self.pairs if p.problem), None)
+        for segment in self.segments:
+            if segment.status != PROVED and segment.lines is not None:
+                lines = f"{segment.name}\n  {segment.lines[0]}\n  {segment.lines[1]}"
+                return lines if problem is None else f"{problem}\n  and {lines}"
+        return None
+
+
+def compare_structure(
+    reference: Program | Graph | str | Path, candidate: Program | Graph | str | Path
+) -> Structure:
+    """Compare two programs, or a program and an exported model, outside of their layers.
+
+    Names, the order of independent nodes and the nodes that compute a quantized site do not count.
+    Constants are compared bit for bit, half precision as widened to float32; NaN, and infinities
+    outside of masks, are equal to nothing.
+
+    Raises:
+        UserInputError: a side cannot be read, or writes into tensors in a way that cannot be
+            followed.
+    """
+    a, b = open_side(reference), open_side(candidate)
+    for side in (a, b):
+        refuse_hidden_writes(side)
+    pairs, wanted, sides, widened = _read(a, b)
+    mixed = a.dialect != b.dialect
+    segments = [
+        _segment(name, targets, (sides[0].of(targets[0]), sides[1].of(targets[1])), mixed)
+        for name, targets in wanted
+    ]
+    segments += _unmatched_outputs(a, b)
+    segments += [Segment(text, DIFFERENT, None, (None, None)) for text in damages((a, b))]
+    notes = ["half precision is compared as widened to float32"] if widened else []
+    return Structure(tuple(pairs), tuple(segments), tuple(notes))
+
+
+@dataclass(frozen=True)
+class Match:
+    """A value that both graphs compute.
+
+    Attributes:
+        name: `input of <site>`, `<site>`, `output <name>`, or that of the reference's node.
+        kind: `read` by a site, what a `site` gives, an `output`, or a `node` between them.
+        values: The operands, on both sides.
+        lines: The nodes as text; where structure tells the two apart, those at which they part.
+        path: Module path in the user's model, where it is known.
+    """
+
+    name: str
+    kind: str
+    values: tuple[Any, Any]
+    lines: tuple[str, str]
+    path: str = ""
+
+
+def match_values(a: Graph, b: Graph) -> list[Match]:
+    """The values that two graphs have in common, in the order of the first.
+
+    What a site reads and gives, and the outputs, are matched by name; what stands between them
+    where it is the same computation from the same sites.
+    """
+    _, wanted, sides, _ = _read(a, b)
+    found: dict[str, Match] = {}
+    mixed = a.dialect != b.dialect
+    for name, targets in wanted:
+        segment = _segment(name, targets, (sides[0].of(targets[0]), sides[1].of(targets[1])), mixed)
+        shown = segment.lines or (a.line(targets[0]), b.line(targets[1]))
+        kind = "output" if name.startswith("output ") else "read"
+        found[name] = Match(name, kind, targets, shown, name.partition(" of ")[2])
+    for name in [n for n in a.site_values if n in b.site_values]:
+        values = (Ref(a.site_values[name]), Ref(b.site_values[name]))
+        lines = (a.line(values[0]), b.line(values[1]))
+        found[name] = Match(name, "site", values, lines, name)
+    taken = {m.values[0] for m in found.values()}
+    others = {computed.key: value for value, computed in sides[1].computed().items()}
+    for value, computed in sides[0].computed().items():
+        ref, other = Ref(value), others.get(computed.key)
+        if other is not None and ref not in taken:
+            lines = (a.line(ref), b.line(Ref(other)))
+            path = a.nodes[value].path
+            found[f"node {value}"] = Match(f"node {value}", "node", (ref, Ref(other)), lines, path)
+    return _in_order(a, found.values())
+
+
+def _in_order(graph: Graph, matches: Iterable[Match]) -> list[Match]:
+    """By the place of the value in the graph; what is read before what computes on it."""
+    place = {name: index for index, name in enumerate(graph.nodes)}
+
+    kinds = ("site", "node", "read", "output")
+
+    def key(match: Match) -> tuple[bool, int, int]:
+        operand = match.values[0]
+        at = place.get(operand.name, -1) if isinstance(operand, Ref) else -1
+        return match.kind == "output", at, kinds.index(match.kind)
+
+    return sorted(matches, key=key)
+
+
+_Wanted = list[tuple[str, tuple[Any, Any]]]
+
+
+def _read(a: Graph, b: Graph) -> tuple[list[Pair], _Wanted, list[Meanings], bool]:
+    """The sites, the values to compare, what all values mean, and whether halves are widened."""
+    pairs = _pairs(a, b)
+    cuts = {p.site.name for p in pairs if p.maps is not None}
+    halves = a.half != b.half
+    algebra = Algebra(single=a.dialect != b.dialect, halves=halves)
+    sides = [
+        Meanings(graph, algebra, {graph.site_values[name]: name for name in cuts})
+        for graph in (a, b)
+    ]
+    wanted = _targets(a, b, pairs)
+    for side, index in zip(sides, (0, 1), strict=True):
+        side.make([targets[index] for _, targets in wanted])
+    return pairs, wanted, sides, halves or algebra.widened
+
+
+def _pairs(a: Graph, b: Graph) -> list[Pair]:
+    pairs = []
+    for name, site in a.sites.items():
+        if name not in b.sites:
+            pairs.append(Pair(site, None, (), f"the site is missing in {b.label}"))
+            continue
+        try:
+            pairs.append(_pair(a, b, site))
+        except NotLinearError as problem:
+            pairs.append(Pair(site, None, (), str(problem)))
+    missing = [site for name, site in b.sites.items() if name not in a.sites]
+    pairs += [Pair(s, None, (), f"the site is missing in {a.label}") for s in missing]
+    return pairs
+
+
+def _pair(a: Graph, b: Graph, site: SiteRow) -> Pair:
+    first, second = _linear(a, site), _linear(b, b.sites[site.name])
+    if len(first.source) != len(second.source):
+        raise NotLinearError("the rows of experts are given in different ways")
+    functions = tuple(
+        (index, partial(function_linears, graph, graph.sites[site.name]))
+        for index, graph in enumerate((a, b))
+        if graph.functions
+    )
+    return Pair(site, (first, second), functions)
+
+
+def _linear(graph: Graph, site: SiteRow) -> Linear:
+    try:
+        return fx_linear(graph, site) if graph.dialect == FX else onnx_linear(graph, site)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise NotLinearError(
+            f"the nodes of the layer in {graph.label} are not as their operators are defined: "
+            f"{error!r}"
+        ) from error
+
+
+def _targets(a: Graph, b: Graph, pairs: list[Pair]) -> _Wanted:
+    """The values that are compared: what the sites read, then the outputs."""
+    found: _Wanted = []
+    for pair in pairs:
+        if pair.maps is not None:
+            sources = zip(pair.maps[0].source, pair.maps[1].source, strict=True)
+            for index, operands in enumerate(sources):
+                what = "input" if index == 0 else "rows by expert"
+                found.append((f"{what} of {pair.site.name}", operands))
+    both = [name for name in a.outputs if name in b.outputs]
+    found += [(f"output {name}", (a.outputs[name], b.outputs[name])) for name in both]
+    return found
+
+
+def _unmatched_outputs(a: Graph, b: Graph) -> list[Segment]:
+    """Outputs of one side alone; a None is no output of an ONNX model."""
+    found = []
+    for one, other, flip in ((a, b, False), (b, a, True)):
+        for name, value in one.outputs.items():
+            if name not in other.outputs and value is not None:
+                lines = (one.line(value), _ABSENT)
+                shown = (lines[1], lines[0]) if flip else lines
+                found.append(Segment(f"output {name}", DIFFERENT, shown, (None, None)))
+    return found
+
+
+def _segment(name: str, targets: tuple[Any, Any], terms: tuple[Term, Term], mixed: bool) -> Segment:
+    found = differences(*terms, mixed=mixed)
+    if not found:
+        return Segment(name, PROVED, None, targets)
+    known = [d for d in found if d.known]
+    first = known[0] if known else found[0]
+    lines = (first.reference, first.candidate)
+    if not known:
+        apart = parted(*terms)
+        return Segment(name, OPEN if apart is None else DIFFERENT, apart or lines, targets)
+    return Segment(name, DIFFERENT, lines, targets)

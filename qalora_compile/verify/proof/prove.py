@@ -1,0 +1,370 @@
+"""`prove_equivalence`: two programs, or a program and its export, equal for every input."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qalora_compile._version import __version__
+from qalora_compile.errors import UserInputError
+from qalora_compile.progress import track
+from qalora_compile.verify.proof.certificate import (
+    EQUAL,
+    UNDECIDED,
+    UNEQUAL,
+    Certificate,
+    SegmentProof,
+    SideRecord,
+    SiteProof,
+)
+from qalora_compile.verify.proof.compare_weights import Coefficients, compare_linears
+from qalora_compile.verify.proof.graphs.graph import FX, Graph, Ref
+from qalora_compile.verify.proof.graphs.read_fx import describe_program, read_program_graph
+from qalora_compile.verify.proof.match_structure import (
+    DIFFERENT,
+    OPEN,
+    PROVED,
+    SAMPLED,
+    Pair,
+    Segment,
+    Structure,
+    compare_structure,
+)
+from qalora_compile.verify.proof.open_graph import files_of, open_side
+from qalora_compile.verify.proof.recheck import contradictions
+from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError, remembered
+
+if TYPE_CHECKING:
+    from qalora_compile.ir.program import Program
+
+_HALF_STEP = 0.5
+SAMPLE_TOLERANCE = 1e-5
+"""Largest difference on samples, as a part of the largest value, that float32 arithmetic explains
+between two layers: some hundred roundings."""
+
+
+def prove_equivalence(
+    reference: Program | str | Path,
+    candidate: Program | str | Path,
+    *,
+    samples: int = 2,
+    seed: int = 0,
+    folder: str | Path | None = None,
+) -> Certificate:
+    """Prove that two programs, or a program and an exported model, compute the same.
+
+    Every quantized layer is read as a linear map on both sides, in float64, and compared
+    coefficient by coefficient; what stands between the layers is compared by structure. This
+    holds for all inputs. Where operators of the two kinds of graphs have no common form (attention,
+    masks), what they compute is tried on samples, cut off from the layers, and the certificate
+    says so.
+
+    Args:
+        reference: A program, or the path of a program folder, export folder or `.onnx` file.
+        candidate: Likewise.
+        samples: How many samples to try where there is no proof; 0 leaves it undecided.
+        seed: Of the samples.
+        folder: The program folder that has the tensors of `reference`, if that is a program in
+            memory (the same model with a key-value cache). Its certificate can then be checked
+            again without torch.
+
+    Returns:
+        The certificate: `.passed`, `.proved`, one row for every layer and every part between them.
+
+    Raises:
+        UserInputError: a path cannot be read.
+    """
+    things = (reference, candidate)
+    sides = (open_side(reference), open_side(candidate))
+    structure = compare_structure(*sides)
+    sites = tuple(_prove_site(pair) for pair in track(list(structure.pairs), "prove"))
+    segments, refused = _sampled(structure, sites, things, sides, samples, seed)
+    structure = dataclasses.replace(structure, notes=(*structure.notes, *refused))
+    records = (
+        _record(reference, sides[0], None if folder is None else Path(folder)),
+        _record(candidate, sides[1], None),
+    )
+    return _certificate(records, structure, sites, segments, samples)
+
+
+def check_certificate(path: str | Path) -> tuple[Certificate, list[str]]:
+    """Check a certificate again, without torch: the files, the structure and every coefficient.
+
+    Args:
+        path: The certificate. What it was made for has to be where it was, or beside it.
+
+    Returns:
+        The certificate as found now, and what is otherwise than it says; nothing if it holds. What
+        was tried on samples is taken over as it was found: to try it again needs torch.
+
+    Raises:
+        UserInputError: the certificate is malformed, was made for a program in memory, or what it
+            was made for is missing.
+    """
+    stated = Certificate.read(path)
+    places = [_place(side, Path(path)) for side in (stated.reference, stated.candidate)]
+    problems = []
+    for side, place in zip((stated.reference, stated.candidate), places, strict=True):
+        found = files_of(place)
+        problems += [
+            f"{place / name}: the file has changed"
+            for name in sorted(found.keys() | side.files.keys())
+            if found.get(name) != side.files.get(name)
+        ]
+    described = stated.reference.graph
+    first = places[0] if described is None else read_program_graph(places[0], described)
+    structure = compare_structure(first, places[1])
+    sites = tuple(_prove_site(pair) for pair in track(list(structure.pairs), "prove"))
+    records = (stated.reference, stated.candidate)
+    segments = _as_tried(structure.segments, stated)
+    now = _certificate(records, structure, sites, segments, int(stated.samples["count"]))
+    problems += contradictions(stated, now)
+    return now, problems
+
+
+def _as_tried(segments: Sequence[Segment], stated: Certificate) -> list[Segment]:
+    """Segments that structure leaves open, with what was found on samples when it was tried."""
+    tried = {
+        s.name: s.sampled
+        for s in stated.segments
+        if s.status == SAMPLED and s.sampled is not None and s.sampled <= SAMPLE_TOLERANCE
+    }
+    if stated.samples["count"] < 1:
+        tried = {}
+    return [
+        dataclasses.replace(s, status=SAMPLED, sampled=tried[s.name])
+        if s.status == OPEN and s.name in tried
+        else s
+        for s in segments
+    ]
+
+
+def _place(side: SideRecord, certificate: Path) -> Path:
+    if side.path is None:
+        raise UserInputError(
+            f"the certificate was made for a {side.label} in memory, of which there is no file",
+            where=str(certificate),
+            hint="save the program and make the certificate for its folder",
+        )
+    for place in (Path(side.path), certificate.parent / Path(side.path).name):
+        if _exists(place):
+            return place
+    raise UserInputError(
+        f"{side.path}, which the certificate was made for, is missing", where=str(certificate)
+    )
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
+
+
+def _prove_site(pair: Pair) -> SiteProof:
+    site, problem = pair.site, pair.problem
+    ways: dict[str, Coefficients] = {}
+    status = OPEN
+    try:
+        for name, maps in _ways(pair):
+            ways[name] = compare_linears(*maps)
+            status = PROVED if status != DIFFERENT and ways[name].equal else DIFFERENT
+    except NotLinearError as error:
+        status, problem = DIFFERENT, str(error)
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        # numpy: the tensors of a layer do not fit together
+        status, problem = DIFFERENT, f"the stored tensors cannot be decoded: {error}"
+    return SiteProof(site.name, site.k, site.n, site.experts, status, ways, problem)
+
+
+def _ways(pair: Pair) -> Iterator[tuple[str, tuple[Linear, Linear]]]:
+    """Both sides by their operators, then each by its functions against the other's operators.
+
+    A function's constants are let go of before the next site.
+    """
+    if pair.maps is None:
+        return
+    one, other = map(remembered, pair.maps)
+    yield "operators", (one, other)
+    for index, make in pair.functions:
+        for name, linear in make((one, other)[index]).items():
+            yield name, (one, linear) if index else (linear, other)
+
+
+def _sampled(
+    structure: Structure,
+    sites: Sequence[SiteProof],
+    things: tuple[Program | str | Path, Program | str | Path],
+    sides: tuple[Graph, Graph],
+    count: int,
+    seed: int,
+) -> tuple[list[Segment], list[str]]:
+    """The segments, those that structure leaves open tried on samples; and why some were not."""
+    open_ones = [
+        s
+        for s in structure.segments
+        if s.status == OPEN and all(isinstance(t, Ref) for t in s.targets)
+    ]
+    lost = any(s.status == DIFFERENT for s in structure.segments)
+    lost |= any(s.status == DIFFERENT for s in sites)
+    if not open_ones or not count or lost:
+        return list(structure.segments), []
+    from qalora_compile.verify.proof.sampled_equality import sample
+
+    cuts = [p.site.name for p in structure.pairs if p.maps is not None]
+    programs = (_program(things[0], sides[0]), _program(things[1], sides[1]))
+    try:
+        worst = sample(sides, programs, cuts, [s.targets for s in open_ones], count, seed)
+    except UserInputError as error:  # no program to make inputs from, or a runtime refuses
+        return list(structure.segments), [f"nothing was tried on samples: {error.what}"]
+    tried = {}
+    for segment, found in zip(open_ones, worst, strict=True):
+        status = SAMPLED if found <= SAMPLE_TOLERANCE else DIFFERENT
+        tried[segment.name] = dataclasses.replace(segment, status=status, sampled=found)
+    return [tried.get(segment.name, segment) for segment in structure.segments], []
+
+
+def _program(thing: Program | str | Path, side: Graph) -> Program | None:
+    """The program of a side, to run it; None for an exported model."""
+    if side.dialect != FX:
+        return None
+    if not isinstance(thing, (str, Path)):
+        return thing
+    from qalora_compile.ir.program import Program
+
+    return Program.load(Path(thing))
+
+
+def _certificate(
+    records: tuple[SideRecord, SideRecord],
+    structure: Structure,
+    sites: Sequence[SiteProof],
+    segments: Sequence[Segment],
+    samples: int,
+) -> Certificate:
+    states = {s.status for s in segments} | {s.status for s in sites if s.ways}
+    around = DIFFERENT if DIFFERENT in states else OPEN if OPEN in states else PROVED
+    if around == PROVED and SAMPLED in states:
+        around = SAMPLED
+    # A site that is no linear map on both sides was compared with what stands around it.
+    sites = [
+        dataclasses.replace(s, status=around) if s.status == OPEN and not s.ways else s
+        for s in sites
+    ]
+    states |= {s.status for s in sites}
+    verdict = EQUAL
+    if DIFFERENT in states:
+        verdict = UNEQUAL
+    elif OPEN in states:
+        verdict = UNDECIDED
+    pieces = [SegmentProof(s.name, s.status, s.lines, s.sampled) for s in segments]
+    return Certificate(
+        reference=records[0],
+        candidate=records[1],
+        verdict=verdict,
+        sites=tuple(sites),
+        segments=tuple(pieces),
+        difference=None if verdict == EQUAL else _first_difference(sites, pieces, verdict),
+        samples={"count": samples, "tolerance": SAMPLE_TOLERANCE},
+        notes=(*structure.notes, *_notes(sites, structure)),
+        versions=_versions(),
+    )
+
+
+def _first_difference(
+    sites: Sequence[SiteProof], segments: Sequence[SegmentProof], verdict: str
+) -> str | None:
+    """The first difference in graph order: what a site reads before the site, outputs last."""
+    wrong = OPEN if verdict == UNDECIDED else DIFFERENT
+    located = _located(sites, segments, wrong)
+    for site in sites:
+        if site.problem and site.status in (wrong, DIFFERENT):
+            also = "" if located is None or located.startswith(site.name) else f"\n  and {located}"
+            return f"{site.name}: {site.problem}{also}"
+    return located
+
+
+def _located(
+    sites: Sequence[SiteProof], segments: Sequence[SegmentProof], wrong: str
+) -> str | None:
+    reads = {s.name.partition(" of ")[2]: s for s in segments if " of " in s.name}
+    for site in sites:
+        segment = reads.get(site.name)
+        if segment is not None and segment.status == wrong:
+            return _segment_text(segment)
+        if site.status == wrong and site.worst is not None and not site.problem:
+            return _site_text(site)
+    return next((_segment_text(s) for s in segments if s.status == wrong), None)
+
+
+def _segment_text(segment: SegmentProof) -> str:
+    tried = "" if segment.sampled is None else f" (on samples by {segment.sampled:.3g})"
+    lines = "" if segment.lines is None else f"\n    {segment.lines[0]}\n    {segment.lines[1]}"
+    return f"{segment.name}{tried}{lines}"
+
+
+def _site_text(site: SiteProof) -> str:
+    assert site.worst is not None
+    way, found = site.worst
+    if found.bias_max_abs:
+        return f"{site.name}: the biases differ by up to {found.bias_max_abs:.3g}"
+    how = "" if way == "operators" else f" (by {way})"
+    return (
+        f"{site.name}: weights differ by up to {found.max_abs:.3g}{how}, most against what storing "
+        f"explains at {list(found.worst)}: {found.max_ratio:.3g} times as much"
+    )
+
+
+def _notes(sites: Sequence[SiteProof], structure: Structure) -> list[str]:
+    notes = []
+    inexact = [s.name for s in sites if any(w.float32 is None for w in s.ways.values())]
+    if inexact:
+        notes.append(
+            f"{len(inexact)} layers run on int8 activations: equal in exact arithmetic, with no "
+            "bound on what rounding x changes"
+        )
+    coarse = [s.name for s in sites if any(w.coarse >= _HALF_STEP for w in s.ways.values())]
+    if coarse:
+        notes.append(
+            f"in {len(coarse)} layers, {coarse[0]} the first, an offset is so much larger than its "
+            "scale that rounding it hides a whole code"
+        )
+    maps = [one for pair in structure.pairs if pair.maps is not None for one in pair.maps]
+    halves = {stored.name for one in maps for stored in one.bias if stored.widened}
+    if halves:
+        notes.append(f"{len(halves)} biases are stored in half precision and compared as widened")
+    return notes
+
+
+def _record(thing: Program | str | Path, side: Graph, folder: Path | None) -> SideRecord:
+    if isinstance(thing, (str, Path)):
+        path = Path(thing)
+        return SideRecord(side.label, side.dialect, side.stage, str(path), files_of(path), None)
+    hashed = hashlib.sha256()
+    for name, stored in sorted(side.tensors.items()):
+        hashed.update(f"{name} {stored.digest}\n".encode())
+    record = SideRecord(side.label, side.dialect, side.stage, None, {}, hashed.hexdigest())
+    if folder is None or not _has_tensors(folder, side):
+        return record
+    described = describe_program(thing)
+    return dataclasses.replace(record, path=str(folder), files=files_of(folder), graph=described)
+
+
+def _has_tensors(folder: Path, side: Graph) -> bool:
+    """Whether the tensors of a program in memory are those of a program folder."""
+    stored = read_program_graph(folder).tensors
+    return all(
+        name in stored and stored[name].digest == tensor.digest
+        for name, tensor in side.tensors.items()
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"qalora-compile": __version__, "python": platform.python_version()}
+    return found | {"numpy": np.__version__}

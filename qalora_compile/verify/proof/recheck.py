@@ -1,0 +1,92 @@
+"""What a certificate says otherwise than it is found when it is checked again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qalora_compile.verify.proof.certificate import (
+    EQUAL,
+    UNDECIDED,
+    UNEQUAL,
+    Certificate,
+    SiteProof,
+)
+from qalora_compile.verify.proof.compare_weights import Coefficients
+from qalora_compile.verify.proof.match_structure import PROVED
+
+_STRENGTH = (UNEQUAL, UNDECIDED, EQUAL)
+_SLACK = 1e-9
+"""Relative: sums in another order, where another numpy computes them."""
+_ROUNDING = 2.0**-48
+"""As a part of the weight: products of an adapter by another library of linear algebra."""
+_RATIO = 2.0**-4
+"""What such a product may move a ratio by, where nothing but arithmetic explains a difference."""
+_NORMS = {"frobenius": "‖ΔW‖_F", "operator": "the bound of ‖ΔW‖", "bias_norm": "‖Δb‖"}
+_OTHERS = {
+    "bias_max_abs": "the largest difference of a bias",
+    "coarse": "what storing explains, as a part of a scale,",
+    "weight_max": "the largest weight",
+    "weight_frobenius": "‖W‖_F",
+    "terms": "the number of roundings",
+}
+
+
+def contradictions(stated: Certificate, now: Certificate) -> list[str]:
+    """What is not as it is stated: the verdict, what there is, its status, and every bound."""
+    problems = []
+    if not stated.passed:
+        problems.append(f"the certificate itself says {stated.verdict}")
+    if now.verdict == UNEQUAL:
+        problems.append(f"the two are different: {now.difference}")
+    elif _STRENGTH.index(now.verdict) < _STRENGTH.index(stated.verdict):
+        problems.append(f"stated as {stated.verdict}, and is {now.verdict}: {now.difference}")
+    found = {part.name: part for part in now.parts}
+    said = {part.name: part for part in stated.parts}
+    problems += [f"{name}: in one of the two only" for name in sorted(found.keys() ^ said.keys())]
+    problems += [
+        f"{name}: stated as proved, and is {found[name].status}"
+        for name, part in said.items()
+        if part.status == PROVED and name in found and found[name].status != PROVED
+    ]
+    sites = {site.name: site for site in now.sites}
+    for site in stated.sites:
+        if site.name in sites:
+            problems += [f"{site.name}: {text}" for text in _of_site(site, sites[site.name])]
+    return problems
+
+
+def _of_site(stated: SiteProof, now: SiteProof) -> Iterator[str]:
+    sizes = [(s.k, s.n, s.experts) for s in (stated, now)]
+    if sizes[0] != sizes[1]:
+        yield f"it has k, n and experts {sizes[1]}, stated as {sizes[0]}"
+    if stated.ways.keys() != now.ways.keys():
+        yield f"it is read by {list(now.ways)}, stated as {list(stated.ways)}"
+    for name in [name for name in stated.ways if name in now.ways]:
+        for text in _of_way(stated.ways[name], now.ways[name]):
+            yield text if name == "operators" else f"{text} (by {name})"
+
+
+def _of_way(stated: Coefficients, now: Coefficients) -> Iterator[str]:
+    rounding = _ROUNDING * now.weight_frobenius
+    if not _within(now.max_abs, stated.max_abs, rounding):
+        yield f"the largest difference is {now.max_abs:.3g}, stated as {stated.max_abs:.3g}"
+    if not _within(now.max_ratio, stated.max_ratio, _RATIO):
+        yield (
+            f"the largest difference is {now.max_ratio:.3g} times what storing explains, stated "
+            f"as {stated.max_ratio:.3g}"
+        )
+    slacks = dict.fromkeys(_NORMS, rounding) | dict.fromkeys(_OTHERS, 0.0)
+    for name, shown in (_NORMS | _OTHERS).items():
+        here, there = getattr(now, name), getattr(stated, name)
+        if not _within(here, there, slacks[name]):
+            yield f"{shown} is {here:.3g}, stated as {there:.3g}"
+    if stated.float32 is not None and (
+        now.float32 is None or not _within(now.float32, stated.float32, 0.0)
+    ):
+        found = "has no bound" if now.float32 is None else f"is within {now.float32:.3g}"
+        yield f"float32 evaluation {found}, stated as {stated.float32:.3g}"
+
+
+def _within(found: float, stated: float, slack: float) -> bool:
+    """Whether a bound that is stated holds; none does that is no number."""
+    return found <= stated * (1 + _SLACK) + slack

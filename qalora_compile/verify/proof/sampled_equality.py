@@ -1,0 +1,229 @@
+"""What structure alone does not prove, tried on samples: the graphs cut at their sites.
+
+Both graphs get the same random values for their inputs and for the output of every site, whatever
+the sites themselves compute, and give what each site reads and what the model returns. So a
+difference is found where it is, and no layer hides it from the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.meta import QDQ_ACCURACY_KEY
+from qalora_compile.optional import require
+from qalora_compile.progress import track
+from qalora_compile.verify.compare import compare
+from qalora_compile.verify.inputs import padded_inputs, sample_inputs
+from qalora_compile.verify.numeric.padding import counted, padding_of
+from qalora_compile.verify.proof.graphs.graph import Graph, Ref, reachable
+from qalora_compile.verify.proof.graphs.onnx_subgraphs import captured
+from qalora_compile.verify.runners.open_runner import ProgramRunner
+
+if TYPE_CHECKING:
+    from qalora_compile.ir.program import Program
+
+Values = Mapping[str, Tensor]
+
+
+class CutProgram:
+    """Runs a program between its sites."""
+
+    def __init__(
+        self, program: Program, graph: Graph, sites: Sequence[str], targets: Sequence[Any]
+    ) -> None:
+        self._program, self._targets = program, targets
+        self._cuts = {graph.site_values[name]: name for name in sites}
+        self._wanted = reachable(graph, list(targets), frozenset(self._cuts))
+
+    def run(self, leaves: Sequence[Any], sites: Values) -> list[Tensor]:
+        """The targets, for flat inputs and the outputs of sites."""
+        fed = {value: sites[name] for value, name in self._cuts.items()}
+        names = {ref.name for ref in self._targets if isinstance(ref, Ref)}
+        recorder = _CutInterpreter(self._program.module, fed, self._wanted, names)
+        training = self._program.module.training
+        self._program.eval()
+        try:
+            with torch.no_grad():
+                recorder.run(*leaves, enable_io_processing=False)
+        finally:
+            self._program.module.train(training)
+        return [recorder.found[ref.name] for ref in self._targets]
+
+
+class _CutInterpreter(fx.Interpreter):
+    """Computes the nodes that are wanted, takes the fed ones as given, keeps the named ones."""
+
+    def __init__(
+        self, module: fx.GraphModule, fed: Values, wanted: set[str], names: set[str]
+    ) -> None:
+        super().__init__(module)
+        self._fed, self._wanted, self._names = fed, wanted, names
+        self.found: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            return None
+        value: Any = None
+        if n.name in self._fed:
+            value = self._fed[n.name]
+        elif n.op != "call_function" or n.name in self._wanted:
+            value = super().run_node(n)
+        if n.name in self._names:
+            self.found[n.name] = value
+        return value
+
+
+class CutModel:
+    """Runs an exported model between its sites, in ONNX Runtime."""
+
+    def __init__(self, graph: Graph, sites: Sequence[str], targets: Sequence[Any]) -> None:
+        self._graph, self._targets = graph, [ref.name for ref in targets]
+        self._cuts = {graph.site_values[name]: name for name in sites}
+        given = self._cuts.keys() | graph.inputs.keys()
+        self._computed = list(dict.fromkeys(n for n in self._targets if n not in given))
+        self._session = self._open() if self._computed else None
+
+    def run(self, inputs: Values, sites: Values) -> list[Tensor]:
+        """The targets, for inputs by name and the outputs of sites."""
+        feed = {**inputs, **{value: sites[name] for value, name in self._cuts.items()}}
+        found = dict(feed)
+        if self._session is not None:
+            values = self._run(self._session, feed)
+            found |= dict(zip(self._computed, map(torch.from_numpy, values), strict=True))
+        return [found[name] for name in self._targets]
+
+    def _run(self, session: Any, feed: Values) -> list[Any]:
+        taken = {i.name: feed[i.name].numpy() for i in session.get_inputs()}
+        try:
+            values: list[Any] = session.run(self._computed, taken)
+        except Exception as error:  # ONNX Runtime raises bare exception types of its own
+            raise UserInputError(
+                f"ONNX Runtime cannot run the model between its layers: {error}",
+                where=self._graph.label,
+            ) from error
+        return values
+
+    def _open(self) -> Any:
+        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+        options = runtime.SessionOptions()
+        options.add_session_config_entry(QDQ_ACCURACY_KEY, "0")
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path",
+            str(Path(self._graph.label).parent),
+        )
+        model = self._cut_model().SerializeToString()
+        try:
+            return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises bare exception types of its own
+            raise UserInputError(
+                f"ONNX Runtime cannot load the model between its layers: {error}",
+                where=self._graph.label,
+            ) from error
+
+    def _cut_model(self) -> Any:
+        """The model without what its sites compute."""
+        onnx = require("onnx", extra="onnx", purpose="cut an ONNX model")
+        whole = self._graph.extra
+        makers = {name: node for node in whole.graph.node for name in node.output if name}
+        wanted, waiting = dict[str, Any](), list(self._computed)
+        while waiting:
+            name = waiting.pop()
+            node = makers.get(name)
+            if node is None or name in self._cuts or node.output[0] in wanted:
+                continue
+            wanted[node.output[0]] = node
+            waiting += [*node.input, *captured(node)]
+        nodes = [n for n in whole.graph.node if n.output[0] in wanted]
+        read = {name for node in nodes for name in (*node.input, *captured(node))}
+        cut = [name for name in self._cuts if name in read]
+        inputs = [i for i in whole.graph.input if i.name in read]
+        inputs += [onnx.helper.make_tensor_value_info(n, 1, None) for n in cut]
+        model = onnx.ModelProto(ir_version=whole.ir_version)
+        model.opset_import.extend(whole.opset_import)
+        model.functions.extend(whole.functions)
+        outputs = [onnx.ValueInfoProto(name=name) for name in self._computed]
+        stored = [t for t in whole.graph.initializer if t.name in read]
+        model.graph.CopyFrom(onnx.helper.make_graph(nodes, "cut", inputs, outputs, stored))
+        return model
+
+
+def sample(
+    sides: tuple[Graph, Graph],
+    programs: tuple[Program | None, Program | None],
+    sites: Sequence[str],
+    targets: Sequence[tuple[Any, Any]],
+    count: int,
+    seed: int,
+) -> list[float]:
+    """Largest difference of each target over `count` samples, as a part of its largest value.
+
+    Where the program has masks, two more calls have padding, of which no position is judged.
+
+    Args:
+        sides: The graphs.
+        programs: Their programs, of which one at least is needed for inputs and shapes.
+        sites: Where the graphs are cut.
+        targets: The values to compare, on both sides.
+        count: How many samples.
+        seed: Of the samples.
+
+    Raises:
+        UserInputError: there is no program, or ONNX Runtime does not run the model.
+    """
+    program = next((p for p in programs if p is not None), None)
+    if program is None:
+        raise UserInputError("neither side is a program, which samples are made from")
+    cut = [
+        CutModel(graph, sites, [pair[i] for pair in targets])
+        if owner is None
+        else CutProgram(owner, graph, sites, [pair[i] for pair in targets])
+        for i, (graph, owner) in enumerate(zip(sides, programs, strict=True))
+    ]
+    worst = [0.0] * len(targets)
+    generator = torch.Generator().manual_seed(seed)
+    calls = sample_inputs(program, count, seed=seed) + padded_inputs(program, seed=seed)
+    for call in track(calls, "sample"):
+        leaves = program.leaves((), call)
+        padding = padding_of(program.signature, leaves)
+        shown = ProgramRunner(program).run(leaves).sites
+        values = {name: _like(shown[name], generator) for name in sites}
+        found = [
+            _run(side, owner, program, leaves, values)
+            for side, owner in zip(cut, programs, strict=True)
+        ]
+        for index, (one, other) in enumerate(zip(*found, strict=True)):
+            compared = compare("", counted(one, padding), counted(other, padding))
+            bad = bool(compared.problem)
+            worst[index] = max(worst[index], float("inf") if bad else compared.max_rel)
+    return worst
+
+
+def _run(
+    side: CutProgram | CutModel,
+    owner: Program | None,
+    program: Program,
+    leaves: Sequence[Any],
+    values: Values,
+) -> list[Tensor]:
+    if isinstance(side, CutProgram):
+        assert owner is not None
+        return side.run(owner.signature.widen(leaves), values)
+    wide = [v.float() if isinstance(v, Tensor) and v.dtype in _HALVES else v for v in leaves]
+    names = [leaf.name for leaf in program.signature.inputs]
+    return side.run(dict(zip(names, wide, strict=True)), {n: v.float() for n, v in values.items()})
+
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _like(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Random values of the shape and the spread of a site's output."""
+    spread = float(value.double().std()) if value.numel() > 1 else 1.0
+    drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    return (drawn * (spread or 1.0)).to(value.dtype)

@@ -1,0 +1,1 @@
+"""Values as terms in a normal form, and what operators mean."""

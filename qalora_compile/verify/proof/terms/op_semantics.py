@@ -1,0 +1,505 @@
+"""What operators mean as terms: ATen's and ONNX's, where both say the same.
+
+An operator that is not here is `foreign`: it keeps its name, options and operands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Ref, Tensor, reachable, refs
+from qalora_compile.verify.proof.graphs.onnx_subgraphs import bodies
+from qalora_compile.verify.proof.graphs.read_onnx import ONNX_TYPES
+from qalora_compile.verify.proof.terms.op_signatures import accounted
+from qalora_compile.verify.proof.terms.term import (
+    FLOATS,
+    INTEGERS,
+    UNKNOWN,
+    Algebra,
+    Term,
+    as_number,
+    term,
+)
+
+FUSED = "fused"
+"""The dialect of operators that stand for whole patterns."""
+_FUSED = ("qalora.rotary_embedding.default", "qalora.attention.default")
+HALVES = ("float16", "bfloat16")
+_END = 2**62
+_UNARY = {
+    "sqrt": "Sqrt",
+    "exp": "Exp",
+    "log": "Log",
+    "tanh": "Tanh",
+    "sigmoid": "Sigmoid",
+    "relu": "Relu",
+    "erf": "Erf",
+    "sin": "Sin",
+    "cos": "Cos",
+    "abs": "Abs",
+}
+_SAME = (
+    "aten.alias.default",
+    "aten.contiguous.default",
+    "aten.clone.default",
+    "aten.detach.default",
+    "aten.lift_fresh_copy.default",
+)
+_MODAL = ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
+
+Meaning = Callable[["Meanings", Node], Term | None]
+
+
+class Meanings:
+    """Terms of the values of one graph.
+
+    Args:
+        graph: The graph.
+        algebra: Makes terms; shared by the two sides of a comparison.
+        cuts: Values that stand for the output of a site, by name: what computes them is compared
+            on its own.
+    """
+
+    def __init__(self, graph: Graph, algebra: Algebra, cuts: dict[str, str]) -> None:
+        self.graph, self.algebra = graph, algebra
+        self._terms: dict[str, Term] = {}
+        for value, (name, dtype) in graph.inputs.items():
+            self._terms[value] = self._input(name, dtype)
+        for value, site in cuts.items():
+            line = graph.nodes[value].line
+            dtype = "float32" if algebra.halves else graph.sites[site].dtype
+            # An export computes its layers in float32, whatever the program does.
+            detail = site if algebra.single else f"{site}: {dtype}"
+            self._terms[value] = term("site", (), detail, line=line, dtype=dtype)
+        self._cuts = frozenset(cuts)
+
+    def _input(self, name: str, dtype: str | None) -> Term:
+        """An input; of half precision it is float32 where one side is widened."""
+        algebra = self.algebra
+        if dtype in HALVES and (algebra.halves or algebra.single):
+            algebra.widened, dtype = True, "float32"
+        return term("input", (), f"{name}: {dtype}", line=f"input {name}: {dtype}", dtype=dtype)
+
+    def make(self, targets: list[Any]) -> None:
+        """Make the terms of everything that `targets` are computed by, in graph order."""
+        wanted = reachable(self.graph, targets, self._cuts)
+        for name, node in self.graph.nodes.items():
+            if name in wanted and name not in self._terms:
+                self._terms[name] = self._meaning(node)
+        for ref in (ref for target in targets for ref in refs(target)):
+            self.of(ref)
+
+    def computed(self) -> dict[str, Term]:
+        """The terms of the nodes that were made, by the value, without the sites."""
+        nodes = self.graph.nodes
+        return {n: t for n, t in self._terms.items() if n in nodes and n not in self._cuts}
+
+    def of(self, operand: Any) -> Term:
+        """The term of an operand."""
+        if isinstance(operand, Ref):
+            if operand.name not in self._terms:
+                raise UserInputError(
+                    f"nothing computes the value {operand.name} before it is read",
+                    where=self.graph.label,
+                    hint="the graph is broken: write it again",
+                )
+            return self._terms[operand.name]
+        if isinstance(operand, Tensor):
+            return self.algebra.constant(self.graph.tensors[operand.name])
+        if isinstance(operand, (int, float)) and not isinstance(operand, bool):
+            return self.algebra.number(operand)
+        return term("literal", (), repr(operand), line=repr(operand), dtype=UNKNOWN)
+
+    def _meaning(self, node: Node) -> Term:
+        table = _FX if self.graph.dialect == FX else _ONNX
+        meaning = table.get(node.op)
+        known = meaning is not None and accounted(node)
+        try:
+            found = meaning(self, node) if meaning is not None and known else None
+            return self._foreign(node) if found is None else found
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserInputError(
+                f"a node is not as its operator is defined: {error!r}",
+                where=f"{self.graph.label}: {node.line}",
+            ) from error
+
+    def _foreign(self, node: Node) -> Term:
+        operands: list[Term] = []
+
+        def shown(value: Any) -> str:
+            if isinstance(value, (Ref, Tensor)):
+                operands.append(self.of(value))
+                return "·"
+            if isinstance(value, (tuple, list)):
+                return f"[{', '.join(map(shown, value))}]"
+            return repr(value)
+
+        detail = [shown(value) for value in node.args]
+        detail += [f"{name}={shown(value)}" for name, value in sorted(node.options.items())]
+        if node.output:
+            detail.append(f"result {node.output}")
+        detail += bodies(self.graph, node)
+        dialect = FUSED if node.op in _FUSED else self.graph.dialect
+        line = self.graph.line(Ref(node.name))
+        return term(node.op, operands, ", ".join(detail), line=line, dialect=dialect, dtype=UNKNOWN)
+
+    def line(self, node: Node) -> str:
+        """A node as text, with its module path."""
+        return self.graph.line(Ref(node.name))
+
+
+def _line(m: Meanings, node: Node) -> str:
+    return m.line(node)
+
+
+def _first(m: Meanings, node: Node) -> Term:
+    return m.of(node.args[0])
+
+
+def _unary(op: str) -> Meaning:
+    return lambda m, node: term(op, [_first(m, node)], line=_line(m, node))
+
+
+def _add(m: Meanings, node: Node) -> Term | None:
+    if node.options.get("alpha", 1) != 1:
+        return None
+    return m.algebra.sum([m.of(a) for a in node.args[:2]], _line(m, node))
+
+
+def _subtract(m: Meanings, node: Node) -> Term | None:
+    if node.options.get("alpha", 1) != 1:
+        return None
+    a, b = (m.of(v) for v in node.args[:2])
+    return m.algebra.sum([a, m.algebra.negated(b, _line(m, node))], _line(m, node))
+
+
+def _multiply(m: Meanings, node: Node) -> Term:
+    return m.algebra.product([m.of(a) for a in node.args[:2]], _line(m, node))
+
+
+def _divide(m: Meanings, node: Node) -> Term | None:
+    a, b = (m.of(v) for v in node.args[:2])
+    if a.dtype not in FLOATS or node.options.get("rounding_mode") is not None:
+        return None  # of integers ONNX's Div gives integers
+    return m.algebra.product([a, m.algebra.inverse(b, _line(m, node))], _line(m, node))
+
+
+def _negate(m: Meanings, node: Node) -> Term:
+    return m.algebra.negated(_first(m, node), _line(m, node))
+
+
+def _reciprocal(m: Meanings, node: Node) -> Term:
+    return m.algebra.inverse(_first(m, node), _line(m, node))
+
+
+def _inverse_root(m: Meanings, node: Node) -> Term:
+    root = term("sqrt", [_first(m, node)], line=_line(m, node))
+    return m.algebra.inverse(root, _line(m, node))
+
+
+def _power(m: Meanings, node: Node) -> Term | None:
+    base, exponent = _first(m, node), as_number(m.of(node.args[1]))
+    if exponent is None or base.dtype in INTEGERS:  # of integers ONNX's Pow gives integers
+        return None
+    exponent = float(exponent)
+    if exponent in (2, 3):
+        return m.algebra.product([base] * int(exponent), _line(m, node))
+    if exponent == -0.5:
+        return _inverse_root(m, node)
+    wide = base.dtype == "float64"
+    shown = as_number(m.of(node.args[1]), exact=True) if wide else exponent
+    return term("pow", [base], shown, line=_line(m, node))
+
+
+def _silu(m: Meanings, node: Node) -> Term:
+    x = _first(m, node)
+    return m.algebra.product([x, term("sigmoid", [x], line=_line(m, node))], _line(m, node))
+
+
+def _modal(m: Meanings, node: Node) -> Term | None:
+    """A dropout that is off, as `fx_graph` leaves it where the model has it."""
+    return _first(m, node) if node.arg(2) is False else None
+
+
+def _gelu(m: Meanings, node: Node) -> Term | None:
+    if node.options.get("approximate", "none") != "none" or len(node.args) > 1:
+        return None
+    x, a, line = _first(m, node), m.algebra, _line(m, node)
+    inner = term("erf", [a.product([x, a.number(math.sqrt(0.5))], line)], line=line)
+    return a.product([a.number(0.5), x, a.sum([a.number(1.0), inner], line)], line)
+
+
+def _normed(m: Meanings, node: Node, eps: float, weight: Any) -> Term:
+    """X / √(mean(x²) + eps) · weight."""
+    x, a, line = _first(m, node), m.algebra, _line(m, node)
+    mean = term("mean", [a.product([x, x], line)], "last, kept", line=line)
+    root = term("sqrt", [a.sum([mean, a.number(eps)], line)], line=line)
+    return a.product([x, a.inverse(root, line), m.of(weight)], line)
+
+
+def _fx_rms_norm(m: Meanings, node: Node) -> Term | None:
+    if node.op == "qalora.rms_norm.default":
+        return _normed(m, node, node.args[2], node.args[1])
+    weight, eps = node.arg(2, "weight"), node.arg(3, "eps")
+    if len(node.args[1]) != 1 or weight is None or eps is None:
+        return None
+    return _normed(m, node, eps, weight)
+
+
+def _last_in_float32(node: Node) -> bool:
+    """Whether a norm is over the last axis, and computed as it is by default."""
+    return (node.options.get("axis", -1), node.options.get("stash_type", 1)) == (-1, 1)
+
+
+def _onnx_rms_norm(m: Meanings, node: Node) -> Term | None:
+    if not _last_in_float32(node):
+        return None
+    return _normed(m, node, node.options.get("epsilon", 1e-5), node.args[1])
+
+
+def _layer_norm(m: Meanings, node: Node, eps: float, operands: tuple[Any, ...]) -> Term:
+    args = [m.of(v) for v in operands if v is not None]
+    given = [v is not None for v in (*operands, None)[:3]]
+    detail = f"{m.algebra.rounded(eps)!r}, {given}"
+    return term("layer_norm", args, detail, line=_line(m, node))
+
+
+def _fx_layer_norm(m: Meanings, node: Node) -> Term | None:
+    if len(node.args[1]) != 1:
+        return None
+    operands = node.args[0], node.arg(2, "weight"), node.arg(3, "bias")
+    return _layer_norm(m, node, node.arg(4, "eps", 1e-5), operands)
+
+
+def _onnx_layer_norm(m: Meanings, node: Node) -> Term | None:
+    if not _last_in_float32(node) or node.output:
+        return None
+    return _layer_norm(m, node, node.options.get("epsilon", 1e-5), node.args[:3])
+
+
+def _fx_mean(m: Meanings, node: Node) -> Term | None:
+    if tuple(node.args[1] or ()) != (-1,) or not node.arg(2, "keepdim", False):
+        return None
+    if node.options.get("dtype") not in (None, _first(m, node).dtype):
+        return None  # another precision to compute in
+    return term("mean", [_first(m, node)], "last, kept", line=_line(m, node))
+
+
+def _onnx_mean(m: Meanings, node: Node) -> Term | None:
+    axes = node.options.get("axes") or integers(m.graph, node.arg(1))
+    if tuple(axes or ()) != (-1,) or node.options.get("keepdims", 1) != 1:
+        return None
+    return term("mean", [_first(m, node)], "last, kept", line=_line(m, node))
+
+
+def _fx_softmax(m: Meanings, node: Node) -> Term | None:
+    if node.arg(1, "dim") != -1 or node.arg(2, "dtype") not in (None, _first(m, node).dtype):
+        return None
+    return term("softmax", [_first(m, node)], "last", line=_line(m, node))
+
+
+def _onnx_softmax(m: Meanings, node: Node) -> Term | None:
+    if node.options.get("axis", -1) != -1:
+        return None
+    return term("softmax", [_first(m, node)], "last", line=_line(m, node))
+
+
+def _take_rows(m: Meanings, table: Any, ids: Any, line: str) -> Term | None:
+    if not isinstance(table, Tensor) or len(m.graph.tensors[table.name].shape) != 2:
+        return None
+    stored = m.of(table)
+    return term("rows", [stored, m.of(ids)], line=line, dtype=stored.dtype)
+
+
+def _embedding(m: Meanings, node: Node) -> Term | None:
+    return _take_rows(m, node.args[0], node.args[1], _line(m, node))
+
+
+def _gather(m: Meanings, node: Node) -> Term | None:
+    if node.options.get("axis", 0) != 0:
+        return None
+    return _take_rows(m, node.args[0], node.args[1], _line(m, node))
+
+
+def _turned(m: Meanings, operand: Any) -> Term | None:
+    """A stored matrix turned."""
+    if isinstance(operand, Tensor) and len(m.graph.tensors[operand.name].shape) == 2:
+        return m.algebra.constant(m.graph.tensors[operand.name], turned=True)
+    return None
+
+
+def _matmul(m: Meanings, node: Node) -> Term:
+    return term("matmul", [m.of(v) for v in node.args[:2]], line=_line(m, node))
+
+
+def _fx_linear(m: Meanings, node: Node) -> Term | None:
+    weight = _turned(m, node.args[1])
+    if weight is None:
+        return None
+    product = term("matmul", [_first(m, node), weight], line=_line(m, node))
+    bias = node.arg(2, "bias")
+    return product if bias is None else m.algebra.sum([product, m.of(bias)], _line(m, node))
+
+
+def _addmm(m: Meanings, node: Node) -> Term | None:
+    if node.options:
+        return None
+    product = term("matmul", [m.of(v) for v in node.args[1:3]], line=_line(m, node))
+    return m.algebra.sum([m.of(node.args[0]), product], _line(m, node))
+
+
+def _gemm(m: Meanings, node: Node) -> Term | None:
+    plain = node.options.get("alpha", 1.0) == node.options.get("beta", 1.0) == 1.0
+    if not plain or node.options.get("transA", 0):
+        return None
+    turned = node.options.get("transB", 0)
+    weight = _turned(m, node.args[1]) if turned else m.of(node.args[1])
+    if weight is None:
+        return None
+    product = term("matmul", [_first(m, node), weight], line=_line(m, node))
+    bias = node.arg(2)
+    return product if bias is None else m.algebra.sum([product, m.of(bias)], _line(m, node))
+
+
+def _transpose(m: Meanings, node: Node) -> Term | None:
+    return _turned(m, node.args[0]) if node.options.get("perm", (1, 0)) == (1, 0) else None
+
+
+def _fx_transpose(m: Meanings, node: Node) -> Term | None:
+    two = node.op != "aten.transpose.int" or set(node.args[1:]) in ({0, 1}, {-1, -2})
+    return _turned(m, node.args[0]) if two else None
+
+
+def _fx_cast(m: Meanings, node: Node) -> Term | None:
+    dtype = node.options.get("dtype")
+    if node.op == "aten.to.dtype":
+        dtype = node.arg(1, "dtype")
+    elif node.op == "aten.to.device":
+        dtype = node.arg(2, "dtype")
+    if node.options.get("layout") not in (None, "strided"):
+        return None
+    return m.algebra.cast(_first(m, node), dtype, _line(m, node))
+
+
+def _type_as(m: Meanings, node: Node) -> Term | None:
+    like = m.of(node.args[1]).dtype
+    return (
+        None if like in (None, UNKNOWN) else m.algebra.cast(_first(m, node), like, _line(m, node))
+    )
+
+
+def _onnx_cast(m: Meanings, node: Node) -> Term | None:
+    dtype = ONNX_TYPES.get(int(node.options["to"]))
+    return None if dtype is None else m.algebra.cast(_first(m, node), dtype, _line(m, node))
+
+
+def _same(m: Meanings, node: Node) -> Term:
+    return _first(m, node)
+
+
+def _onnx_dropout(m: Meanings, node: Node) -> Term | None:
+    mode = node.arg(2)
+    if node.output:
+        return None
+    if mode is not None and not _is_false(m.graph, mode):
+        return term("dropout", [_first(m, node)], line=_line(m, node))
+    return _first(m, node)
+
+
+def _is_false(graph: Graph, operand: Any) -> bool:
+    return isinstance(operand, Tensor) and not graph.tensors[operand.name].values().any()
+
+
+def _fx_slice(m: Meanings, node: Node) -> Term | None:
+    start, end, step = (node.arg(i, name) for i, name in ((2, "start"), (3, "end"), (4, "step")))
+    whole = start in (None, 0) and (end is None or (isinstance(end, int) and end > _END))
+    return _first(m, node) if whole and step in (None, 1) else None
+
+
+def _onnx_slice(m: Meanings, node: Node) -> Term | None:
+    found = [integers(m.graph, node.arg(i)) for i in (1, 2, 4)]
+    start, end, step = found
+    if not start or not end or any(start) or min(end) <= _END:
+        return None
+    return _first(m, node) if node.arg(4) is None or (step and set(step) == {1}) else None
+
+
+def _fx_batch_norm(m: Meanings, node: Node) -> Term | None:
+    if node.args[5] or None in node.args[1:5]:
+        return None
+    detail = repr(m.algebra.rounded(node.args[7]))
+    return term("batch_norm", [m.of(v) for v in node.args[:5]], detail, line=_line(m, node))
+
+
+def _onnx_batch_norm(m: Meanings, node: Node) -> Term | None:
+    if node.options.get("training_mode", 0) or node.output:
+        return None
+    detail = repr(m.algebra.rounded(node.options.get("epsilon", 1e-5)))
+    return term("batch_norm", [m.of(v) for v in node.args[:5]], detail, line=_line(m, node))
+
+
+def integers(graph: Graph, operand: Any) -> list[int] | None:
+    """The values of a small stored tensor of integers."""
+    if not isinstance(operand, Tensor) or graph.tensors[operand.name].dtype not in (
+        "int64",
+        "int32",
+    ):
+        return None
+    return [int(v) for v in graph.tensors[operand.name].values().reshape(-1)]
+
+
+_FX: dict[str, Meaning] = {
+    **{f"aten.{op}.default": _unary(op) for op in _UNARY},
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys((f"aten.{name}.default" for name in _MODAL), _modal),
+    **dict.fromkeys(("aten.add.Tensor", "aten.add.Scalar"), _add),
+    **dict.fromkeys(("aten.sub.Tensor", "aten.sub.Scalar"), _subtract),
+    **dict.fromkeys(("aten.mul.Tensor", "aten.mul.Scalar"), _multiply),
+    **dict.fromkeys(("aten.div.Tensor", "aten.div.Scalar"), _divide),
+    **dict.fromkeys(("aten.to.dtype", "aten.to.device", "aten.to.dtype_layout"), _fx_cast),
+    **dict.fromkeys(("aten.mm.default", "aten.matmul.default"), _matmul),
+    **dict.fromkeys(("aten.t.default", "aten.transpose.int"), _fx_transpose),
+    **dict.fromkeys(("aten.rms_norm.default", "qalora.rms_norm.default"), _fx_rms_norm),
+    "aten.type_as.default": _type_as,
+    "aten.neg.default": _negate,
+    "aten.reciprocal.default": _reciprocal,
+    "aten.rsqrt.default": _inverse_root,
+    "aten.pow.Tensor_Scalar": _power,
+    "aten.silu.default": _silu,
+    "aten.gelu.default": _gelu,
+    "aten.mean.dim": _fx_mean,
+    "aten.layer_norm.default": _fx_layer_norm,
+    "aten.batch_norm.default": _fx_batch_norm,
+    "aten.softmax.int": _fx_softmax,
+    "aten.embedding.default": _embedding,
+    "aten.linear.default": _fx_linear,
+    "aten.addmm.default": _addmm,
+    "aten.slice.Tensor": _fx_slice,
+}
+_ONNX: dict[str, Meaning] = {
+    **{f"onnx.{name}": _unary(op) for op, name in _UNARY.items()},
+    "onnx.Identity": _same,
+    "onnx.Dropout": _onnx_dropout,
+    "onnx.Add": _add,
+    "onnx.Sub": _subtract,
+    "onnx.Mul": _multiply,
+    "onnx.Div": _divide,
+    "onnx.Neg": _negate,
+    "onnx.Reciprocal": _reciprocal,
+    "onnx.Pow": _power,
+    "onnx.Gelu": _gelu,
+    "onnx.ReduceMean": _onnx_mean,
+    "onnx.LayerNormalization": _onnx_layer_norm,
+    "onnx.RMSNormalization": _onnx_rms_norm,
+    "onnx.BatchNormalization": _onnx_batch_norm,
+    "onnx.Softmax": _onnx_softmax,
+    "onnx.Gather": _gather,
+    "onnx.MatMul": _matmul,
+    "onnx.Gemm": _gemm,
+    "onnx.Transpose": _transpose,
+    "onnx.Cast": _onnx_cast,
+    "onnx.Slice": _onnx_slice,
+}

@@ -1,0 +1,1 @@
+"""Linear layers and lookups as exact matrices, whatever their encoding."""

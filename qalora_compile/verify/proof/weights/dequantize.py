@@ -1,0 +1,246 @@
+"""Effective weights of this package's layers, from their stored tensors, with their rounding.
+
+Every function gives rows of a matrix on what the layer reads (`linear.Rows`): weight, the size of
+its parts, and the radius: the largest distance that rounding for storage explains, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from qalora_compile.verify.proof.graphs.stored_tensor import ROUNDING, SMALLEST, Array, Stored
+from qalora_compile.verify.proof.weights.linear_map import NotLinearError, Reading, Rows
+from qalora_compile.verify.proof.weights.unpack import (
+    block_codes,
+    flat_codes,
+    from_bits,
+    group_codes,
+    row_codes,
+    spread_columns,
+)
+
+ARITHMETIC = 2.0**-48
+"""Relative to the size of a weight: 32 roundings of float64, more than any decoder here makes."""
+_MARGIN = 1 + 1e-5
+"""Over the half step of a digit, for its scale, which is rounded to float32."""
+
+_SCALE_STEP = {"float32": 2.0**-16, "float64": 2.0**-45}
+"""Half a step of a scale that is kept short, relative to it, at most."""
+
+Part = Callable[[slice, int], Rows]
+
+
+def rounding(values: Array, dtype: str) -> Array:
+    """How far each of some stored numbers may lie from what was rounded to it."""
+    unit = ROUNDING[dtype]
+    result: Array = np.abs(values) * (unit / (1 - unit)) + SMALLEST[dtype]
+    return result
+
+
+def _take(stored: Stored, part: slice, expert: int) -> Array:
+    """Rows of a matrix, of one expert where the tensor has three dimensions more than rows."""
+    values = stored.read()
+    return np.asarray(values[expert][part] if expert >= 0 else values[part])
+
+
+def _wide(stored: Stored, part: slice, expert: int) -> Array:
+    values = stored.values()
+    return np.asarray(values[expert][part] if expert >= 0 else values[part], np.float64)
+
+
+def on_codes(
+    packed: Stored,
+    scale: Stored,
+    offset: Stored,
+    bits: int,
+    group_size: int,
+    k: int,
+    *,
+    rounded: bool,
+) -> Part:
+    """`W = scale · q + offset`; `rounded`: the offset was computed, and rounded to be stored."""
+
+    def rows(part: slice, expert: int) -> Rows:
+        codes = row_codes(_take(packed, part, expert), bits, k).astype(np.float64)
+        s, o = _wide(scale, part, expert), _wide(offset, part, expert)
+        moved = rounding(o, offset.dtype) if rounded else np.zeros_like(o)
+        product = codes * spread_columns(s, group_size, k)
+        wide = spread_columns(o, group_size, k)
+        size = np.abs(product) + np.abs(wide)
+        radius = spread_columns(moved, group_size, k) + ARITHMETIC * size
+        return Rows(product + wide, size, radius, _coarse(moved, s))
+
+    return rows
+
+
+def whole_linear(
+    packed: Stored,
+    scale: Stored,
+    offset: Stored,
+    lora_a: Stored,
+    lora_b: Stored,
+    bits: int,
+    group_size: int,
+    k: int,
+    scaling: float,
+    kind: str,
+) -> Part:
+    """`W = s · (q − z)`, z whole; an adapter moved z (`integer`) or s (`scale`) and was rounded.
+
+    Scales are rounded to 16 significant bits: half a step of them is within the radius.
+    """
+
+    def rows(part: slice, expert: int) -> Rows:
+        codes = row_codes(_take(packed, part, expert), bits, k).astype(np.float64)
+        s, o = _wide(scale, part, expert), _wide(offset, part, expert)
+        update = scaling * (_wide(lora_b, part, expert) @ _wide(lora_a, slice(None), expert))
+        zero, step = np.round(-o / s), np.zeros_like(s)
+        if kind == "scale":
+            s = s * (1 + update)
+            step = np.abs(s) * _SCALE_STEP[scale.dtype]
+        else:
+            zero = np.clip(np.round(zero - update / s), 0, 2**bits - 1)
+        level = codes - spread_columns(zero, group_size, k)
+        size = spread_columns(np.abs(s), group_size, k) * (
+            codes + spread_columns(zero, group_size, k)
+        )
+        radius = np.abs(level) * spread_columns(step, group_size, k) + ARITHMETIC * size
+        return Rows(spread_columns(s, group_size, k) * level, size, radius)
+
+    return rows
+
+
+def group_quant(
+    packed: Stored, scale: Stored, zero_point: Stored, bits: int, group_size: int
+) -> Part:
+    """GroupQuantLinear: `W = scale · (q − zero_point)`, real zero-points."""
+
+    def rows(part: slice, expert: int) -> Rows:
+        codes = group_codes(_take(packed, part, expert), bits, group_size).astype(np.float64)
+        k = codes.shape[1]
+        s, z = _wide(scale, part, expert), _wide(zero_point, part, expert)
+        moved = np.abs(s) * rounding(z, zero_point.dtype)
+        wide_s, wide_z = (spread_columns(v, group_size, k) for v in (s, z))
+        level = codes - wide_z
+        radius = spread_columns(moved, group_size, k)
+        if scale.dtype == "float16":  # float32 scales are stored as they are
+            radius = radius + spread_columns(rounding(s, scale.dtype), group_size, k) * (
+                np.abs(level) + spread_columns(rounding(z, zero_point.dtype), group_size, k)
+            )
+        size = np.abs(wide_s) * (codes + np.abs(wide_z))
+        return Rows(level * wide_s, size, radius + ARITHMETIC * size, _coarse(moved, s))
+
+    return rows
+
+
+def _coarse(moved: Array, scale: Array) -> float:
+    """The largest part of a group's scale that rounding may have moved it by."""
+    steps = np.abs(scale)
+    return float((moved / np.where(steps == 0, np.inf, steps)).max())
+
+
+def nbits(
+    reading: Reading,
+    packed: Stored,
+    scale: Stored,
+    zero_point: Stored | None,
+    bits: int,
+    block_size: int,
+) -> Part:
+    """MatMulNBits: `W = scale · (q − zero_point)`, integer zero-points; digits of C among them."""
+
+    def rows(part: slice, expert: int) -> Rows:
+        codes = block_codes(_take(packed, part, expert), bits)
+        blocks = codes.shape[1] // block_size
+        n = len(codes)
+        s = _wide(scale, part, expert).reshape(n, blocks)
+        if zero_point is None:
+            z = np.full((n, blocks), 2.0 ** (bits - 1))
+        elif zero_point.dtype != "uint8":
+            raise NotLinearError(
+                f"zero-points of {bits} bits are stored as {zero_point.dtype}, not packed"
+            )
+        else:
+            z = from_bits(_take(zero_point, part, expert).reshape(n, -1), bits, blocks)
+        made = _levels(codes, s, np.asarray(z, np.float64), block_size, reading.width)
+        made.radius[...] += _digit_radius(reading, s, bits, block_size, made.radius.shape)
+        return made
+
+    return rows
+
+
+def blocks(
+    packed: Stored, scale: Stored, zero_point: Stored | None, bits: int, block_size: int, k: int
+) -> Part:
+    """Blocked DequantizeLinear along axis 0 of `[K, N]`, turned to rows of `[N, K]`."""
+    count, n = scale.shape
+
+    def rows(part: slice, expert: int) -> Rows:
+        codes = flat_codes(packed.read(), bits, (k, n))[:, part].T
+        s = scale.wide()[:, part].T
+        z = np.zeros_like(s)
+        if zero_point is not None:
+            z = flat_codes(zero_point.read(), bits, (count, n))[:, part].T.astype(np.float64)
+        return _levels(codes, s, z, block_size, k)
+
+    return rows
+
+
+def _levels(codes: Array, scale: Array, zero: Array, block_size: int, width: int) -> Rows:
+    if codes.shape[1] < width or scale.shape[1] * block_size < width:
+        raise NotLinearError(f"{codes.shape[1]} stored codes a row for {width} values of x")
+    wide_s, wide_z = (spread_columns(v, block_size, width) for v in (scale, zero))
+    level = codes[:, :width].astype(np.float64) - wide_z
+    size = np.abs(wide_s) * (codes[:, :width] + wide_z)
+    return Rows(level * wide_s, size, ARITHMETIC * size)
+
+
+def _digit_radius(
+    reading: Reading, scale: Array, bits: int, block_size: int, shape: tuple[int, ...]
+) -> Array:
+    """Half a step of the last digit, at its columns: what rounding C to digits leaves.
+
+    The scale of a digit is at most that of the one before it over 2 (2^(b − 1) − 1), so that a
+    stored scale that is too large does not excuse itself.
+    """
+    radius = np.zeros(shape)
+    if not reading.digits:
+        return radius
+    (first, _), (last, width) = reading.digits[0], reading.digits[-1]
+    if first % block_size or last % block_size:
+        raise NotLinearError("digits of the correction do not begin with a block")
+    count = -(-width // block_size)
+    step = 2.0 * (2 ** (bits - 1) - 1)
+    at_most = scale[:, first // block_size :][:, :count] / step ** (len(reading.digits) - 1)
+    stored = scale[:, last // block_size :][:, :count]
+    half = np.minimum(np.abs(stored), np.abs(at_most)) / 2 * _MARGIN
+    radius[:, last : last + width] = spread_columns(half, block_size, width)
+    return radius
+
+
+def correction(stored: Stored, roundings: int = 1) -> Part:
+    """A matrix C `[width, N]` that multiplies from the right, as rows of Cᵀ.
+
+    `roundings`: how many roundings it went through until it was stored.
+    """
+
+    def rows(part: slice, expert: int) -> Rows:
+        weight = np.ascontiguousarray(stored.values()[:, part].T, np.float64)
+        return Rows(weight, np.abs(weight), roundings * rounding(weight, stored.dtype))
+
+    return rows
+
+
+def adapter(lora_a: Stored, lora_b: Stored, scaling: float) -> Part:
+    """`scaling · B A`, rows `[n, L]`, in float64."""
+
+    def rows(part: slice, expert: int) -> Rows:
+        a, b = _wide(lora_a, slice(None), expert), _wide(lora_b, part, expert)
+        if b.shape[1] != len(a):
+            raise NotLinearError(f"A {list(a.shape)} and B {list(b.shape)} do not chain")
+        size = abs(scaling) * (np.abs(b) @ np.abs(a))
+        return Rows(scaling * (b @ a), size, (len(a) + 32) * 2.0**-52 * size)
+
+    return rows

@@ -1,0 +1,292 @@
+"""Sites of programs as linear maps: at every stage from quantized to legalized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qalora_compile.verify.proof.graphs.graph import Graph, Node, SiteRow, Tensor
+from qalora_compile.verify.proof.graphs.stored_tensor import Stored
+from qalora_compile.verify.proof.weights import dequantize
+from qalora_compile.verify.proof.weights.linear_map import (
+    Linear,
+    NotLinearError,
+    Reading,
+    Rows,
+    added,
+    applied,
+    group_sums,
+    looked_up,
+    padded,
+    scaled,
+    side_by_side,
+    spread,
+    whole,
+    with_bias,
+)
+
+_UNROUNDED_STAGES = ("quantized", "adapted")
+
+
+def fx_linear(graph: Graph, site: SiteRow) -> Linear:
+    """What the nodes of a site compute.
+
+    Raises:
+        NotLinearError: they are not the form that a pass of this package leaves.
+    """
+    value = graph.nodes.get(graph.site_values.get(site.name, ""))
+    if value is None:
+        raise NotLinearError("no node computes the site")
+    return _Reader(graph, site).linear(value)
+
+
+class _Reader:
+    """Reads one site."""
+
+    def __init__(self, graph: Graph, site: SiteRow) -> None:
+        self._graph, self._site = graph, site
+        self._readers: dict[str, Callable[[Node], Linear]] = {
+            "aten.add.Tensor": self._add,
+            "aten.matmul.default": self._matmul,
+            "qalora.group_linear.default": self._group_linear,
+            "qalora.whole_linear.default": self._whole_linear,
+            "qalora.expert_linear.default": self._expert_linear,
+            "qalora.pooled_adapter.default": self._pooled_adapter,
+            "qalora.expert_adapter.default": self._pooled_adapter,
+            "qalora.matmul_nbits.default": self._nbits,
+            "qalora.expert_matmul_nbits.default": self._expert_nbits,
+            "qalora.group_quant_linear.default": self._group_quant,
+            "qalora.expert_group_quant_linear.default": self._expert_group_quant,
+            "qalora.matmul_blocks.default": self._blocks,
+            "qalora.group_embedding.default": self._group_embedding,
+            "qalora.block_embedding.default": self._block_embedding,
+            "qalora.flat_embedding.default": self._flat_embedding,
+            "qalora.expert_matmul_blocks.default": self._expert_blocks,
+        }
+
+    def linear(self, operand: Any) -> Linear:
+        """A computed value as a linear map."""
+        node = operand if isinstance(operand, Node) else self._graph.node(operand)
+        if node is None or node.op not in self._readers:
+            shown = node.line if node is not None else self._graph.line(operand)
+            raise NotLinearError(f"no linear map by stored weights: {shown}")
+        return self._readers[node.op](node)
+
+    def reading(self, operand: Any, ends: Any = None) -> Reading:
+        """What a layer reads of the site's input."""
+        node = self._graph.node(operand)
+        if node is not None and node.op == "qalora.group_sum.default":
+            return group_sums(self.reading(node.args[0], ends), node.args[1])
+        if node is not None and node.op == "qalora.spread_groups.default":
+            return spread(self.reading(node.args[0], ends), *node.args[1:])
+        if node is not None and node.op == "aten.dropout.default" and node.args[2] is False:
+            return self.reading(node.args[0], ends)
+        if node is not None and self._joins_sums(node):
+            return side_by_side([self.reading(part, ends) for part in node.args[0]])
+        if node is not None and self._pads(node):
+            return padded(self.reading(node.args[0], ends), node.args[1][1])
+        source = (operand,) if ends is None else (operand, ends)
+        return whole(source, self._site.k)
+
+    def _joins_sums(self, node: Node) -> bool:
+        """Whether a node joins x and its group-sums, as digits of a correction are multiplied."""
+        if node.op != "aten.cat.default" or node.arg(1, "dim", 0) != -1:
+            return False
+        return all(self._is_sum(part) for part in node.args[0][1:])
+
+    def _is_sum(self, operand: Any) -> bool:
+        node = self._graph.node(operand)
+        if node is not None and self._pads(node):
+            node = self._graph.node(node.args[0])
+        return node is not None and node.op == "qalora.group_sum.default"
+
+    @staticmethod
+    def _pads(node: Node) -> bool:
+        if node.op != "aten.constant_pad_nd.default" or node.arg(2, "value", 0):
+            return False
+        return len(node.args[1]) == 2 and node.args[1][0] == 0
+
+    def _stored(self, operand: Any) -> Stored:
+        if not isinstance(operand, Tensor):
+            raise NotLinearError(f"an operand is computed: {self._graph.line(operand)}")
+        return self._graph.tensors[operand.name]
+
+    def _three(self, operands: Sequence[Any]) -> tuple[Stored, Stored, Stored]:
+        """Codes, scale and zero-point."""
+        codes, scale, zero_point = map(self._stored, operands)
+        return codes, scale, zero_point
+
+    def _bias(self, linear: Linear, operand: Any) -> Linear:
+        return linear if operand is None else with_bias(linear, self._vector(operand))
+
+    def _vector(self, operand: Any) -> Stored:
+        """A stored vector, widened or not, or a part of one.
+
+        Packed attention has one bias for several layers.
+        """
+        item = self._graph.node(operand)
+        if item is not None and item.op == "aten.to.dtype" and item.args[1] == "float32":
+            owner = self._stored(item.args[0])
+            if owner.widened:
+                return owner
+        split = self._graph.node(item.args[0]) if item is not None else None
+        if item is None or split is None or item.op != "_operator.getitem":
+            return self._stored(operand)
+        if split.op != "aten.split_with_sizes.default" or split.arg(2, "dim", 0) != 0:
+            return self._stored(operand)
+        owner, sizes, index = self._stored(split.args[0]), split.args[1], item.args[1]
+        begin = sum(sizes[:index])
+        part = slice(begin, begin + sizes[index])
+        name = f"{owner.name}[{part.start}:{part.stop}]"
+        return Stored(name, owner.dtype, (sizes[index],), lambda: owner.read()[part])
+
+    def _add(self, node: Node) -> Linear:
+        first, second, factor = *node.args, float(node.options.get("alpha", 1))
+        if factor != 1:
+            return added(self.linear(first), scaled(self.linear(second), factor))
+        if isinstance(first, Tensor):
+            first, second = second, first
+        behind = self._graph.node(second)
+        if behind is None or behind.op not in self._readers:
+            return with_bias(self.linear(first), self._vector(second))
+        return added(self.linear(first), self.linear(second))
+
+    def _matmul(self, node: Node) -> Linear:
+        stored = self._stored(node.args[1])
+        reading = self.reading(node.args[0])
+        return applied(reading, stored.shape[1], dequantize.correction(stored))
+
+    def _group_linear(self, node: Node) -> Linear:
+        return self._bias(self._on_codes(node, None), node.args[4])
+
+    def _whole_linear(self, node: Node) -> Linear:
+        x, *stored, bias, bits, group_size, lora_a, lora_b, scaling, kind = node.args
+        packed, scale, offset = self._three(stored)
+        lora = self._stored(lora_a), self._stored(lora_b)
+        part = dequantize.whole_linear(
+            packed, scale, offset, *lora, bits, group_size, self._site.k, scaling, kind
+        )
+        return self._bias(applied(self.reading(x), packed.shape[0], part), bias)
+
+    def _expert_linear(self, node: Node) -> Linear:
+        return self._on_codes(node, node.args[4])
+
+    def _on_codes(self, node: Node, ends: Any) -> Linear:
+        packed, scale, offset = map(self._stored, node.args[1:4])
+        experts = packed.shape[0] if len(packed.shape) == 3 else None
+        rounded = self._graph.stage not in _UNROUNDED_STAGES
+        part = dequantize.on_codes(
+            packed, scale, offset, node.args[5], node.args[6], self._site.k, rounded=rounded
+        )
+        return applied(self.reading(node.args[0], ends), packed.shape[-2], part, experts=experts)
+
+    def _pooled_adapter(self, node: Node) -> Linear:
+        lora_a, lora_b = map(self._stored, node.args[1:3])
+        experts = lora_b.shape[0] if len(lora_b.shape) == 3 else None
+        ends = node.args[3] if experts else None
+        part = dequantize.adapter(lora_a, lora_b, float(node.args[-1]))
+        return applied(
+            self.reading(node.args[0], ends),
+            lora_b.shape[-2],
+            part,
+            experts=experts,
+            terms=lora_b.shape[-1] + 8,
+        )
+
+    def _nbits(self, node: Node) -> Linear:
+        x, *stored, bias, bits, block_size, level = node.args
+        packed, scale, zero = map(self._stored, stored)
+        reading = self.reading(x)
+        part = dequantize.nbits(reading, packed, scale, zero, bits, block_size)
+        return self._bias(
+            applied(reading, packed.shape[0], part, notes=activations(level == 4)), bias
+        )
+
+    def _group_quant(self, node: Node) -> Linear:
+        x, *stored, bits, group_size, compute = node.args
+        packed, scale, zero = map(self._stored, stored)
+        part = dequantize.group_quant(packed, scale, zero, bits, group_size)
+        notes = activations(compute == "int8")
+        return applied(self.reading(x), packed.shape[0], part, notes=notes)
+
+    def _blocks(self, node: Node) -> Linear:
+        x, *stored, bits, block_size = node.args
+        packed, scale, zero = map(self._stored, stored)
+        reading = self.reading(x)
+        part = dequantize.blocks(packed, scale, zero, bits, block_size, reading.width)
+        return applied(reading, scale.shape[1], part)
+
+    def _group_embedding(self, node: Node) -> Linear:
+        ids, *stored, _, bits, group_size, k = node.args
+        packed, scale, offset = self._three(stored)
+        rounded = self._graph.stage not in _UNROUNDED_STAGES
+        part = dequantize.on_codes(packed, scale, offset, bits, group_size, k, rounded=rounded)
+        return looked_up((ids,), packed.shape[0], k, part)
+
+    def _block_embedding(self, node: Node) -> Linear:
+        ids, *stored, bits, block_size, k = node.args
+        packed, scale, zero = self._three(stored)
+        if zero.dtype == "uint8":
+            part = dequantize.nbits(whole((ids,), k), packed, scale, zero, bits, block_size)
+        else:
+            part = dequantize.group_quant(packed, scale, zero, bits, block_size)
+        return looked_up((ids,), packed.shape[0], k, part)
+
+    def _flat_embedding(self, node: Node) -> Linear:
+        ids, *stored, bits, block_size, k = node.args
+        packed, scale, zero = self._three(stored)
+        part = dequantize.blocks(packed, scale, zero, bits, block_size, k)
+        return looked_up((ids,), scale.shape[1], k, part)
+
+    def _expert_nbits(self, node: Node) -> Linear:
+        x, sums, *lists, ends, bits, block_size, level = node.args
+        reading = self.reading(x, ends)
+        made = [
+            dequantize.nbits(reading, *self._three(each), bits, block_size)
+            for each in zip(*lists[:3], strict=True)
+        ]
+        n = self._stored(lists[0][0]).shape[0]
+        base = applied(
+            reading, n, _by_expert(made), experts=len(made), notes=activations(level == 4)
+        )
+        return self._corrected(base, sums, lists[3], ends)
+
+    def _expert_group_quant(self, node: Node) -> Linear:
+        x, *lists, ends, bits, group_size, compute = node.args
+        made = [
+            dequantize.group_quant(*self._three(each), bits, group_size)
+            for each in zip(*lists, strict=True)
+        ]
+        n, notes = self._stored(lists[0][0]).shape[0], activations(compute == "int8")
+        reading = self.reading(x, ends)
+        return applied(reading, n, _by_expert(made), experts=len(made), notes=notes)
+
+    def _expert_blocks(self, node: Node) -> Linear:
+        x, sums, *lists, ends, bits, block_size = node.args
+        reading = self.reading(x, ends)
+        made = [
+            dequantize.blocks(*self._three(each), bits, block_size, reading.width)
+            for each in zip(*lists[:3], strict=True)
+        ]
+        n = self._stored(lists[1][0]).shape[1]
+        base = applied(reading, n, _by_expert(made), experts=len(made))
+        return self._corrected(base, sums, lists[3], ends)
+
+    def _corrected(self, base: Linear, sums: Any, stored: Any, ends: Any) -> Linear:
+        if sums is None:
+            return base
+        made = [dequantize.correction(self._stored(c)) for c in stored]
+        reading = self.reading(sums, ends)
+        return added(base, applied(reading, base.n, _by_expert(made), experts=len(made)))
+
+
+def activations(quantized: bool) -> tuple[str, ...]:
+    """The note on a layer that rounds its input to int8 when it runs."""
+    return ("int8 activations",) if quantized else ()
+
+
+def _by_expert(parts: list[dequantize.Part]) -> dequantize.Part:
+    def rows(part: slice, expert: int) -> Rows:
+        return parts[expert](part, -1)
+
+    return rows

@@ -1,0 +1,340 @@
+"""Sites of exported models as linear maps, for the node forms of every target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from qalora_compile.verify.proof.graphs.graph import Graph, Node, Ref, SiteRow, Tensor
+from qalora_compile.verify.proof.graphs.stored_tensor import Stored
+from qalora_compile.verify.proof.weights import dequantize
+from qalora_compile.verify.proof.weights.fx_layers import activations
+from qalora_compile.verify.proof.weights.linear_map import (
+    Linear,
+    NotLinearError,
+    Reading,
+    Rows,
+    added,
+    applied,
+    composed,
+    group_sums,
+    padded,
+    scaled,
+    side_by_side,
+    spread,
+    whole,
+    with_bias,
+)
+from qalora_compile.verify.proof.weights.onnx_embeddings import LOOKUP_ENDS, lookup_linear
+from qalora_compile.verify.proof.weights.onnx_functions import Body, body_of
+
+GROUP_QUANT, NBITS = "qalora.GroupQuantLinear", "com.microsoft.MatMulNBits"
+_FLOAT = 1
+_BITS = {"uint2": 2, "uint4": 4, "uint8": 8}
+_BODY_ROUNDINGS = 3
+"""Of a weight or correction that a function computes in float32 from stored numbers."""
+
+
+def onnx_linear(graph: Graph, site: SiteRow) -> Linear:
+    """What the nodes of a site compute, every operator taken by its specification.
+
+    Raises:
+        NotLinearError: they are not a form that an exporter of this package writes.
+    """
+    return _Reader(graph, site.k).linear(_output(graph, site))
+
+
+def function_linears(graph: Graph, site: SiteRow, stated: Linear) -> dict[str, Linear]:
+    """What the nodes of a site compute by the functions that the model carries, if it does.
+
+    `functions` takes GroupQuantLinear by its function, as a runtime without the operator library
+    does, and `standard functions` MatMulNBits by its function as well, as one does that has no
+    kernel for it. Their constants are in memory as long as these maps are.
+
+    Args:
+        graph: The model.
+        site: The site.
+        stated: The site by its operators, whose tensors were rounded to be stored.
+
+    Raises:
+        NotLinearError: a function is not a form that an exporter of this package writes.
+    """
+    value, found, bodies = _output(graph, site), dict[str, Linear](), dict[str, Body]()
+    inlined = frozenset({GROUP_QUANT})
+    if ("qalora", "GroupQuantLinear") in graph.functions:
+        found["functions"] = _Reader(graph, site.k, inlined, bodies=bodies).linear(value)
+        if ("com.microsoft", "MatMulNBits") in graph.functions:
+            inlined |= {NBITS}
+            reader = _Reader(graph, site.k, inlined, bodies=bodies)
+            found["standard functions"] = reader.linear(value)
+    return {name: _as_stored(linear, stated) for name, linear in found.items()}
+
+
+def _as_stored(linear: Linear, stated: Linear) -> Linear:
+    """A map computed from tensors that are as exact as those of `stated`."""
+    if linear.source != stated.source:
+        raise NotLinearError("a function reads another input than its operator")
+
+    def rows(part: slice, expert: int) -> Rows:
+        found, known = linear.rows(part, expert), stated.rows(part, expert)
+        return dataclasses.replace(found, radius=found.radius + known.radius)
+
+    return dataclasses.replace(linear, rows=rows)
+
+
+def _output(graph: Graph, site: SiteRow) -> Ref:
+    value = graph.site_values.get(site.name, "")
+    if value not in graph.nodes:
+        raise NotLinearError("no node computes the site")
+    return Ref(value)
+
+
+class _Reader:
+    """Reads one site.
+
+    Args:
+        graph: The graph of the site, or of a function.
+        k: Columns of the effective weight.
+        inlined: Operators that are taken by their functions.
+        roundings: Of a stored matrix.
+        bodies: The functions of this graph's nodes on their constants, by node.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        k: int,
+        inlined: frozenset[str] = frozenset(),
+        roundings: int = 1,
+        bodies: dict[str, Body] | None = None,
+    ) -> None:
+        self._graph, self._k, self._inlined, self._roundings = graph, k, inlined, roundings
+        self._bodies = {} if bodies is None else bodies
+        self._readers: dict[str, Callable[[Node], Linear]] = {
+            "onnx.Add": self._add,
+            "onnx.Mul": self._mul,
+            "onnx.MatMul": self._matmul,
+            NBITS: self._nbits,
+            GROUP_QUANT: self._group_quant,
+        }
+
+    def linear(self, operand: Any) -> Linear:
+        """A computed value as a linear map."""
+        node = self._graph.node(operand)
+        if node is not None and self._is_lookup(node):
+            return lookup_linear(self._graph, node)
+        if node is None or node.op not in self._readers:
+            raise NotLinearError(f"no linear map by stored weights: {self._graph.line(operand)}")
+        if node.op in self._inlined:
+            return self._inline(node)
+        return self._readers[node.op](node)
+
+    def _is_lookup(self, node: Node) -> bool:
+        """Whether a node ends in rows of a table, which no layer's nodes do."""
+        parts = node.args if node.op in ("onnx.Add", "onnx.Mul") else ()
+        behind = [n for n in map(self._graph.node, parts) if n is not None]
+        return node.op in LOOKUP_ENDS or (bool(behind) and all(map(self._is_lookup, behind)))
+
+    def reading(self, operand: Any) -> Reading:
+        """What a layer reads of the site's input."""
+        node = self._graph.node(operand)
+        if node is not None:
+            for read in (self._sum, self._spread, self._joined, self._padded):
+                found = read(node)
+                if found is not None:
+                    return found
+        return whole((operand,), self._k)
+
+    def _inline(self, node: Node) -> Linear:
+        """A node by its function: its constants are computed, what reads x is read as here."""
+        stored = [self._stored(operand) for operand in node.args[1:4]]
+        if node.name not in self._bodies:
+            self._bodies[node.name] = body_of(self._graph, node, stored)
+        body, result = self._bodies[node.name]
+        inner = self.reading(node.args[0])
+        made = _Reader(body, inner.width, self._inlined, _BODY_ROUNDINGS).linear(result)
+        if made.source != (Ref(body.extra),):
+            raise NotLinearError("the function does not read its input alone")
+        if made.bias:
+            raise NotLinearError("the function adds a bias")
+        return applied(inner, made.n, made.rows, notes=made.notes)
+
+    def _value(self, operand: Any) -> list[int] | None:
+        """A small stored tensor of integers."""
+        if not isinstance(operand, Tensor):
+            return None
+        values = self._graph.tensors[operand.name].values()
+        return [int(v) for v in values.reshape(-1)]
+
+    def _tail(self, node: Node) -> list[int] | None:
+        """The sizes that Reshape gives in place of the last axes, the others being kept."""
+        shape = node.args[1]
+        found = self._value(shape)
+        if found is not None:
+            kept = next((i for i, size in enumerate(found) if size != 0), len(found))
+            return found[kept:]
+        joined = self._graph.node(shape)
+        if joined is None or joined.op != "onnx.Concat" or joined.options.get("axis") != 0:
+            return None
+        lead = self._graph.node(joined.args[0])
+        keeps = lead is not None and lead.op == "onnx.Shape" and lead.options.get("end") == -1
+        if not keeps or lead is None or lead.options.get("start", 0) or lead.args != node.args[:1]:
+            return None
+        sizes = [self._value(operand) for operand in joined.args[1:]]
+        return None if None in sizes else [v for size in sizes if size for v in size]
+
+    def _sum(self, node: Node) -> Reading | None:
+        if node.op != "onnx.ReduceSum" or node.options.get("keepdims", 1) != 0:
+            return None
+        reshaped = self._graph.node(node.args[0])
+        if self._value(node.arg(1)) != [-1] or reshaped is None or reshaped.op != "onnx.Reshape":
+            return None
+        tail = self._tail(reshaped)
+        if tail is None or len(tail) != 2:
+            return None
+        inner = self.reading(reshaped.args[0])
+        if inner.width != tail[0] * tail[1]:
+            raise NotLinearError(f"{tail[0]} sums of {tail[1]} values are taken of {inner.width}")
+        return group_sums(inner, tail[1])
+
+    def _spread(self, node: Node) -> Reading | None:
+        """Reshape of Pad of Reshape: every group padded."""
+        pad = self._graph.node(node.args[0]) if node.op == "onnx.Reshape" else None
+        split = self._graph.node(pad.args[0]) if pad is not None and pad.op == "onnx.Pad" else None
+        if pad is None or split is None or split.op != "onnx.Reshape":
+            return None
+        joined, tail, amount = self._tail(node), self._tail(split), self._pad_amount(pad)
+        if joined is None or tail is None or amount is None or (len(joined), len(tail)) != (1, 2):
+            return None
+        inner = self.reading(split.args[0])
+        width = tail[1] + amount
+        if inner.width != tail[0] * tail[1] or joined[0] != tail[0] * width:
+            raise NotLinearError(
+                f"groups of {tail[1]} of {inner.width} values are padded to {width}"
+            )
+        return spread(inner, tail[1], width)
+
+    def _joined(self, node: Node) -> Reading | None:
+        if node.op != "onnx.Concat" or node.options.get("axis") != -1:
+            return None
+        parts = [self.reading(part) for part in node.args]
+        joins = len(parts) > 1 and all(part.sums for part in parts[1:])
+        return side_by_side(parts) if joins else None
+
+    def _padded(self, node: Node) -> Reading | None:
+        amount = self._pad_amount(node) if node.op == "onnx.Pad" else None
+        return None if amount is None else padded(self.reading(node.args[0]), amount)
+
+    def _pad_amount(self, node: Node) -> int | None:
+        """Zeros behind the last axis, if Pad adds no others."""
+        pads = self._value(node.arg(1))
+        filled = node.arg(2)
+        if filled is not None and self._number(filled) != 0:
+            return None
+        plain = node.options.get("mode", "constant") == "constant" and node.arg(3) is None
+        if pads is None or not plain or any(pads[:-1]):
+            return None
+        return pads[-1]
+
+    def _number(self, operand: Any) -> float | None:
+        """A stored tensor of one element."""
+        if isinstance(operand, Tensor) and self._graph.tensors[operand.name].size == 1:
+            return float(self._graph.tensors[operand.name].wide().reshape(-1)[0])
+        return None
+
+    def _stored(self, operand: Any) -> Stored:
+        if not isinstance(operand, Tensor):
+            raise NotLinearError(f"an operand is computed: {self._graph.line(operand)}")
+        return self._graph.tensors[operand.name]
+
+    def _add(self, node: Node) -> Linear:
+        first, second = node.args
+        if isinstance(first, Tensor):
+            first, second = second, first
+        behind = self._graph.node(second)
+        if behind is not None and behind.op == "onnx.Cast" and behind.options["to"] == _FLOAT:
+            widened = self._stored(behind.args[0])
+            second = behind.args[0] if widened.widened else second
+        if isinstance(second, Tensor):
+            return with_bias(self.linear(first), self._stored(second))
+        return added(self.linear(first), self.linear(second))
+
+    def _mul(self, node: Node) -> Linear:
+        first, second = node.args
+        if isinstance(first, Tensor):
+            first, second = second, first
+        factor = self._number(second)
+        if factor is None:
+            raise NotLinearError(f"no linear map by stored weights: {node.line}")
+        return scaled(self.linear(first), factor)
+
+    def _matmul(self, node: Node) -> Linear:
+        x, weight = node.args
+        behind = self._graph.node(weight)
+        if behind is not None and behind.op == "onnx.DequantizeLinear":
+            return self._blocks(x, behind)
+        if behind is not None and behind.op == "onnx.Transpose":
+            stored = self._stored(behind.args[0])
+            if behind.options.get("perm", (1, 0)) != (1, 0) or len(stored.shape) != 2:
+                raise NotLinearError(f"no matrix is turned: {behind.line}")
+            turned = Stored(stored.name, stored.dtype, stored.shape[::-1], lambda: stored.read().T)
+        else:
+            turned = self._stored(weight)
+        made, n = dequantize.correction(turned, self._roundings), turned.shape[1]
+        below = self._graph.node(x)
+        if below is not None and below.op == "onnx.MatMul":
+            return composed(self.linear(x), n, made)
+        return applied(self.reading(x), n, made)
+
+    def _blocks(self, x: Any, node: Node) -> Linear:
+        packed, scale = map(self._stored, node.args[:2])
+        zero = None if node.arg(2) is None else self._stored(node.args[2])
+        block_size = int(node.options.get("block_size", 0))
+        if node.options.get("axis", 1) != 0 or block_size < 1 or packed.dtype not in _BITS:
+            raise NotLinearError(f"no blocked DequantizeLinear of [K, N]: {node.line}")
+        if zero is not None and zero.dtype != packed.dtype:
+            raise NotLinearError(f"zero-points are {zero.dtype}, codes {packed.dtype}")
+        k, n = packed.shape
+        if scale.shape != (-(-k // block_size), n):
+            raise NotLinearError(f"scales are {list(scale.shape)} for codes {list(packed.shape)}")
+        part = dequantize.blocks(packed, scale, zero, _BITS[packed.dtype], block_size, k)
+        return applied(self.reading(x), n, part)
+
+    def _nbits(self, node: Node) -> Linear:
+        packed, scale = map(self._stored, node.args[1:3])
+        zero = None if node.arg(3) is None else self._stored(node.args[3])
+        if node.arg(4) is not None:
+            raise NotLinearError(f"the columns are permuted: {node.line}")
+        bits, block_size = int(node.options.get("bits", 4)), int(node.options["block_size"])
+        reading = self.reading(node.args[0])
+        sizes = int(node.options["K"]), int(node.options["N"])
+        if sizes != (reading.width, packed.shape[0]):
+            raise NotLinearError(
+                f"attributes K, N are {sizes}, not {(reading.width, packed.shape[0])}"
+            )
+        if packed.shape[2] * 8 != block_size * bits:
+            raise NotLinearError(
+                f"{packed.shape[2]} bytes hold no {block_size} codes of {bits} bits"
+            )
+        part = dequantize.nbits(reading, packed, scale, zero, bits, block_size)
+        notes = activations(node.options.get("accuracy_level", 0) == 4)
+        linear = applied(reading, packed.shape[0], part, notes=notes)
+        return linear if node.arg(5) is None else with_bias(linear, self._stored(node.args[5]))
+
+    def _group_quant(self, node: Node) -> Linear:
+        packed, scale, zero = map(self._stored, node.args[1:4])
+        bits, group_size = int(node.options["bits"]), int(node.options["group_size"])
+        reading = self.reading(node.args[0])
+        sizes = int(node.options["K"]), int(node.options["N"])
+        if sizes != (reading.width, packed.shape[0]):
+            raise NotLinearError(
+                f"attributes K, N are {sizes}, not {(reading.width, packed.shape[0])}"
+            )
+        if packed.shape[2] * 8 != group_size * bits:
+            raise NotLinearError(
+                f"{packed.shape[2]} bytes hold no {group_size} codes of {bits} bits"
+            )
+        part = dequantize.group_quant(packed, scale, zero, bits, group_size)
+        notes = activations(node.options.get("compute") == "int8")
+        return applied(reading, packed.shape[0], part, notes=notes)

@@ -1,0 +1,128 @@
+"""Exported encoder-decoder models, compared as whole-sequence models."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.signature import PAST, InputLeaf, Signature
+from qalora_compile.verify.runners.kv_cache import stops_of
+from qalora_compile.verify.runners.onnx_session import OnnxSession
+from qalora_compile.verify.runners.run import Run, Runner
+
+ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
+_PRESENT, _LOGITS = "present.", "logits"
+_TOKENS, _DECODER_TOKENS = "input_ids", "decoder_input_ids"
+_MASK, _DECODER_MASK = "attention_mask", "encoder_attention_mask"
+_AUDIO, _FEATURES = "audio_features", "input_features"
+_HIDDEN, _LAST_HIDDEN = "encoder_hidden_states", "encoder_last_hidden_state"
+
+
+class EncoderDecoderRunner:
+    """Runs encoder and decoder on whole sequences, as a device does.
+
+    The encoder runs once; the decoder gets a first token, then some more on the cache of it, then
+    the rest in the steps of `verify.cached`. Site values come from a run of the decoder on all
+    tokens at once.
+
+    Args:
+        folder: With `encoder_model.onnx` and `decoder_model.onnx`.
+        library: A library of custom operators that the sessions get.
+
+    Raises:
+        UserInputError: a file is missing or broken, or the two are not of one model.
+    """
+
+    def __init__(self, folder: Path, library: Path | None = None) -> None:
+        self.label = f"{folder} with {library.name}" if library else str(folder)
+        for file in (ENCODER_FILE, DECODER_FILE):
+            if not (folder / file).is_file():
+                raise UserInputError(
+                    f"the folder has no {file}", where=str(folder), hint="export the model again"
+                )
+        self._encoder = OnnxSession(folder / ENCODER_FILE, library)
+        self._decoder = OnnxSession(folder / DECODER_FILE, library)
+        wanted = {leaf.name.replace(PAST, _PRESENT) for leaf in self._cross}
+        if not wanted or not wanted <= set(self._encoder.signature.outputs):
+            raise UserInputError(
+                "the encoder does not give what the decoder takes: they are of two models",
+                where=str(folder),
+                hint="export both again, together",
+            )
+        tokens = next(leaf for leaf in self._decoder.signature.inputs if leaf.name == _TOKENS)
+        own = InputLeaf(_DECODER_TOKENS, tokens.dtype, tokens.shape)
+        inputs = [
+            replace(leaf, name=_FEATURES if leaf.name == _AUDIO else leaf.name)
+            for leaf in self._encoder.signature.inputs
+        ]
+        self.signature = Signature((*inputs, own), (_LOGITS, _LAST_HIDDEN), ())
+
+    @property
+    def _cross(self) -> tuple[InputLeaf, ...]:
+        return self._decoder.signature.cross_cache
+
+    def meet(self, other: Runner) -> None:
+        """Take the inputs of `other`, in its order, and give the outputs that it gives.
+
+        Raises:
+            UserInputError: it takes an input that an exported model does not have.
+        """
+        known = {leaf.name: leaf for leaf in self.signature.inputs}
+        leaves = []
+        for leaf in other.signature.inputs:
+            if leaf.dtype is not None and leaf.name not in known:
+                raise UserInputError(
+                    f"{other.label} takes {leaf.name}, which the exported model does not have",
+                    hint=f"capture the model with {', '.join(known)}",
+                )
+            leaves.append(leaf if leaf.dtype is None else known[leaf.name])
+        outputs = tuple(n for n in other.signature.outputs if n in (_LOGITS, _LAST_HIDDEN))
+        self.signature = Signature(tuple(leaves), outputs, ())
+
+    def run(self, leaves: Sequence[Any]) -> Run:
+        """Run the encoder, then the decoder in steps, then both for their sites."""
+        feed = {
+            leaf.name: value.detach().numpy()
+            for leaf, value in zip(self.signature.inputs, leaves, strict=True)
+            if leaf.dtype is not None
+        }
+        tokens = feed.pop(_DECODER_TOKENS)
+        if _FEATURES in feed:
+            feed[_AUDIO] = feed.pop(_FEATURES)
+        if _TOKENS in feed:
+            feed.setdefault(_MASK, feed[_TOKENS] * 0 + 1)
+        encoded = self._encoder.outputs(feed)
+        constant = {
+            leaf.name: encoded[leaf.name.replace(PAST, _PRESENT)].numpy() for leaf in self._cross
+        }
+        if _MASK in feed:
+            constant[_DECODER_MASK] = feed[_MASK]
+        values = {_LOGITS: self._logits(tokens, constant), _LAST_HIDDEN: encoded[_HIDDEN]}
+        whole = {_TOKENS: tokens, **constant, **self._empty(len(tokens))}
+        sites = self._encoder.sites(feed) | self._decoder.sites(whole)
+        return Run({name: values[name] for name in self.signature.outputs}, sites)
+
+    def _logits(self, tokens: Any, constant: dict[str, Any]) -> Tensor:
+        """Logits of every token: of the first, of some behind it, and then in steps."""
+        stops = sorted({0, 1, *stops_of(tokens.shape[1])})
+        past, parts = self._empty(len(tokens)), []
+        for begin, stop in itertools.pairwise(stops):
+            step = {_TOKENS: tokens[:, begin:stop], **constant, **past}
+            values = self._decoder.outputs(step)
+            parts.append(values.pop(_LOGITS))
+            past = {name.replace(_PRESENT, PAST): v.numpy() for name, v in values.items()}
+        return torch.cat(parts, dim=1)
+
+    def _empty(self, batch: int) -> dict[str, Any]:
+        past = {}
+        for leaf in self._decoder.signature.own_cache:
+            shape = [batch, int(leaf.shape[1]), 0, int(leaf.shape[3])]
+            past[leaf.name] = torch.zeros(shape, dtype=getattr(torch, str(leaf.dtype))).numpy()
+        return past

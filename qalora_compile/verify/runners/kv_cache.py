@@ -1,0 +1,127 @@
+"""Exported language models with a key-value cache, compared as whole-sequence models.
+
+A sequence is given in the steps in which devices give it: a prompt, several tokens, two, and then
+one token at a time, each on the cache of those before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import PAST, Signature
+from qalora_compile.verify.inputs import draw_leaves
+from qalora_compile.verify.runners.onnx_session import OnnxSession
+from qalora_compile.verify.runners.run import Runner
+
+_PRESENT = "present."
+_PROBE, _PADDING, _SAME = 9, 3, 1e-3
+"""Tokens of a probe, those of padding among them, and what is the same to it."""
+MASK = "attention_mask"
+_LOGITS, _TOKENS, _POSITIONS = "logits", "input_ids", "position_ids"
+
+
+def without_cache(signature: Signature, names: Collection[str]) -> Signature:
+    """The signature of the same model on whole sequences: tokens in, logits out.
+
+    Args:
+        signature: Of the model with its cache.
+        names: Inputs of the model that it is compared with; the mask is left out if it has none.
+    """
+    kept = {leaf.name: leaf for leaf in signature.inputs if leaf.name == _TOKENS}
+    if MASK in names:
+        mask = next(leaf for leaf in signature.inputs if leaf.name == MASK)
+        kept[MASK] = replace(mask, shape=kept[_TOKENS].shape)
+    return Signature(tuple(kept.values()), (_LOGITS,), ())
+
+
+def counts_padding(program: Program, model: Runner) -> bool:
+    """Whether a model that is given no positions counts tokens of padding, too.
+
+    OPT and BioGPT count the ones of the mask: a text is the same with padding before it. So it is
+    with relative positions, for which both ways of counting are right.
+
+    Args:
+        program: The model.
+        model: Runs it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    leaves = draw_leaves(program, {"batch": 2, "sequence": _PROBE}, generator)
+    padded, alone = list(leaves), list(leaves)
+    for index, leaf in enumerate(program.signature.inputs):
+        if leaf.name == MASK:
+            padded[index] = (torch.arange(_PROBE) >= _PADDING).long().repeat(2, 1)
+            alone[index] = torch.ones(2, _PROBE - _PADDING, dtype=torch.int64)
+        elif leaf.name == _TOKENS:
+            alone[index] = leaves[index][:, _PADDING:]
+    try:
+        one, other = (model.run(each).outputs[_LOGITS] for each in (padded, alone))
+    except (KeyError, UserInputError):  # no logits, or a length that the model does not take
+        return True
+    scale = float(other.abs().max())
+    return float((one[:, _PADDING:] - other).abs().max()) > _SAME * scale
+
+
+_BACKWARD = (5, 3, 2, 1, 0)
+"""Where steps behind the prompt end, counted from the end of the sequence."""
+
+
+def stops_of(length: int) -> list[int]:
+    """Where the steps of a sequence end: half of it, several tokens, two, and single ones."""
+    prompt = (length + 1) // 2
+    return sorted({prompt, *(length - back for back in _BACKWARD if length - back > prompt)})
+
+
+class CachedSteps:
+    """Runs a session on whole sequences in steps, each on the cache of those before; `stops_of`."""
+
+    def __init__(self, graph: OnnxSession) -> None:
+        self._graph = graph
+        self.signature = graph.signature
+        # Where a model gives the last logits alone, it goes token by token to give them all.
+        logits = next(out for out in graph.session.get_outputs() if out.name == _LOGITS)
+        self._last_only = logits.shape[1] == 1
+        self.counts_padding = True
+        """Whether positions count tokens of padding, as most models do that are given none."""
+
+    def whole(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of one run on the whole sequence, after an empty past."""
+        return self._step(feed, 0, feed[_TOKENS].shape[1], self._empty(feed))
+
+    def logits(self, feed: Mapping[str, Any]) -> Tensor:
+        """Logits of every token."""
+        length = feed[_TOKENS].shape[1]
+        stops = range(1, length + 1) if self._last_only else stops_of(length)
+        past, begin, parts = self._empty(feed), 0, []
+        for stop in stops:
+            values = self._graph.outputs(self._step(feed, begin, stop, past))
+            parts.append(values.pop(_LOGITS))
+            past = {n.replace(_PRESENT, PAST): v.numpy() for n, v in values.items()}
+            begin = stop
+        return torch.cat(parts, dim=1)
+
+    def _empty(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        batch = feed[_TOKENS].shape[0]
+        past = {}
+        for leaf in self.signature.cache:
+            shape = [batch, int(leaf.shape[1]), 0, int(leaf.shape[3])]
+            past[leaf.name] = torch.zeros(shape, dtype=getattr(torch, str(leaf.dtype))).numpy()
+        return past
+
+    def _step(
+        self, feed: Mapping[str, Any], begin: int, stop: int, past: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        tokens = feed[_TOKENS][:, begin:stop]
+        mask = (
+            feed[MASK][:, :stop] if MASK in feed else torch.ones(len(tokens), stop).long().numpy()
+        )
+        positions = torch.arange(stop).repeat(len(tokens), 1)
+        if not self.counts_padding:
+            positions = (torch.from_numpy(mask).long().cumsum(1) - 1).clamp(min=0)
+        return {_TOKENS: tokens, MASK: mask, _POSITIONS: positions[:, begin:].numpy(), **past}

@@ -1,0 +1,149 @@
+"""The two kinds of thing that can be verified, run alike: programs and exported ONNX models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx
+
+from qalora_compile.errors import QaloraError, UserInputError
+from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.program import Program
+from qalora_compile.untrusted import quoted
+from qalora_compile.verify.runners.encoder_decoder import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    EncoderDecoderRunner,
+)
+from qalora_compile.verify.runners.kv_cache import MASK, CachedSteps, counts_padding, without_cache
+from qalora_compile.verify.runners.onnx_session import OnnxSession
+from qalora_compile.verify.runners.run import Run, Runner
+
+
+class ProgramRunner:
+    """Runs a program in evaluation mode and records the output of every site."""
+
+    def __init__(self, program: Program, label: str | None = None) -> None:
+        self.program = program
+        self.label = label or f"program ({program.stage})"
+        self.signature = program.signature
+
+    def run(self, leaves: Sequence[Any]) -> Run:
+        """Run node by node, without gradients; the program's mode is restored."""
+        recorder = _Recorder(self.program.module)
+        with self.program.evaluating():
+            try:
+                recorder.run(*leaves)
+            except QaloraError:
+                raise
+            except Exception as error:  # a stored program may hold what does not fit together
+                raise UserInputError(
+                    f"the program fails when it runs: {type(error).__name__}: "
+                    f"{quoted(str(error), 200)}",
+                    where=self.label,
+                ) from error
+        outputs = zip(self.signature.outputs, recorder.flat_outputs, strict=True)
+        return Run({n: v for n, v in outputs if isinstance(v, Tensor)}, recorder.sites)
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps the value of every node that a site's mark names, and the flat outputs."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.sites: dict[str, Tensor] = {}
+        self.flat_outputs: list[Any] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        site = site_of(n)
+        if site is not None and isinstance(value, Tensor):
+            self.sites[site] = value
+        if n.op == "output":
+            self.flat_outputs = list(value) if isinstance(value, (list, tuple)) else [value]
+        return value
+
+
+class OnnxRunner:
+    """Runs an exported model in ONNX Runtime, see `OnnxSession`.
+
+    Language models with a key-value cache run on whole sequences, see `verify.cached`.
+
+    Args:
+        path: The `.onnx` file.
+        library: A library of custom operators that the sessions get.
+
+    Raises:
+        UserInputError: see `OnnxSession`; or it is one half of an encoder-decoder model.
+    """
+
+    def __init__(self, path: Path, library: Path | None = None) -> None:
+        self.label = f"{path} with {library.name}" if library else str(path)
+        self._graph = OnnxSession(path, library)
+        self.signature = self._graph.signature
+        if self.signature.cross_cache:
+            raise UserInputError(
+                f"{path.name} is the decoder of an encoder-decoder model",
+                where=str(path),
+                hint="give the folder, which holds its encoder too",
+            )
+        self._cached: CachedSteps | None = None
+        if self.signature.cache:
+            self._cached = CachedSteps(self._graph)
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether sequences are given in steps, on a cache."""
+        return self._cached is not None
+
+    def meet(self, other: Runner) -> None:
+        """Take the inputs that `other` takes, if this model has a key-value cache beside them."""
+        if self._cached is not None:
+            names = [leaf.name for leaf in other.signature.inputs]
+            self.signature = without_cache(self._cached.signature, names)
+            if isinstance(other, ProgramRunner) and MASK in names:
+                self._cached.counts_padding = counts_padding(other.program, other)
+
+    def run(self, leaves: Sequence[Any]) -> Run:
+        """Run both sessions."""
+        feed = {
+            leaf.name: value.detach().numpy()
+            for leaf, value in zip(self.signature.inputs, leaves, strict=True)
+            if leaf.dtype is not None
+        }
+        if self._cached is not None:
+            outputs = {"logits": self._cached.logits(feed)}
+            feed = self._cached.whole(feed)
+        else:
+            outputs = self._graph.outputs(feed)
+        return Run(outputs, self._graph.sites(feed))
+
+
+def open_runner(thing: Program | str | Path, library: Path | None = None) -> Runner:
+    """A runner for a program, or for the path of an exported model or of a saved program.
+
+    Args:
+        thing: What to run.
+        library: A library of custom operators for an exported model.
+
+    Raises:
+        UserInputError: the path is missing or is of no known kind.
+    """
+    if isinstance(thing, Program):
+        return ProgramRunner(thing)
+    path = Path(thing)
+    if path.is_dir():
+        if any((path / file).exists() for file in (ENCODER_FILE, DECODER_FILE)):
+            return EncoderDecoderRunner(path, library)
+        if (path / "model.onnx").exists():
+            return OnnxRunner(path / "model.onnx", library)
+        return ProgramRunner(Program.load(path), str(path))
+    if path.suffix == ".onnx" and path.exists():
+        return OnnxRunner(path, library)
+    raise UserInputError(
+        f"{path} is neither a program folder nor an ONNX model",
+        where=str(path),
+        hint="give a folder written by Program.save, finetune, fold or export, or a .onnx file",
+    )
