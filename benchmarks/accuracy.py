@@ -4,9 +4,9 @@ A sentence encoder learns to judge film reviews, or a language model to name the
 (`benchmarks.accuracy_tasks`). For each width of codes and seed, accuracy on held-out texts of
 
 * `ptq`: the quantized model, only the head, where the model has one, fitted to it;
-* `merged`: LoRA trained beside the float weights, merged into them, then quantized;
+* `merged`: LoRA trained on the float weights, merged into them, then quantized;
 * `qa-lora`: pooled adapters trained on the quantized weights, then folded: the same size and speed;
-* `beside`: LoRA trained beside the quantized weights and kept there in float: the upper reference;
+* `unmerged`: LoRA trained next to the quantized weights and kept in float: the upper reference;
 * `scale`: the scales alone trained, zero-points whole numbers, as some runtimes want them;
 * `integer`: pooled adapters whose zero-points are rounded to whole numbers while they train;
 * `float`: LoRA beside the float weights, never quantized.
@@ -42,7 +42,7 @@ EXAMPLES = """examples:
   python -m benchmarks.accuracy --cells accuracy.jsonl --bits 3 --seeds 0 --methods merged qa-lora
   python -m benchmarks.accuracy --cells accuracy.jsonl --table
 """
-METHODS = ("float", "ptq", "merged", "qa-lora", "beside", "scale", "integer")
+METHODS = ("float", "ptq", "merged", "qa-lora", "unmerged", "scale", "integer")
 WHOLE = ("scale", "integer")
 QUANTIZERS = ("minmax", "gptq")
 RANK, ALPHA, HEAD_RATE = 16, 32, 5e-3
@@ -117,7 +117,7 @@ class Bench:
             "ptq": self._ptq,
             "merged": self._merged,
             "qa-lora": self._qa_lora,
-            "beside": self._beside,
+            "unmerged": self._unmerged,
             "scale": self._scale,
             "integer": self._integer,
         }
@@ -148,7 +148,7 @@ class Bench:
             moved = (program(ids, mask) - folded(ids, mask)).abs().max()
         return self.score(folded, head) | {"fold_moved": float(moved)}
 
-    def _beside(self, cell: Cell) -> dict[str, float]:
+    def _unmerged(self, cell: Cell) -> dict[str, float]:
         model = self.task.model()
         put_back(self.base(cell.group()), model)
         parameters = self.add_lora(model, cell.seed)

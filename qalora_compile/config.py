@@ -92,7 +92,7 @@ LARGEST_SEED = 2**63 - 1
 """Of torch's generators, which take a seed as a signed integer of 64 bits."""
 
 
-def whole(field: str, value: object, *, least: int, most: int | None = None) -> None:
+def check_int(field: str, value: object, *, least: int, most: int | None = None) -> None:
     """Refuse what is no whole number from `least` to `most`.
 
     Raises:
@@ -174,7 +174,7 @@ class QuantSpec(Spec):
 
     def _check_group_size(self) -> None:
         if self.group_size != AUTO:
-            return whole("group_size", self.group_size, least=1)
+            return check_int("group_size", self.group_size, least=1)
         if self.bits != AUTO:
             raise UserInputError(
                 f"group_size is 'auto' with bits {self.bits!r}",
@@ -261,9 +261,9 @@ class AdapterSpec(Spec):
         one_of("zero_point", self.zero_point, ZERO_POINTS)
         self._check_variant()
         if self.rank == AUTO:
-            whole("rank_budget, with rank 'auto',", self.rank_budget, least=1)
+            check_int("rank_budget, with rank 'auto',", self.rank_budget, least=1)
         else:
-            whole("rank", self.rank, least=1)
+            check_int("rank", self.rank, least=1)
             if self.rank_budget is not None:
                 raise UserInputError(
                     f"rank_budget is {self.rank_budget!r} with rank {self.rank!r}",
@@ -274,9 +274,9 @@ class AdapterSpec(Spec):
         one_of("use_rslora", self.use_rslora, (True, False))
         if not (isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1):
             raise UserInputError(f"dropout is {self.dropout!r}", hint="use e.g. 0.05, below 1")
-        whole("seed", self.seed, least=0, most=LARGEST_SEED)
+        check_int("seed", self.seed, least=0, most=LARGEST_SEED)
         if self.group_size is not None:
-            whole("adapter group_size", self.group_size, least=1)
+            check_int("adapter group_size", self.group_size, least=1)
         if not (isinstance(self.alpha, (int, float)) and abs(self.alpha) < float("inf")):
             raise UserInputError(f"alpha is {self.alpha!r}", hint="use a finite number")
 
@@ -287,19 +287,19 @@ class AdapterSpec(Spec):
                 hint="that kind leaves zero-points as they are: leave the option out",
             )
         for field, usual in (("init", "zeros"), ("group_size", None), ("dropout", 0.0)):
-            if self.keeps_whole and getattr(self, field) != usual:
+            if self.keeps_integer_zero_point and getattr(self, field) != usual:
                 raise UserInputError(
                     f"{field} is {getattr(self, field)!r} with whole zero-points",
                     hint="it is for kind 'lora' with zero_point 'real'",
                 )
-        if self.keeps_whole and self.rank == AUTO:
+        if self.keeps_integer_zero_point and self.rank == AUTO:
             raise UserInputError(
                 "rank is 'auto' with adapters that keep zero-points whole",
                 hint="what a rank gains is known for kind 'lora' with zero_point 'real'",
             )
 
     @property
-    def keeps_whole(self) -> bool:
+    def keeps_integer_zero_point(self) -> bool:
         """Whether zero-points that are whole numbers stay so."""
         return self.kind == "scale" or self.zero_point == "integer"
 

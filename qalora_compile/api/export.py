@@ -89,7 +89,7 @@ def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
     _require_complete(program, spec)
     steps: list[Pass] = [WidenHalves()] if needs_widening(program) else []
     if program.stage not in (FLOAT, ANNOTATED):
-        wide = any(site.whole and site.bits == 8 for site in program.plan)
+        wide = any(site.frozen_integer_zero and site.bits == 8 for site in program.plan)
         if wide and spec.accuracy_level == 0:  # kernels on int8 activations take 8 bits as they are
             steps.append(SplitPlanes())
         steps += [_legalize(spec), ShareGroupSums()]

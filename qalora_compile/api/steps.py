@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_compile.config import AUTO, AdapterSpec, QuantSpec, one_of
 from qalora_compile.errors import PreconditionError, UserInputError
-from qalora_compile.ir.checkpoint_codes import StoredCodes
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call
 from qalora_compile.ir.stages import ANNOTATED
@@ -23,13 +23,13 @@ from qalora_compile.passes.quantize_groups import QuantizeGroups
 from qalora_compile.passes.recipes.canonicalize import canonical_passes
 from qalora_compile.passes.recipes.choose_bits import choose_bits
 from qalora_compile.passes.recipes.lora_init import (
-    Correction,
+    LoraInit,
     annotated_source,
     choose_ranks,
-    find_corrections,
+    find_lora_init,
     start_from,
 )
-from qalora_compile.passes.recipes.reuse_codes import keep_codes
+from qalora_compile.passes.recipes.reuse_codes import reuse_codes
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 from qalora_compile.passes.train_parameters import TrainParameters
 from qalora_compile.quantizers.bounded_statistics import StatisticsInParts
@@ -49,7 +49,7 @@ def quantize_groups(
     exclude: Iterable[str] = (),
     embeddings: QuantSpec | None = None,
     calibration: Iterable[Call] | None = None,
-    stored: StoredCodes | None = None,
+    stored: CheckpointCodes | None = None,
 ) -> Program:
     """Decide which linear layers to quantize, and quantize them.
 
@@ -84,7 +84,7 @@ def quantize_groups(
         one_of("method of embeddings", embeddings.method, (QuantSpec().method,))
         steps.append(QuantizeEmbeddings(bits=embeddings.width, group_size=embeddings.group))
     result = Pipeline(steps)(program)
-    if embeddings is not None and not any(site.whole for site in result.program.plan):
+    if embeddings is not None and not any(site.frozen_integer_zero for site in result.program.plan):
         why = "; ".join(f"{skip.path}: {skip.why}" for skip in result.skips if skip.what == KEPT)
         raise UserInputError(
             "there is no embedding and no head to quantize",
@@ -99,7 +99,7 @@ def _coding(
     annotated: Program,
     spec: QuantSpec,
     calls: tuple[Call, ...] | None,
-    stored: StoredCodes | None,
+    stored: CheckpointCodes | None,
 ) -> tuple[list[Pass], Mapping[str, str]]:
     """The passes that plan bits and quantize, and why these bits, by path.
 
@@ -113,7 +113,7 @@ def _coding(
                 "bits 'auto' chooses codes, and the weights are to keep those of their checkpoint",
                 hint="leave out stored, and all weights are quantized anew",
             )
-        kept = keep_codes(annotated, stored)
+        kept = reuse_codes(annotated, stored)
         quantize = dataclasses.replace(quantize, stored=kept.weights)
         return [*kept.steps, quantize], kept.reasons
     if spec.bits == AUTO and calls is not None:
@@ -189,8 +189,8 @@ def _with_adapters(
         known = StatisticsInParts(annotated, calibration)
     tally = CorrectionTally()
 
-    def find(insert: InsertAdapters) -> Iterator[Correction]:
-        for correction in find_corrections(annotated, program, insert, known):
+    def find(insert: InsertAdapters) -> Iterator[LoraInit]:
+        for correction in find_lora_init(annotated, program, insert, known):
             tally.add(correction.site.path, correction.parts)
             yield correction
 

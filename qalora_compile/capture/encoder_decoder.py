@@ -37,7 +37,7 @@ TOKENS, FEATURES, AUDIO = "input_ids", "input_features", "audio_features"
 _Past = list[dict[str, dict[str, Tensor]]]
 _FRAMES_A_POSITION = 2
 """Whisper's second convolution halves the frames."""
-_WHOLE_AXES = {
+_FULL_AXES = {
     TOKENS: {0: BATCH, 1: ENCODER_SEQUENCE},
     "attention_mask": {0: BATCH, 1: ENCODER_SEQUENCE},
     FEATURES: {0: BATCH},
@@ -102,7 +102,7 @@ def capture_decoder(model: nn.Module) -> Program:
     return _capture(model, _decoder_forward(model, layout), kwargs, axes)
 
 
-def capture_whole(model: nn.Module) -> Program:
+def capture_full_forward(model: nn.Module) -> Program:
     """Capture encoder and decoder as one forward of whole sequences, in evaluation mode.
 
     The model is set to give no cache.
@@ -110,7 +110,7 @@ def capture_whole(model: nn.Module) -> Program:
     Args, Raises: see `capture_encoder`.
     """
     disable_cache(model)
-    return _capture(model, type(model).forward, whole_example(model), _WHOLE_AXES)
+    return _capture(model, type(model).forward, full_example(model), _FULL_AXES)
 
 
 def disable_cache(model: nn.Module) -> None:
@@ -121,7 +121,7 @@ def disable_cache(model: nn.Module) -> None:
             config.use_cache = False
 
 
-def whole_example(model: nn.Module) -> dict[str, Tensor]:
+def full_example(model: nn.Module) -> dict[str, Tensor]:
     """Keyword inputs of one forward of whole sequences: random tokens or features, no cache.
 
     Raises:
@@ -241,10 +241,10 @@ def _encoder_forward(model: nn.Module, layers: int) -> Callable[..., Any]:
     def read(self: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         return encode(self, input_ids=input_ids, attention_mask=attention_mask)
 
-    def hear(self: Any, audio_features: Tensor) -> dict[str, Any]:
+    def encode_audio(self: Any, audio_features: Tensor) -> dict[str, Any]:
         return encode(self, input_features=audio_features)
 
-    return read if getattr(model, "main_input_name", None) == TOKENS else hear
+    return read if getattr(model, "main_input_name", None) == TOKENS else encode_audio
 
 
 def _first_cache(layers: int) -> Any:

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qalora_compile.capture.causal_lm import capture_causal_lm
-from qalora_compile.capture.encoder_decoder import capture_whole, is_encoder_decoder
+from qalora_compile.capture.encoder_decoder import capture_full_forward, is_encoder_decoder
 from qalora_compile.capture.lazy_loading import Casts, LazyTensor, load_lazily
 from qalora_compile.capture.loading import check_report, unreadable
 from qalora_compile.capture.skeleton import model_class, read_config
 from qalora_compile.capture.text_model import capture_text_model
 from qalora_compile.errors import QaloraError, UnsupportedError, UserInputError
-from qalora_compile.ir.lazy_tensor import is_deferred, is_placeholder, materialize
+from qalora_compile.ir.lazy_tensor import is_lazy, is_placeholder, materialize
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.safetensors_io import read_headers, read_rows, read_tensor
 from qalora_compile.ir.signature import dtype_name
@@ -51,14 +51,14 @@ def capture_checkpoint(folder: Path, *, last_logits: bool = False, cache: bool =
     """
     loaded = load_checkpoint(folder)
     if is_encoder_decoder(loaded.model):
-        program = capture_whole(loaded.model)
+        program = capture_full_forward(loaded.model)
     elif not cache or not loaded.model.can_generate():
         program = capture_text_model(loaded.model)
     else:
         program = capture_causal_lm(loaded.model, last_logits=last_logits)
     tensors = program.tensors()
     own = dict(loaded.model.named_parameters(remove_duplicate=False))
-    tensors |= {name: own[name] for name, tensor in tensors.items() if is_deferred(tensor)}
+    tensors |= {name: own[name] for name, tensor in tensors.items() if is_lazy(tensor)}
     made_of = program.evolve(graph=program.copy_graph(), tensors=tensors)
     return dataclasses.replace(made_of, notes=(*program.notes, *loaded.notes))
 
@@ -101,7 +101,7 @@ def load_checkpoint(folder: Path) -> Loaded:
                 hint="load the model with transformers, and give it to qc.capture_model",
             )
     for name, buffer in list(model.named_buffers()):
-        if is_deferred(buffer):
+        if is_lazy(buffer):
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, materialize(buffer))
     return Loaded(model, (*_untied(model), *_cast(casts)))

@@ -25,10 +25,10 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.lazy_tensor import (
     ReadRows,
     defer,
-    defer_to,
     forget_recipe,
-    is_deferred,
+    is_lazy,
     is_placeholder,
+    make_lazy,
     materialize,
 )
 from qalora_compile.ir.signature import dtype_name
@@ -93,7 +93,7 @@ class LazyTensor:
             )
         if wanted != own:
             self.casts[own, wanted] += 1
-        return defer_to(
+        return make_lazy(
             lambda: self.read().to(wanted),
             self.like.to(wanted),
             self.mode,
@@ -121,7 +121,7 @@ class _Recorder(TorchDispatchMode):
             if self._made > _MOST_MADE:
                 with self._mode:
                     return torch.empty(args[0].shape, dtype=args[0].dtype)
-        if not any(is_deferred(tensor) and not is_placeholder(tensor) for tensor in given):
+        if not any(is_lazy(tensor) and not is_placeholder(tensor) for tensor in given):
             return func(*args, **kwargs)
         return _run(func, args, kwargs)
 
@@ -142,7 +142,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation that writes into its inputs; what was deferred has no recipe after it."""
     written = _written(func._schema, args, kwargs)
-    if not all(map(is_deferred, written)):  # a buffer
+    if not all(map(is_lazy, written)):  # a buffer
         return func(*pytree.tree_map_only(Tensor, materialize, args), **kwargs)
     for tensor in written:
         _forget(tensor)
@@ -186,7 +186,7 @@ def _forget(tensor: Tensor) -> None:
     transformers does so to starting values, for parameters that the checkpoint has already. Where
     such a tensor is asked for, that is an error: no recipe says what was written.
     """
-    while is_deferred(tensor):
+    while is_lazy(tensor):
         forget_recipe(tensor)
         if not hasattr(tensor, _VIEWED):
             return
@@ -195,7 +195,7 @@ def _forget(tensor: Tensor) -> None:
 
 def _alone(tensor: Tensor) -> Tensor:
     """The same values, in memory that holds nothing else."""
-    if is_deferred(tensor) or tensor.untyped_storage().nbytes() == tensor.nbytes:
+    if is_lazy(tensor) or tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone()
 
@@ -209,7 +209,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
     with mode:
         like = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype)
-    return defer_to(lambda: rows(0, len(tensors)), like, mode, rows)
+    return make_lazy(lambda: rows(0, len(tensors)), like, mode, rows)
 
 
 def _is_by_rows(func: Any, args: tuple[Any, ...]) -> bool:

@@ -24,8 +24,8 @@ from qalora_compile.capture.checkpoints.open_folder import is_quantized, load_st
 from qalora_compile.capture.encoder_decoder import (
     TOKENS,
     disable_cache,
+    full_example,
     is_encoder_decoder,
-    whole_example,
 )
 from qalora_compile.capture.loading import check_report, unreadable
 from qalora_compile.capture.model import capture_model
@@ -33,7 +33,7 @@ from qalora_compile.capture.sentence import encoder_folder
 from qalora_compile.capture.sizes import check_gguf_sizes
 from qalora_compile.capture.skeleton import model_class, transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.checkpoint_codes import StoredCodes
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
 from qalora_compile.untrusted import check_folder
@@ -81,15 +81,15 @@ class Source:
     tokenizer: Any = None
     decoder_start: int | None = None
     head: tuple[str, ...] = ()
-    read_codes: Callable[[], tuple[StoredCodes, tuple[str, ...]]] | None = None
+    read_codes: Callable[[], tuple[CheckpointCodes, tuple[str, ...]]] | None = None
 
-    def stored(self) -> tuple[StoredCodes, tuple[str, ...]]:
+    def stored(self) -> tuple[CheckpointCodes, tuple[str, ...]]:
         """The codes that the checkpoint holds, and notes on what of them could not be kept.
 
         Raises:
             UserInputError: the file is broken.
         """
-        return (StoredCodes(), ()) if self.read_codes is None else self.read_codes()
+        return (CheckpointCodes(), ()) if self.read_codes is None else self.read_codes()
 
     def capture(self) -> Program:
         """Capture the model with its example inputs."""
@@ -269,7 +269,7 @@ def _with_encoder(reference: str, kind: str, model: Any, tokenizer: Any) -> Sour
         UnsupportedError: it reads no text.
         UserInputError: it names no token that its decoder begins with.
     """
-    kwargs = whole_example(model)
+    kwargs = full_example(model)
     if TOKENS not in kwargs:
         raise UnsupportedError(
             f"{type(model).__name__} takes features of sound, and data are text",

@@ -158,7 +158,7 @@ class PeftSettings:
         if config.exclude_modules and self._is_named("exclude_modules", path):
             return f"one of the exclude_modules {quoted(config.exclude_modules)}"
         for name in config.modules_to_save or ():
-            if self._matches(rf"(^|.*\.){name}($|\..*)", path, "modules_to_save", whole=False):
+            if self._matches(rf"(^|.*\.){name}($|\..*)", path, "modules_to_save", full=False):
                 return f"one of the modules_to_save {quoted(config.modules_to_save)}"
         targets = config.target_modules
         if targets is None or targets == _ALL_LINEAR:
@@ -179,7 +179,7 @@ class PeftSettings:
         for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
             for found in re.finditer(r"\.(\d+)\.", path):
                 head = path[: found.start()]
-                if self._matches(rf"(.*\.)?({pattern})", head, "layers_pattern", whole=True):
+                if self._matches(rf"(.*\.)?({pattern})", head, "layers_pattern", full=True):
                     return int(found[1])
         found_first = None if patterns else _LAYER.match(path)
         return None if found_first is None else int(found_first[1])
@@ -188,19 +188,19 @@ class PeftSettings:
         """Whether names, or an expression for whole paths, mean a layer."""
         names = getattr(self.config, setting)
         if isinstance(names, str):
-            return self._matches(names, path, setting, whole=True)
+            return self._matches(names, path, setting, full=True)
         return any(path == name or path.endswith(f".{name}") for name in names)
 
     def _of_layer(self, patterns: str, path: str, general: Any) -> Any:
         """The setting of one layer: of the first pattern that its path ends with."""
         for pattern, value in (getattr(self.config, patterns) or {}).items():
-            if self._matches(rf"(.*\.)?({pattern})", path, patterns, whole=True):
+            if self._matches(rf"(.*\.)?({pattern})", path, patterns, full=True):
                 return value
         return general
 
-    def _matches(self, pattern: str, text: str, setting: str, *, whole: bool) -> bool:
+    def _matches(self, pattern: str, text: str, setting: str, *, full: bool) -> bool:
         try:
-            return matches(pattern, text, whole=whole)
+            return matches(pattern, text, full=full)
         except UserInputError as error:
             error.where = f"{self.where}: {setting}"
             raise

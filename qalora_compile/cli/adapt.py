@@ -33,9 +33,9 @@ from qalora_compile.cli.ui import Steps, print_summary, steps
 from qalora_compile.config import CALIBRATED, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, reserve
-from qalora_compile.ir.checkpoint_codes import StoredCodes
-from qalora_compile.ir.finite import check_program
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.ir.end_tokens import ends_to_json
+from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.lora_update import LowRankUpdate
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import write_program
@@ -43,7 +43,7 @@ from qalora_compile.passes.analysis.select_sites import ALL_LINEAR
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.passes.recipes.canonicalize import canonical_passes
-from qalora_compile.passes.recipes.import_lora import Updates, losses, take_updates
+from qalora_compile.passes.recipes.import_lora import Updates, import_lora, losses
 from qalora_compile.quantizers.report import collecting_reports
 
 NAME = "adapt"
@@ -156,7 +156,7 @@ def _adapt(options: argparse.Namespace) -> int:
     return 0
 
 
-def _stored(options: argparse.Namespace, source: Source, shown: Steps) -> StoredCodes | None:
+def _stored(options: argparse.Namespace, source: Source, shown: Steps) -> CheckpointCodes | None:
     """The codes to keep, after the reader's notes; none where merging changes the weights."""
     codes = stored_codes(options, source, shown)
     if options.plain != MERGE or codes is None:
@@ -173,7 +173,7 @@ def _adapted(
     source: Source,
     updates: Updates,
     quant: QuantSpec,
-    stored: StoredCodes | None,
+    stored: CheckpointCodes | None,
 ) -> tuple[Program, dict[str, float], tuple[str, ...]]:
     """The program with its adapters, what of each update was lost, and weights that were rounded.
 
@@ -194,7 +194,7 @@ def _adapted(
     annotated = annotated.evolve(graph=annotated.copy_graph(), tensors=tensors)
     program = quantize_groups(annotated, quant, stored=stored)
     approximate = options.plain == APPROXIMATE
-    adapted = take_updates(program, updates, approximate=approximate)
+    adapted = import_lora(program, updates, approximate=approximate)
     return adapted, losses(program, updates), tuple(wide.keys() - on_codes)
 
 

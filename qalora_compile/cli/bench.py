@@ -47,8 +47,8 @@ class Form:
 
     def size(self) -> int:
         """Bytes of the model's files."""
-        beside = self.path.with_name(f"{self.path.name}.data")
-        return sum(f.stat().st_size for f in (self.path, beside) if f.is_file())
+        data = self.path.with_name(f"{self.path.name}.data")
+        return sum(f.stat().st_size for f in (self.path, data) if f.is_file())
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.framework.base import Pass, PassResult, validating
 from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.verify.debug.bisect import Culprit, Step, bisect
-from qalora_compile.verify.debug.write_repro import write_reproduction
+from qalora_compile.verify.debug.write_repro import write_repro
 from qalora_compile.verify.numeric.compare_nodes import named_inputs
 
 NAME = "bisect"
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         calls = named_inputs(start, options.inputs, seed=options.seed)
         culprit = bisect(start, done, calls)
         if culprit is not None and options.out:
-            write_reproduction(culprit, options.out, overwrite=options.overwrite)
+            write_repro(culprit, options.out, overwrite=options.overwrite)
     if options.json:
         print_json(_to_json(culprit, done))
     else:

@@ -37,8 +37,8 @@ from qalora_compile.cli.ui import Steps
 from qalora_compile.config import AUTO, CALIBRATED
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder
-from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.end_tokens import ends_to_json
+from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import read_program, replace_adapters, write_program
 from qalora_compile.quantizers.report import QuantReport, collecting_reports

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
             )
         rows, totals = _inspect_edge(path)
     if options.group:
-        rows = group_alike(rows)
+        rows = group_equal_rows(rows)
     if options.json:
         print_json({"layers": rows, "totals": totals})
         return 0
@@ -162,7 +162,9 @@ def _site_row(site: Site, stage: str, sizes: dict[str, int], seen: set[str]) -> 
         if site.bits is None
         else [f"{site.path}.{part}" for part in ("qweight", "scale", "offset", "lora_A", "lora_B")]
     )
-    form = "whole" if site.has_whole else "real (folded)" if stage == FOLDED else "real"
+    form = (
+        "whole" if site.has_integer_zero_point else "real (folded)" if stage == FOLDED else "real"
+    )
     row = {
         "path": site.name,
         "kind": site.kind,
@@ -274,7 +276,7 @@ _OWN = ("path", "weight", "bytes", "why")
 """Columns in which rows that are alike may differ."""
 
 
-def group_alike(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def group_equal_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for all that are alike, where the first of them stood.
 
     The numbers of `path` and `weight` become ranges (`layers.{0..11}.q_proj`), `bytes` the sum,

@@ -38,7 +38,7 @@ from qalora_compile.cli.ui import Steps, megabytes, print_summary, steps
 from qalora_compile.config import CALIBRATED, ExportSpec, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import reserve
-from qalora_compile.ir.checkpoint_codes import StoredCodes
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.ir.program import Program
 from qalora_compile.quantizers.report import collecting_reports
 from qalora_compile.runtime.footprint import peak_memory
@@ -143,7 +143,7 @@ def _quantize(options: argparse.Namespace, quant: QuantSpec, spec: ExportSpec) -
 
 def _captured(
     options: argparse.Namespace, source: Path, shown: Steps
-) -> tuple[Program, StoredCodes | None]:
+) -> tuple[Program, CheckpointCodes | None]:
     """The program, its weights in their files; and the codes to keep, of a quantized checkpoint.
 
     The weights of a quantized checkpoint are in memory: codes are found by the rows they stand for.

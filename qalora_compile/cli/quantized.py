@@ -15,7 +15,7 @@ from qalora_compile.cli.inspect import pattern_of, ranges_of
 from qalora_compile.cli.ui import Steps, print_table
 from qalora_compile.config import AUTO, BUDGET_UNITS, METHODS, SUPPORTED_BITS, QuantSpec
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.checkpoint_codes import StoredCodes
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.passes.quantize_embeddings import BITS
 from qalora_compile.quantizers.report import QuantReport
 
@@ -79,7 +79,9 @@ def chooses_codes(options: argparse.Namespace) -> bool:
     return any(getattr(options, name) is not None for name in _CHOICES)
 
 
-def stored_codes(options: argparse.Namespace, source: Source, shown: Steps) -> StoredCodes | None:
+def stored_codes(
+    options: argparse.Namespace, source: Source, shown: Steps
+) -> CheckpointCodes | None:
     """The codes that a checkpoint holds and that stay as they are; None where there are none.
 
     Raises:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported where they are used: a certificate is checked with
     from qalora_compile.ir.program import Program
     from qalora_compile.ir.signature import Call
     from qalora_compile.verify.compare import Report
-    from qalora_compile.verify.numeric.report import NumericReport, Way
+    from qalora_compile.verify.numeric.report import ModeReport, NumericReport
     from qalora_compile.verify.proof.certificate import Certificate
     from qalora_compile.verify.proof.graphs.graph import Graph
 
@@ -172,9 +172,9 @@ def _has_own_operators(graphs: list[Graph]) -> bool:
 def _exported(side: Program | Path) -> list[Graph]:
     """The graphs of an exported model; none where the side is something else."""
     from qalora_compile.verify.proof.graphs.graph import ONNX
-    from qalora_compile.verify.proof.open_graph import open_sides
+    from qalora_compile.verify.proof.open_graph import open_graphs
 
-    graphs = open_sides(side) if isinstance(side, Path) else ()
+    graphs = open_graphs(side) if isinstance(side, Path) else ()
     return [graph for graph in graphs if graph.dialect == ONNX]
 
 
@@ -252,7 +252,7 @@ def _show_numeric(report: NumericReport, options: argparse.Namespace) -> None:
     print_table(
         f"ways of running {options.b}",
         ("", "verdict", "values", "largest ratio", "at"),
-        [(w.name, w.verdict, len(w.rows), *_worst(w)) for w in report.ways],
+        [(w.name, w.verdict, len(w.rows), *_worst(w)) for w in report.modes],
     )
     print_summary(
         "verify",
@@ -267,7 +267,7 @@ def _show_numeric(report: NumericReport, options: argparse.Namespace) -> None:
     )
 
 
-def _worst(way: Way) -> tuple[object, str]:
+def _worst(way: ModeReport) -> tuple[object, str]:
     worst = way.worst
     return ("", way.problem) if worst is None else (worst.worst.ratio, worst.name)
 
@@ -280,9 +280,9 @@ def with_cache(folder: Path, model: Path) -> Program | None:
     the one to compare with.
     """
     from qalora_compile.verify.proof.graphs.graph import FX, ONNX
-    from qalora_compile.verify.proof.open_graph import open_side
+    from qalora_compile.verify.proof.open_graph import open_graph
 
-    sides = open_side(folder), open_side(model)
+    sides = open_graph(folder), open_graph(model)
     if (sides[0].dialect, sides[1].dialect) != (FX, ONNX):
         return None
     from qalora_compile.cli.folders import MODEL

@@ -18,7 +18,7 @@ from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import get_tensor, match_linear
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import KEEP, UNUSED, Site
-from qalora_compile.ir.spec import ADAPTERS, WHOLE_LINEAR, pooled_input
+from qalora_compile.ir.spec import ADAPTERS, INTEGER_ZERO_LINEAR, pooled_input
 from qalora_compile.ir.stages import ADAPTER_NAMES
 from qalora_compile.ir.tensor_identity import storage_key
 
@@ -132,7 +132,7 @@ def _adapted_weights(adapted: Program) -> dict[str, AdaptedWeight]:
     """How the weight of each path is computed, from the graph's own nodes."""
     found = {}
     for node in adapted.graph.nodes:
-        if node.target is WHOLE_LINEAR:
+        if node.target is INTEGER_ZERO_LINEAR:
             raise UnsupportedError(
                 "modules have no adapters that keep zero-points whole",
                 where=site_of(node),

@@ -112,7 +112,7 @@ def cross_check(
         ]
         if not all(map(tolerance.admits, rows)):
             masks = {} if agreement is None else agreement.masks
-            rows = _judged(rows, values, masks, program, (args, kwargs))
+            rows = _checked(rows, values, masks, program, (args, kwargs))
     passed = all(map(tolerance.admits, rows))
     report = Report(
         reference=f"program ({program.stage})",
@@ -137,7 +137,7 @@ def cross_check(
     return report
 
 
-def _judged(
+def _checked(
     rows: Sequence[Comparison],
     values: Values,
     masks: Mapping[str, Tensor],
@@ -153,13 +153,13 @@ def _judged(
     leaves = program.leaves(tuple(call[0]), dict(call[1]))
     exact, own = run_reference(program, leaves, nodes, working)
     floats = [name for name in nodes if name in exact and exact[name].is_floating_point()]
-    judged = []
+    checked = []
     for row, (name, (_, theirs)) in zip(rows, values.items(), strict=True):
         node = floats[int(name.split()[1])]
         left_out = ~masks[name] if name in masks else None
         ratio = rounding_ratio(exact[node], own[node], theirs, UNITS[working], left_out)
-        judged.append(dataclasses.replace(row, rounding=ratio))
-    return judged
+        checked.append(dataclasses.replace(row, rounding=ratio))
+    return checked
 
 
 def _run_both(

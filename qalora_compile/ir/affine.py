@@ -33,7 +33,7 @@ def sum_groups(x: Tensor, group_size: int) -> Tensor:
     return torch.cat([sums, x[..., full:].sum(-1, keepdim=True)], dim=-1)
 
 
-def is_whole(scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def has_integer_zero_points(scale: Tensor, offset: Tensor, bits: int) -> Tensor:
     """Whether each zero-point −offset / scale is a whole number from 0 to 2^bits − 1, bool."""
     ratio = -offset.double() / scale.double()
     whole: Tensor = (ratio == ratio.round()) & (ratio >= 0) & (ratio <= 2**bits - 1)

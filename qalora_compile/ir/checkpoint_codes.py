@@ -20,7 +20,7 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
-class StoredWeight:
+class CheckpointWeight:
     """A matrix as a checkpoint holds it.
 
     Attributes:
@@ -54,18 +54,18 @@ class _Place:
 _Kind = tuple[int, int, int, str, bytes]
 
 
-class StoredCodes:
+class CheckpointCodes:
     """The quantized tensors of a checkpoint."""
 
     def __init__(self) -> None:
-        self._tensors: list[StoredWeight] = []
+        self._tensors: list[CheckpointWeight] = []
         self._rows: dict[_Kind, dict[int, _Place]] = defaultdict(dict)
 
     def __len__(self) -> int:
         """How many tensors there are."""
         return len(self._tensors)
 
-    def add(self, stored: StoredWeight) -> None:
+    def add(self, stored: CheckpointWeight) -> None:
         """Take the codes of one tensor; scale and offset are float32.
 
         Raises:
@@ -78,7 +78,7 @@ class StoredCodes:
         for row, key in enumerate(_row_keys(stored.dequantize())):
             places.setdefault(key, _Place(number, row))
 
-    def find(self, matrix: Tensor) -> StoredWeight | None:
+    def find(self, matrix: Tensor) -> CheckpointWeight | None:
         """The codes of a weight, row by row, or None where a row has none.
 
         Args:
@@ -97,7 +97,7 @@ class StoredCodes:
                     return found
         return None
 
-    def _gather(self, places: list[_Place]) -> StoredWeight:
+    def _gather(self, places: list[_Place]) -> CheckpointWeight:
         """The rows at places, of one kind."""
         first = self._tensors[places[0].tensor]
         row_of = torch.tensor([place.row for place in places])
@@ -114,10 +114,10 @@ class StoredCodes:
         affine = replace(
             first.affine, codes=rows("codes"), scale=rows("scale"), offset=rows("offset")
         )
-        return StoredWeight(affine, first.form, first.order)
+        return CheckpointWeight(affine, first.form, first.order)
 
 
-def _kind(stored: StoredWeight) -> _Kind:
+def _kind(stored: CheckpointWeight) -> _Kind:
     """K, bits, group size, form and order: rows of one kind make one matrix."""
     affine = stored.affine
     order = b"" if stored.order is None else stored.order.numpy().tobytes()

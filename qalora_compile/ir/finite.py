@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.lazy_tensor import is_deferred
+from qalora_compile.ir.lazy_tensor import is_lazy
 from qalora_compile.ir.program import Program
 
 
@@ -19,7 +19,7 @@ def is_sound(tensor: Tensor) -> bool:
     sound; so are a deferred tensor, whose values are looked at when they are read, and one on the
     meta device, which has none.
     """
-    unread = is_deferred(tensor) or tensor.is_meta
+    unread = is_lazy(tensor) or tensor.is_meta
     if not tensor.is_floating_point() or unread or tensor.numel() == 0:
         return True
     if bool(torch.isfinite(tensor).all()):

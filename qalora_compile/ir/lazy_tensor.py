@@ -90,14 +90,14 @@ class FileRecipe(Recipe):
         return self._read_rows(start, stop)
 
 
-def is_deferred(tensor: Tensor) -> bool:
+def is_lazy(tensor: Tensor) -> bool:
     """Whether a tensor has no values yet."""
     return isinstance(tensor, FakeTensor)
 
 
 def is_placeholder(tensor: Tensor) -> bool:
     """Whether a tensor will never have values: it stands for one of another program."""
-    return is_deferred(tensor) and not hasattr(tensor, _RECIPE)
+    return is_lazy(tensor) and not hasattr(tensor, _RECIPE)
 
 
 Seen = dict[Hashable, dict[str, Tensor]]
@@ -134,7 +134,7 @@ def defer(
     seen = {} if seen is None else seen
     with modes[0]:
         if full not in seen:
-            shown = [t if is_deferred(t) else modes[0].from_tensor(t) for t in inputs]
+            shown = [t if is_lazy(t) else modes[0].from_tensor(t) for t in inputs]
             seen[full] = {name: t.to("meta") for name, t in compute(*shown).items()}
         made = {
             name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
@@ -145,7 +145,7 @@ def defer(
     return made
 
 
-def defer_to(
+def make_lazy(
     source: Callable[[], Tensor],
     like: Tensor,
     mode: FakeTensorMode,
@@ -180,7 +180,7 @@ def materialize(tensor: Tensor) -> Tensor:
     Raises:
         InternalError: it is deferred and carries no recipe.
     """
-    if not is_deferred(tensor):
+    if not is_lazy(tensor):
         return tensor
     found = getattr(tensor, _RECIPE, None)
     if found is None:
@@ -198,7 +198,7 @@ def materialize_parts(tensor: Tensor) -> Iterator[Tensor]:
         InternalError: it is deferred and carries no recipe.
     """
     found = getattr(tensor, _RECIPE, None)
-    if not is_deferred(tensor) or found is None or not _has_rows(tensor):
+    if not is_lazy(tensor) or found is None or not _has_rows(tensor):
         yield materialize(tensor)
         return
     recipe, name = found
@@ -222,21 +222,21 @@ def _check_values(tensor: Tensor, shape: list[int], dtype: torch.dtype) -> None:
 def _row_width(tensor: Tensor) -> int:
     """Elements of a row of the widest tensor that goes into a row of this one."""
     found = getattr(tensor, _RECIPE, None)
-    inputs = found[0].inputs if is_deferred(tensor) and found is not None else ()
+    inputs = found[0].inputs if is_lazy(tensor) and found is not None else ()
     own = tensor.numel() // max(1, tensor.shape[0])
     return max([own, *map(_row_width, inputs)])
 
 
 def _has_rows(tensor: Tensor) -> bool:
     """Whether some rows of a tensor can be had without the others."""
-    if tensor.dim() == 0 or not is_deferred(tensor):
+    if tensor.dim() == 0 or not is_lazy(tensor):
         return tensor.dim() > 0
     found = getattr(tensor, _RECIPE, None)
     return found is not None and found[0].by_rows
 
 
 def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
-    if not is_deferred(tensor):
+    if not is_lazy(tensor):
         return tensor[start:stop]
     recipe, name = getattr(tensor, _RECIPE)
     rows: Tensor = recipe.take_rows(name, start, stop)
@@ -249,4 +249,4 @@ def holds(condition: Tensor, *, unknown: bool = True) -> bool:
     What is not known to be false when a pass runs is asked again when the values are made: the
     functions that are given to `defer` run twice.
     """
-    return unknown if is_deferred(condition) else bool(condition)
+    return unknown if is_lazy(condition) else bool(condition)

@@ -97,7 +97,8 @@ class LinearMap:
         bias: Node of the bias, or None.
         kind: `linear`, `addmm`, `matmul`, or `experts` (one matrix for each of E experts).
         flipped: The node reads W as `[K, N]`, not `[N, K]`.
-        ends: For experts that share the rows of x: node of the row where each expert ends, `[E]`.
+        group_offsets: For experts that share the rows of x: node of the row at which each expert
+            ends, `[E]`.
     """
 
     node: fx.Node
@@ -106,7 +107,7 @@ class LinearMap:
     bias: fx.Node | None
     kind: str
     flipped: bool
-    ends: fx.Node | None = None
+    group_offsets: fx.Node | None = None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """W as `[N, K]`, or `[E, N, K]`, from the parameter; a view where the reading is one."""
@@ -154,13 +155,13 @@ def match_linear(node: fx.Node) -> LinearMap | None:
     parts = _operands(node) if node.op == "call_function" else None
     if parts is None:
         return None
-    kind, x, weight, bias, ends = parts
+    kind, x, weight, bias, group_offsets = parts
     ref = resolve_weight(weight)
     if resolve_weight(x) is not None:  # two weights multiplied: no activation to group
         return None
     if ref is None or not isinstance(x, fx.Node) or not isinstance(bias, (fx.Node, type(None))):
         return None
-    return LinearMap(node, x, ref, bias, kind, kind != LINEAR, ends)
+    return LinearMap(node, x, ref, bias, kind, kind != LINEAR, group_offsets)
 
 
 _Operands = tuple[str, object, object, object, "fx.Node | None"]
@@ -183,11 +184,11 @@ def _operands(node: fx.Node) -> _Operands | None:
 
 
 def _grouped_operands(node: fx.Node) -> _Operands | None:
-    ends = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+    group_offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
     extra = (*node.args[3:], *(v for name, v in node.kwargs.items() if name != "offs"))
-    if not isinstance(ends, fx.Node) or any(v is not None for v in extra):
+    if not isinstance(group_offsets, fx.Node) or any(v is not None for v in extra):
         return None
-    return EXPERTS, node.args[0], node.args[1], None, ends
+    return EXPERTS, node.args[0], node.args[1], None, group_offsets
 
 
 _PASSED_ON = _VIEWS | {

@@ -10,9 +10,17 @@ from qalora_compile.sealed import check_files, digests_of, read_sealed, write_se
 from qalora_compile.untrusted import check_folder, quoted
 
 FORMAT = "qalora-program"
-VERSION = 2
-"""Version 2 has digests; folders of version 1, which have none, are read."""
-_VERSIONS = (1, VERSION)
+VERSION = 3
+"""Of the folders that are written; those of earlier versions are read."""
+_VERSIONS = (1, 2, VERSION)
+_SEALED = 2
+"""The first version that has digests."""
+_RENAMED_OPERATORS = {
+    "qalora.whole_linear.default": "qalora.integer_zero_linear.default",
+    "qalora.spread_groups.default": "qalora.pad_groups.default",
+}
+_RENAMED_FIELDS = {"whole": "frozen_integer_zero", "integer": "integer_zero_point"}
+"""Names that version 3 changed: of operators, and of fields of the site plan."""
 
 _FACTS = {
     "stage": str,
@@ -55,7 +63,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserInputError(f"there is no program folder {folder}", where=str(folder))
     check_folder(folder)
-    value = read_sealed(folder / PROGRAM_FILE, since=VERSION)
+    value = read_sealed(folder / PROGRAM_FILE, since=_SEALED)
     if value.get("format") != FORMAT:
         raise UserInputError(f"{folder} holds no program of this package", where=str(folder))
     if value.get("version") not in _VERSIONS:
@@ -66,14 +74,43 @@ def read_record(folder: Path) -> dict[str, Any]:
             hint="read it with the version of qalora-compile that wrote it",
         )
     _check_facts(value, folder)
-    if value["version"] == VERSION:
+    if value["version"] >= _SEALED:
         check_files(folder, value.get("files"))
         unknown = set(_present(folder, (TENSORS_FILE, ADAPTERS_FILE))) - set(value["files"])
         if unknown:
             raise UserInputError(
                 f"{PROGRAM_FILE} holds no digest of {sorted(unknown)[0]}", where=str(folder)
             )
-    return value
+    return value if value["version"] == VERSION else _with_new_names(value)
+
+
+def _with_new_names(value: dict[str, Any]) -> dict[str, Any]:
+    """The record of an earlier version, in the names of this one."""
+    plan = [
+        {_RENAMED_FIELDS.get(name, name): field for name, field in row.items()}
+        if isinstance(row, dict)
+        else row
+        for row in value["plan"]
+    ]
+    return value | {"plan": plan, "graph": _renamed_graph(value["graph"])}
+
+
+def _renamed_graph(graph: Any) -> Any:
+    """A graph whose operators have the names of this version; malformed parts stay as they are."""
+    if not isinstance(graph, dict):
+        return graph
+    nodes, inner = graph.get("nodes"), graph.get("subgraphs")
+    if isinstance(nodes, list):
+        renamed = [
+            node | {"target": _RENAMED_OPERATORS.get(str(node.get("target")), node.get("target"))}
+            if isinstance(node, dict) and "target" in node
+            else node
+            for node in nodes
+        ]
+        graph = graph | {"nodes": renamed}
+    if isinstance(inner, dict):
+        graph = graph | {"subgraphs": {name: _renamed_graph(each) for name, each in inner.items()}}
+    return graph
 
 
 def _check_facts(value: dict[str, Any], folder: Path) -> None:
@@ -97,7 +134,7 @@ def tensor_files(folder: Path) -> list[str]:
 
 def admit_file(folder: Path, name: str, digests: list[str]) -> None:
     """Let a file of the folder have one of these digests, and no other."""
-    value = read_sealed(folder / PROGRAM_FILE, since=VERSION)
+    value = read_sealed(folder / PROGRAM_FILE, since=_SEALED)
     if "files" in value:
         value["files"][name] = digests
         write_sealed(folder / PROGRAM_FILE, value)

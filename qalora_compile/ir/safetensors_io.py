@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import scratch_file
 from qalora_compile.ir.finite import check_sound
-from qalora_compile.ir.lazy_tensor import defer_to
+from qalora_compile.ir.lazy_tensor import make_lazy
 from qalora_compile.untrusted.safetensors_header import check_types, read_header
 
 _SMALL_ELEMENTS = 4096
@@ -65,7 +65,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def defer_tensors(path: Path) -> dict[str, Tensor]:
+def lazy_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, large ones deferred: read when they are asked for.
 
     Raises:
@@ -75,7 +75,7 @@ def defer_tensors(path: Path) -> dict[str, Tensor]:
     return {
         name: read_tensor(path, name)
         if like.numel() <= _SMALL_ELEMENTS
-        else defer_to(partial(read_tensor, path, name), like, mode, partial(read_rows, path, name))
+        else make_lazy(partial(read_tensor, path, name), like, mode, partial(read_rows, path, name))
         for name, like in read_headers(path).items()
     }
 

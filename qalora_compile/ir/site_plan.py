@@ -43,10 +43,10 @@ class Site:
         bits, group_size: Set once quantized.
         chosen_bits, chosen_group: What assign-bits wants, until it is quantized so.
         rank: Set while the site has an adapter.
-        whole: Its zero-points −offset / scale are whole numbers from 0 to 2^bits − 1, and stay so:
-            it gets no adapter.
-        integer: They are whole numbers as well, and its adapter, if it gets one that says so, keeps
-            them whole.
+        frozen_integer_zero: Its zero-points −offset / scale are integers from 0 to 2^bits − 1 and
+            stay so: it gets no adapter.
+        integer_zero_point: They are integers as well, and its adapter, if it gets one of a kind
+            that says so, keeps them integers.
         why_bits, why_rank: By what bits and rank were chosen, where a budget was spread over sites.
     """
 
@@ -65,17 +65,17 @@ class Site:
     group_size: int | None = None
     rank: int | None = None
     experts: int | None = None
-    whole: bool = False
-    integer: bool = False
+    frozen_integer_zero: bool = False
+    integer_zero_point: bool = False
     chosen_bits: int | None = None
     chosen_group: int | None = None
     why_bits: str = ""
     why_rank: str = ""
 
     @property
-    def has_whole(self) -> bool:
-        """Whether its zero-points are whole numbers."""
-        return self.whole or self.integer
+    def has_integer_zero_point(self) -> bool:
+        """Whether its zero-points are integers."""
+        return self.frozen_integer_zero or self.integer_zero_point
 
     @property
     def shape(self) -> str:
@@ -113,7 +113,7 @@ class SitePlan:
 
     def to_adapt(self) -> tuple[Site, ...]:
         """The rows decided `quantize` that get an adapter: those without whole zero-points."""
-        return tuple(s for s in self.to_quantize() if not s.whole)
+        return tuple(s for s in self.to_quantize() if not s.frozen_integer_zero)
 
     def weights_to_adapt(self) -> tuple[Site, ...]:
         """The first row of each distinct weight that gets an adapter."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError
-from qalora_compile.ir.affine import group_count, is_whole
+from qalora_compile.ir.affine import group_count, has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import holds
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.ops import (
@@ -52,8 +52,8 @@ GROUP_SUM = QALORA.group_sum.default
 POOLED_ADAPTER = QALORA.pooled_adapter.default
 ADAPTED_LINEAR = QALORA.adapted_linear.default
 """GROUP_LINEAR and its POOLED_ADAPTER in one: in what training runs, at no stage of a program."""
-WHOLE_LINEAR = QALORA.whole_linear.default
-SPREAD_GROUPS = QALORA.spread_groups.default
+INTEGER_ZERO_LINEAR = QALORA.integer_zero_linear.default
+PAD_GROUPS = QALORA.pad_groups.default
 MATMUL_NBITS = QALORA.matmul_nbits.default
 EXPERT_LINEAR = QALORA.expert_linear.default
 EXPERT_ADAPTER = QALORA.expert_adapter.default
@@ -81,13 +81,13 @@ ON_CODES = frozenset({GROUP_LINEAR, EXPERT_LINEAR})
 ADAPTERS = frozenset({POOLED_ADAPTER, EXPERT_ADAPTER})
 DROPOUT = torch.ops.aten.dropout.default
 """Between the group-sum and an adapter, where adapters drop inputs in training."""
-_COMMON = ADAPTERS | {GROUP_SUM, SPREAD_GROUPS}  # of lowered programs
+_COMMON = ADAPTERS | {GROUP_SUM, PAD_GROUPS}  # of lowered programs
 
 LEGAL_OPS: dict[str, frozenset[object]] = {
     FLOAT: frozenset(),
     ANNOTATED: frozenset(),
     QUANTIZED: ON_CODES | {GROUP_EMBEDDING},
-    ADAPTED: ON_CODES | ADAPTERS | {WHOLE_LINEAR} | {GROUP_SUM, GROUP_EMBEDDING},
+    ADAPTED: ON_CODES | ADAPTERS | {INTEGER_ZERO_LINEAR} | {GROUP_SUM, GROUP_EMBEDDING},
     FOLDED: ON_CODES | {GROUP_EMBEDDING},
     f"{LEGALIZED}ort": _COMMON | {GROUP_QUANT_LINEAR, EXPERT_GROUP_QUANT_LINEAR, BLOCK_EMBEDDING},
     f"{LEGALIZED}ort-stock": _COMMON | {MATMUL_NBITS, EXPERT_MATMUL_NBITS, BLOCK_EMBEDDING},
@@ -186,7 +186,9 @@ def _check_on_codes(program: Program, node: fx.Node) -> None:
             raise _broken(
                 node, f"codes {list(qweight.shape)} and scale {list(scale.shape)}, not {want}"
             )
-        if row.has_whole and not holds(is_whole(scale, offset, bits).all()):
+        if row.has_integer_zero_point and not holds(
+            has_integer_zero_points(scale, offset, bits).all()
+        ):
             raise _broken(node, f"a zero-point is no whole number from 0 to {2**bits - 1}")
     for name, tensor in (("scale", scale), ("offset", offset)):
         if not is_finite(tensor):
@@ -211,7 +213,7 @@ def _check_adapter(program: Program, node: fx.Node) -> None:
         )
 
 
-def _check_whole_linear(program: Program, node: fx.Node) -> None:
+def _check_integer_zero_linear(program: Program, node: fx.Node) -> None:
     _check_on_codes(program, node)
     scale, lora_a, lora_b = (tensor_argument(program, node, i) for i in (2, 7, 8))
     chained = lora_a.dim() == lora_b.dim() == 2 and lora_a.shape[0] == lora_b.shape[1]
@@ -289,7 +291,7 @@ _CHECKS: dict[object, Callable[[Program, fx.Node], None]] = {
     EXPERT_LINEAR: _check_on_codes,
     GROUP_EMBEDDING: _check_on_codes,
     POOLED_ADAPTER: _check_adapter,
-    WHOLE_LINEAR: _check_whole_linear,
+    INTEGER_ZERO_LINEAR: _check_integer_zero_linear,
     EXPERT_ADAPTER: _check_adapter,
     MATMUL_NBITS: _each_matrix(1, _check_blocks),
     EXPERT_MATMUL_NBITS: _each_matrix(2, _check_blocks),

@@ -33,7 +33,7 @@ from qalora_compile.ir.program_record import (
     read_record,
     write_record,
 )
-from qalora_compile.ir.safetensors_io import defer_tensors, load_tensors, save_tensors
+from qalora_compile.ir.safetensors_io import lazy_tensors, load_tensors, save_tensors
 from qalora_compile.ir.signature import Signature, input_spec
 from qalora_compile.ir.site_plan import SitePlan
 from qalora_compile.ir.stages import LEGALIZED, STAGES
@@ -96,7 +96,7 @@ def read_program(folder: Path, *, deferred: bool = False) -> Program:
 
     recover(folder)
     value = read_record(folder)
-    load = defer_tensors if deferred else load_tensors
+    load = lazy_tensors if deferred else load_tensors
     tensors = load(folder / TENSORS_FILE)
     if (folder / ADAPTERS_FILE).exists():
         tensors |= load_tensors(folder / ADAPTERS_FILE)

@@ -18,7 +18,7 @@ from qalora_compile.ir.signature import InputLeaf, Signature, dtype_name
 from qalora_compile.ir.site_plan import SitePlan
 
 
-def part_of(
+def extract_subgraph(
     module: ProgramModule,
     nodes: Iterable[fx.Node],
     inputs: Iterable[fx.Node],
@@ -63,7 +63,7 @@ class Cut:
     value: Tensor
 
 
-def cut_part(program: Program, target: str, cuts: Sequence[Cut], output: str) -> Program:
+def cut_subgraph(program: Program, target: str, cuts: Sequence[Cut], output: str) -> Program:
     """The part that computes the node `target`; its inputs are `cuts`, all of fixed shape.
 
     Args:

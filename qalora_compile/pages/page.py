@@ -92,9 +92,9 @@ class Page:
 
     def code(self, text: str, caption: str = "") -> None:
         """Text as it is, in a fixed pitch."""
-        self.beside((caption, text))
+        self.side_by_side((caption, text))
 
-    def beside(self, *columns: tuple[str, str], fold: str = "") -> None:
+    def side_by_side(self, *columns: tuple[str, str], fold: str = "") -> None:
         """Texts as they are, side by side, each below its caption.
 
         Args:

@@ -91,7 +91,7 @@ class DequantizeGroups(Pass):
             move_site(node, new)
             node.replace_all_uses_with(new)
             erase_unread([node])
-        done = {"bits": None, "group_size": None, "whole": False}
+        done = {"bits": None, "group_size": None, "frozen_integer_zero": False}
         plan = program.plan.update(dict.fromkeys(rows, done))
         return PassResult(program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes))
 

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError, PreconditionError
 from qalora_compile.ir.affine import expand_groups
-from qalora_compile.ir.lazy_tensor import defer, is_deferred
+from qalora_compile.ir.lazy_tensor import defer, is_lazy
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
-from qalora_compile.ir.ops.integer_zero_linear import SCALE, whole_parameters
+from qalora_compile.ir.ops.integer_zero_linear import SCALE, integer_zero_parameters
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import (
     ADAPTERS,
@@ -22,8 +22,8 @@ from qalora_compile.ir.spec import (
     EXPERT_LINEAR,
     GROUP_LINEAR,
     GROUP_SUM,
+    INTEGER_ZERO_LINEAR,
     ON_CODES,
-    WHOLE_LINEAR,
     pooled_input,
     tensor_argument,
 )
@@ -50,16 +50,16 @@ class FoldAdapters(Pass):
     Dropout before an adapter is for training alone, and goes with it. Adapters that keep
     zero-points whole are folded into what they compute with:
 
-    Before:  %1 = qalora.whole_linear(%x, @fc.qweight, @fc.scale, @fc.offset, …, integer)
+    Before:  %1 = qalora.integer_zero_linear(%x, @fc.qweight, @fc.scale, @fc.offset, …, integer)
     After:   %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale', @fc.offset', …)
 
-    Fires on: every whole_linear; every pooled_adapter added to a group_linear of the same input,
-    and every expert_adapter added to an expert_linear, expert by expert.
+    Fires on: every integer_zero_linear; every pooled_adapter added to a group_linear of the same
+    input, and every expert_adapter added to an expert_linear, expert by expert.
     Leaves alone: nothing; an adapter that does not fold is an error.
     Heads that trained beside the adapters (`Program.trained`) take no gradient any more.
     Exactness: exact in real arithmetic, since the update is constant inside each group; computed
     in float64 and stored in the dtype of the offset. Codes do not change, and scales only where an
-    adapter of kind `scale` trained them. A whole_linear is folded to the last bit.
+    adapter of kind `scale` trained them. A integer_zero_linear is folded to the last bit.
     """
 
     name: ClassVar[str] = "fold-adapters"
@@ -82,7 +82,7 @@ class FoldAdapters(Pass):
         adapted = {
             match_adapter(node).base for node in program.graph.nodes if node.target in ADAPTERS
         }
-        adapted |= {node for node in program.graph.nodes if node.target is WHOLE_LINEAR}
+        adapted |= {node for node in program.graph.nodes if node.target is INTEGER_ZERO_LINEAR}
         offsets = {str(base.args[3]) for base in adapted}
         for node in program.graph.nodes:
             shares = node.target in ON_CODES and str(node.args[3]) in offsets
@@ -99,7 +99,7 @@ class FoldAdapters(Pass):
         tensors = program.tensors()
         adapters = [match_adapter(n) for n in graph.nodes if n.target in ADAPTERS]
         folded: dict[str, tuple[object, ...]] = {}
-        changes = _fold_whole(program, graph, tensors, folded)
+        changes = _fold_integer_zero(program, graph, tensors, folded)
         for adapter in track(adapters, "fold"):
             target = str(adapter.base.args[3].target)  # type: ignore[union-attr]
             key = (
@@ -130,7 +130,7 @@ class FoldAdapters(Pass):
     def ensures(self, before: Program, after: Program) -> None:
         """No adapter is left, and codes and scales are the tensors of before."""
         for node in after.graph.nodes:
-            if node.target in ADAPTERS or node.target in (GROUP_SUM, WHOLE_LINEAR):
+            if node.target in ADAPTERS or node.target in (GROUP_SUM, INTEGER_ZERO_LINEAR):
                 raise PostconditionError("an adapter node is left", where=f"node {node.name}")
         old, new = before.tensors(), after.tensors()
         trained = {n.args[2].target for n in before.graph.nodes if _trains_scale(n)}
@@ -143,7 +143,7 @@ class FoldAdapters(Pass):
 
 
 def _trains_scale(node: fx.Node) -> bool:
-    return node.target is WHOLE_LINEAR and node.args[-1] == SCALE
+    return node.target is INTEGER_ZERO_LINEAR and node.args[-1] == SCALE
 
 
 @dataclass(frozen=True)
@@ -219,21 +219,21 @@ def _fold(program: Program, adapter: Adapter, offset: Tensor) -> Tensor:
     return defer(compute, offset, lora_a, lora_b)["offset"]
 
 
-def _fold_whole(
+def _fold_integer_zero(
     program: Program,
     graph: fx.Graph,
     tensors: dict[str, Tensor],
     folded: dict[str, tuple[object, ...]],
 ) -> list[Change]:
-    """Turn every whole_linear into a group_linear, and store what it computed with."""
+    """Turn every integer_zero_linear into a group_linear, and store what it computed with."""
     changes = []
-    for node in [node for node in graph.nodes if node.target is WHOLE_LINEAR]:
+    for node in [node for node in graph.nodes if node.target is INTEGER_ZERO_LINEAR]:
         names = [str(node.args[i].target) for i in (2, 3, 7, 8)]
         key = (*names, *node.args[9:])
         if names[1] not in folded:
             folded[names[1]] = key
             before = [tensors[name] for name in names[:2]]
-            made = _whole_parameters(node, [tensors[name] for name in names])
+            made = _integer_zero_parameters(node, [tensors[name] for name in names])
             tensors |= zip(names[:2], made, strict=True)
             part = 0 if _trains_scale(node) else 1
             moved = _distance(before[part], made[part])
@@ -253,14 +253,14 @@ def _fold_whole(
 _PARTS = ("scale", "offset")
 
 
-def _whole_parameters(node: fx.Node, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Scale and offset of a whole_linear, as its forward computes them."""
+def _integer_zero_parameters(node: fx.Node, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale and offset of a integer_zero_linear, as its forward computes them."""
     bits, scaling, kind = node.args[5], *node.args[9:]
     assert isinstance(bits, int) and isinstance(scaling, float) and isinstance(kind, str)
 
     def compute(scale: Tensor, offset: Tensor, lora_a: Tensor, lora_b: Tensor) -> dict[str, Tensor]:
         lora = lora_a.detach(), lora_b.detach()
-        made = whole_parameters(scale, offset, *lora, bits, scaling, kind)
+        made = integer_zero_parameters(scale, offset, *lora, bits, scaling, kind)
         return dict(zip(_PARTS, made, strict=True))
 
     made = defer(compute, *stored)
@@ -270,6 +270,6 @@ def _whole_parameters(node: fx.Node, stored: Sequence[Tensor]) -> tuple[Tensor, 
 
 def _distance(before: Tensor, after: Tensor) -> str:
     """How far an offset moved at most, where it is known."""
-    if is_deferred(before):
+    if is_lazy(before):
         return ""
     return f" by up to {float((after - before).abs().max()):.3g}"

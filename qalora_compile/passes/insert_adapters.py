@@ -26,9 +26,9 @@ from qalora_compile.ir.spec import (
     EXPERT_ADAPTER,
     EXPERT_LINEAR,
     GROUP_SUM,
+    INTEGER_ZERO_LINEAR,
     ON_CODES,
     POOLED_ADAPTER,
-    WHOLE_LINEAR,
 )
 from qalora_compile.ir.stages import ADAPTED, ADAPTER_NAMES, QUANTIZED
 from qalora_compile.passes.analysis.select_sites import check_paths, parse_ranks
@@ -48,14 +48,14 @@ class InsertAdapters(AdapterSpec, Pass):
              %3 = qalora.pooled_adapter(%2, @fc.lora_A, @fc.lora_B, scaling · f)
              %4 = aten.add.Tensor(%1, %3)
 
-    Or, with `zero_point="integer"` or `kind="scale"`, adapters that keep zero-points whole:
+    Or, with `zero_point="integer"` or `kind="scale"`, adapters that keep zero-points integers:
 
-    After:   %1 = qalora.whole_linear(%x, …, 4, 32, @fc.lora_A, @fc.lora_B, scaling · f, integer)
+    After:   %1 = qalora.integer_zero_linear(%x, …, 4, 32, @fc.lora_A, @fc.lora_B, s · f, integer)
 
     Fires on: every group_linear, and every expert_linear, whose experts have an adapter each
     (`qalora.expert_adapter`). Sites that share a weight share its adapter. With `dropout` an
     `aten.dropout` stands before each adapter, whose mode is the program's.
-    Leaves alone: sites whose zero-points stay whole (`Site.whole`), and everything else.
+    Leaves alone: sites of `Site.frozen_integer_zero`, and everything else.
     Exactness: exact; B starts at zero, so the function does not change.
 
     Options: the fields of `AdapterSpec`, but neither rank `auto` nor init `svd`, which need the
@@ -94,13 +94,13 @@ class InsertAdapters(AdapterSpec, Pass):
         check_paths(self._ranks, program.plan, "ranks")
         for site in program.plan.to_adapt():
             pooled, group = self.pool_of(site), site.group_size or 1
-            if self.keeps_whole and site.experts:
+            if self.keeps_integer_zero_point and site.experts:
                 raise PreconditionError(
                     "there are no adapters that keep zero-points whole for stacked experts",
                     where=site.name,
                     hint="exclude it",
                 )
-            if self.keeps_whole and not site.integer:
+            if self.keeps_integer_zero_point and not site.integer_zero_point:
                 raise PreconditionError(
                     "its zero-points are no whole numbers, and the adapter is to keep them whole",
                     where=site.name,
@@ -126,17 +126,20 @@ class InsertAdapters(AdapterSpec, Pass):
             site = rows.get(site_of(node) or "")
             if node.target not in ON_CODES or site is None:
                 continue
-            insert = self._insert_whole if self.keeps_whole else self._insert
+            insert = self._insert_integer_zero if self.keeps_integer_zero_point else self._insert
             insert(graph, node, site, nodes)
             changes.append(Change(site.name, f"adapter of rank {self.rank_of(site)}", self.pooling))
         plan = program.plan.update(
             {
-                name: {"rank": self.rank_of(s), "integer": s.integer and self.keeps_whole}
+                name: {
+                    "rank": self.rank_of(s),
+                    "integer_zero_point": s.integer_zero_point and self.keeps_integer_zero_point,
+                }
                 for name, s in rows.items()
             }
         )
         tensors = program.tensors() | adapters
-        whole = [site for site in program.plan if site.whole]
+        whole = [site for site in program.plan if site.frozen_integer_zero]
         made = program.evolve(graph=graph, tensors=tensors, plan=plan)
         return PassResult(
             made.train() if program.module.training else made,
@@ -146,7 +149,7 @@ class InsertAdapters(AdapterSpec, Pass):
 
     def ensures(self, before: Program, after: Program) -> None:
         """Each site got one adapter, and each adapter's B is zero."""
-        found = sum(n.target in ADAPTERS | {WHOLE_LINEAR} for n in after.graph.nodes)
+        found = sum(n.target in ADAPTERS | {INTEGER_ZERO_LINEAR} for n in after.graph.nodes)
         wanted = len(after.plan.to_adapt())
         if found != wanted:
             raise PostconditionError(f"{found} adapters for {wanted} sites")
@@ -214,12 +217,14 @@ class InsertAdapters(AdapterSpec, Pass):
         total.args = (node, update)
         move_site(node, total)
 
-    def _insert_whole(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
+    def _insert_integer_zero(
+        self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes
+    ) -> None:
         lora = [nodes.get(f"{site.path}.{part}") for part in ADAPTER_NAMES]
         kind = SCALE if self.kind == "scale" else INTEGER
         with graph.inserting_before(node):
             whole = graph.call_function(
-                WHOLE_LINEAR, (*node.args, *lora, self.factor_of(site), kind)
+                INTEGER_ZERO_LINEAR, (*node.args, *lora, self.factor_of(site), kind)
             )
         move_site(node, whole)
         node.replace_all_uses_with(whole)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from qalora_compile.config import one_of
 from qalora_compile.errors import PostconditionError, UserInputError
-from qalora_compile.ir.affine import is_whole
+from qalora_compile.ir.affine import has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import defer, holds
 from qalora_compile.ir.meta import mark_site, move_site, site_of
 from qalora_compile.ir.module import erase_unread
@@ -26,7 +26,7 @@ from qalora_compile.passes.analysis.find_weight_uses import Use, find_heads, fin
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.rewrite import TensorNodes
 from qalora_compile.progress import track
-from qalora_compile.quantizers.minmax import quantize_whole
+from qalora_compile.quantizers.minmax import quantize_integer_zero
 
 BITS = (8, 4)
 KEPT = "embedding or head kept in float"
@@ -115,7 +115,7 @@ class QuantizeEmbeddings(Pass):
             if node is None or node.args[5:7] != (self.bits, self.group_size):
                 raise PostconditionError("it was not put on codes", where=site.name)
             scale, offset = (stored_tensor(after, node, node.args[i]) for i in (2, 3))
-            if not holds(is_whole(scale, offset, self.bits).all()):
+            if not holds(has_integer_zero_points(scale, offset, self.bits).all()):
                 raise PostconditionError("a zero-point is no whole number", where=site.name)
 
     def _quantize(self, path: str, use: Use) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class QuantizeEmbeddings(Pass):
 
         def compute(weight: Tensor) -> dict[str, Tensor]:
             matrix = weight.detach() if linear is None else linear.matrix(weight.detach())
-            affine = quantize_whole(matrix, self.bits, self.group_size).validate()
+            affine = quantize_integer_zero(matrix, self.bits, self.group_size).validate()
             parts = (affine.pack(), affine.scale, affine.offset)
             return {f"{path}.{n}": part for n, part in zip(CODE_NAMES, parts, strict=True)}
 
@@ -133,7 +133,11 @@ class QuantizeEmbeddings(Pass):
     def _row(self, site: Site, path: str, n: int, k: int) -> dict[str, object]:
         reason = _REASONS[EMBEDDING if site.kind == EMBEDDING else ""]
         done = {"decision": QUANTIZE, "reason": reason, "path": path, "n": n, "k": k}
-        return done | {"bits": self.bits, "group_size": self.group_size, "whole": True}
+        return done | {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "frozen_integer_zero": True,
+        }
 
     def _rewrite(
         self, graph: fx.Graph, node: fx.Node, path: str, site: Site, nodes: TensorNodes, k: int

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from qalora_compile.config import AUTO, CALIBRATED, QuantSpec
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.checkpoint_codes import StoredWeight
-from qalora_compile.ir.lazy_tensor import Seen, defer, is_deferred, is_placeholder
+from qalora_compile.ir.checkpoint_codes import CheckpointWeight
+from qalora_compile.ir.lazy_tensor import Seen, defer, is_lazy, is_placeholder
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear
@@ -26,7 +26,7 @@ from qalora_compile.passes.framework.base import Change, Pass, PassResult, data_
 from qalora_compile.passes.framework.rewrite import TensorNodes, freeze
 from qalora_compile.progress import track
 from qalora_compile.quantizers import (
-    Chosen,
+    QuantizedWeight,
     as_stored,
     data_needed,
     get_quantizer,
@@ -67,7 +67,7 @@ class QuantizeGroups(QuantSpec, Pass):
     Attributes:
         calibration: Calls of the program, tuples or mappings, whose inputs the weights are
             quantized for, or None. No option: text cannot carry it.
-        stored: Codes that weights have already, by path (`passes.keep_codes`): they stay as they
+        stored: Codes that weights have already, by path (`passes.reuse_codes`): they stay as they
             are, whatever the method; assign-bits has to have planned their bits and group sizes.
     """
 
@@ -77,7 +77,7 @@ class QuantizeGroups(QuantSpec, Pass):
     lossy: ClassVar[bool] = True
 
     calibration: tuple[Call, ...] | None = data_field(None)
-    stored: Mapping[str, tuple[StoredWeight, ...]] | None = data_field(None)
+    stored: Mapping[str, tuple[CheckpointWeight, ...]] | None = data_field(None)
 
     def requires(self, program: Program) -> None:
         """The plan has something to quantize, bits for it, and there are the data it needs.
@@ -103,7 +103,7 @@ class QuantizeGroups(QuantSpec, Pass):
                 )
         weights = [_weight_of(site, program) for site in program.plan.to_quantize()]
         calibrated = self.calibration is not None
-        if calibrated and any(map(is_deferred, weights)):
+        if calibrated and any(map(is_lazy, weights)):
             raise UserInputError(
                 "a program whose weights are not in memory cannot be calibrated",
                 hint="load the model, or use a method that needs no data",
@@ -214,7 +214,7 @@ class QuantizeGroups(QuantSpec, Pass):
         assert linear is not None, "it matched before"
         with graph.inserting_before(node):
             parts = [nodes.get(f"{site.path}.{part}") for part in CODE_NAMES]
-            last = linear.ends if site.experts else linear.bias
+            last = linear.group_offsets if site.experts else linear.bias
             new = graph.call_function(
                 EXPERT_LINEAR if site.experts else GROUP_LINEAR,
                 (linear.x, *parts, last, spec.bits, spec.group_size),
@@ -227,7 +227,7 @@ class QuantizeGroups(QuantSpec, Pass):
 def _described(spec: QuantSpec) -> dict[str, object]:
     """What the plan says of a weight that is quantized so."""
     integer = spec.zero_point == "integer"
-    return {"bits": spec.bits, "group_size": spec.group_size, "integer": integer}
+    return {"bits": spec.bits, "group_size": spec.group_size, "integer_zero_point": integer}
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class _QuantizerOf:
 
     def __call__(
         self, weight: Tensor, statistics: ActivationStatistics | None, *, expert: int = 0
-    ) -> Chosen:
+    ) -> QuantizedWeight:
         """Quantize one matrix, and report.
 
         Raises:

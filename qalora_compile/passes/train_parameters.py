@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
-from qalora_compile.ir.lazy_tensor import is_deferred
+from qalora_compile.ir.lazy_tensor import is_lazy
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import ADAPTED, ADAPTER_NAMES, CODE_NAMES
 from qalora_compile.ir.tensor_identity import memory_key
@@ -53,7 +53,7 @@ class TrainParameters(Pass):
         """
         tensors = program.tensors()
         for name in self._chosen(program):
-            if is_deferred(tensors[name]):
+            if is_lazy(tensors[name]):
                 continue  # it has no memory; where it comes from, it was looked at
             same = {n for n, t in tensors.items() if t is tensors[name]}
             shared = {n for n, t in tensors.items() if memory_key(t) == memory_key(tensors[name])}

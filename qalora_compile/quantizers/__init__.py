@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qalora_compile.quantizers.base import Chosen, Quantizer
+from qalora_compile.quantizers.base import QuantizedWeight, Quantizer
 from qalora_compile.quantizers.registry import (
     as_stored,
     data_needed,
@@ -12,7 +12,7 @@ from qalora_compile.quantizers.registry import (
 )
 
 __all__ = [
-    "Chosen",
+    "QuantizedWeight",
     "Quantizer",
     "as_stored",
     "data_needed",

@@ -13,7 +13,7 @@ from qalora_compile.quantizers.statistics import ActivationStatistics
 
 
 @dataclass(frozen=True)
-class Chosen:
+class QuantizedWeight:
     """What a quantizer made of a weight, and what there is to say about it."""
 
     affine: GroupAffine
@@ -25,7 +25,7 @@ class Quantizer(Protocol):
 
     def __call__(
         self, weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
-    ) -> Chosen:
+    ) -> QuantizedWeight:
         """Quantize a finite `weight` `[N, K]`, floating, in groups along K.
 
         Scale and offset are float64 for a float64 weight, else float32. `statistics` are those of

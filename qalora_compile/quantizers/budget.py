@@ -23,7 +23,7 @@ class Choice:
     loss: float
 
 
-def spread_ranks(
+def distribute_ranks(
     gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int
 ) -> dict[str, int]:
     """Ranks of all adapters within a budget: 1 each, then where the next gains most for its cost.
@@ -87,11 +87,11 @@ def choose_within(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
     best = torch.zeros(min(left // unit, sum(map(max, steps))) + 1, dtype=torch.float64)
     taken = []
     for item, units in zip(items, steps, strict=True):
-        ways = torch.full((len(item), len(best)), math.inf, dtype=torch.float64)
-        for way, choice, step in zip(ways, item, units, strict=True):
+        modes = torch.full((len(item), len(best)), math.inf, dtype=torch.float64)
+        for way, choice, step in zip(modes, item, units, strict=True):
             if step < len(best):
                 way[step:] = best[: len(best) - step] + choice.loss
-        best, chosen = ways.min(0)
+        best, chosen = modes.min(0)
         taken.append(chosen.to(torch.uint8))
     at, found = len(best) - 1, []
     for chosen, units in zip(reversed(taken), reversed(steps), strict=True):

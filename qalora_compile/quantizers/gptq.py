@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qalora_compile.config import QuantSpec
 from qalora_compile.ir.affine import GroupAffine, group_count
-from qalora_compile.quantizers.base import Chosen
+from qalora_compile.quantizers.base import QuantizedWeight
 from qalora_compile.quantizers.damping import factor
 from qalora_compile.quantizers.groups import round_to_nearest, storage_dtype
 from qalora_compile.quantizers.mse import UnitGroups, fit_line, search_range
@@ -22,7 +22,9 @@ _NOISE = 0.25
 """Least damping, times K / rows: what few rows say of how columns go together is mostly noise."""
 
 
-def quantize_gptq(weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics) -> Chosen:
+def quantize_gptq(
+    weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics
+) -> QuantizedWeight:
     """Minimise the output error `D H Dᵀ` greedily, D the change of the weights, H `statistics`.
 
     Frantar et al., "GPTQ" (arXiv 2210.17323), Algorithm 1: each column is rounded, and its error,
@@ -46,7 +48,7 @@ def quantize_gptq(weight: Tensor, spec: QuantSpec, statistics: ActivationStatist
     """
     moment = statistics.moment
     if not float(moment.diagonal().sum()) > 0:
-        return Chosen(
+        return QuantizedWeight(
             round_to_nearest(weight, spec, _parameters(spec, None)),
             ("the calibration inputs are all zero: rounded to the nearest",),
         )
@@ -62,7 +64,7 @@ def quantize_gptq(weight: Tensor, spec: QuantSpec, statistics: ActivationStatist
     upper = torch.linalg.cholesky(torch.cholesky_inverse(found.lower), upper=True)
     importance = diagonal + found.damping * diagonal.mean()
     rounding = _Rounding(weight, spec, importance)
-    return Chosen(rounding.run(order, upper), tuple(notes))
+    return QuantizedWeight(rounding.run(order, upper), tuple(notes))
 
 
 def _parameters(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qalora_compile.config import QuantSpec
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.quantizers.base import Chosen
+from qalora_compile.quantizers.base import QuantizedWeight
 from qalora_compile.quantizers.groups import round_to_nearest
 from qalora_compile.quantizers.mse import UnitGroups, fit_line, quantize_mse, search_range
 from qalora_compile.quantizers.refine import refine_offset
@@ -22,7 +22,7 @@ _SMALLEST = 1e-6
 
 def quantize_hqq(
     weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None = None
-) -> Chosen:
+) -> QuantizedWeight:
     """Minimise `Σ |w − (scale · q + offset)|^p`, p = 0.7, by half-quadratic splitting.
 
     Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): an
@@ -49,7 +49,7 @@ def quantize_hqq(
 
     fitted = round_to_nearest(weight, spec, parameters)
     if statistics is None:
-        return Chosen(fitted)
+        return QuantizedWeight(fitted)
     ranged = quantize_mse(weight, spec)
     fit_error, range_error = (
         _row_errors(weight, affine, spec, statistics) for affine in (fitted, ranged)
@@ -58,7 +58,7 @@ def quantize_hqq(
     codes = torch.where(fits, fitted.codes, ranged.codes)
     scale = torch.where(fits, fitted.scale, ranged.scale)
     offset = torch.where(fits, fitted.offset, ranged.offset)
-    return Chosen(GroupAffine(codes, scale, offset, spec.width, spec.group))
+    return QuantizedWeight(GroupAffine(codes, scale, offset, spec.width, spec.group))
 
 
 def _row_errors(

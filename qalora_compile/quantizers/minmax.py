@@ -35,7 +35,7 @@ _CHUNK_ELEMENTS = 1 << 20
 """Rows of about so many weights are quantized at a time: the arithmetic takes 50 bytes a weight."""
 
 
-def quantize_whole(weight: Tensor, bits: int, group_size: int) -> GroupAffine:
+def quantize_integer_zero(weight: Tensor, bits: int, group_size: int) -> GroupAffine:
     """W ≈ scale · (q − z) with z a whole number from 0 to 2^bits − 1; offset = −scale · z, exactly.
 
     The range of a group is widened to hold 0, so that z is a code (the quantization of ONNX's

@@ -12,9 +12,9 @@ from torch import Tensor
 from qalora_compile.config import CALIBRATED, METHODS, QuantSpec
 from qalora_compile.errors import InternalError, UserInputError
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.lazy_tensor import is_deferred
-from qalora_compile.quantizers.base import Chosen, Quantizer
-from qalora_compile.quantizers.minmax import quantize_whole
+from qalora_compile.ir.lazy_tensor import is_lazy
+from qalora_compile.quantizers.base import QuantizedWeight, Quantizer
+from qalora_compile.quantizers.minmax import quantize_integer_zero
 from qalora_compile.quantizers.refine import refine_offset
 from qalora_compile.quantizers.report import QuantReport, announce_report, measure_sqnr
 from qalora_compile.quantizers.statistics import ActivationStatistics
@@ -48,25 +48,25 @@ def _by_range(weight: Tensor, spec: QuantSpec) -> GroupAffine:
     from qalora_compile.quantizers.minmax import quantize_minmax
 
     if spec.zero_point == "integer":
-        return quantize_whole(weight, spec.width, spec.group)
+        return quantize_integer_zero(weight, spec.width, spec.group)
     return quantize_minmax(weight, spec)
 
 
 def _without_data(choose: Callable[[Tensor, QuantSpec], GroupAffine]) -> Quantizer:
     def quantize(
         weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
-    ) -> Chosen:
-        return Chosen(choose(weight, spec))
+    ) -> QuantizedWeight:
+        return QuantizedWeight(choose(weight, spec))
 
     return quantize
 
 
 def _with_data(
-    choose: Callable[[Tensor, QuantSpec, ActivationStatistics], Chosen],
+    choose: Callable[[Tensor, QuantSpec, ActivationStatistics], QuantizedWeight],
 ) -> Quantizer:
     def quantize(
         weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
-    ) -> Chosen:
+    ) -> QuantizedWeight:
         if statistics is None:
             raise data_needed(spec.method)
         return choose(weight, spec, statistics)
@@ -84,8 +84,8 @@ def as_stored(affine: GroupAffine) -> Quantizer:
 
     def quantize(
         weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
-    ) -> Chosen:
-        return Chosen(affine)
+    ) -> QuantizedWeight:
+        return QuantizedWeight(affine)
 
     return quantize
 
@@ -107,7 +107,7 @@ def quantize_weight(
     path: str,
     statistics: ActivationStatistics | None = None,
     method: str | None = None,
-) -> Chosen:
+) -> QuantizedWeight:
     """Quantize a weight, refine its offsets where the specification asks for it, and report.
 
     Args:
@@ -148,6 +148,6 @@ def quantize_weight(
             notes=notes,
         )
 
-    if not is_deferred(weight):
+    if not is_lazy(weight):
         announce_report(report)
-    return Chosen(affine, notes)
+    return QuantizedWeight(affine, notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qalora_compile.config import LARGEST_SEED, Spec, one_of, whole
+from qalora_compile.config import LARGEST_SEED, Spec, check_int, one_of
 from qalora_compile.errors import UserInputError
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -61,8 +61,8 @@ class FitSpec(Spec):
             ("evaluate_every", 0),
             ("patience", 0),
         ):
-            whole(name, getattr(self, name), least=least)
-        whole("seed", self.seed, least=0, most=LARGEST_SEED)
+            check_int(name, getattr(self, name), least=least)
+        check_int("seed", self.seed, least=0, most=LARGEST_SEED)
         for name in ("learning_rate", "lora_plus_ratio", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserInputError(f"{name} is {getattr(self, name)}", hint="use e.g. 1e-3")

@@ -276,7 +276,7 @@ class _Walk:
             return row
         if location or external:
             raise self.broken(f"{quoted(name)} is in the file and in another")
-        self.check_stored(row, raw, stored)
+        self.check_tensor(row, raw, stored)
         small = kind == 7 and raw is not None and len(raw) <= 8 * MAX_AXES and len(raw) % 8 == 0
         return replace(row, numbers=tuple(raw.cast("q"))) if small else row
 
@@ -292,7 +292,7 @@ class _Walk:
         if len(shape) > MAX_AXES or any(axis < 0 for axis in shape):
             raise self.broken(f"the shape of {quoted(name)} is {quoted(shape)}")
 
-    def check_stored(self, row: TensorRow, raw: Any, stored: Mapping[int, int]) -> None:
+    def check_tensor(self, row: TensorRow, raw: Any, stored: Mapping[int, int]) -> None:
         """See that a tensor in the file has as many values as its shape says."""
         if raw is not None and (stored or row.kind == _TEXT_TYPE):
             raise self.broken(f"{quoted(row.name)} has its values twice")

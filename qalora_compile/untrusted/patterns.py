@@ -24,7 +24,7 @@ _CHOICE = re.compile(r"\||(?<!\()\?")
 _MOST_REPEATED, _MOST_CHOICES = 3, 6
 
 
-def matches(pattern: str, text: str, *, whole: bool) -> bool:
+def matches(pattern: str, text: str, *, full: bool) -> bool:
     """Whether an expression matches from the beginning of a text, to its end if `whole`.
 
     Raises:
@@ -32,7 +32,7 @@ def matches(pattern: str, text: str, *, whole: bool) -> bool:
             can be matched in linear time and 4 MiB.
     """
     compiled = _compile(pattern)
-    found = compiled.fullmatch(text) if whole else compiled.match(text)
+    found = compiled.fullmatch(text) if full else compiled.match(text)
     return found is not None
 
 

@@ -23,7 +23,7 @@ from qalora_compile.verify.compare import (
 from qalora_compile.verify.numeric.error_bound import FAIL, PASS
 from qalora_compile.verify.numeric.nonfinite import damages_of
 from qalora_compile.verify.numeric.padding import Padding, counted, padding_of
-from qalora_compile.verify.numeric.rounding import RoundingJudge
+from qalora_compile.verify.numeric.rounding import RoundingReference
 from qalora_compile.verify.runners.encoder_decoder import EncoderDecoderRunner
 from qalora_compile.verify.runners.open_runner import OnnxRunner, ProgramRunner, open_runner
 from qalora_compile.verify.runners.run import Runner
@@ -67,7 +67,7 @@ def verify_equivalence(
     for one, other in ((a, b), (b, a)):
         if isinstance(one, (OnnxRunner, EncoderDecoderRunner)):
             one.meet(other)
-    exact = RoundingJudge.of(a, b) if tolerance.rounding else None
+    exact = RoundingReference.of(a, b) if tolerance.rounding else None
     outputs, sites, by_input = _compare_runs(a, b, inputs, exact)
     output_rows, site_rows = (tuple(map(worst_of, rows.values())) for rows in (outputs, sites))
     damaged = damages_of(reference, candidate)
@@ -90,7 +90,7 @@ _Rows = dict[str, list[Comparison]]
 
 
 def _compare_runs(
-    a: Runner, b: Runner, inputs: Sequence[Call], exact: RoundingJudge | None
+    a: Runner, b: Runner, inputs: Sequence[Call], exact: RoundingReference | None
 ) -> tuple[_Rows, _Rows, list[Comparison]]:
     """Every output and every site by name, on each input; and the worst output of each input."""
     outputs, sites, by_input = _Rows(), _Rows(), list[Comparison]()
@@ -102,7 +102,7 @@ def _compare_runs(
         padding = padding_of(a.signature, leaves) if in_steps else None
         found = [_compared(n, run_a.outputs[n], run_b.outputs[n], padding) for n in names]
         if exact is not None:
-            found = exact.judged(found, leaves, run_b.outputs)
+            found = exact.checked(found, leaves, run_b.outputs)
         for one in found:
             outputs.setdefault(one.name, []).append(one)
         if found:

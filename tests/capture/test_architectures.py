@@ -13,7 +13,7 @@ from qalora_compile.capture import lazy_folder
 from qalora_compile.capture.lazy_folder import load_checkpoint
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir import lazy_tensor
-from qalora_compile.ir.lazy_tensor import is_deferred, materialize
+from qalora_compile.ir.lazy_tensor import is_lazy, materialize
 from qalora_compile.ir.safetensors_io import read_rows, read_tensor
 from tests.zoo.architectures import ARCHITECTURES, LOADED_OTHERWISE, build
 
@@ -44,7 +44,7 @@ def test_tensors_are_those_of_from_pretrained(name: str, tmp_path: Path) -> None
     expected, found = tensors_of(theirs), tensors_of(ours)
     assert found.keys() == expected.keys()
     assert ties_of(ours) == ties_of(theirs)
-    assert sum(map(is_deferred, found.values())) > len(found) / 2
+    assert sum(map(is_lazy, found.values())) > len(found) / 2
     for key, tensor in found.items():
         values = materialize(tensor)
         assert values.dtype == expected[key].dtype, key

@@ -14,7 +14,7 @@ import qalora_compile as qc
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.skeleton import skeleton_of
 from qalora_compile.errors import CaptureError, UnsupportedError
-from qalora_compile.ir.lazy_tensor import is_deferred
+from qalora_compile.ir.lazy_tensor import is_lazy
 from tests.models import VOCABULARY, bert, gpt2, llama, token_ids
 
 
@@ -134,7 +134,7 @@ def test_no_weight_is_read() -> None:
     captured = capture_causal_lm(skeleton_of(gpt2()))
     weights = {n: t for n, t in captured.tensors().items() if n.endswith("weight")}
     assert weights
-    assert all(map(is_deferred, weights.values()))
+    assert all(map(is_lazy, weights.values()))
 
 
 def test_a_window_of_attention_is_kept_in_the_mask() -> None:

@@ -18,7 +18,7 @@ from qalora_compile.capture.lazy_folder import capture_checkpoint
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.onnx import initializers
-from qalora_compile.ir.lazy_tensor import is_deferred, materialize
+from qalora_compile.ir.lazy_tensor import is_lazy, materialize
 from tests.models import llama, slow, token_ids
 
 
@@ -41,7 +41,7 @@ def test_weights_are_those_of_the_files(model: Any, folder: Path) -> None:
     program = capture_checkpoint(folder)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = program.tensors()
-    deferred = {n: t for n, t in tensors.items() if is_deferred(t)}
+    deferred = {n: t for n, t in tensors.items() if is_lazy(t)}
     assert set(deferred) == set(parameters) & set(tensors)
     for name, tensor in deferred.items():
         assert torch.equal(materialize(tensor), parameters[name])
@@ -138,11 +138,11 @@ def test_large_deferred_weights_go_beside_the_file(
 ) -> None:
     program = qc.quantize_groups(capture_checkpoint(folder))
     qc.export_model(program, tmp_path / "inside.onnx")
-    monkeypatch.setattr(initializers, "DEFERRED_INLINE_LIMIT_BYTES", 100)
+    monkeypatch.setattr(initializers, "LAZY_INLINE_LIMIT_BYTES", 100)
     report = qc.export_model(program, tmp_path / "beside.onnx")
     assert set(report.files) == {"beside.onnx", "beside.onnx.data"}
-    inside, beside = (
+    inside, side_by_side = (
         {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / n).graph.initializer}
         for n in ("inside.onnx", "beside.onnx")
     )
-    assert all(np.array_equal(values, beside[name]) for name, values in inside.items())
+    assert all(np.array_equal(values, side_by_side[name]) for name, values in inside.items())

@@ -25,10 +25,10 @@ from qalora_compile.capture.peft_adapters import (
 from qalora_compile.capture.peft_settings import CONFIG_FILE, PeftSettings
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.checkpoint_codes import StoredCodes, StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
 from qalora_compile.ir.lora_update import LowRankUpdate
 from qalora_compile.passes.dequantize_groups import DequantizeGroups
-from qalora_compile.passes.recipes.import_lora import losses, take_updates
+from qalora_compile.passes.recipes.import_lora import import_lora, losses
 from tests.capture.checkpoints.models import linears
 from tests.models import OneLinear, assert_close, gpt2, llama, token_ids, worst
 
@@ -108,7 +108,7 @@ def test_a_pooled_adapter_computes_and_folds_as_in_peft(kind: str, tmp_path: Pat
     wrapped = trained(model, pooled(**PATTERNS[kind]), tmp_path)
     adapter = read_peft_adapter(tmp_path)
     assert len(adapter.updates) == 6 and not adapter.saved
-    adapted = take_updates(program, updates_of(adapter))
+    adapted = import_lora(program, updates_of(adapter))
     with torch.no_grad():
         expected = wrapped(ids).logits
     assert worst(expected, program(ids)["logits"]) > 0.1
@@ -150,10 +150,10 @@ def test_plain_lora_is_refused_with_what_would_be_lost(tmp_path: Path) -> None:
     trained(model, lora(), tmp_path)
     updates = updates_of(read_peft_adapter(tmp_path))
     with pytest.raises(PreconditionError, match=r"plain LoRA.*lose 9\d% of an update") as caught:
-        take_updates(program, updates)
+        import_lora(program, updates)
     assert "merge" in str(caught.value.hint)
     found = losses(program, updates)
-    adapted = take_updates(program, updates, approximate=True)
+    adapted = import_lora(program, updates, approximate=True)
     tensors, folded = adapted.tensors(), qc.fold_adapters(adapted)
     for path, (update,) in updates.items():
         exact = update.matrix(program.plan[path].k)
@@ -172,24 +172,24 @@ def test_a_coarser_pool_folds_and_a_finer_one_does_not(tmp_path: Path) -> None:
     finer = qc.quantize_groups(qc.capture_model(model, (ids,)), qc.QuantSpec(group_size=32))
     trained(model, pooled(), tmp_path)
     updates = updates_of(read_peft_adapter(tmp_path))
-    folded = qc.fold_adapters(take_updates(program, updates)).tensors()
+    folded = qc.fold_adapters(import_lora(program, updates)).tensors()
     path = "model.layers.1.mlp.down_proj"
     moved = folded[f"{path}.offset"] - program.tensors()[f"{path}.offset"]
     (update,) = updates[path]
     expected = update.matrix(program.plan[path].k)[:, ::8]
     assert torch.allclose(moved.double(), expected, atol=1e-6)
     with pytest.raises(PreconditionError, match=r"pools groups of 16.*groups of 32"):
-        take_updates(finer, updates)
+        import_lora(finer, updates)
 
 
 def sorted_base(order: Tensor) -> tuple[qc.Program, Tensor]:
     """A layer whose codes have their columns in an order, and its weight in the model's order."""
     torch.manual_seed(0)
     n, k = 24, len(order)
-    model, codes = OneLinear(k, n).eval(), StoredCodes()
+    model, codes = OneLinear(k, n).eval(), CheckpointCodes()
     parts = torch.rand(n, k // GROUP) + 0.1, torch.randn(n, k // GROUP)
     values = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-    stored = StoredWeight(GroupAffine(values, *parts, 4, GROUP), "test", order)
+    stored = CheckpointWeight(GroupAffine(values, *parts, 4, GROUP), "test", order)
     codes.add(stored)
     with torch.no_grad():
         model.fc.weight.copy_(stored.dequantize())
@@ -202,10 +202,10 @@ def test_an_update_of_neighbours_does_not_fold_in_activation_order() -> None:
     program, weight = sorted_base(order)
     update = LowRankUpdate(torch.randn(2, 64 // GROUP), torch.randn(24, 2), 0.5, GROUP)
     with pytest.raises(PreconditionError, match=r"pools groups of 16, and .* activation order"):
-        take_updates(program, {"fc": [update]})
+        import_lora(program, {"fc": [update]})
     plain = LowRankUpdate(torch.randn(3, 64), torch.randn(24, 3), 0.5, None)
     updates = {"fc": [update, plain]}
-    adapted = take_updates(program, updates, approximate=True)
+    adapted = import_lora(program, updates, approximate=True)
     exact = (update.matrix(64) + plain.matrix(64))[:, order]
     means = exact.unflatten(1, (-1, GROUP)).mean(2).repeat_interleave(GROUP, 1)
     lost = float((exact - means).norm() / exact.norm())
@@ -226,7 +226,7 @@ def test_an_order_that_keeps_pooling_groups_whole_folds_exactly() -> None:
     update = LowRankUpdate(torch.randn(2, 2), torch.randn(24, 2), 0.5, 32)
     updates = {"fc": [update]}
     assert losses(program, updates) == {"fc": 0.0}
-    folded, x = qc.fold_adapters(take_updates(program, updates)), torch.randn(5, 64)
+    folded, x = qc.fold_adapters(import_lora(program, updates)), torch.randn(5, 64)
     wanted = x.double() @ (weight.double() + update.matrix(64)).T
     found = folded(x) - program(torch.zeros(1, 64))
     assert worst(found, wanted.float()) <= 1e-5 * float(wanted.abs().max())
@@ -243,7 +243,7 @@ def test_several_adapters_are_added_up_exactly(tmp_path: Path) -> None:
         read_peft_adapter(tmp_path)
     parts = [(tmp_path / "first", 0.5), (tmp_path / "second", -1.5)]
     adapters = [read_peft_adapter(folder, weight=weight) for folder, weight in parts]
-    adapted = take_updates(program, updates_of(*adapters))
+    adapted = import_lora(program, updates_of(*adapters))
     assert adapted.plan["model.layers.0.self_attn.q_proj"].rank == 5
     assert adapted.plan["model.layers.0.self_attn.k_proj"].rank == 1
     for name, (_, weight) in zip(("first", "second"), parts, strict=True):
@@ -350,9 +350,9 @@ def test_an_adapter_of_the_authors_script_is_read_as_told(pooling: str, tmp_path
         as_pooled(adapter, model, None)
     assert "--pooling mean" in str(caught.value.hint)
     with pytest.raises(UserInputError, match="of another model") as caught:
-        take_updates(program, updates_of(adapter))
+        import_lora(program, updates_of(adapter))
     assert "pools groups of 16" in str(caught.value.hint)
-    told = as_pooled(adapter, model, pooling)
+    stated = as_pooled(adapter, model, pooling)
     # the script's own forward: lora_B(lora_A(AvgPool1d(g)(x))) · alpha / r
     pool = nn.AvgPool1d(GROUP)
     factor = 5 / 3 * (1 if pooling == "mean" else GROUP)
@@ -365,7 +365,7 @@ def test_an_adapter_of_the_authors_script_is_read_as_told(pooling: str, tmp_path
         module.register_forward_hook(add)
     with torch.no_grad():
         expected = model(ids).logits
-    adapted = take_updates(program, updates_of(told))
+    adapted = import_lora(program, updates_of(stated))
     assert worst(expected, program(ids)["logits"]) > 0.1
     assert_close(adapted(ids)["logits"], expected, relative=3e-6)
     assert_close(qc.fold_adapters(adapted)(ids)["logits"], expected, relative=3e-6)
@@ -395,19 +395,19 @@ def test_an_adapter_of_another_model_names_the_layer(tmp_path: Path) -> None:
     first = "model.layers.0.self_attn.q_proj"
     other = qc.quantize_groups(qc.capture_model(gpt2(), (token_ids(2, 9),)))
     with pytest.raises(UserInputError, match="no linear layer") as caught:
-        take_updates(other, updates)
+        import_lora(other, updates)
     assert str(caught.value.where).startswith("model.layers.0.")
     with pytest.raises(UserInputError, match="no linear layer"):
         merge_(gpt2(), updates)
     wide = {first: [LowRankUpdate(torch.ones(2, 3), torch.ones(64, 2), 1.0, GROUP)]}
     program = qc.capture_model(base(), (token_ids(2, 9),))
     with pytest.raises(UserInputError, match=r"for a layer of 48×64, the model's is 64×64"):
-        take_updates(qc.quantize_groups(program, qc.QuantSpec(group_size=GROUP)), wide)
+        import_lora(qc.quantize_groups(program, qc.QuantSpec(group_size=GROUP)), wide)
     with pytest.raises(UserInputError, match=r"for a layer of 48×64, the model's is 64×64"):
         merge_(base(), wide)
     kept = qc.quantize_groups(program, qc.QuantSpec(group_size=GROUP), exclude="q_proj")
     with pytest.raises(PreconditionError, match="no foldable adapter: excluded"):
-        take_updates(kept, updates)
+        import_lora(kept, updates)
     head = {"lm_head": [LowRankUpdate(torch.ones(2, 64), torch.ones(128, 2), 1.0, None)]}
     with pytest.raises(UnsupportedError, match=r"that of model\.embed_tokens\.weight, lm_head"):
         merge_(base(), head)
@@ -541,7 +541,7 @@ def test_an_adapter_that_peft_did_not_pool_is_plain_lora(tmp_path: Path) -> None
     ours = copy.deepcopy(model)
     wrapped = trained(model, lora(use_qalora=True, qalora_group_size=GROUP), tmp_path)
     updates = updates_of(read_peft_adapter(tmp_path))
-    for take in (lambda: merge_(base(), updates), lambda: take_updates(program, updates)):
+    for take in (lambda: merge_(base(), updates), lambda: import_lora(program, updates)):
         with pytest.raises(UserInputError, match="PEFT pools only on GPTQ layers: this is plain"):
             take()
     change(tmp_path, use_qalora=False)

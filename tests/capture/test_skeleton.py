@@ -11,7 +11,7 @@ import torch
 
 from qalora_compile.capture.skeleton import build_skeleton, skeleton_of
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.lazy_tensor import is_deferred
+from qalora_compile.ir.lazy_tensor import is_lazy
 from tests.models import llama
 
 
@@ -29,7 +29,7 @@ def test_parameters_are_fake_and_buffers_real(tmp_path: Path) -> None:
     original = llama()
     shapes = {n: p.shape for n, p in original.named_parameters()}
     assert {n: p.shape for n, p in skeleton.named_parameters()} == shapes
-    assert all(is_deferred(p) for p in skeleton.parameters())
+    assert all(is_lazy(p) for p in skeleton.parameters())
     for name, buffer in original.named_buffers():
         assert torch.equal(buffer, dict(skeleton.named_buffers())[name])
     assert not skeleton.training
@@ -54,7 +54,7 @@ def test_a_copy_leaves_the_model_as_it_is() -> None:
     model = llama()
     before = {n: p.clone() for n, p in model.named_parameters()}
     copy = skeleton_of(model)
-    assert all(is_deferred(p) for p in copy.parameters())
+    assert all(is_lazy(p) for p in copy.parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
 

@@ -157,9 +157,9 @@ def test_an_interrupt_saves_where_it_is_and_resume_goes_on(
     after = record(out)["held_out"]["after"]
     assert record(out)["held_out"] == record(run)["held_out"]
     assert before["loss"] != after["loss"]
-    told = capsys.readouterr()
-    assert f"{before['loss']:.4f} → {after['loss']:.4f}" in told.out
-    assert f"held out {after['loss']:.4f} ({after['exact_match']:.1%} right)" in told.err
+    stated = capsys.readouterr()
+    assert f"{before['loss']:.4f} → {after['loss']:.4f}" in stated.out
+    assert f"held out {after['loss']:.4f} ({after['exact_match']:.1%} right)" in stated.err
 
 
 @pytest.mark.parametrize(

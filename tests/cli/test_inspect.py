@@ -15,7 +15,7 @@ from rich.console import Console
 import qalora_compile as qc
 from qalora_compile.cli import inspect as command
 from qalora_compile.cli import ui
-from qalora_compile.cli.inspect import group_alike
+from qalora_compile.cli.inspect import group_equal_rows
 from qalora_compile.cli.main import main
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from tests.models import OneLinear
@@ -110,15 +110,15 @@ def row(path: str, **other: Any) -> dict[str, Any]:
 
 def test_like_rows_become_ranges() -> None:
     paths = ["m.0.fc", "m.1.fc", "m.2.fc", "m.5.fc", "m.0.fc@2", "m.1.fc@2", "m.0.fc1", "head"]
-    found = [(r["path"], r["count"]) for r in group_alike([row(p) for p in paths])]
+    found = [(r["path"], r["count"]) for r in group_equal_rows([row(p) for p in paths])]
     assert found == [("m.{0..2,5}.fc", 4), ("m.{0..1}.fc@2", 2), ("m.0.fc1", 1), ("head", 1)]
-    nested = group_alike([row(f"m.{i}.e.{j}.w") for i in range(2) for j in range(3)])
+    nested = group_equal_rows([row(f"m.{i}.e.{j}.w") for i in range(2) for j in range(3)])
     assert [(r["path"], r["count"]) for r in nested] == [("m.{0..1}.e.{0..2}.w", 6)]
 
 
 def test_rows_that_differ_otherwise_stay_apart() -> None:
     rows = [row("m.0.fc", bits=4), row("m.1.fc", bits=4), row("m.2.fc", bits=3)]
-    found = group_alike(rows)
+    found = group_equal_rows(rows)
     assert [(r["path"], r["bits"], r["bytes"]) for r in found] == [
         ("m.{0..1}.fc", 4, 4),
         ("m.2.fc", 3, 2),

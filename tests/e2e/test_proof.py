@@ -39,7 +39,7 @@ def test_every_layer_of_a_real_model_is_proved(
     qc.export_model(folded, tmp_path / "model.onnx")
     certificate = qc.prove_equivalence(tmp_path / "folded", tmp_path / "model.onnx")
     assert certificate.passed, certificate
-    assert all(site.status == "proved" and len(site.ways) == 3 for site in certificate.sites)
+    assert all(site.status == "proved" and len(site.modes) == 3 for site in certificate.sites)
     behind_attention = [f"input of model.layers.{i}.self_attn.o_proj" for i in range(30)]
     assert list(certificate.sampled) == behind_attention
     certificate.write(tmp_path / "equal.json")
@@ -48,6 +48,6 @@ def test_every_layer_of_a_real_model_is_proved(
     calls = named_inputs(folded, 1)
     tried = {name: calls[name] for name in ("random 0", "left padding")}
     report = compare_nodes(folded, tmp_path / "model.onnx", tried, levels=("all",)).check()
-    sites = [row for row in report.ways[0].rows if row.kind == "site"]
+    sites = [row for row in report.modes[0].rows if row.kind == "site"]
     assert len(sites) >= 210
-    assert {row.kind for row in report.ways[0].rows} == {"read", "node", "site", "output"}
+    assert {row.kind for row in report.modes[0].rows} == {"read", "node", "site", "output"}

@@ -77,15 +77,15 @@ def test_a_real_model_folds_and_runs_in_onnx_runtime(
 
     cached = qc.add_kv_cache(folded, source.model)
     described: Any = source.model.config
-    ways: list[Callable[[list[int]], list[int]]] = []
+    modes: list[Callable[[list[int]], list[int]]] = []
     for fusion in ("ort", "standard"):
         edge = tmp_path / fusion
         qc.export_model(cached, edge / "model.onnx", qc.ExportSpec(fusion=fusion))
-        ways += _deployments(edge, cached, described.to_dict())
+        modes += _deployments(edge, cached, described.to_dict())
     for number, text in enumerate(PROMPTS):
         prompt = source.tokenizer(text).input_ids
-        # All ways take long; `ways` ends with the two that have the library, if there is one.
-        tokens = [generate(prompt) for generate in (ways if number < 2 else ways[-2:])]
+        # All ways take long; `modes` ends with the two that have the library, if there is one.
+        tokens = [generate(prompt) for generate in (modes if number < 2 else modes[-2:])]
         assert len(set(tokens[0])) > 10, "a degenerate continuation would show nothing"
         assert _choices(folded, prompt, tokens[0]) == tokens[0], text
         assert all(found == tokens[0] for found in tokens), text

@@ -13,7 +13,7 @@ import qalora_compile as qc
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.packing.bitstream import unpack_codes
 from qalora_compile.ir.site_plan import Site
-from qalora_compile.quantizers.minmax import quantize_whole
+from qalora_compile.quantizers.minmax import quantize_integer_zero
 from tests.models import adapted, token_ids
 
 VOCABULARY, HIDDEN = 300, 64
@@ -110,10 +110,10 @@ def made_whole(program: qc.Program) -> qc.Program:
         assert site.bits is not None
         assert site.group_size is not None
         weight = weight_of(program, site)
-        affine = quantize_whole(weight, site.bits, site.group_size)
+        affine = quantize_integer_zero(weight, site.bits, site.group_size)
         parts = (affine.pack(), affine.scale, affine.offset)
         for part, tensor in zip(("qweight", "scale", "offset"), parts, strict=True):
             tensors[f"{site.path}.{part}"] = tensor
-        changes[site.name] = {"whole": True}
+        changes[site.name] = {"frozen_integer_zero": True}
     plan = program.plan.update(changes)
     return program.evolve(graph=program.copy_graph(), tensors=tensors, plan=plan)

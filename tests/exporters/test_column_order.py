@@ -17,7 +17,7 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.checkpoints import gptq as gptq_format
 from qalora_compile.ir.activation_order import column_orders
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.checkpoint_codes import StoredCodes, StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
 from tests.capture.checkpoints.models import rewrite, weights_of, write_folder
 from tests.capture.checkpoints.test_gptq import gptq_config, gptq_layer
 from tests.exporters.decoders import DECODERS, config, tensors
@@ -41,7 +41,7 @@ class Pair(nn.Module):
 def sorted_pair(bits: int = 4, *, whole: bool = True) -> tuple[nn.Module, qc.Program]:
     """A program whose first two layers share an order, and the model with the weights it has."""
     torch.manual_seed(0)
-    model, codes, order = Pair().eval(), StoredCodes(), torch.randperm(K)
+    model, codes, order = Pair().eval(), CheckpointCodes(), torch.randperm(K)
     for layer, own in ((model.a, order), (model.b, order), (model.c, None)):
         n, k = layer.weight.shape
         groups = k // GROUP
@@ -49,7 +49,7 @@ def sorted_pair(bits: int = 4, *, whole: bool = True) -> tuple[nn.Module, qc.Pro
         zero = torch.randint(0, 2**bits, (n, groups)).float()
         offset = -scale * (zero if whole else zero + 0.3)
         values = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
-        stored = StoredWeight(GroupAffine(values, scale, offset, bits, GROUP), "test", own)
+        stored = CheckpointWeight(GroupAffine(values, scale, offset, bits, GROUP), "test", own)
         codes.add(stored)
         with torch.no_grad():
             layer.weight.copy_(stored.dequantize())

@@ -177,7 +177,7 @@ def test_a_file_with_nan_is_equal_to_nothing(tmp_path: Path, value: float) -> No
     assert says in str(report.first_divergence)
     numeric = compare_nodes(program, path, calls, levels=levels)
     assert numeric.verdict == "FAIL"
-    assert any(says in way.problem for way in numeric.ways)
+    assert any(says in way.problem for way in numeric.modes)
 
 
 def test_fold_refuses_what_training_has_broken(

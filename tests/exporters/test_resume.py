@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _weights_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(initializers, "DEFERRED_INLINE_LIMIT_BYTES", 0)
+    monkeypatch.setattr(initializers, "LAZY_INLINE_LIMIT_BYTES", 0)
 
 
 def quantize(folder: Path, *options: str) -> int:
@@ -96,7 +96,7 @@ def test_a_killed_run_is_gone_on_with(
         "from qalora_compile.exporters.onnx import initializers\n"
         "from qalora_compile.exporters.onnx.weight_file import WeightFile\n"
         "from tests.exporters.test_resume import ending_after\n"
-        "initializers.DEFERRED_INLINE_LIMIT_BYTES = 0\n"
+        "initializers.LAZY_INLINE_LIMIT_BYTES = 0\n"
         f"kill = lambda: os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
         f"WeightFile.add = ending_after({WRITTEN}, kill)\n"
         f"main(['quantize', {str(folder)!r}, '--out', {str(edge)!r}])\n"

@@ -37,18 +37,18 @@ def mutate(draw: Draw, folder: Path, patterns: tuple[str, ...]) -> Mutation:
     """Change one of a folder's files in one place."""
     files = sorted({f for p in patterns for f in folder.glob(p) if f.is_file()})
     path = draw(st.sampled_from(files))
-    ways: list[Callable[[Draw, Path], tuple[str, str, bool]]] = [_bytes]
+    modes: list[Callable[[Draw, Path], tuple[str, str, bool]]] = [_bytes]
     if path.suffix == ".json":
-        ways += [_json] * 5
+        modes += [_json] * 5
     elif path.suffix == ".jsonl":
-        ways += [_json_lines] * 5
+        modes += [_json_lines] * 5
     elif path.suffix == ".safetensors":
-        ways += [_safetensors] * 4
+        modes += [_safetensors] * 4
     elif path.suffix == ".gguf":
-        ways += [_gguf] * 3
+        modes += [_gguf] * 3
     elif path.suffix == ".onnx":
-        ways += [mutate_onnx] * 5
-    kind, detail, content = draw(st.sampled_from(ways))(draw, path)
+        modes += [mutate_onnx] * 5
+    kind, detail, content = draw(st.sampled_from(modes))(draw, path)
     return Mutation(kind, str(path.relative_to(folder)), detail[:200], content)
 
 

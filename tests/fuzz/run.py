@@ -127,7 +127,7 @@ def _cases(
         mutation = mutate(data.draw, folder, made.files)
         outcome, text = child.read(folder)
         if outcome == "read":
-            outcome = judge(made, mutation, text == wanted)
+            outcome = check_bound(made, mutation, text == wanted)
         found.append((Case(made.name, mutation, outcome, text), folder))
         if outcome not in BAD:
             shutil.rmtree(folder)
@@ -139,7 +139,7 @@ def _cases(
     return found
 
 
-def judge(made: Format, mutation: Mutation, same: bool) -> str:
+def check_bound(made: Format, mutation: Mutation, same: bool) -> str:
     """What it means that an input was read."""
     if same:
         return SAME

@@ -16,7 +16,7 @@ import pytest
 from qalora_compile.errors import UserInputError
 from tests.fuzz import run
 from tests.fuzz.mutate import Mutation
-from tests.fuzz.run import CRASH, DIFFERENT, FOREIGN, HANG, PAYLOAD, SAME, TYPED, Table, judge
+from tests.fuzz.run import CRASH, DIFFERENT, FOREIGN, HANG, PAYLOAD, SAME, TYPED, Table, check_bound
 from tests.fuzz.seeds import Format
 
 
@@ -79,7 +79,7 @@ def test_another_result_is_accepted_of_content_without_checksums_alone(
     same: bool, content: bool, own: bool, outcome: str
 ) -> None:
     made = format_of(lambda _: "a", own=own)
-    assert judge(made, Mutation("k", "f", "d", content), same) == outcome
+    assert check_bound(made, Mutation("k", "f", "d", content), same) == outcome
 
 
 def test_the_table_sums_up() -> None:

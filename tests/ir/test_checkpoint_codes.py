@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qalora_compile.ir.affine import GroupAffine, group_count
-from qalora_compile.ir.checkpoint_codes import StoredCodes, StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
 
 
 def random_affine(n: int, k: int, group: int, bits: int, seed: int) -> GroupAffine:
@@ -28,9 +28,9 @@ def test_rows_are_found_in_any_order_and_from_several_tensors(
     n: int, k: int, group: int, bits: int, seed: int
 ) -> None:
     pair = [random_affine(n, k, group, bits, seed + at) for at in (0, 100)]
-    codes = StoredCodes()
+    codes = CheckpointCodes()
     for affine in pair:
-        codes.add(StoredWeight(affine, "form"))
+        codes.add(CheckpointWeight(affine, "form"))
     rows = torch.cat([affine.dequantize() for affine in pair])
     rows = rows[torch.randperm(2 * n, generator=torch.Generator().manual_seed(seed))]
     found = codes.find(rows)
@@ -42,8 +42,8 @@ def test_rows_are_found_in_any_order_and_from_several_tensors(
 
 def test_a_row_that_is_not_stored_is_not_found() -> None:
     affine = random_affine(5, 16, 8, 4, 0)
-    codes = StoredCodes()
-    codes.add(StoredWeight(affine, "form"))
+    codes = CheckpointCodes()
+    codes.add(CheckpointWeight(affine, "form"))
     changed = affine.dequantize()
     changed[3, 7] = torch.nextafter(changed[3, 7], torch.tensor(9.0))
     assert codes.find(changed) is None
@@ -52,10 +52,10 @@ def test_a_row_that_is_not_stored_is_not_found() -> None:
 
 
 def test_rows_of_unlike_forms_make_no_matrix() -> None:
-    codes = StoredCodes()
+    codes = CheckpointCodes()
     parts = [random_affine(2, 16, 8, bits, 0) for bits in (3, 4)]
     for affine in parts:
-        codes.add(StoredWeight(affine, f"{affine.bits} bits"))
+        codes.add(CheckpointWeight(affine, f"{affine.bits} bits"))
     assert codes.find(torch.cat([affine.dequantize() for affine in parts])) is None
 
 
@@ -63,6 +63,6 @@ def test_zeros_of_both_signs_are_one_value() -> None:
     affine = GroupAffine(
         torch.tensor([[8, 3]], dtype=torch.uint8), -torch.ones(1, 1), torch.full((1, 1), 8.0), 4, 2
     )
-    codes = StoredCodes()
-    codes.add(StoredWeight(affine, "Q4_0"))
+    codes = CheckpointCodes()
+    codes.add(CheckpointWeight(affine, "Q4_0"))
     assert codes.find(torch.tensor([[-0.0, 5.0]])) is not None

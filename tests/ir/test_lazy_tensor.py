@@ -12,10 +12,10 @@ from qalora_compile.ir import lazy_tensor as deferred_module
 from qalora_compile.ir.lazy_tensor import (
     Seen,
     defer,
-    defer_to,
     holds,
-    is_deferred,
+    is_lazy,
     keep_recipe,
+    make_lazy,
     materialize,
     materialize_parts,
 )
@@ -34,7 +34,7 @@ class Source:
 
     def defer(self) -> Tensor:
         """The values, deferred."""
-        return defer_to(self, self.values.to("meta"), FakeTensorMode(allow_non_fake_inputs=True))
+        return make_lazy(self, self.values.to("meta"), FakeTensorMode(allow_non_fake_inputs=True))
 
 
 def halves(x: Tensor) -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ def halves(x: Tensor) -> dict[str, Tensor]:
 
 def test_real_tensors_are_computed_at_once() -> None:
     found = defer(halves, torch.arange(4.0))
-    assert not any(map(is_deferred, found.values()))
+    assert not any(map(is_lazy, found.values()))
     assert found["low"].tolist() == [0, 2]
 
 
@@ -51,7 +51,7 @@ def test_values_come_when_they_are_asked_for() -> None:
     source = Source(torch.arange(4.0))
     x = source.defer()
     found = defer(halves, x)
-    assert all(map(is_deferred, [x, *found.values()]))
+    assert all(map(is_lazy, [x, *found.values()]))
     assert (found["high"].dtype, found["high"].shape) == (torch.float64, (2,))
     assert source.calls == 0
     assert materialize(found["low"]).tolist() == [0, 2]
@@ -109,7 +109,7 @@ def test_a_tensor_without_a_recipe_is_a_bug() -> None:
 
 def test_values_of_another_shape_are_a_bug() -> None:
     mode = FakeTensorMode()
-    wrong = defer_to(lambda: torch.ones(5), torch.empty(3, device="meta"), mode)
+    wrong = make_lazy(lambda: torch.ones(5), torch.empty(3, device="meta"), mode)
     with pytest.raises(InternalError, match=r"\[3\]"):
         materialize(wrong)
 
@@ -129,7 +129,7 @@ class Rows(Source):
     def defer(self) -> Tensor:
         """The values, deferred."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        return defer_to(self, self.values.to("meta"), mode, self.rows)
+        return make_lazy(self, self.values.to("meta"), mode, self.rows)
 
 
 def split_rows(x: Tensor) -> dict[str, Tensor]:
@@ -175,9 +175,9 @@ def test_what_is_not_by_rows_is_made_whole(parts_of_two_rows: None) -> None:
 def test_rows_of_another_shape_are_a_bug(parts_of_two_rows: None) -> None:
     wrong = Rows(torch.ones(5, 3))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensor = defer_to(wrong, torch.empty(5, 4, device="meta"), mode, wrong.rows)
+    tensor = make_lazy(wrong, torch.empty(5, 4, device="meta"), mode, wrong.rows)
     with pytest.raises(InternalError, match=r"\[5, 4\]"):
         list(materialize_parts(tensor))
-    short = defer_to(wrong, torch.empty(6, 3, device="meta"), mode, wrong.rows)
+    short = make_lazy(wrong, torch.empty(6, 3, device="meta"), mode, wrong.rows)
     with pytest.raises(InternalError, match=r"\[6, 3\]"):
         list(materialize_parts(short))

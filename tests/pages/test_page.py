@@ -51,7 +51,7 @@ def example() -> Page:
     page.facts({"verdict": "PASS", "largest": 0.000123456})
     page.table(("layer", "error", "bits"), [("<q>", 1.23456, 4), ("k", 0.5, 3)], "all layers")
     page.chart(histogram([1.0, 2.0, float("nan")], x="shift"))
-    page.beside(("before", "x\n <y>"), ("after", "z"), fold="the graphs")
+    page.side_by_side(("before", "x\n <y>"), ("after", "z"), fold="the graphs")
     page.code("raise <this>")
     return page
 

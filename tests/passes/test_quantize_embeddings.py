@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import qalora_compile as qc
 from qalora_compile.errors import InternalError, PostconditionError, UserInputError
-from qalora_compile.ir.affine import GroupAffine, is_whole
+from qalora_compile.ir.affine import GroupAffine, has_integer_zero_points
 from qalora_compile.ir.spec import GROUP_EMBEDDING, GROUP_LINEAR, POOLED_ADAPTER, validate
 from qalora_compile.ir.stages import FLOAT
 from qalora_compile.passes import quantize_embeddings as pass_module
 from qalora_compile.passes.dequantize_groups import DequantizeGroups
 from qalora_compile.passes.quantize_embeddings import QuantizeEmbeddings
-from qalora_compile.quantizers.minmax import quantize_whole
+from qalora_compile.quantizers.minmax import quantize_integer_zero
 from qalora_compile.verify.inputs import token_limits
 from tests.models import (
     TiedHead,
@@ -97,8 +97,8 @@ def test_zero_points_are_whole_and_weights_near(
     size = min(size, 1e3) if dtype == torch.float16 else size
     weight = ((torch.randn(5, k, generator=generator) + shift) * size).to(dtype)
     weight[0, : k // 2] = 0
-    affine = quantize_whole(weight, bits, group).validate()
-    assert bool(is_whole(affine.scale, affine.offset, bits).all())
+    affine = quantize_integer_zero(weight, bits, group).validate()
+    assert bool(has_integer_zero_points(affine.scale, affine.offset, bits).all())
     step = affine.scale.double().repeat_interleave(group, 1)[:, :k]
     error = (affine.dequantize().double() - weight.double()).abs()
     assert bool((error <= 0.51 * step).all())
@@ -109,7 +109,7 @@ def test_zero_points_are_whole_and_weights_near(
 @pytest.mark.parametrize("value", [0.0, 1.7, -0.3, 1e-30, -6e4])
 def test_groups_of_one_value_come_back(value: float) -> None:
     weight = torch.full((3, 24), value)
-    assert torch.equal(quantize_whole(weight, 4, 16).dequantize(), weight)
+    assert torch.equal(quantize_integer_zero(weight, 4, 16).dequantize(), weight)
 
 
 def test_golden(golden: Golden) -> None:
@@ -126,7 +126,7 @@ def test_it_is_the_model_on_the_quantized_table(bits: int, dtype: torch.dtype) -
     program = captured(model)
     spec = qc.QuantSpec(bits=bits, group_size=16)
     found = qc.quantize_groups(program, embeddings=spec)
-    table = quantize_whole(model.embed.weight, bits, 16).dequantize()
+    table = quantize_integer_zero(model.embed.weight, bits, 16).dequantize()
     floats = qc.quantize_groups(program)
     with torch.no_grad():
         model.embed.weight.copy_(table)  # the programs' own, tied to the head
@@ -139,7 +139,7 @@ def test_it_is_the_model_on_the_quantized_table(bits: int, dtype: torch.dtype) -
 
 def test_a_tie_is_stored_once_and_the_plan_says_why() -> None:
     program = qc.quantize_groups(llama_program(), embeddings=EIGHT)
-    rows = {site.name: site for site in program.plan if site.whole}
+    rows = {site.name: site for site in program.plan if site.frozen_integer_zero}
     assert rows.keys() == {"model.embed_tokens", "lm_head"}
     assert {(s.path, s.shape, s.bits, s.group_size) for s in rows.values()} == {
         ("lm_head", "64×128", 8, 32)
@@ -159,7 +159,7 @@ def test_a_small_table_stays() -> None:
 
 def test_a_head_of_its_own_gets_no_adapter() -> None:
     program = qc.quantize_groups(captured(Untied()), embeddings=qc.QuantSpec(bits=4))
-    assert {s.name: (s.bits, s.whole) for s in program.plan} == {
+    assert {s.name: (s.bits, s.frozen_integer_zero) for s in program.plan} == {
         "embed": (4, True),
         "mid": (4, False),
         "head": (4, True),
@@ -175,7 +175,7 @@ def test_a_head_of_its_own_gets_no_adapter() -> None:
 
 def test_without_the_option_such_a_head_is_a_layer() -> None:
     program = qc.quantize_groups(captured(Untied()))
-    assert (program.plan["head"].bits, program.plan["head"].whole) == (4, False)
+    assert (program.plan["head"].bits, program.plan["head"].frozen_integer_zero) == (4, False)
     assert program.plan["embed"].decision == "keep"
 
 
@@ -186,7 +186,7 @@ def test_a_head_that_is_named_has_its_adapter(model: Callable[[], nn.Module]) ->
     program = captured(build)
     program = qc.quantize_groups(program, targets=["mid", head], embeddings=EIGHT)
     row = program.plan[head]
-    assert (row.bits, row.whole, row.reason) == (4, False, "named in targets")
+    assert (row.bits, row.frozen_integer_zero, row.reason) == (4, False, "named in targets")
     assert program.plan["embed"].bits == 8
     assert program.plan["embed"].path != row.path
     adapted = randomize_adapters(qc.insert_adapters(program, qc.AdapterSpec(rank=4)))
@@ -246,14 +246,14 @@ def test_another_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shifted(weight: Tensor, bits: int, group_size: int) -> GroupAffine:
     """A quantizer whose zero-points are no whole numbers."""
-    affine = quantize_whole(weight, bits, group_size)
+    affine = quantize_integer_zero(weight, bits, group_size)
     parts = (affine.codes, affine.scale, affine.offset + 0.3 * affine.scale)
     return GroupAffine(*parts, bits, group_size)
 
 
 def test_planted_zero_points_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     program = qc.quantize_groups(captured(Untied()))
-    monkeypatch.setattr(pass_module, "quantize_whole", shifted)
+    monkeypatch.setattr(pass_module, "quantize_integer_zero", shifted)
     with pytest.raises(PostconditionError, match="no whole number"):
         QuantizeEmbeddings()(program)
 

@@ -25,7 +25,7 @@ from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.pattern import match_linear
 from qalora_compile.passes import quantize_groups as pass_module
 from qalora_compile.passes.annotate_linears import AnnotateLinears
-from qalora_compile.quantizers import Chosen
+from qalora_compile.quantizers import QuantizedWeight
 from qalora_compile.quantizers.minmax import quantize_minmax
 from tests.models import (
     MLP,
@@ -87,8 +87,8 @@ def test_a_missed_transpose_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = SquareConv1D(64), torch.randn(3, 64)
     right = quantized(model, x, bits=8)
 
-    def transposed(weight: Tensor, spec: QuantSpec, _: object) -> Chosen:
-        return Chosen(quantize_minmax(weight.t(), spec))
+    def transposed(weight: Tensor, spec: QuantSpec, _: object) -> QuantizedWeight:
+        return QuantizedWeight(quantize_minmax(weight.t(), spec))
 
     monkeypatch.setattr(pass_module, "get_quantizer", lambda method: transposed)
     wrong = quantized(model, x, bits=8)
@@ -97,10 +97,10 @@ def test_a_missed_transpose_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_dropped_tail_group_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def short(weight: Tensor, spec: QuantSpec, _: object) -> Chosen:
+    def short(weight: Tensor, spec: QuantSpec, _: object) -> QuantizedWeight:
         full = quantize_minmax(weight, spec)
         scale, offset = full.scale[:, :-1], full.offset[:, :-1]
-        return Chosen(GroupAffine(full.codes, scale, offset, 4, spec.group))
+        return QuantizedWeight(GroupAffine(full.codes, scale, offset, 4, spec.group))
 
     monkeypatch.setattr(pass_module, "get_quantizer", lambda method: short)
     with pytest.raises(UserInputError, match="scale is"):
@@ -168,7 +168,7 @@ def test_quantizing_twice_is_refused() -> None:
 
 
 def test_a_quantizer_that_fails_is_an_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(weight: Tensor, spec: QuantSpec, _: object) -> Chosen:
+    def broken(weight: Tensor, spec: QuantSpec, _: object) -> QuantizedWeight:
         raise ZeroDivisionError
 
     monkeypatch.setattr(pass_module, "get_quantizer", lambda method: broken)
@@ -281,10 +281,10 @@ def test_a_site_that_was_passed_over_is_caught(monkeypatch: pytest.MonkeyPatch) 
 def test_a_quantizer_that_returns_nonsense_is_caught(
     part: str, value: float, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nonsense(weight: Tensor, spec: QuantSpec, _: object) -> Chosen:
+    def nonsense(weight: Tensor, spec: QuantSpec, _: object) -> QuantizedWeight:
         affine = quantize_minmax(weight, spec)
         getattr(affine, part)[0, 0] = value
-        return Chosen(affine)
+        return QuantizedWeight(affine)
 
     monkeypatch.setattr(pass_module, "get_quantizer", lambda method: nonsense)
     with pytest.raises(UserInputError, match=message):

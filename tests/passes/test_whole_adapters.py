@@ -23,7 +23,7 @@ from qalora_compile.errors import (
     UserInputError,
 )
 from qalora_compile.ir.ops import integer_zero_linear
-from qalora_compile.ir.spec import WHOLE_LINEAR, validate
+from qalora_compile.ir.spec import INTEGER_ZERO_LINEAR, validate
 from qalora_compile.passes import fold_adapters as fold_module
 from qalora_compile.passes.insert_adapters import InsertAdapters
 from tests.models import MLP, UsedTwice, bert, randomize_adapters, token_ids, worst
@@ -59,7 +59,7 @@ def test_nothing_changes_at_the_start(kind: str) -> None:
     before = quantized(MLP(20, 12, 5).double(), x)
     after = qc.insert_adapters(before, qc.AdapterSpec(rank=2, **KINDS[kind]))
     assert worst(after(x), before(x)) == 0.0
-    assert all(site.integer for site in after.plan)
+    assert all(site.integer_zero_point for site in after.plan)
 
 
 @given(
@@ -78,7 +78,7 @@ def test_what_is_folded_is_what_was_trained_to_the_last_bit(
     folded = qc.fold_adapters(program)
     assert worst(folded(x), program(x)) == 0.0
     assert not dict(folded.named_adapter_parameters())
-    assert all(site.integer and site.rank is None for site in folded.plan)
+    assert all(site.integer_zero_point and site.rank is None for site in folded.plan)
     assert qc.prove_equivalence(program, folded).passed
 
 
@@ -139,9 +139,9 @@ def test_a_transformer_and_a_weight_used_twice(kind: str, tmp_path: Path) -> Non
 def test_plain_adapters_take_a_base_with_whole_zero_points_and_make_it_real() -> None:
     x = torch.randn(3, 32)
     base = quantized(MLP(32, 8), x)
-    assert [site.integer for site in base.plan] == [True]
+    assert [site.integer_zero_point for site in base.plan] == [True]
     program = randomize_adapters(qc.insert_adapters(base, qc.AdapterSpec(rank=2)))
-    assert [site.integer for site in program.plan] == [False]
+    assert [site.integer_zero_point for site in program.plan] == [False]
     folded = qc.fold_adapters(program)
     assert worst(folded(x), program(x)) <= 1e-5
 
@@ -183,7 +183,7 @@ def test_what_cannot_stay_whole_is_refused() -> None:
 def test_two_adapters_of_one_weight_do_not_fold() -> None:
     program = adapted("integer", UsedTwice(32), torch.randn(2, 32))
     graph = program.copy_graph()
-    first = next(n for n in graph.nodes if n.target is WHOLE_LINEAR)
+    first = next(n for n in graph.nodes if n.target is INTEGER_ZERO_LINEAR)
     first.update_arg(9, 7.0)
     with pytest.raises(PreconditionError, match="two different adapters"):
         qc.fold_adapters(program.evolve(graph=graph))
@@ -198,7 +198,7 @@ def test_a_fold_that_leaves_the_zero_points_real_is_caught(
     def unrounded(scale: Tensor, offset: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
         return scale, (offset.double() + rest[1] * (b.double() @ a.double())).to(scale.dtype)
 
-    monkeypatch.setattr(fold_module, "whole_parameters", unrounded)
+    monkeypatch.setattr(fold_module, "integer_zero_parameters", unrounded)
     with pytest.raises(InternalError, match="no whole number"):
         qc.fold_adapters(program)
 
@@ -209,13 +209,13 @@ def test_a_wrong_fold_is_found_by_number_and_by_proof(
 ) -> None:
     x = torch.randn(4, 32)
     program = adapted(kind, MLP(32, 8), x)
-    right = integer_zero_linear.whole_parameters
+    right = integer_zero_linear.integer_zero_parameters
 
     def doubled(*arguments: Any) -> Any:
         scale, offset, lora_a, lora_b, bits, scaling, kind = arguments
         return right(scale, offset, lora_a, lora_b, bits, 2 * scaling, kind)
 
-    monkeypatch.setattr(fold_module, "whole_parameters", doubled)
+    monkeypatch.setattr(fold_module, "integer_zero_parameters", doubled)
     wrong = qc.fold_adapters(program)
     assert not qc.verify_equivalence(program, wrong, [(x,)], qc.Tolerance(max_rel=1e-4)).passed
     assert not qc.prove_equivalence(program, wrong).passed
@@ -226,7 +226,7 @@ def test_a_changed_scale_is_caught_where_none_was_trained(
 ) -> None:
     program = adapted("integer", MLP(32, 8), torch.randn(2, 32))
     monkeypatch.setattr(
-        fold_module, "_whole_parameters", lambda node, stored: (stored[0] * 2, stored[1] * 2)
+        fold_module, "_integer_zero_parameters", lambda node, stored: (stored[0] * 2, stored[1] * 2)
     )
     with pytest.raises(PostconditionError, match="a scale"):
         qc.fold_adapters(program)

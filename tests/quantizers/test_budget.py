@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.quantizers import budget as module
-from qalora_compile.quantizers.budget import Choice, choose_within, spread_ranks
+from qalora_compile.quantizers.budget import Choice, choose_within, distribute_ranks
 
 CHOICES = st.builds(Choice, cost=st.integers(1, 40), loss=st.floats(0, 10))
 ITEMS = st.lists(st.lists(CHOICES, min_size=1, max_size=4), min_size=1, max_size=4)
@@ -27,9 +27,9 @@ def test_the_choice_is_the_best_that_fits(
     items: list[list[Choice]], budget: int, times: int
 ) -> None:
     scaled = [[Choice(c.cost * times, c.loss) for c in item] for item in items]
-    ways = itertools.product(*(range(len(item)) for item in items))
+    modes = itertools.product(*(range(len(item)) for item in items))
     fitting = [
-        loss for cost, loss in (loss_of(scaled, way) for way in ways) if cost <= budget * times
+        loss for cost, loss in (loss_of(scaled, way) for way in modes) if cost <= budget * times
     ]
     if not fitting:
         with pytest.raises(UserInputError, match="beyond the budget"):
@@ -71,10 +71,10 @@ def test_ranks_are_best_but_for_one_step(
     least = sum(cost[name] for name in gains)
     if budget < least:
         with pytest.raises(UserInputError, match="rank 1") as caught:
-            spread_ranks(gains, cost, budget)
+            distribute_ranks(gains, cost, budget)
         assert str(least) in str(caught.value.hint)
         return
-    ranks = spread_ranks(gains, cost, budget)
+    ranks = distribute_ranks(gains, cost, budget)
     assert all(1 <= ranks[name] <= len(gains[name]) for name in gains)
     assert sum(cost[name] * rank for name, rank in ranks.items()) <= budget
 
@@ -92,5 +92,5 @@ def test_ranks_are_best_but_for_one_step(
 def test_ranks_go_where_they_gain_most_for_their_cost() -> None:
     gains = {"steep": [9.0, 5.0, 1.0], "flat": [3.0, 3.0, 3.0], "dear": [9.0, 8.0]}
     costs = {"steep": 1, "flat": 1, "dear": 10}
-    assert spread_ranks(gains, costs, 15) == {"steep": 2, "flat": 3, "dear": 1}
-    assert spread_ranks(gains, costs, 99) == {"steep": 3, "flat": 3, "dear": 2}
+    assert distribute_ranks(gains, costs, 15) == {"steep": 2, "flat": 3, "dear": 1}
+    assert distribute_ranks(gains, costs, 99) == {"steep": 3, "flat": 3, "dear": 2}

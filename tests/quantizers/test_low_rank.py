@@ -145,8 +145,8 @@ def test_what_is_said_of_many_weights() -> None:
     tally = CorrectionTally()
     for path, correction in (("a", few), ("b", few), ("c", many)):
         tally.add(path, [correction])
-    told = "adapters: 4 input rows for 4 groups: offsets damped by 8 (a and 1 more)"
-    assert tally.notes(refined=True) == [told]
+    stated = "adapters: 4 input rows for 4 groups: offsets damped by 8 (a and 1 more)"
+    assert tally.notes(refined=True) == [stated]
     nothing = dataclasses.replace(many, values=many.values * 0)
     tally = CorrectionTally()
     tally.add("c", [nothing])

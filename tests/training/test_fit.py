@@ -346,7 +346,7 @@ def test_a_step_tells_how_many_held_out_answers_are_right() -> None:
         return False
 
     fit(program, answers, spec, held_out=answers, on_step=note)
-    assert all(told == now for told, now in seen)
+    assert all(stated == now for stated, now in seen)
     assert max(now for _, now in seen) > 0.0
 
 

@@ -29,23 +29,23 @@ PATTERNS = st.recursive(
 @given(PATTERNS, st.text("abc0.", max_size=8))
 def test_it_matches_what_python_matches(pattern: str, text: str) -> None:
     # Python's `$` also matches before a line's end, which no text here has.
-    assert matches(pattern, text, whole=False) == (re.match(pattern, text) is not None)
-    assert matches(pattern, text, whole=True) == (re.fullmatch(pattern, text) is not None)
+    assert matches(pattern, text, full=False) == (re.match(pattern, text) is not None)
+    assert matches(pattern, text, full=True) == (re.fullmatch(pattern, text) is not None)
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(.*.*.*.*)*x", "(a|a)*b", "(a?){200}a{200}"])
 def test_an_expression_that_explodes_elsewhere_ends_at_once(pattern: str) -> None:
     began = time.monotonic()
-    matches(pattern, "a" * 400 + "!", whole=True)
+    matches(pattern, "a" * 400 + "!", full=True)
     assert time.monotonic() - began < 5
 
 
 def test_looking_around_is_left_to_python_where_it_is_harmless() -> None:
     pattern = r"^(?!.*lm_head).*_proj$"
-    assert matches(pattern, "model.layers.0.q_proj", whole=False)
-    assert not matches(pattern, "lm_head.q_proj", whole=False)
+    assert matches(pattern, "model.layers.0.q_proj", full=False)
+    assert not matches(pattern, "lm_head.q_proj", full=False)
     began = time.monotonic()
-    assert not matches(r"(?!.*b.*c).*d", "a" * 2000, whole=True)
+    assert not matches(r"(?!.*b.*c).*d", "a" * 2000, full=True)
     assert time.monotonic() - began < 5
 
 
@@ -55,4 +55,4 @@ def test_looking_around_is_left_to_python_where_it_is_harmless() -> None:
 )
 def test_what_cannot_be_matched_is_refused(pattern: str) -> None:
     with pytest.raises(UserInputError, match="cannot be matched"):
-        matches(pattern, "a", whole=True)
+        matches(pattern, "a", full=True)

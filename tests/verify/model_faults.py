@@ -244,7 +244,7 @@ def _other_digits(model: Any) -> None:
     joins[1].input[1] = joins[0].input[1]
 
 
-def _turned(raw: Array) -> Array:
+def _transposed(raw: Array) -> Array:
     codes = np.stack([raw & 15, raw >> 4], -1).reshape(48, 48).T.reshape(-1, 2)
     return codes[:, 0] | codes[:, 1] << 4
 
@@ -328,7 +328,7 @@ MODEL_FAULTS = [
         _values("up.zero_point", _first(lambda z: z ^ 17)),
         "up:",
     ),
-    Fault("missed transpose", "onnx", _values("q.qweight", _turned), "q:"),
+    Fault("missed transpose", "onnx", _values("q.qweight", _transposed), "q:"),
     Fault("correction dropped", "onnx", _bypass("down/Add"), "down:"),
     Fault("bias missing", "onnx", _bypass("k/Bias"), "k:"),
     # what stands around the layers

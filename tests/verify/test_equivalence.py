@@ -73,10 +73,10 @@ def test_what_rounding_does_to_the_reference_is_no_difference() -> None:
     program = adapted(BadlyConditioned(), torch.randn(4, 40))
     folded = qc.fold_adapters(program)
     figures = qc.verify_equivalence(program, folded, calls(program), qc.Tolerance(max_rel=1e-4))
-    judged = qc.verify_equivalence(program, folded, calls(program), JUDGED)
+    checked = qc.verify_equivalence(program, folded, calls(program), JUDGED)
     assert figures.outputs[0].max_rel > 1e-4 and not figures.passed
-    assert judged.passed and judged.outputs[0].rounding is not None
-    assert 0 < judged.outputs[0].rounding < 8
+    assert checked.passed and checked.outputs[0].rounding is not None
+    assert 0 < checked.outputs[0].rounding < 8
 
 
 def test_what_rounding_does_not_explain_is_a_difference_however_small(mlp: qc.Program) -> None:
@@ -86,9 +86,9 @@ def test_what_rounding_does_not_explain_is_a_difference_however_small(mlp: qc.Pr
     tensors[name] = tensors[name] + 2e-6 * tensors[name].abs().max()
     other = folded.evolve(graph=folded.copy_graph(), tensors=tensors)
     figures = qc.verify_equivalence(mlp, other, calls(mlp), qc.Tolerance(max_rel=1e-4))
-    judged = qc.verify_equivalence(mlp, other, calls(mlp), JUDGED)
+    checked = qc.verify_equivalence(mlp, other, calls(mlp), JUDGED)
     assert figures.passed
-    assert not judged.passed and (judged.outputs[0].rounding or 0) > 64
+    assert not checked.passed and (checked.outputs[0].rounding or 0) > 64
 
 
 def test_an_exported_model_is_judged_by_rounding_too(mlp: qc.Program, tmp_path: Path) -> None:

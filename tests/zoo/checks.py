@@ -210,7 +210,7 @@ def check_fold(study: Study) -> float:
     return largest
 
 
-def check_stored(study: Study) -> None:
+def check_tensor(study: Study) -> None:
     """The program comes back from its folder."""
     folder = study.folder / "stored"
     study.folded.save(folder)
@@ -304,7 +304,7 @@ CHECKS: dict[str, Callable[[Study], float | None]] = {
     "training": check_training,
     "modules": check_modules,
     "fold": check_fold,
-    "stored": check_stored,
+    "stored": check_tensor,
     "inspect": check_inspect,
     "onnx": check_onnx,
     "kv_cache": check_kv_cache,

@@ -84,7 +84,7 @@ def walk(name: str, folder: Path) -> Iterator[Result]:
     expert = name.removesuffix("ForCausalLM") in EXPERTS or "Moe" in name or "Switch" in name
     edge = folder / "quantized"
     cache = ("--no-kv-cache",) if name in WITHOUT_CACHE else ()
-    ways = (
+    modes = (
         (
             (QUANTIZE, str(model), "--out", str(edge), "--bits", "8", *_GROUPS, *cache),
             (QUANTIZED, str(model), str(edge), "--max-rel", _ROUNDING[expert]),
@@ -96,7 +96,7 @@ def walk(name: str, folder: Path) -> Iterator[Result]:
             (VERIFY, str(folder / "folded"), str(folder / "edge"), "--max-rel", "1e-3"),
         ),
     )
-    for way in ways:
+    for way in modes:
         for step, *arguments in way:
             result = _run(step, arguments)
             yield result

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from qalora_compile.capture.checkpoints.base import (
     CONFIG,
-    WHOLE_ROWS,
+    ONE_GROUP_A_ROW,
     Decoded,
     Tensors,
     affine_of,
     check_matrix,
+    read_count,
     section,
     take,
-    whole_number,
 )
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.checkpoint_codes import StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointWeight
 
 _PARTS = ("qweight", "qzeros", "scales")
 _BITS = 4
@@ -49,7 +49,7 @@ def decode_awq(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
             where=CONFIG,
             hint="4 bits in the layout 'gemm' can be read",
         )
-    group_size = whole_number(options, "group_size", CONFIG, rows=True)
+    group_size = read_count(options, "group_size", CONFIG, rows=True)
     weights, used = {}, set[str]()
     for name in [name for name in tensors if name.endswith(".qweight")]:
         module = name.removesuffix(".qweight")
@@ -59,7 +59,7 @@ def decode_awq(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
     return Decoded(weights, frozenset(used))
 
 
-def _decode(module: str, parts: Mapping[str, Tensor], group_size: int) -> StoredWeight:
+def _decode(module: str, parts: Mapping[str, Tensor], group_size: int) -> CheckpointWeight:
     codes = _unpack(module, "qweight", parts["qweight"]).t()
     zeros = _unpack(module, "qzeros", parts["qzeros"]).t().float()
     check_matrix(module, "scales", parts["scales"], None, "[L, N]")
@@ -70,9 +70,9 @@ def _decode(module: str, parts: Mapping[str, Tensor], group_size: int) -> Stored
             f"{list(parts['scales'].shape)} want {[scale.shape[1], scale.shape[0] // 8]}",
             where=f"{module}.qzeros",
         )
-    group = codes.shape[1] if group_size == WHOLE_ROWS else group_size
+    group = codes.shape[1] if group_size == ONE_GROUP_A_ROW else group_size
     affine = affine_of(module, codes, scale, -scale * zeros, _BITS, group)
-    return StoredWeight(affine, "AWQ 4 bits")
+    return CheckpointWeight(affine, "AWQ 4 bits")
 
 
 def _unpack(module: str, part: str, packed: Tensor) -> Tensor:

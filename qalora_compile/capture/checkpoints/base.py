@@ -13,7 +13,7 @@ from torch import Tensor
 from qalora_compile.config import SUPPORTED_BITS
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.affine import GroupAffine, group_count
-from qalora_compile.ir.checkpoint_codes import StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointWeight
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Decoded:
         turned: Modules whose parameter is `[K, N]`.
     """
 
-    weights: dict[str, StoredWeight]
+    weights: dict[str, CheckpointWeight]
     used: frozenset[str]
     notes: tuple[str, ...] = ()
     turned: frozenset[str] = frozenset()
@@ -35,7 +35,7 @@ class Decoded:
 
 CONFIG = "config.json"
 """Where options are that are said of the whole checkpoint."""
-WHOLE_ROWS = -1
+ONE_GROUP_A_ROW = -1
 """As a group size: each row of a weight is one group."""
 
 Tensors = Mapping[str, Tensor]
@@ -91,23 +91,23 @@ def section(options: Mapping[str, Any], name: str, where: str) -> Mapping[str, A
     return value or {}
 
 
-def whole_number(
+def read_count(
     options: Mapping[str, Any], name: str, where: str, *, top: int | None = None, rows: bool = False
 ) -> int:
-    """A whole number of a configuration, from 1 to `top`; with `rows` also `WHOLE_ROWS`.
+    """A whole number of a configuration, from 1 to `top`; with `rows` also `ONE_GROUP_A_ROW`.
 
     Raises:
         UserInputError: it is missing, or another value.
     """
     value = options.get(name)
     number = value if isinstance(value, int) and not isinstance(value, bool) else 0
-    if 1 <= number <= (top or number) or (rows and number == WHOLE_ROWS):
+    if 1 <= number <= (top or number) or (rows and number == ONE_GROUP_A_ROW):
         return number
     last = "" if top is None else f" to {top}"
     raise UserInputError(
         f"{name} is {'missing' if value is None else repr(value)}",
         where=where,
-        hint=f"a whole number from 1{last}{f', or {WHOLE_ROWS}' if rows else ''} is wanted there",
+        hint=f"an integer from 1{last}{f', or {ONE_GROUP_A_ROW}' if rows else ''} is wanted there",
     )
 
 
@@ -117,7 +117,7 @@ def code_width(options: Mapping[str, Any], name: str, where: str) -> int:
     Raises:
         UserInputError: it is missing, or no width that can be read.
     """
-    return whole_number(options, name, where, top=max(SUPPORTED_BITS))
+    return read_count(options, name, where, top=max(SUPPORTED_BITS))
 
 
 def small_numbers(module: str, part: str, values: Tensor, count: int) -> list[int]:
@@ -232,7 +232,9 @@ def affine_of(
         raise
 
 
-def widened_notes(weights: Mapping[str, StoredWeight], bits: Mapping[str, int]) -> tuple[str, ...]:
+def widened_notes(
+    weights: Mapping[str, CheckpointWeight], bits: Mapping[str, int]
+) -> tuple[str, ...]:
     """A note where codes are kept in more bits than the checkpoint has them in."""
     wide = [name for name, stored in weights.items() if stored.affine.bits != bits[name]]
     if not wide:

@@ -30,14 +30,14 @@ from qalora_compile.capture.checkpoints.base import (
     code_width,
     column_order,
     missing_order,
+    read_count,
     section,
     small_numbers,
     take,
     unpack_stream,
-    whole_number,
 )
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.checkpoint_codes import StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointWeight
 from qalora_compile.untrusted import quoted
 from qalora_compile.untrusted.patterns import matches
 
@@ -130,7 +130,7 @@ def _settings(module: str, classes: Collection[str], options: Mapping[str, Any])
         if weights.get("strategy") == "group" and weights.get("type") == "int":
             return _Settings(
                 code_width(weights, "num_bits", where),
-                whole_number(weights, "group_size", where),
+                read_count(weights, "group_size", where),
                 bool(weights.get("symmetric", True)),
                 weights.get("actorder") in _IN_GROUPS,
             )
@@ -168,7 +168,7 @@ def _names(target: str, module: str, where: str) -> bool:
     if not target.startswith(_PATTERN):
         return target == module
     try:
-        return matches(target.removeprefix(_PATTERN), module, whole=False)
+        return matches(target.removeprefix(_PATTERN), module, full=False)
     except UserInputError as error:
         raise UserInputError(
             f"the target {quoted(target)} cannot be read: {error.what}",
@@ -177,7 +177,7 @@ def _names(target: str, module: str, where: str) -> bool:
         ) from None
 
 
-def _decode(module: str, parts: Mapping[str, Tensor], settings: _Settings) -> StoredWeight:
+def _decode(module: str, parts: Mapping[str, Tensor], settings: _Settings) -> CheckpointWeight:
     n, k = small_numbers(module, "weight_shape", parts["weight_shape"], 2)
     check_matrix(module, "weight_scale", parts["weight_scale"], None, "[N, L]")
     bits, group_size, zeros = settings.bits, settings.group_size, parts.get(_ZERO)
@@ -197,7 +197,7 @@ def _decode(module: str, parts: Mapping[str, Tensor], settings: _Settings) -> St
     codes = codes if order is None else codes[:, order]
     affine = affine_of(module, codes, scale, -scale * level, bits, group_size)
     act = ", act-order" if order is not None else ""
-    return StoredWeight(affine, f"compressed-tensors {bits} bits{act}", order)
+    return CheckpointWeight(affine, f"compressed-tensors {bits} bits{act}", order)
 
 
 def _order(module: str, g_idx: Tensor | None, k: int, settings: _Settings) -> Tensor | None:

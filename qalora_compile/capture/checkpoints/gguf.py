@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.checkpoint_codes import StoredCodes, StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
 from qalora_compile.optional import require
 from qalora_compile.untrusted.gguf_header import check_gguf
 
@@ -37,7 +37,7 @@ _Fields = tuple[_Bytes, _Bytes, _Bytes | None]
 """Codes `[blocks, 32]`, the bytes of d, and those of m or None."""
 
 
-def read_gguf_codes(path: Path) -> tuple[StoredCodes, tuple[str, ...]]:
+def read_gguf_codes(path: Path) -> tuple[CheckpointCodes, tuple[str, ...]]:
     """Every tensor that can be kept as it is, and notes on those that cannot.
 
     Raises:
@@ -45,7 +45,7 @@ def read_gguf_codes(path: Path) -> tuple[StoredCodes, tuple[str, ...]]:
         UnsupportedError: the package gguf is not there, or the file is of another version.
     """
     gguf = require("gguf", extra="hf", purpose="read GGUF files")
-    found, widened, dequantized = StoredCodes(), Counter[str](), Counter[str]()
+    found, widened, dequantized = CheckpointCodes(), Counter[str](), Counter[str]()
     check_gguf(path)
     try:
         tensors = gguf.GGUFReader(path).tensors
@@ -58,7 +58,7 @@ def read_gguf_codes(path: Path) -> tuple[StoredCodes, tuple[str, ...]]:
     for tensor in tensors:
         form = tensor.tensor_type.name
         if form in _FORMS and len(tensor.shape) > 1:
-            found.add(StoredWeight(_decode(tensor, form, path), form))
+            found.add(CheckpointWeight(_decode(tensor, form, path), form))
             widened[form] += form.startswith("Q5")
         elif form not in _FORMS and form not in _FLOAT:
             dequantized[form] += 1

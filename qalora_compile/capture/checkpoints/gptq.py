@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qalora_compile.capture.checkpoints.base import (
     CONFIG,
-    WHOLE_ROWS,
+    ONE_GROUP_A_ROW,
     Decoded,
     Tensors,
     affine_of,
@@ -36,14 +36,14 @@ from qalora_compile.capture.checkpoints.base import (
     code_width,
     column_order,
     missing_order,
+    read_count,
     section,
     take,
     unpack_stream,
-    whole_number,
 )
 from qalora_compile.capture.checkpoints.gptq_zeros import V1, V2, StoredLayer, zero_forms
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.checkpoint_codes import StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointWeight
 from qalora_compile.untrusted import quoted
 from qalora_compile.untrusted.patterns import matches
 
@@ -79,7 +79,7 @@ class _Form:
                 hint=f"save it as {' or '.join(filter(None, _TAGS))}",
             )
         bits = code_width(options, "bits", CONFIG)
-        group = whole_number(options, "group_size", CONFIG, rows=True)
+        group = read_count(options, "group_size", CONFIG, rows=True)
         ordered = bool(options.get(_ORDERED))
         return cls(bits, group, bool(options.get("sym")), ordered, _TAGS[tag])
 
@@ -93,7 +93,7 @@ class _Form:
         for rule in dynamic:
             pattern = rule.removeprefix(_FLOAT).removeprefix(_OTHERWISE)
             try:
-                if not matches(pattern, module, whole=False):
+                if not matches(pattern, module, full=False):
                     continue
             except UserInputError as error:
                 raise UserInputError(
@@ -113,7 +113,7 @@ class _Form:
             return replace(
                 self,
                 bits=code_width(options, "bits", where),
-                group_size=whole_number(options, "group_size", where, rows=True),
+                group_size=read_count(options, "group_size", where, rows=True),
                 symmetric=bool(options.get("sym", self.symmetric)),
                 ordered=bool(options.get(_ORDERED, self.ordered)),
             )
@@ -197,7 +197,7 @@ def _unpack(module: str, parts: Mapping[str, Tensor], form: _Form) -> StoredLaye
     """
     packed, zeros = parts["qweight"], parts["qzeros"]
     k, n = packed.shape[0] * 32 // form.bits, packed.shape[1]
-    group = k if form.group_size == WHOLE_ROWS else form.group_size
+    group = k if form.group_size == ONE_GROUP_A_ROW else form.group_size
     codes = unpack_stream(packed.t().contiguous().view(torch.uint8), form.bits, k)
     scale, floating = parts["scales"].t().float(), zeros.is_floating_point()
     check_shapes(module, codes, group, scale=scale)
@@ -238,8 +238,8 @@ def _check_orders(
         )
 
 
-def _decode(module: str, layer: StoredLayer, order: Tensor | None, form: str) -> StoredWeight:
+def _decode(module: str, layer: StoredLayer, order: Tensor | None, form: str) -> CheckpointWeight:
     bits, offset = layer.bits, layer.offset(form)
     affine = affine_of(module, layer.codes, layer.scale, offset, bits, layer.group_size)
     act = ", act-order" if order is not None else ""
-    return StoredWeight(affine, f"GPTQ {bits} bits{act}", order)
+    return CheckpointWeight(affine, f"GPTQ {bits} bits{act}", order)

@@ -87,21 +87,21 @@ class StoredLayer:
 
 
 def zero_forms(
-    layers: Mapping[str, StoredLayer], tag: str, told: str | None
+    layers: Mapping[str, StoredLayer], tag: str, stated: str | None
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """How the zero-points of each layer are stored, and notes on what speaks against it.
 
     Args:
         layers: By module.
         tag: The version by `config.json`.
-        told: What the caller says of all layers, one of `ZERO_POINTS`; None: nothing.
+        stated: What the caller says of all layers, one of `ZERO_POINTS`; None: nothing.
 
     Raises:
         UserInputError: some layers have floating ones and others do not; they are of another kind
             than the caller says; or what they are cannot be told.
     """
-    if told is not None:
-        one_of("zero_points", told, ZERO_POINTS)
+    if stated is not None:
+        one_of("zero_points", stated, ZERO_POINTS)
     if not layers:
         return {}, ()
     first, one = next(iter(layers.items()))
@@ -115,15 +115,15 @@ def zero_forms(
             hint="store those of all layers packed, or those of all in floating point",
         )
     fitting = (FLOAT_ZERO, FLOAT_OFFSET) if one.floating else (V1, V2)
-    if told is not None and told not in fitting:
+    if stated is not None and stated not in fitting:
         raise UserInputError(
-            f"zero_points is {told!r}, and they are stored "
+            f"zero_points is {stated!r}, and they are stored "
             f"{'in floating point' if one.floating else 'as integers'}",
             where=f"{first}.qzeros",
             hint=f"use {fitting[0]!r} or {fitting[1]!r}",
         )
-    if told is not None:
-        return dict.fromkeys(layers, told), ()
+    if stated is not None:
+        return dict.fromkeys(layers, stated), ()
     return _float_forms(layers) if one.floating else _versions(layers, tag)
 
 

@@ -22,7 +22,7 @@ from qalora_compile.capture.checkpoints.base import (
     take,
 )
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.checkpoint_codes import StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointWeight
 
 _PARTS = ("W_q", "scale", "zero", "nbits", "group_size", "shape", "axis")
 _SETTINGS = (
@@ -63,7 +63,7 @@ def decode_hqq(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
     return Decoded(weights, frozenset(used))
 
 
-def _decode(module: str, parts: Mapping[str, Tensor]) -> StoredWeight:
+def _decode(module: str, parts: Mapping[str, Tensor]) -> CheckpointWeight:
     (bits,), (axis,), (group,) = (
         small_numbers(module, part, parts[part], 1) for part in ("nbits", "axis", "group_size")
     )
@@ -88,7 +88,7 @@ def _decode(module: str, parts: Mapping[str, Tensor]) -> StoredWeight:
     scale, zero = (
         _per_group(module, part, parts[part], n, k // group) for part in ("scale", "zero")
     )
-    return StoredWeight(
+    return CheckpointWeight(
         affine_of(module, codes, scale, -zero * scale, bits, group), f"HQQ {bits} bits"
     )
 

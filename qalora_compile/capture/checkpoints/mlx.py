@@ -18,14 +18,14 @@ from qalora_compile.capture.checkpoints.base import (
     affine_of,
     check_matrix,
     code_width,
+    read_count,
     section,
     take,
     unpack_stream,
-    whole_number,
     widened_notes,
 )
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.checkpoint_codes import StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointWeight
 
 KEY = "quantization"
 _PARTS = ("weight", "scales", "biases")
@@ -53,11 +53,11 @@ def decode_mlx(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
             )
         parts = take(tensors, module, _PARTS)
         packed, scale, bias = (parts[part] for part in _PARTS)
-        bits, group = code_width(mine, "bits", module), whole_number(mine, "group_size", module)
+        bits, group = code_width(mine, "bits", module), read_count(mine, "group_size", module)
         check_matrix(module, "weight", packed, torch.uint32, "[N, K · bits / 32]")
         codes = unpack_stream(packed.view(torch.uint8), bits, packed.shape[1] * 32 // bits)
         affine = affine_of(module, codes, scale, bias, bits, group)
-        weights[module], widths[module] = StoredWeight(affine, f"MLX {bits} bits"), bits
+        weights[module], widths[module] = CheckpointWeight(affine, f"MLX {bits} bits"), bits
         used |= {f"{module}.{part}" for part in _PARTS}
     return Decoded(weights, frozenset(used), widened_notes(weights, widths))
 

@@ -23,7 +23,7 @@ from qalora_compile.capture.checkpoints.qalora import METHOD as OWN
 from qalora_compile.capture.checkpoints.qalora import decode_own
 from qalora_compile.capture.skeleton import build_skeleton, model_class, transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.checkpoint_codes import StoredCodes, StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
 from qalora_compile.ir.safetensors_io import load_tensors
 from qalora_compile.untrusted import read_json
 
@@ -44,12 +44,12 @@ class StoredModel:
     """A model in float32, in evaluation mode, with the codes that its weights were made of."""
 
     model: nn.Module
-    weights: tuple[StoredWeight, ...]
+    weights: tuple[CheckpointWeight, ...]
     notes: tuple[str, ...]
 
-    def codes(self) -> StoredCodes:
+    def codes(self) -> CheckpointCodes:
         """The codes, to be found by rows; made on each call, since only quantizing asks for it."""
-        codes = StoredCodes()
+        codes = CheckpointCodes()
         for weight in self.weights:
             codes.add(weight)
         return codes
@@ -185,7 +185,7 @@ def _build(
     kind = model_class(folder)
     plain = {k: v for k, v in config.items() if k not in (MLX, HF, "dtype", "torch_dtype")}
     state = {n: t.float() if t.is_floating_point() else t for n, t in rest.items()}
-    turned = decoded.turned | _turned(folder, decoded.weights)
+    turned = decoded.turned | _transposed(folder, decoded.weights)
     aside = []
     for module, stored in decoded.weights.items():
         weight = stored.dequantize()
@@ -235,7 +235,7 @@ def _lies_aside(weight: Tensor) -> bool:
     return weight.numel() > 1 and bool(weight.mean().abs() > weight.std(correction=0))
 
 
-def _turned(folder: Path, modules: Iterable[str]) -> set[str]:
+def _transposed(folder: Path, modules: Iterable[str]) -> set[str]:
     """Those of the modules whose parameter the model has as `[K, N]`: transformers' Conv1D."""
     known, kind = _modules(folder), transformers_module().pytorch_utils.Conv1D
     return {name for name in modules if isinstance(known.get(name), kind)}

@@ -14,14 +14,14 @@ from qalora_compile.capture.checkpoints.base import (
     Tensors,
     affine_of,
     check_matrix,
+    read_count,
     section,
     take,
-    whole_number,
 )
 from qalora_compile.config import SUPPORTED_BITS
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.activation_order import ORDER
-from qalora_compile.ir.checkpoint_codes import StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointWeight
 from qalora_compile.ir.packing.bitstream import packed_width, unpack_codes
 from qalora_compile.ir.stages import CODE_NAMES
 from qalora_compile.untrusted import read_json
@@ -53,7 +53,7 @@ def decode_own(tensors: Tensors, config: Mapping[str, Any], *, folder: Path) -> 
     for module in layers:
         layer, where = section(layers, module, _LAYERS), f"{_LAYERS}: {module}"
         ordered = _is_ordered(layer, where, said["version"])
-        bits, k, group = (whole_number(layer, name, where) for name in ("bits", "k", "group_size"))
+        bits, k, group = (read_count(layer, name, where) for name in ("bits", "k", "group_size"))
         if bits not in SUPPORTED_BITS:
             raise UserInputError(f"bits is {bits}", where=where, hint=f"one of {SUPPORTED_BITS}")
         packed, scale, offset = (take(tensors, module, CODE_NAMES)[part] for part in CODE_NAMES)
@@ -68,7 +68,7 @@ def decode_own(tensors: Tensors, config: Mapping[str, Any], *, folder: Path) -> 
         affine = affine_of(module, codes, scale, offset, bits, group)
         order = _order(tensors, module, k) if ordered else None
         form = f"{bits} bits{', act-order' if ordered else ''}"
-        weights[module] = StoredWeight(affine, form, order)
+        weights[module] = CheckpointWeight(affine, form, order)
         used |= {f"{module}.{part}" for part in (*CODE_NAMES, *([ORDER] if ordered else []))}
         turned |= {module} if layer.get("transposed") else set()
     return Decoded(weights, frozenset(used), turned=frozenset(turned))

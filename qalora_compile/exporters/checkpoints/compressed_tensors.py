@@ -35,7 +35,7 @@ from qalora_compile.exporters.checkpoints.named_tensors import (
     Layer,
     refuse_if_none_fits,
     refuse_sorted,
-    refuse_turned,
+    refuse_transposed,
     stored_affine,
 )
 from qalora_compile.ir.packing.bitstream import pack_words
@@ -69,7 +69,7 @@ def write_compressed(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> 
         UserInputError: float16 was asked for and cannot hold a value.
     """
     dtype, layers = DTYPES[spec.parameter_dtype], checkpoint.layers
-    refuse_turned(layers, "compressed-tensors")
+    refuse_transposed(layers, "compressed-tensors")
     refuse_if_none_fits(layers, _misfit)
     refuse_sorted(layers, _misfit, "what is written here")
     check_parameters(layers, dtype, _misfit)

@@ -36,7 +36,7 @@ from qalora_compile.exporters.checkpoints.named_tensors import (
     Layer,
     refuse_if_none_fits,
     refuse_sorted,
-    refuse_turned,
+    refuse_transposed,
     stored_error,
 )
 from qalora_compile.ir.affine import GroupAffine
@@ -75,7 +75,7 @@ def write_hqq(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[St
         UserInputError: float16 was asked for and cannot hold a value.
     """
     dtype, layers = DTYPES[spec.parameter_dtype], checkpoint.layers
-    refuse_turned(layers, "HQQ")
+    refuse_transposed(layers, "HQQ")
     refuse_if_none_fits(layers, _misfit)
     refuse_sorted(layers, _misfit, "HQQ")
     check_parameters(layers, dtype, _misfit)

@@ -34,7 +34,7 @@ from qalora_compile.exporters.checkpoints.named_tensors import (
     Layer,
     refuse_if_none_fits,
     refuse_sorted,
-    refuse_turned,
+    refuse_transposed,
     stored_affine,
 )
 from qalora_compile.ir.packing.bitstream import pack_words
@@ -70,7 +70,7 @@ def write_mlx(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[St
         UserInputError: float16 was asked for and cannot hold a value.
     """
     dtype, layers = DTYPES[spec.parameter_dtype], checkpoint.layers
-    refuse_turned(layers, "mlx-lm")
+    refuse_transposed(layers, "mlx-lm")
     refuse_if_none_fits(layers, _misfit)
     refuse_sorted(layers, _misfit, "MLX")
     check_parameters(layers, dtype, _misfit)

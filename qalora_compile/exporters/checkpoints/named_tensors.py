@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.exporters.capability import StoredTensor
 from qalora_compile.ir.activation_order import column_orders, unsorted
-from qalora_compile.ir.affine import GroupAffine, group_count, is_whole
+from qalora_compile.ir.affine import GroupAffine, group_count, has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import materialize
 from qalora_compile.ir.model_description import Description
 from qalora_compile.ir.packing.bitstream import unpack_codes
@@ -104,7 +104,7 @@ class Layer:
             UnsupportedError: one of them is no whole number from 0 to 2^bits − 1.
         """
         scale, offset = self.parameters()
-        whole = is_whole(scale, offset, self.bits)
+        whole = has_integer_zero_points(scale, offset, self.bits)
         if not bool(whole.all()):
             part = float((~whole).double().mean())
             raise UnsupportedError(
@@ -136,7 +136,7 @@ def refuse_if_none_fits(layers: tuple[Layer, ...], misfit: Misfit) -> None:
         )
 
 
-def refuse_turned(layers: tuple[Layer, ...], reader: str) -> None:
+def refuse_transposed(layers: tuple[Layer, ...], reader: str) -> None:
     """Refuse weights that the model stores `[K, N]`, as GPT-2 does.
 
     Raises:

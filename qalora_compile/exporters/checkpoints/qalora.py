@@ -67,6 +67,6 @@ def _row(layer: Layer) -> dict[str, Any]:
         "n": site.n,
         "k": site.k,
         "transposed": site.transposed,
-        "whole_zero_points": site.whole,
+        "whole_zero_points": site.frozen_integer_zero,
     }
     return row if layer.order is None else row | {"ordered": True}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qalora_compile.errors import InternalError, UserInputError
 from qalora_compile.exporters.onnx.weight_file import WeightFile
-from qalora_compile.ir.lazy_tensor import is_deferred, materialize, materialize_parts
+from qalora_compile.ir.lazy_tensor import is_lazy, materialize, materialize_parts
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
 from qalora_compile.progress import announce
@@ -19,7 +19,7 @@ from qalora_compile.progress import announce
 INLINE_LIMIT_BYTES = 1 << 30
 """Weights beyond this go to `<name>.data`; a protobuf file cannot exceed 2 GiB."""
 
-DEFERRED_INLINE_LIMIT_BYTES = 32 << 20
+LAZY_INLINE_LIMIT_BYTES = 32 << 20
 """The same where weights are deferred: inside the model's file they would all be in memory."""
 
 _SMALL = 256
@@ -35,7 +35,7 @@ def defer_initializers(model: Any, program: Program) -> None:
     tensors = program.tensors()
     for name, value in model.graph.initializers.items():
         stored = getattr(value.const_value, "raw", None)
-        if not isinstance(stored, Tensor) or not is_deferred(stored):
+        if not isinstance(stored, Tensor) or not is_lazy(stored):
             continue
         if name not in tensors:
             raise InternalError(f"the initializer {name} is no tensor of the program")
@@ -67,7 +67,7 @@ def write_model(model: Any, path: Path) -> int:
             hint="make room, or write to another disk",
         )
     kept = 0
-    if total > (DEFERRED_INLINE_LIMIT_BYTES if deferred else INLINE_LIMIT_BYTES):
+    if total > (LAZY_INLINE_LIMIT_BYTES if deferred else INLINE_LIMIT_BYTES):
         kept = _write_weights(ir, [v for v in values if v.const_value.nbytes > _SMALL], data)
     ir.save(model, path)
     return kept

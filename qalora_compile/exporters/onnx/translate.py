@@ -124,7 +124,7 @@ def _plain_table(op: Any) -> Table:
         shape = op.Constant(value_ints=[*_kept_axes(x), groups, group_size])
         return op.ReduceSum(op.Reshape(padded, shape), op.Constant(value_ints=[-1]), keepdims=0)
 
-    def emit_spread_groups(x: Any, group_size: int, width: int) -> Any:
+    def emit_pad_groups(x: Any, group_size: int, width: int) -> Any:
         k = int(x.shape[-1])
         groups = -(-k // group_size)
         padded = _pad_last(op, x, groups * group_size - k)
@@ -143,7 +143,7 @@ def _plain_table(op: Any) -> Table:
     ops = torch.ops.qalora
     return {
         ops.group_sum.default: emit_group_sum,
-        ops.spread_groups.default: emit_spread_groups,
+        ops.pad_groups.default: emit_pad_groups,
         ops.pooled_adapter.default: emit_pooled_adapter,
     }
 

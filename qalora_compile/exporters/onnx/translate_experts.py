@@ -38,7 +38,7 @@ def _kernel_table(
         scale: Any,
         zero_point: Any,
         correction: Any,
-        ends: Any,
+        group_offsets: Any,
         bits: int,
         block_size: int,
         accuracy_level: int,
@@ -46,7 +46,9 @@ def _kernel_table(
         options = {"bias": None, "bits": bits, "block_size": block_size}
         emit = partial(nbits, accuracy_level=accuracy_level, **options)
         stacks = (qweight, scale, zero_point)
-        return _layers(op, emit, x, sums, stacks, correction, ends, int(qweight[0].shape[0]))
+        return _layers(
+            op, emit, x, sums, stacks, correction, group_offsets, int(qweight[0].shape[0])
+        )
 
     def emit_expert_matmul_blocks(
         x: Any,
@@ -55,27 +57,27 @@ def _kernel_table(
         scale: Any,
         zero_point: Any,
         correction: Any,
-        ends: Any,
+        group_offsets: Any,
         bits: int,
         block_size: int,
     ) -> Any:
         emit = partial(blocks, bits=bits, block_size=block_size)
         stacks = (codes, scale, zero_point)
-        return _layers(op, emit, x, sums, stacks, correction, ends, int(scale[0].shape[1]))
+        return _layers(op, emit, x, sums, stacks, correction, group_offsets, int(scale[0].shape[1]))
 
     def emit_expert_group_quant_linear(
         x: Any,
         codes: Any,
         scale: Any,
         zero_point: Any,
-        ends: Any,
+        group_offsets: Any,
         bits: int,
         group_size: int,
         compute: str,
     ) -> Any:
         emit = partial(group_quant, bits=bits, group_size=group_size, compute=compute)
         stacks = (codes, scale, zero_point)
-        return _layers(op, emit, x, None, stacks, None, ends, int(codes[0].shape[0]))
+        return _layers(op, emit, x, None, stacks, None, group_offsets, int(codes[0].shape[0]))
 
     return {
         ops.expert_matmul_nbits.default: emit_expert_matmul_nbits,
@@ -91,7 +93,7 @@ def _layers(
     sums: Any,
     stacks: tuple[Any, ...],
     correction: Any,
-    ends: Any,
+    group_offsets: Any,
     n: int,
 ) -> Any:
     """`emit` with each expert's own weights, and its correction where there is one."""
@@ -103,14 +105,14 @@ def _layers(
             return y
         return op.Add(y, op.MatMul(group_sums, correction[expert]))
 
-    return _by_expert(op, ends, len(stacks[0]), n, compute, x, sums)
+    return _by_expert(op, group_offsets, len(stacks[0]), n, compute, x, sums)
 
 
 def _float_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Adapters that stay, and experts that stay in float."""
 
     def emit_expert_adapter(
-        pooled: Any, lora_a: Any, lora_b: Any, ends: Any, scaling: float
+        pooled: Any, lora_a: Any, lora_b: Any, group_offsets: Any, scaling: float
     ) -> Any:
         factor = op.Constant(value_float=scaling)
 
@@ -121,7 +123,7 @@ def _float_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
             return op.Mul(op.MatMul(op.MatMul(rows, a), b), factor)
 
         experts, n = int(lora_b.shape[0]), int(lora_b.shape[1])
-        return _by_expert(op, ends, experts, n, compute, pooled)
+        return _by_expert(op, group_offsets, experts, n, compute, pooled)
 
     emit_grouped_mm = partial(_grouped_mm, op)
     table: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -134,20 +136,20 @@ def _float_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _grouped_mm(
-    op: Any, x: Any, weight: Any, ends: Any, bias: Any = None, out_dtype: Any = None
+    op: Any, x: Any, weight: Any, group_offsets: Any, bias: Any = None, out_dtype: Any = None
 ) -> Any:
     """Experts that stay in float."""
-    if len(weight.shape) != 3 or ends is None or bias is not None or out_dtype is not None:
+    if len(weight.shape) != 3 or group_offsets is None or bias is not None or out_dtype is not None:
         raise ValueError("only x [T, K] by stacked experts [E, K, N], without bias or out_dtype")
 
     def compute(expert: int, rows: Any) -> Any:
         return op.MatMul(rows, _take(op, weight, expert))
 
-    return _by_expert(op, ends, int(weight.shape[0]), int(weight.shape[2]), compute, x)
+    return _by_expert(op, group_offsets, int(weight.shape[0]), int(weight.shape[2]), compute, x)
 
 
 def _by_expert(
-    op: Any, ends: Any, experts: int, n: int, compute: Callable[..., Any], *operands: Any
+    op: Any, group_offsets: Any, experts: int, n: int, compute: Callable[..., Any], *operands: Any
 ) -> Any:
     """Concat of `compute(e, rows…)`: slices between the ends, or x[e] where there are none.
 
@@ -155,13 +157,13 @@ def _by_expert(
     """
     axis = op.Constant(value_ints=[0])
     stops = []
-    if ends is not None:
-        places = op.Cast(ends, to=_INT64)
+    if group_offsets is not None:
+        places = op.Cast(group_offsets, to=_INT64)
         at = [op.Constant(value_ints=[expert]) for expert in range(experts + 1)]
         stops = [op.Slice(places, at[e], at[e + 1], axis) for e in range(experts)]
     parts = []
     for expert in range(experts):
-        if ends is None:
+        if group_offsets is None:
             rows = [None if x is None else _take(op, x, expert) for x in operands]
             parts.append(op.Unsqueeze(compute(expert, *rows), axis))
         else:
@@ -170,7 +172,7 @@ def _by_expert(
                 None if x is None else op.Slice(x, start, stops[expert], axis) for x in operands
             ]
             parts.append(compute(expert, *rows))
-    if ends is not None:
+    if group_offsets is not None:
         x = operands[0]
         left = op.Sub(op.Shape(x, start=0, end=1), stops[-1])
         size = op.Concat(left, op.Constant(value_ints=[n]), axis=0)

@@ -16,7 +16,7 @@ from qalora_compile.ir.ops import experts, integer_zero_linear, linear
 
 _LAYERS = (
     (linear.group_linear, (0, 4)),
-    (integer_zero_linear.whole_linear, (0, 4)),
+    (integer_zero_linear.integer_zero_linear, (0, 4)),
     (experts.expert_linear, (0,)),
 )
 """Operators, and which of their arguments are cast: the input, and a bias."""

@@ -24,15 +24,15 @@ from qalora_compile.ir.ops.linear import NAMESPACE, dequantize_like, matmul_nbit
 
 def by_expert(
     x: Tensor,
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     experts: int,
     width: int,
     compute: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
     """Apply `compute(e, rows)` to the rows of each expert; the result has `width` columns."""
     y = x.new_zeros(*x.shape[:-1], width)
-    for expert, rows in enumerate(_rows(ends, experts)):
-        if ends is None:
+    for expert, rows in enumerate(_rows(group_offsets, experts)):
+        if group_offsets is None:
             y[expert] = compute(expert, x[expert])
         elif rows.stop > rows.start:
             y[rows] = compute(expert, x[rows])
@@ -40,20 +40,22 @@ def by_expert(
 
 
 def add_corrections(
-    y: Tensor, sums: Tensor | None, correction: list[Tensor], ends: Tensor | None
+    y: Tensor, sums: Tensor | None, correction: list[Tensor], group_offsets: Tensor | None
 ) -> Tensor:
     """Y + S(x) C_e of each expert's rows; y itself where there are no sums."""
     if sums is None:
         return y
     width = y.shape[-1]
-    return y + by_expert(sums, ends, len(correction), width, lambda e, rows: rows @ correction[e])
+    return y + by_expert(
+        sums, group_offsets, len(correction), width, lambda e, rows: rows @ correction[e]
+    )
 
 
-def _rows(ends: Tensor | None, experts: int) -> list[slice]:
+def _rows(group_offsets: Tensor | None, experts: int) -> list[slice]:
     """The rows of each expert; the whole of its own where there are no ends."""
-    if ends is None:
+    if group_offsets is None:
         return [slice(0, 0)] * experts
-    stops = [int(end) for end in ends.tolist()]
+    stops = [int(end) for end in group_offsets.tolist()]
     return [slice(a, b) for a, b in zip([0, *stops[:-1]], stops, strict=True)]
 
 
@@ -63,7 +65,7 @@ def expert_linear(
     qweight: Tensor,
     scale: Tensor,
     offset: Tensor,
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     bits: int,
     group_size: int,
 ) -> Tensor:
@@ -74,7 +76,7 @@ def expert_linear(
         qweight: `[E, N, ceil(K / 8) · bits]` uint8, see `packing`.
         scale: `[E, N, L]`, float32 or float64.
         offset: `[E, N, L]`, as `scale`.
-        ends: `[E]` integers, or None.
+        group_offsets: `[E]` integers, or None.
         bits: Width of a code.
         group_size: g; L = ceil(K / g).
     """
@@ -83,7 +85,7 @@ def expert_linear(
         parts = qweight[expert], scale[expert], offset[expert]
         return rows @ dequantize_like(x, *parts, bits, group_size, x.shape[-1]).t()
 
-    return by_expert(x, ends, qweight.shape[0], qweight.shape[1], compute)
+    return by_expert(x, group_offsets, qweight.shape[0], qweight.shape[1], compute)
 
 
 @expert_linear.register_fake
@@ -92,7 +94,7 @@ def _expert_linear_fake(
     qweight: Tensor,
     scale: Tensor,
     offset: Tensor,
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     bits: int,
     group_size: int,
 ) -> Tensor:
@@ -105,7 +107,7 @@ def expert_linear_input_grad(
     qweight: Tensor,
     scale: Tensor,
     offset: Tensor,
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     bits: int,
     group_size: int,
     k: int,
@@ -116,7 +118,7 @@ def expert_linear_input_grad(
         parts = qweight[expert], scale[expert], offset[expert]
         return rows @ dequantize_like(grad, *parts, bits, group_size, k)
 
-    return by_expert(grad, ends, qweight.shape[0], k, compute)
+    return by_expert(grad, group_offsets, qweight.shape[0], k, compute)
 
 
 @expert_linear_input_grad.register_fake
@@ -125,7 +127,7 @@ def _expert_linear_input_grad_fake(
     qweight: Tensor,
     scale: Tensor,
     offset: Tensor,
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     bits: int,
     group_size: int,
     k: int,
@@ -134,8 +136,8 @@ def _expert_linear_input_grad_fake(
 
 
 def _expert_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scale, offset, ends, bits, group_size = inputs
-    ctx.save_for_backward(qweight, scale, offset, ends)
+    x, qweight, scale, offset, group_offsets, bits, group_size = inputs
+    ctx.save_for_backward(qweight, scale, offset, group_offsets)
     ctx.options = (bits, group_size, x.shape[-1])
 
 
@@ -154,7 +156,7 @@ def expert_adapter(
     pooled: Tensor,
     lora_A: Tensor,  # noqa: N803
     lora_B: Tensor,  # noqa: N803
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     scaling: float,
 ) -> Tensor:
     """D = scaling · (p A_eᵀ) B_eᵀ: an adapter for each expert (arXiv 2309.14717, Algorithm 1).
@@ -163,14 +165,14 @@ def expert_adapter(
         pooled: p = S(x), `[T, L]` with `ends`, else `[E, T, L]`.
         lora_A: `[E, r, L]`.
         lora_B: `[E, N, r]`.
-        ends: As for `expert_linear`.
+        group_offsets: As for `expert_linear`.
         scaling: alpha / rank times the pooling factor f.
     """
 
     def compute(expert: int, rows: Tensor) -> Tensor:
         return rows.to(lora_A.dtype) @ lora_A[expert].t() @ lora_B[expert].t() * scaling
 
-    return by_expert(pooled, ends, lora_A.shape[0], lora_B.shape[1], compute)
+    return by_expert(pooled, group_offsets, lora_A.shape[0], lora_B.shape[1], compute)
 
 
 @expert_adapter.register_fake
@@ -178,7 +180,7 @@ def _expert_adapter_fake(
     pooled: Tensor,
     lora_A: Tensor,  # noqa: N803
     lora_B: Tensor,  # noqa: N803
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     scaling: float,
 ) -> Tensor:
     return pooled.new_empty(*pooled.shape[:-1], lora_B.shape[1])
@@ -190,15 +192,15 @@ def expert_adapter_grads(
     pooled: Tensor,
     lora_A: Tensor,  # noqa: N803
     lora_B: Tensor,  # noqa: N803
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `expert_adapter` by pooled, A and B."""
     experts = lora_A.shape[0]
     grad_pooled = torch.zeros_like(pooled)
     grad_a, grad_b = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    for expert, rows in enumerate(_rows(ends, experts)):
-        place: int | slice = expert if ends is None else rows
+    for expert, rows in enumerate(_rows(group_offsets, experts)):
+        place: int | slice = expert if group_offsets is None else rows
         p, g = pooled[place].to(lora_A.dtype), grad[place].to(lora_A.dtype) * scaling
         hidden = g @ lora_B[expert]
         grad_pooled[place] = (hidden @ lora_A[expert]).to(pooled.dtype)
@@ -213,15 +215,15 @@ def _expert_adapter_grads_fake(
     pooled: Tensor,
     lora_A: Tensor,  # noqa: N803
     lora_B: Tensor,  # noqa: N803
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(pooled), torch.empty_like(lora_A), torch.empty_like(lora_B)
 
 
 def _expert_adapter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pooled, lora_a, lora_b, ends, ctx.scaling = inputs
-    ctx.save_for_backward(pooled, lora_a, lora_b, ends)
+    pooled, lora_a, lora_b, group_offsets, ctx.scaling = inputs
+    ctx.save_for_backward(pooled, lora_a, lora_b, group_offsets)
 
 
 def _expert_adapter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -240,7 +242,7 @@ def expert_matmul_nbits(
     scale: list[Tensor],
     zero_point: list[Tensor],
     correction: list[Tensor],
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     bits: int,
     block_size: int,
     accuracy_level: int,
@@ -254,7 +256,7 @@ def expert_matmul_nbits(
         scale: Of each expert `[N, Lb]`, in the dtype of x.
         zero_point: Of each expert `[N, ceil(Lb · bits / 8)]` uint8.
         correction: C_e of each expert, `[L, N]`; empty where there is no correction.
-        ends: As for `expert_linear`.
+        group_offsets: As for `expert_linear`.
         bits: 2, 4 or 8.
         block_size: A power of two, 16 or more.
         accuracy_level: MatMulNBits attribute.
@@ -264,8 +266,8 @@ def expert_matmul_nbits(
         parts = qweight[expert], scale[expert], zero_point[expert]
         return rows @ matmul_nbits_weight(*parts, bits, block_size, x.shape[-1]).to(x.dtype).t()
 
-    y = by_expert(x, ends, len(qweight), qweight[0].shape[0], multiply)
-    return add_corrections(y, sums, correction, ends)
+    y = by_expert(x, group_offsets, len(qweight), qweight[0].shape[0], multiply)
+    return add_corrections(y, sums, correction, group_offsets)
 
 
 @expert_matmul_nbits.register_fake
@@ -276,7 +278,7 @@ def _expert_matmul_nbits_fake(
     scale: list[Tensor],
     zero_point: list[Tensor],
     correction: list[Tensor],
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     bits: int,
     block_size: int,
     accuracy_level: int,

@@ -1,4 +1,4 @@
-"""`qalora::whole_linear`: a layer on codes whose zero-points stay whole while it is trained.
+"""`qalora::integer_zero_linear`: a layer on codes whose zero-points stay whole while it is trained.
 
 Some runtimes take whole zero-points and nothing else. Two adapters keep them whole:
 
@@ -48,7 +48,7 @@ def moved_zero_points(scale: Tensor, offset: Tensor, update: Tensor) -> Tensor:
     return zero_points(scale, offset) - update / scale.double()
 
 
-def whole_parameters(
+def integer_zero_parameters(
     scale: Tensor,
     offset: Tensor,
     lora_a: Tensor,
@@ -76,8 +76,8 @@ def whole_parameters(
     return scale, (-scale.double() * zero).to(scale.dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::whole_linear", mutates_args=())
-def whole_linear(
+@torch.library.custom_op(f"{NAMESPACE}::integer_zero_linear", mutates_args=())
+def integer_zero_linear(
     x: Tensor,
     qweight: Tensor,
     scale: Tensor,
@@ -90,7 +90,9 @@ def whole_linear(
     scaling: float,
     kind: str,
 ) -> Tensor:
-    """Y = x Wᵀ + b, `W = scale' · q + offset'` by `whole_parameters`; `[.., K]` to `[.., N]`.
+    """Y = x Wᵀ + b, `W = scale' · q + offset'`, from `[.., K]` to `[.., N]`.
+
+    Scale' and offset' are those of `integer_zero_parameters`.
 
     Args:
         x: `[.., K]`, floating.
@@ -108,12 +110,12 @@ def whole_linear(
     For `"scale"` the backward keeps x, since a scale's gradient takes every product of x and a
     code; for `"integer"` the sums S(x) are enough.
     """
-    weight = whole_parameters(scale, offset, lora_A, lora_B, bits, scaling, kind)
+    weight = integer_zero_parameters(scale, offset, lora_A, lora_B, bits, scaling, kind)
     return linear_on_codes(x, qweight, *weight, bias, bits, group_size)
 
 
-@whole_linear.register_fake
-def _whole_linear_fake(
+@integer_zero_linear.register_fake
+def _integer_zero_linear_fake(
     x: Tensor,
     qweight: Tensor,
     scale: Tensor,
@@ -156,7 +158,7 @@ def _group_code_grad_fake(
     return grad.new_empty(qweight.shape[0], -(-x.shape[-1] // group_size))
 
 
-def _whole_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _integer_zero_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, qweight, scale, offset, _, bits, group_size, lora_a, lora_b, scaling, kind = inputs
     rows = x.reshape(-1, x.shape[-1])
     kept = rows if kind == SCALE else sum_groups(rows, group_size)
@@ -164,10 +166,10 @@ def _whole_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
     ctx.options = (bits, group_size, scaling, kind, x.shape[-1])
 
 
-def _whole_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _integer_zero_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     qweight, scale, offset, lora_a, lora_b, kept = ctx.saved_tensors
     bits, group_size, scaling, kind, k = ctx.options
-    weight = whole_parameters(scale, offset, lora_a, lora_b, bits, scaling, kind)
+    weight = integer_zero_parameters(scale, offset, lora_a, lora_b, bits, scaling, kind)
     rows = grad.reshape(-1, grad.shape[-1])
     grad_x = grad_bias = grad_a = grad_b = None
     if ctx.needs_input_grad[0]:
@@ -192,4 +194,6 @@ def _whole_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, None, None, grad_a, grad_b, None, None
 
 
-whole_linear.register_autograd(_whole_linear_backward, setup_context=_whole_linear_setup)
+integer_zero_linear.register_autograd(
+    _integer_zero_linear_backward, setup_context=_integer_zero_linear_setup
+)

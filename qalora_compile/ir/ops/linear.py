@@ -7,9 +7,9 @@ pass, a hand-written backward. `torch.library.opcheck` covers all of them in the
 `group_linear`         y = x Wᵀ + b, W = scale · q + offset from packed codes
 `group_sum`            S(x): `[.., K]` to `[.., L]`
 `pooled_adapter`       d = scaling · (p Aᵀ) Bᵀ
-`whole_linear`         group_linear and an adapter that keeps zero-points whole: `whole_ops`
+`integer_zero_linear`         group_linear and an adapter that keeps zero-points whole: `whole_ops`
 `adapted_linear`       group_linear and pooled_adapter in one: `adapted_ops`
-`spread_groups`        x with every group zero-padded to a wider one: `[.., K]` to `[.., L · width]`
+`pad_groups`        x with every group zero-padded to a wider one: `[.., K]` to `[.., L · width]`
 `matmul_nbits`         ONNX Runtime's MatMulNBits with integer zero-points
 =====================  ============================================================================
 """
@@ -249,8 +249,8 @@ def _pooled_adapter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 pooled_adapter.register_autograd(_pooled_adapter_backward, setup_context=_pooled_adapter_setup)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::spread_groups", mutates_args=())
-def spread_groups(x: Tensor, group_size: int, width: int) -> Tensor:
+@torch.library.custom_op(f"{NAMESPACE}::pad_groups", mutates_args=())
+def pad_groups(x: Tensor, group_size: int, width: int) -> Tensor:
     """Zero-pad every group of x to `width`: `[.., K]` to `[.., L · width]`.
 
     Lets a kernel with a fixed set of block sizes compute any group size: the added zeros meet
@@ -262,8 +262,8 @@ def spread_groups(x: Tensor, group_size: int, width: int) -> Tensor:
     return functional.pad(grouped, (0, width - group_size)).flatten(-2)
 
 
-@spread_groups.register_fake
-def _spread_groups_fake(x: Tensor, group_size: int, width: int) -> Tensor:
+@pad_groups.register_fake
+def _pad_groups_fake(x: Tensor, group_size: int, width: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], group_count(x.shape[-1], group_size) * width)
 
 

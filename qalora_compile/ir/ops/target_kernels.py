@@ -8,7 +8,7 @@
 =============================  ====================================================================
 
 Each has a plain-torch reference and a fake kernel, and no gradient: lowered programs do not train.
-What targets have in common (`matmul_nbits`, `spread_groups`) is in `ops`.
+What targets have in common (`matmul_nbits`, `pad_groups`) is in `ops`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def expert_group_quant_linear(
     codes: list[Tensor],
     scale: list[Tensor],
     zero_point: list[Tensor],
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     bits: int,
     group_size: int,
     compute: str,
@@ -92,7 +92,7 @@ def expert_group_quant_linear(
         parts = codes[expert], scale[expert], zero_point[expert]
         return rows @ group_quant_weight(*parts, bits, group_size, x.shape[-1]).to(x.dtype).t()
 
-    return by_expert(x, ends, len(codes), codes[0].shape[0], multiply)
+    return by_expert(x, group_offsets, len(codes), codes[0].shape[0], multiply)
 
 
 @expert_group_quant_linear.register_fake
@@ -101,7 +101,7 @@ def _expert_group_quant_linear_fake(
     codes: list[Tensor],
     scale: list[Tensor],
     zero_point: list[Tensor],
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     bits: int,
     group_size: int,
     compute: str,
@@ -165,7 +165,7 @@ def expert_matmul_blocks(
     scale: list[Tensor],
     zero_point: list[Tensor],
     correction: list[Tensor],
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     bits: int,
     block_size: int,
 ) -> Tensor:
@@ -175,8 +175,8 @@ def expert_matmul_blocks(
         parts = codes[expert], scale[expert], zero_point[expert]
         return rows @ blocks_weight(*parts, bits, block_size, x.shape[-1]).to(x.dtype)
 
-    y = by_expert(x, ends, len(codes), scale[0].shape[1], multiply)
-    return add_corrections(y, sums, correction, ends)
+    y = by_expert(x, group_offsets, len(codes), scale[0].shape[1], multiply)
+    return add_corrections(y, sums, correction, group_offsets)
 
 
 @expert_matmul_blocks.register_fake
@@ -187,7 +187,7 @@ def _expert_matmul_blocks_fake(
     scale: list[Tensor],
     zero_point: list[Tensor],
     correction: list[Tensor],
-    ends: Tensor | None,
+    group_offsets: Tensor | None,
     bits: int,
     block_size: int,
 ) -> Tensor:

@@ -17,7 +17,7 @@ _WORD_BITS = 32
 _CHUNK_ELEMENTS = 1 << 21
 """Rows of about so many codes are packed at a time: the arithmetic takes 24 bytes a code."""
 
-_SPREAD: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
+_CHUNKS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
     2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
     3: (
         torch.int64,
@@ -78,7 +78,7 @@ def unpack_into(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """
     if bits == 8:
         return packed.to(dtype, copy=True)
-    wide, steps = _SPREAD[bits]
+    wide, steps = _CHUNKS[bits]
     unit = 3 if bits == 3 else 1
     bytes_ = packed.unflatten(1, (-1, unit)).unbind(-1)
     # A tensor of its own: a converted one may have odd strides, and could not be viewed as bytes.

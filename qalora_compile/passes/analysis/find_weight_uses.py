@@ -116,7 +116,7 @@ def _misfit(
     rank = len(shape_of(linear.x) or ())
     if matrix.dim() == 2 and linear.kind != EXPERTS:
         return ""
-    wanted = 2 if linear.ends is not None else 3
+    wanted = 2 if linear.group_offsets is not None else 3
     unknown = (0,) if linear.kind == EXPERTS else ()  # these operators take no other rank
     if matrix.dim() == 3 and linear.kind in (EXPERTS, MATMUL) and rank in (wanted, *unknown):
         return ""

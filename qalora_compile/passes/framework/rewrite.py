@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, fx, nn
 
-from qalora_compile.ir.lazy_tensor import is_deferred, keep_recipe
+from qalora_compile.ir.lazy_tensor import is_lazy, keep_recipe
 
 
 class TensorNodes:
@@ -58,7 +58,7 @@ def set_free(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str,
 
 def _copy(tensor: Tensor) -> Tensor:
     """A copy; a deferred tensor, which has no memory, as it is."""
-    return tensor.detach() if is_deferred(tensor) else tensor.detach().clone()
+    return tensor.detach() if is_lazy(tensor) else tensor.detach().clone()
 
 
 def _parameter(values: Tensor, source: Tensor, *, trains: bool) -> Tensor:

@@ -136,12 +136,12 @@ def _match(node: fx.Node) -> _Rotation | None:
                     continue
                 shape = shape_of(inner) or ()
                 fits = len(shape) == 4 and isinstance(shape[1], int)
-                if fits and _is_turned(turned, inner, tables[0]):
-                    return _whole(node, inner, tables[0], tables[1], int(shape[1]))
+                if fits and _is_rotated(turned, inner, tables[0]):
+                    return _full_rotation(node, inner, tables[0], tables[1], int(shape[1]))
     return None
 
 
-def _is_turned(value: object, x: fx.Node, table: fx.Node) -> bool:
+def _is_rotated(value: object, x: fx.Node, table: fx.Node) -> bool:
     """Whether `value` is `cat([−second half of x, first half of x])`."""
     width = table.meta["val"].shape[-1]
     parts = pair(value, -1, 3)
@@ -187,7 +187,7 @@ def _has_equal_halves(table: fx.Node) -> bool:
     return False
 
 
-def _whole(end: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, heads: int) -> _Rotation:
+def _full_rotation(end: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, heads: int) -> _Rotation:
     """The rotation; where x is the first part of heads, and the rest follows, of whole heads."""
     found, reader = call(x, _ATEN.slice.Tensor), only_reader(end)
     source = through(found[0]) if found is not None else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError, PreconditionError, UnsupportedError
-from qalora_compile.ir.affine import is_whole
+from qalora_compile.ir.affine import has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import Seen, defer, holds
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
@@ -22,7 +22,7 @@ from qalora_compile.ir.spec import (
     GROUP_EMBEDDING,
     GROUP_SUM,
     ON_CODES,
-    SPREAD_GROUPS,
+    PAD_GROUPS,
     tensor_argument,
 )
 from qalora_compile.ir.stages import ADAPTED, FOLDED, QUANTIZED
@@ -35,12 +35,12 @@ _ON_CODES = ON_CODES | {GROUP_EMBEDDING}
 
 
 class Layer(NamedTuple):
-    """What a layer on codes says about its weight; `whole` as `Site.has_whole`."""
+    """What a layer on codes says about its weight; `whole` as `Site.has_integer_zero_point`."""
 
     bits: int
     group_size: int
     k: int
-    whole: bool = False
+    integer_zero_point: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class LegalizePass(Pass):
             made = self._lower(layer, bool(site.experts), seen, *parts)
             lowered[path] = {name: f"{path}.{name}" for name in made}
             tensors |= {f"{path}.{name}": tensor for name, tensor in made.items()}
-            if layer.whole and self.shares_scale:
+            if layer.integer_zero_point and self.shares_scale:
                 lowered[path]["scale"] = scales.setdefault(site.path, f"{path}.scale")
             changes.append(Change(path, *self.describe(layer)))
         nodes = TensorNodes(graph)
@@ -146,16 +146,22 @@ class LegalizePass(Pass):
 
     def _lower(self, layer: Layer, experts: bool, seen: Seen, *parts: Tensor) -> dict[str, Tensor]:
         """`lower_weight` of a layer's codes, scale and offset, now or later."""
-        lower = self._lower_experts if experts else self._lower_whole if layer.whole else None
+        lower = (
+            self._lower_experts
+            if experts
+            else self._lower_integer_zero
+            if layer.integer_zero_point
+            else None
+        )
         compute = partial(lower or self.lower_weight, layer=layer)
-        by_rows = self.by_rows and layer.whole
+        by_rows = self.by_rows and layer.integer_zero_point
         return defer(compute, *parts, by_rows=by_rows, seen=seen, key=(layer, experts))
 
-    def _lower_whole(
+    def _lower_integer_zero(
         self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
     ) -> dict[str, Tensor]:
         """`lower_weight` where zero-points are whole numbers, and no correction is left."""
-        if not holds(is_whole(scale, offset, layer.bits).all()):
+        if not holds(has_integer_zero_points(scale, offset, layer.bits).all()):
             raise PostconditionError("a zero-point that should be a whole number is none")
         made = self.lower_weight(qweight, scale, offset, layer)
         return {name: tensor for name, tensor in made.items() if name != "correction"}
@@ -200,11 +206,11 @@ class LegalizePass(Pass):
         return {f"{e}.{name}": tensor for e, p in enumerate(each) for name, tensor in p.items()}
 
 
-def spread(
+def pad_input(
     graph: fx.Graph, x: fx.node.Argument, group_size: int, width: int, wanted: bool
 ) -> fx.node.Argument:
     """X with its groups padded to `width`, where the stored groups are."""
-    return graph.call_function(SPREAD_GROUPS, (x, group_size, width)) if wanted else x
+    return graph.call_function(PAD_GROUPS, (x, group_size, width)) if wanted else x
 
 
 def group_sums(graph: fx.Graph, x: fx.node.Argument, layer: Layer, wanted: bool) -> fx.Node | None:
@@ -230,7 +236,7 @@ def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.node.Argument) -> fx.Node:
 def _layer(node: fx.Node, site: Site) -> Layer:
     bits, group_size = node.args[5], node.args[6]
     assert isinstance(bits, int) and isinstance(group_size, int)
-    return Layer(bits, group_size, site.k, site.has_whole)
+    return Layer(bits, group_size, site.k, site.has_integer_zero_point)
 
 
 def _path(node: fx.Node) -> str:

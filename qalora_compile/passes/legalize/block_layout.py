@@ -30,7 +30,7 @@ class BlockLayout:
     bits: int
     block_size: int
     width: int
-    spread: bool
+    padded: bool
 
     @classmethod
     def choose(cls, *, bits: int, group_size: int, k: int, narrow: bool) -> BlockLayout:
@@ -43,7 +43,7 @@ class BlockLayout:
         why = "exact"
         if self.bits != bits:
             why = f"{bits}-bit codes stored in {self.bits} bits: no fast kernel for {bits}"
-        if self.spread:
+        if self.padded:
             why += f"; groups of {group_size} padded to {self.width}: no kernel for {group_size}"
         return why
 
@@ -80,9 +80,9 @@ def to_blocks(
     ratio = torch.where(wide_scale == 0, 0.0, -wide_offset / wide_scale)
     zero_point = ratio.round().clamp(0, 2**layout.bits - 1)
     codes = unpack_codes(qweight, bits, k)
-    if layout.spread:
+    if layout.padded:
         codes = widen_groups(codes, group_size, layout.width)
-    span = layout.width if layout.spread or groups == 1 else group_size
+    span = layout.width if layout.padded or groups == 1 else group_size
     blocks = group_count(codes.shape[1], layout.block_size)
     codes = functional.pad(codes, (0, blocks * layout.block_size - codes.shape[1]))
     group_of_block = torch.arange(blocks) * layout.block_size // span

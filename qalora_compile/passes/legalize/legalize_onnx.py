@@ -24,7 +24,7 @@ from qalora_compile.passes.legalize.base import (
     add_bias,
     add_correction,
     group_sums,
-    spread,
+    pad_input,
 )
 from qalora_compile.passes.legalize.block_layout import BlockLayout, to_blocks
 
@@ -74,7 +74,7 @@ class LegalizeOnnx(LegalizePass):
         """
         layout = self.layout(layer)
         blocks = to_blocks(qweight, scale, offset, *layer[:3], layout)
-        rows = scale.shape[1] * layout.width if layout.spread else layer.k
+        rows = scale.shape[1] * layout.width if layout.padded else layer.k
         lowered = {
             "qweight": pack_flat(blocks.codes[:, :rows].t(), layout.bits),
             "scale": blocks.scale.t().contiguous(),
@@ -101,7 +101,7 @@ class LegalizeOnnx(LegalizePass):
         layout, correction = self.layout(layer), stored("correction")
         operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
         options = (layout.bits, layout.block_size)
-        wide = spread(graph, x, layer.group_size, layout.width, layout.spread)
+        wide = pad_input(graph, x, layer.group_size, layout.width, layout.padded)
         sums = group_sums(graph, x, layer, correction is not None)
         if node.target is EXPERT_LINEAR:
             more = (wide, sums, *operands, correction or [], last)

@@ -22,7 +22,7 @@ from qalora_compile.ir.spec import (
     GROUP_QUANT_LINEAR,
 )
 from qalora_compile.ir.stages import LEGALIZED
-from qalora_compile.passes.legalize.base import Layer, LegalizePass, add_bias, spread
+from qalora_compile.passes.legalize.base import Layer, LegalizePass, add_bias, pad_input
 from qalora_compile.passes.legalize.block_layout import widen_groups
 
 
@@ -38,7 +38,7 @@ class GroupLayout:
 
     group_size: int
     width: int
-    spread: bool
+    padded: bool
 
     @classmethod
     def choose(cls, layer: Layer) -> GroupLayout:
@@ -62,7 +62,7 @@ class LegalizeOrt(LegalizePass):
     Fires on: every group_linear, and every expert_linear, which becomes one
     `qalora.expert_group_quant_linear`, and every group_embedding, which becomes a
     `qalora.block_embedding`. Where groups are no multiple of 16, or K is no multiple of
-    the group size, the stored groups are padded and x with them (`spread_groups`).
+    the group size, the stored groups are padded and x with them (`pad_groups`).
     Leaves alone: adapters that were not folded.
     Exactness: exact in real arithmetic; zero_point is rounded once to float32. With
     `parameter_dtype="float16"`, scale and zero_point are rounded to float16.
@@ -101,7 +101,7 @@ class LegalizeOrt(LegalizePass):
             why = "scale and zero-point rounded to float16"
         if layout.width != layout.group_size:
             why += f"; groups of {layout.group_size} padded to {layout.width}"
-        elif layout.spread:
+        elif layout.padded:
             why += f"; tail group padded to {layout.width}"
         return f"GroupQuantLinear, {layer.bits} bits, groups of {layout.width}", why
 
@@ -117,7 +117,7 @@ class LegalizeOrt(LegalizePass):
         layout = GroupLayout.choose(layer)
         operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
         options = (layer.bits, layout.width, "int8" if self.accuracy_level else "fp32")
-        x = spread(graph, x, layout.group_size, layout.width, layout.spread)
+        x = pad_input(graph, x, layout.group_size, layout.width, layout.padded)
         if node.target is EXPERT_LINEAR:
             return graph.call_function(EXPERT_GROUP_QUANT_LINEAR, (x, *operands, last, *options))
         y = graph.call_function(GROUP_QUANT_LINEAR, (x, *operands, *options))

@@ -26,7 +26,7 @@ from qalora_compile.passes.legalize.base import (
     LegalizePass,
     add_correction,
     group_sums,
-    spread,
+    pad_input,
 )
 from qalora_compile.passes.legalize.block_layout import BlockLayout, Blocks, to_blocks
 
@@ -55,7 +55,7 @@ class LegalizeOrtStock(LegalizePass):
 
     Fires on: every group_linear, and every expert_linear, which becomes one
     `qalora.expert_matmul_nbits`, and every group_embedding, which becomes a
-    `qalora.block_embedding`; group sizes that no kernel takes are padded (`spread_groups`).
+    `qalora.block_embedding`; group sizes that no kernel takes are padded (`pad_groups`).
     Leaves alone: adapters that were not folded.
     Exactness: exact in real arithmetic for any group size, tail, scale and offset; the correction
     is rounded once to float32. As digits of b bits each it is rounded to about 2^(1 − b) per digit
@@ -113,7 +113,7 @@ class LegalizeOrtStock(LegalizePass):
         digits = self._digits(layer)
         operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
         options = (layout.bits, layout.block_size, self.accuracy_level)
-        wide = spread(graph, x, layer.group_size, layout.width, layout.spread)
+        wide = pad_input(graph, x, layer.group_size, layout.width, layout.padded)
         sums = group_sums(graph, x, layer, correction is not None or digits > 0)
         if digits:
             wide, sums = self._append_sums(graph, wide, sums, layer), None
@@ -138,7 +138,7 @@ class LegalizeOrtStock(LegalizePass):
 
     def _digits(self, layer: Layer) -> int:
         """Digits of the correction, which whole zero-points do not need."""
-        wanted = self.correction == "digits" and not layer.whole
+        wanted = self.correction == "digits" and not layer.integer_zero_point
         return DIGITS[self.accuracy_level] if wanted else 0
 
     def _append_sums(
@@ -147,7 +147,7 @@ class LegalizeOrtStock(LegalizePass):
         """x, and behind it the group-sums once for each digit, each part in whole blocks."""
         layout = self.layout(layer)
         groups = group_count(layer.k, layer.group_size)
-        width = groups * layout.width if layout.spread else layer.k
+        width = groups * layout.width if layout.padded else layer.k
         parts = [_pad_to_blocks(graph, x, width, layout.block_size)]
         parts += [_pad_to_blocks(graph, sums, groups, layout.block_size)] * self._digits(layer)
         return graph.call_function(_ATEN.cat.default, (parts, -1))

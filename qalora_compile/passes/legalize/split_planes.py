@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError
-from qalora_compile.ir.affine import is_whole
+from qalora_compile.ir.affine import has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import defer, holds
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
@@ -38,7 +38,7 @@ class SplitPlanes(Pass):
     with `offset = −scale · z` of each plane, and one scale for both. ONNX Runtime's MatMulNBits has
     no float32 kernel for 8 bits: it dequantizes the whole weight in every call.
 
-    Fires on: group_linear and group_embedding of 8 bits with whole zero-points (`Site.whole`).
+    Fires on: group_linear and group_embedding of 8 bits of `Site.frozen_integer_zero`.
     Leaves alone: everything else.
     Exactness: exact in real arithmetic. Rows that are looked up are exact in float32 as well:
     scales of whole zero-points have 16 significant bits.
@@ -56,7 +56,7 @@ class SplitPlanes(Pass):
         nodes, changes = TensorNodes(graph), []
         for node in track([n for n in graph.nodes if n.target in _LAYERS], "split"):
             site = rows.get(site_of(node) or "")
-            if site is None or not site.whole or node.args[5] != 2 * _HALF_BITS:
+            if site is None or not site.frozen_integer_zero or node.args[5] != 2 * _HALF_BITS:
                 continue
             if site.path not in split:
                 parts = [tensor_argument(program, node, place) for place in (1, 2, 3)]
@@ -73,7 +73,7 @@ class SplitPlanes(Pass):
             if node.target not in _LAYERS or not _is_plane(node):
                 continue
             scale, offset = (stored_tensor(after, node, node.args[i]) for i in (2, 3))
-            if not holds(is_whole(scale, offset, _HALF_BITS).all()):
+            if not holds(has_integer_zero_points(scale, offset, _HALF_BITS).all()):
                 raise PostconditionError("a plane's zero-point is no code", where=str(node.args[1]))
 
 

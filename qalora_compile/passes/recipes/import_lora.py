@@ -42,7 +42,7 @@ def check_updates(plan: SitePlan, updates: Updates) -> None:
             )
         for update in several:
             _check_sizes(site, update)
-        if site.decision == KEEP or site.experts or site.whole:
+        if site.decision == KEEP or site.experts or site.frozen_integer_zero:
             raise PreconditionError(
                 "the adapter adapts a layer that has no foldable adapter: "
                 f"{site.reason if site.decision == KEEP else 'stacked experts or whole offsets'}",
@@ -116,7 +116,7 @@ def _folds(update: LowRankUpdate, site: Site) -> bool:
     return torch.equal(expand_groups(update.a[:, ::group], group, site.k), update.a)
 
 
-def take_updates(program: Program, updates: Updates, *, approximate: bool = False) -> Program:
+def import_lora(program: Program, updates: Updates, *, approximate: bool = False) -> Program:
     """Make adapters of updates: a program at stage `adapted`, ready to fold or to train on.
 
     Several updates of a layer are added up, exactly, by putting their ranks one after another. A

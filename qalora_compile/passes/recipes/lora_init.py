@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qalora_compile.config import AUTO, AdapterSpec
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.affine import dequantize
-from qalora_compile.ir.lazy_tensor import is_deferred
+from qalora_compile.ir.lazy_tensor import is_lazy
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import get_tensor, match_linear
 from qalora_compile.ir.program import Program
@@ -27,7 +27,7 @@ from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.passes.insert_adapters import InsertAdapters
 from qalora_compile.passes.sort_columns import SortColumns
 from qalora_compile.progress import track
-from qalora_compile.quantizers.budget import spread_ranks
+from qalora_compile.quantizers.budget import distribute_ranks
 from qalora_compile.quantizers.low_rank import PooledCorrection
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
@@ -72,7 +72,7 @@ def float_weights(annotated: Program) -> dict[str, Tensor]:
         linear = match_linear(nodes[site.name])
         tensor = get_tensor(annotated.module, site.weight)
         assert linear is not None and tensor is not None, "the plan was made from this module"
-        if is_deferred(tensor):
+        if is_lazy(tensor):
             raise PreconditionError(
                 "the weight was not read yet, so that its error cannot be measured",
                 where=site.name,
@@ -83,7 +83,7 @@ def float_weights(annotated: Program) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Correction:
+class LoraInit:
     """What adapters could correct of one quantized weight.
 
     Attributes:
@@ -109,12 +109,12 @@ class Correction:
         return [gain / energy if energy > 0 else 0.0 for gain in values.square().sum(0).tolist()]
 
 
-def find_corrections(
+def find_lora_init(
     annotated: Program,
     quantized: Program,
     insert: InsertAdapters,
     statistics: Mapping[str, ActivationStatistics],
-) -> Iterator[Correction]:
+) -> Iterator[LoraInit]:
     """Compare the quantized weights with those before, one after another.
 
     Args:
@@ -139,20 +139,20 @@ def find_corrections(
         changes = matrices - _on_codes(quantized, site).reshape_as(matrices)
         pool = insert.pool_of(site)
         parts = tuple(PooledCorrection.of(change, pool, known) for change in changes)
-        yield Correction(site, parts, weight, known)
+        yield LoraInit(site, parts, weight, known)
 
 
 def choose_ranks(
-    spec: AdapterSpec, find: Callable[[InsertAdapters], Iterable[Correction]]
+    spec: AdapterSpec, find: Callable[[InsertAdapters], Iterable[LoraInit]]
 ) -> tuple[InsertAdapters, dict[str, str]]:
     """The pass for a specification, and what the plan should say of the ranks, by site path.
 
     Rank `"auto"` gives ranks where they lower the output error most for their parameters, each
-    layer's error taken relative to its output (see `spread_ranks`).
+    layer's error taken relative to its output (see `distribute_ranks`).
 
     Args:
         spec: Of the adapters.
-        find: `find_corrections` of the program that they go into.
+        find: `find_lora_init` of the program that they go into.
 
     Raises:
         UserInputError: the budget does not give every weight rank 1.
@@ -167,7 +167,7 @@ def choose_ranks(
         groups = correction.parts[0].right.shape[1]
         costs[site.path] = (site.experts or 1) * (site.n + groups)
     assert spec.rank_budget is not None, "checked with the specification"
-    ranks = spread_ranks(gains, costs, spec.rank_budget)
+    ranks = distribute_ranks(gains, costs, spec.rank_budget)
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
     others = {path: rank for path, rank in ranks.items() if rank != usual}
     insert = InsertAdapters(**options | {"rank": usual, "ranks": format_choices(others)})
@@ -196,7 +196,7 @@ def _on_codes(quantized: Program, site: Site) -> Tensor:
 
 
 def start_from(
-    adapted: Program, insert: InsertAdapters, corrections: Iterable[Correction]
+    adapted: Program, insert: InsertAdapters, corrections: Iterable[LoraInit]
 ) -> Program:
     """The adapted program with A and B such that scaling · f · B A is the best correction.
 

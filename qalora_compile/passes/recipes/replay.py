@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from qalora_compile.errors import PreconditionError
-from qalora_compile.ir.lazy_tensor import is_deferred
+from qalora_compile.ir.lazy_tensor import is_lazy
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import QUANTIZE, UNUSED, Site, SitePlan
 from qalora_compile.ir.stages import ANNOTATED
@@ -91,7 +91,7 @@ def _give_tensors(source: Program, replayed: Program) -> Program:
     tensors = {}
     for name, tensor in replayed.tensors().items():
         found = given.get(name)
-        if found is None and is_deferred(tensor):
+        if found is None and is_lazy(tensor):
             raise PreconditionError(
                 f"the program has no tensor {name}, which this capture of its model reads",
                 where=name,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UnsupportedError
-from qalora_compile.ir.checkpoint_codes import StoredCodes, StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
 from qalora_compile.ir.program import Program
 from qalora_compile.passes.analysis.select_sites import format_choices
 from qalora_compile.passes.assign_bits import AssignBits
@@ -30,7 +30,7 @@ class KeptCodes:
         without: Paths of weights to quantize that the checkpoint has no codes of.
     """
 
-    weights: dict[str, tuple[StoredWeight, ...]]
+    weights: dict[str, tuple[CheckpointWeight, ...]]
     without: tuple[str, ...] = ()
 
     @property
@@ -68,7 +68,7 @@ class KeptCodes:
         return kept | dict.fromkeys(self.without, _WITHOUT)
 
 
-def keep_codes(annotated: Program, codes: StoredCodes) -> KeptCodes:
+def reuse_codes(annotated: Program, codes: CheckpointCodes) -> KeptCodes:
     """Find the weights to quantize among the codes of their checkpoint.
 
     Args:
@@ -91,7 +91,9 @@ def keep_codes(annotated: Program, codes: StoredCodes) -> KeptCodes:
     return KeptCodes(found, tuple(without))
 
 
-def _matrices(path: str, weight: Tensor, codes: StoredCodes) -> tuple[StoredWeight, ...] | None:
+def _matrices(
+    path: str, weight: Tensor, codes: CheckpointCodes
+) -> tuple[CheckpointWeight, ...] | None:
     """The codes of every matrix of a weight, or None where there are none.
 
     Raises:
@@ -125,7 +127,7 @@ def _matrices(path: str, weight: Tensor, codes: StoredCodes) -> tuple[StoredWeig
     )
 
 
-def _has_codes(matrix: Tensor, codes: StoredCodes) -> bool:
+def _has_codes(matrix: Tensor, codes: CheckpointCodes) -> bool:
     """Whether some row is one that codes stand for; rows of zeros say nothing."""
     rows = matrix[:: max(1, len(matrix) // _PROBES)]
     return any(codes.find(row[None]) is not None for row in rows if bool(row.any()))

@@ -37,7 +37,7 @@ _STATE = ("truncation", "padding")
 """Parts of a tokenizer's description that its last call leaves behind."""
 
 
-class Corpus(Examples):
+class ArrowExamples(Examples):
     """Examples in an Arrow file; those that are asked for are read, the rest stays on disk."""
 
     def __init__(self, path: Path) -> None:
@@ -61,7 +61,7 @@ class Corpus(Examples):
         ]
 
 
-def load_corpus(files: Sequence[Path], reader: LineReader, cache: Path) -> Dataset:
+def load_arrow_cache(files: Sequence[Path], reader: LineReader, cache: Path) -> Dataset:
     """The data of files, tokenized into the cache where that was not done before.
 
     Raises:
@@ -77,7 +77,7 @@ def load_corpus(files: Sequence[Path], reader: LineReader, cache: Path) -> Datas
     counts = read_json(folder / COUNTS_FILE)
     least, largest = counts["token_range"]
     return Dataset(
-        Corpus(folder / EXAMPLES_FILE),
+        ArrowExamples(folder / EXAMPLES_FILE),
         tuple(FileCount(**file) for file in counts["files"]),
         reader.classes or (),
         (least, largest),

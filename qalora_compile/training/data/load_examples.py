@@ -64,9 +64,9 @@ def load_examples(
     )
     files = find_files(paths)
     if cache is not None:
-        from qalora_compile.training.data.arrow_cache import load_corpus
+        from qalora_compile.training.data.arrow_cache import load_arrow_cache
 
-        return load_corpus(files, reader, Path(cache))
+        return load_arrow_cache(files, reader, Path(cache))
     index = RowIndex(files)
     if not index.few(max_length):
         return _load_lazily(index, reader)

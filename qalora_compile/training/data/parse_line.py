@@ -140,7 +140,7 @@ class LineReader:
         self._require_tokenizer(where)
         remarks: tuple[str, ...] = ()
         if form.name == TEXT:
-            tokens = self._texts.ended(self._texts.whole(form.row["text"], "text", where))
+            tokens = self._texts.ended(self._texts.encode_field(form.row["text"], "text", where))
             remarks = ("labels are not learned",) if "label" in form.row else ()
             return Reading(Example(tuple(tokens), tuple(tokens)), form.name, remarks=remarks)
         if form.chat is not None and (form.pair is None or self._has_template):
@@ -180,8 +180,8 @@ class LineReader:
     def _read_pair(self, form: Form, decoder_start: int, where: str) -> Reading:
         """Text for the encoder, and what the decoder makes of it, each as the tokenizer ends it."""
         prompt, completion = self._pair_of(form, where)
-        source = self._texts.whole(prompt, "prompt", where)
-        target = self._texts.ended(self._texts.whole(completion, "completion", where))
+        source = self._texts.encode_field(prompt, "prompt", where)
+        target = self._texts.ended(self._texts.encode_field(completion, "completion", where))
         example = Example((decoder_start, *target), (IGNORED, *target), tuple(source))
         return Reading(example, form.name)
 
@@ -202,7 +202,7 @@ class LineReader:
         index = self._class_of(fields, where)
         self._require_tokenizer(where)
         text = string(fields, "text", where)
-        tokens = self._texts.whole(text, "text", where)
+        tokens = self._texts.encode_field(text, "text", where)
         cut = len(tokens) > self.max_length
         if cut:  # by the tokenizer, which keeps the token that ends a text
             limits = {"truncation": True, "max_length": self.max_length}

@@ -56,7 +56,7 @@ class Texts:
         """The tokens of a text alone."""
         return self.encode(text, where, add_special_tokens=False)
 
-    def whole(self, text: str, key: str, where: str) -> list[int]:
+    def encode_field(self, text: str, key: str, where: str) -> list[int]:
         """The tokens of a field, and special ones; a text that holds none is refused.
 
         Of a text that is far too long, the tokens of its beginning, more than are kept.

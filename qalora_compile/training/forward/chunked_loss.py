@@ -32,14 +32,14 @@ from qalora_compile.ir.spec import (
     ADAPTED_LINEAR,
     GROUP_LINEAR,
     GROUP_SUM,
+    INTEGER_ZERO_LINEAR,
     POOLED_ADAPTER,
-    WHOLE_LINEAR,
 )
-from qalora_compile.ir.subgraph import part_of
+from qalora_compile.ir.subgraph import extract_subgraph
 
 _ATEN = torch.ops.aten
 _PRODUCTS = frozenset(
-    {_ATEN.linear.default, GROUP_LINEAR, ADAPTED_LINEAR, WHOLE_LINEAR, POOLED_ADAPTER}
+    {_ATEN.linear.default, GROUP_LINEAR, ADAPTED_LINEAR, INTEGER_ZERO_LINEAR, POOLED_ADAPTER}
 )
 _ROW_WISE = _PRODUCTS | frozenset(
     {
@@ -95,7 +95,7 @@ def split_head(module: ProgramModule) -> tuple[ProgramModule, Head]:
     body = build_module(graph, tensors, submodules=module, training=module.training)
     if found is None:
         return body, Head(None)
-    head = part_of(module, nodes, (cut,), logits)
+    head = extract_subgraph(module, nodes, (cut,), logits)
     return body, Head(head, tuple(p for p in head.parameters() if p.requires_grad))
 
 

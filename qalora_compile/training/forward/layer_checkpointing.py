@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.module import ProgramModule, build_module, program_tensors
-from qalora_compile.ir.subgraph import part_of
+from qalora_compile.ir.subgraph import extract_subgraph
 
 _LAYER = re.compile(r"((?:.*?\.)?\d+)\.")
 _STORED = ("placeholder", "get_attr", "output")
@@ -112,7 +112,7 @@ def checkpoint_graph(module: ProgramModule) -> ProgramModule:
             new[node] = outer.placeholder(node.name)
     for index, segment in enumerate(segments):
         inputs, outputs = _inputs(segment), _outputs(segment)
-        part = part_of(module, segment.nodes, inputs, tuple(outputs))
+        part = extract_subgraph(module, segment.nodes, inputs, tuple(outputs))
         name = f"part_{index}"
         parts.add_module(name, Checkpointed(part) if segment.layer else part)
         call = outer.call_module(name, tuple(new[node] for node in inputs))

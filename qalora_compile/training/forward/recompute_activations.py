@@ -20,14 +20,14 @@ from qalora_compile.ir.module import (
     erase_unread,
     program_tensors,
 )
-from qalora_compile.ir.spec import ADAPTED_LINEAR, WHOLE_LINEAR
-from qalora_compile.ir.subgraph import part_of
+from qalora_compile.ir.spec import ADAPTED_LINEAR, INTEGER_ZERO_LINEAR
+from qalora_compile.ir.subgraph import extract_subgraph
 from qalora_compile.training.forward.layer_checkpointing import Checkpointed
 
-_LAYERS = frozenset({ADAPTED_LINEAR, WHOLE_LINEAR})
+_LAYERS = frozenset({ADAPTED_LINEAR, INTEGER_ZERO_LINEAR})
 
 
-def recompute_between(module: ProgramModule) -> ProgramModule:
+def recompute_activations(module: ProgramModule) -> ProgramModule:
     """A module of the same function and tensors that keeps less.
 
     For every layer with an adapter, the nodes whose values reach nothing but this layer's input run
@@ -49,7 +49,7 @@ def recompute_between(module: ProgramModule) -> ProgramModule:
         read = (n for node in nodes for n in node.all_input_nodes if n.op != "get_attr")
         inputs = tuple(dict.fromkeys(node for node in read if node not in own))
         name = f"between_{order[layer]}"
-        holder.add_module(name, Checkpointed(part_of(module, nodes, inputs, x)))
+        holder.add_module(name, Checkpointed(extract_subgraph(module, nodes, inputs, x)))
         with graph.inserting_before(layer):
             again = graph.call_module(name, inputs)
         layer.update_arg(0, again)

@@ -20,7 +20,7 @@ from qalora_compile.training.evaluate import label_loss, model_inputs, rows_of
 from qalora_compile.training.forward.chunked_loss import Head, mean_loss, split_head
 from qalora_compile.training.forward.fuse_adapters import fuse_adapters
 from qalora_compile.training.forward.layer_checkpointing import checkpoint_graph
-from qalora_compile.training.forward.recompute_activations import recompute_between
+from qalora_compile.training.forward.recompute_activations import recompute_activations
 
 
 class TrainingForward:
@@ -29,7 +29,7 @@ class TrainingForward:
     Every layer and its adapter are one operator (`fuse_adapters`). Called with the program's
     arguments, it gives the program's outputs; `loss` gives that of a language model without making
     the logits of all tokens at once (`token_loss`). What lies between two layers is computed again
-    in the backward pass (`recompute_between`). The mode follows that of the program.
+    in the backward pass (`recompute_activations`). The mode follows that of the program.
 
     Args:
         program: At stage `adapted`; its parameters are shared, and may go on being trained by
@@ -90,7 +90,7 @@ class TrainingForward:
         return mean_loss(rows, targets, head)
 
     def _runnable(self, module: ProgramModule) -> ProgramModule:
-        return checkpoint_graph(module) if self._checkpointed else recompute_between(module)
+        return checkpoint_graph(module) if self._checkpointed else recompute_activations(module)
 
     def _run(self, module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call with checked arguments, in the mode of the program."""

@@ -22,7 +22,7 @@ from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.safetensors_io import load_tensors, save_tensors
-from qalora_compile.ir.spec import ADAPTERS, POOLED_ADAPTER, WHOLE_LINEAR, pooled_input
+from qalora_compile.ir.spec import ADAPTERS, INTEGER_ZERO_LINEAR, POOLED_ADAPTER, pooled_input
 from qalora_compile.ir.stages import ADAPTED, ADAPTER_NAMES
 from qalora_compile.training.records.checkpoint import load_adapters
 from qalora_compile.untrusted import read_json
@@ -162,7 +162,7 @@ def _layers(program: Program) -> dict[str, _Layer]:
         )
     found = {}
     for node in program.graph.nodes:
-        if node.target is WHOLE_LINEAR:
+        if node.target is INTEGER_ZERO_LINEAR:
             raise UnsupportedError(
                 "PEFT has no adapters that keep zero-points whole",
                 where=site_of(node),

@@ -126,7 +126,7 @@ def write_report(
     if samples:
         page.section("Before and after", "The likeliest answers to the first held-out examples.")
         for sample in samples:
-            page.beside(
+            page.side_by_side(
                 ("prompt", sample.question.prompt),
                 ("wanted", sample.question.wanted),
                 ("before training", sample.before),

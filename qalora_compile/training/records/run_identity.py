@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
-from qalora_compile.ir.spec import ADAPTERS, DROPOUT, WHOLE_LINEAR, pooled_input
+from qalora_compile.ir.spec import ADAPTERS, DROPOUT, INTEGER_ZERO_LINEAR, pooled_input
 from qalora_compile.training.spec import FitSpec
 
 _BLOCK = 1 << 20
@@ -97,7 +97,7 @@ def _adapters(program: Program) -> dict[str, str]:
     """What the adapter of each path multiplies its update by, pools and drops."""
     found: dict[str, str] = {}
     for node in program.graph.nodes:
-        if node.target is WHOLE_LINEAR:
+        if node.target is INTEGER_ZERO_LINEAR:
             *_, lora_a, _, factor, kind = node.args
             text = f"times {factor} on the {kind} of groups of {node.args[6]}"
         elif node.target in ADAPTERS:

@@ -15,13 +15,13 @@ from qalora_compile.ir.site_plan import Site
 from qalora_compile.pages import Page, bar_chart, histogram
 from qalora_compile.verify.compare import Comparison, Report
 from qalora_compile.verify.numeric.error_bound import BEYOND, EXPLAINED
-from qalora_compile.verify.numeric.report import NumericReport, Way
+from qalora_compile.verify.numeric.report import ModeReport, NumericReport
 from qalora_compile.verify.proof.certificate import Certificate
 from qalora_compile.verify.proof.compare_weights import Coefficients
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Tensor
 from qalora_compile.verify.proof.graphs.read_fx import program_graph
-from qalora_compile.verify.proof.graphs.stored_tensor import Stored
-from qalora_compile.verify.proof.open_graph import open_side, open_sides
+from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
+from qalora_compile.verify.proof.open_graph import open_graph, open_graphs
 from qalora_compile.verify.proof.weights.fx_layers import fx_linear
 from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError
 from qalora_compile.verify.proof.weights.onnx_layers import onnx_linear
@@ -53,7 +53,7 @@ def verify_page(outcome: Outcome, a: Program, b: Program | Path, *, title: str) 
         _proof(page, outcome)
     else:
         _compared(page, outcome)
-    graphs = open_side(a), open_sides(b)
+    graphs = open_graph(a), open_graphs(b)
     _zero_points(page, a, b, graphs[1])
     _graphs(page, graphs[0], *graphs[1])
     return page
@@ -77,9 +77,9 @@ def _numeric(page: Page, report: NumericReport) -> None:
     )
     page.table(
         ("way of running", "verdict", "values", "largest ratio", "at", "on"),
-        [(w.name, w.verdict, len(w.rows), *_worst_of(w)) for w in report.ways],
+        [(w.name, w.verdict, len(w.rows), *_worst_of(w)) for w in report.modes],
     )
-    way = next((w for w in report.ways if w.verdict == report.verdict), report.ways[0])
+    way = next((w for w in report.modes if w.verdict == report.verdict), report.modes[0])
     rows = [row for row in way.rows if row.kind in ("site", "output")]
     if rows:
         page.section("Errors by layer", f"Candidate: {way.name}.")
@@ -112,7 +112,7 @@ def _worst_inputs(page: Page, report: NumericReport) -> None:
         "The largest ratio of any output on each input; – where the reference is not accurate "
         "itself, all of it is padding, or that way was tried on one input alone.",
     )
-    ran = [way for way in report.ways if way.inputs]
+    ran = [way for way in report.modes if way.inputs]
     if not ran:
         page.text("The candidate did not run.")
         return
@@ -123,7 +123,7 @@ def _worst_inputs(page: Page, report: NumericReport) -> None:
     )
 
 
-def _worst_of(way: Way) -> tuple[object, str, str]:
+def _worst_of(way: ModeReport) -> tuple[object, str, str]:
     worst = way.worst
     if worst is None:
         return "", way.problem, ""
@@ -312,7 +312,9 @@ def effective_zero_points(
     return found
 
 
-def _amount_to(linear: Linear, packed: Stored, scale: Stored, site: Site) -> NDArray[np.float64]:
+def _amount_to(
+    linear: Linear, packed: StoredTensor, scale: StoredTensor, site: Site
+) -> NDArray[np.float64]:
     """`mean(q − W / scale)` of each group, `[N, L]`, some rows at a time; 0 where the scale is."""
     assert site.bits is not None and site.group_size is not None, "the site is quantized"
     starts = np.arange(0, site.k, site.group_size)
@@ -333,7 +335,7 @@ def _graphs(page: Page, *graphs: Graph) -> None:
     page.section("Graphs")
     if max(len(graph.nodes) for graph in graphs) <= _LINES:
         columns = [(_heading(g), "\n".join(map(_line, g.nodes.values()))) for g in graphs]
-        page.beside(*columns, fold="the graphs, side by side")
+        page.side_by_side(*columns, fold="the graphs, side by side")
         return
     page.facts({"ABCDEFGH"[place]: _heading(graph) for place, graph in enumerate(graphs)})
     layers = [_by_layer(graph) for graph in graphs]
@@ -343,7 +345,7 @@ def _graphs(page: Page, *graphs: Graph) -> None:
         columns = [
             (graph.label, "\n".join(one)) for graph, one in zip(graphs, lines, strict=True) if one
         ]
-        page.beside(*columns, fold=f"{layer or 'outside of all layers'}: {counts} nodes")
+        page.side_by_side(*columns, fold=f"{layer or 'outside of all layers'}: {counts} nodes")
 
 
 def _heading(graph: Graph) -> str:

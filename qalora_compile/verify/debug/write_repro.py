@@ -12,14 +12,14 @@ from torch import Tensor
 from qalora_compile.files import atomic_folder, write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import argument_names, split_call
-from qalora_compile.ir.subgraph import Cut, cut_part, reads
+from qalora_compile.ir.subgraph import Cut, cut_subgraph, reads
 from qalora_compile.verify.debug.bisect import Culprit
 from qalora_compile.verify.numeric.compare_nodes import compare_nodes
 from qalora_compile.verify.numeric.error_bound import PASS
 from qalora_compile.verify.numeric.run_float64 import run_nodes
 from qalora_compile.verify.proof.graphs.graph import Ref
 from qalora_compile.verify.proof.match_structure import match_values
-from qalora_compile.verify.proof.open_graph import open_side
+from qalora_compile.verify.proof.open_graph import open_graph
 
 _INPUTS, _RECORD = "inputs.safetensors", "reproduction.json"
 _OUTPUT = "value"
@@ -66,7 +66,7 @@ pass: {step}
 """
 
 
-def write_reproduction(culprit: Culprit, folder: str | Path, *, overwrite: bool = False) -> Path:
+def write_repro(culprit: Culprit, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write what reproduces a culprit: two programs, their inputs, `repro.py` and a README.
 
     The programs are the part between the values that still agree and the first that does not; where
@@ -113,11 +113,11 @@ def _smallest(culprit: Culprit) -> _Parts | None:
     if row is None:
         return None
     a, b = culprit.before, culprit.after
-    matches = match_values(open_side(a), open_side(b))
+    matches = match_values(open_graph(a), open_graph(b))
     known = {m.name: m.values for m in matches}
     if row.name not in known or not all(isinstance(v, Ref) for v in known[row.name]):
         return None  # an output that one side lacks, or that is stored
-    passed = {r.name for way in culprit.report.ways for r in way.rows if r.verdict == PASS}
+    passed = {r.name for way in culprit.report.modes for r in way.rows if r.verdict == PASS}
     targets = known[row.name]
     agreeing = {
         first.name: second.name
@@ -135,7 +135,7 @@ def _smallest(culprit: Culprit) -> _Parts | None:
     values = dict(zip(_placeholders(a), args, strict=True)) | run_nodes(a, args, frozenset(wanted))
     cuts = [(name, values[name]) for name in wanted if isinstance(values[name], Tensor)]
     first, second = (
-        cut_part(
+        cut_subgraph(
             program,
             targets[side].name,
             [Cut(f"x{i}", (n, agreeing[n])[side], v) for i, (n, v) in enumerate(cuts)],

@@ -21,15 +21,21 @@ from qalora_compile.progress import track
 from qalora_compile.verify.inputs import sample_inputs
 from qalora_compile.verify.numeric.adversarial_inputs import adversarial_inputs
 from qalora_compile.verify.numeric.decoding_calls import decoding_calls, every_token
-from qalora_compile.verify.numeric.error_bound import FAIL, UNITS, Judgement, judge, unjudged
+from qalora_compile.verify.numeric.error_bound import (
+    FAIL,
+    UNITS,
+    BoundCheck,
+    check_bound,
+    without_numbers,
+)
 from qalora_compile.verify.numeric.nonfinite import damages
 from qalora_compile.verify.numeric.padding import Padding, padding_of
-from qalora_compile.verify.numeric.report import NumericReport, ValueRow, Way, worst_verdict
+from qalora_compile.verify.numeric.report import ModeReport, NumericReport, ValueRow, worst_verdict
 from qalora_compile.verify.numeric.run_float64 import run_nodes, run_reference, working_dtype
 from qalora_compile.verify.proof.graphs.graph import ONNX, Graph, Ref
 from qalora_compile.verify.proof.graphs.graph import Tensor as StoredTensor
 from qalora_compile.verify.proof.match_structure import Match, match_values
-from qalora_compile.verify.proof.open_graph import open_side
+from qalora_compile.verify.proof.open_graph import open_graph
 from qalora_compile.verify.runners.onnx_session import LEVELS, OnnxSession, hides, uses_library
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -88,22 +94,23 @@ def compare_nodes(
     if not calls:
         raise UserInputError("no input was given to compare on", hint="pass at least one")
     _check_levels(levels)
-    sides = (open_side(reference), open_side(candidate))
+    sides = (open_graph(reference), open_graph(candidate))
     matches = match_values(*sides)
     if {m.kind for m in matches} <= {"read", "site", "node"}:
         raise UserInputError(
             "the two have no output in common", where=f"{sides[0].label}, {sides[1].label}"
         )
     leaves = {name: program.leaves(*split_call(call)) for name, call in calls.items()}
-    ways, notes = _ways(candidate, sides[1], matches, levels, library)
+    modes, notes = _execution_modes(candidate, sides[1], matches, levels, library)
     with _references(program, matches, leaves, _working(candidate)) as references:
         found = [
-            _try(way, references, sides, matches, program, leaves) for way in track(ways, "compare")
+            _try(way, references, sides, matches, program, leaves)
+            for way in track(modes, "compare")
         ]
     rest = tuple(_absent_outputs(*sides, next(iter(calls))))
     found = [way if way.problem else replace(way, rows=way.rows + rest) for way in found]
-    found += _damaged_ways(sides)
-    notes += _not_judged(found, calls) + _not_tensors(found, matches)
+    found += _damaged_modes(sides)
+    notes += _not_checked(found, calls) + _not_tensors(found, matches)
     return NumericReport(sides[0].label, sides[1].label, tuple(calls), tuple(found), tuple(notes))
 
 
@@ -115,23 +122,23 @@ def _check_levels(levels: Sequence[str]) -> None:
         )
 
 
-def _damaged_ways(sides: Sequence[Graph]) -> list[Way]:
+def _damaged_modes(sides: Sequence[Graph]) -> list[ModeReport]:
     """A way that fails for each stored tensor with NaN or infinities, which no input may read."""
-    return [Way("stored tensors", (), (), text) for text in damages(sides)]
+    return [ModeReport("stored tensors", (), (), text) for text in damages(sides)]
 
 
-def _not_judged(ways: Sequence[Way], names: Iterable[str]) -> list[str]:
+def _not_checked(modes: Sequence[ModeReport], names: Iterable[str]) -> list[str]:
     """The inputs on which no output was judged, on any way that ran."""
-    ran = [way for way in ways if not way.problem]
-    judged = {name for way in ran for name, _ in way.inputs}
-    lost = [name for name in names if ran and name not in judged]
+    ran = [way for way in modes if not way.problem]
+    checked = {name for way in ran for name, _ in way.inputs}
+    lost = [name for name in names if ran and name not in checked]
     why = "the reference is not accurate there itself, or all of it is padding"
     return [f"no output is judged on {name}: {why}" for name in lost]
 
 
-def _not_tensors(ways: Sequence[Way], matches: Sequence[Match]) -> list[str]:
+def _not_tensors(modes: Sequence[ModeReport], matches: Sequence[Match]) -> list[str]:
     """The outputs that no way that ran has a row of."""
-    ran = [way for way in ways if not way.problem]
+    ran = [way for way in modes if not way.problem]
     rows = {row.name for way in ran for row in way.rows}
     lost = [m.name for m in matches if m.kind == "output" and ran and m.name not in rows]
     return [f"{name} is not compared: it is no tensor" for name in lost]
@@ -145,7 +152,7 @@ def _absent_outputs(a: Graph, b: Graph, tried: str) -> list[ValueRow]:
             if value is not None and other.outputs.get(name) is None:
                 lines = (one.line(value), "(nothing)")
                 shown = (lines[1], lines[0]) if flip else lines
-                found = unjudged(f"{other.label} has no such output")
+                found = without_numbers(f"{other.label} has no such output")
                 rows.append(ValueRow(f"output {name}", "output", "", shown, tried, found, 0, FAIL))
     return rows
 
@@ -183,7 +190,7 @@ class _Candidate:
     once: bool = False
 
 
-def _ways(
+def _execution_modes(
     candidate: Program | str | Path,
     graph: Graph,
     matches: Sequence[Match],
@@ -204,11 +211,11 @@ def _ways(
             libraries.append(Path(library))
     elif library is not None:
         notes.append("not tried with the operator library: the file has no operator of it")
-    ways = []
+    modes = []
     for level in levels:
         for one in libraries:
             kernels = "kernels of ONNX Runtime" if one is None else "operator library"
-            ways.append(
+            modes.append(
                 _Candidate(
                     f"optimization {level}, {kernels}",
                     lambda level=level, one=one: _run_model(  # type: ignore[misc]
@@ -217,7 +224,7 @@ def _ways(
                 )
             )
     if hides(graph.extra):
-        ways.append(
+        modes.append(
             _Candidate(
                 "functions of the file instead of kernels",
                 lambda: _run_model(
@@ -226,7 +233,7 @@ def _ways(
                 once=True,
             )
         )
-    return ways, notes
+    return modes, notes
 
 
 def _names(matches: Sequence[Match], side: int) -> list[str]:
@@ -298,9 +305,9 @@ def _try(
     matches: Sequence[Match],
     program: Program,
     leaves: Mapping[str, Sequence[Any]],
-) -> Way:
+) -> ModeReport:
     """Run one way on every input and judge every value."""
-    judged: dict[int, list[tuple[str, Judgement]]] = defaultdict(list)
+    checked: dict[int, list[tuple[str, BoundCheck]]] = defaultdict(list)
     try:
         compute = way.open()
         for index, (name, flat) in enumerate(leaves.items()):
@@ -310,29 +317,29 @@ def _try(
             padding = padding_of(program.signature, flat)
             found = compute(program, flat)
             for place, match in enumerate(matches):
-                one = _judge(match, sides, (exact, own), found, references.unit, padding)
+                one = _check_value(match, sides, (exact, own), found, references.unit, padding)
                 if one is not None:
-                    judged[place].append((name, one))
+                    checked[place].append((name, one))
     except UserInputError as error:
-        return Way(way.name, (), (), error.what)
-    rows = tuple(_row(matches[place], found) for place, found in sorted(judged.items()))
+        return ModeReport(way.name, (), (), error.what)
+    rows = tuple(_row(matches[place], found) for place, found in sorted(checked.items()))
     by_input: dict[str, float] = defaultdict(float)
-    for place, pairs in judged.items():
+    for place, pairs in checked.items():
         if matches[place].kind == "output":
             for name, one in pairs:
-                if one.judged or one.verdict == FAIL:
+                if one.checked or one.verdict == FAIL:
                     by_input[name] = max(by_input[name], one.ratio)
-    return Way(way.name, rows, tuple(by_input.items()))
+    return ModeReport(way.name, rows, tuple(by_input.items()))
 
 
-def _judge(
+def _check_value(
     match: Match,
     sides: tuple[Graph, Graph],
     reference: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     found: Mapping[str, Tensor],
     unit: float,
     padding: Padding | None,
-) -> Judgement | None:
+) -> BoundCheck | None:
     """The judgement of one value on one input; None where there is no value to hold it to."""
     as_is = match.kind == "output"
     if not as_is and not all(isinstance(operand, Ref) for operand in match.values):
@@ -342,12 +349,12 @@ def _judge(
     if exact is None or (value is None and not as_is):
         return None
     if value is None:
-        return unjudged("the candidate gives no tensor")
+        return without_numbers("the candidate gives no tensor")
     first = match.values[0]
     computed = isinstance(first, Ref)
     own = reference[1][first.name] if computed else torch.zeros(exact.shape, dtype=torch.float64)
     padded = None if padding is None else _padded(padding, exact)
-    return judge(exact, own, value, unit, padded, as_is=as_is)
+    return check_bound(exact, own, value, unit, padded, as_is=as_is)
 
 
 def _value(graph: Graph, operand: Any, computed: Mapping[str, Tensor]) -> Tensor | None:
@@ -365,9 +372,9 @@ def _padded(padding: Padding, value: Tensor) -> Tensor:
     return torch.ones((), dtype=torch.bool) if found is None else found
 
 
-def _row(match: Match, found: Sequence[tuple[str, Judgement]]) -> ValueRow:
+def _row(match: Match, found: Sequence[tuple[str, BoundCheck]]) -> ValueRow:
     """The worst of a value over the inputs; what is undefined on all of them is ambiguous."""
-    decided = [(n, one) for n, one in found if one.judged or one.verdict == FAIL]
+    decided = [(n, one) for n, one in found if one.checked or one.verdict == FAIL]
     tried = decided or list(found)
     name, worst = max(tried, key=lambda item: item[1].ratio)
     verdict = worst_verdict([one.verdict for _, one in tried])

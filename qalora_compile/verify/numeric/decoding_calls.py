@@ -90,7 +90,7 @@ def every_token(program: Program, *, seed: int = 0) -> dict[str, dict[str, Any]]
         leaves = draw_leaves(program, sizes | {"total_sequence": 7 + length}, generator)
         each = torch.randperm(rows * length, generator=generator)
         call = [
-            _spread(each, limits[leaf.name], value) if leaf.name in limits else value
+            _cover_tokens(each, limits[leaf.name], value) if leaf.name in limits else value
             for leaf, value in zip(program.signature.inputs, leaves, strict=True)
         ]
         whole = all(
@@ -103,7 +103,7 @@ def every_token(program: Program, *, seed: int = 0) -> dict[str, dict[str, Any]]
     return {}
 
 
-def _spread(each: Tensor, words: int, like: Tensor) -> Tensor:
+def _cover_tokens(each: Tensor, words: int, like: Tensor) -> Tensor:
     """Ids in the shape of a leaf, all of them where it has room."""
     ids = each[: like.numel()] if like.numel() <= len(each) else each.repeat(like.numel())
     return (ids[: like.numel()] % words).reshape(like.shape).to(like.dtype)

@@ -40,7 +40,7 @@ UNITS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**
 
 
 @dataclass(frozen=True)
-class Judgement:
+class BoundCheck:
     """What was found of a value on one input.
 
     Attributes:
@@ -58,7 +58,7 @@ class Judgement:
     error: float
     scale: float
     ratio: float
-    judged: int
+    checked: int
     undefined: int
     problem: str = ""
 
@@ -67,7 +67,7 @@ class Judgement:
         """PASS, AMBIGUOUS or FAIL; AMBIGUOUS too where there was nothing to judge."""
         if self.problem or math.isinf(self.ratio):
             return FAIL
-        if not self.judged and self.undefined:
+        if not self.checked and self.undefined:
             return AMBIGUOUS
         return verdict_of(self.ratio)
 
@@ -79,7 +79,7 @@ def verdict_of(ratio: float) -> str:
     return AMBIGUOUS if ratio < BEYOND else FAIL
 
 
-def judge(
+def check_bound(
     exact: Tensor,
     own: Tensor,
     found: Tensor,
@@ -87,7 +87,7 @@ def judge(
     padding: Tensor | None = None,
     *,
     as_is: bool = False,
-) -> Judgement:
+) -> BoundCheck:
     """Judge a value of the candidate.
 
     Args:
@@ -101,10 +101,10 @@ def judge(
     """
     problem = _unlike(exact, found, as_is=as_is)
     if problem:
-        return unjudged(problem)
+        return without_numbers(problem)
     found = found.reshape(exact.shape)
     if not exact.is_floating_point():
-        return _judge_whole(exact, own, found, padding)
+        return _check_integers(exact, own, found, padding)
     t, e, b = exact.double(), own.double(), found.double()
     finite = torch.isfinite(t) & torch.isfinite(e)
     defined = finite if padding is None else finite & ~padding
@@ -112,12 +112,12 @@ def judge(
     undefined = int((~defined).sum())
     lost = own_error > 2.0**_BITS_LOST * unit * scale and own_error > _LEAST_NORMAL
     if bool((finite & ~torch.isfinite(b)).any()):
-        return Judgement(own_error, math.inf, scale, math.inf, int(defined.sum()), undefined)
+        return BoundCheck(own_error, math.inf, scale, math.inf, int(defined.sum()), undefined)
     if lost or not bool(defined.any()):
-        return Judgement(own_error, math.nan, scale, 0.0, 0, t.numel())
+        return BoundCheck(own_error, math.nan, scale, 0.0, 0, t.numel())
     error = _largest(b - t, defined)
     floor = max(own_error, unit * scale, _LEAST_NORMAL)
-    return Judgement(own_error, error, scale, error / floor, int(defined.sum()), undefined)
+    return BoundCheck(own_error, error, scale, error / floor, int(defined.sum()), undefined)
 
 
 def rounding_ratio(
@@ -125,12 +125,12 @@ def rounding_ratio(
 ) -> float:
     """How many times farther the candidate lies from T than rounding takes the reference.
 
-    Unlike `judge` it also compares values of which the reference itself has lost many bits: an
-    input on which a model is badly conditioned is no fault of the candidate's. The arguments are
-    those of `judge`. Integers and booleans give 0 or infinity, as do unlike shapes.
+    Unlike `check_bound` it also compares values of which the reference itself has lost many bits:
+    an input on which a model is badly conditioned is no fault of the candidate's. The arguments are
+    those of `check_bound`. Integers and booleans give 0 or infinity, as do unlike shapes.
     """
     if not exact.is_floating_point() or found.shape != exact.shape:
-        return judge(exact, own, found, unit, padding, as_is=True).ratio
+        return check_bound(exact, own, found, unit, padding, as_is=True).ratio
     t, e, b = exact.double(), own.double(), found.double()
     defined = torch.isfinite(t) & torch.isfinite(e)
     if padding is not None:
@@ -141,9 +141,9 @@ def rounding_ratio(
     return _largest(b - t, defined) / floor
 
 
-def unjudged(problem: str) -> Judgement:
+def without_numbers(problem: str) -> BoundCheck:
     """FAIL without numbers: there is nothing that could be compared."""
-    return Judgement(0.0, math.inf, 0.0, math.inf, 0, 0, problem)
+    return BoundCheck(0.0, math.inf, 0.0, math.inf, 0, 0, problem)
 
 
 def _unlike(exact: Tensor, found: Tensor, *, as_is: bool) -> str:
@@ -156,21 +156,25 @@ def _unlike(exact: Tensor, found: Tensor, *, as_is: bool) -> str:
     return ""
 
 
-def _judge_whole(exact: Tensor, own: Tensor, found: Tensor, padding: Tensor | None) -> Judgement:
+def _check_integers(
+    exact: Tensor, own: Tensor, found: Tensor, padding: Tensor | None
+) -> BoundCheck:
     """Integers or booleans: equal, or not; undefined where rounding decides them (an argmax)."""
     defined = own == 0 if padding is None else (own == 0) & ~padding
     # Promotion would bring an integer beside a float32 down to float32.
     other = found.double() if found.is_floating_point() else found
     wrong = (other != (exact.double() if found.is_floating_point() else exact)) & defined
-    scale, judged = _largest(exact.double(), defined), int(defined.sum())
-    undefined = defined.numel() - judged
+    scale, checked = _largest(exact.double(), defined), int(defined.sum())
+    undefined = defined.numel() - checked
     if not bool(wrong.any()):
-        return Judgement(0.0, 0.0, scale, 0.0, judged, undefined)
+        return BoundCheck(0.0, 0.0, scale, 0.0, checked, undefined)
     at = wrong.nonzero()[0].tolist()
     first, second = (value[tuple(at)].item() for value in (exact, found))
-    text = f"{int(wrong.sum())} of {judged} are not equal, the first {second}, not {first}, at {at}"
+    text = (
+        f"{int(wrong.sum())} of {checked} are not equal, the first {second}, not {first}, at {at}"
+    )
     error = _largest(found.double() - exact.double(), wrong)
-    return Judgement(0.0, error, scale, math.inf, judged, undefined, text)
+    return BoundCheck(0.0, error, scale, math.inf, checked, undefined, text)
 
 
 def _largest(values: Tensor, where: Tensor) -> float:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qalora_compile.verify.proof.graphs.graph import Graph
-from qalora_compile.verify.proof.graphs.stored_tensor import Stored
-from qalora_compile.verify.proof.open_graph import open_sides
+from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
+from qalora_compile.verify.proof.open_graph import open_graphs
 
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
-def is_damaged(stored: Stored) -> bool:
+def is_damaged(stored: StoredTensor) -> bool:
     """Whether a tensor holds NaN, or infinities that are no mask."""
     if stored.dtype not in _FLOATS or stored.size == 0:
         return False
@@ -46,4 +46,4 @@ def damages_of(*things: Program | str | Path) -> list[str]:
     Raises:
         UserInputError: a path cannot be read.
     """
-    return damages(graph for thing in things for graph in open_sides(thing))
+    return damages(graph for thing in things for graph in open_graphs(thing))

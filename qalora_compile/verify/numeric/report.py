@@ -15,7 +15,7 @@ from qalora_compile.verify.numeric.error_bound import (
     EXPLAINED,
     FAIL,
     PASS,
-    Judgement,
+    BoundCheck,
 )
 
 _ORDER = (PASS, AMBIGUOUS, FAIL)
@@ -33,7 +33,7 @@ class ValueRow:
             this value, the nodes at which they part.
         input: Name of the input that is worst.
         worst: What was found there.
-        undefined: Elements, over all inputs, that could not be judged (`Judgement.undefined`).
+        undefined: Elements, over all inputs, that could not be judged (`BoundCheck.undefined`).
         verdict: PASS, AMBIGUOUS or FAIL.
     """
 
@@ -42,13 +42,13 @@ class ValueRow:
     path: str
     lines: tuple[str, str]
     input: str
-    worst: Judgement
+    worst: BoundCheck
     undefined: int
     verdict: str
 
 
 @dataclass(frozen=True)
-class Way:
+class ModeReport:
     """One way of running the candidate.
 
     Attributes:
@@ -96,13 +96,13 @@ class NumericReport:
     reference: str
     candidate: str
     inputs: tuple[str, ...]
-    ways: tuple[Way, ...]
+    modes: tuple[ModeReport, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
         """FAIL if any way fails, else AMBIGUOUS if any is, else PASS."""
-        return worst_verdict([way.verdict for way in self.ways])
+        return worst_verdict([way.verdict for way in self.modes])
 
     @property
     def passed(self) -> bool:
@@ -110,11 +110,11 @@ class NumericReport:
         return self.verdict == PASS
 
     @property
-    def culprit(self) -> tuple[Way, ValueRow | None] | None:
+    def culprit(self) -> tuple[ModeReport, ValueRow | None] | None:
         """The first way with the verdict, and its first such row; None if all passes."""
         if self.passed:
             return None
-        way = next(way for way in self.ways if way.verdict == self.verdict)
+        way = next(way for way in self.modes if way.verdict == self.verdict)
         return way, way.first
 
     @property
@@ -155,7 +155,7 @@ class NumericReport:
             "beyond": BEYOND,
             "inputs": list(self.inputs),
             "difference": self.difference,
-            "ways": [_way_json(way) for way in self.ways],
+            "modes": [_mode_json(mode) for mode in self.modes],
             "notes": list(self.notes),
         }
 
@@ -165,7 +165,7 @@ class NumericReport:
             f"({len(self.inputs)} inputs; rounding explains a ratio of {EXPLAINED:g}, "
             f"{BEYOND:g} is beyond it)"
         ]
-        for way in self.ways:
+        for way in self.modes:
             worst = way.worst
             found = way.problem or (
                 f"{len(way.rows)} values, largest ratio {worst.worst.ratio:.3g} at {worst.name}"
@@ -189,7 +189,7 @@ def describe(row: ValueRow) -> str:
     found, where = row.worst, "" if row.path in ("", row.name) else f" ({row.path})"
     if found.problem:
         return f"{row.name}{where}: {found.problem}"
-    if not found.judged:
+    if not found.checked:
         return f"{row.name}{where}: the reference has no accurate value on {row.input}"
     return (
         f"{row.name}{where}: off by {found.error:.3g} of {found.scale:.3g} on {row.input}, "
@@ -197,7 +197,7 @@ def describe(row: ValueRow) -> str:
     )
 
 
-def _way_json(way: Way) -> dict[str, Any]:
+def _mode_json(way: ModeReport) -> dict[str, Any]:
     return {
         "name": way.name,
         "verdict": way.verdict,

@@ -20,7 +20,7 @@ from qalora_compile.verify.runners.run import Runner
 
 
 @dataclass(frozen=True)
-class RoundingJudge:
+class RoundingReference:
     """A reference that can run in float64.
 
     Attributes:
@@ -32,7 +32,7 @@ class RoundingJudge:
     working: torch.dtype
 
     @classmethod
-    def of(cls, reference: Runner, candidate: Runner) -> RoundingJudge:
+    def of(cls, reference: Runner, candidate: Runner) -> RoundingReference:
         """The judge of two runners.
 
         Raises:
@@ -48,7 +48,7 @@ class RoundingJudge:
         working = torch.float32 if program is None else working_dtype(program)
         return cls(reference.program, working)
 
-    def judged(
+    def checked(
         self, rows: Sequence[Comparison], leaves: Sequence[Any], found: Mapping[str, Tensor]
     ) -> list[Comparison]:
         """Comparisons of outputs on one input, with `rounding` filled in."""
@@ -56,14 +56,14 @@ class RoundingJudge:
         wanted = {nodes[row.name] for row in rows if row.name in nodes and not row.problem}
         exact, own = run_reference(self.program, leaves, wanted, self.working)
         padding = padding_of(self.program.signature, leaves)
-        judged = []
+        checked = []
         for row in rows:
             name = nodes.get(row.name, "")
             if name not in exact:
-                judged.append(row)
+                checked.append(row)
                 continue
             padded = None if padding is None else padding.of(exact[name])
             value = found[row.name]
             ratio = rounding_ratio(exact[name], own[name], value, UNITS[self.working], padded)
-            judged.append(replace(row, rounding=ratio))
-        return judged
+            checked.append(replace(row, rounding=ratio))
+        return checked

@@ -23,7 +23,7 @@ _ROUNDINGS = 2
 def run_reference(
     program: Program, leaves: Sequence[Any], names: Collection[str], working: torch.dtype
 ) -> tuple[Values, Values]:
-    """What nodes mean, and what rounding alone does to them: (T, max |Aᵢ − T|), see `judge`.
+    """What nodes mean, and what rounding alone does to them: (T, max |Aᵢ − T|), see `check_bound`.
 
     Args:
         program: The reference.

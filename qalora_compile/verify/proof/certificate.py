@@ -16,13 +16,14 @@ from qalora_compile.untrusted import quoted, read_json
 from qalora_compile.verify.proof.compare_weights import RULE, Coefficients
 from qalora_compile.verify.proof.match_structure import DIFFERENT, OPEN, PROVED, SAMPLED
 
-FORMAT, VERSION = "qalora-certificate", 1
+FORMAT, VERSION = "qalora-certificate", 2
+_VERSIONS = (1, VERSION)
 _NONE = type(None)
 EQUAL, UNEQUAL, UNDECIDED = "EQUAL", "DIFFERENT", "UNDECIDED"
 
 
 @dataclass(frozen=True)
-class SideRecord:
+class GraphRecord:
     """One side of a comparison.
 
     Attributes:
@@ -60,22 +61,22 @@ class SiteProof:
     n: int
     experts: int | None
     status: str
-    ways: Mapping[str, Coefficients]
+    modes: Mapping[str, Coefficients]
     problem: str = ""
 
     @property
     def max_abs(self) -> float:
         """Largest difference of two coefficients."""
-        return max((w.max_abs for w in self.ways.values()), default=math.nan)
+        return max((w.max_abs for w in self.modes.values()), default=math.nan)
 
     @property
     def worst(self) -> tuple[str, Coefficients] | None:
         """The way whose difference is the largest part of what storing explains."""
-        return max(self.ways.items(), key=lambda item: item[1].max_ratio, default=None)
+        return max(self.modes.items(), key=lambda item: item[1].max_ratio, default=None)
 
     def bound(self, norm: float) -> float:
         """Bound of ‖Δy‖₂ for every x with ‖x‖₂ ≤ `norm`, in exact arithmetic."""
-        return max((w.operator * norm + w.bias_norm for w in self.ways.values()), default=math.nan)
+        return max((w.operator * norm + w.bias_norm for w in self.modes.values()), default=math.nan)
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Certificate:
         versions: Of what made it.
     """
 
-    reference: SideRecord
-    candidate: SideRecord
+    reference: GraphRecord
+    candidate: GraphRecord
     verdict: str
     sites: tuple[SiteProof, ...]
     segments: tuple[SegmentProof, ...]
@@ -136,7 +137,7 @@ class Certificate:
     @property
     def max_abs(self) -> float:
         """Largest difference of two coefficients of any site."""
-        found = [s.max_abs for s in self.sites if s.ways]
+        found = [s.max_abs for s in self.sites if s.modes]
         return max(found, default=0.0)
 
     def check(self) -> Certificate:
@@ -178,9 +179,10 @@ class Certificate:
         value = read_json(Path(path), finite=True)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise UserInputError(f"{path} is no certificate", where=str(path))
-        if value.get("version") != VERSION:
+        if value.get("version") not in _VERSIONS:
             raise UserInputError(
-                f"the certificate has version {value.get('version')}, this package reads {VERSION}",
+                f"the certificate has version {value.get('version')}, this package reads "
+                f"{_VERSIONS[0]} to {VERSION}",
                 where=str(path),
             )
         try:
@@ -240,9 +242,11 @@ def _fields(value: Any) -> Any:
 def _certificate(value: Mapping[str, Any]) -> Certificate:
     sites = []
     for row in value["sites"]:
-        ways = {name: _coefficients(way) for name, way in row["ways"].items()}
+        if "ways" in row:  # what version 1 called them
+            row["modes"] = row.pop("ways")
+        modes = {name: _coefficients(mode) for name, mode in row["modes"].items()}
         _check_types(row, name=str, k=int, n=int, status=str, problem=str)
-        sites.append(SiteProof(**(row | {"ways": ways})))
+        sites.append(SiteProof(**(row | {"modes": modes})))
     segments = []
     for row in value["segments"]:
         lines = None if row["lines"] is None else (str(row["lines"][0]), str(row["lines"][1]))
@@ -259,7 +263,7 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
         _check_types(value[name], label=str, kind=str, stage=str, files=dict, path=(str, _NONE))
         _check_types(value[name]["files"], **dict.fromkeys(value[name]["files"], str))
         _check_types(value[name], tensors=(str, _NONE), graph=(dict, _NONE))
-    sides = [SideRecord(**value[name]) for name in ("reference", "candidate")]
+    sides = [GraphRecord(**value[name]) for name in ("reference", "candidate")]
     return Certificate(
         reference=dataclasses.replace(sides[0], files=dict(sides[0].files)),
         candidate=dataclasses.replace(sides[1], files=dict(sides[1].files)),

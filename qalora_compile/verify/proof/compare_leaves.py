@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from qalora_compile.verify.proof.graphs.stored_tensor import Array, Stored
+from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor
 from qalora_compile.verify.proof.terms.term import Term
 
 _NEAR = 1e-2
@@ -46,7 +46,7 @@ def _parted_tensors(a: Term, b: Term) -> tuple[str, str] | None:
     return None
 
 
-def _relation(a: Stored, b: Stored, *, by_name: bool) -> str:
+def _relation(a: StoredTensor, b: StoredTensor, *, by_name: bool) -> str:
     """`same`, `parted` (one parameter, with other values), or `` where they are two tensors."""
     if a.size != b.size or _kind(a) != _kind(b):
         return ""
@@ -70,11 +70,11 @@ def _near(a: Array, b: Array) -> bool:
     return float(np.abs(a - b).max()) <= _NEAR * float(np.abs(a).max())
 
 
-def _kind(stored: Stored) -> str:
+def _kind(stored: StoredTensor) -> str:
     return "float32" if stored.widened else stored.dtype
 
 
-def _shown(stored: Stored) -> str:
+def _shown(stored: StoredTensor) -> str:
     return f"@{stored.name}: {stored.dtype}{list(stored.shape)}"
 
 
@@ -106,7 +106,7 @@ def _read(value: Term) -> tuple[Term, ...]:
     return tuple(by_place[place] for place in places if place in by_place)
 
 
-def _tensors(value: Term) -> list[tuple[str, Stored]]:
+def _tensors(value: Term) -> list[tuple[str, StoredTensor]]:
     return [(t.key, t.stored) for t in _walk(value, lambda t: t.args) if t.stored is not None]
 
 

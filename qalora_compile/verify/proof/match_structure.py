@@ -12,8 +12,8 @@ from qalora_compile.verify.numeric.nonfinite import damages
 from qalora_compile.verify.proof.aliasing import refuse_hidden_writes
 from qalora_compile.verify.proof.compare_leaves import parted
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Ref, SiteRow
-from qalora_compile.verify.proof.open_graph import open_side
-from qalora_compile.verify.proof.terms.op_semantics import Meanings
+from qalora_compile.verify.proof.open_graph import open_graph
+from qalora_compile.verify.proof.terms.op_semantics import Semantics
 from qalora_compile.verify.proof.terms.term import Algebra, Term, differences
 from qalora_compile.verify.proof.weights.fx_layers import fx_linear
 from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError
@@ -111,7 +111,7 @@ def compare_structure(
         UserInputError: a side cannot be read, or writes into tensors in a way that cannot be
             followed.
     """
-    a, b = open_side(reference), open_side(candidate)
+    a, b = open_graph(reference), open_graph(candidate)
     for side in (a, b):
         refuse_hidden_writes(side)
     pairs, wanted, sides, widened = _read(a, b)
@@ -191,14 +191,14 @@ def _in_order(graph: Graph, matches: Iterable[Match]) -> list[Match]:
 _Wanted = list[tuple[str, tuple[Any, Any]]]
 
 
-def _read(a: Graph, b: Graph) -> tuple[list[Pair], _Wanted, list[Meanings], bool]:
+def _read(a: Graph, b: Graph) -> tuple[list[Pair], _Wanted, list[Semantics], bool]:
     """The sites, the values to compare, what all values mean, and whether halves are widened."""
     pairs = _pairs(a, b)
     cuts = {p.site.name for p in pairs if p.maps is not None}
     halves = a.half != b.half
     algebra = Algebra(single=a.dialect != b.dialect, halves=halves)
     sides = [
-        Meanings(graph, algebra, {graph.site_values[name]: name for name in cuts})
+        Semantics(graph, algebra, {graph.site_values[name]: name for name in cuts})
         for graph in (a, b)
     ]
     wanted = _targets(a, b, pairs)

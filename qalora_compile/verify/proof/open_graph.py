@@ -20,7 +20,7 @@ _MODEL_FILE, _SUFFIX = "model.onnx", ".onnx"
 _HALVES = ("encoder_model.onnx", "decoder_model.onnx")
 
 
-def open_side(thing: Program | Graph | str | Path) -> Graph:
+def open_graph(thing: Program | Graph | str | Path) -> Graph:
     """The graph of a program, or of what a path names; only a program in memory needs torch.
 
     Raises:
@@ -51,17 +51,17 @@ def open_side(thing: Program | Graph | str | Path) -> Graph:
     )
 
 
-def open_sides(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
+def open_graphs(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
     """The graphs of a side: one, or encoder and decoder, to be looked at and not to be compared.
 
     Raises:
-        UserInputError: see `open_side`.
+        UserInputError: see `open_graph`.
     """
     if isinstance(thing, (str, Path)):
         halves = [Path(thing) / file for file in _HALVES]
         if all(half.exists() for half in halves):
             return tuple(find_lookups(read_onnx_graph(half)) for half in halves)
-    return (open_side(thing),)
+    return (open_graph(thing),)
 
 
 def files_of(path: Path) -> dict[str, str]:

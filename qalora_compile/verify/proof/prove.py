@@ -19,8 +19,8 @@ from qalora_compile.verify.proof.certificate import (
     UNDECIDED,
     UNEQUAL,
     Certificate,
+    GraphRecord,
     SegmentProof,
-    SideRecord,
     SiteProof,
 )
 from qalora_compile.verify.proof.compare_weights import Coefficients, compare_linears
@@ -36,8 +36,8 @@ from qalora_compile.verify.proof.match_structure import (
     Structure,
     compare_structure,
 )
-from qalora_compile.verify.proof.open_graph import files_of, open_side
-from qalora_compile.verify.proof.recheck import contradictions
+from qalora_compile.verify.proof.open_graph import files_of, open_graph
+from qalora_compile.verify.proof.recheck import recheck
 from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError, remembered
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def prove_equivalence(
         UserInputError: a path cannot be read.
     """
     things = (reference, candidate)
-    sides = (open_side(reference), open_side(candidate))
+    sides = (open_graph(reference), open_graph(candidate))
     structure = compare_structure(*sides)
     sites = tuple(_prove_site(pair) for pair in track(list(structure.pairs), "prove"))
     segments, refused = _sampled(structure, sites, things, sides, samples, seed)
@@ -124,7 +124,7 @@ def check_certificate(path: str | Path) -> tuple[Certificate, list[str]]:
     records = (stated.reference, stated.candidate)
     segments = _as_tried(structure.segments, stated)
     now = _certificate(records, structure, sites, segments, int(stated.samples["count"]))
-    problems += contradictions(stated, now)
+    problems += recheck(stated, now)
     return now, problems
 
 
@@ -145,7 +145,7 @@ def _as_tried(segments: Sequence[Segment], stated: Certificate) -> list[Segment]
     ]
 
 
-def _place(side: SideRecord, certificate: Path) -> Path:
+def _place(side: GraphRecord, certificate: Path) -> Path:
     if side.path is None:
         raise UserInputError(
             f"the certificate was made for a {side.label} in memory, of which there is no file",
@@ -169,21 +169,21 @@ def _exists(place: Path) -> bool:
 
 def _prove_site(pair: Pair) -> SiteProof:
     site, problem = pair.site, pair.problem
-    ways: dict[str, Coefficients] = {}
+    modes: dict[str, Coefficients] = {}
     status = OPEN
     try:
-        for name, maps in _ways(pair):
-            ways[name] = compare_linears(*maps)
-            status = PROVED if status != DIFFERENT and ways[name].equal else DIFFERENT
+        for name, maps in _execution_modes(pair):
+            modes[name] = compare_linears(*maps)
+            status = PROVED if status != DIFFERENT and modes[name].equal else DIFFERENT
     except NotLinearError as error:
         status, problem = DIFFERENT, str(error)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         # numpy: the tensors of a layer do not fit together
         status, problem = DIFFERENT, f"the stored tensors cannot be decoded: {error}"
-    return SiteProof(site.name, site.k, site.n, site.experts, status, ways, problem)
+    return SiteProof(site.name, site.k, site.n, site.experts, status, modes, problem)
 
 
-def _ways(pair: Pair) -> Iterator[tuple[str, tuple[Linear, Linear]]]:
+def _execution_modes(pair: Pair) -> Iterator[tuple[str, tuple[Linear, Linear]]]:
     """Both sides by their operators, then each by its functions against the other's operators.
 
     A function's constants are let go of before the next site.
@@ -242,19 +242,19 @@ def _program(thing: Program | str | Path, side: Graph) -> Program | None:
 
 
 def _certificate(
-    records: tuple[SideRecord, SideRecord],
+    records: tuple[GraphRecord, GraphRecord],
     structure: Structure,
     sites: Sequence[SiteProof],
     segments: Sequence[Segment],
     samples: int,
 ) -> Certificate:
-    states = {s.status for s in segments} | {s.status for s in sites if s.ways}
+    states = {s.status for s in segments} | {s.status for s in sites if s.modes}
     around = DIFFERENT if DIFFERENT in states else OPEN if OPEN in states else PROVED
     if around == PROVED and SAMPLED in states:
         around = SAMPLED
     # A site that is no linear map on both sides was compared with what stands around it.
     sites = [
-        dataclasses.replace(s, status=around) if s.status == OPEN and not s.ways else s
+        dataclasses.replace(s, status=around) if s.status == OPEN and not s.modes else s
         for s in sites
     ]
     states |= {s.status for s in sites}
@@ -323,13 +323,13 @@ def _site_text(site: SiteProof) -> str:
 
 def _notes(sites: Sequence[SiteProof], structure: Structure) -> list[str]:
     notes = []
-    inexact = [s.name for s in sites if any(w.float32 is None for w in s.ways.values())]
+    inexact = [s.name for s in sites if any(w.float32 is None for w in s.modes.values())]
     if inexact:
         notes.append(
             f"{len(inexact)} layers run on int8 activations: equal in exact arithmetic, with no "
             "bound on what rounding x changes"
         )
-    coarse = [s.name for s in sites if any(w.coarse >= _HALF_STEP for w in s.ways.values())]
+    coarse = [s.name for s in sites if any(w.coarse >= _HALF_STEP for w in s.modes.values())]
     if coarse:
         notes.append(
             f"in {len(coarse)} layers, {coarse[0]} the first, an offset is so much larger than its "
@@ -342,14 +342,14 @@ def _notes(sites: Sequence[SiteProof], structure: Structure) -> list[str]:
     return notes
 
 
-def _record(thing: Program | str | Path, side: Graph, folder: Path | None) -> SideRecord:
+def _record(thing: Program | str | Path, side: Graph, folder: Path | None) -> GraphRecord:
     if isinstance(thing, (str, Path)):
         path = Path(thing)
-        return SideRecord(side.label, side.dialect, side.stage, str(path), files_of(path), None)
+        return GraphRecord(side.label, side.dialect, side.stage, str(path), files_of(path), None)
     hashed = hashlib.sha256()
     for name, stored in sorted(side.tensors.items()):
         hashed.update(f"{name} {stored.digest}\n".encode())
-    record = SideRecord(side.label, side.dialect, side.stage, None, {}, hashed.hexdigest())
+    record = GraphRecord(side.label, side.dialect, side.stage, None, {}, hashed.hexdigest())
     if folder is None or not _has_tensors(folder, side):
         return record
     described = describe_program(thing)

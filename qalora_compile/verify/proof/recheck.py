@@ -31,7 +31,7 @@ _OTHERS = {
 }
 
 
-def contradictions(stated: Certificate, now: Certificate) -> list[str]:
+def recheck(stated: Certificate, now: Certificate) -> list[str]:
     """What is not as it is stated: the verdict, what there is, its status, and every bound."""
     problems = []
     if not stated.passed:
@@ -59,14 +59,14 @@ def _of_site(stated: SiteProof, now: SiteProof) -> Iterator[str]:
     sizes = [(s.k, s.n, s.experts) for s in (stated, now)]
     if sizes[0] != sizes[1]:
         yield f"it has k, n and experts {sizes[1]}, stated as {sizes[0]}"
-    if stated.ways.keys() != now.ways.keys():
-        yield f"it is read by {list(now.ways)}, stated as {list(stated.ways)}"
-    for name in [name for name in stated.ways if name in now.ways]:
-        for text in _of_way(stated.ways[name], now.ways[name]):
+    if stated.modes.keys() != now.modes.keys():
+        yield f"it is read by {list(now.modes)}, stated as {list(stated.modes)}"
+    for name in [name for name in stated.modes if name in now.modes]:
+        for text in _of_mode(stated.modes[name], now.modes[name]):
             yield text if name == "operators" else f"{text} (by {name})"
 
 
-def _of_way(stated: Coefficients, now: Coefficients) -> Iterator[str]:
+def _of_mode(stated: Coefficients, now: Coefficients) -> Iterator[str]:
     rounding = _ROUNDING * now.weight_frobenius
     if not _within(now.max_abs, stated.max_abs, rounding):
         yield f"the largest difference is {now.max_abs:.3g}, stated as {stated.max_abs:.3g}"

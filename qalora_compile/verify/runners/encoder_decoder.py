@@ -105,8 +105,8 @@ class EncoderDecoderRunner:
         if _MASK in feed:
             constant[_DECODER_MASK] = feed[_MASK]
         values = {_LOGITS: self._logits(tokens, constant), _LAST_HIDDEN: encoded[_HIDDEN]}
-        whole = {_TOKENS: tokens, **constant, **self._empty(len(tokens))}
-        sites = self._encoder.sites(feed) | self._decoder.sites(whole)
+        full_feed = {_TOKENS: tokens, **constant, **self._empty(len(tokens))}
+        sites = self._encoder.sites(feed) | self._decoder.sites(full_feed)
         return Run({name: values[name] for name in self.signature.outputs}, sites)
 
     def _logits(self, tokens: Any, constant: dict[str, Any]) -> Tensor:

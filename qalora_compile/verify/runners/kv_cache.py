@@ -90,7 +90,7 @@ class CachedSteps:
         self.counts_padding = True
         """Whether positions count tokens of padding, as most models do that are given none."""
 
-    def whole(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+    def full_feed(self, feed: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of one run on the whole sequence, after an empty past."""
         return self._step(feed, 0, feed[_TOKENS].shape[1], self._empty(feed))
 

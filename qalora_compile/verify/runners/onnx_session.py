@@ -192,13 +192,13 @@ def spell_out(model: Any) -> None:
     its build for inference never drops. So operators with a function get a domain in which there
     is no kernel, and a Dropout that says whether it trains becomes a function that does so.
     """
-    bodies, trained = _unused(model), _training(model)
-    names = {function.name for function in bodies}
+    subgraphs, trained = _unused(model), _training(model)
+    names = {function.name for function in subgraphs}
     for nodes in (model.graph.node, *(function.node for function in model.functions)):
         for node in nodes:
             if node.domain == _MICROSOFT and node.op_type in names:
                 node.domain = _SPELLED
-    for function in bodies:
+    for function in subgraphs:
         function.domain = _SPELLED
     if trained:
         parser = require("onnx.parser", extra="onnx", purpose="run an ONNX model")

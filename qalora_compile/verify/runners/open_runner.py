@@ -115,7 +115,7 @@ class OnnxRunner:
         }
         if self._cached is not None:
             outputs = {"logits": self._cached.logits(feed)}
-            feed = self._cached.whole(feed)
+            feed = self._cached.full_feed(feed)
         else:
             outputs = self._graph.outputs(feed)
         return Run(outputs, self._graph.sites(feed))

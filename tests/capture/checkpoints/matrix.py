@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.passes.annotate_linears import AnnotateLinears
-from qalora_compile.passes.recipes.reuse_codes import keep_codes
+from qalora_compile.passes.recipes.reuse_codes import reuse_codes
 from tests.capture.checkpoints.gguf_files import write_llama
 from tests.capture.checkpoints.models import Quantize, weights_of, write_folder
 from tests.capture.checkpoints.test_folders import config_of, hqq_layer, mlx_layer
@@ -81,7 +81,7 @@ def read_cells(name: str, folder: Path, number: Callable[[float], str]) -> dict[
     for form, path, wanted in FORMATS[name][0](folder):
         source = load_source(str(path))
         annotated = AnnotateLinears(exclude=("lm_head",))(source.capture()).program
-        kept += len(keep_codes(annotated, source.stored()[0]).weights)
+        kept += len(reuse_codes(annotated, source.stored()[0]).weights)
         total += len(annotated.plan.to_quantize())
         forms.append(form)
         found = list(weights_of(source.model).values())

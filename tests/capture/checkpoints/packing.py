@@ -31,7 +31,9 @@ def pack_awq(values: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).to(torch.int32)
 
 
-def quantize_whole(weight: Tensor, bits: int, group: int, *, symmetric: bool) -> tuple[Tensor, ...]:
+def quantize_integer_zero(
+    weight: Tensor, bits: int, group: int, *, symmetric: bool
+) -> tuple[Tensor, ...]:
     """Codes `[N, K]`, scales and whole zero-points `[N, L]`, of a weight whose groups are whole."""
     grouped = weight.double().unflatten(1, (-1, group))
     top = 2**bits - 1

@@ -20,7 +20,7 @@ from qalora_compile.errors import QaloraError, UserInputError
 from qalora_compile.passes.recipes.replay import replay
 from qalora_compile.runtime.session import open_session
 from tests.capture.checkpoints.models import Quantize, example, rewrite, weights_of, write_folder
-from tests.capture.checkpoints.packing import pack_awq, pack_words, quantize_whole
+from tests.capture.checkpoints.packing import pack_awq, pack_words, quantize_integer_zero
 from tests.models import assert_close, randomize_adapters, slow
 
 GROUP = 32
@@ -44,7 +44,9 @@ def gptq_layer(
         order = torch.arange(k)
         if act_order:
             order = torch.randperm(k, generator=torch.Generator().manual_seed(k))
-        codes, scale, zeros = quantize_whole(weight[:, order], bits, GROUP, symmetric=symmetric)
+        codes, scale, zeros = quantize_integer_zero(
+            weight[:, order], bits, GROUP, symmetric=symmetric
+        )
         if zero is not None:  # the codes move along, so that the weights stay about 0
             codes = (codes.int() + zero - 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
             zeros = torch.full_like(zeros, zero)
@@ -82,7 +84,9 @@ def awq_layer(wanted: list[Tensor]) -> Quantize:
     """Quantize a layer, store it as AWQ does, and note its weight."""
 
     def quantize(module: nn.Linear) -> dict[str, Tensor]:
-        codes, scale, zero = quantize_whole(module.weight.detach(), 4, GROUP, symmetric=False)
+        codes, scale, zero = quantize_integer_zero(
+            module.weight.detach(), 4, GROUP, symmetric=False
+        )
         scale = scale.half().float()
         levels = codes.float().unflatten(1, (-1, GROUP)) - zero[..., None].float()
         wanted.append((levels * scale[..., None]).flatten(1))
@@ -268,11 +272,11 @@ def test_layers_with_options_of_their_own(version: int, tag: str, tmp_path: Path
 @pytest.mark.parametrize("floating", ["float", "offset"])
 @pytest.mark.parametrize("told", [True, False])
 def test_floating_zero_points_of_the_script_and_of_its_fork(
-    floating: str, told: bool, tmp_path: Path
+    floating: str, stated: bool, tmp_path: Path
 ) -> None:
     wanted: list[Tensor] = []
     write_folder(tmp_path / "model", gptq_layer(wanted, floating=floating), gptq_config())
-    check_weights(tmp_path / "model", wanted, zero_points=floating if told else None)
+    check_weights(tmp_path / "model", wanted, zero_points=floating if stated else None)
 
 
 @pytest.mark.parametrize("odd", ["float", "offset"])

@@ -9,23 +9,23 @@ from torch import Tensor, nn
 import qalora_compile as qc
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.affine import GroupAffine
-from qalora_compile.ir.checkpoint_codes import StoredCodes, StoredWeight
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
 
 N, K, GROUP = 16, 64, 32
 
 
-def stored(seed: int, *, form: str = "A", act: bool = False) -> StoredWeight:
+def stored(seed: int, *, form: str = "A", act: bool = False) -> CheckpointWeight:
     """Random codes of a layer."""
     random = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (N, K), dtype=torch.uint8, generator=random)
     scale, offset = (torch.rand(N, K // GROUP, generator=random) + 0.1 for _ in range(2))
     order = torch.randperm(K, generator=random) if act else None
-    return StoredWeight(GroupAffine(codes, scale, offset, 4, GROUP), form, order)
+    return CheckpointWeight(GroupAffine(codes, scale, offset, 4, GROUP), form, order)
 
 
-def quantized(model: nn.Module, x: Tensor, *weights: StoredWeight) -> qc.Program:
+def quantized(model: nn.Module, x: Tensor, *weights: CheckpointWeight) -> qc.Program:
     """The model with the codes that its checkpoint would hold."""
-    codes = StoredCodes()
+    codes = CheckpointCodes()
     for weight in weights:
         codes.add(weight)
     return qc.quantize_groups(qc.capture_model(model, (x,)), stored=codes)
@@ -61,7 +61,7 @@ def test_rows_of_zeros_are_no_codes_of_a_float_weight() -> None:
     assert "no codes of it" in site.why_bits
 
 
-def experts(*weights: StoredWeight) -> tuple[nn.Module, Tensor]:
+def experts(*weights: CheckpointWeight) -> tuple[nn.Module, Tensor]:
     """A model of one layer whose experts' last matrices are these."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -102,7 +102,7 @@ def test_experts_keep_their_codes() -> None:
     ],
 )
 def test_experts_whose_codes_cannot_be_kept_are_refused(
-    second: StoredWeight, given: bool, words: str
+    second: CheckpointWeight, given: bool, words: str
 ) -> None:
     first = stored(1, act=second.order is not None)
     model, ids = experts(first, second)

@@ -15,7 +15,7 @@ import qalora_compile as qc
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.errors import QaloraError
 from qalora_compile.passes.annotate_linears import AnnotateLinears
-from qalora_compile.passes.recipes.reuse_codes import keep_codes
+from qalora_compile.passes.recipes.reuse_codes import reuse_codes
 from tests.exporters.checkpoint_cases import (
     causal_lm,
     folded,
@@ -50,7 +50,7 @@ def test_weights_and_codes_come_back(target: str, tmp_path: Path) -> None:
         bound = 1e-3 if target == "gguf" else 1e-6
         assert float((found - wanted).abs().max() / wanted.abs().max()) <= bound
     annotated = AnnotateLinears(exclude=("lm_head",))(source.capture()).program
-    kept = keep_codes(annotated, source.stored()[0])
+    kept = reuse_codes(annotated, source.stored()[0])
     assert len(kept.weights) == len(program.plan.to_quantize())
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qalora_compile.ir.affine import dequantize
-from qalora_compile.ir.ops.integer_zero_linear import KINDS, shorten, whole_parameters
+from qalora_compile.ir.ops.integer_zero_linear import KINDS, integer_zero_parameters, shorten
 from qalora_compile.ir.packing.bitstream import pack_codes
-from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, WHOLE_LINEAR
+from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, INTEGER_ZERO_LINEAR
 
 
 def layer(n: int = 6, k: int = 64) -> tuple[torch.Tensor, ...]:
@@ -67,13 +67,13 @@ def test_layers_with_whole_zero_points_are_cast_too(kind: str) -> None:
     lora = [torch.randn(2, 2, requires_grad=True), torch.randn(6, 2, requires_grad=True)]
     operands = packed, scale, -8 * scale, bias, 4, 32, *lora, 0.1, kind
     x = torch.randn(3, 64)
-    exact = WHOLE_LINEAR(x, *operands)
+    exact = INTEGER_ZERO_LINEAR(x, *operands)
     wanted = torch.autograd.grad(exact.sum(), lora)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = WHOLE_LINEAR(x, *operands)
+        y = INTEGER_ZERO_LINEAR(x, *operands)
     assert y.dtype == torch.bfloat16
     a, b = (p.detach() for p in lora)
-    parameters = whole_parameters(scale, -8 * scale, a, b, 4, 0.1, kind)
+    parameters = integer_zero_parameters(scale, -8 * scale, a, b, 4, 0.1, kind)
     weight = dequantize(packed, *parameters, bits=4, group_size=32, k=64).bfloat16()
     expected = torch.nn.functional.linear(x.bfloat16(), weight, bias.bfloat16())
     apart = (y.float() - expected.float()).detach().abs().max()

@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qalora_compile.ir.affine import expand_groups, is_whole
+from qalora_compile.ir.affine import expand_groups, has_integer_zero_points
 from qalora_compile.ir.ops import linear
 from qalora_compile.ir.ops.integer_zero_linear import (
     INTEGER,
     KINDS,
     SCALE,
+    integer_zero_parameters,
     shorten,
-    whole_parameters,
 )
 from qalora_compile.ir.packing.bitstream import unpack_codes
-from qalora_compile.quantizers.minmax import quantize_whole
+from qalora_compile.quantizers.minmax import quantize_integer_zero
 
 Q = torch.ops.qalora
 FLOATS = (0, 4, 7, 8)
@@ -38,8 +38,8 @@ def whole_arguments(
     bias: bool = True,
     size: float = 0.05,
 ) -> tuple[Any, ...]:
-    """Arguments of whole_linear with an adapter of rank 2."""
-    affine = quantize_whole(torch.randn(n, shape[-1], dtype=dtype), bits, group_size)
+    """Arguments of integer_zero_linear with an adapter of rank 2."""
+    affine = quantize_integer_zero(torch.randn(n, shape[-1], dtype=dtype), bits, group_size)
     groups = affine.scale.shape[1]
     x, b, lora_a, lora_b = (
         (torch.randn(*dims, dtype=dtype) * factor).requires_grad_()
@@ -76,7 +76,7 @@ CHECKED = {
 
 @pytest.mark.parametrize("kind", CHECKED)
 def test_opcheck(kind: str) -> None:
-    results = torch.library.opcheck(Q.whole_linear.default, CHECKED[kind])
+    results = torch.library.opcheck(Q.integer_zero_linear.default, CHECKED[kind])
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -99,7 +99,7 @@ def test_values_and_gradients_are_those_of_the_formula(
     kind: str, lead: list[int], k: int, g: int, bits: int, size: float
 ) -> None:
     arguments = whole_arguments(kind, (*lead, k), 4, bits, g, size=size)
-    mine, theirs = Q.whole_linear(*arguments), by_hand(*arguments)
+    mine, theirs = Q.integer_zero_linear(*arguments), by_hand(*arguments)
     assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
     floats = [arguments[i] for i in FLOATS]
     upstream = torch.randn_like(theirs)
@@ -122,16 +122,16 @@ def test_values_and_gradients_are_those_of_the_formula(
 def test_zero_points_stay_whole(kind: str, bits: int, dtype: torch.dtype, size: float) -> None:
     arguments = whole_arguments(kind, (2, 22), 6, bits, 8, dtype, size=size)
     _, _, scale, offset, _, _, _, lora_a, lora_b, scaling, _ = arguments
-    new, moved = whole_parameters(scale, offset, lora_a, lora_b, bits, scaling, kind)
-    assert bool(is_whole(new.detach(), moved.detach(), bits).all())
+    new, moved = integer_zero_parameters(scale, offset, lora_a, lora_b, bits, scaling, kind)
+    assert bool(has_integer_zero_points(new.detach(), moved.detach(), bits).all())
     assert (new is scale) == (kind == INTEGER)
 
 
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = whole_arguments(SCALE, n=7)
     floats = [arguments[i] for i in FLOATS]
-    whole = torch.autograd.grad(Q.whole_linear(*arguments).sum(), floats)
+    whole = torch.autograd.grad(Q.integer_zero_linear(*arguments).sum(), floats)
     monkeypatch.setattr(linear, "_TILE_ELEMENTS", {"cpu": 40})
-    tiled = torch.autograd.grad(Q.whole_linear(*arguments).sum(), floats)
+    tiled = torch.autograd.grad(Q.integer_zero_linear(*arguments).sum(), floats)
     for mine, theirs in zip(tiled, whole, strict=True):
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)

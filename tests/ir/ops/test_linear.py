@@ -92,8 +92,8 @@ CHECKED: dict[str, tuple[Any, tuple[Any, ...]]] = {
             0.5,
         ),
     ),
-    "spread_groups, tail": (Q.spread_groups, (torch.randn(2, 3, 20), 8, 16)),
-    "spread_groups, nothing to do": (Q.spread_groups, (torch.randn(2, 16), 16, 16)),
+    "pad_groups, tail": (Q.pad_groups, (torch.randn(2, 3, 20), 8, 16)),
+    "pad_groups, nothing to do": (Q.pad_groups, (torch.randn(2, 16), 16, 16)),
     "matmul_nbits, 4 bits, tail": (Q.matmul_nbits, nbits_arguments(40, 4, 16)[0]),
     "matmul_nbits, 8 bits": (Q.matmul_nbits, nbits_arguments(32, 8, 32)[0]),
     "matmul_nbits, 2 bits": (Q.matmul_nbits, nbits_arguments(48, 2, 16)[0]),
@@ -209,7 +209,7 @@ def test_pooled_adapter_gradients_and_formula() -> None:
 @given(k=st.integers(1, 40), g=st.integers(1, 45), extra=st.integers(0, 9))
 def test_spread_groups_pads_each_group(k: int, g: int, extra: int) -> None:
     x = torch.arange(1.0, k + 1)[None]
-    spread = Q.spread_groups(x, g, g + extra)
+    spread = Q.pad_groups(x, g, g + extra)
     expected: list[float] = []
     for start in range(0, k, g):
         part = x[0, start : start + g].tolist()

@@ -21,7 +21,7 @@ Golden = Callable[[str, str], None]
 
 def test_golden(golden: Golden) -> None:
     golden("legalize-onnx", str(LegalizeOnnx()(folded()[0]).program))
-    golden("legalize-onnx-spread", str(LegalizeOnnx()(folded(3, 24, 40)[0]).program))
+    golden("legalize-onnx-padded", str(LegalizeOnnx()(folded(3, 24, 40)[0]).program))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

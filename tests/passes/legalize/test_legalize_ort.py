@@ -50,7 +50,7 @@ def folded(bits: int = 4, group: int = 16, k: int = 48) -> tuple[qc.Program, Ten
 
 def test_golden(golden: Golden) -> None:
     golden("legalize-ort", str(LegalizeOrt()(folded()[0]).program))
-    golden("legalize-ort-spread", str(LegalizeOrt()(folded(3, 24, 40)[0]).program))
+    golden("legalize-ort-padded", str(LegalizeOrt()(folded(3, 24, 40)[0]).program))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -84,9 +84,9 @@ def test_the_weight_comes_back_from_its_parts(
     parts = lower_groups(packed, scale, offset, layer, torch.float32)
     layout = GroupLayout.choose(layer)
     eye = torch.eye(k, dtype=torch.float64)
-    x = torch.ops.qalora.spread_groups(eye, layout.group_size, layout.width)
+    x = torch.ops.qalora.pad_groups(eye, layout.group_size, layout.width)
     y = group_quant_linear(
-        x if layout.spread else eye, parts["qweight"], parts["scale"].double(),
+        x if layout.padded else eye, parts["qweight"], parts["scale"].double(),
         parts["zero_point"].double(), bits, layout.width, "fp32",
     )  # fmt: skip
     expected = dequantize(packed, scale.double(), offset.double(), bits=bits, group_size=group, k=k)

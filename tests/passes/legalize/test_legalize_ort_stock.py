@@ -65,7 +65,7 @@ def folded(bits: int = 4, group: int = 16, k: int = 40) -> tuple[qc.Program, Ten
 
 def test_golden(golden: Golden) -> None:
     golden("legalize-ort-stock", str(LegalizeOrtStock()(folded()[0]).program))
-    golden("legalize-ort-stock-spread", str(LegalizeOrtStock()(folded(3, 24)[0]).program))
+    golden("legalize-ort-stock-padded", str(LegalizeOrtStock()(folded(3, 24)[0]).program))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -98,7 +98,7 @@ def test_the_weight_comes_back_from_its_parts(
     layout = BlockLayout.choose(bits=bits, group_size=group, k=k, narrow=narrow)
     parts = lower_weight(packed, scale, offset, bits, group, k, layout)
     eye = torch.eye(k, dtype=torch.float64)
-    x = torch.ops.qalora.spread_groups(eye, group, layout.width) if layout.spread else eye
+    x = torch.ops.qalora.pad_groups(eye, group, layout.width) if layout.padded else eye
     y = matmul_nbits(
         x, parts["qweight"], parts["scale"], parts["zero_point"], None, layout.bits,
         layout.block_size, 0,

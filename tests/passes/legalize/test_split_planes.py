@@ -14,7 +14,7 @@ from qalora_compile.errors import PostconditionError
 from qalora_compile.ir.affine import dequantize
 from qalora_compile.passes.legalize import split_planes as pass_module
 from qalora_compile.passes.legalize.split_planes import SplitPlanes
-from qalora_compile.quantizers.minmax import quantize_whole
+from qalora_compile.quantizers.minmax import quantize_integer_zero
 from tests.models import TiedHead, worst
 from tests.passes.test_quantize_embeddings import VOCABULARY, WIDTH, Untied, captured, ids_of
 
@@ -45,7 +45,7 @@ def test_the_function_stays() -> None:
 @settings(max_examples=20)
 def test_looked_up_rows_are_the_same_floats(group: int, k: int, shift: float) -> None:
     weight = torch.randn(6, k, generator=torch.Generator().manual_seed(k)) + shift
-    affine = quantize_whole(weight, 8, group)
+    affine = quantize_integer_zero(weight, 8, group)
     made = pass_module._Planes(k)(affine.pack(), affine.scale, affine.offset)
     low, high = (
         dequantize(

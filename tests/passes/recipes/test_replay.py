@@ -12,7 +12,7 @@ import qalora_compile as qc
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.skeleton import skeleton_of
 from qalora_compile.errors import PreconditionError
-from qalora_compile.ir.lazy_tensor import is_deferred
+from qalora_compile.ir.lazy_tensor import is_lazy
 from qalora_compile.passes.recipes.replay import replay, replay_part
 from tests.models import TiedHead, UsedTwice, adapted, gpt2, llama, token_ids
 
@@ -42,7 +42,7 @@ def test_the_other_graph_computes_what_was_trained(fold: bool) -> None:
     cached = replay(program, capture_causal_lm(skeleton_of(model)))
     assert cached.stage == program.stage
     assert cached.history == program.history
-    assert not any(map(is_deferred, cached.tensors().values()))
+    assert not any(map(is_lazy, cached.tensors().values()))
     ids = token_ids(3, 11)
     with torch.no_grad():
         expected = program(ids, torch.ones_like(ids)).logits
@@ -60,7 +60,7 @@ def test_a_float_program_needs_no_pass() -> None:
     model, ids = llama(), token_ids(2, 16)
     program = qc.capture_model(model, (ids, torch.ones_like(ids)))
     cached = replay(program, capture_causal_lm(skeleton_of(model)))
-    assert not any(map(is_deferred, cached.tensors().values()))
+    assert not any(map(is_lazy, cached.tensors().values()))
 
 
 def test_another_model_is_refused() -> None:

@@ -22,7 +22,7 @@ from qalora_compile.training.forward import training_forward as forward_module
 from qalora_compile.training.forward.chunked_loss import split_head
 from qalora_compile.training.forward.fuse_adapters import fuse_adapters
 from qalora_compile.training.forward.layer_checkpointing import split_layers
-from qalora_compile.training.forward.recompute_activations import private_to, recompute_between
+from qalora_compile.training.forward.recompute_activations import private_to, recompute_activations
 from qalora_compile.training.forward.training_forward import TrainingForward
 from tests.models import MLP, UsedTwice, gpt2, llama, randomize_adapters, token_ids, worst
 
@@ -188,10 +188,10 @@ def test_checkpointing_keeps_less() -> None:
 def test_what_lies_between_layers_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     program, batch = language_model(), batch_of(IDS)
     less = kept_bytes(TrainingForward(program), batch)
-    found = [name for name, _ in recompute_between(fused(program)).named_children()]
+    found = [name for name, _ in recompute_activations(fused(program)).named_children()]
     parts = [name for name in found if name.startswith("between")]
     assert len(parts) == 4, "attention and the gated network, in both layers"
-    monkeypatch.setattr(forward_module, "recompute_between", lambda module: module)
+    monkeypatch.setattr(forward_module, "recompute_activations", lambda module: module)
     assert less < 0.75 * kept_bytes(TrainingForward(program), batch)
 
 

@@ -20,7 +20,7 @@ from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.framework.base import PassResult
 from qalora_compile.verify import named_inputs
 from qalora_compile.verify.debug.bisect import Step, bisect
-from qalora_compile.verify.debug.write_repro import write_reproduction
+from qalora_compile.verify.debug.write_repro import write_repro
 from tests.models import MLP, adapted
 from tests.verify.planted import bisected, is_in_a_pass, program, with_tensors
 from tests.verify.program_faults import PROGRAM_FAULTS
@@ -60,7 +60,7 @@ def test_the_step_and_the_place_of_a_planted_fault_are_named(name: str, tmp_path
     assert culprit.step == ("fold" if fault.on == "program folded" else "lower")
     assert f"{culprit.row.name}:".startswith(fault.node or fault.site)
     assert culprit.row.name in str(culprit)
-    folder = write_reproduction(culprit, tmp_path / "found")
+    folder = write_repro(culprit, tmp_path / "found")
     parts = [qc.Program.load(folder / side) for side in ("before", "after")]
     whole = sum(n.op == "call_function" for n in culprit.before.graph.nodes)
     assert sum(n.op == "call_function" for n in parts[0].graph.nodes) <= whole / 3
@@ -99,7 +99,7 @@ def test_steps_that_are_each_within_rounding_are_found_together(tmp_path: Path) 
     found = bisect(folded, steps, calls)
     assert found is not None and found.cumulative and found.index > 0
     assert "with the steps before it" in str(found)
-    assert "whole" in (write_reproduction(found, tmp_path / "r") / "README.txt").read_text()
+    assert "whole" in (write_repro(found, tmp_path / "r") / "README.txt").read_text()
 
 
 def test_a_step_that_loses_an_output_is_found_and_reproduced(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_step_that_loses_an_output_is_found_and_reproduced(tmp_path: Path) -> 
     )
     found = bisect(before, [Step("lose", after)])
     assert found is not None and found.row is not None and found.row.name == "output z"
-    write_reproduction(found, tmp_path / "found")
+    write_repro(found, tmp_path / "found")
     assert "has no such output" in run_script(tmp_path / "found").stdout
 
 
@@ -134,7 +134,7 @@ def test_the_script_quotes_the_names_of_a_file(tmp_path: Path) -> None:
     folded = qc.fold_adapters(adapted(MLP(40, 24), (torch.randn(2, 40),)))
     found = bisect(folded, [Step(name, shifted(folded, 0.1))])
     assert found is not None
-    done = run_script(write_reproduction(found, tmp_path / "found"))
+    done = run_script(write_repro(found, tmp_path / "found"))
     assert done.returncode == 1 and name in done.stdout
     assert not marker.exists()
 

@@ -12,7 +12,7 @@ import qalora_compile as qc
 from qalora_compile.cli.main import main
 from qalora_compile.verify.debug.report_page import _by_layer, effective_zero_points, zero_points
 from qalora_compile.verify.proof.graphs.graph import Graph, Node, Tensor
-from qalora_compile.verify.proof.open_graph import open_side, open_sides
+from qalora_compile.verify.proof.open_graph import open_graph, open_graphs
 from tests.models import MLP, adapted, randomize_adapters
 from tests.pages.test_page import Reader
 from tests.verify.planted import SPECS, program, with_tensors
@@ -82,7 +82,7 @@ def test_zero_points_are_read_however_a_target_stores_them(name: str, tmp_path: 
     qc.export_model(program("folded"), tmp_path / "model.onnx", SPECS[name])
     expected = zero_points(program("folded"))
     for side in (tmp_path / "model.onnx", program(f"lowered:{name}")):
-        found = effective_zero_points(program("adapted"), open_sides(side))
+        found = effective_zero_points(program("adapted"), open_graphs(side))
         assert set(found) == set(expected) and len(found) == 5
         for path, values in expected.items():
             assert np.abs(found[path] - values).max() < 1e-5, path
@@ -96,7 +96,7 @@ def test_a_long_graph_is_there_whole_by_layer(
     assert main(["verify", *map(str, sides), "--prove", "--html", str(page)]) == 0
     text = read(page)
     assert "layers.0: " in text and "layers.1: " in text and "nodes more" not in text
-    for node in (node for side in sides for node in open_side(side).nodes.values()):
+    for node in (node for side in sides for node in open_graph(side).nodes.values()):
         assert " ".join(node.line.split()) in text
 
 

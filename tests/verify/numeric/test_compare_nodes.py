@@ -29,7 +29,7 @@ from qalora_compile.verify.numeric.error_bound import (
     EXPLAINED,
     FAIL,
     PASS,
-    judge,
+    check_bound,
     verdict_of,
 )
 from qalora_compile.verify.numeric.padding import padding_of
@@ -86,8 +86,8 @@ def test_every_target_passes_at_every_level(name: str, models: Path) -> None:
     library = library_path() if kernel_level() is not None else None
     report = compare_nodes(program("folded"), models / f"{name}.onnx", library=library).check()
     with_library = name == "ort" and library is not None
-    assert len(report.ways) == len(LEVELS) * (2 if with_library else 1) + (name == "ort")
-    for way in report.ways:
+    assert len(report.modes) == len(LEVELS) * (2 if with_library else 1) + (name == "ort")
+    for way in report.modes:
         assert {row.name for row in way.rows} >= {"q", "input of q", "down", "output output"}
         assert way.worst is not None and 0 < way.worst.worst.ratio < EXPLAINED / 2
     assert bool(report.notes) == (name != "ort" or library is None)
@@ -107,7 +107,7 @@ def test_a_language_model_with_its_cache_is_compared_on_both_sides_of_attention(
     assert {"zeros", "last token", "all padding"} < set(calls), "caches, tokens and masks"
     tried = {name: calls[name] for name in ("random 0", "one-hot", "left padding", "all padding")}
     report = compare_nodes(cached, tmp_path / "model.onnx", tried, levels=("all",)).check()
-    names = {row.name for row in report.ways[0].rows}
+    names = {row.name for row in report.modes[0].rows}
     assert "input of model.layers.0.self_attn.o_proj" in names
     assert "output present.1.key" in names
     assert sum(name.startswith("node ") for name in names) >= 4
@@ -118,7 +118,7 @@ def test_half_precision_is_held_to_float32_where_the_file_computes_in_it(tmp_pat
     folded = qc.fold_adapters(adapted(MLP(40, 24, 8).half(), (torch.randn(2, 40).half(),)))
     qc.export_model(folded, tmp_path / "model.onnx")
     report = compare_nodes(folded, tmp_path / "model.onnx", levels=("all",)).check()
-    row = report.ways[0].rows[-1]
+    row = report.modes[0].rows[-1]
     assert row.worst.own < 1e-5 * row.worst.scale, "held to float32, not to float16"
 
 
@@ -207,7 +207,7 @@ class Told(nn.Module):
         return self.tell(self.fc(x)) | {"table": self.table}
 
 
-def told(tell: Callable[[Tensor], Any]) -> qc.Program:
+def stated(tell: Callable[[Tensor], Any]) -> qc.Program:
     return qc.quantize_groups(qc.capture_model(Told(tell).eval(), (torch.randn(3, 32),)))
 
 
@@ -224,22 +224,22 @@ def told(tell: Callable[[Tensor], Any]) -> qc.Program:
 def test_outputs_have_to_be_there_in_their_shape_and_kind(
     tell: Callable[[Tensor], Any], says: str | None
 ) -> None:
-    report = compare_nodes(told(lambda y: {"y": y, "z": y.tanh()}), told(tell))
+    report = compare_nodes(stated(lambda y: {"y": y, "z": y.tanh()}), stated(tell))
     assert report.passed == (says is None)
     assert says is None or (report.difference or "").startswith(says)
     json.dumps(report.to_json(), allow_nan=False)
 
 
 def test_an_output_that_is_a_stored_tensor_is_compared_too() -> None:
-    source = told(lambda y: {"y": y})
+    source = stated(lambda y: {"y": y})
     report = compare_nodes(source, source).check()
-    assert "output table" in {row.name for row in report.ways[0].rows}
+    assert "output table" in {row.name for row in report.modes[0].rows}
     wrong = with_tensors(source, {"table": lambda t: t + 1})
     assert (compare_nodes(source, wrong).difference or "").startswith("output table: off by 1")
 
 
 def test_an_output_that_is_no_tensor_is_noted() -> None:
-    source = told(lambda y: {"y": y, "rows": y.shape[0]})
+    source = stated(lambda y: {"y": y, "rows": y.shape[0]})
     assert compare_nodes(source, source).notes == ("output rows is not compared: it is no tensor",)
 
 
@@ -302,7 +302,7 @@ def test_a_file_that_does_not_run_fails_with_its_reason(models: Path, tmp_path: 
     next(o for o in model.opset_import if not o.domain).version = 999
     onnx.save(model, tmp_path / "model.onnx")
     report = compare_nodes(program("folded"), tmp_path / "model.onnx", levels=("basic",))
-    assert report.verdict == FAIL and report.ways[0].problem
+    assert report.verdict == FAIL and report.modes[0].problem
     with pytest.raises(VerificationError, match="ONNX Runtime cannot load model.onnx"):
         report.check()
     calls = list(named_inputs(program("folded"), 1).values())
@@ -378,7 +378,7 @@ def test_what_padding_gives_is_not_judged_but_has_to_be_finite() -> None:
     calls = named_inputs(right, 1)
     lax = compare_nodes(right, instead(0.5), calls)
     assert "no output is judged on all padding" in "".join(lax.notes)
-    assert [name for name, _ in lax.ways[0].inputs] == [n for n in calls if n != "all padding"]
+    assert [name for name, _ in lax.modes[0].inputs] == [n for n in calls if n != "all padding"]
     assert lax.passed
     assert compare_nodes(right, instead(math.nan), calls).verdict == FAIL
 
@@ -409,44 +409,44 @@ def values(*numbers: float) -> Tensor:
 
 def test_an_error_is_measured_by_that_of_the_reference() -> None:
     exact = values(1.0, -2.0)
-    found = judge(exact, values(1e-6, 5e-7), exact + 5e-6, UNIT)
+    found = check_bound(exact, values(1e-6, 5e-7), exact + 5e-6, UNIT)
     assert (found.own, found.error, found.scale) == pytest.approx((1e-6, 5e-6, 2.0), rel=1e-6)
     assert found.ratio == pytest.approx(5.0, rel=1e-6) and found.verdict == PASS
 
 
 def test_a_reference_without_error_admits_one_rounding() -> None:
     exact = values(1.0, 2.0)
-    assert judge(exact, exact * 0, exact + 2.0 * UNIT, UNIT).ratio == pytest.approx(1.0)
-    assert judge(exact, exact * 0, exact + 400.0 * UNIT, UNIT).verdict == FAIL
+    assert check_bound(exact, exact * 0, exact + 2.0 * UNIT, UNIT).ratio == pytest.approx(1.0)
+    assert check_bound(exact, exact * 0, exact + 400.0 * UNIT, UNIT).verdict == FAIL
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_fails_where_the_reference_is(bad: float) -> None:
     exact = values(1.0, 2.0)
-    assert judge(exact, exact * 0, values(1.0, bad), UNIT).verdict == FAIL
-    found = judge(values(1.0, bad), values(0.0, math.nan), values(1.0, 5.0), UNIT)
-    assert (found.judged, found.undefined, found.verdict) == (1, 1, PASS)
-    assert judge(values(bad), values(math.nan), values(0.0), UNIT).verdict == AMBIGUOUS
+    assert check_bound(exact, exact * 0, values(1.0, bad), UNIT).verdict == FAIL
+    found = check_bound(values(1.0, bad), values(0.0, math.nan), values(1.0, 5.0), UNIT)
+    assert (found.checked, found.undefined, found.verdict) == (1, 1, PASS)
+    assert check_bound(values(bad), values(math.nan), values(0.0), UNIT).verdict == AMBIGUOUS
 
 
 def test_a_reference_that_has_lost_its_bits_judges_nothing() -> None:
     exact = values(1.0, 2.0)
-    found = judge(exact, values(0.5, 0.5), exact + 0.5, UNIT)
-    assert (found.judged, found.verdict) == (0, AMBIGUOUS)
+    found = check_bound(exact, values(0.5, 0.5), exact + 0.5, UNIT)
+    assert (found.checked, found.verdict) == (0, AMBIGUOUS)
 
 
 def test_shapes_and_integers() -> None:
     exact = values(1.0, 2.0, 3.0, 4.0)
     none = torch.zeros(2, 2, dtype=torch.float64)
-    assert judge(exact.reshape(2, 2), none, exact, UNIT).verdict == PASS, "rows, flattened"
-    assert "shapes" in judge(exact.reshape(2, 2), none, exact, UNIT, as_is=True).problem
-    assert "shapes" in judge(exact, none.flatten(), exact[:2], UNIT).problem
+    assert check_bound(exact.reshape(2, 2), none, exact, UNIT).verdict == PASS, "rows, flattened"
+    assert "shapes" in check_bound(exact.reshape(2, 2), none, exact, UNIT, as_is=True).problem
+    assert "shapes" in check_bound(exact, none.flatten(), exact[:2], UNIT).problem
     ids, none = torch.tensor([1, 2, 3]), torch.zeros(3)
-    assert judge(ids, none, ids, UNIT).ratio == 0
-    assert judge(ids, none, ids.int(), UNIT).verdict == PASS
-    assert judge(ids, none, ids.flip(0), UNIT).verdict == FAIL
-    assert judge(ids, none, ids.float(), UNIT).verdict == PASS, "a mask may be numbers"
-    found = judge(ids, none, ids.float(), UNIT, as_is=True)
+    assert check_bound(ids, none, ids, UNIT).ratio == 0
+    assert check_bound(ids, none, ids.int(), UNIT).verdict == PASS
+    assert check_bound(ids, none, ids.flip(0), UNIT).verdict == FAIL
+    assert check_bound(ids, none, ids.float(), UNIT).verdict == PASS, "a mask may be numbers"
+    found = check_bound(ids, none, ids.float(), UNIT, as_is=True)
     assert found.problem == "holds float32 where the reference has int64"
 
 
@@ -455,28 +455,28 @@ def test_shapes_and_integers() -> None:
 def test_integers_are_equal_or_wrong(size: int, dtype: torch.dtype) -> None:
     exact, none = torch.tensor([[7, size]]), torch.zeros(1, 2, dtype=torch.float64)
     other = (exact + torch.tensor([[0, 2]])).to(dtype)
-    found = judge(exact, none, other, UNIT)
-    assert (found.verdict, found.judged) == (FAIL, 2)
+    found = check_bound(exact, none, other, UNIT)
+    assert (found.verdict, found.checked) == (FAIL, 2)
     assert f"1 of 2 are not equal, the first {other[0, 1].item()}, not {size}" in found.problem
-    assert judge(exact, none, other, UNIT, torch.tensor([[False, True]])).verdict == PASS
+    assert check_bound(exact, none, other, UNIT, torch.tensor([[False, True]])).verdict == PASS
 
 
 def test_booleans_are_equal_or_wrong() -> None:
     mask, none = torch.tensor([True, False]), torch.zeros(2, dtype=torch.float64)
-    assert judge(mask, none, mask, UNIT, as_is=True).verdict == PASS
-    assert judge(mask, none, ~mask, UNIT, as_is=True).verdict == FAIL
+    assert check_bound(mask, none, mask, UNIT, as_is=True).verdict == PASS
+    assert check_bound(mask, none, ~mask, UNIT, as_is=True).verdict == FAIL
 
 
 def test_an_integer_that_rounding_decides_is_not_judged() -> None:
     exact, own = torch.tensor([3, 4]), values(1.0, 0.0)
-    found = judge(exact, own, torch.tensor([2, 4]), UNIT)
-    assert (found.verdict, found.judged, found.undefined) == (PASS, 1, 1)
-    assert judge(exact, own, torch.tensor([3, 5]), UNIT).verdict == FAIL
+    found = check_bound(exact, own, torch.tensor([2, 4]), UNIT)
+    assert (found.verdict, found.checked, found.undefined) == (PASS, 1, 1)
+    assert check_bound(exact, own, torch.tensor([3, 5]), UNIT).verdict == FAIL
 
 
 def test_below_the_least_normal_number_zero_is_as_good() -> None:
     exact = values(1e-40, -2e-41)
-    assert judge(exact, exact * 0, exact * 0, UNIT).verdict == PASS
+    assert check_bound(exact, exact * 0, exact * 0, UNIT).verdict == PASS
 
 
 @given(st.floats(0, 1e9))

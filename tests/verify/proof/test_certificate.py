@@ -74,7 +74,7 @@ def test_a_certificate_reads_as_it_was_written(stored: Path, tmp_path: Path) -> 
     assert set(value["reference"]["files"]) == {"program.json", "quantized.safetensors"}
     assert all(len(digest) == 64 for digest in value["candidate"]["files"].values())
     assert "codes, scales and biases have no tolerance" in value["tolerance"]
-    row = value["sites"][0]["ways"]["operators"]
+    row = value["sites"][0]["modes"]["operators"]
     assert 0 < row["max_abs"] <= row["frobenius"]
     assert 0 < row["max_ratio"] <= 1
     assert row["float32"] > 0
@@ -111,8 +111,8 @@ def test_a_file_that_changed_without_meaning_is_said(copy: Path) -> None:
 
 def test_a_certificate_cannot_say_more_than_is_so(copy: Path) -> None:
     value = json.loads((copy / "equal.json").read_text("utf-8"))
-    value["sites"][0]["ways"]["operators"]["max_abs"] = 0.0
-    for way in value["sites"][0]["ways"].values():
+    value["sites"][0]["modes"]["operators"]["max_abs"] = 0.0
+    for way in value["sites"][0]["modes"].values():
         way["max_abs"] = 0.0
     del value["segments"][0]
     (copy / "equal.json").write_text(json.dumps(value), "utf-8")
@@ -190,7 +190,7 @@ def _edited(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 )
 def test_every_bound_is_compared(field: str, copy: Path) -> None:
     def change(value: dict[str, Any]) -> None:
-        value["sites"][0]["ways"]["operators"][field] = 0.0
+        value["sites"][0]["modes"]["operators"][field] = 0.0
 
     _edited(copy / "equal.json", change)
     _, problems = check_certificate(copy / "equal.json")
@@ -229,7 +229,7 @@ def test_a_certificate_cannot_claim_a_stronger_verdict(copy: Path) -> None:
     [
         lambda value: value.update(samples={}),
         lambda value: value.update(verdict="FINE"),
-        lambda value: value["sites"][0]["ways"]["operators"].update(max_abs=None),
+        lambda value: value["sites"][0]["modes"]["operators"].update(max_abs=None),
         lambda value: value["reference"].update(files=3),
     ],
 )

@@ -13,7 +13,7 @@ import qalora_compile as qc
 from qalora_compile.errors import UserInputError
 from qalora_compile.verify import compare_nodes, named_inputs
 from qalora_compile.verify.debug.report_page import effective_zero_points, verify_page, zero_points
-from qalora_compile.verify.proof.open_graph import open_sides
+from qalora_compile.verify.proof.open_graph import open_graphs
 from tests.verify.planted import program
 from tests.zoo.entries import ENTRIES
 
@@ -61,7 +61,7 @@ def test_encoder_and_decoder_are_proved_and_compared_one_by_one(pair: Pair, tmp_
 @pytest.mark.slow
 def test_a_page_shows_both_graphs_and_their_zero_points(pair: Pair) -> None:
     whole, _, folder = pair
-    graphs = open_sides(folder)
+    graphs = open_graphs(folder)
     assert [graph.label for graph in graphs] == [str(folder / file) for file in FILES]
     assert set(effective_zero_points(whole, graphs)) == set(zero_points(whole))
     _, kwargs = ENTRIES["t5"].inputs(2, 9, 1)

@@ -275,7 +275,7 @@ def test_two_exported_models_are_compared_without_a_program(models: Path) -> Non
 def test_every_way_to_run_the_default_target_is_proved(models: Path) -> None:
     certificate: Certificate = qc.prove_equivalence(program("folded"), models / "ort.onnx")
     for site in certificate.sites:
-        assert list(site.ways) == ["operators", "functions", "standard functions"]
+        assert list(site.modes) == ["operators", "functions", "standard functions"]
         assert site.bound(1.0) < 1e-5
 
 

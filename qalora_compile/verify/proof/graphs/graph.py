@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qalora_compile.verify.proof.graphs.stored_tensor import Stored
+from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 
 FX, ONNX = "fx", "onnx"
 
@@ -89,7 +89,7 @@ class Graph:
     nodes: dict[str, Node]
     inputs: dict[str, tuple[str, str | None]]
     outputs: dict[str, Any]
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     sites: dict[str, SiteRow]
     site_values: dict[str, str]
     half: bool = False

@@ -33,7 +33,7 @@ def graphs_of(attribute: Any) -> list[Any]:
     return [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
 
 
-def bodies(graph: Graph, node: Node) -> list[str]:
+def subgraphs(graph: Graph, node: Node) -> list[str]:
     """The function that a model carries for an operator, hashed with the functions it calls."""
     waiting, seen = [tuple(node.op.rpartition(".")[::2])], set[tuple[str, ...]]()
     hashed = hashlib.sha256()

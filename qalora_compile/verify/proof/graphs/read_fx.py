@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program_record import PROGRAM_FILE, read_record, tensor_files
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Ref, SiteRow, Tensor, text_of
-from qalora_compile.verify.proof.graphs.stored_tensor import Array, Stored, read_safetensors
+from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor, read_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor as TorchTensor
@@ -41,7 +41,7 @@ def read_program_graph(folder: Path, described: Mapping[str, Any] | None = None)
         UserInputError: the folder is incomplete, malformed or of another version.
     """
     value = read_record(folder)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in tensor_files(folder):
         tensors |= read_safetensors(folder / name)
     try:
@@ -76,7 +76,7 @@ def program_graph(program: Program) -> Graph:
     return _assemble(value, tensors, paths, f"program ({program.stage})")
 
 
-def _from_torch(name: str, tensor: TorchTensor) -> Stored:
+def _from_torch(name: str, tensor: TorchTensor) -> StoredTensor:
     import torch
 
     from qalora_compile.ir.lazy_tensor import materialize
@@ -88,12 +88,12 @@ def _from_torch(name: str, tensor: TorchTensor) -> Stored:
         array: Array = values.numpy()
         return array
 
-    return Stored(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), read)
+    return StoredTensor(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), read)
 
 
 def _assemble(
     value: Mapping[str, Any],
-    tensors: Mapping[str, Stored],
+    tensors: Mapping[str, StoredTensor],
     paths: Mapping[str, str],
     label: str,
 ) -> Graph:

@@ -23,7 +23,7 @@ from qalora_compile.verify.proof.graphs.graph import (
 )
 from qalora_compile.verify.proof.graphs.onnx_subgraphs import body_of, graphs_of
 from qalora_compile.verify.proof.graphs.stored_tensor import (
-    Stored,
+    StoredTensor,
     digest_of,
     from_array,
     from_onnx,
@@ -85,7 +85,7 @@ def _graph(
     model: Any,
     metadata: dict[str, Any],
     path: Path,
-    parts: tuple[dict[str, Node], dict[str, tuple[str, str | None]], dict[str, Stored]],
+    parts: tuple[dict[str, Node], dict[str, tuple[str, str | None]], dict[str, StoredTensor]],
 ) -> Graph:
     """The graph without its sites."""
     nodes, inputs, tensors = parts
@@ -143,11 +143,11 @@ def _attribute(proto: Any, stored: set[str]) -> Any:
     return f"sha256 {digest_of(np.frombuffer(proto.SerializeToString(), np.uint8))}"
 
 
-def _constant(proto: Any, folder: Path) -> Stored:
+def _constant(proto: Any, folder: Path) -> StoredTensor:
     attribute = proto.attribute[0]
     if attribute.name == "value":
         found = from_onnx(attribute.t, folder)
-        return Stored(proto.output[0], found.dtype, found.shape, found.read)
+        return StoredTensor(proto.output[0], found.dtype, found.shape, found.read)
     kind = np.float32 if "float" in attribute.name else np.int64
     return from_array(proto.output[0], np.asarray(_attribute(attribute, set()), kind))
 

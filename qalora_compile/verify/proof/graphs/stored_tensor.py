@@ -56,7 +56,7 @@ SMALLEST = {"float64": 2.0**-1075, "float32": 2.0**-150, "bfloat16": 2.0**-134, 
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file or in memory.
 
     Attributes:
@@ -105,12 +105,12 @@ def digest_of(values: Array) -> str:
     return hashed.hexdigest()
 
 
-def from_array(name: str, values: Array) -> Stored:
+def from_array(name: str, values: Array) -> StoredTensor:
     """A tensor in memory."""
-    return Stored(name, values.dtype.name, values.shape, lambda: values)
+    return StoredTensor(name, values.dtype.name, values.shape, lambda: values)
 
 
-def read_safetensors(path: Path) -> dict[str, Stored]:
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file; their bytes stay in it until they are read.
 
     Raises:
@@ -118,7 +118,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         UnsupportedError: a tensor is of a type that no program has.
     """
     return {
-        name: Stored(
+        name: StoredTensor(
             name,
             _SAFETENSORS[row.dtype],
             row.shape,
@@ -146,7 +146,7 @@ def _from_file(
     return read
 
 
-def from_onnx(proto: Any, folder: Path) -> Stored:
+def from_onnx(proto: Any, folder: Path) -> StoredTensor:
     """An `onnx.TensorProto`, its values in the model or in a file beside it.
 
     Raises:
@@ -159,7 +159,9 @@ def from_onnx(proto: Any, folder: Path) -> Stored:
         rows = {entry.key: entry.value for entry in proto.external_data}
         path, offset = folder / rows["location"], int(rows.get("offset", 0))
         length = int(rows.get("length", 0)) or path.stat().st_size - offset
-        return Stored(proto.name, dtype, shape, _from_file(path, offset, length, dtype, shape))
+        return StoredTensor(
+            proto.name, dtype, shape, _from_file(path, offset, length, dtype, shape)
+        )
 
     def read() -> Array:
         if not proto.HasField("raw_data"):
@@ -169,4 +171,4 @@ def from_onnx(proto: Any, folder: Path) -> Stored:
         raw = np.frombuffer(proto.raw_data, np.dtype(_IN_BYTES.get(dtype, dtype)))
         return raw if dtype in ("uint4", "uint2") else raw.reshape(shape)
 
-    return Stored(proto.name, dtype, shape, read)
+    return StoredTensor(proto.name, dtype, shape, read)

@@ -11,7 +11,7 @@ from typing import Any
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Ref, Tensor, reachable, refs
-from qalora_compile.verify.proof.graphs.onnx_subgraphs import bodies
+from qalora_compile.verify.proof.graphs.onnx_subgraphs import subgraphs
 from qalora_compile.verify.proof.graphs.read_onnx import ONNX_TYPES
 from qalora_compile.verify.proof.terms.op_signatures import accounted
 from qalora_compile.verify.proof.terms.term import (
@@ -50,10 +50,10 @@ _SAME = (
 )
 _MODAL = ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
 
-Meaning = Callable[["Meanings", Node], Term | None]
+OpSemantics = Callable[["Semantics", Node], Term | None]
 
 
-class Meanings:
+class Semantics:
     """Terms of the values of one graph.
 
     Args:
@@ -88,7 +88,7 @@ class Meanings:
         wanted = reachable(self.graph, targets, self._cuts)
         for name, node in self.graph.nodes.items():
             if name in wanted and name not in self._terms:
-                self._terms[name] = self._meaning(node)
+                self._terms[name] = self._semantics(node)
         for ref in (ref for target in targets for ref in refs(target)):
             self.of(ref)
 
@@ -113,20 +113,20 @@ class Meanings:
             return self.algebra.number(operand)
         return term("literal", (), repr(operand), line=repr(operand), dtype=UNKNOWN)
 
-    def _meaning(self, node: Node) -> Term:
+    def _semantics(self, node: Node) -> Term:
         table = _FX if self.graph.dialect == FX else _ONNX
         meaning = table.get(node.op)
         known = meaning is not None and accounted(node)
         try:
             found = meaning(self, node) if meaning is not None and known else None
-            return self._foreign(node) if found is None else found
+            return self._opaque(node) if found is None else found
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise UserInputError(
                 f"a node is not as its operator is defined: {error!r}",
                 where=f"{self.graph.label}: {node.line}",
             ) from error
 
-    def _foreign(self, node: Node) -> Term:
+    def _opaque(self, node: Node) -> Term:
         operands: list[Term] = []
 
         def shown(value: Any) -> str:
@@ -141,7 +141,7 @@ class Meanings:
         detail += [f"{name}={shown(value)}" for name, value in sorted(node.options.items())]
         if node.output:
             detail.append(f"result {node.output}")
-        detail += bodies(self.graph, node)
+        detail += subgraphs(self.graph, node)
         dialect = FUSED if node.op in _FUSED else self.graph.dialect
         line = self.graph.line(Ref(node.name))
         return term(node.op, operands, ", ".join(detail), line=line, dialect=dialect, dtype=UNKNOWN)
@@ -151,56 +151,56 @@ class Meanings:
         return self.graph.line(Ref(node.name))
 
 
-def _line(m: Meanings, node: Node) -> str:
+def _line(m: Semantics, node: Node) -> str:
     return m.line(node)
 
 
-def _first(m: Meanings, node: Node) -> Term:
+def _first(m: Semantics, node: Node) -> Term:
     return m.of(node.args[0])
 
 
-def _unary(op: str) -> Meaning:
+def _unary(op: str) -> OpSemantics:
     return lambda m, node: term(op, [_first(m, node)], line=_line(m, node))
 
 
-def _add(m: Meanings, node: Node) -> Term | None:
+def _add(m: Semantics, node: Node) -> Term | None:
     if node.options.get("alpha", 1) != 1:
         return None
     return m.algebra.sum([m.of(a) for a in node.args[:2]], _line(m, node))
 
 
-def _subtract(m: Meanings, node: Node) -> Term | None:
+def _subtract(m: Semantics, node: Node) -> Term | None:
     if node.options.get("alpha", 1) != 1:
         return None
     a, b = (m.of(v) for v in node.args[:2])
     return m.algebra.sum([a, m.algebra.negated(b, _line(m, node))], _line(m, node))
 
 
-def _multiply(m: Meanings, node: Node) -> Term:
+def _multiply(m: Semantics, node: Node) -> Term:
     return m.algebra.product([m.of(a) for a in node.args[:2]], _line(m, node))
 
 
-def _divide(m: Meanings, node: Node) -> Term | None:
+def _divide(m: Semantics, node: Node) -> Term | None:
     a, b = (m.of(v) for v in node.args[:2])
     if a.dtype not in FLOATS or node.options.get("rounding_mode") is not None:
         return None  # of integers ONNX's Div gives integers
     return m.algebra.product([a, m.algebra.inverse(b, _line(m, node))], _line(m, node))
 
 
-def _negate(m: Meanings, node: Node) -> Term:
+def _negate(m: Semantics, node: Node) -> Term:
     return m.algebra.negated(_first(m, node), _line(m, node))
 
 
-def _reciprocal(m: Meanings, node: Node) -> Term:
+def _reciprocal(m: Semantics, node: Node) -> Term:
     return m.algebra.inverse(_first(m, node), _line(m, node))
 
 
-def _inverse_root(m: Meanings, node: Node) -> Term:
+def _inverse_root(m: Semantics, node: Node) -> Term:
     root = term("sqrt", [_first(m, node)], line=_line(m, node))
     return m.algebra.inverse(root, _line(m, node))
 
 
-def _power(m: Meanings, node: Node) -> Term | None:
+def _power(m: Semantics, node: Node) -> Term | None:
     base, exponent = _first(m, node), as_number(m.of(node.args[1]))
     if exponent is None or base.dtype in INTEGERS:  # of integers ONNX's Pow gives integers
         return None
@@ -214,17 +214,17 @@ def _power(m: Meanings, node: Node) -> Term | None:
     return term("pow", [base], shown, line=_line(m, node))
 
 
-def _silu(m: Meanings, node: Node) -> Term:
+def _silu(m: Semantics, node: Node) -> Term:
     x = _first(m, node)
     return m.algebra.product([x, term("sigmoid", [x], line=_line(m, node))], _line(m, node))
 
 
-def _modal(m: Meanings, node: Node) -> Term | None:
+def _modal(m: Semantics, node: Node) -> Term | None:
     """A dropout that is off, as `fx_graph` leaves it where the model has it."""
     return _first(m, node) if node.arg(2) is False else None
 
 
-def _gelu(m: Meanings, node: Node) -> Term | None:
+def _gelu(m: Semantics, node: Node) -> Term | None:
     if node.options.get("approximate", "none") != "none" or len(node.args) > 1:
         return None
     x, a, line = _first(m, node), m.algebra, _line(m, node)
@@ -232,7 +232,7 @@ def _gelu(m: Meanings, node: Node) -> Term | None:
     return a.product([a.number(0.5), x, a.sum([a.number(1.0), inner], line)], line)
 
 
-def _normed(m: Meanings, node: Node, eps: float, weight: Any) -> Term:
+def _normed(m: Semantics, node: Node, eps: float, weight: Any) -> Term:
     """X / √(mean(x²) + eps) · weight."""
     x, a, line = _first(m, node), m.algebra, _line(m, node)
     mean = term("mean", [a.product([x, x], line)], "last, kept", line=line)
@@ -240,7 +240,7 @@ def _normed(m: Meanings, node: Node, eps: float, weight: Any) -> Term:
     return a.product([x, a.inverse(root, line), m.of(weight)], line)
 
 
-def _fx_rms_norm(m: Meanings, node: Node) -> Term | None:
+def _fx_rms_norm(m: Semantics, node: Node) -> Term | None:
     if node.op == "qalora.rms_norm.default":
         return _normed(m, node, node.args[2], node.args[1])
     weight, eps = node.arg(2, "weight"), node.arg(3, "eps")
@@ -254,33 +254,33 @@ def _last_in_float32(node: Node) -> bool:
     return (node.options.get("axis", -1), node.options.get("stash_type", 1)) == (-1, 1)
 
 
-def _onnx_rms_norm(m: Meanings, node: Node) -> Term | None:
+def _onnx_rms_norm(m: Semantics, node: Node) -> Term | None:
     if not _last_in_float32(node):
         return None
     return _normed(m, node, node.options.get("epsilon", 1e-5), node.args[1])
 
 
-def _layer_norm(m: Meanings, node: Node, eps: float, operands: tuple[Any, ...]) -> Term:
+def _layer_norm(m: Semantics, node: Node, eps: float, operands: tuple[Any, ...]) -> Term:
     args = [m.of(v) for v in operands if v is not None]
     given = [v is not None for v in (*operands, None)[:3]]
     detail = f"{m.algebra.rounded(eps)!r}, {given}"
     return term("layer_norm", args, detail, line=_line(m, node))
 
 
-def _fx_layer_norm(m: Meanings, node: Node) -> Term | None:
+def _fx_layer_norm(m: Semantics, node: Node) -> Term | None:
     if len(node.args[1]) != 1:
         return None
     operands = node.args[0], node.arg(2, "weight"), node.arg(3, "bias")
     return _layer_norm(m, node, node.arg(4, "eps", 1e-5), operands)
 
 
-def _onnx_layer_norm(m: Meanings, node: Node) -> Term | None:
+def _onnx_layer_norm(m: Semantics, node: Node) -> Term | None:
     if not _last_in_float32(node) or node.output:
         return None
     return _layer_norm(m, node, node.options.get("epsilon", 1e-5), node.args[:3])
 
 
-def _fx_mean(m: Meanings, node: Node) -> Term | None:
+def _fx_mean(m: Semantics, node: Node) -> Term | None:
     if tuple(node.args[1] or ()) != (-1,) or not node.arg(2, "keepdim", False):
         return None
     if node.options.get("dtype") not in (None, _first(m, node).dtype):
@@ -288,55 +288,55 @@ def _fx_mean(m: Meanings, node: Node) -> Term | None:
     return term("mean", [_first(m, node)], "last, kept", line=_line(m, node))
 
 
-def _onnx_mean(m: Meanings, node: Node) -> Term | None:
+def _onnx_mean(m: Semantics, node: Node) -> Term | None:
     axes = node.options.get("axes") or integers(m.graph, node.arg(1))
     if tuple(axes or ()) != (-1,) or node.options.get("keepdims", 1) != 1:
         return None
     return term("mean", [_first(m, node)], "last, kept", line=_line(m, node))
 
 
-def _fx_softmax(m: Meanings, node: Node) -> Term | None:
+def _fx_softmax(m: Semantics, node: Node) -> Term | None:
     if node.arg(1, "dim") != -1 or node.arg(2, "dtype") not in (None, _first(m, node).dtype):
         return None
     return term("softmax", [_first(m, node)], "last", line=_line(m, node))
 
 
-def _onnx_softmax(m: Meanings, node: Node) -> Term | None:
+def _onnx_softmax(m: Semantics, node: Node) -> Term | None:
     if node.options.get("axis", -1) != -1:
         return None
     return term("softmax", [_first(m, node)], "last", line=_line(m, node))
 
 
-def _take_rows(m: Meanings, table: Any, ids: Any, line: str) -> Term | None:
+def _take_rows(m: Semantics, table: Any, ids: Any, line: str) -> Term | None:
     if not isinstance(table, Tensor) or len(m.graph.tensors[table.name].shape) != 2:
         return None
     stored = m.of(table)
     return term("rows", [stored, m.of(ids)], line=line, dtype=stored.dtype)
 
 
-def _embedding(m: Meanings, node: Node) -> Term | None:
+def _embedding(m: Semantics, node: Node) -> Term | None:
     return _take_rows(m, node.args[0], node.args[1], _line(m, node))
 
 
-def _gather(m: Meanings, node: Node) -> Term | None:
+def _gather(m: Semantics, node: Node) -> Term | None:
     if node.options.get("axis", 0) != 0:
         return None
     return _take_rows(m, node.args[0], node.args[1], _line(m, node))
 
 
-def _turned(m: Meanings, operand: Any) -> Term | None:
+def _transposed(m: Semantics, operand: Any) -> Term | None:
     """A stored matrix turned."""
     if isinstance(operand, Tensor) and len(m.graph.tensors[operand.name].shape) == 2:
         return m.algebra.constant(m.graph.tensors[operand.name], turned=True)
     return None
 
 
-def _matmul(m: Meanings, node: Node) -> Term:
+def _matmul(m: Semantics, node: Node) -> Term:
     return term("matmul", [m.of(v) for v in node.args[:2]], line=_line(m, node))
 
 
-def _fx_linear(m: Meanings, node: Node) -> Term | None:
-    weight = _turned(m, node.args[1])
+def _fx_linear(m: Semantics, node: Node) -> Term | None:
+    weight = _transposed(m, node.args[1])
     if weight is None:
         return None
     product = term("matmul", [_first(m, node), weight], line=_line(m, node))
@@ -344,19 +344,19 @@ def _fx_linear(m: Meanings, node: Node) -> Term | None:
     return product if bias is None else m.algebra.sum([product, m.of(bias)], _line(m, node))
 
 
-def _addmm(m: Meanings, node: Node) -> Term | None:
+def _addmm(m: Semantics, node: Node) -> Term | None:
     if node.options:
         return None
     product = term("matmul", [m.of(v) for v in node.args[1:3]], line=_line(m, node))
     return m.algebra.sum([m.of(node.args[0]), product], _line(m, node))
 
 
-def _gemm(m: Meanings, node: Node) -> Term | None:
+def _gemm(m: Semantics, node: Node) -> Term | None:
     plain = node.options.get("alpha", 1.0) == node.options.get("beta", 1.0) == 1.0
     if not plain or node.options.get("transA", 0):
         return None
     turned = node.options.get("transB", 0)
-    weight = _turned(m, node.args[1]) if turned else m.of(node.args[1])
+    weight = _transposed(m, node.args[1]) if turned else m.of(node.args[1])
     if weight is None:
         return None
     product = term("matmul", [_first(m, node), weight], line=_line(m, node))
@@ -364,16 +364,16 @@ def _gemm(m: Meanings, node: Node) -> Term | None:
     return product if bias is None else m.algebra.sum([product, m.of(bias)], _line(m, node))
 
 
-def _transpose(m: Meanings, node: Node) -> Term | None:
-    return _turned(m, node.args[0]) if node.options.get("perm", (1, 0)) == (1, 0) else None
+def _transpose(m: Semantics, node: Node) -> Term | None:
+    return _transposed(m, node.args[0]) if node.options.get("perm", (1, 0)) == (1, 0) else None
 
 
-def _fx_transpose(m: Meanings, node: Node) -> Term | None:
+def _fx_transpose(m: Semantics, node: Node) -> Term | None:
     two = node.op != "aten.transpose.int" or set(node.args[1:]) in ({0, 1}, {-1, -2})
-    return _turned(m, node.args[0]) if two else None
+    return _transposed(m, node.args[0]) if two else None
 
 
-def _fx_cast(m: Meanings, node: Node) -> Term | None:
+def _fx_cast(m: Semantics, node: Node) -> Term | None:
     dtype = node.options.get("dtype")
     if node.op == "aten.to.dtype":
         dtype = node.arg(1, "dtype")
@@ -384,23 +384,23 @@ def _fx_cast(m: Meanings, node: Node) -> Term | None:
     return m.algebra.cast(_first(m, node), dtype, _line(m, node))
 
 
-def _type_as(m: Meanings, node: Node) -> Term | None:
+def _type_as(m: Semantics, node: Node) -> Term | None:
     like = m.of(node.args[1]).dtype
     return (
         None if like in (None, UNKNOWN) else m.algebra.cast(_first(m, node), like, _line(m, node))
     )
 
 
-def _onnx_cast(m: Meanings, node: Node) -> Term | None:
+def _onnx_cast(m: Semantics, node: Node) -> Term | None:
     dtype = ONNX_TYPES.get(int(node.options["to"]))
     return None if dtype is None else m.algebra.cast(_first(m, node), dtype, _line(m, node))
 
 
-def _same(m: Meanings, node: Node) -> Term:
+def _same(m: Semantics, node: Node) -> Term:
     return _first(m, node)
 
 
-def _onnx_dropout(m: Meanings, node: Node) -> Term | None:
+def _onnx_dropout(m: Semantics, node: Node) -> Term | None:
     mode = node.arg(2)
     if node.output:
         return None
@@ -413,13 +413,13 @@ def _is_false(graph: Graph, operand: Any) -> bool:
     return isinstance(operand, Tensor) and not graph.tensors[operand.name].values().any()
 
 
-def _fx_slice(m: Meanings, node: Node) -> Term | None:
+def _fx_slice(m: Semantics, node: Node) -> Term | None:
     start, end, step = (node.arg(i, name) for i, name in ((2, "start"), (3, "end"), (4, "step")))
     whole = start in (None, 0) and (end is None or (isinstance(end, int) and end > _END))
     return _first(m, node) if whole and step in (None, 1) else None
 
 
-def _onnx_slice(m: Meanings, node: Node) -> Term | None:
+def _onnx_slice(m: Semantics, node: Node) -> Term | None:
     found = [integers(m.graph, node.arg(i)) for i in (1, 2, 4)]
     start, end, step = found
     if not start or not end or any(start) or min(end) <= _END:
@@ -427,14 +427,14 @@ def _onnx_slice(m: Meanings, node: Node) -> Term | None:
     return _first(m, node) if node.arg(4) is None or (step and set(step) == {1}) else None
 
 
-def _fx_batch_norm(m: Meanings, node: Node) -> Term | None:
+def _fx_batch_norm(m: Semantics, node: Node) -> Term | None:
     if node.args[5] or None in node.args[1:5]:
         return None
     detail = repr(m.algebra.rounded(node.args[7]))
     return term("batch_norm", [m.of(v) for v in node.args[:5]], detail, line=_line(m, node))
 
 
-def _onnx_batch_norm(m: Meanings, node: Node) -> Term | None:
+def _onnx_batch_norm(m: Semantics, node: Node) -> Term | None:
     if node.options.get("training_mode", 0) or node.output:
         return None
     detail = repr(m.algebra.rounded(node.options.get("epsilon", 1e-5)))
@@ -451,7 +451,7 @@ def integers(graph: Graph, operand: Any) -> list[int] | None:
     return [int(v) for v in graph.tensors[operand.name].values().reshape(-1)]
 
 
-_FX: dict[str, Meaning] = {
+_FX: dict[str, OpSemantics] = {
     **{f"aten.{op}.default": _unary(op) for op in _UNARY},
     **dict.fromkeys(_SAME, _same),
     **dict.fromkeys((f"aten.{name}.default" for name in _MODAL), _modal),
@@ -479,7 +479,7 @@ _FX: dict[str, Meaning] = {
     "aten.addmm.default": _addmm,
     "aten.slice.Tensor": _fx_slice,
 }
-_ONNX: dict[str, Meaning] = {
+_ONNX: dict[str, OpSemantics] = {
     **{f"onnx.{name}": _unary(op) for op, name in _UNARY.items()},
     "onnx.Identity": _same,
     "onnx.Dropout": _onnx_dropout,

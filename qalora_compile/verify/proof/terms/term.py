@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qalora_compile.verify.proof.graphs.stored_tensor import Stored, digest_of
+from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor, digest_of
 
 SUM, PRODUCT = "sum", "product"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -55,7 +55,7 @@ class Term:
     dialect: str
     dialects: frozenset[str]
     dtype: str | None
-    stored: Stored | None = None
+    stored: StoredTensor | None = None
 
     def __str__(self) -> str:
         return self.line
@@ -69,7 +69,7 @@ def term(
     line: str = "",
     dialect: str = "",
     dtype: str | None = None,
-    stored: Stored | None = None,
+    stored: StoredTensor | None = None,
 ) -> Term:
     """A term; operands of commutative operators are put in order."""
     given = tuple(sorted(args, key=lambda t: t.key) if op in _COMMUTATIVE else args)
@@ -105,7 +105,7 @@ class Algebra:
     def __init__(self, *, single: bool, halves: bool) -> None:
         self.single, self.halves, self.widened = single, halves, False
         self._widens = single or halves
-        self._turned: dict[str, str] = {}
+        self._transposed: dict[str, str] = {}
 
     def number(
         self, value: float, line: str = "", *, single: float | None = None, exact: bool = False
@@ -159,7 +159,7 @@ class Algebra:
             return value
         return term("cast", [value], dtype, line=line, dtype=dtype)
 
-    def constant(self, stored: Stored, *, turned: bool = False) -> Term:
+    def constant(self, stored: StoredTensor, *, turned: bool = False) -> Term:
         """A stored tensor; one without axes is a number, a turned matrix is the matrix turned."""
         if self._is_number(stored):
             value = stored.wide() if stored.dtype in FLOATS else stored.values()
@@ -170,12 +170,12 @@ class Algebra:
         self.widened |= stored.widened and self._widens
         kind = f" {stored.dtype}" if stored.widened and not self._widens else ""
         if not turned or stored.size <= _SMALL:
-            key = self._turned_digest(stored) if turned else stored.digest
+            key = self._transposed_digest(stored) if turned else stored.digest
             return term("const", (), key + kind, line=line, dtype=dtype, stored=stored)
         detail = f"{stored.digest}{kind} turned"
         return term("const", (), detail, line=line, dtype=dtype, stored=stored)
 
-    def _is_number(self, stored: Stored) -> bool:
+    def _is_number(self, stored: StoredTensor) -> bool:
         """Whether a tensor counts as Python's number does: its type then decides no result's."""
         if stored.shape != ():
             return False
@@ -183,10 +183,10 @@ class Algebra:
             return self._widens or stored.dtype == "float32"
         return stored.dtype == "int64" or (self.single and stored.dtype in INTEGERS[1:])
 
-    def _turned_digest(self, stored: Stored) -> str:
-        if stored.digest not in self._turned:
-            self._turned[stored.digest] = digest_of(np.ascontiguousarray(stored.values().T))
-        return self._turned[stored.digest]
+    def _transposed_digest(self, stored: StoredTensor) -> str:
+        if stored.digest not in self._transposed:
+            self._transposed[stored.digest] = digest_of(np.ascontiguousarray(stored.values().T))
+        return self._transposed[stored.digest]
 
     def _combine(self, op: str, parts: Sequence[Term], line: str) -> Term:
         flat: list[Term] = []

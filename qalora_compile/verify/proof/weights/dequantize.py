@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qalora_compile.verify.proof.graphs.stored_tensor import ROUNDING, SMALLEST, Array, Stored
+from qalora_compile.verify.proof.graphs.stored_tensor import ROUNDING, SMALLEST, Array, StoredTensor
 from qalora_compile.verify.proof.weights.linear_map import NotLinearError, Reading, Rows
 from qalora_compile.verify.proof.weights.unpack import (
     block_codes,
     flat_codes,
     from_bits,
     group_codes,
+    repeat_groups,
     row_codes,
-    spread_columns,
 )
 
 ARITHMETIC = 2.0**-48
@@ -39,21 +39,21 @@ def rounding(values: Array, dtype: str) -> Array:
     return result
 
 
-def _take(stored: Stored, part: slice, expert: int) -> Array:
+def _take(stored: StoredTensor, part: slice, expert: int) -> Array:
     """Rows of a matrix, of one expert where the tensor has three dimensions more than rows."""
     values = stored.read()
     return np.asarray(values[expert][part] if expert >= 0 else values[part])
 
 
-def _wide(stored: Stored, part: slice, expert: int) -> Array:
+def _wide(stored: StoredTensor, part: slice, expert: int) -> Array:
     values = stored.values()
     return np.asarray(values[expert][part] if expert >= 0 else values[part], np.float64)
 
 
 def on_codes(
-    packed: Stored,
-    scale: Stored,
-    offset: Stored,
+    packed: StoredTensor,
+    scale: StoredTensor,
+    offset: StoredTensor,
     bits: int,
     group_size: int,
     k: int,
@@ -66,21 +66,21 @@ def on_codes(
         codes = row_codes(_take(packed, part, expert), bits, k).astype(np.float64)
         s, o = _wide(scale, part, expert), _wide(offset, part, expert)
         moved = rounding(o, offset.dtype) if rounded else np.zeros_like(o)
-        product = codes * spread_columns(s, group_size, k)
-        wide = spread_columns(o, group_size, k)
+        product = codes * repeat_groups(s, group_size, k)
+        wide = repeat_groups(o, group_size, k)
         size = np.abs(product) + np.abs(wide)
-        radius = spread_columns(moved, group_size, k) + ARITHMETIC * size
+        radius = repeat_groups(moved, group_size, k) + ARITHMETIC * size
         return Rows(product + wide, size, radius, _coarse(moved, s))
 
     return rows
 
 
-def whole_linear(
-    packed: Stored,
-    scale: Stored,
-    offset: Stored,
-    lora_a: Stored,
-    lora_b: Stored,
+def integer_zero_linear(
+    packed: StoredTensor,
+    scale: StoredTensor,
+    offset: StoredTensor,
+    lora_a: StoredTensor,
+    lora_b: StoredTensor,
     bits: int,
     group_size: int,
     k: int,
@@ -102,18 +102,18 @@ def whole_linear(
             step = np.abs(s) * _SCALE_STEP[scale.dtype]
         else:
             zero = np.clip(np.round(zero - update / s), 0, 2**bits - 1)
-        level = codes - spread_columns(zero, group_size, k)
-        size = spread_columns(np.abs(s), group_size, k) * (
-            codes + spread_columns(zero, group_size, k)
+        level = codes - repeat_groups(zero, group_size, k)
+        size = repeat_groups(np.abs(s), group_size, k) * (
+            codes + repeat_groups(zero, group_size, k)
         )
-        radius = np.abs(level) * spread_columns(step, group_size, k) + ARITHMETIC * size
-        return Rows(spread_columns(s, group_size, k) * level, size, radius)
+        radius = np.abs(level) * repeat_groups(step, group_size, k) + ARITHMETIC * size
+        return Rows(repeat_groups(s, group_size, k) * level, size, radius)
 
     return rows
 
 
 def group_quant(
-    packed: Stored, scale: Stored, zero_point: Stored, bits: int, group_size: int
+    packed: StoredTensor, scale: StoredTensor, zero_point: StoredTensor, bits: int, group_size: int
 ) -> Part:
     """GroupQuantLinear: `W = scale · (q − zero_point)`, real zero-points."""
 
@@ -122,12 +122,12 @@ def group_quant(
         k = codes.shape[1]
         s, z = _wide(scale, part, expert), _wide(zero_point, part, expert)
         moved = np.abs(s) * rounding(z, zero_point.dtype)
-        wide_s, wide_z = (spread_columns(v, group_size, k) for v in (s, z))
+        wide_s, wide_z = (repeat_groups(v, group_size, k) for v in (s, z))
         level = codes - wide_z
-        radius = spread_columns(moved, group_size, k)
+        radius = repeat_groups(moved, group_size, k)
         if scale.dtype == "float16":  # float32 scales are stored as they are
-            radius = radius + spread_columns(rounding(s, scale.dtype), group_size, k) * (
-                np.abs(level) + spread_columns(rounding(z, zero_point.dtype), group_size, k)
+            radius = radius + repeat_groups(rounding(s, scale.dtype), group_size, k) * (
+                np.abs(level) + repeat_groups(rounding(z, zero_point.dtype), group_size, k)
             )
         size = np.abs(wide_s) * (codes + np.abs(wide_z))
         return Rows(level * wide_s, size, radius + ARITHMETIC * size, _coarse(moved, s))
@@ -143,9 +143,9 @@ def _coarse(moved: Array, scale: Array) -> float:
 
 def nbits(
     reading: Reading,
-    packed: Stored,
-    scale: Stored,
-    zero_point: Stored | None,
+    packed: StoredTensor,
+    scale: StoredTensor,
+    zero_point: StoredTensor | None,
     bits: int,
     block_size: int,
 ) -> Part:
@@ -172,7 +172,12 @@ def nbits(
 
 
 def blocks(
-    packed: Stored, scale: Stored, zero_point: Stored | None, bits: int, block_size: int, k: int
+    packed: StoredTensor,
+    scale: StoredTensor,
+    zero_point: StoredTensor | None,
+    bits: int,
+    block_size: int,
+    k: int,
 ) -> Part:
     """Blocked DequantizeLinear along axis 0 of `[K, N]`, turned to rows of `[N, K]`."""
     count, n = scale.shape
@@ -191,7 +196,7 @@ def blocks(
 def _levels(codes: Array, scale: Array, zero: Array, block_size: int, width: int) -> Rows:
     if codes.shape[1] < width or scale.shape[1] * block_size < width:
         raise NotLinearError(f"{codes.shape[1]} stored codes a row for {width} values of x")
-    wide_s, wide_z = (spread_columns(v, block_size, width) for v in (scale, zero))
+    wide_s, wide_z = (repeat_groups(v, block_size, width) for v in (scale, zero))
     level = codes[:, :width].astype(np.float64) - wide_z
     size = np.abs(wide_s) * (codes[:, :width] + wide_z)
     return Rows(level * wide_s, size, ARITHMETIC * size)
@@ -216,11 +221,11 @@ def _digit_radius(
     at_most = scale[:, first // block_size :][:, :count] / step ** (len(reading.digits) - 1)
     stored = scale[:, last // block_size :][:, :count]
     half = np.minimum(np.abs(stored), np.abs(at_most)) / 2 * _MARGIN
-    radius[:, last : last + width] = spread_columns(half, block_size, width)
+    radius[:, last : last + width] = repeat_groups(half, block_size, width)
     return radius
 
 
-def correction(stored: Stored, roundings: int = 1) -> Part:
+def correction(stored: StoredTensor, roundings: int = 1) -> Part:
     """A matrix C `[width, N]` that multiplies from the right, as rows of Cᵀ.
 
     `roundings`: how many roundings it went through until it was stored.
@@ -233,7 +238,7 @@ def correction(stored: Stored, roundings: int = 1) -> Part:
     return rows
 
 
-def adapter(lora_a: Stored, lora_b: Stored, scaling: float) -> Part:
+def adapter(lora_a: StoredTensor, lora_b: StoredTensor, scaling: float) -> Part:
     """`scaling · B A`, rows `[n, L]`, in float64."""
 
     def rows(part: slice, expert: int) -> Rows:

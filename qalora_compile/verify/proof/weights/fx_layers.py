@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.graph import Graph, Node, SiteRow, Tensor
-from qalora_compile.verify.proof.graphs.stored_tensor import Stored
+from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 from qalora_compile.verify.proof.weights import dequantize
 from qalora_compile.verify.proof.weights.linear_map import (
     Linear,
@@ -16,12 +16,12 @@ from qalora_compile.verify.proof.weights.linear_map import (
     added,
     applied,
     group_sums,
+    identity,
     looked_up,
+    pad_groups,
     padded,
     scaled,
     side_by_side,
-    spread,
-    whole,
     with_bias,
 )
 
@@ -49,7 +49,7 @@ class _Reader:
             "aten.add.Tensor": self._add,
             "aten.matmul.default": self._matmul,
             "qalora.group_linear.default": self._group_linear,
-            "qalora.whole_linear.default": self._whole_linear,
+            "qalora.integer_zero_linear.default": self._integer_zero_linear,
             "qalora.expert_linear.default": self._expert_linear,
             "qalora.pooled_adapter.default": self._pooled_adapter,
             "qalora.expert_adapter.default": self._pooled_adapter,
@@ -72,21 +72,21 @@ class _Reader:
             raise NotLinearError(f"no linear map by stored weights: {shown}")
         return self._readers[node.op](node)
 
-    def reading(self, operand: Any, ends: Any = None) -> Reading:
+    def reading(self, operand: Any, group_offsets: Any = None) -> Reading:
         """What a layer reads of the site's input."""
         node = self._graph.node(operand)
         if node is not None and node.op == "qalora.group_sum.default":
-            return group_sums(self.reading(node.args[0], ends), node.args[1])
-        if node is not None and node.op == "qalora.spread_groups.default":
-            return spread(self.reading(node.args[0], ends), *node.args[1:])
+            return group_sums(self.reading(node.args[0], group_offsets), node.args[1])
+        if node is not None and node.op == "qalora.pad_groups.default":
+            return pad_groups(self.reading(node.args[0], group_offsets), *node.args[1:])
         if node is not None and node.op == "aten.dropout.default" and node.args[2] is False:
-            return self.reading(node.args[0], ends)
+            return self.reading(node.args[0], group_offsets)
         if node is not None and self._joins_sums(node):
-            return side_by_side([self.reading(part, ends) for part in node.args[0]])
+            return side_by_side([self.reading(part, group_offsets) for part in node.args[0]])
         if node is not None and self._pads(node):
-            return padded(self.reading(node.args[0], ends), node.args[1][1])
-        source = (operand,) if ends is None else (operand, ends)
-        return whole(source, self._site.k)
+            return padded(self.reading(node.args[0], group_offsets), node.args[1][1])
+        source = (operand,) if group_offsets is None else (operand, group_offsets)
+        return identity(source, self._site.k)
 
     def _joins_sums(self, node: Node) -> bool:
         """Whether a node joins x and its group-sums, as digits of a correction are multiplied."""
@@ -106,12 +106,12 @@ class _Reader:
             return False
         return len(node.args[1]) == 2 and node.args[1][0] == 0
 
-    def _stored(self, operand: Any) -> Stored:
+    def _stored(self, operand: Any) -> StoredTensor:
         if not isinstance(operand, Tensor):
             raise NotLinearError(f"an operand is computed: {self._graph.line(operand)}")
         return self._graph.tensors[operand.name]
 
-    def _three(self, operands: Sequence[Any]) -> tuple[Stored, Stored, Stored]:
+    def _three(self, operands: Sequence[Any]) -> tuple[StoredTensor, StoredTensor, StoredTensor]:
         """Codes, scale and zero-point."""
         codes, scale, zero_point = map(self._stored, operands)
         return codes, scale, zero_point
@@ -119,7 +119,7 @@ class _Reader:
     def _bias(self, linear: Linear, operand: Any) -> Linear:
         return linear if operand is None else with_bias(linear, self._vector(operand))
 
-    def _vector(self, operand: Any) -> Stored:
+    def _vector(self, operand: Any) -> StoredTensor:
         """A stored vector, widened or not, or a part of one.
 
         Packed attention has one bias for several layers.
@@ -138,7 +138,7 @@ class _Reader:
         begin = sum(sizes[:index])
         part = slice(begin, begin + sizes[index])
         name = f"{owner.name}[{part.start}:{part.stop}]"
-        return Stored(name, owner.dtype, (sizes[index],), lambda: owner.read()[part])
+        return StoredTensor(name, owner.dtype, (sizes[index],), lambda: owner.read()[part])
 
     def _add(self, node: Node) -> Linear:
         first, second, factor = *node.args, float(node.options.get("alpha", 1))
@@ -159,11 +159,11 @@ class _Reader:
     def _group_linear(self, node: Node) -> Linear:
         return self._bias(self._on_codes(node, None), node.args[4])
 
-    def _whole_linear(self, node: Node) -> Linear:
+    def _integer_zero_linear(self, node: Node) -> Linear:
         x, *stored, bias, bits, group_size, lora_a, lora_b, scaling, kind = node.args
         packed, scale, offset = self._three(stored)
         lora = self._stored(lora_a), self._stored(lora_b)
-        part = dequantize.whole_linear(
+        part = dequantize.integer_zero_linear(
             packed, scale, offset, *lora, bits, group_size, self._site.k, scaling, kind
         )
         return self._bias(applied(self.reading(x), packed.shape[0], part), bias)
@@ -171,22 +171,23 @@ class _Reader:
     def _expert_linear(self, node: Node) -> Linear:
         return self._on_codes(node, node.args[4])
 
-    def _on_codes(self, node: Node, ends: Any) -> Linear:
+    def _on_codes(self, node: Node, group_offsets: Any) -> Linear:
         packed, scale, offset = map(self._stored, node.args[1:4])
         experts = packed.shape[0] if len(packed.shape) == 3 else None
         rounded = self._graph.stage not in _UNROUNDED_STAGES
         part = dequantize.on_codes(
             packed, scale, offset, node.args[5], node.args[6], self._site.k, rounded=rounded
         )
-        return applied(self.reading(node.args[0], ends), packed.shape[-2], part, experts=experts)
+        x = self.reading(node.args[0], group_offsets)
+        return applied(x, packed.shape[-2], part, experts=experts)
 
     def _pooled_adapter(self, node: Node) -> Linear:
         lora_a, lora_b = map(self._stored, node.args[1:3])
         experts = lora_b.shape[0] if len(lora_b.shape) == 3 else None
-        ends = node.args[3] if experts else None
+        group_offsets = node.args[3] if experts else None
         part = dequantize.adapter(lora_a, lora_b, float(node.args[-1]))
         return applied(
-            self.reading(node.args[0], ends),
+            self.reading(node.args[0], group_offsets),
             lora_b.shape[-2],
             part,
             experts=experts,
@@ -227,7 +228,7 @@ class _Reader:
         ids, *stored, bits, block_size, k = node.args
         packed, scale, zero = self._three(stored)
         if zero.dtype == "uint8":
-            part = dequantize.nbits(whole((ids,), k), packed, scale, zero, bits, block_size)
+            part = dequantize.nbits(identity((ids,), k), packed, scale, zero, bits, block_size)
         else:
             part = dequantize.group_quant(packed, scale, zero, bits, block_size)
         return looked_up((ids,), packed.shape[0], k, part)
@@ -239,8 +240,8 @@ class _Reader:
         return looked_up((ids,), scale.shape[1], k, part)
 
     def _expert_nbits(self, node: Node) -> Linear:
-        x, sums, *lists, ends, bits, block_size, level = node.args
-        reading = self.reading(x, ends)
+        x, sums, *lists, group_offsets, bits, block_size, level = node.args
+        reading = self.reading(x, group_offsets)
         made = [
             dequantize.nbits(reading, *self._three(each), bits, block_size)
             for each in zip(*lists[:3], strict=True)
@@ -249,34 +250,34 @@ class _Reader:
         base = applied(
             reading, n, _by_expert(made), experts=len(made), notes=activations(level == 4)
         )
-        return self._corrected(base, sums, lists[3], ends)
+        return self._corrected(base, sums, lists[3], group_offsets)
 
     def _expert_group_quant(self, node: Node) -> Linear:
-        x, *lists, ends, bits, group_size, compute = node.args
+        x, *lists, group_offsets, bits, group_size, compute = node.args
         made = [
             dequantize.group_quant(*self._three(each), bits, group_size)
             for each in zip(*lists, strict=True)
         ]
         n, notes = self._stored(lists[0][0]).shape[0], activations(compute == "int8")
-        reading = self.reading(x, ends)
+        reading = self.reading(x, group_offsets)
         return applied(reading, n, _by_expert(made), experts=len(made), notes=notes)
 
     def _expert_blocks(self, node: Node) -> Linear:
-        x, sums, *lists, ends, bits, block_size = node.args
-        reading = self.reading(x, ends)
+        x, sums, *lists, group_offsets, bits, block_size = node.args
+        reading = self.reading(x, group_offsets)
         made = [
             dequantize.blocks(*self._three(each), bits, block_size, reading.width)
             for each in zip(*lists[:3], strict=True)
         ]
         n = self._stored(lists[1][0]).shape[1]
         base = applied(reading, n, _by_expert(made), experts=len(made))
-        return self._corrected(base, sums, lists[3], ends)
+        return self._corrected(base, sums, lists[3], group_offsets)
 
-    def _corrected(self, base: Linear, sums: Any, stored: Any, ends: Any) -> Linear:
+    def _corrected(self, base: Linear, sums: Any, stored: Any, group_offsets: Any) -> Linear:
         if sums is None:
             return base
         made = [dequantize.correction(self._stored(c)) for c in stored]
-        reading = self.reading(sums, ends)
+        reading = self.reading(sums, group_offsets)
         return added(base, applied(reading, base.n, _by_expert(made), experts=len(made)))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qalora_compile.errors import QaloraError
-from qalora_compile.verify.proof.graphs.stored_tensor import Array, Stored
+from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor
 
 _ROUNDINGS = 8
 """Of a coefficient that a kernel computes from codes: three, and some to spare."""
@@ -89,7 +89,7 @@ class Linear:
     n: int
     k: int
     rows: Callable[[slice, int], Rows]
-    bias: tuple[Stored, ...] = ()
+    bias: tuple[StoredTensor, ...] = ()
     experts: int | None = None
     notes: tuple[str, ...] = ()
     terms: int = 0
@@ -102,7 +102,7 @@ class Linear:
         return total
 
 
-def whole(source: tuple[Any, ...], k: int) -> Reading:
+def identity(source: tuple[Any, ...], k: int) -> Reading:
     """X itself."""
     return Reading(source, k, lambda m: m)
 
@@ -117,7 +117,7 @@ def group_sums(inner: Reading, group_size: int) -> Reading:
     return Reading(inner.source, width, pull, sums=True, terms=inner.terms + group_size)
 
 
-def spread(inner: Reading, group_size: int, width: int) -> Reading:
+def pad_groups(inner: Reading, group_size: int, width: int) -> Reading:
     """Each group padded with zeros to `width`."""
     groups = -(-inner.width // group_size)
 
@@ -160,7 +160,7 @@ def applied(
     rows: Callable[[slice, int], Rows],
     *,
     experts: int | None = None,
-    bias: tuple[Stored, ...] = (),
+    bias: tuple[StoredTensor, ...] = (),
     notes: tuple[str, ...] = (),
     terms: int = _ROUNDINGS,
 ) -> Linear:
@@ -270,7 +270,7 @@ def remembered(linear: Linear) -> Linear:
     return dataclasses.replace(linear, rows=rows)
 
 
-def with_bias(linear: Linear, bias: Stored) -> Linear:
+def with_bias(linear: Linear, bias: StoredTensor) -> Linear:
     """A stored vector added.
 
     Raises:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.graph import Graph, Node, Tensor
-from qalora_compile.verify.proof.graphs.stored_tensor import Stored
+from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 from qalora_compile.verify.proof.weights import dequantize
 from qalora_compile.verify.proof.weights.linear_map import (
     Linear,
     NotLinearError,
     added,
+    identity,
     looked_up,
     scaled,
-    whole,
 )
 
 _FLOAT, _UINT8 = 1, 2  # of ONNX's TensorProto.DataType
@@ -54,7 +54,7 @@ def lookup_linear(graph: Graph, node: Node) -> Linear:
 class _Rows:
     """Gathered rows of a stored table: its values, their bits, and which rows."""
 
-    stored: Stored
+    stored: StoredTensor
     bits: int
     ids: Any
 
@@ -116,7 +116,7 @@ class _Reader:
         if zero.stored.dtype == "uint8":
             if zero.bits != codes.bits:
                 raise self._no(node)
-            reading = whole(source, k)
+            reading = identity(source, k)
             part = dequantize.nbits(reading, table, scale.stored, zero.stored, codes.bits, block[1])
         else:
             part = dequantize.group_quant(table, scale.stored, zero.stored, codes.bits, block[1])
@@ -149,7 +149,7 @@ class _Reader:
         part = dequantize.blocks(codes, scale, zero, _BITS[codes.dtype], block, k)
         return looked_up((ids,), count, k, part)
 
-    def _columns(self, operand: Any) -> tuple[Stored, Any]:
+    def _columns(self, operand: Any) -> tuple[StoredTensor, Any]:
         """A stored `[K, V]` of which columns are gathered, and which."""
         node = self._node(operand, "onnx.Gather")
         if node.options.get("axis", 0) != 0:
@@ -166,7 +166,7 @@ class _Reader:
             rows = self._stored(table)
             if rows.dtype in ("uint4", "uint2"):
                 raise self._no(node)  # a stream of bits cannot be turned
-            stored = Stored(rows.name, rows.dtype, rows.shape[::-1], lambda: rows.read().T)
+            stored = StoredTensor(rows.name, rows.dtype, rows.shape[::-1], lambda: rows.read().T)
         if len(stored.shape) != 2:
             raise self._no(node)
         return stored, ids
@@ -231,7 +231,7 @@ class _Reader:
             raise NotLinearError(f"no lookup in stored tables: {self._graph.line(operand)}")
         return node
 
-    def _stored(self, operand: Any) -> Stored:
+    def _stored(self, operand: Any) -> StoredTensor:
         if not isinstance(operand, Tensor):
             raise NotLinearError(f"an operand is computed: {self._graph.line(operand)}")
         return self._graph.tensors[operand.name]

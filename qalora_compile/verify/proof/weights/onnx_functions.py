@@ -14,7 +14,7 @@ import numpy as np
 from qalora_compile.optional import require
 from qalora_compile.verify.proof.graphs.graph import ONNX, Graph, Node, Ref
 from qalora_compile.verify.proof.graphs.read_onnx import onnx_nodes
-from qalora_compile.verify.proof.graphs.stored_tensor import Stored, from_array
+from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor, from_array
 from qalora_compile.verify.proof.weights.linear_map import NotLinearError
 
 
@@ -58,7 +58,7 @@ class _Split:
         ).ReferenceEvaluator(model)
         self._x = np.zeros((1, 1), dtype)
 
-    def evaluate(self, stored: list[Stored]) -> dict[str, Stored]:
+    def evaluate(self, stored: list[StoredTensor]) -> dict[str, StoredTensor]:
         """The constants that the rest reads, for the weights of one node."""
         given = [stored[i].read() for i in range(len(self.inputs) - 1)]
         feed = dict(zip(self.inputs, [self._x, *given], strict=True))
@@ -71,7 +71,7 @@ Body = tuple[Graph, Ref]
 """A function as a graph, and its result."""
 
 
-def body_of(graph: Graph, node: Node, stored: list[Stored]) -> Body:
+def body_of(graph: Graph, node: Node, stored: list[StoredTensor]) -> Body:
     """The function of a node as a graph, and its result; `extra` is the name of x.
 
     Raises:

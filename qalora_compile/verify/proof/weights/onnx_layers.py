@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.graph import Graph, Node, Ref, SiteRow, Tensor
-from qalora_compile.verify.proof.graphs.stored_tensor import Stored
+from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 from qalora_compile.verify.proof.weights import dequantize
 from qalora_compile.verify.proof.weights.fx_layers import activations
 from qalora_compile.verify.proof.weights.linear_map import (
@@ -19,11 +19,11 @@ from qalora_compile.verify.proof.weights.linear_map import (
     applied,
     composed,
     group_sums,
+    identity,
+    pad_groups,
     padded,
     scaled,
     side_by_side,
-    spread,
-    whole,
     with_bias,
 )
 from qalora_compile.verify.proof.weights.onnx_embeddings import LOOKUP_ENDS, lookup_linear
@@ -60,13 +60,13 @@ def function_linears(graph: Graph, site: SiteRow, stated: Linear) -> dict[str, L
     Raises:
         NotLinearError: a function is not a form that an exporter of this package writes.
     """
-    value, found, bodies = _output(graph, site), dict[str, Linear](), dict[str, Body]()
+    value, found, subgraphs = _output(graph, site), dict[str, Linear](), dict[str, Body]()
     inlined = frozenset({GROUP_QUANT})
     if ("qalora", "GroupQuantLinear") in graph.functions:
-        found["functions"] = _Reader(graph, site.k, inlined, bodies=bodies).linear(value)
+        found["functions"] = _Reader(graph, site.k, inlined, subgraphs=subgraphs).linear(value)
         if ("com.microsoft", "MatMulNBits") in graph.functions:
             inlined |= {NBITS}
-            reader = _Reader(graph, site.k, inlined, bodies=bodies)
+            reader = _Reader(graph, site.k, inlined, subgraphs=subgraphs)
             found["standard functions"] = reader.linear(value)
     return {name: _as_stored(linear, stated) for name, linear in found.items()}
 
@@ -107,10 +107,10 @@ class _Reader:
         k: int,
         inlined: frozenset[str] = frozenset(),
         roundings: int = 1,
-        bodies: dict[str, Body] | None = None,
+        subgraphs: dict[str, Body] | None = None,
     ) -> None:
         self._graph, self._k, self._inlined, self._roundings = graph, k, inlined, roundings
-        self._bodies = {} if bodies is None else bodies
+        self._bodies = {} if subgraphs is None else subgraphs
         self._readers: dict[str, Callable[[Node], Linear]] = {
             "onnx.Add": self._add,
             "onnx.Mul": self._mul,
@@ -140,11 +140,11 @@ class _Reader:
         """What a layer reads of the site's input."""
         node = self._graph.node(operand)
         if node is not None:
-            for read in (self._sum, self._spread, self._joined, self._padded):
+            for read in (self._sum, self._group_pad, self._joined, self._padded):
                 found = read(node)
                 if found is not None:
                     return found
-        return whole((operand,), self._k)
+        return identity((operand,), self._k)
 
     def _inline(self, node: Node) -> Linear:
         """A node by its function: its constants are computed, what reads x is read as here."""
@@ -198,7 +198,7 @@ class _Reader:
             raise NotLinearError(f"{tail[0]} sums of {tail[1]} values are taken of {inner.width}")
         return group_sums(inner, tail[1])
 
-    def _spread(self, node: Node) -> Reading | None:
+    def _group_pad(self, node: Node) -> Reading | None:
         """Reshape of Pad of Reshape: every group padded."""
         pad = self._graph.node(node.args[0]) if node.op == "onnx.Reshape" else None
         split = self._graph.node(pad.args[0]) if pad is not None and pad.op == "onnx.Pad" else None
@@ -213,7 +213,7 @@ class _Reader:
             raise NotLinearError(
                 f"groups of {tail[1]} of {inner.width} values are padded to {width}"
             )
-        return spread(inner, tail[1], width)
+        return pad_groups(inner, tail[1], width)
 
     def _joined(self, node: Node) -> Reading | None:
         if node.op != "onnx.Concat" or node.options.get("axis") != -1:
@@ -243,7 +243,7 @@ class _Reader:
             return float(self._graph.tensors[operand.name].wide().reshape(-1)[0])
         return None
 
-    def _stored(self, operand: Any) -> Stored:
+    def _stored(self, operand: Any) -> StoredTensor:
         if not isinstance(operand, Tensor):
             raise NotLinearError(f"an operand is computed: {self._graph.line(operand)}")
         return self._graph.tensors[operand.name]
@@ -278,7 +278,9 @@ class _Reader:
             stored = self._stored(behind.args[0])
             if behind.options.get("perm", (1, 0)) != (1, 0) or len(stored.shape) != 2:
                 raise NotLinearError(f"no matrix is turned: {behind.line}")
-            turned = Stored(stored.name, stored.dtype, stored.shape[::-1], lambda: stored.read().T)
+            turned = StoredTensor(
+                stored.name, stored.dtype, stored.shape[::-1], lambda: stored.read().T
+            )
         else:
             turned = self._stored(weight)
         made, n = dequantize.correction(turned, self._roundings), turned.shape[1]

@@ -58,6 +58,6 @@ def flat_codes(stream: Array, bits: int, shape: tuple[int, ...]) -> Array:
     return from_bits(stream.reshape(-1), bits, int(np.prod(shape))).reshape(shape)
 
 
-def spread_columns(values: Array, width: int, k: int) -> Array:
+def repeat_groups(values: Array, width: int, k: int) -> Array:
     """One value a group, `[N, L]`, as one a column, `[N, k]`."""
     return np.repeat(values, width, axis=1)[:, :k]
