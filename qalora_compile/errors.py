@@ -6,12 +6,15 @@ Each error says what was wrong, where (pass, node, module path, file) and what t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from qalora_compile.verify.compare import Report
-    from qalora_compile.verify.numeric.report import NumericReport
-    from qalora_compile.verify.proof.certificate import Certificate
+
+class Finding(Protocol):
+    """What a comparison found: a report, a numeric report or a certificate of `verify`."""
+
+    @property
+    def verdict(self) -> str:
+        """In one word."""
 
 
 class QaloraError(Exception):
@@ -94,7 +97,7 @@ class VerificationError(QaloraError):
         self,
         what: str,
         *,
-        report: Report | Certificate | NumericReport,
+        report: Finding,
         where: str | None = None,
         hint: str | None = None,
     ) -> None:

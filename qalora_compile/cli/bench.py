@@ -123,7 +123,7 @@ def _export_forms(source: Path, scratch: Path, shown: Steps) -> list[Form]:
     Raises:
         UserInputError: the folder is no RUN with adapters of a transformers model.
     """
-    program, _ = load_run(source, deferred=True)
+    program, _ = load_run(source, lazy=True)
     if program.stage != ADAPTED or not (source / MODEL).is_dir():
         raise UserInputError(
             f"{source} is no RUN of a transformers model with adapters", where=str(source)

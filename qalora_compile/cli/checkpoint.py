@@ -43,7 +43,7 @@ def export_checkpoint(options: argparse.Namespace, spec: ExportSpec) -> int:
     tokenizer = source / TOKENIZER if described and (source / TOKENIZER).is_dir() else None
     spec = dataclasses.replace(spec, overwrite=options.overwrite)
     with steps():
-        program, _ = load_run(source, deferred=True)
+        program, _ = load_run(source, lazy=True)
         if not kind.suffix:
             report = export_model(program, out, spec, model=described, tokenizer=tokenizer)
         else:

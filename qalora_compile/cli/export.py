@@ -149,7 +149,7 @@ def _export_onnx(options: argparse.Namespace, spec: ExportSpec) -> int:
     source, out = Path(options.folder), Path(options.out)
     library = chosen_library(options)
     with steps() as shown:
-        program, record = load_run(source, deferred=True)
+        program, record = load_run(source, lazy=True)
         pooling = chosen_pooling(options, source / MODEL)
         program = pooling.apply(program)
         graphs = {MODEL_FILE: program}

@@ -40,7 +40,7 @@ from qalora_compile.files import atomic_folder
 from qalora_compile.ir.end_tokens import ends_to_json
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.storage import read_program, replace_adapters, write_program
+from qalora_compile.ir.storage import replace_adapters, write_program
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
 from qalora_compile.training.data.batches import Batches
 from qalora_compile.training.data.calibration import calibration_calls
@@ -302,7 +302,7 @@ def open_job(options: argparse.Namespace, spec: FitSpec, shown: Steps, processes
 
 def _open(options: argparse.Namespace, out: Path, record: dict[str, Any]) -> _Begun:
     """Read the program of a RUN folder, and the data."""
-    program = read_program(out)
+    program = Program.load(out)
     tokenizer, classes = load_tokenizer(out / TOKENIZER), recorded_classes(record)
     data, held_out = load_data(options, tokenizer, record["decoder_start"], classes)
     check_trainable(program, classes, data, held_out)

@@ -20,7 +20,6 @@ from qalora_compile.exporters.checkpoints.gguf.metadata import write_metadata_fi
 from qalora_compile.files import write_json
 from qalora_compile.ir.end_tokens import Ends, end_tokens, with_ends
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.storage import read_program
 from qalora_compile.sealed import read_sealed, write_sealed
 from qalora_compile.untrusted import check_folder, quoted, read_object
 
@@ -89,10 +88,10 @@ def read_record(path: Path, kind: str, version: int) -> dict[str, Any]:
     return record
 
 
-def load_run(folder: Path, *, deferred: bool = False) -> tuple[Program, dict[str, Any]]:
-    """The program and the record of a RUN or FOLDED folder; see `read_program`."""
+def load_run(folder: Path, *, lazy: bool = False) -> tuple[Program, dict[str, Any]]:
+    """The program and the record of a RUN or FOLDED folder; see `Program.load`."""
     record = read_run_file(folder)
-    return read_program(folder, deferred=deferred), record
+    return Program.load(folder, lazy=lazy), record
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.lazy_tensor import is_lazy
-from qalora_compile.ir.program import Program
+from qalora_compile.ir.program_parts import ProgramParts
 
 
 def is_sound(tensor: Tensor) -> bool:
@@ -43,7 +43,7 @@ def check_sound(name: str, values: Tensor, where: Path | None = None) -> None:
         )
 
 
-def check_program(program: Program) -> None:
+def check_program(program: ProgramParts) -> None:
     """Refuse a program that is not to be written out, before anything of it is.
 
     Raises:

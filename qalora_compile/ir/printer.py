@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.ir.meta import site_of
-from qalora_compile.ir.program import Program
+from qalora_compile.ir.program_parts import ProgramParts
 from qalora_compile.ir.signature import dtype_name
 
 _SHORT = {
@@ -28,7 +28,7 @@ _SHORT = {
 }
 
 
-def print_program(program: Program) -> str:
+def print_program(program: ProgramParts) -> str:
     """The program as text: inputs, nodes, outputs, then the tensors that the nodes read."""
     counts = ", ".join(f"{n} {d}" for d, n in sorted(program.plan.counts().items()))
     lines = [f"program {program.stage}" + (f" ({counts})" if counts else "")]

@@ -5,51 +5,30 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from qalora_compile.ir.module import ProgramModule, copy_graph, program_tensors
-from qalora_compile.ir.signature import Signature, bind, flatten_inputs
+from qalora_compile.files import atomic_folder
+from qalora_compile.ir.module import copy_graph
+from qalora_compile.ir.printer import print_program
+from qalora_compile.ir.program_parts import ProgramParts
+from qalora_compile.ir.signature import bind, flatten_inputs
 from qalora_compile.ir.site_plan import SitePlan
-from qalora_compile.ir.stages import ADAPTER_NAMES
+from qalora_compile.ir.storage import read_parts, write_program
 
 
 @dataclass(frozen=True)
-class Program:
-    """A torch.fx graph with its tensors, its stage, its site plan and its history.
+class Program(ProgramParts):
+    """A captured model at some stage on its way to an exported one.
 
     A program is a value: passes return a new one, which shares the tensors they left alone. Only
     training changes a program in place, through its adapter parameters, `train()`/`eval()` through
-    its mode, and `to()` through the device of its tensors.
-
-    Attributes:
-        module: The graph as a callable, trainable `nn.Module`.
-        stage: `float`, `annotated`, `quantized`, `adapted`, `folded` or `legalized:<target>`.
-        plan: One row for every weight: decision and reason.
-        signature: Names, dtypes and shapes of inputs and outputs.
-        example: (args, kwargs) of the capture; exporters trace with them.
-        history: The passes run, as text that `Pipeline.parse` reads.
-        notes: What capture had to say, for example a dimension it could not keep dynamic.
-        trained: Names of the float parameters that train beside the adapters, such as a head's.
+    its mode, and `to()` through the device of its tensors. For its attributes see `ProgramParts`.
     """
-
-    module: ProgramModule
-    stage: str
-    plan: SitePlan
-    signature: Signature
-    example: tuple[tuple[Any, ...], Mapping[str, Any]]
-    history: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
-    trained: tuple[str, ...] = ()
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The graph of `module`; passes work on a copy of it."""
-        return self.module.graph
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program with the arguments of the captured model, by position or by name.
@@ -60,12 +39,6 @@ class Program:
         values = bind(self.graph, args, kwargs)
         self.signature.check(flatten_inputs(self.graph, values))
         return self.module(*values)
-
-    def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The checked flat inputs of a call, in placeholder order."""
-        leaves = flatten_inputs(self.graph, bind(self.graph, args, kwargs))
-        self.signature.check(leaves)
-        return leaves
 
     def train(self) -> Program:
         """Switch to training mode: dropout, attention dropout and batch norm; returns self."""
@@ -97,19 +70,6 @@ class Program:
                 yield
         finally:
             self.module.train(training)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that the graph reads, by name, in graph order."""
-        return program_tensors(self.module)
-
-    def named_adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trainable parameters by name, in graph order.
-
-        `lora_A` [r, L] and `lora_B` [N, r] of each adapted weight, and what is in `trained`.
-        """
-        for name, parameter in self.module.named_parameters():
-            if name.rpartition(".")[2] in ADAPTER_NAMES or name in self.trained:
-                yield name, parameter
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, for an optimizer."""
@@ -146,8 +106,6 @@ class Program:
         return dataclasses.replace(self, history=(*self.history, entry))
 
     def __str__(self) -> str:
-        from qalora_compile.ir.printer import print_program
-
         return print_program(self)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -159,19 +117,18 @@ class Program:
             OutputError: it cannot be written.
             UnsupportedError: a node of the graph has no stored form.
         """
-        from qalora_compile.files import atomic_folder
-        from qalora_compile.ir.storage import write_program
-
         with atomic_folder(Path(path), overwrite=overwrite) as folder:
             write_program(self, folder)
 
     @classmethod
-    def load(cls, path: str | Path) -> Program:
+    def load(cls, path: str | Path, *, lazy: bool = False) -> Program:
         """Read a folder written by `save`. No pickle is read and no code of the model is run.
+
+        Args:
+            path: Of the folder.
+            lazy: Leave the values of large tensors in their file until they are asked for.
 
         Raises:
             UserInputError: the folder is missing, incomplete, malformed or of a later version.
         """
-        from qalora_compile.ir.storage import read_program
-
-        return read_program(Path(path))
+        return cls(**read_parts(Path(path), lazy=lazy))

@@ -13,19 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError
+from qalora_compile.ir import ops
 from qalora_compile.ir.affine import group_count, has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import holds
 from qalora_compile.ir.meta import site_of
-from qalora_compile.ir.ops import (
-    adapted_linear,
-    autocast,
-    embedding,
-    experts,
-    integer_zero_linear,
-    linear,
-    target_kernels,
-    transformer_fusions,
-)
 from qalora_compile.ir.packing.bitstream import packed_width
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
@@ -33,19 +24,6 @@ from qalora_compile.ir.site_plan import QUANTIZE
 from qalora_compile.ir.stages import ADAPTED, ANNOTATED, FLOAT, FOLDED, LEGALIZED, QUANTIZED, STAGES
 from qalora_compile.ir.tensor_identity import is_finite
 
-# Importing them registers the operators.
-_REGISTERED = (
-    *(
-        linear,
-        adapted_linear,
-        integer_zero_linear,
-        experts,
-        target_kernels,
-        transformer_fusions,
-        embedding,
-    ),
-    autocast,
-)
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default
@@ -99,7 +77,7 @@ LEGAL_OPS: dict[str, frozenset[object]] = {
 def is_qalora(node: fx.Node) -> bool:
     """Whether the node calls an operator of this package."""
     return isinstance(node.target, torch._ops.OpOverload) and (
-        node.target.namespace == linear.NAMESPACE
+        node.target.namespace == ops.linear.NAMESPACE
     )
 
 
@@ -261,11 +239,11 @@ def _check_flat(node: fx.Node, codes: Tensor, scale: Tensor, zero_point: Tensor)
     blocks, n = scale.shape
     if bits not in (2, 4, 8) or block_size < 1:
         raise _broken(node, f"DequantizeLinear takes no {bits} bits in blocks of {block_size}")
-    least = target_kernels.flat_width(((blocks - 1) * block_size + 1) * n, bits)
-    most = target_kernels.flat_width(blocks * block_size * n, bits)
+    least = ops.target_kernels.flat_width(((blocks - 1) * block_size + 1) * n, bits)
+    most = ops.target_kernels.flat_width(blocks * block_size * n, bits)
     if codes.dtype != torch.uint8 or not least <= codes.numel() <= most:
         raise _broken(node, "codes and scale disagree in shape")
-    if tuple(zero_point.shape) != (target_kernels.flat_width(blocks * n, bits),):
+    if tuple(zero_point.shape) != (ops.target_kernels.flat_width(blocks * n, bits),):
         raise _broken(node, f"zero_point is {zero_point.dtype} {list(zero_point.shape)}")
     if not is_finite(scale):
         raise _broken(node, "scale holds NaN or infinite values")

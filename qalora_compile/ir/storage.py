@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import recover
+from qalora_compile.ir import ops  # noqa: F401 - registers the operators that graphs name
 from qalora_compile.ir.graph_json import graph_from_json, graph_to_json
 from qalora_compile.ir.lazy_tensor import keep_recipe
 from qalora_compile.ir.module import build_module
-from qalora_compile.ir.program import Program
+from qalora_compile.ir.program_parts import ProgramParts
 from qalora_compile.ir.program_record import (
     ADAPTERS_FILE,
     EXAMPLE_FILE,
@@ -41,7 +42,7 @@ from qalora_compile.ir.tensor_identity import storage_key
 from qalora_compile.sealed import digest_of_file
 
 
-def write_program(program: Program, folder: Path) -> None:
+def write_program(program: ProgramParts, folder: Path) -> None:
     """Write the files of `program` into an existing folder."""
     tensors = program.tensors()
     unique, ties = _untie(tensors)
@@ -85,18 +86,16 @@ def replace_adapters(adapters: Mapping[str, Tensor], folder: Path) -> None:
     admit_file(folder, ADAPTERS_FILE, digests[-1:])
 
 
-def read_program(folder: Path, *, deferred: bool = False) -> Program:
-    """Read the files that `write_program` wrote.
+def read_parts(folder: Path, *, lazy: bool = False) -> dict[str, Any]:
+    """The parts of a program, by name, from the files that `write_program` wrote.
 
     Args:
         folder: Where they are.
-        deferred: Leave the values of large tensors in their file until they are asked for.
+        lazy: Leave the values of large tensors in their file until they are asked for.
     """
-    from qalora_compile.ir import spec  # noqa: F401 - registers the operators that graphs name
-
     recover(folder)
     value = read_record(folder)
-    load = lazy_tensors if deferred else load_tensors
+    load = lazy_tensors if lazy else load_tensors
     tensors = load(folder / TENSORS_FILE)
     if (folder / ADAPTERS_FILE).exists():
         tensors |= load_tensors(folder / ADAPTERS_FILE)
@@ -110,7 +109,7 @@ def read_program(folder: Path, *, deferred: bool = False) -> Program:
 
 def _assemble(
     value: Mapping[str, Any], tensors: dict[str, Tensor], example: dict[str, Tensor], folder: Path
-) -> Program:
+) -> dict[str, Any]:
     stage = str(value["stage"])
     if stage not in STAGES and not stage.startswith(LEGALIZED):
         raise ValueError(f"unknown stage {stage!r}")
@@ -138,16 +137,16 @@ def _assemble(
         for i, leaf in enumerate(signature.inputs)
     ]
     args, kwargs = pytree.tree_unflatten(leaves, input_spec(graph))
-    return Program(
-        module=module,
-        stage=stage,
-        plan=SitePlan.from_json(value["plan"]),
-        signature=signature,
-        example=(args, kwargs),
-        history=tuple(value["history"]),
-        notes=tuple(value["notes"]),
-        trained=tuple(value.get("trained", ())),
-    )
+    return {
+        "module": module,
+        "stage": stage,
+        "plan": SitePlan.from_json(value["plan"]),
+        "signature": signature,
+        "example": (args, kwargs),
+        "history": tuple(value["history"]),
+        "notes": tuple(value["notes"]),
+        "trained": tuple(value.get("trained", ())),
+    }
 
 
 def _untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import qalora_compile as qc
 from qalora_compile.exporters.onnx.genai_config import CONFIG_FILE, genai_config
-from qalora_compile.ir.storage import read_program
+from qalora_compile.ir.program import Program
 from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
 from tests.models import TiedHead, assert_close, llama, randomize_adapters, token_ids
@@ -117,7 +117,7 @@ def test_written_by_rows_it_is_the_same_file(
     stored = []
     for deferred in (False, True):
         path = tmp_path / f"{deferred}.onnx"
-        source = read_program(tmp_path / "folded", deferred=deferred)
+        source = Program.load(tmp_path / "folded", lazy=deferred)
         qc.export_model(source, path, qc.ExportSpec(target=target))
         stored.append({t.name: t.raw_data for t in onnx.load(path).graph.initializer})
     assert stored[0] == stored[1]

@@ -20,8 +20,8 @@ from qalora_compile.api import complete_spec
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.onnx.genai_config import CONFIG_FILE, context_length, genai_config
+from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import InputLeaf, Signature
-from qalora_compile.ir.storage import read_program
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
 from tests.models import adapted, gpt2, llama, slow, token_ids
 
@@ -229,7 +229,7 @@ def test_weights_left_in_their_file_give_the_same_model(target: str, tmp_path: P
     spec = qc.ExportSpec(target=target)
     for name, source in (
         ("now", folded),
-        ("later", read_program(tmp_path / "folded", deferred=True)),
+        ("later", Program.load(tmp_path / "folded", lazy=True)),
     ):
         qc.export_model(qc.add_kv_cache(source, model), tmp_path / f"{name}.onnx", spec)
     first, second = (onnx.load(tmp_path / f"{name}.onnx") for name in ("now", "later"))

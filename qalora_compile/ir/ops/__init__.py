@@ -1,1 +1,26 @@
-"""The operators of the IR, one family a file: schema, fake kernel and reference kernel."""
+"""The operators of the IR, one family a file: schema, fake kernel and reference kernel.
+
+Importing the package registers them all.
+"""
+
+from qalora_compile.ir.ops import (
+    adapted_linear,
+    autocast,
+    embedding,
+    experts,
+    integer_zero_linear,
+    linear,
+    target_kernels,
+    transformer_fusions,
+)
+
+__all__ = [
+    "adapted_linear",
+    "autocast",
+    "embedding",
+    "experts",
+    "integer_zero_linear",
+    "linear",
+    "target_kernels",
+    "transformer_fusions",
+]
