@@ -62,7 +62,7 @@ def imported(node: ast.AST, modules: Mapping[str, str]) -> Iterator[str]:
         inner = [f"{node.module}.{alias.name}" for alias in node.names]
         names = [name if name in modules else node.module or "" for name in inner]
     elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in IMPORTING_CALLS:
-        names = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        names = [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
     else:
         return
     yield from (name for name in names if name in modules)

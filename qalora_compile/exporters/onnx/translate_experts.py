@@ -45,10 +45,8 @@ def _kernel_table(
     ) -> Any:
         options = {"bias": None, "bits": bits, "block_size": block_size}
         emit = partial(nbits, accuracy_level=accuracy_level, **options)
-        stacks = (qweight, scale, zero_point)
-        return _layers(
-            op, emit, x, sums, stacks, correction, group_offsets, int(qweight[0].shape[0])
-        )
+        stacks, n = (qweight, scale, zero_point), int(qweight[0].shape[0])
+        return _layers(op, emit, x, sums, stacks, correction, group_offsets, n)
 
     def emit_expert_matmul_blocks(
         x: Any,
