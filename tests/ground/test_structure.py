@@ -79,4 +79,6 @@ def test_a_broken_limit_is_the_exit_status(
     assert structure.main(["--package", str(made), "--circles"]) == 1
     shown = capsys.readouterr().out
     assert "2: qalora_compile.a, qalora_compile.b" in shown
-    assert "over the limit" in next(l for l in shown.splitlines() if l.startswith("import circles"))
+    assert "over the limit" in next(
+        line for line in shown.splitlines() if line.startswith("import circles")
+    )
