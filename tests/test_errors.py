@@ -11,6 +11,7 @@ import pytest
 from qalora_compile import errors
 from qalora_compile.errors import (
     CaptureError,
+    Finding,
     InternalError,
     OutputError,
     PassError,
@@ -41,7 +42,7 @@ def test_the_tree() -> None:
     classes = {
         v for _, v in inspect.getmembers(errors, inspect.isclass) if v.__module__ == errors.__name__
     }
-    assert classes == {QaloraError, *parents}
+    assert classes == {QaloraError, Finding, *parents}
 
 
 def test_message_has_what_where_and_what_to_do() -> None:

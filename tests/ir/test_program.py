@@ -428,6 +428,31 @@ def test_folders_of_version_1_are_read(tmp_path: Path) -> None:
     assert worst(qc.Program.load(folder)(x), program(x)) == 0.0
 
 
+@pytest.mark.parametrize("kind", ["lora", "scale"])
+def test_folders_of_version_2_are_read(kind: str, tmp_path: Path) -> None:
+    """Two operators and two fields of the plan had other names in them."""
+    x = torch.randn(2, 24)
+    spec = qc.QuantSpec(bits=4, group_size=8, zero_point="integer" if kind == "scale" else "real")
+    program = qc.quantize_groups(qc.capture_model(nn.Linear(24, 8), (x,)), spec)
+    adapters = qc.AdapterSpec(
+        rank=2, kind=kind, zero_point="integer" if kind == "scale" else "real"
+    )
+    program = qc.insert_adapters(program, adapters)
+    folder = tmp_path / "p"
+    program.save(folder)
+    value = read_sealed(folder / "program.json")
+    for row in value["plan"]:
+        row["whole"] = row.pop("frozen_integer_zero")
+        row["integer"] = row.pop("integer_zero_point")
+    text = json.dumps(value | {"version": 2})
+    old = text.replace("qalora.integer_zero_linear.default", "qalora.whole_linear.default")
+    assert (old != text) == (kind == "scale")
+    write_sealed(folder / "program.json", json.loads(old))
+    again = qc.Program.load(folder)
+    assert str(again) == str(program) and again.plan == program.plan
+    assert worst(again(x), program(x)) == 0.0
+
+
 def test_adapters_are_replaced_so_that_the_folder_can_be_read_at_any_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,7 +474,7 @@ def test_adapters_are_replaced_so_that_the_folder_can_be_read_at_any_moment(
 
 BAD_ENTRIES: dict[str, dict[str, Any]] = {
     "another format": {"format": "something"},
-    "later version": {"version": 3},
+    "later version": {"version": 4},
     "earlier version": {"version": 0},
     "no digests": {"files": {}},
     "digests of another form": {"files": ["quantized.safetensors"]},
@@ -480,7 +505,7 @@ def test_a_program_that_is_no_object_is_refused(tmp_path: Path) -> None:
 def test_a_version_from_the_future_says_which(tmp_path: Path) -> None:
     _, folder, _ = saved(tmp_path)
     rewrite(folder, version=99)
-    with pytest.raises(UserInputError, match="version 99, this package reads versions 1 to 2"):
+    with pytest.raises(UserInputError, match="version 99, this package reads versions 1 to 3"):
         qc.Program.load(folder)
 
 

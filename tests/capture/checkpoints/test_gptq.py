@@ -1,4 +1,4 @@
-"""GPTQ and AWQ folders keep their codes; zero-points are told apart; groups that lie apart."""
+"""GPTQ and AWQ folders keep their codes; zero-points are stated apart; groups that lie apart."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def test_layers_with_options_of_their_own(version: int, tag: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("floating", ["float", "offset"])
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("stated", [True, False])
 def test_floating_zero_points_of_the_script_and_of_its_fork(
     floating: str, stated: bool, tmp_path: Path
 ) -> None:

@@ -151,7 +151,7 @@ def two_widths(tmp_path: Path) -> tuple[qc.Program, Path]:
     return of_two_widths(), folder
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("narrow", "wide"),
     [
@@ -165,13 +165,13 @@ def two_widths(tmp_path: Path) -> tuple[qc.Program, Path]:
     ],
 )
 def test_layers_are_named_by_class_pattern_and_name(
-    narrow: list[str], wide: list[str], turned: bool, two_widths: tuple[qc.Program, Path]
+    narrow: list[str], wide: list[str], reverse: bool, two_widths: tuple[qc.Program, Path]
 ) -> None:
     """By whom ever it is read, and in whatever order the groups are."""
     pytest.importorskip(LIBRARY)
     program, folder = two_widths
     say(folder, narrow, wide, ignore=["lm_head", "re:.*embed_tokens", "LlamaRMSNorm"])
-    if turned:
+    if reverse:
         said = read_json(folder / "config.json")
         groups = said["quantization_config"]["config_groups"]
         said["quantization_config"]["config_groups"] = dict(reversed(groups.items()))
