@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.ir.interpret import WatchingInterpreter
 from qalora_compile.ir.meta import QDQ_ACCURACY_KEY
 from qalora_compile.optional import require
 from qalora_compile.progress import track
@@ -46,37 +47,25 @@ class CutProgram:
         fed = {value: sites[name] for value, name in self._cuts.items()}
         names = {ref.name for ref in self._targets if isinstance(ref, Ref)}
         recorder = _CutInterpreter(self._program.module, fed, self._wanted, names)
-        training = self._program.module.training
-        self._program.eval()
-        try:
-            with torch.no_grad():
-                recorder.run(*leaves, enable_io_processing=False)
-        finally:
-            self._program.module.train(training)
-        return [recorder.found[ref.name] for ref in self._targets]
+        with self._program.evaluating():
+            recorder.run_leaves(leaves)
+        return [recorder.values[ref.name] for ref in self._targets]
 
 
-class _CutInterpreter(fx.Interpreter):
-    """Computes the nodes that are wanted, takes the fed ones as given, keeps the named ones."""
+class _CutInterpreter(WatchingInterpreter):
+    """Computes the nodes that are wanted and takes the fed ones as given."""
 
     def __init__(
         self, module: fx.GraphModule, fed: Values, wanted: set[str], names: set[str]
     ) -> None:
-        super().__init__(module)
-        self._fed, self._wanted, self._names = fed, wanted, names
-        self.found: dict[str, Tensor] = {}
+        super().__init__(module, names)
+        self._fed, self._wanted = fed, wanted
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output":
-            return None
-        value: Any = None
-        if n.name in self._fed:
-            value = self._fed[n.name]
-        elif n.op != "call_function" or n.name in self._wanted:
-            value = super().run_node(n)
-        if n.name in self._names:
-            self.found[n.name] = value
-        return value
+    def compute(self, node: fx.Node) -> Any:
+        if node.name in self._fed:
+            return self._fed[node.name]
+        unwanted = node.op == "call_function" and node.name not in self._wanted
+        return None if unwanted else super().compute(node)
 
 
 class CutModel:
