@@ -126,7 +126,7 @@ def add_floats(
     Raises:
         UserInputError: float16 cannot hold a value.
     """
-    for name, values in checkpoint.float_values("write floats"):
+    for name, values in checkpoint.float_values():
         yield add_float(writer, name, name, values, dtype)
 
 

@@ -39,7 +39,7 @@ def write_own(checkpoint: Checkpoint, folder: Path, _: ExportSpec) -> list[Store
         layers[layer.name] = _row(layer)
         form = f"{layer.bits} bits, groups of {layer.group_size}"
         rows.append(StoredTensor(layer.name, layer.name, form))
-    for name, values in checkpoint.float_values("write floats"):
+    for name, values in checkpoint.float_values():
         writer.add(name, values)
         rows.append(StoredTensor(name, name, str(values.dtype).removeprefix("torch.")))
     ordered = any(layer.order is not None for layer in checkpoint.layers)

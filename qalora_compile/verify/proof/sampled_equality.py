@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.interpret import WatchingInterpreter
-from qalora_compile.ir.meta import QDQ_ACCURACY_KEY
+from qalora_compile.ir.signature import widened
 from qalora_compile.optional import require
 from qalora_compile.progress import track
 from qalora_compile.verify.compare import compare
@@ -24,6 +24,7 @@ from qalora_compile.verify.inputs import padded_inputs, sample_inputs
 from qalora_compile.verify.numeric.padding import counted, padding_of
 from qalora_compile.verify.proof.graphs.graph import Graph, Ref, reachable
 from qalora_compile.verify.proof.graphs.onnx_subgraphs import captured
+from qalora_compile.verify.runners.onnx_session import explain_refusal, open_model, run_session
 from qalora_compile.verify.runners.open_runner import ProgramRunner
 
 if TYPE_CHECKING:
@@ -83,37 +84,16 @@ class CutModel:
         feed = {**inputs, **{value: sites[name] for value, name in self._cuts.items()}}
         found = dict(feed)
         if self._session is not None:
-            values = self._run(self._session, feed)
+            arrays = {n: v.numpy() for n, v in feed.items() if isinstance(v, Tensor)}
+            with explain_refusal("run the model between its layers", self._graph.label):
+                values = run_session(self._session, self._computed, arrays)
             found |= dict(zip(self._computed, map(torch.from_numpy, values), strict=True))
         return [found[name] for name in self._targets]
 
-    def _run(self, session: Any, feed: Values) -> list[Any]:
-        taken = {i.name: feed[i.name].numpy() for i in session.get_inputs()}
-        try:
-            values: list[Any] = session.run(self._computed, taken)
-        except Exception as error:  # ONNX Runtime raises bare exception types of its own
-            raise UserInputError(
-                f"ONNX Runtime cannot run the model between its layers: {error}",
-                where=self._graph.label,
-            ) from error
-        return values
-
     def _open(self) -> Any:
-        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
-        options = runtime.SessionOptions()
-        options.add_session_config_entry(QDQ_ACCURACY_KEY, "0")
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path",
-            str(Path(self._graph.label).parent),
-        )
         model = self._cut_model().SerializeToString()
-        try:
-            return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises bare exception types of its own
-            raise UserInputError(
-                f"ONNX Runtime cannot load the model between its layers: {error}",
-                where=self._graph.label,
-            ) from error
+        with explain_refusal("load the model between its layers", self._graph.label):
+            return open_model(model, Path(self._graph.label).parent)
 
     def _cut_model(self) -> Any:
         """The model without what its sites compute."""
@@ -203,12 +183,9 @@ def _run(
     if isinstance(side, CutProgram):
         assert owner is not None
         return side.run(owner.signature.widen(leaves), values)
-    wide = [v.float() if isinstance(v, Tensor) and v.dtype in _HALVES else v for v in leaves]
     names = [leaf.name for leaf in program.signature.inputs]
-    return side.run(dict(zip(names, wide, strict=True)), {n: v.float() for n, v in values.items()})
-
-
-_HALVES = (torch.float16, torch.bfloat16)
+    wide = dict(zip(names, map(widened, leaves), strict=True))
+    return side.run(wide, {n: v.float() for n, v in values.items()})
 
 
 def _like(value: Tensor, generator: torch.Generator) -> Tensor:

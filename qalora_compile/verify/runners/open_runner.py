@@ -13,11 +13,8 @@ from qalora_compile.ir.interpret import WatchingInterpreter
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.untrusted import quoted
-from qalora_compile.verify.runners.encoder_decoder import (
-    DECODER_FILE,
-    ENCODER_FILE,
-    EncoderDecoderRunner,
-)
+from qalora_compile.untrusted.artifacts import ArtifactKind, find_artifact, unknown_artifact
+from qalora_compile.verify.runners.encoder_decoder import EncoderDecoderRunner
 from qalora_compile.verify.runners.kv_cache import MASK, CachedSteps, counts_padding, without_cache
 from qalora_compile.verify.runners.onnx_session import OnnxSession
 from qalora_compile.verify.runners.run import Run, Runner
@@ -124,17 +121,11 @@ def open_runner(thing: Program | str | Path, library: Path | None = None) -> Run
     """
     if isinstance(thing, Program):
         return ProgramRunner(thing)
-    path = Path(thing)
-    if path.is_dir():
-        if any((path / file).exists() for file in (ENCODER_FILE, DECODER_FILE)):
-            return EncoderDecoderRunner(path, library)
-        if (path / "model.onnx").exists():
-            return OnnxRunner(path / "model.onnx", library)
-        return ProgramRunner(Program.load(path), str(path))
-    if path.suffix == ".onnx" and path.exists():
-        return OnnxRunner(path, library)
-    raise UserInputError(
-        f"{path} is neither a program folder nor an ONNX model",
-        where=str(path),
-        hint="give a folder written by Program.save, finetune, fold or export, or a .onnx file",
-    )
+    found = find_artifact(thing)
+    if found is not None and found.kind is ArtifactKind.ENCODER_DECODER:
+        return EncoderDecoderRunner(found.path, library)
+    if found is not None and found.kind is ArtifactKind.ONNX:
+        return OnnxRunner(found.path, library)
+    if found is not None and found.kind is ArtifactKind.PROGRAM:
+        return ProgramRunner(Program.load(found.path), str(found.path))
+    raise unknown_artifact(thing)

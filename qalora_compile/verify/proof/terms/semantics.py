@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.untrusted.element_types import HALVES
 from qalora_compile.verify.proof.graphs.graph import Graph, Node, Ref, Tensor, reachable, refs
 from qalora_compile.verify.proof.graphs.onnx_subgraphs import subgraphs
 from qalora_compile.verify.proof.terms.op_signatures import accounted
@@ -17,7 +18,6 @@ from qalora_compile.verify.proof.terms.term import UNKNOWN, Algebra, Term, term
 FUSED = "fused"
 """The dialect of operators that stand for whole patterns."""
 _FUSED = ("qalora.rotary_embedding.default", "qalora.attention.default")
-HALVES = ("float16", "bfloat16")
 
 OpSemantics = Callable[["Semantics", Node], Term | None]
 
