@@ -15,11 +15,11 @@ from qalora_compile.ir.model_description import Description
 from qalora_compile.optional import require
 from qalora_compile.untrusted import read_json
 from qalora_compile.untrusted.gguf_header import check_gguf
+from qalora_compile.untrusted.tokenizer import has_tokenizer
 
 METADATA_FILE = "metadata.gguf"
 """In a folder with `config.json`: the metadata of the GGUF file that the model came from."""
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-_TOKENIZER_SIGNS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def model_config(model: Any) -> dict[str, Any] | None:
@@ -71,7 +71,7 @@ def describe(model: nn.Module | str | Path, *, tokenizer: str | Path | None = No
         config, skeleton = _from_gguf(path)
         return _description(skeleton, config, None, _folder(tokenizer), path)
     skeleton = build_skeleton(path)
-    found = _folder(tokenizer if tokenizer is not None or not _has_tokenizer(path) else path)
+    found = _folder(tokenizer if tokenizer is not None or not has_tokenizer(path) else path)
     generation_file, metadata = path / GENERATION_FILE, path / METADATA_FILE
     return _description(
         skeleton,
@@ -111,15 +111,11 @@ def _description(
 def _folder(tokenizer: str | Path | None) -> Path | None:
     if tokenizer is None:
         return None
-    if not _has_tokenizer(Path(tokenizer)):
+    if not has_tokenizer(Path(tokenizer)):
         raise UserInputError(
             f"{tokenizer} holds no tokenizer", where=str(tokenizer), hint="give its folder"
         )
     return Path(tokenizer)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZER_SIGNS)
 
 
 def _from_gguf(path: Path) -> tuple[dict[str, Any], nn.Module]:

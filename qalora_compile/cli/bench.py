@@ -18,11 +18,11 @@ from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.stages import ADAPTED
 from qalora_compile.passes.dequantize_groups import DequantizeGroups
-from qalora_compile.runtime.encoder_decoder import ENCODER_FILE
 from qalora_compile.runtime.footprint import footprint, time_tokens
 from qalora_compile.runtime.language_model import LanguageModel
 from qalora_compile.runtime.library import kernel_level
 from qalora_compile.runtime.session import open_session
+from qalora_compile.untrusted.artifacts import ENCODER_FILE
 
 NAME = "bench"
 SUMMARY = "speed and memory of an exported language model, beside its unmerged and float forms"

@@ -12,11 +12,11 @@ from qalora_compile.config import ONNX_TARGETS, ExportSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.program_record import PROGRAM_FILE
 from qalora_compile.ir.stages import ADAPTED, FOLDED, QUANTIZED
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.framework.base import Pass, PassResult, validating
 from qalora_compile.passes.framework.pipeline import Pipeline
+from qalora_compile.untrusted.artifacts import PROGRAM_FILE
 from qalora_compile.verify.debug.bisect import Culprit, Step, bisect
 from qalora_compile.verify.debug.write_repro import write_repro
 from qalora_compile.verify.numeric.compare_nodes import named_inputs

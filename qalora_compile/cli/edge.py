@@ -47,9 +47,9 @@ from qalora_compile.ir.end_tokens import (
     with_ends,
 )
 from qalora_compile.ir.program import Program
-from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
 from qalora_compile.sealed import write_sealed
 from qalora_compile.untrusted import read_json
+from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 RECORD_FILE, MODEL_FILE = "qalora.json", "model.onnx"

@@ -13,11 +13,12 @@ import numpy as np
 from qalora_compile.cli.edge import read_edge_record
 from qalora_compile.cli.ui import console, megabytes, print_summary
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.runtime.encoder_decoder import ENCODER_FILE, EncoderDecoder
+from qalora_compile.runtime.encoder_decoder import EncoderDecoder
 from qalora_compile.runtime.footprint import peak_memory
 from qalora_compile.runtime.language_model import LanguageModel, Sampling
 from qalora_compile.runtime.session import open_session
 from qalora_compile.training.data.tokenize import prompt_tokens
+from qalora_compile.untrusted.artifacts import ENCODER_FILE
 from qalora_compile.untrusted.tokenizer import load_tokenizer, render_chat
 
 NAME = "generate"

@@ -12,16 +12,13 @@ from typing import Any
 from qalora_compile.cli.ui import console, megabytes, print_json, print_summary, print_table
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_files, check_output
-from qalora_compile.ir.meta import ONNX_METADATA_KEY
+from qalora_compile.ir.onnx_metadata import OnnxLayer, read_onnx_metadata
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.program_record import PROGRAM_FILE
 from qalora_compile.ir.site_plan import QUANTIZE, Site
 from qalora_compile.ir.stages import FOLDED
 from qalora_compile.ir.view.netron import write_structure
 from qalora_compile.ir.view.svg import to_dot, to_svg
-from qalora_compile.runtime.encoder_decoder import DECODER_FILE, ENCODER_FILE
-from qalora_compile.untrusted import parse_json, quoted
-from qalora_compile.untrusted.onnx_file import check_onnx
+from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE, PROGRAM_FILE
 
 NAME = "inspect"
 SUMMARY = "show what was quantized, how, and why: one row a layer"
@@ -36,7 +33,6 @@ _MANY = 40
 """Rows from which on the grouped form is pointed out."""
 
 _LAYERS = "layers to "
-_NUMBERS = ("k", "n", "experts", "bits", "group_size", "bytes", "rank")
 Row = dict[str, Any]
 
 
@@ -213,58 +209,38 @@ def _inspect_edge(path: Path) -> tuple[list[Row], Row]:
 def _inspect_onnx(file: Path) -> tuple[list[Row], Row]:
     if not file.is_file():
         raise UserInputError(f"there is no file {file}", where=str(file))
-    text = check_onnx(file).metadata.get(ONNX_METADATA_KEY)
-    if text is None:
-        raise UserInputError(f"{file.name} was not exported by this package", where=str(file))
-    try:
-        metadata = parse_json(text, file, what=f"the metadata of {file.name}", finite=True)
-        stage, passes = str(metadata["stage"]), " → ".join(map(str, metadata["history"]))
-        rows = [_onnx_row(layer, str(metadata["target"])) for layer in metadata["layers"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserInputError(
-            f"the metadata of {file.name} is incomplete: {type(error).__name__} {error}",
-            where=str(file),
-            hint="it comes from another version of this package, or was changed: export again",
-        ) from error
+    metadata = read_onnx_metadata(file)
+    rows = [_onnx_row(layer, metadata.target) for layer in metadata.layers]
     decisions = Counter(row["decision"] for row in rows)
     size = sum(f.stat().st_size for f in (file, file.with_name(f"{file.name}.data")) if f.exists())
     return rows, {
-        "stage": stage,
+        "stage": metadata.stage,
         **{f"{_LAYERS}{name}": count for name, count in sorted(decisions.items())},
         **_zero_points(rows),
         "size": megabytes(size),
-        "passes": passes,
+        "passes": " → ".join(metadata.history),
     }
 
 
-def _onnx_row(layer: Row, target: str) -> Row:
-    """A row of what a file says of a layer.
-
-    Raises:
-        KeyError, TypeError, ValueError: it says something else.
-    """
-    for name, value in layer.items():
-        kinds = int if name in _NUMBERS else list if name == "shape" else (str, bool)
-        fits = isinstance(value, kinds) and not (name in _NUMBERS and isinstance(value, bool))
-        if value is not None and not fits:
-            raise ValueError(f"{name} is {quoted(value)}")
-    matrix = "×".join(str(layer[d]) for d in ("experts", "k", "n") if layer.get(d)) or None
-    stored = "×".join(map(str, layer["shape"] or ())) or None
-    quantized = layer["bits"] is not None
+def _onnx_row(layer: OnnxLayer, target: str) -> Row:
+    """A row of what a file says of a layer."""
+    matrix = "×".join(str(d) for d in (layer.experts, layer.k, layer.n) if d) or None
+    stored = "×".join(map(str, layer.shape or ())) or None
+    quantized = layer.bits is not None
     return {
-        "path": layer["site"],
-        "kind": layer["kind"],
-        "weight": layer["weight"],
+        "path": layer.site,
+        "kind": layer.kind,
+        "weight": layer.weight,
         "shape": matrix or stored,
         "K×N": matrix,
-        "bits": layer["bits"],
-        "group": layer["group_size"] if quantized else None,
+        "bits": layer.bits,
+        "group": layer.group_size if quantized else None,
         "zero-point": "integer + correction" if quantized else None,
         "rank": None,
-        "bytes": layer["bytes"],
-        "decision": layer["decision"],
-        "reason": target if quantized else layer["reason"],
-        "why": layer.get("why_bits", ""),
+        "bytes": layer.bytes,
+        "decision": layer.decision,
+        "reason": target if quantized else layer.reason,
+        "why": layer.why_bits,
     }
 
 

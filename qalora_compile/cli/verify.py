@@ -375,7 +375,7 @@ def _show_certificate(
 
 def _load(text: str) -> Program | Path:
     from qalora_compile.ir.program import Program
-    from qalora_compile.ir.program_record import PROGRAM_FILE
+    from qalora_compile.untrusted.artifacts import PROGRAM_FILE
 
     path = Path(text)
     if (path / PROGRAM_FILE).exists():

@@ -24,6 +24,13 @@ class Capability:
 
 EXACT = Capability("exact")
 
+PROPERTIES = (
+    *("codes of 4, 3 and 2 bits", "codes of 8 bits", "scale", "real zero-point", "groups"),
+    *("tail groups", "activation order", "matrices of floats", "vectors", "tied weights"),
+    "other architectures",
+)
+"""Of a program, in a checkpoint: what each of its formats declares."""
+
 
 def unsupported(why: str) -> Capability:
     """The format cannot hold the property."""

@@ -35,10 +35,11 @@ _ONNX_HEAD = re.compile(rb"\x08[\x00-\x7f]\x12" + bytes([len(PRODUCER)]) + PRODU
 
 def is_own_folder(folder: Path) -> bool:
     """Whether this package wrote a folder, as a file in it says; an empty one counts too."""
-    for name, kind in _RECORDS.items():
-        if _names(folder / name, "format", kind):
-            return True
-    return _has(folder / _PEFT_FILE, _PEFT_MARK) or not any(folder.iterdir())
+    if any(_is_of(folder / name, kind) for name, kind in _RECORDS.items()):
+        return True
+    settings = _read(folder / _PEFT_FILE)
+    is_ours = isinstance(settings, dict) and _PEFT_MARK in settings
+    return is_ours or not any(folder.iterdir())
 
 
 def is_own_file(path: Path) -> bool:
@@ -49,17 +50,12 @@ def is_own_file(path: Path) -> bool:
         return GGUF_KEY.encode() in head
     if GENERATOR.encode() in head or _ONNX_HEAD.match(head) or not head:
         return True
-    return head[:1] == b"{" and _names(path, "format", _CERTIFICATE)
+    return head[:1] == b"{" and _is_of(path, _CERTIFICATE)
 
 
-def _names(path: Path, key: str, kind: str) -> bool:
+def _is_of(path: Path, kind: str) -> bool:
     value = _read(path)
-    return isinstance(value, dict) and value.get(key) == kind
-
-
-def _has(path: Path, key: str) -> bool:
-    value = _read(path)
-    return isinstance(value, dict) and key in value
+    return isinstance(value, dict) and value.get("format") == kind
 
 
 def _read(path: Path) -> object:

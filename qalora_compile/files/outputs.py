@@ -115,7 +115,6 @@ def reserve(
     *,
     overwrite: bool,
     inputs: Inputs = (),
-    is_file: bool = False,
     go_on: bool = False,
 ) -> Iterator[None]:
     """Check an output as `check_output` does, and keep other processes from it in the block.
@@ -124,7 +123,6 @@ def reserve(
         path: The output.
         overwrite: See `check_output`.
         inputs: See `check_output`.
-        is_file: See `check_output`.
         go_on: The output is gone on with: it may be there, and nothing is checked.
 
     Raises:
@@ -133,10 +131,10 @@ def reserve(
     """
     inputs = list(inputs)
     if not go_on:
-        check_output(path, overwrite=overwrite, inputs=inputs, is_file=is_file)
+        check_output(path, overwrite=overwrite, inputs=inputs)
     with held(path, reserve=True):
         if not go_on:
-            check_output(path, overwrite=overwrite, inputs=inputs, is_file=is_file)
+            check_output(path, overwrite=overwrite, inputs=inputs)
         yield
 
 

@@ -15,17 +15,9 @@ from torch import Tensor, fx
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program_parts import ProgramParts
 from qalora_compile.ir.signature import dtype_name
+from qalora_compile.untrusted.element_types import PROGRAM_TYPES
 
-_SHORT = {
-    "float64": "f64",
-    "float32": "f32",
-    "float16": "f16",
-    "bfloat16": "bf16",
-    "int64": "i64",
-    "int32": "i32",
-    "uint8": "u8",
-    "bool": "b8",
-}
+_SHORT = {kind.name: kind.short for kind in PROGRAM_TYPES if kind.short}
 
 
 def print_program(program: ProgramParts) -> str:

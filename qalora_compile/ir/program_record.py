@@ -8,6 +8,7 @@ from typing import Any
 from qalora_compile.errors import UserInputError
 from qalora_compile.sealed import check_files, digests_of, read_sealed, write_sealed
 from qalora_compile.untrusted import check_folder, quoted
+from qalora_compile.untrusted.artifacts import PROGRAM_FILE
 
 FORMAT = "qalora-program"
 VERSION = 3
@@ -40,7 +41,6 @@ _TEXTS = ("history", "notes", "trained", "ties", "trainable", "parameters")
 _LATER = ("trained",)
 """What the first folders lack."""
 
-PROGRAM_FILE = "program.json"
 TENSORS_FILE = "quantized.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
 EXAMPLE_FILE = "example.safetensors"

@@ -18,23 +18,11 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.files import scratch_file
 from qalora_compile.ir.finite import check_sound
 from qalora_compile.ir.lazy_tensor import make_lazy
+from qalora_compile.untrusted.element_types import PROGRAM_TYPES
 from qalora_compile.untrusted.safetensors_header import check_types, read_header
 
 _SMALL_ELEMENTS = 4096
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_DTYPES = {kind.safetensors: getattr(torch, kind.name) for kind in PROGRAM_TYPES}
 """What safetensors calls dtypes."""
 
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.untrusted import check_fields, quoted
+from qalora_compile.untrusted.element_types import HALVES
 
 Dim = int | str
 Constant = bool | int | float | str | None
@@ -117,14 +118,8 @@ class Signature:
 
         An exported half-precision model takes float32 inputs.
         """
-        return [
-            value.float()
-            if leaf.dtype == "float32"
-            and isinstance(value, Tensor)
-            and value.dtype in (torch.float16, torch.bfloat16)
-            else value
-            for leaf, value in zip(self.inputs, leaves, strict=True)
-        ]
+        pairs = zip(self.inputs, leaves, strict=True)
+        return [widened(value) if leaf.dtype == "float32" else value for leaf, value in pairs]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
@@ -187,6 +182,12 @@ def _check_sizes(leaf: InputLeaf, value: Tensor, sizes: dict[str, tuple[int, str
                     f"the axis {name} is {first} in {where} and {size} in {leaf.name}",
                     hint="give inputs of one size along axes of one name",
                 )
+
+
+def widened(value: Any) -> Any:
+    """A tensor of half precision in float32, which is exact; all else as it is."""
+    is_half = isinstance(value, Tensor) and dtype_name(value.dtype) in HALVES
+    return value.float() if is_half else value
 
 
 def dtype_name(dtype: torch.dtype) -> str:

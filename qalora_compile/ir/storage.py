@@ -28,7 +28,6 @@ from qalora_compile.ir.program_parts import ProgramParts
 from qalora_compile.ir.program_record import (
     ADAPTERS_FILE,
     EXAMPLE_FILE,
-    PROGRAM_FILE,
     TENSORS_FILE,
     admit_file,
     read_record,
@@ -40,6 +39,7 @@ from qalora_compile.ir.site_plan import SitePlan
 from qalora_compile.ir.stages import LEGALIZED, STAGES
 from qalora_compile.ir.tensor_identity import storage_key
 from qalora_compile.sealed import digest_of_file
+from qalora_compile.untrusted.artifacts import PROGRAM_FILE
 
 
 def write_program(program: ProgramParts, folder: Path) -> None:

@@ -32,8 +32,20 @@ def extract_subgraph(
         inputs: What they read of the rest; the arguments, in this order.
         output: What is returned.
     """
-    graph = fx.Graph()
-    new = {node: graph.placeholder(node.name) for node in inputs}
+    graph = _copied({node: node.name for node in inputs}, nodes, output)
+    return build_module(graph, program_tensors(module), submodules=module, training=module.training)
+
+
+def _copied(
+    inputs: Mapping[fx.Node, str],
+    nodes: Iterable[fx.Node],
+    output: fx.Node | tuple[fx.Node, ...],
+) -> fx.Graph:
+    """A graph of copies of `nodes`; `inputs` become arguments of the names given."""
+    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node, name in inputs.items():
+        new[node] = graph.placeholder(name)
+        new[node].meta.update({k: v for k, v in node.meta.items() if k == "val"})
 
     def find(node: fx.Node) -> fx.Node:
         if node not in new:
@@ -44,8 +56,7 @@ def extract_subgraph(
     for node in nodes:
         new[node] = graph.node_copy(node, find)
     graph.output(map_arg(output, find))
-    tensors = program_tensors(module)
-    return build_module(graph, tensors, submodules=module, training=module.training)
+    return graph
 
 
 @dataclass(frozen=True)
@@ -73,16 +84,10 @@ def cut_subgraph(program: Program, target: str, cuts: Sequence[Cut], output: str
         output: Name of the output.
     """
     nodes = {node.name: node for node in program.graph.nodes}
-    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
-    for cut in cuts:
-        placeholder = graph.placeholder(cut.name)
-        placeholder.meta.update({k: v for k, v in nodes[cut.node].meta.items() if k == "val"})
-        made[nodes[cut.node]] = placeholder
-    inside = _inside(nodes[target], set(made))
-    for node in program.graph.nodes:
-        if node in inside:
-            made[node] = graph.node_copy(node, made.__getitem__)
-    graph.output((map_arg(nodes[target], made.__getitem__),))
+    inputs = {nodes[cut.node]: cut.name for cut in cuts}
+    inside = _inside(nodes[target], set(inputs))
+    ordered = [node for node in program.graph.nodes if node in inside]
+    graph = _copied(inputs, ordered, (nodes[target],))
     names = [cut.name for cut in cuts]
     values = tuple(cut.value for cut in cuts)
     _, in_spec = pytree.tree_flatten((values, {}))

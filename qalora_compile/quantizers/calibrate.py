@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from qalora_compile.errors import PreconditionError, UserInputError
+from qalora_compile.ir.interpret import WatchingInterpreter
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import EXPERTS, match_linear
 from qalora_compile.ir.program import Program
@@ -61,8 +62,7 @@ def collect_statistics(
             wanted[x].append(total)
     with program.evaluating():
         for leaves in track(check_calls(program, calls), "calibrate"):
-            reader = _Reader(program.module, wanted, real_rows(program, leaves))
-            reader.run(*leaves, enable_io_processing=False)  # it ends before there are outputs
+            _Reader(program.module, wanted, real_rows(program, leaves)).run_leaves(leaves)
     found = {nodes: total.statistics() for nodes, total in sums.items()}
     return {path: found[inputs[path]] for path in paths}
 
@@ -230,8 +230,8 @@ class InputMoments:
             raise
 
 
-class _Reader(fx.Interpreter):
-    """Runs a graph up to the last node that is wanted, and adds up the values of those that are."""
+class _Reader(WatchingInterpreter):
+    """Adds up the values of the nodes that are wanted."""
 
     def __init__(
         self,
@@ -239,16 +239,10 @@ class _Reader(fx.Interpreter):
         wanted: Mapping[fx.Node, Sequence[InputMoments]],
         keep: RealRows,
     ) -> None:
-        super().__init__(module)
+        super().__init__(module, {node.name for node in wanted})
         self._wanted, self._keep = wanted, keep
-        self._left = len(wanted)
 
-    def run_node(self, n: fx.Node) -> Any:
-        if not self._left:
-            return None
-        value = super().run_node(n)
-        if n in self._wanted:
-            self._left -= 1
-            for total in self._wanted[n]:
-                total.add(value, self._keep.of(n))
+    def watch(self, node: fx.Node, value: Any) -> Any:
+        for total in self._wanted[node]:
+            total.add(value, self._keep.of(node))
         return value

@@ -68,34 +68,19 @@ class PooledMoments:
         return cls(found.lower, cross, found.damping, tuple(notes))
 
     def residual(self, change: Tensor) -> Tensor:
-        """E, float64 `[N, L]`, see `pooled_residual`, of a change of the weights `[N, K]`."""
+        """E, `[N, L]`: what, added to the weights group by group, best makes up for a change.
+
+        E minimises the mean of `‖x Dᵀ − S(x) Eᵀ‖² + λ ‖E‖²` over the calibration rows, which holds
+        where `E (M + λ) = D Xᵀ`. The output error after it is never larger than before, for any λ,
+        and a group whose inputs are all zero gets 0.
+
+        Args:
+            change: D = W − Wq, `[N, K]`.
+
+        Returns:
+            float64.
+        """
         return torch.cholesky_solve(self.cross @ change.double().T, self.lower).T
-
-
-def pooled_residual(
-    change: Tensor,
-    statistics: ActivationStatistics,
-    group_size: int,
-    *,
-    damping: float | None = None,
-) -> Tensor:
-    """E, `[N, L]`: what, added to each group of a layer's weights, best makes up for a change.
-
-    E minimises the mean of `‖x Dᵀ − S(x) Eᵀ‖² + λ ‖E‖²` over the calibration rows, which holds
-    where `E (M + λ) = D Xᵀ` with M, the mean of `S(x) S(x)ᵀ`, and X, the mean of `S(x) xᵀ`. λ is
-    `damping` times the mean diagonal of M. The output error after it is never larger than before,
-    for any λ, and a group whose inputs are all zero gets 0.
-
-    Args:
-        change: D = W − Wq, `[N, K]`.
-        statistics: Of the layer's input.
-        group_size: g; L = ceil(K / g).
-        damping: See `PooledMoments.of`.
-
-    Returns:
-        float64.
-    """
-    return PooledMoments.of(statistics, group_size, damping).residual(change)
 
 
 def refine_offset(

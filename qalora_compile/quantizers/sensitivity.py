@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.ir.interpret import WatchingInterpreter
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import match_linear
 from qalora_compile.ir.program import Program
@@ -65,7 +66,8 @@ def measure_sensitivities(
     with program.evaluating(), torch.enable_grad():
         for leaves in track(check_calls(program, calls), "sensitivity"):
             watcher = _Watcher(program.module, nodes, found)
-            outputs = watcher.run(*leaves, enable_io_processing=False)
+            watcher.run_leaves(leaves)
+            outputs = watcher.values[last.name]
             watcher.take(_projection(last, outputs, real_rows(program, leaves), generator))
     return found
 
@@ -85,22 +87,21 @@ def _projection(last: fx.Node, outputs: Any, keep: RealRows, generator: torch.Ge
     return total
 
 
-class _Watcher(fx.Interpreter):
-    """Runs a graph, and keeps the outputs of its planned layers for their gradients."""
+class _Watcher(WatchingInterpreter):
+    """Keeps the outputs of the planned layers for their gradients, and those of the graph."""
 
     def __init__(
         self, module: fx.GraphModule, nodes: Mapping[fx.Node, Site], found: dict[str, Sensitivity]
     ) -> None:
-        super().__init__(module)
+        super().__init__(module, [*(node.name for node in nodes), module.graph.output_node().name])
         self._nodes, self._found = nodes, found
         self._values: list[tuple[Site, Tensor]] = []
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n not in self._nodes:
-            return value
-        site = self._nodes[n]
-        linear = match_linear(n)
+    def watch(self, node: fx.Node, value: Any) -> Any:
+        if node not in self._nodes:
+            return super().watch(node, value)
+        site = self._nodes[node]
+        linear = match_linear(node)
         assert linear is not None, "the plan was made from this graph"
         x = self.env[linear.x].detach()
         power = float(x.double().square().sum())

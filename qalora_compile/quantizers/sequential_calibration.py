@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.nn import functional
 
+from qalora_compile.ir.interpret import WatchingInterpreter
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import LinearMap, match_linear
 from qalora_compile.ir.program import Program
@@ -104,7 +105,7 @@ def _linears(program: Program, paths: Iterable[str]) -> dict[fx.Node, tuple[str,
     return found
 
 
-class _Run(fx.Interpreter):
+class _Run(WatchingInterpreter):
     """One call on its way through the graph; layers that have a new weight compute with it.
 
     Args:
@@ -135,10 +136,10 @@ class _Run(fx.Interpreter):
         assert isinstance(value, Tensor), "a linear map reads a tensor"
         return value
 
-    def run_node(self, n: fx.Node) -> Any:
-        path, linear = self._linears.get(n, ("", None))
+    def compute(self, node: fx.Node) -> Any:
+        path, linear = self._linears.get(node, ("", None))
         if linear is None or path not in self._weights:
-            return super().run_node(n)
+            return super().compute(node)
         x = self.env[linear.x]
         bias = None if linear.bias is None else self.env[linear.bias]
         return functional.linear(x, self._weights[path].to(x.dtype), bias)

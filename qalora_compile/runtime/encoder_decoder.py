@@ -11,12 +11,12 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
 from qalora_compile.runtime.language_model import Sampling, continue_tokens, empty_cache
 from qalora_compile.runtime.session import open_session, run_values
+from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
 _TOKENS, _MASK, _DECODER_MASK = "input_ids", "attention_mask", "encoder_attention_mask"
 _PAST, _PRESENT, _LOGITS = "past_key_values.", "present.", "logits"
 _OWN, _CROSS = ".decoder.", ".encoder."

@@ -29,7 +29,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
     11: "<q",
     12: "<d",
 }
-_UINT32, _STRING, _ARRAY = 4, 8, 9
+_STRING, _ARRAY = 8, 9
 _SMALLEST_ROW = 8 + 4 + 4 + 8
 """Bytes of the row of a tensor without a name and axes; of a key with a value of one byte: 13."""
 _SMALLEST_KEY = 8 + 4 + 1

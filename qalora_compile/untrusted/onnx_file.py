@@ -11,62 +11,34 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.untrusted import check_regular, member, quoted
+from qalora_compile.untrusted import check_regular, quoted
+from qalora_compile.untrusted.onnx_tensors import (
+    BITS,
+    MAX_MADE,
+    TensorRow,
+    check_node,
+    external_file,
+)
+from qalora_compile.untrusted.protobuf import MAX_AXES, MessageReader, signed
 
 MAX_BYTES = (1 << 31) - 1
 """Of a protobuf message."""
-MAX_DEPTH, MAX_NODES, MAX_AXES = 16, 1 << 20, 16
-_MAX_SIDE_BYTES = 1 << 16
-_MAX_MADE = 1 << 31
-"""Elements that constants alone may ask an operator to make when the file is loaded."""
+MAX_DEPTH, MAX_NODES = 16, 1 << 20
 _ORT_FORMAT = b"ORTM"
 _CONTINUED = bytes(range(0x80, 0x100))
 """Bytes of an integer that are not its last."""
-_BITS = {
-    **dict.fromkeys((1, 6, 12), 32),
-    **dict.fromkeys((2, 3, 9, 17, 18, 19, 20, 24), 8),
-    **dict.fromkeys((4, 5, 10, 16), 16),
-    **dict.fromkeys((7, 11, 13, 14), 64),
-    15: 128,
-    **dict.fromkeys((21, 22, 23), 4),
-    **dict.fromkeys((25, 26), 2),
-}
-"""Bits of an element, by the number of a type (`onnx.TensorProto.DataType`)."""
 _TEXT_TYPE = 8
 _VALUES = (4, 5, 6, 7, 10, 11)
 """Fields of a tensor that hold its values, where raw bytes do not."""
 _SINGULAR = {3, 5, 6, 22}
 """Fields of an attribute that protobuf would merge where they are there twice."""
-_MICROSOFT, _QALORA = "com.microsoft", "qalora"
 Bytes = memoryview
-
-
-@dataclass(frozen=True)
-class TensorRow:
-    """What a file says of a tensor.
-
-    Attributes:
-        name, kind, shape: As they are said.
-        external: `location`, `offset` and `length` of a tensor that lies in another file.
-        numbers: Of a small tensor of int64 in the file, its values; else None.
-    """
-
-    name: str
-    kind: int
-    shape: tuple[int, ...]
-    external: Mapping[str, str] | None = None
-    numbers: tuple[int, ...] | None = None
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
 
 @dataclass
@@ -114,11 +86,12 @@ def check_onnx(path: Path) -> OnnxFile:
     return _Walk(path).model(view)
 
 
-class _Walk:
+class _Walk(MessageReader):
     """One pass over a file."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.found = path, OnnxFile()
+        super().__init__(path)
+        self.found = OnnxFile()
         self.calls: dict[tuple[str, str], set[tuple[str, str]]] = {}
 
     def model(self, data: Bytes) -> OnnxFile:
@@ -228,7 +201,7 @@ class _Walk:
             if number == 1:
                 name = self.text(value)
             elif number == 3:
-                found = _signed(value) if isinstance(value, int) else None
+                found = signed(value) if isinstance(value, int) else None
             elif number in (5, 10):
                 found = self.tensor(value)
             elif number in (22, 23):
@@ -245,7 +218,7 @@ class _Walk:
                 self.tensor(value)
             elif number == 3:
                 shape += self.integers(value)
-        if any(axis < 0 for axis in shape) or math.prod(shape) > _MAX_MADE:
+        if any(axis < 0 for axis in shape) or math.prod(shape) > MAX_MADE:
             raise self.broken(f"a sparse tensor is {quoted(shape)}")
 
     def tensor(self, data: Any) -> TensorRow:
@@ -287,7 +260,7 @@ class _Walk:
         external[key] = text
 
     def check_shape(self, name: str, kind: int, shape: list[int]) -> None:
-        if kind not in _BITS and kind != _TEXT_TYPE:
+        if kind not in BITS and kind != _TEXT_TYPE:
             raise self.broken(f"{quoted(name)} is of the unknown type {kind}")
         if len(shape) > MAX_AXES or any(axis < 0 for axis in shape):
             raise self.broken(f"the shape of {quoted(name)} is {quoted(shape)}")
@@ -297,14 +270,24 @@ class _Walk:
         if raw is not None and (stored or row.kind == _TEXT_TYPE):
             raise self.broken(f"{quoted(row.name)} has its values twice")
         if raw is not None:
-            wanted = -(-row.size * _BITS[row.kind] // 8)
+            wanted = -(-row.size * BITS[row.kind] // 8)
             fits = isinstance(raw, memoryview) and len(raw) == wanted
         else:
-            packs = {4: 2, 2: 4}.get(_BITS.get(row.kind, 0), 1)
+            packs = {4: 2, 2: 4}.get(BITS.get(row.kind, 0), 1)
             parts = 2 if row.kind in (14, 15) else 1
             fits = sum(stored.values()) == -(-row.size * parts // packs) and len(stored) <= 1
         if not fits:
             raise self.broken(f"{quoted(row.name)} has other bytes than its shape {row.shape} says")
+
+    def count(self, number: int, value: Any) -> int:
+        """How many values a field of a tensor holds: 4 has floats, 5 int32, 6 texts, 7 int64."""
+        if not isinstance(value, memoryview):
+            return 1
+        if number == 6:
+            return 1
+        if number in (4, 10):
+            return len(value) // (4 if number == 4 else 8)
+        return len(bytes(value).translate(None, _CONTINUED))
 
     def check_calls(self) -> None:
         """See that no function calls itself, through whatever others, or grows without measure."""
@@ -326,174 +309,3 @@ class _Walk:
                         raise self.broken(f"the function {quoted(name[1])} calls itself")
                     waiting.append((name, True))
                     waiting += [(each, False) for each in inner]
-
-    def fields(self, data: Any) -> Iterator[tuple[int, Any]]:
-        """Number and value of each field: an integer, or the bytes of a longer one."""
-        if not isinstance(data, memoryview):
-            raise self.broken("a message is a number")
-        at, end = 0, len(data)
-        while at < end:
-            tag, at = self.varint(data, at)
-            number, wire = tag >> 3, tag & 7
-            if wire == 0:
-                value, at = self.varint(data, at)
-                yield number, value
-                continue
-            if wire == 2:
-                length, at = self.varint(data, at)
-            elif wire in (1, 5):
-                length = 8 if wire == 1 else 4
-            else:
-                raise self.broken("it is no protobuf message")
-            if number == 0 or length > end - at:
-                raise self.broken("it is cut short, or no protobuf message")
-            yield number, data[at : at + length]
-            at += length
-
-    def varint(self, data: Bytes, at: int) -> tuple[int, int]:
-        value = 0
-        for shift in range(0, 70, 7):
-            if at >= len(data):
-                raise self.broken("it is cut short, or no protobuf message")
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value & 0xFFFFFFFFFFFFFFFF, at
-        raise self.broken("it is no protobuf message")
-
-    def integers(self, value: Any) -> list[int]:
-        """A repeated integer: one, or several packed."""
-        if isinstance(value, int):
-            return [_signed(value)]
-        found, at = [], 0
-        while at < len(value):
-            number, at = self.varint(value, at)
-            found.append(_signed(number))
-            if len(found) > MAX_AXES:
-                raise self.broken(f"a tensor has more than {MAX_AXES} axes")
-        return found
-
-    def count(self, number: int, value: Any) -> int:
-        """How many values a field of a tensor holds: 4 has floats, 5 int32, 6 texts, 7 int64."""
-        if not isinstance(value, memoryview):
-            return 1
-        if number == 6:
-            return 1
-        if number in (4, 10):
-            return len(value) // (4 if number == 4 else 8)
-        return len(bytes(value).translate(None, _CONTINUED))
-
-    def pair(self, data: Any) -> tuple[str, str]:
-        found = {1: "", 2: ""}
-        for number, value in self.fields(data):
-            if number in found:
-                found[number] = self.text(value)
-        return found[1], found[2]
-
-    def text(self, value: Any) -> str:
-        if not isinstance(value, memoryview):
-            raise self.broken("a text is a number")
-        try:
-            return bytes(value).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise self.broken("a text is no UTF-8") from error
-
-    def broken(self, what: str) -> UserInputError:
-        return UserInputError(
-            f"{self.path.name} is no ONNX model that can be read: {what}",
-            where=str(self.path),
-            hint="export it again; a truncated file cannot be repaired",
-        )
-
-
-def external_file(row: TensorRow, path: Path) -> tuple[Path, int, int]:
-    """The file, the offset and the length of a tensor that lies outside the model's file.
-
-    Raises:
-        UserInputError: the place is not said in numbers, the file is not in the model's folder, or
-            the tensor's bytes are not all in it.
-    """
-    stated = row.external or {}
-    unknown = stated.keys() - {"location", "offset", "length", "checksum"}
-    odd = [key for key in ("offset", "length") if not _is_size(stated.get(key, "0"))]
-    if unknown or odd or row.kind not in _BITS:
-        what = ", ".join(f"{key} {quoted(stated.get(key))}" for key in (*unknown, *odd)) or "a text"
-        raise UserInputError(f"the place of {quoted(row.name)} is said by {what}", where=str(path))
-    file = member(path.parent, stated.get("location"))
-    if file.resolve() == path.resolve():
-        raise UserInputError(f"{quoted(row.name)} lies in the model's own file", where=str(path))
-    offset, size = int(stated.get("offset", "0")), file.stat().st_size
-    wanted = -(-row.size * _BITS[row.kind] // 8)
-    length = int(stated.get("length", str(wanted)))
-    if length != wanted or offset + length > size:
-        raise UserInputError(
-            f"{quoted(row.name)} {list(row.shape)} takes {wanted} bytes, and is said to be "
-            f"{length} bytes behind {offset} of {file.name}, which has {size}",
-            where=str(path),
-            hint="the two files do not belong together, or one is truncated: export again",
-        )
-    return file, offset, length
-
-
-def _is_size(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 20
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
-
-
-def check_node(
-    kind: str,
-    domain: str,
-    inputs: list[TensorRow | None],
-    attributes: Mapping[str, Any],
-    path: Path,
-) -> None:
-    """Hold a node's attributes against its constant inputs, where kernels trust them.
-
-    ONNX Runtime packs weights when it loads a file, and up to 1.27 took their size from the
-    attributes alone; what constants ask for is allocated then too.
-
-    Raises:
-        UserInputError: the weights are smaller than the attributes say, or more than 2³¹ elements
-            are asked for.
-    """
-    if kind == "ConstantOfShape" and not domain and inputs and inputs[0] is not None:
-        asked = inputs[0].numbers or ()
-        if any(axis < 0 for axis in asked) or math.prod(asked) > _MAX_MADE:
-            raise UserInputError(f"a {kind} is to make {list(asked)} elements", where=str(path))
-    for index, wanted in _packed_shapes(kind, domain, attributes).items():
-        given = inputs[index] if index < len(inputs) else None
-        if given is not None and given.shape not in wanted(given):
-            raise UserInputError(
-                f"a {kind} says that its input {index} ({quoted(given.name)}) is "
-                f"{list(wanted(given)[0])}, and it is {list(given.shape)}",
-                where=str(path),
-                hint="the file was changed, or written by a broken exporter: export it again",
-            )
-
-
-def _packed_shapes(kind: str, domain: str, attributes: Mapping[str, Any]) -> dict[int, Any]:
-    """For each input of a node on codes, the shapes that its attributes allow.
-
-    Scales and zero-points may be flat; zero-points of MatMulNBits are packed where they are bytes.
-    """
-    ours = (domain, kind) == (_QALORA, "GroupQuantLinear")
-    if not ours and (domain, kind) != (_MICROSOFT, "MatMulNBits"):
-        return {}
-    defaults = {"K": 0, "N": 0, "bits": 4, "group_size" if ours else "block_size": 0}
-    k, n, bits, block = (attributes.get(name, default) for name, default in defaults.items())
-    numbers = [v for v in (k, n, bits, block) if isinstance(v, int) and 0 < v < 1 << 31]
-    if len(numbers) != 4 or bits > 8:
-        return {1: lambda _: [(0, 0, 0)]}
-    blocks = -(-k // block)
-    groups = [(n, blocks), (n * blocks,), (n, blocks, 1)]
-    packed = -(-blocks * bits // 8)
-    zeros = [(n, packed), (n * packed,)]
-    return {
-        1: lambda _: [(n, blocks, block * bits // 8)],
-        2: lambda _: groups,
-        3: lambda given: zeros if given.kind == 2 and not ours else groups,
-    }

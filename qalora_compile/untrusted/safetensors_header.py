@@ -17,26 +17,16 @@ from typing import Any
 
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.untrusted import check_regular, parse_json, quoted
+from qalora_compile.untrusted.element_types import ELEMENT_TYPES, PROGRAM_TYPES, UNSIGNED_TYPES
 
 MAX_HEADER_BYTES = 1 << 25
 """32 MiB: some 200,000 tensors."""
 MAX_AXES = 16
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
-_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
+_BITS = {kind.safetensors: kind.bits for kind in ELEMENT_TYPES if kind.safetensors}
 """Bits of an element, by the format's name of its type."""
-USABLE = (
-    *("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"),
-    *("U64", "U32", "U16"),
-)
+USABLE = tuple(kind.safetensors for kind in (*PROGRAM_TYPES, *UNSIGNED_TYPES))
 """Types in which a tensor means what its numbers say; smaller floats need scales to be read."""
 
 

@@ -19,8 +19,8 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.optional import require
 from qalora_compile.untrusted import check_folder, quoted, read_object
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_JSON_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json")
+_SIGNS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_JSON_FILES = (*_SIGNS[:2], "special_tokens_map.json", "added_tokens.json")
 RENDER_SECONDS = 10.0
 RENDER_BYTES = 1 << 30
 """What a template may add to the memory of the process while it runs."""
@@ -31,7 +31,7 @@ _GROWING = re.compile(r"\*\*|\d{7}")
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return any((folder / name).is_file() for name in _SIGNS)
 
 
 def load_tokenizer(folder: Path) -> Any:

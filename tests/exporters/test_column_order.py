@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from qalora_compile.capture.load_source import Source, load_source
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.checkpoints import gptq as gptq_format
+from qalora_compile.exporters.checkpoints.named_tensors import Layer
 from qalora_compile.ir.activation_order import column_orders
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
@@ -96,7 +98,13 @@ def test_layers_that_gptq_has_as_floats_are_in_order_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, program = sorted_pair()
-    monkeypatch.setattr(gptq_format, "_misfit", lambda layer: "odd" * (layer.name == "a"))
+
+    def misfit(layer: Layer) -> str:
+        return "odd" * (layer.name == "a")
+
+    changed = dataclasses.replace(gptq_format._FORMAT, misfit=misfit)
+    monkeypatch.setattr(gptq_format, "_FORMAT", changed)
+    monkeypatch.setattr(gptq_format, "_misfit", misfit)
     qc.export_model(program, tmp_path / "out", qc.ExportSpec(target="gptq"))
     found = torch.from_numpy(tensors(tmp_path / "out")["a.weight"])
     assert torch.equal(found, model.get_parameter("a.weight"))

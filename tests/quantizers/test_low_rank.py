@@ -15,8 +15,8 @@ from qalora_compile.config import SUPPORTED_BITS, QuantSpec
 from qalora_compile.ir.affine import expand_groups, group_count
 from qalora_compile.quantizers.low_rank import CorrectionTally, PooledCorrection
 from qalora_compile.quantizers.minmax import quantize_minmax
-from qalora_compile.quantizers.refine import pooled_residual
 from qalora_compile.quantizers.statistics import ActivationStatistics
+from tests.quantizers.pooled import pooled_residual
 
 
 def inputs(rows: int, k: int, seed: int, dead: int = 0) -> Tensor:

@@ -16,8 +16,9 @@ from qalora_compile.ir.affine import expand_groups, group_count
 from qalora_compile.quantizers import get_quantizer, quantize_weight
 from qalora_compile.quantizers.damping import factor
 from qalora_compile.quantizers.minmax import quantize_minmax
-from qalora_compile.quantizers.refine import pooled_residual, refine_offset
+from qalora_compile.quantizers.refine import refine_offset
 from qalora_compile.quantizers.statistics import ActivationStatistics
+from tests.quantizers.pooled import pooled_residual
 
 
 def layer(

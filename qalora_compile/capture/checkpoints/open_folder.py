@@ -25,7 +25,7 @@ from qalora_compile.capture.skeleton import build_skeleton, model_class, transfo
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
 from qalora_compile.ir.safetensors_io import load_tensors
-from qalora_compile.untrusted import read_json
+from qalora_compile.untrusted import read_object
 
 HF = "quantization_config"
 _GPTQ, _GPTQ_CONFIG = "gptq", "quantize_config.json"
@@ -99,9 +99,9 @@ def _config_of(folder: Path) -> Mapping[str, Any]:
     Raises:
         UserInputError: a file, or what it says of the codes, is no object of JSON.
     """
-    config, own = _object(folder / CONFIG), folder / _GPTQ_CONFIG
+    config, own = read_object(folder / CONFIG), folder / _GPTQ_CONFIG
     if not _says_codes(config) and own.is_file():
-        return {**config, HF: {"quant_method": _GPTQ, **_object(own)}}
+        return {**config, HF: {"quant_method": _GPTQ, **read_object(own)}}
     for key in (MLX, HF):
         section(config, key, str(folder / CONFIG))
     return config
@@ -109,13 +109,6 @@ def _config_of(folder: Path) -> Mapping[str, Any]:
 
 def _says_codes(config: Mapping[str, Any]) -> bool:
     return any(config.get(key) is not None for key in (MLX, HF))
-
-
-def _object(path: Path) -> Mapping[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, Mapping):
-        raise UserInputError(f"{path.name} is no object of JSON", where=str(path))
-    return value
 
 
 def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) -> Reader:

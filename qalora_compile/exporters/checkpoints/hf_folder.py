@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,11 @@ from qalora_compile.exporters.checkpoints.named_tensors import (
     WEIGHT,
     Checkpoint,
     Layer,
-    Misfit,
     check_half_range,
     stored_error,
 )
 from qalora_compile.files import write_json
 from qalora_compile.ir.model_description import Description
-from qalora_compile.progress import track
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -108,42 +105,17 @@ class FolderWriter:
         write_json(self._folder / INDEX_FILE, index)
 
 
-def add_layers(
-    writer: FolderWriter,
-    layers: tuple[Layer, ...],
-    dtype: torch.dtype,
-    misfit: Misfit,
-    add: Callable[[Layer], StoredTensor],
-) -> Iterator[StoredTensor]:
-    """Add the layers on codes; as floats, with the reason, where the format cannot hold them so.
-
-    Args:
-        writer: Takes the tensors.
-        layers: Of a checkpoint.
-        dtype: Of floats.
-        misfit: Why a layer is written as floats.
-        add: Adds the tensors of a layer on codes.
-    """
-    for layer in track(layers, "write weights"):
-        remark = misfit(layer)
-        if not remark:
-            yield add(layer)
-            continue
-        weight = layer.weight()
-        values = weight.t() if layer.site.transposed else weight
-        yield add_float(writer, f"{layer.name}{WEIGHT}", layer.name, values, dtype, remark)
-
-
-def check_parameters(layers: tuple[Layer, ...], dtype: torch.dtype, misfit: Misfit) -> None:
-    """Refuse scales and offsets that are beyond `dtype`.
+def add_layer_as_floats(
+    writer: FolderWriter, layer: Layer, dtype: torch.dtype, remark: str = ""
+) -> StoredTensor:
+    """Add the weight of a layer on codes as floats, as the model stores it.
 
     Raises:
-        UserInputError: float16 cannot hold one.
+        UserInputError: float16 cannot hold a value.
     """
-    for layer in layers:
-        if dtype == torch.float16 and not misfit(layer):
-            for what, values in zip(("scale", "offset"), layer.parameters(), strict=True):
-                check_half_range(layer.name, what, values)
+    weight = layer.weight()
+    values = weight.t() if layer.site.transposed else weight
+    return add_float(writer, f"{layer.name}{WEIGHT}", layer.name, values, dtype, remark)
 
 
 def add_floats(
@@ -154,7 +126,7 @@ def add_floats(
     Raises:
         UserInputError: float16 cannot hold a value.
     """
-    for name, values in checkpoint.float_values("write floats"):
+    for name, values in checkpoint.float_values():
         yield add_float(writer, name, name, values, dtype)
 
 
@@ -179,8 +151,3 @@ def add_float(
     stored = values.to(dtype)
     writer.add(name, stored)
     return stored_error(name, source, str(dtype).removeprefix("torch."), stored, values, remark)
-
-
-def most_common(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The pair of bits and group size that most layers have."""
-    return Counter(shapes).most_common(1)[0][0]

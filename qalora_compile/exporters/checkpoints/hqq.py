@@ -7,37 +7,20 @@ know lies beside it in tensors of one number or text each.
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qalora_compile.config import ExportSpec
-from qalora_compile.exporters.capability import (
-    EXACT,
-    NO_ORDER,
-    Capability,
-    StoredTensor,
-    partly,
-    rounds,
-)
-from qalora_compile.exporters.checkpoints.hf_folder import (
-    DTYPES,
-    FolderWriter,
-    add_floats,
-    add_layers,
-    check_parameters,
+from qalora_compile.exporters.capability import Capability, StoredTensor, partly, rounds
+from qalora_compile.exporters.checkpoints.named_tensors import Layer, stored_error
+from qalora_compile.exporters.checkpoints.packed_folder import (
+    PackedFormat,
+    exactness,
     most_common,
-)
-from qalora_compile.exporters.checkpoints.named_tensors import (
-    Checkpoint,
-    Layer,
-    refuse_if_none_fits,
-    refuse_sorted,
-    refuse_transposed,
-    stored_error,
+    packed_capabilities,
 )
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.site_plan import EMBEDDING
@@ -50,51 +33,25 @@ _PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
 
 def capabilities(spec: ExportSpec) -> dict[str, Capability]:
     """What the format does to each property of a program."""
-    exact = EXACT if spec.parameter_dtype == "float32" else rounds(spec.parameter_dtype)
-    return {
-        "codes of 4, 3 and 2 bits": EXACT,
-        "codes of 8 bits": EXACT,
-        "scale": exact,
+    exact = exactness(spec)
+    own = {
         "real zero-point": rounds(spec.parameter_dtype),
         "groups": partly("numbers of groups that can be packed", exact),
         "tail groups": partly("groups cut to gcd(g, K)", exact),
-        "activation order": NO_ORDER,
-        "matrices of floats": exact,
-        "vectors": exact,
-        "tied weights": EXACT,
-        "other architectures": Capability("exact", "linear layers stored [N, K]"),
     }
+    return packed_capabilities(spec, own)
 
 
-def write_hqq(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[StoredTensor]:
-    """Write a folder whose layers `HQQLinear.load_state_dict` takes.
-
-    Raises:
-        UnsupportedError: a weight is stored `[K, N]` in the model, or was quantized in activation
-            order, or no layer can be packed.
-        UserInputError: float16 was asked for and cannot hold a value.
-    """
-    dtype, layers = DTYPES[spec.parameter_dtype], checkpoint.layers
-    refuse_transposed(layers, "HQQ")
-    refuse_if_none_fits(layers, _misfit)
-    refuse_sorted(layers, _misfit, "HQQ")
-    check_parameters(layers, dtype, _misfit)
-    writer = FolderWriter(folder)
-    rows = [*add_layers(writer, layers, dtype, _misfit, partial(_add_layer, writer, dtype))]
-    rows += add_floats(writer, checkpoint, dtype)
+def quantization_config(layers: tuple[Layer, ...]) -> dict[str, Any]:
+    """What the folder says of its layers: the bits and group size that most have, the odd ones."""
     bits, group_size = most_common((la.bits, la.unit) for la in layers if not _misfit(la))
     weights = {"nbits": bits, "group_size": group_size, "axis": 1} | _FIXED
     others = dict.fromkeys(("scale_quant_params", "zero_quant_params"))
-    changes = {
-        "dtype": spec.parameter_dtype,
-        "quantization_config": {
-            "quant_method": "hqq",
-            "quant_config": {"weight_quant_params": weights, "offload_meta": False, **others},
-            "skip_modules": _skipped(layers),
-        },
+    return {
+        "quant_method": "hqq",
+        "quant_config": {"weight_quant_params": weights, "offload_meta": False, **others},
+        "skip_modules": _skipped(layers),
     }
-    writer.finish(checkpoint.description, changes | checkpoint.untied())
-    return rows
 
 
 def _skipped(layers: tuple[Layer, ...]) -> list[str]:
@@ -141,7 +98,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def _add_layer(writer: FolderWriter, dtype: torch.dtype, layer: Layer) -> StoredTensor:
+def _pack(layer: Layer, dtype: torch.dtype) -> tuple[dict[str, Tensor], StoredTensor]:
     affine = layer.cut(layer.unit)
     codes, scale, zero = zero_form(affine, dtype)
     size = affine.group_size
@@ -161,10 +118,18 @@ def _add_layer(writer: FolderWriter, dtype: torch.dtype, layer: Layer) -> Stored
         **{name: torch.tensor(list(str(value).encode("ascii")), dtype=torch.uint8)
            for name, value in texts.items()},
     }  # fmt: skip
-    for name, tensor in tensors.items():
-        writer.add(f"{layer.name}.{name}", tensor)
     stored = (codes.double().unflatten(1, (-1, size)) - zero.double()[..., None]) * (
         scale.double()[..., None]
     )
     form = f"{_PACKING[layer.bits]}, groups of {size}"
-    return stored_error(layer.name, layer.name, form, stored.flatten(1), affine.dequantize())
+    row = stored_error(layer.name, layer.name, form, stored.flatten(1), affine.dequantize())
+    return {f".{name}": tensor for name, tensor in tensors.items()}, row
+
+
+write_hqq = PackedFormat(
+    reader="HQQ",
+    misfit=_misfit,
+    pack=_pack,
+    config=lambda layers: {"quantization_config": quantization_config(layers)},
+).write
+"""Write a folder whose layers `HQQLinear.load_state_dict` takes."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -186,9 +186,9 @@ class Checkpoint:
     description: Description | None
     is_untied: bool = False
 
-    def float_values(self, what: str) -> Iterator[tuple[str, Tensor]]:
+    def float_values(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of the floats, one after another."""
-        for name, tensor in track(list(self.floats.items()), what):
+        for name, tensor in track(list(self.floats.items()), "write floats"):
             yield name, materialize(tensor).detach()
 
     def untied(self) -> dict[str, Any]:
@@ -321,13 +321,11 @@ def stored_error(
 
 
 def stored_affine(
-    name: str, form: str, affine: GroupAffine, scale: Tensor, offset: Tensor, remark: str = ""
+    name: str, form: str, affine: GroupAffine, scale: Tensor, offset: Tensor
 ) -> StoredTensor:
     """A row of the report on a weight on codes, whose scale and offset were rounded."""
-    stored = GroupAffine(
-        affine.codes, scale.double(), offset.double(), affine.bits, affine.group_size
+    exact, stored = (
+        replace(affine, scale=parts[0].double(), offset=parts[1].double())
+        for parts in ((affine.scale, affine.offset), (scale, offset))
     )
-    exact = GroupAffine(
-        affine.codes, affine.scale.double(), affine.offset.double(), affine.bits, affine.group_size
-    )
-    return stored_error(name, name, form, stored.dequantize(), exact.dequantize(), remark)
+    return stored_error(name, name, form, stored.dequantize(), exact.dequantize())

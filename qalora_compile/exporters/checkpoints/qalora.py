@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qalora_compile.config import ExportSpec
-from qalora_compile.exporters.capability import EXACT, Capability, StoredTensor
+from qalora_compile.exporters.capability import EXACT, PROPERTIES, Capability, StoredTensor
 from qalora_compile.exporters.checkpoints.hf_folder import FolderWriter
 from qalora_compile.exporters.checkpoints.named_tensors import Checkpoint, Layer
 from qalora_compile.files import write_json
@@ -21,16 +21,11 @@ LAYERS_FILE = "layers.json"
 FORMAT = "qalora-weights"
 VERSION, ORDERED_VERSION = 1, 2
 """Of a folder without an order, and with one: a reader of version 1 has to refuse that."""
-_PROPERTIES = (
-    *("codes of 4, 3 and 2 bits", "codes of 8 bits", "scale", "real zero-point", "groups"),
-    *("tail groups", "activation order", "matrices of floats", "vectors", "tied weights"),
-    "other architectures",
-)
 
 
 def capabilities(_: ExportSpec) -> dict[str, Capability]:
     """What the format does to each property of a program: nothing, where it takes it."""
-    return dict.fromkeys(_PROPERTIES, EXACT)
+    return dict.fromkeys(PROPERTIES, EXACT)
 
 
 def write_own(checkpoint: Checkpoint, folder: Path, _: ExportSpec) -> list[StoredTensor]:
@@ -44,7 +39,7 @@ def write_own(checkpoint: Checkpoint, folder: Path, _: ExportSpec) -> list[Store
         layers[layer.name] = _row(layer)
         form = f"{layer.bits} bits, groups of {layer.group_size}"
         rows.append(StoredTensor(layer.name, layer.name, form))
-    for name, values in checkpoint.float_values("write floats"):
+    for name, values in checkpoint.float_values():
         writer.add(name, values)
         rows.append(StoredTensor(name, name, str(values.dtype).removeprefix("torch.")))
     ordered = any(layer.order is not None for layer in checkpoint.layers)

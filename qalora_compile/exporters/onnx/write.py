@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from qalora_compile.exporters.onnx.model import translate
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.files import atomic_files
 from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY
+from qalora_compile.ir.onnx_metadata import OF_SITES, OnnxLayer, OnnxMetadata
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
 from qalora_compile.ir.stages import PLANE_NAMES
@@ -74,36 +74,26 @@ def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
     tensors = program.tensors()
     sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
     names = ("qweight", "scale", "zero_point", "correction")
-    layers = [
-        {
-            "site": s.name,
-            "kind": s.kind,
-            "weight": s.weight,
-            "decision": s.decision,
-            "reason": s.reason,
-            "why_bits": s.why_bits,
-            "bits": s.bits,
-            "group_size": s.group_size,
-            "k": s.k,
-            "n": s.n,
-            "experts": s.experts,
-            "shape": list(tensors[s.weight].shape) if s.weight in tensors else None,
-            "bytes": sum(
+    layers = tuple(
+        OnnxLayer(
+            site=s.name,
+            **{name: getattr(s, name) for name in OF_SITES},
+            shape=tuple(tensors[s.weight].shape) if s.weight in tensors else None,
+            bytes=sum(
                 sizes.get(name, 0) for name in ([s.weight] if s.bits is None else _parts(s, names))
             ),
-        }
+        )
         for s in program.plan
-    ]
-    value = {
-        "version": __version__,
-        "target": spec.target,
-        "stage": program.stage,
-        "history": list(program.history),
-        "signature": program.signature.to_json(),
-        "layers": layers,
-        "site_values": sites,
-    }
-    return json.dumps(value, sort_keys=True)
+    )
+    return OnnxMetadata(
+        version=__version__,
+        target=spec.target,
+        stage=program.stage,
+        history=program.history,
+        signature=program.signature.to_json(),
+        layers=layers,
+        site_values=sites,
+    ).to_text()
 
 
 def _parts(site: Site, names: tuple[str, ...]) -> list[str]:

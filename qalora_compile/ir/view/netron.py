@@ -13,10 +13,10 @@ from qalora_compile.files import atomic_files
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.view.outline import INPUT, OUTPUT, Box, Value, outline
 from qalora_compile.optional import require
+from qalora_compile.untrusted.element_types import ELEMENT_TYPES
 
 _PURPOSE = "write a graph for Netron"
-_TYPES = {"float8_e4m3fn": "FLOAT8E4M3FN", "float8_e5m2": "FLOAT8E5M2", "float64": "DOUBLE"}
-_TYPES |= {"float32": "FLOAT"}
+_TYPES = {kind.name: kind.onnx for kind in ELEMENT_TYPES if kind.onnx}
 _IR_VERSION, _OPSET = 10, 21
 
 
@@ -86,6 +86,5 @@ def _node(box: Box, used: dict[str, int]) -> Any:
 def _typed(value: Value) -> Any:
     """A value with its type; numbers, such as sizes, are scalars."""
     onnx = require("onnx", extra="onnx", purpose=_PURPOSE)
-    dtype = value.dtype or "int64"
-    kind = onnx.TensorProto.DataType.Value(_TYPES.get(dtype, dtype.upper()))
+    kind = _TYPES[value.dtype or "int64"]
     return onnx.helper.make_tensor_value_info(value.name, kind, list(value.shape))

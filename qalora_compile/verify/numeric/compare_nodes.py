@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.signature import Call, split_call
+from qalora_compile.ir.signature import Call, split_call, widened
 from qalora_compile.progress import track
 from qalora_compile.verify.inputs import sample_inputs
 from qalora_compile.verify.numeric.adversarial_inputs import adversarial_inputs
@@ -38,7 +38,6 @@ from qalora_compile.verify.proof.match_structure import Match, match_values
 from qalora_compile.verify.proof.open_graph import open_graph
 from qalora_compile.verify.runners.onnx_session import LEVELS, OnnxSession, hides, uses_library
 
-_HALVES = (torch.float16, torch.bfloat16)
 Compute = Callable[[Program, Sequence[Any]], dict[str, Tensor]]
 """Values of the candidate by name, for the flat inputs of the reference."""
 
@@ -260,7 +259,7 @@ def _run_model(session: OnnxSession, graph: Graph, names: Sequence[str]) -> Comp
             for leaf, value in zip(source.signature.inputs, leaves, strict=True)
             if isinstance(value, Tensor)
         }
-        wide = {n: v.float() if v.dtype in _HALVES else v for n, v in feed.items()}
+        wide = {name: widened(value) for name, value in feed.items()}
         arrays = {name: value.numpy() for name, value in wide.items()}
         found = session.outputs(arrays) | {n: v for n, v in wide.items() if n in graph.inputs}
         return found | (session.values(inner, arrays) if inner else {})

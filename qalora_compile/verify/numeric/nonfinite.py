@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qalora_compile.untrusted.element_types import FLOATS
 from qalora_compile.verify.proof.graphs.graph import Graph
 from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 from qalora_compile.verify.proof.open_graph import open_graphs
@@ -19,12 +20,10 @@ from qalora_compile.verify.proof.open_graph import open_graphs
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
 
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
-
 
 def is_damaged(stored: StoredTensor) -> bool:
     """Whether a tensor holds NaN, or infinities that are no mask."""
-    if stored.dtype not in _FLOATS or stored.size == 0:
+    if stored.dtype not in FLOATS or stored.size == 0:
         return False
     values = stored.values()
     return not (bool(np.isfinite(values).all()) or bool((values <= 0).all()))

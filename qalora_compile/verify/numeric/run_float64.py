@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.ir.interpret import WatchingInterpreter
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import dtype_name
 from qalora_compile.untrusted import quoted
@@ -77,7 +78,7 @@ def run_nodes(
         if dtype is not None:
             torch.set_default_dtype(dtype)  # of factories that name none
         try:
-            runner.run(*map(runner.cast, leaves), enable_io_processing=False)
+            runner.run_leaves([runner.cast(leaf) for leaf in leaves])
         except (RuntimeError, IndexError) as error:  # sizes that depend on values
             raise UserInputError(
                 f"the program fails when it runs: {quoted(str(error), 200)}",
@@ -85,7 +86,7 @@ def run_nodes(
             ) from error
         finally:
             torch.set_default_dtype(previous)
-    return runner.found
+    return {name: value for name, value in runner.values.items() if isinstance(value, Tensor)}
 
 
 def output_nodes(program: Program) -> dict[str, str]:
@@ -96,20 +97,19 @@ def output_nodes(program: Program) -> dict[str, str]:
     return {name: value.name for name, value in pairs if isinstance(value, fx.Node)}
 
 
-class _At(fx.Interpreter):
+class _At(WatchingInterpreter):
     """Runs a graph with floating tensors of one dtype."""
 
     def __init__(
         self,
         module: fx.GraphModule,
-        names: Collection[str],
+        names: Collection[str] | None,
         dtype: torch.dtype | None,
         noise: tuple[float, int] | None = None,
     ) -> None:
-        super().__init__(module)
-        self._names, self._dtype, self._noise = names, dtype, noise
+        super().__init__(module, names)
+        self._dtype, self._noise = dtype, noise
         self._generator = torch.Generator().manual_seed(0 if noise is None else noise[1])
-        self.found: Values = {}
 
     def cast(self, value: Any) -> Any:
         """A floating tensor, or a floating dtype, in the dtype asked for; all else as it is."""
@@ -120,7 +120,7 @@ class _At(fx.Interpreter):
         if isinstance(value, torch.dtype) and value.is_floating_point:
             return self._dtype
         if isinstance(value, fx.GraphModule):
-            return _At(value, (), self._dtype).run
+            return _At(value, None, self._dtype).run
         return value
 
     def fetch_attr(self, target: str) -> Any:
@@ -139,11 +139,3 @@ class _At(fx.Interpreter):
         up = torch.randint(0, 2, value.shape, generator=self._generator, dtype=torch.int8)
         factor = 1 + (2.0 * up.double() - 1) * self._noise[0]
         return (value.double() * factor).to(value.dtype)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output" and self._names:
-            return None
-        value = super().run_node(n)
-        if n.name in self._names and isinstance(value, Tensor):
-            self.found[n.name] = value
-        return value

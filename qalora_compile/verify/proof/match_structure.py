@@ -13,7 +13,8 @@ from qalora_compile.verify.proof.aliasing import refuse_hidden_writes
 from qalora_compile.verify.proof.compare_leaves import parted
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Ref, SiteRow
 from qalora_compile.verify.proof.open_graph import open_graph
-from qalora_compile.verify.proof.terms.op_semantics import Semantics
+from qalora_compile.verify.proof.terms.op_semantics import OPERATORS
+from qalora_compile.verify.proof.terms.semantics import Semantics
 from qalora_compile.verify.proof.terms.term import Algebra, Term, differences
 from qalora_compile.verify.proof.weights.fx_layers import fx_linear
 from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError
@@ -198,7 +199,12 @@ def _read(a: Graph, b: Graph) -> tuple[list[Pair], _Wanted, list[Semantics], boo
     halves = a.half != b.half
     algebra = Algebra(single=a.dialect != b.dialect, halves=halves)
     sides = [
-        Semantics(graph, algebra, {graph.site_values[name]: name for name in cuts})
+        Semantics(
+            graph,
+            algebra,
+            {graph.site_values[name]: name for name in cuts},
+            OPERATORS[graph.dialect],
+        )
         for graph in (a, b)
     ]
     wanted = _targets(a, b, pairs)

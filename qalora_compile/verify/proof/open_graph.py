@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.program_record import PROGRAM_FILE, tensor_files
+from qalora_compile.ir.program_record import tensor_files
 from qalora_compile.sealed import digest_of_file
+from qalora_compile.untrusted.artifacts import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    PROGRAM_FILE,
+    ArtifactKind,
+    find_artifact,
+    unknown_artifact,
+)
 from qalora_compile.verify.proof.graphs.graph import Graph
 from qalora_compile.verify.proof.graphs.read_fx import program_graph, read_program_graph
 from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
@@ -16,8 +24,7 @@ from qalora_compile.verify.proof.weights.find_lookups import find_lookups
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
 
-_MODEL_FILE, _SUFFIX = "model.onnx", ".onnx"
-_HALVES = ("encoder_model.onnx", "decoder_model.onnx")
+_HALVES = (ENCODER_FILE, DECODER_FILE)
 
 
 def open_graph(thing: Program | Graph | str | Path) -> Graph:
@@ -30,25 +37,19 @@ def open_graph(thing: Program | Graph | str | Path) -> Graph:
         return thing
     if not isinstance(thing, (str, Path)):
         return program_graph(thing)
-    path = Path(thing)
-    if (path / PROGRAM_FILE).exists():
-        return read_program_graph(path)
-    model = path / _MODEL_FILE if path.is_dir() else path
-    if model.suffix == _SUFFIX and model.exists():
-        return find_lookups(read_onnx_graph(model))
-    halves = [path / file for file in _HALVES if (path / file).exists()]
-    if halves:
+    found = find_artifact(thing)
+    if found is not None and found.kind is ArtifactKind.PROGRAM:
+        return read_program_graph(found.path)
+    if found is not None and found.kind is ArtifactKind.ONNX:
+        return find_lookups(read_onnx_graph(found.path))
+    if found is not None and found.kind is ArtifactKind.ENCODER_DECODER:
         raise UserInputError(
-            f"{path} is an encoder-decoder model: two graphs, which are compared one by one",
-            where=", ".join(half.name for half in halves),
+            f"{thing} is an encoder-decoder model: two graphs, which are compared one by one",
+            where=", ".join(file for file in _HALVES if (found.path / file).exists()),
             hint="encoder, decoder = qc.split_encoder_decoder(program, model), then compare each "
             "with its file; or compare the outputs of both: verify A B --max-rel 1e-4",
         )
-    raise UserInputError(
-        f"{path} is neither a program folder nor an ONNX model",
-        where=str(path),
-        hint="give a folder written by Program.save, finetune, fold or export, or a .onnx file",
-    )
+    raise unknown_artifact(thing)
 
 
 def open_graphs(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
@@ -70,14 +71,13 @@ def files_of(path: Path) -> dict[str, str]:
     Raises:
         UserInputError: the path is of no side: a certificate may name any file.
     """
-    if (path / PROGRAM_FILE).exists():
+    found = find_artifact(path)
+    if found is not None and found.kind is ArtifactKind.PROGRAM:
         names = [PROGRAM_FILE, *tensor_files(path)]
         return {name: digest_of_file(path / name) for name in names}
-    model = path / _MODEL_FILE if path.is_dir() else path
-    if model.suffix != _SUFFIX:
-        raise UserInputError(
-            f"{path} is neither a program folder nor an ONNX model", where=str(path)
-        )
+    if found is None or found.kind is not ArtifactKind.ONNX:
+        raise unknown_artifact(path)
+    model = found.path
     names = [model.name, *sorted(_external(model))]
     return {name: digest_of_file(model.parent / name) for name in names}
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.meta import QDQ_ACCURACY_KEY
+from qalora_compile.ir.interpret import WatchingInterpreter
+from qalora_compile.ir.signature import widened
 from qalora_compile.optional import require
 from qalora_compile.progress import track
 from qalora_compile.verify.compare import compare
@@ -23,6 +24,7 @@ from qalora_compile.verify.inputs import padded_inputs, sample_inputs
 from qalora_compile.verify.numeric.padding import counted, padding_of
 from qalora_compile.verify.proof.graphs.graph import Graph, Ref, reachable
 from qalora_compile.verify.proof.graphs.onnx_subgraphs import captured
+from qalora_compile.verify.runners.onnx_session import explain_refusal, open_model, run_session
 from qalora_compile.verify.runners.open_runner import ProgramRunner
 
 if TYPE_CHECKING:
@@ -46,37 +48,25 @@ class CutProgram:
         fed = {value: sites[name] for value, name in self._cuts.items()}
         names = {ref.name for ref in self._targets if isinstance(ref, Ref)}
         recorder = _CutInterpreter(self._program.module, fed, self._wanted, names)
-        training = self._program.module.training
-        self._program.eval()
-        try:
-            with torch.no_grad():
-                recorder.run(*leaves, enable_io_processing=False)
-        finally:
-            self._program.module.train(training)
-        return [recorder.found[ref.name] for ref in self._targets]
+        with self._program.evaluating():
+            recorder.run_leaves(leaves)
+        return [recorder.values[ref.name] for ref in self._targets]
 
 
-class _CutInterpreter(fx.Interpreter):
-    """Computes the nodes that are wanted, takes the fed ones as given, keeps the named ones."""
+class _CutInterpreter(WatchingInterpreter):
+    """Computes the nodes that are wanted and takes the fed ones as given."""
 
     def __init__(
         self, module: fx.GraphModule, fed: Values, wanted: set[str], names: set[str]
     ) -> None:
-        super().__init__(module)
-        self._fed, self._wanted, self._names = fed, wanted, names
-        self.found: dict[str, Tensor] = {}
+        super().__init__(module, names)
+        self._fed, self._wanted = fed, wanted
 
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op == "output":
-            return None
-        value: Any = None
-        if n.name in self._fed:
-            value = self._fed[n.name]
-        elif n.op != "call_function" or n.name in self._wanted:
-            value = super().run_node(n)
-        if n.name in self._names:
-            self.found[n.name] = value
-        return value
+    def compute(self, node: fx.Node) -> Any:
+        if node.name in self._fed:
+            return self._fed[node.name]
+        unwanted = node.op == "call_function" and node.name not in self._wanted
+        return None if unwanted else super().compute(node)
 
 
 class CutModel:
@@ -94,37 +84,16 @@ class CutModel:
         feed = {**inputs, **{value: sites[name] for value, name in self._cuts.items()}}
         found = dict(feed)
         if self._session is not None:
-            values = self._run(self._session, feed)
+            arrays = {n: v.numpy() for n, v in feed.items() if isinstance(v, Tensor)}
+            with explain_refusal("run the model between its layers", self._graph.label):
+                values = run_session(self._session, self._computed, arrays)
             found |= dict(zip(self._computed, map(torch.from_numpy, values), strict=True))
         return [found[name] for name in self._targets]
 
-    def _run(self, session: Any, feed: Values) -> list[Any]:
-        taken = {i.name: feed[i.name].numpy() for i in session.get_inputs()}
-        try:
-            values: list[Any] = session.run(self._computed, taken)
-        except Exception as error:  # ONNX Runtime raises bare exception types of its own
-            raise UserInputError(
-                f"ONNX Runtime cannot run the model between its layers: {error}",
-                where=self._graph.label,
-            ) from error
-        return values
-
     def _open(self) -> Any:
-        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
-        options = runtime.SessionOptions()
-        options.add_session_config_entry(QDQ_ACCURACY_KEY, "0")
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path",
-            str(Path(self._graph.label).parent),
-        )
         model = self._cut_model().SerializeToString()
-        try:
-            return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises bare exception types of its own
-            raise UserInputError(
-                f"ONNX Runtime cannot load the model between its layers: {error}",
-                where=self._graph.label,
-            ) from error
+        with explain_refusal("load the model between its layers", self._graph.label):
+            return open_model(model, Path(self._graph.label).parent)
 
     def _cut_model(self) -> Any:
         """The model without what its sites compute."""
@@ -214,12 +183,9 @@ def _run(
     if isinstance(side, CutProgram):
         assert owner is not None
         return side.run(owner.signature.widen(leaves), values)
-    wide = [v.float() if isinstance(v, Tensor) and v.dtype in _HALVES else v for v in leaves]
     names = [leaf.name for leaf in program.signature.inputs]
-    return side.run(dict(zip(names, wide, strict=True)), {n: v.float() for n, v in values.items()})
-
-
-_HALVES = (torch.float16, torch.bfloat16)
+    wide = dict(zip(names, map(widened, leaves), strict=True))
+    return side.run(wide, {n: v.float() for n, v in values.items()})
 
 
 def _like(value: Tensor, generator: torch.Generator) -> Tensor:

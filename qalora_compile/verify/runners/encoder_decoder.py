@@ -13,11 +13,11 @@ from torch import Tensor
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.signature import PAST, InputLeaf, Signature
-from qalora_compile.verify.runners.kv_cache import stops_of
+from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE
+from qalora_compile.verify.runners.kv_cache import empty_cache, stops_of
 from qalora_compile.verify.runners.onnx_session import OnnxSession
 from qalora_compile.verify.runners.run import Run, Runner
 
-ENCODER_FILE, DECODER_FILE = "encoder_model.onnx", "decoder_model.onnx"
 _PRESENT, _LOGITS = "present.", "logits"
 _TOKENS, _DECODER_TOKENS = "input_ids", "decoder_input_ids"
 _MASK, _DECODER_MASK = "attention_mask", "encoder_attention_mask"
@@ -121,8 +121,4 @@ class EncoderDecoderRunner:
         return torch.cat(parts, dim=1)
 
     def _empty(self, batch: int) -> dict[str, Any]:
-        past = {}
-        for leaf in self._decoder.signature.own_cache:
-            shape = [batch, int(leaf.shape[1]), 0, int(leaf.shape[3])]
-            past[leaf.name] = torch.zeros(shape, dtype=getattr(torch, str(leaf.dtype))).numpy()
-        return past
+        return empty_cache(self._decoder.signature.own_cache, batch)

@@ -6,7 +6,7 @@ one token at a time, each on the cache of those before.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.signature import PAST, Signature
+from qalora_compile.ir.signature import PAST, InputLeaf, Signature
 from qalora_compile.verify.inputs import draw_leaves
 from qalora_compile.verify.runners.onnx_session import OnnxSession
 from qalora_compile.verify.runners.run import Runner
@@ -78,6 +78,15 @@ def stops_of(length: int) -> list[int]:
     return sorted({prompt, *(length - back for back in _BACKWARD if length - back > prompt)})
 
 
+def empty_cache(leaves: Iterable[InputLeaf], batch: int) -> dict[str, Any]:
+    """Keys and values of no token, by the name of the input that takes them."""
+    past = {}
+    for leaf in leaves:
+        shape = [batch, int(leaf.shape[1]), 0, int(leaf.shape[3])]
+        past[leaf.name] = torch.zeros(shape, dtype=getattr(torch, str(leaf.dtype))).numpy()
+    return past
+
+
 class CachedSteps:
     """Runs a session on whole sequences in steps, each on the cache of those before; `stops_of`."""
 
@@ -107,12 +116,7 @@ class CachedSteps:
         return torch.cat(parts, dim=1)
 
     def _empty(self, feed: Mapping[str, Any]) -> dict[str, Any]:
-        batch = feed[_TOKENS].shape[0]
-        past = {}
-        for leaf in self.signature.cache:
-            shape = [batch, int(leaf.shape[1]), 0, int(leaf.shape[3])]
-            past[leaf.name] = torch.zeros(shape, dtype=getattr(torch, str(leaf.dtype))).numpy()
-        return past
+        return empty_cache(self.signature.cache, len(feed[_TOKENS]))
 
     def _step(
         self, feed: Mapping[str, Any], begin: int, stop: int, past: Mapping[str, Any]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,10 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY
+from qalora_compile.ir.meta import QDQ_ACCURACY_KEY
+from qalora_compile.ir.onnx_metadata import explain_metadata, read_onnx_metadata
 from qalora_compile.ir.signature import Signature
 from qalora_compile.optional import require
-from qalora_compile.untrusted import parse_json
-from qalora_compile.untrusted.onnx_file import check_onnx
 
 LEVELS = {
     "disabled": "ORT_DISABLE_ALL",
@@ -24,6 +24,7 @@ LEVELS = {
 }
 """How far ONNX Runtime optimizes a graph, and its own name for it; `all` is its default."""
 
+_WEIGHTS_KEY = "session.model_external_initializers_file_folder_path"
 _MICROSOFT, _SPELLED = "com.microsoft", "qalora.spelled_out"
 _LIBRARY_DOMAIN = "qalora"
 _DROPOUT_INPUTS = 3
@@ -73,17 +74,11 @@ class OnnxSession:
     ) -> None:
         self._path, self._library, self._level = path, library, level
         self._spelled_out = spelled_out
-        text = check_onnx(path).metadata.get(ONNX_METADATA_KEY)
-        if text is None:
-            raise UserInputError(
-                f"{path.name} was not exported by this package: it has no signature to compare by",
-                where=str(path),
-            )
-        self.signature, self._site_values = _signature(text, path)
-        self._runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
-        self.session = (
-            self._open_changed(()) if spelled_out else self._open(str(path), self._options())
-        )
+        metadata = read_onnx_metadata(path)
+        with explain_metadata(path):
+            self.signature = Signature.from_json(metadata.signature)
+        self._site_values = metadata.site_values
+        self.session = self._open_changed(()) if spelled_out else self._open(str(path))
         self._inner: tuple[frozenset[str], Any] | None = None
 
     def outputs(self, feed: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -105,38 +100,17 @@ class OnnxSession:
         return {name: _tensor(v) for name, v in found.items() if hasattr(v, "dtype")}
 
     def _run(self, session: Any, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
-        taken = {leaf.name for leaf in session.get_inputs()}
-        given = {name: value for name, value in feed.items() if name in taken}
-        try:
-            values: list[Any] = session.run(list(names), given)
-        except Exception as error:  # ONNX Runtime raises bare exception types of its own
-            raise self._refused("run", error) from error
-        return values
+        with self._explained("run"):
+            return run_session(session, names, feed)
 
-    def _open(self, model: str | bytes, options: Any) -> Any:
-        try:
-            return self._runtime.InferenceSession(
-                model, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime raises bare exception types of its own
-            raise self._refused("load", error) from error
+    def _open(self, model: str | bytes) -> Any:
+        with self._explained("load"):
+            return open_model(model, self._path.parent, self._level, self._library)
 
-    def _refused(self, what: str, error: Exception) -> UserInputError:
+    def _explained(self, what: str) -> AbstractContextManager[None]:
         library = "none" if self._library is None else self._library.name
-        return UserInputError(
-            f"ONNX Runtime cannot {what} {self._path.name}: {str(error).splitlines()[0]}",
-            where=f"{self._path} (optimization level {self._level}, operator library {library})",
-            hint="export the model again; if that does not help, it is a bug of the exporter",
-        )
-
-    def _options(self) -> Any:
-        options = self._runtime.SessionOptions()
-        options.add_session_config_entry(QDQ_ACCURACY_KEY, "0")
-        levels = self._runtime.GraphOptimizationLevel
-        options.graph_optimization_level = getattr(levels, LEVELS[self._level])
-        if self._library is not None:
-            options.register_custom_ops_library(str(self._library))
-        return options
+        where = f"{self._path} (optimization level {self._level}, operator library {library})"
+        return explain_refusal(f"{what} {self._path.name}", where)
 
     def _open_changed(self, names: Sequence[str]) -> Any:
         """The file with these values as outputs too, and spelled out where that was asked for."""
@@ -148,30 +122,53 @@ class OnnxSession:
         for name in dict.fromkeys(names):
             if name not in present:
                 model.graph.output.append(onnx.ValueInfoProto(name=name))
-        options = self._options()
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(self._path.parent)
-        )
-        return self._open(model.SerializeToString(), options)
+        return self._open(model.SerializeToString())
 
 
-def _signature(text: str, path: Path) -> tuple[Signature, dict[str, str]]:
-    """What a file's metadata say of its inputs and outputs, and the names of its sites' values.
+def open_model(
+    model: str | bytes, folder: Path, level: str = "all", library: Path | None = None
+) -> Any:
+    """A session on the CPU that computes in float32.
+
+    Args:
+        model: The path of a file, or the bytes of a model.
+        folder: Where the file beside the model is that holds its weights.
+        level: How far ONNX Runtime optimizes the graph, one of `LEVELS`.
+        library: A library of custom operators.
+    """
+    runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+    options = runtime.SessionOptions()
+    options.add_session_config_entry(QDQ_ACCURACY_KEY, "0")
+    if isinstance(model, bytes):
+        options.add_session_config_entry(_WEIGHTS_KEY, str(folder))
+    options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, LEVELS[level])
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: Any, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
+    """The values of some outputs; of `feed`, what the session takes."""
+    taken = {leaf.name for leaf in session.get_inputs()}
+    given = {name: value for name, value in feed.items() if name in taken}
+    values: list[Any] = session.run(list(names), given)
+    return values
+
+
+@contextmanager
+def explain_refusal(what: str, where: str) -> Iterator[None]:
+    """Have what ONNX Runtime raises in the block say what was tried with which file.
 
     Raises:
-        UserInputError: they are malformed.
+        UserInputError: it raised something.
     """
     try:
-        metadata: Mapping[str, Any] = parse_json(
-            text, path, what=f"the metadata of {path.name}", finite=True
-        )
-        values = {str(site): str(name) for site, name in metadata["site_values"].items()}
-        return Signature.from_json(metadata["signature"]), values
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        yield
+    except Exception as error:  # ONNX Runtime raises bare exception types of its own
         raise UserInputError(
-            f"the metadata of {path.name} are malformed: {error!r}",
-            where=str(path),
-            hint="the file comes from another version of this package, or was changed",
+            f"ONNX Runtime cannot {what}: {str(error).splitlines()[0]}",
+            where=where,
+            hint="export the model again; if that does not help, it is a bug of the exporter",
         ) from error
 
 

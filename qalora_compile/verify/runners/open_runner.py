@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from qalora_compile.errors import QaloraError, UserInputError
+from qalora_compile.ir.interpret import WatchingInterpreter
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.untrusted import quoted
-from qalora_compile.verify.runners.encoder_decoder import (
-    DECODER_FILE,
-    ENCODER_FILE,
-    EncoderDecoderRunner,
-)
+from qalora_compile.untrusted.artifacts import ArtifactKind, find_artifact, unknown_artifact
+from qalora_compile.verify.runners.encoder_decoder import EncoderDecoderRunner
 from qalora_compile.verify.runners.kv_cache import MASK, CachedSteps, counts_padding, without_cache
 from qalora_compile.verify.runners.onnx_session import OnnxSession
 from qalora_compile.verify.runners.run import Run, Runner
@@ -32,10 +30,12 @@ class ProgramRunner:
 
     def run(self, leaves: Sequence[Any]) -> Run:
         """Run node by node, without gradients; the program's mode is restored."""
-        recorder = _Recorder(self.program.module)
+        sites = {n.name: site for n in self.program.graph.nodes if (site := site_of(n)) is not None}
+        end = self.program.graph.output_node().name
+        recorder = WatchingInterpreter(self.program.module, [*sites, end])
         with self.program.evaluating():
             try:
-                recorder.run(*leaves)
+                recorder.run_leaves(leaves)
             except QaloraError:
                 raise
             except Exception as error:  # a stored program may hold what does not fit together
@@ -44,26 +44,14 @@ class ProgramRunner:
                     f"{quoted(str(error), 200)}",
                     where=self.label,
                 ) from error
-        outputs = zip(self.signature.outputs, recorder.flat_outputs, strict=True)
-        return Run({n: v for n, v in outputs if isinstance(v, Tensor)}, recorder.sites)
-
-
-class _Recorder(fx.Interpreter):
-    """Keeps the value of every node that a site's mark names, and the flat outputs."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.sites: dict[str, Tensor] = {}
-        self.flat_outputs: list[Any] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        site = site_of(n)
-        if site is not None and isinstance(value, Tensor):
-            self.sites[site] = value
-        if n.op == "output":
-            self.flat_outputs = list(value) if isinstance(value, (list, tuple)) else [value]
-        return value
+        values = {n: v for n, v in recorder.values.items() if isinstance(v, Tensor)}
+        flat = recorder.values[end]
+        flat = flat if isinstance(flat, (list, tuple)) else [flat]
+        outputs = zip(self.signature.outputs, flat, strict=True)
+        return Run(
+            {n: v for n, v in outputs if isinstance(v, Tensor)},
+            {site: values[name] for name, site in sites.items() if name in values},
+        )
 
 
 class OnnxRunner:
@@ -133,17 +121,11 @@ def open_runner(thing: Program | str | Path, library: Path | None = None) -> Run
     """
     if isinstance(thing, Program):
         return ProgramRunner(thing)
-    path = Path(thing)
-    if path.is_dir():
-        if any((path / file).exists() for file in (ENCODER_FILE, DECODER_FILE)):
-            return EncoderDecoderRunner(path, library)
-        if (path / "model.onnx").exists():
-            return OnnxRunner(path / "model.onnx", library)
-        return ProgramRunner(Program.load(path), str(path))
-    if path.suffix == ".onnx" and path.exists():
-        return OnnxRunner(path, library)
-    raise UserInputError(
-        f"{path} is neither a program folder nor an ONNX model",
-        where=str(path),
-        hint="give a folder written by Program.save, finetune, fold or export, or a .onnx file",
-    )
+    found = find_artifact(thing)
+    if found is not None and found.kind is ArtifactKind.ENCODER_DECODER:
+        return EncoderDecoderRunner(found.path, library)
+    if found is not None and found.kind is ArtifactKind.ONNX:
+        return OnnxRunner(found.path, library)
+    if found is not None and found.kind is ArtifactKind.PROGRAM:
+        return ProgramRunner(Program.load(found.path), str(found.path))
+    raise unknown_artifact(thing)

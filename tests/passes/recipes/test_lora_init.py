@@ -24,7 +24,6 @@ from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.insert_adapters import InsertAdapters
 from qalora_compile.passes.recipes.replay import replay
 from qalora_compile.quantizers.calibrate import collect_statistics
-from qalora_compile.quantizers.refine import pooled_residual
 from tests.exporters.test_experts import Grouped
 from tests.models import (
     MLP,
@@ -38,6 +37,7 @@ from tests.models import (
     scale_of,
     token_ids,
 )
+from tests.quantizers.pooled import pooled_residual
 
 SVD = qc.AdapterSpec(rank=4, init="svd")
 

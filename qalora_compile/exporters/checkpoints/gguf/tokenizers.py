@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.exporters.checkpoints.gguf.piece_scores import (
+    BYTES,
+    SPACE,
+    Merge,
+    piece_scores,
+    refuse,
+)
 from qalora_compile.optional import require
 from qalora_compile.untrusted import read_json
 
@@ -35,9 +41,6 @@ _LLAMA3_WORDS = (
 _SPLITS = {_LLAMA3_WORDS: "llama-bpe", _LLAMA3_WORDS.replace("{1,3}", ""): "qwen2"}
 """Regular expressions of a Split before ByteLevel → the name of the same rule in llama.cpp."""
 
-_SPACE = "▁"
-"""What SentencePiece writes for a space."""
-_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _SPACES = {
     ("prepend", "replace"): True,
     ("replace",): False,
@@ -49,8 +52,6 @@ _SPACES = {
 """Steps before the pieces are joined (`_step`) → whether a space is put before the text."""
 _OFF = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
 """Settings of a BPE model that llama.cpp does not have: they are to be unset."""
-
-Merge = tuple[str, str]
 
 
 def write_tokenizer(folder: Path, vocabulary: int, writer: Any) -> None:
@@ -184,7 +185,7 @@ def _write_sentencepiece(
     kind, where = gguf.TokenType, str(folder / _FILE)
     _check_model(value, texts, where)
     prefix = space_prefix(value, where)
-    whole = {a["content"] for a in value.get("added_tokens") or () if _SPACE not in a["content"]}
+    whole = {a["content"] for a in value.get("added_tokens") or () if SPACE not in a["content"]}
     scores = piece_scores(_merges(value["model"], where), texts, whole, where)
     with _without_warnings("gguf.vocab"):  # of pairs of texts, which llama.cpp does not have
         special = gguf.SpecialVocab(folder, n_vocab=len(texts))
@@ -193,7 +194,7 @@ def _write_sentencepiece(
         special.special_token_ids.setdefault("unk", texts.index(unknown))
     _settle_ends(value, special, texts, where)
     types = [
-        int(kind.BYTE) if found == kind.NORMAL and text in _BYTES else found
+        int(kind.BYTE) if found == kind.NORMAL and text in BYTES else found
         for text, found in zip(texts, types, strict=True)
     ]
     if "unk" in special.special_token_ids:
@@ -218,16 +219,6 @@ def _without_warnings(name: str) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _refuse(what: str, where: str) -> Never:
-    """Raise for what llama.cpp's tokenizer does not compute."""
-    raise UnsupportedError(
-        what,
-        where=where,
-        hint="give the model's own .gguf file as the model to take its metadata, or leave the "
-        "tokenizer out",
-    )
-
-
 def _check_model(value: Mapping[str, Any], texts: list[str], where: str) -> None:
     """Refuse settings of the model and of added tokens that llama.cpp does not have.
 
@@ -236,9 +227,9 @@ def _check_model(value: Mapping[str, Any], texts: list[str], where: str) -> None
     """
     settings = {name: value["model"][name] for name in _OFF if value["model"].get(name)}
     if settings:
-        _refuse(f"llama.cpp's tokenizer has no {json.dumps(settings)}", where)
-    if missing := _BYTES.difference(texts):
-        _refuse(f"there is no token for {len(missing)} bytes, {min(missing)} among them", where)
+        refuse(f"llama.cpp's tokenizer has no {json.dumps(settings)}", where)
+    if missing := BYTES.difference(texts):
+        refuse(f"there is no token for {len(missing)} bytes, {min(missing)} among them", where)
     for added in value.get("added_tokens") or ():
         strict = [name for name in ("single_word", "lstrip", "rstrip") if added.get(name)]
         # A special token in a text is the caller's choice in llama.cpp; others are always found,
@@ -246,7 +237,7 @@ def _check_model(value: Mapping[str, Any], texts: list[str], where: str) -> None
         if added.get("normalized") and not added["special"] and value.get("normalizer"):
             strict.append("normalized")
         if strict:
-            _refuse(f"llama.cpp finds {added['content']!r} without {', '.join(strict)}", where)
+            refuse(f"llama.cpp finds {added['content']!r} without {', '.join(strict)}", where)
 
 
 def space_prefix(value: Mapping[str, Any], where: str) -> bool:
@@ -270,8 +261,8 @@ def space_prefix(value: Mapping[str, Any], where: str) -> bool:
         del names[0]  # Metaspace does the same
     found = _SPACES.get(tuple(names))
     if found is None:
-        _refuse(
-            f"llama.cpp's tokenizer only writes spaces as {_SPACE}, this one changes texts by "
+        refuse(
+            f"llama.cpp's tokenizer only writes spaces as {SPACE}, this one changes texts by "
             f"{json.dumps(rules, ensure_ascii=False)[:160]}",
             where,
         )
@@ -322,7 +313,7 @@ def _settle_ends(value: Mapping[str, Any], special: Any, texts: list[str], where
     for step in _steps(value.get("post_processor"), "processors"):
         parts = tuple(part.get("SpecialToken", {}).get("id") for part in step.get("single", ()))
         if parts not in {(None,), (first, None), (None, last), (first, None, last)}:
-            _refuse(
+            refuse(
                 "llama.cpp puts BOS before a text and EOS behind it, this tokenizer "
                 f"{json.dumps(step.get('single', step), ensure_ascii=False)[:160]}",
                 where,
@@ -347,116 +338,3 @@ def _merges(model: Mapping[str, Any], where: str) -> list[Merge]:
     if odd is not None:
         raise UserInputError(f"the merge {odd} is no pair", where=where)
     return [(left, right) for left, right in pairs]
-
-
-def piece_scores(merges: list[Merge], texts: list[str], whole: set[str], where: str) -> list[float]:
-    """The score of every piece: minus the rank of the first merge that makes it.
-
-    A piece that no merge makes is never joined; it comes last.
-
-    Args:
-        merges: Pairs of pieces, the first to be joined first.
-        texts: All pieces.
-        whole: Those that are cut out of a text before it is cut into pieces.
-        where: Named in errors.
-
-    Raises:
-        UnsupportedError: joining by these scores is not joining by the merges.
-    """
-    made: dict[str, list[int]] = {}
-    for rank, (left, right) in enumerate(merges):
-        made.setdefault(left + right, []).append(rank)
-    _check_complete(merges, texts, whole, where)
-    _check_order(made, where)
-    _check_runs(merges, made, where)
-    return [-float(made[text][0] if text in made else len(merges)) for text in texts]
-
-
-def _check_complete(merges: list[Merge], texts: list[str], whole: set[str], where: str) -> None:
-    """llama.cpp joins any two neighbours that make a piece: every such pair has to be a merge.
-
-    Raises:
-        UnsupportedError: a pair is none, or a merge is no such pair, or is there twice.
-    """
-    parts = set(texts) - _BYTES - whole  # a byte's token stands for a byte, not for its name
-    wanted = {
-        (text[:cut], text[cut:])
-        for text in texts
-        if text not in whole
-        for cut in range(1, len(text))
-        if all(len(part) == 1 or part in parts for part in (text[:cut], text[cut:]))
-    }
-    possible = [merge for merge in merges if whole.isdisjoint((*merge, "".join(merge)))]
-    given = set(possible)
-    odd = min(wanted ^ given, default=None)
-    if odd is not None:
-        has = "a" if odd in given else "no"
-        _refuse(
-            f"{len(wanted ^ given)} merges are not those that the pieces imply: there is {has} "
-            f"merge of {odd[0]!r} and {odd[1]!r}",
-            where,
-        )
-    if len(given) != len(possible):
-        _refuse("a merge is there twice", where)
-
-
-def _check_order(made: Mapping[str, list[int]], where: str) -> None:
-    """All merges that make a piece have to come before all that make the next.
-
-    Runs of spaces may be mixed with each other, if no other piece holds one: `_check_runs` decides.
-
-    Raises:
-        UnsupportedError: the order depends on what a piece is made of.
-    """
-    order = sorted(made, key=lambda piece: made[piece][0])
-    apart = not any(_SPACE * 2 in piece and not _is_run(piece) for piece in order)
-    latest = order[0] if order else ""
-    for piece in order[1:]:
-        mixed = made[piece][0] < made[latest][-1]
-        if mixed and not (apart and _is_run(piece) and _is_run(latest)):
-            _refuse(
-                f"merges that make {piece!r} come between those that make {latest!r}: no score of "
-                "a piece says which to join first",
-                where,
-            )
-        latest = max(latest, piece, key=lambda text: made[text][-1])
-
-
-def _is_run(piece: str) -> bool:
-    """Whether a piece is spaces only."""
-    return piece == _SPACE * len(piece)
-
-
-def _check_runs(merges: list[Merge], made: Mapping[str, list[int]], where: str) -> None:
-    """Join spaces by merges and by scores; runs of two longest pieces show every way they meet.
-
-    Raises:
-        UnsupportedError: the results differ.
-    """
-    runs = {
-        (len(pair[0]), len(pair[1])): rank
-        for rank, pair in enumerate(merges)
-        if _is_run("".join(pair))
-    }
-    firsts = {len(piece): ranks[0] for piece, ranks in made.items() if _is_run(piece)}
-    for length in range(2, 2 * max(firsts, default=0) + 2):
-        by_merges = _join_run(length, lambda left, right: runs.get((left, right)))
-        by_scores = _join_run(length, lambda left, right: firsts.get(left + right))
-        if by_merges != by_scores:
-            _refuse(
-                f"{length} spaces are cut into {by_merges} by the merges, and by scores of pieces "
-                f"into {by_scores}",
-                where,
-            )
-
-
-def _join_run(length: int, rank: Callable[[int, int], int | None]) -> list[int]:
-    """Lengths of the pieces that a run of spaces is joined to; the lowest rank first, leftmost."""
-    pieces = [1] * length
-    while True:
-        ranks = [(rank(left, right), at) for at, (left, right) in enumerate(pairwise(pieces))]
-        possible = [(found, at) for found, at in ranks if found is not None]
-        if not possible:
-            return pieces
-        at = min(possible)[1]
-        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]

@@ -7,7 +7,7 @@ codes are kept as they are; a group of 64 is two blocks of the same d and m.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -316,10 +316,8 @@ def turn_rows(values: Tensor, heads: int) -> Tensor:
 
 def turn_affine(affine: GroupAffine, heads: int) -> GroupAffine:
     """`turn_rows` of a weight on codes: groups lie along a row, so whole rows move."""
-    codes, scale, offset = (
-        turn_rows(values, heads) for values in (affine.codes, affine.scale, affine.offset)
-    )
-    return GroupAffine(codes, scale, offset, affine.bits, affine.group_size)
+    parts = ("codes", "scale", "offset")
+    return replace(affine, **{name: turn_rows(getattr(affine, name), heads) for name in parts})
 
 
 def _frequency_factors(settings: Any) -> Tensor:

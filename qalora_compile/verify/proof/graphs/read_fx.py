@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.program_record import PROGRAM_FILE, read_record, tensor_files
+from qalora_compile.ir.program_record import read_record, tensor_files
+from qalora_compile.untrusted.artifacts import PROGRAM_FILE
+from qalora_compile.untrusted.element_types import HALVES
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Ref, SiteRow, Tensor, text_of
 from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor, read_safetensors
 
@@ -26,7 +28,6 @@ _MODE = {  # where the mode stands that a program in evaluation has as False, or
     "aten.rrelu.default": (3, False),
     "aten.scaled_dot_product_attention.default": (4, 0.0),
 }
-_HALVES = ("float16", "bfloat16")
 
 
 def read_program_graph(folder: Path, described: Mapping[str, Any] | None = None) -> Graph:
@@ -122,7 +123,7 @@ def _assemble(
     quantized = [row for row in value["plan"] if row["bits"] is not None]
     fields = ("name", "path", "k", "n", "dtype", "experts")
     sites = {row["name"]: SiteRow(**{f: row[f] for f in fields}) for row in quantized}
-    half = any(row["dtype"] in _HALVES for row in quantized)
+    half = any(row["dtype"] in HALVES for row in quantized)
     return Graph(
         FX, label, value["stage"], nodes, inputs, outputs, dict(tensors), sites, site_values, half
     )

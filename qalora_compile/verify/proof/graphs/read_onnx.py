@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.meta import ONNX_METADATA_KEY
+from qalora_compile.ir.onnx_metadata import OnnxMetadata, explain_metadata, read_onnx_metadata
 from qalora_compile.optional import require
-from qalora_compile.untrusted import parse_json
-from qalora_compile.untrusted.onnx_file import check_onnx
+from qalora_compile.untrusted.element_types import PROGRAM_TYPES
 from qalora_compile.verify.proof.graphs.graph import (
     ONNX,
     Graph,
@@ -30,8 +29,7 @@ from qalora_compile.verify.proof.graphs.stored_tensor import (
 )
 
 _SHOWN = 40
-ONNX_TYPES = {1: "float32", 2: "uint8", 3: "int8", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
-              10: "float16", 11: "float64", 16: "bfloat16"}  # fmt: skip
+ONNX_TYPES = {kind.onnx: kind.name for kind in PROGRAM_TYPES}
 """Of `onnx.TensorProto.DataType`, what a program has as well."""
 
 
@@ -42,22 +40,16 @@ def read_onnx_graph(path: Path) -> Graph:
         UserInputError: the file is missing, is no ONNX model, or not one of this package.
     """
     onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
-    texts = check_onnx(path).metadata
+    metadata = read_onnx_metadata(path)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own types
         raise UserInputError(f"{path.name} is no ONNX model", where=str(path)) from error
-    try:
-        metadata = parse_json(texts[ONNX_METADATA_KEY], path, what="its metadata", finite=True)
+    with explain_metadata(path):
         return _assemble(model, metadata, path)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserInputError(
-            f"{path.name} was not exported by this package, or its metadata is broken: {error!r}",
-            where=str(path),
-        ) from error
 
 
-def _assemble(model: Any, metadata: dict[str, Any], path: Path) -> Graph:
+def _assemble(model: Any, metadata: OnnxMetadata, path: Path) -> Graph:
     tensors = {p.name: from_onnx(p, path.parent) for p in model.graph.initializer}
     nodes: dict[str, Node] = {}
     for proto in model.graph.node:
@@ -69,21 +61,20 @@ def _assemble(model: Any, metadata: dict[str, Any], path: Path) -> Graph:
     inputs = {
         i.name: (i.name, _element_type(i)) for i in model.graph.input if i.name not in tensors
     }
-    layers = [row for row in metadata["layers"] if row["bits"] is not None]
     graph = _graph(model, metadata, path, (nodes, inputs, tensors))
     graph.sites |= {
-        row["site"]: SiteRow(
-            row["site"], row["site"].partition("@")[0], row["k"], row["n"], "float32",
-            row["experts"],
+        row.site: SiteRow(
+            row.site, row.site.partition("@")[0], row.k, row.n, "float32", row.experts
         )
-        for row in layers
-    }  # fmt: skip
+        for row in metadata.layers
+        if row.bits is not None
+    }
     return graph
 
 
 def _graph(
     model: Any,
-    metadata: dict[str, Any],
+    metadata: OnnxMetadata,
     path: Path,
     parts: tuple[dict[str, Node], dict[str, tuple[str, str | None]], dict[str, StoredTensor]],
 ) -> Graph:
@@ -92,13 +83,13 @@ def _graph(
     return Graph(
         ONNX,
         str(path),
-        metadata["target"],
+        metadata.target,
         nodes,
         inputs,
         {o.name: _operand(o.name, set(tensors)) for o in model.graph.output},
         tensors,
         {},
-        dict(metadata["site_values"]),
+        dict(metadata.site_values),
         functions={(f.domain, f.name): f for f in model.functions},
         extra=model,
     )

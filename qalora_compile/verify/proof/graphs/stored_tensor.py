@@ -17,37 +17,13 @@ import numpy as np
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.optional import require
+from qalora_compile.untrusted.element_types import HALVES, PACKED_TYPES, PROGRAM_TYPES
 from qalora_compile.untrusted.safetensors_header import check_types
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_SAFETENSORS = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-_ONNX = {
-    1: "float32",
-    2: "uint8",
-    3: "int8",
-    5: "int16",
-    6: "int32",
-    7: "int64",
-    9: "bool",
-    10: "float16",
-    11: "float64",
-    16: "bfloat16",
-    21: "uint4",
-    25: "uint2",
-}
-"""Numbers of `onnx.TensorProto.DataType`."""
+_SAFETENSORS = {kind.safetensors: kind.name for kind in PROGRAM_TYPES}
+_ONNX = {kind.onnx: kind.name for kind in (*PROGRAM_TYPES, *PACKED_TYPES)}
 _IN_BYTES = {"bfloat16": "uint16", "uint4": "uint8", "uint2": "uint8"}
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 """u: a stored number x was rounded from one within u |x| of it, to nearest."""
@@ -95,7 +71,7 @@ class StoredTensor:
     @property
     def widened(self) -> bool:
         """Whether the values are stored in half precision."""
-        return self.dtype in ("bfloat16", "float16")
+        return self.dtype in HALVES
 
 
 def digest_of(values: Array) -> str:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qalora_compile.untrusted.element_types import FLOATS, PROGRAM_TYPES
 from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor, digest_of
 
 SUM, PRODUCT = "sum", "product"
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
+INTEGERS = tuple(kind.name for kind in PROGRAM_TYPES if kind.name not in FLOATS)
 UNKNOWN = "?"
 """A dtype that is not known."""
 _COMMUTATIVE = (SUM, PRODUCT)

@@ -23,7 +23,8 @@ from torch import nn
 
 import qalora_compile as qc
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.exporters.checkpoints.gguf.tokenizers import piece_scores, space_prefix
+from qalora_compile.exporters.checkpoints.gguf.piece_scores import piece_scores
+from qalora_compile.exporters.checkpoints.gguf.tokenizers import space_prefix
 from tests.exporters.checkpoint_cases import causal_lm, folded
 
 PIECES, VOCABULARY = 600, 608

@@ -1,0 +1,136 @@
+"""What the formats share that are a folder of packed codes, which Hugging Face's libraries read.
+
+A format says in a `PackedFormat` what is its own: which layers it can hold, how one is packed, and
+what `config.json` says of them. What is refused, measured and written, in which order, is here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qalora_compile.config import ExportSpec
+from qalora_compile.exporters.capability import (
+    EXACT,
+    NO_ORDER,
+    PROPERTIES,
+    Capability,
+    StoredTensor,
+    rounds,
+)
+from qalora_compile.exporters.checkpoints.hf_folder import (
+    DTYPES,
+    FolderWriter,
+    add_floats,
+    add_layer_as_floats,
+)
+from qalora_compile.exporters.checkpoints.named_tensors import (
+    Checkpoint,
+    Layer,
+    Misfit,
+    check_half_range,
+    refuse_if_none_fits,
+    refuse_sorted,
+    refuse_transposed,
+)
+from qalora_compile.progress import track
+
+Pack = Callable[[Layer, torch.dtype], tuple[Mapping[str, Tensor], StoredTensor]]
+"""Gives a layer's tensors, by what their names add to the layer's, and its row of the report."""
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """A folder of packed codes.
+
+    Attributes:
+        reader: The library that reads it, for messages.
+        misfit: Why a layer is written as floats.
+        pack: Packs a layer; scales and the like are stored in the dtype given.
+        config: What `config.json` says of the layers.
+        has_transposed: Whether it holds weights that the model stores `[K, N]`.
+        has_order: Whether it holds codes in activation order.
+        has_real_zeros: Whether it holds zero-points that are no integers.
+        tag: See `FolderWriter`.
+    """
+
+    reader: str
+    misfit: Misfit
+    pack: Pack
+    config: Callable[[tuple[Layer, ...]], Mapping[str, Any]]
+    has_transposed: bool = False
+    has_order: bool = False
+    has_real_zeros: bool = True
+    tag: str = "pt"
+
+    def write(self, checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[StoredTensor]:
+        """Write weights, configuration and tokenizer; gives a row of the report for each tensor.
+
+        Raises:
+            UnsupportedError: the format cannot hold a layer that is on codes: it is stored
+                `[K, N]`, in activation order or has real zero-points; or no layer has groups that
+                fit.
+            UserInputError: float16 was asked for and cannot hold a value.
+        """
+        dtype = DTYPES[spec.parameter_dtype]
+        self._check(checkpoint.layers, dtype)
+        writer, rows = FolderWriter(folder, tag=self.tag), []
+        for layer in track(checkpoint.layers, "write weights"):
+            remark = self.misfit(layer)
+            if remark:
+                rows.append(add_layer_as_floats(writer, layer, dtype, remark))
+                continue
+            tensors, row = self.pack(layer, dtype)
+            for ending, tensor in tensors.items():
+                writer.add(f"{layer.name}{ending}", tensor)
+            rows.append(row)
+        rows += add_floats(writer, checkpoint, dtype)
+        changes = {"dtype": spec.parameter_dtype, **self.config(checkpoint.layers)}
+        writer.finish(checkpoint.description, changes | checkpoint.untied())
+        return rows
+
+    def _check(self, layers: tuple[Layer, ...], dtype: torch.dtype) -> None:
+        """Refuse what cannot be written, before a file is begun."""
+        if not self.has_transposed:
+            refuse_transposed(layers, self.reader)
+        refuse_if_none_fits(layers, self.misfit)
+        if not self.has_order:
+            refuse_sorted(layers, self.misfit, self.reader)
+        for layer in layers:
+            if self.misfit(layer):
+                continue
+            if dtype == torch.float16:
+                for what, values in zip(("scale", "offset"), layer.parameters(), strict=True):
+                    check_half_range(layer.name, what, values)
+            if not self.has_real_zeros:
+                layer.zero_points()
+
+
+def exactness(spec: ExportSpec) -> Capability:
+    """What the dtype of the parameters does to them."""
+    return EXACT if spec.parameter_dtype == "float32" else rounds(spec.parameter_dtype)
+
+
+def packed_capabilities(spec: ExportSpec, own: Mapping[str, Capability]) -> dict[str, Capability]:
+    """What such a format does to each property of a program; `own` has the rows that differ."""
+    exact = exactness(spec)
+    shared = dict.fromkeys(("scale", "real zero-point", "matrices of floats", "vectors"), exact)
+    shared["activation order"] = NO_ORDER
+    shared["other architectures"] = Capability("exact", "linear layers stored [N, K]")
+    return dict.fromkeys(PROPERTIES, EXACT) | shared | dict(own)
+
+
+def first_divisor(layer: Layer, sizes: Iterable[int]) -> int:
+    """The first of some group sizes that a layer's groups can be cut into; 0 if there is none."""
+    return next((size for size in sizes if layer.unit % size == 0), 0)
+
+
+def most_common(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The pair of bits and group size that most layers have."""
+    return Counter(shapes).most_common(1)[0][0]
