@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from qalora_compile.capture.export import export_model_graph
 from qalora_compile.capture.model import make_program, to_module
+from qalora_compile.capture.transformers_internals import (
+    batched_experts,
+    filled_cache,
+    replaced_attention,
+)
 from qalora_compile.errors import CaptureError, UnsupportedError
 from qalora_compile.ir.program import Program
-from qalora_compile.optional import require
+from qalora_compile.ir.torch_internals import pytree
 from qalora_compile.untrusted import quoted
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
@@ -58,7 +61,7 @@ def capture_causal_lm(model: nn.Module, *, last_logits: bool = False) -> Program
     shapes = pytree.tree_map_with_path(
         lambda path, _: dict.fromkeys(axes[leaf_path(path)], Dim.DYNAMIC), kwargs
     )
-    with torch.no_grad(), _grouped_heads():
+    with torch.no_grad(), replaced_attention(_SDPA, _grouped_heads):
         exported = export_model_graph(cached, (), kwargs, shapes, [])
     module = to_module(exported, training=False)
     return make_program(model, module, (), kwargs, axes=axes)
@@ -84,7 +87,7 @@ def _with_cache(model: nn.Module, last_logits: bool) -> nn.Module:
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=True,
-            **{argument: make_cache(past_key_values)},
+            **{argument: filled_cache(past_key_values)},
             **positions,
             **keep,
         )
@@ -104,18 +107,6 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def make_cache(past: list[dict[str, Tensor]]) -> Any:
-    """A transformers cache that holds these keys and values, whole: no window drops any."""
-    caches = require("transformers.cache_utils", extra="hf", purpose="capture with a cache")
-    cache = caches.DynamicCache()
-    for tensors in past:
-        layer = caches.DynamicLayer()
-        layer.lazy_initialization(tensors["key"], tensors["value"])
-        layer.keys, layer.values = tensors["key"], tensors["value"]
-        cache.layers.append(layer)
-    return cache
-
-
 def _cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
     """Heads, width of a key and width of a value of each layer, from a run on one token.
 
@@ -123,7 +114,7 @@ def _cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
         UnsupportedError: the model gives no such cache.
         CaptureError: it does not run.
     """
-    with torch.no_grad(), _experts_by_shape(model):
+    with torch.no_grad(), batched_experts(model):
         try:
             output = model(input_ids=ones((1, 1)), use_cache=True)
             layers = output[cache_argument(model)].layers
@@ -160,30 +151,12 @@ def _check_runs(model: nn.Module) -> None:
         ) from error
 
 
-@contextmanager
-def _experts_by_shape(model: nn.Module) -> Iterator[None]:
-    """Run experts in a way that looks at no value and at no dtype, where a model has them."""
-    config: Any = model.config
-    before = getattr(config, "_experts_implementation", None)
-    if before is not None:
-        config._experts_implementation = "batched_mm"
-    try:
-        yield
-    finally:
-        if before is not None:
-            config._experts_implementation = before
-
-
-@contextmanager
-def _grouped_heads() -> Iterator[None]:
-    """Let models hand over keys and values of grouped heads as they are, not one for each of q.
+def _grouped_heads(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Attention that takes keys and values of grouped heads as they are, not one for each of q.
 
     transformers repeats them where there is a mask. The repeats take a third of capture's time,
     since each of their sizes is a symbol, and are taken out again by fuse-attention.
     """
-    utilities = require("transformers.modeling_utils", extra="hf", purpose="capture with a cache")
-    functions = utilities.ALL_ATTENTION_FUNCTIONS
-    plain = functions[_SDPA]
 
     def attend(
         module: nn.Module,
@@ -205,13 +178,7 @@ def _grouped_heads() -> Iterator[None]:
         )
         return y.transpose(1, 2).contiguous(), None
 
-    functions[_SDPA] = attend
-    try:
-        yield
-    finally:
-        del functions[_SDPA]  # the library's own lies under it
-        if functions[_SDPA] is not plain:
-            functions[_SDPA] = plain
+    return attend
 
 
 def ones(shape: tuple[int, ...]) -> Tensor:

@@ -104,14 +104,13 @@ def _config(transformers: Any, path: Path) -> Any:
 
 def _class_of(transformers: Any, config: Any, path: Path) -> Any:
     """The class of transformers with a head for classification."""
-    known = transformers.AutoModelForSequenceClassification
-    if type(config) not in known._model_mapping:
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UnsupportedError(
             f"transformers has no head for classification for {config.model_type!r}",
             where=str(path / "config.json"),
             hint="use an encoder, such as BERT, DistilBERT, RoBERTa or ModernBERT",
         )
-    return known
+    return transformers.AutoModelForSequenceClassification
 
 
 def _in_order(config: Any, classes: Sequence[str], path: Path) -> list[str]:

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qalora_compile.capture.sizes import check_gguf_sizes
 from qalora_compile.capture.skeleton import build_skeleton, skeleton_of, transformers_module
+from qalora_compile.capture.transformers_internals import rope_frequencies
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.model_description import Description
 from qalora_compile.optional import require
@@ -20,6 +22,7 @@ from qalora_compile.untrusted.tokenizer import has_tokenizer
 METADATA_FILE = "metadata.gguf"
 """In a folder with `config.json`: the metadata of the GGUF file that the model came from."""
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+_LLAMA3 = "llama3"
 
 
 def model_config(model: Any) -> dict[str, Any] | None:
@@ -105,7 +108,15 @@ def _description(
         generation=generation,
         tokenizer=tokenizer,
         gguf=gguf,
+        rotary_frequencies=_frequencies(settings),
     )
+
+
+def _frequencies(settings: Any) -> tuple[float, ...]:
+    """The frequencies of rotary embeddings of type `llama3`, which are no power series."""
+    if (getattr(settings, "rope_parameters", None) or {}).get("rope_type") != _LLAMA3:
+        return ()
+    return tuple(rope_frequencies(settings, _LLAMA3, torch.device("cpu")).tolist())
 
 
 def _folder(tokenizer: str | Path | None) -> Path | None:

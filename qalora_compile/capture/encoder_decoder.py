@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.utils import _pytree as pytree
 
 from qalora_compile.capture.causal_lm import (
     BATCH,
@@ -22,14 +21,15 @@ from qalora_compile.capture.causal_lm import (
     SEQUENCE,
     cache_argument,
     leaf_path,
-    make_cache,
     no_cache,
     ones,
 )
 from qalora_compile.capture.export import export_model_graph
 from qalora_compile.capture.model import AxisNames, make_program, to_evaluation_module
+from qalora_compile.capture.transformers_internals import filled_cache, recording_cache
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.torch_internals import pytree
 from qalora_compile.optional import require
 
 ENCODER_SEQUENCE = "encoder_sequence"
@@ -230,7 +230,7 @@ def _encoder_forward(model: nn.Module, layers: int) -> Callable[..., Any]:
             **inputs,
             decoder_input_ids=torch.zeros(batch, 1, dtype=torch.int64),
             use_cache=True,
-            **{argument: _first_cache(layers)},
+            **{argument: recording_cache(layers)},
         )
         cross = output[argument].cross_attention_cache.layers
         return {
@@ -245,22 +245,6 @@ def _encoder_forward(model: nn.Module, layers: int) -> Callable[..., Any]:
         return encode(self, input_features=audio_features)
 
     return read if getattr(model, "main_input_name", None) == TOKENS else encode_audio
-
-
-def _first_cache(layers: int) -> Any:
-    """An empty cache that keeps the first keys and values it is given as they are."""
-    caches = require("transformers.cache_utils", extra="hf", purpose="capture with a cache")
-
-    class Keep(caches.DynamicLayer):  # type: ignore[misc, name-defined]
-        def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            self.keys, self.values, self.is_initialized = keys, values, True
-            return keys, values
-
-    made = []
-    for _ in range(2):
-        made.append(caches.DynamicCache())
-        made[-1].layers += [Keep() for _ in range(layers)]
-    return caches.EncoderDecoderCache(*made)
 
 
 def _decoder_example(model: nn.Module, layout: _Layout) -> tuple[dict[str, Any], AxisNames]:
@@ -305,7 +289,7 @@ def _decoder_forward(model: nn.Module, layout: _Layout) -> Callable[..., Any]:
 
     def decode(self: Any, tokens: Tensor, past: _Past, **mask: Tensor) -> dict[str, Any]:
         own, cross = (
-            make_cache([layer[part] for layer in past]) for part in ("decoder", "encoder")
+            filled_cache([layer[part] for layer in past]) for part in ("decoder", "encoder")
         )
         keys = past[0]["encoder"]["key"]
         # Only its length counts: what is made of its values lies in the cache.

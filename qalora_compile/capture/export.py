@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from qalora_compile.capture.rope import traceable_rope
 from qalora_compile.errors import CaptureError, UserInputError
+from qalora_compile.ir.torch_internals import pytree
 
 _SPECIALIZED = re.compile(r"marked L\['(\w+)'\]((?:\[[^\]]*\]|\.\w+(?!\w*\())*)\.size\(\)\[(\d+)\]")
 _NOT_THE_MODEL = (

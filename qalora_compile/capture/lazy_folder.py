@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.encoder_decoder import capture_full_forward, is_encoder_decoder
@@ -19,11 +18,13 @@ from qalora_compile.capture.lazy_loading import Casts, LazyTensor, load_lazily
 from qalora_compile.capture.loading import check_report, unreadable
 from qalora_compile.capture.skeleton import model_class, read_config
 from qalora_compile.capture.text_model import capture_text_model
+from qalora_compile.capture.transformers_internals import untied_weights
 from qalora_compile.errors import QaloraError, UnsupportedError, UserInputError
 from qalora_compile.ir.lazy_tensor import is_lazy, is_placeholder, materialize
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.safetensors_io import read_headers, read_rows, read_tensor
 from qalora_compile.ir.signature import dtype_name
+from qalora_compile.ir.torch_internals import FakeTensorMode
 from qalora_compile.untrusted import member, read_json
 
 _INDEX = "model.safetensors.index.json"
@@ -113,12 +114,10 @@ def _untied(model: Any) -> list[str]:
     `tie_word_embeddings` of a configuration is often left from the base of a model whose head was
     trained and stored (PEFT's `modules_to_save`, merges).
     """
-    expected = model.get_expanded_tied_weights_keys(all_submodels=True)
     return [
         f"{name} is tied to {owner} by config.json, and the files hold another tensor for it: "
         "both are used, as transformers does"
-        for name, owner in expected.items()
-        if name not in model.all_tied_weights_keys
+        for name, owner in untied_weights(model).items()
     ]
 
 

@@ -8,19 +8,15 @@ made of them when a layer is asked for, and no rule of transformers is repeated 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from qalora_compile.capture.transformers_internals import load_in_one_thread
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.lazy_tensor import (
     ReadRows,
@@ -32,11 +28,18 @@ from qalora_compile.ir.lazy_tensor import (
     materialize,
 )
 from qalora_compile.ir.signature import dtype_name
+from qalora_compile.ir.torch_internals import (
+    LOCAL_SCALAR,
+    TO_COPY,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    pytree,
+    schema_of,
+)
 
 _aten = torch.ops.aten
-_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
-"""transformers reads files in threads unless this is set; a mode holds in one thread alone."""
-_OF_VALUES = (_aten.equal.default, _aten._local_scalar_dense.default)
+_OF_VALUES = (_aten.equal.default, LOCAL_SCALAR)
 """What gives no tensor, and needs values."""
 _VIEWED = "_qalora_viewed"
 _MOST_MADE = 1 << 28
@@ -130,9 +133,10 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operation gives for deferred tensors: deferred tensors."""
     if func in _OF_VALUES:
         return func(*pytree.tree_map_only(Tensor, materialize, args), **kwargs)
-    if func._schema.is_mutable:
+    schema = schema_of(func)
+    if schema.is_mutable:
         return _write(func, args, kwargs)
-    if not all(str(each.type) in ("Tensor", "List[Tensor]") for each in func._schema.returns):
+    if not all(str(each.type) in ("Tensor", "List[Tensor]") for each in schema.returns):
         return func(*args, **kwargs)  # a device, a size
     if func is _aten.stack.default and (len(args) == 1 or args[1] == 0):
         return _stack(list(args[0]))
@@ -141,7 +145,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation that writes into its inputs; what was deferred has no recipe after it."""
-    written = _written(func._schema, args, kwargs)
+    written = _written(schema_of(func), args, kwargs)
     if not all(map(is_lazy, written)):  # a buffer
         return func(*pytree.tree_map_only(Tensor, materialize, args), **kwargs)
     for tensor in written:
@@ -165,7 +169,7 @@ def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func.is_view:
         for tensor in made.values():
             setattr(tensor, _VIEWED, args[0])
-    if len(func._schema.returns) == 1 and str(func._schema.returns[0].type) == "Tensor":
+    if [str(each.type) for each in schema_of(func).returns] == ["Tensor"]:
         return made["0"]
     return list(made.values())
 
@@ -214,7 +218,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 def _is_by_rows(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether some rows of the inputs give those rows of the results."""
-    if func in (_aten._to_copy.default, _aten.clone.default, _aten.detach.default):
+    if func in (TO_COPY.default, _aten.clone.default, _aten.detach.default):
         return True
     tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
     rank = tensors[0].dim()
@@ -242,7 +246,7 @@ def load_lazily(
         Exception: of many kinds, by transformers.
     """
     mode = next((tensor.mode for tensor in stored.values()), FakeTensorMode())
-    with _without_threads(), _Recorder(mode):
+    with load_in_one_thread(), _Recorder(mode):  # a mode holds in one thread alone
         model, report = kind.from_pretrained(
             None,
             config=config,
@@ -253,16 +257,3 @@ def load_lazily(
             trust_remote_code=False,
         )
     return model.requires_grad_(False), report
-
-
-@contextmanager
-def _without_threads() -> Iterator[None]:
-    before = os.environ.get(_NO_THREADS)
-    os.environ[_NO_THREADS] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_NO_THREADS]
-        else:
-            os.environ[_NO_THREADS] = before

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qalora_compile.capture.transformers_internals import ignored_keys, kept_in_float32
 from qalora_compile.errors import UserInputError
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -25,11 +26,7 @@ def keep_in_float32_(model: Any, dtype: torch.dtype | None) -> None:
         model: Of transformers, its parameters without values.
         dtype: What the others have.
     """
-    names = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype is torch.float16:
-        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    elif dtype is not torch.bfloat16:
-        return
+    names = kept_in_float32(model, dtype)
     patterns = [re.compile(re.escape(name).replace(r"\*", ".*")) for name in names]
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and any(p.search(name) for p in patterns):
@@ -94,7 +91,7 @@ def refuse_extra_layers(stored: Iterable[str], model: Any, where: Path) -> None:
     """
     known = set(model.state_dict())
     kinds = {_NUMBER.sub("#", name) for name in known}
-    free = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    free = [re.compile(p) for p in ignored_keys(model)]
     for name in sorted(stored):
         if name in known or _NUMBER.sub("#", name) not in kinds:
             continue

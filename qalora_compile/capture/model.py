@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
-from torch.utils import _pytree as pytree
 
 from qalora_compile.capture.export import export_model_graph
 from qalora_compile.errors import CaptureError, UserInputError
@@ -37,9 +35,14 @@ from qalora_compile.ir.signature import (
 from qalora_compile.ir.site_plan import KEEP, UNUSED, Site, SitePlan
 from qalora_compile.ir.stages import FLOAT
 from qalora_compile.ir.tensor_identity import storage_key
+from qalora_compile.ir.torch_internals import (
+    ASSERT_METADATA,
+    BatchNormBase,
+    is_concrete_int,
+    pytree,
+    size_bounds,
+)
 
-_Norm = nn.modules.batchnorm._NormBase
-"""Keeps running statistics, which training would update while the model is captured."""
 _DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
 
 
@@ -144,7 +147,7 @@ def _capture_both_modes(
     what the model does there. Otherwise the model's own mode is captured.
     """
     own_mode = model.training
-    if not own_mode and not any(isinstance(m, _Norm) for m in model.modules()):
+    if not own_mode and not any(isinstance(m, BatchNormBase) for m in model.modules()):
         modes = {name: m.training for name, m in model.named_modules()}
         model.train()
         try:
@@ -197,7 +200,7 @@ def _agrees(
 def _drop_metadata_checks(graph: torch.fx.Graph) -> None:
     """Remove export's dtype and device assertions: `Signature.check` guards the inputs."""
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.target is ASSERT_METADATA:
             graph.erase_node(node)
     graph.eliminate_dead_code()
 
@@ -265,7 +268,7 @@ class _DimNames:
 
     def _limit(self, name: str, size: torch.SymInt) -> None:
         """Narrow an axis to the sizes for which export's branches were taken."""
-        bounds = size.node.shape_env.bound_sympy(size.node.expr)
+        bounds = size_bounds(size)
         # Export assumes 2 or more of every dynamic axis; that alone is no branch of the model.
         low = 0 if bounds.lower <= _ASSUMED_LEAST else int(bounds.lower)
         high = None if bounds.upper >= _NO_LIMIT else int(bounds.upper)

@@ -8,7 +8,6 @@ text's last position, and this is what is captured.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qalora_compile.capture.transformers_internals import (
+    first_frequencies,
+    rope_frequencies,
+    rope_types,
+    with_frequencies,
+)
 
 _DYNAMIC, _LONG = "dynamic", "longrope"
 
@@ -34,43 +40,37 @@ def traceable_rope(model: nn.Module) -> Iterator[None]:
 
 
 def _follows_length(module: nn.Module) -> bool:
-    kinds = getattr(module, "rope_type", None)
-    found = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
-    known = type(module).__module__.startswith("transformers.")
-    return known and not found.isdisjoint((_DYNAMIC, _LONG))
+    return not {_DYNAMIC, _LONG}.isdisjoint(rope_types(module).values())
 
 
 def _forward(module: Any) -> Any:
     """`forward` of a rotary embedding, with frequencies from the last position of its input."""
-    plain = inspect.unwrap(type(module).forward)
+    plain, kinds = inspect.unwrap(type(module).forward), rope_types(module)
 
     def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        options = {} if layer_type is None else {"layer_type": layer_type}
-        kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
-        stand_in = copy.copy(module)
-        if kind in (_DYNAMIC, _LONG):
-            prefix = "" if layer_type is None else f"{layer_type}_"
+        stand_in = module
+        if kinds[layer_type] in (_DYNAMIC, _LONG):
             with torch.no_grad():
-                found = _frequencies(module, kind, position_ids, prefix, options)
-            stand_in._buffers = {**module._buffers, f"{prefix}inv_freq": found}
-        return plain(stand_in, x, position_ids, **options)
+                found = _frequencies(module, kinds[layer_type], position_ids, layer_type)
+            stand_in = with_frequencies(module, layer_type, found)
+        return plain(stand_in, x, position_ids, **_of_layer(layer_type))
 
     return forward
 
 
-def _frequencies(
-    module: Any, kind: str, position_ids: Tensor, prefix: str, options: dict[str, str]
-) -> Tensor:
-    """The frequencies for a text that ends at the last of these positions."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+def _of_layer(layer_type: str | None) -> dict[str, str]:
+    return {} if layer_type is None else {"layer_type": layer_type}
 
-    length, compute = torch.max(position_ids) + 1, ROPE_INIT_FUNCTIONS[kind]
+
+def _frequencies(module: Any, kind: str, position_ids: Tensor, layer_type: str | None) -> Tensor:
+    """The frequencies for a text that ends at the last of these positions."""
+    length, options = torch.max(position_ids) + 1, _of_layer(layer_type)
+    config, device = module.config, position_ids.device
     if kind == _DYNAMIC:
-        scaled: Tensor = compute(module.config, position_ids.device, seq_len=length, **options)[0]
-        return scaled
-    settings = module.config.rope_parameters
-    for layer_type in options.values():
+        return rope_frequencies(config, kind, device, seq_len=length, **options)
+    settings = config.rope_parameters
+    if layer_type is not None:
         settings = settings[layer_type]
     trained = settings["original_max_position_embeddings"]
-    long, _ = compute(module.config, position_ids.device, seq_len=trained + 1, **options)
-    return torch.where(length > trained, long, getattr(module, f"{prefix}original_inv_freq"))
+    long = rope_frequencies(config, kind, device, seq_len=trained + 1, **options)
+    return torch.where(length > trained, long, first_frequencies(module, layer_type))

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qalora_compile.capture.loading import keep_in_float32_
 from qalora_compile.capture.sizes import check_config
+from qalora_compile.capture.transformers_internals import new_model
 from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.ir.torch_internals import FakeTensorMode
 from qalora_compile.optional import require
 from qalora_compile.untrusted import quoted, read_json, read_object
 
@@ -100,7 +101,7 @@ def build_skeleton(folder: Path) -> nn.Module:
     dtype: torch.dtype | None = getattr(config, "dtype", None)
     try:
         with accelerate.init_empty_weights(include_buffers=False):
-            model: Any = kind._from_config(config, **({} if dtype is None else {"dtype": dtype}))
+            model = new_model(kind, config, dtype)
     except Exception as error:  # transformers raises types of many kinds
         raise _undescribed(folder, kind, error) from error
     keep_in_float32_(model, dtype)

@@ -220,11 +220,12 @@ def _replace(
     bias = old.bias
     assert bias is None or isinstance(bias, nn.Parameter)
     new = AdaptedLinear(weight, parts, bias, flipped=_is_flipped(old)).train(old.training)
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
-                undo.add(partial(setattr, parent, name, old))
+    for path, child in list(model.named_modules(remove_duplicate=False)):
+        if child is old:
+            parent_path, _, name = path.rpartition(".")
+            parent = model.get_submodule(parent_path)
+            setattr(parent, name, new)
+            undo.add(partial(setattr, parent, name, old))
 
 
 def _hold(model: nn.Module, path: str, parts: dict[str, Tensor], undo: Undo) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import CaptureError, VerificationError
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.torch_internals import pytree
 from qalora_compile.verify.compare import Comparison, Report, Tolerance, compare
 from qalora_compile.verify.numeric.error_bound import FAIL, PASS, UNITS, rounding_ratio
 from qalora_compile.verify.numeric.run_float64 import output_nodes, run_reference, working_dtype

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.meta import mark_site, site_of
 from qalora_compile.ir.operators import check_call, find_operator, operator_text
 from qalora_compile.ir.signature import argument_names, input_spec, output_spec
+from qalora_compile.ir.torch_internals import CallTree, call_tree, set_call_tree
 from qalora_compile.ir.tree_json import tree_from_text, tree_to_text
 
 _DROPOUT_P = "qalora_dropout_p"
@@ -62,7 +62,7 @@ def graph_to_json(graph: fx.Graph, module: torch.nn.Module) -> dict[str, Any]:
             if isinstance(value, fx.GraphModule):
                 subgraphs[str(node.target)] = graph_to_json(value.graph, value)
     encoded: dict[str, Any] = {"nodes": nodes, "subgraphs": subgraphs}
-    if isinstance(graph._codegen, _PyTreeCodeGen):
+    if call_tree(graph) is not None:
         encoded["tree"] = _encode_tree(graph)
     return encoded
 
@@ -85,7 +85,7 @@ def graph_from_json(value: Mapping[str, Any]) -> tuple[fx.Graph, dict[str, fx.Gr
             seen[row["name"]] = node
         if "tree" in value:
             placeholders = sum(node.op == "placeholder" for node in graph.nodes)
-            graph.set_codegen(_decode_tree(value["tree"], placeholders))
+            set_call_tree(graph, _decode_tree(value["tree"], placeholders))
         graph.lint()
         subgraphs = {}
         for target, encoded in value["subgraphs"].items():
@@ -207,7 +207,7 @@ def _encode_tree(graph: fx.Graph) -> dict[str, Any]:
     }
 
 
-def _decode_tree(tree: Mapping[str, Any], placeholders: int) -> _PyTreeCodeGen:
+def _decode_tree(tree: Mapping[str, Any], placeholders: int) -> CallTree:
     """Rebuild the call signature; its names become Python source when the graph is compiled."""
     arguments = [_identifier(name) for name in tree["arguments"]]
     inputs, outputs = (tree_from_text(tree[name]) for name in ("in", "out"))
@@ -218,4 +218,4 @@ def _decode_tree(tree: Mapping[str, Any], placeholders: int) -> _PyTreeCodeGen:
         raise ValueError("the named arguments of the tree are not those of the graph")
     if inputs.num_leaves != placeholders:
         raise ValueError(f"the tree has {inputs.num_leaves} inputs, the graph {placeholders}")
-    return _PyTreeCodeGen(_PyTreeInfo(arguments, inputs, outputs))
+    return CallTree(arguments, inputs, outputs)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qalora_compile.errors import InternalError
+from qalora_compile.ir.torch_internals import FakeTensor, FakeTensorMode
 
 Compute = Callable[..., Mapping[str, Tensor]]
 ReadRows = Callable[[int, int], Tensor]

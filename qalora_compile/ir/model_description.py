@@ -21,6 +21,7 @@ class Description:
         tokenizer: Folder with the tokenizer's files, if there is a tokenizer.
         gguf: A GGUF file whose metadata are the model's, if it came from one. A GGUF file gets
             them as they are, its tokenizer among them.
+        rotary_frequencies: Of a rotary embedding of type `llama3`: `head / 2` float32 numbers.
     """
 
     config: Mapping[str, Any]
@@ -30,6 +31,7 @@ class Description:
     generation: Mapping[str, Any] | None = None
     tokenizer: Path | None = None
     gguf: Path | None = None
+    rotary_frequencies: tuple[float, ...] = ()
 
     @property
     def architecture(self) -> str:

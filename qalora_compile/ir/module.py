@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
+
+from qalora_compile.ir.torch_internals import (
+    LazyGraphModule,
+    is_erased,
+    set_arguments,
+    share_call_tree,
+)
 
 _ATEN = torch.ops.aten
 _DROPOUT_P = "qalora_dropout_p"
@@ -27,7 +34,7 @@ _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 """Has the kind of a device, as a word, for its first argument."""
 
 
-class ProgramModule(fx.GraphModule):
+class ProgramModule(LazyGraphModule):
     """A GraphModule whose modes and device follow `train()`, `eval()` and `to()`.
 
     `torch.export` burns the mode into arguments (`dropout(x, p, train)`, the dropout of attention,
@@ -38,52 +45,21 @@ class ProgramModule(fx.GraphModule):
     modules between two passes are never called.
     """
 
-    @property
-    def graph(self) -> fx.Graph:
-        """The graph."""
-        return self._graph
-
-    @graph.setter
-    def graph(self, graph: fx.Graph) -> None:
-        self._graph = graph
-        graph.owning_module = self
-        if self._compiled:
-            self.recompile()
-
-    @property
-    def _compiled(self) -> bool:
-        return "forward" in vars(type(self))  # every GraphModule has a class of its own
-
-    @property
-    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
-        """The compiled graph; compiling puts a method in the place of this property."""
-        self.recompile()
-        return self.forward
-
-    @property
-    def code(self) -> str:
-        """Python code of the graph."""
-        if not self._compiled:
-            self.recompile()
-        return super().code
-
     def train(self, mode: bool = True) -> ProgramModule:
         """Switch dropout, attention dropout and batch norm to training or evaluation."""
         changed = False
         for node in self.graph.nodes:
             changed |= _set_mode(node, mode)
-        if changed and self._compiled:
+        if changed and self.is_compiled:
             self.recompile()
         super().train(mode)
         return self
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ProgramModule:
-        """Under `to()`, `cuda()` and the like: what the graph makes follows the tensors."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def after_move(self) -> None:
+        """Have the graph make its tensors where the module's tensors are now."""
         moved = next(chain(self.parameters(), self.buffers()), None)
         if moved is not None:
             self.move_graph(moved.device)
-        return self
 
     def move_graph(self, device: torch.device) -> None:
         """Have the graph, and those inside it, make its tensors on a device."""
@@ -92,7 +68,7 @@ class ProgramModule(fx.GraphModule):
                 continue
             changed = [_set_device(node, device) for node in module.graph.nodes]
             # A plain GraphModule is compiled when it is made.
-            if any(changed) and (not isinstance(module, ProgramModule) or module._compiled):
+            if any(changed) and (not isinstance(module, ProgramModule) or module.is_compiled):
                 module.recompile()
 
     def rebuild(self, graph: fx.Graph, tensors: Mapping[str, Tensor]) -> ProgramModule:
@@ -129,13 +105,11 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
         copy = copied.create_node(node.op, node.target, name=node.name, type_expr=node.type)
         # Not passed above: create_node searches what it is given for symbolic numbers, at length.
         # Not assigned: every assignment to a node's attribute files the node anew.
-        copy._update_args_kwargs(
-            map_arg(node.args, new.__getitem__), map_arg(node.kwargs, new.__getitem__)
-        )
+        args, kwargs = map_arg(node.args, new.__getitem__), map_arg(node.kwargs, new.__getitem__)
+        set_arguments(copy, args, kwargs)
         copy.meta.update(node.meta)
         new[node] = copy
-    # The call signature is immutable: sharing it beats copying its trees.
-    copied.set_codegen(graph._codegen)
+    share_call_tree(graph, copied)
     return copied
 
 
@@ -147,7 +121,7 @@ def erase_unread(nodes: Iterable[fx.Node]) -> None:
     waiting = list(nodes)
     while waiting:
         node = waiting.pop()
-        if not node.users and not node._erased and node.op in ("call_function", "get_attr"):
+        if not node.users and not is_erased(node) and node.op in ("call_function", "get_attr"):
             waiting += node.all_input_nodes
             node.graph.erase_node(node)
 
@@ -194,7 +168,7 @@ def _set_device(node: fx.Node, device: torch.device) -> bool:
         args = (device.type, *args[1:])
     if (args, kwargs) == (node.args, node.kwargs):
         return False
-    node._update_args_kwargs(args, kwargs)
+    set_arguments(node, args, kwargs)
     return True
 
 

@@ -15,9 +15,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from qalora_compile.errors import UnsupportedError
+from qalora_compile.ir.torch_internals import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    schema_of,
+)
 
 _ATEN_NAMES = """
 __and__ __lshift__ __or__ __rshift__ __xor__ _assert_async _assert_scalar _assert_tensor_metadata
@@ -211,7 +216,7 @@ def _overload(text: str) -> OpOverload | None:
     if not isinstance(packet, OpOverloadPacket) or overload not in packet.overloads():
         return None
     found: OpOverload = getattr(packet, overload)
-    return None if any(argument.is_out for argument in found._schema.arguments) else found
+    return None if any(argument.is_out for argument in schema_of(found).arguments) else found
 
 
 def _register(text: str, module: str) -> None:
@@ -235,7 +240,7 @@ def check_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     if not isinstance(target, OpOverload):
         _check_plain(target, args, kwargs)
         return
-    schema = target._schema.arguments
+    schema = schema_of(target).arguments
     positional = [a for a in schema if not a.kwarg_only]
     if len(args) > len(positional):
         raise ValueError(f"{target} takes {len(positional)} positional arguments, not {len(args)}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.ir.meta import shape_of
+from qalora_compile.ir.torch_internals import SOFTMAX, TO_COPY
 
 _ATEN = torch.ops.aten
 _VIEWS = frozenset(
@@ -193,11 +194,11 @@ def _grouped_operands(node: fx.Node) -> _Operands | None:
 
 _PASSED_ON = _VIEWS | {
     _ATEN.softmax.int,
-    _ATEN._softmax.default,
+    SOFTMAX,
     _ATEN.sigmoid.default,
     _ATEN.softplus.default,
     _ATEN.to.dtype,
-    _ATEN._to_copy.default,
+    TO_COPY.default,
     _ATEN.type_as.default,
     _ATEN.clone.default,
     _ATEN.add.Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program_parts import ProgramParts
 from qalora_compile.ir.signature import dtype_name
+from qalora_compile.ir.torch_internals import OpOverload
 from qalora_compile.untrusted.element_types import PROGRAM_TYPES
 
 _SHORT = {kind.name: kind.short for kind in PROGRAM_TYPES if kind.short}
@@ -61,7 +62,7 @@ def _line(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
 
 def _target_text(node: fx.Node) -> str:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target).removesuffix(".default")
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))
 

@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import scratch_file
 from qalora_compile.ir.finite import check_sound
 from qalora_compile.ir.lazy_tensor import make_lazy
+from qalora_compile.ir.torch_internals import FakeTensorMode
 from qalora_compile.untrusted.element_types import PROGRAM_TYPES
 from qalora_compile.untrusted.safetensors_header import check_types, read_header
 

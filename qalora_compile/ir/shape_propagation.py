@@ -8,26 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import InputLeaf, flatten_inputs
-
-_ASSERTIONS = (
-    "aten._assert_scalar.default",
-    "aten._assert_async.msg",
-    "aten._assert_async.default",
+from qalora_compile.ir.torch_internals import (
+    ASSERTIONS,
+    FakeTensorMode,
+    enable_python_dispatcher,
+    new_size,
+    symbolic_mode,
 )
 
 
 def without_assertions(program: Program) -> fx.Graph:
     """The graph without the model's own run-time assertions, for which ONNX has no operator."""
     graph = program.copy_graph()
-    erase_unread([n for n in graph.nodes if str(n.target) in _ASSERTIONS])
+    erase_unread([n for n in graph.nodes if n.target in ASSERTIONS])
     return graph
 
 
@@ -60,7 +57,7 @@ def propagate(
     Returns:
         Symbol → name of the axis.
     """
-    mode = FakeTensorMode(shape_env=ShapeEnv())
+    mode = symbolic_mode()
     args, kwargs = program.example
     example = flatten_inputs(program.graph, [*args, *kwargs.values()])
     given = iter(zip(program.signature.inputs, example, strict=True))
@@ -96,9 +93,5 @@ def _fake_input(leaf: InputLeaf, value: Any, mode: FakeTensorMode, sizes: dict[s
 
 def _symbol(name: str, hint: int, mode: FakeTensorMode, sizes: dict[str, Any]) -> Any:
     if name not in sizes:
-        shapes = mode.shape_env
-        assert shapes is not None
-        source = ConstantSource(name)
-        symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-        sizes[name] = shapes.create_symintnode(symbol, hint=hint, source=source)
+        sizes[name] = new_size(mode, name, hint)
     return sizes[name]

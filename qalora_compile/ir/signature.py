@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.ir.torch_internals import CallTree, call_tree, pytree
 from qalora_compile.untrusted import check_fields, quoted
 from qalora_compile.untrusted.element_types import HALVES
 
@@ -197,24 +197,25 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def argument_names(graph: fx.Graph) -> list[str]:
     """Names of the arguments of the captured `forward`, positional ones first."""
-    return list(_codegen(graph).pytree_info.orig_args)
+    return list(_call_tree(graph).orig_args)
 
 
 def input_spec(graph: fx.Graph) -> pytree.TreeSpec:
     """Tree of (args, kwargs)."""
-    spec: pytree.TreeSpec = _codegen(graph).pytree_info.in_spec
-    return spec
+    return _call_tree(graph).in_spec
 
 
 def output_spec(graph: fx.Graph) -> pytree.TreeSpec:
     """Tree of the outputs."""
-    spec: pytree.TreeSpec | None = _codegen(graph).pytree_info.out_spec
+    spec = _call_tree(graph).out_spec
     assert spec is not None, "a captured graph always has an output tree"
     return spec
 
 
-def _codegen(graph: fx.Graph) -> Any:
-    return graph._codegen
+def _call_tree(graph: fx.Graph) -> CallTree:
+    tree = call_tree(graph)
+    assert tree is not None, "a captured graph has a call tree"
+    return tree
 
 
 def bind(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -23,6 +23,7 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import QUANTIZE
 from qalora_compile.ir.stages import ADAPTED, ANNOTATED, FLOAT, FOLDED, LEGALIZED, QUANTIZED, STAGES
 from qalora_compile.ir.tensor_identity import is_finite
+from qalora_compile.ir.torch_internals import OpOverload
 
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
@@ -76,9 +77,7 @@ LEGAL_OPS: dict[str, frozenset[object]] = {
 
 def is_qalora(node: fx.Node) -> bool:
     """Whether the node calls an operator of this package."""
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        node.target.namespace == ops.linear.NAMESPACE
-    )
+    return isinstance(node.target, OpOverload) and (node.target.namespace == ops.linear.NAMESPACE)
 
 
 def pooled_input(update: fx.Node) -> fx.Node | None:

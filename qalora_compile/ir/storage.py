@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import recover
@@ -38,6 +37,7 @@ from qalora_compile.ir.signature import Signature, input_spec
 from qalora_compile.ir.site_plan import SitePlan
 from qalora_compile.ir.stages import LEGALIZED, STAGES
 from qalora_compile.ir.tensor_identity import storage_key
+from qalora_compile.ir.torch_internals import pytree
 from qalora_compile.sealed import digest_of_file
 from qalora_compile.untrusted.artifacts import PROGRAM_FILE
 

@@ -7,15 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.module import ProgramModule, build_module, program_tensors
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import InputLeaf, Signature, dtype_name
 from qalora_compile.ir.site_plan import SitePlan
+from qalora_compile.ir.torch_internals import CallTree, pytree, set_call_tree
 
 
 def extract_subgraph(
@@ -92,7 +91,7 @@ def cut_subgraph(program: Program, target: str, cuts: Sequence[Cut], output: str
     values = tuple(cut.value for cut in cuts)
     _, in_spec = pytree.tree_flatten((values, {}))
     _, out_spec = pytree.tree_flatten(0)
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, out_spec)))
+    set_call_tree(graph, CallTree(names, in_spec, out_spec))
     graph.lint()
     leaves = [InputLeaf(c.name, dtype_name(c.value.dtype), tuple(c.value.shape)) for c in cuts]
     sites = {site_of(node) for node in inside}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qalora_compile.ir.lazy_tensor import holds
+from qalora_compile.ir.torch_internals import storage_id
 
 
 def storage_key(tensor: Tensor) -> tuple[Any, ...]:
@@ -20,8 +21,7 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
 
 def memory_key(tensor: Tensor) -> int:
     """Equal for tensors in the same memory; deferred ones, which have none, count alike."""
-    key: int = tensor.untyped_storage()._cdata
-    return key
+    return storage_id(tensor)
 
 
 def is_finite(tensor: Tensor) -> bool:

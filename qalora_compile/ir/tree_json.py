@@ -15,9 +15,8 @@ import re
 from collections import OrderedDict
 from typing import Any
 
-from torch.utils import _pytree as pytree
-
 from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.ir.torch_internals import pytree
 
 _PROTOCOL = 1
 _SEQUENCES: dict[str, type] = {"builtins.tuple": tuple, "builtins.list": list}

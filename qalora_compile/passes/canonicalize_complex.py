@@ -13,6 +13,7 @@ from qalora_compile.ir.meta import module_path
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import FLOAT
+from qalora_compile.ir.torch_internals import TO_COPY
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 
 _ATEN = torch.ops.aten
@@ -99,7 +100,7 @@ def _is_known(node: fx.Node, numbers: set[fx.Node]) -> bool:
 
 def _casts(node: fx.Node) -> bool:
     """Whether a node moves or casts a number to a device, or a complex type."""
-    if getattr(node.target, "overloadpacket", None) not in (_ATEN.to, _ATEN._to_copy):
+    if getattr(node.target, "overloadpacket", None) not in (_ATEN.to, TO_COPY):
         return False
     types = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype)]
     return all(dtype.is_complex for dtype in types)

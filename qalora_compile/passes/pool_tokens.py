@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from qalora_compile.config import one_of
 from qalora_compile.errors import PostconditionError, UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import ADAPTED, ANNOTATED, FLOAT, FOLDED, QUANTIZED
+from qalora_compile.ir.torch_internals import pytree, set_output_tree
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 
 HIDDEN, MASK, EMBEDDING = "last_hidden_state", "attention_mask", "sentence_embedding"
@@ -70,8 +70,7 @@ class PoolTokens(Pass):
         names = (*named, EMBEDDING)
         output.args = ((*leaves, pooled),)
         tree = pytree.tree_structure(dict.fromkeys(names, 0))
-        info = _codegen(graph).pytree_info._replace(out_spec=tree)
-        graph.set_codegen(fx.graph._PyTreeCodeGen(info))
+        set_output_tree(graph, tree)
         after = program.evolve(graph=graph)
         signature = dataclasses.replace(program.signature, outputs=names)
         after = dataclasses.replace(after, signature=signature)
@@ -126,7 +125,3 @@ def _placeholder(graph: fx.Graph, program: Program, name: str) -> fx.Node:
 def _dtype(node: fx.Node) -> torch.dtype:
     value = node.meta.get("val")
     return value.dtype if isinstance(value, Tensor) else torch.float32
-
-
-def _codegen(graph: fx.Graph) -> Any:
-    return graph._codegen

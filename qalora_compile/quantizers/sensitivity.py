@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.interpret import WatchingInterpreter
@@ -18,6 +17,7 @@ from qalora_compile.ir.pattern import match_linear
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call
 from qalora_compile.ir.site_plan import Site
+from qalora_compile.ir.torch_internals import pytree
 from qalora_compile.progress import track
 from qalora_compile.quantizers.calibrate import RealRows, check_calls, real_rows
 

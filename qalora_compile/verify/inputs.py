@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
@@ -19,6 +18,7 @@ from qalora_compile.ir.signature import (
     input_spec,
 )
 from qalora_compile.ir.spec import GROUP_EMBEDDING
+from qalora_compile.ir.torch_internals import pytree
 
 _SIZES = {"batch": 3, "sequence": 24, "past_sequence": 7}
 _OTHER_SIZE = 5

@@ -7,7 +7,6 @@ more than the file says that it has. Each of these makes another model, without 
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qalora_compile.capture.transformers_internals import gguf_names
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
 from qalora_compile.untrusted.gguf_header import Header
@@ -44,7 +44,7 @@ def check_complete(header: Header, model: Any, missing: Iterable[str], path: Pat
             hint="the file is incomplete: fetch or convert it again",
         )
     layers = int(model.config.num_hidden_layers)
-    for name in sorted(header.tensors.keys() - _placed(model)):
+    for name in sorted(header.tensors.keys() - gguf_names(model)):
         layer = _LAYER.fullmatch(name)
         if layer is not None and int(layer[1]) >= layers:
             raise UserInputError(
@@ -59,14 +59,6 @@ def check_complete(header: Header, model: Any, missing: Iterable[str], path: Pat
                 where=str(path),
                 hint="give the Hugging Face folder that the file was converted from",
             )
-
-
-def _placed(model: Any) -> set[str]:
-    """The names of the tensors that transformers reads for a model."""
-    files = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    config = model.config.to_dict()
-    processor = files.TENSOR_PROCESSORS.get(model.config.model_type, files.TensorProcessor)
-    return set(files.get_gguf_hf_weights_map(model, processor(config=config)))
 
 
 def _rescales(name: str, path: Path) -> bool:

@@ -23,11 +23,17 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.utils import _pytree as pytree
 
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.shape_propagation import propagate, without_assertions
 from qalora_compile.ir.signature import argument_names, input_spec
+from qalora_compile.ir.torch_internals import (
+    HigherOrderOperator,
+    OpOverload,
+    is_composed,
+    pytree,
+    schema_of,
+)
 
 _ATEN = torch.ops.aten
 _COMPOSED = frozenset(
@@ -120,11 +126,9 @@ def retrace(program: Program) -> ExportedProgram:
 
 def _is_translatable(target: object) -> bool:
     """Whether a call writes to nothing, and is one operator, not made of others."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return not isinstance(target, torch._ops.HigherOrderOperator)
-    name = target.name()
-    composed = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
-    return not target._schema.is_mutable and (not composed or target in _COMPOSED)
+    if not isinstance(target, OpOverload):
+        return not isinstance(target, HigherOrderOperator)
+    return not schema_of(target).is_mutable and (not is_composed(target) or target in _COMPOSED)
 
 
 def _lift_tensors(graph: fx.Graph) -> dict[fx.Node, str]:

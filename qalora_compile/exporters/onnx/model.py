@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import InternalError, UnsupportedError
 from qalora_compile.exporters.onnx.exported import lift, retrace
 from qalora_compile.exporters.onnx.translate import translation_table
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.torch_internals import pytree
 from qalora_compile.optional import require
 
 _OPERATOR = re.compile(r"(?:target=torch\.ops\.|OpOverload\(op=')([\w.]+)")

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from qalora_compile.ir.torch_internals import GROUPED_MM
+
 _INT64 = 7
 
 
@@ -126,7 +128,7 @@ def _float_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
     emit_grouped_mm = partial(_grouped_mm, op)
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.qalora.expert_adapter.default: emit_expert_adapter,
-        torch.ops.aten._grouped_mm.default: emit_grouped_mm,
+        GROUPED_MM: emit_grouped_mm,
     }
     if hasattr(torch.ops.transformers, "grouped_mm_fallback"):  # registered by transformers
         table[torch.ops.transformers.grouped_mm_fallback.default] = emit_grouped_mm

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from qalora_compile.ir.ops import experts, integer_zero_linear, linear
+from qalora_compile.ir.torch_internals import overload_of
 
 _LAYERS = (
-    (linear.group_linear, (0, 4)),
-    (integer_zero_linear.integer_zero_linear, (0, 4)),
-    (experts.expert_linear, (0,)),
+    (overload_of(linear.group_linear), (0, 4)),
+    (overload_of(integer_zero_linear.integer_zero_linear), (0, 4)),
+    (overload_of(experts.expert_linear), (0,)),
 )
 """Operators, and which of their arguments are cast: the input, and a bias."""
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
@@ -41,4 +42,4 @@ LIBRARY = torch.library.Library(linear.NAMESPACE, "IMPL")
 """Kernels last as long as the library that holds them."""
 for _operator, _cast in _LAYERS:
     for _device, _key in _KEYS.items():
-        LIBRARY.impl(_operator._name, partial(_call, _operator._opoverload, _cast, _device), _key)
+        LIBRARY.impl(_operator, partial(_call, _operator, _cast, _device), _key)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import UserInputError
@@ -13,6 +12,7 @@ from qalora_compile.ir.meta import module_path, site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.shape_propagation import propagate
 from qalora_compile.ir.signature import dtype_name
+from qalora_compile.ir.torch_internals import OpOverload, schema_of
 
 Shape = tuple[int | str, ...]
 
@@ -122,8 +122,8 @@ def _box(node: fx.Node, held: dict[fx.Node, Tensor], names: dict[str, str]) -> B
 
 def _arguments(node: fx.Node) -> list[tuple[str, Any]]:
     """Arguments by the name that the operator's schema gives them."""
-    schema = getattr(node.target, "_schema", None)
-    given = [a.name for a in schema.arguments] if schema is not None else []
+    schema = schema_of(node.target) if isinstance(node.target, OpOverload) else None
+    given = [] if schema is None else [a.name for a in schema.arguments]
     named = [
         (given[i] if i < len(given) else f"arg{i}", argument)
         for i, argument in enumerate(node.args)
@@ -139,7 +139,7 @@ def _nodes_in(argument: Any) -> list[fx.Node]:
 
 def _target(node: fx.Node) -> str:
     """`aten.add` of `aten.add.Tensor`."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         namespace, name = node.target.name().split("::")
         return f"{namespace}.{name.split('.')[0]}"
     return str(getattr(node.target, "__name__", node.target)).replace(".", "_")

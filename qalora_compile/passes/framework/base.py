@@ -13,6 +13,7 @@ from typing import Any, ClassVar, final
 from qalora_compile.errors import InternalError, PassError, PreconditionError, QaloraError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import validate
+from qalora_compile.ir.torch_internals import write_count
 
 _validating: ContextVar[bool] = ContextVar("qalora_validating", default=False)
 
@@ -168,5 +169,6 @@ def _fingerprint(program: Program) -> list[tuple[object, ...]]:
     Arguments of nodes are immutable: a node that is edited holds others.
     """
     nodes = [(n, n.name, n.target, n.args, n.kwargs) for n in program.graph.nodes]
-    tensors = [(name, id(t), t._version, t.requires_grad) for name, t in program.tensors().items()]
+    named = program.tensors().items()
+    tensors = [(name, id(t), write_count(t), t.requires_grad) for name, t in named]
     return [*nodes, *tensors]

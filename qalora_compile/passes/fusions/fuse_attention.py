@@ -14,6 +14,7 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.shape_propagation import shaped_graph
 from qalora_compile.ir.spec import ATTENTION
 from qalora_compile.ir.stages import ANY_STAGE
+from qalora_compile.ir.torch_internals import is_erased
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.match import (
     call,
@@ -180,7 +181,7 @@ def _rewrite(graph: fx.Graph, found: _Attention) -> None:
     erase_unread([end])
     for total, part in zip(found.totals or (), parts[1:], strict=False):
         part.meta["val"] = total.meta.get("val")
-        total.replace_all_uses_with(part, delete_user_cb=lambda user: not user._erased)
+        total.replace_all_uses_with(part, delete_user_cb=lambda user: not is_erased(user))
         erase_unread([total])
     erase_unread(parts)
 

@@ -14,6 +14,7 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.shape_propagation import shaped_graph
 from qalora_compile.ir.spec import RMS_NORM
 from qalora_compile.ir.stages import ANY_STAGE
+from qalora_compile.ir.torch_internals import is_erased
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.match import call, number, operands, through
 
@@ -47,7 +48,7 @@ class FuseRmsNorm(Pass):
         graph = shaped_graph(program)
         changes, skips = [], []
         for node in list(graph.nodes):
-            found = None if node._erased else _match(node)
+            found = None if is_erased(node) else _match(node)
             if found is not None:
                 with graph.inserting_before(node):
                     new = graph.call_function(RMS_NORM, found)

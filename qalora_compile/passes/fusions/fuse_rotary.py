@@ -14,6 +14,7 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.shape_propagation import shaped_graph
 from qalora_compile.ir.spec import ROTARY_EMBEDDING
 from qalora_compile.ir.stages import ANY_STAGE
+from qalora_compile.ir.torch_internals import is_erased
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.match import (
     call,
@@ -60,7 +61,7 @@ class FuseRotary(Pass):
         halves = _Halves(graph)
         changes = []
         for node in list(graph.nodes):
-            found = None if node._erased else _match(node)
+            found = None if is_erased(node) else _match(node)
             if found is None:
                 continue
             with graph.inserting_before(found.end):

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import PostconditionError, UnsupportedError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Signature, dtype_name
 from qalora_compile.ir.stages import ADAPTED, ANNOTATED, FLOAT, FOLDED, QUANTIZED
+from qalora_compile.ir.torch_internals import pytree
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 
 _HALVES = (torch.float16, torch.bfloat16)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.module import (
@@ -36,6 +35,7 @@ from qalora_compile.ir.spec import (
     POOLED_ADAPTER,
 )
 from qalora_compile.ir.subgraph import extract_subgraph
+from qalora_compile.ir.torch_internals import pytree, set_output_tree
 
 _ATEN = torch.ops.aten
 _PRODUCTS = frozenset(
@@ -86,8 +86,7 @@ def split_head(module: ProgramModule) -> tuple[ProgramModule, Head]:
     nodes, cut = found or ((), logits)
     graph = copy_graph(module.graph)
     named = {node.name: node for node in graph.nodes}
-    info = _codegen(graph).pytree_info._replace(out_spec=pytree.tree_structure(0))
-    graph.set_codegen(fx.graph._PyTreeCodeGen(info))
+    set_output_tree(graph, pytree.tree_structure(0))
     graph.erase_node(named[end.name])
     graph.output((named[cut.name],))
     erase_unread([named[node.name] for node in outputs if isinstance(node, fx.Node)])
@@ -97,10 +96,6 @@ def split_head(module: ProgramModule) -> tuple[ProgramModule, Head]:
         return body, Head(None)
     head = extract_subgraph(module, nodes, (cut,), logits)
     return body, Head(head, tuple(p for p in head.parameters() if p.requires_grad))
-
-
-def _codegen(graph: fx.Graph) -> Any:
-    return graph._codegen
 
 
 def _place_of_logits(graph: fx.Graph, count: int) -> int:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.module import ProgramModule, build_module, program_tensors
 from qalora_compile.ir.subgraph import extract_subgraph
+from qalora_compile.ir.torch_internals import share_call_tree
 
 _LAYER = re.compile(r"((?:.*?\.)?\d+)\.")
 _STORED = ("placeholder", "get_attr", "output")
@@ -105,7 +106,7 @@ def checkpoint_graph(module: ProgramModule) -> ProgramModule:
         )
     parts = nn.Module()
     outer = fx.Graph()
-    outer.set_codegen(module.graph._codegen)
+    share_call_tree(module.graph, outer)
     new: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         if node.op == "placeholder":

@@ -11,7 +11,6 @@ import operator
 from collections.abc import Mapping
 
 from torch import fx, nn
-from torch._ops import OpOverload
 
 from qalora_compile.ir.module import (
     ProgramModule,
@@ -22,6 +21,7 @@ from qalora_compile.ir.module import (
 )
 from qalora_compile.ir.spec import ADAPTED_LINEAR, INTEGER_ZERO_LINEAR
 from qalora_compile.ir.subgraph import extract_subgraph
+from qalora_compile.ir.torch_internals import OpOverload, schema_of
 from qalora_compile.training.forward.layer_checkpointing import Checkpointed
 
 _LAYERS = frozenset({ADAPTED_LINEAR, INTEGER_ZERO_LINEAR})
@@ -78,4 +78,4 @@ def _can_run_again(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return False  # of several outputs, which may be a layer's
-    return isinstance(node.target, OpOverload) and not node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and not schema_of(node.target).is_mutable

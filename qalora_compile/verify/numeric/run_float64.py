@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.interpret import WatchingInterpreter
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import dtype_name
+from qalora_compile.ir.torch_internals import pytree
 from qalora_compile.untrusted import quoted
 from qalora_compile.verify.numeric.error_bound import UNITS
 

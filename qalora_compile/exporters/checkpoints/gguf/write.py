@@ -187,7 +187,7 @@ def _entries(
         turned = heads.get(_kind(name), 0)
         yield _Entry(name, source, form, tuple(tensor.shape), tensor, turned)
     if has_frequency_factors(settings):
-        factors = _frequency_factors(settings)
+        factors = _frequency_factors(description)
         yield _Entry(_FACTORS, _FREQUENCIES, "f32", tuple(factors.shape), factors)
 
 
@@ -320,19 +320,15 @@ def turn_affine(affine: GroupAffine, heads: int) -> GroupAffine:
     return replace(affine, **{name: turn_rows(getattr(affine, name), heads) for name in parts})
 
 
-def _frequency_factors(settings: Any) -> Tensor:
+def _frequency_factors(description: Description) -> Tensor:
     """By what each frequency of the rotary embedding is divided (rope type `llama3`), `[head/2]`.
 
     The frequencies are those that transformers computes from the same configuration.
     """
-    utilities = require(
-        "transformers.modeling_rope_utils", extra="hf", purpose="compute rotary frequencies"
-    )
-    configs = require("transformers", extra="hf", purpose="compute rotary frequencies")
-    config = configs.LlamaConfig(**settings)
-    frequencies, _ = utilities.ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    frequencies = torch.tensor(description.rotary_frequencies, dtype=torch.float64)
+    settings = description.settings
     head = int(settings.get("head_dim") or 2 * frequencies.numel())
     steps = torch.arange(0, head, 2, dtype=torch.float64) / head
     plain = float(settings["rope_parameters"]["rope_theta"]) ** -steps
-    factors: Tensor = (plain / frequencies.double()).float()
+    factors: Tensor = (plain / frequencies).float()
     return factors

@@ -1,0 +1,189 @@
+"""Every private or undocumented name of transformers that this package uses, once each.
+
+All other files call the functions here, so that an upgrade of transformers that changes one of the
+names is mended in this file. `tests/capture/test_transformers_internals.py` has a case for each
+name, and `tests/ground/test_seams.py` keeps them out of all other files. "Wish" names the public
+interface that would make a private name unnecessary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qalora_compile.ir.torch_internals import with_buffer
+from qalora_compile.optional import require
+
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+def new_model(kind: Any, config: Any, dtype: torch.dtype | None) -> Any:
+    """A model of a class with starting values. Wish: `PreTrainedModel.from_config`."""
+    return kind._from_config(config, **({} if dtype is None else {"dtype": dtype}))
+
+
+def kept_in_float32(model: Any, dtype: torch.dtype | None) -> Iterable[str]:
+    """Names, with `*`, of what an architecture keeps in float32 when it is loaded in `dtype`.
+
+    Wish: `PreTrainedModel.get_dtype_plan`.
+    """
+    plan: Mapping[str, torch.dtype] = model._get_dtype_plan(dtype)
+    return plan
+
+
+def ignored_keys(model: Any) -> Iterable[str]:
+    """Patterns of the names in a checkpoint that a model knows of and does not read.
+
+    Wish: a report of `from_pretrained` that lists these names apart from unexpected ones.
+    """
+    return getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+
+
+def untied_weights(model: Any) -> dict[str, str]:
+    """Tensors that the configuration ties and the checkpoint holds apart, with their owners.
+
+    Wish: the same in the report of `from_pretrained`.
+    """
+    expected = model.get_expanded_tied_weights_keys(all_submodels=True)
+    tied = model.all_tied_weights_keys
+    return {name: owner for name, owner in expected.items() if name not in tied}
+
+
+def gguf_names(model: Any) -> set[str]:
+    """Names of the tensors of a GGUF file that are read for a model.
+
+    Wish: missing and unexpected names in the report of `from_pretrained(gguf_file=…)`.
+    """
+    files = require(
+        "transformers.modeling_gguf_pytorch_utils", extra="hf", purpose="read GGUF files"
+    )
+    processor = files.TENSOR_PROCESSORS.get(model.config.model_type, files.TensorProcessor)
+    return set(files.get_gguf_hf_weights_map(model, processor(config=model.config.to_dict())))
+
+
+@contextmanager
+def load_in_one_thread() -> Iterator[None]:
+    """Let `from_pretrained` read files in the calling thread. Wish: an argument that says so."""
+    before = os.environ.get(_NO_THREADS)
+    os.environ[_NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = before
+
+
+@contextmanager
+def batched_experts(model: Any) -> Iterator[None]:
+    """Run experts in a way that looks at no value and at no dtype, where a model has them.
+
+    Wish: a `set_experts_implementation` that reaches classes derived outside of transformers.
+    """
+    before = getattr(model.config, "_experts_implementation", None)
+    if before is not None:
+        model.config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.config._experts_implementation = before
+
+
+@contextmanager
+def replaced_attention(
+    name: str, replace: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Let all models compute an implementation of attention by `replace(the implementation)`.
+
+    Wish: an `AttentionInterface.register` that gives back what was registered before.
+    """
+    utilities = require("transformers.modeling_utils", extra="hf", purpose="capture with a cache")
+    functions = utilities.ALL_ATTENTION_FUNCTIONS
+    before = functions[name]
+    functions[name] = replace(before)
+    try:
+        yield
+    finally:
+        del functions[name]  # the library's own lies under it
+        if functions[name] is not before:
+            functions[name] = before
+
+
+def filled_cache(past: Iterable[Mapping[str, Tensor]]) -> Any:
+    """A `DynamicCache` that holds the `key` and `value` of each layer; no window drops any.
+
+    Wish: a `DynamicCache` made of tensors, which `torch.export` can trace.
+    """
+    caches = _caches()
+    cache = caches.DynamicCache()
+    for tensors in past:
+        layer = caches.DynamicLayer()
+        layer.lazy_initialization(tensors["key"], tensors["value"])
+        layer.keys, layer.values = tensors["key"], tensors["value"]
+        cache.layers.append(layer)
+    return cache
+
+
+def recording_cache(layers: int) -> Any:
+    """An empty `EncoderDecoderCache` that keeps the first keys and values it is given as they are.
+
+    Wish: a public base class for the layers of a cache.
+    """
+    caches = _caches()
+
+    class Keep(caches.DynamicLayer):  # type: ignore[misc, name-defined]
+        def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            self.keys, self.values, self.is_initialized = keys, values, True
+            return keys, values
+
+    made = []
+    for _ in range(2):
+        made.append(caches.DynamicCache())
+        made[-1].layers += [Keep() for _ in range(layers)]
+    return caches.EncoderDecoderCache(*made)
+
+
+def _caches() -> Any:
+    return require("transformers.cache_utils", extra="hf", purpose="capture with a cache")
+
+
+def rope_types(module: nn.Module) -> dict[str | None, str]:
+    """Type of layer → kind of a rotary embedding, under None if all layers share it; or nothing.
+
+    Wish: a public base class of rotary embeddings.
+    """
+    kinds = getattr(module, "rope_type", None)
+    if not type(module).__module__.startswith("transformers.") or kinds is None:
+        return {}
+    return kinds if isinstance(kinds, dict) else {None: kinds}
+
+
+def rope_frequencies(config: Any, kind: str, device: torch.device, **options: Any) -> Tensor:
+    """The frequencies of a kind of rotary embedding, `[head / 2]`. Wish: the same, documented."""
+    utilities = require(
+        "transformers.modeling_rope_utils", extra="hf", purpose="compute rotary frequencies"
+    )
+    found: Tensor = utilities.ROPE_INIT_FUNCTIONS[kind](config, device, **options)[0]
+    return found
+
+
+def first_frequencies(module: nn.Module, layer_type: str | None) -> Tensor:
+    """The frequencies that a rotary embedding was made with. Wish: as for `rope_types`."""
+    found: Tensor = getattr(module, f"{_prefix(layer_type)}original_inv_freq")
+    return found
+
+
+def with_frequencies(module: nn.Module, layer_type: str | None, frequencies: Tensor) -> nn.Module:
+    """A copy of a rotary embedding with other frequencies. Wish: as for `rope_types`."""
+    return with_buffer(module, f"{_prefix(layer_type)}inv_freq", frequencies)
+
+
+def _prefix(layer_type: str | None) -> str:
+    return "" if layer_type is None else f"{layer_type}_"

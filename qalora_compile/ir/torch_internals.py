@@ -1,0 +1,205 @@
+"""Every private name of torch that this package uses, once each.
+
+The rest of the package imports these names from here, so that an upgrade of torch that changes one
+of them is mended in this file. `tests/ir/test_torch_internals.py` has a case for each name, and
+`tests/ground/test_seams.py` keeps private names out of all other files. "Wish" names the public
+interface that would make a private name unnecessary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._C import FunctionSchema  # wish: torch.library.OperatorSchema
+from torch._dispatch.python import enable_python_dispatcher  # wish: part of a public fake mode
+from torch._dynamo.source import ConstantSource  # wish: torch.export.Dim makes symbols by itself
+from torch._library.custom_ops import CustomOpDef  # wish: torch.library.CustomOpDef, documented
+from torch._ops import (  # wish: torch.library has the types of operators
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # wish: torch.fake_tensor
+from torch.fx.experimental.symbolic_shapes import (  # wish: torch.SymInt says what it is
+    DimDynamic,
+    ShapeEnv,
+    is_concrete_int,
+)
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo  # wish: fx.Graph(in_spec=, out_spec=)
+from torch.utils import _pytree as pytree  # wish: torch.utils.pytree, with paths and text forms
+from torch.utils._python_dispatch import TorchDispatchMode  # wish: in torch.overrides
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "TorchDispatchMode",
+    "enable_python_dispatcher",
+    "is_concrete_int",
+    "pytree",
+]
+"""What is passed on as it is."""
+
+_ATEN = torch.ops.aten
+# Wish: names without an underscore for the operators of the core ATen set.
+TO_COPY = _ATEN._to_copy
+SOFTMAX = _ATEN._softmax.default
+GROUPED_MM = _ATEN._grouped_mm.default
+LOCAL_SCALAR = _ATEN._local_scalar_dense.default
+ASSERT_METADATA = _ATEN._assert_tensor_metadata.default
+ASSERTIONS = (
+    _ATEN._assert_scalar.default,
+    _ATEN._assert_async.msg,
+    _ATEN._assert_async.default,
+)
+"""A model's own checks of values when it runs."""
+
+BatchNormBase = nn.modules.batchnorm._NormBase  # wish: a public base class
+"""The layers that keep running statistics, which training updates."""
+CallTree = _PyTreeInfo  # wish: see above
+"""Of a graph: names of its arguments, and the trees of its inputs and its output."""
+
+
+def schema_of(operator: OpOverload) -> FunctionSchema:
+    """Arguments and results of an operator. Wish: `OpOverload.schema`."""
+    return operator._schema
+
+
+def overload_of(definition: CustomOpDef) -> OpOverload:
+    """The operator that a definition has registered. Wish: `CustomOpDef.overload`."""
+    return definition._opoverload
+
+
+def is_composed(operator: OpOverload) -> bool:
+    """Whether torch makes an operator of others. Wish: `OpOverload.is_composite`."""
+    key = "CompositeImplicitAutograd"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
+
+
+def symbolic_mode() -> FakeTensorMode:
+    """Fake tensors whose sizes may be symbols."""
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+def new_size(mode: FakeTensorMode, name: str, hint: int) -> Any:
+    """A symbol for the size of an axis, in a `symbolic_mode`; `hint` is its value in an example."""
+    shapes = mode.shape_env
+    assert shapes is not None, "the mode comes from symbolic_mode"
+    source = ConstantSource(name)
+    symbol = shapes.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+    return shapes.create_symintnode(symbol, hint=hint, source=source)
+
+
+def size_bounds(size: torch.SymInt) -> Any:
+    """`lower` and `upper` of a symbolic size. Wish: `ExportedProgram.range_constraints` by size."""
+    return size.node.shape_env.bound_sympy(size.node.expr)
+
+
+def call_tree(graph: fx.Graph) -> CallTree | None:
+    """How a graph takes and returns nested containers; None if it takes and returns flat values."""
+    codegen = graph._codegen
+    return codegen.pytree_info if isinstance(codegen, _PyTreeCodeGen) else None
+
+
+def set_call_tree(graph: fx.Graph, tree: CallTree) -> None:
+    """Let a graph take and return these containers."""
+    graph.set_codegen(_PyTreeCodeGen(tree))
+
+
+def set_output_tree(graph: fx.Graph, outputs: pytree.TreeSpec) -> None:
+    """Let a graph that has a call tree return another container."""
+    tree = call_tree(graph)
+    assert tree is not None, "a captured graph has a call tree"
+    set_call_tree(graph, tree._replace(out_spec=outputs))
+
+
+def share_call_tree(source: fx.Graph, target: fx.Graph) -> None:
+    """Let `target` take and return what `source` does; a call tree is immutable."""
+    target.set_codegen(source._codegen)
+
+
+def set_arguments(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Replace the arguments of a node at once.
+
+    Wish: an `fx.Node.args` and `kwargs` whose assignment does not file the node anew each time.
+    """
+    node._update_args_kwargs(args, kwargs)
+
+
+def is_erased(node: fx.Node) -> bool:
+    """Whether a node was erased from its graph. Wish: `fx.Node.is_erased`."""
+    return node._erased
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Equal for tensors in the same memory, fake ones too. Wish: `UntypedStorage.is_same`."""
+    found: int = tensor.untyped_storage()._cdata
+    return found
+
+
+def write_count(tensor: Tensor) -> int:
+    """How often a tensor was written to in place. Wish: `Tensor.version`."""
+    return tensor._version
+
+
+def with_buffer(module: nn.Module, name: str, value: Tensor) -> nn.Module:
+    """A shallow copy of a module, with another value for one buffer; the module keeps its own.
+
+    Wish: `torch.func.functional_call` with a function in place of the module's `forward`.
+    """
+    copied = copy.copy(module)
+    copied._buffers = {**copied._buffers, name: value}
+    return copied
+
+
+class LazyGraphModule(fx.GraphModule):
+    """A GraphModule that is compiled when it is first called, and can follow its tensors.
+
+    Uses that `GraphModule` keeps its graph as `_graph` and compiles it to a `forward` of its class,
+    and that all of `to()`, `cuda()`, … call `_apply`. Wish: `fx.GraphModule(…, lazy=True)`, and a
+    hook that runs when a module's tensors have moved.
+    """
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph."""
+        return self._graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        graph.owning_module = self
+        if self.is_compiled:
+            self.recompile()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether Python code was made of the graph."""
+        return "forward" in vars(type(self))  # every GraphModule has a class of its own
+
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+        """The compiled graph; compiling puts a method in the place of this property."""
+        self.recompile()
+        return self.forward
+
+    @property
+    def code(self) -> str:
+        """Python code of the graph."""
+        if not self.is_compiled:
+            self.recompile()
+        return super().code
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LazyGraphModule:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.after_move()
+        return self
+
+    def after_move(self) -> None:
+        """Called after `to()`, `cuda()` and the like have moved the tensors."""
