@@ -11,14 +11,16 @@ is kept for the backward is S(x), `[.., L]`, not x.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 
 from qalora_compile.ir.affine import expand_groups, sum_groups
 from qalora_compile.ir.ops.linear import NAMESPACE, input_grad_on_codes, linear_on_codes
+from qalora_compile.ir.ops.views import OperatorView, view_of
 
 
 def folded_offset(
@@ -36,8 +38,8 @@ def adapted_linear(
     scale: Tensor,
     offset: Tensor,
     bias: Tensor | None,
-    lora_A: Tensor,  # noqa: N803
-    lora_B: Tensor,  # noqa: N803
+    lora_A: Tensor,
+    lora_B: Tensor,
     bits: int,
     group_size: int,
     pool: int,
@@ -73,15 +75,29 @@ def _adapted_linear_fake(
     scale: Tensor,
     offset: Tensor,
     bias: Tensor | None,
-    lora_A: Tensor,  # noqa: N803
-    lora_B: Tensor,  # noqa: N803
-    bits: int,
-    group_size: int,
-    pool: int,
-    scaling: float,
+    lora_A: Tensor,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     lead = x.shape[:-1]
     return x.new_empty(*lead, qweight.shape[0]), x.new_empty(*lead, lora_A.shape[1])
+
+
+@view_of(adapted_linear)
+@dataclass(frozen=True)
+class AdaptedLinear(OperatorView):
+    """A node of `adapted_linear`."""
+
+    x: fx.Node
+    qweight: fx.Node
+    scale: fx.Node
+    offset: fx.Node
+    bias: fx.Node | None
+    lora_A: fx.Node
+    lora_B: fx.Node
+    bits: int
+    group_size: int
+    pool: int
+    scaling: float
 
 
 @torch.library.custom_op(f"{NAMESPACE}::adapted_linear_input_grad", mutates_args=())
@@ -90,8 +106,8 @@ def adapted_linear_input_grad(
     qweight: Tensor,
     scale: Tensor,
     offset: Tensor,
-    lora_A: Tensor,  # noqa: N803
-    lora_B: Tensor,  # noqa: N803
+    lora_A: Tensor,
+    lora_B: Tensor,
     bits: int,
     group_size: int,
     pool: int,
@@ -109,8 +125,8 @@ def _adapted_linear_input_grad_fake(
     qweight: Tensor,
     scale: Tensor,
     offset: Tensor,
-    lora_A: Tensor,  # noqa: N803
-    lora_B: Tensor,  # noqa: N803
+    lora_A: Tensor,
+    lora_B: Tensor,
     bits: int,
     group_size: int,
     pool: int,

@@ -12,12 +12,15 @@ to an embedding is stored once. None has a gradient: tables on codes are frozen.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qalora_compile.ir.affine import dequantize
 from qalora_compile.ir.ops.linear import NAMESPACE, matmul_nbits_weight
 from qalora_compile.ir.ops.target_kernels import blocks_weight, group_quant_weight
+from qalora_compile.ir.ops.views import OperatorView, view_of
 
 
 @torch.library.custom_op(f"{NAMESPACE}::group_embedding", mutates_args=())
@@ -62,6 +65,21 @@ def _group_embedding_fake(
     return scale.new_empty(*ids.shape, k, dtype=dtype)
 
 
+@view_of(group_embedding)
+@dataclass(frozen=True)
+class GroupEmbedding(OperatorView):
+    """A node of `group_embedding`."""
+
+    ids: fx.Node
+    qweight: fx.Node
+    scale: fx.Node
+    offset: fx.Node
+    dtype: torch.dtype
+    bits: int
+    group_size: int
+    k: int
+
+
 @torch.library.custom_op(f"{NAMESPACE}::block_embedding", mutates_args=())
 def block_embedding(
     ids: Tensor,
@@ -103,6 +121,20 @@ def _block_embedding_fake(
     return scale.new_empty(*ids.shape, k, dtype=torch.float32)
 
 
+@view_of(block_embedding)
+@dataclass(frozen=True)
+class BlockEmbedding(OperatorView):
+    """A node of `block_embedding`."""
+
+    ids: fx.Node
+    codes: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node
+    bits: int
+    block_size: int
+    k: int
+
+
 @torch.library.custom_op(f"{NAMESPACE}::flat_embedding", mutates_args=())
 def flat_embedding(
     ids: Tensor,
@@ -139,3 +171,17 @@ def _flat_embedding_fake(
     k: int,
 ) -> Tensor:
     return scale.new_empty(*ids.shape, k)
+
+
+@view_of(flat_embedding)
+@dataclass(frozen=True)
+class FlatEmbedding(OperatorView):
+    """A node of `flat_embedding`."""
+
+    ids: fx.Node
+    codes: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node
+    bits: int
+    block_size: int
+    k: int

@@ -13,13 +13,15 @@ give zeros. Without, x is `[E, T, K]` and every expert has its own rows, as in `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qalora_compile.ir.ops.linear import NAMESPACE, dequantize_like, matmul_nbits_weight
+from qalora_compile.ir.ops.views import OperatorView, view_of
 
 
 def by_expert(
@@ -89,16 +91,22 @@ def expert_linear(
 
 
 @expert_linear.register_fake
-def _expert_linear_fake(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    group_offsets: Tensor | None,
-    bits: int,
-    group_size: int,
-) -> Tensor:
+def _expert_linear_fake(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[1])
+
+
+@view_of(expert_linear)
+@dataclass(frozen=True)
+class ExpertLinear(OperatorView):
+    """A node of `expert_linear`."""
+
+    x: fx.Node
+    qweight: fx.Node
+    scale: fx.Node
+    offset: fx.Node
+    group_offsets: fx.Node | None
+    bits: int
+    group_size: int
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_linear_input_grad", mutates_args=())
@@ -154,8 +162,8 @@ expert_linear.register_autograd(_expert_linear_backward, setup_context=_expert_l
 @torch.library.custom_op(f"{NAMESPACE}::expert_adapter", mutates_args=())
 def expert_adapter(
     pooled: Tensor,
-    lora_A: Tensor,  # noqa: N803
-    lora_B: Tensor,  # noqa: N803
+    lora_A: Tensor,
+    lora_B: Tensor,
     group_offsets: Tensor | None,
     scaling: float,
 ) -> Tensor:
@@ -176,22 +184,28 @@ def expert_adapter(
 
 
 @expert_adapter.register_fake
-def _expert_adapter_fake(
-    pooled: Tensor,
-    lora_A: Tensor,  # noqa: N803
-    lora_B: Tensor,  # noqa: N803
-    group_offsets: Tensor | None,
-    scaling: float,
-) -> Tensor:
+def _expert_adapter_fake(pooled: Tensor, lora_A: Tensor, lora_B: Tensor, *_: Any) -> Tensor:
     return pooled.new_empty(*pooled.shape[:-1], lora_B.shape[1])
+
+
+@view_of(expert_adapter)
+@dataclass(frozen=True)
+class ExpertAdapter(OperatorView):
+    """A node of `expert_adapter`."""
+
+    pooled: fx.Node
+    lora_A: fx.Node
+    lora_B: fx.Node
+    group_offsets: fx.Node | None
+    scaling: float
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_adapter_grads", mutates_args=())
 def expert_adapter_grads(
     grad: Tensor,
     pooled: Tensor,
-    lora_A: Tensor,  # noqa: N803
-    lora_B: Tensor,  # noqa: N803
+    lora_A: Tensor,
+    lora_B: Tensor,
     group_offsets: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,12 +225,7 @@ def expert_adapter_grads(
 
 @expert_adapter_grads.register_fake
 def _expert_adapter_grads_fake(
-    grad: Tensor,
-    pooled: Tensor,
-    lora_A: Tensor,  # noqa: N803
-    lora_B: Tensor,  # noqa: N803
-    group_offsets: Tensor | None,
-    scaling: float,
+    grad: Tensor, pooled: Tensor, lora_A: Tensor, lora_B: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(pooled), torch.empty_like(lora_A), torch.empty_like(lora_B)
 
@@ -272,15 +281,23 @@ def expert_matmul_nbits(
 
 @expert_matmul_nbits.register_fake
 def _expert_matmul_nbits_fake(
-    x: Tensor,
-    sums: Tensor | None,
-    qweight: list[Tensor],
-    scale: list[Tensor],
-    zero_point: list[Tensor],
-    correction: list[Tensor],
-    group_offsets: Tensor | None,
-    bits: int,
-    block_size: int,
-    accuracy_level: int,
+    x: Tensor, sums: Tensor | None, qweight: list[Tensor], *_: Any
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight[0].shape[0])
+
+
+@view_of(expert_matmul_nbits)
+@dataclass(frozen=True)
+class ExpertMatmulNBits(OperatorView):
+    """A node of `expert_matmul_nbits`."""
+
+    x: fx.Node
+    sums: fx.Node | None
+    qweight: Sequence[fx.Node]
+    scale: Sequence[fx.Node]
+    zero_point: Sequence[fx.Node]
+    correction: Sequence[fx.Node]
+    group_offsets: fx.Node | None
+    bits: int
+    block_size: int
+    accuracy_level: int

@@ -15,13 +15,15 @@ trained.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qalora_compile.ir.affine import sum_groups
 from qalora_compile.ir.ops.linear import NAMESPACE, linear_on_codes, tile_rows
+from qalora_compile.ir.ops.views import OperatorView, view_of
 from qalora_compile.ir.packing.bitstream import unpack_codes
 
 INTEGER, SCALE = "integer", "scale"
@@ -85,8 +87,8 @@ def integer_zero_linear(
     bias: Tensor | None,
     bits: int,
     group_size: int,
-    lora_A: Tensor,  # noqa: N803
-    lora_B: Tensor,  # noqa: N803
+    lora_A: Tensor,
+    lora_B: Tensor,
     scaling: float,
     kind: str,
 ) -> Tensor:
@@ -115,20 +117,26 @@ def integer_zero_linear(
 
 
 @integer_zero_linear.register_fake
-def _integer_zero_linear_fake(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-    lora_A: Tensor,  # noqa: N803
-    lora_B: Tensor,  # noqa: N803
-    scaling: float,
-    kind: str,
-) -> Tensor:
+def _integer_zero_linear_fake(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+@view_of(integer_zero_linear)
+@dataclass(frozen=True)
+class IntegerZeroLinear(OperatorView):
+    """A node of `integer_zero_linear`."""
+
+    x: fx.Node
+    qweight: fx.Node
+    scale: fx.Node
+    offset: fx.Node
+    bias: fx.Node | None
+    bits: int
+    group_size: int
+    lora_A: fx.Node
+    lora_B: fx.Node
+    scaling: float
+    kind: str
 
 
 @torch.library.custom_op(f"{NAMESPACE}::group_code_grad", mutates_args=())

@@ -17,13 +17,15 @@ pass, a hand-written backward. `torch.library.opcheck` covers all of them in the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 
 from qalora_compile.ir.affine import dequantize, expand_groups, group_count, sum_groups
+from qalora_compile.ir.ops.views import OperatorView, view_of
 from qalora_compile.ir.packing.bitstream import packed_width, unpack_codes
 
 NAMESPACE = "qalora"
@@ -124,16 +126,22 @@ def group_linear(
 
 
 @group_linear.register_fake
-def _group_linear_fake(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    group_size: int,
-) -> Tensor:
+def _group_linear_fake(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+@view_of(group_linear)
+@dataclass(frozen=True)
+class GroupLinear(OperatorView):
+    """A node of `group_linear`."""
+
+    x: fx.Node
+    qweight: fx.Node
+    scale: fx.Node
+    offset: fx.Node
+    bias: fx.Node | None
+    bits: int
+    group_size: int
 
 
 @torch.library.custom_op(f"{NAMESPACE}::group_linear_input_grad", mutates_args=())
@@ -192,6 +200,15 @@ def _group_sum_fake(x: Tensor, group_size: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], group_count(x.shape[-1], group_size))
 
 
+@view_of(group_sum)
+@dataclass(frozen=True)
+class GroupSum(OperatorView):
+    """A node of `group_sum`."""
+
+    x: fx.Node
+    group_size: int
+
+
 def _group_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, ctx.group_size = inputs
     ctx.k = x.shape[-1]
@@ -205,7 +222,7 @@ group_sum.register_autograd(_group_sum_backward, setup_context=_group_sum_setup)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::pooled_adapter", mutates_args=())
-def pooled_adapter(pooled: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:  # noqa: N803
+def pooled_adapter(pooled: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """D = scaling · (p Aᵀ) Bᵀ (arXiv 2309.14717, Algorithm 1).
 
     Args:
@@ -221,8 +238,19 @@ def pooled_adapter(pooled: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: floa
 
 
 @pooled_adapter.register_fake
-def _pooled_adapter_fake(pooled: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:  # noqa: N803
+def _pooled_adapter_fake(pooled: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return pooled.new_empty(*pooled.shape[:-1], lora_B.shape[0])
+
+
+@view_of(pooled_adapter)
+@dataclass(frozen=True)
+class PooledAdapter(OperatorView):
+    """A node of `pooled_adapter`."""
+
+    pooled: fx.Node
+    lora_A: fx.Node
+    lora_B: fx.Node
+    scaling: float
 
 
 def _pooled_adapter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -265,6 +293,16 @@ def pad_groups(x: Tensor, group_size: int, width: int) -> Tensor:
 @pad_groups.register_fake
 def _pad_groups_fake(x: Tensor, group_size: int, width: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], group_count(x.shape[-1], group_size) * width)
+
+
+@view_of(pad_groups)
+@dataclass(frozen=True)
+class PadGroups(OperatorView):
+    """A node of `pad_groups`."""
+
+    x: fx.Node
+    group_size: int
+    width: int
 
 
 @torch.library.custom_op(f"{NAMESPACE}::matmul_nbits", mutates_args=())
@@ -316,14 +354,20 @@ def pad_zero_point(zero_point: Tensor, blocks: int, bits: int) -> Tensor:
 
 
 @matmul_nbits.register_fake
-def _matmul_nbits_fake(
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    block_size: int,
-    accuracy_level: int,
-) -> Tensor:
+def _matmul_nbits_fake(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+@view_of(matmul_nbits)
+@dataclass(frozen=True)
+class MatmulNBits(OperatorView):
+    """A node of `matmul_nbits`."""
+
+    x: fx.Node
+    qweight: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node
+    bias: fx.Node | None
+    bits: int
+    block_size: int
+    accuracy_level: int

@@ -13,12 +13,17 @@ What targets have in common (`matmul_nbits`, `pad_groups`) is in `ops`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 
 from qalora_compile.ir.ops.experts import add_corrections, by_expert
 from qalora_compile.ir.ops.linear import NAMESPACE
+from qalora_compile.ir.ops.views import OperatorView, view_of
 from qalora_compile.ir.packing.bitstream import packed_width, unpack_codes
 from qalora_compile.ir.packing.kernel_layouts import unpack_groups
 
@@ -63,16 +68,22 @@ def group_quant_linear(
 
 
 @group_quant_linear.register_fake
-def _group_quant_linear_fake(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bits: int,
-    group_size: int,
-    compute: str,
-) -> Tensor:
+def _group_quant_linear_fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@view_of(group_quant_linear)
+@dataclass(frozen=True)
+class GroupQuantLinear(OperatorView):
+    """A node of `group_quant_linear`."""
+
+    x: fx.Node
+    codes: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node
+    bits: int
+    group_size: int
+    compute: str
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_group_quant_linear", mutates_args=())
@@ -96,17 +107,23 @@ def expert_group_quant_linear(
 
 
 @expert_group_quant_linear.register_fake
-def _expert_group_quant_linear_fake(
-    x: Tensor,
-    codes: list[Tensor],
-    scale: list[Tensor],
-    zero_point: list[Tensor],
-    group_offsets: Tensor | None,
-    bits: int,
-    group_size: int,
-    compute: str,
-) -> Tensor:
+def _expert_group_quant_linear_fake(x: Tensor, codes: list[Tensor], *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes[0].shape[0])
+
+
+@view_of(expert_group_quant_linear)
+@dataclass(frozen=True)
+class ExpertGroupQuantLinear(OperatorView):
+    """A node of `expert_group_quant_linear`."""
+
+    x: fx.Node
+    codes: Sequence[fx.Node]
+    scale: Sequence[fx.Node]
+    zero_point: Sequence[fx.Node]
+    group_offsets: fx.Node | None
+    bits: int
+    group_size: int
+    compute: str
 
 
 def flat_width(count: int, bits: int) -> int:
@@ -151,10 +168,21 @@ def matmul_blocks(
 
 
 @matmul_blocks.register_fake
-def _matmul_blocks_fake(
-    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, block_size: int
-) -> Tensor:
+def _matmul_blocks_fake(x: Tensor, codes: Tensor, scale: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], scale.shape[1])
+
+
+@view_of(matmul_blocks)
+@dataclass(frozen=True)
+class MatmulBlocks(OperatorView):
+    """A node of `matmul_blocks`."""
+
+    x: fx.Node
+    codes: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node
+    bits: int
+    block_size: int
 
 
 @torch.library.custom_op(f"{NAMESPACE}::expert_matmul_blocks", mutates_args=())
@@ -181,14 +209,22 @@ def expert_matmul_blocks(
 
 @expert_matmul_blocks.register_fake
 def _expert_matmul_blocks_fake(
-    x: Tensor,
-    sums: Tensor | None,
-    codes: list[Tensor],
-    scale: list[Tensor],
-    zero_point: list[Tensor],
-    correction: list[Tensor],
-    group_offsets: Tensor | None,
-    bits: int,
-    block_size: int,
+    x: Tensor, sums: Tensor | None, codes: list[Tensor], scale: list[Tensor], *_: Any
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], scale[0].shape[1])
+
+
+@view_of(expert_matmul_blocks)
+@dataclass(frozen=True)
+class ExpertMatmulBlocks(OperatorView):
+    """A node of `expert_matmul_blocks`."""
+
+    x: fx.Node
+    sums: fx.Node | None
+    codes: Sequence[fx.Node]
+    scale: Sequence[fx.Node]
+    zero_point: Sequence[fx.Node]
+    correction: Sequence[fx.Node]
+    group_offsets: fx.Node | None
+    bits: int
+    block_size: int

@@ -16,11 +16,14 @@ Activations have their heads side by side, `[B, S, H · D]`, as a linear layer g
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 
 from qalora_compile.ir.ops.linear import NAMESPACE
+from qalora_compile.ir.ops.views import OperatorView, view_of
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
@@ -38,6 +41,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @rms_norm.register_fake
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
+
+
+@view_of(rms_norm)
+@dataclass(frozen=True)
+class RmsNorm(OperatorView):
+    """A node of `rms_norm`."""
+
+    x: fx.Node
+    weight: fx.Node
+    eps: float
 
 
 @torch.library.custom_op(f"{NAMESPACE}::rotary_embedding", mutates_args=())
@@ -63,6 +76,17 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
 @rotary_embedding.register_fake
 def _rotary_embedding_fake(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     return torch.empty_like(x)
+
+
+@view_of(rotary_embedding)
+@dataclass(frozen=True)
+class RotaryEmbedding(OperatorView):
+    """A node of `rotary_embedding`."""
+
+    x: fx.Node
+    cos: fx.Node
+    sin: fx.Node
+    heads: int
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
@@ -127,6 +151,22 @@ def _attention_fake(
     )
 
 
+@view_of(attention)
+@dataclass(frozen=True)
+class Attention(OperatorView):
+    """A node of `attention`."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    past_key: fx.Node | None
+    past_value: fx.Node | None
+    heads: int
+    kv_heads: int
+    scale: float
+
+
 @torch.library.custom_op(f"{NAMESPACE}::skip_rms_norm", mutates_args=())
 def skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The `rms_norm` of x + skip, and x + skip.
@@ -146,6 +186,17 @@ def _skip_rms_norm_fake(
     x: Tensor, skip: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
+
+
+@view_of(skip_rms_norm)
+@dataclass(frozen=True)
+class SkipRmsNorm(OperatorView):
+    """A node of `skip_rms_norm`."""
+
+    x: fx.Node
+    skip: fx.Node
+    weight: fx.Node
+    eps: float
 
 
 @torch.library.custom_op(f"{NAMESPACE}::multi_head_attention", mutates_args=())
@@ -197,6 +248,21 @@ def _multi_head_attention_fake(
     return shapes
 
 
+@view_of(multi_head_attention)
+@dataclass(frozen=True)
+class MultiHeadAttention(OperatorView):
+    """A node of `multi_head_attention`."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    bias: fx.Node | None
+    past_key: fx.Node | None
+    past_value: fx.Node | None
+    heads: int
+    scale: float
+
+
 @torch.library.custom_op(f"{NAMESPACE}::join_groups", mutates_args=())
 def join_groups(q: Tensor, heads: int, kv_heads: int) -> Tensor:
     """The queries of heads that share keys, as rows of one head: for each of the G heads, all S.
@@ -221,6 +287,16 @@ def _join_groups_fake(q: Tensor, heads: int, kv_heads: int) -> Tensor:
     return q.new_empty(q.shape[0], groups * q.shape[1], q.shape[2] // groups)
 
 
+@view_of(join_groups)
+@dataclass(frozen=True)
+class JoinGroups(OperatorView):
+    """A node of `join_groups`."""
+
+    q: fx.Node
+    heads: int
+    kv_heads: int
+
+
 @torch.library.custom_op(f"{NAMESPACE}::split_groups", mutates_args=())
 def split_groups(y: Tensor, heads: int, kv_heads: int) -> Tensor:
     """Undo `join_groups`: `[B, G · S, Hk · D]` to `[B, S, H · D]`."""
@@ -234,3 +310,13 @@ def split_groups(y: Tensor, heads: int, kv_heads: int) -> Tensor:
 def _split_groups_fake(y: Tensor, heads: int, kv_heads: int) -> Tensor:
     groups = heads // kv_heads
     return y.new_empty(y.shape[0], y.shape[1] // groups, y.shape[2] * groups)
+
+
+@view_of(split_groups)
+@dataclass(frozen=True)
+class SplitGroups(OperatorView):
+    """A node of `split_groups`."""
+
+    y: fx.Node
+    heads: int
+    kv_heads: int
