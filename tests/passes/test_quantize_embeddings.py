@@ -239,7 +239,7 @@ def test_bad_options(bad: dict[str, int]) -> None:
 
 
 def test_another_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qalora_compile.config.METHODS", ("minmax", "other"))
+    monkeypatch.setattr("qalora_compile.config.quant.METHODS", ("minmax", "other"))
     with pytest.raises(UserInputError, match="method of embeddings"):
         qc.quantize_groups(captured(Untied()), embeddings=qc.QuantSpec(bits=8, method="other"))
 

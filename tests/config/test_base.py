@@ -1,4 +1,4 @@
-"""Specifications: ranges, JSON, derived numbers."""
+"""All specifications: ranges, JSON, unknown keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from qalora_compile.config import (
     BUDGET_UNITS,
-    FUSIONS,
     INITS,
     METHODS,
     POOLINGS,
@@ -23,7 +22,7 @@ from qalora_compile.config import (
     QuantSpec,
     Spec,
 )
-from qalora_compile.errors import QaloraError, UnsupportedError, UserInputError
+from qalora_compile.errors import UserInputError
 
 SPECS = [QuantSpec, AdapterSpec, ExportSpec]
 
@@ -134,64 +133,3 @@ def test_values_out_of_range_are_refused_with_a_hint(case: str) -> None:
     assert repr(next(iter(values.values()))) in caught.value.what
     with pytest.raises(UserInputError):
         kind.from_json(values)
-
-
-def test_an_unknown_target_names_the_known_ones() -> None:
-    with pytest.raises(UnsupportedError, match="'tflite'") as caught:
-        ExportSpec(target="tflite")
-    assert "ort-stock" in str(caught.value)
-    assert isinstance(caught.value, QaloraError)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"target": "onnx", "opset": 20}, "target onnx needs 21"),
-        ({"target": "onnx", "accuracy_level": 4}, "the session does"),
-        ({"target": "onnx", "fusion": "ort"}, "standard operators only"),
-        ({"fusion": "standard", "opset": 20}, "opset 23"),
-        ({"target": "ort", "correction": "digits"}, "option of target ort-stock"),
-        ({"target": "ort-stock", "parameter_dtype": "float16"}, "option of target ort"),
-        ({"target": "gguf", "parameter_dtype": "float16"}, "option of target ort"),
-        ({"target": "safetensors", "parameter_dtype": "float16"}, "option of target ort"),
-        ({"target": "ort", "float_type": "f16"}, "option of target gguf"),
-        ({"target": "mlx", "opset": 20}, "option of target ort"),
-        ({"target": "gguf", "accuracy_level": 4}, "option of target ort"),
-        ({"target": "hqq", "fusion": "none"}, "option of target ort"),
-        ({"target": "gptq", "correction": "digits"}, "option of target ort-stock"),
-        ({"target": "float", "allow_unfolded": True}, "option of target ort"),
-        ({"target": "gguf", "float_type": "q4_0"}, "use one of q8_0"),
-    ],
-)
-def test_options_of_another_target_are_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserInputError) as caught:
-        ExportSpec(**options)
-    assert words in str(caught.value.hint)
-
-
-def test_each_target_has_its_opset() -> None:
-    assert [ExportSpec(target=t).onnx_opset for t in ("ort", "ort-stock", "onnx")] == [20, 20, 21]
-    assert ExportSpec(opset=18).onnx_opset == 18
-    assert [ExportSpec(fusion=f).onnx_opset for f in FUSIONS] == [20, 23, 22]
-
-
-def test_scaling() -> None:
-    assert AdapterSpec(rank=16, alpha=32.0).scaling == 2.0
-    assert AdapterSpec(rank=16, alpha=32.0, use_rslora=True).scaling == 8.0
-    chosen = AdapterSpec(rank="auto", alpha=32.0, rank_budget=1000)
-    assert [chosen.scaling_at(rank) for rank in (4, 64)] == [8.0, 0.5]
-    with pytest.raises(UserInputError, match="'auto'"):
-        _ = chosen.scaling
-
-
-@pytest.mark.parametrize(
-    ("pooling", "factor"),
-    [
-        ("sum", 1.0),
-        ("mean", 1 / 32),
-        ("mean_times_groups", 4 / 32),
-        ("scaled_sum", 1 / math.sqrt(32)),
-    ],
-)
-def test_pooling_factor(pooling: str, factor: float) -> None:
-    assert AdapterSpec(pooling=pooling).pooling_factor(32, 4) == factor

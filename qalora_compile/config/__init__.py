@@ -1,0 +1,57 @@
+"""Frozen, keyword-only specifications; each goes to JSON and back, and refuses unknown keys."""
+
+from __future__ import annotations
+
+from qalora_compile.config.adapter import ADAPTER_KINDS, INITS, POOLINGS, AdapterSpec, Pooling
+from qalora_compile.config.base import AUTO, LARGEST_SEED, Spec, check_int, one_of
+from qalora_compile.config.export import (
+    ACCURACY_LEVELS,
+    CHECKPOINT_TARGETS,
+    CORRECTIONS,
+    FLOAT_TYPES,
+    FUSION_OPSETS,
+    FUSIONS,
+    ONNX_TARGETS,
+    PARAMETER_DTYPES,
+    TARGETS,
+    ExportSpec,
+)
+from qalora_compile.config.quant import (
+    AUTO_GROUPS,
+    BUDGET_UNITS,
+    CALIBRATED,
+    METHODS,
+    SUPPORTED_BITS,
+    ZERO_POINTS,
+    QuantSpec,
+)
+
+__all__ = [
+    "ACCURACY_LEVELS",
+    "ADAPTER_KINDS",
+    "AUTO",
+    "AUTO_GROUPS",
+    "BUDGET_UNITS",
+    "CALIBRATED",
+    "CHECKPOINT_TARGETS",
+    "CORRECTIONS",
+    "FLOAT_TYPES",
+    "FUSIONS",
+    "FUSION_OPSETS",
+    "INITS",
+    "LARGEST_SEED",
+    "METHODS",
+    "ONNX_TARGETS",
+    "PARAMETER_DTYPES",
+    "POOLINGS",
+    "SUPPORTED_BITS",
+    "TARGETS",
+    "ZERO_POINTS",
+    "AdapterSpec",
+    "ExportSpec",
+    "Pooling",
+    "QuantSpec",
+    "Spec",
+    "check_int",
+    "one_of",
+]

@@ -1,0 +1,148 @@
+"""What an exporter writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qalora_compile.config.base import Spec, one_of
+from qalora_compile.errors import UnsupportedError, UserInputError
+
+ONNX_TARGETS = ("ort", "ort-stock", "onnx")
+CHECKPOINT_TARGETS = (
+    *("gguf", "mlx", "float", "hqq", "safetensors"),
+    *("gptq", "compressed-tensors"),
+)
+"""Checkpoints of other libraries; the last two hold integer zero-points only."""
+TARGETS = (*ONNX_TARGETS, *CHECKPOINT_TARGETS)
+FLOAT_TYPES = ("q8_0", "f16", "bf16", "f32")
+"""How a GGUF file holds a matrix of floats, smallest first."""
+ACCURACY_LEVELS = (0, 4)
+PARAMETER_DTYPES = ("float32", "float16")
+CORRECTIONS = ("fp32", "digits")
+FUSION_OPSETS = {"none": 18, "standard": 23, "ort": 22}
+"""How the parts of a transformer may be written, and the opset that each form needs.
+
+`ort` needs no operator of opset 22: ONNX Runtime releases before 1.21 do not take it, and these
+compute MultiHeadAttention wrongly for masks that differ inside a batch."""
+FUSIONS = tuple(FUSION_OPSETS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSpec(Spec):
+    """What an exporter writes.
+
+    Attributes:
+        target: `"ort"`: GroupQuantLinear with real-valued zero-points, in layered functions, for
+            ONNX Runtime with this package's library, without it, and for other runtimes.
+            `"ort-stock"`: MatMulNBits with integer zero-points and one shared group-sum
+            correction, for any ONNX Runtime. `"onnx"`: blocked DequantizeLinear and the same
+            correction, standard operators only. The others are checkpoints of other libraries
+            (docs/checkpoints.md), which take none of the options of ONNX below.
+        opset: ONNX opset version of the standard domain; None takes 20, or 21 for `"onnx"`.
+        accuracy_level: 0 computes in float32; 4 quantizes activations to int8, which is faster and
+            errs by about 5e-3 of the output. In a file of target `"onnx"` it cannot be said: the
+            runtime decides (see docs/lowering.md).
+        parameter_dtype: Of scale and zero-point in target `"ort"`: `"float32"` is exact,
+            `"float16"` rounds, and is smaller and faster. In checkpoints likewise; of all weights
+            in target `"float"`; `"gguf"` and `"safetensors"` leave no choice.
+        correction: Of target `"ort-stock"`: `"fp32"` is exact; `"digits"` makes it part of the
+            kernel, as two or three digits of the codes' width, which is faster and rounds.
+        fusion: How norms, rotary embeddings and attention of a transformer are written:
+            `"standard"`: the operators that opset 23 has for them; `"ort"`: ONNX Runtime's own
+            operators, for its releases 1.21 and 1.22, which do not have those; `"none"`: as the
+            model computes them. None takes `"none"` for models without a key-value cache; with one
+            `"standard"`, or with a given opset that is too low for it `"ort"`, else `"none"`.
+        float_type: Of target `"gguf"`: how matrices are stored that are not on codes, `"q8_0"`,
+            `"f16"`, `"bf16"` or `"f32"`; None takes for each the smallest that keeps every value.
+        allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
+            one that is not quantized at all.
+        overwrite: Replace an existing file.
+    """
+
+    target: str = "ort"
+    opset: int | None = None
+    accuracy_level: int = 0
+    parameter_dtype: str = "float32"
+    correction: str = "fp32"
+    fusion: str | None = None
+    float_type: str | None = None
+    allow_unfolded: bool = False
+    overwrite: bool = False
+
+    OPSETS: ClassVar[tuple[int, ...]] = (18, 19, 20, 21, 22, 23)
+
+    @property
+    def onnx_opset(self) -> int:
+        """The opset version that is written."""
+        least = FUSION_OPSETS.get(self.fusion or "", 18)
+        return self.opset or max(21 if self.target == "onnx" else 20, least)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the target is a checkpoint of another library, not an ONNX model."""
+        return self.target in CHECKPOINT_TARGETS
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UnsupportedError(
+                f"there is no export target {self.target!r}",
+                hint=f"use one of {', '.join(TARGETS)}",
+            )
+        if self.opset is not None:
+            one_of("opset", self.opset, self.OPSETS)
+        one_of("parameter_dtype", self.parameter_dtype, PARAMETER_DTYPES)
+        one_of("correction", self.correction, CORRECTIONS)
+        one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
+        for option, known in (("fusion", FUSIONS), ("float_type", FLOAT_TYPES)):
+            if getattr(self, option) is not None:
+                one_of(option, getattr(self, option), known)
+        self._check_target()
+        if not self.is_checkpoint:
+            self._check_onnx()
+
+    def _check_target(self) -> None:
+        """Refuse options that the target does not have."""
+        no_parameters = ("ort-stock", "onnx", "gguf", "safetensors")
+        checkpoint = CHECKPOINT_TARGETS
+        others = tuple(target for target in TARGETS if target != "ort-stock")
+        no_floats = tuple(target for target in TARGETS if target != "gguf")
+        for option, default, targets in (
+            ("parameter_dtype", "float32", no_parameters),
+            ("correction", "fp32", others),
+            ("float_type", None, no_floats),
+            ("opset", None, checkpoint),
+            ("accuracy_level", 0, checkpoint),
+            ("fusion", None, checkpoint),
+            ("allow_unfolded", False, checkpoint),
+        ):
+            if getattr(self, option) != default and self.target in targets:
+                fitting = [target for target in TARGETS if target not in targets]
+                raise UserInputError(
+                    f"{option} is {getattr(self, option)!r} for target {self.target}",
+                    hint=f"it is an option of target {', '.join(fitting)}",
+                )
+
+    def _check_onnx(self) -> None:
+        """Refuse options of ONNX that do not go together."""
+        if self.onnx_opset < 21 and self.target == "onnx":
+            raise UserInputError(
+                f"opset is {self.opset}", hint="target onnx needs 21: DequantizeLinear in blocks"
+            )
+        if self.fusion is not None:
+            least = FUSION_OPSETS[self.fusion]
+            if self.onnx_opset < least:
+                raise UserInputError(
+                    f"opset is {self.opset} with fusion {self.fusion!r}",
+                    hint=f"its operators are in opset {least}; fusion='none' needs none of them",
+                )
+            if self.fusion == "ort" and self.target == "onnx":
+                raise UserInputError(
+                    "fusion is 'ort' for target onnx",
+                    hint="that target has standard operators only: fusion 'standard' or 'none'",
+                )
+        if self.accuracy_level != 0 and self.target == "onnx":
+            raise UserInputError(
+                f"accuracy_level is {self.accuracy_level!r} for target onnx",
+                hint="a standard model cannot say it; the session does: docs/lowering.md",
+            )
