@@ -38,10 +38,10 @@ ON_THE_ROAD = (*DECODERS, *ENCODER_DECODERS, *ENCODERS)
 COLUMNS = ("architecture", "loaded", *STEPS, "refused because")
 INTRODUCTION = f"""{HEADING}
 
-Written by `make architectures`: classes of transformers, built small from configuration
+`make architectures` writes this section: classes of transformers, built small from configuration
 (`tests/zoo/architectures.py`), saved with `save_pretrained`, and run end to end
-(`tests/zoo/road.py`). ✓ is done, **refused** an error that says why, with nothing written, – not
-tried, since a step before it was refused.
+(`tests/zoo/road.py`). ✓ means done; **refused** means an error that says why, with nothing written;
+– means not tried, because an earlier step was refused.
 
 * **loaded**: every tensor that `quantize` reads is that of `from_pretrained`, bit for bit
   (`tests/capture/test_architectures.py`)
@@ -50,7 +50,7 @@ tried, since a step before it was refused.
 * **finetune**, one step at 4 bits; **fold**; **export**; **verify**: the file against the folded
   program, by 1e-3
 
-Models that keep something else than keys and values are written with `--no-kv-cache`.
+Models that keep a state other than keys and values are written with `--no-kv-cache`.
 """
 
 Results = dict[str, dict[str, str]]
@@ -84,7 +84,7 @@ def page_section(results: Mapping[str, Mapping[str, str]]) -> str:
 def _row(name: str, steps: Mapping[str, str]) -> list[str]:
     loaded = "**refused**" if name in LOADED_OTHERWISE else "✓"
     if name not in ON_THE_ROAD:
-        return [f"`{name}`", loaded, *[""] * len(STEPS), "images and sounds are for the Python API"]
+        return [f"`{name}`", loaded, *[""] * len(STEPS), "images and audio need the Python API"]
     marks = ["–" if step not in steps else "**refused**" if steps[step] else "✓" for step in STEPS]
     reasons = dict.fromkeys(
         said.removeprefix("error: ").replace("|", "\\|") for said in steps.values() if said

@@ -1,4 +1,4 @@
-"""Write docs/known_problems.md: problems of public trackers, rebuilt small, and their tests.
+"""Write docs/known_problems.md: problems from public trackers, reproduced, and their tests.
 
 The tests are run first; where one fails, nothing is written.
 
@@ -20,11 +20,12 @@ ROOT = Path(__file__).parent.parent
 DATA, PAGE = ROOT / "tests" / "known_problems.toml", ROOT / "docs" / "known_problems.md"
 INTRODUCTION = """# Known problems of the field
 
-Problems that users of similar tools reported on public trackers. Each was rebuilt small and tried
-on this package; what is right is decided by transformers, PEFT or the format's own library, and a
-test holds it. Written by `make known-problems`, which runs the tests before; do not edit by hand.
+This page lists problems that users of similar tools reported on public trackers, and what this
+package does in each case. Each problem was reproduced in small. The reference for the right result
+is transformers, PEFT or the format's own library, and a test checks it. `make known-problems` runs
+the tests and then writes this page; do not edit it by hand.
 
-A number names an issue or a pull request of the project before it.
+A number refers to an issue or a pull request of the named project.
 """
 
 
@@ -35,8 +36,8 @@ class Problem:
     Attributes:
         area: Where it belongs.
         issues: Tracker and number of each report.
-        seen: What was seen there.
-        verdict: What this package does: the right thing, or it refuses by name.
+        seen: What was reported there.
+        verdict: What this package does: handle it correctly, or refuse it with a named error.
         tests: Node identifiers of pytest.
     """
 

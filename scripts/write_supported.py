@@ -35,27 +35,28 @@ MOST_EXAMPLES = 3
 
 INTRODUCTION = f"""# What is supported
 
-Written by `make supported` from the zoo's own run (`tests/zoo`): small models with random weights,
+This page shows which models and operator patterns are supported, and why some weights stay in
+float. `make supported` writes it from a run of the zoo (`tests/zoo`): small models with random weights,
 built from configuration, end to end from capture to ONNX Runtime. Do not edit it by hand.
 
-Any model that `torch.export` takes can be captured. What is quantized are its linear maps by a
-parameter; every other weight with two or more dimensions, also one that the forward pass never
-reads, has a row in the plan with a reason.
+Any model that `torch.export` accepts can be captured. Its linear maps by a parameter are
+quantized. Every other weight with two or more dimensions, even one that the forward pass never reads, has a row
+in the plan with a reason.
 
 ## {MODELS}
 
-*sites quantized* and *kept* count rows of the plan. Numbers are the largest error seen, as a part
-of the output's largest value, in one significant digit; ✓ stands where a check measures none.
+*sites quantized* and *kept* count rows of the plan. Numbers are the largest error found, relative
+to the output's largest value, with one significant digit; ✓ marks a check that measures no error.
 
 * **capture**: the captured program against the model, at three sizes, and in training mode
 * **plan**: every weight has a row with a reason
 * **quantized**: the 4-bit program against the model with its weights dequantized in place
 * **training**: only adapters get gradients, all of them do, and nothing else changes in ten steps
 * **modules**: `adapt_module_` on the model itself: the program's names, outputs, gradients and fold
-* **fold**: the folded program against the one with adapters, at two sizes never captured
-* **stored**: saved, loaded, bit for bit the same
-* **inspect**: `qalora-compile inspect` shows the whole plan
-* **onnx**: the exported file in ONNX Runtime against torch, at another size never captured
+* **fold**: the folded program against the one with adapters, at two sizes that were never captured
+* **stored**: saved and loaded again, bit for bit the same
+* **inspect**: `qalora-compile inspect` shows the complete plan
+* **onnx**: the exported file in ONNX Runtime against torch, at another size that was never captured
 * **kv_cache**: models with a key-value cache, prompt and later tokens, in ONNX Runtime against
   torch; encoder-decoder models as two files; other models have none (–)
 """
@@ -72,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A way in which models use weights, and how to know it in a plan."""
+    """A pattern in which models use weights, and how to recognize it in a plan."""
 
     what: str
     how: str
@@ -92,7 +93,7 @@ KNOWN = (
     Pattern("`addmm` by a weight stored `[K, N]` (GPT-2)", "quantized", _quantized("addmm")),
     Pattern(
         "`mm`, `matmul` by a parameter, also through t, transpose, permute, view, select, slice",
-        "quantized as the matrix that the views make",
+        "quantized as the matrix that the views produce",
         _quantized("matmul"),
     ),
     Pattern(
@@ -103,7 +104,7 @@ KNOWN = (
     Pattern("other convolutions", "kept, with the kernel, stride or groups", _kept("conv")),
     Pattern(
         "attention's packed `in_proj_weight`",
-        "quantized: one site where q, k and v read one tensor, else a site a piece (`.q`, `.kv`)",
+        "quantized: one site where q, k and v read one tensor, else one site a part (`.q`, `.kv`)",
         lambda site: site.decision == QUANTIZE and site.weight.endswith("in_proj_weight"),
     ),
     Pattern(
@@ -127,7 +128,7 @@ KNOWN = (
     ),
     Pattern(
         "one weight used several times",
-        "a site a use (`@2`, `@3`); codes and adapter are shared",
+        "one site for each use (`@2`, `@3`); codes and adapter are shared",
         lambda site: site.decision == QUANTIZE and "@" in site.name,
     ),
 )
@@ -187,7 +188,7 @@ def pattern_rows(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def examples(places: Sequence[str]) -> str:
-    """The first few, spread over models where there are several, and how many more."""
+    """The first few, from different models where there are several, and how many more."""
     first: dict[str, str] = {}
     for place in places:
         first.setdefault(place.split(":")[0], place)
@@ -197,7 +198,7 @@ def examples(places: Sequence[str]) -> str:
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The whole text."""
+    """The complete text."""
     return "\n".join(
         [
             INTRODUCTION,

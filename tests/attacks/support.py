@@ -68,7 +68,7 @@ def attack(reader: Callable[[], Any], folder: Path) -> Outcome:
     _, status = os.waitpid(child, 0)
     assert not os.WIFSIGNALED(status), f"ended by signal {os.WTERMSIG(status)} ({SECONDS} s?)"
     outcome = Outcome(**json.loads(said))
-    assert outcome.kind != "foreign", outcome.error
+    assert outcome.kind != "library", outcome.error
     _check_opened(outcome.opened, folder)
     assert not outcome.ran, f"ran {outcome.ran}"
     allowed = max(2 * size, FREE_MEMORY)
@@ -143,11 +143,11 @@ def _watch(reader: Callable[[], Any], answer: int) -> None:
         value = reader()
         outcome.kind, outcome.value = "value", value if _plain(value) else str(value)[:1000]
     except InternalError:
-        outcome.kind, outcome.error = "foreign", traceback.format_exc()
+        outcome.kind, outcome.error = "library", traceback.format_exc()
     except QaloraError as error:
         outcome.kind, outcome.error = "typed", str(error)
     except BaseException:
-        outcome.kind, outcome.error = "foreign", traceback.format_exc()[-4000:]
+        outcome.kind, outcome.error = "library", traceback.format_exc()[-4000:]
     outcome.memory = max(0, _peak() - before) * 1024
     try:
         with os.fdopen(answer, "wb") as file:

@@ -31,9 +31,9 @@ from tests.fuzz.seeds import FORMATS, Format, import_all
 
 SECONDS, MORE_MEMORY, BATCH = 20, 1 << 30, 25
 TYPED, SAME, PAYLOAD, DIFFERENT = "typed", "same", "payload differs", "different"
-FOREIGN, HANG, CRASH = "foreign", "hang", "crash"
-OUTCOMES = (TYPED, SAME, PAYLOAD, DIFFERENT, FOREIGN, HANG, CRASH)
-BAD = (DIFFERENT, FOREIGN, HANG, CRASH)
+LIBRARY, HANG, CRASH = "library", "hang", "crash"
+OUTCOMES = (TYPED, SAME, PAYLOAD, DIFFERENT, LIBRARY, HANG, CRASH)
+BAD = (DIFFERENT, LIBRARY, HANG, CRASH)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Child:
         """Read an input: `read` with its digest, or another outcome with its error."""
         fresh = self.left == 0
         outcome, text = self._ask(folder)
-        if outcome in (FOREIGN, HANG, CRASH) and not fresh:
+        if outcome in (LIBRARY, HANG, CRASH) and not fresh:
             self.close()
             outcome, text = self._ask(folder)
         return outcome, text
@@ -239,11 +239,11 @@ def _read(made: Format, folder: Path) -> str:
     try:
         return f"read\n{made.door(folder)}"
     except InternalError:
-        return f"{FOREIGN}\n{traceback.format_exc()}"
+        return f"{LIBRARY}\n{traceback.format_exc()}"
     except QaloraError as error:
         return f"{TYPED}\n{error}"
     except BaseException:
-        return f"{FOREIGN}\n{traceback.format_exc()}"
+        return f"{LIBRARY}\n{traceback.format_exc()}"
 
 
 def _keep(case: Case, folder: Path, keep: Path, number: int) -> None:

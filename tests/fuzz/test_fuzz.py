@@ -16,7 +16,7 @@ import pytest
 from qalora_compile.errors import UserInputError
 from tests.fuzz import run
 from tests.fuzz.mutate import Mutation
-from tests.fuzz.run import CRASH, DIFFERENT, FOREIGN, HANG, PAYLOAD, SAME, TYPED, Table, check_bound
+from tests.fuzz.run import CRASH, DIFFERENT, HANG, LIBRARY, PAYLOAD, SAME, TYPED, Table, check_bound
 from tests.fuzz.seeds import Format
 
 
@@ -50,10 +50,10 @@ def swallow(_: Path) -> str:
     ("door", "outcome"),
     [
         (refuse, TYPED),
-        (fail, FOREIGN),
+        (fail, LIBRARY),
         (crash, CRASH),
         (hang, HANG),
-        (swallow, FOREIGN),
+        (swallow, LIBRARY),
         (lambda _: "a", "read"),
     ],
 )

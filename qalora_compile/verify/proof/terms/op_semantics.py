@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from qalora_compile.untrusted.element_types import FLOATS
 from qalora_compile.verify.proof.graphs.graph import FX, ONNX, Graph, Node, Tensor
 from qalora_compile.verify.proof.graphs.read_onnx import ONNX_TYPES
 from qalora_compile.verify.proof.terms.semantics import OpSemantics, Semantics
 from qalora_compile.verify.proof.terms.term import (
-    FLOATS,
     INTEGERS,
     UNKNOWN,
     Term,
