@@ -135,8 +135,9 @@ def test_an_argument_is_the_same_however_it_is_given(given: int, named: bool) ->
     values = {"self": x, "dim": 1, "start": 2, "end": 9, "step": 3}
     defaults = {"dim": 0, "start": None, "end": None, "step": 1}
     shown = dict(list(values.items())[:given])
-    call = ((), shown) if named else (tuple(shown.values()), {})
-    node = graph.call_function(ATEN.slice.Tensor, *call)
+    args: tuple[Any, ...] = () if named else tuple(shown.values())
+    kwargs: dict[str, Any] = shown if named else {}
+    node = graph.call_function(ATEN.slice.Tensor, args, kwargs)
     assert arguments(node) == defaults | shown
     assert argument(node, "step") == (defaults | shown)["step"]
 

@@ -316,8 +316,10 @@ def turn_rows(values: Tensor, heads: int) -> Tensor:
 
 def turn_affine(affine: GroupAffine, heads: int) -> GroupAffine:
     """`turn_rows` of a weight on codes: groups lie along a row, so whole rows move."""
-    parts = ("codes", "scale", "offset")
-    return replace(affine, **{name: turn_rows(getattr(affine, name), heads) for name in parts})
+    codes, scale, offset = (
+        turn_rows(part, heads) for part in (affine.codes, affine.scale, affine.offset)
+    )
+    return replace(affine, codes=codes, scale=scale, offset=offset)
 
 
 def _frequency_factors(description: Description) -> Tensor:
