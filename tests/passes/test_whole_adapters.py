@@ -83,6 +83,19 @@ def test_what_is_folded_is_what_was_trained_to_the_last_bit(
 
 
 @every_kind
+def test_a_group_of_one_weight_has_an_exact_zero_point_however_far_it_is_moved(kind: str) -> None:
+    """Its scale is the weight, of 24 bits: times a zero-point of 8 bits it would be rounded."""
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    program = adapted(kind, MLP(12, 12, 5), x, group=11, bits=8)
+    with torch.no_grad():
+        for parameter in program.adapter_parameters():
+            parameter.mul_(30.0)
+    folded = qc.fold_adapters(program)
+    assert worst(folded(x), program(x)) == 0.0
+    assert qc.prove_equivalence(program, folded).passed
+
+
+@every_kind
 def test_training_lowers_the_loss(kind: str) -> None:
     torch.manual_seed(0)
     x, y = torch.randn(64, 32), torch.randn(64, 4)

@@ -41,13 +41,23 @@ def shorten(values: Tensor, dtype: torch.dtype, *, up: bool = False) -> Tensor:
 
 
 def zero_points(scale: Tensor, offset: Tensor) -> Tensor:
-    """The whole zero-points behind offsets, float64 `[N, L]`."""
+    """The integer zero-points behind offsets, float64 `[N, L]`."""
     return (-offset.double() / scale.double()).round()
 
 
 def moved_zero_points(scale: Tensor, offset: Tensor, update: Tensor) -> Tensor:
     """`z − update / scale`, before it is rounded, float64 `[N, L]`."""
     return zero_points(scale, offset) - update / scale.double()
+
+
+def largest_zero_points(scale: Tensor, bits: int) -> Tensor:
+    """The largest integer that a zero-point may become, float64 `[N, L]`: 2^bits − 1, or 1.
+
+    A group of equal weights has its weight as the scale, with all of its bits, so that it comes
+    back exactly. Such a scale times 0 or 1 is exact; times another integer it may not be.
+    """
+    is_short = shorten(scale.double(), scale.dtype) == scale
+    return torch.where(is_short, 2.0**bits - 1, 1.0)
 
 
 def integer_zero_parameters(
@@ -62,8 +72,9 @@ def integer_zero_parameters(
     """Scale and offset that an adapter of one of the `KINDS` gives, in the dtype of `scale`.
 
     Args:
-        scale: `[N, L]`, none 0, with 16 significant bits (45 in float64).
-        offset: `[N, L]`, −scale times a whole number from 0 to 2^bits − 1.
+        scale: `[N, L]`, none 0, with 16 significant bits (45 in float64), or the one weight of a
+            group of equal weights.
+        offset: `[N, L]`, −scale times an integer from 0 to `largest_zero_points`.
         lora_a: `[r, L]`.
         lora_b: `[N, r]`.
         bits: Width of a code.
@@ -74,7 +85,8 @@ def integer_zero_parameters(
     if kind == SCALE:
         new = shorten(scale.double() * (1 + update), scale.dtype)
         return new.to(scale.dtype), (-new * zero_points(scale, offset)).to(scale.dtype)
-    zero = moved_zero_points(scale, offset, update).round().clamp(0, 2**bits - 1)
+    zero = moved_zero_points(scale, offset, update).round().clamp_min(0)
+    zero = zero.minimum(largest_zero_points(scale, bits))
     return scale, (-scale.double() * zero).to(scale.dtype)
 
 
@@ -195,7 +207,7 @@ def _integer_zero_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None
         else:
             update = scaling * (lora_b.double() @ lora_a.double())
             moved = moved_zero_points(scale, offset, update)
-            inside = (moved >= -0.5) & (moved <= 2**bits - 0.5)
+            inside = (moved >= -0.5) & (moved <= largest_zero_points(scale, bits) + 0.5)
             by_update = (rows.t() @ kept).to(scale.dtype) * inside
         by_update = by_update.to(lora_a.dtype) * scaling
         grad_a, grad_b = lora_b.t() @ by_update, by_update @ lora_a.t()

@@ -87,7 +87,7 @@ def integer_zero_linear(
     scaling: float,
     kind: str,
 ) -> Part:
-    """`W = s · (q − z)`, z whole; an adapter moved z (`integer`) or s (`scale`) and was rounded.
+    """`W = s · (q − z)`, z an integer; an adapter moved z (`integer`) or s (`scale`) and was rounded.
 
     Scales are rounded to 16 significant bits: half a step of them is within the radius.
     """
@@ -101,7 +101,10 @@ def integer_zero_linear(
             s = s * (1 + update)
             step = np.abs(s) * _SCALE_STEP[scale.dtype]
         else:
-            zero = np.clip(np.round(zero - update / s), 0, 2**bits - 1)
+            # A scale of full precision, of a group of equal weights, is exact times 0 and 1 alone.
+            units = np.frexp(s)[0] / _SCALE_STEP[scale.dtype]
+            most = np.where(units == np.round(units), 2.0**bits - 1, 1.0)
+            zero = np.clip(np.round(zero - update / s), 0, most)
         level = codes - repeat_groups(zero, group_size, k)
         size = repeat_groups(np.abs(s), group_size, k) * (
             codes + repeat_groups(zero, group_size, k)
