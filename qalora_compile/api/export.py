@@ -14,7 +14,7 @@ from qalora_compile.files import check_output
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import ADAPTED, ANNOTATED, FLOAT, LEGALIZED
-from qalora_compile.passes.framework.base import Pass, PassResult
+from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.passes.fusions.fuse_attention import FuseAttention
 from qalora_compile.passes.fusions.fuse_multi_head import FuseMultiHead
@@ -60,12 +60,13 @@ def _not_fused(found: Sequence[tuple[Pass, PassResult]]) -> list[str]:
     """What fusing passes left alone: a note for each reason, with the first node."""
     notes = []
     for step, result in found:
-        places: dict[str, list[str]] = {}
+        alike: dict[str, list[Change]] = {}
         for skip in result.skips:
-            places.setdefault(skip.why, []).append(skip.path)
+            alike.setdefault(skip.why, []).append(skip)
         notes += [
-            f"{_NOT_FUSED}{step.name} left {paths[0]} ({len(paths)} in all): {why}"
-            for why, paths in places.items()
+            f"{_NOT_FUSED}{step.name} left {same[0].path} ({len(same)} in all): {why}, "
+            f"at {same[0].at}"
+            for why, same in alike.items()
         ]
     if found and not notes and not any(result.modified for _, result in found):
         names = ", ".join(step.name for step, _ in found)

@@ -36,11 +36,13 @@ class Change:
         path: Site or module path.
         what: What was done, or not.
         why: The reason.
+        at: The node at which a pattern did not fit.
     """
 
     path: str
     what: str
     why: str = ""
+    at: str = ""
 
 
 @dataclass(frozen=True)

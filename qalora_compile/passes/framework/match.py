@@ -1,114 +1,399 @@
-"""What the fusing passes need to look through: casts that change nothing, views of heads."""
+"""Patterns over fx graphs, as data, and matches that say which node did not fit and why.
+
+A pattern names the operands of operators as their schemas do:
+
+    op(RSQRT, self=…)           a call of an operator; what is not named keeps its default
+    add(a, b), mul(a, b)        a sum or product, its operands in either order
+    node("x"), number("eps")    a value, captured; one name stands for one value throughout
+    either(a, b)                alternatives
+    const(-1, 3), or just -1    one of some constants
+    anchor(a)                   where the search begins: what encloses it is found from its readers
+
+Nodes that change nothing (`no_ops`) are looked through everywhere. `match` gives a `Match`, or a
+`Mismatch`: the failure that got furthest. (onnxscript's rewriter matches ONNX graphs, not fx.)
+"""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from qalora_compile.ir.meta import shape_of
+from qalora_compile.ir.ops.views import arguments
+from qalora_compile.passes.framework.no_ops import readers, through
 
 _ATEN = torch.ops.aten
-_END = 2**62  # slices to the end of an axis say 2^63 − 1
-_CASTS = (_ATEN.to.dtype, _ATEN.to.device, _ATEN.type_as.default, _ATEN.to.dtype_layout)
-_SAME = (_ATEN.alias.default, _ATEN.contiguous.default)
-_VIEWS = (_ATEN.view.default, _ATEN.reshape.default)
+
+Captured = Mapping[str, Any]
+"""What a pattern has captured, by name."""
+Test = Callable[[Captured], bool]
+Attempt = Callable[["State"], Iterator["State"]]
 
 
-def through(value: object) -> fx.Node | None:
-    """The node behind casts to its own dtype, aliases and slices of everything."""
-    while isinstance(value, fx.Node) and _changes_nothing(value):
-        value = value.args[0]
-    return value if isinstance(value, fx.Node) else None
+@dataclass(frozen=True)
+class Match:
+    """A part of a graph that fits a pattern.
 
-
-def _changes_nothing(node: fx.Node) -> bool:
-    if node.target in _SAME:
-        return True
-    if node.target in _CASTS:
-        return _dtype(node) is not None and _dtype(node) == _dtype(node.args[0])
-    if node.target is _ATEN.slice.Tensor:
-        start, end = (*node.args[2:4], None, None)[:2]
-        whole = start in (None, 0) and (end is None or (isinstance(end, int) and end > _END))
-        return whole and len(node.args) < 5
-    return False
-
-
-def _dtype(value: object) -> torch.dtype | None:
-    found = value.meta.get("val") if isinstance(value, fx.Node) else None
-    return found.dtype if isinstance(found, Tensor) else None
-
-
-def call(value: object, *targets: object) -> tuple[Any, ...] | None:
-    """The arguments of the call behind `value`, if it is a call of one of `targets`."""
-    node = through(value)
-    return node.args if node is not None and node.target in targets else None
-
-
-def operands(value: object, target: object) -> Iterator[tuple[object, object]]:
-    """The two operands of a commutative call behind `value`, in both orders; nothing if it is none.
-
-    Calls with further arguments (`add` with an `alpha`) do not count.
+    Attributes:
+        node: What the outermost operator of the pattern matched.
+        captured: By name: nodes, numbers, and what else was captured.
     """
-    node = through(value)
-    if node is not None and node.target is target and len(node.args) == 2 and not node.kwargs:
-        first, second = node.args
-        yield first, second
-        yield second, first
+
+    node: fx.Node
+    captured: Captured
+
+    def __getitem__(self, name: str) -> Any:
+        return self.captured[name]
 
 
-def pair(value: object, *axes: int) -> tuple[fx.Node, fx.Node] | None:
-    """The two operands of `cat` along one of `axes`."""
-    found = call(value, _ATEN.cat.default)
-    if found is None or len(found) != 2 or found[1] not in axes or len(found[0]) != 2:
-        return None
-    first, second = map(through, found[0])
-    return (first, second) if first is not None and second is not None else None
+@dataclass(frozen=True)
+class Mismatch:
+    """Why nothing fits: the failure that got furthest.
+
+    Attributes:
+        node: The node that does not fit.
+        reason: In words, without names of nodes: the same for all layers of a model.
+        near: Whether the part that makes the pattern recognizable was found before.
+        depth: How many operators had matched.
+    """
+
+    node: fx.Node
+    reason: str
+    near: bool = False
+    depth: int = 0
+
+    def __str__(self) -> str:
+        return f"%{self.node.name}: {self.reason}"
 
 
-def number(value: object) -> float | None:
+@dataclass
+class _Trace:
+    """The failure that got furthest; of equals, the first."""
+
+    best: Mismatch | None = None
+
+    def note(self, found: Mismatch | None) -> None:
+        if found is not None and (
+            self.best is None or (found.near, found.depth) > (self.best.near, self.best.depth)
+        ):
+            self.best = found
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a search has come: what it captured, and at which node and operand it is."""
+
+    node: fx.Node
+    trace: _Trace
+    captured: Captured = field(default_factory=dict)
+    operand: str = ""
+    depth: int = 0
+    near: bool = False
+    solved: tuple[Pattern, fx.Node] | None = None
+
+    def fail(self, value: object, reason: str) -> None:
+        """Record that `value` does not fit; an empty reason (of a guard) is not recorded."""
+        if reason:
+            at = value if isinstance(value, fx.Node) else self.node
+            self.trace.note(Mismatch(at, reason, self.near, self.depth))
+
+
+class Pattern:
+    """What a value may look like. Patterns are immutable, and distinguished by identity."""
+
+    def solve(self, value: object, state: State) -> Iterator[State]:
+        """Each solution in which `value` fits, continued from `state`."""
+        if state.solved is not None and state.solved[0] is self:
+            if through(value) is state.solved[1]:
+                yield state
+        else:
+            yield from self._solve(value, state)
+
+    def _solve(self, value: object, state: State) -> Iterator[State]:
+        raise NotImplementedError
+
+    def children(self) -> Iterable[Pattern]:
+        """The patterns inside."""
+        return ()
+
+
+P = TypeVar("P", bound="_Named")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Named(Pattern):
+    """A pattern that captures what it matches, and may ask for more."""
+
+    name: str = ""
+    tests: tuple[tuple[Test, str], ...] = ()
+    missing: str = ""
+
+    def named(self: P, name: str) -> P:
+        """Capture the node."""
+        return replace(self, name=name)
+
+    def where(self: P, test: Test, reason: str = "") -> P:
+        """Test what was captured so far; without a reason it is a guard, and not reported."""
+        return replace(self, tests=(*self.tests, (test, reason)))
+
+    def otherwise(self: P, reason: str) -> P:
+        """Give a reason of its own where something else stands here."""
+        return replace(self, missing=reason)
+
+    def _finish(self, value: object, state: State) -> Iterator[State]:
+        """Capture and test."""
+        if self.name in state.captured and state.captured[self.name] is not value:
+            state.fail(value, self.missing or f"another value stands where {self.name} is expected")
+            return
+        if self.name:
+            state = replace(state, captured={**state.captured, self.name: value})
+        for test, reason in self.tests:
+            if not test(state.captured):
+                state.fail(value, reason)
+                return
+        yield state
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Leaf(_Named):
+    """A captured value of some type."""
+
+    types: tuple[type, ...]
+
+    def _solve(self, value: object, state: State) -> Iterator[State]:
+        value = through(value) or value
+        if isinstance(value, self.types):
+            yield from self._finish(value, state)
+        else:
+            found = f"{_kind(value)} stands where {self.name} is expected"
+            state.fail(value, self.missing or found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Const(Pattern):
+    values: tuple[object, ...]
+    reason: str = ""
+
+    def _solve(self, value: object, state: State) -> Iterator[State]:
+        if any(value == wanted for wanted in self.values):
+            yield state
+            return
+        found = f"{state.operand} is {'computed' if isinstance(value, fx.Node) else value}"
+        wanted = " or ".join(map(str, self.values))
+        state.fail(value, f"{self.reason} ({found})" if self.reason else f"{found}, not {wanted}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Either(Pattern):
+    alternatives: tuple[Pattern, ...]
+    final: bool
+
+    def _solve(self, value: object, state: State) -> Iterator[State]:
+        return _any_of([partial(p.solve, value) for p in self.alternatives], state, self.final)
+
+    def children(self) -> Iterable[Pattern]:
+        return self.alternatives
+
+
+@dataclass(frozen=True, eq=False)
+class _List(Pattern):
+    """A list of just so many values, as `cat` takes."""
+
+    entries: tuple[Pattern, ...]
+
+    def _solve(self, value: object, state: State) -> Iterator[State]:
+        if isinstance(value, (list, tuple)) and len(value) == len(self.entries):
+            parts = [(state.operand, *pair) for pair in zip(self.entries, value, strict=True)]
+            return _all_of(parts, state)
+        state.fail(value, f"{state.operand} are not {len(self.entries)}")
+        return iter(())
+
+    def children(self) -> Iterable[Pattern]:
+        return self.entries
+
+
+@dataclass(frozen=True, eq=False)
+class _Anchor(Pattern):
+    inner: Pattern
+
+    def _solve(self, value: object, state: State) -> Iterator[State]:
+        return self.inner.solve(value, state)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Op(_Named):
+    """A call of one of some operators."""
+
+    targets: tuple[object, ...]
+    operands: Mapping[str, Pattern]
+    swapped: tuple[str, ...] = ()
+    near: bool = False
+
+    @property
+    def label(self) -> str:
+        """The operators' names."""
+        return " or ".join(str(target).removesuffix(".default") for target in self.targets)
+
+    def swapping(self, first: str, second: str) -> Op:
+        """Let two operands change places."""
+        return replace(self, swapped=(first, second))
+
+    def recognizable(self) -> Op:
+        """Report what fails from here on: with this operator the graph looks like the pattern."""
+        return replace(self, near=True)
+
+    def children(self) -> Iterable[Pattern]:
+        """The patterns of the operands."""
+        return self.operands.values()
+
+    def _solve(self, value: object, state: State) -> Iterator[State]:
+        node = through(value)
+        if node is None or node.target not in self.targets:
+            found = f"{_kind(node or value)} stands where {self.label} is expected"
+            state.fail(node or value, self.missing or found)
+            return
+        deeper = replace(state, node=node, depth=state.depth + 1, near=state.near or self.near)
+        other = dict(zip(self.swapped, self.swapped[::-1], strict=True))
+        orders = [self.operands, {other.get(n, n): p for n, p in self.operands.items()}]
+        attempts = [partial(_solve_operands, order) for order in orders[: 2 if other else 1]]
+        for solved in _any_of(attempts, deeper):
+            yield from self._finish(node, replace(solved, node=node))
+
+
+def _solve_operands(operands: Mapping[str, Pattern], state: State) -> Iterator[State]:
+    """The operands that a pattern names, in its order (what is solved first); then the others."""
+    given = arguments(state.node)
+    rest = {
+        a.name: _Const((a.default_value,))
+        for a in state.node.target._schema.arguments  # type: ignore[union-attr]
+        if a.has_default_value() and a.name not in operands
+    }
+    parts = [(name, pattern, given[name]) for name, pattern in {**operands, **rest}.items()]
+    parts.sort(key=lambda part: state.solved is None or part[1] is not state.solved[0])
+    return _all_of(parts, state)
+
+
+def _all_of(parts: list[tuple[str, Pattern, object]], state: State) -> Iterator[State]:
+    """Each solution in which all values fit their patterns."""
+    if not parts:
+        yield state
+        return
+    (name, pattern, value), *rest = parts
+    for found in pattern.solve(value, replace(state, operand=name)):
+        yield from _all_of(rest, replace(found, node=state.node))
+
+
+def _any_of(attempts: Iterable[Attempt], state: State, final: bool = False) -> Iterator[State]:
+    """What any of some attempts finds; their failures count only where all fail."""
+    tried, fits = _Trace(), False
+    for attempt in attempts:
+        for found in attempt(replace(state, trace=tried)):
+            fits = True
+            yield replace(found, trace=state.trace)
+        if fits and final:
+            return
+    if not fits:
+        state.trace.note(tried.best)
+
+
+def _kind(value: object) -> str:
+    """A value in words, without a name."""
+    if not isinstance(value, fx.Node):
+        return "nothing" if value is None else f"the constant {value}"
+    kinds = {"placeholder": "an input", "get_attr": "a tensor of the model", "output": "the output"}
+    return kinds.get(value.op) or str(value.target).removesuffix(".default")
+
+
+def op(*targets: object, **operands: object) -> Op:
+    """A call of one of `targets`, whose operands are patterns, lists of them, or constants."""
+    return Op(targets=targets, operands={name: _pattern(p) for name, p in operands.items()})
+
+
+def _pattern(value: object) -> Pattern:
+    if isinstance(value, Pattern):
+        return value
+    return _List(tuple(map(_pattern, value))) if isinstance(value, tuple) else const(value)
+
+
+def add(first: Pattern, second: Pattern) -> Op:
+    """A sum of two tensors, in either order."""
+    return op(_ATEN.add.Tensor, self=first, other=second).swapping("self", "other")
+
+
+def mul(first: Pattern, second: Pattern) -> Op:
+    """A product of two tensors, in either order."""
+    return op(_ATEN.mul.Tensor, self=first, other=second).swapping("self", "other")
+
+
+def node(name: str) -> _Leaf:
+    """Any node."""
+    return _Leaf(name=name, types=(fx.Node,))
+
+
+def number(name: str) -> _Leaf:
     """A Python number."""
-    return float(value) if isinstance(value, (int, float)) else None
+    return _Leaf(name=name, types=(int, float))
 
 
-def only_reader(node: fx.Node) -> fx.Node | None:
-    """The node that reads `node`, if there is just one."""
-    return next(iter(node.users)) if len(node.users) == 1 else None
+def anything(name: str = "") -> _Leaf:
+    """Any operand: a node, a constant, or none."""
+    return _Leaf(name=name, types=(object,))
 
 
-def swapped_heads(value: object) -> fx.Node | None:
-    """u, `[B, S, H, D]`, behind `transpose(u, 1, 2)`."""
-    found = call(value, _ATEN.transpose.int)
-    return through(found[0]) if found is not None and set(found[1:]) == {1, 2} else None
+def const(*values: object, otherwise: str = "") -> Pattern:
+    """One of some constants; `otherwise` is the reason where it is another."""
+    return _Const(values, otherwise)
 
 
-def rows_of_heads(graph: fx.Graph, value: fx.Node) -> fx.Node:
-    """A value `[B, H, S, D]` as `[B, S, H · D]`: what it was made from, or new nodes."""
-    each = swapped_heads(value)
-    if each is None:
-        each = graph.call_function(_ATEN.transpose.int, (value, 1, 2))
-    split = call(each, _ATEN.unflatten.int)
-    if split is not None and isinstance(split[0], fx.Node) and split[1] == 2:
-        return split[0]
-    found = call(each, *_VIEWS)
-    if found is not None:
-        source, shape = through(found[0]), found[1]
-        flat = None if source is None else shape_of(source)
-        plain = isinstance(shape, (list, tuple)) and len(shape) == 4 and shape[2] == -1
-        if source is not None and flat is not None and plain and len(flat) == 3:
-            return source
-    return graph.call_function(_ATEN.flatten.using_ints, (each, 2, 3))
+def either(*alternatives: Pattern, final: bool = False) -> Pattern:
+    """The first that fits; or, unless it is `final`, a later one where what follows asks for it."""
+    return _Either(alternatives, final)
 
 
-def heads_of_rows(graph: fx.Graph, rows: fx.Node, heads: int) -> fx.Node:
-    """A value `[B, S, H · D]` as `[B, H, S, D]`."""
-    each = graph.call_function(_ATEN.unflatten.int, (rows, 2, [heads, -1]))
-    return graph.call_function(_ATEN.transpose.int, (each, 1, 2))
+def anchor(inner: Pattern) -> Pattern:
+    """Where the search for a pattern begins."""
+    return _Anchor(inner)
 
 
-def item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
-    """One of several results."""
-    return graph.call_function(operator.getitem, (node, index))
+def match(at: fx.Node, *patterns: Pattern) -> Match | Mismatch:
+    """The first of some patterns that fits at a node, or why the last does not.
+
+    The node is where the anchor of a pattern is, or the pattern itself where it has none.
+    """
+    trace = _Trace()
+    for pattern in patterns:
+        trace = _Trace()
+        for found in _climb(_path(pattern) or [pattern], at, State(at, trace)):
+            return Match(found.node, found.captured)
+    return trace.best or Mismatch(at, "nothing fits")
+
+
+def _path(pattern: Pattern) -> list[Pattern]:
+    """The anchor, and the operators around it from the inside; empty where there is none."""
+    if isinstance(pattern, _Anchor):
+        return [pattern]
+    path = next(filter(None, map(_path, pattern.children())), [])
+    return [*path, pattern] if path and isinstance(pattern, Op) else path
+
+
+def _climb(path: list[Pattern], at: fx.Node, state: State) -> Iterator[State]:
+    """Solve the first of `path` at a node, and each further one at a reader of the one before."""
+    inner, *outer = path
+    for found in inner.solve(at, state):
+        place = through(at) or at
+        if not outer:
+            yield replace(found, node=place)
+            continue
+        above = outer[0]
+        assert isinstance(above, Op)
+        there = [reader for reader in readers(place) if reader.target in above.targets]
+        if not there:
+            kinds = " and ".join(sorted({_kind(reader) for reader in readers(place)})) or "nothing"
+            wanted = above.missing or f"no {above.label} reads it"
+            found.fail(place, f"{wanted}, only {kinds}")
+        below = replace(found, node=place, solved=(inner, place))
+        yield from _any_of([partial(_climb, outer, reader) for reader in there], below)

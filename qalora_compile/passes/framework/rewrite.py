@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import operator
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, fx, nn
 
 from qalora_compile.ir.lazy_tensor import is_lazy, keep_recipe
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.shape_propagation import shaped_graph
+from qalora_compile.ir.torch_internals import is_erased
+from qalora_compile.passes.framework.base import Change, PassResult
+from qalora_compile.passes.framework.match import Match, Mismatch, Pattern, match
+from qalora_compile.passes.framework.no_ops import changes_nothing
+
+
+def rewrite_matches(
+    program: Program, patterns: tuple[Pattern, ...], rewrite: Callable[[Match], Change]
+) -> PassResult:
+    """Rewrite what fits one of some patterns, wherever their anchor is, as often as one fits.
+
+    An anchor that is left, and at which the last pattern is recognizable, is skipped with a reason.
+
+    Args:
+        program: It stays as it is.
+        patterns: In the order in which they are tried.
+        rewrite: Replaces what was matched in its graph, so that it matches no more.
+    """
+    graph = shaped_graph(program)
+    changes, skips = [], []
+    for node in list(graph.nodes):
+        found: Match | Mismatch | None = None
+        while not (is_erased(node) or changes_nothing(node)):
+            found = match(node, *patterns)
+            if isinstance(found, Mismatch):
+                break
+            changes.append(rewrite(found))
+        if isinstance(found, Mismatch) and found.near:
+            skips.append(Change(node.name, "left as it is", found.reason, at=found.node.name))
+    return PassResult(program.evolve(graph=graph), tuple(changes), tuple(skips))
+
+
+def item(node: fx.Node, index: int) -> fx.Node:
+    """One of several results."""
+    return node.graph.call_function(operator.getitem, (node, index))
 
 
 class TensorNodes:

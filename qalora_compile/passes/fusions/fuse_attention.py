@@ -2,35 +2,146 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from qalora_compile.ir.meta import shape_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.transformer_fusions import Attention
+from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.shape_propagation import shaped_graph
-from qalora_compile.ir.spec import ATTENTION
 from qalora_compile.ir.stages import ANY_STAGE
 from qalora_compile.ir.torch_internals import is_erased
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.match import (
-    call,
-    heads_of_rows,
-    item,
+    Captured,
+    Match,
+    Op,
+    Pattern,
+    anchor,
+    anything,
+    const,
+    either,
+    node,
     number,
-    only_reader,
-    pair,
-    rows_of_heads,
-    through,
+    op,
 )
+from qalora_compile.passes.framework.no_ops import readers
+from qalora_compile.passes.framework.rewrite import item, rewrite_matches
+from qalora_compile.passes.fusions.head_layout import VIEWS, heads_of_rows, rows_of_heads, swapped
 
 _ATEN = torch.ops.aten
-_SDPA = _ATEN.scaled_dot_product_attention.default
-_VIEWS = (_ATEN.view.default, _ATEN.reshape.default)
-_OPTIONS = ("attn_mask", "dropout_p", "is_causal")
+
+
+def _keys(name: str) -> Pattern:
+    """Keys or values `[B, Hk, T, D]`, after a past or not, each head repeated or not."""
+    past = node(f"past_{name}").where(lambda m: m[f"past_{name}"].op == "placeholder")
+    with_past = op(_ATEN.cat.default, tensors=(past, node(name)), dim=const(-2, 2))
+    each = either(with_past.named(f"all_{name}"), node(name))
+    added = op(_ATEN.unsqueeze.default, self=each, dim=2)
+    sizes = anything(f"{name}_sizes")
+    repeated = op(*VIEWS, self=op(_ATEN.expand.default, self=added, size=sizes))
+    repeated = repeated.named(f"repeated_{name}").where(lambda m: _repeats(m, name))
+    return either(repeated, each, final=True)
+
+
+def _repeats(found: Captured, name: str) -> bool:
+    """Whether each head was repeated along an added axis, and the axes were joined."""
+    sizes = found[f"{name}_sizes"]
+    before, after = shape_of(found[name]), shape_of(found[f"repeated_{name}"])
+    if before is None or after is None or len(sizes) != 5:
+        return False
+    heads, repeats = before[1], sizes[2]
+    return isinstance(heads, int) and isinstance(repeats, int) and after[1] == heads * repeats
+
+
+def _takes_past(found: Captured) -> bool:
+    """Whether keys and values have a past that the operator can append to, or neither is seen to.
+
+    It gives all of them as results, which cannot be read before it has run (as Doge's mask is).
+    """
+    names = [name for name in ("key", "value") if f"all_{name}" in found]
+    return len(names) != 1 and not any(_is_read_early(found, name) for name in names)
+
+
+def _is_read_early(found: Captured, name: str) -> bool:
+    attention, total = found["attention"], found[f"all_{name}"]
+    path = set(_path(argument(attention, name), total))
+    return any(user < attention and user not in path for user in total.users)
+
+
+def _path(value: fx.Node, total: fx.Node) -> Iterator[fx.Node]:
+    """The nodes from `value` back to what it is made of."""
+    while value is not total:
+        yield value
+        value = argument(value, "self")
+
+
+def _are_computed(found: Captured) -> bool:
+    return not found["key"].op == found["value"].op == "placeholder"
+
+
+def _has_heads(found: Captured) -> bool:
+    shapes = [shape_of(found[name]) for name in ("query", "key", "value")]
+    return all(s is not None and len(s) == 4 and isinstance(s[1], int) for s in shapes)
+
+
+def _sizes(found: Captured | Match) -> tuple[Any, int, int]:
+    """Width of a head of q, number of heads of q, of k."""
+    (_, heads, _, width), kv = shape_of(found["query"]) or (), shape_of(found["key"]) or ()
+    return width, int(heads), int(kv[1])
+
+
+def _heads_fit(found: Captured) -> bool:
+    width, heads, kv_heads = _sizes(found)
+    return isinstance(width, int) and heads % kv_heads == 0
+
+
+_ATTENTION = (
+    op(
+        _ATEN.scaled_dot_product_attention.default,
+        dropout_p=const(0, otherwise="it drops values"),
+        is_causal=const(False, otherwise="it is causal from the first key on"),
+        query=node("query"),
+        key=_keys("key"),
+        value=_keys("value"),
+        attn_mask=anything("mask"),
+        scale=either(const(None), number("scale")),
+        enable_gqa=anything(),
+    )
+    .named("attention")
+    .recognizable()
+    .where(_takes_past)
+    .where(_are_computed, "its keys are an input, which every call would lay out in rows and back")
+    .where(_has_heads, "the number of heads is not known")
+    .where(_heads_fit, "the heads of q are no multiple of those of k")
+)
+
+
+def _has_one_reader(name: str) -> Callable[[Captured], bool]:
+    return lambda found: len(readers(found[name])) == 1
+
+
+def _in_rows(heads: Pattern) -> Op:
+    """The result as `[B, S, H · D]`, if it has no other reader."""
+    across = swapped(heads).named("across").where(_has_one_reader("across"))
+    return (
+        op(*VIEWS, self=across).named("rows").where(lambda m: len(shape_of(m["rows"]) or ()) == 3)
+    )
+
+
+_ALONE = anchor(_ATTENTION.where(_has_one_reader("attention")))
+_VIEWED = (
+    op(*VIEWS, self=_ALONE)
+    .named("viewed")
+    .where(lambda m: shape_of(m["viewed"]) == shape_of(m["attention"]))
+    .where(_has_one_reader("viewed"))
+)
+_PATTERNS = _in_rows(_VIEWED), _in_rows(_ALONE), _ATTENTION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +152,7 @@ class FuseAttention(Pass):
              %2 = aten.cat([%past.value, %v], -2)
              %3 = each head of %1 repeated for the heads of q that share it, %4 = of %2
              %5 = aten.scaled_dot_product_attention(%q, %3, %4, %mask, scale=0.25)
-             %6 = heads of %5 side by side                      [B, S, H · D]
+             %6 = heads of %5 in rows                           [B, S, H · D]
     After:   %7 = qalora.attention(rows of %q, %k, %v, %mask, %past.key, %past.value, 4, 2, 0.25)
              %6, %1, %2 = its three results
 
@@ -58,145 +169,28 @@ class FuseAttention(Pass):
 
     def call(self, program: Program) -> PassResult:
         """Fuse."""
-        graph = shaped_graph(program)
-        changes, skips = [], []
-        for node in list(graph.nodes):
-            if node.target is not _SDPA:
-                continue
-            found = _match(node)
-            if isinstance(found, str):
-                skips.append(Change(node.name, "left as it is", found))
-                continue
-            _rewrite(graph, found)
-            what = f"{found.heads} heads, {found.kv_heads} of keys and values"
-            changes.append(
-                Change(node.name, what, "with a past" if found.past else "without a past")
-            )
-        return PassResult(program.evolve(graph=graph), tuple(changes), tuple(skips))
+        return rewrite_matches(program, _PATTERNS, _rewrite)
 
 
-@dataclass(frozen=True)
-class _Attention:
-    """q, k, v `[B, H, S, D]`; the past, and the nodes that hold all keys and values."""
-
-    node: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    mask: fx.Node | None
-    past: tuple[fx.Node, fx.Node] | None
-    totals: tuple[fx.Node, fx.Node] | None
-    heads: int
-    kv_heads: int
-    scale: float
-
-
-def _match(node: fx.Node) -> _Attention | str:
-    """The attention around a node, or why it stays."""
-    options = dict(zip(_OPTIONS, node.args[3:], strict=False)) | dict(node.kwargs)
-    if options.get("dropout_p") or options.get("is_causal"):
-        return "it drops values, or is causal from the first key on"
-    q, keys, values = map(through, node.args[:3])
-    assert q is not None and keys is not None and values is not None
-    keys, values = _without_repeats(keys), _without_repeats(values)
-    first, second = _split_past(keys), _split_past(values)
-    past = totals = None
-    k, v = keys, values
-    early = [_read_early(part, node, node.args[at]) for at, part in ((1, keys), (2, values))]
-    if first is not None and second is not None and not any(early):
-        past, totals = (first[0], second[0]), (keys, values)
-        k, v = first[1], second[1]
-    if k.op == v.op == "placeholder":
-        return "its keys are an input, which every call would turn to rows and back"
-    shapes = [shape_of(part) for part in (q, k, v)]
-    if any(s is None or len(s) != 4 or not isinstance(s[1], int) for s in shapes):
-        return "the number of heads is not known"
-    heads, kv_heads = (int(s[1]) for s in shapes[:2] if s is not None)
-    width = shapes[0][3] if shapes[0] is not None else None
-    if not isinstance(width, int) or heads % kv_heads:
-        return "the heads of q are no multiple of those of k"
-    scale = number(options.get("scale"))
-    mask = options.get("attn_mask")
-    return _Attention(
-        node,
-        q,
-        k,
-        v,
-        mask if isinstance(mask, fx.Node) else None,
-        past,
-        totals,
-        heads,
-        kv_heads,
-        width**-0.5 if scale is None else scale,
-    )
-
-
-def _without_repeats(value: fx.Node) -> fx.Node:
-    """`[B, Hk, T, D]` behind `reshape(expand(unsqueeze(·, 2)))`, which repeats each head."""
-    reshaped = call(value, *_VIEWS)
-    expanded = call(reshaped[0], _ATEN.expand.default) if reshaped is not None else None
-    added = call(expanded[0], _ATEN.unsqueeze.default) if expanded is not None else None
-    if added is None or added[1] != 2:
-        return value
-    source, sizes = through(added[0]), (expanded or ((), ()))[1]
-    shape = None if source is None else shape_of(source)
-    whole = shape_of(value)
-    if source is None or shape is None or whole is None or len(sizes) != 5:
-        return value
-    repeats = sizes[2]
-    fits = isinstance(repeats, int) and isinstance(shape[1], int) and whole[1] == shape[1] * repeats
-    return source if fits else value
-
-
-def _split_past(value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Past and present of `cat([past, present], -2)`, where the past is an input."""
-    parts = pair(value, -2, 2)
-    return parts if parts is not None and parts[0].op == "placeholder" else None
-
-
-def _read_early(total: fx.Node, node: fx.Node, value: object) -> bool:
-    """Whether all keys or values are read before the attention, as Doge's mask is made of them.
-
-    The operator gives them as a result, which cannot be read before it has run.
-    """
-    path: set[object] = set()
-    while isinstance(value, fx.Node) and value is not total:
-        path.add(value)
-        value = value.args[0]
-    return any(user < node and user not in path for user in total.users)
-
-
-def _rewrite(graph: fx.Graph, found: _Attention) -> None:
-    rows_out = _side_by_side(found.node)
-    end = rows_out or found.node
-    with graph.inserting_before(found.node):
-        rows = [rows_of_heads(graph, part) for part in (found.q, found.k, found.v)]
-        past = found.past or (None, None)
-        sizes = (found.heads, found.kv_heads, found.scale)
-        new = graph.call_function(ATTENTION, (*rows, found.mask, *past, *sizes))
-        parts = [item(graph, new, index) for index in range(3)]
-        y = parts[0] if rows_out is not None else heads_of_rows(graph, parts[0], found.heads)
+def _rewrite(found: Match) -> Change:
+    (width, heads, kv_heads), scale = _sizes(found), found.captured.get("scale")
+    attention, end, graph = found["attention"], found.node, found.node.graph
+    names = [name for name in ("key", "value") if f"all_{name}" in found.captured]
+    with graph.inserting_before(attention):
+        rows = [rows_of_heads(found[name]) for name in ("query", "key", "value")]
+        past = [found[f"past_{name}"] for name in names] or [None, None]
+        scale = width**-0.5 if scale is None else float(scale)
+        new = Attention.create(graph, *rows, found["mask"], *past, heads, kv_heads, scale)
+        parts = [item(new, index) for index in range(3)]
+        y = parts[0] if "rows" in found.captured else heads_of_rows(parts[0], heads)
     y.meta["val"] = end.meta.get("val")
     end.replace_all_uses_with(y)
     erase_unread([end])
-    for total, part in zip(found.totals or (), parts[1:], strict=False):
+    for name, part in zip(names, parts[1:], strict=False):
+        total = found[f"all_{name}"]
         part.meta["val"] = total.meta.get("val")
         total.replace_all_uses_with(part, delete_user_cb=lambda user: not is_erased(user))
         erase_unread([total])
     erase_unread(parts)
-
-
-def _side_by_side(node: fx.Node) -> fx.Node | None:
-    """The node that holds the result as `[B, S, H · D]`, if the result has no other reader."""
-    reader = only_reader(node)
-    shape = shape_of(node)
-    if reader is not None and reader.target in _VIEWS and shape_of(reader) == shape:
-        reader = only_reader(reader)
-    if reader is None or reader.target is not _ATEN.transpose.int or set(reader.args[1:]) != {1, 2}:
-        return None
-    reader = only_reader(reader)
-    if reader is not None and reader.target is _ATEN.contiguous.default:
-        reader = only_reader(reader)
-    if reader is None or reader.target not in _VIEWS:
-        return None
-    return reader if len(shape_of(reader) or ()) == 3 else None
+    what = f"{heads} heads, {kv_heads} of keys and values"
+    return Change(attention.name, what, f"{'with' if names else 'without'} a past")

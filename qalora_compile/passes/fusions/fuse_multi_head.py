@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from qalora_compile.ir.meta import shape_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.transformer_fusions import (
+    Attention,
+    JoinGroups,
+    MultiHeadAttention,
+    SplitGroups,
+)
+from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.shape_propagation import shaped_graph
-from qalora_compile.ir.spec import ATTENTION, JOIN_GROUPS, MULTI_HEAD_ATTENTION, SPLIT_GROUPS
+from qalora_compile.ir.spec import ATTENTION
 from qalora_compile.ir.stages import ANY_STAGE
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
-from qalora_compile.passes.framework.match import item
+from qalora_compile.passes.framework.match import (
+    Match,
+    anything,
+    op,
+)
+from qalora_compile.passes.framework.rewrite import item, rewrite_matches
 
 _ATEN = torch.ops.aten
 _LOWEST = torch.finfo(torch.float32).min
 """Not −∞: a row of nothing else would give no number, in padding, which the next layer reads."""
+
+
+def _heads_of(mask: object) -> int | None:
+    """Size of the last axis but two, 1 where there is none; None where it is not known."""
+    shape = shape_of(mask) if isinstance(mask, fx.Node) else None
+    if shape is None or len(shape) < 2:
+        return None
+    size = shape[-3] if len(shape) > 2 else 1
+    return size if isinstance(size, int) else None
+
+
+_MASK = anything("mask").where(
+    lambda m: m["mask"] is None or _heads_of(m["mask"]) in (1, m["heads"]),
+    "the number of heads of the mask is not known",
+)
+_PATTERN = op(ATTENTION, heads=anything("heads"), mask=_MASK).recognizable()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +77,14 @@ class FuseMultiHead(Pass):
 
     def call(self, program: Program) -> PassResult:
         """Fuse."""
-        graph = shaped_graph(program)
-        biases = _Biases(graph)
-        changes, skips = [], []
-        for node in [n for n in graph.nodes if n.target is ATTENTION]:
-            mask, heads = node.args[3], node.args[6]
-            if mask is not None and _heads_of(mask) not in (1, heads):
-                skips.append(Change(node.name, "left as it is", "the mask's heads are not known"))
-                continue
-            new = _rewrite(graph, node, biases)
-            what = f"{heads} heads, {node.args[7]} of keys and values"
-            changes.append(Change(new.name, what))
-        return PassResult(program.evolve(graph=graph), tuple(changes), tuple(skips))
+        biases = _Biases()
+        return rewrite_matches(program, (_PATTERN,), lambda found: _rewrite(found, biases))
 
 
 @dataclass
 class _Biases:
     """What is added for each mask, made once, where it is first needed."""
 
-    graph: fx.Graph
     made: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     def get(self, mask: fx.Node, dtype: torch.dtype, heads: int, kv_heads: int) -> fx.Node:
@@ -77,7 +93,7 @@ class _Biases:
         if key not in self.made:
             numbers = self._numbers(mask, dtype)
             for _ in range(4 - len(shape_of(mask) or ())):
-                numbers = self.graph.call_function(_ATEN.unsqueeze.default, (numbers, 0))
+                numbers = mask.graph.call_function(_ATEN.unsqueeze.default, (numbers, 0))
             self.made[key] = self._rows(numbers, _heads_of(mask) == 1, kv_heads, heads // kv_heads)
         return self.made[key]
 
@@ -86,47 +102,41 @@ class _Biases:
         value = mask.meta.get("val")
         if not isinstance(value, Tensor) or value.dtype is not torch.bool:
             return mask
-        new = self.graph.call_function(_ATEN.where.Scalar, (mask, 0.0, _LOWEST))
+        new = mask.graph.call_function(_ATEN.where.Scalar, (mask, 0.0, _LOWEST))
         if dtype is torch.float32:
             return new
-        return self.graph.call_function(_ATEN.to.dtype, (new, dtype))
+        return mask.graph.call_function(_ATEN.to.dtype, (new, dtype))
 
-    def _rows(self, bias: fx.Node, shared: bool, kv_heads: int, groups: int) -> fx.Node:
+    @staticmethod
+    def _rows(bias: fx.Node, shared: bool, kv_heads: int, groups: int) -> fx.Node:
         """The rows of all heads of a group, one head after another."""
         if groups == 1:
             return bias
         if shared:
-            return self.graph.call_function(_ATEN.cat.default, ([bias] * groups, 2))
-        each = self.graph.call_function(_ATEN.unflatten.int, (bias, 1, [kv_heads, groups]))
-        return self.graph.call_function(_ATEN.flatten.using_ints, (each, 2, 3))
+            return bias.graph.call_function(_ATEN.cat.default, ([bias] * groups, 2))
+        each = bias.graph.call_function(_ATEN.unflatten.int, (bias, 1, [kv_heads, groups]))
+        return bias.graph.call_function(_ATEN.flatten.using_ints, (each, 2, 3))
 
 
-def _heads_of(mask: object) -> int | None:
-    """Size of the last axis but two, 1 where there is none; None where it is not known."""
-    shape = shape_of(mask) if isinstance(mask, fx.Node) else None
-    if shape is None or len(shape) < 2:
-        return None
-    size = shape[-3] if len(shape) > 2 else 1
-    return size if isinstance(size, int) else None
-
-
-def _rewrite(graph: fx.Graph, node: fx.Node, biases: _Biases) -> fx.Node:
-    q, k, v, mask, past_key, past_value, heads, kv_heads, scale = cast(tuple[Any, ...], node.args)
-    groups = heads != kv_heads
+def _rewrite(found: Match, biases: _Biases) -> Change:
+    node, old = found.node, Attention.of(found.node)
+    graph, heads, kv_heads = node.graph, old.heads, old.kv_heads
+    grouped = heads != kv_heads
     with graph.inserting_before(node):
-        bias = None if mask is None else biases.get(mask, _dtype(node), heads, kv_heads)
-        rows = graph.call_function(JOIN_GROUPS, (q, heads, kv_heads)) if groups else q
-        args = (rows, k, v, bias, past_key, past_value, kv_heads, scale)
-        new = graph.call_function(MULTI_HEAD_ATTENTION, args)
-    for old in list(node.users):
-        with graph.inserting_before(old):
-            part = item(graph, new, cast(int, old.args[1]))
-            if groups and old.args[1] == 0:
-                part = graph.call_function(SPLIT_GROUPS, (part, heads, kv_heads))
-        part.meta["val"] = old.meta.get("val")
-        old.replace_all_uses_with(part)
-        erase_unread([old])
-    return new
+        bias = old.mask and biases.get(old.mask, _dtype(node), heads, kv_heads)
+        rows = JoinGroups.create(graph, old.q, heads, kv_heads) if grouped else old.q
+        rest = old.k, old.v, bias, old.past_key, old.past_value, kv_heads, old.scale
+        new = MultiHeadAttention.create(graph, rows, *rest)
+    for result in list(node.users):
+        index = argument(result, "b")
+        with graph.inserting_before(result):
+            part = item(new, index)
+            if grouped and index == 0:
+                part = SplitGroups.create(graph, part, heads, kv_heads)
+        part.meta["val"] = result.meta.get("val")
+        result.replace_all_uses_with(part)
+        erase_unread([result])
+    return Change(new.name, f"{heads} heads, {kv_heads} of keys and values")
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

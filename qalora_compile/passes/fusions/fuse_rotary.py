@@ -10,24 +10,118 @@ from torch import fx
 
 from qalora_compile.ir.meta import shape_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.transformer_fusions import RotaryEmbedding
+from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.shape_propagation import shaped_graph
-from qalora_compile.ir.spec import ROTARY_EMBEDDING
 from qalora_compile.ir.stages import ANY_STAGE
-from qalora_compile.ir.torch_internals import is_erased
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.match import (
-    call,
-    heads_of_rows,
-    only_reader,
-    operands,
-    pair,
-    rows_of_heads,
-    through,
+    Captured,
+    Match,
+    Op,
+    Pattern,
+    add,
+    anchor,
+    anything,
+    const,
+    either,
+    match,
+    mul,
+    node,
+    number,
+    op,
 )
+from qalora_compile.passes.framework.rewrite import rewrite_matches
+from qalora_compile.passes.fusions.head_layout import heads_of_rows, rows_of_heads
 
 _ATEN = torch.ops.aten
-_ELEMENTWISE = (_ATEN.cos.default, _ATEN.sin.default)
+_LAST = -1, 3
+
+_TWICE = op(_ATEN.cat.default, tensors=(node("half"), node("half")), dim=-1)
+_OF_EACH = either(
+    op(_ATEN.cos.default, _ATEN.sin.default, self=node("inner")),
+    op(_ATEN.mul.Tensor, self=node("inner"), other=number("factor")),
+)
+
+
+def _has_equal_halves(table: fx.Node) -> bool:
+    """Whether a value is computed, element by element, from `cat([f, f], -1)`."""
+    if isinstance(match(table, _TWICE), Match):
+        return True
+    found = match(table, _OF_EACH)
+    return isinstance(found, Match) and _has_equal_halves(found["inner"])
+
+
+def _table(name: str) -> Op:
+    """The table `[B, S, R]` behind `unsqueeze(table, 1)`, whose halves are equal."""
+    unknown = "cos and sin are not seen to be computed from two equal halves"
+    table = node(name).where(lambda m: _has_equal_halves(m[name]), unknown)
+    return op(_ATEN.unsqueeze.default, self=table, dim=1).otherwise(unknown)
+
+
+def _slice(x: Pattern, name: str) -> Op:
+    """Some values of each head."""
+    bounds = {"dim": anything(), "start": anything(), "end": anything()}
+    return op(_ATEN.slice.Tensor, self=x, **bounds).named(name)
+
+
+def _width(x: fx.Node) -> int | str:
+    return (shape_of(x) or (0,))[-1]
+
+
+def _is(found: Captured, name: str, source: str, begin: int | str, end: int | str) -> bool:
+    """Whether a slice of a captured source has these bounds, along the last axis."""
+    dim, first, last = (argument(found[name], operand) for operand in ("dim", "start", "end"))
+    sizes = first, last, _width(found[source])
+    fits = dim in _LAST and all(isinstance(size, int) for size in sizes)
+    return fits and (first, min(sizes[1:])) == (begin, end)
+
+
+def _has_heads(found: Captured) -> bool:
+    shape = shape_of(found["x"]) or ()
+    return len(shape) == 4 and isinstance(shape[1], int)
+
+
+def _are_halves(found: Captured) -> bool:
+    width = _width(found["x"])
+    if not isinstance(width, int):
+        return False
+    middle = width // 2
+    return _is(found, "first", "x", 0, middle) and _is(found, "second", "x", middle, width)
+
+
+def _rotation(x: Pattern) -> Op:
+    """`x · cos + cat([−second half of x, first half of x]) · sin`."""
+    crossed = (
+        op(
+            _ATEN.cat.default,
+            tensors=(
+                op(_ATEN.neg.default, self=_slice(x, "second")),
+                _slice(x, "first").recognizable(),
+            ),
+            dim=const(*_LAST),
+        )
+        .where(_has_heads, "the number of heads is not known")
+        .where(_are_halves, "what changes places is not the two halves of what is rotated")
+    )
+    return add(mul(x, _table("cos")), mul(anchor(crossed), _table("sin"))).named("rotated")
+
+
+_PART = op(
+    _ATEN.cat.default,
+    tensors=(
+        _rotation(_slice(node("source"), "x")).where(lambda m: len(m["rotated"].users) == 1),
+        _slice(node("source"), "rest"),
+    ),
+    dim=const(*_LAST),
+).where(
+    lambda m: (
+        _is(m, "x", "source", 0, _width(m["x"]))
+        and _is(m, "rest", "source", _width(m["x"]), _width(m["source"]))
+    )
+)
+"""The first values of each head are rotated, and the rest put behind them again."""
+_ALL = _rotation(node("x").otherwise("cos and the two halves belong to different values"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +137,7 @@ class FuseRotary(Pass):
              %7 = aten.add.Tensor(%1, %6)
     After:   %7 = qalora.rotary_embedding(rows of %x, half of %cos, half of %sin, heads)
 
-    with x `[B, H, S, D]` as rows of heads, `[B, S, H · D]`, and the result turned back.
+    with x `[B, H, S, D]` in rows, `[B, S, H · D]`, and the result with heads as an axis again.
 
     Fires on: that pattern where cos and sin, `[B, 1, S, R]`, are computed from two equal halves;
     also where only the first R values of a head are rotated and the others put behind them again.
@@ -57,144 +151,35 @@ class FuseRotary(Pass):
 
     def call(self, program: Program) -> PassResult:
         """Fuse."""
-        graph = shaped_graph(program)
-        halves = _Halves(graph)
-        changes = []
-        for node in list(graph.nodes):
-            found = None if is_erased(node) else _match(node)
-            if found is None:
-                continue
-            with graph.inserting_before(found.end):
-                rows = rows_of_heads(graph, found.x)
-                tables = halves.get(found.cos), halves.get(found.sin)
-                turned = graph.call_function(ROTARY_EMBEDDING, (rows, *tables, found.heads))
-                new = heads_of_rows(graph, turned, found.heads)
-            new.meta["val"] = found.end.meta.get("val")
-            found.end.replace_all_uses_with(new)
-            erase_unread([found.end])
-            changes.append(Change(turned.name, f"rotary embedding of {found.heads} heads"))
-        reasons = [(node.name, _why_not(node)) for node in graph.nodes]
-        skips = tuple(Change(name, "left as it is", why) for name, why in reasons if why)
-        return PassResult(program.evolve(graph=graph), tuple(changes), skips)
-
-
-def _why_not(node: fx.Node) -> str:
-    """Why a sum of a value and its crossed halves is no rotation; empty where it is no such sum."""
-    for straight, crossed in operands(node, _ATEN.add.Tensor):
-        for x, cos in operands(straight, _ATEN.mul.Tensor):
-            for turned, sin in operands(crossed, _ATEN.mul.Tensor):
-                parts, inner = pair(turned, -1, 3), through(x)
-                if parts is None or call(parts[0], _ATEN.neg.default) is None:
-                    continue
-                first = call(parts[1], _ATEN.slice.Tensor)
-                if inner is None or first is None or through(first[0]) is not inner:
-                    continue
-                shape = shape_of(inner)
-                if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
-                    return "the number of heads is not known"
-                if _table(cos) is None or _table(sin) is None:
-                    return "cos and sin are not seen to be computed from two equal halves"
-                return "what changes places is not the two halves of what is rotated"
-    return ""
-
-
-@dataclass(frozen=True)
-class _Rotation:
-    """x `[B, H, S, D]`, the tables `[B, S, R]`, and the node that holds the result."""
-
-    x: fx.Node
-    cos: fx.Node
-    sin: fx.Node
-    heads: int
-    end: fx.Node
+        halves, patterns = _Halves(), (_PART, _ALL)
+        return rewrite_matches(program, patterns, lambda found: _rewrite(found, halves))
 
 
 @dataclass
 class _Halves:
     """The first half of each table, made once, where the table is."""
 
-    graph: fx.Graph
     made: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def get(self, table: fx.Node) -> fx.Node:
         """The half."""
         if table not in self.made:
             width = table.meta["val"].shape[-1]
-            with self.graph.inserting_after(table):
-                self.made[table] = self.graph.call_function(
+            with table.graph.inserting_after(table):
+                self.made[table] = table.graph.call_function(
                     _ATEN.slice.Tensor, (table, -1, 0, width // 2)
                 )
         return self.made[table]
 
 
-def _match(node: fx.Node) -> _Rotation | None:
-    for straight, crossed in operands(node, _ATEN.add.Tensor):
-        for x, cos in operands(straight, _ATEN.mul.Tensor):
-            for turned, sin in operands(crossed, _ATEN.mul.Tensor):
-                tables = _table(cos), _table(sin)
-                inner = through(x)
-                if inner is None or tables[0] is None or tables[1] is None:
-                    continue
-                shape = shape_of(inner) or ()
-                fits = len(shape) == 4 and isinstance(shape[1], int)
-                if fits and _is_rotated(turned, inner, tables[0]):
-                    return _full_rotation(node, inner, tables[0], tables[1], int(shape[1]))
-    return None
-
-
-def _is_rotated(value: object, x: fx.Node, table: fx.Node) -> bool:
-    """Whether `value` is `cat([−second half of x, first half of x])`."""
-    width = table.meta["val"].shape[-1]
-    parts = pair(value, -1, 3)
-    second = call(parts[0], _ATEN.neg.default) if parts is not None else None
-    return (
-        parts is not None
-        and second is not None
-        and _slice(parts[1], x) == (0, width // 2)
-        and _slice(second[0], x) == (width // 2, width)
-    )
-
-
-def _slice(value: object, x: fx.Node) -> tuple[int, int] | None:
-    """Begin and end of a slice of x along its last axis."""
-    found = call(value, _ATEN.slice.Tensor)
-    width = (shape_of(x) or (0,))[-1]
-    if found is None or through(found[0]) is not x or found[1] not in (-1, 3) or len(found) != 4:
-        return None
-    begin, end = found[2:]
-    if not (isinstance(begin, int) and isinstance(end, int) and isinstance(width, int)):
-        return None
-    return begin, min(end, width)
-
-
-def _table(value: object) -> fx.Node | None:
-    """The table `[B, S, R]` behind `unsqueeze(table, 1)`, if its halves are equal."""
-    found = call(value, _ATEN.unsqueeze.default)
-    table = through(found[0]) if found is not None and found[1] == 1 else None
-    return table if table is not None and _has_equal_halves(table) else None
-
-
-def _has_equal_halves(table: fx.Node) -> bool:
-    """Whether a value is computed, element by element, from `cat([f, f], -1)`."""
-    node: fx.Node | None = table
-    while node is not None:
-        if node.target is _ATEN.cat.default:
-            parts = pair(node, -1)
-            return parts is not None and parts[0] is parts[1]
-        scaled = node.target is _ATEN.mul.Tensor and isinstance(node.args[1], (int, float))
-        if not scaled and node.target not in _ELEMENTWISE:
-            return False
-        node = through(node.args[0])
-    return False
-
-
-def _full_rotation(end: fx.Node, x: fx.Node, cos: fx.Node, sin: fx.Node, heads: int) -> _Rotation:
-    """The rotation; where x is the first part of heads, and the rest follows, of whole heads."""
-    found, reader = call(x, _ATEN.slice.Tensor), only_reader(end)
-    source = through(found[0]) if found is not None else None
-    parts = pair(reader, -1, 3) if reader is not None else None
-    if source is not None and reader is not None and parts is not None and parts[0] is end:
-        width, full = cos.meta["val"].shape[-1], (shape_of(source) or (0,))[-1]
-        if _slice(x, source) == (0, width) and _slice(parts[1], source) == (width, full):
-            return _Rotation(source, cos, sin, heads, reader)
-    return _Rotation(x, cos, sin, heads, end)
+def _rewrite(found: Match, halves: _Halves) -> Change:
+    end, x = found.node, found.captured.get("source", found["x"])
+    heads = int((shape_of(x) or ())[1])
+    with end.graph.inserting_before(end):
+        tables = halves.get(found["cos"]), halves.get(found["sin"])
+        rotated = RotaryEmbedding.create(end.graph, rows_of_heads(x), *tables, heads)
+        new = heads_of_rows(rotated, heads)
+    new.meta["val"] = end.meta.get("val")
+    end.replace_all_uses_with(new)
+    erase_unread([end])
+    return Change(rotated.name, f"rotary embedding of {heads} heads")

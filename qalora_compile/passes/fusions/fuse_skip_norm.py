@@ -3,21 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from qalora_compile.ir.meta import shape_of, site_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.transformer_fusions import SkipRmsNorm
+from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.shape_propagation import shaped_graph
-from qalora_compile.ir.spec import RMS_NORM, SKIP_RMS_NORM
+from qalora_compile.ir.spec import RMS_NORM
 from qalora_compile.ir.stages import ANY_STAGE
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
-from qalora_compile.passes.framework.match import item, through
+from qalora_compile.passes.framework.match import (
+    Captured,
+    Match,
+    anything,
+    const,
+    node,
+    op,
+)
+from qalora_compile.passes.framework.no_ops import readers, through
+from qalora_compile.passes.framework.rewrite import item, rewrite_matches
 
-_ADD = torch.ops.aten.add.Tensor
+
+def _shapes_agree(found: Captured) -> bool:
+    return shape_of(found["x"]) == shape_of(found["skip"])
+
+
+def _is_read_later(found: Captured) -> bool:
+    """Whether nothing needs the sum before the norm, which then computes it."""
+    return not any(reader < found["norm"] for reader in readers(found["total"]))
+
+
+_SUM = (
+    op(
+        torch.ops.aten.add.Tensor,
+        self=node("x"),
+        other=node("skip").otherwise("a number is added"),
+        alpha=const(1, otherwise="the sum has a factor"),
+    )
+    .recognizable()
+    .named("total")
+    .where(lambda m: site_of(m["total"]) is None, "the sum is the output of a layer")
+    .where(lambda m: len(shape_of(m["x"]) or ()) == 3, "the sum has not three axes")
+    .where(_shapes_agree, "the shapes of the summands differ")
+)
+_NORM = (
+    op(RMS_NORM, x=_SUM, weight=anything("weight"), eps=anything("eps"))
+    .named("norm")
+    .where(_is_read_later, "the sum is read before the norm is computed")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,51 +78,28 @@ class FuseSkipNorm(Pass):
 
     def call(self, program: Program) -> PassResult:
         """Fuse."""
-        graph = shaped_graph(program)
-        changes, skips = [], []
-        place = {node: number for number, node in enumerate(graph.nodes)}
-        for norm in [node for node in graph.nodes if node.target is RMS_NORM]:
-            total, weight, eps = norm.args
-            if not isinstance(total, fx.Node) or total.target is not _ADD:
-                continue
-            _skip_casts(total)
-            why = _unfit(total, norm, place)
-            if why is not None:
-                skips.append(Change(norm.name, "left as it is", why))
-                continue
-            _rewrite(graph, norm, total, (weight, eps))
-            changes.append(Change(norm.name, "sum and root-mean-square norm"))
-        return PassResult(program.evolve(graph=graph), tuple(changes), tuple(skips))
+        return rewrite_matches(program, (_NORM,), _rewrite)
 
 
-def _skip_casts(total: fx.Node) -> None:
-    """Let readers of casts that change nothing read the sum: the casts stand before the norm."""
-    for user in list(total.users):
-        if through(user) is total:
-            user.replace_all_uses_with(total)
-            erase_unread([user])
-
-
-def _unfit(total: fx.Node, norm: fx.Node, place: dict[fx.Node, int]) -> str | None:
-    """Why a sum cannot be computed with its norm; None where it can."""
-    if site_of(total) is not None:
-        return "the sum is the output of a layer"
-    shapes = [shape_of(part) if isinstance(part, fx.Node) else None for part in total.args]
-    if len(shapes) != 2 or total.kwargs or shapes[0] is None or len(shapes[0]) != 3:
-        return "the sum has no three axes, or a factor"
-    if shapes[0] != shapes[1]:
-        return "the shapes of the summands differ"
-    if any(place.get(user, len(place)) < place[norm] for user in total.users):
-        return "the sum is read before the norm is computed"
-    return None
-
-
-def _rewrite(graph: fx.Graph, norm: fx.Node, total: fx.Node, rest: tuple[Any, ...]) -> None:
-    with graph.inserting_before(norm):
-        new = graph.call_function(SKIP_RMS_NORM, (*total.args, *rest))
-        parts = item(graph, new, 0), item(graph, new, 1)
+def _rewrite(found: Match) -> Change:
+    norm, total = found["norm"], found["total"]
+    _skip_casts(total)
+    summands = argument(total, "self"), argument(total, "other")
+    with norm.graph.inserting_before(norm):
+        new = SkipRmsNorm.create(norm.graph, *summands, found["weight"], found["eps"])
+        parts = item(new, 0), item(new, 1)
     for old, part in zip((norm, total), parts, strict=True):
         part.meta["val"] = old.meta.get("val")
         old.replace_all_uses_with(part)
         erase_unread([old])
     erase_unread(parts)
+    return Change(norm.name, "sum and root-mean-square norm")
+
+
+def _skip_casts(total: fx.Node) -> None:
+    """Let readers of casts that change nothing read the sum: the casts stand before the norm."""
+    for user in list(total.users):
+        if through(user) is through(total):
+            _skip_casts(user)
+            user.replace_all_uses_with(total)
+            erase_unread([user])
