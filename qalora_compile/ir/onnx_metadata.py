@@ -86,7 +86,7 @@ def read_onnx_metadata(path: Path) -> OnnxMetadata:
     value = parse_json(text, path, what=f"the metadata of {path.name}", finite=True)
     with explain_metadata(path):
         return OnnxMetadata(
-            version=str(value["version"]),
+            version=str(value.get("version", "")),
             target=str(value["target"]),
             stage=str(value["stage"]),
             history=tuple(map(str, value["history"])),
