@@ -55,7 +55,7 @@ class OnnxMetadata:
         version: Of the package that wrote it.
         target: The export target.
         stage, history: Of the program.
-        signature: For `Signature.from_json`.
+        signature: For `Signature.from_json`; empty in a file that has none.
         layers: Every row of the site plan.
         site_values: Name of each site → name of the value that it gives.
     """
@@ -86,11 +86,11 @@ def read_onnx_metadata(path: Path) -> OnnxMetadata:
     value = parse_json(text, path, what=f"the metadata of {path.name}", finite=True)
     with explain_metadata(path):
         return OnnxMetadata(
-            version=str(value["version"]),
+            version=str(value.get("version", "")),
             target=str(value["target"]),
             stage=str(value["stage"]),
             history=tuple(map(str, value["history"])),
-            signature=value["signature"],
+            signature=value.get("signature", {}),
             layers=tuple(map(_layer, value["layers"])),
             site_values={str(site): str(name) for site, name in value["site_values"].items()},
         )

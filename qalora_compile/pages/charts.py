@@ -29,6 +29,8 @@ _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)"} | {
 _NAMED_TICKS = 40
 """With more bars than these, every n-th has its name below it; the pointer shows them all."""
 _INCHES = (7.6, 3.0)
+_BINS = 60
+"""Of a histogram: of equal width, from the least to the largest value."""
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qalora",
@@ -150,14 +152,12 @@ def bar_chart(
     return _drawn(draw, "", y, legend=len(series) > 1, titles=titles)
 
 
-def histogram(values: ArrayLike, *, x: str, bins: int = 60, log_y: bool = True) -> Chart:
-    """How many values lie where.
+def histogram(values: ArrayLike, *, x: str) -> Chart:
+    """How many values lie where; counts on a logarithmic axis, so that few outliers are seen.
 
     Args:
         values: Numbers, or an array of them. What is not finite is not drawn; a remark counts it.
         x: What they are.
-        bins: Of equal width, from the least to the largest value.
-        log_y: Whether counts are drawn on a logarithmic axis, so that few outliers are seen.
 
     Raises:
         UserInputError: there are no values.
@@ -170,11 +170,11 @@ def histogram(values: ArrayLike, *, x: str, bins: int = 60, log_y: bool = True) 
     finite = given[np.isfinite(given)]
 
     def draw(axes: Any) -> list[str]:
-        counts, edges = np.histogram(finite, bins)
+        counts, edges = np.histogram(finite, _BINS)
         held = counts > 0
         widths = np.diff(edges)[held]
         axes.bar(edges[:-1][held], counts[held], widths, align="edge", color=_colour(0))
-        if log_y and held.any():
+        if held.any():
             axes.set_yscale("log")
         lost = given.size - finite.size
         return [f"{lost} values that are not finite are not drawn"] if lost else []

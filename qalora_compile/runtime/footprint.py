@@ -41,10 +41,6 @@ def main(arguments: list[str]) -> None:
     print(peak_memory() - before)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
-
-
 def peak_memory() -> int:
     """Bytes of the largest resident set so far; 0 where the system does not say."""
     try:  # not getrusage: on Linux that counts what ran before exec, too
@@ -82,3 +78,7 @@ def time_tokens(model: LanguageModel, prompt: int, count: int) -> tuple[float, f
     for total in range(prompt + 1, prompt + count + 1):
         _, cache = model.step(ids[:, :1], np.ones((1, total), np.int64), cache)
     return between - begin, (time.perf_counter() - between) / max(count, 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -38,28 +38,13 @@ from qalora_compile.ir.torch_internals import (
 _ATEN = torch.ops.aten
 _COMPOSED = frozenset(
     {
-        _ATEN.__and__.Tensor,
-        _ATEN.__or__.Tensor,
-        _ATEN.chunk.default,
-        _ATEN.contiguous.default,
-        _ATEN.conv1d.default,
-        _ATEN.conv2d.default,
-        _ATEN.dropout.default,
-        _ATEN.flatten.using_ints,
-        _ATEN.layer_norm.default,
-        _ATEN.linear.default,
-        _ATEN.matmul.default,
-        _ATEN.reshape.default,
+        *(_ATEN.__and__.Tensor, _ATEN.__or__.Tensor, _ATEN.where.Scalar, _ATEN.where.ScalarOther),
+        *(_ATEN.to.device, _ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.type_as.default),
+        *(_ATEN.chunk.default, _ATEN.contiguous.default, _ATEN.reshape.default),
+        *(_ATEN.flatten.using_ints, _ATEN.unflatten.int, _ATEN.sym_size.int),
+        *(_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.linear.default, _ATEN.matmul.default),
+        *(_ATEN.dropout.default, _ATEN.layer_norm.default, _ATEN.softmax.int),
         _ATEN.scaled_dot_product_attention.default,
-        _ATEN.softmax.int,
-        _ATEN.sym_size.int,
-        _ATEN.to.device,
-        _ATEN.to.dtype,
-        _ATEN.to.dtype_layout,
-        _ATEN.type_as.default,
-        _ATEN.unflatten.int,
-        _ATEN.where.Scalar,
-        _ATEN.where.ScalarOther,
     }
 )
 """Operators that torch makes of others, and whose own translations the tests have seen to be right;

@@ -15,28 +15,11 @@ from qalora_compile.ir.signature import PAST, InputLeaf, Signature
 
 CONFIG_FILE = "genai_config.json"
 _KNOWN_TYPES = frozenset(
-    [
-        "chatglm",
-        "ernie4_5",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "gptoss",
-        "granite",
-        "internlm2",
-        "llama",
-        "mistral",
-        "nemotron",
-        "olmo",
-        "phi",
-        "phi3",
-        "phi3small",
-        "phimoe",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-    ]
+    {
+        *("chatglm", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gpt2", "gptoss", "granite"),
+        *("internlm2", "llama", "mistral", "nemotron", "olmo", "phi", "phi3", "phi3small"),
+        *("phimoe", "qwen2", "qwen3", "smollm3"),
+    }
 )
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ANY_DECODER = "decoder"

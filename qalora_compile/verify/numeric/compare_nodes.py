@@ -18,6 +18,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call, split_call, widened
 from qalora_compile.progress import track
+from qalora_compile.untrusted.artifacts import ArtifactKind, find_artifact
 from qalora_compile.verify.inputs import sample_inputs
 from qalora_compile.verify.numeric.adversarial_inputs import adversarial_inputs
 from qalora_compile.verify.numeric.decoding_calls import decoding_calls, every_token
@@ -159,13 +160,14 @@ def _absent_outputs(a: Graph, b: Graph, tried: str) -> list[ValueRow]:
 def _program(thing: Program | str | Path) -> Program:
     if isinstance(thing, Program):
         return thing
-    if not (Path(thing) / "program.json").exists():
+    found = find_artifact(thing)
+    if found is None or found.kind is not ArtifactKind.PROGRAM:
         raise UserInputError(
             "the reference is no program: only a program runs in float64",
             where=str(thing),
             hint="give a Program, or a folder of Program.save, finetune or fold",
         )
-    return Program.load(Path(thing))
+    return Program.load(found.path)
 
 
 def _working(candidate: Program | str | Path) -> torch.dtype:

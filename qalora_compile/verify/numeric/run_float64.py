@@ -62,7 +62,8 @@ def run_nodes(
     Args:
         program: What to run.
         leaves: Checked flat inputs, in signature order.
-        names: The nodes whose values are wanted; those that are no tensors are left out.
+        names: The nodes whose values are wanted; those that are no tensors are left out. Without
+            names the program runs to its outputs.
         dtype: What every floating tensor and every floating dtype in the graph becomes: `float64`
             makes what the program means, up to 2⁻⁵³, on the weights as they are stored. None runs
             the program as it is.
@@ -72,7 +73,7 @@ def run_nodes(
     Raises:
         UserInputError: the program does not run on these inputs.
     """
-    runner = _At(program.module, names, dtype, noise)
+    runner = _At(program.module, names or None, dtype, noise)
     previous = torch.get_default_dtype()
     with program.evaluating():
         if dtype is not None:

@@ -30,18 +30,8 @@ _UNARY = {
     "cos": "Cos",
     "abs": "Abs",
 }
-_SAME = (
-    "aten.alias.default",
-    "aten.contiguous.default",
-    "aten.clone.default",
-    "aten.detach.default",
-    "aten.lift_fresh_copy.default",
-)
+_SAME = ("alias", "contiguous", "clone", "detach", "lift_fresh_copy")
 _MODAL = ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
-
-
-def _line(m: Semantics, node: Node) -> str:
-    return m.line(node)
 
 
 def _first(m: Semantics, node: Node) -> Term:
@@ -49,44 +39,44 @@ def _first(m: Semantics, node: Node) -> Term:
 
 
 def _unary(op: str) -> OpSemantics:
-    return lambda m, node: term(op, [_first(m, node)], line=_line(m, node))
+    return lambda m, node: term(op, [_first(m, node)], line=m.line(node))
 
 
 def _add(m: Semantics, node: Node) -> Term | None:
     if node.options.get("alpha", 1) != 1:
         return None
-    return m.algebra.sum([m.of(a) for a in node.args[:2]], _line(m, node))
+    return m.algebra.sum([m.of(a) for a in node.args[:2]], m.line(node))
 
 
 def _subtract(m: Semantics, node: Node) -> Term | None:
     if node.options.get("alpha", 1) != 1:
         return None
     a, b = (m.of(v) for v in node.args[:2])
-    return m.algebra.sum([a, m.algebra.negated(b, _line(m, node))], _line(m, node))
+    return m.algebra.sum([a, m.algebra.negated(b, m.line(node))], m.line(node))
 
 
 def _multiply(m: Semantics, node: Node) -> Term:
-    return m.algebra.product([m.of(a) for a in node.args[:2]], _line(m, node))
+    return m.algebra.product([m.of(a) for a in node.args[:2]], m.line(node))
 
 
 def _divide(m: Semantics, node: Node) -> Term | None:
     a, b = (m.of(v) for v in node.args[:2])
     if a.dtype not in FLOATS or node.options.get("rounding_mode") is not None:
         return None  # of integers ONNX's Div gives integers
-    return m.algebra.product([a, m.algebra.inverse(b, _line(m, node))], _line(m, node))
+    return m.algebra.product([a, m.algebra.inverse(b, m.line(node))], m.line(node))
 
 
 def _negate(m: Semantics, node: Node) -> Term:
-    return m.algebra.negated(_first(m, node), _line(m, node))
+    return m.algebra.negated(_first(m, node), m.line(node))
 
 
 def _reciprocal(m: Semantics, node: Node) -> Term:
-    return m.algebra.inverse(_first(m, node), _line(m, node))
+    return m.algebra.inverse(_first(m, node), m.line(node))
 
 
 def _inverse_root(m: Semantics, node: Node) -> Term:
-    root = term("sqrt", [_first(m, node)], line=_line(m, node))
-    return m.algebra.inverse(root, _line(m, node))
+    root = term("sqrt", [_first(m, node)], line=m.line(node))
+    return m.algebra.inverse(root, m.line(node))
 
 
 def _power(m: Semantics, node: Node) -> Term | None:
@@ -95,17 +85,17 @@ def _power(m: Semantics, node: Node) -> Term | None:
         return None
     exponent = float(exponent)
     if exponent in (2, 3):
-        return m.algebra.product([base] * int(exponent), _line(m, node))
+        return m.algebra.product([base] * int(exponent), m.line(node))
     if exponent == -0.5:
         return _inverse_root(m, node)
     wide = base.dtype == "float64"
     shown = as_number(m.of(node.args[1]), exact=True) if wide else exponent
-    return term("pow", [base], shown, line=_line(m, node))
+    return term("pow", [base], shown, line=m.line(node))
 
 
 def _silu(m: Semantics, node: Node) -> Term:
     x = _first(m, node)
-    return m.algebra.product([x, term("sigmoid", [x], line=_line(m, node))], _line(m, node))
+    return m.algebra.product([x, term("sigmoid", [x], line=m.line(node))], m.line(node))
 
 
 def _modal(m: Semantics, node: Node) -> Term | None:
@@ -116,14 +106,14 @@ def _modal(m: Semantics, node: Node) -> Term | None:
 def _gelu(m: Semantics, node: Node) -> Term | None:
     if node.options.get("approximate", "none") != "none" or len(node.args) > 1:
         return None
-    x, a, line = _first(m, node), m.algebra, _line(m, node)
+    x, a, line = _first(m, node), m.algebra, m.line(node)
     inner = term("erf", [a.product([x, a.number(math.sqrt(0.5))], line)], line=line)
     return a.product([a.number(0.5), x, a.sum([a.number(1.0), inner], line)], line)
 
 
 def _normed(m: Semantics, node: Node, eps: float, weight: Any) -> Term:
     """X / √(mean(x²) + eps) · weight."""
-    x, a, line = _first(m, node), m.algebra, _line(m, node)
+    x, a, line = _first(m, node), m.algebra, m.line(node)
     mean = term("mean", [a.product([x, x], line)], "last, kept", line=line)
     root = term("sqrt", [a.sum([mean, a.number(eps)], line)], line=line)
     return a.product([x, a.inverse(root, line), m.of(weight)], line)
@@ -153,7 +143,7 @@ def _layer_norm(m: Semantics, node: Node, eps: float, operands: tuple[Any, ...])
     args = [m.of(v) for v in operands if v is not None]
     given = [v is not None for v in (*operands, None)[:3]]
     detail = f"{m.algebra.rounded(eps)!r}, {given}"
-    return term("layer_norm", args, detail, line=_line(m, node))
+    return term("layer_norm", args, detail, line=m.line(node))
 
 
 def _fx_layer_norm(m: Semantics, node: Node) -> Term | None:
@@ -174,26 +164,26 @@ def _fx_mean(m: Semantics, node: Node) -> Term | None:
         return None
     if node.options.get("dtype") not in (None, _first(m, node).dtype):
         return None  # another precision to compute in
-    return term("mean", [_first(m, node)], "last, kept", line=_line(m, node))
+    return term("mean", [_first(m, node)], "last, kept", line=m.line(node))
 
 
 def _onnx_mean(m: Semantics, node: Node) -> Term | None:
     axes = node.options.get("axes") or integers(m.graph, node.arg(1))
     if tuple(axes or ()) != (-1,) or node.options.get("keepdims", 1) != 1:
         return None
-    return term("mean", [_first(m, node)], "last, kept", line=_line(m, node))
+    return term("mean", [_first(m, node)], "last, kept", line=m.line(node))
 
 
 def _fx_softmax(m: Semantics, node: Node) -> Term | None:
     if node.arg(1, "dim") != -1 or node.arg(2, "dtype") not in (None, _first(m, node).dtype):
         return None
-    return term("softmax", [_first(m, node)], "last", line=_line(m, node))
+    return term("softmax", [_first(m, node)], "last", line=m.line(node))
 
 
 def _onnx_softmax(m: Semantics, node: Node) -> Term | None:
     if node.options.get("axis", -1) != -1:
         return None
-    return term("softmax", [_first(m, node)], "last", line=_line(m, node))
+    return term("softmax", [_first(m, node)], "last", line=m.line(node))
 
 
 def _take_rows(m: Semantics, table: Any, ids: Any, line: str) -> Term | None:
@@ -204,13 +194,13 @@ def _take_rows(m: Semantics, table: Any, ids: Any, line: str) -> Term | None:
 
 
 def _embedding(m: Semantics, node: Node) -> Term | None:
-    return _take_rows(m, node.args[0], node.args[1], _line(m, node))
+    return _take_rows(m, node.args[0], node.args[1], m.line(node))
 
 
 def _gather(m: Semantics, node: Node) -> Term | None:
     if node.options.get("axis", 0) != 0:
         return None
-    return _take_rows(m, node.args[0], node.args[1], _line(m, node))
+    return _take_rows(m, node.args[0], node.args[1], m.line(node))
 
 
 def _transposed(m: Semantics, operand: Any) -> Term | None:
@@ -221,23 +211,23 @@ def _transposed(m: Semantics, operand: Any) -> Term | None:
 
 
 def _matmul(m: Semantics, node: Node) -> Term:
-    return term("matmul", [m.of(v) for v in node.args[:2]], line=_line(m, node))
+    return term("matmul", [m.of(v) for v in node.args[:2]], line=m.line(node))
 
 
 def _fx_linear(m: Semantics, node: Node) -> Term | None:
     weight = _transposed(m, node.args[1])
     if weight is None:
         return None
-    product = term("matmul", [_first(m, node), weight], line=_line(m, node))
+    product = term("matmul", [_first(m, node), weight], line=m.line(node))
     bias = node.arg(2, "bias")
-    return product if bias is None else m.algebra.sum([product, m.of(bias)], _line(m, node))
+    return product if bias is None else m.algebra.sum([product, m.of(bias)], m.line(node))
 
 
 def _addmm(m: Semantics, node: Node) -> Term | None:
     if node.options:
         return None
-    product = term("matmul", [m.of(v) for v in node.args[1:3]], line=_line(m, node))
-    return m.algebra.sum([m.of(node.args[0]), product], _line(m, node))
+    product = term("matmul", [m.of(v) for v in node.args[1:3]], line=m.line(node))
+    return m.algebra.sum([m.of(node.args[0]), product], m.line(node))
 
 
 def _gemm(m: Semantics, node: Node) -> Term | None:
@@ -248,9 +238,9 @@ def _gemm(m: Semantics, node: Node) -> Term | None:
     weight = _transposed(m, node.args[1]) if turned else m.of(node.args[1])
     if weight is None:
         return None
-    product = term("matmul", [_first(m, node), weight], line=_line(m, node))
+    product = term("matmul", [_first(m, node), weight], line=m.line(node))
     bias = node.arg(2)
-    return product if bias is None else m.algebra.sum([product, m.of(bias)], _line(m, node))
+    return product if bias is None else m.algebra.sum([product, m.of(bias)], m.line(node))
 
 
 def _transpose(m: Semantics, node: Node) -> Term | None:
@@ -270,23 +260,17 @@ def _fx_cast(m: Semantics, node: Node) -> Term | None:
         dtype = node.arg(2, "dtype")
     if node.options.get("layout") not in (None, "strided"):
         return None
-    return m.algebra.cast(_first(m, node), dtype, _line(m, node))
+    return m.algebra.cast(_first(m, node), dtype, m.line(node))
 
 
 def _type_as(m: Semantics, node: Node) -> Term | None:
     like = m.of(node.args[1]).dtype
-    return (
-        None if like in (None, UNKNOWN) else m.algebra.cast(_first(m, node), like, _line(m, node))
-    )
+    return None if like in (None, UNKNOWN) else m.algebra.cast(_first(m, node), like, m.line(node))
 
 
 def _onnx_cast(m: Semantics, node: Node) -> Term | None:
     dtype = ONNX_TYPES.get(int(node.options["to"]))
-    return None if dtype is None else m.algebra.cast(_first(m, node), dtype, _line(m, node))
-
-
-def _same(m: Semantics, node: Node) -> Term:
-    return _first(m, node)
+    return None if dtype is None else m.algebra.cast(_first(m, node), dtype, m.line(node))
 
 
 def _onnx_dropout(m: Semantics, node: Node) -> Term | None:
@@ -294,7 +278,7 @@ def _onnx_dropout(m: Semantics, node: Node) -> Term | None:
     if node.output:
         return None
     if mode is not None and not _is_false(m.graph, mode):
-        return term("dropout", [_first(m, node)], line=_line(m, node))
+        return term("dropout", [_first(m, node)], line=m.line(node))
     return _first(m, node)
 
 
@@ -320,14 +304,14 @@ def _fx_batch_norm(m: Semantics, node: Node) -> Term | None:
     if node.args[5] or None in node.args[1:5]:
         return None
     detail = repr(m.algebra.rounded(node.args[7]))
-    return term("batch_norm", [m.of(v) for v in node.args[:5]], detail, line=_line(m, node))
+    return term("batch_norm", [m.of(v) for v in node.args[:5]], detail, line=m.line(node))
 
 
 def _onnx_batch_norm(m: Semantics, node: Node) -> Term | None:
     if node.options.get("training_mode", 0) or node.output:
         return None
     detail = repr(m.algebra.rounded(node.options.get("epsilon", 1e-5)))
-    return term("batch_norm", [m.of(v) for v in node.args[:5]], detail, line=_line(m, node))
+    return term("batch_norm", [m.of(v) for v in node.args[:5]], detail, line=m.line(node))
 
 
 def integers(graph: Graph, operand: Any) -> list[int] | None:
@@ -342,7 +326,7 @@ def integers(graph: Graph, operand: Any) -> list[int] | None:
 
 _FX: dict[str, OpSemantics] = {
     **{f"aten.{op}.default": _unary(op) for op in _UNARY},
-    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys((f"aten.{name}.default" for name in _SAME), _first),
     **dict.fromkeys((f"aten.{name}.default" for name in _MODAL), _modal),
     **dict.fromkeys(("aten.add.Tensor", "aten.add.Scalar"), _add),
     **dict.fromkeys(("aten.sub.Tensor", "aten.sub.Scalar"), _subtract),
@@ -370,7 +354,7 @@ _FX: dict[str, OpSemantics] = {
 }
 _ONNX: dict[str, OpSemantics] = {
     **{f"onnx.{name}": _unary(op) for op, name in _UNARY.items()},
-    "onnx.Identity": _same,
+    "onnx.Identity": _first,
     "onnx.Dropout": _onnx_dropout,
     "onnx.Add": _add,
     "onnx.Sub": _subtract,

@@ -8,32 +8,26 @@ from __future__ import annotations
 from qalora_compile.verify.proof.graphs.graph import Node
 
 _LAYOUT = ("dtype", "layout", "device", "pin_memory", "non_blocking", "copy", "memory_format")
+_DROPOUTS = ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
+_TWO = (
+    *("aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Scalar", "aten.mm.default"),
+    *("aten.matmul.default", "aten.type_as.default", "aten.pow.Tensor_Scalar"),
+    *("onnx.Add", "onnx.Sub", "onnx.Mul", "onnx.Div", "onnx.Pow", "onnx.MatMul"),
+)
+_SUMS = ("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar")
 _KNOWN: dict[str, tuple[int, tuple[str, ...]]] = {
+    **dict.fromkeys(_TWO, (2, ())),
     # ATen: how many operands, and which keyword arguments
-    "aten.contiguous.default": (1, ("memory_format",)),
-    "aten.clone.default": (1, ("memory_format",)),
-    "aten.dropout.default": (3, ()),
-    "aten.dropout_.default": (3, ()),
-    "aten.feature_dropout.default": (3, ()),
-    "aten.alpha_dropout.default": (3, ()),
-    "aten.add.Tensor": (2, ("alpha",)),
-    "aten.add.Scalar": (2, ("alpha",)),
-    "aten.sub.Tensor": (2, ("alpha",)),
-    "aten.sub.Scalar": (2, ("alpha",)),
-    "aten.mul.Tensor": (2, ()),
-    "aten.mul.Scalar": (2, ()),
+    **dict.fromkeys(("aten.contiguous.default", "aten.clone.default"), (1, ("memory_format",))),
+    **{f"aten.{name}.default": (3, ()) for name in _DROPOUTS},
+    **dict.fromkeys(_SUMS, (2, ("alpha",))),
     "aten.div.Tensor": (2, ("rounding_mode",)),
-    "aten.div.Scalar": (2, ()),
     "aten.to.dtype": (5, _LAYOUT),
     "aten.to.device": (6, _LAYOUT),
     "aten.to.dtype_layout": (1, _LAYOUT),
-    "aten.mm.default": (2, ()),
-    "aten.matmul.default": (2, ()),
     "aten.transpose.int": (3, ()),
     "aten.rms_norm.default": (4, ("weight", "eps")),
     "qalora.rms_norm.default": (3, ()),
-    "aten.type_as.default": (2, ()),
-    "aten.pow.Tensor_Scalar": (2, ()),
     "aten.gelu.default": (1, ("approximate",)),
     "aten.mean.dim": (3, ("keepdim", "dtype")),
     "aten.layer_norm.default": (6, ("weight", "bias", "eps", "cudnn_enable")),
@@ -46,11 +40,6 @@ _KNOWN: dict[str, tuple[int, tuple[str, ...]]] = {
     "aten.slice.Tensor": (5, ("dim", "start", "end", "step")),
     # ONNX: how many operands, and which attributes
     "onnx.Dropout": (3, ("seed",)),
-    "onnx.Add": (2, ()),
-    "onnx.Sub": (2, ()),
-    "onnx.Mul": (2, ()),
-    "onnx.Div": (2, ()),
-    "onnx.Pow": (2, ()),
     "onnx.Gelu": (1, ("approximate",)),
     "onnx.ReduceMean": (2, ("axes", "keepdims", "noop_with_empty_axes")),
     "onnx.LayerNormalization": (3, ("axis", "epsilon", "stash_type")),
@@ -58,7 +47,6 @@ _KNOWN: dict[str, tuple[int, tuple[str, ...]]] = {
     "onnx.BatchNormalization": (5, ("epsilon", "momentum", "training_mode")),
     "onnx.Softmax": (1, ("axis",)),
     "onnx.Gather": (2, ("axis",)),
-    "onnx.MatMul": (2, ()),
     "onnx.Gemm": (3, ("alpha", "beta", "transA", "transB")),
     "onnx.Transpose": (1, ("perm",)),
     "onnx.Cast": (1, ("to", "saturate")),  # saturate is for the types of eight bits
