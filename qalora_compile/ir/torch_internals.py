@@ -34,11 +34,15 @@ from torch.utils import _pytree as pytree  # wish: torch.utils.pytree, with path
 from torch.utils._python_dispatch import TorchDispatchMode  # wish: in torch.overrides
 
 __all__ = [
+    "CustomOpDef",
+    "DimDynamic",
     "FakeTensor",
     "FakeTensorMode",
+    "FunctionSchema",
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
+    "ShapeEnv",
     "TorchDispatchMode",
     "enable_python_dispatcher",
     "is_concrete_int",
