@@ -46,7 +46,8 @@ def function_schema() -> None:
         ("self", False), ("other", False), ("alpha", True),
     ]  # fmt: skip
     assert [str(a.real_type) for a in schema.arguments] == ["Tensor", "Tensor", "number"]
-    assert schema.arguments[2].has_default_value() and not schema.arguments[0].is_out
+    assert schema.arguments[2].has_default_value() and schema.arguments[2].default_value == 1
+    assert not schema.arguments[0].is_out
     mark = schema.arguments[0].alias_info
     assert mark is not None and mark.is_write
     assert [str(each.type) for each in schema.returns] == ["Tensor"]
