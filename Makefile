@@ -60,6 +60,10 @@ test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the comman
 test-ended: $(VENV)/installed-dev ## kill commands at 50 random moments each, and fill their disk at 50 points
 	QALORA_TRIES=50 $(BIN)/python -m pytest -q -m slow tests/e2e/test_ended.py $(ARGS)
 
+.PHONY: test-newest
+test-newest: $(VENV)/installed-dev ## try the newest torch, transformers, onnx and onnxruntime: which private names broke
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_newest.py
+
 .PHONY: native-check
 native-check: ## run the operator library's own tests: sanitizers, fuzzer, -O3
 	scripts/check_native.sh host

@@ -47,7 +47,7 @@ _HINTS = (
     (
         ("Unsupported input type", "pytree"),
         "pass tensors, numbers, booleans, strings or containers of them; register other types "
-        "with torch.utils._pytree.register_dataclass or register_pytree_node",
+        "with torch.export.register_dataclass or torch.utils._pytree.register_pytree_node",
     ),
 )
 _HINT = (

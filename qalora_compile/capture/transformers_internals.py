@@ -1,9 +1,7 @@
 """Every private or undocumented name of transformers that this package uses, once each.
 
-All other files call the functions here, so that an upgrade of transformers that changes one of the
-names is mended in this file. `tests/capture/test_transformers_internals.py` has a case for each
-name, and `tests/ground/test_seams.py` keeps them out of all other files. "Wish" names the public
-interface that would make a private name unnecessary.
+An upgrade that changes one of them is mended in this file; `make test-newest` says which it was.
+"Wish" names the public interface that would make a private name unnecessary.
 """
 
 from __future__ import annotations
@@ -28,37 +26,25 @@ def new_model(kind: Any, config: Any, dtype: torch.dtype | None) -> Any:
 
 
 def kept_in_float32(model: Any, dtype: torch.dtype | None) -> Iterable[str]:
-    """Names, with `*`, of what an architecture keeps in float32 when it is loaded in `dtype`.
-
-    Wish: `PreTrainedModel.get_dtype_plan`.
-    """
+    """Names, with `*`, of what is kept in float32 under `dtype`. Wish: the same, public."""
     plan: Mapping[str, torch.dtype] = model._get_dtype_plan(dtype)
     return plan
 
 
 def ignored_keys(model: Any) -> Iterable[str]:
-    """Patterns of the names in a checkpoint that a model knows of and does not read.
-
-    Wish: a report of `from_pretrained` that lists these names apart from unexpected ones.
-    """
+    """Patterns of names that a model knows of and does not read. Wish: in the loading report."""
     return getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
 
 
 def untied_weights(model: Any) -> dict[str, str]:
-    """Tensors that the configuration ties and the checkpoint holds apart, with their owners.
-
-    Wish: the same in the report of `from_pretrained`.
-    """
+    """Name → owner of tensors tied by config.json, and not in the files. Wish: in the report."""
     expected = model.get_expanded_tied_weights_keys(all_submodels=True)
     tied = model.all_tied_weights_keys
     return {name: owner for name, owner in expected.items() if name not in tied}
 
 
 def gguf_names(model: Any) -> set[str]:
-    """Names of the tensors of a GGUF file that are read for a model.
-
-    Wish: missing and unexpected names in the report of `from_pretrained(gguf_file=…)`.
-    """
+    """Names of the tensors of a GGUF file that a model reads. Wish: in the loading report."""
     files = require(
         "transformers.modeling_gguf_pytorch_utils", extra="hf", purpose="read GGUF files"
     )
@@ -82,7 +68,7 @@ def load_in_one_thread() -> Iterator[None]:
 
 @contextmanager
 def batched_experts(model: Any) -> Iterator[None]:
-    """Run experts in a way that looks at no value and at no dtype, where a model has them.
+    """Run experts, if any, without a look at values and dtypes.
 
     Wish: a `set_experts_implementation` that reaches classes derived outside of transformers.
     """
@@ -100,10 +86,7 @@ def batched_experts(model: Any) -> Iterator[None]:
 def replaced_attention(
     name: str, replace: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Let all models compute an implementation of attention by `replace(the implementation)`.
-
-    Wish: an `AttentionInterface.register` that gives back what was registered before.
-    """
+    """Let models run `replace(f)` for the attention f. Wish: `AttentionInterface.unregister`."""
     utilities = require("transformers.modeling_utils", extra="hf", purpose="capture with a cache")
     functions = utilities.ALL_ATTENTION_FUNCTIONS
     before = functions[name]
@@ -117,10 +100,7 @@ def replaced_attention(
 
 
 def filled_cache(past: Iterable[Mapping[str, Tensor]]) -> Any:
-    """A `DynamicCache` that holds the `key` and `value` of each layer; no window drops any.
-
-    Wish: a `DynamicCache` made of tensors, which `torch.export` can trace.
-    """
+    """A cache of each layer's `key` and `value`, without windows. Wish: `DynamicCache(tensors)`."""
     caches = _caches()
     cache = caches.DynamicCache()
     for tensors in past:
@@ -132,10 +112,7 @@ def filled_cache(past: Iterable[Mapping[str, Tensor]]) -> Any:
 
 
 def recording_cache(layers: int) -> Any:
-    """An empty `EncoderDecoderCache` that keeps the first keys and values it is given as they are.
-
-    Wish: a public base class for the layers of a cache.
-    """
+    """A cache that keeps the first keys and values as they are. Wish: a public class of layers."""
     caches = _caches()
 
     class Keep(caches.DynamicLayer):  # type: ignore[misc, name-defined]
@@ -155,10 +132,7 @@ def _caches() -> Any:
 
 
 def rope_types(module: nn.Module) -> dict[str | None, str]:
-    """Type of layer → kind of a rotary embedding, under None if all layers share it; or nothing.
-
-    Wish: a public base class of rotary embeddings.
-    """
+    """Layer type (or None) → kind of a rotary embedding. Wish: a base class of such modules."""
     kinds = getattr(module, "rope_type", None)
     if not type(module).__module__.startswith("transformers.") or kinds is None:
         return {}

@@ -1,9 +1,7 @@
 """Every private name of torch that this package uses, once each.
 
-The rest of the package imports these names from here, so that an upgrade of torch that changes one
-of them is mended in this file. `tests/ir/test_torch_internals.py` has a case for each name, and
-`tests/ground/test_seams.py` keeps private names out of all other files. "Wish" names the public
-interface that would make a private name unnecessary.
+An upgrade that changes one of them is mended in this file; `make test-newest` says which it was.
+"Wish" names the public interface that would make a private name unnecessary.
 """
 
 from __future__ import annotations
@@ -34,11 +32,15 @@ from torch.utils import _pytree as pytree  # wish: torch.utils.pytree, with path
 from torch.utils._python_dispatch import TorchDispatchMode  # wish: in torch.overrides
 
 __all__ = [
+    "CustomOpDef",
+    "DimDynamic",
     "FakeTensor",
     "FakeTensorMode",
+    "FunctionSchema",
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
+    "ShapeEnv",
     "TorchDispatchMode",
     "enable_python_dispatcher",
     "is_concrete_int",
@@ -125,10 +127,7 @@ def share_call_tree(source: fx.Graph, target: fx.Graph) -> None:
 
 
 def set_arguments(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Replace the arguments of a node at once.
-
-    Wish: an `fx.Node.args` and `kwargs` whose assignment does not file the node anew each time.
-    """
+    """Replace the arguments of a node at once. Wish: `fx.Node.set_arguments`."""
     node._update_args_kwargs(args, kwargs)
 
 
@@ -149,10 +148,7 @@ def write_count(tensor: Tensor) -> int:
 
 
 def with_buffer(module: nn.Module, name: str, value: Tensor) -> nn.Module:
-    """A shallow copy of a module, with another value for one buffer; the module keeps its own.
-
-    Wish: `torch.func.functional_call` with a function in place of the module's `forward`.
-    """
+    """A shallow copy with another buffer. Wish: `functional_call` of another forward."""
     copied = copy.copy(module)
     copied._buffers = {**copied._buffers, name: value}
     return copied

@@ -48,7 +48,7 @@ def _without_stored_form(spec: pytree.TreeSpec, why: object) -> UnsupportedError
         f"the model takes or returns containers that have no stored form: {why}",
         where=str(spec),
         hint="take and return tensors in tuples, lists, dicts, transformers' output classes, or "
-        "dataclasses registered with torch.utils._pytree.register_dataclass",
+        "dataclasses registered with torch.export.register_dataclass",
     )
 
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from qalora_compile.errors import InternalError
+from qalora_compile.ir.torch_internals import OpOverload, overload_of, schema_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,7 +48,7 @@ def _parameters(target: Any) -> dict[str, tuple[int, Any]]:
     if isinstance(target, OpOverload):
         pairs = [
             (a.name, a.default_value if a.has_default_value() else _REQUIRED)
-            for a in target._schema.arguments
+            for a in schema_of(target).arguments
         ]
     elif callable(target):
         pairs = [
@@ -160,7 +160,7 @@ VIEWS: dict[OpOverload, type[OperatorView]] = {}
 
 @cache
 def _kinds(target: OpOverload) -> dict[str, tuple[str, type | tuple[type, ...]]]:
-    return {a.name: _KINDS[str(a.real_type)] for a in target._schema.arguments}
+    return {a.name: _KINDS[str(a.real_type)] for a in schema_of(target).arguments}
 
 
 def view_of(operator: Any) -> Callable[[type[_V]], type[_V]]:
@@ -169,7 +169,7 @@ def view_of(operator: Any) -> Callable[[type[_V]], type[_V]]:
     Raises:
         InternalError: its fields are not the arguments of the schema, in order and of their types.
     """
-    target: OpOverload = operator._opoverload
+    target = overload_of(operator)
 
     def register(view: type[_V]) -> type[_V]:
         fields = {field.name: field.type for field in dataclasses.fields(view)}
