@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
 import re
 from pathlib import Path
@@ -52,7 +51,9 @@ def resolves(name: str) -> bool:
     """Whether a dotted name can be imported, or reached by attributes."""
     module, *rest = name.split(".")
     try:
-        functools.reduce(reach, rest, importlib.import_module(module))
+        found: object = importlib.import_module(module)
+        for part in rest:
+            found = reach(found, part)
     except ImportError:
         return False
     return True
