@@ -1,18 +1,20 @@
-"""The paper's claim at our scale: what fine-tuning is left with after quantization.
+"""What remains of a fine-tuning after quantization: the paper's claim at our scale.
 
 A sentence encoder learns to judge film reviews, or a language model to name the topic of an article
-(`benchmarks.accuracy_tasks`). For each width of codes and seed, accuracy on held-out texts of
+(`benchmarks.accuracy_tasks`). For each width of codes and each seed, it prints the accuracy on
+held-out texts of
 
-* `ptq`: the quantized model, only the head, where the model has one, fitted to it;
+* `ptq`: the quantized model; only the head, where the model has one, is fitted to it;
 * `merged`: LoRA trained on the float weights, merged into them, then quantized;
 * `qa-lora`: pooled adapters trained on the quantized weights, then folded: the same size and speed;
 * `unmerged`: LoRA trained next to the quantized weights and kept in float: the upper reference;
-* `scale`: the scales alone trained, zero-points whole numbers, as some runtimes want them;
-* `integer`: pooled adapters whose zero-points are rounded to whole numbers while they train;
-* `float`: LoRA beside the float weights, never quantized.
+* `scale`: only the scales are trained; zero-points stay integers, as some runtimes require;
+* `integer`: pooled adapters whose zero-points are rounded to integers while they train;
+* `float`: LoRA on the float weights, never quantized.
 
-All train on the same batches, with the same rank, alpha, steps and learning rate; heads are trained
-along. Every finished cell is a line of the file `--cells`; a cell that is there is not run again.
+All methods train on the same batches, with the same rank, alpha, steps and learning rate; heads are
+trained along. Every finished cell is a line of the file `--cells`; a cell that is there is not run
+again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The two tasks of `benchmarks.accuracy`: a sentence encoder with a head, and a language model.
 
-Both are models of `(input_ids, attention_mask)` that give one vector a text, `[B, F]`; a head
-makes scores of classes from it. The encoder's head is a linear layer that trains along. The
-language model needs none: its vector is the logits of the next token, a class a word's first token.
+Both are models of `(input_ids, attention_mask)` that give one vector for each text, `[B, F]`; a
+head computes scores of classes from it. The encoder's head is a linear layer that trains along. The
+language model needs none: its vector is the logits of the next token, and a class is the first
+token of a word.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class _NextToken(nn.Module):
 class Topics(Task):
     """SmolLM2-135M-Instruct names the topic of a news article from its first 32 tokens.
 
-    All texts have one length, so that none is padded. The loss is over the whole vocabulary; for
+    All texts have one length, so that none is padded. The loss is over the complete vocabulary; for
     the accuracy the five topics stand to choose from.
     """
 

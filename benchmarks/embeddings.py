@@ -1,7 +1,7 @@
 """What quantized embeddings and heads save and cost, on SmolLM2-135M: bytes, speed, perplexity.
 
-The layers are 4 bits in groups of 32 throughout; the embedding, tied to the head, is float32, 8 or
-4 bits. Each form is exported with a key-value cache; sessions are alternated token by token.
+The layers always have 4 bits in groups of 32; the embedding, tied to the head, has float32, 8 or 4
+bits. Each form is exported with a key-value cache, and sessions are alternated token by token.
 """
 
 from __future__ import annotations

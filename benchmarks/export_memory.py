@@ -1,8 +1,8 @@
-"""Peak memory and time of `qalora-compile quantize` as models grow: it must not grow with them.
+"""Peak memory and time of `qalora-compile quantize` as models grow: memory must not grow with them.
 
 Writes Llama checkpoints of random weights (bfloat16 safetensors in shards, as model hubs have
 them), quantizes each in a process of its own, and reads that process's peak resident set from the
-operating system. Free disk is checked first.
+operating system. Free disk space is checked first.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Where the time of an export with a key-value cache goes, and how it grows with the layers.
 
-A Llama with the widths of SmolLM2-135M and random weights is saved as a checkpoint and goes the way
-of `qalora-compile quantize`: capture with the cache, passes (on shapes), translation to ONNX, and
-writing, where the weights are read and quantized. Depths are alternated; medians.
+A Llama with the widths of SmolLM2-135M and random weights is saved as a checkpoint and takes the
+route of `qalora-compile quantize`: capture with the cache, passes (on shapes), translation to ONNX,
+and writing, where the weights are read and quantized. Depths are alternated; figures are medians.
 
-Exits with 1 where 30 layers take more than 60 s, passes a tenth of all or more, or a doubling of
-the layers costs more than 2.2 times.
+Exits with 1 where 30 layers take more than 60 s, where passes take a tenth of the total or more, or
+where a doubling of the layers costs more than 2.2 times.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ class Result:
             for n, row in self.seconds.items()
             if (share := row[PASSES] / row[TOTAL]) >= MOST_OF_ALL
         ]
-        whole = self.seconds.get(DEPTH, {}).get(TOTAL, 0.0)
-        if whole > MOST_SECONDS:
-            found.append(f"{DEPTH} layers take {whole:.0f} s, more than {MOST_SECONDS:.0f}")
+        total = self.seconds.get(DEPTH, {}).get(TOTAL, 0.0)
+        if total > MOST_SECONDS:
+            found.append(f"{DEPTH} layers take {total:.0f} s, more than {MOST_SECONDS:.0f}")
         return found
 
 

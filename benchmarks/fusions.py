@@ -1,8 +1,8 @@
-"""Ways to write a transformer's parts, in ONNX Runtime: `--fusion none`, `standard` and `ort`.
+"""The forms of a transformer's norms and attention in ONNX Runtime: `--fusion none, standard, ort`.
 
 A Llama with the shape of SmolLM2-135M and random weights, quantized to 4 bits in groups of 32, is
-exported each way with its key-value cache. All sessions, with the operator library and on stock
-kernels, are alternated in one process; medians.
+exported in each form with its key-value cache. All sessions, with the operator library and on stock
+kernels, are alternated in one process; figures are medians.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """What a good start is worth: SVD initialisation, ranks and bits within a budget, on SmolLM2-135M.
 
-Perplexity on held-out BBC articles of
+Measures perplexity on held-out BBC articles of
 
 * adapters that start at zero and as the best foldable correction, for ranks and bits (`start`);
-* one rank for all layers and ranks spread over them, at equal parameters (`ranks`);
-* one width for all codes and widths spread over the layers, at equal bytes (`bits`);
+* one rank for all layers, and ranks distributed over them, at equal parameters (`ranks`);
+* one width for all codes, and widths distributed over the layers, at equal bytes (`bits`);
 
 and the held-out loss of a short training on their topics from each start (`train`). Calibration
-data are other articles. The model is itself stored in 4 bits in groups of 32: larger groups, or
-fewer bits, lose something. Needs the packages that `examples/assets.py` fetches.
+data are other articles. The model itself is stored in 4 bits in groups of 32, so only larger groups
+or fewer bits lose something. Needs the packages that `examples/assets.py` fetches.
 """
 
 from __future__ import annotations
@@ -124,9 +124,9 @@ def load(options: argparse.Namespace) -> Bench:
     source = load_source(str(model_path()))
     texts = (" ".join(text.split()) for text, _ in articles())
     tokens = (tuple(source.tokenizer(text).input_ids[: options.length]) for text in texts)
-    whole = (Example(row, row) for row in tokens if len(row) == options.length)
-    held_out = tuple(next(whole) for _ in range(options.articles))
-    calibration = [next(whole) for _ in range(options.calibration)]
+    complete = (Example(row, row) for row in tokens if len(row) == options.length)
+    held_out = tuple(next(complete) for _ in range(options.articles))
+    calibration = [next(complete) for _ in range(options.calibration)]
     captured = source.capture()
     calls = calibration_calls(captured, calibration, len(calibration))
     return Bench(source, captured, held_out, calls, options)
@@ -146,19 +146,19 @@ def start(bench: Bench) -> Iterator[Row]:
 
 
 def ranks(bench: Bench) -> Iterator[Row]:
-    """One rank, and ranks spread over the layers at as many parameters."""
+    """One rank, and ranks distributed over the layers at as many parameters."""
     for bits in bench.options.bits:
         quantized = bench.quantize(bits=bits)
         for rank in bench.options.uniform:
             uniform = bench.row("ranks", "uniform", bench.adapt(quantized, rank=rank, init="svd"))
             yield uniform
             budget = uniform.parameters
-            spread = bench.adapt(quantized, rank="auto", rank_budget=budget, init="svd")
-            yield bench.row("ranks", "auto", spread)
+            adapted = bench.adapt(quantized, rank="auto", rank_budget=budget, init="svd")
+            yield bench.row("ranks", "auto", adapted)
 
 
 def bits(bench: Bench) -> Iterator[Row]:
-    """One width, and widths, and groups too, spread over the layers at as many bytes."""
+    """One width, and widths, and groups too, distributed over the layers at as many bytes."""
     for width in bench.options.bits:
         uniform = bench.row("bits", "uniform", bench.quantize(bits=width))
         yield uniform
@@ -180,12 +180,12 @@ def train(bench: Bench) -> Iterator[Row]:
     quantized = bench.quantize(bits=bench.options.bits[0])
     rank = bench.options.uniform[-1]
     budget = sum(p.numel() for p in bench.adapt(quantized, rank=rank).adapter_parameters())
-    spread = {"rank": "auto", "rank_budget": budget}
+    chosen = {"rank": "auto", "rank_budget": budget}
     forms: dict[str, dict[str, Any]] = {
         "uniform, zeros": {"rank": rank},
         "uniform, svd": {"rank": rank, "init": "svd"},
-        "auto, zeros": spread,
-        "auto, svd": spread | {"init": "svd"},
+        "auto, zeros": chosen,
+        "auto, svd": chosen | {"init": "svd"},
     }
     for seed, (form, adapter) in itertools.product(bench.options.seeds, forms.items()):
         program = bench.adapt(quantized, seed=seed, **adapter)

@@ -1,12 +1,12 @@
 """Run a folded model's GGUF file in llama.cpp, and compare its greedy tokens with ONNX Runtime's.
 
-llama.cpp is built from the source package of llama-cpp-python, once, into an environment of its
-own: `--build` compiles on one core, niced, which takes from a quarter of an hour to an hour. On a
-CPU it multiplies Q4_1 weights by activations that it rounds to int8, block by block, so its logits
-differ from those of float32 by what that costs; ONNX Runtime is run on float32 activations and, for
-the size of such a difference, on int8 ones too. As a control, llama.cpp also runs the very weights
-of the file written out as F32, which it multiplies by activations in float32: what differs then is
-not the runtime's arithmetic.
+`--build` builds llama.cpp from the source package of llama-cpp-python, once, into an environment of
+its own. It compiles on one core, niced, which takes from a quarter of an hour to an hour. On a CPU,
+llama.cpp multiplies Q4_1 weights by activations that it rounds to int8, block by block, so its
+logits differ from those of float32 by that rounding. ONNX Runtime is run on float32 activations
+and, to show the size of such a difference, on int8 ones too. As a control, llama.cpp also runs the
+weights of the same file written as F32, which it multiplies by activations in float32: what differs
+then is not the runtime's arithmetic.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def common(first: list[int], second: list[int]) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), len(first))
 
 
-def whole(equal: list[int], tokens: int) -> str:
+def matching(equal: list[int], tokens: int) -> str:
     """How many continuations are equal to the last token."""
     return f"{sum(count == tokens for count in equal)} of {len(equal)}"
 
@@ -149,7 +149,7 @@ def run_llama(python: Path, job: dict[str, Any], scratch: Path, name: str) -> di
 
 
 def measure(options: argparse.Namespace, python: Path, scratch: Path) -> dict[str, Any]:
-    """Export both ways, generate, compare."""
+    """Export for both runtimes, generate, compare."""
     folder = Path(options.folder)
     program, _ = load_run(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER)
@@ -200,9 +200,11 @@ def measure(options: argparse.Namespace, python: Path, scratch: Path) -> dict[st
         "llama_cpp_python": found["version"],
         "tokens": options.tokens,
         "rows": [asdict(row) for row in rows],
-        "equal to the last token": whole([row.equal for row in rows], options.tokens),
-        "as F32": whole([row.float_equal for row in rows], options.tokens),
-        "ONNX Runtime on int8 activations": whole([row.int8_equal for row in rows], options.tokens),
+        "equal to the last token": matching([row.equal for row in rows], options.tokens),
+        "as F32": matching([row.float_equal for row in rows], options.tokens),
+        "ONNX Runtime on int8 activations": matching(
+            [row.int8_equal for row in rows], options.tokens
+        ),
         "prompts cut into the same tokens": f"{cut_alike} of {len(prompts)}",
         "rounding of weights": max(row.relative_error for row in exported.stored),
         "bytes": exported.size_bytes,
@@ -244,7 +246,7 @@ def show(result: dict[str, Any]) -> None:
     """Print what was measured."""
     of = result["tokens"]
     print_table(
-        f"llama.cpp beside ONNX Runtime, {of} tokens a prompt",
+        f"llama.cpp and ONNX Runtime, {of} tokens a prompt",
         ("equal", "choices", "margin", "Δ logit", "F32: equal", "choices", "margin", "Δ logit",
          "ORT int8: equal", "Δ logit", "largest", "prompt"),
         [(r["equal"], r["choices"], r["margin"], r["difference"], r["float_equal"],

@@ -1,7 +1,7 @@
 """What `benchmarks.llama_cpp` runs in the Python that has llama-cpp-python; needs nothing of ours.
 
 Reads a job from a JSON file: model, texts, tokens of prompts, number of tokens to generate, and
-continuations to be scored. Writes tokens and logits beside it.
+continuations to be scored. Writes tokens and logits into the same folder.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Time single layers in ONNX Runtime: `qalora::GroupQuantLinear` against stock MatMulNBits.
 
-Every row is a chain of equal layers, long enough that its weights do not fit the last-level cache,
-on one thread. The variants of a row are alternated inside one process, and a number is the ratio of
+Every row is a chain of equal layers, long enough that its weights do not fit into the last-level
+cache, on one thread. The variants of a row are alternated in one process. A number is the ratio of
 a variant's time to that of stock MatMulNBits (4 bits, uint8 zero-points, no adapter) of the same
-accuracy level in the same round: the median over the rounds, and the quartiles. Weights carry a
+accuracy level in the same round: the median over the rounds, and the quartiles. Weights have a
 real-valued zero-point, as a folded QA-LoRA layer has it, which the stock kernel rounds. The merged
 forms on stock kernels come from this package's own exporter: MatMulNBits and a correction.
 """
@@ -125,9 +125,9 @@ def layer_constants(
     scale = generator.uniform(0.75, 1.25, (n, groups)) / (middle * k**0.5)
     zero = middle + 0.6 * generator.standard_normal((n, groups))
     if variant.stock:
-        whole = np.clip(np.rint(zero), 0, 15).astype(np.uint8)
-        whole = np.pad(whole, ((0, 0), (0, groups % 2)))
-        points = whole[:, 0::2] | (whole[:, 1::2] << 4)
+        integer = np.clip(np.rint(zero), 0, 15).astype(np.uint8)
+        integer = np.pad(integer, ((0, 0), (0, groups % 2)))
+        points = integer[:, 0::2] | (integer[:, 1::2] << 4)
         return {"q": packed, "s": scale.astype(np.float32), "z": points.astype(np.uint8)}
     dtype = np.float16 if variant.half else np.float32
     return {"q": packed, "s": scale.astype(dtype), "z": zero.astype(dtype)}
@@ -358,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 128, 512], help="rows of x")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--levels", nargs="*", default=["avx2"], help="levels to force besides")
+    parser.add_argument("--levels", nargs="*", default=["avx2"], help="more levels to force")
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--sides", type=int, nargs="+", default=[SIDE, WIDE], help="values of N")
     parser.add_argument("--json", type=Path, metavar="FILE")

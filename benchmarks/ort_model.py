@@ -1,10 +1,10 @@
-"""Time a whole language model in ONNX Runtime: merged (library, stock kernels) and unmerged.
+"""Time a complete language model in ONNX Runtime: merged (library, stock kernels) and unmerged.
 
 A Llama of random weights, larger than the cache, quantized to 4 bits in groups of 32 with adapters
 of rank 16, is exported in every form; the sessions, each on one thread, are alternated in one
 process. A number is the median over the rounds of a form's time, and of its ratio to the unmerged
-adapters on stock kernels of the same accuracy level. The forward has no key-value cache: one token
-is one step of decoding without attention to a past.
+adapters on stock kernels of the same accuracy level. The forward pass has no key-value cache: one
+token is one step of decoding without attention to a past.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What the passes cost as a model gets deeper, beside torch.export's own time.
+"""What the passes cost as a model gets deeper, compared with torch.export's own time.
 
-A Llama of small width (random weights) is captured at several depths; every pass of the way to
-`ort-stock` is timed on it. All depths are measured in each of three rounds, one after the other,
-and medians are reported, so that a slow spell of the machine does not hit one depth alone.
+A Llama of small width (random weights) is captured at several depths, and every pass of the route
+to `ort-stock` is timed on it. All depths are measured in each of three rounds, one after the other,
+and medians are reported, so that a slow period of the machine does not affect only one depth.
 
-"Pass time" is everything that a pass does (checks of its input and result included) but choosing
-codes, scales and offsets (quantize-groups) and repacking them (legalize-ort-stock): that is
-arithmetic on weights, grows with their size and not with the graph, and stands in a row of its own
-(`numbers`). What the other passes compute on tensors counts as theirs. `python code`, the last
-row, is what torch.fx takes to compile the final graph when it is first called: passes do not.
+"Pass time" is everything that a pass does (checks of its input and result included), except
+choosing codes, scales and offsets (quantize-groups) and repacking them (legalize-ort-stock). That
+is arithmetic on weights, grows with their size and not with the graph, and has a row of its own
+(`numbers`). What the other passes compute on tensors counts as theirs. `python code`, the last row,
+is the time torch.fx needs to compile the final graph when it is first called; passes do not.
 
 Exits with 1 where a doubling of the layers costs more than 2.2 times, or where all passes together
 take a tenth of torch.export's time or more.

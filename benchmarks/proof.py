@@ -1,7 +1,7 @@
 """What a proof costs: an adapted program against its folded one, and that against its exports.
 
-Everything is read from files, one pair after the other in one process. Exits with 1 where a pair
-is not proved equal (or equal on samples, where its certificate says so), or all of it takes two
+Everything is read from files, one pair after the other in one process. Exits with 1 where a pair is
+not proved equal (or equal on samples, where its certificate says so), or where all of it takes two
 minutes of wall-clock time or more.
 """
 

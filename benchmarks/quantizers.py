@@ -1,14 +1,14 @@
-"""What each way to quantize loses, and what it costs: methods × bits × groups on two real models.
+"""What each quantizer loses and what it costs: methods × bits × groups on two real models.
 
 SmolLM2-135M-Instruct (its weights are themselves 4-bit in groups of 32, so min-max at 4 bits and 32
-gives them back) is judged by its perplexity on news articles; all-MiniLM-L6-v2 (true float32) by
-the topic accuracy of its sentence embeddings (the nearest mean of 128 articles) and by their cosine
-to the float model's. `+ data` has calibration data, by which offsets are refined; `gptq` always
-has. Calibration, means and test are different articles. Beside them stand the float model and its
-dynamic INT8 form by ONNX Runtime's `quantize_dynamic`, with int8 activations.
+gives them back) is judged by its perplexity on news articles. all-MiniLM-L6-v2 (true float32) is
+judged by the topic accuracy of its sentence embeddings (the nearest mean of 128 articles) and by
+their cosine to the float model's. `+ data` has calibration data, by which offsets are refined;
+`gptq` always has. Calibration, means and test use different articles. The float model and its
+dynamic INT8 form by ONNX Runtime's `quantize_dynamic`, with int8 activations, are the references.
 
 Megabytes are those of the layers that are quantized, scales and offsets in float32, and of all that
-is stored; seconds are those of quantizing, calibration and measuring what is lost included.
+is stored; seconds are those of quantizing, including calibration and measuring what is lost.
 """
 
 from __future__ import annotations

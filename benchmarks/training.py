@@ -1,14 +1,14 @@
-"""A training step beside PEFT's: time and peak memory, the same model, tokens, rank and threads.
+"""A training step compared with PEFT's: time and peak memory, same model, tokens, rank and threads.
 
 SmolLM2-135M-Instruct in float32, adapters of rank 16 on every linear layer, AdamW. Each form runs
-in a process of its own, which loads what it trains, is told to make one step after the other, and
-reads its peak resident set of the steps from the operating system (VmHWM, reset after loading).
-PEFT's LoRA in float32, by its usual path (`model(input_ids, labels=…)`), is alternated with every
-other form; a ratio is that of two neighbouring steps. Seconds are those of the processor, which a
-busy machine does not stretch as it does those of the clock.
+in a process of its own, which loads what it trains, makes one step at a time on request, and reads
+its peak resident set of the steps from the operating system (VmHWM, reset after loading). PEFT's
+LoRA in float32, by its usual path (`model(input_ids, labels=…)`), is alternated with every other
+form; a ratio is that of two neighbouring steps. Seconds are those of the processor, which a busy
+machine does not stretch as it does those of the clock.
 
-Loss is on every token. `whole logits` trains a form with the logits of all tokens made at once, as
-PEFT does; `rows at a time` gives PEFT our loss on its hidden states.
+Loss is on every token. `all logits at once` trains a form with the logits of all tokens made
+together, as PEFT does; `rows at a time` gives PEFT our loss on its hidden states.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def program(folder: Path, *, checkpointed: bool = False) -> tuple[Step, list[Any
     return step, loaded.adapter_parameters()
 
 
-def program_whole_logits(folder: Path) -> tuple[Step, list[Any]]:
+def program_all_logits(folder: Path) -> tuple[Step, list[Any]]:
     """Our program, and all logits at once."""
     from qalora_compile.training.evaluate import logits_of
     from qalora_compile.training.forward.training_forward import TrainingForward
@@ -163,7 +163,7 @@ FORMS: dict[str, Callable[[Path], tuple[Step, list[Any]]]] = {
     "PEFT LoRA, fp32, rows at a time": peft_rows,
     "PEFT LoRA, fp32, checkpointed": lambda folder: peft_usual(folder, checkpointed=True),
     "program": program,
-    "program, whole logits": program_whole_logits,
+    "program, all logits at once": program_all_logits,
     "program, checkpointed": lambda folder: program(folder, checkpointed=True),
     "module": module,
     "module, checkpointed": lambda folder: module(folder, checkpointed=True),

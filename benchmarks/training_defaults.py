@@ -1,8 +1,8 @@
-"""What the defaults of training were chosen by: pooling, learning rate, scaling, rate of B to A.
+"""How the defaults of training were chosen: pooling, learning rate, scaling, rate of B to A.
 
-Held-out loss and accuracy after a short training on the topics of BBC articles, in 4 bits in groups
-of 32: of SmolLM2-135M, which writes the topic's name, or of MiniLM with a new head of float weights
-that trains beside the adapters. For
+Measures held-out loss and accuracy after a short training on the topics of BBC articles, in 4 bits
+in groups of 32: of SmolLM2-135M, which writes the topic's name, or of MiniLM with a new head of
+float weights that trains together with the adapters. It compares
 
 * each pooling at several learning rates (`pooling`);
 * alpha at one rank, and rank-stabilised scaling (`scaling`);

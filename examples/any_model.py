@@ -1,7 +1,8 @@
 """The same functions on three architectures, built from config: an MLP, a BERT and a GPT-2.
 
-For each: capture, quantize, insert adapters, train a few steps, fold, export, and verify every step
-in torch and in ONNX Runtime. Nothing is specific to an architecture; GPT-2's layers are Conv1D.
+Each is captured, quantized, given adapters, trained for a few steps, folded and exported, and every
+step is verified in torch and in ONNX Runtime. Nothing is specific to an architecture; GPT-2's
+layers are Conv1D, which store their weights transposed.
 
     python examples/any_model.py
 """

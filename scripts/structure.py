@@ -22,7 +22,7 @@ NAME = "qalora_compile"
 ROOT = Path(__file__).parents[1]
 RAW_ARGS = re.compile(r"\bargs\[")
 VIEWS = "ir/ops/"
-"""Where positions of arguments may be named: beside the operators' schemas."""
+"""Where positions of arguments may be named: next to the operators' schemas."""
 IMPORTING_CALLS = {"import_module", "__import__"}
 
 Edges = dict[str, set[str]]

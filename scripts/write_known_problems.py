@@ -21,9 +21,9 @@ DATA, PAGE = ROOT / "tests" / "known_problems.toml", ROOT / "docs" / "known_prob
 INTRODUCTION = """# Known problems of the field
 
 This page lists problems that users of similar tools reported on public trackers, and what this
-package does in each case. Each problem was reproduced in small. The reference for the right result
-is transformers, PEFT or the format's own library, and a test checks it. `make known-problems` runs
-the tests and then writes this page; do not edit it by hand.
+package does in each case. Each problem was reproduced with a small model. The reference for the
+right result is transformers, PEFT or the format's own library, and a test checks it. `make
+known-problems` runs the tests and then writes this page; do not edit it by hand.
 
 A number refers to an issue or a pull request of the named project.
 """

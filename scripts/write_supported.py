@@ -39,9 +39,9 @@ This page shows which models and operator patterns are supported, and why some w
 float. `make supported` writes it from a run of the zoo (`tests/zoo`): small models with random
 weights, built from configuration, end to end from capture to ONNX Runtime. Do not edit it by hand.
 
-Any model that `torch.export` accepts can be captured. Its linear maps by a parameter are
-quantized. Every other weight with two or more dimensions, even one that the forward pass never
-reads, has a row in the plan with a reason.
+Any model that `torch.export` accepts can be captured. Its linear maps by a parameter are quantized.
+Every other weight with two or more dimensions, even one that the forward pass never reads, has a
+row in the plan with a reason.
 
 ## {MODELS}
 
