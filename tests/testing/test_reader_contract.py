@@ -94,13 +94,11 @@ def without_checks(tensors: Any, config: Any, folder: Any) -> extend.Decoded:
     """Dies of its own on what is damaged."""
     modules = [name.removesuffix(".q") for name in tensors if name.endswith(".q")]
     group = config["quantization_config"]["group_size"]
-    weights = {
-        m: extend.CheckpointWeight(
-            GroupAffine(*(tensors[f"{m}.{p}"] for p in ("q", "s", "o")), 4, group), "plain"
-        )
-        for m in modules
-    }
-    used = {f"{m}.{p}" for m in modules for p in ("q", "s", "o")}
+    weights, used = {}, set()
+    for module in modules:
+        q, s, o = (tensors[f"{module}.{part}"] for part in ("q", "s", "o"))
+        weights[module] = extend.CheckpointWeight(GroupAffine(q, s, o, 4, group), "plain")
+        used |= {f"{module}.{part}" for part in ("q", "s", "o")}
     return extend.Decoded(weights, frozenset(used))
 
 
