@@ -14,8 +14,19 @@ is looked up. `qalora_compile.testing` has a contract suite for each kind.
 
 from __future__ import annotations
 
-from qalora_compile.capture.checkpoints.base import Decoded, OpenFolder, Reader
+from qalora_compile.capture.checkpoints.base import (
+    Decoded,
+    OpenFolder,
+    Reader,
+    Tensors,
+    affine_of,
+    check_matrix,
+    read_count,
+    section,
+    take,
+)
 from qalora_compile.capture.checkpoints.registry import register_reader
+from qalora_compile.errors import ExtensionError, UnsupportedError, UserInputError
 from qalora_compile.exporters.capability import (
     EXACT,
     Capability,
@@ -42,6 +53,7 @@ __all__ = [
     "Change",
     "CheckpointWeight",
     "Decoded",
+    "ExtensionError",
     "FolderTarget",
     "Format",
     "GroupAffine",
@@ -55,12 +67,20 @@ __all__ = [
     "Reader",
     "StoredTensor",
     "Target",
+    "Tensors",
+    "UnsupportedError",
+    "UserInputError",
+    "affine_of",
+    "check_matrix",
     "materialize",
+    "read_count",
     "register_pass",
     "register_quantizer",
     "register_reader",
     "register_target",
     "rounds",
     "scoped",
+    "section",
+    "take",
     "unsupported",
 ]

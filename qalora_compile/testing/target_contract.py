@@ -27,7 +27,7 @@ from qalora_compile.exporters.targets import LoweredTarget, get_target
 from qalora_compile.ir.lazy_tensor import make_lazy
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import validate
-from qalora_compile.ir.stages import FOLDED, LEGALIZED
+from qalora_compile.ir.stages import LEGALIZED
 from qalora_compile.passes.framework.base import validating
 from qalora_compile.testing.contract import Contract, bits_of_all
 from qalora_compile.verify.compare import Tolerance
@@ -174,7 +174,7 @@ def _check_refusals(
     for stage in ("float", "adapted"):
         with contract.refuses(f"stages: a program at stage {stage}", PreconditionError):
             export(dataclasses.replace(program, stage=stage), home / file_name)
-    broken = _with_first(program, FOLDED, torch.tensor(float("nan")))
+    broken = _with_first(program, float("nan"))
     with contract.refuses("atomicity: a tensor that is not finite", UserInputError):
         export(broken, home / file_name)
     try:
@@ -186,14 +186,14 @@ def _check_refusals(
         contract.need("atomicity: a weight that cannot be read fails the export", False, "")
 
 
-def _with_first(program: Program, stage: str, value: torch.Tensor) -> Program:
+def _with_first(program: Program, value: float) -> Program:
     """The program with a value that is not its own in the first scale."""
     tensors = program.tensors()
     name = next(name for name in tensors if name.endswith(".scale"))
     scale = tensors[name].detach().clone()
     scale[0, 0] = value
     tensors[name] = nn.Parameter(scale, requires_grad=False)
-    return program.evolve(graph=program.copy_graph(), tensors=tensors, stage=stage)
+    return program.evolve(graph=program.copy_graph(), tensors=tensors)
 
 
 def _unreadable(program: Program) -> Program:

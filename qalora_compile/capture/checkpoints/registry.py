@@ -51,15 +51,12 @@ READERS = Registry(
     "reader",
     "qalora_compile.readers",
     {
-        name: f"{__name__}:{reader.__name__}"
-        for name, reader in {
-            "awq": read_awq,
-            "compressed-tensors": read_compressed,
-            GPTQ: read_gptq,
-            "hqq": read_hqq,
-            MLX: read_mlx,
-            METHOD: read_own,
-        }.items()
+        "awq": f"{__name__}:read_awq",
+        "compressed-tensors": f"{__name__}:read_compressed",
+        GPTQ: f"{__name__}:read_gptq",
+        "hqq": f"{__name__}:read_hqq",
+        MLX: f"{__name__}:read_mlx",
+        METHOD: f"{__name__}:read_own",
     },
 )
 """`quantization_config.quant_method` of `config.json` → reader; `mlx`, which MLX does not write, is
