@@ -38,6 +38,8 @@ class Registry:
         Registry._all.append(self)
 
     def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
         return name in self.builtin or name in self._added or name in self._installed()
 
     def names(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import pytest
 
 import qalora_compile as qc
 from qalora_compile import extend
+from qalora_compile.cli.main import main
 from qalora_compile.errors import ExtensionError, UserInputError
 from qalora_compile.passes import available_passes, get_pass
 from qalora_compile.quantizers import get_quantizer
@@ -94,6 +95,7 @@ PASS = '''
 """A package with a pass."""
 from dataclasses import dataclass
 from qalora_compile import extend
+from qalora_compile.cli.main import main
 
 @dataclass(frozen=True, kw_only=True)
 class Nothing(extend.Pass):
@@ -162,6 +164,14 @@ def test_a_package_with_a_built_in_name_is_named(install: Install) -> None:
     assert qc.QuantSpec(method="gptq").method == "gptq", "the built-in one is not asked for"
     with pytest.raises(ExtensionError, match="thief 1.2 and qalora-compile both have a quantizer"):
         QUANTIZERS.names()
+
+
+def test_the_command_line_says_what_is_wrong_with_a_package(
+    install: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("thief", "", quantizers="gptq = thief:x")
+    assert main(["quantize", "--help"]) == 2
+    assert "thief 1.2 and qalora-compile both have a quantizer 'gptq'" in capsys.readouterr().err
 
 
 def test_what_is_registered_cannot_take_a_name_that_is_installed(install: Install) -> None:

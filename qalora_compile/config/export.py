@@ -137,7 +137,7 @@ class ExportSpec(Spec):
         """Refuse options that the target of an extension does not take."""
         taken = getattr(registry.TARGETS.load(self.target), "options", ())
         for field in dataclasses.fields(self):
-            if field.name in ("target", "overwrite", "allow_unfolded", *taken):
+            if field.name in ("target", "overwrite", *taken):
                 continue
             if getattr(self, field.name) != field.default:
                 raise UserInputError(

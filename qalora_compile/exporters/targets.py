@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from qalora_compile.config import ExportSpec
-from qalora_compile.errors import UserInputError
+from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.exporters.capability import Capability, ExportReport, StoredTensor
 from qalora_compile.exporters.record import write_record
 from qalora_compile.files import atomic_folder
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.stages import LEGALIZED
 from qalora_compile.registry import TARGETS
 
 
@@ -24,8 +25,8 @@ class Target:
     Attributes:
         library: Who reads what is written.
         capabilities: What happens to each property of a program.
-        options: Fields of `ExportSpec` that a target of an extension takes, next to `target`,
-            `overwrite` and `allow_unfolded`; others are refused.
+        options: Fields of `ExportSpec` that a target of an extension takes, next to `target` and
+            `overwrite`; others are refused.
     """
 
     on_codes: ClassVar[bool] = False
@@ -87,7 +88,16 @@ class FolderTarget(LoweredTarget):
     def export(
         self, program: Program, path: Path, spec: ExportSpec, *, resume: str | None = None
     ) -> ExportReport:
-        """Write the folder."""
+        """Write the folder.
+
+        Raises:
+            PreconditionError: the program is not lowered for this target.
+        """
+        if program.stage != f"{LEGALIZED}{spec.target}":
+            raise PreconditionError(
+                f"the program is at stage {program.stage}, not lowered for target {spec.target}",
+                hint="its adapters have to be folded, and its lowering has to end at that stage",
+            )
         if resume is not None:
             raise UserInputError(f"resume is given for target {spec.target}", hint="leave it out")
         report = ExportReport(

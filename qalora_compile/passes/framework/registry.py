@@ -54,7 +54,8 @@ def register_pass(kind: P) -> P:
     Raises:
         ExtensionError: the name is taken, or `kind` is no class of passes.
     """
-    PASSES.add(getattr(kind, "name", ""), _checked(getattr(kind, "name", repr(kind)), kind))
+    name = str(getattr(kind, "name", kind))
+    PASSES.add(name, _checked(name, kind))
     return kind
 
 
@@ -88,6 +89,8 @@ def _checked(name: str, kind: object) -> type[Pass]:
     Raises:
         ExtensionError: it is none.
     """
-    if not (isinstance(kind, type) and issubclass(kind, Pass) and kind.name == name):
-        raise PASSES.unfit(name, f"a class derived from Pass whose name is {name!r}")
+    if not isinstance(kind, type) or not issubclass(kind, Pass):
+        raise PASSES.unfit(name, "a class derived from Pass")
+    if getattr(kind, "name", None) != name:
+        raise PASSES.unfit(name, f"a pass whose `name` is {name!r}")
     return kind
