@@ -30,7 +30,8 @@ class Scaled(nn.Module):
         self.fc = nn.Linear(20, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x * 1.0) / 1.0 * 2.0
+        y: Tensor = self.fc(x * 1.0)
+        return y / 1.0 * 2.0
 
 
 def captured() -> qc.Program:

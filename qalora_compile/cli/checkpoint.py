@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 from qalora_compile.api import export_model
 from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
@@ -45,7 +46,9 @@ def export_checkpoint(options: argparse.Namespace, spec: ExportSpec) -> int:
     described = source / MODEL if (source / MODEL).is_dir() else None
     tokenizer = source / TOKENIZER if described and (source / TOKENIZER).is_dir() else None
     spec = dataclasses.replace(spec, overwrite=options.overwrite)
-    about = {"model": described, "tokenizer": tokenizer} if spec.is_checkpoint else {}
+    about: dict[str, Any] = {}
+    if spec.is_checkpoint:
+        about = {"model": described, "tokenizer": tokenizer}
     with steps():
         program, _ = load_run(source, lazy=True)
         if not suffix:

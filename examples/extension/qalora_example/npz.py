@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ def lowering(program: Program, spec: ExportSpec) -> str:
 
 def write(program: Program, folder: Path, spec: ExportSpec) -> list[extend.StoredTensor]:
     """Write `weights.npz` and `graph.txt` into an empty folder."""
-    arrays = {
+    arrays: dict[str, Any] = {
         name: extend.materialize(tensor).detach().numpy()
         for name, tensor in program.tensors().items()
     }
