@@ -10,6 +10,7 @@ from torch import fx
 
 from qalora_compile import Program, extend
 from qalora_compile.ir.ops.views import argument
+from qalora_compile.ir.shape_propagation import shaped_graph
 
 _ATEN = torch.ops.aten
 
@@ -36,8 +37,8 @@ class RemoveUnitScale(extend.Pass):
     divisions: bool = True
 
     def call(self, program: Program) -> extend.PassResult:
-        """Remove them in a copy of the graph."""
-        graph, changes = program.copy_graph(), []
+        """Remove them in a copy of the graph that knows the dtype of every value."""
+        graph, changes = shaped_graph(program), []
         targets = [_ATEN.mul.Tensor, *([_ATEN.div.Tensor] if self.divisions else [])]
         for node in list(graph.nodes):
             if node.target in targets and _is_unit(node):
