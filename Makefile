@@ -91,6 +91,10 @@ wheel-check: $(VENV)/installed-dev ## build the wheel and import all of it witho
 readme-check: $(VENV)/installed-dev ## run the commands of the README and the examples
 	$(BIN)/python scripts/check_readme.py
 
+.PHONY: extension-check
+extension-check: $(VENV)/installed-dev ## install the example extension into a scratch folder, and run its tests
+	$(BIN)/python scripts/check_extension.py
+
 .PHONY: mutation-score
 mutation-score: $(VENV)/installed-dev ## plant every fault, and print what the proof and the numeric check find
 	$(BIN)/python -W ignore -m scripts.mutation_score $(ARGS)

@@ -90,6 +90,10 @@ class UnsupportedError(QaloraError):
     """A feature, format, operator or target that is not supported; names the nearest that is."""
 
 
+class ExtensionError(QaloraError):
+    """An extension cannot be imported, is not what it has to be, or its name is taken."""
+
+
 class VerificationError(QaloraError):
     """Two programs that had to agree do not; carries the report or certificate."""
 

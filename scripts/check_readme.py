@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MARK = "<!-- ci: run -->"
 BLOCK = re.compile(rf"^{MARK}\s*^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = ("README.md", "docs/guide.md", "docs/verify.md", "docs/testing.md")
+PAGES = ("README.md", "docs/guide.md", "docs/verify.md", "docs/testing.md", "docs/extending.md")
 NOT_HERE = {"demo.py", "assets.py"}
 """Examples that CI runs in a step of their own, or that are no programs."""
 

@@ -11,6 +11,7 @@ import pytest
 from qalora_compile import errors
 from qalora_compile.errors import (
     CaptureError,
+    ExtensionError,
     Finding,
     InternalError,
     OutputError,
@@ -33,6 +34,7 @@ def test_the_tree() -> None:
         PreconditionError: PassError,
         PostconditionError: PassError,
         UnsupportedError: QaloraError,
+        ExtensionError: QaloraError,
         VerificationError: QaloraError,
         InternalError: QaloraError,
     }

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qalora_compile.config import FUSION_OPSETS, ExportSpec
-from qalora_compile.errors import PreconditionError, UserInputError
+from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.exporters.capability import ExportReport
+from qalora_compile.exporters.targets import LoweredTarget, get_target
 from qalora_compile.files import check_output
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
@@ -21,12 +22,7 @@ from qalora_compile.passes.fusions.fuse_multi_head import FuseMultiHead
 from qalora_compile.passes.fusions.fuse_rms_norm import FuseRmsNorm
 from qalora_compile.passes.fusions.fuse_rotary import FuseRotary
 from qalora_compile.passes.fusions.fuse_skip_norm import FuseSkipNorm
-from qalora_compile.passes.legalize.legalize_onnx import LegalizeOnnx
-from qalora_compile.passes.legalize.legalize_ort import LegalizeOrt
-from qalora_compile.passes.legalize.legalize_ort_stock import LegalizeOrtStock
-from qalora_compile.passes.legalize.split_planes import SplitPlanes
 from qalora_compile.passes.legalize.widen_halves import WidenHalves, needs_widening
-from qalora_compile.passes.share_group_sums import ShareGroupSums
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,10 +86,7 @@ def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
     _require_complete(program, spec)
     steps: list[Pass] = [WidenHalves()] if needs_widening(program) else []
     if program.stage not in (FLOAT, ANNOTATED):
-        wide = any(site.frozen_integer_zero and site.bits == 8 for site in program.plan)
-        if wide and spec.accuracy_level == 0:  # kernels on int8 activations take 8 bits as they are
-            steps.append(SplitPlanes())
-        steps += [_legalize(spec), ShareGroupSums()]
+        steps += Pipeline.parse(_lowered_target(spec).lowering(program, spec)).passes
     if spec.fusion in ("standard", "ort"):
         steps += [FuseRmsNorm(), FuseRotary(), FuseAttention()]
     if spec.fusion == "ort":
@@ -132,7 +125,7 @@ def _require_complete(program: Program, spec: ExportSpec) -> None:
 
 def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
     """`spec` with what it leaves open decided for `program`."""
-    if spec.fusion is not None:
+    if spec.fusion is not None or not spec.is_onnx:
         return spec
     fusion = "none"
     if program.signature.cache:
@@ -142,14 +135,15 @@ def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
     return dataclasses.replace(spec, fusion=fusion)
 
 
-def _legalize(spec: ExportSpec) -> Pass:
-    """The pass that lowers to the target of `spec`."""
-    level = spec.accuracy_level
-    if spec.target == "ort":
-        return LegalizeOrt(accuracy_level=level, parameter_dtype=spec.parameter_dtype)
-    if spec.target == "onnx":
-        return LegalizeOnnx()
-    return LegalizeOrtStock(accuracy_level=level, correction=spec.correction)
+def _lowered_target(spec: ExportSpec) -> LoweredTarget:
+    """The target of a specification whose target is no checkpoint."""
+    target = get_target(spec.target)
+    if not isinstance(target, LoweredTarget):
+        raise UnsupportedError(
+            f"no pass lowers a program to target {spec.target}",
+            hint="it is a checkpoint: export the folded program",
+        )
+    return target
 
 
 def export_model(
@@ -188,21 +182,19 @@ def export_model(
         if resume is not None:
             raise UserInputError(f"resume is given for target {spec.target}", hint="leave it out")
         return _export_checkpoint(program, path, spec, model, tokenizer)
-    from qalora_compile.exporters.onnx import write_onnx
-
     if model is not None or tokenizer is not None:
         raise UserInputError(
             f"model and tokenizer are given for target {spec.target}",
-            hint="an ONNX file holds neither: leave them out",
+            hint="only checkpoints hold them: leave them out",
         )
-    if path.suffix != ".onnx":
-        raise UserInputError(f"{path} does not end in .onnx", where=str(path))
-    check_output(path, overwrite=spec.overwrite, is_file=True)
+    target = _lowered_target(spec)
+    target.check_path(path, spec)
+    check_output(path, overwrite=spec.overwrite, is_file=spec.is_onnx)
     spec = complete_spec(program, spec)
     lowered = lower(program, spec)
-    report = write_onnx(lowered, path, spec, resume=resume)
+    report = target.export(lowered, path, spec, resume=resume)
     notes = tuple(note for note in lowered.notes if note.startswith(_NOT_FUSED))
-    return dataclasses.replace(report, notes=notes)
+    return dataclasses.replace(report, notes=(*report.notes, *notes))
 
 
 def _export_checkpoint(
@@ -213,11 +205,15 @@ def _export_checkpoint(
     tokenizer: str | Path | None,
 ) -> ExportReport:
     from qalora_compile.capture.describe_model import describe
-    from qalora_compile.exporters.checkpoints.registry import FORMATS, check_path, write_checkpoint
+    from qalora_compile.exporters.checkpoints.registry import (
+        check_path,
+        get_format,
+        write_checkpoint,
+    )
 
     check_path(path, spec)
     inputs = [entry for entry in (model, tokenizer) if isinstance(entry, (str, Path))]
-    is_file = bool(FORMATS[spec.target].suffix)
+    is_file = bool(get_format(spec.target).suffix)
     check_output(path, overwrite=spec.overwrite, inputs=inputs, is_file=is_file)
     _require_complete(program, spec)
     check_program(program)

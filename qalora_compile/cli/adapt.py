@@ -30,7 +30,7 @@ from qalora_compile.cli.quantized import (
     stored_codes,
 )
 from qalora_compile.cli.ui import Steps, print_summary, steps
-from qalora_compile.config import CALIBRATED, QuantSpec
+from qalora_compile.config import QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, reserve
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes
@@ -44,6 +44,7 @@ from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.passes.recipes.canonicalize import canonical_passes
 from qalora_compile.passes.recipes.import_lora import Updates, import_lora, losses
+from qalora_compile.quantizers import needs_data
 from qalora_compile.quantizers.report import collecting_reports
 
 NAME = "adapt"
@@ -100,7 +101,7 @@ def _adapt(options: argparse.Namespace) -> int:
     started = time.monotonic()
     out = Path(options.out)
     quant = quant_spec(options)
-    if quant.method in CALIBRATED:
+    if needs_data(quant.method):
         raise UserInputError(
             f"the method {quant.method} needs calibration data, which adapt does not take",
             hint="use --method hqq",

@@ -18,13 +18,13 @@ from qalora_compile.config import (
     FLOAT_TYPES,
     FUSIONS,
     PARAMETER_DTYPES,
-    TARGETS,
     ExportSpec,
 )
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.capability import ExportReport
 from qalora_compile.files import reserve
 from qalora_compile.ir.program import Program
+from qalora_compile.registry import TARGETS
 from qalora_compile.runtime.footprint import peak_memory
 from qalora_compile.runtime.library import kernel_level, library_path
 
@@ -71,7 +71,9 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what is written and how."""
     defaults = ExportSpec()
-    parser.add_argument("--target", default=defaults.target, help=f"one of {', '.join(TARGETS)}")
+    parser.add_argument(
+        "--target", default=defaults.target, help=f"one of {', '.join(TARGETS.names())}"
+    )
     parser.add_argument(
         "--opset", type=int, metavar="N", help="version of the standard operators (20; onnx: 21)"
     )
@@ -134,11 +136,11 @@ def run(options: argparse.Namespace) -> int:
     spec = dataclasses.replace(target_spec(options), allow_unfolded=options.allow_unfolded)
     inputs = [options.folder, options.with_library or None]
     with reserve(Path(options.out), overwrite=options.overwrite, inputs=inputs):
-        if spec.is_checkpoint:
+        if not spec.is_onnx:
             if options.pooling or options.normalize:
                 raise UserInputError(
                     f"--pooling is of ONNX models, not of target {spec.target}",
-                    hint="leave it out: a checkpoint holds weights alone",
+                    hint="leave it out: no other target pools",
                 )
             return export_checkpoint(options, spec)
         return _export_onnx(options, spec)

@@ -34,13 +34,14 @@ from qalora_compile.cli.folders import (
 from qalora_compile.cli.quantized import embedding_record, embedding_spec, quant_spec, stored_codes
 from qalora_compile.cli.training_options import adapter_spec, check_options, decisive_options
 from qalora_compile.cli.ui import Steps
-from qalora_compile.config import AUTO, CALIBRATED
+from qalora_compile.config import AUTO
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder
 from qalora_compile.ir.end_tokens import ends_to_json
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import replace_adapters, write_program
+from qalora_compile.quantizers import needs_data
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
 from qalora_compile.training.data.batches import Batches
 from qalora_compile.training.data.calibration import calibration_calls
@@ -343,5 +344,5 @@ def _calibration(
 
 
 def _quantizes_by_data(options: argparse.Namespace) -> bool:
-    needed = options.method in CALIBRATED or options.bits == AUTO
-    return needed or options.calibration is not None
+    by_data = options.method is not None and needs_data(options.method)
+    return by_data or options.bits == AUTO or options.calibration is not None

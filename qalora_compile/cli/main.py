@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [words[0]] if words and words[0] in COMMANDS else COMMANDS
     try:
         options = build_parser(names).parse_args(words)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    except (SystemExit, QaloraError) as stop:
+        return _ended(stop)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     try:
@@ -107,6 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         _complain(_of_system(error, options))
         return EXIT_USAGE
+
+
+def _ended(stop: SystemExit | QaloraError) -> int:
+    """The exit code where options were not parsed: help, a wrong option, a broken extension."""
+    if isinstance(stop, SystemExit):
+        return int(stop.code or 0)
+    _complain(stop)
+    return EXIT_USAGE
 
 
 def _recover_named(options: argparse.Namespace) -> None:

@@ -35,11 +35,12 @@ from qalora_compile.cli.quantized import (
     stored_codes,
 )
 from qalora_compile.cli.ui import Steps, megabytes, print_summary, steps
-from qalora_compile.config import CALIBRATED, ExportSpec, QuantSpec
+from qalora_compile.config import ExportSpec, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import reserve
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.ir.program import Program
+from qalora_compile.quantizers import needs_data
 from qalora_compile.quantizers.report import collecting_reports
 from qalora_compile.runtime.footprint import peak_memory
 
@@ -175,7 +176,7 @@ def _data_free(quant: QuantSpec) -> QuantSpec:
     Raises:
         UserInputError: it needs some.
     """
-    if quant.method in CALIBRATED:
+    if needs_data(quant.method):
         raise UserInputError(
             f"the method {quant.method} needs calibration data, which quantize does not take: it "
             "never holds the whole model, so it cannot run it",
@@ -188,10 +189,10 @@ def _onnx_spec(options: argparse.Namespace) -> ExportSpec:
     """What is written: an ONNX model.
 
     Raises:
-        UserInputError: the target is a checkpoint.
+        UserInputError: the target is a checkpoint, or of an extension.
     """
     spec = target_spec(options)
-    if spec.is_checkpoint:
+    if not spec.is_onnx:
         raise UserInputError(
             f"quantize writes ONNX models, not target {spec.target}",
             hint="finetune --steps 0, fold, then export with that target",

@@ -13,11 +13,12 @@ from qalora_compile.capture.checkpoints.gptq_zeros import ZERO_POINTS
 from qalora_compile.capture.load_source import Source
 from qalora_compile.cli.inspect import pattern_of, ranges_of
 from qalora_compile.cli.ui import Steps, print_table
-from qalora_compile.config import AUTO, BUDGET_UNITS, METHODS, SUPPORTED_BITS, QuantSpec
+from qalora_compile.config import AUTO, BUDGET_UNITS, SUPPORTED_BITS, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.passes.quantize_embeddings import BITS
 from qalora_compile.quantizers.report import QuantReport
+from qalora_compile.registry import QUANTIZERS
 
 _COLUMNS = (
     "layers", "count", "method", "bits", "group", "weights dB", "outputs dB", "worst", "s", "notes",
@@ -50,8 +51,8 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
     )
     group.add_argument(
         "--method",
-        choices=METHODS,
-        help=f"how codes are chosen, default {_DEFAULT.method}; the last is best",
+        choices=QUANTIZERS.names(),
+        help=f"how codes are chosen, default {_DEFAULT.method}; {QUANTIZERS.builtin[-1]} is best",
     )
     if auto:
         add_stored_argument(group)

@@ -19,7 +19,6 @@ from qalora_compile.config.export import (
 from qalora_compile.config.quant import (
     AUTO_GROUPS,
     BUDGET_UNITS,
-    CALIBRATED,
     METHODS,
     SUPPORTED_BITS,
     ZERO_POINTS,
@@ -32,7 +31,6 @@ __all__ = [
     "AUTO",
     "AUTO_GROUPS",
     "BUDGET_UNITS",
-    "CALIBRATED",
     "CHECKPOINT_TARGETS",
     "CORRECTIONS",
     "FLOAT_TYPES",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+from qalora_compile import registry
 from qalora_compile.config.base import Spec, one_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 
-ONNX_TARGETS = ("ort", "ort-stock", "onnx")
-CHECKPOINT_TARGETS = (
-    *("gguf", "mlx", "float", "hqq", "safetensors"),
-    *("gptq", "compressed-tensors"),
-)
+ONNX_TARGETS = tuple(registry.ONNX_TARGETS)
+CHECKPOINT_TARGETS = tuple(registry.CHECKPOINT_TARGETS)
 """Checkpoints of other libraries; the last two hold integer zero-points only."""
-TARGETS = (*ONNX_TARGETS, *CHECKPOINT_TARGETS)
+TARGETS = registry.TARGETS.builtin
+"""The built-in targets; `extend.register_target` adds others."""
 FLOAT_TYPES = ("q8_0", "f16", "bf16", "f32")
 """How a GGUF file holds a matrix of floats, smallest first."""
 ACCURACY_LEVELS = (0, 4)
@@ -80,14 +80,21 @@ class ExportSpec(Spec):
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether the target is a checkpoint of another library, not an ONNX model."""
-        return self.target in CHECKPOINT_TARGETS
+        """Whether the target is a checkpoint of another library, whose codes are as they are."""
+        if self.target in TARGETS:
+            return self.target in CHECKPOINT_TARGETS
+        return bool(getattr(registry.TARGETS.load(self.target), "on_codes", False))
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether the target is an ONNX model."""
+        return self.target in ONNX_TARGETS
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
+        if self.target not in registry.TARGETS:
             raise UnsupportedError(
                 f"there is no export target {self.target!r}",
-                hint=f"use one of {', '.join(TARGETS)}",
+                hint=f"use one of {', '.join(registry.TARGETS.names())}",
             )
         if self.opset is not None:
             one_of("opset", self.opset, self.OPSETS)
@@ -97,8 +104,11 @@ class ExportSpec(Spec):
         for option, known in (("fusion", FUSIONS), ("float_type", FLOAT_TYPES)):
             if getattr(self, option) is not None:
                 one_of(option, getattr(self, option), known)
-        self._check_target()
-        if not self.is_checkpoint:
+        if self.target in TARGETS:
+            self._check_target()
+        else:
+            self._check_extension()
+        if self.is_onnx:
             self._check_onnx()
 
     def _check_target(self) -> None:
@@ -121,6 +131,18 @@ class ExportSpec(Spec):
                 raise UserInputError(
                     f"{option} is {getattr(self, option)!r} for target {self.target}",
                     hint=f"it is an option of target {', '.join(fitting)}",
+                )
+
+    def _check_extension(self) -> None:
+        """Refuse options that the target of an extension does not take."""
+        taken = getattr(registry.TARGETS.load(self.target), "options", ())
+        for field in dataclasses.fields(self):
+            if field.name in ("target", "overwrite", *taken):
+                continue
+            if getattr(self, field.name) != field.default:
+                raise UserInputError(
+                    f"{field.name} is {getattr(self, field.name)!r} for target {self.target}",
+                    hint=f"it takes {', '.join(taken) or 'no options'}",
                 )
 
     def _check_onnx(self) -> None:

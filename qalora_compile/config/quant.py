@@ -6,13 +6,11 @@ from dataclasses import dataclass
 
 from qalora_compile.config.base import AUTO, Spec, check_int, is_positive, one_of
 from qalora_compile.errors import UserInputError
+from qalora_compile.registry import QUANTIZERS
 
 SUPPORTED_BITS = (2, 3, 4, 8)
-METHODS = ("minmax", "mse", "hqq", "gptq")
-"""Each loses less than the one before it, as a rule in the output of a layer; for certain, up to
-`hqq`, in the squared error of the weights, and `hqq` on calibration data in the output too."""
-CALIBRATED = ("gptq",)
-"""The methods that need calibration data."""
+METHODS = QUANTIZERS.builtin
+"""The built-in methods; `extend.register_quantizer` adds others."""
 ZERO_POINTS = ("real", "integer")
 BUDGET_UNITS = ("bits", "stored-bits", "megabytes")
 AUTO_GROUPS = (32, 64, 128)
@@ -69,7 +67,8 @@ class QuantSpec(Spec):
             )
         one_of("budget_unit", self.budget_unit, BUDGET_UNITS)
         self._check_group_size()
-        one_of("method", self.method, METHODS)
+        if self.method not in QUANTIZERS:
+            one_of("method", self.method, QUANTIZERS.names())
         one_of("zero_point", self.zero_point, ZERO_POINTS)
         if self.zero_point == "integer" and self.method != "minmax":
             raise UserInputError(

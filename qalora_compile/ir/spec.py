@@ -75,6 +75,16 @@ LEGAL_OPS: dict[str, frozenset[object]] = {
 """Operators of the `qalora` namespace that a program of each stage may call."""
 
 
+def _legal_ops(stage: str) -> frozenset[object]:
+    """The operators of this package at a stage; lowered by an extension: those of every target."""
+    if stage in LEGAL_OPS:
+        return LEGAL_OPS[stage] | FUSED
+    if not stage.startswith(LEGALIZED):
+        raise InternalError(f"unknown stage {stage!r}", hint=f"stages: {STAGES}")
+    lowered = (ops for name, ops in LEGAL_OPS.items() if name.startswith(LEGALIZED))
+    return FUSED.union(*lowered)
+
+
 def is_qalora(node: fx.Node) -> bool:
     """Whether the node calls an operator of this package."""
     return isinstance(node.target, OpOverload) and (node.target.namespace == ops.linear.NAMESPACE)
@@ -121,10 +131,8 @@ def validate(program: Program) -> None:
     Raises:
         InternalError: one of these is broken; the node and its site are named.
     """
-    if program.stage not in LEGAL_OPS:
-        raise InternalError(f"unknown stage {program.stage!r}", hint=f"stages: {STAGES}")
+    legal = _legal_ops(program.stage)
     program.graph.lint()
-    legal = LEGAL_OPS[program.stage] | FUSED
     for node in program.graph.nodes:
         if is_qalora(node):
             if node.target not in legal:
@@ -294,7 +302,7 @@ def _check_sites(program: Program) -> None:
 
 def _check_trainable(program: Program) -> None:
     adapters = dict(program.named_adapter_parameters())
-    if bool(adapters) and LEGAL_OPS[program.stage].isdisjoint(ADAPTERS):
+    if bool(adapters) and _legal_ops(program.stage).isdisjoint(ADAPTERS):
         raise InternalError(f"adapters are left at stage {program.stage}")
     for name, parameter in program.module.named_parameters():
         if parameter.requires_grad != (name in adapters):

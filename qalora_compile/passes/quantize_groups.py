@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from qalora_compile.config import AUTO, CALIBRATED, QuantSpec
+from qalora_compile.config import AUTO, QuantSpec
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.checkpoint_codes import CheckpointWeight
@@ -30,6 +30,7 @@ from qalora_compile.quantizers import (
     as_stored,
     data_needed,
     get_quantizer,
+    needs_data,
     quantize_weight,
     without_data,
 )
@@ -108,14 +109,14 @@ class QuantizeGroups(QuantSpec, Pass):
                 "a program whose weights are not in memory cannot be calibrated",
                 hint="load the model, or use a method that needs no data",
             )
-        needs = self.method in CALIBRATED and not calibrated
+        needed = needs_data(self.method) and not calibrated
         stored = self.stored or {}
         free = [
             weight
             for site, weight in zip(program.plan.to_quantize(), weights, strict=True)
             if site.path not in stored
         ]
-        if needs and not all(map(is_placeholder, free)):
+        if needed and not all(map(is_placeholder, free)):
             raise data_needed(self.method)
 
     def call(self, program: Program) -> PassResult:

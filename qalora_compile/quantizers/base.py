@@ -1,4 +1,4 @@
-"""The protocol of a quantizer, the lookup of quantizers by name, and one weight quantized."""
+"""The protocol of a quantizer, and what is registered of it: a `Method`."""
 
 from __future__ import annotations
 
@@ -31,3 +31,22 @@ class Quantizer(Protocol):
         Scale and offset are float64 for a float64 weight, else float32. `statistics` are those of
         the layer's input, or None where there was no calibration.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A value of `QuantSpec.method`: a quantizer, and what it promises.
+
+    Options of a method are its quantizer's own: register one object for each choice.
+
+    Attributes:
+        quantize: Chooses codes, scale and offset of one weight.
+        needs_data: It needs statistics of the layer's input. Without calibration data it is
+            refused, and stacked experts, which have none, are quantized by `hqq` instead.
+        max_error: Most that a weight moves, as a part of the range of its group; None: half a step
+            between 2^bits levels, `0.5 / (2^bits - 1)`.
+    """
+
+    quantize: Quantizer
+    needs_data: bool = False
+    max_error: float | None = None

@@ -9,15 +9,19 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from qalora_compile.config import CALIBRATED, METHODS, QuantSpec
-from qalora_compile.errors import InternalError, UserInputError
+from qalora_compile.config import METHODS, QuantSpec
+from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.lazy_tensor import is_lazy
-from qalora_compile.quantizers.base import QuantizedWeight, Quantizer
-from qalora_compile.quantizers.minmax import quantize_integer_zero
+from qalora_compile.quantizers.base import Method, QuantizedWeight, Quantizer
+from qalora_compile.quantizers.gptq import quantize_gptq
+from qalora_compile.quantizers.hqq import quantize_hqq
+from qalora_compile.quantizers.minmax import quantize_integer_zero, quantize_minmax
+from qalora_compile.quantizers.mse import quantize_mse
 from qalora_compile.quantizers.refine import refine_offset
 from qalora_compile.quantizers.report import QuantReport, announce_report, measure_sqnr
 from qalora_compile.quantizers.statistics import ActivationStatistics
+from qalora_compile.registry import QUANTIZERS
 
 _Spec = TypeVar("_Spec", bound=QuantSpec)
 
@@ -26,27 +30,42 @@ _WITHOUT_DATA = "hqq"
 """The method for a weight without statistics, where the one asked for needs them."""
 
 
+def register_quantizer(name: str, method: Method) -> None:
+    """Make a method known by a name, as a value of `QuantSpec.method`.
+
+    Raises:
+        ExtensionError: the name is taken, or `method` is no `Method`.
+    """
+    QUANTIZERS.add(name, _checked(name, method))
+
+
+def get_method(name: str) -> Method:
+    """The method of a name that `QuantSpec` accepts.
+
+    Raises:
+        ExtensionError: its package cannot be imported, or brings something else.
+    """
+    return _checked(name, QUANTIZERS.load(name))
+
+
+def _checked(name: str, found: object) -> Method:
+    if not isinstance(found, Method):
+        raise QUANTIZERS.unfit(name, "a Method")
+    return found
+
+
 def get_quantizer(method: str) -> Quantizer:
     """The quantizer of `QuantSpec.method`."""
-    from qalora_compile.quantizers.gptq import quantize_gptq
-    from qalora_compile.quantizers.hqq import quantize_hqq
-    from qalora_compile.quantizers.mse import quantize_mse
+    return get_method(method).quantize
 
-    methods: dict[str, Quantizer] = {
-        "minmax": _without_data(_by_range),
-        "mse": _without_data(quantize_mse),
-        "hqq": quantize_hqq,
-        "gptq": _with_data(quantize_gptq),
-    }
-    if method not in methods:
-        raise InternalError(f"the method {method!r} is configurable but has no quantizer")
-    return methods[method]
+
+def needs_data(method: str) -> bool:
+    """Whether a method needs calibration data."""
+    return get_method(method).needs_data
 
 
 def _by_range(weight: Tensor, spec: QuantSpec) -> GroupAffine:
     """Levels between the smallest and the largest weight of a group; 0 among them, where asked."""
-    from qalora_compile.quantizers.minmax import quantize_minmax
-
     if spec.zero_point == "integer":
         return quantize_integer_zero(weight, spec.width, spec.group)
     return quantize_minmax(weight, spec)
@@ -61,22 +80,24 @@ def _without_data(choose: Callable[[Tensor, QuantSpec], GroupAffine]) -> Quantiz
     return quantize
 
 
-def _with_data(
-    choose: Callable[[Tensor, QuantSpec, ActivationStatistics], QuantizedWeight],
-) -> Quantizer:
-    def quantize(
-        weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
-    ) -> QuantizedWeight:
-        if statistics is None:
-            raise data_needed(spec.method)
-        return choose(weight, spec, statistics)
+def _by_data(
+    weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
+) -> QuantizedWeight:
+    """`quantize_gptq`, which needs statistics."""
+    if statistics is None:
+        raise data_needed(spec.method)
+    return quantize_gptq(weight, spec, statistics)
 
-    return quantize
+
+MINMAX = Method(quantize=_without_data(_by_range))
+MSE = Method(quantize=_without_data(quantize_mse), max_error=0.5)
+HQQ = Method(quantize=quantize_hqq, max_error=1.0)
+GPTQ = Method(quantize=_by_data, needs_data=True, max_error=2.0)
 
 
 def without_data(spec: _Spec) -> _Spec:
     """The same specification, with a method that needs no data."""
-    return replace(spec, method=_WITHOUT_DATA) if spec.method in CALIBRATED else spec
+    return replace(spec, method=_WITHOUT_DATA) if needs_data(spec.method) else spec
 
 
 def as_stored(affine: GroupAffine) -> Quantizer:
@@ -95,7 +116,7 @@ def data_needed(method: str) -> UserInputError:
     return UserInputError(
         f"the method {method} needs calibration data",
         hint="give calibration=[(x,), …] (finetune --calibration FILE); these methods need none: "
-        f"{', '.join(name for name in METHODS if name not in CALIBRATED)}",
+        f"{', '.join(name for name in METHODS if not needs_data(name))}",
     )
 
 
@@ -111,7 +132,7 @@ def quantize_weight(
     """Quantize a weight, refine its offsets where the specification asks for it, and report.
 
     Args:
-        quantizer: See `get_quantizer`.
+        quantizer: Of a method, or `as_stored`.
         weight: `[N, K]`; where it is deferred nothing is measured yet.
         spec: Method, bits, group size.
         path: Of the site, for the report.

@@ -6,7 +6,8 @@
         qc.export_model(folded, tmp_path / "model.onnx")
         assert_equivalent(folded, tmp_path / "model.onnx")
 
-Names are imported on first use.
+`check_pass`, `check_quantizer`, `check_target` and `check_reader` are the contracts of extensions
+(docs/extending.md). Names are imported on first use.
 """
 
 from __future__ import annotations
@@ -20,16 +21,36 @@ if TYPE_CHECKING:
         assert_equivalent,
         assert_structurally_equal,
     )
+    from qalora_compile.testing.contract import ContractError
     from qalora_compile.testing.golden import Golden
+    from qalora_compile.testing.pass_contract import check_pass
+    from qalora_compile.testing.quantizer_contract import check_quantizer
+    from qalora_compile.testing.reader_contract import check_reader
+    from qalora_compile.testing.target_contract import check_target
 
 _HOMES = {
+    "ContractError": "contract",
     "Golden": "golden",
     "NotEqualError": "assertions",
     "assert_equivalent": "assertions",
     "assert_structurally_equal": "assertions",
+    "check_pass": "pass_contract",
+    "check_quantizer": "quantizer_contract",
+    "check_reader": "reader_contract",
+    "check_target": "target_contract",
 }
 
-__all__ = ["Golden", "NotEqualError", "assert_equivalent", "assert_structurally_equal"]
+__all__ = [
+    "ContractError",
+    "Golden",
+    "NotEqualError",
+    "assert_equivalent",
+    "assert_structurally_equal",
+    "check_pass",
+    "check_quantizer",
+    "check_reader",
+    "check_target",
+]
 
 
 def __getattr__(name: str) -> Any:

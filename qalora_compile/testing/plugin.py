@@ -60,7 +60,8 @@ def pytest_runtest_makereport(
     report = yield
     if call.excinfo is not None:
         outcome = getattr(call.excinfo.value, "outcome", None)
-        if type(call.excinfo.value).__module__.startswith("qalora_compile.testing."):
+        ours = type(call.excinfo.value).__module__.startswith("qalora_compile.testing.")
+        if ours and outcome is not None:
             report.sections.append((_SECTION, _text(outcome)))
     return report
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 import qalora_compile as qc
 from qalora_compile.api import lower
-from qalora_compile.config import CALIBRATED, METHODS
+from qalora_compile.config import METHODS
 from qalora_compile.errors import PreconditionError
 from qalora_compile.ir.affine import expand_groups
 from qalora_compile.ir.packing.bitstream import unpack_codes
 from qalora_compile.ir.site_plan import KEEP, QUANTIZE
 from qalora_compile.ir.spec import GROUP_SUM
+from qalora_compile.quantizers import needs_data
 from qalora_compile.runtime import open_session
 from tests.models import (
     TRANSFORMERS,
@@ -123,7 +124,7 @@ def adapted_by(
 ) -> qc.Program:
     """Random adapters on codes of a method, calibrated where it needs data."""
     spec = qc.QuantSpec(bits=bits, group_size=G, method=method, refine_offsets=False)
-    data = calls if method in CALIBRATED else None
+    data = calls if needs_data(method) else None
     quantized = qc.quantize_groups(qc.capture_model(model, (x,)), spec, calibration=data)
     return randomize_adapters(qc.insert_adapters(quantized, qc.AdapterSpec(rank=RANK)))
 

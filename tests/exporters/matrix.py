@@ -16,7 +16,8 @@ import torch
 
 import qalora_compile as qc
 from qalora_compile.capture.load_source import load_source
-from qalora_compile.exporters.checkpoints.registry import FORMATS
+from qalora_compile.config import CHECKPOINT_TARGETS
+from qalora_compile.exporters.checkpoints.registry import get_format
 from qalora_compile.ir.site_plan import Site
 from tests.capture.checkpoints.matrix import FORMATS as READ_FORMATS
 from tests.capture.checkpoints.matrix import Written, _folders, _gptq, read_cells
@@ -56,7 +57,8 @@ class Row:
 def write_rows(folder: Path) -> list[Row]:
     """Every target: what it declares, and the largest change of a weight that decoders find."""
     rows = []
-    for target, kind in FORMATS.items():
+    for target in CHECKPOINT_TARGETS:
+        kind = get_format(target)
         declared = kind.capabilities(qc.ExportSpec(target=target))
         cells = {name: str(value) for name, value in declared.items()}
         for bits, group_size in WIDTHS:
@@ -148,11 +150,12 @@ def written_error(target: str, bits: int, group_size: int, folder: Path) -> str:
     of the float32 weights themselves, and count as none.
     """
     model, program = llama_and_program(bits, group_size)
-    if FORMATS[target].capabilities(qc.ExportSpec(target=target))["real zero-point"].kind == WHOLE:
+    kind = get_format(target)
+    if kind.capabilities(qc.ExportSpec(target=target))["real zero-point"].kind == WHOLE:
         program = made_whole(program)
     if target == "gguf" and bits == 8:
         return "refused"  # no layer is on codes, see test_gguf.py
-    path = folder / f"{target}-{bits}{FORMATS[target].suffix}"
+    path = folder / f"{target}-{bits}{kind.suffix}"
     qc.export_model(program, path, qc.ExportSpec(target=target), model=model)
     largest = 0.0
     for site in program.plan.to_quantize():

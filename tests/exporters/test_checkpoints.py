@@ -22,7 +22,7 @@ from qalora_compile.errors import (
     UserInputError,
 )
 from qalora_compile.exporters.checkpoints import hf_folder, hqq
-from qalora_compile.exporters.checkpoints.registry import FORMATS
+from qalora_compile.exporters.checkpoints.registry import get_format
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.packing.bitstream import pack_words
 from tests.exporters.checkpoint_cases import (
@@ -428,8 +428,9 @@ def test_unused_weights_are_said(tmp_path: Path) -> None:
 def test_every_target_has_a_format() -> None:
     from qalora_compile.config import CHECKPOINT_TARGETS
 
-    assert set(FORMATS) == set(CHECKPOINT_TARGETS) == {*FOLDERS, "gguf"}
-    properties = [set(f.capabilities(qc.ExportSpec(target=t))) for t, f in FORMATS.items()]
+    assert set(CHECKPOINT_TARGETS) == {*FOLDERS, "gguf"}
+    formats = {name: get_format(name) for name in CHECKPOINT_TARGETS}
+    properties = [set(f.capabilities(qc.ExportSpec(target=t))) for t, f in formats.items()]
     assert all(found - {"activations"} == properties[1] for found in properties)
 
 
@@ -454,7 +455,7 @@ def test_narrow_floats_of_gguf_are_declared() -> None:
     names = ("codes of 8 bits", "groups", "tail groups", "matrices of floats")
     for float_type, kind in ((None, "exact"), ("f32", "exact"), ("q8_0", "rounds")):
         spec = qc.ExportSpec(target="gguf", float_type=float_type)
-        declared = FORMATS["gguf"].capabilities(spec)
+        declared = get_format("gguf").capabilities(spec)
         assert {declared[name].kind for name in names} == {kind}
 
 

@@ -14,7 +14,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qalora_compile"
 ROOT_NAME = "qalora_compile"
-CORE = {"errors", "config", "optional", "progress", "files", "untrusted", "sealed", "_version"}
+CORE = {
+    *("errors", "config", "registry", "optional", "progress", "files", "untrusted", "sealed"),
+    "_version",
+}
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
     "ir": CORE | {"ir"},
@@ -26,7 +29,9 @@ ALLOWED = {
     "runtime": {"runtime", "errors", "optional", "untrusted"},
     "pages": {"pages", "errors", "files", "optional"},
     "training": CORE | {"training", "passes", "pages", "ir"},
-    "testing": CORE | {"testing", "verify", "passes", "ir"},
+    "extend": CORE | {"ir", "passes", "quantizers", "exporters", "capture"},
+    "testing": CORE
+    | {"testing", "api", "verify", "passes", "quantizers", "exporters", "capture", "ir"},
     "eager": CORE | {"eager", "verify", "ir"},
 }
 """What each room may import of this package."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qalora_compile.config import SUPPORTED_BITS
 from qalora_compile.errors import UnsupportedError, UserInputError
@@ -39,8 +40,25 @@ ONE_GROUP_A_ROW = -1
 """As a group size: each row of a weight is one group."""
 
 Tensors = Mapping[str, Tensor]
-Reader = Callable[[Tensors, Mapping[str, Any]], Decoded]
-"""(tensors by name, `config.json`) → what is in them."""
+
+
+@dataclass(frozen=True)
+class OpenFolder:
+    """The folder that a checkpoint is read from.
+
+    Attributes:
+        path: Of the folder.
+        modules: The modules that `config.json` describes, without weights, by every name of theirs.
+        zero_points: What the user says of how zero-points are stored; None: nothing.
+    """
+
+    path: Path
+    modules: Callable[[], Mapping[str, nn.Module]]
+    zero_points: str | None = None
+
+
+Reader = Callable[[Tensors, Mapping[str, Any], OpenFolder], Decoded]
+"""(tensors by name, `config.json`, their folder) → what is in them."""
 
 
 def kept_bits(bits: int) -> int:

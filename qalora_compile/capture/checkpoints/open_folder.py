@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qalora_compile.capture.checkpoints.awq import decode_awq
-from qalora_compile.capture.checkpoints.base import CONFIG, Decoded, Reader, section
-from qalora_compile.capture.checkpoints.compressed_tensors import decode_compressed
-from qalora_compile.capture.checkpoints.gptq import decode_gptq
-from qalora_compile.capture.checkpoints.hqq import decode_hqq
-from qalora_compile.capture.checkpoints.mlx import KEY as MLX
-from qalora_compile.capture.checkpoints.mlx import decode_mlx
-from qalora_compile.capture.checkpoints.qalora import METHOD as OWN
-from qalora_compile.capture.checkpoints.qalora import decode_own
+from qalora_compile.capture.checkpoints.base import (
+    CONFIG,
+    Decoded,
+    OpenFolder,
+    Reader,
+    section,
+)
+from qalora_compile.capture.checkpoints.mlx import KEY as MLX_KEY
+from qalora_compile.capture.checkpoints.registry import GPTQ, MLX, READERS, get_reader
 from qalora_compile.capture.skeleton import build_skeleton, model_class, transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
@@ -28,15 +28,10 @@ from qalora_compile.ir.safetensors_io import load_tensors
 from qalora_compile.untrusted import read_object
 
 HF = "quantization_config"
-_GPTQ, _GPTQ_CONFIG = "gptq", "quantize_config.json"
+SECTIONS = (MLX_KEY, HF)
+"""The entries of `config.json` that say how weights are quantized."""
+_GPTQ_CONFIG = "quantize_config.json"
 """AutoGPTQ's own file, of what newer tools put under `quantization_config`."""
-_COMPRESSED = "compressed-tensors"
-_METHODS: dict[str, Reader] = {
-    "awq": decode_awq,
-    _COMPRESSED: decode_compressed,
-    "gptq": decode_gptq,
-    "hqq": decode_hqq,
-}
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,10 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_tensors(path)
     try:
-        decoded = _reader(folder, config, zero_points)(tensors, config)
+        read = _reader(folder, config, zero_points)
+        decoded = read(
+            tensors, config, OpenFolder(folder, partial(modules_of, folder), zero_points)
+        )
     except (UserInputError, UnsupportedError) as error:
         error.where = f"{folder}: {error.where}" if error.where else str(folder)
         raise
@@ -101,14 +99,14 @@ def _config_of(folder: Path) -> Mapping[str, Any]:
     """
     config, own = read_object(folder / CONFIG), folder / _GPTQ_CONFIG
     if not _says_codes(config) and own.is_file():
-        return {**config, HF: {"quant_method": _GPTQ, **read_object(own)}}
-    for key in (MLX, HF):
+        return {**config, HF: {"quant_method": GPTQ, **read_object(own)}}
+    for key in SECTIONS:
         section(config, key, str(folder / CONFIG))
     return config
 
 
 def _says_codes(config: Mapping[str, Any]) -> bool:
-    return any(config.get(key) is not None for key in (MLX, HF))
+    return any(config.get(key) is not None for key in SECTIONS)
 
 
 def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) -> Reader:
@@ -119,25 +117,19 @@ def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) ->
         UserInputError: `zero_points` is said of another method than GPTQ.
     """
     method = str((config.get(HF) or {}).get("quant_method", ""))
-    if method == _GPTQ:
-        return partial(decode_gptq, zero_points=zero_points)
-    if zero_points is not None:
+    if zero_points is not None and method != GPTQ:
         raise UserInputError(
             f"zero_points is {zero_points!r}, of a checkpoint that is not GPTQ's",
             hint="leave it out",
         )
-    if method == _COMPRESSED:
-        return partial(decode_compressed, modules=partial(_modules, folder))
-    if method == OWN:
-        return partial(decode_own, folder=folder)
-    if method in _METHODS:
-        return _METHODS[method]
-    if config.get(MLX) is not None:
-        return decode_mlx
-    raise UnsupportedError(
-        f"checkpoints quantized by {method or 'an unnamed method'} cannot be read",
-        hint=f"these can: {', '.join((*_METHODS, 'MLX affine', 'GGUF'))}; or give the float model",
-    )
+    if method not in READERS:
+        if config.get(MLX_KEY) is not None:
+            return get_reader(MLX)
+        raise UnsupportedError(
+            f"checkpoints quantized by {method or 'an unnamed method'} cannot be read",
+            hint=f"these can: {', '.join((*READERS.names(), 'GGUF'))}; or give the float model",
+        )
+    return get_reader(method)
 
 
 def _check_finite(rest: Mapping[str, Tensor], folder: Path) -> None:
@@ -176,7 +168,7 @@ def _build(
         UserInputError: the model wants a tensor that is not there, or does not know one.
     """
     kind = model_class(folder)
-    plain = {k: v for k, v in config.items() if k not in (MLX, HF, "dtype", "torch_dtype")}
+    plain = {k: v for k, v in config.items() if k not in (*SECTIONS, "dtype", "torch_dtype")}
     state = {n: t.float() if t.is_floating_point() else t for n, t in rest.items()}
     turned = decoded.turned | _transposed(folder, decoded.weights)
     aside = []
@@ -230,11 +222,11 @@ def _lies_aside(weight: Tensor) -> bool:
 
 def _transposed(folder: Path, modules: Iterable[str]) -> set[str]:
     """Those of the modules whose parameter the model has as `[K, N]`: transformers' Conv1D."""
-    known, kind = _modules(folder), transformers_module().pytorch_utils.Conv1D
+    known, kind = modules_of(folder), transformers_module().pytorch_utils.Conv1D
     return {name for name in modules if isinstance(known.get(name), kind)}
 
 
-def _modules(folder: Path) -> dict[str, nn.Module]:
+def modules_of(folder: Path) -> dict[str, nn.Module]:
     """The modules that `config.json` describes, without weights, by every name of theirs.
 
     The names of a checkpoint may begin with that of the inner model, or leave it out.

@@ -5,57 +5,66 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from qalora_compile._version import __version__
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UserInputError
-from qalora_compile.exporters.capability import Capability, ExportReport, StoredTensor
+from qalora_compile.exporters.capability import ExportReport, StoredTensor
 from qalora_compile.exporters.checkpoints import compressed_tensors, float, gptq, hqq, mlx, qalora
 from qalora_compile.exporters.checkpoints.gguf import write
 from qalora_compile.exporters.checkpoints.named_tensors import Checkpoint, read_checkpoint
-from qalora_compile.files import atomic_files, atomic_folder, write_json
+from qalora_compile.exporters.record import write_record
+from qalora_compile.exporters.targets import Target, get_target, refuse_file
+from qalora_compile.files import atomic_files, atomic_folder
 from qalora_compile.ir.model_description import Description
 from qalora_compile.ir.program import Program
-
-RECORD_FILE = "export.json"
-FORMAT, VERSION = "qalora-export", 1
 
 Write = Callable[[Checkpoint, Path, ExportSpec], list[StoredTensor]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """A format that can be written.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format(Target):
+    """A checkpoint format that can be written.
 
     Attributes:
-        library: Who reads it.
-        capabilities: What it does to each property of a program.
         write: Writes into the file or folder, and gives a row for each tensor.
         suffix: Of the file; empty where a folder is written.
-        notes: What the report has to say beside its rows.
+        notes: What the report has to say next to its rows.
     """
 
-    library: str
-    capabilities: Callable[[ExportSpec], dict[str, Capability]]
+    on_codes: ClassVar[bool] = True
+
     write: Write
     suffix: str = ""
     notes: Callable[[Checkpoint], tuple[str, ...]] = Checkpoint.notes
 
 
-FORMATS = {
-    "gguf": Format("llama.cpp", write.capabilities, write.write_gguf, ".gguf", write.notes),
-    "mlx": Format("mlx-lm", mlx.capabilities, mlx.write_mlx),
-    "float": Format("transformers", float.capabilities, float.write_float),
-    "hqq": Format("HQQ", hqq.capabilities, hqq.write_hqq),
-    "safetensors": Format("docs/formats.md", qalora.capabilities, qalora.write_own),
-    "gptq": Format("GPTQModel", gptq.capabilities, gptq.write_gptq),
-    "compressed-tensors": Format(
-        "compressed-tensors, vLLM",
-        compressed_tensors.capabilities,
-        compressed_tensors.write_compressed,
-    ),
-}
+GGUF = Format(
+    library="llama.cpp",
+    capabilities=write.capabilities,
+    write=write.write_gguf,
+    suffix=".gguf",
+    notes=write.notes,
+)
+MLX = Format(library="mlx-lm", capabilities=mlx.capabilities, write=mlx.write_mlx)
+FLOAT = Format(library="transformers", capabilities=float.capabilities, write=float.write_float)
+HQQ = Format(library="HQQ", capabilities=hqq.capabilities, write=hqq.write_hqq)
+SAFETENSORS = Format(
+    library="docs/formats.md", capabilities=qalora.capabilities, write=qalora.write_own
+)
+GPTQ = Format(library="GPTQModel", capabilities=gptq.capabilities, write=gptq.write_gptq)
+COMPRESSED_TENSORS = Format(
+    library="compressed-tensors, vLLM",
+    capabilities=compressed_tensors.capabilities,
+    write=compressed_tensors.write_compressed,
+)
+
+
+def get_format(name: str) -> Format:
+    """The checkpoint format of a target that is one."""
+    found = get_target(name)
+    assert isinstance(found, Format), "the caller asked `ExportSpec.is_checkpoint`"
+    return found
 
 
 def check_path(path: Path, spec: ExportSpec) -> None:
@@ -64,13 +73,11 @@ def check_path(path: Path, spec: ExportSpec) -> None:
     Raises:
         UserInputError: the path does not fit the target.
     """
-    suffix = FORMATS[spec.target].suffix
+    suffix = get_format(spec.target).suffix
     if suffix and path.suffix != suffix:
         raise UserInputError(f"{path} does not end in {suffix}", where=str(path))
-    if not suffix and path.is_file():
-        raise UserInputError(
-            f"{path} is a file; target {spec.target} writes a folder", where=str(path)
-        )
+    if not suffix:
+        refuse_file(path, spec)
 
 
 def write_checkpoint(
@@ -89,7 +96,7 @@ def write_checkpoint(
         UnsupportedError: the format cannot hold a part of the program.
         UserInputError: a value is beyond the format, or the path does not fit or exists.
     """
-    kind = FORMATS[spec.target]
+    kind = get_format(spec.target)
     check_path(path, spec)
     checkpoint = read_checkpoint(program, description)
     report = ExportReport(
@@ -98,7 +105,7 @@ def write_checkpoint(
         target=spec.target,
         nodes=0,
         quantized_layers=len(checkpoint.layers),
-        capabilities=kind.capabilities(spec),
+        capabilities=dict(kind.capabilities(spec)),
         notes=kind.notes(checkpoint),
     )
     place = atomic_files if kind.suffix else atomic_folder
@@ -110,23 +117,3 @@ def write_checkpoint(
         folder = scratch.parent if kind.suffix else scratch
         sizes = {f.name: f.stat().st_size for f in sorted(folder.iterdir())}
     return dataclasses.replace(report, files=sizes)
-
-
-def write_record(folder: Path, report: ExportReport, spec: ExportSpec) -> None:
-    """Write what is known of a checkpoint beside it: `export.json`."""
-    write_json(folder / RECORD_FILE, export_record(report, spec))
-
-
-def export_record(report: ExportReport, spec: ExportSpec) -> dict[str, Any]:
-    """The report as JSON types; what was replaced says nothing of what was written."""
-    options = {name: value for name, value in spec.to_json().items() if name != "overwrite"}
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "made_by": f"qalora-compile {__version__}",
-        "export": options,
-        "quantized_layers": report.quantized_layers,
-        "capabilities": {name: str(value) for name, value in report.capabilities.items()},
-        "notes": list(report.notes),
-        "tensors": [dataclasses.asdict(row) for row in report.stored],
-    }

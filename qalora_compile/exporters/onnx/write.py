@@ -115,13 +115,16 @@ def _save(
             raise InternalError(f"the ONNX checker refuses the model: {error}") from error
         sizes = {f.name: f.stat().st_size for f in scratch.parent.iterdir()}
     nodes = list(model.graph.all_nodes())
+    declared = capabilities(spec)
+    if any(step.startswith("widen-halves") for step in program.history):
+        declared = _of_widened(declared)
     return ExportReport(
         path=path,
         files=sizes,
         target=spec.target,
         nodes=len(nodes),
         quantized_layers=sum(map(_is_layer, nodes)),
-        capabilities=_capabilities(program, spec),
+        capabilities=declared,
         kept=kept,
     )
 
@@ -133,16 +136,15 @@ def _is_layer(node: Any) -> bool:
     return node.op_type == "DequantizeLinear" and "block_size" in node.attributes
 
 
-def _capabilities(program: Program, spec: ExportSpec) -> dict[str, Capability]:
-    widened = any(step.startswith("widen-halves") for step in program.history)
-    exact = Capability("exact", "half-precision model computed in float32") if widened else EXACT
+def capabilities(spec: ExportSpec) -> dict[str, Capability]:
+    """What happens to each property of a program that computes in float32."""
     parameter = EXACT if spec.parameter_dtype == "float32" else rounds(spec.parameter_dtype)
     zero_point = Capability("exact", "integer part and float32 correction")
     if spec.target == "ort":
         zero_point = parameter
     elif spec.correction == "digits":
         zero_point = rounds("integer part and correction in digits")
-    activations = exact if spec.accuracy_level == 0 else rounds("int8")
+    activations = EXACT if spec.accuracy_level == 0 else rounds("int8")
     if spec.target == "onnx":
         activations = Capability("exact", f"in ONNX Runtime with {QDQ_ACCURACY_KEY}=0")
     return {
@@ -151,4 +153,13 @@ def _capabilities(program: Program, spec: ExportSpec) -> dict[str, Capability]:
         "zero_point": zero_point,
         "float tensors": EXACT,
         "activations": activations,
+    }
+
+
+def _of_widened(declared: dict[str, Capability]) -> dict[str, Capability]:
+    """The same for a program that computed in half precision."""
+    if declared["activations"] != EXACT:
+        return declared
+    return declared | {
+        "activations": Capability("exact", "half-precision model computed in float32")
     }

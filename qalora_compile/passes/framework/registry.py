@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.passes.framework.base import Pass
+from qalora_compile.registry import Registry
 
-_PASSES = {
+_HOMES = {
     "canonicalize-complex": "canonicalize_complex:CanonicalizeComplex",
     "canonicalize-clamps": "canonicalize_clamps:CanonicalizeClamps",
     "canonicalize-pointwise": "canonicalize_pointwise:CanonicalizePointwise",
@@ -37,11 +36,32 @@ _PASSES = {
     "legalize-onnx": "legalize.legalize_onnx:LegalizeOnnx",
 }
 """Name → module in `qalora_compile.passes` and class."""
+PASSES = Registry(
+    "pass",
+    "qalora_compile.passes",
+    {name: f"qalora_compile.passes.{home}" for name, home in _HOMES.items()},
+)
+
+P = TypeVar("P", bound=type[Pass])
+
+
+def register_pass(kind: P) -> P:
+    """Make a class of passes known by its `name`, to pipelines in text and to histories.
+
+    Returns:
+        The class, so that this can stand above it as a decorator.
+
+    Raises:
+        ExtensionError: the name is taken, or `kind` is no class of passes.
+    """
+    name = str(getattr(kind, "name", kind))
+    PASSES.add(name, _checked(name, kind))
+    return kind
 
 
 def available_passes() -> tuple[str, ...]:
     """The names that `Pipeline.parse` knows."""
-    return tuple(_PASSES)
+    return PASSES.names()
 
 
 def get_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
@@ -49,16 +69,9 @@ def get_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
 
     Raises:
         UserInputError: the name or an option is unknown, or a value is out of range.
+        ExtensionError: the package that brings it cannot be imported, or brings something else.
     """
-    if name not in _PASSES:
-        near = difflib.get_close_matches(name, _PASSES, n=1)
-        raise UserInputError(
-            f"there is no pass {name!r}",
-            hint=(f"did you mean {near[0]}? " if near else "") + f"passes: {', '.join(_PASSES)}",
-        )
-    home, _, class_name = _PASSES[name].partition(":")
-    module = importlib.import_module(f"qalora_compile.passes.{home}")
-    kind: type[Pass] = getattr(module, class_name)
+    kind = _checked(name, PASSES.load(name))
     known = kind.option_names()
     for option in options or {}:
         if option not in known:
@@ -68,3 +81,16 @@ def get_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
                 hint=f"options: {listed}",
             )
     return kind(**(options or {}))
+
+
+def _checked(name: str, kind: object) -> type[Pass]:
+    """A class of passes of that name.
+
+    Raises:
+        ExtensionError: it is none.
+    """
+    if not isinstance(kind, type) or not issubclass(kind, Pass):
+        raise PASSES.unfit(name, "a class derived from Pass")
+    if getattr(kind, "name", None) != name:
+        raise PASSES.unfit(name, f"a pass whose `name` is {name!r}")
+    return kind

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from qalora_compile.errors import PreconditionError
+from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.lazy_tensor import is_lazy
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import QUANTIZE, UNUSED, Site, SitePlan
 from qalora_compile.ir.stages import ANNOTATED
 from qalora_compile.passes.annotate_linears import AnnotateLinears
+from qalora_compile.passes.framework.base import Pass
 from qalora_compile.passes.framework.pipeline import Pipeline
 
 
@@ -27,10 +28,25 @@ def replay(source: Program, captured: Program) -> Program:
     Raises:
         PreconditionError: the two are not of the same model: a tensor is missing, or has another
             shape or dtype.
+        UserInputError: a pass of the history is of an extension that is not installed.
     """
-    history = source.history
-    replayed = Pipeline.parse(",".join(history))(captured).program if history else captured
+    replayed = Pipeline(_steps(source))(captured).program
     return _give_tensors(source, replayed)
+
+
+def _steps(source: Program) -> tuple[Pass, ...]:
+    """The passes of a history.
+
+    Raises:
+        UserInputError: one of them is unknown here: it is of an extension that is not installed.
+    """
+    if not source.history:
+        return ()
+    try:
+        return Pipeline.parse(",".join(source.history)).passes
+    except UserInputError as error:
+        error.where = error.where or "the history of the program"
+        raise
 
 
 def replay_part(source: Program, captured: Program) -> Program:
@@ -50,7 +66,7 @@ def replay_part(source: Program, captured: Program) -> Program:
             hint="quantize it for all its uses, or for none",
         )
     part = captured
-    for step in Pipeline.parse(",".join(source.history)).passes if source.history else ():
+    for step in _steps(source):
         if isinstance(step, AnnotateLinears):
             part = _annotate(part, decided)
         elif part.stage != ANNOTATED or part.plan.to_quantize():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qalora_compile.capture.checkpoints.awq import decode_awq
-from qalora_compile.capture.checkpoints.base import Reader, Tensors
+from qalora_compile.capture.checkpoints.base import Decoded, Tensors
 from qalora_compile.capture.checkpoints.compressed_tensors import decode_compressed
 from qalora_compile.capture.checkpoints.gptq import decode_gptq
 from qalora_compile.capture.checkpoints.hqq import decode_hqq
@@ -75,7 +75,7 @@ def made(reader: str, folder: Path) -> tuple[Any, dict[str, Tensor], Options]:
         return partial(_read_own, folder=folder), *_own()
     if reader == "compressed-tensors":
         return decode_compressed, *_compressed()
-    layers: dict[str, tuple[Reader, Callable[[], Any], Options]] = {
+    layers: dict[str, tuple[Callable[..., Decoded], Callable[[], Any], Options]] = {
         "gptq": (decode_gptq, lambda: gptq_layer([]), gptq_config(dynamic={"x": {"bits": 2}})),
         "awq": (decode_awq, lambda: awq_layer([]), AWQ),
         "hqq": (decode_hqq, lambda: hqq_layer(4, []), config_of("hqq", 4)),

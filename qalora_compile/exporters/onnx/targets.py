@@ -1,0 +1,60 @@
+"""The ONNX targets: how a program is lowered to each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qalora_compile.config import ExportSpec
+from qalora_compile.errors import UserInputError
+from qalora_compile.exporters.capability import ExportReport
+from qalora_compile.exporters.onnx.write import capabilities, write_onnx
+from qalora_compile.exporters.targets import LoweredTarget
+from qalora_compile.ir.program import Program
+
+_SUFFIX = ".onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxTarget(LoweredTarget):
+    """A target that is one `.onnx` file, next to it its weights where they are large."""
+
+    def check_path(self, path: Path, spec: ExportSpec) -> None:
+        """Refuse a file of another suffix."""
+        if path.suffix != _SUFFIX:
+            raise UserInputError(f"{path} does not end in {_SUFFIX}", where=str(path))
+
+    def export(
+        self, program: Program, path: Path, spec: ExportSpec, *, resume: str | None = None
+    ) -> ExportReport:
+        """See `write_onnx`."""
+        return write_onnx(program, path, spec, resume=resume)
+
+
+def _with_planes(program: Program, spec: ExportSpec, legalize: str) -> str:
+    """The legalize pass and what surrounds it.
+
+    Kernels on float32 activations take weights of 8 bits with integer zero-points as two planes.
+    """
+    wide = any(site.frozen_integer_zero and site.bits == 8 for site in program.plan)
+    planes = "split-planes," if wide and spec.accuracy_level == 0 else ""
+    return f"{planes}{legalize},share-group-sums"
+
+
+def _to_ort(program: Program, spec: ExportSpec) -> str:
+    options = f"accuracy-level={spec.accuracy_level},parameter-dtype={spec.parameter_dtype}"
+    return _with_planes(program, spec, f"legalize-ort{{{options}}}")
+
+
+def _to_ort_stock(program: Program, spec: ExportSpec) -> str:
+    options = f"accuracy-level={spec.accuracy_level},correction={spec.correction}"
+    return _with_planes(program, spec, f"legalize-ort-stock{{{options}}}")
+
+
+def _to_onnx(program: Program, spec: ExportSpec) -> str:
+    return _with_planes(program, spec, "legalize-onnx")
+
+
+ORT = OnnxTarget(library="ONNX Runtime", lowering=_to_ort, capabilities=capabilities)
+ORT_STOCK = OnnxTarget(library="ONNX Runtime", lowering=_to_ort_stock, capabilities=capabilities)
+ONNX = OnnxTarget(library="any ONNX runtime", lowering=_to_onnx, capabilities=capabilities)
