@@ -14,7 +14,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qalora_compile"
 ROOT_NAME = "qalora_compile"
-CORE = {"errors", "config", "optional", "progress", "files", "untrusted", "sealed", "_version"}
+CORE = {
+    "errors",
+    "config",
+    "optional",
+    "progress",
+    "files",
+    "untrusted",
+    "sealed",
+    "_version",
+    "verdict",
+}
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
     "ir": CORE | {"ir"},
