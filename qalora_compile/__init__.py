@@ -14,10 +14,10 @@ Names are imported on first use, so that importing the package costs nothing.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from qalora_compile._version import __version__
+from qalora_compile.optional import lazy_attribute
 
 if TYPE_CHECKING:
     from qalora_compile.api import (
@@ -85,10 +85,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # else every misspelt name would have a type
+
+    def __getattr__(name: str) -> Any:
+        return lazy_attribute(__name__, name, _HOMES)
 
 
 def __dir__() -> list[str]:

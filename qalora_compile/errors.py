@@ -6,15 +6,8 @@ Each error says what was wrong, where (pass, node, module path, file) and what t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
-
-class Finding(Protocol):
-    """What a comparison found: a report, a numeric report or a certificate of `verify`."""
-
-    @property
-    def verdict(self) -> str:
-        """In one word."""
+from qalora_compile.verdict import Finding
 
 
 class QaloraError(Exception):

@@ -1,8 +1,10 @@
-"""Import of optional dependencies, with an error that names the extra to install."""
+"""Imports on first use: of optional dependencies, and of a package's own names."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from qalora_compile.errors import UnsupportedError
@@ -26,3 +28,21 @@ def require(module: str, *, extra: str, purpose: str) -> Any:
             f"{module} is needed to {purpose}, and it cannot be imported ({error})",
             hint=f"pip install 'qalora-compile[{extra}]'",
         ) from error
+
+
+def lazy_attribute(package: str, name: str, homes: Mapping[str, str]) -> Any:
+    """What a package gives under a name, imported on first use; for its `__getattr__`.
+
+    Args:
+        package: Name of the package.
+        name: The attribute asked for.
+        homes: Public name → module below the package that defines it.
+
+    Raises:
+        AttributeError: there is no such name; the nearest one is suggested.
+    """
+    if name not in homes:
+        near = difflib.get_close_matches(name, homes, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module {package!r} has no attribute {name!r}{hint}")
+    return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)

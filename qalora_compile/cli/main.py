@@ -1,8 +1,4 @@
-"""Entry point: parse, dispatch, turn errors into messages and exit codes.
-
-Exit codes: 0 done, 1 a check failed, 2 bad usage or input or a file that cannot be written, 130
-interrupted (Ctrl-C), 143 terminated (SIGTERM).
-"""
+"""Entry point: parse, dispatch, make errors messages and exit codes."""
 
 from __future__ import annotations
 
@@ -15,12 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from qalora_compile._version import __version__
-from qalora_compile.cli.signals import (
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    Terminated,
-    terminable,
-)
+from qalora_compile.cli import exit_codes
+from qalora_compile.cli.signals import Terminated, terminable
 from qalora_compile.cli.ui import complain
 from qalora_compile.errors import InternalError, QaloraError, VerificationError
 from qalora_compile.files import fault_of, recover
@@ -35,8 +27,6 @@ COMMANDS = (
 
 READERS = ("finetune", "fold", "export", "verify", "bisect", "inspect", "generate", "bench")
 """Commands that read folders which this tool wrote."""
-
-EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 
 def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
@@ -94,19 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(options.run(options))
     except Terminated:
         complain("terminated")
-        return EXIT_TERMINATED
+        return exit_codes.TERMINATED
     except KeyboardInterrupt:
         complain("interrupted")
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
     except VerificationError as error:
         _complain(error)
-        return EXIT_FAILED
+        return exit_codes.FAILED
     except QaloraError as error:
         _complain(error)
-        return EXIT_USAGE
+        return exit_codes.USAGE
     except Exception as error:
         _complain(_of_system(error, options))
-        return EXIT_USAGE
+        return exit_codes.USAGE
 
 
 def _ended(stop: SystemExit | QaloraError) -> int:

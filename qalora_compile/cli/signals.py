@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
-"""Exit codes: 128 and the number of the signal, as shells count them."""
+from qalora_compile.cli.exit_codes import INTERRUPTED, TERMINATED
+
 _SAME_S = 1.0
 """A launcher passes a signal on that the terminal has sent to all processes already."""
 
@@ -50,7 +50,7 @@ class Stop:
     @property
     def exit_code(self) -> int:
         """What a command ends with that was stopped, by this process's signal or by another's."""
-        return EXIT_TERMINATED if self.number == signal.SIGTERM else EXIT_INTERRUPTED
+        return TERMINATED if self.number == signal.SIGTERM else INTERRUPTED
 
     def handle(self, number: int, frame: Any) -> None:
         """Note the first signal; one that comes later than at once ends the command.

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qalora_compile.cli.exit_codes import exit_code
 from qalora_compile.cli.ui import (
     console,
     err_console,
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--numeric",
         action="store_true",
         help="compare along the graph, measured by float64, on odd inputs too, at every "
-        "optimization level, with the operator library and without; exit 2: AMBIGUOUS",
+        "optimization level, with the operator library and without; exit 2: UNDECIDED",
     )
     parser.add_argument(
         "--levels",
@@ -150,7 +151,7 @@ def _compare(options: argparse.Namespace) -> int:
     else:
         for used, report in reports.items():
             _show(report, options, library=used)
-    return 0 if decisive.passed else 1
+    return exit_code(decisive.verdict)
 
 
 def _keeps_cache(graphs: list[Graph]) -> bool:
@@ -226,7 +227,7 @@ def _numeric(options: argparse.Namespace) -> int:
         print_json(report.to_json())
     else:
         _show_numeric(report, options)
-    return {"PASS": 0, "FAIL": 1}.get(report.verdict, 2)
+    return exit_code(report.verdict)
 
 
 def _write_page(
@@ -338,7 +339,7 @@ def _answer(certificate: Certificate, problems: list[str], options: argparse.Nam
         _show_certificate(certificate, problems, options)
     if again:
         return 1 if problems else 0
-    return {"EQUAL": 0, "DIFFERENT": 1}.get(certificate.verdict, 2)
+    return exit_code(certificate.verdict)
 
 
 def _show_certificate(

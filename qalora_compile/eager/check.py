@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from qalora_compile.errors import CaptureError, VerificationError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.torch_internals import pytree
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify.compare import Comparison, Report, Tolerance, compare
-from qalora_compile.verify.numeric.error_bound import FAIL, PASS, UNITS, rounding_ratio
+from qalora_compile.verify.numeric.error_bound import UNITS, rounding_ratio
 from qalora_compile.verify.numeric.run_float64 import output_nodes, run_reference, working_dtype
 
 _STRENGTH = 0.25
@@ -122,7 +123,7 @@ def cross_check(
         outputs=tuple(rows),
         sites=(),
         first_divergence=None,
-        verdict=PASS if passed else FAIL,
+        verdict=Verdict.of(passed),
     )
     if not passed:
         worst = max(rows, key=lambda row: float("inf") if row.problem else row.max_rel)

@@ -62,7 +62,7 @@ def assert_equivalent(
         seed: Of random inputs.
 
     Raises:
-        NotEqualError: they differ, or (AMBIGUOUS, UNDECIDED) could not be told to be equal.
+        NotEqualError: they differ, or could not be shown to be equal (UNDECIDED).
         UserInputError: they cannot be compared.
     """
     __tracebackhide__ = True

@@ -5,8 +5,9 @@ Names are imported on first use: certificates are checked without torch.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from qalora_compile.optional import lazy_attribute
 
 if TYPE_CHECKING:
     from qalora_compile.verify.compare import Comparison, Report, Tolerance
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # else every misspelt name would have a type
+
+    def __getattr__(name: str) -> Any:
+        return lazy_attribute(__name__, name, _HOMES)

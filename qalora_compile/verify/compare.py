@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError, VerificationError
-from qalora_compile.verify.numeric.error_bound import AMBIGUOUS, PASS, verdict_of
+from qalora_compile.verdict import Verdict
+from qalora_compile.verify.numeric.error_bound import verdict_of
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Tolerance:
             return False
         if self.rounding and found.rounding is not None:
             verdict = verdict_of(found.rounding)
-            if verdict != AMBIGUOUS:
-                return verdict == PASS
+            if verdict != Verdict.UNDECIDED:
+                return verdict == Verdict.EQUAL
         factor = 1.0
         if output_scale:
             factor = max(1.0, found.scale / output_scale)
@@ -164,9 +165,9 @@ class Report:
         inputs: How many inputs were tried.
         outputs: One comparison for each output of the model; these decide the verdict.
         sites: One for each site that both sides show, in graph order.
-        first_divergence: The first site out of tolerance when the verdict is FAIL, or, where every
-            site agrees, `after the last site`.
-        verdict: PASS or FAIL.
+        first_divergence: The first site out of tolerance where the two are different; if every site
+            agrees, `after the last site`.
+        verdict: EQUAL (within the tolerance) or DIFFERENT.
         by_input: One comparison for each input, over all outputs, by its place (`input 0`).
     """
 
@@ -177,13 +178,13 @@ class Report:
     outputs: tuple[Comparison, ...]
     sites: tuple[Comparison, ...]
     first_divergence: str | None
-    verdict: str
+    verdict: Verdict
     by_input: tuple[Comparison, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Whether every output lies within the tolerance."""
-        return self.verdict == PASS
+        return self.verdict == Verdict.EQUAL
 
     @property
     def max_abs(self) -> float:
@@ -194,7 +195,7 @@ class Report:
         """Return self, or raise.
 
         Raises:
-            VerificationError: the verdict is FAIL.
+            VerificationError: the verdict is DIFFERENT.
         """
         if not self.passed:
             raise VerificationError(

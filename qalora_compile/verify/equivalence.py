@@ -13,6 +13,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call, split_call
 from qalora_compile.progress import track
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify.compare import (
     Comparison,
     Report,
@@ -20,7 +21,6 @@ from qalora_compile.verify.compare import (
     compare,
     worst_of,
 )
-from qalora_compile.verify.numeric.error_bound import FAIL, PASS
 from qalora_compile.verify.numeric.nonfinite import damages_of
 from qalora_compile.verify.numeric.padding import Padding, counted, padding_of
 from qalora_compile.verify.numeric.rounding import RoundingReference
@@ -50,9 +50,9 @@ def verify_equivalence(
             `qalora_compile.runtime.library_path()`; None runs them on ONNX Runtime's own kernels.
 
     Returns:
-        A report: `.passed`, per output and per site differences, and on FAIL the first site, in
-        graph order, that is out of tolerance (transferred to the site's scale), or the first
-        stored tensor with NaN or infinite values, with which nothing passes.
+        A report: `.passed`, per output and per site differences, and where they are different the
+        first site, in graph order, that is out of tolerance (transferred to the site's scale), or
+        the first stored tensor with NaN or infinite values, with which nothing passes.
 
     Raises:
         UserInputError: no input was given, an input does not fit the signature, or a path cannot
@@ -81,7 +81,7 @@ def verify_equivalence(
         outputs=output_rows,
         sites=site_rows,
         first_divergence=damaged[0] if damaged else first,
-        verdict=PASS if passed and not damaged else FAIL,
+        verdict=Verdict.of(passed and not damaged),
         by_input=tuple(by_input),
     )
 

@@ -71,7 +71,7 @@ def test_verify_finds_a_difference(workspace: Path, capsys: Capture) -> None:
     paths = [str(workspace / "run"), str(workspace / "folded")]
     assert main(["verify", *paths, "--max-abs", "0", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert report["verdict"] == "FAIL"
+    assert report["verdict"] == "DIFFERENT"
     assert report["first_divergence"].startswith("model.layers.0")
 
 
@@ -84,7 +84,7 @@ def test_verify_runs_the_steps_of_devices_with_the_library_and_without(
     assert report["inputs"] == 3, "one random sequence, a long one, and two rows with padding"
     if kernel_level() is not None:
         assert library_path().name in report["with_library"]["candidate"]
-        assert report["with_library"]["verdict"] == "PASS"
+        assert report["with_library"]["verdict"] == "EQUAL"
     shutil.copytree(workspace / "edge", tmp_path / "edge")
     faulty = planted(tmp_path / "edge" / "model.onnx", FAULTS["one token of the second row"])
     assert main(["verify", folded, str(faulty), *words]) == 1
@@ -165,7 +165,7 @@ def test_the_edge_folder_says_what_it_holds(workspace: Path) -> None:
     assert record["architecture"] == "LlamaForCausalLM"
     assert (record["kv_cache"], record["genai"], record["context_length"]) == (True, "yes", 64)
     assert record["layers"]["by_width"] == {"4 bits": record["layers"]["quantized"]}
-    assert record["verified"]["fold"]["verdict"] == "PASS"
+    assert record["verified"]["fold"]["verdict"] == "EQUAL"
     assert record["export"]["fusion"] == "standard"
     config = json.loads((workspace / "edge" / "genai_config.json").read_text("utf-8"))
     assert config["model"]["type"] == "llama"

@@ -59,4 +59,4 @@ def test_a_wrong_fold_is_refused_and_kept_aside(
         assert "times what rounding does" in said
         assert not out.exists()
         kept = read_run_file(tmp_path / "folded.failed")["verified"]["fold"]
-        assert kept["verdict"] == "FAIL"
+        assert kept["verdict"] == "DIFFERENT"

@@ -239,7 +239,7 @@ def test_a_path_around_the_adapters_is_found_and_the_model_restored() -> None:
     with pytest.raises(VerificationError, match="do not compute what the adapted program") as info:
         adapt(model, torch.randn(4, 64))
     assert "no_grad" in str(info.value)
-    assert info.value.report is not None and info.value.report.verdict != "PASS"
+    assert info.value.report is not None and info.value.report.verdict != "EQUAL"
     assert_untouched(model, before, state)
 
 

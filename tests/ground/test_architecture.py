@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "qalora_compile"
 ROOT_NAME = "qalora_compile"
 CORE = {
     *("errors", "config", "registry", "optional", "progress", "files", "untrusted", "sealed"),
-    "_version",
+    *("_version", "verdict"),
 }
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),

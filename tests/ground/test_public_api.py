@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import qalora_compile as qc
+from qalora_compile import testing, verify
 
 HOMES = {
     "AdapterSpec": "config",
@@ -17,7 +20,7 @@ HOMES = {
     "Pipeline": "passes.framework.pipeline",
     "Program": "ir.program",
     "QaloraError": "errors",
-    "QuantSpec": "config",
+    "QuantSpec": "config.quant",
     "Tolerance": "verify.compare",
     "adapt_module_": "api.steps",
     "add_kv_cache": "api.forms",
@@ -60,9 +63,49 @@ def test_the_version_is_three_numbers() -> None:
     assert [part.isdigit() for part in qc.__version__.split(".")] == [True] * 3
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
-        _ = qc.quantise
+@pytest.mark.parametrize(
+    ("module", "name", "near"),
+    [
+        (qc, "quantise_groups", "quantize_groups"),
+        (verify, "Raport", "Report"),
+        (testing, "assert_equivalnt", "assert_equivalent"),
+    ],
+)
+def test_an_unknown_name_is_an_attribute_error_that_suggests_the_nearest(
+    module: ModuleType, name: str, near: str
+) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'; did you mean '{near}'?"):
+        getattr(module, name)
+
+
+def test_a_name_like_no_other_is_refused_without_a_suggestion() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'xyz'$"):
+        getattr(qc, "xyz")  # noqa: B009
+
+
+def test_type_checkers_refuse_a_misspelt_name(tmp_path: Path) -> None:
+    """A module's `__getattr__`, if type checkers see it, gives every name the type Any."""
+    lines = [
+        "import qalora_compile as qc",
+        "from qalora_compile import testing, verify",
+        *(f"right_{place} = qc.{name}" for place, name in enumerate(HOMES)),
+        "report, check = verify.Report, testing.assert_equivalent",
+        "_ = qc.quantise_groups",
+        "_ = verify.Raport",
+        "_ = testing.assert_equivalnt",
+    ]
+    file = tmp_path / "user.py"
+    file.write_text("\n".join(lines), "utf-8")
+    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--config-file="]
+    done = subprocess.run(
+        [*command, "--cache-dir", str(tmp_path / "cache"), str(file)],
+        capture_output=True,
+        text=True,
+        cwd=Path(qc.__file__).parents[1],
+        check=False,
+    )
+    found = [line.split(":")[1] for line in done.stdout.splitlines() if ": error:" in line]
+    assert found == [str(len(lines) - 2), str(len(lines) - 1), str(len(lines))], done.stdout
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

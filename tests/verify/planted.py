@@ -16,9 +16,9 @@ from torch.nn import functional
 import qalora_compile as qc
 from qalora_compile.api import lower
 from qalora_compile.errors import UserInputError
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify import Certificate, compare_nodes, named_inputs, sample_inputs
 from qalora_compile.verify.debug.bisect import Culprit, Step, bisect
-from qalora_compile.verify.numeric.error_bound import FAIL
 from tests.models import randomize_adapters
 
 WIDTH, INNER, WORDS = 48, 64, 40
@@ -105,7 +105,7 @@ class Found:
     difference: str
     numeric: bool
     named: str
-    nodes: str
+    nodes: Verdict
     node: str
     bisected: str = ""
 
@@ -146,7 +146,7 @@ def examine(fault: Fault, models: Path, scratch: Path) -> Found:
 def _refused(fault: Fault, error: UserInputError) -> Found:
     """What is found of a file that is refused before it is used; the tensor is named."""
     site = fault.site if f"'{fault.site.removesuffix(':')}." in error.what else ""
-    return Found(fault, True, site, True, f"does not run: {error.what}", FAIL, site)
+    return Found(fault, True, site, True, f"does not run: {error.what}", Verdict.DIFFERENT, site)
 
 
 def prove(reference: qc.Program, candidate: qc.Program | Path) -> Certificate | None:
@@ -182,7 +182,7 @@ def bisected(fault: Fault) -> Culprit | None:
     return bisect(program("adapted"), [Step("fold", folded), Step("lower", lowered)], calls)
 
 
-def along_the_graph(reference: qc.Program, candidate: qc.Program | Path) -> tuple[str, str]:
+def along_the_graph(reference: qc.Program, candidate: qc.Program | Path) -> tuple[Verdict, str]:
     """The verdict of the comparison along the graph, and what it names first."""
     calls = named_inputs(program("folded"), 1, seed=1)
     report = compare_nodes(reference, candidate, calls, levels=("all",))

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qalora_compile.verify.numeric.error_bound import FAIL, PASS
+from qalora_compile.verdict import Verdict
 from tests.verify.planted import Found, is_in_a_pass
 
 
 def is_right(found: Found) -> bool:
     """Whether each check caught and named a fault, or missed one that it is said not to see.
 
-    Along the graph AMBIGUOUS is not enough: a planted fault is FAIL.
+    Along the graph UNDECIDED is not enough: a planted fault is DIFFERENT.
     """
     fault, unseen = found.fault, dict(found.fault.unseen)
-    caught = {"proof": found.proof, "numeric": found.numeric, "nodes": found.nodes == FAIL}
+    caught = {
+        "proof": found.proof,
+        "numeric": found.numeric,
+        "nodes": found.nodes == Verdict.DIFFERENT,
+    }
     named = {
         "proof": found.difference.startswith(fault.site),
         "numeric": found.named.startswith(fault.numeric or fault.site.removesuffix(":")),
         "nodes": found.node.startswith(fault.node or fault.site),
     }
-    clean = found.nodes == PASS if "nodes" in unseen else True
+    clean = found.nodes == Verdict.EQUAL if "nodes" in unseen else True
     return (
         clean
         and all(caught[c] == (c not in unseen) for c in caught)
@@ -41,7 +45,7 @@ def score_line(found: Sequence[Found]) -> str:
     """How many faults each check caught, in one line."""
     count = len(found)
     proof, numeric = sum(f.proof for f in found), sum(f.numeric for f in found)
-    nodes = sum(f.nodes == FAIL for f in found)
+    nodes = sum(f.nodes == Verdict.DIFFERENT for f in found)
     right = sum(map(is_right, found))
     passes = [f for f in found if is_in_a_pass(f.fault)]
     return (
@@ -63,7 +67,7 @@ def table(found: Sequence[Found]) -> str:
             for check, seen in (
                 ("proof", one.proof),
                 ("numeric", one.numeric),
-                ("nodes", one.nodes == FAIL),
+                ("nodes", one.nodes == Verdict.DIFFERENT),
             )
         ]
         where = one.difference.partition("\n")[0].replace("|", "∣")

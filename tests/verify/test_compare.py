@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qalora_compile.errors import UserInputError, VerificationError
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify.compare import (
     Comparison,
     Report,
@@ -19,7 +20,6 @@ from qalora_compile.verify.compare import (
     compare,
     worst_of,
 )
-from qalora_compile.verify.numeric.error_bound import FAIL, PASS
 
 
 def test_a_known_difference_has_known_figures() -> None:
@@ -126,21 +126,21 @@ def test_the_worst_of_several_holds_for_all(errors: list[float]) -> None:
     assert worst.sqnr_db == min(100 - e for e in errors)
 
 
-def report(verdict: str) -> Report:
+def report(verdict: Verdict) -> Report:
     row = Comparison("y", 1.0, 0.5, math.inf, 2.0)
     return Report("a", "b", Tolerance(max_abs=0.1), 1, (row,), (row,), "fc", verdict)
 
 
 def test_a_failed_report_raises_and_carries_itself() -> None:
-    failed = report(FAIL)
+    failed = report(Verdict.DIFFERENT)
     with pytest.raises(VerificationError, match="differs from a by 1") as caught:
         failed.check()
     assert caught.value.report is failed
     assert "fc" in str(caught.value)
-    assert report(PASS).check().passed
+    assert report(Verdict.EQUAL).check().passed
 
 
 def test_a_report_is_json_without_infinities() -> None:
-    text = json.dumps(report(PASS).to_json(), allow_nan=False)
+    text = json.dumps(report(Verdict.EQUAL).to_json(), allow_nan=False)
     assert json.loads(text)["outputs"][0]["sqnr_db"] is None
-    assert "max abs" in str(report(PASS))
+    assert "max abs" in str(report(Verdict.EQUAL))

@@ -86,7 +86,7 @@ def bisect(
 
     Returns:
         The culprit, or None if every step keeps the meaning of what the last lossy step before it
-        made (verdict PASS of `compare_nodes`: AMBIGUOUS counts as a change).
+        made (verdict EQUAL of `compare_nodes`: UNDECIDED counts as a change).
 
     Raises:
         UserInputError: there is no step, or the programs take other inputs.

@@ -13,9 +13,9 @@ from qalora_compile.files import atomic_folder, write_json
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import argument_names, split_call
 from qalora_compile.ir.subgraph import Cut, cut_subgraph, reads
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify.debug.bisect import Culprit
 from qalora_compile.verify.numeric.compare_nodes import compare_nodes
-from qalora_compile.verify.numeric.error_bound import PASS
 from qalora_compile.verify.numeric.run_float64 import run_nodes
 from qalora_compile.verify.proof.graphs.graph import Ref
 from qalora_compile.verify.proof.match_structure import match_values
@@ -117,7 +117,8 @@ def _smallest(culprit: Culprit) -> _Parts | None:
     known = {m.name: m.values for m in matches}
     if row.name not in known or not all(isinstance(v, Ref) for v in known[row.name]):
         return None  # an output that one side lacks, or that is stored
-    passed = {r.name for way in culprit.report.modes for r in way.rows if r.verdict == PASS}
+    rows = [row for mode in culprit.report.modes for row in mode.rows]
+    passed = {row.name for row in rows if row.verdict == Verdict.EQUAL}
     targets = known[row.name]
     agreeing = {
         first.name: second.name

@@ -19,11 +19,11 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call, split_call, widened
 from qalora_compile.progress import track
 from qalora_compile.untrusted.artifacts import ArtifactKind, find_artifact
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify.inputs import sample_inputs
 from qalora_compile.verify.numeric.adversarial_inputs import adversarial_inputs
 from qalora_compile.verify.numeric.decoding_calls import decoding_calls, every_token
 from qalora_compile.verify.numeric.error_bound import (
-    FAIL,
     UNITS,
     BoundCheck,
     check_bound,
@@ -31,7 +31,7 @@ from qalora_compile.verify.numeric.error_bound import (
 )
 from qalora_compile.verify.numeric.nonfinite import damages
 from qalora_compile.verify.numeric.padding import Padding, padding_of
-from qalora_compile.verify.numeric.report import ModeReport, NumericReport, ValueRow, worst_verdict
+from qalora_compile.verify.numeric.report import ModeReport, NumericReport, ValueRow
 from qalora_compile.verify.numeric.run_float64 import run_nodes, run_reference, working_dtype
 from qalora_compile.verify.proof.graphs.graph import ONNX, Graph, Ref
 from qalora_compile.verify.proof.graphs.graph import Tensor as StoredTensor
@@ -153,7 +153,11 @@ def _absent_outputs(a: Graph, b: Graph, tried: str) -> list[ValueRow]:
                 lines = (one.line(value), "(nothing)")
                 shown = (lines[1], lines[0]) if flip else lines
                 found = without_numbers(f"{other.label} has no such output")
-                rows.append(ValueRow(f"output {name}", "output", "", shown, tried, found, 0, FAIL))
+                rows.append(
+                    ValueRow(
+                        f"output {name}", "output", "", shown, tried, found, 0, Verdict.DIFFERENT
+                    )
+                )
     return rows
 
 
@@ -328,7 +332,7 @@ def _try(
     for place, pairs in checked.items():
         if matches[place].kind == "output":
             for name, one in pairs:
-                if one.checked or one.verdict == FAIL:
+                if one.checked or one.verdict == Verdict.DIFFERENT:
                     by_input[name] = max(by_input[name], one.ratio)
     return ModeReport(way.name, rows, tuple(by_input.items()))
 
@@ -375,10 +379,10 @@ def _padded(padding: Padding, value: Tensor) -> Tensor:
 
 def _row(match: Match, found: Sequence[tuple[str, BoundCheck]]) -> ValueRow:
     """The worst of a value over the inputs; what is undefined on all of them is ambiguous."""
-    decided = [(n, one) for n, one in found if one.checked or one.verdict == FAIL]
+    decided = [(n, one) for n, one in found if one.checked or one.verdict == Verdict.DIFFERENT]
     tried = decided or list(found)
     name, worst = max(tried, key=lambda item: item[1].ratio)
-    verdict = worst_verdict([one.verdict for _, one in tried])
+    verdict = Verdict.worst(one.verdict for _, one in tried)
     undefined = sum(one.undefined for _, one in found)
     return ValueRow(
         match.name, match.kind, match.path, match.lines, name, worst, undefined, verdict

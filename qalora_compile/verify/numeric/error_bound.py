@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from qalora_compile.ir.signature import dtype_name
+from qalora_compile.verdict import Verdict
 
-PASS, AMBIGUOUS, FAIL = "PASS", "AMBIGUOUS", "FAIL"
 EXPLAINED = 8.0
 """Up to this ratio rounding explains an error: the same sums, taken in another order, round
 otherwise. What is seen between right exports and programs stays below it (docs/verify.md)."""
@@ -63,20 +63,20 @@ class BoundCheck:
     problem: str = ""
 
     @property
-    def verdict(self) -> str:
-        """PASS, AMBIGUOUS or FAIL; AMBIGUOUS too where there was nothing to judge."""
+    def verdict(self) -> Verdict:
+        """EQUAL, UNDECIDED or DIFFERENT; UNDECIDED too where there was nothing to judge."""
         if self.problem or math.isinf(self.ratio):
-            return FAIL
+            return Verdict.DIFFERENT
         if not self.checked and self.undefined:
-            return AMBIGUOUS
+            return Verdict.UNDECIDED
         return verdict_of(self.ratio)
 
 
-def verdict_of(ratio: float) -> str:
-    """PASS up to `EXPLAINED`, FAIL from `BEYOND` on, AMBIGUOUS between."""
+def verdict_of(ratio: float) -> Verdict:
+    """EQUAL up to `EXPLAINED`, DIFFERENT from `BEYOND` on, UNDECIDED between."""
     if ratio <= EXPLAINED:
-        return PASS
-    return AMBIGUOUS if ratio < BEYOND else FAIL
+        return Verdict.EQUAL
+    return Verdict.UNDECIDED if ratio < BEYOND else Verdict.DIFFERENT
 
 
 def check_bound(
@@ -142,7 +142,7 @@ def rounding_ratio(
 
 
 def without_numbers(problem: str) -> BoundCheck:
-    """FAIL without numbers: there is nothing that could be compared."""
+    """DIFFERENT without numbers: there is nothing that could be compared."""
     return BoundCheck(0.0, math.inf, 0.0, math.inf, 0, 0, problem)
 
 

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qalora_compile.errors import VerificationError
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify.numeric.error_bound import (
-    AMBIGUOUS,
     BEYOND,
     EXPLAINED,
-    FAIL,
-    PASS,
     BoundCheck,
 )
-
-_ORDER = (PASS, AMBIGUOUS, FAIL)
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class ValueRow:
         input: Name of the input that is worst.
         worst: What was found there.
         undefined: Elements, over all inputs, that could not be judged (`BoundCheck.undefined`).
-        verdict: PASS, AMBIGUOUS or FAIL.
+        verdict: EQUAL, UNDECIDED or DIFFERENT.
     """
 
     name: str
@@ -44,7 +39,7 @@ class ValueRow:
     input: str
     worst: BoundCheck
     undefined: int
-    verdict: str
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -64,14 +59,16 @@ class ModeReport:
     problem: str = ""
 
     @property
-    def verdict(self) -> str:
-        """The worst of its rows; FAIL where it did not run."""
-        return FAIL if self.problem else worst_verdict([row.verdict for row in self.rows])
+    def verdict(self) -> Verdict:
+        """The worst of its rows; DIFFERENT where it did not run."""
+        if self.problem:
+            return Verdict.DIFFERENT
+        return Verdict.worst(row.verdict for row in self.rows)
 
     @property
     def first(self) -> ValueRow | None:
-        """The first row, in graph order, whose verdict is that of the way, unless that is PASS."""
-        if self.verdict == PASS:
+        """The first row, in graph order, whose verdict is that of the way, unless that is EQUAL."""
+        if self.verdict == Verdict.EQUAL:
             return None
         return next((row for row in self.rows if row.verdict == self.verdict), None)
 
@@ -100,14 +97,14 @@ class NumericReport:
     notes: tuple[str, ...] = ()
 
     @property
-    def verdict(self) -> str:
-        """FAIL if any way fails, else AMBIGUOUS if any is, else PASS."""
-        return worst_verdict([way.verdict for way in self.modes])
+    def verdict(self) -> Verdict:
+        """DIFFERENT if any way fails, else UNDECIDED if any is, else EQUAL."""
+        return Verdict.worst(mode.verdict for mode in self.modes)
 
     @property
     def passed(self) -> bool:
-        """Whether the verdict is PASS: AMBIGUOUS is not."""
-        return self.verdict == PASS
+        """Whether the verdict is EQUAL: UNDECIDED is not."""
+        return self.verdict == Verdict.EQUAL
 
     @property
     def culprit(self) -> tuple[ModeReport, ValueRow | None] | None:
@@ -131,7 +128,7 @@ class NumericReport:
         """Return self, or raise.
 
         Raises:
-            VerificationError: the verdict is FAIL or AMBIGUOUS.
+            VerificationError: the verdict is DIFFERENT or UNDECIDED.
         """
         if self.culprit is None:
             return self
@@ -141,7 +138,7 @@ class NumericReport:
             report=self,
             where=f"{way.name}: {way.problem or (row and describe(row))}",
             hint=None
-            if self.verdict == FAIL
+            if self.verdict == Verdict.DIFFERENT
             else "rounding explains a part of it: try more inputs, or prove_equivalence",
         )
 
@@ -177,11 +174,6 @@ class NumericReport:
             lines.append(f"  first: {self.difference}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
-
-
-def worst_verdict(verdicts: Sequence[str]) -> str:
-    """The worst of some verdicts; FAIL where there are none: nothing was compared."""
-    return max(verdicts, key=_ORDER.index, default=FAIL)
 
 
 def describe(row: ValueRow) -> str:

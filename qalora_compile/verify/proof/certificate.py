@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.files import atomic_files, write_json
 from qalora_compile.untrusted import quoted, read_json
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify.proof.compare_weights import RULE, Coefficients
 from qalora_compile.verify.proof.match_structure import DIFFERENT, OPEN, PROVED, SAMPLED
 
 FORMAT, VERSION = "qalora-certificate", 2
 _VERSIONS = (1, VERSION)
 _NONE = type(None)
-EQUAL, UNEQUAL, UNDECIDED = "EQUAL", "DIFFERENT", "UNDECIDED"
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Certificate:
 
     reference: GraphRecord
     candidate: GraphRecord
-    verdict: str
+    verdict: Verdict
     sites: tuple[SiteProof, ...]
     segments: tuple[SegmentProof, ...]
     difference: str | None
@@ -117,7 +117,7 @@ class Certificate:
     @property
     def passed(self) -> bool:
         """Whether the two are equal: proved, or on samples where `sampled` says so."""
-        return self.verdict == EQUAL
+        return self.verdict == Verdict.EQUAL
 
     @property
     def parts(self) -> tuple[SiteProof | SegmentProof, ...]:
@@ -221,6 +221,19 @@ class Certificate:
         return "\n".join(lines)
 
 
+def verdict_of(statuses: Iterable[str]) -> Verdict:
+    """The verdict of a proof, by the statuses of its layers and of what stands between them.
+
+    One part that differs makes all of it different; one that could be neither proved nor tried
+    leaves it undecided. Parts that were tried on samples alone count as equal here, and are named
+    in `Certificate.sampled`.
+    """
+    found = set(statuses)
+    if DIFFERENT in found:
+        return Verdict.DIFFERENT
+    return Verdict.UNDECIDED if OPEN in found else Verdict.EQUAL
+
+
 def _counts(counts: Mapping[str, int]) -> str:
     order = (PROVED, SAMPLED, DIFFERENT, OPEN)
     return ", ".join(f"{counts[s]} {s}" for s in order if counts.get(s)) or "none"
@@ -253,8 +266,6 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
         sampled = None if row["sampled"] is None else float(row["sampled"])
         _check_types(row, name=str, status=str)
         segments.append(SegmentProof(**(row | {"lines": lines, "sampled": sampled})))
-    if value["verdict"] not in (EQUAL, UNEQUAL, UNDECIDED):
-        raise ValueError(f"no verdict is {value['verdict']!r}")
     for rows in (value["sites"], value["segments"]):
         names = Counter(row["name"] for row in rows)
         if names and max(names.values()) > 1:
@@ -267,7 +278,7 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
     return Certificate(
         reference=dataclasses.replace(sides[0], files=dict(sides[0].files)),
         candidate=dataclasses.replace(sides[1], files=dict(sides[1].files)),
-        verdict=value["verdict"],
+        verdict=Verdict(value["verdict"]),
         sites=tuple(sites),
         segments=tuple(segments),
         difference=None if value["difference"] is None else str(value["difference"]),

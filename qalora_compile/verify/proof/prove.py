@@ -14,14 +14,13 @@ import numpy as np
 from qalora_compile._version import __version__
 from qalora_compile.errors import UserInputError
 from qalora_compile.progress import track
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify.proof.certificate import (
-    EQUAL,
-    UNDECIDED,
-    UNEQUAL,
     Certificate,
     GraphRecord,
     SegmentProof,
     SiteProof,
+    verdict_of,
 )
 from qalora_compile.verify.proof.compare_weights import Coefficients, compare_linears
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Ref
@@ -257,12 +256,7 @@ def _certificate(
         dataclasses.replace(s, status=around) if s.status == OPEN and not s.modes else s
         for s in sites
     ]
-    states |= {s.status for s in sites}
-    verdict = EQUAL
-    if DIFFERENT in states:
-        verdict = UNEQUAL
-    elif OPEN in states:
-        verdict = UNDECIDED
+    verdict = verdict_of(states | {s.status for s in sites})
     pieces = [SegmentProof(s.name, s.status, s.lines, s.sampled) for s in segments]
     return Certificate(
         reference=records[0],
@@ -270,7 +264,7 @@ def _certificate(
         verdict=verdict,
         sites=tuple(sites),
         segments=tuple(pieces),
-        difference=None if verdict == EQUAL else _first_difference(sites, pieces, verdict),
+        difference=None if verdict == Verdict.EQUAL else _first_difference(sites, pieces, verdict),
         samples={"count": samples, "tolerance": SAMPLE_TOLERANCE},
         notes=(*structure.notes, *_notes(sites, structure)),
         versions=_versions(),
@@ -278,10 +272,10 @@ def _certificate(
 
 
 def _first_difference(
-    sites: Sequence[SiteProof], segments: Sequence[SegmentProof], verdict: str
+    sites: Sequence[SiteProof], segments: Sequence[SegmentProof], verdict: Verdict
 ) -> str | None:
     """The first difference in graph order: what a site reads before the site, outputs last."""
-    wrong = OPEN if verdict == UNDECIDED else DIFFERENT
+    wrong = OPEN if verdict == Verdict.UNDECIDED else DIFFERENT
     located = _located(sites, segments, wrong)
     for site in sites:
         if site.problem and site.status in (wrong, DIFFERENT):

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qalora_compile.verify.proof.certificate import (
-    EQUAL,
-    UNDECIDED,
-    UNEQUAL,
-    Certificate,
-    SiteProof,
-)
+from qalora_compile.verdict import Verdict
+from qalora_compile.verify.proof.certificate import Certificate, SiteProof
 from qalora_compile.verify.proof.compare_weights import Coefficients
 from qalora_compile.verify.proof.match_structure import PROVED
 
-_STRENGTH = (UNEQUAL, UNDECIDED, EQUAL)
 _SLACK = 1e-9
 """Relative: sums in another order, where another numpy computes them."""
 _ROUNDING = 2.0**-48
@@ -36,9 +30,9 @@ def recheck(stated: Certificate, now: Certificate) -> list[str]:
     problems = []
     if not stated.passed:
         problems.append(f"the certificate itself says {stated.verdict}")
-    if now.verdict == UNEQUAL:
+    if now.verdict == Verdict.DIFFERENT:
         problems.append(f"the two are different: {now.difference}")
-    elif _STRENGTH.index(now.verdict) < _STRENGTH.index(stated.verdict):
+    elif now.verdict.is_worse_than(stated.verdict):
         problems.append(f"stated as {stated.verdict}, and is {now.verdict}: {now.difference}")
     found = {part.name: part for part in now.parts}
     said = {part.name: part for part in stated.parts}

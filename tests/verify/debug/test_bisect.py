@@ -178,7 +178,7 @@ def test_the_command_line_finds_a_faulty_pass_and_writes_what_shows_it(
 
     shown = run_script(tmp_path / "found")
     assert shown.returncode == 1, shown.stderr
-    assert "FAIL" in shown.stdout and "first: layers.1: off by" in shown.stdout
+    assert "DIFFERENT" in shown.stdout and "first: layers.1: off by" in shown.stdout
     readme = (tmp_path / "found" / "README.txt").read_text("utf-8")
     assert "fold-adapters changes what is computed at layers.1" in readme
     assert "operators" in readme

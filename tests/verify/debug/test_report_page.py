@@ -120,7 +120,7 @@ def test_a_fault_is_on_its_page(folders: Path, tmp_path: Path) -> None:
     sides = [str(folders / "adapted"), str(folders / "wrong")]
     assert main(["verify", *sides, "--numeric", "--html", str(page)]) == 1
     text = read(page)
-    assert "FAIL" in text and "layers.1: off by" in text
+    assert "DIFFERENT" in text and "layers.1: off by" in text
 
 
 def test_a_page_that_cannot_be_made_is_refused(folders: Path, tmp_path: Path) -> None:

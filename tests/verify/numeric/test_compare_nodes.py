@@ -22,18 +22,15 @@ from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.ir.signature import InputLeaf, Signature
 from qalora_compile.runtime.library import kernel_level, library_path
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify import compare_nodes, named_inputs
 from qalora_compile.verify.numeric.error_bound import (
-    AMBIGUOUS,
     BEYOND,
     EXPLAINED,
-    FAIL,
-    PASS,
     check_bound,
     verdict_of,
 )
 from qalora_compile.verify.numeric.padding import padding_of
-from qalora_compile.verify.numeric.report import worst_verdict
 from qalora_compile.verify.numeric.run_float64 import run_nodes
 from qalora_compile.verify.runners.onnx_session import LEVELS
 from tests.models import MLP, adapted, llama, worst
@@ -186,12 +183,12 @@ def test_an_error_between_rounding_and_a_mistake_is_ambiguous() -> None:
         wrong = with_tensors(folded, {name: lambda t, e=exponent: t + 2.0**e})  # type: ignore[misc]
         report = compare_nodes(folded, wrong, calls)
         found.add(report.verdict)
-        if report.verdict == AMBIGUOUS:
-            with pytest.raises(VerificationError, match="AMBIGUOUS") as caught:
+        if report.verdict == Verdict.UNDECIDED:
+            with pytest.raises(VerificationError, match="UNDECIDED") as caught:
                 report.check()
             assert "prove_equivalence" in str(caught.value)
             assert caught.value.report is report
-    assert found == {PASS, AMBIGUOUS, FAIL}
+    assert found == {Verdict.EQUAL, Verdict.UNDECIDED, Verdict.DIFFERENT}
 
 
 class Told(nn.Module):
@@ -277,7 +274,7 @@ def test_a_sliding_window_that_was_dropped_shows_on_a_long_call(
     assert calls["long"]["ids"].shape == (1, length)  # type: ignore[call-overload]
     short = {name: call for name, call in calls.items() if name != "long"}
     assert compare_nodes(right, wrong, short).passed, "nothing else is long enough"
-    assert compare_nodes(right, wrong, calls).verdict == FAIL
+    assert compare_nodes(right, wrong, calls).verdict == Verdict.DIFFERENT
     assert compare_nodes(right, right, {"long": calls["long"]}).passed
 
 
@@ -286,14 +283,14 @@ def test_a_failure_names_both_nodes_and_is_json(tmp_path: Path) -> None:
     site = folded.plan.sites[1]
     wrong = with_tensors(folded, {f"{site.path}.offset": lambda t: t * 1.001})
     report = compare_nodes(source, wrong)
-    assert report.verdict == FAIL
+    assert report.verdict == Verdict.DIFFERENT
     text = report.difference or ""
     assert text.startswith(f"{site.name}: off by")
     assert "aten.add" in text and "qalora.group_linear" in text and text.count("\n") == 2
     with pytest.raises(VerificationError, match=f"(?s)where: as a program: {site.name}: off by"):
         report.check()
     written = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert written["verdict"] == FAIL and written["difference"] == text
+    assert written["verdict"] == "DIFFERENT" and written["difference"] == text
     assert f"first: {site.name}" in str(report)
 
 
@@ -302,7 +299,7 @@ def test_a_file_that_does_not_run_fails_with_its_reason(models: Path, tmp_path: 
     next(o for o in model.opset_import if not o.domain).version = 999
     onnx.save(model, tmp_path / "model.onnx")
     report = compare_nodes(program("folded"), tmp_path / "model.onnx", levels=("basic",))
-    assert report.verdict == FAIL and report.modes[0].problem
+    assert report.verdict == Verdict.DIFFERENT and report.modes[0].problem
     with pytest.raises(VerificationError, match="ONNX Runtime cannot load model.onnx"):
         report.check()
     calls = list(named_inputs(program("folded"), 1).values())
@@ -330,9 +327,9 @@ def test_the_command_line_compares_along_the_graph(
     words = ["verify", str(tmp_path / "folded"), str(models / "ort-stock.onnx"), "--numeric"]
     assert main([*words, "--inputs", "1", "--levels", "basic,all"]) == 0
     shown = capsys.readouterr().out
-    assert "optimization basic" in shown and "last token" in shown and "PASS" in shown
+    assert "optimization basic" in shown and "last token" in shown and "EQUAL" in shown
     assert main([*words, "--inputs", "1", "--levels", "all", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["verdict"] == PASS
+    assert json.loads(capsys.readouterr().out)["verdict"] == "EQUAL"
     wrong = with_tensors(program("folded"), {"q.offset": lambda t: t * 1.001})
     wrong.save(tmp_path / "wrong")
     assert main(["verify", str(tmp_path / "folded"), str(tmp_path / "wrong"), "--numeric"]) == 1
@@ -380,7 +377,7 @@ def test_what_padding_gives_is_not_judged_but_has_to_be_finite() -> None:
     assert "no output is judged on all padding" in "".join(lax.notes)
     assert [name for name, _ in lax.modes[0].inputs] == [n for n in calls if n != "all padding"]
     assert lax.passed
-    assert compare_nodes(right, instead(math.nan), calls).verdict == FAIL
+    assert compare_nodes(right, instead(math.nan), calls).verdict == Verdict.DIFFERENT
 
 
 def test_positions_of_padding_are_found_in_values_of_many_shapes() -> None:
@@ -411,41 +408,47 @@ def test_an_error_is_measured_by_that_of_the_reference() -> None:
     exact = values(1.0, -2.0)
     found = check_bound(exact, values(1e-6, 5e-7), exact + 5e-6, UNIT)
     assert (found.own, found.error, found.scale) == pytest.approx((1e-6, 5e-6, 2.0), rel=1e-6)
-    assert found.ratio == pytest.approx(5.0, rel=1e-6) and found.verdict == PASS
+    assert found.ratio == pytest.approx(5.0, rel=1e-6) and found.verdict == Verdict.EQUAL
 
 
 def test_a_reference_without_error_admits_one_rounding() -> None:
     exact = values(1.0, 2.0)
     assert check_bound(exact, exact * 0, exact + 2.0 * UNIT, UNIT).ratio == pytest.approx(1.0)
-    assert check_bound(exact, exact * 0, exact + 400.0 * UNIT, UNIT).verdict == FAIL
+    assert check_bound(exact, exact * 0, exact + 400.0 * UNIT, UNIT).verdict == Verdict.DIFFERENT
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_fails_where_the_reference_is(bad: float) -> None:
     exact = values(1.0, 2.0)
-    assert check_bound(exact, exact * 0, values(1.0, bad), UNIT).verdict == FAIL
+    assert check_bound(exact, exact * 0, values(1.0, bad), UNIT).verdict == Verdict.DIFFERENT
     found = check_bound(values(1.0, bad), values(0.0, math.nan), values(1.0, 5.0), UNIT)
-    assert (found.checked, found.undefined, found.verdict) == (1, 1, PASS)
-    assert check_bound(values(bad), values(math.nan), values(0.0), UNIT).verdict == AMBIGUOUS
+    assert (found.checked, found.undefined, found.verdict) == (1, 1, Verdict.EQUAL)
+    assert (
+        check_bound(values(bad), values(math.nan), values(0.0), UNIT).verdict == Verdict.UNDECIDED
+    )
 
 
 def test_a_reference_that_has_lost_its_bits_judges_nothing() -> None:
     exact = values(1.0, 2.0)
     found = check_bound(exact, values(0.5, 0.5), exact + 0.5, UNIT)
-    assert (found.checked, found.verdict) == (0, AMBIGUOUS)
+    assert (found.checked, found.verdict) == (0, Verdict.UNDECIDED)
 
 
 def test_shapes_and_integers() -> None:
     exact = values(1.0, 2.0, 3.0, 4.0)
     none = torch.zeros(2, 2, dtype=torch.float64)
-    assert check_bound(exact.reshape(2, 2), none, exact, UNIT).verdict == PASS, "rows, flattened"
+    assert check_bound(exact.reshape(2, 2), none, exact, UNIT).verdict == Verdict.EQUAL, (
+        "rows, flattened"
+    )
     assert "shapes" in check_bound(exact.reshape(2, 2), none, exact, UNIT, as_is=True).problem
     assert "shapes" in check_bound(exact, none.flatten(), exact[:2], UNIT).problem
     ids, none = torch.tensor([1, 2, 3]), torch.zeros(3)
     assert check_bound(ids, none, ids, UNIT).ratio == 0
-    assert check_bound(ids, none, ids.int(), UNIT).verdict == PASS
-    assert check_bound(ids, none, ids.flip(0), UNIT).verdict == FAIL
-    assert check_bound(ids, none, ids.float(), UNIT).verdict == PASS, "a mask may be numbers"
+    assert check_bound(ids, none, ids.int(), UNIT).verdict == Verdict.EQUAL
+    assert check_bound(ids, none, ids.flip(0), UNIT).verdict == Verdict.DIFFERENT
+    assert check_bound(ids, none, ids.float(), UNIT).verdict == Verdict.EQUAL, (
+        "a mask may be numbers"
+    )
     found = check_bound(ids, none, ids.float(), UNIT, as_is=True)
     assert found.problem == "holds float32 where the reference has int64"
 
@@ -456,35 +459,44 @@ def test_integers_are_equal_or_wrong(size: int, dtype: torch.dtype) -> None:
     exact, none = torch.tensor([[7, size]]), torch.zeros(1, 2, dtype=torch.float64)
     other = (exact + torch.tensor([[0, 2]])).to(dtype)
     found = check_bound(exact, none, other, UNIT)
-    assert (found.verdict, found.checked) == (FAIL, 2)
+    assert (found.verdict, found.checked) == (Verdict.DIFFERENT, 2)
     assert f"1 of 2 are not equal, the first {other[0, 1].item()}, not {size}" in found.problem
-    assert check_bound(exact, none, other, UNIT, torch.tensor([[False, True]])).verdict == PASS
+    assert (
+        check_bound(exact, none, other, UNIT, torch.tensor([[False, True]])).verdict
+        == Verdict.EQUAL
+    )
 
 
 def test_booleans_are_equal_or_wrong() -> None:
     mask, none = torch.tensor([True, False]), torch.zeros(2, dtype=torch.float64)
-    assert check_bound(mask, none, mask, UNIT, as_is=True).verdict == PASS
-    assert check_bound(mask, none, ~mask, UNIT, as_is=True).verdict == FAIL
+    assert check_bound(mask, none, mask, UNIT, as_is=True).verdict == Verdict.EQUAL
+    assert check_bound(mask, none, ~mask, UNIT, as_is=True).verdict == Verdict.DIFFERENT
 
 
 def test_an_integer_that_rounding_decides_is_not_judged() -> None:
     exact, own = torch.tensor([3, 4]), values(1.0, 0.0)
     found = check_bound(exact, own, torch.tensor([2, 4]), UNIT)
-    assert (found.verdict, found.checked, found.undefined) == (PASS, 1, 1)
-    assert check_bound(exact, own, torch.tensor([3, 5]), UNIT).verdict == FAIL
+    assert (found.verdict, found.checked, found.undefined) == (Verdict.EQUAL, 1, 1)
+    assert check_bound(exact, own, torch.tensor([3, 5]), UNIT).verdict == Verdict.DIFFERENT
 
 
 def test_below_the_least_normal_number_zero_is_as_good() -> None:
     exact = values(1e-40, -2e-41)
-    assert check_bound(exact, exact * 0, exact * 0, UNIT).verdict == PASS
+    assert check_bound(exact, exact * 0, exact * 0, UNIT).verdict == Verdict.EQUAL
 
 
 @given(st.floats(0, 1e9))
 def test_verdicts_are_in_order(ratio: float) -> None:
-    expected = PASS if ratio <= EXPLAINED else FAIL if ratio >= BEYOND else AMBIGUOUS
+    expected = (
+        Verdict.EQUAL
+        if ratio <= EXPLAINED
+        else Verdict.DIFFERENT
+        if ratio >= BEYOND
+        else Verdict.UNDECIDED
+    )
     assert verdict_of(ratio) == expected
-    assert worst_verdict([PASS, verdict_of(ratio)]) == expected
+    assert Verdict.worst([Verdict.EQUAL, verdict_of(ratio)]) == expected
 
 
 def test_nothing_compared_is_no_pass() -> None:
-    assert worst_verdict([]) == FAIL
+    assert Verdict.worst([]) == Verdict.DIFFERENT

@@ -186,7 +186,7 @@ def test_the_comparison_along_the_graph_shows_it(
     _, cached, path = exported
     faulty = planted(path, (FAULTS | OF_VALUES)[kind])
     report = compare_nodes(cached, faulty, named_inputs(cached, 1), levels=("all",))
-    assert report.verdict == "FAIL"
+    assert report.verdict == "DIFFERENT"
     assert report.difference
 
 

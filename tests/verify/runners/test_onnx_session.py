@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify import compare_nodes, named_inputs
-from qalora_compile.verify.numeric.error_bound import FAIL, PASS
 from qalora_compile.verify.numeric.report import NumericReport
 from qalora_compile.verify.runners.onnx_session import OnnxSession, hides, spell_out
 from tests.verify.model_faults import MODEL_FAULTS
@@ -33,13 +33,13 @@ def with_dropout(models: Path, *, trains: bool) -> onnx.ModelProto:
     return model
 
 
-@pytest.mark.parametrize(("trains", "verdict"), [(True, FAIL), (False, PASS)])
+@pytest.mark.parametrize(("trains", "verdict"), [(True, Verdict.DIFFERENT), (False, Verdict.EQUAL)])
 def test_a_dropout_does_as_it_says(
     trains: bool, verdict: str, models: Path, tmp_path: Path
 ) -> None:
     report = compared(with_dropout(models, trains=trains), tmp_path)
     assert [(way.name, way.verdict) for way in report.modes] == [
-        ("optimization all, kernels of ONNX Runtime", PASS), (SPELLED, verdict),
+        ("optimization all, kernels of ONNX Runtime", Verdict.EQUAL), (SPELLED, verdict),
     ]  # fmt: skip
     assert trains is ((report.difference or "").startswith("input of up"))
     assert [len(way.inputs) for way in report.modes] == [len(report.inputs), 1]
@@ -66,7 +66,7 @@ def test_a_function_that_this_runtime_never_takes_is_tried(models: Path, tmp_pat
     assert compared(model, tmp_path).passed
     next(f for f in MODEL_FAULTS if f.name.startswith("function of MatMulNBits")).plant(model)
     report = compared(model, tmp_path)
-    assert [way.verdict for way in report.modes] == [PASS, FAIL]
+    assert [way.verdict for way in report.modes] == [Verdict.EQUAL, Verdict.DIFFERENT]
     assert report.culprit is not None and report.culprit[0].name == SPELLED
     assert (report.difference or "").startswith("q: off by")
 
