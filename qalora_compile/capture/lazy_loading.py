@@ -117,13 +117,14 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func is _aten.empty_like.default and isinstance(args[0], nn.Parameter):
+        like, *_ = (*args, None)
+        if func is _aten.empty_like.default and isinstance(like, nn.Parameter):
             # A parameter that the checkpoint lacks. Tables that are computed are made; a checkpoint
             # that lacks more is refused when `from_pretrained` is through, and takes no memory.
-            self._made += args[0].nbytes
+            self._made += like.nbytes
             if self._made > _MOST_MADE:
                 with self._mode:
-                    return torch.empty(args[0].shape, dtype=args[0].dtype)
+                    return torch.empty(like.shape, dtype=like.dtype)
         if not any(is_lazy(tensor) and not is_placeholder(tensor) for tensor in given):
             return func(*args, **kwargs)
         return _run(func, args, kwargs)
@@ -138,8 +139,10 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _write(func, args, kwargs)
     if not all(str(each.type) in ("Tensor", "List[Tensor]") for each in schema.returns):
         return func(*args, **kwargs)  # a device, a size
-    if func is _aten.stack.default and (len(args) == 1 or args[1] == 0):
-        return _stack(list(args[0]))
+    if func is _aten.stack.default:
+        tensors, *dim = args
+        if dim in ([], [0]):
+            return _stack(list(tensors))
     return _record(func, args, kwargs)
 
 
@@ -168,7 +171,7 @@ def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     made = defer(compute, *(leaves[place] for place in places), by_rows=_is_by_rows(func, args))
     if func.is_view:
         for tensor in made.values():
-            setattr(tensor, _VIEWED, args[0])
+            setattr(tensor, _VIEWED, leaves[0])
     if [str(each.type) for each in schema_of(func).returns] == ["Tensor"]:
         return made["0"]
     return list(made.values())
@@ -176,10 +179,7 @@ def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _written(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The inputs that an operation writes into."""
-    given = dict(kwargs)
-    given |= {
-        argument.name: args[place] for place, argument in enumerate(schema.arguments[: len(args)])
-    }
+    given = dict(zip((each.name for each in schema.arguments), args, strict=False)) | {**kwargs}
     marks = {argument.name: argument.alias_info for argument in schema.arguments}
     return [given[name] for name, mark in marks.items() if mark is not None and mark.is_write]
 
@@ -223,7 +223,8 @@ def _is_by_rows(func: Any, args: tuple[Any, ...]) -> bool:
     tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
     rank = tensors[0].dim()
     if func in (_aten.transpose.int, _aten.cat.default):
-        dims = [dim % rank for dim in args[1:] if isinstance(dim, int)]
+        _, *options = args
+        dims = [dim % rank for dim in options if isinstance(dim, int)]
         return bool(dims) and 0 not in dims
     return False
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from qalora_compile.eager.layers import PARTS, AdaptedLinear, AdaptedWeight, register_parts
 from qalora_compile.eager.weights import Geometry, Piece, parametrize_weight
 from qalora_compile.errors import UnsupportedError
+from qalora_compile.ir.adapters import find_adapters
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import get_tensor, match_linear
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import KEEP, UNUSED, Site
-from qalora_compile.ir.spec import ADAPTERS, INTEGER_ZERO_LINEAR, pooled_input
 from qalora_compile.ir.stages import ADAPTER_NAMES
 from qalora_compile.ir.tensor_identity import storage_key
 
@@ -131,26 +130,22 @@ def _is_kept(site: Site) -> bool:
 def _adapted_weights(adapted: Program) -> dict[str, AdaptedWeight]:
     """How the weight of each path is computed, from the graph's own nodes."""
     found = {}
-    for node in adapted.graph.nodes:
-        if node.target is INTEGER_ZERO_LINEAR:
+    for adapter in find_adapters(adapted.graph):
+        if adapter.keeps_integer_zero_point:
             raise UnsupportedError(
                 "modules have no adapters that keep zero-points whole",
-                where=site_of(node),
+                where=adapter.site,
                 hint="adapt the captured program: qc.insert_adapters(program, adapter)",
             )
-        if node.target not in ADAPTERS:
-            continue
-        (total,) = node.users
-        site = adapted.plan[site_of(total) or ""]
-        pooled = pooled_input(node)
-        assert pooled is not None
-        pool: Any = pooled.args[1]
-        dropout = 0.0 if pooled is node.args[0] else node.args[0].args[1]
-        assert site.bits is not None
-        assert site.group_size is not None
-        dtype = getattr(torch, site.dtype)
+        site, own, layer = adapted.plan[adapter.site or ""], adapter.settings, adapter.layer
         found[site.path] = AdaptedWeight(
-            site.bits, site.group_size, pool, node.args[-1], site.k, dtype, dropout
+            layer.bits,
+            layer.group_size,
+            own.pool,
+            own.scaling,
+            site.k,
+            getattr(torch, site.dtype),
+            own.dropout,
         )
     return found
 

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.ir.lazy_tensor import materialize
+from qalora_compile.ir.ops.experts import ExpertLinear
+from qalora_compile.ir.ops.integer_zero_linear import IntegerZeroLinear
+from qalora_compile.ir.ops.linear import GroupLinear
+from qalora_compile.ir.ops.views import argument
 
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
@@ -16,6 +20,7 @@ ORDER = "order"
 """Name of the tensor of an order, `[K]` int64, below the path of the first weight that has it."""
 _CODES = ".qweight"
 _SELECT = torch.ops.aten.index_select.default
+_LAYERS = (GroupLinear.target, ExpertLinear.target, IntegerZeroLinear.target)
 
 
 def column_orders(program: Program) -> dict[str, Tensor]:
@@ -26,10 +31,9 @@ def column_orders(program: Program) -> dict[str, Tensor]:
     """
     tensors, found = program.tensors(), {}
     for node in program.graph.nodes:
-        names = [a.target for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
-        path = next((n.removesuffix(_CODES) for n in map(str, names) if n.endswith(_CODES)), None)
-        order = _order_of(node.args[0]) if path is not None else None
-        if path is not None and order is not None:
+        order = _order_of(argument(node, "x")) if node.target in _LAYERS else None
+        if order is not None:
+            path = str(argument(node, "qweight").target).removesuffix(_CODES)
             found[path] = materialize(tensors[order]).detach()
     return found
 
@@ -38,7 +42,7 @@ def _order_of(x: object) -> str | None:
     """Name of the order in which an input is read, or None."""
     if not (isinstance(x, fx.Node) and x.target is _SELECT):
         return None
-    name = str(getattr(x.args[2], "target", ""))
+    name = str(getattr(argument(x, "index"), "target", ""))
     return name if name.endswith(f".{ORDER}") else None
 
 

@@ -16,20 +16,20 @@ from qalora_compile.ir.torch_internals import (
     set_arguments,
     share_call_tree,
 )
+from qalora_compile.ir.ops.views import argument, set_argument
 
 _ATEN = torch.ops.aten
 _DROPOUT_P = "qalora_dropout_p"
 _MODE_ARGUMENT = {
-    _ATEN.dropout.default: 2,
-    _ATEN.dropout_.default: 2,
-    _ATEN.feature_dropout.default: 2,
-    _ATEN.alpha_dropout.default: 2,
-    _ATEN.batch_norm.default: 5,
-    _ATEN.instance_norm.default: 5,
-    _ATEN.rrelu.default: 3,
+    _ATEN.dropout.default: "train",
+    _ATEN.dropout_.default: "train",
+    _ATEN.feature_dropout.default: "train",
+    _ATEN.alpha_dropout.default: "train",
+    _ATEN.batch_norm.default: "training",
+    _ATEN.instance_norm.default: "use_input_stats",
+    _ATEN.rrelu.default: "training",
 }
 _SDPA = _ATEN.scaled_dot_product_attention.default
-_SDPA_P = 4
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 """Has the kind of a device, as a word, for its first argument."""
 
@@ -150,10 +150,10 @@ def _set_mode(node: fx.Node, training: bool) -> bool:
         return False
     if node.target is _SDPA:
         return _set_sdpa(node, training)
-    position = _MODE_ARGUMENT.get(node.target)  # type: ignore[call-overload]
-    if position is None or len(node.args) <= position or node.args[position] == training:
+    name = _MODE_ARGUMENT.get(node.target)  # type: ignore[call-overload]
+    if name is None or argument(node, name) == training:
         return False
-    node.update_arg(position, training)
+    set_argument(node, name, training)
     return True
 
 
@@ -165,7 +165,8 @@ def _set_device(node: fx.Node, device: torch.device) -> bool:
 
     args, kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
     if node.target is _AUTOCAST and torch.amp.is_autocast_available(device.type):
-        args = (device.type, *args[1:])
+        _, *others = args
+        args = (device.type, *others)
     if (args, kwargs) == (node.args, node.kwargs):
         return False
     set_arguments(node, args, kwargs)
@@ -174,15 +175,11 @@ def _set_device(node: fx.Node, device: torch.device) -> bool:
 
 def _set_sdpa(node: fx.Node, training: bool) -> bool:
     """Attention dropout has no mode argument: its p is set to 0 and kept aside for training."""
-    positional = len(node.args) > _SDPA_P
-    current = node.args[_SDPA_P] if positional else node.kwargs.get("dropout_p", 0.0)
+    current = argument(node, "dropout_p")
     if current:
         node.meta[_DROPOUT_P] = current
     wanted = node.meta.get(_DROPOUT_P, 0.0) if training else 0.0
     if wanted == current:
         return False
-    if positional:
-        node.update_arg(_SDPA_P, wanted)
-    else:
-        node.update_kwarg("dropout_p", wanted)
+    set_argument(node, "dropout_p", wanted)
     return True

@@ -283,6 +283,6 @@ def _check_plain(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     if kwargs or not args:
         raise ValueError(f"{name} takes positional arguments")
     if name in _GROWING and len(args) > 1:
-        power = args[1]
+        _, power, *_ = args
         if isinstance(power, int) and power > _MAX_EXPONENT:
             raise ValueError(f"{name} with {power} is larger than any size")

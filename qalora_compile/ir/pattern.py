@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from qalora_compile.ir.meta import shape_of
 from qalora_compile.ir.torch_internals import SOFTMAX, TO_COPY
+from qalora_compile.ir.ops.views import arguments
 
 _ATEN = torch.ops.aten
 _VIEWS = frozenset(
@@ -82,7 +83,8 @@ class WeightRef:
         """Apply the views to the parameter; the result shares its memory where torch's views do."""
         value: Any = tensor
         for view in self.views:
-            value = view.target(value, *view.args[1:], **view.kwargs)  # type: ignore[operator]
+            _, *options = view.args
+            value = view.target(value, *options, **view.kwargs)  # type: ignore[operator]
         assert isinstance(value, Tensor), "the last of the views gives one tensor"
         return value
 
@@ -125,13 +127,13 @@ def resolve_weight(node: object) -> WeightRef | None:
         if node.op != "call_function" or node.target not in _VIEWS or not _is_constant(node):
             return None
         views.append(node)
-        node = node.args[0]
+        (node,) = node.all_input_nodes
     return None
 
 
 def _is_constant(view: fx.Node) -> bool:
     """Whether a view depends on nothing but its tensor."""
-    return len(view.all_input_nodes) == 1 and view.all_input_nodes[0] is view.args[0]
+    return view.args[:1] == tuple(view.all_input_nodes)
 
 
 def _is_vector(bias: object) -> bool:
@@ -170,26 +172,25 @@ _Operands = tuple[str, object, object, object, "fx.Node | None"]
 
 def _operands(node: fx.Node) -> _Operands | None:
     """Kind, x, W, bias and ends of a node that may be a linear map."""
-    args = node.args
     if node.target is _ATEN.linear.default:
-        bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
-        return LINEAR, args[0], args[1], bias, None
+        x, weight, bias = arguments(node).values()
+        return LINEAR, x, weight, bias, None
     if node.target is _ATEN.addmm.default:
-        scaled = any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
-        usable = not scaled and _is_vector(args[0])
-        return (ADDMM, args[1], args[2], args[0], None) if usable else None
+        bias, x, weight, *factors = arguments(node).values()
+        usable = factors == [1, 1] and _is_vector(bias)
+        return (ADDMM, x, weight, bias, None) if usable else None
     kind = _PRODUCTS.get(node.target)  # type: ignore[call-overload]
     if kind is not None:
-        return kind, args[0], args[1], None, None
+        x, weight = list(arguments(node).values())[:2]
+        return kind, x, weight, None, None
     return _grouped_operands(node) if str(node.target) in _GROUPED else None
 
 
 def _grouped_operands(node: fx.Node) -> _Operands | None:
-    group_offsets = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
-    extra = (*node.args[3:], *(v for name, v in node.kwargs.items() if name != "offs"))
-    if not isinstance(group_offsets, fx.Node) or any(v is not None for v in extra):
+    x, weight, group_offsets, *others = arguments(node).values()
+    if not isinstance(group_offsets, fx.Node) or any(v is not None for v in others):
         return None
-    return EXPERTS, node.args[0], node.args[1], None, group_offsets
+    return EXPERTS, x, weight, None, group_offsets
 
 
 _PASSED_ON = _VIEWS | {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program_parts import ProgramParts
 from qalora_compile.ir.signature import dtype_name
 from qalora_compile.ir.torch_internals import OpOverload
@@ -41,7 +42,7 @@ def print_program(program: ProgramParts) -> str:
         elif node.op == "get_attr":
             names[node] = f"@{node.target}"
         elif node.op == "output":
-            lines.append(f"  return {_text(node.args[0], names)}")
+            lines.append(f"  return {_text(output_value(program.graph), names)}")
         else:
             names[node] = f"%{number}"
             number += 1

@@ -14,9 +14,15 @@ from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError
 from qalora_compile.ir import ops
+from qalora_compile.ir.adapters import AddedAdapter, adapter_at
 from qalora_compile.ir.affine import group_count, has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import holds
 from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.ops.embedding import GroupEmbedding
+from qalora_compile.ir.ops.experts import ExpertLinear
+from qalora_compile.ir.ops.integer_zero_linear import IntegerZeroLinear
+from qalora_compile.ir.ops.linear import GroupLinear
+from qalora_compile.ir.ops.views import arguments
 from qalora_compile.ir.packing.bitstream import packed_width
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
@@ -25,6 +31,8 @@ from qalora_compile.ir.stages import ADAPTED, ANNOTATED, FLOAT, FOLDED, LEGALIZE
 from qalora_compile.ir.tensor_identity import is_finite
 from qalora_compile.ir.torch_internals import OpOverload
 
+LayerOnCodes = GroupLinear | ExpertLinear | GroupEmbedding
+_OnCodes = LayerOnCodes | IntegerZeroLinear
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default
@@ -58,8 +66,6 @@ FUSED = frozenset(
 """Legal at every stage."""
 ON_CODES = frozenset({GROUP_LINEAR, EXPERT_LINEAR})
 ADAPTERS = frozenset({POOLED_ADAPTER, EXPERT_ADAPTER})
-DROPOUT = torch.ops.aten.dropout.default
-"""Between the group-sum and an adapter, where adapters drop inputs in training."""
 _COMMON = ADAPTERS | {GROUP_SUM, PAD_GROUPS}  # of lowered programs
 
 LEGAL_OPS: dict[str, frozenset[object]] = {
@@ -88,23 +94,6 @@ def _legal_ops(stage: str) -> frozenset[object]:
 def is_qalora(node: fx.Node) -> bool:
     """Whether the node calls an operator of this package."""
     return isinstance(node.target, OpOverload) and (node.target.namespace == ops.linear.NAMESPACE)
-
-
-def pooled_input(update: fx.Node) -> fx.Node | None:
-    """The node whose result an adapter takes, before dropout."""
-    pooled = update.args[0]
-    if isinstance(pooled, fx.Node) and pooled.target is DROPOUT:
-        pooled = pooled.args[0]
-    return pooled if isinstance(pooled, fx.Node) else None
-
-
-def tensor_argument(program: Program, node: fx.Node, position: int) -> Tensor:
-    """The tensor that a node reads directly, through `get_attr`, at an argument position.
-
-    Raises:
-        InternalError: the argument is computed, or the tensor is missing.
-    """
-    return stored_tensor(program, node, node.args[position])
 
 
 def stored_tensor(program: Program, node: fx.Node, operand: object) -> Tensor:
@@ -150,48 +139,75 @@ def _broken(node: fx.Node, what: str) -> InternalError:
     return InternalError(what, where=f"node {node.name}" + (f", site {site}" if site else ""))
 
 
-def _check_on_codes(program: Program, node: fx.Node) -> None:
-    qweight, scale, offset = (tensor_argument(program, node, i) for i in (1, 2, 3))
-    bits, group_size = node.args[5], node.args[6]
-    assert isinstance(bits, int)
-    assert isinstance(group_size, int)
+def layer_on_codes(node: fx.Node) -> LayerOnCodes:
+    """The operands of a layer on packed codes.
+
+    Raises:
+        InternalError: the node is none.
+    """
+    if node.target is EXPERT_LINEAR:
+        return ExpertLinear.of(node)
+    return GroupEmbedding.of(node) if node.target is GROUP_EMBEDDING else GroupLinear.of(node)
+
+
+def stored_parts(program: Program, node: fx.Node, layer: _OnCodes) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and offset of a layer on packed codes.
+
+    Raises:
+        InternalError: see `stored_tensor`.
+    """
+    qweight, scale, offset = (
+        stored_tensor(program, node, operand)
+        for operand in (layer.qweight, layer.scale, layer.offset)
+    )
+    return qweight, scale, offset
+
+
+def _check_layer(program: Program, node: fx.Node) -> None:
+    _check_on_codes(program, node, layer_on_codes(node))
+
+
+def _check_on_codes(program: Program, node: fx.Node, layer: _OnCodes) -> None:
+    qweight, scale, offset = stored_parts(program, node, layer)
     if qweight.dtype != torch.uint8 or offset.shape != scale.shape or offset.dtype != scale.dtype:
         raise _broken(node, "codes, scale and offset disagree in shape or dtype")
-    bias = node.args[4]
-    if node.target is GROUP_LINEAR and isinstance(bias, fx.Node) and bias.op == "get_attr":
-        stored = tensor_argument(program, node, 4)
+    bias = layer.bias if isinstance(layer, GroupLinear) else None
+    if bias is not None and bias.op == "get_attr":
+        stored = stored_tensor(program, node, bias)
         if tuple(stored.shape) != (scale.shape[0],):
             raise _broken(node, f"the bias is {list(stored.shape)}, not [{scale.shape[0]}]")
     site = site_of(node)
     if site is not None:
         row = program.plan[site]
         lead = (row.experts, row.n) if row.experts else (row.n,)
-        want = (*lead, packed_width(row.k, bits)), (*lead, group_count(row.k, group_size))
+        groups = group_count(row.k, layer.group_size)
+        want = (*lead, packed_width(row.k, layer.bits)), (*lead, groups)
         if (tuple(qweight.shape), tuple(scale.shape)) != want:
             raise _broken(
                 node, f"codes {list(qweight.shape)} and scale {list(scale.shape)}, not {want}"
             )
         if row.has_integer_zero_point and not holds(
-            has_integer_zero_points(scale, offset, bits).all()
+            has_integer_zero_points(scale, offset, layer.bits).all()
         ):
-            raise _broken(node, f"a zero-point is no whole number from 0 to {2**bits - 1}")
+            raise _broken(node, f"a zero-point is no whole number from 0 to {2**layer.bits - 1}")
     for name, tensor in (("scale", scale), ("offset", offset)):
         if not is_finite(tensor):
             raise _broken(node, f"{name} holds NaN or infinite values")
 
 
 def _check_adapter(program: Program, node: fx.Node) -> None:
-    lora_a, lora_b = tensor_argument(program, node, 1), tensor_argument(program, node, 2)
+    adapter = adapter_at(node)
+    assert isinstance(adapter, AddedAdapter), "by the table of checks"
+    lora_a, lora_b = (stored_tensor(program, node, operand) for operand in adapter.lora)
     rank = 2 if node.target is POOLED_ADAPTER else 3
     if not (lora_a.dim() == lora_b.dim() == rank and lora_a.shape[-2] == lora_b.shape[-1]):
         raise _broken(node, f"A {list(lora_a.shape)} and B {list(lora_b.shape)} do not chain")
-    pooled = pooled_input(node)
+    pooled = adapter.pooled
     site = next((s for s in map(site_of, node.users) if s is not None), None)
-    if site is None or pooled is None or pooled.target is not GROUP_SUM:
+    if site is None or pooled is None:
         return  # another form: fold-adapters refuses it, other passes need not understand it
-    row, pool = program.plan[site], pooled.args[1]
-    assert isinstance(pool, int)
-    want = (group_count(row.k, pool), row.n)
+    row = program.plan[site]
+    want = (group_count(row.k, pooled.group_size), row.n)
     if (lora_a.shape[-1], lora_b.shape[-2]) != want:
         raise _broken(
             node, f"A has {lora_a.shape[-1]} groups and B {lora_b.shape[-2]} rows: {want}"
@@ -199,34 +215,44 @@ def _check_adapter(program: Program, node: fx.Node) -> None:
 
 
 def _check_integer_zero_linear(program: Program, node: fx.Node) -> None:
-    _check_on_codes(program, node)
-    scale, lora_a, lora_b = (tensor_argument(program, node, i) for i in (2, 7, 8))
+    layer = IntegerZeroLinear.of(node)
+    _check_on_codes(program, node, layer)
+    scale, lora_a, lora_b = (
+        stored_tensor(program, node, operand)
+        for operand in (layer.scale, layer.lora_A, layer.lora_B)
+    )
     chained = lora_a.dim() == lora_b.dim() == 2 and lora_a.shape[0] == lora_b.shape[1]
     if not chained or (lora_b.shape[0], lora_a.shape[1]) != tuple(scale.shape):
         raise _broken(node, f"A {list(lora_a.shape)} and B {list(lora_b.shape)} do not chain")
 
 
 def _each_matrix(
-    first: int, check: Callable[[fx.Node, Tensor, Tensor, Tensor], None]
+    codes: str, block: str, check: Callable[[fx.Node, int, int, Tensor, Tensor, Tensor], None]
 ) -> Callable[[Program, fx.Node], None]:
-    """A check of a layer's codes, scale and zero-point, which are its operands from `first` on.
+    """A check of a kernel's codes, scale and zero-point, given its bits and block size as well.
 
     For experts each of the three is a list, and every expert's are checked.
+
+    Args:
+        codes: Name of the operand that holds the codes.
+        block: Name of the operand that is the width of a block or group.
+        check: Of one matrix.
     """
 
     def run(program: Program, node: fx.Node) -> None:
-        operands = node.args[first : first + 3]
+        own = arguments(node)
+        operands = [own[codes], own["scale"], own["zero_point"]]
         lists = [list(o) if isinstance(o, (list, tuple)) else [o] for o in operands]
-        for codes, scale, zero_point in zip(*lists, strict=True):
-            check(node, *(stored_tensor(program, node, o) for o in (codes, scale, zero_point)))
+        for each in zip(*lists, strict=True):
+            packed, scale, zero_point = (stored_tensor(program, node, o) for o in each)
+            check(node, own["bits"], own[block], packed, scale, zero_point)
 
     return run
 
 
-def _check_groups(node: fx.Node, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-    bits, group_size = node.args[-3:-1]
-    assert isinstance(bits, int)
-    assert isinstance(group_size, int)
+def _check_groups(
+    node: fx.Node, bits: int, group_size: int, codes: Tensor, scale: Tensor, zero_point: Tensor
+) -> None:
     n, groups, width = codes.shape
     if bits not in (2, 3, 4, 8) or group_size < 16 or group_size % 16:
         raise _broken(node, f"GroupQuantLinear takes no {bits} bits in groups of {group_size}")
@@ -239,10 +265,9 @@ def _check_groups(node: fx.Node, codes: Tensor, scale: Tensor, zero_point: Tenso
             raise _broken(node, f"{name} holds NaN or infinite values")
 
 
-def _check_flat(node: fx.Node, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-    bits, block_size = node.args[-2:]
-    assert isinstance(bits, int)
-    assert isinstance(block_size, int)
+def _check_flat(
+    node: fx.Node, bits: int, block_size: int, codes: Tensor, scale: Tensor, zero_point: Tensor
+) -> None:
     blocks, n = scale.shape
     if bits not in (2, 4, 8) or block_size < 1:
         raise _broken(node, f"DequantizeLinear takes no {bits} bits in blocks of {block_size}")
@@ -256,10 +281,9 @@ def _check_flat(node: fx.Node, codes: Tensor, scale: Tensor, zero_point: Tensor)
         raise _broken(node, "scale holds NaN or infinite values")
 
 
-def _check_blocks(node: fx.Node, qweight: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-    bits, block_size = node.args[-3:-1]
-    assert isinstance(bits, int)
-    assert isinstance(block_size, int)
+def _check_blocks(
+    node: fx.Node, bits: int, block_size: int, qweight: Tensor, scale: Tensor, zero_point: Tensor
+) -> None:
     n, blocks, width = qweight.shape
     if bits not in (2, 4, 8) or block_size < 16 or block_size & (block_size - 1):
         raise _broken(node, f"MatMulNBits takes no {bits} bits in blocks of {block_size}")
@@ -271,19 +295,22 @@ def _check_blocks(node: fx.Node, qweight: Tensor, scale: Tensor, zero_point: Ten
         raise _broken(node, f"zero_point is {zero_point.dtype} {list(zero_point.shape)}")
 
 
+_NBITS = _each_matrix("qweight", "block_size", _check_blocks)
+_GROUPS = _each_matrix("codes", "group_size", _check_groups)
+_FLAT = _each_matrix("codes", "block_size", _check_flat)
 _CHECKS: dict[object, Callable[[Program, fx.Node], None]] = {
-    GROUP_LINEAR: _check_on_codes,
-    EXPERT_LINEAR: _check_on_codes,
-    GROUP_EMBEDDING: _check_on_codes,
+    GROUP_LINEAR: _check_layer,
+    EXPERT_LINEAR: _check_layer,
+    GROUP_EMBEDDING: _check_layer,
     POOLED_ADAPTER: _check_adapter,
     INTEGER_ZERO_LINEAR: _check_integer_zero_linear,
     EXPERT_ADAPTER: _check_adapter,
-    MATMUL_NBITS: _each_matrix(1, _check_blocks),
-    EXPERT_MATMUL_NBITS: _each_matrix(2, _check_blocks),
-    GROUP_QUANT_LINEAR: _each_matrix(1, _check_groups),
-    EXPERT_GROUP_QUANT_LINEAR: _each_matrix(1, _check_groups),
-    MATMUL_BLOCKS: _each_matrix(1, _check_flat),
-    EXPERT_MATMUL_BLOCKS: _each_matrix(2, _check_flat),
+    MATMUL_NBITS: _NBITS,
+    EXPERT_MATMUL_NBITS: _NBITS,
+    GROUP_QUANT_LINEAR: _GROUPS,
+    EXPERT_GROUP_QUANT_LINEAR: _GROUPS,
+    MATMUL_BLOCKS: _FLAT,
+    EXPERT_MATMUL_BLOCKS: _FLAT,
 }
 
 

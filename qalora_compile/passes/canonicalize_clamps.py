@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from qalora_compile.errors import PostconditionError
 from qalora_compile.ir.meta import module_path
+from qalora_compile.ir.ops.views import argument, arguments
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import FLOAT
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
@@ -42,13 +43,13 @@ class CanonicalizeClamps(Pass):
         changes = []
         for node in filter(_is_unbounded, list(graph.nodes)):
             changes.append(Change(module_path(node) or node.name, "infinite bounds left out"))
-            low, high = _bounds(node)
+            x, low, high = arguments(node).values()
             kept = (None if low == -math.inf else low, None if high == math.inf else high)
             if kept == (None, None):
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(x)
                 graph.erase_node(node)
             else:
-                node.args, node.kwargs = (node.args[0], *kept), {}
+                node.args, node.kwargs = (x, *kept), {}
         return PassResult(program.evolve(graph=graph), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -57,13 +58,7 @@ class CanonicalizeClamps(Pass):
             raise PostconditionError("an infinite bound is left", where=f"node {node.name}")
 
 
-def _bounds(node: fx.Node) -> tuple[Any, Any]:
-    given = dict(zip(("min", "max"), node.args[1:], strict=False)) | dict(node.kwargs)
-    return given.get("min"), given.get("max")
-
-
 def _is_unbounded(node: fx.Node) -> bool:
     if node.target is not _CLAMP:
         return False
-    low, high = _bounds(node)
-    return bool(low == -math.inf or high == math.inf)
+    return bool(argument(node, "min") == -math.inf or argument(node, "max") == math.inf)

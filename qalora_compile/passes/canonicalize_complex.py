@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from qalora_compile.errors import PostconditionError
 from qalora_compile.ir.meta import module_path
+from qalora_compile.ir.ops.views import argument, set_argument
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import FLOAT
@@ -24,16 +25,16 @@ _SAME = (
     *(_ATEN.detach_.default, _ATEN.lift_fresh_copy.default, _ATEN.index.Tensor),
 )
 """What treats a pair as it treats a number."""
-_AXES: dict[Any, tuple[int, ...]] = {
-    _ATEN.unsqueeze.default: (1,),
-    _ATEN.squeeze.dim: (1,),
-    _ATEN.slice.Tensor: (1,),
-    _ATEN.select.int: (1,),
-    _ATEN.index_select.default: (1,),
-    _ATEN.transpose.int: (1, 2),
+_AXES: dict[Any, tuple[str, ...]] = {
+    _ATEN.unsqueeze.default: ("dim",),
+    _ATEN.squeeze.dim: ("dim",),
+    _ATEN.slice.Tensor: ("dim",),
+    _ATEN.select.int: ("dim",),
+    _ATEN.index_select.default: ("dim",),
+    _ATEN.transpose.int: ("dim0", "dim1"),
 }
-"""Places of the axes among the arguments."""
-_SIZES = (_ATEN.view.default, _ATEN.reshape.default, _ATEN.expand.default)
+"""Names of the arguments that are axes."""
+_SIZES = {_ATEN.view.default: "size", _ATEN.reshape.default: "shape", _ATEN.expand.default: "size"}
 _PRODUCTS = (_ATEN.mul.Tensor, _ATEN.mul.Scalar)
 _SUMS = (_ATEN.add.Tensor, _ATEN.sub.Tensor)
 
@@ -120,7 +121,7 @@ class _Rewrite:
             with self._graph.inserting_before(node):
                 if node in numbers:
                     self._pairs[node] = self._pair(node)
-                elif node.target in _READ and node.args[0] in self._pairs:
+                elif node.target in _READ and argument(node, "self") in self._pairs:
                     node.replace_all_uses_with(self._read(node))
                 else:
                     continue
@@ -148,16 +149,16 @@ class _Rewrite:
     def _read(self, node: fx.Node) -> fx.Node:
         """What reads a number: the pair, or one part of it."""
         if node.target is _ATEN.view_as_real.default:
-            return self._pairs[node.args[0]]
-        return self._parts(node.args[0])[0 if node.target is _ATEN.real.default else 1]
+            return self._pairs[argument(node, "self")]
+        real, imaginary = self._parts(argument(node, "self"))
+        return real if node.target is _ATEN.real.default else imaginary
 
     def _pair(self, node: fx.Node) -> fx.Node:
         """The pair of a number."""
         if node.op == "get_attr":
             return self._constant(str(node.target))
         if node.target is _ATEN.view_as_complex.default:
-            pair: Any = node.args[0]
-            return self._call(_ATEN.alias.default, pair)
+            return self._call(_ATEN.alias.default, argument(node, "self"))
         if node.target is _ATEN.complex.default:
             return self._stack(*node.args)
         if node.target is _ATEN.polar.default:
@@ -175,7 +176,7 @@ class _Rewrite:
         return self._graph.get_attr(pairs)
 
     def _product(self, node: fx.Node) -> fx.Node:
-        a, b = node.args[:2]
+        a, b = argument(node, "self"), argument(node, "other")
         mul, add, sub = _ATEN.mul.Tensor, _ATEN.add.Tensor, _ATEN.sub.Tensor
         if a in self._pairs and b in self._pairs:
             (ar, ai), (br, bi) = self._parts(a), self._parts(b)
@@ -192,16 +193,19 @@ class _Rewrite:
         args: list[Any] = [
             self._pairs.get(a, a) if isinstance(a, fx.Node) else a for a in node.args
         ]
-        for place in _AXES.get(node.target, ()):
-            if len(args) > place and args[place] < 0:
-                args[place] -= 1
-        if node.target in _SIZES:
-            args[1] = [*args[1], 2]
-        elif node.target is _ATEN.permute.default:
-            axes = [axis % len(args[1]) for axis in args[1]]
-            args[1] = [*axes, len(axes)]
         kwargs = {key: _real(value) for key, value in node.kwargs.items()}
-        return self._call(node.target, *map(_real, args), **kwargs)
+        moved = self._call(node.target, *map(_real, args), **kwargs)
+        for name in _AXES.get(node.target, ()):
+            axis = argument(node, name)
+            if axis < 0:
+                set_argument(moved, name, axis - 1)
+        if node.target in _SIZES:
+            name = _SIZES[node.target]
+            set_argument(moved, name, [*argument(node, name), 2])
+        elif node.target is _ATEN.permute.default:
+            axes = argument(node, "dims")
+            set_argument(moved, "dims", [*(axis % len(axes) for axis in axes), len(axes)])
+        return moved
 
 
 def _real(value: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import fx
 
 from qalora_compile.errors import PostconditionError
 from qalora_compile.ir.meta import module_path
+from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import FLOAT
@@ -62,8 +63,8 @@ class CanonicalizePointwise(Pass):
 def _is_pointwise(node: fx.Node, program: Program) -> bool:
     if node.target not in _CONVOLUTIONS:
         return False
-    weight = node.args[1]
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+    weight = argument(node, "weight")
+    if weight.op != "get_attr":
         return False
     tensor = get_tensor(program.module, str(weight.target))
     if tensor is None or set(tensor.shape[2:]) != {1}:
@@ -75,12 +76,10 @@ def _is_pointwise(node: fx.Node, program: Program) -> bool:
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, program: Program) -> None:
-    x, weight = node.args[:2]
-    assert isinstance(weight, fx.Node)
+    x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
     tensor = get_tensor(program.module, str(weight.target))
     assert tensor is not None, "checked by the match"
     channels = 1 - tensor.dim()  # counted from the end: there may be no batch axis
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     with graph.inserting_before(node):
         last = graph.call_function(_ATEN.movedim.int, (x, channels, -1))
         matrix = graph.call_function(_ATEN.view.default, (weight, list(tensor.shape[:2])))

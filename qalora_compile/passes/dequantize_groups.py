@@ -13,13 +13,17 @@ from qalora_compile.ir.affine import dequantize
 from qalora_compile.ir.lazy_tensor import defer
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.embedding import GroupEmbedding
+from qalora_compile.ir.ops.linear import GroupLinear
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import (
     EXPERT_LINEAR,
     GROUP_EMBEDDING,
     GROUP_LINEAR,
     ON_CODES,
-    tensor_argument,
+    LayerOnCodes,
+    layer_on_codes,
+    stored_parts,
 )
 from qalora_compile.ir.stages import FLOAT, FOLDED, QUANTIZED
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
@@ -68,7 +72,8 @@ class DequantizeGroups(Pass):
         nodes, changes = TensorNodes(graph), []
         for node in track(layers, "dequantize"):
             site = rows[site_of(node) or ""]
-            bits, group_size, k = node.args[5], node.args[6], site.k
+            layer, k = layer_on_codes(node), site.k
+            bits, group_size = layer.bits, layer.group_size
 
             def compute(
                 qweight: Tensor,
@@ -84,10 +89,11 @@ class DequantizeGroups(Pass):
 
             name = f"{site.path}.{NAME}"
             if name not in tensors:
-                parts = [tensor_argument(program, node, place) for place in (1, 2, 3)]
-                tensors[name] = defer(compute, *parts)[NAME]
+                tensors[name] = defer(compute, *stored_parts(program, node, layer))[NAME]
                 changes.append(Change(site.path, f"{bits} bits to float"))
-            new = _rewrite(graph, node, nodes.get(name))
+            weight = nodes.get(name)
+            with graph.inserting_before(node):
+                new = _float_layer(graph, layer, weight)
             move_site(node, new)
             node.replace_all_uses_with(new)
             erase_unread([node])
@@ -102,12 +108,12 @@ class DequantizeGroups(Pass):
                 raise PostconditionError("a layer was not dequantized", where=site_of(node))
 
 
-def _rewrite(graph: fx.Graph, node: fx.Node, weight: fx.Node) -> fx.Node:
+def _float_layer(graph: fx.Graph, layer: LayerOnCodes, weight: fx.Node) -> fx.Node:
     """Insert the operator on a float weight; a looked-up row is cast where it was before."""
-    with graph.inserting_before(node):
-        if node.target is GROUP_LINEAR:
-            return graph.call_function(_ATEN.linear.default, (node.args[0], weight, node.args[4]))
-        found = graph.call_function(_ATEN.embedding.default, (weight, node.args[0]))
-        if node.args[4] is torch.float32:
-            return found
-        return graph.call_function(_ATEN.to.dtype, (found, node.args[4]))
+    if not isinstance(layer, GroupEmbedding):
+        assert isinstance(layer, GroupLinear), "experts are refused"
+        return graph.call_function(_ATEN.linear.default, (layer.x, weight, layer.bias))
+    found = graph.call_function(_ATEN.embedding.default, (weight, layer.ids))
+    if layer.dtype is torch.float32:
+        return found
+    return graph.call_function(_ATEN.to.dtype, (found, layer.dtype))

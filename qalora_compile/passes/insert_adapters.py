@@ -6,36 +6,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from qalora_compile.config import AUTO, AdapterSpec
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
+from qalora_compile.ir.adapters import AdapterSettings, adapter_kind, find_adapters
 from qalora_compile.ir.affine import group_count
-from qalora_compile.ir.meta import move_site, site_of
-from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.ops.integer_zero_linear import INTEGER, SCALE
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
-from qalora_compile.ir.spec import (
-    ADAPTERS,
-    DROPOUT,
-    EXPERT_ADAPTER,
-    EXPERT_LINEAR,
-    GROUP_SUM,
-    INTEGER_ZERO_LINEAR,
-    ON_CODES,
-    POOLED_ADAPTER,
-)
+from qalora_compile.ir.spec import ON_CODES
 from qalora_compile.ir.stages import ADAPTED, ADAPTER_NAMES, QUANTIZED
 from qalora_compile.passes.analysis.select_sites import check_paths, parse_ranks
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.rewrite import TensorNodes
-
-_ADD = torch.ops.aten.add.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +115,9 @@ class InsertAdapters(AdapterSpec, Pass):
             site = rows.get(site_of(node) or "")
             if node.target not in ON_CODES or site is None:
                 continue
-            insert = self._insert_integer_zero if self.keeps_integer_zero_point else self._insert
-            insert(graph, node, site, nodes)
+            lora_a, lora_b = (nodes.get(f"{site.path}.{part}") for part in ADAPTER_NAMES)
+            kind = adapter_kind(node, self._kept)
+            kind.insert(graph, node, (lora_a, lora_b), self._settings_of(site))
             changes.append(Change(site.name, f"adapter of rank {self.rank_of(site)}", self.pooling))
         plan = program.plan.update(
             {
@@ -149,7 +139,7 @@ class InsertAdapters(AdapterSpec, Pass):
 
     def ensures(self, before: Program, after: Program) -> None:
         """Each site got one adapter, and each adapter's B is zero."""
-        found = sum(n.target in ADAPTERS | {INTEGER_ZERO_LINEAR} for n in after.graph.nodes)
+        found = len(find_adapters(after.graph))
         wanted = len(after.plan.to_adapt())
         if found != wanted:
             raise PostconditionError(f"{found} adapters for {wanted} sites")
@@ -178,6 +168,16 @@ class InsertAdapters(AdapterSpec, Pass):
         width = group_count(site.k, self.pool_of(site)) if self.kind == "scale" else site.k
         return 1.0 / (self._pooling(site) * math.sqrt(width))
 
+    @property
+    def _kept(self) -> str | None:
+        """What adapters train that keep zero-points integers; None: they do not keep them."""
+        if not self.keeps_integer_zero_point:
+            return None
+        return SCALE if self.kind == "scale" else INTEGER
+
+    def _settings_of(self, site: Site) -> AdapterSettings:
+        return AdapterSettings(self.factor_of(site), self.pool_of(site), float(self.dropout))
+
     def _pooling(self, site: Site) -> float:
         pool = self.pool_of(site)
         return self.pooling_factor(pool, group_count(site.k, pool))
@@ -197,35 +197,3 @@ class InsertAdapters(AdapterSpec, Pass):
             made[f"{site.path}.lora_A"] = nn.Parameter(lora_a)
             made[f"{site.path}.lora_B"] = nn.Parameter(lora_b)
         return made
-
-    def _insert(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
-        lora_a, lora_b = (nodes.get(f"{site.path}.{part}") for part in ("lora_A", "lora_B"))
-        with graph.inserting_after(node):
-            total = graph.call_function(_ADD, (node, node))
-        node.replace_all_uses_with(total)
-        with graph.inserting_before(total):
-            pooled = graph.call_function(GROUP_SUM, (node.args[0], self.pool_of(site)))
-            if self.dropout:
-                pooled = graph.call_function(DROPOUT, (pooled, float(self.dropout), False))
-            operands: list[Any] = [pooled, lora_a, lora_b]
-            if node.target is EXPERT_LINEAR:
-                operands.append(node.args[4])  # ends
-            update = graph.call_function(
-                EXPERT_ADAPTER if node.target is EXPERT_LINEAR else POOLED_ADAPTER,
-                (*operands, self.factor_of(site)),
-            )
-        total.args = (node, update)
-        move_site(node, total)
-
-    def _insert_integer_zero(
-        self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes
-    ) -> None:
-        lora = [nodes.get(f"{site.path}.{part}") for part in ADAPTER_NAMES]
-        kind = SCALE if self.kind == "scale" else INTEGER
-        with graph.inserting_before(node):
-            whole = graph.call_function(
-                INTEGER_ZERO_LINEAR, (*node.args, *lora, self.factor_of(site), kind)
-            )
-        move_site(node, whole)
-        node.replace_all_uses_with(whole)
-        erase_unread([node])

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from qalora_compile.config import one_of
 from qalora_compile.errors import PostconditionError, UserInputError
+from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import ADAPTED, ANNOTATED, FLOAT, FOLDED, QUANTIZED
 from qalora_compile.ir.torch_internals import pytree, set_output_tree
@@ -62,8 +63,8 @@ class PoolTokens(Pass):
         if reason:
             skip = Change(EMBEDDING, "no output is added", reason)
             return PassResult(program.evolve(graph=graph), skips=(skip,))
-        (output,) = (node for node in graph.nodes if node.op == "output")
-        leaves = pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: leaf is None)
+        output = graph.output_node()
+        leaves = pytree.tree_leaves(output_value(graph), is_leaf=lambda leaf: leaf is None)
         named = dict(zip(program.signature.outputs, leaves, strict=True))
         with graph.inserting_before(output):
             pooled = self._pooled(graph, program, named[HIDDEN])

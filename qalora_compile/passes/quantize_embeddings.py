@@ -16,10 +16,13 @@ from qalora_compile.ir.affine import has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import defer, holds
 from qalora_compile.ir.meta import mark_site, move_site, site_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.embedding import GroupEmbedding
+from qalora_compile.ir.ops.linear import GroupLinear
+from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.pattern import match_linear
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import EMBEDDING, EXCLUDED, QUANTIZE, UNUSED, Site
-from qalora_compile.ir.spec import GROUP_EMBEDDING, GROUP_LINEAR, stored_tensor
+from qalora_compile.ir.spec import GROUP_EMBEDDING, GROUP_LINEAR, layer_on_codes, stored_parts
 from qalora_compile.ir.stages import ADAPTED, CODE_NAMES, FOLDED, QUANTIZED
 from qalora_compile.ir.tensor_identity import storage_key
 from qalora_compile.passes.analysis.find_weight_uses import Use, find_heads, find_uses, owner_path
@@ -112,9 +115,11 @@ class QuantizeEmbeddings(Pass):
             if site.name in old:
                 continue
             node = found.get(site.name)
-            if node is None or node.args[5:7] != (self.bits, self.group_size):
+            layer = None if node is None else layer_on_codes(node)
+            wanted = self.bits, self.group_size
+            if node is None or layer is None or (layer.bits, layer.group_size) != wanted:
                 raise PostconditionError("it was not put on codes", where=site.name)
-            scale, offset = (stored_tensor(after, node, node.args[i]) for i in (2, 3))
+            _, scale, offset = stored_parts(after, node, layer)
             if not holds(has_integer_zero_points(scale, offset, self.bits).all()):
                 raise PostconditionError("a zero-point is no whole number", where=site.name)
 
@@ -143,16 +148,17 @@ class QuantizeEmbeddings(Pass):
         self, graph: fx.Graph, node: fx.Node, path: str, site: Site, nodes: TensorNodes, k: int
     ) -> fx.Node:
         """Put the operator on codes in the place of a lookup or of the head."""
-        parts = [nodes.get(f"{path}.{part}") for part in CODE_NAMES]
+        qweight, scale, offset = (nodes.get(f"{path}.{part}") for part in CODE_NAMES)
+        parts = qweight, scale, offset
         linear = match_linear(node)
         with graph.inserting_before(node):
             if linear is None:
-                dtype = getattr(torch, site.dtype)
-                operands = (node.args[1], *parts, dtype, self.bits, self.group_size, k)
-                new = graph.call_function(GROUP_EMBEDDING, operands)
+                ids, dtype = argument(node, "indices"), getattr(torch, site.dtype)
+                options = dtype, self.bits, self.group_size
+                new = GroupEmbedding.create(graph, ids, *parts, *options, k)
             else:
-                operands = (linear.x, *parts, linear.bias, self.bits, self.group_size)
-                new = graph.call_function(GROUP_LINEAR, operands)
+                bias = linear.bias
+                new = GroupLinear.create(graph, linear.x, *parts, bias, self.bits, self.group_size)
         move_site(node, new)
         node.replace_all_uses_with(new)
         erase_unread([node])
@@ -207,7 +213,7 @@ def _why_keep(members: list[Member], heads: set[fx.Node]) -> str:
 
 def _reads_whole(use: Use) -> bool:
     """Whether a lookup reads the table as it is stored."""
-    table = use.node.args[0]
+    table = argument(use.node, "weight")
     stored = isinstance(table, fx.Node) and table.op == "get_attr"
     return stored and use.tensor.dim() == 2 and use.tensor.is_floating_point()
 

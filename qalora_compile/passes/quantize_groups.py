@@ -16,11 +16,13 @@ from qalora_compile.ir.checkpoint_codes import CheckpointWeight
 from qalora_compile.ir.lazy_tensor import Seen, defer, is_lazy, is_placeholder
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.experts import ExpertLinear
+from qalora_compile.ir.ops.linear import GroupLinear
 from qalora_compile.ir.pattern import LinearMap, get_tensor, match_linear
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call
 from qalora_compile.ir.site_plan import Site
-from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_LINEAR, ON_CODES
+from qalora_compile.ir.spec import ON_CODES, layer_on_codes
 from qalora_compile.ir.stages import ANNOTATED, CODE_NAMES, QUANTIZED
 from qalora_compile.passes.framework.base import Change, Pass, PassResult, data_field
 from qalora_compile.passes.framework.rewrite import TensorNodes, freeze
@@ -153,7 +155,8 @@ class QuantizeGroups(QuantSpec, Pass):
 
     def ensures(self, before: Program, after: Program) -> None:
         """Every `quantize` row is computed on codes of its bits and group."""
-        computed = {site_of(n): n.args[5:7] for n in after.graph.nodes if n.target in ON_CODES}
+        layers = {site_of(n): layer_on_codes(n) for n in after.graph.nodes if n.target in ON_CODES}
+        computed = {site: (layer.bits, layer.group_size) for site, layer in layers.items()}
         for site in before.plan.to_quantize():
             spec = self.spec_of(site)
             if computed.get(site.name) != (spec.bits, spec.group_size):
@@ -214,12 +217,13 @@ class QuantizeGroups(QuantSpec, Pass):
         linear = match_linear(node)  # again: an earlier rewrite may have given it another x
         assert linear is not None, "it matched before"
         with graph.inserting_before(node):
-            parts = [nodes.get(f"{site.path}.{part}") for part in CODE_NAMES]
-            last = linear.group_offsets if site.experts else linear.bias
-            new = graph.call_function(
-                EXPERT_LINEAR if site.experts else GROUP_LINEAR,
-                (linear.x, *parts, last, spec.bits, spec.group_size),
-            )
+            qweight, scale, offset = (nodes.get(f"{site.path}.{part}") for part in CODE_NAMES)
+            operands = linear.x, qweight, scale, offset
+            if site.experts:
+                ends = linear.group_offsets
+                new = ExpertLinear.create(graph, *operands, ends, spec.width, spec.group)
+            else:
+                new = GroupLinear.create(graph, *operands, linear.bias, spec.width, spec.group)
         move_site(node, new)
         node.replace_all_uses_with(new)
         erase_unread([node])

@@ -13,10 +13,10 @@ from torch import Tensor, fx
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.interpret import WatchingInterpreter
 from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.ops.linear import GroupLinear
 from qalora_compile.ir.pattern import EXPERTS, match_linear
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call, split_call
-from qalora_compile.ir.spec import GROUP_LINEAR
 from qalora_compile.ir.stages import ANNOTATED, FOLDED, QUANTIZED
 from qalora_compile.progress import track
 from qalora_compile.quantizers.statistics import ActivationStatistics, MomentSum
@@ -93,10 +93,8 @@ def layer_inputs(program: Program) -> dict[str, tuple[fx.Node, ...]]:
 
 def _input_of(node: fx.Node) -> fx.Node | None:
     """What the node of a planned layer reads as x."""
-    if node.target is GROUP_LINEAR:
-        x = node.args[0]
-        assert isinstance(x, fx.Node), "its schema says so"
-        return x
+    if node.target is GroupLinear.target:
+        return GroupLinear.of(node).x
     linear = match_linear(node)
     return None if linear is None or linear.kind == EXPERTS else linear.x
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import (
@@ -23,7 +24,11 @@ from qalora_compile.ir.torch_internals import pytree
 _SIZES = {"batch": 3, "sequence": 24, "past_sequence": 7}
 _OTHER_SIZE = 5
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
-_LOOKUPS = {torch.ops.aten.embedding.default: (1, 0), GROUP_EMBEDDING: (0, 1)}
+_LOOKUPS = {
+    torch.ops.aten.embedding.default: ("indices", "weight"),
+    GROUP_EMBEDDING: ("ids", "qweight"),
+}
+"""Operators that look rows up, and what their numbers and tables are called."""
 """Where a lookup has its ids, and where its table."""
 
 
@@ -117,9 +122,9 @@ def token_limits(program: Program) -> dict[str, int]:
     for leaf, node in zip(program.signature.inputs, placeholders, strict=True):
         sources = [node, *(user for user in node.users if user.target in _RESHAPES)]
         for user in (user for source in sources for user in source.users):
-            places = _LOOKUPS.get(user.target)
-            if places is not None and user.args[places[0]] in sources:
-                table = get_tensor(program.module, str(user.args[places[1]].target))
+            ids, rows = _LOOKUPS.get(user.target, ("", ""))
+            if ids and argument(user, ids) in sources:
+                table = get_tensor(program.module, str(argument(user, rows).target))
                 if table is not None:
                     limits[leaf.name] = int(table.shape[0])
     return limits

@@ -18,7 +18,8 @@ from qalora_compile.ir.spec import (
     MATMUL_NBITS,
     POOLED_ADAPTER,
     is_qalora,
-    tensor_argument,
+    layer_on_codes,
+    stored_parts,
     validate,
 )
 from tests.models import MLP, randomize_adapters
@@ -267,7 +268,8 @@ def test_the_node_and_site_are_named() -> None:
 def test_helpers() -> None:
     program = at_stage("adapted")
     node = first(program.graph, GROUP_LINEAR)
-    assert tensor_argument(program, node, 1) is program.tensors()["layers.0.qweight"]
+    qweight, *_ = stored_parts(program, node, layer_on_codes(node))
+    assert qweight is program.tensors()["layers.0.qweight"]
     ours = [n for n in program.graph.nodes if is_qalora(n)]
     assert {n.target for n in ours} == {GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER}
     assert [s for s in map(site_of, program.graph.nodes) if s] == ["layers.0", "layers.1"]

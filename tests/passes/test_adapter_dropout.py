@@ -10,7 +10,8 @@ import torch
 
 import qalora_compile as qc
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.spec import DROPOUT, validate
+from qalora_compile.ir.adapters import DROPOUT
+from qalora_compile.ir.spec import validate
 from tests.models import MLP, assert_close, llama, token_ids
 
 SPEC = qc.AdapterSpec(rank=2, alpha=4.0, dropout=0.5)

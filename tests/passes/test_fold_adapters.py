@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 import qalora_compile as qc
 from qalora_compile.config import POOLINGS
 from qalora_compile.errors import PostconditionError, PreconditionError
+from qalora_compile.ir.adapters import Adapter
 from qalora_compile.ir.meta import move_site
 from qalora_compile.ir.spec import GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
 from qalora_compile.passes import PassResult
@@ -104,10 +105,11 @@ def faulty(change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Fold:
     """A fold whose new offset is `change(old offset, right new offset, scale)`."""
     real = pass_module._fold
 
-    def fold(program: qc.Program, adapter: pass_module.Adapter, offset: Tensor) -> Tensor:
-        right = real(program, adapter, offset)
-        scale = program.tensors()[str(adapter.base.args[2].target)]  # type: ignore[union-attr]
-        return change(offset, right, scale)
+    def fold(adapter: Adapter, names: Mapping[str, str], tensors: dict[str, Tensor]) -> str:
+        offset, scale = tensors[names["offset"]], tensors[names["scale"]]
+        moved = real(adapter, names, tensors)
+        tensors[names["offset"]] = change(offset, tensors[names["offset"]], scale)
+        return moved
 
     return fold
 

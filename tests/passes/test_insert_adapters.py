@@ -20,7 +20,8 @@ from qalora_compile.errors import (
     PreconditionError,
     UserInputError,
 )
-from qalora_compile.ir.site_plan import Site
+from qalora_compile.ir.adapters import AddedAdapter
+from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.spec import GROUP_SUM, POOLED_ADAPTER
 from qalora_compile.passes import insert_adapters as pass_module
 from qalora_compile.passes.insert_adapters import InsertAdapters
@@ -188,13 +189,13 @@ def test_the_shared_adapter_learns_from_both_uses() -> None:
 
 
 def test_an_adapter_that_was_forgotten_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = InsertAdapters._insert
+    real = AddedAdapter.insert
 
-    def skip(self: InsertAdapters, graph: fx.Graph, node: fx.Node, site: Site, nodes: Any) -> None:
-        if site.name != "layers.0":
-            real(self, graph, node, site, nodes)
+    def skip(graph: fx.Graph, layer: fx.Node, *settings: Any) -> None:
+        if site_of(layer) != "layers.0":
+            real(graph, layer, *settings)
 
-    monkeypatch.setattr(InsertAdapters, "_insert", skip)
+    monkeypatch.setattr(AddedAdapter, "insert", skip)
     with pytest.raises(PostconditionError, match="1 adapters for 2 sites"):
         qc.insert_adapters(quantized(MLP(16, 8, 4), torch.randn(2, 16)))
 

@@ -24,6 +24,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.shape_propagation import propagate, without_assertions
 from qalora_compile.ir.signature import argument_names, input_spec
@@ -79,9 +80,8 @@ def lift(program: Program) -> ExportedProgram | None:
     lifted = _lift_tensors(graph)
     propagate(graph, program, {node: tensors[name] for node, name in lifted.items()})
     inputs = [_input(node, lifted, constants) for node in graph.nodes if node.op == "placeholder"]
-    output = next(node for node in graph.nodes if node.op == "output")
-    leaves = pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: leaf is None)
-    output.args = (tuple(leaves),)
+    leaves = pytree.tree_leaves(output_value(graph), is_leaf=lambda leaf: leaf is None)
+    graph.output_node().args = (tuple(leaves),)
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, _argument(leaf), None) for leaf in leaves]
     in_spec, out_spec = input_spec(program.graph), pytree.tree_structure(tuple(leaves))
     call = ModuleCallSignature(inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec)

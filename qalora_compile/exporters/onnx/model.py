@@ -17,6 +17,7 @@ from qalora_compile.config import ExportSpec
 from qalora_compile.errors import InternalError, UnsupportedError
 from qalora_compile.exporters.onnx.exported import lift, retrace
 from qalora_compile.exporters.onnx.translate import translation_table
+from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.torch_internals import pytree
 from qalora_compile.optional import require
@@ -74,8 +75,7 @@ def _to_onnx(exported: ExportedProgram, program: Program, spec: ExportSpec) -> A
 
 def _tensor_outputs(program: Program) -> list[str]:
     """Names of the outputs that are tensors: a None among them is no output of an ONNX model."""
-    output = next(n for n in program.graph.nodes if n.op == "output")
-    values = pytree.tree_leaves(output.args[0], is_leaf=lambda leaf: leaf is None)
+    values = pytree.tree_leaves(output_value(program.graph), is_leaf=lambda leaf: leaf is None)
     return [
         name
         for name, value in zip(program.signature.outputs, values, strict=True)

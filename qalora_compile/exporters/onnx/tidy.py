@@ -10,6 +10,7 @@ import torch
 
 from qalora_compile.exporters.onnx.small_types import use_small_types
 from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Signature
 from qalora_compile.ir.site_plan import EMBEDDING, Site
@@ -114,11 +115,11 @@ def _biases(program: Program) -> dict[str, frozenset[str]]:
         name = site_of(node)
         if name is None or node.target is not torch.ops.aten.add.Tensor:
             continue
-        operand = node.args[1]
+        operand = argument(node, "other")
         names = set()
         if isinstance(operand, torch.fx.Node) and operand.target is torch.ops.aten.to.dtype:
             names.add(operand.name)
-            operand = operand.args[0]
+            operand = argument(operand, "self")
         if isinstance(operand, torch.fx.Node) and operand.op == "get_attr":
             found[name] = frozenset({*names, str(operand.target)})
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qalora_compile.ir.meta import module_path, shape_of
+from qalora_compile.ir.ops.views import arguments
 from qalora_compile.ir.pattern import (
     EXPERTS,
     MATMUL,
@@ -160,11 +161,9 @@ def _why_no_conv(reader: fx.Node, name: str, tensor: Tensor) -> str:
 
 def conv_options(node: fx.Node) -> list[tuple[str, object, int]]:
     """Name, value and plain value of a convolution's stride, padding and groups."""
-    known = {"stride": (3, 1), "padding": (4, 0), "groups": (6, 1)}
-    return [
-        (name, node.args[place] if len(node.args) > place else node.kwargs.get(name, plain), plain)
-        for name, (place, plain) in known.items()
-    ]
+    known = {"stride": 1, "padding": 0, "groups": 1}
+    own = arguments(node)
+    return [(name, own.get(name, plain), plain) for name, plain in known.items()]
 
 
 def name_rows(uses: list[Use], tensors: Collection[str]) -> list[Site]:

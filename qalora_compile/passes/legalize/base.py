@@ -23,7 +23,8 @@ from qalora_compile.ir.spec import (
     GROUP_SUM,
     ON_CODES,
     PAD_GROUPS,
-    tensor_argument,
+    layer_on_codes,
+    stored_parts,
 )
 from qalora_compile.ir.stages import ADAPTED, FOLDED, QUANTIZED
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
@@ -126,7 +127,7 @@ class LegalizePass(Pass):
         seen = Seen()
         for path, (node, site) in track(list(weights.items()), "legalize"):
             layer = _layer(node, site)
-            parts = (tensor_argument(program, node, i) for i in (1, 2, 3))
+            parts = stored_parts(program, node, layer_on_codes(node))
             made = self._lower(layer, bool(site.experts), seen, *parts)
             lowered[path] = {name: f"{path}.{name}" for name in made}
             tensors |= {f"{path}.{name}": tensor for name, tensor in made.items()}
@@ -234,16 +235,13 @@ def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.node.Argument) -> fx.Node:
 
 
 def _layer(node: fx.Node, site: Site) -> Layer:
-    bits, group_size = node.args[5], node.args[6]
-    assert isinstance(bits, int) and isinstance(group_size, int)
-    return Layer(bits, group_size, site.k, site.has_integer_zero_point)
+    own = layer_on_codes(node)
+    return Layer(own.bits, own.group_size, site.k, site.has_integer_zero_point)
 
 
 def _path(node: fx.Node) -> str:
     """Path of the tensors of a layer on codes."""
-    qweight = node.args[1]
-    assert isinstance(qweight, fx.Node)
-    return str(qweight.target).removesuffix(".qweight")
+    return str(layer_on_codes(node).qweight.target).removesuffix(".qweight")
 
 
 def _site_name(node: fx.Node) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,9 +13,16 @@ from qalora_compile.ir.affine import has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import defer, holds
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.linear import GroupLinear
 from qalora_compile.ir.packing.bitstream import pack_codes, unpack_codes
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.spec import GROUP_EMBEDDING, GROUP_LINEAR, stored_tensor, tensor_argument
+from qalora_compile.ir.spec import (
+    GROUP_EMBEDDING,
+    GROUP_LINEAR,
+    LayerOnCodes,
+    layer_on_codes,
+    stored_parts,
+)
 from qalora_compile.ir.stages import ADAPTED, CODE_NAMES, FOLDED, PLANE_NAMES, QUANTIZED
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.rewrite import TensorNodes
@@ -56,25 +63,27 @@ class SplitPlanes(Pass):
         nodes, changes = TensorNodes(graph), []
         for node in track([n for n in graph.nodes if n.target in _LAYERS], "split"):
             site = rows.get(site_of(node) or "")
-            if site is None or not site.frozen_integer_zero or node.args[5] != 2 * _HALF_BITS:
+            layer = layer_on_codes(node)
+            if site is None or not site.frozen_integer_zero or layer.bits != 2 * _HALF_BITS:
                 continue
             if site.path not in split:
-                parts = [tensor_argument(program, node, place) for place in (1, 2, 3)]
+                parts = stored_parts(program, node, layer)
                 made = defer(_Planes(site.k), *parts, by_rows=True)
                 tensors |= {f"{site.path}.{name}": tensor for name, tensor in made.items()}
                 split[site.path] = site.k
                 changes.append(Change(site.path, "8 bits to two planes of 4", "exact"))
-            _rewrite(graph, node, site.path, nodes)
+            _rewrite(graph, node, layer, site.path, nodes)
         return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
         """Zero-points of planes are whole numbers of 4 bits."""
         for node in after.graph.nodes:
-            if node.target not in _LAYERS or not _is_plane(node):
+            if node.target not in _LAYERS or not _is_plane(layer := layer_on_codes(node)):
                 continue
-            scale, offset = (stored_tensor(after, node, node.args[i]) for i in (2, 3))
+            _, scale, offset = stored_parts(after, node, layer)
             if not holds(has_integer_zero_points(scale, offset, _HALF_BITS).all()):
-                raise PostconditionError("a plane's zero-point is no code", where=str(node.args[1]))
+                where = str(layer.qweight.target)
+                raise PostconditionError("a plane's zero-point is no code", where=where)
 
 
 @dataclass(frozen=True)
@@ -100,23 +109,24 @@ class _Planes:
         return made
 
 
-def _is_plane(node: fx.Node) -> bool:
+def _is_plane(layer: LayerOnCodes) -> bool:
     """Whether a layer is one of two planes."""
-    qweight = node.args[1]
-    assert isinstance(qweight, fx.Node)
-    return str(qweight.target).endswith(tuple(f".{plane}.qweight" for plane in PLANE_NAMES))
+    planes = tuple(f".{plane}.qweight" for plane in PLANE_NAMES)
+    return str(layer.qweight.target).endswith(planes)
 
 
-def _rewrite(graph: fx.Graph, node: fx.Node, path: str, nodes: TensorNodes) -> None:
+def _rewrite(
+    graph: fx.Graph, node: fx.Node, layer: LayerOnCodes, path: str, nodes: TensorNodes
+) -> None:
     """Put the sum of two planes in the place of a layer."""
-    operand, last, group, more = node.args[0], node.args[4], node.args[6], node.args[7:]
     planes: list[fx.Node] = []
     with graph.inserting_before(node):
         for plane in PLANE_NAMES:
-            parts = [nodes.get(f"{path}.{plane}.{name}") for name in CODE_NAMES]
-            fifth = last if node.target is GROUP_EMBEDDING or not planes else None  # the bias, once
-            operands = (operand, *parts, fifth, _HALF_BITS, group, *more)
-            planes.append(graph.call_function(node.target, operands))  # type: ignore[arg-type]
+            qweight, scale, offset = (nodes.get(f"{path}.{plane}.{name}") for name in CODE_NAMES)
+            made = replace(layer, qweight=qweight, scale=scale, offset=offset, bits=_HALF_BITS)
+            if planes and isinstance(made, GroupLinear):
+                made = replace(made, bias=None)  # added once
+            planes.append(made.insert(graph))
         total = graph.call_function(_ADD, tuple(planes), {"alpha": _STEP})
     move_site(node, total)
     node.replace_all_uses_with(total)

@@ -26,6 +26,7 @@ from qalora_compile.ir.module import (
     erase_unread,
     program_tensors,
 )
+from qalora_compile.ir.ops.views import argument, output_value
 from qalora_compile.ir.signature import output_spec
 from qalora_compile.ir.spec import (
     ADAPTED_LINEAR,
@@ -80,7 +81,7 @@ def split_head(module: ProgramModule) -> tuple[ProgramModule, Head]:
     is none, the first part gives the logits.
     """
     (end,) = (node for node in module.graph.nodes if node.op == "output")
-    outputs = list(end.args[0])
+    outputs = list(output_value(module.graph))
     logits = outputs[_place_of_logits(module.graph, len(outputs))]
     found = _row_wise_part(logits)
     nodes, cut = found or ((), logits)
@@ -124,7 +125,8 @@ def _row_wise_part(logits: fx.Node) -> tuple[tuple[fx.Node, ...], fx.Node] | Non
     reached = {logits}
     while len(reached) > 1 or not any(node.target in _PRODUCTS for node in taken):
         node = max(reached, key=order.__getitem__)
-        of_fused = node.target is operator.getitem and node.args[0].target is ADAPTED_LINEAR  # type: ignore[union-attr]
+        item = node.target is operator.getitem
+        of_fused = item and argument(node, "a").target is ADAPTED_LINEAR
         if node.target not in _ROW_WISE and not of_fused:
             return None
         taken.append(node)

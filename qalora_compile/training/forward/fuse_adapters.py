@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch import fx
 
+from qalora_compile.ir.adapters import Adapter, AddedAdapter, find_adapters
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.adapted_linear import AdaptedLinear
+from qalora_compile.ir.ops.linear import GroupLinear
+from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.spec import ADAPTED_LINEAR, GROUP_LINEAR, POOLED_ADAPTER
-from qalora_compile.passes.fold_adapters import match_adapter
 
 _WIDE = ("float32", "float64")
 
@@ -32,33 +35,31 @@ def fuse_adapters(program: Program) -> fx.Graph:
         program: At stage `adapted`; it is not changed.
     """
     graph = program.copy_graph()
-    for update in [node for node in graph.nodes if node.target is POOLED_ADAPTER]:
-        if not _is_plain(update):
+    for adapter in find_adapters(graph):
+        if not _is_plain(adapter):
             continue
-        adapter = match_adapter(update)
-        site = site_of(adapter.total)
+        layer, own, total = adapter.layer, adapter.settings, adapter.output
+        site = site_of(total)
         if site is None or program.plan[site].dtype not in _WIDE:
             continue
-        x, *weight, bias, bits, group_size = adapter.base.args
-        _, lora_a, lora_b, scaling = update.args
-        operands = (x, *weight, bias, lora_a, lora_b, bits, group_size)
-        with graph.inserting_before(adapter.total):
-            both = graph.call_function(ADAPTED_LINEAR, (*operands, adapter.pooled.args[1], scaling))
+        assert isinstance(layer, GroupLinear), "it is plain"
+        weight = layer.qweight, layer.scale, layer.offset, layer.bias
+        lora, groups = adapter.lora, (layer.bits, layer.group_size, own.pool)
+        with graph.inserting_before(total):
+            both = AdaptedLinear.create(graph, layer.x, *weight, *lora, *groups, own.scaling)
             y = graph.call_function(operator.getitem, (both, 0))
-        move_site(adapter.total, y)
-        adapter.total.replace_all_uses_with(y)
-        erase_unread([adapter.total])
+        move_site(total, y)
+        total.replace_all_uses_with(y)
+        erase_unread([total])
     return graph
 
 
-def _is_plain(update: fx.Node) -> bool:
+def _is_plain(adapter: Adapter) -> bool:
     """Whether an adapter is of the form that folds, and can be fused."""
-    pooled, (total, *others) = update.args[0], list(update.users)
-    assert isinstance(pooled, fx.Node)
-    base = total.args[0]
-    return (
-        not others
-        and isinstance(base, fx.Node)
-        and base.target is GROUP_LINEAR
-        and pooled.args[:1] == base.args[:1]
-    )
+    if type(adapter) is not AddedAdapter or adapter.dropped or adapter.pooled is None:
+        return False
+    total, *others = adapter.node.users
+    if others or total.target is not torch.ops.aten.add.Tensor:
+        return False
+    base = argument(total, "self")
+    return base.target is GroupLinear.target and argument(base, "x") is adapter.pooled.x

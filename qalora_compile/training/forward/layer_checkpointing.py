@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.module import ProgramModule, build_module, program_tensors
+from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.subgraph import extract_subgraph
 from qalora_compile.ir.torch_internals import share_call_tree
 
@@ -123,7 +124,7 @@ def checkpoint_graph(module: ProgramModule) -> ProgramModule:
     for node in end.all_input_nodes:
         if node.op == "get_attr":  # an output may be a stored tensor
             new[node] = outer.get_attr(str(node.target))
-    outer.output(map_arg(end.args[0], new.__getitem__))
+    outer.output(map_arg(output_value(module.graph), new.__getitem__))
     return build_module(outer, program_tensors(module), submodules=parts, training=module.training)
 
 

@@ -19,6 +19,7 @@ from qalora_compile.ir.module import (
     erase_unread,
     program_tensors,
 )
+from qalora_compile.ir.ops.views import argument, set_argument
 from qalora_compile.ir.spec import ADAPTED_LINEAR, INTEGER_ZERO_LINEAR
 from qalora_compile.ir.subgraph import extract_subgraph
 from qalora_compile.ir.torch_internals import OpOverload, schema_of
@@ -40,8 +41,7 @@ def recompute_activations(module: ProgramModule) -> ProgramModule:
     for name, child in module.named_children():
         holder.add_module(name, child)
     for layer in [node for node in graph.nodes if node.target in _LAYERS]:
-        x = layer.args[0]
-        assert isinstance(x, fx.Node), "a layer reads what was computed"
+        x = argument(layer, "x")
         own = private_to(layer, order)
         if not own:
             continue
@@ -52,7 +52,7 @@ def recompute_activations(module: ProgramModule) -> ProgramModule:
         holder.add_module(name, Checkpointed(extract_subgraph(module, nodes, inputs, x)))
         with graph.inserting_before(layer):
             again = graph.call_module(name, inputs)
-        layer.update_arg(0, again)
+        set_argument(layer, "x", again)
         erase_unread([x])
     tensors = program_tensors(module)
     return build_module(graph, tensors, submodules=holder, training=module.training)
@@ -61,11 +61,10 @@ def recompute_activations(module: ProgramModule) -> ProgramModule:
 def private_to(layer: fx.Node, order: Mapping[fx.Node, int]) -> set[fx.Node]:
     """The nodes that compute the input of a layer from the outputs of others, and nothing else."""
     own: set[fx.Node] = set()
-    waiting = {layer.args[0]}
+    waiting: set[fx.Node] = {argument(layer, "x")}
     while waiting:
-        node = max(waiting, key=order.__getitem__)  # type: ignore[arg-type]
+        node = max(waiting, key=order.__getitem__)
         waiting.remove(node)
-        assert isinstance(node, fx.Node)
         if _can_run_again(node) and all(user in own or user is layer for user in node.users):
             own.add(node)
             waiting.update(n for n in node.all_input_nodes if n.op != "get_attr")

@@ -18,11 +18,10 @@ from torch import Tensor
 from qalora_compile.config import POOLINGS, one_of
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.files import atomic_folder, write_json
+from qalora_compile.ir.adapters import find_adapters
 from qalora_compile.ir.affine import group_count
-from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.safetensors_io import load_tensors, save_tensors
-from qalora_compile.ir.spec import ADAPTERS, INTEGER_ZERO_LINEAR, POOLED_ADAPTER, pooled_input
 from qalora_compile.ir.stages import ADAPTED, ADAPTER_NAMES
 from qalora_compile.training.records.checkpoint import load_adapters
 from qalora_compile.untrusted import read_json
@@ -161,29 +160,23 @@ def _layers(program: Program) -> dict[str, _Layer]:
             f"a program at stage {program.stage} has no adapters", hint="give the trained program"
         )
     found = {}
-    for node in program.graph.nodes:
-        if node.target is INTEGER_ZERO_LINEAR:
+    for adapter in find_adapters(program.graph):
+        if adapter.keeps_integer_zero_point:
             raise UnsupportedError(
                 "PEFT has no adapters that keep zero-points whole",
-                where=site_of(node),
+                where=adapter.site,
                 hint="save the whole program: Program.save",
             )
-        if node.target not in ADAPTERS:
-            continue
-        (total,) = node.users
-        site = program.plan[site_of(total) or ""]
-        if node.target is not POOLED_ADAPTER:
+        site, own = program.plan[adapter.site or ""], adapter.settings
+        if site.experts:
             raise UnsupportedError(
                 "PEFT has no pooled adapters for stacked experts",
                 where=site.name,
                 hint="save the whole program: Program.save",
             )
-        pooled = pooled_input(node)
-        assert pooled is not None
-        pool: Any = pooled.args[1]
         assert site.rank is not None
-        alpha = node.args[-1] * site.rank * pool / group_count(site.k, pool)
-        found[site.path] = _Layer(site.rank, alpha, pool)
+        alpha = own.scaling * site.rank * own.pool / group_count(site.k, own.pool)
+        found[site.path] = _Layer(site.rank, alpha, own.pool)
     return found
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.ir.adapters import find_adapters
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
-from qalora_compile.ir.spec import ADAPTERS, DROPOUT, INTEGER_ZERO_LINEAR, pooled_input
 from qalora_compile.training.spec import FitSpec
 
 _BLOCK = 1 << 20
@@ -40,7 +40,7 @@ class Identity:
     @classmethod
     def of(cls, program: Program, spec: FitSpec, *, data: str = "") -> Identity:
         """The identity of a training of `program`; reads all of its tensors once."""
-        adapters = _adapters(program)
+        adapters = {a.path: a.description for a in reversed(find_adapters(program.graph))}
         sites = program.plan.weights_to_adapt()
         plan = {site.path: f"{_row(site)}, {adapters.get(site.path)}" for site in sites}
         trained = dict(program.named_adapter_parameters())
@@ -91,26 +91,6 @@ def _differs(what: str, where: str) -> UserInputError:
 
 def _row(site: Site) -> str:
     return f"{site.shape}, {site.bits} bits in groups of {site.group_size}, rank {site.rank}"
-
-
-def _adapters(program: Program) -> dict[str, str]:
-    """What the adapter of each path multiplies its update by, pools and drops."""
-    found: dict[str, str] = {}
-    for node in program.graph.nodes:
-        if node.target is INTEGER_ZERO_LINEAR:
-            *_, lora_a, _, factor, kind = node.args
-            text = f"times {factor} on the {kind} of groups of {node.args[6]}"
-        elif node.target in ADAPTERS:
-            source, lora_a, factor = node.args[0], node.args[1], node.args[-1]
-            pooled = pooled_input(node)
-            width = pooled.args[1] if pooled is not None else None
-            drops = isinstance(source, fx.Node) and source.target is DROPOUT
-            dropout = source.args[1] if drops else 0.0
-            text = f"times {factor} on sums of {width}, dropout {dropout}"
-        else:
-            continue
-        found.setdefault(str(lora_a.target).rpartition(".")[0], text)
-    return found
 
 
 def _digest(tensor: Tensor) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.interpret import WatchingInterpreter
+from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import dtype_name
 from qalora_compile.ir.torch_internals import pytree
@@ -92,8 +93,8 @@ def run_nodes(
 
 def output_nodes(program: Program) -> dict[str, str]:
     """Name of each output that is computed → the node that gives it."""
-    (output,) = (node for node in program.graph.nodes if node.op == "output")
-    values = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    value = output_value(program.graph)
+    values = value if isinstance(value, (tuple, list)) else (value,)
     pairs = zip(program.signature.outputs, values, strict=True)
     return {name: value.name for name, value in pairs if isinstance(value, fx.Node)}
 
