@@ -12,7 +12,6 @@ from qalora_compile import errors
 from qalora_compile.errors import (
     CaptureError,
     ExtensionError,
-    Finding,
     InternalError,
     OutputError,
     PassError,
@@ -44,7 +43,7 @@ def test_the_tree() -> None:
     classes = {
         v for _, v in inspect.getmembers(errors, inspect.isclass) if v.__module__ == errors.__name__
     }
-    assert classes == {QaloraError, Finding, *parents}
+    assert classes == {QaloraError, *parents}
 
 
 def test_message_has_what_where_and_what_to_do() -> None:

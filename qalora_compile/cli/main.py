@@ -104,7 +104,7 @@ def _ended(stop: SystemExit | QaloraError) -> int:
     if isinstance(stop, SystemExit):
         return int(stop.code or 0)
     _complain(stop)
-    return EXIT_USAGE
+    return exit_codes.USAGE
 
 
 def _recover_named(options: argparse.Namespace) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
+from qalora_compile.ir.ops.views import argument, set_argument
 from qalora_compile.ir.torch_internals import (
     LazyGraphModule,
     is_erased,
     set_arguments,
     share_call_tree,
 )
-from qalora_compile.ir.ops.views import argument, set_argument
 
 _ATEN = torch.ops.aten
 _DROPOUT_P = "qalora_dropout_p"

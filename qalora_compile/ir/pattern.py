@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.ir.meta import shape_of
-from qalora_compile.ir.torch_internals import SOFTMAX, TO_COPY
 from qalora_compile.ir.ops.views import arguments
+from qalora_compile.ir.torch_internals import SOFTMAX, TO_COPY
 
 _ATEN = torch.ops.aten
 _VIEWS = frozenset(

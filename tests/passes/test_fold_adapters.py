@@ -32,7 +32,7 @@ from tests.models import (
 )
 
 Golden = Callable[[str, str], None]
-Fold = Callable[..., Tensor]
+Fold = Callable[..., str]
 
 X = torch.randn(4, 40, generator=torch.Generator().manual_seed(3))
 

@@ -177,10 +177,11 @@ def _rewrite(found: Match) -> Change:
     attention, end, graph = found["attention"], found.node, found.node.graph
     names = [name for name in ("key", "value") if f"all_{name}" in found.captured]
     with graph.inserting_before(attention):
-        rows = [rows_of_heads(found[name]) for name in ("query", "key", "value")]
-        past = [found[f"past_{name}"] for name in names] or [None, None]
+        query, key, value = (rows_of_heads(found[name]) for name in ("query", "key", "value"))
+        key_past, value_past = (found["past_key"], found["past_value"]) if names else (None, None)
         scale = width**-0.5 if scale is None else float(scale)
-        new = Attention.create(graph, *rows, found["mask"], *past, heads, kv_heads, scale)
+        rows = query, key, value, found["mask"], key_past, value_past
+        new = Attention.create(graph, *rows, heads, kv_heads, scale)
         parts = [item(new, index) for index in range(3)]
         y = parts[0] if "rows" in found.captured else heads_of_rows(parts[0], heads)
     y.meta["val"] = end.meta.get("val")

@@ -87,7 +87,7 @@ def integer_zero_linear(
     scaling: float,
     kind: str,
 ) -> Part:
-    """`W = s · (q − z)`, z an integer; an adapter moved z (`integer`) or s (`scale`) and was rounded.
+    """`W = s · (q − z)`, z an integer; an adapter moved z (`integer`) or s (`scale`), rounded.
 
     Scales are rounded to 16 significant bits: half a step of them is within the radius.
     """
