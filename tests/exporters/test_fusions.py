@@ -96,13 +96,40 @@ def test_what_is_left_is_named_with_a_reason(tmp_path: Path) -> None:
     notes = qc.export_model(program, tmp_path / "model.onnx", spec).notes
     norm, rotary, attention = sorted(notes, key=lambda n: ("norm" not in n, "rotary" not in n))
     assert "fuse-rms-norm left rsqrt (1 in all): the mean is not over the last axis" in norm
-    assert "fuse-rotary left add" in rotary and "cos and sin are not seen" in rotary
+    assert "fuse-rotary left cat" in rotary and "cos and sin are not seen" in rotary
     assert "fuse-attention left scaled_dot_product_attention" in attention
     assert "causal from the first key" in attention
     report = qc.verify_equivalence(
         program, tmp_path / "model.onnx", sample_inputs(program, 2), TOLERANCE
     )
     assert report.passed
+
+
+class OddNorms(nn.Module):
+    """Three norms over the wrong axis, and one that drops its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.weight = nn.Linear(32, 32), nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, S, 32]`."""
+        x = self.fc(x)
+        for _ in range(3):
+            x = self.weight * (x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5))
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def test_what_is_left_for_one_reason_is_counted(tmp_path: Path) -> None:
+    program = qc.quantize_groups(qc.capture_model(OddNorms().eval(), (torch.randn(2, 6, 32),)))
+    spec = qc.ExportSpec(fusion="standard")
+    notes = qc.export_model(program, tmp_path / "model.onnx", spec).notes
+    assert notes == (
+        "not fused: fuse-rms-norm left rsqrt (3 in all): "
+        "the mean is not over the last axis (dim is [1]), at mean",
+        "not fused: fuse-rms-norm left rsqrt_3 (1 in all): "
+        "no product with a weight reads it, only the output, at mul_6",
+    )
 
 
 def test_a_program_without_anything_to_fuse_says_so(tmp_path: Path) -> None:

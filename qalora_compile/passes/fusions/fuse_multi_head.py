@@ -123,7 +123,7 @@ def _rewrite(found: Match, biases: _Biases) -> Change:
     graph, heads, kv_heads = node.graph, old.heads, old.kv_heads
     grouped = heads != kv_heads
     with graph.inserting_before(node):
-        bias = old.mask and biases.get(old.mask, _dtype(node), heads, kv_heads)
+        bias = biases.get(old.mask, _dtype(node), heads, kv_heads) if old.mask else None
         rows = JoinGroups.create(graph, old.q, heads, kv_heads) if grouped else old.q
         rest = old.k, old.v, bias, old.past_key, old.past_value, kv_heads, old.scale
         new = MultiHeadAttention.create(graph, rows, *rest)
@@ -136,6 +136,7 @@ def _rewrite(found: Match, biases: _Biases) -> Change:
         part.meta["val"] = result.meta.get("val")
         result.replace_all_uses_with(part)
         erase_unread([result])
+    erase_unread([node])
     return Change(new.name, f"{heads} heads, {kv_heads} of keys and values")
 
 

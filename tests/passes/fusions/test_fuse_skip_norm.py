@@ -19,7 +19,7 @@ REASONS = {
     "factor": ("add", "the sum has a factor (alpha is 2)"),
     "broadcast": ("add", "the shapes of the summands differ"),
     "read before": ("rms_norm_default", "the sum is read before the norm is computed"),
-    "two axes": ("add", "the sum has not three axes"),
+    "two axes": ("add_1", "the sum has not three axes"),
     "flattened": None,
 }
 
