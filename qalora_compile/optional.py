@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from qalora_compile.errors import UnsupportedError
@@ -46,3 +48,15 @@ def lazy_attribute(package: str, name: str, homes: Mapping[str, str]) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise AttributeError(f"module {package!r} has no attribute {name!r}{hint}")
     return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+
+
+@contextmanager
+def quiet_logger(name: str) -> Iterator[None]:
+    """Keep the logger of a library quiet in the block, but for errors."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

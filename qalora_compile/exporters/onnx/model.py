@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from qalora_compile.exporters.onnx.translate import translation_table
 from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.torch_internals import pytree
-from qalora_compile.optional import require
+from qalora_compile.optional import quiet_logger, require
 
 _OPERATOR = re.compile(r"(?:target=torch\.ops\.|OpOverload\(op=')([\w.]+)")
 
@@ -86,15 +85,9 @@ def _tensor_outputs(program: Program) -> list[str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch.onnx's progress lines and its notes on missing torchvision off the terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with quiet_logger("torch.onnx"), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _cause(error: BaseException) -> str:

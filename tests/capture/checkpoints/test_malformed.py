@@ -229,5 +229,5 @@ def test_the_folder_is_named_too(kind: str, tmp_path: Path) -> None:
 def test_a_config_that_is_a_list_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", gptq_layer([]), gptq_config())
     (tmp_path / "model" / "config.json").write_text("[]")
-    with pytest.raises(UserInputError, match="no object of JSON"):
+    with pytest.raises(UserInputError, match="no JSON object"):
         load_source(str(tmp_path / "model"))

@@ -9,9 +9,7 @@ scores, but its merges are sorted by them.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from qalora_compile.exporters.checkpoints.gguf.piece_scores import (
     piece_scores,
     refuse,
 )
-from qalora_compile.optional import require
+from qalora_compile.optional import quiet_logger, require
 from qalora_compile.untrusted import read_json
 
 _PURPOSE = "write GGUF files"
@@ -187,7 +185,7 @@ def _write_sentencepiece(
     prefix = space_prefix(value, where)
     whole = {a["content"] for a in value.get("added_tokens") or () if SPACE not in a["content"]}
     scores = piece_scores(_merges(value["model"], where), texts, whole, where)
-    with _without_warnings("gguf.vocab"):  # of pairs of texts, which llama.cpp does not have
+    with quiet_logger("gguf.vocab"):  # of pairs of texts, which llama.cpp does not have
         special = gguf.SpecialVocab(folder, n_vocab=len(texts))
     unknown = value["model"].get("unk_token")
     if unknown in texts:
@@ -205,18 +203,6 @@ def _write_sentencepiece(
     writer.add_token_types(types)
     writer.add_add_space_prefix(prefix)
     special.add_to_gguf(writer, quiet=True)
-
-
-@contextmanager
-def _without_warnings(name: str) -> Iterator[None]:
-    """Keep a logger quiet, but for errors."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _check_model(value: Mapping[str, Any], texts: list[str], where: str) -> None:
