@@ -47,6 +47,7 @@ def main() -> int:
     print(f"Trying {shown} (installed: {old}).", flush=True)
     try:
         python = make_environment(newer)
+        print(f"In use: {versions_in_use(python)}.", flush=True)
         broken = [*probe(python), *run_tests(python)]
     finally:
         shutil.rmtree(FOLDER, ignore_errors=True)
@@ -79,6 +80,14 @@ def make_environment(versions: dict[str, str]) -> Path:
     command = [*PIP, "--python", str(python), "install", *wanted]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     return python
+
+
+def versions_in_use(python: Path) -> str:
+    """What the environment imports: the newest releases hide the older ones."""
+    each = f"(f'{{name}} {{load(name).__version__}}' for name in {PACKAGES})"
+    code = f"from importlib import import_module as load; print(*{each}, sep=', ')"
+    command = [str(python), "-W", "ignore", "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def probe(python: Path) -> list[str]:

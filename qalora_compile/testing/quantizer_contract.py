@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qalora_compile.config import SUPPORTED_BITS, QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import GroupAffine, group_count
 from qalora_compile.ir.lazy_tensor import defer, make_lazy, materialize
+from qalora_compile.ir.torch_internals import FakeTensorMode
 from qalora_compile.quantizers.base import Method
 from qalora_compile.quantizers.registry import get_method, quantize_weight
 from qalora_compile.quantizers.statistics import ActivationStatistics

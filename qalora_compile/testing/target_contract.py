@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qalora_compile.api import (
     complete_spec,
@@ -28,6 +27,7 @@ from qalora_compile.ir.lazy_tensor import make_lazy
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import validate
 from qalora_compile.ir.stages import LEGALIZED
+from qalora_compile.ir.torch_internals import FakeTensorMode
 from qalora_compile.passes.framework.base import validating
 from qalora_compile.testing.contract import Contract, bits_of_all
 from qalora_compile.verify.compare import Tolerance

@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from qalora_compile.ir.ops.views import arguments
+from qalora_compile.ir.torch_internals import schema_of
 from qalora_compile.passes.framework.no_ops import readers, through
 
 _ATEN = torch.ops.aten
@@ -269,7 +270,7 @@ def _solve_operands(operands: Mapping[str, Pattern], state: State) -> Iterator[S
     given = arguments(state.node)
     rest = {
         a.name: _Const((a.default_value,))
-        for a in state.node.target._schema.arguments  # type: ignore[union-attr]
+        for a in schema_of(state.node.target).arguments  # type: ignore[arg-type]
         if a.has_default_value() and a.name not in operands
     }
     parts = [(name, pattern, given[name]) for name, pattern in {**operands, **rest}.items()]
