@@ -19,6 +19,7 @@ from qalora_compile.capture.checkpoints.open_folder import SECTIONS, load_stored
 from qalora_compile.capture.checkpoints.registry import get_reader
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.errors import QaloraError
+from qalora_compile.files import write_json
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.packing.bitstream import unpack_codes
 from qalora_compile.ir.safetensors_io import load_tensors, save_tensors
@@ -81,7 +82,7 @@ def check_reader(
             assert not (found := _unlike(good.weights[module].affine, affine)), found
     _check_codes(contract, path, good)
     _check_damage(contract, read, tensors, config, good, path)
-    _check_config(contract, read, tensors, config, good)
+    _check_config(contract, read, tensors, config, good, path)
 
 
 def _unlike(first: GroupAffine, second: GroupAffine) -> str:
@@ -144,10 +145,8 @@ def _check_damage(
                     found = _changed(good, read(changed, config))
                 except QaloraError:
                     continue
-                if found.endswith("is missing"):
-                    _must_be_refused(path, changed)
-                else:
-                    assert not found, found
+                if found:
+                    _must_be_refused(path, changed, config, found)
 
 
 def _damages(tensor: Tensor) -> Iterator[tuple[str, Tensor | None]]:
@@ -168,19 +167,22 @@ def _damages(tensor: Tensor) -> Iterator[tuple[str, Tensor | None]]:
         yield "of floats", tensor.to(torch.float32)
 
 
-def _must_be_refused(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A reader may pass over a weight; the model then lacks it."""
+def _must_be_refused(
+    path: Path, tensors: dict[str, Tensor], config: dict[str, Any], found: str
+) -> None:
+    """What a reader cannot see, the model does: a weight that is missing, or of another shape."""
     with tempfile.TemporaryDirectory() as scratch:
         damaged = Path(scratch) / "model"
         shutil.copytree(path, damaged)
         for file in damaged.glob("*.safetensors"):
             file.unlink()
         save_tensors(tensors, damaged / "model.safetensors")
+        write_json(damaged / CONFIG, config)
         try:
             load_stored(damaged)
         except QaloraError:
             return
-    raise AssertionError("the model was loaded without the weight")
+    raise AssertionError(f"the model was loaded, and {found}")
 
 
 def _check_config(
@@ -189,6 +191,7 @@ def _check_config(
     tensors: dict[str, Tensor],
     config: dict[str, Any],
     good: Decoded,
+    path: Path,
 ) -> None:
     for place in [(key, *rest) for key in SECTIONS for rest in _leaves(config.get(key), ())]:
         if place[-1] == "quant_method":
@@ -205,7 +208,8 @@ def _check_config(
                     found = _changed(good, read(tensors, said))
                 except QaloraError:
                     continue
-                assert not found, found
+                if found:
+                    _must_be_refused(path, tensors, said, found)
 
 
 def _leaves(value: Any, place: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
