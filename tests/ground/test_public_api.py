@@ -13,8 +13,8 @@ import qalora_compile as qc
 from qalora_compile import testing, verify
 
 HOMES = {
-    "AdapterSpec": "config",
-    "ExportSpec": "config",
+    "AdapterSpec": "config.adapter",
+    "ExportSpec": "config.export",
     "Pass": "passes.framework.base",
     "PassResult": "passes.framework.base",
     "Pipeline": "passes.framework.pipeline",

@@ -434,10 +434,7 @@ def test_folders_of_version_2_are_read(kind: str, tmp_path: Path) -> None:
     x = torch.randn(2, 24)
     spec = qc.QuantSpec(bits=4, group_size=8, zero_point="integer" if kind == "scale" else "real")
     program = qc.quantize_groups(qc.capture_model(nn.Linear(24, 8), (x,)), spec)
-    adapters = qc.AdapterSpec(
-        rank=2, kind=kind, zero_point="integer" if kind == "scale" else "real"
-    )
-    program = qc.insert_adapters(program, adapters)
+    program = qc.insert_adapters(program, qc.AdapterSpec(rank=2, kind=kind))
     folder = tmp_path / "p"
     program.save(folder)
     value = read_sealed(folder / "program.json")

@@ -27,7 +27,7 @@ FLOATS = (0, 4, 7, 8)
 """Places of the arguments that have gradients."""
 
 
-def whole_arguments(
+def integer_zero_arguments(
     kind: str,
     shape: tuple[int, ...] = (3, 20),
     n: int = 5,
@@ -60,17 +60,22 @@ def by_hand(x: Tensor, *arguments: Any) -> Tensor:
         step = exact + (shorten(exact.detach(), scale.dtype) - exact).detach()
     else:
         step, moved = scale, zero - update / scale
-        limited = moved.clamp(-0.5, 2**bits - 0.5)
-        zero = limited + (moved.round().clamp(0, 2**bits - 1) - limited).detach()
+        # Of a group of equal weights the scale has all of its bits: 0 and 1 alone are exact.
+        short = shorten(scale.detach(), scale.dtype) == scale
+        most = torch.where(short, 2.0**bits - 1, 1.0)
+        limited = torch.minimum(moved.clamp_min(-0.5), most + 0.5)
+        zero = limited + (moved.round().clamp_min(0).minimum(most) - limited).detach()
     level = codes - expand_groups(zero, group_size, k)
     y = x @ (expand_groups(step, group_size, k) * level).t()
     return y if bias is None else y + bias
 
 
 CHECKED = {
-    **{kind: whole_arguments(kind, dtype=torch.float32) for kind in KINDS},
-    "vector": whole_arguments(INTEGER, (12,), 3, 2, 4, torch.float32),
-    "no bias, 3 bits": whole_arguments(SCALE, (2, 3, 11), 5, 3, 4, torch.float32, bias=False),
+    **{kind: integer_zero_arguments(kind, dtype=torch.float32) for kind in KINDS},
+    "vector": integer_zero_arguments(INTEGER, (12,), 3, 2, 4, torch.float32),
+    "no bias, 3 bits": integer_zero_arguments(
+        SCALE, (2, 3, 11), 5, 3, 4, torch.float32, bias=False
+    ),
 }
 
 
@@ -98,7 +103,7 @@ def test_opcheck_of_the_gradient() -> None:
 def test_values_and_gradients_are_those_of_the_formula(
     kind: str, lead: list[int], k: int, g: int, bits: int, size: float
 ) -> None:
-    arguments = whole_arguments(kind, (*lead, k), 4, bits, g, size=size)
+    arguments = integer_zero_arguments(kind, (*lead, k), 4, bits, g, size=size)
     mine, theirs = Q.integer_zero_linear(*arguments), by_hand(*arguments)
     assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-9)
     floats = [arguments[i] for i in FLOATS]
@@ -120,7 +125,7 @@ def test_values_and_gradients_are_those_of_the_formula(
 )
 @settings(max_examples=25, deadline=None)
 def test_zero_points_stay_whole(kind: str, bits: int, dtype: torch.dtype, size: float) -> None:
-    arguments = whole_arguments(kind, (2, 22), 6, bits, 8, dtype, size=size)
+    arguments = integer_zero_arguments(kind, (2, 22), 6, bits, 8, dtype, size=size)
     _, _, scale, offset, _, _, _, lora_a, lora_b, scaling, _ = arguments
     new, moved = integer_zero_parameters(scale, offset, lora_a, lora_b, bits, scaling, kind)
     assert bool(has_integer_zero_points(new.detach(), moved.detach(), bits).all())
@@ -128,7 +133,7 @@ def test_zero_points_stay_whole(kind: str, bits: int, dtype: torch.dtype, size: 
 
 
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = whole_arguments(SCALE, n=7)
+    arguments = integer_zero_arguments(SCALE, n=7)
     floats = [arguments[i] for i in FLOATS]
     whole = torch.autograd.grad(Q.integer_zero_linear(*arguments).sum(), floats)
     monkeypatch.setattr(linear, "_TILE_ELEMENTS", {"cpu": 40})
