@@ -46,7 +46,7 @@ def _compile(pattern: str) -> Any:
         if not problem:
             return re2.compile(pattern, options)
     except re2.error as error:
-        text, *_ = (*error.args, None)
+        text, *_ = error.args
         problem = text.decode() if isinstance(text, bytes) else str(error)
         if is_harmless(pattern):
             try:

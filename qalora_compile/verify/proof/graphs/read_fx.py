@@ -137,8 +137,8 @@ def _node(row: Mapping[str, Any], names: Mapping[str, Any], path: str) -> Node:
     op = row["target"]
     if op in _MODE:
         operand, mode = _MODE[op]
-        names = OPERANDS[op][: len(args)]
-        args = [mode if name == operand else v for name, v in zip_longest(names, args)]
+        called = OPERANDS[op][: len(args)]
+        args = [mode if name == operand else v for name, v in zip_longest(called, args)]
         if operand in options:
             options[operand] = mode
     operands = [text_of(a) for a in args] + [f"{k}={text_of(v)}" for k, v in options.items()]
