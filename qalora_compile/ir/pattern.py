@@ -133,7 +133,8 @@ def resolve_weight(node: object) -> WeightRef | None:
 
 def _is_constant(view: fx.Node) -> bool:
     """Whether a view depends on nothing but its tensor."""
-    return view.args[:1] == tuple(view.all_input_nodes)
+    first, *_ = view.args
+    return view.all_input_nodes == [first]
 
 
 def _is_vector(bias: object) -> bool:

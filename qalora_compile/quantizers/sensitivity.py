@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.interpret import WatchingInterpreter
 from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.pattern import match_linear
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call
@@ -75,7 +76,7 @@ def measure_sensitivities(
 def _projection(last: fx.Node, outputs: Any, keep: RealRows, generator: torch.Generator) -> Tensor:
     """Σ v · output over all outputs that depend on a layer; `last` is the node that gives them."""
     total = torch.zeros((), dtype=torch.float64)
-    nodes = pytree.tree_leaves(last.args[0])
+    nodes = pytree.tree_leaves(output_value(last.graph))
     for node, leaf in zip(nodes, pytree.tree_leaves(outputs), strict=True):
         if not isinstance(leaf, Tensor) or not leaf.requires_grad:
             continue

@@ -46,7 +46,8 @@ def _compile(pattern: str) -> Any:
         if not problem:
             return re2.compile(pattern, options)
     except re2.error as error:
-        problem = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
+        text, *_ = error.args
+        problem = text.decode() if isinstance(text, bytes) else str(error)
         if is_harmless(pattern):
             try:
                 return re.compile(pattern)

@@ -22,6 +22,7 @@ from qalora_compile.errors import (
     UnsupportedError,
     UserInputError,
 )
+from qalora_compile.ir import adapters
 from qalora_compile.ir.ops import integer_zero_linear
 from qalora_compile.ir.spec import INTEGER_ZERO_LINEAR, validate
 from qalora_compile.passes import fold_adapters as fold_module
@@ -211,7 +212,7 @@ def test_a_fold_that_leaves_the_zero_points_real_is_caught(
     def unrounded(scale: Tensor, offset: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
         return scale, (offset.double() + rest[1] * (b.double() @ a.double())).to(scale.dtype)
 
-    monkeypatch.setattr(fold_module, "integer_zero_parameters", unrounded)
+    monkeypatch.setattr(adapters, "integer_zero_parameters", unrounded)
     with pytest.raises(InternalError, match="no whole number"):
         qc.fold_adapters(program)
 
@@ -228,7 +229,7 @@ def test_a_wrong_fold_is_found_by_number_and_by_proof(
         scale, offset, lora_a, lora_b, bits, scaling, kind = arguments
         return right(scale, offset, lora_a, lora_b, bits, 2 * scaling, kind)
 
-    monkeypatch.setattr(fold_module, "integer_zero_parameters", doubled)
+    monkeypatch.setattr(adapters, "integer_zero_parameters", doubled)
     wrong = qc.fold_adapters(program)
     assert not qc.verify_equivalence(program, wrong, [(x,)], qc.Tolerance(max_rel=1e-4)).passed
     assert not qc.prove_equivalence(program, wrong).passed
@@ -238,9 +239,13 @@ def test_a_changed_scale_is_caught_where_none_was_trained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program = adapted("integer", MLP(32, 8), torch.randn(2, 32))
-    monkeypatch.setattr(
-        fold_module, "_integer_zero_parameters", lambda node, stored: (stored[0] * 2, stored[1] * 2)
-    )
+    real = fold_module._fold
+
+    def doubled(adapter: Any, names: dict[str, str], tensors: dict[str, Tensor]) -> str:
+        tensors[names["scale"]] = tensors[names["scale"]] * 2
+        return real(adapter, names, tensors)
+
+    monkeypatch.setattr(fold_module, "_fold", doubled)
     with pytest.raises(PostconditionError, match="a scale"):
         qc.fold_adapters(program)
 

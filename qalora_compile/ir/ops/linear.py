@@ -7,11 +7,11 @@ pass, a hand-written backward. `torch.library.opcheck` covers all of them in the
 `group_linear`         y = x Wᵀ + b, W = scale · q + offset from packed codes
 `group_sum`            S(x): `[.., K]` to `[.., L]`
 `pooled_adapter`       d = scaling · (p Aᵀ) Bᵀ
-`integer_zero_linear`         group_linear and an adapter that keeps zero-points whole: `whole_ops`
-`adapted_linear`       group_linear and pooled_adapter in one: `adapted_ops`
-`pad_groups`        x with every group zero-padded to a wider one: `[.., K]` to `[.., L · width]`
+`pad_groups`           x with every group zero-padded to a wider one: `[.., K]` to `[.., L · width]`
 `matmul_nbits`         ONNX Runtime's MatMulNBits with integer zero-points
 =====================  ============================================================================
+
+`adapted_linear` and `integer_zero_linear` have files of their own.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -16,13 +15,14 @@ from qalora_compile.ir.affine import has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import Seen, defer, holds
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.embedding import GroupEmbedding
+from qalora_compile.ir.ops.experts import ExpertLinear
+from qalora_compile.ir.ops.linear import GroupLinear, GroupSum, PadGroups
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
 from qalora_compile.ir.spec import (
     GROUP_EMBEDDING,
-    GROUP_SUM,
     ON_CODES,
-    PAD_GROUPS,
     layer_on_codes,
     stored_parts,
 )
@@ -42,6 +42,19 @@ class Layer(NamedTuple):
     group_size: int
     k: int
     integer_zero_point: bool = False
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The nodes of a layer's lowered tensors; of experts each is a list, one node for each.
+
+    Attributes:
+        parts: Codes, scale and zero-point.
+        correction: C, or None where there is no correction.
+    """
+
+    parts: tuple[Any, Any, Any]
+    correction: Any
 
 
 @dataclass(frozen=True)
@@ -73,26 +86,13 @@ class LegalizePass(Pass):
 
     @abstractmethod
     def emit(
-        self,
-        graph: fx.Graph,
-        node: fx.Node,
-        layer: Layer,
-        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+        self, graph: fx.Graph, own: GroupLinear | ExpertLinear, layer: Layer, lowered: Lowered
     ) -> fx.Node:
-        """Insert the target's nodes for `node`; `stored` gives a lowered tensor's node, or None.
-
-        For experts it gives the nodes of all of them.
-        """
+        """Insert the target's nodes for a layer, or for one of stacked experts."""
 
     @abstractmethod
-    def emit_rows(
-        self,
-        graph: fx.Graph,
-        node: fx.Node,
-        layer: Layer,
-        stored: Callable[[str], fx.Node | list[fx.Node] | None],
-    ) -> fx.Node:
-        """Insert the lookup for a group_embedding; `stored` as for `emit`."""
+    def emit_rows(self, graph: fx.Graph, ids: fx.Node, layer: Layer, lowered: Lowered) -> fx.Node:
+        """Insert the lookup of the rows `ids`."""
 
     def requires(self, program: Program) -> None:
         """The model computes in float32, as the kernels do.
@@ -175,18 +175,21 @@ class LegalizePass(Pass):
         nodes: TensorNodes,
         names: dict[str, str],
     ) -> None:
-        path = _path(node)
+        own, layer, experts = layer_on_codes(node), _layer(node, site), site.experts
 
-        def stored(name: str) -> fx.Node | list[fx.Node] | None:
-            if (f"0.{name}" if site.experts else name) not in names:
-                return None
-            if not site.experts:
+        def stored(name: str) -> Any:
+            if not experts:
                 return nodes.get(names[name])
-            return [nodes.get(f"{path}.{expert}.{name}") for expert in range(site.experts)]
+            return [nodes.get(names[f"{expert}.{name}"]) for expert in range(experts)]
 
-        emit = self.emit_rows if node.target is GROUP_EMBEDDING else self.emit
+        corrected = ("0.correction" if experts else "correction") in names
+        parts = stored("qweight"), stored("scale"), stored("zero_point")
+        lowered = Lowered(parts, stored("correction") if corrected else None)
         with graph.inserting_before(node):
-            y = emit(graph, node, _layer(node, site), stored)
+            if isinstance(own, GroupEmbedding):
+                y = self.emit_rows(graph, own.ids, layer, lowered)
+            else:
+                y = self.emit(graph, own, layer, lowered)
         move_site(node, y)
         node.replace_all_uses_with(y)
         erase_unread([node])
@@ -207,16 +210,14 @@ class LegalizePass(Pass):
         return {f"{e}.{name}": tensor for e, p in enumerate(each) for name, tensor in p.items()}
 
 
-def pad_input(
-    graph: fx.Graph, x: fx.node.Argument, group_size: int, width: int, wanted: bool
-) -> fx.node.Argument:
+def pad_input(graph: fx.Graph, x: fx.Node, group_size: int, width: int, wanted: bool) -> fx.Node:
     """X with its groups padded to `width`, where the stored groups are."""
-    return graph.call_function(PAD_GROUPS, (x, group_size, width)) if wanted else x
+    return PadGroups.create(graph, x, group_size, width) if wanted else x
 
 
-def group_sums(graph: fx.Graph, x: fx.node.Argument, layer: Layer, wanted: bool) -> fx.Node | None:
+def group_sums(graph: fx.Graph, x: fx.Node, layer: Layer, wanted: bool) -> fx.Node | None:
     """S(x), where there is a correction."""
-    return graph.call_function(GROUP_SUM, (x, layer.group_size)) if wanted else None
+    return GroupSum.create(graph, x, layer.group_size) if wanted else None
 
 
 def add_correction(

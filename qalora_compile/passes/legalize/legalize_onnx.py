@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, fx
 
 from qalora_compile.ir.lazy_tensor import holds
-from qalora_compile.ir.ops.target_kernels import flat_width
+from qalora_compile.ir.ops.embedding import FlatEmbedding
+from qalora_compile.ir.ops.experts import ExpertLinear
+from qalora_compile.ir.ops.linear import GroupLinear
+from qalora_compile.ir.ops.target_kernels import ExpertMatmulBlocks, MatmulBlocks, flat_width
 from qalora_compile.ir.packing.bitstream import pack_codes
-from qalora_compile.ir.spec import (
-    EXPERT_LINEAR,
-    EXPERT_MATMUL_BLOCKS,
-    FLAT_EMBEDDING,
-    MATMUL_BLOCKS,
-)
 from qalora_compile.ir.stages import LEGALIZED
 from qalora_compile.passes.legalize.base import (
     Layer,
     LegalizePass,
+    Lowered,
     add_bias,
     add_correction,
     group_sums,
@@ -90,37 +87,25 @@ class LegalizeOnnx(LegalizePass):
         return what, layout.describe(layer.bits, layer.group_size)
 
     def emit(
-        self,
-        graph: fx.Graph,
-        node: fx.Node,
-        layer: Layer,
-        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+        self, graph: fx.Graph, own: GroupLinear | ExpertLinear, layer: Layer, lowered: Lowered
     ) -> fx.Node:
         """The product, its correction and the bias."""
-        x, last = node.args[0], node.args[4]
-        layout, correction = self.layout(layer), stored("correction")
-        operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
-        options = (layout.bits, layout.block_size)
-        wide = pad_input(graph, x, layer.group_size, layout.width, layout.padded)
-        sums = group_sums(graph, x, layer, correction is not None)
-        if node.target is EXPERT_LINEAR:
-            more = (wide, sums, *operands, correction or [], last)
-            return graph.call_function(EXPERT_MATMUL_BLOCKS, (*more, *options))
-        y = graph.call_function(MATMUL_BLOCKS, (wide, *operands, *options))
-        return add_bias(graph, add_correction(graph, y, sums, correction), last)
+        layout, correction, parts = self.layout(layer), lowered.correction, lowered.parts
+        options = layout.bits, layout.block_size
+        wide = pad_input(graph, own.x, layer.group_size, layout.width, layout.padded)
+        sums = group_sums(graph, own.x, layer, correction is not None)
+        if isinstance(own, ExpertLinear):
+            more = (*parts, correction or [], own.group_offsets)
+            return ExpertMatmulBlocks.create(graph, wide, sums, *more, *options)
+        y = MatmulBlocks.create(graph, wide, *parts, *options)
+        return add_bias(graph, add_correction(graph, y, sums, correction), own.bias)
 
-    def emit_rows(
-        self,
-        graph: fx.Graph,
-        node: fx.Node,
-        layer: Layer,
-        stored: Callable[[str], fx.Node | list[fx.Node] | None],
-    ) -> fx.Node:
+    def emit_rows(self, graph: fx.Graph, ids: fx.Node, layer: Layer, lowered: Lowered) -> fx.Node:
         """The lookup in the tensors of DequantizeLinear."""
         layout = self.layout(layer)
-        operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
-        more = (layout.bits, layout.block_size, layer.k)
-        return graph.call_function(FLAT_EMBEDDING, (node.args[0], *operands, *more))
+        return FlatEmbedding.create(
+            graph, ids, *lowered.parts, layout.bits, layout.block_size, layer.k
+        )
 
 
 def pack_flat(codes: Tensor, bits: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,16 +12,14 @@ from qalora_compile.config import ACCURACY_LEVELS, PARAMETER_DTYPES, one_of
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.lazy_tensor import holds
+from qalora_compile.ir.ops.embedding import BlockEmbedding
+from qalora_compile.ir.ops.experts import ExpertLinear
+from qalora_compile.ir.ops.linear import GroupLinear
+from qalora_compile.ir.ops.target_kernels import ExpertGroupQuantLinear, GroupQuantLinear
 from qalora_compile.ir.packing.bitstream import unpack_codes
 from qalora_compile.ir.packing.kernel_layouts import pack_groups, padded_group
-from qalora_compile.ir.spec import (
-    BLOCK_EMBEDDING,
-    EXPERT_GROUP_QUANT_LINEAR,
-    EXPERT_LINEAR,
-    GROUP_QUANT_LINEAR,
-)
 from qalora_compile.ir.stages import LEGALIZED
-from qalora_compile.passes.legalize.base import Layer, LegalizePass, add_bias, pad_input
+from qalora_compile.passes.legalize.base import Layer, LegalizePass, Lowered, add_bias, pad_input
 from qalora_compile.passes.legalize.block_layout import widen_groups
 
 
@@ -106,36 +103,23 @@ class LegalizeOrt(LegalizePass):
         return f"GroupQuantLinear, {layer.bits} bits, groups of {layout.width}", why
 
     def emit(
-        self,
-        graph: fx.Graph,
-        node: fx.Node,
-        layer: Layer,
-        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+        self, graph: fx.Graph, own: GroupLinear | ExpertLinear, layer: Layer, lowered: Lowered
     ) -> fx.Node:
         """GroupQuantLinear; the bias behind it, as a function has no optional inputs."""
-        x, last = node.args[0], node.args[4]
-        layout = GroupLayout.choose(layer)
-        operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
-        options = (layer.bits, layout.width, "int8" if self.accuracy_level else "fp32")
-        x = pad_input(graph, x, layout.group_size, layout.width, layout.padded)
-        if node.target is EXPERT_LINEAR:
-            return graph.call_function(EXPERT_GROUP_QUANT_LINEAR, (x, *operands, last, *options))
-        y = graph.call_function(GROUP_QUANT_LINEAR, (x, *operands, *options))
-        return add_bias(graph, y, last)
+        layout, parts = GroupLayout.choose(layer), lowered.parts
+        options = layer.bits, layout.width
+        compute = "int8" if self.accuracy_level else "fp32"
+        x = pad_input(graph, own.x, layout.group_size, layout.width, layout.padded)
+        if isinstance(own, ExpertLinear):
+            ends = own.group_offsets
+            return ExpertGroupQuantLinear.create(graph, x, *parts, ends, *options, compute)
+        y = GroupQuantLinear.create(graph, x, *parts, *options, compute)
+        return add_bias(graph, y, own.bias)
 
-    def emit_rows(
-        self,
-        graph: fx.Graph,
-        node: fx.Node,
-        layer: Layer,
-        stored: Callable[[str], fx.Node | list[fx.Node] | None],
-    ) -> fx.Node:
+    def emit_rows(self, graph: fx.Graph, ids: fx.Node, layer: Layer, lowered: Lowered) -> fx.Node:
         """The lookup in the tensors of GroupQuantLinear."""
-        operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
         width = GroupLayout.choose(layer).width
-        return graph.call_function(
-            BLOCK_EMBEDDING, (node.args[0], *operands, layer.bits, width, layer.k)
-        )
+        return BlockEmbedding.create(graph, ids, *lowered.parts, layer.bits, width, layer.k)
 
 
 def lower_groups(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,17 +12,15 @@ from torch.nn import functional
 from qalora_compile.config import ACCURACY_LEVELS, CORRECTIONS, one_of
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.lazy_tensor import holds
+from qalora_compile.ir.ops.embedding import BlockEmbedding
+from qalora_compile.ir.ops.experts import ExpertLinear, ExpertMatmulNBits
+from qalora_compile.ir.ops.linear import GroupLinear, MatmulNBits
 from qalora_compile.ir.packing.bitstream import pack_codes
-from qalora_compile.ir.spec import (
-    BLOCK_EMBEDDING,
-    EXPERT_LINEAR,
-    EXPERT_MATMUL_NBITS,
-    MATMUL_NBITS,
-)
 from qalora_compile.ir.stages import LEGALIZED
 from qalora_compile.passes.legalize.base import (
     Layer,
     LegalizePass,
+    Lowered,
     add_correction,
     group_sums,
     pad_input,
@@ -101,49 +98,35 @@ class LegalizeOrtStock(LegalizePass):
         return what, why
 
     def emit(
-        self,
-        graph: fx.Graph,
-        node: fx.Node,
-        layer: Layer,
-        stored: Callable[[str], fx.Node | list[fx.Node] | None],
+        self, graph: fx.Graph, own: GroupLinear | ExpertLinear, layer: Layer, lowered: Lowered
     ) -> fx.Node:
         """MatMulNBits, and its correction."""
-        x, last = node.args[0], node.args[4]
-        layout, correction = self.layout(layer), stored("correction")
+        layout, correction, parts = self.layout(layer), lowered.correction, lowered.parts
         digits = self._digits(layer)
-        operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
-        options = (layout.bits, layout.block_size, self.accuracy_level)
-        wide = pad_input(graph, x, layer.group_size, layout.width, layout.padded)
-        sums = group_sums(graph, x, layer, correction is not None or digits > 0)
-        if digits:
+        options = layout.bits, layout.block_size, self.accuracy_level
+        wide = pad_input(graph, own.x, layer.group_size, layout.width, layout.padded)
+        sums = group_sums(graph, own.x, layer, correction is not None or digits > 0)
+        if digits and sums is not None:
             wide, sums = self._append_sums(graph, wide, sums, layer), None
-        if node.target is EXPERT_LINEAR:
-            more = (wide, sums, *operands, correction or [], last)
-            return graph.call_function(EXPERT_MATMUL_NBITS, (*more, *options))
-        y = graph.call_function(MATMUL_NBITS, (wide, *operands, last, *options))
+        if isinstance(own, ExpertLinear):
+            more = (*parts, correction or [], own.group_offsets)
+            return ExpertMatmulNBits.create(graph, wide, sums, *more, *options)
+        y = MatmulNBits.create(graph, wide, *parts, own.bias, *options)
         return add_correction(graph, y, sums, correction)
 
-    def emit_rows(
-        self,
-        graph: fx.Graph,
-        node: fx.Node,
-        layer: Layer,
-        stored: Callable[[str], fx.Node | list[fx.Node] | None],
-    ) -> fx.Node:
+    def emit_rows(self, graph: fx.Graph, ids: fx.Node, layer: Layer, lowered: Lowered) -> fx.Node:
         """The lookup in the tensors of MatMulNBits."""
         layout = self.layout(layer)
-        operands = [stored(name) for name in ("qweight", "scale", "zero_point")]
-        more = (layout.bits, layout.block_size, layer.k)
-        return graph.call_function(BLOCK_EMBEDDING, (node.args[0], *operands, *more))
+        return BlockEmbedding.create(
+            graph, ids, *lowered.parts, layout.bits, layout.block_size, layer.k
+        )
 
     def _digits(self, layer: Layer) -> int:
         """Digits of the correction, which whole zero-points do not need."""
         wanted = self.correction == "digits" and not layer.integer_zero_point
         return DIGITS[self.accuracy_level] if wanted else 0
 
-    def _append_sums(
-        self, graph: fx.Graph, x: fx.node.Argument, sums: fx.node.Argument, layer: Layer
-    ) -> fx.Node:
+    def _append_sums(self, graph: fx.Graph, x: fx.Node, sums: fx.Node, layer: Layer) -> fx.Node:
         """x, and behind it the group-sums once for each digit, each part in whole blocks."""
         layout = self.layout(layer)
         groups = group_count(layer.k, layer.group_size)
@@ -153,9 +136,7 @@ class LegalizeOrtStock(LegalizePass):
         return graph.call_function(_ATEN.cat.default, (parts, -1))
 
 
-def _pad_to_blocks(
-    graph: fx.Graph, x: fx.node.Argument, width: int, block_size: int
-) -> fx.node.Argument:
+def _pad_to_blocks(graph: fx.Graph, x: fx.Node, width: int, block_size: int) -> fx.Node:
     if width % block_size == 0:
         return x
     return graph.call_function(_ATEN.constant_pad_nd.default, (x, [0, -width % block_size]))

@@ -81,7 +81,7 @@ def _is_shown(
     place: dict[str, int],
     shown: Collection[str],
 ) -> bool:
-    written = node.args[0] if node.args else None
+    written, *_ = (*node.args, None)
     owner = graph.node(written)
     if not isinstance(written, Ref) or owner is None:
         return False

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qalora_compile.verify.proof.graphs.operand_names import OPERANDS
 from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 
 FX, ONNX = "fx", "onnx"
@@ -47,9 +48,22 @@ class Node:
     output: int = 0
     path: str = ""
 
-    def arg(self, index: int, name: str = "", default: Any = None) -> Any:
-        """An operand by position or by name."""
-        return self.args[index] if len(self.args) > index else self.options.get(name, default)
+    @property
+    def _named(self) -> dict[str, Any]:
+        names = OPERANDS.get(self.op, ())
+        return dict(self.options) | dict(zip(names, self.args, strict=False))
+
+    def __getitem__(self, name: str) -> Any:
+        """An operand by its name in the operator's definition, or an option.
+
+        Raises:
+            KeyError: the node has no such operand.
+        """
+        return self._named[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An operand or option that may be absent."""
+        return self._named.get(name, default)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from qalora_compile.ir.program_record import read_record, tensor_files
 from qalora_compile.untrusted.artifacts import PROGRAM_FILE
 from qalora_compile.untrusted.element_types import HALVES
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Ref, SiteRow, Tensor, text_of
+from qalora_compile.verify.proof.graphs.operand_names import OPERANDS
 from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor, read_safetensors
 
 if TYPE_CHECKING:
@@ -18,15 +20,15 @@ if TYPE_CHECKING:
 
     from qalora_compile.ir.program import Program
 
-_MODE = {  # where the mode stands that a program in evaluation has as False, or 0
-    "aten.dropout.default": (2, False),
-    "aten.dropout_.default": (2, False),
-    "aten.feature_dropout.default": (2, False),
-    "aten.alpha_dropout.default": (2, False),
-    "aten.batch_norm.default": (5, False),
-    "aten.instance_norm.default": (5, False),
-    "aten.rrelu.default": (3, False),
-    "aten.scaled_dot_product_attention.default": (4, 0.0),
+_MODE = {  # the operand that a program in evaluation has as False, or 0
+    "aten.dropout.default": ("train", False),
+    "aten.dropout_.default": ("train", False),
+    "aten.feature_dropout.default": ("train", False),
+    "aten.alpha_dropout.default": ("train", False),
+    "aten.batch_norm.default": ("training", False),
+    "aten.instance_norm.default": ("use_input_stats", False),
+    "aten.rrelu.default": ("training", False),
+    "aten.scaled_dot_product_attention.default": ("dropout_p", 0.0),
 }
 
 
@@ -134,11 +136,11 @@ def _node(row: Mapping[str, Any], names: Mapping[str, Any], path: str) -> Node:
     options = {k: _decode(v, names) for k, v in row.get("kwargs", {}).items()}
     op = row["target"]
     if op in _MODE:
-        place, mode = _MODE[op]
-        if len(args) > place:
-            args[place] = mode
-        if "dropout_p" in options:
-            options["dropout_p"] = mode
+        operand, mode = _MODE[op]
+        called = OPERANDS[op][: len(args)]
+        args = [mode if name == operand else v for name, v in zip_longest(called, args)]
+        if operand in options:
+            options[operand] = mode
     operands = [text_of(a) for a in args] + [f"{k}={text_of(v)}" for k, v in options.items()]
     line = f"%{row['name']} = {op.removesuffix('.default')}({', '.join(operands)})"
     path = row.get("site", path)

@@ -35,7 +35,8 @@ _MODAL = ("dropout", "dropout_", "feature_dropout", "alpha_dropout")
 
 
 def _first(m: Semantics, node: Node) -> Term:
-    return m.of(node.args[0])
+    first, *_ = node.args
+    return m.of(first)
 
 
 def _unary(op: str) -> OpSemantics:
@@ -45,22 +46,22 @@ def _unary(op: str) -> OpSemantics:
 def _add(m: Semantics, node: Node) -> Term | None:
     if node.options.get("alpha", 1) != 1:
         return None
-    return m.algebra.sum([m.of(a) for a in node.args[:2]], m.line(node))
+    return m.algebra.sum([m.of(a) for a in node.args], m.line(node))
 
 
 def _subtract(m: Semantics, node: Node) -> Term | None:
     if node.options.get("alpha", 1) != 1:
         return None
-    a, b = (m.of(v) for v in node.args[:2])
+    a, b = (m.of(v) for v in node.args)
     return m.algebra.sum([a, m.algebra.negated(b, m.line(node))], m.line(node))
 
 
 def _multiply(m: Semantics, node: Node) -> Term:
-    return m.algebra.product([m.of(a) for a in node.args[:2]], m.line(node))
+    return m.algebra.product([m.of(a) for a in node.args], m.line(node))
 
 
 def _divide(m: Semantics, node: Node) -> Term | None:
-    a, b = (m.of(v) for v in node.args[:2])
+    a, b = (m.of(v) for v in node.args)
     if a.dtype not in FLOATS or node.options.get("rounding_mode") is not None:
         return None  # of integers ONNX's Div gives integers
     return m.algebra.product([a, m.algebra.inverse(b, m.line(node))], m.line(node))
@@ -80,7 +81,8 @@ def _inverse_root(m: Semantics, node: Node) -> Term:
 
 
 def _power(m: Semantics, node: Node) -> Term | None:
-    base, exponent = _first(m, node), as_number(m.of(node.args[1]))
+    base, power = (m.of(v) for v in node.args)
+    exponent = as_number(power)
     if exponent is None or base.dtype in INTEGERS:  # of integers ONNX's Pow gives integers
         return None
     exponent = float(exponent)
@@ -89,7 +91,7 @@ def _power(m: Semantics, node: Node) -> Term | None:
     if exponent == -0.5:
         return _inverse_root(m, node)
     wide = base.dtype == "float64"
-    shown = as_number(m.of(node.args[1]), exact=True) if wide else exponent
+    shown = as_number(power, exact=True) if wide else exponent
     return term("pow", [base], shown, line=m.line(node))
 
 
@@ -100,7 +102,7 @@ def _silu(m: Semantics, node: Node) -> Term:
 
 def _modal(m: Semantics, node: Node) -> Term | None:
     """A dropout that is off, as `fx_graph` leaves it where the model has it."""
-    return _first(m, node) if node.arg(2) is False else None
+    return _first(m, node) if node.get("train") is False else None
 
 
 def _gelu(m: Semantics, node: Node) -> Term | None:
@@ -121,9 +123,9 @@ def _normed(m: Semantics, node: Node, eps: float, weight: Any) -> Term:
 
 def _fx_rms_norm(m: Semantics, node: Node) -> Term | None:
     if node.op == "qalora.rms_norm.default":
-        return _normed(m, node, node.args[2], node.args[1])
-    weight, eps = node.arg(2, "weight"), node.arg(3, "eps")
-    if len(node.args[1]) != 1 or weight is None or eps is None:
+        return _normed(m, node, node["eps"], node["weight"])
+    weight, eps = node.get("weight"), node.get("eps")
+    if len(node["normalized_shape"]) != 1 or weight is None or eps is None:
         return None
     return _normed(m, node, eps, weight)
 
@@ -136,7 +138,7 @@ def _last_in_float32(node: Node) -> bool:
 def _onnx_rms_norm(m: Semantics, node: Node) -> Term | None:
     if not _last_in_float32(node):
         return None
-    return _normed(m, node, node.options.get("epsilon", 1e-5), node.args[1])
+    return _normed(m, node, node.options.get("epsilon", 1e-5), node["scale"])
 
 
 def _layer_norm(m: Semantics, node: Node, eps: float, operands: tuple[Any, ...]) -> Term:
@@ -147,20 +149,20 @@ def _layer_norm(m: Semantics, node: Node, eps: float, operands: tuple[Any, ...])
 
 
 def _fx_layer_norm(m: Semantics, node: Node) -> Term | None:
-    if len(node.args[1]) != 1:
+    if len(node["normalized_shape"]) != 1:
         return None
-    operands = node.args[0], node.arg(2, "weight"), node.arg(3, "bias")
-    return _layer_norm(m, node, node.arg(4, "eps", 1e-5), operands)
+    operands = node["input"], node.get("weight"), node.get("bias")
+    return _layer_norm(m, node, node.get("eps", 1e-5), operands)
 
 
 def _onnx_layer_norm(m: Semantics, node: Node) -> Term | None:
     if not _last_in_float32(node) or node.output:
         return None
-    return _layer_norm(m, node, node.options.get("epsilon", 1e-5), node.args[:3])
+    return _layer_norm(m, node, node.options.get("epsilon", 1e-5), node.args)
 
 
 def _fx_mean(m: Semantics, node: Node) -> Term | None:
-    if tuple(node.args[1] or ()) != (-1,) or not node.arg(2, "keepdim", False):
+    if tuple(node["dim"] or ()) != (-1,) or not node.get("keepdim", False):
         return None
     if node.options.get("dtype") not in (None, _first(m, node).dtype):
         return None  # another precision to compute in
@@ -168,14 +170,15 @@ def _fx_mean(m: Semantics, node: Node) -> Term | None:
 
 
 def _onnx_mean(m: Semantics, node: Node) -> Term | None:
-    axes = node.options.get("axes") or integers(m.graph, node.arg(1))
+    axes = node.get("axes")
+    axes = axes if isinstance(axes, tuple) else integers(m.graph, axes)
     if tuple(axes or ()) != (-1,) or node.options.get("keepdims", 1) != 1:
         return None
     return term("mean", [_first(m, node)], "last, kept", line=m.line(node))
 
 
 def _fx_softmax(m: Semantics, node: Node) -> Term | None:
-    if node.arg(1, "dim") != -1 or node.arg(2, "dtype") not in (None, _first(m, node).dtype):
+    if node.get("dim") != -1 or node.get("dtype") not in (None, _first(m, node).dtype):
         return None
     return term("softmax", [_first(m, node)], "last", line=m.line(node))
 
@@ -194,13 +197,13 @@ def _take_rows(m: Semantics, table: Any, ids: Any, line: str) -> Term | None:
 
 
 def _embedding(m: Semantics, node: Node) -> Term | None:
-    return _take_rows(m, node.args[0], node.args[1], m.line(node))
+    return _take_rows(m, node["weight"], node["indices"], m.line(node))
 
 
 def _gather(m: Semantics, node: Node) -> Term | None:
     if node.options.get("axis", 0) != 0:
         return None
-    return _take_rows(m, node.args[0], node.args[1], m.line(node))
+    return _take_rows(m, node["data"], node["indices"], m.line(node))
 
 
 def _transposed(m: Semantics, operand: Any) -> Term | None:
@@ -211,23 +214,24 @@ def _transposed(m: Semantics, operand: Any) -> Term | None:
 
 
 def _matmul(m: Semantics, node: Node) -> Term:
-    return term("matmul", [m.of(v) for v in node.args[:2]], line=m.line(node))
+    return term("matmul", [m.of(v) for v in node.args], line=m.line(node))
 
 
 def _fx_linear(m: Semantics, node: Node) -> Term | None:
-    weight = _transposed(m, node.args[1])
+    weight = _transposed(m, node["weight"])
     if weight is None:
         return None
     product = term("matmul", [_first(m, node), weight], line=m.line(node))
-    bias = node.arg(2, "bias")
+    bias = node.get("bias")
     return product if bias is None else m.algebra.sum([product, m.of(bias)], m.line(node))
 
 
 def _addmm(m: Semantics, node: Node) -> Term | None:
     if node.options:
         return None
-    product = term("matmul", [m.of(v) for v in node.args[1:3]], line=m.line(node))
-    return m.algebra.sum([m.of(node.args[0]), product], m.line(node))
+    bias, *factors = (m.of(v) for v in node.args)
+    product = term("matmul", factors, line=m.line(node))
+    return m.algebra.sum([bias, product], m.line(node))
 
 
 def _gemm(m: Semantics, node: Node) -> Term | None:
@@ -235,36 +239,33 @@ def _gemm(m: Semantics, node: Node) -> Term | None:
     if not plain or node.options.get("transA", 0):
         return None
     turned = node.options.get("transB", 0)
-    weight = _transposed(m, node.args[1]) if turned else m.of(node.args[1])
+    weight = _transposed(m, node["B"]) if turned else m.of(node["B"])
     if weight is None:
         return None
     product = term("matmul", [_first(m, node), weight], line=m.line(node))
-    bias = node.arg(2)
+    bias = node.get("C")
     return product if bias is None else m.algebra.sum([product, m.of(bias)], m.line(node))
 
 
 def _transpose(m: Semantics, node: Node) -> Term | None:
-    return _transposed(m, node.args[0]) if node.options.get("perm", (1, 0)) == (1, 0) else None
+    return _transposed(m, node["data"]) if node.options.get("perm", (1, 0)) == (1, 0) else None
 
 
 def _fx_transpose(m: Semantics, node: Node) -> Term | None:
-    two = node.op != "aten.transpose.int" or set(node.args[1:]) in ({0, 1}, {-1, -2})
-    return _transposed(m, node.args[0]) if two else None
+    matrix, *axes = node.args
+    two = node.op != "aten.transpose.int" or set(axes) in ({0, 1}, {-1, -2})
+    return _transposed(m, matrix) if two else None
 
 
 def _fx_cast(m: Semantics, node: Node) -> Term | None:
-    dtype = node.options.get("dtype")
-    if node.op == "aten.to.dtype":
-        dtype = node.arg(1, "dtype")
-    elif node.op == "aten.to.device":
-        dtype = node.arg(2, "dtype")
+    dtype = node.get("dtype")
     if node.options.get("layout") not in (None, "strided"):
         return None
     return m.algebra.cast(_first(m, node), dtype, m.line(node))
 
 
 def _type_as(m: Semantics, node: Node) -> Term | None:
-    like = m.of(node.args[1]).dtype
+    like = m.of(node["other"]).dtype
     return None if like in (None, UNKNOWN) else m.algebra.cast(_first(m, node), like, m.line(node))
 
 
@@ -274,7 +275,7 @@ def _onnx_cast(m: Semantics, node: Node) -> Term | None:
 
 
 def _onnx_dropout(m: Semantics, node: Node) -> Term | None:
-    mode = node.arg(2)
+    mode = node.get("training_mode")
     if node.output:
         return None
     if mode is not None and not _is_false(m.graph, mode):
@@ -287,31 +288,31 @@ def _is_false(graph: Graph, operand: Any) -> bool:
 
 
 def _fx_slice(m: Semantics, node: Node) -> Term | None:
-    start, end, step = (node.arg(i, name) for i, name in ((2, "start"), (3, "end"), (4, "step")))
+    start, end, step = (node.get(name) for name in ("start", "end", "step"))
     whole = start in (None, 0) and (end is None or (isinstance(end, int) and end > _END))
     return _first(m, node) if whole and step in (None, 1) else None
 
 
 def _onnx_slice(m: Semantics, node: Node) -> Term | None:
-    found = [integers(m.graph, node.arg(i)) for i in (1, 2, 4)]
-    start, end, step = found
+    start, end, step = (integers(m.graph, node.get(name)) for name in ("starts", "ends", "steps"))
     if not start or not end or any(start) or min(end) <= _END:
         return None
-    return _first(m, node) if node.arg(4) is None or (step and set(step) == {1}) else None
+    return _first(m, node) if node.get("steps") is None or (step and set(step) == {1}) else None
 
 
 def _fx_batch_norm(m: Semantics, node: Node) -> Term | None:
-    if node.args[5] or None in node.args[1:5]:
+    *operands, training, _, eps, _ = node.args
+    if training or None in operands:
         return None
-    detail = repr(m.algebra.rounded(node.args[7]))
-    return term("batch_norm", [m.of(v) for v in node.args[:5]], detail, line=m.line(node))
+    detail = repr(m.algebra.rounded(eps))
+    return term("batch_norm", [m.of(v) for v in operands], detail, line=m.line(node))
 
 
 def _onnx_batch_norm(m: Semantics, node: Node) -> Term | None:
     if node.options.get("training_mode", 0) or node.output:
         return None
     detail = repr(m.algebra.rounded(node.options.get("epsilon", 1e-5)))
-    return term("batch_norm", [m.of(v) for v in node.args[:5]], detail, line=m.line(node))
+    return term("batch_norm", [m.of(v) for v in node.args], detail, line=m.line(node))
 
 
 def integers(graph: Graph, operand: Any) -> list[int] | None:

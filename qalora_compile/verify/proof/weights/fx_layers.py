@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.graph import Graph, Node, SiteRow, Tensor
@@ -76,42 +76,46 @@ class _Reader:
         """What a layer reads of the site's input."""
         node = self._graph.node(operand)
         if node is not None and node.op == "qalora.group_sum.default":
-            return group_sums(self.reading(node.args[0], group_offsets), node.args[1])
+            return group_sums(self.reading(node["x"], group_offsets), node["group_size"])
         if node is not None and node.op == "qalora.pad_groups.default":
-            return pad_groups(self.reading(node.args[0], group_offsets), *node.args[1:])
-        if node is not None and node.op == "aten.dropout.default" and node.args[2] is False:
-            return self.reading(node.args[0], group_offsets)
+            inner = self.reading(node["x"], group_offsets)
+            return pad_groups(inner, node["group_size"], node["width"])
+        if node is not None and node.op == "aten.dropout.default" and node["train"] is False:
+            return self.reading(node["input"], group_offsets)
         if node is not None and self._joins_sums(node):
-            return side_by_side([self.reading(part, group_offsets) for part in node.args[0]])
+            return side_by_side([self.reading(part, group_offsets) for part in node["tensors"]])
         if node is not None and self._pads(node):
-            return padded(self.reading(node.args[0], group_offsets), node.args[1][1])
+            _, behind = node["pad"]
+            return padded(self.reading(node["self"], group_offsets), behind)
         source = (operand,) if group_offsets is None else (operand, group_offsets)
         return identity(source, self._site.k)
 
     def _joins_sums(self, node: Node) -> bool:
         """Whether a node joins x and its group-sums, as digits of a correction are multiplied."""
-        if node.op != "aten.cat.default" or node.arg(1, "dim", 0) != -1:
+        if node.op != "aten.cat.default" or node.get("dim", 0) != -1:
             return False
-        return all(self._is_sum(part) for part in node.args[0][1:])
+        _, *behind = node["tensors"]
+        return all(map(self._is_sum, behind))
 
     def _is_sum(self, operand: Any) -> bool:
         node = self._graph.node(operand)
         if node is not None and self._pads(node):
-            node = self._graph.node(node.args[0])
+            node = self._graph.node(node["self"])
         return node is not None and node.op == "qalora.group_sum.default"
 
     @staticmethod
     def _pads(node: Node) -> bool:
-        if node.op != "aten.constant_pad_nd.default" or node.arg(2, "value", 0):
+        if node.op != "aten.constant_pad_nd.default" or node.get("value", 0):
             return False
-        return len(node.args[1]) == 2 and node.args[1][0] == 0
+        pad = node["pad"]
+        return len(pad) == 2 and pad[0] == 0
 
     def _stored(self, operand: Any) -> StoredTensor:
         if not isinstance(operand, Tensor):
             raise NotLinearError(f"an operand is computed: {self._graph.line(operand)}")
         return self._graph.tensors[operand.name]
 
-    def _three(self, operands: Sequence[Any]) -> tuple[StoredTensor, StoredTensor, StoredTensor]:
+    def _three(self, operands: Iterable[Any]) -> tuple[StoredTensor, StoredTensor, StoredTensor]:
         """Codes, scale and zero-point."""
         codes, scale, zero_point = map(self._stored, operands)
         return codes, scale, zero_point
@@ -125,16 +129,16 @@ class _Reader:
         Packed attention has one bias for several layers.
         """
         item = self._graph.node(operand)
-        if item is not None and item.op == "aten.to.dtype" and item.args[1] == "float32":
-            owner = self._stored(item.args[0])
+        if item is not None and item.op == "aten.to.dtype" and item["dtype"] == "float32":
+            owner = self._stored(item["self"])
             if owner.widened:
                 return owner
-        split = self._graph.node(item.args[0]) if item is not None else None
-        if item is None or split is None or item.op != "_operator.getitem":
+        if item is None or item.op != "_operator.getitem":
             return self._stored(operand)
-        if split.op != "aten.split_with_sizes.default" or split.arg(2, "dim", 0) != 0:
+        split, index = self._graph.node(item["a"]), item["b"]
+        if split is None or split.op != "aten.split_with_sizes.default" or split.get("dim", 0):
             return self._stored(operand)
-        owner, sizes, index = self._stored(split.args[0]), split.args[1], item.args[1]
+        owner, sizes = self._stored(split["self"]), split["split_sizes"]
         begin = sum(sizes[:index])
         part = slice(begin, begin + sizes[index])
         name = f"{owner.name}[{part.start}:{part.stop}]"
@@ -152,12 +156,12 @@ class _Reader:
         return added(self.linear(first), self.linear(second))
 
     def _matmul(self, node: Node) -> Linear:
-        stored = self._stored(node.args[1])
-        reading = self.reading(node.args[0])
+        stored = self._stored(node["other"])
+        reading = self.reading(node["self"])
         return applied(reading, stored.shape[1], dequantize.correction(stored))
 
     def _group_linear(self, node: Node) -> Linear:
-        return self._bias(self._on_codes(node, None), node.args[4])
+        return self._bias(self._on_codes(node, None), node["bias"])
 
     def _integer_zero_linear(self, node: Node) -> Linear:
         x, *stored, bias, bits, group_size, lora_a, lora_b, scaling, kind = node.args
@@ -169,25 +173,25 @@ class _Reader:
         return self._bias(applied(self.reading(x), packed.shape[0], part), bias)
 
     def _expert_linear(self, node: Node) -> Linear:
-        return self._on_codes(node, node.args[4])
+        return self._on_codes(node, node["group_offsets"])
 
     def _on_codes(self, node: Node, group_offsets: Any) -> Linear:
-        packed, scale, offset = map(self._stored, node.args[1:4])
+        packed, scale, offset = self._three(node[name] for name in ("qweight", "scale", "offset"))
         experts = packed.shape[0] if len(packed.shape) == 3 else None
         rounded = self._graph.stage not in _UNROUNDED_STAGES
         part = dequantize.on_codes(
-            packed, scale, offset, node.args[5], node.args[6], self._site.k, rounded=rounded
+            packed, scale, offset, node["bits"], node["group_size"], self._site.k, rounded=rounded
         )
-        x = self.reading(node.args[0], group_offsets)
+        x = self.reading(node["x"], group_offsets)
         return applied(x, packed.shape[-2], part, experts=experts)
 
     def _pooled_adapter(self, node: Node) -> Linear:
-        lora_a, lora_b = map(self._stored, node.args[1:3])
+        lora_a, lora_b = self._stored(node["lora_A"]), self._stored(node["lora_B"])
         experts = lora_b.shape[0] if len(lora_b.shape) == 3 else None
-        group_offsets = node.args[3] if experts else None
-        part = dequantize.adapter(lora_a, lora_b, float(node.args[-1]))
+        group_offsets = node["group_offsets"] if experts else None
+        part = dequantize.adapter(lora_a, lora_b, float(node["scaling"]))
         return applied(
-            self.reading(node.args[0], group_offsets),
+            self.reading(node["pooled"], group_offsets),
             lora_b.shape[-2],
             part,
             experts=experts,

@@ -74,12 +74,13 @@ class _Reader:
             first, second = (self._part(v) for v in node.args)
             return added(first, second)
         if node.op == "onnx.Mul":
-            factors = [self._number(v) for v in node.args]
-            place = 1 if factors[1] is not None else 0
-            factor = factors[place]
+            first, second = node.args
+            if self._number(second) is None:
+                first, second = second, first
+            factor = self._number(second)
             if factor is None:
                 raise self._no(node)
-            return scaled(self._part(node.args[1 - place]), factor)
+            return scaled(self._part(first), factor)
         if node.op == "onnx.DequantizeLinear":
             return self._flat(node)
         return self._blocks(node)
@@ -99,9 +100,9 @@ class _Reader:
         if level is None or len(steps) != 1 or len(tail) != 1:
             raise self._no(node)
         scale = self._gathered(self._cast(self._unsqueezed(steps[0])))
-        block, value = self._reshaped(self._cast(level.args[0]))
+        block, value = self._reshaped(self._cast(level["A"]))
         codes = self._unpacked(value)
-        zero = self._zero(self._cast(self._unsqueezed(level.args[1])))
+        zero = self._zero(self._cast(self._unsqueezed(level["B"])))
         k = tail[0] if size is None else size
         if len(block) != 2 or block[0] * block[1] != tail[0] or len(self._leads) != 1:
             raise self._no(node)
@@ -159,9 +160,9 @@ class _Reader:
         if turn is not None:
             if turn.options.get("perm", (1, 0)) != (1, 0):
                 raise self._no(turn)
-            cast = self._maybe(turn.args[0], "onnx.Cast")
+            cast = self._maybe(turn["data"], "onnx.Cast")
             whole_numbers = cast is not None and cast.options["to"] == _UINT8
-            stored = self._stored(cast.args[0] if cast and whole_numbers else turn.args[0])
+            stored = self._stored(cast["input"] if cast and whole_numbers else turn["data"])
         else:
             rows = self._stored(table)
             if rows.dtype in ("uint4", "uint2"):
@@ -176,9 +177,9 @@ class _Reader:
         if self._maybe(operand, "onnx.Gather") is not None:
             return self._gathered(operand)
         masked = self._node(operand, "onnx.BitwiseAnd")
-        shift = self._node(masked.args[0], "onnx.BitShift")
-        found = self._gathered(self._unsqueezed(shift.args[0]))
-        shifts, mask = self._values(shift.args[1]), self._values(masked.args[1])
+        shift = self._node(masked["A"], "onnx.BitShift")
+        found = self._gathered(self._unsqueezed(shift["X"]))
+        shifts, mask = self._values(shift["Y"]), self._values(masked["B"])
         bits = 8 // max(1, len(shifts))
         right = shift.options.get("direction") == "RIGHT"
         if not right or shifts != list(range(0, 8, bits)) or mask != [2**bits - 1]:
@@ -189,37 +190,37 @@ class _Reader:
         node = self._node(operand, "onnx.Gather")
         if node.options.get("axis", 0) != 0:
             raise self._no(node)
-        return _Rows(self._stored(node.args[0]), 8, node.args[1])
+        return _Rows(self._stored(node["data"]), 8, node["indices"])
 
     def _first(self, node: Node) -> tuple[int | None, Any]:
         """How many values along the last axis are kept, and of what."""
         if node.op != "onnx.Slice":
             return None, node
-        start, stop, axes = (self._values(node.arg(i)) for i in (1, 2, 3))
-        if (start, axes) != ([0], [-1]) or len(stop) != 1 or node.arg(4) is not None:
+        start, stop, axes = (self._values(node.get(name)) for name in ("starts", "ends", "axes"))
+        if (start, axes) != ([0], [-1]) or len(stop) != 1 or node.get("steps") is not None:
             raise self._no(node)
-        self.inner.append(self._node(node.args[0]).name)
-        return stop[0], node.args[0]
+        self.inner.append(self._node(node["data"]).name)
+        return stop[0], node["data"]
 
     def _reshaped(self, operand: Any) -> tuple[list[int], Any]:
         """The last axes that Reshape gives, the axes of the ids being kept; and of what."""
         node = operand if isinstance(operand, Node) else self._node(operand)
         if node.op != "onnx.Reshape" or node.options.get("allowzero", 0):
             raise self._no(node)
-        shape = self._values(node.args[1])
+        shape = self._values(node["shape"])
         lead = next((i for i, size in enumerate(shape) if size != 0), len(shape))
         self._leads.add(lead)
-        return shape[lead:], node.args[0]
+        return shape[lead:], node["data"]
 
     def _unsqueezed(self, operand: Any) -> Any:
         node = self._node(operand, "onnx.Unsqueeze")
-        if self._values(node.args[1]) != [-1]:
+        if self._values(node["axes"]) != [-1]:
             raise self._no(node)
-        return node.args[0]
+        return node["data"]
 
     def _cast(self, operand: Any) -> Any:
         node = self._maybe(operand, "onnx.Cast")
-        return node.args[0] if node is not None and node.options["to"] == _FLOAT else operand
+        return node["input"] if node is not None and node["to"] == _FLOAT else operand
 
     def _maybe(self, operand: Any, op: str) -> Node | None:
         node = operand if isinstance(operand, Node) else self._graph.node(operand)

@@ -148,11 +148,12 @@ class _Reader:
 
     def _inline(self, node: Node) -> Linear:
         """A node by its function: its constants are computed, what reads x is read as here."""
-        stored = [self._stored(operand) for operand in node.args[1:4]]
+        x, *weight = node.args
+        stored = [self._stored(operand) for operand in weight[:3]]
         if node.name not in self._bodies:
             self._bodies[node.name] = body_of(self._graph, node, stored)
         body, result = self._bodies[node.name]
-        inner = self.reading(node.args[0])
+        inner = self.reading(x)
         made = _Reader(body, inner.width, self._inlined, _BODY_ROUNDINGS).linear(result)
         if made.source != (Ref(body.extra),):
             raise NotLinearError("the function does not read its input alone")
@@ -169,7 +170,7 @@ class _Reader:
 
     def _tail(self, node: Node) -> list[int] | None:
         """The sizes that Reshape gives in place of the last axes, the others being kept."""
-        shape = node.args[1]
+        shape = node["shape"]
         found = self._value(shape)
         if found is not None:
             kept = next((i for i, size in enumerate(found) if size != 0), len(found))
@@ -177,37 +178,47 @@ class _Reader:
         joined = self._graph.node(shape)
         if joined is None or joined.op != "onnx.Concat" or joined.options.get("axis") != 0:
             return None
-        lead = self._graph.node(joined.args[0])
+        first, *rest = joined.args
+        lead = self._graph.node(first)
         keeps = lead is not None and lead.op == "onnx.Shape" and lead.options.get("end") == -1
-        if not keeps or lead is None or lead.options.get("start", 0) or lead.args != node.args[:1]:
+        if (
+            not keeps
+            or lead is None
+            or lead.options.get("start", 0)
+            or lead.args != (node["data"],)
+        ):
             return None
-        sizes = [self._value(operand) for operand in joined.args[1:]]
+        sizes = [self._value(operand) for operand in rest]
         return None if None in sizes else [v for size in sizes if size for v in size]
 
     def _sum(self, node: Node) -> Reading | None:
         if node.op != "onnx.ReduceSum" or node.options.get("keepdims", 1) != 0:
             return None
-        reshaped = self._graph.node(node.args[0])
-        if self._value(node.arg(1)) != [-1] or reshaped is None or reshaped.op != "onnx.Reshape":
+        reshaped = self._graph.node(node["data"])
+        if (
+            self._value(node.get("axes")) != [-1]
+            or reshaped is None
+            or reshaped.op != "onnx.Reshape"
+        ):
             return None
         tail = self._tail(reshaped)
         if tail is None or len(tail) != 2:
             return None
-        inner = self.reading(reshaped.args[0])
+        inner = self.reading(reshaped["data"])
         if inner.width != tail[0] * tail[1]:
             raise NotLinearError(f"{tail[0]} sums of {tail[1]} values are taken of {inner.width}")
         return group_sums(inner, tail[1])
 
     def _group_pad(self, node: Node) -> Reading | None:
         """Reshape of Pad of Reshape: every group padded."""
-        pad = self._graph.node(node.args[0]) if node.op == "onnx.Reshape" else None
-        split = self._graph.node(pad.args[0]) if pad is not None and pad.op == "onnx.Pad" else None
+        pad = self._graph.node(node["data"]) if node.op == "onnx.Reshape" else None
+        split = self._graph.node(pad["data"]) if pad is not None and pad.op == "onnx.Pad" else None
         if pad is None or split is None or split.op != "onnx.Reshape":
             return None
         joined, tail, amount = self._tail(node), self._tail(split), self._pad_amount(pad)
         if joined is None or tail is None or amount is None or (len(joined), len(tail)) != (1, 2):
             return None
-        inner = self.reading(split.args[0])
+        inner = self.reading(split["data"])
         width = tail[1] + amount
         if inner.width != tail[0] * tail[1] or joined[0] != tail[0] * width:
             raise NotLinearError(
@@ -224,15 +235,15 @@ class _Reader:
 
     def _padded(self, node: Node) -> Reading | None:
         amount = self._pad_amount(node) if node.op == "onnx.Pad" else None
-        return None if amount is None else padded(self.reading(node.args[0]), amount)
+        return None if amount is None else padded(self.reading(node["data"]), amount)
 
     def _pad_amount(self, node: Node) -> int | None:
         """Zeros behind the last axis, if Pad adds no others."""
-        pads = self._value(node.arg(1))
-        filled = node.arg(2)
+        pads = self._value(node.get("pads"))
+        filled = node.get("constant_value")
         if filled is not None and self._number(filled) != 0:
             return None
-        plain = node.options.get("mode", "constant") == "constant" and node.arg(3) is None
+        plain = node.options.get("mode", "constant") == "constant" and node.get("axes") is None
         if pads is None or not plain or any(pads[:-1]):
             return None
         return pads[-1]
@@ -254,8 +265,8 @@ class _Reader:
             first, second = second, first
         behind = self._graph.node(second)
         if behind is not None and behind.op == "onnx.Cast" and behind.options["to"] == _FLOAT:
-            widened = self._stored(behind.args[0])
-            second = behind.args[0] if widened.widened else second
+            stored = behind["input"]
+            second = stored if self._stored(stored).widened else second
         if isinstance(second, Tensor):
             return with_bias(self.linear(first), self._stored(second))
         return added(self.linear(first), self.linear(second))
@@ -275,7 +286,7 @@ class _Reader:
         if behind is not None and behind.op == "onnx.DequantizeLinear":
             return self._blocks(x, behind)
         if behind is not None and behind.op == "onnx.Transpose":
-            stored = self._stored(behind.args[0])
+            stored = self._stored(behind["data"])
             if behind.options.get("perm", (1, 0)) != (1, 0) or len(stored.shape) != 2:
                 raise NotLinearError(f"no matrix is turned: {behind.line}")
             turned = StoredTensor(
@@ -290,8 +301,9 @@ class _Reader:
         return applied(self.reading(x), n, made)
 
     def _blocks(self, x: Any, node: Node) -> Linear:
-        packed, scale = map(self._stored, node.args[:2])
-        zero = None if node.arg(2) is None else self._stored(node.args[2])
+        packed, scale = self._stored(node["x"]), self._stored(node["x_scale"])
+        zero_point = node.get("x_zero_point")
+        zero = None if zero_point is None else self._stored(zero_point)
         block_size = int(node.options.get("block_size", 0))
         if node.options.get("axis", 1) != 0 or block_size < 1 or packed.dtype not in _BITS:
             raise NotLinearError(f"no blocked DequantizeLinear of [K, N]: {node.line}")
@@ -304,12 +316,13 @@ class _Reader:
         return applied(self.reading(x), n, part)
 
     def _nbits(self, node: Node) -> Linear:
-        packed, scale = map(self._stored, node.args[1:3])
-        zero = None if node.arg(3) is None else self._stored(node.args[3])
-        if node.arg(4) is not None:
+        packed, scale = self._stored(node["B"]), self._stored(node["scales"])
+        zero_point, bias = node.get("zero_points"), node.get("bias")
+        zero = None if zero_point is None else self._stored(zero_point)
+        if node.get("g_idx") is not None:
             raise NotLinearError(f"the columns are permuted: {node.line}")
         bits, block_size = int(node.options.get("bits", 4)), int(node.options["block_size"])
-        reading = self.reading(node.args[0])
+        reading = self.reading(node["A"])
         sizes = int(node.options["K"]), int(node.options["N"])
         if sizes != (reading.width, packed.shape[0]):
             raise NotLinearError(
@@ -322,12 +335,12 @@ class _Reader:
         part = dequantize.nbits(reading, packed, scale, zero, bits, block_size)
         notes = activations(node.options.get("accuracy_level", 0) == 4)
         linear = applied(reading, packed.shape[0], part, notes=notes)
-        return linear if node.arg(5) is None else with_bias(linear, self._stored(node.args[5]))
+        return linear if bias is None else with_bias(linear, self._stored(bias))
 
     def _group_quant(self, node: Node) -> Linear:
-        packed, scale, zero = map(self._stored, node.args[1:4])
+        packed, scale, zero = (self._stored(node[n]) for n in ("codes", "scale", "zero_point"))
         bits, group_size = int(node.options["bits"]), int(node.options["group_size"])
-        reading = self.reading(node.args[0])
+        reading = self.reading(node["x"])
         sizes = int(node.options["K"]), int(node.options["N"])
         if sizes != (reading.width, packed.shape[0]):
             raise NotLinearError(
