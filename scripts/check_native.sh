@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The operator library's own tests, in C++.
 #
-#   scripts/check_native.sh host      sanitizers: kernels and 1,000,000 fuzz cases; then -O3 kernels
+#   scripts/check_native.sh host      sanitizers: kernels and 1,000,000 fuzz cases; and -O3 kernels
 #   scripts/check_native.sh aarch64   cross-compiled; scalar and NEON kernels under qemu-user
 #
 # Tools that are missing are installed with apt-get where that is possible. Where it is not, the
@@ -38,7 +38,7 @@ build() { # FOLDER OPTION ...
 at_once() { # COMMAND ...: each one string; all end before the first failure is one
     local jobs=() job status=0
     for job in "$@"; do
-        $job &
+        $job | sed "s|^|${job%% *}: |" &
         jobs+=($!)
     done
     for job in "${jobs[@]}"; do wait "$job" || status=1; done
@@ -50,11 +50,9 @@ mkdir -p build
 case $mode in
 host)
     need cmake cmake make make g++ g++
-    build native-sanitize -DQALORA_SANITIZE=ON
-    build/native-sanitize/kernel_test
-    at_once "build/native-sanitize/fuzz 1 500000" "build/native-sanitize/fuzz 2 500000"
-    build native-plain
-    build/native-plain/kernel_test
+    at_once "build native-sanitize -DQALORA_SANITIZE=ON" "build native-plain"
+    at_once build/native-sanitize/kernel_test build/native-plain/kernel_test \
+        "build/native-sanitize/fuzz 1 500000" "build/native-sanitize/fuzz 2 500000"
     ;;
 aarch64)
     need cmake cmake make make aarch64-linux-gnu-g++ g++-aarch64-linux-gnu qemu-aarch64-static \
@@ -62,8 +60,8 @@ aarch64)
     build native-aarch64 -DCMAKE_TOOLCHAIN_FILE="$PWD/$native/toolchains/aarch64-linux-gnu.cmake"
     # A CPU with dot products, and one without, which must not take the NEON kernels.
     at_once "qemu-aarch64-static -cpu max build/native-aarch64/kernel_test --quick scalar neon" \
-        "qemu-aarch64-static -cpu cortex-a53 build/native-aarch64/kernel_test --quick"
-    qemu-aarch64-static -cpu max build/native-aarch64/fuzz 1 20000
+        "qemu-aarch64-static -cpu cortex-a53 build/native-aarch64/kernel_test --quick" \
+        "qemu-aarch64-static -cpu max build/native-aarch64/fuzz 1 20000"
     ;;
 *)
     sed -n '4,5p' "$0" >&2
