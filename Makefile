@@ -124,4 +124,4 @@ supported: $(VENV)/installed-dev ## run the zoo and write docs/supported.md from
 
 .PHONY: clean
 clean: ## remove what the targets made
-	rm -rf $(VENV) build dist demo-out qalora_compile/runtime/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build build-native dist demo-out qalora_compile/runtime/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
