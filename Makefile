@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Without torch already there, a range would let pip take a CUDA build of several gigabytes.
 TORCH := torch==2.13.0
+# A file's tests run in one process, which keeps what they share.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile -q
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
@@ -37,24 +39,25 @@ demo: $(VENV)/installed-all ## quantize, fine-tune, fold, export and run SmolLM2
 
 .PHONY: test
 test: $(VENV)/installed-dev ## run the tests, without the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" $(ARGS)
 
 # Sums are taken in other orders on other processors: the numbers that tests hold must not depend on
-# it. Two kinds of arithmetic: that of any processor on two threads, and AVX2's on one.
+# it. Two kinds of arithmetic: that of any processor on two threads, and AVX2's on one. Each test runs
+# with one of its parameters, and with another one in the other arithmetic.
 NUMERIC := tests/verify tests/passes tests/quantizers tests/eager tests/runtime tests/training \
 	tests/cli/test_fold.py tests/cli/test_commands.py tests/cli/test_finetune.py \
-	tests/exporters/test_three_ways.py tests/exporters/test_matrix.py
+	tests/exporters/test_three_ways.py
 
 .PHONY: test-arithmetic
 test-arithmetic: $(VENV)/installed-dev ## run the numeric tests as on two other kinds of processors
 	ATEN_CPU_CAPABILITY=default QALORA_KERNEL=scalar OMP_NUM_THREADS=2 \
-		$(BIN)/python -m pytest -n 2 -q -m "not slow" $(NUMERIC) $(ARGS)
+		$(PYTEST) -m "not slow" --one-of-each scalar $(NUMERIC) $(ARGS)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 QALORA_KERNEL=avx2 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n 2 -q -m "not slow" $(NUMERIC) $(ARGS)
+		$(PYTEST) -m "not slow" --one-of-each avx2 $(NUMERIC) $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow $(ARGS)
 
 .PHONY: test-ended
 test-ended: $(VENV)/installed-dev ## kill commands at 50 random moments each, and fill their disk at 50 points
@@ -121,4 +124,4 @@ supported: $(VENV)/installed-dev ## run the zoo and write docs/supported.md from
 
 .PHONY: clean
 clean: ## remove what the targets made
-	rm -rf $(VENV) build dist demo-out qalora_compile/runtime/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build build-native dist demo-out qalora_compile/runtime/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The operator library's own tests, in C++.
 #
-#   scripts/check_native.sh host      sanitizers: kernels and 1,000,000 fuzz cases; then -O3 kernels
+#   scripts/check_native.sh host      sanitizers: kernels and 1,000,000 fuzz cases; and -O3 kernels
 #   scripts/check_native.sh aarch64   cross-compiled; scalar and NEON kernels under qemu-user
 #
 # Tools that are missing are installed with apt-get where that is possible. Where it is not, the
@@ -9,6 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 native=qalora_compile/runtime/native
+builds=build-native # not in build/, which a check of the wheel empties
 
 need() { # COMMAND PACKAGE ...
     local missing=()
@@ -29,16 +30,16 @@ need() { # COMMAND PACKAGE ...
 build() { # FOLDER OPTION ...
     local folder=$1
     shift
-    cmake -S "$native" -B "build/$folder" -DQALORA_TESTS=ON "$@" >"build/$folder.log" ||
-        { cat "build/$folder.log"; return 1; }
-    cmake --build "build/$folder" --parallel 2 >>"build/$folder.log" ||
-        { cat "build/$folder.log"; return 1; }
+    cmake -S "$native" -B "$builds/$folder" -DQALORA_TESTS=ON "$@" >"$builds/$folder.log" ||
+        { cat "$builds/$folder.log"; return 1; }
+    cmake --build "$builds/$folder" --parallel 2 >>"$builds/$folder.log" ||
+        { cat "$builds/$folder.log"; return 1; }
 }
 
 at_once() { # COMMAND ...: each one string; all end before the first failure is one
     local jobs=() job status=0
     for job in "$@"; do
-        $job &
+        $job | sed "s|^|${job%% *}: |" &
         jobs+=($!)
     done
     for job in "${jobs[@]}"; do wait "$job" || status=1; done
@@ -46,24 +47,22 @@ at_once() { # COMMAND ...: each one string; all end before the first failure is 
 }
 
 mode=${1:-}
-mkdir -p build
+mkdir -p "$builds"
 case $mode in
 host)
     need cmake cmake make make g++ g++
-    build native-sanitize -DQALORA_SANITIZE=ON
-    build/native-sanitize/kernel_test
-    at_once "build/native-sanitize/fuzz 1 500000" "build/native-sanitize/fuzz 2 500000"
-    build native-plain
-    build/native-plain/kernel_test
+    at_once "build native-sanitize -DQALORA_SANITIZE=ON" "build native-plain"
+    at_once $builds/native-sanitize/kernel_test $builds/native-plain/kernel_test \
+        "$builds/native-sanitize/fuzz 1 500000" "$builds/native-sanitize/fuzz 2 500000"
     ;;
 aarch64)
     need cmake cmake make make aarch64-linux-gnu-g++ g++-aarch64-linux-gnu qemu-aarch64-static \
         qemu-user-static
     build native-aarch64 -DCMAKE_TOOLCHAIN_FILE="$PWD/$native/toolchains/aarch64-linux-gnu.cmake"
     # A CPU with dot products, and one without, which must not take the NEON kernels.
-    at_once "qemu-aarch64-static -cpu max build/native-aarch64/kernel_test --quick scalar neon" \
-        "qemu-aarch64-static -cpu cortex-a53 build/native-aarch64/kernel_test --quick"
-    qemu-aarch64-static -cpu max build/native-aarch64/fuzz 1 20000
+    at_once "qemu-aarch64-static -cpu max $builds/native-aarch64/kernel_test --quick scalar neon" \
+        "qemu-aarch64-static -cpu cortex-a53 $builds/native-aarch64/kernel_test --quick" \
+        "qemu-aarch64-static -cpu max $builds/native-aarch64/fuzz 1 20000"
     ;;
 *)
     sed -n '4,5p' "$0" >&2

@@ -123,11 +123,20 @@ def test_layers_that_the_model_lacks_are_refused(tmp_path: Path, reader: Any) ->
         reader(folder)
 
 
+def tensors_of(read: Any) -> dict[str, Tensor]:
+    """Those of a program, or of the model of a source."""
+    tensors = read.tensors() if hasattr(read, "tensors") else read.model.state_dict()
+    return {name: materialize(tensor) for name, tensor in tensors.items()}
+
+
 @pytest.mark.parametrize("reader", [capture_checkpoint, lambda f: load_source(str(f))])
 def test_tensors_of_another_kind_are_passed_over(tmp_path: Path, reader: Any) -> None:
     folder = saved(tmp_path / "m")
+    wanted = tensors_of(reader(folder))
     rewrite(folder, lambda t: t | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
-    reader(folder)
+    found = tensors_of(reader(folder))
+    assert list(found) == list(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_integers_for_floats_are_refused(tmp_path: Path) -> None:

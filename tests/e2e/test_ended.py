@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TRIES = int(os.environ.get("QALORA_TRIES", "12"))
+TRIES = int(os.environ.get("QALORA_TRIES", "5"))
 """Kills, and limits, of each command; `make test-ended` takes 50."""
 TARGETS = ("onnx", "gguf", "mlx", "float", "safetensors", "hqq")
 

@@ -1,93 +1,128 @@
-"""SmolLM2-135M through every step but training, which the demo shows."""
+"""SmolLM2-135M through every step but training, which the demo shows.
+
+One road, walked once: every test looks at a part of it.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 
 import qalora_compile as qc
-from qalora_compile.capture.load_source import load_source
+from qalora_compile.api import lower
+from qalora_compile.capture.load_source import Source, load_source
 from qalora_compile.exporters.onnx.genai_config import CONFIG_FILE, genai_config
 from qalora_compile.files import write_json
+from qalora_compile.files.marks import GGUF_KEY
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.packing.bitstream import unpack_codes
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
-from tests.models import randomize_adapters
+from qalora_compile.verify import check_certificate, compare_nodes, named_inputs
+from tests.models import randomize_adapters, scale_of, worst
+from tests.verify.planted import SPECS
 
 EXAMPLES = str(Path(__file__).parents[2] / "examples")
 PROMPTS = (
     "The committee met on Tuesday to discuss the plans for a new railway line, and",
-    "Shares in the oil company fell sharply after",
-    "Once upon a time, in a village by the sea,",
-    "The capital of France is",
     "def fibonacci(n):",
-    "To bake bread you need flour, water, salt and",
-    "The striker scored twice in the second half before",
     "Water boils at a lower temperature on a mountain because",
-    "Dear Sir or Madam,",
     "1, 2, 3, 4,",
 )
+IN_EVERY_MODE = 1
+"""Prompts that all execution modes are given; the others are for those that come last."""
 NEW_TOKENS = 64
 NEVER_GENERATED = 16
 """A special token of the tokenizer that no text has: generation does not end at it."""
+TOLERANCE = qc.Tolerance(max_rel=1e-4)
+BLOCK_BYTES = 20
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_a_real_model_folds_and_runs_in_onnx_runtime(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    from assets import model_path
+@dataclass(frozen=True)
+class Road:
+    """The model at each stage, and its ONNX file without a cache."""
 
+    base: Path
+    source: Source
+    original: qc.Program
+    quantized: qc.Program
+    adapted: qc.Program
+    folded: qc.Program
+    exported: Path
+
+    def call(self, text: str) -> dict[str, torch.Tensor]:
+        """The inputs for a text."""
+        ids = torch.tensor([self.source.tokenizer(text).input_ids])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
+    """Walk it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        from assets import model_path
+
+        base = model_path()
     torch.set_num_threads(2)
-    source = load_source(str(model_path()))
+    source = load_source(str(base))
     original = source.capture()
-    assert original.notes == ()
-    program = qc.quantize_groups(original, qc.QuantSpec(bits=4, group_size=32))
-    assert len(program.plan.to_quantize()) == 210
-    assert program.plan["lm_head"].decision == "keep"
+    quantized = qc.quantize_groups(original, qc.QuantSpec(bits=4, group_size=32))
+    adapted = _adapted(quantized)
+    folded = qc.fold_adapters(adapted)
+    exported = tmp_path_factory.mktemp("smollm2") / "model.onnx"
+    assert qc.export_model(folded, exported).size_bytes < 200e6
+    return Road(base, source, original, quantized, adapted, folded, exported)
 
-    # The checkpoint is itself 4-bit in groups of 32, so min-max gives its weights back.
-    stored, floats = program.tensors(), original.tensors()
-    site = program.plan["model.layers.7.mlp.down_proj"]
+
+def _adapted(quantized: qc.Program) -> qc.Program:
+    return randomize_adapters(qc.insert_adapters(quantized, qc.AdapterSpec(rank=4)), size=0.003)
+
+
+def test_every_layer_is_quantized_without_loss(road: Road) -> None:
+    """The checkpoint is itself 4-bit in groups of 32, so min-max gives its weights back."""
+    assert road.original.notes == ()
+    assert len(road.quantized.plan.to_quantize()) == 210
+    assert road.quantized.plan["lm_head"].decision == "keep"
+    stored, floats = road.quantized.tensors(), road.original.tensors()
+    site = road.quantized.plan["model.layers.7.mlp.down_proj"]
     codes = unpack_codes(stored[f"{site.path}.qweight"], 4, site.k)
     scale, offset = stored[f"{site.path}.scale"], stored[f"{site.path}.offset"]
     again = GroupAffine(codes, scale, offset, 4, 32).dequantize()
     assert float((again - floats[site.weight].detach()).abs().max()) < 1e-6
 
-    program = randomize_adapters(qc.insert_adapters(program, qc.AdapterSpec(rank=4)), size=0.003)
-    folded = qc.fold_adapters(program)
-    ids = torch.tensor([source.tokenizer(PROMPTS[0]).input_ids])
-    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    tolerance = qc.Tolerance(max_rel=1e-4)
-    qc.verify_equivalence(program, folded, [call], tolerance).check()
-    assert not qc.verify_equivalence(original, folded, [call], tolerance).passed
 
-    path = tmp_path / "model.onnx"
-    report = qc.export_model(folded, path)
-    assert report.size_bytes < 200e6
-    qc.verify_equivalence(folded, path, [call], tolerance).check()
+def test_folded_and_exported_models_compute_the_same(road: Road) -> None:
+    calls = [road.call(PROMPTS[0])]
+    qc.verify_equivalence(road.adapted, road.folded, calls, TOLERANCE).check()
+    assert not qc.verify_equivalence(road.original, road.folded, calls, TOLERANCE).passed
+    qc.verify_equivalence(road.folded, road.exported, calls, TOLERANCE).check()
 
-    cached = qc.add_kv_cache(folded, source.model)
-    described: Any = source.model.config
+
+def test_every_deployment_generates_the_same_tokens(road: Road, tmp_path: Path) -> None:
+    cached = qc.add_kv_cache(road.folded, road.source.model)
+    described: Any = road.source.model.config
     modes: list[Callable[[list[int]], list[int]]] = []
     for fusion in ("ort", "standard"):
         edge = tmp_path / fusion
         qc.export_model(cached, edge / "model.onnx", qc.ExportSpec(fusion=fusion))
         modes += _deployments(edge, cached, described.to_dict())
     for number, text in enumerate(PROMPTS):
-        prompt = source.tokenizer(text).input_ids
-        # All ways take long; `modes` ends with the two that have the library, if there is one.
-        tokens = [generate(prompt) for generate in (modes if number < 2 else modes[-2:])]
+        prompt = road.source.tokenizer(text).input_ids
+        # `modes` ends with the two that have the library, if there is one
+        tokens = [generate(prompt) for generate in modes[0 if number < IN_EVERY_MODE else -2 :]]
         assert len(set(tokens[0])) > 10, "a degenerate continuation would show nothing"
-        assert _choices(folded, prompt, tokens[0]) == tokens[0], text
+        assert _choices(road.folded, prompt, tokens[0]) == tokens[0], text
         assert all(found == tokens[0] for found in tokens), text
 
 
@@ -131,3 +166,76 @@ def _genai_tokens(genai: Any, model: Any, prompt: list[int]) -> list[int]:
     while not generator.is_done():
         generator.generate_next_token()
     return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+
+
+def test_every_layer_is_proved(road: Road, tmp_path: Path) -> None:
+    """At every step: program, folded, lowered for every target, and as a file."""
+    lowered = [lower(road.folded, SPECS[name]) for name in ("ort-stock", "onnx")]
+    pairs = [(road.adapted, road.folded), *((road.folded, after) for after in lowered)]
+    for before, after in pairs:
+        certificate = qc.prove_equivalence(before, after)
+        assert certificate.proved, certificate
+        assert len(certificate.sites) == 210
+
+    road.folded.save(tmp_path / "folded")
+    certificate = qc.prove_equivalence(tmp_path / "folded", road.exported)
+    assert certificate.passed, certificate
+    assert all(site.status == "proved" and len(site.modes) == 3 for site in certificate.sites)
+    behind_attention = [f"input of model.layers.{i}.self_attn.o_proj" for i in range(30)]
+    assert list(certificate.sampled) == behind_attention
+    certificate.write(tmp_path / "equal.json")
+    assert check_certificate(tmp_path / "equal.json")[1] == []
+
+
+def test_every_value_along_the_graph_is_that_of_the_program(road: Road) -> None:
+    calls = named_inputs(road.folded, 1)
+    tried = {name: calls[name] for name in ("random 0", "left padding")}
+    report = compare_nodes(road.folded, road.exported, tried, levels=("all",)).check()
+    sites = [row for row in report.modes[0].rows if row.kind == "site"]
+    assert len(sites) >= 210
+    assert {row.kind for row in report.modes[0].rows} == {"read", "node", "site", "output"}
+
+
+def test_it_goes_from_gguf_to_gguf(road: Road, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    program = qc.quantize_groups(road.original, stored=road.source.stored()[0])
+    folded = qc.fold_adapters(_adapted(program))
+    report = qc.export_model(folded, path, qc.ExportSpec(target="gguf"), model=road.base)
+    assert max(row.relative_error for row in report.stored) < 1e-3
+
+    first, second = gguf.GGUFReader(str(road.base)), gguf.GGUFReader(str(path))
+    before, after = (
+        {n: f.contents() for n, f in reader.fields.items() if n != "GGUF.kv_count"}
+        for reader in (first, second)
+    )
+    assert after.pop(GGUF_KEY).startswith("qalora-compile ")  # who wrote it
+    assert after == before
+    written = {tensor.name: tensor for tensor in second.tensors}
+    assert len(written) == len(first.tensors)
+    on_codes = 0
+    for old in first.tensors:
+        new = written[old.name]
+        assert old.tensor_type == new.tensor_type
+        if old.tensor_type == gguf.GGMLQuantizationType.Q4_1:
+            a, b = (t.data.reshape(-1, BLOCK_BYTES) for t in (old, new))
+            assert np.array_equal(a[:, 4:], b[:, 4:]), f"{old.name}: a code changed"
+            assert np.array_equal(a[:, :2], b[:, :2]), f"{old.name}: a scale changed"
+            assert not np.array_equal(a[:, 2:4], b[:, 2:4]), f"{old.name}: nothing was folded"
+            on_codes += 1
+        else:
+            assert np.array_equal(old.data, new.data), old.name
+    assert on_codes == 210
+
+    from transformers import AutoModelForCausalLM
+
+    again: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    )
+    call = road.call("The committee met on Tuesday to")
+    with torch.no_grad():
+        logits = folded(**call).logits
+        found = again(**call).logits
+        before = road.source.model(**call).logits
+    assert worst(found, logits) <= 1e-2 * scale_of(logits)
+    assert torch.equal(found.argmax(-1), logits.argmax(-1))
+    assert worst(before, logits) > 1e-2 * scale_of(logits)

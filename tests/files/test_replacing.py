@@ -160,6 +160,12 @@ def test_a_list_of_a_stranger_moves_nothing_elsewhere(tmp_path: Path) -> None:
     assert os.listdir(folder) == []
 
 
-def test_paths_without_a_name_are_no_trouble(tmp_path: Path) -> None:
+def test_paths_without_a_name_are_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     for text in ("", ".", "/", "..", "x" * 5000, "a\0b"):
         recover(Path(text))
+    assert os.listdir(tmp_path) == ["here"]
+    assert os.listdir(tmp_path / "here") == []

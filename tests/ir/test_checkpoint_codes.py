@@ -65,4 +65,7 @@ def test_zeros_of_both_signs_are_one_value() -> None:
     )
     codes = CheckpointCodes()
     codes.add(CheckpointWeight(affine, "Q4_0"))
-    assert codes.find(torch.tensor([[-0.0, 5.0]])) is not None
+    found = codes.find(torch.tensor([[-0.0, 5.0]]))
+    assert found is not None
+    assert torch.equal(found.affine.codes, affine.codes)
+    assert found.affine.dequantize().tolist() == [[0.0, 5.0]]

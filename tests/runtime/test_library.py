@@ -6,6 +6,7 @@ import pytest
 import qalora_compile
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.runtime import kernel_level, library, library_path, register
+from tests.runtime.layer import Layer
 
 
 def test_the_library_lies_beside_the_module() -> None:
@@ -20,10 +21,17 @@ def test_levels_end_with_the_one_that_runs() -> None:
 
 
 def test_any_number_of_sessions_can_register() -> None:
+    layer = Layer()
+    model, x = layer.model().SerializeToString(), layer.arrays()["x"]
+    found = []
     for _ in range(3):
         options = onnxruntime.SessionOptions()
         register(options)
         register(options)  # twice is what a helper of a helper does
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        found.append(session.run(None, {"x": x})[0])
+    expected, bound = layer.reference(layer.arrays())
+    assert all((abs(each - expected) <= bound).all() for each in found)
 
 
 @pytest.fixture

@@ -13,13 +13,14 @@ import qalora_compile as qc
 from tests.verify.model_faults import MODEL_FAULTS
 from tests.verify.planted import SPECS, Fault, along_the_graph, compare, examine, program
 from tests.verify.program_faults import PROGRAM_FAULTS
-from tests.verify.score import is_right
+from tests.verify.score import is_bisected, is_right
 
 FAULTS = [*PROGRAM_FAULTS, *MODEL_FAULTS]
 
 
-def test_the_library_is_large_and_its_names_tell_the_faults_apart() -> None:
-    assert len(FAULTS) >= 30
+def test_faults_are_planted_everywhere_and_their_names_tell_them_apart() -> None:
+    lowered = {f"program lowered:{name}" for name in SPECS}
+    assert {"program adapted", "program folded", *lowered, *SPECS} <= {f.on for f in FAULTS}
     assert len({(fault.name, fault.on) for fault in FAULTS}) == len(FAULTS)
 
 
@@ -36,3 +37,4 @@ def test_without_a_fault_every_check_finds_them_equal(name: str, models: Path) -
 def test_a_planted_fault_is_caught_and_named(fault: Fault, models: Path, tmp_path: Path) -> None:
     found = examine(fault, models, tmp_path)
     assert is_right(found), found
+    assert is_bisected(found), found

@@ -170,8 +170,14 @@ def test_what_transformers_would_draw_at_random_or_pass_over_is_refused(
 
 
 def test_frequencies_that_change_nothing_are_read_over(tmp_path: Path) -> None:
+    plain = load_source(str(write_llama(tmp_path / "plain.gguf")))
     path = write_llama(tmp_path / "llama.gguf", more={"rope_freqs.weight": np.ones(8)})
-    assert len(load_source(str(path)).stored()[0]) == 14
+    source = load_source(str(path))
+    assert len(source.stored()[0]) == len(plain.stored()[0]) == 14
+    wanted = plain.model.state_dict()
+    found = source.model.state_dict()
+    assert list(found) == list(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_chosen_bits_and_kept_codes_exclude_each_other(tmp_path: Path) -> None:

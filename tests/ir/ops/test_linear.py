@@ -114,7 +114,6 @@ def test_every_operator_is_checked() -> None:
         for name, value in vars(linear).items()
         if isinstance(value, torch._library.custom_ops.CustomOpDef)
     }
-    assert len(defined) >= 6
     assert {str(op).rpartition(".")[2] for op, _ in CHECKED.values()} == defined
 
 

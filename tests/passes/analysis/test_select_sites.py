@@ -25,26 +25,27 @@ def select(*patterns: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "count"),
+    ("pattern", "count", "expected"),
     [
-        ("lm_head", 1),
-        ("model.layers.1.mlp.up_proj", 1),
-        ("q_proj", 3),
-        ("mlp.up_proj", 3),
-        ("*", 13),
-        ("*_proj", 12),
-        ("*.mlp.*", 6),
-        ("model.layers.1.*", 4),
-        ("model.layers.1*", 8),
-        ("model.layers.?.mlp.up_proj", 2),
-        ("*.[qv]_proj", 6),
-        ("re:_proj$", 12),
-        ("re:layers\\.(0|10)\\.", 8),
-        ("re:^lm_head$", 1),
-        ("re:", 13),
+        ("lm_head", 1, "lm_head"),
+        ("model.layers.1.mlp.up_proj", 1, r"model\.layers\.1\.mlp\.up_proj"),
+        ("q_proj", 3, r".*\.q_proj"),
+        ("mlp.up_proj", 3, r".*\.mlp\.up_proj"),
+        ("*", 13, ".*"),
+        ("*_proj", 12, ".*_proj"),
+        ("*.mlp.*", 6, r".*\.mlp\..*"),
+        ("model.layers.1.*", 4, r"model\.layers\.1\..*"),
+        ("model.layers.1*", 8, r"model\.layers\.(1|10)\..*"),
+        ("model.layers.?.mlp.up_proj", 2, r"model\.layers\.[01]\.mlp\.up_proj"),
+        ("*.[qv]_proj", 6, r".*\.self_attn\..*"),
+        ("re:_proj$", 12, ".*_proj"),
+        ("re:layers\\.(0|10)\\.", 8, r"model\.layers\.(0|10)\..*"),
+        ("re:^lm_head$", 1, "lm_head"),
+        ("re:", 13, ".*"),
     ],
 )
-def test_each_form_of_pattern(pattern: str, count: int) -> None:
+def test_each_form_of_pattern(pattern: str, count: int, expected: str) -> None:
+    assert select(pattern) == {path for path in PATHS if re.fullmatch(expected, path)}
     assert len(select(pattern)) == count
 
 
