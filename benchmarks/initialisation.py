@@ -28,7 +28,7 @@ from typing import Any
 import qalora_compile as qc
 from qalora_compile.capture.load_source import Source, load_source
 from qalora_compile.training import FitSpec, evaluate, fit, load_examples
-from qalora_compile.training.data.calibration import calibration_calls
+from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.data.example import Example
 from qalora_compile.training.evaluate import program_forward
 

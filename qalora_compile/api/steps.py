@@ -14,13 +14,13 @@ from qalora_compile.ir.signature import Call
 from qalora_compile.ir.stages import ANNOTATED
 from qalora_compile.passes.analysis.select_sites import ALL_LINEAR, as_patterns
 from qalora_compile.passes.annotate_linears import AnnotateLinears
+from qalora_compile.passes.canonicalize.canonical_passes import canonical_passes
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.framework.base import Pass
 from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.passes.insert_adapters import InsertAdapters
 from qalora_compile.passes.quantize_embeddings import KEPT, QuantizeEmbeddings
 from qalora_compile.passes.quantize_groups import QuantizeGroups
-from qalora_compile.passes.recipes.canonicalize import canonical_passes
 from qalora_compile.passes.recipes.choose_bits import choose_bits
 from qalora_compile.passes.recipes.lora_init import (
     LoraInit,

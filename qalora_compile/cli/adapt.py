@@ -41,8 +41,8 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import write_program
 from qalora_compile.passes.analysis.select_sites import ALL_LINEAR
 from qalora_compile.passes.annotate_linears import AnnotateLinears
+from qalora_compile.passes.canonicalize.canonical_passes import canonical_passes
 from qalora_compile.passes.framework.pipeline import Pipeline
-from qalora_compile.passes.recipes.canonicalize import canonical_passes
 from qalora_compile.passes.recipes.import_lora import Updates, import_lora, losses
 from qalora_compile.quantizers import needs_data
 from qalora_compile.quantizers.report import collecting_reports

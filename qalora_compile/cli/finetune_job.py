@@ -43,8 +43,8 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import replace_adapters, write_program
 from qalora_compile.quantizers import needs_data
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
+from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.data.batches import Batches
-from qalora_compile.training.data.calibration import calibration_calls
 from qalora_compile.training.data.dataset import Dataset, taught_ends
 from qalora_compile.training.data.example import Example
 from qalora_compile.training.data.load_examples import load_examples

@@ -400,8 +400,8 @@ def _read_back(path: Path) -> Program:
     """A checkpoint as a model, by its format's own library; every linear map with its own row."""
     from qalora_compile.capture.load_source import load_source
     from qalora_compile.passes.annotate_linears import AnnotateLinears
+    from qalora_compile.passes.canonicalize.canonical_passes import canonical_passes
     from qalora_compile.passes.framework.pipeline import Pipeline
-    from qalora_compile.passes.recipes.canonicalize import canonical_passes
     from qalora_compile.verify.runners.reference_libraries import put_library_weights_
 
     source = load_source(str(path))

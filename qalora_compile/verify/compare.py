@@ -13,7 +13,6 @@ from torch import Tensor
 
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.verdict import Verdict
-from qalora_compile.verify.numeric.error_bound import verdict_of
 
 
 @dataclass(frozen=True)
@@ -248,3 +247,20 @@ def _row(comparison: Comparison) -> dict[str, Any]:
         k: None if isinstance(v, float) and not math.isfinite(v) else v
         for k, v in dataclasses.asdict(comparison).items()
     }
+
+
+EXPLAINED = 8.0
+"""Up to this ratio rounding explains an error: the same sums, taken in another order, round
+otherwise. What is seen between right exports and programs stays below it (docs/verify.md)."""
+
+
+BEYOND = 64.0
+"""From this ratio on rounding is no explanation. A mistake is orders of magnitude larger: float16
+somewhere is 8192 roundings of float32."""
+
+
+def verdict_of(ratio: float) -> Verdict:
+    """EQUAL up to `EXPLAINED`, DIFFERENT from `BEYOND` on, UNDECIDED between."""
+    if ratio <= EXPLAINED:
+        return Verdict.EQUAL
+    return Verdict.UNDECIDED if ratio < BEYOND else Verdict.DIFFERENT

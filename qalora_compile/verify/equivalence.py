@@ -21,9 +21,9 @@ from qalora_compile.verify.compare import (
     compare,
     worst_of,
 )
-from qalora_compile.verify.numeric.nonfinite import damages_of
-from qalora_compile.verify.numeric.padding import Padding, counted, padding_of
 from qalora_compile.verify.numeric.rounding import RoundingReference
+from qalora_compile.verify.padding import Padding, counted, padding_of
+from qalora_compile.verify.proof.nonfinite import damages_of
 from qalora_compile.verify.runners.encoder_decoder import EncoderDecoderRunner
 from qalora_compile.verify.runners.open_runner import OnnxRunner, ProgramRunner, open_runner
 from qalora_compile.verify.runners.run import Runner

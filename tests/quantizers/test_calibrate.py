@@ -11,12 +11,12 @@ from torch import Tensor, nn
 import qalora_compile as qc
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.passes.annotate_linears import AnnotateLinears
-from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
+from qalora_compile.passes.canonicalize.canonicalize_pointwise import CanonicalizePointwise
 from qalora_compile.quantizers.calibrate import collect_statistics
 from qalora_compile.quantizers.sensitivity import measure_sensitivities
 from qalora_compile.quantizers.sequential_calibration import replace_in_order
 from qalora_compile.quantizers.statistics import ActivationStatistics
-from qalora_compile.training.data.calibration import calibration_calls
+from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.data.example import Example
 from tests.models import MLP, ThreeReaders, UsedTwice, adapted, assert_close, bert, token_ids
 

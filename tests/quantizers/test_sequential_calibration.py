@@ -13,7 +13,7 @@ import qalora_compile as qc
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.passes.annotate_linears import AnnotateLinears
-from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
+from qalora_compile.passes.canonicalize.canonicalize_pointwise import CanonicalizePointwise
 from qalora_compile.quantizers.calibrate import collect_statistics
 from qalora_compile.quantizers.sequential_calibration import _Run, replace_in_order
 from qalora_compile.quantizers.statistics import ActivationStatistics

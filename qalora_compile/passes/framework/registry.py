@@ -10,9 +10,9 @@ from qalora_compile.passes.framework.base import Pass
 from qalora_compile.registry import Registry
 
 _HOMES = {
-    "canonicalize-complex": "canonicalize_complex:CanonicalizeComplex",
-    "canonicalize-clamps": "canonicalize_clamps:CanonicalizeClamps",
-    "canonicalize-pointwise": "canonicalize_pointwise:CanonicalizePointwise",
+    "canonicalize-complex": "canonicalize.canonicalize_complex:CanonicalizeComplex",
+    "canonicalize-clamps": "canonicalize.canonicalize_clamps:CanonicalizeClamps",
+    "canonicalize-pointwise": "canonicalize.canonicalize_pointwise:CanonicalizePointwise",
     "annotate-linears": "annotate_linears:AnnotateLinears",
     "sort-columns": "sort_columns:SortColumns",
     "assign-bits": "assign_bits:AssignBits",

@@ -13,8 +13,7 @@ from qalora_compile._version import __version__
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
 from qalora_compile.pages import Page, bar_chart, histogram
-from qalora_compile.verify.compare import Comparison, Report
-from qalora_compile.verify.numeric.error_bound import BEYOND, EXPLAINED
+from qalora_compile.verify.compare import BEYOND, EXPLAINED, Comparison, Report
 from qalora_compile.verify.numeric.report import ModeReport, NumericReport
 from qalora_compile.verify.proof.certificate import Certificate
 from qalora_compile.verify.proof.compare_weights import Coefficients

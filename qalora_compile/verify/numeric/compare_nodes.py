@@ -29,13 +29,13 @@ from qalora_compile.verify.numeric.error_bound import (
     check_bound,
     without_numbers,
 )
-from qalora_compile.verify.numeric.nonfinite import damages
-from qalora_compile.verify.numeric.padding import Padding, padding_of
 from qalora_compile.verify.numeric.report import ModeReport, NumericReport, ValueRow
 from qalora_compile.verify.numeric.run_float64 import run_nodes, run_reference, working_dtype
+from qalora_compile.verify.padding import Padding, padding_of
 from qalora_compile.verify.proof.graphs.graph import ONNX, Graph, Ref
 from qalora_compile.verify.proof.graphs.graph import Tensor as StoredTensor
 from qalora_compile.verify.proof.match_structure import Match, match_values
+from qalora_compile.verify.proof.nonfinite import damages
 from qalora_compile.verify.proof.open_graph import open_graph
 from qalora_compile.verify.runners.onnx_session import LEVELS, OnnxSession, hides, uses_library
 

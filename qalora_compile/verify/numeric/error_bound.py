@@ -26,13 +26,8 @@ from torch import Tensor
 
 from qalora_compile.ir.signature import dtype_name
 from qalora_compile.verdict import Verdict
+from qalora_compile.verify.compare import verdict_of
 
-EXPLAINED = 8.0
-"""Up to this ratio rounding explains an error: the same sums, taken in another order, round
-otherwise. What is seen between right exports and programs stays below it (docs/verify.md)."""
-BEYOND = 64.0
-"""From this ratio on rounding is no explanation. A mistake is orders of magnitude larger: float16
-somewhere is 8192 roundings of float32."""
 _LEAST_NORMAL = 2.0**-126
 _BITS_LOST = 14
 """Where the reference has lost so many bits of its own, it has no value to hold others to."""
@@ -70,13 +65,6 @@ class BoundCheck:
         if not self.checked and self.undefined:
             return Verdict.UNDECIDED
         return verdict_of(self.ratio)
-
-
-def verdict_of(ratio: float) -> Verdict:
-    """EQUAL up to `EXPLAINED`, DIFFERENT from `BEYOND` on, UNDECIDED between."""
-    if ratio <= EXPLAINED:
-        return Verdict.EQUAL
-    return Verdict.UNDECIDED if ratio < BEYOND else Verdict.DIFFERENT
 
 
 def check_bound(

@@ -9,11 +9,8 @@ from typing import Any
 
 from qalora_compile.errors import VerificationError
 from qalora_compile.verdict import Verdict
-from qalora_compile.verify.numeric.error_bound import (
-    BEYOND,
-    EXPLAINED,
-    BoundCheck,
-)
+from qalora_compile.verify.compare import BEYOND, EXPLAINED
+from qalora_compile.verify.numeric.error_bound import BoundCheck
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.verify.compare import Comparison
 from qalora_compile.verify.numeric.error_bound import UNITS, rounding_ratio
-from qalora_compile.verify.numeric.padding import padding_of
 from qalora_compile.verify.numeric.run_float64 import output_nodes, run_reference, working_dtype
+from qalora_compile.verify.padding import padding_of
 from qalora_compile.verify.runners.open_runner import ProgramRunner
 from qalora_compile.verify.runners.run import Runner
 

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalora_compile.verify.numeric.nonfinite import damages
 from qalora_compile.verify.proof.aliasing import refuse_hidden_writes
 from qalora_compile.verify.proof.compare_leaves import parted
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Ref, SiteRow
+from qalora_compile.verify.proof.nonfinite import damages
 from qalora_compile.verify.proof.open_graph import open_graph
 from qalora_compile.verify.proof.terms.op_semantics import OPERATORS
 from qalora_compile.verify.proof.terms.semantics import Semantics

@@ -21,7 +21,7 @@ from qalora_compile.optional import require
 from qalora_compile.progress import track
 from qalora_compile.verify.compare import compare
 from qalora_compile.verify.inputs import padded_inputs, sample_inputs
-from qalora_compile.verify.numeric.padding import counted, padding_of
+from qalora_compile.verify.padding import counted, padding_of
 from qalora_compile.verify.proof.graphs.graph import Graph, Ref, reachable
 from qalora_compile.verify.proof.graphs.onnx_subgraphs import captured
 from qalora_compile.verify.runners.onnx_session import explain_refusal, open_model, run_session

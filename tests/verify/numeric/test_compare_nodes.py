@@ -24,14 +24,10 @@ from qalora_compile.ir.signature import InputLeaf, Signature
 from qalora_compile.runtime.library import kernel_level, library_path
 from qalora_compile.verdict import Verdict
 from qalora_compile.verify import compare_nodes, named_inputs
-from qalora_compile.verify.numeric.error_bound import (
-    BEYOND,
-    EXPLAINED,
-    check_bound,
-    verdict_of,
-)
-from qalora_compile.verify.numeric.padding import padding_of
+from qalora_compile.verify.compare import BEYOND, EXPLAINED, verdict_of
+from qalora_compile.verify.numeric.error_bound import check_bound
 from qalora_compile.verify.numeric.run_float64 import run_nodes
+from qalora_compile.verify.padding import padding_of
 from qalora_compile.verify.runners.onnx_session import LEVELS
 from tests.models import MLP, adapted, llama, worst
 from tests.verify.planted import SPECS, program, with_graph, with_tensors

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import qalora_compile as qc
 from qalora_compile.errors import PostconditionError, PreconditionError
-from qalora_compile.passes import canonicalize_complex as module
-from qalora_compile.passes.canonicalize_complex import CanonicalizeComplex
+from qalora_compile.passes.canonicalize import canonicalize_complex as module
+from qalora_compile.passes.canonicalize.canonicalize_complex import CanonicalizeComplex
 from tests.models import worst
 from tests.zoo.architectures import build
 

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 import qalora_compile as qc
 from qalora_compile.errors import PostconditionError, PreconditionError
 from qalora_compile.ir.site_plan import KEEP, QUANTIZE
-from qalora_compile.passes import canonicalize_pointwise as module
 from qalora_compile.passes.annotate_linears import AnnotateLinears
-from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
+from qalora_compile.passes.canonicalize import canonicalize_pointwise as module
+from qalora_compile.passes.canonicalize.canonicalize_pointwise import CanonicalizePointwise
 from tests.models import adapted, scale_of, worst
 
 Golden = Callable[[str, str], None]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import qalora_compile as qc
 from qalora_compile.errors import PostconditionError, PreconditionError
-from qalora_compile.passes import canonicalize_clamps as module
-from qalora_compile.passes.canonicalize_clamps import CanonicalizeClamps
+from qalora_compile.passes.canonicalize import canonicalize_clamps as module
+from qalora_compile.passes.canonicalize.canonicalize_clamps import CanonicalizeClamps
 
 Golden = Callable[[str, str], None]
 

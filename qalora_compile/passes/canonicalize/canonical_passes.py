@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qalora_compile.passes.canonicalize_clamps import CanonicalizeClamps
-from qalora_compile.passes.canonicalize_complex import CanonicalizeComplex
-from qalora_compile.passes.canonicalize_pointwise import CanonicalizePointwise
+from qalora_compile.passes.canonicalize.canonicalize_clamps import CanonicalizeClamps
+from qalora_compile.passes.canonicalize.canonicalize_complex import CanonicalizeComplex
+from qalora_compile.passes.canonicalize.canonicalize_pointwise import CanonicalizePointwise
 from qalora_compile.passes.framework.base import Pass
 
 

@@ -1,0 +1,1 @@
+"""Passes that give a captured graph one form before linear layers are looked for."""
