@@ -75,6 +75,10 @@ class Memo:
             self._traced[key] = _without_tensors(exported)
         return exported
 
+    def fresh(self) -> Memo:
+        """One that has traced nothing yet."""
+        return Memo(self._export)
+
     @contextmanager
     def off(self) -> Iterator[None]:
         """Trace everything anew."""
