@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "qalora_compile"
 ROOT_NAME = "qalora_compile"
 CORE = {
     *("errors", "config", "registry", "optional", "progress", "files", "untrusted", "sealed"),
-    *("_version", "verdict"),
+    *("_version", "verdict", "brief"),
 }
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
@@ -26,7 +26,7 @@ ALLOWED = {
     "exporters": CORE | {"exporters", "ir"},
     "capture": CORE | {"capture", "ir"},
     "verify": CORE | {"verify", "ir", "pages"},
-    "runtime": {"runtime", "errors", "optional", "untrusted"},
+    "runtime": {"runtime", "errors", "optional", "untrusted", "_version"},
     "pages": {"pages", "errors", "files", "optional"},
     "training": CORE | {"training", "passes", "pages", "ir"},
     "extend": CORE | {"ir", "passes", "quantizers", "exporters", "capture"},

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from qalora_compile.brief import Brief
 from qalora_compile.errors import VerificationError
 from qalora_compile.verdict import Verdict
 from qalora_compile.verify.numeric.error_bound import (
@@ -78,8 +79,8 @@ class ModeReport:
         return max(self.rows, key=lambda row: row.worst.ratio, default=None)
 
 
-@dataclass(frozen=True)
-class NumericReport:
+@dataclass(frozen=True, repr=False)
+class NumericReport(Brief):
     """Outcome of `compare_nodes`.
 
     Attributes:
@@ -95,6 +96,17 @@ class NumericReport:
     inputs: tuple[str, ...]
     modes: tuple[ModeReport, ...]
     notes: tuple[str, ...] = ()
+
+    def brief(self) -> dict[str, object]:
+        """Verdict, what was compared, and the first difference."""
+        return {
+            "verdict": self.verdict,
+            "reference": self.reference,
+            "candidate": self.candidate,
+            "inputs": len(self.inputs),
+            "modes": ", ".join(f"{mode.name} ({mode.verdict})" for mode in self.modes),
+            "first difference": self.difference,
+        }
 
     @property
     def verdict(self) -> Verdict:

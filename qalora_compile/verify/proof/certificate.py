@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qalora_compile.brief import Brief
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.files import atomic_files, write_json
 from qalora_compile.untrusted import quoted, read_json
@@ -89,8 +90,8 @@ class SegmentProof:
     sampled: float | None
 
 
-@dataclass(frozen=True)
-class Certificate:
+@dataclass(frozen=True, repr=False)
+class Certificate(Brief):
     """The outcome of `prove_equivalence`.
 
     Attributes:
@@ -113,6 +114,18 @@ class Certificate:
     samples: Mapping[str, float]
     notes: tuple[str, ...]
     versions: Mapping[str, str]
+
+    def brief(self) -> dict[str, object]:
+        """Verdict, what was compared, the statuses of its parts, and the first difference."""
+        return {
+            "verdict": self.verdict,
+            "for all inputs": "yes" if self.proved else "no",
+            "reference": self.reference.label,
+            "candidate": self.candidate.label,
+            "layers": _counts(Counter(site.status for site in self.sites)),
+            "between them": _counts(Counter(segment.status for segment in self.segments)),
+            "first difference": self.difference,
+        }
 
     @property
     def passed(self) -> bool:
