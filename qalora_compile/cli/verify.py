@@ -164,7 +164,7 @@ def _check_again(options: argparse.Namespace) -> int:
 
 def _show_numeric(report: NumericReport, options: argparse.Namespace) -> None:
     print_table(
-        f"ways of running {options.b}",
+        f"execution modes of {options.b}",
         ("", "verdict", "values", "largest ratio", "at"),
         [(w.name, w.verdict, len(w.rows), *_worst(w)) for w in report.modes],
     )
@@ -181,9 +181,9 @@ def _show_numeric(report: NumericReport, options: argparse.Namespace) -> None:
     )
 
 
-def _worst(way: ModeReport) -> tuple[object, str]:
-    worst = way.worst
-    return ("", way.problem) if worst is None else (worst.worst.ratio, worst.name)
+def _worst(mode: ModeReport) -> tuple[object, str]:
+    worst = mode.worst
+    return ("", mode.problem) if worst is None else (worst.worst.ratio, worst.name)
 
 
 def _answer(certificate: Certificate, problems: list[str], options: argparse.Namespace) -> int:

@@ -53,7 +53,7 @@ class SiteProof:
     Attributes:
         name, k, n, experts: The site.
         status: `proved`, `different`, or `sampled`: its nodes were not read as a linear map.
-        ways: How far the weights lie apart, for each way to take the candidate's operators.
+        modes: How far the weights lie apart, for each execution mode of its operators.
         problem: Why there are no numbers.
     """
 
@@ -72,7 +72,7 @@ class SiteProof:
 
     @property
     def worst(self) -> tuple[str, Coefficients] | None:
-        """The way whose difference is the largest part of what storing explains."""
+        """The execution mode whose difference is the largest part of what storing explains."""
         return max(self.modes.items(), key=lambda item: item[1].max_ratio, default=None)
 
     def bound(self, norm: float) -> float:
@@ -313,11 +313,11 @@ def _check_types(row: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> No
             raise TypeError(f"{name} is {quoted(value)}")
 
 
-def _coefficients(way: Mapping[str, Any]) -> Coefficients:
+def _coefficients(mode: Mapping[str, Any]) -> Coefficients:
     numbers: dict[str, Any] = {
         name: None if v is None and name == "float32" else float(v)
-        for name, v in way.items()
+        for name, v in mode.items()
         if name != "worst"
     }
-    numbers["terms"] = int(way["terms"])
-    return Coefficients(**numbers, worst=tuple(way["worst"]))
+    numbers["terms"] = int(mode["terms"])
+    return Coefficients(**numbers, worst=tuple(mode["worst"]))
