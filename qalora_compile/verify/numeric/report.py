@@ -68,7 +68,7 @@ class ModeReport:
 
     @property
     def first(self) -> ValueRow | None:
-        """The first row, in graph order, whose verdict is that of the mode, unless that is EQUAL."""
+        """The first row, in graph order, with the verdict of the mode; None if that is EQUAL."""
         if self.verdict == Verdict.EQUAL:
             return None
         return next((row for row in self.rows if row.verdict == self.verdict), None)
