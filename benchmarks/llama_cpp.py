@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import qalora_compile as qc
-from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
+from qalora_compile.api.run_folder import MODEL, TOKENIZER, load_run
 from qalora_compile.cli.ui import console, print_summary, print_table
 from qalora_compile.exporters.checkpoints.gguf.metadata import copy_metadata
 from qalora_compile.ir.program import Program

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 import qalora_compile as qc
+from qalora_compile.brief import megabytes
 from qalora_compile.capture.load_source import Source, load_source
-from qalora_compile.cli.ui import Steps, megabytes, print_summary, steps
+from qalora_compile.cli.ui import Steps, print_summary, steps
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
 from qalora_compile.training import FitSpec, Metrics, evaluate, fit, load_examples
 from qalora_compile.training.data.example import IGNORED, Example

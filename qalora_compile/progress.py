@@ -14,18 +14,29 @@ from typing import TypeVar
 T = TypeVar("T")
 Listener = Callable[[str, int, int], None]
 """Called with (what, steps done, steps in all)."""
+Reader = Callable[[str], None]
+"""Called with a line of text."""
 
 _listener: ContextVar[Listener | None] = ContextVar("qalora_progress", default=None)
+_reader: ContextVar[Reader | None] = ContextVar("qalora_notes", default=None)
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Send the progress of everything run inside the block to `listener`."""
-    token = _listener.set(listener)
+def listening(listener: Listener, reader: Reader | None = None) -> Iterator[None]:
+    """Send the progress of everything run inside the block to `listener`, remarks to `reader`."""
+    tokens = _listener.set(listener), _reader.set(reader)
     try:
         yield
     finally:
-        _listener.reset(token)
+        _listener.reset(tokens[0])
+        _reader.reset(tokens[1])
+
+
+def say(text: str) -> None:
+    """Say in one line what begins now, or what the user should know of it."""
+    reader = _reader.get()
+    if reader is not None:
+        reader(text)
 
 
 def announce(what: str, done: int, total: int) -> None:

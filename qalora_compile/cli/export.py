@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from pathlib import Path
 
-from qalora_compile.cli.checkpoint import export_checkpoint
-from qalora_compile.cli.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
-from qalora_compile.cli.folders import MODEL, TOKENIZER, load_run
-from qalora_compile.cli.pooling import add_pooling_arguments, chosen_pooling
-from qalora_compile.cli.ui import console, megabytes, print_summary, steps
+from qalora_compile.api.deploy import DeploySpec, EdgeResult, EdgeSpec, export_folder
+from qalora_compile.api.edge import EdgeParts
+from qalora_compile.brief import megabytes
+from qalora_compile.cli.options import spec_of
+from qalora_compile.cli.ui import console, print_summary, print_table, steps
 from qalora_compile.config import (
     ACCURACY_LEVELS,
+    CHECKPOINT_TARGETS,
     CORRECTIONS,
     FLOAT_TYPES,
     FUSIONS,
     PARAMETER_DTYPES,
     ExportSpec,
 )
-from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.capability import ExportReport
-from qalora_compile.files import reserve
 from qalora_compile.ir.program import Program
+from qalora_compile.passes.pool_tokens import POOLINGS
 from qalora_compile.registry import TARGETS
 from qalora_compile.runtime.footprint import peak_memory
 from qalora_compile.runtime.library import kernel_level, library_path
@@ -46,6 +45,8 @@ EXAMPLES = """examples:
 language models get a key-value cache, and the folder runs in ONNX Runtime GenAI as it is;
 encoder-decoder models (T5, BART, Whisper) become two graphs, encoder and decoder
 """
+_SHOWN = 8
+"""Tensors of a checkpoint that are named as stored otherwise than the plan says."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,61 +119,55 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_pooling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how an encoder's tokens become one vector."""
+    parser.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="an encoder's graph gives sentence_embedding too: mean of the tokens, or the first",
+    )
+    parser.add_argument(
+        "--normalize", action="store_true", help="divide sentence_embedding by its norm"
+    )
+
+
 def target_spec(options: argparse.Namespace) -> ExportSpec:
     """What `add_target_arguments` has read."""
-    return ExportSpec(
-        target=options.target,
-        opset=options.opset,
-        accuracy_level=options.accuracy_level,
-        parameter_dtype=options.parameter_dtype,
-        correction=options.correction,
-        fusion=options.fusion,
-        float_type=options.float_type,
+    return spec_of(ExportSpec, options, overwrite=False)
+
+
+def deploy_spec(options: argparse.Namespace) -> DeploySpec:
+    """What the options ask for.
+
+    Raises:
+        UserInputError: a value is out of range, or fits no other.
+    """
+    return spec_of(
+        DeploySpec,
+        options,
+        folder=Path(options.folder),
+        out=Path(options.out),
+        target=target_spec(options),
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    spec = dataclasses.replace(target_spec(options), allow_unfolded=options.allow_unfolded)
-    inputs = [options.folder, options.with_library or None]
-    with reserve(Path(options.out), overwrite=options.overwrite, inputs=inputs):
-        if not spec.is_onnx:
-            if options.pooling or options.normalize:
-                raise UserInputError(
-                    f"--pooling is of ONNX models, not of target {spec.target}",
-                    hint="leave it out: no other target pools",
-                )
-            return export_checkpoint(options, spec)
-        return _export_onnx(options, spec)
-
-
-def _export_onnx(options: argparse.Namespace, spec: ExportSpec) -> int:
-    started = time.monotonic()
-    source, out = Path(options.folder), Path(options.out)
-    library = chosen_library(options)
-    with steps() as shown:
-        program, record = load_run(source, lazy=True)
-        pooling = chosen_pooling(options, source / MODEL)
-        program = pooling.apply(program)
-        graphs = {MODEL_FILE: program}
-        if not options.no_kv_cache and (source / MODEL).is_dir():
-            shown.say("capture for a device")
-            graphs = edge_graphs(program, source / MODEL, last_logits=options.last_logits)
-        graphs, spec = lowered(graphs, spec)
-        shown.say("translate to ONNX")
-        parts = EdgeParts(
-            description=source / MODEL,
-            tokenizer=source / TOKENIZER,
-            record=record,
-            graphs=graphs,
-            spec=spec,
-            library=library,
-            weights=source,
-            pooling=pooling,
-        )
-        report, written = write_edge(out, parts, overwrite=options.overwrite)
-    for name, capability in report.capabilities.items():
+    started, spec = time.monotonic(), deploy_spec(options)
+    with steps():
+        result = export_folder(spec)
+    for name, capability in result.report.capabilities.items():
         console.print(f"{name}: {capability}")
+    seconds = time.monotonic() - started
+    if result.parts is None:
+        _show_checkpoint(result.report, spec.folder, seconds)
+    else:
+        _show_edge(spec, result, result.parts, seconds)
+    return 0
+
+
+def _show_edge(spec: DeploySpec, result: EdgeResult, parts: EdgeParts, seconds: float) -> None:
+    report = result.report
     print_summary(
         "export",
         {
@@ -181,36 +176,22 @@ def _export_onnx(options: argparse.Namespace, spec: ExportSpec) -> int:
             "nodes": report.nodes,
             "size": megabytes(report.size_bytes),
             "peak memory": megabytes(peak_memory()),
-            "key-value cache": _cache_state(options, parts.program),
+            "key-value cache": _cache_state(spec, parts.program),
             **pair_rows(parts),
-            "beside it": ", ".join(written),
-            "seconds": f"{time.monotonic() - started:.0f}",
+            "beside it": ", ".join(result.written),
+            "seconds": f"{seconds:.0f}",
             "written": str(report.path),
-            "next": f"qalora-compile verify {source} {out} --max-abs 1e-3",
+            "next": f"qalora-compile verify {spec.folder} {spec.out} --max-abs 1e-3",
         }
         | ({"kernels": kernels()} if report.target == "ort" else {})
         | resumed(report),
     )
-    return 0
 
 
-def chosen_library(options: argparse.Namespace) -> Path | None:
-    """The operator library to put into the folder.
-
-    Raises:
-        UserInputError: the file is missing, or the target does not use it.
-        UnsupportedError: this machine's was not built.
-    """
-    if options.with_library is None:
-        return None
-    if options.target != "ort":
-        raise UserInputError(
-            f"--with-library has no use with target {options.target}", hint="use --target ort"
-        )
-    path = Path(options.with_library) if options.with_library else library_path()
-    if not path.is_file():
-        raise UserInputError(f"there is no library {path}", where=str(path))
-    return path
+def _cache_state(spec: EdgeSpec, program: Program) -> str:
+    if program.signature.cache:
+        return "yes, logits of the last token" if spec.last_logits else "yes"
+    return "left out" if spec.no_kv_cache else "none: no transformers model that generates"
 
 
 def resumed(report: ExportReport) -> dict[str, str]:
@@ -219,12 +200,6 @@ def resumed(report: ExportReport) -> dict[str, str]:
     if report.kept:
         rows["gone on"] = f"{report.kept} weights were there from an interrupted run"
     return rows
-
-
-def _cache_state(options: argparse.Namespace, program: Program) -> str:
-    if program.signature.cache:
-        return "yes, logits of the last token" if options.last_logits else "yes"
-    return "left out" if options.no_kv_cache else "none: no transformers model that generates"
 
 
 def pair_rows(parts: EdgeParts) -> dict[str, str]:
@@ -241,3 +216,39 @@ def kernels() -> str:
     if level is None:
         return "stock, the operator library was not built: qalora-compile doctor"
     return f"stock, or {level} with the operator library: {library_path().name}"
+
+
+def _show_checkpoint(report: ExportReport, source: Path, seconds: float) -> None:
+    for note in report.notes:
+        console.print(f"note: {note}")
+    odd = [row for row in report.stored if row.remark]
+    if odd:
+        print_table(
+            f"stored otherwise than the plan says: {len(odd)}",
+            ("tensor", "form", "why"),
+            [(row.name, row.form, row.remark) for row in odd[:_SHOWN]],
+        )
+    worst = max(report.stored, key=lambda row: row.relative_error, default=None)
+    forms = sorted({row.form for row in report.stored})
+    counts = [f"{sum(row.form == form for row in report.stored)} {form}" for form in forms]
+    print_summary(
+        "export",
+        {
+            "target": report.target,
+            "layers on codes": report.quantized_layers,
+            "tensors": ", ".join(counts),
+            "largest change of a weight": f"{worst.relative_error:.2g} of its tensor's largest "
+            f"({worst.name})"
+            if worst is not None and worst.relative_error
+            else "none",
+            "size": megabytes(report.size_bytes),
+            "peak memory": megabytes(peak_memory()),
+            "seconds": f"{seconds:.0f}",
+            "written": str(report.path),
+        }
+        | (
+            {"next": f"qalora-compile verify {source} {report.path} --max-rel 1e-2"}
+            if report.target in CHECKPOINT_TARGETS
+            else {}
+        ),
+    )

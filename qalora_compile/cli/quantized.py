@@ -7,15 +7,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
+from qalora_compile.api.codes import EMBEDDING_GROUP, CodesSpec
+from qalora_compile.api.inspect import pattern_of, ranges_of
 from qalora_compile.capture.checkpoints.gptq_zeros import ZERO_POINTS
-from qalora_compile.capture.load_source import Source
-from qalora_compile.cli.inspect import pattern_of, ranges_of
-from qalora_compile.cli.ui import Steps, print_table
+from qalora_compile.cli.options import spec_of
+from qalora_compile.cli.ui import print_table
 from qalora_compile.config import AUTO, BUDGET_UNITS, SUPPORTED_BITS, QuantSpec
-from qalora_compile.errors import UserInputError
-from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.passes.quantize_embeddings import BITS
 from qalora_compile.quantizers.report import QuantReport
 from qalora_compile.registry import QUANTIZERS
@@ -23,7 +21,6 @@ from qalora_compile.registry import QUANTIZERS
 _COLUMNS = (
     "layers", "count", "method", "bits", "group", "weights dB", "outputs dB", "worst", "s", "notes",
 )  # fmt: skip
-_CHOICES = "bits", "group_size", "method"
 _DEFAULT = QuantSpec()
 _KEPT = "a quantized checkpoint keeps its codes where bits, group size and method are left out"
 _NUMBER = re.compile(r"\d+(\.\d+)?")
@@ -69,37 +66,13 @@ def add_stored_argument(group: argparse._ActionsContainer) -> None:
     )
 
 
-def quant_spec(options: argparse.Namespace, **more: Any) -> QuantSpec:
-    """The specification that the options ask for, and what only one command has."""
-    chosen = {name: getattr(options, name) for name in _CHOICES}
-    return QuantSpec(**{name: v for name, v in chosen.items() if v is not None}, **more)
-
-
-def chooses_codes(options: argparse.Namespace) -> bool:
-    """Whether the user asked for codes of a kind: then none are kept that a checkpoint holds."""
-    return any(getattr(options, name) is not None for name in _CHOICES)
-
-
-def stored_codes(
-    options: argparse.Namespace, source: Source, shown: Steps
-) -> CheckpointCodes | None:
-    """The codes that a checkpoint holds and that stay as they are; None where there are none.
+def codes_of(options: argparse.Namespace) -> CodesSpec:
+    """What the options say of codes.
 
     Raises:
-        UserInputError: the checkpoint is broken.
+        UserInputError: options do not go together.
     """
-    codes, notes = source.stored()
-    for note in notes:
-        shown.say(f"note: {note}")
-    if not codes:
-        return None
-    if chooses_codes(options):
-        shown.say(
-            f"note: the {len(codes)} quantized tensors of {source.reference} are quantized anew, "
-            "as asked; without --bits, --group-size and --method they keep their codes"
-        )
-        return None
-    return codes
+    return spec_of(CodesSpec, options)
 
 
 def print_reports(reports: Sequence[QuantReport]) -> None:
@@ -154,9 +127,6 @@ def _decibels(value: float) -> str:
     return "exact" if value == math.inf else f"{value:.1f}"
 
 
-_GROUP_SIZE = 32
-
-
 def add_embedding_arguments(parser: argparse._ActionsContainer) -> None:
     """Declare the options."""
     parser.add_argument(
@@ -168,28 +138,8 @@ def add_embedding_arguments(parser: argparse._ActionsContainer) -> None:
         "without adapters (left in float)",
     )
     parser.add_argument(
-        "--embeddings-group-size", type=int, metavar="G", help=f"their group size ({_GROUP_SIZE})"
+        "--embeddings-group-size",
+        type=int,
+        metavar="G",
+        help=f"their group size ({EMBEDDING_GROUP})",
     )
-
-
-def embedding_spec(options: argparse.Namespace) -> QuantSpec | None:
-    """What `add_embedding_arguments` has read; None leaves embeddings in float.
-
-    Raises:
-        UserInputError: a group size is given, and no bits.
-    """
-    size = options.embeddings_group_size
-    if options.embeddings is None:
-        if size is not None:
-            raise UserInputError(
-                "--embeddings-group-size has no use without --embeddings", hint="add --embeddings 8"
-            )
-        return None
-    return QuantSpec(bits=options.embeddings, group_size=_GROUP_SIZE if size is None else size)
-
-
-def embedding_record(spec: QuantSpec | None) -> dict[str, Any]:
-    """What a folder says of it."""
-    if spec is None:
-        return {}
-    return {"embeddings": {"bits": spec.bits, "group_size": spec.group_size}}

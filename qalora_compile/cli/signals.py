@@ -47,6 +47,10 @@ class Stop:
         self.number: int | None = None
         self._came = 0.0
 
+    def __call__(self) -> bool:
+        """Whether a signal came."""
+        return self.number is not None
+
     @property
     def exit_code(self) -> int:
         """What a command ends with that was stopped, by this process's signal or by another's."""
@@ -66,9 +70,8 @@ class Stop:
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
+def stopping(stop: Stop) -> Iterator[Stop]:
     """Let the first signal of the block be asked for, and a second one end the command."""
-    stop = Stop()
     numbers = (signal.SIGINT, signal.SIGTERM)
     old = [signal.signal(number, stop.handle) for number in numbers]
     try:

@@ -1,33 +1,18 @@
-"""Options of `finetune` for adapters and training, and which of them decide the result."""
+"""Options of `finetune` for adapters and training."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from pathlib import Path
-from typing import Any
 
-import torch
-
+from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.quantized import number_or_auto
 from qalora_compile.config import ADAPTER_KINDS, INITS, POOLINGS, ZERO_POINTS, AdapterSpec
-from qalora_compile.errors import UserInputError
-from qalora_compile.training.data.read_rows import find_files
-from qalora_compile.training.distributed import Processes
-from qalora_compile.training.forward.autocast import find_device
 from qalora_compile.training.records.checkpoint import KEPT
 from qalora_compile.training.records.log import REPORT_TO
-from qalora_compile.training.records.run_identity import file_digest
 from qalora_compile.training.spec import PRECISIONS, SCHEDULES, FitSpec
 
 _ADAPTER, _FIT = AdapterSpec(), FitSpec()
 _STEPS = 100
-_FREE = frozenset(
-    {"command", "run", "out", "overwrite", "resume"}
-    | {"save_every", "keep", "report_to", "data_cache", "device"}
-)
-"""Options that decide nothing about the weights: a run may go on with others."""
-_FILES = frozenset({"data", "eval_data", "calibration"})
 
 
 def add_adapter_arguments(group: argparse._ActionsContainer) -> None:
@@ -113,35 +98,14 @@ def adapter_spec(options: argparse.Namespace) -> AdapterSpec:
     Raises:
         UserInputError: a value is out of range.
     """
-    return AdapterSpec(
-        rank=options.rank,
-        alpha=options.alpha,
-        pooling=options.pooling,
+    return spec_of(
+        AdapterSpec,
+        options,
+        group_size=None,
         use_rslora=options.rslora,
-        dropout=options.dropout,
-        seed=options.seed,
-        init=options.init,
-        rank_budget=options.rank_budget,
         kind=options.adapter,
         zero_point="real" if options.adapter == "scale" else options.zero_point,
     )
-
-
-def device_of(options: argparse.Namespace, processes: Processes) -> torch.device:
-    """Where to train.
-
-    Raises:
-        UserInputError: the name is none, or a launcher decides.
-        UnsupportedError: the device is not there.
-    """
-    if options.device is None:
-        return processes.device
-    if processes.count > 1:
-        raise UserInputError(
-            f"--device {options.device} is given to {processes.count} processes",
-            hint="leave it out: each takes the device that its launcher gives it",
-        )
-    return find_device(options.device)
 
 
 def fit_spec(options: argparse.Namespace) -> FitSpec:
@@ -150,57 +114,5 @@ def fit_spec(options: argparse.Namespace) -> FitSpec:
     Raises:
         UserInputError: a value is out of range, or fits no other.
     """
-    for name in ("save_every", "keep"):
-        if getattr(options, name) < 1:
-            raise UserInputError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}", hint="use 1 or more"
-            )
-    if options.eval_every and not options.eval_data:
-        raise UserInputError("--eval-every has nothing to evaluate on", hint="give --eval-data")
     named = {"learning_rate": options.lr, "evaluate_every": options.eval_every}
-    rest = {f.name for f in dataclasses.fields(FitSpec)} - named.keys()
-    return FitSpec(**named, **{name: getattr(options, name) for name in rest})
-
-
-def decisive_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that decide to which weights a run leads; files as digests of their contents.
-
-    Raises:
-        UserInputError: a data file cannot be read.
-    """
-    values = {name: v for name, v in vars(options).items() if name not in _FREE}
-    for name in _FILES & values.keys():
-        if values[name] is not None:
-            values[name] = file_digest(find_files(values[name]))
-    if Path(options.model).exists():
-        values["model"] = str(Path(options.model).resolve())
-    return values
-
-
-def check_options(options: argparse.Namespace, then: dict[str, Any], out: Path) -> None:
-    """See that a run goes on with the options that it was started with.
-
-    Raises:
-        UserInputError: one has another value, or a data file other contents; the first is named.
-    """
-    now = decisive_options(options)
-    for name in [*now, *(n for n in then if n not in now)]:
-        a, b = then.get(name), now.get(name)
-        if a == b:
-            continue
-        option = name if name == "model" else f"--{name.replace('_', '-')}"
-        if name in _FILES and None not in (a, b):
-            what = f"the contents of {option} are not those that the run was started with"
-        else:
-            what = f"the run was started with {option} {_said(a)}, not {_said(b)}"
-        raise UserInputError(
-            what,
-            where=str(out),
-            hint="give the options of the first call, or start a new run",
-        )
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "none"
-    return "unset" if value is None else str(value)
+    return spec_of(FitSpec, options, **named)

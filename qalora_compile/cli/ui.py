@@ -87,19 +87,14 @@ class Steps:
         self._started: dict[str, float] = {}
         self._before: dict[str, int] = {}
 
-    def begin(self, what: str, done: int, total: int) -> None:
-        """Show that `what` goes on from `done` steps that were finished before."""
-        self.update(what, 0, total)
-        self._before[what] = done
-        if self._live and done:
-            self._bar.update(self._tasks[what], completed=done, total=total)
-
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` steps of `what` are finished."""
-        if done == 0:
-            self._started[what], self._before[what] = time.monotonic(), 0
+        """Show that `done` of `total` steps of `what` are finished; the first call begins it."""
+        begins = done == 0 or what not in self._started
+        if begins:
+            self._started[what], self._before[what] = time.monotonic(), done
         if not self._live:
-            self._print_plainly(what, done, total, note)
+            if not begins or done == total:
+                self._print_plainly(what, done, total, note)
             return
         if what not in self._tasks or done == 0:
             if what in self._tasks:
@@ -113,11 +108,11 @@ class Steps:
 
     def _print_plainly(self, what: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
-        if done == 0 or (done < total and now - self._last_line < _PLAIN_INTERVAL_S):
+        if done < total and now - self._last_line < _PLAIN_INTERVAL_S:
             return
         self._last_line = now
-        spent = now - self._started.setdefault(what, now)
-        left = spent / (done - self._before.get(what, 0)) * (total - done)
+        spent = now - self._started[what]
+        left = spent / max(1, done - self._before[what]) * (total - done)
         self._console.print(
             f"{what} {done}/{total} {spent:.0f} s, eta {left:.0f} s {note}".rstrip()
         )
@@ -127,7 +122,7 @@ class Steps:
 def steps() -> Iterator[Steps]:
     """Show the progress of everything in the block."""
     shown = Steps()
-    with listening(shown.update):
+    with listening(shown.update, shown.say):
         if shown._live:
             with shown._bar:
                 yield shown
@@ -187,8 +182,3 @@ def print_table(
     for row in rows:
         table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row])
     console.print(table)
-
-
-def megabytes(size: int) -> str:
-    """A size in bytes as text; small ones in kB."""
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

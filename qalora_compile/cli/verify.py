@@ -7,25 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qalora_compile.cli.exit_codes import exit_code
-from qalora_compile.cli.ui import (
-    console,
-    err_console,
-    print_json,
-    print_summary,
-    print_table,
-    steps,
-)
+from qalora_compile.cli.options import spec_of
+from qalora_compile.cli.ui import console, print_json, print_summary, print_table, steps
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
 
 if TYPE_CHECKING:  # imported where they are used: a certificate is checked without torch
-    from qalora_compile.cli.pooling import Pooling
-    from qalora_compile.ir.program import Program
-    from qalora_compile.ir.signature import Call
+    from qalora_compile.api.verify import VerifySpec
     from qalora_compile.verify.compare import Report
     from qalora_compile.verify.numeric.report import ModeReport, NumericReport
     from qalora_compile.verify.proof.certificate import Certificate
-    from qalora_compile.verify.proof.graphs.graph import Graph
 
 NAME = "verify"
 SUMMARY = "compare two programs or exported models; exit 0 equal, 1 not equal, 2 not comparable"
@@ -90,31 +81,35 @@ def run(options: argparse.Namespace) -> int:
         raise UserInputError("two things to compare are needed", hint="verify A B --max-rel 1e-4")
     if options.levels and not options.numeric:
         raise UserInputError("--levels belongs to --numeric", hint="add --numeric")
-    _check_written(options)
+    spec = verify_spec(options)
     if options.prove:
-        return _prove(options)
+        return _prove(spec, options)
     if options.numeric:
-        return _numeric(options)
+        return _numeric(spec, options)
     if options.certificate:
         raise UserInputError("only a proof gives a certificate", hint="add --prove")
-    return _compare(options)
+    return _compare(spec, options)
 
 
-def _check_written(options: argparse.Namespace) -> None:
-    """Refuse a page or certificate in the place of something else, before the work is done."""
-    for file in (options.html, options.certificate):
-        if file:
-            inputs = [options.a, options.b]
-            check_output(Path(file), overwrite=True, inputs=inputs, is_file=True)
+def verify_spec(options: argparse.Namespace) -> VerifySpec:
+    """What the options ask for.
+
+    Raises:
+        UserInputError: a value is out of range; or a page or certificate would take the place of
+            something else, which is found before the work is done.
+    """
+    from qalora_compile.api.verify import VerifySpec
+
+    if options.certificate:
+        inputs = [options.a, options.b]
+        check_output(Path(options.certificate), overwrite=True, inputs=inputs, is_file=True)
+    levels = tuple(options.levels.split(",")) if options.levels else None
+    return spec_of(VerifySpec, options, levels=levels)
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from qalora_compile.ir.program import Program
-    from qalora_compile.runtime.library import library_path
+def _compare(spec: VerifySpec, options: argparse.Namespace) -> int:
+    from qalora_compile.api.verify import compare_on_inputs
     from qalora_compile.verify.compare import Tolerance
-    from qalora_compile.verify.equivalence import verify_equivalence
-    from qalora_compile.verify.inputs import sample_inputs
-    from qalora_compile.verify.numeric.decoding_calls import sequence_calls
 
     if options.max_abs is None and options.max_rel is None:
         raise UserInputError(
@@ -122,107 +117,36 @@ def _compare(options: argparse.Namespace) -> int:
             hint="add --max-abs 1e-4 or --max-rel 1e-4, for which there is no default; or --prove "
             "or --numeric, which need none",
         )
-    tolerance = Tolerance(max_abs=options.max_abs, max_rel=options.max_rel)
     with steps():
-        sides = [_load(options.a), _load(options.b)]
-        sides = [_pooled_as(a, b) for a, b in (sides, sides[::-1])]
-        program = next((s for s in sides if isinstance(s, Program)), None)
-        if program is None:
-            raise UserInputError(
-                "neither side is a RUN or FOLDED folder, whose signature inputs are made from",
-                hint="compare each exported model with its FOLDED folder",
-            )
-        calls: list[Call] = list(sample_inputs(program, options.inputs, seed=options.seed))
-        exported = [_exported(side) for side in sides]
-        if any(map(_keeps_cache, exported)):
-            calls += sequence_calls(program, seed=options.seed)
-        both = not options.library and any(map(_has_own_operators, exported))
-        reports = {
-            used: verify_equivalence(
-                sides[0], sides[1], calls, tolerance, library=library_path() if used else None
-            )
-            for used in ([False, True] if both else [options.library])
-        }
-        decisive = next((r for r in reports.values() if not r.passed), reports[min(reports)])
-        _write_page(decisive, sides[0], sides[1], options)
+        found = compare_on_inputs(spec, Tolerance(max_abs=options.max_abs, max_rel=options.max_rel))
     if options.json:
-        more = {"with_library": reports[True].to_json()} if both else {}
-        print_json(reports[min(reports)].to_json() | more)
+        first, *others = [found.reports[used].to_json() for used in sorted(found.reports)]
+        print_json(first | ({"with_library": others[0]} if others else {}))
     else:
-        for used, report in reports.items():
+        for used, report in found.reports.items():
             _show(report, options, library=used)
-    return exit_code(decisive.verdict)
+    return exit_code(found.decisive.verdict)
 
 
-def _keeps_cache(graphs: list[Graph]) -> bool:
-    """Whether graphs are those of an exported language model with a key-value cache."""
-    from qalora_compile.ir.signature import PAST
-
-    return len(graphs) == 1 and any(n.startswith(PAST) for n, _ in graphs[0].inputs.values())
-
-
-def _has_own_operators(graphs: list[Graph]) -> bool:
-    """Whether graphs have operators of the library, which can run here."""
-    from qalora_compile.runtime.library import kernel_level
-    from qalora_compile.verify.runners.onnx_session import uses_library
-
-    own = any(uses_library(graph.extra) for graph in graphs)
-    return own and kernel_level() is not None
-
-
-def _exported(side: Program | Path) -> list[Graph]:
-    """The graphs of an exported model; none where the side is something else."""
-    from qalora_compile.verify.proof.graphs.graph import ONNX
-    from qalora_compile.verify.proof.open_graph import open_graphs
-
-    graphs = open_graphs(side) if isinstance(side, Path) else ()
-    return [graph for graph in graphs if graph.dialect == ONNX]
-
-
-def _prove(options: argparse.Namespace) -> int:
-    from qalora_compile.verify.proof.prove import prove_equivalence
+def _prove(spec: VerifySpec, options: argparse.Namespace) -> int:
+    from qalora_compile.api.verify import prove
 
     with steps():
-        a, b = Path(options.a), Path(options.b)
-        cached = with_cache(a, b)
-        certificate = prove_equivalence(
-            a if cached is None else cached,
-            b,
-            samples=options.inputs,
-            seed=options.seed,
-            folder=a if cached is not None else None,
-        )
+        certificate = prove(spec)
     if options.certificate:
         certificate.write(options.certificate)
-    if options.html:
-        _write_page(certificate, cached or _load(options.a), _load(options.b), options)
     return _answer(certificate, [], options)
 
 
-def _numeric(options: argparse.Namespace) -> int:
-    from qalora_compile.runtime.library import kernel_level, library_path
-    from qalora_compile.verify.numeric.compare_nodes import compare_nodes, named_inputs
-    from qalora_compile.verify.runners.onnx_session import LEVELS
+def _numeric(spec: VerifySpec, options: argparse.Namespace) -> int:
+    from qalora_compile.api.verify import compare_along
 
     if options.max_abs is not None or options.max_rel is not None:
         raise UserInputError(
             "--numeric takes no tolerance", hint="leave --max-abs and --max-rel out"
         )
-    levels = tuple(LEVELS) if options.levels is None else tuple(options.levels.split(","))
     with steps():
-        a, b = Path(options.a), Path(options.b)
-        reference = with_cache(a, b) or _load(options.a)
-        if isinstance(reference, Path):
-            raise UserInputError(
-                "A is no program: only a program runs in float64",
-                where=options.a,
-                hint="give RUN or FOLDED first, then what is compared with it",
-            )
-        calls = named_inputs(reference, options.inputs, seed=options.seed)
-        built = kernel_level() is not None
-        library = library_path() if built or options.library else None  # --library: or it is said
-        report = compare_nodes(reference, b, calls, levels=levels, library=library)
-        _write_page(report, reference, _load(options.b), options)
+        report = compare_along(spec)
     if options.json:
         print_json(report.to_json())
     else:
@@ -230,28 +154,17 @@ def _numeric(options: argparse.Namespace) -> int:
     return exit_code(report.verdict)
 
 
-def _write_page(
-    outcome: Report | NumericReport | Certificate,
-    a: Program | Path,
-    b: Program | Path,
-    options: argparse.Namespace,
-) -> None:
-    """The page, where one was asked for."""
-    if not options.html:
-        return
-    from qalora_compile.ir.program import Program
-    from qalora_compile.verify.debug.report_page import verify_page
+def _check_again(options: argparse.Namespace) -> int:
+    from qalora_compile.verify.proof.prove import check_certificate
 
-    if not isinstance(a, Program):
-        raise UserInputError(
-            "a page needs a program as A", where=options.a, hint="give RUN or FOLDED first"
-        )
-    verify_page(outcome, a, b, title=f"{options.a} → {options.b}").write(options.html)
+    with steps():
+        certificate, problems = check_certificate(options.certificate)
+    return _answer(certificate, problems, options)
 
 
 def _show_numeric(report: NumericReport, options: argparse.Namespace) -> None:
     print_table(
-        f"ways of running {options.b}",
+        f"execution modes of {options.b}",
         ("", "verdict", "values", "largest ratio", "at"),
         [(w.name, w.verdict, len(w.rows), *_worst(w)) for w in report.modes],
     )
@@ -268,66 +181,9 @@ def _show_numeric(report: NumericReport, options: argparse.Namespace) -> None:
     )
 
 
-def _worst(way: ModeReport) -> tuple[object, str]:
-    worst = way.worst
-    return ("", way.problem) if worst is None else (worst.worst.ratio, worst.name)
-
-
-def with_cache(folder: Path, model: Path) -> Program | None:
-    """The program of `folder` with a key-value cache, where the exported `model` has one.
-
-    It is captured again from the description of the model that the folder holds. An encoder is
-    pooled as the record beside the exported model says. None where the program in the folder is
-    the one to compare with.
-    """
-    from qalora_compile.verify.proof.graphs.graph import FX, ONNX
-    from qalora_compile.verify.proof.open_graph import open_graph
-
-    sides = open_graph(folder), open_graph(model)
-    if (sides[0].dialect, sides[1].dialect) != (FX, ONNX):
-        return None
-    from qalora_compile.cli.folders import MODEL
-    from qalora_compile.ir.program import Program
-    from qalora_compile.ir.signature import PAST
-
-    names = [{name for name, _ in side.inputs.values()} for side in sides]
-    pooling = _pooling_of(model)
-    if pooling.in_graph:
-        return pooling.apply(Program.load(folder))
-    has_cache = [any(name.startswith(PAST) for name in side) for side in names]
-    if has_cache != [False, True] or not (folder / MODEL).is_dir():
-        return None
-    from qalora_compile.api import add_kv_cache
-
-    logits = next(o for o in sides[1].extra.graph.output if o.name == "logits")
-    last = logits.type.tensor_type.shape.dim[1].dim_value == 1
-    return add_kv_cache(Program.load(folder), folder / MODEL, last_logits=last)
-
-
-def _pooled_as(side: Program | Path, other: Program | Path) -> Program | Path:
-    """A program with the sentence embedding that the exported model in `other` has."""
-    from qalora_compile.ir.program import Program
-
-    if not isinstance(side, Program) or isinstance(other, Program):
-        return side
-    return _pooling_of(other).apply(side)
-
-
-def _pooling_of(exported: Path) -> Pooling:
-    """The pooling that the record of an exported model says."""
-    from qalora_compile.cli.edge import read_edge_record
-    from qalora_compile.cli.pooling import recorded_pooling
-
-    folder = exported if exported.is_dir() else exported.parent
-    return recorded_pooling(read_edge_record(folder))
-
-
-def _check_again(options: argparse.Namespace) -> int:
-    from qalora_compile.verify.proof.prove import check_certificate
-
-    with steps():
-        certificate, problems = check_certificate(options.certificate)
-    return _answer(certificate, problems, options)
+def _worst(mode: ModeReport) -> tuple[object, str]:
+    worst = mode.worst
+    return ("", mode.problem) if worst is None else (worst.worst.ratio, worst.name)
 
 
 def _answer(certificate: Certificate, problems: list[str], options: argparse.Namespace) -> int:
@@ -372,43 +228,6 @@ def _show_certificate(
     elif options.certificate:
         rows["written"] = options.certificate
     print_summary("verify", rows)
-
-
-def _load(text: str) -> Program | Path:
-    from qalora_compile.ir.program import Program
-    from qalora_compile.untrusted.artifacts import PROGRAM_FILE
-
-    path = Path(text)
-    if (path / PROGRAM_FILE).exists():
-        return Program.load(path)
-    weights = _checkpoint(path)
-    return path if weights is None else _read_back(weights)
-
-
-def _checkpoint(path: Path) -> Path | None:
-    """The GGUF file or folder of weights that a path names; None where it names something else."""
-    from qalora_compile.cli.checkpoint import GGUF_FILE
-
-    if path.suffix == ".gguf":
-        return path
-    if (path / GGUF_FILE).is_file():
-        return path / GGUF_FILE
-    return path if any(path.glob("*.safetensors")) else None
-
-
-def _read_back(path: Path) -> Program:
-    """A checkpoint as a model, by its format's own library; every linear map with its own row."""
-    from qalora_compile.capture.load_source import load_source
-    from qalora_compile.passes.annotate_linears import AnnotateLinears
-    from qalora_compile.passes.canonicalize.canonical_passes import canonical_passes
-    from qalora_compile.passes.framework.pipeline import Pipeline
-    from qalora_compile.verify.runners.reference_libraries import put_library_weights_
-
-    source = load_source(str(path))
-    reader = "gguf" if path.is_file() else put_library_weights_(source.model, path)
-    err_console.print(f"note: {path} is read back by {reader}")
-    captured = source.capture()
-    return Pipeline([*canonical_passes(), AnnotateLinears()])(captured).program
 
 
 def _show(report: Report, options: argparse.Namespace, *, library: bool) -> None:

@@ -21,7 +21,7 @@ from qalora_compile.ir.site_plan import SitePlan
 from qalora_compile.ir.storage import read_parts, write_program
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Program(ProgramParts):
     """A captured model at some stage on its way to an exported one.
 

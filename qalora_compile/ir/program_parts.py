@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from qalora_compile.brief import Brief, megabytes
 from qalora_compile.ir.module import ProgramModule, program_tensors
 from qalora_compile.ir.signature import Signature, bind, flatten_inputs
 from qalora_compile.ir.site_plan import SitePlan
 from qalora_compile.ir.stages import ADAPTER_NAMES
 
 
-@dataclass(frozen=True)
-class ProgramParts:
+@dataclass(frozen=True, repr=False)
+class ProgramParts(Brief):
     """A torch.fx graph with its tensors, its stage, its site plan and its history.
 
     Attributes:
@@ -37,6 +38,20 @@ class ProgramParts:
     history: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
     trained: tuple[str, ...] = ()
+
+    def brief(self) -> dict[str, object]:
+        """Stage, layers, size and inputs."""
+        leaves = (leaf for leaf in self.signature.inputs if leaf.dtype is not None)
+        size = sum(t.numel() * t.element_size() for t in self.tensors().values())
+        return {
+            "stage": self.stage,
+            **self.plan.brief(),
+            "size": megabytes(size),
+            "inputs": ", ".join(
+                f"{leaf.name} {leaf.dtype}[{', '.join(map(str, leaf.shape))}]" for leaf in leaves
+            ),
+            "passes": len(self.history),
+        }
 
     @property
     def graph(self) -> fx.Graph:

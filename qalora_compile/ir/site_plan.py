@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qalora_compile.brief import Brief
 from qalora_compile.errors import UserInputError
 from qalora_compile.untrusted import check_fields
 
@@ -85,8 +86,8 @@ class Site:
         return f"{self.experts}×{self.k}×{self.n}" if self.experts else f"{self.k}×{self.n}"
 
 
-@dataclass(frozen=True)
-class SitePlan:
+@dataclass(frozen=True, repr=False)
+class SitePlan(Brief):
     """The rows in graph order."""
 
     sites: tuple[Site, ...] = ()
@@ -129,6 +130,17 @@ class SitePlan:
         """A plan in which `why_bits` or `why_rank` of the rows of a path is `reasons[path]`."""
         named = {s.name: {field: reasons[s.path]} for s in self.sites if s.path in reasons}
         return self.update(named)
+
+    def brief(self) -> dict[str, object]:
+        """How many rows are decided how, with which bits, and how many have an adapter."""
+        widths = Counter(s.bits or s.chosen_bits for s in self.to_quantize())
+        bits = ", ".join(f"{widths[b]} at {b} bits" for b in sorted(filter(None, widths)))
+        adapted = sum(site.rank is not None for site in self.sites)
+        return {
+            "layers": ", ".join(f"{count} to {what}" for what, count in self.counts().items()),
+            "widths": bits,
+            "adapters": adapted or "",
+        }
 
     def counts(self) -> Counter[str]:
         """How many rows each decision has."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qalora_compile.brief import Brief
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.verdict import Verdict
 
@@ -154,8 +155,8 @@ def worst_of(comparisons: Iterable[Comparison]) -> Comparison:
     )
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Brief):
     """Outcome of `verify_equivalence`.
 
     Attributes:
@@ -179,6 +180,18 @@ class Report:
     first_divergence: str | None
     verdict: Verdict
     by_input: tuple[Comparison, ...] = ()
+
+    def brief(self) -> dict[str, object]:
+        """Verdict, what was compared, and the largest difference."""
+        return {
+            "verdict": self.verdict,
+            "reference": self.reference,
+            "candidate": self.candidate,
+            "inputs": self.inputs,
+            "tolerance": self.tolerance,
+            "largest difference": f"{self.max_abs:.3g}" if self.outputs else "",
+            "first diverging site": self.first_divergence,
+        }
 
     @property
     def passed(self) -> bool:

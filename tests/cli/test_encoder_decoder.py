@@ -215,7 +215,7 @@ def test_whisper_is_quantized_and_not_given_text(tmp_path: Path, capsys: Capture
 def test_an_encoder_is_exported_as_one_graph(tmp_path: Path, capsys: Capture) -> None:
     """BERT, as `finetune` would leave it: a program with its description."""
     import qalora_compile as qc
-    from qalora_compile.cli.folders import save_description, write_run_file
+    from qalora_compile.api.run_folder import save_description, write_run_file
 
     model = ENTRIES["bert"].build()
     program = qc.quantize_groups(qc.capture_model(model, *ENTRIES["bert"].inputs(2, 9, 0)))

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from qalora_compile.api.pooling import Pooling, recorded_pooling
 from qalora_compile.capture.sentence import read_sentence_parts
 from qalora_compile.cli.main import main
-from qalora_compile.cli.pooling import Pooling, recorded_pooling
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.onnx.sentence_transformers import write_sentence_files
 from qalora_compile.ir.program import Program

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from qalora_compile.cli.finetune_train import View
 from qalora_compile.cli.main import main
+from qalora_compile.cli.training_view import View
 from qalora_compile.ir.safetensors_io import load_tensors
 from qalora_compile.ir.storage import replace_adapters
 from qalora_compile.training import FitSpec, Metrics, StepReport
@@ -258,7 +258,7 @@ def test_a_model_that_gives_no_number_is_not_trained(
     def nothing(*_: Any, **__: Any) -> Metrics:
         return Metrics(float("nan"), 0.0, 0.0, None, 6)
 
-    monkeypatch.setattr("qalora_compile.cli.finetune_job.evaluate", nothing)
+    monkeypatch.setattr("qalora_compile.api.finetune_job.evaluate", nothing)
     out = tmp_path / "run"
     assert main([*command, "--out", str(out)]) == 2
     assert "before training the held-out loss is nan" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import qalora_compile as qc
-from qalora_compile.cli.folders import read_run_file, write_run_file
+from qalora_compile.api.run_folder import read_run_file, write_run_file
 from qalora_compile.cli.main import main
 from qalora_compile.ir.storage import write_program
 from tests.models import MLP
@@ -51,7 +51,7 @@ def test_a_wrong_fold_is_refused_and_kept_aside(
         tensors[name] = tensors[name] + 2e-6 * tensors[name].abs().max()
         return folded.evolve(graph=folded.copy_graph(), tensors=tensors)
 
-    monkeypatch.setattr("qalora_compile.cli.fold.fold_adapters", wrong)
+    monkeypatch.setattr("qalora_compile.api.fold.fold_adapters", wrong)
     for _ in range(2):  # what an earlier failure has left is replaced
         assert main(["fold", str(run), "--out", str(out)]) == 1
         said = capsys.readouterr().err

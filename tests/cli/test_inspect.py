@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 import qalora_compile as qc
+from qalora_compile.api.inspect import group_equal_rows
 from qalora_compile.cli import inspect as command
 from qalora_compile.cli import ui
-from qalora_compile.cli.inspect import group_equal_rows
 from qalora_compile.cli.main import main
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from tests.models import OneLinear

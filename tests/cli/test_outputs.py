@@ -147,7 +147,7 @@ def test_a_signal_that_comes_twice_at_once_counts_once(monkeypatch: pytest.Monke
         stop.handle(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         stop.handle(signal.SIGINT, None)
-    with stopping() as other:
+    with stopping(Stop()) as other:
         signal.raise_signal(signal.SIGTERM)
     assert (other.number, other.exit_code) == (signal.SIGTERM, 143)
 
@@ -163,7 +163,7 @@ def test_a_signal_ends_a_command_and_leaves_nothing(
     request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setattr(
-        "qalora_compile.cli.fold.copy_parts", lambda *_: signal.raise_signal(number)
+        "qalora_compile.api.fold.copy_parts", lambda *_: signal.raise_signal(number)
     )
     # what starts the tests may ignore it, as shells do for what runs behind them
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

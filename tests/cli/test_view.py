@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from qalora_compile.cli.finetune_train import View
+from qalora_compile.cli.training_view import View
 from qalora_compile.cli.ui import Steps
 from qalora_compile.training import StepReport
 
@@ -17,7 +17,7 @@ def shown(*, terminal: bool, begun: int = 0) -> str:
     steps = Steps(Console(file=file, force_terminal=terminal, width=160))
     view = View(steps, begun + 10)
     with steps._bar if terminal else io.StringIO():
-        view.begin(begun)
+        steps.update("train", begun, begun + 10)
         for step in range(begun + 1, begun + 11):
             held_out = {begun + 4: 3.5, begun + 8: 3.25}.get(step)
             view.show(StepReport(step, 2.5, 1e-3, 0.5, 100, 0.5, held_out))

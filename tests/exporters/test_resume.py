@@ -17,8 +17,8 @@ import onnx_ir as ir
 import pytest
 
 import qalora_compile as qc
+from qalora_compile.api.edge import EdgeParts
 from qalora_compile.capture.lazy_folder import capture_checkpoint
-from qalora_compile.cli.edge import EdgeParts
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.onnx import initializers

@@ -174,7 +174,7 @@ def folded_program() -> qc.Program:
 
 
 def _run(folder: Path) -> None:
-    from qalora_compile.cli.folders import write_run_file
+    from qalora_compile.api.run_folder import write_run_file
     from qalora_compile.ir.storage import write_program
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def _run(folder: Path) -> None:
 
 
 def _read_run(folder: Path) -> str:
-    from qalora_compile.cli.folders import load_run
+    from qalora_compile.api.run_folder import load_run
 
     program, record = load_run(folder)
     return digest(_of_program(program), {k: v for k, v in record.items() if k != "versions"})
@@ -255,7 +255,7 @@ def _edge_with_data(folder: Path) -> None:
 
 
 def _read_edge(folder: Path) -> str:
-    from qalora_compile.cli.inspect import _inspect_onnx
+    from qalora_compile.api.inspect import _inspect_onnx
     from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
     from qalora_compile.verify.runners.onnx_session import OnnxSession
 

@@ -14,9 +14,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qalora_compile"
 ROOT_NAME = "qalora_compile"
+CLI = f"{ROOT_NAME}.cli"
 CORE = {
     *("errors", "config", "registry", "optional", "progress", "files", "untrusted", "sealed"),
-    *("_version", "verdict"),
+    *("_version", "verdict", "brief"),
 }
 ALLOWED = {
     **dict.fromkeys(CORE, CORE),
@@ -26,7 +27,7 @@ ALLOWED = {
     "exporters": CORE | {"exporters", "ir"},
     "capture": CORE | {"capture", "ir"},
     "verify": CORE | {"verify", "ir", "pages"},
-    "runtime": {"runtime", "errors", "optional", "untrusted"},
+    "runtime": {"runtime", "errors", "optional", "untrusted", "_version"},
     "pages": {"pages", "errors", "files", "optional"},
     "training": CORE | {"training", "passes", "pages", "ir"},
     "extend": CORE | {"ir", "passes", "quantizers", "exporters", "capture"},
@@ -153,6 +154,13 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 def test_every_room_of_the_contract_exists() -> None:
     rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
     assert rooms == set(ALLOWED) | FREE
+
+
+@every_file
+def test_options_of_the_command_line_end_in_cli(path: Path) -> None:
+    if path.relative_to(PACKAGE).parts[0] not in ("cli", "__main__.py"):
+        names = [found.name for found in imports(path.read_text("utf-8"))]
+        assert not [name for name in names if name == "argparse" or name.startswith(CLI)]
 
 
 # Planted faults: each check must be able to fail.

@@ -75,13 +75,13 @@ def _numeric(page: Page, report: NumericReport) -> None:
         f"{EXPLAINED:g} rounding explains it, from {BEYOND:g} on it does not."
     )
     page.table(
-        ("way of running", "verdict", "values", "largest ratio", "at", "on"),
+        ("execution mode", "verdict", "values", "largest ratio", "at", "on"),
         [(w.name, w.verdict, len(w.rows), *_worst_of(w)) for w in report.modes],
     )
-    way = next((w for w in report.modes if w.verdict == report.verdict), report.modes[0])
-    rows = [row for row in way.rows if row.kind in ("site", "output")]
+    mode = next((w for w in report.modes if w.verdict == report.verdict), report.modes[0])
+    rows = [row for row in mode.rows if row.kind in ("site", "output")]
     if rows:
-        page.section("Errors by layer", f"Candidate: {way.name}.")
+        page.section("Errors by layer", f"Candidate: {mode.name}.")
         names = [row.name for row in rows]
         relative = [(row.worst.own, row.worst.error, row.worst.scale or 1.0) for row in rows]
         page.chart(
@@ -96,11 +96,11 @@ def _numeric(page: Page, report: NumericReport) -> None:
             ),
             "Distance from float64 on the worst input of each layer, outputs last.",
         )
-    worst = sorted(way.rows, key=lambda row: -row.worst.ratio)[:_ROWS]
+    worst = sorted(mode.rows, key=lambda row: -row.worst.ratio)[:_ROWS]
     page.table(
         ("value", "ratio", "error", "of", "input", "reference", "candidate"),
         [(r.name, r.worst.ratio, r.worst.error, r.worst.scale, r.input, *r.lines) for r in worst],
-        f"The {len(worst)} largest ratios of {len(way.rows)} values",
+        f"The {len(worst)} largest ratios of {len(mode.rows)} values",
     )
     _worst_inputs(page, report)
 
@@ -109,23 +109,23 @@ def _worst_inputs(page: Page, report: NumericReport) -> None:
     page.section(
         "Worst inputs",
         "The largest ratio of any output on each input; – where the reference is not accurate "
-        "itself, all of it is padding, or that way was tried on one input alone.",
+        "itself, all of it is padding, or that mode was tried on one input alone.",
     )
-    ran = [way for way in report.modes if way.inputs]
+    ran = [mode for mode in report.modes if mode.inputs]
     if not ran:
         page.text("The candidate did not run.")
         return
-    ratios = {way.name: dict(way.inputs) for way in ran}
+    ratios = {mode.name: dict(mode.inputs) for mode in ran}
     order = sorted(report.inputs, key=lambda name: -max(r.get(name, 0.0) for r in ratios.values()))
     page.table(
         ("input", *ratios), [(name, *(r.get(name, "–") for r in ratios.values())) for name in order]
     )
 
 
-def _worst_of(way: ModeReport) -> tuple[object, str, str]:
-    worst = way.worst
+def _worst_of(mode: ModeReport) -> tuple[object, str, str]:
+    worst = mode.worst
     if worst is None:
-        return "", way.problem, ""
+        return "", mode.problem, ""
     return worst.worst.ratio, worst.name, worst.input
 
 

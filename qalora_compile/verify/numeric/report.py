@@ -1,4 +1,4 @@
-"""What a numeric comparison found: one row a value, for each way of running the candidate."""
+"""What a numeric comparison found: one row a value, for each execution mode of the candidate."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from qalora_compile.brief import Brief
 from qalora_compile.errors import VerificationError
 from qalora_compile.verdict import Verdict
 from qalora_compile.verify.compare import BEYOND, EXPLAINED
@@ -41,7 +42,7 @@ class ValueRow:
 
 @dataclass(frozen=True)
 class ModeReport:
-    """One way of running the candidate.
+    """One execution mode of the candidate.
 
     Attributes:
         name: `as a program`, or optimization level and kernels of an exported model.
@@ -64,7 +65,7 @@ class ModeReport:
 
     @property
     def first(self) -> ValueRow | None:
-        """The first row, in graph order, whose verdict is that of the way, unless that is EQUAL."""
+        """The first row, in graph order, with the verdict of the mode; None if that is EQUAL."""
         if self.verdict == Verdict.EQUAL:
             return None
         return next((row for row in self.rows if row.verdict == self.verdict), None)
@@ -75,15 +76,15 @@ class ModeReport:
         return max(self.rows, key=lambda row: row.worst.ratio, default=None)
 
 
-@dataclass(frozen=True)
-class NumericReport:
+@dataclass(frozen=True, repr=False)
+class NumericReport(Brief):
     """Outcome of `compare_nodes`.
 
     Attributes:
         reference: What was run in float64, and at its own precision.
         candidate: What was held to it.
         inputs: Names of the inputs, in the order they were tried.
-        ways: One for each way of running the candidate.
+        modes: One for each execution mode of the candidate.
         notes: What was not tried, and why.
     """
 
@@ -93,9 +94,20 @@ class NumericReport:
     modes: tuple[ModeReport, ...]
     notes: tuple[str, ...] = ()
 
+    def brief(self) -> dict[str, object]:
+        """Verdict, what was compared, and the first difference."""
+        return {
+            "verdict": self.verdict,
+            "reference": self.reference,
+            "candidate": self.candidate,
+            "inputs": len(self.inputs),
+            "modes": ", ".join(f"{mode.name} ({mode.verdict})" for mode in self.modes),
+            "first difference": self.difference,
+        }
+
     @property
     def verdict(self) -> Verdict:
-        """DIFFERENT if any way fails, else UNDECIDED if any is, else EQUAL."""
+        """The worst of all execution modes."""
         return Verdict.worst(mode.verdict for mode in self.modes)
 
     @property
@@ -105,20 +117,20 @@ class NumericReport:
 
     @property
     def culprit(self) -> tuple[ModeReport, ValueRow | None] | None:
-        """The first way with the verdict, and its first such row; None if all passes."""
+        """The first mode with the verdict, and its first such row; None if all are equal."""
         if self.passed:
             return None
-        way = next(way for way in self.modes if way.verdict == self.verdict)
-        return way, way.first
+        mode = next(mode for mode in self.modes if mode.verdict == self.verdict)
+        return mode, mode.first
 
     @property
     def difference(self) -> str | None:
-        """The culprit as text of one line and, below it, the nodes; None if all passes."""
+        """The culprit as text of one line and, below it, the nodes; None if all are equal."""
         if self.culprit is None:
             return None
-        way, row = self.culprit
+        mode, row = self.culprit
         if row is None:
-            return f"{way.name}: {way.problem}"
+            return f"{mode.name}: {mode.problem}"
         return f"{describe(row)}\n    {row.lines[0]}\n    {row.lines[1]}"
 
     def check(self) -> NumericReport:
@@ -129,11 +141,11 @@ class NumericReport:
         """
         if self.culprit is None:
             return self
-        way, row = self.culprit
+        mode, row = self.culprit
         raise VerificationError(
             f"{self.candidate} is not the same as {self.reference}: {self.verdict}",
             report=self,
-            where=f"{way.name}: {way.problem or (row and describe(row))}",
+            where=f"{mode.name}: {mode.problem or (row and describe(row))}",
             hint=None
             if self.verdict == Verdict.DIFFERENT
             else "rounding explains a part of it: try more inputs, or prove_equivalence",
@@ -159,14 +171,14 @@ class NumericReport:
             f"({len(self.inputs)} inputs; rounding explains a ratio of {EXPLAINED:g}, "
             f"{BEYOND:g} is beyond it)"
         ]
-        for way in self.modes:
-            worst = way.worst
-            found = way.problem or (
-                f"{len(way.rows)} values, largest ratio {worst.worst.ratio:.3g} at {worst.name}"
+        for mode in self.modes:
+            worst = mode.worst
+            found = mode.problem or (
+                f"{len(mode.rows)} values, largest ratio {worst.worst.ratio:.3g} at {worst.name}"
                 if worst is not None
                 else "nothing to compare"
             )
-            lines.append(f"  {way.verdict:9}  {way.name}: {found}")
+            lines.append(f"  {mode.verdict:9}  {mode.name}: {found}")
         if self.difference:
             lines.append(f"  first: {self.difference}")
         lines += [f"  note: {note}" for note in self.notes]
@@ -186,12 +198,12 @@ def describe(row: ValueRow) -> str:
     )
 
 
-def _mode_json(way: ModeReport) -> dict[str, Any]:
+def _mode_json(mode: ModeReport) -> dict[str, Any]:
     return {
-        "name": way.name,
-        "verdict": way.verdict,
-        "problem": way.problem,
-        "inputs": {name: _number(ratio) for name, ratio in way.inputs},
+        "name": mode.name,
+        "verdict": mode.verdict,
+        "problem": mode.problem,
+        "inputs": {name: _number(ratio) for name, ratio in mode.inputs},
         "values": [
             {
                 "name": row.name,
@@ -203,7 +215,7 @@ def _mode_json(way: ModeReport) -> dict[str, Any]:
                 "undefined_in_all": row.undefined,
                 **{k: _number(v) for k, v in dataclasses.asdict(row.worst).items()},
             }
-            for row in way.rows
+            for row in mode.rows
         ],
     }
 

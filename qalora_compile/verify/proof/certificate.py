@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qalora_compile.brief import Brief
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.files import atomic_files, write_json
 from qalora_compile.untrusted import quoted, read_json
@@ -52,7 +53,7 @@ class SiteProof:
     Attributes:
         name, k, n, experts: The site.
         status: `proved`, `different`, or `sampled`: its nodes were not read as a linear map.
-        ways: How far the weights lie apart, for each way to take the candidate's operators.
+        modes: How far the weights lie apart, for each execution mode of its operators.
         problem: Why there are no numbers.
     """
 
@@ -71,7 +72,7 @@ class SiteProof:
 
     @property
     def worst(self) -> tuple[str, Coefficients] | None:
-        """The way whose difference is the largest part of what storing explains."""
+        """The execution mode whose difference is the largest part of what storing explains."""
         return max(self.modes.items(), key=lambda item: item[1].max_ratio, default=None)
 
     def bound(self, norm: float) -> float:
@@ -89,8 +90,8 @@ class SegmentProof:
     sampled: float | None
 
 
-@dataclass(frozen=True)
-class Certificate:
+@dataclass(frozen=True, repr=False)
+class Certificate(Brief):
     """The outcome of `prove_equivalence`.
 
     Attributes:
@@ -113,6 +114,18 @@ class Certificate:
     samples: Mapping[str, float]
     notes: tuple[str, ...]
     versions: Mapping[str, str]
+
+    def brief(self) -> dict[str, object]:
+        """Verdict, what was compared, the statuses of its parts, and the first difference."""
+        return {
+            "verdict": self.verdict,
+            "for all inputs": "yes" if self.proved else "no",
+            "reference": self.reference.label,
+            "candidate": self.candidate.label,
+            "layers": _counts(Counter(site.status for site in self.sites)),
+            "between them": _counts(Counter(segment.status for segment in self.segments)),
+            "first difference": self.difference,
+        }
 
     @property
     def passed(self) -> bool:
@@ -300,11 +313,11 @@ def _check_types(row: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> No
             raise TypeError(f"{name} is {quoted(value)}")
 
 
-def _coefficients(way: Mapping[str, Any]) -> Coefficients:
+def _coefficients(mode: Mapping[str, Any]) -> Coefficients:
     numbers: dict[str, Any] = {
         name: None if v is None and name == "float32" else float(v)
-        for name, v in way.items()
+        for name, v in mode.items()
         if name != "worst"
     }
-    numbers["terms"] = int(way["terms"])
-    return Coefficients(**numbers, worst=tuple(way["worst"]))
+    numbers["terms"] = int(mode["terms"])
+    return Coefficients(**numbers, worst=tuple(mode["worst"]))

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qalora_compile as qc
+from qalora_compile.api.run_folder import save_description
 from qalora_compile.capture.describe_model import describe
 from qalora_compile.capture.load_source import load_source
-from qalora_compile.cli.folders import save_description
 from qalora_compile.errors import (
     OutputError,
     PreconditionError,

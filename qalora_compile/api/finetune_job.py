@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -11,19 +10,20 @@ from typing import Any
 
 import torch
 
-from qalora_compile.api import insert_adapters, quantize_groups
-from qalora_compile.capture.load_source import Source
-from qalora_compile.cli.data_options import (
+from qalora_compile.api.codes import stored_codes
+from qalora_compile.api.finetune_data import (
     arrange,
     check_trainable,
     excluded,
     load_data,
+    load_files,
     load_model,
     reading_record,
     recorded_classes,
     report_data,
 )
-from qalora_compile.cli.folders import (
+from qalora_compile.api.finetune_spec import FinetuneSpec
+from qalora_compile.api.run_folder import (
     CHECKPOINTS,
     TOKENIZER,
     read_run_file,
@@ -31,23 +31,20 @@ from qalora_compile.cli.folders import (
     save_tokenizer,
     write_run_file,
 )
-from qalora_compile.cli.quantized import embedding_record, embedding_spec, quant_spec, stored_codes
-from qalora_compile.cli.training_options import adapter_spec, check_options, decisive_options
-from qalora_compile.cli.ui import Steps
-from qalora_compile.config import AUTO
+from qalora_compile.api.steps import insert_adapters, quantize_groups
+from qalora_compile.capture.load_source import Source
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder
 from qalora_compile.ir.end_tokens import ends_to_json
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import replace_adapters, write_program
-from qalora_compile.quantizers import needs_data
+from qalora_compile.progress import say
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
 from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.data.batches import Batches
 from qalora_compile.training.data.dataset import Dataset, taught_ends
 from qalora_compile.training.data.example import Example
-from qalora_compile.training.data.load_examples import load_examples
 from qalora_compile.training.distributed import Processes
 from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
 from qalora_compile.training.fit import FitState
@@ -66,7 +63,6 @@ from qalora_compile.training.records.report_page import (
 )
 from qalora_compile.training.records.run_identity import Identity
 from qalora_compile.training.sample_answers import answers, questions
-from qalora_compile.training.spec import FitSpec
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 TRAINING, INTERRUPTED, FINISHED, FAILED = "training", "interrupted", "finished", "failed"
@@ -87,20 +83,24 @@ class Job:
     data: Dataset
     batches: Batches
     held_out: Dataset | None
-    spec: FitSpec
-    folder: Path
+    spec: FinetuneSpec
     record: dict[str, Any]
     state: FitState
     identity: Identity
     reports: tuple[QuantReport, ...] = ()
 
-    def report_data(self, shown: Steps) -> None:
+    @property
+    def folder(self) -> Path:
+        """The RUN folder."""
+        return self.spec.out
+
+    def report_data(self) -> None:
         """Say what of the data was cut or skipped."""
         for note in self.program.notes:
-            shown.say(f"note: {note}")
+            say(f"note: {note}")
         for name, data in (("data", self.data), ("held-out data", self.held_out)):
             if data is not None:
-                report_data(shown, name, data)
+                report_data(name, data)
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
@@ -163,10 +163,10 @@ class Job:
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.folder / TOKENIZER)
 
-    def save(self, keep: int) -> None:
+    def save(self) -> None:
         """Write a checkpoint, and the adapters that the run would be folded with now."""
         folder = self.folder / CHECKPOINTS
-        save_checkpoint(folder, self.program, self.state, self.identity, keep=keep)
+        save_checkpoint(folder, self.program, self.state, self.identity, keep=self.spec.keep)
         best = self.state.best
         adapters = best.adapters if best else dict(self.program.named_adapter_parameters())
         replace_adapters(adapters, self.folder)
@@ -191,47 +191,40 @@ class _Begun:
     reports: tuple[QuantReport, ...] = ()
 
 
-def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) -> _Begun:
+def _start(spec: FinetuneSpec) -> _Begun:
     """Load, read the data, quantize, insert; write the RUN folder that training goes on in."""
-    adapter, embeddings = adapter_spec(options), embedding_spec(options)
-    quant = quant_spec(
-        options,
-        budget=options.budget,
-        budget_unit=options.budget_unit,
-        zero_point="integer" if options.adapter == "scale" else options.zero_point,
-        refine_offsets=options.init != "svd",  # else nothing would be left for the adapters
-    )
-    shown.say(f"load {options.model}")
-    source, classes = load_model(options)
-    data, held_out = load_data(options, source.tokenizer, source.decoder_start, classes)
-    shown.say("capture")
+    codes, quant = spec.codes, spec.quant
+    say(f"load {spec.model}")
+    source, classes = load_model(spec)
+    data, held_out = load_data(spec.reading, source.tokenizer, source.decoder_start, classes)
+    say("capture")
     captured = source.capture()
     check_program(captured)
     check_trainable(captured, classes, data, held_out)
-    calls = _calibration(options, captured, data, source)
-    stored = stored_codes(options, source, shown)
+    calls = _calibration(spec, captured, data, source)
+    stored = stored_codes(codes, source)
     with collecting_reports() as reports:
         program = quantize_groups(
             captured,
             quant,
-            targets=options.targets or "all-linear",
-            exclude=excluded(options, source),
-            embeddings=embeddings,
-            calibration=calls if _quantizes_by_data(options) else None,
+            targets=codes.layers,
+            exclude=excluded(spec, source),
+            embeddings=codes.embedding_quant,
+            calibration=calls if spec.quantizes_by_data else None,
             stored=stored,
         )
     program = insert_adapters(
-        program, adapter, source=captured, calibration=calls, train=source.head
+        program, spec.adapter, source=captured, calibration=calls, train=source.head
     )
-    trained, batches = arrange(options, program, data, source.model)
+    trained, batches = arrange(spec, program, data, source.model)
     record = {
-        "model": options.model,
+        "model": spec.model,
         "data": [str(Path(file.path).resolve()) for file in data.files],
-        "reading": reading_record(options, classes),
+        "reading": reading_record(spec.reading, classes),
         "quant": quant.to_json(),
-        "adapter": adapter.to_json(),
-        "fit": spec.to_json(),
-        "options": decisive_options(options),
+        "adapter": spec.adapter.to_json(),
+        "fit": spec.fit.to_json(),
+        "options": spec.decisive(),
         "examples": len(data.examples),
         "files": {
             "data": [vars(file) for file in data.files],
@@ -240,9 +233,9 @@ def _start(options: argparse.Namespace, spec: FitSpec, out: Path, shown: Steps) 
         "decoder_start": source.decoder_start,
         "status": TRAINING,
         "step": 0,
-    } | embedding_record(embeddings)
+    } | codes.embedding_record()
     taught = [] if classes else taught_ends(data, source.tokenizer)
-    _write_run(out, program, source, record, taught, overwrite=options.overwrite)
+    _write_run(spec.out, program, source, record, taught, overwrite=spec.overwrite)
     return _Begun(program, trained, data, batches, held_out, tuple(reports))
 
 
@@ -269,45 +262,44 @@ def _write_run(
         write_run_file(folder, record | {"ends": ends_to_json(ends)})
 
 
-def open_job(options: argparse.Namespace, spec: FitSpec, shown: Steps, processes: Processes) -> Job:
-    """Start a run or, with `--resume`, restore its last checkpoint.
+def open_job(spec: FinetuneSpec, processes: Processes) -> Job:
+    """Start a run or, with `spec.resume`, restore its last checkpoint.
 
     One process alone starts it; the others open the folder that it has written.
 
     Raises:
         UserInputError: the folder was made with other options or data; the first is named.
     """
-    out, begun = Path(options.out), None
-    if not options.resume:
-        begun = _start(options, spec, out, shown) if processes.is_first else None
+    begun = None
+    if not spec.resume:
+        begun = _start(spec) if processes.is_first else None
         processes.wait()
-    record = read_run_file(out)
+    record = read_run_file(spec.out)
     if "options" not in record:
-        raise UserInputError("the folder was not written by finetune", where=str(out))
-    if options.resume:
-        check_options(options, record["options"], out)
-    begun = begun or _open(options, out, record)
-    identity = Identity.of(begun.program, spec, data=str(record["options"]["data"]))
-    state = FitState.fresh(begun.program, spec)
-    if options.resume:
-        _restore(out / CHECKPOINTS, begun.program, state, identity, processes)
+        raise UserInputError("the folder was not written by finetune", where=str(spec.out))
+    if spec.resume:
+        spec.check_resumed(record["options"])
+    begun = begun or _open(spec, record)
+    identity = Identity.of(begun.program, spec.fit, data=str(record["options"]["data"]))
+    state = FitState.fresh(begun.program, spec.fit)
+    if spec.resume:
+        _restore(spec.out / CHECKPOINTS, begun.program, state, identity, processes)
     return Job(
         **{f.name: getattr(begun, f.name) for f in fields(begun)},
         spec=spec,
-        folder=out,
         record=record,
         state=state,
         identity=identity,
     )
 
 
-def _open(options: argparse.Namespace, out: Path, record: dict[str, Any]) -> _Begun:
+def _open(spec: FinetuneSpec, record: dict[str, Any]) -> _Begun:
     """Read the program of a RUN folder, and the data."""
-    program = Program.load(out)
-    tokenizer, classes = load_tokenizer(out / TOKENIZER), recorded_classes(record)
-    data, held_out = load_data(options, tokenizer, record["decoder_start"], classes)
+    program = Program.load(spec.out)
+    tokenizer, classes = load_tokenizer(spec.out / TOKENIZER), recorded_classes(record)
+    data, held_out = load_data(spec.reading, tokenizer, record["decoder_start"], classes)
     check_trainable(program, classes, data, held_out)
-    trained, batches = arrange(options, program, data, out)
+    trained, batches = arrange(spec, program, data, spec.out)
     return _Begun(program, trained, data, batches, held_out)
 
 
@@ -323,26 +315,14 @@ def _restore(
 
 
 def _calibration(
-    options: argparse.Namespace, program: Program, data: Dataset, source: Source
+    spec: FinetuneSpec, program: Program, data: Dataset, source: Source
 ) -> list[dict[str, Any]] | None:
-    """Calls to quantize and to start for, where a file of them is given or an option needs them."""
-    if options.calibration:
-        data = load_examples(
-            options.calibration,
-            source.tokenizer,
-            max_length=options.seq_len,
-            decoder_start=source.decoder_start,
-            learn=options.learn,
-            classes=data.classes or None,
-            cache=options.data_cache,
-            mapping=options.map,
+    """Calls to quantize and to start for, where a file of them is given or a setting needs them."""
+    if not spec.needs_calibration:
+        return None
+    if spec.calibration:
+        data = load_files(
+            spec.reading, spec.calibration, source.tokenizer, source.decoder_start, data.classes
         )
         check_trainable(program, data.classes, data)
-    elif not (_quantizes_by_data(options) or options.rank == AUTO or options.init == "svd"):
-        return None
-    return calibration_calls(program, data.examples, options.calibration_samples)
-
-
-def _quantizes_by_data(options: argparse.Namespace) -> bool:
-    by_data = options.method is not None and needs_data(options.method)
-    return by_data or options.bits == AUTO or options.calibration is not None
+    return calibration_calls(program, data.examples, spec.calibration_samples)

@@ -1,8 +1,7 @@
-"""`--pooling` and `--normalize`: sentence embeddings in the graph, and files that say so."""
+"""Sentence embeddings in the graph, and files that say so."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,41 +72,33 @@ class Pooling:
         return True
 
 
-def add_pooling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument(
-        "--pooling",
-        choices=POOLINGS,
-        help="an encoder's graph gives sentence_embedding too: mean of the tokens, or the first",
-    )
-    parser.add_argument(
-        "--normalize", action="store_true", help="divide sentence_embedding by its norm"
-    )
+def chosen_pooling(asked: str | None, normalize: bool, folder: Path) -> Pooling:
+    """What is asked for, or else what a folder of sentence-transformers says.
 
-
-def chosen_pooling(options: argparse.Namespace, folder: Path) -> Pooling:
-    """What the options ask for, or else what a folder of sentence-transformers says.
+    Args:
+        asked: `mean`, `cls`, or None.
+        normalize: Whether the vector is to be divided by its norm.
+        folder: Of the model.
 
     Raises:
         UserInputError: `--normalize` is given alone, or the folder says something else.
     """
     known = stored_pooling(folder)
-    if options.pooling is None:
-        if options.normalize:
+    if asked is None:
+        if normalize:
             raise UserInputError(
                 "--normalize divides an embedding that is not asked for",
                 hint="give quantize or export --pooling mean or --pooling cls too",
             )
         return known
-    asked = (options.pooling, options.normalize)
-    if known.pooling is not None and asked != (known.pooling, known.normalize):
+    if known.pooling is not None and (asked, normalize) != (known.pooling, known.normalize):
         said = f"--pooling {known.pooling}" + " --normalize" * known.normalize
         raise UserInputError(
             f"the model was trained for {said}, as its modules.json says",
             where=str(folder),
             hint=f"give {said}, or take modules.json away",
         )
-    return Pooling(*asked, in_graph=True, settings=known.settings)
+    return Pooling(asked, normalize, in_graph=True, settings=known.settings)
 
 
 def stored_pooling(folder: Path) -> Pooling:

@@ -19,13 +19,13 @@ from qalora_compile.api import (
     lower,
     split_encoder_decoder,
 )
-from qalora_compile.capture.skeleton import generates, has_encoder
-from qalora_compile.cli.folders import (
+from qalora_compile.api.pooling import Pooling
+from qalora_compile.api.run_folder import (
     copy_preprocessor,
     read_record,
     versions,
 )
-from qalora_compile.cli.pooling import Pooling
+from qalora_compile.capture.skeleton import generates, has_encoder
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.capability import ExportReport

@@ -57,6 +57,12 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         UserInputError: the folder is missing, was not written by `finetune` or `fold`, or is of
             another format version.
     """
+    _check_is_run(folder)
+    check_folder(folder)
+    return read_record(folder / RUN_FILE, FORMAT, VERSION)
+
+
+def _check_is_run(folder: Path) -> None:
     if not folder.is_dir():
         raise UserInputError(f"there is no folder {folder}", where=str(folder))
     if not (folder / RUN_FILE).is_file():
@@ -65,8 +71,6 @@ def read_run_file(folder: Path) -> dict[str, Any]:
             where=str(folder),
             hint="give the folder that --out named",
         )
-    check_folder(folder)
-    return read_record(folder / RUN_FILE, FORMAT, VERSION)
 
 
 def read_record(path: Path, kind: str, version: int) -> dict[str, Any]:
@@ -90,8 +94,9 @@ def read_record(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 def load_run(folder: Path, *, lazy: bool = False) -> tuple[Program, dict[str, Any]]:
     """The program and the record of a RUN or FOLDED folder; see `Program.load`."""
-    record = read_run_file(folder)
-    return Program.load(folder, lazy=lazy), record
+    _check_is_run(folder)
+    program = Program.load(folder, lazy=lazy)  # which looks at every entry of the folder
+    return program, read_record(folder / RUN_FILE, FORMAT, VERSION)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

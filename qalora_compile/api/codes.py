@@ -1,0 +1,109 @@
+"""How the weights of a model get their codes: what finetune, quantize and adapt have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qalora_compile.capture.load_source import Source
+from qalora_compile.config import QuantSpec, Spec
+from qalora_compile.errors import UserInputError
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes
+from qalora_compile.passes.analysis.select_sites import ALL_LINEAR
+from qalora_compile.progress import say
+from qalora_compile.quantizers import needs_data
+
+EMBEDDING_GROUP = 32
+"""Group size of embeddings where none is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesSpec(Spec):
+    """Which layers get codes, and how these are chosen.
+
+    Attributes:
+        bits, group_size, method: As in `QuantSpec`; None takes its default. A checkpoint that is
+            quantized already keeps its codes where all three are None.
+        budget, budget_unit: As in `QuantSpec`, of bits `"auto"`.
+        stored_zero_points: How a GPTQ checkpoint stores its zero-points, where its tag is wrong.
+        targets, exclude: Patterns of layers to quantize (None: all linear ones), and to keep.
+        embeddings: Bits of embeddings and of the head, 8 or 4; None leaves them in float.
+        embeddings_group_size: Their group size; None takes 32.
+    """
+
+    bits: int | str | None = None
+    group_size: int | str | None = None
+    method: str | None = None
+    budget: float | None = None
+    budget_unit: str = "bits"
+    stored_zero_points: str | None = None
+    targets: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    embeddings: int | None = None
+    embeddings_group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.embeddings is None and self.embeddings_group_size is not None:
+            raise UserInputError(
+                "--embeddings-group-size has no use without --embeddings", hint="add --embeddings 8"
+            )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether codes of a kind are asked for: then none are kept that a checkpoint holds."""
+        return (self.bits, self.group_size, self.method) != (None, None, None)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method cannot do without calibration data."""
+        return self.method is not None and needs_data(self.method)
+
+    @property
+    def layers(self) -> str | tuple[str, ...]:
+        """The layers to quantize, as `quantize_groups` takes them."""
+        return self.targets or ALL_LINEAR
+
+    def quant(self, **more: Any) -> QuantSpec:
+        """The specification of the codes, with fields that only one task has.
+
+        Raises:
+            UserInputError: a value is out of range.
+        """
+        chosen = {"bits": self.bits, "group_size": self.group_size, "method": self.method}
+        given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        return QuantSpec(**given, budget=self.budget, budget_unit=self.budget_unit, **more)
+
+    @property
+    def embedding_quant(self) -> QuantSpec | None:
+        """The specification of the codes of embeddings; None leaves them in float."""
+        if self.embeddings is None:
+            return None
+        size = self.embeddings_group_size
+        return QuantSpec(bits=self.embeddings, group_size=EMBEDDING_GROUP if size is None else size)
+
+    def embedding_record(self) -> dict[str, Any]:
+        """What a folder says of its embeddings."""
+        spec = self.embedding_quant
+        if spec is None:
+            return {}
+        return {"embeddings": {"bits": spec.bits, "group_size": spec.group_size}}
+
+
+def stored_codes(codes: CodesSpec, source: Source) -> CheckpointCodes | None:
+    """The codes that a checkpoint holds and that stay as they are; None where there are none.
+
+    Raises:
+        UserInputError: the checkpoint is broken.
+    """
+    stored, notes = source.stored()
+    for note in notes:
+        say(f"note: {note}")
+    if not stored:
+        return None
+    if codes.chooses:
+        say(
+            f"note: the {len(stored)} quantized tensors of {source.reference} are quantized anew, "
+            "as asked; without --bits, --group-size and --method they keep their codes"
+        )
+        return None
+    return stored

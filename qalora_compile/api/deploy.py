@@ -1,0 +1,173 @@
+"""`export_folder`: a FOLDED folder to what a device runs, or to another library's checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qalora_compile.api.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
+from qalora_compile.api.export import export_model
+from qalora_compile.api.pooling import chosen_pooling
+from qalora_compile.api.run_folder import MODEL, TOKENIZER, load_run
+from qalora_compile.config import ExportSpec
+from qalora_compile.errors import UserInputError
+from qalora_compile.exporters.capability import ExportReport
+from qalora_compile.exporters.checkpoints.registry import Format
+from qalora_compile.exporters.record import write_record
+from qalora_compile.exporters.targets import get_target
+from qalora_compile.files import atomic_folder, reserve
+from qalora_compile.progress import say
+from qalora_compile.runtime.library import library_path
+
+GGUF_FILE = "model.gguf"
+_FOR_ONNX = ("no_kv_cache", "last_logits", "with_library")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeSpec:
+    """The folder that a device runs.
+
+    Attributes:
+        out: The folder to write.
+        target: How the model is exported.
+        no_kv_cache: Write a language model without its key-value cache.
+        last_logits: Give the logits of the last token alone.
+        with_library: The operator library to put into the folder: a file, "" for this machine's,
+            or None for none.
+        pooling, normalize: How an encoder's tokens become one vector; None: not in the graph.
+        overwrite: Replace an existing folder.
+    """
+
+    out: Path
+    target: ExportSpec = field(default_factory=ExportSpec)
+    no_kv_cache: bool = False
+    last_logits: bool = False
+    with_library: str | None = None
+    pooling: str | None = None
+    normalize: bool = False
+    overwrite: bool = False
+
+    def library(self) -> Path | None:
+        """The operator library to put into the folder.
+
+        Raises:
+            UserInputError: the file is missing, or the target does not use it.
+            UnsupportedError: this machine's was not built.
+        """
+        if self.with_library is None:
+            return None
+        if self.target.target != "ort":
+            raise UserInputError(
+                f"--with-library has no use with target {self.target.target}",
+                hint="use --target ort",
+            )
+        path = Path(self.with_library) if self.with_library else library_path()
+        if not path.is_file():
+            raise UserInputError(f"there is no library {path}", where=str(path))
+        return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeploySpec(EdgeSpec):
+    """An export.
+
+    Attributes:
+        folder: FOLDED, or RUN where the target allows unfolded adapters.
+    """
+
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeResult:
+    """What was written.
+
+    Attributes:
+        report: Of the exporter.
+        parts: What the folder was made from; None for a checkpoint.
+        written: Names of what lies next to the model.
+    """
+
+    report: ExportReport
+    parts: EdgeParts | None = None
+    written: tuple[str, ...] = ()
+
+
+def export_folder(spec: DeploySpec) -> EdgeResult:
+    """Write a FOLDED folder as an edge folder (ONNX), or as a checkpoint of another library.
+
+    Raises:
+        UserInputError: options do not go together, a file is missing, or the output exists.
+        PreconditionError: see `export.lower`.
+        UnsupportedError: an operator, dtype or property has no form in the target.
+        OutputError: the folder cannot be written.
+    """
+    inputs = [spec.folder, spec.with_library or None]
+    with reserve(spec.out, overwrite=spec.overwrite, inputs=inputs):
+        return _edge(spec) if spec.target.is_onnx else _other(spec)
+
+
+def _edge(spec: DeploySpec) -> EdgeResult:
+    source, library = spec.folder, spec.library()
+    program, record = load_run(source, lazy=True)
+    pooling = chosen_pooling(spec.pooling, spec.normalize, source / MODEL)
+    program = pooling.apply(program)
+    graphs = {MODEL_FILE: program}
+    if not spec.no_kv_cache and (source / MODEL).is_dir():
+        say("capture for a device")
+        graphs = edge_graphs(program, source / MODEL, last_logits=spec.last_logits)
+    graphs, target = lowered(graphs, spec.target)
+    say("translate to ONNX")
+    parts = EdgeParts(
+        description=source / MODEL,
+        tokenizer=source / TOKENIZER,
+        record=record,
+        graphs=graphs,
+        spec=target,
+        library=library,
+        weights=source,
+        pooling=pooling,
+    )
+    report, written = write_edge(spec.out, parts, overwrite=spec.overwrite)
+    return EdgeResult(report=report, parts=parts, written=tuple(written))
+
+
+def _other(spec: DeploySpec) -> EdgeResult:
+    """Write another library's checkpoint, or the target of an extension.
+
+    Raises:
+        UserInputError: an option of ONNX models is given.
+    """
+    target = dataclasses.replace(spec.target, overwrite=spec.overwrite)
+    if spec.pooling or spec.normalize:
+        raise UserInputError(
+            f"--pooling is of ONNX models, not of target {target.target}",
+            hint="leave it out: no other target pools",
+        )
+    for option in _FOR_ONNX:
+        if getattr(spec, option) not in (None, False):
+            raise UserInputError(
+                f"--{option.replace('_', '-')} has no use with target {target.target}",
+                hint="it is for ONNX models",
+            )
+    source, out, kind = spec.folder, spec.out, get_target(target.target)
+    described = source / MODEL if (source / MODEL).is_dir() else None
+    tokenizer = source / TOKENIZER if described and (source / TOKENIZER).is_dir() else None
+    about: dict[str, Any] = {}
+    if target.is_checkpoint:
+        about = {"model": described, "tokenizer": tokenizer}
+    program, _ = load_run(source, lazy=True)
+
+    def write(path: Path) -> ExportReport:
+        return export_model(program, path, target, **about)
+
+    if not (isinstance(kind, Format) and kind.suffix):
+        report = write(out)
+    else:
+        with atomic_folder(out, overwrite=spec.overwrite) as folder:
+            report = write(folder / GGUF_FILE)
+            write_record(folder, report, target)
+        report = dataclasses.replace(report, path=out / GGUF_FILE)
+    return EdgeResult(report=report)

@@ -1,0 +1,217 @@
+"""`finetune`: from a model and data to a RUN folder, which can be gone on with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qalora_compile.api.finetune_data import data_rows, with_task
+from qalora_compile.api.finetune_job import FINISHED, INTERRUPTED, Job, open_job
+from qalora_compile.api.finetune_spec import FinetuneSpec
+from qalora_compile.api.finetune_train import Stopping, Watch, noting_failure, train
+from qalora_compile.config import AdapterSpec
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.files import reserve
+from qalora_compile.ir.storage import replace_adapters
+from qalora_compile.progress import say
+from qalora_compile.quantizers.report import QuantReport
+from qalora_compile.training.distributed import Processes, find_processes
+from qalora_compile.training.evaluate import Metrics
+from qalora_compile.training.fit import FitResult
+from qalora_compile.training.forward.autocast import find_device
+from qalora_compile.training.records.log import LOG_FILE, check_reporting, read_log
+from qalora_compile.training.records.peft_adapters import save_peft
+from qalora_compile.training.records.report_page import REPORT_FILE, check_report
+
+PEFT_FOLDER = "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult:
+    """What came of a training.
+
+    Attributes:
+        folder: The RUN folder.
+        fit: Steps done, and which of them the adapters are of.
+        before, after: Held-out metrics; None without held-out data, and `after` where it stopped.
+        reports: What quantization lost, layer by layer; empty where a run was gone on with.
+        facts: All of it in words, as `report.html` has it.
+        is_first: Whether this process is the one that writes, of several that train together.
+    """
+
+    folder: Path
+    fit: FitResult
+    before: Metrics | None
+    after: Metrics | None
+    reports: tuple[QuantReport, ...]
+    facts: Mapping[str, object]
+    is_first: bool = True
+
+
+@contextmanager
+def _never() -> Iterator[Callable[[], bool]]:
+    """Trains to the end."""
+    yield lambda: False
+
+
+def finetune(
+    spec: FinetuneSpec,
+    *,
+    watch: Watch = lambda report: None,
+    stopping: Stopping = _never,
+    processes: Processes | None = None,
+) -> FinetuneResult:
+    """Capture, quantize, insert adapters and train them; writes `spec.out`.
+
+    Under a launcher such as torchrun, each process calls this alike, and the first one writes.
+
+    Args:
+        spec: All that is asked for.
+        watch: Called after each step.
+        stopping: Opened around the steps; what it gives says after each whether to stop there.
+        processes: Those that train together; None finds them in the environment.
+
+    Raises:
+        UserInputError: a value, a file or the model is wrong; a loss is not finite; or a run is
+            gone on with that was started with something else.
+        UnsupportedError: the model cannot be trained so.
+        CaptureError: the model cannot be captured.
+        OutputError: the folder cannot be written.
+    """
+    spec = with_task(spec)
+    check_reporting(list(spec.report_to))
+    processes = processes or find_processes()
+    reserved = reserve(spec.out, overwrite=spec.overwrite, inputs=spec.inputs, go_on=spec.resume)
+    with reserved if processes.is_first else nullcontext():
+        return _finetune(spec, processes, watch, stopping)
+
+
+def _finetune(
+    spec: FinetuneSpec, processes: Processes, watch: Watch, stopping: Stopping
+) -> FinetuneResult:
+    started = time.monotonic()
+    device = _device(spec, processes)
+    job = open_job(spec, processes)
+    job.report_data()
+    with noting_failure(job, processes), job.on(device):
+        before = job.before()
+    reporting = processes.is_first and _can_report()
+    if reporting and "answers" not in job.record:
+        job.note(answers=job.answer())
+    with noting_failure(job, processes), job.on(device):
+        result = train(job, processes, watch, stopping)
+        after = job.evaluate(f"after step {result.kept}") if not result.stopped else None
+    facts: dict[str, object] = {}
+    if processes.is_first:
+        _finish(job, result, after)
+        _save_for_peft(job)
+        facts = _facts(job, result, before, after, time.monotonic() - started)
+        if reporting and read_log(job.folder / LOG_FILE):
+            facts["report"] = str(job.report(dict(facts), job.answer()))
+    processes.wait()
+    return FinetuneResult(
+        folder=spec.out,
+        fit=result,
+        before=before,
+        after=after,
+        reports=job.reports,
+        facts=facts,
+        is_first=processes.is_first,
+    )
+
+
+def _device(spec: FinetuneSpec, processes: Processes) -> torch.device:
+    """Where to train.
+
+    Raises:
+        UserInputError: the name is none, or a launcher decides.
+        UnsupportedError: the device is not there.
+    """
+    if spec.device is None:
+        return processes.device
+    if processes.count > 1:
+        raise UserInputError(
+            f"--device {spec.device} is given to {processes.count} processes",
+            hint="leave it out: each takes the device that its launcher gives it",
+        )
+    return find_device(spec.device)
+
+
+def _finish(job: Job, result: FitResult, after: Metrics | None) -> None:
+    """Store the trained adapters and the state of the run."""
+    replace_adapters(dict(job.program.named_adapter_parameters()), job.folder)
+    held_out = job.record["held_out"] | {"after": vars(after) if after else None}
+    status = INTERRUPTED if result.stopped else FINISHED
+    job.note(status=status, step=result.kept, held_out=held_out)
+
+
+def _save_for_peft(job: Job) -> None:
+    """Write the adapters alone as PEFT reads them, where it has such adapters."""
+    spec = AdapterSpec.from_json(job.record["adapter"])
+    try:
+        save_peft(
+            job.program,
+            job.folder / PEFT_FOLDER,
+            pooling=spec.pooling,
+            base_model=job.record["model"],
+            dropout=spec.dropout,
+            overwrite=True,
+        )
+    except UnsupportedError as error:
+        say(f"note: no {PEFT_FOLDER} for PEFT: {error.what}")
+
+
+def _can_report() -> bool:
+    """Whether the libraries for a report are there; says so where not."""
+    try:
+        check_report()
+    except UnsupportedError as error:
+        say(f"note: there will be no {REPORT_FILE}: {error.what}; {error.hint}")
+        return False
+    return True
+
+
+def _facts(
+    job: Job, result: FitResult, before: Metrics | None, after: Metrics | None, seconds: float
+) -> dict[str, object]:
+    """What the run was, and what came of it, for a closing table and the report."""
+    return {
+        "model": job.record["model"],
+        "quantized layers": len(job.program.plan.to_quantize()),
+        "adapter parameters": sum(p.numel() for p in job.program.adapter_parameters()),
+        **data_rows(job.data, job.batches),
+        "cut to fit": _cut(job),
+        "loss, first and last step": _ends(job),
+        "held-out loss": _arrow(before, after, "loss"),
+        "held-out accuracy" if job.data.classes else "held-out exact match": _arrow(
+            before, after, "exact_match"
+        ),
+        "steps done": result.step,
+        "adapters of step": result.kept,
+        "status": job.record["status"],
+        "seconds": f"{seconds:.0f}",
+    }
+
+
+def _cut(job: Job) -> str:
+    """How many examples were longer than `--seq-len`."""
+    named = [("examples", job.data)]
+    if job.held_out is not None:
+        named.append(("held-out examples", job.held_out))
+    return ", ".join(f"{d.truncated} of {d.looked_at} {name}" for name, d in named)
+
+
+def _ends(job: Job) -> str:
+    losses = [row["loss"] for row in read_log(job.folder / LOG_FILE)]
+    return f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else "no step was run"
+
+
+def _arrow(before: Metrics | None, after: Metrics | None, field: str) -> str:
+    if before is None or after is None:
+        return "no --eval-data" if before is None else f"{getattr(before, field):.4f} (before)"
+    return f"{getattr(before, field):.4f} → {getattr(after, field):.4f}"

@@ -1,0 +1,217 @@
+"""What `finetune` reads: the model, the examples, the task, and how examples make a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qalora_compile.api.finetune_spec import FinetuneSpec, ReadingSpec
+from qalora_compile.api.forms import packed_form
+from qalora_compile.api.run_folder import MODEL
+from qalora_compile.capture.classifier import classes_of, linear_layers, load_classifier
+from qalora_compile.capture.load_source import Source, load_source
+from qalora_compile.capture.sentence import encoder_folder
+from qalora_compile.capture.skeleton import generates
+from qalora_compile.errors import CaptureError, UnsupportedError, UserInputError
+from qalora_compile.ir.program import Program
+from qalora_compile.progress import say
+from qalora_compile.training.data.batches import BY_LENGTH, PACKED, Batches, Packed
+from qalora_compile.training.data.dataset import Dataset
+from qalora_compile.training.data.load_examples import begins_labelled, find_classes, load_examples
+from qalora_compile.training.evaluate import check_logits
+from qalora_compile.verify.inputs import token_limits
+
+LANGUAGE, CLASSIFICATION = "language", "classification"
+TASKS = (LANGUAGE, CLASSIFICATION)
+_TOKENS = "input_ids"
+
+
+def with_task(spec: FinetuneSpec) -> FinetuneSpec:
+    """With the task, where it is left open: by the first row, before a model is loaded.
+
+    Raises:
+        UserInputError: the rows have labels and the model generates texts, or cannot have a head.
+    """
+    reading = spec.reading
+    if reading.task is not None:
+        return spec
+    if not begins_labelled(reading.data, reading.map):
+        return _with(spec, LANGUAGE)
+    folder = Path(spec.model)
+    if not folder.is_dir():
+        problem = "only a Hugging Face folder gets a head that tells labels apart"
+    elif generates(encoder_folder(folder)):
+        problem = "the model generates texts"
+    else:
+        return _with(spec, CLASSIFICATION)
+    raise UserInputError(
+        f"the data are texts with labels, and {problem}",
+        where=f"{reading.data[0]}, {spec.model}",
+        hint="to learn the labels give an encoder such as BERT, or write "
+        '{"prompt": text, "completion": label}; to learn the texts alone: --task language',
+    )
+
+
+def _with(spec: FinetuneSpec, task: str) -> FinetuneSpec:
+    return dataclasses.replace(spec, reading=dataclasses.replace(spec.reading, task=task))
+
+
+def reading_record(reading: ReadingSpec, classes: tuple[str, ...]) -> dict[str, Any]:
+    """What `run.json` says of how the data were read."""
+    return {
+        "task": reading.task,
+        "map": reading.map,
+        "learn": reading.learn,
+        "batches": reading.batches,
+        "seq_len": reading.seq_len,
+        "classes": list(classes),
+    }
+
+
+def recorded_classes(record: dict[str, Any]) -> tuple[str, ...]:
+    """The classes of a run that is resumed."""
+    return tuple(record["reading"]["classes"])
+
+
+def load_model(spec: FinetuneSpec) -> tuple[Source, tuple[str, ...]]:
+    """The model, and the classes of a classification task, which the training data name."""
+    if spec.reading.task == LANGUAGE:
+        return load_source(spec.model, zero_points=spec.codes.stored_zero_points), ()
+    found = find_classes(spec.reading.data, spec.reading.map)
+    source = load_classifier(spec.model, found, seed=spec.fit.seed)
+    return source, classes_of(source)
+
+
+def excluded(spec: FinetuneSpec, source: Source) -> tuple[str, ...]:
+    """Layers to keep in float: those that the user names, and a head that is to be trained."""
+    return (*spec.codes.exclude, *linear_layers(source.model, source.head))
+
+
+def load_data(
+    reading: ReadingSpec, tokenizer: Any, decoder_start: int | None, classes: tuple[str, ...]
+) -> tuple[Dataset, Dataset | None]:
+    """Training data, and held-out data where there are any."""
+    data = load_files(reading, reading.data, tokenizer, decoder_start, classes)
+    if not reading.eval_data:
+        return data, None
+    return data, load_files(reading, reading.eval_data, tokenizer, decoder_start, classes)
+
+
+def load_files(
+    reading: ReadingSpec,
+    files: str | Sequence[str],
+    tokenizer: Any,
+    decoder_start: int | None,
+    classes: tuple[str, ...],
+) -> Dataset:
+    """Examples of some files, read as the training data are."""
+    return load_examples(
+        files,
+        tokenizer,
+        max_length=reading.seq_len,
+        decoder_start=decoder_start,
+        learn=reading.learn,
+        classes=classes or None,
+        cache=reading.data_cache,
+        mapping=reading.map,
+    )
+
+
+def check_trainable(program: Program, classes: tuple[str, ...], *datasets: Dataset | None) -> None:
+    """See, before anything is written, that the model gives logits and knows every token.
+
+    Raises:
+        UnsupportedError: it gives no logits, or those of another task; or it takes texts of one
+            length alone.
+        CaptureError: what was captured does not run.
+        UserInputError: a token is not in its vocabulary.
+    """
+    args, kwargs = program.example
+    try:
+        with torch.no_grad():
+            output = program(*args, **kwargs)
+    except RuntimeError as error:  # sizes that depend on values
+        raise CaptureError(
+            f"the captured model does not run on its own example: {error}".splitlines()[0],
+            hint="its code depends on values, which capture does not have: train the model itself, "
+            "with qc.adapt_module_ and a loop of your own",
+        ) from error
+    check_logits(output, len(classes) or None)
+    for leaf in program.signature.inputs:
+        if leaf.name == _TOKENS and isinstance(leaf.shape[1], int):
+            raise UnsupportedError(
+                f"the captured model takes texts of {leaf.shape[1]} tokens alone: its code makes "
+                "their length a constant, as a loop over time does",
+                hint="train the model itself, with qc.adapt_module_ and a loop of your own",
+            )
+    limit = min(token_limits(program).values(), default=None)
+    for data in datasets:
+        if data is not None and limit:
+            data.check_tokens(limit)
+
+
+def arrange(
+    spec: FinetuneSpec, program: Program, data: Dataset, model: Any
+) -> tuple[Program, Batches]:
+    """The form of the program that is trained, which shares its parameters, and its batches.
+
+    Args:
+        spec: Says how.
+        program: At stage `adapted`.
+        data: To train on.
+        model: What it was captured from, or the RUN folder.
+
+    Raises:
+        UnsupportedError, UserInputError: the data are to be packed, and the model or the data
+            cannot be.
+    """
+    packed = spec.reading.batches == PACKED
+    examples = Packed(data.examples, spec.reading.seq_len) if packed else data.examples
+    batches = Batches(
+        examples,
+        batch_size=spec.fit.batch_size,
+        seed=spec.fit.seed,
+        by_length=spec.reading.batches == BY_LENGTH,
+    )
+    if not packed:
+        return program, batches
+    described = model / MODEL if isinstance(model, Path) else model
+    return packed_form(program, described, max_length=spec.reading.seq_len), batches
+
+
+def report_data(name: str, data: Dataset) -> None:
+    """Say how each file is read, and what of it was cut or skipped."""
+    if data.is_lazy:
+        say(
+            f"note: {name}: {len(data.examples):,} rows are checked, and tokenized while training "
+            "goes on; --data-cache tokenizes them all before"
+        )
+    for file in data.files:
+        for remark, count in file.remarks.items():
+            say(f"note: {name}: {count} of {file.looked_at} {remark}: {file.path}")
+        if file.truncated or file.skipped:
+            say(
+                f"note: {name}: {file.truncated} of {file.looked_at} examples cut to fit, "
+                f"{file.skipped} more skipped (nothing to learn): {file.path}"
+            )
+
+
+def data_rows(data: Dataset, batches: Batches) -> dict[str, object]:
+    """What a summary says of the data."""
+    forms = sum((Counter(file.forms) for file in data.files), Counter[str]())
+    rows: dict[str, object] = {
+        "examples": len(data.examples),
+        "read as": ", ".join(f"{form} ({count})" for form, count in forms.items()),
+    }
+    if isinstance(batches.examples, Packed):
+        rows["packed"] = f"{len(batches.examples)} rows, {batches.examples.fill:.0%} full"
+    if data.classes and not data.is_lazy:
+        counts = Counter(example.label for example in data.examples)
+        named = (f"{name} {counts[index]}" for index, name in enumerate(data.classes))
+        rows["classes"] = ", ".join(named)
+    return rows

@@ -1,0 +1,86 @@
+"""The training of `finetune`: checkpoints, when it stops, and what is logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from qalora_compile.api.finetune_job import FAILED, TRAINING, Job
+from qalora_compile.errors import UserInputError
+from qalora_compile.progress import announce
+from qalora_compile.training.distributed import Processes
+from qalora_compile.training.fit import FitResult, FitState, StepReport, fit
+from qalora_compile.training.records.log import (
+    LOG_FILE,
+    TENSORBOARD,
+    JsonLog,
+    Recorder,
+    TensorBoardLog,
+)
+
+Watch = Callable[[StepReport], None]
+"""Called after each step."""
+Stopping = Callable[[], AbstractContextManager[Callable[[], bool]]]
+"""Opened around the steps; what it gives says after each whether to stop, with a checkpoint."""
+
+
+def train(job: Job, processes: Processes, watch: Watch, stopping: Stopping) -> FitResult:
+    """Train, and save every `save_every` steps, at the end and when it is stopped.
+
+    Raises:
+        UserInputError: a loss is not finite. The adapters on disk are those of the last
+            checkpoint, whose own loss was.
+    """
+    spec = job.spec
+    announce("train", job.state.step, spec.fit.steps)
+    with stopping() as stop, _recorders(job, processes) as recorders:
+
+        def on_step(report: StepReport, state: FitState) -> bool:
+            for recorder in recorders:
+                recorder.record(report)
+            watch(report)
+            return stop() and not state.is_over(spec.fit)
+
+        def on_good(state: FitState, last: bool) -> None:
+            if processes.is_first and (last or state.step % spec.save_every == 0):
+                job.save()
+
+        if processes.is_first:
+            job.record.pop("problem", None)
+            job.note(status=TRAINING)
+        return fit(
+            job.trained,
+            job.batches,
+            spec.fit,
+            state=job.state,
+            held_out=job.held_out.examples if job.held_out else (),
+            on_step=on_step,
+            on_good=on_good,
+            processes=processes,
+        )
+
+
+@contextmanager
+def noting_failure(job: Job, processes: Processes) -> Iterator[None]:
+    """Write into `run.json` what goes wrong in the block."""
+    try:
+        yield
+    except UserInputError as error:
+        if processes.is_first:
+            job.note(status=FAILED, problem=error.what)
+        raise
+
+
+@contextmanager
+def _recorders(job: Job, processes: Processes) -> Iterator[list[Recorder]]:
+    """What records the steps: the first process does."""
+    recorders: list[Recorder] = []
+    try:
+        if processes.is_first:
+            recorders.append(JsonLog(job.folder / LOG_FILE, job.state.step))
+            if TENSORBOARD in job.spec.report_to:
+                recorders.append(TensorBoardLog(job.folder / TENSORBOARD, job.state.step))
+        yield recorders
+    finally:
+        for recorder in recorders:
+            recorder.close()

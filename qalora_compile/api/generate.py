@@ -1,0 +1,156 @@
+"""`generate`: continue a prompt with an exported model in ONNX Runtime, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qalora_compile.api.edge import read_edge_record
+from qalora_compile.errors import UnsupportedError, UserInputError
+from qalora_compile.runtime.encoder_decoder import EncoderDecoder
+from qalora_compile.runtime.language_model import LanguageModel, Sampling
+from qalora_compile.runtime.session import open_session
+from qalora_compile.training.data.tokenize import prompt_tokens
+from qalora_compile.untrusted.artifacts import ENCODER_FILE
+from qalora_compile.untrusted.tokenizer import load_tokenizer, render_chat
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSpec:
+    """A text to be continued.
+
+    Attributes:
+        folder: Written by `export_folder` or `quantize_folder`.
+        prompt: The text.
+        chat: Wrap it in the chat template of the tokenizer.
+        max_new_tokens: How many tokens to add at most.
+        temperature, top_p, seed: See `runtime.Sampling`; temperature 0 is greedy.
+        threads: Of ONNX Runtime.
+    """
+
+    folder: Path
+    prompt: str
+    chat: bool = False
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserInputError(f"--max-new-tokens is {self.max_new_tokens}", hint="use 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A generation that has not begun.
+
+    Attributes:
+        prompt: Its tokens.
+        pieces: The new text, a piece for each token; "" where a character is not complete yet.
+        cached: Whether the model has a key-value cache.
+    """
+
+    prompt: tuple[int, ...]
+    pieces: Iterator[str]
+    cached: bool
+
+
+def generate(spec: GenerateSpec) -> Generation:
+    """Open a model and encode the prompt; tokens are generated as `pieces` is read.
+
+    Raises:
+        UserInputError: a value is out of range, a file is missing or broken, or the folder holds no
+            tokenizer.
+        UnsupportedError: the model takes sound, and no text.
+    """
+    folder, record = spec.folder, read_edge_record(spec.folder)
+    sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=spec.seed)
+    model = _open(folder, record, spec.threads)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UserInputError(
+            "the folder holds no tokenizer", where=str(folder), hint="export a model that has one"
+        )
+    decodes_alone = isinstance(model, EncoderDecoder)
+    prompt = _tokens(tokenizer, spec, encodes=decodes_alone)
+    own = tokenizer.eos_token_id
+    stop = [*record.get("end_tokens", ()), *([] if own is None else [own])]
+    tokens = _generate(model, prompt, spec.max_new_tokens, stop, sampling)
+    return Generation(
+        prompt=tuple(prompt),
+        pieces=_pieces(tokenizer, tokens, skip_special=decodes_alone),
+        cached=isinstance(model, EncoderDecoder) or model.cached,
+    )
+
+
+def _pieces(tokenizer: Any, tokens: Iterator[int], *, skip_special: bool) -> Iterator[str]:
+    """The text that each token adds."""
+    found: list[int] = []
+    shown = ""
+    for token in tokens:
+        found.append(token)
+        text = tokenizer.decode(found, skip_special_tokens=skip_special)
+        if text.endswith("\ufffd"):  # a character that is not complete yet
+            yield ""
+            continue
+        yield text[len(shown) :]
+        shown = text
+
+
+def _open(
+    folder: Path, record: Mapping[str, Any], threads: int | None
+) -> LanguageModel | EncoderDecoder:
+    """The model in an edge folder.
+
+    Raises:
+        UnsupportedError: it takes sound, and no text.
+        UserInputError: a file is missing or broken.
+    """
+    length = record.get("context_length")
+    if not (folder / ENCODER_FILE).is_file():
+        session = open_session(folder / "model.onnx", threads=threads)
+        return LanguageModel(session, context_length=length)
+    start = record.get("decoder_start", ())
+    model = EncoderDecoder.open(folder, threads=threads, start=start, context_length=length)
+    if not model.reads:
+        raise UnsupportedError(
+            "the model takes features of sound, and --prompt is text",
+            where=str(folder),
+            hint="in code: qalora_compile.runtime.EncoderDecoder.open(DIR).generate("
+            '{"audio_features": …}, prompt=[…], max_new_tokens=…)',
+        )
+    return model
+
+
+def _generate(
+    model: LanguageModel | EncoderDecoder,
+    prompt: list[int],
+    count: int,
+    stop: list[int],
+    sampling: Sampling,
+) -> Iterator[int]:
+    """New tokens: after the prompt, or of the decoder that has the prompt's encoding."""
+    if isinstance(model, LanguageModel):
+        return model.generate(prompt, max_new_tokens=count, stop=stop, sampling=sampling)
+    inputs = {"input_ids": np.array([prompt], np.int64)}
+    return model.generate(inputs, max_new_tokens=count, stop=stop, sampling=sampling)
+
+
+def _tokens(tokenizer: Any, spec: GenerateSpec, *, encodes: bool) -> list[int]:
+    """The tokens of the prompt, as training has them: an encoder reads a text with its end."""
+    text = spec.prompt
+    if spec.chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserInputError("the tokenizer has no chat template", hint="leave --chat out")
+        messages = [{"role": "user", "content": text}]
+        text = render_chat(tokenizer, messages, prompt=True, where=str(spec.folder))
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+    if encodes:
+        return list(tokenizer(text).input_ids)
+    return prompt_tokens(tokenizer, text)

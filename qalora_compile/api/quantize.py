@@ -1,0 +1,160 @@
+"""`quantize_folder`: a model of any size straight to an edge folder, without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qalora_compile.api.codes import CodesSpec, stored_codes
+from qalora_compile.api.deploy import EdgeResult, EdgeSpec
+from qalora_compile.api.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
+from qalora_compile.api.pooling import chosen_pooling
+from qalora_compile.api.steps import quantize_groups
+from qalora_compile.capture.causal_lm import capture_causal_lm
+from qalora_compile.capture.checkpoints.open_folder import is_quantized
+from qalora_compile.capture.lazy_folder import capture_checkpoint
+from qalora_compile.capture.load_source import load_source
+from qalora_compile.capture.sentence import encoder_folder
+from qalora_compile.capture.skeleton import generates
+from qalora_compile.errors import UserInputError
+from qalora_compile.files import reserve
+from qalora_compile.ir.checkpoint_codes import CheckpointCodes
+from qalora_compile.ir.program import Program
+from qalora_compile.progress import say
+from qalora_compile.quantizers.report import QuantReport, collecting_reports
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeSpec(EdgeSpec):
+    """A quantization without data.
+
+    Attributes:
+        model: Hugging Face folder with safetensors.
+        codes: How its weights are quantized.
+    """
+
+    model: str
+    codes: CodesSpec = field(default_factory=CodesSpec)
+
+    def __post_init__(self) -> None:
+        if self.codes.needs_calibration:
+            raise UserInputError(
+                f"the method {self.codes.method} needs calibration data, which quantize does not "
+                "take: it never holds the complete model, so it cannot run it",
+                hint="finetune --method gptq --steps 0, then fold and export; or --method hqq",
+            )
+        if not self.target.is_onnx:
+            raise UserInputError(
+                f"quantize writes ONNX models, not target {self.target.target}",
+                hint="finetune --steps 0, fold, then export with that target",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeResult(EdgeResult):
+    """What was written.
+
+    Attributes:
+        reports: What quantization lost, layer by layer.
+        generates: Whether the model generates text.
+    """
+
+    reports: tuple[QuantReport, ...]
+    generates: bool
+
+
+def quantize_folder(spec: QuantizeSpec) -> QuantizeResult:
+    """Read, quantize and write a model one layer after another; memory does not grow with it.
+
+    Raises:
+        UserInputError: the folder cannot be read, options do not go together, or the output exists.
+        UnsupportedError: an operator, dtype or property has no form in the target.
+        OutputError: the folder cannot be written.
+    """
+    inputs = [spec.model, spec.with_library or None]
+    with reserve(spec.out, overwrite=spec.overwrite, inputs=inputs):
+        return _quantize(spec)
+
+
+def _quantize(spec: QuantizeSpec) -> QuantizeResult:
+    quant, embeddings, library = spec.codes.quant(), spec.codes.embedding_quant, spec.library()
+    folder = Path(spec.model)
+    _check_folder(folder)
+    pooling, source = chosen_pooling(spec.pooling, spec.normalize, folder), encoder_folder(folder)
+    say("capture")
+    with collecting_reports() as reports:
+        program, stored = _captured(spec, source)
+        for note in program.notes:
+            say(f"note: {note}")
+        program = quantize_groups(
+            pooling.apply(program),
+            quant,
+            targets=spec.codes.layers,
+            exclude=spec.codes.exclude,
+            embeddings=embeddings,
+            stored=stored,
+        )
+        graphs = {MODEL_FILE: program}
+        if not program.signature.cache and not spec.no_kv_cache:
+            graphs = edge_graphs(program, source, last_logits=spec.last_logits)
+        graphs, target = lowered(graphs, spec.target)
+        say("translate to ONNX, then read, quantize and write the weights")
+        record = {"model": spec.model, "quant": quant.to_json()} | spec.codes.embedding_record()
+        parts = EdgeParts(
+            description=source,
+            tokenizer=source,
+            record=record,
+            graphs=graphs,
+            spec=target,
+            library=library,
+            weights=source,
+            pooling=pooling,
+        )
+        report, written = write_edge(spec.out, parts, overwrite=spec.overwrite)
+    return QuantizeResult(
+        report=report,
+        parts=parts,
+        written=tuple(written),
+        reports=tuple(reports),
+        generates=generates(source),
+    )
+
+
+def _captured(spec: QuantizeSpec, source: Path) -> tuple[Program, CheckpointCodes | None]:
+    """The program, its weights in their files; and the codes to keep, of a quantized checkpoint.
+
+    The weights of a quantized checkpoint are in memory: codes are found by the rows they stand for.
+
+    Raises:
+        UserInputError: the folder cannot be read; or it holds no codes, and options say of which
+            kind they are.
+    """
+    cache, last_logits = not spec.no_kv_cache, spec.last_logits
+    if not is_quantized(source):
+        if spec.codes.stored_zero_points is not None:
+            raise UserInputError(
+                "--stored-zero-points is of a checkpoint that is quantized, and this one is not",
+                where=str(source),
+                hint="leave it out",
+            )
+        return capture_checkpoint(source, last_logits=last_logits, cache=cache), None
+    loaded = load_source(str(source), zero_points=spec.codes.stored_zero_points)
+    say("note: the checkpoint is quantized already: its weights are in memory, in float32")
+    codes = stored_codes(spec.codes, loaded)
+    if loaded.decoder_start is not None or not cache or not generates(source):
+        return loaded.capture(), codes
+    return capture_causal_lm(loaded.model, last_logits=last_logits), codes
+
+
+def _check_folder(source: Path) -> None:
+    """The model is a folder.
+
+    Raises:
+        UserInputError: it is not.
+    """
+    if not source.is_dir():
+        raise UserInputError(
+            f"there is no folder {source}",
+            where=str(source),
+            hint="quantize takes a Hugging Face folder; finetune also takes .gguf files",
+        )

@@ -1,0 +1,260 @@
+"""Comparison of what paths name: RUN, FOLDED and export folders, `.onnx` and `.gguf` files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from qalora_compile.api.deploy import GGUF_FILE
+from qalora_compile.api.edge import read_edge_record
+from qalora_compile.api.forms import add_kv_cache
+from qalora_compile.api.pooling import Pooling, recorded_pooling
+from qalora_compile.api.run_folder import MODEL
+from qalora_compile.capture.load_source import load_source
+from qalora_compile.errors import UserInputError
+from qalora_compile.files import check_output
+from qalora_compile.ir.program import Program
+from qalora_compile.ir.signature import PAST, Call
+from qalora_compile.passes.annotate_linears import AnnotateLinears
+from qalora_compile.passes.canonicalize.canonical_passes import canonical_passes
+from qalora_compile.passes.framework.pipeline import Pipeline
+from qalora_compile.progress import say
+from qalora_compile.runtime.library import kernel_level, library_path
+from qalora_compile.untrusted.artifacts import PROGRAM_FILE
+from qalora_compile.verify.compare import Report, Tolerance
+from qalora_compile.verify.debug.report_page import Outcome, verify_page
+from qalora_compile.verify.equivalence import verify_equivalence
+from qalora_compile.verify.inputs import sample_inputs
+from qalora_compile.verify.numeric.compare_nodes import compare_nodes, named_inputs
+from qalora_compile.verify.numeric.decoding_calls import sequence_calls
+from qalora_compile.verify.numeric.report import NumericReport
+from qalora_compile.verify.proof.certificate import Certificate
+from qalora_compile.verify.proof.graphs.graph import FX, ONNX, Graph
+from qalora_compile.verify.proof.open_graph import open_graph, open_graphs
+from qalora_compile.verify.proof.prove import prove_equivalence
+from qalora_compile.verify.runners.onnx_session import LEVELS, uses_library
+from qalora_compile.verify.runners.reference_libraries import put_library_weights_
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySpec:
+    """Two things to compare.
+
+    Attributes:
+        a: RUN, FOLDED, export folder, `.onnx` or `.gguf` file.
+        b: Likewise; one of the two is RUN or FOLDED.
+        inputs: Random inputs, or samples of a proof, to try.
+        seed: Of these.
+        library: Run exported models with the operator library alone.
+        levels: Of `compare_along`: levels of ONNX Runtime's optimization; None: all.
+        html: Where to write a page of what was found; None writes none.
+    """
+
+    a: str
+    b: str
+    inputs: int = 4
+    seed: int = 0
+    library: bool = False
+    levels: tuple[str, ...] | None = None
+    html: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.inputs < 1:
+            raise UserInputError(f"--inputs is {self.inputs}", hint="use 1 or more")
+        if self.html:
+            check_output(Path(self.html), overwrite=True, inputs=[self.a, self.b], is_file=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The outcome of `compare_on_inputs`.
+
+    Attributes:
+        reports: One for exported models on stock kernels (False), one with the operator library
+            (True); either may be missing.
+    """
+
+    reports: Mapping[bool, Report]
+
+    @property
+    def decisive(self) -> Report:
+        """The first report that is not passed, or the first."""
+        failed = (report for report in self.reports.values() if not report.passed)
+        return next(failed, self.reports[min(self.reports)])
+
+
+class _Named:
+    """What a path names; each form of it is read once."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.path = text, Path(text)
+
+    @cached_property
+    def thing(self) -> Program | Path:
+        """A program, or the path of an exported model; other checkpoints are read as programs."""
+        if (self.path / PROGRAM_FILE).exists():
+            return Program.load(self.path)
+        weights = _checkpoint(self.path)
+        return self.path if weights is None else _read_back(weights)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The one graph at the path."""
+        return open_graph(self.path)
+
+    @property
+    def exported(self) -> list[Graph]:
+        """The graphs of an exported model; none where it is something else."""
+        graphs = open_graphs(self.path) if isinstance(self.thing, Path) else ()
+        return [graph for graph in graphs if graph.dialect == ONNX]
+
+
+def compare_on_inputs(spec: VerifySpec, tolerance: Tolerance) -> Compared:
+    """Run both on random inputs; exported models with their operators on each kind of kernels.
+
+    Raises:
+        UserInputError: a path cannot be read, or neither names a program.
+    """
+    a, b = _Named(spec.a), _Named(spec.b)
+    sides = [_pooled_as(a.thing, b.thing), _pooled_as(b.thing, a.thing)]
+    program = next((side for side in sides if isinstance(side, Program)), None)
+    if program is None:
+        raise UserInputError(
+            "neither side is a RUN or FOLDED folder, whose signature inputs are made from",
+            hint="compare each exported model with its FOLDED folder",
+        )
+    calls: list[Call] = list(sample_inputs(program, spec.inputs, seed=spec.seed))
+    exported = [a.exported, b.exported]
+    if any(map(_keeps_cache, exported)):
+        calls += sequence_calls(program, seed=spec.seed)
+    both = not spec.library and any(map(_has_own_operators, exported))
+    reports = {
+        used: verify_equivalence(
+            sides[0], sides[1], calls, tolerance, library=library_path() if used else None
+        )
+        for used in ([False, True] if both else [spec.library])
+    }
+    found = Compared(reports=reports)
+    _write_page(spec, found.decisive, sides[0], sides[1])
+    return found
+
+
+def prove(spec: VerifySpec) -> Certificate:
+    """Compare every coefficient, and the graph around the quantized layers.
+
+    Raises:
+        UserInputError: a path cannot be read.
+    """
+    a, b = _Named(spec.a), _Named(spec.b)
+    cached = _with_cache(a, b)
+    certificate = prove_equivalence(
+        a.path if cached is None else cached,
+        b.path,
+        samples=spec.inputs,
+        seed=spec.seed,
+        folder=a.path if cached is not None else None,
+    )
+    if spec.html:
+        _write_page(spec, certificate, cached or a.thing, b.thing)
+    return certificate
+
+
+def compare_along(spec: VerifySpec) -> NumericReport:
+    """Compare value by value along the graph, measured by float64; see `compare_nodes`.
+
+    Raises:
+        UserInputError: a path cannot be read, or `spec.a` names no program.
+    """
+    a, b = _Named(spec.a), _Named(spec.b)
+    reference = _with_cache(a, b) or a.thing
+    if isinstance(reference, Path):
+        raise UserInputError(
+            "A is no program: only a program runs in float64",
+            where=spec.a,
+            hint="give RUN or FOLDED first, then what is compared with it",
+        )
+    calls = named_inputs(reference, spec.inputs, seed=spec.seed)
+    built = kernel_level() is not None
+    library = library_path() if built or spec.library else None  # asked for, its absence is said
+    levels = spec.levels or tuple(LEVELS)
+    report = compare_nodes(reference, b.path, calls, levels=levels, library=library)
+    if spec.html:
+        _write_page(spec, report, reference, b.thing)
+    return report
+
+
+def _write_page(spec: VerifySpec, outcome: Outcome, a: Program | Path, b: Program | Path) -> None:
+    """The page, where one was asked for."""
+    if not spec.html:
+        return
+    if not isinstance(a, Program):
+        raise UserInputError(
+            "a page needs a program as A", where=spec.a, hint="give RUN or FOLDED first"
+        )
+    verify_page(outcome, a, b, title=f"{spec.a} → {spec.b}").write(spec.html)
+
+
+def _keeps_cache(graphs: list[Graph]) -> bool:
+    """Whether graphs are those of an exported language model with a key-value cache."""
+    return len(graphs) == 1 and any(n.startswith(PAST) for n, _ in graphs[0].inputs.values())
+
+
+def _has_own_operators(graphs: list[Graph]) -> bool:
+    """Whether graphs have operators of the library, which can run here."""
+    own = any(uses_library(graph.extra) for graph in graphs)
+    return own and kernel_level() is not None
+
+
+def _with_cache(folder: _Named, model: _Named) -> Program | None:
+    """The program of `folder` with a key-value cache, where the exported `model` has one.
+
+    It is captured again from the description of the model that the folder holds. An encoder is
+    pooled as the record next to the exported model says. None where the program in the folder is
+    the one to compare with.
+    """
+    sides = folder.graph, model.graph
+    if (sides[0].dialect, sides[1].dialect) != (FX, ONNX):
+        return None
+    pooling = _pooling_of(model.path)
+    if pooling.in_graph:
+        return pooling.apply(Program.load(folder.path))
+    has_cache = [any(name.startswith(PAST) for name, _ in s.inputs.values()) for s in sides]
+    described = folder.path / MODEL
+    if has_cache != [False, True] or not described.is_dir():
+        return None
+    logits = next(o for o in sides[1].extra.graph.output if o.name == "logits")
+    last = logits.type.tensor_type.shape.dim[1].dim_value == 1
+    return add_kv_cache(Program.load(folder.path), described, last_logits=last)
+
+
+def _pooled_as(side: Program | Path, other: Program | Path) -> Program | Path:
+    """A program with the sentence embedding that the exported model in `other` has."""
+    if not isinstance(side, Program) or isinstance(other, Program):
+        return side
+    return _pooling_of(other).apply(side)
+
+
+def _pooling_of(exported: Path) -> Pooling:
+    """The pooling that the record of an exported model says."""
+    folder = exported if exported.is_dir() else exported.parent
+    return recorded_pooling(read_edge_record(folder))
+
+
+def _checkpoint(path: Path) -> Path | None:
+    """The GGUF file or folder of weights that a path names; None where it names something else."""
+    if path.suffix == ".gguf":
+        return path
+    if (path / GGUF_FILE).is_file():
+        return path / GGUF_FILE
+    return path if any(path.glob("*.safetensors")) else None
+
+
+def _read_back(path: Path) -> Program:
+    """A checkpoint as a model, by its format's own library; every linear map with its own row."""
+    source = load_source(str(path))
+    reader = "gguf" if path.is_file() else put_library_weights_(source.model, path)
+    say(f"note: {path} is read back by {reader}")
+    captured = source.capture()
+    return Pipeline([*canonical_passes(), AnnotateLinears()])(captured).program

@@ -1,0 +1,28 @@
+"""Where parsed options become specifications."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    S = TypeVar("S", bound=DataclassInstance)
+
+
+def spec_of(made: type[S], options: argparse.Namespace, /, **more: Any) -> S:
+    """A specification whose fields are the options of the same names; lists become tuples.
+
+    Args:
+        made: A dataclass.
+        options: As parsed; options that name no field are left out.
+        more: Fields that are no option, or have another name or type there.
+
+    Raises:
+        UserInputError: a value is out of range, or fits no other.
+    """
+    names = {field.name for field in dataclasses.fields(made)}
+    values = {name: value for name, value in vars(options).items() if name in names} | more
+    return made(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})

@@ -1,0 +1,37 @@
+"""What the terminal shows of a training."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from qalora_compile.cli.ui import Steps
+from qalora_compile.training.fit import StepReport
+
+_RECENT = 10
+"""Steps over which the rate of tokens is averaged."""
+
+
+class View:
+    """The line of a training on the terminal.
+
+    Args:
+        shown: Where it is shown.
+        steps: Of the whole training.
+    """
+
+    def __init__(self, shown: Steps, steps: int) -> None:
+        self._shown, self._steps = shown, steps
+        self._recent: deque[StepReport] = deque(maxlen=_RECENT)
+        self._held_out = ""
+
+    def show(self, report: StepReport) -> None:
+        """Show a step."""
+        self._recent.append(report)
+        if report.held_out is not None:
+            self._held_out = f", held out {report.held_out:.4f}"
+            if report.held_out_accuracy is not None:
+                self._held_out += f" ({report.held_out_accuracy:.1%} right)"
+        rate = sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent)
+        note = f"loss {report.loss:.4f}{self._held_out}"
+        note += f", lr {report.learning_rate:.2e}, {rate:.0f} tokens/s"
+        self._shown.update("train", report.step, self._steps, note)
