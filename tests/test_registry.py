@@ -148,7 +148,7 @@ def test_a_package_that_brings_something_else_is_named(install: Install) -> None
     assert "it is of odd 1.2" in str(caught.value)
     with pytest.raises(ExtensionError, match="'x' is not a Method"):
         get_quantizer("x")
-    with pytest.raises(ExtensionError, match="'x' is not a LoweredTarget or a Format"):
+    with pytest.raises(ExtensionError, match="'y' is not a LoweredTarget or a Format"):
         extend.register_target("y", 3)  # type: ignore[arg-type]
 
 

@@ -86,11 +86,14 @@ def check_reader(
 
 
 def _unlike(first: GroupAffine, second: GroupAffine) -> str:
-    """What differs between two weights; else empty."""
+    """What differs between two weights; else empty. An offset of −0 equals one of 0."""
     if (first.bits, first.group_size) != (second.bits, second.group_size):
         return f"{first.bits} bits in groups of {first.group_size}"
-    parts = ("codes", "scale", "offset")
-    return next((p for p in parts if bits_of(getattr(first, p)) != bits_of(getattr(second, p))), "")
+    for part in ("codes", "scale", "offset"):
+        mine, other = getattr(first, part), getattr(second, part)
+        if mine.dtype != other.dtype or not torch.equal(mine, other):
+            return part
+    return ""
 
 
 def _changed(good: Decoded, found: Decoded) -> str:
