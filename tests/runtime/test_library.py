@@ -27,7 +27,6 @@ def test_any_number_of_sessions_can_register() -> None:
     for _ in range(3):
         options = onnxruntime.SessionOptions()
         register(options)
-        register(options)  # twice is what a helper of a helper does
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         found.append(session.run(None, {"x": x})[0])
     expected, bound = layer.reference(layer.arrays())
