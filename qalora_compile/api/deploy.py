@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.api.edge import (
-    GGUF_FILE,
     MODEL_FILE,
     EdgeParts,
     edge_graphs,
