@@ -45,7 +45,8 @@ class CodesSpec(Spec):
     def __post_init__(self) -> None:
         if self.embeddings is None and self.embeddings_group_size is not None:
             raise UserInputError(
-                "--embeddings-group-size has no use without --embeddings", hint="add --embeddings 8"
+                "--embeddings-group-size has no use without --embeddings",
+                hint="give finetune or quantize --embeddings 8 too",
             )
 
     @property

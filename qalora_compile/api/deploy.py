@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qalora_compile.api.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
+from qalora_compile.api.edge import (
+    MODEL_FILE,
+    EdgeParts,
+    edge_graphs,
+    lowered,
+    write_edge,
+)
 from qalora_compile.api.export import export_model
 from qalora_compile.api.pooling import chosen_pooling
 from qalora_compile.api.run_folder import MODEL, TOKENIZER, load_run
@@ -20,8 +26,8 @@ from qalora_compile.exporters.targets import get_target
 from qalora_compile.files import atomic_folder, reserve
 from qalora_compile.progress import say
 from qalora_compile.runtime.library import library_path
+from qalora_compile.untrusted.artifacts import GGUF_FILE
 
-GGUF_FILE = "model.gguf"
 _FOR_ONNX = ("no_kv_cache", "last_logits", "with_library")
 
 

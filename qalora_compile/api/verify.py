@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from qalora_compile.api.deploy import GGUF_FILE
 from qalora_compile.api.edge import read_edge_record
 from qalora_compile.api.forms import add_kv_cache
 from qalora_compile.api.pooling import Pooling, recorded_pooling
@@ -22,7 +21,7 @@ from qalora_compile.passes.canonicalize.canonical_passes import canonical_passes
 from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.progress import say
 from qalora_compile.runtime.library import kernel_level, library_path
-from qalora_compile.untrusted.artifacts import PROGRAM_FILE
+from qalora_compile.untrusted.artifacts import GGUF_FILE, PROGRAM_FILE
 from qalora_compile.verify.compare import Report, Tolerance
 from qalora_compile.verify.debug.report_page import Outcome, verify_page
 from qalora_compile.verify.equivalence import verify_equivalence

@@ -14,7 +14,8 @@ import qalora_compile
 from qalora_compile.cli.main import COMMANDS, build_parser
 
 ROOT = Path(qalora_compile.__file__).parent
-CLI = ROOT / "cli"
+DOORS = ("cli", "api")
+"""Rooms whose files belong to the commands that import them."""
 OPTION = re.compile(r"--[a-z][a-z-]*[a-z]")
 EVERYWHERE = {"--out", "--overwrite"}
 """What every command that writes a folder has; `files` is about their outputs."""
@@ -47,24 +48,26 @@ def options_of(command: str) -> frozenset[str]:
 
 @cache
 def imports_of(module: str) -> frozenset[str]:
-    """Modules of the command line that one of them imports, itself among them."""
+    """Modules of `DOORS`, such as `cli.ui`, that one of them imports, itself among them."""
     found = {module}
-    tree = ast.parse((CLI / f"{module}.py").read_text("utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-            "qalora_compile.cli."
-        ):
-            found |= imports_of((node.module or "").rpartition(".")[2])
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            name = (node.module or "").removeprefix("qalora_compile.")
+            if name.partition(".")[0] in DOORS and (ROOT / f"{name.replace('.', '/')}.py").exists():
+                found |= imports_of(name)
     return frozenset(found)
 
 
 def printed_by(path: Path) -> list[str]:
     """Commands that print the hints of a file: one, or those that share a module."""
-    if path.parts[0] != "cli":
+    if path.parts[0] not in DOORS:
         return list(COMMANDS)
-    if path.stem in COMMANDS:
+    if path.parts[0] == "cli" and path.stem in COMMANDS:
         return [path.stem]
-    return [command for command in COMMANDS if path.stem in imports_of(command)]
+    module = ".".join(path.with_suffix("").parts)
+    found = [command for command in COMMANDS if module in imports_of(f"cli.{command}")]
+    return found or list(COMMANDS)  # what Python users call, and no command
 
 
 def unknown(path: Path, text: str) -> list[str]:
@@ -84,7 +87,7 @@ def test_a_hint_names_options_that_there_are(path: Path, line: int, text: str) -
 
 def test_the_walk_sees_what_it_looks_for() -> None:
     found = {path for path, _, _ in hints()}
-    assert {Path("capture/causal_lm.py"), Path("cli/export.py")} <= found, "one in each room"
+    assert {Path("capture/causal_lm.py"), Path("api/deploy.py")} <= found, "one in each room"
     assert unknown(Path("capture/causal_lm.py"), "export it without one: --no-kv-cachet")
     assert unknown(Path("capture/causal_lm.py"), "leave it out: --no-kv-cache")
     assert not unknown(Path("capture/causal_lm.py"), "export --no-kv-cache leaves it out")
