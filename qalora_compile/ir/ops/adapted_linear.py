@@ -120,20 +120,8 @@ def adapted_linear_input_grad(
 
 
 @adapted_linear_input_grad.register_fake
-def _adapted_linear_input_grad_fake(
-    grad: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bits: int,
-    group_size: int,
-    pool: int,
-    scaling: float,
-    k: int,
-) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], k)
+def _adapted_linear_input_grad_fake(grad: Tensor, *operands: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], operands[-1])
 
 
 def _adapted_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
