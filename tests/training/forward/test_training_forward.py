@@ -24,7 +24,16 @@ from qalora_compile.training.forward.fuse_adapters import fuse_adapters
 from qalora_compile.training.forward.layer_checkpointing import split_layers
 from qalora_compile.training.forward.recompute_activations import private_to, recompute_activations
 from qalora_compile.training.forward.training_forward import TrainingForward
-from tests.models import MLP, UsedTwice, gpt2, llama, randomize_adapters, token_ids, worst
+from tests.models import (
+    MLP,
+    UsedTwice,
+    assert_close,
+    gpt2,
+    llama,
+    randomize_adapters,
+    token_ids,
+    worst,
+)
 
 IDS = token_ids(3, 12)
 
@@ -142,8 +151,8 @@ def test_every_adapter_is_fused_and_outputs_are_those_of_the_program() -> None:
         fused = [node.target for node in fuse_adapters(program).nodes]
         assert fused.count(ADAPTED_LINEAR) == wanted
         assert GROUP_SUM not in fused
-        mine, theirs = TrainingForward(program)(x), program(x)
-        assert worst(mine, theirs) <= 1e-5
+        # The same products in float32, summed in another order.
+        assert_close(TrainingForward(program)(x), program(x), relative=1e-5)
 
 
 def test_half_precision_keeps_the_adapter_apart() -> None:
