@@ -387,7 +387,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="without a model"):
         spec = qc.ExportSpec(target="float")
         qc.export_model(program, tmp_path / "out", spec, tokenizer=tmp_path)
-    with pytest.raises(UserInputError, match="an ONNX file holds neither"):
+    with pytest.raises(UserInputError, match="model and tokenizer are given for target ort"):
         qc.export_model(program, tmp_path / "a.onnx", model=tmp_path)
     with pytest.raises(UserInputError, match="resume is given"):
         qc.export_model(program, tmp_path / "o", qc.ExportSpec(target="mlx"), resume="x")
