@@ -1,6 +1,6 @@
-"""The one exception tree: every error a user can cause or meet derives from `QaloraError`.
+"""The exceptions of the package: every error that a user can cause derives from `QaloraError`.
 
-Each error says what was wrong, where (pass, node, module path, file) and what to do about it.
+Each error says what is wrong, where (pass, node, module path, file) and what to do about it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ class QaloraError(Exception):
     """Base of every error raised on purpose by this package.
 
     Args:
-        what: One line: what was wrong.
-        where: One line: the pass, node, module path, file or line it concerns.
-        hint: One line: what the user can do about it.
+        what: What is wrong, in one line.
+        where: The pass, node, module path, file or line that it concerns, in one line.
+        hint: What the user can do about it, in one line.
     """
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
@@ -39,11 +39,11 @@ class UserInputError(QaloraError):
 
 
 class OutputError(QaloraError):
-    """A file could not be written: the disk is full, a limit is reached, a right is missing."""
+    """A file could not be written: the disk is full, a limit is reached or a permission missing."""
 
 
 class CaptureError(QaloraError):
-    """`torch.export` could not turn the model into a graph."""
+    """`torch.export` could not convert the model to a graph."""
 
 
 class PassError(QaloraError):
@@ -72,23 +72,23 @@ class PassError(QaloraError):
 
 
 class PreconditionError(PassError):
-    """The program given to a pass is not one that the pass accepts."""
+    """The input program of a pass does not satisfy the pass's requirements."""
 
 
 class PostconditionError(PassError):
-    """The program made by a pass breaks the pass's own promise."""
+    """The output program of a pass does not satisfy what the pass ensures."""
 
 
 class UnsupportedError(QaloraError):
-    """A feature, format, operator or target that is not supported; names the nearest that is."""
+    """A feature, format, operator or target is not supported; names the nearest one that is."""
 
 
 class ExtensionError(QaloraError):
-    """An extension cannot be imported, is not what it has to be, or its name is taken."""
+    """An extension cannot be imported or has the wrong type, or its name is taken."""
 
 
 class VerificationError(QaloraError):
-    """Two programs that had to agree do not; carries the report or certificate."""
+    """Two programs that must be equivalent are not; holds the report or certificate."""
 
     def __init__(
         self,

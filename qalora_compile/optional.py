@@ -1,4 +1,4 @@
-"""Imports on first use: of optional dependencies, and of a package's own names."""
+"""Imports on first use, of optional dependencies and of a package's own names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qalora_compile.errors import UnsupportedError
 
 
 def require(module: str, *, extra: str, purpose: str) -> Any:
-    """Import `module`, or say which extra of this package brings it.
+    """Import `module`, or raise an error that names the extra of this package that installs it.
 
     Args:
         module: Dotted module name, for example `"onnxruntime"`.
         extra: The extra of `qalora-compile` that depends on it.
-        purpose: What it is needed for, as the end of "… is needed to".
+        purpose: What it is needed for, to complete "… is needed to".
 
     Raises:
         UnsupportedError: the module is not installed.
@@ -33,7 +33,7 @@ def require(module: str, *, extra: str, purpose: str) -> Any:
 
 
 def lazy_attribute(package: str, name: str, homes: Mapping[str, str]) -> Any:
-    """What a package gives under a name, imported on first use; for its `__getattr__`.
+    """An attribute of a package, imported on first use; for the package's `__getattr__`.
 
     Args:
         package: Name of the package.
@@ -52,7 +52,7 @@ def lazy_attribute(package: str, name: str, homes: Mapping[str, str]) -> Any:
 
 @contextmanager
 def quiet_logger(name: str) -> Iterator[None]:
-    """Keep the logger of a library quiet in the block, but for errors."""
+    """Silence the logger of a library in the block, except for errors."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Progress of long work, reported by the core and shown by whoever listens.
+"""Progress of long-running work, announced by the core and shown by a listener.
 
-Passes and exporters must not know about terminals, so they only announce steps; the command line
-(or a notebook) installs a listener for the time of its own call.
+Passes and exporters must not know about terminals, so they only announce steps. The command line
+(or a notebook) installs a listener for the duration of its call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Listener = Callable[[str, int, int], None]
-"""Called with (what, steps done, steps in all)."""
+"""Called with (what, steps done, total steps)."""
 Reader = Callable[[str], None]
 """Called with a line of text."""
 

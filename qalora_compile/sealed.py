@@ -1,8 +1,8 @@
-"""Records that notice damage: JSON with a SHA-256 of itself and of the files that it speaks of.
+"""Records that detect damage: JSON with a SHA-256 of itself and of the files that it describes.
 
-A bit that flips in a weight, a truncated copy or a file from another run gives other answers and no
-error. So the records of this package carry digests, which are compared when a folder is read. They
-show damage, not authorship: whoever changes a folder on purpose can write new digests.
+A flipped bit in a weight, a truncated copy or a file from another run changes results without an
+error. So the records of this package hold digests, which are compared when a folder is read. They
+detect damage, not tampering: whoever changes a folder on purpose can write new digests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qalora_compile.files import write_json
 from qalora_compile.untrusted import read_object
 
 SEAL = "sha256"
-"""The key of a record's own digest."""
+"""The key for a record's own digest."""
 _HINT = "get the folder again, or read it as it is with --no-verify (sealed.unchecked())"
 
 _checking: ContextVar[bool] = ContextVar("qalora_checking", default=True)
@@ -28,7 +28,7 @@ _checking: ContextVar[bool] = ContextVar("qalora_checking", default=True)
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Do not compare digests in the block: `--no-verify` of the command line."""
+    """Do not compare digests in the block; `--no-verify` on the command line."""
     token = _checking.set(False)
     try:
         yield
@@ -42,14 +42,15 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path, *, since: int = 1) -> dict[str, Any]:
-    """Read a record and compare its digest; gives it without the digest.
+    """Read a record and compare its digest; returns the record without the digest.
 
     Args:
         path: The file.
-        since: The first `version` of the record that has a digest; older ones need none.
+        since: The first `version` of the record with a digest; older ones need none.
 
     Raises:
-        UserInputError: the file is missing, no JSON object, or was changed after it was written.
+        UserInputError: the file is missing, is not a JSON object, or was changed after it was
+            written.
     """
     value = read_object(path)
     found, version = value.pop(SEAL, None), value.get("version")
@@ -58,7 +59,7 @@ def read_sealed(path: Path, *, since: int = 1) -> dict[str, Any]:
         return value
     if found != _digest(value):
         raise UserInputError(
-            f"{path.name} was changed after it was written: its SHA-256 is another",
+            f"{path.name} was changed after it was written: its SHA-256 differs",
             where=str(path),
             hint=_HINT,
         )
@@ -71,7 +72,7 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def digests_of(folder: Path, names: Iterable[str]) -> dict[str, list[str]]:
-    """SHA-256 of files of a folder, by name, in the form that `check_files` takes."""
+    """SHA-256 of files in a folder, by name, in the form that `check_files` takes."""
     return {name: [digest_of_file(folder / name)] for name in sorted(names)}
 
 
@@ -80,7 +81,7 @@ def check_files(folder: Path, digests: object) -> None:
 
     Args:
         folder: Where the files are.
-        digests: Name → the digests that it may have: one, or two while the file is replaced.
+        digests: Name → allowed digests: one, or two while the file is being replaced.
 
     Raises:
         UserInputError: a file is missing or has another digest, or the digests are malformed.
@@ -95,7 +96,7 @@ def check_files(folder: Path, digests: object) -> None:
             raise UserInputError(f"the file {name} is missing", where=str(folder), hint=_HINT)
         if not isinstance(admitted, list) or digest_of_file(path) not in admitted:
             raise UserInputError(
-                f"{name} was changed after it was written: its SHA-256 is another",
+                f"{name} was changed after it was written: its SHA-256 differs",
                 where=str(path),
                 hint=_HINT,
             )

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all; JSON that is wrong says so."""
+"""Outputs appear completely or not at all; malformed JSON is reported."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_a_folder_does_not_appear_after_an_error(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_an_existing_folder_is_kept_or_replaced_whole(tmp_path: Path) -> None:
+def test_an_existing_folder_is_kept_or_replaced_completely(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with atomic_folder(target) as folder:
         (folder / "run.json").write_text(RUN, "utf-8")
-    with pytest.raises(UserInputError, match="exists already"), atomic_folder(target):
+    with pytest.raises(UserInputError, match="already exists"), atomic_folder(target):
         pytest.fail("the block must not run")
     with pytest.raises(KeyError), atomic_folder(target, overwrite=True):
         raise KeyError
@@ -80,9 +80,12 @@ def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(tmp_path: Pat
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.write_text(GENERATOR, "utf-8")
     folder.mkdir()
-    with pytest.raises(UserInputError, match="is no folder"), atomic_folder(file, overwrite=True):
+    with (
+        pytest.raises(UserInputError, match="is not a folder"),
+        atomic_folder(file, overwrite=True),
+    ):
         pytest.fail("the block must not run")
-    with pytest.raises(UserInputError, match="is no file"), atomic_files(folder, overwrite=True):
+    with pytest.raises(UserInputError, match="is not a file"), atomic_files(folder, overwrite=True):
         pytest.fail("the block must not run")
     assert names(tmp_path) == ["file", "folder"]
 
@@ -117,7 +120,7 @@ def test_files_do_not_appear_after_an_error(tmp_path: Path) -> None:
 def test_an_existing_file_is_kept_or_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a.onnx"
     path.write_text(f"old {GENERATOR}", "utf-8")
-    with pytest.raises(UserInputError, match="exists already") as caught, atomic_files(path):
+    with pytest.raises(UserInputError, match="already exists") as caught, atomic_files(path):
         pytest.fail("the block must not run")
     assert "overwrite=True" in str(caught.value)
     with pytest.raises(RuntimeError), atomic_files(path, overwrite=True) as scratch:
@@ -133,7 +136,7 @@ def test_an_existing_file_is_kept_or_replaced(tmp_path: Path) -> None:
 def test_a_dangling_link_counts_as_existing(tmp_path: Path) -> None:
     link = tmp_path / "out"
     link.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserInputError, match="exists already"):
+    with pytest.raises(UserInputError, match="already exists"):
         check_output(link, overwrite=False)
 
 

@@ -1,1 +1,1 @@
-"""Writers of deployable files. Each states what it keeps exactly and what it rounds."""
+"""Writers of deployable files; each declares what it keeps exactly and what it rounds."""

@@ -1,4 +1,4 @@
-"""What every exporter declares and reports."""
+"""Declarations and reports of exporters."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Capability:
-    """What a format does to one property of a program.
+    """How exactly a format keeps one property of a program.
 
     Attributes:
         kind: `exact`, `rounds` or `unsupported`.
-        detail: For `rounds`, the dtype it rounds to; else a remark.
+        detail: For `rounds`, the dtype that it rounds to; otherwise a remark.
     """
 
     kind: str
@@ -29,28 +29,28 @@ PROPERTIES = (
     *("tail groups", "activation order", "matrices of floats", "vectors", "tied weights"),
     "other architectures",
 )
-"""Of a program, in a checkpoint: what each of its formats declares."""
+"""The properties of a program for which every checkpoint format declares a capability."""
 
 
 def unsupported(why: str) -> Capability:
-    """The format cannot hold the property."""
+    """A capability: the format cannot hold the property."""
     return Capability("unsupported", why)
 
 
 def rounds(dtype: str) -> Capability:
-    """The format stores the property rounded to `dtype`."""
+    """A capability: the format stores the property rounded to `dtype`."""
     return Capability("rounds", dtype)
 
 
 def partly(fits: str, floats: Capability) -> Capability:
-    """A property that the format has in part; the rest is written as floats, as exact as these."""
+    """A capability: the format holds part of the property, and the rest is written as `floats`."""
     if floats.kind == EXACT.kind:
         return Capability(EXACT.kind, f"{fits}; others as floats")
     return rounds(f"{floats.detail}, but for {fits}")
 
 
 NO_ORDER = unsupported("refused on codes")
-"""Of columns whose groups lie apart, in formats that have no place for their order."""
+"""The capability for activation order of formats that cannot store the order."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class StoredTensor:
     """How a checkpoint holds one tensor.
 
     Attributes:
-        name: In the checkpoint.
-        source: Of the module or parameter in the model.
-        form: As the format calls it, for example `Q4_1`.
+        name: Name of the tensor in the checkpoint.
+        source: Name of the module or parameter in the model.
+        form: The format's name for the type, for example `Q4_1`.
         max_abs_error: Largest difference between a stored weight and the program's.
-        relative_error: The same as a part of the tensor's largest weight.
-        remark: Why it is not stored as its plan says; else empty.
+        relative_error: That difference divided by the tensor's largest absolute weight.
+        remark: Why it is not stored as planned; empty if it is.
     """
 
     name: str
@@ -82,13 +82,13 @@ class ExportReport:
         path: The main file.
         files: Every file with its size in bytes.
         target: The export target.
-        nodes: Number of nodes in the exported graph; 0 for a checkpoint, which has none.
-        quantized_layers: Number of quantized linear layers in it.
+        nodes: Number of nodes in the exported graph; 0 for a checkpoint, which has no graph.
+        quantized_layers: Number of quantized linear layers.
         capabilities: What happened to codes, scale, zero-point and float tensors.
-        kept: Number of weights that an interrupted run had written already.
-        stored: Of a checkpoint: how each tensor is stored.
-        notes: Of a checkpoint: what it leaves out or says otherwise. Of an ONNX model: what was not
-            fused, the first node of each reason.
+        kept: Number of weights that an interrupted run had already written.
+        stored: For a checkpoint: how each tensor is stored.
+        notes: For a checkpoint: what it leaves out or states differently. For an ONNX model: what
+            was not fused, with the first node for each reason.
     """
 
     path: Path
@@ -107,7 +107,7 @@ class ExportReport:
         return sum(self.files.values())
 
     def joined(self, other: ExportReport, path: Path) -> ExportReport:
-        """One report on two files of one model, which lie in `path`."""
+        """Combine the reports on two files of one model, which are in the folder `path`."""
         return replace(
             self,
             path=path,

@@ -1,4 +1,4 @@
-"""`export.json`: what is known of an exported folder, in that folder."""
+"""`export.json`: the record of an export, in the exported folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FORMAT, VERSION = "qalora-export", 1
 
 
 def write_record(folder: Path, report: ExportReport, spec: ExportSpec) -> None:
-    """Write what is known of an export into its folder: `export.json`."""
+    """Write the record of an export into its folder."""
     write_json(folder / RECORD_FILE, export_record(report, spec))
 
 
 def export_record(report: ExportReport, spec: ExportSpec) -> dict[str, Any]:
-    """The report as JSON types; what was replaced says nothing of what was written."""
+    """The report as JSON types, without the options that do not affect what is written."""
     options = {name: value for name, value in spec.to_json().items() if name != "overwrite"}
     return {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""Targets by name, and what one that lowers the graph declares and does."""
+"""Targets by name, and the interface of targets that lower the graph."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from qalora_compile.registry import TARGETS
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A value of `ExportSpec.target`: a `LoweredTarget`, or a `Format` of checkpoints.
+    """A value of `ExportSpec.target`: a `LoweredTarget` or a checkpoint `Format`.
 
     Attributes:
-        library: Who reads what is written.
-        capabilities: What happens to each property of a program.
-        options: Fields of `ExportSpec` that a target of an extension takes, next to `target` and
-            `overwrite`; others are refused.
+        library: The library that reads what is written.
+        capabilities: How exactly the target keeps each property of a program.
+        options: Fields of `ExportSpec` that a target of an extension takes, in addition to
+            `target` and `overwrite`; others are refused.
     """
 
     on_codes: ClassVar[bool] = False
-    """Codes are written without lowering, next to a description of the model."""
+    """Whether codes are written without lowering, with a description of the model."""
 
     library: str
     capabilities: Callable[[ExportSpec], Mapping[str, Capability]]
@@ -39,12 +39,11 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class LoweredTarget(Target, ABC):
-    """A target that passes lower a program to.
+    """A target for which passes lower the program.
 
     Attributes:
-        lowering: The passes, as the text of a pipeline, that take a folded or quantized program to
-            stage `legalized:<name of the target>`. A model in half precision computes in float32
-            by then.
+        lowering: Returns the text of the pipeline that takes a folded or quantized program to stage
+            `legalized:<name of the target>`. Models in half precision are widened to float32 first.
     """
 
     lowering: Callable[[Program, ExportSpec], str]
@@ -64,19 +63,19 @@ class LoweredTarget(Target, ABC):
         """Write a lowered program, completely or not at all.
 
         Raises:
-            UserInputError: the path exists and may not be replaced, or a run is to be resumed, and
-                the target cannot.
-            OutputError: it cannot be written.
+            UserInputError: the path exists and may not be replaced, or `resume` is given and the
+                target cannot continue a run.
+            OutputError: the files cannot be written.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderTarget(LoweredTarget):
-    """A target that is a folder: the files that `write` makes, and `export.json`.
+    """A target that is a folder with the files that `write` makes and `export.json`.
 
     Attributes:
-        write: Writes a lowered program into an empty folder, which gets its name when all is
-            written; gives a row for each tensor.
+        write: Writes a lowered program into an empty folder, which is renamed when all files are
+            written; returns a row for each tensor.
     """
 
     write: Callable[[Program, Path, ExportSpec], Sequence[StoredTensor]]
@@ -96,7 +95,7 @@ class FolderTarget(LoweredTarget):
         if program.stage != f"{LEGALIZED}{spec.target}":
             raise PreconditionError(
                 f"the program is at stage {program.stage}, not lowered for target {spec.target}",
-                hint="its adapters have to be folded, and its lowering has to end at that stage",
+                hint="fold its adapters first, and let its lowering end at that stage",
             )
         if resume is not None:
             raise UserInputError(f"resume is given for target {spec.target}", hint="leave it out")
@@ -116,7 +115,7 @@ class FolderTarget(LoweredTarget):
 
 
 def refuse_file(path: Path, spec: ExportSpec) -> None:
-    """Refuse a file where a folder is written.
+    """Refuse a path that is a file if the target writes a folder.
 
     Raises:
         UserInputError: the path is a file.
@@ -128,10 +127,10 @@ def refuse_file(path: Path, spec: ExportSpec) -> None:
 
 
 def register_target(name: str, target: Target) -> None:
-    """Make a target known by a name, as a value of `ExportSpec.target`.
+    """Register a target under a name, as a value of `ExportSpec.target`.
 
     Raises:
-        ExtensionError: the name is taken, or `target` is no `LoweredTarget` and no `Format`.
+        ExtensionError: the name is taken, or `target` is neither a `LoweredTarget` nor a `Format`.
     """
     TARGETS.add(name, _checked(name, target))
 
@@ -140,7 +139,7 @@ def get_target(name: str) -> Target:
     """The target of a name that `ExportSpec` accepts.
 
     Raises:
-        ExtensionError: its package cannot be imported, or brings something else.
+        ExtensionError: its package cannot be imported, or defines something else.
     """
     return _checked(name, TARGETS.load(name))
 

@@ -1,9 +1,9 @@
-"""Atomic outputs: a file or folder appears under its final name whole, or not at all.
+"""Atomic outputs: a file or folder appears under its final name completely or not at all.
 
-A command calls `reserve` first: it refuses an output that may not be replaced, and keeps other
-processes away from it until the command ends. `atomic_folder` and `atomic_files` then write it,
-`write_json`, `write_text` and `scratch_file` single files inside a folder that is the writer's own.
-`recover` puts back what a process that was killed had moved aside.
+A command first calls `reserve`: it refuses an output that may not be replaced, and locks it until
+the command ends. `atomic_folder` and `atomic_files` then write it. `write_json`, `write_text` and
+`scratch_file` write single files inside a folder that belongs to the writer. `recover` restores
+what a killed process had moved aside.
 """
 
 from qalora_compile.files.faults import fault_of, reporting_faults

@@ -1,4 +1,4 @@
-"""Files that are on the disk, with the rights that the user's umask gives."""
+"""Flush files to the disk, and give them the permissions of the user's umask."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def settle(path: Path, mode: int) -> None:
-    """Give a file the rights `mode`, and have the system write it to the disk.
+    """Give a file the permissions `mode`, and flush it to the disk.
 
-    A file that can be executed stays so, for whom `mode` lets read it.
+    An executable file stays executable for those who may read it.
     """
     found = stat.S_IMODE(path.stat().st_mode)
     wanted = mode | ((mode & 0o444) >> 2 if found & 0o100 else 0)
@@ -24,10 +24,10 @@ def settle(path: Path, mode: int) -> None:
 
 
 def settle_folder(folder: Path) -> None:
-    """Settle all that lies in a folder that was made by `Path.mkdir`, and the folder itself.
+    """Settle everything in a folder that was created by `Path.mkdir`, and the folder itself.
 
-    Libraries write files that their owner alone can read, and copies have the rights of what they
-    are copies of. Here they all get those of a new file.
+    Libraries write files that only their owner can read, and copies keep the permissions of the
+    original. Here they all get those of a new file.
     """
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o777
     for root, _, files in os.walk(folder, topdown=False):
@@ -39,7 +39,7 @@ def settle_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the system write the names in a folder to the disk, where it can."""
+    """Flush the names in a folder to the disk, if the system can."""
     if os.name == "nt":  # pragma: no cover
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""One error for whatever a library raises when a file cannot be written."""
+"""One error type for everything that libraries raise when a file cannot be written."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _HINTS = {
     errno.EFBIG: f"raise the limit (ulimit -f) or write to another file system, {_AGAIN}",
     errno.EROFS: "write to another folder",
 }
-"""What only writing raises, and what to do about it."""
+"""Errors that only writing raises → what to do about them."""
 _IN_TEXT = re.compile(r"\(os error (\d+)\)")
-"""How libraries in Rust (safetensors, tokenizers) say which error of the system it was."""
+"""How libraries in Rust (safetensors, tokenizers) name the system's error."""
 _CUT_OFF = re.compile(r"\d+ requested and \d+ written")
-"""What numpy says, which does not know why."""
+"""The message of numpy, which does not name the cause."""
 
 
 def fault_of(error: BaseException, path: Path | str) -> OutputError | None:
-    """What an exception says about writing `path`; None where it is about something else.
+    """The `OutputError` for an exception, or None if it does not concern writing `path`.
 
     Args:
-        error: What a library raised, or the system.
-        path: What was being written.
+        error: An exception of a library or the system.
+        path: The output that was being written.
     """
     number = _number(error)
     if number in _HINTS:
@@ -44,12 +44,12 @@ def fault_of(error: BaseException, path: Path | str) -> OutputError | None:
 
 @contextmanager
 def reporting_faults(path: Path) -> Iterator[None]:
-    """Raise `OutputError` for what goes wrong in the block because `path` cannot be written.
+    """Raise `OutputError` if the block fails because `path` cannot be written.
 
-    An error of ours that a library has wrapped into one of its own comes out as it was.
+    If a library has wrapped an error of this package, the original error is raised.
 
     Raises:
-        OutputError: the disk is full, a file too large, a right is missing.
+        OutputError: the disk is full, a file is too large, or a permission is missing.
     """
     try:
         yield
@@ -64,7 +64,7 @@ def reporting_faults(path: Path) -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and those that it was raised from, the outermost first."""
+    """An exception and its chain of causes, outermost first."""
     seen: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in seen:
@@ -76,12 +76,12 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _fault(path: Path | str, number: int) -> OutputError:
     return OutputError(
         f"cannot write {path}: {os.strerror(number)}",
-        hint=_HINTS.get(number, "choose another --out, or see to the rights of the folder"),
+        hint=_HINTS.get(number, "choose another --out, or change the permissions of the folder"),
     )
 
 
 def _number(error: BaseException) -> int | None:
-    """The number of the system's error; of libraries that are no OSError, from the text."""
+    """The system's error number; for exceptions other than `OSError`, it is in the text."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     found = _IN_TEXT.search(str(error))
@@ -89,7 +89,7 @@ def _number(error: BaseException) -> int | None:
 
 
 def _concerns(filename: object, path: Path | str) -> bool:
-    """Whether a file is the output, its staging folder, or something in one of these."""
+    """Whether a file is the output, its staging folder, or inside one of them."""
     if not isinstance(filename, (str, bytes)):
         return False
     named, output = Path(os.path.abspath(os.fsdecode(filename))), Path(os.path.abspath(path))

@@ -1,4 +1,4 @@
-"""One writer an output: a lock file beside it, for as long as it is written."""
+"""One writer per output: a lock file is next to the output as long as it is written."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ else:
     from fcntl import flock as _flock
 
 _WITHOUT_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-"""What file systems of networks answer that have no such locks."""
+"""Errors of network file systems without such locks."""
 _TRIES, _PAUSE_S = 4, 0.05
-"""A reader that recovers an output holds its lock for a moment."""
+"""A reader that recovers an output holds its lock briefly."""
 
 _reserved: dict[tuple[int, Path], Lock] = {}
-"""Locks of this process, by its number, that nothing inside it uses at the moment."""
+"""Locks that this process, by its id, holds and no code inside it uses at the moment."""
 
 
 class Lock:
-    """A lock file that is gone when the lock is given back.
+    """A lock file that is removed when the lock is released.
 
-    The holder removes the file while it still holds it. Another process may have opened that very
-    file before: it then holds a lock on something that has no name any more, sees so, and tries
-    again. The lock of a process that dies is free at once; its file stays until the next writer.
+    The holder removes the file while it still holds the lock. Another process may already have
+    opened that file; it then locks a file that has no name any more, notices this, and tries again.
+    When a process dies, its lock is free at once, and the file stays until the next writer.
 
     Args:
         path: The lock file.
@@ -47,7 +47,7 @@ class Lock:
         self._soft: BaseFileLock | None = None
 
     def acquire(self) -> bool:
-        """Take the lock; False where another process, or another part of this one, holds it."""
+        """Take the lock; False if another process, or another part of this one, holds it."""
         if _flock is None:
             return self._acquire_softly()
         while True:
@@ -69,7 +69,7 @@ class Lock:
                     os.close(descriptor)
 
     def release(self) -> None:
-        """Remove the file, then give the lock back."""
+        """Remove the file, then release the lock."""
         if self._soft is not None:
             self._soft.release()
         if self._descriptor is not None:
@@ -79,7 +79,7 @@ class Lock:
             self._descriptor = None
 
     def _acquire_softly(self) -> bool:
-        """By a file that is there or not: where the system or the file system has no locks."""
+        """Use the existence of the file as the lock, if the file system has no locks."""
         self._soft = SoftFileLock(self._path.with_name(f"{self._path.name}ed"), timeout=0)
         try:
             self._soft.acquire()
@@ -102,14 +102,14 @@ def lock_of(path: Path) -> Path:
 
 @contextmanager
 def held(path: Path, *, reserve: bool = False) -> Iterator[None]:
-    """Hold the lock of an output in the block, whose folder is made.
+    """Hold the lock of an output in the block; creates the output's parent folder.
 
     Args:
         path: The output.
-        reserve: The block is a command, in which something else will hold the lock again.
+        reserve: Whether the block is a command, inside which other code will hold the lock again.
 
     Raises:
-        UserInputError: another process writes the output, or something in this one does.
+        UserInputError: another process, or other code in this one, writes the output.
         OutputError: no file can be written there.
     """
     key = (os.getpid(), Path(os.path.realpath(path.parent), path.name))
@@ -126,7 +126,9 @@ def held(path: Path, *, reserve: bool = False) -> Iterator[None]:
         lock = Lock(lock_of(path))
         if not _taken(lock):
             raise UserInputError(
-                f"another process is writing {path}", where=str(path), hint="wait for it, or end it"
+                f"another process is writing {path}",
+                where=str(path),
+                hint="wait for it, or stop it",
             )
     try:
         if reserve:
@@ -135,7 +137,7 @@ def held(path: Path, *, reserve: bool = False) -> Iterator[None]:
     finally:
         _reserved.pop(key, None) if reserve else None
         lock.release()
-        for parent in made:  # those that the block has left empty
+        for parent in made:  # remove those that the block has left empty
             with suppress(OSError):
                 parent.rmdir()
 

@@ -1,4 +1,4 @@
-"""What says that a folder or a file was written by this package, and may so be replaced by it."""
+"""Marks in files and folders that this package wrote, which it may therefore replace."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _RECORDS = {
     "reproduction.json": "qalora-reproduction",
     "program.json": "qalora-program",
 }
-"""File of a folder → the `format` that it names; what is quickly read first."""
+"""File in a folder → the `format` that it names; those that are quick to read come first."""
 _PEFT_FILE, _PEFT_MARK = "adapter_config.json", "qalora_pooling"
-"""PEFT's own file, and the entry that this package alone puts into it."""
+"""PEFT's own file, and the entry that only this package puts into it."""
 _CERTIFICATE = "qalora-certificate"
 
 GENERATOR = '<meta name="generator" content="qalora-compile">'
-"""In the head of every page."""
+"""The mark in the head of every page."""
 GGUF_KEY = "qalora.made_by"
-"""Of the metadata of every GGUF file."""
+"""The mark in the metadata of every GGUF file."""
 PRODUCER = "qalora-compile"
-"""Of every ONNX model."""
+"""The mark of every ONNX model."""
 
 _HEAD_BYTES = 1 << 16
 _ONNX_HEAD = re.compile(rb"\x08[\x00-\x7f]\x12" + bytes([len(PRODUCER)]) + PRODUCER.encode())
-"""`ir_version`, then `producer_name`, as protobuf writes them at the beginning of the file."""
+"""`ir_version` and `producer_name`, as protobuf encodes them at the beginning of the file."""
 
 
 def is_own_folder(folder: Path) -> bool:
-    """Whether this package wrote a folder, as a file in it says; an empty one counts too."""
+    """Whether this package wrote a folder, according to a file in it; an empty folder counts."""
     if any(_is_of(folder / name, kind) for name, kind in _RECORDS.items()):
         return True
     settings = _read(folder / _PEFT_FILE)
@@ -43,7 +43,7 @@ def is_own_folder(folder: Path) -> bool:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether this package wrote a file: ONNX, GGUF, a page or a certificate; or it is empty."""
+    """Whether this package wrote a file (ONNX, GGUF, page or certificate); an empty file counts."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if head.startswith(b"GGUF"):

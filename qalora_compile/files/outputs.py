@@ -1,8 +1,8 @@
-"""Outputs: which paths may be written, and how a folder or a file gets there in one piece.
+"""Outputs: which paths may be written, and how a folder or file is put there atomically.
 
-Long work may give `resume`, a key of all that determines the output. Its unfinished files then
-stay in a hidden folder of that key when the process is ended or dies, and the next run with the
-same key finds them there.
+Long-running work may pass `resume`, a key of everything that determines the output. If the process
+is interrupted, the unfinished files then stay in a hidden folder for that key, where the next run
+with the same key finds them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qalora_compile.files.replacing import (
 )
 
 Inputs = Iterable[str | Path | None]
-"""What a command reads: paths, or names of models that are no paths; None is left out."""
+"""The inputs of a command: paths, or names of models that are not paths; None is ignored."""
 
 
 def check_output(
@@ -37,14 +37,14 @@ def check_output(
 
     Args:
         path: The output.
-        overwrite: Replace it, if this package wrote it.
-        inputs: What is read, which is never replaced.
-        is_file: The output is a file, not a folder.
+        overwrite: Whether it may be replaced, if this package wrote it.
+        inputs: The inputs, which are never replaced.
+        is_file: Whether the output is a file, not a folder.
 
     Raises:
-        UserInputError: `path` exists and `overwrite` is false, or is an input, or holds one or the
-            working directory, or was not written by this package, or is a link; or its parent is a
-            file.
+        UserInputError: `path` exists and `overwrite` is false; it is an input, or contains one or
+            the working directory; it is a link, or was not written by this package; or its parent
+            is a file.
     """
     if Path(os.path.abspath(path)).name == "":
         raise UserInputError(f"the output {path} has no name", where=str(path))
@@ -53,7 +53,7 @@ def check_output(
     if os.path.lexists(path):
         if not overwrite:
             raise UserInputError(
-                f"the output {path} exists already",
+                f"the output {path} already exists",
                 where=str(path),
                 hint="choose another name, or pass --overwrite (overwrite=True) to replace it",
             )
@@ -66,10 +66,10 @@ def check_output(
 
 
 def _check_inputs(path: Path, inputs: Inputs) -> None:
-    """Refuse an output whose replacement would take what is read, or where the user is.
+    """Refuse an output whose replacement would remove an input or the working directory.
 
     Raises:
-        UserInputError: see above.
+        UserInputError: see `check_output`.
     """
     if not os.path.lexists(path):
         return
@@ -90,17 +90,17 @@ def _check_inputs(path: Path, inputs: Inputs) -> None:
 
 
 def _check_own(path: Path, *, is_file: bool) -> None:
-    """Refuse to replace what others wrote.
+    """Refuse to replace a file or folder that this package did not write.
 
     Raises:
-        UserInputError: see above.
+        UserInputError: see `check_output`.
     """
     if path.is_symlink():
-        problem, hint = "is a link", "give the path that it leads to"
+        problem, hint = "is a link", "give the path that it points to"
     elif is_file and not path.is_file():
-        problem, hint = "is no file", "choose another name"
+        problem, hint = "is not a file", "choose another name"
     elif not is_file and not path.is_dir():
-        problem, hint = "is no folder", "choose another name"
+        problem, hint = "is not a folder", "choose another name"
     elif is_own_file(path) if is_file else is_own_folder(path):
         return
     else:
@@ -117,13 +117,13 @@ def reserve(
     inputs: Inputs = (),
     go_on: bool = False,
 ) -> Iterator[None]:
-    """Check an output as `check_output` does, and keep other processes from it in the block.
+    """Check an output as `check_output` does, and lock it in the block.
 
     Args:
         path: The output.
         overwrite: See `check_output`.
         inputs: See `check_output`.
-        go_on: The output is gone on with: it may be there, and nothing is checked.
+        go_on: Whether an existing output is continued; then nothing is checked.
 
     Raises:
         UserInputError: see `check_output`, or another process writes the output.
@@ -142,12 +142,12 @@ def reserve(
 def atomic_folder(
     path: Path, *, overwrite: bool = False, resume: str | None = None
 ) -> Iterator[Path]:
-    """Give a folder to fill; rename it to `path` when the block ends without an error.
+    """Yield a folder to fill; it is renamed to `path` when the block ends without an error.
 
     Args:
-        path: The folder to make.
-        overwrite: Replace an existing one, if this package wrote it.
-        resume: See the module; without it the folder is fresh, and gone after an error.
+        path: The folder to create.
+        overwrite: Whether an existing folder may be replaced, if this package wrote it.
+        resume: See the module; without it, the folder is empty at first and removed on an error.
 
     Raises:
         UserInputError: see `check_output`, or another process writes the same output.
@@ -166,8 +166,8 @@ def atomic_files(
 ) -> Iterator[Path]:
     """Like `atomic_folder` for a file and its companions (`model.onnx`, `model.onnx.data`).
 
-    Yields the path to write to, in a temporary folder beside the final one. On success each file
-    there is renamed into place, the main file last, so that it never refers to a missing companion.
+    Yields the path to write to, in a temporary folder next to the final path. On success, each file
+    in it is renamed to its place, the main file last, so that no companion of it is ever missing.
     """
     check_output(path, overwrite=overwrite, is_file=True)
     with _staging(path, resume) as staging:
@@ -178,7 +178,7 @@ def atomic_files(
 
 @contextmanager
 def _staging(path: Path, resume: str | None) -> Iterator[Path]:
-    """A hidden folder beside `path`; with a key it outlives an interruption, and a full disk."""
+    """A hidden folder next to `path`; with a key, it survives an interruption and a full disk."""
     with reporting_faults(path), held(path):
         mend(path)
         folder = staging_of(path, resume)
@@ -188,9 +188,9 @@ def _staging(path: Path, resume: str | None) -> Iterator[Path]:
                 yield folder
         except BaseException as error:
             wrong = isinstance(error, QaloraError) and not isinstance(error, OutputError)
-            if resume is None or wrong:  # written again, it would be wrong again
+            if resume is None or wrong:  # a new run would only fail again
                 remove(folder)
-            mend(path)  # it may have been interrupted while it replaced the old output
+            mend(path)  # an interruption may have left a half-replaced output
             raise
         remove(folder)
         remove_parts(path)

@@ -1,16 +1,16 @@
-"""Putting a finished output in the place of an old one, and putting the old one back.
+"""Replace an old output by a finished one, and restore the old one after an interruption.
 
-What lies beside an output while it is written (NAME is the output's):
+Files and folders next to an output while it is written (NAME is the output's name):
 
 ===========================  ====================================================================
 `.NAME.qalora.lock`          the writer's lock (`locks`)
 `.NAME.qalora.tmp`           the new output, unfinished
-`.NAME.qalora.KEY.part`      the same, of long work that can be gone on with
+`.NAME.qalora.KEY.part`      the same for work that can be resumed
 `.NAME.qalora.old`           the old folder, between the two renames that replace it
-`.NAME.qalora.files`         the same of a file and its companions, with a list of them
+`.NAME.qalora.files`         the same for a file and its companions, with a list of them
 ===========================  ====================================================================
 
-Whoever holds the lock knows that all of these are of processes that have died.
+The holder of the lock knows that the others were left by processes that have died.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _LIST = ".names.json"
 
 
 def staging_of(path: Path, resume: str | None) -> Path:
-    """The folder that an output is written in."""
+    """The folder in which an output is written."""
     return path.with_name(
         f".{path.name}.qalora.tmp" if resume is None else f".{path.name}.qalora.{resume}{_PART}"
     )
 
 
 def recover(path: Path) -> None:
-    """Put an output back that a process which died had moved aside; nothing while one is at work.
+    """Restore an output that a dead process had moved aside; does nothing if a writer is at work.
 
     Raises:
-        OutputError: it cannot be put back.
+        OutputError: it cannot be restored.
     """
     path = Path(os.path.abspath(path))
     if path.name and any(os.path.lexists(aside) for aside in (_old_folder(path), _old_files(path))):
@@ -51,7 +51,7 @@ def recover(path: Path) -> None:
 
 
 def mend(path: Path) -> None:
-    """What `recover` does, and remove the unfinished output, while the lock is held."""
+    """Restore an output as `recover` does, and remove an unfinished one; needs the lock."""
     aside, files, staging = _old_folder(path), _old_files(path), staging_of(path, None)
     if files.is_dir() and not files.is_symlink():
         _put_back(path)
@@ -59,13 +59,13 @@ def mend(path: Path) -> None:
         os.rename(aside, path)
         sync_folder(path.parent)
     remove(staging)
-    if os.path.lexists(aside):  # the new one was in its place already
+    if os.path.lexists(aside):  # the new folder was already in its place
         os.rename(aside, staging)
         remove(staging)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder; nothing where there is none."""
+    """Remove a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -73,7 +73,7 @@ def remove(path: Path) -> None:
 
 
 def remove_parts(path: Path) -> None:
-    """Remove the unfinished folders of work that can be gone on with."""
+    """Remove the unfinished folders of work that could be resumed."""
     form = re.compile(rf"\.{re.escape(path.name)}\.qalora\.[^.]+\{_PART}")
     for entry in path.parent.iterdir():
         if form.fullmatch(entry.name):
@@ -81,7 +81,7 @@ def remove_parts(path: Path) -> None:
 
 
 def keep_parts(folder: Path) -> None:
-    """Empty the folder of an unfinished output, but for what is itself unfinished in it."""
+    """Empty the folder of an unfinished output, except for unfinished outputs inside it."""
     for entry in folder.iterdir():
         if not (entry.is_dir() and entry.name.endswith(_PART)):
             remove(entry)
@@ -107,7 +107,7 @@ def replace_folder(staging: Path, path: Path) -> None:
 
 
 def replace_files(staging: Path, path: Path, *, overwrite: bool) -> None:
-    """Rename the files in `staging` to beside `path`, the one of its name last.
+    """Move the files in `staging` next to `path`, and the one with its name last.
 
     Raises:
         UserInputError: a companion exists and `overwrite` is false, or is a folder.
@@ -119,7 +119,7 @@ def replace_files(staging: Path, path: Path, *, overwrite: bool) -> None:
         target = path.parent / file.name
         if target.is_dir() or (os.path.lexists(target) and not overwrite):
             raise UserInputError(
-                f"{target}, which belongs to the output, exists already",
+                f"{target}, which belongs to the output, already exists",
                 where=str(target),
                 hint="choose another name, or pass --overwrite (overwrite=True) to replace it",
             )
@@ -133,11 +133,11 @@ def replace_files(staging: Path, path: Path, *, overwrite: bool) -> None:
         raise
     sync_folder(path.parent)
     if len(files) > 1:
-        os.rename(_old_files(path), staging / _LIST)  # from here on the new ones count
+        os.rename(_old_files(path), staging / _LIST)  # from here on, the new files are valid
 
 
 def _move_aside(staging: Path, path: Path, names: Sequence[str]) -> None:
-    """Move the old files aside, and note what is about to be done, for `_put_back`."""
+    """Move the old files aside, and record the replacement for `_put_back`."""
     aside = _old_files(path)
     aside.mkdir()
     listed = aside / _LIST
@@ -145,13 +145,13 @@ def _move_aside(staging: Path, path: Path, names: Sequence[str]) -> None:
     settle(listed, 0o600)
     sync_folder(aside)
     sync_folder(path.parent)
-    for name in reversed(names):  # the main one first: it never refers to a missing companion
+    for name in reversed(names):  # the main file first, so that no companion of it is missing
         if os.path.lexists(path.parent / name):
             os.rename(path.parent / name, aside / name)
 
 
 def _put_back(path: Path) -> None:
-    """Undo a replacement of files that was not finished, wherever it stopped."""
+    """Undo an unfinished replacement of files, wherever it was interrupted."""
     aside = _old_files(path)
     if not aside.is_dir():
         return
@@ -159,7 +159,7 @@ def _put_back(path: Path) -> None:
     for name in names:
         target = path.parent / name
         if staging.is_dir() and os.path.lexists(target) and not os.path.lexists(staging / name):
-            os.replace(target, staging / name)  # a new one
+            os.replace(target, staging / name)  # a new file
         if os.path.lexists(aside / name):
             os.replace(aside / name, target)
     sync_folder(path.parent)
@@ -167,7 +167,7 @@ def _put_back(path: Path) -> None:
 
 
 def _listed(path: Path) -> tuple[list[str], Path]:
-    """What `_move_aside` noted; nothing where it died before it moved anything."""
+    """The record of `_move_aside`; empty if it was interrupted before it moved anything."""
     try:
         value = json.loads((_old_files(path) / _LIST).read_text("utf-8"))
         names, staging = list(map(str, value["names"])), str(value["staging"])

@@ -1,4 +1,4 @@
-"""Single files inside a folder that is the writer's own, replaced in one step."""
+"""Single files, replaced atomically, inside a folder that belongs to the writer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from qalora_compile.files.faults import reporting_faults
 
 @contextmanager
 def scratch_file(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which is renamed to `path` when the block ends without an error.
+    """Yield a path to write to, which is renamed to `path` when the block ends without an error.
 
-    It lies in a hidden folder of its own, where libraries may leave what they like: a process that
-    is killed leaves that folder, and the next that writes the file removes it.
+    It is in its own hidden folder, where libraries may leave other files. If the process is killed,
+    the folder stays until the file is written again.
 
     Raises:
         OutputError: the file cannot be written.

@@ -132,7 +132,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserInputError(
-            f"{path.name} is no whole safetensors file: {error}",
+            f"{path.name} is truncated or not a safetensors file: {error}",
             where=str(path),
             hint="it may be truncated: fetch or write it again",
         ) from error

@@ -1,4 +1,4 @@
-"""Pages that open without a server: one HTML file with its style and its charts inside.
+"""Self-contained pages: one HTML file that includes its style and charts.
 
     page = Page("Training run", "SmolLM2-135M, 200 steps")
     page.section("Loss", "Lower is better.")
@@ -6,7 +6,7 @@
     page.table(("layer", "bits"), [("q", 4), ("k", 3)], caption="What was chosen.")
     page.write("run/report.html")
 
-Needs the extra `report`. Knows nothing of models: numbers and texts in, one file out.
+Needs the extra `report`. This package is independent of models: it takes numbers and texts only.
 """
 
 from qalora_compile.pages.charts import Chart, bar_chart, histogram, line_chart

@@ -1,7 +1,7 @@
 """Charts as SVG text: lines, bars by name, histograms.
 
-The same numbers give the same text. Colours are variables of the page's style, so that a chart
-follows its page into the dark.
+The same numbers give the same text. Colours are variables of the page's style, so that charts
+follow its dark mode.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _SERIES = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006")
 _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)"} | {
     colour: f"var(--series-{index})" for index, colour in enumerate(_SERIES)
 }
-"""Colours that no chart has otherwise, and what they become in the page."""
+"""Placeholder colours of a drawing → the page's variables that replace them."""
 _NAMED_TICKS = 40
-"""With more bars than these, every n-th has its name below it; the pointer shows them all."""
+"""With more bars, only every n-th is labelled; tooltips name them all."""
 _INCHES = (7.6, 3.0)
 _BINS = 60
-"""Of a histogram: of equal width, from the least to the largest value."""
+"""Bins of a histogram, of equal width from the smallest to the largest value."""
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qalora",
     "font.size": 9,
-    "text.parse_math": False,  # a name with dollar signs is no formula
+    "text.parse_math": False,  # names with dollar signs are not formulas
     "text.color": _INK,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
@@ -61,7 +61,7 @@ class Chart:
 
     Attributes:
         svg: An `<svg>` element. Its colours are the variables of `page.css`.
-        remarks: What is not drawn, and why; the page shows it below.
+        remarks: Values that are not drawn, and why; the page shows this below the chart.
     """
 
     svg: str
@@ -78,14 +78,14 @@ def line_chart(
     """Lines through points.
 
     Args:
-        series: By name, the numbers along x and along y. A value that is not finite makes a gap,
-            and so does one that is not above zero on a logarithmic axis; remarks count them.
-        x: What its axis shows.
-        y: Likewise.
+        series: Name → x values and y values. A value that is not finite leaves a gap, and so does
+            one that is not positive on a logarithmic axis; remarks count them.
+        x: Label of the x axis.
+        y: Label of the y axis.
         log_y: Whether y is logarithmic.
 
     Raises:
-        UserInputError: there is no series, or one has no points or unlike lengths.
+        UserInputError: there is no series, or one is empty or has the wrong length.
         UnsupportedError: matplotlib is not installed.
     """
     _check_series({name: list(ys) for name, (_, ys) in series.items()})
@@ -111,18 +111,18 @@ def line_chart(
 def bar_chart(
     labels: Sequence[str], series: Mapping[str, Sequence[float]], *, y: str, log_y: bool = False
 ) -> Chart:
-    """Bars by name, for example one a layer; several series stand side by side.
+    """Bars by name, for example one per layer; the bars of several series are next to each other.
 
     Args:
-        labels: Names of the bars, from left to right. Past 40 of them only some are written; the
-            pointer over a bar shows its name and value.
-        series: By name, one value for each label. What is not finite, or not above zero on a
-            logarithmic axis, is not drawn; remarks count it.
-        y: What the axis shows.
-        log_y: Whether it is logarithmic.
+        labels: Names of the bars, from left to right. Of more than 40, only some are written; the
+            tooltip of a bar shows its name and value.
+        series: Name → one value per label. Values that are not finite, or not positive on a
+            logarithmic axis, are not drawn; remarks count them.
+        y: Label of the y axis.
+        log_y: Whether y is logarithmic.
 
     Raises:
-        UserInputError: there is no series, or one has no points or unlike lengths.
+        UserInputError: there is no series, or one is empty or has the wrong length.
         UnsupportedError: matplotlib is not installed.
     """
     _check_series(series)
@@ -153,11 +153,11 @@ def bar_chart(
 
 
 def histogram(values: ArrayLike, *, x: str) -> Chart:
-    """How many values lie where; counts on a logarithmic axis, so that few outliers are seen.
+    """The distribution of values; counts are on a logarithmic axis, so that outliers are visible.
 
     Args:
-        values: Numbers, or an array of them. What is not finite is not drawn; a remark counts it.
-        x: What they are.
+        values: Numbers, or an array. A remark counts values that are not finite, hence not drawn.
+        x: Label of the x axis.
 
     Raises:
         UserInputError: there are no values.
@@ -190,7 +190,7 @@ def _drawn(
     legend: bool = False,
     titles: Mapping[str, str] | None = None,
 ) -> Chart:
-    """What `draw` draws on a pair of axes named x and y; it gives remarks."""
+    """The chart that `draw` draws on axes named x and y; `draw` returns remarks."""
     matplotlib = require("matplotlib", extra="report", purpose="draw charts")
     figures = require("matplotlib.figure", extra="report", purpose="draw charts")
     with matplotlib.rc_context(_STYLE):
@@ -208,13 +208,13 @@ def _drawn(
 
 
 def _tidy(svg: str, titles: Mapping[str, str]) -> str:
-    """The `<svg>` element alone, with the page's colours, and with titles on what has an id."""
+    """The `<svg>` element with the page's colours and with titles for elements that have an id."""
     svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"\s*<style.*?</style>", "", svg, flags=re.DOTALL)  # it would hold for the page
+    svg = re.sub(r"\s*<style.*?</style>", "", svg, flags=re.DOTALL)  # it would style the page
     svg = re.sub(r"\s*<defs>\s*</defs>", "", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page has its own
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page defines its own
     for key, title in titles.items():
         svg = svg.replace(f'<g id="{key}">', f"<g><title>{escape(title)}</title>", 1)
     return svg

@@ -1,4 +1,4 @@
-"""`Page`: headings, texts, tables and charts in order, written as one HTML file."""
+"""`Page`: a sequence of headings, texts, tables and charts, written as one HTML file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class _Cell:
 class Page:
     """One HTML page, filled from top to bottom.
 
-    Every text is escaped. The file refers to nothing outside itself, has no script, and the same
-    calls give the same bytes.
+    Every text is escaped. The file has no external references and no script, and the same calls
+    give the same bytes.
 
     Args:
-        title: Of the page.
-        subtitle: One line below it.
+        title: Title of the page.
+        subtitle: One line below the title.
     """
 
     def __init__(self, title: str, subtitle: str = "") -> None:
@@ -39,7 +39,7 @@ class Page:
         self._blocks: list[dict[str, Any]] = []
 
     def section(self, heading: str, *paragraphs: str) -> None:
-        """Begin a section: a heading, also in the list at the top, and paragraphs of text."""
+        """Begin a section with a heading, which the contents list too, and paragraphs of text."""
         key = f"section-{sum(b['kind'] == 'section' for b in self._blocks) + 1}"
         self._blocks.append({"kind": "section", "heading": heading, "key": key})
         self.text(*paragraphs)
@@ -49,17 +49,17 @@ class Page:
         self._blocks += [{"kind": "text", "text": paragraph} for paragraph in paragraphs]
 
     def facts(self, rows: Mapping[str, object]) -> None:
-        """Names and values, one below the other."""
+        """Names and values, one per line."""
         pairs = [(name, _cell(value).text) for name, value in rows.items()]
         self._blocks.append({"kind": "facts", "rows": pairs})
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = ""
     ) -> None:
-        """A table; numbers are aligned right, those with a fraction shown with four digits.
+        """A table; numbers are aligned right, and fractions have four significant digits.
 
         Raises:
-            UserInputError: a row has another number of cells than there are columns.
+            UserInputError: the number of cells in a row is not the number of columns.
         """
         for index, row in enumerate(rows):
             if len(row) != len(columns):
@@ -91,20 +91,20 @@ class Page:
         )
 
     def code(self, text: str, caption: str = "") -> None:
-        """Text as it is, in a fixed pitch."""
+        """Preformatted text."""
         self.side_by_side((caption, text))
 
     def side_by_side(self, *columns: tuple[str, str], fold: str = "") -> None:
-        """Texts as they are, side by side, each below its caption.
+        """Preformatted texts in columns, each below its caption.
 
         Args:
-            columns: Caption and text of each.
-            fold: What to press to see them, where they are long; "" shows them at once.
+            columns: Caption and text of each column.
+            fold: Label of the control that unfolds long texts; "" shows them unfolded.
         """
-        self._blocks.append({"kind": "beside", "columns": columns, "fold": fold})
+        self._blocks.append({"kind": "columns", "columns": columns, "fold": fold})
 
     def html(self) -> str:
-        """The page.
+        """The page as HTML.
 
         Raises:
             UnsupportedError: jinja2 is not installed.
@@ -127,11 +127,11 @@ class Page:
         return text
 
     def write(self, path: str | Path, *, overwrite: bool = True) -> Path:
-        """Write the page whole or not at all; gives its path.
+        """Write the page completely or not at all; returns its path.
 
         Raises:
-            UserInputError: the path exists and may not be replaced, or is no page of this
-                package; or its folder is a file.
+            UserInputError: the path exists and may not be replaced, or is not a page of this
+                package; or its parent is a file.
             UnsupportedError: jinja2 is not installed.
         """
         path = Path(path)
@@ -148,6 +148,6 @@ def _cell(value: object) -> _Cell:
 
 
 def _own_ids(svg: str, prefix: str) -> str:
-    """The same drawing with ids that no other drawing of the page has."""
+    """The drawing with ids that are unique on the page."""
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', svg)
     return re.sub(r'(url\(|href=")#', rf"\1#{prefix}", svg)

@@ -1,4 +1,4 @@
-"""Running exported models in ONNX Runtime. Stands alone: needs no torch."""
+"""Run exported models in ONNX Runtime; needs neither torch nor the rest of this package."""
 
 from __future__ import annotations
 

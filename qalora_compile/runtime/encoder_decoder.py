@@ -24,12 +24,12 @@ _OWN, _CROSS = ".decoder.", ".encoder."
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the decoder needs of an encoded input: constant in all its steps.
+    """An encoded input: the inputs of the decoder that stay constant in all steps.
 
     Attributes:
-        values: Keys and values of cross-attention and the mask, by name of the decoder's input, as
+        values: Keys and values of cross-attention, and the mask, by name of the decoder's input, as
             `onnxruntime.OrtValue`.
-        batch: Inputs at a time.
+        batch: The batch size.
     """
 
     values: Mapping[str, Any]
@@ -42,11 +42,11 @@ class EncoderDecoder:
     Args:
         encoder: Session of `encoder_model.onnx`, from `open_session`.
         decoder: Session of `decoder_model.onnx`.
-        start: Tokens that the decoder begins with; empty where the model names none.
-        context_length: The most tokens of the decoder, these included; None sets no limit.
+        start: Tokens that the decoder begins with; empty if the model names none.
+        context_length: Largest number of tokens of the decoder, including `start`; None: no limit.
 
     Raises:
-        UnsupportedError: the sessions are not of two such graphs, or of two models.
+        UnsupportedError: the sessions are not two such graphs, or belong to different models.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class EncoderDecoder:
         known = {_TOKENS, _DECODER_MASK, *self._past, *self._cross}
         if not self._cross or not set(wanted) <= set(given) or not set(self._inputs) <= known:
             raise UnsupportedError(
-                f"the decoder takes {', '.join(self._inputs)}, the encoder gives "
+                f"the decoder takes {', '.join(self._inputs)}, and the encoder gives "
                 f"{', '.join(given)}: they are not the two graphs of one model",
             )
         for name, output in zip(self._cross, wanted, strict=True):
             mine, theirs = (v.shape[1::2] for v in (self._inputs[name], given[output]))
             if mine != theirs:
                 raise UnsupportedError(
-                    f"the decoder takes {name} of {mine[0]} heads of {mine[1]}, the encoder gives "
-                    f"{theirs[0]} of {theirs[1]}: they are of two models"
+                    f"the decoder takes {name} of {mine[0]} heads of {mine[1]}, and the encoder "
+                    f"gives {theirs[0]} of {theirs[1]}: they belong to different models"
                 )
 
     @classmethod
@@ -89,7 +89,7 @@ class EncoderDecoder:
         start: Sequence[int] = (),
         context_length: int | None = None,
     ) -> EncoderDecoder:
-        """The model in a folder written by `export`; `threads` and `library` as in `open_session`.
+        """Open a folder written by `export`; for `threads` and `library`, see `open_session`.
 
         Raises:
             UserInputError: a file is missing or broken.
@@ -103,14 +103,14 @@ class EncoderDecoder:
 
     @property
     def reads(self) -> bool:
-        """Whether the encoder takes tokens, and not features of sound."""
+        """Whether the encoder takes tokens rather than audio features."""
         return _TOKENS in self._encoder_inputs
 
     def encode(self, inputs: Mapping[str, NDArray[Any]]) -> Encoded:
-        """Run the encoder, once for an input.
+        """Run the encoder, which is needed once per input.
 
         Args:
-            inputs: `input_ids` int64 `[B, T]` and, where there is padding, `attention_mask`; or
+            inputs: `input_ids` int64 `[B, T]` and, if there is padding, `attention_mask`; or
                 `audio_features` float32 `[B, mel bins, frames]`.
 
         Raises:
@@ -135,16 +135,16 @@ class EncoderDecoder:
         return Encoded(kept, batch)
 
     def empty_cache(self, batch: int = 1) -> dict[str, Any]:
-        """Keys and values of no token of the decoder, by input name, as `onnxruntime.OrtValue`."""
+        """The decoder's cache of 0 tokens, by input name, as `onnxruntime.OrtValue`."""
         return empty_cache(self._inputs, self._past, batch)
 
     def step(
         self, input_ids: NDArray[np.int64], encoded: Encoded, cache: Mapping[str, Any]
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Logits `[B, T, V]` of tokens `[B, T]` after those in the cache, and the cache with them.
+        """Logits `[B, T, V]` of tokens that follow those in the cache, and the extended cache.
 
         Args:
-            input_ids: The decoder's tokens.
+            input_ids: The decoder's new tokens, `[B, T]`.
             encoded: From `encode`.
             cache: From `empty_cache` or an earlier step.
         """
@@ -168,16 +168,16 @@ class EncoderDecoder:
         """Yield new tokens one by one, until a stop token (not yielded) or the limit.
 
         Args:
-            inputs: Of one input, see `encode`.
+            inputs: A single input, see `encode`.
             max_new_tokens: The limit.
-            prompt: Tokens that the decoder begins with; None takes `start`. For Whisper: language,
-                task and whether it writes times.
+            prompt: Tokens that the decoder begins with; None: `start`. For Whisper, they set the
+                language, the task and whether it writes timestamps.
             stop: Tokens that end the generation.
             sampling: How a token is chosen; None takes the likeliest.
 
         Raises:
-            UserInputError: there is no token to begin with, more than one input, or more tokens are
-                asked for than the model was made for.
+            UserInputError: there is no token to begin with, there is more than one input, or more
+                tokens are asked for than the model's limit.
         """
         import numpy as np
 
@@ -185,14 +185,13 @@ class EncoderDecoder:
         if not begin:
             raise UserInputError(
                 "the model names no token that its decoder begins with",
-                hint="give one as prompt, or set decoder_start_token_id in config.json and export "
-                "again",
+                hint="give a prompt, or set decoder_start_token_id in config.json and export again",
             )
         limit = self.context_length
         if limit is not None and len(begin) + max_new_tokens > limit:
             raise UserInputError(
                 f"{len(begin)} tokens to begin with and {max_new_tokens} new ones are more than "
-                f"the {limit} that the model was made for",
+                f"the {limit} tokens of the model's context",
                 hint="ask for fewer new tokens",
             )
         encoded, cache = self.encode(inputs), self.empty_cache()

@@ -1,4 +1,4 @@
-"""Memory of one exported language model, measured in a process of its own.
+"""The memory use of one exported language model, measured in a separate process.
 
 python -m qalora_compile.runtime.footprint edge/model.onnx 128 [--library]
 """
@@ -19,10 +19,10 @@ _LIBRARY = "--library"
 
 
 def footprint(path: Path, *, prompt: int, library: bool) -> int:
-    """Peak resident bytes that a session on `path` adds, with so long a prompt and 8 new tokens.
+    """Peak resident bytes that a session on `path` adds, with `prompt` tokens and 8 new ones.
 
     Raises:
-        QaloraError: the process failed.
+        QaloraError: the measuring process failed.
     """
     words = [str(path), str(prompt), *([_LIBRARY] if library else [])]
     command = [sys.executable, "-m", __name__, *words]
@@ -42,8 +42,8 @@ def main(arguments: list[str]) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes of the largest resident set so far; 0 where the system does not say."""
-    try:  # not getrusage: on Linux that counts what ran before exec, too
+    """Peak resident bytes so far; 0 if the system does not report them."""
+    try:  # not getrusage, which on Linux includes the memory before exec
         lines = Path("/proc/self/status").read_text("ascii").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
@@ -57,7 +57,7 @@ def peak_memory() -> int:
 
 
 def resident_memory() -> int:
-    """Bytes that are resident now; 0 where the system does not say."""
+    """Bytes that are resident now; 0 if the system does not report them."""
     try:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
     except (OSError, ValueError, IndexError):
@@ -68,7 +68,7 @@ def resident_memory() -> int:
 
 
 def time_tokens(model: LanguageModel, prompt: int, count: int) -> tuple[float, float]:
-    """Seconds of a prompt of so many tokens, and of each of `count` tokens after it, 0 for none."""
+    """Seconds for a prompt of that length and per each of `count` further tokens (0 if none)."""
     import numpy as np
 
     ids = np.ones((1, prompt), np.int64)

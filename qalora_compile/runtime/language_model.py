@@ -25,7 +25,7 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token (greedy).
         top_p: Sample from the smallest set of tokens with this much probability together.
-        seed: Of the sampling.
+        seed: Seed of the sampling.
     """
 
     temperature: float = 0.0
@@ -44,10 +44,9 @@ class LanguageModel:
     """A causal language model exported with a key-value cache, or as one full-sequence forward.
 
     Args:
-        session: From `open_session`; takes `input_ids` and, as they were exported,
-            `attention_mask`, `position_ids` and `past_key_values.N.key` and `.value`.
-        context_length: Tokens that the model was made for, prompt and answer together; None sets no
-            limit.
+        session: From `open_session`; takes `input_ids` and, if they were exported,
+            `attention_mask`, `position_ids`, `past_key_values.N.key` and `past_key_values.N.value`.
+        context_length: Largest number of tokens, prompt and answer together; None: no limit.
 
     Raises:
         UnsupportedError: the model takes other inputs, or gives no logits `[B, T, V]`.
@@ -65,7 +64,7 @@ class LanguageModel:
         if unknown or not known or _TOKENS not in self._inputs:
             raise UnsupportedError(
                 f"the model takes {', '.join(self._inputs)} and gives {self._logits}: it is "
-                "no causal language model exported by this package",
+                "not a causal language model exported by this package",
             )
 
     @property
@@ -74,7 +73,7 @@ class LanguageModel:
         return bool(self._past)
 
     def empty_cache(self, batch: int = 1) -> dict[str, Any]:
-        """Keys and values of no token, by input name, as `onnxruntime.OrtValue`."""
+        """A cache of 0 tokens, by input name, as `onnxruntime.OrtValue`."""
         return empty_cache(self._inputs, self._past, batch)
 
     def step(
@@ -83,15 +82,16 @@ class LanguageModel:
         attention_mask: NDArray[np.int64],
         cache: Mapping[str, Any],
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Logits of some tokens after those in the cache, and the cache with them.
+        """Logits of tokens that follow those in the cache, and the extended cache.
 
         Args:
             input_ids: `[B, T]`.
-            attention_mask: `[B, past + T]`, 0 where there is padding. Positions count the ones.
+            attention_mask: `[B, past + T]`, 0 for padding. Positions count only tokens with mask 1.
             cache: From `empty_cache` or an earlier step.
 
         Returns:
-            Logits `[B, T, V]` (`[B, 1, V]` of a model exported with the last ones alone), cache.
+            Logits `[B, T, V]` (`[B, 1, V]` if the model was exported with the last ones only) and
+            cache.
         """
         runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
         positions = (attention_mask.cumsum(-1) - 1).clip(0)[:, -input_ids.shape[1] :]
@@ -123,18 +123,18 @@ class LanguageModel:
     ) -> Iterator[int]:
         """Yield new tokens one by one, until a stop token (not yielded) or the limit.
 
-        Without a key-value cache, each token runs the whole sequence again.
+        Without a key-value cache, each token runs the entire sequence again.
 
         Raises:
-            UserInputError: the prompt is empty, or longer with its answer than the context.
+            UserInputError: the prompt is empty, or it exceeds the context together with its answer.
         """
         sampling = sampling or Sampling()
         if not prompt:
-            raise UserInputError("the prompt has no token")
+            raise UserInputError("the prompt has no tokens")
         if self.context_length is not None and len(prompt) + max_new_tokens > self.context_length:
             raise UserInputError(
                 f"{len(prompt)} tokens of the prompt and {max_new_tokens} new ones are more than "
-                f"the {self.context_length} that the model was made for",
+                f"the {self.context_length} tokens of the model's context",
                 hint="ask for fewer new tokens, or shorten the prompt",
             )
         return self._generate(prompt, max_new_tokens, stop, sampling)
@@ -160,10 +160,10 @@ class LanguageModel:
 
 
 def empty_cache(inputs: Mapping[str, Any], names: Sequence[str], batch: int) -> dict[str, Any]:
-    """Keys and values of no token for the inputs `names` of a session, as `OrtValue`.
+    """A cache of 0 tokens for the inputs `names` of a session, as `OrtValue`.
 
     Raises:
-        UnsupportedError: one is no cache `[B, heads, tokens, width]`.
+        UnsupportedError: an input is not a cache `[B, heads, tokens, width]`.
     """
     import numpy as np
 
@@ -173,7 +173,7 @@ def empty_cache(inputs: Mapping[str, Any], names: Sequence[str], batch: int) -> 
         value = inputs[name]
         shape = value.shape
         if len(shape) != 4 or not all(isinstance(n, int) and n > 0 for n in shape[1::2]):
-            raise UnsupportedError(f"the input {name} is {shape}: no cache of keys or values")
+            raise UnsupportedError(f"the input {name} is {shape}, not a cache of keys or values")
         dtype = np.float16 if value.type == "tensor(float16)" else np.float32
         empty = np.zeros((batch, shape[1], 0, shape[3]), dtype)
         cache[name] = runtime.OrtValue.ortvalue_from_numpy(empty)
@@ -187,7 +187,7 @@ def continue_tokens(
     stop: Sequence[int],
     sampling: Sampling,
 ) -> Iterator[int]:
-    """Yield new tokens; `step` takes those that it has not seen yet, and gives logits `[V]`."""
+    """Yield new tokens; `step` takes the tokens since its last call and returns logits `[V]`."""
     import numpy as np
 
     generator = np.random.default_rng(sampling.seed)

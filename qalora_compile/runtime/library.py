@@ -1,8 +1,8 @@
-"""The custom-operator library: where it is, and how a session gets it.
+"""The custom-operator library: its location, and its registration with sessions.
 
-The library is a shared object built from `native/` when the package is installed. It brings the
-operator `qalora::GroupQuantLinear` to any ONNX Runtime from 1.18 on. Everything else of the package
-works without it.
+The library is a shared object that is built from `native/` when the package is installed. It adds
+the operator `qalora::GroupQuantLinear` to any ONNX Runtime from 1.18 on. Everything else in the
+package works without it.
 """
 
 from __future__ import annotations
@@ -29,55 +29,55 @@ def library_path() -> Path:
         raise UnsupportedError(
             "the custom-operator library was not built when the package was installed",
             where=str(path),
-            hint="install a C++17 compiler (g++ or clang++) and the package again; models of "
+            hint="install a C++17 compiler (g++ or clang++), then the package again; models of "
             "target ort also run without the library, on stock kernels",
         )
     return path
 
 
 def register(session_options: Any) -> None:
-    """Make the operators of the library known to sessions with these options.
+    """Register the library's operators with session options.
 
     Args:
         session_options: An `onnxruntime.SessionOptions`.
 
     Raises:
-        UnsupportedError: the library was not built, or this ONNX Runtime refuses it.
+        UnsupportedError: the library was not built, or ONNX Runtime refuses it.
     """
     path = library_path()
     try:
         session_options.register_custom_ops_library(str(path))
-    except Exception as error:  # ONNX Runtime raises bare exception types of its own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise UnsupportedError(
-            f"ONNX Runtime does not take the custom-operator library: {error}",
+            f"ONNX Runtime refuses the custom-operator library: {error}",
             where=str(path),
             hint="use ONNX Runtime 1.18 or newer",
         ) from error
 
 
 def kernel_level() -> str | None:
-    """The kernels that this CPU takes: `"scalar"`, `"avx2"`, `"avx512"` or `"neon"`.
+    """The kernels that are used on this CPU: `"scalar"`, `"avx2"`, `"avx512"` or `"neon"`.
 
-    None where the library was not built. The environment variable `QALORA_KERNEL`, read when a
-    session is made, forces another of `kernel_levels`.
+    None if the library was not built. The environment variable `QALORA_KERNEL`, which is read when
+    a session is created, selects another one of `kernel_levels`.
     """
     levels = kernel_levels()
     return levels[-1] if levels else None
 
 
 def kernel_levels() -> tuple[str, ...]:
-    """All levels of kernels that this CPU has, slowest first; empty where there is no library."""
+    """All levels of kernels that this CPU supports, slowest first; empty without the library."""
     text = _text("QaloraKernelLevels")
     return tuple(text.split(",")) if text else ()
 
 
 def library_version() -> str | None:
-    """The version of the package that the library was built from; None where there is none."""
+    """The version of the package that the library was built from; None without the library."""
     return _text("QaloraVersion")
 
 
 def _text(function: str) -> str | None:
-    """Call an exported function that returns a constant text; None where there is no library."""
+    """Call an exported function that returns a constant text; None without the library."""
     try:
         path = library_path()
     except UnsupportedError:

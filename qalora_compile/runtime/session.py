@@ -26,17 +26,17 @@ def open_session(
     """An `onnxruntime.InferenceSession` on the CPU.
 
     Args:
-        path: A `.onnx` file, or, if it is trusted, one in ONNX Runtime's own format (`.ort`).
+        path: An `.onnx` file or, if it is trusted, one in ONNX Runtime's own format (`.ort`).
         threads: Threads inside an operator; None leaves the choice to ONNX Runtime.
-        library: Run `GroupQuantLinear` with this package's operator library; None takes it where it
-            was built. Models without that operator are the same either way.
+        library: Run `GroupQuantLinear` with this package's operator library; None: if it was
+            built. This has no effect on models without that operator.
         exact: Compute models of target `onnx` in float32, not on int8 activations.
-        trusted: Load the file without looking at it first: you made it, or know who did.
+        trusted: Load the file without checking it first, because you trust its source.
 
     Raises:
-        UserInputError: the file is missing, truncated or not one that ONNX Runtime loads, or it is
-            refused before: see `onnx_file.check_onnx`.
-        UnsupportedError: the library is asked for, and was not built.
+        UserInputError: the file is missing or truncated, ONNX Runtime cannot load it, or
+            `onnx_file.check_onnx` refuses it.
+        UnsupportedError: the library is asked for and was not built.
     """
     runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
     if not Path(path).is_file():
@@ -52,7 +52,7 @@ def open_session(
         register(options)
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises bare exception types of its own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise UserInputError(
             f"ONNX Runtime cannot load {Path(path).name}: {str(error).splitlines()[0]}",
             where=str(path),
@@ -61,14 +61,14 @@ def open_session(
 
 
 def run_values(session: Any, names: Sequence[str], values: Mapping[str, Any]) -> list[Any]:
-    """What a session gives for these values, both as `onnxruntime.OrtValue`.
+    """Run a session on values and return its outputs, all as `onnxruntime.OrtValue`.
 
     Raises:
-        UserInputError: ONNX Runtime does not run the model on them.
+        UserInputError: ONNX Runtime cannot run the model on them.
     """
     try:
         found: list[Any] = session.run_with_ort_values(list(names), dict(values))
-    except Exception as error:  # ONNX Runtime raises bare exception types of its own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise UserInputError(
             f"ONNX Runtime cannot run the model: {quoted(str(error), 300)}",
             hint="export it again; if that does not help, it is a bug of the exporter",

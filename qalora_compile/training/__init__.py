@@ -1,4 +1,4 @@
-"""Training of adapters: data, a fit loop, evaluation, checkpoints. Helpers, not a Trainer."""
+"""Training of adapters: data, a fit loop, evaluation and checkpoints."""
 
 from __future__ import annotations
 

@@ -18,16 +18,16 @@ def calibration_calls(
 ) -> list[dict[str, Any]]:
     """Calls of a language model on the first `samples` examples, padded in small batches.
 
-    Models with an encoder, and those without a mask, get one example a call, without padding.
+    Models with an encoder or without a mask get one example per call, without padding.
 
     Raises:
-        UserInputError: none is asked for, or the examples are padded and the model takes no mask.
+        UserInputError: no sample is asked for.
     """
     if samples < 1:
         raise UserInputError(f"calibration samples: {samples}", hint="use 1 or more")
     chosen = examples[:samples]
     masked = any(leaf.name == "attention_mask" for leaf in program.signature.inputs)
-    # without a mask, padding would count as data; models with an encoder take none for the decoder
+    # Without a mask, padding would count as data; encoder-decoder models have none for the decoder.
     size = _BATCH if masked and not any(example.source for example in chosen) else 1
     batches = [collate(chosen[start : start + size]) for start in range(0, len(chosen), size)]
     return [model_inputs(program, b.input_ids, b.attention_mask, *b.source) for b in batches]

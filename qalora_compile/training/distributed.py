@@ -1,4 +1,4 @@
-"""Several processes that train one set of adapters on parts of the data, through accelerate."""
+"""Data-parallel training of one set of adapters in several processes, through accelerate."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qalora_compile.optional import require
 
 
 class Processes:
-    """What a training step asks of the processes that run it; this one is alone.
+    """The interface to the processes of a training; in this base class, there is only one.
 
     Attributes:
         rank: Number of this process, from 0.
         count: How many there are.
-        device: Where it computes.
+        device: The device on which this process computes.
     """
 
     rank: int = 0
@@ -27,23 +27,23 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes files and talks to the terminal."""
+        """Whether this process writes the files and the terminal output."""
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module whose backward pass gives every process the mean of all gradients."""
+        """Wrap a module so that its backward pass averages gradients over all processes."""
         return module
 
     def apart(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """Let the backward passes in the block add to the gradients of this process alone."""
+        """Do not average the gradients of backward passes in the block."""
         return nullcontext()
 
     def sum(self, value: float) -> float:
-        """The sum of what each process gives, the same in all of them."""
+        """The sum over all processes, which all of them receive."""
         return value
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have arrived."""
 
 
 class AccelerateProcesses(Processes):
@@ -51,7 +51,7 @@ class AccelerateProcesses(Processes):
 
     def __init__(self) -> None:
         accelerate = require("accelerate", extra="train", purpose="train with several processes")
-        # The codes do not change: sending them anew before each step would be for nothing.
+        # The codes do not change, so there is no need to send them before each step.
         options = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)
         self._accelerator = accelerate.Accelerator(
             cpu=not torch.cuda.is_available(), kwargs_handlers=[options]
@@ -82,7 +82,7 @@ class AccelerateProcesses(Processes):
 
 
 def find_processes() -> Processes:
-    """The processes that a launcher started, by what it says in the environment; or this one."""
+    """The processes that a launcher started, according to the environment, or only this one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return AccelerateProcesses()
     return Processes()

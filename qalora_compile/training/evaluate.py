@@ -1,4 +1,4 @@
-"""Held-out loss and accuracy of anything that gives logits: a program or an ONNX session."""
+"""Held-out loss and accuracy of a program, an ONNX session or another source of logits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from qalora_compile.progress import track
 from qalora_compile.training.data.example import IGNORED, Batch, Example, collate
 
 Forward = Callable[..., Tensor]
-"""(input_ids [B, T], attention_mask [B, T]) → logits [B, T, V], or [B, C] of a classifier.
+"""(input_ids [B, T], attention_mask [B, T]) → logits [B, T, V], or [B, C] for a classifier.
 
-A model with an encoder is given two more: the tokens [B, S] for it and their mask; T is then the
-decoder's.
+A model with an encoder gets two more arguments: the encoder's tokens [B, S] and their mask. T is
+then the length of the decoder's tokens.
 """
 
 
@@ -31,12 +31,12 @@ class Metrics:
 
     Attributes:
         loss: Mean cross-entropy, in nats, over the tokens that carry loss.
-        token_accuracy: Part of these tokens that is the most likely one.
-        exact_match: Part of the examples of which every such token is; of a classification task
-            the accuracy, since there one class is predicted of each.
-        choice_accuracy: Part of the examples whose first such token is the likeliest of the given
-            choices; None where no choices were given.
-        examples: How many were evaluated.
+        token_accuracy: Fraction of these tokens to which the model gives the largest logit.
+        exact_match: Fraction of the examples for which this holds for every such token; in a
+            classification task, the accuracy.
+        choice_accuracy: Fraction of the examples whose first such token is the likeliest of the
+            given choices; None if no choices were given.
+        examples: Number of examples that were evaluated.
     """
 
     loss: float
@@ -46,7 +46,7 @@ class Metrics:
     examples: int
 
     def check(self, when: str) -> None:
-        """See that the loss is a number.
+        """Check that the loss is finite.
 
         Raises:
             UserInputError: it is not.
@@ -59,7 +59,7 @@ class Metrics:
 
 
 def program_forward(program: Program) -> Forward:
-    """The logits of a language model, with an encoder or without, or of a classifier.
+    """A function that computes the logits of a language model or classifier.
 
     They are computed, and stay, on the device of the program's tensors.
     """
@@ -76,7 +76,7 @@ def program_forward(program: Program) -> Forward:
 
 
 def rows_of(output: Any) -> Tensor:
-    """The logits of either task: `[B, T, V]` of a language model, `[B, classes]` of a classifier.
+    """The logits of either task: `[B, T, V]` for a language model, `[B, C]` for a classifier.
 
     Raises:
         UnsupportedError: the output holds neither.
@@ -88,21 +88,21 @@ def rows_of(output: Any) -> Tensor:
 def model_inputs(
     program: Program, input_ids: Tensor, attention_mask: Tensor, *source: Tensor
 ) -> dict[str, Tensor]:
-    """Arguments of a language model by name; the mask where the model takes one.
+    """The arguments of a language model by name, with the mask if the model takes one.
 
     Args:
-        program: A language model; one with an encoder gets `input_ids` as its decoder's tokens.
+        program: A language model; if it has an encoder, `input_ids` are the decoder's tokens.
         input_ids: `[B, T]`.
-        attention_mask: `[B, T]`, see `Batch`; in its packed form the program gets what each token
-            sees, `[B, 1, T, T]`, and its position in its own example.
-        source: Of a model with an encoder: its tokens, `[B, S]`, and their mask.
+        attention_mask: `[B, T]`, see `Batch`. The packed form of a program gets a mask
+            `[B, 1, T, T]` and the position of each token in its own example instead.
+        source: If the model has an encoder: its tokens, `[B, S]`, and their mask.
 
     Raises:
-        PreconditionError: examples are packed, and the program is not in its packed form.
+        PreconditionError: the examples are packed and the program is not in its packed form.
     """
     first = program.signature.inputs[0].name
     inputs = {first: input_ids}
-    if source:  # a causal decoder needs no mask for what is filled in on the right
+    if source:  # a causal decoder needs no mask for padding on the right
         inputs = {first: source[0], "decoder_input_ids": input_ids}
         attention_mask = source[1]
     leaf = next((i for i in program.signature.inputs if i.name == "attention_mask"), None)
@@ -110,18 +110,18 @@ def model_inputs(
         return inputs | packed_inputs(attention_mask)
     if bool((attention_mask > 1).any()):
         raise PreconditionError(
-            "the rows hold several examples, which this program would mix",
-            hint="give it in its packed form: qalora_compile.api.packed_form(program, model)",
+            "the rows hold several examples, and this program would mix them",
+            hint="use its packed form: qalora_compile.api.packed_form(program, model)",
         )
     return inputs if leaf is None else inputs | {"attention_mask": attention_mask}
 
 
 def packed_inputs(owners: Tensor) -> dict[str, Tensor]:
-    """What each token of packed rows sees, bool `[B, 1, T, T]`, and its position, `[B, T]`.
+    """The attention mask of packed rows, bool `[B, 1, T, T]`, and the positions, `[B, T]`.
 
     Args:
-        owners: `Batch.attention_mask`: the number of the example of each token. Padding sees
-            padding alone, since a token that sees nothing has no attention.
+        owners: `Batch.attention_mask`: the number of the example of each token. Padding attends to
+            padding only, since attention is not defined for a token that attends to nothing.
     """
     size = owners.shape[1]
     before = torch.ones(size, size, dtype=torch.bool, device=owners.device).tril()
@@ -138,21 +138,22 @@ def logits_of(output: Any) -> Tensor:
     logits = _find_logits(output)
     if logits is None or logits.dim() != 3:
         raise UnsupportedError(
-            "the model gives no logits [batch, sequence, vocabulary], so it is no language model",
-            hint="train it with a loop of your own on program.adapter_parameters()",
+            "the model gives no logits [batch, sequence, vocabulary], so it is not a language "
+            "model",
+            hint="train it with your own loop over program.adapter_parameters()",
         )
     return logits
 
 
 def check_logits(output: Any, classes: int | None) -> None:
-    """See that a model gives what the task takes.
+    """Check that a model gives logits for the task.
 
     Args:
-        output: Of the model.
-        classes: Of a classification task; None where tokens are predicted.
+        output: The output of the model.
+        classes: Number of classes of a classification task; None if tokens are predicted.
 
     Raises:
-        UnsupportedError: it gives no logits, or others.
+        UnsupportedError: it gives no logits or those of another task.
     """
     if classes is None:
         logits_of(output)
@@ -178,19 +179,20 @@ def _find_logits(output: Any) -> Tensor | None:
 
 
 def label_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Predictions and targets of what carries loss: `[n, V]` and `[n]`.
+    """Logits and targets of the positions that carry loss: `[n, V]` and `[n]`.
 
     Args:
-        logits: `[B, T, V]`; `[B, C]` of a classification task.
-        batch: With labels for them.
+        logits: `[B, T, V]`; `[B, C]` in a classification task.
+        batch: The batch with the labels.
 
     Raises:
-        UnsupportedError: the task is to predict tokens and the model a classifier, or otherwise.
+        UnsupportedError: the task is to predict tokens and the model is a classifier, or vice
+            versa.
     """
     if logits.dim() != batch.labels.dim() + 1:
         raise UnsupportedError(
             f"the model gives logits {list(logits.shape)} for labels {list(batch.labels.shape)}",
-            hint="classes are learned by a classifier, tokens by a language model",
+            hint="use a classifier to learn classes, and a language model to learn tokens",
         )
     if batch.labels.dim() == 1:
         return logits, batch.labels
@@ -209,11 +211,11 @@ def evaluate(
     """Evaluate on held-out examples, in order, without gradients.
 
     Args:
-        forward: Gives logits; see `program_forward`.
-        examples: At least one.
-        batch_size: Examples at a time.
-        choices: Token ids among which the first predicted token is chosen, for classification by
-            label words.
+        forward: Computes logits; see `program_forward`.
+        examples: At least one example.
+        batch_size: Number of examples per batch.
+        choices: For classification by label words: the token ids among which the first predicted
+            token is chosen.
 
     Raises:
         UserInputError: there is no example, or none that carries loss.
@@ -237,7 +239,7 @@ def evaluate(
                 if choices is not None:
                     chosen += choices[int(row[0, list(choices)].argmax())] == int(target[0])
     if not tokens:
-        raise UserInputError("the examples to evaluate on hold nothing to predict")
+        raise UserInputError("the examples for evaluation hold nothing to predict")
     return Metrics(
         loss=total_loss / tokens,
         token_accuracy=right / tokens,

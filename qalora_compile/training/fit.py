@@ -1,4 +1,4 @@
-"""A plain AdamW loop over the adapters of a program, alone or as one of several processes."""
+"""A plain AdamW loop over the adapters of a program, in one or several processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HINT = "lower the learning rate, or look for broken examples"
 
 @dataclass(frozen=True)
 class Best:
-    """The least held-out loss so far, the step after which it was, and the adapters of then."""
+    """The lowest held-out loss so far, its step, and the adapters after that step."""
 
     loss: float
     step: int
@@ -39,16 +39,16 @@ class Best:
 
 @dataclass
 class FitState:
-    """Where a training stands: all that a checkpoint holds beside the adapters.
+    """The state of a training: all that a checkpoint holds in addition to the adapters.
 
-    There is no state of a random generator: the order of the data and what dropout drops are drawn
-    for each micro-batch from the seed and its number.
+    It needs no state of a random generator: the order of the data and the dropout masks of each
+    micro-batch are drawn from the seed and the number of the micro-batch.
 
     Attributes:
-        optimizer: With its moments.
-        step: Steps done; the data position and the schedule follow from it.
-        best: None until something was evaluated with `FitSpec.patience`.
-        stale: Evaluations since then.
+        optimizer: The optimizer with its moments.
+        step: Number of steps done; it determines the data position and the schedule.
+        best: None until an evaluation with `FitSpec.patience`.
+        stale: Number of evaluations since the best one.
     """
 
     optimizer: torch.optim.Optimizer
@@ -62,23 +62,23 @@ class FitState:
         return cls(make_optimizer(program, spec))
 
     def is_over(self, spec: FitSpec) -> bool:
-        """Whether all steps are done, or the held-out loss has stopped to fall."""
+        """Whether all steps are done, or the held-out loss has stopped falling."""
         return self.step >= spec.steps or bool(spec.patience and self.stale >= spec.patience)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did.
+    """The results of one step.
 
     Attributes:
         step: Its number, from 1.
         loss: Mean in nats over the tokens that carry loss, of all micro-batches and processes.
-        learning_rate: Of A.
-        grad_norm: Before clipping.
-        tokens: Read, padding not counted, by all processes.
-        seconds: That the step took, evaluation not counted.
-        held_out: Loss on held-out examples, where they were evaluated after it.
-        held_out_accuracy: `Metrics.exact_match` of them.
+        learning_rate: Learning rate of A.
+        grad_norm: Norm of the gradient before clipping.
+        tokens: Number of tokens that all processes read, without padding.
+        seconds: Duration of the step, without evaluation.
+        held_out: Loss on held-out examples, if they were evaluated after the step.
+        held_out_accuracy: `Metrics.exact_match` of the held-out examples.
     """
 
     step: int
@@ -93,14 +93,14 @@ class StepReport:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training came to.
+    """The result of a training.
 
     Attributes:
-        losses: Of all steps run, resumed ones not counted.
+        losses: Losses of all steps of this run, without those before it was resumed.
         stopped: Whether the caller stopped it.
-        step: Steps done in all.
-        kept: Of which step the adapters are: another than `step` where the least held-out loss
-            was before it and `FitSpec.patience` is set.
+        step: Total number of steps done.
+        kept: The step of the adapters. It differs from `step` if `FitSpec.patience` is set and the
+            held-out loss was lowest at an earlier step.
     """
 
     losses: tuple[float, ...]
@@ -113,11 +113,11 @@ OnStep = Callable[[StepReport, FitState], bool]
 """Called after each step, in every process; True stops training."""
 
 OnGood = Callable[[FitState, bool], None]
-"""Called, in every process, once a loss and a gradient computed with the weights of a step are
-finite: in the next step, before it moves them, or after the last one (then with True).
+"""Called in every process once a loss and a gradient, computed with the weights of a step, are
+finite: in the next step, before it changes them, or after the last step (then with True).
 
-Weights may diverge in the very step that they come from, and the loss of that step, which was
-computed before it, says nothing of them. Saved here, every checkpoint is one to go on from.
+A step may make the weights diverge, which its own loss, computed before the update, does not show.
+Checkpoints that are saved here can always be continued.
 """
 
 
@@ -132,25 +132,25 @@ def fit(
     on_good: OnGood | None = None,
     processes: Processes | None = None,
 ) -> FitResult:
-    """Train the adapters in place; the program ends in evaluation mode.
+    """Train the adapters in place; the program is in evaluation mode afterwards.
 
     Args:
-        program: At stage `adapted`; a language model, with an encoder or without.
-        examples: At least one; or `Batches` of them, of the batch size and seed of `spec`, which
+        program: A language model, with or without an encoder, or a classifier, at stage `adapted`.
+        examples: At least one example; or `Batches`, with the batch size and seed of `spec`, which
             may be arranged by length or packed.
-        spec: Steps, batch size, rate, seed.
-        state: For resuming; None starts anew. It is brought forward in place.
+        spec: Steps, batch size, learning rate, seed.
+        state: The state to resume from, updated in place; None starts from the beginning.
         held_out: Examples for `spec.evaluate_every`.
         on_step: Called after every step.
-        on_good: Called when the weights of a step have proved good: the place to save them.
-        processes: Those that train together (`find_processes`); None trains in this one alone.
-            Each reads other micro-batches, and all see the same losses.
+        on_good: Called when the weights of a step have given a finite loss: the place to save them.
+        processes: The processes that train together (`find_processes`); None: only this one. Each
+            reads different micro-batches, and all receive the same losses.
 
     Raises:
         PreconditionError: the program has no adapters.
-        UserInputError: there is no example, none to evaluate on, or a loss, of training or held
-            out, or a gradient is not finite (the step is named; the adapters are still those that
-            it was computed with).
+        UserInputError: there is no example, there is none for evaluation, or a training loss,
+            held-out loss or gradient is not finite (the step is named, and the adapters are those
+            with which it was computed).
         UnsupportedError: the device does not compute in `spec.precision`.
     """
     _check_trainable(program, examples, spec, held_out)
@@ -166,7 +166,7 @@ def fit(
                 report = training.step()
                 losses.append(report.loss)
                 stop = on_step is not None and on_step(report, state)
-                stopped = processes.sum(float(stop)) > 0  # it may reach one process sooner
+                stopped = processes.sum(float(stop)) > 0  # processes may stop at different times
             if losses:
                 training.prove_last()
     finally:
@@ -185,29 +185,29 @@ def _check_trainable(
 ) -> None:
     if program.stage != ADAPTED:
         raise PreconditionError(
-            f"training takes a program at stage {ADAPTED}, this one is {program.stage}",
+            f"training takes a program at stage {ADAPTED}, and this one is {program.stage}",
             hint="insert adapters first: qc.insert_adapters(program, qc.AdapterSpec())",
         )
     if not examples:
-        raise UserInputError("there is no example to train on")
+        raise UserInputError("there are no examples to train on")
     if spec.evaluate_every and not held_out:
         raise UserInputError(
-            f"evaluate_every is {spec.evaluate_every}, and there is nothing to evaluate on",
-            hint="give held-out examples",
+            f"evaluate_every is {spec.evaluate_every}, and there are no held-out examples",
+            hint="give held-out examples, or set evaluate_every to 0",
         )
 
 
 class BatchLoss(nn.Module):
-    """The mean loss of a batch as a module, whose parameters are the program's."""
+    """A module that computes the mean loss of a batch; its parameters are the program's."""
 
     def __init__(self, program: Program, spec: FitSpec) -> None:
         super().__init__()
         self.module = program.module
         self._program, self._spec = program, spec
-        self._training: TrainingForward | None = None  # made once the module is on its device
+        self._training: TrainingForward | None = None  # created once the module is on its device
 
     def forward(self, batch: Batch) -> Tensor:
-        """A scalar, in nats."""
+        """The loss, a scalar in nats."""
         if self._training is None:
             self._training = TrainingForward(
                 self._program,
@@ -219,7 +219,7 @@ class BatchLoss(nn.Module):
 
 @dataclass
 class _Training:
-    """The parts of one training, and its steps."""
+    """One training: its parts and its steps."""
 
     program: Program
     examples: Sequence[Example] | Batches
@@ -235,16 +235,16 @@ class _Training:
         self.wrapped = self.processes.wrap(BatchLoss(self.program, self.spec))
         self.parameters = self.program.adapter_parameters()
         self.device = self.parameters[0].device
-        for moments in self.state.optimizer.state.values():  # a resumed run's were read to the CPU
+        for moments in self.state.optimizer.state.values():  # a resumed run reads them to the CPU
             moments.update({k: t.to(self.device) for k, t in moments.items() if t.dim()})
 
     def step(self) -> StepReport:
-        """One optimizer step, and the evaluation that is due after it."""
+        """One optimizer step, and the evaluation that may be due after it."""
         started = time.monotonic()
         spec, state, number = self.spec, self.state, self.state.step
         loss, norm, tokens = self._gradients(number, f"at step {number + 1}")
         saving = time.monotonic()
-        if number > self.begun:  # what it began with is saved already, or nothing yet
+        if number > self.begun:  # the first weights are already saved, or untrained
             self._note_good(last=False)
         started += time.monotonic() - saving
         rate = set_rates(state.optimizer, spec, number)
@@ -254,7 +254,7 @@ class _Training:
         return StepReport(state.step, loss, rate, norm, tokens, seconds, *self._evaluate())
 
     def prove_last(self) -> None:
-        """See that the last weights give a finite loss and gradient, on what their step read."""
+        """Check that the last weights give a finite loss and gradient on the data of their step."""
         step = self.state.step
         self._gradients(step - 1, f"after step {step}")
         self.state.optimizer.zero_grad(set_to_none=True)
@@ -265,7 +265,7 @@ class _Training:
             self.on_good(self.state, last)
 
     def _gradients(self, number: int, when: str) -> tuple[float, float, int]:
-        """Loss, norm of its gradient, which is clipped and left in place, and tokens of a step."""
+        """Loss, gradient norm and tokens of a step; the clipped gradient is left in place."""
         batches = [self._batch(number, i) for i in range(self.spec.accumulate)]
         targets = self.processes.sum(sum(int(batch.targets.sum()) for _, batch in batches))
         tokens = self.processes.sum(sum(b.tokens for _, b in batches))
@@ -297,8 +297,8 @@ class _Training:
         own = int(batch.targets.sum())
         if not own:
             if self.processes.count == 1:
-                return 0.0  # a mean over nothing
-            batch = _any_targets(batch)  # all processes go backward together; it counts nothing
+                return 0.0  # no targets
+            batch = _any_targets(batch)  # all processes must run backward; its weight is 0
         torch.manual_seed(seed_of(self.spec.seed, index))
         with computing(self.spec, self.device):
             mean: Tensor = self.wrapped(batch.to(self.device))
@@ -307,7 +307,7 @@ class _Training:
         return part.item()
 
     def _evaluate(self) -> tuple[float | None, float | None]:
-        """Held-out loss and accuracy where they are due; notes whether the loss is the least."""
+        """Held-out loss and accuracy, if they are due; records whether the loss is the lowest."""
         spec, state, processes = self.spec, self.state, self.processes
         due = spec.evaluate_every and (
             state.step % spec.evaluate_every == 0 or state.step == spec.steps
@@ -318,7 +318,7 @@ class _Training:
         with computing(spec, self.device):
             own = evaluate(program_forward(self.program), self.held_out)
         self.program.train()
-        # one number for all to decide by
+        # All processes decide by the same number.
         loss, right = (processes.sum(v) / processes.count for v in (own.loss, own.exact_match))
         if not math.isfinite(loss):
             raise UserInputError(f"after step {state.step} the held-out loss is {loss}", hint=_HINT)
@@ -332,14 +332,14 @@ class _Training:
 
 
 def _any_targets(batch: Batch) -> Batch:
-    """A batch of tokens without targets, with some."""
-    short = max(0, 2 - batch.input_ids.shape[1])  # the first token has nothing to be predicted from
+    """Give targets to a batch that has none."""
+    short = max(0, 2 - batch.input_ids.shape[1])  # the first token has no context
     ids, mask = (functional.pad(t, (0, short)) for t in (batch.input_ids, batch.attention_mask))
     return replace(batch, input_ids=ids, attention_mask=mask, labels=ids)
 
 
 def seed_of(seed: int, index: int) -> int:
-    """What the random numbers of a micro-batch are drawn from; 32 bits, all that torch uses."""
+    """The seed of a micro-batch's random numbers; 32 bits, which is all that torch uses."""
     return zlib.crc32(f"{seed} {index}".encode())
 
 

@@ -1,7 +1,7 @@
 """A `FitSpec` for the trainers of Hugging Face: `transformers.Trainer` and TRL's `SFTTrainer`.
 
-They train models with adapted modules (`qc.adapt_module_`) on the batches that `fit` would take, at
-its rates, so that the losses are those of `fit`.
+They train models with adapted modules (`qc.adapt_module_`) on the same batches as `fit` and at the
+same rates, so that the losses are those of `fit`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from qalora_compile.training.spec import FitSpec
 
 
 def trainer_arguments(spec: FitSpec) -> dict[str, Any]:
-    """What `TrainingArguments`, or `SFTConfig`, have to say for a trainer to do what `fit` does.
+    """The arguments for `TrainingArguments` or `SFTConfig` that make a trainer do what `fit` does.
 
-    Early stopping is a trainer's own affair (its `EarlyStoppingCallback`).
+    For early stopping, use the trainer's `EarlyStoppingCallback`.
 
     Raises:
         UnsupportedError: `spec` asks for evaluation.
     """
     if spec.evaluate_every:
         raise UnsupportedError(
-            "a trainer evaluates by its own options", hint="set evaluate_every and patience to 0"
+            "a trainer has its own options for evaluation",
+            hint="set evaluate_every and patience to 0",
         )
     return {
         "max_steps": spec.steps,
@@ -46,7 +47,7 @@ def trainer_arguments(spec: FitSpec) -> dict[str, Any]:
 
 
 def trainer_optimizers(model: nn.Module, spec: FitSpec) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """The optimizer of the adapters and its schedule, for the trainer's `optimizers`."""
+    """The optimizer of the adapters and its schedule, for a trainer's argument `optimizers`."""
     optimizer = make_optimizer(model, spec)
     return optimizer, make_schedule(optimizer, spec)
 
@@ -57,20 +58,20 @@ def trainer_rows(
     """The examples of all micro-batches in the order in which `fit` takes them.
 
     Args:
-        examples: Of texts: tokens, and which of them carry loss.
+        examples: Examples that are texts.
         spec: Steps, batch size and seed.
-        processes: How many train together.
+        processes: Number of processes that train together.
 
     Raises:
         UserInputError: there are fewer examples than a batch holds.
-        UnsupportedError: they are batches, packed, labelled, or for a model with an encoder. The
-            rows have no form for that, and a trainer would compute another loss.
+        UnsupportedError: they are batches, packed, labelled, or for a model with an encoder. Rows
+            cannot express that, and a trainer would compute another loss.
     """
     if isinstance(examples, (Batches, Packed)):
         raise _unsupported("examples in batches or packed")
     if len(examples) < spec.batch_size:
         raise UserInputError(
-            f"{len(examples)} examples make no batch of {spec.batch_size}",
+            f"{len(examples)} examples do not fill a batch of {spec.batch_size}",
             hint="use a smaller batch_size",
         )
     batches = Batches(examples, batch_size=spec.batch_size, seed=spec.seed)
@@ -90,7 +91,7 @@ def _check_batch(batch: Batch) -> None:
     if batch.source:
         raise _unsupported("examples for a model with an encoder")
     if batch.labels.dim() == 1:
-        raise _unsupported("classes of whole texts")
+        raise _unsupported("classes of complete texts")
     if bool((batch.attention_mask > 1).any()):
         raise _unsupported("packed examples")
 
@@ -103,7 +104,7 @@ def _unsupported(what: str) -> UnsupportedError:
 
 
 def trainer_collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """A batch of rows, padded as in `fit`: for the trainer's `data_collator`."""
+    """A batch of rows, padded as in `fit`, for a trainer's argument `data_collator`."""
     batch = collate([Example(tuple(r["input_ids"]), tuple(r["labels"])) for r in rows])
     return {
         "input_ids": batch.input_ids,

@@ -1,4 +1,4 @@
-"""AdamW over adapters, with a rate of its own for B, and the schedule of both."""
+"""AdamW over adapters, with a separate learning rate for B, and the schedule of both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _B = ADAPTER_NAMES[1]
 
 
 def trainable_parameters(trained: Program | nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What is trained, by name: of a program its adapters, of a module what asks for gradients.
+    """The trained parameters by name: a program's adapters, or a module's that require gradients.
 
     Raises:
         UserInputError: there is nothing to train.
@@ -29,17 +29,17 @@ def trainable_parameters(trained: Program | nn.Module) -> list[tuple[str, nn.Par
         named = [(n, p) for n, p in trained.named_parameters() if p.requires_grad]
     if not named:
         raise UserInputError(
-            "there is no parameter to train", hint="insert adapters first: qc.insert_adapters"
+            "there are no parameters to train", hint="insert adapters first: qc.insert_adapters"
         )
     return named
 
 
 def make_optimizer(trained: Program | nn.Module, spec: FitSpec) -> torch.optim.AdamW:
-    """AdamW over the adapters; with LoRA+ B has a group of its own (arXiv 2402.12354).
+    """AdamW over the adapters; with LoRA+, B has its own group (arXiv 2402.12354).
 
     Args:
         trained: A program, or a model with adapted modules (`qc.adapt_module_`).
-        spec: Rate, ratio of the rates, weight decay.
+        spec: Learning rate, ratio of the rates, weight decay.
     """
     groups: list[dict[str, Any]] = []
     named = trainable_parameters(trained)
@@ -64,5 +64,5 @@ def set_rates(optimizer: torch.optim.Optimizer, spec: FitSpec, step: int) -> flo
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], spec: FitSpec) -> float:
-    """Scale gradients down to the norm `spec.clip`; returns the norm before."""
+    """Scale gradients down to the norm `spec.clip`; returns the norm before scaling."""
     return float(torch.nn.utils.clip_grad_norm_(parameters, spec.clip))

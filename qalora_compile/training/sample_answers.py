@@ -1,4 +1,4 @@
-"""What a model answers to a few examples: for people to read, before training and after it."""
+"""A model's answers to a few examples, before and after training, for people to read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Question:
     """An example as people read it.
 
     Attributes:
-        prompt: What the model is given.
-        wanted: What it is to answer.
+        prompt: The input of the model.
+        wanted: The expected answer.
     """
 
     prompt: str
@@ -31,7 +31,7 @@ class Question:
 def questions(
     examples: Sequence[Example], tokenizer: Any, classes: Sequence[str] = ()
 ) -> list[Question]:
-    """The examples as text; as token ids where there is no tokenizer."""
+    """The examples as text, or as token ids if there is no tokenizer."""
     found = []
     for example in examples:
         if example.label is not None:
@@ -47,9 +47,9 @@ def questions(
 def answers(
     program: Program, examples: Sequence[Example], tokenizer: Any, classes: Sequence[str] = ()
 ) -> list[str]:
-    """The likeliest class, or the likeliest tokens one by one, as many as are wanted.
+    """The likeliest class, or as many greedily chosen tokens as the expected answer has.
 
-    Every token is a forward pass over all examples: there is no cache in training.
+    Every token takes a forward pass over all examples, since there is no cache in training.
     """
     forward = program_forward(program)
     with program.evaluating():
@@ -67,8 +67,8 @@ def answers(
             ]
             batch = collate(given)
             logits = forward(batch.input_ids, batch.attention_mask, *batch.source)
-            ends = torch.tensor([len(row) - 1 for row in rows])
-            for row, token in zip(rows, logits[range(len(rows)), ends].argmax(-1), strict=True):
+            last = torch.tensor([len(row) - 1 for row in rows])
+            for row, token in zip(rows, logits[range(len(rows)), last].argmax(-1), strict=True):
                 row.append(int(token))
     return [
         _text(row[begin : len(example.tokens)], tokenizer)
@@ -77,7 +77,7 @@ def answers(
 
 
 def _begin(example: Example) -> int:
-    """The first position that is to be predicted; of a text without a prompt, its middle."""
+    """The first position to predict; in a text without a prompt, its middle."""
     first = next(i for i, label in enumerate(example.labels) if i and label != IGNORED)
     return first if first > 1 or example.source else max(1, len(example.tokens) // 2)
 

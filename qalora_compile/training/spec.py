@@ -1,4 +1,4 @@
-"""`FitSpec`: how to train, and the learning rate of each step."""
+"""`FitSpec`: the options of a training, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ class FitSpec(Spec):
 
     Attributes:
         steps: Optimizer steps.
-        batch_size: Examples of a micro-batch: what is computed at once, in each process.
-        accumulate: Micro-batches of a step, in each process. The loss of a step is the mean over
-            the tokens of all of them, so that 2 of 4 examples do what 1 of 8 does.
+        batch_size: Examples per micro-batch and process, which are computed at once.
+        accumulate: Micro-batches per step and process. The loss of a step is the mean over the
+            tokens of all of them, so that 2 of 4 examples give the same as 1 of 8.
         learning_rate: Peak rate of AdamW.
-        lora_plus_ratio: How many times the rate of A is that of B (LoRA+, arXiv 2402.12354).
-        weight_decay: Of AdamW, decoupled.
-        schedule: After the warm-up, `"cosine"` and `"linear"` fall to zero, `"constant"` stays.
-        warmup: Part of the steps in which the rate rises from zero to its peak.
-        clip: Largest norm of the gradient; longer ones are scaled down to it.
+        lora_plus_ratio: Learning rate of B divided by that of A (LoRA+, arXiv 2402.12354).
+        weight_decay: Decoupled weight decay of AdamW.
+        schedule: After the warm-up, `"cosine"` and `"linear"` fall to zero; `"constant"` stays.
+        warmup: Fraction of the steps in which the rate rises from zero to its peak.
+        clip: Largest norm of the gradient; larger gradients are scaled down to it.
         precision: `"bfloat16"` computes linear maps and attention in bfloat16 (autocast), where the
             device has it; adapters, their moments and the loss stay in float32.
-        evaluate_every: Steps between two evaluations on held-out examples; 0: none in training.
-        patience: Evaluations without a new least held-out loss after which training stops. The
-            adapters of the least are kept then, and at the end of all steps. 0: no early stop, and
-            the last adapters are kept.
-        seed: Of the data's order, and of dropout.
-        gradient_checkpointing: Compute each layer again in the backward pass instead of keeping
-            what it computed: less memory, about a third more time.
+        evaluate_every: Steps between two evaluations on held-out examples; 0: no evaluation.
+        patience: Number of evaluations without a new lowest held-out loss after which training
+            stops. The adapters with the lowest loss are kept, also if all steps are done. 0: no
+            early stop, and the last adapters are kept.
+        seed: Seed of the order of the data and of dropout.
+        gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its
+            activations: less memory, about a third more time.
     """
 
     steps: int = 60
@@ -69,17 +69,17 @@ class FitSpec(Spec):
         if not 0 <= self.weight_decay < math.inf:
             raise UserInputError(f"weight_decay is {self.weight_decay}", hint="use e.g. 0.01")
         if not 0 <= self.warmup <= 1:
-            raise UserInputError(f"warmup is {self.warmup}", hint="it is a part of the steps: 0.1")
+            raise UserInputError(f"warmup is {self.warmup}", hint="give a fraction, such as 0.1")
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("precision", self.precision, PRECISIONS)
         if self.patience and not self.evaluate_every:
             raise UserInputError(
-                f"patience is {self.patience}, and nothing is evaluated in training",
-                hint="say after how many steps: evaluate_every",
+                f"patience is {self.patience}, and training does not evaluate",
+                hint="set evaluate_every to a number of steps",
             )
 
     def factor_at(self, step: int) -> float:
-        """What the peak rate is multiplied by at a step, counted from 0: from 0 to 1."""
+        """The factor of the peak rate at a step, which counts from 0; between 0 and 1."""
         warm = max(1, round(self.warmup * self.steps))
         if step < warm:
             return (step + 1) / warm
@@ -89,5 +89,5 @@ class FitSpec(Spec):
         return left if self.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of A at a step, counted from 0; that of B is `lora_plus_ratio` times it."""
+        """Learning rate of A at a step, which counts from 0; B's is `lora_plus_ratio` times it."""
         return self.learning_rate * self.factor_at(step)

@@ -1,10 +1,10 @@
-"""Reading what others wrote: within limits, without running it, and never outside its folder.
+"""Read files of unknown origin: within limits, without running code, never outside their folder.
 
-Model folders, adapters and exported files come from strangers. Every reader of this package opens
-them through this room: a folder is checked with `check_folder` before anything in it is read, a
-file that another file names is found with `member`, and JSON is read with `read_json`. What a
-library reads is looked at first: `safetensors_header`, `gguf_header`, `onnx_file`; tokenizers and
-chat templates are loaded and rendered by `tokenizer`, and expressions matched by `patterns`.
+Model folders, adapters and exported files may come from anyone, so every reader of this package
+opens them through this subpackage. `check_folder` checks a folder before anything in it is read,
+`member` finds a file that another file names, and `read_json` reads JSON. `safetensors_header`,
+`gguf_header` and `onnx_file` check files before a library reads them. `tokenizer` loads tokenizers
+and renders chat templates, and `patterns` matches regular expressions.
 """
 
 from qalora_compile.untrusted.fields import check_fields, quoted

@@ -1,4 +1,4 @@
-"""What a path names: a program folder, an exported model, a checkpoint of another library."""
+"""Identify a path: a program folder, an exported model, or a checkpoint of another library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIG_FILE, GGUF_FILE = "config.json", "model.gguf"
 
 
 class ArtifactKind(Enum):
-    """The kinds of things that are opened by their path."""
+    """The kinds of artifacts that can be opened by their path."""
 
     PROGRAM = "program folder"
     ENCODER_DECODER = "exported encoder-decoder model"
@@ -25,11 +25,11 @@ class ArtifactKind(Enum):
 
 @dataclass(frozen=True)
 class Artifact:
-    """Something that can be opened.
+    """An artifact that can be opened.
 
     Attributes:
         kind: Its kind.
-        path: The `.onnx` or `.gguf` file; of the other kinds the folder.
+        path: The `.onnx` or `.gguf` file; for the other kinds, the folder.
     """
 
     kind: ArtifactKind
@@ -37,11 +37,11 @@ class Artifact:
 
 
 def find_artifact(path: str | Path) -> Artifact | None:
-    """What a path names, by the files that are there; None where it names nothing known.
+    """Identify an artifact by the files that are there; None if the path names nothing known.
 
-    A folder is a program where it holds `program.json`, else an encoder-decoder model where it
-    holds at least one of the two graphs, else what holds `model.onnx`, `model.gguf`, safetensors
-    or `config.json`. Nothing is read.
+    A folder is a program if it holds `program.json`, otherwise an encoder-decoder model if it holds
+    at least one of the two graphs. Otherwise `model.onnx`, `model.gguf`, safetensors or
+    `config.json` decide. No file is read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -61,7 +61,7 @@ def find_artifact(path: str | Path) -> Artifact | None:
 
 
 def unknown_artifact(path: str | Path) -> UserInputError:
-    """The refusal of a path that names neither a program nor an ONNX model."""
+    """The error for a path that names neither a program nor an ONNX model."""
     return UserInputError(
         f"{path} is neither a program folder nor an ONNX model",
         where=str(path),

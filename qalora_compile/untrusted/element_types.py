@@ -1,4 +1,4 @@
-"""Types of the elements of tensors, and what the formats call them: one table, without torch."""
+"""One table of tensor element types and their names in each format; needs no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class ElementType:
     """One type.
 
     Attributes:
-        name: What torch calls it (numpy too, as far as it has it).
-        bits: Of one element.
-        safetensors: Its name there; empty where the format does not have it.
-        onnx: Its number in `onnx.TensorProto.DataType`; 0 where ONNX does not have it.
-        short: In printed programs; empty where they use the name.
+        name: Name in torch, and in numpy if it has the type.
+        bits: Size of an element.
+        safetensors: Name in safetensors; empty if the format does not have the type.
+        onnx: Number in `onnx.TensorProto.DataType`; 0 if ONNX does not have the type.
+        short: Name in printed programs; empty if they use `name`.
     """
 
     name: str
@@ -36,9 +36,9 @@ PROGRAM_TYPES = (
     ElementType("uint8", 8, "U8", 2, "u8"),
     ElementType("bool", 8, "BOOL", 9, "b8"),
 )
-"""Of the tensors of a program."""
+"""The types of the tensors of a program."""
 PACKED_TYPES = (ElementType("uint4", 4, onnx=21), ElementType("uint2", 2, onnx=25))
-"""Of codes in an exported model."""
+"""The types of codes in an exported model."""
 UNSIGNED_TYPES = (
     ElementType("uint64", 64, "U64", 13),
     ElementType("uint32", 32, "U32", 12),
@@ -59,7 +59,7 @@ _OTHERS = (
     ElementType("int2", 2, onnx=26),
 )
 ELEMENT_TYPES = (*PROGRAM_TYPES, *UNSIGNED_TYPES, *PACKED_TYPES, *_OTHERS)
-"""All that a file may name; most only to be measured and refused."""
+"""All types that a file may name; most are known only to be measured and refused."""
 
 HALVES = ("float16", "bfloat16")
 FLOATS = (*HALVES, "float32", "float64")

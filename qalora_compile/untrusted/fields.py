@@ -1,4 +1,4 @@
-"""Objects of JSON held against the dataclasses that they describe, and texts for messages."""
+"""Compare JSON objects with the dataclasses that they describe; quote texts for messages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def check_fields(kind: Any, row: object, what: str) -> dict[str, Any]:
-    """Compare a JSON object with the fields of a dataclass: its names, and their types.
+    """Compare the names and types in a JSON object with the fields of a dataclass.
 
     Args:
-        kind: The dataclass, of texts, numbers, booleans, None, unions or tuples of them.
+        kind: The dataclass; its fields are texts, numbers, booleans, None, unions or tuples.
         row: The object; lists stand for tuples.
         what: What it describes, for messages.
 
@@ -42,6 +42,6 @@ def _is_of(hint: Any, value: object) -> bool:
 
 
 def quoted(value: object, limit: int = 80) -> str:
-    """What a file says, for a message or a generated text: one line of printable characters."""
+    """A value from a file as one line of printable characters, for messages and generated text."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -1,9 +1,8 @@
-"""The structure of a GGUF file, checked before any library is given the file.
+"""Check the structure of a GGUF file before any library reads it.
 
-A file is: magic, version, how many tensors and keys there are, the keys with their values, a row
-for each tensor, and the bytes of the tensors, aligned. Every count and size in it is a claim of the
-file's author: here each is held against the bytes that are there, and nothing is allocated by it.
-(Format: ggml, docs/gguf.md.)
+A file consists of magic, version, number of tensors, number of keys, the keys with their values, a
+row for each tensor, and the aligned bytes of the tensors. Every count and size is compared with the
+bytes of the file, and nothing is allocated by it. (Format: ggml, docs/gguf.md.)
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _HEADER = 24
 _MAX_AXES, _MAX_DEPTH, _MAX_NAME, _MAX_ALIGNMENT = 4, 8, 1 << 16, 1 << 20
 _MAX_ENTRIES = 1 << 21
-"""Of all arrays: readers make an object of each; a vocabulary of 262,144 has 1.3 million."""
+"""Limit for all arrays, as readers make an object per entry; a vocabulary of 262,144 has 1.3 M."""
 _ALIGNMENT, _ALIGNMENT_KEY = 32, "general.alignment"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?"} | {
     10: "<Q",
@@ -31,7 +30,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 }
 _STRING, _ARRAY = 8, 9
 _SMALLEST_ROW = 8 + 4 + 4 + 8
-"""Bytes of the row of a tensor without a name and axes; of a key with a value of one byte: 13."""
+"""Bytes of the row of a tensor without a name and axes; a key with a one-byte value takes 13."""
 _SMALLEST_KEY = 8 + 4 + 1
 _BLOCKS = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
@@ -45,7 +44,7 @@ _BLOCKS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What a file says of one tensor; `begin` and `end` count from the start of the file."""
+    """The description of one tensor; `begin` and `end` count from the start of the file."""
 
     kind: int
     shape: tuple[int, ...]
@@ -55,21 +54,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Header:
-    """The plain values of a file's keys (of an array, its length), and its tensors."""
+    """The plain values of a file's keys (arrays are replaced by their lengths), and its tensors."""
 
     values: Mapping[str, Any]
     tensors: Mapping[str, Row]
 
 
 def check_gguf(path: Path) -> Header:
-    """Hold everything that a GGUF file says of itself against its bytes.
+    """Compare everything that a GGUF file says about itself with its bytes.
 
     Raises:
-        UserInputError: the file is missing or no regular file, or no GGUF file; it is big-endian or
-            cut short; a key or a tensor is named twice, by no text, or is of an unknown type;
-            arrays are nested more than 8 deep; tensors overlap, are not aligned, or end behind the
-            file; a text is no UTF-8, or there are bytes that nothing describes.
-        UnsupportedError: its version is another than 2 and 3.
+        UserInputError: the file is missing, not a regular file or not a GGUF file; it is big-endian
+            or truncated; a key or tensor has a name that occurs twice or is not text, or an unknown
+            type; arrays are nested more than 8 deep; tensors overlap, are not aligned, or end after
+            the file; a text is not UTF-8, or there are bytes that nothing describes.
+        UnsupportedError: its version is neither 2 nor 3.
     """
     check_regular(path)
     size = path.stat().st_size
@@ -80,7 +79,7 @@ def check_gguf(path: Path) -> Header:
 
 
 class _Cursor:
-    """A place in a file, which only moves within it."""
+    """A position in a file, which cannot leave the file."""
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self.path, self.data, self.size, self.at = path, data, size, 0
@@ -88,27 +87,25 @@ class _Cursor:
 
     def header(self) -> Header:
         if self.take(4) != _MAGIC:
-            raise _broken(self.path, "it begins with other bytes than GGUF")
+            raise _broken(self.path, "it does not begin with the bytes GGUF")
         version = self.number("<I")
         if version not in _VERSIONS and not 0 < version < 1 << 16:
-            raise _broken(self.path, "its version is none, or it is big-endian")
+            raise _broken(self.path, "its version is invalid, or it is big-endian")
         if version not in _VERSIONS:
             raise UnsupportedError(
                 f"{self.path.name} is of GGUF version {version}",
                 where=str(self.path),
-                hint="little-endian files of versions 2 and 3 can be read: convert it again",
+                hint="convert it to version 2 or 3, little-endian",
             )
         tensors, keys = self.number("<Q"), self.number("<Q")
         left = self.size - self.at
         if tensors * _SMALLEST_ROW + keys * _SMALLEST_KEY > left:
-            raise _broken(
-                self.path, f"it is to hold {tensors} tensors and {keys} keys in {left} bytes"
-            )
+            raise _broken(self.path, f"it claims {tensors} tensors and {keys} keys in {left} bytes")
         values: dict[str, Any] = {}
         for _ in range(keys):
             name = self.name()
             if name in values:
-                raise _broken(self.path, f"the key {name} is there twice")
+                raise _broken(self.path, f"the key {name} occurs twice")
             values[name] = self.value(name, self.number("<I"), 0)
         return Header(values, self.rows(tensors, self.alignment(values)))
 
@@ -116,7 +113,7 @@ class _Cursor:
         stated = values.get(_ALIGNMENT_KEY, _ALIGNMENT)
         fits = type(stated) is int and 8 <= stated <= _MAX_ALIGNMENT
         if not fits or stated & (stated - 1):
-            raise _broken(self.path, f"its alignment is {quoted(stated)}, no power of two")
+            raise _broken(self.path, f"its alignment is {quoted(stated)}, not a power of two")
         return int(stated)
 
     def rows(self, count: int, alignment: int) -> dict[str, Row]:
@@ -124,7 +121,7 @@ class _Cursor:
         for _ in range(count):
             name = self.name()
             if name in found:
-                raise _broken(self.path, f"the tensor {name} is there twice")
+                raise _broken(self.path, f"the tensor {name} occurs twice")
             axes = self.number("<I")
             if axes > _MAX_AXES:
                 raise _broken(self.path, f"{name} has {axes} axes")
@@ -141,10 +138,10 @@ class _Cursor:
         return made
 
     def check_end(self, at: int, alignment: int) -> None:
-        """See that nothing but padding stands behind what the header describes."""
+        """Check that only padding follows what the header describes."""
         rest = self.size - at
         if rest >= alignment or any(self.data[at:]):
-            raise _broken(self.path, f"{rest} bytes stand behind all that its header describes")
+            raise _broken(self.path, f"{rest} bytes follow after all that its header describes")
 
     def row(
         self, name: str, stated: tuple[int, tuple[int, ...], int], start: int, alignment: int
@@ -155,7 +152,7 @@ class _Cursor:
         values, size = _BLOCKS[kind]
         elements = 1
         for length in shape:
-            elements *= length  # of Python: it cannot overflow
+            elements *= length  # Python's integers cannot overflow
         if elements < 1 or elements >= 1 << 63 or (shape[:1] or (1,))[0] % values:
             raise _broken(self.path, f"{name} is {list(shape)}, in blocks of {values}")
         end = start + offset + elements // values * size
@@ -169,13 +166,13 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:
-            raise _broken(self.path, f"{count} bytes are wanted behind {self.at} of {self.size}")
+            raise _broken(self.path, f"{count} bytes are needed after {self.at} of {self.size}")
         self.at += count
         return self.data[self.at - count : self.at]
 
     def skip(self, count: int) -> None:
         if count > self.size - self.at:
-            raise _broken(self.path, f"{count} bytes are wanted behind {self.at} of {self.size}")
+            raise _broken(self.path, f"{count} bytes are needed after {self.at} of {self.size}")
         self.at += count
 
     def number(self, form: str) -> Any:
@@ -189,13 +186,13 @@ class _Cursor:
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _broken(self.path, f"the name {quoted(raw)} is no UTF-8") from error
+            raise _broken(self.path, f"the name {quoted(raw)} is not UTF-8") from error
         if not text or not text.isprintable():
-            raise _broken(self.path, f"{quoted(text)} is no name")
+            raise _broken(self.path, f"{quoted(text)} is not a name")
         return text
 
     def value(self, name: str, kind: int, depth: int) -> Any:
-        """A plain value; of a text or an array its length, over which is moved."""
+        """Read a plain value; texts and arrays are skipped and replaced by their lengths."""
         if kind in _SCALARS:
             if kind == 7 and self.data[self.at : self.at + 1] not in (b"\0", b"\1"):
                 raise _broken(self.path, f"the value of {name} is neither true nor false")
@@ -205,7 +202,7 @@ class _Cursor:
             try:
                 raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise _broken(self.path, f"a text of {name} is no UTF-8") from error
+                raise _broken(self.path, f"a text of {name} is not UTF-8") from error
             return f"text of {len(raw)} bytes"
         if kind != _ARRAY or depth >= _MAX_DEPTH:
             raise _broken(self.path, f"the value of {name} is of the unknown type {kind}")
@@ -230,5 +227,5 @@ def _broken(path: Path, what: str) -> UserInputError:
     return UserInputError(
         f"{path.name} is truncated or not a GGUF file: {what}",
         where=str(path),
-        hint="the file may be truncated: fetch it again",
+        hint="fetch the file again",
     )

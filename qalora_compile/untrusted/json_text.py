@@ -1,4 +1,4 @@
-"""JSON that anybody may have written: within limits, and each key once."""
+"""JSON of unknown origin, read within limits and with unique keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.untrusted.paths import read_bytes
 
 MAX_JSON_BYTES = 1 << 28
-"""A JSON file of a model is a few megabytes; 256 MiB are a program of many thousand layers."""
+"""A model's JSON files have a few megabytes; a program of many thousand layers has 256 MiB."""
 MAX_JSON_DEPTH = 200
 _MAX_DIGITS = 100
 """`model_max_length` of many tokenizers is 10³⁰; Python itself stops at 4,300 digits."""
@@ -22,11 +22,11 @@ _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
 
 
 def read_json(path: Path, *, finite: bool = False) -> Any:
-    """Read a JSON file that anybody may have written.
+    """Read a JSON file of unknown origin.
 
     Raises:
-        UserInputError: the file is missing, no regular file or over 256 MiB; it is not valid JSON,
-            names a key twice in one object, is nested more than 200 deep, or holds an integer of
+        UserInputError: the file is missing, not a regular file, or over 256 MiB; it is not valid
+            JSON, repeats a key in one object, is nested more than 200 deep, or holds an integer of
             more than 100 digits or half of a surrogate pair.
     """
     return parse_json(read_bytes(path, limit=MAX_JSON_BYTES), path, finite=finite)
@@ -45,10 +45,10 @@ def parse_json(data: bytes | str, path: Path | str, *, what: str = "", finite: b
 
     Args:
         data: The text, or its UTF-8 bytes.
-        path: The file that it stands in, and the line if there is one, for messages.
-        what: What the text is, where it is not the whole file.
-        finite: Refuse NaN, infinities and numbers beyond float64, which Python reads and JSON
-            does not have.
+        path: The file that holds it, with a line number if there is one, for messages.
+        what: The name of the text if it is not the entire file.
+        finite: Refuse NaN, infinities and numbers beyond float64, which Python reads although they
+            are not JSON.
 
     Raises:
         UserInputError: see `read_json`.
@@ -62,7 +62,7 @@ def parse_json(data: bytes | str, path: Path | str, *, what: str = "", finite: b
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise UserInputError(
-            f"{name} holds half of a surrogate pair, which is no text", where=str(path)
+            f"{name} holds half of a surrogate pair, which is not text", where=str(path)
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserInputError(f"{name} is not valid JSON: {error}", where=str(path)) from error
@@ -70,18 +70,18 @@ def parse_json(data: bytes | str, path: Path | str, *, what: str = "", finite: b
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ: readers disagree on which of two equal keys counts."""
+    """An object with unique keys: readers disagree on which of two equal keys counts."""
     value = dict(pairs)
     if len(value) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
     return value
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return value
 
 
@@ -110,4 +110,4 @@ _ANY = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 _FINITE = json.JSONDecoder(
     object_pairs_hook=_object, parse_int=_integer, parse_constant=_finite, parse_float=_finite
 )
-"""Made once: data have millions of lines."""
+"""Created once, since data have millions of lines."""

@@ -1,10 +1,9 @@
-"""The structure of an ONNX file, checked before any library is given the file.
+"""Check the structure of an ONNX file before any library reads it.
 
-The file is a protobuf message. It is walked here as bytes: nothing of a tensor is read or copied,
-and nothing is allocated that the file only claims. What is checked is what ONNX, ONNX Runtime and
-their advisories show to matter: where tensors lie outside the file, sizes against bytes, nesting,
-functions that call each other without end, and attributes of kernels against the shapes of their
-weights.
+The file is a protobuf message, which is walked as bytes: no tensor is read or copied, and nothing
+is allocated by a size that the file claims. The checks are those that ONNX, ONNX Runtime and their
+advisories show to matter: places of external tensors, sizes against bytes, nesting, functions that
+call each other without end, and attributes of kernels against the shapes of their weights.
 """
 
 from __future__ import annotations
@@ -28,28 +27,28 @@ from qalora_compile.untrusted.onnx_tensors import (
 from qalora_compile.untrusted.protobuf import MAX_AXES, MessageReader, signed
 
 MAX_BYTES = (1 << 31) - 1
-"""Of a protobuf message."""
+"""Limit of a protobuf message."""
 MAX_DEPTH, MAX_NODES = 16, 1 << 20
 _ORT_FORMAT = b"ORTM"
 _CONTINUED = bytes(range(0x80, 0x100))
-"""Bytes of an integer that are not its last."""
+"""Bytes of an integer that are followed by another one."""
 _TEXT_TYPE = 8
 _VALUES = (4, 5, 6, 7, 10, 11)
-"""Fields of a tensor that hold its values, where raw bytes do not."""
+"""Fields of a tensor that may hold its values instead of raw bytes."""
 _SINGULAR = {3, 5, 6, 22}
-"""Fields of an attribute that protobuf would merge where they are there twice."""
+"""Fields of an attribute that protobuf would merge if they occur twice."""
 Bytes = memoryview
 
 
 @dataclass
 class OnnxFile:
-    """What was found in a file.
+    """The contents of a file.
 
     Attributes:
-        metadata: Its texts by name.
+        metadata: Metadata texts by name.
         tensors: Initializers of the outermost graph, by name.
-        files: The other files that its tensors lie in.
-        nodes: How many nodes it has, bodies and functions included.
+        files: The other files that hold its tensors.
+        nodes: Number of nodes, including those of subgraphs and functions.
     """
 
     metadata: dict[str, str] = field(default_factory=dict)
@@ -59,13 +58,13 @@ class OnnxFile:
 
 
 def check_onnx(path: Path) -> OnnxFile:
-    """Hold what an ONNX file says of itself against its bytes and its folder.
+    """Compare what an ONNX file says about itself with its bytes and its folder.
 
     Raises:
-        UserInputError: the file is missing, no regular file, no ONNX model or over 2 GiB; a tensor
-            lies outside the folder, behind the end of its file, or has other bytes than its type
-            and shape say; bodies are nested more than 16 deep, functions call each other in a
-            circle, or a node says that its weights are larger than they are.
+        UserInputError: the file is missing, not a regular file, not an ONNX model or over 2 GiB; a
+            tensor is outside the folder or beyond the end of its file, or its size is not that of
+            its type and shape; subgraphs are nested more than 16 deep, functions call each other
+            in a circle, or a node claims larger weights than it has.
     """
     check_regular(path)
     size = path.stat().st_size
@@ -74,7 +73,7 @@ def check_onnx(path: Path) -> OnnxFile:
             f"{path.name} has {size} bytes, and a model has 1 to {MAX_BYTES}", where=str(path)
         )
     with path.open("rb") as file:
-        # closed when the last view of it goes, which an error may hold
+        # The map is closed with its last view, which an error may hold.
         view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     if view[4:8] == _ORT_FORMAT:
         raise UserInputError(
@@ -87,7 +86,7 @@ def check_onnx(path: Path) -> OnnxFile:
 
 
 class _Walk(MessageReader):
-    """One pass over a file."""
+    """One walk over a file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -117,15 +116,15 @@ class _Walk(MessageReader):
     def graph(
         self, data: Bytes, depth: int, around: Mapping[str, TensorRow], called: set[tuple[str, str]]
     ) -> None:
-        """A graph, and what its nodes call."""
+        """A graph; returns the functions that its nodes call."""
         if depth > MAX_DEPTH:
-            raise self.broken(f"bodies are nested more than {MAX_DEPTH} deep")
+            raise self.broken(f"subgraphs are nested more than {MAX_DEPTH} deep")
         tensors, nodes = dict(around), []
         for number, value in self.fields(data):
             if number == 5:
                 row = self.tensor(value)
                 if row.name in tensors and row.name not in around:
-                    raise self.broken(f"the tensor {quoted(row.name)} is there twice")
+                    raise self.broken(f"the tensor {quoted(row.name)} occurs twice")
                 tensors[row.name] = row
             elif number == 15:
                 self.sparse(value)
@@ -145,7 +144,7 @@ class _Walk(MessageReader):
             elif number == 7:
                 nodes.append(value)
         if (domain, name) in self.calls:
-            raise self.broken(f"the function {quoted(name)} is there twice")
+            raise self.broken(f"the function {quoted(name)} occurs twice")
         self.calls[domain, name] = called = set[tuple[str, str]]()
         self.nodes(nodes, 0, {}, called)
 
@@ -191,7 +190,7 @@ class _Walk(MessageReader):
     def attribute(
         self, data: Any, depth: int, tensors: Mapping[str, TensorRow], called: set[tuple[str, str]]
     ) -> tuple[str, Any]:
-        """Name and value of an attribute; None where the value is of no interest."""
+        """Name and value of an attribute; None if the value is not needed."""
         name, seen = "", set[int]()
         found: Any = None
         for number, value in self.fields(data):
@@ -211,7 +210,7 @@ class _Walk(MessageReader):
         return name, found
 
     def sparse(self, data: Any) -> None:
-        """A sparse tensor; the shape that it stands for is not allocated by any reader here."""
+        """Check a sparse tensor; no reader of this package allocates its dense shape."""
         shape: list[int] = []
         for number, value in self.fields(data):
             if number in (1, 2):
@@ -266,7 +265,7 @@ class _Walk(MessageReader):
             raise self.broken(f"the shape of {quoted(name)} is {quoted(shape)}")
 
     def check_tensor(self, row: TensorRow, raw: Any, stored: Mapping[int, int]) -> None:
-        """See that a tensor in the file has as many values as its shape says."""
+        """Check that a tensor in the file has as many values as its shape says."""
         if raw is not None and (stored or row.kind == _TEXT_TYPE):
             raise self.broken(f"{quoted(row.name)} has its values twice")
         if raw is not None:
@@ -277,10 +276,10 @@ class _Walk(MessageReader):
             parts = 2 if row.kind in (14, 15) else 1
             fits = sum(stored.values()) == -(-row.size * parts // packs) and len(stored) <= 1
         if not fits:
-            raise self.broken(f"{quoted(row.name)} has other bytes than its shape {row.shape} says")
+            raise self.broken(f"the bytes of {quoted(row.name)} do not fit its shape {row.shape}")
 
     def count(self, number: int, value: Any) -> int:
-        """How many values a field of a tensor holds: 4 has floats, 5 int32, 6 texts, 7 int64."""
+        """The number of values in a field of a tensor: 4 has floats, 5 int32, 6 texts, 7 int64."""
         if not isinstance(value, memoryview):
             return 1
         if number == 6:
@@ -290,7 +289,7 @@ class _Walk(MessageReader):
         return len(bytes(value).translate(None, _CONTINUED))
 
     def check_calls(self) -> None:
-        """See that no function calls itself, through whatever others, or grows without measure."""
+        """Check that no function calls itself, even indirectly, and that call depth is limited."""
         depth: dict[tuple[str, str], int] = {}
         for start in self.calls:
             waiting: list[tuple[tuple[str, str], bool]] = [(start, False)]

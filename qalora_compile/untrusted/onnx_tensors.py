@@ -1,4 +1,4 @@
-"""Tensors of an ONNX file: where they lie, and what nodes say of them."""
+"""Tensors of an ONNX file: their places, and the claims of nodes about them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from qalora_compile.untrusted.element_types import ELEMENT_TYPES
 BITS = {kind.onnx: kind.bits for kind in ELEMENT_TYPES if kind.onnx}
 """Bits of an element, by the number of a type (`onnx.TensorProto.DataType`)."""
 MAX_MADE = 1 << 31
-"""Elements that constants alone may ask an operator to make when the file is loaded."""
+"""Limit of the elements that constants may make an operator allocate when the file is loaded."""
 _MICROSOFT, _QALORA = "com.microsoft", "qalora"
 
 
 @dataclass(frozen=True)
 class TensorRow:
-    """What a file says of a tensor.
+    """The description of a tensor.
 
     Attributes:
-        name, kind, shape: As they are said.
-        external: `location`, `offset` and `length` of a tensor that lies in another file.
-        numbers: Of a small tensor of int64 in the file, its values; else None.
+        name, kind, shape: Name, element type and shape as the file says.
+        external: `location`, `offset` and `length` of a tensor that is in another file.
+        numbers: The values of a small int64 tensor in the file; otherwise None.
     """
 
     name: str
@@ -42,28 +42,28 @@ class TensorRow:
 
 
 def external_file(row: TensorRow, path: Path) -> tuple[Path, int, int]:
-    """The file, the offset and the length of a tensor that lies outside the model's file.
+    """File, offset and length of a tensor that is outside the model's file.
 
     Raises:
-        UserInputError: the place is not said in numbers, the file is not in the model's folder, or
-            the tensor's bytes are not all in it.
+        UserInputError: offset or length is not a number, the file is not in the model's folder, or
+            it does not hold all bytes of the tensor.
     """
     stated = row.external or {}
     unknown = stated.keys() - {"location", "offset", "length", "checksum"}
     odd = [key for key in ("offset", "length") if not _is_size(stated.get(key, "0"))]
     if unknown or odd or row.kind not in BITS:
         what = ", ".join(f"{key} {quoted(stated.get(key))}" for key in (*unknown, *odd)) or "a text"
-        raise UserInputError(f"the place of {quoted(row.name)} is said by {what}", where=str(path))
+        raise UserInputError(f"the place of {quoted(row.name)} is given as {what}", where=str(path))
     file = member(path.parent, stated.get("location"))
     if file.resolve() == path.resolve():
-        raise UserInputError(f"{quoted(row.name)} lies in the model's own file", where=str(path))
+        raise UserInputError(f"{quoted(row.name)} is in the model's own file", where=str(path))
     offset, size = int(stated.get("offset", "0")), file.stat().st_size
     wanted = -(-row.size * BITS[row.kind] // 8)
     length = int(stated.get("length", str(wanted)))
     if length != wanted or offset + length > size:
         raise UserInputError(
-            f"{quoted(row.name)} {list(row.shape)} takes {wanted} bytes, and is said to be "
-            f"{length} bytes behind {offset} of {file.name}, which has {size}",
+            f"{quoted(row.name)} {list(row.shape)} takes {wanted} bytes, and its place is "
+            f"{length} bytes from {offset} on in {file.name}, which has {size}",
             where=str(path),
             hint="the two files do not belong together, or one is truncated: export again",
         )
@@ -81,19 +81,19 @@ def check_node(
     attributes: Mapping[str, Any],
     path: Path,
 ) -> None:
-    """Hold a node's attributes against its constant inputs, where kernels trust them.
+    """Compare attributes of a node that kernels trust with its constant inputs.
 
-    ONNX Runtime packs weights when it loads a file, and up to 1.27 took their size from the
-    attributes alone; what constants ask for is allocated then too.
+    ONNX Runtime packs weights when it loads a file, and up to 1.27 it took their size from the
+    attributes alone. It also allocates the shapes that constants ask for.
 
     Raises:
-        UserInputError: the weights are smaller than the attributes say, or more than 2³¹ elements
-            are asked for.
+        UserInputError: the weights are smaller than the attributes say, or constants ask for more
+            than 2³¹ elements.
     """
     if kind == "ConstantOfShape" and not domain and inputs and inputs[0] is not None:
         asked = inputs[0].numbers or ()
         if any(axis < 0 for axis in asked) or math.prod(asked) > MAX_MADE:
-            raise UserInputError(f"a {kind} is to make {list(asked)} elements", where=str(path))
+            raise UserInputError(f"a {kind} asks for {list(asked)} elements", where=str(path))
     for index, wanted in _packed_shapes(kind, domain, attributes).items():
         given = inputs[index] if index < len(inputs) else None
         if given is not None and given.shape not in wanted(given):
@@ -106,9 +106,9 @@ def check_node(
 
 
 def _packed_shapes(kind: str, domain: str, attributes: Mapping[str, Any]) -> dict[int, Any]:
-    """For each input of a node on codes, the shapes that its attributes allow.
+    """For each input of a node on quantized weights, the shapes that its attributes allow.
 
-    Scales and zero-points may be flat; zero-points of MatMulNBits are packed where they are bytes.
+    Scales and zero-points may be flat; byte zero-points of MatMulNBits are packed.
     """
     ours = (domain, kind) == (_QALORA, "GroupQuantLinear")
     if not ours and (domain, kind) != (_MICROSOFT, "MatMulNBits"):

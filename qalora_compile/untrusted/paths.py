@@ -1,4 +1,4 @@
-"""Files of strangers: regular ones, which stay inside their folder."""
+"""Files of unknown origin: they must be regular files and stay inside their folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
     Raises:
-        UserInputError: the file is missing, is a pipe, device or folder, or is larger.
+        UserInputError: the file is missing, is a pipe, device or folder, or is too large.
     """
     check_regular(path)
     size = path.stat().st_size
@@ -33,10 +33,10 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is missing or is no regular file: reading a pipe or a device may never end.
+    """Refuse a path that is not a regular file: reading a pipe or a device may never end.
 
     Raises:
-        UserInputError: see above.
+        UserInputError: it is not, or it is missing.
     """
     try:
         mode = path.stat().st_mode
@@ -45,18 +45,18 @@ def check_regular(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise UserInputError(f"cannot read {path.name!r}: {error}", where=str(path)) from None
     if not stat.S_ISREG(mode):
-        raise UserInputError(f"{path.name} is no regular file", where=str(path))
+        raise UserInputError(f"{path.name} is not a regular file", where=str(path))
 
 
 def member(folder: Path, name: object) -> Path:
     """The file of `folder` that another file in it names.
 
     Raises:
-        UserInputError: the name is no text, is absolute, leaves the folder by `..` or by a link,
-            or the file is missing or no regular file.
+        UserInputError: the name is not a text, is absolute, or leaves the folder by `..` or by a
+            link; or the file is missing or not a regular file.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise UserInputError(f"{name!r} is no name of a file", where=str(folder))
+        raise UserInputError(f"{name!r} is not a file name", where=str(folder))
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if (
         posix.is_absolute()
@@ -67,7 +67,7 @@ def member(folder: Path, name: object) -> Path:
         raise UserInputError(
             f"the file name {name!r} leads out of the folder",
             where=str(folder),
-            hint="a folder may refer to its own files alone: get it from a source that you trust",
+            hint="a folder may refer only to its own files: get it from a source that you trust",
         )
     path = folder / name
     check_regular(path)
@@ -76,13 +76,13 @@ def member(folder: Path, name: object) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder in which a link leads out of it, or that holds pipes, sockets or devices.
+    """Refuse a folder with links that lead out of it, or with pipes, sockets or devices.
 
-    Hidden files and folders are not looked at: no reader opens them. The snapshots of the Hugging
-    Face hub's cache, whose files are links to the `blobs` of the same model, are taken.
+    Hidden files and folders are not checked, since no reader opens them. Snapshots in the cache of
+    the Hugging Face hub, whose files are links to the `blobs` of the same model, are accepted.
 
     Raises:
-        UserInputError: see above; the entry is named.
+        UserInputError: it has; the entry is named.
     """
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -92,11 +92,11 @@ def check_folder(folder: Path) -> None:
 
 
 def check_link(path: Path, folder: Path) -> None:
-    """Refuse `path`, an entry of `folder`, if it leads out of the folder or is no file or folder.
+    """Refuse `path`, an entry of `folder`, if it leads out of it or is neither file nor folder.
 
     Raises:
-        UserInputError: it is a symbolic link to something outside, one name of a file that has
-            another name outside (a hard link), or a pipe, socket or device.
+        UserInputError: it is a symbolic link to something outside, a hard link to a file with a
+            name outside, or a pipe, socket or device.
     """
     try:
         resolved, info = path.resolve(), path.stat()
@@ -112,7 +112,7 @@ def check_link(path: Path, folder: Path) -> None:
     if stat.S_ISDIR(info.st_mode):
         return
     if not stat.S_ISREG(info.st_mode):
-        raise UserInputError(f"{path.name} is no regular file", where=str(path))
+        raise UserInputError(f"{path.name} is not a regular file", where=str(path))
     if info.st_nlink > 1 and resolved.is_relative_to(home):
         _check_hard_link(path, info, home)
 
@@ -133,7 +133,7 @@ def _check_hard_link(path: Path, info: os.stat_result, home: Path) -> None:
 
 
 def _is_hub_blob(resolved: Path, folder: Path) -> bool:
-    """Whether a link of a hub snapshot leads to the blobs beside the model's snapshots."""
+    """Whether a link in a hub snapshot leads to the blobs of the same model."""
     absolute = Path(os.path.abspath(folder))
     for parent in (absolute, *absolute.parents):
         if parent.parent.name == _HUB_SNAPSHOTS:

@@ -1,9 +1,9 @@
-"""Regular expressions of strangers, matched by RE2: in time that grows with the text alone.
+"""Regular expressions of unknown origin, matched by RE2 in time linear in the text.
 
-Settings of checkpoints and adapters name layers by regular expressions. Python's own engine tries
-all ways to match one after another, and an expression like `(a+)+$` has exponentially many. RE2
-follows all ways at once, and does not know backreferences and looking around: such an expression is
-given to Python's engine if it is short of ways to match, and else refused.
+Settings of checkpoints and adapters name layers by regular expressions. Python's engine backtracks,
+and an expression like `(a+)+$` takes exponential time. RE2 does not backtrack, and it has neither
+backreferences nor lookaround: such an expression is matched by Python's engine if it cannot
+backtrack much, and otherwise refused.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _MOST_REPEATED, _MOST_CHOICES = 3, 6
 
 
 def matches(pattern: str, text: str, *, full: bool) -> bool:
-    """Whether an expression matches from the beginning of a text, to its end if `whole`.
+    """Whether an expression matches from the beginning of a text, to its end if `full`.
 
     Raises:
-        UserInputError: the expression is malformed, longer than 10,000 characters, or beyond what
-            can be matched in linear time and 4 MiB.
+        UserInputError: the expression is malformed, longer than 10,000 characters, or cannot be
+            matched in linear time and 4 MiB.
     """
     compiled = _compile(pattern)
     found = compiled.fullmatch(text) if full else compiled.match(text)
@@ -52,15 +52,15 @@ def _compile(pattern: str) -> Any:
             try:
                 return re.compile(pattern)
             except (re.error, OverflowError):
-                pass  # it is no expression for Python either
+                pass  # it is not a valid expression for Python either
     raise UserInputError(
         f"the expression {quoted(pattern)} cannot be matched: {problem}",
-        hint="backreferences, looking around and very large repetitions are not supported",
+        hint="backreferences, lookaround and very large repetitions are not supported",
     )
 
 
 def is_harmless(pattern: str) -> bool:
-    """Whether Python's engine matches the name of a layer soon: in the cube of its length."""
+    """Whether Python's engine matches a layer's name in at most cubic time."""
     repeated, choices = (len(each.findall(pattern)) for each in (_REPEATED, _CHOICE))
     few = repeated <= _MOST_REPEATED and choices <= _MOST_CHOICES
     return few and _REPEATED_GROUP.search(pattern) is None

@@ -1,8 +1,8 @@
-"""The header of a safetensors file, checked before any library is given the file.
+"""Check the header of a safetensors file before any library reads it.
 
-A file is eight bytes with the length of the header, the header, and the bytes of the tensors. The
-header is one object of JSON: `name → {dtype, shape, data_offsets}`. Readers differ in what they
-take of a header that contradicts itself, so it is refused here, once for all of them.
+A file consists of eight bytes with the length of the header, the header, and the bytes of the
+tensors. The header is one JSON object: `name → {dtype, shape, data_offsets}`. Readers differ in how
+they treat a header that contradicts itself, so such a header is refused here.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MAX_AXES = 16
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 _BITS = {kind.safetensors: kind.bits for kind in ELEMENT_TYPES if kind.safetensors}
-"""Bits of an element, by the format's name of its type."""
+"""Bits of an element, by the format's name for its type."""
 USABLE = tuple(kind.safetensors for kind in (*PROGRAM_TYPES, *UNSIGNED_TYPES))
-"""Types in which a tensor means what its numbers say; smaller floats need scales to be read."""
+"""Types whose numbers are the values of a tensor; smaller floats need separate scales."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the header says of one tensor; `begin` and `end` count from the start of the file."""
+    """The description of one tensor; `begin` and `end` count from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,12 +43,12 @@ class Row:
 def read_header(path: Path) -> Mapping[str, Row]:
     """The tensors of a safetensors file by name, in the order of the header.
 
-    Memory is bounded by the header. A file that has not changed is parsed once.
+    Memory is bounded by the size of the header. The result is cached until the file changes.
 
     Raises:
-        UserInputError: the file is missing or no regular file, or its header is cut short, no JSON
-            or contradicts itself: unknown types, sizes that do not fit, tensors that overlap or
-            leave bytes between them, names that are no text.
+        UserInputError: the file is missing or not a regular file, or its header is truncated, is
+            not JSON or contradicts itself: unknown types, sizes that do not fit, tensors that
+            overlap or leave gaps, names that are not text.
     """
     check_regular(path)
     info = path.stat()
@@ -57,7 +57,7 @@ def read_header(path: Path) -> Mapping[str, Row]:
 
 
 def check_types(path: Path, known: Collection[str] = USABLE) -> Mapping[str, Row]:
-    """`read_header`, of a file whose tensors are all of known types.
+    """`read_header`, which also refuses tensors of other types than `known`.
 
     Raises:
         UserInputError: see `read_header`.
@@ -90,7 +90,7 @@ def _read(name: str, key: tuple[int, ...]) -> Mapping[str, Row]:
         raise UserInputError(f"cannot read {path.name}: {error.strerror}", where=name) from error
     header = parse_json(text, path, what=f"the header of {path.name}")
     if not isinstance(header, dict):
-        raise _broken(path, "its header is no object of JSON")
+        raise _broken(path, "its header is not a JSON object")
     _check_metadata(header.pop(_METADATA, {}), path)
     start = _LENGTH_BYTES + length
     rows = {tensor: _row(tensor, row, start, size, path) for tensor, row in header.items()}
@@ -101,14 +101,14 @@ def _read(name: str, key: tuple[int, ...]) -> Mapping[str, Row]:
 def _check_metadata(value: Any, path: Path) -> None:
     texts = isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
     if not texts:
-        raise _broken(path, f"{_METADATA} is not texts by name")
+        raise _broken(path, f"{_METADATA} does not map names to texts")
 
 
 def _row(name: str, value: Any, start: int, size: int, path: Path) -> Row:
     if not name or not name.isprintable():
-        raise _broken(path, f"{quoted(name)} is no name of a tensor")
+        raise _broken(path, f"{quoted(name)} is not a tensor name")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _broken(path, f"{name} has not exactly dtype, shape and data_offsets")
+        raise _broken(path, f"{name} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise UnsupportedError(
@@ -130,20 +130,20 @@ def _row(name: str, value: Any, start: int, size: int, path: Path) -> Row:
 
 
 def _sizes(value: Any) -> bool:
-    """Whether a value of JSON is a list of sizes."""
+    """Whether a JSON value is a list of sizes."""
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 
 def _check_layout(rows: Mapping[str, Row], start: int, size: int, path: Path) -> None:
-    """See that the tensors fill the file, each byte once."""
+    """Check that the tensors cover each byte of the file exactly once."""
     at, before = start, "the header"
     for name, row in sorted(rows.items(), key=lambda item: (item[1].begin, item[1].end)):
         if row.begin != at:
-            problem = "overlaps with" if row.begin < at else "leaves bytes unused behind"
+            problem = "overlaps with" if row.begin < at else "leaves a gap after"
             raise _broken(path, f"{name} {problem} {before}")
         at, before = row.end, name
     if at != size:
-        raise _broken(path, f"{size - at} bytes behind {before} belong to no tensor")
+        raise _broken(path, f"{size - at} bytes after {before} belong to no tensor")
 
 
 def _broken(path: Path, what: str) -> UserInputError:

@@ -1,7 +1,7 @@
-"""Tokenizers and chat templates of strangers: read without their code, rendered within limits.
+"""Tokenizers and chat templates of unknown origin: loaded without code, rendered within limits.
 
-A tokenizer's folder may name classes of its own (`auto_map`), which are never imported. A chat
-template is a program: transformers runs it in Jinja's immutable sandbox, which keeps it from
+A tokenizer's folder may name its own classes (`auto_map`), which are never imported. A chat
+template is a program that transformers runs in Jinja's immutable sandbox. The sandbox limits
 everything but time and memory, so both are watched here.
 """
 
@@ -23,10 +23,10 @@ _SIGNS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _JSON_FILES = (*_SIGNS[:2], "special_tokens_map.json", "added_tokens.json")
 RENDER_SECONDS = 10.0
 RENDER_BYTES = 1 << 30
-"""What a template may add to the memory of the process while it runs."""
+"""The limit by which a template may increase the memory of the process."""
 _POLL_SECONDS = 0.02
 _GROWING = re.compile(r"\*\*|\d{7}")
-"""Powers, and numbers of seven digits: one step with them may need more memory than there is."""
+"""Powers and numbers of seven digits, with which a single step may exhaust memory."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -35,10 +35,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, or None where there is none. Code in the folder is never run.
+    """The tokenizer in a folder, or None if there is none. Code in the folder is never run.
 
     Raises:
-        UserInputError: its files are broken or hostile, or it needs code that the folder brings.
+        UserInputError: its files are broken or hostile, or it needs code from the folder.
     """
     if not has_tokenizer(folder):
         return None
@@ -51,11 +51,11 @@ def load_tokenizer(folder: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers and tokenizers raise types of many kinds
+    except Exception as error:  # transformers and tokenizers raise many types
         raise UserInputError(
             f"cannot load the tokenizer: {type(error).__name__}: {quoted(str(error), 200)}",
             where=str(folder),
-            hint="its files may be damaged, or it may need code of its own, which is never run",
+            hint="its files may be damaged, or it may need its own code, which is never run",
         ) from error
 
 
@@ -67,13 +67,13 @@ def render_chat(
     where: str,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """The text that a tokenizer's chat template makes of messages.
+    """Render messages with a tokenizer's chat template.
 
     Args:
-        tokenizer: With a `chat_template`.
-        messages: With `role` and `content`, or tool calls.
-        prompt: Up to where an answer begins.
-        where: What the messages are from, for errors.
+        tokenizer: A tokenizer with a `chat_template`.
+        messages: Messages with `role` and `content`, or tool calls.
+        prompt: Whether to add the beginning of an answer.
+        where: The place of the messages, for errors.
         tools: Descriptions of the functions that may be called, as JSON schemas.
 
     Raises:
@@ -105,26 +105,25 @@ def render_chat(
 
 
 def _check_template(template: Any, where: str) -> None:
-    """Refuse what one step of a template could grow beyond memory, where it cannot be stopped."""
+    """Refuse templates in which a single step, which cannot be stopped, may exhaust memory."""
     texts = template.values() if isinstance(template, Mapping) else (template,)
     for text in texts:
         found = _GROWING.search(text) if isinstance(text, str) and "*" in text else None
         if found is not None and _multiplies(text):
             raise UserInputError(
-                f"the chat template computes with {found.group()!r}, which no template for "
-                "messages needs",
+                f"the chat template computes with {found.group()!r}, which no chat template needs",
                 where=where,
-                hint="take the template of a model that you trust",
+                hint="use the template of a model that you trust",
             )
 
 
 def _multiplies(template: str) -> bool:
-    """Whether the program in a template multiplies, or raises to a power, by large numbers."""
+    """Whether a template multiplies by, or raises to the power of, large numbers."""
     jinja2 = require("jinja2", extra="hf", purpose="check a chat template")
     try:
         tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateError:
-        return False  # rendering says what is wrong
+        return False  # rendering will report what is wrong
     large = 10**6
     return any(
         isinstance(node, jinja2.nodes.Pow)
@@ -137,7 +136,7 @@ def _multiplies(template: str) -> bool:
 
 
 def _run_watched(work: Any) -> str | None:
-    """Run `work` in a thread; stop it, and say why, when it takes too long or too much memory."""
+    """Run `work` in a thread; stop it at the limits and return the reason, or None."""
     thread = threading.Thread(target=work, daemon=True)
     begin, before = time.monotonic(), _resident_bytes()
     thread.start()
@@ -153,7 +152,7 @@ def _run_watched(work: Any) -> str | None:
         number = ctypes.c_ulong(thread.ident or 0)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(TimeoutError))
         if time.monotonic() - begin > 2 * RENDER_SECONDS:
-            break  # it is inside one long step; the thread ends with the process
+            break  # it is in one long step; the thread ends with the process
     return problem
 
 
@@ -164,7 +163,7 @@ def _excess(seconds: float, size: int) -> str | None:
 
 
 def _resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not tell."""
+    """Memory of this process; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * 4096

@@ -57,7 +57,7 @@ def test_a_pipe_is_not_waited_for(folder: Path) -> None:
     """Reading a pipe never ends."""
     path = folder / "train.jsonl"
     os.mkfifo(path)
-    refused(read(path), folder, "no regular file")
+    refused(read(path), folder, "not a regular file")
 
 
 def test_a_folder_in_place_of_a_file(folder: Path) -> None:
@@ -90,5 +90,5 @@ def test_a_row_that_a_compressed_file_never_ends(
     path = folder / "train.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * (3 << 20)))
     monkeypatch.setattr("qalora_compile.training.data.read_rows.MAX_JSON_BYTES", 2 << 20)
-    with pytest.raises(UserInputError, match="more than the 2 MiB that one may have"):
+    with pytest.raises(UserInputError, match="the line has more than 2 MiB"):
         load_examples(path, tokenizer(), max_length=16)

@@ -92,7 +92,7 @@ def test_cve_2026_34446_a_hard_link_to_a_file_outside(reader: str, folder: Path)
 def test_a_pipe_is_not_waited_for(reader: str, folder: Path) -> None:
     """Opening a pipe without a writer never returns."""
     os.mkfifo(folder / "w.bin")
-    refused(read(reader, write(model([external("w.bin")]), folder)), folder, "no regular file")
+    refused(read(reader, write(model([external("w.bin")]), folder)), folder, "not a regular file")
 
 
 SIZES: dict[str, tuple[dict[str, Any], int]] = {

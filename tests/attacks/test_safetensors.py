@@ -42,7 +42,7 @@ FILES: dict[str, tuple[bytes, str]] = {
             + json.dumps(ONE["a"]).encode()
             + b"}"
         ),
-        "stands twice",
+        "occurs twice",
     ),
     "audit 2023: tensors overlap": (
         built({"a": row("F32", [8], 0, 32), "b": row("F32", [4], 16, 32)}),
@@ -78,7 +78,7 @@ FILES: dict[str, tuple[bytes, str]] = {
         built(b'{"\\ud800":' + json.dumps(ONE["a"]).encode() + b"}"),
         "surrogate",
     ),
-    "a name with terminal escapes": (built({"\x1b[31m": ONE["a"]}), "no name of a tensor"),
+    "a name with terminal escapes": (built({"\x1b[31m": ONE["a"]}), "not a tensor name"),
     "a header that is a list": (built([1]), "no object"),
     "no header": (b"\x08\0\0", "cut short"),
     "metadata that is a number": (built({**ONE, "__metadata__": {"a": 1}}), "__metadata__"),
@@ -123,4 +123,4 @@ def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     os.mkfifo(path)
     for reader in READERS.values():
-        refused(lambda reader=reader: reader(path), tmp_path, "no regular file")  # type: ignore[misc]
+        refused(lambda reader=reader: reader(path), tmp_path, "not a regular file")  # type: ignore[misc]

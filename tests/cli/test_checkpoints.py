@@ -76,7 +76,7 @@ def test_other_folders_are_written(folded: Path, tmp_path: Path, capsys: Capture
         edge = tmp_path / target
         assert main(["export", str(folded), "--out", str(edge), "--target", target]) == 2
         assert not edge.exists()
-    assert "zero-points have to be whole numbers" in capsys.readouterr().err
+    assert "zero-points have to be integers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

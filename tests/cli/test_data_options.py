@@ -109,7 +109,7 @@ def test_a_classifier_that_was_interrupted_goes_on(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "the film", "label": "so-so"}, "'so-so' is none that was trained on"),
+        ({"text": "the film", "label": "so-so"}, "'so-so' does not occur in the training data"),
         ({"text": "the film"}, "the line has no label"),
     ],
 )
@@ -177,11 +177,11 @@ BAD_ROWS = {
     ),
     "a label that is no token": (
         {"input_ids": [1, 2, 3], "labels": [-100, 2, -1]},
-        "labels holds -1, which is no token",
+        "labels holds -1, which is not a token",
     ),
     "a token of more than 32 bits": (
         {"input_ids": [1, 3000000000]},
-        "input_ids holds 3000000000, which is no token",
+        "input_ids holds 3000000000, which is not a token",
     ),
     "nothing to read": ({"text": ""}, "the text holds no token"),
 }

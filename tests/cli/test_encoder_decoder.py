@@ -75,7 +75,7 @@ def test_the_folder_says_what_it_holds(workspace: Path) -> None:
     assert {*record["files"], "tokenizer.json"} <= {f.name for f in edge.iterdir()}
     assert not (edge / "model.onnx").exists()
     assert not (edge / "genai_config.json").exists()
-    assert "runs Whisper" in record["genai"]
+    assert "runs only Whisper" in record["genai"]
     assert record["decoder_start"] == [0]
     assert record["kv_cache"]
     assert record["context_length"] is None
@@ -147,7 +147,7 @@ def test_data_of_another_form_are_refused(t5_folder: Path, tmp_path: Path, capsy
     (tmp_path / "data.jsonl").write_text('{"text": "red is a colour"}\n', "utf-8")
     words = ["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run")]
     assert main(["finetune", str(t5_folder), *words]) == 2
-    assert "from text to text" in capsys.readouterr().err
+    assert "learns text from text" in capsys.readouterr().err
 
 
 def test_a_model_that_names_no_start_is_refused(

@@ -62,7 +62,7 @@ def test_overwrite_leaves_what_is_not_ours(
     first = {"fold": "run", "export": "folded", "export gguf": "folded"}.get(command, "model")
     refusals = [
         (mine, "was not written by this tool"),
-        (mine / "thesis.txt", "is no folder"),
+        (mine / "thesis.txt", "is not a folder"),
         (root, "holds the input"),
         (tmp_path, "holds the input"),
         (root / first, "is the input"),
@@ -114,7 +114,7 @@ def test_the_api_refuses_alike(ready: Path, tmp_path: Path) -> None:
         shutil.copytree(ready / "folded", tmp_path / "input")
         qc.export_model(program, tmp_path / "input", spec, model=tmp_path / "input")
     (tmp_path / "m.onnx").mkdir()
-    with pytest.raises(UserInputError, match="is no file"):
+    with pytest.raises(UserInputError, match="is not a file"):
         qc.export_model(program, tmp_path / "m.onnx", qc.ExportSpec(overwrite=True))
 
 

@@ -161,7 +161,7 @@ def test_the_trainer_of_trl(
 def test_what_a_trainer_does_otherwise_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="its own options"):
         trainer_arguments(FitSpec(evaluate_every=2))
-    with pytest.raises(UserInputError, match="2 examples make no batch of 3"):
+    with pytest.raises(UserInputError, match="2 examples do not fill a batch of 3"):
         trainer_rows([Example((1, 2), (1, 2))] * 2, SPEC)
 
 

@@ -32,13 +32,13 @@ def config(folder: Path, file: str = "config.json") -> dict[str, Any]:
 
 
 def bits_of(words: Array, bits: int, count: int) -> Array:
-    """`[R, words]` of any whole type as codes `[R, count]`: bit b of a code, low bits first."""
+    """`[R, words]` of any integer type as codes `[R, count]`: bit b of a code, low bits first."""
     rows = np.ascontiguousarray(words).view(np.uint8).reshape(words.shape[0], -1)
     stream = np.unpackbits(rows, axis=1, bitorder="little")[:, : count * bits]
     return (stream.reshape(len(rows), count, bits) << np.arange(bits)).sum(-1)
 
 
-def spread(values: Array, group: int) -> Array:
+def per_weight(values: Array, group: int) -> Array:
     """`[N, L]` to one value a weight."""
     return np.repeat(values.astype(np.float64), group, axis=1)
 
@@ -55,7 +55,7 @@ def mlx(folder: Path, name: str) -> Array:
     scales, biases = found[f"{name}.scales"], found[f"{name}.biases"]
     k = scales.shape[1] * own["group_size"]
     codes = bits_of(found[f"{name}.weight"], own["bits"], k)
-    return spread(scales, own["group_size"]) * codes + spread(biases, own["group_size"])
+    return per_weight(scales, own["group_size"]) * codes + per_weight(biases, own["group_size"])
 
 
 def hqq(folder: Path, name: str) -> Array:
@@ -97,7 +97,7 @@ def compressed(folder: Path, name: str) -> Array:
     codes = bits_of(part["packed"], settings["num_bits"], k).astype(np.int64) - half
     zeros = bits_of(part["zero_point"].T, settings["num_bits"], n).T.astype(np.int64) - half
     size = settings["group_size"]
-    return (codes - spread(zeros, size)) * spread(part["scale"], size)
+    return (codes - per_weight(zeros, size)) * per_weight(part["scale"], size)
 
 
 def own(folder: Path, name: str) -> Array:
@@ -109,7 +109,7 @@ def own(folder: Path, name: str) -> Array:
     layer = config(folder, "layers.json")["layers"][name]
     k, size = layer["k"], layer["group_size"]
     codes = bits_of(found[f"{name}.qweight"], layer["bits"], k)
-    scale, offset = (spread(found[f"{name}.{p}"], size)[:, :k] for p in ("scale", "offset"))
+    scale, offset = (per_weight(found[f"{name}.{p}"], size)[:, :k] for p in ("scale", "offset"))
     order = found[f"{name}.order"] if layer.get("ordered") else np.arange(k)
     weight = np.full(codes.shape, np.nan)
     weight[:, order] = scale * codes + offset

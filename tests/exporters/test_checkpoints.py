@@ -29,8 +29,8 @@ from tests.exporters.checkpoint_cases import (
     affine_of,
     causal_lm,
     llama_and_program,
-    made_whole,
     weight_of,
+    with_integer_zeros,
     write_tokenizer,
 )
 from tests.exporters.decoders import DECODERS, bits_of, config, tensors
@@ -45,7 +45,7 @@ from tests.models import (
     worst,
 )
 
-WHOLE = ("gptq", "compressed-tensors")
+INTEGER_ONLY = ("gptq", "compressed-tensors")
 FOLDERS = tuple(DECODERS)
 ROUNDING = {"hqq": 2.0**-22}
 """HQQ's zero-point is rounded to float32; parts of the largest weight. All others are exact."""
@@ -53,7 +53,7 @@ ROUNDING = {"hqq": 2.0**-22}
 
 def program_for(target: str, bits: int = 4, group_size: int = 32) -> tuple[nn.Module, qc.Program]:
     model, program = llama_and_program(bits, group_size)
-    return model, made_whole(program) if target in WHOLE else program
+    return model, with_integer_zeros(program) if target in INTEGER_ONLY else program
 
 
 def export(
@@ -147,7 +147,7 @@ def test_compressed_tensors_reads_it(tmp_path: Path) -> None:
         assert torch.equal(weight, weight_of(program, site))
 
 
-@pytest.mark.parametrize("target", WHOLE)
+@pytest.mark.parametrize("target", INTEGER_ONLY)
 def test_real_zero_points_are_refused(tmp_path: Path, target: str) -> None:
     model, program = llama_and_program()
     with pytest.raises(UnsupportedError, match="rounding them would change the model") as caught:
@@ -252,8 +252,8 @@ def test_models_of_any_kind_need_no_description(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "sizes", "bits", "words"),
     [
-        ("mlx", (64, 80, 32), 4, "none of MLX's"),
-        ("gptq", (64, 64, 8), 4, "no multiple of 32"),
+        ("mlx", (64, 80, 32), 4, "in rows of 80"),
+        ("gptq", (64, 64, 8), 4, "not a multiple of 32"),
         ("hqq", (48, 64, 7), 2, "cannot be packed"),
     ],
 )
@@ -262,7 +262,7 @@ def test_layers_that_do_not_fit_are_floats(
 ) -> None:
     captured = qc.capture_model(MLP(*sizes), (torch.randn(3, sizes[0]),))
     program = qc.quantize_groups(captured, qc.QuantSpec(bits=bits, group_size=64))
-    program = made_whole(program) if target in WHOLE else program
+    program = with_integer_zeros(program) if target in INTEGER_ONLY else program
     report = export(program, tmp_path / "out", target)
     odd = [row for row in report.stored if row.remark]
     assert odd
@@ -283,7 +283,7 @@ def test_widths_that_differ_are_said(tmp_path: Path) -> None:
         for site, bits in zip(plan.plan.to_quantize(), (4, 4, 3), strict=True)
     }
     mixed = plan.evolve(plan=plan.plan.update(changes))
-    program = made_whole(qc.quantize_groups(mixed))
+    program = with_integer_zeros(qc.quantize_groups(mixed))
     assert [site.bits for site in program.plan] == [4, 4, 3]
     for target in FOLDERS:
         export(program, tmp_path / target, target)
@@ -294,7 +294,7 @@ def test_widths_that_differ_are_said(tmp_path: Path) -> None:
 
 def test_weights_stored_the_other_way_are_refused(tmp_path: Path) -> None:
     model = gpt2()
-    program = made_whole(qc.quantize_groups(capture_transformer(model)))
+    program = with_integer_zeros(qc.quantize_groups(capture_transformer(model)))
     for target in ("mlx", "hqq", "compressed-tensors"):
         with pytest.raises(UnsupportedError, match=r"stores this weight as \[K, N\]"):
             export(program, tmp_path / "out", target, model)
@@ -321,7 +321,7 @@ def test_half_parameters_round_and_say_so(tmp_path: Path, target: str) -> None:
     with torch.no_grad():
         tensor[0] += 1e6
     try:
-        with pytest.raises(UserInputError, match="float16 ends at 65504"):
+        with pytest.raises(UserInputError, match="float16 holds at most 65504"):
             export(program, tmp_path / "b", target, model, parameter_dtype="float16")
     finally:
         with torch.no_grad():
@@ -373,7 +373,7 @@ def test_parts_of_parameters_are_refused(tmp_path: Path) -> None:
     layer = nn.MultiheadAttention(64, 4, batch_first=True)
     x = torch.randn(2, 5, 64)
     program = qc.quantize_groups(qc.capture_model(layer.eval(), (x, x, x)))
-    with pytest.raises(UnsupportedError, match="has no form in a checkpoint"):
+    with pytest.raises(UnsupportedError, match="cannot be stored in a checkpoint"):
         export(program, tmp_path / "out", "float")
 
 
@@ -393,12 +393,12 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         qc.export_model(program, tmp_path / "o", qc.ExportSpec(target="mlx"), resume="x")
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_complete_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, program = llama_and_program()
     out = tmp_path / "out"
     export(program, out, "mlx", model)
     before = (out / "model.safetensors").read_bytes()
-    with pytest.raises(UserInputError, match="exists already"):
+    with pytest.raises(UserInputError, match="already exists"):
         export(program, out, "mlx", model)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserInputError, match="writes a folder"):
@@ -443,7 +443,7 @@ def test_what_is_written_as_floats_is_declared_as_these(
     bits = 2 if target == "hqq" else 4
     captured = qc.capture_model(MLP(*sizes), (torch.randn(3, sizes[0]),))
     program = qc.quantize_groups(captured, qc.QuantSpec(bits=bits, group_size=64))
-    program = made_whole(program) if target in WHOLE else program
+    program = with_integer_zeros(program) if target in INTEGER_ONLY else program
     report = export(program, tmp_path / "out", target, parameter_dtype=dtype)
     (odd,) = [row for row in report.stored if row.remark]
     kind = "exact" if dtype == "float32" else "rounds"

@@ -40,7 +40,7 @@ class Pair(nn.Module):
         return self.c(self.a(x) * self.b(x))
 
 
-def sorted_pair(bits: int = 4, *, whole: bool = True) -> tuple[nn.Module, qc.Program]:
+def sorted_pair(bits: int = 4, *, integer: bool = True) -> tuple[nn.Module, qc.Program]:
     """A program whose first two layers share an order, and the model with the weights it has."""
     torch.manual_seed(0)
     model, codes, order = Pair().eval(), CheckpointCodes(), torch.randperm(K)
@@ -49,7 +49,7 @@ def sorted_pair(bits: int = 4, *, whole: bool = True) -> tuple[nn.Module, qc.Pro
         groups = k // GROUP
         scale = torch.rand(n, groups).half().float() + 0.125
         zero = torch.randint(0, 2**bits, (n, groups)).float()
-        offset = -scale * (zero if whole else zero + 0.3)
+        offset = -scale * (zero if integer else zero + 0.3)
         values = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
         stored = CheckpointWeight(GroupAffine(values, scale, offset, bits, GROUP), "test", own)
         codes.add(stored)
@@ -71,9 +71,9 @@ def test_weights_that_share_an_order_are_all_found() -> None:
     assert column_orders(qc.quantize_groups(captured)) == {}
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_floats_are_the_models_own_weights(whole: bool, tmp_path: Path) -> None:
-    model, program = sorted_pair(whole=whole)
+@pytest.mark.parametrize("integer", [True, False])
+def test_floats_are_the_models_own_weights(integer: bool, tmp_path: Path) -> None:
+    model, program = sorted_pair(integer=integer)
     qc.export_model(program, tmp_path / "out", qc.ExportSpec(target="float"))
     found = {name: torch.from_numpy(t) for name, t in tensors(tmp_path / "out").items()}
     assert found.keys() == model.state_dict().keys(), "an order is no tensor of the model"
@@ -121,9 +121,11 @@ def test_formats_without_an_order_are_refused(target: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize("whole", [True, False])
-def test_our_own_folder_keeps_codes_and_their_order(bits: int, whole: bool, tmp_path: Path) -> None:
-    model, program = sorted_pair(bits, whole=whole)
+@pytest.mark.parametrize("integer", [True, False])
+def test_our_own_folder_keeps_codes_and_their_order(
+    bits: int, integer: bool, tmp_path: Path
+) -> None:
+    model, program = sorted_pair(bits, integer=integer)
     report = qc.export_model(program, tmp_path / "out", qc.ExportSpec(target="safetensors"))
     assert str(report.capabilities["activation order"]) == "exact"
     said, found = config(tmp_path / "out", "layers.json"), tensors(tmp_path / "out")

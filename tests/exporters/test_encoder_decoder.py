@@ -212,12 +212,12 @@ def test_attention_reads_the_encoders_keys_as_they_come(deployed: Deployed) -> N
 
 
 def test_the_parts_keep_reasons_and_passes(deployed: Deployed) -> None:
-    whole = {(r.weight, r.kind): r for r in deployed.folded.plan}
+    rows = {(r.weight, r.kind): r for r in deployed.folded.plan}
     for part in deployed.parts:
         assert part.stage == deployed.folded.stage
         assert part.history == deployed.folded.history
         for row in part.plan:
-            same = whole[row.weight, row.kind]
+            same = rows[row.weight, row.kind]
             assert (row.decision, row.reason, row.bits) == (same.decision, same.reason, same.bits)
         given = deployed.folded.tensors()
         assert all(t is given[name] for name, t in part.tensors().items() if name in given)

@@ -63,7 +63,7 @@ def test_grouped_experts(bits: int, group: int, gap: bool, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("gap", [False, True])
-def test_float_experts_beside_a_quantized_layer(gap: bool, tmp_path: Path) -> None:
+def test_float_experts_next_to_a_quantized_layer(gap: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     program = qc.capture_model(Grouped(gap=gap).eval(), (torch.randn(8, 40),))
     program = qc.quantize_groups(program, exclude=["experts"])

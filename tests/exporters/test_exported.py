@@ -130,8 +130,8 @@ class Casts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Where 0 < x < 1 or x > 2, x, else 0; and bits of its integer part."""
         mask = (x > 0) & (x < 1) | (x > 2)
-        whole = x.to(torch.int64)
-        bits = (whole & whole.flip(0)) | whole.flip(1)
+        integers = x.to(torch.int64)
+        bits = (integers & integers.flip(0)) | integers.flip(1)
         return x * mask.to(x.dtype) + bits.to(torch.float32).to(x.device)
 
 

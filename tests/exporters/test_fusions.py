@@ -83,8 +83,8 @@ class Odd(nn.Module):
         x = self.fc(x)
         x = self.weight * (x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5))
         heads = x.unflatten(-1, (4, 8)).transpose(1, 2)
-        turned = torch.cat([-heads[..., 4:], heads[..., :4]], -1)
-        heads = heads * cos + turned * sin
+        rotated = torch.cat([-heads[..., 4:], heads[..., :4]], -1)
+        heads = heads * cos + rotated * sin
         y = nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
         return y.transpose(1, 2).flatten(-2)
 

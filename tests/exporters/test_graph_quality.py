@@ -1,4 +1,4 @@
-"""What a file holds: nothing dead, nothing twice, no weight beside its codes, names, metadata."""
+"""The contents of a file: nothing dead or duplicated, no weight next to its codes; metadata."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_no_tensor_is_stored_twice(made: Made) -> None:
     assert twice(made.stored | {"again": made.stored[weight]}) == [[weight, "again"]]
 
 
-def test_no_weight_is_stored_beside_its_codes(made: Made) -> None:
+def test_no_weight_is_stored_next_to_its_codes(made: Made) -> None:
     assert float_copies(made) == []
     copy = onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "copy")
     planted = onnx.ModelProto.FromString(made.model.SerializeToString())

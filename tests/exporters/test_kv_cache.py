@@ -36,7 +36,7 @@ def fold(build: Callable[[], nn.Module]) -> tuple[Any, qc.Program]:
 
 
 def greedy(folded: qc.Program, count: int) -> list[int]:
-    """Tokens after PROMPT, each from the whole sequence, in torch."""
+    """Tokens after PROMPT, each from the full sequence, in torch."""
     tokens = list(PROMPT)
     for _ in range(count):
         with torch.no_grad():

@@ -179,7 +179,7 @@ def test_int8_activations_are_marked_and_near(
     assert_close(run(tmp_path / "m.onnx", x), program(x), relative=5e-2)
 
 
-def test_large_weights_go_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_go_next_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initializers, "INLINE_LIMIT_BYTES", 100)
     program, x = folded_mlp(), torch.randn(2, 3, 50)
     report = qc.export_model(program, tmp_path / "model.onnx")
@@ -194,7 +194,7 @@ def test_large_weights_go_beside_the_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_existing_file_is_kept_unless_told(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_text("mine")
-    with pytest.raises(UserInputError, match="exists already"):
+    with pytest.raises(UserInputError, match="already exists"):
         qc.export_model(folded_mlp(), path)
     assert path.read_text() == "mine"
     with pytest.raises(UserInputError, match="was not written by this tool"):

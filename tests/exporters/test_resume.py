@@ -27,7 +27,7 @@ from qalora_compile.files import atomic_folder
 from tests.models import llama
 
 WRITTEN = 9
-"""Weights that are whole when a run is ended."""
+"""Weights that are completely written when a run is interrupted."""
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _weights_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def _weights_next_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initializers, "LAZY_INLINE_LIMIT_BYTES", 0)
 
 

@@ -32,7 +32,7 @@ def test_a_second_process_is_refused_at_once(tmp_path: Path) -> None:
         with atomic_folder(out) as folder:
             (folder / "a").touch()
             assert in_child(second) == 0
-        with pytest.raises(UserInputError, match="exists already"), atomic_folder(out):
+        with pytest.raises(UserInputError, match="already exists"), atomic_folder(out):
             pass
     assert sorted(os.listdir(tmp_path)) == ["out"]
 

@@ -73,7 +73,7 @@ def test_the_input_and_what_holds_it_are_never_replaced(tmp_path: Path) -> None:
     refused(out, "holds the input", inside)
     refused(out, "holds the input", to_inside)
     check_output(other, overwrite=True, inputs=[out, "package.module:factory", "a/hub-model"])
-    check_output(inside, overwrite=True, inputs=[out])  # beside what is read
+    check_output(inside, overwrite=True, inputs=[out])  # next to an input
 
 
 def test_the_working_directory_and_what_holds_it_are_never_replaced(

@@ -119,7 +119,7 @@ def test_any_command_that_names_the_folder_puts_it_back(
     assert "program.json" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["run"]
     path.rename(tmp_path / ".run.qalora.old")
-    with pytest.raises(UserInputError, match="exists already"):
+    with pytest.raises(UserInputError, match="already exists"):
         check_output(path, overwrite=False)
 
 

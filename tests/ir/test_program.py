@@ -530,7 +530,7 @@ def test_code_in_a_stored_graph_is_not_run(tmp_path: Path) -> None:
 def test_an_existing_folder_is_refused_or_replaced(tmp_path: Path) -> None:
     program, folder, x = saved(tmp_path)
     (folder / "stray.txt").write_text("old", "utf-8")
-    with pytest.raises(UserInputError, match="exists already"):
+    with pytest.raises(UserInputError, match="already exists"):
         qc.fold_adapters(program).save(folder)
     assert qc.Program.load(folder).stage == "adapted"
     qc.fold_adapters(program).save(folder, overwrite=True)

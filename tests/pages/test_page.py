@@ -102,7 +102,7 @@ def test_the_same_calls_write_the_same_bytes(tmp_path: Path) -> None:
 def test_a_page_that_may_not_be_replaced_stays(tmp_path: Path) -> None:
     path = tmp_path / "a.html"
     path.write_text("kept")
-    with pytest.raises(UserInputError, match="exists already"):
+    with pytest.raises(UserInputError, match="already exists"):
         example().write(path, overwrite=False)
     assert path.read_text() == "kept"
 

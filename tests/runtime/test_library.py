@@ -9,7 +9,7 @@ from qalora_compile.runtime import kernel_level, library, library_path, register
 from tests.runtime.layer import Layer
 
 
-def test_the_library_lies_beside_the_module() -> None:
+def test_the_library_is_next_to_the_module() -> None:
     assert library_path().is_file()
     assert library.library_version() == qalora_compile.__version__
 

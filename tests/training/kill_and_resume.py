@@ -95,9 +95,9 @@ def resume(folder: Path) -> tuple[qc.Program, int]:
 
 def main(root: Path) -> None:
     """Kill and resume at each point, and compare with a training that ran through."""
-    whole = language_model(dropout=0.2)
-    fit(whole, EXAMPLES, SPEC)
-    expected = adapters(whole)
+    uninterrupted = language_model(dropout=0.2)
+    fit(uninterrupted, EXAMPLES, SPEC)
+    expected = adapters(uninterrupted)
     cases = [(step, "after step") for step in range(1, SPEC.steps)]
     cases += [(4, point) for point in POINTS]
     rows = []

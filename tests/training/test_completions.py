@@ -168,10 +168,10 @@ PIECES = st.text(st.sampled_from('ab 4:{"}x1\nüß日😀é'), max_size=12)
 @given(prompt=PIECES, completion=PIECES)
 def test_the_tokens_are_those_of_the_joint_text(kind: str, prompt: str, completion: str) -> None:
     """By the tokenizer's own calls; a token in which the prompt ends is learned."""
-    whole = tokenizer(kind)
-    joint = whole(prompt + completion).input_ids
-    own = whole(prompt + completion, add_special_tokens=False).input_ids
-    alone = whole(prompt, add_special_tokens=False).input_ids
+    tokenize = tokenizer(kind)
+    joint = tokenize(prompt + completion).input_ids
+    own = tokenize(prompt + completion, add_special_tokens=False).input_ids
+    alone = tokenize(prompt, add_special_tokens=False).input_ids
     tokens, free = learned(kind, prompt, completion)
     if not tokens:  # nothing to learn: every token of the joint text is the prompt's
         assert own == alone or not own

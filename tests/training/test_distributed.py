@@ -50,7 +50,7 @@ def test_without_a_launcher_this_process_is_alone(monkeypatch: pytest.MonkeyPatc
     assert processes.sum(2.5) == 2.5
 
 
-def test_a_launcher_without_accelerate_is_told_what_to_install(
+def test_a_launcher_without_accelerate_names_the_package_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

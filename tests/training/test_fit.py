@@ -156,12 +156,12 @@ def test_a_step_of_unequal_parts_is_no_mean_of_means() -> None:
     """The check above can fail: the mean of means of its batches is another number."""
     short, long = (10, 11, 12), tuple(range(10, 40))
     program, spec = language_model(), FitSpec(steps=1, batch_size=2, seed=0)
-    whole = fit(program, [Example(r, r) for r in (short, long)], spec).losses[0]
+    mean = fit(program, [Example(r, r) for r in (short, long)], spec).losses[0]
     program = language_model()
     each = [evaluate(program_forward(program), [Example(row, row)]).loss for row in (short, long)]
     weights = [2 / 31, 29 / 31]
-    assert whole == pytest.approx(sum(w * e for w, e in zip(weights, each, strict=True)), abs=1e-5)
-    assert abs(whole - sum(each) / 2) > 1e-3
+    assert mean == pytest.approx(sum(w * e for w, e in zip(weights, each, strict=True)), abs=1e-5)
+    assert abs(mean - sum(each) / 2) > 1e-3
 
 
 def test_a_gradient_is_clipped_and_its_norm_told() -> None:
@@ -215,7 +215,7 @@ def test_without_patience_the_last_adapters_are_kept() -> None:
     assert [value is None for value in seen] == [True, False, True, False, False]
     assert (result.step, result.kept) == (5, 5)
     assert evaluate(program_forward(program), held_out).loss == pytest.approx(seen[-1], abs=1e-6)
-    with pytest.raises(UserInputError, match="nothing to evaluate on"):
+    with pytest.raises(UserInputError, match="no held-out examples"):
         fit(program, EXAMPLES, spec)
 
 
@@ -365,7 +365,7 @@ def test_programs_that_cannot_train_are_refused() -> None:
 
 def test_a_model_without_logits_is_refused() -> None:
     program = qc.capture_model(MLP(16, 8).eval(), (torch.randn(2, 16),))
-    with pytest.raises(UnsupportedError, match="no language model"):
+    with pytest.raises(UnsupportedError, match="not a language model"):
         logits_of(program(torch.randn(2, 16)))
 
 

@@ -32,7 +32,7 @@ def test_missing_json_is_refused(tmp_path: Path) -> None:
         (b"[" * 100_000 + b"]" * 100_000, "nested more than 200 deep"),
         (b'{"a":' * 201 + b"1" + b"}" * 201, "nested more than 200 deep"),
         (b'{"n": ' + b"9" * 5000 + b"}", "integer has 5000 digits"),
-        (b'{"a": 1, "a": 2}', "'a' stands twice"),
+        (b'{"a": 1, "a": 2}', "'a' occurs twice"),
         (rb'{"a": "\ud800"}', "surrogate"),
         (rb'["\udfff"]', "surrogate"),
     ],

@@ -1,1 +1,1 @@
-"""Checkpoints that other libraries read: one file a format, named as its reader is."""
+"""Checkpoints that other libraries read: one module per format, named like its reader."""

@@ -1,8 +1,8 @@
-"""`write_compressed`: compressed-tensors' `pack-quantized`, for whole zero-points.
+"""`write_compressed`: compressed-tensors' `pack-quantized`, for integer zero-points.
 
 Codes and zero-points are packed as little-endian bit streams in words of 32 bits, codes along K,
-zero-points along N. The library thinks of them as signed numbers, and adds 2^(bits − 1) before it
-packs: what is stored is our unsigned code.
+zero-points along N. The library treats them as signed numbers and adds 2^(bits − 1) before it
+packs them, so the stored value is our unsigned code.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from qalora_compile.ir.site_plan import EMBEDDING
 
 
 def capabilities(spec: ExportSpec) -> dict[str, Capability]:
-    """What the format does to each property of a program."""
+    """How exactly the format keeps each property of a program."""
     own = {
-        "real zero-point": unsupported("whole numbers only; others are refused"),
+        "real zero-point": unsupported("integers only; others are refused"),
         "tail groups": Capability("exact", "all groups are cut to gcd(g, K)"),
     }
     return packed_capabilities(spec, own)
@@ -31,7 +31,7 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
 
 def _misfit(layer: Layer) -> str:
     table = layer.site.kind == EMBEDDING
-    return "a table: written are linear layers on codes" if table else ""
+    return "an embedding table: the format has codes for linear layers only" if table else ""
 
 
 def _pack(layer: Layer, dtype: torch.dtype) -> tuple[dict[str, Tensor], StoredTensor]:
@@ -49,7 +49,7 @@ def _pack(layer: Layer, dtype: torch.dtype) -> tuple[dict[str, Tensor], StoredTe
 
 
 def quantization_config(layers: tuple[Layer, ...]) -> dict[str, Any]:
-    """What the folder says of its layers: one group of the configuration for each kind."""
+    """The entry of `config.json`: one configuration group for each kind of layer."""
     kinds: dict[tuple[int, int], list[str]] = {}
     for layer in layers:
         if not _misfit(layer):
@@ -86,4 +86,4 @@ write_compressed = PackedFormat(
     config=lambda layers: {"quantization_config": quantization_config(layers)},
     has_real_zeros=False,
 ).write
-"""Write a folder that compressed-tensors and what is built on it (vLLM) load."""
+"""Write a folder that compressed-tensors loads, and so does what is built on it (vLLM)."""

@@ -1,4 +1,4 @@
-"""`write_float`: plain floats in the layout of Hugging Face, for anything that reads that."""
+"""`write_float`: plain floats in the folder layout of Hugging Face."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qalora_compile.progress import track
 
 
 def capabilities(spec: ExportSpec) -> dict[str, Capability]:
-    """What the format does to each property of a program."""
+    """How exactly the format keeps each property of a program."""
     floats = exactness(spec)
     weights = Capability("exact", "as floats") if floats is EXACT else floats
     exact = dict.fromkeys(("tied weights", "other architectures"), EXACT)

@@ -1,8 +1,8 @@
-"""`write_gptq`: GPTQ checkpoints, version 2, for programs whose zero-points are whole numbers.
+"""`write_gptq`: GPTQ checkpoints, version 2, for programs with integer zero-points.
 
 `qweight` packs codes along K, `qzeros` zero-points along N, both as little-endian bit streams in
 words of 32 bits; `scales` is `[L, N]`, `g_idx` names the group of each input. Version 2 stores the
-zero-points themselves, version 1 those less one.
+zero-points themselves, version 1 stores them minus one.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _UNIT = 32
 
 
 def capabilities(spec: ExportSpec) -> dict[str, Capability]:
-    """What the format does to each property of a program."""
+    """How exactly the format keeps each property of a program."""
     exact = exactness(spec)
     own = {
-        "real zero-point": unsupported("whole numbers only; others are refused"),
+        "real zero-point": unsupported("integers only; others are refused"),
         "groups": partly("16 to 1024; multiples are cut", exact),
         "tail groups": partly("tails cut, where K and N are multiples of 32", exact),
         "activation order": Capability("exact", "g_idx"),
@@ -62,11 +62,11 @@ def write_gptq(checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[S
 
 def _misfit(layer: Layer) -> str:
     if layer.site.kind == EMBEDDING:
-        return "a table: GPTQ has linear layers on codes"
+        return "an embedding table: GPTQ has codes for linear layers only"
     if layer.site.k % _UNIT or layer.site.n % _UNIT:
-        return f"{layer.site.shape} is no multiple of {_UNIT}"
+        return f"{layer.site.shape} is not a multiple of {_UNIT}"
     fits = first_divisor(layer, GROUPS)
-    return "" if fits else f"groups of {layer.group_size} are none of GPTQ's"
+    return "" if fits else f"GPTQ has no groups of {layer.group_size}"
 
 
 def _pack(layer: Layer, dtype: torch.dtype) -> tuple[dict[str, Tensor], StoredTensor]:
@@ -86,7 +86,7 @@ def _pack(layer: Layer, dtype: torch.dtype) -> tuple[dict[str, Tensor], StoredTe
 
 
 def quantize_config(layers: tuple[Layer, ...]) -> dict[str, Any]:
-    """What the folder says of its layers; `dynamic` names those that differ (`+`) or are floats."""
+    """The quantization settings; `dynamic` names layers that differ (`+`) or are floats (`-`)."""
     shapes = {layer.name: (layer.bits, first_divisor(layer, GROUPS)) for layer in layers}
     odd = {layer.name for layer in layers if _misfit(layer)}
     bits, group_size = most_common(s for name, s in shapes.items() if name not in odd)

@@ -25,7 +25,7 @@ from qalora_compile.ir.model_description import Description
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
-"""A file of weights is closed when it would become larger; memory holds one at a time."""
+"""A file of weights is closed before it becomes larger; memory holds one file at a time."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
@@ -34,7 +34,7 @@ _TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer's files among those of a folder; False where there are none."""
+    """Copy the tokenizer's files from a folder; returns False if there are none."""
     files = [file for name in _TOKENIZER_FILES for file in source.glob(name) if file.is_file()]
     for file in files:
         shutil.copy2(file, target / file.name)
@@ -42,12 +42,12 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
 
 
 class FolderWriter:
-    """Writes the weights of a model, one file after another, then what describes them.
+    """Writes the weights of a model file by file, then the files that describe them.
 
     Args:
         folder: An empty folder.
-        tag: What the files say that they are for, `pt` or `mlx`.
-        shard_bytes: Most that a file takes, unless one tensor is larger.
+        tag: The framework that the files name in their metadata, `pt` or `mlx`.
+        shard_bytes: The largest size of a file, unless a single tensor is larger.
     """
 
     def __init__(self, folder: Path, *, tag: str = "pt", shard_bytes: int = SHARD_BYTES) -> None:
@@ -57,7 +57,7 @@ class FolderWriter:
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor; its memory is its own from here on."""
+        """Add a tensor; a copy of it is kept until its file is written."""
         size = tensor.numel() * tensor.element_size()
         if self._open and self._size + size > self._limit:
             self._close_shard()

@@ -1,8 +1,8 @@
-"""`write_hqq`: layers as the library HQQ stores them, `(W_q − zero) · scale` in groups of a row.
+"""`write_hqq`: layers as the library HQQ stores them, `(W_q − zero) · scale` per group of a row.
 
-Groups of all rows lie below each other as a matrix `[N · L, g]`, whose rows are packed by halves
-(4 bits), quarters (2 bits), tenths (3 bits, in words) or not (8 bits); what else the library has to
-know lies beside it in tensors of one number or text each.
+The groups of all rows form a matrix `[N · L, g]`, whose rows are packed by halves (4 bits),
+quarters (2 bits), tenths (3 bits, in words) or not at all (8 bits). The library's settings are
+stored next to it, in tensors of one number or text each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PACKING = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
 
 
 def capabilities(spec: ExportSpec) -> dict[str, Capability]:
-    """What the format does to each property of a program."""
+    """How exactly the format keeps each property of a program."""
     exact = exactness(spec)
     own = {
         "real zero-point": rounds(spec.parameter_dtype),
@@ -43,7 +43,7 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
 
 
 def quantization_config(layers: tuple[Layer, ...]) -> dict[str, Any]:
-    """What the folder says of its layers: the bits and group size that most have, the odd ones."""
+    """The entry of `config.json`: the most common bits and group size, and the exceptions."""
     bits, group_size = most_common((la.bits, la.unit) for la in layers if not _misfit(la))
     weights = {"nbits": bits, "group_size": group_size, "axis": 1} | _FIXED
     others = dict.fromkeys(("scale_quant_params", "zero_quant_params"))
@@ -65,7 +65,7 @@ _FIXED = {"channel_wise": True, "optimize": False, "round_zero": False, "view_as
 
 def _misfit(layer: Layer) -> str:
     if layer.site.kind == EMBEDDING:
-        return "a table: HQQ has linear layers on codes"
+        return "an embedding table: HQQ has codes for linear layers only"
     rows = layer.site.n * (layer.site.k // layer.unit)
     if layer.bits != 3 and rows % _LANES[layer.bits]:
         return f"{rows} groups cannot be packed by {_LANES[layer.bits]}"
@@ -75,8 +75,8 @@ def _misfit(layer: Layer) -> str:
 def zero_form(affine: GroupAffine, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Codes `[N, K]`, scale and zero `[N, L]` with `W = (codes − zero) · scale`.
 
-    A group of equal weights has scale 0 and no such zero: it is stored as code 0, zero −1 and its
-    value as the scale.
+    A group of equal weights has scale 0, so no zero can represent it. It is stored as code 0,
+    zero −1 and its value as the scale.
     """
     scale, offset = affine.scale, affine.offset
     zero = -offset.double() / scale.double()
@@ -88,7 +88,7 @@ def zero_form(affine: GroupAffine, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Pack a matrix of codes `[R, g]` by rows: the first part of the rows in the highest bits."""
+    """Pack a matrix of codes `[R, g]` by rows; the first rows take the highest bits."""
     lanes, count = _LANES[bits], codes.shape[0]
     words = torch.int32 if bits == 3 else torch.uint8
     padded = functional.pad(codes, (0, 0, 0, -count % lanes)).to(words)

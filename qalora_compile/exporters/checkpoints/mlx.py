@@ -1,7 +1,7 @@
-"""`write_mlx`: MLX's affine mode, which is our form: `scales · q + biases` in groups along a row.
+"""`write_mlx`: MLX's affine mode, which is our form: `scales · q + biases` per group of a row.
 
-`<layer>.weight` holds the codes, a little-endian bit stream a row in words of 32 bits; `scales`
-and `biases` lie beside it; `config.json` says bits and group size, for each layer that differs.
+`<layer>.weight` holds the codes, one little-endian bit stream per row in words of 32 bits, next to
+`scales` and `biases`. `config.json` holds bits and group size, and those of layers that differ.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GROUPS = (128, 64, 32)
 
 
 def capabilities(spec: ExportSpec) -> dict[str, Capability]:
-    """What the format does to each property of a program."""
+    """How exactly the format keeps each property of a program."""
     exact = exactness(spec)
     own = {
         "groups": partly("32, 64, 128; multiples are cut", exact),
@@ -41,7 +41,7 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
 def _misfit(layer: Layer) -> str:
     if first_divisor(layer, GROUPS):
         return ""
-    return f"groups of {layer.group_size} in rows of {layer.site.k} are none of MLX's"
+    return f"MLX has no groups of {layer.group_size} in rows of {layer.site.k}"
 
 
 def _pack(layer: Layer, dtype: torch.dtype) -> tuple[dict[str, Tensor], StoredTensor]:
@@ -55,7 +55,7 @@ def _pack(layer: Layer, dtype: torch.dtype) -> tuple[dict[str, Tensor], StoredTe
 
 
 def quantization(layers: tuple[Layer, ...]) -> dict[str, Any]:
-    """What `config.json` says: bits and group size, and the layers that have others."""
+    """The entry of `config.json`: bits and group size, and the layers that have others."""
     shapes = {layer.name: (layer.bits, first_divisor(layer, GROUPS)) for layer in layers}
     bits, group_size = most_common(shape for shape in shapes.values() if shape[1])
     value: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}

@@ -1,7 +1,7 @@
 """A program as a checkpoint: its tensors under the names that the model gives them.
 
-What the formats share: which weights are on codes, under which names, and how a group is cut into
-smaller ones where a format has no groups of its size.
+All formats share this: which weights are quantized, under which names, and how a group is cut into
+smaller ones if a format has no groups of its size.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _PLAIN_KINDS = ("linear", "addmm", "matmul", EMBEDDING)
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight on codes.
+    """A quantized weight.
 
     Attributes:
         name: Module path in the model: its weight is `<name>.weight`.
         site: Its first row in the plan.
-        tensors: Packed codes, scale and offset; perhaps deferred.
-        order: Of the columns, where they are not as in the model (`ir.columns`).
+        tensors: Packed codes, scale and offset; they may be lazy.
+        order: The order of the columns if it is not the model's (`ir.activation_order`).
     """
 
     name: str
@@ -63,7 +63,7 @@ class Layer:
 
     @property
     def unit(self) -> int:
-        """The largest size of equal groups that its groups can be cut into: gcd(g, K)."""
+        """The largest size of equal groups that the groups can be cut into: gcd(g, K)."""
         k = self.site.k
         return k if self.group_size >= k else math.gcd(self.group_size, k)
 
@@ -77,17 +77,17 @@ class Layer:
         return GroupAffine(codes, *self.parameters(), self.bits, self.group_size)
 
     def weight(self) -> Tensor:
-        """The weight as floats `[N, K]`, its columns where the model has them."""
+        """The weight as floats `[N, K]`, its columns in the model's order."""
         return unsorted(self.affine().dequantize(), self.order)
 
     def cut(self, size: int) -> GroupAffine:
         """The same weight in groups of `size`, a divisor of `unit`: scales and offsets repeated."""
-        whole = self.affine()
-        scale, offset = (self._repeat(values, size) for values in (whole.scale, whole.offset))
-        return GroupAffine(whole.codes, scale, offset, self.bits, size)
+        uncut = self.affine()
+        scale, offset = (self._repeat(values, size) for values in (uncut.scale, uncut.offset))
+        return GroupAffine(uncut.codes, scale, offset, self.bits, size)
 
     def _repeat(self, values: Tensor, size: int) -> Tensor:
-        """One value a group as one a smaller group; the tail group is as many as it holds."""
+        """Repeat one value per group for its smaller groups; a tail group has fewer of them."""
         assert self.unit % size == 0, f"{self.name}: {size} does not divide {self.unit}"
         k = self.site.k
         times = min(self.group_size, k) // size
@@ -98,39 +98,39 @@ class Layer:
         return self._repeat(self.zero_points(), size)
 
     def zero_points(self) -> Tensor:
-        """The zero-points `[N, L]` as whole numbers, uint8.
+        """The zero-points `[N, L]` as uint8.
 
         Raises:
-            UnsupportedError: one of them is no whole number from 0 to 2^bits − 1.
+            UnsupportedError: one of them is not an integer from 0 to 2^bits − 1.
         """
         scale, offset = self.parameters()
-        whole = has_integer_zero_points(scale, offset, self.bits)
-        if not bool(whole.all()):
-            part = float((~whole).double().mean())
+        is_integer = has_integer_zero_points(scale, offset, self.bits)
+        if not bool(is_integer.all()):
+            part = float((~is_integer).double().mean())
             raise UnsupportedError(
-                f"zero-points have to be whole numbers from 0 to {2**self.bits - 1} in this "
+                f"zero-points have to be integers from 0 to {2**self.bits - 1} in this "
                 f"format, and {part:.1%} of this layer's are not: rounding them would change the "
                 "model",
                 where=self.name,
                 hint="a folded QA-LoRA adapter makes them real: use target gguf, mlx or hqq, "
-                "which hold them, or a training variant with whole zero-points",
+                "which hold them, or a training variant with integer zero-points",
             )
         return (-offset.double() / scale.double()).round().to(torch.uint8)
 
 
 Misfit = Callable[[Layer], str]
-"""Why a format cannot hold a layer on codes; empty if it can."""
+"""Why a format cannot hold the codes of a layer; empty if it can."""
 
 
 def refuse_if_none_fits(layers: tuple[Layer, ...], misfit: Misfit) -> None:
-    """A file of codes in which no weight is on codes is a mistake.
+    """Refuse to write a quantized checkpoint in which every layer would be stored as floats.
 
     Raises:
-        UnsupportedError: the format can hold none of the layers.
+        UnsupportedError: the format cannot hold the codes of any layer.
     """
     if layers and all(map(misfit, layers)):
         raise UnsupportedError(
-            f"the format can hold no layer on codes: {misfit(layers[0])}",
+            f"the format cannot hold the codes of any layer: {misfit(layers[0])}",
             where=layers[0].name,
             hint="quantize with other bits or --group-size, or use target float or safetensors",
         )
@@ -152,18 +152,18 @@ def refuse_transposed(layers: tuple[Layer, ...], reader: str) -> None:
 
 
 def refuse_sorted(layers: tuple[Layer, ...], misfit: Misfit, reader: str) -> None:
-    """Refuse codes whose groups lie apart in the weight: a format without an order moves columns.
+    """Refuse codes in activation order: without the order, a reader would permute the columns.
 
     Raises:
-        UnsupportedError: there are such, in a layer that is written on codes.
+        UnsupportedError: a layer whose codes are written has such an order.
     """
     for layer in layers:
         if layer.order is not None and not misfit(layer):
             raise UnsupportedError(
                 f"the weight was quantized in activation order, and {reader} has no place for it",
                 where=layer.name,
-                hint="target float writes the weight; safetensors its codes, and gptq too, where "
-                "zero-points are whole",
+                hint="target float writes the weight as floats; safetensors keeps its codes, and "
+                "so does gptq if all zero-points are integers",
             )
 
 
@@ -172,12 +172,12 @@ class Checkpoint:
     """The tensors of a program for a checkpoint.
 
     Attributes:
-        layers: The weights on codes, in graph order.
-        floats: All other parameters and buffers, by name; perhaps deferred.
+        layers: The quantized weights, in graph order.
+        floats: All other parameters and buffers, by name; they may be lazy.
         left_out: Weights that the model has and the program does not.
-        description: What describes the model, if it was given.
-        is_untied: Names that the model ties have values of their own: a head on codes beside a
-            table in float.
+        description: The description of the model, if it was given.
+        is_untied: Whether tensors that the model ties have different values: a quantized head and
+            an embedding table in float.
     """
 
     layers: tuple[Layer, ...]
@@ -192,11 +192,11 @@ class Checkpoint:
             yield name, materialize(tensor).detach()
 
     def untied(self) -> dict[str, Any]:
-        """The entry of `config.json` that says so, where tied weights are not tied any more."""
+        """The entry of `config.json` that unties the weights, if they are not tied any more."""
         return {"tie_word_embeddings": False} if self.is_untied else {}
 
     def notes(self) -> tuple[str, ...]:
-        """What a report has to say."""
+        """Notes for the report."""
         if not self.left_out:
             return ()
         names = ", ".join(self.left_out[:3])
@@ -208,17 +208,17 @@ def read_checkpoint(program: Program, description: Description | None) -> Checkp
 
     Args:
         program: Without adapters.
-        description: Says which of several names of a tied tensor is the first, and which buffers
-            the model's checkpoint holds. Without it every buffer is written.
+        description: Determines which name of a tied tensor is the first, and which buffers the
+            model's checkpoint holds. Without it, every buffer is written.
 
     Raises:
         PreconditionError: the program is at another stage.
-        UnsupportedError: a weight is a part of a parameter, or a stack of experts.
+        UnsupportedError: a weight is a slice of a parameter, or a stack of experts.
         UserInputError: the description is of another model.
     """
     if program.stage not in (FOLDED, QUANTIZED):
         raise PreconditionError(
-            f"a program at stage {program.stage} has no checkpoint",
+            f"a program at stage {program.stage} cannot be written as a checkpoint",
             hint="fold its adapters first: qc.fold_adapters(program), or `fold RUN`",
         )
     tensors = program.tensors()
@@ -249,7 +249,7 @@ def _layers(program: Program, tensors: dict[str, Tensor]) -> Iterator[Layer]:
             continue
         if site.kind not in _PLAIN_KINDS or site.experts or not site.weight.endswith(WEIGHT):
             raise UnsupportedError(
-                f"a weight of kind {site.kind} ({site.weight}) has no form in a checkpoint",
+                f"a weight of kind {site.kind} ({site.weight}) cannot be stored in a checkpoint",
                 where=site.name,
                 hint=f"exclude it when the model is quantized: finetune --exclude {site.name}",
             )
@@ -259,7 +259,7 @@ def _layers(program: Program, tensors: dict[str, Tensor]) -> Iterator[Layer]:
 
 
 def _first_names(program: Program, description: Description | None) -> dict[str, str]:
-    """Name in the program → the first name that the model has for the tensor, where it differs."""
+    """Name in the program → the model's first name for the tensor, where the two differ."""
     names = {}
     for site in program.plan:  # a table is named by its owner, not by the head that is tied to it
         if site.kind == EMBEDDING and site.bits is None:
@@ -282,14 +282,14 @@ def _check_names(shapes: dict[str, tuple[int, ...]], description: Description) -
     """Compare names and shapes with those of the model.
 
     Raises:
-        UserInputError: the first tensor that does not fit.
+        UserInputError: they differ; the first difference is named.
     """
     for name, shape in shapes.items():
         wanted = description.shapes.get(description.ties.get(name, name))
         if wanted != shape:
             has = "no such tensor" if wanted is None else f"{list(wanted)}"
             raise UserInputError(
-                f"the program has {name} of shape {list(shape)}, the described model {has}",
+                f"the program has {name} of shape {list(shape)}, and the described model has {has}",
                 where=name,
                 hint="give the model that the program was made from",
             )
@@ -304,7 +304,7 @@ def check_half_range(name: str, what: str, values: Tensor) -> None:
     largest = float(values.abs().max()) if values.numel() else 0.0
     if largest > FLOAT16_MAX:
         raise UserInputError(
-            f"the {what} reaches {largest:.6g}, and float16 ends at {FLOAT16_MAX:.0f}",
+            f"the {what} reaches {largest:.6g}, and float16 holds at most {FLOAT16_MAX:.0f}",
             where=name,
             hint="use a target that keeps float32: mlx, hqq, float or safetensors",
         )
@@ -313,7 +313,7 @@ def check_half_range(name: str, what: str, values: Tensor) -> None:
 def stored_error(
     name: str, source: str, form: str, stored: Tensor, wanted: Tensor, remark: str = ""
 ) -> StoredTensor:
-    """A row of the report: what storing changed in a tensor."""
+    """A row of the report: how much storing changed a tensor."""
     difference = float((stored.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
     largest = float(wanted.abs().max()) if wanted.numel() else 0.0
     relative = difference / largest if largest else 0.0
@@ -323,7 +323,7 @@ def stored_error(
 def stored_affine(
     name: str, form: str, affine: GroupAffine, scale: Tensor, offset: Tensor
 ) -> StoredTensor:
-    """A row of the report on a weight on codes, whose scale and offset were rounded."""
+    """A row of the report on a quantized weight, whose scale and offset were rounded."""
     exact, stored = (
         replace(affine, scale=parts[0].double(), offset=parts[1].double())
         for parts in ((affine.scale, affine.offset), (scale, offset))

@@ -1,7 +1,7 @@
-"""What the formats share that are a folder of packed codes, which Hugging Face's libraries read.
+"""The common part of all formats that are a Hugging Face folder with packed codes.
 
-A format says in a `PackedFormat` what is its own: which layers it can hold, how one is packed, and
-what `config.json` says of them. What is refused, measured and written, in which order, is here.
+A format states its differences in a `PackedFormat`: which layers it can hold, how a layer is
+packed, and what `config.json` says of them. Here, layers are refused, measured and written.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from qalora_compile.exporters.checkpoints.named_tensors import (
 from qalora_compile.progress import track
 
 Pack = Callable[[Layer, torch.dtype], tuple[Mapping[str, Tensor], StoredTensor]]
-"""Gives a layer's tensors, by what their names add to the layer's, and its row of the report."""
+"""Returns a layer's tensors, by the suffix of their names, and its row of the report."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class PackedFormat:
 
     Attributes:
         reader: The library that reads it, for messages.
-        misfit: Why a layer is written as floats.
-        pack: Packs a layer; scales and the like are stored in the dtype given.
-        config: What `config.json` says of the layers.
-        has_transposed: Whether it holds weights that the model stores `[K, N]`.
-        has_order: Whether it holds codes in activation order.
-        has_real_zeros: Whether it holds zero-points that are no integers.
+        misfit: Why a layer is written as floats; empty if it is not.
+        pack: Packs a layer; its parameters are stored in the dtype given.
+        config: The entries of `config.json` that describe the layers.
+        has_transposed: Whether it can hold weights that the model stores `[K, N]`.
+        has_order: Whether it can hold codes in activation order.
+        has_real_zeros: Whether it can hold zero-points that are not integers.
         tag: See `FolderWriter`.
     """
 
@@ -70,12 +70,12 @@ class PackedFormat:
     tag: str = "pt"
 
     def write(self, checkpoint: Checkpoint, folder: Path, spec: ExportSpec) -> list[StoredTensor]:
-        """Write weights, configuration and tokenizer; gives a row of the report for each tensor.
+        """Write weights, configuration and tokenizer; returns a row of the report for each tensor.
 
         Raises:
-            UnsupportedError: the format cannot hold a layer that is on codes: it is stored
-                `[K, N]`, in activation order or has real zero-points; or no layer has groups that
-                fit.
+            UnsupportedError: the format cannot hold a quantized layer, because it is stored
+                `[K, N]`, is in activation order or has real zero-points; or no layer has groups
+                that fit.
             UserInputError: float16 was asked for and cannot hold a value.
         """
         dtype = DTYPES[spec.parameter_dtype]
@@ -96,7 +96,7 @@ class PackedFormat:
         return rows
 
     def _check(self, layers: tuple[Layer, ...], dtype: torch.dtype) -> None:
-        """Refuse what cannot be written, before a file is begun."""
+        """Refuse what cannot be written, before any file is opened."""
         if not self.has_transposed:
             refuse_transposed(layers, self.reader)
         refuse_if_none_fits(layers, self.misfit)
@@ -113,12 +113,12 @@ class PackedFormat:
 
 
 def exactness(spec: ExportSpec) -> Capability:
-    """What the dtype of the parameters does to them."""
+    """How exactly the dtype of the parameters keeps them."""
     return EXACT if spec.parameter_dtype == "float32" else rounds(spec.parameter_dtype)
 
 
 def packed_capabilities(spec: ExportSpec, own: Mapping[str, Capability]) -> dict[str, Capability]:
-    """What such a format does to each property of a program; `own` has the rows that differ."""
+    """How exactly such a format keeps each property; `own` has the rows that differ."""
     exact = exactness(spec)
     shared = dict.fromkeys(("scale", "real zero-point", "matrices of floats", "vectors"), exact)
     shared["activation order"] = NO_ORDER

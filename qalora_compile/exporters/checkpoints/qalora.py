@@ -1,4 +1,4 @@
-"""`write_own`: codes, scales and offsets as they are; docs/formats.md is the specification."""
+"""`write_own`: unchanged codes, scales and offsets; docs/formats.md is the specification."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from qalora_compile.progress import track
 LAYERS_FILE = "layers.json"
 FORMAT = "qalora-weights"
 VERSION, ORDERED_VERSION = 1, 2
-"""Of a folder without an order, and with one: a reader of version 1 has to refuse that."""
+"""Version of a folder without activation order, and with it: a reader of version 1 refuses that."""
 
 
 def capabilities(_: ExportSpec) -> dict[str, Capability]:
-    """What the format does to each property of a program: nothing, where it takes it."""
+    """How exactly the format keeps each property of a program: all are exact."""
     return dict.fromkeys(PROPERTIES, EXACT)
 
 
@@ -45,7 +45,7 @@ def write_own(checkpoint: Checkpoint, folder: Path, _: ExportSpec) -> list[Store
     ordered = any(layer.order is not None for layer in checkpoint.layers)
     version = ORDERED_VERSION if ordered else VERSION
     write_json(folder / LAYERS_FILE, {"format": FORMAT, "version": version, "layers": layers})
-    # Readers that do not know the format have to refuse it, not to fill in weights at random.
+    # Readers that do not know the format must refuse it, not fill in random weights.
     changes: dict[str, Any] = {}
     if checkpoint.description is not None:
         changes["quantization_config"] = {"quant_method": FORMAT, "layers": LAYERS_FILE}
@@ -54,7 +54,7 @@ def write_own(checkpoint: Checkpoint, folder: Path, _: ExportSpec) -> list[Store
 
 
 def _row(layer: Layer) -> dict[str, Any]:
-    """What `layers.json` says of a layer; of an order only where there is one."""
+    """The row of a layer in `layers.json`; it names an order only if there is one."""
     site = layer.site
     row = {
         "bits": layer.bits,

@@ -1,4 +1,4 @@
-"""`write_checkpoint`: a program as a checkpoint of another library, by target."""
+"""`write_checkpoint`: write a program as a checkpoint of another library, by target."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Format(Target):
     """A checkpoint format that can be written.
 
     Attributes:
-        write: Writes into the file or folder, and gives a row for each tensor.
-        suffix: Of the file; empty where a folder is written.
-        notes: What the report has to say next to its rows.
+        write: Writes the file or folder, and returns a row for each tensor.
+        suffix: Suffix of the file; empty if a folder is written.
+        notes: Returns notes for the report.
     """
 
     on_codes: ClassVar[bool] = True
@@ -61,14 +61,14 @@ COMPRESSED_TENSORS = Format(
 
 
 def get_format(name: str) -> Format:
-    """The checkpoint format of a target that is one."""
+    """The checkpoint format of a target."""
     found = get_target(name)
     assert isinstance(found, Format), "the caller asked `ExportSpec.is_checkpoint`"
     return found
 
 
 def check_path(path: Path, spec: ExportSpec) -> None:
-    """Refuse the name of a file where a folder is written, and the reverse.
+    """Refuse a file name if the target is a folder, and vice versa.
 
     Raises:
         UserInputError: the path does not fit the target.
@@ -83,13 +83,13 @@ def check_path(path: Path, spec: ExportSpec) -> None:
 def write_checkpoint(
     program: Program, path: Path, spec: ExportSpec, description: Description | None
 ) -> ExportReport:
-    """Write a folded or quantized program as a checkpoint, whole or not at all.
+    """Write a folded or quantized program as a checkpoint, completely or not at all.
 
     Args:
         program: See `read_checkpoint`.
         path: A file or folder, by target.
         spec: Target and options.
-        description: Of the model; some targets do without.
+        description: Of the model; some targets do not need it.
 
     Raises:
         PreconditionError: the program is at another stage.

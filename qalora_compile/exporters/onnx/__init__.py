@@ -1,4 +1,4 @@
-"""ONNX: translate a legalized program with torch.onnx, tidy the graph, write it."""
+"""ONNX: translate a legalized program with torch.onnx, tidy the graph and write it."""
 
 from __future__ import annotations
 

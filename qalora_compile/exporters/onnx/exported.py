@@ -1,8 +1,8 @@
-"""A lowered program as an `ExportedProgram` for torch.onnx: as it is, or traced and decomposed.
+"""A lowered program as an `ExportedProgram` for torch.onnx: unchanged, or traced and decomposed.
 
-Passes leave a graph in which almost every operator has a translation to ONNX already. Such a graph
-needs neither a second trace by `torch.export` nor the three that `run_decompositions` takes, which
-together cost more than everything else between capture and file.
+After the passes, almost every operator of a graph has a translation to ONNX. Such a graph needs
+neither a second trace by `torch.export` nor the three traces of `run_decompositions`. Together they
+take longer than everything else between capture and file.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ _COMPOSED = frozenset(
         _ATEN.scaled_dot_product_attention.default,
     }
 )
-"""Operators that torch makes of others, and whose own translations the tests have seen to be right;
-torch.onnx has some of others (of GRU, for one) that are not, and that it never uses."""
+"""Composite operators whose direct translations are tested. torch.onnx also has wrong ones (of GRU,
+for example), which it never uses."""
 
 
 class TranslatableProgram(ExportedProgram):
-    """An exported program of which every operator is translated as it is."""
+    """An exported program whose operators are all translated without decomposition."""
 
     def run_decompositions(self, *_: Any, **__: Any) -> ExportedProgram:
-        """The program itself: nothing is to be decomposed."""
+        """Return the program itself: nothing needs to be decomposed."""
         return self
 
 
 def lift(program: Program) -> ExportedProgram | None:
-    """The program's own graph, its tensors lifted to inputs; None where it must be traced again.
+    """The program's own graph with its tensors lifted to inputs; None if it must be traced again.
 
-    Shapes are propagated through the whole graph, with one symbol for each name of an axis; what
-    capture and passes recorded is not relied on. Subgraphs, operators that write to their inputs,
-    and operators that torch makes of others, but for some, are left to torch.
+    Shapes are propagated through the entire graph, with one symbol per axis name; the shapes that
+    capture and passes recorded are not used. Graphs with subgraphs, with operators that write to
+    their inputs, or with composite operators other than `_COMPOSED` must be traced again.
     """
     graph, tensors = without_assertions(program), program.tensors()
     translatable = all(
@@ -96,7 +96,7 @@ def lift(program: Program) -> ExportedProgram | None:
 
 
 def retrace(program: Program) -> ExportedProgram:
-    """The program exported anew, with the dimensions dynamic that capture kept dynamic."""
+    """Export the program again, with the dynamic dimensions of its capture."""
     args, kwargs = program.example
     shapes: list[Any] = [
         {a: Dim.AUTO for a, size in enumerate(leaf.shape) if isinstance(size, str)} or None
@@ -110,14 +110,14 @@ def retrace(program: Program) -> ExportedProgram:
 
 
 def _is_translatable(target: object) -> bool:
-    """Whether a call writes to nothing, and is one operator, not made of others."""
+    """Whether a call writes to none of its inputs and needs no decomposition."""
     if not isinstance(target, OpOverload):
         return not isinstance(target, HigherOrderOperator)
     return not schema_of(target).is_mutable and (not is_composed(target) or target in _COMPOSED)
 
 
 def _lift_tensors(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Make tensors that nodes read inputs in front of all others; input → name of the tensor."""
+    """Turn tensors that nodes read into inputs before all others; input → name of the tensor."""
     first = next(iter(graph.nodes))
     made: dict[str, fx.Node] = {}
     readers = [node for node in graph.nodes if node.op == "get_attr"]
@@ -133,7 +133,7 @@ def _lift_tensors(graph: fx.Graph) -> dict[fx.Node, str]:
 
 
 def _constants(program: Program, graph: fx.Graph) -> dict[fx.Node, Any]:
-    """The inputs that are no tensors, with their values."""
+    """The inputs that are not tensors, with their values."""
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     pairs = zip(nodes, program.signature.inputs, strict=True)
     return {node: leaf.value for node, leaf in pairs if leaf.dtype is None}

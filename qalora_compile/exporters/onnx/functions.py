@@ -1,15 +1,15 @@
-"""The layered functions of target `ort`, in ONNX's text syntax.
+"""The model-local functions of target `ort`, in ONNX's text syntax.
 
 A node `qalora::GroupQuantLinear` means the same in every runtime:
 
-* with this package's library, ONNX Runtime takes its kernel and ignores the functions;
-* without, it inlines `GroupQuantLinear` and takes its own MatMulNBits kernel, on zero-points
-  rounded to integers, and the correction of what was rounded off. All that depends on weights alone
-  is computed once, when the session is made;
-* elsewhere MatMulNBits has no kernel either, and its function in standard operators is inlined.
+* With this package's library, ONNX Runtime uses its kernel and ignores the functions.
+* Without it, ONNX Runtime inlines `GroupQuantLinear`: its own MatMulNBits kernel on zero-points
+  rounded to integers, and a correction of the rounding. Everything that depends on weights alone is
+  computed once, when the session is created.
+* Other runtimes have no kernel for MatMulNBits and inline its function in standard operators.
 
-A callee stands before its caller in the model. Attributes that begin with `stock_` are for the
-functions: how MatMulNBits is to store codes that it does not take as they are.
+A callee precedes its caller in the model. Attributes that begin with `stock_` are read by the
+functions alone: they say how MatMulNBits stores codes that it does not take unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qalora_compile.optional import require
 QALORA = "qalora"
 MICROSOFT = "com.microsoft"
 VERSION = 1
-"""Of the operator set `qalora`, see docs/operators.md."""
+"""Version of the operator set `qalora`, see docs/operators.md."""
 
 _HEAD = """
 <domain: "{domain}", opset_import: ["" : {opset}{more}]>
@@ -86,9 +86,9 @@ MatMulNBits <K, N, bits, block_size, accuracy_level> (A, B, scales, zero_points)
 }
 """
 
-# Sections: sizes; zero-points rounded to codes, and the correction; scales and zero-points of
-# blocks; zero-points packed to bytes; codes, widened to 4 bits where stock_bits says so (`plain`
-# are the bytes that stay, one of `plain` and `low` is empty); the layer.
+# Sections: sizes; zero-points rounded to codes, and the correction; scales and zero-points per
+# block; zero-points packed to bytes; codes, widened to 4 bits if stock_bits says so (`plain` holds
+# the bytes that stay unchanged; either `plain` or `low` is empty); the layer.
 _GROUP_QUANT_LINEAR = """
 GroupQuantLinear <K, N, bits, group_size, compute,
                   stock_bits, stock_block_size, stock_accuracy_level>

@@ -1,7 +1,7 @@
-"""`genai_config.json`: what ONNX Runtime GenAI needs to know of an exported language model.
+"""`genai_config.json`: what ONNX Runtime GenAI needs to know about an exported language model.
 
-Keys and meanings: ONNX Runtime GenAI 0.18. The cache is a growing one (`past_present_share_buffer`
-false), as the model's inputs and outputs are.
+The keys are those of ONNX Runtime GenAI 0.18. `past_present_share_buffer` is false because the
+model's cache grows with every step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _WHISPER, _WHISPER_FRAMES = "whisper", 3000
 
 
 def context_length(model: Mapping[str, Any]) -> int:
-    """Tokens that a model was made for, from its `config.json`."""
+    """The context length of a model in tokens, from its `config.json`."""
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         if isinstance(model.get(name), int):
             return int(model[name])
@@ -52,9 +52,9 @@ def context_length(model: Mapping[str, Any]) -> int:
 
 
 def decoder_length(model: Mapping[str, Any]) -> int | None:
-    """The most tokens of the decoder of an encoder-decoder model; None where nothing limits them.
+    """The largest number of tokens of an encoder-decoder model's decoder; None if unlimited.
 
-    T5 counts distances between tokens, and so takes any number of them.
+    T5 uses relative positions and so takes any number of tokens.
     """
     for name in ("max_target_positions", "max_position_embeddings"):
         if isinstance(model.get(name), int):
@@ -63,9 +63,9 @@ def decoder_length(model: Mapping[str, Any]) -> int | None:
 
 
 def decoder_start(model: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
-    """Tokens that the decoder of an encoder-decoder model begins with; empty: it names none.
+    """The tokens that the decoder of an encoder-decoder model begins with; empty if none is named.
 
-    A token that generation is forced to begin with (BART's) is one of them.
+    They include a token that generation is forced to begin with (BART).
     """
     known = {**model, **{k: v for k, v in generation.items() if v is not None}}
     names = ("decoder_start_token_id", "bos_token_id")
@@ -88,19 +88,19 @@ def genai_config(
 
     Args:
         signature: Of the exported program, see `capture.causal_lm`.
-        model: The model's `config.json`.
-        generation: Its `generation_config.json`, or nothing.
-        filename: Of the model, in the same folder.
-        library: File name of the operator library, if it lies in the same folder.
+        model: The contents of `config.json`.
+        generation: The contents of `generation_config.json`; may be empty.
+        filename: Name of the model's file in the same folder.
+        library: Name of the operator library's file, if it is in the same folder.
 
     Raises:
-        UnsupportedError: the layers' caches differ in shape.
+        UnsupportedError: the caches of the layers differ in shape.
     """
     shapes = {leaf.shape[1:] for leaf in signature.cache}
     if len(shapes) != 1:
         raise UnsupportedError(
-            "ONNX Runtime GenAI takes one shape of key-value cache, the layers of this model have "
-            f"{len(shapes)}",
+            "ONNX Runtime GenAI takes one shape of key-value cache, and the layers of this model "
+            f"have {len(shapes)}",
             hint="export for plain ONNX Runtime: qalora-compile generate runs it",
         )
     decoder = _decoder(signature, model)
@@ -127,18 +127,19 @@ def genai_whisper_config(
     files: tuple[str, str],
     library: str | None = None,
 ) -> dict[str, Any]:
-    """The configuration of an encoder-decoder model, which GenAI runs where it is Whisper.
+    """The configuration of an encoder-decoder model; GenAI runs Whisper only.
 
     Args:
         encoder: Of the exported encoder, see `capture.encoder_decoder`.
         decoder: Of the exported decoder.
-        model: As for `genai_config`.
-        generation: Likewise.
-        files: Names of encoder and decoder, in the same folder.
-        library: As for `genai_config`.
+        model: See `genai_config`.
+        generation: See `genai_config`.
+        files: Names of the files of encoder and decoder, in the same folder.
+        library: See `genai_config`.
 
     Raises:
-        UnsupportedError: the model is no Whisper, or hears another length than GenAI gives it.
+        UnsupportedError: the model is not Whisper, or takes another number of frames than GenAI
+            gives it.
     """
     _check_whisper(encoder, model)
     options = _session_options(library)
@@ -156,7 +157,7 @@ def genai_whisper_config(
                 "session_options": options,
                 **sizes,
                 **_heads(cross[0]),
-                # It finds the input under this name alone, whatever is said here.
+                # GenAI finds the input under this name only, whatever is written here.
                 "inputs": {"audio_features": encoder.inputs[0].name},
                 "outputs": _CROSS_NAMES | {"encoder_hidden_states": encoder.outputs[0]},
             },
@@ -174,7 +175,7 @@ def genai_whisper_config(
 
 
 def _check_whisper(encoder: Signature, model: Mapping[str, Any]) -> None:
-    """GenAI runs the model.
+    """Check that GenAI runs the model.
 
     Raises:
         UnsupportedError: see `genai_whisper_config`.
@@ -182,18 +183,19 @@ def _check_whisper(encoder: Signature, model: Mapping[str, Any]) -> None:
     kind = model.get("model_type")
     if kind != _WHISPER:
         raise UnsupportedError(
-            f"of encoder-decoder models ONNX Runtime GenAI runs Whisper, and this is {kind}",
+            f"among encoder-decoder models, ONNX Runtime GenAI runs only Whisper; this is {kind}",
             hint="qalora-compile generate runs it, on plain ONNX Runtime",
         )
     frames = encoder.inputs[0].shape[2]
     if frames != _WHISPER_FRAMES:
         raise UnsupportedError(
-            f"ONNX Runtime GenAI gives Whisper {_WHISPER_FRAMES} frames, this model takes {frames}"
+            f"ONNX Runtime GenAI gives Whisper {_WHISPER_FRAMES} frames, and this model takes "
+            f"{frames}"
         )
 
 
 def _heads(cache: InputLeaf) -> dict[str, Any]:
-    """Number and width of the heads whose keys an input holds."""
+    """Number and width of the heads of a cache input."""
     _, heads, _, width = cache.shape
     return {"num_attention_heads": heads, "num_key_value_heads": heads, "head_size": width}
 
@@ -204,7 +206,7 @@ def _session_options(library: str | None) -> dict[str, Any]:
 
 
 def _decoder(signature: Signature, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes, and the names of inputs and outputs."""
+    """The sizes of the decoder, and the names of its inputs and outputs."""
     _, heads, _, width = signature.cache[0].shape
     names = {leaf.name for leaf in signature.inputs if leaf.dtype is not None}
     inputs = {n: n for n in ("input_ids", "attention_mask", "position_ids") if n in names}
@@ -228,7 +230,7 @@ def _decoder(signature: Signature, model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _special_tokens(model: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Begin, end and padding; generation settings win, and padding falls back to an end token."""
+    """Tokens of begin, end and padding; generation settings win, and padding defaults to an end."""
     found = {
         name: generation.get(name, model.get(name)) for name in (*_TOKENS, "decoder_start_token_id")
     }
@@ -238,7 +240,7 @@ def _special_tokens(model: Mapping[str, Any], generation: Mapping[str, Any]) -> 
 
 
 def _search(generation: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """Greedy unless the model's own settings say otherwise."""
+    """The search settings: greedy unless the model's own settings say otherwise."""
     return {
         "do_sample": bool(generation.get("do_sample", False)),
         "temperature": generation.get("temperature") or 1.0,

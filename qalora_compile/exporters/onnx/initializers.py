@@ -1,4 +1,4 @@
-"""The weights of a translated model: made when they are written, one after another."""
+"""The weights of a translated model, materialized one after another when they are written."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ INLINE_LIMIT_BYTES = 1 << 30
 """Weights beyond this go to `<name>.data`; a protobuf file cannot exceed 2 GiB."""
 
 LAZY_INLINE_LIMIT_BYTES = 32 << 20
-"""The same where weights are deferred: inside the model's file they would all be in memory."""
+"""The same limit for lazy weights: inside the model's file, all would be in memory at once."""
 
 _SMALL = 256
-"""Bytes of a tensor that stays inside the model's file."""
+"""Tensors of at most this many bytes stay inside the model's file."""
 
 _ROOM_BYTES = 64 << 20
-"""What the graph itself and a file system may take beside the weights."""
+"""Bytes reserved for the graph itself and the file system, in addition to the weights."""
 
 
 def defer_initializers(model: Any, program: Program) -> None:
-    """Let the initializers of deferred tensors take their values when they are written."""
+    """Make the initializers of lazy tensors read their values when they are written."""
     ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
     tensors = program.tensors()
     for name, value in model.graph.initializers.items():
@@ -38,17 +38,17 @@ def defer_initializers(model: Any, program: Program) -> None:
         if not isinstance(stored, Tensor) or not is_lazy(stored):
             continue
         if name not in tensors:
-            raise InternalError(f"the initializer {name} is no tensor of the program")
+            raise InternalError(f"the initializer {name} is not a tensor of the program")
         make = partial(_Parts, tensors[name])
         shape, dtype = value.const_value.shape, value.const_value.dtype
         value.const_value = ir.LazyTensor(make, dtype, shape, name=name)
 
 
 def write_model(model: Any, path: Path) -> int:
-    """Write a model; large weights to `<name>.data` beside it, after those that are there already.
+    """Write a model, with large weights in `<name>.data` next to it.
 
     Returns:
-        How many weights an interrupted run had left there.
+        How many weights an interrupted run had already written there.
 
     Raises:
         UserInputError: there is not enough room on the disk.
@@ -74,7 +74,7 @@ def write_model(model: Any, path: Path) -> int:
 
 
 def _write_weights(ir: Any, values: list[Any], path: Path) -> int:
-    """Move the values of initializers into a file; gives how many of them lay there."""
+    """Move the values of initializers into a file; returns how many were already there."""
     kept = 0
     with WeightFile(path) as file:
         for done, value in enumerate(values):
@@ -98,10 +98,10 @@ def _write_weights(ir: Any, values: list[Any], path: Path) -> int:
 
 
 class _Parts:
-    """What `onnx_ir.LazyTensor` asks of a tensor; written part by part, never whole in memory.
+    """The interface that `onnx_ir.LazyTensor` needs; the data are written in parts.
 
     Args:
-        tensor: Deferred.
+        tensor: A lazy tensor.
     """
 
     def __init__(self, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`translate`: from a legalized program to an ONNX model in memory, by torch.onnx."""
+"""`translate`: turn a legalized program into an ONNX model in memory, by torch.onnx."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _OPERATOR = re.compile(r"(?:target=torch\.ops\.|OpOverload\(op=')([\w.]+)")
 
 
 def translate(program: Program, spec: ExportSpec) -> Any:
-    """An ONNX model of the graph, by torch.onnx without its optimizer.
+    """Translate the graph with torch.onnx, without its optimizer.
 
-    The graph is translated as it is; where it cannot be, or an operator has no translation of its
-    own, torch traces and decomposes it first.
+    The graph is translated unchanged if possible. If an operator has no direct translation, torch
+    traces and decomposes the graph first.
 
     Raises:
-        UnsupportedError: torch.onnx has no translation for an operator, or its parts.
+        UnsupportedError: torch.onnx cannot translate an operator, even decomposed.
     """
     for package in ("onnx", "onnxscript", "onnx_ir"):
         require(package, extra="onnx", purpose="export to ONNX")
@@ -59,7 +59,7 @@ def _to_onnx(exported: ExportedProgram, program: Program, spec: ExportSpec) -> A
             (),
             kwargs=None,
             dynamo=True,
-            # The optimizer's rewrite rules take time more than linear in the layers.
+            # The time of the optimizer's rewrite rules is more than linear in the number of layers.
             optimize=False,
             opset_version=spec.onnx_opset,
             input_names=[leaf.name for leaf in program.signature.inputs if leaf.dtype],
@@ -73,7 +73,7 @@ def _to_onnx(exported: ExportedProgram, program: Program, spec: ExportSpec) -> A
 
 
 def _tensor_outputs(program: Program) -> list[str]:
-    """Names of the outputs that are tensors: a None among them is no output of an ONNX model."""
+    """Names of the outputs that are tensors; an output that is None is left out in ONNX."""
     values = pytree.tree_leaves(output_value(program.graph), is_leaf=lambda leaf: leaf is None)
     return [
         name
@@ -91,7 +91,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The operator that failed and why, from the first of a chain of exceptions."""
+    """The operator that failed and the reason, from the first of a chain of exceptions."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)

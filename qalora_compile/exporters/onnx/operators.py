@@ -1,4 +1,4 @@
-"""Operators that onnx has no schema for, as callables for onnxscript."""
+"""Callables for onnxscript, for operators that onnx has no schema for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from qalora_compile.exporters.onnx.functions import MICROSOFT, QALORA, VERSION
 from qalora_compile.optional import require
 
 DEQUANTIZE_BLOCKS = "DequantizeBlocks"
-"""Stands for DequantizeLinear until `small_types` gives its tensors their types."""
+"""Stand-in for DequantizeLinear until `small_types` gives its tensors their types."""
 UNPACK_BLOCKS = "UnpackBlocks"
-"""Stands for Cast to uint8 until then."""
+"""Stand-in for Cast to uint8 until then."""
 
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 _BYTES = ("tensor(uint8)",)
@@ -40,7 +40,7 @@ def group_quant_linear_op() -> Any:
 
 
 def skip_norm_op() -> Any:
-    """`com.microsoft::SkipSimplifiedLayerNormalization`: the norm, two unused, and the sum."""
+    """`com.microsoft::SkipSimplifiedLayerNormalization`: norm, two unused outputs, sum."""
     return _operator(
         (MICROSOFT, 1, "SkipSimplifiedLayerNormalization"),
         {"input": "T1", "skip": "T1", "gamma": "T1"},
@@ -61,7 +61,7 @@ def rotary_op() -> Any:
 
 
 def multi_head_op(results: int) -> Any:
-    """`com.microsoft::MultiHeadAttention`, with one result or with all keys and values too."""
+    """`com.microsoft::MultiHeadAttention`, with one result, or also with all keys and values."""
     return _operator(
         (MICROSOFT, 1, "MultiHeadAttention"),
         {"query": "T1", "key": "T1", "value": "T1"},
@@ -109,7 +109,7 @@ def _operator(
     result: str = "T1",
     results: int = 1,
 ) -> Any:
-    """An operator with so many outputs of the type `result`."""
+    """An operator with `results` outputs of the type `result`."""
     onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
     schema = require("onnx", extra="onnx", purpose="export to ONNX").defs.OpSchema
     domain, version, kind = name

@@ -1,4 +1,4 @@
-"""Files by which sentence-transformers runs an exported encoder."""
+"""The files that sentence-transformers needs to run an exported encoder."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def write_sentence_files(
 ) -> None:
     """Write `modules.json`, the pooling, and the settings of sentence-transformers.
 
-    The form is that of versions before 6, which later ones read too.
+    The layout is that of versions before 6, which later versions read as well.
 
     Args:
-        folder: With `model.onnx`, `config.json` and the tokenizer.
+        folder: Holds `model.onnx`, `config.json` and the tokenizer.
         config: `config.json` of the encoder.
         pooling: `mean` or `cls`.
         normalize: Whether embeddings are divided by their norm.
-        settings: File name → its contents, as the model's own folder has them.
+        settings: File name → contents, as in the model's own folder.
     """
     parts = [("", "Transformer"), (_POOLING, "Pooling")]
     parts += [(_NORMALIZE, "Normalize")] if normalize else []

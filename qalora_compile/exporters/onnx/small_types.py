@@ -9,10 +9,10 @@ from qalora_compile.optional import require
 
 
 def use_small_types(model: Any) -> None:
-    """Turn each stand-in into its operator, and its bytes into a tensor of their type; in place.
+    """Replace each stand-in by its operator, and retype its bytes, in place.
 
-    The bytes stay: torch held them as ONNX stores a `[K, N]` tensor of that type (see
-    `ir.lowered_ops`).
+    The bytes stay unchanged: torch held them as ONNX stores a `[K, N]` tensor of that type (see
+    `ir.ops.target_kernels`).
     """
     for node in model.graph.all_nodes():
         if node.op_type == DEQUANTIZE_BLOCKS:
@@ -45,7 +45,7 @@ def _replace_cast(node: Any) -> None:
 
 
 def _retype(value: Any, bits: int, shape: tuple[int, int]) -> None:
-    """Give an initializer of plain bytes its type; one that several layers read has it already."""
+    """Give an initializer of bytes its type; one that several layers read may already have it."""
     ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
     kind = {2: ir.DataType.UINT2, 4: ir.DataType.UINT4, 8: ir.DataType.UINT8}[bits]
     if tuple(value.const_value.shape) == shape and value.dtype == kind:

@@ -1,4 +1,4 @@
-"""The ONNX targets: how a program is lowered to each."""
+"""The ONNX targets, and how a program is lowered to each."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SUFFIX = ".onnx"
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxTarget(LoweredTarget):
-    """A target that is one `.onnx` file, next to it its weights where they are large."""
+    """A target that is one `.onnx` file; large weights are in a second file next to it."""
 
     def check_path(self, path: Path, spec: ExportSpec) -> None:
-        """Refuse a file of another suffix."""
+        """Refuse a file with another suffix."""
         if path.suffix != _SUFFIX:
             raise UserInputError(f"{path} does not end in {_SUFFIX}", where=str(path))
 
@@ -32,9 +32,9 @@ class OnnxTarget(LoweredTarget):
 
 
 def _with_planes(program: Program, spec: ExportSpec, legalize: str) -> str:
-    """The legalize pass and what surrounds it.
+    """The text of a pipeline: the legalize pass and the passes around it.
 
-    Kernels on float32 activations take weights of 8 bits with integer zero-points as two planes.
+    For kernels on float32 activations, 8-bit weights with integer zero-points become two planes.
     """
     wide = any(site.frozen_integer_zero and site.bits == 8 for site in program.plan)
     planes = "split-planes," if wide and spec.accuracy_level == 0 else ""

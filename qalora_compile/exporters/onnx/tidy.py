@@ -1,4 +1,4 @@
-"""Tidying of a translated model: light passes that stay linear in its size, and readable names."""
+"""Tidying of a translated model: passes in time linear in its size, and readable names."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from qalora_compile.ir.site_plan import EMBEDDING, Site
 from qalora_compile.ir.stages import PLANE_NAMES
 from qalora_compile.optional import require
 
-_FOLD_LIMIT_ELEMENTS = 4096  # folding larger constants would store weights twice
+_FOLD_LIMIT_ELEMENTS = 4096  # folding larger constants would duplicate weights
 
 
 def tidy(model: Any) -> None:
-    """Fold small constants, merge equal nodes, drop dead ones; in place."""
+    """Fold small constants, merge equal nodes and remove dead ones, in place."""
     passes = require("onnx_ir.passes.common", extra="onnx", purpose="tidy an ONNX model")
     optimizer = require("onnxscript.optimizer", extra="onnx", purpose="tidy an ONNX model")
-    passes.IdentityEliminationPass()(model)  # folded, a weight would take the name of its copy
+    passes.IdentityEliminationPass()(model)  # if folded, a weight would take the name of its copy
     optimizer.fold_constants(
         model,
         input_size_limit=_FOLD_LIMIT_ELEMENTS,
         output_size_limit=_FOLD_LIMIT_ELEMENTS,
     )
-    use_small_types(model)  # not before: constants of these types are not to be folded
+    use_small_types(model)  # last, since constants of these types must not be folded
     for step in (
         passes.CommonSubexpressionEliminationPass(),
         passes.IdentityEliminationPass(),
@@ -43,7 +43,7 @@ def tidy(model: Any) -> None:
 
 
 def name_axes(model: Any, signature: Signature) -> None:
-    """Give dynamic axes the names of the signature (`batch`, `sequence`) in place of `s17`."""
+    """Name dynamic axes as in the signature (`batch`, `sequence`) instead of `s17`."""
     ir = require("onnx_ir", extra="onnx", purpose="name the axes of an ONNX model")
     names: dict[str, str] = {}
     leaves = {leaf.name: leaf for leaf in signature.inputs}
@@ -65,10 +65,10 @@ def name_axes(model: Any, signature: Signature) -> None:
 
 
 def name_sites(model: Any, program: Program) -> dict[str, str]:
-    """Name each site's nodes after its module path; gives site name → value that holds its output.
+    """Name each site's nodes after its module path; returns site name → value of its output.
 
-    A site is found by the initializer that only it (or a site sharing its weight) reads; uses of a
-    shared weight are told apart by graph order, which translation keeps.
+    A site is found by the initializer that only it (or a site with the same weight) reads; uses of
+    a shared weight are distinguished by graph order, which translation preserves.
     """
     found: dict[str, str] = {}
     readers: dict[str, list[Any]] = defaultdict(list)
@@ -86,7 +86,7 @@ def name_sites(model: Any, program: Program) -> dict[str, str]:
             continue
         node = nodes[used[weight]]
         used[weight] += 1
-        if site.kind == EMBEDDING:  # its node gathers codes; what they become has no one node
+        if site.kind == EMBEDDING:  # its node gathers codes, and no single node holds its output
             continue
         node.name = f"{site.name}/{node.op_type}"
         last = (
@@ -101,14 +101,14 @@ def name_sites(model: Any, program: Program) -> dict[str, str]:
 
 
 def _products(node: Any) -> list[Any]:
-    """The nodes that multiply by a weight that `node` reads: itself, or those it feeds it to."""
+    """The nodes that multiply by a weight that `node` reads: itself, or its consumers."""
     return list(node.outputs[0].consumers()) if node.op_type == "DequantizeLinear" else [node]
 
 
 def _biases(program: Program) -> dict[str, frozenset[str]]:
-    """Site → names that its bias may have, where a node of its own adds it.
+    """Site → names that its bias may have, if a separate node adds it.
 
-    A bias that is stored in half precision is widened first; folded, it takes that node's name.
+    A bias that is stored in half precision is widened first; once folded, it has that node's name.
     """
     found = {}
     for node in program.graph.nodes:
@@ -126,7 +126,7 @@ def _biases(program: Program) -> dict[str, frozenset[str]]:
 
 
 def _follow_concat(node: Any) -> Any:
-    """The Concat that joins the experts, from the layer of the first of them."""
+    """The Concat that joins the experts, starting from the layer of the first expert."""
     last = node
     while last.op_type != "Concat" and last.outputs[0].consumers():
         last = last.outputs[0].consumers()[0]
@@ -134,13 +134,13 @@ def _follow_concat(node: Any) -> Any:
 
 
 def _first_weight(site: Site, readers: Mapping[str, object]) -> str:
-    """Name of the codes of a site: of its first expert, or the low plane, where it has such."""
+    """Name of a site's codes; those of its first expert, or the low plane, if it has any."""
     names = [f"{site.path}.{part}qweight" for part in ("", "0.", f"{PLANE_NAMES[0]}.")]
     return next((name for name in names if name in readers), names[0])
 
 
 def _follow_adds(node: Any, site: Site, bias: frozenset[str]) -> Any:
-    """The node whose output is the site's: the last Add of a correction, a bias or a plane."""
+    """The node that gives the site's output: the last Add of a correction, a bias or a plane."""
     value = node.outputs[0]
     for user in value.consumers():
         what = _operand(user, value, site, bias) if user.op_type == "Add" else None
@@ -155,9 +155,9 @@ def _follow_adds(node: Any, site: Site, bias: frozenset[str]) -> Any:
 
 
 def _operand(add: Any, value: Any, site: Site, bias: frozenset[str]) -> str | None:
-    """What to call an Add to `value`, if it is of the site.
+    """The name of an Add to `value`, if it belongs to the site.
 
-    `Add` (its correction), `Bias` or `Planes` (the high one is added).
+    It is `Add` (the correction), `Bias`, or `Planes` (the high plane).
     """
     other = next((v for v in add.inputs if v is not value), None)
     if other is None:
@@ -175,7 +175,7 @@ def _operand(add: Any, value: Any, site: Site, bias: frozenset[str]) -> str | No
 
 
 def _reads(node: Any, name: str) -> bool:
-    """Whether a node reads an initializer, or what is dequantized of it."""
+    """Whether a node reads an initializer, directly or dequantized."""
     given = [value for value in node.inputs if value is not None]
     sources = [value.producer() for value in given]
     given += [s.inputs[0] for s in sources if s is not None and s.op_type == "DequantizeLinear"]

@@ -1,6 +1,6 @@
 """Translations of this package's operators to ONNX, for torch.onnx's exporter.
 
-No arithmetic on weights happens here: passes have brought them into their final form.
+There is no arithmetic on weights here: passes have brought them into their final form.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def translation_table(opset: int, fusion: str | None) -> Table:
 
 
 def _kernel_table(op: Any) -> Table:
-    """The layers of each target."""
+    """The quantized layers of each target."""
     matmul_nbits, group_quant_linear = matmul_nbits_op(), group_quant_linear_op()
 
     def emit_matmul_nbits(
@@ -115,7 +115,7 @@ def _matmul_blocks_emitter(op: Any) -> Callable[..., Any]:
 
 
 def _plain_table(op: Any) -> Table:
-    """What surrounds the layers, in standard operators."""
+    """The other operators, in standard operators of ONNX."""
 
     def emit_group_sum(x: Any, group_size: int) -> Any:
         k = int(x.shape[-1])
@@ -149,7 +149,7 @@ def _plain_table(op: Any) -> Table:
 
 
 def _kept_axes(x: Any) -> list[int]:
-    """Leading axes for Reshape: 0 copies a dimension, whatever its size at run time."""
+    """The leading axes for Reshape, where 0 copies a dimension of any size."""
     return [0] * (len(x.shape) - 1)
 
 

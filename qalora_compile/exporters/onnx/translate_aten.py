@@ -64,4 +64,4 @@ def aten_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 _BOOL = 9
-"""ONNX's number of the type; ir.DataType compares with numbers."""
+"""ONNX's number of the type, with which `ir.DataType` can be compared."""

@@ -24,8 +24,7 @@ def _norm_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
     skip_norm = skip_norm_op()
 
     def emit_rms_norm(x: Any, weight: Any, eps: float) -> Any:
-        # ONNX Runtime has this operator under a name of the standard domain, which is not in the
-        # standard; it makes one of these nodes when it loads them.
+        # ONNX Runtime has this operator in the standard domain, though the standard does not.
         square = op.Pow(x, op.Constant(value_float=2.0))
         mean = op.ReduceMean(square, op.Constant(value_ints=[-1]), keepdims=1)
         root = op.Sqrt(op.Add(mean, op.Constant(value_float=eps)))
@@ -43,7 +42,7 @@ def _rotary_emitter(op: Any) -> Callable[..., Any]:
     rotary = rotary_op()
 
     def emit_rotary_embedding(x: Any, cos: Any, sin: Any, heads: int) -> Any:
-        """The operator looks its angles up by position; here each token has a row of its own."""
+        """Give each token its own row of angles, since the operator looks them up by position."""
         each, half = int(x.shape[-1]) // heads, int(cos.shape[-1])
         row = op.Constant(value_ints=[-1, half])
         zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
@@ -74,7 +73,7 @@ def _attention_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         options = {"num_heads": heads, "scale": scale}
         if past_key is None:
-            # Nothing reads keys and values without a past, and torch.onnx wants all three.
+            # Without a past, nothing reads keys and values, but torch.onnx needs all three outputs.
             y = alone(q, k, v, None, None, bias, **options)
             return y, op.Identity(k), op.Identity(v)
         return with_past(q, k, v, None, None, bias, past_key, past_value, **options)
@@ -82,14 +81,14 @@ def _attention_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
     def emit_join_groups(q: Any, heads: int, kv_heads: int) -> Any:
         groups, width = heads // kv_heads, int(q.shape[2]) // heads
         each = op.Reshape(q, op.Constant(value_ints=[0, 0, kv_heads, groups, width]))
-        turned = op.Transpose(each, perm=[0, 3, 1, 2, 4])
-        return op.Reshape(turned, op.Constant(value_ints=[0, -1, kv_heads * width]))
+        permuted = op.Transpose(each, perm=[0, 3, 1, 2, 4])
+        return op.Reshape(permuted, op.Constant(value_ints=[0, -1, kv_heads * width]))
 
     def emit_split_groups(y: Any, heads: int, kv_heads: int) -> Any:
         groups, width = heads // kv_heads, int(y.shape[2]) // kv_heads
         each = op.Reshape(y, op.Constant(value_ints=[0, groups, -1, kv_heads, width]))
-        turned = op.Transpose(each, perm=[0, 2, 3, 1, 4])
-        return op.Reshape(turned, op.Constant(value_ints=[0, 0, heads * width]))
+        permuted = op.Transpose(each, perm=[0, 2, 3, 1, 4])
+        return op.Reshape(permuted, op.Constant(value_ints=[0, 0, heads * width]))
 
     ops = torch.ops.qalora
     return {

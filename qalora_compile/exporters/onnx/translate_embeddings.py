@@ -1,7 +1,7 @@
-"""Translations of lookups on codes: standard operators, on the tensors that the head multiplies by.
+"""Translations of quantized embeddings: standard operators, on the tensors that the head reads.
 
-Whole rows of codes are gathered and then unpacked, so that a lookup costs what its rows are long.
-What can be computed of weights alone is left to the runtime's constant folding.
+Complete rows of codes are gathered and then unpacked, so that the cost of a lookup is proportional
+to its rows. Computations on weights alone are left to the runtime's constant folding.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _flat_emitter(op: Any, newest: Any) -> Callable[..., Any]:
     def emit(
         ids: Any, codes: Any, scale: Any, zero_point: Any, bits: int, block_size: int, k: int
     ) -> Any:
-        # ONNX Runtime fuses no layer that shares its scales; turned, they are another tensor.
+        # ONNX Runtime fuses no layer that shares its scales; transposed, they are another tensor.
         sizes = {"N": int(scale.shape[1]), "bits": bits}
         rows, zero, step = (
             op.Gather(op.Transpose(table, perm=[1, 0]), ids)

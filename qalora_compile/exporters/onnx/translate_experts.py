@@ -1,4 +1,4 @@
-"""Translations of the operators on stacked experts: each expert's rows, then one Concat."""
+"""Translations of the operators on stacked experts: one layer per expert, then one Concat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def expert_table(
 
     Args:
         op: The onnxscript opset to emit with.
-        kernels: What emits the layer of one expert, by the operator of one matrix.
+        kernels: The emitter of the layer of one expert, by the operator for one matrix.
     """
     return _kernel_table(op, kernels) | _float_table(op)
 
@@ -28,7 +28,7 @@ def expert_table(
 def _kernel_table(
     op: Any, kernels: dict[Callable[..., Any], Callable[..., Any]]
 ) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The layers of each target."""
+    """The quantized layers of each target."""
     ops = torch.ops.qalora
     nbits, blocks = kernels[ops.matmul_nbits.default], kernels[ops.matmul_blocks.default]
     group_quant = kernels[ops.group_quant_linear.default]
@@ -96,7 +96,7 @@ def _layers(
     group_offsets: Any,
     n: int,
 ) -> Any:
-    """`emit` with each expert's own weights, and its correction where there is one."""
+    """`emit` with each expert's own weights, and its correction if it has one."""
     k = int(x.shape[-1])
 
     def compute(expert: int, rows: Any, group_sums: Any) -> Any:
@@ -109,7 +109,7 @@ def _layers(
 
 
 def _float_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Adapters that stay, and experts that stay in float."""
+    """Adapters that are not folded, and experts that stay in float."""
 
     def emit_expert_adapter(
         pooled: Any, lora_a: Any, lora_b: Any, group_offsets: Any, scaling: float
@@ -138,7 +138,7 @@ def _float_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
 def _grouped_mm(
     op: Any, x: Any, weight: Any, group_offsets: Any, bias: Any = None, out_dtype: Any = None
 ) -> Any:
-    """Experts that stay in float."""
+    """Emit experts that stay in float."""
     if len(weight.shape) != 3 or group_offsets is None or bias is not None or out_dtype is not None:
         raise ValueError("only x [T, K] by stacked experts [E, K, N], without bias or out_dtype")
 
@@ -151,9 +151,9 @@ def _grouped_mm(
 def _by_expert(
     op: Any, group_offsets: Any, experts: int, n: int, compute: Callable[..., Any], *operands: Any
 ) -> Any:
-    """Concat of `compute(e, rows…)`: slices between the ends, or x[e] where there are none.
+    """Concat of `compute(e, rows…)` on the rows of each group, or on x[e] without group offsets.
 
-    Rows after the last end give rows of `n` zeros, as the operators have it.
+    Rows after the last group give rows of `n` zeros, as the operators define.
     """
     axis = op.Constant(value_ints=[0])
     stops = []

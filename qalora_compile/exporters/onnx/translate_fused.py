@@ -1,4 +1,4 @@
-"""Translations of fused operators to those that ONNX has for them since opset 23."""
+"""Translations of fused operators to their ONNX counterparts, which exist since opset 23."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def fused_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
         each = int(x.shape[-1]) // heads
         rotated = 2 * int(cos.shape[-1])
         part = {} if rotated == each else {"rotary_embedding_dim": rotated}
-        if cos.shape[0] == 1:  # the same for each sequence of a batch; the operator repeats nothing
+        if (
+            cos.shape[0] == 1
+        ):  # the same for each sequence of a batch, which the operator does not broadcast
             half = op.Constant(value_ints=[rotated // 2])
             sizes = op.Concat(op.Shape(x, start=0, end=2), half, axis=0)
             cos, sin = op.Expand(cos, sizes), op.Expand(sin, sizes)

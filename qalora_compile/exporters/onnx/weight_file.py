@@ -1,7 +1,7 @@
-"""The file of weights beside a model, written tensor by tensor, so that a later run can go on.
+"""The file of weights next to a model, written tensor by tensor so that a later run can continue.
 
-A journal beside it has a line for each tensor that is whole: its name, type, place and checksum.
-Lines are believed only as far as the bytes agree with them.
+A journal next to it has a line for each complete tensor: its name, type, offset and checksum. Lines
+count only as far as the bytes agree with them.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Entry:
 
 
 class WeightFile:
-    """Writes tensors one behind another, after those that an interrupted run has left.
+    """Appends tensors to those that an interrupted run has left.
 
     Args:
-        path: The file, which may exist, with `<name>.journal` beside it.
+        path: The file, which may exist, with `<name>.journal` next to it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._journal = path.with_name(f"{path.name}.journal")
-        self._kept = {entry.name: entry for entry in self._whole_entries()}
+        self._kept = {entry.name: entry for entry in self._complete_entries()}
         self._end = max((e.offset + e.length for e in self._kept.values()), default=0)
 
     def __enter__(self) -> WeightFile:
@@ -61,12 +61,12 @@ class WeightFile:
             self._journal.unlink()
 
     def find(self, name: str, dtype: str, shape: list[int]) -> Entry | None:
-        """What an interrupted run has written of a tensor, if it was this one."""
+        """The entry that an interrupted run has written for this tensor, if there is one."""
         entry = self._kept.get(name)
         return entry if entry and (entry.dtype, entry.shape) == (dtype, shape) else None
 
     def add(self, name: str, dtype: str, shape: list[int], tensor: Any) -> Entry:
-        """Write a tensor, which has `tofile`, and note it when all of it is there."""
+        """Write a tensor, which has `tofile`, and record it once it is complete."""
         tensor.tofile(self._file)
         self._file.flush()
         length = self._file.tell() - self._end
@@ -83,8 +83,8 @@ class WeightFile:
             journal.write(json.dumps(asdict(entry)) + "\n")
         return entry
 
-    def _whole_entries(self) -> list[Entry]:
-        """The journal's lines up to the first that the file does not hold."""
+    def _complete_entries(self) -> list[Entry]:
+        """The entries of the journal, up to the first that the file does not hold."""
         if not (self._journal.is_file() and self._path.is_file()):
             return []
         entries: list[Entry] = []

@@ -1,4 +1,4 @@
-"""`write_onnx`: from a legalized program to a checked `.onnx` file."""
+"""`write_onnx`: turn a legalized program into a checked `.onnx` file."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def write_onnx(
     Args:
         program: Legalized for the target, or a float program (see `api.lower`).
         path: The `.onnx` file.
-        spec: Options; its target names the stage that `program` must have.
-        resume: A key of all that determines the model: a run with the same one that was
-            interrupted is gone on with (see `files`).
+        spec: Options; the target determines the stage that `program` must have.
+        resume: A key of everything that determines the model; an interrupted run with the same
+            key is continued (see `files`).
 
     Raises:
-        UnsupportedError: torch.onnx has no translation for an operator, or the checker refuses.
+        UnsupportedError: torch.onnx has no translation for an operator.
     """
     return write_translated(translate(program, spec), program, path, spec, resume)
 
@@ -46,7 +46,7 @@ def write_onnx(
 def write_translated(
     model: Any, program: Program, path: Path, spec: ExportSpec, resume: str | None = None
 ) -> ExportReport:
-    """What `write_onnx` does with the model that torch.onnx gives."""
+    """Tidy, name, check and write a model that torch.onnx has translated."""
     defer_initializers(model, program)
     tidy(model)
     name_axes(model, program.signature)
@@ -58,7 +58,7 @@ def write_translated(
 
 
 def _add_functions(model: Any) -> None:
-    """Say what GroupQuantLinear means to a runtime that has no kernel for it, if it is there."""
+    """Define GroupQuantLinear for runtimes that have no kernel for it, if the model uses it."""
     ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
     if QALORA not in model.opset_imports:
         return
@@ -130,14 +130,14 @@ def _save(
 
 
 def _is_layer(node: Any) -> bool:
-    """Whether a node is a quantized layer, or dequantizes its weight."""
+    """Whether a node is a quantized layer or dequantizes the weight of one."""
     if (node.domain, node.op_type) in ((MICROSOFT, "MatMulNBits"), (QALORA, "GroupQuantLinear")):
         return True
     return node.op_type == "DequantizeLinear" and "block_size" in node.attributes
 
 
 def capabilities(spec: ExportSpec) -> dict[str, Capability]:
-    """What happens to each property of a program that computes in float32."""
+    """How exactly a target keeps each property of a program that computes in float32."""
     parameter = EXACT if spec.parameter_dtype == "float32" else rounds(spec.parameter_dtype)
     zero_point = Capability("exact", "integer part and float32 correction")
     if spec.target == "ort":
@@ -157,7 +157,7 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
 
 
 def _of_widened(declared: dict[str, Capability]) -> dict[str, Capability]:
-    """The same for a program that computed in half precision."""
+    """The same for a program that computes in half precision."""
     if declared["activations"] != EXACT:
         return declared
     return declared | {

@@ -117,8 +117,8 @@ struct RowReader {
   inline __attribute__((always_inline)) Bytes Step(int64_t step) const {
     const int64_t at = step * V::kStep;
     Bytes v;
-    const bool whole = __builtin_expect(at + V::kStep <= bytes, 1);
-    v.low = whole ? V::Load(low + at) : V::LoadPartial(low + at, bytes - at);
+    const bool full = __builtin_expect(at + V::kStep <= bytes, 1);
+    v.low = full ? V::Load(low + at) : V::LoadPartial(low + at, bytes - at);
     if constexpr (bits == 3) {
       const int64_t first = at % kUnitBytes, unit = at - first;
       const int64_t left = bytes - unit;
@@ -166,8 +166,8 @@ inline void ExpandGroups(const Job& job, int64_t n, int64_t begin, int64_t end, 
   }
 }
 
-// Sums of scale * zero_point * (sum of x) over the groups of a row: what zero-points subtract, spread
-// over the lanes of a vector.
+// Sums of scale * zero_point * (sum of x) over the groups of a row: the subtrahend of the
+// zero-points, distributed over the lanes of a vector.
 template <class V>
 inline typename V::F ZeroPointTerm(const Job& job, const float* product, int64_t row) {
   const float* sum = job.group_sum + row * job.plan.group_floats;
@@ -428,7 +428,7 @@ template <class V, int bits>
 void Fp32Many(const Job& job, int64_t begin, int64_t end, float* scratch) {
   using C = Codec<V, bits>;
   constexpr int64_t kBlock = kTileCodes / C::kCodes;
-  static_assert(kBlock >= 1 && kTileCodes % C::kCodes == 0, "a tile is whole steps");
+  static_assert(kBlock >= 1 && kTileCodes % C::kCodes == 0, "a tile is a multiple of steps");
   const int64_t size = job.plan.group_floats, group = job.layer->group_size;
   float* weight = scratch + 8 * size;
   for (int64_t step = 0; step < job.plan.steps; step += kBlock) {

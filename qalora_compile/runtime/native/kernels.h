@@ -50,7 +50,7 @@ struct Plan {
   int64_t prepared() const { return steps * step_codes; }  // activations of a row, zero-padded
 };
 
-// One block of rows of x against the whole weight.
+// One block of rows of x against the entire weight.
 struct Job {
   const Layer* layer = nullptr;
   Plan plan;
@@ -65,7 +65,7 @@ struct Job {
   const float* x = nullptr;     // [rows, K], as given
   int8_t* quantized = nullptr;  // int8: [rows, prepared]
   float* block_scale = nullptr; // int8: [rows, block_floats]
-  float* lane_scale = nullptr;  // int8 and more than one row: [rows, steps, lanes], the same spread
+  float* lane_scale = nullptr;  // int8 and more than one row: [rows, steps, lanes], per lane
   float* permuted = nullptr;    // fp32: [rows, prepared]
   float* group_sum = nullptr;   // [rows, group_floats]: sums of (quantized) x in each group
   float* y = nullptr;           // [rows, N]

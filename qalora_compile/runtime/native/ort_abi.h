@@ -86,7 +86,7 @@ struct Api {
   Status*(QALORA_CALL* GetTensorTypeAndShape)(const Value* value, TensorShapeInfo** out);
   Unused unused_66[19];
   // 85, 86, 87: an attribute of the node. The string goes to a buffer of *size bytes; without a
-  // buffer only its size is told, the final zero byte included.
+  // buffer only its size is returned, the final zero byte included.
   Status*(QALORA_CALL* KernelInfoGetAttribute_float)(const KernelInfo* info, const char* name,
                                                     float* out);
   Status*(QALORA_CALL* KernelInfoGetAttribute_int64)(const KernelInfo* info, const char* name,

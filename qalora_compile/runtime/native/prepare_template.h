@@ -2,7 +2,7 @@
 //
 // fp32: x in the order of a step's fields, and its sum in each group. int8: x quantized per block,
 // then in the order of a step's planes, with one scale per lane; the sums are those of the quantized
-// values, so that the whole layer sees one and the same x.
+// values, so that all of the layer uses the same x.
 #pragma once
 
 #include "half.h"

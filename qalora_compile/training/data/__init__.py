@@ -1,1 +1,1 @@
-"""Training data: files, forms of a row, tokens, batches."""
+"""Training data: files, row forms, tokens and batches."""

@@ -1,7 +1,7 @@
-"""Data larger than memory: tokenized once into an Arrow file, which is then mapped, not loaded.
+"""Data larger than memory, tokenized once into an Arrow file that is memory-mapped, not loaded.
 
-A cache folder holds a folder for each set of files, tokenizer and options that was ever read, named
-by a hash of them; a changed file makes another one.
+A cache folder holds one folder for each combination of files, tokenizer and options, named by their
+hash. A changed file therefore gets a new folder.
 
 =================  ===============================================================================
 `examples.arrow`   columns `tokens`, `labels`, `source`, `label`, `length`, written by `datasets`
@@ -32,13 +32,13 @@ from qalora_compile.untrusted import read_json
 EXAMPLES_FILE, COUNTS_FILE = "examples.arrow", "dataset.json"
 _VERSION = 3
 _ROWS = 1000
-"""Examples that are held in memory before they are written."""
+"""Examples that are collected in memory before they are written."""
 _STATE = ("truncation", "padding")
-"""Parts of a tokenizer's description that its last call leaves behind."""
+"""Parts of a tokenizer's description that depend on its last call."""
 
 
 class ArrowExamples(Examples):
-    """Examples in an Arrow file; those that are asked for are read, the rest stays on disk."""
+    """Examples in an Arrow file; only those that are asked for are read from disk."""
 
     def __init__(self, path: Path) -> None:
         library = _library()
@@ -62,16 +62,16 @@ class ArrowExamples(Examples):
 
 
 def load_arrow_cache(files: Sequence[Path], reader: LineReader, cache: Path) -> Dataset:
-    """The data of files, tokenized into the cache where that was not done before.
+    """The data of files, tokenized into the cache unless they are there already.
 
     Raises:
-        UserInputError: as `data.load_examples`; nothing is then left in the cache.
+        UserInputError: see `load_examples`; nothing is then left in the cache.
         UnsupportedError: the library `datasets` is not installed.
     """
     _library()
     folder = cache / _key(files, reader)
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f".{folder.name}.lock"):  # processes of one training wait for the first
+    with FileLock(cache / f".{folder.name}.lock"):  # other processes wait for the first
         if not folder.is_dir():
             _write(files, reader, folder)
     counts = read_json(folder / COUNTS_FILE)
@@ -107,7 +107,7 @@ def _write(files: Sequence[Path], reader: LineReader, folder: Path) -> None:
 
 
 def _key(files: Sequence[Path], reader: LineReader) -> str:
-    """A hash of all that the examples depend on; files count by name, size and time of change."""
+    """A hash of all that the examples depend on; a file is its name, size and time of change."""
     stats = [(str(file.resolve()), _stat(file)) for file in files]
     options = {
         field.name: getattr(reader, field.name)
@@ -119,7 +119,7 @@ def _key(files: Sequence[Path], reader: LineReader) -> str:
 
 
 def _stat(file: Path) -> tuple[int, int] | None:
-    """Size and time of change; None of a file that is missing, which reading it will say."""
+    """Size and time of change; None for a missing file, which reading it will report."""
     if not file.exists():
         return None
     stat = file.stat()
@@ -127,7 +127,7 @@ def _stat(file: Path) -> tuple[int, int] | None:
 
 
 def _description(tokenizer: Any) -> list[Any]:
-    """What the tokens of a text depend on."""
+    """The state of a tokenizer that determines the tokens of a text."""
     if tokenizer is None:
         return []
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -140,4 +140,4 @@ def _description(tokenizer: Any) -> list[Any]:
 
 
 def _library(module: str = "datasets") -> Any:
-    return require(module, extra="train", purpose="read data that are larger than memory")
+    return require(module, extra="train", purpose="read data larger than memory")

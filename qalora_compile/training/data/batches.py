@@ -1,8 +1,8 @@
-"""Which examples a step trains on: shuffled, by length, or packed; a pure function of its number.
+"""The examples of each step: shuffled, by length, or packed; a pure function of the step.
 
-Packing lays several short examples into one row, so that no position is padding. A program takes
-such rows in its packed form alone (`api.packed_form`): there no token sees another example, and
-positions begin at 0 in each.
+Packing puts several short examples into one row, so that no position is padding. Such rows need the
+packed form of a program (`api.packed_form`), in which no token attends to another example and
+positions begin at 0 in each example.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ SHUFFLED, BY_LENGTH, PACKED = "shuffled", "by-length", "packed"
 ARRANGEMENTS = (SHUFFLED, BY_LENGTH, PACKED)
 
 _POOL = 64
-"""Batches whose examples are sorted together by length: more pad less, and are less random."""
+"""Batches whose examples are sorted by length together: more need less padding but less random."""
 
 
 class Batches:
     """The batches of all steps: `at(index)` depends on data, index, batch size and seed alone.
 
-    Every epoch takes each example at most once; what does not fill a batch is left out, other
-    examples in each epoch.
+    Every epoch takes each example at most once. Examples that do not fill a batch are left out;
+    they differ from epoch to epoch.
 
     Args:
-        examples: At least one; `Packed` for packing.
-        batch_size: Examples a batch; fewer where there are not as many.
-        seed: Of the order; any whole number.
-        by_length: Put examples of about one length into one batch, so that little is padded. The
-            order of the batches is random all the same.
+        examples: At least one example; `Packed` for packing.
+        batch_size: Examples per batch; all of them if there are fewer.
+        seed: Seed of the order; any integer.
+        by_length: Put examples of similar length into one batch, which needs less padding. The
+            order of the batches is still random.
     """
 
     def __init__(
         self, examples: Sequence[Example], *, batch_size: int, seed: int, by_length: bool = False
     ) -> None:
         if not len(examples):
-            raise UserInputError("there is no example to make batches of")
+            raise UserInputError("there are no examples to make batches of")
         self.examples = examples
         self.batch_size, self.seed, self.by_length = batch_size, seed, by_length
         self._size = min(batch_size, len(examples))
@@ -56,7 +56,7 @@ class Batches:
         self._order = torch.empty(0, 0, dtype=torch.int64)
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """The number of batches in an epoch."""
         return len(self.examples) // self._size
 
     def at(self, index: int) -> Batch:
@@ -74,7 +74,7 @@ class Batches:
         seed = (self.seed * 1_000_003 + epoch) % 2**64  # torch takes 64 bits
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.examples), generator=generator)
-        order = order[: len(self) * self._size]  # before sorting, or the longest never have a turn
+        order = order[: len(self) * self._size]  # before sorting, which puts the longest last
         if not self.by_length:
             return order.reshape(-1, self._size)
         lengths = lengths_of(self.examples)
@@ -87,7 +87,7 @@ class Batches:
 def batch_at(
     examples: Sequence[Example] | Batches, index: int, *, batch_size: int, seed: int
 ) -> Batch:
-    """The batch of a step; `Batches` that are made already keep their own arrangement.
+    """The batch of a step; `Batches` keep their own arrangement.
 
     Raises:
         UserInputError: the batches were made for another batch size or seed.
@@ -98,24 +98,24 @@ def batch_at(
     if made != (batch_size, seed):
         raise UserInputError(
             f"the batches are of size {made[0]} and seed {made[1]}, not {batch_size} and {seed}",
-            hint="make them with what is trained with",
+            hint="make them with the batch size and seed of the training",
         )
     return examples.at(index)
 
 
 class Packed(Examples):
-    """Rows of at most `max_length` tokens, each of whole examples one behind the other.
+    """Rows of at most `max_length` tokens, each a concatenation of complete examples.
 
-    Every example is in exactly one row (best fit, longest first); which ones share a row depends on
-    lengths alone.
+    Every example is in exactly one row (best fit, longest first). The rows depend only on the
+    lengths.
 
     Raises:
-        UserInputError: there is no example, or one is longer than a row or not of one text alone.
+        UserInputError: there is no example, or one is longer than a row or not a single text.
     """
 
     def __init__(self, examples: Sequence[Example], max_length: int) -> None:
         if not len(examples):
-            raise UserInputError("there is no example to pack")
+            raise UserInputError("there are no examples to pack")
         if examples[0].source or examples[0].label is not None:
             raise UserInputError(
                 "only the texts of a decoder-only language model can be packed",
@@ -133,7 +133,7 @@ class Packed(Examples):
 
     @property
     def fill(self) -> float:
-        """Part of the positions of all rows, at `max_length`, that are tokens."""
+        """The fraction of all positions, `max_length` per row, that are tokens."""
         return float(self._lengths.sum()) / (len(self.rows) * self.max_length)
 
     def take(self, indices: Sequence[int]) -> list[Example]:
@@ -142,13 +142,13 @@ class Packed(Examples):
 
 
 def _fit(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Rows of positions whose sizes sum to `limit` at most: best fit, longest first."""
+    """Rows of indices whose sizes sum to at most `limit`: best fit, longest first."""
     rows: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (free space, row), sorted
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         size = sizes[index]
         if size > limit:
-            raise UserInputError(f"example {index + 1} has {size} tokens, a row {limit}")
+            raise UserInputError(f"example {index + 1} has {size} tokens, and a row has {limit}")
         place = bisect_left(spaces, (size, -1))
         if place == len(spaces):
             rows.append([])
@@ -162,7 +162,7 @@ def _fit(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def _join(examples: Sequence[Example]) -> Example:
-    """Examples in one row. The first token of each is predicted from nothing, so it has no loss."""
+    """Join examples into one row; the first token of each has no context, so it carries no loss."""
     tokens = [token for example in examples for token in example.tokens]
     labels = [label for example in examples for label in (IGNORED, *example.labels[1:])]
     parts = tuple(len(example.tokens) for example in examples)

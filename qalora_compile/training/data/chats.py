@@ -1,8 +1,8 @@
-"""Chats as a chat template takes them, and what of the rendered text is learned.
+"""Chats in the form that chat templates take, and the parts of the rendered text that are learned.
 
 Messages are those of the OpenAI interface and of transformers: `role`, `content` (a text, null, or
-a list of parts), `tool_calls`. Other fields of a message, such as `reasoning_content`, go to the
-template as they are.
+a list of parts), `tool_calls`. The template also gets all other fields of a message unchanged, such
+as `reasoning_content`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-"""ShareGPT's names of who speaks."""
+"""ShareGPT's names of speakers → roles."""
 _PROBES = ("qalora first part", "qalora second part")
 
 REWRITTEN = "chats whose earlier answers the template rewrites: the others are learned"
@@ -43,9 +43,9 @@ class Chat:
     """The turns of a chat.
 
     Attributes:
-        messages: As the template takes them.
+        messages: Messages in the form that the template takes.
         tools: Descriptions of the functions that may be called, or None.
-        first: The first message that is learned, if the assistant's.
+        first: Index of the first message that is learned, if it is the assistant's.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -54,7 +54,7 @@ class Chat:
 
     @property
     def answers(self) -> list[int]:
-        """The messages that are learned."""
+        """The indices of the messages that are learned."""
         every = enumerate(self.messages)
         return [i for i, m in every if i >= self.first and m["role"] == _ASSISTANT]
 
@@ -64,9 +64,9 @@ class Rendered:
     """The text of a chat.
 
     Attributes:
-        text: Up to the last answer.
-        spans: The characters that are learned, in order.
-        remarks: What the template does to the chat.
+        text: The text up to the last answer.
+        spans: The ranges of characters that are learned, in order.
+        remarks: How the template changes the chat.
     """
 
     text: str
@@ -78,25 +78,25 @@ def chat_of(value: Any, tools: Any, where: str, *, first: int = 0) -> Chat:
     """A chat from its messages.
 
     Raises:
-        UserInputError: they are no list of {role, content}, begin with the assistant, or hold no
-            answer to learn.
+        UserInputError: they are not a list of {role, content}, begin with the assistant, or hold
+            no answer to learn.
     """
     if not isinstance(value, list) or not value:
         raise UserInputError("messages must be a list of {role, content}", where=where)
     chat = Chat(tuple(_message(each, where) for each in value), tools, first)
     if chat.messages[0]["role"] == _ASSISTANT:
         raise UserInputError(
-            "the chat begins with the assistant, which answers nothing",
+            "the chat begins with the assistant, so there is no question",
             where=where,
-            hint="begin with a turn of the user",
+            hint="let it begin with a turn of the user",
         )
     if not chat.answers:
-        raise UserInputError("messages has no assistant turn to learn", where=where)
+        raise UserInputError("messages have no assistant turn to learn", where=where)
     return chat
 
 
 def tools_of(fields: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...] | None:
-    """The `tools` of a row: a list of objects, or its JSON text; None where there are none.
+    """The `tools` of a row: a list of objects or its JSON text; None if there are none.
 
     Raises:
         UserInputError: they are something else.
@@ -105,7 +105,7 @@ def tools_of(fields: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], 
     if isinstance(tools, str):
         tools = parse_json(tools, where, what="the field 'tools'", finite=True) if tools else None
     if not tools:
-        return None  # some templates write of tools where the list is empty
+        return None  # some templates mention tools even if the list is empty
     if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools):
         return tuple(tools)
     raise UserInputError("tools must be a list of objects, or its JSON text", where=where)
@@ -115,7 +115,7 @@ def from_sharegpt(value: Any, system: Any, where: str) -> list[dict[str, Any]]:
     """Messages from a list of {from, value}; lists of {role, content} stay as they are.
 
     Raises:
-        UserInputError: it is no such list, or it is not known who speaks.
+        UserInputError: it is not such a list, or a speaker is unknown.
     """
     turns = value if isinstance(value, list) else []
     named = [isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in turns]
@@ -123,7 +123,7 @@ def from_sharegpt(value: Any, system: Any, where: str) -> list[dict[str, Any]]:
     if not turns or not (all(named) or all(roles)):
         raise UserInputError("conversations must be a list of {from, value}", where=where)
     if system is not None and not isinstance(system, str):
-        raise UserInputError("the field 'system' is no text", where=where)
+        raise UserInputError("the field 'system' is not a text", where=where)
     messages = [{"role": "system", "content": system}] if system else []
     return messages + (turns if all(roles) else [_turn(turn, where) for turn in turns])
 
@@ -132,7 +132,7 @@ def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     speaker, value = turn["from"], turn["value"]
     if not isinstance(speaker, str) or speaker not in _ROLES:
         raise UserInputError(
-            f"it is not known who {quoted(speaker)} is",
+            f"the speaker {quoted(speaker)} is unknown",
             where=where,
             hint=f"from is one of {', '.join(_ROLES)}",
         )
@@ -144,7 +144,7 @@ def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _message(value: Any, where: str) -> dict[str, Any]:
-    """A message as transformers' templates expect it, without fields that are null."""
+    """A message in the form that chat templates expect, without fields that are null."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise UserInputError("messages must be a list of {role, content}", where=where)
     message = {name: each for name, each in value.items() if each is not None or name == "content"}
@@ -159,18 +159,18 @@ def _message(value: Any, where: str) -> dict[str, Any]:
         )
     elif content is not None and not isinstance(content, str):
         raise UserInputError(
-            "messages must be a list of {role, content}: a content is no text", where=where
+            "messages must be a list of {role, content}: a content is not a text", where=where
         )
     return message
 
 
 def _parts(content: list[Any], where: str) -> str | list[dict[str, Any]]:
-    """The text of one part; several parts, which are all texts."""
+    """The text of a single part, or the list of several parts, which must all be texts."""
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
             raise UserInputError(
-                f"a part of a content is {quoted(kind)}, no text: only texts are learned",
+                f"a part of a content is {quoted(kind)}, not a text: only texts are learned",
                 where=where,
                 hint='use {"type": "text", "text": "…"}',
             )
@@ -179,14 +179,14 @@ def _parts(content: list[Any], where: str) -> str | list[dict[str, Any]]:
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls whose arguments are objects: OpenAI writes them as a JSON text."""
+    """Tool calls with arguments as objects; OpenAI writes them as JSON text."""
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise UserInputError("tool_calls must be a list of objects", where=where)
     found = []
     for call in value:
         inner = call.get("function", call)
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise UserInputError("a tool call has no name of a function", where=where)
+            raise UserInputError("a tool call does not name a function", where=where)
         given = inner.get("arguments", {})
         if isinstance(given, str):
             what = "the arguments of a tool call"
@@ -199,10 +199,10 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 class ChatReader:
-    """Renders chats with a tokenizer's template, and finds what of the text is learned.
+    """Renders chats with a tokenizer's template, and finds the learned parts of the text.
 
     Args:
-        texts: Of the tokenizer.
+        texts: The tokenizer.
     """
 
     def __init__(self, texts: Texts) -> None:
@@ -210,14 +210,14 @@ class ChatReader:
         self._styles: dict[str, bool] = {}
 
     def render(self, chat: Chat, where: str) -> Rendered:
-        """The text up to the last answer, and where in it the answers stand.
+        """The text up to the end of the last answer, and the positions of the answers in it.
 
-        An answer is learned where the text up to it, and up to its end, is what the template makes
-        of the messages alone: then the model is asked for it in the same words.
+        An answer is learned only if rendering the messages before it, and those up to it, gives
+        prefixes of the text: then generation begins with the same prompt as training.
 
         Raises:
             UserInputError: there is no template, it does not take the messages, or the last answer
-                cannot be found in what it writes.
+                cannot be found in its output.
         """
         if not getattr(self._texts.tokenizer, "chat_template", None):
             raise UserInputError(
@@ -230,7 +230,7 @@ class ChatReader:
             written = _with_written_arguments(chat)
             if written is None:
                 raise
-            try:  # DeepSeek's templates write the arguments of a call as they are
+            try:  # DeepSeek's templates copy the arguments of a call, which must be text
                 return self._render(written, where)
             except UserInputError:
                 pass
@@ -250,10 +250,10 @@ class ChatReader:
             remarks |= dict.fromkeys(begin[1])
         if not spans or spans[-1] != (spans[-1][0], len(text)):
             raise UserInputError(
-                "the chat template rewrites earlier turns, the last question too", where=where
+                "the chat template rewrites earlier turns, even the last question", where=where
             )
         if spans[-1][0] == len(text):
-            raise UserInputError("the chat template writes nothing of the last answer", where=where)
+            raise UserInputError("the chat template leaves out the last answer", where=where)
         if any(_is_cut(chat.messages[index], text) for index in chat.answers):
             remarks[LEFT_OUT] = None
         return Rendered(text, tuple(spans), tuple(remarks))
@@ -261,10 +261,10 @@ class ChatReader:
     def _begin(
         self, chat: Chat, index: int, after: str, where: str
     ) -> tuple[int, tuple[str, ...]] | None:
-        """Where an answer begins in the text up to its end, with remarks; None if it is not there.
+        """The start of an answer in the text up to its end, with remarks; None if it is not there.
 
-        DeepSeek-R1's generation prompt ends in a think tag that no answer of the data has. As in
-        TRL, the answer is learned from where the two differ, in whole tokens.
+        DeepSeek-R1's generation prompt ends with a think tag that no answer in the data has. As in
+        TRL, the answer is learned from the first token on in which the two differ.
         """
         before = self._text(chat, index, where, prompt=True)
         if after.startswith(before):
@@ -275,13 +275,13 @@ class ChatReader:
         opening, answer = before[len(history) :], after[len(history) :]
         first, second = (self._texts.plain(each, where) for each in (opening, answer))
         most, same = common_length(first, second), common_length(opening, answer)
-        # a tag that is one token differs from another tag as a whole, whatever letters they share
+        # A tag that is one token differs from another tag entirely, even if they share letters.
         while same and len(self._texts.plain(opening[:same], where)) > most:
             same -= 1
         return len(history) + same, (OPENED,)
 
     def _text(self, chat: Chat, size: int, where: str, *, prompt: bool = False) -> str:
-        """The text of the first messages; `prompt`: up to where an answer begins."""
+        """The text of the first `size` messages; with `prompt`, also the start of an answer."""
         return render_chat(
             self._texts.tokenizer,
             chat.messages[:size],
@@ -291,10 +291,10 @@ class ChatReader:
         )
 
     def _in_style(self, chat: Chat) -> Chat:
-        """The chat with contents as the template writes them: texts, or lists of parts.
+        """The chat with contents of the kind that the template takes: texts or lists of parts.
 
-        Several parts are joined by line breaks where it knows texts alone; a text becomes a part
-        where it knows parts alone.
+        If it takes texts only, several parts are joined by line breaks; if it takes parts only, a
+        text becomes a part.
         """
         parted = any(isinstance(m.get("content"), list) for m in chat.messages)
         if not self._writes("text") and self._writes("parts"):
@@ -307,7 +307,7 @@ class ChatReader:
         return Chat(messages, chat.tools, chat.first)
 
     def _writes(self, style: str) -> bool:
-        """Whether the template writes contents that are texts, or parts: tried out once."""
+        """Whether the template renders contents that are texts, or parts; tried once."""
         if style not in self._styles:
             parts = [{"type": "text", "text": probe} for probe in _PROBES]
             content: Any = parts if style == "parts" else " ".join(_PROBES)
@@ -332,9 +332,9 @@ def _as_parts(content: Any) -> Any:
 
 
 def _with_written_arguments(chat: Chat) -> Chat | None:
-    """The chat with the arguments of tool calls as JSON texts; None where there are no calls.
+    """The chat with the arguments of tool calls as JSON texts; None if there are no calls.
 
-    A content that is null is then an empty one, since transformers hides it from the template.
+    Null contents become empty ones, since transformers hides null from the template.
     """
     if not any(message.get("tool_calls") for message in chat.messages):
         return None

@@ -1,8 +1,8 @@
 """Training data from files: read, tokenized, counted.
 
-The forms of a row are those of `training.forms`, the files those of `training.rows`. Small data
-become a tuple of examples; of large ones the rows stay in the files (`training.lazy`), or are
-tokenized once into a cache folder (`training.corpus`).
+Rows have the forms of `row_forms` and come from the files of `read_rows`. Small data become a tuple
+of examples. The rows of large data stay in the files (`lazy_rows`), or are tokenized once into a
+cache folder (`arrow_cache`).
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ from qalora_compile.training.data.parse_line import LineReader, Reading
 from qalora_compile.training.data.read_rows import read_rows
 
 LOOKED_AT = 1000
-"""Examples that are tokenized to count them, where the others are not."""
+"""Examples that are tokenized to count them, if the others are tokenized later."""
 
 
 @dataclass(frozen=True)
 class FileCount:
-    """What became of a file.
+    """The number of examples in a file, and how they were read.
 
     Attributes:
-        path: Of the file.
-        examples: How many it gave.
-        truncated: How many of them were longer than the limit and were cut; of data that are read
-            while training goes on, of the first ones.
-        skipped: How many more had no token left to learn from (a completion that tokenizes to
-            nothing).
-        forms: How many examples were of each form; as `truncated`.
-        remarks: What else was done to how many; as `truncated`.
-        looked_at: How many examples these counts are of.
+        path: The file.
+        examples: Number of its examples.
+        truncated: How many of them were longer than the limit and were cut. If the data are read
+            during training, this counts only the first `looked_at` examples.
+        skipped: How many further rows had nothing to learn (a completion without tokens).
+        forms: Number of examples of each form, counted like `truncated`.
+        remarks: Number of examples for each other remark, counted like `truncated`.
+        looked_at: Number of examples that were counted.
     """
 
     path: str
@@ -51,14 +50,14 @@ class FileCount:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of files, and what was cut to fit.
+    """The examples of files, with counts.
 
     Attributes:
         examples: In the order of the files.
-        files: What became of each file.
-        classes: Names of the classes of a classification task, in the order of the logits.
-        token_range: The least and the largest token id, labels too; of data that are read while
-            training goes on, of the examples that were looked at.
+        files: The counts of each file.
+        classes: Class names of a classification task, in the order of the logits.
+        token_range: The smallest and the largest token id, labels included. If the data are read
+            during training, those of the examples that were looked at.
     """
 
     examples: Sequence[Example]
@@ -73,7 +72,7 @@ class Dataset:
 
     @property
     def skipped(self) -> int:
-        """How many examples held nothing to learn."""
+        """How many rows held nothing to learn."""
         return sum(file.skipped for file in self.files)
 
     @property
@@ -83,16 +82,16 @@ class Dataset:
 
     @property
     def is_lazy(self) -> bool:
-        """Whether the examples are tokenized while training goes on."""
+        """Whether the examples are tokenized during training."""
         return isinstance(self.examples, LazyExamples)
 
     def check_tokens(self, limit: int) -> None:
-        """See that a model of `limit` tokens knows every token, and every label.
+        """Check that a model of `limit` tokens knows every token and every label.
 
-        Data that are read while training goes on are checked then.
+        Data that are read during training are checked then.
 
         Raises:
-            UserInputError: it does not; an example with an unknown one is named.
+            UserInputError: it does not; an example with an unknown token is named.
         """
         if isinstance(self.examples, LazyExamples):
             self.examples.limit = limit
@@ -105,7 +104,7 @@ class Dataset:
 
 @dataclass
 class _FileReadings:
-    """Counts the readings of one file, into `total` too."""
+    """Counts the readings of one file, and adds them to `total`."""
 
     path: Path
     total: ReadCount
@@ -116,7 +115,7 @@ class _FileReadings:
     remarks: Counter[str] = field(default_factory=Counter)
 
     def note(self, reading: Reading) -> bool:
-        """Count a reading; False if it holds nothing to learn."""
+        """Count a reading; returns False if it holds nothing to learn."""
         if not reading.example.learns:
             self.skipped += 1
             return False
@@ -128,14 +127,14 @@ class _FileReadings:
         return True
 
     def result(self, examples: int, skipped: int) -> FileCount:
-        """What became of the file."""
+        """The counts of the file."""
         counts = dict(self.forms), dict(self.remarks)
         return FileCount(str(self.path), examples, self.truncated, skipped, *counts, self.looked_at)
 
 
 @dataclass
 class ReadCount:
-    """Reads files row by row, and counts."""
+    """Reads files row by row and counts the examples."""
 
     files: list[FileCount] = field(default_factory=list)
     least: int | None = None
@@ -143,11 +142,11 @@ class ReadCount:
 
     @property
     def token_range(self) -> tuple[int, int]:
-        """The least and the largest token id that was read, labels too."""
+        """The smallest and the largest token id that was read, labels included."""
         return self.least or 0, self.largest
 
     def begin(self, path: Path) -> _FileReadings:
-        """Count a file."""
+        """Begin to count a file."""
         return _FileReadings(path, self)
 
     def read(self, files: Sequence[Path], reader: LineReader) -> Iterator[Example]:
@@ -161,7 +160,7 @@ class ReadCount:
             yield from self._read(path, rows, reader)
 
     def read_index(self, index: RowIndex, reader: LineReader) -> Iterator[Example]:
-        """The same of files that are open already."""
+        """The usable examples of an index of rows."""
         begin = 0
         for path, end in zip(index.files, index.ends, strict=True):
             yield from self._read(path, (index[row] for row in range(begin, end)), reader)
@@ -179,7 +178,7 @@ class ReadCount:
         self.files.append(count.result(count.looked_at, count.skipped))
 
     def widen(self, example: Example) -> None:
-        """Count the tokens of an example."""
+        """Extend the token range by the tokens of an example."""
         tokens = (*example.source, *example.tokens, *_learned(example))
         least = min(tokens)
         self.least = least if self.least is None else min(self.least, least)
@@ -190,9 +189,9 @@ def require_usable(path: Path, usable: int, skipped: int) -> None:
     """Raise UserInputError if a file gave no example."""
     if not usable:
         raise UserInputError(
-            f"the data file has no usable example ({skipped} held nothing to learn)",
+            f"the data file has no usable example ({skipped} rows held nothing to learn)",
             where=str(path),
-            hint='write one JSON object a line: {"prompt": "…", "completion": "…"}',
+            hint='write one JSON object per line: {"prompt": "…", "completion": "…"}',
         )
 
 
@@ -204,13 +203,13 @@ def _learned(example: Example) -> list[int]:
 def taught_ends(data: Dataset, tokenizer: Any) -> list[int]:
     """The tokens that the examples teach as the end of an answer, the most frequent first.
 
-    Of an example that is the last special token that carries loss (a chat's template may put a line
-    break behind it); of examples without a tokenizer, the last token, if all share it. The first
+    In an example, it is the last special token that carries loss (a chat template may put a line
+    break after it). Without a tokenizer, it is the last token, if all examples share it. The first
     1,000 examples are looked at.
 
     Args:
-        data: What is learned.
-        tokenizer: What it was tokenized with, or None.
+        data: The training data.
+        tokenizer: The tokenizer of the data, or None.
     """
     learned = [_learned(example) for example in islice(data.examples, LOOKED_AT)]
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""Training examples and batches of them: plain values, tokenized."""
+"""Tokenized training examples, and batches of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from qalora_compile.errors import UserInputError
 
 IGNORED = -100
-"""Label of a position that carries no loss."""
+"""The label of a position that carries no loss."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Example:
     Attributes:
         tokens: Token ids.
         labels: The token to predict *at* each position, or `IGNORED`; as long as `tokens`. The
-            model predicts label t from the tokens before t. Empty where there is a `label`.
-        source: Token ids for the encoder of a model that has one; `tokens` are then its decoder's.
-        label: The class of the whole text, of a classification task.
-        parts: Lengths of the examples that were packed into this one; empty where it is one.
+            model predicts label t from the tokens before t. Empty if there is a `label`.
+        source: Token ids for the encoder, if the model has one; `tokens` are then for the decoder.
+        label: The class of the text, in a classification task.
+        parts: Lengths of the examples that were packed into this one; empty if it is a single one.
     """
 
     tokens: tuple[int, ...]
@@ -42,15 +42,15 @@ class Example:
 
     @property
     def learns(self) -> bool:
-        """Whether any position carries loss; the first one has nothing to be predicted from."""
+        """Whether any position but the first, which has no context, carries loss."""
         return self.label is not None or any(label != IGNORED for label in self.labels[1:])
 
     def check_tokens(self, limit: int, where: str) -> None:
-        """See that a model of `limit` tokens knows every token, and every label.
+        """Check that a model of `limit` tokens knows every token and every label.
 
         Args:
-            limit: Of the model.
-            where: Of the example, for the message.
+            limit: Size of the model's vocabulary.
+            where: Place of the example, for the message.
 
         Raises:
             UserInputError: it does not.
@@ -66,7 +66,7 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Examples that are made when they are asked for, and know their lengths before that."""
+    """Examples that are produced on demand, with lengths that are known in advance."""
 
     @property
     @abstractmethod
@@ -108,10 +108,10 @@ class Batch:
 
     Attributes:
         input_ids: `[B, T]` int64.
-        attention_mask: `[B, T]` int64, 0 where padding, else the number, from 1, of the example
-            that the token belongs to: 1 everywhere but in packed rows.
-        labels: `[B, T]` int64, `IGNORED` where there is no loss; `[B]` of a classification task.
-        source: Token ids and attention mask `[B, S]` for the encoder of a model that has one.
+        attention_mask: `[B, T]` int64: 0 for padding, otherwise the number, from 1, of the token's
+            example in its row. It exceeds 1 only in packed rows.
+        labels: `[B, T]` int64, `IGNORED` where there is no loss; `[B]` in a classification task.
+        source: Token ids and attention mask `[B, S]` for the encoder, if the model has one.
     """
 
     input_ids: Tensor
@@ -121,12 +121,12 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are no padding; of the decoder, where there is an encoder."""
+        """The number of tokens without padding; only the decoder's, if there is an encoder."""
         return int((self.attention_mask != 0).sum())
 
     @property
     def targets(self) -> Tensor:
-        """How many labels of each row carry loss, `[B]`."""
+        """The number of labels in each row that carry loss, `[B]`."""
         if self.labels.dim() == 1:
             return torch.ones_like(self.labels)
         return (self.labels[:, 1:] != IGNORED).sum(1)
@@ -153,12 +153,12 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def _owners(parts: Sequence[int]) -> list[int]:
-    """For each token the number of the part that it is in, from 1."""
+    """For each token, the number of its part, from 1."""
     return [number for number, size in enumerate(parts, start=1) for _ in range(size)]
 
 
 def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Rows `[B, T]` int64, filled on the right to the longest."""
+    """Rows `[B, T]` int64, padded on the right to the longest."""
     values = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
     for index, row in enumerate(rows):
         values[index, : len(row)] = torch.tensor(row)

@@ -1,7 +1,7 @@
-"""Many rows of data: they stay in their files, and become examples when a batch has need of them.
+"""Rows of large data, which stay in their files and become examples when a batch needs them.
 
-Where each row begins is known, so any can be read. Rows that are no lines of a plain file, such as
-those of tables and compressed files, are copied as lines into a temporary file first.
+An index of offsets makes every row accessible. Rows that are not lines of a plain file, such as
+those of tables and compressed files, are first copied as lines into a temporary file.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from qalora_compile.untrusted import check_regular
 
 _FEW_ROWS = 20_000
 _FEW_TOKENS = 4_000_000
-"""Data of no more are read at once: their tokens then take less than 400 MB."""
+"""Data within these limits are read at once; their tokens take less than 400 MB."""
 _BYTES_A_TOKEN = 4
 
 
 class RowIndex:
-    """The rows of files, of which each can be read by itself.
+    """The rows of files, with random access.
 
     Args:
-        files: As `rows.find_files` gives them.
+        files: See `read_rows.find_files`.
 
     Raises:
-        UserInputError: a file cannot be read; of a file that is not plain lines, a row neither.
+        UserInputError: a file cannot be read, or a row of a file that is not plain lines.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
         self.ends: list[int] = []
-        """How many rows there are up to the end of each file."""
+        """Number of rows up to the end of each file."""
         self.size = 0
-        """Bytes of all rows."""
+        """Total bytes of all rows."""
         self._opened: list[IO[bytes]] = []
         self._open_files = ExitStack()
         weakref.finalize(self, self._open_files.close)
@@ -63,7 +63,7 @@ class RowIndex:
         """File and number of a row, and its value.
 
         Raises:
-            UserInputError: it is no JSON.
+            UserInputError: it is not JSON.
         """
         owner = bisect_right(self.ends, index)
         where = f"{self.files[owner]}:{self._numbers[index]}"
@@ -106,18 +106,18 @@ def _open_plain(path: Path) -> IO[bytes]:
 
 
 class LazyExamples(Examples):
-    """Examples of rows that are tokenized when they are asked for, each time anew.
+    """Examples of rows that are tokenized each time they are asked for.
 
     Args:
         index: The rows.
-        chosen: Those of them that hold something to learn.
+        chosen: The indices of those that hold something to learn.
         reader: Makes examples of them.
     """
 
     def __init__(self, index: RowIndex, chosen: array[int], reader: LineReader) -> None:
         self._index, self._chosen, self._reader = index, chosen, reader
         self.limit: int | None = None
-        """How many tokens the model knows: an example with another one is refused."""
+        """Size of the model's vocabulary; an example with an unknown token is refused."""
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -131,7 +131,7 @@ class LazyExamples(Examples):
         """The examples at some positions.
 
         Raises:
-            UserInputError: a row holds nothing to learn, or a token that the model does not know.
+            UserInputError: a row holds nothing to learn or a token that the model does not know.
         """
         return [self._read(self._chosen[index]) for index in indices]
 
@@ -148,7 +148,7 @@ class LazyExamples(Examples):
 
 
 def usable_rows(index: RowIndex, reader: LineReader) -> Iterator[tuple[int, bool]]:
-    """File and usefulness of each row, all of which are checked but not tokenized.
+    """For each row, the index of its file and whether it can be learned; rows are only checked.
 
     Raises:
         UserInputError: a row is malformed.

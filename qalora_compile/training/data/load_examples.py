@@ -1,4 +1,4 @@
-"""Data files as a dataset: small ones tokenized at once, large ones row by row."""
+"""Load data files as a dataset: small ones are tokenized at once, large ones row by row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qalora_compile.training.data.read_rows import Paths, find_files, read_rows
 from qalora_compile.training.data.row_forms import class_name, fields_of, is_labelled
 
 _LEAST_LOOKED_AT = 10
-"""Examples of each file, at least, that are tokenized where the others are not."""
+"""At least this many examples of each file are tokenized at once, even if the others are not."""
 
 
 def load_examples(
@@ -33,26 +33,26 @@ def load_examples(
     """Read and tokenize data files.
 
     An example longer than `max_length` loses its beginning (a prompt, a chat) or, for plain text,
-    its end; the number cut is in the result. Of more than 20,000 rows, or 4 million tokens, the
-    rows are looked at and stay in the files: they are tokenized when a batch has need of them.
+    its end; the number of cut examples is in the result. Data of more than 20,000 rows or 4 million
+    tokens are only checked and stay in the files: rows are tokenized when a batch needs them.
 
     Args:
         paths: A file or folder, or several; patterns such as `data/*.jsonl` stand for files in
             sorted order.
-        tokenizer: Of the model; None where the rows hold token ids.
-        max_length: The most tokens of an example (and as many for the encoder).
-        decoder_start: As for `LineReader`.
-        learn: As for `LineReader`.
-        classes: As for `LineReader`.
-        cache: A folder to tokenize into, once, and to read from: memory does not grow with the
-            files, and every row is tokenized before training. Needs the library `datasets`.
-        mapping: As for `LineReader`.
+        tokenizer: Of the model; None if the rows hold token ids.
+        max_length: The largest number of tokens of an example (and also for the encoder).
+        decoder_start: See `LineReader`.
+        learn: See `LineReader`.
+        classes: See `LineReader`.
+        cache: A folder in which all rows are tokenized once, before training. Memory then does not
+            grow with the data. Needs the library `datasets`.
+        mapping: See `LineReader`.
 
     Raises:
         UserInputError: a file is missing, empty or given twice, a row is malformed (its number is
             named), or a file has no usable example.
-        UnsupportedError: `datasets` is not installed, and a cache is asked for; or `pyarrow`, and a
-            file needs it.
+        UnsupportedError: `datasets` is needed for a cache, or `pyarrow` for a file, and it is not
+            installed.
     """
     reader = LineReader(
         tokenizer=tokenizer,
@@ -76,7 +76,7 @@ def load_examples(
 
 
 def _load_lazily(index: RowIndex, reader: LineReader) -> Dataset:
-    """All rows checked, the first of each file tokenized, the others left in the files."""
+    """Check all rows and tokenize the first ones of each file; the others stay in the files."""
     chosen = array("q")
     usable, skipped = Counter[int](), Counter[int]()
     for row, (owner, useful) in enumerate(usable_rows(index, reader)):
@@ -99,7 +99,7 @@ def _load_lazily(index: RowIndex, reader: LineReader) -> Dataset:
 
 
 def find_classes(paths: Paths, mapping: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The labels in files of a classification task, each once, in sorted order.
+    """The distinct labels in the files of a classification task, in sorted order.
 
     Raises:
         UserInputError: a row has no label, or all have the same.
@@ -125,7 +125,7 @@ def find_classes(paths: Paths, mapping: Mapping[str, str] | None = None) -> tupl
 
 
 def begins_labelled(paths: Paths, mapping: Mapping[str, str] | None = None) -> bool:
-    """Whether the first row of the files is one of a classification task: a text with a label.
+    """Whether the first row of the files belongs to a classification task: a text with a label.
 
     Raises:
         UserInputError: there is no file, or the row cannot be read.

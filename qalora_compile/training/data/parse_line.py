@@ -1,4 +1,4 @@
-"""One row of data as a training example: its form by `training.forms`, its tokens cut to fit."""
+"""One row of data as a training example: the form is recognised, and the tokens are cut to fit."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from qalora_compile.training.data.tokenize import Texts
 
 COMPLETIONS, EVERYTHING = "completions", "everything"
 LEARN = (COMPLETIONS, EVERYTHING)
-"""What of a prompt with its completion, or of a chat, carries loss."""
+"""Which parts of a prompt with its completion, or of a chat, carry loss."""
 
 _CUT_AT_END = (TOKEN_IDS, TEXT, LABELLED)
-"""Forms that lose their end where they are too long; the others lose their beginning."""
+"""Forms that lose their end if they are too long; the others lose their beginning."""
 _LARGEST = 2**31 - 1
-"""What a token id can be: a cache stores 32 bits, and no vocabulary has more."""
+"""The limit of token ids: a cache stores 32 bits, and no vocabulary needs more."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What became of a row.
+    """The example of a row, and how it was read.
 
     Attributes:
-        example: Cut to fit.
-        form: Its form, as notes say it.
+        example: The example, cut to fit.
+        form: The name of its form.
         cut: Whether it was too long.
-        remarks: What was done to it beyond that.
+        remarks: What else was changed.
     """
 
     example: Example
@@ -54,14 +54,15 @@ class LineReader:
     """Makes examples of rows.
 
     Attributes:
-        tokenizer: Of the model; None where the rows hold token ids.
-        max_length: The most tokens of an example (and as many for the encoder).
+        tokenizer: Of the model; None if the rows hold token ids.
+        max_length: The largest number of tokens of an example (and also for the encoder).
         decoder_start: The token that the decoder of an encoder-decoder model begins with: prompts
             are then for the encoder, completions for the decoder. None: there is no encoder.
-        learn: `completions`, or `everything` for loss on prompts too.
-        classes: Names of the classes of a classification task, in the order of the logits; None:
-            the task is to predict tokens.
-        mapping: Field of a form → field of the data, see `forms.read_mapping`; None: as they are.
+        learn: `completions`, or `everything` for loss on prompts, too.
+        classes: Class names of a classification task, in the order of the logits; None: the task
+            is to predict tokens.
+        mapping: Field of a form → field of the data, see `row_forms.read_mapping`; None: the names
+            are the same.
     """
 
     tokenizer: Any
@@ -86,7 +87,7 @@ class LineReader:
             raise UserInputError(f"learn is {self.learn!r}", hint=f"use one of {', '.join(LEARN)}")
 
     def check(self, row: Any, where: str) -> bool:
-        """See that a row is well-formed, without tokenizing it; False if it holds nothing to learn.
+        """Check a row without tokenizing it; returns False if it holds nothing to learn.
 
         Raises:
             UserInputError: it is malformed.
@@ -160,7 +161,7 @@ class LineReader:
             raise UserInputError(
                 "the model has no tokenizer to read text with",
                 where=where,
-                hint='give token ids: {"input_ids": […]}, or a model folder with tokenizer',
+                hint='give token ids: {"input_ids": […]}, or a model folder with a tokenizer',
             )
 
     def _from_pair(self, form: Form, where: str) -> Example:
@@ -178,7 +179,7 @@ class LineReader:
         return Example(tuple(tokens), tuple(labels)), rendered.remarks
 
     def _read_pair(self, form: Form, decoder_start: int, where: str) -> Reading:
-        """Text for the encoder, and what the decoder makes of it, each as the tokenizer ends it."""
+        """Text for the encoder and text for the decoder, each with the tokenizer's end token."""
         prompt, completion = self._pair_of(form, where)
         source = self._texts.encode_field(prompt, "prompt", where)
         target = self._texts.ended(self._texts.encode_field(completion, "completion", where))
@@ -189,10 +190,9 @@ class LineReader:
         """The two texts of a row for a model with an encoder."""
         if form.pair is None or self.tokenizer is None:
             raise UserInputError(
-                f"a model with an encoder learns from text to text, and this is {form.name}",
+                f"a model with an encoder learns text from text, and this row is {form.name}",
                 where=where,
-                hint='use {"prompt": "…", "completion": "…"}, and a model that brings its '
-                "tokenizer",
+                hint='use {"prompt": "…", "completion": "…"}, and a model with a tokenizer',
             )
         return form.pair
 
@@ -204,14 +204,14 @@ class LineReader:
         text = string(fields, "text", where)
         tokens = self._texts.encode_field(text, "text", where)
         cut = len(tokens) > self.max_length
-        if cut:  # by the tokenizer, which keeps the token that ends a text
+        if cut:  # cut by the tokenizer, which keeps the token that ends a text
             limits = {"truncation": True, "max_length": self.max_length}
             tokens = self._texts.encode(self._texts.head(text, where), where, **limits)
             if len(tokens) <= self._texts.special:
                 raise UserInputError(
-                    f"{self.max_length} tokens hold nothing of the text",
+                    f"{self.max_length} tokens leave no room for the text",
                     where=where,
-                    hint="cut texts later",
+                    hint="use a larger max_length",
                 )
         return Reading(Example(tuple(tokens), (), label=index), LABELLED, cut)
 
@@ -219,7 +219,7 @@ class LineReader:
         name, classes = class_name(fields, where), self.classes or ()
         if name not in classes:
             raise UserInputError(
-                f"the label {name!r} is none that was trained on",
+                f"the label {name!r} does not occur in the training data",
                 where=where,
                 hint=f"known: {', '.join(classes)}",
             )
@@ -229,19 +229,19 @@ class LineReader:
 def _from_ids(row: Mapping[str, Any], where: str) -> Example:
     tokens, labels = row["input_ids"], row.get("labels", row["input_ids"])
     valid = all(
-        isinstance(values, list) and all(type(v) is int for v in values)  # true is no token
+        isinstance(values, list) and all(type(v) is int for v in values)  # bool is a subtype of int
         for values in (tokens, labels)
     )
     if not valid or len(tokens) != len(labels):
         raise UserInputError(
-            "input_ids and labels must be integer lists of one length", where=where
+            "input_ids and labels must be integer lists of the same length", where=where
         )
     learned = [label for label in labels if label != IGNORED]
     for name, values in (("input_ids", tokens), ("labels", learned)):
         odd = [v for v in values if not 0 <= v <= _LARGEST]
         if odd:
             raise UserInputError(
-                f"{name} holds {odd[0]}, which is no token",
+                f"{name} holds {odd[0]}, which is not a token",
                 where=where,
                 hint=f"tokens begin at 0; the label {IGNORED} stands for no loss",
             )

@@ -1,14 +1,14 @@
-"""Rows of data files, one after another: JSON lines, tables, and folders of them.
+"""Rows of data files: JSON lines, tables, and folders of them.
 
 =====================  =============================================================================
-`.jsonl` and others    one JSON object a line, UTF-8, a byte order mark or none
+`.jsonl` and others    one JSON object per line, UTF-8, with or without a byte order mark
 `.json`                the same, or one list of objects
 `.csv`, `.tsv`         the first line names the columns; values are texts
 `.parquet`, `.arrow`   read with pyarrow
 =====================  =============================================================================
 
-The first three may be compressed: `.jsonl.gz`. A folder stands for the files in it, one written by
-`datasets` (`save_to_disk`) for its rows.
+The first three may be compressed: `.jsonl.gz`. A folder stands for the files in it; one that
+`datasets` wrote (`save_to_disk`) stands for its rows.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def find_files(paths: Paths) -> tuple[Path, ...]:
     """Files by name, pattern or folder.
 
     Raises:
-        UserInputError: a pattern fits nothing, a folder holds no data or those of several splits,
-            or a file is there twice.
+        UserInputError: a pattern matches nothing, a folder holds no data or those of several
+            splits, or a file is given twice.
     """
     found: list[Path] = []
     for given in [paths] if isinstance(paths, (str, Path)) else paths:
@@ -69,7 +69,7 @@ def find_files(paths: Paths) -> tuple[Path, ...]:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether each row of a file is a line of it that can be read by itself."""
+    """Whether each row of a file is a line of it, which can be read separately."""
     if path.suffix == ".json":
         with _opened(path) as file:
             return not _is_list(file)
@@ -77,11 +77,11 @@ def is_plain(path: Path) -> bool:
 
 
 def read_rows(path: Path) -> Iterator[NumberedRow]:
-    """Number and JSON value of each row, from 1; the number of a line where rows are lines.
+    """Number, from 1, and JSON value of each row; the line number if rows are lines.
 
     Raises:
         UserInputError: the file cannot be read, or a row is malformed; its number is named.
-        UnsupportedError: pyarrow is not installed, and the file needs it.
+        UnsupportedError: the file needs pyarrow, which is not installed.
     """
     kind = Path(path.stem).suffix if path.suffix == _GZIP else path.suffix
     if kind in _COLUMNS:
@@ -90,20 +90,20 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def raw_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number, place and bytes of each line that is not empty, without a byte order mark.
+    """Number, offset and bytes of each line that is not empty, without a byte order mark.
 
     Raises:
         UserInputError: a line is longer than a JSON text may be.
     """
     number, place = 0, 0
-    # bytes: not every separator that Python knows in texts ends a line of JSON lines
+    # Read bytes: Python's text lines also break at separators that JSON lines may contain.
     while raw := file.readline(MAX_JSON_BYTES + 1):
         number += 1
         if len(raw) > MAX_JSON_BYTES:
             raise UserInputError(
-                f"the line has more than the {MAX_JSON_BYTES >> 20} MiB that one may have",
+                f"the line has more than {MAX_JSON_BYTES >> 20} MiB",
                 where=f"{path}:{number}",
-                hint="one JSON object a line",
+                hint="write one JSON object per line",
             )
         line = raw.removeprefix(_BOM) if number == 1 else raw
         if line and not line.isspace():
@@ -115,7 +115,7 @@ def parse_row(raw: bytes, where: str) -> Any:
     """The JSON value of a line.
 
     Raises:
-        UserInputError: it is no JSON or no UTF-8, or beyond the limits of `untrusted.read_json`.
+        UserInputError: it is not JSON, not UTF-8, or beyond the limits of `untrusted.read_json`.
     """
     try:
         text = raw.decode("utf-8")
@@ -129,7 +129,7 @@ def parse_row(raw: bytes, where: str) -> Any:
 def _matching(pattern: str) -> list[Path]:
     matched = sorted(map(Path, glob.glob(pattern, recursive=True)))
     if not matched:
-        raise UserInputError(f"no file fits {pattern}", where=pattern)
+        raise UserInputError(f"no file matches {pattern}", where=pattern)
     return matched
 
 
@@ -140,7 +140,7 @@ def _files_of(folder: Path) -> list[Path]:
         names = [str(name) for name in splits] if isinstance(splits, list) else []
         if len(names) != 1:
             raise UserInputError(
-                f"the folder holds the splits {quoted(', '.join(names))}: which of them is meant?",
+                f"the folder holds the splits {quoted(', '.join(names))}; which one is meant?",
                 where=str(folder),
                 hint=f"give one of them, such as {folder / 'train'}",
             )
@@ -157,14 +157,14 @@ def _files_of(folder: Path) -> list[Path]:
         raise UserInputError(
             "the folder holds no data file",
             where=str(folder),
-            hint=f"known are {', '.join(_SUFFIXES)}, and the same with {_GZIP}",
+            hint=f"known suffixes: {', '.join(_SUFFIXES)}, also followed by {_GZIP}",
         )
     apart = [file for file in files if file.name.lower().startswith(_HELD_OUT)]
     if apart and len(apart) < len(files):
         raise UserInputError(
-            f"the folder holds held-out data beside others: {apart[0].name}",
+            f"the folder holds held-out data next to training data: {apart[0].name}",
             where=str(folder),
-            hint=f"name what is meant: '{folder}/train*'",
+            hint=f"give a pattern for the files to use: '{folder}/train*'",
         )
     return files
 
@@ -176,10 +176,10 @@ def _is_data(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed where its name says that it is compressed.
+    """The bytes of a file, decompressed if its name ends in the suffix of a compressed file.
 
     Raises:
-        UserInputError: it cannot be read, or is no regular file: a pipe may never end.
+        UserInputError: it cannot be read, or is not a regular file: a pipe may never end.
     """
     if path.exists():
         check_regular(path)
@@ -198,7 +198,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _is_list(file: IO[bytes]) -> bool:
-    """Whether a JSON file begins with a list; the file is then at its beginning again."""
+    """Whether a JSON file begins with a list; the file is rewound."""
     head = file.read(1 << 12).removeprefix(_BOM).lstrip()
     file.seek(0)
     return head.startswith(b"[")
@@ -219,14 +219,14 @@ def _list_of(file: IO[bytes], path: Path) -> list[Any]:
         raise UserInputError(
             f"the list has more than {MAX_JSON_BYTES >> 20} MiB",
             where=str(path),
-            hint="write JSON lines: they are read one by one",
+            hint="write JSON lines, which are read one by one",
         )
     found = parse_json(data.removeprefix(_BOM), path, finite=True)
     return found if isinstance(found, list) else [found]
 
 
 def _read_table(path: Path, delimiter: str) -> Iterator[NumberedRow]:
-    """Rows of a table of texts; a row has as many values as the first line names."""
+    """Rows of a table of texts, whose first line names the columns."""
     csv.field_size_limit(MAX_JSON_BYTES)
     number = 1
     with _opened(path) as file:
@@ -235,7 +235,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[NumberedRow]:
         try:
             names = next(reader, [])
             if len(set(names)) != len(names):
-                raise UserInputError("two columns have one name", where=f"{path}:1")
+                raise UserInputError("two columns have the same name", where=f"{path}:1")
             for values in reader:
                 number = reader.line_num
                 if not values:
@@ -258,7 +258,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[NumberedRow]:
 
 
 def _value(name: str, text: str, path: Path, number: int) -> Any:
-    """A field of a table: a text, or the list that it spells out."""
+    """A field of a table: a text, or the list that it holds as JSON."""
     if name not in _LISTS:
         return text
     where = f"{path}:{number}"
@@ -266,16 +266,16 @@ def _value(name: str, text: str, path: Path, number: int) -> Any:
 
 
 def _read_columns(path: Path, kind: str) -> Iterator[NumberedRow]:
-    """Rows of a file of columns, some at a time."""
+    """Rows of a columnar file, read in batches."""
     with _opened(path):
-        pass  # says what is wrong with a file that cannot be opened
+        pass  # reports a file that cannot be opened
     module = "pyarrow.parquet" if kind == ".parquet" else "pyarrow.ipc"
     library = require(module, extra="train", purpose=f"read {kind} files")
     invalid = require("pyarrow", extra="train", purpose=f"read {kind} files").ArrowException
     number = 0
     try:
         for batch in (_parquet if kind == ".parquet" else _arrow)(library, path):
-            batch.validate(full=True)  # offsets of strangers may lead out of the memory
+            batch.validate(full=True)  # untrusted offsets may point outside of the buffer
             for start in range(0, batch.num_rows, _BATCH):
                 for row in batch.slice(start, _BATCH).to_pylist():
                     number += 1
@@ -293,7 +293,7 @@ def _parquet(library: Any, path: Path) -> Iterator[Any]:
 
 
 def _arrow(library: Any, path: Path) -> Iterator[Any]:
-    """Record batches of a stream, as `datasets` writes, or of a file with an index at its end."""
+    """Record batches of a stream, as `datasets` writes it, or of an indexed file."""
     pyarrow = require("pyarrow", extra="train", purpose="read .arrow files")
     with pyarrow.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
@@ -308,9 +308,9 @@ def _arrow(library: Any, path: Path) -> Iterator[Any]:
 
 
 def _plain(value: Any, kind: Any, where: str) -> Any:
-    """A value of a column, its JSON parsed, without fields that are null.
+    """A value of a column, with JSON parsed and without fields that are null.
 
-    Objects of a column all have the fields of each, unless `datasets` has stored them as JSON.
+    All objects of a column have the union of their fields, unless `datasets` stored them as JSON.
     """
     if getattr(kind, "extension_name", "") == _JSON_TYPE and isinstance(value, str):
         return parse_json(value, where, what="a value", finite=True)

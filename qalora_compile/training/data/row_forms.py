@@ -1,4 +1,4 @@
-"""Of which form a row of data is: the fields say it, and a row of two forms is refused.
+"""The form of a data row, recognised by its fields; a row of two forms is refused.
 
 =============================  =====================================================================
 token ids                      `input_ids`, and `labels` if some carry no loss
@@ -33,7 +33,7 @@ KNOWN = (
     '{"text"}, {"text", "label"}, {"input_ids"}'
 )
 _MARKS = ("input_ids", "messages", "conversations", "completion", "instruction", "text")
-"""The field that says of which form a row is."""
+"""The fields that identify the form of a row."""
 _FIELDS = {*_MARKS, "labels", "tools", "prompt", "input", "output", "system", "history", "label"}
 _PREFERENCE = {"chosen", "rejected"}
 
@@ -42,13 +42,13 @@ Mapped = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Form:
-    """A row of which it is known how it is learned.
+    """A row whose form is recognised.
 
     Attributes:
-        name: Of the form, as notes say it.
-        row: Its fields, those that are null left out.
-        pair: Prompt and completion, of a row of two texts.
-        chat: Turns, of a row of messages. Alpaca rows have both `pair` and `chat`.
+        name: Name of the form.
+        row: The fields that are not null.
+        pair: Prompt and completion of a row of two texts.
+        chat: The turns of a row of messages. Alpaca rows have both `pair` and `chat`.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Form:
 
 
 def read_mapping(text: str) -> dict[str, str]:
-    """The field of ours → the field of the data, from `prompt=question,completion=answer`.
+    """Field of a form → field of the data, from `prompt=question,completion=answer`.
 
     Raises:
         UserInputError: it is malformed, or names a field that no form has.
@@ -80,13 +80,13 @@ def read_mapping(text: str) -> dict[str, str]:
 
 
 def fields_of(row: Any, mapping: Mapped | None, where: str) -> dict[str, Any]:
-    """The fields of a row that are not null; with a mapping, those that it names, and no other.
+    """The fields of a row that are not null; with a mapping, only those that it names.
 
     Raises:
-        UserInputError: the row is no object, or lacks a mapped field.
+        UserInputError: the row is not an object, or lacks a mapped field.
     """
     if not isinstance(row, dict):
-        raise _unknown("the line has none of the known forms: it is no JSON object", where)
+        raise _unknown("the line has none of the known forms: it is not a JSON object", where)
     if not mapping:
         return {name: value for name, value in row.items() if value is not None}
     missing = [field for field in mapping.values() if field not in row]
@@ -98,18 +98,18 @@ def fields_of(row: Any, mapping: Mapped | None, where: str) -> dict[str, Any]:
 
 
 def recognise(fields: Mapping[str, Any], where: str) -> Form:
-    """The form of a row, its texts and messages checked.
+    """Recognise the form of a row, and check its texts and messages.
 
     Args:
-        fields: As `fields_of` gives them.
+        fields: See `fields_of`.
         where: File and line.
 
     Raises:
-        UserInputError: it is of no form or of two, or a field is malformed.
+        UserInputError: it has no known form or two of them, or a field is malformed.
     """
     if fields.get("chat_template_kwargs"):
         raise UserInputError(
-            "chat_template_kwargs would give the template other settings, and are not read",
+            "chat_template_kwargs would change the template's settings, and they are not read",
             where=where,
             hint="leave them out, and set them in the tokenizer's chat template",
         )
@@ -118,7 +118,7 @@ def recognise(fields: Mapping[str, Any], where: str) -> Form:
         return _READERS[found[0]](fields, where)
     if found:
         raise _unknown(
-            f"the line has {' and '.join(found)}: which of them is meant?",
+            f"the line has {' and '.join(found)}; which one is meant?",
             where,
             "name the fields: --map "
             + ",".join(f"{name}={name}" for name in _together(found[0], fields))
@@ -136,36 +136,36 @@ def class_name(fields: Mapping[str, Any], where: str) -> str:
     """The label of a row of a classification task, as text.
 
     Raises:
-        UserInputError: there is none, or it is no text and no whole number.
+        UserInputError: there is no label, or it is neither a text nor an integer.
     """
     label = fields.get("label")
     if isinstance(label, str) and label:
         check_characters(label, where)
         return label
-    if isinstance(label, int):  # true and false too
+    if isinstance(label, int):  # also true and false
         return json.dumps(label)
     raise UserInputError(
         f"the line has no label; it has {_names(fields)}",
         where=where,
         hint='a classification task learns from {"text": "…", "label": "…"}; labels are texts or '
-        "whole numbers; other names with finetune --map text=…,label=…",
+        "integers; rename other fields with finetune --map text=…,label=…",
     )
 
 
 def is_labelled(fields: Mapping[str, Any]) -> bool:
-    """Whether a row is one of a classification task."""
+    """Whether a row belongs to a classification task."""
     return "label" in fields and [mark for mark in _MARKS if mark in fields] == ["text"]
 
 
 def string(fields: Mapping[str, Any], key: str, where: str) -> str:
-    """A field that is to be a text.
+    """A field that must be a text.
 
     Raises:
-        UserInputError: it is missing or none.
+        UserInputError: it is missing or not a text.
     """
     value = fields.get(key)
     if not isinstance(value, str):
-        raise UserInputError(f"the field {key!r} is missing or no text", where=where)
+        raise UserInputError(f"the field {key!r} is missing or not a text", where=where)
     return value
 
 
@@ -198,11 +198,11 @@ def _pair(fields: Mapping[str, Any], where: str) -> Form:
 
 
 def _alpaca(fields: Mapping[str, Any], where: str) -> Form:
-    """Instruction and input, with an empty line between, and the output that answers them."""
+    """Instruction and input, separated by an empty line, and the output that answers them."""
     question, output = string(fields, "instruction", where), string(fields, "output", where)
     more = fields.get("input", "")
     if not isinstance(more, str):
-        raise UserInputError("the field 'input' is no text", where=where)
+        raise UserInputError("the field 'input' is not a text", where=where)
     if more:
         question = f"{question}\n\n{more}"
     turns: list[tuple[str, Any]] = []
@@ -211,7 +211,7 @@ def _alpaca(fields: Mapping[str, Any], where: str) -> Form:
     for earlier in fields.get("history") or []:
         if not (isinstance(earlier, (list, tuple)) and len(earlier) == 2):
             raise UserInputError(
-                "history is no list of [question, answer]", where=where, hint="use messages"
+                "history is not a list of [question, answer]", where=where, hint="use messages"
             )
         turns += zip(("user", "assistant"), earlier, strict=True)
     alone = not turns
@@ -232,7 +232,7 @@ _READERS = {
 
 
 def _together(mark: str, fields: Mapping[str, Any]) -> list[str]:
-    """The fields that make a form with its mark, of those that are there."""
+    """The identifying field of a form and those of its other fields that are present."""
     more = {"completion": ("prompt",), "instruction": ("input", "output")}.get(mark, ())
     return [mark, *(name for name in more if name in fields)]
 

@@ -1,8 +1,8 @@
-"""Texts as tokens: with a tokenizer's own special tokens, errors that name the line, and cuts.
+"""Tokenization of texts, with special tokens, cuts, and errors that name the line.
 
-A text that is far longer than what is kept of it is cut before it is tokenized: tokens depend on
-their neighbourhood alone, so a part with twice the tokens that are kept has the same ones, away
-from where it was cut.
+A text that is far too long is cut before it is tokenized. Tokens depend only on their
+neighbourhood, so a part with twice the tokens that are kept has the same tokens, except near the
+cut.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 from qalora_compile.errors import UserInputError
 
 _CHARACTERS = 32
-"""Characters of a part for each token that is kept: several times those of most texts."""
+"""Characters of a part per token that is kept: several times as many as in most texts."""
 _LEAST_CHARACTERS = 4096
 
 Span = tuple[int, int]
 
 
 class Texts:
-    """A tokenizer whose errors name the line.
+    """A tokenizer with errors that name the line.
 
-    Special tokens are those that it writes around a text, such as the ones that begin and end it.
+    Special tokens are those that it adds around a text, such as begin and end tokens.
 
     Args:
-        tokenizer: Of transformers.
+        tokenizer: A tokenizer of transformers.
         limit: How many tokens of a text are kept; None: all.
     """
 
@@ -36,33 +36,33 @@ class Texts:
 
     @cached_property
     def special(self) -> int:
-        """How many tokens a text of none has."""
+        """The number of special tokens, which even an empty text has."""
         return len(self.encode("", "an empty text"))
 
     def encode(self, text: str, where: str, **options: Any) -> list[int]:
-        """The tokens of a text, and special ones."""
+        """The tokens of a text with special tokens."""
         check_characters(text, where)
         return list(self._call(text, where, **options).input_ids)
 
     def _call(self, text: str, where: str, **options: Any) -> Any:
         try:
             return self.tokenizer(text, **options)
-        except Exception as error:  # tokenizers raise types of many kinds
+        except Exception as error:  # tokenizers raise many types
             raise UserInputError(
                 f"the tokenizer cannot read the text: {error}", where=where
             ) from error
 
     def plain(self, text: str, where: str) -> list[int]:
-        """The tokens of a text alone."""
+        """The tokens of a text without special tokens."""
         return self.encode(text, where, add_special_tokens=False)
 
     def encode_field(self, text: str, key: str, where: str) -> list[int]:
-        """The tokens of a field, and special ones; a text that holds none is refused.
+        """The tokens of a field with special tokens; a text without tokens is refused.
 
-        Of a text that is far too long, the tokens of its beginning, more than are kept.
+        If the text is far too long, these are the tokens of its beginning, more than are kept.
         """
         tokens = self.encode(self.head(text, where), where)
-        # only what is that short can be empty: the second call is saved for the others
+        # Only so short a text can be empty, so the second call is rare.
         if len(tokens) <= self.special and not self.plain(text, where):
             raise UserInputError(
                 f"the {key} holds no token", where=where, hint="leave the line out"
@@ -70,15 +70,15 @@ class Texts:
         return tokens
 
     def head(self, text: str, where: str) -> str:
-        """The beginning of a text, with more tokens than are kept; all of one that is not long."""
+        """The beginning of a text, with more tokens than are kept; a short text is not cut."""
         return text[: self._part(text, where, tail=False)]
 
     def tail(self, text: str, where: str) -> int:
-        """Where the end of a text begins, with more tokens than are kept; 0 if it is not long."""
+        """The start of the last part of a text, with more tokens than are kept; 0 if it fits."""
         return len(text) - self._part(text, where, tail=True)
 
     def _part(self, text: str, where: str, *, tail: bool) -> int:
-        """How many characters of one end of a text have twice the tokens that are kept."""
+        """The number of characters at the start or end of a text with twice the kept tokens."""
         if self._limit is None:
             return len(text)
         size = _CHARACTERS * self._limit + _LEAST_CHARACTERS
@@ -90,12 +90,12 @@ class Texts:
         return len(text)
 
     def joint(self, prompt: str, completion: str, where: str) -> tuple[list[int], int]:
-        """The tokens of a prompt with its completion, and how many of them are the prompt's.
+        """The tokens of a prompt with its completion, and how many of them belong to the prompt.
 
-        Tokenizers do not cut a text at a prompt's end: `Answer: ` and `4` are two tokens of the
-        joint text, and three of the two parts. A token in which both have characters is learned.
-        Special tokens that the tokenizer writes behind the text are left out. Of a text that is far
-        too long, the tokens of its end, more than are kept.
+        Tokenizers do not cut a text at the end of the prompt: `Answer: ` and `4` are two tokens in
+        the joint text, and three if tokenized separately. A token with characters of both is
+        learned. Special tokens after the text are left out. If the text is far too long, the
+        tokens are those of its end, more than are kept.
         """
         text = prompt + completion
         begin = self.tail(text, where)
@@ -116,7 +116,7 @@ class Texts:
         return bool(getattr(self.tokenizer, "is_fast", False))
 
     def _joint_by_prefix(self, prompt: str, text: str, where: str) -> tuple[list[int], int]:
-        """The same of a tokenizer that does not say where its tokens stand in a text."""
+        """The same for a tokenizer without offsets of its tokens in the text."""
         own, first = self.plain(text, where), self.plain(prompt, where)
         begin = common_length(own, first)
         written = self.encode(text, where)
@@ -124,19 +124,19 @@ class Texts:
             if written[size : size + len(own)] == own:
                 return written[: size + len(own)], size + begin
         raise UserInputError(
-            "the tokenizer reads the text in another way without special tokens",
+            "without special tokens, the tokenizer cuts the text differently",
             where=where,
             hint='give token ids: {"input_ids": […], "labels": […]}',
         )
 
     def marked(self, text: str, spans: Sequence[Span], where: str) -> tuple[list[int], list[bool]]:
-        """The tokens of a text alone, and for each whether some of it is in one of the spans.
+        """The tokens of a text, and for each whether it overlaps with one of the spans.
 
         Args:
-            text: With the special tokens that it is to have.
-            spans: First character, and the one behind the last, in order. Of a text that is far too
-                long, the end is tokenized, with more tokens than are kept.
-            where: Of the text.
+            text: The text, which already includes its special tokens. If it is far too long, only
+                its end is tokenized, with more tokens than are kept.
+            spans: Ranges of characters, in order.
+            where: Place of the text, for errors.
         """
         begin = self.tail(text, where)
         text, spans = text[begin:], [(max(a - begin, 0), b - begin) for a, b in spans if b > begin]
@@ -153,13 +153,13 @@ class Texts:
         return list(found.input_ids), [any(b > c and a < d for c, d in spans) for a, b in offsets]
 
     def ended(self, tokens: list[int]) -> list[int]:
-        """Tokens with the one that ends a text, which not every tokenizer writes."""
+        """Tokens followed by the one that ends a text, which not every tokenizer adds."""
         end = self.tokenizer.eos_token_id
         return tokens if end is None or tokens[-1:] == [end] else [*tokens, int(end)]
 
 
 def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt as training has it: special tokens before it, and none behind, where it goes on.
+    """The tokens of a prompt as in training: special tokens before it, and none after it.
 
     Raises:
         UserInputError: the tokenizer cannot read it.
@@ -167,21 +167,21 @@ def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     texts, where = Texts(tokenizer), "the prompt"
     if texts.plain(prompt, where):
         return texts.joint(prompt, "", where)[0]
-    tokens, begin = texts.joint("", "a", where)  # any text shows what stands before one
+    tokens, begin = texts.joint("", "a", where)  # any text shows which tokens precede it
     return tokens[:begin]
 
 
 def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many first elements two sequences share."""
+    """The length of the common prefix of two sequences."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def check_characters(text: str, where: str) -> None:
-    """See that a text can be written: JSON can name one surrogate alone, half of a character.
+    """Check that a text can be encoded: JSON can hold a lone surrogate, half of a character.
 
     Raises:
-        UserInputError: it cannot.
+        UserInputError: it holds a lone surrogate.
     """
     try:
         text.encode()
@@ -189,5 +189,5 @@ def check_characters(text: str, where: str) -> None:
         raise UserInputError(
             f"a text holds half of a character: {error}",
             where=where,
-            hint="a code such as \\ud83d needs its second one, \\ude00",
+            hint="an escape such as \\ud83d needs its second half, such as \\ude00",
         ) from error

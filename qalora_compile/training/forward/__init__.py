@@ -1,1 +1,1 @@
-"""The forward pass in training: memory, precision and the loss."""
+"""The forward pass in training: memory, precision and loss."""

@@ -1,4 +1,4 @@
-"""bfloat16 autocast, where a device computes in it."""
+"""bfloat16 autocast on devices that support it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def find_device(name: str) -> torch.device:
     """The device of a name, `cpu` or as torch writes it (`cuda`, `cuda:1`, `mps`).
 
     Raises:
-        UserInputError: torch does not know it.
-        UnsupportedError: this machine, or this build of torch, has none such.
+        UserInputError: torch does not know the name.
+        UnsupportedError: this machine or this build of torch has no such device.
     """
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserInputError(
-            f"no device is called {name}", hint="cpu, or as torch writes it: cuda, cuda:1, mps"
+            f"no device is called {name}", hint="use cpu or a name of torch: cuda, cuda:1, mps"
         ) from error
     if device.type == "cpu":
         return device
@@ -30,7 +30,7 @@ def find_device(name: str) -> torch.device:
     if there is None or device.type != there.type:
         raise UnsupportedError(
             f"torch {torch.__version__} has no device {name} on this machine",
-            hint=f"it has cpu{f' and {there.type}' if there else ' alone'}",
+            hint=f"it has {f'cpu and {there.type}' if there else 'only cpu'}",
         )
     if (device.index or 0) >= torch.accelerator.device_count():
         raise UnsupportedError(
@@ -40,7 +40,7 @@ def find_device(name: str) -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16, rather than an emulation."""
+    """Whether the device has instructions for bfloat16 and does not emulate it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
@@ -49,7 +49,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def computing(spec: FitSpec, device: torch.device) -> AbstractContextManager[Any]:
-    """The context of a forward pass: autocast where `spec.precision` asks for it.
+    """The context of a forward pass: autocast if `spec.precision` asks for it.
 
     Raises:
         UnsupportedError: the device has no bfloat16.

@@ -1,4 +1,4 @@
-"""Whether a program in its packed form keeps examples apart, tried out."""
+"""A check, by execution, that the packed form of a program keeps examples apart."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _MAX_REL_HALF = 5e-2
 
 
 def check_packed(program: Program, packed: Program) -> None:
-    """Compare a packed row with its examples alone, and see that none reaches another.
+    """Compare a packed row with its separate examples, and check that none affects another.
 
     Args:
-        program: A language model that takes one example a row.
-        packed: The same in its packed form.
+        program: A language model that takes one example per row.
+        packed: Its packed form.
 
     Raises:
-        UnsupportedError: the logits of an example differ from those that it has alone, or change
-            with the tokens of another example by any bit.
+        UnsupportedError: the logits of an example differ from those of the separate example, or
+            change in any bit with the tokens of another example.
     """
     generator = torch.Generator().manual_seed(0)
     owners = torch.tensor([[n for n, size in enumerate(_PARTS, start=1) for _ in range(size)]])
@@ -38,9 +38,9 @@ def check_packed(program: Program, packed: Program) -> None:
             changed = program_forward(packed)(other, owners)
             if not torch.equal(changed[:, ~own], together[:, ~own]):
                 raise UnsupportedError(
-                    "a token of one packed example sees another example",
+                    "a token of one packed example attends to another example",
                     where=f"example {number} of a row",
-                    hint="the model looks across rows by more than its mask: do not pack",
+                    hint="do not pack: the model relates tokens not only by its mask",
                 )
 
 
@@ -50,7 +50,7 @@ def _compare_alone(program: Program, tokens: Tensor, together: Tensor) -> None:
     limit = _MAX_REL if alone.dtype in (torch.float32, torch.float64) else _MAX_REL_HALF
     if not error <= limit:
         raise UnsupportedError(
-            f"packed, an example has other logits than alone: they differ by {error:.2g} of their "
-            f"largest (at most {limit:g} is rounding)",
-            hint="the model looks across rows by more than its mask and positions: do not pack",
+            f"packing changes the logits of an example by {error:.2g} of their largest value, and "
+            f"rounding explains at most {limit:g}",
+            hint="do not pack: the model relates tokens not only by its mask and positions",
         )

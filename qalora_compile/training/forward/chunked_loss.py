@@ -1,9 +1,9 @@
 """Cross-entropy of a language model that never holds the logits of all tokens.
 
-With a vocabulary of 49 thousand the logits of a thousand tokens are 200 MB, and the usual way to a
-loss holds three or four tensors of that size. Here the head of a program is cut off; it runs on a
-few rows at a time, on those that carry loss only, and the gradient of each chunk is taken on the
-spot (the loss being a sum over rows), so that nothing of a chunk is kept.
+With a vocabulary of 49 thousand, the logits of a thousand tokens take 200 MB, and the usual
+computation of the loss holds three or four tensors of that size. Here the head is split off. It
+runs on a few rows at a time, only on those that carry loss. The loss is a sum over rows, so the
+gradient of each chunk is computed at once, and the chunk is freed.
 """
 
 from __future__ import annotations
@@ -53,32 +53,32 @@ _ROW_WISE = _PRODUCTS | frozenset(
     }
 )
 _CHUNK_ELEMENTS = 1 << 23
-"""Rows of about so many logits, 32 MB in float32, are made at a time."""
+"""A chunk has about this many logits, which are 32 MB in float32."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """From hidden states `[n, H]` to logits `[n, V]`; without a module the states are the logits.
+    """Maps hidden states `[n, H]` to logits `[n, V]`; without a module, it is the identity.
 
     Attributes:
-        module: The part of the graph, on rows.
-        parameters: Those of its tensors that train: an adapter's, where the head has one.
+        module: The subgraph, which computes on rows.
+        parameters: Its trainable tensors: those of an adapter, if the head has one.
     """
 
     module: ProgramModule | None
     parameters: tuple[Tensor, ...] = ()
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Logits, float32 or wider."""
+        """Compute logits, in float32 or wider."""
         logits: Tensor = rows if self.module is None else self.module(rows)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def split_head(module: ProgramModule) -> tuple[ProgramModule, Head]:
-    """A language model's graph as one that gives hidden states `[B, T, H]`, and its head.
+    """Split a language model's graph into one that gives hidden states `[B, T, H]`, and its head.
 
-    The head is what computes the logits of each token from one vector of its own alone. Where there
-    is none, the first part gives the logits.
+    The head computes the logits of each token from a single vector of that token. If there is no
+    such head, the first graph gives the logits.
     """
     (end,) = (node for node in module.graph.nodes if node.op == "output")
     outputs = list(output_value(module.graph))
@@ -100,10 +100,10 @@ def split_head(module: ProgramModule) -> tuple[ProgramModule, Head]:
 
 
 def _place_of_logits(graph: fx.Graph, count: int) -> int:
-    """Which of the flat outputs are the logits, as `logits_of` finds them.
+    """The index of the logits, as `logits_of` finds them, among the flat outputs.
 
     Raises:
-        UnsupportedError: none is.
+        UnsupportedError: there are none.
     """
     tree = pytree.tree_unflatten(range(count), output_spec(graph))
     if isinstance(tree, dict):
@@ -111,14 +111,14 @@ def _place_of_logits(graph: fx.Graph, count: int) -> int:
     elif isinstance(tree, (tuple, list)) and tree:
         tree = tree[0]
     if not isinstance(tree, int):
-        raise UnsupportedError("the model gives no logits, so it is no language model")
+        raise UnsupportedError("the model gives no logits, so it is not a language model")
     return tree
 
 
 def _row_wise_part(logits: fx.Node) -> tuple[tuple[fx.Node, ...], fx.Node] | None:
-    """The last nodes of a graph, down to the input of a linear map, if they work row by row.
+    """The last nodes of a graph, from a linear map on, if they compute row by row.
 
-    Gives them in graph order, and the node that they read.
+    Returns them in graph order, and the node that they read.
     """
     order = {node: place for place, node in enumerate(logits.graph.nodes)}
     taken: list[fx.Node] = []
@@ -146,7 +146,7 @@ def mean_loss(rows: Tensor, targets: Tensor, head: Head) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The sum over rows, whose gradients are taken with it."""
+    """The sum over rows; its forward pass also computes the gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, targets: Tensor, head: Head, *parameters: Tensor) -> Tensor:
@@ -169,11 +169,11 @@ class _ChunkedLoss(torch.autograd.Function):
 def _sum(
     rows: Tensor, targets: Tensor, head: Head, wanted: Sequence[Tensor], *, rows_too: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """The summed loss, and its gradients by the rows and by `wanted`, chunk by chunk."""
+    """The summed loss and its gradients with respect to the rows and `wanted`, chunk by chunk."""
     total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
     grads = [torch.zeros_like(p) for p in wanted]
     row_grads = [rows[:0]]
-    start, count = 0, 1  # of the first chunk one row, which tells how wide logits are
+    start, count = 0, 1  # the first chunk is one row, which shows the width of logits
     while start < len(rows):
         part, target = rows[start : start + count].detach(), targets[start : start + count]
         with torch.set_grad_enabled(rows_too):
@@ -186,8 +186,8 @@ def _sum(
             slope.scatter_add_(-1, target[:, None], slope.new_full((len(target), 1), -1.0))
             row_grad, *others = torch.autograd.grad(logits, (part, *wanted), slope)
             row_grads.append(row_grad)
-            for whole, grad in zip(grads, others, strict=True):
-                whole.add_(grad)
+            for total_grad, grad in zip(grads, others, strict=True):
+                total_grad.add_(grad)
         start += count
         count = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
     return total, ([torch.cat(row_grads), *grads] if rows_too else [])

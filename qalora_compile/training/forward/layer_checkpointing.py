@@ -1,9 +1,9 @@
-"""The layers of a captured model, found again in its graph, and checkpointed one by one.
+"""Recover the layers of a captured model from its graph, and checkpoint them one by one.
 
-A graph is a list of nodes in an order in which each reads earlier ones only, so any place between
-two nodes divides it. What a layer is, the names of its parameters tell: `model.layers.3.…` is of
-`model.layers.3`. Between the last node that reads a parameter of one layer and the first that reads
-one of the next, the graph is cut where the fewest values cross.
+The nodes of a graph are in topological order, so it can be cut between any two nodes. The names of
+parameters identify a layer: `model.layers.3.…` belongs to `model.layers.3`. Between the last node
+that reads a parameter of one layer and the first that reads one of the next, the graph is cut where
+the fewest values cross.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _STORED = ("placeholder", "get_attr", "output")
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring nodes of a graph.
+    """Consecutive nodes of a graph.
 
     Attributes:
-        layer: Module path of the layer that they compute, None before the first and after the last.
-        nodes: In graph order, without those that read a stored tensor.
+        layer: Module path of the layer that they compute; None before the first and after the last.
+        nodes: The nodes in graph order, without those that read a stored tensor.
     """
 
     layer: str | None
@@ -44,24 +44,24 @@ class Segment:
 
 
 class Checkpointed(nn.Module):
-    """Runs a part of a model anew in the backward pass instead of keeping what it computed."""
+    """Recomputes a part of a model in the backward pass instead of keeping its activations."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self.part = part
 
     def forward(self, *values: Any) -> Any:
-        """The part's outputs."""
+        """Compute the part's outputs."""
         if not torch.is_grad_enabled():
             return self.part(*values)
         return checkpoint(self.part, *values, use_reentrant=False)
 
 
 def split_layers(graph: fx.Graph) -> list[Segment]:
-    """The graph as a prefix, one segment for each layer, and a suffix.
+    """Cut the graph into a prefix, one segment per layer, and a suffix.
 
-    Layers that share all their parameters are one. A part that only the layers before read, such as
-    the rotary tables, belongs to where it is first computed.
+    Layers that share all their parameters are one. Values that several layers read, such as rotary
+    tables, belong to the segment that computes them first.
     """
     nodes = [node for node in graph.nodes if node.op not in _STORED]
     places = {node: place for place, node in enumerate(nodes)}
@@ -92,17 +92,17 @@ def split_layers(graph: fx.Graph) -> list[Segment]:
 
 
 def checkpoint_graph(module: ProgramModule) -> ProgramModule:
-    """A module of the same function and tensors that keeps, of a layer, its inputs alone.
+    """An equivalent module with the same tensors that keeps only the inputs of each layer.
 
-    Each layer (`split_layers`) runs again in the backward pass, with the same random numbers.
+    Each layer (`split_layers`) is recomputed in the backward pass, with the same random numbers.
 
     Raises:
-        UnsupportedError: the graph has no layers, as its parameters are named.
+        UnsupportedError: the names of the graph's parameters show no layers.
     """
     segments = split_layers(module.graph)
     if not any(segment.layer for segment in segments):
         raise UnsupportedError(
-            "no layers are found in the model: no name of a parameter has a number in it",
+            "no layers are found in the model: no parameter has a number in its name",
             hint="train it without gradient checkpointing",
         )
     parts = nn.Module()
@@ -139,7 +139,7 @@ def _reads_tensor(node: fx.Node) -> bool:
 
 
 def _crossings(nodes: Sequence[fx.Node], places: Mapping[fx.Node, int]) -> list[int]:
-    """How many values cross each cut; cut i is before node i."""
+    """The number of values that cross each cut; cut i is before node i."""
     changes = [0] * (len(nodes) + 2)
     for place, node in enumerate(nodes):
         last = max((places.get(user, len(nodes)) for user in node.users), default=place)
@@ -149,18 +149,18 @@ def _crossings(nodes: Sequence[fx.Node], places: Mapping[fx.Node, int]) -> list[
 
 
 def _narrowest(crossing: Sequence[int], first: int, last: int) -> int:
-    """The first of the cuts from `first` to `last` that the fewest values cross."""
+    """The first of the cuts from `first` to `last` with the fewest crossing values."""
     return min(range(first, last + 1), key=lambda cut: crossing[cut])
 
 
 def _inputs(segment: Segment) -> list[fx.Node]:
-    """What a segment reads of other segments and of the arguments, in order of use."""
+    """The nodes of other segments and the arguments that a segment reads, in order of use."""
     own = set(segment.nodes)
     read = (n for node in segment.nodes for n in node.all_input_nodes if n.op != "get_attr")
     return list(dict.fromkeys(node for node in read if node not in own))
 
 
 def _outputs(segment: Segment) -> list[fx.Node]:
-    """What others read of a segment, in graph order."""
+    """The nodes of a segment that others read, in graph order."""
     own = set(segment.nodes)
     return [node for node in segment.nodes if any(user not in own for user in node.users)]

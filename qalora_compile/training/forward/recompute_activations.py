@@ -1,8 +1,9 @@
-"""What lies between two layers on codes, computed again in the backward pass.
+"""Recompute the activations between two quantized layers in the backward pass.
 
-A layer on codes keeps sums of its input, not the input. What attention and activation functions
-keep for their own backward is then most of what a step holds, and cheap to compute again from the
-outputs of the layers before: queries, keys and values; the two halves of a gated network.
+For its backward pass, a quantized layer keeps group sums of its input, not the input. Most of the
+memory of a step is then held by attention and activation functions. Their values are cheap to
+recompute from the outputs of the preceding layers: queries, keys and values, or the two halves of a
+gated network.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ _LAYERS = frozenset({ADAPTED_LINEAR, INTEGER_ZERO_LINEAR})
 
 
 def recompute_activations(module: ProgramModule) -> ProgramModule:
-    """A module of the same function and tensors that keeps less.
+    """An equivalent module with the same tensors that keeps fewer activations.
 
-    For every layer with an adapter, the nodes whose values reach nothing but this layer's input run
-    again in the backward pass, with the same random numbers. Values that go elsewhere too, such as
-    the residual stream and norms that several layers read, are computed and kept as before.
+    For every layer with an adapter, the nodes whose values reach only this layer's input are
+    recomputed in the backward pass, with the same random numbers. Values with other uses, such as
+    the residual stream and norms that several layers read, are kept as before.
     """
     graph = copy_graph(module.graph)
     order = {node: place for place, node in enumerate(graph.nodes)}
@@ -59,7 +60,7 @@ def recompute_activations(module: ProgramModule) -> ProgramModule:
 
 
 def private_to(layer: fx.Node, order: Mapping[fx.Node, int]) -> set[fx.Node]:
-    """The nodes that compute the input of a layer from the outputs of others, and nothing else."""
+    """The nodes that contribute only to the input of a layer, back to the outputs of others."""
     own: set[fx.Node] = set()
     waiting: set[fx.Node] = {argument(layer, "x")}
     while waiting:
@@ -72,9 +73,9 @@ def private_to(layer: fx.Node, order: Mapping[fx.Node, int]) -> set[fx.Node]:
 
 
 def _can_run_again(node: fx.Node) -> bool:
-    """Whether a node is computed, has no effect, and is no layer on codes."""
+    """Whether a node is a pure computation and not a quantized layer."""
     if node.op != "call_function" or node.target in _LAYERS:
         return False
     if node.target is operator.getitem:
-        return False  # of several outputs, which may be a layer's
+        return False  # one of several outputs, which may be a layer's
     return isinstance(node.target, OpOverload) and not schema_of(node.target).is_mutable

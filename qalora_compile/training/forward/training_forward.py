@@ -1,7 +1,7 @@
-"""How a program runs while it trains: fused layers, checkpointed layers, no whole logits.
+"""Execution of a program in training: fused layers, recomputed activations, chunked logits.
 
-A program's own graph is made to be read and rewritten. `TrainingForward` runs the same function on
-the same parameters: what is trained here is trained there.
+A program's own graph is made to be read and rewritten. `TrainingForward` computes the same function
+on the same parameters, so training it trains the program.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from qalora_compile.training.forward.recompute_activations import recompute_acti
 
 
 class TrainingForward:
-    """An adapted program in the form that trains fastest and in the least memory.
+    """An adapted program in a form that trains fast and in little memory.
 
-    Every layer and its adapter are one operator (`fuse_adapters`). Called with the program's
-    arguments, it gives the program's outputs; `loss` gives that of a language model without making
-    the logits of all tokens at once (`token_loss`). What lies between two layers is computed again
-    in the backward pass (`recompute_activations`). The mode follows that of the program.
+    Every layer and its adapter become one operator (`fuse_adapters`). A call with the program's
+    arguments gives the program's outputs; `loss` computes the loss of a language model without
+    holding the logits of all tokens (`chunked_loss`). Activations between two layers are recomputed
+    in the backward pass (`recompute_activations`). The mode, training or evaluation, is that of the
+    program.
 
     Args:
-        program: At stage `adapted`; its parameters are shared, and may go on being trained by
-            either.
-        fused: False keeps layers and adapters apart: under autocast, the update would be rounded
-            with the weight.
-        gradient_checkpointing: Keep, of each layer, its inputs alone, and compute the rest again in
-            the backward pass: about a third more time, for the memory of one layer instead of all.
+        program: A program at stage `adapted`; the parameters are shared with it.
+        fused: False keeps layers and adapters separate: under autocast, a fused update would be
+            rounded together with the weight.
+        gradient_checkpointing: Keep only the inputs of each layer and recompute the rest in the
+            backward pass: about a third more time, and the memory of one layer instead of all.
 
     Raises:
         PreconditionError: the program has no adapters.
-        UnsupportedError: checkpointing is asked for and no layers are found.
+        UnsupportedError: checkpointing is asked for, and no layers are found.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TrainingForward:
     ) -> None:
         if program.stage != ADAPTED:
             raise PreconditionError(
-                f"training takes a program at stage {ADAPTED}, this one is {program.stage}",
+                f"training takes a program at stage {ADAPTED}, and this one is {program.stage}",
                 hint="insert adapters first: qc.insert_adapters(program, qc.AdapterSpec())",
             )
         self.program = program
@@ -72,8 +72,8 @@ class TrainingForward:
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats over the tokens of a batch that carry loss; a scalar.
 
-        Equal to that of the logits up to reassociation. Where the logits are no row-wise function
-        of hidden states, they are made whole.
+        It equals the loss of the full logits up to the order of summation. If the logits are not a
+        row-wise function of hidden states, the full logits are computed.
 
         Raises:
             UnsupportedError: the program gives no logits.
@@ -93,7 +93,7 @@ class TrainingForward:
         return checkpoint_graph(module) if self._checkpointed else recompute_activations(module)
 
     def _run(self, module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call with checked arguments, in the mode of the program."""
+        """Run a module on checked arguments, in the mode of the program."""
         values = bind(self.program.graph, args, kwargs)
         self.program.signature.check(flatten_inputs(self.program.graph, values))
         if module.training != self.program.module.training:

@@ -1,1 +1,1 @@
-"""What a training run writes, and how it is taken up again."""
+"""The files that a training run writes, and how it is resumed from them."""

@@ -29,14 +29,14 @@ KEPT = 2
 
 _PREFIX = "step-"
 _FORMAT, _VERSION = "qalora-checkpoint", 3
-"""Version 3 has digests; checkpoints of version 2, which have none, are read."""
+"""Version 3 has digests; checkpoints of version 2, which have none, can still be read."""
 _VERSIONS = (2, _VERSION)
 _FIELDS = {"step": int, "stale": int, "moments": list, "identity": dict}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder and the number of steps done when it was written."""
+    """A checkpoint folder, and the number of steps done when it was written."""
 
     folder: Path
     step: int
@@ -45,15 +45,16 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, program: Program, state: FitState, identity: Identity, *, keep: int = KEPT
 ) -> Checkpoint:
-    """Write `folder/step-N`, whole or not at all, then remove all but the last `keep`.
+    """Write `folder/step-N`, completely or not at all, then remove all but the last `keep`.
 
-    Since older ones are removed, save what has proved good: in `on_good` of `fit`.
+    Since older checkpoints are removed, save only weights that give a finite loss: in `on_good` of
+    `fit`.
 
-    The schedule and the position in the data follow from the step, and so do all random numbers
-    (see `FitState`): a training that goes on from here ends with the same bits.
+    The step determines the schedule, the position in the data and all random numbers (see
+    `FitState`), so a resumed training gives bit-identical weights.
 
     Raises:
-        OutputError: it cannot be written; the older ones are as they were.
+        OutputError: it cannot be written; older checkpoints stay as they were.
     """
     names = {id(p): name for name, p in program.named_adapter_parameters()}
     moments: dict[str, Tensor] = {
@@ -81,7 +82,7 @@ def save_checkpoint(
         write_sealed(staging / STATE, value | {"files": digests_of(staging, written)})
     for old in list_checkpoints(folder)[:-keep]:
         going = old.folder.with_name(f".{old.folder.name}.going")
-        old.folder.rename(going)  # so that no half of one is ever taken for a checkpoint
+        old.folder.rename(going)  # so that a partly removed folder never looks like a checkpoint
         shutil.rmtree(going)
     return Checkpoint(target, state.step)
 
@@ -94,7 +95,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote a checkpoint has left."""
+    """Remove the remains of a checkpoint whose writer was killed."""
     for rest in list(folder.glob(f".{_PREFIX}*")):
         name = re.match(rf"\.({_PREFIX}\d+)\.", rest.name)
         if name is not None:
@@ -111,8 +112,8 @@ def restore_checkpoint(
     """Load adapters, optimizer state and position in place.
 
     Raises:
-        UserInputError: the checkpoint is of another plan, model, data or options, and the first
-            difference is named; or it is broken. Nothing was changed then.
+        UserInputError: the checkpoint has another plan, model, data or options (the first
+            difference is named), or it is broken. Nothing is changed in this case.
     """
     where = str(checkpoint.folder)
     value = _read_state(checkpoint.folder)
@@ -136,14 +137,14 @@ def restore_checkpoint(
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint, all there and of the right types."""
+    """Read the state of a checkpoint, and check its fields and their types."""
     where = str(folder)
     value = read_sealed(folder / STATE, since=_VERSION)
     if value.get("format") != _FORMAT:
-        raise UserInputError("this is no checkpoint of this package", where=where)
+        raise UserInputError("this is not a checkpoint of this package", where=where)
     if value.get("version") not in _VERSIONS:
         raise UserInputError(
-            f"the checkpoint has version {quoted(value.get('version'))}, this package reads "
+            f"the checkpoint has version {quoted(value.get('version'))}, and this package reads "
             f"{_VERSIONS[0]} and {_VERSION}",
             where=where,
             hint="use the qalora-compile that wrote it",
@@ -154,9 +155,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
         odd.append("best")
     if odd:
         raise UserInputError(
-            f"the checkpoint is broken: {odd[0]} is missing in {STATE}, or of another form",
+            f"the checkpoint is broken: {odd[0]} in {STATE} is missing or malformed",
             where=where,
-            hint="remove it, to go on from the one before",
+            hint="remove it to continue from the one before",
         )
     if value["version"] == _VERSION:
         check_files(folder, value.get("files"))
@@ -166,9 +167,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def _check_moments(
     program: Program, moments: Mapping[str, Tensor], stored: list[str], where: str
 ) -> None:
-    """See that the moments are those that were stored, and fit the adapters.
+    """Check that all stored moments are there and fit the adapters.
 
-    A moment that is missing would begin at zero, and other weights would come out.
+    A missing moment would begin at zero, and training would give other weights.
     """
     own = dict(program.named_adapter_parameters())
     for name in sorted({*stored, *moments}):
@@ -178,13 +179,13 @@ def _check_moments(
         elif name not in stored or parameter is None:
             problem = "belongs to no adapter"
         elif moment.dim() and moment.shape != parameter.shape:
-            problem = f"is {list(moment.shape)}, its adapter {list(parameter.shape)}"
+            problem = f"is {list(moment.shape)}, and its adapter is {list(parameter.shape)}"
         else:
             continue
         raise UserInputError(
             f"the checkpoint is broken: the state {name} of the optimizer {problem}",
             where=where,
-            hint="remove it, to go on from the one before",
+            hint="remove it to continue from the one before",
         )
 
 
@@ -204,8 +205,8 @@ def _check_adapters(program: Program, adapters: dict[str, Tensor], where: str) -
     own = dict(program.named_adapter_parameters())
     odd = sorted(own.keys() ^ adapters.keys())
     if odd:
-        side = "missing in the file" if odd[0] in own else "unknown to the program"
-        raise UserInputError(f"the adapter {odd[0]} is {side}", where=where)
+        problem = "missing in the file" if odd[0] in own else "unknown to the program"
+        raise UserInputError(f"the adapter {odd[0]} is {problem}", where=where)
     for name, parameter in own.items():
         if parameter.shape != adapters[name].shape:
             raise UserInputError(

@@ -1,4 +1,4 @@
-"""What a training records of each step: JSON lines, and TensorBoard where it is asked for."""
+"""Logs of training steps: JSON lines and, on request, TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ REPORT_TO = (TENSORBOARD,)
 
 
 class Recorder(Protocol):
-    """Takes the reports of steps, in order."""
+    """Records the reports of steps, in order."""
 
     def record(self, report: StepReport) -> None:
-        """Write one step."""
+        """Record one step."""
 
     def close(self) -> None:
-        """No step is to follow."""
+        """End the log."""
 
 
 class JsonLog:
-    """`log.jsonl`: one line a step, there as soon as the step is done.
+    """`log.jsonl`: one line per step, written as soon as the step is done.
 
     Args:
         path: The file; it is continued.
-        step: Steps already done: lines after them, which a killed process may have left behind its
-            last checkpoint, are dropped.
+        step: Number of steps already done. Lines of later steps, which a killed process may have
+            written after its last checkpoint, are dropped.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -55,7 +55,7 @@ class JsonLog:
             self._file.flush()
 
     def close(self) -> None:
-        """Close the file; half a line that did not fit on the disk is left as it is."""
+        """Close the file; an incomplete line that did not fit on the disk is left as it is."""
         with suppress(OSError):
             self._file.close()
 
@@ -65,21 +65,21 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that a killed process left unfinished at the end is left out.
+    """The lines of a log, without an unfinished last line of a killed process.
 
     Raises:
-        UserInputError: a line before the last is no step.
+        UserInputError: a line before the last is not a step.
     """
     lines = path.read_text("utf-8").split("\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # behind the last "\n" nothing is finished
+    for number, line in enumerate(lines[:-1], start=1):  # text after the last "\n" is unfinished
         try:
             row = json.loads(line)
             valid = isinstance(row["step"], int) and math.isfinite(row["loss"])
         except (json.JSONDecodeError, TypeError, KeyError):
             valid = False
         if not valid:
-            raise UserInputError("the line is no step of a training", where=f"{path}:{number}")
+            raise UserInputError("the line is not a training step", where=f"{path}:{number}")
         rows.append(row)
     return rows
 
@@ -89,7 +89,7 @@ class TensorBoardLog:
 
     Args:
         folder: The folder to write to.
-        step: Steps already done; TensorBoard hides what was written after them before.
+        step: Number of steps already done; TensorBoard hides later steps of an earlier run.
 
     Raises:
         UnsupportedError: tensorboard is not installed.
@@ -102,7 +102,7 @@ class TensorBoardLog:
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
 
     def record(self, report: StepReport) -> None:
-        """Add the numbers of a step."""
+        """Add the values of a step."""
         values = {
             "train/loss": report.loss,
             "train/learning_rate": report.learning_rate,
@@ -116,15 +116,15 @@ class TensorBoardLog:
                 self._writer.add_scalar(name, value, report.step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the files."""
         self._writer.close()
 
 
 def check_reporting(names: list[str]) -> None:
-    """See that the libraries for `--report-to` are there.
+    """Check that the libraries for `--report-to` are installed.
 
     Raises:
-        UnsupportedError: one is not installed.
+        UnsupportedError: one of them is not.
     """
     if TENSORBOARD in names:
         require("tensorboard", extra="train", purpose="write event files")

@@ -63,16 +63,16 @@ def save_peft(
     Raises:
         PreconditionError: the program has no adapters.
         UnsupportedError: PEFT has no such adapters: those of stacked experts, of two group sizes,
-            that keep zero-points whole, or parameters that train beside them.
+            that keep zero-points integer, or parameters that train together with them.
         UserInputError: the folder exists, or there is no such pooling.
     """
     one_of("pooling", pooling, POOLINGS)
     layers = _layers(program)
     if program.trained:
         raise UnsupportedError(
-            "adapter_config.json has no place for parameters that train beside the adapters",
+            "adapter_config.json has no place for parameters that train together with the adapters",
             where=program.trained[0],
-            hint="save the whole program: Program.save",
+            hint="save the complete program: Program.save",
         )
     config = _config(layers) | {
         "base_model_name_or_path": base_model,
@@ -163,16 +163,16 @@ def _layers(program: Program) -> dict[str, _Layer]:
     for adapter in find_adapters(program.graph):
         if adapter.keeps_integer_zero_point:
             raise UnsupportedError(
-                "PEFT has no adapters that keep zero-points whole",
+                "PEFT has no adapters that keep zero-points integer",
                 where=adapter.site,
-                hint="save the whole program: Program.save",
+                hint="save the complete program: Program.save",
             )
         site, own = program.plan[adapter.site or ""], adapter.settings
         if site.experts:
             raise UnsupportedError(
                 "PEFT has no pooled adapters for stacked experts",
                 where=site.name,
-                hint="save the whole program: Program.save",
+                hint="save the complete program: Program.save",
             )
         assert site.rank is not None
         alpha = own.scaling * site.rank * own.pool / group_count(site.k, own.pool)

@@ -1,4 +1,4 @@
-"""`report.html`: how a training went, what it moved in each layer, and what the model says now."""
+"""`report.html`: the course of a training, its effect on each layer, and sample answers."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _ROWS = 400
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What folding an adapter changes in a layer.
+    """The change of a layer when its adapter is folded.
 
     Attributes:
-        path: Of the weight.
-        shape: `K×N`.
+        path: Path of the weight.
+        shape: Shape as `K×N`.
         bits: Width of a code.
-        rank: Of the adapter.
+        rank: Rank of the adapter.
         norm: Frobenius norm of the change of scales and offsets.
         shift: Root mean square of the change of a zero-point, −offset / scale, in codes.
         largest: Its largest absolute value. Groups of equal weights, whose scale is 0, have no
@@ -47,7 +47,7 @@ class LayerChange:
 
 
 def layer_changes(program: Program) -> list[LayerChange]:
-    """What folding would change, one entry for each adapted weight, in graph order."""
+    """The changes that folding would make, one entry per adapted weight, in graph order."""
     before = program.tensors()
     after = FoldAdapters()(program).program.tensors()
     found = []
@@ -84,10 +84,10 @@ class Sample:
 
 
 def check_report() -> None:
-    """See that the libraries for a report are there.
+    """Check that the libraries for a report are installed.
 
     Raises:
-        UnsupportedError: one is not installed.
+        UnsupportedError: one of them is not.
     """
     for library in ("jinja2", "matplotlib"):
         require(library, extra="report", purpose="write the report of a training")
@@ -108,8 +108,8 @@ def write_report(
         path: The file; replaced where it exists.
         log: The lines of `log.jsonl`.
         changes: See `layer_changes`.
-        title: Of the page.
-        facts: For its first table.
+        title: Title of the page.
+        facts: Rows of its first table.
         samples: Examples with answers.
 
     Raises:
@@ -145,7 +145,7 @@ def _add_curves(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
     page.chart(line_chart(series, x="step", y="loss"))
     right = [(row["step"], row[_ACCURACY]) for row in log if _ACCURACY in row]
     if right:
-        page.section("Accuracy", "Part of the held-out examples whose answer is right as a whole.")
+        page.section("Accuracy", "Share of held-out examples answered right to the last token.")
         shown = {"held out": ([s for s, _ in right], [v for _, v in right])}
         page.chart(line_chart(shown, x="step", y="accuracy"))
     page.section("Optimisation")

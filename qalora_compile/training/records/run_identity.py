@@ -1,4 +1,4 @@
-"""What a training is of: options, plan, quantized weights and data; a checkpoint fits no other."""
+"""The identity of a training, to which its checkpoints belong: options, plan, weights and data."""
 
 from __future__ import annotations
 

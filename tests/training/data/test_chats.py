@@ -144,11 +144,11 @@ def test_contents_of_parts_are_texts(template: str) -> None:
     """Of templates that know texts alone, both, and parts alone."""
     parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "2 + 2?"}]
     one = [{"type": "text", "text": "It is 4."}]
-    whole = [{**QUESTION, "content": "What is\n2 + 2?"}, ANSWER]
+    messages = [{**QUESTION, "content": "What is\n2 + 2?"}, ANSWER]
     reading = read(template, messages=[{**QUESTION, "content": parts}, {**ANSWER, "content": one}])
     text = words(template).decode(reading.example.tokens)
     if template == "qwen2_5":
-        assert reading == read(template, messages=whole)
+        assert reading == read(template, messages=messages)
     else:
         native = [
             {**m, "content": c} for m, c in zip((QUESTION, ANSWER), (parts, one), strict=True)
@@ -161,7 +161,7 @@ def test_contents_of_parts_are_texts(template: str) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a picture": (
         {"messages": [{**QUESTION, "content": [{"type": "image", "url": "a.png"}]}, ANSWER]},
-        "'image', no text: only texts are learned",
+        "'image', not a text: only texts are learned",
     ),
     "nothing said": (
         {"messages": [QUESTION, {"role": "assistant", "content": None}]},
@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a call of nothing": (
         {"messages": [QUESTION, {"role": "assistant", "tool_calls": [{"function": {}}]}]},
-        "no name of a function",
+        "does not name a function",
     ),
     "arguments that are no JSON": (
         {
@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tools that are a number": ({"messages": CHAT, "tools": 3}, "tools must be a list"),
     "an unknown speaker": (
         {"conversations": [{"from": "narrator", "value": "a"}, {"from": "gpt", "value": "b"}]},
-        "not known who 'narrator' is",
+        "the speaker 'narrator' is unknown",
     ),
     "a prompt of both kinds": ({"prompt": "a", "completion": [ANSWER]}, "'completion' is missing"),
     "settings of the template": (

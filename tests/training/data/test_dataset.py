@@ -122,7 +122,7 @@ def test_files_are_read_in_order_and_counted_each(tmp_path: Path) -> None:
     assert [Path(f.path).name for f in sorted_ones.files] == ["a.jsonl", "b.jsonl"]
     with pytest.raises(UserInputError, match="given twice"):
         load_examples([*given, str(tmp_path / "a*")], Words(), max_length=3)
-    with pytest.raises(UserInputError, match="no file fits"):
+    with pytest.raises(UserInputError, match="no file matches"):
         load_examples(str(tmp_path / "c*.jsonl"), Words(), max_length=3)
     (tmp_path / "a.jsonl").write_text("", "utf-8")
     with pytest.raises(UserInputError, match="no usable example") as caught:
@@ -286,7 +286,7 @@ def test_a_tokenizer_that_cannot_be_followed_is_refused(path: Path) -> None:
             encoding.input_ids = [t + 50 * add_special_tokens for t in encoding.input_ids]
             return encoding
 
-    with pytest.raises(UserInputError, match="in another way without special tokens") as caught:
+    with pytest.raises(UserInputError, match="without special tokens") as caught:
         only(path, {"prompt": "a", "completion": "bb"}, Shifting())
     assert str(caught.value.where).endswith("data.jsonl:1")
 
@@ -353,7 +353,7 @@ def test_an_end_that_the_tokenizer_writes_is_not_written_again(path: Path) -> No
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"input_ids": [1, 2]}, {"messages": CHAT}])
 def test_an_encoder_needs_pairs(path: Path, row: Any) -> None:
-    with pytest.raises(UserInputError, match="from text to text"):
+    with pytest.raises(UserInputError, match="learns text from text"):
         pairs(path, row)
 
 
@@ -417,9 +417,9 @@ def test_classes_are_found_in_the_data(path: Path) -> None:
 
 BAD_LABELS = {
     "no label": ({"text": "a"}, "no label"),
-    "a number that is not whole": ({"text": "a", "label": 0.5}, "no label"),
+    "a number that is not an integer": ({"text": "a", "label": 0.5}, "no label"),
     "an empty one": ({"text": "a", "label": ""}, "no label"),
-    "unknown": ({"text": "a", "label": "ugly"}, "'ugly' is none that was trained on"),
+    "unknown": ({"text": "a", "label": "ugly"}, "'ugly' does not occur in the training data"),
     "no text": ({"label": "good"}, "'text' is missing"),
     "nothing to read": ({"text": "", "label": "good"}, "the text holds no token"),
     "blanks to read": ({"text": " ", "label": "good"}, "the text holds no token"),
@@ -449,12 +449,12 @@ def test_a_text_of_which_nothing_is_left_is_refused(path: Path) -> None:
     write(path, *LABELLED)
     options: dict[str, Any] = {"classes": ("bad", "good")}
     assert load_examples(path, Closing(), max_length=3, **options).examples[0].tokens == (76, 1, 77)
-    with pytest.raises(UserInputError, match="2 tokens hold nothing of the text") as caught:
+    with pytest.raises(UserInputError, match="2 tokens leave no room for the text") as caught:
         load_examples(path, Closing(), max_length=2, **options)
     assert str(caught.value.where).endswith("data.jsonl:1")
 
 
-def test_classes_that_cannot_be_told_apart_are_refused(path: Path) -> None:
+def test_classes_that_cannot_be_distinguished_are_refused(path: Path) -> None:
     with pytest.raises(UserInputError, match=r"same label \(good\)"):
         find_classes(write(path, *LABELLED[:1] * 3))
     with pytest.raises(UserInputError, match="half of a surrogate pair"):

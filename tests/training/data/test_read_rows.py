@@ -176,9 +176,9 @@ UNKNOWN = {
     ),
     "two forms": (
         {"instruction": "a", "output": "b", "text": "c"},
-        "instruction and text: which of them is meant",
+        "instruction and text; which one is meant",
     ),
-    "an output that is none": ({"instruction": "a", "output": 3}, "'output' is missing or no text"),
+    "an output that is none": ({"instruction": "a", "output": 3}, "is missing or not a text"),
 }
 
 
@@ -195,8 +195,8 @@ def test_a_row_of_no_form_says_what_is_there_and_what_is_known(kind: str, tmp_pa
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    whole = {kind.__name__: kind(tmp_path) for kind in (compressed, parquet, json_list, table)}
-    for name, path in whole.items():
+    intact = {kind.__name__: kind(tmp_path) for kind in (compressed, parquet, json_list, table)}
+    for name, path in intact.items():
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2] + (b"\xff" if name == "table" else b""))
         with pytest.raises(UserInputError) as caught:
@@ -210,7 +210,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         list(read_rows(tmp_path / "b.csv"))
     assert str(caught.value.where).endswith("b.csv:3")
     (tmp_path / "b.csv").write_text("text,text\na,b\n", "utf-8")
-    with pytest.raises(UserInputError, match="two columns have one name"):
+    with pytest.raises(UserInputError, match="two columns have the same name"):
         list(read_rows(tmp_path / "b.csv"))
 
 
@@ -219,7 +219,7 @@ def test_folders_of_which_it_is_not_known_what_is_meant_are_refused(tmp_path: Pa
         find_files(tmp_path)
     write(tmp_path / "train.jsonl", *ROWS)
     write(tmp_path / "test.jsonl", *ROWS)
-    with pytest.raises(UserInputError, match=r"held-out data beside others: test\.jsonl"):
+    with pytest.raises(UserInputError, match=r"held-out data next to training data: test\.jsonl"):
         find_files(tmp_path)
     made = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": made, "test": made}).save_to_disk(tmp_path / "split")

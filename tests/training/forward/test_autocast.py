@@ -23,7 +23,7 @@ def test_devices_that_are_not_there_are_refused(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
     with pytest.raises(UnsupportedError, match=f"no device {name} on this machine") as caught:
         find_device(name)
-    assert caught.value.hint == "it has cpu alone"
+    assert caught.value.hint == "it has only cpu"
 
 
 def test_an_accelerator_is_found_by_kind_and_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def fused(program: qc.Program) -> ProgramModule:
     return program.module.rebuild(fuse_adapters(program), program.tensors())
 
 
-def whole_loss(program: qc.Program, batch: Batch) -> Tensor:
+def full_loss(program: qc.Program, batch: Batch) -> Tensor:
     """By the program itself, and all its logits."""
     rows, targets = label_loss(
         program_forward(program)(batch.input_ids, batch.attention_mask), batch
@@ -98,7 +98,7 @@ def test_losses_and_gradients_are_those_of_the_program(head: str, checkpointing:
     program = language_model(torch.float64, **HEADS[head])  # in which rounding hides nothing
     batch = batch_of(IDS)
     forward = TrainingForward(program, gradient_checkpointing=checkpointing)
-    mine, theirs = forward.loss(batch), whole_loss(program, batch)
+    mine, theirs = forward.loss(batch), full_loss(program, batch)
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-10)
     for ours, other in zip(grads(program, mine), grads(program, theirs), strict=True):
         assert ours.dtype == other.dtype
@@ -109,12 +109,12 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     program = language_model(torch.float64, targets=["lm_head", "up_proj"])
     batch = batch_of(IDS)
     forward = TrainingForward(program)
-    whole = grads(program, forward.loss(batch))
+    expected = grads(program, forward.loss(batch))
     monkeypatch.setattr(chunked_loss, "_CHUNK_ELEMENTS", 500)  # three rows of 128
-    for ours, other in zip(grads(program, forward.loss(batch)), whole, strict=True):
+    for ours, other in zip(grads(program, forward.loss(batch)), expected, strict=True):
         assert worst(ours, other) <= 1e-10 * float(other.abs().max() + 1e-3)
     with torch.no_grad():
-        assert forward.loss(batch).item() == pytest.approx(whole_loss(program, batch).item())
+        assert forward.loss(batch).item() == pytest.approx(full_loss(program, batch).item())
 
 
 def test_a_gradient_is_scaled_by_what_comes_after_the_loss() -> None:
@@ -125,7 +125,7 @@ def test_a_gradient_is_scaled_by_what_comes_after_the_loss() -> None:
         assert torch.allclose(ours, other * 3, rtol=1e-4, atol=1e-6)
 
 
-def test_logits_that_are_no_product_of_rows_are_made_whole() -> None:
+def test_logits_that_are_not_a_product_of_rows_are_computed_in_full() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -140,7 +140,7 @@ def test_logits_that_are_no_product_of_rows_are_made_whole() -> None:
     forward = TrainingForward(program)
     assert split_head(program.module)[1].module is None
     assert forward.loss(batch_of(ids)).item() == pytest.approx(
-        whole_loss(program, batch_of(ids)).item()
+        full_loss(program, batch_of(ids)).item()
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, the last ones kept, and of one training alone."""
+"""Checkpoints: complete or absent, the last ones kept, and only for their own training."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ def go_on(program: qc.Program, spec: FitSpec, folder: Path) -> FitState:
 
 @pytest.mark.parametrize("step", [1, 5, 7])
 def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path: Path, step: int) -> None:
-    whole = language_model(dropout=0.2)
-    losses = fit(whole, EXAMPLES, SPEC).losses
+    uninterrupted = language_model(dropout=0.2)
+    losses = fit(uninterrupted, EXAMPLES, SPEC).losses
     first = stop_at(step, language_model(dropout=0.2), SPEC, tmp_path)
     again = language_model(dropout=0.2)
     result = fit(again, EXAMPLES, SPEC, state=go_on(again, SPEC, tmp_path))
     assert (*first, *result.losses) == losses
-    expected = adapters(whole)
+    expected = adapters(uninterrupted)
     assert all(torch.equal(expected[n], p) for n, p in adapters(again).items())
 
 
 def test_early_stopping_goes_on_where_it_was(tmp_path: Path) -> None:
     """The best adapters, and how long ago they were, are in the checkpoint."""
     spec = FitSpec(steps=60, batch_size=6, learning_rate=5e-2, evaluate_every=2, patience=3)
-    whole = language_model()
-    expected = fit(whole, EXAMPLES, spec, held_out=HELD_OUT)
+    uninterrupted = language_model()
+    expected = fit(uninterrupted, EXAMPLES, spec, held_out=HELD_OUT)
     assert expected.kept < expected.step < 60
     between = expected.kept + 3  # the best are behind, and one evaluation was in vain
     stop_at(between, language_model(), spec, tmp_path, held_out=HELD_OUT)
@@ -82,7 +82,7 @@ def test_early_stopping_goes_on_where_it_was(tmp_path: Path) -> None:
     assert (state.best.step, state.stale) == (expected.kept, 1)
     found = fit(again, EXAMPLES, spec, held_out=HELD_OUT, state=state)
     assert (found.kept, found.step) == (expected.kept, expected.step)
-    wanted = adapters(whole)
+    wanted = adapters(uninterrupted)
     assert all(torch.equal(wanted[n], p) for n, p in adapters(again).items())
     finished = fit(again, EXAMPLES, spec, held_out=HELD_OUT, state=state)
     assert finished.losses == ()
@@ -103,10 +103,10 @@ def test_the_only_checkpoint_is_a_good_one_though_the_weights_diverge(
     with pytest.raises(UserInputError, match="step . the loss is nan"):
         fit(program, EXAMPLES, spec, on_step=diverge, on_good=save)
     assert [c.step for c in list_checkpoints(tmp_path)] == [3]
-    again, whole = language_model(), language_model()
+    again, uninterrupted = language_model(), language_model()
     fit(again, EXAMPLES, spec, state=go_on(again, spec, tmp_path))
-    fit(whole, EXAMPLES, spec)
-    expected = adapters(whole)
+    fit(uninterrupted, EXAMPLES, spec)
+    expected = adapters(uninterrupted)
     assert all(torch.equal(expected[n], p) for n, p in adapters(again).items())
 
 
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(
     refuse(checkpoint, language_model(**adapter), said)
 
 
-def test_a_checkpoint_of_another_whole_adapter_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_integer_zero_adapter_is_refused(tmp_path: Path) -> None:
     captured = qc.capture_model(llama().eval(), (token_ids(2, 8),))
     quantized = qc.quantize_groups(captured, qc.QuantSpec(zero_point="integer"))
     one, *others = (
@@ -212,7 +212,11 @@ def test_moments_that_are_not_those_of_then_are_refused(tmp_path: Path, change: 
     file = checkpoint.folder / "optimizer.safetensors"
     moments = load_tensors(file)
     name = "model.layers.0.self_attn.q_proj.lora_A:exp_avg"
-    said = {"missing": "is missing", "unknown": "belongs to no adapter", "shape": r"is \[1\], its"}
+    said = {
+        "missing": "is missing",
+        "unknown": "belongs to no adapter",
+        "shape": r"is \[1\], and",
+    }
     if change == "missing":
         del moments[name]
     elif change == "unknown":
@@ -233,7 +237,7 @@ def test_a_checkpoint_without_a_part_of_its_state_is_refused(tmp_path: Path, fie
     state = read_sealed(checkpoint.folder / STATE)
     del state[field]
     write_sealed(checkpoint.folder / STATE, state)
-    refuse(checkpoint, program, f"broken: {field} is missing in state.json")
+    refuse(checkpoint, program, f"broken: {field} in state.json is missing")
 
 
 def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
@@ -247,17 +251,17 @@ def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
 def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
     program, checkpoint = saved(tmp_path)
     tensors = checkpoint.folder / "optimizer.safetensors"
-    whole = tensors.read_bytes()
-    tensors.write_bytes(whole[:-7])
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[:-7])
     refuse(checkpoint, program, "changed after it was written")
     with unchecked():
         refuse(checkpoint, program, "truncated")
-    tensors.write_bytes(whole)
+    tensors.write_bytes(content)
     state = read_sealed(checkpoint.folder / STATE)
     write_sealed(checkpoint.folder / STATE, state | {"version": 99})
     refuse(checkpoint, program, "version 99")
     write_sealed(checkpoint.folder / STATE, {"step": 1})
-    refuse(checkpoint, program, "no checkpoint of this package")
+    refuse(checkpoint, program, "not a checkpoint of this package")
 
 
 def test_what_a_killed_process_left_is_no_checkpoint(tmp_path: Path) -> None:

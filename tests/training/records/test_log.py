@@ -44,20 +44,20 @@ def test_a_line_holds_what_was_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", [0, 1, 30])
 def test_lines_behind_the_checkpoint_are_dropped(tmp_path: Path, torn: int) -> None:
     """A process that was killed has logged steps 4 and 5, the last perhaps in part."""
-    path, whole = tmp_path / "log.jsonl", tmp_path / "whole.jsonl"
+    path, at_once = tmp_path / "log.jsonl", tmp_path / "at_once.jsonl"
     write(path, range(1, 6), 0)
     text = path.read_text("utf-8")
     path.write_text(text[: len(text) - torn], "utf-8")
     write(path, range(4, 8), 3)
-    write(whole, range(1, 8), 0)
-    assert path.read_text("utf-8") == whole.read_text("utf-8")
+    write(at_once, range(1, 8), 0)
+    assert path.read_text("utf-8") == at_once.read_text("utf-8")
 
 
 def test_a_log_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     for line in ("no json", '{"loss": 1.0}', '{"step": 2, "loss": null}', "[1]"):
         path.write_text(f"{line}\n", "utf-8")
-        with pytest.raises(UserInputError, match="no step of a training"):
+        with pytest.raises(UserInputError, match="not a training step"):
             read_log(path)
 
 

@@ -137,10 +137,10 @@ def test_what_peft_cannot_hold_is_refused(tmp_path: Path) -> None:
         qc.AdapterSpec(rank=2),
         train=("lm_head",),
     )
-    with pytest.raises(UnsupportedError, match="train beside"):
+    with pytest.raises(UnsupportedError, match="train together with"):
         save_peft(kept, tmp_path / "a", pooling="sum")
-    whole = qc.quantize_groups(captured, qc.QuantSpec(zero_point="integer"))
-    whole = qc.insert_adapters(whole, qc.AdapterSpec(rank=2, kind="scale"))
-    with pytest.raises(UnsupportedError, match="keep zero-points whole"):
-        save_peft(whole, tmp_path / "a", pooling="sum")
+    integer = qc.quantize_groups(captured, qc.QuantSpec(zero_point="integer"))
+    integer = qc.insert_adapters(integer, qc.AdapterSpec(rank=2, kind="scale"))
+    with pytest.raises(UnsupportedError, match="keep zero-points integer"):
+        save_peft(integer, tmp_path / "a", pooling="sum")
     assert not (tmp_path / "a").exists()

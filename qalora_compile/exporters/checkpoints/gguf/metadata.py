@@ -19,7 +19,7 @@ _OWN = (
     *("general.architecture", "general.file_type", "general.quantization_version"),
     GGUF_KEY,
 )
-"""Keys that follow from what is written, not from the model."""
+"""Keys that depend on what is written, not on the model."""
 _READER_PREFIX = "GGUF."  # what the reader calls fields of the header
 
 
@@ -28,9 +28,9 @@ class Architecture:
     """A kind of model that llama.cpp runs.
 
     Attributes:
-        name: As llama.cpp calls it.
-        interleaved: Its rotary embedding turns neighbouring rows of q and k, where transformers
-            turns a row and the one half a head away: the rows are stored in another order.
+        name: The name of the architecture in llama.cpp.
+        interleaved: Whether its rotary embedding rotates neighbouring rows of q and k, where
+            transformers rotates a row and the one half a head away. The rows are then permuted.
     """
 
     name: str
@@ -46,10 +46,10 @@ ARCHITECTURES = {
 
 
 def architecture_of(description: Description) -> Architecture:
-    """What llama.cpp calls the model.
+    """The architecture of llama.cpp that computes the model.
 
     Raises:
-        UnsupportedError: it is none of those that can be written, or has a part that is not known.
+        UnsupportedError: no known architecture does, or the model has a part that is not known.
     """
     found = ARCHITECTURES.get(description.architecture)
     if found is None:
@@ -61,7 +61,7 @@ def architecture_of(description: Description) -> Architecture:
     activation = description.settings.get("hidden_act")
     if activation != "silu":
         raise UnsupportedError(
-            f"llama.cpp computes {found.name} with silu, the model has {activation}",
+            f"llama.cpp computes {found.name} with silu, and the model has {activation}",
             where="config.json: hidden_act",
         )
     _rope_type(description.settings)
@@ -69,10 +69,10 @@ def architecture_of(description: Description) -> Architecture:
 
 
 def _rope_type(settings: Mapping[str, Any]) -> str:
-    """Kind of the rotary embedding.
+    """The type of the rotary embedding.
 
     Raises:
-        UnsupportedError: it is none whose frequencies are fixed numbers.
+        UnsupportedError: the frequencies of this type are not fixed numbers.
     """
     kind = (settings.get("rope_parameters") or {}).get("rope_type", "default")
     if kind not in ("default", "linear", "llama3"):
@@ -90,10 +90,10 @@ def has_frequency_factors(settings: Mapping[str, Any]) -> bool:
 
 
 def copy_metadata(path: Path, writer: Any) -> None:
-    """Write the keys of another GGUF file as they are, but for those that follow from the weights.
+    """Copy the keys of another GGUF file, except those that depend on the weights.
 
     Raises:
-        UserInputError: it is no GGUF file, or of another architecture.
+        UserInputError: it is not a GGUF file, or is of another architecture.
     """
     reader, known = _open(path)
     if known != writer.arch:
@@ -109,10 +109,10 @@ def copy_metadata(path: Path, writer: Any) -> None:
 
 
 def _open(path: Path) -> tuple[Any, str]:
-    """A reader of a GGUF file, and the architecture that the file names.
+    """Open a GGUF file; returns a reader and the architecture that the file names.
 
     Raises:
-        UserInputError: it is no GGUF file, or names none.
+        UserInputError: it is not a GGUF file, or names no architecture.
     """
     gguf = require("gguf", extra="hf", purpose=_PURPOSE)
     check_gguf(path)
@@ -129,7 +129,7 @@ def _open(path: Path) -> tuple[Any, str]:
 
 
 def write_metadata_file(source: Path, target: Path) -> None:
-    """Write a GGUF file that holds the metadata of another and no tensor.
+    """Write a GGUF file that holds the metadata of another file and no tensors.
 
     Raises:
         UserInputError: see `copy_metadata`.
@@ -145,10 +145,10 @@ def write_metadata_file(source: Path, target: Path) -> None:
 
 
 def write_described(description: Description, parameters: int, writer: Any) -> None:
-    """Write keys from `config.json` and the tokenizer's files.
+    """Write the keys that `config.json` and the tokenizer's files determine.
 
     Args:
-        description: With a tokenizer, or without: then the file says that it has none.
+        description: Of the model; without a tokenizer, the file says that it has none.
         parameters: How many weights the model has.
         writer: A GGUFWriter.
 
@@ -175,10 +175,10 @@ def write_described(description: Description, parameters: int, writer: Any) -> N
 
 
 def write_turn_end(description: Description, writer: Any) -> None:
-    """Name a further token that ends an answer, beside the one that ends a text.
+    """Name the token that ends an answer, if it is not the one that ends a text.
 
-    llama.cpp has a key for the end of a turn; what training taught is the last of the tokens that
-    the generation settings name (`ir.ends`).
+    llama.cpp has a key for the end of a turn. The token that training taught is the last one that
+    the generation settings name (`ir.end_tokens`).
     """
     gguf = require("gguf", extra="hf", purpose=_PURPOSE)
     keys = gguf.Keys.Tokenizer
@@ -191,7 +191,7 @@ def write_turn_end(description: Description, writer: Any) -> None:
 
 
 def _write_shape(settings: Mapping[str, Any], writer: Any) -> None:
-    """The model's sizes; a sliding window ends the context, llama.cpp has none here."""
+    """Write the model's sizes."""
     heads, head = settings["num_attention_heads"], settings.get("head_dim")
     kv_heads = settings.get("num_key_value_heads") or heads
     head = head or settings["hidden_size"] // heads
@@ -216,7 +216,7 @@ def _write_shape(settings: Mapping[str, Any], writer: Any) -> None:
 
 
 def context_of(settings: Mapping[str, Any]) -> int:
-    """Tokens that the model sees at once: a sliding window, where it uses one, ends them."""
+    """The context length; a sliding window limits it, since llama.cpp has no window here."""
     longest = int(settings["max_position_embeddings"])
     window = settings.get("sliding_window")
     used = bool(settings.get("use_sliding_window", True))

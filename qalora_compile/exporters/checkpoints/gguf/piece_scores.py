@@ -9,14 +9,14 @@ from typing import Never
 from qalora_compile.errors import UnsupportedError
 
 SPACE = "▁"
-"""What SentencePiece writes for a space."""
+"""The character that SentencePiece writes for a space."""
 BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 """The tokens of single bytes."""
 Merge = tuple[str, str]
 
 
 def refuse(what: str, where: str) -> Never:
-    """Raise for what llama.cpp's tokenizer does not compute."""
+    """Raise `UnsupportedError` for something that llama.cpp's tokenizer does not compute."""
     raise UnsupportedError(
         what,
         where=where,
@@ -25,44 +25,44 @@ def refuse(what: str, where: str) -> Never:
     )
 
 
-def piece_scores(merges: list[Merge], texts: list[str], whole: set[str], where: str) -> list[float]:
-    """The score of every piece: minus the rank of the first merge that makes it.
+def piece_scores(merges: list[Merge], texts: list[str], added: set[str], where: str) -> list[float]:
+    """The score of every piece: minus the rank of the first merge that produces it.
 
-    A piece that no merge makes is never joined; it comes last.
+    A piece that no merge produces comes last.
 
     Args:
         merges: Pairs of pieces, the first to be joined first.
         texts: All pieces.
-        whole: Those that are cut out of a text before it is cut into pieces.
-        where: Named in errors.
+        added: Added tokens, which are cut out of a text before the rest is cut into pieces.
+        where: The file, for errors.
 
     Raises:
-        UnsupportedError: joining by these scores is not joining by the merges.
+        UnsupportedError: joining by these scores gives other pieces than the merges do.
     """
     made: dict[str, list[int]] = {}
     for rank, (left, right) in enumerate(merges):
         made.setdefault(left + right, []).append(rank)
-    _check_complete(merges, texts, whole, where)
+    _check_complete(merges, texts, added, where)
     _check_order(made, where)
     _check_runs(merges, made, where)
     return [-float(made[text][0] if text in made else len(merges)) for text in texts]
 
 
-def _check_complete(merges: list[Merge], texts: list[str], whole: set[str], where: str) -> None:
-    """llama.cpp joins any two neighbours that make a piece: every such pair has to be a merge.
+def _check_complete(merges: list[Merge], texts: list[str], added: set[str], where: str) -> None:
+    """Check that the merges are exactly the pairs that make a piece: llama.cpp joins all of them.
 
     Raises:
-        UnsupportedError: a pair is none, or a merge is no such pair, or is there twice.
+        UnsupportedError: such a pair is not a merge, or a merge is not such a pair or occurs twice.
     """
-    parts = set(texts) - BYTES - whole  # a byte's token stands for a byte, not for its name
+    parts = set(texts) - BYTES - added  # a byte's token stands for a byte, not for its name
     wanted = {
         (text[:cut], text[cut:])
         for text in texts
-        if text not in whole
+        if text not in added
         for cut in range(1, len(text))
         if all(len(part) == 1 or part in parts for part in (text[:cut], text[cut:]))
     }
-    possible = [merge for merge in merges if whole.isdisjoint((*merge, "".join(merge)))]
+    possible = [merge for merge in merges if added.isdisjoint((*merge, "".join(merge)))]
     given = set(possible)
     odd = min(wanted ^ given, default=None)
     if odd is not None:
@@ -73,16 +73,16 @@ def _check_complete(merges: list[Merge], texts: list[str], whole: set[str], wher
             where,
         )
     if len(given) != len(possible):
-        refuse("a merge is there twice", where)
+        refuse("a merge occurs twice", where)
 
 
 def _check_order(made: Mapping[str, list[int]], where: str) -> None:
-    """All merges that make a piece have to come before all that make the next.
+    """Check that all merges that produce a piece come before those that produce the next one.
 
-    Runs of spaces may be mixed with each other, if no other piece holds one: `_check_runs` decides.
+    Runs of spaces may be mixed with each other if no other piece holds one: see `_check_runs`.
 
     Raises:
-        UnsupportedError: the order depends on what a piece is made of.
+        UnsupportedError: the order depends on the parts of a piece.
     """
     order = sorted(made, key=lambda piece: made[piece][0])
     apart = not any(SPACE * 2 in piece and not _is_run(piece) for piece in order)
@@ -91,20 +91,20 @@ def _check_order(made: Mapping[str, list[int]], where: str) -> None:
         mixed = made[piece][0] < made[latest][-1]
         if mixed and not (apart and _is_run(piece) and _is_run(latest)):
             refuse(
-                f"merges that make {piece!r} come between those that make {latest!r}: no score of "
-                "a piece says which to join first",
+                f"merges that make {piece!r} come between those that make {latest!r}: no score "
+                "per piece says which to join first",
                 where,
             )
         latest = max(latest, piece, key=lambda text: made[text][-1])
 
 
 def _is_run(piece: str) -> bool:
-    """Whether a piece is spaces only."""
+    """Whether a piece consists of spaces only."""
     return piece == SPACE * len(piece)
 
 
 def _check_runs(merges: list[Merge], made: Mapping[str, list[int]], where: str) -> None:
-    """Join spaces by merges and by scores; runs of two longest pieces show every way they meet.
+    """Check that merges and scores join runs of spaces identically, up to two longest pieces.
 
     Raises:
         UnsupportedError: the results differ.
@@ -127,7 +127,7 @@ def _check_runs(merges: list[Merge], made: Mapping[str, list[int]], where: str) 
 
 
 def _join_run(length: int, rank: Callable[[int, int], int | None]) -> list[int]:
-    """Lengths of the pieces that a run of spaces is joined to; the lowest rank first, leftmost."""
+    """Lengths of the pieces of a run of spaces, joined by lowest rank, from the left."""
     pieces = [1] * length
     while True:
         ranks = [(rank(left, right), at) for at, (left, right) in enumerate(pairwise(pieces))]

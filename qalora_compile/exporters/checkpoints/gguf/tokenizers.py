@@ -1,8 +1,8 @@
 """A tokenizer in a GGUF file, from `tokenizer.json`: byte-level BPE, or SentencePiece's BPE.
 
-llama.cpp has a tokenizer of its own for each. The first, `gpt2`, reads merges. The second, `llama`,
-reads a score for every piece, as SentencePiece's models hold: of all neighbours whose joined text
-is a piece, those of the highest score are joined first, from the left. `tokenizer.json` holds no
+llama.cpp has its own tokenizer for each. The first, `gpt2`, reads merges. The second, `llama`,
+reads a score for every piece, as in SentencePiece's models: of all neighbours whose joined text is
+a piece, those with the highest score are joined first, from the left. `tokenizer.json` holds no
 scores, but its merges are sorted by them.
 """
 
@@ -49,21 +49,21 @@ _SPACES = {
 }
 """Steps before the pieces are joined (`_step`) → whether a space is put before the text."""
 _OFF = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-"""Settings of a BPE model that llama.cpp does not have: they are to be unset."""
+"""Settings of a BPE model that llama.cpp does not have, so they must be unset."""
 
 
 def write_tokenizer(folder: Path, vocabulary: int, writer: Any) -> None:
-    """Write the keys of a tokenizer.
+    """Write the keys that describe a tokenizer.
 
     Args:
-        folder: Holds `tokenizer.json` and, mostly, `tokenizer_config.json`.
+        folder: Holds `tokenizer.json` and usually `tokenizer_config.json`.
         vocabulary: How many tokens the model has; the tokenizer may have fewer.
         writer: A GGUFWriter.
 
     Raises:
         UnsupportedError: llama.cpp has no tokenizer that computes the same.
-        UserInputError: a token is beyond the vocabulary, two have the same text, or one that the
-            tokenizer puts around a text is not known.
+        UserInputError: a token is beyond the vocabulary, two tokens have the same text, or the
+            tokenizer adds a token to a text without saying which.
     """
     value = read_json(folder / _FILE)
     texts, types = _tokens(value, vocabulary, str(folder / _FILE))
@@ -89,7 +89,7 @@ def _tokens(value: Mapping[str, Any], vocabulary: int, where: str) -> tuple[list
         kinds[added["id"]] = kind.CONTROL if added["special"] else kind.USER_DEFINED
     if max(known, default=0) >= vocabulary:
         raise UserInputError(
-            f"the tokenizer has token {max(known)}, the model has {vocabulary}", where=where
+            f"the tokenizer has token {max(known)}, and the model has {vocabulary}", where=where
         )
     numbers = range(vocabulary)
     texts = [known.get(number, f"[PAD{number}]") for number in numbers]
@@ -106,7 +106,7 @@ def _tokens(value: Mapping[str, Any], vocabulary: int, where: str) -> tuple[list
 
 
 def _steps(rule: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or post-processor, a sequence or not."""
+    """The steps of a normalizer, pre-tokenizer or post-processor, which may be a sequence."""
     return list(rule.get(inner, [rule])) if rule else []
 
 
@@ -116,7 +116,7 @@ def _steps(rule: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]
 def _write_byte_level(
     value: Mapping[str, Any], folder: Path, texts: list[str], types: list[int], writer: Any
 ) -> None:
-    """A byte-level BPE tokenizer: llama.cpp's `gpt2`, which reads the merges themselves."""
+    """Write a byte-level BPE tokenizer: llama.cpp's `gpt2`, which reads the merges themselves."""
     gguf = require("gguf", extra="hf", purpose=_PURPOSE)
     pre = pre_tokenizer(value, folder)
     writer.add_tokenizer_model("gpt2")
@@ -128,14 +128,14 @@ def _write_byte_level(
 
 
 def pre_tokenizer(value: Mapping[str, Any], folder: Path) -> str:
-    """What llama.cpp calls the rule by which a byte-level tokenizer cuts a text into words.
+    """llama.cpp's name for the rule by which a byte-level tokenizer cuts a text into words.
 
     Args:
-        value: `tokenizer.json`.
-        folder: Where it is.
+        value: The contents of `tokenizer.json`.
+        folder: The folder of that file.
 
     Raises:
-        UnsupportedError: it is no byte-level BPE tokenizer, or cuts words by another rule.
+        UnsupportedError: it is not a byte-level BPE tokenizer, or cuts words by another rule.
     """
     model, rule = value["model"], value.get("pre_tokenizer") or {}
     steps = _steps(rule, "pretokenizers")
@@ -164,7 +164,7 @@ def pre_tokenizer(value: Mapping[str, Any], folder: Path) -> str:
 
 
 def _is_sentencepiece(value: Mapping[str, Any]) -> bool:
-    """Whether a tokenizer joins pieces of text, unknown characters being cut into bytes."""
+    """Whether a tokenizer joins pieces of text and cuts unknown characters into bytes."""
     steps = _steps(value.get("pre_tokenizer"), "pretokenizers")
     model = value["model"]
     joins = model["type"] == "BPE" and bool(model.get("byte_fallback"))
@@ -174,18 +174,18 @@ def _is_sentencepiece(value: Mapping[str, Any]) -> bool:
 def _write_sentencepiece(
     value: Mapping[str, Any], folder: Path, texts: list[str], types: list[int], writer: Any
 ) -> None:
-    """A BPE tokenizer of SentencePiece: llama.cpp's `llama`.
+    """Write a BPE tokenizer of SentencePiece: llama.cpp's `llama`.
 
-    The gguf package's own reader of such a folder gives every piece the same score, which cuts
-    texts into other tokens: scores are made here. Ids of special tokens are those it finds.
+    The gguf package's own reader gives every piece the same score, which cuts texts into other
+    tokens, so the scores are computed here. The ids of special tokens are those that it finds.
     """
     gguf = require("gguf", extra="hf", purpose=_PURPOSE)
     kind, where = gguf.TokenType, str(folder / _FILE)
     _check_model(value, texts, where)
     prefix = space_prefix(value, where)
-    whole = {a["content"] for a in value.get("added_tokens") or () if SPACE not in a["content"]}
-    scores = piece_scores(_merges(value["model"], where), texts, whole, where)
-    with quiet_logger("gguf.vocab"):  # of pairs of texts, which llama.cpp does not have
+    added = {a["content"] for a in value.get("added_tokens") or () if SPACE not in a["content"]}
+    scores = piece_scores(_merges(value["model"], where), texts, added, where)
+    with quiet_logger("gguf.vocab"):  # it warns of pairs of texts, which llama.cpp does not have
         special = gguf.SpecialVocab(folder, n_vocab=len(texts))
     unknown = value["model"].get("unk_token")
     if unknown in texts:
@@ -209,7 +209,7 @@ def _check_model(value: Mapping[str, Any], texts: list[str], where: str) -> None
     """Refuse settings of the model and of added tokens that llama.cpp does not have.
 
     Raises:
-        UnsupportedError: one is set, or a byte has no token.
+        UnsupportedError: such a setting is used, or a byte has no token.
     """
     settings = {name: value["model"][name] for name in _OFF if value["model"].get(name)}
     if settings:
@@ -218,8 +218,8 @@ def _check_model(value: Mapping[str, Any], texts: list[str], where: str) -> None
         refuse(f"there is no token for {len(missing)} bytes, {min(missing)} among them", where)
     for added in value.get("added_tokens") or ():
         strict = [name for name in ("single_word", "lstrip", "rstrip") if added.get(name)]
-        # A special token in a text is the caller's choice in llama.cpp; others are always found,
-        # in the text as it is given.
+        # llama.cpp lets its caller choose whether special tokens are found in a text; it always
+        # finds the other added tokens, in the text as it is given.
         if added.get("normalized") and not added["special"] and value.get("normalizer"):
             strict.append("normalized")
         if strict:
@@ -227,18 +227,18 @@ def _check_model(value: Mapping[str, Any], texts: list[str], where: str) -> None
 
 
 def space_prefix(value: Mapping[str, Any], where: str) -> bool:
-    """Whether a space is put before a text; spaces are written as ▁.
+    """Whether a space is put before a text; checks that spaces are written as ▁.
 
-    llama.cpp puts it before every text, and before what follows a special token. The pre-tokenizer
-    Metaspace puts none before a text that begins with a space, nor, where its scheme is `first`,
-    after a special token: there alone they differ.
+    llama.cpp puts it before every text and after every special token. The pre-tokenizer Metaspace
+    puts none before a text that begins with a space, and, if its scheme is `first`, none after a
+    special token; only in these cases do the two differ.
 
     Args:
-        value: `tokenizer.json`.
-        where: Named in errors.
+        value: The contents of `tokenizer.json`.
+        where: The file, for errors.
 
     Raises:
-        UnsupportedError: texts are changed in another way.
+        UnsupportedError: the tokenizer changes texts further.
     """
     rules = [value.get("normalizer"), value.get("pre_tokenizer")]
     steps = [*_steps(rules[0], "normalizers"), *_steps(rules[1], "pretokenizers")]
@@ -248,7 +248,7 @@ def space_prefix(value: Mapping[str, Any], where: str) -> bool:
     found = _SPACES.get(tuple(names))
     if found is None:
         refuse(
-            f"llama.cpp's tokenizer only writes spaces as {SPACE}, this one changes texts by "
+            f"llama.cpp's tokenizer only writes spaces as {SPACE}, but this one changes texts by "
             f"{json.dumps(rules, ensure_ascii=False)[:160]}",
             where,
         )
@@ -256,7 +256,7 @@ def space_prefix(value: Mapping[str, Any], where: str) -> bool:
 
 
 def tokenizer_notes(folder: Path) -> tuple[str, ...]:
-    """What llama.cpp cuts into other tokens, by `space_prefix`, than the tokenizer of a folder."""
+    """Notes on texts that llama.cpp cuts into other tokens than the folder's tokenizer does."""
     value = read_json(folder / _FILE)
     if not _is_sentencepiece(value):
         return ()
@@ -265,13 +265,13 @@ def tokenizer_notes(folder: Path) -> tuple[str, ...]:
         return ()
     after = " and texts after a special token" if "metaspace first" in kinds else ""
     return (
-        f"llama.cpp puts a space before texts that begin with one{after}, the tokenizer none: give "
-        "llama.cpp the tokens of such texts",
+        f"llama.cpp puts a space before texts that begin with one{after}, and the tokenizer does "
+        "not: give llama.cpp the tokens of such texts",
     )
 
 
 def _step(step: Mapping[str, Any]) -> str:
-    """A step of a normalizer or pre-tokenizer by what it does: a word of `_SPACES`, or its type."""
+    """What a step of a normalizer or pre-tokenizer does: a word of `_SPACES`, or its type."""
     match step:
         case {"type": "Prepend", "prepend": "▁"}:
             return "prepend"
@@ -280,18 +280,18 @@ def _step(step: Mapping[str, Any]) -> str:
         case {"type": "Replace", "pattern": {"Regex": r"\A▁"}, "content": "▁▁"}:
             return "double"
         case {"type": "Metaspace", "replacement": "▁", "split": False}:
-            # older files say it with `add_prefix_space`
+            # older files use `add_prefix_space` instead
             plain = "never" if step.get("add_prefix_space") is False else "always"
             return f"metaspace {step.get('prepend_scheme', plain)}"
     return str(step.get("type"))
 
 
 def _settle_ends(value: Mapping[str, Any], special: Any, texts: list[str], where: str) -> None:
-    """Say for both ends whether a token is put there: left unsaid, llama.cpp begins with BOS.
+    """Say whether BOS and EOS are put around a text: by default, llama.cpp adds BOS.
 
     Raises:
         UnsupportedError: other tokens than BOS and EOS are put around a text.
-        UserInputError: it is not said which token that is.
+        UserInputError: the tokenizer adds one without saying which token it is.
     """
     numbers, adds = special.special_token_ids, special.add_special_token
     ends = {kind: texts[numbers[kind]] for kind in ("bos", "eos") if kind in numbers}
@@ -300,27 +300,27 @@ def _settle_ends(value: Mapping[str, Any], special: Any, texts: list[str], where
         parts = tuple(part.get("SpecialToken", {}).get("id") for part in step.get("single", ()))
         if parts not in {(None,), (first, None), (None, last), (first, None, last)}:
             refuse(
-                "llama.cpp puts BOS before a text and EOS behind it, this tokenizer "
+                "llama.cpp puts BOS before a text and EOS after it, but this tokenizer puts "
                 f"{json.dumps(step.get('single', step), ensure_ascii=False)[:160]}",
                 where,
             )
     for kind in ("bos", "eos"):
         if adds.setdefault(kind, False) and kind not in ends:
             raise UserInputError(
-                f"the tokenizer adds {kind.upper()}, and does not say which token that is",
+                f"the tokenizer adds {kind.upper()} and does not say which token that is",
                 where=where,
                 hint=f"name {kind}_token in tokenizer_config.json",
             )
 
 
 def _merges(model: Mapping[str, Any], where: str) -> list[Merge]:
-    """The merges of a model; older files hold each as one text.
+    """The merges of a model; older files hold each merge as one text.
 
     Raises:
-        UserInputError: one is no pair.
+        UserInputError: a merge is not a pair.
     """
     pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     odd = next((pair for pair in pairs if len(pair) != 2), None)
     if odd is not None:
-        raise UserInputError(f"the merge {odd} is no pair", where=where)
+        raise UserInputError(f"the merge {odd} is not a pair", where=where)
     return [(left, right) for left, right in pairs]

@@ -1,7 +1,7 @@
-"""`write_gguf`: llama.cpp's format, weights on codes as Q4_1.
+"""`write_gguf`: llama.cpp's format, with quantized weights as Q4_1.
 
-A block of Q4_1 holds 32 weights of a row as `d · q + m`: our form, with d and m in float16. The
-codes are kept as they are; a group of 64 is two blocks of the same d and m.
+A block of Q4_1 holds 32 weights of a row as `d · q + m`, which is our form with d and m in float16.
+The codes are kept unchanged; a group of 64 becomes two blocks with the same d and m.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ _MOST_BITS = 4
 _FREQUENCIES = "rotary_emb.inv_freq"
 _FACTORS = "rope_freqs.weight"
 _TABLES = ("token_embd", "output")
-"""Tensors that llama.cpp itself quantizes apart from the layers."""
+"""Tensors that llama.cpp's own quantizer treats separately from the layers."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of the file: its name there, its ggml type, and whose values it holds."""
+    """One tensor of the file: its name there, its ggml type, and the source of its values."""
 
     name: str
     source: str
@@ -77,7 +77,7 @@ class _Entry:
 
 
 def capabilities(spec: ExportSpec) -> dict[str, Capability]:
-    """What the format does to each property of a program."""
+    """How exactly the format keeps each property of a program."""
     exact = spec.float_type in (None, "f32")
     floats = EXACT if exact else rounds(str(spec.float_type).upper())
     wide = Capability("exact", "as floats, not on codes") if exact else floats
@@ -98,31 +98,31 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
 
 
 def notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What a report has to say: of the weights, and of the tokenizer where it is translated."""
+    """Notes for the report: on the weights, and on the tokenizer if it is translated."""
     found, description = checkpoint.notes(), checkpoint.description
     if description is None or description.gguf is not None or description.tokenizer is None:
         return found
     if not (description.tokenizer / "tokenizer.json").is_file():
-        return found  # refused, as it is written
+        return found  # writing it will be refused
     return (*found, *tokenizer_notes(description.tokenizer))
 
 
 def write_gguf(checkpoint: Checkpoint, path: Path, spec: ExportSpec) -> list[StoredTensor]:
-    """Write one `.gguf` file, and measure what rounding did to every tensor.
+    """Write one `.gguf` file, and measure the rounding error of every tensor.
 
-    Values that float16 cannot hold, and what the format does not have, are refused before the file
-    is begun.
+    Values that float16 cannot hold, and whatever the format does not support, are refused before
+    anything is written.
 
     Raises:
-        UserInputError: the model is not described, a scale or offset exceeds float16.
-        UnsupportedError: the architecture, a tensor of it, or the tokenizer is not known, a weight
-            was quantized in activation order, or no layer at all has groups that fit.
+        UserInputError: the model is not described, or a scale or offset exceeds float16.
+        UnsupportedError: the architecture, one of its tensors or the tokenizer is not known, a
+            weight was quantized in activation order, or no layer has groups that fit.
     """
     gguf = require("gguf", extra="hf", purpose="write GGUF files")
     description = checkpoint.description
     if description is None:
         raise UserInputError(
-            "a GGUF file holds the model's configuration, and the program has none",
+            "a GGUF file holds the model's configuration, and this program has none",
             hint="give the model: export_model(…, model=…), its folder or its .gguf file",
         )
     architecture = architecture_of(description)
@@ -184,8 +184,8 @@ def _entries(
         if tensor.dim() > 1:
             values, table = materialize(tensor).detach(), _kind(name) in _TABLES
             form = _float_form(source, values, spec, table=table)
-        turned = heads.get(_kind(name), 0)
-        yield _Entry(name, source, form, tuple(tensor.shape), tensor, turned)
+        count = heads.get(_kind(name), 0)
+        yield _Entry(name, source, form, tuple(tensor.shape), tensor, count)
     if has_frequency_factors(settings):
         factors = _frequency_factors(description)
         yield _Entry(_FACTORS, _FREQUENCIES, "f32", tuple(factors.shape), factors)
@@ -197,7 +197,7 @@ def _kind(name: str) -> str:
 
 
 class _Names:
-    """llama.cpp's names of tensors, from the table of the gguf package."""
+    """llama.cpp's tensor names, from the table of the gguf package."""
 
     def __init__(self, architecture: Architecture, blocks: int) -> None:
         gguf = require("gguf", extra="hf", purpose="write GGUF files")
@@ -206,7 +206,7 @@ class _Names:
         self._architecture = architecture.name
 
     def of(self, source: str) -> str:
-        """The name of a parameter.
+        """llama.cpp's name for a parameter.
 
         Raises:
             UnsupportedError: the architecture has no such tensor.
@@ -220,21 +220,22 @@ class _Names:
 
 
 def _misfit(layer: Layer) -> str:
-    """Why a layer cannot be Q4_1; empty if it can."""
+    """Why a layer cannot be stored as Q4_1; empty if it can."""
     if layer.bits > _MOST_BITS:
         return f"codes of {layer.bits} bits"
     if layer.unit % BLOCK:
-        return f"groups of {layer.group_size} in rows of {layer.site.k} are no blocks of {BLOCK}"
+        return f"groups of {layer.group_size} in rows of {layer.site.k} are not blocks of {BLOCK}"
     return ""
 
 
 def _float_form(source: str, values: Tensor, spec: ExportSpec, *, table: bool) -> str:
-    """The type of a matrix that is not on codes: as asked for, or the smallest that is exact.
+    """The type of a matrix that is not quantized: as asked for, or the smallest that is exact.
 
-    Q8_0 is chosen for tables alone, and asked for where a row is no number of blocks, F32 is taken.
+    By itself, Q8_0 is chosen only for tables. If it is asked for and does not divide the rows into
+    blocks, F32 is used.
 
     Raises:
-        UserInputError: F16 is asked for, and cannot hold a value.
+        UserInputError: F16 is asked for and cannot hold a value.
     """
     blocks = values.shape[-1] % BLOCK == 0
     if spec.float_type is not None:
@@ -258,7 +259,7 @@ def _keeps(form: str, values: NDArray[np.float32]) -> bool:
 
 
 def _announce(entry: _Entry, writer: Any, gguf: Any) -> None:
-    """Put an entry into the file's table."""
+    """Put an entry into the file's tensor table."""
     kind = gguf.GGMLQuantizationType[entry.form.upper()]
     block, size = gguf.GGML_QUANT_SIZES[kind]
     count = entry.shape[0] * _columns(entry.shape)
@@ -268,16 +269,16 @@ def _announce(entry: _Entry, writer: Any, gguf: Any) -> None:
 
 
 def _write(entry: _Entry, writer: Any, gguf: Any) -> StoredTensor:
-    """Write the data of an entry; gives what was lost."""
+    """Write the data of an entry; returns its row of the report."""
     kind = gguf.GGMLQuantizationType[entry.form.upper()]
     if isinstance(entry.values, Layer) and entry.form == "q4_1":
-        affine = turn_affine(entry.values.cut(BLOCK), entry.heads)
+        affine = interleave_affine(entry.values.cut(BLOCK), entry.heads)
         wanted = affine.dequantize()
         data = pack_q4_1(affine)
     else:
         values = entry.values
         made = values.weight() if isinstance(values, Layer) else materialize(values)
-        wanted = turn_rows(made.detach(), entry.heads)
+        wanted = interleave_rows(made.detach(), entry.heads)
         data = gguf.quants.quantize(wanted.float().contiguous().numpy(), kind)
     writer.write_tensor_data(data)
     stored = torch.from_numpy(gguf.quants.dequantize(data, kind))
@@ -302,28 +303,29 @@ def pack_q4_1(affine: GroupAffine) -> NDArray[np.uint8]:
     return data.reshape(n, blocks * _BLOCK_BYTES)
 
 
-def turn_rows(values: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of q or k from halves of a head to neighbours; `heads` 0 leaves them.
+def interleave_rows(values: Tensor, heads: int) -> Tensor:
+    """Permute the rows of q or k so that the two halves of each head alternate.
 
-    Row i of the first half of a head and row i of its second come to lie beside each other.
+    Row i of a head's first half is followed by row i of its second half. If `heads` is 0, the
+    values stay as they are.
     """
     if not heads:
         return values
     halves = values.unflatten(0, (heads, 2, values.shape[0] // heads // 2))
-    turned: Tensor = halves.transpose(1, 2).reshape(values.shape)
-    return turned
+    permuted: Tensor = halves.transpose(1, 2).reshape(values.shape)
+    return permuted
 
 
-def turn_affine(affine: GroupAffine, heads: int) -> GroupAffine:
-    """`turn_rows` of a weight on codes: groups lie along a row, so whole rows move."""
+def interleave_affine(affine: GroupAffine, heads: int) -> GroupAffine:
+    """`interleave_rows` of a quantized weight; groups lie along a row, so they stay intact."""
     codes, scale, offset = (
-        turn_rows(part, heads) for part in (affine.codes, affine.scale, affine.offset)
+        interleave_rows(part, heads) for part in (affine.codes, affine.scale, affine.offset)
     )
     return replace(affine, codes=codes, scale=scale, offset=offset)
 
 
 def _frequency_factors(description: Description) -> Tensor:
-    """By what each frequency of the rotary embedding is divided (rope type `llama3`), `[head/2]`.
+    """The divisor of each frequency of the rotary embedding (rope type `llama3`), `[head/2]`.
 
     The frequencies are those that transformers computes from the same configuration.
     """

@@ -5,5 +5,5 @@ set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
 set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
-# Programs are linked whole, so that an emulator needs no Arm libraries.
+# Programs are linked statically, so that an emulator needs no Arm libraries.
 set(CMAKE_EXE_LINKER_FLAGS_INIT "-static")

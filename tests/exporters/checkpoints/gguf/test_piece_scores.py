@@ -30,7 +30,7 @@ def test_scores_are_ranks() -> None:
         ([("a", "b"), ("b", "c"), ("a", "bc"), ("c", "a"), ("ab", "c")], "come between those that"),
         ([("a", "b"), ("b", "c"), ("a", "bc")], "there is no merge of 'ab' and 'c'"),
         ([("a", "b"), ("ab", "c"), ("b", "xc")], "there is a merge of 'b' and 'xc'"),
-        ([("a", "b"), ("a", "b")], "is there twice"),
+        ([("a", "b"), ("a", "b")], "occurs twice"),
         ([("▁", "▁▁"), ("▁", "▁"), ("▁▁", "▁")], r"4 spaces are cut into \[2, 2\] by the merges"),
         ([("▁", "▁"), ("▁▁", "▁▁"), ("▁", "▁▁"), ("▁▁", "▁"), ("▁", "▁▁▁"), ("▁▁▁", "▁"),
           ("▁", "a"), ("▁", "▁a"), ("▁▁", "a")], "come between those that"),

@@ -173,12 +173,12 @@ def llama_cpp(fields: dict[str, Any]) -> Callable[[str], list[int]]:
     cut = pieces(fields, prefix=fields["add_space_prefix"])
     kinds = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.UNKNOWN)
     rows = enumerate(zip(fields["tokens"], fields["token_type"], strict=True))
-    whole = {text: number for number, (text, kind) in rows if kind in kinds}
-    pattern = f"({'|'.join(map(re.escape, sorted(whole, key=len, reverse=True)))})"
+    added = {text: number for number, (text, kind) in rows if kind in kinds}
+    pattern = f"({'|'.join(map(re.escape, sorted(added, key=len, reverse=True)))})"
 
     def encode(text: str) -> list[int]:
         parts = filter(None, re.split(pattern, text))
-        return [n for part in parts for n in ([whole[part]] if part in whole else cut(part))]
+        return [n for part in parts for n in ([added[part]] if part in added else cut(part))]
 
     return encode
 
@@ -414,7 +414,7 @@ def test_other_tokenizers_are_refused(
 @pytest.mark.parametrize(
     ("number", "text", "words"),
     [
-        (VOCABULARY, "[kana]", f"has token {VOCABULARY}, the model has {VOCABULARY}"),
+        (VOCABULARY, "[kana]", f"has token {VOCABULARY}, and the model has {VOCABULARY}"),
         (600, "[PAD601]", r"tokens 600 and 601 are both '\[PAD601\]'"),
     ],
 )
@@ -430,11 +430,11 @@ def test_an_end_without_a_name_and_odd_files_are_refused(folder: Path) -> None:
     config, path = folder / "tokenizer_config.json", folder / "tokenizer.json"
     before = path.read_text("utf-8")
     change(folder, lambda value: value["model"]["merges"].append("abc"))
-    refused(folder, UserInputError, r"the merge .'abc'. is no pair")
+    refused(folder, UserInputError, r"the merge .'abc'. is not a pair")
     path.write_text(before, "utf-8")
     config.write_text(json.dumps({"add_bos_token": True, "eos_token": "</s>"}))
     change(folder, lambda value: value.update(post_processor=None))
-    refused(folder, UserInputError, "adds BOS, and does not say which")
+    refused(folder, UserInputError, "adds BOS and does not say which")
     path.unlink()
     (folder / "tokenizer.model").write_bytes(trained())
     refused(folder, UnsupportedError, "the tokenizer has no tokenizer.json")

@@ -95,10 +95,10 @@ def test_codes_are_kept_and_parameters_rounded_to_half(
     for site in program.plan.to_quantize():
         name, affine = name_of(site.name), affine_of(program, site)
         wanted = affine.dequantize().numpy()
-        turned = neighbours(wanted, heads) if (heads := heads_of(name)) else wanted
+        permuted = neighbours(wanted, heads) if (heads := heads_of(name)) else wanted
         stored = found[name]
         values = gguf.quants.dequantize(stored.data, stored.tensor_type)
-        error = float(np.abs(values - turned).max())
+        error = float(np.abs(values - permuted).max())
         assert rows[name].max_abs_error == pytest.approx(error, rel=1e-3, abs=1e-7)
         assert stored.tensor_type == gguf.GGMLQuantizationType.Q4_1
         low_high = stored.data.reshape(-1, 20)[:, 4:]
@@ -136,7 +136,7 @@ def test_rows_in_the_wrong_order_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, program = llama_and_program()
-    monkeypatch.setattr(exporter, "turn_rows", lambda values, _heads: values)
+    monkeypatch.setattr(exporter, "interleave_rows", lambda values, _heads: values)
     again = read_by_transformers(write(model, program, tmp_path))
     ids = token_ids(2, 11)
     expected = program(ids).logits
@@ -236,9 +236,9 @@ def test_llama3_frequencies_become_factors(tmp_path: Path) -> None:
     model = causal_lm(rope_parameters=rope)
     path = write(model, program, tmp_path)
     factors = tensors(path)["rope_freqs.weight"].data
-    turned: Any = model.get_submodule("model.rotary_emb")
+    rotary: Any = model.get_submodule("model.rotary_emb")
     plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
-    assert np.allclose(plain / factors, turned.inv_freq.numpy(), rtol=1e-6)
+    assert np.allclose(plain / factors, rotary.inv_freq.numpy(), rtol=1e-6)
     assert factors[0] == pytest.approx(1.0, rel=1e-6) and factors[-1] == pytest.approx(8.0)
 
 
@@ -306,7 +306,7 @@ def test_what_is_not_on_codes_takes_the_smallest_exact_type(tmp_path: Path) -> N
     rough = qc.export_model(program, tmp_path / "b.gguf", spec, model=model)
     assert {r.form for r in rough.stored} == {"Q4_1", "Q8_0", "F32"}
     assert max(r.relative_error for r in rough.stored if r.form == "Q8_0") > 1e-4
-    with pytest.raises(UserInputError, match="float16 ends at 65504"):
+    with pytest.raises(UserInputError, match="float16 holds at most 65504"):
         write(model, program, tmp_path, float_type="f16")
 
 
@@ -322,7 +322,7 @@ def test_eight_bits_and_odd_groups_are_stored_as_floats_and_said(tmp_path: Path)
     ids = token_ids(1, 7)
     again = read_by_transformers(tmp_path / "a.gguf")
     assert worst(again(ids).logits, program(ids).logits) <= 1e-2 * scale_of(program(ids).logits)
-    for bits, group_size, words in ((8, 32, "codes of 8 bits"), (4, 16, "no blocks of 32")):
+    for bits, group_size, words in ((8, 32, "codes of 8 bits"), (4, 16, "not blocks of 32")):
         odd_one = qc.quantize_groups(captured, qc.QuantSpec(bits=bits, group_size=group_size))
         with pytest.raises(UnsupportedError, match=words):
             write(model, odd_one, tmp_path)
@@ -340,10 +340,12 @@ def test_blocks_are_those_of_the_gguf_package(n: int, blocks: int, seed: int) ->
 
 
 @given(st.integers(1, 4), st.integers(1, 6))
-def test_rows_come_to_lie_beside_each_other(heads: int, half: int) -> None:
+def test_rows_of_both_halves_alternate(heads: int, half: int) -> None:
     rows = torch.arange(heads * half * 2)
-    assert exporter.turn_rows(rows, heads).tolist() == neighbours(rows.numpy(), heads).tolist()
-    assert exporter.turn_rows(rows, 0) is rows
+    assert (
+        exporter.interleave_rows(rows, heads).tolist() == neighbours(rows.numpy(), heads).tolist()
+    )
+    assert exporter.interleave_rows(rows, 0) is rows
 
 
 # Bad input: refused before anything is written.
@@ -375,7 +377,7 @@ def test_other_architectures_and_parts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="GPT2LMHeadModel is not written as GGUF"):
         architecture_of(describe(gpt2()))
     assert architecture_of(description).name == "llama"
-    with pytest.raises(UserInputError, match="the program has none"):
+    with pytest.raises(UserInputError, match="this program has none"):
         qc.export_model(program, tmp_path / "a.gguf", GGUF)
     with pytest.raises(UserInputError, match="the described model"):
         write(causal_lm(intermediate_size=128), program, tmp_path)
@@ -410,11 +412,11 @@ def model_folder_words(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_complete_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, program = llama_and_program()
     path = write(model, program, tmp_path)
     before = path.read_bytes()
-    with pytest.raises(UserInputError, match="exists already"):
+    with pytest.raises(UserInputError, match="already exists"):
         write(model, program, tmp_path)
     with pytest.raises(UserInputError, match="does not end in .gguf"):
         qc.export_model(program, tmp_path / "model.bin", GGUF, model=model)
