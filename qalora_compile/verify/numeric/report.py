@@ -1,4 +1,4 @@
-"""What a numeric comparison found: one row a value, for each way of running the candidate."""
+"""Results of a numeric comparison: one row per value, for each execution mode."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from qalora_compile.verify.numeric.error_bound import (
 
 @dataclass(frozen=True)
 class ValueRow:
-    """A value of both sides, at the input on which it came out worst.
+    """A value that both graphs compute, on the input on which its error is largest.
 
     Attributes:
         name: `input of <site>`, `<site>`, `output <name>` or `node <name>`.
         kind: `read` by a site, `site`, `output`, or a `node` between them.
         path: Module path in the user's model, where it is known.
-        lines: The nodes on both sides as text; where structure tells the two sides apart before
-            this value, the nodes at which they part.
+        lines: The nodes of both graphs as text; if the graphs' structure differs before this value,
+            the nodes at which they diverge.
         input: Name of the input that is worst.
-        worst: What was found there.
-        undefined: Elements, over all inputs, that could not be judged (`BoundCheck.undefined`).
+        worst: The check on that input.
+        undefined: How many elements, over all inputs, were not compared (`BoundCheck.undefined`).
         verdict: EQUAL, UNDECIDED or DIFFERENT.
     """
 
@@ -44,12 +44,12 @@ class ValueRow:
 
 @dataclass(frozen=True)
 class ModeReport:
-    """One way of running the candidate.
+    """One execution mode of the candidate.
 
     Attributes:
         name: `as a program`, or optimization level and kernels of an exported model.
-        rows: In graph order, the outputs last.
-        inputs: Name of each input on which outputs were judged, and the largest ratio of them.
+        rows: The values in graph order, outputs last.
+        inputs: Name of each input on which outputs were compared, and their largest ratio.
         problem: Why it did not run, or "".
     """
 
@@ -60,14 +60,14 @@ class ModeReport:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of its rows; DIFFERENT where it did not run."""
+        """The worst verdict of its rows; DIFFERENT if it did not run."""
         if self.problem:
             return Verdict.DIFFERENT
         return Verdict.worst(row.verdict for row in self.rows)
 
     @property
     def first(self) -> ValueRow | None:
-        """The first row, in graph order, whose verdict is that of the way, unless that is EQUAL."""
+        """The first row in graph order that has the mode's verdict; None if that is EQUAL."""
         if self.verdict == Verdict.EQUAL:
             return None
         return next((row for row in self.rows if row.verdict == self.verdict), None)
@@ -84,9 +84,9 @@ class NumericReport:
 
     Attributes:
         reference: What was run in float64, and at its own precision.
-        candidate: What was held to it.
+        candidate: What was compared with it.
         inputs: Names of the inputs, in the order they were tried.
-        ways: One for each way of running the candidate.
+        modes: One report for each execution mode of the candidate.
         notes: What was not tried, and why.
     """
 
@@ -98,7 +98,7 @@ class NumericReport:
 
     @property
     def verdict(self) -> Verdict:
-        """DIFFERENT if any way fails, else UNDECIDED if any is, else EQUAL."""
+        """DIFFERENT if any mode is, else UNDECIDED if any is, else EQUAL."""
         return Verdict.worst(mode.verdict for mode in self.modes)
 
     @property
@@ -108,20 +108,20 @@ class NumericReport:
 
     @property
     def culprit(self) -> tuple[ModeReport, ValueRow | None] | None:
-        """The first way with the verdict, and its first such row; None if all passes."""
+        """The first mode with that verdict, and its first such row; None if all are EQUAL."""
         if self.passed:
             return None
-        way = next(way for way in self.modes if way.verdict == self.verdict)
-        return way, way.first
+        mode = next(mode for mode in self.modes if mode.verdict == self.verdict)
+        return mode, mode.first
 
     @property
     def difference(self) -> str | None:
-        """The culprit as text of one line and, below it, the nodes; None if all passes."""
+        """The culprit as one line of text, with the nodes below it; None if all are EQUAL."""
         if self.culprit is None:
             return None
-        way, row = self.culprit
+        mode, row = self.culprit
         if row is None:
-            return f"{way.name}: {way.problem}"
+            return f"{mode.name}: {mode.problem}"
         return f"{describe(row)}\n    {row.lines[0]}\n    {row.lines[1]}"
 
     def check(self) -> NumericReport:
@@ -132,18 +132,18 @@ class NumericReport:
         """
         if self.culprit is None:
             return self
-        way, row = self.culprit
+        mode, row = self.culprit
         raise VerificationError(
             f"{self.candidate} is not the same as {self.reference}: {self.verdict}",
             report=self,
-            where=f"{way.name}: {way.problem or (row and describe(row))}",
+            where=f"{mode.name}: {mode.problem or (row and describe(row))}",
             hint=None
             if self.verdict == Verdict.DIFFERENT
             else "rounding explains a part of it: try more inputs, or prove_equivalence",
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON types; numbers that are not finite become null."""
+        """The report as JSON types; numbers that are not finite become null."""
         return {
             "reference": self.reference,
             "candidate": self.candidate,
@@ -162,14 +162,14 @@ class NumericReport:
             f"({len(self.inputs)} inputs; rounding explains a ratio of {EXPLAINED:g}, "
             f"{BEYOND:g} is beyond it)"
         ]
-        for way in self.modes:
-            worst = way.worst
-            found = way.problem or (
-                f"{len(way.rows)} values, largest ratio {worst.worst.ratio:.3g} at {worst.name}"
+        for mode in self.modes:
+            worst = mode.worst
+            found = mode.problem or (
+                f"{len(mode.rows)} values, largest ratio {worst.worst.ratio:.3g} at {worst.name}"
                 if worst is not None
                 else "nothing to compare"
             )
-            lines.append(f"  {way.verdict:9}  {way.name}: {found}")
+            lines.append(f"  {mode.verdict:9}  {mode.name}: {found}")
         if self.difference:
             lines.append(f"  first: {self.difference}")
         lines += [f"  note: {note}" for note in self.notes]
@@ -189,12 +189,12 @@ def describe(row: ValueRow) -> str:
     )
 
 
-def _mode_json(way: ModeReport) -> dict[str, Any]:
+def _mode_json(mode: ModeReport) -> dict[str, Any]:
     return {
-        "name": way.name,
-        "verdict": way.verdict,
-        "problem": way.problem,
-        "inputs": {name: _number(ratio) for name, ratio in way.inputs},
+        "name": mode.name,
+        "verdict": mode.verdict,
+        "problem": mode.problem,
+        "inputs": {name: _number(ratio) for name, ratio in mode.inputs},
         "values": [
             {
                 "name": row.name,
@@ -206,7 +206,7 @@ def _mode_json(way: ModeReport) -> dict[str, Any]:
                 "undefined_in_all": row.undefined,
                 **{k: _number(v) for k, v in dataclasses.asdict(row.worst).items()},
             }
-            for row in way.rows
+            for row in mode.rows
         ],
     }
 
