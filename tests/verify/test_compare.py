@@ -43,7 +43,7 @@ def test_a_value_that_is_no_number_is_never_admitted(bad: float) -> None:
     assert not Tolerance(max_rel=1e30).admits(found)
 
 
-def test_nan_on_both_sides_is_a_problem_too() -> None:
+def test_nan_in_both_models_is_a_problem_too() -> None:
     nan = torch.tensor([math.nan])
     assert not Tolerance(max_abs=1.0).admits(compare("y", nan, nan))
 
@@ -57,15 +57,13 @@ def test_unlike_shapes_are_named() -> None:
 @pytest.mark.parametrize(
     ("reference", "candidate", "said"),
     [
-        ([49_150, 3], [49_151, 3], "1 of 2 whole numbers differ"),
-        ([2**53, 1], [2**53 + 1, 2], "2 of 2 whole numbers differ"),  # float64 sees one
-        ([True, False], [True, True], "1 of 2 whole numbers differ"),
+        ([49_150, 3], [49_151, 3], "1 of 2 integers differ"),
+        ([2**53, 1], [2**53 + 1, 2], "2 of 2 integers differ"),  # float64 sees one
+        ([True, False], [True, True], "1 of 2 integers differ"),
         ([7, 7], [7, 7], ""),
     ],
 )
-def test_whole_numbers_are_equal_or_wrong(
-    reference: list[int], candidate: list[int], said: str
-) -> None:
+def test_integers_are_equal_or_wrong(reference: list[int], candidate: list[int], said: str) -> None:
     found = compare("token", torch.tensor(reference), torch.tensor(candidate))
     assert found.problem == said
     wide = Tolerance(max_abs=10.0, max_rel=1.0)
@@ -73,7 +71,7 @@ def test_whole_numbers_are_equal_or_wrong(
     assert wide.admits(worst_of([found])) == (not said)
 
 
-def test_numbers_that_one_side_holds_as_floats_are_compared_as_such() -> None:
+def test_numbers_that_one_model_holds_as_floats_are_compared_as_such() -> None:
     found = compare("y", torch.tensor([100]), torch.tensor([100.5]))
     assert found.problem == "" and Tolerance(max_abs=1.0).admits(found)
 

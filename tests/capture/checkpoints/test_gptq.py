@@ -1,4 +1,4 @@
-"""GPTQ and AWQ folders keep their codes; zero-points are stated apart; groups that lie apart."""
+"""GPTQ and AWQ folders keep their codes; kinds of zero-points; permuted groups."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_biases_of_zeros_that_the_model_has_not_are_left_out(tmp_path: Path) -> 
     write_folder(tmp_path / "model", gptq_layer(wanted), gptq_config())
     rewrite(tmp_path / "model", with_biases(0.0))
     notes = check_weights(tmp_path / "model", wanted).stored()[1]
-    assert any("14 biases that the model has not are left out" in note for note in notes)
+    assert any("14 biases that the model does not have are ignored" in note for note in notes)
 
 
 def test_other_biases_that_the_model_has_not_are_refused(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_floating_zero_points_of_the_script_and_of_its_fork(
 
 
 @pytest.mark.parametrize("odd", ["float", "offset"])
-def test_floating_zero_points_are_told_apart_layer_by_layer(odd: str, tmp_path: Path) -> None:
+def test_floating_zero_points_are_distinguished_layer_by_layer(odd: str, tmp_path: Path) -> None:
     """One layer of another form than all others; one is enough for a wrong model."""
     wanted: list[Tensor] = []
     others = {"float": "offset", "offset": "float"}[odd]
@@ -293,7 +293,10 @@ def test_floating_zero_points_are_told_apart_layer_by_layer(odd: str, tmp_path: 
     (note,) = check_weights(tmp_path / "model", wanted).stored()[1]
     assert f"{1 if odd == 'offset' else 13} layers" in note
     (note,) = load_source(str(tmp_path / "model"), zero_points=others).stored()[1]
-    assert "the weights of model.layers.0.self_attn.v_proj (1 layers) lie further from 0" in note
+    assert (
+        "the weights of model.layers.0.self_attn.v_proj (1 layers) have a mean farther from 0"
+        in note
+    )
 
 
 def without_order(every: bool) -> Callable[[dict[str, Tensor]], None]:
@@ -338,7 +341,7 @@ def test_awq_weights(tmp_path: Path) -> None:
 
 
 def test_activation_order_goes_through_to_onnx(tmp_path: Path) -> None:
-    """Groups that lie apart: the input is selected in their order, once for q, k and v."""
+    """Permuted groups: the input is selected in their order, once for q, k and v."""
     wanted: list[Tensor] = []
     layer = gptq_layer(wanted, act_order=True)
     write_folder(tmp_path / "model", layer, gptq_config(desc_act=True))
@@ -396,13 +399,13 @@ def without_scales(tensors: dict[str, Tensor]) -> None:
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     "packed zero-points of another width": (
         replaced("qzeros", lambda t: t[:, :-1]),
-        "scales of .* want",
+        "scales of .* need",
     ),
     "packed zero-points of the scales' shape": (
         replaced("qzeros", lambda t: torch.zeros(2, 96, dtype=torch.int32)),
-        r"int32 \[2, 96\], and scales of \[2, 96\] want \[2, 12\]",
+        r"int32 \[2, 96\], but scales of \[2, 96\] need \[2, 12\]",
     ),
-    "zero-points in floating point beside packed ones": (
+    "zero-points in floating point and packed ones": (
         replaced("qzeros", lambda t: torch.full((2, 96), 7.0)),
         "up_proj.qzeros is in floating point, and .*qzeros packed integers",
     ),
@@ -426,7 +429,7 @@ def test_inconsistent_tensors_are_refused(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("part", "words"),
-    [("qzeros", "qzeros is .* want"), ("scales", "qzeros is .* want"), ("qweight", "scale is")],
+    [("qzeros", "qzeros is .* need"), ("scales", "qzeros is .* need"), ("qweight", "scale is")],
 )
 def test_inconsistent_tensors_of_awq_are_refused(part: str, words: str, tmp_path: Path) -> None:
     write_folder(tmp_path / "model", awq_layer([]), AWQ)
@@ -443,7 +446,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "a rule that is none": (gptq_config(dynamic={"+:(": {}}), None, r"the rule '\+:\('"),
     "a rule without options": (gptq_config(dynamic={".*": 4}), None, r"\.\* is 4"),
     "a rule of 0 bits": (gptq_config(dynamic={".*": {"bits": 0}}), None, "bits is 0"),
-    "codes of a float": (gptq_config(dynamic={"-:.*up": {}}), None, "quantized, and the rule"),
+    "codes of a float": (gptq_config(dynamic={"-:.*up": {}}), None, "quantized, but the rule"),
     "floats said of integers": (gptq_config(), "offset", "stored as integers"),
     "an unknown word": (gptq_config(), "v3", "zero_points is 'v3'"),
     "awq of another layout": (

@@ -100,12 +100,12 @@ BAD_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
 BAD_VALUES: tuple[object, ...] = (None, 0, -7, "x", [], [1], 1.5, True, {"a": "b"}, 10**12, "re:(")
 
 
-def _places(config: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The ways to all values of a configuration, and to all groups of them."""
+def _places(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths to all values of a configuration, and to all groups of them."""
     for name, value in config.items():
-        yield (*way, name)
+        yield (*path, name)
         if isinstance(value, dict):
-            yield from _places(value, (*way, name))
+            yield from _places(value, (*path, name))
 
 
 def _read(decode: Any, tensors: Mapping[str, Tensor], config: Options) -> bool:
@@ -136,23 +136,23 @@ def test_tensors_of_any_shape_and_dtype_are_read_or_refused(reader: str, tmp_pat
 def test_options_of_any_value_are_read_or_refused(reader: str, tmp_path: Path) -> None:
     decode, tensors, config = made(reader, tmp_path)
     refused: dict[str, int] = {}
-    for way in _places(config):
+    for path in _places(config):
         for value in BAD_VALUES:
             changed = json.loads(json.dumps(config))
             inner = changed
-            for name in way[:-1]:
+            for name in path[:-1]:
                 inner = inner[name]
-            inner[way[-1]] = value
-            refused[way[-1]] = refused.get(way[-1], 0) + _read(decode, tensors, changed)
+            inner[path[-1]] = value
+            refused[path[-1]] = refused.get(path[-1], 0) + _read(decode, tensors, changed)
     said = [name for name in refused if "bits" in name or name in ("group_size", "k")]
     assert said
     assert min(refused[name] for name in said) >= 9, refused
 
 
 ORDERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "cut": (lambda t: t[:-1], rf"order is torch.int32 \[{K - 1}\], and {K} columns want"),
-    "too long": (lambda t: torch.cat([t, t.new_tensor([K])]), "columns want int32"),
-    "two axes": (lambda t: t[None], "columns want int32"),
+    "cut": (lambda t: t[:-1], rf"order is torch.int32 \[{K - 1}\], and {K} columns need"),
+    "too long": (lambda t: torch.cat([t, t.new_tensor([K])]), "columns need int32"),
+    "two axes": (lambda t: t[None], "columns need int32"),
     "int64": (lambda t: t.long(), rf"order is torch.int64 \[{K}\]"),
     "floats": (lambda t: t.float(), "order is torch.float32"),
     "a column twice": (lambda t: t.clamp(min=1), "does not name each column from 0 to"),
@@ -174,7 +174,7 @@ def test_an_order_is_one_int32_for_each_column(kind: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("version", "ordered", "words"),
     [
-        (1, True, "has an order of columns, and the folder is of version 1"),
+        (1, True, "has an order of columns, but the folder has version 1"),
         (2, "yes", "ordered is 'yes'"),
         (2, 1, "ordered is 1"),
         (3, True, "version 3"),

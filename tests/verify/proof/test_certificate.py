@@ -53,7 +53,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
 
 @pytest.fixture
 def copy(stored: Path, tmp_path: Path) -> Path:
-    """The same elsewhere: a certificate finds what lies beside it."""
+    """The same elsewhere: a certificate finds files in its own folder."""
     root = tmp_path / "copy"
     shutil.copytree(stored, root)
     value = json.loads((root / "equal.json").read_text("utf-8"))
@@ -112,13 +112,13 @@ def test_a_file_that_changed_without_meaning_is_said(copy: Path) -> None:
 def test_a_certificate_cannot_say_more_than_is_so(copy: Path) -> None:
     value = json.loads((copy / "equal.json").read_text("utf-8"))
     value["sites"][0]["modes"]["operators"]["max_abs"] = 0.0
-    for way in value["sites"][0]["modes"].values():
-        way["max_abs"] = 0.0
+    for mode in value["sites"][0]["modes"].values():
+        mode["max_abs"] = 0.0
     del value["segments"][0]
     (copy / "equal.json").write_text(json.dumps(value), "utf-8")
     _, problems = check_certificate(copy / "equal.json")
     assert any(p.startswith("q: the largest difference is") for p in problems)
-    assert "input of q: in one of the two only" in problems
+    assert "input of q: in only one of the two" in problems
 
 
 def test_what_says_that_it_differs_does_not_hold(stored: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_what_says_that_it_differs_does_not_hold(stored: Path, tmp_path: Path) -
     assert certificate.verdict == "DIFFERENT"
     certificate.write(tmp_path / "c.json")
     _, problems = check_certificate(tmp_path / "c.json")
-    assert problems[0] == "the certificate itself says DIFFERENT"
+    assert problems[0] == "the certificate itself states DIFFERENT"
 
 
 def test_what_was_in_memory_cannot_be_checked_again(stored: Path, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def _other(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("{}", "no certificate"),
+        ("{}", "not a certificate"),
         ('{"format": "qalora-certificate", "version": 9}', "version 9"),
         ('{"format": "qalora-certificate", "version": 1}', "malformed"),
         ("not json", "not valid JSON"),
@@ -213,7 +213,7 @@ def test_a_certificate_cannot_claim_a_stronger_verdict(copy: Path) -> None:
     certificate, problems = check_certificate(copy / "c.json")
     assert certificate.verdict == "UNDECIDED"
     assert not Certificate.read(copy / "c.json").proved
-    assert problems[0].startswith("stated as EQUAL, and is UNDECIDED")
+    assert problems[0].startswith("stated as EQUAL, but is UNDECIDED")
 
     def sampled(value: dict[str, Any]) -> None:
         for row in value["segments"]:
@@ -243,5 +243,5 @@ def test_a_malformed_field_is_our_error(
 
 def test_a_certificate_cannot_say_proved_of_what_is_not(copy: Path) -> None:
     _edited(copy / "equal.json", lambda value: value["segments"][0].update(status="sampled"))
-    with pytest.raises(UserInputError, match="says proved of what is not"):
+    with pytest.raises(UserInputError, match="states proved for a part"):
         check_certificate(copy / "equal.json")

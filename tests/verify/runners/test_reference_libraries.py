@@ -125,7 +125,7 @@ LIBRARY = LIBRARIES["compressed-tensors"]
 
 @cache
 def of_two_widths() -> qc.Program:
-    """A small Llama on 4 bits, its `down_proj` on 8, with whole zero-points."""
+    """A small Llama on 4 bits, its `down_proj` on 8, with integer zero-points."""
     captured = capture_transformer(causal_lm())
     plan = qc.Pipeline.parse("canonicalize-pointwise,annotate-linears")(captured).program
     changes = {
@@ -194,10 +194,10 @@ def test_layers_are_named_by_class_pattern_and_name(
 @pytest.mark.parametrize(
     ("narrow", "ignore", "words"),
     [
-        (["Linear"], ["re:.*up_proj"], "by 're:.*up_proj' of .*ignore it is not"),
-        (["Linear"], [UP], "ignore it is not"),
-        (["Linear"], ["Linear"], "by 'Linear' of .*ignore it is not"),
-        (["Linear"], ["Module"], "ignore it is not"),
+        (["Linear"], ["re:.*up_proj"], "but 're:.*up_proj' of .*ignore excludes it"),
+        (["Linear"], [UP], "ignore excludes it"),
+        (["Linear"], ["Linear"], "but 'Linear' of .*ignore excludes it"),
+        (["Linear"], ["Module"], "ignore excludes it"),
         (["re:.*mlp"], [], "self_attn.*is not quantized to integers in groups"),
         (["Embedding"], [], "is not quantized to integers in groups"),
         (["re:("], [], "cannot be read"),

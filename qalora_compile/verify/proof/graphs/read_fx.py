@@ -1,4 +1,4 @@
-"""Programs as graphs for a proof: from `program.json`, which a program in memory gives as well."""
+"""Programs as graphs for a proof, read from `program.json` or from a program in memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_program_graph(folder: Path, described: Mapping[str, Any] | None = None)
     """The graph of a program folder, without torch.
 
     Args:
-        folder: Where it is.
+        folder: The program folder.
         described: Another graph on the tensors of the folder (`describe_program`), for example of
             the same model with a key-value cache.
 
@@ -58,7 +58,7 @@ def read_program_graph(folder: Path, described: Mapping[str, Any] | None = None)
 
 
 def describe_program(program: Program) -> dict[str, Any]:
-    """What `program.json` says of a program's graph."""
+    """A program's graph in the form of `program.json`."""
     from qalora_compile.ir.graph_json import graph_to_json
 
     return {
