@@ -261,7 +261,7 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="neither a program folder"):
         qc.prove_equivalence(folded, tmp_path)
     (tmp_path / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(UserInputError, match="no ONNX model"):
+    with pytest.raises(UserInputError, match="cannot be read as an ONNX model"):
         qc.prove_equivalence(folded, tmp_path)
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), tmp_path / "m.onnx")
     with pytest.raises(UserInputError, match="not exported by this package"):
