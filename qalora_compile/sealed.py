@@ -49,8 +49,7 @@ def read_sealed(path: Path, *, since: int = 1) -> dict[str, Any]:
         since: The first `version` of the record with a digest; older ones need none.
 
     Raises:
-        UserInputError: the file is missing, is not a JSON object, or was changed after it was
-            written.
+        UserInputError: the file is missing, is not a JSON object, or was changed after writing.
     """
     value = read_object(path)
     found, version = value.pop(SEAL, None), value.get("version")

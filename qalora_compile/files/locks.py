@@ -126,9 +126,7 @@ def held(path: Path, *, reserve: bool = False) -> Iterator[None]:
         lock = Lock(lock_of(path))
         if not _taken(lock):
             raise UserInputError(
-                f"another process is writing {path}",
-                where=str(path),
-                hint="wait for it, or stop it",
+                f"another process is writing {path}", where=str(path), hint="wait, or stop it"
             )
     try:
         if reserve:

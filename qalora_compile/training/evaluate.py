@@ -138,8 +138,7 @@ def logits_of(output: Any) -> Tensor:
     logits = _find_logits(output)
     if logits is None or logits.dim() != 3:
         raise UnsupportedError(
-            "the model gives no logits [batch, sequence, vocabulary], so it is not a language "
-            "model",
+            "the model gives no logits [batch, sequence, vocabulary]: it is not a language model",
             hint="train it with your own loop over program.adapter_parameters()",
         )
     return logits
@@ -186,8 +185,7 @@ def label_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         batch: The batch with the labels.
 
     Raises:
-        UnsupportedError: the task is to predict tokens and the model is a classifier, or vice
-            versa.
+        UnsupportedError: the task is to predict tokens and the model is a classifier, or reversed.
     """
     if logits.dim() != batch.labels.dim() + 1:
         raise UnsupportedError(

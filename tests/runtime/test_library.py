@@ -55,5 +55,5 @@ def test_a_file_that_is_no_library_is_named(
 ) -> None:
     (tmp_path / "libbroken.so").write_text("not a library")
     monkeypatch.setattr(library, "library_path", lambda: tmp_path / "libbroken.so")
-    with pytest.raises(UnsupportedError, match=r"does not take.*libbroken\.so"):
+    with pytest.raises(UnsupportedError, match=r"refuses.*libbroken\.so"):
         register(onnxruntime.SessionOptions())

@@ -138,8 +138,7 @@ def genai_whisper_config(
         library: See `genai_config`.
 
     Raises:
-        UnsupportedError: the model is not Whisper, or takes another number of frames than GenAI
-            gives it.
+        UnsupportedError: the model is not Whisper, or takes another number of frames than GenAI's.
     """
     _check_whisper(encoder, model)
     options = _session_options(library)

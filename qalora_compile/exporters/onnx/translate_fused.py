@@ -18,9 +18,7 @@ def fused_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
         each = int(x.shape[-1]) // heads
         rotated = 2 * int(cos.shape[-1])
         part = {} if rotated == each else {"rotary_embedding_dim": rotated}
-        if (
-            cos.shape[0] == 1
-        ):  # the same for each sequence of a batch, which the operator does not broadcast
+        if cos.shape[0] == 1:  # shared by a batch, and the operator does not broadcast
             half = op.Constant(value_ints=[rotated // 2])
             sizes = op.Concat(op.Shape(x, start=0, end=2), half, axis=0)
             cos, sin = op.Expand(cos, sizes), op.Expand(sin, sizes)

@@ -47,8 +47,7 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write `folder/step-N`, completely or not at all, then remove all but the last `keep`.
 
-    Since older checkpoints are removed, save only weights that give a finite loss: in `on_good` of
-    `fit`.
+    Since older checkpoints are removed, save only weights with a finite loss: in `fit`'s `on_good`.
 
     The step determines the schedule, the position in the data and all random numbers (see
     `FitState`), so a resumed training gives bit-identical weights.

@@ -231,8 +231,7 @@ def _misfit(layer: Layer) -> str:
 def _float_form(source: str, values: Tensor, spec: ExportSpec, *, table: bool) -> str:
     """The type of a matrix that is not quantized: as asked for, or the smallest that is exact.
 
-    By itself, Q8_0 is chosen only for tables. If it is asked for and does not divide the rows into
-    blocks, F32 is used.
+    Unless asked for, Q8_0 is used only for tables; if its blocks do not divide a row, F32 is used.
 
     Raises:
         UserInputError: F16 is asked for and cannot hold a value.
@@ -306,8 +305,7 @@ def pack_q4_1(affine: GroupAffine) -> NDArray[np.uint8]:
 def interleave_rows(values: Tensor, heads: int) -> Tensor:
     """Permute the rows of q or k so that the two halves of each head alternate.
 
-    Row i of a head's first half is followed by row i of its second half. If `heads` is 0, the
-    values stay as they are.
+    Row i of a head's first half is followed by row i of its second half; `heads` 0 changes nothing.
     """
     if not heads:
         return values
