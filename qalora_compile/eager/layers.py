@@ -72,7 +72,7 @@ def register_parts(holder: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer on codes with a pooled adapter: the operators of the graph, in eager form.
+    """A linear quantized layer with a pooled adapter: the operators of the graph, in eager form.
 
     Stands in for `nn.Linear`, and for GPT-2's `Conv1D`, whose weight is stored `[K, N]`.
 

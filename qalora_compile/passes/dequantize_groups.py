@@ -42,7 +42,7 @@ class DequantizeGroups(Pass):
     Before:  %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, @fc.bias, 4, 32)
     After:   %1 = aten.linear(%x, @fc.dequantized, @fc.bias)
 
-    For runtimes without kernels on codes, and to measure what the codes save.
+    For runtimes without quantized kernels, and to measure what the codes save.
 
     Fires on: every group_linear, and every group_embedding, which becomes aten.embedding; a weight
     used twice, or looked up and multiplied by, is dequantized once.
@@ -102,7 +102,7 @@ class DequantizeGroups(Pass):
         return PassResult(program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """No operator on codes is left."""
+        """No quantized operator is left."""
         for node in after.graph.nodes:
             if node.target in ON_CODES or node.target is GROUP_EMBEDDING:
                 raise PostconditionError("a layer was not dequantized", where=site_of(node))

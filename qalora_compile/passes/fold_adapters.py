@@ -71,8 +71,8 @@ class FoldAdapters(Pass):
         adapted = {adapter.layer_node for adapter in adapters}
         offsets = {adapter.names["offset"] for adapter in adapters}
         for node in program.graph.nodes:
-            on_codes = node.target in ON_CODES
-            shares = on_codes and str(layer_on_codes(node).offset.target) in offsets
+            quantized = node.target in ON_CODES
+            shares = quantized and str(layer_on_codes(node).offset.target) in offsets
             if shares and node not in adapted:
                 raise PreconditionError(
                     "one use of a shared weight has an adapter and another has none",

@@ -147,7 +147,7 @@ class QuantizeEmbeddings(Pass):
     def _rewrite(
         self, graph: fx.Graph, node: fx.Node, path: str, site: Site, nodes: TensorNodes, k: int
     ) -> fx.Node:
-        """Put the operator on codes in the place of a lookup or of the head."""
+        """Put the quantized operator in the place of a lookup or of the head."""
         qweight, scale, offset = (nodes.get(f"{path}.{part}") for part in CODE_NAMES)
         parts = qweight, scale, offset
         linear = match_linear(node)

@@ -212,7 +212,7 @@ class QuantizeGroups(QuantSpec, Pass):
         return _QuantizerOf(site.path, self.spec_of(site), tuple(each.affine for each in held))
 
     def _rewrite(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
-        """Put the operator on codes in the place of a linear map."""
+        """Put the quantized operator in the place of a linear map."""
         spec = self.spec_of(site)
         linear = match_linear(node)  # again: an earlier rewrite may have given it another x
         assert linear is not None, "it matched before"

@@ -86,7 +86,7 @@ BAD_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "rank": ((torch.zeros(4, 2, 16), torch.zeros(4, 8)), {}, "input x has shape"),
     "dtype": ((torch.zeros(4, 16), torch.zeros(4, 8).double()), {}, "input scale is float64"),
     "no tensor": ((torch.zeros(4, 16), 3.0), {}, "input scale is float, not a tensor"),
-    "nesting": (((torch.zeros(4, 16),), torch.zeros(4, 8)), {}, "nested otherwise"),
+    "nesting": (((torch.zeros(4, 16),), torch.zeros(4, 8)), {}, "nested differently"),
 }
 
 

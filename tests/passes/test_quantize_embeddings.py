@@ -244,7 +244,7 @@ def test_another_method_is_refused() -> None:
 
 
 def shifted(weight: Tensor, bits: int, group_size: int) -> GroupAffine:
-    """A quantizer whose zero-points are no whole numbers."""
+    """A quantizer whose zero-points are not integers."""
     affine = quantize_integer_zero(weight, bits, group_size)
     parts = (affine.codes, affine.scale, affine.offset + 0.3 * affine.scale)
     return GroupAffine(*parts, bits, group_size)
@@ -253,7 +253,7 @@ def shifted(weight: Tensor, bits: int, group_size: int) -> GroupAffine:
 def test_planted_zero_points_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     program = qc.quantize_groups(captured(Untied()))
     monkeypatch.setattr(pass_module, "quantize_integer_zero", shifted)
-    with pytest.raises(PostconditionError, match="no whole number"):
+    with pytest.raises(PostconditionError, match="not an integer"):
         QuantizeEmbeddings()(program)
 
 
@@ -262,6 +262,6 @@ def test_the_specification_checks_whole_zero_points() -> None:
     validate(program)
     tensors = program.tensors()
     tensors["head.offset"] = tensors["head.offset"] + 0.1 * tensors["head.scale"]
-    with pytest.raises(InternalError, match="no whole number"):
+    with pytest.raises(InternalError, match="not an integer"):
         validate(program.evolve(graph=program.copy_graph(), tensors=tensors))
     assert count(program, GROUP_LINEAR) == 2

@@ -1,4 +1,4 @@
-"""What all legalize passes have in common: each layer on codes becomes its target's kernel."""
+"""What all legalize passes have in common: each quantized layer becomes its target's kernel."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ON_CODES = ON_CODES | {GROUP_EMBEDDING}
 
 
 class Layer(NamedTuple):
-    """What a layer on codes says about its weight; `whole` as `Site.has_integer_zero_point`."""
+    """What a quantized layer says about its weight; `whole` as `Site.has_integer_zero_point`."""
 
     bits: int
     group_size: int
@@ -140,7 +140,7 @@ class LegalizePass(Pass):
         return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """No operator on codes is left."""
+        """No quantized operator is left."""
         for node in after.graph.nodes:
             if node.target in _ON_CODES:
                 raise PostconditionError("a layer was not legalized", where=site_of(node))
@@ -241,7 +241,7 @@ def _layer(node: fx.Node, site: Site) -> Layer:
 
 
 def _path(node: fx.Node) -> str:
-    """Path of the tensors of a layer on codes."""
+    """Path of the tensors of a quantized layer."""
     return str(layer_on_codes(node).qweight.target).removesuffix(".qweight")
 
 
