@@ -140,7 +140,7 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
 
 
 def test_an_invalid_regular_expression_is_refused() -> None:
-    with pytest.raises(UserInputError, match="no regular expression"):
+    with pytest.raises(UserInputError, match="not a regular expression"):
         annotated(MLP(16, 8), torch.randn(2, 16), targets=("re:(",))
 
 

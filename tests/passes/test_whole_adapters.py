@@ -1,4 +1,4 @@
-"""Adapters that keep zero-points whole: inserted, trained, folded, exported without corrections."""
+"""Adapters with integer zero-points: inserted, trained, folded, exported without corrections."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_what_cannot_stay_whole_is_refused() -> None:
     assert caught.value.where == "layers.0"
     with pytest.raises(UserInputError, match="zero_point is 'integer' with method"):
         qc.QuantSpec(method="hqq", zero_point="integer")
-    with pytest.raises(UnsupportedError, match="keep zero-points whole"):
+    with pytest.raises(UnsupportedError, match="keep zero-points integers"):
         qc.adapt_module_(
             MLP(32, 8),
             (x,),

@@ -72,7 +72,7 @@ OTHERS: dict[str, tuple[Body, str]] = {
     "left": (lambda x, w: w @ x.t(), "multiplies by it from the left"),
     "embedding": (lambda x, w: functional.embedding(x.long() * 0, w), "table of an embedding"),
     "returned": (lambda x, w: w, "returned as it is"),
-    "pointwise": (lambda x, w: x[:1] * w, "read by mul, which is no linear map"),
+    "pointwise": (lambda x, w: x[:1] * w, "read by mul, which is not a linear map"),
     "input": (lambda x, w: functional.linear(w, x), "as its input or bias"),
     "copied": (lambda x, w: functional.linear(x, w.t().reshape(24, 32)), "copy in another layout"),
     "indexed": (lambda x, w: functional.linear(x, w[torch.tensor([0, 2])]), "no linear map"),
