@@ -2,7 +2,7 @@
 
 Four places name them, and they often disagree: a chat model's configuration may hold the base
 model's end of text, its tokenizer holds the end of a turn, and training may have taught
-    another. Every output of this package ends a text at any of them.
+another. Every output of this package ends a text at any of them.
 """
 
 from __future__ import annotations

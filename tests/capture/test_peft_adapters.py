@@ -220,7 +220,7 @@ def test_an_update_of_neighbours_does_not_fold_in_activation_order() -> None:
         assert worst(found - bias, wanted.float()) <= 1e-5 * float(wanted.abs().max())
 
 
-def test_an_order_that_keeps_pooling_groups_whole_folds_exactly() -> None:
+def test_an_order_that_keeps_pooling_groups_together_folds_exactly() -> None:
     inside = torch.stack([torch.randperm(32) for _ in range(2)]) + torch.tensor([[32], [0]])
     program, weight = sorted_base(inside.flatten())
     update = LowRankUpdate(torch.randn(2, 2), torch.randn(24, 2), 0.5, 32)

@@ -103,8 +103,8 @@ def write_tokenizer(folder: Path, *, digits: bool = True) -> Path:
     return folder
 
 
-def made_whole(program: qc.Program) -> qc.Program:
-    """The program with its layers quantized anew, to whole zero-points."""
+def with_integer_zeros(program: qc.Program) -> qc.Program:
+    """The program with its layers quantized again, to integer zero-points."""
     tensors, changes = program.tensors(), {}
     for site in program.plan.to_quantize():
         assert site.bits is not None

@@ -23,7 +23,12 @@ from tests.capture.checkpoints.matrix import FORMATS as READ_FORMATS
 from tests.capture.checkpoints.matrix import Written, _folders, _gptq, read_cells
 from tests.capture.checkpoints.models import linears, weights_of, write_folder
 from tests.capture.checkpoints.test_gptq import gptq_config, gptq_layer
-from tests.exporters.checkpoint_cases import causal_lm, llama_and_program, made_whole, weight_of
+from tests.exporters.checkpoint_cases import (
+    causal_lm,
+    llama_and_program,
+    weight_of,
+    with_integer_zeros,
+)
 from tests.exporters.decoders import DECODERS, Array
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
@@ -93,7 +98,7 @@ def exported(target: str, folder: Path) -> Written:
     """Folders that this package writes, and their weights by decoders written for the tests."""
     for bits, group_size in WIDTHS:
         model, program = llama_and_program(bits, group_size)
-        program = made_whole(program) if target == "compressed-tensors" else program
+        program = with_integer_zeros(program) if target == "compressed-tensors" else program
         path = folder / target / f"{bits}-{group_size}"
         qc.export_model(program, path, qc.ExportSpec(target=target), model=model)
         names = [name for name, _ in linears(model)]
@@ -152,7 +157,7 @@ def written_error(target: str, bits: int, group_size: int, folder: Path) -> str:
     model, program = llama_and_program(bits, group_size)
     kind = get_format(target)
     if kind.capabilities(qc.ExportSpec(target=target))["real zero-point"].kind == WHOLE:
-        program = made_whole(program)
+        program = with_integer_zeros(program)
     if target == "gguf" and bits == 8:
         return "refused"  # no layer is on codes, see test_gguf.py
     path = folder / f"{target}-{bits}{kind.suffix}"

@@ -29,8 +29,8 @@ from tests.exporters.checkpoint_cases import (
     affine_of,
     causal_lm,
     llama_and_program,
-    made_whole,
     weight_of,
+    with_integer_zeros,
     write_tokenizer,
 )
 from tests.exporters.decoders import DECODERS, bits_of, config, tensors
@@ -53,7 +53,7 @@ ROUNDING = {"hqq": 2.0**-22}
 
 def program_for(target: str, bits: int = 4, group_size: int = 32) -> tuple[nn.Module, qc.Program]:
     model, program = llama_and_program(bits, group_size)
-    return model, made_whole(program) if target in WHOLE else program
+    return model, with_integer_zeros(program) if target in WHOLE else program
 
 
 def export(
@@ -262,7 +262,7 @@ def test_layers_that_do_not_fit_are_floats(
 ) -> None:
     captured = qc.capture_model(MLP(*sizes), (torch.randn(3, sizes[0]),))
     program = qc.quantize_groups(captured, qc.QuantSpec(bits=bits, group_size=64))
-    program = made_whole(program) if target in WHOLE else program
+    program = with_integer_zeros(program) if target in WHOLE else program
     report = export(program, tmp_path / "out", target)
     odd = [row for row in report.stored if row.remark]
     assert odd
@@ -283,7 +283,7 @@ def test_widths_that_differ_are_said(tmp_path: Path) -> None:
         for site, bits in zip(plan.plan.to_quantize(), (4, 4, 3), strict=True)
     }
     mixed = plan.evolve(plan=plan.plan.update(changes))
-    program = made_whole(qc.quantize_groups(mixed))
+    program = with_integer_zeros(qc.quantize_groups(mixed))
     assert [site.bits for site in program.plan] == [4, 4, 3]
     for target in FOLDERS:
         export(program, tmp_path / target, target)
@@ -294,7 +294,7 @@ def test_widths_that_differ_are_said(tmp_path: Path) -> None:
 
 def test_weights_stored_the_other_way_are_refused(tmp_path: Path) -> None:
     model = gpt2()
-    program = made_whole(qc.quantize_groups(capture_transformer(model)))
+    program = with_integer_zeros(qc.quantize_groups(capture_transformer(model)))
     for target in ("mlx", "hqq", "compressed-tensors"):
         with pytest.raises(UnsupportedError, match=r"stores this weight as \[K, N\]"):
             export(program, tmp_path / "out", target, model)
@@ -443,7 +443,7 @@ def test_what_is_written_as_floats_is_declared_as_these(
     bits = 2 if target == "hqq" else 4
     captured = qc.capture_model(MLP(*sizes), (torch.randn(3, sizes[0]),))
     program = qc.quantize_groups(captured, qc.QuantSpec(bits=bits, group_size=64))
-    program = made_whole(program) if target in WHOLE else program
+    program = with_integer_zeros(program) if target in WHOLE else program
     report = export(program, tmp_path / "out", target, parameter_dtype=dtype)
     (odd,) = [row for row in report.stored if row.remark]
     kind = "exact" if dtype == "float32" else "rounds"

@@ -52,7 +52,7 @@ class Untied(nn.Module):
 
 
 class TableAdded(nn.Module):
-    """A table that is looked up and also read whole."""
+    """A table that is looked up and also read completely."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def count(program: qc.Program, target: object) -> int:
     size=st.sampled_from([1e-34, 1.0, 6e4]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )
-def test_zero_points_are_whole_and_weights_near(
+def test_zero_points_are_integers_and_weights_near(
     bits: int, group: int, k: int, shift: float, size: float, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(k)
@@ -257,7 +257,7 @@ def test_planted_zero_points_are_caught(monkeypatch: pytest.MonkeyPatch) -> None
         QuantizeEmbeddings()(program)
 
 
-def test_the_specification_checks_whole_zero_points() -> None:
+def test_the_specification_checks_integer_zero_points() -> None:
     program = qc.quantize_groups(captured(Untied()), embeddings=EIGHT)
     validate(program)
     tensors = program.tensors()

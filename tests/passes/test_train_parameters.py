@@ -1,4 +1,4 @@
-"""train-parameters: a float head that trains beside the adapters, is stored, folded, exported."""
+"""train-parameters: a float head that trains with the adapters, is stored, folded, exported."""
 
 from __future__ import annotations
 

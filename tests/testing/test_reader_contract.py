@@ -21,7 +21,7 @@ from qalora_compile.testing import ContractError, check_reader
 from tests.capture.checkpoints.models import write_folder
 from tests.capture.checkpoints.test_folders import config_of, hqq_layer, mlx_layer
 from tests.capture.checkpoints.test_gptq import AWQ, awq_layer, gptq_config, gptq_layer
-from tests.exporters.checkpoint_cases import affine_of, llama_and_program, made_whole
+from tests.exporters.checkpoint_cases import affine_of, llama_and_program, with_integer_zeros
 
 FOREIGN: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "awq": (lambda: awq_layer([]), AWQ),
@@ -41,7 +41,7 @@ def test_every_reader_keeps_the_contract(name: str, tmp_path: Path) -> None:
         check_reader(name, path)
         return
     model, program = llama_and_program()
-    program = made_whole(program) if name == "compressed-tensors" else program
+    program = with_integer_zeros(program) if name == "compressed-tensors" else program
     qc.export_model(program, path, qc.ExportSpec(target=OURS[name]), model=model)
     expected = {site.name: affine_of(program, site) for site in program.plan.to_quantize()}
     check_reader(name, path, expected)

@@ -14,7 +14,7 @@ from qalora_compile.config import CHECKPOINT_TARGETS, ONNX_TARGETS
 from qalora_compile.ir.program import Program
 from qalora_compile.registry import TARGETS
 from qalora_compile.testing import ContractError, check_target
-from tests.exporters.checkpoint_cases import llama_and_program, made_whole
+from tests.exporters.checkpoint_cases import llama_and_program, with_integer_zeros
 
 INTEGER = ("gptq", "compressed-tensors")
 NAMES = dict.fromkeys(ONNX_TARGETS, "model.onnx") | {"gguf": "model.gguf"}
@@ -28,7 +28,7 @@ def test_every_onnx_target_keeps_the_contract(name: str) -> None:
 @pytest.mark.parametrize("name", CHECKPOINT_TARGETS)
 def test_every_checkpoint_target_keeps_the_contract(name: str) -> None:
     model, program = llama_and_program()
-    program = made_whole(program) if name in INTEGER else program
+    program = with_integer_zeros(program) if name in INTEGER else program
     check_target(name, program, model=model, file_name=NAMES.get(name, "model"))
 
 

@@ -256,7 +256,7 @@ def test_what_is_left_out_depends_on_the_seed(by_length: bool) -> None:
     assert left_out(1)[0] != left_out(1)[1]
 
 
-def test_a_seed_can_be_any_whole_number() -> None:
+def test_a_seed_can_be_any_integer() -> None:
     examples = of_lengths(*range(2, 30))
     seeds = (20241231235959, 20241231235960, 2**64 - 1, 10**30)
     found = [Batches(examples, batch_size=14, seed=seed).at(3).input_ids for seed in seeds]

@@ -63,9 +63,7 @@ def test_unlike_shapes_are_named() -> None:
         ([7, 7], [7, 7], ""),
     ],
 )
-def test_whole_numbers_are_equal_or_wrong(
-    reference: list[int], candidate: list[int], said: str
-) -> None:
+def test_integers_are_equal_or_wrong(reference: list[int], candidate: list[int], said: str) -> None:
     found = compare("token", torch.tensor(reference), torch.tensor(candidate))
     assert found.problem == said
     wide = Tolerance(max_abs=10.0, max_rel=1.0)

@@ -35,7 +35,7 @@ def calls(program: qc.Program, count: int = 3) -> list[dict[str, Tensor]]:
     return sample_inputs(program, count)
 
 
-def test_folding_is_verified_per_layer_and_whole(mlp: qc.Program) -> None:
+def test_folding_is_verified_per_layer_and_end_to_end(mlp: qc.Program) -> None:
     report = qc.verify_equivalence(mlp, qc.fold_adapters(mlp), calls(mlp), TIGHT)
     assert report.passed
     assert report.first_divergence is None

@@ -102,7 +102,7 @@ def _matrices(
     """
     if weight.dtype != torch.float32:
         raise UnsupportedError(
-            f"the weight is {weight.dtype}, codes are found by their dequantized values in float32",
+            f"the weight is {weight.dtype}, but codes are found by dequantized float32 values",
             where=path,
             hint="leave the model in float32, or quantize it without stored codes",
         )

@@ -127,5 +127,5 @@ def test_a_weight_that_is_stored_in_parts_is_refused(kind: str) -> None:
 def test_a_weight_in_another_dtype_is_refused() -> None:
     held = stored(1)
     model = layers(held.dequantize(), torch.randn(2 * N, N)).bfloat16()
-    with pytest.raises(UnsupportedError, match="bfloat16, and codes are found by"):
+    with pytest.raises(UnsupportedError, match="bfloat16, but codes are found by"):
         quantized(model, torch.randn(3, K).bfloat16(), held)

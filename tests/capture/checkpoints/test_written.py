@@ -20,8 +20,8 @@ from tests.exporters.checkpoint_cases import (
     causal_lm,
     folded,
     llama_and_program,
-    made_whole,
     weight_of,
+    with_integer_zeros,
 )
 from tests.models import gpt2, randomize_adapters, slow, token_ids, worst
 
@@ -34,7 +34,7 @@ def written(target: str, folder: Path) -> tuple[Path, qc.Program]:
     """A folded llama in a format."""
     model, program = llama_and_program()
     if target in WHOLE:
-        program = made_whole(program)
+        program = with_integer_zeros(program)
     path = folder / ("model.gguf" if target == "gguf" else "model")
     qc.export_model(program, path, qc.ExportSpec(target=target), model=model)
     return path, program
@@ -65,7 +65,7 @@ def test_weights_that_are_stored_turned_come_back(
     spec = qc.QuantSpec(group_size=32)
     program = qc.insert_adapters(qc.quantize_groups(captured, spec, targets=targets))
     program = qc.fold_adapters(randomize_adapters(program))
-    program = made_whole(program) if target in WHOLE else program
+    program = with_integer_zeros(program) if target in WHOLE else program
     qc.export_model(program, tmp_path / "model", qc.ExportSpec(target=target), model=model)
     source = load_source(str(tmp_path / "model"))
     again = source.capture()(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -77,7 +77,7 @@ def test_turned_weights_under_the_names_of_the_inner_model_come_back(tmp_path: P
     """GPT-2's own checkpoint begins its names with `h.`, not with `transformer.h.`."""
     model, ids = gpt2(), token_ids(2, 8)
     quantized = qc.quantize_groups(qc.capture_model(model, (ids,)), targets=["attn.c_proj"])
-    program = made_whole(quantized)
+    program = with_integer_zeros(quantized)
     qc.export_model(program, tmp_path / "model", qc.ExportSpec(target="gptq"), model=model)
     file = tmp_path / "model" / "model.safetensors"
     tensors = {n.removeprefix("transformer."): t for n, t in load_file(file).items()}
@@ -90,7 +90,7 @@ def test_turned_weights_under_the_names_of_the_inner_model_come_back(tmp_path: P
 @pytest.mark.parametrize("target", WHOLE)
 def test_biases_of_layers_come_back(target: str, tmp_path: Path) -> None:
     model = causal_lm(attention_bias=True)
-    program = made_whole(folded(model))
+    program = with_integer_zeros(folded(model))
     qc.export_model(program, tmp_path / "model", qc.ExportSpec(target=target), model=model)
     found = load_source(str(tmp_path / "model")).model
     biases = {n: p for n, p in model.named_parameters() if n.endswith(".bias")}

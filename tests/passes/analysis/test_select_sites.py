@@ -56,7 +56,7 @@ def test_each_form_of_pattern(pattern: str, count: int, expected: str) -> None:
         "layers.1",  # and reaches to the end
         "model",
         "LM_HEAD",
-        "mlp.*",  # a glob covers the whole path
+        "mlp.*",  # a glob covers the full path
         "up_proj.",
         ".q_proj",
         "",

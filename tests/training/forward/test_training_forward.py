@@ -65,7 +65,7 @@ def fused(program: qc.Program) -> ProgramModule:
     return program.module.rebuild(fuse_adapters(program), program.tensors())
 
 
-def whole_loss(program: qc.Program, batch: Batch) -> Tensor:
+def complete_loss(program: qc.Program, batch: Batch) -> Tensor:
     """By the program itself, and all its logits."""
     rows, targets = label_loss(
         program_forward(program)(batch.input_ids, batch.attention_mask), batch
@@ -89,7 +89,7 @@ def test_losses_and_gradients_are_those_of_the_program(head: str, checkpointing:
     program = language_model(torch.float64, **HEADS[head])  # in which rounding hides nothing
     batch = batch_of(IDS)
     forward = TrainingForward(program, gradient_checkpointing=checkpointing)
-    mine, theirs = forward.loss(batch), whole_loss(program, batch)
+    mine, theirs = forward.loss(batch), complete_loss(program, batch)
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-10)
     for ours, other in zip(grads(program, mine), grads(program, theirs), strict=True):
         assert ours.dtype == other.dtype
@@ -105,7 +105,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for ours, other in zip(grads(program, forward.loss(batch)), whole, strict=True):
         assert worst(ours, other) <= 1e-10 * float(other.abs().max() + 1e-3)
     with torch.no_grad():
-        assert forward.loss(batch).item() == pytest.approx(whole_loss(program, batch).item())
+        assert forward.loss(batch).item() == pytest.approx(complete_loss(program, batch).item())
 
 
 def test_a_gradient_is_scaled_by_what_comes_after_the_loss() -> None:
@@ -116,7 +116,7 @@ def test_a_gradient_is_scaled_by_what_comes_after_the_loss() -> None:
         assert torch.allclose(ours, other * 3, rtol=1e-4, atol=1e-6)
 
 
-def test_logits_that_are_no_product_of_rows_are_made_whole() -> None:
+def test_logits_that_are_not_a_product_of_rows_are_computed_at_once() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -131,7 +131,7 @@ def test_logits_that_are_no_product_of_rows_are_made_whole() -> None:
     forward = TrainingForward(program)
     assert split_head(program.module)[1].module is None
     assert forward.loss(batch_of(ids)).item() == pytest.approx(
-        whole_loss(program, batch_of(ids)).item()
+        complete_loss(program, batch_of(ids)).item()
     )
 
 

@@ -57,7 +57,7 @@ def test_changes_are_those_that_folding_makes() -> None:
     assert change.norm == pytest.approx(float(distance.norm()))
 
 
-def test_adapters_that_keep_zero_points_whole_shift_none() -> None:
+def test_adapters_that_keep_zero_points_integers_shift_none() -> None:
     program = qc.capture_model(MLP(64, 6).eval(), (torch.randn(2, 64),))
     program = qc.quantize_groups(program, qc.QuantSpec(zero_point="integer"))
     program = qc.insert_adapters(program, qc.AdapterSpec(rank=2, kind="scale"))

@@ -19,7 +19,12 @@ from qalora_compile.files import write_json
 from qalora_compile.untrusted import read_json
 from qalora_compile.verify.runners import reference_libraries
 from tests.capture.checkpoints.models import rewrite
-from tests.exporters.checkpoint_cases import causal_lm, llama_and_program, made_whole, weight_of
+from tests.exporters.checkpoint_cases import (
+    causal_lm,
+    llama_and_program,
+    weight_of,
+    with_integer_zeros,
+)
 from tests.models import capture_transformer, scale_of, worst
 
 UP = "model.layers.0.mlp.up_proj"
@@ -32,7 +37,7 @@ LIBRARIES = {
 
 def written(target: str, folder: Path, **options: Any) -> qc.Program:
     model, program = llama_and_program(3, 64)
-    program = made_whole(program) if target in ("gptq", "compressed-tensors") else program
+    program = with_integer_zeros(program) if target in ("gptq", "compressed-tensors") else program
     qc.export_model(program, folder, qc.ExportSpec(target=target, **options), model=model)
     return program
 
@@ -128,7 +133,7 @@ def of_two_widths() -> qc.Program:
         for site in plan.plan.to_quantize()
         if site.name != "lm_head"
     }
-    return made_whole(qc.quantize_groups(plan.evolve(plan=plan.plan.update(changes))))
+    return with_integer_zeros(qc.quantize_groups(plan.evolve(plan=plan.plan.update(changes))))
 
 
 def say(folder: Path, narrow: list[str], wide: list[str], **more: Any) -> None:

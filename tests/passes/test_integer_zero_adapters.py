@@ -150,7 +150,7 @@ def test_a_transformer_and_a_weight_used_twice(kind: str, tmp_path: Path) -> Non
         assert str(again) == str(program)
 
 
-def test_plain_adapters_take_a_base_with_whole_zero_points_and_make_it_real() -> None:
+def test_plain_adapters_take_a_base_with_integer_zero_points_and_make_them_real() -> None:
     x = torch.randn(3, 32)
     base = quantized(MLP(32, 8), x)
     assert [site.integer_zero_point for site in base.plan] == [True]
@@ -177,7 +177,7 @@ def test_odd_specifications_are_refused(case: str) -> None:
         qc.AdapterSpec(**options)
 
 
-def test_what_cannot_stay_whole_is_refused() -> None:
+def test_zero_points_that_cannot_stay_integers_are_refused() -> None:
     x = torch.randn(2, 32)
     real = qc.quantize_groups(qc.capture_model(MLP(32, 8).eval(), (x,)))
     with pytest.raises(PreconditionError, match="not integers") as caught:
