@@ -15,8 +15,8 @@ from qalora_compile.ir.program_parts import ProgramParts
 def is_sound(tensor: Tensor) -> bool:
     """Whether a tensor is free of NaN and of infinities, except for −∞ in an additive mask.
 
-    A constant without positive numbers counts as a mask. Integers pass; so does a deferred tensor,
-    whose values are checked when they are read, and one on the meta device, which has none.
+    A constant without positive numbers counts as a mask. Integers pass; so do deferred tensors,
+    whose values are checked when they are read, and tensors on the meta device, which have none.
     """
     unread = is_lazy(tensor) or tensor.is_meta
     if not tensor.is_floating_point() or unread or tensor.numel() == 0:

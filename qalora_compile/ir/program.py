@@ -51,7 +51,7 @@ class Program(ProgramParts):
         return self
 
     def to(self, device: torch.device | str) -> Program:
-        """Move to a device the tensors, and those that the graph creates; returns self.
+        """Move the tensors, and those that the graph creates, to a device; returns self.
 
         Parameters stay the same objects, so an optimizer keeps them. Programs made from this one
         before share its parameters and must not be run any more: move first, then apply passes.

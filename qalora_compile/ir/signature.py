@@ -21,7 +21,7 @@ Call = Sequence[Any] | Mapping[str, Any]
 
 
 PAST = "past_key_values."
-"""Prefixes of the names of inputs that hold past keys and values."""
+"""Prefix of the names of inputs that hold past keys and values."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Signature:
 
     @property
     def own_cache(self) -> tuple[InputLeaf, ...]:
-        """Prefix in the decoder of an encoder-decoder model: the cache of its own tokens."""
+        """The part of `cache` for the decoder's own tokens, in an encoder-decoder model."""
         return tuple(leaf for leaf in self.cache if ".decoder." in leaf.name)
 
     @property
     def cross_cache(self) -> tuple[InputLeaf, ...]:
-        """Prefix in the decoder of an encoder-decoder model: the outputs of its encoder."""
+        """The part of `cache` for the encoder's outputs, in an encoder-decoder model."""
         return tuple(leaf for leaf in self.cache if ".encoder." in leaf.name)
 
     def check(self, leaves: Sequence[Any]) -> None:

@@ -44,8 +44,7 @@ class SortColumns(Pass):
     graph, for the tensors of the first run.
 
     Options:
-        owners: `path=path` for each weight: the weight whose order it has, itself or an earlier
-            one.
+        owners: `path=path` for each weight: the weight that owns its order.
 
     Attributes:
         orders: The orders by path of their owner, `[K]` int64: sorted column i is column

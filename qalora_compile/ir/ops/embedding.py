@@ -96,8 +96,8 @@ def block_embedding(
         ids: `[..]` integers, 0 to V − 1.
         codes: `[V, L, block_size · bits / 8]` uint8, low bits first.
         scale: `[V, L]`, float32 or float16.
-        zero_point: `[V, L]`, as `scale` (GroupQuantLinear), or integers packed like the codes, `[V,
-            ceil(L · bits / 8)]` uint8 (MatMulNBits).
+        zero_point: `[V, L]`, as `scale` (GroupQuantLinear), or integers packed like the codes,
+            `[V, ceil(L · bits / 8)]` uint8 (MatMulNBits).
         bits: 4 or 8.
         block_size: A multiple of 16.
         k: K.

@@ -351,7 +351,7 @@ def const(*values: object, otherwise: str = "") -> Pattern:
 
 
 def either(*alternatives: Pattern, final: bool = False) -> Pattern:
-    """The first that matches; unless `final`, also later ones where the rest then fails to."""
+    """The first that matches; unless `final`, later ones are tried if the rest does not match."""
     return _Either(alternatives, final)
 
 

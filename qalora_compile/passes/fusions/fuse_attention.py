@@ -62,7 +62,7 @@ def _repeats(found: Captured, name: str) -> bool:
 def _takes_past(found: Captured) -> bool:
     """Whether both keys and values have a past that the operator can append to, or neither.
 
-    It returns all keys and values, which nothing can read before it (as Doge's mask does).
+    It returns all keys and values, so nothing may read them before it (as Doge's mask does).
     """
     names = [name for name in ("key", "value") if f"all_{name}" in found]
     return len(names) != 1 and not any(_is_read_early(found, name) for name in names)

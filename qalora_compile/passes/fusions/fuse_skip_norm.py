@@ -67,8 +67,8 @@ class FuseSkipNorm(Pass):
              %2, %1 = its two results
 
     Fires on: sums of two tensors of one shape with three axes.
-    Leaves alone: sums that are the output of a layer (with its correction or bias), which the
-    verifier finds by name; sums that are read before the norm's weight is known.
+    Leaves alone: sums that are the output of a layer (with its correction or bias), since other
+    tools find it by name; sums that are read before the norm's weight is computed.
     Exactness: the same sums and products.
     """
 

@@ -70,8 +70,7 @@ class LegalizePass(Pass):
     kernel: ClassVar[str] = ""
     """Name of the target's kernel, for messages."""
     by_rows: ClassVar[bool] = True
-    """Rows with integer zero-points are stored independently, so a large weight is made in
-    parts."""
+    """Rows with integer zero-points are stored separately: a large weight is made in parts."""
     shares_scale: ClassVar[bool] = True
     """Two planes of one weight may read one tensor of scales."""
 

@@ -65,8 +65,7 @@ class LegalizeOrt(LegalizePass):
     `parameter_dtype="float16"`, scale and zero_point are rounded to float16.
 
     Options:
-        accuracy_level: As `ExportSpec.accuracy_level`: 0 computes in float32, 4 on int8
-            activations.
+        accuracy_level: As `ExportSpec.accuracy_level`.
         parameter_dtype: As `ExportSpec.parameter_dtype`.
     """
 

@@ -55,9 +55,8 @@ class LegalizeOrtStock(LegalizePass):
     `qalora.block_embedding`; group sizes that no kernel takes are padded (`pad_groups`).
     Leaves alone: adapters that were not folded.
     Exactness: exact in real arithmetic for any group size, tail, scale and offset; the correction
-    is rounded once to float32. Digits of b bits instead round it, by a factor of about 2^(1 − b)
-    per digit, relative to its largest value in a block: three digits at accuracy level 0, two at
-    level 4.
+    is rounded once to float32. Digits of b bits instead round it to about 2^(1 − b) per digit of
+    its largest value in a block: three digits at accuracy level 0, two at level 4.
 
     Options:
         accuracy_level: As `ExportSpec.accuracy_level`.

@@ -29,7 +29,7 @@ from qalora_compile.quantizers.sensitivity import Sensitivity, measure_sensitivi
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
 _PARTS = 10**4
-"""The least budget is reported as a multiple of one over this, rounded up."""
+"""A hint names the least budget as a decimal number, rounded up to this many parts of one."""
 
 
 def choose_bits(
@@ -37,11 +37,11 @@ def choose_bits(
 ) -> tuple[AssignBits, dict[str, str]]:
     """The pass that spends the budget of `spec` best, and why, by path.
 
-    A form is a width with a group size. A weight loses by it the expected squared change of the
-    model's outputs on the calls: the error of the layer's output, measured with the codes that the
-    method of `spec` gives (with refined offsets, if it asks for them), times the sensitivity of the
-    outputs to it (`measure_sensitivities`). The losses are assumed to add up, and `choose_within`
-    minimizes their sum within the budget. Without layers nothing is chosen.
+    A form is a width with a group size. The loss of a weight in a form is the expected squared
+    change of the model's outputs on the calls: the error of the layer's output, measured with the
+    codes that the method of `spec` gives (with refined offsets, if it asks for them), times the
+    sensitivity of the outputs to it (`measure_sensitivities`). The losses are assumed to add up,
+    and `choose_within` minimizes their sum within the budget. Without layers nothing is chosen.
 
     Args:
         annotated: The program to quantize.

@@ -121,8 +121,7 @@ def find_lora_init(
         annotated: See `annotated_source`.
         quantized: At stage `quantized`.
         insert: The pass that defines what the adapters pool.
-        statistics: Statistics of the layers' inputs, by path. Without, all inputs have equal
-            weight.
+        statistics: Statistics of the layers' inputs, by path; without, all inputs weigh the same.
 
     Raises:
         PreconditionError: `annotated` is of another model, or its weights have no values yet.
