@@ -1,4 +1,4 @@
-"""What an extension registers, and the types that it is made of: docs/extending.md.
+"""The functions that register extensions, and the types to write them with: docs/extending.md.
 
     from qalora_compile import extend
 

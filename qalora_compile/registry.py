@@ -1,7 +1,7 @@
-"""`Registry`: extensions by name: the built-in ones, registered ones, those of installed packages.
+"""`Registry`: extensions by name, built in, registered, or from installed packages.
 
-Nothing is imported before it is looked up, and installed packages are asked for their names only
-when a name is none of the built-in ones, or when names are listed.
+Nothing is imported before it is looked up, and installed packages are only searched when a name is
+not built in, or when names are listed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Registry:
     """The extensions of one kind.
 
     Args:
-        kind: What an extension is called in messages.
+        kind: The word for an extension in messages.
         group: The entry-point group by which installed packages bring more.
-        builtin: Name → `module:attribute` of those that this package has.
+        builtin: Name → `module:attribute` of the extensions in this package.
     """
 
     _all: ClassVar[list[Registry]] = []
@@ -51,7 +51,7 @@ class Registry:
         return (*self.builtin, *self._added, *self._installed())
 
     def load(self, name: str) -> object:
-        """The extension of a name.
+        """The extension with a name.
 
         Raises:
             UserInputError: the name is unknown.
@@ -67,7 +67,7 @@ class Registry:
         point = self._installed()[name]
         try:
             return point.load()
-        except Exception as error:  # the package's own code runs
+        except Exception as error:  # raised by the package's own code
             raise ExtensionError(
                 f"the {self.kind} {name!r} of {_distribution(point)} cannot be imported: "
                 f"{type(error).__name__}: {error}",
@@ -76,14 +76,14 @@ class Registry:
             ) from error
 
     def add(self, name: str, extension: object) -> None:
-        """Register an extension; the same one again does nothing.
+        """Register an extension; registering the same one again does nothing.
 
         Raises:
-            ExtensionError: the name is taken, or is no name.
+            ExtensionError: the name is taken or not valid.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ExtensionError(
-                f"{name!r} is no name of a {self.kind}",
+                f"{name!r} is not a name for a {self.kind}",
                 hint="use small letters, digits, dashes and underscores, a letter first",
             )
         if self._added.get(name) is extension:
@@ -97,7 +97,7 @@ class Registry:
         self._added[name] = extension
 
     def origin(self, name: str) -> str:
-        """Who brings the extension of a name, or would."""
+        """The provider of the extension with a name."""
         if name in self.builtin:
             return "qalora-compile"
         if name in self._added:
@@ -107,7 +107,7 @@ class Registry:
         return _distribution(installed[name]) if name in installed else "none that is registered"
 
     def unfit(self, name: str, wanted: str) -> ExtensionError:
-        """The error for an extension that is not what it has to be."""
+        """The error for an extension of the wrong type."""
         return ExtensionError(
             f"the {self.kind} {name!r} is not {wanted}",
             where=f"it is of {self.origin(name)}",
@@ -149,9 +149,9 @@ def _distribution(point: metadata.EntryPoint) -> str:
 
 @contextmanager
 def scoped() -> Iterator[None]:
-    """Registrations end with the block, and in it installed packages are looked for anew.
+    """Undo registrations after the block, in which installed packages are searched again.
 
-    For tests. Blocks nest; what was registered before is known inside.
+    For tests. Blocks nest; earlier registrations are visible inside.
     """
     before = [(registry, dict(registry._added), registry._points) for registry in Registry._all]
     for registry, _, _ in before:
@@ -174,9 +174,10 @@ QUANTIZERS = Registry(
         "gptq": f"{_QUANTIZERS}.registry:GPTQ",
     },
 )
-"""The values of `QuantSpec.method`. Each loses less than the one before it, as a rule in the output
-of a layer; for certain, up to `hqq`, in the squared error of the weights, and `hqq` on calibration
-data in the output too. The specifications ask for the names, so the table is in the core."""
+"""The values of `QuantSpec.method`. Each has a smaller error than the one before it: usually in the
+output of a layer; provably, up to `hqq`, in the squared error of the weights, and for `hqq` on
+calibration data in the output too. The specifications need the names, so the table is in the
+core."""
 ONNX_TARGETS = {
     "ort": "qalora_compile.exporters.onnx.targets:ORT",
     "ort-stock": "qalora_compile.exporters.onnx.targets:ORT_STOCK",

@@ -1,4 +1,4 @@
-"""The one vocabulary for what a check finds, on inputs, along a graph or by proof."""
+"""The common verdicts of all checks, on inputs, along a graph or by proof."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Protocol
 
 
 class Verdict(str, Enum):
-    """What a check found of two things that should compute the same; from best to worst.
+    """The result of checking that two things compute the same, from best to worst.
 
     Attributes:
-        EQUAL: They agree: within the stated tolerance, within what rounding explains, or by proof.
-        UNDECIDED: Neither was shown: rounding explains a part of the difference, or something
+        EQUAL: They agree within the stated tolerance, within rounding errors, or by proof.
+        UNDECIDED: Neither was shown: rounding explains only a part of the difference, or something
             could be neither proved nor tried.
         DIFFERENT: They differ, or could not both be run.
     """
@@ -28,7 +28,7 @@ class Verdict(str, Enum):
         return format(self.value, form)
 
     def is_worse_than(self, other: Verdict) -> bool:
-        """Whether this says less for equality than `other`."""
+        """Whether this is further from equality than `other`."""
         return _ORDER.index(self) > _ORDER.index(other)
 
     @classmethod
@@ -38,7 +38,7 @@ class Verdict(str, Enum):
 
     @classmethod
     def worst(cls, verdicts: Iterable[Verdict]) -> Verdict:
-        """The worst of some verdicts; DIFFERENT where there are none: nothing was compared."""
+        """The worst of some verdicts; DIFFERENT if there are none, as nothing was compared."""
         return max(verdicts, key=_ORDER.index, default=cls.DIFFERENT)
 
 
@@ -46,8 +46,8 @@ _ORDER = tuple(Verdict)
 
 
 class Finding(Protocol):
-    """What a check found: a report, a numeric report or a certificate of `verify`."""
+    """The outcome of a check: a report, a numeric report or a certificate of `verify`."""
 
     @property
     def verdict(self) -> Verdict:
-        """In one word."""
+        """The verdict."""

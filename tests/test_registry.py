@@ -54,7 +54,7 @@ def test_names_that_clash_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["", "Third", "3rd", "a b", "a{b}", None])
 def test_what_is_no_name_is_refused(name: Any) -> None:
-    with pytest.raises(ExtensionError, match="no name of a thing"):
+    with pytest.raises(ExtensionError, match="not a name for a thing"):
         table().add(name, THING)
 
 

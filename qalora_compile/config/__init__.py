@@ -1,4 +1,4 @@
-"""Frozen, keyword-only specifications; each goes to JSON and back, and refuses unknown keys."""
+"""Frozen, keyword-only specifications that convert to JSON and back and refuse unknown keys."""
 
 from __future__ import annotations
 

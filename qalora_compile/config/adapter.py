@@ -23,26 +23,25 @@ class AdapterSpec(Spec):
 
     Attributes:
         rank: r, the inner width of A: [r, L] and B: [N, r]; or `"auto"`, a rank for each layer by
-            what it gains there, within `rank_budget`.
+            its gain, within `rank_budget`.
         alpha: Numerator of `scaling`, alpha / rank (or alpha / √rank with `use_rslora`).
-        pooling: The convention behind f: `"sum"` 1 (the paper's Algorithm 1), `"mean"` 1/g (the
-            authors' code), `"mean_times_groups"` L/g (PEFT's `use_qalora`), `"scaled_sum"` 1/√g
-            (independent inputs keep their variance).
+        pooling: The convention that defines f: `"sum"` 1 (the paper's Algorithm 1), `"mean"` 1/g
+            (the authors' code), `"mean_times_groups"` L/g (PEFT's `use_qalora`), `"scaled_sum"`
+            1/√g (independent inputs keep their variance).
         group_size: Width of a pooling group; None takes the quantization group. It must be a
             multiple of the quantization group, or the adapter could not fold.
         use_rslora: Scale by alpha / √rank.
         dropout: In training, each number of the pooled input of an adapter is dropped with this
-            probability, and the others are scaled up. In evaluation, and folded, nothing is left
-            of it.
+            probability, and the others are scaled up. It does not affect evaluation and folding.
         seed: Seed of A's initial values.
-        init: `"zeros"`: B starts at zero, and the model as it was quantized. `"svd"`: B A starts as
+        init: `"zeros"`: B starts at zero, so the function does not change. `"svd"`: B A starts as
             the best correction of rank r of the quantization error that folds.
-        rank_budget: Most parameters of all adapters together, with rank `"auto"`.
-        kind: `"lora"`: the update of Algorithm 1, which moves zero-points. `"scale"`: the scales
-            alone are trained, scale' = scale · (1 + scaling · f · B A), and zero-points stay the
-            integers that they are.
-        zero_point: Of kind `"lora"`. `"integer"`: the moved zero-points are rounded to
-            integers while they are trained, so that what is deployed is what was trained.
+        rank_budget: Largest number of parameters of all adapters together, with rank `"auto"`.
+        kind: `"lora"`: the update of Algorithm 1, which moves zero-points. `"scale"`: only the
+            scales are trained, scale' = scale · (1 + scaling · f · B A), and zero-points stay
+            integers.
+        zero_point: For kind `"lora"`. `"integer"`: the moved zero-points are rounded to integers
+            during training, so that the deployed model is the trained one.
 
     Kind `"scale"` and zero_point `"integer"` need weights quantized with
     `QuantSpec(zero_point="integer")`, and pool in their groups.
@@ -88,7 +87,7 @@ class AdapterSpec(Spec):
         if self.kind == "scale" and self.zero_point != "real":
             raise UserInputError(
                 f"zero_point is {self.zero_point!r} with kind 'scale'",
-                hint="that kind leaves zero-points as they are: leave the option out",
+                hint="that kind does not change zero-points: omit the option",
             )
         for field, usual in (("init", "zeros"), ("group_size", None), ("dropout", 0.0)):
             if self.keeps_integer_zero_point and getattr(self, field) != usual:
@@ -98,7 +97,7 @@ class AdapterSpec(Spec):
                 )
         if self.keeps_integer_zero_point and self.rank == AUTO:
             raise UserInputError(
-                "rank is 'auto' with adapters that keep zero-points integer",
+                "rank is 'auto' with adapters that keep zero-points integers",
                 hint="what a rank gains is known for kind 'lora' with zero_point 'real'",
             )
 
@@ -109,7 +108,7 @@ class AdapterSpec(Spec):
 
     @property
     def scaling(self) -> float:
-        """`scaling_at` the rank, where all layers have the same.
+        """`scaling_at` the rank, if all layers have the same.
 
         Raises:
             UserInputError: the rank is `"auto"`.
@@ -123,7 +122,7 @@ class AdapterSpec(Spec):
         return self.alpha / (rank**0.5 if self.use_rslora else rank)
 
     def pooling_factor(self, group_size: int, groups: int) -> float:
-        """f, which turns the sum inside a group into this convention's pooling.
+        """f, which converts the sum inside a group to this convention's pooling.
 
         Args:
             group_size: g, the width of a full pooling group. A shorter tail group is pooled as if

@@ -1,4 +1,4 @@
-"""What all specifications have in common: JSON, and refusals that name the field."""
+"""The base of all specifications: conversion to JSON, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from qalora_compile.errors import UserInputError
 
 AUTO = "auto"
-"""A value of `bits`, `group_size` and `rank`: chosen layer by layer, within a budget."""
+"""A value of `bits`, `group_size` and `rank`: chosen for each layer within a budget."""
 
 S = TypeVar("S", bound="Spec")
 
@@ -44,26 +44,26 @@ class Spec:
 
 
 def one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Refuse a value that is none of those allowed.
+    """Refuse a value that is not one of those allowed.
 
     Raises:
         UserInputError: the value is another, or of another type.
     """
-    if value not in allowed or type(value) is not type(allowed[0]):  # 4.0 and True are no 4 and 1
+    if value not in allowed or type(value) is not type(allowed[0]):  # 4.0 is not 4, True not 1
         raise UserInputError(
             f"{field} is {value!r}", hint=f"use one of {', '.join(map(str, allowed))}"
         )
 
 
 LARGEST_SEED = 2**63 - 1
-"""Of torch's generators, which take a seed as a signed integer of 64 bits."""
+"""The largest seed of torch's generators, a signed integer of 64 bits."""
 
 
 def check_int(field: str, value: object, *, least: int, most: int | None = None) -> None:
-    """Refuse what is no integer from `least` to `most`.
+    """Refuse a value that is not an integer from `least` to `most`.
 
     Raises:
-        UserInputError: it is none; the field is named.
+        UserInputError: it is not; the field is named.
     """
     highest = math.inf if most is None else most
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= highest:

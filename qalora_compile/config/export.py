@@ -21,9 +21,9 @@ ACCURACY_LEVELS = (0, 4)
 PARAMETER_DTYPES = ("float32", "float16")
 CORRECTIONS = ("fp32", "digits")
 FUSION_OPSETS = {"none": 18, "standard": 23, "ort": 22}
-"""How the parts of a transformer may be written, and the opset that each form needs.
+"""The forms in which parts of a transformer may be written, and the opset that each needs.
 
-`ort` needs no operator of opset 22: ONNX Runtime releases before 1.21 do not take it, and these
+`ort` needs no operator of opset 22: ONNX Runtime releases before 1.21 do not take it, and they
 compute MultiHeadAttention wrongly for masks that differ inside a batch."""
 FUSIONS = tuple(FUSION_OPSETS)
 
@@ -41,19 +41,19 @@ class ExportSpec(Spec):
             (docs/checkpoints.md), which take none of the options of ONNX below.
         opset: ONNX opset version of the standard domain; None takes 20, or 21 for `"onnx"`.
         accuracy_level: 0 computes in float32; 4 quantizes activations to int8, which is faster and
-            errs by about 5e-3 of the output. In a file of target `"onnx"` it cannot be said: the
+            errs by about 5e-3 of the output. A file of target `"onnx"` cannot express it: the
             runtime decides (see docs/lowering.md).
-        parameter_dtype: Of scale and zero-point in target `"ort"`: `"float32"` is exact,
-            `"float16"` rounds, and is smaller and faster. In checkpoints likewise; of all weights
-            in target `"float"`; `"gguf"` and `"safetensors"` leave no choice.
-        correction: Of target `"ort-stock"`: `"fp32"` is exact; `"digits"` makes it part of the
+        parameter_dtype: Dtype of scale and zero-point in target `"ort"` and in checkpoints, and of
+            all weights in target `"float"`: `"float32"` is exact, `"float16"` rounds, and is
+            smaller and faster. `"gguf"` and `"safetensors"` leave no choice.
+        correction: For target `"ort-stock"`: `"fp32"` is exact; `"digits"` makes it part of the
             kernel, as two or three digits of the codes' width, which is faster and rounds.
         fusion: How norms, rotary embeddings and attention of a transformer are written:
-            `"standard"`: the operators that opset 23 has for them; `"ort"`: ONNX Runtime's own
-            operators, for its releases 1.21 and 1.22, which do not have those; `"none"`: as the
-            model computes them. None takes `"none"` for models without a key-value cache; with one
-            `"standard"`, or with a given opset that is too low for it `"ort"`, else `"none"`.
-        float_type: Of target `"gguf"`: how matrices are stored that are not on codes, `"q8_0"`,
+            `"standard"`: the operators of opset 23 for them; `"ort"`: ONNX Runtime's own operators,
+            for its releases 1.21 and 1.22, which lack the former; `"none"`: as the model computes
+            them. None takes `"none"` for models without a key-value cache. With one it takes
+            `"standard"`, or, if the given opset is too low for it, `"ort"` or else `"none"`.
+        float_type: For target `"gguf"`: the type of matrices that are not quantized, `"q8_0"`,
             `"f16"`, `"bf16"` or `"f32"`; None takes for each the smallest that keeps every value.
         allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
             one that is not quantized at all.
@@ -80,7 +80,7 @@ class ExportSpec(Spec):
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether the target is a checkpoint of another library, whose codes are as they are."""
+        """Whether the target is a checkpoint of another library, which keeps the codes."""
         if self.target in TARGETS:
             return self.target in CHECKPOINT_TARGETS
         return bool(getattr(registry.TARGETS.load(self.target), "on_codes", False))
@@ -146,7 +146,7 @@ class ExportSpec(Spec):
                 )
 
     def _check_onnx(self) -> None:
-        """Refuse options of ONNX that do not go together."""
+        """Refuse combinations of ONNX options that are not possible."""
         if self.onnx_opset < 21 and self.target == "onnx":
             raise UserInputError(
                 f"opset is {self.opset}", hint="target onnx needs 21: DequantizeLinear in blocks"
@@ -166,5 +166,5 @@ class ExportSpec(Spec):
         if self.accuracy_level != 0 and self.target == "onnx":
             raise UserInputError(
                 f"accuracy_level is {self.accuracy_level!r} for target onnx",
-                hint="a standard model cannot say it; the session does: docs/lowering.md",
+                hint="a standard model cannot express it; the session decides: docs/lowering.md",
             )

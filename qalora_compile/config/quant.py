@@ -14,7 +14,7 @@ METHODS = QUANTIZERS.builtin
 ZERO_POINTS = ("real", "integer")
 BUDGET_UNITS = ("bits", "stored-bits", "megabytes")
 AUTO_GROUPS = (32, 64, 128)
-"""What group size `"auto"` chooses from."""
+"""The group sizes that `"auto"` chooses from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,29 +22,29 @@ class QuantSpec(Spec):
     """How weights are quantized in groups along the reduction axis.
 
     Attributes:
-        bits: Width of a code: 2, 3, 4 or 8; or `"auto"`, a width for each layer by what it loses
-            there, within `budget`.
+        bits: Width of a code: 2, 3, 4 or 8; or `"auto"`, a width for each layer by its loss, within
+            `budget`.
         group_size: Weights that share one scale and offset; the last group of a row may be shorter.
-            With bits `"auto"` it may be `"auto"` too: 32, 64 or 128 for each layer, where that
-            loses least for its bytes.
-        method: How scale, offset and codes are chosen. `"minmax"` rounds to the nearest of
-            2^bits levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1);
-            `"mse"` searches for the range that loses least; `"hqq"` fits it half-quadratically,
-            and with calibration data keeps no row of a weight whose outputs lose more than with
+            With bits `"auto"` it may be `"auto"` too: 32, 64 or 128 for each layer, to lose least
+            within the budget.
+        method: How scale, offset and codes are chosen. `"minmax"` rounds to the nearest of 2^bits
+            levels between the group's smallest and largest weight (arXiv 2309.14717, Eq. 1);
+            `"mse"` searches for the range that loses least; `"hqq"` fits it half-quadratically, and
+            with calibration data keeps no row of a weight whose outputs lose more than with
             `"mse"`; `"gptq"` (arXiv 2210.17323) needs calibration data.
-        refine_offsets: Where there are calibration data, move the offsets to where the output error
-            is least, given the codes and the scale; the less, the fewer calibration rows there are.
-            This costs nothing at run time. It leaves nothing to init `"svd"` and rank `"auto"`.
-        act_order: Of `"gptq"`: round the columns that are most active first; groups stay as they
-            are. False: from left to right.
-        damping: Of `"gptq"`: part of the mean diagonal of the second moments that is added to their
-            diagonal; more is added where calibration rows are few.
-        budget: Most that the weights may take with bits `"auto"`, in `budget_unit`.
+        refine_offsets: With calibration data, move the offsets to the least output error, given the
+            codes and the scale; with few calibration rows they move less. This costs nothing at run
+            time, and leaves nothing to correct for init `"svd"` and rank `"auto"`.
+        act_order: For `"gptq"`: round the most active columns first; groups do not change. False:
+            from left to right.
+        damping: For `"gptq"`: the fraction of the mean diagonal of the second moments that is added
+            to their diagonal; more is added if calibration rows are few.
+        budget: Largest size of the weights with bits `"auto"`, in `budget_unit`.
         budget_unit: `"bits"`: the mean width of a code, over all weights that are quantized;
             `"stored-bits"`: the mean of what a weight takes, scales and offsets included;
             `"megabytes"`: 10⁶ bytes of codes, scales and offsets, as this package stores them.
-        zero_point: `"integer"`: zero-points are integers from 0 to 2^bits − 1, for runtimes
-            that take nothing else; with method `"minmax"`. Offsets are then never refined.
+        zero_point: `"integer"`: zero-points are integers from 0 to 2^bits − 1, for runtimes that
+            take no others; with method `"minmax"`. Offsets are then never refined.
     """
 
     bits: int | str = 4
@@ -98,10 +98,10 @@ class QuantSpec(Spec):
 
     @property
     def width(self) -> int:
-        """Bits, where all weights have the same.
+        """Bits, if all weights have the same.
 
         Raises:
-            UserInputError: they are `"auto"`.
+            UserInputError: the bits are `"auto"`.
         """
         if not isinstance(self.bits, int):
             raise UserInputError(f"bits are {self.bits!r}", hint="assign-bits chooses them")
@@ -109,10 +109,10 @@ class QuantSpec(Spec):
 
     @property
     def group(self) -> int:
-        """Group size, where all weights have the same.
+        """Group size, if all weights have the same.
 
         Raises:
-            UserInputError: it is `"auto"`.
+            UserInputError: the group size is `"auto"`.
         """
         if not isinstance(self.group_size, int):
             raise UserInputError(

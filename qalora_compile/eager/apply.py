@@ -26,16 +26,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass
 class Undo:
-    """What was done to a model, to be taken back in reverse order."""
+    """The changes made to a model, to be undone in reverse order."""
 
     steps: list[Callable[[], object]] = field(default_factory=list)
 
     def add(self, step: Callable[[], object]) -> None:
-        """Remember how to take back what was just done."""
+        """Record how to undo the last change."""
         self.steps.append(step)
 
     def run(self) -> None:
-        """Bring the model back to what it was."""
+        """Restore the model."""
         while self.steps:
             self.steps.pop()()
 
@@ -47,11 +47,11 @@ def apply_adapters(model: nn.Module, annotated: Program, adapted: Program, undo:
         model: What both programs were captured from; changed in place.
         annotated: The program with its plan, its weights still float.
         adapted: The same program, quantized and with adapters.
-        undo: Takes up how to restore the model, also where this function fails half-way.
+        undo: Records how to restore the model, also if this function fails halfway.
 
     Raises:
-        UnsupportedError: a module reads one weight both on codes and in float, or has an attribute
-            where a tensor of ours must go; or the adapters keep zero-points whole.
+        UnsupportedError: a module reads one weight both quantized and in float, or has an attribute
+            where our tensor must go; or the adapters keep zero-points integers.
     """
     weights = _adapted_weights(adapted)
     tensors = adapted.tensors()
@@ -65,11 +65,11 @@ def apply_adapters(model: nn.Module, annotated: Program, adapted: Program, undo:
         linear = [
             owner
             for owner, name in owners
-            if owner is not model and _is_whole(owner, name, readings)
+            if owner is not model and _is_linear(owner, name, readings)
         ]
         if kept is not None and not linear:
             raise UnsupportedError(
-                f"one weight is quantized here and read in float by {kept.name}, and its module "
+                f"the weight is quantized here but read in float by {kept.name}, and its module "
                 "cannot give both",
                 where=rows[0][0].name,
                 hint="exclude it, or adapt the captured program instead of the module",
@@ -104,7 +104,7 @@ def share_tensors(model: nn.Module, program: Program) -> Program:
     """The program with the model's own parameters, under the names that the model has now.
 
     Moving the model to another device or dtype then moves the program's parameters as well. A tied
-    weight may have lost the name that the capture chose for it.
+    weight may no longer have the name that capture chose.
     """
     own = dict(model.named_parameters(remove_duplicate=False))
     by_storage = {storage_key(tensor): name for name, tensor in reversed(own.items())}
@@ -133,7 +133,7 @@ def _adapted_weights(adapted: Program) -> dict[str, AdaptedWeight]:
     for adapter in find_adapters(adapted.graph):
         if adapter.keeps_integer_zero_point:
             raise UnsupportedError(
-                "modules have no adapters that keep zero-points whole",
+                "modules have no adapters that keep zero-points integers",
                 where=adapter.site,
                 hint="adapt the captured program: qc.insert_adapters(program, adapter)",
             )
@@ -153,7 +153,7 @@ def _adapted_weights(adapted: Program) -> dict[str, AdaptedWeight]:
 def _rows_by_parameter(
     model: nn.Module, annotated: Program
 ) -> list[tuple[nn.Parameter, list[tuple[Site, Geometry]]]]:
-    """The quantized rows of each parameter of the model, with where each reads it."""
+    """The quantized rows of each parameter of the model, with the geometry of each reading."""
     nodes = {site_of(node): node for node in annotated.graph.nodes}
     found: dict[nn.Parameter, list[tuple[Site, Geometry]]] = {}
     for site in annotated.plan.to_quantize():
@@ -171,7 +171,7 @@ def _rows_by_parameter(
 
 
 def _owners(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
-    """Every module that has the parameter as its own, and under which name."""
+    """Every module that owns the parameter, and its name there."""
     return [
         (module, name)
         for module in model.modules()
@@ -181,7 +181,7 @@ def _owners(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, 
 
 
 def _conv1d() -> type | None:
-    """GPT-2's transposed linear layer, where its library is in use."""
+    """GPT-2's transposed linear layer, if its library is imported."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
 
 
@@ -190,8 +190,8 @@ def _is_flipped(module: nn.Module) -> bool:
     return conv1d is not None and isinstance(module, conv1d)
 
 
-def _is_whole(module: nn.Module, name: str, readings: dict[str, Geometry]) -> bool:
-    """Whether a module is a linear layer, and nothing but one, that reads the weight as a whole."""
+def _is_linear(module: nn.Module, name: str, readings: dict[str, Geometry]) -> bool:
+    """Whether a module is exactly a linear layer that reads the complete weight."""
     plain = type(module).forward is nn.Linear.forward or (
         _is_flipped(module) and type(module).forward is _conv1d().forward  # type: ignore[union-attr]
     )
@@ -211,7 +211,7 @@ def _replace(
     parts: dict[str, Tensor],
     undo: Undo,
 ) -> None:
-    """Put an adapted layer wherever a linear layer is used in the model."""
+    """Replace a linear layer by an adapted one wherever the model uses it."""
     bias = old.bias
     assert bias is None or isinstance(bias, nn.Parameter)
     new = AdaptedLinear(weight, parts, bias, flipped=_is_flipped(old)).train(old.training)
@@ -224,7 +224,7 @@ def _replace(
 
 
 def _hold(model: nn.Module, path: str, parts: dict[str, Tensor], undo: Undo) -> None:
-    """Register tensors below their path, so that state dicts and the program name them alike."""
+    """Register tensors below their path, so that a state dict has the names of the program."""
     holder = model
     for name in path.split("."):
         child = getattr(holder, name, None)
@@ -254,7 +254,7 @@ def _taken(path: str, name: str) -> UnsupportedError:
 
 
 def _freeze(model: nn.Module, undo: Undo) -> None:
-    """Leave the adapters alone to train."""
+    """Leave only the adapters trainable."""
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] not in ADAPTER_NAMES and parameter.requires_grad:
             parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The cross-check of the two back-ends: with adapters at work, both compute the same."""
+"""The cross-check of the two back-ends: with non-zero adapters, both compute the same."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from qalora_compile.verify.numeric.error_bound import UNITS, rounding_ratio
 from qalora_compile.verify.numeric.run_float64 import output_nodes, run_reference, working_dtype
 
 _STRENGTH = 0.25
-"""Size of the tried updates beside the spread of codes: far above rounding, no other regime."""
+"""Size of the tried updates relative to the range of codes: well above rounding, but small."""
 
 _FULL = 1e-4
 _LEAST_AGREEMENT = 0.1
 _RELATIVE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Admitted difference by the coarsest dtype: the two round weights and updates in other places."""
+"""Tolerance by the coarsest dtype: the two round weights and updates at different points."""
 
 _DIFFERS = "the model behaves differently while it is captured; adapt a part of it"
 
 Values = dict[str, tuple[Tensor, Tensor]]
-"""By name of output and mode: what the program gives, and what the model gives."""
+"""The results of program and model, by name of output and mode."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Where a model, before anything is done to it, computes what its captured program does.
+    """Where the unchanged model agrees with its captured program.
 
-    A model may compute some values in two ways: torch's own encoder zeroes padded rows on its fast
-    path and not elsewhere. Those are no measure of a back-end.
+    A model may compute some values differently from call to call: torch's own encoder zeroes padded
+    rows on its fast path and not elsewhere. Those say nothing about a back-end.
 
     Attributes:
         masks: By name of output and mode: the values that agree.
@@ -50,7 +50,7 @@ class Agreement:
     def find(
         cls, captured: Program, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Agreement:
-        """Run both as they are.
+        """Run both without adapters.
 
         Raises:
             CaptureError: most values of an output differ: capture changed the model's meaning.
@@ -70,10 +70,10 @@ class Agreement:
         return cls(masks)
 
     def notes(self) -> tuple[str, ...]:
-        """What to say of values that do not agree."""
+        """The remarks on values that do not agree."""
         return tuple(
             f"{name}: {int((~mask).sum())} of {mask.numel()} values are left out of the check of "
-            "the adapted modules: the model itself computes them in two ways"
+            "the adapted modules: the model itself computes them inconsistently"
             for name, mask in self.masks.items()
             if not bool(mask.all())
         )
@@ -88,8 +88,8 @@ def cross_check(
 ) -> Report:
     """Run program and model with random adapters, in evaluation mode, and compare.
 
-    Without gradients and with them, since fast paths of torch look at both. Adapters and modes are
-    as before when it returns.
+    Both without and with gradients, since fast paths of torch depend on that. Adapters and modes
+    are restored at the end.
 
     Args:
         program: The adapted program.
@@ -99,8 +99,8 @@ def cross_check(
         agreement: The values to compare; None compares all.
 
     Raises:
-        VerificationError: they differ; carries the report. The model passes some adapter by, or
-            reads a weight in a way that the graph does not.
+        VerificationError: they differ; carries the report. The model bypasses some adapter, or
+            reads a weight where the graph does not.
     """
     dtypes = {site.dtype for site in program.plan.to_quantize()}
     loosest = max(_RELATIVE.get(getattr(torch, dtype), _FULL) for dtype in dtypes)
@@ -190,7 +190,7 @@ def _outputs(value: Any) -> list[Tensor]:
 
 @contextmanager
 def _evaluating(program: Program, model: nn.Module) -> Iterator[None]:
-    """Both in evaluation mode; afterwards as before, each module of the model on its own."""
+    """Both in evaluation mode; restored afterwards, for each module of the model separately."""
     modes = {module: module.training for module in model.modules()}
     training = program.module.training
     model.eval()
@@ -205,7 +205,7 @@ def _evaluating(program: Program, model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _random_adapters(program: Program) -> Iterator[None]:
-    """Every update random and of a size that shows; afterwards B is what it was."""
+    """In the block, random updates of a visible size; B is restored afterwards."""
     parameters = dict(program.named_adapter_parameters())
     tensors = program.tensors()
     generator = torch.Generator().manual_seed(0)

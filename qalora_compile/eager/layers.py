@@ -20,7 +20,7 @@ PARTS = (*CODE_NAMES, *ADAPTER_NAMES)
 
 @dataclass(frozen=True)
 class AdaptedWeight:
-    """How the weight of one path is computed from its tensors.
+    """The computation of the weight of one path from its tensors.
 
     Attributes:
         bits: Width of a code.
@@ -28,7 +28,7 @@ class AdaptedWeight:
         pool: Group size of the adapter.
         scaling: alpha / rank times the pooling factor.
         k: K, the row length.
-        dtype: Of the weight that it stands for.
+        dtype: Dtype of the weight that it replaces.
         dropout: Probability with which a pooled input of the adapter is dropped in training.
     """
 
@@ -62,7 +62,7 @@ class AdaptedWeight:
 
 
 def register_parts(holder: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a module the tensors `PARTS`; the very objects, so that a program shares them."""
+    """Give a module the tensors `PARTS` as the same objects, so that a program shares them."""
     for part in PARTS:
         tensor = tensors[part]
         if isinstance(tensor, nn.Parameter):
@@ -72,16 +72,16 @@ def register_parts(holder: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer on codes with a pooled adapter: the operators of the graph, in eager form.
+    """A quantized linear layer with a pooled adapter: the operators of the graph, in eager form.
 
-    Stands in for `nn.Linear`, and for GPT-2's `Conv1D`, whose weight is stored `[K, N]`.
+    It replaces `nn.Linear`, and GPT-2's `Conv1D`, whose weight is stored `[K, N]`.
 
     Args:
         weight: How the weight is computed.
         tensors: The tensors `PARTS`: qweight `[N, ceil(K / 8) · bits]` uint8, scale and offset
             `[N, L]`, lora_A `[r, L']`, lora_B `[N, r]`.
         bias: `[N]` or None.
-        flipped: `weight` is to be read as `[K, N]`.
+        flipped: Whether code outside reads `weight` as `[K, N]`.
     """
 
     qweight: Tensor
@@ -109,10 +109,10 @@ class AdaptedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The effective weight, adapter included, for code that reads it past `forward`.
 
-        Fast paths of torch's attention do, for instance. Computed anew each time.
+        Fast paths of torch's attention do, for instance. It is computed at each access.
 
         Raises:
-            UnsupportedError: in training with dropout, which no weight can stand for.
+            UnsupportedError: in training with dropout, which no weight can represent.
         """
         if self.training and self.adapted.dropout:
             raise UnsupportedError(

@@ -1,7 +1,7 @@
-"""Weights of modules whose forward is not ours to replace: recomputed by a parametrization.
+"""Weights of modules whose forward cannot be replaced: recomputed by a parametrization.
 
 Packed attention projections, 1×1 convolutions, stacked experts and modules with hooks of their own
-read a weight in their own way. `torch.nn.utils.parametrize` gives them the effective one.
+compute with a weight themselves. `torch.nn.utils.parametrize` gives them the effective one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from qalora_compile.eager.layers import AdaptedWeight
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a matrix lies in the memory of a parameter: size, stride and offset in elements."""
+    """Where a matrix is in the memory of a parameter: size, stride and offset in elements."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
     @classmethod
-    def of(cls, view: Tensor, whole: Tensor) -> Geometry:
-        """The geometry of a view of `whole`."""
+    def of(cls, view: Tensor, base: Tensor) -> Geometry:
+        """The geometry of a view of `base`."""
         return cls(
             tuple(view.shape),
             tuple(view.stride()),
-            int(view.storage_offset() - whole.storage_offset()),
+            int(view.storage_offset() - base.storage_offset()),
         )
 
 
@@ -41,7 +41,7 @@ class Piece:
     Attributes:
         weight: How its matrix is computed.
         holder: The module that has its tensors.
-        place: Where the matrix lies in the parameter.
+        place: Where the matrix is in the parameter.
     """
 
     weight: AdaptedWeight
@@ -50,19 +50,19 @@ class Piece:
 
 
 class EffectiveWeight(nn.Module):
-    """Parametrization that puts the pieces of a weight together, in the parameter's own layout.
+    """Parametrization that assembles the pieces of a weight in the parameter's own layout.
 
     Args:
         pieces: The quantized readings; they do not overlap.
-        whole: Layout of the parameter.
-        covered: Whether the pieces cover it; where not, the rest comes from the original.
+        layout: Layout of the parameter.
+        covered: Whether the pieces cover it; otherwise the rest comes from the original.
     """
 
-    def __init__(self, pieces: Sequence[Piece], whole: Geometry, *, covered: bool) -> None:
+    def __init__(self, pieces: Sequence[Piece], layout: Geometry, *, covered: bool) -> None:
         super().__init__()
-        # In a tuple the holders are no submodules: each tensor has one name, below its path.
+        # In a tuple the holders are not submodules: each tensor has one name, below its path.
         self._pieces = tuple(pieces)
-        self._whole, self._covered = whole, covered
+        self._layout, self._covered = layout, covered
 
     def forward(self, original: Tensor) -> Tensor:
         """The effective weight; `original` gives what no piece covers."""
@@ -70,7 +70,7 @@ class EffectiveWeight(nn.Module):
         device = self._pieces[0].holder.scale.device
         assert isinstance(device, torch.device)
         if self._covered:
-            size, stride = self._whole.size, self._whole.stride
+            size, stride = self._layout.size, self._layout.stride
             weight = torch.empty_strided(size, stride, dtype=dtype, device=device)
         else:
             weight = original.detach().clone(memory_format=torch.preserve_format)
@@ -82,16 +82,16 @@ class EffectiveWeight(nn.Module):
 
 
 def parametrize_weight(module: nn.Module, name: str, pieces: Sequence[Piece]) -> Callable[[], None]:
-    """Make `module.<name>` the effective weight of `pieces`; returns what undoes it.
+    """Make `module.<name>` the effective weight of `pieces`; return a function that undoes it.
 
-    Where the pieces cover the parameter it is let go, and the state dict names their tensors alone.
+    If the pieces cover the parameter, it is freed, and the state dict only holds their tensors.
     """
     parameter = getattr(module, name)
     assert isinstance(parameter, nn.Parameter)
-    whole = Geometry.of(parameter, parameter)
+    layout = Geometry.of(parameter, parameter)
     read = sum(torch.Size(piece.place.size).numel() for piece in pieces)
     covered = read == parameter.numel()
-    weight = EffectiveWeight(pieces, whole, covered=covered)
+    weight = EffectiveWeight(pieces, layout, covered=covered)
     parametrize.register_parametrization(module, name, weight, unsafe=True)
     of_module = module.parametrizations
     assert isinstance(of_module, nn.ModuleDict)

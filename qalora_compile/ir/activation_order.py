@@ -1,4 +1,4 @@
-"""Weights whose columns a program holds in another order than the model: activation order."""
+"""Activation order: weights whose columns a program stores in another order than the model."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
 
 ORDER = "order"
-"""Name of the tensor of an order, `[K]` int64, below the path of the first weight that has it."""
+"""Name of an order's tensor, `[K]` int64, below the path of the first weight that has it."""
 _CODES = ".qweight"
 _SELECT = torch.ops.aten.index_select.default
 _LAYERS = (GroupLinear.target, ExpertLinear.target, IntegerZeroLinear.target)
 
 
 def column_orders(program: Program) -> dict[str, Tensor]:
-    """The order of each weight on codes that `sort-columns` has sorted, by `Site.path`.
+    """The column order of each quantized weight that `sort-columns` has sorted, by `Site.path`.
 
-    Column i of the codes is column `order[i]` of the model's weight, `[K]` int64. Weights that
-    share an order, and of which one owns the tensor, are all in it.
+    Column i of the codes is column `order[i]` of the model's weight; an order is `[K]` int64. The
+    mapping holds every weight, also those that share the tensor of another.
     """
     tensors, found = program.tensors(), {}
     for node in program.graph.nodes:
@@ -39,7 +39,7 @@ def column_orders(program: Program) -> dict[str, Tensor]:
 
 
 def _order_of(x: object) -> str | None:
-    """Name of the order in which an input is read, or None."""
+    """Name of the order in which an input is read; None for the model's own order."""
     if not (isinstance(x, fx.Node) and x.target is _SELECT):
         return None
     name = str(getattr(argument(x, "index"), "target", ""))
@@ -47,7 +47,7 @@ def _order_of(x: object) -> str | None:
 
 
 def unsorted(values: Tensor, order: Tensor | None) -> Tensor:
-    """Columns `[.., K]` in a weight's order back where the model has them."""
+    """Move columns `[.., K]` from a weight's order back to the model's."""
     if order is None:
         return values
     placed = torch.empty_like(values)

@@ -1,4 +1,4 @@
-"""The adapters of a program as its graph holds them: a class for each kind, one interface for all.
+"""The adapters in a program's graph: one class for each kind, one interface for all.
 
 ===================  ======================  ==========================================  ==========
 class                operator                what it computes                            changes
@@ -38,7 +38,7 @@ from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.stages import ADAPTER_NAMES
 
 DROPOUT = torch.ops.aten.dropout.default
-"""Between the group-sum and an adapter, where adapters drop inputs in training."""
+"""Stands between the group-sum and an adapter that drops inputs in training."""
 Lora = tuple[fx.Node, fx.Node]
 """The nodes of A and B."""
 Fold = Callable[..., dict[str, Tensor]]
@@ -49,7 +49,7 @@ _BOTH = ("scale", "offset")
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What an adapter computes with, apart from A and B.
+    """The constants of an adapter.
 
     Attributes:
         scaling: alpha / rank times the pooling factor f.
@@ -77,7 +77,7 @@ class Adapter(ABC):
     @classmethod
     @abstractmethod
     def insert(cls, graph: fx.Graph, layer: fx.Node, lora: Lora, settings: AdapterSettings) -> None:
-        """Give a layer on codes an adapter; what read the layer reads both then."""
+        """Add an adapter to a quantized layer, whose readers then read the adapted output."""
 
     @property
     @abstractmethod
@@ -87,7 +87,7 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def layer(self) -> GroupLinear | ExpertLinear:
-        """The layer on codes that the adapter belongs to.
+        """The quantized layer that the adapter belongs to.
 
         Raises:
             PreconditionError: the graph around the adapter has no form that folds.
@@ -105,7 +105,7 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def output(self) -> fx.Node:
-        """The node that computes the adapted layer; marked with its site."""
+        """The node that computes the adapted layer and carries the mark of its site."""
 
     @property
     @abstractmethod
@@ -115,7 +115,7 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def description(self) -> str:
-        """What it multiplies, pools and drops: two adapters with one text train alike."""
+        """What it scales, pools and drops: adapters with equal texts train in the same way."""
 
     @property
     @abstractmethod
@@ -240,15 +240,15 @@ class AddedAdapter(Adapter):
         """What the update is added to.
 
         Raises:
-            PreconditionError: it is no layer on codes, or something else reads it too.
+            PreconditionError: it is not a quantized layer, or it has another reader.
         """
         first, second = self.output.args
         base = first if second is self.node else second
-        on_codes = isinstance(base, fx.Node) and base.target in (
+        quantized = isinstance(base, fx.Node) and base.target in (
             GroupLinear.target,
             ExpertLinear.target,
         )
-        if not isinstance(base, fx.Node) or not on_codes or len(base.users) != 1:
+        if not isinstance(base, fx.Node) or not quantized or len(base.users) != 1:
             raise PreconditionError(
                 "the adapter is added to no quantized layer", where=f"node {self.node.name}"
             )
@@ -256,7 +256,7 @@ class AddedAdapter(Adapter):
 
     @property
     def layer(self) -> GroupLinear | ExpertLinear:
-        """The layer on codes; see `Adapter.layer`."""
+        """The quantized layer; see `Adapter.layer`."""
         node, pooled = self.layer_node, self.pooled
         if pooled is None or argument(node, "x") is not pooled.x:
             raise PreconditionError(
@@ -264,7 +264,7 @@ class AddedAdapter(Adapter):
             )
         if node.target is not self.layer_view.target or not self._same_rows(node):
             raise PreconditionError(
-                "adapter and layer give the rows to experts in different ways", where=self.site
+                "adapter and layer assign the rows to experts differently", where=self.site
             )
         layer = self.layer_view.of(node)
         if pooled.group_size % layer.group_size:
@@ -315,8 +315,8 @@ class ExpertsAdapter(AddedAdapter):
         lora: Lora,
         scaling: float,
     ) -> fx.Node:
-        ends = argument(layer, "group_offsets")
-        return ExpertAdapter.create(graph, pooled, *lora, ends, scaling)
+        group_offsets = argument(layer, "group_offsets")
+        return ExpertAdapter.create(graph, pooled, *lora, group_offsets, scaling)
 
     @property
     def operands(self) -> ExpertAdapter:
@@ -398,7 +398,7 @@ class IntegerZero(Adapter):
         return compute
 
     def remove(self, graph: fx.Graph) -> None:
-        """Put a layer on codes in the place of the operator."""
+        """Put a quantized layer in the place of the operator."""
         with graph.inserting_before(self.node):
             plain = self.layer.insert(graph)
         _replace(self.node, plain)
@@ -444,7 +444,7 @@ def find_adapters(graph: fx.Graph) -> list[Adapter]:
 
 
 def adapter_kind(layer: fx.Node, kind: str | None) -> type[Adapter]:
-    """The class of a new adapter of a layer on codes.
+    """The class of a new adapter of a quantized layer.
 
     Args:
         layer: The node.

@@ -14,12 +14,12 @@ from qalora_compile.ir.packing.bitstream import pack_codes, unpack_into
 
 
 def group_count(k: int, group_size: int) -> int:
-    """L = ceil(K / g): groups in a row of K weights, a shorter tail group included."""
+    """L = ceil(K / g): how many groups a row of K weights has, a shorter tail group included."""
     return -(-k // group_size)
 
 
 def expand_groups(values: Tensor, group_size: int, k: int) -> Tensor:
-    """Repeat one value per group, `[.., L]`, to one per weight, `[.., K]`."""
+    """Repeat one value per group, `[.., L]`, for every weight of the group, `[.., K]`."""
     return values.repeat_interleave(group_size, dim=-1)[..., :k]
 
 
@@ -34,10 +34,10 @@ def sum_groups(x: Tensor, group_size: int) -> Tensor:
 
 
 def has_integer_zero_points(scale: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """Whether each zero-point −offset / scale is a whole number from 0 to 2^bits − 1, bool."""
+    """Whether each zero-point −offset / scale is an integer from 0 to 2^bits − 1, as bool."""
     ratio = -offset.double() / scale.double()
-    whole: Tensor = (ratio == ratio.round()) & (ratio >= 0) & (ratio <= 2**bits - 1)
-    return whole
+    integer: Tensor = (ratio == ratio.round()) & (ratio >= 0) & (ratio <= 2**bits - 1)
+    return integer
 
 
 def dequantize(
@@ -96,11 +96,11 @@ class GroupAffine:
         """Check the invariants and return self.
 
         Raises:
-            UserInputError: one of them is broken.
+            UserInputError: an invariant is broken.
         """
         if self.bits not in SUPPORTED_BITS or self.group_size < 1:
             raise UserInputError(
-                f"bits {self.bits} and group_size {self.group_size} are no legal pair",
+                f"bits {self.bits} and group_size {self.group_size} are not a legal pair",
                 hint=f"bits: {SUPPORTED_BITS}; group_size: 1 or more",
             )
         if self.codes.dim() != 2 or self.codes.dtype != torch.uint8 or self.codes.numel() == 0:

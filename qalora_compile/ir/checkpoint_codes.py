@@ -1,9 +1,9 @@
-"""Codes that a checkpoint holds, found again by the float rows that they stand for.
+"""Find the codes of a checkpoint again by the float rows that they dequantize to.
 
-Readers of foreign checkpoints give a model in float, whose weights may be renamed, transposed,
-split, stacked or, for rotary heads, reordered by rows. Whatever was done to them, a row of a weight
-is still the row that some codes stand for: by its values it is found without a table of names for
-every architecture and format.
+Readers of other libraries' checkpoints return a float model, whose weights may be renamed,
+transposed, split, stacked or, for rotary heads, reordered by rows. A row of a weight still equals
+the row that some codes dequantize to, so its values identify it without a table of names for every
+architecture and format.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _CHUNK_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class CheckpointWeight:
-    """A matrix as a checkpoint holds it.
+    """A quantized matrix of a checkpoint.
 
     Attributes:
         affine: Its codes, `[N, K]`, scales and offsets.
-        order: Where groups of columns lie apart in the weight: column `order[i]` of the weight is
-            column i of the codes, `[K]` int64. None: they are as in the weight.
-        form: How the checkpoint names that form, for example `Q4_1`.
+        order: The activation order, `[K]` int64: column `order[i]` of the weight is column i of the
+            codes. None: columns are as in the weight.
+        form: The checkpoint's name for the format, for example `Q4_1`.
     """
 
     affine: GroupAffine
@@ -35,7 +35,7 @@ class CheckpointWeight:
     order: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """The weight, `[N, K]`, its columns where they belong."""
+        """The weight, `[N, K]`, with its columns in the model's order."""
         if self.order is None:
             return self.affine.dequantize()
         weight = torch.empty(self.affine.shape, dtype=self.affine.scale.dtype)
@@ -98,7 +98,7 @@ class CheckpointCodes:
         return None
 
     def _gather(self, places: list[_Place]) -> CheckpointWeight:
-        """The rows at places, of one kind."""
+        """The rows at these places, all of one kind."""
         first = self._tensors[places[0].tensor]
         row_of = torch.tensor([place.row for place in places])
         tensor_of = torch.tensor([place.tensor for place in places])
@@ -125,7 +125,7 @@ def _kind(stored: CheckpointWeight) -> _Kind:
 
 
 def _row_keys(matrix: Tensor) -> list[int]:
-    """A number for each row, by its bytes; zeros of both signs count alike."""
+    """A hash of the bytes of each row; −0 and 0 are equal."""
     keys: list[int] = []
     for part in matrix.detach().split(max(1, _CHUNK_ELEMENTS // matrix.shape[1])):
         keys += [hash(row.tobytes()) for row in (part + 0.0).numpy()]

@@ -1,8 +1,8 @@
-"""The tokens that end a text: which they are, and where each is said.
+"""The tokens that end a text, and the places that name each of them.
 
-Four places name them, and they often disagree: a chat model's configuration still has the base
-model's end of text, its tokenizer the end of a turn, and training may have taught another. A text
-ends at any of them, in every output of this package.
+Four places name them, and they often disagree: a chat model's configuration may hold the base
+model's end of text, its tokenizer holds the end of a turn, and training may have taught
+another. Every output of this package ends a text at any of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ GENERATION, CONFIG, TOKENIZER, TRAINING = (
     *("tokenizer", "training"),
 )
 Ends = dict[int, list[str]]
-"""Token → the places that name it, in the order in which the places are looked at."""
+"""Token → the places that name it, in the order in which the places are read."""
 
 
 def end_tokens(
@@ -31,7 +31,7 @@ def end_tokens(
         config: The model's `config.json`.
         generation: Its `generation_config.json`, or nothing.
         tokenizer: The tokenizer, or None.
-        taught: What training has taught as the end of an answer.
+        taught: The token that training has taught as the end of an answer.
     """
     found: Ends = {}
     own = None if tokenizer is None else tokenizer.eos_token_id
@@ -56,7 +56,7 @@ def _tokens(value: Any) -> Iterator[int]:
 
 
 def with_ends(generation: Mapping[str, Any], ends: Ends) -> dict[str, Any]:
-    """Generation settings that end at all of the tokens."""
+    """The generation settings, changed to end a text at all of the tokens."""
     if not ends:
         return dict(generation)
     tokens = list(ends)
@@ -69,5 +69,5 @@ def ends_to_json(ends: Ends) -> dict[str, list[str]]:
 
 
 def ends_from_json(value: Mapping[str, Sequence[str]] | None) -> Ends:
-    """Undo `ends_to_json`; nothing of a record that an older version wrote."""
+    """Undo `ends_to_json`; empty for a record that an older version wrote."""
     return {int(token): list(places) for token, places in (value or {}).items()}

@@ -1,4 +1,4 @@
-"""Tensors that an output must not hold: with NaN, or with infinities that are no mask."""
+"""Refusal of tensors with NaN, or with infinities that are not part of a mask."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from qalora_compile.ir.program_parts import ProgramParts
 
 
 def is_sound(tensor: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity, but for −∞ in an additive mask.
+    """Whether a tensor is free of NaN and of infinities, except for −∞ in an additive mask.
 
-    A mask is what −∞ is put into on purpose: a constant without positive numbers. Integers are
-    sound; so are a deferred tensor, whose values are looked at when they are read, and one on the
-    meta device, which has none.
+    A constant without positive numbers counts as a mask. Integers pass; so do deferred tensors,
+    whose values are checked when they are read, and tensors on the meta device, which have none.
     """
     unread = is_lazy(tensor) or tensor.is_meta
     if not tensor.is_floating_point() or unread or tensor.numel() == 0:
@@ -29,7 +28,7 @@ def is_sound(tensor: Tensor) -> bool:
 
 
 def check_sound(name: str, values: Tensor, where: Path | None = None) -> None:
-    """Refuse values that are not sound.
+    """Refuse values that are not finite.
 
     Raises:
         UserInputError: they hold NaN or infinities; the tensor is named.
@@ -44,7 +43,7 @@ def check_sound(name: str, values: Tensor, where: Path | None = None) -> None:
 
 
 def check_program(program: ProgramParts) -> None:
-    """Refuse a program that is not to be written out, before anything of it is.
+    """Refuse a program with values that are not finite, before any of it is written.
 
     Raises:
         UserInputError: a tensor holds NaN or infinities; the first is named.

@@ -1,9 +1,9 @@
 """A torch.fx graph as JSON and back, without pickle and without tracing again.
 
-`torch.export.save` would re-trace the rewritten graph, rename its nodes and store example inputs
-as a pickle; this form keeps node names, site marks and the call signature, and reading it runs no
-code: operators come from a fixed list (`ir.operators`), containers from a fixed table
-(`ir.tree_json`), and arguments are compared with the operators' schemas.
+`torch.export.save` would trace the rewritten graph again, rename its nodes and store example inputs
+as a pickle. This form keeps node names, site marks and the call signature. Reading it runs no code:
+operators come from a fixed list (`ir.operators`), containers from a fixed table (`ir.tree_json`),
+and arguments are compared with the operators' schemas.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def graph_to_json(graph: fx.Graph, module: torch.nn.Module) -> dict[str, Any]:
 
 
 def graph_from_json(value: Mapping[str, Any]) -> tuple[fx.Graph, dict[str, fx.GraphModule]]:
-    """Decode a graph; also gives its subgraphs by target.
+    """Decode a graph; also return its subgraphs by target.
 
     Raises:
         UserInputError: the JSON is malformed or names an unknown operator.
@@ -118,34 +118,34 @@ def _encode_target(node: fx.Node) -> str:
 
 
 def _decode_target(op: str, text: str) -> Any:
-    """What a node calls or names. Nothing but operators can be reached, whatever the text says."""
+    """What a node calls or names. Whatever the text says, only operators can be reached."""
     if op not in _NODE_KINDS:
-        raise ValueError(f"{op!r} is no kind of node that an exported graph has")
+        raise ValueError(f"{op!r} is not a kind of node that an exported graph has")
     if op == "placeholder":
         return _identifier(text)
     if op == "call_function":
         return find_operator(text)
     if not _TARGET.fullmatch(text):
-        raise ValueError(f"{text!r} is no tensor name")
+        raise ValueError(f"{text!r} is not a tensor name")
     return text
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no name")
+        raise TypeError(f"{value!r} is not a name")
     return value
 
 
 def _probability(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{value!r} is no probability")
+        raise ValueError(f"{value!r} is not a probability")
     return value
 
 
 def _identifier(text: Any) -> str:
     """A name that may become Python source when the graph is compiled."""
     if not isinstance(text, str) or not text.isidentifier() or keyword.iskeyword(text):
-        raise ValueError(f"{text!r} is no name")
+        raise ValueError(f"{text!r} is not a name")
     return text
 
 
@@ -195,7 +195,7 @@ def _decode(value: Any, seen: Mapping[str, fx.Node]) -> Any:
         return decoders[kind](content)
     decoded = getattr(torch, content)
     if not isinstance(decoded, _TORCH_TYPES[kind]):
-        raise TypeError(f"{content!r} is no {kind}")
+        raise TypeError(f"{content!r} is not a {kind}")
     return decoded
 
 
@@ -212,7 +212,7 @@ def _decode_tree(tree: Mapping[str, Any], placeholders: int) -> CallTree:
     arguments = [_identifier(name) for name in tree["arguments"]]
     inputs, outputs = (tree_from_text(tree[name]) for name in ("in", "out"))
     if inputs.type is not tuple or [c.type for c in inputs.children()] != [tuple, dict]:
-        raise ValueError("the tree of the inputs is no pair of positional and named arguments")
+        raise ValueError("the tree of the inputs is not a pair of positional and named arguments")
     positional, named = inputs.children()
     if [_identifier(name) for name in named.context] != arguments[positional.num_children :]:
         raise ValueError("the named arguments of the tree are not those of the graph")

@@ -1,4 +1,4 @@
-"""Runs of a graph node by node, in which the values of chosen nodes are watched."""
+"""Node-by-node execution of a graph that watches the values of chosen nodes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import fx
 
 
 class WatchingInterpreter(fx.Interpreter):
-    """Runs a graph on flat inputs as far as the last node that is watched.
+    """Runs a graph on flat inputs, up to the last node that is watched.
 
     The value of a node is freed after its last reader, unless it is watched. Subclasses override
-    `compute` (how a node gets its value) and `watch` (what happens with that of a watched node).
+    `compute` (how a node gets its value) and `watch` (what is done with a watched value).
 
     Args:
         module: The graph and its tensors.
@@ -32,7 +32,7 @@ class WatchingInterpreter(fx.Interpreter):
         self._is_over = watched is not None and not found
 
     def run_leaves(self, leaves: Sequence[Any]) -> Any:
-        """Run on flat inputs, in signature order; the flat outputs, or None if it ends earlier."""
+        """Run on flat inputs, in signature order; the flat outputs, or None if it stops earlier."""
         return self.run(*leaves, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -50,6 +50,6 @@ class WatchingInterpreter(fx.Interpreter):
         return super().run_node(node)
 
     def watch(self, node: fx.Node, value: Any) -> Any:
-        """Take the value of a watched node; gives what its readers get in its place."""
+        """Take the value of a watched node, and return the value that its readers get instead."""
         self.values[node.name] = value
         return value

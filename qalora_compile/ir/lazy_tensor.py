@@ -1,10 +1,10 @@
-"""Deferred tensors: their shapes are known now, their values are made when they are asked for.
+"""Deferred tensors: shapes are known at once, values are computed when they are asked for.
 
-A deferred tensor is a fake tensor (torch's own: shape, dtype and no memory) that carries a recipe:
-a function of other tensors, deferred ones among them, or of a file. Passes work on it as on any
-tensor, as long as they do the arithmetic on weights through `defer` and ask about values through
-`holds`. An exporter asks for the values of one layer after another, so that a model larger than
-memory can be quantized and written.
+A deferred tensor is one of torch's fake tensors (shape and dtype, no memory) that carries a recipe:
+a function of other tensors, which may be deferred too, or of a file. Passes work on it as on any
+tensor, as long as they do arithmetic on weights through `defer` and test values through `holds`. An
+exporter asks for the values of one layer at a time, so a model larger than memory can be quantized
+and written.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ ReadRows = Callable[[int, int], Tensor]
 """Rows `start` to `stop` of a tensor."""
 _RECIPE = "_qalora_recipe"
 _PART_ELEMENTS = 1 << 22
-"""Elements of a tensor that are made at a time, where it is made some rows after another."""
+"""Elements that are computed at a time, where a tensor is computed by rows."""
 _KEPT_SHARE = 2
-"""A tensor is kept for later while another that is this many times as large is made in parts."""
+"""A tensor is kept while another, at least this many times as large, is computed in parts."""
 
 
 class Recipe:
-    """How the values of some tensors are made: by one function, together.
+    """The recipe of some tensors, which one function computes together.
 
     Args:
         compute: The function.
         inputs: What it is given.
-        by_rows: Some rows of the inputs give those rows of the results.
+        by_rows: Given some rows of the inputs, it computes the same rows of the results.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Recipe:
         self.by_rows = by_rows and all(map(_has_rows, inputs))
 
     def take(self, name: str) -> Tensor:
-        """The values of one tensor; each is kept until it is taken, and made anew after that."""
+        """The values of one tensor; each is kept until it is taken, and then computed again."""
         if name not in self._made:
             self._made = dict(self._compute(*map(materialize, self.inputs)))
         return self._made.pop(name)
@@ -77,7 +77,7 @@ class Recipe:
 
 
 class FileRecipe(Recipe):
-    """How one tensor is read from a file, whole or some rows of it."""
+    """How one tensor is read from a file: completely, or some of its rows."""
 
     def __init__(self, source: Callable[[], Tensor], read_rows: ReadRows | None) -> None:
         super().__init__(lambda: {"": source()}, ())
@@ -111,20 +111,20 @@ def defer(
     seen: Seen | None = None,
     key: Hashable = None,
 ) -> dict[str, Tensor]:
-    """`compute(*inputs)`, a dictionary of tensors, now or, if an input is deferred, later.
+    """The tensors of `compute(*inputs)`: computed now or, if an input is deferred, later.
 
-    For deferred inputs, `compute` is run on the fake tensors for the shapes and dtypes of its
-    results: it must take no decision by their values but through `holds`.
+    If an input is deferred, `compute` runs on fake tensors for the shapes and dtypes of its
+    results, so it may only make decisions on values through `holds`.
 
     Args:
         compute: Makes the tensors.
         inputs: What it is given.
         by_rows: Every input and result has the same number of rows, and `compute` of some rows of
-            the inputs gives those rows of the results: large ones are then made in parts.
-        seen: Kept by the caller over many calls: where the key and the shapes and dtypes of the
-            inputs are those of an earlier call, so are those of the results, and `compute` is not
-            run for them again. A model has many layers of few shapes.
-        key: What else the results' shapes depend on.
+            the inputs gives those rows of the results. Large results are then computed in parts.
+        seen: A cache that the caller keeps over many calls: `compute` is not run again on fake
+            tensors where the key and the shapes and dtypes of the inputs are those of an earlier
+            call. A model has many layers of few shapes.
+        key: Anything else that the results' shapes depend on.
     """
     modes = [tensor.fake_mode for tensor in inputs if isinstance(tensor, FakeTensor)]
     if not modes:
@@ -169,7 +169,7 @@ def keep_recipe(source: Tensor, target: Any) -> Any:
 
 
 def forget_recipe(tensor: Tensor) -> None:
-    """Leave a deferred tensor without values for good: asking for them is an error from now on."""
+    """Drop the recipe of a deferred tensor: asking for its values is an error from now on."""
     if hasattr(tensor, _RECIPE):
         delattr(tensor, _RECIPE)
 
@@ -192,7 +192,7 @@ def materialize(tensor: Tensor) -> Tensor:
 
 
 def materialize_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The values of a tensor, one part of its rows after another where it can be made so.
+    """The values of a tensor, in successive parts of its rows where it can be computed by rows.
 
     Raises:
         InternalError: it is deferred and carries no recipe.
@@ -246,7 +246,7 @@ def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
 def holds(condition: Tensor, *, unknown: bool = True) -> bool:
     """Whether a condition on values holds; `unknown` where they are deferred.
 
-    What is not known to be false when a pass runs is asked again when the values are made: the
-    functions that are given to `defer` run twice.
+    A condition that was unknown when a pass ran is tested again when the values are computed,
+    because the functions given to `defer` run twice.
     """
     return unknown if is_lazy(condition) else bool(condition)

@@ -1,4 +1,4 @@
-"""Low-rank updates of linear layers, pooled or not: what trained adapters of any origin come to."""
+"""Low-rank updates of linear layers, pooled or plain: the common form of trained adapters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LowRankUpdate:
     Attributes:
         a: `[r, L]`; `[r, K]` where nothing is pooled.
         b: `[N, r]`.
-        factor: Scaling, pooling convention and weight in a sum of several, multiplied.
+        factor: The product of scaling, pooling factor and weight in a sum of several updates.
         pool: Width of a pooling group; None: plain LoRA.
     """
 
@@ -34,19 +34,19 @@ class LowRankUpdate:
         return int(self.a.shape[0])
 
     def matrix(self, k: int) -> Tensor:
-        """What it adds to the weight, `[N, K]` float64."""
+        """The matrix that it adds to the weight, `[N, K]` float64."""
         update = self.factor * (self.b.double() @ self.a.double())
         return update if self.pool is None else expand_groups(update, self.pool, k)
 
     def folds_into(self, group_size: int) -> bool:
-        """Whether it is constant inside every group of a weight quantized so."""
+        """Whether it is constant inside every quantization group, so that it folds."""
         return self.pool is not None and self.pool % group_size == 0
 
     def per_group(self, k: int, group_size: int) -> LowRankUpdate:
-        """The nearest update, in the sum of squares, that is constant inside groups of a weight.
+        """The nearest update, in the sum of squares, that is constant inside each group.
 
-        It has the same rank: the mean of B A over a group is B times the mean of A. For an update
-        that folds it is the update itself.
+        It has the same rank, as the mean of B A over a group is B times the mean of A. An update
+        that folds already comes back unchanged.
         """
         wide = self.a.double()
         if self.pool is not None:
@@ -60,7 +60,7 @@ class LowRankUpdate:
 
 
 def concatenate(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
-    """The sum of several updates of one pooling, exactly: their ranks one after another.
+    """The exact sum of several updates that pool alike: their ranks are concatenated.
 
     Raises:
         PreconditionError: they pool groups of different widths.
@@ -74,12 +74,12 @@ def concatenate(updates: Sequence[LowRankUpdate]) -> LowRankUpdate:
 
 
 def check_pools(update: LowRankUpdate, k: int, path: str) -> None:
-    """See that an update that is said to pool does.
+    """Check that an update that claims to be pooled is.
 
     Args:
-        update: Of a layer.
-        k: How many inputs that has.
-        path: Of the layer.
+        update: The update of one layer.
+        k: K, the number of inputs of the layer.
+        path: Path of the layer.
 
     Raises:
         UserInputError: its A has a column for each input.

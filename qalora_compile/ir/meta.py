@@ -11,8 +11,8 @@ ONNX_METADATA_KEY = "qalora"
 """Key of an exported model's metadata under which signature, sites and history are stored."""
 
 QDQ_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
-"""ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul, on int8 activations unless this
-session configuration entry is 0."""
+"""Session configuration entry that must be 0, or ONNX Runtime fuses DequantizeLinear and MatMul
+into a MatMulNBits on int8 activations."""
 
 _SITE = "qalora_site"
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "val")
@@ -25,12 +25,12 @@ def site_of(node: fx.Node) -> str | None:
 
 
 def mark_site(node: fx.Node, name: str) -> None:
-    """Say that `node` computes the output of the site `name`."""
+    """Mark `node` as the one that computes the output of the site `name`."""
     node.meta[_SITE] = name
 
 
 def move_site(source: fx.Node, target: fx.Node) -> None:
-    """Hand the site mark, shape and provenance of `source` to the node that replaces it."""
+    """Move the site mark, shape and provenance of `source` to the node that replaces it."""
     for key in _KEPT:
         if key in source.meta:
             target.meta[key] = source.meta[key]

@@ -1,4 +1,4 @@
-"""`Description`: what a program does not say of its model, and a checkpoint needs."""
+"""`Description`: the facts about a model that a checkpoint needs and a program does not hold."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """A model without its weights: configuration, names of its tensors, tokenizer.
+    """A model without its weights: its configuration, tensor names and tokenizer.
 
     Attributes:
-        config: `config.json`, as it is written beside the weights.
+        config: `config.json`, as it is written next to the weights.
         settings: The same with all defaults filled in.
         shapes: Every parameter and persistent buffer, by the first of its names.
         ties: Further name of a tensor → its first name.
         generation: `generation_config.json`, if there is one.
         tokenizer: Folder with the tokenizer's files, if there is a tokenizer.
-        gguf: A GGUF file whose metadata are the model's, if it came from one. A GGUF file gets
-            them as they are, its tokenizer among them.
+        gguf: The GGUF file that the model came from, if any. A GGUF export copies its metadata and
+            the tokenizer in them.
         rotary_frequencies: Of a rotary embedding of type `llama3`: `head / 2` float32 numbers.
     """
 

@@ -31,7 +31,7 @@ _MODE_ARGUMENT = {
 }
 _SDPA = _ATEN.scaled_dot_product_attention.default
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
-"""Has the kind of a device, as a word, for its first argument."""
+"""An operator whose first argument is the kind of a device, as a word."""
 
 
 class ProgramModule(LazyGraphModule):
@@ -56,13 +56,13 @@ class ProgramModule(LazyGraphModule):
         return self
 
     def after_move(self) -> None:
-        """Have the graph make its tensors where the module's tensors are now."""
+        """Make the graph create its tensors on the device of the module's tensors."""
         moved = next(chain(self.parameters(), self.buffers()), None)
         if moved is not None:
             self.move_graph(moved.device)
 
     def move_graph(self, device: torch.device) -> None:
-        """Have the graph, and those inside it, make its tensors on a device."""
+        """Make the graph, and its subgraphs, create tensors on a device."""
         for module in self.modules():
             if not isinstance(module, fx.GraphModule):
                 continue
@@ -103,8 +103,8 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     new: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         copy = copied.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-        # Not passed above: create_node searches what it is given for symbolic numbers, at length.
-        # Not assigned: every assignment to a node's attribute files the node anew.
+        # Not passed above: create_node would search the arguments for symbolic numbers, at length.
+        # Not by assignment: every assignment to an attribute updates the graph's index of nodes.
         args, kwargs = map_arg(node.args, new.__getitem__), map_arg(node.kwargs, new.__getitem__)
         set_arguments(copy, args, kwargs)
         copy.meta.update(node.meta)
@@ -114,9 +114,9 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def erase_unread(nodes: Iterable[fx.Node]) -> None:
-    """Erase those of `nodes` that nothing reads, and what was computed for them alone.
+    """Erase those of `nodes` that nothing reads, and whatever was computed only for them.
 
-    Unlike `Graph.eliminate_dead_code` it looks at no other node: these may have effects.
+    Unlike `Graph.eliminate_dead_code` it leaves all other nodes, which may have effects.
     """
     waiting = list(nodes)
     while waiting:
@@ -174,7 +174,7 @@ def _set_device(node: fx.Node, device: torch.device) -> bool:
 
 
 def _set_sdpa(node: fx.Node, training: bool) -> bool:
-    """Attention dropout has no mode argument: its p is set to 0 and kept aside for training."""
+    """Attention dropout has no mode argument, so p is set to 0 and its value saved for training."""
     current = argument(node, "dropout_p")
     if current:
         node.meta[_DROPOUT_P] = current

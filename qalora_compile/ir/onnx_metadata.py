@@ -1,4 +1,4 @@
-"""What an exported ONNX model says of the program that it was made from, without torch."""
+"""The metadata of an exported ONNX model: which program it was made from. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ OF_SITES = (
     *("kind", "weight", "decision", "reason", "why_bits"),
     *("bits", "group_size", "k", "n", "experts"),
 )
-"""Fields of a layer that are those of its `Site`."""
+"""Fields that a layer copies from its `Site`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxLayer:
-    """A row of the site plan, as exported; `OF_SITES` are as in `Site`.
+    """A row of the site plan, as exported; the fields `OF_SITES` are as in `Site`.
 
     Attributes:
-        site: Its name.
-        shape: Of a weight that is kept in float.
-        bytes: What the layer's tensors take in the file.
+        site: Name of the site.
+        shape: Shape of a weight that is kept in float.
+        bytes: Size of the layer's tensors in the file.
     """
 
     site: str
@@ -52,10 +52,10 @@ class OnnxMetadata:
     """The metadata of an exported model.
 
     Attributes:
-        version: Of the package that wrote it.
+        version: Version of the package that wrote it.
         target: The export target.
-        stage, history: Of the program.
-        signature: For `Signature.from_json`; empty in a file that has none.
+        stage, history: Stage and history of the program.
+        signature: Input of `Signature.from_json`; empty if the file has none.
         layers: Every row of the site plan.
         site_values: Name of each site → name of the value that it gives.
     """
@@ -97,17 +97,17 @@ def read_onnx_metadata(path: Path) -> OnnxMetadata:
 
 
 def _layer(row: Mapping[str, Any]) -> OnnxLayer:
-    """A layer; fields of later versions are left out."""
+    """A layer; fields of later versions are dropped."""
     known = {f.name: row[f.name] for f in dataclasses.fields(OnnxLayer) if f.name in row}
     return OnnxLayer(**check_fields(OnnxLayer, known, "a layer"))
 
 
 @contextmanager
 def explain_metadata(path: Path) -> Iterator[None]:
-    """Have errors in reading the metadata of a file say which file it is, and why.
+    """Turn errors in reading metadata into one that names the file and the reason.
 
     Raises:
-        UserInputError: the block raised what malformed JSON leads to.
+        UserInputError: the block raised an error that malformed JSON leads to.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """The operators that a stored program may name, and the check of how it calls them.
 
-A program folder may come from anybody, and torch holds operators that write files, read memory
-without bounds or change tensors in ways that no captured model does. So the names are a fixed list:
-what `torch.export` leaves in the graphs of models, and what the passes of this package add.
+A program folder may come from anybody, and torch has operators that write files, read memory out of
+bounds or mutate tensors as no captured model does. So the names are a fixed list: the operators
+that `torch.export` leaves in the graphs of models, and those that the passes of this package add.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ _PLAIN = {
 }
 _GROWING = ("pow", "lshift")
 _MAX_EXPONENT = 64
-"""Of integers: a power of a power of sizes would never end."""
+"""Limit of integer powers: a power of a power of sizes could take forever."""
 _CONSTANTS: dict[str, tuple[type, ...]] = {
-    "Tensor": (float, int),  # torch makes a tensor of a number
+    "Tensor": (float, int),  # torch converts a number to a tensor
     "int": (int,),
     "bool": (bool,),
     "float": (float, int),
@@ -164,7 +164,7 @@ def operator_text(target: Any, where: str) -> str:
     """The stored name of what a node calls; `find_operator` undoes it.
 
     Raises:
-        UnsupportedError: it is no operator that a stored program may name.
+        UnsupportedError: it is not an operator that a stored program may name.
     """
     if isinstance(target, OpOverload):
         text = str(target)
@@ -271,7 +271,7 @@ def _fits(kind: str, value: Any) -> bool:
         inner = kind[5:-1]
         if isinstance(value, (list, tuple)):
             return all(_fits(inner, item) for item in value)
-        return _fits(inner, value)  # one number for a window of several axes
+        return _fits(inner, value)  # one number stands for all axes of a window
     if isinstance(value, bool) and kind in ("int", "float"):
         return False
     return isinstance(value, _CONSTANTS.get(kind, ()))

@@ -95,13 +95,13 @@ class LinearMap:
 
     Attributes:
         node: The node that computes y.
-        x: The node that gives x, `[.., K]`; `[E, T, K]` or, with `ends`, `[T, K]` for experts.
+        x: The node of x, `[.., K]`; for experts `[E, T, K]` or, with `group_offsets`, `[T, K]`.
         weight: The parameter.
         bias: Node of the bias, or None.
         kind: `linear`, `addmm`, `matmul`, or `experts` (one matrix for each of E experts).
         flipped: The node reads W as `[K, N]`, not `[N, K]`.
-        group_offsets: For experts that share the rows of x: node of the row at which each expert
-            ends, `[E]`.
+        group_offsets: For experts that share the rows of x: the node with the end of each expert's
+            rows, `[E]`.
     """
 
     node: fx.Node
@@ -113,7 +113,7 @@ class LinearMap:
     group_offsets: fx.Node | None = None
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """W as `[N, K]`, or `[E, N, K]`, from the parameter; a view where the reading is one."""
+        """W as `[N, K]`, or `[E, N, K]`, from the parameter; a view of it where possible."""
         read = self.weight.read(tensor)
         return read.transpose(-1, -2) if self.flipped and read.dim() > 1 else read
 
@@ -138,9 +138,9 @@ def _is_constant(view: fx.Node) -> bool:
 
 
 def _is_vector(bias: object) -> bool:
-    """Whether what addmm adds can be a bias `[N]`; a whole matrix `[M, N]` is none.
+    """Whether the operand that addmm adds can be a bias `[N]`; a full matrix `[M, N]` cannot.
 
-    A stored tensor passes here without a recorded shape: annotate-linears looks at the tensor.
+    A stored tensor passes even without a recorded shape: annotate-linears looks at the tensor.
     """
     if not isinstance(bias, fx.Node):
         return False
@@ -153,8 +153,8 @@ def match_linear(node: fx.Node) -> LinearMap | None:
 
     Fires on `aten.linear(x, W, b)`, `aten.addmm(b, x, W)` with alpha = beta = 1, `aten.mm(x, W)`,
     `aten.matmul(x, W)`, and on the products of stacked experts, `aten.bmm(x, W)` and
-    `grouped_mm(x, W, ends)`; W may be read through views. The dimensions of W are the caller's to
-    look at: the graph does not hold them.
+    `grouped_mm(x, W, group_offsets)`; W may be read through views. The caller has to check the
+    dimensions of W, which the graph does not hold.
     """
     parts = _operands(node) if node.op == "call_function" else None
     if parts is None:
@@ -172,7 +172,7 @@ _Operands = tuple[str, object, object, object, "fx.Node | None"]
 
 
 def _operands(node: fx.Node) -> _Operands | None:
-    """Kind, x, W, bias and ends of a node that may be a linear map."""
+    """Kind, x, W, bias and group offsets of a node that may be a linear map."""
     if node.target is _ATEN.linear.default:
         x, weight, bias = arguments(node).values()
         return LINEAR, x, weight, bias, None
@@ -212,8 +212,8 @@ _PASSED_ON = _VIEWS | {
 def feeds_topk(node: fx.Node) -> bool:
     """Whether the values of `node`, or scores made of them one by one, are ranked by `topk`.
 
-    That is how a mixture of experts chooses: a router must not be quantized unasked, since a small
-    error sends a token to another expert.
+    A mixture of experts chooses so. A router must not be quantized by default, since a small error
+    sends a token to another expert.
     """
     open_nodes, seen = [node], {node}
     while open_nodes:

@@ -1,6 +1,6 @@
 """A stable text form of a program, for people and golden tests.
 
-Values are numbered in graph order, so the text does not depend on how torch names nodes; tensors
+Values are numbered in graph order, so the text does not depend on torch's names of nodes. Tensors
 are written `@name`, and the node that computes a site's output names the site.
 """
 

@@ -1,4 +1,4 @@
-"""`Program`: a captured model at some stage of its way to an exported one."""
+"""`Program`: a captured model at some stage of compilation."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from qalora_compile.ir.storage import read_parts, write_program
 
 @dataclass(frozen=True, repr=False)
 class Program(ProgramParts):
-    """A captured model at some stage on its way to an exported one.
+    """A captured model at some stage of compilation.
 
-    A program is a value: passes return a new one, which shares the tensors they left alone. Only
-    training changes a program in place, through its adapter parameters, `train()`/`eval()` through
-    its mode, and `to()` through the device of its tensors. For its attributes see `ProgramParts`.
+    A program is a value: passes return a new one, which shares all unchanged tensors. Only training
+    (adapter parameters), `train()` and `eval()` (the mode), and `to()` (the device of the tensors)
+    change a program in place. For its attributes see `ProgramParts`.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,18 +51,18 @@ class Program(ProgramParts):
         return self
 
     def to(self, device: torch.device | str) -> Program:
-        """Move to a device: the tensors, and what the graph makes itself; returns self.
+        """Move the tensors, and those that the graph creates, to a device; returns self.
 
-        Parameters stay the same objects, so an optimizer that has them keeps them. Programs made
-        from this one before share its parameters, and are not to be run any more: move first, then
-        apply passes. Exporters take programs on the CPU.
+        Parameters stay the same objects, so an optimizer keeps them. Programs made from this one
+        before share its parameters and must not be run any more: move first, then apply passes.
+        Exporters take programs on the CPU.
         """
         self.module.to(device)
         return self
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, and no gradients, in the block; the mode is restored after it."""
+        """Evaluation mode without gradients in the block; the mode is restored after it."""
         training = self.module.training
         self.eval()
         try:

@@ -1,4 +1,4 @@
-"""The parts of a program, which storing and printing read; `ir.program` adds what it does."""
+"""The data of a program, which storing and printing read; `ir.program` adds the behaviour."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ProgramParts(Brief):
         signature: Names, dtypes and shapes of inputs and outputs.
         example: (args, kwargs) of the capture; exporters trace with them.
         history: The passes run, as text that `Pipeline.parse` reads.
-        notes: What capture had to say, for example a dimension it could not keep dynamic.
-        trained: Names of the float parameters that train with the adapters, such as a head's.
+        notes: Remarks of capture, for example on a dimension that it could not keep dynamic.
+        trained: Names of float parameters, such as a head's, that train with the adapters.
     """
 
     module: ProgramModule
@@ -71,7 +71,7 @@ class ProgramParts(Brief):
     def named_adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable parameters by name, in graph order.
 
-        `lora_A` [r, L] and `lora_B` [N, r] of each adapted weight, and what is in `trained`.
+        `lora_A` [r, L] and `lora_B` [N, r] of each adapted weight, and those in `trained`.
         """
         for name, parameter in self.module.named_parameters():
             if name.rpartition(".")[2] in ADAPTER_NAMES or name in self.trained:

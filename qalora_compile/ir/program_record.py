@@ -12,7 +12,7 @@ from qalora_compile.untrusted.artifacts import PROGRAM_FILE
 
 FORMAT = "qalora-program"
 VERSION = 3
-"""Of the folders that are written; those of earlier versions are read."""
+"""The format version that is written; earlier versions are read too."""
 _VERSIONS = (1, 2, VERSION)
 _SEALED = 2
 """The first version that has digests."""
@@ -36,10 +36,10 @@ _FACTS = {
     "parameters": list,
     "graph": dict,
 }
-"""The entries of a record, and what they are."""
+"""The entries of a record, and their types."""
 _TEXTS = ("history", "notes", "trained", "ties", "trainable", "parameters")
 _LATER = ("trained",)
-"""What the first folders lack."""
+"""Entries that the first folders lack, with their defaults."""
 
 TENSORS_FILE = "quantized.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
@@ -47,7 +47,7 @@ EXAMPLE_FILE = "example.safetensors"
 
 
 def write_record(folder: Path, facts: dict[str, Any]) -> None:
-    """Write `program.json` behind the tensor files, whose digests it holds."""
+    """Write `program.json` after the tensor files, whose digests it holds."""
     files = digests_of(folder, _present(folder, (TENSORS_FILE, ADAPTERS_FILE, EXAMPLE_FILE)))
     head = {"format": FORMAT, "version": VERSION, "files": files}
     write_sealed(folder / PROGRAM_FILE, head | facts)
@@ -57,8 +57,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Read `program.json`, and compare the files with tensors with their digests.
 
     Raises:
-        UserInputError: it is missing, malformed, of another version or changed; or a link or a
-            device stands in the folder.
+        UserInputError: it is missing, malformed, changed or of a later version; or the folder holds
+            a link or a device.
     """
     if not folder.is_dir():
         raise UserInputError(f"there is no program folder {folder}", where=str(folder))
@@ -85,7 +85,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _with_new_names(value: dict[str, Any]) -> dict[str, Any]:
-    """The record of an earlier version, in the names of this one."""
+    """The record of an earlier version, with the names of this one."""
     plan = [
         {_RENAMED_FIELDS.get(name, name): field for name, field in row.items()}
         if isinstance(row, dict)
@@ -133,7 +133,7 @@ def tensor_files(folder: Path) -> list[str]:
 
 
 def admit_file(folder: Path, name: str, digests: list[str]) -> None:
-    """Let a file of the folder have one of these digests, and no other."""
+    """Accept these digests, and no others, for a file of the folder."""
     value = read_sealed(folder / PROGRAM_FILE, since=_SEALED)
     if "files" in value:
         value["files"][name] = digests

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files: all of one, its headers, or one tensor at a time."""
+"""Reading and writing safetensors files: complete, the headers only, or single tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qalora_compile.untrusted.safetensors_header import check_types, read_header
 
 _SMALL_ELEMENTS = 4096
 _DTYPES = {kind.safetensors: getattr(torch, kind.name) for kind in PROGRAM_TYPES}
-"""What safetensors calls dtypes."""
+"""Names of dtypes in safetensors → torch dtypes."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -54,7 +54,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def lazy_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, large ones deferred: read when they are asked for.
+    """The tensors of a safetensors file; large ones are deferred and read on demand.
 
     Raises:
         UserInputError: the file is missing, truncated or not a safetensors file.
@@ -93,8 +93,8 @@ def read_tensor(path: Path, name: str) -> Tensor:
     """One tensor of a safetensors file, in memory of its own.
 
     Raises:
-        UserInputError: the file is missing or broken, or has no such tensor, or it holds NaN or
-            infinite values.
+        UserInputError: the file is missing or broken, or has no such tensor, or the tensor holds
+            NaN or infinite values.
     """
     return _read(path, name, lambda file: file.get_tensor(name))
 

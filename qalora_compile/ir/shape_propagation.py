@@ -29,16 +29,16 @@ def without_assertions(program: Program) -> fx.Graph:
 
 
 def shaped_graph(program: Program) -> fx.Graph:
-    """A copy of the graph whose nodes say what they compute, in `meta["val"]`.
+    """A copy of the graph whose nodes hold their fake values in `meta["val"]`.
 
-    What capture recorded is kept; a program that was loaded has none of it. A graph that cannot be
-    followed without values (a size that is computed from data) comes as it is.
+    Values that capture recorded are kept; a loaded program has none. A graph that cannot be
+    propagated without data (a size is computed from values) is returned unchanged.
     """
     graph, tensors = program.copy_graph(), program.tensors()
     if all("val" in node.meta for node in graph.nodes if node.op == "placeholder"):
         return graph
     stored = {n: t for n in graph.nodes if (t := tensors.get(str(n.target))) is not None}
-    # what fails is of an operator, and raises what its author chose
+    # an operator failed, with whatever exception its author chose
     with suppress(Exception):
         propagate(graph, program, stored)
     return graph
@@ -47,11 +47,11 @@ def shaped_graph(program: Program) -> fx.Graph:
 def propagate(
     graph: fx.Graph, program: Program, tensors: Mapping[fx.Node, Tensor]
 ) -> dict[str, str]:
-    """Record at each node what it computes, as fake tensors and symbolic numbers (`meta["val"]`).
+    """Record the fake tensor or symbolic number of each node in `meta["val"]`.
 
     Args:
-        graph: Of the program, or a copy of it.
-        program: Whose signature says what inputs are; axes of one name have one symbol.
+        graph: The graph of the program, or a copy of it.
+        program: Its signature describes the inputs; axes of one name share one symbol.
         tensors: The nodes that stand for stored tensors.
 
     Returns:

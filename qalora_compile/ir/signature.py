@@ -21,7 +21,7 @@ Call = Sequence[Any] | Mapping[str, Any]
 
 
 PAST = "past_key_values."
-"""What the names of the inputs with keys and values of a past begin with."""
+"""Prefix of the names of inputs that hold past keys and values."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class InputLeaf:
 
 @dataclass(frozen=True)
 class SizeRange:
-    """Sizes of a dynamic axis for which the captured graph is the model; `high` None: no limit."""
+    """Sizes of a dynamic axis for which the captured graph is valid; `high` None: no limit."""
 
     name: str
     low: int
@@ -54,7 +54,7 @@ class SizeRange:
         return self.low <= size and (self.high is None or size <= self.high)
 
     def nearest(self, size: int) -> int:
-        """The size in the range that is nearest to `size`."""
+        """The size in the range nearest to `size`."""
         return max(self.low, size if self.high is None else min(size, self.high))
 
 
@@ -62,8 +62,8 @@ class SizeRange:
 class Signature:
     """Inputs in flat order, names of the flat outputs, and limits of dynamic axes.
 
-    `ranges` holds the axes on whose size the model branches: outside, it takes another path than
-    the graph, which must not go unseen.
+    `ranges` holds the axes on whose size the model branches. Outside the range the model takes
+    another path than the graph, so calls there are refused.
     """
 
     inputs: tuple[InputLeaf, ...]
@@ -72,21 +72,21 @@ class Signature:
 
     @property
     def cache(self) -> tuple[InputLeaf, ...]:
-        """The inputs that hold keys and values of a past, of a language model that takes them."""
+        """The inputs that hold past keys and values; none for a model without a cache."""
         return tuple(leaf for leaf in self.inputs if leaf.name.startswith(PAST))
 
     @property
     def own_cache(self) -> tuple[InputLeaf, ...]:
-        """Of the decoder of an encoder-decoder model: the cache of its own tokens."""
+        """The part of `cache` for the decoder's own tokens, in an encoder-decoder model."""
         return tuple(leaf for leaf in self.cache if ".decoder." in leaf.name)
 
     @property
     def cross_cache(self) -> tuple[InputLeaf, ...]:
-        """Of the decoder of an encoder-decoder model: what its encoder gives."""
+        """The part of `cache` for the encoder's outputs, in an encoder-decoder model."""
         return tuple(leaf for leaf in self.cache if ".encoder." in leaf.name)
 
     def check(self, leaves: Sequence[Any]) -> None:
-        """Compare flat inputs of a call with the signature.
+        """Check the flat inputs of a call against the signature.
 
         Raises:
             UserInputError: a dtype, rank, fixed dimension or constant differs, or axes of one name
@@ -173,7 +173,7 @@ def _check_tensor(leaf: InputLeaf, value: Any) -> None:
 
 
 def _check_sizes(leaf: InputLeaf, value: Tensor, sizes: dict[str, tuple[int, str]]) -> None:
-    """Axes of one name have one size."""
+    """Check that axes of one name have one size."""
     for name, size in zip(leaf.shape, value.shape, strict=True):
         if isinstance(name, str):
             first, where = sizes.setdefault(name, (size, leaf.name))
@@ -185,7 +185,7 @@ def _check_sizes(leaf: InputLeaf, value: Tensor, sizes: dict[str, tuple[int, str
 
 
 def widened(value: Any) -> Any:
-    """A tensor of half precision in float32, which is exact; all else as it is."""
+    """A half-precision tensor in float32, which is exact; anything else unchanged."""
     is_half = isinstance(value, Tensor) and dtype_name(value.dtype) in HALVES
     return value.float() if is_half else value
 
@@ -261,7 +261,7 @@ def flatten_inputs(graph: fx.Graph, values: Sequence[Any]) -> list[Any]:
     leaves, found = pytree.tree_flatten(tree)
     if found != spec:
         raise UserInputError(
-            "the arguments are nested otherwise than at capture", hint=f"expected {spec}"
+            "the arguments are nested differently than at capture", hint=f"expected {spec}"
         )
     return leaves
 

@@ -1,4 +1,4 @@
-"""The site plan: one row for each use of a weight as a linear map, and for every weight kept."""
+"""The site plan: a row for each use of a weight as a linear map, and for every kept weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNUSED = "unused"
 EMBEDDING = "embedding"
 """Kind of a row for a table whose rows are looked up."""
 EXCLUDED = "excluded"
-"""Reason of a row that the user excluded."""
+"""Reason of rows that the user excluded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +42,13 @@ class Site:
         decision: `quantize` or `keep`.
         reason: Why.
         bits, group_size: Set once quantized.
-        chosen_bits, chosen_group: What assign-bits wants, until it is quantized so.
+        chosen_bits, chosen_group: Set by assign-bits, until the weight is quantized.
         rank: Set while the site has an adapter.
-        frozen_integer_zero: Its zero-points −offset / scale are integers from 0 to 2^bits − 1 and
-            stay so: it gets no adapter.
-        integer_zero_point: They are integers as well, and its adapter, if it gets one of a kind
-            that says so, keeps them integers.
-        why_bits, why_rank: By what bits and rank were chosen, where a budget was spread over sites.
+        frozen_integer_zero: The zero-points −offset / scale are integers from 0 to 2^bits − 1 and
+            stay so: the site gets no adapter.
+        integer_zero_point: The zero-points are integers as well, and stay integers under an adapter
+            of a kind that keeps them so.
+        why_bits, why_rank: Reasons for bits and rank, where a budget was distributed over sites.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Site:
 
     @property
     def shape(self) -> str:
-        """`K×N`, with `E×` before it for experts; empty where the use is no linear map."""
+        """`K×N`, with `E×` before it for experts; empty if the use is not a linear map."""
         if not self.n:
             return ""
         return f"{self.experts}×{self.k}×{self.n}" if self.experts else f"{self.k}×{self.n}"
@@ -109,11 +109,11 @@ class SitePlan(Brief):
         return tuple(s for s in self.sites if s.decision == QUANTIZE)
 
     def weights_to_quantize(self) -> tuple[Site, ...]:
-        """The first row of each distinct weight, or part of one, decided `quantize`."""
+        """The first row of each distinct weight, or part of a weight, decided `quantize`."""
         return _first_of_each(self.to_quantize())
 
     def to_adapt(self) -> tuple[Site, ...]:
-        """The rows decided `quantize` that get an adapter: those without whole zero-points."""
+        """The rows decided `quantize` that get an adapter: all but `frozen_integer_zero`."""
         return tuple(s for s in self.to_quantize() if not s.frozen_integer_zero)
 
     def weights_to_adapt(self) -> tuple[Site, ...]:
@@ -132,7 +132,7 @@ class SitePlan(Brief):
         return self.update(named)
 
     def brief(self) -> dict[str, object]:
-        """How many rows are decided how, with which bits, and how many have an adapter."""
+        """Counts of the decisions, of the bits, and of the adapters."""
         widths = Counter(s.bits or s.chosen_bits for s in self.to_quantize())
         bits = ", ".join(f"{widths[b]} at {b} bits" for b in sorted(filter(None, widths)))
         adapted = sum(site.rank is not None for site in self.sites)
@@ -143,7 +143,7 @@ class SitePlan(Brief):
         }
 
     def counts(self) -> Counter[str]:
-        """How many rows each decision has."""
+        """The number of rows of each decision."""
         return Counter(s.decision for s in self.sites)
 
     def to_json(self) -> list[dict[str, Any]]:

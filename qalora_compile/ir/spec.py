@@ -1,7 +1,7 @@
 """What a program of each stage may contain, and `validate`, which checks it.
 
 The specification is data: the operators of this package that a stage admits. ATen operators are
-legal everywhere. `validate` runs around every pass in the tests (`passes.base.validating`).
+legal everywhere. `validate` runs around every pass in the tests (`framework.base.validating`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default
 POOLED_ADAPTER = QALORA.pooled_adapter.default
 ADAPTED_LINEAR = QALORA.adapted_linear.default
-"""GROUP_LINEAR and its POOLED_ADAPTER in one: in what training runs, at no stage of a program."""
+"""GROUP_LINEAR fused with its POOLED_ADAPTER: only in what training runs, at no stage."""
 INTEGER_ZERO_LINEAR = QALORA.integer_zero_linear.default
 PAD_GROUPS = QALORA.pad_groups.default
 MATMUL_NBITS = QALORA.matmul_nbits.default
@@ -82,7 +82,7 @@ LEGAL_OPS: dict[str, frozenset[object]] = {
 
 
 def _legal_ops(stage: str) -> frozenset[object]:
-    """The operators of this package at a stage; lowered by an extension: those of every target."""
+    """The operators of this package at a stage; for the target of an extension, those of all."""
     if stage in LEGAL_OPS:
         return LEGAL_OPS[stage] | FUSED
     if not stage.startswith(LEGALIZED):
@@ -113,12 +113,12 @@ def stored_tensor(program: Program, node: fx.Node, operand: object) -> Tensor:
 def validate(program: Program) -> None:
     """Check a program against the specification of its stage.
 
-    Checks that the graph is well formed, that only operators legal at the stage occur, that the
-    tensors of each of our operators agree in shape and dtype and are finite, that every quantized
-    row of the plan has its node, and that, from `quantized` on, adapters alone are trainable.
+    The graph must be well formed and hold only operators that are legal at the stage; the tensors
+    of each of our operators must be finite and agree in shape and dtype; every quantized row of the
+    plan must have its node; and from `quantized` on only adapters may be trainable.
 
     Raises:
-        InternalError: one of these is broken; the node and its site are named.
+        InternalError: a condition is broken; the node and its site are named.
     """
     legal = _legal_ops(program.stage)
     program.graph.lint()
@@ -143,7 +143,7 @@ def layer_on_codes(node: fx.Node) -> LayerOnCodes:
     """The operands of a layer on packed codes.
 
     Raises:
-        InternalError: the node is none.
+        InternalError: the node is not one.
     """
     if node.target is EXPERT_LINEAR:
         return ExpertLinear.of(node)
@@ -189,7 +189,7 @@ def _check_on_codes(program: Program, node: fx.Node, layer: _OnCodes) -> None:
         if row.has_integer_zero_point and not holds(
             has_integer_zero_points(scale, offset, layer.bits).all()
         ):
-            raise _broken(node, f"a zero-point is no whole number from 0 to {2**layer.bits - 1}")
+            raise _broken(node, f"a zero-point is not an integer from 0 to {2**layer.bits - 1}")
     for name, tensor in (("scale", scale), ("offset", offset)):
         if not is_finite(tensor):
             raise _broken(node, f"{name} holds NaN or infinite values")
@@ -205,7 +205,7 @@ def _check_adapter(program: Program, node: fx.Node) -> None:
     pooled = adapter.pooled
     site = next((s for s in map(site_of, node.users) if s is not None), None)
     if site is None or pooled is None:
-        return  # another form: fold-adapters refuses it, other passes need not understand it
+        return  # another pattern: fold-adapters refuses it, other passes need not understand it
     row = program.plan[site]
     want = (group_count(row.k, pooled.group_size), row.n)
     if (lora_a.shape[-1], lora_b.shape[-2]) != want:
@@ -229,14 +229,14 @@ def _check_integer_zero_linear(program: Program, node: fx.Node) -> None:
 def _each_matrix(
     codes: str, block: str, check: Callable[[fx.Node, int, int, Tensor, Tensor, Tensor], None]
 ) -> Callable[[Program, fx.Node], None]:
-    """A check of a kernel's codes, scale and zero-point, given its bits and block size as well.
+    """Make a check of a kernel's codes, scale and zero-point from the check of one matrix.
 
-    For experts each of the three is a list, and every expert's are checked.
+    For experts each of the three is a list, and the tensors of every expert are checked.
 
     Args:
         codes: Name of the operand that holds the codes.
         block: Name of the operand that is the width of a block or group.
-        check: Of one matrix.
+        check: The check of one matrix, which also takes bits and block size.
     """
 
     def run(program: Program, node: fx.Node) -> None:
@@ -255,7 +255,7 @@ def _check_groups(
 ) -> None:
     n, groups, width = codes.shape
     if bits not in (2, 3, 4, 8) or group_size < 16 or group_size % 16:
-        raise _broken(node, f"GroupQuantLinear takes no {bits} bits in groups of {group_size}")
+        raise _broken(node, f"GroupQuantLinear does not take {bits} bits in groups of {group_size}")
     if codes.dtype != torch.uint8 or width != group_size * bits // 8:
         raise _broken(node, f"the codes are {codes.dtype} {list(codes.shape)}")
     for name, tensor in (("scale", scale), ("zero_point", zero_point)):
@@ -270,7 +270,7 @@ def _check_flat(
 ) -> None:
     blocks, n = scale.shape
     if bits not in (2, 4, 8) or block_size < 1:
-        raise _broken(node, f"DequantizeLinear takes no {bits} bits in blocks of {block_size}")
+        raise _broken(node, f"DequantizeLinear does not take {bits} bits in blocks of {block_size}")
     least = ops.target_kernels.flat_width(((blocks - 1) * block_size + 1) * n, bits)
     most = ops.target_kernels.flat_width(blocks * block_size * n, bits)
     if codes.dtype != torch.uint8 or not least <= codes.numel() <= most:
@@ -286,7 +286,7 @@ def _check_blocks(
 ) -> None:
     n, blocks, width = qweight.shape
     if bits not in (2, 4, 8) or block_size < 16 or block_size & (block_size - 1):
-        raise _broken(node, f"MatMulNBits takes no {bits} bits in blocks of {block_size}")
+        raise _broken(node, f"MatMulNBits does not take {bits} bits in blocks of {block_size}")
     if width != block_size * bits // 8 or tuple(scale.shape) != (n, blocks):
         raise _broken(node, "codes and scale disagree in shape")
     if not is_finite(scale):

@@ -73,10 +73,10 @@ def write_program(program: ProgramParts, folder: Path) -> None:
 
 
 def replace_adapters(adapters: Mapping[str, Tensor], folder: Path) -> None:
-    """Write other adapters into a program folder.
+    """Replace the adapters of a program folder.
 
-    The record admits the old digest and the new one until the new file has its name, so that a
-    process that dies in between leaves a folder that can be read.
+    The record admits both the old and the new digest until the new file has its final name, so that
+    a process that dies in between leaves a readable folder.
     """
     path, scratch = folder / ADAPTERS_FILE, folder / f".{ADAPTERS_FILE}.new"
     save_tensors(adapters, scratch)
@@ -130,7 +130,7 @@ def _assemble(
     for target, subgraph in subgraphs.items():
         holder.add_module(target, subgraph)
     module = build_module(graph, tensors, submodules=holder, training=value["training"])
-    module.move_graph(torch.device("cpu"))  # it may have been captured or trained elsewhere
+    module.move_graph(torch.device("cpu"))  # it may have been captured or trained on another device
     signature = Signature.from_json(value["signature"])
     leaves = [
         leaf.value if leaf.dtype is None else example[str(i)]
@@ -150,7 +150,7 @@ def _assemble(
 
 
 def _untie(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors stored once, and alias → owner for those that are the same memory."""
+    """The tensors to store, each once, and alias → owner for those that share memory."""
     unique: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     owners: dict[tuple[Any, ...], str] = {}

@@ -1,4 +1,4 @@
-"""A part of a graph as a module of its own, on the same tensors."""
+"""Extraction of a subgraph as a module of its own, on the same tensors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def extract_subgraph(
     inputs: Iterable[fx.Node],
     output: fx.Node | tuple[fx.Node, ...],
 ) -> ProgramModule:
-    """What some nodes of a module's graph compute.
+    """The subgraph of some nodes of a module's graph.
 
     Args:
-        module: The whole.
+        module: The complete module.
         nodes: In graph order, without those that read a stored tensor.
-        inputs: What they read of the rest; the arguments, in this order.
-        output: What is returned.
+        inputs: The other nodes that they read; the arguments, in this order.
+        output: The node that is returned.
     """
     graph = _copied({node: node.name for node in inputs}, nodes, output)
     return build_module(graph, program_tensors(module), submodules=module, training=module.training)
@@ -40,7 +40,7 @@ def _copied(
     nodes: Iterable[fx.Node],
     output: fx.Node | tuple[fx.Node, ...],
 ) -> fx.Graph:
-    """A graph of copies of `nodes`; `inputs` become arguments of the names given."""
+    """A graph of copies of `nodes`; `inputs` become arguments with the given names."""
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
     for node, name in inputs.items():
         new[node] = graph.placeholder(name)
@@ -60,11 +60,11 @@ def _copied(
 
 @dataclass(frozen=True)
 class Cut:
-    """An input of a part.
+    """An input of a subgraph.
 
     Attributes:
         name: Of the input.
-        node: The node of the whole program whose value it takes.
+        node: The node of the complete program whose value it takes.
         value: That value.
     """
 
@@ -74,12 +74,12 @@ class Cut:
 
 
 def cut_subgraph(program: Program, target: str, cuts: Sequence[Cut], output: str) -> Program:
-    """The part that computes the node `target`; its inputs are `cuts`, all of fixed shape.
+    """The subgraph that computes the node `target` from `cuts`, all of fixed shape.
 
     Args:
-        program: The whole.
+        program: The complete program.
         target: Name of a node.
-        cuts: Everything that the part reads and does not compute or store.
+        cuts: All values that the subgraph reads and neither computes nor stores.
         output: Name of the output.
     """
     nodes = {node.name: node for node in program.graph.nodes}
@@ -106,7 +106,7 @@ def cut_subgraph(program: Program, target: str, cuts: Sequence[Cut], output: str
 
 
 def reads(program: Program, target: str, stops: Mapping[str, object]) -> list[str]:
-    """The nodes among `stops`, and the inputs, that the part computing `target` reads directly."""
+    """The inputs and nodes of `stops` that the subgraph computing `target` reads directly."""
     nodes = {node.name: node for node in program.graph.nodes}
     stopped = {nodes[name] for name in stops if name != target}
     inside = _inside(nodes[target], stopped)

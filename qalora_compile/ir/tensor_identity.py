@@ -1,4 +1,4 @@
-"""Which tensors are the same memory, and which hold finite values."""
+"""Which tensors share memory, and which hold finite values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def memory_key(tensor: Tensor) -> int:
-    """Equal for tensors in the same memory; deferred ones, which have none, count alike."""
+    """Equal for tensors in the same memory; all deferred tensors, which have none, are equal."""
     return storage_id(tensor)
 
 

@@ -1,7 +1,7 @@
 """Every private name of torch that this package uses, once each.
 
-An upgrade that changes one of them is mended in this file; `make test-newest` says which it was.
-"Wish" names the public interface that would make a private name unnecessary.
+A torch release that changes one needs a fix only in this file; `make test-newest` names it. "Wish"
+names the public interface that would make a private name unnecessary.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
     "is_concrete_int",
     "pytree",
 ]
-"""What is passed on as it is."""
+"""Values that are passed on unchanged."""
 
 _ATEN = torch.ops.aten
 # Wish: names without an underscore for the operators of the core ATen set.
@@ -60,12 +60,12 @@ ASSERTIONS = (
     _ATEN._assert_async.msg,
     _ATEN._assert_async.default,
 )
-"""A model's own checks of values when it runs."""
+"""Run-time assertions on values in a model's own code."""
 
 BatchNormBase = nn.modules.batchnorm._NormBase  # wish: a public base class
 """The layers that keep running statistics, which training updates."""
 CallTree = _PyTreeInfo  # wish: see above
-"""Of a graph: names of its arguments, and the trees of its inputs and its output."""
+"""The names of a graph's arguments, and the trees of its inputs and its output."""
 
 
 def schema_of(operator: OpOverload) -> FunctionSchema:
@@ -79,7 +79,7 @@ def overload_of(definition: CustomOpDef) -> OpOverload:
 
 
 def is_composed(operator: OpOverload) -> bool:
-    """Whether torch makes an operator of others. Wish: `OpOverload.is_composite`."""
+    """Whether torch composes an operator of others. Wish: `OpOverload.is_composite`."""
     key = "CompositeImplicitAutograd"
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
 
@@ -104,25 +104,25 @@ def size_bounds(size: torch.SymInt) -> Any:
 
 
 def call_tree(graph: fx.Graph) -> CallTree | None:
-    """How a graph takes and returns nested containers; None if it takes and returns flat values."""
+    """The nesting of a graph's inputs and outputs; None if both are flat."""
     codegen = graph._codegen
     return codegen.pytree_info if isinstance(codegen, _PyTreeCodeGen) else None
 
 
 def set_call_tree(graph: fx.Graph, tree: CallTree) -> None:
-    """Let a graph take and return these containers."""
+    """Make a graph take and return these containers."""
     graph.set_codegen(_PyTreeCodeGen(tree))
 
 
 def set_output_tree(graph: fx.Graph, outputs: pytree.TreeSpec) -> None:
-    """Let a graph that has a call tree return another container."""
+    """Make a graph that has a call tree return another container."""
     tree = call_tree(graph)
     assert tree is not None, "a captured graph has a call tree"
     set_call_tree(graph, tree._replace(out_spec=outputs))
 
 
 def share_call_tree(source: fx.Graph, target: fx.Graph) -> None:
-    """Let `target` take and return what `source` does; a call tree is immutable."""
+    """Make `target` take and return what `source` does; a call tree is immutable."""
     target.set_codegen(source._codegen)
 
 
@@ -157,8 +157,8 @@ def with_buffer(module: nn.Module, name: str, value: Tensor) -> nn.Module:
 class LazyGraphModule(fx.GraphModule):
     """A GraphModule that is compiled when it is first called, and can follow its tensors.
 
-    Uses that `GraphModule` keeps its graph as `_graph` and compiles it to a `forward` of its class,
-    and that all of `to()`, `cuda()`, … call `_apply`. Wish: `fx.GraphModule(…, lazy=True)`, and a
+    Relies on `GraphModule` storing its graph as `_graph` and compiling it to `forward` of its
+    class, and on `to()`, `cuda()`, … calling `_apply`. Wish: `fx.GraphModule(…, lazy=True)`, and a
     hook that runs when a module's tensors have moved.
     """
 
@@ -176,7 +176,7 @@ class LazyGraphModule(fx.GraphModule):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether Python code was made of the graph."""
+        """Whether Python code was generated from the graph."""
         return "forward" in vars(type(self))  # every GraphModule has a class of its own
 
     @property

@@ -39,7 +39,7 @@ def tree_to_text(spec: pytree.TreeSpec) -> str:
     except (NotImplementedError, TypeError, ValueError) as error:
         raise _without_stored_form(spec, error) from error
     if again != spec:
-        raise _without_stored_form(spec, "its keys are no texts or numbers")
+        raise _without_stored_form(spec, "its keys are not texts or numbers")
     return text
 
 
@@ -57,7 +57,7 @@ def tree_from_text(text: str) -> pytree.TreeSpec:
 
     Raises:
         ValueError, TypeError, KeyError: the text is malformed.
-        UserInputError: it names a class that is no container of a stored program.
+        UserInputError: it names a class that is not a container of a stored program.
         UnsupportedError: it names an output class of transformers, which is not installed.
     """
     protocol, tree = json.loads(text)
@@ -84,9 +84,9 @@ def _read(tree: dict[str, Any]) -> pytree.TreeSpec:
 
 
 def _check_keys(keys: Any, children: list[pytree.TreeSpec]) -> None:
-    """Refuse a context that is no list of distinct keys, one a child."""
+    """Refuse a context that is not a list of distinct keys, one per child."""
     if not isinstance(keys, list) or not all(isinstance(key, (str, int)) for key in keys):
-        raise ValueError(f"{keys!r} is no list of keys")
+        raise ValueError(f"{keys!r} is not a list of keys")
     if len(keys) != len(children) or len(set(keys)) != len(keys):
         raise ValueError(f"there are {len(children)} values for the keys {keys!r}")
 
@@ -119,7 +119,7 @@ def _output_class(module: str, name: str) -> Any:
             hint="pip install 'qalora-compile[hf]'",
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, ModelOutput)) or kind is ModelOutput:
-        raise UserInputError(f"{module}.{name} is no output class of transformers")
+        raise UserInputError(f"{module}.{name} is not an output class of transformers")
     return kind
 
 

@@ -1,4 +1,4 @@
-"""Graph-to-graph passes: pure functions of a `Program` with a stated contract, one a file."""
+"""Graph-to-graph passes: pure functions of a `Program` with a stated contract, one per file."""
 
 from __future__ import annotations
 

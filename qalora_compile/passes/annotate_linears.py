@@ -22,7 +22,7 @@ from qalora_compile.passes.analysis.select_sites import ALL_LINEAR, as_patterns,
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 
 _MOST_EXPERTS = 1024
-"""A layer with more outputs ranks something else than experts, such as a vocabulary."""
+"""A layer with more outputs does not rank experts, but for example a vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +34,16 @@ class AnnotateLinears(Pass):
 
     Fires on: linear, addmm, mm and matmul by a parameter, also through views (a transpose, a slice
     of a packed weight), and the products of stacked experts.
-    Leaves alone (a `keep` row with a reason): excluded or untargeted sites, weights that are also
-    read in another way (an embedding tied to the head), routers, weights of other operators,
-    weights that nothing reads.
+    Leaves alone (a `keep` row with a reason): excluded or untargeted sites, weights that other
+    operators read too (an embedding tied to the head), routers, weights of other operators, weights
+    that nothing reads.
     Exactness: the graph's function does not change.
 
     Options:
         targets: `all-linear`, or names, dotted suffixes, globs or `re:` patterns; naming a site
             forces it where the default would keep it.
         exclude: Patterns of sites to keep in float.
-        keep_heads: Leave heads that are not named in `targets` to quantize-embeddings (`heads.py`).
+        keep_heads: Leave heads that are not named in `targets` to quantize-embeddings.
     """
 
     name: ClassVar[str] = "annotate-linears"
@@ -100,7 +100,7 @@ def _decide(
     exclude: tuple[str, ...],
     heads: set[fx.Node],
 ) -> list[Site]:
-    """Fill in decision and reason, and one path for all rows of one reading.
+    """Fill in the decision, the reason, and one path for all rows of one reading.
 
     Raises:
         UserInputError: a pattern of `targets` or `exclude` matches no linear site.
@@ -127,7 +127,7 @@ def _decide(
                 reason = EXCLUDED if row.name in barred else "not among the targets"
             reason = reason or _clash(use, first)
         if not reason:
-            # Codes are grouped along one axis, so one reading of a weight is served: rows share it.
+            # Codes are grouped along one axis, so rows share the one quantized reading.
             path = first.setdefault(use.reading, (use, row))[1].path
             decision = QUANTIZE
             reason = "linear map by a parameter" if everything else "named in targets"
@@ -136,7 +136,7 @@ def _decide(
 
 
 def _why_keep(row: Site, in_float: Site | None, routers: set[int]) -> str:
-    """Why the default keeps a linear site; empty where it does not."""
+    """Why a linear site is kept by default; empty if it is not."""
     if in_float is not None:
         reader = in_float
         return f"tied to {reader.name}, which {reader.kind} reads in float; name it to force it"
@@ -150,7 +150,7 @@ def _is_router(use: Use, row: Site) -> bool:
 
 
 def _clash(use: Use, first: dict[object, tuple[Use, Site]]) -> str:
-    """Why a weight that is quantized for another use cannot serve this one too."""
+    """Why a weight that is quantized for another use cannot serve this use too."""
     for other, row in first.values():
         if other.storage != use.storage or other.reading == use.reading:
             continue
@@ -158,7 +158,7 @@ def _clash(use: Use, first: dict[object, tuple[Use, Site]]) -> str:
         if other.matrix.mT.shape == use.matrix.shape and other.matrix.mT.stride() == (
             use.matrix.stride()
         ):
-            return f"reads the weight of {row.name} the other way round"
+            return f"reads the weight of {row.name} transposed"
         if _overlap(use.matrix, other.matrix):
             return f"reads a part of the weight of {row.name}"
     return ""

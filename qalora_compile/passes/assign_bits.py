@@ -1,4 +1,4 @@
-"""assign-bits: write into the plan how wide the codes of each weight shall be."""
+"""assign-bits: write the width of each weight's codes into the plan."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AssignBits(Pass):
         parse_bits(self.choices)
 
     def requires(self, program: Program) -> None:
-        """Every path is of a weight that the plan quantizes.
+        """Check that every path is of a weight that the plan quantizes.
 
         Raises:
             UserInputError: one is not.
@@ -61,7 +61,7 @@ class AssignBits(Pass):
         return PassResult(program.evolve(plan=program.plan.update(fields)), changes)
 
     def ensures(self, before: Program, after: Program) -> None:
-        """The rows say what was chosen."""
+        """The rows hold the choices."""
         choices = parse_bits(self.choices)
         for site in after.plan.to_quantize():
             if choices.get(site.path, found := (site.chosen_bits, site.chosen_group)) != found:
@@ -72,7 +72,7 @@ def parse_bits(texts: tuple[str, ...]) -> Mapping[str, tuple[int, int]]:
     """(bits, group size) by path.
 
     Raises:
-        UserInputError: a text is none of the form `path=bits/group_size`.
+        UserInputError: a text is not of the form `path=bits/group_size`.
     """
     found = {}
     for path, value in parse_choices(texts, "choices").items():

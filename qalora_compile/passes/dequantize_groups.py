@@ -1,4 +1,4 @@
-"""dequantize-groups: back to float weights, the same function on them."""
+"""dequantize-groups: back to float weights, with the same function."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from qalora_compile.progress import track
 
 _ATEN = torch.ops.aten
 NAME = "dequantized"
-"""Of the float weight, below its site's path."""
+"""Name of the float weight, below the path of its site."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DequantizeGroups(Pass):
-    """Replace packed codes by the weights that they stand for.
+    """Replace packed codes by the weights that they encode.
 
     Before:  %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, @fc.bias, 4, 32)
     After:   %1 = aten.linear(%x, @fc.dequantized, @fc.bias)
 
-    For runtimes without kernels on codes, and to measure what the codes save.
+    For runtimes without quantized kernels, and to measure what quantization saves.
 
-    Fires on: every group_linear, and every group_embedding, which becomes aten.embedding; a weight
-    used twice, or looked up and multiplied by, is dequantized once.
+    Fires on: every group_linear, and every group_embedding, which becomes aten.embedding. A weight
+    that is used twice, or both looked up and multiplied by, is dequantized once.
     Leaves alone: nothing; stacked experts are refused.
-    Exactness: the same weights, `scale · q + offset`, rounded to float32 as the operator rounds.
+    Exactness: the same weights, `scale · q + offset`, rounded to float32 as in the operator.
     """
 
     name: ClassVar[str] = "dequantize-groups"
@@ -55,10 +55,10 @@ class DequantizeGroups(Pass):
     produces: ClassVar[str | None] = FLOAT
 
     def requires(self, program: Program) -> None:
-        """There are no stacked experts.
+        """Refuse stacked experts.
 
         Raises:
-            UnsupportedError: there are.
+            UnsupportedError: there are some.
         """
         for node in program.graph.nodes:
             if node.target is EXPERT_LINEAR:
@@ -102,7 +102,7 @@ class DequantizeGroups(Pass):
         return PassResult(program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """No operator on codes is left."""
+        """No quantized operator is left."""
         for node in after.graph.nodes:
             if node.target in ON_CODES or node.target is GROUP_EMBEDDING:
                 raise PostconditionError("a layer was not dequantized", where=site_of(node))

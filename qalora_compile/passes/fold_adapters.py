@@ -1,4 +1,4 @@
-"""fold-adapters: absorb trained adapters into the offsets; exact, and no adapter is left."""
+"""fold-adapters: absorb trained adapters into the offsets, exactly and without a remainder."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ class FoldAdapters(Pass):
              %4 = aten.add.Tensor(%1, %3)
     After:   %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset', …)
 
-    Dropout before an adapter is for training alone, and goes with it. Adapters that keep
-    zero-points whole are folded into what they compute with:
+    Dropout before an adapter only acts in training and is removed with it. Adapters that keep
+    zero-points integers are folded into the scales and offsets that they compute with:
 
     Before:  %1 = qalora.integer_zero_linear(%x, @fc.qweight, @fc.scale, @fc.offset, …, integer)
     After:   %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale', @fc.offset', …)
 
     Fires on: every integer_zero_linear; every pooled_adapter added to a group_linear of the same
     input, and every expert_adapter added to an expert_linear, expert by expert.
-    Leaves alone: nothing; an adapter that does not fold is an error.
-    Heads that trained beside the adapters (`Program.trained`) take no gradient any more.
+    Leaves alone: nothing; an adapter that does not fold is an error. Heads that trained with the
+    adapters (`Program.trained`) are frozen again.
     Exactness: exact in real arithmetic, since the update is constant inside each group; computed
     in float64 and stored in the dtype of the offset. Codes do not change, and scales only where an
-    adapter of kind `scale` trained them. A integer_zero_linear is folded to the last bit.
+    adapter of kind `scale` trained them. An integer_zero_linear is folded bit for bit.
     """
 
     name: ClassVar[str] = "fold-adapters"
@@ -55,10 +55,10 @@ class FoldAdapters(Pass):
     produces: ClassVar[str | None] = FOLDED
 
     def requires(self, program: Program) -> None:
-        """Adapters are finite and each stands in a form that folds.
+        """Check that all adapters are finite and fold.
 
         Raises:
-            PreconditionError: one is not, or pools groups that do not fit.
+            PreconditionError: one does not, or pools groups that do not fit.
         """
         for name, parameter in program.named_adapter_parameters():
             if not is_finite(parameter):
@@ -71,8 +71,8 @@ class FoldAdapters(Pass):
         adapted = {adapter.layer_node for adapter in adapters}
         offsets = {adapter.names["offset"] for adapter in adapters}
         for node in program.graph.nodes:
-            on_codes = node.target in ON_CODES
-            shares = on_codes and str(layer_on_codes(node).offset.target) in offsets
+            quantized = node.target in ON_CODES
+            shares = quantized and str(layer_on_codes(node).offset.target) in offsets
             if shares and node not in adapted:
                 raise PreconditionError(
                     "one use of a shared weight has an adapter and another has none",
@@ -107,7 +107,7 @@ class FoldAdapters(Pass):
         return PassResult(after, tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """No adapter is left, and codes and scales are the tensors of before."""
+        """No adapter is left, and codes and scales are the same tensors as before."""
         left = [a.node for a in find_adapters(after.graph)]
         for node in (*left, *(node for node, _ in GroupSum.all_in(after.graph))):
             raise PostconditionError("an adapter node is left", where=f"node {node.name}")
@@ -122,7 +122,7 @@ class FoldAdapters(Pass):
 
 
 def _fold(adapter: Adapter, names: Mapping[str, str], tensors: dict[str, Tensor]) -> str:
-    """Put an adapter into the tensors of its layer; what moved, and how far."""
+    """Fold an adapter into the tensors of its layer; return what moved, and how far."""
     made = defer(adapter.fold, *(tensors[names[part]] for part in adapter.reads))
     first = adapter.moves[0]
     moved = _distance(tensors[names[first]], made[first])
@@ -131,7 +131,7 @@ def _fold(adapter: Adapter, names: Mapping[str, str], tensors: dict[str, Tensor]
 
 
 def _distance(before: Tensor, after: Tensor) -> str:
-    """How far an offset moved at most, where it is known."""
+    """How far an offset moved at most, if it is known."""
     if is_lazy(before):
         return ""
     return f" by up to {float((after - before).abs().max()):.3g}"

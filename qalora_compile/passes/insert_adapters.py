@@ -1,4 +1,4 @@
-"""insert-adapters: a trainable pooled low-rank adapter beside every quantized site."""
+"""insert-adapters: add a trainable pooled low-rank adapter to every quantized site."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class InsertAdapters(AdapterSpec, Pass):
 
     After:   %1 = qalora.integer_zero_linear(%x, …, 4, 32, @fc.lora_A, @fc.lora_B, s · f, integer)
 
-    Fires on: every group_linear, and every expert_linear, whose experts have an adapter each
-    (`qalora.expert_adapter`). Sites that share a weight share its adapter. With `dropout` an
-    `aten.dropout` stands before each adapter, whose mode is the program's.
+    Fires on: every group_linear, and every expert_linear, with an adapter for each expert
+    (`qalora.expert_adapter`). Sites that share a weight share its adapter. With `dropout`, an
+    `aten.dropout` before each adapter acts in the program's training mode.
     Leaves alone: sites of `Site.frozen_integer_zero`, and everything else.
     Exactness: exact; B starts at zero, so the function does not change.
 
     Options: the fields of `AdapterSpec`, but neither rank `auto` nor init `svd`, which need the
-    float weights: `api.insert_adapters` has them chosen, and gives the ranks here. `ranks`:
-    `path=rank` for each weight (`Site.path`) whose rank is not `rank`.
+    float weights: `api.insert_adapters` resolves them and passes the ranks. `ranks`: `path=rank`
+    for each weight (`Site.path`) whose rank is not `rank`.
     """
 
     name: ClassVar[str] = "insert-adapters"
@@ -63,7 +63,7 @@ class InsertAdapters(AdapterSpec, Pass):
         for field, value in (("rank", AUTO), ("init", "svd")):
             if getattr(self, field) == value:
                 raise UserInputError(
-                    f"{field} is {value!r}: the pass alone cannot choose by the float weights",
+                    f"{field} is {value!r}, for which the pass lacks the float weights",
                     hint="qc.insert_adapters(program, spec, source=float_program) can",
                 )
         parse_ranks(self.ranks)
@@ -73,25 +73,25 @@ class InsertAdapters(AdapterSpec, Pass):
         return parse_ranks(self.ranks)
 
     def requires(self, program: Program) -> None:
-        """The pooling group is a multiple of every quantization group.
+        """Check that the pooling group is a multiple of every quantization group.
 
         Raises:
-            PreconditionError: it is not: the adapter would not be constant inside a group. Or the
-                adapter is to keep zero-points whole that are not.
-            UserInputError: a path in `ranks` is of no quantized weight.
+            PreconditionError: it is not, so the adapter would not be constant inside a group; or
+                the adapter has to keep zero-points integers that are not.
+            UserInputError: a path in `ranks` is not of a quantized weight.
         """
         check_paths(self._ranks, program.plan, "ranks")
         for site in program.plan.to_adapt():
             pooled, group = self.pool_of(site), site.group_size or 1
             if self.keeps_integer_zero_point and site.experts:
                 raise PreconditionError(
-                    "there are no adapters that keep zero-points whole for stacked experts",
+                    "stacked experts have no adapters that keep zero-points integers",
                     where=site.name,
                     hint="exclude it",
                 )
             if self.keeps_integer_zero_point and not site.integer_zero_point:
                 raise PreconditionError(
-                    "its zero-points are no whole numbers, and the adapter is to keep them whole",
+                    "its zero-points are not integers, but the adapter has to keep them integers",
                     where=site.name,
                     hint="quantize with QuantSpec(zero_point='integer') "
                     "(finetune --zero-point integer)",
@@ -129,12 +129,12 @@ class InsertAdapters(AdapterSpec, Pass):
             }
         )
         tensors = program.tensors() | adapters
-        whole = [site for site in program.plan if site.frozen_integer_zero]
+        frozen = [site for site in program.plan if site.frozen_integer_zero]
         made = program.evolve(graph=graph, tensors=tensors, plan=plan)
         return PassResult(
             made.train() if program.module.training else made,
             tuple(changes),
-            tuple(Change(s.name, "no adapter", "its zero-points stay whole") for s in whole),
+            tuple(Change(s.name, "no adapter", "its zero-points stay integers") for s in frozen),
         )
 
     def ensures(self, before: Program, after: Program) -> None:
@@ -161,16 +161,16 @@ class InsertAdapters(AdapterSpec, Pass):
         return self.scaling_at(self.rank_of(site)) * self._pooling(site)
 
     def start_of(self, site: Site) -> float:
-        """The bound of A's initial values, 1 / (f √K): of a plain LoRA's A of width K, by f.
+        """The bound of A's initial values: 1 / (f √K), that of a plain LoRA divided by f.
 
-        1 / (f √L) of kind `scale`, whose updates are parts of a scale.
+        Kind `scale` has 1 / (f √L), as its updates are fractions of a scale.
         """
         width = group_count(site.k, self.pool_of(site)) if self.kind == "scale" else site.k
         return 1.0 / (self._pooling(site) * math.sqrt(width))
 
     @property
     def _kept(self) -> str | None:
-        """What adapters train that keep zero-points integers; None: they do not keep them."""
+        """The kind of adapters that keep zero-points integers; None for adapters that do not."""
         if not self.keeps_integer_zero_point:
             return None
         return SCALE if self.kind == "scale" else INTEGER

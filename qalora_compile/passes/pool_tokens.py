@@ -1,4 +1,4 @@
-"""pool-tokens: one vector for a text, from those of its tokens, as a further output."""
+"""pool-tokens: add an output with one vector per text, pooled from those of its tokens."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MEAN, CLS = "mean", "cls"
 POOLINGS = (MEAN, CLS)
 _ATEN = torch.ops.aten
 _LEAST_COUNT, _LEAST_NORM = 1e-9, 1e-12
-"""Of sentence-transformers, for texts of no token and vectors of no length."""
+"""Constants of sentence-transformers, for texts without tokens and vectors of length 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolTokens(Pass):
-    """Give an encoder the output `sentence_embedding`, `[batch, width]`, beside those that it has.
+    """Give an encoder the additional output `sentence_embedding`, `[batch, width]`.
 
     Before:  return (%hidden)
     After:   %m = aten.to.dtype(aten.unsqueeze(%attention_mask, -1), f32)
@@ -35,13 +35,13 @@ class PoolTokens(Pass):
              return (%hidden, %s)
 
     Options:
-        pooling: `mean` of the tokens that are no padding, or `cls`, the first token.
+        pooling: `mean` of the tokens that are not padding, or `cls`, the first token.
         normalize: Divide by the Euclidean norm.
 
     Fires on: a program with the output `last_hidden_state` and, for the mean, the input
     `attention_mask`.
     Leaves alone: other programs, and those that have the output; a skip says why.
-    Exactness: outputs that were there stay as they are.
+    Exactness: existing outputs do not change.
     """
 
     name: ClassVar[str] = "pool-tokens"
@@ -79,7 +79,7 @@ class PoolTokens(Pass):
         return PassResult(after, (Change(EMBEDDING, what),))
 
     def _missing(self, program: Program) -> str:
-        """Why the program cannot be pooled; empty if it can."""
+        """Why the program's outputs cannot be pooled; empty if they can."""
         outputs = program.signature.outputs
         if EMBEDDING in outputs:
             return f"the program has the output {EMBEDDING} already"
@@ -111,7 +111,7 @@ class PoolTokens(Pass):
         return call(_ATEN.div.Tensor, (pooled, norm))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """The outputs that were there come first, in their order."""
+        """The former outputs come first, in their order."""
         known = before.signature.outputs
         if after.signature.outputs[: len(known)] != known:
             raise PostconditionError("an output was lost")

@@ -1,4 +1,4 @@
-"""quantize-embeddings: embeddings and the head on codes, stored once where they are tied."""
+"""quantize-embeddings: quantize embeddings and heads, stored once where they are tied."""
 
 from __future__ import annotations
 
@@ -33,35 +33,35 @@ from qalora_compile.quantizers.minmax import quantize_integer_zero
 
 BITS = (8, 4)
 KEPT = "embedding or head kept in float"
-_GROUP_UNIT = 16  # what all kernels take without padding every group
+_GROUP_UNIT = 16  # all kernels take multiples of it without padding
 _SMALL_ELEMENTS = 4096
 _LOOKUP = torch.ops.aten.embedding.default
 _REASONS = {
-    EMBEDDING: "table of an embedding: its rows are looked up on codes; no adapter",
+    EMBEDDING: "table of an embedding: its rows are looked up in codes; no adapter",
     "": "head: no adapter",
 }
 
 Member = tuple[Use, Site]
-"""A use of a weight that is still in float, and its row in the plan."""
+"""A use of a float weight, and its row in the plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeEmbeddings(Pass):
-    """Put the tables of embeddings, and heads that are still in float, on codes.
+    """Quantize the tables of embeddings, and heads that are still in float.
 
     Before:  %1 = aten.embedding(@embed.weight, %ids)
              %9 = aten.linear(%8, @embed.weight)
     After:   %1 = qalora.group_embedding(%ids, @embed.qweight, …, f32, 8, 32, 64)
              %9 = qalora.group_linear(%8, @embed.qweight, …, None, 8, 32)
 
-    Zero-points are whole numbers (`quantizers/whole.py`): no adapter will move them
-    (insert-adapters leaves these rows alone), and no kernel needs a correction.
+    Zero-points are integers, so no kernel needs a correction; they stay so, as insert-adapters
+    leaves these rows alone.
 
-    Fires on: tables that nothing reads but lookups, and a head with the same rows (a tie: one set
-    of tensors serves both); heads with a weight of their own (`heads.py`).
-    Leaves alone, with a reason: tables of at most 4096 weights, tables that something else reads,
-    heads that were excluded, and tables tied to these. A head that quantize-groups has put on
-    codes stays there, and a table tied to it gets codes of its own.
+    Fires on: tables that only lookups and a head with the same rows read (a tie, where one set of
+    tensors serves both), and heads with a weight of their own.
+    Leaves alone, with a reason: tables of at most 4096 weights, tables with other readers, heads
+    that were excluded, and tables tied to these. A head that quantize-groups has quantized stays
+    so, and a table tied to it gets codes of its own.
     Exactness: lossy, as quantize-groups.
 
     Options:
@@ -107,7 +107,7 @@ class QuantizeEmbeddings(Pass):
         return PassResult(after, tuple(changes), tuple(kept))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Each new row of the plan is computed on codes with whole zero-points."""
+        """Each new row of the plan is computed from codes with integer zero-points."""
         old = {site.name for site in before.plan.to_quantize()}
         kinds = (GROUP_EMBEDDING, GROUP_LINEAR)
         found = {site_of(n): n for n in after.graph.nodes if n.target in kinds}
@@ -118,10 +118,10 @@ class QuantizeEmbeddings(Pass):
             layer = None if node is None else layer_on_codes(node)
             wanted = self.bits, self.group_size
             if node is None or layer is None or (layer.bits, layer.group_size) != wanted:
-                raise PostconditionError("it was not put on codes", where=site.name)
+                raise PostconditionError("it was not quantized", where=site.name)
             _, scale, offset = stored_parts(after, node, layer)
             if not holds(has_integer_zero_points(scale, offset, self.bits).all()):
-                raise PostconditionError("a zero-point is no whole number", where=site.name)
+                raise PostconditionError("a zero-point is not an integer", where=site.name)
 
     def _quantize(self, path: str, use: Use) -> dict[str, Tensor]:
         linear = use.linear
@@ -147,7 +147,7 @@ class QuantizeEmbeddings(Pass):
     def _rewrite(
         self, graph: fx.Graph, node: fx.Node, path: str, site: Site, nodes: TensorNodes, k: int
     ) -> fx.Node:
-        """Put the operator on codes in the place of a lookup or of the head."""
+        """Replace a lookup, or the head, by the quantized operator."""
         qweight, scale, offset = (nodes.get(f"{path}.{part}") for part in CODE_NAMES)
         parts = qweight, scale, offset
         linear = match_linear(node)
@@ -166,7 +166,7 @@ class QuantizeEmbeddings(Pass):
 
 
 def _choose(graph: fx.Graph, program: Program) -> tuple[list[list[Member]], list[Change]]:
-    """The weights to quantize, each with all of its uses, a table's lookups first; what is kept."""
+    """The weights to quantize, each with all uses (lookups first), and a skip for each kept one."""
     uses = find_uses(graph, program.module)
     heads = find_heads(uses)
     by_storage: dict[int, list[Member]] = defaultdict(list)
@@ -186,7 +186,7 @@ def _choose(graph: fx.Graph, program: Program) -> tuple[list[list[Member]], list
 
 
 def _pair(uses: list[Use], program: Program) -> list[Member]:
-    """Each use that is still in float with its row; both are in graph order, weight by weight."""
+    """Each use in float with its row; per weight both are in graph order."""
     rows: dict[str, list[Site]] = defaultdict(list)
     for site in program.plan:
         if site.bits is None and site.kind != UNUSED:
@@ -199,11 +199,11 @@ def _pair(uses: list[Use], program: Program) -> list[Member]:
 
 
 def _why_keep(members: list[Member], heads: set[fx.Node]) -> str:
-    """Why a weight stays in float; empty where it does not."""
+    """Why a weight stays in float; empty if it does not."""
     for use, site in members:
         if site.reason == EXCLUDED:
             return EXCLUDED if len(members) == 1 else f"tied to {site.name}, which is excluded"
-        lookup = use.node.target is _LOOKUP and _reads_whole(use)
+        lookup = use.node.target is _LOOKUP and _reads_as_stored(use)
         if not lookup and not (use.node in heads and _reads_table(use, members)):
             return f"also read by {site.kind} at {site.name}"
     if members[0][0].tensor.numel() <= _SMALL_ELEMENTS:
@@ -211,7 +211,7 @@ def _why_keep(members: list[Member], heads: set[fx.Node]) -> str:
     return ""
 
 
-def _reads_whole(use: Use) -> bool:
+def _reads_as_stored(use: Use) -> bool:
     """Whether a lookup reads the table as it is stored."""
     table = argument(use.node, "weight")
     stored = isinstance(table, fx.Node) and table.op == "get_attr"
@@ -219,13 +219,13 @@ def _reads_whole(use: Use) -> bool:
 
 
 def _reads_table(head: Use, members: list[Member]) -> bool:
-    """Whether a head has rows as the lookups have them, or is alone."""
+    """Whether a head multiplies by the rows that are looked up, or has its own weight."""
     assert head.matrix is not None
     return len(members) == 1 or storage_key(head.matrix) == storage_key(head.tensor)
 
 
 def _free_path(path: str, tensors: Mapping[str, Tensor]) -> str:
-    """A path below which no tensor of a quantized weight lies yet."""
+    """A path below which there is no tensor of a quantized weight yet."""
     while any(f"{path}.{part}" in tensors for part in CODE_NAMES):
         path += "_quantized"
     return path

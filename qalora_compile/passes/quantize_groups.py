@@ -44,7 +44,7 @@ _STORED = "stored"
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeGroups(QuantSpec, Pass):
-    """Quantize every weight that the plan says to, once per storage, and freeze the rest.
+    """Quantize every weight that the plan selects, once per storage, and freeze the rest.
 
     Before:  %1 = aten.linear(%x, @fc.weight, @fc.bias)
     After:   %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale, @fc.offset, @fc.bias, 4, 32)
@@ -57,21 +57,21 @@ class QuantizeGroups(QuantSpec, Pass):
     `scale · q + offset` (arXiv 2309.14717, Eq. 1).
 
     With calibration data, layers are quantized in graph order, each by statistics of its input
-    after the layers before it were quantized (`quantizers.in_order`). Without, by their weights
-    alone. Stacked experts have no statistics: methods that need them leave experts to `hqq`, and
-    say so in the skips.
+    after the layers before it were quantized (`quantizers.sequential_calibration`). Without, only
+    the weights count. Stacked experts have no statistics: methods that need them leave experts to
+    `hqq`, and the skips say so.
 
-    Run again without the data on a graph of placeholders (`passes.replay`), a calibrated method
-    gives the same program, for the tensors of the first run.
+    Run again without the data on a graph of placeholders (`recipes.replay`), a calibrated method
+    gives the same graph, for the tensors of the first run.
 
-    Options: the fields of `QuantSpec`. A row that assign-bits gave bits and a group size keeps
-    them; with bits `auto` every row must have them.
+    Options: the fields of `QuantSpec`. Bits and group size that assign-bits has set for a row take
+    precedence; with bits `auto` every row must have them.
 
     Attributes:
-        calibration: Calls of the program, tuples or mappings, whose inputs the weights are
-            quantized for, or None. No option: text cannot carry it.
-        stored: Codes that weights have already, by path (`passes.reuse_codes`): they stay as they
-            are, whatever the method; assign-bits has to have planned their bits and group sizes.
+        calibration: Calls of the program, tuples or mappings, for whose inputs the weights are
+            quantized, or None. Not an option, as text cannot carry it.
+        stored: Codes that weights already have, by path (`recipes.reuse_codes`). They are kept with
+            any method; assign-bits must have planned their bits and group sizes.
     """
 
     name: ClassVar[str] = "quantize-groups"
@@ -83,10 +83,10 @@ class QuantizeGroups(QuantSpec, Pass):
     stored: Mapping[str, tuple[CheckpointWeight, ...]] | None = data_field(None)
 
     def requires(self, program: Program) -> None:
-        """The plan has something to quantize, bits for it, and there are the data it needs.
+        """Check that there are a layer to quantize, its bits, and the data that the method needs.
 
         Raises:
-            UserInputError: it has nothing, or data are missing.
+            UserInputError: there is none, or data are missing.
             PreconditionError: bits are missing.
         """
         if not program.plan.to_quantize():
@@ -154,7 +154,7 @@ class QuantizeGroups(QuantSpec, Pass):
         )
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Every `quantize` row is computed on codes of its bits and group."""
+        """Every `quantize` row is computed from codes of its bits and group size."""
         layers = {site_of(n): layer_on_codes(n) for n in after.graph.nodes if n.target in ON_CODES}
         computed = {site: (layer.bits, layer.group_size) for site, layer in layers.items()}
         for site in before.plan.to_quantize():
@@ -207,21 +207,21 @@ class QuantizeGroups(QuantSpec, Pass):
         return _Made(_named(site, parts), (quantizer.method,))
 
     def _quantizer_of(self, site: Site) -> _QuantizerOf:
-        """What quantizes a weight: the method, or the codes that it has already."""
+        """The quantizer of a weight: the method, or the codes that it already has."""
         held = (self.stored or {}).get(site.path, ())
         return _QuantizerOf(site.path, self.spec_of(site), tuple(each.affine for each in held))
 
     def _rewrite(self, graph: fx.Graph, node: fx.Node, site: Site, nodes: TensorNodes) -> None:
-        """Put the operator on codes in the place of a linear map."""
+        """Replace a linear map by the quantized operator."""
         spec = self.spec_of(site)
-        linear = match_linear(node)  # again: an earlier rewrite may have given it another x
+        linear = match_linear(node)  # match again: an earlier rewrite may have replaced x
         assert linear is not None, "it matched before"
         with graph.inserting_before(node):
             qweight, scale, offset = (nodes.get(f"{site.path}.{part}") for part in CODE_NAMES)
             operands = linear.x, qweight, scale, offset
             if site.experts:
-                ends = linear.group_offsets
-                new = ExpertLinear.create(graph, *operands, ends, spec.width, spec.group)
+                group_offsets = linear.group_offsets
+                new = ExpertLinear.create(graph, *operands, group_offsets, spec.width, spec.group)
             else:
                 new = GroupLinear.create(graph, *operands, linear.bias, spec.width, spec.group)
         move_site(node, new)
@@ -230,14 +230,14 @@ class QuantizeGroups(QuantSpec, Pass):
 
 
 def _described(spec: QuantSpec) -> dict[str, object]:
-    """What the plan says of a weight that is quantized so."""
+    """The fields of the plan for a quantized weight."""
     integer = spec.zero_point == "integer"
     return {"bits": spec.bits, "group_size": spec.group_size, "integer_zero_point": integer}
 
 
 @dataclass(frozen=True)
 class _QuantizerOf:
-    """What quantizes the weight of a path: the specification's method, or its stored codes."""
+    """The quantizer of the weight at a path: the specification's method, or stored codes."""
 
     path: str
     spec: QuantSpec
@@ -250,10 +250,10 @@ class _QuantizerOf:
     def __call__(
         self, weight: Tensor, statistics: ActivationStatistics | None, *, expert: int = 0
     ) -> QuantizedWeight:
-        """Quantize one matrix, and report.
+        """Quantize one matrix, and report the result.
 
         Raises:
-            UserInputError: it cannot be put on codes; the path is named.
+            UserInputError: it cannot be quantized; the path is named.
         """
         if self.stored:
             quantizer = as_stored(self.stored[expert])
@@ -264,7 +264,7 @@ class _QuantizerOf:
             return quantize_weight(
                 quantizer, weight, spec, path=self.path, statistics=statistics, method=self.method
             )
-        except UserInputError as error:  # of a matrix, which does not know whose it is
+        except UserInputError as error:  # the quantizer does not know the path
             raise UserInputError(
                 error.what, where=error.where or self.path, hint=error.hint
             ) from error
@@ -272,7 +272,7 @@ class _QuantizerOf:
 
 @dataclass(frozen=True)
 class _Made:
-    """The tensors of a quantized weight, by name, and the method with what it had to say."""
+    """The tensors of a quantized weight, by name, and the method with its remarks."""
 
     tensors: dict[str, Tensor]
     remarks: tuple[str, ...]
@@ -285,7 +285,7 @@ def _weight_of(site: Site, program: Program) -> Tensor:
 
 
 def _parts(site: Site, stack: Sequence[GroupAffine]) -> dict[str, Tensor]:
-    """The tensors of a site, of one matrix or of one for each expert."""
+    """The tensors of a site with one matrix, or with one for each expert."""
     parts = {
         "qweight": [affine.pack() for affine in stack],
         "scale": [affine.scale for affine in stack],

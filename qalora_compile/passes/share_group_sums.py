@@ -22,7 +22,7 @@ class ShareGroupSums(Pass):
              %2 = qalora.group_sum(%x, 32)
     After:   %1 = qalora.group_sum(%x, 32), also for the readers of %2
 
-    Fires on: every group_sum whose input and group size an earlier one has.
+    Fires on: every group_sum with the input and group size of an earlier one.
     Leaves alone: group-sums of other inputs or sizes.
     Exactness: exact, the same operator on the same operands.
     """
@@ -50,7 +50,7 @@ class ShareGroupSums(Pass):
         return PassResult(program.evolve(graph=graph), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """No two group-sums are alike."""
+        """No two group-sums are equal."""
         seen = [node.args for node in after.graph.nodes if node.target is GROUP_SUM]
         if len(seen) != len(set(seen)):
             raise PostconditionError("two equal group-sums are left")

@@ -1,4 +1,4 @@
-"""sort-columns: read the input of a linear map in an order in which its groups are contiguous."""
+"""sort-columns: permute columns and inputs of linear maps to make groups contiguous."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ _ATEN = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class SortColumns(Pass):
-    """Permute the columns of weights, and the inputs that they are multiplied by.
+    """Permute the columns of weights, and in the same way the inputs of the linear maps.
 
     Before:  %1 = aten.linear(%x, @fc.weight, @fc.bias)
     After:   %1 = aten.index_select(%x, -1, @fc.order)
              %2 = aten.linear(%1, @fc.weight, @fc.bias)        the columns of fc.weight sorted
 
     Checkpoints that were quantized with activation order (`desc_act`, `g_idx`) have groups of
-    columns that lie apart. In the order of its groups a weight is one of contiguous groups, into
-    which an adapter folds. Weights that read one input in one order share the selection.
+    columns that are not contiguous. Sorted by group they are, so that an adapter folds. Weights
+    that read one input in one order share the selection.
 
     Fires on: the rows of the weights named in `owners`.
     Leaves alone: other rows.
     Exactness: exact in real arithmetic; sums run in another order.
 
-    Run again without the orders on a graph of placeholders (`passes.replay`), it gives the same
+    Run again without the orders on a graph of placeholders (`recipes.replay`), it gives the same
     graph, for the tensors of the first run.
 
     Options:
-        owners: `path=path` for each weight: whose order it has, its own or an earlier one's.
+        owners: `path=path` for each weight: the weight that owns its order.
 
     Attributes:
-        orders: The order by path of its owner, `[K]` int64: which column comes where. No option:
-            text cannot carry it.
+        orders: The orders by path of their owner, `[K]` int64: sorted column i is column
+            `order[i]`. Not an option, as text cannot carry it.
     """
 
     name: ClassVar[str] = "sort-columns"
@@ -62,18 +62,18 @@ class SortColumns(Pass):
         parse_choices(self.owners, "owners")
 
     def with_orders_of(self, program: Program) -> SortColumns:
-        """The pass with the orders that it has put into a program."""
+        """The pass with the orders that it stored in a program."""
         owners = set(parse_choices(self.owners, "owners").values())
         tensors = program.tensors()
         return replace(self, orders={path: tensors[f"{path}.{ORDER}"] for path in owners})
 
     def requires(self, program: Program) -> None:
-        """Every path is of a plain linear layer, and there is an order for it.
+        """Check that every path is of a plain linear layer, and that there is an order for it.
 
         Raises:
-            UserInputError: a path is of no weight that is quantized.
-            UnsupportedError: a weight is no parameter of a linear layer of its own.
-            PreconditionError: there is no order, or one is no permutation.
+            UserInputError: a path is not of a weight that is quantized.
+            UnsupportedError: a weight is not the parameter of one linear layer.
+            PreconditionError: an order is missing, or is not a permutation.
         """
         owners = parse_choices(self.owners, "owners")
         check_paths(owners, program.plan, "owners")
@@ -125,7 +125,7 @@ class SortColumns(Pass):
 
 
 def _sorted(weight: Tensor, order: Tensor | None) -> dict[str, Tensor]:
-    """The weight with its columns in order, and the order; deferred where the weight is."""
+    """The weight with its columns in order, and the order; deferred if the weight is."""
 
     def compute(values: Tensor) -> dict[str, Tensor]:
         chosen = torch.arange(values.shape[1]) if order is None else order
@@ -173,7 +173,7 @@ def _weight(program: Program, name: str) -> Tensor:
 
 
 def _linears(program: Program, paths: Mapping[str, object]) -> list[tuple[str, LinearMap]]:
-    """The linear maps of the rows of some paths, by site name."""
+    """The linear maps of the rows of these paths, by site name."""
     rows = {site.name for site in program.plan.to_quantize() if site.path in paths}
     found = []
     for node in program.graph.nodes:

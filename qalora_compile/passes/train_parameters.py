@@ -1,4 +1,4 @@
-"""train-parameters: let float parameters, such as a new head's, train beside the adapters."""
+"""train-parameters: let float parameters, such as a new head's, train with the adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TrainParameters(Pass):
     After:   the same; both parameters are trainable, copies of their own, and in
              `Program.trained`
 
-    Fires on: the parameters named. The user's model does not share what is trained: it is copied.
+    Fires on: the parameters named. They are copied, so the user's model is not trained with them.
     Leaves alone: the graph, and every other tensor.
     Exactness: exact; the function does not change.
 
@@ -44,22 +44,22 @@ class TrainParameters(Pass):
         object.__setattr__(self, "names", as_patterns(self.names, "names"))
 
     def requires(self, program: Program) -> None:
-        """What is named is kept in float, and each parameter is all of its memory.
+        """Check that the named parameters are in float and do not share parts of their memory.
 
         Raises:
             UserInputError: a pattern matches nothing; near names are listed.
-            PreconditionError: a parameter is of a quantized weight, or shares a part of its memory
-                with another.
+            PreconditionError: a parameter belongs to a quantized weight, or shares a part of its
+                memory with another parameter.
         """
         tensors = program.tensors()
         for name in self._chosen(program):
             if is_lazy(tensors[name]):
-                continue  # it has no memory; where it comes from, it was looked at
+                continue  # it has no memory; its source was checked
             same = {n for n, t in tensors.items() if t is tensors[name]}
             shared = {n for n, t in tensors.items() if memory_key(t) == memory_key(tensors[name])}
             if shared != same:
                 raise PreconditionError(
-                    f"the parameter shares memory with {min(shared - same)}, which is not it",
+                    f"the parameter shares memory with another, {min(shared - same)}",
                     where=name,
                     hint="give the module that is to train a weight of its own",
                 )
@@ -79,7 +79,7 @@ class TrainParameters(Pass):
         return PassResult(after, tuple(Change(name, done) for name in sorted(chosen)))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """What was named trains, and is no tensor of before."""
+        """The named parameters train, and are new tensors."""
         own = {id(tensor) for tensor in before.tensors().values()}
         parameters = dict(after.named_adapter_parameters())
         for name in self._chosen(before):
@@ -88,7 +88,7 @@ class TrainParameters(Pass):
                 raise PostconditionError("the parameter does not train", where=name)
 
     def _chosen(self, program: Program) -> set[str]:
-        """The names of the parameters that fit."""
+        """The names of the parameters that match."""
         known = {n: t for n, t in program.tensors().items() if isinstance(t, nn.Parameter)}
         aliases = {name: _aliases(name) for name in known}
         chosen = match_patterns(self.names, aliases, "names", "parameter") if self.names else set()
@@ -100,7 +100,7 @@ class TrainParameters(Pass):
 
 
 def _aliases(name: str) -> tuple[str, ...]:
-    """A parameter's name, and those of all modules that it is in."""
+    """A parameter's name, and the names of all modules that contain it."""
     parts = name.split(".")
     return tuple(".".join(parts[:end]) for end in range(1, len(parts) + 1))
 

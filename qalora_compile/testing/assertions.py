@@ -23,10 +23,10 @@ PROOF, NUMERIC = "proof", "numeric"
 
 
 class NotEqualError(AssertionError):
-    """Two sides differ; carries what the check found.
+    """The two compared things differ; carries the result of the check.
 
     Attributes:
-        summary: What differs and where, in a few lines.
+        summary: The difference and its place, in a few lines.
         outcome: The certificate, report or structure.
     """
 
@@ -51,15 +51,15 @@ def assert_equivalent(
     Args:
         reference: A program, or the path of a program folder.
         candidate: Likewise, or an export folder or `.onnx` file.
-        by: How: `proof` (`prove_equivalence`: every coefficient, for all inputs) and `numeric`
-            (`compare_nodes`: what a run gives, value by value, measured by float64). Neither has a
-            tolerance.
+        by: The checks: `proof` (`prove_equivalence`: every coefficient, for all inputs) and
+            `numeric` (`compare_nodes`: every value of a run, measured against float64). Neither has
+            a tolerance.
         inputs: Calls to run on instead of two random and all adversarial ones.
-        tolerance: Compare the outputs on the inputs within this, and nothing else
-            (`verify_equivalence`): for steps that round, such as `accuracy_level=4`.
-        levels: Of ONNX Runtime's optimization, for `numeric`.
-        library: A library of custom operators that exported models run with too.
-        seed: Of random inputs.
+        tolerance: Only compare the outputs on the inputs, within this (`verify_equivalence`): for
+            steps that round, such as `accuracy_level=4`.
+        levels: Optimization levels of ONNX Runtime, for `numeric`.
+        library: A further library of custom operators for exported models.
+        seed: Seed of random inputs.
 
     Raises:
         NotEqualError: they differ, or could not be shown to be equal (UNDECIDED).
@@ -112,12 +112,12 @@ def _assert_within(
 def assert_structurally_equal(reference: Side, candidate: Side) -> None:
     """Assert that two graphs are the same around their quantized layers.
 
-    Names, the order of independent nodes and the nodes that compute a quantized layer do not count;
-    constants are compared bit for bit. What the layers compute is for `assert_equivalent`.
+    Names, the order of independent nodes and the nodes that compute a quantized layer are ignored;
+    constants are compared bit for bit. For the values of the layers use `assert_equivalent`.
 
     Raises:
         NotEqualError: they are not; the first two nodes that differ are shown.
-        UserInputError: a side cannot be read.
+        UserInputError: one of them cannot be read.
     """
     __tracebackhide__ = True
     structure = compare_structure(reference, candidate)
@@ -128,8 +128,8 @@ def assert_structurally_equal(reference: Side, candidate: Side) -> None:
 
 def _heading(reference: Side, candidate: Side, verdict: str, found: str) -> str:
     names = [
-        f"program ({side.stage})" if isinstance(side, Program) else str(side)
-        for side in (reference, candidate)
+        f"program ({thing.stage})" if isinstance(thing, Program) else str(thing)
+        for thing in (reference, candidate)
     ]
     return (
         f"{verdict}\n  reference: {names[0]}\n  candidate: {names[1]}\n  first difference: {found}"

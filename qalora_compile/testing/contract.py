@@ -1,4 +1,4 @@
-"""What the contract suites share: clauses, refusals, and when two programs are the same."""
+"""Shared by the contract suites: clauses, refusals, and the comparison of two programs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ContractError(AssertionError):
     """An extension breaks a clause of its contract.
 
     Attributes:
-        subject: What was checked.
+        subject: The extension that was checked.
         clause: The clause, as the suite's docstring has it.
-        why: What was found.
+        why: The violation that was found.
     """
 
     def __init__(self, subject: str, clause: str, why: str) -> None:
@@ -31,7 +31,7 @@ class Contract:
     """The clauses of one extension.
 
     Args:
-        subject: What is checked, for messages.
+        subject: The extension, as messages name it.
     """
 
     def __init__(self, subject: str) -> None:
@@ -49,7 +49,7 @@ class Contract:
 
     @contextmanager
     def clause(self, clause: str) -> Iterator[None]:
-        """Whatever the block raises breaks the clause."""
+        """The clause is broken if the block raises anything."""
         __tracebackhide__ = True
         try:
             yield
@@ -61,7 +61,7 @@ class Contract:
 
     @contextmanager
     def refuses(self, clause: str, kind: type[QaloraError] = QaloraError) -> Iterator[None]:
-        """The block has to raise an error of that kind, and no other."""
+        """The block has to raise an error of this kind, and no other."""
         __tracebackhide__ = True
         try:
             yield
@@ -74,7 +74,7 @@ class Contract:
 
 
 def bits_of(tensor: Tensor) -> bytes:
-    """Dtype, shape and values; NaN and both zeros count as they are stored."""
+    """Dtype, shape and bits of the values, so that NaN equals itself and −0 differs from 0."""
     values = materialize(tensor).detach().cpu().contiguous()
     raw = values.reshape(-1).view(torch.uint8).numpy().tobytes()
     return f"{values.dtype}{list(values.shape)}".encode() + raw
@@ -86,7 +86,7 @@ def bits_of_all(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
 
 
 def difference(first: Program, second: Program) -> str:
-    """The first thing in which two programs differ: a line of text, or a tensor; else empty."""
+    """The first difference of two programs: a line of text, or a tensor; empty if there is none."""
     for a, b in zip(str(first).splitlines(), str(second).splitlines(), strict=False):
         if a != b:
             return f"{a!r} became {b!r}"

@@ -1,4 +1,4 @@
-"""Texts that are compared with files in the repository: golden graphs."""
+"""Comparison of texts with files in the repository: golden graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Golden:
     """Compares texts with `<folder>/<name>.txt`; called with a name and a text or a program.
 
     Attributes:
-        folder: Where the files are.
+        folder: The folder of the files.
         update: Write them instead of comparing.
     """
 
@@ -30,7 +30,7 @@ class Golden:
         """Compare.
 
         Args:
-            name: Of the file, without `.txt`.
+            name: Name of the file, without `.txt`.
             thing: A text, or a program, whose text is compared (`str(program)`).
 
         Raises:

@@ -23,7 +23,7 @@ from qalora_compile.verify.inputs import sample_inputs
 from qalora_compile.verify.numeric.run_float64 import run_nodes
 
 EXACT = 1e-6
-"""Rounding of scales and zero-points to float32, as a part of the outputs."""
+"""Effect of rounding scales and zero-points to float32, relative to the outputs."""
 
 
 def check_pass(
@@ -42,23 +42,23 @@ def check_pass(
       * text: it is a frozen dataclass with a docstring, known by its name, and its text, with every
         option, parses back to an equal pass;
       * stages: it refuses every stage that it does not consume with `PreconditionError`, and the
-        result has the stage that it says;
+        result has the stage that it declares;
       * validity: the program satisfies the specification of its stage before and after;
       * purity: neither text nor tensors of its input change;
       * determinism: a second run gives the same graph and the same bits;
-      * honesty: where it reports no change, the graph and the tensors are as they were;
+      * honesty: where it reports no change, the graph and the tensors are unchanged;
       * history: the result has one more entry, from which an equal pass parses;
       * storage: a result that is saved and loaded is the same, and so is the result of the pass on
         a program that was saved and loaded;
-      * function: where it is exact, the outputs in float64 are the same within `max_rel`;
-      * idempotence: where it is claimed, a second pass over the result changes nothing;
+      * function: if it is exact, the outputs in float64 are the same within `max_rel`;
+      * idempotence: if it is claimed, a second pass over the result changes nothing;
       * replay: with `captured`, the history of the result, run again there, gives the result.
 
     Args:
         step: The pass.
         program: At a stage that it consumes.
-        exact: Whether it keeps the function; None: unless it is `lossy`.
-        max_rel: Largest difference of an output, as a part of its largest value.
+        exact: Whether it preserves the function; None: unless it is `lossy`.
+        max_rel: Largest difference of an output, relative to its largest value.
         idempotent: Whether it claims to change nothing the second time.
         captured: The float program that `program` was made from.
         inputs: Calls to run on instead of two random ones.
@@ -89,7 +89,7 @@ def check_pass(
 
 def _check_text(contract: Contract, step: Pass) -> None:
     with contract.clause("text: the pass is a frozen dataclass with a docstring"):
-        assert dataclasses.is_dataclass(step), "it is no dataclass"
+        assert dataclasses.is_dataclass(step), "it is not a dataclass"
         assert hash(step) == hash(dataclasses.replace(step)), "equal passes have another hash"
         assert (type(step).__doc__ or "").strip(), "it has no docstring"
         for name in step.option_names():
@@ -115,7 +115,7 @@ def _check_stages(contract: Contract, step: Pass, program: Program) -> None:
 
 
 def _check_run(contract: Contract, step: Pass, program: Program) -> Program:
-    """The result, of which all is known but its function."""
+    """Check all clauses but the function, and return the result."""
     with contract.clause("validity: the program satisfies its stage before"):
         validate(program)
     text, tensors = str(program), bits_of_all(program.tensors())
@@ -154,7 +154,7 @@ def _check_storage(contract: Contract, step: Pass, program: Program, after: Prog
 
 
 def _distance(before: Program, after: Program, call: Call) -> float:
-    """The largest difference of an output in float64, as a part of its largest value."""
+    """The largest difference of an output in float64, relative to its largest value."""
     first, second = (_outputs(program, call) for program in (before, after))
     assert len(first) == len(second), f"{len(first)} outputs became {len(second)}"
     return max((_relative(a, b) for a, b in zip(first, second, strict=True)), default=0.0)

@@ -1,7 +1,6 @@
-"""The pytest plugin `qalora`: fixtures, `--update-golden`, and failures that say where.
+"""The pytest plugin `qalora`: fixtures, `--update-golden`, and failures that name the place.
 
-pytest loads it by itself where this package is installed. Importing it imports pytest and nothing
-else that is heavy.
+pytest loads it automatically where this package is installed. It imports nothing heavy but pytest.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--update-golden", action="store_true", help="write the golden texts instead of comparing"
     )
     parser.addini(
-        _FOLDER, "folder of golden texts, from the root; without it `golden` beside the test"
+        _FOLDER, "folder of golden texts, from the root; by default `golden` in the test's folder"
     )
 
 
@@ -33,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def qalora_golden(request: pytest.FixtureRequest) -> Golden:
     """Compares a text or a program with `golden/<name>.txt`: `qalora_golden(name, program)`.
 
-    The folder is `golden` beside the test's file, or `qalora_golden_dir` of pytest's settings.
+    The folder is `golden` in the folder of the test, or pytest's setting `qalora_golden_dir`.
     `pytest --update-golden` writes the files.
     """
     from qalora_compile.testing.golden import Golden
@@ -45,7 +44,7 @@ def qalora_golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture
 def qalora_validating() -> Iterator[None]:
-    """Checks every program against the specification of its stage around every pass of the test."""
+    """Validates the program before and after every pass of the test."""
     from qalora_compile.passes.framework.base import validating
 
     with validating():
@@ -56,7 +55,7 @@ def qalora_validating() -> Iterator[None]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add the whole outcome of a failed check to the report of the test."""
+    """Add the complete outcome of a failed check to the report of the test."""
     report = yield
     if call.excinfo is not None:
         outcome = getattr(call.excinfo.value, "outcome", None)

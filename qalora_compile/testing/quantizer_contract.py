@@ -1,4 +1,4 @@
-"""`check_quantizer`: the contract of a method of quantization."""
+"""`check_quantizer`: the contract of a quantization method."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def check_quantizer(name: str, *, bits: Sequence[int] = SUPPORTED_BITS) -> None:
     """Assert that a registered method keeps the contract of quantizers.
 
     The clauses:
-      * specification: `QuantSpec(method=name)` is accepted and goes to JSON and back;
+      * specification: `QuantSpec(method=name)` is accepted and converts to JSON and back;
       * form: codes, scale and offset satisfy `GroupAffine.validate` and have the shape, bits and
         group size that were asked for, with shorter tail groups and rows within one group too;
       * precision: scale and offset are float64 for a float64 weight, else float32;
-      * determinism: the same bits whatever the state of the random generator, which stays;
-      * purity: the weight and the statistics stay as they are;
-      * error: no weight moves by more than the method's `max_error` of the range of its group;
+      * determinism: the same bits for any state of the random generator, which does not change;
+      * purity: the weight and the statistics do not change;
+      * error: no weight moves by more than `max_error` of the method times the range of its group;
       * refusal: NaN and infinite weights are refused with `UserInputError`, and so are missing
         statistics where the method needs data;
-      * laziness: a weight whose values come later gets the same codes, where no data are needed.
+      * laziness: a deferred weight gets the same codes, if no data are needed.
 
     Args:
-        name: Of the method.
-        bits: Widths of codes that it is tried with.
+        name: Name of the method.
+        bits: Widths of codes to try.
 
     Raises:
         ContractError: a clause does not hold; it is named.
@@ -124,10 +124,10 @@ def _check_form(
 
 
 def _excess(weight: Tensor, affine: GroupAffine, most: float) -> tuple[float, tuple[int, int]]:
-    """By how much the weight that moves farthest moves too far, and where it is."""
+    """The largest excess over the allowed movement of a weight, and where it is."""
     wide, g = weight.double(), affine.group_size
     moved = (affine.dequantize().double() - wide).abs()
-    # Storage rounds scale · q and offset, and the sum of both, each by half a unit at the most.
+    # Storage rounds scale · q, offset, and the sum of both, each by half a unit at most.
     unit = torch.finfo(affine.scale.dtype).eps * 4
     worst, place = float("-inf"), (0, 0)
     for first in range(0, wide.shape[1], g):

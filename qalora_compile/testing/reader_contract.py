@@ -37,14 +37,14 @@ def check_reader(
 
     The clauses:
       * reading: the folder is read, every weight satisfies `GroupAffine.validate`, and the tensors
-        that it was made of are named;
-      * exactness: the weights are `expected`, bit for bit, where that is given; a program that is
-        quantized with the codes of the checkpoint has those codes;
-      * determinism, purity: a second reading gives the same, and tensors and `config.json` stay;
+        that it was made from are named;
+      * exactness: the weights are `expected`, if given, bit for bit; a program that is quantized
+        with the codes of the checkpoint has those codes;
+      * determinism, purity: a second reading is equal, and tensors and `config.json` do not change;
       * damage: a tensor of a weight that is missing, cut, empty, of another shape or dtype, or not
         finite is refused with an error of this package, or changes no weight;
       * hostile configuration: an entry that is replaced by another number, text, list or nothing is
-        refused so, or changes no weight.
+        refused in the same way, or changes no weight.
 
     Args:
         name: Of the method, `quantization_config.quant_method`.
@@ -71,7 +71,7 @@ def check_reader(
         good = read(tensors, config)
         for stored in good.weights.values():
             stored.affine.validate()
-        assert good.weights, "there is no weight on codes"
+        assert good.weights, "there is no quantized weight"
         assert good.used and good.used <= tensors.keys(), "used names other tensors"
     same = (bits_of_all(tensors), config) == (kept, said)
     contract.need("purity: tensors and config.json stay as they are", same, "they changed")
@@ -86,7 +86,7 @@ def check_reader(
 
 
 def _unlike(first: GroupAffine, second: GroupAffine) -> str:
-    """What differs between two weights; else empty. An offset of −0 equals one of 0."""
+    """The difference of two weights; empty if there is none. Offsets −0 and 0 are equal."""
     if (first.bits, first.group_size) != (second.bits, second.group_size):
         return f"{first.bits} bits in groups of {first.group_size}"
     for part in ("codes", "scale", "offset"):
@@ -97,7 +97,7 @@ def _unlike(first: GroupAffine, second: GroupAffine) -> str:
 
 
 def _changed(good: Decoded, found: Decoded) -> str:
-    """The first weight that is missing or was decoded otherwise; else empty."""
+    """The first weight that is missing or decoded differently; empty if there is none."""
     for module, stored in good.weights.items():
         other = found.weights.get(module)
         if other is None:
@@ -123,7 +123,7 @@ def _check_codes(contract: Contract, path: Path, good: Decoded) -> None:
             assert site.bits is not None
             held = unpack_codes(tensors[f"{site.path}.qweight"], site.bits, site.k)
             odd = [at for at, row in enumerate(held) if bits_of(row) not in known]
-            assert not odd, f"row {odd[0]} of {site.name} is none of the checkpoint's"
+            assert not odd, f"row {odd[0]} of {site.name} is not one of the checkpoint's"
             kept += 1
         assert kept, "no weight of the program was found in the checkpoint"
 
@@ -173,7 +173,7 @@ def _damages(tensor: Tensor) -> Iterator[tuple[str, Tensor | None]]:
 def _must_be_refused(
     path: Path, tensors: dict[str, Tensor], config: dict[str, Any], found: str
 ) -> None:
-    """What a reader cannot see, the model does: a weight that is missing, or of another shape."""
+    """Load the model, which shows what a reader cannot see: a missing weight, another shape."""
     with tempfile.TemporaryDirectory() as scratch:
         damaged = Path(scratch) / "model"
         shutil.copytree(path, damaged)

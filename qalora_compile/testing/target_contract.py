@@ -1,4 +1,4 @@
-"""`check_target`: the contract of a target of export."""
+"""`check_target`: the contract of an export target."""
 
 from __future__ import annotations
 
@@ -49,28 +49,28 @@ def check_target(
     """Assert that a registered target keeps the contract of targets.
 
     The clauses:
-      * specification: `ExportSpec(target=name)` is accepted, goes to JSON and back, and refuses
+      * specification: `ExportSpec(target=name)` is accepted, converts to JSON and back, and refuses
         options that the target does not take;
-      * lowering (not of checkpoints): the passes end at stage `legalized:<name>`, the result
-        satisfies the specification of that stage, computes what the program computes within
-        `max_rel`, and is exported itself, while it is refused by other targets;
+      * lowering (not for checkpoints): the passes end at stage `legalized:<name>`, the result
+        satisfies the specification of that stage, agrees with the program within `max_rel`, and is
+        exported by the target and refused by other targets;
       * stages: a program that is not quantized, or not folded, is refused;
-      * capability: every entry is exact, rounds or unsupported, the report has those declared, and
-        where all are exact no stored weight differs from the program's;
-      * files: those that the report names are there with their sizes, and a second export has the
-        same bytes;
-      * purity: the program stays as it is;
-      * atomicity: where reading a weight fails on the way, or a tensor is not finite, nothing is
-        left at the path or next to it;
-      * replacement: what is there is kept without `overwrite`, and replaced with it.
+      * capability: every entry is exact, rounds or unsupported, the report has the declared ones,
+        and if all are exact no stored weight differs from the program's;
+      * files: those that the report names exist with their sizes, and a second export has the same
+        bytes;
+      * purity: the program does not change;
+      * atomicity: if reading a weight fails, or a tensor is not finite, nothing is left at the path
+        or next to it;
+      * replacement: existing output is kept without `overwrite`, and replaced with it.
 
     Args:
-        name: Of the target.
-        program: Folded; None takes two small linear layers, with a tail group and a bias.
-        max_rel: Largest difference of an output after lowering, as a part of its scale.
+        name: Name of the target.
+        program: A folded program; None takes two small linear layers, with a tail group and a bias.
+        max_rel: Largest difference of an output after lowering, relative to its scale.
         spec: Options of the target; None takes the defaults.
-        model: For checkpoints that want it: the model that the program was made from.
-        file_name: Of what is written, with the suffix that the target wants.
+        model: The model that the program was made from, for checkpoints that need it.
+        file_name: Name of the output, with the suffix that the target needs.
 
     Raises:
         ContractError: a clause does not hold; it is named.
@@ -145,7 +145,7 @@ def _check_files(
         home = path if path.is_dir() else path.parent
         found = {file.name: file.stat().st_size for file in home.iterdir()}
         assert report.files == found, f"{report.files}, not {found}"
-        assert report.quantized_layers > 0, "no layer is on codes"
+        assert report.quantized_layers > 0, "no layer is quantized"
     with contract.clause("files: a second export has the same bytes"):
         for file in report.files:
             twin = Path(str(home).replace(str(folder / "0"), str(folder / "1"), 1)) / file
@@ -168,7 +168,7 @@ def _check_capability(contract: Contract, report: ExportReport) -> None:
 def _check_refusals(
     contract: Contract, export: _Export, program: Program, folder: Path, file_name: str
 ) -> None:
-    """What is wrong is refused, and leaves nothing."""
+    """Invalid exports are refused and leave nothing."""
     home = folder / "refused"
     home.mkdir()
     for stage in ("float", "adapted"):
@@ -179,7 +179,7 @@ def _check_refusals(
         export(broken, home / file_name)
     try:
         export(_unreadable(program), home / file_name)
-    except Exception:  # of any kind: it is the library's that reads
+    except Exception:  # of any kind: the reading library chooses it
         left = [path.name for path in home.iterdir()]
         contract.need("atomicity: nothing is left after a failure", not left, ", ".join(left))
     else:
@@ -187,7 +187,7 @@ def _check_refusals(
 
 
 def _with_first(program: Program, value: float) -> Program:
-    """The program with a value that is not its own in the first scale."""
+    """The program with another value in the first scale."""
     tensors = program.tensors()
     name = next(name for name in tensors if name.endswith(".scale"))
     scale = tensors[name].detach().clone()
@@ -197,7 +197,7 @@ def _with_first(program: Program, value: float) -> Program:
 
 
 def _unreadable(program: Program) -> Program:
-    """The program, whose last codes cannot be read when they are asked for."""
+    """The program with last codes that cannot be read when they are asked for."""
 
     def fail() -> torch.Tensor:
         raise OSError("the file of weights is gone")

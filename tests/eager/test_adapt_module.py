@@ -218,7 +218,7 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
 
 
 class Bypass(nn.Module):
-    """Computes with its weight in one way when it trains and in another when it does not."""
+    """Computes with its weight differently in training and in evaluation."""
 
     def __init__(self) -> None:
         super().__init__()

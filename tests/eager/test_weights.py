@@ -1,4 +1,4 @@
-"""Parametrized weights: pieces in their places, names, and the way back."""
+"""Parametrized weights: pieces in their places, names, and how they are undone."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def make(rows: int, *, transposed: bool = False) -> tuple[Packed, list[Piece], l
     module = Packed(rows)
     if transposed:
         module.weight = nn.Parameter(torch.randn(32, rows, dtype=torch.float64))
-    whole = module.weight.detach()
+    base = module.weight.detach()
     matrices, pieces = [], []
     for index in range(2):
         parts, matrix = make_parts(6, 32, 4, 16, 16, rank=2)
         holder = nn.Module()
         register_parts(holder, parts)
         module.add_module(f"piece{index}", holder)
-        view = (whole.t() if transposed else whole)[6 * index : 6 * (index + 1)]
+        view = (base.t() if transposed else base)[6 * index : 6 * (index + 1)]
         how = AdaptedWeight(4, 16, 16, 0.5, 32, torch.float64)
-        pieces.append(Piece(how, holder, Geometry.of(view, whole)))
+        pieces.append(Piece(how, holder, Geometry.of(view, base)))
         matrices.append(matrix)
     return module, pieces, matrices
 

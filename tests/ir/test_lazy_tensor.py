@@ -57,7 +57,7 @@ def test_values_come_when_they_are_asked_for() -> None:
     assert materialize(found["low"]).tolist() == [0, 2]
     assert materialize(found["high"]).tolist() == [2, 3]
     assert source.calls == 1
-    materialize(found["low"])  # again: made anew, not kept
+    materialize(found["low"])  # again: computed again, not kept
     assert source.calls == 2
 
 
@@ -147,7 +147,7 @@ def test_rows_are_made_some_at_a_time(parts_of_two_rows: None) -> None:
     more = defer(lambda wide: {"": wide * 2}, made["wide"], by_rows=True)[""]
     parts = list(materialize_parts(more))
     assert source.read == [(0, 2), (2, 4), (4, 5)]
-    assert source.calls == 0, "nothing was read whole"
+    assert source.calls == 0, "nothing was read at once"
     assert torch.equal(torch.cat(parts), 2 * split_rows(source.values)["wide"])
 
 
@@ -158,15 +158,15 @@ def test_small_tensors_are_kept_while_a_large_one_is_made(parts_of_two_rows: Non
     (sums,) = materialize_parts(made["sums"])
     assert len(source.read) == 3
     assert torch.equal(sums, source.values.sum(1, keepdim=True))
-    list(materialize_parts(made["sums"]))  # taken: made anew
+    list(materialize_parts(made["sums"]))  # taken: computed again
     assert len(source.read) > 3
 
 
-def test_what_is_not_by_rows_is_made_whole(parts_of_two_rows: None) -> None:
+def test_what_is_not_by_rows_is_computed_at_once(parts_of_two_rows: None) -> None:
     source = Rows(torch.arange(20.0).view(5, 4))
-    turned = defer(lambda x: {"": x.T.contiguous()}, source.defer())[""]
-    (whole,) = materialize_parts(turned)
-    assert torch.equal(whole, source.values.T)
+    transposed = defer(lambda x: {"": x.T.contiguous()}, source.defer())[""]
+    (complete,) = materialize_parts(transposed)
+    assert torch.equal(complete, source.values.T)
     assert source.read == []
     plain = torch.ones(3)
     assert next(materialize_parts(plain)) is plain

@@ -1,4 +1,4 @@
-"""Which nodes count as a linear map by a parameter, and which way round the weight lies."""
+"""Which nodes count as a linear map by a parameter, and in which orientation."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ BAD_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "rank": ((torch.zeros(4, 2, 16), torch.zeros(4, 8)), {}, "input x has shape"),
     "dtype": ((torch.zeros(4, 16), torch.zeros(4, 8).double()), {}, "input scale is float64"),
     "no tensor": ((torch.zeros(4, 16), 3.0), {}, "input scale is float, not a tensor"),
-    "nesting": (((torch.zeros(4, 16),), torch.zeros(4, 8)), {}, "nested otherwise"),
+    "nesting": (((torch.zeros(4, 16),), torch.zeros(4, 8)), {}, "nested differently"),
 }
 
 
@@ -374,12 +374,12 @@ FILES = ["program.json", "quantized.safetensors", "adapters.safetensors", "examp
 def test_damaged_files_are_refused(tmp_path: Path, name: str, damage: str) -> None:
     _, folder, _ = saved(tmp_path)
     path = folder / name
-    whole = path.read_bytes()
+    data = path.read_bytes()
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(
-            {"truncated": whole[: len(whole) // 2], "empty": b"", "garbage": b"\xff\x00{]" * 40}[
+            {"truncated": data[: len(data) // 2], "empty": b"", "garbage": b"\xff\x00{]" * 40}[
                 damage
             ]
         )
@@ -408,13 +408,13 @@ def test_a_changed_record_or_tensor_is_noticed(tmp_path: Path) -> None:
         qc.Program.load(folder)
     path.write_bytes(before)
     for name in FILES[1:]:
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         with pytest.raises(UserInputError, match=f"{name} was changed"):
             qc.Program.load(folder)
         with unchecked():
             assert qc.Program.load(folder).stage == program.stage
-        (folder / name).write_bytes(whole)
+        (folder / name).write_bytes(data)
     assert worst(qc.Program.load(folder)(x), program(x)) == 0.0
 
 

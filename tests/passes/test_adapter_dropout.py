@@ -114,7 +114,7 @@ def test_a_module_that_takes_only_a_weight_is_refused() -> None:
 
 
 @pytest.mark.parametrize("variant", [{"kind": "scale"}, {"zero_point": "integer"}])
-def test_adapters_that_keep_zero_points_whole_drop_nothing(variant: dict[str, str]) -> None:
+def test_adapters_that_keep_zero_points_integers_drop_nothing(variant: dict[str, str]) -> None:
     """They act on the weight, which has no input to drop."""
     with pytest.raises(UserInputError, match="dropout is 0.1 with integer zero-points"):
         qc.AdapterSpec(dropout=0.1, **variant)  # type: ignore[arg-type]

@@ -69,7 +69,7 @@ def test_uses_of_one_weight_share_a_storage() -> None:
 
 
 class Odd(nn.Module):
-    """Weights that are used in other ways than x Wᵀ."""
+    """Weights that are used otherwise than x Wᵀ."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
 
 
 def test_an_invalid_regular_expression_is_refused() -> None:
-    with pytest.raises(UserInputError, match="no regular expression"):
+    with pytest.raises(UserInputError, match="not a regular expression"):
         annotated(MLP(16, 8), torch.randn(2, 16), targets=("re:(",))
 
 
@@ -149,12 +149,12 @@ def test_a_layer_read_the_wrong_way_round_is_caught(monkeypatch: pytest.MonkeyPa
     right = qc.quantize_groups(qc.capture_model(model, (x,)))
     real = match_linear
 
-    def turned(node: fx.Node) -> LinearMap | None:
+    def transposed(node: fx.Node) -> LinearMap | None:
         found = real(node)
         return found and dataclasses.replace(found, flipped=not found.flipped)
 
-    monkeypatch.setattr(find_weight_uses, "match_linear", turned)
-    monkeypatch.setattr(quantize_module, "match_linear", turned)
+    monkeypatch.setattr(find_weight_uses, "match_linear", transposed)
+    monkeypatch.setattr(quantize_module, "match_linear", transposed)
     wrong = qc.quantize_groups(qc.capture_model(model, (x,)))
     report = qc.verify_equivalence(right, wrong, [(x,)], qc.Tolerance(max_rel=0.05))
     assert not report.passed
@@ -192,7 +192,7 @@ def test_excluding_outweighs_naming() -> None:
     }
 
 
-def test_every_use_of_a_shared_weight_is_decided_alike() -> None:
+def test_every_use_of_a_shared_weight_gets_the_same_decision() -> None:
     x = torch.randn(2, 32)
     for options in ({"targets": ("shared",)}, {"exclude": ("head",)}):
         plan = annotated(UsedTwice(), x, **options).plan

@@ -262,11 +262,11 @@ def test_padding_does_not_make_a_layer_sensitive() -> None:
     head = "model.layers.1.mlp.down_proj"
     half = torch.ones_like(ids)
     half[:, 4:] = 0
-    whole, masked = (
+    unmasked, masked = (
         measure_sensitivities(annotated, [(ids, mask)])[head].gain
         for mask in (torch.ones_like(ids), half)
     )
-    assert masked == pytest.approx(whole / 2, rel=0.3)
+    assert masked == pytest.approx(unmasked / 2, rel=0.3)
 
 
 def test_chosen_bits_are_saved_replayed_and_parsed(tmp_path: Path) -> None:
@@ -346,8 +346,8 @@ def test_the_budget_that_is_named_is_accepted_and_no_smaller_one(
         ask(float(Decimal(named) - Decimal("0.0001")) or 1e-9)
 
 
-def test_whole_zero_points_are_measured_as_they_are_stored() -> None:
-    """Weights far from 0 lose much with whole zero-points, and nothing much with real ones."""
+def test_integer_zero_points_are_measured_as_they_are_stored() -> None:
+    """Weights far from 0 lose much with integer zero-points, and nothing much with real ones."""
 
     class TwoReaders(torch.nn.Module):
         def __init__(self) -> None:
@@ -367,15 +367,15 @@ def test_whole_zero_points_are_measured_as_they_are_stored() -> None:
     real = auto(model, x, 5.0)
     assert {site.path: site.bits for site in real.plan} == {"far": 4, "near": 4}
     others = [
-        by_whole(model, x, far=far, near=near)
+        by_integer_zero(model, x, far=far, near=near)
         for far, near in (("2/32", "8/32"), ("4/32", "4/32"), ("3/32", "4/32"))
     ]
     best = min(squared_error(other, model, x) for other in others)
     assert squared_error(program, model, x) < 0.6 * best
 
 
-def by_whole(model: torch.nn.Module, x: Tensor, **choices: str) -> qc.Program:
-    """`by_hand` with whole zero-points."""
+def by_integer_zero(model: torch.nn.Module, x: Tensor, **choices: str) -> qc.Program:
+    """`by_hand` with integer zero-points."""
     texts = tuple(f"{path}={value}" for path, value in choices.items())
     steps = qc.Pipeline.parse("canonicalize-pointwise,annotate-linears").passes
     quantize = qc.Pipeline.parse("quantize-groups{zero-point=integer}").passes

@@ -315,9 +315,9 @@ def test_an_adapter_on_either_side_of_the_sum_folds() -> None:
     graph = program.copy_graph()
     for total in [n for n in graph.nodes if n.target is torch.ops.aten.add.Tensor]:
         total.args = total.args[::-1]
-    turned = program.evolve(graph=graph)
+    changed = program.evolve(graph=graph)
     expected = qc.fold_adapters(program)
-    assert worst(qc.fold_adapters(turned)(X), expected(X)) == 0.0
+    assert worst(qc.fold_adapters(changed)(X), expected(X)) == 0.0
 
 
 def test_the_plan_forgets_the_rank_and_keeps_the_rest() -> None:

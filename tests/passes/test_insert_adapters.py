@@ -1,4 +1,4 @@
-"""insert-adapters: a pooled adapter beside every quantized site, zero at the start."""
+"""insert-adapters: a pooled adapter at every quantized site, zero at the start."""
 
 from __future__ import annotations
 

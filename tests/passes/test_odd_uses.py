@@ -28,8 +28,8 @@ class TiedAutoencoder(nn.Module):
 
 
 @pytest.mark.parametrize(("k", "n"), [(16, 16), (16, 12)])
-def test_one_weight_used_both_ways_round(k: int, n: int) -> None:
-    """Groups of one are exact, so any difference is a weight read the wrong way round."""
+def test_one_weight_used_plain_and_transposed(k: int, n: int) -> None:
+    """Groups of one are exact, so any difference is a weight read in the wrong orientation."""
     model, x = TiedAutoencoder(k, n), torch.randn(3, k, dtype=torch.float64)
     program = qc.capture_model(model, (x,))
     try:
@@ -40,7 +40,7 @@ def test_one_weight_used_both_ways_round(k: int, n: int) -> None:
 
 
 class Residual(nn.Module):
-    """`addmm` adds a whole matrix here: it is no bias of N values."""
+    """`addmm` adds a full matrix here: it is not a bias of N values."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ def lost(model: nn.Module, program: qc.Program, x: Tensor) -> float:
         return float((program(x) - model(x)).square().mean())
 
 
-def test_on_a_whole_model_data_help_and_methods_stand_in_order() -> None:
+def test_on_a_complete_model_data_help_and_methods_stand_in_order() -> None:
     model = MLP(64, 96, 96, 32).eval()
     (calls, (held_out,)) = data(4, 256, 64), data(1, 256, 64)[0]
     captured = qc.capture_model(model, calls[0])

@@ -52,7 +52,7 @@ class Untied(nn.Module):
 
 
 class TableAdded(nn.Module):
-    """A table that is looked up and also read whole."""
+    """A table that is looked up and also read completely."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def count(program: qc.Program, target: object) -> int:
     size=st.sampled_from([1e-34, 1.0, 6e4]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )
-def test_zero_points_are_whole_and_weights_near(
+def test_zero_points_are_integers_and_weights_near(
     bits: int, group: int, k: int, shift: float, size: float, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(k)
@@ -244,7 +244,7 @@ def test_another_method_is_refused() -> None:
 
 
 def shifted(weight: Tensor, bits: int, group_size: int) -> GroupAffine:
-    """A quantizer whose zero-points are no whole numbers."""
+    """A quantizer whose zero-points are not integers."""
     affine = quantize_integer_zero(weight, bits, group_size)
     parts = (affine.codes, affine.scale, affine.offset + 0.3 * affine.scale)
     return GroupAffine(*parts, bits, group_size)
@@ -253,15 +253,15 @@ def shifted(weight: Tensor, bits: int, group_size: int) -> GroupAffine:
 def test_planted_zero_points_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     program = qc.quantize_groups(captured(Untied()))
     monkeypatch.setattr(pass_module, "quantize_integer_zero", shifted)
-    with pytest.raises(PostconditionError, match="no whole number"):
+    with pytest.raises(PostconditionError, match="not an integer"):
         QuantizeEmbeddings()(program)
 
 
-def test_the_specification_checks_whole_zero_points() -> None:
+def test_the_specification_checks_integer_zero_points() -> None:
     program = qc.quantize_groups(captured(Untied()), embeddings=EIGHT)
     validate(program)
     tensors = program.tensors()
     tensors["head.offset"] = tensors["head.offset"] + 0.1 * tensors["head.scale"]
-    with pytest.raises(InternalError, match="no whole number"):
+    with pytest.raises(InternalError, match="not an integer"):
         validate(program.evolve(graph=program.copy_graph(), tensors=tensors))
     assert count(program, GROUP_LINEAR) == 2

@@ -240,7 +240,7 @@ def test_no_step_touches_the_users_model() -> None:
     assert worst(folded(x), value) > 0.0
 
 
-def test_a_bias_kept_beside_the_layer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bias_kept_next_to_the_layer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bias goes into the new operator; a pass that adds it once more doubles it."""
     x = torch.randn(3, 16)
     model = OneLinear(16, 4)

@@ -90,7 +90,7 @@ def test_a_selection_that_is_left_out_is_caught(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("owners", "order", "words"),
     [
-        (("layers.9=layers.9",), order_of(16), "no weight that is quantized"),
+        (("layers.9=layers.9",), order_of(16), "not a quantized weight"),
         (("layers.0",), order_of(16), "owners holds"),
         (("layers.0=layers.0",), order_of(15), "no order for the columns"),
         (("layers.0=layers.0",), torch.zeros(16, dtype=torch.int64), "no order for the columns"),

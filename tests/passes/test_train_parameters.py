@@ -1,4 +1,4 @@
-"""train-parameters: a float head that trains beside the adapters, is stored, folded, exported."""
+"""train-parameters: a float head that trains with the adapters, is stored, folded, exported."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_what_cannot_train_is_refused() -> None:
     part = tensors[f"{HEAD}.weight"].detach()[0]
     tensors["layers.1.bias"] = nn.Parameter(part, requires_grad=False)
     program = program.evolve(graph=program.copy_graph(), tensors=tensors)
-    with pytest.raises(PreconditionError, match=r"shares memory with layers\.1\.bias"):
+    with pytest.raises(PreconditionError, match=r"shares memory with another, layers\.1\.bias"):
         TrainParameters(names=(HEAD,))(program)
 
 

@@ -44,7 +44,7 @@ def test_wrong(program):
     assert "prove_equivalence(" not in text, "the check's own frames are hidden"
 
 
-def test_golden_graphs_lie_beside_the_test(pytester: pytest.Pytester) -> None:
+def test_golden_graphs_are_in_the_folder_of_the_test(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         MODEL + "def test_text(program, qalora_golden):\n    qalora_golden('adapted', program)\n"
     )

@@ -1,4 +1,4 @@
-"""The operators of the IR, one family a file: schema, fake kernel and reference kernel.
+"""The operators of the IR, one file per family: schema, fake kernel and reference kernel.
 
 Importing the package registers them all.
 """

@@ -1,12 +1,12 @@
-"""`qalora::adapted_linear`: a layer on codes and its pooled adapter in one operator, for training.
+"""`qalora::adapted_linear`: a quantized layer with its pooled adapter, as one operator to train.
 
 The update of a pooled adapter is constant inside a group, so it is part of the weight's offset:
 
     y = x Wᵀ + b + scaling · (S(x) Aᵀ) Bᵀ = x W'ᵀ + b,  W' = scale · q + offset + scaling · (B A)
 
 (arXiv 2309.14717, Algorithm 1). The product B A is `[N, L]`, g times smaller than W. Folding it for
-the time of one call makes the adapter cost next to nothing, forward and in the gradient by x; what
-is kept for the backward is S(x), `[.., L]`, not x.
+the time of one call makes the adapter almost free, forward and in the gradient by x. The backward
+keeps S(x), `[.., L]`, not x.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def adapted_linear(
         pool: Width of a pooling group, a multiple of g.
         scaling: alpha / rank times the pooling factor f.
 
-    Equal to `group_linear` + `pooled_adapter` up to reassociation. S(x) is an output only so that
-    the backward finds it: no gradient passes through it.
+    Equal to `group_linear` + `pooled_adapter` up to reassociation. S(x) is an output only to be
+    saved for the backward: no gradient passes through it.
     """
     folded = folded_offset(offset, lora_A, lora_B, group_size, pool, scaling)
     y = linear_on_codes(x, qweight, scale, folded, bias, bits, group_size)

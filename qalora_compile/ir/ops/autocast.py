@@ -1,7 +1,7 @@
-"""The operators of layers under `torch.autocast`: inputs are cast, scales and offsets are not.
+"""Kernels of layers for `torch.autocast`: inputs are cast, scales and offsets are not.
 
 Torch's own helper would cast every floating argument. A scale in bfloat16 would move all weights of
-its group by up to 0.4 %; what is cast instead is each weight, once it is made of its codes.
+its group by up to 0.4 %, so each weight is cast only after it has been dequantized.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _LAYERS = (
     (overload_of(integer_zero_linear.integer_zero_linear), (0, 4)),
     (overload_of(experts.expert_linear), (0,)),
 )
-"""Operators, and which of their arguments are cast: the input, and a bias."""
+"""Operator → positions of the arguments that are cast: the input and a bias."""
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
 def _call(operator: Any, cast: tuple[int, ...], device: str, *arguments: Any) -> Tensor:
-    """Call an operator with some arguments in the dtype of autocast, and autocast off."""
+    """Call an operator with some arguments cast to the dtype of autocast, and autocast off."""
     dtype = torch.get_autocast_dtype(device)
     values = [
         value.to(dtype)
@@ -39,7 +39,7 @@ def _call(operator: Any, cast: tuple[int, ...], device: str, *arguments: Any) ->
 
 
 LIBRARY = torch.library.Library(linear.NAMESPACE, "IMPL")
-"""Kernels last as long as the library that holds them."""
+"""Keeps the kernels registered: they live as long as their library."""
 for _operator, _cast in _LAYERS:
     for _device, _key in _KEYS.items():
         LIBRARY.impl(_operator, partial(_call, _operator, _cast, _device), _key)

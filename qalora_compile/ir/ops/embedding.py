@@ -6,8 +6,8 @@
 `flat_embedding`        target `onnx`: columns of a weight from blocked DequantizeLinear
 ======================  ===========================================================================
 
-Each reads the very tensors of the operator that multiplies by the same weight, so that a head tied
-to an embedding is stored once. None has a gradient: tables on codes are frozen.
+Each reads the same tensors as the operator that multiplies by the weight, so a head tied to an
+embedding is stored once. None has a gradient: quantized tables are frozen.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def block_embedding(
         ids: `[..]` integers, 0 to V − 1.
         codes: `[V, L, block_size · bits / 8]` uint8, low bits first.
         scale: `[V, L]`, float32 or float16.
-        zero_point: `[V, L]`, as `scale` (GroupQuantLinear), or whole numbers packed like the codes,
+        zero_point: `[V, L]`, as `scale` (GroupQuantLinear), or integers packed like the codes,
             `[V, ceil(L · bits / 8)]` uint8 (MatMulNBits).
         bits: 4 or 8.
         block_size: A multiple of 16.
@@ -145,13 +145,13 @@ def flat_embedding(
     block_size: int,
     k: int,
 ) -> Tensor:
-    """Columns `ids` of W `[K, V]` as ONNX's DequantizeLinear gives it, turned: `[.., K]`.
+    """Columns `ids` of W `[K, V]` of ONNX's DequantizeLinear, transposed to rows: `[.., K]`.
 
     Args:
         ids: `[..]` integers, 0 to V − 1.
         codes: As for `matmul_blocks`, `[ceil(K · V · bits / 8)]` uint8.
         scale: `[Lb, V]` float32.
-        zero_point: The `[Lb, V]` whole zero-points, stored as the codes.
+        zero_point: The `[Lb, V]` integer zero-points, stored as the codes.
         bits: 4 or 8.
         block_size: Rows of W that share a scale.
         k: K.

@@ -1,8 +1,8 @@
-"""The operators on stacked experts, registered as `torch.ops.qalora.*`: one matrix an expert.
+"""The operators on stacked experts, registered as `torch.ops.qalora.*`: one matrix per expert.
 
-They come in two forms. With `ends`, the rows of x `[T, K]` are sorted by expert and `ends` `[E]`
-holds the row at which each expert's rows end, as in `torch._grouped_mm`; rows after the last end
-give zeros. Without, x is `[E, T, K]` and every expert has its own rows, as in `torch.bmm`.
+They have two forms. With `group_offsets`, the rows of x `[T, K]` are sorted by expert and
+`group_offsets` `[E]` holds the row at which each expert's rows end, as in `torch._grouped_mm`; rows
+after the last one give zeros. Without, x is `[E, T, K]`, some rows per expert, as in `torch.bmm`.
 
 =====================  ============================================================================
 `expert_linear`        y = x W_eᵀ, W_e = scale · q + offset from packed codes
@@ -44,7 +44,7 @@ def by_expert(
 def add_corrections(
     y: Tensor, sums: Tensor | None, correction: list[Tensor], group_offsets: Tensor | None
 ) -> Tensor:
-    """Y + S(x) C_e of each expert's rows; y itself where there are no sums."""
+    """Y + S(x) C_e for each expert's rows; y itself if there are no sums."""
     if sums is None:
         return y
     width = y.shape[-1]
@@ -54,7 +54,7 @@ def add_corrections(
 
 
 def _rows(group_offsets: Tensor | None, experts: int) -> list[slice]:
-    """The rows of each expert; the whole of its own where there are no ends."""
+    """The rows of each expert; placeholders where every expert has its own rows."""
     if group_offsets is None:
         return [slice(0, 0)] * experts
     stops = [int(end) for end in group_offsets.tolist()]
@@ -74,7 +74,7 @@ def expert_linear(
     """Y = x W_eᵀ with `W_e = scale_e · q_e + offset_e` (arXiv 2309.14717, Eq. 1).
 
     Args:
-        x: `[T, K]` with `ends`, else `[E, T, K]`.
+        x: `[T, K]` with `group_offsets`, else `[E, T, K]`.
         qweight: `[E, N, ceil(K / 8) · bits]` uint8, see `packing`.
         scale: `[E, N, L]`, float32 or float64.
         offset: `[E, N, L]`, as `scale`.
@@ -170,7 +170,7 @@ def expert_adapter(
     """D = scaling · (p A_eᵀ) B_eᵀ: an adapter for each expert (arXiv 2309.14717, Algorithm 1).
 
     Args:
-        pooled: p = S(x), `[T, L]` with `ends`, else `[E, T, L]`.
+        pooled: p = S(x), `[T, L]` with `group_offsets`, else `[E, T, L]`.
         lora_A: `[E, r, L]`.
         lora_B: `[E, N, r]`.
         group_offsets: As for `expert_linear`.
@@ -259,7 +259,7 @@ def expert_matmul_nbits(
     """Y = x W_eᵀ + S(x) C_e, `W_e = scale · (q − zero_point)` with integer zero-points.
 
     Args:
-        x: `[T, K]` with `ends`, else `[E, T, K]`.
+        x: `[T, K]` with `group_offsets`, else `[E, T, K]`.
         sums: S(x), `[.., L]`, or None where there is no correction.
         qweight: Of each expert `[N, Lb, block_size · bits / 8]` uint8, Lb = ceil(K / block_size).
         scale: Of each expert `[N, Lb]`, in the dtype of x.

@@ -1,16 +1,16 @@
-"""`qalora::integer_zero_linear`: a layer on codes whose zero-points stay whole while it is trained.
+"""`qalora::integer_zero_linear`: a quantized layer that trains with integer zero-points.
 
-Some runtimes take whole zero-points and nothing else. Two adapters keep them whole:
+Some runtimes only take integer zero-points. Two kinds of adapters keep them integers:
 
 * `integer`: the zero-point of Algorithm 1 (arXiv 2309.14717), rounded to a code in each forward:
-  `z' = round(z − scaling · (B A) / scale)`. In the backward the rounding counts as the identity
-  between 0 and 2^bits − 1 (straight through, arXiv 1308.3432), and as a constant beyond.
-* `scale`: zero-points stay, `scale' = scale · (1 + scaling · (B A))` (after PEQA, arXiv 2305.14152,
-  which trains all scales, without the low rank).
+  `z' = round(z − scaling · (B A) / scale)`. The backward treats the rounding as the identity
+  between 0 and 2^bits − 1 (straight-through estimator, arXiv 1308.3432), and as a constant beyond.
+* `scale`: zero-points stay, and `scale' = scale · (1 + scaling · (B A))` (after PEQA, arXiv
+  2305.14152, which trains all scales without a low rank).
 
-Scales keep 16 significant bits, so that `scale · z` is exact and `−offset / scale` gives z back.
-The forward computes with the very numbers that folding stores: what is deployed is what was
-trained.
+Scales keep 16 significant bits, so that `scale · z` is exact and `−offset / scale` recovers z. The
+forward computes with exactly the numbers that folding stores, so the deployed model is the trained
+one.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from qalora_compile.ir.packing.bitstream import unpack_codes
 INTEGER, SCALE = "integer", "scale"
 KINDS = (INTEGER, SCALE)
 _SCALE_BITS = {torch.float32: 16, torch.float64: 45}
-"""Significant bits of a scale: scale times a zero-point of 8 bits then fits the dtype exactly."""
+"""Significant bits of a scale: its product with an 8-bit zero-point is then exact in the dtype."""
 
 
 def shorten(values: Tensor, dtype: torch.dtype, *, up: bool = False) -> Tensor:
-    """Float64 values rounded, to the nearest or up, to the bits that a scale of `dtype` keeps."""
+    """Float64 values, rounded to nearest or up, to the bits that a scale of `dtype` keeps."""
     bits = _SCALE_BITS[dtype]
     mantissa, exponent = torch.frexp(values)
     level = mantissa * 2.0**bits
@@ -41,7 +41,7 @@ def shorten(values: Tensor, dtype: torch.dtype, *, up: bool = False) -> Tensor:
 
 
 def zero_points(scale: Tensor, offset: Tensor) -> Tensor:
-    """The integer zero-points behind offsets, float64 `[N, L]`."""
+    """The integer zero-points that the offsets encode, float64 `[N, L]`."""
     return (-offset.double() / scale.double()).round()
 
 
@@ -53,8 +53,8 @@ def moved_zero_points(scale: Tensor, offset: Tensor, update: Tensor) -> Tensor:
 def largest_zero_points(scale: Tensor, bits: int) -> Tensor:
     """The largest integer that a zero-point may become, float64 `[N, L]`: 2^bits − 1, or 1.
 
-    A group of equal weights has its weight as the scale, with all of its bits, so that it comes
-    back exactly. Such a scale times 0 or 1 is exact; times another integer it may not be.
+    A group of equal weights uses that weight, with all of its bits, as the scale, so that it
+    dequantizes exactly. Such a scale times 0 or 1 is exact; times another integer it may not be.
     """
     is_short = shorten(scale.double(), scale.dtype) == scale
     return torch.where(is_short, 2.0**bits - 1, 1.0)
@@ -121,8 +121,8 @@ def integer_zero_linear(
         scaling: alpha / rank times the pooling factor f.
         kind: `"integer"` or `"scale"`.
 
-    For `"scale"` the backward keeps x, since a scale's gradient takes every product of x and a
-    code; for `"integer"` the sums S(x) are enough.
+    For `"scale"` the backward keeps x, since the gradient of a scale depends on every product of x
+    and a code. For `"integer"` the sums S(x) suffice.
     """
     weight = integer_zero_parameters(scale, offset, lora_A, lora_B, bits, scaling, kind)
     return linear_on_codes(x, qweight, *weight, bias, bits, group_size)

@@ -1,7 +1,7 @@
-"""The graph operators of this package, registered as `torch.ops.qalora.*`.
+"""The operators of quantized linear layers, registered as `torch.ops.qalora.*`.
 
 Each has a schema, a plain-torch reference (the function body), a fake kernel and, where gradients
-pass, a hand-written backward. `torch.library.opcheck` covers all of them in the tests.
+pass, a hand-written backward. The tests run `torch.library.opcheck` on all of them.
 
 =====================  ============================================================================
 `group_linear`         y = x Wᵀ + b, W = scale · q + offset from packed codes
@@ -42,8 +42,8 @@ def dequantize_like(
 
 _TILE_ELEMENTS = {"cpu": 1 << 20}
 _TILE_ELSEWHERE = 1 << 24
-"""Rows of about so many weights are made float at a time: they stay in a core's cache, and the copy
-does not grow with the layer. Accelerators want larger products."""
+"""About so many weights are dequantized at a time: they stay in a core's cache, and the copy does
+not grow with the layer. Accelerators want larger products."""
 
 
 def tile_rows(packed: Tensor, k: int) -> Iterator[slice]:
@@ -72,7 +72,7 @@ def linear_on_codes(
 ) -> Tensor:
     """Y = x Wᵀ + b, `[.., K]` to `[.., N]`, tile by tile."""
     rows = x.reshape(-1, x.shape[-1])
-    y = x.new_empty(*x.shape[:-1], packed.shape[0])  # no view: Llama 4 writes into what it is given
+    y = x.new_empty(*x.shape[:-1], packed.shape[0])  # not a view: Llama 4 writes into the result
     flat = y.view(len(rows), packed.shape[0])
     for part, weight in weight_tiles(x, packed, scale, offset, bits, group_size, x.shape[-1]):
         torch.mm(rows, weight.t(), out=flat[:, part])
@@ -119,8 +119,8 @@ def group_linear(
         bits: Width of a code.
         group_size: g; L = ceil(K / g).
 
-    The backward recomputes W: nothing but the packed weight is kept for it, not even x, since the
-    base is frozen.
+    The backward recomputes W and keeps only the packed weight, not even x, since the base is
+    frozen.
     """
     return linear_on_codes(x, qweight, scale, offset, bias, bits, group_size)
 
@@ -281,8 +281,8 @@ pooled_adapter.register_autograd(_pooled_adapter_backward, setup_context=_pooled
 def pad_groups(x: Tensor, group_size: int, width: int) -> Tensor:
     """Zero-pad every group of x to `width`: `[.., K]` to `[.., L · width]`.
 
-    Lets a kernel with a fixed set of block sizes compute any group size: the added zeros meet
-    padding codes and contribute nothing.
+    This lets a kernel with a fixed set of block sizes compute any group size: the added zeros are
+    multiplied by padding codes and contribute nothing.
     """
     groups = group_count(x.shape[-1], group_size)
     padded = functional.pad(x, (0, groups * group_size - x.shape[-1]))
@@ -319,7 +319,7 @@ def matmul_nbits(
     """Y = x Wᵀ + b, `W = scale · (q − zero_point)` with integer zero-points.
 
     The reference of ONNX Runtime's `com.microsoft::MatMulNBits` (contrib operator, version 1),
-    always computed exactly: `accuracy_level` only travels to the exported node.
+    always computed exactly: `accuracy_level` is only passed on to the exported node.
 
     Args:
         x: `[.., K]`.
@@ -349,7 +349,7 @@ def matmul_nbits_weight(
 
 
 def pad_zero_point(zero_point: Tensor, blocks: int, bits: int) -> Tensor:
-    """Widen rows of MatMulNBits zero-points (whole bytes) to the rows that `packing` expects."""
+    """Pad rows of MatMulNBits zero-points, full bytes, to the rows that `packing` expects."""
     return functional.pad(zero_point, (0, packed_width(blocks, bits) - zero_point.shape[1]))
 
 

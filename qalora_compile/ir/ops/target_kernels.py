@@ -1,4 +1,4 @@
-"""Operators of single targets, registered as `torch.ops.qalora.*`; lowered programs hold them.
+"""Operators of single targets, for lowered programs, registered as `torch.ops.qalora.*`.
 
 =============================  ====================================================================
 `group_quant_linear`           target `ort`: the node `qalora::GroupQuantLinear`
@@ -8,7 +8,7 @@
 =============================  ====================================================================
 
 Each has a plain-torch reference and a fake kernel, and no gradient: lowered programs do not train.
-What targets have in common (`matmul_nbits`, `pad_groups`) is in `ops`.
+The operators that targets share (`matmul_nbits`, `pad_groups`) are in `ops.linear`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def group_quant_weight(
     """W = scale · (q − zero_point), `[N, K]`, at float32 or the wider dtype of `scale`."""
     wide = torch.promote_types(scale.dtype, torch.float32)
     values = unpack_groups(codes, bits=bits, group_size=group_size, k=k).to(wide)
-    spread = [t.to(wide).repeat_interleave(group_size, dim=1)[:, :k] for t in (scale, zero_point)]
-    weight: Tensor = (values - spread[1]) * spread[0]
+    expanded = [t.to(wide).repeat_interleave(group_size, dim=1)[:, :k] for t in (scale, zero_point)]
+    weight: Tensor = (values - expanded[1]) * expanded[0]
     return weight
 
 
@@ -52,11 +52,11 @@ def group_quant_linear(
     """Y = x Wᵀ, `W = scale · (q − zero_point)` with real-valued zero-points.
 
     The reference of the operator `qalora::GroupQuantLinear` (docs/operators.md), always computed
-    exactly: `compute` only travels to the exported node.
+    exactly: `compute` is only passed on to the exported node.
 
     Args:
         x: `[.., K]`.
-        codes: `[N, L, group_size · bits / 8]` uint8, see `group_packing`.
+        codes: `[N, L, group_size · bits / 8]` uint8, see `packing.kernel_layouts`.
         scale: `[N, L]`, float32 or float16.
         zero_point: `[N, L]`, as `scale`.
         bits: 2, 3, 4 or 8.
@@ -97,7 +97,7 @@ def expert_group_quant_linear(
     group_size: int,
     compute: str,
 ) -> Tensor:
-    """`group_quant_linear` of each expert's rows; `ends` as for `expert_linear`."""
+    """`group_quant_linear` of each expert's rows; `group_offsets` as for `expert_linear`."""
 
     def multiply(expert: int, rows: Tensor) -> Tensor:
         parts = codes[expert], scale[expert], zero_point[expert]
@@ -138,8 +138,8 @@ def blocks_weight(
     blocks, n = scale.shape
     values = _unpack_flat(codes, bits, k * n).view(k, n).to(scale.dtype)
     zero = _unpack_flat(zero_point, bits, blocks * n).view(blocks, n).to(scale.dtype)
-    spread = [t.repeat_interleave(block_size, dim=0)[:k] for t in (scale, zero)]
-    weight: Tensor = (values - spread[1]) * spread[0]
+    expanded = [t.repeat_interleave(block_size, dim=0)[:k] for t in (scale, zero)]
+    weight: Tensor = (values - expanded[1]) * expanded[0]
     return weight
 
 
@@ -197,7 +197,7 @@ def expert_matmul_blocks(
     bits: int,
     block_size: int,
 ) -> Tensor:
-    """`matmul_blocks` of each expert's rows, and S(x) C_e; `ends` as for `expert_linear`."""
+    """`matmul_blocks` and S(x) C_e of each expert; `group_offsets` as for `expert_linear`."""
 
     def multiply(expert: int, rows: Tensor) -> Tensor:
         parts = codes[expert], scale[expert], zero_point[expert]

@@ -1,4 +1,4 @@
-"""Operators that stand for whole patterns of a transformer, registered as `torch.ops.qalora.*`.
+"""Operators that fuse patterns of a transformer, registered as `torch.ops.qalora.*`.
 
 ======================  ==========================================================================
 `rms_norm`              ONNX RMSNormalization (opset 23)
@@ -11,7 +11,7 @@
 ======================  ==========================================================================
 
 Each has a plain-torch reference and a fake kernel, and no gradient: fusions run before export.
-Activations have their heads side by side, `[B, S, H · D]`, as a linear layer gives them.
+Activations are `[B, S, H · D]`, the heads next to each other, as a linear layer gives them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RmsNorm(OperatorView):
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """Rotate the first R values of each head by position (arXiv 2104.09864, Eq. 34).
 
-    Value i of the first half of R turns with value i of the second; the rest of a head stays.
+    Value i of the first half of R is rotated with value i of the second; the rest of a head stays.
 
     Args:
         x: `[B, S, H · D]`.
@@ -69,8 +69,8 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     each = x.unflatten(-1, (heads, -1))
     first, second, rest = each.tensor_split((half, 2 * half), dim=-1)
     c, s = cos.unsqueeze(2), sin.unsqueeze(2)
-    turned = torch.cat([first * c - second * s, second * c + first * s, rest], dim=-1)
-    return turned.flatten(-2)
+    rotated = torch.cat([first * c - second * s, second * c + first * s, rest], dim=-1)
+    return rotated.flatten(-2)
 
 
 @rotary_embedding.register_fake
@@ -105,7 +105,7 @@ def attention(
 
     Args:
         q: `[B, S, H · D]`.
-        k: `[B, S, Hk · D]`; H is a multiple of Hk, and so many heads of q share one of k and v.
+        k: `[B, S, Hk · D]`; H is a multiple of Hk, and H / Hk heads of q share a head of k and v.
         v: `[B, S, Hk · Dv]`.
         mask: `[B or 1, H or 1, S, T]` boolean (true takes part) or float (added); None masks none.
         past_key: `[B, Hk, P, D]`, T = P + S; or None.
@@ -210,7 +210,7 @@ def multi_head_attention(
     heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention` of which every head has keys and values of its own.
+    """`attention` in which every head has its own keys and values.
 
     Args:
         q: `[B, R, H · D]`; R, the number of queries, need not be S.
@@ -276,8 +276,8 @@ def join_groups(q: Tensor, heads: int, kv_heads: int) -> Tensor:
         `[B, G · S, Hk · D]`.
     """
     each = q.unflatten(2, (kv_heads, heads // kv_heads, -1))
-    turned = each.permute(0, 3, 1, 2, 4).clone(memory_format=torch.contiguous_format)
-    joined: Tensor = turned.flatten(3).flatten(1, 2)
+    permuted = each.permute(0, 3, 1, 2, 4).clone(memory_format=torch.contiguous_format)
+    joined: Tensor = permuted.flatten(3).flatten(1, 2)
     return joined
 
 
@@ -301,8 +301,8 @@ class JoinGroups(OperatorView):
 def split_groups(y: Tensor, heads: int, kv_heads: int) -> Tensor:
     """Undo `join_groups`: `[B, G · S, Hk · D]` to `[B, S, H · D]`."""
     each = y.unflatten(1, (heads // kv_heads, -1)).unflatten(3, (kv_heads, -1))
-    turned = each.permute(0, 2, 3, 1, 4).clone(memory_format=torch.contiguous_format)
-    split: Tensor = turned.flatten(2)
+    permuted = each.permute(0, 2, 3, 1, 4).clone(memory_format=torch.contiguous_format)
+    split: Tensor = permuted.flatten(2)
     return split
 
 

@@ -2,8 +2,8 @@
 
 Row n of the packed tensor holds the codes of row n, code k in bits `k·bits … (k+1)·bits − 1` of the
 row's byte stream; K is padded with zero codes to a multiple of eight, so a row takes
-`ceil(K / 8) · bits` bytes whatever the width. For 2, 4 and 8 bits this is the order of ONNX
-Runtime's MatMulNBits (low nibble first); 3-bit codes straddle bytes.
+`ceil(K / 8) · bits` bytes. For 2, 4 and 8 bits this is the order of ONNX Runtime's MatMulNBits (low
+nibble first); 3-bit codes straddle bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional
 CODES_PER_WORD = 8
 _WORD_BITS = 32
 _CHUNK_ELEMENTS = 1 << 21
-"""Rows of about so many codes are packed at a time: the arithmetic takes 24 bytes a code."""
+"""About so many codes are packed at a time: the arithmetic takes 24 bytes per code."""
 
 _CHUNKS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
     2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
@@ -25,8 +25,7 @@ _CHUNKS: dict[int, tuple[torch.dtype, tuple[tuple[int, int], ...]]] = {
     ),
     4: (torch.int16, ((4, 0x0F0F),)),
 }
-"""How the codes of a unit get a byte each: the integer, and shifts with what is kept after each.
-
+"""How to give each code of a unit its byte: the integer type, and shifts with the mask after each.
 Little-endian, as the stream."""
 
 
@@ -56,11 +55,11 @@ def _pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """The same bit stream in words: `[N, K]` to `[N, ceil(K · bits / 32)]` int32, little endian."""
+    """The same bit stream in words: `[N, K]` to `[N, ceil(K · bits / 32)]` int32, little-endian."""
     words = -(-codes.shape[1] * bits // _WORD_BITS)
     stream = pack_codes(codes.contiguous(), bits)
     padded = functional.pad(stream, (0, max(0, words * 4 - stream.shape[1])))
-    # Flat: a single row counts as contiguous whatever its stride, which a view in words refuses.
+    # Flat: a single row counts as contiguous with any stride, but a view as words refuses some.
     return padded[:, : words * 4].flatten().view(torch.int32).reshape(-1, words)
 
 
@@ -72,16 +71,16 @@ def unpack_codes(packed: Tensor, bits: int, k: int) -> Tensor:
 def unpack_into(packed: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Unpack to a fresh tensor of `dtype`, padding codes included: `[N, ceil(K / 8) · 8]`.
 
-    The smallest whole unit (one byte for 2, 4 and 8 bits, three for 3 bits) is read into an integer
-    with a byte for each of its codes, and halves of it are moved apart until each code has its
-    byte: a few vectorised operations on whole rows, without a strided write.
+    The smallest unit of complete codes (one byte for 2, 4 and 8 bits, three for 3 bits) is read
+    into an integer with a byte for each of its codes, and halves of it are moved apart until each
+    code has its byte. That takes a few vectorised operations on full rows and no strided write.
     """
     if bits == 8:
         return packed.to(dtype, copy=True)
     wide, steps = _CHUNKS[bits]
     unit = 3 if bits == 3 else 1
     bytes_ = packed.unflatten(1, (-1, unit)).unbind(-1)
-    # A tensor of its own: a converted one may have odd strides, and could not be viewed as bytes.
+    # A new tensor: a converted one may have odd strides, and could not be viewed as bytes.
     word = torch.empty(bytes_[0].shape, dtype=wide, device=packed.device).copy_(bytes_[-1])
     for byte in reversed(bytes_[:-1]):
         word.bitwise_left_shift_(8).bitwise_or_(byte)

@@ -1,15 +1,15 @@
 """Packed storage of codes for the operator `qalora::GroupQuantLinear`, group by group.
 
 The packed tensor is `[N, L, g · bits / 8]` uint8 with L = ceil(K / g); the tail group is filled up
-to g with zero codes, so every group is whole. For 2, 4 and 8 bits the bytes are those of ONNX
+to g with zero codes, so every group is complete. For 2, 4 and 8 bits the bytes are those of ONNX
 Runtime's MatMulNBits: code k of a group in bits `k · bits …` of the group's bytes, low bits first.
 
 3-bit codes are split into two planes per **row**, so that a row is decoded like a 2-bit row with
 one more bit. First come the low two bits of all L · g codes of the row, four to a byte, low bits
 first. Then come the high bits, in units that each belong to 64 bytes of the first plane (256
 codes; the last unit of a row to the u bytes that are left): bit `f · u + i` of a unit, low bits
-first, is the high bit of code `4 i + f`, so that the bits of one field of all bytes lie together.
-The last two dimensions of the packed tensor are only the row's bytes cut into L equal parts; see
+first, is the high bit of code `4 i + f`, so that the bits of one field of all bytes are adjacent.
+The last two dimensions of the packed tensor only cut the row's bytes into L equal parts; see
 `docs/operators.md`.
 """
 
@@ -77,10 +77,10 @@ def _check(bits: int, group_size: int) -> None:
 
 
 def _by_field(values: Tensor, *, inverse: bool) -> Tensor:
-    """Reorder the high bits of rows of codes, `[N, L · g]`, from code order to that of units."""
-    whole = values.shape[1] // UNIT_CODES * UNIT_CODES
+    """Reorder the high bits of rows of codes, `[N, L · g]`, from code order to unit order."""
+    full = values.shape[1] // UNIT_CODES * UNIT_CODES
     parts = []
-    for part in (values[:, :whole], values[:, whole:]):
+    for part in (values[:, :full], values[:, full:]):
         size = min(part.shape[1], UNIT_CODES) // 4
         if size:
             units = part.unflatten(1, (-1, 4, size) if inverse else (-1, size, 4))
@@ -89,7 +89,7 @@ def _by_field(values: Tensor, *, inverse: bool) -> Tensor:
 
 
 def _pack_bits(values: Tensor) -> Tensor:
-    """Pack `[N, 8m]` zeros and ones to `[N, m]` uint8, little end first."""
+    """Pack `[N, 8m]` zeros and ones to `[N, m]` uint8, low bits first."""
     weights = 2 ** torch.arange(8, device=values.device, dtype=torch.uint8)
     packed: Tensor = (values.unflatten(1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
     return packed
@@ -108,7 +108,7 @@ MAX_BLOCK = 256  # blocks of 512 and more gave zeros in ONNX Runtime up to 1.26
 
 
 def padded_group(group_size: int) -> int:
-    """The least width of a group, at or above its size, that divides into whole blocks."""
+    """The least width, at or above the group size, that is a multiple of a block."""
     return -(-group_size // MIN_BLOCK) * MIN_BLOCK
 
 
@@ -120,7 +120,7 @@ def largest_block(width: int) -> int:
 def stored_bits(bits: int, *, narrow: bool) -> int:
     """The width in which the kernel takes codes of `bits` bits.
 
-    3-bit codes are stored in 4 bits, there being no 3-bit type or kernel; so are 2-bit codes unless
+    3-bit codes are stored in 4 bits, as there is no 3-bit type or kernel. So are 2-bit codes unless
     `narrow`: the 2-bit kernel is about 100 times slower in float32.
     """
     return 4 if bits == 3 or (bits == 2 and not narrow) else bits

@@ -1,1 +1,1 @@
-"""A graph for people: an outline, a drawing, and groups for a graph viewer."""
+"""A graph for people to look at: an outline, a drawing, and a file for Netron."""

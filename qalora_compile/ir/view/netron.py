@@ -1,7 +1,7 @@
-"""The graph of a program as an ONNX model without weights, for Netron and like viewers.
+"""The graph of a program as an ONNX model without weights, for viewers such as Netron.
 
-It cannot be run, and is not what `export` writes: nodes are the program's own operators, each in
-the domain of its namespace (`qalora`, `aten`), at whatever stage the program is.
+It cannot be run, and is not what `export` writes. Its nodes are the program's own operators, each
+in the domain of its namespace (`qalora`, `aten`), at any stage.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def structure_model(program: Program, only: str | None = None) -> Any:
     inputs = [_typed(box.value) for box in boxes if box.domain == INPUT]
     used: dict[str, int] = {}
     nodes = [_node(box, used) for box in boxes if box.domain not in (INPUT, OUTPUT)]
-    ends = [box for box in boxes if box.domain == OUTPUT]
+    results = [box for box in boxes if box.domain == OUTPUT]
     outputs = []
-    for box in ends:  # an Identity, so that outputs have their names and may be inputs too
+    for box in results:  # an Identity, so that outputs keep their names and may be inputs too
         name = f"output {box.op}"
         nodes.append(helper.make_node("Identity", list(box.reads), [name], name=name))
         outputs.append(_typed(Value(name, box.value.dtype, box.value.shape)))
@@ -71,7 +71,7 @@ def write_structure(
 
 
 def _node(box: Box, used: dict[str, int]) -> Any:
-    """A node; of those of one path, later ones get a number."""
+    """A node; further nodes of one path get a number."""
     helper = require("onnx", extra="onnx", purpose=_PURPOSE).helper
     name = f"{box.path or box.value.name}/{box.op}"
     used[name] = used.get(name, 0) + 1

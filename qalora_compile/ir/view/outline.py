@@ -1,4 +1,4 @@
-"""A program's graph without its weights, to be looked at: what DOT, SVG and Netron files show."""
+"""A program's graph without its weights: the content of DOT, SVG and Netron files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Shape = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class Value:
-    """What a node computes; `dtype` None where it is no tensor."""
+    """The value of a node; `dtype` is None if it is not a tensor."""
 
     name: str
     dtype: str | None
@@ -34,8 +34,8 @@ class Box:
     """A node.
 
     Attributes:
-        value: What it computes.
-        domain: `qalora`, `aten` …; `input` and `output` for what goes in and out.
+        value: The value that it computes.
+        domain: `qalora`, `aten` …; `input` and `output` for those of the program.
         op: Name of the operator.
         path: Site, or module path in the user's model, or "".
         reads: Names of the values that it takes, in order.
@@ -60,8 +60,8 @@ def outline(program: Program, only: str | None = None) -> list[Box]:
 
     Args:
         program: At any stage.
-        only: A site or module path: nodes of it and below it; what they read from outside becomes
-            an input, what is read from outside an output.
+        only: A site or module path: only its nodes and those below it. Values that they read from
+            outside become inputs, values that are read outside become outputs.
 
     Raises:
         UserInputError: nothing is at or below `only`.
@@ -85,15 +85,15 @@ def outline(program: Program, only: str | None = None) -> list[Box]:
     ]
     boxes += [_box(node, held, names) for node in nodes]
     last = graph.output_node()
-    ends = [n for n in nodes if any(user not in inside for user in n.users)]
+    outgoing = [n for n in nodes if any(user not in inside for user in n.users)]
     if only is None:
-        ends = [n for n in last.all_input_nodes if n not in held]
-        labels = dict(zip(ends, program.signature.outputs, strict=False))
+        outgoing = [n for n in last.all_input_nodes if n not in held]
+        labels = dict(zip(outgoing, program.signature.outputs, strict=False))
     else:
-        labels = {n: _path(n) for n in ends}
+        labels = {n: _path(n) for n in outgoing}
     boxes += [
         Box(Value(f"out_{n.name}", *_kind(n, names)), OUTPUT, labels.get(n, n.name), "", (n.name,))
-        for n in ends
+        for n in outgoing
     ]
     return boxes
 
@@ -121,7 +121,7 @@ def _box(node: fx.Node, held: dict[fx.Node, Tensor], names: dict[str, str]) -> B
 
 
 def _arguments(node: fx.Node) -> list[tuple[str, Any]]:
-    """Arguments by the name that the operator's schema gives them."""
+    """Arguments by their names in the operator's schema."""
     schema = schema_of(node.target) if isinstance(node.target, OpOverload) else None
     given = [] if schema is None else [a.name for a in schema.arguments]
     named = [

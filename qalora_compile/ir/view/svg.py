@@ -12,7 +12,7 @@ from qalora_compile.ir.view.outline import INPUT, OUTPUT, Box, outline
 from qalora_compile.optional import require
 
 _MOST = 400
-"""Nodes up to which a drawing is laid out: past them it takes long, and nobody can read it."""
+"""Most nodes of a drawing: with more, layout takes long and nobody can read it."""
 _FILL = {"qalora": "#cfe3f7", INPUT: "#e7e7e7", OUTPUT: "#e7e7e7"}
 _PLAIN = "#ffffff"
 _LETTER, _LINE, _MARGIN = 6.3, 14, 8
@@ -86,7 +86,7 @@ def to_svg(program: Program, only: str | None = None) -> str:
 
 
 class _Size:
-    """A box or an edge as grandalf asks for it: it sets the place."""
+    """The view of a box or an edge for grandalf, which sets its place."""
 
     def __init__(self, w: float = 0.0, h: float = 0.0) -> None:
         self.w, self.h = w, h
@@ -129,7 +129,7 @@ class _Layout:
             self.edges.append(([(x + dx, y + dy) for x, y in edge.view.points], kinds[source]))
 
     def _place(self, part: Any) -> tuple[float, float]:
-        """Lay out a connected part to the right of the last one; gives the shift of its places."""
+        """Lay out a connected part to the right of the last one; return the shift of its places."""
         layouts = require("grandalf.layouts", extra="report", purpose="lay out a graph")
         layout = layouts.SugiyamaLayout(part)
         layout.xspace, layout.yspace = 14, 22
@@ -146,10 +146,10 @@ class _Layout:
 
 
 def _in_fixed_order(kind: type[Any]) -> type[Any]:
-    """A class of grandalf's whose objects a set keeps by their `number`.
+    """A class of grandalf whose objects are hashed by their `number`.
 
-    grandalf walks through sets of vertices and edges. By their addresses, as objects are hashed,
-    one graph would be drawn now so and now so.
+    grandalf iterates over sets of vertices and edges. Hashed by address, as objects are by default,
+    the same graph would be drawn differently each time.
     """
     return type(kind.__name__, (kind,), {"__hash__": lambda self: self.number})
 

@@ -1,4 +1,4 @@
-"""Every use of every weight in a graph: what annotate-linears decides about."""
+"""Every use of every weight in a graph, on which annotate-linears decides."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from qalora_compile.ir.tensor_identity import memory_key, storage_key
 
 _ATEN = torch.ops.aten
 _RAW = "_quantized"
-"""Added to the name of a weight that is no module's `weight`, so that both can exist."""
+"""Added to the path of a parameter that is not named `weight`, so that both can exist."""
 
 KIND = "qalora_kind"
-"""Key of a node's metadata: the kind of layer that a canonicalizing pass made it from."""
+"""Metadata key of a node: the kind of layer that a canonicalizing pass replaced."""
 
 POINTWISE = "pointwise"
 """The kind of a 1×1 convolution."""
@@ -46,7 +46,7 @@ class Use:
         tensor: The parameter.
         storage: Number of its storage.
         linear: The linear map that the node computes, or None.
-        matrix: What the node multiplies by, as a view `[N, K]` (`[E, N, K]` for experts).
+        matrix: The factor of the product, as a view `[N, K]` (`[E, N, K]` for experts).
         problem: Why `linear` is None.
     """
 
@@ -60,7 +60,7 @@ class Use:
 
     @property
     def reading(self) -> tuple[object, ...] | None:
-        """Equal for uses that multiply by the same elements the same way round."""
+        """Equal for uses that multiply by the same elements in the same orientation."""
         return None if self.matrix is None else storage_key(self.matrix)
 
 
@@ -104,35 +104,35 @@ def _look_at(
 def _misfit(
     linear: LinearMap, source: fx.Node, tensor: Tensor, matrix: Tensor, module: nn.Module
 ) -> str:
-    """Why a node that looks like a linear map is none of ours; empty where it is."""
+    """Why a node that looks like a linear map is not supported; empty if it is."""
     name = operator_name(linear.node)
     if not tensor.is_floating_point():
         return f"{dtype_name(tensor.dtype)} values, which are not quantized"
     if linear.weight.node is not source:
         return f"read by {name} as its input or bias"
     if not _adds_a_vector(linear, module):
-        return f"{name} adds a whole matrix, which is no bias"
+        return f"{name} adds a full matrix, which is not a bias"
     if memory_key(matrix) != memory_key(tensor):
         return f"read by {name} through a copy in another layout"
     rank = len(shape_of(linear.x) or ())
     if matrix.dim() == 2 and linear.kind != EXPERTS:
         return ""
     wanted = 2 if linear.group_offsets is not None else 3
-    unknown = (0,) if linear.kind == EXPERTS else ()  # these operators take no other rank
+    unknown = (0,) if linear.kind == EXPERTS else ()  # these operators accept only that rank
     if matrix.dim() == 3 and linear.kind in (EXPERTS, MATMUL) and rank in (wanted, *unknown):
         return ""
     return f"{name} multiplies {rank} dimensions by a weight of {matrix.dim()}"
 
 
 def _adds_a_vector(linear: LinearMap, module: nn.Module) -> bool:
-    """Whether the bias, where it is a stored tensor, has one value for each output."""
+    """Whether the bias, if it is a stored tensor, has one value for each output."""
     bias = linear.bias
     stored = get_tensor(module, str(bias.target)) if bias is not None else None
     return stored is None or stored.dim() == 1
 
 
 def _why_not(reader: fx.Node, tensor: Tensor) -> str:
-    """The reason why a reader is no linear map by the parameter."""
+    """Why a reader is not a linear map by the parameter."""
     name = operator_name(reader)
     if name.startswith("conv"):
         return _why_no_conv(reader, name, tensor)
@@ -146,13 +146,13 @@ def _why_not(reader: fx.Node, tensor: Tensor) -> str:
         return "returned as it is"
     if name == "linear":
         return "read by linear as its input or bias"
-    return f"read by {name}, which is no linear map"
+    return f"read by {name}, which is not a linear map"
 
 
 def _why_no_conv(reader: fx.Node, name: str, tensor: Tensor) -> str:
     kernel = "×".join(map(str, tensor.shape[2:]))
     if set(tensor.shape[2:]) != {1}:
-        return f"{name} with a {kernel} kernel, which is no linear map of one position"
+        return f"{name} with a {kernel} kernel, which is not a linear map of one position"
     for what, value, plain in conv_options(reader):
         if value != plain and not (isinstance(value, (list, tuple)) and set(value) == {plain}):
             return f"1×1 {name} with {what} {value}"
@@ -167,11 +167,11 @@ def conv_options(node: fx.Node) -> list[tuple[str, object, int]]:
 
 
 def name_rows(uses: list[Use], tensors: Collection[str]) -> list[Site]:
-    """An undecided row for each use, with a unique name, and a path for each reading.
+    """Undecided rows of the plan, one for each use: unique names, one path for each reading.
 
     Args:
-        uses: Of the whole graph.
-        tensors: Names of its tensors, which those of a quantized weight must not repeat.
+        uses: All uses in the graph.
+        tensors: Names of the graph's tensors, which those of a quantized weight must not repeat.
     """
     taken: Counter[str] = Counter()
     paths: dict[str, object] = {}
@@ -192,7 +192,7 @@ def name_rows(uses: list[Use], tensors: Collection[str]) -> list[Site]:
 
 
 def _is_taken(path: str, use: Use, paths: Mapping[str, object], tensors: Collection[str]) -> bool:
-    """Whether another reading has a path, or the model itself a tensor where ours would go."""
+    """Whether another reading has the path, or the model has a tensor where ours would go."""
     if use.reading is None:
         return False
     own = any(f"{path}.{part}" in tensors for part in (*CODE_NAMES, *ADAPTER_NAMES))
@@ -257,9 +257,9 @@ def operator_name(node: fx.Node) -> str:
 
 
 def find_heads(uses: Sequence[Use]) -> set[fx.Node]:
-    """Nodes of the linear maps of a table's shape `[V, K]` behind which there is no other layer.
+    """The heads: linear maps of a table's shape `[V, K]` whose outputs reach no other layer.
 
-    Whether the head is tied to the table, that is, has its memory, does not matter.
+    A head may be tied to the table, that is, share its memory, or not.
     """
     tables = {tuple(use.tensor.shape) for use in uses if operator_name(use.node) == EMBEDDING}
     layers = {use.node for use in uses if use.linear is not None}
@@ -273,7 +273,7 @@ def find_heads(uses: Sequence[Use]) -> set[fx.Node]:
 
 
 def _reaches(node: fx.Node, layers: set[fx.Node]) -> bool:
-    """Whether what `node` computes goes into another layer, in float or on codes."""
+    """Whether the value of `node` reaches another layer, in float or quantized."""
     open_nodes, seen = [node], {node}
     while open_nodes:
         for user in open_nodes.pop().users:

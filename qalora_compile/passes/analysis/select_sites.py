@@ -19,7 +19,7 @@ def as_patterns(value: object, option: str) -> tuple[str, ...]:
     """One pattern or several as a tuple of texts; a number names a layer of `nn.Sequential`.
 
     Raises:
-        UserInputError: something is neither text nor a whole number.
+        UserInputError: a pattern is neither text nor an integer.
     """
     items = value if isinstance(value, (tuple, list)) else (value,)
     for item in items:
@@ -37,12 +37,12 @@ def match_patterns(
     """Keys of `names` of which one alias matches one pattern.
 
     A pattern is an exact path, a dotted suffix (`q_proj` takes `model.layers.0.self_attn.q_proj`),
-    a glob over the whole path (`*.mlp.*`), or `re:` and a regular expression searched in it. `what`
-    is what the names are names of.
+    a glob over the full path (`*.mlp.*`), or `re:` and a regular expression searched in it. `what`
+    says in messages what the names stand for.
 
     Raises:
-        UserInputError: a pattern matches nothing, or is no valid regular expression; near names
-            are listed.
+        UserInputError: a pattern matches nothing (the message lists similar names), or is not a
+            valid regular expression.
     """
     matched: set[str] = set()
     for pattern in patterns:
@@ -62,7 +62,7 @@ def _fits(pattern: str, path: str) -> bool:
         try:
             return re.search(pattern.removeprefix(_REGEX), path) is not None
         except re.error as error:
-            raise UserInputError(f"{pattern!r} is no regular expression: {error}") from error
+            raise UserInputError(f"{pattern!r} is not a regular expression: {error}") from error
     if _GLOB_CHARACTERS & set(pattern):
         return fnmatch.fnmatchcase(path, pattern)
     return path == pattern or path.endswith(f".{pattern}")
@@ -78,7 +78,7 @@ def _near(pattern: str, names: Mapping[str, Sequence[str]], what: str) -> str:
 
 
 def format_choices(choices: Mapping[str, str | int]) -> tuple[str, ...]:
-    """Choices by path as texts `path=value`."""
+    """Format choices by path as texts `path=value`."""
     return tuple(f"{path}={value}" for path, value in choices.items())
 
 
@@ -103,28 +103,28 @@ def parse_ranks(texts: tuple[str, ...]) -> Mapping[str, int]:
     """Ranks by path.
 
     Raises:
-        UserInputError: a text is none of the form `path=rank`, the rank 1 or more.
+        UserInputError: a text is not of the form `path=rank`, with a rank of 1 or more.
     """
     choices = parse_choices(texts, "ranks")
     for path, value in choices.items():
         if not value.isdecimal() or int(value) < 1:
             raise UserInputError(
-                f"ranks gives {path} the rank {value!r}", hint="use a whole number, 1 or more"
+                f"ranks gives {path} the rank {value!r}", hint="use an integer, 1 or more"
             )
     return {path: int(value) for path, value in choices.items()}
 
 
 def check_paths(choices: Mapping[str, object], plan: SitePlan, option: str) -> None:
-    """Every path is of a weight that the plan quantizes.
+    """Check that every path is of a weight that the plan quantizes.
 
     Raises:
-        UserInputError: one is not; near ones are named.
+        UserInputError: one is not; the message names similar ones.
     """
     known = {site.path for site in plan.to_quantize()}
     for path in choices:
         if path not in known:
             near = difflib.get_close_matches(path, sorted(known), n=3) or sorted(known)[:3]
             raise UserInputError(
-                f"{option} names {path!r}, which is no weight that is quantized",
+                f"{option} names {path!r}, which is not a quantized weight",
                 hint=f"near ones: {', '.join(near)}",
             )

@@ -1,1 +1,1 @@
-"""Passes that give a captured graph one form before linear layers are looked for."""
+"""Passes that bring a captured graph into canonical form before the search for linear maps."""

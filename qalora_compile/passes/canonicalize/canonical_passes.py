@@ -1,4 +1,4 @@
-"""The passes that give a captured program its canonical form, in their order."""
+"""The passes that bring a captured program into canonical form, in their order."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from qalora_compile.passes.framework.base import Pass
 
 
 def canonical_passes() -> tuple[Pass, ...]:
-    """What runs before linear maps are looked for."""
+    """Run before the search for linear maps."""
     return CanonicalizeComplex(), CanonicalizeClamps(), CanonicalizePointwise()

@@ -1,4 +1,4 @@
-"""canonicalize-clamps: leave out bounds that bound nothing."""
+"""canonicalize-clamps: remove infinite bounds."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _CLAMP = torch.ops.aten.clamp.default
 
 @dataclass(frozen=True, kw_only=True)
 class CanonicalizeClamps(Pass):
-    """Leave out the infinite bounds of clamps, which Mamba's steps of time have.
+    """Remove the infinite bounds of clamps, which Mamba's time steps have.
 
     Before:  %1 = aten.clamp(%x, 0.0, inf)
     After:   %1 = aten.clamp(%x, 0.0)
 
     Fires on: clamps by numbers, of which the lower is −∞ or the upper ∞.
     Leaves alone: every other clamp.
-    Exactness: bit for bit. An exported file holds no infinity, which would look like a broken one.
+    Exactness: bit for bit. Otherwise the infinity would make an exported file look broken.
     """
 
     name: ClassVar[str] = "canonicalize-clamps"

@@ -1,4 +1,4 @@
-"""canonicalize-complex: write complex numbers as pairs of real ones, which every target has."""
+"""canonicalize-complex: rewrite complex numbers as pairs of real ones, as every target needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SAME = (
     *(_ATEN.clone.default, _ATEN.contiguous.default, _ATEN.detach.default, _ATEN.alias.default),
     *(_ATEN.detach_.default, _ATEN.lift_fresh_copy.default, _ATEN.index.Tensor),
 )
-"""What treats a pair as it treats a number."""
+"""Operators that act on a pair as on a number."""
 _AXES: dict[Any, tuple[str, ...]] = {
     _ATEN.unsqueeze.default: ("dim",),
     _ATEN.squeeze.dim: ("dim",),
@@ -51,7 +51,7 @@ class CanonicalizeComplex(Pass):
 
     Fires on: graphs whose complex numbers are made, multiplied, added, indexed and reshaped, as
     rotary embeddings do (Llama 4, DeepSeek-V2, Meta's Llama).
-    Leaves alone: a graph that does anything else with them, as a whole; no target has them then.
+    Leaves alone: every node of a graph that does anything else with them; no target takes it then.
     Exactness: the same products and sums as torch's complex kernels; those may fuse them.
     """
 
@@ -74,7 +74,7 @@ class CanonicalizeComplex(Pass):
 
 
 def _complex_nodes(graph: fx.Graph, program: Program) -> set[fx.Node] | None:
-    """The nodes that give complex numbers; None where something else is done with them."""
+    """The nodes with complex values; None if an operator on them is not supported."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -91,7 +91,7 @@ def _complex_nodes(graph: fx.Graph, program: Program) -> set[fx.Node] | None:
 
 
 def _is_known(node: fx.Node, numbers: set[fx.Node]) -> bool:
-    if node.target in _SUMS:  # of numbers alone: a real one has another shape as a pair
+    if node.target in _SUMS:  # all must be complex: a real summand is not a pair
         return not node.kwargs and numbers.issuperset(node.args)
     if node.target in _PRODUCTS:
         return not any(isinstance(factor, complex) for factor in node.args)
@@ -108,7 +108,7 @@ def _casts(node: fx.Node) -> bool:
 
 
 class _Rewrite:
-    """Writes one graph anew, number by number."""
+    """Rewrites one graph, complex value by complex value."""
 
     def __init__(self, graph: fx.Graph, tensors: dict[str, Tensor]) -> None:
         self._graph, self._tensors = graph, tensors
@@ -147,7 +147,7 @@ class _Rewrite:
         return self._call(_ATEN.stack.default, [real, imaginary], -1)
 
     def _read(self, node: fx.Node) -> fx.Node:
-        """What reads a number: the pair, or one part of it."""
+        """The replacement for a reader of a number: the pair, or one part of it."""
         if node.target is _ATEN.view_as_real.default:
             return self._pairs[argument(node, "self")]
         real, imaginary = self._parts(argument(node, "self"))

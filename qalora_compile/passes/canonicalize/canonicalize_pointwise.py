@@ -1,4 +1,4 @@
-"""canonicalize-pointwise: write 1×1 convolutions as the linear maps that they are."""
+"""canonicalize-pointwise: rewrite 1×1 convolutions as linear maps."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What every pass is made of: the base class, pipelines, the registry, matching and rewriting."""
+"""The pass framework: base class, pipelines, registry, pattern matching and rewriting."""

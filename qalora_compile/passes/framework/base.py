@@ -20,7 +20,7 @@ _validating: ContextVar[bool] = ContextVar("qalora_validating", default=False)
 
 @contextmanager
 def validating(on: bool = True) -> Iterator[None]:
-    """Check every program against its stage's specification around every pass in the block."""
+    """In the block, validate the program of every pass before and after it."""
     token = _validating.set(on)
     try:
         yield
@@ -30,13 +30,13 @@ def validating(on: bool = True) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that a pass did, or one that it left alone.
+    """One thing that a pass changed, or one that it skipped.
 
     Attributes:
         path: Site or module path.
         what: What was done, or not.
         why: The reason.
-        at: The node at which a pattern did not fit.
+        at: The node at which a pattern did not match.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Change:
 
 @dataclass(frozen=True)
 class PassResult:
-    """A new program, and what was changed and skipped on the way."""
+    """A new program, with the changes that were made and the skips."""
 
     program: Program
     changes: tuple[Change, ...] = ()
@@ -55,7 +55,7 @@ class PassResult:
 
     @property
     def modified(self) -> bool:
-        """Whether the pass did anything."""
+        """Whether the pass changed anything."""
         return bool(self.changes)
 
 
@@ -63,7 +63,7 @@ _DATA = "qalora_data"
 
 
 def data_field(default: Any) -> Any:
-    """A field of a pass that is no option: it is not printed and not compared."""
+    """A field of a pass that is not an option: it is neither printed nor compared."""
     return dataclasses.field(default=default, repr=False, compare=False, metadata={_DATA: True})
 
 
@@ -71,15 +71,15 @@ def data_field(default: Any) -> Any:
 class Pass(ABC):
     """A pure function from program to program. Subclasses are frozen dataclasses.
 
-    The fields of a subclass are its options: they are simple values, print as
-    `name{option=value}` and parse back (`Pipeline.parse`). A field made by `data_field` is none: it
-    holds what text cannot carry, and what a pass can be run again without.
+    The fields of a subclass are its options: simple values that print as `name{option=value}` and
+    parse back (`Pipeline.parse`). A field made by `data_field` is not an option: it holds data that
+    text cannot carry, and without which the pass can be run again.
 
     Class attributes:
         name: Kebab-case name.
         consumes: Stages that the pass accepts.
         produces: Stage of the result, or None to keep the input's.
-        lossy: The result is meant to compute something else: weights are rounded.
+        lossy: The pass changes the function on purpose, as it rounds weights.
     """
 
     name: ClassVar[str]
@@ -92,19 +92,19 @@ class Pass(ABC):
 
     @abstractmethod
     def call(self, program: Program) -> PassResult:
-        """Do the work on a copy; the input stays as it is."""
+        """Transform a copy of the program; the input stays unchanged."""
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Raise `PostconditionError` where the result breaks the pass's promise."""
+        """Raise `PostconditionError` where the result breaks the contract of the pass."""
 
     @final
     def __call__(self, program: Program) -> PassResult:
-        """Check, run, check again.
+        """Check the input, run the pass, check the result.
 
         Raises:
-            PreconditionError: the stage, or what `requires` asks for, is wrong.
-            PostconditionError: the result breaks what `ensures` promises.
-            InternalError: the pass changed its input, or failed in an unforeseen way.
+            PreconditionError: the program is at another stage, or breaks what `requires` checks.
+            PostconditionError: the result breaks what `ensures` checks.
+            InternalError: the pass changed its input, or raised another exception.
         """
         try:
             return self._run(program)
@@ -166,7 +166,7 @@ _STAGE_HINTS = {
 
 
 def _fingerprint(program: Program) -> list[tuple[object, ...]]:
-    """Differs after a pass has edited the graph or a tensor of its input in place.
+    """A state that differs once a pass has edited the graph or a tensor of its input in place.
 
     Arguments of nodes are immutable: a node that is edited holds others.
     """

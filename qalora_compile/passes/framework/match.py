@@ -1,4 +1,4 @@
-"""Patterns over fx graphs, as data, and matches that say which node did not fit and why.
+"""Declarative patterns over fx graphs, whose mismatch names the node that did not fit and why.
 
 A pattern names the operands of operators as their schemas do:
 
@@ -9,7 +9,7 @@ A pattern names the operands of operators as their schemas do:
     const(-1, 3), or just -1    one of some constants
     anchor(a)                   where the search begins: what encloses it is found from its readers
 
-Nodes that change nothing (`no_ops`) are looked through everywhere. `match` gives a `Match`, or a
+Nodes that change nothing (`no_ops`) are skipped everywhere. `match` returns a `Match`, or a
 `Mismatch`: the failure that got furthest. (onnxscript's rewriter matches ONNX graphs, not fx.)
 """
 
@@ -30,18 +30,18 @@ from qalora_compile.passes.framework.no_ops import readers, through
 _ATEN = torch.ops.aten
 
 Captured = Mapping[str, Any]
-"""What a pattern has captured, by name."""
+"""The captured values of a pattern, by name."""
 Test = Callable[[Captured], bool]
 Attempt = Callable[["State"], Iterator["State"]]
 
 
 @dataclass(frozen=True)
 class Match:
-    """A part of a graph that fits a pattern.
+    """A part of a graph that matches a pattern.
 
     Attributes:
-        node: What the outermost operator of the pattern matched.
-        captured: By name: nodes, numbers, and what else was captured.
+        node: The node that the outermost operator of the pattern matched.
+        captured: Nodes, numbers and other captured values, by name.
     """
 
     node: fx.Node
@@ -53,12 +53,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Why nothing fits: the failure that got furthest.
+    """Why nothing matches: the failure that got furthest.
 
     Attributes:
         node: The node that does not fit.
-        reason: In words, without names of nodes: the same for all layers of a model.
-        near: Whether the part that makes the pattern recognizable was found before.
+        reason: Text without names of nodes, so that it is the same for all layers of a model.
+        near: Whether the part that makes the pattern recognizable had matched.
         depth: How many operators had matched.
     """
 
@@ -73,7 +73,7 @@ class Mismatch:
 
 @dataclass
 class _Trace:
-    """The failure that got furthest; of equals, the first."""
+    """The failure that got furthest; the first of equal ones."""
 
     best: Mismatch | None = None
 
@@ -86,7 +86,7 @@ class _Trace:
 
 @dataclass(frozen=True)
 class State:
-    """How far a search has come: what it captured, and at which node and operand it is."""
+    """The state of a search: the captured values, and the current node and operand."""
 
     node: fx.Node
     trace: _Trace
@@ -104,7 +104,7 @@ class State:
 
 
 class Pattern:
-    """What a value may look like. Patterns are immutable, and distinguished by identity."""
+    """A condition on a value. Patterns are immutable, and compared by identity."""
 
     def solve(self, value: object, state: State) -> Iterator[State]:
         """Each solution in which `value` fits, continued from `state`."""
@@ -118,7 +118,7 @@ class Pattern:
         raise NotImplementedError
 
     def children(self) -> Iterable[Pattern]:
-        """The patterns inside."""
+        """The nested patterns."""
         return ()
 
 
@@ -127,7 +127,7 @@ P = TypeVar("P", bound="_Named")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Named(Pattern):
-    """A pattern that captures what it matches, and may ask for more."""
+    """A pattern that captures what it matches, and may have further conditions."""
 
     name: str = ""
     tests: tuple[tuple[Test, str], ...] = ()
@@ -138,11 +138,11 @@ class _Named(Pattern):
         return replace(self, name=name)
 
     def where(self: P, test: Test, reason: str = "") -> P:
-        """Test what was captured so far; without a reason it is a guard, and not reported."""
+        """Test the values captured so far; a test without a reason is a guard and not reported."""
         return replace(self, tests=(*self.tests, (test, reason)))
 
     def otherwise(self: P, reason: str) -> P:
-        """Give a reason of its own where something else stands here."""
+        """Set the reason that is reported where the value is another."""
         return replace(self, missing=reason)
 
     def _finish(self, value: object, state: State) -> Iterator[State]:
@@ -202,7 +202,7 @@ class _Either(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class _List(Pattern):
-    """A list of just so many values, as `cat` takes."""
+    """A list of exactly so many values, as `cat` takes."""
 
     entries: tuple[Pattern, ...]
 
@@ -240,11 +240,11 @@ class Op(_Named):
         return " or ".join(str(target).removesuffix(".default") for target in self.targets)
 
     def swapping(self, first: str, second: str) -> Op:
-        """Let two operands change places."""
+        """Also match with two operands exchanged."""
         return replace(self, swapped=(first, second))
 
     def recognizable(self) -> Op:
-        """Report what fails from here on: with this operator the graph looks like the pattern."""
+        """Report failures from here on: this operator makes the pattern recognizable."""
         return replace(self, near=True)
 
     def children(self) -> Iterable[Pattern]:
@@ -266,7 +266,7 @@ class Op(_Named):
 
 
 def _solve_operands(operands: Mapping[str, Pattern], state: State) -> Iterator[State]:
-    """The operands that a pattern names, in its order (what is solved first); then the others."""
+    """The operands that a pattern names, in its order (the order of matching); then the others."""
     given = arguments(state.node)
     rest = {
         a.name: _Const((a.default_value,))
@@ -279,7 +279,7 @@ def _solve_operands(operands: Mapping[str, Pattern], state: State) -> Iterator[S
 
 
 def _all_of(parts: list[tuple[str, Pattern, object]], state: State) -> Iterator[State]:
-    """Each solution in which all values fit their patterns."""
+    """Each solution in which all values match their patterns."""
     if not parts:
         yield state
         return
@@ -289,7 +289,7 @@ def _all_of(parts: list[tuple[str, Pattern, object]], state: State) -> Iterator[
 
 
 def _any_of(attempts: Iterable[Attempt], state: State, final: bool = False) -> Iterator[State]:
-    """What any of some attempts finds; their failures count only where all fail."""
+    """The solutions of several attempts; their failures are only recorded if all fail."""
     tried, fits = _Trace(), False
     for attempt in attempts:
         for found in attempt(replace(state, trace=tried)):
@@ -302,7 +302,7 @@ def _any_of(attempts: Iterable[Attempt], state: State, final: bool = False) -> I
 
 
 def _kind(value: object) -> str:
-    """A value in words, without a name."""
+    """A description of a value without its name."""
     if not isinstance(value, fx.Node):
         return "nothing" if value is None else f"the constant {value}"
     kinds = {"placeholder": "an input", "get_attr": "a tensor of the model", "output": "the output"}
@@ -346,24 +346,24 @@ def anything(name: str = "") -> _Leaf:
 
 
 def const(*values: object, otherwise: str = "") -> Pattern:
-    """One of some constants; `otherwise` is the reason where it is another."""
+    """One of some constants; `otherwise` is the reason reported for another."""
     return _Const(values, otherwise)
 
 
 def either(*alternatives: Pattern, final: bool = False) -> Pattern:
-    """The first that fits; or, unless it is `final`, a later one where what follows asks for it."""
+    """The first that matches; unless `final`, later ones are tried if the rest does not match."""
     return _Either(alternatives, final)
 
 
 def anchor(inner: Pattern) -> Pattern:
-    """Where the search for a pattern begins."""
+    """The place where the search for a pattern begins."""
     return _Anchor(inner)
 
 
 def match(at: fx.Node, *patterns: Pattern) -> Match | Mismatch:
-    """The first of some patterns that fits at a node, or why the last does not.
+    """The first of some patterns that matches at a node, or why the last does not.
 
-    The node is where the anchor of a pattern is, or the pattern itself where it has none.
+    The node has to match the anchor of a pattern, or the pattern itself if it has none.
     """
     trace = _Trace()
     for pattern in patterns:

@@ -1,4 +1,4 @@
-"""Nodes that change nothing: casts to a value's own dtype, aliases, slices of everything."""
+"""Nodes that change nothing: casts to a value's own dtype, aliases, complete slices."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _SAME = (_ATEN.alias.default, _ATEN.contiguous.default)
 
 
 def through(value: object) -> fx.Node | None:
-    """The node behind nodes that change nothing; None for what is no node."""
+    """The node that a chain of nodes that change nothing reads; None for a constant."""
     while isinstance(value, fx.Node) and changes_nothing(value):
         value = argument(value, "self")
     return value if isinstance(value, fx.Node) else None
 
 
 def changes_nothing(node: fx.Node) -> bool:
-    """Whether a node gives the values and the dtype that it is given."""
+    """Whether a node returns its input with the same values and dtype."""
     if node.target in _SAME:
         return True
     if node.target in _CASTS:

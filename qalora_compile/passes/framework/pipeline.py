@@ -1,4 +1,4 @@
-"""`Pipeline`: passes in order; a wrong order is refused before any work."""
+"""`Pipeline`: passes in order. A wrong order is refused before any pass runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Pipeline:
         """Run every pass; the result carries the changes and skips of all.
 
         Raises:
-            PassError: a pass failed; the names of those that had run are added to it.
+            PassError: a pass failed; the names of the passes that had run are added.
         """
         changes: list[Change] = []
         skips: list[Change] = []

@@ -21,7 +21,7 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 
 def format_pass(name: str, options: Mapping[str, Any]) -> str:
-    """`name{option=value,…}`, every option written out; `name` alone where there is none."""
+    """`name{option=value,…}` with every option; only `name` for a pass without options."""
     if not options:
         return name
     inner = ",".join(f"{k.replace('_', '-')}={_format(v)}" for k, v in options.items())

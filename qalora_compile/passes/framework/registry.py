@@ -46,13 +46,13 @@ P = TypeVar("P", bound=type[Pass])
 
 
 def register_pass(kind: P) -> P:
-    """Make a class of passes known by its `name`, to pipelines in text and to histories.
+    """Register a class of passes by its `name`, for pipelines in text and for histories.
 
     Returns:
-        The class, so that this can stand above it as a decorator.
+        The class, so that this can be used as a decorator.
 
     Raises:
-        ExtensionError: the name is taken, or `kind` is no class of passes.
+        ExtensionError: the name is taken, or `kind` is not a class of passes.
     """
     name = str(getattr(kind, "name", kind))
     PASSES.add(name, _checked(name, kind))
@@ -84,10 +84,10 @@ def get_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
 
 
 def _checked(name: str, kind: object) -> type[Pass]:
-    """A class of passes of that name.
+    """Check that `kind` is a class of passes of that name.
 
     Raises:
-        ExtensionError: it is none.
+        ExtensionError: it is not.
     """
     if not isinstance(kind, type) or not issubclass(kind, Pass):
         raise PASSES.unfit(name, "a class derived from Pass")

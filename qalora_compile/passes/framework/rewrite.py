@@ -1,4 +1,4 @@
-"""What several passes need to edit a graph."""
+"""Helpers with which passes edit a graph."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from qalora_compile.passes.framework.no_ops import changes_nothing
 def rewrite_matches(
     program: Program, patterns: tuple[Pattern, ...], rewrite: Callable[[Match], Change]
 ) -> PassResult:
-    """Rewrite what fits one of some patterns, wherever their anchor is, as often as one fits.
+    """Rewrite every match of one of some patterns, until none is left.
 
-    An anchor that is left, and at which the last pattern is recognizable, is skipped with a reason.
+    A remaining anchor at which the last pattern is recognizable is skipped with a reason.
 
     Args:
-        program: It stays as it is.
+        program: It stays unchanged.
         patterns: In the order in which they are tried.
-        rewrite: Replaces what was matched in its graph, so that it matches no more.
+        rewrite: Replaces a match in its graph, so that it does not match again.
     """
     graph = shaped_graph(program)
     changes, skips = [], []
@@ -48,7 +48,7 @@ def item(node: fx.Node, index: int) -> fx.Node:
 
 
 class TensorNodes:
-    """One `get_attr` node for each tensor of a graph, made at the top on first use."""
+    """One `get_attr` node for each tensor of a graph, made at the graph's top on first use."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
@@ -70,7 +70,7 @@ class TensorNodes:
 def freeze(
     tensors: Mapping[str, Tensor], names: Collection[str] | None = None
 ) -> dict[str, Tensor]:
-    """The same memory, in parameters that take no gradient; the user's model is not touched.
+    """The same tensors as parameters without gradients; the user's model is not changed.
 
     Args:
         tensors: By name.
@@ -86,7 +86,7 @@ def freeze(
 
 
 def set_free(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """The same tensors; those named are copies that take gradients, in memory of their own."""
+    """The same tensors, except that those named are copies that take gradients."""
     made = {
         name: _parameter(_copy(tensor), tensor, trains=True) if name in names else tensor
         for name, tensor in tensors.items()
@@ -95,7 +95,7 @@ def set_free(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str,
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """A copy; a deferred tensor, which has no memory, as it is."""
+    """A copy; a deferred tensor, which has no memory, is returned itself."""
     return tensor.detach() if is_lazy(tensor) else tensor.detach().clone()
 
 
@@ -105,6 +105,6 @@ def _parameter(values: Tensor, source: Tensor, *, trains: bool) -> Tensor:
 
 
 def _keep_ties(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names that shared one parameter object share one again."""
+    """Let names that shared one parameter object share one again."""
     first = {id(before[name]): after[name] for name in reversed(list(before))}
     return {name: first[id(before[name])] for name in after}

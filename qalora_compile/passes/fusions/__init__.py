@@ -1,1 +1,1 @@
-"""Passes that replace several nodes by one operator with the same meaning."""
+"""Passes that fuse several nodes into one operator with the same meaning."""

@@ -38,7 +38,7 @@ _ATEN = torch.ops.aten
 
 
 def _keys(name: str) -> Pattern:
-    """Keys or values `[B, Hk, T, D]`, after a past or not, each head repeated or not."""
+    """Keys or values `[B, Hk, T, D]`, with or without a past and a repetition of each head."""
     past = node(f"past_{name}").where(lambda m: m[f"past_{name}"].op == "placeholder")
     with_past = op(_ATEN.cat.default, tensors=(past, node(name)), dim=const(-2, 2))
     each = either(with_past.named(f"all_{name}"), node(name))
@@ -60,9 +60,9 @@ def _repeats(found: Captured, name: str) -> bool:
 
 
 def _takes_past(found: Captured) -> bool:
-    """Whether keys and values have a past that the operator can append to, or neither is seen to.
+    """Whether both keys and values have a past that the operator can append to, or neither.
 
-    It gives all of them as results, which cannot be read before it has run (as Doge's mask is).
+    It returns all keys and values, so nothing may read them before it (as Doge's mask does).
     """
     names = [name for name in ("key", "value") if f"all_{name}" in found]
     return len(names) != 1 and not any(_is_read_early(found, name) for name in names)
@@ -75,7 +75,7 @@ def _is_read_early(found: Captured, name: str) -> bool:
 
 
 def _path(value: fx.Node, total: fx.Node) -> Iterator[fx.Node]:
-    """The nodes from `value` back to what it is made of."""
+    """The nodes from `value` back to `total`, which it is made from."""
     while value is not total:
         yield value
         value = argument(value, "self")
@@ -91,7 +91,7 @@ def _has_heads(found: Captured) -> bool:
 
 
 def _sizes(found: Captured | Match) -> tuple[Any, int, int]:
-    """Width of a head of q, number of heads of q, of k."""
+    """Width of a head of q, number of heads of q, and of k."""
     (_, heads, _, width), kv = shape_of(found["query"]) or (), shape_of(found["key"]) or ()
     return width, int(heads), int(kv[1])
 
@@ -118,7 +118,7 @@ _ATTENTION = (
     .where(_takes_past)
     .where(_are_computed, "its keys are an input, which every call would lay out in rows and back")
     .where(_has_heads, "the number of heads is not known")
-    .where(_heads_fit, "the heads of q are no multiple of those of k")
+    .where(_heads_fit, "the heads of q are not a multiple of those of k")
 )
 
 
@@ -127,7 +127,7 @@ def _has_one_reader(name: str) -> Callable[[Captured], bool]:
 
 
 def _in_rows(heads: Pattern) -> Op:
-    """The result as `[B, S, H · D]`, if it has no other reader."""
+    """The result as `[B, S, H · D]`, if nothing else reads it."""
     across = swapped(heads).named("across").where(_has_one_reader("across"))
     return (
         op(*VIEWS, self=across).named("rows").where(lambda m: len(shape_of(m["rows"]) or ()) == 3)
@@ -158,8 +158,8 @@ class FuseAttention(Pass):
 
     Fires on: attention whose heads are known, with or without a past, with or without a mask.
     Leaves alone: dropout in training, `is_causal` (which counts from the first key, not from the
-    past), heads that capture did not record, and keys that are an input as they are (of an
-    encoder): the operator takes rows, and they would be copied in every call.
+    past), heads that capture did not record, and keys that are themselves an input (from an
+    encoder), since the operator takes rows and every call would copy them.
     Exactness: the same products; sums run in another order.
     """
 

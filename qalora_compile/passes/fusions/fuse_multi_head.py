@@ -1,4 +1,4 @@
-"""fuse-multi-head: attention as ONNX Runtime's own operator has it."""
+"""fuse-multi-head: attention in the form of ONNX Runtime's own operator."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from qalora_compile.passes.framework.rewrite import item, rewrite_matches
 
 _ATEN = torch.ops.aten
 _LOWEST = torch.finfo(torch.float32).min
-"""Not −∞: a row of nothing else would give no number, in padding, which the next layer reads."""
+"""Not −∞: rows of padding would consist of it and give NaN, which the next layer reads."""
 
 
 def _heads_of(mask: object) -> int | None:
-    """Size of the last axis but two, 1 where there is none; None where it is not known."""
+    """Size of the third axis from the end: 1 if there is none, None if it is not known."""
     shape = shape_of(mask) if isinstance(mask, fx.Node) else None
     if shape is None or len(shape) < 2:
         return None
@@ -51,7 +51,7 @@ _PATTERN = op(ATTENTION, heads=anything("heads"), mask=_MASK).recognizable()
 
 @dataclass(frozen=True, kw_only=True)
 class FuseMultiHead(Pass):
-    """Replace attention by one in which every head has keys of its own, and masks are added.
+    """Replace attention by a form in which every head has its own keys and masks are added.
 
     Before:  %1 = qalora.attention(%q, %k, %v, %mask, %past.key, %past.value, 4, 2, 0.25)
     After:   %2 = aten.where.Scalar(%mask, 0.0, -3.4e+38)
@@ -61,14 +61,14 @@ class FuseMultiHead(Pass):
              %6 = qalora.split_groups(%5.0, 4, 2)
              %1 = %6 and the other results of %5
 
-    Heads that share keys become further rows of one head: each key is read once for all of them,
-    and neither padding nor a past nor a batch is a special case. (GroupQueryAttention, which takes
-    such heads as they are, refuses several tokens of several sequences after a past.)
+    Heads that share keys become further rows of one head. Each key is then read once for all of
+    them, and padding, a past or a batch is no special case. (GroupQueryAttention takes such heads
+    directly, but refuses several tokens of several sequences after a past.)
 
     Fires on: attention with a mask or without, with a past or without.
     Leaves alone: masks with a number of heads that is not known.
-    Exactness: the same products; sums run in another order. A row whose mask excludes every key,
-    which only padding has, gives the mean of all values, and no number that is none.
+    Exactness: the same products; sums run in another order. A row whose mask excludes every key, as
+    only padding has, gives the mean of all values, not NaN.
     """
 
     name: ClassVar[str] = "fuse-multi-head"
@@ -83,7 +83,7 @@ class FuseMultiHead(Pass):
 
 @dataclass
 class _Biases:
-    """What is added for each mask, made once, where it is first needed."""
+    """The additive form of each mask, made once, where it is first needed."""
 
     made: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
@@ -98,7 +98,7 @@ class _Biases:
         return self.made[key]
 
     def _numbers(self, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """0 where a key takes part and the lowest number where not; numbers stay as they are."""
+        """0 where a key takes part and the lowest number elsewhere; float masks stay unchanged."""
         value = mask.meta.get("val")
         if not isinstance(value, Tensor) or value.dtype is not torch.bool:
             return mask
@@ -141,6 +141,6 @@ def _rewrite(found: Match, biases: _Biases) -> Change:
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
-    """The dtype of attention's results, from what was recorded of one of them."""
+    """The dtype of attention's results, as recorded for one of them."""
     values = [user.meta.get("val") for user in node.users]
     return next((v.dtype for v in values if isinstance(v, Tensor)), torch.float32)

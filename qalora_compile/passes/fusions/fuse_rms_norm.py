@@ -1,4 +1,4 @@
-"""fuse-rms-norm: one operator for the root-mean-square norm that models write out."""
+"""fuse-rms-norm: one operator for a root-mean-square norm in elementary operators."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MEAN = op(
     dim=const([-1], otherwise="the mean is not over the last axis"),
     keepdim=True,
 )
-_EPS = number("eps").otherwise("what is added to the mean is no number")
+_EPS = number("eps").otherwise("what is added to the mean is not a number")
 _SHIFTED = op(_ATEN.add.Tensor, self=_MEAN, other=_EPS)
 _INVERSE_ROOT = either(
     op(_ATEN.rsqrt.default, self=_SHIFTED),
@@ -52,7 +52,7 @@ _NORM = mul(_WEIGHT, _NORMED).otherwise("no product with a weight reads it")
 
 @dataclass(frozen=True, kw_only=True)
 class FuseRmsNorm(Pass):
-    """Replace a written-out root-mean-square norm.
+    """Fuse a root-mean-square norm in elementary operators.
 
     Before:  %1 = aten.pow.Tensor_Scalar(%x, 2)
              %2 = aten.mean.dim(%1, [-1], True)
@@ -62,8 +62,8 @@ class FuseRmsNorm(Pass):
              %6 = aten.mul.Tensor(@norm.weight, %5)
     After:   %6 = qalora.rms_norm(%x, @norm.weight, 1e-06)
 
-    Fires on: that pattern with its factors in either order, with `pow(…, -0.5)` for `rsqrt`, and
-    with casts that change no dtype in between; the weight has one axis and may be computed.
+    Fires on: this pattern, with factors in either order, `pow(…, -0.5)` for `rsqrt`, and casts that
+    change no dtype in between. The weight has one axis and may be computed.
     Leaves alone: norms without a weight, over other axes, or computed in another dtype.
     Exactness: exact in real arithmetic; the products run in another order.
     """

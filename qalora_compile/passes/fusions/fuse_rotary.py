@@ -1,4 +1,4 @@
-"""fuse-rotary: one operator for rotary position embeddings that models write out."""
+"""fuse-rotary: one operator for rotary position embeddings in elementary operators."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def _has_equal_halves(table: fx.Node) -> bool:
 
 
 def _table(name: str) -> Op:
-    """The table `[B, S, R]` behind `unsqueeze(table, 1)`, whose halves are equal."""
+    """The table `[B, S, R]` in `unsqueeze(table, 1)`, whose halves are equal."""
     unknown = "cos and sin are not seen to be computed from two equal halves"
     table = node(name).where(lambda m: _has_equal_halves(m[name]), unknown)
     return op(_ATEN.unsqueeze.default, self=table, dim=1).otherwise(unknown)
 
 
 def _slice(x: Pattern, name: str) -> Op:
-    """Some values of each head."""
+    """A slice of the values of each head."""
     bounds = {"dim": anything(), "start": anything(), "end": anything()}
     return op(_ATEN.slice.Tensor, self=x, **bounds).named(name)
 
@@ -120,13 +120,13 @@ _PART = op(
         and _is(m, "rest", "source", _width(m["x"]), _width(m["source"]))
     )
 )
-"""The first values of each head are rotated, and the rest put behind them again."""
+"""The first values of each head are rotated, and the rest is appended again."""
 _ALL = _rotation(node("x").otherwise("cos and the two halves belong to different values"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseRotary(Pass):
-    """Replace a written-out rotation of halves.
+    """Fuse a rotation of halves in elementary operators.
 
     Before:  %1 = aten.mul.Tensor(%x, %cos)
              %2 = aten.slice.Tensor(%x, 3, 0, 8)
@@ -139,9 +139,9 @@ class FuseRotary(Pass):
 
     with x `[B, H, S, D]` in rows, `[B, S, H · D]`, and the result with heads as an axis again.
 
-    Fires on: that pattern where cos and sin, `[B, 1, S, R]`, are computed from two equal halves;
-    also where only the first R values of a head are rotated and the others put behind them again.
-    Leaves alone: rotations of neighbours, and tables of unknown origin.
+    Fires on: this pattern where cos and sin, `[B, 1, S, R]`, are computed from two equal halves;
+    also where only the first R values of a head are rotated and the others appended again.
+    Leaves alone: rotations of interleaved pairs, and tables of unknown origin.
     Exactness: the same products and sums.
     """
 
@@ -157,7 +157,7 @@ class FuseRotary(Pass):
 
 @dataclass
 class _Halves:
-    """The first half of each table, made once, where the table is."""
+    """The first half of each table, made once, right after the table."""
 
     made: dict[fx.Node, fx.Node] = field(default_factory=dict)
 

@@ -33,7 +33,7 @@ def _shapes_agree(found: Captured) -> bool:
 
 
 def _is_read_later(found: Captured) -> bool:
-    """Whether nothing needs the sum before the norm, which then computes it."""
+    """Whether all readers of the sum come after the norm, which then computes it."""
     return not any(reader < found["norm"] for reader in readers(found["total"]))
 
 
@@ -59,7 +59,7 @@ _NORM = (
 
 @dataclass(frozen=True, kw_only=True)
 class FuseSkipNorm(Pass):
-    """Replace a root-mean-square norm of a sum, where what is skipped comes back.
+    """Fuse a residual sum with its root-mean-square norm.
 
     Before:  %1 = aten.add.Tensor(%x, %y)                       [B, S, N]
              %2 = qalora.rms_norm(%1, @norm.weight, 1e-06)
@@ -67,8 +67,8 @@ class FuseSkipNorm(Pass):
              %2, %1 = its two results
 
     Fires on: sums of two tensors of one shape with three axes.
-    Leaves alone: sums that are the output of a layer (of its correction or bias), which are known
-    by their name; sums that are read before the norm's weight is known.
+    Leaves alone: sums that are the output of a layer (with its correction or bias), since other
+    tools find it by name; sums that are read before the norm's weight is computed.
     Exactness: the same sums and products.
     """
 
@@ -97,7 +97,7 @@ def _rewrite(found: Match) -> Change:
 
 
 def _skip_casts(total: fx.Node) -> None:
-    """Let readers of casts that change nothing read the sum: the casts stand before the norm."""
+    """Let readers of no-op casts read the sum itself, since the casts come before the norm."""
     for user in list(total.users):
         if through(user) is through(total):
             _skip_casts(user)

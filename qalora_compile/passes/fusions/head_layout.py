@@ -1,4 +1,4 @@
-"""Values with heads as an axis, `[B, H, S, D]`, and in rows, `[B, S, H · D]`."""
+"""Conversion between heads as an axis, `[B, H, S, D]`, and in rows, `[B, S, H · D]`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VIEWS = (_ATEN.view.default, _ATEN.reshape.default)
 
 
 def swapped(inner: Pattern) -> Op:
-    """`[B, H, S, D]` of `[B, S, H, D]`, or the reverse."""
+    """`[B, S, H, D]` transposed to `[B, H, S, D]`, or back."""
     return op(_ATEN.transpose.int, self=inner, dim0=1, dim1=2).swapping("dim0", "dim1")
 
 
@@ -40,7 +40,7 @@ _SPLIT = either(
 
 
 def rows_of_heads(value: fx.Node) -> fx.Node:
-    """A value `[B, H, S, D]` as `[B, S, H · D]`: what it was made from, or new nodes."""
+    """A value `[B, H, S, D]` as `[B, S, H · D]`: its source in rows, or new nodes."""
     found = match(value, swapped(_SPLIT))
     if isinstance(found, Match):
         rows: fx.Node = found["rows"]

@@ -1,1 +1,1 @@
-"""Passes that rewrite a folded program to what a target can run."""
+"""Passes that lower a folded program to operators that a target can run."""

@@ -1,4 +1,4 @@
-"""What all legalize passes have in common: each layer on codes becomes its target's kernel."""
+"""The base of all legalize passes: each quantized layer becomes a kernel of the target."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ON_CODES = ON_CODES | {GROUP_EMBEDDING}
 
 
 class Layer(NamedTuple):
-    """What a layer on codes says about its weight; `whole` as `Site.has_integer_zero_point`."""
+    """The format of a layer's weight; `integer_zero_point` as `Site.has_integer_zero_point`."""
 
     bits: int
     group_size: int
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Lowered:
-    """The nodes of a layer's lowered tensors; of experts each is a list, one node for each.
+    """The nodes of a layer's lowered tensors; for experts each is a list with a node per expert.
 
     Attributes:
         parts: Codes, scale and zero-point.
@@ -61,16 +61,16 @@ class Lowered:
 class LegalizePass(Pass):
     """Rewrite every group_linear, expert_linear and group_embedding into one target's operators.
 
-    A pass says how a weight is stored (`lower_weight`), how that is described, and which nodes
-    compute the layer (`emit`) or look its rows up (`emit_rows`). What is looked up and multiplied
-    by is stored once.
+    A subclass defines how a weight is stored (`lower_weight`) and described (`describe`), and which
+    nodes compute the layer (`emit`) or look its rows up (`emit_rows`). A weight that is both looked
+    up and multiplied by is stored once.
     """
 
     consumes: ClassVar[tuple[str, ...]] = (QUANTIZED, ADAPTED, FOLDED)
     kernel: ClassVar[str] = ""
-    """What has no float64 form, for the message."""
+    """Name of the target's kernel, for messages."""
     by_rows: ClassVar[bool] = True
-    """A weight with whole zero-points is stored row by row: a large one is made in parts."""
+    """Rows with integer zero-points are stored separately: a large weight is made in parts."""
     shares_scale: ClassVar[bool] = True
     """Two planes of one weight may read one tensor of scales."""
 
@@ -78,11 +78,11 @@ class LegalizePass(Pass):
     def lower_weight(
         self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
     ) -> dict[str, Tensor]:
-        """The stored tensors of one matrix, by the names that they get behind the site's path."""
+        """The stored tensors of one matrix, by their names below the site's path."""
 
     @abstractmethod
     def describe(self, layer: Layer) -> tuple[str, str]:
-        """What a layer becomes, and what of it is stored otherwise."""
+        """What a layer becomes, and how its stored form differs."""
 
     @abstractmethod
     def emit(
@@ -95,7 +95,7 @@ class LegalizePass(Pass):
         """Insert the lookup of the rows `ids`."""
 
     def requires(self, program: Program) -> None:
-        """The model computes in float32, as the kernels do.
+        """Check that the model computes in float32, as the kernels do.
 
         Raises:
             UnsupportedError: it computes in float64, for which there is no kernel.
@@ -140,7 +140,7 @@ class LegalizePass(Pass):
         return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """No operator on codes is left."""
+        """No quantized operator is left."""
         for node in after.graph.nodes:
             if node.target in _ON_CODES:
                 raise PostconditionError("a layer was not legalized", where=site_of(node))
@@ -161,9 +161,9 @@ class LegalizePass(Pass):
     def _lower_integer_zero(
         self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
     ) -> dict[str, Tensor]:
-        """`lower_weight` where zero-points are whole numbers, and no correction is left."""
+        """`lower_weight` for integer zero-points, which leave no correction."""
         if not holds(has_integer_zero_points(scale, offset, layer.bits).all()):
-            raise PostconditionError("a zero-point that should be a whole number is none")
+            raise PostconditionError("a zero-point that should be an integer is not")
         made = self.lower_weight(qweight, scale, offset, layer)
         return {name: tensor for name, tensor in made.items() if name != "correction"}
 
@@ -197,9 +197,9 @@ class LegalizePass(Pass):
     def _lower_experts(
         self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
     ) -> dict[str, Tensor]:
-        """`lower_weight` of each expert, named `0.qweight` …: a kernel's weights are its own.
+        """`lower_weight` of each expert, named `0.qweight` …, as each kernel has its own weights.
 
-        Where one expert needs a correction, all have one.
+        If one expert needs a correction, all have one.
         """
         each = [
             self.lower_weight(*parts, layer) for parts in zip(qweight, scale, offset, strict=True)
@@ -211,19 +211,19 @@ class LegalizePass(Pass):
 
 
 def pad_input(graph: fx.Graph, x: fx.Node, group_size: int, width: int, wanted: bool) -> fx.Node:
-    """X with its groups padded to `width`, where the stored groups are."""
+    """X with its groups padded to `width`, if the stored groups are padded."""
     return PadGroups.create(graph, x, group_size, width) if wanted else x
 
 
 def group_sums(graph: fx.Graph, x: fx.Node, layer: Layer, wanted: bool) -> fx.Node | None:
-    """S(x), where there is a correction."""
+    """S(x), if there is a correction."""
     return GroupSum.create(graph, x, layer.group_size) if wanted else None
 
 
 def add_correction(
     graph: fx.Graph, y: fx.Node, sums: fx.Node | None, correction: fx.node.Argument
 ) -> fx.Node:
-    """Y + S(x) C, where there is a correction."""
+    """Y + S(x) C, if there is a correction."""
     if sums is None:
         return y
     moved = graph.call_function(_ATEN.matmul.default, (sums, correction))
@@ -231,7 +231,7 @@ def add_correction(
 
 
 def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.node.Argument) -> fx.Node:
-    """Y + b, where there is a bias."""
+    """Y + b, if there is a bias."""
     return y if bias is None else graph.call_function(_ATEN.add.Tensor, (y, bias))
 
 
@@ -241,12 +241,12 @@ def _layer(node: fx.Node, site: Site) -> Layer:
 
 
 def _path(node: fx.Node) -> str:
-    """Path of the tensors of a layer on codes."""
+    """Path of the tensors of a quantized layer."""
     return str(layer_on_codes(node).qweight.target).removesuffix(".qweight")
 
 
 def _site_name(node: fx.Node) -> str:
-    """Name of the site that a layer belongs to; an adapter or another plane may be added to it."""
+    """The site of a layer, whose mark may be on a sum with an adapter or another plane."""
     name = site_of(node)
     if name is None:
         name = next((s for s in map(site_of, node.users) if s is not None), None)

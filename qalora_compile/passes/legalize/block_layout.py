@@ -1,6 +1,6 @@
 """Groups laid out as the blocks that MatMulNBits takes, with integer zero-points and a correction.
 
-What `legalize-ort-stock` and `legalize-onnx` have in common: the same blocks, packed differently.
+Shared by `legalize-ort-stock` and `legalize-onnx`, which pack the same blocks differently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class BlockLayout:
         bits: Width of the stored codes: 2, 4 or 8.
         block_size: A power of two from 16 to 256.
         width: Stored codes per group; more than the group size where groups are padded.
-        spread: Groups are padded, so x must be spread alike.
+        padded: Groups are padded, so x must be padded in the same way.
     """
 
     bits: int
@@ -39,7 +39,7 @@ class BlockLayout:
         return cls(stored, largest_block(width), width, width != group_size and k > group_size)
 
     def describe(self, bits: int, group_size: int) -> str:
-        """What of a layer's own bits and group size is stored otherwise."""
+        """How the stored form differs from the layer's own bits and group size."""
         why = "exact"
         if self.bits != bits:
             why = f"{bits}-bit codes stored in {self.bits} bits: no fast kernel for {bits}"
@@ -53,7 +53,7 @@ class Blocks:
     """A weight in blocks.
 
     Attributes:
-        codes: `[N, Lb · block_size]` uint8; what is past the last column is 0.
+        codes: `[N, Lb · block_size]` uint8; 0 past the last column.
         scale: `[N, Lb]` float32.
         zero_point: `[N, Lb]` uint8.
         correction: C, `[L, N]` float64: `(offset + scale · zero_point)ᵀ` of the groups.

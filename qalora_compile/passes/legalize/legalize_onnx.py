@@ -1,4 +1,4 @@
-"""legalize-onnx: blocked DequantizeLinear and MatMul, standard operators throughout."""
+"""legalize-onnx: blocked DequantizeLinear and MatMul, standard operators only."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LegalizeOnnx(LegalizePass):
              %5 = aten.add.Tensor(%4, @fc.bias)
 
     with integer zero-points and the correction of legalize-ort-stock, in the same blocks, so that
-    ONNX Runtime makes MatMulNBits of each DequantizeLinear and MatMul.
+    ONNX Runtime fuses each DequantizeLinear and MatMul into MatMulNBits.
 
     Fires on: every group_linear, and every expert_linear, which becomes one
     `qalora.expert_matmul_blocks`, and every group_embedding, which becomes a
@@ -51,8 +51,8 @@ class LegalizeOnnx(LegalizePass):
     name: ClassVar[str] = "legalize-onnx"
     produces: ClassVar[str | None] = f"{LEGALIZED}onnx"
     kernel: ClassVar[str] = "DequantizeLinear"
-    by_rows: ClassVar[bool] = False  # a weight is stored turned, [K, N]
-    shares_scale: ClassVar[bool] = False  # ONNX Runtime then makes no MatMulNBits
+    by_rows: ClassVar[bool] = False  # a weight is stored transposed, [K, N]
+    shares_scale: ClassVar[bool] = False  # ONNX Runtime would not fuse MatMulNBits
 
     def layout(self, layer: Layer) -> BlockLayout:
         """The blocks of a layer."""

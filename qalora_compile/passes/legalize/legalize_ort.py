@@ -1,4 +1,4 @@
-"""legalize-ort: GroupQuantLinear, which takes the folded zero-points as they are."""
+"""legalize-ort: GroupQuantLinear, which takes the real-valued folded zero-points."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GroupLayout:
     Attributes:
         group_size: Of the layer, at most K.
         width: Stored codes per group, a multiple of 16.
-        spread: The stored groups together are longer than K, so x must be spread alike.
+        padded: The stored groups together are longer than K, so x must be padded in the same way.
     """
 
     group_size: int
@@ -39,7 +39,7 @@ class GroupLayout:
 
     @classmethod
     def choose(cls, layer: Layer) -> GroupLayout:
-        """Groups that are no multiple of 16, and a tail group, are filled up with zero codes."""
+        """The layout that pads groups, the tail group too, to a multiple of 16 with zero codes."""
         group_size = min(layer.group_size, layer.k)
         width = padded_group(group_size)
         return cls(group_size, width, width * group_count(layer.k, group_size) != layer.k)
@@ -54,18 +54,18 @@ class LegalizeOrt(LegalizePass):
              %2 = aten.add.Tensor(%1, @fc.bias)
 
     with `zero_point = −offset / scale`, a real number, `[N, L]`. A group whose scale is 0, or so
-    small that the quotient is no finite number, has codes 0, scale 1 and zero-point −offset.
+    small that the quotient is not finite, has codes 0, scale 1 and zero-point −offset.
 
     Fires on: every group_linear, and every expert_linear, which becomes one
     `qalora.expert_group_quant_linear`, and every group_embedding, which becomes a
-    `qalora.block_embedding`. Where groups are no multiple of 16, or K is no multiple of
-    the group size, the stored groups are padded and x with them (`pad_groups`).
+    `qalora.block_embedding`. Where groups are not a multiple of 16, or K is not a multiple of the
+    group size, the stored groups and x are padded (`pad_groups`).
     Leaves alone: adapters that were not folded.
     Exactness: exact in real arithmetic; zero_point is rounded once to float32. With
     `parameter_dtype="float16"`, scale and zero_point are rounded to float16.
 
     Options:
-        accuracy_level: As `ExportSpec.accuracy_level`: 0 computes in float32, 4 on int8 ones.
+        accuracy_level: As `ExportSpec.accuracy_level`.
         parameter_dtype: As `ExportSpec.parameter_dtype`.
     """
 
@@ -91,7 +91,7 @@ class LegalizeOrt(LegalizePass):
         return lower_groups(qweight, scale, offset, layer, getattr(torch, self.parameter_dtype))
 
     def describe(self, layer: Layer) -> tuple[str, str]:
-        """Bits and group size, and what is padded or rounded."""
+        """Bits and group size, and the padding and rounding."""
         layout = GroupLayout.choose(layer)
         why = "exact"
         if self.parameter_dtype == "float16":
@@ -105,14 +105,14 @@ class LegalizeOrt(LegalizePass):
     def emit(
         self, graph: fx.Graph, own: GroupLinear | ExpertLinear, layer: Layer, lowered: Lowered
     ) -> fx.Node:
-        """GroupQuantLinear; the bias behind it, as a function has no optional inputs."""
+        """GroupQuantLinear, then the bias, as an ONNX function has no optional inputs."""
         layout, parts = GroupLayout.choose(layer), lowered.parts
         options = layer.bits, layout.width
         compute = "int8" if self.accuracy_level else "fp32"
         x = pad_input(graph, own.x, layout.group_size, layout.width, layout.padded)
         if isinstance(own, ExpertLinear):
-            ends = own.group_offsets
-            return ExpertGroupQuantLinear.create(graph, x, *parts, ends, *options, compute)
+            group_offsets = own.group_offsets
+            return ExpertGroupQuantLinear.create(graph, x, *parts, group_offsets, *options, compute)
         y = GroupQuantLinear.create(graph, x, *parts, *options, compute)
         return add_bias(graph, y, own.bias)
 

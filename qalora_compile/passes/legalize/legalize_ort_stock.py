@@ -43,8 +43,8 @@ class LegalizeOrtStock(LegalizePass):
              %4 = aten.add.Tensor(%1, %3)
 
     with `zero_point = clamp(round(−offset / scale))` and `correction = (offset + scale ·
-    zero_point)ᵀ`, `[L, N]`, left out where it is zero throughout. With `correction="digits"` the
-    correction is more blocks of the same kernel, on x with the group-sums behind it, once a digit:
+    zero_point)ᵀ`, `[L, N]`, omitted if it is all zero. With `correction="digits"` the correction is
+    further blocks of the same kernel, and the group-sums are appended to x once for each digit:
 
              %1 = qalora.group_sum(%x, 32)
              %2 = aten.cat([%x, %1, %1, %1], -1)
@@ -55,8 +55,8 @@ class LegalizeOrtStock(LegalizePass):
     `qalora.block_embedding`; group sizes that no kernel takes are padded (`pad_groups`).
     Leaves alone: adapters that were not folded.
     Exactness: exact in real arithmetic for any group size, tail, scale and offset; the correction
-    is rounded once to float32. As digits of b bits each it is rounded to about 2^(1 − b) per digit
-    of its largest value in a block: three digits at accuracy level 0, two at level 4.
+    is rounded once to float32. Digits of b bits instead round it to about 2^(1 − b) per digit of
+    its largest value in a block: three digits at accuracy level 0, two at level 4.
 
     Options:
         accuracy_level: As `ExportSpec.accuracy_level`.
@@ -84,7 +84,7 @@ class LegalizeOrtStock(LegalizePass):
     def lower_weight(
         self, qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer
     ) -> dict[str, Tensor]:
-        """Tensors of MatMulNBits, and its correction, see the function of that name."""
+        """Tensors of MatMulNBits and its correction."""
         layout, digits = self.layout(layer), self._digits(layer)
         return lower_weight(qweight, scale, offset, *layer[:3], layout, digits)
 
@@ -122,12 +122,12 @@ class LegalizeOrtStock(LegalizePass):
         )
 
     def _digits(self, layer: Layer) -> int:
-        """Digits of the correction, which whole zero-points do not need."""
+        """Digits of the correction, which integer zero-points do not need."""
         wanted = self.correction == "digits" and not layer.integer_zero_point
         return DIGITS[self.accuracy_level] if wanted else 0
 
     def _append_sums(self, graph: fx.Graph, x: fx.Node, sums: fx.Node, layer: Layer) -> fx.Node:
-        """x, and behind it the group-sums once for each digit, each part in whole blocks."""
+        """X with the group-sums appended once for each digit; each part fills complete blocks."""
         layout = self.layout(layer)
         groups = group_count(layer.k, layer.group_size)
         width = groups * layout.width if layout.padded else layer.k
@@ -157,7 +157,7 @@ def lower_weight(
     Returns:
         `qweight` `[N, Lb, block_size · bits / 8]` uint8; `scale` `[N, Lb]` float32; `zero_point`
         `[N, ceil(Lb · bits / 8)]` uint8; `correction` `[L, N]` float32 unless it is all zero. With
-        `digits`, no correction but so many more columns, in blocks of their own.
+        `digits`, no correction but that many sets of further columns, in their own blocks.
     """
     blocks = to_blocks(qweight, scale, offset, bits, group_size, k, layout)
     if digits:
@@ -174,7 +174,7 @@ def lower_weight(
 
 
 def _with_digits(blocks: Blocks, layout: BlockLayout, digits: int) -> Blocks:
-    """Blocks with C behind the codes, digit by digit: each takes what the one before it left.
+    """Append C to the blocks, digit by digit: each digit encodes the remainder of the last one.
 
     A digit is rounded to the codes of its block, with a scale of its own and zero-point 2^(b − 1).
     """

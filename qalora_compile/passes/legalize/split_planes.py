@@ -1,4 +1,4 @@
-"""split-planes: a weight of 8 bits as two of 4 bits, for which there are kernels in float32."""
+"""split-planes: split a weight of 8 bits into two of 4 bits, which have float32 kernels."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class SplitPlanes(Pass):
              %3 = aten.add.Tensor(%1, %2, alpha=16)
 
     with `offset = −scale · z` of each plane, and one scale for both. ONNX Runtime's MatMulNBits has
-    no float32 kernel for 8 bits: it dequantizes the whole weight in every call.
+    no float32 kernel for 8 bits: it dequantizes the complete weight in every call.
 
     Fires on: group_linear and group_embedding of 8 bits of `Site.frozen_integer_zero`.
     Leaves alone: everything else.
-    Exactness: exact in real arithmetic. Rows that are looked up are exact in float32 as well:
-    scales of whole zero-points have 16 significant bits.
+    Exactness: exact in real arithmetic. Rows that are looked up are exact in float32 as well, as
+    scales of integer zero-points have 16 significant bits.
     """
 
     name: ClassVar[str] = "split-planes"
@@ -76,14 +76,14 @@ class SplitPlanes(Pass):
         return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Zero-points of planes are whole numbers of 4 bits."""
+        """Zero-points of planes are integers of 4 bits."""
         for node in after.graph.nodes:
             if node.target not in _LAYERS or not _is_plane(layer := layer_on_codes(node)):
                 continue
             _, scale, offset = stored_parts(after, node, layer)
             if not holds(has_integer_zero_points(scale, offset, _HALF_BITS).all()):
                 where = str(layer.qweight.target)
-                raise PostconditionError("a plane's zero-point is no code", where=where)
+                raise PostconditionError("a plane's zero-point is not an integer code", where=where)
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ class WidenHalves(Pass):
 
     Fires on: every read of a float16 or bfloat16 tensor, every argument that names such a dtype,
     every input of one: inputs and outputs become float32.
-    Leaves alone: what is float32 or float64 already.
-    Exactness: weights and inputs widen exactly; what the model rounded to half between operators
-    is no longer rounded.
+    Leaves alone: float32 and float64 values.
+    Exactness: weights and inputs widen exactly; values between operators are no longer rounded to
+    half precision.
     """
 
     name: ClassVar[str] = "widen-halves"
@@ -52,7 +52,7 @@ class WidenHalves(Pass):
     produces: ClassVar[str | None] = None
 
     def requires(self, program: Program) -> None:
-        """No node looks at the bits of a half.
+        """Check that no node reinterprets the bits of a half-precision value.
 
         Raises:
             UnsupportedError: one does; its meaning would change.
@@ -89,7 +89,7 @@ class WidenHalves(Pass):
         return PassResult(after, tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Nothing half is left but stored tensors behind their cast."""
+        """Only stored tensors, read through a cast, are left in half precision."""
         if needs_widening(after, stored=False):
             raise PostconditionError("an input or operator of half precision is left")
 
@@ -122,7 +122,7 @@ def _widen_tensor(value: Any) -> Any:
 
 
 def _widen_record(node: fx.Node) -> None:
-    """The value recorded at capture, which later passes read shapes from."""
+    """Update the value recorded at capture, from which later passes read shapes."""
     if node.op != "get_attr" and "val" in node.meta:
         node.meta["val"] = pytree.tree_map(_widen_tensor, node.meta["val"])
 

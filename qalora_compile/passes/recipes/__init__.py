@@ -1,1 +1,1 @@
-"""Procedures made of several passes, or that decide what a pass is to do."""
+"""Procedures that combine several passes, or choose the options of a pass."""

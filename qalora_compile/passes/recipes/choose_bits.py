@@ -1,4 +1,4 @@
-"""How wide the codes of each weight should be, and in what groups, within a budget."""
+"""Choice of the width and group size of each weight's codes within a budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qalora_compile.quantizers.sensitivity import Sensitivity, measure_sensitivi
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
 _PARTS = 10**4
-"""The least budget is named in parts of so many, rounded up."""
+"""A hint names the least budget as a decimal number, rounded up to this many parts of one."""
 
 
 def choose_bits(
@@ -37,11 +37,11 @@ def choose_bits(
 ) -> tuple[AssignBits, dict[str, str]]:
     """The pass that spends the budget of `spec` best, and why, by path.
 
-    A form is a width, in a group size. What a weight loses in it is the expected squared change of
-    the model's outputs on the calls: the error of the layer's output, measured with the codes that
-    the method of `spec` gives (with refined offsets, if it asks for them), times how much the
-    outputs move when that does (`measure_sensitivities`). The losses are taken to add up, and the
-    sum is made as small as the budget allows (`choose_within`). Without a layer nothing is chosen.
+    A form is a width with a group size. The loss of a weight in a form is the expected squared
+    change of the model's outputs on the calls: the error of the layer's output, measured with the
+    codes that the method of `spec` gives (with refined offsets, if it asks for them), times the
+    sensitivity of the outputs to it (`measure_sensitivities`). The losses are assumed to add up,
+    and `choose_within` minimizes their sum within the budget. Without layers nothing is chosen.
 
     Args:
         annotated: The program to quantize.
@@ -49,7 +49,7 @@ def choose_bits(
         calls: Arguments of a few typical calls.
 
     Raises:
-        UserInputError: the cheapest form everywhere is beyond the budget, or a call does not fit.
+        UserInputError: the budget is below the cheapest forms, or a call does not fit.
         PreconditionError: a weight has no values yet.
     """
     calls, sites = as_calls(calls), annotated.plan.weights_to_quantize()
@@ -68,20 +68,20 @@ def choose_bits(
         for site, losses in zip(sites, measured, strict=True)
     ]
     chosen = choose_within(items, budget)
-    total = sum(item[way].loss for item, way in zip(items, chosen, strict=True))
+    total = sum(item[index].loss for item, index in zip(items, chosen, strict=True))
     reasons = {
-        site.path: _why(forms, item, way, total)
-        for site, item, way in zip(sites, items, chosen, strict=True)
+        site.path: _why(forms, item, index, total)
+        for site, item, index in zip(sites, items, chosen, strict=True)
     }
     choices = {
-        site.path: f"{forms[way].width}/{forms[way].group}"
-        for site, way in zip(sites, chosen, strict=True)
+        site.path: f"{forms[index].width}/{forms[index].group}"
+        for site, index in zip(sites, chosen, strict=True)
     }
     return AssignBits(choices=format_choices(choices)), reasons
 
 
 def _forms(spec: QuantSpec) -> list[QuantSpec]:
-    """The ways to quantize a weight that there are to choose from."""
+    """The forms, as specifications, that every weight can be quantized to."""
     groups = AUTO_GROUPS if spec.group_size == AUTO else (spec.group,)
     return [
         replace(
@@ -103,7 +103,7 @@ def _losses(
     statistics: ActivationStatistics | None,
     sensitivity: Sensitivity,
 ) -> list[float]:
-    """What a weight loses in each form."""
+    """The loss of a weight in each form."""
     matrices = weight.reshape(-1, *weight.shape[-2:])
     found = []
     for form in forms if statistics is not None else map(without_data, forms):
@@ -116,7 +116,7 @@ def _losses(
         ]
         if statistics is not None:
             error = statistics.output_error(changes[0])
-        else:  # experts: their inputs count alike
+        else:  # experts: all inputs have equal weight
             power = sensitivity.power / max(sensitivity.inputs, 1)
             error = power * sum(float(change.square().sum()) for change in changes) / len(changes)
         found.append(sensitivity.gain * error)
@@ -124,7 +124,7 @@ def _losses(
 
 
 def _cost(site: Site, form: QuantSpec, spec: QuantSpec) -> int:
-    """Bits of the codes, bits of all that is stored, or bytes of it."""
+    """The cost of a weight: bits of its codes, bits or bytes of all that is stored."""
     rows = (site.experts or 1) * site.n
     if spec.budget_unit == "bits":
         return rows * site.k * form.width
@@ -145,7 +145,7 @@ def _budget(sites: Iterable[Site], spec: QuantSpec) -> int:
     if spec.budget_unit != "megabytes":
         one = sum((site.experts or 1) * site.n * site.k for site in sites)
     least = sum(min(_cost(site, form, spec) for form in forms) for site in sites)
-    # the decimal number that was given, not the double next to it: one that was named is accepted
+    # the decimal number as given, not its double, so that the least budget in a hint is accepted
     budget = Fraction(repr(float(spec.budget))) * one
     if budget < least:
         nearest = math.ceil(Fraction(least, one) * _PARTS) / _PARTS
@@ -157,19 +157,19 @@ def _budget(sites: Iterable[Site], spec: QuantSpec) -> int:
     return int(budget)
 
 
-def _why(forms: Sequence[QuantSpec], item: Sequence[Choice], way: int, total: float) -> str:
-    """What part of the whole loss is a weight's, and what it would be in the next cheaper form."""
+def _why(forms: Sequence[QuantSpec], item: Sequence[Choice], index: int, total: float) -> str:
+    """A weight's share of the total loss, and what it would be in the next cheaper form."""
     shares = [choice.loss / total if total > 0 else 0.0 for choice in item]
-    text = f"{_form(forms, way)} make {shares[way]:.1e} of the loss"
-    cheaper = [at for at, choice in enumerate(item) if choice.cost < item[way].cost]
+    text = f"{_form(forms, index)} make {shares[index]:.1e} of the loss"
+    cheaper = [at for at, choice in enumerate(item) if choice.cost < item[index].cost]
     if not cheaper:
         return text
     near = max(cheaper, key=lambda at: (item[at].cost, -item[at].loss))
     return f"{text}, {_form(forms, near)} {shares[near]:.1e}"
 
 
-def _form(forms: Sequence[QuantSpec], way: int) -> str:
-    """Bits; and the group size, where that is chosen too."""
+def _form(forms: Sequence[QuantSpec], index: int) -> str:
+    """The bits, and the group size if that is chosen too."""
     several = len({form.group_size for form in forms}) > 1
-    group = f" in groups of {forms[way].group}" if several else ""
-    return f"{forms[way].width} bits{group}"
+    group = f" in groups of {forms[index].group}" if several else ""
+    return f"{forms[index].width} bits{group}"

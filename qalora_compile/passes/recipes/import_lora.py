@@ -19,16 +19,16 @@ from qalora_compile.passes.insert_adapters import InsertAdapters
 from qalora_compile.passes.share_group_sums import ShareGroupSums
 
 Updates = Mapping[str, Sequence[LowRankUpdate]]
-"""By the path of a layer: its updates, which are added up."""
+"""The updates of each layer, which are added up, by the layer's path."""
 
 _SHOWN = 3
 
 
 def check_updates(plan: SitePlan, updates: Updates) -> None:
-    """See that updates are of this model.
+    """Check that updates belong to this model.
 
     Raises:
-        UserInputError: a layer is missing in the model, or has other sizes; the first is named.
+        UserInputError: the model lacks a layer, or it has another size; the first is named.
         PreconditionError: a layer is kept in float, or is one of stacked experts.
     """
     sites = {site.path: site for site in plan if site.n}
@@ -45,7 +45,7 @@ def check_updates(plan: SitePlan, updates: Updates) -> None:
         if site.decision == KEEP or site.experts or site.frozen_integer_zero:
             raise PreconditionError(
                 "the adapter adapts a layer that has no foldable adapter: "
-                f"{site.reason if site.decision == KEEP else 'stacked experts or whole offsets'}",
+                f"{site.reason if site.decision == KEEP else 'experts or fixed zero-points'}",
                 where=path,
                 hint="name the layer in targets, so that it is quantized",
             )
@@ -67,9 +67,9 @@ def _check_sizes(site: Site, update: LowRankUpdate) -> None:
 
 
 def losses(program: Program, updates: Updates) -> dict[str, float]:
-    """What of each update is lost where it is made constant inside the groups, by path.
+    """The loss of each update when it is made constant inside the groups, by path.
 
-    The part ‖update − nearest‖ / ‖update‖ of the sum of a layer's updates; 0 where it folds.
+    The fraction ‖update − nearest‖ / ‖update‖ of the sum of a layer's updates; 0 where it folds.
     """
     sites, found = _sites(program), {}
     for path, several in _in_order(program, updates).items():
@@ -89,10 +89,10 @@ def _sites(program: Program) -> dict[str, Site]:
 
 
 def _in_order(program: Program, updates: Updates) -> dict[str, list[LowRankUpdate]]:
-    """The updates with their columns where the program has them: by group, in activation order.
+    """The updates with their columns in the program's order: by group, for activation order.
 
-    An update that pools neighbours of the model pools none of the program then: it is made one of
-    single columns, the same in those that it pooled.
+    Columns that an update pools need not be adjacent in the program, so it is expanded to one value
+    per column.
     """
     orders, sites = column_orders(program), _sites(program)
     return {
@@ -117,20 +117,20 @@ def _folds(update: LowRankUpdate, site: Site) -> bool:
 
 
 def import_lora(program: Program, updates: Updates, *, approximate: bool = False) -> Program:
-    """Make adapters of updates: a program at stage `adapted`, ready to fold or to train on.
+    """Insert updates as adapters: a program at stage `adapted`, ready to fold or to train further.
 
-    Several updates of a layer are added up, exactly, by putting their ranks one after another. A
-    layer without an update gets an adapter of rank 1 that is zero.
+    Several updates of a layer are added up exactly, by concatenating their ranks. A layer without
+    an update gets an adapter of rank 1 that is zero.
 
     Args:
         program: At stage `quantized`.
         updates: See `check_updates`.
-        approximate: Take updates that are not constant inside the quantization groups all the same,
-            as the nearest that are.
+        approximate: Replace updates that are not constant inside the quantization groups by the
+            nearest that are.
 
     Raises:
-        UserInputError, PreconditionError: see `check_updates`; or an update does not fold, and
-            `approximate` is false: what would be lost is said.
+        UserInputError, PreconditionError: see `check_updates`; or an update does not fold and
+            `approximate` is false; the message says what would be lost.
     """
     check_updates(program.plan, updates)
     if not approximate:
@@ -172,7 +172,7 @@ def _check_folds(program: Program, updates: Updates) -> None:
     worst = sorted(lost, key=lambda name: -lost[name])[:_SHOWN]
     pooled = f"pools groups of {update.pool}" if update.pool else "is plain LoRA, which pools none"
     if path in orders:
-        pooled += ", and the weight was quantized in activation order, where groups lie apart"
+        pooled += ", and the weight was quantized in activation order: groups are not contiguous"
     raise PreconditionError(
         f"the adapter {pooled}; {len(odd)} of its updates are not constant inside the weight's "
         f"groups of {sites[path].group_size}, so they do not fold. The nearest that do lose "

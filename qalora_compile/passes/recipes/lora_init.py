@@ -1,6 +1,6 @@
-"""What pooled adapters can correct of the quantization error, weight by weight.
+"""The part of the quantization error that pooled adapters can correct, for each weight.
 
-Codes alone do not say what was lost: the float weights come from the program before quantization.
+Codes do not tell the error, so the float weights come from the program before quantization.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ QUANTIZING = "quantize-groups"
 
 
 def annotated_source(source: Program, quantized: Program) -> Program:
-    """The program that `quantized` was quantized from, at stage `annotated`.
+    """The program from which `quantized` was made, at stage `annotated`.
 
     Args:
         source: As captured, or annotated.
@@ -84,13 +84,13 @@ def float_weights(annotated: Program) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class LoraInit:
-    """What adapters could correct of one quantized weight.
+    """The part of one weight's quantization error that adapters could correct.
 
     Attributes:
         site: The first row of the weight.
-        parts: One decomposition; one for each expert where it holds several matrices.
-        weight: Before quantization, `[N, K]` or `[E, N, K]`.
-        statistics: Of the layer's input, where there are any.
+        parts: One decomposition, or one for each expert.
+        weight: The weight before quantization, `[N, K]` or `[E, N, K]`.
+        statistics: Statistics of the layer's input, if there are any.
     """
 
     site: Site
@@ -99,7 +99,7 @@ class LoraInit:
     statistics: ActivationStatistics | None
 
     def gains(self) -> list[float]:
-        """By how much of the layer's output energy each rank more lowers the error; falling."""
+        """The share of the layer's output energy that each further rank corrects; falling."""
         wide = self.weight.double()
         if self.statistics is None:
             energy = float(wide.square().sum())
@@ -115,13 +115,13 @@ def find_lora_init(
     insert: InsertAdapters,
     statistics: Mapping[str, ActivationStatistics],
 ) -> Iterator[LoraInit]:
-    """Compare the quantized weights with those before, one after another.
+    """Compare the quantized weights with the float weights, one at a time.
 
     Args:
         annotated: See `annotated_source`.
         quantized: At stage `quantized`.
-        insert: Says what the adapters pool.
-        statistics: Of the layers' inputs, by path. Without its own, a layer's inputs count alike.
+        insert: The pass that defines what the adapters pool.
+        statistics: Statistics of the layers' inputs, by path; without, all inputs weigh the same.
 
     Raises:
         PreconditionError: `annotated` is of another model, or its weights have no values yet.
@@ -145,14 +145,14 @@ def find_lora_init(
 def choose_ranks(
     spec: AdapterSpec, find: Callable[[InsertAdapters], Iterable[LoraInit]]
 ) -> tuple[InsertAdapters, dict[str, str]]:
-    """The pass for a specification, and what the plan should say of the ranks, by site path.
+    """The pass for a specification, and the reasons of the ranks for the plan, by site path.
 
-    Rank `"auto"` gives ranks where they lower the output error most for their parameters, each
-    layer's error taken relative to its output (see `distribute_ranks`).
+    Rank `"auto"` assigns ranks where they lower the output error most per parameter, with each
+    layer's error relative to its output (see `distribute_ranks`).
 
     Args:
-        spec: Of the adapters.
-        find: `find_lora_init` of the program that they go into.
+        spec: The specification of the adapters.
+        find: `find_lora_init` of the program to adapt.
 
     Raises:
         UserInputError: the budget does not give every weight rank 1.
@@ -175,13 +175,13 @@ def choose_ranks(
 
 
 def _why(gains: list[float], rank: int) -> str:
-    """What the ranks of a weight gain, and what the next one would."""
+    """The gain of a weight's ranks, and that of the next one."""
     following = f"the next {gains[rank]:.1e}" if rank < len(gains) else "there is no more"
     return f"ranks correct {sum(gains[:rank]):.1e} of the output, {following}"
 
 
 def _on_codes(quantized: Program, site: Site) -> Tensor:
-    """The weights that the codes stand for, float64, experts after one another: `[.. N, K]`."""
+    """The dequantized weights, float64, experts concatenated: `[.. N, K]`."""
     tensors = quantized.tensors()
     qweight, scale, offset = (tensors[f"{site.path}.{part}"] for part in CODE_NAMES)
     assert site.bits is not None and site.group_size is not None, "it is quantized"
@@ -200,8 +200,8 @@ def start_from(
 ) -> Program:
     """The adapted program with A and B such that scaling · f · B A is the best correction.
 
-    Each row of A is as large as one of the random start, B takes the rest: training moves both as
-    it would from there. Ranks beyond those of the correction keep the random start.
+    Each row of A is as large as one of the random start, and B takes the other factor, so training
+    moves both as from that start. Ranks beyond those of the correction keep the random start.
 
     Raises:
         UserInputError: the scaling is 0, so that no A and B give a correction.

@@ -1,4 +1,4 @@
-"""Run the passes of one program on another capture of the same model."""
+"""Replay of a program's passes on another capture of the same model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from qalora_compile.passes.framework.pipeline import Pipeline
 
 
 def replay(source: Program, captured: Program) -> Program:
-    """`captured`, taken to the stage of `source` by the same passes, with the tensors of `source`.
+    """Take `captured` to the stage of `source` by the same passes, with the tensors of `source`.
 
-    For a graph with other inputs of the same model, such as a key-value cache: what was trained on
-    one is deployed in the other. Tensors are matched by name.
+    This is for a graph of the same model with other inputs, such as a key-value cache: adapters are
+    trained on one graph and deployed in the other. Tensors are matched by name.
 
     Args:
-        source: With its history of passes.
+        source: A program with its history of passes.
         captured: At stage `float`; its weights may be deferred tensors without a recipe.
 
     Raises:
-        PreconditionError: the two are not of the same model: a tensor is missing, or has another
-            shape or dtype.
-        UserInputError: a pass of the history is of an extension that is not installed.
+        PreconditionError: the models differ: a tensor is missing, or has another shape or dtype.
+        UserInputError: a pass of the history belongs to an extension that is not installed.
     """
     replayed = Pipeline(_steps(source))(captured).program
     return _give_tensors(source, replayed)
@@ -38,7 +37,7 @@ def _steps(source: Program) -> tuple[Pass, ...]:
     """The passes of a history.
 
     Raises:
-        UserInputError: one of them is unknown here: it is of an extension that is not installed.
+        UserInputError: one is unknown: it belongs to an extension that is not installed.
     """
     if not source.history:
         return ()
@@ -50,10 +49,10 @@ def _steps(source: Program) -> tuple[Pass, ...]:
 
 
 def replay_part(source: Program, captured: Program) -> Program:
-    """The same for a capture of a part of the model, such as its encoder.
+    """`replay` for a capture of a part of the model, such as its encoder.
 
-    What was quantized is taken from the plan of `source`, with its reasons, and not decided again:
-    a part knows nothing of ties to another, and patterns may name layers of another alone.
+    The plan of `source` decides what is quantized, with its reasons: a part does not show ties to
+    another part, and patterns may only name layers of another part.
 
     Args, Raises: see `replay`.
     """
@@ -79,12 +78,12 @@ _Key = tuple[str, str, int, int]
 
 
 def _key(row: Site) -> _Key:
-    """What a use is in any capture: numbers of repeated uses differ from one to another."""
+    """An identity of a use in any capture, as the numbers of repeated uses differ."""
     return row.weight, row.kind, row.k, row.n
 
 
 def _annotate(part: Program, decided: Mapping[_Key, Site]) -> Program:
-    """Decide as it was decided, for the same reasons."""
+    """Copy the decisions, with their reasons."""
     linears = [row for row in AnnotateLinears()(part).program.plan if row.n]
     wanted = [r.name for r in linears if (d := decided.get(_key(r))) and d.decision == QUANTIZE]
     annotated = AnnotateLinears(targets=tuple(wanted))(part).program

@@ -1,4 +1,4 @@
-"""Which weights keep the codes that their checkpoint holds."""
+"""Selection of the weights that keep the codes of their checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qalora_compile.passes.framework.base import Pass
 from qalora_compile.passes.recipes.lora_init import float_weights
 from qalora_compile.passes.sort_columns import SortColumns
 
-_WITHOUT = "the checkpoint has no codes of it: quantized by the options"
+_WITHOUT = "the checkpoint has no codes for it: quantized by the options"
 _PROBES = 64
-"""Rows that are looked for of a weight that was not found whole."""
+"""Number of rows that are looked up for a weight that was not found completely."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class KeptCodes:
 
     Attributes:
         weights: By `Site.path`: one matrix, or one for each expert.
-        without: Paths of weights to quantize that the checkpoint has no codes of.
+        without: Paths of weights to quantize for which the checkpoint has no codes.
     """
 
     weights: dict[str, tuple[CheckpointWeight, ...]]
@@ -42,7 +42,7 @@ class KeptCodes:
 
     @property
     def sorting(self) -> SortColumns | None:
-        """The pass that sorts the columns of those whose groups lie apart; None: none do."""
+        """The pass that sorts weights in activation order; None if there are none."""
         owners: dict[str, str] = {}
         orders: dict[str, Tensor] = {}
         first: dict[bytes, str] = {}
@@ -57,13 +57,13 @@ class KeptCodes:
 
     @property
     def steps(self) -> list[Pass]:
-        """The passes that go before quantize-groups."""
+        """The passes to run before quantize-groups."""
         steps = [self.sorting, self.choices if self.weights else None]
         return [step for step in steps if step is not None]
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Why, by path."""
+        """The reasons for the plan, by path."""
         kept = {path: f"{held[0].form}, as stored" for path, held in self.weights.items()}
         return kept | dict.fromkeys(self.without, _WITHOUT)
 
@@ -72,12 +72,12 @@ def reuse_codes(annotated: Program, codes: CheckpointCodes) -> KeptCodes:
     """Find the weights to quantize among the codes of their checkpoint.
 
     Args:
-        annotated: With the float weights that a reader made of the codes.
-        codes: Of the checkpoint.
+        annotated: A program with the float weights that a reader made from the codes.
+        codes: The codes of the checkpoint.
 
     Raises:
         PreconditionError: a weight has no values yet.
-        UnsupportedError: the checkpoint has codes of a weight, and they cannot be kept.
+        UnsupportedError: the checkpoint has codes for a weight, and they cannot be kept.
     """
     if not codes:
         return KeptCodes({})
@@ -94,15 +94,15 @@ def reuse_codes(annotated: Program, codes: CheckpointCodes) -> KeptCodes:
 def _matrices(
     path: str, weight: Tensor, codes: CheckpointCodes
 ) -> tuple[CheckpointWeight, ...] | None:
-    """The codes of every matrix of a weight, or None where there are none.
+    """The codes of every matrix of a weight, or None if there are none.
 
     Raises:
-        UnsupportedError: there are, but of some rows alone, of unlike forms, or in several orders;
-            or the weight is in another dtype than codes stand for.
+        UnsupportedError: there are codes, but only for some rows, in different formats, or in
+            several orders; or the weight does not have the dtype of dequantized codes.
     """
     if weight.dtype != torch.float32:
         raise UnsupportedError(
-            f"the weight is {weight.dtype}, and codes are found by what they stand for in float32",
+            f"the weight is {weight.dtype}, but codes are found by dequantized float32 values",
             where=path,
             hint="leave the model in float32, or quantize it without stored codes",
         )
@@ -113,21 +113,21 @@ def _matrices(
         return None
     forms = {f"{h.form} in groups of {h.affine.group_size}" for h in held}
     if len(held) < len(matrices):
-        why = "the checkpoint has codes of some of its rows, or of unlike forms"
+        why = "the checkpoint has codes for some of its rows, or in different formats"
     elif len(forms) > 1:
-        why = f"its experts are stored in unlike forms: {', '.join(sorted(forms))}"
+        why = f"its experts are stored in different formats: {', '.join(sorted(forms))}"
     elif len(held) > 1 and any(one.order is not None for one in held):
-        why = "its experts are stored in activation order, each in its own"
+        why = "its experts are stored in activation order, each in a different one"
     else:
         return held
     raise UnsupportedError(
         f"the codes of a weight cannot be kept: {why}",
         where=path,
-        hint="quantize anew by giving bits, or without stored codes; or leave it out (exclude)",
+        hint="quantize again by giving bits, or without stored codes; or exclude the layer",
     )
 
 
 def _has_codes(matrix: Tensor, codes: CheckpointCodes) -> bool:
-    """Whether some row is one that codes stand for; rows of zeros say nothing."""
+    """Whether some row equals dequantized codes; rows of zeros prove nothing."""
     rows = matrix[:: max(1, len(matrix) // _PROBES)]
     return any(codes.find(row[None]) is not None for row in rows if bool(row.any()))

@@ -47,7 +47,7 @@ def test_a_weight_without_codes_says_so() -> None:
     why = {site.path: site.why_bits for site in plan.to_quantize()}
     assert why == {
         "0": "A, as stored",
-        "1": "the checkpoint has no codes of it: quantized by the options",
+        "1": "the checkpoint has no codes for it: quantized by the options",
     }
 
 
@@ -58,7 +58,7 @@ def test_rows_of_zeros_are_no_codes_of_a_float_weight() -> None:
     weight = torch.randn(N, K)
     weight[5] = 0
     (site,) = quantized(layers(weight), torch.randn(3, K), held).plan.to_quantize()
-    assert "no codes of it" in site.why_bits
+    assert "no codes for it" in site.why_bits
 
 
 def experts(*weights: CheckpointWeight) -> tuple[nn.Module, Tensor]:
@@ -96,8 +96,8 @@ def test_experts_keep_their_codes() -> None:
 @pytest.mark.parametrize(
     ("second", "given", "words"),
     [
-        (stored(2, act=True), True, "activation order, each in its own"),
-        (stored(2, form="B"), True, "unlike forms: A in groups of 32, B in groups of 32"),
+        (stored(2, act=True), True, "activation order, each in a different one"),
+        (stored(2, form="B"), True, "different formats: A in groups of 32, B in groups of 32"),
         (stored(2), False, "some of its rows"),
     ],
 )
@@ -111,13 +111,15 @@ def test_experts_whose_codes_cannot_be_kept_are_refused(
     assert "experts.down_proj" in str(caught.value.where)
 
 
-@pytest.mark.parametrize("kind", ["rows without codes", "unlike forms"])
+@pytest.mark.parametrize("kind", ["rows without codes", "different formats"])
 def test_a_weight_that_is_stored_in_parts_is_refused(kind: str) -> None:
     """Fused layers: quantizing them anew would lose what the checkpoint has of them."""
     above, below = stored(1), stored(2, form="B")
     kept = (above,) if kind == "rows without codes" else (above, below)
     model = layers(torch.cat([above.dequantize(), below.dequantize()]))
-    with pytest.raises(UnsupportedError, match="some of its rows, or of unlike forms") as caught:
+    with pytest.raises(
+        UnsupportedError, match="some of its rows, or in different formats"
+    ) as caught:
         quantized(model, torch.randn(3, K), *kept)
     assert caught.value.where == "0"
 
@@ -125,5 +127,5 @@ def test_a_weight_that_is_stored_in_parts_is_refused(kind: str) -> None:
 def test_a_weight_in_another_dtype_is_refused() -> None:
     held = stored(1)
     model = layers(held.dequantize(), torch.randn(2 * N, N)).bfloat16()
-    with pytest.raises(UnsupportedError, match="bfloat16, and codes are found by"):
+    with pytest.raises(UnsupportedError, match="bfloat16, but codes are found by"):
         quantized(model, torch.randn(3, K).bfloat16(), held)

@@ -124,14 +124,14 @@ def test_backward_keeps_sums_not_inputs() -> None:
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = adapted_arguments((3, 20), 7, 4, 8)
     floats = [arguments[i] for i in FLOATS]
-    whole = Q.adapted_linear(*arguments)[0]
-    grads = torch.autograd.grad(whole.sum(), floats)
+    full = Q.adapted_linear(*arguments)[0]
+    grads = torch.autograd.grad(full.sum(), floats)
     monkeypatch.setattr(linear, "_TILE_ELEMENTS", {"cpu": 40})
     x, qweight, scale, offset = arguments[:4]
     tiles = list(linear.weight_tiles(x, qweight, scale, offset, 4, 8, 20))
     assert [weight.shape for _, weight in tiles] == [(2, 20)] * 3 + [(1, 20)]
     tiled = Q.adapted_linear(*arguments)[0]
-    assert torch.allclose(tiled, whole, rtol=0, atol=1e-12)
+    assert torch.allclose(tiled, full, rtol=0, atol=1e-12)
     for mine, theirs in zip(torch.autograd.grad(tiled.sum(), floats), grads, strict=True):
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)
 

@@ -37,7 +37,7 @@ def test_inputs_and_finished_weights_are_cast() -> None:
 
 
 def test_casting_the_scales_would_move_the_weights_further() -> None:
-    """What the kernel is for: the error of a whole layer with rounded scales is larger."""
+    """What the kernel is for: the error of a complete layer with rounded scales is larger."""
     packed, scale, offset, _ = layer()
     x = torch.ones(1, 64)
     exact = GROUP_LINEAR(x, packed, scale, offset, None, 4, 32)
@@ -60,7 +60,7 @@ def test_experts_are_cast_too() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_with_whole_zero_points_are_cast_too(kind: str) -> None:
+def test_layers_with_integer_zero_points_are_cast_too(kind: str) -> None:
     """Their adapters are not: the scales and zero-points that they give are float32's."""
     packed, scale, _, bias = layer()
     scale = shorten(scale.double(), torch.float32).float()

@@ -21,18 +21,18 @@ IDS = torch.tensor([[4, 0, 2], [1, 1, 3]])
 def codes_parts(bits: int, k: int) -> tuple[tuple[Tensor, ...], Tensor]:
     """Packed codes, scale and offset in groups of 16, and W."""
     (_, scale, zero), weight = group_parts(bits, k)
-    spread = [t.repeat_interleave(16, 1)[:, :k] for t in (scale, zero)]
-    codes = (weight / spread[0] + spread[1]).round().to(torch.uint8)
+    expanded = [t.repeat_interleave(16, 1)[:, :k] for t in (scale, zero)]
+    codes = (weight / expanded[0] + expanded[1]).round().to(torch.uint8)
     return (pack_codes(codes, bits), scale, -scale * zero), weight
 
 
 def nbits_parts(bits: int, k: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Codes as MatMulNBits has them, with packed whole zero-points, and W."""
+    """Codes as MatMulNBits has them, with packed integer zero-points, and W."""
     (codes, scale, zero), _ = group_parts(bits, k)
-    whole = zero.round().to(torch.uint8)
-    packed = pack_codes(whole, bits)[:, : -(-whole.shape[1] * bits // 8)].contiguous()
+    near = zero.round().to(torch.uint8)
+    packed = pack_codes(near, bits)[:, : -(-near.shape[1] * bits // 8)].contiguous()
     (_, _, _), weight = group_parts(bits, k)
-    return (codes, scale, packed), weight + (scale * (zero - whole)).repeat_interleave(16, 1)[:, :k]
+    return (codes, scale, packed), weight + (scale * (zero - near)).repeat_interleave(16, 1)[:, :k]
 
 
 CHECKED: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -44,7 +44,7 @@ CHECKED: dict[str, tuple[Any, tuple[Any, ...]]] = {
         Q.block_embedding,
         (IDS, *group_parts(8, 41)[0], 8, 16, 41),
     ),
-    "block_embedding, whole zero-points": (
+    "block_embedding, integer zero-points": (
         Q.block_embedding,
         (IDS, *nbits_parts(4, 41)[0], 4, 16, 41),
     ),

@@ -1,4 +1,4 @@
-"""A layer whose zero-points stay whole while it is trained: values and gradients."""
+"""A layer that trains with integer zero-points: values and gradients."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_values_and_gradients_are_those_of_the_formula(
     size=st.sampled_from((0.01, 0.3, 4.0)),
 )
 @settings(max_examples=25, deadline=None)
-def test_zero_points_stay_whole(kind: str, bits: int, dtype: torch.dtype, size: float) -> None:
+def test_zero_points_stay_integers(kind: str, bits: int, dtype: torch.dtype, size: float) -> None:
     arguments = integer_zero_arguments(kind, (2, 22), 6, bits, 8, dtype, size=size)
     _, _, scale, offset, _, _, _, lora_a, lora_b, scaling, _ = arguments
     new, moved = integer_zero_parameters(scale, offset, lora_a, lora_b, bits, scaling, kind)
@@ -135,8 +135,8 @@ def test_zero_points_stay_whole(kind: str, bits: int, dtype: torch.dtype, size: 
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = integer_zero_arguments(SCALE, n=7)
     floats = [arguments[i] for i in FLOATS]
-    whole = torch.autograd.grad(Q.integer_zero_linear(*arguments).sum(), floats)
+    full = torch.autograd.grad(Q.integer_zero_linear(*arguments).sum(), floats)
     monkeypatch.setattr(linear, "_TILE_ELEMENTS", {"cpu": 40})
     tiled = torch.autograd.grad(Q.integer_zero_linear(*arguments).sum(), floats)
-    for mine, theirs in zip(tiled, whole, strict=True):
+    for mine, theirs in zip(tiled, full, strict=True):
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)

@@ -206,14 +206,14 @@ def test_pooled_adapter_gradients_and_formula() -> None:
 
 
 @given(k=st.integers(1, 40), g=st.integers(1, 45), extra=st.integers(0, 9))
-def test_spread_groups_pads_each_group(k: int, g: int, extra: int) -> None:
+def test_pad_groups_pads_each_group(k: int, g: int, extra: int) -> None:
     x = torch.arange(1.0, k + 1)[None]
-    spread = Q.pad_groups(x, g, g + extra)
+    padded = Q.pad_groups(x, g, g + extra)
     expected: list[float] = []
     for start in range(0, k, g):
         part = x[0, start : start + g].tolist()
         expected += part + [0.0] * (g + extra - len(part))
-    assert spread.tolist() == [expected]
+    assert padded.tolist() == [expected]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -221,8 +221,8 @@ def test_spread_groups_pads_each_group(k: int, g: int, extra: int) -> None:
 @pytest.mark.parametrize("k", [16, 40, 96])
 def test_matmul_nbits_against_numpy(bits: int, block: int, k: int) -> None:
     arguments, (codes, zero, scale) = nbits_arguments(k, bits, block)
-    spread = np.repeat(zero, block, axis=1), np.repeat(scale, block, axis=1)
-    weight = ((codes - spread[0]) * spread[1])[:, :k]
+    expanded = np.repeat(zero, block, axis=1), np.repeat(scale, block, axis=1)
+    weight = ((codes - expanded[0]) * expanded[1])[:, :k]
     x, bias = arguments[0].double().numpy(), arguments[4].double().numpy()
     found = Q.matmul_nbits(*arguments).double().numpy()
     expected = x @ weight.T + bias

@@ -28,9 +28,9 @@ def group_parts(bits: int, k: int = K, seed: int = 0) -> tuple[tuple[Tensor, ...
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(N, groups, generator=generator)
     zero = 9 * torch.rand(N, groups, generator=generator)
-    spread = [t.repeat_interleave(16, 1)[:, :k] for t in (scale, zero)]
+    expanded = [t.repeat_interleave(16, 1)[:, :k] for t in (scale, zero)]
     packed = pack_groups(codes, bits=bits, group_size=16)
-    return (packed, scale, zero), spread[0] * (codes - spread[1])
+    return (packed, scale, zero), expanded[0] * (codes - expanded[1])
 
 
 def block_parts(bits: int, k: int = K, seed: int = 0) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -39,12 +39,12 @@ def block_parts(bits: int, k: int = K, seed: int = 0) -> tuple[tuple[Tensor, ...
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(blocks, N, generator=generator)
     zero = torch.randint(0, 2**bits, (blocks, N), generator=generator, dtype=torch.uint8)
-    spread = [t.repeat_interleave(16, 0)[:k] for t in (scale, zero)]
+    expanded = [t.repeat_interleave(16, 0)[:k] for t in (scale, zero)]
     flat = [
         pack_codes(t.reshape(1, -1), bits)[0, : -(-t.numel() * bits // 8)].clone()
         for t in (codes, zero)
     ]
-    return (flat[0], scale, flat[1]), (spread[0] * (codes.int() - spread[1].int())).t()
+    return (flat[0], scale, flat[1]), (expanded[0] * (codes.int() - expanded[1].int())).t()
 
 
 def stacked(make: Any, bits: int) -> tuple[list[list[Tensor]], list[Tensor]]:

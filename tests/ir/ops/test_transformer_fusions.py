@@ -39,9 +39,9 @@ def test_rotary_embedding_turns_pairs_and_keeps_the_rest(heads: int, half: int, 
     found = ROTARY_EMBEDDING(x, angle.cos(), angle.sin(), heads).unflatten(-1, (heads, -1))
     each = x.unflatten(-1, (heads, -1))
     pairs = torch.complex(each[..., :half], each[..., half : 2 * half])
-    turned = pairs * torch.polar(torch.ones_like(angle), angle).unsqueeze(2)
-    torch.testing.assert_close(found[..., :half], turned.real)
-    torch.testing.assert_close(found[..., half : 2 * half], turned.imag)
+    rotated = pairs * torch.polar(torch.ones_like(angle), angle).unsqueeze(2)
+    torch.testing.assert_close(found[..., :half], rotated.real)
+    torch.testing.assert_close(found[..., half : 2 * half], rotated.imag)
     assert torch.equal(found[..., 2 * half :], each[..., 2 * half :])
 
 

@@ -17,7 +17,7 @@ WIDTH = st.integers(1, 70)
 
 
 def random_codes(n: int, k: int, bits: int, seed: int) -> Tensor:
-    """Codes over the whole range of `bits`, the largest one included."""
+    """Codes over the full range of `bits`, the largest one included."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (n, k), generator=generator).to(torch.uint8)
     codes[0, 0] = 2**bits - 1
@@ -25,7 +25,7 @@ def random_codes(n: int, k: int, bits: int, seed: int) -> Tensor:
 
 
 def stream_bytes(row: list[int], bits: int) -> bytes:
-    """One row as a little-endian bit stream, padded to whole units of eight codes."""
+    """One row as a little-endian bit stream, padded to complete units of eight codes."""
     number = sum(code << (position * bits) for position, code in enumerate(row))
     return number.to_bytes((len(row) + 7) // 8 * bits, "little")
 

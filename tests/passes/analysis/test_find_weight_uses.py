@@ -63,7 +63,7 @@ def test_a_reading_through_views_is_quantized_and_folds(name: str) -> None:
     (site,) = program.plan.to_quantize()
     assert site.kind in ("linear", "matmul", "addmm")
     assert worst(program(x), qc.fold_adapters(program)(x)) <= 1e-5 * scale_of(program(x))
-    # 8 bits stay close to the model itself: the right elements were read, the right way round.
+    # 8 bits stay close to the model itself: the right elements were read, in the right orientation.
     close = qc.quantize_groups(qc.capture_model(model, (x,)), qc.QuantSpec(bits=8, group_size=8))
     assert worst(close(x), model(x)) < 0.02 * scale_of(model(x))
 
@@ -72,10 +72,10 @@ OTHERS: dict[str, tuple[Body, str]] = {
     "left": (lambda x, w: w @ x.t(), "multiplies by it from the left"),
     "embedding": (lambda x, w: functional.embedding(x.long() * 0, w), "table of an embedding"),
     "returned": (lambda x, w: w, "returned as it is"),
-    "pointwise": (lambda x, w: x[:1] * w, "read by mul, which is no linear map"),
+    "pointwise": (lambda x, w: x[:1] * w, "read by mul, which is not a linear map"),
     "input": (lambda x, w: functional.linear(w, x), "as its input or bias"),
     "copied": (lambda x, w: functional.linear(x, w.t().reshape(24, 32)), "copy in another layout"),
-    "indexed": (lambda x, w: functional.linear(x, w[torch.tensor([0, 2])]), "no linear map"),
+    "indexed": (lambda x, w: functional.linear(x, w[torch.tensor([0, 2])]), "not a linear map"),
 }
 
 

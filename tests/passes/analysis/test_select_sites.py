@@ -56,7 +56,7 @@ def test_each_form_of_pattern(pattern: str, count: int, expected: str) -> None:
         "layers.1",  # and reaches to the end
         "model",
         "LM_HEAD",
-        "mlp.*",  # a glob covers the whole path
+        "mlp.*",  # a glob covers the full path
         "up_proj.",
         ".q_proj",
         "",
@@ -136,7 +136,7 @@ def test_a_model_without_linear_layers_says_so() -> None:
 def test_a_broken_regular_expression_is_shown(expression: str) -> None:
     with pytest.raises(re.error):
         re.compile(expression)
-    with pytest.raises(UserInputError, match="is no regular expression") as caught:
+    with pytest.raises(UserInputError, match="is not a regular expression") as caught:
         select(f"re:{expression}")
     assert expression in caught.value.what
 

@@ -37,8 +37,8 @@ class Rotary(nn.Module):
         """`[batch, sequence, width]` → the same."""
         y = self.proj(x)
         numbers = torch.view_as_complex(y.float().reshape(*y.shape[:-1], -1, 2))
-        turned = numbers * self.table[: x.shape[1]].unsqueeze(0)
-        return torch.view_as_real(turned).flatten(-2)
+        rotated = numbers * self.table[: x.shape[1]].unsqueeze(0)
+        return torch.view_as_real(rotated).flatten(-2)
 
 
 class Mixed(nn.Module):

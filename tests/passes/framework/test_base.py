@@ -259,7 +259,7 @@ def fails(error: Exception) -> Callable[..., None]:
 
 @pytest.mark.parametrize("where", ["before", "work", "after"])
 @pytest.mark.parametrize("error", [KeyError("gone"), RuntimeError("boom"), AssertionError("odd")])
-def test_a_foreign_exception_becomes_an_internal_error(where: str, error: Exception) -> None:
+def test_any_other_exception_becomes_an_internal_error(where: str, error: Exception) -> None:
     step = Scripted(**{where: fails(error)})  # type: ignore[arg-type]
     with pytest.raises(InternalError, match="the pass scripted failed") as caught:
         step(captured())

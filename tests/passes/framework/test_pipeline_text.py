@@ -138,7 +138,7 @@ def test_every_pass_with_any_options_is_read_back_as_it_was(step: Pass) -> None:
     assert str(again) == str(step)
 
 
-def test_a_whole_pipeline_is_read_back_as_it_was() -> None:
+def test_a_complete_pipeline_parses_back() -> None:
     text = (
         'annotate-linears{targets=[q_proj,"re:mlp"],exclude=[],keep-heads=false},'
         'assign-bits{choices=["a.q_proj=8/16"]},'

@@ -47,11 +47,11 @@ def test_codes_packed_in_the_wrong_order_are_caught(monkeypatch: pytest.MonkeyPa
     program, x = folded()
     real = pass_module.pack_flat
 
-    def turned(codes: Tensor, bits: int) -> Tensor:
+    def permuted(codes: Tensor, bits: int) -> Tensor:
         packed = real(codes, bits)
         return (packed >> 4) | (packed << 4)
 
-    monkeypatch.setattr(pass_module, "pack_flat", turned)
+    monkeypatch.setattr(pass_module, "pack_flat", permuted)
     wrong = LegalizeOnnx()(program).program
     report = qc.verify_equivalence(program, wrong, [(x,)], qc.Tolerance(max_rel=1e-4))
     assert not report.passed

@@ -267,11 +267,11 @@ def test_a_bias_added_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_codes_packed_in_the_wrong_order_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     program, x = folded()
 
-    def turned(codes: Tensor, bits: int) -> Tensor:
+    def permuted(codes: Tensor, bits: int) -> Tensor:
         packed = pack_codes(codes, bits)
         return (packed >> 4) | (packed << 4)
 
-    monkeypatch.setattr(pass_module, "pack_codes", turned)
+    monkeypatch.setattr(pass_module, "pack_codes", permuted)
     wrong = LegalizeOrtStock()(program).program
     report = qc.verify_equivalence(program, wrong, [(x,)], qc.Tolerance(max_rel=1e-4))
     assert not report.passed

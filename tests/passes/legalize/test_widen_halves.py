@@ -21,7 +21,7 @@ HALVES = [torch.float16, torch.bfloat16]
 
 
 class Rounding(nn.Module):
-    """Casts to half in several ways, and makes half tensors."""
+    """Casts to half with several operators, and makes half tensors."""
 
     shift: Tensor
 

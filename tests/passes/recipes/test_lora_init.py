@@ -364,7 +364,7 @@ def test_what_needs_the_float_weights_says_so(options: dict[str, object]) -> Non
     with pytest.raises(PreconditionError, match="before quantization") as caught:
         qc.insert_adapters(quantized, spec)
     assert "source=" in str(caught.value.hint)
-    with pytest.raises(UserInputError, match="pass alone"):
+    with pytest.raises(UserInputError, match="pass lacks the float weights"):
         InsertAdapters(**spec.to_json())
     with pytest.raises(PreconditionError, match="float weights are wanted"):
         qc.insert_adapters(quantized, spec, source=quantized)

@@ -1,4 +1,4 @@
-"""Adapters that keep zero-points whole: inserted, trained, folded, exported without corrections."""
+"""Adapters with integer zero-points: inserted, trained, folded, exported without corrections."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_transformer_and_a_weight_used_twice(kind: str, tmp_path: Path) -> Non
         assert str(again) == str(program)
 
 
-def test_plain_adapters_take_a_base_with_whole_zero_points_and_make_it_real() -> None:
+def test_plain_adapters_take_a_base_with_integer_zero_points_and_make_them_real() -> None:
     x = torch.randn(3, 32)
     base = quantized(MLP(32, 8), x)
     assert [site.integer_zero_point for site in base.plan] == [True]
@@ -177,15 +177,15 @@ def test_odd_specifications_are_refused(case: str) -> None:
         qc.AdapterSpec(**options)
 
 
-def test_what_cannot_stay_whole_is_refused() -> None:
+def test_zero_points_that_cannot_stay_integers_are_refused() -> None:
     x = torch.randn(2, 32)
     real = qc.quantize_groups(qc.capture_model(MLP(32, 8).eval(), (x,)))
-    with pytest.raises(PreconditionError, match="no whole numbers") as caught:
+    with pytest.raises(PreconditionError, match="not integers") as caught:
         qc.insert_adapters(real, qc.AdapterSpec(kind="scale"))
     assert caught.value.where == "layers.0"
     with pytest.raises(UserInputError, match="zero_point is 'integer' with method"):
         qc.QuantSpec(method="hqq", zero_point="integer")
-    with pytest.raises(UnsupportedError, match="keep zero-points whole"):
+    with pytest.raises(UnsupportedError, match="keep zero-points integers"):
         qc.adapt_module_(
             MLP(32, 8),
             (x,),
@@ -213,7 +213,7 @@ def test_a_fold_that_leaves_the_zero_points_real_is_caught(
         return scale, (offset.double() + rest[1] * (b.double() @ a.double())).to(scale.dtype)
 
     monkeypatch.setattr(adapters, "integer_zero_parameters", unrounded)
-    with pytest.raises(InternalError, match="no whole number"):
+    with pytest.raises(InternalError, match="not an integer"):
         qc.fold_adapters(program)
 
 
