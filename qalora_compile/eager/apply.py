@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qalora_compile.eager.layers import PARTS, AdaptedLinear, AdaptedWeight, register_parts
 from qalora_compile.eager.weights import Geometry, Piece, parametrize_weight
 from qalora_compile.errors import UnsupportedError
-from qalora_compile.ir.adapters import find_adapters
+from qalora_compile.ir.adapters.find import find_adapters
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.pattern import get_tensor, match_linear
 from qalora_compile.ir.program import Program

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError
 from qalora_compile.ir import ops
-from qalora_compile.ir.adapters import AddedAdapter, adapter_at
+from qalora_compile.ir.adapters.added import AddedAdapter
+from qalora_compile.ir.adapters.find import adapter_at
 from qalora_compile.ir.affine import group_count, has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import holds
 from qalora_compile.ir.meta import site_of

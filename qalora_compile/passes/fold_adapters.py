@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from qalora_compile.errors import PostconditionError, PreconditionError
-from qalora_compile.ir.adapters import Adapter, find_adapters
+from qalora_compile.ir.adapters.base import Adapter
+from qalora_compile.ir.adapters.find import find_adapters
 from qalora_compile.ir.lazy_tensor import defer, is_lazy
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.ops.linear import GroupSum

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qalora_compile.config import AUTO, AdapterSpec
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
-from qalora_compile.ir.adapters import AdapterSettings, adapter_kind, find_adapters
+from qalora_compile.ir.adapters.base import AdapterSettings
+from qalora_compile.ir.adapters.find import adapter_kind, find_adapters
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.ops.integer_zero_linear import INTEGER, SCALE

@@ -10,7 +10,7 @@ import torch
 
 import qalora_compile as qc
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.ir.adapters import DROPOUT
+from qalora_compile.ir.adapters.base import DROPOUT
 from qalora_compile.ir.spec import validate
 from tests.models import MLP, assert_close, llama, token_ids
 

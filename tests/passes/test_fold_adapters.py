@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import qalora_compile as qc
 from qalora_compile.config import POOLINGS
 from qalora_compile.errors import PostconditionError, PreconditionError
-from qalora_compile.ir.adapters import Adapter
+from qalora_compile.ir.adapters.base import Adapter
 from qalora_compile.ir.meta import move_site
 from qalora_compile.ir.spec import GROUP_LINEAR, GROUP_SUM, POOLED_ADAPTER
 from qalora_compile.passes import PassResult

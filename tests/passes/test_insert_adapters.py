@@ -20,7 +20,7 @@ from qalora_compile.errors import (
     PreconditionError,
     UserInputError,
 )
-from qalora_compile.ir.adapters import AddedAdapter
+from qalora_compile.ir.adapters.added import AddedAdapter
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.spec import GROUP_SUM, POOLED_ADAPTER
 from qalora_compile.passes import insert_adapters as pass_module

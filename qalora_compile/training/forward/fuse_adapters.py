@@ -7,7 +7,9 @@ import operator
 import torch
 from torch import fx
 
-from qalora_compile.ir.adapters import Adapter, AddedAdapter, find_adapters
+from qalora_compile.ir.adapters.added import AddedAdapter
+from qalora_compile.ir.adapters.base import Adapter
+from qalora_compile.ir.adapters.find import find_adapters
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.ops.adapted_linear import AdaptedLinear

@@ -18,7 +18,7 @@ from torch import Tensor
 from qalora_compile.config import POOLINGS, one_of
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.files import atomic_folder, write_json
-from qalora_compile.ir.adapters import find_adapters
+from qalora_compile.ir.adapters.find import find_adapters
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.safetensors_io import load_tensors, save_tensors

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.adapters import find_adapters
+from qalora_compile.ir.adapters.find import find_adapters
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
 from qalora_compile.training.spec import FitSpec

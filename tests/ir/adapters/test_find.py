@@ -10,15 +10,10 @@ from torch import fx
 
 import qalora_compile as qc
 from qalora_compile.errors import InternalError, PreconditionError
-from qalora_compile.ir.adapters import (
-    AdapterSettings,
-    AddedAdapter,
-    ExpertsAdapter,
-    IntegerZero,
-    TrainedScale,
-    adapter_at,
-    find_adapters,
-)
+from qalora_compile.ir.adapters.added import AddedAdapter, ExpertsAdapter
+from qalora_compile.ir.adapters.base import AdapterSettings
+from qalora_compile.ir.adapters.find import adapter_at, find_adapters
+from qalora_compile.ir.adapters.integer_zero import IntegerZero, TrainedScale
 from qalora_compile.ir.ops.experts import ExpertLinear
 from qalora_compile.ir.ops.linear import GroupLinear, GroupSum, PooledAdapter
 from qalora_compile.ir.ops.views import set_argument
