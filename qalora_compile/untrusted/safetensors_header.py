@@ -139,7 +139,7 @@ def _check_layout(rows: Mapping[str, Row], start: int, size: int, path: Path) ->
     at, before = start, "the header"
     for name, row in sorted(rows.items(), key=lambda item: (item[1].begin, item[1].end)):
         if row.begin != at:
-            problem = "overlaps with" if row.begin < at else "leaves a gap after"
+            problem = "overlaps with" if row.begin < at else "leaves bytes unused after"
             raise _broken(path, f"{name} {problem} {before}")
         at, before = row.end, name
     if at != size:

@@ -79,7 +79,7 @@ FILES: dict[str, tuple[bytes, str]] = {
         "surrogate",
     ),
     "a name with terminal escapes": (built({"\x1b[31m": ONE["a"]}), "not a tensor name"),
-    "a header that is a list": (built([1]), "no object"),
+    "a header that is a list": (built([1]), "not a JSON object"),
     "no header": (b"\x08\0\0", "cut short"),
     "metadata that is a number": (built({**ONE, "__metadata__": {"a": 1}}), "__metadata__"),
     "an unknown type": (built({"a": row("F128", [2], 0, 32)}), "F128"),
