@@ -174,10 +174,9 @@ QUANTIZERS = Registry(
         "gptq": f"{_QUANTIZERS}.registry:GPTQ",
     },
 )
-"""The values of `QuantSpec.method`. Each has a smaller error than the one before it: usually in the
-output of a layer; provably, up to `hqq`, in the squared error of the weights, and for `hqq` on
-calibration data in the output too. The specifications need the names, so the table is in the
-core."""
+"""The values of `QuantSpec.method`, by falling error: usually of a layer's output; provably, up
+to `hqq`, in the squared error of the weights, and for `hqq` on calibration data in the output too.
+Specifications need the names, so the table is in the core."""
 ONNX_TARGETS = {
     "ort": "qalora_compile.exporters.onnx.targets:ORT",
     "ort-stock": "qalora_compile.exporters.onnx.targets:ORT_STOCK",
