@@ -1,6 +1,6 @@
-"""Shows that a step kept a program's meaning. Depends on the IR alone; returns reports.
+"""Checks that a transformation preserves a program's meaning. Depends on the IR alone.
 
-Names are imported on first use: certificates are checked without torch.
+Names are imported on first use, so that certificates can be checked without torch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # else every misspelt name would have a type
+if not TYPE_CHECKING:  # otherwise every misspelt name would have a type
 
     def __getattr__(name: str) -> Any:
         return lazy_attribute(__name__, name, _HOMES)

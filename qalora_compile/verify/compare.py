@@ -18,18 +18,18 @@ from qalora_compile.verdict import Verdict
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a candidate lies from its reference, over every input tried.
+    """The difference between a candidate and its reference, over every input tried.
 
     Attributes:
-        name: Of the output or site.
+        name: Name of the output or site.
         max_abs: Largest absolute difference.
         max_rel: Largest absolute difference divided by the largest absolute reference value.
         sqnr_db: Signal to error ratio in decibels, 10 log10(Σ reference² / Σ error²); higher is
-            better, infinite where the two are equal.
+            better, infinite if the two are equal.
         scale: Largest absolute reference value.
-        problem: What no tolerance admits (unlike shapes, NaN, whole numbers that differ), or empty.
-        rounding: How many times farther the candidate lies from the exact value than rounding
-            takes the reference (`verify.judge`); None where that was not asked for.
+        problem: What no tolerance admits (different shapes, NaN, unequal integers), or empty.
+        rounding: The error against the exact value, as a multiple of what rounding does to the
+            reference (`verify.numeric.error_bound`); None if that was not asked for.
     """
 
     name: str
@@ -43,15 +43,15 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """What difference is admitted. There is no default: the caller states it.
+    """The difference that is admitted. There is no default: the caller states it.
 
     Attributes:
         max_abs: Largest absolute difference of an output.
-        max_rel: Largest absolute difference as a part of the output's scale.
+        max_rel: Largest absolute difference relative to the output's scale.
         min_sqnr_db: Least signal to error ratio in decibels.
-        rounding: Hold the difference against what rounding does to the reference itself, which has
-            to be a program: up to 8 times as much is admitted whatever the figures above say, from
-            64 times on nothing is, and between them the figures decide.
+        rounding: Compare the difference with what rounding does to the reference itself, which must
+            be a program: up to 8 times as much is always admitted, 64 times or more never is, and
+            in between the other figures decide.
     """
 
     max_abs: float | None = None
@@ -74,8 +74,8 @@ class Tolerance:
 
         Args:
             found: The comparison.
-            output_scale: For a site inside the model: the scale of the model's outputs, by which
-                `max_abs` is transferred to the site's own scale where that is larger.
+            output_scale: For a site inside the model, the scale of the model's outputs. It converts
+                `max_abs` to the site's own scale if that is larger.
         """
         if found.problem or math.isnan(found.max_abs):
             return False
@@ -102,8 +102,8 @@ class Tolerance:
 def compare(name: str, reference: Tensor, candidate: Tensor) -> Comparison:
     """Compare two tensors in float64.
 
-    NaN anywhere, or unlike shapes, is a problem, no number. Integers and booleans (a class, a
-    token, a mask) that differ are a problem beside the numbers: being near means nothing to them.
+    NaN values or different shapes are reported as a problem, without numbers. Integers and booleans
+    (classes, tokens, masks) must be equal: a difference is a problem as well as a number.
     """
     if reference.shape != candidate.shape:
         text = f"shapes {list(reference.shape)} and {list(candidate.shape)} differ"
@@ -124,15 +124,15 @@ def compare(name: str, reference: Tensor, candidate: Tensor) -> Comparison:
 
 
 def _unequal(reference: Tensor, candidate: Tensor) -> str:
-    """How many values differ, where both are integers or booleans; float64 rounds large ones."""
+    """How many integers or booleans differ. Compared exactly, since float64 rounds large ones."""
     if any(t.is_floating_point() or t.is_complex() for t in (reference, candidate)):
         return ""
     differ = int((reference != candidate).sum())
-    return f"{differ} of {reference.numel()} whole numbers differ" if differ else ""
+    return f"{differ} of {reference.numel()} integers differ" if differ else ""
 
 
 def _decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise), with the limits at no noise, no signal and infinite noise."""
+    """10 log10(signal / noise), with its limits for no noise, no signal and infinite noise."""
     if noise == 0:
         return math.inf
     if signal == 0 or math.isinf(noise):
@@ -141,7 +141,7 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 def worst_of(comparisons: Iterable[Comparison]) -> Comparison:
-    """One comparison that holds for all of the given ones (of one name, over several inputs)."""
+    """The worst of several comparisons of one name, one for each input."""
     items = list(comparisons)
     nans = any(math.isnan(c.max_abs) for c in items)
     return Comparison(
@@ -161,11 +161,11 @@ class Report(Brief):
 
     Attributes:
         reference, candidate: What was compared.
-        tolerance: What was admitted.
+        tolerance: The difference that was admitted.
         inputs: How many inputs were tried.
         outputs: One comparison for each output of the model; these decide the verdict.
-        sites: One for each site that both sides show, in graph order.
-        first_divergence: The first site out of tolerance where the two are different; if every site
+        sites: One comparison for each site that both graphs expose, in graph order.
+        first_divergence: The first site out of tolerance if the verdict is DIFFERENT; if every site
             agrees, `after the last site`.
         verdict: EQUAL (within the tolerance) or DIFFERENT.
         by_input: One comparison for each input, over all outputs, by its place (`input 0`).
@@ -219,7 +219,7 @@ class Report(Brief):
         return self
 
     def summary(self) -> dict[str, Any]:
-        """What was compared and the verdict with its numbers, as JSON types."""
+        """What was compared, the verdict and its numbers, as JSON types."""
         return {
             "reference": self.reference,
             "candidate": self.candidate,

@@ -43,16 +43,16 @@ def verify_equivalence(
 
     Args:
         reference: A program, or the path of a program folder, export folder or `.onnx` file.
-        candidate: Likewise.
-        inputs: One call each: a tuple of positional arguments, or a dict of keyword arguments.
-        tolerance: What difference of the outputs is admitted.
+        candidate: A program or path as above.
+        inputs: Calls, each a tuple of positional arguments or a dict of keyword arguments.
+        tolerance: The difference of the outputs that is admitted.
         library: A library of custom operators that exported models run with, for example
             `qalora_compile.runtime.library_path()`; None runs them on ONNX Runtime's own kernels.
 
     Returns:
-        A report: `.passed`, per output and per site differences, and where they are different the
-        first site, in graph order, that is out of tolerance (transferred to the site's scale), or
-        the first stored tensor with NaN or infinite values, with which nothing passes.
+        A report: `.passed`, the difference of each output and site and, if the two are different,
+            the first site in graph order that is out of tolerance (converted to the site's scale),
+            or the first stored tensor with NaN or infinite values, which never passes.
 
     Raises:
         UserInputError: no input was given, an input does not fit the signature, or a path cannot
@@ -92,7 +92,7 @@ _Rows = dict[str, list[Comparison]]
 def _compare_runs(
     a: Runner, b: Runner, inputs: Sequence[Call], exact: RoundingReference | None
 ) -> tuple[_Rows, _Rows, list[Comparison]]:
-    """Every output and every site by name, on each input; and the worst output of each input."""
+    """Comparisons of every output and site by name, and of the worst output of each input."""
     outputs, sites, by_input = _Rows(), _Rows(), list[Comparison]()
     in_steps = any(isinstance(side, OnnxRunner) and side.in_steps for side in (a, b))
     for index, call in enumerate(track(list(inputs), "verify")):
@@ -143,7 +143,7 @@ def _leaves(a: Runner, b: Runner, call: Call) -> list[Any]:
     for runner in (a, b):
         if len(runner.signature.inputs) != len(leaves):
             raise UserInputError(
-                f"the two sides take different inputs: {a.label} takes "
+                f"the two models take different inputs: {a.label} takes "
                 f"{[i.name for i in a.signature.inputs]}, {b.label} takes "
                 f"{[i.name for i in b.signature.inputs]}"
             )
@@ -156,7 +156,7 @@ def _same_names(
 ) -> list[str]:
     if list(first) != list(second):
         raise UserInputError(
-            f"the two sides have different outputs: {list(first)} and {list(second)}",
+            f"the two models have different outputs: {list(first)} and {list(second)}",
             where=f"{a.label}, {b.label}",
         )
     return list(first)

@@ -1,4 +1,4 @@
-"""Random inputs made from a signature, for verification without data at hand."""
+"""Random inputs drawn from a signature, for verification without data."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _LOOKUPS = {
     torch.ops.aten.embedding.default: ("indices", "weight"),
     GROUP_EMBEDDING: ("ids", "qweight"),
 }
-"""Operators that look rows up, and what their numbers and tables are called."""
-"""Where a lookup has its ids, and where its table."""
+"""Lookup operators, with the names of their index and table operands."""
+"""The positions of a lookup's ids and of its table."""
 
 
 def sample_inputs(program: Program, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """`count` calls, as keyword arguments, with sizes that vary where the signature lets them.
+    """`count` calls, as keyword arguments, whose sizes vary where the signature allows it.
 
-    Token ids stay below the rows of the embedding that reads them; inputs named `…mask…` are ones;
-    other integers and booleans repeat values of the example; floats are standard normal.
+    Token ids stay below the number of rows of the embedding that reads them; inputs named `…mask…`
+    are ones; other integers and booleans repeat values of the example; floats are standard normal.
     """
     generator = torch.Generator().manual_seed(seed)
     calls = []
     for index in range(count):
-        # The first call has batch 1; later ones vary batch and length, alike for every input.
+        # The first call has batch 1; later ones vary batch and length, equally for all inputs.
         sizes = _SIZES | {"sequence": _SIZES["sequence"] + index}
         sizes["total_sequence"] = sizes["past_sequence"] + sizes["sequence"]
         if index == 0:
@@ -56,9 +56,9 @@ def draw_leaves(
     """Random flat inputs; see `sample_inputs`.
 
     Args:
-        program: Whose signature is followed.
-        sizes: Of axes by name; one that is not named is 5, and each stays within its range.
-        generator: Of the values.
+        program: Its signature determines the inputs.
+        sizes: Axis sizes by name. Others are 5. Each stays within the axis's range.
+        generator: Source of the random values.
     """
     args, kwargs = program.example
     example = flatten_inputs(program.graph, [*args, *kwargs.values()])
@@ -70,9 +70,9 @@ def draw_leaves(
 
 
 def padded_inputs(program: Program, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Calls whose masks exclude the last positions, and the first: none without a mask.
+    """Calls whose masks exclude the last or the first positions; none if there is no mask.
 
-    Sentences lose a different number of positions, and none loses all.
+    Rows lose different numbers of positions, and no row loses all of them.
     """
     drawn = sample_inputs(program, 2, seed=seed)[1]
     leaves = program.leaves((), drawn)
@@ -95,7 +95,7 @@ def padded_inputs(program: Program, *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def _padded(mask: Tensor, *, first: bool) -> Tensor:
-    """0 at one end of the last axis, on more positions from row to row."""
+    """A mask with zeros at one end of the last axis, on more positions from row to row."""
     odd, length = mask.clone(), mask.shape[-1]
     for row, values in enumerate(odd):
         count = min(length - 1, length // 3 + row)
@@ -104,19 +104,19 @@ def _padded(mask: Tensor, *, first: bool) -> Tensor:
 
 
 def rebuild_call(program: Program, leaves: Sequence[Any]) -> dict[str, Any]:
-    """A call, as keyword arguments, from its flat inputs."""
+    """The call, as keyword arguments, that has these flat inputs."""
     args, kwargs = pytree.tree_unflatten(list(leaves), input_spec(program.graph))
     names = argument_names(program.graph)
     return dict(zip(names, [*args, *kwargs.values()], strict=True))
 
 
 def is_mask(leaf: InputLeaf) -> bool:
-    """Whether an input says which positions count: its name says so."""
+    """Whether an input is a mask, which its name tells."""
     return "mask" in leaf.name
 
 
 def token_limits(program: Program) -> dict[str, int]:
-    """Rows of the embedding table that reads each input, directly or through a reshape."""
+    """Number of rows of the embedding that reads each input, directly or through a reshape."""
     limits = {}
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     for leaf, node in zip(program.signature.inputs, placeholders, strict=True):

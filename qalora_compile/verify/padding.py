@@ -1,7 +1,7 @@
-"""Which positions of a value are padding, where a model has no value to hold others to.
+"""Which positions of a value are padding, where the model's value is not defined.
 
-A row of attention whose mask excludes every key is 0, a mean or no number, as a kernel likes: torch
-gives 0, ONNX's operators the mean of all values. Positions that count never read it.
+A row of attention whose mask excludes every key is 0, a mean or NaN, depending on the kernel: torch
+gives 0, ONNX's operators give the mean of all values. Other positions never read it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Padding:
     """The padding of one call.
 
     Attributes:
-        masks: By length of the sequence axis, `[batch, length]`, true where padding stands.
+        masks: Masks `[batch, length]`, true at padding, by length of the sequence axis.
     """
 
     masks: dict[int, Tensor]
@@ -30,8 +30,8 @@ class Padding:
     def of(self, value: Tensor) -> Tensor | None:
         """True where an element of `value` belongs to padding, in a shape that broadcasts to it.
 
-        None where that cannot be told: the value has no axes of batch and sequence. They are the
-        first axis and the second or third (`[batch, heads, sequence, …]`), or one for both.
+        None if that cannot be determined because the value has no axes of batch and sequence. They
+        are the first axis and the second or third (`[batch, heads, sequence, …]`), or one for both.
         """
         shape = value.shape
         for mask in self.masks.values():
@@ -46,9 +46,9 @@ class Padding:
 
 
 def padding_of(signature: Signature, leaves: Sequence[Any]) -> Padding | None:
-    """The padding that a call's masks `[batch, length]` say; None where nothing is padded.
+    """The padding given by a call's masks `[batch, length]`; None if nothing is padded.
 
-    With a cache the mask is longer than the tokens, which are its last positions.
+    With a cache, the mask is longer than the tokens, which are its last positions.
     """
     pairs = [
         (leaf, v)
@@ -69,6 +69,6 @@ def padding_of(signature: Signature, leaves: Sequence[Any]) -> Padding | None:
 
 
 def counted(value: Tensor, padding: Padding | None) -> Tensor:
-    """A value with zeros at padding, which has no value to hold others to."""
+    """The value with zeros at padding."""
     where = None if padding is None else padding.of(value)
     return value if where is None else torch.where(where, torch.zeros_like(value), value)

@@ -1,1 +1,1 @@
-"""Where a difference begins: bisection, a script that repeats it, a page."""
+"""Locates a difference: bisection over passes, a script that reproduces it, an HTML page."""

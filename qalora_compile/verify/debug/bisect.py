@@ -18,10 +18,10 @@ class Step:
     """One step of a pipeline.
 
     Attributes:
-        name: What was done, for example a pass as text.
-        program: What came out.
-        lossy: It is meant to change what is computed (quantization): what follows is held to its
-            result, and the step itself is not judged.
+        name: The transformation, for example a pass as text.
+        program: The result.
+        lossy: The step is meant to change what is computed (quantization). Later steps are compared
+            with its result, and the step itself is not checked.
     """
 
     name: str
@@ -34,14 +34,14 @@ class Culprit:
     """The step that breaks equivalence.
 
     Attributes:
-        index: Of the step.
+        index: Index of the step.
         step: Its name.
-        before: The program that the step was given.
-        after: What it made of it.
-        report: The comparison of the two, or, where each step alone is within what rounding
-            explains and all of them are not, of the last lossy step with `after`.
-        inputs: What was compared on, by name.
-        cumulative: The latter is the case.
+        before: The input program of the step.
+        after: Its output program.
+        report: The comparison of the two. If rounding explains every single step but not all of
+            them together, the comparison of the last lossy step's result with `after`.
+        inputs: The inputs of the comparison, by name.
+        cumulative: Whether `report` spans several steps.
     """
 
     index: int
@@ -54,12 +54,12 @@ class Culprit:
 
     @property
     def row(self) -> ValueRow | None:
-        """The first value, in graph order, at which the two part; None if they do not run."""
+        """The first value, in graph order, at which the two diverge; None if they do not run."""
         return None if self.report.culprit is None else self.report.culprit[1]
 
     @property
     def site(self) -> str:
-        """The site at which it is: its name, or that of the module; "" outside of all."""
+        """The name of the site at which the two diverge, or of the module; "" outside of all."""
         return "" if self.row is None else self.row.path
 
     def __str__(self) -> str:
@@ -77,22 +77,22 @@ def bisect(
 ) -> Culprit | None:
     """Find the first step that changes what is computed.
 
-    Every step is tried, in order: halving would miss what a later step undoes.
+    Every step is tried in order, because bisection would miss a change that a later step undoes.
 
     Args:
-        start: The program that the first step was given.
-        steps: In order.
-        inputs: Calls by name; None takes two random and all adversarial ones of `start`.
+        start: The input program of the first step.
+        steps: The steps, in order.
+        inputs: Calls by name; None draws two random calls and all adversarial ones for `start`.
 
     Returns:
-        The culprit, or None if every step keeps the meaning of what the last lossy step before it
-        made (verdict EQUAL of `compare_nodes`: UNDECIDED counts as a change).
+        The culprit, or None if every step preserves the meaning of the last lossy step's result
+        (`compare_nodes` says EQUAL; UNDECIDED counts as a change).
 
     Raises:
-        UserInputError: there is no step, or the programs take other inputs.
+        UserInputError: there is no step, or the programs take different inputs.
     """
     if not steps:
-        raise UserInputError("there is no step to look at", hint="name at least one pass")
+        raise UserInputError("there is no step to check", hint="name at least one pass")
     calls = named_inputs(start, 2) if inputs is None else inputs
     base, last = start, start
     for index, step in enumerate(steps):

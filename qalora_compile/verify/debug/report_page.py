@@ -27,23 +27,23 @@ from qalora_compile.verify.proof.weights.onnx_layers import onnx_linear
 from qalora_compile.verify.proof.weights.unpack import row_codes
 
 _LINES = 250
-"""Of a graph that is shown in one piece."""
+"""The largest number of lines of a graph that is shown in one piece."""
 _LAYER = re.compile(r"(?:[^./\s]+\.)*?\d+(?=[./]|$)")
 _CHUNK = 1 << 22
 _UNMOVED = 1e-4
-"""Codes: storing a real zero-point in float32 moves it by less."""
+"""In codes. Storing a real zero-point in float32 moves it by less."""
 _ROWS = 20
 Outcome = Report | NumericReport | Certificate
 
 
 def verify_page(outcome: Outcome, a: Program, b: Program | Path, *, title: str) -> Page:
-    """A page of what a check found.
+    """An HTML page of the findings of a check.
 
     Args:
         outcome: The report or certificate.
         a: The reference.
-        b: What was held to it: a program, or an exported model.
-        title: Of the page.
+        b: The candidate, a program or an exported model.
+        title: Title of the page.
     """
     page = Page(title, f"qalora-compile {__version__}")
     if isinstance(outcome, NumericReport):
@@ -109,7 +109,7 @@ def _worst_inputs(page: Page, report: NumericReport) -> None:
     page.section(
         "Worst inputs",
         "The largest ratio of any output on each input; – where the reference is not accurate "
-        "itself, all of it is padding, or that mode was tried on one input alone.",
+        "itself, all of it is padding, or that mode ran on one input only.",
     )
     ran = [mode for mode in report.modes if mode.inputs]
     if not ran:
@@ -194,12 +194,12 @@ def _proved_layers(page: Page, shown: Sequence[tuple[str, Coefficients]]) -> Non
         bar_chart(
             [name for name, _ in shown],
             {"coefficients": [found.max_ratio for _, found in shown]},
-            y="|ΔW| / what storing explains",
+            y="|ΔW| / storage rounding",
         ),
-        "Largest difference of a coefficient, as a multiple of what storing it explains.",
+        "Largest difference of a coefficient, as a multiple of the rounding of stored values.",
     )
     page.table(
-        ("layer", "max |ΔW|", "of what storing explains", "‖Δy‖ ≤ · ‖x‖", "at"),
+        ("layer", "max |ΔW|", "multiple of storage rounding", "‖Δy‖ ≤ · ‖x‖", "at"),
         [
             (name, f.max_abs, f.max_ratio, f.operator, str(list(f.worst)))
             for name, f in _largest(shown)
@@ -215,14 +215,14 @@ def _largest(shown: Sequence[tuple[str, Coefficients]]) -> list[tuple[str, Coeff
 def _worst_of_proof(
     page: Page, certificate: Certificate, shown: Sequence[tuple[str, Coefficients]]
 ) -> None:
-    """The inputs of layers that coefficients name, and what samples gave; a proof runs nothing."""
+    """The layer inputs that show the worst coefficients, and the results of samples."""
     page.section(
         "Worst inputs",
-        "A proof tries no inputs: it holds for all. Of each layer, the input that shows its worst "
+        "A proof holds for all inputs and tries none. The input that shows a layer's worst "
         "coefficient alone is 1 in one column and 0 elsewhere.",
     )
     page.table(
-        ("layer", "1 in column", "of what storing explains"),
+        ("layer", "1 in column", "multiple of storage rounding"),
         [(name, f.worst[-1], f.max_ratio) for name, f in _largest(shown)],
     )
     tried = [(s.name, s.sampled) for s in certificate.segments if s.sampled is not None]
@@ -236,7 +236,7 @@ def _worst_of_proof(
 
 
 def _zero_points(page: Page, a: Program, b: Program | Path, graphs: Sequence[Graph]) -> None:
-    """How zero-points moved from `a` to `b`, and how far from whole numbers they lie there."""
+    """How zero-points moved from `a` to `b`, and how far from integers they are there."""
     first = zero_points(a)
     if not first:
         return
@@ -246,14 +246,14 @@ def _zero_points(page: Page, a: Program, b: Program | Path, graphs: Sequence[Gra
     both = [name for name in first if name in second and first[name].shape == second[name].shape]
     lost = len(first) - len(both)
     if lost:
-        page.text(f"Of {lost} of {len(first)} weights B holds no zero-points that can be read.")
+        page.text(f"For {lost} of {len(first)} weights, B holds no zero-points that can be read.")
     if both:
         moved = np.concatenate([(second[name] - first[name]).ravel() for name in both])
         page.chart(
             histogram(moved, x="shift of a zero-point, in codes"),
             f"From A to B, of the {moved.size} zero-points of {len(both)} weights; "
             f"{int((np.abs(moved) > _UNMOVED).sum())} moved by more than {_UNMOVED:g}, by up to "
-            f"{np.abs(moved).max():.3g} codes. Folding moves them; what exports a folded program "
+            f"{np.abs(moved).max():.3g} codes. Folding moves them; exporting a folded program "
             "does not.",
         )
     shown = {name: second[name] for name in both} or first
@@ -261,7 +261,7 @@ def _zero_points(page: Page, a: Program, b: Program | Path, graphs: Sequence[Gra
     page.chart(
         histogram(
             values - np.round(values),
-            x="distance of a zero-point from the nearest whole number, in codes",
+            x="distance of a zero-point from the nearest integer, in codes",
         ),
         f"What rounding the {values.size} zero-points of {len(shown)} weights would take away, and "
         f"{'B' if both else 'A'} keeps.",
@@ -269,7 +269,7 @@ def _zero_points(page: Page, a: Program, b: Program | Path, graphs: Sequence[Gra
 
 
 def zero_points(program: Program) -> dict[str, NDArray[np.float64]]:
-    """−offset / scale, `[N, L]`, of every weight in groups, by path; groups of scale 0 left out."""
+    """Zero-points −offset / scale, `[N, L]`, by path of the weight, without groups of scale 0."""
     tensors = program.tensors()
     found = {}
     for path in dict.fromkeys(site.path for site in program.plan if site.bits is not None):
@@ -286,9 +286,10 @@ def effective_zero_points(
 ) -> dict[str, NDArray[np.float64]]:
     """The zero-points that the weights of `graphs` have on the codes and scales of a program.
 
-    `mean(q − W / scale)` of each group, W the effective weight as a proof reads it: however a
-    target stores zero-points (real, or whole with a correction or its digits), this is what they
-    amount to. Layers that a graph has not, that are no linear map there, or experts, are left out.
+    They are `mean(q − W / scale)` of each group, with W the effective weight as a proof reads it.
+    This holds however a target stores zero-points (as real numbers, or as integers with a
+    correction or its digits). Layers that the graph lacks, layers that are not a linear map there,
+    and experts are left out.
     """
     held, found = program_graph(program), dict[str, NDArray[np.float64]]()
     plan = {site.path: site for site in program.plan if site.bits is not None}
@@ -314,7 +315,7 @@ def effective_zero_points(
 def _amount_to(
     linear: Linear, packed: StoredTensor, scale: StoredTensor, site: Site
 ) -> NDArray[np.float64]:
-    """`mean(q − W / scale)` of each group, `[N, L]`, some rows at a time; 0 where the scale is."""
+    """`mean(q − W / scale)` of each group, `[N, L]`, some rows at a time; 0 if the scale is 0."""
     assert site.bits is not None and site.group_size is not None, "the site is quantized"
     starts = np.arange(0, site.k, site.group_size)
     widths = np.diff(np.append(starts, site.k))
@@ -330,7 +331,7 @@ def _amount_to(
 
 
 def _graphs(page: Page, *graphs: Graph) -> None:
-    """The graphs side by side; long ones by layer, so that all of each is there."""
+    """The graphs side by side; long ones layer by layer, so that both are shown completely."""
     page.section("Graphs")
     if max(len(graph.nodes) for graph in graphs) <= _LINES:
         columns = [(_heading(g), "\n".join(map(_line, g.nodes.values()))) for g in graphs]
@@ -356,10 +357,10 @@ def _line(node: Node) -> str:
 
 
 def _by_layer(graph: Graph) -> dict[str, list[str]]:
-    """The nodes as text, in order, by the numbered layer that they are in; "" outside of all.
+    """The nodes as text, in order, by the numbered layer that contains them; "" for the rest.
 
-    A node of an ONNX file is where its name or a tensor that it reads says, else where the one
-    before it is.
+    An ONNX node's layer is that of its name or of a tensor that it reads, otherwise that of the
+    node before it.
     """
     found: dict[str, list[str]] = {}
     layer = ""

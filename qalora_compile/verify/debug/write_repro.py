@@ -1,4 +1,4 @@
-"""A culprit as a folder: the smallest two programs that still differ, inputs, and a script."""
+"""A culprit as a folder: the two smallest programs that still differ, inputs, and a script."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from qalora_compile.verify.proof.open_graph import open_graph
 
 _INPUTS, _RECORD = "inputs.safetensors", "reproduction.json"
 _OUTPUT = "value"
-_SCRIPT = '''"""Two programs that differ, and what they are run on.
+_SCRIPT = '''"""Two programs that differ, and their inputs.
 
-Run it with `python repro.py`: it exits with 1 and says where the two programs part. With --again
-it gives `before` to the pass anew, to see whether a changed pass is right; then it exits with 0.
+Run it with `python repro.py`: it exits with 1 and says where the two programs diverge. With --again
+it runs the pass on `before` once more; if the pass has been fixed, it exits with 0.
 """
 
 import sys
@@ -56,9 +56,9 @@ _README = """{title}
 
 {what}
 
-before/             the program that the pass was given, {size}
-after/              what the pass made of it
-{inputs}  what both are run on{source}
+before/             the input program of the pass, {size}
+after/              its output program
+{inputs}  the inputs of both{source}
 repro.py            compares them: python repro.py
                     (--again runs the pass on before/ once more)
 
@@ -67,14 +67,14 @@ pass: {step}
 
 
 def write_repro(culprit: Culprit, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write what reproduces a culprit: two programs, their inputs, `repro.py` and a README.
+    """Write a folder that reproduces a culprit: two programs, inputs, `repro.py` and a README.
 
-    The programs are the part between the values that still agree and the first that does not; where
-    that part alone does not differ, they are whole.
+    The programs are cut down to the part between the values that still agree and the first that
+    does not. If that part alone does not differ, the complete programs are written.
 
     Args:
         culprit: Found by `bisect`.
-        folder: To write.
+        folder: The folder to write.
         overwrite: Replace an existing one.
 
     Raises:
@@ -82,7 +82,7 @@ def write_repro(culprit: Culprit, folder: str | Path, *, overwrite: bool = False
     """
     folder = Path(folder)
     parts = None if culprit.cumulative else _smallest(culprit)
-    before, after, inputs, size = parts or _whole(culprit)
+    before, after, inputs, size = parts or _complete(culprit)
     row = culprit.row
     title = f"{culprit.step} changes what is computed"
     title += f" at {row.name}" if row is not None else ""
@@ -108,7 +108,7 @@ _Parts = tuple[Program, Program, dict[str, Tensor], str]
 
 
 def _smallest(culprit: Culprit) -> _Parts | None:
-    """The part between what agrees and what does not; None where that part does not differ."""
+    """The part between agreeing and differing values; None if that part does not differ."""
     row = culprit.row
     if row is None:
         return None
@@ -116,7 +116,7 @@ def _smallest(culprit: Culprit) -> _Parts | None:
     matches = match_values(open_graph(a), open_graph(b))
     known = {m.name: m.values for m in matches}
     if row.name not in known or not all(isinstance(v, Ref) for v in known[row.name]):
-        return None  # an output that one side lacks, or that is stored
+        return None  # an output that one program lacks, or that is a stored tensor
     rows = [row for mode in culprit.report.modes for row in mode.rows]
     passed = {row.name for row in rows if row.verdict == Verdict.EQUAL}
     targets = known[row.name]
@@ -138,11 +138,11 @@ def _smallest(culprit: Culprit) -> _Parts | None:
     first, second = (
         cut_subgraph(
             program,
-            targets[side].name,
-            [Cut(f"x{i}", (n, agreeing[n])[side], v) for i, (n, v) in enumerate(cuts)],
+            targets[index].name,
+            [Cut(f"x{i}", (n, agreeing[n])[index], v) for i, (n, v) in enumerate(cuts)],
             _OUTPUT,
         )
-        for side, program in enumerate((a, b))
+        for index, program in enumerate((a, b))
     )
     inputs = {f"x{i}": value for i, (_, value) in enumerate(cuts)}
     if compare_nodes(first, second, {"recorded": inputs}).passed:
@@ -150,13 +150,13 @@ def _smallest(culprit: Culprit) -> _Parts | None:
     return first, second, inputs, f"cut down to {_calls(first)} of {_calls(a)} operators"
 
 
-def _whole(culprit: Culprit) -> _Parts:
+def _complete(culprit: Culprit) -> _Parts:
     name = next(iter(culprit.inputs)) if culprit.row is None else culprit.row.input
     call: Mapping[str, Any]
     args, kwargs = split_call(culprit.inputs[name])
     call = dict(zip(argument_names(culprit.before.graph), args, strict=False)) | dict(kwargs)
     inputs = {n: v for n, v in call.items() if isinstance(v, Tensor)}
-    return culprit.before, culprit.after, inputs, f"whole ({_calls(culprit.before)} operators)"
+    return culprit.before, culprit.after, inputs, f"complete ({_calls(culprit.before)} operators)"
 
 
 def _placeholders(program: Program) -> list[str]:

@@ -1,1 +1,1 @@
-"""Comparison by running: inputs, a float64 reference, bounds on rounding, verdicts."""
+"""Comparison by execution: inputs, a float64 reference, bounds on rounding, verdicts."""

@@ -1,7 +1,7 @@
-"""Inputs that look for trouble: zeros, one-hot, large and denormal values, extreme tokens, padding.
+"""Edge-case inputs: zeros, one-hot, large and denormal values, extreme tokens, padding.
 
-Each is a random call in which every input of one kind takes the odd form, and the others do not;
-and one is a long call, for what depends on the distance of positions.
+Each is a random call in which every input of one kind takes the unusual form and the others do not.
+One more is a long call, which exercises what depends on the distance between positions.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from qalora_compile.verify.numeric.run_float64 import run_nodes
 
 _LARGE = {torch.float16: 2.0**6, torch.float32: 2.0**12, torch.bfloat16: 2.0**12}
 _TINY = {torch.float16: 2.0**-18, torch.float32: 2.0**-130, torch.bfloat16: 2.0**-130}
-"""Factors of standard normal values; the second below the least normal number of the dtype."""
+"""Factors of standard normal values. The second is below the dtype's least normal number."""
 _LONG, _BEYOND, _WIDEST = 160, 32, 512
 _COMPARING = ("lt", "le", "gt", "ge", "add", "sub", "tril", "triu")
-"""Operators whose whole numbers may be distances of positions."""
+"""Operators whose integer operands may be distances between positions."""
 
 Odd = Callable[[Tensor], Tensor]
 
 
 def adversarial_inputs(program: Program, *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Calls by what is odd about them, as keyword arguments; see `sample_inputs` for the rest.
+    """Edge-case calls by name, as keyword arguments; other values are as in `sample_inputs`.
 
     ======================= ======================================================================
     `zeros`, `one-hot`      floating inputs are 0, or 1 in one column of each row and 0 elsewhere
@@ -45,11 +45,11 @@ def adversarial_inputs(program: Program, *, seed: int = 0) -> dict[str, dict[str
                             many as the program takes, where it takes fewer
     ======================= ======================================================================
 
-    What a program has no input for is left out.
+    Calls for which the program has no input are left out.
 
     Args:
-        program: Whose signature is followed.
-        seed: Of the random part.
+        program: Its signature determines the inputs.
+        seed: Seed of the random values.
     """
     limits = token_limits(program)
     leaves = program.signature.inputs
@@ -86,7 +86,7 @@ def adversarial_inputs(program: Program, *, seed: int = 0) -> dict[str, dict[str
 
 
 def _long_call(program: Program, seed: int) -> dict[str, dict[str, Any]]:
-    """A call of the length that is wanted, or of the largest that the program takes; {} if none."""
+    """A call of the wanted length, or of the largest that the program accepts; {} if none."""
     drawn = sample_inputs(program, 1, seed=seed)[0]
     flat = flatten_inputs(program.graph, [drawn[n] for n in argument_names(program.graph)])
     pairs = list(zip(program.signature.inputs, flat, strict=True))
@@ -109,7 +109,7 @@ def _long_call(program: Program, seed: int) -> dict[str, dict[str, Any]]:
     low, high = max(sizes[name] for name in growing), _wanted_length(program)
     best = make(high)
     if best is None:
-        # Tables of positions end somewhere, and no signature says where.
+        # A table of positions has a length that no signature states.
         while high - low > 1:
             middle = (low + high) // 2
             found = make(middle)
@@ -120,7 +120,7 @@ def _long_call(program: Program, seed: int) -> dict[str, dict[str, Any]]:
 def _longer(
     sizes: Mapping[str, int], growing: Sequence[str], length: int, ranges: Sequence[SizeRange]
 ) -> dict[str, int]:
-    """The sizes of all axes with the growing ones at `length`, or at the end of their range."""
+    """The sizes of all axes, the sequence axes at `length` or at the end of their range."""
     limits = {limit.name: limit for limit in ranges}
     longer = dict(sizes)
     for name in growing:
@@ -131,7 +131,7 @@ def _longer(
 
 
 def _wanted_length(program: Program) -> int:
-    """Positions that a call needs to go beyond any window that the graph compares with."""
+    """How many positions exceed every window that the graph compares with."""
     numbers = [
         value
         for node in program.graph.nodes
@@ -143,7 +143,7 @@ def _wanted_length(program: Program) -> int:
 
 
 def _lengthened(leaf: InputLeaf, value: Any, sizes: Mapping[str, int], seed: int) -> Any:
-    """The same kind of values along longer axes: ones in masks, positions in order, rows drawn."""
+    """Values for longer axes: ones in masks, consecutive positions, rows drawn at random."""
     if not isinstance(value, Tensor):
         return value
     generator = torch.Generator().manual_seed(seed)
@@ -161,7 +161,7 @@ def _lengthened(leaf: InputLeaf, value: Any, sizes: Mapping[str, int], seed: int
 
 
 def _runs(program: Program, leaves: Sequence[Any]) -> bool:
-    """Whether the program takes a call of this length."""
+    """Whether the program accepts a call of this length."""
     try:
         program.signature.check(leaves)
         run_nodes(program, leaves, ())
@@ -179,7 +179,7 @@ def _is_mask_leaf(leaf: InputLeaf, value: Tensor) -> bool:
 
 
 def _one_hot(value: Tensor) -> Tensor:
-    """1 in one column of each row, another one from row to row."""
+    """1 in one column of each row, a different column from row to row."""
     rows = torch.zeros_like(value).reshape(-1, value.shape[-1])
     index = torch.arange(len(rows))
     rows[index, (index * 7) % rows.shape[1]] = 1

@@ -1,4 +1,4 @@
-"""`compare_nodes`: a candidate held to its reference value by value, measured by float64."""
+"""`compare_nodes`: compares a candidate with its reference value by value, against float64."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ Compute = Callable[[Program, Sequence[Any]], dict[str, Tensor]]
 
 
 def named_inputs(program: Program, count: int, *, seed: int = 0) -> dict[str, Call]:
-    """`count` random calls, and the adversarial ones that a program has inputs for, by name.
+    """`count` random calls, and the adversarial calls that a program has inputs for, by name.
 
-    Of a language model with its cache also the steps in which devices run it; of one that knows up
-    to 2,048 tokens, a call with each of them.
+    A language model with its cache also gets the steps in which devices run it, and one with up to
+    2,048 tokens a call in which each of them occurs.
     """
     drawn = sample_inputs(program, count, seed=seed)
     calls: dict[str, Call] = {f"random {i}": call for i, call in enumerate(drawn)}
@@ -66,27 +66,29 @@ def compare_nodes(
 ) -> NumericReport:
     """Compare two programs, or a program and an exported model, along the graph.
 
-    The reference runs in float64, which is what it means, and at working precision, which shows
-    what rounding does to it; the candidate runs as it is. Every value that both compute (what sites
-    read and give, what stands between them, the outputs) is judged by how much farther it lies from
-    float64 than the reference itself: see `verify.judge`. So there is no tolerance to choose.
+    The reference runs in float64, which defines its meaning, and at working precision, which shows
+    the effect of rounding; the candidate runs as it is. Every value that both compute (inputs and
+    outputs of sites, nodes between them, the outputs) is checked by its distance from float64
+    relative to that of the reference itself (`verify.numeric.error_bound`), so no tolerance is
+    chosen.
 
-    An exported model runs at every level of ONNX Runtime's optimization. Its outputs are those of
-    the file as it is; inner values come from a second session that gives them too. Where the file
-    has functions for operators of ONNX Runtime's, it runs once more on these, on the first input.
+    An exported model runs at every optimization level of ONNX Runtime. Its outputs are those of the
+    file as it is; inner values come from a second session in which they are outputs too. If the
+    file has functions for operators of ONNX Runtime, it runs once more on these, on the first
+    input.
 
-    Outputs have to be those of the reference, in its shapes; integers and booleans equal.
+    Outputs must have the names and shapes of the reference's; integers and booleans must be equal.
 
     Args:
         reference: A program, or the path of a program folder.
-        candidate: Likewise, or an export folder or `.onnx` file.
-        inputs: Calls by name; None takes two random and all adversarial ones (`named_inputs`).
-        levels: Of ONNX Runtime's optimization, of `disabled`, `basic`, `extended` and `all`.
-        library: Of custom operators: a file that has some runs with it and without it.
-        seed: Of the inputs.
+        candidate: A program or path as above, or an export folder or `.onnx` file.
+        inputs: Calls by name; None draws two random and all adversarial ones (`named_inputs`).
+        levels: Optimization levels of ONNX Runtime: `disabled`, `basic`, `extended`, `all`.
+        library: A library of custom operators: a file that uses some runs with it and without it.
+        seed: Seed of the inputs.
 
     Raises:
-        UserInputError: the reference is no program, an input does not fit it, a path cannot be
+        UserInputError: the reference is not a program, an input does not fit it, a path cannot be
             read, or there is no input.
     """
     program = _program(reference)
@@ -94,58 +96,59 @@ def compare_nodes(
     if not calls:
         raise UserInputError("no input was given to compare on", hint="pass at least one")
     _check_levels(levels)
-    sides = (open_graph(reference), open_graph(candidate))
-    matches = match_values(*sides)
+    graphs = (open_graph(reference), open_graph(candidate))
+    matches = match_values(*graphs)
     if {m.kind for m in matches} <= {"read", "site", "node"}:
         raise UserInputError(
-            "the two have no output in common", where=f"{sides[0].label}, {sides[1].label}"
+            "the two have no output in common", where=f"{graphs[0].label}, {graphs[1].label}"
         )
     leaves = {name: program.leaves(*split_call(call)) for name, call in calls.items()}
-    modes, notes = _execution_modes(candidate, sides[1], matches, levels, library)
+    modes, notes = _execution_modes(candidate, graphs[1], matches, levels, library)
     with _references(program, matches, leaves, _working(candidate)) as references:
         found = [
-            _try(way, references, sides, matches, program, leaves)
-            for way in track(modes, "compare")
+            _try(mode, references, graphs, matches, program, leaves)
+            for mode in track(modes, "compare")
         ]
-    rest = tuple(_absent_outputs(*sides, next(iter(calls))))
-    found = [way if way.problem else replace(way, rows=way.rows + rest) for way in found]
-    found += _damaged_modes(sides)
+    rest = tuple(_absent_outputs(*graphs, next(iter(calls))))
+    found = [mode if mode.problem else replace(mode, rows=mode.rows + rest) for mode in found]
+    found += _damaged_modes(graphs)
     notes += _not_checked(found, calls) + _not_tensors(found, matches)
-    return NumericReport(sides[0].label, sides[1].label, tuple(calls), tuple(found), tuple(notes))
+    return NumericReport(graphs[0].label, graphs[1].label, tuple(calls), tuple(found), tuple(notes))
 
 
 def _check_levels(levels: Sequence[str]) -> None:
     unknown = [level for level in levels if level not in LEVELS]
     if unknown or not levels:
         raise UserInputError(
-            f"{', '.join(unknown) or 'nothing'} is no optimization level", hint=", ".join(LEVELS)
+            f"{', '.join(unknown) or 'nothing'} is no optimization level",
+            hint=", ".join(LEVELS),
         )
 
 
-def _damaged_modes(sides: Sequence[Graph]) -> list[ModeReport]:
-    """A way that fails for each stored tensor with NaN or infinities, which no input may read."""
-    return [ModeReport("stored tensors", (), (), text) for text in damages(sides)]
+def _damaged_modes(graphs: Sequence[Graph]) -> list[ModeReport]:
+    """A failed mode for each stored tensor with NaN or infinities, even if no input reads it."""
+    return [ModeReport("stored tensors", (), (), text) for text in damages(graphs)]
 
 
 def _not_checked(modes: Sequence[ModeReport], names: Iterable[str]) -> list[str]:
-    """The inputs on which no output was judged, on any way that ran."""
-    ran = [way for way in modes if not way.problem]
-    checked = {name for way in ran for name, _ in way.inputs}
+    """Notes on the inputs for which no output could be checked in any mode that ran."""
+    ran = [mode for mode in modes if not mode.problem]
+    checked = {name for mode in ran for name, _ in mode.inputs}
     lost = [name for name in names if ran and name not in checked]
     why = "the reference is not accurate there itself, or all of it is padding"
-    return [f"no output is judged on {name}: {why}" for name in lost]
+    return [f"no output is checked on {name}: {why}" for name in lost]
 
 
 def _not_tensors(modes: Sequence[ModeReport], matches: Sequence[Match]) -> list[str]:
-    """The outputs that no way that ran has a row of."""
-    ran = [way for way in modes if not way.problem]
-    rows = {row.name for way in ran for row in way.rows}
+    """Notes on the outputs of which no mode that ran has a row."""
+    ran = [mode for mode in modes if not mode.problem]
+    rows = {row.name for mode in ran for row in mode.rows}
     lost = [m.name for m in matches if m.kind == "output" and ran and m.name not in rows]
-    return [f"{name} is not compared: it is no tensor" for name in lost]
+    return [f"{name} is not compared: it is not a tensor" for name in lost]
 
 
 def _absent_outputs(a: Graph, b: Graph, tried: str) -> list[ValueRow]:
-    """A row that fails for each output that one side alone gives; None is no output."""
+    """A failed row for each output that only one graph has; None does not count as an output."""
     rows = []
     for one, other, flip in ((a, b, False), (b, a, True)):
         for name, value in one.outputs.items():
@@ -167,7 +170,7 @@ def _program(thing: Program | str | Path) -> Program:
     found = find_artifact(thing)
     if found is None or found.kind is not ArtifactKind.PROGRAM:
         raise UserInputError(
-            "the reference is no program: only a program runs in float64",
+            "the reference is not a program: only a program runs in float64",
             where=str(thing),
             hint="give a Program, or a folder of Program.save, finetune or fold",
         )
@@ -175,7 +178,7 @@ def _program(thing: Program | str | Path) -> Program:
 
 
 def _working(candidate: Program | str | Path) -> torch.dtype:
-    """The precision at which a candidate computes: exported models in float32."""
+    """The precision at which a candidate computes: float32 for exported models."""
     try:
         program = _program(candidate)
     except UserInputError:
@@ -185,9 +188,9 @@ def _working(candidate: Program | str | Path) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One way of running the candidate; `open` is called when its turn comes.
+    """One execution mode of the candidate; `open` is called just before it runs.
 
-    `once`: on the first input alone, where a run is dear and what it may show is in every input.
+    `once`: run on the first input only, because a run is slow and any input shows a mistake.
     """
 
     name: str
@@ -242,7 +245,7 @@ def _execution_modes(
 
 
 def _names(matches: Sequence[Match], side: int) -> list[str]:
-    """The values of one side that are compared and are no stored tensors."""
+    """The values of one graph that are compared, without stored tensors."""
     operands = [match.values[side] for match in matches]
     return list(dict.fromkeys(ref.name for ref in operands if isinstance(ref, Ref)))
 
@@ -255,7 +258,7 @@ def _run_program(program: Program, names: Sequence[str]) -> Compute:
 
 
 def _run_model(session: OnnxSession, graph: Graph, names: Sequence[str]) -> Compute:
-    """The outputs from the file as it is, all else from a session that gives it too."""
+    """Outputs come from the file as it is, inner values from a session with them as outputs."""
     outputs = {out.name for out in session.session.get_outputs()}
     inner = [name for name in names if name not in outputs and name not in graph.inputs]
 
@@ -304,29 +307,29 @@ def _references(
 
 
 def _try(
-    way: _Candidate,
+    mode: _Candidate,
     references: _Reference,
-    sides: tuple[Graph, Graph],
+    graphs: tuple[Graph, Graph],
     matches: Sequence[Match],
     program: Program,
     leaves: Mapping[str, Sequence[Any]],
 ) -> ModeReport:
-    """Run one way on every input and judge every value."""
+    """Run one mode on every input and check every value."""
     checked: dict[int, list[tuple[str, BoundCheck]]] = defaultdict(list)
     try:
-        compute = way.open()
+        compute = mode.open()
         for index, (name, flat) in enumerate(leaves.items()):
-            if index and way.once:
+            if index and mode.once:
                 break
             exact, own = references.load(index)
             padding = padding_of(program.signature, flat)
             found = compute(program, flat)
             for place, match in enumerate(matches):
-                one = _check_value(match, sides, (exact, own), found, references.unit, padding)
+                one = _check_value(match, graphs, (exact, own), found, references.unit, padding)
                 if one is not None:
                     checked[place].append((name, one))
     except UserInputError as error:
-        return ModeReport(way.name, (), (), error.what)
+        return ModeReport(mode.name, (), (), error.what)
     rows = tuple(_row(matches[place], found) for place, found in sorted(checked.items()))
     by_input: dict[str, float] = defaultdict(float)
     for place, pairs in checked.items():
@@ -334,23 +337,23 @@ def _try(
             for name, one in pairs:
                 if one.checked or one.verdict == Verdict.DIFFERENT:
                     by_input[name] = max(by_input[name], one.ratio)
-    return ModeReport(way.name, rows, tuple(by_input.items()))
+    return ModeReport(mode.name, rows, tuple(by_input.items()))
 
 
 def _check_value(
     match: Match,
-    sides: tuple[Graph, Graph],
+    graphs: tuple[Graph, Graph],
     reference: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     found: Mapping[str, Tensor],
     unit: float,
     padding: Padding | None,
 ) -> BoundCheck | None:
-    """The judgement of one value on one input; None where there is no value to hold it to."""
+    """The check of one value on one input; None if there is no value to compare it with."""
     as_is = match.kind == "output"
     if not as_is and not all(isinstance(operand, Ref) for operand in match.values):
-        return None  # a stored tensor that a site reads: the proof compares it
-    exact = _value(sides[0], match.values[0], reference[0])
-    value = _value(sides[1], match.values[1], found)
+        return None  # a stored tensor that a site reads; the proof compares it
+    exact = _value(graphs[0], match.values[0], reference[0])
+    value = _value(graphs[1], match.values[1], found)
     if exact is None or (value is None and not as_is):
         return None
     if value is None:
@@ -363,7 +366,7 @@ def _check_value(
 
 
 def _value(graph: Graph, operand: Any, computed: Mapping[str, Tensor]) -> Tensor | None:
-    """A computed value, a stored tensor or a number; None where it is none of these."""
+    """A computed value, a stored tensor or a number; None for anything else."""
     if isinstance(operand, Ref):
         return computed.get(operand.name)
     if isinstance(operand, StoredTensor):
@@ -372,13 +375,13 @@ def _value(graph: Graph, operand: Any, computed: Mapping[str, Tensor]) -> Tensor
 
 
 def _padded(padding: Padding, value: Tensor) -> Tensor:
-    """The elements of padding; all of a value of which that cannot be told."""
+    """The elements that are padding; all elements if that cannot be determined."""
     found = padding.of(value)
     return torch.ones((), dtype=torch.bool) if found is None else found
 
 
 def _row(match: Match, found: Sequence[tuple[str, BoundCheck]]) -> ValueRow:
-    """The worst of a value over the inputs; what is undefined on all of them is ambiguous."""
+    """The worst check of a value over all inputs."""
     decided = [(n, one) for n, one in found if one.checked or one.verdict == Verdict.DIFFERENT]
     tried = decided or list(found)
     name, worst = max(tried, key=lambda item: item[1].ratio)

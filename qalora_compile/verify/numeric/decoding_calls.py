@@ -1,9 +1,9 @@
-"""Calls of language models as devices make them: a prompt, then a few tokens, then one at a time.
+"""Calls of language models as devices make them: a prompt, then a few tokens, then single ones.
 
-Kernels take another way for one token than for many, and a mistake may show at one token alone, at
-two, behind many positions, in the second sequence, or beside padding. `decoding_calls` are of a
-program with a key-value cache; `sequence_calls` are whole sequences, which `verify.cached` gives to
-an exported model in such steps.
+Kernels have separate code paths for one token and for many, and a mistake may show only at one
+token, at two, after many positions, in the second sequence, or next to padding. `decoding_calls`
+are for a program with a key-value cache; `sequence_calls` are complete sequences, which
+`verify.runners.kv_cache` splits into such steps for an exported model.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _SHAPES = {
     "two tokens, padded": (2, 14, 2),
     "one token, far": (2, 71, 1),
 }
-"""Rows, tokens of the past (fewer where tables of positions end before), new tokens.
+"""Rows, past tokens (fewer if a table of positions is shorter), new tokens.
 
-Of two rows the first is padded on its left.
+The first of two rows is padded on the left.
 """
 _PADDED = 3
 _LENGTHS = (80, 48, 24)
-"""Tokens of a whole sequence: as many as a model's tables of positions have."""
+"""Tokens of a long sequence; the first length that the program accepts is taken."""
 _MOST_WORDS, _ROW = 2048, 32
 
 
 def decoding_calls(program: Program, *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Calls of a decoder with its cache, by what they are; none for other programs.
+    """Calls of a decoder with its cache, by name; none for other programs.
 
-    Keys and values of the past are random; positions count from the first token that is no padding.
+    Past keys and values are random; positions count from the first token that is not padding.
     """
     signature = program.signature
     if not signature.cache or signature.cross_cache:
@@ -57,9 +57,9 @@ def decoding_calls(program: Program, *, seed: int = 0) -> dict[str, dict[str, An
 
 
 def sequence_calls(program: Program, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Two whole sequences for a model that reads tokens: a long one, and two rows with padding.
+    """Two calls for a model that reads tokens: one long sequence, and two rows with padding.
 
-    None where the program has other inputs than tokens and a mask.
+    None if the program has inputs other than tokens and a mask.
     """
     leaves = program.signature.inputs
     tokens = [leaf for leaf in leaves if leaf.name in token_limits(program)]
@@ -78,7 +78,7 @@ def sequence_calls(program: Program, *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def every_token(program: Program, *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """A call in which each token id occurs; none where there are more than 2,048 of them."""
+    """A call in which each token id occurs; none if there are more than 2,048 of them."""
     limits = token_limits(program)
     words = max(limits.values(), default=0)
     if not 0 < words <= _MOST_WORDS:
@@ -93,24 +93,24 @@ def every_token(program: Program, *, seed: int = 0) -> dict[str, dict[str, Any]]
             _cover_tokens(each, limits[leaf.name], value) if leaf.name in limits else value
             for leaf, value in zip(program.signature.inputs, leaves, strict=True)
         ]
-        whole = all(
+        complete = all(
             set(range(limits[leaf.name])) <= set(value.flatten().tolist())
             for leaf, value in zip(program.signature.inputs, call, strict=True)
             if leaf.name in limits
         )
-        if whole and _runs(program, call):
+        if complete and _runs(program, call):
             return {"every token": rebuild_call(program, call)}
     return {}
 
 
 def _cover_tokens(each: Tensor, words: int, like: Tensor) -> Tensor:
-    """Ids in the shape of a leaf, all of them where it has room."""
+    """Ids in the shape of an input, all of them if there is room."""
     ids = each[: like.numel()] if like.numel() <= len(each) else each.repeat(like.numel())
     return (ids[: like.numel()] % words).reshape(like.shape).to(like.dtype)
 
 
 def _padded(program: Program, leaves: list[Any], new: int) -> list[Any]:
-    """The first of two rows with padding on its left, and positions that begin behind it."""
+    """A mask that pads the first of two rows on the left, and the positions after the padding."""
     inputs = program.signature.inputs
     changed = list(leaves)
     counted: Tensor | None = None
@@ -127,7 +127,7 @@ def _padded(program: Program, leaves: list[Any], new: int) -> list[Any]:
 
 
 def _runs(program: Program, leaves: list[Any]) -> bool:
-    """Whether the program takes a call: its axes may have limits, and its tables may end."""
+    """Whether the program accepts a call: its axes and tables of positions have limits."""
     try:
         program.signature.check(leaves)
         run_nodes(program, leaves, ())

@@ -1,19 +1,19 @@
-"""The judgement of one value: its error against the error that float rounding alone makes.
+"""The check of one value: its error against the error that float rounding alone makes.
 
-With T the value of the reference in float64, Aᵢ the reference at working precision (as it is, and
-with every result rounded up or down at random) and B the candidate, on the same inputs:
+On the same inputs, T is the reference in float64, Aᵢ the reference at working precision (as it is,
+and with every result rounded up or down at random), and B the candidate:
 
     own   = max |Aᵢ − T|       what rounding does to the reference itself
     error = max |B − T|        what the candidate is off
     floor = max(own, u · max |T|, 2⁻¹²⁶)
     ratio = error / floor
 
-u is the unit of rounding of the working precision (2⁻²⁴ for float32): no result can be asked to be
-nearer than that. Below the least normal number of float32 a runtime may take values for zero. One
-evaluation alone may be right by luck, where one element is far larger than all others; that is what
-the random ones are for (Monte Carlo arithmetic: D. S. Parker, 1997).
+u is the unit roundoff of the working precision (2⁻²⁴ for float32): no result can be required to be
+more accurate. A runtime may flush values below the least normal number of float32 to zero. A single
+evaluation may be accurate by chance, for example if one element is far larger than all others; the
+random ones account for that (Monte Carlo arithmetic: D. S. Parker, 1997).
 
-Integers and booleans have to be equal wherever every Aᵢ agrees with T: they are no measurements.
+Integers and booleans must be equal wherever every Aᵢ agrees with T.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from qalora_compile.verify.compare import verdict_of
 
 _LEAST_NORMAL = 2.0**-126
 _BITS_LOST = 14
-"""Where the reference has lost so many bits of its own, it has no value to hold others to."""
+"""Elements of which the reference itself has lost this many bits are not compared."""
 UNITS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @dataclass(frozen=True)
 class BoundCheck:
-    """What was found of a value on one input.
+    """The check of a value on one input.
 
     Attributes:
         own: `max |Aᵢ − T|`.
-        error: `max |B − T|`; infinite where B is not finite and A is.
+        error: `max |B − T|`; infinite if B is not finite where A is.
         scale: `max |T|`.
         ratio: `error / floor`.
         judged: How many elements were compared.
-        undefined: How many were not: the reference is not finite there, has lost 14 bits, or they
-            belong to padding, where the candidate has to be finite and no more.
-        problem: Why nothing could be compared, or what integers are not equal, or "".
+        undefined: How many were not, because the reference is not finite or has lost 14 bits there,
+            or because they are padding, where the candidate only has to be finite.
+        problem: Why nothing could be compared, or which integers are not equal, or "".
     """
 
     own: float
@@ -59,7 +59,7 @@ class BoundCheck:
 
     @property
     def verdict(self) -> Verdict:
-        """EQUAL, UNDECIDED or DIFFERENT; UNDECIDED too where there was nothing to judge."""
+        """EQUAL, UNDECIDED or DIFFERENT; UNDECIDED also if there was nothing to compare."""
         if self.problem or math.isinf(self.ratio):
             return Verdict.DIFFERENT
         if not self.checked and self.undefined:
@@ -76,16 +76,16 @@ def check_bound(
     *,
     as_is: bool = False,
 ) -> BoundCheck:
-    """Judge a value of the candidate.
+    """Check a value of the candidate.
 
     Args:
-        exact: T, in float64 (or of a dtype that is not floating, where equality is asked for).
-        own: `maxᵢ |Aᵢ − T|`, element by element; not finite where an Aᵢ is not.
+        exact: T, in float64 (or of a non-floating dtype, for which equality is required).
+        own: `maxᵢ |Aᵢ − T|`, element by element; not finite where an Aᵢ is not finite.
         found: B.
         unit: u.
         padding: True at elements that belong to padding; broadcasts to the value.
-        as_is: B has to have the shape of T, and be a floating tensor where T is: an output, which
-            users read. Inside a graph rows may be flattened, and a mask may be numbers.
+        as_is: B must have the shape of T, and be floating if T is, because it is an output. Inside
+            a graph, rows may be flattened, and a mask may be stored as numbers.
     """
     problem = _unlike(exact, found, as_is=as_is)
     if problem:
@@ -111,11 +111,11 @@ def check_bound(
 def rounding_ratio(
     exact: Tensor, own: Tensor, found: Tensor, unit: float, padding: Tensor | None = None
 ) -> float:
-    """How many times farther the candidate lies from T than rounding takes the reference.
+    """The candidate's error as a multiple of what rounding does to the reference.
 
-    Unlike `check_bound` it also compares values of which the reference itself has lost many bits:
-    an input on which a model is badly conditioned is no fault of the candidate's. The arguments are
-    those of `check_bound`. Integers and booleans give 0 or infinity, as do unlike shapes.
+    Unlike `check_bound` it also compares values of which the reference itself has lost many bits,
+    since the candidate is not responsible for an ill-conditioned model. The arguments are those of
+    `check_bound`. Integers and booleans give 0 or infinity, as do different shapes.
     """
     if not exact.is_floating_point() or found.shape != exact.shape:
         return check_bound(exact, own, found, unit, padding, as_is=True).ratio
@@ -130,7 +130,7 @@ def rounding_ratio(
 
 
 def without_numbers(problem: str) -> BoundCheck:
-    """DIFFERENT without numbers: there is nothing that could be compared."""
+    """The verdict DIFFERENT without numbers, if nothing could be compared."""
     return BoundCheck(0.0, math.inf, 0.0, math.inf, 0, 0, problem)
 
 
@@ -147,9 +147,9 @@ def _unlike(exact: Tensor, found: Tensor, *, as_is: bool) -> str:
 def _check_integers(
     exact: Tensor, own: Tensor, found: Tensor, padding: Tensor | None
 ) -> BoundCheck:
-    """Integers or booleans: equal, or not; undefined where rounding decides them (an argmax)."""
+    """Compare integers or booleans; undefined where rounding decides them, as in an argmax."""
     defined = own == 0 if padding is None else (own == 0) & ~padding
-    # Promotion would bring an integer beside a float32 down to float32.
+    # Type promotion would convert integers compared with a float32 to float32.
     other = found.double() if found.is_floating_point() else found
     wrong = (other != (exact.double() if found.is_floating_point() else exact)) & defined
     scale, checked = _largest(exact.double(), defined), int(defined.sum())

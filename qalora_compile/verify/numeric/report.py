@@ -1,4 +1,4 @@
-"""What a numeric comparison found: one row a value, for each execution mode of the candidate."""
+"""Results of a numeric comparison: one row per value, for each execution mode."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from qalora_compile.verify.numeric.error_bound import BoundCheck
 
 @dataclass(frozen=True)
 class ValueRow:
-    """A value of both sides, at the input on which it came out worst.
+    """A value that both graphs compute, on the input on which its error is largest.
 
     Attributes:
         name: `input of <site>`, `<site>`, `output <name>` or `node <name>`.
         kind: `read` by a site, `site`, `output`, or a `node` between them.
         path: Module path in the user's model, where it is known.
-        lines: The nodes on both sides as text; where structure tells the two sides apart before
-            this value, the nodes at which they part.
+        lines: The nodes of both graphs as text; if the graphs' structure differs before this value,
+            the nodes at which they diverge.
         input: Name of the input that is worst.
-        worst: What was found there.
-        undefined: Elements, over all inputs, that could not be judged (`BoundCheck.undefined`).
+        worst: The check on that input.
+        undefined: How many elements, over all inputs, were not compared (`BoundCheck.undefined`).
         verdict: EQUAL, UNDECIDED or DIFFERENT.
     """
 
@@ -46,8 +46,8 @@ class ModeReport:
 
     Attributes:
         name: `as a program`, or optimization level and kernels of an exported model.
-        rows: In graph order, the outputs last.
-        inputs: Name of each input on which outputs were judged, and the largest ratio of them.
+        rows: The values in graph order, outputs last.
+        inputs: Name of each input on which outputs were compared, and their largest ratio.
         problem: Why it did not run, or "".
     """
 
@@ -58,14 +58,14 @@ class ModeReport:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of its rows; DIFFERENT where it did not run."""
+        """The worst verdict of its rows; DIFFERENT if it did not run."""
         if self.problem:
             return Verdict.DIFFERENT
         return Verdict.worst(row.verdict for row in self.rows)
 
     @property
     def first(self) -> ValueRow | None:
-        """The first row, in graph order, with the verdict of the mode; None if that is EQUAL."""
+        """The first row in graph order that has the mode's verdict; None if that is EQUAL."""
         if self.verdict == Verdict.EQUAL:
             return None
         return next((row for row in self.rows if row.verdict == self.verdict), None)
@@ -82,9 +82,9 @@ class NumericReport(Brief):
 
     Attributes:
         reference: What was run in float64, and at its own precision.
-        candidate: What was held to it.
+        candidate: What was compared with it.
         inputs: Names of the inputs, in the order they were tried.
-        modes: One for each execution mode of the candidate.
+        modes: One report for each execution mode of the candidate.
         notes: What was not tried, and why.
     """
 
@@ -107,7 +107,7 @@ class NumericReport(Brief):
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of all execution modes."""
+        """DIFFERENT if any mode is, else UNDECIDED if any is, else EQUAL."""
         return Verdict.worst(mode.verdict for mode in self.modes)
 
     @property
@@ -117,7 +117,7 @@ class NumericReport(Brief):
 
     @property
     def culprit(self) -> tuple[ModeReport, ValueRow | None] | None:
-        """The first mode with the verdict, and its first such row; None if all are equal."""
+        """The first mode with that verdict, and its first such row; None if all are EQUAL."""
         if self.passed:
             return None
         mode = next(mode for mode in self.modes if mode.verdict == self.verdict)
@@ -125,7 +125,7 @@ class NumericReport(Brief):
 
     @property
     def difference(self) -> str | None:
-        """The culprit as text of one line and, below it, the nodes; None if all are equal."""
+        """The culprit as one line of text, with the nodes below it; None if all are EQUAL."""
         if self.culprit is None:
             return None
         mode, row = self.culprit
@@ -152,7 +152,7 @@ class NumericReport(Brief):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON types; numbers that are not finite become null."""
+        """The report as JSON types; numbers that are not finite become null."""
         return {
             "reference": self.reference,
             "candidate": self.candidate,

@@ -1,4 +1,4 @@
-"""Differences of outputs, held against what rounding does to the reference itself."""
+"""Differences of outputs, relative to what rounding does to the reference itself."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class RoundingReference:
 
     @classmethod
     def of(cls, reference: Runner, candidate: Runner) -> RoundingReference:
-        """The judge of two runners.
+        """The reference of two runners.
 
         Raises:
-            UserInputError: the reference is no program: only a program runs in float64.
+            UserInputError: the reference is not a program, and only a program runs in float64.
         """
         if not isinstance(reference, ProgramRunner):
             raise UserInputError(
-                "the reference is no program, so what rounding does to it is not known",
+                "the reference is not a program, so the effect of rounding on it is not known",
                 where=reference.label,
                 hint="give a program as the reference, or a tolerance without rounding=True",
             )

@@ -1,4 +1,4 @@
-"""Programs run at another precision than their own, with the values of chosen nodes."""
+"""Runs programs at a precision other than their own and returns the values of chosen nodes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROUNDINGS = 2
 def run_reference(
     program: Program, leaves: Sequence[Any], names: Collection[str], working: torch.dtype
 ) -> tuple[Values, Values]:
-    """What nodes mean, and what rounding alone does to them: (T, max |Aᵢ − T|), see `check_bound`.
+    """Exact values of nodes and the effect of rounding: (T, max |Aᵢ − T|), see `check_bound`.
 
     Args:
         program: The reference.
@@ -44,7 +44,7 @@ def run_reference(
 
 
 def working_dtype(program: Program) -> torch.dtype:
-    """The precision at which a program computes: that of its halves where it has some."""
+    """The precision at which a program computes: half precision if any of its tensors is."""
     dtypes = {t.dtype for t in program.tensors().values()}
     halves = [dtype for dtype in UNITS if dtype is not torch.float32 and dtype in dtypes]
     return halves[0] if halves else torch.float32
@@ -63,13 +63,13 @@ def run_nodes(
     Args:
         program: What to run.
         leaves: Checked flat inputs, in signature order.
-        names: The nodes whose values are wanted; those that are no tensors are left out. Without
-            names the program runs to its outputs.
-        dtype: What every floating tensor and every floating dtype in the graph becomes: `float64`
-            makes what the program means, up to 2⁻⁵³, on the weights as they are stored. None runs
-            the program as it is.
-        noise: (u, seed): multiply each floating result by 1 + u or 1 − u, at random, as if it had
-            been rounded otherwise (Monte Carlo arithmetic).
+        names: The nodes whose values are wanted, without those that are not tensors. Without names
+            the program runs to its outputs.
+        dtype: The dtype to which every floating tensor and dtype in the graph is converted. With
+            `float64` the result is exact up to 2⁻⁵³ for the stored weights. None runs the program
+            as it is.
+        noise: (u, seed): multiply each floating result by 1 + u or 1 − u at random, as if it had
+            been rounded differently (Monte Carlo arithmetic).
 
     Raises:
         UserInputError: the program does not run on these inputs.
@@ -78,7 +78,7 @@ def run_nodes(
     previous = torch.get_default_dtype()
     with program.evaluating():
         if dtype is not None:
-            torch.set_default_dtype(dtype)  # of factories that name none
+            torch.set_default_dtype(dtype)  # for factories without a dtype
         try:
             runner.run_leaves([runner.cast(leaf) for leaf in leaves])
         except (RuntimeError, IndexError) as error:  # sizes that depend on values
@@ -92,7 +92,7 @@ def run_nodes(
 
 
 def output_nodes(program: Program) -> dict[str, str]:
-    """Name of each output that is computed → the node that gives it."""
+    """Name of each computed output → the node that computes it."""
     value = output_value(program.graph)
     values = value if isinstance(value, (tuple, list)) else (value,)
     pairs = zip(program.signature.outputs, values, strict=True)
@@ -114,7 +114,7 @@ class _At(WatchingInterpreter):
         self._generator = torch.Generator().manual_seed(0 if noise is None else noise[1])
 
     def cast(self, value: Any) -> Any:
-        """A floating tensor, or a floating dtype, in the dtype asked for; all else as it is."""
+        """Floating tensors and dtypes converted to the wanted dtype; other values unchanged."""
         if self._dtype is None:
             return value
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -130,12 +130,12 @@ class _At(WatchingInterpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         args, kwargs = pytree.tree_map(self.cast, (args, kwargs))
-        # Operators of single targets give float32 whatever they are given.
+        # Operators of single targets return float32 for any input.
         result = pytree.tree_map(self.cast, super().call_function(target, args, kwargs))
         return result if self._noise is None else pytree.tree_map(self._rounded, result)
 
     def _rounded(self, value: Any) -> Any:
-        """A floating tensor, each element a rounding larger or smaller."""
+        """A floating tensor with each element larger or smaller by one rounding."""
         if self._noise is None or not (isinstance(value, Tensor) and value.is_floating_point()):
             return value
         up = torch.randint(0, 2, value.shape, generator=self._generator, dtype=torch.int8)

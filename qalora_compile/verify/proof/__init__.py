@@ -1,1 +1,1 @@
-"""Proof that two graphs are equal: structure, weights and terms; certificates."""
+"""Proves that two graphs are equal by their structure, weights and terms; certificates."""

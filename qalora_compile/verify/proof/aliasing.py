@@ -1,7 +1,8 @@
-"""Operators that write into a tensor, where the graph's edges do not show what they change.
+"""Refuses in-place operators whose effect the graph's edges do not show.
 
-A proof follows operands. After `y.relu_()` a reader of the result reads what was written; a reader
-of y itself, or of a view of it, does so by the order of nodes alone, which no operand shows.
+A proof follows operands. After `y.relu_()`, a reader of the result reads the written values. A
+reader of y itself, or of a view of it, does so only because of the order of nodes, which operands
+do not show.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ _FRESH = {
     "tanh", "where", "zeros", "zeros_like",
 }
 # fmt: on
-"""Operators of ATen whose result is memory of its own."""
+"""ATen operators that allocate their result."""
 _IDLE = frozenset({"dropout_"})
-"""Written to by nothing in evaluation."""
+"""In-place operators that write nothing in evaluation mode."""
 
 
 def refuse_hidden_writes(graph: Graph) -> None:
-    """Check that each operator that writes is read by its result alone.
+    """Check that what an in-place operator writes is read only through its result.
 
     Raises:
-        UserInputError: a value is written to that is an input, a stored tensor, a view, or read
-            under its own name as well.
+        UserInputError: an operator writes into an input, a stored tensor, a view, or a value that
+            is also read elsewhere.
     """
     if graph.dialect != FX:
         return
@@ -46,10 +47,10 @@ def refuse_hidden_writes(graph: Graph) -> None:
             shown.add(name)
         elif _base(node.op) not in _IDLE:
             raise UserInputError(
-                f"an operator writes into a tensor that is read in other ways too: {node.line}",
+                f"an operator writes into a tensor that is also read elsewhere: {node.line}",
                 where=f"{graph.label}{f', module {node.path}' if node.path else ''}",
                 hint="write the step without changing a tensor in place (torch.where, "
-                "slice_scatter, y = y + x): what cannot be followed cannot be compared",
+                "slice_scatter, y = y + x), so that the comparison can follow it",
             )
 
 
@@ -94,5 +95,5 @@ def _is_shown(
 
 
 def _is_fresh(node: Node) -> bool:
-    own = node.op.startswith("qalora.")  # a custom operator may give no view of what it reads
+    own = node.op.startswith("qalora.")  # custom operators must not return views of their operands
     return own or (node.op.startswith("aten.") and _base(node.op) in _FRESH)

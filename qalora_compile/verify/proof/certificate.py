@@ -1,4 +1,4 @@
-"""Certificates: what a proof found, as JSON that can be checked again later, without torch."""
+"""Certificates: the findings of a proof, as JSON that can be checked again without torch."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _NONE = type(None)
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One side of a comparison.
+    """One of the two graphs of a comparison.
 
     Attributes:
-        label: What it was called.
+        label: Its name in messages.
         kind: `fx` (a program) or `onnx`.
-        stage: Of the program, or the target of the model.
-        path: Of the folder or file; None for a program in memory.
-        files: SHA-256 of the files there, by name.
+        stage: The stage of a program, or the target of a model.
+        path: Path of the folder or file; None for a program in memory.
+        files: SHA-256 of its files, by name.
         tensors: SHA-256 over the names and values of the tensors of a program in memory.
-        graph: Of a program in memory whose tensors are those of the folder `path`: its graph.
+        graph: The graph of a program in memory whose tensors are those of the folder `path`.
     """
 
     label: str
@@ -48,12 +48,13 @@ class GraphRecord:
 
 @dataclass(frozen=True)
 class SiteProof:
-    """What was found of one site.
+    """The findings for one site.
 
     Attributes:
         name, k, n, experts: The site.
-        status: `proved`, `different`, or `sampled`: its nodes were not read as a linear map.
-        modes: How far the weights lie apart, for each execution mode of its operators.
+        status: `proved`, `different`, or `sampled` if its nodes were not read as a linear map.
+        modes: Difference of the weights, for each way to interpret the candidate's operators: by
+            their specification or by the functions in the file.
         problem: Why there are no numbers.
     """
 
@@ -72,17 +73,17 @@ class SiteProof:
 
     @property
     def worst(self) -> tuple[str, Coefficients] | None:
-        """The execution mode whose difference is the largest part of what storing explains."""
+        """The mode whose difference is the largest multiple of the storage rounding."""
         return max(self.modes.items(), key=lambda item: item[1].max_ratio, default=None)
 
     def bound(self, norm: float) -> float:
-        """Bound of ‖Δy‖₂ for every x with ‖x‖₂ ≤ `norm`, in exact arithmetic."""
+        """Bound on ‖Δy‖₂ for every x with ‖x‖₂ ≤ `norm`, in exact arithmetic."""
         return max((w.operator * norm + w.bias_norm for w in self.modes.values()), default=math.nan)
 
 
 @dataclass(frozen=True)
 class SegmentProof:
-    """What was found of what stands between sites; `lines` as of `structural.Segment`."""
+    """The findings for the nodes between sites; `lines` as in `match_structure.Segment`."""
 
     name: str
     status: str
@@ -96,13 +97,13 @@ class Certificate(Brief):
 
     Attributes:
         reference, candidate: What was compared.
-        verdict: `EQUAL`, `DIFFERENT`, or `UNDECIDED`: something could neither be proved nor tried.
+        verdict: `EQUAL`, `DIFFERENT`, or `UNDECIDED` if a part could be neither proved nor sampled.
         sites: The quantized layers.
-        segments: What stands between them.
+        segments: The nodes between them.
         difference: The first difference, as lines of text, or None.
-        samples: How many samples were tried where structure alone is no proof, and within what.
-        notes: What was widened, and where no bound holds.
-        versions: Of what made it.
+        samples: Number of samples where structure alone is not a proof, and their tolerance.
+        notes: Notes on widened tensors and on missing bounds.
+        versions: Versions of the software that made it.
     """
 
     reference: GraphRecord
@@ -129,22 +130,22 @@ class Certificate(Brief):
 
     @property
     def passed(self) -> bool:
-        """Whether the two are equal: proved, or on samples where `sampled` says so."""
+        """Whether the two are equal: proved, or on samples for the parts in `sampled`."""
         return self.verdict == Verdict.EQUAL
 
     @property
     def parts(self) -> tuple[SiteProof | SegmentProof, ...]:
-        """The layers, and what stands between them."""
+        """The layers and the segments between them."""
         return (*self.sites, *self.segments)
 
     @property
     def sampled(self) -> tuple[str, ...]:
-        """Names of what was tried on samples and not proved; empty: all is proved."""
+        """Names of the parts that were sampled instead of proved; empty if all are proved."""
         return tuple(part.name for part in self.parts if part.status == SAMPLED)
 
     @property
     def proved(self) -> bool:
-        """Whether the two are equal for all inputs, nothing being tried on samples alone."""
+        """Whether the two are equal for all inputs, without any part that was only sampled."""
         return self.passed and all(part.status == PROVED for part in self.parts)
 
     @property
@@ -168,15 +169,15 @@ class Certificate(Brief):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON types; what is not finite becomes text."""
+        """The certificate as JSON types; infinities and NaN become text."""
         value = {"format": FORMAT, "version": VERSION, "tolerance": RULE, **_fields(self)}
         return value | {"proved": self.proved, "sampled": list(self.sampled)}
 
     def write(self, path: str | Path) -> None:
-        """Write the certificate as a JSON file, in the place of another certificate.
+        """Write the certificate as a JSON file; an existing certificate is replaced.
 
         Raises:
-            UserInputError: the path holds something else.
+            UserInputError: the path holds something other than a certificate.
             OutputError: it cannot be written.
         """
         with atomic_files(Path(path), overwrite=True) as scratch:
@@ -191,7 +192,7 @@ class Certificate(Brief):
         """
         value = read_json(Path(path), finite=True)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise UserInputError(f"{path} is no certificate", where=str(path))
+            raise UserInputError(f"{path} is not a certificate", where=str(path))
         if value.get("version") not in _VERSIONS:
             raise UserInputError(
                 f"the certificate has version {value.get('version')}, this package reads "
@@ -212,7 +213,9 @@ class Certificate(Brief):
                 f"the certificate is malformed: {error!r}", where=str(path)
             ) from error
         if value.get("proved") and not made.proved:
-            raise UserInputError("the certificate says proved of what is not", where=str(path))
+            raise UserInputError(
+                "the certificate claims a proof of a part that was not proved", where=str(path)
+            )
         return made
 
     def __str__(self) -> str:
@@ -235,11 +238,11 @@ class Certificate(Brief):
 
 
 def verdict_of(statuses: Iterable[str]) -> Verdict:
-    """The verdict of a proof, by the statuses of its layers and of what stands between them.
+    """The verdict of a proof, from the statuses of its layers and segments.
 
-    One part that differs makes all of it different; one that could be neither proved nor tried
-    leaves it undecided. Parts that were tried on samples alone count as equal here, and are named
-    in `Certificate.sampled`.
+    One part that differs makes the result DIFFERENT; otherwise one that could be neither proved nor
+    sampled makes it UNDECIDED. Parts that were only sampled count as equal and are named in
+    `Certificate.sampled`.
     """
     found = set(statuses)
     if DIFFERENT in found:
@@ -268,7 +271,7 @@ def _fields(value: Any) -> Any:
 def _certificate(value: Mapping[str, Any]) -> Certificate:
     sites = []
     for row in value["sites"]:
-        if "ways" in row:  # what version 1 called them
+        if "ways" in row:  # the name in version 1
             row["modes"] = row.pop("ways")
         modes = {name: _coefficients(mode) for name, mode in row["modes"].items()}
         _check_types(row, name=str, k=int, n=int, status=str, problem=str)
@@ -287,10 +290,10 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
         _check_types(value[name], label=str, kind=str, stage=str, files=dict, path=(str, _NONE))
         _check_types(value[name]["files"], **dict.fromkeys(value[name]["files"], str))
         _check_types(value[name], tensors=(str, _NONE), graph=(dict, _NONE))
-    sides = [GraphRecord(**value[name]) for name in ("reference", "candidate")]
+    records = [GraphRecord(**value[name]) for name in ("reference", "candidate")]
     return Certificate(
-        reference=dataclasses.replace(sides[0], files=dict(sides[0].files)),
-        candidate=dataclasses.replace(sides[1], files=dict(sides[1].files)),
+        reference=dataclasses.replace(records[0], files=dict(records[0].files)),
+        candidate=dataclasses.replace(records[1], files=dict(records[1].files)),
         verdict=Verdict(value["verdict"]),
         sites=tuple(sites),
         segments=tuple(segments),
@@ -302,10 +305,10 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
 
 
 def _check_types(row: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:
-    """See that the values of a row are of these types.
+    """Check the types of the values of a row.
 
     Raises:
-        TypeError: one is not, or is missing.
+        TypeError: a value has another type, or is missing.
     """
     for name, kind in kinds.items():
         value = row[name] if name != "graph" else row.get(name)

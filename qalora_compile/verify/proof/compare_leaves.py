@@ -1,7 +1,7 @@
-"""What two open computations read: stored tensors that samples cannot tell apart, and masks.
+"""Leaves of two open computations that samples cannot distinguish: stored tensors and masks.
 
-Where operators have no common form, equality is tried on samples, within the rounding of float32.
-A parameter that is off by less than that, and a mask of ones that is not read, would pass there.
+Operators without a common form are compared on samples, within the rounding of float32. There, a
+parameter that differs by less than that would pass, and so would a mask of ones that is not read.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor
 from qalora_compile.verify.proof.terms.term import Term
 
 _NEAR = 1e-2
-"""Two tensors of one shape that are as near as this, as a part of the largest value, are one
-parameter; what is farther apart shows on samples."""
+"""Two tensors of one shape whose difference relative to the largest value is at most this are the
+same parameter; larger differences show on samples."""
 _SHAPES = ("size", "sym_size", "Shape", "zeros_like", "ones_like", "full_like", "empty_like")
-"""Operators that read nothing of an operand but its shape."""
+"""Operators that read only the shape of an operand."""
 _RESULTS: dict[str, dict[int, tuple[int, ...]]] = {
     "onnx.Attention": {1: (1, 4), 2: (2, 5)},
     "com.microsoft.MultiHeadAttention": {1: (1, 3, 6), 2: (2, 3, 7)},
 }
-"""The operands that a result is made of, where it is not all of them: a cache takes no mask."""
+"""Operands that a result depends on, if not all: a cache does not depend on the mask."""
 
 
 def parted(a: Term, b: Term) -> tuple[str, str] | None:
-    """Two leaves, as text, that tell open computations apart: a stored tensor, or a mask."""
+    """Two leaves, as text, in which two open computations differ: stored tensors or masks."""
     return _parted_tensors(a, b) or _parted_masks(a, b)
 
 
 def _parted_tensors(a: Term, b: Term) -> tuple[str, str] | None:
-    """The first stored tensor that both have, and of which the values differ."""
+    """The first stored tensor that both have with different values."""
     ours, theirs = _tensors(a), _tensors(b)
     keys = {key for key, _ in ours}, {key for key, _ in theirs}
     left = [s for key, s in ours if key not in keys[1]]
@@ -47,13 +47,13 @@ def _parted_tensors(a: Term, b: Term) -> tuple[str, str] | None:
 
 
 def _relation(a: StoredTensor, b: StoredTensor, *, by_name: bool) -> str:
-    """`same`, `parted` (one parameter, with other values), or `` where they are two tensors."""
+    """`same`, `parted` (one parameter with different values), or "" for unrelated tensors."""
     if a.size != b.size or _kind(a) != _kind(b):
         return ""
     if a.digest == b.digest:
         return "same"
-    turned = a.shape != b.shape and a.shape == b.shape[::-1]
-    if not by_name and a.shape != b.shape and not turned:
+    transposed = a.shape != b.shape and a.shape == b.shape[::-1]
+    if not by_name and a.shape != b.shape and not transposed:
         return ""
     x, y = a.values(), b.values()
     pairs = [(x.reshape(-1), y.reshape(-1))]
@@ -79,7 +79,7 @@ def _shown(stored: StoredTensor) -> str:
 
 
 def _parted_masks(a: Term, b: Term) -> tuple[str, str] | None:
-    """A mask that one side reads and the other does not: samples may have no use for it."""
+    """A mask that only one computation reads, which samples may not show."""
     ours, theirs = _masks(a), _masks(b)
     for line in ours.keys() ^ theirs.keys():
         absent = f"(does not read {line})"
@@ -93,7 +93,7 @@ def _masks(value: Term) -> dict[str, str]:
 
 
 def _read(value: Term) -> tuple[Term, ...]:
-    """The operands of which the values matter."""
+    """The operands whose values matter."""
     if _base(value.op) in _SHAPES:
         return ()
     parts = value.detail.split(", ")
@@ -116,7 +116,7 @@ def _base(op: str) -> str:
 
 
 def _walk(value: Term, operands: Callable[[Term], Sequence[Term]]) -> Iterator[Term]:
-    """A term and all inside it that is reached by `operands`, each once."""
+    """A term and all terms that are reached from it by `operands`, each once."""
     waiting, seen = [value], {value.key}
     while waiting:
         here = waiting.pop()

@@ -1,4 +1,4 @@
-"""Two linear maps compared coefficient by coefficient, and what a difference does to outputs."""
+"""Compares two linear maps by coefficient, and bounds the effect of differences on outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qalora_compile.verify.proof.graphs.stored_tensor import Array
 from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError, Rows
 
 _CHUNK = 1 << 22
-"""Coefficients that are decoded at a time."""
+"""How many coefficients are decoded at a time."""
 _UNIT = 2.0**-24
 """u of float32."""
 RULE = (
@@ -26,21 +26,21 @@ RULE = (
 
 @dataclass(frozen=True)
 class Coefficients:
-    """How far two effective weights and biases lie apart.
+    """The differences between two effective weights and biases.
 
     Attributes:
         max_abs: Largest difference of two weights.
-        max_ratio: Largest ratio of a difference to what storing explains there; above 1: unequal.
-        worst: (row, column) of that ratio; for experts with the expert before them.
+        max_ratio: Largest ratio of a difference to the storage rounding there; unequal if above 1.
+        worst: (row, column) of that ratio; for experts (expert, row, column).
         frobenius: ‖ΔW‖_F, so that ‖Δy‖₂ ≤ ‖ΔW‖_F ‖x‖₂ + ‖Δb‖₂ for every x, in exact arithmetic.
-        operator: A bound of the largest singular value of ΔW: min(‖ΔW‖_F, √(‖ΔW‖₁ ‖ΔW‖_∞)).
-        weight_max, weight_frobenius: Of the reference's weight.
-        bias_max_abs: Largest difference of two biases; any at all is a difference.
+        operator: A bound on the largest singular value of ΔW: min(‖ΔW‖_F, √(‖ΔW‖₁ ‖ΔW‖_∞)).
+        weight_max, weight_frobenius: Largest absolute value and norm of the reference's weight.
+        bias_max_abs: Largest difference of two biases, for which there is no tolerance.
         bias_norm: ‖Δb‖₂.
-        float32: For |computed y − exact y| in float32, of either side, in any order of summation:
-            ‖·‖₂ ≤ float32 · ‖x‖₂ + γ‖b‖₂; None on int8 activations.
+        float32: Bounds |computed y − exact y| in float32, for either map and any order of
+            summation: ‖·‖₂ ≤ float32 · ‖x‖₂ + γ‖b‖₂; None for int8 activations.
         terms: n of γ_n in that bound.
-        coarse: The largest distance that storing explains, as a part of the scale of its group.
+        coarse: The largest storage rounding relative to the scale of its group.
     """
 
     max_abs: float
@@ -58,18 +58,18 @@ class Coefficients:
 
     @property
     def equal(self) -> bool:
-        """Whether storing explains every difference."""
+        """Whether every difference is within the storage rounding."""
         return self.max_ratio <= 1 and self.bias_max_abs == 0
 
 
 def compare_linears(a: Linear, b: Linear) -> Coefficients:
-    """Compare two linear maps, some rows at a time.
+    """Compare two linear maps, a block of rows at a time.
 
     Raises:
-        NotLinearError: their shapes differ, or a matrix does not fit what it multiplies.
+        NotLinearError: their shapes differ, or a matrix does not fit its operand.
     """
     if (a.n, a.k, a.experts) != (b.n, b.k, b.experts):
-        raise NotLinearError(f"{_shape(a)} and {_shape(b)} are no one shape")
+        raise NotLinearError(f"the shapes {_shape(a)} and {_shape(b)} differ")
     sums = _Sums(a.k)
     for expert in range(a.experts or 1):
         sums.begin()
@@ -102,7 +102,7 @@ def _shape(linear: Linear) -> str:
 
 
 class _Sums:
-    """What is summed up over the rows."""
+    """Values accumulated over the rows."""
 
     def __init__(self, k: int) -> None:
         self._k = k
@@ -116,7 +116,7 @@ class _Sums:
         self._row, self._square = 0.0, 0.0
 
     def add(self, a: Rows, b: Rows, start: int, expert: int) -> None:
-        """Add some rows of both sides."""
+        """Add a block of rows of both maps."""
         apart = np.abs(a.weight - b.weight)
         self._ratio(apart, a.radius + b.radius, start, expert)
         self.max_abs = max(self.max_abs, float(apart.max()))

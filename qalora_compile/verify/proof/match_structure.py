@@ -1,4 +1,4 @@
-"""What stands around the rewritten layers of two graphs, compared by structure."""
+"""Compares the nodes around the rewritten layers of two graphs by structure."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _ABSENT = "(nothing)"
 
 @dataclass(frozen=True)
 class Segment:
-    """What computes one input of a site, or one output of the model, from the sites before it.
+    """The nodes that compute one input of a site, or one output of the model, from earlier sites.
 
     Attributes:
         name: `input of <site>` or `output <name>`.
-        status: `proved`: the same term on both sides; `different`: not the same; `open`: one side
-            has an operator that is foreign to the other's kind of graph; `sampled`: such a one, and
-            equal on samples.
-        lines: The first two nodes that differ, or are foreign, side by side.
-        targets: The operands that it ends in, on both sides.
-        sampled: Largest difference on samples, as a part of the largest value; where it was tried.
+        status: `proved`: both graphs have the same term; `different`: they do not; `open`: one
+            graph has an opaque operator, which the other dialect cannot express; `sampled`: open,
+            but equal on samples.
+        lines: The first two nodes that differ, or are opaque, one from each graph.
+        targets: The computed operands in both graphs.
+        sampled: Largest difference on samples, relative to the largest value; None if not sampled.
     """
 
     name: str
@@ -50,14 +50,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Pair:
-    """A site on both sides, as linear maps.
+    """A site of both graphs as linear maps.
 
     Attributes:
         site: The site.
-        maps: What it computes on both sides; None where it is compared with what stands around it.
-        functions: Other ways to take the operators of a side (0 or 1), made when asked for,
-            from the map by its operators.
-        problem: Why there are no maps.
+        maps: Its linear maps in both graphs; None if it is compared with its surroundings.
+        functions: For each graph (0 or 1), a function from the map by its operators to alternative
+            maps by the functions in its file.
+        problem: Why there are no maps, or "".
     """
 
     site: SiteRow
@@ -71,9 +71,9 @@ class Structure:
     """The outcome of a comparison by structure.
 
     Attributes:
-        pairs: The sites of both sides.
-        segments: What stands between them.
-        notes: What was widened.
+        pairs: The sites of both graphs.
+        segments: The nodes between them.
+        notes: Notes on widened tensors.
     """
 
     pairs: tuple[Pair, ...]
@@ -82,15 +82,15 @@ class Structure:
 
     @property
     def same(self) -> bool:
-        """Whether everything outside the layers is the same by structure alone.
+        """Whether everything outside the layers is structurally equal.
 
-        A site that is no linear map on both sides counts as what stands around the layers.
+        A site that is not a linear map in both graphs counts as outside the layers.
         """
         return all(s.status == PROVED for s in self.segments)
 
     @property
     def difference(self) -> str | None:
-        """The first difference, as text of two lines side by side, or None."""
+        """The first difference, as text with a line for each graph, or None."""
         problem = next((f"{p.site.name}: {p.problem}" for p in self.pairs if p.problem), None)
         for segment in self.segments:
             if segment.status != PROVED and segment.lines is not None:
@@ -105,20 +105,20 @@ def compare_structure(
     """Compare two programs, or a program and an exported model, outside of their layers.
 
     Names, the order of independent nodes and the nodes that compute a quantized site do not count.
-    Constants are compared bit for bit, half precision as widened to float32; NaN, and infinities
-    outside of masks, are equal to nothing.
+    Constants are compared bit for bit, half precision after widening to float32; NaN, and
+    infinities outside of masks, are equal to nothing.
 
     Raises:
-        UserInputError: a side cannot be read, or writes into tensors in a way that cannot be
-            followed.
+        UserInputError: a graph cannot be read, or writes into tensors in place such that readers
+            cannot be determined.
     """
     a, b = open_graph(reference), open_graph(candidate)
-    for side in (a, b):
-        refuse_hidden_writes(side)
-    pairs, wanted, sides, widened = _read(a, b)
+    for graph in (a, b):
+        refuse_hidden_writes(graph)
+    pairs, wanted, both, widened = _read(a, b)
     mixed = a.dialect != b.dialect
     segments = [
-        _segment(name, targets, (sides[0].of(targets[0]), sides[1].of(targets[1])), mixed)
+        _segment(name, targets, (both[0].of(targets[0]), both[1].of(targets[1])), mixed)
         for name, targets in wanted
     ]
     segments += _unmatched_outputs(a, b)
@@ -133,9 +133,9 @@ class Match:
 
     Attributes:
         name: `input of <site>`, `<site>`, `output <name>`, or that of the reference's node.
-        kind: `read` by a site, what a `site` gives, an `output`, or a `node` between them.
-        values: The operands, on both sides.
-        lines: The nodes as text; where structure tells the two apart, those at which they part.
+        kind: `read` by a site, the output of a `site`, an `output`, or a `node` between them.
+        values: The operands in both graphs.
+        lines: The nodes as text; if the structure differs, the nodes at which it diverges.
         path: Module path in the user's model, where it is known.
     """
 
@@ -147,16 +147,16 @@ class Match:
 
 
 def match_values(a: Graph, b: Graph) -> list[Match]:
-    """The values that two graphs have in common, in the order of the first.
+    """The values that two graphs have in common, in the order of the first graph.
 
-    What a site reads and gives, and the outputs, are matched by name; what stands between them
-    where it is the same computation from the same sites.
+    Inputs and outputs of sites and outputs of the model are matched by name; nodes between them are
+    matched if they are the same computation from the same sites.
     """
-    _, wanted, sides, _ = _read(a, b)
+    _, wanted, both, _ = _read(a, b)
     found: dict[str, Match] = {}
     mixed = a.dialect != b.dialect
     for name, targets in wanted:
-        segment = _segment(name, targets, (sides[0].of(targets[0]), sides[1].of(targets[1])), mixed)
+        segment = _segment(name, targets, (both[0].of(targets[0]), both[1].of(targets[1])), mixed)
         shown = segment.lines or (a.line(targets[0]), b.line(targets[1]))
         kind = "output" if name.startswith("output ") else "read"
         found[name] = Match(name, kind, targets, shown, name.partition(" of ")[2])
@@ -165,8 +165,8 @@ def match_values(a: Graph, b: Graph) -> list[Match]:
         lines = (a.line(values[0]), b.line(values[1]))
         found[name] = Match(name, "site", values, lines, name)
     taken = {m.values[0] for m in found.values()}
-    others = {computed.key: value for value, computed in sides[1].computed().items()}
-    for value, computed in sides[0].computed().items():
+    others = {computed.key: value for value, computed in both[1].computed().items()}
+    for value, computed in both[0].computed().items():
         ref, other = Ref(value), others.get(computed.key)
         if other is not None and ref not in taken:
             lines = (a.line(ref), b.line(Ref(other)))
@@ -176,7 +176,7 @@ def match_values(a: Graph, b: Graph) -> list[Match]:
 
 
 def _in_order(graph: Graph, matches: Iterable[Match]) -> list[Match]:
-    """By the place of the value in the graph; what is read before what computes on it."""
+    """Sort key: the value's position in the graph, inputs of a site before the site."""
     place = {name: index for index, name in enumerate(graph.nodes)}
 
     kinds = ("site", "node", "read", "output")
@@ -193,12 +193,12 @@ _Wanted = list[tuple[str, tuple[Any, Any]]]
 
 
 def _read(a: Graph, b: Graph) -> tuple[list[Pair], _Wanted, list[Semantics], bool]:
-    """The sites, the values to compare, what all values mean, and whether halves are widened."""
+    """The sites, the values to compare, the semantics, and whether half precision is widened."""
     pairs = _pairs(a, b)
     cuts = {p.site.name for p in pairs if p.maps is not None}
     halves = a.half != b.half
     algebra = Algebra(single=a.dialect != b.dialect, halves=halves)
-    sides = [
+    both = [
         Semantics(
             graph,
             algebra,
@@ -208,9 +208,9 @@ def _read(a: Graph, b: Graph) -> tuple[list[Pair], _Wanted, list[Semantics], boo
         for graph in (a, b)
     ]
     wanted = _targets(a, b, pairs)
-    for side, index in zip(sides, (0, 1), strict=True):
-        side.make([targets[index] for _, targets in wanted])
-    return pairs, wanted, sides, halves or algebra.widened
+    for each, index in zip(both, (0, 1), strict=True):
+        each.make([targets[index] for _, targets in wanted])
+    return pairs, wanted, both, halves or algebra.widened
 
 
 def _pairs(a: Graph, b: Graph) -> list[Pair]:
@@ -231,7 +231,7 @@ def _pairs(a: Graph, b: Graph) -> list[Pair]:
 def _pair(a: Graph, b: Graph, site: SiteRow) -> Pair:
     first, second = _linear(a, site), _linear(b, b.sites[site.name])
     if len(first.source) != len(second.source):
-        raise NotLinearError("the rows of experts are given in different ways")
+        raise NotLinearError("the rows of experts are given in different forms")
     functions = tuple(
         (index, partial(function_linears, graph, graph.sites[site.name]))
         for index, graph in enumerate((a, b))
@@ -245,13 +245,13 @@ def _linear(graph: Graph, site: SiteRow) -> Linear:
         return fx_linear(graph, site) if graph.dialect == FX else onnx_linear(graph, site)
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise NotLinearError(
-            f"the nodes of the layer in {graph.label} are not as their operators are defined: "
+            f"the nodes of the layer in {graph.label} do not fit the definition of their operators: "
             f"{error!r}"
         ) from error
 
 
 def _targets(a: Graph, b: Graph, pairs: list[Pair]) -> _Wanted:
-    """The values that are compared: what the sites read, then the outputs."""
+    """The values that are compared: the inputs of the sites, then the outputs."""
     found: _Wanted = []
     for pair in pairs:
         if pair.maps is not None:
@@ -265,7 +265,7 @@ def _targets(a: Graph, b: Graph, pairs: list[Pair]) -> _Wanted:
 
 
 def _unmatched_outputs(a: Graph, b: Graph) -> list[Segment]:
-    """Outputs of one side alone; a None is no output of an ONNX model."""
+    """Outputs that only one graph has; None does not count as an output of an ONNX model."""
     found = []
     for one, other, flip in ((a, b, False), (b, a, True)):
         for name, value in one.outputs.items():

@@ -1,7 +1,7 @@
-"""Stored tensors with NaN, or with infinities that are no mask: nothing is equal to those.
+"""Stored tensors with NaN, or with infinities outside of masks, which nothing is equal to.
 
-The rule is that of `ir.finite`, for numpy: −∞ is put on purpose into masks alone, which have no
-positive numbers.
+The rule is that of `ir.finite`, for numpy: −∞ is intended only in masks, which have no positive
+numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def is_damaged(stored: StoredTensor) -> bool:
-    """Whether a tensor holds NaN, or infinities that are no mask."""
+    """Whether a tensor holds NaN, or infinities and is not a mask."""
     if stored.dtype not in FLOATS or stored.size == 0:
         return False
     values = stored.values()
@@ -30,7 +30,7 @@ def is_damaged(stored: StoredTensor) -> bool:
 
 
 def damages(graphs: Iterable[Graph]) -> list[str]:
-    """A line for each damaged tensor of some graphs."""
+    """A line for each damaged tensor of the graphs."""
     return [
         f"{graph.label}: the tensor {name} holds NaN or infinite values"
         for graph in graphs
@@ -40,7 +40,7 @@ def damages(graphs: Iterable[Graph]) -> list[str]:
 
 
 def damages_of(*things: Program | str | Path) -> list[str]:
-    """The same of programs and paths.
+    """`damages` for programs and paths.
 
     Raises:
         UserInputError: a path cannot be read.

@@ -1,4 +1,4 @@
-"""What can be compared by proof: programs, program folders, exported models, export folders."""
+"""Opens the graphs of programs, program folders, exported models and export folders."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _HALVES = (ENCODER_FILE, DECODER_FILE)
 
 
 def open_graph(thing: Program | Graph | str | Path) -> Graph:
-    """The graph of a program, or of what a path names; only a program in memory needs torch.
+    """The graph of a program or of a path; only a program in memory needs torch.
 
     Raises:
-        UserInputError: the path is missing or is of no known kind, or the folder holds two graphs.
+        UserInputError: the path is missing or of an unknown kind, or the folder holds two graphs.
     """
     if isinstance(thing, Graph):
         return thing
@@ -53,7 +53,7 @@ def open_graph(thing: Program | Graph | str | Path) -> Graph:
 
 
 def open_graphs(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
-    """The graphs of a side: one, or encoder and decoder, to be looked at and not to be compared.
+    """The graphs of a program or path, for display: one, or encoder and decoder.
 
     Raises:
         UserInputError: see `open_graph`.
@@ -66,10 +66,10 @@ def open_graphs(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
 
 
 def files_of(path: Path) -> dict[str, str]:
-    """SHA-256 of every file that the meaning of a side depends on, by name.
+    """SHA-256 of every file that the graph of a path depends on, by name.
 
     Raises:
-        UserInputError: the path is of no side: a certificate may name any file.
+        UserInputError: the path is not of such a graph; a certificate may name any file.
     """
     found = find_artifact(path)
     if found is not None and found.kind is ArtifactKind.PROGRAM:
@@ -83,7 +83,7 @@ def files_of(path: Path) -> dict[str, str]:
 
 
 def _external(model: Path) -> set[str]:
-    """Names of the files beside a model that its weights are in."""
+    """Names of the model's external data files."""
     graph = read_onnx_graph(model)
     rows = (
         entry.value

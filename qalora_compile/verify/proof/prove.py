@@ -1,4 +1,4 @@
-"""`prove_equivalence`: two programs, or a program and its export, equal for every input."""
+"""`prove_equivalence`: proves two programs, or a program and its export, equal."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 _HALF_STEP = 0.5
 SAMPLE_TOLERANCE = 1e-5
-"""Largest difference on samples, as a part of the largest value, that float32 arithmetic explains
-between two layers: some hundred roundings."""
+"""Largest difference on samples, relative to the largest value, that float32 arithmetic explains
+between two layers: about a hundred roundings."""
 
 
 def prove_equivalence(
@@ -58,36 +58,35 @@ def prove_equivalence(
 ) -> Certificate:
     """Prove that two programs, or a program and an exported model, compute the same.
 
-    Every quantized layer is read as a linear map on both sides, in float64, and compared
-    coefficient by coefficient; what stands between the layers is compared by structure. This
-    holds for all inputs. Where operators of the two kinds of graphs have no common form (attention,
-    masks), what they compute is tried on samples, cut off from the layers, and the certificate
-    says so.
+    Every quantized layer of both graphs is read as a linear map in float64 and compared coefficient
+    by coefficient; the nodes between the layers are compared by structure. This holds for all
+    inputs. Operators without a common form in both dialects (attention, masks) are compared on
+    samples, separately from the layers, and the certificate names them.
 
     Args:
         reference: A program, or the path of a program folder, export folder or `.onnx` file.
-        candidate: Likewise.
-        samples: How many samples to try where there is no proof; 0 leaves it undecided.
-        seed: Of the samples.
-        folder: The program folder that has the tensors of `reference`, if that is a program in
-            memory (the same model with a key-value cache). Its certificate can then be checked
-            again without torch.
+        candidate: A program or path as above.
+        samples: How many samples to try where there is no proof; with 0 the verdict is UNDECIDED.
+        seed: Seed of the samples.
+        folder: The program folder with the tensors of `reference`, if that is a program in memory
+            (the same model with a key-value cache), so that the certificate can be checked without
+            torch.
 
     Returns:
-        The certificate: `.passed`, `.proved`, one row for every layer and every part between them.
+        The certificate: `.passed`, `.proved`, one row for every layer and every segment between.
 
     Raises:
         UserInputError: a path cannot be read.
     """
     things = (reference, candidate)
-    sides = (open_graph(reference), open_graph(candidate))
-    structure = compare_structure(*sides)
+    graphs = (open_graph(reference), open_graph(candidate))
+    structure = compare_structure(*graphs)
     sites = tuple(_prove_site(pair) for pair in track(list(structure.pairs), "prove"))
-    segments, refused = _sampled(structure, sites, things, sides, samples, seed)
+    segments, refused = _sampled(structure, sites, things, graphs, samples, seed)
     structure = dataclasses.replace(structure, notes=(*structure.notes, *refused))
     records = (
-        _record(reference, sides[0], None if folder is None else Path(folder)),
-        _record(candidate, sides[1], None),
+        _record(reference, graphs[0], None if folder is None else Path(folder)),
+        _record(candidate, graphs[1], None),
     )
     return _certificate(records, structure, sites, segments, samples)
 
@@ -96,25 +95,25 @@ def check_certificate(path: str | Path) -> tuple[Certificate, list[str]]:
     """Check a certificate again, without torch: the files, the structure and every coefficient.
 
     Args:
-        path: The certificate. What it was made for has to be where it was, or beside it.
+        path: The certificate. Its two models must be where they were, or in its folder.
 
     Returns:
-        The certificate as found now, and what is otherwise than it says; nothing if it holds. What
-        was tried on samples is taken over as it was found: to try it again needs torch.
+        The certificate as found now, and its deviations from the stated one; none if it holds.
+        Results of samples are taken over unchanged, since sampling needs torch.
 
     Raises:
-        UserInputError: the certificate is malformed, was made for a program in memory, or what it
-            was made for is missing.
+        UserInputError: the certificate is malformed or was made for a program in memory, or one of
+            its models is missing.
     """
     stated = Certificate.read(path)
-    places = [_place(side, Path(path)) for side in (stated.reference, stated.candidate)]
+    places = [_place(record, Path(path)) for record in (stated.reference, stated.candidate)]
     problems = []
-    for side, place in zip((stated.reference, stated.candidate), places, strict=True):
+    for record, place in zip((stated.reference, stated.candidate), places, strict=True):
         found = files_of(place)
         problems += [
             f"{place / name}: the file has changed"
-            for name in sorted(found.keys() | side.files.keys())
-            if found.get(name) != side.files.get(name)
+            for name in sorted(found.keys() | record.files.keys())
+            if found.get(name) != record.files.get(name)
         ]
     described = stated.reference.graph
     first = places[0] if described is None else read_program_graph(places[0], described)
@@ -128,7 +127,7 @@ def check_certificate(path: str | Path) -> tuple[Certificate, list[str]]:
 
 
 def _as_tried(segments: Sequence[Segment], stated: Certificate) -> list[Segment]:
-    """Segments that structure leaves open, with what was found on samples when it was tried."""
+    """Segments that structure leaves open, with the stated results of samples."""
     tried = {
         s.name: s.sampled
         for s in stated.segments
@@ -144,25 +143,25 @@ def _as_tried(segments: Sequence[Segment], stated: Certificate) -> list[Segment]
     ]
 
 
-def _place(side: GraphRecord, certificate: Path) -> Path:
-    if side.path is None:
+def _place(record: GraphRecord, certificate: Path) -> Path:
+    if record.path is None:
         raise UserInputError(
-            f"the certificate was made for a {side.label} in memory, of which there is no file",
+            f"the certificate was made for a {record.label} in memory, for which there is no file",
             where=str(certificate),
             hint="save the program and make the certificate for its folder",
         )
-    for place in (Path(side.path), certificate.parent / Path(side.path).name):
+    for place in (Path(record.path), certificate.parent / Path(record.path).name):
         if _exists(place):
             return place
     raise UserInputError(
-        f"{side.path}, which the certificate was made for, is missing", where=str(certificate)
+        f"{record.path}, which the certificate was made for, is missing", where=str(certificate)
     )
 
 
 def _exists(place: Path) -> bool:
     try:
         return place.exists()
-    except (OSError, ValueError):  # no name that a file can have
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
@@ -183,9 +182,9 @@ def _prove_site(pair: Pair) -> SiteProof:
 
 
 def _execution_modes(pair: Pair) -> Iterator[tuple[str, tuple[Linear, Linear]]]:
-    """Both sides by their operators, then each by its functions against the other's operators.
+    """Both maps by their operators, then each by its functions against the other's operators.
 
-    A function's constants are let go of before the next site.
+    A function's constants are released before the next site.
     """
     if pair.maps is None:
         return
@@ -200,11 +199,11 @@ def _sampled(
     structure: Structure,
     sites: Sequence[SiteProof],
     things: tuple[Program | str | Path, Program | str | Path],
-    sides: tuple[Graph, Graph],
+    graphs: tuple[Graph, Graph],
     count: int,
     seed: int,
 ) -> tuple[list[Segment], list[str]]:
-    """The segments, those that structure leaves open tried on samples; and why some were not."""
+    """The segments, with samples for those that structure leaves open, and notes on failures."""
     open_ones = [
         s
         for s in structure.segments
@@ -217,9 +216,9 @@ def _sampled(
     from qalora_compile.verify.proof.sampled_equality import sample
 
     cuts = [p.site.name for p in structure.pairs if p.maps is not None]
-    programs = (_program(things[0], sides[0]), _program(things[1], sides[1]))
+    programs = (_program(things[0], graphs[0]), _program(things[1], graphs[1]))
     try:
-        worst = sample(sides, programs, cuts, [s.targets for s in open_ones], count, seed)
+        worst = sample(graphs, programs, cuts, [s.targets for s in open_ones], count, seed)
     except UserInputError as error:  # no program to make inputs from, or a runtime refuses
         return list(structure.segments), [f"nothing was tried on samples: {error.what}"]
     tried = {}
@@ -229,9 +228,9 @@ def _sampled(
     return [tried.get(segment.name, segment) for segment in structure.segments], []
 
 
-def _program(thing: Program | str | Path, side: Graph) -> Program | None:
-    """The program of a side, to run it; None for an exported model."""
-    if side.dialect != FX:
+def _program(thing: Program | str | Path, graph: Graph) -> Program | None:
+    """The program of a graph, to run it; None for an exported model."""
+    if graph.dialect != FX:
         return None
     if not isinstance(thing, (str, Path)):
         return thing
@@ -251,7 +250,7 @@ def _certificate(
     around = DIFFERENT if DIFFERENT in states else OPEN if OPEN in states else PROVED
     if around == PROVED and SAMPLED in states:
         around = SAMPLED
-    # A site that is no linear map on both sides was compared with what stands around it.
+    # A site that is not a linear map in both graphs was compared with its surroundings.
     sites = [
         dataclasses.replace(s, status=around) if s.status == OPEN and not s.modes else s
         for s in sites
@@ -274,7 +273,7 @@ def _certificate(
 def _first_difference(
     sites: Sequence[SiteProof], segments: Sequence[SegmentProof], verdict: Verdict
 ) -> str | None:
-    """The first difference in graph order: what a site reads before the site, outputs last."""
+    """The first difference in graph order: the input of a site before the site, outputs last."""
     wrong = OPEN if verdict == Verdict.UNDECIDED else DIFFERENT
     located = _located(sites, segments, wrong)
     for site in sites:
@@ -305,13 +304,13 @@ def _segment_text(segment: SegmentProof) -> str:
 
 def _site_text(site: SiteProof) -> str:
     assert site.worst is not None
-    way, found = site.worst
+    mode, found = site.worst
     if found.bias_max_abs:
         return f"{site.name}: the biases differ by up to {found.bias_max_abs:.3g}"
-    how = "" if way == "operators" else f" (by {way})"
+    how = "" if mode == "operators" else f" (by {mode})"
     return (
-        f"{site.name}: weights differ by up to {found.max_abs:.3g}{how}, most against what storing "
-        f"explains at {list(found.worst)}: {found.max_ratio:.3g} times as much"
+        f"{site.name}: weights differ by up to {found.max_abs:.3g}{how}, most at "
+        f"{list(found.worst)}: {found.max_ratio:.3g} times the storage rounding"
     )
 
 
@@ -327,7 +326,7 @@ def _notes(sites: Sequence[SiteProof], structure: Structure) -> list[str]:
     if coarse:
         notes.append(
             f"in {len(coarse)} layers, {coarse[0]} the first, an offset is so much larger than its "
-            "scale that rounding it hides a whole code"
+            "scale that rounding it hides a change of one code"
         )
     maps = [one for pair in structure.pairs if pair.maps is not None for one in pair.maps]
     halves = {stored.name for one in maps for stored in one.bias if stored.widened}
@@ -336,26 +335,26 @@ def _notes(sites: Sequence[SiteProof], structure: Structure) -> list[str]:
     return notes
 
 
-def _record(thing: Program | str | Path, side: Graph, folder: Path | None) -> GraphRecord:
+def _record(thing: Program | str | Path, graph: Graph, folder: Path | None) -> GraphRecord:
     if isinstance(thing, (str, Path)):
         path = Path(thing)
-        return GraphRecord(side.label, side.dialect, side.stage, str(path), files_of(path), None)
+        return GraphRecord(graph.label, graph.dialect, graph.stage, str(path), files_of(path), None)
     hashed = hashlib.sha256()
-    for name, stored in sorted(side.tensors.items()):
+    for name, stored in sorted(graph.tensors.items()):
         hashed.update(f"{name} {stored.digest}\n".encode())
-    record = GraphRecord(side.label, side.dialect, side.stage, None, {}, hashed.hexdigest())
-    if folder is None or not _has_tensors(folder, side):
+    record = GraphRecord(graph.label, graph.dialect, graph.stage, None, {}, hashed.hexdigest())
+    if folder is None or not _has_tensors(folder, graph):
         return record
     described = describe_program(thing)
     return dataclasses.replace(record, path=str(folder), files=files_of(folder), graph=described)
 
 
-def _has_tensors(folder: Path, side: Graph) -> bool:
+def _has_tensors(folder: Path, graph: Graph) -> bool:
     """Whether the tensors of a program in memory are those of a program folder."""
     stored = read_program_graph(folder).tensors
     return all(
         name in stored and stored[name].digest == tensor.digest
-        for name, tensor in side.tensors.items()
+        for name, tensor in graph.tensors.items()
     )
 
 

@@ -1,4 +1,4 @@
-"""What a certificate says otherwise than it is found when it is checked again."""
+"""Deviations of a stated certificate from the result of checking it again."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from qalora_compile.verify.proof.compare_weights import Coefficients
 from qalora_compile.verify.proof.match_structure import PROVED
 
 _SLACK = 1e-9
-"""Relative: sums in another order, where another numpy computes them."""
+"""Relative tolerance for sums, which another numpy may compute in another order."""
 _ROUNDING = 2.0**-48
-"""As a part of the weight: products of an adapter by another library of linear algebra."""
+"""Tolerance for adapter products by another linear algebra library, relative to the weight."""
 _RATIO = 2.0**-4
-"""What such a product may move a ratio by, where nothing but arithmetic explains a difference."""
+"""Tolerance for the ratio of a difference that only arithmetic explains."""
 _NORMS = {"frobenius": "‖ΔW‖_F", "operator": "the bound of ‖ΔW‖", "bias_norm": "‖Δb‖"}
 _OTHERS = {
     "bias_max_abs": "the largest difference of a bias",
-    "coarse": "what storing explains, as a part of a scale,",
+    "coarse": "the largest storage rounding relative to a scale",
     "weight_max": "the largest weight",
     "weight_frobenius": "‖W‖_F",
     "terms": "the number of roundings",
@@ -26,17 +26,17 @@ _OTHERS = {
 
 
 def recheck(stated: Certificate, now: Certificate) -> list[str]:
-    """What is not as it is stated: the verdict, what there is, its status, and every bound."""
+    """Deviations in the verdict, the set of parts, their statuses, and every bound."""
     problems = []
     if not stated.passed:
         problems.append(f"the certificate itself says {stated.verdict}")
     if now.verdict == Verdict.DIFFERENT:
         problems.append(f"the two are different: {now.difference}")
     elif now.verdict.is_worse_than(stated.verdict):
-        problems.append(f"stated as {stated.verdict}, and is {now.verdict}: {now.difference}")
+        problems.append(f"stated as {stated.verdict}, but is {now.verdict}: {now.difference}")
     found = {part.name: part for part in now.parts}
     said = {part.name: part for part in stated.parts}
-    problems += [f"{name}: in one of the two only" for name in sorted(found.keys() ^ said.keys())]
+    problems += [f"{name}: in only one of the two" for name in sorted(found.keys() ^ said.keys())]
     problems += [
         f"{name}: stated as proved, and is {found[name].status}"
         for name, part in said.items()
@@ -66,7 +66,7 @@ def _of_mode(stated: Coefficients, now: Coefficients) -> Iterator[str]:
         yield f"the largest difference is {now.max_abs:.3g}, stated as {stated.max_abs:.3g}"
     if not _within(now.max_ratio, stated.max_ratio, _RATIO):
         yield (
-            f"the largest difference is {now.max_ratio:.3g} times what storing explains, stated "
+            f"the largest difference is {now.max_ratio:.3g} times the storage rounding, stated "
             f"as {stated.max_ratio:.3g}"
         )
     slacks = dict.fromkeys(_NORMS, rounding) | dict.fromkeys(_OTHERS, 0.0)
@@ -82,5 +82,5 @@ def _of_mode(stated: Coefficients, now: Coefficients) -> Iterator[str]:
 
 
 def _within(found: float, stated: float, slack: float) -> bool:
-    """Whether a bound that is stated holds; none does that is no number."""
+    """Whether a stated bound holds; NaN never does."""
     return found <= stated * (1 + _SLACK) + slack

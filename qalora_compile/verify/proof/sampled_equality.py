@@ -1,8 +1,8 @@
-"""What structure alone does not prove, tried on samples: the graphs cut at their sites.
+"""Compares on samples what structure does not prove, with the graphs cut at their sites.
 
 Both graphs get the same random values for their inputs and for the output of every site, whatever
-the sites themselves compute, and give what each site reads and what the model returns. So a
-difference is found where it is, and no layer hides it from the next.
+the sites compute, and return the inputs of each site and the outputs of the model. A difference is
+therefore found where it occurs, and no layer hides it from the next.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class CutProgram:
         self._wanted = reachable(graph, list(targets), frozenset(self._cuts))
 
     def run(self, leaves: Sequence[Any], sites: Values) -> list[Tensor]:
-        """The targets, for flat inputs and the outputs of sites."""
+        """The targets, given flat inputs and the outputs of sites."""
         fed = {value: sites[name] for value, name in self._cuts.items()}
         names = {ref.name for ref in self._targets if isinstance(ref, Ref)}
         recorder = _CutInterpreter(self._program.module, fed, self._wanted, names)
@@ -54,7 +54,7 @@ class CutProgram:
 
 
 class _CutInterpreter(WatchingInterpreter):
-    """Computes the nodes that are wanted and takes the fed ones as given."""
+    """Computes only the wanted nodes and uses given values for the cut ones."""
 
     def __init__(
         self, module: fx.GraphModule, fed: Values, wanted: set[str], names: set[str]
@@ -80,7 +80,7 @@ class CutModel:
         self._session = self._open() if self._computed else None
 
     def run(self, inputs: Values, sites: Values) -> list[Tensor]:
-        """The targets, for inputs by name and the outputs of sites."""
+        """The targets, given inputs by name and the outputs of sites."""
         feed = {**inputs, **{value: sites[name] for value, name in self._cuts.items()}}
         found = dict(feed)
         if self._session is not None:
@@ -96,10 +96,10 @@ class CutModel:
             return open_model(model, Path(self._graph.label).parent)
 
     def _cut_model(self) -> Any:
-        """The model without what its sites compute."""
+        """The model without the nodes that compute its sites."""
         onnx = require("onnx", extra="onnx", purpose="cut an ONNX model")
-        whole = self._graph.extra
-        makers = {name: node for node in whole.graph.node for name in node.output if name}
+        model_proto = self._graph.extra
+        makers = {name: node for node in model_proto.graph.node for name in node.output if name}
         wanted, waiting = dict[str, Any](), list(self._computed)
         while waiting:
             name = waiting.pop()
@@ -108,51 +108,51 @@ class CutModel:
                 continue
             wanted[node.output[0]] = node
             waiting += [*node.input, *captured(node)]
-        nodes = [n for n in whole.graph.node if n.output[0] in wanted]
+        nodes = [n for n in model_proto.graph.node if n.output[0] in wanted]
         read = {name for node in nodes for name in (*node.input, *captured(node))}
         cut = [name for name in self._cuts if name in read]
-        inputs = [i for i in whole.graph.input if i.name in read]
+        inputs = [i for i in model_proto.graph.input if i.name in read]
         inputs += [onnx.helper.make_tensor_value_info(n, 1, None) for n in cut]
-        model = onnx.ModelProto(ir_version=whole.ir_version)
-        model.opset_import.extend(whole.opset_import)
-        model.functions.extend(whole.functions)
+        model = onnx.ModelProto(ir_version=model_proto.ir_version)
+        model.opset_import.extend(model_proto.opset_import)
+        model.functions.extend(model_proto.functions)
         outputs = [onnx.ValueInfoProto(name=name) for name in self._computed]
-        stored = [t for t in whole.graph.initializer if t.name in read]
+        stored = [t for t in model_proto.graph.initializer if t.name in read]
         model.graph.CopyFrom(onnx.helper.make_graph(nodes, "cut", inputs, outputs, stored))
         return model
 
 
 def sample(
-    sides: tuple[Graph, Graph],
+    graphs: tuple[Graph, Graph],
     programs: tuple[Program | None, Program | None],
     sites: Sequence[str],
     targets: Sequence[tuple[Any, Any]],
     count: int,
     seed: int,
 ) -> list[float]:
-    """Largest difference of each target over `count` samples, as a part of its largest value.
+    """Largest difference of each target over `count` samples, relative to its largest value.
 
-    Where the program has masks, two more calls have padding, of which no position is judged.
+    If the program has masks, two more calls have padding, whose positions are not compared.
 
     Args:
-        sides: The graphs.
-        programs: Their programs, of which one at least is needed for inputs and shapes.
+        graphs: The graphs.
+        programs: Their programs, at least one of which is needed for inputs and shapes.
         sites: Where the graphs are cut.
-        targets: The values to compare, on both sides.
+        targets: The values to compare, on both graphs.
         count: How many samples.
-        seed: Of the samples.
+        seed: Seed of the samples.
 
     Raises:
-        UserInputError: there is no program, or ONNX Runtime does not run the model.
+        UserInputError: there is no program, or ONNX Runtime fails to run the model.
     """
     program = next((p for p in programs if p is not None), None)
     if program is None:
-        raise UserInputError("neither side is a program, which samples are made from")
+        raise UserInputError("neither graph is of a program, from which samples are drawn")
     cut = [
         CutModel(graph, sites, [pair[i] for pair in targets])
         if owner is None
         else CutProgram(owner, graph, sites, [pair[i] for pair in targets])
-        for i, (graph, owner) in enumerate(zip(sides, programs, strict=True))
+        for i, (graph, owner) in enumerate(zip(graphs, programs, strict=True))
     ]
     worst = [0.0] * len(targets)
     generator = torch.Generator().manual_seed(seed)
@@ -163,8 +163,8 @@ def sample(
         shown = ProgramRunner(program).run(leaves).sites
         values = {name: _like(shown[name], generator) for name in sites}
         found = [
-            _run(side, owner, program, leaves, values)
-            for side, owner in zip(cut, programs, strict=True)
+            _run(part, owner, program, leaves, values)
+            for part, owner in zip(cut, programs, strict=True)
         ]
         for index, (one, other) in enumerate(zip(*found, strict=True)):
             compared = compare("", counted(one, padding), counted(other, padding))
@@ -174,22 +174,22 @@ def sample(
 
 
 def _run(
-    side: CutProgram | CutModel,
+    part: CutProgram | CutModel,
     owner: Program | None,
     program: Program,
     leaves: Sequence[Any],
     values: Values,
 ) -> list[Tensor]:
-    if isinstance(side, CutProgram):
+    if isinstance(part, CutProgram):
         assert owner is not None
-        return side.run(owner.signature.widen(leaves), values)
+        return part.run(owner.signature.widen(leaves), values)
     names = [leaf.name for leaf in program.signature.inputs]
     wide = dict(zip(names, map(widened, leaves), strict=True))
-    return side.run(wide, {n: v.float() for n, v in values.items()})
+    return part.run(wide, {n: v.float() for n, v in values.items()})
 
 
 def _like(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Random values of the shape and the spread of a site's output."""
+    """Random values with the shape and the standard deviation of a site's output."""
     spread = float(value.double().std()) if value.numel() > 1 else 1.0
     drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
     return (drawn * (spread or 1.0)).to(value.dtype)

@@ -1,1 +1,1 @@
-"""Whatever can be run on the same inputs: programs, ONNX files, other libraries."""
+"""Everything that can run on the same inputs: programs, ONNX files, other libraries."""

@@ -1,4 +1,4 @@
-"""Exported encoder-decoder models, compared as whole-sequence models."""
+"""Exported encoder-decoder models, compared on complete sequences."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _HIDDEN, _LAST_HIDDEN = "encoder_hidden_states", "encoder_last_hidden_state"
 
 
 class EncoderDecoderRunner:
-    """Runs encoder and decoder on whole sequences, as a device does.
+    """Runs encoder and decoder on complete sequences, as a device does.
 
-    The encoder runs once; the decoder gets a first token, then some more on the cache of it, then
-    the rest in the steps of `verify.cached`. Site values come from a run of the decoder on all
-    tokens at once.
+    The encoder runs once. The decoder reads a first token, then some more with its cache, then the
+    rest in the steps of `verify.runners.kv_cache`. Site values come from a run of the decoder on
+    all tokens at once.
 
     Args:
-        folder: With `encoder_model.onnx` and `decoder_model.onnx`.
-        library: A library of custom operators that the sessions get.
+        folder: Contains `encoder_model.onnx` and `decoder_model.onnx`.
+        library: A library of custom operators for the sessions.
 
     Raises:
-        UserInputError: a file is missing or broken, or the two are not of one model.
+        UserInputError: a file is missing or broken, or the two belong to different models.
     """
 
     def __init__(self, folder: Path, library: Path | None = None) -> None:
@@ -52,7 +52,7 @@ class EncoderDecoderRunner:
         wanted = {leaf.name.replace(PAST, _PRESENT) for leaf in self._cross}
         if not wanted or not wanted <= set(self._encoder.signature.outputs):
             raise UserInputError(
-                "the encoder does not give what the decoder takes: they are of two models",
+                "the encoder's outputs do not fit the decoder: they belong to different models",
                 where=str(folder),
                 hint="export both again, together",
             )
@@ -69,10 +69,10 @@ class EncoderDecoderRunner:
         return self._decoder.signature.cross_cache
 
     def meet(self, other: Runner) -> None:
-        """Take the inputs of `other`, in its order, and give the outputs that it gives.
+        """Adopt the signature of `other`: its inputs, in its order, and its outputs.
 
         Raises:
-            UserInputError: it takes an input that an exported model does not have.
+            UserInputError: it takes an input that the exported model does not have.
         """
         known = {leaf.name: leaf for leaf in self.signature.inputs}
         leaves = []
@@ -87,7 +87,7 @@ class EncoderDecoderRunner:
         self.signature = Signature(tuple(leaves), outputs, ())
 
     def run(self, leaves: Sequence[Any]) -> Run:
-        """Run the encoder, then the decoder in steps, then both for their sites."""
+        """Run the encoder, then the decoder in steps, then both again for their sites."""
         feed = {
             leaf.name: value.detach().numpy()
             for leaf, value in zip(self.signature.inputs, leaves, strict=True)
@@ -110,7 +110,7 @@ class EncoderDecoderRunner:
         return Run({name: values[name] for name in self.signature.outputs}, sites)
 
     def _logits(self, tokens: Any, constant: dict[str, Any]) -> Tensor:
-        """Logits of every token: of the first, of some behind it, and then in steps."""
+        """Logits of every token: of the first, of some after it, and then in steps."""
         stops = sorted({0, 1, *stops_of(tokens.shape[1])})
         past, parts = self._empty(len(tokens)), []
         for begin, stop in itertools.pairwise(stops):

@@ -1,7 +1,7 @@
-"""Exported language models with a key-value cache, compared as whole-sequence models.
+"""Exported language models with a key-value cache, compared on complete sequences.
 
-A sequence is given in the steps in which devices give it: a prompt, several tokens, two, and then
-one token at a time, each on the cache of those before.
+A sequence is run in steps, as on a device: a prompt, several tokens, two tokens, and then one token
+at a time, each with the cache of the steps before.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from qalora_compile.verify.runners.run import Runner
 
 _PRESENT = "present."
 _PROBE, _PADDING, _SAME = 9, 3, 1e-3
-"""Tokens of a probe, those of padding among them, and what is the same to it."""
+"""Tokens of a probe, including padding; how many of them are padding; and the tolerance."""
 MASK = "attention_mask"
 _LOGITS, _TOKENS, _POSITIONS = "logits", "input_ids", "position_ids"
 
 
 def without_cache(signature: Signature, names: Collection[str]) -> Signature:
-    """The signature of the same model on whole sequences: tokens in, logits out.
+    """The signature of the same model on complete sequences: tokens in, logits out.
 
     Args:
-        signature: Of the model with its cache.
-        names: Inputs of the model that it is compared with; the mask is left out if it has none.
+        signature: Signature of the model with its cache.
+        names: Inputs of the model that it is compared with. Without a mask, it is left out.
     """
     kept = {leaf.name: leaf for leaf in signature.inputs if leaf.name == _TOKENS}
     if MASK in names:
@@ -42,14 +42,14 @@ def without_cache(signature: Signature, names: Collection[str]) -> Signature:
 
 
 def counts_padding(program: Program, model: Runner) -> bool:
-    """Whether a model that is given no positions counts tokens of padding, too.
+    """Whether a model without a position input counts padding tokens as positions.
 
-    OPT and BioGPT count the ones of the mask: a text is the same with padding before it. So it is
-    with relative positions, for which both ways of counting are right.
+    OPT and BioGPT count the ones of the mask, so that padding before a text changes nothing. The
+    same holds for relative positions, for which both counts are correct.
 
     Args:
         program: The model.
-        model: Runs it.
+        model: The runner of the model.
     """
     generator = torch.Generator().manual_seed(0)
     leaves = draw_leaves(program, {"batch": 2, "sequence": _PROBE}, generator)
@@ -62,14 +62,14 @@ def counts_padding(program: Program, model: Runner) -> bool:
             alone[index] = leaves[index][:, _PADDING:]
     try:
         one, other = (model.run(each).outputs[_LOGITS] for each in (padded, alone))
-    except (KeyError, UserInputError):  # no logits, or a length that the model does not take
+    except (KeyError, UserInputError):  # no logits, or a length that the model does not accept
         return True
     scale = float(other.abs().max())
     return float((one[:, _PADDING:] - other).abs().max()) > _SAME * scale
 
 
 _BACKWARD = (5, 3, 2, 1, 0)
-"""Where steps behind the prompt end, counted from the end of the sequence."""
+"""Where the steps after the prompt end, counted from the end of the sequence."""
 
 
 def stops_of(length: int) -> list[int]:
@@ -79,7 +79,7 @@ def stops_of(length: int) -> list[int]:
 
 
 def empty_cache(leaves: Iterable[InputLeaf], batch: int) -> dict[str, Any]:
-    """Keys and values of no token, by the name of the input that takes them."""
+    """Empty past keys and values, by the name of their input."""
     past = {}
     for leaf in leaves:
         shape = [batch, int(leaf.shape[1]), 0, int(leaf.shape[3])]
@@ -88,19 +88,19 @@ def empty_cache(leaves: Iterable[InputLeaf], batch: int) -> dict[str, Any]:
 
 
 class CachedSteps:
-    """Runs a session on whole sequences in steps, each on the cache of those before; `stops_of`."""
+    """Runs a session on complete sequences in the steps of `stops_of`, with its cache."""
 
     def __init__(self, graph: OnnxSession) -> None:
         self._graph = graph
         self.signature = graph.signature
-        # Where a model gives the last logits alone, it goes token by token to give them all.
+        # A model that returns only the last logits runs token by token to return them all.
         logits = next(out for out in graph.session.get_outputs() if out.name == _LOGITS)
         self._last_only = logits.shape[1] == 1
         self.counts_padding = True
-        """Whether positions count tokens of padding, as most models do that are given none."""
+        """Whether padding tokens count as positions, as in most models without a position input."""
 
     def full_feed(self, feed: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of one run on the whole sequence, after an empty past."""
+        """The inputs of one run on the complete sequence, with an empty past."""
         return self._step(feed, 0, feed[_TOKENS].shape[1], self._empty(feed))
 
     def logits(self, feed: Mapping[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""One exported file in ONNX Runtime: its outputs, and the values of its sites."""
+"""One exported file in ONNX Runtime: its outputs and the values of its sites."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEVELS = {
     "extended": "ORT_ENABLE_EXTENDED",
     "all": "ORT_ENABLE_ALL",
 }
-"""How far ONNX Runtime optimizes a graph, and its own name for it; `all` is its default."""
+"""Optimization levels and ONNX Runtime's own names for them; `all` is its default."""
 
 _WEIGHTS_KEY = "session.model_external_initializers_file_folder_path"
 _MICROSOFT, _SPELLED = "com.microsoft", "qalora.spelled_out"
@@ -36,32 +36,32 @@ Dropout (data, ratio, training_mode) => (output, mask) {{
     mask = GreaterOrEqual (draws, chance)
     factor = CastLike (mask, data)
     one = Constant <value: tensor = float {{1}}> ()
-    whole = CastLike (one, data)
-    rest = Sub (whole, chance)
+    unit = CastLike (one, data)
+    rest = Sub (unit, chance)
     kept = Mul (data, factor)
     larger = Div (kept, rest)
     output = Where (training_mode, larger, data)
 }}
 """
-"""What ONNX's specification says of it."""
+"""Dropout as defined by ONNX's specification."""
 
 
 class OnnxSession:
-    """An exported file, run on the CPU exactly as a user's session would.
+    """An exported file, run on the CPU exactly as in a user's session.
 
     The outputs come from the file as it is; inner values come from a second session in which they
     are additional outputs. Standard models compute in float32 (`QDQ_ACCURACY_KEY`).
 
     Args:
         path: The `.onnx` file.
-        library: A library of custom operators that the sessions get.
-        level: How far ONNX Runtime optimizes the graph, one of `LEVELS`.
-        spelled_out: Take what the file says of operators for which this runtime has kernels of its
-            own, see `spell_out`, as a runtime without them does.
+        library: A library of custom operators for the sessions.
+        level: ONNX Runtime's optimization level, one of `LEVELS`. spelled_out: Use the file's
+            functions for operators for which this runtime has kernels, as a runtime without them
+            does; see `spell_out`.
 
     Raises:
-        UserInputError: it cannot be loaded, or was not exported by this package. So do `outputs`
-            and `values` where ONNX Runtime does not run it.
+        UserInputError: it cannot be loaded, or was not exported by this package; raised by
+            `outputs` and `values` too if ONNX Runtime fails to run it.
     """
 
     def __init__(
@@ -82,17 +82,17 @@ class OnnxSession:
         self._inner: tuple[frozenset[str], Any] | None = None
 
     def outputs(self, feed: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Every output by name; inputs that the file does not take are left out."""
+        """Every output by name; inputs that the file does not have are ignored."""
         names = [output.name for output in self.session.get_outputs()]
         return dict(zip(names, map(_tensor, self._run(self.session, names, feed)), strict=True))
 
     def sites(self, feed: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The outputs of every site, by its name, in graph order."""
+        """The output of every site, by its name, in graph order."""
         found = self.values(list(self._site_values.values()), feed)
         return {site: found[name] for site, name in self._site_values.items()}
 
     def values(self, names: Sequence[str], feed: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Values inside the graph, by name; what is not a tensor is left out."""
+        """Values inside the graph, by name, without those that are not tensors."""
         if self._inner is None or self._inner[0] != frozenset(names):
             self._inner = (frozenset(names), self._open_changed(names))
         inner = list(dict.fromkeys(names))
@@ -113,7 +113,7 @@ class OnnxSession:
         return explain_refusal(f"{what} {self._path.name}", where)
 
     def _open_changed(self, names: Sequence[str]) -> Any:
-        """The file with these values as outputs too, and spelled out where that was asked for."""
+        """The file with these values as additional outputs, spelled out if that was asked for."""
         onnx = require("onnx", extra="onnx", purpose="look inside an ONNX model")
         model = onnx.load(str(self._path), load_external_data=False)
         if self._spelled_out:
@@ -132,7 +132,7 @@ def open_model(
 
     Args:
         model: The path of a file, or the bytes of a model.
-        folder: Where the file beside the model is that holds its weights.
+        folder: The folder of the model's weight file.
         level: How far ONNX Runtime optimizes the graph, one of `LEVELS`.
         library: A library of custom operators.
     """
@@ -148,7 +148,7 @@ def open_model(
 
 
 def run_session(session: Any, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
-    """The values of some outputs; of `feed`, what the session takes."""
+    """The values of some outputs; entries of `feed` that are not inputs are ignored."""
     taken = {leaf.name for leaf in session.get_inputs()}
     given = {name: value for name, value in feed.items() if name in taken}
     values: list[Any] = session.run(list(names), given)
@@ -157,14 +157,14 @@ def run_session(session: Any, names: Sequence[str], feed: Mapping[str, Any]) -> 
 
 @contextmanager
 def explain_refusal(what: str, where: str) -> Iterator[None]:
-    """Have what ONNX Runtime raises in the block say what was tried with which file.
+    """Convert what ONNX Runtime raises in the block to an error that names action and file.
 
     Raises:
-        UserInputError: it raised something.
+        UserInputError: ONNX Runtime raised an exception.
     """
     try:
         yield
-    except Exception as error:  # ONNX Runtime raises bare exception types of its own
+    except Exception as error:  # ONNX Runtime raises its own types, derived from Exception only
         raise UserInputError(
             f"ONNX Runtime cannot {what}: {str(error).splitlines()[0]}",
             where=where,
@@ -173,21 +173,21 @@ def explain_refusal(what: str, where: str) -> Iterator[None]:
 
 
 def uses_library(model: Any) -> bool:
-    """Whether a model has operators of this package's library."""
+    """Whether a model uses operators of this package's library."""
     return any(node.domain == _LIBRARY_DOMAIN for node in model.graph.node)
 
 
 def hides(model: Any) -> bool:
-    """Whether ONNX Runtime hides something that a model says, which `spell_out` shows."""
+    """Whether ONNX Runtime ignores a part of the model that `spell_out` makes visible."""
     return bool(_unused(model) or _training(model))
 
 
 def spell_out(model: Any) -> None:
-    """Let a model say, in place, what ONNX Runtime else does not hear.
+    """Rewrite a model in place so that ONNX Runtime uses its functions and training Dropouts.
 
-    It never takes a function that a file carries for an operator for which it has a kernel, and
-    its build for inference never drops. So operators with a function get a domain in which there
-    is no kernel, and a Dropout that says whether it trains becomes a function that does so.
+    ONNX Runtime ignores a file's function for an operator for which it has a kernel, and its
+    inference build never applies Dropout. Therefore operators with a function get a domain without
+    kernels, and a Dropout with a training flag becomes a function that applies it.
     """
     subgraphs, trained = _unused(model), _training(model)
     names = {function.name for function in subgraphs}
@@ -215,7 +215,7 @@ def _unused(model: Any) -> list[Any]:
 
 
 def _training(model: Any) -> list[Any]:
-    """Dropouts with all of their inputs, the last of which says whether they train."""
+    """Dropouts with all of their inputs, the last of which is the training flag."""
     found = (node for node in model.graph.node if node.op_type == "Dropout" and not node.domain)
     return [node for node in found if len(node.input) == _DROPOUT_INPUTS and all(node.input)]
 

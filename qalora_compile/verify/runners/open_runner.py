@@ -1,4 +1,4 @@
-"""The two kinds of thing that can be verified, run alike: programs and exported ONNX models."""
+"""One runner interface for what can be verified: programs and exported ONNX models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ProgramRunner:
                 recorder.run_leaves(leaves)
             except QaloraError:
                 raise
-            except Exception as error:  # a stored program may hold what does not fit together
+            except Exception as error:  # the parts of a stored program may not fit together
                 raise UserInputError(
                     f"the program fails when it runs: {type(error).__name__}: "
                     f"{quoted(str(error), 200)}",
@@ -57,11 +57,11 @@ class ProgramRunner:
 class OnnxRunner:
     """Runs an exported model in ONNX Runtime, see `OnnxSession`.
 
-    Language models with a key-value cache run on whole sequences, see `verify.cached`.
+    Language models with a key-value cache run on complete sequences, see `verify.runners.kv_cache`.
 
     Args:
         path: The `.onnx` file.
-        library: A library of custom operators that the sessions get.
+        library: A library of custom operators for the sessions.
 
     Raises:
         UserInputError: see `OnnxSession`; or it is one half of an encoder-decoder model.
@@ -83,11 +83,11 @@ class OnnxRunner:
 
     @property
     def in_steps(self) -> bool:
-        """Whether sequences are given in steps, on a cache."""
+        """Whether sequences run in steps with a cache."""
         return self._cached is not None
 
     def meet(self, other: Runner) -> None:
-        """Take the inputs that `other` takes, if this model has a key-value cache beside them."""
+        """Adopt the inputs of `other` if this model has the same and a key-value cache."""
         if self._cached is not None:
             names = [leaf.name for leaf in other.signature.inputs]
             self.signature = without_cache(self._cached.signature, names)
@@ -117,7 +117,7 @@ def open_runner(thing: Program | str | Path, library: Path | None = None) -> Run
         library: A library of custom operators for an exported model.
 
     Raises:
-        UserInputError: the path is missing or is of no known kind.
+        UserInputError: the path is missing or of an unknown kind.
     """
     if isinstance(thing, Program):
         return ProgramRunner(thing)

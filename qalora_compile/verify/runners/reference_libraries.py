@@ -1,4 +1,4 @@
-"""Checkpoints of codes, read by the library whose format they are in, where it is installed."""
+"""Quantized checkpoints, dequantized by the library that defines their format, if installed."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _MODULES = {
     "hqq": "hqq.core.quantize",
     "compressed-tensors": f"{_COMPRESSED}.compressors.pack_quantized.base",
 }
-"""Format → the module of its library that dequantizes."""
+"""Format → the dequantizing module of its library."""
 _NO_LIBRARY = {"gptq": "GPTQModel", "awq": "AutoAWQ"}
 Weights = dict[str, Tensor]
 
 
 def put_library_weights_(model: nn.Module, folder: Path) -> str:
-    """Put what the format's own library makes of a folder's codes into the model read from it.
+    """Replace a model's weights by those that the format's own library dequantizes.
 
     Args:
-        model: As this package's reader gives it, in float32.
+        model: The model as read by this package, in float32.
         folder: The checkpoint.
 
     Returns:
-        By whom the codes are read: the library, or this package, and why.
+        A text that names the reader of the codes: the library, or this package and why.
 
     Raises:
         UserInputError: the library cannot read the folder.
@@ -50,7 +50,7 @@ def put_library_weights_(model: nn.Module, folder: Path) -> str:
         return f"qalora-compile; {_MODULES[kind].partition('.')[0]} cannot be imported"
     try:
         weights = _READERS[kind](library, folder, model)
-    except Exception as error:  # libraries raise types of many kinds
+    except Exception as error:  # libraries raise exceptions of many types
         raise UserInputError(
             f"{kind} cannot read the checkpoint: {type(error).__name__}: {error}", where=str(folder)
         ) from error
@@ -61,7 +61,7 @@ def put_library_weights_(model: nn.Module, folder: Path) -> str:
 
 
 def _kind(folder: Path) -> str:
-    """The format of a folder's codes; empty where it has none."""
+    """The format of a folder's codes; empty if it has none."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
     if "quantization" in config:
@@ -121,10 +121,10 @@ def _by_hqq(library: Any, folder: Path, _: nn.Module) -> Weights:
 
 
 def _by_compressed_tensors(library: Any, folder: Path, model: nn.Module) -> Weights:
-    """The weights by compressed-tensors; its own matching finds the group of each layer.
+    """The weights as dequantized by compressed-tensors, which matches layers to groups itself.
 
     Raises:
-        LookupError: a layer with codes is in no group of the configuration, or is to be ignored.
+        LookupError: a layer with codes is in no group of the configuration, or is ignored by it.
     """
     schemes = importlib.import_module(f"{_COMPRESSED}.quantization")
     match = importlib.import_module(f"{_COMPRESSED}.utils.match")
@@ -133,14 +133,14 @@ def _by_compressed_tensors(library: Any, folder: Path, model: nn.Module) -> Weig
         target: group for group in config["config_groups"].values() for target in group["targets"]
     }
     odd = next((t for t in [*groups, *(config.get("ignore") or [])] if not is_harmless(t)), None)
-    if odd is not None:  # the library matches with an engine that some expressions keep busy
+    if odd is not None:  # the library uses a backtracking engine, which some expressions keep busy
         raise LookupError(f"the target {quoted(odd)} may take the library too long to match")
     found = {}
     for module, state in _states(folder, ".weight_packed").items():
         layer = model.get_submodule(module)
         targets = match.match_targets(module, layer, groups)  # the most specific is the first
         if not targets or match.is_match(module, layer, config.get("ignore") or []):
-            raise LookupError(f"{module} has codes, and by config.json it is in float")
+            raise LookupError(f"{module} has codes, but config.json says that it is in float")
         scheme = schemes.QuantizationScheme(**groups[targets[0]])
         made = library.PackedQuantizationCompressor.decompress(state, scheme)
         found[module] = made["weight"].float()

@@ -1,4 +1,4 @@
-"""What a run gives, and what can be run: programs and exported models alike."""
+"""The result of a run, and the interface of runners of programs and exported models."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qalora_compile.ir.signature import Signature
 
 @dataclass
 class Run:
-    """Values of one run: the flat outputs, and the outputs of sites by name, in graph order."""
+    """Values of one run: the flat outputs, and the outputs of sites by name in graph order."""
 
     outputs: dict[str, Tensor]
     sites: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Runner(Protocol):
-    """Something that computes outputs from flat inputs."""
+    """Computes outputs from flat inputs."""
 
     label: str
     signature: Signature

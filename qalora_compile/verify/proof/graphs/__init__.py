@@ -1,1 +1,1 @@
-"""Programs and ONNX files as one kind of graph."""
+"""Programs and ONNX files in one graph representation."""

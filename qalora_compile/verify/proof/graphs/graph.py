@@ -1,4 +1,4 @@
-"""One form for graphs of both kinds, torch.fx and ONNX, as a proof reads them; without torch."""
+"""One representation of torch.fx and ONNX graphs, as a proof reads them; without torch."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Node:
-    """What computes one value.
+    """A node that computes one value.
 
     Attributes:
-        name: Of the value.
+        name: Name of the value.
         op: `aten.add.Tensor`, `qalora.group_sum.default`, `onnx.Add`, `com.microsoft.MatMulNBits`.
         args: Operands: `Ref`, `Tensor`, None, numbers, texts, and tuples of these.
         options: Keyword arguments or attributes, of the same kinds.
         line: The node as text.
-        output: Which of the results of an ONNX node with several.
+        output: Index of the result, for an ONNX node with several.
         path: Module path in the user's model, where it is known.
     """
 
@@ -85,16 +85,16 @@ class Graph:
     Attributes:
         dialect: `fx` or `onnx`.
         label: What it is called in messages.
-        stage: Of a program; the target of an ONNX model.
-        nodes: By the value that they compute, in graph order.
+        stage: The stage of a program, or the target of an ONNX model.
+        nodes: Nodes by the value that they compute, in graph order.
         inputs: Value → name of the input, and its dtype (None for a constant).
         outputs: Name → the value, or None.
-        tensors: By name.
+        tensors: Stored tensors by name.
         sites: The quantized sites by name, in graph order.
         site_values: Site → the value that holds its output.
-        half: The model computes in half precision.
+        half: Whether the model computes in half precision.
         functions: Model-local functions of an ONNX model, by (domain, name).
-        extra: The ONNX model itself, or of a function's body the name of its input x.
+        extra: The ONNX model itself; for the body of a function, the name of its input x.
     """
 
     dialect: str
@@ -111,7 +111,7 @@ class Graph:
     extra: Any = None
 
     def node(self, operand: Any) -> Node | None:
-        """The node behind an operand, if it is a computed value."""
+        """The node that computes an operand; None for other operands."""
         return self.nodes.get(operand.name) if isinstance(operand, Ref) else None
 
     def line(self, operand: Any) -> str:
@@ -125,7 +125,7 @@ class Graph:
 
 
 def refs(value: Any) -> Iterator[Ref]:
-    """The values that an operand refers to, however nested."""
+    """The values that an operand refers to, also in nested tuples."""
     if isinstance(value, Ref):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -137,7 +137,7 @@ def refs(value: Any) -> Iterator[Ref]:
 
 
 def reachable(graph: Graph, targets: list[Any], stop: frozenset[str]) -> set[str]:
-    """Names of the nodes that `targets` are computed by, up to the values `stop`."""
+    """Names of the nodes that compute `targets`, up to the values `stop`."""
     seen: set[str] = set()
     waiting = [ref for target in targets for ref in refs(target)]
     while waiting:

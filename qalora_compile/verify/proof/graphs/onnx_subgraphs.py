@@ -1,7 +1,7 @@
-"""Bodies of ONNX nodes: what the branches of If and the body of Loop say, and what they capture.
+"""Bodies of ONNX nodes (branches of If, the body of Loop) and the values that they capture.
 
-A body is hashed by what it computes: names inside it do not count. Values of the graph around it
-that it reads become operands of its node, so that they are compared like any other.
+The hash of a body does not depend on names inside it. Values of the surrounding graph that it reads
+become operands of its node, so that they are compared like any others.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from qalora_compile.verify.proof.graphs.graph import Graph, Node
 
 
 def body_of(proto: Any) -> tuple[str, list[str]]:
-    """The hash of a `GraphProto`, and the names that it captures, in the order they are read."""
+    """The hash of a `GraphProto`, and the names that it captures in reading order."""
     scope = _Scope({}, [])
     text = _graph_text(proto, scope)
     return hashlib.sha256(text.encode()).hexdigest(), scope.captured
 
 
 def captured(node: Any) -> list[str]:
-    """What the bodies of a `NodeProto` read of the graph around them."""
+    """The values of the surrounding graph that the bodies of a `NodeProto` read."""
     found: list[str] = []
     for attribute in node.attribute:
         for body in graphs_of(attribute):
@@ -34,7 +34,7 @@ def graphs_of(attribute: Any) -> list[Any]:
 
 
 def subgraphs(graph: Graph, node: Node) -> list[str]:
-    """The function that a model carries for an operator, hashed with the functions it calls."""
+    """The model-local function of an operator, hashed with the functions that it calls."""
     waiting, seen = [tuple(node.op.rpartition(".")[::2])], set[tuple[str, ...]]()
     hashed = hashlib.sha256()
     while waiting:
@@ -49,17 +49,17 @@ def subgraphs(graph: Graph, node: Node) -> list[str]:
 
 
 class _Scope:
-    """Names of a body by the order in which they appear, inside those of the bodies around it."""
+    """Names of a body, numbered by order of appearance, nested in the surrounding scope."""
 
     def __init__(self, names: dict[str, str], captured: list[str]) -> None:
         self.names, self.captured = names, captured
 
     def inner(self) -> _Scope:
-        """The scope of a body inside this one."""
+        """The scope of a nested body."""
         return _Scope(dict(self.names), self.captured)
 
     def made(self, name: str) -> str:
-        """A name that the body gives."""
+        """A name that the body defines."""
         if name:
             self.names[name] = f"v{len(self.names)}"
         return self.names.get(name, "")

@@ -1,4 +1,4 @@
-"""Programs as graphs for a proof: from `program.json`, which a program in memory gives as well."""
+"""Programs as graphs for a proof, read from `program.json` or from a program in memory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
     from qalora_compile.ir.program import Program
 
-_MODE = {  # the operand that a program in evaluation has as False, or 0
-    "aten.dropout.default": ("train", False),
-    "aten.dropout_.default": ("train", False),
-    "aten.feature_dropout.default": ("train", False),
-    "aten.alpha_dropout.default": ("train", False),
-    "aten.batch_norm.default": ("training", False),
-    "aten.instance_norm.default": ("use_input_stats", False),
-    "aten.rrelu.default": ("training", False),
-    "aten.scaled_dot_product_attention.default": ("dropout_p", 0.0),
+_MODE = {  # position of the training flag, and its value in evaluation mode
+    "aten.dropout.default": (2, False),
+    "aten.dropout_.default": (2, False),
+    "aten.feature_dropout.default": (2, False),
+    "aten.alpha_dropout.default": (2, False),
+    "aten.batch_norm.default": (5, False),
+    "aten.instance_norm.default": (5, False),
+    "aten.rrelu.default": (3, False),
+    "aten.scaled_dot_product_attention.default": (4, 0.0),
 }
 
 
@@ -36,7 +36,7 @@ def read_program_graph(folder: Path, described: Mapping[str, Any] | None = None)
     """The graph of a program folder, without torch.
 
     Args:
-        folder: Where it is.
+        folder: The program folder.
         described: Another graph on the tensors of the folder (`describe_program`), for example of
             the same model with a key-value cache.
 
@@ -58,7 +58,7 @@ def read_program_graph(folder: Path, described: Mapping[str, Any] | None = None)
 
 
 def describe_program(program: Program) -> dict[str, Any]:
-    """What `program.json` says of a program's graph."""
+    """A program's graph in the form of `program.json`."""
     from qalora_compile.ir.graph_json import graph_to_json
 
     return {

@@ -30,21 +30,21 @@ from qalora_compile.verify.proof.graphs.stored_tensor import (
 
 _SHOWN = 40
 ONNX_TYPES = {kind.onnx: kind.name for kind in PROGRAM_TYPES}
-"""Of `onnx.TensorProto.DataType`, what a program has as well."""
+"""The members of `onnx.TensorProto.DataType` that programs have too."""
 
 
 def read_onnx_graph(path: Path) -> Graph:
     """The graph of an exported model; large weights stay in their file until they are read.
 
     Raises:
-        UserInputError: the file is missing, is no ONNX model, or not one of this package.
+        UserInputError: the file is missing, is not an ONNX model, or is not from this package.
     """
     onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
     metadata = read_onnx_metadata(path)
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own types
-        raise UserInputError(f"{path.name} is no ONNX model", where=str(path)) from error
+        raise UserInputError(f"{path.name} is not an ONNX model", where=str(path)) from error
     with explain_metadata(path):
         return _assemble(model, metadata, path)
 
@@ -96,7 +96,7 @@ def _graph(
 
 
 def onnx_nodes(proto: Any, stored: set[str]) -> list[Node]:
-    """An `onnx.NodeProto`, once for each of its results."""
+    """The nodes of an `onnx.NodeProto`, one for each of its results."""
     args = tuple(_operand(name, stored) for name in proto.input)
     options = {a.name: _attribute(a, stored) for a in proto.attribute}
     op = f"{proto.domain or 'onnx'}.{proto.op_type}"
@@ -117,7 +117,7 @@ def _operand(name: str, stored: set[str]) -> Any:
 
 
 def _attribute(proto: Any, stored: set[str]) -> Any:
-    """A plain value, or a hash; of a body its hash and what it captures."""
+    """A plain value, or a hash; for a body, its hash and captured values."""
     inside = [body_of(body) for body in graphs_of(proto)]
     if inside:
         return tuple((f"sha256 {d}", *(_operand(n, stored) for n in names)) for d, names in inside)

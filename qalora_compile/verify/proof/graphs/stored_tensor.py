@@ -1,7 +1,7 @@
-"""Stored tensors as a proof reads them: from safetensors, ONNX files or memory, without torch.
+"""Stored tensors of safetensors, ONNX files or memory, as a proof reads them without torch.
 
-The readers are the verifier's own. Values are numpy arrays; what numpy has no type for stays in the
-bytes of the file: bfloat16 as uint16, integers of less than a byte as a flat stream of uint8.
+The readers are the verifier's own. Values are numpy arrays; types that numpy lacks keep the bytes
+of the file: bfloat16 as uint16, integers of less than a byte as a flat stream of uint8.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _SAFETENSORS = {kind.safetensors: kind.name for kind in PROGRAM_TYPES}
 _ONNX = {kind.onnx: kind.name for kind in (*PROGRAM_TYPES, *PACKED_TYPES)}
 _IN_BYTES = {"bfloat16": "uint16", "uint4": "uint8", "uint2": "uint8"}
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
-"""u: a stored number x was rounded from one within u |x| of it, to nearest."""
+"""u: the number that was rounded to the stored x is within u |x| of it."""
 SMALLEST = {"float64": 2.0**-1075, "float32": 2.0**-150, "bfloat16": 2.0**-134, "float16": 2.0**-25}
-"""Half the distance of subnormal numbers, which rounding may add."""
+"""Half the distance between subnormal numbers, which rounding may add."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class StoredTensor:
     """A tensor in a file or in memory.
 
     Attributes:
-        name: Its name there.
+        name: Its name in the file.
         dtype: `float32`, `bfloat16`, `uint4` …
         shape: Its shape, in elements.
-        read: Gives its bytes as an array, see above.
+        read: Returns its bytes as an array, see above.
     """
 
     name: str
@@ -65,7 +65,7 @@ class StoredTensor:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of type, shape and values; of half precision as widened."""
+        """SHA-256 of type, shape and values; half precision is widened first."""
         return digest_of(self.values())
 
     @property
@@ -87,11 +87,11 @@ def from_array(name: str, values: Array) -> StoredTensor:
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file; their bytes stay in it until they are read.
+    """The tensors of a safetensors file; their bytes stay in the file until they are read.
 
     Raises:
         UserInputError: the file is missing or malformed.
-        UnsupportedError: a tensor is of a type that no program has.
+        UnsupportedError: a tensor has a type that programs do not have.
     """
     return {
         name: StoredTensor(
@@ -123,10 +123,10 @@ def _from_file(
 
 
 def from_onnx(proto: Any, folder: Path) -> StoredTensor:
-    """An `onnx.TensorProto`, its values in the model or in a file beside it.
+    """An `onnx.TensorProto` with its values in the model or in an external data file.
 
     Raises:
-        UserInputError: it has a type that no export of this package has.
+        UserInputError: it has a type that exports of this package do not have.
     """
     if proto.data_type not in _ONNX:
         raise UserInputError(f"the tensor {proto.name} has ONNX type {proto.data_type}")

@@ -1,1 +1,1 @@
-"""Values as terms in a normal form, and what operators mean."""
+"""Values as terms in a normal form, and the semantics of operators."""

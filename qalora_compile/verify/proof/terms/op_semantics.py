@@ -1,4 +1,4 @@
-"""What operators mean as terms: ATen's and ONNX's, where both say the same."""
+"""Semantics of ATen and ONNX operators as terms, for computations that both can express."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _multiply(m: Semantics, node: Node) -> Term:
 def _divide(m: Semantics, node: Node) -> Term | None:
     a, b = (m.of(v) for v in node.args)
     if a.dtype not in FLOATS or node.options.get("rounding_mode") is not None:
-        return None  # of integers ONNX's Div gives integers
+        return None  # ONNX's Div of integers returns integers
     return m.algebra.product([a, m.algebra.inverse(b, m.line(node))], m.line(node))
 
 
@@ -81,9 +81,8 @@ def _inverse_root(m: Semantics, node: Node) -> Term:
 
 
 def _power(m: Semantics, node: Node) -> Term | None:
-    base, power = (m.of(v) for v in node.args)
-    exponent = as_number(power)
-    if exponent is None or base.dtype in INTEGERS:  # of integers ONNX's Pow gives integers
+    base, exponent = _first(m, node), as_number(m.of(node.args[1]))
+    if exponent is None or base.dtype in INTEGERS:  # ONNX's Pow of integers returns integers
         return None
     exponent = float(exponent)
     if exponent in (2, 3):
@@ -101,8 +100,8 @@ def _silu(m: Semantics, node: Node) -> Term:
 
 
 def _modal(m: Semantics, node: Node) -> Term | None:
-    """A dropout that is off, as `fx_graph` leaves it where the model has it."""
-    return _first(m, node) if node.get("train") is False else None
+    """A dropout that is off, as `read_fx` reads it in evaluation mode."""
+    return _first(m, node) if node.arg(2) is False else None
 
 
 def _gelu(m: Semantics, node: Node) -> Term | None:
@@ -131,7 +130,7 @@ def _fx_rms_norm(m: Semantics, node: Node) -> Term | None:
 
 
 def _last_in_float32(node: Node) -> bool:
-    """Whether a norm is over the last axis, and computed as it is by default."""
+    """Whether a norm is over the last axis, with default precision."""
     return (node.options.get("axis", -1), node.options.get("stash_type", 1)) == (-1, 1)
 
 
@@ -165,7 +164,7 @@ def _fx_mean(m: Semantics, node: Node) -> Term | None:
     if tuple(node["dim"] or ()) != (-1,) or not node.get("keepdim", False):
         return None
     if node.options.get("dtype") not in (None, _first(m, node).dtype):
-        return None  # another precision to compute in
+        return None  # computed at another precision
     return term("mean", [_first(m, node)], "last, kept", line=m.line(node))
 
 
@@ -207,9 +206,9 @@ def _gather(m: Semantics, node: Node) -> Term | None:
 
 
 def _transposed(m: Semantics, operand: Any) -> Term | None:
-    """A stored matrix turned."""
+    """The transpose of a matrix."""
     if isinstance(operand, Tensor) and len(m.graph.tensors[operand.name].shape) == 2:
-        return m.algebra.constant(m.graph.tensors[operand.name], turned=True)
+        return m.algebra.constant(m.graph.tensors[operand.name], transposed=True)
     return None
 
 
@@ -238,8 +237,8 @@ def _gemm(m: Semantics, node: Node) -> Term | None:
     plain = node.options.get("alpha", 1.0) == node.options.get("beta", 1.0) == 1.0
     if not plain or node.options.get("transA", 0):
         return None
-    turned = node.options.get("transB", 0)
-    weight = _transposed(m, node["B"]) if turned else m.of(node["B"])
+    transposed = node.options.get("transB", 0)
+    weight = _transposed(m, node.args[1]) if transposed else m.of(node.args[1])
     if weight is None:
         return None
     product = term("matmul", [_first(m, node), weight], line=m.line(node))
@@ -288,9 +287,9 @@ def _is_false(graph: Graph, operand: Any) -> bool:
 
 
 def _fx_slice(m: Semantics, node: Node) -> Term | None:
-    start, end, step = (node.get(name) for name in ("start", "end", "step"))
-    whole = start in (None, 0) and (end is None or (isinstance(end, int) and end > _END))
-    return _first(m, node) if whole and step in (None, 1) else None
+    start, end, step = (node.arg(i, name) for i, name in ((2, "start"), (3, "end"), (4, "step")))
+    complete = start in (None, 0) and (end is None or (isinstance(end, int) and end > _END))
+    return _first(m, node) if complete and step in (None, 1) else None
 
 
 def _onnx_slice(m: Semantics, node: Node) -> Term | None:

@@ -1,6 +1,6 @@
-"""Which operands and options of an operator its meaning as a term accounts for.
+"""The operands and options of an operator that its semantics accounts for.
 
-A node that has any other is foreign: what a meaning does not know it cannot call equal.
+A node with any others is opaque, because its semantics would ignore them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _KNOWN: dict[str, tuple[int, tuple[str, ...]]] = {
     "aten.layer_norm.default": (6, ("weight", "bias", "eps", "cudnn_enable")),
     "aten.batch_norm.default": (9, ()),
     "aten.softmax.int": (3, ("dim", "dtype")),
-    # The others say which gradient a row has.
+    # The other operands concern gradients only.
     "aten.embedding.default": (5, ("padding_idx", "scale_grad_by_freq", "sparse")),
     "aten.linear.default": (3, ("bias",)),
     "aten.addmm.default": (3, ()),
@@ -53,10 +53,10 @@ _KNOWN: dict[str, tuple[int, tuple[str, ...]]] = {
     "onnx.Slice": (5, ()),
 }
 _ONE = (1, ())
-"""What is not here has one operand."""
+"""Operators that are not listed have one operand."""
 
 
 def accounted(node: Node) -> bool:
-    """Whether the meaning of a node's operator reads all that the node says."""
+    """Whether the semantics of a node's operator accounts for all of its operands and options."""
     count, names = _KNOWN.get(node.op, _ONE)
     return len(node.args) <= count and set(node.options) <= set(names)

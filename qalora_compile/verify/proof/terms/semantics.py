@@ -16,7 +16,7 @@ from qalora_compile.verify.proof.terms.op_signatures import accounted
 from qalora_compile.verify.proof.terms.term import UNKNOWN, Algebra, Term, term
 
 FUSED = "fused"
-"""The dialect of operators that stand for whole patterns."""
+"""The dialect of fused operators, which replace patterns."""
 _FUSED = ("qalora.rotary_embedding.default", "qalora.attention.default")
 
 OpSemantics = Callable[["Semantics", Node], Term | None]
@@ -27,10 +27,9 @@ class Semantics:
 
     Args:
         graph: The graph.
-        algebra: Makes terms; shared by the two sides of a comparison.
-        cuts: Values that stand for the output of a site, by name: what computes them is compared
-            on its own.
-        operators: What each operator means, by its name in the graph's dialect.
+        algebra: Makes terms; shared by the two graphs of a comparison.
+        cuts: Values that are the output of a site, by name; the site itself is compared separately.
+        operators: Semantics of each operator, by its name in the graph's dialect.
     """
 
     def __init__(
@@ -47,20 +46,20 @@ class Semantics:
         for value, site in cuts.items():
             line = graph.nodes[value].line
             dtype = "float32" if algebra.halves else graph.sites[site].dtype
-            # An export computes its layers in float32, whatever the program does.
+            # Exports compute layers in float32 at any precision of the program.
             detail = site if algebra.single else f"{site}: {dtype}"
             self._terms[value] = term("site", (), detail, line=line, dtype=dtype)
         self._cuts = frozenset(cuts)
 
     def _input(self, name: str, dtype: str | None) -> Term:
-        """An input; of half precision it is float32 where one side is widened."""
+        """An input; half precision becomes float32 if one of the graphs is widened."""
         algebra = self.algebra
         if dtype in HALVES and (algebra.halves or algebra.single):
             algebra.widened, dtype = True, "float32"
         return term("input", (), f"{name}: {dtype}", line=f"input {name}: {dtype}", dtype=dtype)
 
     def make(self, targets: list[Any]) -> None:
-        """Make the terms of everything that `targets` are computed by, in graph order."""
+        """Make the terms of all nodes that compute `targets`, in graph order."""
         wanted = reachable(self.graph, targets, self._cuts)
         for name, node in self.graph.nodes.items():
             if name in wanted and name not in self._terms:
@@ -69,7 +68,7 @@ class Semantics:
             self.of(ref)
 
     def computed(self) -> dict[str, Term]:
-        """The terms of the nodes that were made, by the value, without the sites."""
+        """The terms of computed values by name, without the sites."""
         nodes = self.graph.nodes
         return {n: t for n, t in self._terms.items() if n in nodes and n not in self._cuts}
 
@@ -80,7 +79,7 @@ class Semantics:
                 raise UserInputError(
                     f"nothing computes the value {operand.name} before it is read",
                     where=self.graph.label,
-                    hint="the graph is broken: write it again",
+                    hint="the graph is invalid: write the file again",
                 )
             return self._terms[operand.name]
         if isinstance(operand, Tensor):
@@ -97,7 +96,7 @@ class Semantics:
             return self._opaque(node) if found is None else found
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise UserInputError(
-                f"a node is not as its operator is defined: {error!r}",
+                f"a node does not fit the definition of its operator: {error!r}",
                 where=f"{self.graph.label}: {node.line}",
             ) from error
 

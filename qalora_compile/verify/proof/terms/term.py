@@ -1,9 +1,9 @@
-"""Terms: what a value is computed by, in a form that torch.fx and ONNX graphs have in common.
+"""Terms: the computation of a value, in a normal form for torch.fx and ONNX graphs.
 
-A term is hashed over its whole computation, so that equal hashes mean equal computations: names,
+A term is hashed over its complete computation, so that equal hashes mean equal computations: names,
 the order of independent nodes and the grouping and order of sums and products do not count. What
-both kinds of graphs say in their own operators (`silu`, `Sigmoid` and `Mul`) becomes the same term;
-an operator without such a form stays as it is, `foreign` to the other kind of graph.
+both dialects express with their own operators (`silu`, or `Sigmoid` and `Mul`) becomes the same
+term. An operator without such a form is opaque: it keeps its name and dialect.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor, diges
 SUM, PRODUCT = "sum", "product"
 INTEGERS = tuple(kind.name for kind in PROGRAM_TYPES if kind.name not in FLOATS)
 UNKNOWN = "?"
-"""A dtype that is not known."""
+"""An unknown dtype."""
 _COMMUTATIVE = (SUM, PRODUCT)
 _NEUTRAL = {SUM: 0, PRODUCT: 1}
 _EXACT = 1 << 24
-"""Integers up to which float32 holds each."""
+"""float32 holds every integer up to this one."""
 _SMALL = 1 << 16
-"""Elements up to which a stored matrix is turned to compare it with one that was stored turned."""
+"""Matrices with at most this many elements are transposed to compare them with others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +36,15 @@ class Term:
     """A computation.
 
     Attributes:
-        op: What computes it; of `const` and `number` terms, what kind of leaf it is.
+        op: The operator; for leaves, their kind, such as `const` and `number`.
         detail: Options and values, as text.
         args: Operands.
         key: The hash.
         line: The node as text, for messages.
-        dialect: Of a foreign operator: the kind of graph that it is of; else empty.
-        dialects: Of all foreign operators inside.
-        dtype: Of the value, where it is known.
-        stored: Of a constant.
+        dialect: The dialect of an opaque operator; empty for others.
+        dialects: The dialects of all opaque operators inside.
+        dtype: Dtype of the value, if it is known.
+        stored: The tensor of a constant.
     """
 
     op: str
@@ -71,7 +71,7 @@ def term(
     dtype: str | None = None,
     stored: StoredTensor | None = None,
 ) -> Term:
-    """A term; operands of commutative operators are put in order."""
+    """A term; operands of commutative operators are sorted."""
     given = tuple(sorted(args, key=lambda t: t.key) if op in _COMMUTATIVE else args)
     text = f"{dialect}|{op}|{detail}|" + ",".join(t.key for t in given)
     key = hashlib.sha256(text.encode()).hexdigest()
@@ -84,7 +84,7 @@ def term(
 
 
 def _common_dtype(args: Sequence[Term]) -> str:
-    """The dtype of floating operands that have one; else `?`: a cast of the result may round."""
+    """The common dtype of floating operands, otherwise `?`: a cast of the result may round."""
     found = {t.dtype for t in args if t.op != "number"}
     only = next(iter(found)) if len(found) == 1 else None
     return only if only is not None and only in FLOATS else UNKNOWN
@@ -94,12 +94,12 @@ class Algebra:
     """Makes terms of sums, products, numbers and constants.
 
     Args:
-        single: Numbers are compared as float32: ONNX stores them so.
-        halves: Casts to half precision count as none: one side computes in float32 what the other
-            does in half precision.
+        single: Numbers are compared as float32, as ONNX stores them.
+        halves: Casts to half precision are ignored, because one graph computes in float32 and the
+            other in half precision.
 
     Attributes:
-        widened: A constant in half precision was taken as widened to float32.
+        widened: Whether a constant in half precision was widened to float32.
     """
 
     def __init__(self, *, single: bool, halves: bool) -> None:
@@ -110,13 +110,13 @@ class Algebra:
     def number(
         self, value: float, line: str = "", *, single: float | None = None, exact: bool = False
     ) -> Term:
-        """A number; a whole one of Python's stays whole.
+        """A number; a Python `int` stays an integer.
 
         Args:
             value: The number.
             line: As text.
-            single: What it is where every number that it is computed from is rounded to float32.
-            exact: It is compared as it is: what it stands beside is float64.
+            single: Its value if every number that it is computed from is rounded to float32.
+            exact: It is compared without rounding, because the other operands are float64.
         """
         short = self._rounded(value if single is None else single)
         shown = value if exact else short
@@ -128,16 +128,16 @@ class Algebra:
         return value if isinstance(value, int) else self.rounded(value)
 
     def rounded(self, value: float) -> float:
-        """A number as an attribute of an ONNX node holds it, where one side is ONNX."""
-        with np.errstate(over="ignore"):  # of what float32 does not hold, ONNX has an infinity
+        """A number as an attribute of an ONNX node holds it, if one of the graphs is ONNX."""
+        with np.errstate(over="ignore"):  # ONNX stores an infinity for numbers beyond float32
             return float(np.float32(value)) if self.single else float(value)
 
     def sum(self, parts: Sequence[Term], line: str = "") -> Term:
-        """A sum; sums inside it are taken apart, and numbers added."""
+        """A sum; nested sums are flattened, and numbers added."""
         return self._combine(SUM, parts, line)
 
     def product(self, parts: Sequence[Term], line: str = "") -> Term:
-        """A product; products inside it are taken apart, and numbers multiplied."""
+        """A product; nested products are flattened, and numbers multiplied."""
         return self._combine(PRODUCT, parts, line)
 
     def negated(self, value: Term, line: str = "") -> Term:
@@ -152,15 +152,15 @@ class Algebra:
         return term("reciprocal", [value], line=line)
 
     def cast(self, value: Term, dtype: str | None, line: str = "") -> Term:
-        """A cast; none where the value has that type."""
+        """A cast; the value itself if it has that type."""
         if dtype is None or value.dtype == dtype:
             return value
         if self.halves and dtype in FLOATS and value.dtype in FLOATS:
             return value
         return term("cast", [value], dtype, line=line, dtype=dtype)
 
-    def constant(self, stored: StoredTensor, *, turned: bool = False) -> Term:
-        """A stored tensor; one without axes is a number, a turned matrix is the matrix turned."""
+    def constant(self, stored: StoredTensor, *, transposed: bool = False) -> Term:
+        """A stored tensor, or its transpose; a tensor without axes is a number."""
         if self._is_number(stored):
             value = stored.wide() if stored.dtype in FLOATS else stored.values()
             number = self.number(value.reshape(-1)[0].item(), f"@{stored.name}")
@@ -169,14 +169,14 @@ class Algebra:
         dtype = "float32" if stored.widened and self.halves else stored.dtype
         self.widened |= stored.widened and self._widens
         kind = f" {stored.dtype}" if stored.widened and not self._widens else ""
-        if not turned or stored.size <= _SMALL:
-            key = self._transposed_digest(stored) if turned else stored.digest
+        if not transposed or stored.size <= _SMALL:
+            key = self._transposed_digest(stored) if transposed else stored.digest
             return term("const", (), key + kind, line=line, dtype=dtype, stored=stored)
-        detail = f"{stored.digest}{kind} turned"
+        detail = f"{stored.digest}{kind} transposed"
         return term("const", (), detail, line=line, dtype=dtype, stored=stored)
 
     def _is_number(self, stored: StoredTensor) -> bool:
-        """Whether a tensor counts as Python's number does: its type then decides no result's."""
+        """Whether a tensor counts as a Python number, which does not decide a result's type."""
         if stored.shape != ():
             return False
         if stored.dtype in FLOATS:
@@ -199,16 +199,16 @@ class Algebra:
             return self.number(total, single=single)
         dtypes = {part.dtype for part in rest}
         floating = not dtypes.isdisjoint(FLOATS)
-        # A float number makes floats of integers, even where it changes no value.
+        # A float converts integers to floats, even if it changes no value.
         if total != _NEUTRAL[op] or not (isinstance(total, int) or floating):
-            unsure = self.single and abs(total) <= _EXACT  # what is foreign has no known type
+            unsure = self.single and abs(total) <= _EXACT  # opaque operands have no known type
             if floating or (unsure and UNKNOWN in dtypes):
                 total, single = float(total), float(single)
             rest.append(self.number(total, single=single, exact="float64" in dtypes))
         return rest[0] if len(rest) == 1 else term(op, rest, line=line)
 
     def _promoted(self, parts: list[Term]) -> list[Term]:
-        """Integers beside floats as floats: ATen casts them, ONNX has a node that does."""
+        """Casts integer operands to the floating type of the others, as ATen does implicitly."""
         floats = {part.dtype for part in parts if part.dtype in FLOATS}
         if len(floats) != 1:
             return parts
@@ -227,9 +227,9 @@ def _folded(op: str, numbers: Sequence[Term], *, exact: bool) -> float:
 
 
 def as_number(value: Term, *, exact: bool = False) -> float | None:
-    """The value of a number, an `int` where it is whole and Python's.
+    """The value of a number, an `int` if it is a Python integer.
 
-    `exact`: before anything was rounded to float32.
+    `exact`: the value before anything was rounded to float32.
     """
     if value.op != "number":
         return None
@@ -239,12 +239,12 @@ def as_number(value: Term, *, exact: bool = False) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two computations part.
+    """A point at which two computations diverge.
 
     Attributes:
         reference: The node of the reference as text.
         candidate: The node of the candidate.
-        known: Both are in terms of both graphs: the computations do differ there.
+        known: Whether the computations certainly differ there, without opaque operators.
     """
 
     reference: str
@@ -253,12 +253,12 @@ class Difference:
 
 
 def differences(a: Term, b: Term, *, mixed: bool) -> list[Difference]:
-    """Where two computations part, outermost first; nothing if they are the same.
+    """The points at which two computations diverge, outermost first; none if they are equal.
 
     Args:
         a: A computation.
         b: Another.
-        mixed: They are of graphs of two kinds, so that each has operators foreign to the other.
+        mixed: Whether they have different dialects, so that operators of each may be opaque.
     """
     found: list[Difference] = []
     waiting: list[tuple[Term, Term]] = [(a, b)]
@@ -284,15 +284,15 @@ def differences(a: Term, b: Term, *, mixed: bool) -> list[Difference]:
 
 
 def _other_options(a: Term, b: Term) -> bool:
-    """Whether two terms are one operator with other options: whatever it reads, a difference.
+    """Whether two terms are one operator with different options, which is always a difference.
 
-    Casts are none: what is foreign may have another type on either side.
+    Casts are excluded, because opaque operators may have different types in the two graphs.
     """
     return a.op == b.op != "cast" and not a.dialect and not b.dialect and a.detail != b.detail
 
 
 def _pairs(a: Term, b: Term) -> list[tuple[Term | None, Term | None]] | None:
-    """Operands to compare in place of two terms; None where the terms themselves differ."""
+    """Operands to compare in place of two terms; None if the terms themselves differ."""
     same = (a.op, a.detail, a.dialect) == (b.op, b.detail, b.dialect)
     if not same or not a.args:
         return None
@@ -317,12 +317,12 @@ def _shape(value: Term) -> tuple[str, str, int]:
 
 
 def _shared(a: Term, b: Term) -> int:
-    """How many operands two terms have in common: two lookups in one table are alike."""
+    """How many operands two terms have in common, such as the table of two lookups."""
     return len({t.key for t in a.args} & {t.key for t in b.args})
 
 
 def _without(these: Sequence[Term], those: Sequence[Term]) -> list[Term]:
-    """Those of `these` that are not in `those`, each as often as it is more often here."""
+    """The multiset difference of `these` and `those`."""
     counts = Counter(t.key for t in those)
     left = []
     for one in these:
@@ -334,7 +334,7 @@ def _without(these: Sequence[Term], those: Sequence[Term]) -> list[Term]:
 
 
 def _known(a: Term | None, b: Term | None, mixed: bool) -> bool:
-    """Whether a difference is one: not where an operator is foreign to the other graph."""
+    """Whether a difference is certain, which opaque operators of the other dialect prevent."""
     if mixed and a is not None and b is not None and _is_one_number(a, b):
         return False
     inside = frozenset[str]().union(*(t.dialects for t in (a, b) if t is not None))
@@ -342,7 +342,7 @@ def _known(a: Term | None, b: Term | None, mixed: bool) -> bool:
 
 
 def _is_one_number(a: Term, b: Term) -> bool:
-    """Whether one is a number and the other a tensor of that one element: the axes may be lost."""
+    """Whether one is a number and the other a tensor of only that element, without its axes."""
     number, other = (a, b) if a.op == "number" else (b, a)
     if other.op != "const" or other.stored is None or other.stored.size != 1:
         return False

@@ -49,13 +49,13 @@ def test_numbers_are_compared_as_they_are_stored() -> None:
 
 def test_a_turned_matrix_is_the_matrix_turned() -> None:
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
-    one = ALGEBRA.constant(from_array("w", matrix), turned=True)
+    one = ALGEBRA.constant(from_array("w", matrix), transposed=True)
     other = ALGEBRA.constant(from_array("v", np.ascontiguousarray(matrix.T)))
     assert one.key == other.key
     assert one.key != ALGEBRA.constant(from_array("w", matrix)).key
     square = np.arange(9, dtype=np.float32).reshape(3, 3)
     stored = from_array("s", square)
-    assert ALGEBRA.constant(stored).key != ALGEBRA.constant(stored, turned=True).key
+    assert ALGEBRA.constant(stored).key != ALGEBRA.constant(stored, transposed=True).key
 
 
 def test_the_first_difference_is_the_innermost_operand_that_differs() -> None:
