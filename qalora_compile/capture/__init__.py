@@ -1,6 +1,6 @@
-"""Models in: `torch.export` to a `Program`, and readers of foreign checkpoints.
+"""Captures models as `Program`s by `torch.export`, and reads checkpoints of other tools.
 
-Everything odd about foreign formats ends here; inside there is one convention.
+Differences between formats are resolved here; the rest of the package has one convention.
 """
 
 from __future__ import annotations

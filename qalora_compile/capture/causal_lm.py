@@ -30,9 +30,9 @@ _BATCH_SIZE, _SEQUENCE_SIZE, _PAST_SIZE = 2, 3, 5
 
 
 def capture_causal_lm(model: nn.Module, *, last_logits: bool = False) -> Program:
-    """Capture a transformers decoder-only model, cache included, to a program at stage `float`.
+    """Capture a transformers decoder-only model with its cache to a program at stage `float`.
 
-    One graph serves the prompt and each step after it:
+    One graph runs the prompt and each step after it:
 
     =============================  ===========================================================
     `input_ids`                    int64 `[batch, sequence]`
@@ -43,15 +43,15 @@ def capture_causal_lm(model: nn.Module, *, last_logits: bool = False) -> Program
     `present.N.key/value`          `[batch, heads, past_sequence + sequence, head]`
     =============================  ===========================================================
 
-    Tensors keep the names that `capture_model` gives them. The model's weights may be fake tensors:
-    no value is read.
+    Tensors have the same names as with `capture_model`. The model's weights may be fake tensors,
+    since no value is read.
 
     Args:
-        model: In evaluation mode, from transformers.
-        last_logits: Give logits of the last position alone, `[batch, 1, vocabulary]`.
+        model: A transformers model in evaluation mode.
+        last_logits: Return logits of the last position only, `[batch, 1, vocabulary]`.
 
     Raises:
-        UnsupportedError: the model keeps something other than keys and values.
+        UnsupportedError: the model's cache holds something other than keys and values.
         CaptureError: `torch.export` refused the model.
     """
     layers = _cache_shapes(model)
@@ -68,7 +68,7 @@ def capture_causal_lm(model: nn.Module, *, last_logits: bool = False) -> Program
 
 
 def _with_cache(model: nn.Module, last_logits: bool) -> nn.Module:
-    """The same model, with its very parameters under their names, and the cache as tensors."""
+    """The same model, with shared parameters under their names, and the cache as tensors."""
     base = type(model)
     keep = {"logits_to_keep": 1} if last_logits else {}
     argument = cache_argument(model)
@@ -95,14 +95,14 @@ def _with_cache(model: nn.Module, last_logits: bool) -> nn.Module:
         return {"logits": output.logits, "present": present}
 
     if last_logits and "logits_to_keep" not in inspect.signature(base.forward).parameters:
-        raise UnsupportedError(f"{base.__name__} cannot give the last logits alone")
+        raise UnsupportedError(f"{base.__name__} cannot return only the last logits")
     cached = copy.copy(model)
     cached.__class__ = type(base.__name__, (base,), {"forward": forward})
     return cached
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What this release of transformers calls a cache, as an input and an output."""
+    """The names of the cache as an input and an output in this release of transformers."""
     parameters = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
@@ -111,7 +111,7 @@ def _cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
     """Heads, width of a key and width of a value of each layer, from a run on one token.
 
     Raises:
-        UnsupportedError: the model gives no such cache.
+        UnsupportedError: the model returns no such cache.
         CaptureError: it does not run.
     """
     with torch.no_grad(), batched_experts(model):
@@ -126,7 +126,7 @@ def _cache_shapes(model: nn.Module) -> list[tuple[int, int, int]]:
 
 
 def no_cache(model: nn.Module, error: Exception) -> UnsupportedError:
-    """What to say of a model whose cache is none of keys and values."""
+    """The error for a model whose cache does not consist of keys and values."""
     return UnsupportedError(
         f"{type(model).__name__} has no key-value cache that can be an input of a graph",
         where=quoted(str(error).partition("\n")[0]),
@@ -135,10 +135,10 @@ def no_cache(model: nn.Module, error: Exception) -> UnsupportedError:
 
 
 def _check_runs(model: nn.Module) -> None:
-    """See that a model runs on one token.
+    """Check that a model runs on one token.
 
     Raises:
-        CaptureError: it does not, with no cache either.
+        CaptureError: it does not run, even without a cache.
     """
     try:
         model(input_ids=ones((1, 1)), use_cache=False)
@@ -146,16 +146,16 @@ def _check_runs(model: nn.Module) -> None:
         raise CaptureError(
             f"{type(model).__name__} fails on one token: {type(error).__name__}: {error}",
             where=type(model).__name__,
-            hint="its configuration may not fit together: run the model with transformers; or its "
+            hint="its configuration may be inconsistent: run the model with transformers; or its "
             "code depends on values, which capture does not have",
         ) from error
 
 
 def _grouped_heads(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Attention that takes keys and values of grouped heads as they are, not one for each of q.
+    """Attention that reads keys and values of grouped heads without repeating them.
 
-    transformers repeats them where there is a mask. The repeats take a third of capture's time,
-    since each of their sizes is a symbol, and are taken out again by fuse-attention.
+    transformers repeats them for each head of q if there is a mask. The repeats take a third of
+    capture's time, since each of their sizes is a symbol, and fuse-attention removes them again.
     """
 
     def attend(
@@ -182,12 +182,12 @@ def _grouped_heads(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def ones(shape: tuple[int, ...]) -> Tensor:
-    """Token numbers, or a mask, of an example."""
+    """Example token ids or an example mask."""
     return torch.ones(shape, dtype=torch.int64)
 
 
 def _example(model: nn.Module, layers: list[tuple[int, int, int]]) -> dict[str, Any]:
-    """Inputs of three tokens after five; sizes of 0 and 1 would be constants to torch."""
+    """Inputs of three tokens after five past ones; torch treats sizes 0 and 1 as constants."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     past = [
         {
@@ -201,7 +201,7 @@ def _example(model: nn.Module, layers: list[tuple[int, int, int]]) -> dict[str, 
     return {
         "input_ids": ones((_BATCH_SIZE, _SEQUENCE_SIZE)),
         "attention_mask": ones((_BATCH_SIZE, _PAST_SIZE + _SEQUENCE_SIZE)),
-        **({"position_ids": positions} if takes else {}),  # ALiBi counts the mask's ones
+        **({"position_ids": positions} if takes else {}),  # ALiBi counts the ones of the mask
         "past_key_values": past,
     }
 
@@ -220,5 +220,5 @@ def _axes(inputs: dict[str, Any]) -> dict[str, dict[int, str]]:
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:
-    """The name of an input from its place among the keyword arguments."""
+    """The name of an input from its path in the keyword arguments."""
     return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)

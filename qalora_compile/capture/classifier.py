@@ -1,4 +1,4 @@
-"""`load_classifier`: an encoder of transformers with a head that tells classes apart."""
+"""`load_classifier`: a transformers encoder with a classification head."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 
 def load_classifier(reference: str, classes: Sequence[str], *, seed: int = 0) -> Source:
-    """Load a checkpoint with a head for classification, in float32.
+    """Load a checkpoint with a classification head, in float32.
 
-    The head is named in `Source.head`, with all else that the checkpoint does not hold: it is to be
-    trained. It starts at random values, or as it is in a checkpoint with a head for these classes.
+    `Source.head` names the parameters of the head and all others that the checkpoint does not hold,
+    which must be trained. The head starts at random values, or at those of a checkpoint for these
+    classes.
 
     Args:
         reference: A Hugging Face folder.
-        classes: Their names. `classes_of` says in which order the model has them.
-        seed: Of the random values.
+        classes: The names of the classes. `classes_of` returns their order in the model.
+        seed: Seed of the random values.
 
     Raises:
-        UserInputError: the folder is none of a model, or its head is for other classes.
+        UserInputError: the folder does not hold a model, or its head is for other classes.
         UnsupportedError: transformers has no such head for the architecture, or there is no
-            tokenizer to read text with.
+            tokenizer.
     """
     path = encoder_folder(Path(reference))
     if not path.is_dir():
         raise UserInputError(
-            f"a classification task learns from a Hugging Face folder, not {reference!r}",
+            f"a classification task starts from a Hugging Face folder, not {reference!r}",
             hint="train other models by a loop of your own: qc.insert_adapters(…, train=head)",
         )
     check_safetensors(path)
     if is_quantized(path):
         raise UnsupportedError(
-            "a classification task learns from a model in float, and this one is quantized",
+            "a classification task starts from a model in float, but this one is quantized",
             where=reference,
             hint="give the model that it was made from",
         )
@@ -72,7 +73,7 @@ def load_classifier(reference: str, classes: Sequence[str], *, seed: int = 0) ->
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-    except Exception as error:  # transformers and safetensors raise types of many kinds
+    except Exception as error:  # transformers and safetensors raise exceptions of many types
         raise unreadable(path, error) from error
     inside, missing = f"{model.base_model_prefix}.", set(found["missing_keys"])
     names = [name for name, _ in model.named_parameters()]
@@ -88,7 +89,7 @@ def classes_of(source: Source) -> tuple[str, ...]:
 
 
 def linear_layers(model: nn.Module, parameters: Sequence[str]) -> tuple[str, ...]:
-    """The paths of the linear layers that own some of these parameters."""
+    """The paths of the linear layers that own any of these parameters."""
     owners = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
     return tuple(path for path in owners if isinstance(model.get_submodule(path), nn.Linear))
 
@@ -98,15 +99,15 @@ def _config(transformers: Any, path: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers raises types of many kinds
+    except Exception as error:  # transformers raises exceptions of many types
         raise unreadable(path, error) from error
 
 
 def _class_of(transformers: Any, config: Any, path: Path) -> Any:
-    """The class of transformers with a head for classification."""
+    """The transformers class with a classification head."""
     if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UnsupportedError(
-            f"transformers has no head for classification for {config.model_type!r}",
+            f"transformers has no classification head for {config.model_type!r}",
             where=str(path / "config.json"),
             hint="use an encoder, such as BERT, DistilBERT, RoBERTa or ModernBERT",
         )
@@ -114,7 +115,7 @@ def _class_of(transformers: Any, config: Any, path: Path) -> Any:
 
 
 def _in_order(config: Any, classes: Sequence[str], path: Path) -> list[str]:
-    """The classes in the order of the logits: a checkpoint with a head for them has its own.
+    """The classes in the order of the logits, which a checkpoint with such a head determines.
 
     Raises:
         UserInputError: it has a head for other classes.
@@ -125,8 +126,8 @@ def _in_order(config: Any, classes: Sequence[str], path: Path) -> list[str]:
     own = [str(config.id2label[index]) for index in sorted(config.id2label)]
     if sorted(own) != sorted(classes):
         raise UserInputError(
-            f"the checkpoint tells {', '.join(own)} apart, the data {', '.join(classes)}",
+            f"the checkpoint's classes are {', '.join(own)}, the data's {', '.join(classes)}",
             where=str(path / "config.json"),
-            hint="name the labels as the checkpoint does, or give the encoder without its head",
+            hint="use the checkpoint's labels, or give the encoder without its head",
         )
     return own

@@ -20,17 +20,17 @@ from qalora_compile.untrusted.gguf_header import check_gguf
 from qalora_compile.untrusted.tokenizer import has_tokenizer
 
 METADATA_FILE = "metadata.gguf"
-"""In a folder with `config.json`: the metadata of the GGUF file that the model came from."""
+"""A file next to `config.json` with the metadata of the GGUF file that the model came from."""
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 _LLAMA3 = "llama3"
 
 
 def model_config(model: Any) -> dict[str, Any] | None:
-    """`config.json` of a transformers model, in which its class is named; None for any other."""
+    """`config.json` of a transformers model, with its class; None for any other model."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict") or not type(model).__module__.startswith("transformers."):
         return None
-    # as transformers writes it: Mamba's limits are infinite, which JSON has no number for
+    # as transformers writes it: Mamba's limits are infinite, which JSON cannot represent
     value = json.loads(config.to_json_string()) | {"architectures": [type(model).__name__]}
     if getattr(config, "tie_word_embeddings", False) and _has_own_head(model):
         value["tie_word_embeddings"] = False
@@ -38,7 +38,7 @@ def model_config(model: Any) -> dict[str, Any] | None:
 
 
 def _has_own_head(model: Any) -> bool:
-    """Whether a language model's head has other weights than the embedding, whatever it is said."""
+    """Whether a language model's head does not share the embedding's weights, by its tensors."""
     if not hasattr(model, "get_output_embeddings"):
         return False
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
@@ -48,22 +48,22 @@ def _has_own_head(model: Any) -> bool:
 
 
 def describe(model: nn.Module | str | Path, *, tokenizer: str | Path | None = None) -> Description:
-    """What is to be known of a transformers model beside its weights, none of which is read.
+    """Describe a transformers model without its weights, none of which is read.
 
     Args:
         model: The model, a folder with its `config.json`, or a `.gguf` file.
-        tokenizer: Folder with the tokenizer's files; by default the folder of the model, where
-            they are in it.
+        tokenizer: Folder with the tokenizer's files; by default the folder of the model, if it has
+            them.
 
     Raises:
-        UnsupportedError: it is none of transformers.
-        UserInputError: there is no `config.json`, or it is malformed, or no such folder.
+        UnsupportedError: it is not a transformers model.
+        UserInputError: a folder or `config.json` is missing or malformed.
     """
     if isinstance(model, nn.Module):
         config = model_config(model)
         if config is None:
             raise UnsupportedError(
-                f"{type(model).__name__} is no model of transformers: nothing describes it",
+                f"{type(model).__name__} is not a transformers model and cannot be described",
                 hint="leave the model out: target 'float' or 'safetensors' needs no description",
             )
         generation = getattr(model, "generation_config", None)
@@ -113,7 +113,7 @@ def _description(
 
 
 def _frequencies(settings: Any) -> tuple[float, ...]:
-    """The frequencies of rotary embeddings of type `llama3`, which are no power series."""
+    """The frequencies of rotary embeddings of type `llama3`, which are not a geometric series."""
     if (getattr(settings, "rope_parameters", None) or {}).get("rope_type") != _LLAMA3:
         return ()
     return tuple(rope_frequencies(settings, _LLAMA3, torch.device("cpu")).tolist())
@@ -142,13 +142,12 @@ def _from_gguf(path: Path) -> tuple[dict[str, Any], nn.Module]:
         )
         with accelerate.init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # the reader raises types of many kinds
+    except Exception as error:  # the reader raises exceptions of many types
         raise UserInputError(
-            f"{path.name} describes no model that transformers has: {type(error).__name__}: "
-            f"{error}",
+            f"{path.name} does not describe a transformers model: {type(error).__name__}: {error}",
             where=str(path),
         ) from error
-    model.tie_weights()  # registering a parameter on the meta device has made it another
+    model.tie_weights()  # registering a parameter on the meta device has untied it
     value = model_config(model)
     assert value is not None
     return value, skeleton_of(model)

@@ -1,7 +1,7 @@
-"""`capture_encoder`, `capture_decoder`: an encoder-decoder model as the two graphs of a device.
+"""`capture_encoder`, `capture_decoder`: an encoder-decoder model as two graphs.
 
-The encoder runs once, and computes also what every decoder layer needs of it: the keys and values
-of cross-attention. The decoder takes these as inputs, so that no step computes them again.
+The encoder runs once and also computes the keys and values of every decoder layer's
+cross-attention. The decoder takes these as inputs, so that no step computes them again.
 """
 
 from __future__ import annotations
@@ -47,30 +47,30 @@ _BATCH_SIZE, _SEQUENCE_SIZE, _PAST_SIZE, _ENCODER_SIZE = 2, 3, 5, 7
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """Whether a model is one of transformers that has an encoder and a decoder."""
+    """Whether a model is a transformers model with an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def capture_encoder(model: nn.Module) -> Program:
-    """Capture what runs once for an input: the encoder, and every layer's cross keys and values.
+    """Capture the encoder and the keys and values of every cross-attention, which run once.
 
     ===========================  ==============================================================
     `input_ids`                  int64 `[batch, encoder_sequence]`; or
-    `audio_features`             `[batch, mel bins, frames]`, of models that hear; the name is the
+    `audio_features`             `[batch, mel bins, frames]`, of audio models; the name is the
                                  one that ONNX Runtime GenAI asks for
     `attention_mask`             int64 `[batch, encoder_sequence]`, 0 where padding; with tokens
     `encoder_hidden_states`      `[batch, encoder_sequence, width]`
     `present.N.encoder.key/value`  `[batch, heads, encoder_sequence, head]`
     ===========================  ==============================================================
 
-    Tensors keep the names that `capture_model` gives them; no value of a weight is read.
+    Tensors have the same names as with `capture_model`; no value of a weight is read.
 
     Args:
-        model: An encoder-decoder model of transformers, in evaluation mode.
+        model: A transformers encoder-decoder model in evaluation mode.
 
     Raises:
-        UnsupportedError: it takes something else than tokens or log-mel features, or its cache is
-            not made of keys and values.
+        UnsupportedError: it takes inputs other than tokens or log-mel features, or its cache does
+            not consist of keys and values.
         CaptureError: `torch.export` refused the model.
     """
     layers = len(_Layout.of(model).encoder)
@@ -82,7 +82,7 @@ def capture_encoder(model: nn.Module) -> Program:
 
 
 def capture_decoder(model: nn.Module) -> Program:
-    """Capture the decoder with its cache; one graph serves the first step and each one after it.
+    """Capture the decoder with its cache; one graph runs the first step and all later ones.
 
     =================================  =======================================================
     `input_ids`                        int64 `[batch, sequence]`, the decoder's tokens
@@ -103,9 +103,9 @@ def capture_decoder(model: nn.Module) -> Program:
 
 
 def capture_full_forward(model: nn.Module) -> Program:
-    """Capture encoder and decoder as one forward of whole sequences, in evaluation mode.
+    """Capture encoder and decoder as one forward pass of complete sequences, in evaluation mode.
 
-    The model is set to give no cache.
+    The model is configured to return no cache.
 
     Args, Raises: see `capture_encoder`.
     """
@@ -114,7 +114,7 @@ def capture_full_forward(model: nn.Module) -> Program:
 
 
 def disable_cache(model: nn.Module) -> None:
-    """Let a model give no cache unless asked; its parts have settings of their own."""
+    """Configure a model and its parts to return no cache by default."""
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
@@ -122,10 +122,10 @@ def disable_cache(model: nn.Module) -> None:
 
 
 def full_example(model: nn.Module) -> dict[str, Tensor]:
-    """Keyword inputs of one forward of whole sequences: random tokens or features, no cache.
+    """Keyword inputs of a forward pass of complete sequences: random tokens or features.
 
     Raises:
-        UnsupportedError: the model takes something else than tokens or log-mel features.
+        UnsupportedError: the model takes inputs other than tokens or log-mel features.
     """
     generator = torch.Generator().manual_seed(0)
     config: Any = model.config
@@ -145,12 +145,12 @@ def full_example(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the caches of a model hold.
+    """The dimensions of a model's caches.
 
     Attributes:
         decoder: Heads, width of a key and width of a value in each layer's self-attention.
-        encoder: The same of cross-attention, and the length of it for the example.
-        width: Of the encoder's hidden states.
+        encoder: The same for cross-attention, and its length for the example.
+        width: Width of the encoder's hidden states.
     """
 
     decoder: list[tuple[int, int, int]]
@@ -160,10 +160,10 @@ class _Layout:
 
     @classmethod
     def of(cls, model: nn.Module) -> _Layout:
-        """Read the caches that a run on one token gives.
+        """Read the dimensions from the caches of a run on one token.
 
         Raises:
-            UnsupportedError: there are none.
+            UnsupportedError: the model returns no such caches.
         """
         kwargs, _ = _encoder_example(model)
         try:
@@ -184,7 +184,7 @@ class _Layout:
 def _capture(
     model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], axes: AxisNames
 ) -> Program:
-    """Capture `forward` in the place of the model's own, with its very parameters."""
+    """Capture `forward` in place of the model's own, with shared parameters."""
     base = type(model)
     part = copy.copy(model)
     part.__class__ = type(base.__name__, (base,), {"forward": forward})
@@ -220,7 +220,7 @@ def _encoder_example(model: Any) -> tuple[dict[str, Any], AxisNames]:
 
 
 def _encoder_forward(model: nn.Module, layers: int) -> Callable[..., Any]:
-    """The encoder, and one step of the decoder for its keys and values; the rest of it is dead."""
+    """The encoder, and one decoder step for its keys and values; the rest is dead code."""
     base, argument = type(model), cache_argument(model)
 
     def encode(self: Any, **inputs: Tensor) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _encoder_forward(model: nn.Module, layers: int) -> Callable[..., Any]:
 
 
 def _decoder_example(model: nn.Module, layout: _Layout) -> tuple[dict[str, Any], AxisNames]:
-    """Inputs of three tokens after five; sizes of 0 and 1 would be constants to torch."""
+    """Inputs of three tokens after five past ones; torch treats sizes 0 and 1 as constants."""
     dtype = _dtype(model)
 
     def keys_values(sizes: tuple[int, int, int], length: int) -> dict[str, Tensor]:
@@ -268,7 +268,7 @@ def _decoder_example(model: nn.Module, layout: _Layout) -> tuple[dict[str, Any],
         for part in ("key", "value"):
             name = f"past_key_values.{layer}"
             axes[f"{name}.decoder.{part}"] = {0: BATCH, 2: PAST}
-            # A model that hears takes input of one length.
+            # An audio model takes input of one length.
             axes[f"{name}.encoder.{part}"] = {0: BATCH} | ({2: ENCODER_SEQUENCE} if reads else {})
     mask = {"encoder_attention_mask": ones((_BATCH_SIZE, layout.length))} if reads else {}
     past = [
@@ -280,7 +280,7 @@ def _decoder_example(model: nn.Module, layout: _Layout) -> tuple[dict[str, Any],
 
 
 def _decoder_forward(model: nn.Module, layout: _Layout) -> Callable[..., Any]:
-    """The decoder, which finds its cross-attention's keys and values in the cache."""
+    """The decoder with its cross-attention's keys and values in the cache."""
     base, argument = type(model), cache_argument(model)
     caches = require("transformers.cache_utils", extra="hf", purpose="capture with a cache")
     outputs = require("transformers.modeling_outputs", extra="hf", purpose="capture with a cache")
@@ -292,7 +292,7 @@ def _decoder_forward(model: nn.Module, layout: _Layout) -> Callable[..., Any]:
             filled_cache([layer[part] for layer in past]) for part in ("decoder", "encoder")
         )
         keys = past[0]["encoder"]["key"]
-        # Only its length counts: what is made of its values lies in the cache.
+        # Only its length matters: the keys and values computed from it are in the cache.
         hidden = keys.new_zeros(keys.shape[0], keys.shape[2], layout.width)
         output = base.forward(
             self,

@@ -32,8 +32,8 @@ _HINTS = (
     ),
     (
         ("GuardOnDataDependentSymNode", "data-dependent", "DataDependent"),
-        "the model's control flow depends on tensor values: write it with torch.where or "
-        "torch.cond, or take that part out of the captured module",
+        "the model's control flow depends on tensor values: use torch.where or "
+        "torch.cond, or remove that part from the captured module",
     ),
     (
         ("_local_scalar_dense", ".item()", "tolist"),
@@ -51,7 +51,7 @@ _HINTS = (
     ),
 )
 _HINT = (
-    "replace what torch.export cannot trace on this line by tensor operators, or capture a part "
+    "use tensor operators that torch.export can trace on this line, or capture only a part "
     "of the model"
 )
 
@@ -63,13 +63,13 @@ def export_model_graph(
     dynamic_shapes: Any,
     notes: list[str],
 ) -> ExportedProgram:
-    """Export with the given dynamic shapes, or with the most that the model allows.
+    """Export with the given dynamic shapes, or with as many dynamic axes as the model allows.
 
-    Without given ones, batch and sequence are first asked for as dynamic; an axis that the model
-    makes a constant is left to torch to fix, and noted; where that fails too, all shapes are fixed.
+    By default, batch and sequence are first requested as dynamic. An axis that the model
+    specializes is left for torch to fix, with a note. If that fails too, all shapes are fixed.
 
     Raises:
-        CaptureError: `torch.export` refused the model; the line of the model is named.
+        CaptureError: `torch.export` refused the model; the error names the line of the model.
         UserInputError: the example inputs do not fit the model.
     """
     if dynamic_shapes is not None:
@@ -98,7 +98,7 @@ def _export(
 ) -> ExportedProgram:
     try:
         with warnings.catch_warnings(), traceable_rope(model):
-            # RNNs hold their registered parameters in a list too; tracing swaps both, harmlessly
+            # RNNs also hold their parameters in a list; tracing replaces both, which is harmless
             warnings.filterwarnings("ignore", "The tensor attributes .* were assigned")
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
@@ -106,18 +106,18 @@ def _export(
 
 
 def _specialized(message: str) -> list[tuple[str, int]]:
-    """Input and axis of each size that the model fixes, from torch.export's message."""
+    """Input and axis of each specialized size, from torch.export's message."""
     found = ((name + path, int(axis)) for name, path, axis in _SPECIALIZED.findall(message))
     return sorted(dict.fromkeys(found))
 
 
 def _relax(shapes: Any) -> Any:
-    """The same axes, each left to torch to keep or to fix."""
+    """The same axes, for torch to keep dynamic or to fix."""
     return pytree.tree_map(lambda d: Dim.AUTO if d is Dim.DYNAMIC else d, shapes)
 
 
 def _default_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dynamic axes to ask for: batch for all tensors, also the second axis of sequences."""
+    """Dynamic axes to request: batch for all tensors, also the second axis of sequences."""
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
@@ -128,19 +128,19 @@ def _default_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _leaf_shapes(leaf: Any) -> Any:
-    """Axes of one input that should vary; those of size 0 and 1 are constants to torch."""
+    """Axes of one input that should vary; torch treats sizes 0 and 1 as constants."""
     if not isinstance(leaf, Tensor):
         return None
     axes = {0: Dim.DYNAMIC} if leaf.dim() else {}
     if leaf.dim() > 1 and (not leaf.is_floating_point() or leaf.dim() == 3):
         axes[1] = Dim.DYNAMIC
     elif leaf.dim() == 2:
-        axes[1] = Dim.AUTO  # a waveform's samples vary, a layer's features do not
+        axes[1] = Dim.AUTO  # the length of a waveform varies, the number of features does not
     return {axis: dim for axis, dim in axes.items() if leaf.shape[axis] > 1} or None
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
-    """Name the line of the user's model that export stopped at, and what to change there."""
+    """The error with the line of the user's model at which export stopped, and a hint."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith((*_NOT_THE_MODEL, "<"))]
     where = type(model).__name__

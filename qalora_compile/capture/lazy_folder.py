@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints whose weights stay in their files until they are asked for."""
+"""Captures Hugging Face checkpoints whose weights stay in their files until they are needed."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ _INDEX = "model.safetensors.index.json"
 
 
 def capture_checkpoint(folder: Path, *, last_logits: bool = False, cache: bool = True) -> Program:
-    """A model that reads tokens from its folder, with deferred weights.
+    """Capture a model that reads tokens from its folder, with lazy weights.
 
-    A decoder-only one that generates has its key-value cache; one with an encoder too is captured
-    as one forward of whole sequences, to be split when it is quantized
-    (`api.split_encoder_decoder`); an encoder alone as its one forward.
+    A decoder-only model is captured with its key-value cache. A model with encoder and decoder is
+    captured as one forward pass of complete sequences, which `api.split_encoder_decoder` can split
+    later; an encoder alone is one forward pass.
 
-    Memory does not grow with the model: nothing is read but the headers of the files. Passes run on
-    shapes, and an exporter reads, quantizes and writes one layer after another.
+    Only the headers of the files are read, so that memory does not grow with the model. Passes run
+    on shapes, and an exporter reads, quantizes and writes one layer at a time.
 
     Args:
         folder: `config.json` and safetensors, one file or several with an index.
-        last_logits: As for `capture_causal_lm`; of no effect with an encoder.
-        cache: Give a decoder-only model its key-value cache.
+        last_logits: As for `capture_causal_lm`; no effect on models with an encoder.
+        cache: Capture a decoder-only model with its key-value cache.
 
     Raises:
-        UserInputError: a file is missing or broken, or a tensor is missing or of another shape.
-        UnsupportedError: the architecture is none of transformers, or has no such cache.
+        UserInputError: a file is missing or broken, or a tensor is missing or has another shape.
+        UnsupportedError: transformers lacks the architecture, or it has no such cache.
         CaptureError: `torch.export` refused the model.
     """
     loaded = load_checkpoint(folder)
@@ -66,11 +66,11 @@ def capture_checkpoint(folder: Path, *, last_logits: bool = False, cache: bool =
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model of transformers whose weights are deferred.
+    """A transformers model with lazy weights.
 
     Attributes:
-        model: In evaluation mode; its buffers have their values.
-        notes: What was made of the checkpoint that its configuration does not say.
+        model: The model in evaluation mode; its buffers have values.
+        notes: Notes on differences between checkpoint and configuration.
     """
 
     model: Any
@@ -78,7 +78,7 @@ class Loaded:
 
 
 def load_checkpoint(folder: Path) -> Loaded:
-    """The model that transformers loads from a folder, its weights left in their files.
+    """The model that transformers loads from a folder, with its weights left in the files.
 
     Raises:
         UserInputError, UnsupportedError: see `capture_checkpoint`.
@@ -91,13 +91,13 @@ def load_checkpoint(folder: Path) -> Loaded:
         model, report = load_lazily(kind, config, stored)
     except QaloraError:
         raise
-    except Exception as error:  # transformers raises types of many kinds
+    except Exception as error:  # transformers raises exceptions of many types
         raise unreadable(folder, error) from error
     check_report(report, model, folder)
     for name, parameter in model.named_parameters():
         if is_placeholder(parameter):
             raise UnsupportedError(
-                f"transformers makes {name} in place, of other tensors of the checkpoint",
+                f"transformers computes {name} in place from other tensors of the checkpoint",
                 where=str(folder),
                 hint="load the model with transformers, and give it to qc.capture_model",
             )
@@ -109,13 +109,13 @@ def load_checkpoint(folder: Path) -> Loaded:
 
 
 def _untied(model: Any) -> list[str]:
-    """A note for each tensor that the configuration ties, and the files hold apart.
+    """A note for each tensor that the configuration ties but the files store separately.
 
-    `tie_word_embeddings` of a configuration is often left from the base of a model whose head was
-    trained and stored (PEFT's `modules_to_save`, merges).
+    `tie_word_embeddings` is often inherited from the base of a model whose head was trained and
+    stored (PEFT's `modules_to_save`, merges).
     """
     return [
-        f"{name} is tied to {owner} by config.json, and the files hold another tensor for it: "
+        f"{name} is tied to {owner} by config.json, but the files hold another tensor for it: "
         "both are used, as transformers does"
         for name, owner in untied_weights(model).items()
     ]
@@ -130,14 +130,14 @@ def _cast(casts: Casts) -> list[str]:
 
 
 def _read_headers(folder: Path, casts: Casts) -> Mapping[str, LazyTensor]:
-    """Every tensor of a checkpoint, by name; opens each file once.
+    """Every tensor of a checkpoint, by name; each file is opened once.
 
     Args:
-        folder: With one file or several.
-        casts: Counts the tensors that are asked for in another dtype.
+        folder: Contains one safetensors file, or several with an index.
+        casts: Counts the tensors that are read in another dtype.
 
     Raises:
-        UserInputError: there is none, or one of its files is missing or broken; it is named.
+        UserInputError: a file is missing or broken; the error names it.
     """
     if (folder / _INDEX).is_file():
         value = read_json(folder / _INDEX)

@@ -1,9 +1,9 @@
-"""transformers' own loader, run on tensors that stay in their files.
+"""Runs transformers' own loader on tensors that stay in their files.
 
-`from_pretrained` renames tensors, splits, stacks and transposes them by the conversion rules of the
-architecture, casts them, ties and unties. It is given tensors without values here, and a mode that
-writes down each operation on one as a recipe (`ir.deferred`): what it makes of the files is then
-made of them when a layer is asked for, and no rule of transformers is repeated in this project.
+`from_pretrained` renames, splits, stacks and transposes tensors by the conversion rules of the
+architecture, casts them, ties and unties them. Here it gets tensors without values, and a mode
+records each operation on them as a recipe (`ir.lazy_tensor`), which is run when a layer is needed.
+No rule of transformers is repeated in this project.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ from qalora_compile.ir.torch_internals import (
 
 _aten = torch.ops.aten
 _OF_VALUES = (_aten.equal.default, LOCAL_SCALAR)
-"""What gives no tensor, and needs values."""
+"""Operators that need values and do not return a tensor."""
 _VIEWED = "_qalora_viewed"
 _MOST_MADE = 1 << 28
-"""Bytes of parameters that transformers computes, tables of positions."""
+"""The most bytes of a parameter that transformers computes, such as a table of positions."""
 
 
 Casts = Counter[tuple[torch.dtype, torch.dtype]]
-"""How many tensors were cast, from which dtype to which."""
+"""Number of casts by source and target dtype."""
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a checkpoint, as much of one as transformers' loader looks at.
+    """A tensor of a checkpoint, with the interface that transformers' loader uses.
 
     Args:
         name: In the checkpoint.
-        like: Shape and dtype, without values.
-        mode: What its fake tensors belong to.
+        like: A tensor of the same shape and dtype, without values.
+        mode: The mode of its fake tensors.
         read: Reads it.
         read_rows: Reads some of its rows.
-        casts: Counts the tensors that are asked for in another dtype, by both.
+        casts: Counts the casts by source and target dtype.
     """
 
     name: str
@@ -71,20 +71,20 @@ class LazyTensor:
     casts: Casts
 
     def __getattr__(self, name: str) -> Any:
-        """What is asked of it without its values: `dtype`, `shape`, `is_floating_point`."""
+        """Attributes that need no values: `dtype`, `shape`, `is_floating_point`."""
         return getattr(self.like, name)
 
     def __getitem__(self, index: Any) -> LazyTensor:
-        """All of it; transformers asks for parts on several devices alone."""
+        """The complete tensor; transformers reads parts only with several devices."""
         if index is not Ellipsis:
             raise UnsupportedError(f"transformers reads parts of {self.name}", where=self.name)
         return self
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The deferred tensor, cast as it is read.
+        """The lazy tensor, which is cast when it is read.
 
         Raises:
-            UserInputError: it is of integers and the model's of floats, or the reverse.
+            UserInputError: only one of the stored and the model's dtypes is floating.
         """
         wanted, own = dtype or self.like.dtype, self.like.dtype
         if wanted.is_floating_point != own.is_floating_point:
@@ -92,7 +92,7 @@ class LazyTensor:
                 f"{self.name} is {dtype_name(own)} in the files, and {dtype_name(wanted)} by "
                 "config.json",
                 where=self.name,
-                hint="weights of integers have to be described by a quantization_config",
+                hint="integer weights must be described by a quantization_config",
             )
         if wanted != own:
             self.casts[own, wanted] += 1
@@ -105,7 +105,7 @@ class LazyTensor:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down every operation on a deferred tensor as the recipe of its results."""
+    """Records every operation on a lazy tensor as the recipe of its results."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -119,8 +119,8 @@ class _Recorder(TorchDispatchMode):
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         like, *_ = (*args, None)
         if func is _aten.empty_like.default and isinstance(like, nn.Parameter):
-            # A parameter that the checkpoint lacks. Tables that are computed are made; a checkpoint
-            # that lacks more is refused when `from_pretrained` is through, and takes no memory.
+            # A parameter that the checkpoint lacks. Computed tables are allocated; a checkpoint
+            # that lacks more is refused after `from_pretrained`, and takes no memory.
             self._made += like.nbytes
             if self._made > _MOST_MADE:
                 with self._mode:
@@ -131,7 +131,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an operation gives for deferred tensors: deferred tensors."""
+    """The results of an operation on lazy tensors, which are lazy tensors."""
     if func in _OF_VALUES:
         return func(*pytree.tree_map_only(Tensor, materialize, args), **kwargs)
     schema = schema_of(func)
@@ -147,7 +147,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation that writes into its inputs; what was deferred has no recipe after it."""
+    """Run an in-place operation; lazy inputs have no recipe afterwards."""
     written = _written(schema_of(func), args, kwargs)
     if not all(map(is_lazy, written)):  # a buffer
         return func(*pytree.tree_map_only(Tensor, materialize, args), **kwargs)
@@ -185,10 +185,10 @@ def _written(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> l
 
 
 def _forget(tensor: Tensor) -> None:
-    """Take the recipes from a tensor that is written into, and from those that it is a view of.
+    """Remove the recipes of a tensor that is written into, and of the tensors that it views.
 
-    transformers does so to starting values, for parameters that the checkpoint has already. Where
-    such a tensor is asked for, that is an error: no recipe says what was written.
+    transformers does so when it initializes parameters that the checkpoint already has. Reading
+    such a tensor afterwards is an error, since no recipe covers the write.
     """
     while is_lazy(tensor):
         forget_recipe(tensor)
@@ -198,14 +198,14 @@ def _forget(tensor: Tensor) -> None:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The same values, in memory that holds nothing else."""
+    """The same values in memory of their own."""
     if is_lazy(tensor) or tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone()
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
-    """`torch.stack`, of which a row is one tensor: experts are read one after another."""
+    """`torch.stack` by rows, where a row is one tensor: experts are read one at a time."""
     mode = next(tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor))
 
     def rows(start: int, stop: int) -> Tensor:
@@ -217,7 +217,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 
 def _is_by_rows(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether some rows of the inputs give those rows of the results."""
+    """Whether rows of the results depend only on the same rows of the inputs."""
     if func in (TO_COPY.default, _aten.clone.default, _aten.detach.default):
         return True
     tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
@@ -232,29 +232,29 @@ def _is_by_rows(func: Any, args: tuple[Any, ...]) -> bool:
 def load_lazily(
     kind: Any, config: Any, stored: Mapping[str, LazyTensor]
 ) -> tuple[Any, Mapping[str, Any]]:
-    """`kind.from_pretrained` of tensors that stay in their files.
+    """`kind.from_pretrained` on tensors that stay in their files.
 
     Args:
-        kind: A class of models of transformers.
-        config: Its configuration.
+        kind: A transformers model class.
+        config: The configuration of the model.
         stored: The tensors of the checkpoint by name.
 
     Returns:
-        The model in evaluation mode, each tensor of it that comes of the checkpoint deferred, and
+        The model in evaluation mode, with lazy tensors for those of the checkpoint, and
         transformers' report (`output_loading_info`).
 
     Raises:
-        Exception: of many kinds, by transformers.
+        Exception: transformers raises exceptions of many types.
     """
     mode = next((tensor.mode for tensor in stored.values()), FakeTensorMode())
-    with load_in_one_thread(), _Recorder(mode):  # a mode holds in one thread alone
+    with load_in_one_thread(), _Recorder(mode):  # modes are local to a thread
         model, report = kind.from_pretrained(
             None,
             config=config,
             state_dict=dict(stored),
             dtype="auto",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused by name
+            ignore_mismatched_sizes=True,  # mismatches are refused by name later
             trust_remote_code=False,
         )
     return model.requires_grad_(False), report

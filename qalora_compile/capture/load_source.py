@@ -43,34 +43,34 @@ from qalora_compile.untrusted.tokenizer import load_tokenizer
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _GGUF_MAGIC = b"GGUF"
 _NO_VOCABULARY = "no_vocab"
-"""What a GGUF file without a tokenizer calls it (llama.cpp)."""
+"""The tokenizer model of a GGUF file without a tokenizer (llama.cpp)."""
 _EXAMPLE_SHAPE = (2, 16)
 _WEIGHTS = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OF_TRAINING = ("training_args.bin", "optimizer.pt", "scheduler.pt", "optimizer.bin", "scaler.pt")
-"""Pickles of a trainer beside a model's."""
+"""Pickles of a trainer that may be next to a model's."""
 _CONVERT = (
     "import sys, torch; from safetensors.torch import save_file; "
     "t = {k: v for f in sys.argv[2:] for k, v in torch.load(f, map_location='cpu', "
     "weights_only=True).items()}; save_file({k: v.contiguous().clone() for k, v in t.items()}, "
     "sys.argv[1], {'format': 'pt'})"
 )
-"""A program that reads pickles of tensors, and nothing else of them, and writes safetensors."""
+"""A program that reads only tensors from pickles and writes safetensors."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A loaded model with what is needed to capture and use it.
+    """A loaded model with everything needed to capture and use it.
 
     Attributes:
         reference: As the user wrote it.
         kind: `huggingface`, `gguf` or `factory`.
-        model: In evaluation mode.
+        model: The model in evaluation mode.
         args, kwargs: Example inputs.
-        tokenizer: Of a language model that brings one, else None.
-        decoder_start: The token that the decoder of a model with an encoder begins with, else None.
-        read_codes: Reads the codes of a checkpoint that is quantized already, see `stored`.
-        head: Names of the parameters that the checkpoint did not hold, and which must be trained.
+        tokenizer: The tokenizer of a language model, or None.
+        decoder_start: The token with which the decoder of an encoder-decoder model begins, or None.
+        read_codes: Reads the codes of a quantized checkpoint, see `stored`.
+        head: Names of the parameters that the checkpoint does not hold and that must be trained.
     """
 
     reference: str
@@ -84,7 +84,7 @@ class Source:
     read_codes: Callable[[], tuple[CheckpointCodes, tuple[str, ...]]] | None = None
 
     def stored(self) -> tuple[CheckpointCodes, tuple[str, ...]]:
-        """The codes that the checkpoint holds, and notes on what of them could not be kept.
+        """The codes of the checkpoint, and notes on those that could not be kept.
 
         Raises:
             UserInputError: the file is broken.
@@ -103,11 +103,13 @@ def load_source(reference: str, *, zero_points: str | None = None) -> Source:
         reference: A folder with `config.json` and safetensors, a `.gguf` file, or
             `package.module:factory`, where the factory takes no argument and returns
             `(model, example_args, example_kwargs)`.
-        zero_points: How a GPTQ checkpoint stores its zero-points, where its tag is wrong or says
-            nothing: `"v1"`, `"v2"`, `"float"` or `"offset"` (`capture.stored.gptq_zeros`).
+        zero_points: How a GPTQ checkpoint stores its zero-points, if its tag is wrong or
+            inconclusive: `"v1"`, `"v2"`, `"float"` or `"offset"`
+            (`capture.checkpoints.gptq_zeros`).
 
     Raises:
-        UserInputError: nothing is there, a file is truncated or malformed, or the factory fails.
+        UserInputError: the model is missing, a file is truncated or malformed, or the factory
+            fails.
         UnsupportedError: the architecture or the checkpoint format is not supported.
     """
     path = Path(reference)
@@ -128,29 +130,31 @@ def load_source(reference: str, *, zero_points: str | None = None) -> Source:
 
 
 def check_safetensors(path: Path) -> None:
-    """See that a model's folder holds weights that can be read.
+    """Check that a model's folder holds readable weights.
 
     Raises:
-        UserInputError: it holds none, or pickled ones alone.
+        UserInputError: it holds none, or only pickled ones.
     """
     if any(path.glob("*.safetensors")):
         return
     pickled = [each for each in sorted(path.iterdir()) if each.suffix in _PICKLES]
     pickled = [each for each in pickled if each.name not in _OF_TRAINING]
     if pickled:
-        raise _pickled("the folder holds no safetensors file but pickled weights", path, pickled)
+        raise _pickled("the folder holds no safetensors file, only pickled weights", path, pickled)
     raise UserInputError(
-        "the folder holds no safetensors file", where=str(path), hint="give a model's whole folder"
+        "the folder holds no safetensors file",
+        where=str(path),
+        hint="give the complete folder",
     )
 
 
 def _pickled(what: str, where: Path, files: list[Path]) -> UserInputError:
-    """A refusal, with a command that writes safetensors beside the first file."""
+    """The error for pickles, with a command that writes safetensors next to the first file."""
     words = ["python", "-c", _CONVERT, str(files[0].with_name(_WEIGHTS)), *map(str, files)]
     return UserInputError(
         what,
         where=str(where),
-        hint="pickles can run code and are never loaded; this reads tensors alone and writes "
+        hint="pickles can run code and are never loaded; this reads only tensors and writes "
         f"{_WEIGHTS}, for the folder to be given: {shlex.join(words)}",
     )
 
@@ -166,10 +170,10 @@ def _load_folder(reference: str, path: Path, zero_points: str | None) -> Source:
 
 
 def _load_float(path: Path) -> Any:
-    """A model of floats, all of which are in its checkpoint.
+    """A model in float whose parameters are all in its checkpoint.
 
     Raises:
-        UserInputError: the files are broken, or lack a parameter, which would be random.
+        UserInputError: a file is broken, or a parameter is missing and would be random.
     """
     kind = model_class(path)
     try:
@@ -180,9 +184,9 @@ def _load_float(path: Path) -> Any:
             use_safetensors=True,
             dtype="auto",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused by name
+            ignore_mismatched_sizes=True,  # mismatches are refused by name later
         )
-    except Exception as error:  # transformers and safetensors raise types of many kinds
+    except Exception as error:  # transformers and safetensors raise exceptions of many types
         raise unreadable(path, error) from error
     check_report(found, model, path)
     return model
@@ -201,12 +205,12 @@ def _load_gguf(reference: str, path: Path) -> Source:
     transformers = transformers_module()
     options = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        with redirect_stderr(io.StringIO()):  # the reader draws a bar whatever the verbosity
+        with redirect_stderr(io.StringIO()):  # the reader shows a progress bar at any verbosity
             tokenizer = _gguf_tokenizer(transformers, path, options)
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=torch.float32, output_loading_info=True, **options
             )
-    except Exception as error:  # the reader raises whatever a broken offset leads to
+    except Exception as error:  # a broken offset can cause any exception in the reader
         raise unreadable(path, error) from error
     check_complete(header, model, found["missing_keys"], path)
     source = _language_model(reference, "gguf", model, tokenizer)
@@ -214,7 +218,7 @@ def _load_gguf(reference: str, path: Path) -> Source:
 
 
 def _gguf_tokenizer(transformers: Any, path: Path, options: Mapping[str, Any]) -> Any:
-    """The tokenizer of a GGUF file, or None where the file says that it has none."""
+    """The tokenizer of a GGUF file, or None if the file states that it has none."""
     try:
         return transformers.AutoTokenizer.from_pretrained(path.parent, **options)
     except ValueError as error:
@@ -256,23 +260,23 @@ def _language_model(reference: str, kind: str, model: Any, tokenizer: Any) -> So
 
 
 def text_example(model: Any) -> dict[str, Tensor]:
-    """Keyword inputs of a model that reads tokens: random ones, all of which count."""
+    """Random keyword inputs of a model that reads tokens, without padding."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, _EXAMPLE_SHAPE, generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _with_encoder(reference: str, kind: str, model: Any, tokenizer: Any) -> Source:
-    """A model that reads one text and writes another.
+    """The source of a model that reads one text and writes another.
 
     Raises:
-        UnsupportedError: it reads no text.
-        UserInputError: it names no token that its decoder begins with.
+        UnsupportedError: it does not read text.
+        UserInputError: it does not name a start token for its decoder.
     """
     kwargs = full_example(model)
     if TOKENS not in kwargs:
         raise UnsupportedError(
-            f"{type(model).__name__} takes features of sound, and data are text",
+            f"{type(model).__name__} takes audio features, but the data are text",
             where=reference,
             hint="train it with a loop of your own: qc.capture_model(model, (), inputs)",
         )
@@ -281,7 +285,7 @@ def _with_encoder(reference: str, kind: str, model: Any, tokenizer: Any) -> Sour
     start = next((token for token in starts if token is not None), None)
     if start is None:
         raise UserInputError(
-            "the model names no token that its decoder begins with",
+            "the model does not name a start token for its decoder",
             where=f"{reference}/config.json",
             hint="add decoder_start_token_id",
         )

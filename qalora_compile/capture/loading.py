@@ -1,7 +1,7 @@
-"""What transformers makes of a checkpoint that does not say quite what its `config.json` says.
+"""Checks how transformers loaded a checkpoint that deviates from its `config.json`.
 
-`from_pretrained` gives parameters that the files lack random values, and passes over tensors that
-the model has no place for. Here, a missing parameter is refused, and so is half a model.
+`from_pretrained` initializes missing parameters at random and ignores tensors without a parameter
+in the model. Here, a missing parameter is refused, and so are layers that the model lacks.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def keep_in_float32_(model: Any, dtype: torch.dtype | None) -> None:
-    """Give the parameters that the architecture keeps in float32 that dtype, in place.
+    """Cast the parameters that the architecture keeps in float32 to that dtype, in place.
 
     Args:
-        model: Of transformers, its parameters without values.
-        dtype: What the others have.
+        model: A transformers model whose parameters have no values.
+        dtype: The dtype of the others.
     """
     names = kept_in_float32(model, dtype)
     patterns = [re.compile(re.escape(name).replace(r"\*", ".*")) for name in names]
@@ -34,7 +34,7 @@ def keep_in_float32_(model: Any, dtype: torch.dtype | None) -> None:
 
 
 def unreadable(path: Path, error: Exception) -> UserInputError:
-    """What to say of a model that a library could not load."""
+    """The error for a model that a library failed to load."""
     text = str(error).strip().splitlines()
     return UserInputError(
         f"cannot load {path.name}: {type(error).__name__}: {text[0] if text else 'no message'}",
@@ -44,11 +44,11 @@ def unreadable(path: Path, error: Exception) -> UserInputError:
 
 
 def check_report(report: Mapping[str, Any], model: Any, where: Path) -> None:
-    """Refuse a model that did not find all of its tensors, or left layers of the checkpoint.
+    """Refuse a model with missing tensors, or without some layers of the checkpoint.
 
     Args:
-        report: Of transformers (`output_loading_info`).
-        model: What was loaded.
+        report: Report of transformers (`output_loading_info`).
+        model: The loaded model.
         where: The folder.
 
     Raises:
@@ -60,9 +60,9 @@ def check_report(report: Mapping[str, Any], model: Any, where: Path) -> None:
     refuse_extra_layers(unknown, model, where)
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         raise UserInputError(
-            f"{name} is {list(stored)} in the files, and {list(wanted)} by config.json",
+            f"{name} is {list(stored)} in the files, but {list(wanted)} by config.json",
             where=str(where),
-            hint="config.json is of another model, or was edited",
+            hint="config.json belongs to another model, or was edited",
         )
     if not missing:
         return
@@ -78,8 +78,8 @@ def check_report(report: Mapping[str, Any], model: Any, where: Path) -> None:
 def refuse_extra_layers(stored: Iterable[str], model: Any, where: Path) -> None:
     """Refuse a checkpoint with layers that the model does not have.
 
-    Other tensors without a place are passed over, as transformers does: rotary tables of older
-    versions, heads of another task.
+    Other unknown tensors are ignored, as in transformers: rotary tables of older versions, heads of
+        another task.
 
     Args:
         stored: Names of the tensors in the files.
@@ -87,7 +87,7 @@ def refuse_extra_layers(stored: Iterable[str], model: Any, where: Path) -> None:
         where: The folder.
 
     Raises:
-        UserInputError: a name is that of a parameter of the model in a layer that it has not.
+        UserInputError: a tensor is a known parameter of a layer that the model does not have.
     """
     known = set(model.state_dict())
     kinds = {_NUMBER.sub("#", name) for name in known}
@@ -99,6 +99,6 @@ def refuse_extra_layers(stored: Iterable[str], model: Any, where: Path) -> None:
             raise UserInputError(
                 f"the checkpoint has {name}, a layer that the model does not have",
                 where=str(where),
-                hint="config.json says fewer layers than the files hold: it is of another model, "
+                hint="config.json states fewer layers than the files hold: it is of another model, "
                 "or was edited",
             )

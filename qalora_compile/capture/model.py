@@ -1,4 +1,4 @@
-"""`capture_model`: any `nn.Module` to a `Program`, by `torch.export(strict=False)`."""
+"""`capture_model`: captures any `nn.Module` as a `Program` by `torch.export(strict=False)`."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def capture_model(
         args: Example positional arguments. Give dynamic dimensions a size of 2 or more: torch
             treats 0 and 1 as constants.
         kwargs: Example keyword arguments.
-        dynamic_shapes: As for `torch.export.export`. None lets the first dimension of every tensor,
-            and the second of sequences, vary where the model allows it; `notes` of the program say
-            which could not, and why.
+        dynamic_shapes: As for `torch.export.export`. None makes the first dimension of every tensor
+            and the second of sequences dynamic if the model allows it; `notes` of the program name
+            those that are not, and why.
 
     Raises:
-        CaptureError: `torch.export` refused the model; the line of the model is named.
-        UserInputError: `model` is no module, or no example input was given.
+        CaptureError: `torch.export` refused the model; the error names the line of the model.
+        UserInputError: `model` is not a module, or no example input was given.
     """
     if not isinstance(model, nn.Module):
         raise UserInputError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
@@ -92,15 +92,15 @@ def make_program(
     notes: Sequence[str] = (),
     axes: AxisNames | None = None,
 ) -> Program:
-    """A program at stage `float` from what was captured of a model.
+    """A program at stage `float` from the captured graph of a model.
 
     Args:
         model: The captured model.
         module: Its graph.
-        args: The positional example inputs.
-        kwargs: Those by name.
-        notes: What capture had to say.
-        axes: Names of dynamic axes that are known, and known to have no limit; others are chosen.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        notes: Notes of the capture.
+        axes: Names of dynamic axes without a limit; names of others are chosen.
     """
     graph = module.graph
     signature = _read_signature(graph, args, kwargs, axes or {})
@@ -115,7 +115,7 @@ def make_program(
 
 
 def _unused_weights(model: nn.Module, module: ProgramModule) -> Iterator[Site]:
-    """A plan row for every weight of the model that the graph does not read."""
+    """Plan rows for the weights of the model that the graph does not read."""
     read = {storage_key(tensor) for tensor in program_tensors(module).values()}
     for number, (name, parameter) in enumerate(model.named_parameters()):
         if parameter.dim() >= 2 and storage_key(parameter) not in read:
@@ -129,7 +129,7 @@ def _unused_weights(model: nn.Module, module: ProgramModule) -> Iterator[Site]:
                 n=0,
                 dtype=dtype_name(parameter.dtype),
                 decision=KEEP,
-                reason="the captured forward pass does not read it; it is left out",
+                reason="the captured forward pass does not read it; it is omitted",
             )
 
 
@@ -140,11 +140,11 @@ def _capture_both_modes(
     dynamic_shapes: Any,
     notes: list[str],
 ) -> ProgramModule:
-    """A module that can train and evaluate, in the model's own mode.
+    """A module with training and evaluation mode, set to the model's own mode.
 
-    Attention dropout leaves no trace in a graph captured in evaluation, so a model without batch
-    statistics is captured in training; that graph is taken if, switched to evaluation, it computes
-    what the model does there. Otherwise the model's own mode is captured.
+    A graph captured in evaluation mode lacks attention dropout, so a model without batch statistics
+    is captured in training mode. That graph is used if in evaluation mode it computes the same as
+    the model. Otherwise the model's own mode is captured.
     """
     own_mode = model.training
     if not own_mode and not any(isinstance(m, BatchNormBase) for m in model.modules()):
@@ -168,7 +168,7 @@ def _capture_both_modes(
 
 
 def to_module(exported: ExportedProgram, *, training: bool) -> ProgramModule:
-    """The exported graph as a module of ours, with its tensors shared."""
+    """The exported graph as a module of this package that shares its tensors."""
     with torch.no_grad():
         unlifted = exported.module(check_guards=False)
     graph = copy_graph(unlifted.graph)
@@ -184,7 +184,7 @@ def to_module(exported: ExportedProgram, *, training: bool) -> ProgramModule:
 def _agrees(
     model: nn.Module, module: ProgramModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> bool:
-    """Whether model and graph, both in evaluation, give the same outputs on the example."""
+    """Whether model and graph, both in evaluation mode, return the same on the example."""
     _, call_kwargs = _canonical_example(module.graph, args, kwargs)
     with torch.no_grad():
         expected = pytree.tree_leaves(model(*args, **kwargs))
@@ -230,10 +230,10 @@ def _read_signature(
 
 
 class _DimNames:
-    """Readable names for symbolic sizes: those that are given, else one for each symbol.
+    """Readable names for symbolic sizes: the given ones, otherwise one for each symbol.
 
-    Leading axes of equal example size are all `batch`, though export may keep them as separate
-    symbols where broadcasting would allow it.
+    Leading axes of equal example size are all `batch`, although export may keep separate symbols
+    where broadcasting would allow different sizes.
     """
 
     def __init__(self, given: AxisNames) -> None:
@@ -246,7 +246,7 @@ class _DimNames:
         """A fixed size as a number, a symbolic one as a name."""
         if not isinstance(size, torch.SymInt) or is_concrete_int(
             size
-        ):  # a symbol that export has specialised counts as a number
+        ):  # a symbol that export has specialized is a number
             return int(size)
         symbol = str(size)
         name = self._given.get(leaf, {}).get(axis) or self._names.get(symbol)
@@ -259,7 +259,7 @@ class _DimNames:
         return name
 
     def ranges(self) -> tuple[SizeRange, ...]:
-        """Limits of the named axes, without those that have none."""
+        """Limits of the named axes that have any."""
         return tuple(
             SizeRange(name, low, high)
             for name, (low, high) in self._limits.items()
@@ -269,7 +269,7 @@ class _DimNames:
     def _limit(self, name: str, size: torch.SymInt) -> None:
         """Narrow an axis to the sizes for which export's branches were taken."""
         bounds = size_bounds(size)
-        # Export assumes 2 or more of every dynamic axis; that alone is no branch of the model.
+        # Export assumes that dynamic axes are 2 or more; that alone is not a branch of the model.
         low = 0 if bounds.lower <= _ASSUMED_LEAST else int(bounds.lower)
         high = None if bounds.upper >= _NO_LIMIT else int(bounds.upper)
         other_low, other_high = self._limits.get(name, (0, None))
@@ -296,23 +296,23 @@ def _canonical_example(
 
 
 def to_evaluation_module(exported: ExportedProgram) -> ProgramModule:
-    """The graph of a model that was exported in evaluation mode, without its dropouts."""
+    """The graph of a model exported in evaluation mode, without its dropouts."""
     module = to_module(exported, training=False)
     graph = copy_graph(module.graph)
-    # fx keeps what draws random numbers; dropout in evaluation has no effect to be kept for
+    # fx keeps random operators, but dropout has no effect in evaluation mode
     erase_unread(n for n in graph.nodes if n.target in _DROPOUTS)
     return module.rebuild(graph, program_tensors(module))
 
 
 def _is_image(leaf: InputLeaf) -> bool:
-    """Whether an input is `[batch, channels, height, width]`, and the last two are fixed."""
+    """Whether an input is `[batch, channels, height, width]` with fixed height and width."""
     if len(leaf.shape) != 4 or leaf.name.startswith(PAST) or "float" not in str(leaf.dtype):
         return False
     return all(isinstance(size, int) and size > 1 for size in leaf.shape[2:])
 
 
 def _static_notes(signature: Signature) -> list[str]:
-    """Say which of the leading sizes are fixed since they are 0 or 1, and those of images."""
+    """Notes on leading axes that are fixed because of size 0 or 1, and on images' sizes."""
     notes = []
     for leaf in signature.inputs:
         if leaf.dtype is None:

@@ -1,8 +1,7 @@
-"""`capture_packed`: a language model that reads several examples in one row.
+"""`capture_packed`: captures a language model for rows that pack several examples.
 
-Such a row needs a mask for each pair of positions, and positions that begin anew in each example;
-the graph that `capture_model` makes of a model takes one mask for each position, and counts by
-itself.
+Such a row needs a mask for each pair of positions, and positions that restart in each example. The
+graph of `capture_model` takes one mask value for each position and computes positions itself.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from qalora_compile.ir.program import Program
 
 _SIZES = 2, 6
 _WINDOWS = ("sliding_window", "attention_chunk_size")
-"""Settings of a model that masks more than what comes later; a given mask replaces all of it."""
+"""Settings of models with more than a causal mask, which a given mask would replace."""
 
 
 def capture_packed(model: nn.Module, *, max_length: int) -> Program:
@@ -35,32 +34,33 @@ def capture_packed(model: nn.Module, *, max_length: int) -> Program:
     `logits`            `[batch, sequence, vocabulary]`
     ==================  ==================================================================
 
-    Tensors keep the names that `capture_model` gives them. The model's weights may be fake tensors:
-    no value is read. Whether the graph keeps examples apart is for the caller to try out.
+    Tensors have the same names as with `capture_model`. The model's weights may be fake tensors,
+    since no value is read. The caller must test whether the graph separates examples.
 
     Args:
-        model: From transformers, with its cache switched off; it is captured in training mode, and
-            comes back in its own.
+        model: A transformers model without its cache; it is captured in training mode, and its mode
+            is restored.
         max_length: The longest row.
 
     Raises:
-        UnsupportedError: the model takes no position ids, or masks by a window shorter than a row.
+        UnsupportedError: the model takes no position ids, or its attention window is shorter than a
+            row.
         CaptureError: `torch.export` refused the model.
     """
     kind, config = type(model), getattr(model, "config", None)
     takes = inspect.signature(kind.forward).parameters
     if not {"input_ids", "attention_mask", "position_ids"} <= takes.keys():
         raise UnsupportedError(
-            f"{kind.__name__} takes no position_ids, so examples in one row would count on",
-            hint="arrange the data by length instead",
+            f"{kind.__name__} takes no position_ids, so positions cannot restart in each example",
+            hint="batch the data by length instead",
         )
     for name in _WINDOWS:
         window = getattr(config, name, None)
         if isinstance(window, int) and window < max_length:
             raise UnsupportedError(
-                f"{kind.__name__} masks what is further away than {window} ({name}), which a mask "
+                f"{kind.__name__} masks positions more than {window} apart ({name}), which a mask "
                 "for packed rows would replace",
-                hint=f"use rows of at most {window} tokens, or arrange the data by length",
+                hint=f"use rows of at most {window} tokens, or batch the data by length",
             )
     mask = torch.ones(_SIZES[0], 1, _SIZES[1], _SIZES[1], dtype=torch.bool).tril()
     kwargs: dict[str, Any] = {
@@ -72,7 +72,7 @@ def capture_packed(model: nn.Module, *, max_length: int) -> Program:
     axes = {**dict.fromkeys(kwargs, both), "attention_mask": {0: BATCH, 2: SEQUENCE, 3: SEQUENCE}}
     shapes = {name: dict.fromkeys(axes[name], Dim.DYNAMIC) for name in kwargs}
     modes = [(module, module.training) for module in model.modules()]
-    model.train()  # attention dropout leaves no trace in a graph captured in evaluation
+    model.train()  # a graph captured in evaluation mode lacks attention dropout
     try:
         exported = export_model_graph(model, (), kwargs, shapes, [])
     finally:

@@ -1,17 +1,17 @@
-"""`read_peft_adapter`: adapters that PEFT has trained, plain LoRA and `use_qalora`.
+"""`read_peft_adapter`: reads adapters trained by PEFT, plain LoRA and `use_qalora`.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors` with the tensors
 `base_model.model.<path>.lora_A.weight` `[r, K]`, or `[r, L]` with `use_qalora`, `….lora_B.weight`
-`[N, r]`, and whole parameters of modules to save. PEFT computes
+`[N, r]`, and the full parameters of `modules_to_save`. PEFT computes
 
     y += s · B A x                      plain
     y += s · B A mean(x in group) · L   use_qalora: its mean times the number L of groups
 
-with s = alpha / r, or alpha / √r (`use_rslora`). Whatever else its settings may ask for is refused
-rather than ignored.
+with s = alpha / r, or alpha / √r (`use_rslora`). Any other variant in its settings is refused, not
+ignored.
 
-The script of QA-LoRA's authors saves the same files, with A `[r, K / g]`, and says nowhere that it
-pools: `as_pooled` has to be told how, for what the paper calls a sum is a mean in its code.
+The script of QA-LoRA's authors saves the same files, with A `[r, K / g]`, but does not record that
+it pools. `as_pooled` needs the kind of pooling, because the sum of the paper is a mean in the code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qalora_compile.ir.safetensors_io import load_tensors
 WEIGHTS_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
 MEAN, SUM = "mean", "sum"
 POOLINGS = (MEAN, SUM)
-"""Of the authors' script; of the paper's algorithm."""
+"""The pooling of the authors' script, and that of the paper's algorithm."""
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 
@@ -43,10 +43,10 @@ class PeftAdapter:
     """A trained adapter.
 
     Attributes:
-        name: Of its folder.
-        updates: By the path of the layer.
-        saved: Whole parameters, by name, that were trained with it: they replace the base's.
-        base: What the adapter says it was trained on.
+        name: Name of its folder.
+        updates: Updates by the path of the layer.
+        saved: Full parameters, by name, that were trained with it and replace the base's.
+        base: The base model that the adapter names.
     """
 
     name: str
@@ -59,13 +59,13 @@ def read_peft_adapter(folder: str | Path, *, weight: float = 1.0) -> PeftAdapter
     """Read an adapter.
 
     Args:
-        folder: As `save_pretrained` of PEFT writes it; of several adapters, the folder of one.
-        weight: What the update is multiplied by, for a sum of several.
+        folder: A folder written by PEFT's `save_pretrained`, with a single adapter.
+        weight: Factor of the update in a sum of several adapters.
 
     Raises:
-        UserInputError: the folder, or what it holds, is missing or malformed; it holds several
-            adapters, or a pickle.
-        UnsupportedError: the adapter is of another kind than LoRA, plain or `use_qalora`.
+        UserInputError: the folder or a file is missing or malformed, or it holds several adapters
+            or a pickle.
+        UnsupportedError: the adapter is neither plain LoRA nor `use_qalora`.
     """
     folder = Path(folder)
     settings = PeftSettings.read(folder)
@@ -83,8 +83,8 @@ def read_peft_adapter(folder: str | Path, *, weight: float = 1.0) -> PeftAdapter
                 where=str(folder / WEIGHTS_FILE),
                 hint="adapters of linear layers can be taken, not those of embeddings",
             )
-        elif ".original_module." not in name:  # what a saved module replaces is not used
-            # the names of modules that PEFT wraps others in
+        elif ".original_module." not in name:  # the original of a saved module is not used
+            # the names of PEFT's wrapper modules
             saved[re.sub(r"\.(modules_to_save|base_layer)\.", ".", name)] = tensor
     _check_targets(factors, settings)
     for key, tensor in tensors.items():
@@ -92,7 +92,7 @@ def read_peft_adapter(folder: str | Path, *, weight: float = 1.0) -> PeftAdapter
             raise UserInputError(
                 f"{key} holds a NaN or an infinity",
                 where=str(folder / WEIGHTS_FILE),
-                hint="training diverged: take a checkpoint from before",
+                hint="training diverged: use an earlier checkpoint",
             )
     if not factors:
         raise UserInputError("the adapter adapts no layer", where=str(folder / WEIGHTS_FILE))
@@ -103,10 +103,10 @@ def read_peft_adapter(folder: str | Path, *, weight: float = 1.0) -> PeftAdapter
 
 
 def _check_targets(layers: Iterable[str], settings: PeftSettings) -> None:
-    """See that the layers in the file are those that the settings name.
+    """Check that the layers in the file are those that the settings name.
 
     Raises:
-        UserInputError: one is not; PEFT would leave it out without an error.
+        UserInputError: one is not, which PEFT would silently ignore.
     """
     for path in layers:
         why = settings.why_not(path)
@@ -143,13 +143,13 @@ def _update(
     if not floating or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         raise UserInputError(
             f"lora_A is {a.dtype} {list(a.shape)} and lora_B {b.dtype} {list(b.shape)}: their "
-            "ranks differ, or they are of no linear layer",
+            "ranks differ, or they do not belong to a linear layer",
             where=where,
         )
     rank = a.shape[0]
     if rank < 1 or b.shape[0] < 1 or a.shape[1] < 1:
         raise UserInputError(
-            f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}: an adapter of nothing",
+            f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}: the adapter is empty",
             where=where,
         )
     if (stated := settings.rank(path)) != rank:
@@ -161,16 +161,16 @@ def _update(
 
 
 def as_pooled(adapter: PeftAdapter, model: nn.Module, pooling: str | None) -> PeftAdapter:
-    """An adapter that pools its inputs without saying so, as one that does.
+    """Declare the pooling of an adapter whose files do not record it.
 
     Args:
-        adapter: As it was read.
-        model: Its widths tell the groups.
-        pooling: One of `POOLINGS`, of what of a group A is multiplied by; None: it does not pool,
-            or says how itself, and is given back as it is.
+        adapter: The adapter as it was read.
+        model: The model, whose layer widths determine the groups.
+        pooling: What A multiplies for each group, one of `POOLINGS`. None: the adapter does not
+            pool, or records how, and is returned unchanged.
 
     Raises:
-        UserInputError: by its shapes the adapter pools, and `pooling` is None, or the reverse.
+        UserInputError: the adapter's shapes show pooling but `pooling` is None, or the reverse.
     """
     if pooling is not None:
         one_of("pooling", pooling, POOLINGS)
@@ -181,16 +181,16 @@ def as_pooled(adapter: PeftAdapter, model: nn.Module, pooling: str | None) -> Pe
         return adapter
     if pooling is None:
         raise UserInputError(
-            f"lora_A is as if inputs were pooled in groups of {group}, and {CONFIG_FILE} does not "
+            f"by lora_A, inputs are pooled in groups of {group}, but {CONFIG_FILE} does not "
             "say how",
             where=adapter.name,
-            hint=f"say it: adapt --pooling {MEAN}, as in the script of QA-LoRA's authors, or "
+            hint=f"state it: adapt --pooling {MEAN}, as in the script of QA-LoRA's authors, or "
             f"{SUM}, as in their paper (as_pooled)",
         )
     if group == 1:
-        sizes = ", ".join(map(str, sorted(groups))) or "those that it says itself"
+        sizes = ", ".join(map(str, sorted(groups))) or "those that it records"
         raise UserInputError(
-            f"the adapter was to pool its inputs ({pooling}) in groups of one size, and by its "
+            f"the adapter should pool its inputs ({pooling}) in groups of one size, but by its "
             f"shapes has groups of {sizes}",
             where=adapter.name,
             hint="leave pooling out, or give the model that the adapter was trained on",
@@ -204,7 +204,7 @@ def as_pooled(adapter: PeftAdapter, model: nn.Module, pooling: str | None) -> Pe
 
 
 def _group_of(update: LowRankUpdate, n: int, k: int) -> int:
-    """How many inputs share a column of A; 0 where the layer has other sizes."""
+    """How many inputs share a column of A; 0 if the layer has other sizes."""
     groups = update.a.shape[1]
     return k // groups if update.b.shape[0] == n and k % groups == 0 else 0
 
@@ -212,18 +212,18 @@ def _group_of(update: LowRankUpdate, n: int, k: int) -> int:
 def _sizes(model: nn.Module, path: str) -> tuple[int, int]:
     """N, K of a linear layer."""
     weight = _weight_of(model, path)
-    turned = not isinstance(model.get_submodule(path), nn.Linear)
-    n, k = weight.shape[::-1] if turned else weight.shape
+    transposed = not isinstance(model.get_submodule(path), nn.Linear)
+    n, k = weight.shape[::-1] if transposed else weight.shape
     return int(n), int(k)
 
 
 def put_saved_(model: nn.Module, adapters: Sequence[PeftAdapter]) -> tuple[str, ...]:
-    """Put the whole parameters that adapters bring into a model; gives their names.
+    """Copy the full parameters of adapters into a model; returns their names.
 
     Raises:
-        UserInputError: the model has no such parameter, it has another shape, or two adapters
-            bring it. The model is then as it was.
-        UnsupportedError: the model ties it to another, which the adapter leaves as it is.
+        UserInputError: the model has no such parameter, it has another shape, or two adapters have
+            it. The model is then unchanged.
+        UnsupportedError: the model ties it to another one, which the adapter does not change.
     """
     owners: dict[str, Tensor] = {}
     known = dict(model.named_parameters(remove_duplicate=False))
@@ -234,9 +234,9 @@ def put_saved_(model: nn.Module, adapters: Sequence[PeftAdapter]) -> tuple[str, 
             if own is None or own.shape != values.shape or name in owners:
                 problem = "no such parameter" if own is None else f"one of {list(own.shape)}"
                 raise UserInputError(
-                    f"two adapters bring the parameter {name}"
+                    f"two adapters have the parameter {name}"
                     if name in owners
-                    else f"the adapter brings {name} {list(values.shape)}, the model has {problem}",
+                    else f"the adapter has {name} {list(values.shape)}, the model has {problem}",
                     where=adapter.name,
                     hint="give the model that the adapter was trained on",
                 )
@@ -248,10 +248,10 @@ def put_saved_(model: nn.Module, adapters: Sequence[PeftAdapter]) -> tuple[str, 
 
 
 def _check_ties(known: Mapping[str, Tensor], adapter: PeftAdapter) -> None:
-    """PEFT trains a copy of one module: what the base ties to it keeps the old values there.
+    """Refuse a tied parameter: PEFT trains a copy, and the other one keeps its old values.
 
     Raises:
-        UnsupportedError: that is so; both names are said.
+        UnsupportedError: the parameter is tied; the error gives both names.
     """
     for name, values in adapter.saved.items():
         tied = [other for other, own in known.items() if own is known.get(name) and other != name]
@@ -259,8 +259,8 @@ def _check_ties(known: Mapping[str, Tensor], adapter: PeftAdapter) -> None:
             theirs = adapter.saved.get(other)
             if theirs is None or not torch.equal(theirs, values):
                 raise UnsupportedError(
-                    f"the adapter brings {name}, which the model ties to {other}: that would "
-                    "change too, and with PEFT it does not",
+                    f"the adapter has {name}, which the model ties to {other}: that would "
+                    "change too, but with PEFT it does not",
                     where=adapter.name,
                     hint="save the base with tie_word_embeddings=False and both weights, and give "
                     "that",
@@ -271,12 +271,13 @@ def merge_(model: nn.Module, updates: Mapping[str, Sequence[LowRankUpdate]]) -> 
     """Add updates to the float weights of a model, in float64, in place.
 
     Returns:
-        The sums in float32, by the name of the parameter, where the model's dtype is narrower and
-        its own weight a rounded one: much of a small update is below its last digit.
+        The sums in float32, by parameter name, if the model's dtype is narrower, because rounding
+        to it would lose much of a small update.
 
     Raises:
-        UserInputError: the model has no such layer, or one of other sizes; the first is named.
-        UnsupportedError: the weight is also that of another module, such as a tied embedding.
+        UserInputError: the model has no such layer, or one of other sizes; the error names the
+            first.
+        UnsupportedError: another module shares the weight, such as a tied embedding.
     """
     merged: dict[str, Tensor] = {}
     for path, several in updates.items():
@@ -322,7 +323,7 @@ def _weight_of(model: nn.Module, path: str) -> Tensor:
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(names) > 1:
         raise UnsupportedError(
-            f"the weight is that of {', '.join(names)}: merging would change all of them",
+            f"the weight is shared by {', '.join(names)}: merging would change all of them",
             where=path,
             hint="save the model with tie_word_embeddings=False first",
         )

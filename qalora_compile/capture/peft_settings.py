@@ -1,9 +1,9 @@
-"""`PeftSettings`: what `adapter_config.json` of PEFT says, layer by layer.
+"""`PeftSettings`: the settings in PEFT's `adapter_config.json`, layer by layer.
 
-Only settings that are known are taken, and those that make another update than LoRA are refused by
-name. What is read of the rest goes through `peft.LoraConfig`, which has PEFT's own defaults and
-checks. Which layers are adapted, and with which rank and alpha, follows PEFT's rules; expressions
-are matched in linear time, since they are a stranger's (`untrusted.patterns`).
+Only known settings are accepted, and those whose update is not LoRA are refused by name. The rest
+is read through `peft.LoraConfig`, with PEFT's own defaults and checks. PEFT's rules determine which
+layers are adapted, and with which rank and alpha; expressions are untrusted and therefore matched
+in linear time (`untrusted.patterns`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ CONFIG_FILE = "adapter_config.json"
 _ALL_LINEAR = "all-linear"
 _LARGEST_ALPHA, _LARGEST_RANK, _LARGEST_POOL = 1e30, 1 << 20, 1 << 24
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
-"""The number of a layer: the first in a path, as PEFT has it."""
+"""The number of a layer: the first in a path, as in PEFT."""
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Ways to start that take the start out of the base: the adapter fits no base but that one."""
+"""Initializations that modify the base, so that the adapter fits only that base."""
 _OTHER_FORMS = {
-    "use_dora": "DoRA scales the whole weight, and no group's offset can hold that",
+    "use_dora": "DoRA scales the complete weight, which group offsets cannot represent",
     "layer_replication": "layers of the base are repeated",
     "alora_invocation_tokens": "the adapter is switched on by tokens",
     "use_bdlora": "its factors are block-diagonal",
@@ -40,7 +40,7 @@ _OTHER_FORMS = {
     "lora_bias": "its B has a bias",
     "megatron_config": "its layers are split over devices",
 }
-"""Settings that make another update than the two above, and what it is."""
+"""Settings whose update is neither of the two above, and what it is instead."""
 _KNOWN = frozenset(
     (
         *_OTHER_FORMS,
@@ -53,13 +53,13 @@ _KNOWN = frozenset(
         *("velora_config", "ensure_weight_tying", "runtime_config"),
     )
 )
-"""Settings that are understood, or change nothing of a trained adapter."""
+"""Settings that are supported, or do not affect a trained adapter."""
 _READ = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_qalora"),
     *("qalora_group_size", "target_modules", "exclude_modules", "modules_to_save"),
     *("layers_to_transform", "layers_pattern"),
 )
-"""Settings that make a trained adapter what it is."""
+"""Settings that determine a trained adapter."""
 _NAMES = ("target_modules", "exclude_modules", "layers_pattern")
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("use_qalora", "use_rslora"), (bool,)),
@@ -69,7 +69,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "layers_to_transform": (int, list),
     "base_model_name_or_path": (str,),
 }
-"""What settings are, where they are not null."""
+"""The types of settings that are not null."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class PeftSettings:
 
     Attributes:
         config: A `peft.LoraConfig`.
-        base: What the adapter says it was trained on.
+        base: The base model that the adapter names.
         where: The file, for messages.
     """
 
@@ -92,15 +92,15 @@ class PeftSettings:
 
         Raises:
             UserInputError: it is missing or malformed, or the folder holds several adapters.
-            UnsupportedError: the adapter is of another kind than LoRA, or has a setting that is not
-                known; it is named.
+            UnsupportedError: the adapter is not LoRA, or has an unknown setting, which the error
+                names.
         """
         said, where = _read(folder), str(folder / CONFIG_FILE)
         _check_kind(said, where)
         _check_types(said, where)
         peft = require("peft", extra="hf", purpose="read adapters of PEFT")
         try:
-            with warnings.catch_warnings():  # of what changes nothing of a trained adapter
+            with warnings.catch_warnings():  # about settings that do not affect a trained adapter
                 warnings.simplefilter("ignore")
                 config = peft.LoraConfig(**{name: said[name] for name in _READ if name in said})
         except (TypeError, ValueError) as error:
@@ -111,22 +111,22 @@ class PeftSettings:
         """The rank of a layer's adapter.
 
         Raises:
-            UserInputError: it is no whole number from 1.
+            UserInputError: it is not an integer from 1.
         """
         rank = self._of_layer("rank_pattern", path, self.config.r)
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _LARGEST_RANK:
             raise UserInputError(
                 f"the rank (r, rank_pattern) of {path} is {quoted(rank)}",
                 where=self.where,
-                hint="a whole number from 1 is wanted there",
+                hint="give an integer from 1",
             )
         return rank
 
     def scaling(self, path: str) -> float:
-        """What B A is multiplied by: alpha / r, or alpha / √r.
+        """The factor of B A: alpha / r, or alpha / √r.
 
         Raises:
-            UserInputError: alpha is no number that float32 has.
+            UserInputError: alpha is not a number in the range of float32.
         """
         alpha, rank = self._of_layer("alpha_pattern", path, self.config.lora_alpha), self.rank(path)
         number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
@@ -136,10 +136,10 @@ class PeftSettings:
         return scaling
 
     def pool(self) -> int | None:
-        """How many inputs are pooled; None: the adapter does not pool.
+        """How many inputs are pooled; None if the adapter does not pool.
 
         Raises:
-            UserInputError: it does, and that is no whole number from 1.
+            UserInputError: it pools, but the number is not an integer from 1.
         """
         if not self.config.use_qalora:
             return None
@@ -149,7 +149,7 @@ class PeftSettings:
         return pool
 
     def why_not(self, path: str) -> str:
-        """The setting by which PEFT would leave a layer without an adapter; empty: none.
+        """The setting by which PEFT would exclude a layer from adaptation, or "".
 
         Raises:
             UserInputError: an expression cannot be matched.
@@ -174,7 +174,7 @@ class PeftSettings:
         return ""
 
     def _layer(self, path: str) -> int | None:
-        """The number of the layer that a path is in."""
+        """The number of the layer in a path."""
         patterns = self.config.layers_pattern
         for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
             for found in re.finditer(r"\.(\d+)\.", path):
@@ -185,14 +185,14 @@ class PeftSettings:
         return None if found_first is None else int(found_first[1])
 
     def _is_named(self, setting: str, path: str) -> bool:
-        """Whether names, or an expression for whole paths, mean a layer."""
+        """Whether names, or an expression that matches complete paths, select a layer."""
         names = getattr(self.config, setting)
         if isinstance(names, str):
             return self._matches(names, path, setting, full=True)
         return any(path == name or path.endswith(f".{name}") for name in names)
 
     def _of_layer(self, patterns: str, path: str, general: Any) -> Any:
-        """The setting of one layer: of the first pattern that its path ends with."""
+        """The setting of one layer, by the first pattern that matches the end of its path."""
         for pattern, value in (getattr(self.config, patterns) or {}).items():
             if self._matches(rf"(.*\.)?({pattern})", path, patterns, full=True):
                 return value
@@ -222,10 +222,10 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _check_kind(config: Mapping[str, Any], where: str) -> None:
-    """See that the adapter is LoRA, and that every setting is known.
+    """Check that the adapter is LoRA, and that every setting is known.
 
     Raises:
-        UnsupportedError: it is not, or one is not; it is named.
+        UnsupportedError: it is not LoRA, or a setting is unknown; the error names it.
     """
     if config.get("peft_type") != "LORA":
         raise UnsupportedError(
@@ -248,17 +248,17 @@ def _check_kind(config: Mapping[str, Any], where: str) -> None:
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(_CHANGED_BASE):
         raise UnsupportedError(
-            f"the adapter was started by {start!r}, which changes the base: it fits no other",
+            f"the adapter was initialized by {start!r}, which changes the base: it fits no other",
             where=where,
             hint="save it with PEFT's path_initial_model_for_weight_conversion",
         )
 
 
 def _check_types(config: Mapping[str, Any], where: str) -> None:
-    """See that settings are of the types that PEFT writes.
+    """Check that settings have the types that PEFT writes.
 
     Raises:
-        UserInputError: one is not; it is named.
+        UserInputError: one has another type; the error names it.
     """
     for name, value in config.items():
         fits = value is None or isinstance(value, _TYPES.get(name, (object,)))

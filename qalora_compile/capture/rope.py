@@ -1,9 +1,9 @@
-"""Rotary embeddings whose frequencies follow the length of the text, in a form that can be traced.
+"""Traceable rotary embeddings whose frequencies depend on the length of the text.
 
-For dynamic NTK scaling, transformers compares a length with a number in Python and keeps the
-frequencies from one call to the next; for LongRoPE it writes them into the model, where tracing
-would leave tensors without values. What is computed for a text by itself is a function of the
-text's last position, and this is what is captured.
+For dynamic NTK scaling, transformers branches on the length in Python and keeps the frequencies
+between calls; for LongRoPE it writes them into the model, where tracing would leave tensors without
+values. For a single text, the frequencies are a function of its last position, and that function is
+captured.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DYNAMIC, _LONG = "dynamic", "longrope"
 
 @contextmanager
 def traceable_rope(model: nn.Module) -> Iterator[None]:
-    """Let every rotary embedding of transformers that follows the length be traced."""
+    """Make the length-dependent rotary embeddings of transformers traceable in the block."""
     changed = [module for module in model.modules() if _follows_length(module)]
     for module in changed:
         module.forward = _forward(module)
@@ -63,7 +63,7 @@ def _of_layer(layer_type: str | None) -> dict[str, str]:
 
 
 def _frequencies(module: Any, kind: str, position_ids: Tensor, layer_type: str | None) -> Tensor:
-    """The frequencies for a text that ends at the last of these positions."""
+    """The frequencies for a text whose last position is the last of these."""
     length, options = torch.max(position_ids) + 1, _of_layer(layer_type)
     config, device = module.config, position_ids.device
     if kind == _DYNAMIC:

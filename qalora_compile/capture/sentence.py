@@ -1,4 +1,4 @@
-"""Folders of sentence-transformers: which part is the encoder, and how its tokens are pooled.
+"""Folders of sentence-transformers: the encoder and the pooling of its tokens.
 
 `modules.json` lists the parts, each in a folder of its own: the encoder (`""` or `0_Transformer`),
 the pooling (`1_Pooling/config.json`) and, if there is one, the division by the norm.
@@ -22,11 +22,11 @@ _PREFIX = "pooling_mode_"
 
 @dataclass(frozen=True)
 class SentenceParts:
-    """What a folder of sentence-transformers says.
+    """The contents of a sentence-transformers folder.
 
     Attributes:
         encoder: Folder of the encoder.
-        pooling: `mean`, `cls`, or what else the folder says, as it says it; None without pooling.
+        pooling: `mean`, `cls`, or another value as given in the folder; None without pooling.
         normalize: Whether embeddings are divided by their norm.
         others: Kinds of further parts, such as `Dense`.
     """
@@ -38,7 +38,7 @@ class SentenceParts:
 
 
 def read_sentence_parts(folder: Path) -> SentenceParts | None:
-    """The parts of a folder of sentence-transformers; None where it is no such folder.
+    """The parts of a sentence-transformers folder; None for other folders.
 
     Raises:
         UserInputError: `modules.json` is malformed, or names something outside the folder.
@@ -50,7 +50,7 @@ def read_sentence_parts(folder: Path) -> SentenceParts | None:
         kinds.setdefault(kind, path)
     if _ENCODER not in kinds:
         raise UserInputError(
-            f"{MODULES_FILE} names no {_ENCODER}, but {quoted(', '.join(kinds))}",
+            f"{MODULES_FILE} names no {_ENCODER}, only {quoted(', '.join(kinds))}",
             where=str(folder / MODULES_FILE),
         )
     pooling = _pooling_of(kinds[_POOLING]) if _POOLING in kinds else None
@@ -59,7 +59,7 @@ def read_sentence_parts(folder: Path) -> SentenceParts | None:
 
 
 def encoder_folder(folder: Path) -> Path:
-    """The folder of the encoder in one of sentence-transformers; any other folder as it is.
+    """The encoder's folder inside a sentence-transformers folder; any other folder unchanged.
 
     Raises:
         UserInputError: see `read_sentence_parts`.
@@ -78,7 +78,7 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
         kind, path = (row.get("type"), row.get("path")) if isinstance(row, dict) else (None, None)
         if not isinstance(kind, str) or not isinstance(path, str):
             raise UserInputError(
-                f"{MODULES_FILE} is no list of parts with type and path", where=str(folder)
+                f"{MODULES_FILE} is not a list of parts with type and path", where=str(folder)
             )
         place = folder / path
         if not place.resolve().is_relative_to(folder.resolve()):
@@ -91,7 +91,7 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _pooling_of(folder: Path) -> str:
-    """Of the configuration of a pooling: one setting since version 6, one for each mode before."""
+    """The pooling of a configuration: one setting since version 6, one per mode before."""
     config = read_object(folder / "config.json")
     mode: Any = config.get("pooling_mode")
     if mode is None:

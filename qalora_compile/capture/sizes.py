@@ -1,7 +1,7 @@
-"""What a configuration says of a model's size, held against the tensors that are there.
+"""Checks the sizes in a configuration against the tensors of the checkpoint.
 
-A model is built before its weights are read, so a number in a configuration must not decide alone
-how much is built: ten million layers are built one by one, and buffers are allocated as they say.
+A model is built before its weights are read, so that a malicious number in a configuration could
+cause ten million layers to be built or huge buffers to be allocated.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from qalora_compile.untrusted.gguf_header import Header
 from qalora_compile.untrusted.safetensors_header import read_header
 
 MOST_LAYERS, LARGEST_SIZE = 1_000, 1 << 20
-"""Of a model whose weights are not at hand. Transformers of 2026 have up to 130 layers, and
-vocabularies of up to 262,144 tokens."""
+"""Limits for a model without weights. Models of 2026 have up to 130 layers and vocabularies of up
+to 262,144 tokens."""
 _MOST_ENTRIES = 1 << 16
 _LAYERS = re.compile(r"(num|n)_?(\w*_)?(layers?|blocks?)|\w+_layers|depths?|block_count")
 _SIZES = re.compile(
@@ -32,30 +32,30 @@ _FREE = re.compile(
     r"|sliding_window\w*|\w*chunk_size\w*|context_length|max_length|min_length|model_max_length"
     r"|original_context_length|\w*_window_size|max_\w*seq\w*|max_window_layers"
 )
-"""Lengths of texts, of which a model of any size may have many: no tensor is as long. And the layer
-that windows begin at, which Qwen2's small models put behind their last one."""
+"""Lengths of texts, which may exceed the size of every tensor, and the layer at which attention
+windows begin, which is after the last layer in small Qwen2 models."""
 _NUMBER = re.compile(r"\w*_(theta|eps|epsilon|factor|size|layers|heads)")
 _RANGE = re.compile(r"\w*(limit|range|max|min)\w*")
 """Names of values that may be infinite (Mamba's `time_step_limit`)."""
 _PACKED, _SMALL = 64, 8192
-"""A size may be larger than every axis of a tensor in the files: sixteen codes of 2 bits are one
-word, and a layer's parts may stand in tensors of their own. Small sizes are never refused."""
+"""A size may exceed every axis in the files by a factor, because sixteen codes of 2 bits are one
+word and parts of a layer may be separate tensors. Small sizes are never refused."""
 _LONGEST_TEXT = 1 << 31
 
 
 def check_config(config: Mapping[str, Any], folder: Path) -> None:
-    """See that `config.json` describes a model of the size that the folder's files have.
+    """Check that `config.json` describes a model of the size of the folder's files.
 
-    Nothing in it is a NaN, and an infinity only the end of a range.
+    NaN is refused, and infinities are accepted only as ends of ranges.
 
     Args:
-        config: What `config.json` holds.
-        folder: Whose safetensors are looked at: the headers, no values. Without any, sizes are
-            held against what models have.
+        config: Contents of `config.json`.
+        folder: Contains the safetensors, of which only headers are read. Without any, sizes are
+            compared with fixed limits.
 
     Raises:
-        UserInputError: a size is negative, no number, or larger than the files allow; or a file is
-            broken.
+        UserInputError: a size is negative, not a number, or larger than the files allow, or a file
+            is broken.
     """
     shapes = [
         row.shape
@@ -66,7 +66,7 @@ def check_config(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def check_gguf_sizes(header: Header, path: Path) -> None:
-    """See that the metadata of a GGUF file describe a model of the size of its tensors.
+    """Check that the metadata of a GGUF file describe a model of the size of its tensors.
 
     Raises:
         UserInputError: they do not.
@@ -93,15 +93,15 @@ def _check(numbers: Iterable[tuple[str, Any]], shapes: list[tuple[int, ...]], wh
         limit = _limit(name, most_layers, largest)
         if limit is not None and not 0 <= value <= limit and value != -1:
             raise UserInputError(
-                f"{name} is {quoted(value)}, and by the tensors of the checkpoint it is at most "
+                f"{name} is {quoted(value)}, but by the tensors of the checkpoint it is at most "
                 f"{limit}",
                 where=where,
-                hint="the configuration is of another model, or was changed",
+                hint="the configuration belongs to another model, or was changed",
             )
 
 
 def _limit(name: str, most_layers: int, largest: int) -> int | None:
-    """What a number of this name may be; None: it is not counted in tensors."""
+    """The limit of a number of this name; None if it has no relation to tensors."""
     if _FREE.fullmatch(name):
         return _LONGEST_TEXT
     if _LAYERS.fullmatch(name):
@@ -110,7 +110,7 @@ def _limit(name: str, most_layers: int, largest: int) -> int | None:
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every plain value of a configuration, by the name that it stands under."""
+    """Every plain value of a configuration, with its key."""
     waiting: list[tuple[str, Any]] = list(config.items())
     count = 0
     while waiting:

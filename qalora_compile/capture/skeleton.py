@@ -1,4 +1,4 @@
-"""Transformers models without weights: for capture, where only shapes count."""
+"""Transformers models without weights, for capture, which needs only shapes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model_class(folder: Path) -> Any:
 
     Raises:
         UnsupportedError: transformers has no such class; code in the folder is never run.
-        UserInputError: there is no `config.json`, or it is no JSON.
+        UserInputError: `config.json` is missing or is not JSON.
     """
     config = read_object(folder / "config.json")
     check_config(config, folder)
@@ -50,7 +50,7 @@ def model_class(folder: Path) -> Any:
 
 
 def generates(folder: Path) -> bool:
-    """Whether the model that `config.json` describes generates tokens, and so can have a cache.
+    """Whether the model of `config.json` generates tokens and can therefore have a cache.
 
     Raises:
         UnsupportedError, UserInputError: see `model_class`.
@@ -73,7 +73,7 @@ def read_config(kind: Any, folder: Path) -> Any:
     """
     try:
         return kind.config_class.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises types of many kinds
+    except Exception as error:  # transformers raises exceptions of many types
         raise _undescribed(folder, kind, error) from error
 
 
@@ -102,10 +102,10 @@ def build_skeleton(folder: Path) -> nn.Module:
     try:
         with accelerate.init_empty_weights(include_buffers=False):
             model = new_model(kind, config, dtype)
-    except Exception as error:  # transformers raises types of many kinds
+    except Exception as error:  # transformers raises exceptions of many types
         raise _undescribed(folder, kind, error) from error
     keep_in_float32_(model, dtype)
-    model.tie_weights()  # registering a parameter on the meta device has made it another
+    model.tie_weights()  # registering a parameter on the meta device has untied it
     return skeleton_of(model)
 
 

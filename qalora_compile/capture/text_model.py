@@ -1,4 +1,4 @@
-"""`capture_text_model`: one forward of texts, as encoders have it, or decoders without a cache."""
+"""`capture_text_model`: one forward pass of an encoder, or of a decoder without a cache."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _EXAMPLE_SHAPE = (2, 16)
 
 
 def capture_text_model(model: nn.Module) -> Program:
-    """Capture an encoder, with its head if it has one, or a decoder that is set to give no cache.
+    """Capture an encoder, with its head if it has one, or a decoder without its cache.
 
     Inputs are `input_ids` and `attention_mask`, int64 `[batch, sequence]`; outputs those of the
     model, such as `last_hidden_state` `[batch, sequence, width]` or `logits`. The model's weights
-    may be fake tensors: no value is read.
+    may be fake tensors, since no value is read.
 
     Args:
-        model: Of transformers.
+        model: A transformers model.
 
     Raises:
-        UnsupportedError: it takes something else than tokens.
+        UnsupportedError: it takes inputs other than tokens.
         CaptureError: `torch.export` refused the model.
     """
     if getattr(model, "main_input_name", None) != TOKENS:
         raise UnsupportedError(
-            f"{type(model).__name__} takes something else than tokens",
+            f"{type(model).__name__} takes inputs other than tokens",
             hint="capture it in code: qc.capture_model(model, (), inputs)",
         )
     disable_cache(model)

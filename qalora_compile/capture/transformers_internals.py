@@ -1,7 +1,7 @@
 """Every private or undocumented name of transformers that this package uses, once each.
 
-An upgrade that changes one of them is mended in this file; `make test-newest` says which it was.
-"Wish" names the public interface that would make a private name unnecessary.
+If an upgrade changes one of them, only this file needs a fix; `make test-newest` finds it. "Wish"
+names the public interface that would make a private name unnecessary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def kept_in_float32(model: Any, dtype: torch.dtype | None) -> Iterable[str]:
 
 
 def ignored_keys(model: Any) -> Iterable[str]:
-    """Patterns of names that a model knows of and does not read. Wish: in the loading report."""
+    """Patterns of names that a model ignores on purpose. Wish: in the loading report."""
     return getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
 
 
@@ -54,7 +54,7 @@ def gguf_names(model: Any) -> set[str]:
 
 @contextmanager
 def load_in_one_thread() -> Iterator[None]:
-    """Let `from_pretrained` read files in the calling thread. Wish: an argument that says so."""
+    """Make `from_pretrained` read files in the calling thread. Wish: an argument for it."""
     before = os.environ.get(_NO_THREADS)
     os.environ[_NO_THREADS] = "1"
     try:
@@ -68,7 +68,7 @@ def load_in_one_thread() -> Iterator[None]:
 
 @contextmanager
 def batched_experts(model: Any) -> Iterator[None]:
-    """Run experts, if any, without a look at values and dtypes.
+    """Run experts, if any, independently of values and dtypes.
 
     Wish: a `set_experts_implementation` that reaches classes derived outside of transformers.
     """
@@ -86,7 +86,7 @@ def batched_experts(model: Any) -> Iterator[None]:
 def replaced_attention(
     name: str, replace: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Let models run `replace(f)` for the attention f. Wish: `AttentionInterface.unregister`."""
+    """Replace each attention f by `replace(f)`. Wish: `AttentionInterface.unregister`."""
     utilities = require("transformers.modeling_utils", extra="hf", purpose="capture with a cache")
     functions = utilities.ALL_ATTENTION_FUNCTIONS
     before = functions[name]
@@ -94,7 +94,7 @@ def replaced_attention(
     try:
         yield
     finally:
-        del functions[name]  # the library's own lies under it
+        del functions[name]  # this uncovers the library's own
         if functions[name] is not before:
             functions[name] = before
 
@@ -112,7 +112,7 @@ def filled_cache(past: Iterable[Mapping[str, Tensor]]) -> Any:
 
 
 def recording_cache(layers: int) -> Any:
-    """A cache that keeps the first keys and values as they are. Wish: a public class of layers."""
+    """A cache that keeps the first keys and values unchanged. Wish: a public class of layers."""
     caches = _caches()
 
     class Keep(caches.DynamicLayer):  # type: ignore[misc, name-defined]
@@ -149,7 +149,7 @@ def rope_frequencies(config: Any, kind: str, device: torch.device, **options: An
 
 
 def first_frequencies(module: nn.Module, layer_type: str | None) -> Tensor:
-    """The frequencies that a rotary embedding was made with. Wish: as for `rope_types`."""
+    """The original frequencies of a rotary embedding. Wish: as for `rope_types`."""
     found: Tensor = getattr(module, f"{_prefix(layer_type)}original_inv_freq")
     return found
 

@@ -1,4 +1,4 @@
-"""How codes, scales and offsets are chosen. One method a file, behind one protocol."""
+"""Methods that choose codes, scales and offsets, one per file, behind one protocol."""
 
 from __future__ import annotations
 

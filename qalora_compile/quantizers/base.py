@@ -1,4 +1,4 @@
-"""The protocol of a quantizer, and what is registered of it: a `Method`."""
+"""The protocol of a quantizer, and `Method`, its entry in the registry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qalora_compile.quantizers.statistics import ActivationStatistics
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """What a quantizer made of a weight, and what there is to say about it."""
+    """The result of quantizing a weight, with notes."""
 
     affine: GroupAffine
     notes: tuple[str, ...] = ()
@@ -29,21 +29,21 @@ class Quantizer(Protocol):
         """Quantize a finite `weight` `[N, K]`, floating, in groups along K.
 
         Scale and offset are float64 for a float64 weight, else float32. `statistics` are those of
-        the layer's input, or None where there was no calibration.
+        the layer's input, or None without calibration.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A value of `QuantSpec.method`: a quantizer, and what it promises.
+    """A value of `QuantSpec.method`: a quantizer and its properties.
 
-    Options of a method are its quantizer's own: register one object for each choice.
+    A method with options is registered once for each choice of them.
 
     Attributes:
         quantize: Chooses codes, scale and offset of one weight.
-        needs_data: It needs statistics of the layer's input. Without calibration data it is
+        needs_data: Whether it needs statistics of the layer's input. Without calibration data it is
             refused, and stacked experts, which have none, are quantized by `hqq` instead.
-        max_error: Most that a weight moves, as a part of the range of its group; None: half a step
+        max_error: Largest change of a weight relative to the range of its group; None: half a step
             between 2^bits levels, `0.5 / (2^bits - 1)`.
     """
 

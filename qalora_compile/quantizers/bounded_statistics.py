@@ -1,4 +1,4 @@
-"""Statistics of a model's layers, collected for as many at a time as memory is meant for them."""
+"""Collects statistics of a model's layers in parts that fit a memory limit."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from qalora_compile.quantizers.calibrate import (
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
 _MOST_BYTES = 1 << 30
-"""Of the moments that are in memory together; those of one layer may be more."""
+"""Limit on the bytes of moments in memory; those of a single layer may exceed it."""
 
 
 class StatisticsInParts(Mapping[str, ActivationStatistics]):
-    """`collect_statistics` of all layers, by path, without holding them all.
+    """`collect_statistics` of all layers, by path, without holding all of them in memory.
 
     The layers are divided, in graph order, into parts whose moments take at most 1 GiB together.
-    Asking for a layer collects its part and drops the one before: ask in graph order, and the model
-    is run once for each part.
+    Access to a layer collects its part and drops the previous one: with access in graph order, the
+        model runs once for each part.
 
     Args:
         program: As for `collect_statistics`.
         calls: As for `collect_statistics`.
 
     Raises:
-        UserInputError: a call does not fit; later also as `collect_statistics`.
+        UserInputError: a call does not fit; on access also as for `collect_statistics`.
         PreconditionError: the program is at another stage.
     """
 
@@ -43,7 +43,7 @@ class StatisticsInParts(Mapping[str, ActivationStatistics]):
     def __getitem__(self, path: str) -> ActivationStatistics:
         part = self._part_of[path]
         if path not in self._held:
-            self._held = {}  # before the next are collected
+            self._held = {}  # released before the next part is collected
             self._held = collect_statistics(self._program, self._calls, part)
         return self._held[path]
 

@@ -1,4 +1,4 @@
-"""Where to spend a budget: bits and ranks, layer by layer, by what they gain."""
+"""Distributes a budget of bits or ranks over layers so that the loss is least."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from qalora_compile.errors import UserInputError
 
 _MOST_UNITS = 1 << 16
-"""Costs that share no large divisor are counted in so many parts of the budget, rounded up."""
+"""Costs without a large common divisor are rounded up to this fraction of the budget."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to treat an item: what it costs, a whole number, and what is lost with it."""
+    """An option for an item: its cost, an integer, and its loss."""
 
     cost: int
     loss: float
@@ -26,18 +26,18 @@ class Choice:
 def distribute_ranks(
     gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """Ranks of all adapters within a budget: 1 each, then where the next gains most for its cost.
+    """Ranks of all adapters within a budget: 1 each, then more where they gain most for the cost.
 
-    Gains fall from rank to rank, so this greedy rule is optimal but for what is left of the budget
-    at the end, which is less than one rank of one layer.
+    Gains decrease from rank to rank, so this greedy rule is optimal except for the unused rest of
+    the budget, which is less than one rank of one layer.
 
     Args:
-        gains: What each rank of an adapter gains, from the first on, falling.
-        costs: Parameters of one rank.
-        budget: Most parameters of all adapters.
+        gains: The gain of each rank of an adapter, in decreasing order.
+        costs: Number of parameters of one rank.
+        budget: Largest number of parameters of all adapters.
 
     Raises:
-        UserInputError: rank 1 everywhere is beyond it.
+        UserInputError: rank 1 for every adapter exceeds the budget.
     """
     least = sum(costs[name] for name in gains)
     if budget < least:
@@ -62,23 +62,23 @@ def distribute_ranks(
 def _next(
     name: str, rank: int, gains: Mapping[str, Sequence[float]], costs: Mapping[str, int]
 ) -> tuple[float, str]:
-    """Key of the rank after `rank` in a queue that gives the largest gain for its cost first."""
+    """Key of the rank after `rank` in a queue sorted by gain for the cost."""
     return -gains[name][rank] / costs[name], name
 
 
 def choose_within(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
-    """One choice for each item, by number, such that the loss is least and the costs fit.
+    """The index of a choice for each item, such that the loss is least within the budget.
 
-    A multiple-choice knapsack, solved by dynamic programming over the budget: exactly, where the
-    costs are multiples of a number of which the budget holds at most 2¹⁶; else with costs rounded
-    up to 2⁻¹⁶ of the budget, so that the result fits, and would be optimal with so much less.
+    A multiple-choice knapsack problem, solved by dynamic programming over the budget. The result is
+    exact if the costs have a common divisor of at least 2⁻¹⁶ of the budget. Otherwise costs are
+    rounded up to 2⁻¹⁶ of the budget, so that the result fits but may be suboptimal.
 
     Raises:
         UserInputError: the cheapest choices do not fit.
     """
     least = sum(min(choice.cost for choice in item) for item in items)
     if budget < least:
-        raise UserInputError("the cheapest choices are beyond the budget")
+        raise UserInputError("the cheapest choices exceed the budget")
     left = budget - least
     spare = [[c.cost - min(o.cost for o in item) for c in item] for item in items]
     unit = math.gcd(*(cost for costs in spare for cost in costs))
@@ -87,11 +87,11 @@ def choose_within(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
     best = torch.zeros(min(left // unit, sum(map(max, steps))) + 1, dtype=torch.float64)
     taken = []
     for item, units in zip(items, steps, strict=True):
-        modes = torch.full((len(item), len(best)), math.inf, dtype=torch.float64)
-        for way, choice, step in zip(modes, item, units, strict=True):
+        losses = torch.full((len(item), len(best)), math.inf, dtype=torch.float64)
+        for row, choice, step in zip(losses, item, units, strict=True):
             if step < len(best):
-                way[step:] = best[: len(best) - step] + choice.loss
-        best, chosen = modes.min(0)
+                row[step:] = best[: len(best) - step] + choice.loss
+        best, chosen = losses.min(0)
         taken.append(chosen.to(torch.uint8))
     at, found = len(best) - 1, []
     for chosen, units in zip(reversed(taken), reversed(steps), strict=True):

@@ -1,4 +1,4 @@
-"""Calibration: second moments of what the planned layers read, from runs of the program."""
+"""Calibration: second moments of the inputs of planned layers, from runs of the program."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from qalora_compile.quantizers.statistics import ActivationStatistics, MomentSum
 
 _MASK = "attention_mask"
 _DECODER = "decoder_"
-"""What the names of the inputs of an encoder-decoder model's decoder begin with."""
+"""Prefix of the input names of an encoder-decoder model's decoder."""
 _CALLS = "give at least one call, a tuple or a mapping of arguments, e.g. calibration=[(x,)]"
 
 
 def collect_statistics(
     program: Program, calls: Iterable[Call], sites: Iterable[str] | None = None
 ) -> dict[str, ActivationStatistics]:
-    """Run a program over calibration calls and take the second moments of its layers' inputs.
+    """Run a program on calibration calls and compute the second moments of its layers' inputs.
 
-    Runs in evaluation mode without gradients, up to the last layer that is asked for. Rows that an
-    `attention_mask` marks as padding do not count, nor those of a decoder that a
-    `decoder_attention_mask` marks. The moments take `8 K²` bytes for each distinct
-    input: ask for some of the sites at a time where that is too much.
+    Runs in evaluation mode without gradients, up to the last requested layer. Rows that an
+    `attention_mask` (in a decoder: a `decoder_attention_mask`) marks as padding do not count. The
+    moments take `8 K²` bytes for each distinct input; if that is too much, request a few sites at a
+    time.
 
     Args:
         program: At stage `annotated`, `quantized` or `folded`.
-        calls: Arguments of each call, a tuple or a mapping, as capture takes them.
-        sites: Paths (`Site.path`) of the layers; None takes all that are planned.
+        calls: Arguments of each call, a tuple or a mapping, as for capture.
+        sites: Paths (`Site.path`) of the layers; None takes all planned layers.
 
     Returns:
         Statistics by path. Uses of one weight are merged; layers that read the same tensor share
-        one moment. Stacked experts have none: which rows an expert reads differs call by call.
+        one moment. Stacked experts have none, since the rows of an expert differ between calls.
 
     Raises:
         UserInputError: a path is unknown, there is no call, a call does not fit the signature, an
-            input is all padding, or is NaN or infinite; the site is named.
+            input is all padding, or is NaN or infinite; the error names the site.
         PreconditionError: the program is at another stage.
     """
     inputs = layer_inputs(program)
@@ -70,10 +70,10 @@ def collect_statistics(
 def layer_inputs(program: Program) -> dict[str, tuple[fx.Node, ...]]:
     """The nodes that each planned linear map reads as x, by path, in graph order.
 
-    A weight that is used several times has as many; stacked experts are left out.
+    A weight that is used several times has several; stacked experts are left out.
 
     Raises:
-        PreconditionError: the program has no such layers: it is at another stage.
+        PreconditionError: the program has no such layers because it is at another stage.
     """
     if program.stage not in (ANNOTATED, QUANTIZED, FOLDED):
         raise PreconditionError(
@@ -92,7 +92,7 @@ def layer_inputs(program: Program) -> dict[str, tuple[fx.Node, ...]]:
 
 
 def _input_of(node: fx.Node) -> fx.Node | None:
-    """What the node of a planned layer reads as x."""
+    """The input x of the node of a planned layer."""
     if node.target is GroupLinear.target:
         return GroupLinear.of(node).x
     linear = match_linear(node)
@@ -102,10 +102,10 @@ def _input_of(node: fx.Node) -> fx.Node | None:
 def _chosen(
     program: Program, inputs: Mapping[str, tuple[fx.Node, ...]], sites: Iterable[str] | None
 ) -> list[str]:
-    """The paths asked for, of layers that have statistics.
+    """The requested paths of layers that have statistics.
 
     Raises:
-        UserInputError: a path is none of the plan.
+        UserInputError: a path is not in the plan.
     """
     if sites is None:
         return list(inputs)
@@ -118,10 +118,10 @@ def _chosen(
 
 
 def as_calls(calls: Iterable[Call] | None) -> tuple[Call, ...]:
-    """Calls as a tuple: a generator is read once.
+    """Calls as a tuple, so that a generator is read only once.
 
     Raises:
-        UserInputError: it is no collection of calls, or one of them is no call.
+        UserInputError: it is not a collection of calls, or an element is not a call.
     """
     if not isinstance(calls, Iterable) or isinstance(calls, (Tensor, Mapping, str)):
         raise UserInputError(f"calibration is {type(calls).__name__}, not calls", hint=_CALLS)
@@ -148,14 +148,14 @@ def check_calls(program: Program, calls: Iterable[Call]) -> list[list[Any]]:
 
 @dataclass(frozen=True)
 class RealRows:
-    """Which positions of one call are no padding, `[B, T]` boolean; None where nothing says so.
+    """Which positions of one call are not padding, `[B, T]` boolean; None without a mask.
 
-    The decoder of an encoder-decoder model has positions of its own: the encoder's mask says
-    nothing of them, whether or not both have the same length.
+    The decoder of an encoder-decoder model has its own positions, to which the encoder's mask does
+    not apply even if both have the same length.
 
     Attributes:
-        mask: By the one `attention_mask`, of all values but the decoder's.
-        decoder_mask: By the one `decoder_attention_mask`, of the decoder's.
+        mask: From `attention_mask`, for all values except the decoder's.
+        decoder_mask: From `decoder_attention_mask`, for the decoder's values.
         decoder: The nodes that depend on an input of the decoder.
     """
 
@@ -164,12 +164,12 @@ class RealRows:
     decoder: frozenset[fx.Node]
 
     def of(self, node: fx.Node) -> Tensor | None:
-        """Those of the value of a node."""
+        """The positions for the value of a node."""
         return self.decoder_mask if node in self.decoder else self.mask
 
 
 def real_rows(program: Program, leaves: Sequence[Any]) -> RealRows:
-    """Which positions are no padding, by the attention masks of a call."""
+    """Which positions are not padding, by the attention masks of a call."""
     inputs = [leaf.name.rpartition(".")[2] for leaf in program.signature.inputs]
     masks = {}
     for wanted in (_MASK, _DECODER + _MASK):
@@ -191,16 +191,16 @@ def real_rows(program: Program, leaves: Sequence[Any]) -> RealRows:
 
 
 class InputMoments:
-    """The second moments of what one layer reads; errors name its path."""
+    """The second moments of one layer's input; errors name its path."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._sum = MomentSum()
 
     def add(self, x: Tensor, keep: Tensor | None) -> None:
-        """Add x, `[.., K]`, without the positions that `keep`, `[B, T]`, marks as padding.
+        """Add x, `[.., K]`, at the positions for which `keep`, `[B, T]`, is true.
 
-        Values that have no such positions (pooled ones, states of another length) count in full.
+        Values without these axes (pooled ones, states of another length) count completely.
 
         Raises:
             UserInputError: x holds NaN or infinite values.
@@ -211,10 +211,10 @@ class InputMoments:
             self._sum.add(x, keep if fits else None)
 
     def statistics(self) -> ActivationStatistics:
-        """Of everything added.
+        """The statistics of everything added.
 
         Raises:
-            UserInputError: there was no row but padding.
+            UserInputError: all rows were padding.
         """
         with self._located():
             return self._sum.statistics()
@@ -229,7 +229,7 @@ class InputMoments:
 
 
 class _Reader(WatchingInterpreter):
-    """Adds up the values of the nodes that are wanted."""
+    """Accumulates the values of the wanted nodes."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Cholesky factors of second moments, which calibration data may leave singular."""
+"""Cholesky factors of second moments, damped because they may be singular."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from qalora_compile.errors import UserInputError
 
 _RAISE = 10.0
 _MOST = 1.0
-"""Raised no further: a diagonal of so many times its mean more leaves little of the data."""
+"""The largest damping: beyond it, the diagonal outweighs the data."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """Of `moment + damping · mean diagonal · I`.
+    """Factor of `moment + damping · mean diagonal · I`.
 
     Attributes:
         lower: The Cholesky factor, lower triangular.
-        damping: As it was in the end.
+        damping: The damping that was used.
     """
 
     lower: Tensor
@@ -32,8 +32,8 @@ def factor(moment: Tensor, damping: float) -> Factor:
 
     Args:
         moment: float64, with a positive trace.
-        damping: Part of the mean diagonal that is added to the diagonal; ten times as much is
-            tried where the factorization fails, and so on.
+        damping: Fraction of the mean diagonal that is added to the diagonal; multiplied by ten each
+            time the factorization fails.
 
     Raises:
         UserInputError: it holds NaN or infinite values, or is far from positive semi-definite.

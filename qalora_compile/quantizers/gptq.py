@@ -1,4 +1,4 @@
-"""GPTQ: round column by column, and let the columns to come make up for each error."""
+"""GPTQ: rounds column by column and compensates each error in the following columns."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from qalora_compile.quantizers.mse import UnitGroups, fit_line, search_range
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
 _BLOCK = 128
-"""Columns whose errors are passed on to the rest of the weight together."""
+"""Number of columns whose errors are applied to the rest of the weight together."""
 _FITS = 5
 _NOISE = 0.25
-"""Least damping, times K / rows: what few rows say of how columns go together is mostly noise."""
+"""Least damping is this times K / rows, because correlations from few rows are mostly noise."""
 
 
 def quantize_gptq(
     weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics
 ) -> QuantizedWeight:
-    """Minimise the output error `D H Dᵀ` greedily, D the change of the weights, H `statistics`.
+    """Minimize the output error `D H Dᵀ` greedily, with D the weight change and H the moments.
 
     Frantar et al., "GPTQ" (arXiv 2210.17323), Algorithm 1: each column is rounded, and its error,
-    divided by the diagonal of U, is taken off the columns that follow; `Uᵀ U = H⁻¹`.
+    divided by the diagonal of U, is subtracted from the following columns; `Uᵀ U = H⁻¹`.
 
-    Scale and offset of a group are those that lose least, each column weighted by the diagonal of
-    H (a range search, then least squares on scale and offset). With `spec.act_order`, they are
-    chosen first, on the weight as it is, and columns are taken in descending order of that
-    diagonal: where errors cost most, most columns are left to make up for them. A column belongs to
-    its own group all the while, so groups stay contiguous, as folding needs, and no permutation is
-    stored or applied to x. Without, columns are taken from left to right and each group's scale and
-    offset are chosen when it is reached, on what the columns before have left of it.
+    Scale and offset of a group minimize the error with each column weighted by the diagonal of H (a
+    range search, then least squares on scale and offset). With `spec.act_order`, they are chosen
+    first, on the original weight, and columns are rounded in descending order of that diagonal, so
+    that most columns remain to compensate the costliest errors. Columns stay in their groups, which
+    folding needs to be contiguous, and no permutation is stored or applied to x. Without it,
+    columns are rounded from left to right, and a group's scale and offset are chosen when it is
+    reached, on its values with the compensation so far.
 
     Args:
         weight: `[N, K]`, floating and finite.
         spec: bits, group_size, act_order and damping.
-        statistics: Of the layer's input.
+        statistics: Statistics of the layer's input.
 
     Raises:
         UserInputError: the second moments cannot be factored.
@@ -91,15 +91,15 @@ def _parameters(
 
 
 class _Rounding:
-    """Columns rounded one after the other.
+    """Rounds columns one after the other.
 
-    Arithmetic is float32 (float64 for a float64 weight) on weights divided by the largest of them,
-    and transposed: a column lies in one piece of memory.
+    Arithmetic is float32 (float64 for a float64 weight) on weights divided by the largest of them.
+    They are transposed, so that columns are contiguous in memory.
 
     Args:
         weight: `[N, K]`.
-        spec: bits, group_size, act_order.
-        importance: Of each column, `[K]`.
+        spec: Its bits, group_size and act_order are used.
+        importance: Importance of each column, `[K]`.
     """
 
     def __init__(self, weight: Tensor, spec: QuantSpec, importance: Tensor) -> None:
@@ -114,14 +114,14 @@ class _Rounding:
         self._scale, self._offset = (torch.zeros(n, groups, dtype=self._storage) for _ in "so")
         self._unit_scale, self._unit_offset = (self._rest.new_zeros(groups, n) for _ in "so")
         if spec.act_order:
-            whole = round_to_nearest(weight, spec, _parameters(spec, importance))
-            self._store(slice(None), whole.scale, whole.offset)
+            rounded = round_to_nearest(weight, spec, _parameters(spec, importance))
+            self._store(slice(None), rounded.scale, rounded.offset)
 
     def run(self, order: Tensor, upper: Tensor) -> GroupAffine:
         """Round the columns in `order`; `upper` is U, for columns in that order."""
         spec, k = self._spec, len(order)
         places: list[int] = order.tolist()
-        block = spec.group * max(1, _BLOCK // spec.group)  # it ends where a group does
+        block = spec.group * max(1, _BLOCK // spec.group)  # blocks end at group boundaries
         rest, upper = self._rest[order], upper.to(self._storage)
         pivots: list[float] = upper.diagonal().tolist()
         for start in range(0, k, block):
@@ -141,23 +141,23 @@ class _Rounding:
         return (values.double() / self._unit).to(self._storage)
 
     def _store(self, groups: slice, scale: Tensor, offset: Tensor) -> None:
-        """Keep scale and offset `[N, _]` of some groups, as they are stored and in units."""
+        """Store scale and offset `[N, _]` of some groups, also in units of the largest weight."""
         self._scale[:, groups], self._offset[:, groups] = scale, offset
         self._unit_scale[groups] = self._in_units(self._scale[:, groups]).T
         self._unit_offset[groups] = self._in_units(self._offset[:, groups]).T
 
     def _choose(self, columns: Tensor, first: int) -> None:
-        """Scale and offset of the group that begins at the column `first`."""
+        """Choose scale and offset of the group that begins at the column `first`."""
         spec, group = self._spec, first // self._spec.group
         importance = self._importance[first : first + columns.shape[1]]
         values = columns.double() * self._unit
         self._store(slice(group, group + 1), *_parameters(spec, importance)(values))
 
     def _round(self, column: Tensor, place: int) -> Tensor:
-        """Choose the codes of the column `place` of the weight; gives its error."""
+        """Choose the codes of the column `place` of the weight; returns its error."""
         group = place // self._spec.group
         scale, offset = self._unit_scale[group], self._unit_offset[group]
         level = ((column - offset) / scale).round_().clamp_(0, 2**self._spec.width - 1)
-        level.nan_to_num_(0.0)  # of a group of equal weights
+        level.nan_to_num_(0.0)  # for a group of equal weights
         self._codes[place] = level.to(torch.uint8)
         return column - level.mul_(scale).add_(offset)

@@ -1,4 +1,4 @@
-"""What the methods share: groups of a weight, the nearest codes, work on some rows at a time."""
+"""Shared by the methods: groups of a weight, nearest codes, work on a block of rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qalora_compile.config import QuantSpec
 from qalora_compile.ir.affine import GroupAffine, expand_groups, group_count
 
 _CHUNK_ELEMENTS = 1 << 17
-"""Rows of about so many weights are quantized at a time, which fit a core's cache."""
+"""About this many weights are quantized at a time, which fit a core's cache."""
 
 Parameters = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Scale and offset, float64 `[n, L]`, of some rows of a weight."""
+"""Chooses scale and offset, float64 `[n, L]`, of some rows of a weight."""
 
 
 def split_groups(weight: Tensor, group_size: int) -> Tensor:
@@ -31,7 +31,7 @@ def split_groups(weight: Tensor, group_size: int) -> Tensor:
 
 
 def split_columns(values: Tensor, group_size: int) -> Tensor:
-    """One value a column, `[K]`, as `[L, g]`; 0 where a repeated column fills the tail group."""
+    """Values per column, `[K]`, as `[L, g]`; 0 for repeated columns of the tail group."""
     groups = group_count(len(values), group_size)
     filled = torch.nn.functional.pad(values, (0, groups * group_size - len(values)))
     grouped: Tensor = filled.unflatten(0, (groups, group_size))
@@ -39,12 +39,12 @@ def split_columns(values: Tensor, group_size: int) -> Tensor:
 
 
 def storage_dtype(weight: Tensor) -> torch.dtype:
-    """Of scale and offset."""
+    """The dtype of stored scales and offsets."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def nearest_codes(weight: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
-    """The codes of the levels that are nearest to each weight, uint8 `[N, K]`; 0 at scale 0."""
+    """The code of the level nearest to each weight, uint8 `[N, K]`; 0 if the scale is 0."""
     k = weight.shape[1]
     step = expand_groups(scale.double(), spec.group, k)
     level = (weight.double() - expand_groups(offset.double(), spec.group, k)) / step
@@ -55,7 +55,7 @@ def nearest_codes(weight: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec
 
 
 def round_to_nearest(weight: Tensor, spec: QuantSpec, parameters: Parameters) -> GroupAffine:
-    """Choose scale and offset of some rows at a time, round them to storage, then choose codes."""
+    """Choose scale and offset by blocks of rows, round them to storage, then choose codes."""
     rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
     storage = storage_dtype(weight)
     parts = []

@@ -1,4 +1,4 @@
-"""Half-quadratic quantization: ranges that a few outlying weights do not pull away."""
+"""Half-quadratic quantization: ranges that are robust against outlier weights."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ _NORM = 0.7
 _BETA, _GROWTH = 1.0, 1.05
 _ITERATIONS = 5
 _SMALLEST = 1e-6
-"""Of a residual, before it is raised to a negative power."""
+"""Lower bound of a residual before it is raised to a negative power."""
 
 
 def quantize_hqq(
     weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None = None
 ) -> QuantizedWeight:
-    """Minimise `Σ |w − (scale · q + offset)|^p`, p = 0.7, by half-quadratic splitting.
+    """Minimize `Σ |w − (scale · q + offset)|^p`, p = 0.7, by half-quadratic splitting.
 
     Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023): an
-    auxiliary e takes up the outliers, `e = shrink(w − scale · q − offset)`, and `w − e` is fitted
-    in closed form; the two alternate. Here the fit is of scale and offset, which are both real, and
-    starts from the range that `mse` finds: from min-max, as published, it ends at a larger output
-    error than `mse` (docs/quantizers.md). A group keeps the best fit it has seen, among those whose
+    auxiliary e absorbs the outliers, `e = shrink(w − scale · q − offset)`, and `w − e` is fitted in
+    closed form; the two steps alternate. Here both scale and offset, which are real, are fitted,
+    starting from the range of `mse`: starting from min-max, as published, results in a larger
+    output error than `mse` (docs/quantizers.md). A group keeps the best fit among those whose
     squared error is no larger than that of the range.
 
-    A smaller error of the weights can be a larger one of the layer's output. Where there are
-    `statistics`, each row of the weight keeps the better of the fit and of what `mse` gives, by
-    the output error, after refinement where `spec` asks for it: on these rows of x, no row of the
-    weight is worse than with `mse`.
+    A smaller error of the weights can cause a larger error of the layer's output. With
+    `statistics`, each row of the weight keeps the better of the fit and the result of `mse` by the
+    output error, after refinement if `spec` asks for it. On these rows of x, no row of the weight
+    is therefore worse than with `mse`.
 
     Args:
         weight: `[N, K]`, floating and finite.
         spec: bits, group_size and refine_offsets.
-        statistics: Of the layer's input, if there are any.
+        statistics: Statistics of the layer's input, if available.
     """
 
     def parameters(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def _row_errors(
 
 
 def _half_quadratic(groups: UnitGroups, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit scale and offset `[n, L, 1]`, from those given."""
+    """Unit scale and offset `[n, L, 1]`, starting from the given ones."""
     best = torch.full_like(scale, torch.inf)
     most = groups.error(scale, offset)
     best_scale, best_offset, beta = scale, offset, _BETA
@@ -85,7 +85,7 @@ def _half_quadratic(groups: UnitGroups, scale: Tensor, offset: Tensor) -> tuple[
         best = torch.where(better, norm, best)
         best_scale = torch.where(better, scale, best_scale)
         best_offset = torch.where(better, offset, best_offset)
-        steps = size / scale  # β is relative to a step, so that no magnitude is special
+        steps = size / scale  # β is relative to a step: scale-invariant
         kept = (steps - steps.clamp_min(_SMALLEST).pow(_NORM - 1) / beta).clamp_min(0)
         outlier = residual.sign() * kept * scale
         scale, offset = fit_line(codes, groups, groups.values - outlier, scale)

@@ -1,11 +1,11 @@
-"""The best low-rank form of a correction that is constant inside groups.
+"""The best low-rank correction that is constant inside groups.
 
 A pooled adapter of rank r adds a matrix `C`, `[N, L]`, of rank r to the offsets of a quantized
-weight. Let `E` be the change of the offsets that minimises the output error (`refine`), and `M` the
+weight. Let `E` be the change of the offsets that minimizes the output error (`refine`), and `M` the
 damped second moments of the group sums. Any other change costs `‖(C − E) M^½‖²` more than E does,
 so the best `C` of rank r is the truncated singular value decomposition of `E M^½` (Eckart and
-Young, 1936), times `M^−½`. The columns of the truncated parts being orthogonal, each rank more
-lowers the output error, and at full rank `C = E`.
+Young, 1936), times `M^−½`. Since the columns of the truncated parts are orthogonal, each additional
+rank lowers the output error, and at full rank `C = E`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from qalora_compile.quantizers.refine import PooledMoments
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
 _LITTLE = 0.05
-"""Part of the output error: below, a start by it and ranks chosen by it say little."""
+"""Below this fraction of the output error, corrections are no guide for starts and ranks."""
 
 
 @dataclass(frozen=True)
 class PooledCorrection:
-    """`E M^½` by its singular values, float64; R = min(N, L).
+    """The singular value decomposition of `E M^½`, float64; R = min(N, L).
 
     Attributes:
         left: U, `[N, R]`.
-        values: Falling, `[R]`; a correction of rank r lowers the (damped) mean squared output error
-            by the sum of the squares of the first r.
+        values: Singular values in decreasing order, `[R]`; a correction of rank r lowers the
+            (damped) mean squared output error by the sum of the squares of the first r.
         right: `Vᵀ M^−½`, `[R, L]`.
         error: The mean squared output error of the change itself, before any correction.
-        notes: Of few calibration rows and of damping.
+        notes: Notes on few calibration rows and on damping.
     """
 
     left: Tensor
@@ -48,13 +48,13 @@ class PooledCorrection:
     def of(
         cls, change: Tensor, group_size: int, statistics: ActivationStatistics | None = None
     ) -> PooledCorrection:
-        """What low ranks can make up for of a change of the weights.
+        """How much of a change of the weights low-rank corrections can compensate.
 
         Args:
             change: D = W − Wq, `[N, K]`.
-            group_size: g, of the adapter; L = ceil(K / g).
-            statistics: Of the layer's input; without, all inputs count alike and are uncorrelated:
-                E is the mean of D in each group.
+            group_size: Group size g of the adapter; L = ceil(K / g).
+            statistics: Statistics of the layer's input; without them, all inputs have equal weight
+                and are uncorrelated, so that E is the mean of D in each group.
         """
         notes: tuple[str, ...] = ()
         if statistics is None:
@@ -76,7 +76,7 @@ class PooledCorrection:
 
 
 class CorrectionTally:
-    """What the corrections of all weights say together."""
+    """Summary of the corrections of all weights."""
 
     def __init__(self) -> None:
         self._gained: dict[str, float] = {}
@@ -84,13 +84,13 @@ class CorrectionTally:
         self._notes: dict[str, tuple[str, ...]] = {}
 
     def add(self, path: str, parts: Sequence[PooledCorrection]) -> None:
-        """Count one weight; its experts, where it holds several matrices."""
+        """Count one weight, or its experts if it holds several matrices."""
         self._gained[path] = sum(float(part.values.square().sum()) for part in parts)
         self._error[path] = sum(part.error for part in parts)
         self._notes[path] = tuple(dict.fromkeys(note for part in parts for note in part.notes))
 
     def notes(self, *, refined: bool) -> list[str]:
-        """Each different note of a weight, and where; and where nothing is left to correct.
+        """The distinct notes with their weights, and a note if nothing is left to correct.
 
         Args:
             refined: Whether offsets may have been refined when the weights were quantized.

@@ -1,4 +1,4 @@
-"""Round to the nearest of 2^bits levels between a group's smallest and largest weight."""
+"""Rounds to the nearest of 2^bits levels between a group's smallest and largest weight."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def quantize_minmax(weight: Tensor, spec: QuantSpec) -> GroupAffine:
     """Scale = (max − min) / (2^bits − 1), offset = min, q = round((w − offset) / scale).
 
     arXiv 2309.14717, Eq. 1. The offset is the minimum itself, so a group of equal weights gets
-    scale 0 and comes back exactly. Scale and offset are rounded to storage first and codes are
-    chosen against the rounded values; the arithmetic is float64, so no range overflows.
+    scale 0 and is reconstructed exactly. Scale and offset are rounded to storage first, and codes
+    are chosen for the rounded values; the arithmetic is float64, so no range overflows.
 
     Args:
         weight: `[N, K]`, floating and finite.
@@ -32,21 +32,21 @@ def quantize_minmax(weight: Tensor, spec: QuantSpec) -> GroupAffine:
 
 
 _CHUNK_ELEMENTS = 1 << 20
-"""Rows of about so many weights are quantized at a time: the arithmetic takes 50 bytes a weight."""
+"""About this many weights are quantized at a time; the arithmetic takes 50 bytes per weight."""
 
 
 def quantize_integer_zero(weight: Tensor, bits: int, group_size: int) -> GroupAffine:
-    """W ≈ scale · (q − z) with z a whole number from 0 to 2^bits − 1; offset = −scale · z, exactly.
+    """W ≈ scale · (q − z) with an integer z from 0 to 2^bits − 1; offset = −scale · z, exactly.
 
-    The range of a group is widened to hold 0, so that z is a code (the quantization of ONNX's
-    QuantizeLinear). Scales have 16 significant bits (45 in float64): the product with z is exact,
-    and `−offset / scale` gives z back. Kernels with whole zero-points then need no correction. A
-    group of equal weights comes back exactly.
+    The range of a group is widened to contain 0, so that z is a code (as in ONNX's QuantizeLinear).
+    Scales have 16 significant bits (45 in float64), so that the product with z is exact and
+    `−offset / scale` returns z. Kernels with integer zero-points then need no correction. A group
+    of equal weights is reconstructed exactly.
 
     Args:
         weight: `[N, K]`, floating and finite.
         bits: Width of a code, at most 8.
-        group_size: g.
+        group_size: Group size g.
 
     Scale and offset are float64 for a float64 weight, else float32.
     """
@@ -57,7 +57,7 @@ def quantize_integer_zero(weight: Tensor, bits: int, group_size: int) -> GroupAf
 
 
 def _quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes `[N, K]`, scale and offset `[N, L]` of some rows."""
+    """Codes `[n, K]`, scale and offset `[n, L]` of some rows."""
     n, k = weight.shape
     groups = group_count(k, group_size)
     storage = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -68,7 +68,7 @@ def _quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, 
     low, high = grouped.amin(-1), grouped.amax(-1)
     qmax = 2**bits - 1
     span = high.clamp_min(0) - low.clamp_max(0)
-    # One step, of any size, is exact: such groups hold one value, or 0 and one other.
+    # A single step of any size is exact: such groups hold one value, or 0 and one other.
     scale = torch.where(low == high, low.abs(), shorten(span / qmax, storage, up=True))
     scale = scale.to(storage).double()
     scale = torch.where(scale == 0, 1.0, scale)

@@ -1,4 +1,4 @@
-"""Search the range of each group that loses least when it is rounded to the nearest level."""
+"""Searches the range of each group that minimizes the error of rounding to the nearest level."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.quantizers.groups import round_to_nearest, split_columns, split_groups
 
 _COARSE = (0.0, 0.15, 0.3, 0.45, 0.6)
-"""Parts of half a group's range that are cut off an end."""
+"""Fractions of half a group's range that are cut off at an end."""
 _FINE = (-0.1, -0.05, 0.0, 0.05, 0.1)
-"""Added to the best of the coarse ones."""
+"""Changes of the best coarse fraction."""
 
 
 @dataclass
 class UnitGroups:
-    """Groups moved to the range 0 … 1, so that no magnitude overflows what is computed on them.
+    """Groups mapped to the range 0 … 1, so that computations do not overflow.
 
     Attributes:
         values: `[n, L, g]` float32; 0 in a group of equal weights.
-        importance: Weight of each column in the error, `[L, g]` float32; 0 for a filled-up tail.
-        low: What 0 stands for, `[n, L, 1]` float64.
-        span: What 1 stands for, less `low`.
+        importance: Weight of each column in the error, `[L, g]` float32; 0 for padding of the tail.
+        low: The original value of 0, `[n, L, 1]` float64.
+        span: The original value of 1, minus `low`.
         levels: 2^bits − 1.
     """
 
@@ -58,15 +58,15 @@ class UnitGroups:
         return (off.square_() * self.importance).sum(-1, keepdim=True)
 
     def restore(self, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and offset of the weights themselves, float64 `[n, L]`."""
+        """Scale and offset of the original weights, float64 `[n, L]`."""
         found = scale.double() * self.span, self.low + offset.double() * self.span
         return found[0][..., 0], found[1][..., 0]
 
 
 def quantize_mse(weight: Tensor, spec: QuantSpec) -> GroupAffine:
-    """Cut both ends of each group's range where that lowers the squared error of its weights.
+    """Cut each group's range at both ends if that lowers the squared error of its weights.
 
-    The whole range is among those tried, so the error is never larger than min-max's.
+    The full range is also tried, so the error is never larger than with min-max.
 
     Args:
         weight: `[N, K]`, floating and finite.
@@ -103,7 +103,7 @@ def _coarse(low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _fine(low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Around what was best when it begins."""
+    """Variations of the best coarse cuts."""
     for a in _FINE:
         for b in _FINE:
             yield (low + a).clamp_min(0), (high + b).clamp_min(0)
@@ -112,19 +112,19 @@ def _fine(low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def fit_line(
     codes: Tensor, groups: UnitGroups, target: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Unit scale and offset that minimise `Σ importance · (scale · q + offset − target)²`.
+    """Unit scale and offset that minimize `Σ importance · (scale · q + offset − target)²`.
 
     Args:
         codes: q, `[n, L, g]`.
-        groups: Importance.
+        groups: Their importance is used.
         target: `[n, L, g]`.
-        scale: Kept, `[n, L, 1]`, where a group's codes are all equal or the fit is not positive.
+        scale: `[n, L, 1]`, kept if a group's codes are all equal or the fit is not positive.
     """
     total = groups.importance.sum(-1, keepdim=True)
     share = groups.importance / torch.where(total == 0, torch.ones_like(total), total)
     q, t = (codes * share).sum(-1, keepdim=True), (target * share).sum(-1, keepdim=True)
-    spread = codes - q
-    variance = (spread.square() * share).sum(-1, keepdim=True)
-    slope = (spread * (target - t) * share).sum(-1, keepdim=True) / variance
+    deviation = codes - q
+    variance = (deviation.square() * share).sum(-1, keepdim=True)
+    slope = (deviation * (target - t) * share).sum(-1, keepdim=True) / variance
     slope = torch.where((variance > 0) & (slope > 0), slope, scale)
     return slope, t - slope * q

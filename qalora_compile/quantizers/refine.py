@@ -1,6 +1,6 @@
-"""Offsets that minimise a layer's output error, given its codes and scale.
+"""Offsets that minimize a layer's output error, given its codes and scale.
 
-Offsets are real numbers here, so a better one costs nothing at run time.
+Offsets are real numbers, so better ones have no run-time cost.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from qalora_compile.quantizers.damping import factor
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
 DAMPING = 1e-4
-"""Least part of the mean diagonal of the moments of the group sums that is added to it."""
+"""Least damping, relative to the mean diagonal of the moments of the group sums."""
 _NOISE = 8.0
-"""Least damping, times L / rows: below, what few rows say of how groups go together is mostly
-noise, and offsets that follow it lose more on other rows than they gain (docs/quantizers.md)."""
+"""Least damping is this times L / rows: correlations from few rows are mostly noise, and offsets
+fitted to it lose more on other rows than they gain (docs/quantizers.md)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PooledMoments:
             where all inputs are zero.
         cross: X, the mean of `S(x) xᵀ`, `[L, K]`.
         damping: λ as a part of the mean diagonal of M.
-        notes: What there is to say of few rows, of damping and of inputs that are all zero.
+        notes: Notes on few rows, on damping and on inputs that are all zero.
     """
 
     lower: Tensor
@@ -46,9 +46,9 @@ class PooledMoments:
         """Factor the moments of a layer's input.
 
         Args:
-            statistics: Of the layer's input.
-            group_size: g; L = ceil(K / g).
-            damping: None takes `max(DAMPING, 8 L / rows)`: the fewer rows, the less they count.
+            statistics: Statistics of the layer's input.
+            group_size: Group size g; L = ceil(K / g).
+            damping: None takes `max(DAMPING, 8 L / rows)`, so that fewer rows have less influence.
 
         Raises:
             UserInputError: they cannot be factored.
@@ -68,11 +68,11 @@ class PooledMoments:
         return cls(found.lower, cross, found.damping, tuple(notes))
 
     def residual(self, change: Tensor) -> Tensor:
-        """E, `[N, L]`: what, added to the weights group by group, best makes up for a change.
+        """E, `[N, L]`: the addition to the weights, per group, that best compensates a change.
 
-        E minimises the mean of `‖x Dᵀ − S(x) Eᵀ‖² + λ ‖E‖²` over the calibration rows, which holds
-        where `E (M + λ) = D Xᵀ`. The output error after it is never larger than before, for any λ,
-        and a group whose inputs are all zero gets 0.
+        E minimizes the mean of `‖x Dᵀ − S(x) Eᵀ‖² + λ ‖E‖²` over the calibration rows, which means
+        `E (M + λ) = D Xᵀ`. For any λ, the output error is never larger than before, and a group
+        whose inputs are all zero gets 0.
 
         Args:
             change: D = W − Wq, `[N, K]`.
@@ -86,7 +86,7 @@ class PooledMoments:
 def refine_offset(
     weight: Tensor, affine: GroupAffine, statistics: ActivationStatistics
 ) -> tuple[GroupAffine, tuple[str, ...]]:
-    """The same codes and scale with the offset that minimises the output error, and notes.
+    """The same codes and scale with the offset that minimizes the output error, and notes.
 
     Args:
         weight: W, `[N, K]`.

@@ -1,4 +1,4 @@
-"""Quantizers by name, and one weight quantized by one of them."""
+"""The registry of quantizers by name, and the quantization of one weight."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _Spec = TypeVar("_Spec", bound=QuantSpec)
 
 
 _WITHOUT_DATA = "hqq"
-"""The method for a weight without statistics, where the one asked for needs them."""
+"""The method for a weight without statistics if the requested one needs them."""
 
 
 def register_quantizer(name: str, method: Method) -> None:
-    """Make a method known by a name, as a value of `QuantSpec.method`.
+    """Register a method under a name, as a value of `QuantSpec.method`.
 
     Raises:
-        ExtensionError: the name is taken, or `method` is no `Method`.
+        ExtensionError: the name is taken, or `method` is not a `Method`.
     """
     QUANTIZERS.add(name, _checked(name, method))
 
 
 def get_method(name: str) -> Method:
-    """The method of a name that `QuantSpec` accepts.
+    """The method with a name that `QuantSpec` accepts.
 
     Raises:
-        ExtensionError: its package cannot be imported, or brings something else.
+        ExtensionError: its package cannot be imported, or provides something else.
     """
     return _checked(name, QUANTIZERS.load(name))
 
@@ -65,7 +65,7 @@ def needs_data(method: str) -> bool:
 
 
 def _by_range(weight: Tensor, spec: QuantSpec) -> GroupAffine:
-    """Levels between the smallest and the largest weight of a group; 0 among them, where asked."""
+    """Levels between a group's smallest and largest weight, including 0 if requested."""
     if spec.zero_point == "integer":
         return quantize_integer_zero(weight, spec.width, spec.group)
     return quantize_minmax(weight, spec)
@@ -101,7 +101,7 @@ def without_data(spec: _Spec) -> _Spec:
 
 
 def as_stored(affine: GroupAffine) -> Quantizer:
-    """A quantizer that chooses nothing: it gives the codes that a weight has already."""
+    """A quantizer that returns the existing codes of a weight."""
 
     def quantize(
         weight: Tensor, spec: QuantSpec, statistics: ActivationStatistics | None
@@ -112,7 +112,7 @@ def as_stored(affine: GroupAffine) -> Quantizer:
 
 
 def data_needed(method: str) -> UserInputError:
-    """The error where there are no calibration data for a method that needs them."""
+    """The error for a method that needs calibration data and has none."""
     return UserInputError(
         f"the method {method} needs calibration data",
         hint="give calibration=[(x,), …] (finetune --calibration FILE); these methods need none: "
@@ -129,18 +129,18 @@ def quantize_weight(
     statistics: ActivationStatistics | None = None,
     method: str | None = None,
 ) -> QuantizedWeight:
-    """Quantize a weight, refine its offsets where the specification asks for it, and report.
+    """Quantize a weight, refine its offsets if the specification asks for it, and report.
 
     Args:
-        quantizer: Of a method, or `as_stored`.
-        weight: `[N, K]`; where it is deferred nothing is measured yet.
+        quantizer: The quantizer of a method, or `as_stored`.
+        weight: `[N, K]`; a lazy tensor is not measured yet.
         spec: Method, bits, group size.
-        path: Of the site, for the report.
-        statistics: Of the layer's input.
-        method: What the report calls the quantizer; None takes the specification's.
+        path: Path of the site, for the report.
+        statistics: Statistics of the layer's input.
+        method: The quantizer's name in the report; None takes the specification's.
 
     Raises:
-        UserInputError: the quantizer refuses its input, or gives an illegal result.
+        UserInputError: the quantizer refuses its input, or returns an invalid result.
     """
     started = time.perf_counter()
     try:

@@ -1,7 +1,7 @@
-"""What quantization lost, layer by layer, told to whoever collects it.
+"""Reports the quantization error of each layer to collectors.
 
-Weights may be quantized long after a pass has run (`ir.deferred`), so reports are announced when
-they are made, as progress is.
+Weights may be quantized long after a pass has run (`ir.lazy_tensor`), so reports are delivered when
+they are made, like progress.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _CHUNK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class QuantReport:
-    """One weight, or one expert of a stack, quantized.
+    """The quantization of one weight, or of one expert of a stack.
 
     Attributes:
-        path: Of its site.
-        method: How.
+        path: Path of its site.
+        method: Name of the method.
         bits: Width of a code.
-        group_size: g.
-        weights: How many there are.
-        weight_sqnr_db: Signal to quantization noise of the weights: higher is better; infinite
-            where nothing was lost.
-        output_sqnr_db: Of the layer's outputs (bias left out) over the calibration rows; None
-            without calibration.
-        rows: How many calibration rows there were.
-        seconds: What it took.
-        notes: What the method had to say, for example that damping was raised.
+        group_size: Group size g.
+        weights: Number of weights.
+        weight_sqnr_db: Signal to quantization noise ratio of the weights: higher is better;
+            infinite without any error.
+        output_sqnr_db: The same for the layer's outputs (without bias) over the calibration rows;
+            None without calibration.
+        rows: Number of calibration rows.
+        seconds: Duration.
+        notes: Notes of the method, for example that damping was raised.
     """
 
     path: str
@@ -57,7 +57,7 @@ _collected: ContextVar[list[QuantReport] | None] = ContextVar("qalora_reports", 
 
 @contextmanager
 def collecting_reports() -> Iterator[list[QuantReport]]:
-    """A list that grows by a report for each weight that is quantized in the block."""
+    """A list that receives a report for each weight that is quantized in the block."""
     reports: list[QuantReport] = []
     token = _collected.set(reports)
     try:
@@ -67,7 +67,7 @@ def collecting_reports() -> Iterator[list[QuantReport]]:
 
 
 def announce_report(make: Callable[[], QuantReport]) -> None:
-    """Make a report and hand it to whoever collects; nothing is measured where nobody does."""
+    """Make a report and deliver it to collectors; without any, nothing is measured."""
     reports = _collected.get()
     if reports is not None:
         reports.append(make())
@@ -78,7 +78,7 @@ def measure_sqnr(
 ) -> tuple[float, float | None]:
     """Signal to quantization noise of a weight `[N, K]`, and of the layer's outputs, in decibels.
 
-    Works on some rows at a time: it takes no memory of the weight's size.
+    Works on a block of rows at a time, without memory of the weight's size.
     """
     sums = torch.zeros(4, dtype=torch.float64)
     rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])

@@ -1,4 +1,4 @@
-"""How much a program's outputs move when the output of one of its layers does."""
+"""The sensitivity of a program's outputs to changes of its layers' outputs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from qalora_compile.quantizers.calibrate import RealRows, check_calls, real_rows
 
 @dataclass
 class Sensitivity:
-    """Of the program's outputs to one weight, summed over calls.
+    """Sensitivity of the program's outputs to one layer, summed over calls.
 
     Attributes:
-        gain: Squared change of all outputs for a squared change of 1 of each output element of the
-            layer, in expectation.
+        gain: Expected squared change of all outputs for a squared change of 1 of each output
+            element of the layer.
         power: Sum of the squares of the layer's inputs.
-        inputs: How many input elements there were.
+        inputs: Number of input elements.
     """
 
     gain: float = 0.0
@@ -44,20 +44,20 @@ def measure_sensitivities(
 ) -> dict[str, Sensitivity]:
     """Sensitivities of a program at stage `annotated`, by `Site.path`.
 
-    With J the Jacobian of all outputs by a layer's output, and v random, independent, of variance
-    1, `‖Jᵀ v‖²` has the expectation `‖J‖²` (Hutchinson's estimator): one backward pass a call
-    serves all layers. No labels are needed. For logits, the order that it gives is nearly that
-    of the Fisher information (docs/adapters.md has the figures).
+    With J the Jacobian of all outputs with respect to a layer's output, and v random, independent,
+    of variance 1, `‖Jᵀ v‖²` has the expectation `‖J‖²` (Hutchinson's estimator), so one backward
+    pass per call serves all layers. No labels are needed. For logits, the resulting order is nearly
+    that of the Fisher information (figures in docs/adapters.md).
 
     Args:
-        program: Its weights have values.
+        program: A program whose weights have values.
         calls: Arguments of a few typical calls. Outputs at positions that an `attention_mask` marks
             as padding do not count.
-        seed: Of v.
+        seed: Seed of v.
 
     Raises:
         UserInputError: there is no call, one does not fit, no output depends on a layer, or a
-            layer's input or the outputs' gradient by it is NaN or infinite; the layer is named.
+            layer's input or gradient is NaN or infinite; the error names the layer.
     """
     rows = {site.name: site for site in program.plan.to_quantize()}
     nodes = {node: rows[name] for node in program.graph.nodes if (name := site_of(node)) in rows}
@@ -74,7 +74,7 @@ def measure_sensitivities(
 
 
 def _projection(last: fx.Node, outputs: Any, keep: RealRows, generator: torch.Generator) -> Tensor:
-    """Σ v · output over all outputs that depend on a layer; `last` is the node that gives them."""
+    """Σ v · output over all outputs that depend on a layer; `last` is the output node."""
     total = torch.zeros((), dtype=torch.float64)
     nodes = pytree.tree_leaves(output_value(last.graph))
     for node, leaf in zip(nodes, pytree.tree_leaves(outputs), strict=True):
@@ -117,10 +117,10 @@ class _Watcher(WatchingInterpreter):
         return value
 
     def take(self, total: Tensor) -> None:
-        """Add the squared gradients of what was watched.
+        """Add the squared gradients of the watched outputs.
 
         Raises:
-            UserInputError: no output depends on it, or a gradient is NaN or infinite.
+            UserInputError: no output depends on a layer, or a gradient is NaN or infinite.
         """
         values = [value for _, value in self._values]
         gradients: tuple[Tensor | None, ...] = ()
@@ -136,7 +136,7 @@ class _Watcher(WatchingInterpreter):
                 raise UserInputError(
                     "the gradient of the model's outputs by a layer is NaN or infinite",
                     where=site.path,
-                    hint="leave out the calibration rows that give it, such as rows of zeros that "
+                    hint="leave out the calibration rows that cause it, such as rows of zeros that "
                     "the model divides by their length, or give bits as a number",
                 )
             self._found[site.path].gain += squares / value.shape[-1]

@@ -1,9 +1,9 @@
-"""One pass over a model's layers in which each sees the layers before it as they were replaced.
+"""Calibrates each layer with the preceding layers already replaced, in one pass.
 
-All calibration calls go through the graph together, from one layer's input to the next: when every
-call has reached the tensor that a layer reads, its statistics are complete, the layer is replaced,
-and the calls go on through what replaced it. Thus the errors made so far are calibrated for, the
-model is run once, and there is one layer's statistics at a time.
+All calibration calls advance through the graph together, from one layer's input to the next. When
+every call has reached a layer's input, its statistics are complete, the layer is replaced, and the
+calls continue through the replacement. Calibration thus accounts for the errors so far, the model
+runs once, and only one layer's statistics are in memory.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from qalora_compile.quantizers.calibrate import (
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
 Replace = Callable[[str, ActivationStatistics], Tensor]
-"""Gives the weight `[N, K]` that the layer at a path has from now on."""
+"""Returns the new weight `[N, K]` of the layer at a path."""
 
 
 def replace_in_order(program: Program, calls: Iterable[Call], replace: Replace) -> None:
-    """Call `replace` for each planned layer, in graph order, with statistics of its input.
+    """Call `replace` for each planned layer in graph order with statistics of its input.
 
-    The statistics are those after the layers before it were replaced. A weight that is used at
-    several places is replaced first of all, by the statistics of all its uses in the model as it
-    is. Stacked experts are left out.
+    The statistics are taken after the preceding layers were replaced. Weights that are used in
+    several places are replaced before all others, with the statistics of all their uses in the
+    original model. Stacked experts are left out.
 
-    What is kept in memory is one moment `[K, K]` and, for every call, the values that are still
-    needed where the calls stand: about `rows · hidden size · 4` bytes, and attention masks.
+    Memory holds one moment `[K, K]` and, for every call, the values that are still needed: about
+    `rows · hidden size · 4` bytes, and attention masks.
 
     Args:
         program: At stage `annotated`.
@@ -51,7 +51,7 @@ def replace_in_order(program: Program, calls: Iterable[Call], replace: Replace) 
         replace: Called once for each path.
 
     Raises:
-        UserInputError: as `collect_statistics`.
+        UserInputError: as for `collect_statistics`.
     """
     calls = as_calls(calls)
     leaves = check_calls(program, calls)
@@ -77,13 +77,13 @@ def replace_in_order(program: Program, calls: Iterable[Call], replace: Replace) 
             for run, keep in zip(runs, keeps, strict=True):
                 moments.add(run.advance(nodes), keep.of(nodes[-1]))
             for path in [path for path in weights if last.get(path) == index]:
-                del weights[path]  # every call is past it
+                del weights[path]  # every call has passed it
             statistics = moments.statistics()
             weights |= {path: replace(path, statistics) for path in paths}
 
 
 def _steps(program: Program, due: Mapping[fx.Node, object]) -> list[list[fx.Node]]:
-    """The nodes of the graph in order, cut behind each that a layer reads; none after the last."""
+    """The nodes in graph order, split after each layer input, up to the last one."""
     steps: list[list[fx.Node]] = [[]]
     for node in program.graph.nodes:
         steps[-1].append(node)
@@ -93,7 +93,7 @@ def _steps(program: Program, due: Mapping[fx.Node, object]) -> list[list[fx.Node
 
 
 def _linears(program: Program, paths: Iterable[str]) -> dict[fx.Node, tuple[str, LinearMap]]:
-    """The planned linear maps, by node, with their paths."""
+    """The planned linear maps by node, with their paths."""
     rows = {site.name: site.path for site in program.plan.to_quantize()}
     wanted = set(paths)
     found = {}
@@ -106,13 +106,13 @@ def _linears(program: Program, paths: Iterable[str]) -> dict[fx.Node, tuple[str,
 
 
 class _Run(WatchingInterpreter):
-    """One call on its way through the graph; layers that have a new weight compute with it.
+    """One call in progress; layers that have a new weight compute with it.
 
     Args:
         module: The graph and its tensors.
         leaves: Flat inputs.
         linears: Linear maps by node, with their paths.
-        weights: New weights by path; it grows while the run goes on.
+        weights: New weights by path; grows during the run.
     """
 
     def __init__(
@@ -122,12 +122,12 @@ class _Run(WatchingInterpreter):
         linears: Mapping[fx.Node, tuple[str, LinearMap]],
         weights: Mapping[str, Tensor],
     ) -> None:
-        super().__init__(module)  # it knows the last reader of each value
+        super().__init__(module)  # records the last reader of each value
         self.args_iter = iter(leaves)
         self._linears, self._weights = linears, weights
 
     def advance(self, nodes: Sequence[fx.Node]) -> Tensor:
-        """Compute some nodes, and let go what none after them reads; the value of the last."""
+        """Compute some nodes and release values without later readers; returns the last value."""
         for node in nodes:
             self.env[node] = self.run_node(node)
             for done in self.user_to_last_uses.get(node, ()):

@@ -1,4 +1,4 @@
-"""`ActivationStatistics`: what a quantizer may know of the inputs of a layer, their second moments.
+"""`ActivationStatistics`: the second moments of a layer's inputs, for quantizers.
 
 For a layer `y = x Wᵀ` and a change `D` of its weights, the mean squared change of the output over
 the calibration rows is a function of `H = mean of x xᵀ` alone: `‖x Dᵀ‖² = trace(D H Dᵀ)`.
@@ -15,7 +15,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import sum_groups
 
 _ROWS_AT_A_TIME = 4096
-"""They are widened to float64 for the sum."""
+"""Number of rows that are widened to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ActivationStatistics:
 
     Attributes:
         moment: H, the mean of x xᵀ, `[K, K]`, float64, symmetric.
-        rows: How many rows of x were seen.
+        rows: Number of rows of x.
     """
 
     moment: Tensor
@@ -42,7 +42,7 @@ class ActivationStatistics:
         return rows.statistics()
 
     def merged(self, other: ActivationStatistics) -> ActivationStatistics:
-        """Statistics of the rows of both."""
+        """Statistics of the rows of both objects."""
         rows = self.rows + other.rows
         share = self.rows / rows
         return ActivationStatistics(share * self.moment + (1 - share) * other.moment, rows)
@@ -63,14 +63,14 @@ class ActivationStatistics:
 
 
 class MomentSum:
-    """The rows seen so far, summed up: `Σ x xᵀ` and their number."""
+    """Accumulates `Σ x xᵀ` and the number of rows."""
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
         self._rows = 0
 
     def add(self, x: Tensor, keep: Tensor | None = None) -> None:
-        """Add the rows of x, `[.., K]`; where `keep`, boolean, one for each row, is true.
+        """Add the rows of x, `[.., K]`, for which `keep`, one boolean for each row, is true.
 
         Raises:
             UserInputError: a row holds NaN or infinite values.
@@ -90,7 +90,7 @@ class MomentSum:
         """Statistics of all rows added.
 
         Raises:
-            UserInputError: there was none.
+            UserInputError: there were no rows.
         """
         if self._total is None or not self._rows:
             raise UserInputError(

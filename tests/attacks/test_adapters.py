@@ -106,7 +106,7 @@ A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight" f
 TENSORS: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     "a NaN": ({A: torch.full((2, 32), torch.nan)}, "NaN"),
     "an infinity": ({B: torch.full((32, 2), torch.inf)}, "infinity"),
-    "rank 0": ({A: torch.empty(0, 32), B: torch.empty(32, 0)}, "adapter of nothing"),
+    "rank 0": ({A: torch.empty(0, 32), B: torch.empty(32, 0)}, "adapter is empty"),
     "integers": ({A: torch.ones(2, 32, dtype=torch.int64)}, "int64"),
     "three axes": ({A: torch.ones(2, 4, 8)}, "lora_A"),
     "one axis": ({B: torch.ones(64)}, "lora_B"),

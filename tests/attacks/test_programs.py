@@ -144,7 +144,7 @@ def test_a_certificate_that_says_proved_of_what_is_not(folder: Path) -> None:
     value = json.loads(path.read_text())
     value["sites"][0]["status"] = "sampled"
     path.write_text(json.dumps(value))
-    refused(cli("verify", "--certificate", path), folder, "proved of what is not")
+    refused(cli("verify", "--certificate", path), folder, "states proved")
 
 
 @pytest.mark.parametrize("place", ["../secret.txt", "/etc/hostname", "\0", "a" * 5000])

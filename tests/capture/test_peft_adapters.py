@@ -282,7 +282,7 @@ def test_whole_parameters_that_were_saved_are_put_into_the_model(tmp_path: Path)
     merge_(ours, updates_of(adapter))
     with torch.no_grad():
         assert_close(ours(ids).logits, wrapped.eval()(ids).logits, relative=1e-6)
-    with pytest.raises(UserInputError, match="two adapters bring"):
+    with pytest.raises(UserInputError, match="two adapters have"):
         put_saved_(ours, [adapter, adapter])
     with pytest.raises(UserInputError, match="no such parameter"):
         put_saved_(llama(), [adapter])
@@ -374,7 +374,7 @@ def test_an_adapter_of_the_authors_script_is_read_as_told(pooling: str, tmp_path
 def test_what_does_not_pool_is_not_told_to(tmp_path: Path) -> None:
     trained(base(), lora(), tmp_path / "plain")
     trained(base(), pooled(), tmp_path / "pooled")
-    for name, sizes in (("plain", "groups of 1"), ("pooled", "that it says itself")):
+    for name, sizes in (("plain", "groups of 1"), ("pooled", "that it records")):
         adapter = read_peft_adapter(tmp_path / name)
         assert as_pooled(adapter, base(), None) is adapter
         with pytest.raises(UserInputError, match=sizes):

@@ -143,7 +143,7 @@ def test_models_that_cannot_classify_are_refused(encoder_folder: Path, tmp_path:
     assert kept.head == ("classifier.weight", "classifier.bias")
     own = kept.model.state_dict()["classifier.weight"]
     assert own.equal(model.state_dict()["classifier.weight"])
-    with pytest.raises(UserInputError, match="tells yes, no apart, the data maybe, no"):
+    with pytest.raises(UserInputError, match="classes are yes, no, the data.s maybe, no"):
         load_classifier(str(tmp_path), ("maybe", "no"))
 
 

@@ -382,7 +382,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="the described model") as caught:
         export(program, tmp_path / "out", "float", causal_lm(intermediate_size=64))
     assert "mlp" in str(caught.value.where)
-    with pytest.raises(UnsupportedError, match="no model of transformers"):
+    with pytest.raises(UnsupportedError, match="not a transformers model"):
         export(program, tmp_path / "out", "float", OneLinear(8, 8))
     with pytest.raises(UserInputError, match="without a model"):
         spec = qc.ExportSpec(target="float")

@@ -32,7 +32,7 @@ def test_the_choice_is_the_best_that_fits(
         loss for cost, loss in (loss_of(scaled, way) for way in modes) if cost <= budget * times
     ]
     if not fitting:
-        with pytest.raises(UserInputError, match="beyond the budget"):
+        with pytest.raises(UserInputError, match="exceed the budget"):
             choose_within(scaled, budget * times)
         return
     cost, loss = loss_of(scaled, choose_within(scaled, budget * times))

@@ -57,9 +57,9 @@ def test_unlike_shapes_are_named() -> None:
 @pytest.mark.parametrize(
     ("reference", "candidate", "said"),
     [
-        ([49_150, 3], [49_151, 3], "1 of 2 whole numbers differ"),
-        ([2**53, 1], [2**53 + 1, 2], "2 of 2 whole numbers differ"),  # float64 sees one
-        ([True, False], [True, True], "1 of 2 whole numbers differ"),
+        ([49_150, 3], [49_151, 3], "1 of 2 integers differ"),
+        ([2**53, 1], [2**53 + 1, 2], "2 of 2 integers differ"),  # float64 sees one
+        ([True, False], [True, True], "1 of 2 integers differ"),
         ([7, 7], [7, 7], ""),
     ],
 )

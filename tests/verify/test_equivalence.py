@@ -97,7 +97,7 @@ def test_an_exported_model_is_judged_by_rounding_too(mlp: qc.Program, tmp_path: 
     qc.export_model(folded, path)
     report = qc.verify_equivalence(folded, path, calls(folded), JUDGED)
     assert report.passed and (report.outputs[0].rounding or 9) < 8
-    with pytest.raises(UserInputError, match="the reference is no program"):
+    with pytest.raises(UserInputError, match="the reference is not a program"):
         qc.verify_equivalence(path, folded, calls(folded), JUDGED)
 
 

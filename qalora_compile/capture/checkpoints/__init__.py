@@ -1,1 +1,1 @@
-"""Checkpoints that are quantized already, one format a file: their codes are kept as they are."""
+"""Readers of quantized checkpoints, one format per file; codes are kept unchanged."""

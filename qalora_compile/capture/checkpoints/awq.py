@@ -1,7 +1,7 @@
 """AWQ checkpoints of the layout `gemm`: `w = scale · (q − zero_point)`, 4 bits.
 
-`qweight` is int32 `[K, N / 8]`, `qzeros` int32 `[L, N / 8]`: eight outputs in a word, those of even
-number in its lower half, those of odd number in its upper; `scales` is `[L, N]`.
+`qweight` is int32 `[K, N / 8]`, `qzeros` int32 `[L, N / 8]`: eight outputs in a word, the even ones
+in its lower half, the odd ones in its upper half; `scales` is `[L, N]`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from qalora_compile.ir.checkpoint_codes import CheckpointWeight
 _PARTS = ("qweight", "qzeros", "scales")
 _BITS = 4
 _GROUP_SIZE = 128
-"""Where the configuration says none."""
+"""The default group size."""
 _OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight outputs lies in the first four bits of a word, in the next, and so on."""
+"""The order of the eight outputs of a word, from its lowest four bits up."""
 
 
 def decode_awq(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
     """Every weight that has `qweight`.
 
     Raises:
-        UserInputError: a tensor is missing or of another shape than the others say.
-        UnsupportedError: other bits than 4, or another layout.
+        UserInputError: a tensor is missing, or its shape does not fit the others.
+        UnsupportedError: the bits are not 4, or the layout is another.
     """
     options = {"group_size": _GROUP_SIZE, **section(config, "quantization_config", CONFIG)}
     bits, layout = options.get("bits"), str(options.get("version", "gemm")).lower()

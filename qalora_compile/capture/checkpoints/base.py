@@ -1,4 +1,4 @@
-"""What readers of quantized checkpoints share: the protocol, and codes out of a stream of bits."""
+"""Shared by readers of quantized checkpoints: the protocol, checks, and unpacking of bits."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from qalora_compile.ir.checkpoint_codes import CheckpointWeight
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a reader makes of the tensors of a checkpoint.
+    """The result of reading the tensors of a checkpoint.
 
     Attributes:
         weights: Quantized weights by the name of their module.
-        used: Names of the tensors that they were made of.
-        notes: What the user should know.
-        turned: Modules whose parameter is `[K, N]`.
+        used: Names of the tensors that they were read from.
+        notes: Notes for the user.
+        transposed: Modules whose parameter is `[K, N]` instead of `[N, K]`.
     """
 
     weights: dict[str, CheckpointWeight]
     used: frozenset[str]
     notes: tuple[str, ...] = ()
-    turned: frozenset[str] = frozenset()
+    transposed: frozenset[str] = frozenset()
 
 
 CONFIG = "config.json"
-"""Where options are that are said of the whole checkpoint."""
+"""The entry for options of the entire checkpoint."""
 ONE_GROUP_A_ROW = -1
-"""As a group size: each row of a weight is one group."""
+"""The group size that makes each row of a weight one group."""
 
 Tensors = Mapping[str, Tensor]
 
@@ -47,9 +47,9 @@ class OpenFolder:
     """The folder that a checkpoint is read from.
 
     Attributes:
-        path: Of the folder.
-        modules: The modules that `config.json` describes, without weights, by every name of theirs.
-        zero_points: What the user says of how zero-points are stored; None: nothing.
+        path: Path of the folder.
+        modules: The modules that `config.json` describes, without weights, by each of their names.
+        zero_points: How zero-points are stored, if the user states it.
     """
 
     path: Path
@@ -58,14 +58,14 @@ class OpenFolder:
 
 
 Reader = Callable[[Tensors, Mapping[str, Any], OpenFolder], Decoded]
-"""(tensors by name, `config.json`, their folder) → what is in them."""
+"""(tensors by name, `config.json`, their folder) → the quantized weights."""
 
 
 def kept_bits(bits: int) -> int:
-    """The width in which codes of `bits` are kept: the next that this package has.
+    """The width in which codes of `bits` are kept: the next one that this package supports.
 
     Raises:
-        UserInputError: there is none.
+        UserInputError: there is no such width.
     """
     fitting = [width for width in SUPPORTED_BITS if width >= bits > 0]
     if not fitting:
@@ -76,7 +76,7 @@ def kept_bits(bits: int) -> int:
 def unpack_stream(raw: Tensor, bits: int, count: int) -> Tensor:
     """Codes `[R, count]` uint8 from rows of little-endian bits `[R, bytes]` uint8.
 
-    Code i lies in bits `i · bits … (i + 1) · bits − 1` of its row, across bytes where it has to.
+    Code i is in bits `i · bits … (i + 1) · bits − 1` of its row and may cross a byte boundary.
     """
     flat = np.unpackbits(raw.contiguous().numpy(), axis=1, bitorder="little")
     each = flat[:, : count * bits].reshape(len(flat), count, bits)
@@ -84,10 +84,10 @@ def unpack_stream(raw: Tensor, bits: int, count: int) -> Tensor:
 
 
 def take(tensors: Tensors, module: str, parts: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of a module by the names of its parts.
+    """The tensors of a module by part name.
 
     Raises:
-        UserInputError: one is missing; it is named.
+        UserInputError: one is missing; the error names it.
     """
     missing = next((part for part in parts if f"{module}.{part}" not in tensors), None)
     if missing is not None:
@@ -96,15 +96,15 @@ def take(tensors: Tensors, module: str, parts: tuple[str, ...]) -> dict[str, Ten
 
 
 def section(options: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    """A part of a configuration; an empty one where it is missing or null.
+    """A section of a configuration; empty if it is missing or null.
 
     Raises:
-        UserInputError: it is no object of JSON.
+        UserInputError: it is not a JSON object.
     """
     value = options.get(name)
     if value is not None and not isinstance(value, Mapping):
         raise UserInputError(
-            f"{name} is {value!r}", where=where, hint="names with values are wanted there"
+            f"{name} is {value!r}", where=where, hint="a JSON object is expected there"
         )
     return value or {}
 
@@ -112,10 +112,10 @@ def section(options: Mapping[str, Any], name: str, where: str) -> Mapping[str, A
 def read_count(
     options: Mapping[str, Any], name: str, where: str, *, top: int | None = None, rows: bool = False
 ) -> int:
-    """A whole number of a configuration, from 1 to `top`; with `rows` also `ONE_GROUP_A_ROW`.
+    """An integer of a configuration, from 1 to `top`; with `rows` also `ONE_GROUP_A_ROW`.
 
     Raises:
-        UserInputError: it is missing, or another value.
+        UserInputError: it is missing or has another value.
     """
     value = options.get(name)
     number = value if isinstance(value, int) and not isinstance(value, bool) else 0
@@ -125,28 +125,28 @@ def read_count(
     raise UserInputError(
         f"{name} is {'missing' if value is None else repr(value)}",
         where=where,
-        hint=f"an integer from 1{last}{f', or {ONE_GROUP_A_ROW}' if rows else ''} is wanted there",
+        hint=f"give an integer from 1{last}{f', or {ONE_GROUP_A_ROW}' if rows else ''}",
     )
 
 
 def code_width(options: Mapping[str, Any], name: str, where: str) -> int:
-    """How many bits a code has, by a configuration.
+    """The number of bits of a code in a configuration.
 
     Raises:
-        UserInputError: it is missing, or no width that can be read.
+        UserInputError: it is missing or not supported.
     """
     return read_count(options, name, where, top=max(SUPPORTED_BITS))
 
 
 def small_numbers(module: str, part: str, values: Tensor, count: int) -> list[int]:
-    """Whole numbers that a checkpoint stores as a tensor.
+    """Integers that a checkpoint stores as a tensor.
 
     Raises:
-        UserInputError: they are of another dtype, more or fewer.
+        UserInputError: the dtype or the number of values is different.
     """
     if values.is_floating_point() or values.numel() != count:
         raise UserInputError(
-            f"{module}.{part} is {values.dtype} {list(values.shape)}, not {count} whole numbers",
+            f"{module}.{part} is {values.dtype} {list(values.shape)}, not {count} integers",
             where=f"{module}.{part}",
         )
     return [int(value) for value in values.flatten().tolist()]
@@ -155,10 +155,10 @@ def small_numbers(module: str, part: str, values: Tensor, count: int) -> list[in
 def check_matrix(
     module: str, part: str, values: Tensor, dtype: torch.dtype | None, form: str
 ) -> None:
-    """A tensor has two axes and a dtype; None: a floating one.
+    """Check that a tensor has two axes and a dtype (with None: a floating one).
 
     Raises:
-        UserInputError: it has not, or is empty; `form` says what was wanted.
+        UserInputError: it does not, or is empty; `form` describes what is expected.
     """
     fits = values.is_floating_point() if dtype is None else values.dtype == dtype
     if not fits or values.dim() != 2 or values.numel() == 0:
@@ -170,34 +170,34 @@ def check_matrix(
 
 
 def check_shapes(name: str, codes: Tensor, group_size: int, **parts: Tensor) -> None:
-    """Scales and what goes with them have one floating value for each row and group, `[N, L]`.
+    """Check that scales and zero-points have a floating value for each row and group, `[N, L]`.
 
     Raises:
-        UserInputError: one has not; the tensor and both shapes are named.
+        UserInputError: one does not; the error names the tensor and both shapes.
     """
     wanted = [codes.shape[0], group_count(codes.shape[1], group_size)]
     for part, values in parts.items():
         if list(values.shape) != wanted or not values.is_floating_point():
             raise UserInputError(
                 f"{name}.{part} is {values.dtype} {list(values.shape)}, and its codes "
-                f"{list(codes.shape)} in groups of {group_size} want floating {wanted}",
+                f"{list(codes.shape)} in groups of {group_size} need floating {wanted}",
                 where=f"{name}.{part}",
                 hint="the checkpoint is inconsistent: fetch it again",
             )
 
 
 def column_order(name: str, g_idx: Tensor | None, k: int, group: int) -> Tensor | None:
-    """The order of columns in which groups are contiguous; None where they are as they stand.
+    """The order of columns in which groups are contiguous; None if they are already.
 
     Args:
-        name: Of the tensor.
-        g_idx: The group of each column, `[K]`; None where the checkpoint has none.
-        k: How many columns there are.
-        group: How many of them are in a group.
+        name: Name of the tensor.
+        g_idx: The group of each column, `[K]`; None if the checkpoint has none.
+        k: Number of columns.
+        group: Number of columns in a group.
 
     Raises:
-        UserInputError: `g_idx` is of another length, or holds no whole numbers.
-        UnsupportedError: its groups are not all of one size, the last excepted.
+        UserInputError: `g_idx` has another length or does not hold integers.
+        UnsupportedError: its groups, except for the last, have different sizes.
     """
     if g_idx is None:
         return None
@@ -219,7 +219,7 @@ def column_order(name: str, g_idx: Tensor | None, k: int, group: int) -> Tensor 
 
 
 def missing_order(name: str, promise: str) -> UserInputError:
-    """A refusal: the configuration promises an order of columns, and no tensor says which."""
+    """The error for a configuration that states an order of columns without a tensor of it."""
     return UserInputError(
         f"the checkpoint has no tensor {name}, and {CONFIG} says {promise}: the order of the "
         "columns is not known",
@@ -231,10 +231,10 @@ def missing_order(name: str, promise: str) -> UserInputError:
 def affine_of(
     name: str, codes: Tensor, scale: Tensor, offset: Tensor, bits: int, g: int
 ) -> GroupAffine:
-    """Checked codes with float32 scale and offset.
+    """Validated codes with float32 scale and offset.
 
     Raises:
-        UserInputError: they are not valid; the module is named.
+        UserInputError: they are not valid; the error names the module.
     """
     check_shapes(name, codes, g, scale=scale, offset=offset)
     try:
@@ -253,7 +253,7 @@ def affine_of(
 def widened_notes(
     weights: Mapping[str, CheckpointWeight], bits: Mapping[str, int]
 ) -> tuple[str, ...]:
-    """A note where codes are kept in more bits than the checkpoint has them in."""
+    """A note on codes that are kept in more bits than in the checkpoint."""
     wide = [name for name, stored in weights.items() if stored.affine.bits != bits[name]]
     if not wide:
         return ()

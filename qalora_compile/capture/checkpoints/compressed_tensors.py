@@ -1,15 +1,15 @@
 """compressed-tensors checkpoints of format `pack-quantized`: `w = scale · (q − zero_point)`.
 
 `weight_packed` is int32 `[N, K · bits / 32]`, a little-endian stream of codes along K, each plus
-2^(bits − 1); `weight_zero_point` the same along N, `[N · bits / 32, L]`, absent where they are all
-0 (`symmetric`); `weight_scale` `[N, L]`; `weight_shape` (N, K); `weight_g_idx` `[K]`, of versions
-up to 0.19, the group of each column, where layers were quantized in an order of their activations
-(`actorder`: `group`).
+2^(bits − 1); `weight_zero_point` is packed the same way along N, `[N · bits / 32, L]`, and absent
+if all are 0 (`symmetric`); `weight_scale` is `[N, L]`; `weight_shape` is (N, K). `weight_g_idx`
+`[K]`, of versions up to 0.19, is the group of each column of layers that were quantized in
+activation order (`actorder`: `group`).
 
-Which group of `config_groups` a layer is in is said as the library says it: `targets` and `ignore`
-have names of layers, `re:` and a regular expression that matches the beginning of a name, or names
-of classes. Of several groups that mean a layer, a name goes before an expression, an expression
-before a class; expressions by the alphabet; of one target in two groups the later group counts.
+Layers are matched to `config_groups` by the library's rules: `targets` and `ignore` hold layer
+names, `re:` with a regular expression that matches the beginning of a name, or class names. If
+several groups match a layer, names take precedence over expressions and expressions over classes;
+expressions are ordered alphabetically; if a target is in two groups, the later group counts.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _ZERO, _G_IDX = "weight_zero_point", "weight_g_idx"
 _OPTIONAL = (_ZERO, _G_IDX)
 _PATTERN = "re:"
 _IN_GROUPS = ("group", True)
-"""What `actorder` is where an order of columns is stored; other orders leave columns in place."""
+"""The `actorder` with a stored order of columns; other values keep columns in place."""
 Modules = Callable[[], Mapping[str, nn.Module]]
-"""The modules of the model by the names that a checkpoint may have for them."""
+"""The modules of the model by the names that a checkpoint may use."""
 
 
 def decode_compressed(
@@ -57,14 +57,14 @@ def decode_compressed(
     """Every weight that has `weight_packed`.
 
     Args:
-        tensors: By name.
+        tensors: Tensors by name.
         config: `config.json`.
-        modules: Whose classes the configuration may name; what is not there is a linear layer.
+        modules: Modules whose classes the configuration may name; others are linear layers.
 
     Raises:
-        UserInputError: a tensor is missing or of another shape than the others say, or the
-            configuration leaves a layer with codes in float.
-        UnsupportedError: another format, or a layer that is not quantized in groups.
+        UserInputError: a tensor is missing, its shape does not fit the others, or the configuration
+            states that a layer with codes is in float.
+        UnsupportedError: the format is another, or a layer is not quantized in groups.
     """
     options = section(config, "quantization_config", CONFIG)
     if options.get("format") != "pack-quantized":
@@ -86,10 +86,10 @@ def decode_compressed(
 
 
 def _classes(module: nn.Module | None) -> frozenset[str]:
-    """The names of a module's classes, its own and those that it derives from.
+    """The names of a module's class and its base classes.
 
-    A module that the model does not have under this name is a part of a larger one, as an expert is
-    of its stack: such parts were linear layers where they were quantized.
+    A module that the model does not have under this name is a part of a larger one, such as an
+    expert of a stack, and was a linear layer when it was quantized.
     """
     kinds = nn.Linear.__mro__ if module is None else type(module).__mro__
     return frozenset(kind.__name__ for kind in kinds if issubclass(kind, nn.Module))
@@ -97,7 +97,7 @@ def _classes(module: nn.Module | None) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What the configuration says of the weights of a module."""
+    """The configuration of a module's weights."""
 
     bits: int
     group_size: int
@@ -106,16 +106,16 @@ class _Settings:
 
 
 def _settings(module: str, classes: Collection[str], options: Mapping[str, Any]) -> _Settings:
-    """What the configuration says of a module.
+    """The configuration of a module.
 
     Raises:
-        UserInputError: the configuration is malformed, or leaves the module in float.
-        UnsupportedError: it is in no group of the configuration, or in one of another kind.
+        UserInputError: the configuration is malformed, or states that the module is in float.
+        UnsupportedError: the module is in no group of the configuration, or in an unsupported one.
     """
     ignored = _first_meant(_texts(options, "ignore", CONFIG), module, classes, CONFIG)
     if ignored is not None:
         raise UserInputError(
-            f"{module} is quantized, and by {ignored!r} of quantization_config.ignore it is not",
+            f"{module} is quantized, but {ignored!r} of quantization_config.ignore excludes it",
             where=module,
         )
     groups = section(options, "config_groups", CONFIG)
@@ -140,10 +140,10 @@ def _settings(module: str, classes: Collection[str], options: Mapping[str, Any])
 
 
 def _texts(options: Mapping[str, Any], name: str, where: str) -> list[str]:
-    """A list of a configuration, as texts; an empty one where it is missing or null.
+    """A list of a configuration, as strings; empty if it is missing or null.
 
     Raises:
-        UserInputError: it is no list.
+        UserInputError: it is not a list.
     """
     values = options.get(name) or []
     if not isinstance(values, list):
@@ -154,10 +154,10 @@ def _texts(options: Mapping[str, Any], name: str, where: str) -> list[str]:
 def _first_meant(
     targets: Iterable[str], module: str, classes: Collection[str], where: str
 ) -> str | None:
-    """The target that means a module most closely: by its name, a pattern of it, or its class.
+    """The most specific target that matches a module: a name, an expression, or a class.
 
     Raises:
-        UserInputError: a pattern is no regular expression.
+        UserInputError: an expression is malformed.
     """
     names = sorted(targets, key=lambda text: (text.startswith(_PATTERN), text))
     by_name = next((text for text in names if _names(text, module, where)), None)
@@ -204,7 +204,7 @@ def _order(module: str, g_idx: Tensor | None, k: int, settings: _Settings) -> Te
     """The order of a layer's columns in which groups are contiguous; see `column_order`.
 
     Raises:
-        UserInputError: an order is promised, and there is none.
+        UserInputError: the configuration states an order, but there is none.
     """
     name = f"{module}.{_G_IDX}"
     if g_idx is None and settings.ordered and k > settings.group_size:

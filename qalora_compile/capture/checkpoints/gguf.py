@@ -1,4 +1,4 @@
-"""The codes of a GGUF file's quantized tensors, as they are (llama.cpp, ggml/docs and gguf-py).
+"""The unchanged codes of a GGUF file's tensors (formats: llama.cpp, ggml/docs and gguf-py).
 
 =======  =================================  =================================================
 Q4_0     `w = d · (q − 8)`                  4 bits, groups of 32
@@ -8,8 +8,8 @@ Q5_1     `w = d · q + m`                    5 bits, kept as 8-bit codes
 Q8_0     `w = d · q`, q from −128 to 127    8 bits, groups of 32
 =======  =================================  =================================================
 
-d and m are float16, which float32 holds exactly. Forms with nested scales (K-quants, I-quants) are
-no group-affine codes of one level that this package could keep: they are dequantized.
+d and m are float16, which float32 holds exactly. Formats with nested scales (K-quants, I-quants)
+are not group-affine codes with one level of scales, so they are dequantized.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _Fields = tuple[_Bytes, _Bytes, _Bytes | None]
 
 
 def read_gguf_codes(path: Path) -> tuple[CheckpointCodes, tuple[str, ...]]:
-    """Every tensor that can be kept as it is, and notes on those that cannot.
+    """Every tensor whose codes can be kept, and notes on the others.
 
     Raises:
-        UserInputError: the file cannot be read, or a tensor's bytes end before it does.
-        UnsupportedError: the package gguf is not there, or the file is of another version.
+        UserInputError: the file cannot be read, or a tensor is truncated.
+        UnsupportedError: the package gguf is missing, or the file has another version.
     """
     gguf = require("gguf", extra="hf", purpose="read GGUF files")
     found, widened, dequantized = CheckpointCodes(), Counter[str](), Counter[str]()
@@ -105,7 +105,7 @@ def _half(raw: _Bytes) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """A form: bytes of a block, bits to keep its codes in, its zero-point, its fields."""
+    """A format: bytes of a block, bits of the kept codes, the zero-point, the fields."""
 
     size: int
     bits: int
@@ -114,12 +114,12 @@ class _Layout:
 
 
 def _nibbles(raw: _Bytes) -> _Bytes:
-    """16 bytes to 32 codes: first all low nibbles, then all high ones."""
+    """16 bytes as 32 codes: first all low nibbles, then all high ones."""
     return np.concatenate([raw & np.uint8(15), raw >> np.uint8(4)], axis=1)
 
 
 def _fifth(raw: _Bytes) -> _Bytes:
-    """4 bytes to the fifth bits of 32 codes, in their place."""
+    """4 bytes as the fifth bits of 32 codes, in their position."""
     return np.unpackbits(raw, axis=1, bitorder="little") << np.uint8(4)
 
 

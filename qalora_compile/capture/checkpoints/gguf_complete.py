@@ -1,8 +1,8 @@
-"""Whether the model that transformers makes of a GGUF file is the one that the file holds.
+"""Checks that transformers builds from a GGUF file the model that the file holds.
 
-transformers draws a parameter at random where the file has no tensor for it, and passes over a
-tensor for which the model has no parameter: the frequencies of rotary positions, a bias, a layer
-more than the file says that it has. Each of these makes another model, without a word.
+transformers initializes a parameter at random if the file has no tensor for it, and ignores a
+tensor for which the model has no parameter: rotary frequencies, a bias, a layer beyond the number
+that the file states. Each of these silently changes the model.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _FREQUENCIES, _FACTORS = "rope_freqs.weight", "rope_factors"
 
 
 def check_complete(header: Header, model: Any, missing: Iterable[str], path: Path) -> None:
-    """See that every parameter was in the file, and that no tensor was left out that counts.
+    """Check that every parameter was in the file, and that no relevant tensor was ignored.
 
     Args:
-        header: Of the file.
-        model: As transformers made it.
-        missing: Names of the parameters that transformers found no tensor for.
+        header: Header of the file.
+        model: The model built by transformers.
+        missing: Names of the parameters for which transformers found no tensor.
         path: The file.
 
     Raises:
-        UserInputError: a parameter was missing, or the file has layers that the model has not.
-        UnsupportedError: the file has a bias or rotary frequencies that the model has not.
+        UserInputError: a parameter was missing, or the file has layers that the model lacks.
+        UnsupportedError: the file has a bias or rotary frequencies that the model lacks.
     """
     absent = sorted(map(str, missing))
     if absent:
@@ -50,19 +50,19 @@ def check_complete(header: Header, model: Any, missing: Iterable[str], path: Pat
             raise UserInputError(
                 f"the file has {name}, a layer that the model does not have",
                 where=str(path),
-                hint=f"it says that it has {layers} layers: convert it again",
+                hint=f"its metadata states {layers} layers: convert it again",
             )
         if name.endswith(".bias") or name.startswith(_FACTORS) or _rescales(name, path):
             raise UnsupportedError(
-                f"the file has {name}, and transformers has no place for it in a "
-                f"{type(model).__name__}: another model would be read",
+                f"the file has {name}, for which transformers has no parameter in a "
+                f"{type(model).__name__}: the model would differ",
                 where=str(path),
                 hint="give the Hugging Face folder that the file was converted from",
             )
 
 
 def _rescales(name: str, path: Path) -> bool:
-    """Whether a tensor changes rotary frequencies: it holds what each is divided by."""
+    """Whether a tensor holds the divisors of rotary frequencies."""
     if name != _FREQUENCIES:
         return False
     gguf = require("gguf", extra="hf", purpose="read GGUF files")

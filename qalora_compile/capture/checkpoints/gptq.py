@@ -2,18 +2,18 @@
 
 `qweight` is int32 `[K · bits / 32, N]`, a little-endian stream of codes along K; `qzeros` int32
 `[L, N · bits / 32]`, a stream along N; `scales` `[L, N]`; `g_idx` `[K]` names the group of each
-column of the weight, in any order where it was quantized by activation order. Where `config.json`
-says so (`desc_act`) and a layer has none, the order is lost, and the checkpoint refused.
+column of the weight, which is in any order after quantization in activation order. If `config.json`
+states that (`desc_act`) and a layer has none, the order is lost, and the checkpoint is refused.
 
-Version 1 stores zero-points less one, modulo 2^bits; version 2 as they are. The tag in
-`config.json` says which, but is wrong in some checkpoints. The QA-LoRA authors' script and a fork
-of it store zero-points in floating point, `[L, N]`: as zero-points (`w = scale · (q − z)`), or as
-offsets (`w = scale · q + z`). `gptq_zeros` decides, layer by layer; what neither tag, numbers nor
-weights tell, `zero_points` has to.
+Version 1 stores zero-points minus one, modulo 2^bits; version 2 stores them unchanged. The tag in
+`config.json` states the version, but is wrong in some checkpoints. The QA-LoRA authors' script and
+a fork of it store zero-points in floating point, `[L, N]`: as zero-points (`w = scale · (q − z)`),
+or as offsets (`w = scale · q + z`). `gptq_zeros` decides for each layer; if tag, numbers and
+weights are inconclusive, the user has to state `zero_points`.
 
-GPTQModel gives single layers other options: `dynamic` in `quantization_config` has regular
-expressions that match the beginning of a module's name, and the first that does decides. Behind
-`+:`, or nothing, stand options that replace the general ones; `-:` marks layers left in float.
+GPTQModel can give single layers other options: `dynamic` in `quantization_config` has regular
+expressions that match the beginning of a module's name, and the first match decides. With the
+prefix `+:` or none, their options replace the general ones; `-:` marks layers left in float.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _DYNAMIC, _ORDERED = "dynamic", "desc_act"
 
 @dataclass(frozen=True)
 class _Form:
-    """How a checkpoint is to be read, by `config.json`."""
+    """How to read a checkpoint or a module, according to `config.json`."""
 
     bits: int
     group_size: int
@@ -84,11 +84,10 @@ class _Form:
         return cls(bits, group, bool(options.get("sym")), ordered, _TAGS[tag])
 
     def of_module(self, module: str, dynamic: Mapping[str, Any]) -> _Form:
-        """How one module is to be read, by the first rule that matches its name.
+        """How to read one module, according to the first rule that matches its name.
 
         Raises:
-            UserInputError: a rule is no regular expression or gives no numbers, or says that the
-                module is in float.
+            UserInputError: a rule is malformed, or states that the module is in float.
         """
         for rule in dynamic:
             pattern = rule.removeprefix(_FLOAT).removeprefix(_OTHERWISE)
@@ -104,7 +103,7 @@ class _Form:
                 ) from None
             if rule.startswith(_FLOAT):
                 raise UserInputError(
-                    f"{module} is quantized, and the rule {rule!r} says that it is not",
+                    f"{module} is quantized, but the rule {rule!r} says that it is not",
                     where=module,
                 )
             where = f"{CONFIG}: {_DYNAMIC}: {rule}"
@@ -126,15 +125,15 @@ def decode_gptq(
     """Every weight that has `qweight`.
 
     Args:
-        tensors: By name.
+        tensors: Tensors by name.
         config: `config.json`.
-        zero_points: How zero-points are stored, one of `gptq_zeros.ZERO_POINTS`; None: by tag,
-            numbers and weights.
+        zero_points: How zero-points are stored, one of `gptq_zeros.ZERO_POINTS`; None decides by
+            tag, numbers and weights.
 
     Raises:
-        UserInputError: a tensor is missing or of another shape than the others say, or what its
-            zero-points are cannot be told.
-        UnsupportedError: the format is packed in another way.
+        UserInputError: a tensor is missing, its shape does not fit the others, or the meaning of
+            its zero-points cannot be determined.
+        UnsupportedError: the packing is not supported.
     """
     options = section(config, "quantization_config", CONFIG)
     general, dynamic = _Form.of(options), section(options, _DYNAMIC, CONFIG)
@@ -157,17 +156,17 @@ def decode_gptq(
 
 
 def _check(module: str, parts: Mapping[str, Tensor], form: _Form) -> None:
-    """See that the tensors of a layer fit together.
+    """Check that the tensors of a layer fit together.
 
     Raises:
-        UserInputError: one is of another dtype or shape than the others, or the bits, say.
+        UserInputError: a dtype or shape does not fit the bits or the other tensors.
     """
     packed, scales, zeros = (parts[part] for part in ("qweight", "scales", "qzeros"))
     check_matrix(module, "qweight", packed, torch.int32, f"[K · {form.bits} / 32, N]")
     if packed.shape[0] * 32 % form.bits:
         raise UserInputError(
-            f"{module}.qweight is {list(packed.shape)}, and its rows are no whole codes of "
-            f"{form.bits} bits",
+            f"{module}.qweight is {list(packed.shape)}, and its rows are not a multiple of "
+            f"{form.bits} bits per code",
             where=f"{module}.qweight",
         )
     check_matrix(module, "scales", scales, None, "[L, N]")
@@ -182,8 +181,8 @@ def _check(module: str, parts: Mapping[str, Tensor], form: _Form) -> None:
     wanted = [groups, n if floating else -(-n * form.bits // 32)]
     if list(zeros.shape) != wanted or not (floating or zeros.dtype == torch.int32):
         raise UserInputError(
-            f"{module}.qzeros is {zeros.dtype} {list(zeros.shape)}, and scales of "
-            f"{[groups, n]} want {wanted}",
+            f"{module}.qzeros is {zeros.dtype} {list(zeros.shape)}, but scales of "
+            f"{[groups, n]} need {wanted}",
             where=f"{module}.qzeros",
             hint="integer zero-points are int32, packed along the outputs, floating ones are not",
         )
@@ -193,7 +192,7 @@ def _unpack(module: str, parts: Mapping[str, Tensor], form: _Form) -> StoredLaye
     """A layer's codes, columns as they are stored, with its scales and zero-points.
 
     Raises:
-        UserInputError: there are other scales than its groups want.
+        UserInputError: the scales do not fit its groups.
     """
     packed, zeros = parts["qweight"], parts["qzeros"]
     k, n = packed.shape[0] * 32 // form.bits, packed.shape[1]
@@ -210,7 +209,7 @@ def _order(module: str, g_idx: Tensor | None, layer: StoredLayer, ordered: bool)
     """The order of a layer's columns in which groups are contiguous; see `column_order`.
 
     Raises:
-        UserInputError: an order is promised, and there is none.
+        UserInputError: the configuration states an order, but there is none.
     """
     name, k = f"{module}.g_idx", layer.codes.shape[1]
     if g_idx is None and ordered and k > layer.group_size:
@@ -221,10 +220,10 @@ def _order(module: str, g_idx: Tensor | None, layer: StoredLayer, ordered: bool)
 def _check_orders(
     orders: Mapping[str, Tensor | None], layers: Mapping[str, StoredLayer], tensors: Tensors
 ) -> None:
-    """See that no layer lacks its order where others have theirs.
+    """Check that no layer lacks its order if others have one.
 
     Raises:
-        UserInputError: one does.
+        UserInputError: a layer lacks it.
     """
     ordered = next((module for module, order in orders.items() if order is not None), None)
     grouped = [m for m, layer in layers.items() if layer.codes.shape[1] > layer.group_size]

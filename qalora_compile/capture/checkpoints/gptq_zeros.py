@@ -1,10 +1,10 @@
-"""What the stored zero-points of GPTQ layers are, layer by layer: by tag, numbers and weights.
+"""Determines the meaning of the stored zero-points of each GPTQ layer.
 
-Three things speak of it. The tag of `config.json` covers the checkpoint; it is believed unless much
-more than coincidence is against it. Zero-points that are all the middle code, or all one less, are
-those of a symmetric layer. And the weights of a layer are about balanced: their mean is small
-against a step of their codes, and a version read as the other moves all of them by one step; an
-offset read as a zero-point, or the reverse, moves them by more than their spread.
+There are three kinds of evidence. The tag of `config.json` covers the checkpoint and is believed
+unless strong evidence contradicts it. Zero-points that are all the middle code, or all one less,
+belong to a symmetric layer. The mean of a layer's weights is small relative to a step of their
+codes, and reading one version as the other moves it by one step; reading an offset as a zero-point,
+or the reverse, moves it by more than their standard deviation.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ V1, V2, FLOAT_ZERO, FLOAT_OFFSET = "v1", "v2", "float", "offset"
 ZERO_POINTS = (V1, V2, FLOAT_ZERO, FLOAT_OFFSET)
 _OTHER = {V1: V2, V2: V1}
 _NEAR, _FAR = 0.25, 0.75
-"""How far a mean may lie from 0, in steps of the codes, and where it tells a wrong version."""
+"""In steps of the codes: the largest mean of balanced weights, the least of a wrong version."""
 _WIDEST = 4
-"""Up to so many bits a step is large against the mean of a layer's weights."""
+"""Up to this many bits, a step is large relative to the mean of a layer's weights."""
 _OVERRIDE = "(zero_points, --stored-zero-points, overrides that)"
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A layer as it is stored, unpacked.
+    """The unpacked tensors of a layer.
 
     Attributes:
         codes: `[N, K]` uint8, groups contiguous.
         scale: `[N, L]` float32.
-        zeros: `[N, L]` float32: what is stored as zero-points, or in their place.
-        floating: Whether that is stored in floating point.
-        bits, group_size: Of the codes.
-        symmetric: Whether `config.json` says that zero-points are the middle code.
+        zeros: `[N, L]` float32: the stored zero-points or offsets.
+        floating: Whether they are stored in floating point.
+        bits, group_size: Bits and group size of the codes.
+        symmetric: Whether `config.json` states that zero-points are the middle code.
     """
 
     codes: Tensor
@@ -51,7 +51,7 @@ class StoredLayer:
     symmetric: bool
 
     def offset(self, form: str) -> Tensor:
-        """`offset` of `w = scale · q + offset`, `[N, L]`, if what is stored is of `form`."""
+        """`offset` of `w = scale · q + offset`, `[N, L]`, if the stored values are of `form`."""
         if form == FLOAT_OFFSET:
             return self.zeros
         zeros = (self.zeros + 1) % 2**self.bits if form == V1 else self.zeros
@@ -63,7 +63,7 @@ class StoredLayer:
         return int(2 ** (self.bits - 1))
 
     def shown(self) -> str | None:
-        """The version in which all zero-points are the middle code; None: in neither."""
+        """The version in which all zero-points are the middle code, or None."""
         first = float(self.zeros[0, 0])
         version = {self.middle - 1: V1, self.middle: V2}.get(int(first))
         return version if version and bool((self.zeros == first).all()) else None
@@ -79,7 +79,7 @@ class StoredLayer:
         return abs(float(total / step)) if float(step) else 0.0
 
     def is_plausible(self, form: str) -> bool:
-        """Whether the weights spread around 0, rather than lie beside it."""
+        """Whether the mean of the weights is within their standard deviation of 0."""
         k, g = self.codes.shape[1], self.group_size
         weight = self.codes * expand_groups(self.scale, g, k)
         weight += expand_groups(self.offset(form), g, k)
@@ -89,16 +89,16 @@ class StoredLayer:
 def zero_forms(
     layers: Mapping[str, StoredLayer], tag: str, stated: str | None
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """How the zero-points of each layer are stored, and notes on what speaks against it.
+    """How the zero-points of each layer are stored, and notes on contrary evidence.
 
     Args:
-        layers: By module.
-        tag: The version by `config.json`.
-        stated: What the caller says of all layers, one of `ZERO_POINTS`; None: nothing.
+        layers: Layers by module.
+        tag: The version according to `config.json`.
+        stated: What the caller states for all layers, one of `ZERO_POINTS`, or None.
 
     Raises:
-        UserInputError: some layers have floating ones and others do not; they are of another kind
-            than the caller says; or what they are cannot be told.
+        UserInputError: only some layers have floating ones, they are not of the kind that the
+            caller states, or their meaning cannot be determined.
     """
     if stated is not None:
         one_of("zero_points", stated, ZERO_POINTS)
@@ -117,7 +117,7 @@ def zero_forms(
     fitting = (FLOAT_ZERO, FLOAT_OFFSET) if one.floating else (V1, V2)
     if stated is not None and stated not in fitting:
         raise UserInputError(
-            f"zero_points is {stated!r}, and they are stored "
+            f"zero_points is {stated!r}, but they are stored "
             f"{'in floating point' if one.floating else 'as integers'}",
             where=f"{first}.qzeros",
             hint=f"use {fitting[0]!r} or {fitting[1]!r}",
@@ -128,10 +128,10 @@ def zero_forms(
 
 
 def _float_forms(layers: Mapping[str, StoredLayer]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Zero-points or offsets: what makes the weights of a layer spread around 0.
+    """Zero-points or offsets, whichever centers the weights of a layer around 0.
 
     Raises:
-        UserInputError: both do, or neither.
+        UserInputError: both or neither do.
     """
     found = {}
     for module, layer in layers.items():
@@ -157,21 +157,21 @@ def _float_forms(layers: Mapping[str, StoredLayer]) -> tuple[dict[str, str], tup
 def _versions(
     layers: Mapping[str, StoredLayer], tag: str
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The tag's version, but where a layer is symmetric beyond doubt and shows the other.
+    """The tag's version, except for layers that are certainly symmetric in the other version.
 
     Raises:
-        UserInputError: the weights of all layers show the other, and nothing else speaks of it.
+        UserInputError: only the weights contradict the tag, in all remaining layers.
     """
     other = _OTHER[tag]
     against = [module for module, layer in layers.items() if layer.shown() == other]
     lean = {m for m, layer in layers.items() if _leans(layer, tag, other)}
     backed = any(_is_balanced(layer, tag) for layer in layers.values())
-    whole = len(against) == len(layers) and not backed and (len(layers) > 1 or bool(lean))
-    sure = {m for m in against if whole or (layers[m].symmetric and m in lean)}
+    all_layers = len(against) == len(layers) and not backed and (len(layers) > 1 or bool(lean))
+    sure = {m for m in against if all_layers or (layers[m].symmetric and m in lean)}
     if lean >= layers.keys() - sure and len(lean - sure) > 1:
         first = next(module for module in layers if module in lean - sure)
         raise UserInputError(
-            f"zero-points are stored as {tag} by config.json, and read so the weights of "
+            f"zero-points are stored as {tag} according to config.json, but then the weights of "
             f"{first} ({len(lean - sure)} layers) are all too large or too small by one step",
             where=f"{first}.qzeros",
             hint=f"say how they are stored: zero_points={other!r} (finetune, adapt or quantize "
@@ -182,12 +182,12 @@ def _versions(
 
 
 def _leans(layer: StoredLayer, tag: str, other: str) -> bool:
-    """Whether the weights of a layer are balanced in another version than the tag's."""
+    """Whether the weights of a layer are balanced in the version other than the tag's."""
     return _is_balanced(layer, other) and layer.balance(tag) > _FAR
 
 
 def _is_balanced(layer: StoredLayer, version: str) -> bool:
-    """Whether the weights of a layer have a mean of about 0; never for codes of many bits."""
+    """Whether the weights of a layer have a mean of about 0; False for codes of many bits."""
     return layer.bits <= _WIDEST and layer.balance(version) < _NEAR
 
 
@@ -200,17 +200,17 @@ def _notes(
 ) -> list[str]:
     notes = []
     for version in dict.fromkeys(read[module] for module in against):
-        alike = [module for module in against if read[module] == version]
-        middle = layers[alike[0]].middle
+        same = [module for module in against if read[module] == version]
+        middle = layers[same[0]].middle
         notes.append(
-            f"zero-points are stored as {tag} by config.json, and those of {alike[0]}, {middle}, "
-            f"are stored as {middle - (_OTHER[tag] == V1)} ({len(alike)} layers): read as "
+            f"zero-points are stored as {tag} by config.json, but those of {same[0]}, {middle}, "
+            f"are stored as {middle - (_OTHER[tag] == V1)} ({len(same)} layers): read as "
             f"{version} {_OVERRIDE}"
         )
     unclear = [m for m, layer in layers.items() if layer.symmetric and layer.shown() is None]
     if unclear:
         notes.append(
-            f"{len(unclear)} layers are symmetric by config.json, first {unclear[0]}, and their "
+            f"{len(unclear)} layers are symmetric by config.json, first {unclear[0]}, but their "
             f"zero-points are not: read as {read[unclear[0]]} {_OVERRIDE}"
         )
     if lean:

@@ -1,8 +1,8 @@
 """HQQ checkpoints in safetensors: `w = (q − zero) · scale` (package hqq, `HQQLinear.state_dict`).
 
-With axis 1 the weight is cut into rows of one group, `[N · L, g]`; the packing puts rows far apart
-into one word, the first in its highest bits. Every module brings its own bits, group size and shape
-as small tensors. With `view_as_float` the words are stored as the floats that have their bytes.
+With axis 1 the weight is split into rows of one group, `[N · L, g]`. A word packs rows that are far
+apart, the first in its highest bits. Every module stores its bits, group size and shape as small
+tensors. With `view_as_float` the bytes of the words are stored as floats.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def decode_hqq(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
     """Every weight that has `W_q`.
 
     Raises:
-        UserInputError: a tensor is missing or of another shape than the others say.
-        UnsupportedError: groups along the outputs (axis 0), 1 bit, or quantized scales.
+        UserInputError: a tensor is missing, or its shape does not fit the others.
+        UnsupportedError: the groups are along the outputs (axis 0), there is 1 bit, or scales are
+            quantized.
     """
     weights, used = {}, set()
     for name in [name for name in tensors if name.endswith(".W_q")]:
@@ -76,8 +77,8 @@ def _decode(module: str, parts: Mapping[str, Tensor]) -> CheckpointWeight:
         )
     packed = parts["W_q"]
     check_matrix(module, "W_q", packed, _word_type(bits), f"words of {bits}-bit codes")
-    whole = min(group, n, k) >= 1 and k % group == 0
-    if not whole or list(packed.shape) != [-(-n * k // group // _PER_WORD[bits]), group]:
+    complete = min(group, n, k) >= 1 and k % group == 0
+    if not complete or list(packed.shape) != [-(-n * k // group // _PER_WORD[bits]), group]:
         raise UserInputError(
             f"{module}.W_q is {list(packed.shape)}, {_PER_WORD[bits]} rows of codes in one, and "
             f"{n}×{k} in groups of {group} were wanted",
@@ -110,25 +111,25 @@ def _word_type(bits: int) -> torch.dtype:
 
 
 def _words(module: str, parts: Mapping[str, Tensor]) -> Tensor:
-    """The words that are stored as floats.
+    """The packed words of codes that are stored as floats.
 
     Raises:
-        UserInputError: they are none that rows of words could be seen as.
+        UserInputError: their rows are not a multiple of a word.
     """
     (bits,) = small_numbers(module, "nbits", parts["nbits"], 1)
     packed, word = parts["W_q"], _word_type(bits)
     check_matrix(module, "W_q", packed, None, f"[.., ..], as {_VIEWED} says")
     if packed.shape[1] * packed.itemsize % word.itemsize:
         raise UserInputError(
-            f"{module}.W_q is {packed.dtype} {list(packed.shape)}, and no whole words of "
-            f"{bits}-bit codes",
+            f"{module}.W_q is {packed.dtype} {list(packed.shape)}, and its rows are "
+            f"not a multiple of a word of {bits}-bit codes",
             where=f"{module}.W_q",
         )
     return packed.contiguous().view(word)
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """Rows of one group each, uint8; 3 bits: with rows of padding at the end."""
+    """Rows of one group each, uint8; with 3 bits, followed by rows of padding."""
     each = _PER_WORD[bits]
     words = packed.to(torch.int64) & 0xFFFFFFFF
     parts = [(words >> bits * (each - 1 - at)) & (2**bits - 1) for at in range(each)]

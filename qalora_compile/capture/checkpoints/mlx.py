@@ -35,8 +35,8 @@ def decode_mlx(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
     """Every weight that has scales.
 
     Raises:
-        UserInputError: a tensor is missing or of another shape than the others say.
-        UnsupportedError: the mode is another than affine.
+        UserInputError: a tensor is missing, or its shape does not fit the others.
+        UnsupportedError: the mode is not affine.
     """
     options = section(config, KEY, CONFIG)
     _check_promises(tensors, options)
@@ -63,11 +63,11 @@ def decode_mlx(tensors: Tensors, config: Mapping[str, Any]) -> Decoded:
 
 
 def _check_promises(tensors: Tensors, options: Mapping[str, Any]) -> None:
-    """See that the layers with codes are those that the configuration names.
+    """Check that the layers with codes are those that the configuration names.
 
     Raises:
-        UserInputError: a layer has codes, or options of its own, and no scales; or scales, and the
-            configuration says that it is in float.
+        UserInputError: a layer with codes or its own options has no scales, or one with scales is
+            in float according to the configuration.
     """
     words = {name for name, tensor in tensors.items() if tensor.dtype == torch.uint32}
     coded = {name.removesuffix(".weight") for name in words if name.endswith(".weight")}
@@ -77,5 +77,5 @@ def _check_promises(tensors: Tensors, options: Mapping[str, Any]) -> None:
     for module in (name for name, own in options.items() if own is False):
         if f"{module}.scales" in tensors:
             raise UserInputError(
-                f"{module} is quantized, and {CONFIG} says that it is not", where=module
+                f"{module} is quantized, but {CONFIG} says that it is not", where=module
             )

@@ -1,4 +1,4 @@
-"""Hugging Face folders whose weights are quantized already, as float models with their codes."""
+"""Opens Hugging Face folders with quantized weights as float models with their codes."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from qalora_compile.untrusted import read_object
 
 HF = "quantization_config"
 SECTIONS = (MLX_KEY, HF)
-"""The entries of `config.json` that say how weights are quantized."""
+"""The entries of `config.json` that describe the quantization of weights."""
 _GPTQ_CONFIG = "quantize_config.json"
-"""AutoGPTQ's own file, of what newer tools put under `quantization_config`."""
+"""AutoGPTQ's own file for what newer tools put under `quantization_config`."""
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model in float32, in evaluation mode, with the codes that its weights were made of."""
+    """A model in float32, in evaluation mode, with the codes of its weights."""
 
     model: nn.Module
     weights: tuple[CheckpointWeight, ...]
     notes: tuple[str, ...]
 
     def codes(self) -> CheckpointCodes:
-        """The codes, to be found by rows; made on each call, since only quantizing asks for it."""
+        """The codes, indexed by rows; computed on each call, since only quantization needs them."""
         codes = CheckpointCodes()
         for weight in self.weights:
             codes.add(weight)
@@ -63,14 +63,14 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
     """Read a quantized checkpoint.
 
     Args:
-        folder: `config.json` with `quantization` (MLX) or `quantization_config`, or beside it
-            AutoGPTQ's `quantize_config.json`; and safetensors.
-        zero_points: How a GPTQ checkpoint stores its zero-points (`gptq_zeros.ZERO_POINTS`), where
-            its tag is wrong or says nothing; None: by tag, numbers and weights.
+        folder: Contains safetensors and `config.json` with `quantization` (MLX) or
+            `quantization_config`, or AutoGPTQ's `quantize_config.json` next to it.
+        zero_points: How a GPTQ checkpoint stores its zero-points (`gptq_zeros.ZERO_POINTS`), if its
+            tag is wrong or inconclusive; None decides by tag, numbers and weights.
 
     Raises:
-        UserInputError: a tensor is missing, broken, or fits neither the others nor the model.
-        UnsupportedError: the method is none of those that can be read.
+        UserInputError: a tensor is missing or broken, or does not fit the others or the model.
+        UnsupportedError: the quantization method is not supported.
     """
     config = _config_of(folder)
     tensors: dict[str, Tensor] = {}
@@ -92,10 +92,10 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:
-    """`config.json`, with what AutoGPTQ says of the codes in a file of its own.
+    """`config.json`, merged with AutoGPTQ's own file.
 
     Raises:
-        UserInputError: a file, or what it says of the codes, is no object of JSON.
+        UserInputError: a file, or its section on quantization, is not a JSON object.
     """
     config, own = read_object(folder / CONFIG), folder / _GPTQ_CONFIG
     if not _says_codes(config) and own.is_file():
@@ -110,16 +110,16 @@ def _says_codes(config: Mapping[str, Any]) -> bool:
 
 
 def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) -> Reader:
-    """The reader of what `config.json` names.
+    """The reader for the method that `config.json` names.
 
     Raises:
-        UnsupportedError: there is none.
-        UserInputError: `zero_points` is said of another method than GPTQ.
+        UnsupportedError: there is no such reader.
+        UserInputError: `zero_points` is given for a method other than GPTQ.
     """
     method = str((config.get(HF) or {}).get("quant_method", ""))
     if zero_points is not None and method != GPTQ:
         raise UserInputError(
-            f"zero_points is {zero_points!r}, of a checkpoint that is not GPTQ's",
+            f"zero_points is {zero_points!r}, but the checkpoint is not GPTQ's",
             hint="leave it out",
         )
     if method not in READERS:
@@ -133,10 +133,10 @@ def _reader(folder: Path, config: Mapping[str, Any], zero_points: str | None) ->
 
 
 def _check_finite(rest: Mapping[str, Tensor], folder: Path) -> None:
-    """See that what is not quantized holds numbers; of scales and zero-points a reader sees it.
+    """Check that unquantized tensors are finite; readers check scales and zero-points.
 
     Raises:
-        UserInputError: a tensor holds a NaN or an infinity; it is named.
+        UserInputError: a tensor holds a NaN or an infinity; the error names it.
     """
     for name, tensor in rest.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -162,20 +162,20 @@ def _widening(rest: Mapping[str, Tensor]) -> tuple[str, ...]:
 def _build(
     folder: Path, config: Mapping[str, Any], decoded: Decoded, rest: Mapping[str, Tensor]
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model with its weights in float32, and notes on what it leaves out or is doubtful.
+    """The model with its weights in float32, and notes on ignored and doubtful tensors.
 
     Raises:
-        UserInputError: the model wants a tensor that is not there, or does not know one.
+        UserInputError: a tensor of the model is missing, or the model does not know one.
     """
     kind = model_class(folder)
     plain = {k: v for k, v in config.items() if k not in (*SECTIONS, "dtype", "torch_dtype")}
     state = {n: t.float() if t.is_floating_point() else t for n, t in rest.items()}
-    turned = decoded.turned | _transposed(folder, decoded.weights)
-    aside = []
+    transposed = decoded.transposed | _transposed(folder, decoded.weights)
+    off_center = []
     for module, stored in decoded.weights.items():
         weight = stored.dequantize()
-        aside += [module] if _lies_aside(weight) else []
-        state[f"{module}.weight"] = weight.t().contiguous() if module in turned else weight
+        off_center += [module] if _is_off_center(weight) else []
+        state[f"{module}.weight"] = weight.t().contiguous() if module in transposed else weight
     try:
         model, info = kind.from_pretrained(
             None,
@@ -184,7 +184,7 @@ def _build(
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except Exception as error:  # transformers raises types of many kinds
+    except Exception as error:  # transformers raises exceptions of many types
         raise UserInputError(
             f"the tensors do not make a {kind.__name__}: {type(error).__name__}: {error}",
             where=str(folder),
@@ -200,36 +200,36 @@ def _build(
             raise UserInputError(
                 f"the checkpoint {what} tensor {odd[0]} ({len(odd)} in all)",
                 where=str(folder),
-                hint="config.json may be of another model",
+                hint="config.json may belong to another model",
             )
     notes = []
     if padding:
         notes.append(
-            f"{len(padding)} biases that the model has not are left out: they are all zeros"
+            f"{len(padding)} biases that the model does not have are ignored: they are all zeros"
         )
-    if aside:
+    if off_center:
         notes.append(
-            f"the weights of {aside[0]} ({len(aside)} layers) lie further from 0 than they spread: "
-            "their zero-points may be stored in another way than was read"
+            f"the weights of {off_center[0]} ({len(off_center)} layers) have a mean farther from "
+            "0 than their standard deviation: their zero-points may be stored in another form"
         )
     return model.eval(), tuple(notes)
 
 
-def _lies_aside(weight: Tensor) -> bool:
-    """Whether a weight lies to one side of 0, as none does that was trained."""
+def _is_off_center(weight: Tensor) -> bool:
+    """Whether the mean is farther from 0 than the standard deviation, unlike in trained weights."""
     return weight.numel() > 1 and bool(weight.mean().abs() > weight.std(correction=0))
 
 
 def _transposed(folder: Path, modules: Iterable[str]) -> set[str]:
-    """Those of the modules whose parameter the model has as `[K, N]`: transformers' Conv1D."""
+    """The modules whose parameter in the model is `[K, N]`: transformers' Conv1D."""
     known, kind = modules_of(folder), transformers_module().pytorch_utils.Conv1D
     return {name for name in modules if isinstance(known.get(name), kind)}
 
 
 def modules_of(folder: Path) -> dict[str, nn.Module]:
-    """The modules that `config.json` describes, without weights, by every name of theirs.
+    """The modules that `config.json` describes, without weights, by each of their names.
 
-    The names of a checkpoint may begin with that of the inner model, or leave it out.
+    The names of a checkpoint may begin with that of the inner model or omit it.
     """
     model: Any = build_skeleton(folder)
     inside, found = f"{model.base_model_prefix}.", dict(model.named_modules())

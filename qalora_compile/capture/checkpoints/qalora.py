@@ -30,25 +30,25 @@ METHOD = "qalora-weights"
 _LAYERS = "layers.json"
 _VERSIONS = (1, 2)
 _ORDERED = "ordered"
-"""In the row of a layer that has an order; from version 2 on."""
+"""The key for a layer's order, from version 2 on."""
 
 
 def decode_own(tensors: Tensors, config: Mapping[str, Any], *, folder: Path) -> Decoded:
     """Every layer that `layers.json` names.
 
     Raises:
-        UserInputError: the file is of another version, or a tensor is missing or of another shape
-            than it says, or an order does not name every column once.
+        UserInputError: the file has another version, a tensor is missing or does not fit it, or an
+            order is not a permutation of the columns.
     """
     said = read_json(folder / _LAYERS)
     said = said if isinstance(said, Mapping) else {}
     if said.get("format") != METHOD or said.get("version") not in _VERSIONS:
         raise UserInputError(
-            f"{_LAYERS} is of format {said.get('format')!r}, version {said.get('version')!r}",
+            f"{_LAYERS} has format {said.get('format')!r}, version {said.get('version')!r}",
             where=_LAYERS,
             hint=f"this package reads {METHOD!r}, versions {_VERSIONS[0]} to {_VERSIONS[-1]}",
         )
-    weights, used, turned = {}, set[str](), set[str]()
+    weights, used, transposed = {}, set[str](), set[str]()
     layers = section(said, "layers", _LAYERS)
     for module in layers:
         layer, where = section(layers, module, _LAYERS), f"{_LAYERS}: {module}"
@@ -70,39 +70,39 @@ def decode_own(tensors: Tensors, config: Mapping[str, Any], *, folder: Path) -> 
         form = f"{bits} bits{', act-order' if ordered else ''}"
         weights[module] = CheckpointWeight(affine, form, order)
         used |= {f"{module}.{part}" for part in (*CODE_NAMES, *([ORDER] if ordered else []))}
-        turned |= {module} if layer.get("transposed") else set()
-    return Decoded(weights, frozenset(used), turned=frozenset(turned))
+        transposed |= {module} if layer.get("transposed") else set()
+    return Decoded(weights, frozenset(used), transposed=frozenset(transposed))
 
 
 def _is_ordered(layer: Mapping[str, Any], where: str, version: int) -> bool:
-    """Whether a layer's columns are stored in an order of their own.
+    """Whether a layer's columns are stored in a permuted order.
 
     Raises:
-        UserInputError: the row says neither yes nor no, or the folder is of a version whose readers
-            would take the columns as they stand.
+        UserInputError: the entry is not a boolean, or readers of the folder's version would ignore
+            the order.
     """
     ordered = layer.get(_ORDERED, False)
     if not isinstance(ordered, bool):
         raise UserInputError(f"{_ORDERED} is {ordered!r}", where=where, hint="true or false")
     if ordered and version < _VERSIONS[-1]:
         raise UserInputError(
-            f"the layer has an order of columns, and the folder is of version {version}",
+            f"the layer has an order of columns, but the folder has version {version}",
             where=where,
-            hint=f"folders with an order are of version {_VERSIONS[-1]}",
+            hint=f"folders with an order have version {_VERSIONS[-1]}",
         )
     return ordered
 
 
 def _order(tensors: Tensors, module: str, k: int) -> Tensor:
-    """The order of a layer's columns, `[K]` int64: code i is of column `order[i]`.
+    """The order of a layer's columns, `[K]` int64: code i belongs to column `order[i]`.
 
     Raises:
-        UserInputError: it is missing, of another dtype or length, or no permutation.
+        UserInputError: it is missing, has another dtype or length, or is not a permutation.
     """
     name, order = f"{module}.{ORDER}", take(tensors, module, (ORDER,))[ORDER]
     if order.dtype != torch.int32 or list(order.shape) != [k]:
         raise UserInputError(
-            f"{name} is {order.dtype} {list(order.shape)}, and {k} columns want int32 [{k}]",
+            f"{name} is {order.dtype} {list(order.shape)}, but {k} columns need int32 [{k}]",
             where=name,
         )
     if not torch.equal(order.sort().values, torch.arange(k, dtype=torch.int32)):

@@ -59,25 +59,25 @@ READERS = Registry(
         METHOD: f"{__name__}:read_own",
     },
 )
-"""`quantization_config.quant_method` of `config.json` → reader; `mlx`, which MLX does not write, is
-for its own entry `quantization`."""
+"""`quantization_config.quant_method` of `config.json` → reader. MLX does not write the method:
+`mlx` stands for its own entry `quantization`."""
 
 
 def register_reader(method: str, reader: Reader) -> None:
-    """Read folders whose `quantization_config.quant_method` is `method` by `reader`.
+    """Register `reader` for folders whose `quantization_config.quant_method` is `method`.
 
     Raises:
-        ExtensionError: the name is taken, or `reader` cannot be called.
+        ExtensionError: the name is taken, or `reader` is not callable.
     """
     READERS.add(method, _checked(method, reader))
 
 
 def get_reader(method: str) -> Reader:
-    """The reader of a method that is known.
+    """The reader of a known method.
 
     Raises:
-        UserInputError: there is none.
-        ExtensionError: its package cannot be imported, or brings something else.
+        UserInputError: there is no such reader.
+        ExtensionError: its package cannot be imported, or provides something else.
     """
     return _checked(method, READERS.load(method))
 

@@ -214,7 +214,7 @@ class Certificate(Brief):
             ) from error
         if value.get("proved") and not made.proved:
             raise UserInputError(
-                "the certificate claims a proof of a part that was not proved", where=str(path)
+                "the certificate states proved for a part that was not", where=str(path)
             )
         return made
 

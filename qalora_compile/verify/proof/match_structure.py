@@ -245,7 +245,7 @@ def _linear(graph: Graph, site: SiteRow) -> Linear:
         return fx_linear(graph, site) if graph.dialect == FX else onnx_linear(graph, site)
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise NotLinearError(
-            f"the nodes of the layer in {graph.label} do not fit the definition of their operators: "
+            f"the nodes of the layer in {graph.label} do not fit their operators' definition: "
             f"{error!r}"
         ) from error
 

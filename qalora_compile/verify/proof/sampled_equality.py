@@ -138,7 +138,7 @@ def sample(
         graphs: The graphs.
         programs: Their programs, at least one of which is needed for inputs and shapes.
         sites: Where the graphs are cut.
-        targets: The values to compare, on both graphs.
+        targets: The values to compare, in both graphs.
         count: How many samples.
         seed: Seed of the samples.
 

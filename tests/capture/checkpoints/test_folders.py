@@ -174,7 +174,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "hqq zero missing": ("hqq", lambda t: t.pop(f"{UP}.zero"), "no tensor .*zero"),
     "hqq zero packed": ("hqq", lambda t: cut(t, f"{UP}.zero"), "one value for each of"),
     "hqq codes cut": ("hqq", lambda t: cut(t, f"{UP}.W_q"), "groups of 32"),
-    "hqq of one axis": ("hqq", lambda t: cut(t, f"{UP}.shape"), "not 2 whole numbers"),
+    "hqq of one axis": ("hqq", lambda t: cut(t, f"{UP}.shape"), "not 2 integers"),
     "hqq along the outputs": ("hqq", lambda t: t[f"{UP}.axis"].fill_(0), "along axis 0"),
 }
 
@@ -211,10 +211,10 @@ def test_mlx_layers_are_those_that_the_configuration_names(
 def test_weights_to_one_side_of_zero_are_noted(tmp_path: Path) -> None:
     """What a wrong zero-point makes of a layer, in a format that has no second way to read it."""
     written(tmp_path / "model", "hqq", 4)
-    assert not any("further from 0" in n for n in load_source(str(tmp_path / "model")).stored()[1])
+    assert not any("farther from 0" in n for n in load_source(str(tmp_path / "model")).stored()[1])
     rewrite(tmp_path / "model", lambda t: (t[f"{UP}.zero"].sub_(9), None)[1])
     notes = load_source(str(tmp_path / "model")).stored()[1]
-    assert any(f"the weights of {UP} (1 layers) lie further from 0" in note for note in notes)
+    assert any(f"the weights of {UP} (1 layers) have a mean farther from 0" in note for note in notes)
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

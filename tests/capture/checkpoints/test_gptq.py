@@ -215,7 +215,7 @@ def test_biases_of_zeros_that_the_model_has_not_are_left_out(tmp_path: Path) -> 
     write_folder(tmp_path / "model", gptq_layer(wanted), gptq_config())
     rewrite(tmp_path / "model", with_biases(0.0))
     notes = check_weights(tmp_path / "model", wanted).stored()[1]
-    assert any("14 biases that the model has not are left out" in note for note in notes)
+    assert any("14 biases that the model does not have are ignored" in note for note in notes)
 
 
 def test_other_biases_that_the_model_has_not_are_refused(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_floating_zero_points_are_told_apart_layer_by_layer(odd: str, tmp_path: 
     (note,) = check_weights(tmp_path / "model", wanted).stored()[1]
     assert f"{1 if odd == 'offset' else 13} layers" in note
     (note,) = load_source(str(tmp_path / "model"), zero_points=others).stored()[1]
-    assert "the weights of model.layers.0.self_attn.v_proj (1 layers) lie further from 0" in note
+    assert "the weights of model.layers.0.self_attn.v_proj (1 layers) have a mean farther from 0" in note
 
 
 def without_order(every: bool) -> Callable[[dict[str, Tensor]], None]:
@@ -443,7 +443,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "a rule that is none": (gptq_config(dynamic={"+:(": {}}), None, r"the rule '\+:\('"),
     "a rule without options": (gptq_config(dynamic={".*": 4}), None, r"\.\* is 4"),
     "a rule of 0 bits": (gptq_config(dynamic={".*": {"bits": 0}}), None, "bits is 0"),
-    "codes of a float": (gptq_config(dynamic={"-:.*up": {}}), None, "quantized, and the rule"),
+    "codes of a float": (gptq_config(dynamic={"-:.*up": {}}), None, "quantized, but the rule"),
     "floats said of integers": (gptq_config(), "offset", "stored as integers"),
     "an unknown word": (gptq_config(), "v3", "zero_points is 'v3'"),
     "awq of another layout": (

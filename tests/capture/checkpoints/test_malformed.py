@@ -151,8 +151,8 @@ def test_options_of_any_value_are_read_or_refused(reader: str, tmp_path: Path) -
 
 ORDERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "cut": (lambda t: t[:-1], rf"order is torch.int32 \[{K - 1}\], and {K} columns want"),
-    "too long": (lambda t: torch.cat([t, t.new_tensor([K])]), "columns want int32"),
-    "two axes": (lambda t: t[None], "columns want int32"),
+    "too long": (lambda t: torch.cat([t, t.new_tensor([K])]), "columns need int32"),
+    "two axes": (lambda t: t[None], "columns need int32"),
     "int64": (lambda t: t.long(), rf"order is torch.int64 \[{K}\]"),
     "floats": (lambda t: t.float(), "order is torch.float32"),
     "a column twice": (lambda t: t.clamp(min=1), "does not name each column from 0 to"),
@@ -174,7 +174,7 @@ def test_an_order_is_one_int32_for_each_column(kind: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("version", "ordered", "words"),
     [
-        (1, True, "has an order of columns, and the folder is of version 1"),
+        (1, True, "has an order of columns, but the folder has version 1"),
         (2, "yes", "ordered is 'yes'"),
         (2, 1, "ordered is 1"),
         (3, True, "version 3"),

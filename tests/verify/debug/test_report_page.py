@@ -44,7 +44,7 @@ def read(path: Path) -> str:
     ("words", "says"),
     [
         (["--numeric", "--levels", "all"], ["one-hot", "optimization all"]),
-        (["--prove"], ["for all inputs", "of what storing explains", "EQUAL", "1 in column"]),
+        (["--prove"], ["for all inputs", "multiple of storage rounding", "EQUAL", "1 in column"]),
         (["--max-rel", "1e-3"], ["max_rel 0.001", "sqnr dB", "input 1"]),
     ],
 )

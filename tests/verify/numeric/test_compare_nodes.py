@@ -233,7 +233,7 @@ def test_an_output_that_is_a_stored_tensor_is_compared_too() -> None:
 
 def test_an_output_that_is_no_tensor_is_noted() -> None:
     source = stated(lambda y: {"y": y, "rows": y.shape[0]})
-    assert compare_nodes(source, source).notes == ("output rows is not compared: it is no tensor",)
+    assert compare_nodes(source, source).notes == ("output rows is not compared: it is not a tensor",)
 
 
 class Windowed(nn.Module):
@@ -370,7 +370,7 @@ def test_what_padding_gives_is_not_judged_but_has_to_be_finite() -> None:
 
     calls = named_inputs(right, 1)
     lax = compare_nodes(right, instead(0.5), calls)
-    assert "no output is judged on all padding" in "".join(lax.notes)
+    assert "no output is checked on all padding" in "".join(lax.notes)
     assert [name for name, _ in lax.modes[0].inputs] == [n for n in calls if n != "all padding"]
     assert lax.passed
     assert compare_nodes(right, instead(math.nan), calls).verdict == Verdict.DIFFERENT

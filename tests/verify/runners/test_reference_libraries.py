@@ -189,10 +189,10 @@ def test_layers_are_named_by_class_pattern_and_name(
 @pytest.mark.parametrize(
     ("narrow", "ignore", "words"),
     [
-        (["Linear"], ["re:.*up_proj"], "by 're:.*up_proj' of .*ignore it is not"),
-        (["Linear"], [UP], "ignore it is not"),
-        (["Linear"], ["Linear"], "by 'Linear' of .*ignore it is not"),
-        (["Linear"], ["Module"], "ignore it is not"),
+        (["Linear"], ["re:.*up_proj"], "but 're:.*up_proj' of .*ignore excludes it"),
+        (["Linear"], [UP], "ignore excludes it"),
+        (["Linear"], ["Linear"], "but 'Linear' of .*ignore excludes it"),
+        (["Linear"], ["Module"], "ignore excludes it"),
         (["re:.*mlp"], [], "self_attn.*is not quantized to integers in groups"),
         (["Embedding"], [], "is not quantized to integers in groups"),
         (["re:("], [], "cannot be read"),
