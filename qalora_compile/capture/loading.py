@@ -83,7 +83,7 @@ def refuse_extra_layers(stored: Iterable[str], model: Any, where: Path) -> None:
 
     Args:
         stored: Names of the tensors in the files.
-        model: Of transformers.
+        model: A transformers model.
         where: The folder.
 
     Raises:

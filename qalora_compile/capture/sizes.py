@@ -83,13 +83,13 @@ def _check(numbers: Iterable[tuple[str, Any]], shapes: list[tuple[int, ...]], wh
         largest = max(_SMALL, min(_PACKED * longest, LARGEST_SIZE), longest)
     for name, value in numbers:
         if isinstance(value, bool) and _NUMBER.fullmatch(name):
-            raise UserInputError(f"{name} is {value}, which is no number", where=where)
+            raise UserInputError(f"{name} is {value}, which is not a number", where=where)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         infinite = isinstance(value, float) and math.isinf(value)
         ranged = _RANGE.fullmatch(name) is not None
         if (isinstance(value, float) and math.isnan(value)) or (infinite and not ranged):
-            raise UserInputError(f"{name} is {value}, which is no number", where=where)
+            raise UserInputError(f"{name} is {value}, which is not a number", where=where)
         limit = _limit(name, most_layers, largest)
         if limit is not None and not 0 <= value <= limit and value != -1:
             raise UserInputError(

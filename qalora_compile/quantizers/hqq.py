@@ -85,7 +85,7 @@ def _half_quadratic(groups: UnitGroups, scale: Tensor, offset: Tensor) -> tuple[
         best = torch.where(better, norm, best)
         best_scale = torch.where(better, scale, best_scale)
         best_offset = torch.where(better, offset, best_offset)
-        steps = size / scale  # β is relative to a step: scale-invariant
+        steps = size / scale  # β is relative to a step, which makes it scale-invariant
         kept = (steps - steps.clamp_min(_SMALLEST).pow(_NORM - 1) / beta).clamp_min(0)
         outlier = residual.sign() * kept * scale
         scale, offset = fit_line(codes, groups, groups.values - outlier, scale)

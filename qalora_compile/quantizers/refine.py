@@ -91,7 +91,7 @@ def refine_offset(
     Args:
         weight: W, `[N, K]`.
         affine: W quantized.
-        statistics: Of the layer's input.
+        statistics: Statistics of the layer's input.
     """
     wide = dataclasses.replace(affine, scale=affine.scale.double(), offset=affine.offset.double())
     moments = PooledMoments.of(statistics, affine.group_size)

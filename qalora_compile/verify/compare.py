@@ -70,7 +70,7 @@ class Tolerance:
                 raise UserInputError(f"a tolerance is {value!r}", hint="use a number, 0 or more")
 
     def admits(self, found: Comparison, *, output_scale: float | None = None) -> bool:
-        """Whether a comparison lies within the tolerance.
+        """Whether a comparison is within the tolerance.
 
         Args:
             found: The comparison.
@@ -195,7 +195,7 @@ class Report(Brief):
 
     @property
     def passed(self) -> bool:
-        """Whether every output lies within the tolerance."""
+        """Whether every output is within the tolerance."""
         return self.verdict == Verdict.EQUAL
 
     @property

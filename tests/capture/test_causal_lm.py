@@ -90,7 +90,7 @@ def test_grouped_heads_are_not_repeated_and_transformers_is_as_it_was(
 
 
 @pytest.mark.parametrize(("batch", "past", "length"), [(1, 0, 1), (1, 7, 1), (3, 0, 4), (2, 20, 3)])
-def test_steps_give_what_the_whole_sequence_gives(
+def test_steps_give_what_the_complete_sequence_gives(
     model: nn.Module, program: qc.Program, batch: int, past: int, length: int
 ) -> None:
     ids = token_ids(batch, past + length)

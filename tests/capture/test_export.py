@@ -75,7 +75,7 @@ def test_an_error_names_the_line_and_what_to_change(
     assert not line or "test_export.py:" in text
 
 
-def test_a_model_that_returns_its_cache_is_told_how_not_to() -> None:
+def test_the_hint_for_a_model_that_returns_its_cache() -> None:
     model = llama()
     model.config.use_cache = True  # type: ignore[union-attr]
     with pytest.raises(CaptureError, match="use_cache=False"):
@@ -107,7 +107,7 @@ def test_recurrent_layers_are_captured_without_a_warning() -> None:
     assert worst(program(x), model(x)) < 1e-6
 
 
-def test_a_symbolic_trace_is_taken_all_the_way() -> None:
+def test_a_symbolic_trace_is_captured_and_folded() -> None:
     torch.manual_seed(0)
     model = fx.symbolic_trace(MLP(64, 64, 8))
     x = torch.randn(4, 64)

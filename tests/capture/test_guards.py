@@ -1,4 +1,4 @@
-"""Branches on sizes: a size on the other side of one is refused, or computed like eager."""
+"""Branches on sizes: a size for which one goes differently is refused, or computed like eager."""
 
 from __future__ import annotations
 

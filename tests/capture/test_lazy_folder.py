@@ -133,16 +133,16 @@ def test_a_full_disk_is_seen_before_writing(
     assert not (tmp_path / "edge").exists()
 
 
-def test_large_deferred_weights_go_beside_the_file(
+def test_large_lazy_weights_go_into_an_external_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = qc.quantize_groups(capture_checkpoint(folder))
     qc.export_model(program, tmp_path / "inside.onnx")
     monkeypatch.setattr(initializers, "LAZY_INLINE_LIMIT_BYTES", 100)
-    report = qc.export_model(program, tmp_path / "beside.onnx")
-    assert set(report.files) == {"beside.onnx", "beside.onnx.data"}
+    report = qc.export_model(program, tmp_path / "external.onnx")
+    assert set(report.files) == {"external.onnx", "external.onnx.data"}
     inside, side_by_side = (
         {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / n).graph.initializer}
-        for n in ("inside.onnx", "beside.onnx")
+        for n in ("inside.onnx", "external.onnx")
     )
     assert all(np.array_equal(values, side_by_side[name]) for name, values in inside.items())

@@ -48,7 +48,7 @@ class Branching(nn.Module):
         return -x
 
 
-def test_a_model_that_cannot_be_captured_is_told_its_line() -> None:
+def test_the_error_of_a_model_that_cannot_be_captured_names_the_line() -> None:
     with pytest.raises(CaptureError, match="cannot capture Branching") as caught:
         qc.capture_model(Branching(), (torch.randn(2, 4),))
     where = str(caught.value.where)

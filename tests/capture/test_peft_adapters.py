@@ -131,7 +131,7 @@ def test_a_plain_adapter_is_the_update_that_peft_merges(kind: str, tmp_path: Pat
         assert_close(ours(ids).logits, theirs(ids).logits, relative=1e-6)
 
 
-def test_a_weight_stored_the_other_way_is_merged(tmp_path: Path) -> None:
+def test_a_transposed_weight_is_merged(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, ids = gpt2(), token_ids(2, 9)
     torch.manual_seed(0)
@@ -220,7 +220,7 @@ def test_an_update_of_neighbours_does_not_fold_in_activation_order() -> None:
         assert worst(found - bias, wanted.float()) <= 1e-5 * float(wanted.abs().max())
 
 
-def test_an_order_that_keeps_pooling_groups_whole_folds_exactly() -> None:
+def test_an_order_that_keeps_pooling_groups_intact_folds_exactly() -> None:
     inside = torch.stack([torch.randperm(32) for _ in range(2)]) + torch.tensor([[32], [0]])
     program, weight = sorted_base(inside.flatten())
     update = LowRankUpdate(torch.randn(2, 2), torch.randn(24, 2), 0.5, 32)
@@ -256,7 +256,7 @@ def test_several_adapters_are_added_up_exactly(tmp_path: Path) -> None:
     assert_close(qc.fold_adapters(adapted)(ids)["logits"], expected, relative=3e-6)
 
 
-def test_whole_parameters_that_were_saved_are_put_into_the_model(tmp_path: Path) -> None:
+def test_full_parameters_that_were_saved_are_copied_into_the_model(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     def classifier() -> Any:
@@ -341,7 +341,7 @@ def authors_adapter(
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_an_adapter_of_the_authors_script_is_read_as_told(pooling: str, tmp_path: Path) -> None:
+def test_an_adapter_of_the_authors_script_is_read_as_stated(pooling: str, tmp_path: Path) -> None:
     model, ids = base(), token_ids(2, 9)
     program = on_codes(model, ids)
     tensors = authors_adapter(tmp_path / "adapter")
@@ -371,7 +371,7 @@ def test_an_adapter_of_the_authors_script_is_read_as_told(pooling: str, tmp_path
     assert_close(qc.fold_adapters(adapted)(ids)["logits"], expected, relative=3e-6)
 
 
-def test_what_does_not_pool_is_not_told_to(tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_pool_refuses_pooling(tmp_path: Path) -> None:
     trained(base(), lora(), tmp_path / "plain")
     trained(base(), pooled(), tmp_path / "pooled")
     for name, sizes in (("plain", "groups of 1"), ("pooled", "that it records")):
@@ -443,19 +443,19 @@ def change(folder: Path, **settings: Any) -> None:
 def test_broken_folders_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     trained(base(), pooled(), folder)
-    whole, weights = load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE
+    complete, weights = load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE
     settings = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
-    def refused(match: str, where: str, tensors: dict[str, Tensor] = whole, **odd: Any) -> None:
+    def refused(match: str, where: str, tensors: dict[str, Tensor] = complete, **odd: Any) -> None:
         save_file(tensors, weights)
         change(folder, **settings | odd)
         with pytest.raises(UserInputError, match=match) as caught:
             read_peft_adapter(folder)
         assert where in str(caught.value.where)
 
-    refused("lora_B is missing", "q_proj", {n: t for n, t in whole.items() if n != name})
-    refused("their ranks differ", "q_proj", whole | {name: torch.ones(64, 2)})
+    refused("lora_B is missing", "q_proj", {n: t for n, t in complete.items() if n != name})
+    refused("their ranks differ", "q_proj", complete | {name: torch.ones(64, 2)})
     refused("rank 3, adapter_config.json says 4", "proj", r=4)
     refused("lora_alpha of .* is None", CONFIG_FILE, lora_alpha=None)
     refused("qalora_group_size is 0", CONFIG_FILE, qalora_group_size=0)
@@ -474,7 +474,7 @@ def test_broken_folders_are_refused(tmp_path: Path) -> None:
 Q = ["q_proj"]
 LAYERS: dict[str, dict[str, Any]] = {
     "names": {"target_modules": ["q_proj", "mlp.up_proj"]},
-    "a whole path": {"target_modules": ["model.layers.1.mlp.down_proj"]},
+    "a complete path": {"target_modules": ["model.layers.1.mlp.down_proj"]},
     "an expression": {"target_modules": r".*\.layers\.1\..*(q|v)_proj"},
     "a part of a path": {"target_modules": "q_proj"},
     "without some": {"target_modules": [*Q, "v_proj"], "exclude_modules": ["0.self_attn.q_proj"]},
@@ -482,7 +482,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "one layer": {"target_modules": Q, "layers_to_transform": 1},
     "layers": {"target_modules": Q, "layers_to_transform": [0, 7]},
     "no layers": {"target_modules": Q, "layers_to_transform": []},
-    "a whole path and layers": {
+    "a complete path and layers": {
         "target_modules": ["model.layers.0.mlp.up_proj", "q_proj"],
         "layers_to_transform": [1],
     },

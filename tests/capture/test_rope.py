@@ -59,9 +59,9 @@ def test_logits_are_those_of_transformers_at_every_length(kind: str) -> None:
             past = [{part: torch.zeros(2, 4, 0, 16) for part in ("key", "value")} for _ in "ab"]
             positions = torch.arange(length).repeat(2, 1)
             found = cached(**inputs, position_ids=positions, past_key_values=past)["logits"]
-            whole = plain(**inputs, use_cache=False)["logits"]
+            complete = plain(**inputs, use_cache=False)["logits"]
         assert torch.allclose(found, expected, atol=1e-5), length
-        assert torch.allclose(whole, expected, atol=1e-5), length
+        assert torch.allclose(complete, expected, atol=1e-5), length
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

@@ -44,14 +44,14 @@ def test_parts_give_what_all_at_once_gives(
     monkeypatch.setattr(bounded_statistics, "_MOST_BYTES", most)
     x = torch.randn(20, 16)
     program = annotated(MLP(16, 16, 16, 16, 4), x)
-    whole = collect_statistics(program, [(x,)])
+    complete = collect_statistics(program, [(x,)])
     found = StatisticsInParts(program, iter([(x,)]))
-    assert list(found) == list(whole) and len(found) == 4
+    assert list(found) == list(complete) and len(found) == 4
     for _ in range(2):  # a second reading collects again what was dropped
-        for path, statistics in whole.items():
+        for path, statistics in complete.items():
             assert torch.equal(found[path].moment, statistics.moment)
             assert len(found._held) <= 4 // parts
-    assert [path for part in collected[:parts] for path in part] == list(whole)
+    assert [path for part in collected[:parts] for path in part] == list(complete)
     assert len(collected) == (1 if parts == 1 else 2 * parts)
     assert found.get("nothing") is None
 

@@ -18,7 +18,7 @@ ITEMS = st.lists(st.lists(CHOICES, min_size=1, max_size=4), min_size=1, max_size
 
 
 def loss_of(items: list[list[Choice]], chosen: tuple[int, ...] | list[int]) -> tuple[int, float]:
-    picked = [item[way] for item, way in zip(items, chosen, strict=True)]
+    picked = [item[index] for item, index in zip(items, chosen, strict=True)]
     return sum(c.cost for c in picked), sum(c.loss for c in picked)
 
 
@@ -27,9 +27,11 @@ def test_the_choice_is_the_best_that_fits(
     items: list[list[Choice]], budget: int, times: int
 ) -> None:
     scaled = [[Choice(c.cost * times, c.loss) for c in item] for item in items]
-    modes = itertools.product(*(range(len(item)) for item in items))
+    choices = itertools.product(*(range(len(item)) for item in items))
     fitting = [
-        loss for cost, loss in (loss_of(scaled, way) for way in modes) if cost <= budget * times
+        loss
+        for cost, loss in (loss_of(scaled, index) for index in choices)
+        if cost <= budget * times
     ]
     if not fitting:
         with pytest.raises(UserInputError, match="exceed the budget"):

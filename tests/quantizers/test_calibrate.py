@@ -143,10 +143,10 @@ def test_the_gradients_of_a_decoder_do_not_follow_the_mask_of_its_encoder() -> N
     program = annotated(model, (ids, ids, ids))
     half = ids.clone()
     half[:, :3] = 0
-    whole, masked = (
+    complete, masked = (
         measure_sensitivities(program, [(ids, mask, ids)])["decoder"].gain for mask in (ids, half)
     )
-    assert masked == whole
+    assert masked == complete
 
 
 def test_calls_of_a_model_with_an_encoder_hold_one_example_without_padding() -> None:

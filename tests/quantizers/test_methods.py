@@ -266,8 +266,8 @@ def test_an_outlier_is_cut_off_where_that_pays() -> None:
     weight = torch.linspace(-1, 1, 64).repeat(2, 1)
     weight[0, 0] = 2.0
     spec = QuantSpec(bits=4, group_size=64)
-    whole = quantize_minmax(weight, spec).scale[:, 0]
+    complete = quantize_minmax(weight, spec).scale[:, 0]
     for found in (quantize_mse(weight, spec), quantize_hqq(weight, spec).affine):
-        kept = (found.scale[:, 0] / whole).tolist()
+        kept = (found.scale[:, 0] / complete).tolist()
         assert kept[0] < 0.97
         assert kept[1] > 0.94

@@ -26,7 +26,7 @@ def annotated(model: nn.Module, args: tuple[Any, ...]) -> qc.Program:
 
 
 def halved(program: qc.Program, calls: list[Any]) -> dict[str, ActivationStatistics]:
-    """Replace every weight by half of it; the statistics seen on the way."""
+    """Replace every weight by half of it; the statistics seen meanwhile."""
     seen: dict[str, ActivationStatistics] = {}
     sites = {site.path: site for site in program.plan}
 
@@ -70,9 +70,9 @@ def test_a_weight_with_several_uses_comes_first_with_all_of_them() -> None:
     program = annotated(model, (x,))
     found = halved(program, [(x,)])
     assert list(found) == ["shared", "head"]
-    whole = collect_statistics(program, [(x,)])["shared"]
+    complete = collect_statistics(program, [(x,)])["shared"]
     assert found["shared"].rows == 6
-    torch.testing.assert_close(found["shared"].moment, whole.moment)
+    torch.testing.assert_close(found["shared"].moment, complete.moment)
     with torch.no_grad():
         model.shared.weight.div_(2)
         hidden = model.shared(torch.relu(model.shared(x)))

@@ -33,10 +33,10 @@ def test_errors_and_group_sums_are_those_of_the_rows(
 
 def test_statistics_of_parts_are_those_of_the_whole() -> None:
     x = torch.randn(11, 6)
-    whole = ActivationStatistics.of(x)
+    complete = ActivationStatistics.of(x)
     parts = ActivationStatistics.of(x[:4]).merged(ActivationStatistics.of(x[4:]))
-    assert parts.rows == whole.rows == 11
-    torch.testing.assert_close(parts.moment, whole.moment)
+    assert parts.rows == complete.rows == 11
+    torch.testing.assert_close(parts.moment, complete.moment)
 
 
 @pytest.mark.parametrize(

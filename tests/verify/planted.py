@@ -22,7 +22,7 @@ from qalora_compile.verify.debug.bisect import Culprit, Step, bisect
 from tests.models import randomize_adapters
 
 WIDTH, INNER, WORDS = 48, 64, 40
-"""Groups of 32: one whole and a tail in layers of 48 columns, two in those of 64."""
+"""Groups of 32: one full group and a tail in layers of 48 columns, two groups in those of 64."""
 TOLERANCE = qc.Tolerance(max_rel=2e-5)
 SPECS = {
     "ort": qc.ExportSpec(),

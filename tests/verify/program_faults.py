@@ -73,7 +73,7 @@ def _at(row: int, column: int, change: Callable[[Tensor], Tensor]) -> Change:
 
 
 def _transposed_codes(packed: Tensor) -> Tensor:
-    """The codes of a square weight `[48, 48]`, two to a byte, turned."""
+    """The codes of a square weight `[48, 48]`, two to a byte, transposed."""
     codes = (
         torch.stack([packed & 15, packed >> 4], -1).reshape(WIDTH, WIDTH).t().reshape(WIDTH, -1, 2)
     )
@@ -151,12 +151,12 @@ def _through_half(graph: fx.Graph) -> None:
     node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not half)
 
 
-def _turned_input(graph: fx.Graph) -> None:
+def _flipped_input(graph: fx.Graph) -> None:
     """A missed transpose around a layer: the words of a sentence in the wrong order."""
     node = find(graph, "aten.layer_norm", 1)
     with graph.inserting_after(node):
-        turned = graph.call_function(_ATEN.flip.default, (node, [1]))
-    node.replace_all_uses_with(turned, delete_user_cb=lambda user: user is not turned)
+        flipped = graph.call_function(_ATEN.flip.default, (node, [1]))
+    node.replace_all_uses_with(flipped, delete_user_cb=lambda user: user is not flipped)
 
 
 def _split_tie(source: qc.Program) -> qc.Program:
@@ -289,7 +289,7 @@ PROGRAM_FAULTS = [
     Fault(
         "cast to half and back", "program folded", _graph(_through_half), "input of down", "down"
     ),
-    Fault("an axis turned", "program folded", _graph(_turned_input), "input of up", "up"),
+    Fault("an axis reversed", "program folded", _graph(_flipped_input), "input of up", "up"),
     Fault(
         "layer reads another tensor",
         "program folded",

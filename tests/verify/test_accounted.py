@@ -120,7 +120,7 @@ def reshaped(eps: float, weight: Array = ONES) -> Graph:
     return graph(ONNX, view, made, c=weight, s=np.array([-1, 8]))
 
 
-def test_options_of_a_known_operator_count_behind_a_foreign_one() -> None:
+def test_options_of_a_known_operator_count_behind_an_opaque_one() -> None:
     assert status(viewed(1e-5), reshaped(1e-5)) == OPEN
     assert status(viewed(1e-5), reshaped(1e-6)) == DIFFERENT
 
@@ -135,7 +135,7 @@ def test_options_of_a_known_operator_count_behind_a_foreign_one() -> None:
         ("other", 7.0, OPEN),  # another tensor, for samples to tell
     ],
 )
-def test_parameters_of_foreign_operators_are_equal(name: str, values: float, found: str) -> None:
+def test_parameters_of_opaque_operators_are_equal(name: str, values: float, found: str) -> None:
     weight = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     ours = graph(FX, node("aten.conv1d.default", X, Tensor("w")), w=weight)
     made = node("onnx.Conv", X, Tensor(name))
@@ -144,7 +144,7 @@ def test_parameters_of_foreign_operators_are_equal(name: str, values: float, fou
     assert status(ours, theirs) == found
 
 
-def test_a_parameter_may_be_stored_turned_or_with_other_axes() -> None:
+def test_a_parameter_may_be_stored_transposed_or_with_other_axes() -> None:
     weight = np.arange(6, dtype=np.float32).reshape(2, 3)
     ours = graph(FX, node("aten.einsum.default", X, Tensor("w")), w=weight)
     for values in (weight.T, weight.reshape(1, 6)):
@@ -152,7 +152,7 @@ def test_a_parameter_may_be_stored_turned_or_with_other_axes() -> None:
         assert status(ours, theirs) == OPEN
 
 
-def test_a_mask_that_one_side_does_not_read_is_a_difference() -> None:
+def test_a_mask_that_one_graph_does_not_read_is_a_difference() -> None:
     def ours(mask: Any) -> Graph:
         return graph(FX, node("aten.where.self", X, mask), mask="attention_mask")
 

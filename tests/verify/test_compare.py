@@ -43,7 +43,7 @@ def test_a_value_that_is_no_number_is_never_admitted(bad: float) -> None:
     assert not Tolerance(max_rel=1e30).admits(found)
 
 
-def test_nan_on_both_sides_is_a_problem_too() -> None:
+def test_nan_in_both_models_is_a_problem_too() -> None:
     nan = torch.tensor([math.nan])
     assert not Tolerance(max_abs=1.0).admits(compare("y", nan, nan))
 
@@ -63,9 +63,7 @@ def test_unlike_shapes_are_named() -> None:
         ([7, 7], [7, 7], ""),
     ],
 )
-def test_whole_numbers_are_equal_or_wrong(
-    reference: list[int], candidate: list[int], said: str
-) -> None:
+def test_integers_are_equal_or_wrong(reference: list[int], candidate: list[int], said: str) -> None:
     found = compare("token", torch.tensor(reference), torch.tensor(candidate))
     assert found.problem == said
     wide = Tolerance(max_abs=10.0, max_rel=1.0)
@@ -73,7 +71,7 @@ def test_whole_numbers_are_equal_or_wrong(
     assert wide.admits(worst_of([found])) == (not said)
 
 
-def test_numbers_that_one_side_holds_as_floats_are_compared_as_such() -> None:
+def test_numbers_that_one_model_holds_as_floats_are_compared_as_such() -> None:
     found = compare("y", torch.tensor([100]), torch.tensor([100.5]))
     assert found.problem == "" and Tolerance(max_abs=1.0).admits(found)
 

@@ -15,7 +15,7 @@ from tests.zoo.architectures import build
 KINDS = {
     "GPT2LMHeadModel": True,
     "OPTForCausalLM": False,
-    "LlamaForCausalLM": False,  # positions are relative: both ways are right
+    "LlamaForCausalLM": False,  # positions are relative: both counts are correct
     "BloomForCausalLM": False,
 }
 

@@ -35,7 +35,7 @@ def calls(program: qc.Program, count: int = 3) -> list[dict[str, Tensor]]:
     return sample_inputs(program, count)
 
 
-def test_folding_is_verified_per_layer_and_whole(mlp: qc.Program) -> None:
+def test_folding_is_verified_per_layer_and_for_outputs(mlp: qc.Program) -> None:
     report = qc.verify_equivalence(mlp, qc.fold_adapters(mlp), calls(mlp), TIGHT)
     assert report.passed
     assert report.first_divergence is None
@@ -91,7 +91,7 @@ def test_what_rounding_does_not_explain_is_a_difference_however_small(mlp: qc.Pr
     assert not checked.passed and (checked.outputs[0].rounding or 0) > 64
 
 
-def test_an_exported_model_is_judged_by_rounding_too(mlp: qc.Program, tmp_path: Path) -> None:
+def test_an_exported_model_is_compared_by_rounding_too(mlp: qc.Program, tmp_path: Path) -> None:
     folded = qc.fold_adapters(mlp)
     path = tmp_path / "model.onnx"
     qc.export_model(folded, path)

@@ -66,8 +66,8 @@ def _decode(module: str, parts: Mapping[str, Tensor], group_size: int) -> Checkp
     scale = parts["scales"].t().float()
     if zeros.shape != scale.shape:
         raise UserInputError(
-            f"{module}.qzeros is {list(parts['qzeros'].shape)}, and scales of "
-            f"{list(parts['scales'].shape)} want {[scale.shape[1], scale.shape[0] // 8]}",
+            f"{module}.qzeros is {list(parts['qzeros'].shape)}, but scales of "
+            f"{list(parts['scales'].shape)} need {[scale.shape[1], scale.shape[0] // 8]}",
             where=f"{module}.qzeros",
         )
     group = codes.shape[1] if group_size == ONE_GROUP_A_ROW else group_size

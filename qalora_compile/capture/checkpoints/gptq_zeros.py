@@ -141,7 +141,7 @@ def _float_forms(layers: Mapping[str, StoredLayer]) -> tuple[dict[str, str], tup
                 f"floating zero-points with a median of {float(layer.zeros.median()):.3g} may be "
                 "zero-points or offsets",
                 where=f"{module}.qzeros",
-                hint=f"say which: zero_points={FLOAT_ZERO!r}, for scale · (q − z), or "
+                hint=f"state which: zero_points={FLOAT_ZERO!r}, for scale · (q − z), or "
                 f"{FLOAT_OFFSET!r}, for scale · q + z",
             )
         found[module] = fitting[0]
@@ -174,7 +174,7 @@ def _versions(
             f"zero-points are stored as {tag} according to config.json, but then the weights of "
             f"{first} ({len(lean - sure)} layers) are all too large or too small by one step",
             where=f"{first}.qzeros",
-            hint=f"say how they are stored: zero_points={other!r} (finetune, adapt or quantize "
+            hint=f"state how they are stored: zero_points={other!r} (finetune, adapt or quantize "
             f"--stored-zero-points {other})",
         )
     read = {module: other if module in sure else tag for module in layers}

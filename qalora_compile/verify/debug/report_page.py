@@ -175,7 +175,7 @@ def _proof(page: Page, certificate: Certificate) -> None:
             "verdict": certificate.verdict,
             "reference": certificate.reference.label,
             "candidate": certificate.candidate.label,
-            "for all inputs": "yes" if certificate.proved else "but for what was sampled",
+            "for all inputs": "yes" if certificate.proved else "except for sampled parts",
             "sampled": "\n".join(certificate.sampled) or "nothing",
             "first difference": certificate.difference or "none",
             "notes": "\n".join(certificate.notes) or "none",

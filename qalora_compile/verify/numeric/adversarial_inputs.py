@@ -40,7 +40,7 @@ def adversarial_inputs(program: Program, *, seed: int = 0) -> dict[str, dict[str
     `all padding`           masks (inputs named `…mask…`) are 0
     `left padding`,         … are 0 in the first, or the last, half of the sequence
     `right padding`
-    `long`                  one row of 160 positions, or 32 more than the largest whole number up to
+    `long`                  one row of 160 positions, or 32 more than the largest integer up to
                             512 that positions are compared with: a sliding window shows there. As
                             many as the program takes, where it takes fewer
     ======================= ======================================================================

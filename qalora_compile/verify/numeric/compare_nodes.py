@@ -357,7 +357,7 @@ def _check_value(
     if exact is None or (value is None and not as_is):
         return None
     if value is None:
-        return without_numbers("the candidate gives no tensor")
+        return without_numbers("the candidate returns no tensor")
     first = match.values[0]
     computed = isinstance(first, Ref)
     own = reference[1][first.name] if computed else torch.zeros(exact.shape, dtype=torch.float64)

@@ -4,7 +4,7 @@ On the same inputs, T is the reference in float64, Aᵢ the reference at working
 and with every result rounded up or down at random), and B the candidate:
 
     own   = max |Aᵢ − T|       what rounding does to the reference itself
-    error = max |B − T|        what the candidate is off
+    error = max |B − T|        the error of the candidate
     floor = max(own, u · max |T|, 2⁻¹²⁶)
     ratio = error / floor
 
@@ -43,7 +43,7 @@ class BoundCheck:
         error: `max |B − T|`; infinite if B is not finite where A is.
         scale: `max |T|`.
         ratio: `error / floor`.
-        judged: How many elements were compared.
+        checked: How many elements were compared.
         undefined: How many were not, because the reference is not finite or has lost 14 bits there,
             or because they are padding, where the candidate only has to be finite.
         problem: Why nothing could be compared, or which integers are not equal, or "".

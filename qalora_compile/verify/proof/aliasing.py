@@ -65,7 +65,7 @@ def _base(op: str) -> str:
 
 
 def _readers(graph: Graph) -> dict[str, list[str]]:
-    """The nodes that read each value; "" stands for the outputs."""
+    """The names of the nodes that read each value, with "" for the outputs."""
     found: dict[str, list[str]] = {}
     for name, node in graph.nodes.items():
         for ref in (*refs(node.args), *refs(dict(node.options))):

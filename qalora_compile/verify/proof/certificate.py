@@ -53,8 +53,8 @@ class SiteProof:
     Attributes:
         name, k, n, experts: The site.
         status: `proved`, `different`, or `sampled` if its nodes were not read as a linear map.
-        modes: Difference of the weights, for each way to interpret the candidate's operators: by
-            their specification or by the functions in the file.
+        modes: Difference of the weights, with the candidate's operators read by their specification
+            or by the functions in the file.
         problem: Why there are no numbers.
     """
 

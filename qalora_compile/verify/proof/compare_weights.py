@@ -117,13 +117,13 @@ class _Sums:
 
     def add(self, a: Rows, b: Rows, start: int, expert: int) -> None:
         """Add a block of rows of both maps."""
-        apart = np.abs(a.weight - b.weight)
-        self._ratio(apart, a.radius + b.radius, start, expert)
-        self.max_abs = max(self.max_abs, float(apart.max()))
-        square = float(np.square(apart).sum())
+        difference = np.abs(a.weight - b.weight)
+        self._ratio(difference, a.radius + b.radius, start, expert)
+        self.max_abs = max(self.max_abs, float(difference.max()))
+        square = float(np.square(difference).sum())
         self.square, self._square = self.square + square, self._square + square
-        self._columns += apart.sum(0)
-        self._row = max(self._row, float(apart.sum(1).max()))
+        self._columns += difference.sum(0)
+        self._row = max(self._row, float(difference.sum(1).max()))
         product = math.sqrt(float(self._columns.max()) * self._row)
         self.operator = max(self.operator, min(math.sqrt(self._square), product))
         self.coarse = max(self.coarse, a.coarse + b.coarse)
@@ -131,9 +131,9 @@ class _Sums:
         self.weight_square += float(np.square(a.weight).sum())
         self.size_square += float(np.square(np.maximum(a.size, b.size)).sum())
 
-    def _ratio(self, apart: Array, radius: Array, start: int, expert: int) -> None:
+    def _ratio(self, difference: Array, radius: Array, start: int, expert: int) -> None:
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(apart == 0, 0.0, apart / radius)
+            ratio = np.where(difference == 0, 0.0, difference / radius)
         ratio = np.where(np.isnan(ratio), np.inf, ratio)  # a NaN is a difference
         place: Any = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
         if float(ratio[place]) > self.max_ratio or not self.worst:

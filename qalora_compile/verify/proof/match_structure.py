@@ -284,6 +284,6 @@ def _segment(name: str, targets: tuple[Any, Any], terms: tuple[Term, Term], mixe
     first = known[0] if known else found[0]
     lines = (first.reference, first.candidate)
     if not known:
-        apart = parted(*terms)
-        return Segment(name, OPEN if apart is None else DIFFERENT, apart or lines, targets)
+        leaves = parted(*terms)
+        return Segment(name, OPEN if leaves is None else DIFFERENT, leaves or lines, targets)
     return Segment(name, DIFFERENT, lines, targets)

@@ -29,7 +29,7 @@ def recheck(stated: Certificate, now: Certificate) -> list[str]:
     """Deviations in the verdict, the set of parts, their statuses, and every bound."""
     problems = []
     if not stated.passed:
-        problems.append(f"the certificate itself says {stated.verdict}")
+        problems.append(f"the certificate itself states {stated.verdict}")
     if now.verdict == Verdict.DIFFERENT:
         problems.append(f"the two are different: {now.difference}")
     elif now.verdict.is_worse_than(stated.verdict):

@@ -190,6 +190,6 @@ def _run(
 
 def _like(value: Tensor, generator: torch.Generator) -> Tensor:
     """Random values with the shape and the standard deviation of a site's output."""
-    spread = float(value.double().std()) if value.numel() > 1 else 1.0
+    deviation = float(value.double().std()) if value.numel() > 1 else 1.0
     drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-    return (drawn * (spread or 1.0)).to(value.dtype)
+    return (drawn * (deviation or 1.0)).to(value.dtype)

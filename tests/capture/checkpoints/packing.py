@@ -1,4 +1,5 @@
-"""GPTQ's and AWQ's packing, written bit by bit: a check of readers that take whole tensors."""
+"""GPTQ's and AWQ's packing, written bit by bit: a check of readers that work on complete
+tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def pack_awq(values: Tensor) -> Tensor:
 def quantize_integer_zero(
     weight: Tensor, bits: int, group: int, *, symmetric: bool
 ) -> tuple[Tensor, ...]:
-    """Codes `[N, K]`, scales and whole zero-points `[N, L]`, of a weight whose groups are whole."""
+    """Codes `[N, K]`, scales and integer zero-points `[N, L]`, of a weight whose groups are
+    full."""
     grouped = weight.double().unflatten(1, (-1, group))
     top = 2**bits - 1
     if symmetric:

@@ -28,8 +28,8 @@ def mlx_layer(bits: int, dequantized: list[Tensor]) -> Quantize:
     def quantize(module: nn.Linear) -> dict[str, Tensor]:
         weight = mx.array(module.weight.detach().numpy())
         parts = mx.quantize(weight, group_size=GROUP, bits=bits)
-        whole = mx.dequantize(*parts, group_size=GROUP, bits=bits)
-        dequantized.append(torch.tensor(whole.tolist()))
+        complete = mx.dequantize(*parts, group_size=GROUP, bits=bits)
+        dequantized.append(torch.tensor(complete.tolist()))
         packed, scales, biases = parts
         raw = torch.tensor(packed.tolist(), dtype=torch.int64).to(torch.uint32)
         floats = {"scales": scales, "biases": biases}
@@ -208,13 +208,15 @@ def test_mlx_layers_are_those_that_the_configuration_names(
         load_source(str(tmp_path / "model"))
 
 
-def test_weights_to_one_side_of_zero_are_noted(tmp_path: Path) -> None:
-    """What a wrong zero-point makes of a layer, in a format that has no second way to read it."""
+def test_weights_off_center_are_noted(tmp_path: Path) -> None:
+    """A layer with wrong zero-points, in a format that has no second reading."""
     written(tmp_path / "model", "hqq", 4)
     assert not any("farther from 0" in n for n in load_source(str(tmp_path / "model")).stored()[1])
     rewrite(tmp_path / "model", lambda t: (t[f"{UP}.zero"].sub_(9), None)[1])
     notes = load_source(str(tmp_path / "model")).stored()[1]
-    assert any(f"the weights of {UP} (1 layers) have a mean farther from 0" in note for note in notes)
+    assert any(
+        f"the weights of {UP} (1 layers) have a mean farther from 0" in note for note in notes
+    )
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ folders keep their codes; zero-points are stated apart; groups that lie apart."""
+"""GPTQ and AWQ folders keep their codes; kinds of zero-points; permuted groups."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_floating_zero_points_of_the_script_and_of_its_fork(
 
 
 @pytest.mark.parametrize("odd", ["float", "offset"])
-def test_floating_zero_points_are_told_apart_layer_by_layer(odd: str, tmp_path: Path) -> None:
+def test_floating_zero_points_are_distinguished_layer_by_layer(odd: str, tmp_path: Path) -> None:
     """One layer of another form than all others; one is enough for a wrong model."""
     wanted: list[Tensor] = []
     others = {"float": "offset", "offset": "float"}[odd]
@@ -293,7 +293,10 @@ def test_floating_zero_points_are_told_apart_layer_by_layer(odd: str, tmp_path: 
     (note,) = check_weights(tmp_path / "model", wanted).stored()[1]
     assert f"{1 if odd == 'offset' else 13} layers" in note
     (note,) = load_source(str(tmp_path / "model"), zero_points=others).stored()[1]
-    assert "the weights of model.layers.0.self_attn.v_proj (1 layers) have a mean farther from 0" in note
+    assert (
+        "the weights of model.layers.0.self_attn.v_proj (1 layers) have a mean farther from 0"
+        in note
+    )
 
 
 def without_order(every: bool) -> Callable[[dict[str, Tensor]], None]:
@@ -338,7 +341,7 @@ def test_awq_weights(tmp_path: Path) -> None:
 
 
 def test_activation_order_goes_through_to_onnx(tmp_path: Path) -> None:
-    """Groups that lie apart: the input is selected in their order, once for q, k and v."""
+    """Permuted groups: the input is selected in their order, once for q, k and v."""
     wanted: list[Tensor] = []
     layer = gptq_layer(wanted, act_order=True)
     write_folder(tmp_path / "model", layer, gptq_config(desc_act=True))
@@ -400,9 +403,9 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     ),
     "packed zero-points of the scales' shape": (
         replaced("qzeros", lambda t: torch.zeros(2, 96, dtype=torch.int32)),
-        r"int32 \[2, 96\], and scales of \[2, 96\] want \[2, 12\]",
+        r"int32 \[2, 96\], but scales of \[2, 96\] need \[2, 12\]",
     ),
-    "zero-points in floating point beside packed ones": (
+    "zero-points in floating point and packed ones": (
         replaced("qzeros", lambda t: torch.full((2, 96), 7.0)),
         "up_proj.qzeros is in floating point, and .*qzeros packed integers",
     ),

@@ -100,12 +100,12 @@ BAD_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
 BAD_VALUES: tuple[object, ...] = (None, 0, -7, "x", [], [1], 1.5, True, {"a": "b"}, 10**12, "re:(")
 
 
-def _places(config: Any, way: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The ways to all values of a configuration, and to all groups of them."""
+def _places(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths to all values of a configuration, and to all groups of them."""
     for name, value in config.items():
-        yield (*way, name)
+        yield (*path, name)
         if isinstance(value, dict):
-            yield from _places(value, (*way, name))
+            yield from _places(value, (*path, name))
 
 
 def _read(decode: Any, tensors: Mapping[str, Tensor], config: Options) -> bool:
@@ -136,14 +136,14 @@ def test_tensors_of_any_shape_and_dtype_are_read_or_refused(reader: str, tmp_pat
 def test_options_of_any_value_are_read_or_refused(reader: str, tmp_path: Path) -> None:
     decode, tensors, config = made(reader, tmp_path)
     refused: dict[str, int] = {}
-    for way in _places(config):
+    for path in _places(config):
         for value in BAD_VALUES:
             changed = json.loads(json.dumps(config))
             inner = changed
-            for name in way[:-1]:
+            for name in path[:-1]:
                 inner = inner[name]
-            inner[way[-1]] = value
-            refused[way[-1]] = refused.get(way[-1], 0) + _read(decode, tensors, changed)
+            inner[path[-1]] = value
+            refused[path[-1]] = refused.get(path[-1], 0) + _read(decode, tensors, changed)
     said = [name for name in refused if "bits" in name or name in ("group_size", "k")]
     assert said
     assert min(refused[name] for name in said) >= 9, refused

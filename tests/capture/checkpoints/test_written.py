@@ -56,7 +56,7 @@ def test_weights_and_codes_come_back(target: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["gptq", *slow("safetensors")])
 @pytest.mark.parametrize("targets", [["attn.c_proj"], *slow("all-linear")])  # those are square
-def test_weights_that_are_stored_turned_come_back(
+def test_weights_that_are_stored_transposed_come_back(
     target: str, targets: str | list[str], tmp_path: Path
 ) -> None:
     model = gpt2()
@@ -73,7 +73,7 @@ def test_weights_that_are_stored_turned_come_back(
     assert len(source.stored()[0]) == len(program.plan.to_quantize())
 
 
-def test_turned_weights_under_the_names_of_the_inner_model_come_back(tmp_path: Path) -> None:
+def test_transposed_weights_under_the_names_of_the_inner_model_come_back(tmp_path: Path) -> None:
     """GPT-2's own checkpoint begins its names with `h.`, not with `transformer.h.`."""
     model, ids = gpt2(), token_ids(2, 8)
     quantized = qc.quantize_groups(qc.capture_model(model, (ids,)), targets=["attn.c_proj"])
@@ -178,7 +178,7 @@ def test_an_order_that_leaves_columns_in_place_promises_nothing(
     assert load_source(str(path)).stored()[0]
 
 
-def test_columns_of_compressed_tensors_in_groups_that_lie_apart(tmp_path: Path) -> None:
+def test_columns_of_compressed_tensors_in_permuted_groups(tmp_path: Path) -> None:
     """By the formula of the library's versions with `g_idx`: w[:, k] = s[:, g[k]] (q − z)."""
     g_idx: dict[str, Tensor] = {}
 

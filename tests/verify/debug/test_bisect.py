@@ -62,8 +62,8 @@ def test_the_step_and_the_place_of_a_planted_fault_are_named(name: str, tmp_path
     assert culprit.row.name in str(culprit)
     folder = write_repro(culprit, tmp_path / "found")
     parts = [qc.Program.load(folder / side) for side in ("before", "after")]
-    whole = sum(n.op == "call_function" for n in culprit.before.graph.nodes)
-    assert sum(n.op == "call_function" for n in parts[0].graph.nodes) <= whole / 3
+    complete = sum(n.op == "call_function" for n in culprit.before.graph.nodes)
+    assert sum(n.op == "call_function" for n in parts[0].graph.nodes) <= complete / 3
     assert set(load_file(folder / "inputs.safetensors")) == {
         leaf.name for leaf in parts[1].signature.inputs
     }
@@ -81,7 +81,7 @@ def test_what_a_later_step_undoes_is_found() -> None:
     assert found is not None and found.step == "break" and found.site == "q"
 
 
-def test_a_lossy_step_is_not_judged_and_what_follows_is_held_to_it() -> None:
+def test_a_lossy_step_is_not_checked_and_later_steps_are_compared_with_it() -> None:
     captured = qc.capture_model(MLP(40, 24), (torch.randn(2, 40),))
     quantized = qc.quantize_groups(captured)
     steps = [Step("quantize", quantized, lossy=True), Step("again", shifted(quantized, 0.01))]
@@ -99,7 +99,7 @@ def test_steps_that_are_each_within_rounding_are_found_together(tmp_path: Path) 
     found = bisect(folded, steps, calls)
     assert found is not None and found.cumulative and found.index > 0
     assert "with the steps before it" in str(found)
-    assert "whole" in (write_repro(found, tmp_path / "r") / "README.txt").read_text()
+    assert "complete" in (write_repro(found, tmp_path / "r") / "README.txt").read_text()
 
 
 def test_a_step_that_loses_an_output_is_found_and_reproduced(tmp_path: Path) -> None:

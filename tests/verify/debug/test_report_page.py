@@ -52,8 +52,8 @@ def test_each_check_writes_its_page(
     words: list[str], says: list[str], folders: Path, tmp_path: Path
 ) -> None:
     page = tmp_path / "page.html"
-    sides = [str(folders / "folded"), str(folders / "model.onnx")]
-    assert main(["verify", *sides, *words, "--html", str(page)]) == 0
+    models = [str(folders / "folded"), str(folders / "model.onnx")]
+    assert main(["verify", *models, *words, "--html", str(page)]) == 0
     text = read(page)
     shown = ("Errors by layer", "Worst inputs", "distance of a zero-point", "layers.1", "onnx.Tanh")
     for part in (*says, *shown, "shift of a zero-point", "; 0 moved by more than 0.0001"):
@@ -66,9 +66,9 @@ def test_the_shift_of_zero_points_is_what_was_folded(
     candidate: str, folders: Path, tmp_path: Path
 ) -> None:
     page = tmp_path / "page.html"
-    sides = [str(folders / "adapted"), str(folders / candidate)]
+    models = [str(folders / "adapted"), str(folders / candidate)]
     words = ["--numeric", *(["--levels", "all"] if candidate == "model.onnx" else [])]
-    assert main(["verify", *sides, *words, "--html", str(page)]) == 0
+    assert main(["verify", *models, *words, "--html", str(page)]) == 0
     before, after = (zero_points(qc.Program.load(folders / n)) for n in ("adapted", "folded"))
     moved = np.concatenate([(after[name] - before[name]).ravel() for name in before])
     text = read(page)
@@ -88,15 +88,15 @@ def test_zero_points_are_read_however_a_target_stores_them(name: str, tmp_path: 
             assert np.abs(found[path] - values).max() < 1e-5, path
 
 
-def test_a_long_graph_is_there_whole_by_layer(
+def test_a_long_graph_is_shown_completely_by_layer(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qalora_compile.verify.debug.report_page._LINES", 2)
-    page, sides = tmp_path / "page.html", [folders / "folded", folders / "model.onnx"]
-    assert main(["verify", *map(str, sides), "--prove", "--html", str(page)]) == 0
+    page, models = tmp_path / "page.html", [folders / "folded", folders / "model.onnx"]
+    assert main(["verify", *map(str, models), "--prove", "--html", str(page)]) == 0
     text = read(page)
     assert "layers.0: " in text and "layers.1: " in text and "nodes more" not in text
-    for node in (node for side in sides for node in open_graph(side).nodes.values()):
+    for node in (node for side in models for node in open_graph(side).nodes.values()):
         assert " ".join(node.line.split()) in text
 
 
@@ -117,15 +117,15 @@ def test_a_node_is_in_the_layer_that_its_name_or_what_it_reads_says() -> None:
 
 def test_a_fault_is_on_its_page(folders: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    sides = [str(folders / "adapted"), str(folders / "wrong")]
-    assert main(["verify", *sides, "--numeric", "--html", str(page)]) == 1
+    models = [str(folders / "adapted"), str(folders / "wrong")]
+    assert main(["verify", *models, "--numeric", "--html", str(page)]) == 1
     text = read(page)
     assert "DIFFERENT" in text and "layers.1: off by" in text
 
 
 def test_a_page_that_cannot_be_made_is_refused(folders: Path, tmp_path: Path) -> None:
     page = ["--html", str(tmp_path / "page.html")]
-    sides = [str(folders / "model.onnx"), str(folders / "folded")]
-    assert main(["verify", *sides, "--max-rel", "1e-3", *page]) == 2
+    models = [str(folders / "model.onnx"), str(folders / "folded")]
+    assert main(["verify", *models, "--max-rel", "1e-3", *page]) == 2
     assert main(["verify", "--certificate", "any.json", *page]) == 2
     assert not (tmp_path / "page.html").exists()

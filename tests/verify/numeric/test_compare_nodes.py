@@ -1,4 +1,4 @@
-"""Comparison along the graph: what is judged, on what inputs, and what is said of it."""
+"""Comparison along the graph: the compared values, the inputs, and the messages."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def test_every_target_passes_at_every_level(name: str, models: Path) -> None:
     report = compare_nodes(program("folded"), models / f"{name}.onnx", library=library).check()
     with_library = name == "ort" and library is not None
     assert len(report.modes) == len(LEVELS) * (2 if with_library else 1) + (name == "ort")
-    for way in report.modes:
-        assert {row.name for row in way.rows} >= {"q", "input of q", "down", "output output"}
-        assert way.worst is not None and 0 < way.worst.worst.ratio < EXPLAINED / 2
+    for mode in report.modes:
+        assert {row.name for row in mode.rows} >= {"q", "input of q", "down", "output output"}
+        assert mode.worst is not None and 0 < mode.worst.worst.ratio < EXPLAINED / 2
     assert bool(report.notes) == (name != "ort" or library is None)
 
 
@@ -91,7 +91,7 @@ def test_the_passes_in_between_pass_too() -> None:
         compare_nodes(program("adapted"), program(kind)).check()
 
 
-def test_a_language_model_with_its_cache_is_compared_on_both_sides_of_attention(
+def test_a_language_model_with_its_cache_is_compared_before_and_after_attention(
     tmp_path: Path,
 ) -> None:
     cached = qc.quantize_groups(capture_causal_lm(llama()))
@@ -188,7 +188,7 @@ def test_an_error_between_rounding_and_a_mistake_is_ambiguous() -> None:
 
 
 class Told(nn.Module):
-    """One layer, and outputs that are told from it."""
+    """One layer, and outputs that are derived from it."""
 
     def __init__(self, tell: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -233,7 +233,9 @@ def test_an_output_that_is_a_stored_tensor_is_compared_too() -> None:
 
 def test_an_output_that_is_no_tensor_is_noted() -> None:
     source = stated(lambda y: {"y": y, "rows": y.shape[0]})
-    assert compare_nodes(source, source).notes == ("output rows is not compared: it is not a tensor",)
+    assert compare_nodes(source, source).notes == (
+        "output rows is not compared: it is not a tensor",
+    )
 
 
 class Windowed(nn.Module):
@@ -358,7 +360,7 @@ def padded_model() -> qc.Program:
     return qc.quantize_groups(captured, qc.QuantSpec(group_size=8))
 
 
-def test_what_padding_gives_is_not_judged_but_has_to_be_finite() -> None:
+def test_values_at_padding_are_not_compared_but_have_to_be_finite() -> None:
     right = padded_model()
 
     def instead(value: float) -> qc.Program:
@@ -393,7 +395,7 @@ def test_positions_of_padding_are_found_in_values_of_many_shapes() -> None:
     assert padding_of(signature, [torch.ones(2, 2).long(), torch.ones(2, 3).long()]) is None
 
 
-# The judgement itself
+# The check itself
 
 
 def values(*numbers: float) -> Tensor:
@@ -424,7 +426,7 @@ def test_what_is_not_finite_fails_where_the_reference_is(bad: float) -> None:
     )
 
 
-def test_a_reference_that_has_lost_its_bits_judges_nothing() -> None:
+def test_a_reference_that_has_lost_its_bits_decides_nothing() -> None:
     exact = values(1.0, 2.0)
     found = check_bound(exact, values(0.5, 0.5), exact + 0.5, UNIT)
     assert (found.checked, found.verdict) == (0, Verdict.UNDECIDED)
@@ -469,7 +471,7 @@ def test_booleans_are_equal_or_wrong() -> None:
     assert check_bound(mask, none, ~mask, UNIT, as_is=True).verdict == Verdict.DIFFERENT
 
 
-def test_an_integer_that_rounding_decides_is_not_judged() -> None:
+def test_an_integer_that_rounding_decides_is_not_compared() -> None:
     exact, own = torch.tensor([3, 4]), values(1.0, 0.0)
     found = check_bound(exact, own, torch.tensor([2, 4]), UNIT)
     assert (found.verdict, found.checked, found.undefined) == (Verdict.EQUAL, 1, 1)

@@ -166,7 +166,7 @@ def libraries() -> tuple[Path | None, ...]:
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_whole_sequences_in_steps_show_it(
+def test_complete_sequences_in_steps_show_it(
     kind: str, exported: tuple[qc.Program, qc.Program, Path]
 ) -> None:
     folded, _, path = exported

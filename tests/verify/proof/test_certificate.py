@@ -53,7 +53,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
 
 @pytest.fixture
 def copy(stored: Path, tmp_path: Path) -> Path:
-    """The same elsewhere: a certificate finds what lies beside it."""
+    """The same elsewhere: a certificate finds files in its own folder."""
     root = tmp_path / "copy"
     shutil.copytree(stored, root)
     value = json.loads((root / "equal.json").read_text("utf-8"))
@@ -112,8 +112,8 @@ def test_a_file_that_changed_without_meaning_is_said(copy: Path) -> None:
 def test_a_certificate_cannot_say_more_than_is_so(copy: Path) -> None:
     value = json.loads((copy / "equal.json").read_text("utf-8"))
     value["sites"][0]["modes"]["operators"]["max_abs"] = 0.0
-    for way in value["sites"][0]["modes"].values():
-        way["max_abs"] = 0.0
+    for mode in value["sites"][0]["modes"].values():
+        mode["max_abs"] = 0.0
     del value["segments"][0]
     (copy / "equal.json").write_text(json.dumps(value), "utf-8")
     _, problems = check_certificate(copy / "equal.json")
@@ -127,7 +127,7 @@ def test_what_says_that_it_differs_does_not_hold(stored: Path, tmp_path: Path) -
     assert certificate.verdict == "DIFFERENT"
     certificate.write(tmp_path / "c.json")
     _, problems = check_certificate(tmp_path / "c.json")
-    assert problems[0] == "the certificate itself says DIFFERENT"
+    assert problems[0] == "the certificate itself states DIFFERENT"
 
 
 def test_what_was_in_memory_cannot_be_checked_again(stored: Path, tmp_path: Path) -> None:

@@ -23,15 +23,15 @@ Pair = tuple[qc.Program, tuple[qc.Program, qc.Program], Path]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """A T5 whole, as two programs, and exported."""
+    """A T5 as one program, as two programs, and exported."""
     torch.manual_seed(0)
     model = ENTRIES["t5"].build()
-    whole = qc.quantize_groups(qc.capture_model(model, *ENTRIES["t5"].inputs(2, 7, 0)))
-    parts = qc.split_encoder_decoder(whole, model)
+    complete = qc.quantize_groups(qc.capture_model(model, *ENTRIES["t5"].inputs(2, 7, 0)))
+    parts = qc.split_encoder_decoder(complete, model)
     folder = tmp_path_factory.mktemp("edge")
     for file, part in zip(FILES, parts, strict=True):
         qc.export_model(part, folder / file, qc.ExportSpec(target="ort-stock"))
-    return whole, parts, folder
+    return complete, parts, folder
 
 
 def test_a_folder_of_two_graphs_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -60,11 +60,11 @@ def test_encoder_and_decoder_are_proved_and_compared_one_by_one(pair: Pair, tmp_
 
 @pytest.mark.slow
 def test_a_page_shows_both_graphs_and_their_zero_points(pair: Pair) -> None:
-    whole, _, folder = pair
+    complete, _, folder = pair
     graphs = open_graphs(folder)
     assert [graph.label for graph in graphs] == [str(folder / file) for file in FILES]
-    assert set(effective_zero_points(whole, graphs)) == set(zero_points(whole))
+    assert set(effective_zero_points(complete, graphs)) == set(zero_points(complete))
     _, kwargs = ENTRIES["t5"].inputs(2, 9, 1)
-    report = qc.verify_equivalence(whole, folder, [kwargs], qc.Tolerance(max_rel=1e-3)).check()
-    html = verify_page(report, whole, folder, title="both").html()
+    report = qc.verify_equivalence(complete, folder, [kwargs], qc.Tolerance(max_rel=1e-3)).check()
+    html = verify_page(report, complete, folder, title="both").html()
     assert all(file in html for file in FILES) and "; 0 moved by more" in html

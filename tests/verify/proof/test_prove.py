@@ -242,14 +242,16 @@ def test_an_offset_that_hides_a_code_is_said() -> None:
     far = with_tensors(folded, {"v.offset": lambda o: o + 1e7 * folded.tensors()["v.scale"]})
     certificate = qc.prove_equivalence(far, far)
     assert certificate.proved
-    assert any("hides a change of one code" in note and "v the first" in note for note in certificate.notes)
+    assert any(
+        "hides a change of one code" in note and "v the first" in note for note in certificate.notes
+    )
     assert not any("hides" in note for note in qc.prove_equivalence(folded, folded).notes)
 
 
 def test_a_layer_that_is_missing_is_said() -> None:
     few = qc.quantize_groups(qc.capture_model(ThreeReaders(), (torch.randn(2, 64),)), exclude=["v"])
-    whole = qc.quantize_groups(qc.capture_model(ThreeReaders(), (torch.randn(2, 64),)))
-    certificate = qc.prove_equivalence(whole, few)
+    complete = qc.quantize_groups(qc.capture_model(ThreeReaders(), (torch.randn(2, 64),)))
+    certificate = qc.prove_equivalence(complete, few)
     assert certificate.verdict == "DIFFERENT"
     assert (certificate.difference or "").startswith("v: the site is missing in")
 
@@ -259,7 +261,7 @@ def test_what_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="neither a program folder"):
         qc.prove_equivalence(folded, tmp_path)
     (tmp_path / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(UserInputError, match="not an ONNX model"):
+    with pytest.raises(UserInputError, match="no ONNX model"):
         qc.prove_equivalence(folded, tmp_path)
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), tmp_path / "m.onnx")
     with pytest.raises(UserInputError, match="not exported by this package"):
@@ -272,7 +274,7 @@ def test_two_exported_models_are_compared_without_a_program(models: Path) -> Non
         assert qc.prove_equivalence(paths[0], path).proved
 
 
-def test_every_way_to_run_the_default_target_is_proved(models: Path) -> None:
+def test_every_execution_mode_of_the_default_target_is_proved(models: Path) -> None:
     certificate: Certificate = qc.prove_equivalence(program("folded"), models / "ort.onnx")
     for site in certificate.sites:
         assert list(site.modes) == ["operators", "functions", "standard functions"]
@@ -288,7 +290,7 @@ class Looked(nn.Module):
         self.out = nn.Linear(16, 16)
 
     def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Sums over what counts, beside each row."""
+        """Each row with sums over the positions that count."""
         rows = self.fc(self.table(ids + 2)) * attention_mask[:, :, None]
         y: torch.Tensor = self.out(rows + rows.sum(1, keepdim=True))
         return y

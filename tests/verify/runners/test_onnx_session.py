@@ -38,11 +38,11 @@ def test_a_dropout_does_as_it_says(
     trains: bool, verdict: str, models: Path, tmp_path: Path
 ) -> None:
     report = compared(with_dropout(models, trains=trains), tmp_path)
-    assert [(way.name, way.verdict) for way in report.modes] == [
+    assert [(mode.name, mode.verdict) for mode in report.modes] == [
         ("optimization all, kernels of ONNX Runtime", Verdict.EQUAL), (SPELLED, verdict),
     ]  # fmt: skip
     assert trains is ((report.difference or "").startswith("input of up"))
-    assert [len(way.inputs) for way in report.modes] == [len(report.inputs), 1]
+    assert [len(mode.inputs) for mode in report.modes] == [len(report.inputs), 1]
 
 
 def test_what_a_dropout_keeps_is_scaled(models: Path, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_function_that_this_runtime_never_takes_is_tried(models: Path, tmp_pat
     assert compared(model, tmp_path).passed
     next(f for f in MODEL_FAULTS if f.name.startswith("function of MatMulNBits")).plant(model)
     report = compared(model, tmp_path)
-    assert [way.verdict for way in report.modes] == [Verdict.EQUAL, Verdict.DIFFERENT]
+    assert [mode.verdict for mode in report.modes] == [Verdict.EQUAL, Verdict.DIFFERENT]
     assert report.culprit is not None and report.culprit[0].name == SPELLED
     assert (report.difference or "").startswith("q: off by")
 

@@ -120,7 +120,7 @@ LIBRARY = LIBRARIES["compressed-tensors"]
 
 @cache
 def of_two_widths() -> qc.Program:
-    """A small Llama on 4 bits, its `down_proj` on 8, with whole zero-points."""
+    """A small Llama on 4 bits, its `down_proj` on 8, with integer zero-points."""
     captured = capture_transformer(causal_lm())
     plan = qc.Pipeline.parse("canonicalize-pointwise,annotate-linears")(captured).program
     changes = {

@@ -277,8 +277,8 @@ def differences(a: Term, b: Term, *, mixed: bool) -> list[Difference]:
             if left is not None and right is not None:
                 waiting.append((left, right))
             else:
-                one = left.line if left is not None else f"(nothing like it in) {first.line}"
-                other = right.line if right is not None else f"(nothing like it in) {second.line}"
+                one = left.line if left is not None else f"(no counterpart in) {first.line}"
+                other = right.line if right is not None else f"(no counterpart in) {second.line}"
                 found.append(Difference(one, other, _known(left, right, mixed)))
     return found
 
@@ -300,9 +300,9 @@ def _pairs(a: Term, b: Term) -> list[tuple[Term | None, Term | None]] | None:
         return list(zip(a.args, b.args, strict=True)) if len(a.args) == len(b.args) else None
     left, right = _without(a.args, b.args), _without(b.args, a.args)
     left, right = (sorted(side, key=_shape) for side in (left, right))
-    alike = [(one, other) for one in left for other in right if _shape(one) == _shape(other)]
+    same_shape = [(one, other) for one in left for other in right if _shape(one) == _shape(other)]
     paired: list[tuple[Term | None, Term | None]] = []
-    for one, other in sorted(alike, key=lambda pair: -_shared(*pair)):
+    for one, other in sorted(same_shape, key=lambda pair: -_shared(*pair)):
         if one in left and other in right:
             left.remove(one)
             right.remove(other)

@@ -1,1 +1,1 @@
-"""Linear layers and lookups as exact matrices, whatever their encoding."""
+"""Linear layers and lookups as exact matrices, for every encoding."""

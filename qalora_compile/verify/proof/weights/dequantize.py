@@ -1,7 +1,7 @@
-"""Effective weights of this package's layers, from their stored tensors, with their rounding.
+"""Effective weights of this package's layers and their rounding, from stored tensors.
 
-Every function gives rows of a matrix on what the layer reads (`linear.Rows`): weight, the size of
-its parts, and the radius: the largest distance that rounding for storage explains, and no more.
+Every function returns rows of a matrix (`linear_map.Rows`): the weight, the size of its parts, and
+the radius, which is the largest error that rounding for storage explains.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from qalora_compile.verify.proof.weights.unpack import (
 )
 
 ARITHMETIC = 2.0**-48
-"""Relative to the size of a weight: 32 roundings of float64, more than any decoder here makes."""
+"""Relative to the size of a weight: 32 roundings of float64, more than in any decoder here."""
 _MARGIN = 1 + 1e-5
-"""Over the half step of a digit, for its scale, which is rounded to float32."""
+"""Factor on the half step of a digit, because its scale is rounded to float32."""
 
 _SCALE_STEP = {"float32": 2.0**-16, "float64": 2.0**-45}
-"""Half a step of a scale that is kept short, relative to it, at most."""
+"""The largest half step of a scale with few significant bits, relative to it."""
 
 Part = Callable[[slice, int], Rows]
 
 
 def rounding(values: Array, dtype: str) -> Array:
-    """How far each of some stored numbers may lie from what was rounded to it."""
+    """Largest distance of stored numbers from the numbers that were rounded to them."""
     unit = ROUNDING[dtype]
     result: Array = np.abs(values) * (unit / (1 - unit)) + SMALLEST[dtype]
     return result
 
 
 def _take(stored: StoredTensor, part: slice, expert: int) -> Array:
-    """Rows of a matrix, of one expert where the tensor has three dimensions more than rows."""
+    """Rows of a matrix, or of one expert if the tensor has a leading axis of experts."""
     values = stored.read()
     return np.asarray(values[expert][part] if expert >= 0 else values[part])
 
@@ -60,7 +60,7 @@ def on_codes(
     *,
     rounded: bool,
 ) -> Part:
-    """`W = scale · q + offset`; `rounded`: the offset was computed, and rounded to be stored."""
+    """`W = scale · q + offset`; `rounded`: the offset was computed and then rounded."""
 
     def rows(part: slice, expert: int) -> Rows:
         codes = row_codes(_take(packed, part, expert), bits, k).astype(np.float64)
@@ -87,9 +87,9 @@ def integer_zero_linear(
     scaling: float,
     kind: str,
 ) -> Part:
-    """`W = s · (q − z)`, z an integer; an adapter moved z (`integer`) or s (`scale`), rounded.
+    """`W = s · (q − z)`, z an integer; an adapter changed z (`integer`) or s (`scale`).
 
-    Scales are rounded to 16 significant bits: half a step of them is within the radius.
+    Scales are rounded to 16 significant bits, so half a step of them is within the radius.
     """
 
     def rows(part: slice, expert: int) -> Rows:
@@ -101,7 +101,7 @@ def integer_zero_linear(
             s = s * (1 + update)
             step = np.abs(s) * _SCALE_STEP[scale.dtype]
         else:
-            # A scale of full precision, of a group of equal weights, is exact times 0 and 1 alone.
+            # A full-precision scale, of a group of equal weights, is exact only times 0 and 1.
             units = np.frexp(s)[0] / _SCALE_STEP[scale.dtype]
             most = np.where(units == np.round(units), 2.0**bits - 1, 1.0)
             zero = np.clip(np.round(zero - update / s), 0, most)
@@ -139,7 +139,7 @@ def group_quant(
 
 
 def _coarse(moved: Array, scale: Array) -> float:
-    """The largest part of a group's scale that rounding may have moved it by."""
+    """The largest rounding of a group's offset, relative to its scale."""
     steps = np.abs(scale)
     return float((moved / np.where(steps == 0, np.inf, steps)).max())
 
@@ -182,7 +182,7 @@ def blocks(
     block_size: int,
     k: int,
 ) -> Part:
-    """Blocked DequantizeLinear along axis 0 of `[K, N]`, turned to rows of `[N, K]`."""
+    """Blocked DequantizeLinear along axis 0 of `[K, N]`, transposed to rows of `[N, K]`."""
     count, n = scale.shape
 
     def rows(part: slice, expert: int) -> Rows:
@@ -208,10 +208,10 @@ def _levels(codes: Array, scale: Array, zero: Array, block_size: int, width: int
 def _digit_radius(
     reading: Reading, scale: Array, bits: int, block_size: int, shape: tuple[int, ...]
 ) -> Array:
-    """Half a step of the last digit, at its columns: what rounding C to digits leaves.
+    """Half a step of the last digit, at its columns: the rest after rounding C to digits.
 
     The scale of a digit is at most that of the one before it over 2 (2^(b − 1) − 1), so that a
-    stored scale that is too large does not excuse itself.
+    stored scale that is too large does not widen the radius.
     """
     radius = np.zeros(shape)
     if not reading.digits:
@@ -231,7 +231,7 @@ def _digit_radius(
 def correction(stored: StoredTensor, roundings: int = 1) -> Part:
     """A matrix C `[width, N]` that multiplies from the right, as rows of Cᵀ.
 
-    `roundings`: how many roundings it went through until it was stored.
+    `roundings`: number of roundings before it was stored.
     """
 
     def rows(part: slice, expert: int) -> Rows:

@@ -1,4 +1,4 @@
-"""Embedding lookups on codes in an exported graph, found by the tables that they read."""
+"""Finds embedding lookups on codes in an exported graph by the tables that they read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from qalora_compile.verify.proof.weights.onnx_embeddings import lookup_values
 
 
 def find_lookups(graph: Graph) -> Graph:
-    """Give every site of a lookup its value, which the file's metadata do not name.
+    """Assign every lookup site its value, which the file's metadata do not name.
 
     Sites without a value are dropped: the file does not hold them as codes. Returns `graph`.
     """

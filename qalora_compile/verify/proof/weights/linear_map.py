@@ -1,9 +1,9 @@
-"""Linear maps read out of a graph: what a site computes, as a matrix, whatever nodes compute it.
+"""Linear maps read from a graph: the matrix of a site, for every form of its nodes.
 
-A `Reading` is what stands between a site's input x and a stored matrix: x itself, its group-sums,
-its groups spread or padded, or several of these side by side. All are maps R by a matrix of zeros
-and ones. A `Linear` is `y = M (R x) + b`; its effective weight `M R` is given in rows, in float64,
-so that no more than some rows of one layer are in memory.
+A `Reading` is the operand of a stored matrix as a function of a site's input x: x itself, its
+group-sums, its padded groups, or a concatenation of these. Each is a map R by a matrix of zeros and
+ones. A `Linear` is `y = M (R x) + b`; its effective weight `M R` is computed by rows, in float64,
+so that only some rows of one layer are in memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from qalora_compile.errors import QaloraError
 from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor
 
 _ROUNDINGS = 8
-"""Of a coefficient that a kernel computes from codes: three, and some to spare."""
+"""Roundings of a coefficient that a kernel computes from codes: three, with a margin."""
 
 
 class NotLinearError(QaloraError):
-    """A value is no linear map of one input that this package writes; says why."""
+    """A value is not a linear map in a form that this package writes; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Rows:
         weight: `[n, K]` float64.
         size: `[n, K]`: the sum of the absolute values of the parts that a weight is computed from.
         radius: `[n, K]`: how far rounding for storage, and the float64 arithmetic of the decoder,
-            may have moved a weight.
-        coarse: The largest radius of a group as a part of its scale: where it is below ½, no code
-            can be another unseen.
+            may have changed a weight.
+        coarse: The largest radius of a group relative to its scale; below ½, every change of a code
+            is detected.
     """
 
     weight: Array
@@ -45,22 +45,22 @@ class Rows:
     coarse: float = 0.0
 
     def map(self, function: Callable[[Array], Array]) -> Rows:
-        """The same linear function of all three."""
+        """All three after the same linear function."""
         parts = function(self.weight), function(self.size), function(self.radius)
         return Rows(*parts, self.coarse)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """`R x`, R a matrix of zeros and ones, with as many rows as `width` and as columns as x.
+    """`R x`, with R a matrix of zeros and ones with `width` rows and a column for each of x.
 
     Attributes:
-        source: x: the operands that it is computed from (x, and for experts their ends).
-        width: Values that R gives.
+        source: The operands that it is computed from: x, and for experts their group offsets.
+        width: Number of values of `R x`.
         pull: `M R` from M `[n, width]`.
-        sums: R is the group-sum, or pads it.
-        digits: Columns of several group-sums side by side behind the rest: (begin, width) of each.
-        terms: How many roundings one value may pass when `R x` is computed.
+        sums: Whether R is the group-sum, possibly padded.
+        digits: (begin, width) of the columns of each group-sum that is appended to the rest.
+        terms: Largest number of roundings of one value when `R x` is computed.
     """
 
     source: tuple[Any, ...]
@@ -76,13 +76,13 @@ class Linear:
     """`y = M (R x) + b`, E of them for experts.
 
     Attributes:
-        source: As of `Reading`.
+        source: As for `Reading`.
         n, k: Rows and columns of the effective weight.
-        rows: The rows of a slice; of one expert where there are several.
+        rows: Returns the rows of a slice, of one expert if there are several.
         bias: The stored vectors that are added.
         experts: E, or None.
-        notes: What there is to say of it, for example of int8 activations.
-        terms: How many roundings one product may pass when y is computed, in any order.
+        notes: Notes, for example on int8 activations.
+        terms: Largest number of roundings of one product when y is computed, in any order.
     """
 
     source: tuple[Any, ...]
@@ -103,7 +103,7 @@ class Linear:
 
 
 def identity(source: tuple[Any, ...], k: int) -> Reading:
-    """X itself."""
+    """The reading x itself."""
     return Reading(source, k, lambda m: m)
 
 
@@ -129,19 +129,19 @@ def pad_groups(inner: Reading, group_size: int, width: int) -> Reading:
 
 
 def padded(inner: Reading, amount: int) -> Reading:
-    """Zeros behind."""
+    """Zeros appended."""
     width = inner.width + amount
     return dataclasses.replace(inner, width=width, pull=lambda m: inner.pull(m[:, : inner.width]))
 
 
 def side_by_side(parts: list[Reading]) -> Reading:
-    """Several readings of one x, joined along the last axis.
+    """Several readings of one x, concatenated along the last axis.
 
     Raises:
         NotLinearError: they read different inputs.
     """
     if any(part.source != parts[0].source for part in parts):
-        raise NotLinearError("what is joined is read from different inputs")
+        raise NotLinearError("values of different inputs are concatenated")
     begins = np.cumsum([0, *(part.width for part in parts)]).tolist()
     digits = [(b, p.width) for b, p in zip(begins, parts, strict=False) if p.sums]
 
@@ -166,18 +166,18 @@ def applied(
 ) -> Linear:
     """A stored matrix, `[n, width of the reading]` by rows, on a reading.
 
-    `terms`: roundings of a coefficient itself.
+    `terms`: number of roundings of a coefficient itself.
     """
 
     def pulled(part: slice, expert: int) -> Rows:
         made = rows(part, expert)
         if made.weight.shape[1] != reading.width:
             raise NotLinearError(
-                f"the matrix has {made.weight.shape[1]} columns, and x gives {reading.width}"
+                f"the matrix has {made.weight.shape[1]} columns, the operand {reading.width}"
             )
         return made.map(reading.pull)
 
-    # The columns of x are known once one row was pulled: a reading knows its own width alone.
+    # The number of columns of x is known after one row: a reading knows only its own width.
     k = reading.pull(np.zeros((1, reading.width))).shape[1]
     terms += reading.terms + reading.width
     return Linear(reading.source, n, k, pulled, bias, experts, notes, terms)
@@ -188,7 +188,7 @@ def looked_up(
 ) -> Linear:
     """Rows of a stored matrix `[n, k or more]` by number: its transpose on zeros and a one.
 
-    The largest singular value is that of the matrix, so that bounds are as of any other map.
+    The largest singular value is that of the matrix, so that bounds hold as for any other map.
     """
 
     def cut(part: slice, expert: int) -> Rows:
@@ -224,13 +224,13 @@ def added(first: Linear, second: Linear) -> Linear:
 
 
 def composed(inner: Linear, n: int, matrix: Callable[[slice, int], Rows]) -> Linear:
-    """A stored matrix `[n, inner.n]` behind a linear map.
+    """A stored matrix `[n, inner.n]` applied to the result of a linear map.
 
     Raises:
-        NotLinearError: a bias stands between the two.
+        NotLinearError: there is a bias between the two.
     """
     if inner.bias:
-        raise NotLinearError("a bias stands before a matrix")
+        raise NotLinearError("a bias is added before a matrix")
 
     def rows(part: slice, expert: int) -> Rows:
         outer, below = matrix(part, expert), inner.rows(slice(0, inner.n), expert)
@@ -259,7 +259,7 @@ def scaled(inner: Linear, factor: float) -> Linear:
 
 
 def remembered(linear: Linear) -> Linear:
-    """The same map, which keeps the rows that were asked for last."""
+    """The same map with a cache of the last rows."""
     last: list[tuple[slice, int, Rows]] = []
 
     def rows(part: slice, expert: int) -> Rows:
@@ -271,7 +271,7 @@ def remembered(linear: Linear) -> Linear:
 
 
 def with_bias(linear: Linear, bias: StoredTensor) -> Linear:
-    """A stored vector added.
+    """A linear map plus a stored vector.
 
     Raises:
         NotLinearError: it has another length.

@@ -1,4 +1,4 @@
-"""Lookups in quantized tables of exported models: rows of a matrix, whatever nodes unpack them."""
+"""Lookups in quantized tables of exported models as rows of a matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qalora_compile.verify.proof.weights.linear_map import (
 _FLOAT, _UINT8 = 1, 2  # of ONNX's TensorProto.DataType
 _BITS = {"uint2": 2, "uint4": 4, "uint8": 8}
 LOOKUP_ENDS = ("onnx.Slice", "onnx.Reshape", "onnx.DequantizeLinear")
-"""Operators that a lookup of codes ends in."""
+"""Operators with which a lookup of codes can end."""
 _LOOKUPS = (*LOOKUP_ENDS, "onnx.Add", "onnx.Mul")
 
 
@@ -42,17 +42,17 @@ def lookup_values(graph: Graph, path: str) -> list[str]:
 
 
 def lookup_linear(graph: Graph, node: Node) -> Linear:
-    """A lookup as a linear map of the row's number, written as zeros and a one.
+    """A lookup as a linear map of the one-hot encoded row number.
 
     Raises:
-        NotLinearError: it is not a form that an exporter of this package writes.
+        NotLinearError: it does not have the form that an exporter of this package writes.
     """
     return _Reader(graph).linear(node)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Gathered rows of a stored table: its values, their bits, and which rows."""
+    """Gathered rows of a stored table: its values, their bits, and the row numbers."""
 
     stored: StoredTensor
     bits: int
@@ -60,7 +60,7 @@ class _Rows:
 
 
 class _Reader:
-    """Reads one lookup; keeps the names of its tables, and the lookups that it is made of."""
+    """Reads one lookup and records its tables and the lookups that it consists of."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
@@ -91,7 +91,7 @@ class _Reader:
         return self.linear(node)
 
     def _blocks(self, node: Node) -> Linear:
-        """Unpacked rows of `[V, L, block]`, less zero-points, times scales, the first K of each."""
+        """Unpacked rows of `[V, L, block]` minus zero-points, times scales; the first K values."""
         size, value = self._first(node)
         tail, value = self._reshaped(value)
         product = self._node(value, "onnx.Mul")
@@ -124,7 +124,7 @@ class _Reader:
         return looked_up(source, count, k, part)
 
     def _zero(self, operand: Any) -> _Rows:
-        """Zero-points: a row of numbers, or of codes, of which the first count."""
+        """Zero-points: a row of numbers or of codes, of which only the first are used."""
         gathered = self._maybe(operand, "onnx.Gather")
         if gathered is not None:
             return self._gathered(operand)
@@ -135,7 +135,7 @@ class _Reader:
         return self._unpacked(value)
 
     def _flat(self, node: Node) -> Linear:
-        """Columns of `[K, V]`, turned: blocked DequantizeLinear along the last axis."""
+        """Transposed columns of `[K, V]`: blocked DequantizeLinear along the last axis."""
         block = int(node.options.get("block_size", 0))
         if node.options.get("axis", 1) != -1 or block < 1 or len(node.args) != 3:
             raise self._no(node)
@@ -151,7 +151,7 @@ class _Reader:
         return looked_up((ids,), count, k, part)
 
     def _columns(self, operand: Any) -> tuple[StoredTensor, Any]:
-        """A stored `[K, V]` of which columns are gathered, and which."""
+        """A stored `[K, V]` of which columns are gathered, and their numbers."""
         node = self._node(operand, "onnx.Gather")
         if node.options.get("axis", 0) != 0:
             raise self._no(node)
@@ -166,7 +166,7 @@ class _Reader:
         else:
             rows = self._stored(table)
             if rows.dtype in ("uint4", "uint2"):
-                raise self._no(node)  # a stream of bits cannot be turned
+                raise self._no(node)  # a stream of bits cannot be transposed
             stored = StoredTensor(rows.name, rows.dtype, rows.shape[::-1], lambda: rows.read().T)
         if len(stored.shape) != 2:
             raise self._no(node)
@@ -193,7 +193,7 @@ class _Reader:
         return _Rows(self._stored(node["data"]), 8, node["indices"])
 
     def _first(self, node: Node) -> tuple[int | None, Any]:
-        """How many values along the last axis are kept, and of what."""
+        """How many values along the last axis are kept, and the operand."""
         if node.op != "onnx.Slice":
             return None, node
         start, stop, axes = (self._values(node.get(name)) for name in ("starts", "ends", "axes"))
@@ -203,7 +203,7 @@ class _Reader:
         return stop[0], node["data"]
 
     def _reshaped(self, operand: Any) -> tuple[list[int], Any]:
-        """The last axes that Reshape gives, the axes of the ids being kept; and of what."""
+        """The last axes of a Reshape that keeps the axes of the ids, and its operand."""
         node = operand if isinstance(operand, Node) else self._node(operand)
         if node.op != "onnx.Reshape" or node.options.get("allowzero", 0):
             raise self._no(node)
@@ -238,7 +238,7 @@ class _Reader:
         return self._graph.tensors[operand.name]
 
     def _values(self, operand: Any) -> list[int]:
-        """A small stored tensor of integers; none where it is something else."""
+        """A small stored tensor of integers; None for other operands."""
         if not isinstance(operand, Tensor):
             return []
         stored = self._graph.tensors[operand.name]

@@ -1,7 +1,7 @@
-"""The functions that an exported model carries for its operators, on the constants of one node.
+"""Model-local functions of an exported model, evaluated on the constants of one node.
 
-What a function computes from weights alone is computed, by `onnx.reference`, in the precision that
-the function says; what reads the node's input is left as nodes, for `onnx_regions` to read.
+The part of a function that depends only on weights is evaluated by `onnx.reference`, in the
+function's precision; the part that depends on the node's input remains as nodes for `onnx_layers`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qalora_compile.verify.proof.weights.linear_map import NotLinearError
 
 
 class _Split:
-    """A function with the attributes of a node: what depends on weights alone, and the rest."""
+    """A function with a node's attributes: the part that depends only on weights, and the rest."""
 
     def __init__(self, proto: Any, attributes: tuple[tuple[str, Any], ...], dtype: str) -> None:
         onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
@@ -30,7 +30,7 @@ class _Split:
             node = onnx.NodeProto()
             node.CopyFrom(source)
             _bind(onnx, node, values)
-            # The type of x is fixed, so what is cast to it does not depend on its values.
+            # The type of x is fixed, so casts to it do not depend on its values.
             operands = node.input[:1] if node.op_type == "CastLike" else node.input
             if all(name in known for name in operands if name):
                 known |= set(node.output)
@@ -59,7 +59,7 @@ class _Split:
         self._x = np.zeros((1, 1), dtype)
 
     def evaluate(self, stored: list[StoredTensor]) -> dict[str, StoredTensor]:
-        """The constants that the rest reads, for the weights of one node."""
+        """The constants for the rest, computed from the weights of one node."""
         given = [stored[i].read() for i in range(len(self.inputs) - 1)]
         feed = dict(zip(self.inputs, [self._x, *given], strict=True))
         found = zip(self.wanted, self._evaluator.run(None, feed), strict=True)
@@ -72,7 +72,7 @@ Body = tuple[Graph, Ref]
 
 
 def body_of(graph: Graph, node: Node, stored: list[StoredTensor]) -> Body:
-    """The function of a node as a graph, and its result; `extra` is the name of x.
+    """The function of a node as a graph, and its result; the graph's `extra` is the name of x.
 
     Raises:
         NotLinearError: the function cannot be evaluated on these weights.
@@ -85,7 +85,7 @@ def body_of(graph: Graph, node: Node, stored: list[StoredTensor]) -> Body:
         tensors = split.evaluate(stored)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise NotLinearError(
-            f"the function of {node.op} does not take the weights: {error}"
+            f"the function of {node.op} does not accept the weights: {error}"
         ) from error
     nodes = {made.name: made for made in split.rest}
     body = Graph(ONNX, f"{graph.label}: {node.op}", graph.stage, nodes, {}, {}, tensors, {}, {})
@@ -100,7 +100,7 @@ def _split(proto: bytes, attributes: tuple[tuple[str, Any], ...], dtype: str) ->
 
 
 def _bind(onnx: Any, node: Any, values: dict[str, Any]) -> None:
-    """Give references to the function's attributes the values that the node has for them."""
+    """Replace references to the function's attributes by the node's values."""
     kept = []
     for attribute in node.attribute:
         if not attribute.ref_attr_name:

@@ -288,13 +288,13 @@ class _Reader:
         if behind is not None and behind.op == "onnx.Transpose":
             stored = self._stored(behind["data"])
             if behind.options.get("perm", (1, 0)) != (1, 0) or len(stored.shape) != 2:
-                raise NotLinearError(f"no matrix is transposed: {behind.line}")
-            transposed = StoredTensor(
+                raise NotLinearError(f"no matrix is turned: {behind.line}")
+            turned = StoredTensor(
                 stored.name, stored.dtype, stored.shape[::-1], lambda: stored.read().T
             )
         else:
-            transposed = self._stored(weight)
-        made, n = dequantize.correction(transposed, self._roundings), transposed.shape[1]
+            turned = self._stored(weight)
+        made, n = dequantize.correction(turned, self._roundings), turned.shape[1]
         below = self._graph.node(x)
         if below is not None and below.op == "onnx.MatMul":
             return composed(self.linear(x), n, made)

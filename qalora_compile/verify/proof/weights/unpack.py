@@ -1,7 +1,7 @@
-"""Codes unpacked from every layout in which this package stores them: the verifier's own decoder.
+"""The verifier's own decoder of codes, for every layout in which this package stores them.
 
-Written from the formats' descriptions (docs/formats.md, docs/operators.md, ONNX's and ONNX
-Runtime's specifications), on bits, and not from the code that packs; numpy alone.
+Written for numpy from the specifications (docs/formats.md, docs/operators.md, ONNX and ONNX
+Runtime) and independently of the code that packs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def from_bits(stream: Array, bits: int, count: int) -> Array:
 
 
 def row_codes(packed: Array, bits: int, k: int) -> Array:
-    """Codes `[N, K]` of `group_linear`: a bit stream a row, `[N, ceil(K / 8) · bits]`."""
+    """Codes `[N, K]` of `group_linear`: a bit stream per row, `[N, ceil(K / 8) · bits]`."""
     return from_bits(packed, bits, k)
 
 
@@ -37,7 +37,7 @@ def block_codes(packed: Array, bits: int) -> Array:
 
 
 def group_codes(packed: Array, bits: int, group_size: int) -> Array:
-    """Codes `[N, L · g]` of GroupQuantLinear: `[N, L, g · bits / 8]`; 3 bits lie in two planes."""
+    """Codes `[N, L · g]` of GroupQuantLinear: `[N, L, g · bits / 8]`; 3 bits are in two planes."""
     if bits != 3:
         return block_codes(packed, bits)
     n, groups, _ = packed.shape
@@ -59,5 +59,5 @@ def flat_codes(stream: Array, bits: int, shape: tuple[int, ...]) -> Array:
 
 
 def repeat_groups(values: Array, width: int, k: int) -> Array:
-    """One value a group, `[N, L]`, as one a column, `[N, k]`."""
+    """One value per group, `[N, L]`, as one per column, `[N, k]`."""
     return np.repeat(values, width, axis=1)[:, :k]

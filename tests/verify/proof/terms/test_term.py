@@ -47,7 +47,7 @@ def test_numbers_are_compared_as_they_are_stored() -> None:
     assert exact.number(1e-6).key != exact.number(float(np.float32(1e-6))).key
 
 
-def test_a_turned_matrix_is_the_matrix_turned() -> None:
+def test_a_transposed_matrix_is_the_transpose_of_the_matrix() -> None:
     matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
     one = ALGEBRA.constant(from_array("w", matrix), transposed=True)
     other = ALGEBRA.constant(from_array("v", np.ascontiguousarray(matrix.T)))
@@ -67,7 +67,7 @@ def test_the_first_difference_is_the_innermost_operand_that_differs() -> None:
     assert (found.reference, found.candidate, found.known) == ("tanh(x)", "relu(x)", True)
     (found,) = differences(a.sum([X, Y, Z], "whole"), a.sum([X, Y], "part"), mixed=True)
     assert found.reference == "z"
-    assert found.candidate == "(nothing like it in) part"
+    assert found.candidate == "(no counterpart in) part"
 
 
 def test_an_operator_of_one_kind_of_graph_decides_nothing_against_the_other_kind() -> None:
@@ -82,7 +82,7 @@ def test_an_operator_of_one_kind_of_graph_decides_nothing_against_the_other_kind
 
 
 def test_operands_that_differ_are_compared_with_what_they_share_most_with() -> None:
-    """Two lookups on either side, of other numbers: the tables are not what differs."""
+    """Two lookups in each graph, of different numbers: the tables do not differ."""
     words, places = leaf("words"), leaf("places")
 
     def lookup(table: Term, ids: str) -> Term:
