@@ -79,7 +79,7 @@ def refuse_extra_layers(stored: Iterable[str], model: Any, where: Path) -> None:
     """Refuse a checkpoint with layers that the model does not have.
 
     Other unknown tensors are ignored, as in transformers: rotary tables of older versions, heads of
-        another task.
+    another task.
 
     Args:
         stored: Names of the tensors in the files.

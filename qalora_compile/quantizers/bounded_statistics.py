@@ -23,7 +23,7 @@ class StatisticsInParts(Mapping[str, ActivationStatistics]):
 
     The layers are divided, in graph order, into parts whose moments take at most 1 GiB together.
     Access to a layer collects its part and drops the previous one: with access in graph order, the
-        model runs once for each part.
+    model runs once for each part.
 
     Args:
         program: As for `collect_statistics`.

@@ -98,8 +98,8 @@ class CutModel:
     def _cut_model(self) -> Any:
         """The model without the nodes that compute its sites."""
         onnx = require("onnx", extra="onnx", purpose="cut an ONNX model")
-        model_proto = self._graph.extra
-        makers = {name: node for node in model_proto.graph.node for name in node.output if name}
+        source = self._graph.extra
+        makers = {name: node for node in source.graph.node for name in node.output if name}
         wanted, waiting = dict[str, Any](), list(self._computed)
         while waiting:
             name = waiting.pop()
@@ -108,16 +108,16 @@ class CutModel:
                 continue
             wanted[node.output[0]] = node
             waiting += [*node.input, *captured(node)]
-        nodes = [n for n in model_proto.graph.node if n.output[0] in wanted]
+        nodes = [n for n in source.graph.node if n.output[0] in wanted]
         read = {name for node in nodes for name in (*node.input, *captured(node))}
         cut = [name for name in self._cuts if name in read]
-        inputs = [i for i in model_proto.graph.input if i.name in read]
+        inputs = [i for i in source.graph.input if i.name in read]
         inputs += [onnx.helper.make_tensor_value_info(n, 1, None) for n in cut]
-        model = onnx.ModelProto(ir_version=model_proto.ir_version)
-        model.opset_import.extend(model_proto.opset_import)
-        model.functions.extend(model_proto.functions)
+        model = onnx.ModelProto(ir_version=source.ir_version)
+        model.opset_import.extend(source.opset_import)
+        model.functions.extend(source.functions)
         outputs = [onnx.ValueInfoProto(name=name) for name in self._computed]
-        stored = [t for t in model_proto.graph.initializer if t.name in read]
+        stored = [t for t in source.graph.initializer if t.name in read]
         model.graph.CopyFrom(onnx.helper.make_graph(nodes, "cut", inputs, outputs, stored))
         return model
 

@@ -55,9 +55,9 @@ class OnnxSession:
     Args:
         path: The `.onnx` file.
         library: A library of custom operators for the sessions.
-        level: ONNX Runtime's optimization level, one of `LEVELS`. spelled_out: Use the file's
-            functions for operators for which this runtime has kernels, as a runtime without them
-            does; see `spell_out`.
+        level: ONNX Runtime's optimization level, one of `LEVELS`.
+        spelled_out: Use the file's functions for operators for which this runtime has kernels, as
+            a runtime without them does; see `spell_out`.
 
     Raises:
         UserInputError: it cannot be loaded, or was not exported by this package; raised by

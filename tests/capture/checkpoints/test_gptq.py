@@ -399,7 +399,7 @@ def without_scales(tensors: dict[str, Tensor]) -> None:
 FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     "packed zero-points of another width": (
         replaced("qzeros", lambda t: t[:, :-1]),
-        "scales of .* want",
+        "scales of .* need",
     ),
     "packed zero-points of the scales' shape": (
         replaced("qzeros", lambda t: torch.zeros(2, 96, dtype=torch.int32)),
