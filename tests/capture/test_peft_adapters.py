@@ -409,7 +409,7 @@ def test_an_adapter_of_another_model_names_the_layer(tmp_path: Path) -> None:
     with pytest.raises(PreconditionError, match="no foldable adapter: excluded"):
         import_lora(kept, updates)
     head = {"lm_head": [LowRankUpdate(torch.ones(2, 64), torch.ones(128, 2), 1.0, None)]}
-    with pytest.raises(UnsupportedError, match=r"that of model\.embed_tokens\.weight, lm_head"):
+    with pytest.raises(UnsupportedError, match=r"shared by model\.embed_tokens\.weight, lm_head"):
         merge_(base(), head)
 
 

@@ -194,7 +194,7 @@ def test_inconsistent_tensors_are_refused(kind: str, tmp_path: Path) -> None:
     ("own", "part", "words"),
     [
         ({"bits": 4, "group_size": GROUP}, "scales", rf"no tensor {UP}\.scales"),
-        (False, "", rf"{UP} is quantized, and .* not"),
+        (False, "", rf"{UP} is quantized, but .* not"),
     ],
 )
 def test_mlx_layers_are_those_that_the_configuration_names(

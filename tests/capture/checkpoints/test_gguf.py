@@ -152,7 +152,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         r"no tensor for model\.layers\.1\.mlp\.up_proj\.weight \(1 in all\)",
     ),
     "a layer more": ({"more": {"blk.2.ffn_up.weight": np.ones((96, 64))}}, "a layer that the"),
-    "a bias": ({"more": {"blk.0.attn_q.bias": np.ones(64)}}, r"attn_q\.bias, and .* no place"),
+    "a bias": ({"more": {"blk.0.attn_q.bias": np.ones(64)}}, r"attn_q\.bias, for .* no parameter"),
     "frequencies": ({"more": {"rope_freqs.weight": np.full(8, 4.0)}}, "rope_freqs"),
     "long factors": ({"more": {"rope_factors_long.weight": np.ones(8)}}, "rope_factors_long"),
 }

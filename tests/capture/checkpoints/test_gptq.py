@@ -429,7 +429,7 @@ def test_inconsistent_tensors_are_refused(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("part", "words"),
-    [("qzeros", "qzeros is .* want"), ("scales", "qzeros is .* want"), ("qweight", "scale is")],
+    [("qzeros", "qzeros is .* need"), ("scales", "qzeros is .* need"), ("qweight", "scale is")],
 )
 def test_inconsistent_tensors_of_awq_are_refused(part: str, words: str, tmp_path: Path) -> None:
     write_folder(tmp_path / "model", awq_layer([]), AWQ)

@@ -213,7 +213,7 @@ def test_a_certificate_cannot_claim_a_stronger_verdict(copy: Path) -> None:
     certificate, problems = check_certificate(copy / "c.json")
     assert certificate.verdict == "UNDECIDED"
     assert not Certificate.read(copy / "c.json").proved
-    assert problems[0].startswith("stated as EQUAL, and is UNDECIDED")
+    assert problems[0].startswith("stated as EQUAL, but is UNDECIDED")
 
     def sampled(value: dict[str, Any]) -> None:
         for row in value["segments"]:
