@@ -285,7 +285,7 @@ def _with_encoder(reference: str, kind: str, model: Any, tokenizer: Any) -> Sour
     start = next((token for token in starts if token is not None), None)
     if start is None:
         raise UserInputError(
-            "the model does not name a start token for its decoder",
+            "the model names no token that its decoder begins with",
             where=f"{reference}/config.json",
             hint="add decoder_start_token_id",
         )
