@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
     from qalora_compile.ir.program import Program
 
-_MODE = {  # position of the training flag, and its value in evaluation mode
-    "aten.dropout.default": (2, False),
-    "aten.dropout_.default": (2, False),
-    "aten.feature_dropout.default": (2, False),
-    "aten.alpha_dropout.default": (2, False),
-    "aten.batch_norm.default": (5, False),
-    "aten.instance_norm.default": (5, False),
-    "aten.rrelu.default": (3, False),
-    "aten.scaled_dot_product_attention.default": (4, 0.0),
+_MODE = {  # the operand that a program in evaluation has as False, or 0
+    "aten.dropout.default": ("train", False),
+    "aten.dropout_.default": ("train", False),
+    "aten.feature_dropout.default": ("train", False),
+    "aten.alpha_dropout.default": ("train", False),
+    "aten.batch_norm.default": ("training", False),
+    "aten.instance_norm.default": ("use_input_stats", False),
+    "aten.rrelu.default": ("training", False),
+    "aten.scaled_dot_product_attention.default": ("dropout_p", 0.0),
 }
 
 

@@ -81,7 +81,8 @@ def _inverse_root(m: Semantics, node: Node) -> Term:
 
 
 def _power(m: Semantics, node: Node) -> Term | None:
-    base, exponent = _first(m, node), as_number(m.of(node.args[1]))
+    base, power = (m.of(v) for v in node.args)
+    exponent = as_number(power)
     if exponent is None or base.dtype in INTEGERS:  # ONNX's Pow of integers returns integers
         return None
     exponent = float(exponent)
@@ -101,7 +102,7 @@ def _silu(m: Semantics, node: Node) -> Term:
 
 def _modal(m: Semantics, node: Node) -> Term | None:
     """A dropout that is off, as `read_fx` reads it in evaluation mode."""
-    return _first(m, node) if node.arg(2) is False else None
+    return _first(m, node) if node.get("train") is False else None
 
 
 def _gelu(m: Semantics, node: Node) -> Term | None:
@@ -238,7 +239,7 @@ def _gemm(m: Semantics, node: Node) -> Term | None:
     if not plain or node.options.get("transA", 0):
         return None
     transposed = node.options.get("transB", 0)
-    weight = _transposed(m, node.args[1]) if transposed else m.of(node.args[1])
+    weight = _transposed(m, node["B"]) if transposed else m.of(node["B"])
     if weight is None:
         return None
     product = term("matmul", [_first(m, node), weight], line=m.line(node))
@@ -287,7 +288,7 @@ def _is_false(graph: Graph, operand: Any) -> bool:
 
 
 def _fx_slice(m: Semantics, node: Node) -> Term | None:
-    start, end, step = (node.arg(i, name) for i, name in ((2, "start"), (3, "end"), (4, "step")))
+    start, end, step = (node.get(name) for name in ("start", "end", "step"))
     complete = start in (None, 0) and (end is None or (isinstance(end, int) and end > _END))
     return _first(m, node) if complete and step in (None, 1) else None
 

@@ -29,10 +29,10 @@ _UNROUNDED_STAGES = ("quantized", "adapted")
 
 
 def fx_linear(graph: Graph, site: SiteRow) -> Linear:
-    """What the nodes of a site compute.
+    """The linear map that the nodes of a site compute.
 
     Raises:
-        NotLinearError: they are not the form that a pass of this package leaves.
+        NotLinearError: they do not have the form that a pass of this package produces.
     """
     value = graph.nodes.get(graph.site_values.get(site.name, ""))
     if value is None:
@@ -73,7 +73,7 @@ class _Reader:
         return self._readers[node.op](node)
 
     def reading(self, operand: Any, group_offsets: Any = None) -> Reading:
-        """What a layer reads of the site's input."""
+        """The value that a layer reads, as a reading of the site's input."""
         node = self._graph.node(operand)
         if node is not None and node.op == "qalora.group_sum.default":
             return group_sums(self.reading(node["x"], group_offsets), node["group_size"])
@@ -85,17 +85,17 @@ class _Reader:
         if node is not None and self._joins_sums(node):
             return side_by_side([self.reading(part, group_offsets) for part in node["tensors"]])
         if node is not None and self._pads(node):
-            _, behind = node["pad"]
-            return padded(self.reading(node["self"], group_offsets), behind)
+            _, operand = node["pad"]
+            return padded(self.reading(node["self"], group_offsets), operand)
         source = (operand,) if group_offsets is None else (operand, group_offsets)
         return identity(source, self._site.k)
 
     def _joins_sums(self, node: Node) -> bool:
-        """Whether a node joins x and its group-sums, as digits of a correction are multiplied."""
+        """Whether a node concatenates x and its group-sums, for a correction in digits."""
         if node.op != "aten.cat.default" or node.get("dim", 0) != -1:
             return False
-        _, *behind = node["tensors"]
-        return all(map(self._is_sum, behind))
+        _, *operand = node["tensors"]
+        return all(map(self._is_sum, operand))
 
     def _is_sum(self, operand: Any) -> bool:
         node = self._graph.node(operand)
@@ -124,7 +124,7 @@ class _Reader:
         return linear if operand is None else with_bias(linear, self._vector(operand))
 
     def _vector(self, operand: Any) -> StoredTensor:
-        """A stored vector, widened or not, or a part of one.
+        """A stored vector, possibly widened or sliced.
 
         Packed attention has one bias for several layers.
         """
@@ -150,8 +150,8 @@ class _Reader:
             return added(self.linear(first), scaled(self.linear(second), factor))
         if isinstance(first, Tensor):
             first, second = second, first
-        behind = self._graph.node(second)
-        if behind is None or behind.op not in self._readers:
+        operand = self._graph.node(second)
+        if operand is None or operand.op not in self._readers:
             return with_bias(self.linear(first), self._vector(second))
         return added(self.linear(first), self.linear(second))
 
@@ -286,7 +286,7 @@ class _Reader:
 
 
 def activations(quantized: bool) -> tuple[str, ...]:
-    """The note on a layer that rounds its input to int8 when it runs."""
+    """The note on a layer that rounds its input to int8 at run time."""
     return ("int8 activations",) if quantized else ()
 
 

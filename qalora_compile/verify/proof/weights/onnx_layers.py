@@ -33,32 +33,32 @@ GROUP_QUANT, NBITS = "qalora.GroupQuantLinear", "com.microsoft.MatMulNBits"
 _FLOAT = 1
 _BITS = {"uint2": 2, "uint4": 4, "uint8": 8}
 _BODY_ROUNDINGS = 3
-"""Of a weight or correction that a function computes in float32 from stored numbers."""
+"""Roundings of a weight or correction that a function computes in float32."""
 
 
 def onnx_linear(graph: Graph, site: SiteRow) -> Linear:
-    """What the nodes of a site compute, every operator taken by its specification.
+    """The linear map of a site's nodes, with every operator read by its specification.
 
     Raises:
-        NotLinearError: they are not a form that an exporter of this package writes.
+        NotLinearError: they do not have a form that an exporter of this package writes.
     """
     return _Reader(graph, site.k).linear(_output(graph, site))
 
 
 def function_linears(graph: Graph, site: SiteRow, stated: Linear) -> dict[str, Linear]:
-    """What the nodes of a site compute by the functions that the model carries, if it does.
+    """The linear maps of a site's nodes by the model-local functions, if there are any.
 
-    `functions` takes GroupQuantLinear by its function, as a runtime without the operator library
-    does, and `standard functions` MatMulNBits by its function as well, as one does that has no
-    kernel for it. Their constants are in memory as long as these maps are.
+    `functions` reads GroupQuantLinear by its function, like a runtime without the operator library,
+    and `standard functions` also MatMulNBits by its function, like a runtime without a kernel for
+    it. Their constants stay in memory as long as these maps.
 
     Args:
         graph: The model.
         site: The site.
-        stated: The site by its operators, whose tensors were rounded to be stored.
+        stated: The map by the operators, with the rounding of its stored tensors.
 
     Raises:
-        NotLinearError: a function is not a form that an exporter of this package writes.
+        NotLinearError: a function does not have a form that an exporter of this package writes.
     """
     value, found, subgraphs = _output(graph, site), dict[str, Linear](), dict[str, Body]()
     inlined = frozenset({GROUP_QUANT})
@@ -72,7 +72,7 @@ def function_linears(graph: Graph, site: SiteRow, stated: Linear) -> dict[str, L
 
 
 def _as_stored(linear: Linear, stated: Linear) -> Linear:
-    """A map computed from tensors that are as exact as those of `stated`."""
+    """The map with the rounding of `stated`, from whose tensors it is computed."""
     if linear.source != stated.source:
         raise NotLinearError("a function reads another input than its operator")
 
@@ -96,8 +96,8 @@ class _Reader:
     Args:
         graph: The graph of the site, or of a function.
         k: Columns of the effective weight.
-        inlined: Operators that are taken by their functions.
-        roundings: Of a stored matrix.
+        inlined: Operators that are read by their functions.
+        roundings: Number of roundings of a stored matrix.
         bodies: The functions of this graph's nodes on their constants, by node.
     """
 
@@ -131,13 +131,13 @@ class _Reader:
         return self._readers[node.op](node)
 
     def _is_lookup(self, node: Node) -> bool:
-        """Whether a node ends in rows of a table, which no layer's nodes do."""
+        """Whether a node computes rows of a table, unlike the nodes of a layer."""
         parts = node.args if node.op in ("onnx.Add", "onnx.Mul") else ()
-        behind = [n for n in map(self._graph.node, parts) if n is not None]
-        return node.op in LOOKUP_ENDS or (bool(behind) and all(map(self._is_lookup, behind)))
+        operands = [n for n in map(self._graph.node, parts) if n is not None]
+        return node.op in LOOKUP_ENDS or (bool(operands) and all(map(self._is_lookup, operands)))
 
     def reading(self, operand: Any) -> Reading:
-        """What a layer reads of the site's input."""
+        """The value that a layer reads, as a reading of the site's input."""
         node = self._graph.node(operand)
         if node is not None:
             for read in (self._sum, self._group_pad, self._joined, self._padded):
@@ -147,7 +147,7 @@ class _Reader:
         return identity((operand,), self._k)
 
     def _inline(self, node: Node) -> Linear:
-        """A node by its function: its constants are computed, what reads x is read as here."""
+        """A node by its function: constants are evaluated, nodes that depend on x are read."""
         x, *weight = node.args
         stored = [self._stored(operand) for operand in weight[:3]]
         if node.name not in self._bodies:
@@ -156,7 +156,7 @@ class _Reader:
         inner = self.reading(x)
         made = _Reader(body, inner.width, self._inlined, _BODY_ROUNDINGS).linear(result)
         if made.source != (Ref(body.extra),):
-            raise NotLinearError("the function does not read its input alone")
+            raise NotLinearError("the function does not read only its input")
         if made.bias:
             raise NotLinearError("the function adds a bias")
         return applied(inner, made.n, made.rows, notes=made.notes)
@@ -169,7 +169,7 @@ class _Reader:
         return [int(v) for v in values.reshape(-1)]
 
     def _tail(self, node: Node) -> list[int] | None:
-        """The sizes that Reshape gives in place of the last axes, the others being kept."""
+        """The sizes by which Reshape replaces the last axes if it keeps the others."""
         shape = node["shape"]
         found = self._value(shape)
         if found is not None:
@@ -210,7 +210,7 @@ class _Reader:
         return group_sums(inner, tail[1])
 
     def _group_pad(self, node: Node) -> Reading | None:
-        """Reshape of Pad of Reshape: every group padded."""
+        """Reshape of Pad of Reshape, which pads every group."""
         pad = self._graph.node(node["data"]) if node.op == "onnx.Reshape" else None
         split = self._graph.node(pad["data"]) if pad is not None and pad.op == "onnx.Pad" else None
         if pad is None or split is None or split.op != "onnx.Reshape":
@@ -238,7 +238,7 @@ class _Reader:
         return None if amount is None else padded(self.reading(node["data"]), amount)
 
     def _pad_amount(self, node: Node) -> int | None:
-        """Zeros behind the last axis, if Pad adds no others."""
+        """The number of zeros that Pad appends to the last axis, if it adds no others."""
         pads = self._value(node.get("pads"))
         filled = node.get("constant_value")
         if filled is not None and self._number(filled) != 0:
@@ -263,9 +263,9 @@ class _Reader:
         first, second = node.args
         if isinstance(first, Tensor):
             first, second = second, first
-        behind = self._graph.node(second)
-        if behind is not None and behind.op == "onnx.Cast" and behind.options["to"] == _FLOAT:
-            stored = behind["input"]
+        operand = self._graph.node(second)
+        if operand is not None and operand.op == "onnx.Cast" and operand.options["to"] == _FLOAT:
+            stored = operand["input"]
             second = stored if self._stored(stored).widened else second
         if isinstance(second, Tensor):
             return with_bias(self.linear(first), self._stored(second))
@@ -282,19 +282,19 @@ class _Reader:
 
     def _matmul(self, node: Node) -> Linear:
         x, weight = node.args
-        behind = self._graph.node(weight)
-        if behind is not None and behind.op == "onnx.DequantizeLinear":
-            return self._blocks(x, behind)
-        if behind is not None and behind.op == "onnx.Transpose":
-            stored = self._stored(behind["data"])
-            if behind.options.get("perm", (1, 0)) != (1, 0) or len(stored.shape) != 2:
-                raise NotLinearError(f"no matrix is turned: {behind.line}")
-            turned = StoredTensor(
+        operand = self._graph.node(weight)
+        if operand is not None and operand.op == "onnx.DequantizeLinear":
+            return self._blocks(x, operand)
+        if operand is not None and operand.op == "onnx.Transpose":
+            stored = self._stored(operand["data"])
+            if operand.options.get("perm", (1, 0)) != (1, 0) or len(stored.shape) != 2:
+                raise NotLinearError(f"the operand is not a transposed matrix: {operand.line}")
+            transposed = StoredTensor(
                 stored.name, stored.dtype, stored.shape[::-1], lambda: stored.read().T
             )
         else:
-            turned = self._stored(weight)
-        made, n = dequantize.correction(turned, self._roundings), turned.shape[1]
+            transposed = self._stored(weight)
+        made, n = dequantize.correction(transposed, self._roundings), transposed.shape[1]
         below = self._graph.node(x)
         if below is not None and below.op == "onnx.MatMul":
             return composed(self.linear(x), n, made)
