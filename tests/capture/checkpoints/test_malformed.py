@@ -150,7 +150,7 @@ def test_options_of_any_value_are_read_or_refused(reader: str, tmp_path: Path) -
 
 
 ORDERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "cut": (lambda t: t[:-1], rf"order is torch.int32 \[{K - 1}\], and {K} columns need"),
+    "cut": (lambda t: t[:-1], rf"order is torch.int32 \[{K - 1}\], but {K} columns need"),
     "too long": (lambda t: torch.cat([t, t.new_tensor([K])]), "columns need int32"),
     "two axes": (lambda t: t[None], "columns need int32"),
     "int64": (lambda t: t.long(), rf"order is torch.int64 \[{K}\]"),

@@ -83,7 +83,7 @@ def _inverse_root(m: Semantics, node: Node) -> Term:
 def _power(m: Semantics, node: Node) -> Term | None:
     base, power = (m.of(v) for v in node.args)
     exponent = as_number(power)
-    if exponent is None or base.dtype in INTEGERS:  # of integers ONNX's Pow gives integers
+    if exponent is None or base.dtype in INTEGERS:  # ONNX's Pow of integers returns integers
         return None
     exponent = float(exponent)
     if exponent in (2, 3):

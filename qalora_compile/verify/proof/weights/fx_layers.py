@@ -85,8 +85,8 @@ class _Reader:
         if node is not None and self._joins_sums(node):
             return side_by_side([self.reading(part, group_offsets) for part in node["tensors"]])
         if node is not None and self._pads(node):
-            _, behind = node["pad"]
-            return padded(self.reading(node["self"], group_offsets), behind)
+            _, operand = node["pad"]
+            return padded(self.reading(node["self"], group_offsets), operand)
         source = (operand,) if group_offsets is None else (operand, group_offsets)
         return identity(source, self._site.k)
 
@@ -94,8 +94,8 @@ class _Reader:
         """Whether a node concatenates x and its group-sums, for a correction in digits."""
         if node.op != "aten.cat.default" or node.get("dim", 0) != -1:
             return False
-        _, *behind = node["tensors"]
-        return all(map(self._is_sum, behind))
+        _, *operand = node["tensors"]
+        return all(map(self._is_sum, operand))
 
     def _is_sum(self, operand: Any) -> bool:
         node = self._graph.node(operand)

@@ -263,9 +263,9 @@ class _Reader:
         first, second = node.args
         if isinstance(first, Tensor):
             first, second = second, first
-        behind = self._graph.node(second)
-        if behind is not None and behind.op == "onnx.Cast" and behind.options["to"] == _FLOAT:
-            stored = behind["input"]
+        operand = self._graph.node(second)
+        if operand is not None and operand.op == "onnx.Cast" and operand.options["to"] == _FLOAT:
+            stored = operand["input"]
             second = stored if self._stored(stored).widened else second
         if isinstance(second, Tensor):
             return with_bias(self.linear(first), self._stored(second))
@@ -282,13 +282,13 @@ class _Reader:
 
     def _matmul(self, node: Node) -> Linear:
         x, weight = node.args
-        behind = self._graph.node(weight)
-        if behind is not None and behind.op == "onnx.DequantizeLinear":
-            return self._blocks(x, behind)
-        if behind is not None and behind.op == "onnx.Transpose":
-            stored = self._stored(behind["data"])
-            if behind.options.get("perm", (1, 0)) != (1, 0) or len(stored.shape) != 2:
-                raise NotLinearError(f"no matrix is transposed: {behind.line}")
+        operand = self._graph.node(weight)
+        if operand is not None and operand.op == "onnx.DequantizeLinear":
+            return self._blocks(x, operand)
+        if operand is not None and operand.op == "onnx.Transpose":
+            stored = self._stored(operand["data"])
+            if operand.options.get("perm", (1, 0)) != (1, 0) or len(stored.shape) != 2:
+                raise NotLinearError(f"the operand is not a transposed matrix: {operand.line}")
             transposed = StoredTensor(
                 stored.name, stored.dtype, stored.shape[::-1], lambda: stored.read().T
             )
