@@ -1,4 +1,4 @@
-"""What an edge folder holds beside the model: tokenizer, GenAI configuration, `qalora.json`."""
+"""What an edge folder holds next to the model: tokenizer, GenAI configuration, `qalora.json`."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def edge_graphs(
     """File name → graph of what a device runs, for a model trained as one forward.
 
     Args:
-        program: As it was captured: whole sequences.
+        program: As it was captured, on complete sequences.
         description: Folder with the `config.json` of the transformers model.
         last_logits: As for `add_kv_cache`.
 
@@ -165,7 +165,7 @@ def lowered(
 
 
 def write_edge(out: Path, parts: EdgeParts, *, overwrite: bool) -> tuple[ExportReport, list[str]]:
-    """Write an edge folder; gives the model's report, and names of what lies beside it."""
+    """Write an edge folder; returns the model's report and the names of the other files."""
     key = parts.key()
     with atomic_folder(out, overwrite=overwrite, resume=key) as folder:
         keep_parts(folder)
@@ -266,8 +266,8 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
     rows = [row for program in parts.graphs.values() for row in program.plan]
     cached = bool(parts.program.signature.cache)
     model, generation = description["model"], description["generation"]
-    whole = parts.pair is None
-    limit = context_length(model) if whole else decoder_length(model)
+    single = parts.pair is None
+    limit = context_length(model) if single else decoder_length(model)
     widths = Counter(f"{row.bits} bits" for row in rows if row.bits is not None)
     return {
         "format": FORMAT,
@@ -278,7 +278,7 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
         "context_length": limit if cached else None,
         "files": list(parts.graphs),
         "in_both_files": parts.in_both(),
-        "decoder_start": [] if whole else decoder_start(model, generation),
+        "decoder_start": [] if single else decoder_start(model, generation),
         "kv_cache": cached,
         "genai": genai,
         "export": parts.spec.to_json(),

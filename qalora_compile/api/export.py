@@ -159,7 +159,7 @@ def export_model(
 
     Args:
         program: Folded; quantized without adapters is complete as well.
-        path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` beside it. For target
+        path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` next to it. For target
             `"gguf"` a `.gguf` file, for other checkpoints a folder.
         spec: Target and options; None takes target `ort`.
         resume: A short key of all that determines the file, for models that take long to write: a

@@ -18,7 +18,7 @@ def add_kv_cache(
 ) -> Program:
     """The same trained language model as a graph with a key-value cache, for deployment.
 
-    A program trains on whole sequences; a device generates token by token. The model is captured
+    A program trains on complete sequences; a device generates token by token. The model is captured
     again with its cache as inputs and outputs (see `capture.causal_lm`), the passes that made
     `program` are run again on that graph, and the tensors of `program` are put in.
 

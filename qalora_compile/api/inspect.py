@@ -82,7 +82,7 @@ def _site_row(site: Site, stage: str, sizes: dict[str, int], seen: set[str]) -> 
         else [f"{site.path}.{part}" for part in ("qweight", "scale", "offset", "lora_A", "lora_B")]
     )
     form = (
-        "whole" if site.has_integer_zero_point else "real (folded)" if stage == FOLDED else "real"
+        "integer" if site.has_integer_zero_point else "real (folded)" if stage == FOLDED else "real"
     )
     row = {
         "path": site.name,

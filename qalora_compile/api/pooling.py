@@ -110,7 +110,7 @@ def stored_pooling(folder: Path) -> Pooling:
 
 
 def keep_pooling(source: Path, target: Path) -> None:
-    """Write what `source` says of a pooling beside the `config.json` in `target`, if both do."""
+    """Write what `source` says of a pooling next to the `config.json` in `target`, if both do."""
     if (target / CONFIG_FILE).is_file():
         stored_pooling(source).write(target, read_object(target / CONFIG_FILE))
 
@@ -131,7 +131,7 @@ def recorded_pooling(record: Mapping[str, Any]) -> Pooling:
 
 
 def _settings(folder: Path, parts: SentenceParts) -> dict[str, Mapping[str, Any]]:
-    """The settings, which lie beside `modules.json` or beside the encoder."""
+    """The settings, which lie next to `modules.json` or next to the encoder."""
     places = (folder, parts.encoder)
     found = {name: [p / name for p in places if (p / name).is_file()] for name in SETTINGS_FILES}
     return {name: read_object(paths[0]) for name, paths in found.items() if paths}

@@ -116,7 +116,7 @@ def save_description(
     """Write `config.json` and `generation_config.json` of a transformers model, and no weights.
 
     They describe the model to be captured again, with a key-value cache; other models have none.
-    Of the GGUF file that a model came from, the metadata are kept beside them, to be written into
+    Of the GGUF file that a model came from, the metadata are kept next to them, to be written into
     another.
 
     Args:
@@ -148,7 +148,7 @@ def save_description(
 
 
 def copy_parts(source: Path, target: Path) -> None:
-    """Copy what a folder holds beside its program: tokenizer and description."""
+    """Copy what a folder holds besides its program: tokenizer and description."""
     for name in (TOKENIZER, MODEL):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name)

@@ -63,11 +63,11 @@ def quantize_groups(
         targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
             named is quantized even where the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
-        stored: Codes that the checkpoint holds (`capture.source.load_source` reads them): weights
+        stored: Codes that the checkpoint holds (`capture.load_source.load_source` reads them): weights
             that are among them keep them as they are, whatever `spec` says; None quantizes all.
-        embeddings: Bits (8 or 4) and group size of embeddings and of the head, which then get whole
-            zero-points and no adapter, see `passes.quantize_embeddings`; None leaves embeddings,
-            and heads tied to them, in float.
+        embeddings: Bits (8 or 4) and group size of embeddings and of the head, which then get
+            integer zero-points and no adapter, see `passes.quantize_embeddings`; None leaves
+            embeddings, and heads tied to them, in float.
 
     Raises:
         UserInputError: a pattern matches nothing, a weight is not finite, nothing is left to
@@ -140,7 +140,7 @@ def insert_adapters(
     calibration: Iterable[Call] | None = None,
     train: str | Iterable[str] = (),
 ) -> Program:
-    """Put a trainable pooled adapter beside every quantized layer.
+    """Add a trainable pooled adapter to every quantized layer.
 
     The function stays the same, but with `init="svd"`: then the adapters start as what their rank
     can make up for of the quantization error. Offsets that were refined when the weights were
@@ -154,7 +154,7 @@ def insert_adapters(
             `"auto"`, which compare its weights with the quantized ones.
         calibration: Arguments of a few typical calls. With them the error of a layer's output
             counts, for the inputs that it has in `source`; without, that of its weights.
-        train: Parameters, or modules, that are to train in float beside the adapters, such as a new
+        train: Parameters, or modules, that are to train in float together with the adapters, such as a new
             head; see `passes.train_parameters`. Their weights must have been kept in float.
 
     Raises:
@@ -175,7 +175,7 @@ def _with_adapters(
     source: Program | None,
     calibration: Iterable[Call] | None,
 ) -> Program:
-    """`insert_adapters`, without parameters that train beside them."""
+    """`insert_adapters`, without parameters that train together with them."""
     if spec.rank != AUTO and spec.init == "zeros":
         return _insert(program, InsertAdapters(**spec.to_json()))
     if source is None:

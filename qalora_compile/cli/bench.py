@@ -13,7 +13,9 @@ from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.ui import print_json, print_table, steps
 
 NAME = "bench"
-SUMMARY = "speed and memory of an exported language model, beside its unmerged and float forms"
+SUMMARY = (
+    "speed and memory of an exported language model, compared with its unmerged and float forms"
+)
 EXAMPLES = """examples:
   qalora-compile bench edge                      merged: operator library and stock kernels
   qalora-compile bench edge --run run            and adapters unmerged, and float32

@@ -36,7 +36,7 @@ EXAMPLES = """examples:
   qalora-compile export folded --out edge --target ort-stock   no functions, MatMulNBits throughout
   qalora-compile export folded --out edge --target onnx        standard operators only
   qalora-compile export folded --out edge --with-library       for GenAI: our kernels in the folder
-  qalora-compile export folded --out edge --no-kv-cache        one forward of whole sequences
+  qalora-compile export folded --out edge --no-kv-cache        one forward of complete sequences
   qalora-compile export folded --out edge --pooling mean --normalize     sentence embeddings
   qalora-compile export run --out edge --allow-unfolded        keep the adapters in the graph
   qalora-compile export folded --out edge --target gguf        model.gguf for llama.cpp
@@ -178,7 +178,7 @@ def _show_edge(spec: DeploySpec, result: EdgeResult, parts: EdgeParts, seconds: 
             "peak memory": megabytes(peak_memory()),
             "key-value cache": _cache_state(spec, parts.program),
             **pair_rows(parts),
-            "beside it": ", ".join(result.written),
+            "next to it": ", ".join(result.written),
             "seconds": f"{seconds:.0f}",
             "written": str(report.path),
             "next": f"qalora-compile verify {spec.folder} {spec.out} --max-abs 1e-3",

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
             "nodes": report.nodes,
             "size": megabytes(report.size_bytes),
             **(pair_rows(result.parts) if result.parts else {}),
-            "beside it": ", ".join(result.written),
+            "next to it": ", ".join(result.written),
             "peak memory": megabytes(peak_memory()),
             "seconds": f"{time.monotonic() - started:.0f}",
             "written": str(report.path),

@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 def number_or_auto(text: str) -> int | str:
-    """A whole number, or `auto`."""
+    """An integer, or `auto`."""
     return text if text == AUTO else int(text)
 
 

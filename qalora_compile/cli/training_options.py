@@ -29,13 +29,13 @@ def add_adapter_arguments(group: argparse._ActionsContainer) -> None:
         "--adapter",
         default=_ADAPTER.kind,
         choices=ADAPTER_KINDS,
-        help="scale: train the scales alone; zero-points stay whole numbers",
+        help="scale: train the scales alone; zero-points stay integers",
     )
     group.add_argument(
         "--zero-point",
         default=_ADAPTER.zero_point,
         choices=ZERO_POINTS,
-        help="integer: whole numbers, also after folding: for runtimes that take nothing else",
+        help="integer: also after folding, for runtimes that take no other zero-points",
     )
     group.add_argument("--alpha", type=float, default=_ADAPTER.alpha)
     group.add_argument("--rslora", action="store_true", help="scale by alpha / √rank")

@@ -16,7 +16,7 @@ class View:
 
     Args:
         shown: Where it is shown.
-        steps: Of the whole training.
+        steps: Of the complete training.
     """
 
     def __init__(self, shown: Steps, steps: int) -> None:

@@ -67,7 +67,7 @@ _PLAIN_INTERVAL_S = 5.0
 
 
 class Steps:
-    """Progress of one command: a bar per kind of work, and free text beside it."""
+    """Progress of one command: a bar per kind of work, and free text next to it."""
 
     def __init__(self, console: Console = err_console) -> None:
         self._console = console

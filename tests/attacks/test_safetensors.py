@@ -100,7 +100,7 @@ def test_a_header_that_contradicts_itself_is_refused(
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F4"])
 def test_types_that_need_scales_are_refused_by_name(dtype: str, tmp_path: Path) -> None:
-    """A small float is no number without the scale beside it."""
+    """A small float is no number without its scale."""
     path = tmp_path / "model.safetensors"
     bits = 4 if dtype == "F4" else 8
     path.write_bytes(built({"a": row(dtype, [32 * 8 // bits], 0, 32)}))

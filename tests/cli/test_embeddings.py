@@ -56,7 +56,7 @@ def test_from_training_to_the_edge(folder: Path, tmp_path: Path, capsys: Capture
     assert record["layers"]["by_width"] == {"4 bits": 7, "8 bits": 2}
     trained = layers(tmp_path / "run", capsys)
     assert (trained["lm_head"]["bits"], trained["lm_head"]["rank"]) == (8, None)
-    assert trained["lm_head"]["zero-point"] == "whole"
+    assert trained["lm_head"]["zero-point"] == "integer"
     assert trained["model.layers.0.mlp.up_proj"]["rank"] == 4
     exported = layers(tmp_path / "edge", capsys)
     assert exported["model.embed_tokens"]["bits"] == 8

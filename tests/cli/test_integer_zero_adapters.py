@@ -37,7 +37,7 @@ def test_it_is_trained_folded_exported_and_verified(
     assert main(["inspect", folded, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["layers"]
     kinds = {row["zero-point"] for row in rows if row["decision"] == "quantize"}
-    assert kinds == {"whole"}
+    assert kinds == {"integer"}
 
 
 @pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16")
