@@ -63,8 +63,8 @@ def quantize_groups(
         targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
             named is quantized even where the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
-        stored: Codes that the checkpoint holds (`capture.load_source.load_source` reads them): weights
-            that are among them keep them as they are, whatever `spec` says; None quantizes all.
+        stored: Codes that the checkpoint holds (`capture.load_source.load_source` reads them).
+            Weights that are among them keep their codes, whatever `spec` says; None quantizes all.
         embeddings: Bits (8 or 4) and group size of embeddings and of the head, which then get
             integer zero-points and no adapter, see `passes.quantize_embeddings`; None leaves
             embeddings, and heads tied to them, in float.
@@ -154,8 +154,8 @@ def insert_adapters(
             `"auto"`, which compare its weights with the quantized ones.
         calibration: Arguments of a few typical calls. With them the error of a layer's output
             counts, for the inputs that it has in `source`; without, that of its weights.
-        train: Parameters, or modules, that are to train in float together with the adapters, such as a new
-            head; see `passes.train_parameters`. Their weights must have been kept in float.
+        train: Parameters, or modules, that are to train in float together with the adapters, such
+            as a new head; see `passes.train_parameters`. Their weights must be kept in float.
 
     Raises:
         PreconditionError: the program is not at stage `quantized`, the adapter's group size is no
