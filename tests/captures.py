@@ -173,6 +173,7 @@ def _is_importable(obj: Any) -> bool:
 def _without_tensors(exported: ExportedProgram) -> Any:
     """The same trace, without the weights, which may be large."""
     kept: Any = copy.copy(exported)
+    kept._graph_module = copy.deepcopy(exported.graph_module)  # what a user of the first one moves
     kept._state_dict = dict.fromkeys(exported.state_dict)
     return kept
 
@@ -182,6 +183,7 @@ def _with_tensors(kept: Any, model: nn.Module) -> ExportedProgram:
     own: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     own |= dict(model.named_buffers(remove_duplicate=False))
     again = copy.copy(kept)
+    again._graph_module = copy.deepcopy(kept.graph_module)
     again._state_dict = {name: own[name] for name in kept._state_dict}
     again._constants = {
         name: own[name] if name in own else _attribute(model, name, value)

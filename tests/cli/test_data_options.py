@@ -207,7 +207,7 @@ def test_a_model_that_cannot_be_packed_is_refused_before_anything_is_written(
     data.write_text('{"text": "the film is so"}\n' * 4, "utf-8")
     words = ["finetune", str(encoder_folder), "--data", str(data), "--out", str(tmp_path / "run")]
     assert main([*words, "--batches", "packed"]) == 2
-    assert "no language model" in capsys.readouterr().err
+    assert "not a language model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -211,8 +211,8 @@ def test_poolings_of_both_forms_are_read_and_others_kept_as_they_are_called(
     [
         ([{"type": "a.Transformer", "path": "../outside"}], "outside the folder"),
         ([{"type": "a.Pooling", "path": ""}], "names no Transformer"),
-        ([{"path": ""}], "no list of parts"),
-        ({}, "no list of parts"),
+        ([{"path": ""}], "not a list of parts"),
+        ({}, "not a list of parts"),
     ],
 )
 def test_a_list_of_parts_that_is_none_is_refused(tmp_path: Path, rows: Any, message: str) -> None:

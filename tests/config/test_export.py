@@ -21,7 +21,7 @@ def test_an_unknown_target_names_the_known_ones() -> None:
     ("options", "words"),
     [
         ({"target": "onnx", "opset": 20}, "target onnx needs 21"),
-        ({"target": "onnx", "accuracy_level": 4}, "the session does"),
+        ({"target": "onnx", "accuracy_level": 4}, "the session decides"),
         ({"target": "onnx", "fusion": "ort"}, "standard operators only"),
         ({"fusion": "standard", "opset": 20}, "opset 23"),
         ({"target": "ort", "correction": "digits"}, "option of target ort-stock"),

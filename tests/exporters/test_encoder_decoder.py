@@ -272,7 +272,7 @@ def test_half_a_folder_is_refused(deployed: Deployed, tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="decoder of an encoder-decoder model"):
         verdict(deployed, deployed.folder / FILES[1])
     shutil.copy(deployed.folder / FILES[1], tmp_path / FILES[0])
-    with pytest.raises(UserInputError, match="of two models"):
+    with pytest.raises(UserInputError, match="belong to different models"):
         verdict(deployed, tmp_path)
     with pytest.raises(UnsupportedError, match="not the two graphs of one model"):
         EncoderDecoder.open(tmp_path)

@@ -22,7 +22,7 @@ from qalora_compile.errors import (
     UnsupportedError,
     UserInputError,
 )
-from qalora_compile.ir import adapters
+from qalora_compile.ir.adapters import integer_zero as adapters
 from qalora_compile.ir.ops import integer_zero_linear
 from qalora_compile.ir.spec import INTEGER_ZERO_LINEAR, validate
 from qalora_compile.passes import fold_adapters as fold_module

@@ -213,7 +213,7 @@ WITHOUT_CACHE = (
     "SwitchTransformersForConditionalGeneration",  # its encoder refuses to be asked for one
 )
 """Decoders that keep something else than keys and values, or nothing."""
-LOADED_OTHERWISE = {"YoutuForCausalLM": "makes model.embed_tokens.weight in place"}
+LOADED_OTHERWISE = {"YoutuForCausalLM": "computes model.embed_tokens.weight in place"}
 """What transformers loads otherwise than it is stored, and the refusal: it zeroes a row."""
 ARCHITECTURES = (*DECODERS, *ENCODER_DECODERS, *ENCODERS, *IMAGES, *SOUNDS)
 

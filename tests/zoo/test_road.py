@@ -33,7 +33,7 @@ def test_end_to_end(name: str, tmp_path: Path) -> None:
     ("name", "reason"),
     [
         ("MambaForCausalLM", "takes texts of 16 tokens alone"),
-        ("YoutuForCausalLM", "makes model.embed_tokens.weight in place"),
+        ("YoutuForCausalLM", "computes model.embed_tokens.weight in place"),
     ],
 )
 def test_what_is_refused_says_why(name: str, reason: str, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4096])
     with pytest.raises(UserInputError) as caught:
         read_gguf_codes(path)
-    assert "fetch it again" in str(caught.value.hint)
+    assert "fetch the file again" in str(caught.value.hint)
 
 
 ODD: dict[str, tuple[dict[str, Any], str]] = {
