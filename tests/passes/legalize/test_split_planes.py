@@ -73,5 +73,5 @@ def test_other_layers_are_left_alone() -> None:
 
 def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pass_module, "_STEP", 15)
-    with pytest.raises(PostconditionError, match="no code"):
+    with pytest.raises(PostconditionError, match="not an integer code"):
         SplitPlanes()(tied())
