@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 NAME = "qalora_compile"
@@ -45,6 +46,7 @@ class Limit:
     most: float
 
 
+@cache
 def sources(package: Path) -> dict[str, str]:
     """Module name → text of every file of the package."""
     found = {}
@@ -68,6 +70,7 @@ def imported(node: ast.AST, modules: Mapping[str, str]) -> Iterator[str]:
     yield from (name for name in names if name in modules)
 
 
+@cache
 def import_graph(package: Path) -> Edges:
     """Module → the modules that it imports anywhere in its text, itself left out."""
     modules = sources(package)

@@ -63,6 +63,7 @@ def trained(spec: FinetuneSpec) -> FinetuneResult:
     return result
 
 
+@pytest.mark.slow
 def test_the_way_through(trained: FinetuneResult, root: Path, capsys: Capture) -> None:
     folded, edge = root / "folded", root / "edge"
     assert (trained.fit.step, trained.fit.stopped) == (2, False)

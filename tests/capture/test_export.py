@@ -75,6 +75,7 @@ def test_an_error_names_the_line_and_what_to_change(
     assert not line or "test_export.py:" in text
 
 
+@pytest.mark.slow
 def test_the_hint_for_a_model_that_returns_its_cache() -> None:
     model = llama()
     model.config.use_cache = True  # type: ignore[union-attr]

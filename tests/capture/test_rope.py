@@ -74,6 +74,7 @@ def test_the_length_counts(kind: str) -> None:
     assert float((here - there).abs().max()) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_exported_models_follow_the_length(kind: str, tmp_path: Path) -> None:
     from tests.cli.tiny import write_model

@@ -147,6 +147,7 @@ def test_models_that_cannot_classify_are_refused(encoder_folder: Path, tmp_path:
         load_classifier(str(tmp_path), ("maybe", "no"))
 
 
+@pytest.mark.slow
 def test_packed_rows_train_the_same_run_folder(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -44,6 +44,7 @@ def test_numbers_in_notes_do_not_part_layers(capsys: Capture) -> None:
     assert "e.g. damping raised to 0.1" in line
 
 
+@pytest.mark.slow
 def test_finetune_calibrates(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:

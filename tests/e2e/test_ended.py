@@ -34,6 +34,7 @@ def ended(what: str, root: Path, count: int, *names: str, timeout: int = 1200) -
     return [json.loads(line.removeprefix("row: ")) for line in lines if line.startswith("row: ")]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
     rows = ended("limits", tmp_path, 6, "fold", "export safetensors", "quantize")
     assert [(row["limits"], row["wrong"]) for row in rows] == [(6, [])] * 3

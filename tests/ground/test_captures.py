@@ -107,6 +107,7 @@ def test_what_a_test_replaces_is_traced(memo: Memo, monkeypatch: pytest.MonkeyPa
     assert hits(memo, MLP(8, 4), args=(x,)) == 1
 
 
+@pytest.mark.slow
 def test_classes_that_are_made_anew_are_compared(memo: Memo) -> None:
     """As the package makes one for a model with its cache."""
     model = llama()

@@ -83,6 +83,7 @@ def test_a_name_like_no_other_is_refused_without_a_suggestion() -> None:
         getattr(qc, "xyz")  # noqa: B009
 
 
+@pytest.mark.slow
 def test_type_checkers_refuse_a_misspelt_name(tmp_path: Path) -> None:
     """A module's `__getattr__`, if type checkers see it, gives every name the type Any."""
     lines = [

@@ -116,6 +116,7 @@ def test_svg_has_every_node_apart_from_all_others_inside_the_image() -> None:
     assert "qalora.group_linear" in texts and "float32[batch, sequence, 48]" in texts
 
 
+@pytest.mark.slow
 def test_a_drawing_does_not_depend_on_where_in_memory_it_is_made() -> None:
     source, draw, kept = program("adapted"), random.Random(0), []
     drawn = set()

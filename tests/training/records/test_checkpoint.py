@@ -285,6 +285,7 @@ def test_the_digest_of_files_tells_where_one_ends(tmp_path: Path) -> None:
         file_digest([tmp_path / "none"])
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_anywhere_ends_with_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL after any step, and at any point of writing a checkpoint; then resumed."""
     module, root = "tests.training.kill_and_resume", Path(__file__).parents[3]

@@ -159,6 +159,7 @@ def forget_the_tail(self: FoldAdapters, source: qc.Program) -> PassResult:
 RIGHT: Any = FoldAdapters.call
 
 
+@pytest.mark.slow
 def test_the_command_line_finds_a_faulty_pass_and_writes_what_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
