@@ -85,7 +85,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # else every misspelt name would have a type
+if not TYPE_CHECKING:  # otherwise a misspelt name would pass the type checker
 
     def __getattr__(name: str) -> Any:
         return lazy_attribute(__name__, name, _HOMES)

@@ -1,4 +1,4 @@
-"""What an object is in a few words: a short `repr`, and a small table in notebooks."""
+"""Short descriptions of objects: a one-line `repr`, and a small table in notebooks."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Mapping
 from html import escape
 
 _MOST = 300
-"""Characters of a value that a `repr` shows."""
+"""Largest number of characters that a `repr` shows of a value."""
 _CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;padding:2px 8px"
 
 
 class Brief:
-    """Gives a subclass `__repr__` and `_repr_html_` from what `brief` says.
+    """Derives `__repr__` and `_repr_html_` of a subclass from its `brief`.
 
     A dataclass that inherits from it is declared with `repr=False`.
     """
 
     @abstractmethod
     def brief(self) -> Mapping[str, object]:
-        """What it is, by name; no tensors and no long lists. Empty values are left out."""
+        """Name → value, without tensors and long lists. Empty values are left out."""
 
     def __repr__(self) -> str:
         parts = [f"{name}: {_cut(text)}" for name, text in self._texts()]
         return f"<{type(self).__name__}  {'; '.join(parts)}>"
 
     def _repr_html_(self) -> str:
-        """A table without scripts or style sheets; all texts are escaped."""
+        """An HTML table without scripts or style sheets; all texts are escaped."""
         rows = "".join(
             f'<tr><th style="{_CELL}">{escape(name)}</th>'
             f'<td style="{_CELL}">{escape(text)}</td></tr>'
@@ -39,7 +39,7 @@ class Brief:
 
 
 def megabytes(size: int) -> str:
-    """A size in bytes as text; small ones in kB."""
+    """A size in bytes as text in MB, or in kB below 1 MB."""
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
 
 

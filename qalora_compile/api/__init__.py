@@ -1,4 +1,4 @@
-"""The steps as plain functions, in the order a user takes them; each runs a short pipeline."""
+"""The steps from a captured program to an exported model, as plain functions."""
 
 from __future__ import annotations
 

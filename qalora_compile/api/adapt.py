@@ -1,4 +1,4 @@
-"""`adapt`: a base model and adapters that PEFT has trained, as a RUN folder for `fold_run`."""
+"""`adapt`: combine a base model and adapters trained by PEFT into a RUN folder for `fold_run`."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ REFUSE, APPROXIMATE, MERGE = "refuse", "approximate", "merge"
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptSpec:
-    """Adapters that PEFT has trained, and their base.
+    """A base model and adapters trained by PEFT.
 
     Attributes:
-        model: The base: Hugging Face folder or `.gguf` file.
-        adapter: Folders of PEFT adapters, which are added up.
+        model: The base: a Hugging Face folder or `.gguf` file.
+        adapter: Folders of PEFT adapters, whose updates are summed.
         out: The RUN folder to write.
-        weights: The factor of each adapter in the sum; None: 1 for each.
-        plain: What becomes of updates that do not fold: `"refuse"`, `"approximate"` by the nearest
-            that does, or `"merge"` into the float weights before they are quantized.
-        pooling: Of adapters that pool without saying so in their settings.
+        weights: The factor of each adapter in the sum; None means 1 for each.
+        plain: How to treat updates that do not fold: `"refuse"`, `"approximate"` by the nearest
+            one that does, or `"merge"` into the float weights before they are quantized.
+        pooling: The pooling of adapters that pool but do not declare it in their settings.
         codes: How the base is quantized.
         overwrite: Replace an existing RUN folder.
     """
@@ -80,22 +80,22 @@ class AdaptSpec:
 
     @property
     def each_weight(self) -> list[float]:
-        """The factor of each adapter."""
+        """The factor of each adapter, 1 by default."""
         return list(self.weights or [1.0] * len(self.adapter))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptResult:
-    """What came of it.
+    """The result of `adapt`.
 
     Attributes:
-        program: Quantized, with the adapters.
-        reports: What quantization lost, layer by layer.
-        bases: Names of the models that the adapters were trained on; "" where they do not say.
-        adapted: How many layers have an update.
-        lost: Which part of each update was lost, by path; 0 where it folds exactly.
-        rounded: Weights in half precision that an update was merged into, and rounded with it.
-        saved: How many parameters came with the adapters complete, and replace the base's.
+        program: The quantized program with its adapters.
+        reports: The quantization error of each layer.
+        bases: Names of the models that the adapters were trained on; "" if not recorded.
+        adapted: The number of layers with an update.
+        lost: Layer path → lost fraction of its update; 0 if it folds exactly.
+        rounded: Half-precision weights that an update was merged into, and that were rounded again.
+        saved: The number of full parameters stored with the adapters; they replace the base's.
     """
 
     program: Program
@@ -108,7 +108,7 @@ class AdaptResult:
 
 
 def adapt(spec: AdaptSpec) -> AdaptResult:
-    """Quantize a model and take adapters that PEFT has trained; writes `spec.out`.
+    """Quantize a model, import adapters trained by PEFT, and write `spec.out`.
 
     Raises:
         UserInputError: a folder cannot be read, an update does not fold, or the output exists.
@@ -173,7 +173,7 @@ def _write(
 
 
 def _stored(spec: AdaptSpec, source: Source) -> CheckpointCodes | None:
-    """The codes to keep, after the reader's notes; none where merging changes the weights."""
+    """The checkpoint's codes to keep; None if merging changes the weights."""
     codes = stored_codes(spec.codes, source)
     if spec.plain != MERGE or codes is None:
         return codes
@@ -191,10 +191,10 @@ def _adapted(
     quant: QuantSpec,
     stored: CheckpointCodes | None,
 ) -> tuple[Program, dict[str, float], tuple[str, ...]]:
-    """The program with its adapters, what of each update was lost, and weights that were rounded.
+    """The program with its adapters, the loss of each update, and the weights that were rounded.
 
-    An update that is merged into a weight in half precision is rounded with it, unless the weight
-    is quantized: that is done from the sum in float32.
+    Merging an update into a half-precision weight rounds the sum, unless the weight is quantized:
+    then the sum is quantized from float32.
     """
     wide = merge_(source.model, updates) if spec.plain == MERGE else {}
     updates = {} if spec.plain == MERGE else updates
@@ -214,7 +214,7 @@ def _adapted(
 
 
 def _together(adapters: Sequence[PeftAdapter]) -> Updates:
-    """The updates of each layer, of all adapters."""
+    """Layer path → its updates from all adapters."""
     found: dict[str, list[LowRankUpdate]] = defaultdict(list)
     for adapter in adapters:
         for path, update in adapter.updates.items():

@@ -1,4 +1,4 @@
-"""Speed and memory of an exported language model, next to its unmerged and float forms."""
+"""Speed and memory of an exported language model, compared with its unmerged and float forms."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a form: medians; tokens a second, seconds, bytes."""
+    """Measurements of one form: medians, in tokens per second, seconds and bytes."""
 
     form: str
     prompts: dict[int, float]
@@ -60,12 +60,12 @@ class BenchSpec:
     """What to measure.
 
     Attributes:
-        folder: Written by `export_folder`.
-        run: Its RUN, for the unmerged and float forms; None leaves these out.
+        folder: A folder written by `export_folder`.
+        run: The RUN it was made from, for the unmerged and float forms; None leaves them out.
         prompts: Lengths of prompts, in tokens.
-        decode: Tokens after a prompt.
-        rounds: In which the forms alternate; one more warms up.
-        threads: Of ONNX Runtime.
+        decode: Number of tokens generated after a prompt.
+        rounds: Number of measured rounds, in which the forms alternate; one more round warms up.
+        threads: Number of threads of ONNX Runtime.
     """
 
     folder: Path
@@ -81,7 +81,7 @@ class BenchSpec:
 
 
 def bench(spec: BenchSpec) -> list[Result]:
-    """Measure speed and memory of an exported language model, next to its other forms.
+    """Measure speed and memory of an exported language model and of its other forms.
 
     Raises:
         UserInputError: a length is out of range, or a folder cannot be read.
@@ -90,8 +90,8 @@ def bench(spec: BenchSpec) -> list[Result]:
     length = read_edge_record(spec.folder).get("context_length")
     if length is not None and max(spec.prompts) + spec.decode > length:
         raise UserInputError(
-            f"a prompt of {max(spec.prompts)} and {spec.decode} new tokens are more than the "
-            f"{length} that the model was made for",
+            f"a prompt of {max(spec.prompts)} tokens and {spec.decode} new ones exceed the model's "
+            f"context length of {length}",
             hint="use --prompts and --decode",
         )
     with _forms(spec.folder, spec.run) as forms:
@@ -100,13 +100,13 @@ def bench(spec: BenchSpec) -> list[Result]:
 
 @contextmanager
 def _forms(folder: Path, run_folder: Path | None) -> Iterator[list[Form]]:
-    """The forms of the model; those made from RUN live as long as the block."""
+    """The forms of the model; those made from RUN are deleted after the block."""
     path = folder / MODEL_FILE
     if (folder / ENCODER_FILE).is_file():
         raise UnsupportedError(
-            "bench measures models of one graph, and this one has an encoder and a decoder",
+            "bench measures models with a single graph, and this one has an encoder and a decoder",
             where=str(folder),
-            hint="generate says how fast it is",
+            hint="generate prints its speed",
         )
     forms = [Form(STOCK, path, library=False)]
     if kernel_level() is not None:
@@ -121,12 +121,12 @@ def _export_forms(source: Path, scratch: Path) -> list[Form]:
     """The unmerged form, and the folded weights in float32.
 
     Raises:
-        UserInputError: the folder is no RUN with adapters of a transformers model.
+        UserInputError: the folder is not a RUN with adapters of a transformers model.
     """
     program, _ = load_run(source, lazy=True)
     if program.stage != ADAPTED or not (source / MODEL).is_dir():
         raise UserInputError(
-            f"{source} is no RUN of a transformers model with adapters", where=str(source)
+            f"{source} is not a RUN of a transformers model with adapters", where=str(source)
         )
     say("export the unmerged and the float form")
     cached = add_kv_cache(program, source / MODEL)

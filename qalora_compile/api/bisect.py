@@ -1,4 +1,4 @@
-"""`bisect_pipeline`: run a pipeline step by step and name the first pass that changes a result."""
+"""`bisect_pipeline`: run a pipeline pass by pass and find the first that changes a result."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from qalora_compile.verify.numeric.compare_nodes import named_inputs
 
 @dataclass(frozen=True, kw_only=True)
 class BisectSpec:
-    """A pipeline, and what it begins with.
+    """A pipeline and the program it starts from.
 
     Attributes:
-        path: RUN, FOLDED or a model.
+        path: A RUN or FOLDED folder, or a model.
         passes: The pipeline as text; None takes all passes up to `target`.
         target: An ONNX target.
         out: Folder for a minimal reproduction; None writes none.
         overwrite: Replace an existing folder.
-        inputs: Random inputs to try.
-        seed: Of these.
+        inputs: Number of random inputs to try.
+        seed: Seed of the random inputs.
     """
 
     path: str
@@ -53,11 +53,11 @@ class BisectSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class BisectResult:
-    """What was found.
+    """The result of `bisect_pipeline`.
 
     Attributes:
-        steps: What each pass made, in order.
-        culprit: The first that changes what is computed; None: every pass keeps it.
+        steps: The program after each pass, in order.
+        culprit: The first pass that changes the result; None if every pass preserves it.
     """
 
     steps: tuple[Step, ...]
@@ -65,16 +65,16 @@ class BisectResult:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether every pass keeps what is computed."""
+        """Equal if every pass preserves what is computed."""
         return Verdict.of(self.culprit is None)
 
 
 def bisect_pipeline(spec: BisectSpec) -> BisectResult:
-    """Run the passes one by one and compare each result with what it was made from.
+    """Run the passes one by one and compare each result with the pass's input.
 
     Raises:
         UserInputError: the path cannot be read, no pass is named, or the output exists.
-        PassError: a pass refuses its program.
+        PassError: a pass refuses its input program.
     """
     if spec.out is not None:
         check_output(spec.out, overwrite=spec.overwrite, inputs=[spec.path])
@@ -98,15 +98,15 @@ def _passes(start: Program, spec: BisectSpec) -> list[Pass]:
         return list(Pipeline.parse(spec.passes).passes)
     if spec.target not in ONNX_TARGETS:
         raise UserInputError(
-            f"no pass is run for the target {spec.target}: only ONNX targets are lowered to",
+            f"no passes run for the target {spec.target}: only ONNX targets are lowered to",
             where="--target",
-            hint=f"use one of {', '.join(ONNX_TARGETS)}; a checkpoint is compared by "
+            hint=f"use one of {', '.join(ONNX_TARGETS)}; compare a checkpoint with "
             "qalora-compile verify FOLDED CHECKPOINT --max-rel",
         )
     if start.stage not in (QUANTIZED, ADAPTED, FOLDED):
         raise UserInputError(
             f"a program at stage {start.stage} cannot be lowered",
-            hint="--passes names a pipeline from that stage on",
+            hint="give a pipeline that starts at that stage with --passes",
         )
     target = ExportSpec(target=str(spec.target))
     if start.stage != ADAPTED:
@@ -116,7 +116,7 @@ def _passes(start: Program, spec: BisectSpec) -> list[Pass]:
 
 
 def _run_passes(start: Program, passes: list[Pass]) -> list[Step]:
-    """Every pass by itself; programs are checked against their stage around it."""
+    """Run every pass and validate its input and output against their stages."""
     done: list[Step] = []
 
     def keep(step: Pass, result: PassResult) -> None:

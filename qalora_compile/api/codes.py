@@ -1,4 +1,4 @@
-"""How the weights of a model get their codes: what finetune, quantize and adapt have in common."""
+"""How the weights of a model are quantized: what finetune, quantize and adapt share."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from qalora_compile.progress import say
 from qalora_compile.quantizers import needs_data
 
 EMBEDDING_GROUP = 32
-"""Group size of embeddings where none is given."""
+"""Default group size of embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodesSpec(Spec):
-    """Which layers get codes, and how these are chosen.
+    """Which layers are quantized, and how.
 
     Attributes:
-        bits, group_size, method: As in `QuantSpec`; None takes its default. A checkpoint that is
-            quantized already keeps its codes where all three are None.
-        budget, budget_unit: As in `QuantSpec`, of bits `"auto"`.
-        stored_zero_points: How a GPTQ checkpoint stores its zero-points, where its tag is wrong.
-        targets, exclude: Patterns of layers to quantize (None: all linear ones), and to keep.
+        bits, group_size, method: As in `QuantSpec`; None takes its default. If all three are None,
+            a checkpoint that is already quantized keeps its codes.
+        budget, budget_unit: As in `QuantSpec`, for bits `"auto"`.
+        stored_zero_points: How a GPTQ checkpoint stores its zero-points, if its tag is wrong.
+        targets, exclude: Patterns of layers to quantize (None: all linear ones) and to leave out.
         embeddings: Bits of embeddings and of the head, 8 or 4; None leaves them in float.
-        embeddings_group_size: Their group size; None takes 32.
+        embeddings_group_size: Group size of embeddings and head; None means 32.
     """
 
     bits: int | str | None = None
@@ -51,12 +51,12 @@ class CodesSpec(Spec):
 
     @property
     def chooses(self) -> bool:
-        """Whether codes of a kind are asked for: then none are kept that a checkpoint holds."""
+        """Whether codes are specified; then those of a quantized checkpoint are not kept."""
         return (self.bits, self.group_size, self.method) != (None, None, None)
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the method cannot do without calibration data."""
+        """Whether the method requires calibration data."""
         return self.method is not None and needs_data(self.method)
 
     @property
@@ -65,7 +65,7 @@ class CodesSpec(Spec):
         return self.targets or ALL_LINEAR
 
     def quant(self, **more: Any) -> QuantSpec:
-        """The specification of the codes, with fields that only one task has.
+        """The `QuantSpec` of the codes, with the fields that only one command sets.
 
         Raises:
             UserInputError: a value is out of range.
@@ -76,14 +76,14 @@ class CodesSpec(Spec):
 
     @property
     def embedding_quant(self) -> QuantSpec | None:
-        """The specification of the codes of embeddings; None leaves them in float."""
+        """The `QuantSpec` of embeddings; None leaves them in float."""
         if self.embeddings is None:
             return None
         size = self.embeddings_group_size
         return QuantSpec(bits=self.embeddings, group_size=EMBEDDING_GROUP if size is None else size)
 
     def embedding_record(self) -> dict[str, Any]:
-        """What a folder says of its embeddings."""
+        """The record of the embeddings in `run.json` and `qalora.json`."""
         spec = self.embedding_quant
         if spec is None:
             return {}
@@ -91,7 +91,7 @@ class CodesSpec(Spec):
 
 
 def stored_codes(codes: CodesSpec, source: Source) -> CheckpointCodes | None:
-    """The codes that a checkpoint holds and that stay as they are; None where there are none.
+    """The codes of a quantized checkpoint that are kept unchanged; None if there are none.
 
     Raises:
         UserInputError: the checkpoint is broken.

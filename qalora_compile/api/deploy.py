@@ -1,4 +1,4 @@
-"""`export_folder`: a FOLDED folder to what a device runs, or to another library's checkpoint."""
+"""`export_folder`: write a FOLDED folder as an edge folder, or as another library's checkpoint."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _FOR_ONNX = ("no_kv_cache", "last_logits", "with_library")
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeSpec:
-    """The folder that a device runs.
+    """The edge folder to write.
 
     Attributes:
         out: The folder to write.
         target: How the model is exported.
         no_kv_cache: Write a language model without its key-value cache.
-        last_logits: Give the logits of the last token alone.
-        with_library: The operator library to put into the folder: a file, "" for this machine's,
+        last_logits: Output the logits of the last token alone.
+        with_library: The operator library to copy into the folder: a file, "" for this machine's,
             or None for none.
-        pooling, normalize: How an encoder's tokens become one vector; None: not in the graph.
+        pooling, normalize: How the graph pools an encoder's tokens to one vector; None: not at all.
         overwrite: Replace an existing folder.
     """
 
@@ -56,17 +56,17 @@ class EdgeSpec:
     overwrite: bool = False
 
     def library(self) -> Path | None:
-        """The operator library to put into the folder.
+        """The operator library to copy into the folder.
 
         Raises:
             UserInputError: the file is missing, or the target does not use it.
-            UnsupportedError: this machine's was not built.
+            UnsupportedError: this machine's library was not built.
         """
         if self.with_library is None:
             return None
         if self.target.target != "ort":
             raise UserInputError(
-                f"--with-library has no use with target {self.target.target}",
+                f"--with-library has no effect with target {self.target.target}",
                 hint="use --target ort",
             )
         path = Path(self.with_library) if self.with_library else library_path()
@@ -80,7 +80,7 @@ class DeploySpec(EdgeSpec):
     """An export.
 
     Attributes:
-        folder: FOLDED, or RUN where the target allows unfolded adapters.
+        folder: FOLDED, or RUN if the target allows unfolded adapters.
     """
 
     folder: Path
@@ -88,12 +88,12 @@ class DeploySpec(EdgeSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class EdgeResult:
-    """What was written.
+    """The result of `export_folder`.
 
     Attributes:
-        report: Of the exporter.
+        report: The exporter's report.
         parts: What the folder was made from; None for a checkpoint.
-        written: Names of what lies next to the model.
+        written: Names of the files next to the model.
     """
 
     report: ExportReport
@@ -105,7 +105,7 @@ def export_folder(spec: DeploySpec) -> EdgeResult:
     """Write a FOLDED folder as an edge folder (ONNX), or as a checkpoint of another library.
 
     Raises:
-        UserInputError: options do not go together, a file is missing, or the output exists.
+        UserInputError: options conflict, a file is missing, or the output exists.
         PreconditionError: see `export.lower`.
         UnsupportedError: an operator, dtype or property has no form in the target.
         OutputError: the folder cannot be written.
@@ -149,13 +149,13 @@ def _other(spec: DeploySpec) -> EdgeResult:
     target = dataclasses.replace(spec.target, overwrite=spec.overwrite)
     if spec.pooling or spec.normalize:
         raise UserInputError(
-            f"--pooling is of ONNX models, not of target {target.target}",
-            hint="leave it out: no other target pools",
+            f"--pooling has no effect with target {target.target}",
+            hint="leave it out: it is for ONNX models",
         )
     for option in _FOR_ONNX:
         if getattr(spec, option) not in (None, False):
             raise UserInputError(
-                f"--{option.replace('_', '-')} has no use with target {target.target}",
+                f"--{option.replace('_', '-')} has no effect with target {target.target}",
                 hint="it is for ONNX models",
             )
     source, out, kind = spec.folder, spec.out, get_target(target.target)

@@ -1,4 +1,4 @@
-"""What an edge folder holds next to the model: tokenizer, GenAI configuration, `qalora.json`."""
+"""The files of an edge folder: model, tokenizer, GenAI configuration, `qalora.json`."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ FORMAT, VERSION = "qalora-edge", 2
 
 @dataclass(frozen=True)
 class EdgeParts:
-    """What the parts are made from.
+    """What an edge folder is written from.
 
     Attributes:
         description: Folder with the model's `config.json`, which may be missing.
         tokenizer: Folder with the tokenizer's files, which may be missing.
-        record: What is known of the model: `run.json`, or part of it.
+        record: The content of `run.json`, or part of it.
         graphs: File name → program, lowered for the target of `spec`; encoder before decoder.
-        spec: How it is exported.
+        spec: How the model is exported.
         library: The operator library to add, or None.
-        weights: Folder with the safetensors that are read while the model is written.
-        pooling: Of an encoder of sentences.
+        weights: Folder with the safetensors files that are read while the model is written.
+        pooling: The pooling of a sentence encoder.
     """
 
     description: Path
@@ -82,9 +82,9 @@ class EdgeParts:
     pooling: Pooling = dataclasses.field(default_factory=Pooling)
 
     def key(self) -> str:
-        """Says whether an interrupted run wrote the same: a hash of all that the model is made of.
+        """A hash of everything the model is made from, by which an interrupted run is recognized.
 
-        Files of tensors count by name, size and time of change.
+        Tensor files enter by name, size and modification time.
         """
         files = sorted(self.weights.resolve().glob("*.safetensors"))
         stats = [(str(file), file.stat()) for file in files]
@@ -98,16 +98,16 @@ class EdgeParts:
 
     @property
     def program(self) -> Program:
-        """The graph that gives logits: the only one, or the decoder."""
+        """The graph that outputs logits: the only one, or the decoder."""
         return list(self.graphs.values())[-1]
 
     @property
     def pair(self) -> tuple[Program, Program] | None:
-        """Encoder and decoder, of a model that has both."""
+        """Encoder and decoder; None for a model with a single graph."""
         return (self.graphs[ENCODER_FILE], self.program) if len(self.graphs) > 1 else None
 
     def in_both(self) -> dict[str, int]:
-        """Weights that lie in both files of an encoder-decoder model, with their bytes."""
+        """Name → bytes of the weights that both files of an encoder-decoder model hold."""
         if self.pair is None:
             return {}
         first, second = (part.tensors() for part in self.pair)
@@ -119,7 +119,7 @@ class EdgeParts:
 
 
 def _outline(program: Program) -> list[Any]:
-    """What tells a program from another of the same weights."""
+    """What distinguishes a program from another with the same weights."""
     tensors = {name: [str(t.dtype), *t.shape] for name, t in program.tensors().items()}
     return [program.history, program.signature.to_json(), tensors]
 
@@ -127,21 +127,21 @@ def _outline(program: Program) -> list[Any]:
 def edge_graphs(
     program: Program, description: Path, *, last_logits: bool = False
 ) -> dict[str, Program]:
-    """File name → graph of what a device runs, for a model trained as one forward.
+    """File name → graph that a device runs, for a model trained as a single forward pass.
 
     Args:
-        program: As it was captured, on complete sequences.
+        program: The program captured on complete sequences.
         description: Folder with the `config.json` of the transformers model.
         last_logits: As for `add_kv_cache`.
 
     Raises:
-        UnsupportedError: last logits alone are asked of an encoder-decoder model; or see
-            `add_kv_cache` and `split_encoder_decoder`.
+        UnsupportedError: `last_logits` is set for an encoder-decoder model; or see `add_kv_cache`
+            and `split_encoder_decoder`.
     """
     if not generates(description):
         if last_logits:
             raise UnsupportedError(
-                "the model generates no text, token by token",
+                "the model does not generate text token by token",
                 hint="export or quantize it without --last-logits",
             )
         return {MODEL_FILE: program}
@@ -149,8 +149,8 @@ def edge_graphs(
         return {MODEL_FILE: add_kv_cache(program, description, last_logits=last_logits)}
     if last_logits:
         raise UnsupportedError(
-            "a decoder with an encoder gives the logits of all its tokens",
-            hint="export without --last-logits: it begins with a few tokens alone",
+            "the decoder of an encoder-decoder model outputs the logits of all its tokens",
+            hint="export without --last-logits: its prompt is only a few tokens",
         )
     pair = split_encoder_decoder(program, description)
     return dict(zip((ENCODER_FILE, DECODER_FILE), pair, strict=True))
@@ -159,7 +159,7 @@ def edge_graphs(
 def lowered(
     graphs: Mapping[str, Program], spec: ExportSpec
 ) -> tuple[dict[str, Program], ExportSpec]:
-    """The graphs as they are exported, and `spec` with what it leaves open decided for them."""
+    """The graphs as exported, and `spec` with its open fields decided for them."""
     spec = complete_spec(list(graphs.values())[-1], spec)
     return {file: lower(program, spec) for file, program in graphs.items()}, spec
 
@@ -207,7 +207,7 @@ def _write_parts(folder: Path, parts: EdgeParts) -> list[str]:
 
 
 def _ends(parts: EdgeParts, description: Mapping[str, Any]) -> Ends:
-    """The tokens at which a text ends: those of the record of a training, and of the model."""
+    """The end tokens of a text, from the record of the training run and from the model."""
     recorded = ends_from_json(parts.record.get("ends"))
     tokenizer = None if recorded else load_tokenizer(parts.tokenizer)
     found = end_tokens(description["model"], description["generation"], tokenizer=tokenizer)
@@ -215,7 +215,7 @@ def _ends(parts: EdgeParts, description: Mapping[str, Any]) -> Ends:
 
 
 def read_edge_record(folder: Path) -> dict[str, Any]:
-    """`qalora.json` of an edge folder; empty where there is none.
+    """`qalora.json` of an edge folder; empty if there is none.
 
     Raises:
         UserInputError: it is of another kind or version.
@@ -225,7 +225,7 @@ def read_edge_record(folder: Path) -> dict[str, Any]:
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    """`config.json` and `generation_config.json` of the model, each empty where it is missing."""
+    """`config.json` and `generation_config.json` of the model, each empty if missing."""
     return {
         name: read_json(folder / file) if (folder / file).is_file() else {}
         for name, file in (("model", "config.json"), ("generation", "generation_config.json"))
@@ -233,7 +233,7 @@ def _description(folder: Path) -> dict[str, Any]:
 
 
 def _write_genai(folder: Path, parts: EdgeParts, description: dict[str, Any]) -> str:
-    """Write `genai_config.json`; `yes`, or why GenAI cannot run the model."""
+    """Write `genai_config.json`; returns `yes`, or why GenAI cannot run the model."""
     library = None if parts.library is None else parts.library.name
     described = (description["model"], description["generation"])
     try:
@@ -250,7 +250,7 @@ def _write_genai(folder: Path, parts: EdgeParts, description: dict[str, Any]) ->
 
 
 def _classes(parts: EdgeParts, model: Mapping[str, Any]) -> list[str]:
-    """Names of the classes in the order of the logits: of a training, or of `config.json`."""
+    """Class names in the order of the logits, from the training run or from `config.json`."""
     trained = parts.record.get("reading", {}).get("classes")
     if trained or not any(
         str(name).endswith("ForSequenceClassification") for name in model.get("architectures") or ()

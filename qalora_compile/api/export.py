@@ -1,4 +1,4 @@
-"""What an exporter is given, and the files that come of it."""
+"""Lower a program for a target and export it to files."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _NOT_FUSED = "not fused: "
 
 
 def lower(program: Program, spec: ExportSpec) -> Program:
-    """Rewrite a program for the target of `spec`; half-precision ones compute in float32 there.
+    """Rewrite a program for the target of `spec`; half-precision programs compute in float32.
 
-    What the fusions of `spec` leave alone, and why, is said in the notes of the program.
+    The program's notes list what the fusions of `spec` did not match, and why.
 
     Raises:
         PreconditionError: adapters are not folded (or nothing is quantized) and the specification
@@ -53,7 +53,7 @@ def lower(program: Program, spec: ExportSpec) -> Program:
 
 
 def _not_fused(found: Sequence[tuple[Pass, PassResult]]) -> list[str]:
-    """What fusing passes left alone: a note for each reason, with the first node."""
+    """A note for each reason why a fusion did not match, with the first such node."""
     notes = []
     for step, result in found:
         alike: dict[str, list[Change]] = {}
@@ -71,7 +71,7 @@ def _not_fused(found: Sequence[tuple[Pass, PassResult]]) -> list[str]:
 
 
 def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
-    """The passes of `lower`, in order; none where the program is lowered already.
+    """The passes of `lower`, in order; none if the program is already lowered.
 
     Raises:
         PreconditionError: see `lower`.
@@ -95,10 +95,10 @@ def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
 
 
 def _require_complete(program: Program, spec: ExportSpec) -> None:
-    """Refuse a program on another device, whose adapters are not folded, or not quantized.
+    """Refuse a program that is not on the CPU, not quantized, or has unfolded adapters.
 
     Raises:
-        PreconditionError: it is one of them, and the specification does not allow that.
+        PreconditionError: it is one of these, and the specification does not allow it.
     """
     device = next((t.device for t in program.tensors().values() if t.device.type != "cpu"), None)
     if device is not None:
@@ -124,7 +124,7 @@ def _require_complete(program: Program, spec: ExportSpec) -> None:
 
 
 def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
-    """`spec` with what it leaves open decided for `program`."""
+    """`spec` with its open fields decided for `program`."""
     if spec.fusion is not None or not spec.is_onnx:
         return spec
     fusion = "none"
@@ -136,7 +136,7 @@ def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
 
 
 def _lowered_target(spec: ExportSpec) -> LoweredTarget:
-    """The target of a specification whose target is no checkpoint."""
+    """The target of a specification that is not for a checkpoint."""
     target = get_target(spec.target)
     if not isinstance(target, LoweredTarget):
         raise UnsupportedError(
@@ -158,16 +158,16 @@ def export_model(
     """Write a folded (or quantized) program as one ONNX file, or as another library's checkpoint.
 
     Args:
-        program: Folded; quantized without adapters is complete as well.
+        program: Folded, or quantized without adapters.
         path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` next to it. For target
             `"gguf"` a `.gguf` file, for other checkpoints a folder.
         spec: Target and options; None takes target `ort`.
-        resume: A short key of all that determines the file, for models that take long to write: a
-            run with the same key that was interrupted is gone on with. Of ONNX files only.
+        resume: A short key of everything that determines the file. An interrupted export with the
+            same key is resumed. For ONNX files only.
         model: For checkpoints: the transformers model that the program was made from, its folder
             (`config.json`), or its `.gguf` file. Its weights are not read. Targets `"float"` and
             `"safetensors"` do without, and then write no `config.json`.
-        tokenizer: For checkpoints: folder with the tokenizer's files; by default that of `model`.
+        tokenizer: For checkpoints: folder with the tokenizer's files; `model`'s by default.
 
     Raises:
         UserInputError: the path exists and may not be replaced (see `files.check_output`), its

@@ -1,4 +1,4 @@
-"""`finetune`: from a model and data to a RUN folder, which can be gone on with."""
+"""`finetune`: train adapters of a model on data; writes a RUN folder that can be resumed."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ PEFT_FOLDER = "adapter"
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneResult:
-    """What came of a training.
+    """The result of a training run.
 
     Attributes:
         folder: The RUN folder.
-        fit: Steps done, and which of them the adapters are of.
-        before, after: Held-out metrics; None without held-out data, and `after` where it stopped.
-        reports: What quantization lost, layer by layer; empty where a run was gone on with.
-        facts: All of it in words, as `report.html` has it.
-        is_first: Whether this process is the one that writes, of several that train together.
+        fit: The steps done, and the step whose adapters were kept.
+        before, after: Held-out metrics; None without held-out data, and `after` if stopped.
+        reports: The quantization error of each layer; empty if the run was resumed.
+        facts: The result as table rows, as in `report.html`.
+        is_first: Whether this process is the one that writes, when several train together.
     """
 
     folder: Path
@@ -55,7 +55,7 @@ class FinetuneResult:
 
 @contextmanager
 def _never() -> Iterator[Callable[[], bool]]:
-    """Trains to the end."""
+    """Never stops before the last step."""
     yield lambda: False
 
 
@@ -68,18 +68,19 @@ def finetune(
 ) -> FinetuneResult:
     """Capture, quantize, insert adapters and train them; writes `spec.out`.
 
-    Under a launcher such as torchrun, each process calls this alike, and the first one writes.
+    Under a launcher such as torchrun, every process makes the same call, and the first one writes.
 
     Args:
-        spec: All that is asked for.
+        spec: The specification.
         watch: Called after each step.
-        stopping: Opened around the steps; what it gives says after each whether to stop there.
-        processes: Those that train together; None finds them in the environment.
+        stopping: Context manager around the steps; its value is called after each step and returns
+            whether to stop there.
+        processes: The processes that train together; None reads them from the environment.
 
     Raises:
-        UserInputError: a value, a file or the model is wrong; a loss is not finite; or a run is
-            gone on with that was started with something else.
-        UnsupportedError: the model cannot be trained so.
+        UserInputError: a value, a file or the model is invalid; a loss is not finite; or a run is
+            resumed that was started with other options or data.
+        UnsupportedError: the model cannot be trained this way.
         CaptureError: the model cannot be captured.
         OutputError: the folder cannot be written.
     """
@@ -126,18 +127,18 @@ def _finetune(
 
 
 def _device(spec: FinetuneSpec, processes: Processes) -> torch.device:
-    """Where to train.
+    """The device to train on.
 
     Raises:
-        UserInputError: the name is none, or a launcher decides.
-        UnsupportedError: the device is not there.
+        UserInputError: no device has this name, or a launcher assigns the devices.
+        UnsupportedError: the device is not available.
     """
     if spec.device is None:
         return processes.device
     if processes.count > 1:
         raise UserInputError(
-            f"--device {spec.device} is given to {processes.count} processes",
-            hint="leave it out: each takes the device that its launcher gives it",
+            f"--device {spec.device} is given for {processes.count} processes",
+            hint="leave it out: each process uses the device that its launcher assigns",
         )
     return find_device(spec.device)
 
@@ -151,7 +152,7 @@ def _finish(job: Job, result: FitResult, after: Metrics | None) -> None:
 
 
 def _save_for_peft(job: Job) -> None:
-    """Write the adapters alone as PEFT reads them, where it has such adapters."""
+    """Write the adapters in PEFT's format, if PEFT supports their kind."""
     spec = AdapterSpec.from_json(job.record["adapter"])
     try:
         save_peft(
@@ -167,7 +168,7 @@ def _save_for_peft(job: Job) -> None:
 
 
 def _can_report() -> bool:
-    """Whether the libraries for a report are there; says so where not."""
+    """Whether the libraries for a report are installed; prints a note if not."""
     try:
         check_report()
     except UnsupportedError as error:
@@ -179,7 +180,7 @@ def _can_report() -> bool:
 def _facts(
     job: Job, result: FitResult, before: Metrics | None, after: Metrics | None, seconds: float
 ) -> dict[str, object]:
-    """What the run was, and what came of it, for a closing table and the report."""
+    """The result of the run as rows for the closing table and the report."""
     return {
         "model": job.record["model"],
         "quantized layers": len(job.program.plan.to_quantize()),

@@ -1,4 +1,4 @@
-"""What `finetune` reads: the model, the examples, the task, and how examples make a batch."""
+"""The inputs of `finetune`: the model, the task, the examples and their batches."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _TOKENS = "input_ids"
 
 
 def with_task(spec: FinetuneSpec) -> FinetuneSpec:
-    """With the task, where it is left open: by the first row, before a model is loaded.
+    """`spec` with its task; if open, the first row of the data decides, before the model is loaded.
 
     Raises:
-        UserInputError: the rows have labels and the model generates texts, or cannot have a head.
+        UserInputError: the rows have labels, and the model generates text or cannot get a head.
     """
     reading = spec.reading
     if reading.task is not None:
@@ -44,16 +44,16 @@ def with_task(spec: FinetuneSpec) -> FinetuneSpec:
         return _with(spec, LANGUAGE)
     folder = Path(spec.model)
     if not folder.is_dir():
-        problem = "only a Hugging Face folder gets a head that tells labels apart"
+        problem = "only a model from a Hugging Face folder can get a classification head"
     elif generates(encoder_folder(folder)):
-        problem = "the model generates texts"
+        problem = "the model generates text"
     else:
         return _with(spec, CLASSIFICATION)
     raise UserInputError(
         f"the data are texts with labels, and {problem}",
         where=f"{reading.data[0]}, {spec.model}",
-        hint="to learn the labels give an encoder such as BERT, or write "
-        '{"prompt": text, "completion": label}; to learn the texts alone: --task language',
+        hint="to train on the labels, give an encoder such as BERT, or write the rows as "
+        '{"prompt": text, "completion": label}; to train on the texts alone, add --task language',
     )
 
 
@@ -62,7 +62,7 @@ def _with(spec: FinetuneSpec, task: str) -> FinetuneSpec:
 
 
 def reading_record(reading: ReadingSpec, classes: tuple[str, ...]) -> dict[str, Any]:
-    """What `run.json` says of how the data were read."""
+    """The entry of `run.json` on how the data were read."""
     return {
         "task": reading.task,
         "map": reading.map,
@@ -79,7 +79,7 @@ def recorded_classes(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def load_model(spec: FinetuneSpec) -> tuple[Source, tuple[str, ...]]:
-    """The model, and the classes of a classification task, which the training data name."""
+    """The model, and the classes of a classification task, found in the training data."""
     if spec.reading.task == LANGUAGE:
         return load_source(spec.model, zero_points=spec.codes.stored_zero_points), ()
     found = find_classes(spec.reading.data, spec.reading.map)
@@ -88,14 +88,14 @@ def load_model(spec: FinetuneSpec) -> tuple[Source, tuple[str, ...]]:
 
 
 def excluded(spec: FinetuneSpec, source: Source) -> tuple[str, ...]:
-    """Layers to keep in float: those that the user names, and a head that is to be trained."""
+    """Layers to keep in float: those that the user names, and a head to be trained."""
     return (*spec.codes.exclude, *linear_layers(source.model, source.head))
 
 
 def load_data(
     reading: ReadingSpec, tokenizer: Any, decoder_start: int | None, classes: tuple[str, ...]
 ) -> tuple[Dataset, Dataset | None]:
-    """Training data, and held-out data where there are any."""
+    """Training data, and held-out data if given."""
     data = load_files(reading, reading.data, tokenizer, decoder_start, classes)
     if not reading.eval_data:
         return data, None
@@ -109,7 +109,7 @@ def load_files(
     decoder_start: int | None,
     classes: tuple[str, ...],
 ) -> Dataset:
-    """Examples of some files, read as the training data are."""
+    """The examples of some files, read like the training data."""
     return load_examples(
         files,
         tokenizer,
@@ -123,31 +123,31 @@ def load_files(
 
 
 def check_trainable(program: Program, classes: tuple[str, ...], *datasets: Dataset | None) -> None:
-    """See, before anything is written, that the model gives logits and knows every token.
+    """Check, before anything is written, that the model outputs logits and knows every token.
 
     Raises:
-        UnsupportedError: it gives no logits, or those of another task; or it takes texts of one
-            length alone.
-        CaptureError: what was captured does not run.
-        UserInputError: a token is not in its vocabulary.
+        UnsupportedError: the model outputs no logits, or those of another task; or it only takes
+            texts of one length.
+        CaptureError: the captured program does not run.
+        UserInputError: a token is not in the vocabulary.
     """
     args, kwargs = program.example
     try:
         with torch.no_grad():
             output = program(*args, **kwargs)
-    except RuntimeError as error:  # sizes that depend on values
+    except RuntimeError as error:  # data-dependent sizes
         raise CaptureError(
             f"the captured model does not run on its own example: {error}".splitlines()[0],
-            hint="its code depends on values, which capture does not have: train the model itself, "
-            "with qc.adapt_module_ and a loop of your own",
+            hint="its code depends on values, which capture does not have: train the module itself "
+            "with qc.adapt_module_ and your own training loop",
         ) from error
     check_logits(output, len(classes) or None)
     for leaf in program.signature.inputs:
         if leaf.name == _TOKENS and isinstance(leaf.shape[1], int):
             raise UnsupportedError(
-                f"the captured model takes texts of {leaf.shape[1]} tokens alone: its code makes "
+                f"the captured model only takes texts of {leaf.shape[1]} tokens: its code makes "
                 "their length a constant, as a loop over time does",
-                hint="train the model itself, with qc.adapt_module_ and a loop of your own",
+                hint="train the module itself with qc.adapt_module_ and your own training loop",
             )
     limit = min(token_limits(program).values(), default=None)
     for data in datasets:
@@ -158,17 +158,17 @@ def check_trainable(program: Program, classes: tuple[str, ...], *datasets: Datas
 def arrange(
     spec: FinetuneSpec, program: Program, data: Dataset, model: Any
 ) -> tuple[Program, Batches]:
-    """The form of the program that is trained, which shares its parameters, and its batches.
+    """The form of the program to train, which shares its parameters, and the batches.
 
     Args:
-        spec: Says how.
+        spec: The specification.
         program: At stage `adapted`.
-        data: To train on.
-        model: What it was captured from, or the RUN folder.
+        data: The training data.
+        model: The model that the program was captured from, or the RUN folder.
 
     Raises:
-        UnsupportedError, UserInputError: the data are to be packed, and the model or the data
-            cannot be.
+        UnsupportedError, UserInputError: the specification asks for packing, which the model or the
+            data do not allow.
     """
     packed = spec.reading.batches == PACKED
     examples = Packed(data.examples, spec.reading.seq_len) if packed else data.examples
@@ -185,11 +185,11 @@ def arrange(
 
 
 def report_data(name: str, data: Dataset) -> None:
-    """Say how each file is read, and what of it was cut or skipped."""
+    """Print how each file is read, and how much of it was cut or skipped."""
     if data.is_lazy:
         say(
-            f"note: {name}: {len(data.examples):,} rows are checked, and tokenized while training "
-            "goes on; --data-cache tokenizes them all before"
+            f"note: {name}: {len(data.examples):,} rows are checked, and tokenized during "
+            "training; --data-cache tokenizes them all before"
         )
     for file in data.files:
         for remark, count in file.remarks.items():
@@ -202,7 +202,7 @@ def report_data(name: str, data: Dataset) -> None:
 
 
 def data_rows(data: Dataset, batches: Batches) -> dict[str, object]:
-    """What a summary says of the data."""
+    """Rows of the summary on the data."""
     forms = sum((Counter(file.forms) for file in data.files), Counter[str]())
     rows: dict[str, object] = {
         "examples": len(data.examples),

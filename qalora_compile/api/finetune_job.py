@@ -1,4 +1,4 @@
-"""What a run of `finetune` works with: started anew, or opened to go on."""
+"""The state of a `finetune` run: starting a new run, or opening one to resume it."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 TRAINING, INTERRUPTED, FINISHED, FAILED = "training", "interrupted", "finished", "failed"
 _ASKED = 6
-"""Examples that the report shows the answers to."""
+"""Number of examples whose answers the report shows."""
 _WRITTEN = ("format", "version", "versions")
 
 
 @dataclass
 class Job:
-    """Everything that a started or resumed run works with.
+    """Everything that a new or resumed run works with.
 
-    `trained` is the form of `program` that the batches are for; it shares its parameters.
+    `trained` is the form of `program` that takes the batches; both share their parameters.
     """
 
     program: Program
@@ -95,7 +95,7 @@ class Job:
         return self.spec.out
 
     def report_data(self) -> None:
-        """Say what of the data was cut or skipped."""
+        """Print how much of the data was cut or skipped."""
         for note in self.program.notes:
             say(f"note: {note}")
         for name, data in (("data", self.data), ("held-out data", self.held_out)):
@@ -104,7 +104,7 @@ class Job:
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
-        """Both forms of the program on a device in the block, and on the CPU after it."""
+        """Move both forms of the program to a device in the block, and back to the CPU after it."""
         forms = (self.program, self.trained)
         for form in forms:
             form.to(device)
@@ -115,7 +115,7 @@ class Job:
                 form.to("cpu")
 
     def before(self) -> Metrics | None:
-        """Held-out metrics before training, measured once: a resumed run has them in its record.
+        """Held-out metrics before training; a resumed run reads them from its record.
 
         Raises:
             UserInputError: the loss is not finite.
@@ -127,10 +127,10 @@ class Job:
         return Metrics(**stored) if stored else None
 
     def evaluate(self, when: str) -> Metrics | None:
-        """Held-out metrics, where held-out data was given.
+        """Held-out metrics; None if no held-out data was given.
 
         Raises:
-            UserInputError: the loss is not finite; `when` is in the message.
+            UserInputError: the loss is not finite; the message contains `when`.
         """
         if self.held_out is None:
             return None
@@ -139,11 +139,11 @@ class Job:
         return found
 
     def answer(self) -> list[str]:
-        """What the model says to the first held-out examples, or to those trained on."""
+        """The model's answers to the first held-out examples, or else training examples."""
         return answers(self.program, self._asked(), self._tokenizer(), self.data.classes)
 
     def report(self, facts: dict[str, object], answered: list[str]) -> Path:
-        """Write `report.html`; the answers before training are in the record."""
+        """Write `report.html`; the answers before training come from the record."""
         asked = questions(self._asked(), self._tokenizer(), self.data.classes)
         before = self.record["answers"]
         path = self.folder / REPORT_FILE
@@ -164,7 +164,7 @@ class Job:
         return load_tokenizer(self.folder / TOKENIZER)
 
     def save(self) -> None:
-        """Write a checkpoint, and the adapters that the run would be folded with now."""
+        """Write a checkpoint, and the adapters that a fold would use now."""
         folder = self.folder / CHECKPOINTS
         save_checkpoint(folder, self.program, self.state, self.identity, keep=self.spec.keep)
         best = self.state.best
@@ -181,7 +181,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Begun:
-    """What is at hand where a run was started, or its folder opened."""
+    """What starting a run or opening its folder yields."""
 
     program: Program
     trained: Program
@@ -192,7 +192,7 @@ class _Begun:
 
 
 def _start(spec: FinetuneSpec) -> _Begun:
-    """Load, read the data, quantize, insert; write the RUN folder that training goes on in."""
+    """Load the model, read the data, quantize, insert adapters, and write the RUN folder."""
     codes, quant = spec.codes, spec.quant
     say(f"load {spec.model}")
     source, classes = load_model(spec)
@@ -265,10 +265,10 @@ def _write_run(
 def open_job(spec: FinetuneSpec, processes: Processes) -> Job:
     """Start a run or, with `spec.resume`, restore its last checkpoint.
 
-    One process alone starts it; the others open the folder that it has written.
+    Only the first process starts it; the others open the folder that it has written.
 
     Raises:
-        UserInputError: the folder was made with other options or data; the first is named.
+        UserInputError: the folder was made with other options or data; the first one is named.
     """
     begun = None
     if not spec.resume:
@@ -306,7 +306,7 @@ def _open(spec: FinetuneSpec, record: dict[str, Any]) -> _Begun:
 def _restore(
     folder: Path, program: Program, state: FitState, identity: Identity, processes: Processes
 ) -> None:
-    """Go on from the last checkpoint, where there is one."""
+    """Resume from the last checkpoint, if there is one."""
     if processes.is_first:
         remove_unfinished(folder)
     checkpoints = list_checkpoints(folder)
@@ -317,7 +317,7 @@ def _restore(
 def _calibration(
     spec: FinetuneSpec, program: Program, data: Dataset, source: Source
 ) -> list[dict[str, Any]] | None:
-    """Calls to quantize and to start for, where a file of them is given or a setting needs them."""
+    """Calibration calls, if a file of them is given or a setting needs them; else None."""
     if not spec.needs_calibration:
         return None
     if spec.calibration:

@@ -1,4 +1,4 @@
-"""What `finetune` is asked for, and which of it decides to which weights a run leads."""
+"""The specification of `finetune`, and which of its fields determine the trained weights."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _OPTIONS = {
     "learning_rate": "lr",
     "evaluate_every": "eval_every",
 }
-"""Field → option, where a run's record has it by the name of the option."""
+"""Field → option name, where the record of a run uses the latter."""
 _UNUSED = {"no_verify"}
-"""What older records have, and decides nothing."""
+"""Entries of older records that do not affect the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingSpec(Spec):
-    """What is read, and how.
+    """The data to read, and how.
 
     Attributes:
-        data, eval_data: Files, patterns or folders to train on, and held-out ones.
-        task: `"language"` or `"classification"`; None: found from the data and the model.
-        map: Field → column: which fields of the data are read, and as what.
-        learn: Whether the loss counts completions alone, or prompts too.
-        batches: How examples make a batch, see `training.data.batches`.
-        seq_len: Longest example, in tokens.
-        data_cache: Folder to tokenize into once and to read from.
+        data, eval_data: Files, patterns or folders of training and of held-out data.
+        task: `"language"` or `"classification"`; None infers it from the data and the model.
+        map: Field → column of the data that it is read from.
+        learn: Whether the loss covers completions only, or prompts too.
+        batches: How examples are arranged in batches, see `training.data.batches`.
+        seq_len: Length of the longest example, in tokens.
+        data_cache: Folder that holds the tokenized data, so that they are tokenized once.
     """
 
     data: tuple[str, ...]
@@ -55,22 +55,22 @@ class ReadingSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSpec:
-    """A training, from a model to a RUN folder.
+    """A training run, from a model to a RUN folder.
 
     Attributes:
         model: Hugging Face folder, `.gguf` file, or `package.module:factory`.
         out: The RUN folder to write.
         reading: Data and how they are read.
         codes: How the weights are quantized.
-        adapter: What is trained.
-        fit: How it is trained.
-        calibration: Data to quantize for, where not the training data.
-        calibration_samples: How many of them are taken.
-        device: To train on; None: the CPU, or under a launcher the process's own.
-        save_every: Steps between two checkpoints.
-        keep: How many checkpoints are kept.
-        report_to: Where else steps are recorded, such as `"tensorboard"`.
-        resume: Go on from the last checkpoint in `out`.
+        adapter: The adapters to train.
+        fit: How they are trained.
+        calibration: Calibration data; None takes the training data.
+        calibration_samples: Number of calibration examples.
+        device: The device to train on; None: the CPU, or the one that a launcher assigns.
+        save_every: Number of steps between two checkpoints.
+        keep: Number of checkpoints to keep.
+        report_to: Further logs of the steps, such as `"tensorboard"`.
+        resume: Resume from the last checkpoint in `out`.
         overwrite: Replace an existing RUN folder.
     """
 
@@ -100,13 +100,13 @@ class FinetuneSpec:
 
     @property
     def inputs(self) -> list[str | None]:
-        """What is read, which is never overwritten."""
+        """The paths that are read, which are never overwritten."""
         reading = self.reading
         return [self.model, *reading.data, *(reading.eval_data or ()), self.calibration]
 
     @property
     def quant(self) -> QuantSpec:
-        """The codes, as the adapters need them.
+        """The `QuantSpec` that suits the adapters.
 
         Raises:
             UserInputError: a value is out of range.
@@ -118,20 +118,20 @@ class FinetuneSpec:
 
     @property
     def quantizes_by_data(self) -> bool:
-        """Whether codes are chosen by calibration data."""
+        """Whether quantization uses calibration data."""
         codes = self.codes
         given = self.calibration is not None
         return given or codes.needs_calibration or codes.bits == AUTO
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether calls of the model are needed before the training."""
+        """Whether the model is run on calibration data before training."""
         return self.quantizes_by_data or self.adapter.rank == AUTO or self.adapter.init == "svd"
 
     def decisive(self) -> dict[str, Any]:
-        """What decides to which weights a run leads, by the name of the option, as JSON types.
+        """Option name → value, in JSON types, of all that determines the trained weights.
 
-        Files are digests of their contents.
+        A file is represented by the digest of its contents.
 
         Raises:
             UserInputError: a data file cannot be read.
@@ -148,14 +148,14 @@ class FinetuneSpec:
         return values | {"model": str(path.resolve()) if path.exists() else self.model}
 
     def check_resumed(self, then: Mapping[str, Any]) -> None:
-        """See that a run goes on with what it was started with.
+        """Check that a run is resumed with what it was started with.
 
         Args:
-            then: What `decisive` gave then.
+            then: The result of `decisive` at that time.
 
         Raises:
-            UserInputError: one has another value, or a data file other contents; the first is
-                named.
+            UserInputError: an option has another value, or a data file other contents; the first
+                one is named.
         """
         now = self.decisive()
         for name in [*now, *(then.keys() - now.keys() - _UNUSED)]:
@@ -164,7 +164,7 @@ class FinetuneSpec:
                 continue
             option = name if name == "model" else f"--{name.replace('_', '-')}"
             if name in _FILES and None not in (a, b):
-                what = f"the contents of {option} are not those that the run was started with"
+                what = f"the contents of {option} have changed since the run was started"
             else:
                 what = f"the run was started with {option} {_said(a)}, not {_said(b)}"
             raise UserInputError(

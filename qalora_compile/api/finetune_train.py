@@ -1,4 +1,4 @@
-"""The training of `finetune`: checkpoints, when it stops, and what is logged."""
+"""The training loop of `finetune`: checkpoints, stopping and logs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from qalora_compile.training.records.log import (
 Watch = Callable[[StepReport], None]
 """Called after each step."""
 Stopping = Callable[[], AbstractContextManager[Callable[[], bool]]]
-"""Opened around the steps; what it gives says after each whether to stop, with a checkpoint."""
+"""Context manager around the steps; its value returns after each step whether to stop there."""
 
 
 def train(job: Job, processes: Processes, watch: Watch, stopping: Stopping) -> FitResult:
-    """Train, and save every `save_every` steps, at the end and when it is stopped.
+    """Train, and save every `save_every` steps, at the end and when stopped.
 
     Raises:
         UserInputError: a loss is not finite. The adapters on disk are those of the last
-            checkpoint, whose own loss was.
+            checkpoint, whose loss was finite.
     """
     spec = job.spec
     announce("train", job.state.step, spec.fit.steps)
@@ -62,7 +62,7 @@ def train(job: Job, processes: Processes, watch: Watch, stopping: Stopping) -> F
 
 @contextmanager
 def noting_failure(job: Job, processes: Processes) -> Iterator[None]:
-    """Write into `run.json` what goes wrong in the block."""
+    """Record an exception of the block in `run.json`."""
     try:
         yield
     except UserInputError as error:
@@ -73,7 +73,7 @@ def noting_failure(job: Job, processes: Processes) -> Iterator[None]:
 
 @contextmanager
 def _recorders(job: Job, processes: Processes) -> Iterator[list[Recorder]]:
-    """What records the steps: the first process does."""
+    """The logs of the steps; only the first process writes them."""
     recorders: list[Recorder] = []
     try:
         if processes.is_first:

@@ -1,4 +1,4 @@
-"""`fold_run`: a trained RUN folder to a FOLDED one, checked against what was trained."""
+"""`fold_run`: fold a trained RUN folder into a FOLDED one, and check it against the former."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from qalora_compile.verify.equivalence import verify_equivalence
 from qalora_compile.verify.inputs import sample_inputs
 
 TOLERANCE = Tolerance(max_rel=1e-4, rounding=True)
-"""What folding may change of an output: rounding, and no more."""
+"""The tolerance for an output of the folded program: rounding only."""
 _FAILED = ".failed"
 _KEPT = ("model", "quant", "embeddings", "adapter", "reading", "status", "step", "ends")
-"""What of a run's record stays in that of its folded program."""
+"""Entries of a run's record that its folded program keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoldSpec:
-    """A fold.
+    """A RUN folder to fold.
 
     Attributes:
-        folder: RUN, written by `finetune` or `adapt`.
-        out: FOLDED, to write.
+        folder: The RUN folder, written by `finetune` or `adapt`.
+        out: The FOLDED folder to write.
         overwrite: Replace an existing FOLDED.
     """
 
@@ -40,10 +40,10 @@ class FoldSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class FoldResult:
-    """What came of a fold.
+    """The result of `fold_run`.
 
     Attributes:
-        program: Folded.
+        program: The folded program.
         report: The comparison with the trained program.
         status, step: How far the run was trained.
     """
@@ -59,7 +59,7 @@ def fold_run(spec: FoldSpec) -> FoldResult:
 
     Raises:
         VerificationError: the two differ; the result is kept in a folder next to `spec.out`.
-        UserInputError: the folder is none that was trained, or the output exists.
+        UserInputError: the folder is not a trained one, or the output exists.
         OutputError: the folder cannot be written.
         PreconditionError: the program has no adapters, or one of them cannot fold.
     """
@@ -84,13 +84,13 @@ def fold_run(spec: FoldSpec) -> FoldResult:
 
 
 def _refused(report: Report, place: Path) -> VerificationError:
-    """The failed check, with the name of the folder in which the result is kept."""
+    """The error of a failed check, which names the folder that keeps the result."""
     worst = worst_of(report.outputs)
     return VerificationError(
         f"the folded program differs from the trained one by {worst.max_abs:.3g}, "
-        f"{worst.rounding or 0:.3g} times what rounding does to the trained one",
+        f"{worst.rounding or 0:.3g} times its rounding error",
         report=report,
         where=f"first diverging site: {report.first_divergence}",
-        hint="this is a fault of the fold, not of your training: please report it; the result is "
+        hint="this is a bug in the fold, not in your training: please report it; the result is "
         f"kept in {place}",
     )

@@ -1,4 +1,4 @@
-"""The same program captured in another form: with a cache, packed, in two halves."""
+"""The same program captured in another form: with a cache, packed, or as two graphs."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def add_kv_cache(
         program: At any stage before lowering, made from a transformers decoder-only model by
             `capture_model`.
         model: That model, or a folder with its `config.json`. No weight of it is read.
-        last_logits: Give logits of the last position alone.
+        last_logits: Output the logits of the last position only.
 
     Raises:
         PreconditionError: `program` was made from another model.
-        UnsupportedError: the model has no key-value cache, or is none of transformers.
+        UnsupportedError: the model has no key-value cache, or is not from transformers.
         CaptureError: `torch.export` refused the model.
     """
     from qalora_compile.capture.causal_lm import capture_causal_lm
@@ -42,19 +42,19 @@ def add_kv_cache(
 def packed_form(program: Program, model: nn.Module | str | Path, *, max_length: int) -> Program:
     """The same language model, over the same tensors, for several examples in one row.
 
-    For training on rows of `training.Packed`: what is trained in one form is trained in the other,
-    since they share their parameters. The model is captured again (see `capture.packed`), the
-    passes that made `program` are run again, and it is tried out that no example sees another.
+    For training on rows of `training.Packed`. Both forms share their parameters. The model is
+    captured again (see `capture.packed`), the passes that made `program` are run again, and the
+    result is tested: no example may affect another.
 
     Args:
         program: At any stage before lowering, made from a transformers decoder-only model by
             `capture_model`, with `input_ids` and `attention_mask` as keyword inputs.
         model: That model, or a folder with its `config.json`. No weight of it is read.
-        max_length: The longest row.
+        max_length: Length of the longest row, in tokens.
 
     Raises:
         PreconditionError: `program` was made from another model.
-        UnsupportedError: the model cannot keep examples in a row apart, or was tried and does not.
+        UnsupportedError: the model cannot keep the examples of a row apart, or fails the test.
         CaptureError: `torch.export` refused the model.
     """
     from qalora_compile.capture.encoder_decoder import disable_cache
@@ -74,10 +74,10 @@ def split_encoder_decoder(
 ) -> tuple[Program, Program]:
     """The same trained encoder-decoder model as the two graphs that a device runs.
 
-    The encoder runs once for an input, and computes also the keys and values of cross-attention;
-    the decoder, which takes them and a cache of its own, runs token by token. Inputs and outputs:
-    see `capture.encoder_decoder`. As in `add_kv_cache`, the passes that made `program` are run
-    again on each graph, and the tensors of `program` are put in.
+    The encoder runs once per input, and also computes the keys and values of cross-attention. The
+    decoder takes these and a cache of its own, and runs token by token. For inputs and outputs see
+    `capture.encoder_decoder`. As in `add_kv_cache`, the passes that made `program` are run again
+    on each graph, and the tensors of `program` are put in.
 
     Args:
         program: At any stage before lowering, made by `capture_model` from an encoder-decoder model
@@ -85,12 +85,12 @@ def split_encoder_decoder(
         model: That model, or a folder with its `config.json`. No weight of it is read.
 
     Returns:
-        Encoder and decoder. What both read, such as a shared embedding, is one tensor object.
+        Encoder and decoder. A weight that both read, such as an embedding, is one tensor object.
 
     Raises:
         PreconditionError: `program` was made from another model.
-        UnsupportedError: the model has no encoder and decoder with a key-value cache, or is none of
-            transformers.
+        UnsupportedError: the model is not from transformers, or has no encoder and decoder with a
+            key-value cache.
         CaptureError: `torch.export` refused the model.
     """
     from qalora_compile.capture.encoder_decoder import capture_decoder, capture_encoder

@@ -21,15 +21,15 @@ from qalora_compile.untrusted.tokenizer import load_tokenizer, render_chat
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateSpec:
-    """A text to be continued.
+    """A prompt to continue.
 
     Attributes:
-        folder: Written by `export_folder` or `quantize_folder`.
+        folder: A folder written by `export_folder` or `quantize_folder`.
         prompt: The text.
-        chat: Wrap it in the chat template of the tokenizer.
-        max_new_tokens: How many tokens to add at most.
+        chat: Wrap the prompt in the chat template of the tokenizer.
+        max_new_tokens: Largest number of tokens to add.
         temperature, top_p, seed: See `runtime.Sampling`; temperature 0 is greedy.
-        threads: Of ONNX Runtime.
+        threads: Number of threads of ONNX Runtime.
     """
 
     folder: Path
@@ -48,11 +48,11 @@ class GenerateSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """A generation that has not begun.
+    """A generation that has not started.
 
     Attributes:
-        prompt: Its tokens.
-        pieces: The new text, a piece for each token; "" where a character is not complete yet.
+        prompt: The tokens of the prompt.
+        pieces: The text of each new token; "" if a character is not complete yet.
         cached: Whether the model has a key-value cache.
     """
 
@@ -62,12 +62,12 @@ class Generation:
 
 
 def generate(spec: GenerateSpec) -> Generation:
-    """Open a model and encode the prompt; tokens are generated as `pieces` is read.
+    """Open a model and encode the prompt; reading `pieces` generates the tokens.
 
     Raises:
         UserInputError: a value is out of range, a file is missing or broken, or the folder holds no
             tokenizer.
-        UnsupportedError: the model takes sound, and no text.
+        UnsupportedError: the model takes audio instead of text.
     """
     folder, record = spec.folder, read_edge_record(spec.folder)
     sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=spec.seed)
@@ -90,7 +90,7 @@ def generate(spec: GenerateSpec) -> Generation:
 
 
 def _pieces(tokenizer: Any, tokens: Iterator[int], *, skip_special: bool) -> Iterator[str]:
-    """The text that each token adds."""
+    """Yield the text that each token adds."""
     found: list[int] = []
     shown = ""
     for token in tokens:
@@ -109,7 +109,7 @@ def _open(
     """The model in an edge folder.
 
     Raises:
-        UnsupportedError: it takes sound, and no text.
+        UnsupportedError: the model takes audio instead of text.
         UserInputError: a file is missing or broken.
     """
     length = record.get("context_length")
@@ -120,7 +120,7 @@ def _open(
     model = EncoderDecoder.open(folder, threads=threads, start=start, context_length=length)
     if not model.reads:
         raise UnsupportedError(
-            "the model takes features of sound, and --prompt is text",
+            "the model takes audio features, and --prompt is text",
             where=str(folder),
             hint="in code: qalora_compile.runtime.EncoderDecoder.open(DIR).generate("
             '{"audio_features": …}, prompt=[…], max_new_tokens=…)',
@@ -135,7 +135,7 @@ def _generate(
     stop: list[int],
     sampling: Sampling,
 ) -> Iterator[int]:
-    """New tokens: after the prompt, or of the decoder that has the prompt's encoding."""
+    """The new tokens: after the prompt, or from the decoder given the encoded prompt."""
     if isinstance(model, LanguageModel):
         return model.generate(prompt, max_new_tokens=count, stop=stop, sampling=sampling)
     inputs = {"input_ids": np.array([prompt], np.int64)}
@@ -143,7 +143,7 @@ def _generate(
 
 
 def _tokens(tokenizer: Any, spec: GenerateSpec, *, encodes: bool) -> list[int]:
-    """The tokens of the prompt, as training has them: an encoder reads a text with its end."""
+    """The prompt's tokens as in training: an encoder reads a text with its end token."""
     text = spec.prompt
     if spec.chat:
         if not getattr(tokenizer, "chat_template", None):

@@ -1,4 +1,4 @@
-"""What was quantized, how, and why: one row a layer of a program or an exported model."""
+"""What was quantized, how, and why: a row for each layer of a program or an exported model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Row = dict[str, Any]
 
 
 def draw(program: Program, files: Mapping[str, Path], only: str | None = None) -> None:
-    """Write the graph of a program; nothing is replaced.
+    """Write the graph of a program to new files.
 
     Args:
         program: At any stage.
         files: Form (`text`, `dot`, `svg` or `netron`) → file.
-        only: Dotted path of the part to draw; the text is always of the complete graph.
+        only: Dotted path of the part to draw; the text form always shows the complete graph.
 
     Raises:
-        UserInputError: a file exists, or nothing is at `only`.
+        UserInputError: a file exists, or no node has the path `only`.
         OutputError: a file cannot be written.
     """
     forms: dict[str, Callable[[], str]] = {
@@ -75,7 +75,7 @@ def inspect_program(program: Program) -> tuple[list[Row], Row]:
 
 
 def _site_row(site: Site, stage: str, sizes: dict[str, int], seen: set[str]) -> Row:
-    """A row; tensors count for the first site that reads them, which `seen` remembers."""
+    """A site's row; a shared tensor counts for the first site that reads it, kept in `seen`."""
     own = (
         [site.weight]
         if site.bits is None
@@ -109,7 +109,7 @@ def _zero_points(rows: list[Row]) -> Row:
 
 
 def inspect_exported(path: Path) -> tuple[list[Row], Row]:
-    """A row for each layer of an exported model, and totals; of two graphs, the encoder's first.
+    """A row for each layer of an exported model, the encoder's first, and totals.
 
     Raises:
         UserInputError: there is no model, or another package exported it.
@@ -150,7 +150,7 @@ def _inspect_onnx(file: Path) -> tuple[list[Row], Row]:
 
 
 def _onnx_row(layer: OnnxLayer, target: str) -> Row:
-    """A row of what a file says of a layer."""
+    """The row of a layer of an exported file."""
     matrix = "×".join(str(d) for d in (layer.experts, layer.k, layer.n) if d) or None
     stored = "×".join(map(str, layer.shape or ())) or None
     quantized = layer.bits is not None
@@ -176,14 +176,14 @@ _NUMBER = re.compile(r"(?<![^.@])\d+(?![^.@])")
 
 
 _OWN = ("path", "weight", "bytes", "why")
-"""Columns in which rows that are alike may differ."""
+"""Columns in which the rows of a group may differ."""
 
 
 def group_equal_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for all that are alike, where the first of them stood.
+    """One row for each group of rows that differ only in numbers, at the place of the first.
 
-    The numbers of `path` and `weight` become ranges (`layers.{0..11}.q_proj`), `bytes` the sum,
-    and `count` says how many rows there were. `why`, which is of each row alone, is left out.
+    The numbers in `path` and `weight` become ranges (`layers.{0..11}.q_proj`), `bytes` the sum,
+    and `count` is the number of rows. `why`, which differs from row to row, is left out.
     """
     groups: dict[tuple[object, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -204,12 +204,12 @@ def group_equal_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def pattern_of(value: object) -> object:
-    """A text with its numbers made alike; other values as they are."""
+    """A text with its numbers replaced by a placeholder; other values unchanged."""
     return _NUMBER.sub("#", value) if isinstance(value, str) else value
 
 
 def ranges_of(texts: Sequence[str]) -> str:
-    """Texts of one pattern as one, with the numbers that vary in braces."""
+    """Merge texts that differ only in numbers, with the varying numbers in braces."""
     columns = zip(*(map(int, _NUMBER.findall(text)) for text in texts), strict=True)
     shown = iter([_braces(sorted(set(column))) for column in columns])
     return _NUMBER.sub(lambda _: next(shown), texts[0])

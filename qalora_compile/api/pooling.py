@@ -1,4 +1,4 @@
-"""Sentence embeddings in the graph, and files that say so."""
+"""Sentence embeddings in the graph, and the files that describe them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from qalora_compile.untrusted import quoted, read_object
 
 @dataclass(frozen=True)
 class Pooling:
-    """How the tokens of a text become one vector.
+    """How the token states of a text are pooled to one vector.
 
     Attributes:
-        pooling: `mean` or `cls`; None: nothing is known of it, and nothing asked for.
+        pooling: `mean` or `cls`; None if neither known nor requested.
         normalize: Whether the vector is divided by its norm.
-        in_graph: Whether the exported graph does it; else sentence-transformers does.
-        settings: Files of sentence-transformers, and their contents.
+        in_graph: Whether the exported graph pools; otherwise sentence-transformers does.
+        settings: File name → content of the files of sentence-transformers.
     """
 
     pooling: str | None = None
@@ -33,10 +33,10 @@ class Pooling:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def apply(self, program: Program) -> Program:
-        """The program with the output `sentence_embedding`, if the graph is to have it.
+        """The program, with the output `sentence_embedding` if the graph is to have it.
 
         Raises:
-            UnsupportedError: it gives no states of tokens.
+            UnsupportedError: the program does not output token states.
         """
         if not self.in_graph:
             return program
@@ -44,12 +44,12 @@ class Pooling:
         if result.skips:
             raise UnsupportedError(
                 f"the model cannot be pooled: {result.skips[0].why}",
-                hint="quantize and export take --pooling for encoders without a head, as BertModel",
+                hint="--pooling of quantize and export is for encoders without a head, like BERT",
             )
         return result.program
 
     def record(self) -> dict[str, Any] | None:
-        """As `qalora.json` has it."""
+        """The entry of `qalora.json`."""
         if self.pooling is None:
             return None
         return {
@@ -59,7 +59,7 @@ class Pooling:
         }
 
     def write(self, folder: Path, config: Mapping[str, Any]) -> bool:
-        """Write the files of sentence-transformers; False where nothing is known of a pooling."""
+        """Write the files of sentence-transformers; False if no pooling is known."""
         if self.pooling is None:
             return False
         write_sentence_files(
@@ -73,36 +73,36 @@ class Pooling:
 
 
 def chosen_pooling(asked: str | None, normalize: bool, folder: Path) -> Pooling:
-    """What is asked for, or else what a folder of sentence-transformers says.
+    """The requested pooling, or else the one in a folder of sentence-transformers.
 
     Args:
         asked: `mean`, `cls`, or None.
-        normalize: Whether the vector is to be divided by its norm.
-        folder: Of the model.
+        normalize: Whether to divide the vector by its norm.
+        folder: The model's folder.
 
     Raises:
-        UserInputError: `--normalize` is given alone, or the folder says something else.
+        UserInputError: `--normalize` is given alone, or the folder contradicts the request.
     """
     known = stored_pooling(folder)
     if asked is None:
         if normalize:
             raise UserInputError(
-                "--normalize divides an embedding that is not asked for",
-                hint="give quantize or export --pooling mean or --pooling cls too",
+                "--normalize has no effect without --pooling",
+                hint="add --pooling mean or --pooling cls",
             )
         return known
     if known.pooling is not None and (asked, normalize) != (known.pooling, known.normalize):
         said = f"--pooling {known.pooling}" + " --normalize" * known.normalize
         raise UserInputError(
-            f"the model was trained for {said}, as its modules.json says",
+            f"the model was trained for {said}, according to its modules.json",
             where=str(folder),
-            hint=f"give {said}, or take modules.json away",
+            hint=f"give {said}, or remove modules.json",
         )
     return Pooling(asked, normalize, in_graph=True, settings=known.settings)
 
 
 def stored_pooling(folder: Path) -> Pooling:
-    """What a folder of sentence-transformers says, where that can be written again."""
+    """The pooling in a folder of sentence-transformers; unknown if it cannot be written again."""
     parts = read_sentence_parts(folder)
     if parts is None or parts.others or parts.pooling not in POOLINGS:
         return Pooling()
@@ -110,7 +110,7 @@ def stored_pooling(folder: Path) -> Pooling:
 
 
 def keep_pooling(source: Path, target: Path) -> None:
-    """Write what `source` says of a pooling next to the `config.json` in `target`, if both do."""
+    """Write the pooling of `source`, if any, next to the `config.json` of `target`, if any."""
     if (target / CONFIG_FILE).is_file():
         stored_pooling(source).write(target, read_object(target / CONFIG_FILE))
 
@@ -131,7 +131,7 @@ def recorded_pooling(record: Mapping[str, Any]) -> Pooling:
 
 
 def _settings(folder: Path, parts: SentenceParts) -> dict[str, Mapping[str, Any]]:
-    """The settings, which lie next to `modules.json` or next to the encoder."""
+    """The settings, which are next to `modules.json` or next to the encoder."""
     places = (folder, parts.encoder)
     found = {name: [p / name for p in places if (p / name).is_file()] for name in SETTINGS_FILES}
     return {name: read_object(paths[0]) for name, paths in found.items() if paths}

@@ -1,4 +1,4 @@
-"""`quantize_folder`: a model of any size straight to an edge folder, without training."""
+"""`quantize_folder`: quantize a model of any size into an edge folder, without training."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from qalora_compile.quantizers.report import QuantReport, collecting_reports
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeSpec(EdgeSpec):
-    """A quantization without data.
+    """A quantization without training and calibration data.
 
     Attributes:
-        model: Hugging Face folder with safetensors.
+        model: Hugging Face folder with safetensors files.
         codes: How its weights are quantized.
     """
 
@@ -40,7 +40,7 @@ class QuantizeSpec(EdgeSpec):
         if self.codes.needs_calibration:
             raise UserInputError(
                 f"the method {self.codes.method} needs calibration data, which quantize does not "
-                "take: it never holds the complete model, so it cannot run it",
+                "take: it never loads the complete model, so it cannot run it",
                 hint="finetune --method gptq --steps 0, then fold and export; or --method hqq",
             )
         if not self.target.is_onnx:
@@ -52,10 +52,10 @@ class QuantizeSpec(EdgeSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeResult(EdgeResult):
-    """What was written.
+    """The result of `quantize_folder`.
 
     Attributes:
-        reports: What quantization lost, layer by layer.
+        reports: The quantization error of each layer.
         generates: Whether the model generates text.
     """
 
@@ -64,10 +64,10 @@ class QuantizeResult(EdgeResult):
 
 
 def quantize_folder(spec: QuantizeSpec) -> QuantizeResult:
-    """Read, quantize and write a model one layer after another; memory does not grow with it.
+    """Read, quantize and write a model layer by layer; memory does not grow with the model.
 
     Raises:
-        UserInputError: the folder cannot be read, options do not go together, or the output exists.
+        UserInputError: the folder cannot be read, options conflict, or the output exists.
         UnsupportedError: an operator, dtype or property has no form in the target.
         OutputError: the folder cannot be written.
     """
@@ -121,19 +121,19 @@ def _quantize(spec: QuantizeSpec) -> QuantizeResult:
 
 
 def _captured(spec: QuantizeSpec, source: Path) -> tuple[Program, CheckpointCodes | None]:
-    """The program, its weights in their files; and the codes to keep, of a quantized checkpoint.
+    """The program with lazy weights, and the codes to keep of a quantized checkpoint.
 
-    The weights of a quantized checkpoint are in memory: codes are found by the rows they stand for.
+    The weights of a quantized checkpoint are in memory: their rows identify the codes.
 
     Raises:
-        UserInputError: the folder cannot be read; or it holds no codes, and options say of which
-            kind they are.
+        UserInputError: the folder cannot be read; or options describe the codes of a checkpoint
+            that is not quantized.
     """
     cache, last_logits = not spec.no_kv_cache, spec.last_logits
     if not is_quantized(source):
         if spec.codes.stored_zero_points is not None:
             raise UserInputError(
-                "--stored-zero-points is of a checkpoint that is quantized, and this one is not",
+                "--stored-zero-points is for quantized checkpoints, and this one is not quantized",
                 where=str(source),
                 hint="leave it out",
             )
@@ -147,7 +147,7 @@ def _captured(spec: QuantizeSpec, source: Path) -> tuple[Program, CheckpointCode
 
 
 def _check_folder(source: Path) -> None:
-    """The model is a folder.
+    """Require that the model is a folder.
 
     Raises:
         UserInputError: it is not.

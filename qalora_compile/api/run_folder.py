@@ -30,11 +30,11 @@ CHECKPOINTS = "checkpoints"
 _PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FORMAT = "qalora-run"
 VERSION = 2
-"""Version 2 has a digest; folders of version 1, which have none, are read."""
+"""Version 2 has a digest; version 1, which has none, can still be read."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of what made a folder."""
+    """Versions of the software that writes a folder."""
     import torch
 
     return {
@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def write_run_file(folder: Path, record: dict[str, Any]) -> None:
-    """Write `run.json`: what made the folder, from what, with which options."""
+    """Write `run.json`: the command that made the folder, its inputs and its options."""
     head = {"format": FORMAT, "version": VERSION, "versions": versions()}
     write_sealed(folder / RUN_FILE, head | record)
 
@@ -74,17 +74,17 @@ def _check_is_run(folder: Path) -> None:
 
 
 def read_record(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """Read the file in which a folder says what made it.
+    """Read the record of a folder: what made it, from what, with which options.
 
     Raises:
-        UserInputError: it is no JSON, of another kind, or of another format version.
+        UserInputError: the file is not JSON, of another kind, or of another format version.
     """
     record = read_sealed(path, since=version)
     if record.get("format") != kind:
         raise UserInputError(f"{path.name} is of another kind", where=str(path))
     if record.get("version") not in range(1, version + 1):
         raise UserInputError(
-            f"the folder has version {quoted(record.get('version'))}, this package reads 1 to "
+            f"the folder has version {quoted(record.get('version'))}, but this package reads 1 to "
             f"{version}",
             where=str(path.parent),
             hint="use the qalora-compile that wrote it",
@@ -95,7 +95,7 @@ def read_record(path: Path, kind: str, version: int) -> dict[str, Any]:
 def load_run(folder: Path, *, lazy: bool = False) -> tuple[Program, dict[str, Any]]:
     """The program and the record of a RUN or FOLDED folder; see `Program.load`."""
     _check_is_run(folder)
-    program = Program.load(folder, lazy=lazy)  # which looks at every entry of the folder
+    program = Program.load(folder, lazy=lazy)  # checks every entry of the folder
     return program, read_record(folder / RUN_FILE, FORMAT, VERSION)
 
 
@@ -115,19 +115,18 @@ def save_description(
 ) -> Ends:
     """Write `config.json` and `generation_config.json` of a transformers model, and no weights.
 
-    They describe the model to be captured again, with a key-value cache; other models have none.
-    Of the GGUF file that a model came from, the metadata are kept next to them, to be written into
-    another.
+    From them the model is captured again, with a key-value cache; other models have none. The
+    metadata of a GGUF file are stored next to them, to be written into another GGUF file.
 
     Args:
         model: The model.
-        folder: To write into.
-        gguf: The GGUF file that the model came from.
-        tokenizer: Its tokenizer, or None.
+        folder: The folder to write into.
+        gguf: The GGUF file that the model was read from, or None.
+        tokenizer: The model's tokenizer, or None.
         taught: Tokens that training teaches as the end of an answer.
 
     Returns:
-        The tokens at which a text of a generating model ends, which its generation settings name.
+        The end tokens of a generating model, which its generation settings name.
     """
     value = model_config(model)
     if value is None:
@@ -148,14 +147,14 @@ def save_description(
 
 
 def copy_parts(source: Path, target: Path) -> None:
-    """Copy what a folder holds besides its program: tokenizer and description."""
+    """Copy tokenizer and model description of a folder."""
     for name in (TOKENIZER, MODEL):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name)
 
 
 def copy_preprocessor(source: Path, target: Path) -> bool:
-    """Copy the description of a model's features, such as Whisper's; False where there is none."""
+    """Copy the configuration of a feature extractor (Whisper); False if there is none."""
     files = [source / name for name in _PREPROCESSOR_FILES if (source / name).is_file()]
     for file in files:
         shutil.copy2(file, target / file.name)

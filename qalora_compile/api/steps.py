@@ -51,27 +51,27 @@ def quantize_groups(
     calibration: Iterable[Call] | None = None,
     stored: CheckpointCodes | None = None,
 ) -> Program:
-    """Decide which linear layers to quantize, and quantize them.
+    """Choose the linear layers to quantize, and quantize them.
 
     Args:
-        program: At stage `float`, or `annotated` (its plan is then used as it is).
+        program: At stage `float`, or `annotated` (then its plan is used unchanged).
         spec: Bits, group size and method; None takes 4 bits in groups of 32, min-max.
-        calibration: Calls of the program, tuples or mappings of arguments as capture takes them:
-            weights are quantized to lose least on them. Method `gptq` needs it, the others
-            refine their offsets by it, and bits `"auto"` are chosen by it. Positions that an
-            `attention_mask` hides do not count.
-        targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A site that is
-            named is quantized even where the default keeps it (a head tied to the embedding).
+        calibration: Arguments of calls of the program, as tuples or mappings like those of
+            capture, on which the quantization error is minimized. Method `gptq` requires it, the
+            others refine their offsets with it, and bits `"auto"` are chosen with it. Positions
+            that an `attention_mask` hides do not count.
+        targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A named site
+            is quantized even if the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
-        stored: Codes that the checkpoint holds (`capture.load_source.load_source` reads them).
-            Weights that are among them keep their codes, whatever `spec` says; None quantizes all.
+        stored: Codes of a quantized checkpoint, read by `capture.load_source.load_source`. Its
+            weights keep their codes, whatever `spec` says; None quantizes all weights.
         embeddings: Bits (8 or 4) and group size of embeddings and of the head, which then get
             integer zero-points and no adapter, see `passes.quantize_embeddings`; None leaves
             embeddings, and heads tied to them, in float.
 
     Raises:
-        UserInputError: a pattern matches nothing, a weight is not finite, nothing is left to
-            quantize, of embeddings and heads too where they are asked for, calibration data are
+        UserInputError: a pattern matches nothing, a weight is not finite, there is nothing to
+            quantize (or no embedding or head, if `embeddings` is given), calibration data are
             missing, do not fit or are all padding, or the budget of bits `"auto"` is too small.
         PreconditionError: the program is at another stage.
     """
@@ -101,17 +101,17 @@ def _coding(
     calls: tuple[Call, ...] | None,
     stored: CheckpointCodes | None,
 ) -> tuple[list[Pass], Mapping[str, str]]:
-    """The passes that plan bits and quantize, and why these bits, by path.
+    """The passes that plan bits and quantize; and path → reason of the chosen bits.
 
     Raises:
-        UserInputError: see `choose_bits`; or bits are to be chosen, of codes that are there.
+        UserInputError: see `choose_bits`; or bits are `"auto"` and `stored` codes are given.
     """
     quantize = QuantizeGroups(**spec.to_json(), calibration=calls)
     if stored is not None:
         if spec.bits == AUTO:
             raise UserInputError(
-                "bits 'auto' chooses codes, and the weights are to keep those of their checkpoint",
-                hint="leave out stored, and all weights are quantized anew",
+                "bits 'auto' chooses new codes, but the weights keep those of their checkpoint",
+                hint="leave out stored to quantize all weights anew",
             )
         kept = reuse_codes(annotated, stored)
         quantize = dataclasses.replace(quantize, stored=kept.weights)
@@ -142,27 +142,27 @@ def insert_adapters(
 ) -> Program:
     """Add a trainable pooled adapter to every quantized layer.
 
-    The function stays the same, but with `init="svd"`: then the adapters start as what their rank
-    can make up for of the quantization error. Offsets that were refined when the weights were
-    quantized (`QuantSpec.refine_offsets`) leave it, and rank `"auto"`, next to nothing: the
-    program's notes say so, and where calibration rows are few.
+    The function stays the same, except with `init="svd"`: then the adapters start as the best
+    correction of the quantization error that their rank allows. Offsets that were refined at
+    quantization (`QuantSpec.refine_offsets`) leave almost nothing for it and for rank `"auto"` to
+    correct. The program's notes say so, and report layers with too few calibration rows.
 
     Args:
         program: At stage `quantized`.
         spec: Rank, scaling, pooling and start; None takes rank 16.
         source: The program before quantization, float or annotated; for init `"svd"` and rank
             `"auto"`, which compare its weights with the quantized ones.
-        calibration: Arguments of a few typical calls. With them the error of a layer's output
-            counts, for the inputs that it has in `source`; without, that of its weights.
-        train: Parameters, or modules, that are to train in float together with the adapters, such
-            as a new head; see `passes.train_parameters`. Their weights must be kept in float.
+        calibration: Arguments of a few typical calls. With them, the error of a layer's output on
+            its inputs in `source` counts; without them, the error of its weights.
+        train: Parameters or modules, such as a new head, to train in float together with the
+            adapters; see `passes.train_parameters`. Their weights must be kept in float.
 
     Raises:
         PreconditionError: the program is not at stage `quantized`, the adapter's group size is no
-            multiple of the quantization group, `source` is missing or another model, or a weight
+            multiple of the quantization group, `source` is missing or is another model, or a weight
             in `train` is quantized.
         UserInputError: calls do not fit the program, the rank budget is too small, or a pattern of
-            `train` fits no parameter.
+            `train` matches no parameter.
     """
     adapted = _with_adapters(program, spec or AdapterSpec(), source, calibration)
     names = as_patterns(train if isinstance(train, str) else list(train), "train")
@@ -175,13 +175,13 @@ def _with_adapters(
     source: Program | None,
     calibration: Iterable[Call] | None,
 ) -> Program:
-    """`insert_adapters`, without parameters that train together with them."""
+    """`insert_adapters` without `train`."""
     if spec.rank != AUTO and spec.init == "zeros":
         return _insert(program, InsertAdapters(**spec.to_json()))
     if source is None:
         raise PreconditionError(
-            f"rank {spec.rank!r} with init {spec.init!r} looks at the weights before quantization",
-            hint="give the program that they are in: source=captured",
+            f"rank {spec.rank!r} with init {spec.init!r} needs the weights before quantization",
+            hint="give the program that holds them: source=captured",
         )
     annotated = annotated_source(source, program)
     known: Mapping[str, ActivationStatistics] = {}
@@ -204,7 +204,7 @@ def _with_adapters(
 
 
 def _refines_offsets(quantized: Program) -> bool:
-    """Whether the weights were quantized with `refine_offsets`, which needs data to do anything."""
+    """Whether weights were quantized with `refine_offsets`, which is effective only with data."""
     steps = [step for entry in quantized.history for step in Pipeline.parse(entry).passes]
     return any(isinstance(step, QuantizeGroups) and step.refine_offsets for step in steps)
 
@@ -227,16 +227,16 @@ def adapt_module_(
 ) -> Program:
     """Quantize and adapt a model in place, module by module, by the plan of its captured graph.
 
-    For `generate()`, `labels`, gradient checkpointing, the Hugging Face Trainer. Linear layers
-    become `AdaptedLinear`; where only a weight can be replaced (packed attention, 1×1 convolutions,
-    experts) it is parametrized. All else is frozen.
+    This keeps `generate()`, `labels`, gradient checkpointing and the Hugging Face Trainer usable.
+    Linear layers become `AdaptedLinear`. Where only the weight can be replaced (packed attention,
+    1×1 convolutions, experts), it is parametrized. Everything else is frozen.
 
-    The returned program has the model's very tensors, under the same names: train the model, then
-    `fold_adapters(program)` and export. Before it returns, program and model are run with random
-    adapters and compared.
+    The returned program shares the model's tensors, under the same names: train the model, then
+    call `fold_adapters(program)` and export. Before this function returns, it runs program and
+    model with random adapters and compares them.
 
     Args:
-        model: The model; a quantized weight that no module reads in float is let go.
+        model: The model; a quantized weight that no module reads in float is freed.
         args: Example positional arguments, as for `capture_model`.
         kwargs: Example keyword arguments.
         quant: As for `quantize_groups`.
@@ -247,12 +247,12 @@ def adapt_module_(
         dynamic_shapes: As for `capture_model`.
 
     Raises:
-        CaptureError: `torch.export` refused the model, or captured something else than it computes.
+        CaptureError: `torch.export` refused the model, or captured another function.
         UnsupportedError: a module cannot hold its quantized weight or its kind of adapter.
-        VerificationError: model and program differ, as by a path around an adapter.
-        UserInputError: as for the two steps.
+        VerificationError: model and program differ, for example by a path around an adapter.
+        UserInputError: see `quantize_groups` and `insert_adapters`.
 
-    After an error the model is as it was.
+    After an error the model is unchanged.
     """
     from qalora_compile.capture.model import capture_model
     from qalora_compile.eager.apply import Undo, apply_adapters, share_tensors
@@ -276,7 +276,7 @@ def adapt_module_(
 
 
 def fold_adapters(program: Program) -> Program:
-    """Fold trained adapters into the offsets: exact, and no adapter is left.
+    """Fold trained adapters exactly into the offsets; no adapter remains.
 
     Raises:
         PreconditionError: the program has no adapters, or one of them cannot fold.

@@ -1,4 +1,4 @@
-"""Comparison of what paths name: RUN, FOLDED and export folders, `.onnx` and `.gguf` files."""
+"""Comparison of RUN, FOLDED and export folders, `.onnx` and `.gguf` files, given by path."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from qalora_compile.verify.runners.reference_libraries import put_library_weight
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySpec:
-    """Two things to compare.
+    """Two models to compare.
 
     Attributes:
-        a: RUN, FOLDED, export folder, `.onnx` or `.gguf` file.
+        a: RUN, FOLDED or export folder, `.onnx` or `.gguf` file.
         b: Likewise; one of the two is RUN or FOLDED.
-        inputs: Random inputs, or samples of a proof, to try.
-        seed: Of these.
-        library: Run exported models with the operator library alone.
-        levels: Of `compare_along`: levels of ONNX Runtime's optimization; None: all.
-        html: Where to write a page of what was found; None writes none.
+        inputs: Number of random inputs, or of samples of a proof.
+        seed: Seed of the inputs or samples.
+        library: Run exported models with the operator library only.
+        levels: For `compare_along`: optimization levels of ONNX Runtime; None means all.
+        html: File for an HTML page of the result; None writes none.
     """
 
     a: str
@@ -71,28 +71,27 @@ class Compared:
     """The outcome of `compare_on_inputs`.
 
     Attributes:
-        reports: One for exported models on stock kernels (False), one with the operator library
-            (True); either may be missing.
+        reports: Whether the operator library was used → report; either may be missing.
     """
 
     reports: Mapping[bool, Report]
 
     @property
     def decisive(self) -> Report:
-        """The first report that is not passed, or the first."""
+        """The first report that did not pass, or else the first."""
         failed = (report for report in self.reports.values() if not report.passed)
         return next(failed, self.reports[min(self.reports)])
 
 
 class _Named:
-    """What a path names; each form of it is read once."""
+    """The model at a path; each form of it is read once."""
 
     def __init__(self, text: str) -> None:
         self.text, self.path = text, Path(text)
 
     @cached_property
     def thing(self) -> Program | Path:
-        """A program, or the path of an exported model; other checkpoints are read as programs."""
+        """A program, or the path of an ONNX model; other checkpoints are read as programs."""
         if (self.path / PROGRAM_FILE).exists():
             return Program.load(self.path)
         weights = _checkpoint(self.path)
@@ -100,18 +99,18 @@ class _Named:
 
     @cached_property
     def graph(self) -> Graph:
-        """The one graph at the path."""
+        """The single graph at the path."""
         return open_graph(self.path)
 
     @property
     def exported(self) -> list[Graph]:
-        """The graphs of an exported model; none where it is something else."""
+        """The graphs of an ONNX model; none for anything else."""
         graphs = open_graphs(self.path) if isinstance(self.thing, Path) else ()
         return [graph for graph in graphs if graph.dialect == ONNX]
 
 
 def compare_on_inputs(spec: VerifySpec, tolerance: Tolerance) -> Compared:
-    """Run both on random inputs; exported models with their operators on each kind of kernels.
+    """Run both on random inputs; ONNX models with operators of the library on all kernels.
 
     Raises:
         UserInputError: a path cannot be read, or neither names a program.
@@ -121,7 +120,7 @@ def compare_on_inputs(spec: VerifySpec, tolerance: Tolerance) -> Compared:
     program = next((side for side in sides if isinstance(side, Program)), None)
     if program is None:
         raise UserInputError(
-            "neither side is a RUN or FOLDED folder, whose signature inputs are made from",
+            "neither A nor B is a RUN or FOLDED folder, whose signature defines the inputs",
             hint="compare each exported model with its FOLDED folder",
         )
     calls: list[Call] = list(sample_inputs(program, spec.inputs, seed=spec.seed))
@@ -141,7 +140,7 @@ def compare_on_inputs(spec: VerifySpec, tolerance: Tolerance) -> Compared:
 
 
 def prove(spec: VerifySpec) -> Certificate:
-    """Compare every coefficient, and the graph around the quantized layers.
+    """Prove equivalence: compare every coefficient, and the graph around the quantized layers.
 
     Raises:
         UserInputError: a path cannot be read.
@@ -161,7 +160,7 @@ def prove(spec: VerifySpec) -> Certificate:
 
 
 def compare_along(spec: VerifySpec) -> NumericReport:
-    """Compare value by value along the graph, measured by float64; see `compare_nodes`.
+    """Compare value by value along the graph, relative to float64; see `compare_nodes`.
 
     Raises:
         UserInputError: a path cannot be read, or `spec.a` names no program.
@@ -170,13 +169,13 @@ def compare_along(spec: VerifySpec) -> NumericReport:
     reference = _with_cache(a, b) or a.thing
     if isinstance(reference, Path):
         raise UserInputError(
-            "A is no program: only a program runs in float64",
+            "A is not a program, and only a program runs in float64",
             where=spec.a,
-            hint="give RUN or FOLDED first, then what is compared with it",
+            hint="give RUN or FOLDED first, then the model to compare with it",
         )
     calls = named_inputs(reference, spec.inputs, seed=spec.seed)
     built = kernel_level() is not None
-    library = library_path() if built or spec.library else None  # asked for, its absence is said
+    library = library_path() if built or spec.library else None  # raises if it is missing
     levels = spec.levels or tuple(LEVELS)
     report = compare_nodes(reference, b.path, calls, levels=levels, library=library)
     if spec.html:
@@ -185,7 +184,7 @@ def compare_along(spec: VerifySpec) -> NumericReport:
 
 
 def _write_page(spec: VerifySpec, outcome: Outcome, a: Program | Path, b: Program | Path) -> None:
-    """The page, where one was asked for."""
+    """Write the page if one is requested."""
     if not spec.html:
         return
     if not isinstance(a, Program):
@@ -196,22 +195,21 @@ def _write_page(spec: VerifySpec, outcome: Outcome, a: Program | Path, b: Progra
 
 
 def _keeps_cache(graphs: list[Graph]) -> bool:
-    """Whether graphs are those of an exported language model with a key-value cache."""
+    """Whether these are the graphs of an exported language model with a key-value cache."""
     return len(graphs) == 1 and any(n.startswith(PAST) for n, _ in graphs[0].inputs.values())
 
 
 def _has_own_operators(graphs: list[Graph]) -> bool:
-    """Whether graphs have operators of the library, which can run here."""
+    """Whether the graphs have operators of the library, and it can run here."""
     own = any(uses_library(graph.extra) for graph in graphs)
     return own and kernel_level() is not None
 
 
 def _with_cache(folder: _Named, model: _Named) -> Program | None:
-    """The program of `folder` with a key-value cache, where the exported `model` has one.
+    """The program of `folder` with a key-value cache, if the exported `model` has one.
 
-    It is captured again from the description of the model that the folder holds. An encoder is
-    pooled as the record next to the exported model says. None where the program in the folder is
-    the one to compare with.
+    It is captured again from the model description in the folder. An encoder is pooled as the
+    record of the exported model says. None if the program in the folder can be compared directly.
     """
     sides = folder.graph, model.graph
     if (sides[0].dialect, sides[1].dialect) != (FX, ONNX):
@@ -229,20 +227,20 @@ def _with_cache(folder: _Named, model: _Named) -> Program | None:
 
 
 def _pooled_as(side: Program | Path, other: Program | Path) -> Program | Path:
-    """A program with the sentence embedding that the exported model in `other` has."""
+    """A program with the sentence embedding of the exported model `other`."""
     if not isinstance(side, Program) or isinstance(other, Program):
         return side
     return _pooling_of(other).apply(side)
 
 
 def _pooling_of(exported: Path) -> Pooling:
-    """The pooling that the record of an exported model says."""
+    """The pooling in the record of an exported model."""
     folder = exported if exported.is_dir() else exported.parent
     return recorded_pooling(read_edge_record(folder))
 
 
 def _checkpoint(path: Path) -> Path | None:
-    """The GGUF file or folder of weights that a path names; None where it names something else."""
+    """The GGUF file or folder of weights at a path; None if it is something else."""
     if path.suffix == ".gguf":
         return path
     if (path / GGUF_FILE).is_file():
@@ -251,7 +249,7 @@ def _checkpoint(path: Path) -> Path | None:
 
 
 def _read_back(path: Path) -> Program:
-    """A checkpoint as a model, by its format's own library; every linear map with its own row."""
+    """Read a checkpoint as a program, by its format's own library; its plan lists every layer."""
     source = load_source(str(path))
     reader = "gguf" if path.is_file() else put_library_weights_(source.model, path)
     say(f"note: {path} is read back by {reader}")
