@@ -1,4 +1,4 @@
-"""`adapt`: a base model and adapters that PEFT has trained; writes a RUN folder for `fold`."""
+"""`adapt`: combine a base model and adapters trained by PEFT into a RUN folder for `fold`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qalora_compile.cli.quantized import (
 from qalora_compile.cli.ui import print_summary, steps
 
 NAME = "adapt"
-SUMMARY = "quantize a model and take adapters that PEFT has trained; writes a RUN folder"
+SUMMARY = "quantize a model and import adapters trained by PEFT; writes a RUN folder"
 EXAMPLES = """examples:
   qalora-compile adapt ./Llama --adapter ./qalora-adapter --out run
   qalora-compile adapt ./Llama --adapter ./english ./polite --weights 1.0 0.5 --out run
@@ -27,32 +27,32 @@ EXAMPLES = """examples:
   qalora-compile adapt ./Llama --adapter ./lora --plain merge --bits 8 --out run
   then: qalora-compile fold run --out folded
 
-adapters trained with use_qalora fold exactly, where their group is a multiple of --group-size.
-plain LoRA does not: --plain approximate takes the nearest update that does, --plain merge adds it
-to the float weights before these are quantized.
-adapters of the QA-LoRA authors' script pool without saying so: --pooling mean.
+Adapters trained with use_qalora fold exactly if their group is a multiple of --group-size.
+Plain LoRA does not: --plain approximate takes the nearest update that does, --plain merge adds it
+to the float weights before they are quantized.
+Adapters of the QA-LoRA authors' script pool, but their settings do not say so: add --pooling mean.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", metavar="MODEL", help="HF folder or .gguf file: the base")
+    parser.add_argument("model", metavar="MODEL", help="the base: HF folder or .gguf file")
     parser.add_argument(
         "--adapter", required=True, nargs="+", metavar="DIR", help="folders of PEFT adapters"
     )
     parser.add_argument(
-        "--weights", type=float, nargs="+", metavar="W", help="of each adapter in their sum; 1"
+        "--weights", type=float, nargs="+", metavar="W", help="factor of each adapter, default 1"
     )
     parser.add_argument(
         "--plain",
         default=REFUSE,
         choices=(REFUSE, APPROXIMATE, MERGE),
-        help="what to do with updates that do not fold",
+        help="how to treat updates that do not fold",
     )
     parser.add_argument(
         "--pooling",
         choices=POOLINGS,
-        help="of adapters whose lora_A is [r, K / g] and whose settings do not say use_qalora",
+        help="pooling of adapters whose lora_A is [r, K / g] without use_qalora in their settings",
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
     add_quant_arguments(parser)
@@ -85,11 +85,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _fidelity(lost: Mapping[str, float], rounded: Sequence[str], *, merged: bool) -> str:
-    """How the updates were taken."""
+    """How exactly the updates were imported, as text."""
     if rounded:
         return (
             "added to the float weights, which were then quantized; "
-            f"{len(rounded)} stay in half precision, and were rounded to it"
+            f"{len(rounded)} stay in half precision and were rounded to it"
         )
     if merged:
         return "added to the float weights, which were then quantized"

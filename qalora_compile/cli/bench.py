@@ -18,10 +18,10 @@ SUMMARY = (
 )
 EXAMPLES = """examples:
   qalora-compile bench edge                      merged: operator library and stock kernels
-  qalora-compile bench edge --run run            and adapters unmerged, and float32
+    qalora-compile bench edge --run run            also with adapters unmerged, and in float32
   qalora-compile bench edge --prompts 16 --decode 16 --rounds 3
 
-all forms are alternated in one process; memory is that of a process of its own for each
+All forms alternate in one process; the memory of each is measured in a separate process.
 """
 
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run", dest="trained", metavar="RUN", help="its RUN, for the unmerged and float forms"
     )
     parser.add_argument("--prompts", type=int, nargs="+", default=[16, 128, 512], metavar="T")
-    parser.add_argument("--decode", type=int, default=16, metavar="N", help="tokens after a prompt")
+    parser.add_argument("--decode", type=int, default=16, metavar="N", help="new tokens per prompt")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of ONNX Runtime")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _show(results: Sequence[Result]) -> None:
-    """One table; ratios to the last form, which is the float one where there is a RUN."""
+    """Print one table, with ratios to the last form: the float one if a RUN is given."""
     lengths = sorted(results[0].prompts)
     columns = (
         "form",
@@ -65,7 +65,7 @@ def _show(results: Sequence[Result]) -> None:
     )
     last = results[-1].decode
     print_table(
-        "bench: tokens a second of a prompt and after it, and the time to the first token",
+        "bench: tokens per second of a prompt and after it, and the time to the first token",
         columns,
         [
             (

@@ -1,4 +1,4 @@
-"""`bisect`: run a pipeline step by step and name the first pass that changes what is computed."""
+"""`bisect`: run a pipeline pass by pass and find the first that changes what is computed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qalora_compile.config import ONNX_TARGETS
 from qalora_compile.verify.debug.bisect import Culprit, Step
 
 NAME = "bisect"
-SUMMARY = "name the first pass, site and node that changes what a program computes"
+SUMMARY = "find the first pass, site and node that changes what a program computes"
 EXAMPLES = """examples:
   qalora-compile bisect run --target ort-stock --out found
   qalora-compile bisect folded --passes "legalize-ort,share-group-sums" --out found
   qalora-compile bisect package.module:factory --passes "annotate-linears,quantize-groups"
-  python found/repro.py                     what is left of it: two small programs that differ
+  python found/repro.py                     the minimal reproduction: two programs that differ
 """
 
 
@@ -32,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         help=f"all passes up to this target, as export runs them: {', '.join(ONNX_TARGETS)}",
     )
-    parser.add_argument("--out", metavar="DIR", help="write a minimal reproduction")
+    parser.add_argument("--out", metavar="DIR", help="folder for a minimal reproduction")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
     parser.add_argument("--inputs", type=int, default=2, metavar="N", help="random inputs to try")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -72,7 +72,7 @@ def _show(culprit: Culprit | None, done: Sequence[Step], out: Path | None) -> No
     if lossy:
         rows["not judged, since they round"] = "\n".join(lossy)
     if culprit is None:
-        rows["found"] = "every pass keeps what the program computes"
+        rows["found"] = "every pass preserves what the program computes"
     else:
         rows["found"] = str(culprit)
         rows["pass"], rows["site"] = culprit.step, culprit.site or "none"

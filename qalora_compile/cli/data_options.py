@@ -1,4 +1,4 @@
-"""What `finetune` reads: files, the form of the data, the task, and how examples make a batch."""
+"""Options of `finetune` for the data: files, form, task and batches."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from qalora_compile.training.data.batches import ARRANGEMENTS
 from qalora_compile.training.data.parse_line import LEARN
 from qalora_compile.training.data.row_forms import read_mapping
 
-FORMS = """data, as JSON lines (or .json, .csv, .parquet, .jsonl.gz, a folder, one of datasets):
+FORMS = """data, as JSON lines (or .json, .csv, .parquet, .jsonl.gz, a folder, a saved dataset):
   {"prompt": "2 + 2 =", "completion": " 4"}      loss on the completion; the only form for T5, BART
   {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
   {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
   {"instruction": "…", "input": "…", "output": "…"}
   {"text": "…"}                                  loss on every token
   {"input_ids": [1, 2, 3]}                       for models without a tokenizer
-  {"text": "…", "label": "…"}                    for an encoder: it learns to tell labels apart
+  {"text": "…", "label": "…"}                    classification, for encoders
 other names of fields: --map prompt=question,completion=answer
 """
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare files, task and arrangement."""
+    """Declare the options of the data."""
     parser.add_argument(
         "--data",
         required=True,
@@ -38,31 +38,31 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--task",
         choices=TASKS,
-        help="classification: an encoder learns to tell labels apart, with a new head; found from "
-        "the data and the model where left out",
+        help="classification trains an encoder with a new head; inferred from data and model if "
+        "left out",
     )
     group.add_argument(
         "--map",
         type=_mapping,
         metavar="FIELD=COLUMN,…",
-        help="which fields of the data are read, and as what: prompt=question,completion=answer",
+        help="columns of the data to read as fields: prompt=question,completion=answer",
     )
     group.add_argument(
         "--learn",
         default=LEARN[0],
         choices=LEARN,
-        help="completions and answers alone, or prompts too",
+        help="train on completions and answers only, or on prompts too",
     )
     group.add_argument(
         "--batches",
         default=ARRANGEMENTS[0],
         choices=ARRANGEMENTS,
-        help="by-length pads less; packed lays several examples into one row and pads nothing",
+        help="by-length pads less; packed puts several examples into one row, without padding",
     )
     group.add_argument(
         "--data-cache",
         metavar="DIR",
-        help="tokenize into DIR once and read from there: for data larger than memory",
+        help="tokenize once into DIR and read from there, for data larger than memory",
     )
 
 
@@ -74,5 +74,5 @@ def _mapping(text: str) -> dict[str, str]:
 
 
 def reading_of(options: argparse.Namespace) -> ReadingSpec:
-    """What the options say of the data."""
+    """The specification of the data."""
     return spec_of(ReadingSpec, options)

@@ -1,4 +1,4 @@
-"""`doctor`: versions, CPU features, and which kernels a quantized layer will run."""
+"""`doctor`: versions, CPU features, and the kernels that quantized layers run on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`export`: write a FOLDED folder as an edge folder: ONNX model, tokenizer, configurations."""
+"""`export`: write a FOLDED folder as an edge folder (ONNX model, tokenizer, configurations)."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ EXAMPLES = """examples:
   qalora-compile export folded --out edge --target ort-stock   no functions, MatMulNBits throughout
   qalora-compile export folded --out edge --target onnx        standard operators only
   qalora-compile export folded --out edge --with-library       for GenAI: our kernels in the folder
-  qalora-compile export folded --out edge --no-kv-cache        one forward of complete sequences
+  qalora-compile export folded --out edge --no-kv-cache        one pass over complete sequences
   qalora-compile export folded --out edge --pooling mean --normalize     sentence embeddings
   qalora-compile export run --out edge --allow-unfolded        keep the adapters in the graph
   qalora-compile export folded --out edge --target gguf        model.gguf for llama.cpp
   qalora-compile export folded --out edge --target float       Hugging Face folder, no codes
 
-language models get a key-value cache, and the folder runs in ONNX Runtime GenAI as it is;
-encoder-decoder models (T5, BART, Whisper) become two graphs, encoder and decoder
+Language models get a key-value cache, and the folder runs unchanged in ONNX Runtime GenAI.
+Encoder-decoder models (T5, BART, Whisper) become two graphs.
 """
 _SHOWN = 8
-"""Tensors of a checkpoint that are named as stored otherwise than the plan says."""
+"""Largest number of checkpoint tensors listed whose stored form differs from the plan."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,75 +56,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target_arguments(parser)
     add_pooling_arguments(parser)
     add_cache_argument(parser)
-    parser.add_argument(
-        "--allow-unfolded", action="store_true", help="export adapters that are not folded"
-    )
+    parser.add_argument("--allow-unfolded", action="store_true", help="export adapters unmerged")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
 
 
 def add_cache_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare how a model that generates is written."""
-    parser.add_argument(
-        "--no-kv-cache", action="store_true", help="a language model without key-value cache"
-    )
+    """Declare options of generating models."""
+    parser.add_argument("--no-kv-cache", action="store_true", help="write no key-value cache")
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what is written and how."""
+    """Declare the target and its options."""
     defaults = ExportSpec()
     parser.add_argument(
         "--target", default=defaults.target, help=f"one of {', '.join(TARGETS.names())}"
     )
     parser.add_argument(
-        "--opset", type=int, metavar="N", help="version of the standard operators (20; onnx: 21)"
+        "--opset", type=int, metavar="N", help="ONNX opset, default 20; 21 for target onnx"
     )
     parser.add_argument(
         "--accuracy-level",
         type=int,
         default=0,
         choices=ACCURACY_LEVELS,
-        help="0 float32, 4 int8 activations",
+        help="0: float32 activations, 4: int8",
     )
     parser.add_argument(
         "--parameter-dtype",
         default=defaults.parameter_dtype,
         choices=PARAMETER_DTYPES,
-        help="of scale and zero-point in target ort and in checkpoints; float16 rounds them",
+        help="dtype of scale and zero-point in target ort and in checkpoints; float16 rounds them",
     )
     parser.add_argument(
         "--correction",
         default=defaults.correction,
         choices=CORRECTIONS,
-        help="of zero-points in target ort-stock; digits is faster and rounds",
+        help="form of real zero-points in target ort-stock; digits is faster and rounds",
     )
     parser.add_argument(
         "--fusion",
         choices=FUSIONS,
-        help="how norms, rotary embeddings and attention are written; with a cache: standard",
+        help="operators of norms, rotary embeddings and attention; with a cache: standard",
     )
     parser.add_argument(
         "--float-type",
         choices=FLOAT_TYPES,
-        help="of matrices that are not on codes, in target gguf; else the smallest exact one",
+        help="dtype of unquantized matrices in target gguf; default: the smallest exact one",
     )
     parser.add_argument(
-        "--last-logits", action="store_true", help="logits of the last token alone; with cache"
+        "--last-logits", action="store_true", help="output the last token's logits only; with cache"
     )
     parser.add_argument(
         "--with-library",
         nargs="?",
         const="",
         metavar="FILE",
-        help="put the operator library (this machine's, or FILE) into DIR, for GenAI to load",
+        help="copy the operator library (this machine's, or FILE) into DIR, for GenAI to load",
     )
 
 
 def add_pooling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how an encoder's tokens become one vector."""
+    """Declare the pooling of encoders."""
     parser.add_argument(
         "--pooling",
         choices=POOLINGS,
-        help="an encoder's graph gives sentence_embedding too: mean of the tokens, or the first",
+        help="add the output sentence_embedding to an encoder: mean of the tokens, or the first",
     )
     parser.add_argument(
         "--normalize", action="store_true", help="divide sentence_embedding by its norm"
@@ -132,15 +128,15 @@ def add_pooling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def target_spec(options: argparse.Namespace) -> ExportSpec:
-    """What `add_target_arguments` has read."""
+    """The export specification in the options of `add_target_arguments`."""
     return spec_of(ExportSpec, options, overwrite=False)
 
 
 def deploy_spec(options: argparse.Namespace) -> DeploySpec:
-    """What the options ask for.
+    """The specification in the options.
 
     Raises:
-        UserInputError: a value is out of range, or fits no other.
+        UserInputError: a value is out of range, or options conflict.
     """
     return spec_of(
         DeploySpec,
@@ -191,19 +187,19 @@ def _show_edge(spec: DeploySpec, result: EdgeResult, parts: EdgeParts, seconds: 
 def _cache_state(spec: EdgeSpec, program: Program) -> str:
     if program.signature.cache:
         return "yes, logits of the last token" if spec.last_logits else "yes"
-    return "left out" if spec.no_kv_cache else "none: no transformers model that generates"
+    return "left out" if spec.no_kv_cache else "none: not a generating transformers model"
 
 
 def resumed(report: ExportReport) -> dict[str, str]:
-    """Rows of the summary: an interrupted run that was gone on with, and what was not fused."""
+    """Rows of the summary on a resumed export, and on what was not fused."""
     rows = {"notes": "\n".join(report.notes)} if report.notes else {}
     if report.kept:
-        rows["gone on"] = f"{report.kept} weights were there from an interrupted run"
+        rows["resumed"] = f"{report.kept} weights were kept from an interrupted run"
     return rows
 
 
 def pair_rows(parts: EdgeParts) -> dict[str, str]:
-    """What a summary says of a model in two graphs."""
+    """Rows of the summary on a model in two graphs."""
     if parts.pair is None:
         return {}
     both = [f"{name} ({megabytes(size)})" for name, size in parts.in_both().items()]
@@ -211,7 +207,7 @@ def pair_rows(parts: EdgeParts) -> dict[str, str]:
 
 
 def kernels() -> str:
-    """What a model of target `ort` runs on here."""
+    """The kernels that run a model of target `ort` on this machine."""
     level = kernel_level()
     if level is None:
         return "stock, the operator library was not built: qalora-compile doctor"

@@ -64,10 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quant.add_argument(
         "--calibration",
         metavar="FILE",
-        help="data to quantize for; gptq, auto and svd take the training data where none are given",
+        help="calibration data; by default, gptq, auto and svd use the training data",
     )
     quant.add_argument(
-        "--calibration-samples", type=int, default=128, metavar="N", help="the first N of them"
+        "--calibration-samples", type=int, default=128, metavar="N", help="use the first N examples"
     )
     add_adapter_arguments(parser.add_argument_group("adapters"))
     add_training_arguments(parser.add_argument_group("training"))
@@ -75,10 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def finetune_spec(options: argparse.Namespace) -> FinetuneSpec:
-    """What the options ask for.
+    """The specification in the options.
 
     Raises:
-        UserInputError: a value is out of range, or fits no other.
+        UserInputError: a value is out of range, or options conflict.
     """
     return spec_of(
         FinetuneSpec,

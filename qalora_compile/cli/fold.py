@@ -1,4 +1,4 @@
-"""`fold`: fold the trained adapters of a RUN into its offsets; writes a FOLDED folder."""
+"""`fold`: fold the trained adapters of a RUN into its zero-points; writes a FOLDED folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`inspect`: one row a layer of a RUN, FOLDED or exported folder, and totals."""
+"""`inspect`: a row for each layer of a RUN, FOLDED or exported folder, and totals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qalora_compile.ir.site_plan import QUANTIZE
 from qalora_compile.untrusted.artifacts import PROGRAM_FILE
 
 NAME = "inspect"
-SUMMARY = "show what was quantized, how, and why: one row a layer"
+SUMMARY = "show what was quantized, how, and why, in one row per layer"
 EXAMPLES = """examples:
   qalora-compile inspect run
   qalora-compile inspect folded --group
@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   qalora-compile inspect run --netron run.onnx
 """
 _MANY = 40
-"""Rows from which on the grouped form is pointed out."""
+"""Number of rows above which the output suggests `--group`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group",
         action="store_true",
-        help="one row for layers that differ in their number only: layers.{0..11}.q_proj",
+        help="one row for layers that differ only in numbers: layers.{0..11}.q_proj",
     )
     parser.add_argument("--json", action="store_true", help="print rows and totals as JSON")
     parser.add_argument("--text", metavar="FILE", help="write the graph as text")
     parser.add_argument("--dot", metavar="FILE", help="… as DOT, for Graphviz")
     parser.add_argument("--svg", metavar="FILE", help="… as an image")
     parser.add_argument("--netron", metavar="FILE", help="… as ONNX without weights, for Netron")
-    parser.add_argument("--only", metavar="PATH", help="of these, but the text, this part alone")
+    parser.add_argument("--only", metavar="PATH", help="draw this part only; not for --text")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,8 +61,8 @@ def run(options: argparse.Namespace) -> int:
     else:
         if files:
             raise UserInputError(
-                f"{path} is no RUN or FOLDED folder, of which a graph can be written",
-                hint="an exported model opens in Netron as it is",
+                f"{path} is not a RUN or FOLDED folder, so its graph cannot be written",
+                hint="an exported model can be opened in Netron directly",
             )
         rows, totals = inspect_exported(path)
     if options.group:
@@ -73,12 +73,12 @@ def run(options: argparse.Namespace) -> int:
     _print_rows(rows, grouped=options.group)
     print_summary(str(path), totals)
     if len(rows) > _MANY and not options.group:
-        console.print("layers that are alike in one row each: --group")
+        console.print("--group shows similar layers in one row")
     return 0
 
 
 def _print_rows(rows: list[Row], *, grouped: bool) -> None:
-    """What is quantized, then what is not and why: two tables that fit 80 columns."""
+    """Print quantized layers, then those in float and why: two tables that fit 80 columns."""
     count = ("count",) if grouped else ()
     quantized = [row for row in rows if row["decision"] == QUANTIZE]
     kept = [row for row in rows if row["decision"] != QUANTIZE]

@@ -1,4 +1,4 @@
-"""Entry point: parse, dispatch, make errors messages and exit codes."""
+"""Entry point: parse options, dispatch, and turn errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ COMMANDS = (
     *("generate", "bench"),
     "doctor",
 )
-"""One module of `qalora_compile.cli` each."""
+"""Each command is a module of `qalora_compile.cli`."""
 
 READERS = ("finetune", "fold", "export", "verify", "bisect", "inspect", "generate", "bench")
-"""Commands that read folders which this tool wrote."""
+"""Commands that read folders written by this tool."""
 
 
 def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
-    """The parser of some commands; only their modules are imported."""
+    """The parser of the named commands; only their modules are imported."""
     parser = argparse.ArgumentParser(
         prog="qalora-compile",
         description="Fine-tune a model on its own INT4/3/2 weights and ship one INT4 ONNX file.",
         epilog=(
-            "the way through:\n"
+            "typical sequence:\n"
             "  qalora-compile finetune MODEL --data train.jsonl --out run\n"
             "  qalora-compile fold run --out folded\n"
             "  qalora-compile export folded --out edge\n"
@@ -69,7 +69,7 @@ def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
-    # What another command needs, torch above all, need not be there.
+    # Other commands' dependencies, torch above all, may be missing.
     names = [words[0]] if words and words[0] in COMMANDS else COMMANDS
     try:
         options = build_parser(names).parse_args(words)
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ended(stop: SystemExit | QaloraError) -> int:
-    """The exit code where options were not parsed: help, a wrong option, a broken extension."""
+    """The exit code if parsing ends early: help, a wrong option, a broken extension."""
     if isinstance(stop, SystemExit):
         return int(stop.code or 0)
     _complain(stop)
@@ -108,7 +108,7 @@ def _ended(stop: SystemExit | QaloraError) -> int:
 
 
 def _recover_named(options: argparse.Namespace) -> None:
-    """Put back what a killed process had moved aside, of every path that an option names."""
+    """For every path in the options, restore what a killed process had moved aside."""
     for value in vars(options).values():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
@@ -116,10 +116,10 @@ def _recover_named(options: argparse.Namespace) -> None:
 
 
 def _of_system(error: Exception, options: argparse.Namespace) -> QaloraError:
-    """What the system refused (a full disk, a folder without rights), as an error of ours.
+    """An error of the system (a full disk, a folder without permission) as a `QaloraError`.
 
     Raises:
-        Exception: it is something else: the same exception.
+        Exception: `error` itself, if it is of another kind.
     """
     found = fault_of(error, getattr(options, "out", None) or "the output")
     if found is not None:

@@ -1,4 +1,4 @@
-"""Where parsed options become specifications."""
+"""Convert parsed options to specifications."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def spec_of(made: type[S], options: argparse.Namespace, /, **more: Any) -> S:
-    """A specification whose fields are the options of the same names; lists become tuples.
+    """A specification whose fields are set from the options of the same names; lists become tuples.
 
     Args:
         made: A dataclass.
-        options: As parsed; options that name no field are left out.
-        more: Fields that are no option, or have another name or type there.
+        options: The parsed options; those that name no field are ignored.
+        more: Fields that are not an option, or have another name or type there.
 
     Raises:
-        UserInputError: a value is out of range, or fits no other.
+        UserInputError: a value is out of range, or options conflict.
     """
     names = {field.name for field in dataclasses.fields(made)}
     values = {name: value for name, value in vars(options).items() if name in names} | more

@@ -1,4 +1,4 @@
-"""`quantize`: a model straight to an edge folder, layer by layer, without training."""
+"""`quantize`: quantize a model into an edge folder, layer by layer, without training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qalora_compile.cli.ui import print_summary, steps
 from qalora_compile.runtime.footprint import peak_memory
 
 NAME = "quantize"
-SUMMARY = "quantize a model of any size straight to an edge folder, without training"
+SUMMARY = "quantize a model of any size into an edge folder, without training"
 EXAMPLES = """examples:
   qalora-compile quantize ./Llama-7B --out edge
   qalora-compile quantize ./Llama-7B --out edge --bits 3 --group-size 64 --parameter-dtype float16
@@ -37,9 +37,9 @@ EXAMPLES = """examples:
   qalora-compile quantize ./Llama-7B --out edge --bits 3 --method hqq
   qalora-compile quantize ./MiniLM --out edge --pooling mean --normalize   sentence embeddings
 
-weights are read, quantized and written one layer after another: memory does not grow with the
-model. A folder that is quantized already (GPTQ, AWQ, HQQ, compressed-tensors, MLX) keeps its codes;
-its weights are in memory meanwhile, in float32
+Weights are read, quantized and written layer by layer, so memory does not grow with the model.
+A checkpoint that is already quantized (GPTQ, AWQ, HQQ, compressed-tensors, MLX) keeps its codes;
+its weights are held in memory, in float32.
 """
 
 
@@ -57,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def quantize_spec(options: argparse.Namespace) -> QuantizeSpec:
-    """What the options ask for.
+    """The specification in the options.
 
     Raises:
-        UserInputError: a value is out of range, or fits no other.
+        UserInputError: a value is out of range, or options conflict.
     """
     return spec_of(
         QuantizeSpec,

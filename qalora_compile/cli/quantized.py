@@ -1,4 +1,4 @@
-"""What `finetune` and `quantize` share: options of quantization, and the table of what it lost."""
+"""Options of quantization and the table of its errors, shared by several commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLUMNS = (
     "layers", "count", "method", "bits", "group", "weights dB", "outputs dB", "worst", "s", "notes",
 )  # fmt: skip
 _DEFAULT = QuantSpec()
-_KEPT = "a quantized checkpoint keeps its codes where bits, group size and method are left out"
+_KEPT = "without bits, group size and method, a quantized checkpoint keeps its codes"
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
@@ -32,13 +32,13 @@ def number_or_auto(text: str) -> int | str:
 
 
 def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False) -> None:
-    """Declare bits, group size, method and patterns; with `auto` also bits within a budget."""
+    """Declare bits, group size, method and patterns; with `auto` also a budget of bits."""
     widths = (*SUPPORTED_BITS, AUTO) if auto else SUPPORTED_BITS
     group.add_argument(
         "--bits", type=number_or_auto, choices=widths, help=f"default {_DEFAULT.bits}; {_KEPT}"
     )
     if auto:
-        group.add_argument("--budget", type=float, metavar="X", help="of --bits auto")
+        group.add_argument("--budget", type=float, metavar="X", help="budget of --bits auto")
         group.add_argument("--budget-unit", default="bits", choices=BUDGET_UNITS)
     group.add_argument(
         "--group-size",
@@ -54,29 +54,29 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
     if auto:
         add_stored_argument(group)
     group.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
-    group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="to keep")
+    group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers to keep")
 
 
 def add_stored_argument(group: argparse._ActionsContainer) -> None:
-    """Declare how a base that is quantized already is to be read."""
+    """Declare how a quantized checkpoint is read."""
     group.add_argument(
         "--stored-zero-points",
         choices=ZERO_POINTS,
-        help="how a GPTQ checkpoint stores them, where its tag is wrong or says nothing",
+        help="how a GPTQ checkpoint stores them, if its tag is wrong or missing",
     )
 
 
 def codes_of(options: argparse.Namespace) -> CodesSpec:
-    """What the options say of codes.
+    """The specification of the codes.
 
     Raises:
-        UserInputError: options do not go together.
+        UserInputError: options conflict.
     """
     return spec_of(CodesSpec, options)
 
 
 def print_reports(reports: Sequence[QuantReport]) -> None:
-    """A table of signal to noise, one row for layers that differ in the numbers of their paths."""
+    """Print signal-to-noise ratios, with one row for layers whose paths differ only in numbers."""
     alike: dict[tuple[object, ...], list[QuantReport]] = defaultdict(list)
     for report in reports:
         notes = tuple(_NUMBER.sub("#", note) for note in report.notes)
@@ -91,7 +91,7 @@ def print_reports(reports: Sequence[QuantReport]) -> None:
 
 
 def _row(same: Sequence[QuantReport]) -> tuple[object, ...]:
-    """Means of layers that are alike, the lowest of their outputs, and the time of all."""
+    """The means over similar layers, the lowest value of their outputs, and their total time."""
     first = same[0]
     outputs = [r.output_sqnr_db for r in same if r.output_sqnr_db is not None]
     return (
@@ -109,13 +109,13 @@ def _row(same: Sequence[QuantReport]) -> tuple[object, ...]:
 
 
 def _remark(same: Sequence[QuantReport]) -> str:
-    """The notes of the first, which stand for notes with other numbers."""
+    """The notes of the first layer, as an example if those of the others differ in numbers."""
     text = "; ".join(same[0].notes)
     return text if len({r.notes for r in same}) == 1 else f"e.g. {text}"
 
 
 def _mean(decibels: Sequence[float]) -> str:
-    """Of those that are not exact; how many are, where only some are."""
+    """The mean of the layers that are not exact, and the number of exact ones."""
     lossy = [value for value in decibels if value != math.inf]
     if not lossy:
         return _decibels(math.inf)
@@ -134,12 +134,12 @@ def add_embedding_arguments(parser: argparse._ActionsContainer) -> None:
         type=int,
         choices=BITS,
         metavar="BITS",
-        help="bits of embeddings and of the head, 8 or 4; stored once where they are tied, and "
-        "without adapters (left in float)",
+        help="bits of embeddings and head, 8 or 4, without adapters; stored once if tied (default: "
+        "float)",
     )
     parser.add_argument(
         "--embeddings-group-size",
         type=int,
         metavar="G",
-        help=f"their group size ({EMBEDDING_GROUP})",
+        help=f"group size of embeddings and head (default {EMBEDDING_GROUP})",
     )

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM: both end a command in order, a training with a checkpoint."""
+"""SIGINT (Ctrl-C) and SIGTERM: a command cleans up; training writes a checkpoint first."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 from qalora_compile.cli.exit_codes import INTERRUPTED, TERMINATED
 
 _SAME_S = 1.0
-"""A launcher passes a signal on that the terminal has sent to all processes already."""
+"""Signals within this time count as one: launchers repeat what the terminal sent to all."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: what the command was doing is cleaned up as after Ctrl-C."""
+    """Raised on SIGTERM: the command cleans up as after Ctrl-C."""
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Raise `Terminated` in the block when SIGTERM comes; in the main thread alone."""
+    """Raise `Terminated` in the block on SIGTERM; in the main thread only."""
 
     def handle(number: int, frame: Any) -> None:
         raise Terminated
@@ -37,10 +37,10 @@ def terminable() -> Iterator[None]:
 
 
 class Stop:
-    """Whether a signal has asked a training to stop.
+    """Whether a signal has requested a training run to stop.
 
     Attributes:
-        number: Of the first signal; None before it.
+        number: The number of the first signal; None before it.
     """
 
     def __init__(self) -> None:
@@ -48,19 +48,19 @@ class Stop:
         self._came = 0.0
 
     def __call__(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal has arrived."""
         return self.number is not None
 
     @property
     def exit_code(self) -> int:
-        """What a command ends with that was stopped, by this process's signal or by another's."""
+        """The exit code of a stopped command, whether this process or another got the signal."""
         return TERMINATED if self.number == signal.SIGTERM else INTERRUPTED
 
     def handle(self, number: int, frame: Any) -> None:
-        """Note the first signal; one that comes later than at once ends the command.
+        """Record the first signal; a second one, over `_SAME_S` later, ends the command at once.
 
         Raises:
-            KeyboardInterrupt: it was asked for twice.
+            KeyboardInterrupt: on the second signal.
         """
         now = time.monotonic()
         if self.number is None:
@@ -71,7 +71,7 @@ class Stop:
 
 @contextmanager
 def stopping(stop: Stop) -> Iterator[Stop]:
-    """Let the first signal of the block be asked for, and a second one end the command."""
+    """Record the first signal of the block in `stop`, and let a second one end the command."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     old = [signal.signal(number, stop.handle) for number in numbers]
     try:

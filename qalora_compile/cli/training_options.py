@@ -16,32 +16,32 @@ _STEPS = 100
 
 
 def add_adapter_arguments(group: argparse._ActionsContainer) -> None:
-    """Declare rank, scaling, pooling, start and dropout."""
+    """Declare rank, scaling, pooling, initialization and dropout."""
     group.add_argument("--rank", type=number_or_auto, default=_ADAPTER.rank, metavar="R")
-    group.add_argument("--rank-budget", type=int, metavar="P", help="parameters, of --rank auto")
+    group.add_argument("--rank-budget", type=int, metavar="P", help="parameters for --rank auto")
     group.add_argument(
         "--init",
         default=_ADAPTER.init,
         choices=INITS,
-        help="svd: adapters, not refined offsets, correct what quantization lost",
+        help="svd: adapters, instead of refined offsets, correct the quantization error",
     )
     group.add_argument(
         "--adapter",
         default=_ADAPTER.kind,
         choices=ADAPTER_KINDS,
-        help="scale: train the scales alone; zero-points stay integers",
+        help="scale: train the scales only, zero-points stay integers",
     )
     group.add_argument(
         "--zero-point",
         default=_ADAPTER.zero_point,
         choices=ZERO_POINTS,
-        help="integer: also after folding, for runtimes that take no other zero-points",
+        help="integer: stay integers after folding, for runtimes that take no others",
     )
     group.add_argument("--alpha", type=float, default=_ADAPTER.alpha)
     group.add_argument("--rslora", action="store_true", help="scale by alpha / √rank")
     group.add_argument("--pooling", default=_ADAPTER.pooling, choices=POOLINGS)
     group.add_argument(
-        "--dropout", type=float, default=_ADAPTER.dropout, metavar="P", help="of adapters"
+        "--dropout", type=float, default=_ADAPTER.dropout, metavar="P", help="dropout of adapters"
     )
 
 
@@ -49,51 +49,51 @@ def add_training_arguments(group: argparse._ActionsContainer) -> None:
     """Declare the fields of `FitSpec`, and what is saved and reported."""
     add = group.add_argument
     add("--steps", type=int, default=_STEPS, metavar="N")
-    add("--batch-size", type=int, default=_FIT.batch_size, metavar="B", help="computed at once")
+    add("--batch-size", type=int, default=_FIT.batch_size, metavar="B", help="examples per batch")
     add(
         "--accumulate",
         type=int,
         default=_FIT.accumulate,
         metavar="N",
-        help="batches a step, for each process",
+        help="batches per step and process",
     )
-    add("--seq-len", type=int, default=512, metavar="T", help="longest example")
+    add("--seq-len", type=int, default=512, metavar="T", help="longest example, in tokens")
     add("--lr", type=float, default=_FIT.learning_rate, metavar="F")
     add(
         "--lora-plus-ratio",
         type=float,
         default=_FIT.lora_plus_ratio,
         metavar="F",
-        help="rate of B / rate of A",
+        help="learning rate of B / that of A",
     )
     add("--weight-decay", type=float, default=_FIT.weight_decay, metavar="F")
     add("--schedule", default=_FIT.schedule, choices=SCHEDULES)
-    add("--warmup", type=float, default=_FIT.warmup, metavar="F", help="part of the steps")
+    add("--warmup", type=float, default=_FIT.warmup, metavar="F", help="fraction of the steps")
     add("--clip", type=float, default=_FIT.clip, metavar="F", help="largest gradient norm")
     add("--precision", default=_FIT.precision, choices=PRECISIONS)
     add(
         "--device",
         metavar="D",
-        help="to train on: cuda, cuda:1, …; cpu if not given, under a launcher the process's own",
+        help="cuda, cuda:1, …; default: cpu, or the device that a launcher assigns",
     )
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    add("--eval-every", type=int, default=0, metavar="N", help="steps; needs --eval-data")
+    add("--eval-every", type=int, default=0, metavar="N", help="in steps; needs --eval-data")
     add(
         "--patience",
         type=int,
         default=0,
         metavar="N",
-        help="stop after N evaluations without a lower held-out loss, keep the best adapters",
+        help="stop after N evaluations without a lower held-out loss, and keep the best adapters",
     )
     add("--seed", type=int, default=_FIT.seed)
-    add("--save-every", type=int, default=50, metavar="N", help="checkpoint steps")
-    add("--keep", type=int, default=KEPT, metavar="N", help="checkpoints to keep, the last ones")
+    add("--save-every", type=int, default=50, metavar="N", help="steps between checkpoints")
+    add("--keep", type=int, default=KEPT, metavar="N", help="keep the last N checkpoints")
     add("--report-to", nargs="+", default=[], choices=REPORT_TO, metavar="WHERE")
-    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--resume", action="store_true", help="resume from the last checkpoint")
 
 
 def adapter_spec(options: argparse.Namespace) -> AdapterSpec:
-    """What the options say of adapters.
+    """The specification of the adapters.
 
     Raises:
         UserInputError: a value is out of range.
@@ -109,10 +109,10 @@ def adapter_spec(options: argparse.Namespace) -> AdapterSpec:
 
 
 def fit_spec(options: argparse.Namespace) -> FitSpec:
-    """What the options say of training.
+    """The specification of the training.
 
     Raises:
-        UserInputError: a value is out of range, or fits no other.
+        UserInputError: a value is out of range, or options conflict.
     """
     named = {"learning_rate": options.lr, "evaluate_every": options.eval_every}
     return spec_of(FitSpec, options, **named)

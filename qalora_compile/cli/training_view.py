@@ -1,4 +1,4 @@
-"""What the terminal shows of a training."""
+"""Progress of a training run on the terminal."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from qalora_compile.cli.ui import Steps
 from qalora_compile.training.fit import StepReport
 
 _RECENT = 10
-"""Steps over which the rate of tokens is averaged."""
+"""Number of steps over which tokens per second are averaged."""
 
 
 class View:
-    """The line of a training on the terminal.
+    """The progress line of a training run.
 
     Args:
-        shown: Where it is shown.
-        steps: Of the complete training.
+        shown: Shows the line.
+        steps: Total number of steps.
     """
 
     def __init__(self, shown: Steps, steps: int) -> None:

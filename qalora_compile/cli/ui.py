@@ -1,7 +1,7 @@
-"""What the terminal shows: progress bars (plain lines where there is no terminal) and tables.
+"""Terminal output: progress bars (plain lines if there is no terminal) and tables.
 
-Texts come from files, paths and options, so nothing in them is interpreted: no markup and no emoji
-of rich, and no control character reaches the terminal. All printing goes through this module.
+Texts come from files, paths and options, so nothing in them is interpreted: no rich markup or
+emoji, and no control character reaches the terminal. All printing goes through this module.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from rich.text import Text
 from qalora_compile.progress import listening
 
 WIDE = 160
-"""Columns where the output is no terminal, unless COLUMNS says otherwise."""
+"""Width in columns if the output is not a terminal and COLUMNS is not set."""
 
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""What moves the cursor, gives orders to the terminal or turns the direction of a text around."""
+"""Characters that move the cursor, control the terminal or reverse the direction of text."""
 
 
 def shown(text: str) -> str:
-    """A text with every control character but the line feed and the tabulator spelled out."""
+    """A text with every control character except line feed and tab escaped."""
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class PlainConsole(Console):
-    """A console that prints texts as they are, control characters spelled out."""
+    """A console that prints texts verbatim, with control characters escaped."""
 
     def __init__(self, *, stderr: bool = False, width: int | None = None, quiet: bool = False):
         super().__init__(
@@ -53,7 +53,7 @@ class PlainConsole(Console):
         )
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """See `rich.console.Console`; every text that is printed comes through here."""
+        """See `rich.console.Console`; every printed text passes through here."""
         return super().render_str(shown(text), **options)
 
 
@@ -67,7 +67,7 @@ _PLAIN_INTERVAL_S = 5.0
 
 
 class Steps:
-    """Progress of one command: a bar per kind of work, and free text next to it."""
+    """Progress of one command: a bar for each kind of work, and free text next to it."""
 
     def __init__(self, console: Console = err_console) -> None:
         self._console = console
@@ -88,7 +88,7 @@ class Steps:
         self._before: dict[str, int] = {}
 
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` steps of `what` are finished; the first call begins it."""
+        """Show that `done` of `total` steps of `what` are done; the first call starts the bar."""
         begins = done == 0 or what not in self._started
         if begins:
             self._started[what], self._before[what] = time.monotonic(), done
@@ -132,24 +132,24 @@ def steps() -> Iterator[Steps]:
 
 @contextmanager
 def quiet() -> Iterator[Steps]:
-    """Progress that nobody sees: of the processes that only help the first one."""
+    """Discard all progress, for every process but the first."""
     yield Steps(PlainConsole(quiet=True))
 
 
 def complain(text: str) -> None:
-    """An error, or that the command was stopped, on standard error."""
+    """Print an error, or that the command was stopped, on standard error."""
     err_console.print(text, style="bold red", soft_wrap=True)
 
 
 def print_json(value: object) -> None:
-    """A value as JSON, in which control characters are escaped as JSON does."""
+    """Print a value as JSON, with control characters escaped."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     escaped = _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     console.print(escaped, soft_wrap=True)
 
 
 def print_summary(title: str, rows: Mapping[str, object]) -> None:
-    """A closing table of two columns."""
+    """Print a closing table with two columns."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -165,9 +165,9 @@ def print_table(
     *,
     wrap: Sequence[str] | None = None,
 ) -> None:
-    """A table with a header; columns of numbers are aligned right.
+    """Print a table with a header; columns of numbers are right-aligned.
 
-    Columns named in `wrap` may take several lines; None allows it to the last, a remark.
+    Columns named in `wrap` may take several lines; None means the last column only.
     """
     wrap = columns[-1:] if wrap is None else wrap
     table = Table(title=title, title_justify="left")

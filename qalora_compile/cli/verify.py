@@ -1,4 +1,4 @@
-"""`verify`: compare RUN, FOLDED, DIR, .onnx, .gguf: on inputs, node by node, or by proof."""
+"""`verify`: compare RUN, FOLDED, DIR, .onnx, .gguf on inputs, node by node, or by proof."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qalora_compile.cli.ui import console, print_json, print_summary, print_tabl
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
 
-if TYPE_CHECKING:  # imported where they are used: a certificate is checked without torch
+if TYPE_CHECKING:  # imported lazily, so that a certificate is checked without torch
     from qalora_compile.api.verify import VerifySpec
     from qalora_compile.verify.compare import Report
     from qalora_compile.verify.numeric.report import ModeReport, NumericReport
@@ -23,11 +23,11 @@ SUMMARY = "compare two programs or exported models; exit 0 equal, 1 not equal, 2
 EXAMPLES = """examples:
   qalora-compile verify run folded --max-abs 1e-4
   qalora-compile verify folded edge --max-rel 1e-4 --inputs 8
-  qalora-compile verify folded edge --max-rel 1e-4 --library     on the fused kernels alone
+  qalora-compile verify folded edge --max-rel 1e-4 --library     on the fused kernels only
   qalora-compile verify folded edge/model.onnx --max-abs 1e-3 --json
   qalora-compile verify folded edge/model.gguf --max-rel 1e-2    read back by its own library
   qalora-compile verify folded edge --prove --certificate equal.json
-  qalora-compile verify --certificate equal.json                 again later, without torch
+  qalora-compile verify --certificate equal.json                 check it again, without torch
   qalora-compile verify folded edge --numeric                    node by node, without a tolerance
   qalora-compile verify folded edge --numeric --html report.html
 """
@@ -37,35 +37,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("a", metavar="A", nargs="?", help="RUN, FOLDED, DIR, .onnx or .gguf")
     parser.add_argument("b", metavar="B", nargs="?", help="likewise; one of them RUN or FOLDED")
-    parser.add_argument("--max-abs", type=float, metavar="F", help="largest difference admitted")
+    parser.add_argument("--max-abs", type=float, metavar="F", help="largest difference allowed")
     parser.add_argument(
-        "--max-rel", type=float, metavar="F", help="… as a part of the output scale"
+        "--max-rel", type=float, metavar="F", help="… as a fraction of the output scale"
     )
     parser.add_argument("--inputs", type=int, default=4, metavar="N", help="random inputs to try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--library", action="store_true", help="run exported models with the operator library alone"
+        "--library", action="store_true", help="run exported models with the operator library only"
     )
     parser.add_argument(
         "--prove", action="store_true", help="compare every coefficient and the graph around them"
     )
     parser.add_argument(
-        "--certificate", metavar="FILE", help="write what was proved; without A and B check FILE"
+        "--certificate", metavar="FILE", help="write a certificate; without A and B, check FILE"
     )
     parser.add_argument(
         "--numeric",
         action="store_true",
-        help="compare along the graph, measured by float64, on odd inputs too, at every "
+        help="compare along the graph, relative to float64, also on unusual inputs, at every "
         "optimization level, with the operator library and without; exit 2: UNDECIDED",
     )
     parser.add_argument(
         "--levels",
         metavar="LIST",
-        help="of --numeric: only these of disabled,basic,extended,all",
+        help="with --numeric: only these of disabled,basic,extended,all",
     )
-    parser.add_argument(
-        "--html", metavar="FILE", help="write a page of it that opens without a server"
-    )
+    parser.add_argument("--html", metavar="FILE", help="write an HTML page of the result")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -75,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserInputError(f"--inputs is {options.inputs}", hint="use 1 or more")
     if options.a is None and options.certificate:
         if options.html:
-            raise UserInputError("checked again, a certificate gives no page", hint="--prove does")
+            raise UserInputError("checking a certificate writes no page", hint="--prove does")
         return _check_again(options)
     if options.a is None or options.b is None:
         raise UserInputError("two things to compare are needed", hint="verify A B --max-rel 1e-4")
@@ -92,11 +90,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def verify_spec(options: argparse.Namespace) -> VerifySpec:
-    """What the options ask for.
+    """The specification in the options.
 
     Raises:
-        UserInputError: a value is out of range; or a page or certificate would take the place of
-            something else, which is found before the work is done.
+        UserInputError: a value is out of range; or a page or certificate would replace something
+            else, which is checked before the work is done.
     """
     from qalora_compile.api.verify import VerifySpec
 
@@ -187,7 +185,7 @@ def _worst(mode: ModeReport) -> tuple[object, str]:
 
 
 def _answer(certificate: Certificate, problems: list[str], options: argparse.Namespace) -> int:
-    """Show a certificate; 0 equal (and, checked again, as it says), 1 not, 2 undecided."""
+    """Show a certificate; 0: equal (or the certificate holds), 1: not, 2: undecided."""
     again = options.a is None
     if options.json:
         print_json(certificate.to_json() | {"problems": problems})
@@ -207,7 +205,7 @@ def _show_certificate(
     if worst:
         print_table(
             f"worst {min(5, len(worst))} of {len(worst)} layers",
-            ("", "max |ΔW|", "of what storing explains", "‖Δy‖ ≤ · ‖x‖", "float32 ≤ · ‖x‖"),
+            ("", "max |ΔW|", "multiple of storage rounding", "‖Δy‖ ≤ · ‖x‖", "float32 ≤ · ‖x‖"),
             [
                 (s.name, w[1].max_abs, w[1].max_ratio, w[1].operator, w[1].float32 or "no bound")
                 for s, w in worst[:5]
@@ -218,13 +216,13 @@ def _show_certificate(
         "A": certificate.reference.label,
         "B": certificate.candidate.label,
         "verdict": certificate.verdict,
-        "for all inputs": "yes" if certificate.proved else "no: see what was tried on samples",
+        "for all inputs": "yes" if certificate.proved else "no: see the parts tested on samples",
     }
     if options.a is None:
         rows = {name: rows[name] for name in ("A", "B")}
         rows["certificate"] = "does not hold" if problems else "holds"
         rows["problems"] = "\n".join(problems) or "none"
-        rows["not tried again"] = f"{len(certificate.sampled)} parts that were tried on samples"
+        rows["not tested again"] = f"{len(certificate.sampled)} parts that were tested on samples"
     elif options.certificate:
         rows["written"] = options.certificate
     print_summary("verify", rows)
