@@ -1,7 +1,7 @@
-"""Install the example extension into a scratch folder, and run its tests there.
+"""Install the example extension into a temporary folder, and run its tests there.
 
-The package is built without an index and without its dependencies, which this environment has; it
-is found by its entry points alone, as an installed extension is.
+The package is built without an index and without its dependencies, which this environment has. It
+is found by its entry points only, like any installed extension.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Run what the README and pages of docs show, and the examples.
+"""Run the commands and code of the README and of the pages in docs, and the examples.
 
-Fenced blocks behind a line `<!-- ci: run -->` are run in one scratch folder: first the `python`
-blocks of a page, in order, in one Python process; then each `bash` block, by bash with this
-environment first in PATH. Then every example that is a program runs, each in a process of its own.
+Fenced blocks after a line `<!-- ci: run -->` run in one temporary folder: first the `python` blocks
+of a page, in order, in one Python process; then each `bash` block, with this environment first in
+PATH. Then every example that is a program runs in its own process.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ MARK = "<!-- ci: run -->"
 BLOCK = re.compile(rf"^{MARK}\s*^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PAGES = ("README.md", "docs/guide.md", "docs/verify.md", "docs/testing.md", "docs/extending.md")
 NOT_HERE = {"demo.py", "assets.py"}
-"""Examples that CI runs in a step of their own, or that are no programs."""
+"""Examples that CI runs in a separate step, or that are not programs."""
 
 
 def marked_blocks(page: str) -> list[tuple[str, str]]:
-    """Language and code of the blocks of a page to run.
+    """Language and code of the marked blocks of a page.
 
     Raises:
-        SystemExit: nothing is marked, or a mark has no block of bash or python behind it.
+        SystemExit: nothing is marked, or no block of bash or python follows a mark.
     """
     text = (ROOT / page).read_text("utf-8")
     blocks = BLOCK.findall(text)
@@ -37,7 +37,7 @@ def marked_blocks(page: str) -> list[tuple[str, str]]:
 
 
 def page_runs(page: str) -> list[tuple[str, list[str]]]:
-    """What runs a page's blocks."""
+    """Name and command of each run of a page's blocks."""
     blocks = marked_blocks(page)
     python = "\n".join(code for kind, code in blocks if kind == "python")
     runs: list[tuple[str, list[str]]] = []

@@ -1,8 +1,8 @@
-"""Build the wheel, check what is in it, and import every module of it without any extra.
+"""Build the wheel, check its contents, and import all its modules without any extra.
 
-The wheel is installed in a new environment with what its own metadata asks for and nothing else
-(torch first, so that pip does not take a CUDA build), so that a dependency that is missing from
-pyproject.toml shows here.
+The wheel is installed in a new environment with the dependencies in its metadata and nothing else
+(torch first, so that pip does not take a CUDA build). This shows dependencies that pyproject.toml
+lacks.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ print(len(names) + 1, "modules import without extras")
 
 
 def run(*command: str, cwd: Path = ROOT) -> None:
-    """Run a command, and stop the script where it fails."""
+    """Run a command, and stop the script if it fails."""
     done = subprocess.run(command, check=False, cwd=cwd)
     if done.returncode:
         raise SystemExit(f"failed with {done.returncode}: {' '.join(command[:6])}")
 
 
 def source_files() -> set[str]:
-    """The files that the wheel has to hold, as it names them."""
+    """The files that the wheel has to hold, under their names in it."""
     folder = ROOT / PACKAGE
     files = [*folder.rglob("*.py"), folder / "py.typed", *(folder / "pages").glob("page.*")]
     return {file.relative_to(ROOT).as_posix() for file in files}
 
 
 def contents_problem(names: list[str]) -> str | None:
-    """What is wrong with the list of a wheel's files, or None."""
+    """A problem in the list of a wheel's files, or None."""
     top = {name.split("/")[0] for name in names}
     strange = {name for name in top if not name.endswith(".dist-info")} - {PACKAGE}
     if strange:
@@ -72,8 +72,8 @@ def contents_problem(names: list[str]) -> str | None:
 
 
 def build_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, str]:
-    """Build the wheel into `folder`; gives its path and what the build printed."""
-    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would ship what lies there
+    """Build the wheel into `folder`; returns its path and the output of the build."""
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would ship its old files
     build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder))
     done = subprocess.run(
         [sys.executable, *build],
@@ -91,7 +91,7 @@ def build_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, str]:
 
 
 def check_without_compiler(folder: Path) -> None:
-    """Where no compiler is, the wheel is built all the same, with a notice."""
+    """Check that without a compiler the wheel is built without the library, with a notice."""
     wheel, log = build_wheel(folder, {"CXX": "no-such-compiler"})
     names = zipfile.ZipFile(wheel).namelist()
     if any(Path(name).name == LIBRARY for name in names) or "was NOT built" not in log:
@@ -100,7 +100,7 @@ def check_without_compiler(folder: Path) -> None:
 
 
 def main() -> None:
-    """Build, look inside, install apart, import, run the command."""
+    """Build the wheel, check its files, install it in a new environment, import and run it."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for name in ("plain", "full"):

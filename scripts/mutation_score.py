@@ -2,7 +2,7 @@
 
     python -m scripts.mutation_score [--table]
 
-Exits with 1 if a check misses a fault that it is said to catch, or names it wrongly.
+Exits with 1 if a check misses a fault that it should catch, or reports it under a wrong name.
 """
 
 from __future__ import annotations

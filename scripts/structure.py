@@ -1,4 +1,4 @@
-"""Print the figures of the package's structure, and hold them to their limits.
+"""Print the figures of the package's structure, and check them against their limits.
 
     python -m scripts.structure            # the table; exit status 1 where a limit is broken
     python -m scripts.structure --circles  # the modules of each import circle
@@ -23,7 +23,7 @@ NAME = "qalora_compile"
 ROOT = Path(__file__).parents[1]
 RAW_ARGS = re.compile(r"\bargs\[")
 VIEWS = "ir/ops/"
-"""Where positions of arguments may be named: next to the operators' schemas."""
+"""Files that may access arguments by position: those next to the operators' schemas."""
 IMPORTING_CALLS = {"import_module", "__import__"}
 
 Edges = dict[str, set[str]]
@@ -31,12 +31,12 @@ Edges = dict[str, set[str]]
 
 @dataclass(frozen=True)
 class Limit:
-    """One figure and what it must not exceed.
+    """One figure and its limit.
 
     Attributes:
         title: What is counted.
-        count: Counts it.
-        before: What it was at the commit before the package was restructured.
+        count: Computes the figure.
+        before: Its value at the commit before the package was restructured.
         most: The largest value allowed.
     """
 
@@ -48,7 +48,7 @@ class Limit:
 
 @cache
 def sources(package: Path) -> dict[str, str]:
-    """Module name → text of every file of the package."""
+    """Module name → source text, of every file of the package."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -72,7 +72,7 @@ def imported(node: ast.AST, modules: Mapping[str, str]) -> Iterator[str]:
 
 @cache
 def import_graph(package: Path) -> Edges:
-    """Module → the modules that it imports anywhere in its text, itself left out."""
+    """Module → the other modules that it imports anywhere in its text."""
     modules = sources(package)
     return {
         name: {to for node in ast.walk(ast.parse(text)) for to in imported(node, modules)} - {name}
@@ -109,7 +109,7 @@ def circles(edges: Edges) -> list[list[str]]:
 
 
 def arrows(room: str) -> Callable[[Path], float]:
-    """Counts the arrows between what a folder of the package holds directly."""
+    """Count the arrows between the files and subfolders directly in a folder of the package."""
 
     def count(package: Path) -> float:
         prefix = f"{NAME}.{room}."
@@ -125,13 +125,13 @@ def arrows(room: str) -> Callable[[Path], float]:
 
 
 def raw_args(package: Path) -> float:
-    """Accesses to an argument of a node by its position, outside the views of operators."""
+    """Number of accesses to a node's arguments by position, outside the views of operators."""
     files = [p for p in package.rglob("*.py") if VIEWS not in p.as_posix()]
     return sum(len(RAW_ARGS.findall(path.read_text("utf-8"))) for path in files)
 
 
 def function_lengths(package: Path) -> list[int]:
-    """Lines of each function, decorators left out."""
+    """Lines of each function, without decorators."""
     return [
         (node.end_lineno or node.lineno) - node.lineno + 1
         for text in sources(package).values()
@@ -159,7 +159,7 @@ LIMITS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 1 where a figure is over its limit."""
+    """Print the table; returns 1 if a figure is over its limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--package", type=Path, default=ROOT / NAME)
     parser.add_argument("--circles", action="store_true", help="list the modules of each circle")

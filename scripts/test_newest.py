@@ -1,9 +1,10 @@
 """Try the newest torch, transformers, onnx and onnxruntime, and print which private names broke.
 
-A virtual environment under `build/newest` gets the newest releases that the package index has, and
-takes everything else from the environment that runs this script. There, each name that
-`ir/torch_internals.py` imports is imported by itself; then the tests of the two seams run, and a
-few that capture, quantize and export small models. Exit status 1 if something broke.
+A virtual environment under `build/newest` gets the newest releases in the package index, and takes
+everything else from the environment that runs this script. In it, each name that
+`ir/torch_internals.py` imports is imported individually. Then the tests of the two modules of
+private names run, and a few that capture, quantize and export small models. Exit status 1 if
+something broke.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input",
 
 
 def main() -> int:
-    """Compare versions, install what is newer, and report what it breaks."""
+    """Compare versions, install the newer ones, and report what they break."""
     newest = newest_versions()
     newer = {n: v for n, v in newest.items() if v != installed(n)}
     shown = ", ".join(f"{name} {version}" for name, version in newest.items())
@@ -64,26 +65,26 @@ def newest_versions() -> dict[str, str]:
 
 
 def installed(package: str) -> str:
-    """The version in this environment, without the kind of build (`+cpu`)."""
+    """The version in this environment, without the build suffix (`+cpu`)."""
     return importlib.metadata.version(package).partition("+")[0]
 
 
 def make_environment(versions: dict[str, str]) -> Path:
-    """A virtual environment with these versions; its Python."""
+    """Create a virtual environment with these versions; returns its Python."""
     venv.create(FOLDER, clear=True, symlinks=True)
     python = FOLDER / "bin" / "python"
     own = sysconfig.get_path("purelib", vars={"base": str(FOLDER)})
     rest = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
     (Path(own) / "rest.pth").write_text(rest, "utf-8")
     wanted = [f"{name}=={version}" for name, version in versions.items()]
-    # pip complains that the package asks for older releases: this is what is tried.
+    # pip warns that the package requires older releases: that is the point of this script.
     command = [*PIP, "--python", str(python), "install", *wanted]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     return python
 
 
 def versions_in_use(python: Path) -> str:
-    """What the environment imports: the newest releases hide the older ones."""
+    """The versions that the environment imports: the newest releases hide the older ones."""
     each = f"(f'{{name}} {{load(name).__version__}}' for name in {PACKAGES})"
     code = f"from importlib import import_module as load; print(*{each}, sep=', ')"
     command = [str(python), "-W", "ignore", "-c", code]
@@ -91,14 +92,14 @@ def versions_in_use(python: Path) -> str:
 
 
 def probe(python: Path) -> list[str]:
-    """The names that the seam of torch imports, and that the newer torch does not have."""
+    """The names that `ir/torch_internals.py` imports and the newer torch lacks."""
     command = [str(python), __file__, "--probe"]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     return found.stdout.splitlines()
 
 
 def missing_names(source: str) -> Iterator[str]:
-    """What a source file imports from torch, and this environment lacks, with the error."""
+    """Yield each name that a source file imports from torch and this environment lacks."""
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("torch"):
             continue
@@ -112,18 +113,18 @@ def missing_names(source: str) -> Iterator[str]:
 
 
 def run_tests(python: Path) -> list[str]:
-    """Run the tests; the failed ones, with the first line of why."""
+    """Run the tests; returns the failed ones, with the first line of the error."""
     results = FOLDER / "results.xml"
     options = ["-q", "--tb=no", "-W", "ignore", "-m", "not slow", "-p", "no:cacheprovider"]
     command = [str(python), "-m", "pytest", *options, f"--junitxml={results}"]
     done = subprocess.run([*command, *SEAM_TESTS, *ROAD_TESTS], cwd=ROOT, check=False)
     if not results.is_file():
-        return [f"pytest: it ended with exit status {done.returncode}, and without results"]
+        return [f"pytest: it ended with exit status {done.returncode} and without results"]
     return [*failures(results.read_text("utf-8"))]
 
 
 def failures(results: str) -> Iterator[str]:
-    """The failed tests of a report of pytest: private names, and tests by their own name."""
+    """Yield the failed tests in a report of pytest: by private name, or by test name."""
     for test in ElementTree.fromstring(results).iter("testcase"):
         for problem in [*test.iter("failure"), *test.iter("error")]:
             name = str(test.get("name"))

@@ -1,7 +1,7 @@
-"""Write the table of architectures in docs/supported.md: what the command line makes of each.
+"""Write the table of architectures in docs/supported.md: which commands work for each.
 
-Results are kept in a file of JSON lines, one for an architecture, so that a run can be gone on with
-and single architectures be tried again. All of them take about forty minutes on one core.
+Results are kept in a file with one JSON line per architecture, so that a run can be resumed and
+single architectures tried again. All of them take about forty minutes on one core.
 
     python -m scripts.write_architectures RESULTS           # or: make architectures
     python -m scripts.write_architectures RESULTS BloomForCausalLM Lfm2ForCausalLM
@@ -54,7 +54,7 @@ Models that keep a state other than keys and values are written with `--no-kv-ca
 """
 
 Results = dict[str, dict[str, str]]
-"""Architecture → step → what was said, empty where it was done."""
+"""Architecture → step → its error message, empty if it succeeded."""
 
 
 def read_results(path: Path) -> Results:
@@ -72,7 +72,7 @@ def steps_of(name: str) -> dict[str, str]:
 
 
 def page_section(results: Mapping[str, Mapping[str, str]]) -> str:
-    """The section's Markdown."""
+    """The section as Markdown."""
     rows = [_row(name, results.get(name, {})) for name in ARCHITECTURES]
     passed = sum(all(mark in ("✓", "") for mark in row[1:-1]) for row in rows if row[2])
     tried = sum(bool(row[2]) for row in rows)
@@ -94,20 +94,20 @@ def _row(name: str, steps: Mapping[str, str]) -> list[str]:
 
 
 def write_section(section: str) -> None:
-    """Put the section at the end of the page, in place of an older one."""
+    """Put the section at the end of the page, replacing an older one."""
     text = PAGE.read_text("utf-8").partition(HEADING)[0].rstrip("\n")
     write_text(PAGE, f"{text}\n\n{section}")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Send what libraries print to nowhere."""
+    """Suppress what libraries print."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Try what has no result yet, or what is named; write the section."""
+    """Try the named architectures, or those without a result; write the section."""
     path, chosen = Path(arguments[0]), arguments[1:]
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Write the tables of docs/checkpoints.md: what each format keeps, declared and measured.
+"""Write the tables of docs/checkpoints.md: what each format preserves, declared and measured.
 
 python -m scripts.write_checkpoints
 """
@@ -17,7 +17,7 @@ from tests.exporters.matrix import PAGE, STUDIES, put_into, tables
 
 
 def main() -> None:
-    """Write every format, read it back, put the tables into the page."""
+    """Write every format, read it back, and put the tables into the page."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Write docs/known_problems.md: problems from public trackers, reproduced, and their tests.
 
-The tests are run first; where one fails, nothing is written.
+The tests run first; if one fails, nothing is written.
 
     python -m scripts.write_known_problems          # or: make known-problems
 """
@@ -34,9 +34,9 @@ class Problem:
     """One kind of problem.
 
     Attributes:
-        area: Where it belongs.
+        area: The heading it belongs to.
         issues: Tracker and number of each report.
-        seen: What was reported there.
+        seen: The reported problem.
         verdict: What this package does: handle it correctly, or refuse it with a named error.
         tests: Node identifiers of pytest.
     """
@@ -64,7 +64,7 @@ def read_problems() -> list[Problem]:
 
 
 def page(problems: list[Problem]) -> str:
-    """The page's Markdown."""
+    """The page as Markdown."""
     parts = [INTRODUCTION]
     for area in dict.fromkeys(problem.area for problem in problems):
         parts.append(

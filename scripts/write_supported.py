@@ -1,6 +1,6 @@
-"""Write docs/supported.md: every check of the zoo on every model, with what was seen.
+"""Write docs/supported.md: the result of every check of the zoo on every model.
 
-A check that fails stops the script, and nothing is written. Takes a few minutes.
+A failed check stops the script, and nothing is written. It takes a few minutes.
 
     python -m scripts.write_supported          # or: make supported
 """
@@ -64,7 +64,7 @@ to the output's largest value, with one significant digit; ✓ marks a check tha
 
 @dataclass(frozen=True)
 class Row:
-    """What the zoo showed of one model."""
+    """The results of the zoo for one model."""
 
     entry: Entry
     plan: SitePlan
@@ -141,7 +141,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def number(value: float | None) -> str:
-    """One significant digit, so that another run writes the same page as a rule."""
+    """One significant digit, so that another run usually writes the same page."""
     if value is None:
         return "✓"
     if value == 0:
@@ -150,7 +150,7 @@ def number(value: float | None) -> str:
 
 
 def model_row(row: Row) -> list[str]:
-    """Cells of one model."""
+    """The table cells of one model."""
     counts = row.plan.counts()
     fixed = "; ".join(f"{axis}: {why}" for axis, why in (row.entry.fixed or {}).items())
     seen = [number(row.seen[name]) for name in CHECKS if name != CACHE]
@@ -159,7 +159,7 @@ def model_row(row: Row) -> list[str]:
 
 
 def reason_rows(rows: Sequence[Row]) -> list[list[str]]:
-    """Each reason with how often it was given and where; names of sites in it left out."""
+    """Each reason, without names of sites, with how often it was given and where."""
     found: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         names = sorted((site.name for site in row.plan), key=len, reverse=True)
@@ -173,10 +173,10 @@ def reason_rows(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def pattern_rows(rows: Sequence[Row]) -> list[list[str]]:
-    """Each known pattern with models that show it.
+    """Each known pattern with models that use it.
 
     Raises:
-        SystemExit: no model of the zoo shows a pattern: the page would claim what nothing tests.
+        SystemExit: no model of the zoo uses a pattern, so the page would claim what nothing tests.
     """
     cells = []
     for known in KNOWN:
@@ -188,7 +188,7 @@ def pattern_rows(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def examples(places: Sequence[str]) -> str:
-    """The first few, from different models where there are several, and how many more."""
+    """The first few examples, from different models if possible, and the number of others."""
     first: dict[str, str] = {}
     for place in places:
         first.setdefault(place.split(":")[0], place)
@@ -198,7 +198,7 @@ def examples(places: Sequence[str]) -> str:
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The complete text."""
+    """The complete page."""
     return "\n".join(
         [
             INTRODUCTION,
@@ -212,7 +212,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def study(entries: Sequence[Entry], console: Console) -> list[Row]:
-    """Run all checks on all models; the first failure ends it."""
+    """Run all checks on all models, up to the first failure."""
     columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
     rows = []
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
@@ -228,7 +228,7 @@ def study(entries: Sequence[Entry], console: Console) -> list[Row]:
 
 
 def main() -> None:
-    """Run the zoo, write the page."""
+    """Run the zoo and write the page."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
