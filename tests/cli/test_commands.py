@@ -106,7 +106,7 @@ def test_verify_proves_and_checks_its_certificate(
     assert (found["verdict"], found["proved"], len(found["sites"])) == ("EQUAL", True, 15)
     path = str(tmp_path / "equal.json")
     assert main(["verify", folded, edge, "--prove", "--certificate", path]) == 0
-    assert "no: see what was tried on samples" in capsys.readouterr().out
+    assert "no: see the parts tested on samples" in capsys.readouterr().out
     assert main(["verify", "--certificate", path]) == 0
     assert "holds" in capsys.readouterr().out
     assert main(["verify", folded, edge, "--certificate", path]) == 2

@@ -223,10 +223,10 @@ def test_labels_and_a_model_that_generates_are_refused_before_it_is_loaded(
     words = ["finetune", str(folder), "--data", str(data), "--out", str(tmp_path / "run")]
     assert main(words) == 2
     shown = " ".join(capsys.readouterr().err.split())
-    assert "texts with labels, and the model generates texts" in shown
+    assert "texts with labels, and the model generates text" in shown
     assert "--task language" in shown
     assert main(["finetune", "a.module:factory", *words[2:]]) == 2
-    assert "only a Hugging Face folder gets a head" in " ".join(capsys.readouterr().err.split())
+    assert "only a model from a Hugging Face folder" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_table_with_names_of_its_own_is_learned(
@@ -260,6 +260,6 @@ def test_many_rows_are_trained_on_from_their_file(
     assert main([*words, "--out", str(tmp_path / "inside")]) == 0
     monkeypatch.setattr("qalora_compile.training.data.lazy_rows._FEW_ROWS", 0)
     assert main([*words, "--out", str(tmp_path / "outside")]) == 0
-    assert "6 rows are checked, and tokenized while" in " ".join(capsys.readouterr().err.split())
+    assert "6 rows are checked, and tokenized during" in " ".join(capsys.readouterr().err.split())
     inside, outside = (record(tmp_path / name)["held_out"] for name in ("inside", "outside"))
     assert inside == outside

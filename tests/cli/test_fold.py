@@ -56,7 +56,7 @@ def test_a_wrong_fold_is_refused_and_kept_aside(
         assert main(["fold", str(run), "--out", str(out)]) == 1
         said = capsys.readouterr().err
         assert f"kept in {out}.failed" in said.replace("\n", "")
-        assert "times what rounding does" in said
+        assert "times its rounding error" in said
         assert not out.exists()
         kept = read_run_file(tmp_path / "folded.failed")["verified"]["fold"]
         assert kept["verdict"] == "DIFFERENT"

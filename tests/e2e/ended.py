@@ -144,7 +144,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def kills(root: Path, name: str, count: int, seed: int) -> dict[str, Any]:
-    """Kill a command at random moments until enough kills have landed; each is gone on with."""
+    """Kill a command at random moments until enough kills have landed; each is resumed."""
     command, rng = commands(root)[name], random.Random(seed)
     place = root / f"kills {name}"
     started = time.monotonic()
@@ -198,7 +198,7 @@ def _go_on(
     rest = sorted(set(os.listdir(place)) - {"old", "new", "out"})
     if rest:
         wrong.append(f"{tried}: left over: {rest}")
-    return begun or "weights were there" in text
+    return begun or "weights were kept" in text
 
 
 def limits(root: Path, name: str, count: int, seed: int) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def test_nothing_is_written_to_a_full_disk_and_another_plan_starts_anew(
     assert "No space left" in capsys.readouterr().err
     assert not (folder.parent / "edge").exists()
     assert quantize(folder, "--bits", "3") == 0
-    assert "weights were there" not in capsys.readouterr().out
+    assert "weights were kept" not in capsys.readouterr().out
     assert sorted(p.name for p in folder.parent.iterdir()) == ["edge", "model"]
 
 
@@ -115,7 +115,7 @@ def test_a_killed_run_is_gone_on_with(
 
     monkeypatch.setattr(WeightFile, "add", record)
     assert quantize(folder) == 0
-    assert f"{WRITTEN} weights were there" in capsys.readouterr().out
+    assert f"{WRITTEN} weights were kept" in capsys.readouterr().out
     assert sorted(p.name for p in folder.parent.iterdir()) == ["edge", "model"]
     gone_on, count = contents(edge), len(made)
     assert quantize(folder, "--overwrite") == 0

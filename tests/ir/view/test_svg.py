@@ -158,5 +158,5 @@ def test_the_command_line_writes_every_form(
     qc.export_model(qc.fold_adapters(source), tmp_path / "model.onnx")
     again = ["--dot", str(tmp_path / "other.dot")]
     assert main(["inspect", str(tmp_path / "model.onnx"), *again]) == 2
-    assert "opens in Netron as it is" in capsys.readouterr().err
+    assert "can be opened in Netron directly" in capsys.readouterr().err
     assert not (tmp_path / "other.dot").exists()

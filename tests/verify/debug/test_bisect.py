@@ -167,7 +167,7 @@ def test_the_command_line_finds_a_faulty_pass_and_writes_what_shows_it(
     source.save(tmp_path / "program")
     words = ["bisect", str(tmp_path / "program"), "--target", "ort-stock"]
     assert main(words) == 0
-    assert "every pass keeps" in capsys.readouterr().out
+    assert "every pass preserves" in capsys.readouterr().out
 
     monkeypatch.setattr(FoldAdapters, "call", forget_the_tail)
     assert main([*words, "--out", str(tmp_path / "found"), "--json"]) == 1
@@ -197,7 +197,7 @@ def test_the_command_line_takes_models_and_pipelines(capsys: pytest.CaptureFixtu
     for target in ("gguf", "float", "no-such-target"):
         assert main([*words[:2], "--target", target]) == 2
         shown = capsys.readouterr().err
-        assert f"no pass is run for the target {target}" in shown and "ort-stock" in shown
+        assert f"no passes run for the target {target}" in shown and "ort-stock" in shown
 
 
 def factory() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...], dict[str, Any]]:
