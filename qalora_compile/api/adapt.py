@@ -178,7 +178,7 @@ def _stored(spec: AdaptSpec, source: Source) -> CheckpointCodes | None:
     if spec.plain != MERGE or codes is None:
         return codes
     say(
-        f"note: the {len(codes)} quantized tensors of {source.reference} are quantized anew, since "
+        f"note: the {len(codes)} quantized tensors of {source.reference} are requantized, since "
         "--plain merge changes their weights"
     )
     return None

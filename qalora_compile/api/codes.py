@@ -103,8 +103,8 @@ def stored_codes(codes: CodesSpec, source: Source) -> CheckpointCodes | None:
         return None
     if codes.chooses:
         say(
-            f"note: the {len(stored)} quantized tensors of {source.reference} are quantized anew, "
-            "as asked; without --bits, --group-size and --method they keep their codes"
+            f"note: the {len(stored)} quantized tensors of {source.reference} are requantized; "
+            "without --bits, --group-size and --method they keep their codes"
         )
         return None
     return stored

@@ -39,7 +39,7 @@ class EdgeSpec:
         out: The folder to write.
         target: How the model is exported.
         no_kv_cache: Write a language model without its key-value cache.
-        last_logits: Output the logits of the last token alone.
+        last_logits: Output the logits of the last token only.
         with_library: The operator library to copy into the folder: a file, "" for this machine's,
             or None for none.
         pooling, normalize: How the graph pools an encoder's tokens to one vector; None: not at all.

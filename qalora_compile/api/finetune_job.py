@@ -248,7 +248,7 @@ def _write_run(
     *,
     overwrite: bool,
 ) -> None:
-    """Write a RUN folder as it is before the first step."""
+    """Write the RUN folder in its state before the first step."""
     with atomic_folder(out, overwrite=overwrite) as folder:
         write_program(program, folder)
         save_tokenizer(source.tokenizer, folder)

@@ -88,7 +88,7 @@ def chosen_pooling(asked: str | None, normalize: bool, folder: Path) -> Pooling:
         if normalize:
             raise UserInputError(
                 "--normalize has no effect without --pooling",
-                hint="add --pooling mean or --pooling cls",
+                hint="give quantize or export --pooling mean or --pooling cls too",
             )
         return known
     if known.pooling is not None and (asked, normalize) != (known.pooling, known.normalize):

@@ -111,7 +111,7 @@ def _coding(
         if spec.bits == AUTO:
             raise UserInputError(
                 "bits 'auto' chooses new codes, but the weights keep those of their checkpoint",
-                hint="leave out stored to quantize all weights anew",
+                hint="leave out stored to requantize all weights",
             )
         kept = reuse_codes(annotated, stored)
         quantize = dataclasses.replace(quantize, stored=kept.weights)

@@ -18,7 +18,7 @@ SUMMARY = (
 )
 EXAMPLES = """examples:
   qalora-compile bench edge                      merged: operator library and stock kernels
-    qalora-compile bench edge --run run            also with adapters unmerged, and in float32
+  qalora-compile bench edge --run run            also with adapters unmerged, and in float32
   qalora-compile bench edge --prompts 16 --decode 16 --rounds 3
 
 All forms alternate in one process; the memory of each is measured in a separate process.

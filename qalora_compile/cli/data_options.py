@@ -20,7 +20,7 @@ FORMS = """data, as JSON lines (or .json, .csv, .parquet, .jsonl.gz, a folder, a
   {"text": "…"}                                  loss on every token
   {"input_ids": [1, 2, 3]}                       for models without a tokenizer
   {"text": "…", "label": "…"}                    classification, for encoders
-other names of fields: --map prompt=question,completion=answer
+other field names: --map prompt=question,completion=answer
 """
 
 

@@ -96,7 +96,7 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fusion",
         choices=FUSIONS,
-        help="operators of norms, rotary embeddings and attention; with a cache: standard",
+        help="operators of norms, rotary embeddings, attention; default with a cache: standard",
     )
     parser.add_argument(
         "--float-type",
@@ -104,7 +104,9 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of unquantized matrices in target gguf; default: the smallest exact one",
     )
     parser.add_argument(
-        "--last-logits", action="store_true", help="output the last token's logits only; with cache"
+        "--last-logits",
+        action="store_true",
+        help="output only the last token's logits (with cache)",
     )
     parser.add_argument(
         "--with-library",
@@ -220,7 +222,7 @@ def _show_checkpoint(report: ExportReport, source: Path, seconds: float) -> None
     odd = [row for row in report.stored if row.remark]
     if odd:
         print_table(
-            f"stored otherwise than the plan says: {len(odd)}",
+            f"stored in another form than planned: {len(odd)}",
             ("tensor", "form", "why"),
             [(row.name, row.form, row.remark) for row in odd[:_SHOWN]],
         )

@@ -42,7 +42,7 @@ EXAMPLES = (
   qalora-compile finetune ./SmolLM2 --data train.jsonl --eval-data test.jsonl --out run \\
     --eval-every 20 --patience 3 --report-to tensorboard
   torchrun --nproc-per-node 2 -m qalora_compile finetune ./SmolLM2 --data train.jsonl --out run
-  qalora-compile finetune ./MiniLM --data reviews.jsonl --out run             labels: a new head
+  qalora-compile finetune ./MiniLM --data reviews.jsonl --out run             classification
   qalora-compile finetune ./SmolLM2 --data qa.csv --map prompt=question,completion=answer --out run
   qalora-compile finetune ./SmolLM2 --data 'chats/*.jsonl' --out run --batches packed
 

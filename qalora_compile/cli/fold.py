@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> int:
         {
             "layers folded": len(result.program.plan.to_quantize()),
             "largest difference, program and folded": f"{report.max_abs:.3g}",
-            "as a part of the output scale": f"{max(c.max_rel for c in report.outputs):.3g}",
-            "times what rounding alone does": f"{worst_of(report.outputs).rounding or 0:.3g}",
+            "as a fraction of the output scale": f"{max(c.max_rel for c in report.outputs):.3g}",
+            "as a multiple of its rounding error": f"{worst_of(report.outputs).rounding or 0:.3g}",
             "written": str(spec.out),
             "next": f"qalora-compile export {spec.out} --out EDGE",
         },

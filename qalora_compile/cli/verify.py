@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--library", action="store_true", help="run exported models with the operator library only"
     )
     parser.add_argument(
-        "--prove", action="store_true", help="compare every coefficient and the graph around them"
+        "--prove", action="store_true", help="prove equality from all coefficients and the graph"
     )
     parser.add_argument(
         "--certificate", metavar="FILE", help="write a certificate; without A and B, check FILE"

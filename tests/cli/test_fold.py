@@ -34,7 +34,7 @@ def test_a_right_training_of_a_badly_conditioned_model_is_folded(
     (output,) = read_run_file(tmp_path / "folded")["verified"]["fold"]["outputs"]
     assert output["max_rel"] > 1e-4  # a fixed figure would have refused it
     assert 0 < output["rounding"] < 8
-    assert "times what rounding alone does" in capsys.readouterr().out
+    assert "as a multiple of its rounding error" in capsys.readouterr().out
 
 
 def test_a_wrong_fold_is_refused_and_kept_aside(
