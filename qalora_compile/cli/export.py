@@ -104,9 +104,7 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of unquantized matrices in target gguf; default: the smallest exact one",
     )
     parser.add_argument(
-        "--last-logits",
-        action="store_true",
-        help="output only the last token's logits (with cache)",
+        "--last-logits", action="store_true", help="output the last token's logits only; with cache"
     )
     parser.add_argument(
         "--with-library",

@@ -118,7 +118,7 @@ def test_quantize_anew_where_bits_are_asked_for(tmp_path: Path, capsys: Capture)
     folder, edge = tmp_path / "gptq", tmp_path / "edge"
     write_folder(folder, gptq_layer([], 3), gptq_config(3))
     assert main(["quantize", str(folder), "--out", str(edge), "--bits", "4"]) == 0
-    assert "are requantized" in capsys.readouterr().err
+    assert "requantized" in capsys.readouterr().err
     record = json.loads((edge / "qalora.json").read_text("utf-8"))
     assert record["layers"]["by_width"] == {"4 bits": 14}
 
