@@ -170,7 +170,7 @@ def test_an_interrupt_saves_where_it_is_and_resume_goes_on(
         (["--rank", "8"], "started with --rank 4, not 8"),
         (["--exclude", "lm_head"], "started with --exclude none, not lm_head"),
         (["--seq-len", "64"], "started with --seq-len 512, not 64"),
-        (["--data", "{other}"], "the contents of --data are not those"),
+        (["--data", "{other}"], "the contents of --data have changed since"),
         (["{other_model}"], "started with model"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
