@@ -12,7 +12,7 @@ from torch import nn
 
 from qalora_compile.api.codes import CodesSpec, stored_codes
 from qalora_compile.api.pooling import keep_pooling
-from qalora_compile.api.run_folder import MODEL, save_description, save_tokenizer, write_run_file
+from qalora_compile.api.run_folder import MODEL, write_run
 from qalora_compile.api.steps import quantize_groups
 from qalora_compile.capture.load_source import Source, load_source
 from qalora_compile.capture.peft_adapters import (
@@ -26,11 +26,9 @@ from qalora_compile.config import QuantSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, reserve
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes
-from qalora_compile.ir.end_tokens import ends_to_json
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.lora_update import LowRankUpdate
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.storage import write_program
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.canonicalize.canonical_passes import canonical_passes
 from qalora_compile.passes.framework.pipeline import Pipeline
@@ -160,16 +158,8 @@ def _write(
         "step": 0,
     }
     with atomic_folder(spec.out, overwrite=spec.overwrite) as folder:
-        write_program(program, folder)
-        save_tokenizer(source.tokenizer, folder)
-        ends = save_description(
-            source.model,
-            folder,
-            Path(source.reference) if source.kind == "gguf" else None,
-            tokenizer=source.tokenizer,
-        )
+        write_run(folder, program, source, record)
         keep_pooling(Path(spec.model), folder / MODEL)
-        write_run_file(folder, record | {"ends": ends_to_json(ends)})
 
 
 def _stored(spec: AdaptSpec, source: Source) -> CheckpointCodes | None:

@@ -27,18 +27,16 @@ from qalora_compile.api.run_folder import (
     CHECKPOINTS,
     TOKENIZER,
     read_run_file,
-    save_description,
-    save_tokenizer,
+    write_run,
     write_run_file,
 )
 from qalora_compile.api.steps import insert_adapters, quantize_groups
 from qalora_compile.capture.load_source import Source
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder
-from qalora_compile.ir.end_tokens import ends_to_json
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.storage import replace_adapters, write_program
+from qalora_compile.ir.storage import replace_adapters
 from qalora_compile.progress import say
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
 from qalora_compile.training.calibration import calibration_calls
@@ -235,31 +233,9 @@ def _start(spec: FinetuneSpec) -> _Begun:
         "step": 0,
     } | codes.embedding_record()
     taught = [] if classes else taught_ends(data, source.tokenizer)
-    _write_run(spec.out, program, source, record, taught, overwrite=spec.overwrite)
+    with atomic_folder(spec.out, overwrite=spec.overwrite) as folder:
+        write_run(folder, program, source, record, taught=taught)
     return _Begun(program, trained, data, batches, held_out, tuple(reports))
-
-
-def _write_run(
-    out: Path,
-    program: Program,
-    source: Source,
-    record: dict[str, Any],
-    taught: list[int],
-    *,
-    overwrite: bool,
-) -> None:
-    """Write the RUN folder in its state before the first step."""
-    with atomic_folder(out, overwrite=overwrite) as folder:
-        write_program(program, folder)
-        save_tokenizer(source.tokenizer, folder)
-        ends = save_description(
-            source.model,
-            folder,
-            Path(source.reference) if source.kind == "gguf" else None,
-            tokenizer=source.tokenizer,
-            taught=taught,
-        )
-        write_run_file(folder, record | {"ends": ends_to_json(ends)})
 
 
 def open_job(spec: FinetuneSpec, processes: Processes) -> Job:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from qalora_compile.capture.describe_model import (
     METADATA_FILE,
     model_config,
 )
+from qalora_compile.capture.load_source import Source
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.checkpoints.gguf.metadata import write_metadata_file
 from qalora_compile.files import write_json
-from qalora_compile.ir.end_tokens import Ends, end_tokens, with_ends
+from qalora_compile.ir.end_tokens import Ends, end_tokens, ends_to_json, with_ends
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.storage import write_program
 from qalora_compile.sealed import read_sealed, write_sealed
 from qalora_compile.untrusted import check_folder, quoted, read_object
 
@@ -103,6 +105,25 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write the tokenizer's files, if there is a tokenizer."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / TOKENIZER)
+
+
+def write_run(
+    folder: Path,
+    program: Program,
+    source: Source,
+    record: Mapping[str, Any],
+    *,
+    taught: Sequence[int] = (),
+) -> None:
+    """Write a RUN folder: the program, what its source has besides weights, and the record.
+
+    `taught` are the end tokens that the training data teach.
+    """
+    write_program(program, folder)
+    save_tokenizer(source.tokenizer, folder)
+    gguf = Path(source.reference) if source.kind == "gguf" else None
+    ends = save_description(source.model, folder, gguf, tokenizer=source.tokenizer, taught=taught)
+    write_run_file(folder, {**record, "ends": ends_to_json(ends)})
 
 
 def save_description(

@@ -180,7 +180,7 @@ def _owners(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, 
     ]
 
 
-def _conv1d() -> type | None:
+def _conv1d() -> type[nn.Module] | None:
     """GPT-2's transposed linear layer, if its library is imported."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
 
@@ -192,9 +192,9 @@ def _is_flipped(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module, name: str, readings: dict[str, Geometry]) -> bool:
     """Whether a module is exactly a linear layer that reads the complete weight."""
-    plain = type(module).forward is nn.Linear.forward or (
-        _is_flipped(module) and type(module).forward is _conv1d().forward  # type: ignore[union-attr]
-    )
+    conv1d = _conv1d() if _is_flipped(module) else None
+    forwards = [nn.Linear.forward, *([] if conv1d is None else [conv1d.forward])]
+    plain = type(module).forward in forwards
     own = "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
     if not plain or own or name != "weight" or len(readings) != 1:
         return False

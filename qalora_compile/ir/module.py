@@ -20,7 +20,7 @@ from qalora_compile.ir.torch_internals import (
 
 _ATEN = torch.ops.aten
 _DROPOUT_P = "qalora_dropout_p"
-_MODE_ARGUMENT = {
+_MODE_ARGUMENT: dict[object, str] = {
     _ATEN.dropout.default: "train",
     _ATEN.dropout_.default: "train",
     _ATEN.feature_dropout.default: "train",
@@ -126,11 +126,11 @@ def erase_unread(nodes: Iterable[fx.Node]) -> None:
             node.graph.erase_node(node)
 
 
-def program_tensors(module: nn.Module) -> dict[str, Tensor]:
+def program_tensors(module: fx.GraphModule) -> dict[str, Tensor]:
     """Every tensor that the graph of `module` reads, by name, in graph order."""
     found: dict[str, Tensor] = {}
     owners = dict(module.named_modules(remove_duplicate=False))
-    for node in module.graph.nodes:  # type: ignore[union-attr]
+    for node in module.graph.nodes:
         if node.op == "get_attr":
             owner, _, leaf = str(node.target).rpartition(".")
             value = getattr(owners.get(owner), leaf, None)
@@ -150,7 +150,7 @@ def _set_mode(node: fx.Node, training: bool) -> bool:
         return False
     if node.target is _SDPA:
         return _set_sdpa(node, training)
-    name = _MODE_ARGUMENT.get(node.target)  # type: ignore[call-overload]
+    name = _MODE_ARGUMENT.get(node.target)
     if name is None or argument(node, name) == training:
         return False
     set_argument(node, name, training)

@@ -19,7 +19,12 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from qalora_compile.ir.affine import expand_groups, sum_groups
-from qalora_compile.ir.ops.linear import NAMESPACE, input_grad_on_codes, linear_on_codes
+from qalora_compile.ir.ops.linear import (
+    NAMESPACE,
+    input_grad_fake,
+    input_grad_on_codes,
+    linear_on_codes,
+)
 from qalora_compile.ir.ops.views import OperatorView, view_of
 
 
@@ -119,9 +124,7 @@ def adapted_linear_input_grad(
     return input_grad_on_codes(grad, qweight, scale, folded, bits, group_size, k)
 
 
-@adapted_linear_input_grad.register_fake
-def _adapted_linear_input_grad_fake(grad: Tensor, *operands: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], operands[-1])
+adapted_linear_input_grad.register_fake(input_grad_fake)
 
 
 def _adapted_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -20,7 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qalora_compile.ir.ops.linear import NAMESPACE, dequantize_like, matmul_nbits_weight
+from qalora_compile.ir.ops.linear import (
+    NAMESPACE,
+    dequantize_like,
+    input_grad_fake,
+    matmul_nbits_weight,
+)
 from qalora_compile.ir.ops.views import OperatorView, view_of
 
 
@@ -129,18 +134,7 @@ def expert_linear_input_grad(
     return by_expert(grad, group_offsets, qweight.shape[0], k, compute)
 
 
-@expert_linear_input_grad.register_fake
-def _expert_linear_input_grad_fake(
-    grad: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    group_offsets: Tensor | None,
-    bits: int,
-    group_size: int,
-    k: int,
-) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], k)
+expert_linear_input_grad.register_fake(input_grad_fake)
 
 
 def _expert_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

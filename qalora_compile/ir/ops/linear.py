@@ -159,16 +159,9 @@ def group_linear_input_grad(
 
 
 @group_linear_input_grad.register_fake
-def _group_linear_input_grad_fake(
-    grad: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    bits: int,
-    group_size: int,
-    k: int,
-) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], k)
+def input_grad_fake(grad: Tensor, *operands: Any) -> Tensor:
+    """The gradient by x of a layer, `[.., N]` to `[.., K]`; the last operand is K."""
+    return grad.new_empty(*grad.shape[:-1], operands[-1])
 
 
 def _group_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

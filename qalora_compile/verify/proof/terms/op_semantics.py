@@ -218,11 +218,14 @@ def _matmul(m: Semantics, node: Node) -> Term:
 
 
 def _fx_linear(m: Semantics, node: Node) -> Term | None:
-    weight = _transposed(m, node["weight"])
+    return _affine(m, node, _transposed(m, node["weight"]), node.get("bias"))
+
+
+def _affine(m: Semantics, node: Node, weight: Term | None, bias: Any) -> Term | None:
+    """The first operand times a weight, plus a bias where there is one."""
     if weight is None:
         return None
     product = term("matmul", [_first(m, node), weight], line=m.line(node))
-    bias = node.get("bias")
     return product if bias is None else m.algebra.sum([product, m.of(bias)], m.line(node))
 
 
@@ -240,11 +243,7 @@ def _gemm(m: Semantics, node: Node) -> Term | None:
         return None
     transposed = node.options.get("transB", 0)
     weight = _transposed(m, node["B"]) if transposed else m.of(node["B"])
-    if weight is None:
-        return None
-    product = term("matmul", [_first(m, node), weight], line=m.line(node))
-    bias = node.get("C")
-    return product if bias is None else m.algebra.sum([product, m.of(bias)], m.line(node))
+    return _affine(m, node, weight, node.get("C"))
 
 
 def _transpose(m: Semantics, node: Node) -> Term | None:

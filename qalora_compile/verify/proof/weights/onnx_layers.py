@@ -83,6 +83,19 @@ def _as_stored(linear: Linear, stated: Linear) -> Linear:
     return dataclasses.replace(linear, rows=rows)
 
 
+def _check_sizes(node: Node, packed: StoredTensor, k: int, group_size: int, bits: int) -> None:
+    """Compare the sizes that a kernel's attributes state with those of its codes `[N, L, bytes]`.
+
+    Raises:
+        NotLinearError: they differ.
+    """
+    sizes, held = (int(node.options["K"]), int(node.options["N"])), (k, packed.shape[0])
+    if sizes != held:
+        raise NotLinearError(f"attributes K, N are {sizes}, not {held}")
+    if packed.shape[2] * 8 != group_size * bits:
+        raise NotLinearError(f"{packed.shape[2]} bytes hold no {group_size} codes of {bits} bits")
+
+
 def _output(graph: Graph, site: SiteRow) -> Ref:
     value = graph.site_values.get(site.name, "")
     if value not in graph.nodes:
@@ -323,15 +336,7 @@ class _Reader:
             raise NotLinearError(f"the columns are permuted: {node.line}")
         bits, block_size = int(node.options.get("bits", 4)), int(node.options["block_size"])
         reading = self.reading(node["A"])
-        sizes = int(node.options["K"]), int(node.options["N"])
-        if sizes != (reading.width, packed.shape[0]):
-            raise NotLinearError(
-                f"attributes K, N are {sizes}, not {(reading.width, packed.shape[0])}"
-            )
-        if packed.shape[2] * 8 != block_size * bits:
-            raise NotLinearError(
-                f"{packed.shape[2]} bytes hold no {block_size} codes of {bits} bits"
-            )
+        _check_sizes(node, packed, reading.width, block_size, bits)
         part = dequantize.nbits(reading, packed, scale, zero, bits, block_size)
         notes = activations(node.options.get("accuracy_level", 0) == 4)
         linear = applied(reading, packed.shape[0], part, notes=notes)
@@ -341,15 +346,7 @@ class _Reader:
         packed, scale, zero = (self._stored(node[n]) for n in ("codes", "scale", "zero_point"))
         bits, group_size = int(node.options["bits"]), int(node.options["group_size"])
         reading = self.reading(node["x"])
-        sizes = int(node.options["K"]), int(node.options["N"])
-        if sizes != (reading.width, packed.shape[0]):
-            raise NotLinearError(
-                f"attributes K, N are {sizes}, not {(reading.width, packed.shape[0])}"
-            )
-        if packed.shape[2] * 8 != group_size * bits:
-            raise NotLinearError(
-                f"{packed.shape[2]} bytes hold no {group_size} codes of {bits} bits"
-            )
+        _check_sizes(node, packed, reading.width, group_size, bits)
         part = dequantize.group_quant(packed, scale, zero, bits, group_size)
         notes = activations(node.options.get("compute") == "int8")
         return applied(reading, packed.shape[0], part, notes=notes)
