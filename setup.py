@@ -32,6 +32,7 @@ AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx51
 # One file a level, as in native/CMakeLists.txt; the other machine's files compile to nothing.
 LEVEL_FLAGS = {
     "avx2.cc": AVX2 if X86 else (),
+    "avxvnni.cc": (*AVX2, "-mavxvnni") if X86 else (),
     "avx512.cc": AVX512 if X86 else (),
     "neon.cc": ("-march=armv8.2-a+dotprod",) if ARM64 and sys.platform != "darwin" else (),
 }
@@ -45,6 +46,18 @@ def find_compiler() -> list[str] | None:
     return next(
         ([path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None
     )
+
+
+def level_flags(compiler: list[str], name: str) -> tuple[str, ...]:
+    """The flags of one file; none where the compiler is older than the instructions.
+
+    The file then compiles to a level that is not there. Only AVX-VNNI is young enough for that.
+    """
+    flags = LEVEL_FLAGS.get(name, ())
+    if name != "avxvnni.cc" or not flags:
+        return flags
+    probe = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return flags if subprocess.run(probe, capture_output=True).returncode == 0 else ()
 
 
 def version() -> str:
@@ -105,7 +118,7 @@ class BuildLibrary(build_ext):
             name = Path(source).name
             out = str(work / f"{name}.o")
             define = f'-DQALORA_VERSION="{version()}"'
-            flags = (*FLAGS, define, *LEVEL_FLAGS.get(name, ()))
+            flags = (*FLAGS, define, *level_flags(compiler, name))
             subprocess.run([*compiler, *flags, "-c", source, "-o", out], check=True)
             return out
 

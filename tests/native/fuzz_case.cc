@@ -40,7 +40,7 @@ void DrawLayer(Rng* rng, FuzzCase* c) {
   c->n = rng->Between(1, 20);
   c->bits = rng->Pick(bits);
   c->group = rng->Pick(groups);
-  c->int8 = rng->OneIn(2);
+  c->compute = static_cast<int>(rng->Below(3));
   c->bias = rng->OneIn(2);
   c->x = rng->OneIn(2) ? kFloat : kHalf;
   c->parameter = rng->OneIn(2) ? kFloat : kHalf;
@@ -56,7 +56,8 @@ void DrawLayer(Rng* rng, FuzzCase* c) {
                         {"bits", Integer(c->bits)},
                         {"group_size", Integer(c->group)},
                         {"stock_bits", Integer(INT64_MIN)}};  // others are ignored
-  if (c->int8 || rng->OneIn(2)) c->node.attributes["compute"] = Text(c->int8 ? "int8" : "fp32");
+  const char* const computes[] = {"fp32", "int16", "int8"};
+  if (c->compute || rng->OneIn(2)) c->node.attributes["compute"] = Text(computes[c->compute]);
 }
 
 // The five inputs of the layer.

@@ -17,7 +17,8 @@ enum class Verdict { kLegal, kEither, kWrong };
 struct FuzzCase {
   // A legal layer, which damages then contradict.
   int64_t k = 1, n = 1, bits = 4, group = 16;
-  bool int8 = false, bias = false;
+  int compute = 0;  // "fp32", "int16" or "int8"
+  bool bias = false;
   qalora::ort::ElementType x = qalora::ort::kFloat, parameter = qalora::ort::kFloat;
   std::vector<int64_t> leading;  // dimensions of x before the last
 

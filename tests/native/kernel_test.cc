@@ -163,11 +163,11 @@ bool RunCase(const Spec& spec, std::vector<Level>* levels) {
 constexpr int kBits[] = {2, 3, 4, 8};
 constexpr int64_t kLarger = 0;  // stands for a group larger than K
 constexpr int64_t kGroups[] = {16, 32, 48, 64, 128, 256, kLarger};
-// Around steps of 16 to 256 codes, tiles of 1024, and tails of one code to a whole group.
+// Around steps of 16 to 256 codes, panels of 256 and 1024, and tails of one code to a whole group.
 constexpr int64_t kK[] = {1,   7,   15,  16,  17,  31,  33,  64,   100,  127,
                           128, 250, 257, 512, 515, 769, 960, 1024, 1041, 2101};
-constexpr int64_t kN[] = {1, 2, 3, 4, 5, 7, 33, 64, 65, 130};  // tasks take 64 rows, tiles 4
-constexpr int64_t kM[] = {0, 1, 2, 3, 4, 5, 7, 16, 17, 128, 129};
+constexpr int64_t kN[] = {1, 2, 3, 4, 5, 7, 33, 64, 65, 130};  // tasks take 64 rows, panels up to 32
+constexpr int64_t kM[] = {0, 1, 2, 3, 4, 5, 7, 8, 16, 27, 128, 129};
 
 class Grid {
  public:
@@ -179,14 +179,14 @@ class Grid {
     for (const int bits : kBits) {
       for (const int64_t group : kGroups) {
         for (const int64_t m : kM) {
-          for (int types = 0; types < 16; ++types) {
+          for (int types = 0; types < 24; ++types) {
             Spec spec;
             spec.bits = bits;
             spec.m = m;
-            spec.int8 = types & 1;
-            spec.half_x = types & 2;
-            spec.half_parameters = types & 4;
-            spec.bias = types & 8;
+            spec.digits = 1 + types / 8;
+            spec.half_x = types & 1;
+            spec.half_parameters = types & 2;
+            spec.bias = types & 4;
             spec.k = rng_.Pick(kK);
             spec.n = m > 100 && !rng_.OneIn(8) ? rng_.Between(1, 9) : rng_.Pick(kN);
             if (!Run(spec, group)) return false;
@@ -207,8 +207,8 @@ class Grid {
             spec.bits = bits;
             spec.k = k;
             spec.n = n;
-            spec.m = rng_.OneIn(2) ? 1 : rng_.Between(2, 9);
-            spec.int8 = rng_.OneIn(2);
+            spec.m = rng_.OneIn(2) ? 1 : rng_.Between(2, 27);
+            spec.digits = 1 + static_cast<int>(rng_.Below(3));
             spec.half_x = rng_.OneIn(2);
             spec.half_parameters = rng_.OneIn(2);
             spec.bias = rng_.OneIn(2);
@@ -250,12 +250,12 @@ class Grid {
 
 // A workspace above the size that a thread keeps between calls, and a call after it.
 bool TestLargeWorkspace(std::vector<Level>* levels) {
-  for (const bool int8 : {false, true}) {
+  for (const int digits : {1, 2, 3}) {
     Spec spec;
     spec.m = 129;
     spec.k = 6150;
     spec.n = 3;
-    spec.int8 = int8;
+    spec.digits = digits;
     spec.half_x = true;
     if (!RunCase(spec, levels)) return false;
     spec.m = 1;

@@ -80,15 +80,16 @@ void Spoil(const Spec& spec, Rng* rng, Data* data) {
   data->skip_column[column] = true;
 }
 
-// One row of x as compute = "int8" sees it, by the rules in prepare_template.h: blocks of 32, or 16
-// where the group size is no multiple of 32; scale = largest / 127 and code = x * (127 / largest),
-// each operation in float32, to the nearest even. Blocks below 2^-100 are zero.
-void Quantize(const float* x, int64_t k, int64_t block, double* out) {
+// One row of x as one or two digits see it, by the rules in prepare_template.h: blocks of 32, or 16
+// where the group size is no multiple of 32; the largest value becomes 127, or 127 * 128, and values
+// are rounded to the nearest integer, ties to even, each operation in float32. Blocks below 2^-100
+// are zero.
+void Round(const float* x, int64_t k, int64_t block, float most, double* out) {
   for (int64_t begin = 0; begin < k; begin += block) {
     const int64_t end = std::min(begin + block, k);
     float largest = 0.0f;
     for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::fabs(x[i]));
-    const float scale = largest / 127.0f, inverse = 127.0f / largest;
+    const float scale = largest / most, inverse = most / largest;
     for (int64_t i = begin; i < end; ++i) {
       const float scaled = x[i] * inverse;
       out[i] = largest < 0x1p-100f ? 0.0 : std::nearbyint(scaled) * static_cast<double>(scale);
@@ -98,12 +99,32 @@ void Quantize(const float* x, int64_t k, int64_t block, double* out) {
 
 std::vector<double> Activations(const Spec& spec, const Data& data) {
   std::vector<double> x(data.x.begin(), data.x.end());
-  if (!spec.int8) return x;
+  if (spec.digits == 3) return x;
+  const float most = spec.digits == 1 ? 127.0f : 127.0f * 128.0f;
   for (int64_t row = 0; row < spec.m; ++row) {
     if (data.skip_row[row]) continue;
-    Quantize(&data.x[row * spec.k], spec.k, spec.layer().block(), &x[row * spec.k]);
+    Round(&data.x[row * spec.k], spec.k, spec.layer().block(), most, &x[row * spec.k]);
   }
   return x;
+}
+
+// What three digits may lose of each value of a row: 2^-21 of the largest in its block, and blocks
+// below 2^-100 (docs/operators.md states the bound).
+std::vector<double> Lost(const Spec& spec, const Data& data) {
+  std::vector<double> lost(spec.m * spec.k, 0.0);
+  const int64_t block = spec.layer().block();
+  for (int64_t row = 0; spec.digits == 3 && row < spec.m; ++row) {
+    for (int64_t begin = 0; begin < spec.k; begin += block) {
+      const int64_t end = std::min(begin + block, spec.k);
+      double largest = 0.0;
+      for (int64_t i = begin; i < end; ++i) {
+        largest = std::max(largest, std::fabs(static_cast<double>(data.x[row * spec.k + i])));
+      }
+      const double bound = largest < 0x1p-100 ? largest : largest * 0x1p-21;
+      for (int64_t i = begin; i < end; ++i) lost[row * spec.k + i] = bound;
+    }
+  }
+  return lost;
 }
 
 const char* Name(Values values) {
@@ -144,7 +165,8 @@ qalora::Layer Spec::layer() const {
   attributes.n = n;
   attributes.bits = bits;
   attributes.group_size = group;
-  attributes.compute = int8 ? "int8" : "fp32";
+  const char* const computes[] = {"int8", "int16", "fp32"};
+  attributes.compute = computes[digits - 1];
   qalora::Layer layer;
   qalora::Error error;
   if (!qalora::CheckAttributes(attributes, &layer, &error)) std::abort();
@@ -154,7 +176,7 @@ qalora::Layer Spec::layer() const {
 std::string Spec::text() const {
   std::string text = "bits " + std::to_string(bits) + ", group " + std::to_string(group);
   text += ", K " + std::to_string(k) + ", N " + std::to_string(n) + ", M " + std::to_string(m);
-  text += int8 ? ", int8" : ", fp32";
+  text += ", digits " + std::to_string(digits);
   text += half_x ? ", x half" : ", x float";
   text += half_parameters ? ", parameters half" : ", parameters float";
   text += bias ? ", bias" : ", no bias";
@@ -188,7 +210,7 @@ Data MakeData(const Spec& spec) {
 
 Expected Reference(const Spec& spec, const Data& data) {
   const qalora::Layer layer = spec.layer();
-  const std::vector<double> x = Activations(spec, data);
+  const std::vector<double> x = Activations(spec, data), lost = Lost(spec, data);
   Expected expected;
   expected.y.resize(spec.m * spec.n);
   expected.tolerance.resize(spec.m * spec.n);
@@ -203,13 +225,14 @@ Expected Reference(const Spec& spec, const Data& data) {
     }
     const double bias = spec.bias ? data.bias[n] : 0.0;
     for (int64_t m = 0; m < spec.m; ++m) {
-      double sum = bias, sizes = std::fabs(bias);
+      double sum = bias, sizes = std::fabs(bias), rounded = 0.0;
       for (int64_t k = 0; k < spec.k; ++k) {
         sum += x[m * spec.k + k] * weight[k];
         sizes += std::fabs(x[m * spec.k + k]) * size[k];
+        rounded += lost[m * spec.k + k] * std::fabs(weight[k]);
       }
       expected.y[m * spec.n + n] = sum;
-      expected.tolerance[m * spec.n + n] = kUnits * kEpsilon * sizes + kFloor;
+      expected.tolerance[m * spec.n + n] = kUnits * kEpsilon * sizes + rounded + kFloor;
     }
   }
   return expected;

@@ -18,14 +18,15 @@ enum class Values {
   kMixed,      // both, and everything between, in one row
   kFarZero,    // zero-points around 1e4, where codes are at most 255
   kSpread,     // x from 2^-110 to 2^20, and blocks of zeros
-  kTies,       // int8: values that quantization rounds halfway
+  kTies,       // values that rounding to one digit finds halfway
   kNotFinite,  // kPlain with infinities and NaNs in some rows of x and of the weight
 };
 
 struct Spec {
   int bits = 4;
   int64_t group = 32, k = 1, n = 1, m = 1;
-  bool int8 = false, half_x = false, half_parameters = false, bias = false;
+  int digits = 3;  // 3: fp32, 2: int16, 1: int8
+  bool half_x = false, half_parameters = false, bias = false;
   Values values = Values::kPlain;
   uint64_t seed = 1;
 

@@ -12,7 +12,7 @@
 
 #include <immintrin.h>
 
-#include "prepare_template.h"
+#include "kernel_template.h"
 
 namespace qalora {
 namespace {
@@ -20,16 +20,18 @@ namespace {
 struct Avx512 {
   using I = __m512i;
   using F = __m512;
+  using Sum = __m512i;
   using Acc = __m512i;
   static constexpr int kStep = 64;
   static constexpr int kLanes = 16;
-  static constexpr int kTileM = 6;
-  static constexpr int kInt8M = 4;
+  static constexpr int kWide = 2;
+  static constexpr int kTall = 12;
 
   static I Load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I LoadPartial(const uint8_t* p, int64_t count) {
     return _mm512_maskz_loadu_epi8((1ull << count) - 1, p);
   }
+  static void Store(uint8_t* p, I a) { _mm512_store_si512(p, a); }
   static I SetBytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
   static I And(I a, I b) { return _mm512_and_si512(a, b); }
   template <int bits>
@@ -66,13 +68,49 @@ struct Avx512 {
   }
 
   static Acc ZeroAcc() { return _mm512_setzero_si512(); }
-  static Acc Dot(Acc acc, I codes, const int8_t* x) {
-    return _mm512_dpbusd_epi32(acc, codes, _mm512_loadu_si512(x));
+  static I LoadX(const int8_t* x) { return _mm512_loadu_si512(x); }
+  static I BroadcastX(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm512_set1_epi32(four);
   }
-  static F SumAcc(Acc acc) { return _mm512_cvtepi32_ps(acc); }
-  static F DotBytes(I codes, const int8_t* x) { return SumAcc(Dot(ZeroAcc(), codes, x)); }
+  template <int bits>
+  static Acc Seed(Sum total) { return _mm512_slli_epi32(total, 7); }
+  template <int bits>
+  static Acc Dot(Acc acc, I codes, I x) { return _mm512_dpbusd_epi32(acc, codes, x); }
+  template <int bits, bool more>
+  static Sum Settle(Sum, Acc acc) { return acc; }
+  static F ToFloat(Sum total) { return _mm512_cvtepi32_ps(total); }
+
+  static I Bits(F a) { return _mm512_castps_si512(a); }
+  static F Floats(I a) { return _mm512_castsi512_ps(a); }
+  static void Transpose(I (&rows)[16]) {
+    I t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    // rows[4 j + i]: word i of each 128-bit part of the rows 4 j to 4 j + 3.
+    for (int j = 0; j < 16; j += 4) {
+      rows[j] = _mm512_unpacklo_epi64(t[j], t[j + 2]);
+      rows[j + 1] = _mm512_unpackhi_epi64(t[j], t[j + 2]);
+      rows[j + 2] = _mm512_unpacklo_epi64(t[j + 1], t[j + 3]);
+      rows[j + 3] = _mm512_unpackhi_epi64(t[j + 1], t[j + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+      rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+      rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+  }
 
   static F ZeroF() { return _mm512_setzero_ps(); }
+  static F SetF(float value) { return _mm512_set1_ps(value); }
   static F LoadF(const float* p) { return _mm512_loadu_ps(p); }
   static void StoreF(float* p, F a) { _mm512_storeu_ps(p, a); }
   static F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -112,9 +150,9 @@ struct Avx512 {
     const I bits = And(_mm512_castps_si512(LoadF(x)), _mm512_set1_epi32(0x7fffffff));
     return static_cast<uint32_t>(_mm512_reduce_max_epi32(bits));
   }
-  static int32_t Quantize16(const float* x, float inverse, int8_t* out) {
+  static int32_t Round16(const float* x, float inverse, int32_t* out) {
     const I codes = _mm512_cvtps_epi32(Mul(LoadF(x), _mm512_set1_ps(inverse)));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(codes));
+    _mm512_storeu_si512(out, codes);
     return _mm512_reduce_add_epi32(codes);
   }
   static void StoreHalf(uint16_t* to, F a) {

@@ -14,7 +14,7 @@
 namespace qalora {
 namespace {
 
-constexpr int kMaxLevels = 4;
+constexpr int kMaxLevels = 5;
 
 struct Levels {
   const KernelSet* sets[kMaxLevels] = {};
@@ -35,6 +35,7 @@ struct Levels {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         HasHalfConversions()) {
       Add(&kAvx2Kernels);
+      if (AvxVnniKernels() && HasAvxVnni()) Add(AvxVnniKernels());
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
           __builtin_cpu_supports("avx512vnni")) {
@@ -52,6 +53,11 @@ struct Levels {
   static bool HasHalfConversions() {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  }
+  // Bit 4 of EAX, which older compilers have no name for.
+  static bool HasAvxVnni() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
   }
 #endif
 

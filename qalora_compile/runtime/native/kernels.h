@@ -1,5 +1,9 @@
 // The interface between the driver (linear.cc) and the levels (scalar, avx2, avx512, neon).
 //
+// Activations are split into `digits` signed digits of 7 bits: x = s (d1 128^(digits - 1) + ... ), with
+// one scale s for each block. Products of digits with codes are exact integers. With three digits the
+// result is as good as float32's, docs/operators.md gives the bound.
+//
 // A level works in steps: `step_bytes` bytes of the low part of a row of codes, as `lanes` 32-bit
 // lanes. A lane holds codes of one group only, because a group has a multiple of 16 codes. The driver
 // prepares activations once per block of rows in the order in which a step's codes fall out of its
@@ -26,8 +30,12 @@ constexpr int64_t kTaskRows = 64;
 // of the low part (the last of a row may cover fewer, a multiple of 4): for u bytes, bit f * u + i of
 // the unit is the high bit of field f of byte i. So the bits of one field lie together, as a mask.
 constexpr int64_t kUnitBytes = 64;
-// Weights that the fp32 tile holds of each of its four rows: 16 KiB in all, half of a small L1.
-constexpr int64_t kTileCodes = 1024;
+// Rows of x from which weights are unpacked into panels; fewer rows are multiplied straight from the
+// codes.
+constexpr int64_t kPanelRows = 8;
+// Codes of a weight row in one panel: of bytes, and of floats. A panel stays in the L1 or L2 cache.
+constexpr int64_t kBytePanelCodes = 1024;
+constexpr int64_t kFloatPanelCodes = 256;
 // Floats by which per-group buffers are longer than L, so that vector loads stay inside. The slot at
 // L is 0: lanes past the end of a row read it.
 constexpr int64_t kGroupPadding = 32;
@@ -47,7 +55,9 @@ struct Plan {
   int64_t group_floats = 0;  // floats of one per-group buffer, padding included
   int64_t blocks = 0;        // of activations in a row: padded K / Layer::block()
   int64_t block_floats = 0;  // floats of one per-block buffer, padding included
+  int64_t digits = 0;        // as Layer::digits
   int64_t prepared() const { return steps * step_codes; }  // activations of a row, zero-padded
+  int64_t pitch() const { return prepared() * digits; }    // digits of a row
 };
 
 // One block of rows of x against the entire weight.
@@ -63,12 +73,15 @@ struct Job {
   const float* bias = nullptr;  // [N] or null
   int64_t rows = 0;             // of x in this block, 1 to kMaxBlockRows
   const float* x = nullptr;     // [rows, K], as given
-  int8_t* quantized = nullptr;  // int8: [rows, prepared]
-  float* block_scale = nullptr; // int8: [rows, block_floats]
-  float* lane_scale = nullptr;  // int8 and more than one row: [rows, steps, lanes], per lane
-  float* permuted = nullptr;    // fp32: [rows, prepared]
-  float* group_sum = nullptr;   // [rows, group_floats]: sums of (quantized) x in each group
+  int8_t* quantized = nullptr;  // [rows, pitch]: few rows: [steps, digits, planes of a step];
+                                // panels: [blocks, digits, codes of a block in the panel's order]
+  float* block_scale = nullptr; // [rows, block_floats], of the last digit
+  float* lane_scale = nullptr;  // few rows, but more than one: [rows, steps, lanes], per lane
+  float* group_sum = nullptr;   // [rows, group_floats]: sums of the quantized x in each group
   float* y = nullptr;           // [rows, N]
+  bool few() const { return rows < kPanelRows; }
+  // Panels of floats take x as it is.
+  bool float_panels() const { return !few() && plan.digits == 3; }
 };
 
 // One instruction set's kernels. Functions touch no memory but what the job names and `scratch`.
@@ -84,12 +97,13 @@ struct KernelSet {
   void (*narrow)(const float* from, uint16_t* to, int64_t count);
 };
 
-// Floats that `prepare` and `run` need as scratch, 64-byte aligned.
-int64_t ScratchFloats(const Layer& layer, const Plan& plan);
+// Floats that `prepare` and `run` need as scratch, 64-byte aligned, for `rows` of x.
+int64_t ScratchFloats(const Layer& layer, const Plan& plan, int64_t rows);
 
 extern const KernelSet kScalarKernels;
 #if defined(QALORA_X86)
 extern const KernelSet kAvx2Kernels;
+const KernelSet* AvxVnniKernels();  // null where the compiler does not know the instructions
 extern const KernelSet kAvx512Kernels;
 #endif
 #if defined(QALORA_ARM64)

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kMaxSide = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxGroup = int64_t{1} << 24;
+const char* const kComputes[] = {"fp32", "int16", "int8"};  // of three, two and one digits
 const char* const kNames[kInputs] = {"x", "codes", "scale", "zero_point", "bias"};
 
 #if defined(__GNUC__)
@@ -128,17 +129,21 @@ bool CheckAttributes(const Attributes& attributes, Layer* layer, Error* error) {
     return Fail(error, "attribute group_size is %lld, expected a multiple of 16, 16 to %lld",
                 static_cast<long long>(group), static_cast<long long>(kMaxGroup));
   }
-  const char* compute = attributes.compute ? attributes.compute : "fp32";
-  const bool int8 = std::strcmp(compute, "int8") == 0;
-  if (!int8 && std::strcmp(compute, "fp32") != 0) {
-    return Fail(error, "attribute compute is \"%.40s\", expected \"fp32\" or \"int8\"", compute);
+  const char* compute = attributes.compute ? attributes.compute : kComputes[0];
+  int digits = 0;
+  for (int i = 0; i < 3; ++i) {
+    if (std::strcmp(compute, kComputes[i]) == 0) digits = 3 - i;
+  }
+  if (!digits) {
+    return Fail(error, "attribute compute is \"%.40s\", expected \"fp32\", \"int16\" or \"int8\"",
+                compute);
   }
   layer->k = attributes.k;
   layer->n = attributes.n;
   layer->groups = (attributes.k + group - 1) / group;
   layer->group_size = group;
   layer->bits = static_cast<int>(bits);
-  layer->int8 = int8;
+  layer->digits = digits;
   return true;
 }
 

@@ -45,7 +45,9 @@ struct Layer {
   int64_t groups = 0;  // L = ceil(K / group_size)
   int64_t group_size = 0;
   int bits = 0;
-  bool int8 = false;  // compute = "int8"
+  // Signed digits of 7 bits that an activation is split into: compute = "fp32" takes 3, "int16" 2,
+  // "int8" 1.
+  int digits = 3;
 
   // Codes of a row, padding of the tail group included.
   int64_t padded_k() const { return groups * group_size; }
@@ -56,7 +58,7 @@ struct Layer {
   int low_bits() const { return bits == 3 ? 2 : bits; }
   // Bytes of that part; the high-bit plane of 3-bit rows starts behind it.
   int64_t low_bytes() const { return padded_k() * low_bits() / 8; }
-  // Activations that share one scale in int8: never across two groups.
+  // Activations that share one scale: never across two groups.
   int64_t block() const { return group_size % 32 == 0 ? 32 : 16; }
 };
 

@@ -83,7 +83,7 @@ void PrepareTask(void* data, size_t index) {
   if (!memory) return;
   const int64_t row = static_cast<int64_t>(index), k = call.job.layer->k;
   if (call.half_x) call.kernels->widen(call.half_x + row * k, call.wide_x + row * k, k);
-  call.kernels->prepare(call.job, row, memory);
+  if (!call.job.float_panels()) call.kernels->prepare(call.job, row, memory);
 }
 
 void RunTask(void* data, size_t index) {
@@ -101,14 +101,13 @@ size_t Lay(void* base, const Tensors& tensors, int64_t rows, Call* call, float**
   Job& job = call->job;
   const Layer& layer = *job.layer;
   const Plan& plan = job.plan;
-  if (layer.int8) {
-    job.quantized = carver.Take<int8_t>(rows * plan.prepared());
-    job.block_scale = carver.Take<float>(rows * plan.block_floats);
-    if (rows > 1) job.lane_scale = carver.Take<float>(rows * plan.steps * plan.lanes);
-  } else {
-    job.permuted = carver.Take<float>(rows * plan.prepared());
-  }
-  job.group_sum = carver.Take<float>(rows * plan.group_floats);
+  // With three digits, panels take x as it is; the last rows of many may still be few.
+  const int64_t few = rows < kPanelRows ? rows : kPanelRows - 1;
+  const int64_t split = plan.digits == 3 ? few : rows;
+  job.quantized = carver.Take<int8_t>(split * plan.pitch());
+  job.block_scale = carver.Take<float>(split * plan.block_floats);
+  job.group_sum = carver.Take<float>(split * plan.group_floats);
+  if (rows > 1) job.lane_scale = carver.Take<float>(few * plan.steps * plan.lanes);
   if (tensors.half_x) {
     call->wide_x = carver.Take<float>(rows * layer.k);
     job.y = carver.Take<float>(rows * layer.n);
@@ -124,7 +123,9 @@ bool ShortOfMemory(Error* error) {
 
 bool RunBlock(Call* call, const Parallel& parallel, Error* error) {
   const size_t tasks = static_cast<size_t>((call->job.layer->n + kTaskRows - 1) / kTaskRows);
-  if (!parallel.run(parallel.context, PrepareTask, static_cast<size_t>(call->job.rows), call) ||
+  const bool prepare = call->half_x || !call->job.float_panels();
+  const size_t rows = prepare ? static_cast<size_t>(call->job.rows) : 0;
+  if ((rows && !parallel.run(parallel.context, PrepareTask, rows, call)) ||
       !parallel.run(parallel.context, RunTask, tasks, call)) {
     std::snprintf(error->text, sizeof error->text, "GroupQuantLinear: the thread pool failed");
     return false;
@@ -138,13 +139,16 @@ bool RunBlock(Call* call, const Parallel& parallel, Error* error) {
 
 }  // namespace
 
-int64_t ScratchFloats(const Layer& layer, const Plan& plan) {
-  // Four rows' scales and products and a tile, or two rows' scales with their blocks' scales.
-  const int64_t tile = 8 * plan.group_floats + (layer.int8 ? 0 : 4 * kTileCodes);
-  const int64_t one = 2 * (plan.group_floats + plan.block_floats);
-  const int64_t run = tile > one ? tile : one;
-  const int64_t prepare = layer.int8 ? plan.prepared() / 4 + 16 : 0;
-  return run > prepare ? run : prepare;
+int64_t ScratchFloats(const Layer& layer, const Plan& plan, int64_t rows) {
+  const int64_t prepare = (plan.prepared() + 64) * static_cast<int64_t>(sizeof(int32_t) / sizeof(float));
+  // Few rows: two rows' scales, each with its products or its blocks' scales.
+  const int64_t few = 4 * plan.group_floats + 2 * plan.block_floats;
+  if (rows < kPanelRows) return few > prepare ? few : prepare;
+  // A task's part of y, a panel, and the scales and products of its columns.
+  const int64_t y = (rows < kMaxBlockRows ? rows : kMaxBlockRows) * kTaskRows;
+  const int64_t columns = RoundUp(layer.n < kTaskRows ? layer.n : kTaskRows, 16);
+  const int64_t many = y + 2 * plan.lanes * kFloatPanelCodes + 2 * columns * plan.group_floats;
+  return many > prepare ? many : prepare;
 }
 
 Linear::~Linear() {
@@ -186,6 +190,7 @@ bool Linear::MakeMaps() const {
 void Linear::Init(const Layer& layer, const KernelSet* kernels) {
   layer_ = layer;
   kernels_ = kernels;
+  plan_.digits = layer.digits;
   plan_.lanes = kernels->lanes;
   plan_.steps = (layer.low_bytes() + kernels->step_bytes - 1) / kernels->step_bytes;
   plan_.step_codes = kernels->step_bytes * 8 / layer.low_bits();
@@ -200,7 +205,7 @@ bool Linear::Run(const Tensors& tensors, int64_t rows, const Parallel& parallel,
   if (!MakeMaps()) return ShortOfMemory(error);
   Call call;
   call.kernels = kernels_;
-  call.scratch_floats = ScratchFloats(layer_, plan_);
+  call.scratch_floats = ScratchFloats(layer_, plan_, rows);
   Job& job = call.job;
   job.layer = &layer_;
   job.plan = plan_;

@@ -6,7 +6,7 @@
 
 #include <arm_neon.h>
 
-#include "prepare_template.h"
+#include "kernel_template.h"
 
 namespace qalora {
 namespace {
@@ -14,11 +14,12 @@ namespace {
 struct Neon {
   using I = uint8x16_t;
   using F = float32x4_t;
+  using Sum = int32x4_t;
   using Acc = int32x4_t;
   static constexpr int kStep = 16;
   static constexpr int kLanes = 4;
-  static constexpr int kTileM = 4;
-  static constexpr int kInt8M = 4;
+  static constexpr int kWide = 2;
+  static constexpr int kTall = 12;
 
   static I Load(const uint8_t* p) { return vld1q_u8(p); }
   static I LoadPartial(const uint8_t* p, int64_t count) {
@@ -26,6 +27,7 @@ struct Neon {
     std::memcpy(bytes, p, count);
     return vld1q_u8(bytes);
   }
+  static void Store(uint8_t* p, I a) { vst1q_u8(p, a); }
   static I SetBytes(int value) { return vdupq_n_u8(static_cast<uint8_t>(value)); }
   static I And(I a, I b) { return vandq_u8(a, b); }
   static I Or(I a, I b) { return vorrq_u8(a, b); }
@@ -56,21 +58,43 @@ struct Neon {
     return Or(codes, And(vtstq_u8(word, vcombine_u8(bit, bit)), SetBytes(4)));
   }
 
-  // Codes below 128 are the same as signed bytes.
   static Acc ZeroAcc() { return vdupq_n_s32(0); }
-  static Acc Dot(Acc acc, I codes, const int8_t* x) {
-    return vdotq_s32(acc, vreinterpretq_s8_u8(codes), vld1q_s8(x));
+  static I LoadX(const int8_t* x) { return vreinterpretq_u8_s8(vld1q_s8(x)); }
+  static I BroadcastX(const int8_t* x) {
+    uint32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return vreinterpretq_u8_u32(vdupq_n_u32(four));
   }
-  static F SumAcc(Acc acc) { return vcvtq_f32_s32(acc); }
-  // q = (q - 128) + 128, and 128 = 64 + 64 as signed bytes: the instruction has no mixed signs.
-  static F DotBytes(I codes, const int8_t* x) {
-    const int8x16_t value = vld1q_s8(x), half = vdupq_n_s8(64);
-    Acc acc = vdotq_s32(ZeroAcc(), vreinterpretq_s8_u8(veorq_u8(codes, SetBytes(0x80))), value);
-    acc = vdotq_s32(acc, half, value);
-    return SumAcc(vdotq_s32(acc, half, value));
+  template <int bits>
+  static Acc Seed(Sum total) { return vshlq_n_s32(total, 7); }
+  // The instruction has no mixed signs. Codes of 8 bits: q = (q - 128) + 128, and 128 = 64 + 64 as
+  // signed bytes.
+  template <int bits>
+  static Acc Dot(Acc acc, I codes, I x) {
+    const int8x16_t value = vreinterpretq_s8_u8(x);
+    if constexpr (bits < 8) return vdotq_s32(acc, vreinterpretq_s8_u8(codes), value);
+    const int8x16_t half = vdupq_n_s8(64);
+    acc = vdotq_s32(acc, vreinterpretq_s8_u8(veorq_u8(codes, SetBytes(0x80))), value);
+    return vdotq_s32(vdotq_s32(acc, half, value), half, value);
+  }
+  template <int bits, bool more>
+  static Sum Settle(Sum, Acc acc) { return acc; }
+  static F ToFloat(Sum total) { return vcvtq_f32_s32(total); }
+  static I Bits(F a) { return vreinterpretq_u8_f32(a); }
+  static F Floats(I a) { return vreinterpretq_f32_u8(a); }
+  static void Transpose(I (&rows)[4]) {
+    const auto word = [&](int i) { return vreinterpretq_u32_u8(rows[i]); };
+    const uint32x4x2_t low = vzipq_u32(word(0), word(2)), high = vzipq_u32(word(1), word(3));
+    const uint32x4x2_t first = vzipq_u32(low.val[0], high.val[0]);
+    const uint32x4x2_t second = vzipq_u32(low.val[1], high.val[1]);
+    rows[0] = vreinterpretq_u8_u32(first.val[0]);
+    rows[1] = vreinterpretq_u8_u32(first.val[1]);
+    rows[2] = vreinterpretq_u8_u32(second.val[0]);
+    rows[3] = vreinterpretq_u8_u32(second.val[1]);
   }
 
   static F ZeroF() { return vdupq_n_f32(0.0f); }
+  static F SetF(float value) { return vdupq_n_f32(value); }
   static F LoadF(const float* p) { return vld1q_f32(p); }
   static void StoreF(float* p, F a) { vst1q_f32(p, a); }
   static F Mul(F a, F b) { return vmulq_f32(a, b); }
@@ -124,12 +148,12 @@ struct Neon {
     }
     return vmaxvq_u32(largest);
   }
-  static int32_t Quantize16(const float* x, float inverse, int8_t* out) {
+  static int32_t Round16(const float* x, float inverse, int32_t* out) {
     int32x4_t codes[4];
-    for (int i = 0; i < 4; ++i) codes[i] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4 * i), inverse));
-    const int16x8_t low = vcombine_s16(vmovn_s32(codes[0]), vmovn_s32(codes[1]));
-    const int16x8_t high = vcombine_s16(vmovn_s32(codes[2]), vmovn_s32(codes[3]));
-    vst1q_s8(out, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+    for (int i = 0; i < 4; ++i) {
+      codes[i] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + 4 * i), inverse));
+      vst1q_s32(out + 4 * i, codes[i]);
+    }
     return vaddvq_s32(vaddq_s32(vaddq_s32(codes[0], codes[1]), vaddq_s32(codes[2], codes[3])));
   }
   static void StoreHalf(uint16_t* to, F a) {

@@ -85,7 +85,8 @@ Status* ReadCompute(const Api* api, const ort::KernelInfo* info, char* out, size
   if (!problem) return nullptr;
   Error error;
   std::snprintf(error.text, sizeof error.text,
-                "GroupQuantLinear: attribute compute %s, expected \"fp32\" or \"int8\"", problem);
+                "GroupQuantLinear: attribute compute %s, expected \"fp32\", \"int16\" or \"int8\"",
+                problem);
   return ToStatus(api, error);
 }
 

@@ -1,12 +1,11 @@
-// Preparing activations, written once over a vector type V as the kernels are.
+// Splitting activations into digits, written once over a vector type V as the kernels are.
 //
-// fp32: x in the order of a step's fields, and its sum in each group. int8: x quantized per block,
-// then in the order of a step's planes, with one scale per lane; the sums are those of the quantized
-// values, so that all of the layer uses the same x.
+// x is rounded per block to multiples of a scale, the integers are split into digits, and these are
+// stored in the order in which the kernels' codes fall out of their vectors.
 #pragma once
 
 #include "half.h"
-#include "kernel_template.h"
+#include "codec_template.h"
 
 namespace qalora {
 namespace {
@@ -21,10 +20,15 @@ inline float FromBits(uint32_t bits) {
   return value;
 }
 
-// Quantize `count` values (16 or 32, zero-padded by the caller) to `out`; returns the sum of the
-// codes and the scale. A block with an infinity or a NaN gets a NaN scale.
-template <class V>
-inline int32_t QuantizeBlock(const float* x, int64_t count, int8_t* out, float* scale) {
+// The largest magnitude of digits put together: the first one is at most 127, and carries from the
+// others do not raise it.
+template <int digits>
+constexpr float kLargest = 127.0f * (1 << 7 * (digits - 1));
+
+// Round `count` values (16 or 32, zero-padded by the caller) to multiples of a scale; returns the sum
+// of the integers. A block with an infinity or a NaN gets a NaN scale.
+template <class V, int digits>
+inline int32_t RoundBlock(const float* x, int64_t count, int32_t* out, float* scale) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; i += 16) {
     const uint32_t bits = V::LargestBits16(x + i);
@@ -33,20 +37,21 @@ inline int32_t QuantizeBlock(const float* x, int64_t count, int8_t* out, float* 
   *scale = 0.0f;
   if (largest < kTinyBits || largest >= kInfinityBits) {
     if (largest >= kInfinityBits) *scale = FromBits(0x7fc00000u);
-    std::memset(out, 0, count);
+    std::memset(out, 0, count * sizeof(int32_t));
     return 0;
   }
   const float magnitude = FromBits(largest);
-  *scale = magnitude / 127.0f;
-  const float inverse = 127.0f / magnitude;
+  *scale = magnitude / kLargest<digits>;
+  const float inverse = kLargest<digits> / magnitude;
   int32_t sum = 0;
-  for (int64_t i = 0; i < count; i += 16) sum += V::Quantize16(x + i, inverse, out + i);
+  for (int64_t i = 0; i < count; i += 16) sum += V::Round16(x + i, inverse, out + i);
   return sum;
 }
 
-// Quantize a row of K values to `codes`, [prepared], and fill the block scales and the group sums.
-template <class V>
-inline void QuantizeRow(const Job& job, int64_t row, int8_t* codes) {
+// Round a row of K values to `codes`, [prepared], and fill the block scales and the group sums, which
+// are those of the rounded values.
+template <class V, int digits>
+inline void RoundRow(const Job& job, int64_t row, int32_t* codes) {
   const Layer& layer = *job.layer;
   const float* x = job.x + row * layer.k;
   float* sum = job.group_sum + row * job.plan.group_floats;
@@ -54,17 +59,22 @@ inline void QuantizeRow(const Job& job, int64_t row, int8_t* codes) {
   const int64_t block = layer.block();
   std::memset(sum, 0, job.plan.group_floats * sizeof(float));
   std::memset(block_scale, 0, job.plan.block_floats * sizeof(float));
-  std::memset(codes, 0, job.plan.prepared());
-  for (int64_t k = 0; k < layer.k; k += block) {
+  std::memset(codes + layer.k, 0, (job.plan.prepared() - layer.k) * sizeof(int32_t));
+  int64_t group = 0, left = layer.group_size;
+  for (int64_t k = 0, b = 0; k < layer.k; k += block, ++b) {
     float padded[32] = {};
     const float* from = x + k;
     if (k + block > layer.k) {
       std::memcpy(padded, from, (layer.k - k) * sizeof(float));
       from = padded;
     }
-    float* scale = block_scale + k / block;
-    const int32_t total = QuantizeBlock<V>(from, block, codes + k, scale);
-    sum[k / layer.group_size] += static_cast<float>(total) * *scale;
+    const int32_t total = RoundBlock<V, digits>(from, block, codes + k, block_scale + b);
+    sum[group] += static_cast<float>(total) * block_scale[b];
+    left -= block;
+    if (!left) {
+      ++group;
+      left = layer.group_size;
+    }
   }
 }
 
@@ -72,7 +82,7 @@ inline void QuantizeRow(const Job& job, int64_t row, int8_t* codes) {
 template <class V, int bits>
 inline void SpreadBlocks(const Job& job, int64_t row) {
   const int64_t lanes = job.plan.steps * V::kLanes;
-  const int64_t per_block = job.layer->block() / (4 * Codec<V, bits>::kPerByte);
+  const int64_t per_block = job.layer->block() / Codec<V, bits>::kLaneFields;
   const float* from = job.block_scale + row * job.plan.block_floats;
   float* to = job.lane_scale + row * lanes;
   const int64_t used = job.plan.blocks * per_block;
@@ -80,72 +90,68 @@ inline void SpreadBlocks(const Job& job, int64_t row) {
   for (int64_t i = used; i < lanes; ++i) to[i] = 0.0f;
 }
 
-template <class V, int bits>
-inline void PrepareInt8(const Job& job, int64_t row, float* scratch) {
-  using C = Codec<V, bits>;
-  int8_t* codes = reinterpret_cast<int8_t*>(scratch);
-  QuantizeRow<V>(job, row, codes);
-  if (job.lane_scale) SpreadBlocks<V, bits>(job, row);
-  int8_t* out = job.quantized + row * job.plan.prepared();
-  for (int64_t step = 0; step < job.plan.steps; ++step) {
-    for (int field = 0; field < C::kPerByte; ++field) {
-      const int8_t* from = codes + step * C::kCodes + field;
-      for (int i = 0; i < V::kStep; ++i) out[i] = from[i * C::kPerByte];
-      out += V::kStep;
-    }
+// Codes of one byte together -> those of each plane together, in runs of `run` bytes.
+template <int run, int per_byte>
+inline void OrderPlanes(const int32_t* from, int32_t* to) {
+  for (int field = 0; field < per_byte; ++field) {
+    for (int i = 0; i < run; ++i) to[field * run + i] = from[i * per_byte + field];
   }
 }
 
-// Sums of x in each group; sixteen partial sums let the compiler use vectors.
-inline void SumGroups(const Job& job, const float* x, float* sum) {
-  const Layer& layer = *job.layer;
-  std::memset(sum, 0, job.plan.group_floats * sizeof(float));
-  for (int64_t g = 0; g < layer.groups; ++g) {
-    const int64_t begin = g * layer.group_size;
-    const int64_t count = layer.k - begin < layer.group_size ? layer.k - begin : layer.group_size;
-    float part[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-      for (int j = 0; j < 16; ++j) part[j] += x[begin + i + j];
+// The signed digits of `count` integers, the last digit in -64 to 63, the first one first.
+template <int digits>
+inline void SplitDigits(int32_t* codes, int64_t count, int8_t* out) {
+  for (int d = digits - 1; d > 0; --d) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t low = ((codes[i] + 64) & 127) - 64;
+      out[d * count + i] = static_cast<int8_t>(low);
+      codes[i] = (codes[i] - low) >> 7;
     }
-    for (int j = 0; i + j < count; ++j) part[j] += x[begin + i + j];
-    for (int width = 8; width; width /= 2) {
-      for (int j = 0; j < width; ++j) part[j] += part[j + width];
-    }
-    sum[g] = part[0];
+  }
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int8_t>(codes[i]);
+}
+
+// For few rows: the planes of each step.
+template <class V, int bits, int digits>
+inline void OrderSteps(const Job& job, const int32_t* codes, int8_t* out) {
+  using C = Codec<V, bits>;
+  int32_t ordered[C::kCodes];
+  for (int64_t step = 0; step < job.plan.steps; ++step) {
+    OrderPlanes<V::kStep, C::kPerByte>(codes + step * C::kCodes, ordered);
+    SplitDigits<digits>(ordered, C::kCodes, out + step * digits * C::kCodes);
   }
 }
 
-template <class V, int bits>
-inline void PrepareFp32(const Job& job, int64_t row) {
+// For panels: the planes of each lane, block by block.
+template <class V, int bits, int digits>
+inline void OrderBlocks(const Job& job, const int32_t* codes, int8_t* out) {
   using C = Codec<V, bits>;
-  const float* x = job.x + row * job.layer->k;
-  float* out = job.permuted + row * job.plan.prepared();
-  SumGroups(job, x, job.group_sum + row * job.plan.group_floats);
-  for (int64_t step = 0; step < job.plan.steps; ++step) {
-    const int64_t base = step * C::kCodes;
-    const int64_t left = job.layer->k - base;
-    float padded[C::kCodes];
-    const float* from = x + base;
-    if (left < C::kCodes) {
-      std::memset(padded, 0, sizeof padded);
-      if (left > 0) std::memcpy(padded, from, left * sizeof(float));
-      from = padded;
+  const int64_t block = job.layer->block();
+  int32_t ordered[32];
+  for (int64_t b = 0; b < job.plan.blocks; ++b) {
+    for (int64_t lane = 0; lane < block; lane += C::kLaneFields) {
+      OrderPlanes<4, C::kPerByte>(codes + b * block + lane, ordered + lane);
     }
-    for (int field = 0; field < C::kLaneFields; ++field) {
-      for (int lane = 0; lane < V::kLanes; ++lane) {
-        *out++ = from[lane * C::kLaneFields + field];
-      }
-    }
+    SplitDigits<digits>(ordered, block, out + b * digits * block);
   }
+}
+
+template <class V, int bits, int digits>
+inline void PrepareDigits(const Job& job, int64_t row, float* scratch) {
+  int32_t* codes = reinterpret_cast<int32_t*>(scratch);
+  RoundRow<V, digits>(job, row, codes);
+  int8_t* out = job.quantized + row * job.plan.pitch();
+  if (!job.few()) return OrderBlocks<V, bits, digits>(job, codes, out);
+  if (job.rows > 1) SpreadBlocks<V, bits>(job, row);
+  OrderSteps<V, bits, digits>(job, codes, out);
 }
 
 template <class V, int bits>
 inline void PrepareBits(const Job& job, int64_t row, float* scratch) {
-  if (job.layer->int8) {
-    PrepareInt8<V, bits>(job, row, scratch);
-  } else {
-    PrepareFp32<V, bits>(job, row);
+  switch (job.plan.digits) {
+    case 1: return PrepareDigits<V, bits, 1>(job, row, scratch);
+    case 2: return PrepareDigits<V, bits, 2>(job, row, scratch);
+    default: return PrepareDigits<V, bits, 3>(job, row, scratch);
   }
 }
 
@@ -173,11 +179,6 @@ void Narrow(const float* from, uint16_t* to, int64_t count) {
   int64_t i = 0;
   for (; i + V::kLanes <= count; i += V::kLanes) V::StoreHalf(to + i, V::LoadF(from + i));
   for (; i < count; ++i) to[i] = FloatToHalf(from[i]);
-}
-
-template <class V>
-constexpr KernelSet MakeKernels(const char* name) {
-  return {name, V::kStep, V::kLanes, Prepare<V>, Run<V>, Widen<V>, Narrow<V>};
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "half.h"
-#include "prepare_template.h"
+#include "kernel_template.h"
 
 namespace qalora {
 namespace {
@@ -24,11 +24,12 @@ struct HighNibbles {
 struct Scalar {
   using I = uint32_t;
   using F = float;
-  using Acc = int32_t;
+  using Sum = uint32_t;  // wraps on its way, fits at the end
+  using Acc = uint32_t;
   static constexpr int kStep = 4;
   static constexpr int kLanes = 1;
-  static constexpr int kTileM = 4;
-  static constexpr int kInt8M = 2;
+  static constexpr int kWide = 1;
+  static constexpr int kTall = 4;
 
   // The code of byte i in bits 8i and up, whatever the machine's byte order.
   static I LoadPartial(const uint8_t* p, int64_t count) {
@@ -37,6 +38,7 @@ struct Scalar {
     return word;
   }
   static I Load(const uint8_t* p) { return LoadPartial(p, 4); }
+  static void Store(uint8_t* p, I a) { for (int i = 0; i < 4; ++i) p[i] = static_cast<uint8_t>(a >> (8 * i)); }
   static I SetBytes(int value) { return static_cast<I>(value) * 0x01010101u; }
   static I And(I a, I b) { return a & b; }
   template <int bits>
@@ -57,14 +59,31 @@ struct Scalar {
   }
 
   static Acc ZeroAcc() { return 0; }
-  static Acc Dot(Acc acc, I codes, const int8_t* x) {
-    for (int i = 0; i < 4; ++i) acc += static_cast<int32_t>(codes >> (8 * i) & 0xff) * x[i];
+  static I LoadX(const int8_t* x) { return Load(reinterpret_cast<const uint8_t*>(x)); }
+  static I BroadcastX(const int8_t* x) { return LoadX(x); }
+  template <int bits>
+  static Acc Dot(Acc acc, I codes, I x) {
+    for (int i = 0; i < 4; ++i) {
+      const int32_t digit = static_cast<int8_t>(x >> (8 * i) & 0xff);
+      acc += static_cast<uint32_t>(static_cast<int32_t>(codes >> (8 * i) & 0xff) * digit);
+    }
     return acc;
   }
-  static F SumAcc(Acc acc) { return static_cast<float>(acc); }
-  static F DotBytes(I codes, const int8_t* x) { return SumAcc(Dot(0, codes, x)); }
+  template <int bits>
+  static Acc Seed(Sum total) { return total << 7; }
+  template <int bits, bool more>
+  static Sum Settle(Sum, Acc acc) { return acc; }
+  static F ToFloat(Sum total) { return static_cast<float>(static_cast<int32_t>(total)); }
+  static I Bits(F a) {
+    I bits;
+    std::memcpy(&bits, &a, sizeof bits);
+    return bits;
+  }
+  static F Floats(I a) { return FromBits(a); }
+  static void Transpose(I (&)[1]) {}
 
   static F ZeroF() { return 0.0f; }
+  static F SetF(float value) { return value; }
   static F LoadF(const float* p) { return *p; }
   static void StoreF(float* p, F a) { *p = a; }
   static F Mul(F a, F b) { return a * b; }
@@ -94,10 +113,10 @@ struct Scalar {
     }
     return largest;
   }
-  static int32_t Quantize16(const float* x, float inverse, int8_t* out) {
+  static int32_t Round16(const float* x, float inverse, int32_t* out) {
     int32_t sum = 0;
     for (int i = 0; i < 16; ++i) {
-      out[i] = static_cast<int8_t>(std::lrint(x[i] * inverse));
+      out[i] = static_cast<int32_t>(std::lrint(x[i] * inverse));
       sum += out[i];
     }
     return sum;
