@@ -80,16 +80,15 @@ void Spoil(const Spec& spec, Rng* rng, Data* data) {
   data->skip_column[column] = true;
 }
 
-// One row of x as one or two digits see it, by the rules in prepare_template.h: blocks of 32, or 16
-// where the group size is no multiple of 32; the largest value becomes 127, or 127 * 128, and values
-// are rounded to the nearest integer, ties to even, each operation in float32. Blocks below 2^-100
-// are zero.
-void Round(const float* x, int64_t k, int64_t block, float most, double* out) {
+// One row of x as one digit sees it, by the rules in prepare_template.h: blocks of 32, or 16 where
+// the group size is no multiple of 32; the largest value becomes 127, and values are rounded to the
+// nearest integer, ties to even, each operation in float32. Blocks below 2^-100 are zero.
+void Round(const float* x, int64_t k, int64_t block, double* out) {
   for (int64_t begin = 0; begin < k; begin += block) {
     const int64_t end = std::min(begin + block, k);
     float largest = 0.0f;
     for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::fabs(x[i]));
-    const float scale = largest / most, inverse = most / largest;
+    const float scale = largest / 127.0f, inverse = 127.0f / largest;
     for (int64_t i = begin; i < end; ++i) {
       const float scaled = x[i] * inverse;
       out[i] = largest < 0x1p-100f ? 0.0 : std::nearbyint(scaled) * static_cast<double>(scale);
@@ -99,28 +98,29 @@ void Round(const float* x, int64_t k, int64_t block, float most, double* out) {
 
 std::vector<double> Activations(const Spec& spec, const Data& data) {
   std::vector<double> x(data.x.begin(), data.x.end());
-  if (spec.digits == 3) return x;
-  const float most = spec.digits == 1 ? 127.0f : 127.0f * 128.0f;
+  if (spec.digits > 1) return x;
   for (int64_t row = 0; row < spec.m; ++row) {
     if (data.skip_row[row]) continue;
-    Round(&data.x[row * spec.k], spec.k, spec.layer().block(), most, &x[row * spec.k]);
+    Round(&data.x[row * spec.k], spec.k, spec.layer().block(), &x[row * spec.k]);
   }
   return x;
 }
 
-// What three digits may lose of each value of a row: 2^-21 of the largest in its block, and blocks
-// below 2^-100 (docs/operators.md states the bound).
+// What two and three digits may lose of each value of a row: a part of the largest in its block, and
+// blocks below 2^-100 (docs/operators.md states the bounds). Kernels may lose less, many rows are
+// multiplied in float32 where that is faster.
 std::vector<double> Lost(const Spec& spec, const Data& data) {
   std::vector<double> lost(spec.m * spec.k, 0.0);
   const int64_t block = spec.layer().block();
-  for (int64_t row = 0; spec.digits == 3 && row < spec.m; ++row) {
+  const double part = spec.digits == 3 ? 0x1p-21 : 1.0 / 32000;
+  for (int64_t row = 0; spec.digits > 1 && row < spec.m; ++row) {
     for (int64_t begin = 0; begin < spec.k; begin += block) {
       const int64_t end = std::min(begin + block, spec.k);
       double largest = 0.0;
       for (int64_t i = begin; i < end; ++i) {
         largest = std::max(largest, std::fabs(static_cast<double>(data.x[row * spec.k + i])));
       }
-      const double bound = largest < 0x1p-100 ? largest : largest * 0x1p-21;
+      const double bound = largest < 0x1p-100 ? largest : largest * part;
       for (int64_t i = begin; i < end; ++i) lost[row * spec.k + i] = bound;
     }
   }

@@ -13,6 +13,7 @@ namespace {
 // 8 * 2 * 15 * 127 < 2^15. Of codes of 8 bits not even one pair does, so each nibble is multiplied for
 // itself, and their sums are 32 bits wide.
 struct Avx2 : Avx2Base {
+  static constexpr int kPanelDigits = 1;
   template <int bits>
   static Acc Seed(Sum total) { return bits < 8 ? ZeroAcc() : _mm256_slli_epi32(total, 7); }
   template <int bits>

@@ -24,6 +24,7 @@ struct Avx512 {
   using Acc = __m512i;
   static constexpr int kStep = 64;
   static constexpr int kLanes = 16;
+  static constexpr int kPanelDigits = 3;
   static constexpr int kWide = 2;
   static constexpr int kTall = 12;
 

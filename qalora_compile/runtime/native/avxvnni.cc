@@ -10,6 +10,7 @@ namespace qalora {
 namespace {
 
 struct AvxVnni : Avx2Base {
+  static constexpr int kPanelDigits = 2;
   template <int bits>
   static Acc Seed(Sum total) { return _mm256_slli_epi32(total, 7); }
   template <int bits>

@@ -1,7 +1,8 @@
 // A level's kernels, over its vector type V; each level's file includes this with its own V.
 //
 // V provides: I (32-bit lanes of codes), F (float lanes), Sum (32-bit integer lanes), Acc (sums on
-// their way, which may be narrower), kStep bytes, kTall rows of x in a panel's tile, kWide
+// their way, which may be narrower), kStep bytes, kTall rows of x in a panel's tile,
+// kPanelDigits (KernelSet::panel_digits), kWide
 // weight rows in a tile of few rows;
 // Load, LoadPartial, Store, SetBytes, And, Shr<n>, Transpose, Bits, Floats; High, AddHigh<f>;
 // Field<width, index>, SmallByte<index>; LoadX, BroadcastX;
@@ -46,7 +47,7 @@ void Run(const Job& job, int64_t begin, int64_t end, float* scratch) {
 
 template <class V>
 constexpr KernelSet MakeKernels(const char* name) {
-  return {name, V::kStep, V::kLanes, Prepare<V>, Run<V>, Widen<V>, Narrow<V>};
+  return {name, V::kStep, V::kLanes, V::kPanelDigits, Prepare<V>, Run<V>, Widen<V>, Narrow<V>};
 }
 
 }  // namespace

@@ -23,7 +23,7 @@
 namespace qalora {
 
 // Rows of x in one block: bounds the workspace, and is how often weights are decoded again.
-constexpr int64_t kMaxBlockRows = 128;
+constexpr int64_t kMaxBlockRows = 256;
 // Rows of weights that one task of the thread pool takes.
 constexpr int64_t kTaskRows = 64;
 // 3-bit rows have 2-bit codes first, then a plane with the high bits. Its unit covers so many bytes
@@ -56,6 +56,7 @@ struct Plan {
   int64_t blocks = 0;        // of activations in a row: padded K / Layer::block()
   int64_t block_floats = 0;  // floats of one per-block buffer, padding included
   int64_t digits = 0;        // as Layer::digits
+  bool float_panels = false;  // many rows are multiplied by panels of floats
   int64_t prepared() const { return steps * step_codes; }  // activations of a row, zero-padded
   int64_t pitch() const { return prepared() * digits; }    // digits of a row
 };
@@ -81,7 +82,7 @@ struct Job {
   float* y = nullptr;           // [rows, N]
   bool few() const { return rows < kPanelRows; }
   // Panels of floats take x as it is.
-  bool float_panels() const { return !few() && plan.digits == 3; }
+  bool float_panels() const { return !few() && plan.float_panels; }
 };
 
 // One instruction set's kernels. Functions touch no memory but what the job names and `scratch`.
@@ -89,6 +90,8 @@ struct KernelSet {
   const char* name;
   int64_t step_bytes;
   int64_t lanes;
+  // The most digits with which many rows are faster than in float32.
+  int panel_digits;
   // Fill the prepared arrays of one row of x.
   void (*prepare)(const Job& job, int64_t row, float* scratch);
   // y[:, begin:end] of the block.

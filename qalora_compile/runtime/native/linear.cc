@@ -101,9 +101,9 @@ size_t Lay(void* base, const Tensors& tensors, int64_t rows, Call* call, float**
   Job& job = call->job;
   const Layer& layer = *job.layer;
   const Plan& plan = job.plan;
-  // With three digits, panels take x as it is; the last rows of many may still be few.
+  // Panels of floats take x as it is; the last rows of many may still be few.
   const int64_t few = rows < kPanelRows ? rows : kPanelRows - 1;
-  const int64_t split = plan.digits == 3 ? few : rows;
+  const int64_t split = plan.float_panels ? few : rows;
   job.quantized = carver.Take<int8_t>(split * plan.pitch());
   job.block_scale = carver.Take<float>(split * plan.block_floats);
   job.group_sum = carver.Take<float>(split * plan.group_floats);
@@ -191,6 +191,9 @@ void Linear::Init(const Layer& layer, const KernelSet* kernels) {
   layer_ = layer;
   kernels_ = kernels;
   plan_.digits = layer.digits;
+  // A block's sum of three digits and codes of 8 bits does not fit 32 bits.
+  const bool fits = layer.digits < 3 || layer.bits < 8;
+  plan_.float_panels = layer.digits > kernels->panel_digits || !fits;
   plan_.lanes = kernels->lanes;
   plan_.steps = (layer.low_bytes() + kernels->step_bytes - 1) / kernels->step_bytes;
   plan_.step_codes = kernels->step_bytes * 8 / layer.low_bits();

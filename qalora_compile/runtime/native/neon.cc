@@ -18,6 +18,7 @@ struct Neon {
   using Acc = int32x4_t;
   static constexpr int kStep = 16;
   static constexpr int kLanes = 4;
+  static constexpr int kPanelDigits = 3;
   static constexpr int kWide = 2;
   static constexpr int kTall = 12;
 

@@ -10,6 +10,10 @@
 namespace qalora {
 namespace {
 
+// A function that is the same for several widths of codes is in the library once, not inlined into
+// each.
+#define QALORA_ONCE __attribute__((noinline))
+
 // The columns of y that a panel is for, and what it is made of.
 struct Columns {
   int64_t n = 0;      // the first one
@@ -99,17 +103,18 @@ struct StepPanel {
   }
 };
 
-// Steps [begin, end) of the columns as bytes: for each lane of a step and each plane one vector. The
-// prepared activations lie in the same order.
+// Steps [begin, end) of the columns as bytes: for each lane of a step and each plane one vector,
+// `pitch` bytes apart. The prepared activations lie in the same order.
 template <class V, int bits>
-void PackBytes(const Job& job, const Columns& columns, int64_t begin, int64_t end, uint8_t* out) {
+void PackBytes(const Job& job, const Columns& columns, int64_t begin, int64_t end, int64_t pitch,
+               uint8_t* out) {
   using C = Codec<V, bits>;
   for (int64_t step = begin; step < end; ++step) {
     const StepPanel<V, bits> panel(job, columns, step);
     for (int w = 0; w < V::kLanes; ++w) {
       Unroll<C::kPerByte>([&](auto f) {
         V::Store(out, panel.template Plane<f.k>(w));
-        out += V::kStep;
+        out += pitch;
       });
     }
   }
@@ -153,7 +158,7 @@ inline void EachTile(int64_t m, int64_t rows, Tile&& tile) {
 
 // y of `tall` rows: minus the zero-points' term. `y` has kTaskRows floats a row.
 template <class V, int tall>
-inline void ZeroTile(const Job& job, const Columns& columns, int64_t m, float* y) {
+QALORA_ONCE void ZeroTile(const Job& job, const Columns& columns, int64_t m, float* y) {
   const int64_t pitch = job.plan.group_floats;
   const float* sum = job.group_sum + m * pitch;
   typename V::F acc[tall];
@@ -167,51 +172,62 @@ inline void ZeroTile(const Job& job, const Columns& columns, int64_t m, float* y
   for (int r = 0; r < tall; ++r) V::StoreF(y + r * kTaskRows, acc[r]);
 }
 
-// y of `tall` rows += blocks [begin, end) of x times a panel of bytes that starts with block `begin`.
+// y of `tall` rows, two vectors wide, += blocks [begin, end) of x times a panel of bytes that starts
+// with block `begin`.
 template <class V, int width, int digits, int block, int tall>
-inline void DigitTile(const Job& job, const Columns& columns, const uint8_t* panel, int64_t begin,
-                      int64_t end, int64_t m, float* y) {
+QALORA_ONCE void DigitTile(const Job& job, const float* const (&scales)[2], const uint8_t* panel,
+                           int64_t begin, int64_t end, int64_t m, float* y) {
   constexpr int kDots = block / 4;
   const int64_t pitch = job.plan.pitch(), scale_pitch = job.plan.block_floats;
   const int8_t* x = job.quantized + m * pitch + begin * digits * block;
   const float* x_scale = job.block_scale + m * scale_pitch;
-  typename V::F acc[tall];
-  for (auto& value : acc) value = V::ZeroF();
+  typename V::F acc[tall][2];
+  for (auto& line : acc) line[0] = line[1] = V::ZeroF();
+  const auto each = [](auto&& use) {
+    Unroll<tall>([&](auto r) { Unroll<2>([&](auto v) { use(r, v); }); });
+  };
   for (int64_t b = begin; b < end; ++b) {
-    typename V::Sum total[tall];
+    typename V::Sum total[tall][2];
     Unroll<digits>([&](auto d) {
       constexpr bool more = d.k > 0;
-      typename V::Acc part[tall];
-      for (int r = 0; r < tall; ++r) {
-        part[r] = more ? V::template Seed<width>(total[r]) : V::ZeroAcc();
-      }
+      typename V::Acc part[tall][2];
+      each([&](auto r, auto v) {
+        part[r.k][v.k] = more ? V::template Seed<width>(total[r.k][v.k]) : V::ZeroAcc();
+      });
       Unroll<kDots>([&](auto j) {
-        const auto codes = V::Load(panel + j.k * V::kStep);
+        const auto first = V::Load(panel + 2 * j.k * V::kStep);
+        const auto second = V::Load(panel + (2 * j.k + 1) * V::kStep);
         Unroll<tall>([&](auto r) {
           const auto value = V::BroadcastX(x + r.k * pitch + d.k * block + j.k * 4);
-          part[r.k] = V::template Dot<width>(part[r.k], codes, value);
+          part[r.k][0] = V::template Dot<width>(part[r.k][0], first, value);
+          part[r.k][1] = V::template Dot<width>(part[r.k][1], second, value);
         });
       });
-      for (int r = 0; r < tall; ++r) {
-        total[r] = V::template Settle<width, more>(total[r], part[r]);
-      }
+      each([&](auto r, auto v) {
+        total[r.k][v.k] = V::template Settle<width, more>(total[r.k][v.k], part[r.k][v.k]);
+      });
     });
-    const auto scale = V::LoadF(columns.scale + GroupOfBlock(job, b) * V::kLanes);
+    const int64_t group = GroupOfBlock(job, b) * V::kLanes;
+    const typename V::F scale[2] = {V::LoadF(scales[0] + group), V::LoadF(scales[1] + group)};
     Unroll<tall>([&](auto r) {
-      const auto both = V::Mul(scale, V::SetF(x_scale[r.k * scale_pitch + b]));
-      acc[r.k] = V::Fma(V::ToFloat(total[r.k]), both, acc[r.k]);
+      const auto xs = V::SetF(x_scale[r.k * scale_pitch + b]);
+      Unroll<2>([&](auto v) {
+        const auto both = V::Mul(scale[v.k], xs);
+        acc[r.k][v.k] = V::Fma(V::ToFloat(total[r.k][v.k]), both, acc[r.k][v.k]);
+      });
     });
-    panel += kDots * V::kStep;
+    panel += 2 * kDots * V::kStep;
     x += digits * block;
   }
-  for (int r = 0; r < tall; ++r) {
-    V::StoreF(y + r * kTaskRows, V::Add(V::LoadF(y + r * kTaskRows), acc[r]));
-  }
+  each([&](auto r, auto v) {
+    float* to = y + r.k * kTaskRows + v.k * V::kLanes;
+    V::StoreF(to, V::Add(V::LoadF(to), acc[r.k][v.k]));
+  });
 }
 
 // y of `tall` rows, two vectors wide, += `length` values of x from column k times a panel of floats.
 template <class V, int tall>
-inline void FloatTile(const Job& job, const float* panel, int64_t k, int64_t length, int64_t m,
+QALORA_ONCE void FloatTile(const Job& job, const float* panel, int64_t k, int64_t length, int64_t m,
                       float* y) {
   const int64_t pitch = job.layer->k;
   const float* x = job.x + m * pitch + k;
@@ -297,8 +313,9 @@ inline void EachChunk(const Job& job, int64_t codes, Chunk&& chunk) {
 template <class V, int bits, int digits, int block>
 void BytePanels(const Job& job, int64_t begin, int64_t end, float* scratch) {
   using C = Codec<V, bits>;
-  static_assert(kBytePanelCodes % C::kCodes == 0 && kBytePanelCodes <= 8 * kFloatPanelCodes,
+  static_assert(kBytePanelCodes % C::kCodes == 0 && kBytePanelCodes <= 4 * kFloatPanelCodes,
                 "panels are a multiple of steps and fit into their room");
+  constexpr int64_t kWide = 2 * V::kLanes;
   constexpr int kWidth = bits == 8 ? 8 : 4;  // narrower codes are multiplied alike
   const PanelTask<V> task(job, begin, end, scratch);
   uint8_t* panel = reinterpret_cast<uint8_t*>(task.panel);
@@ -310,12 +327,16 @@ void BytePanels(const Job& job, int64_t begin, int64_t end, float* scratch) {
   EachChunk<V, bits>(job, kBytePanelCodes, [&](int64_t step, int64_t stop) {
     const int64_t first = step * C::kCodes / block, all = stop * C::kCodes / block;
     const int64_t last = all < job.plan.blocks ? all : job.plan.blocks;
-    for (int64_t n = begin; n < end; n += V::kLanes) {
-      const Columns columns = task.Of(n, 0, V::kLanes, stop - step);
-      PackBytes<V, bits>(job, columns, step, stop, panel);
-      EachTile<V::kTall>(0, job.rows, [&](auto tall, int64_t m) {
-        DigitTile<V, kWidth, digits, block, tall.k>(job, columns, panel, first, last, m,
-                                                       task.Y(m, n));
+    for (int64_t n = begin; n < end; n += kWide) {
+      const float* scales[2];
+      for (int v = 0; v < 2; ++v) {
+        const Columns columns = task.Of(n, v, kWide, stop - step);
+        PackBytes<V, bits>(job, columns, step, stop, 2 * V::kStep, panel + v * V::kStep);
+        scales[v] = columns.scale;
+      }
+      EachTile<V::kTall / 2>(0, job.rows, [&](auto tall, int64_t m) {
+        DigitTile<V, kWidth, digits, block, tall.k>(job, scales, panel, first, last, m,
+                                                    task.Y(m, n));
       });
     }
   });
@@ -347,9 +368,8 @@ void FloatPanels(const Job& job, int64_t begin, int64_t end, float* scratch) {
 
 template <class V, int bits, int digits>
 void RunMany(const Job& job, int64_t begin, int64_t end, float* scratch) {
-  if constexpr (digits == 3) {
-    FloatPanels<V, bits>(job, begin, end, scratch);
-  } else {
+  if (job.plan.float_panels) return FloatPanels<V, bits>(job, begin, end, scratch);
+  if constexpr (digits <= V::kPanelDigits && (digits < 3 || bits < 8)) {
     job.layer->block() == 32 ? BytePanels<V, bits, digits, 32>(job, begin, end, scratch)
                              : BytePanels<V, bits, digits, 16>(job, begin, end, scratch);
   }

@@ -28,6 +28,7 @@ struct Scalar {
   using Acc = uint32_t;
   static constexpr int kStep = 4;
   static constexpr int kLanes = 1;
+  static constexpr int kPanelDigits = 1;
   static constexpr int kWide = 1;
   static constexpr int kTall = 4;
 
