@@ -74,6 +74,7 @@ def prepare(
             "python": python,
             "engine": variant.engine,
             "bytes": stored_bytes(place),
+            "loading": int(variant.loading * stored_bytes(place)),
             "load": {"path": str(path.resolve()), "options": options},
         }
     return ready, skipped
@@ -84,8 +85,12 @@ def measured(ready: Mapping[str, dict[str, Any]], threads: int, plan: Plan) -> T
     engines = {name: (one["python"], one["engine"]) for name, one in ready.items()}
     common = {"threads": threads, "context": plan.context}
     loads = {name: one["load"] | common for name, one in ready.items()}
+    needs: dict[str, int] = {}
+    for one in ready.values():  # one file may be run in several ways
+        path = one["load"]["path"]
+        needs[path] = max(needs.get(path, 0), one["loading"])
     with children(engines, threads=threads) as peers:
-        return measure(peers, loads, plan, lambda what: say(f"threads {threads}: {what}"))
+        return measure(peers, loads, plan, lambda what: say(f"threads {threads}: {what}"), needs)
 
 
 def say(what: str) -> None:

@@ -44,12 +44,19 @@ class Report:
             for name, found in table.items():
                 if found.failed:
                     yield f"{name}, threads {threads}: failed, {found.failed}"
-        for name, apart in self.apart().items():
-            if apart > COST:
-                yield f"{name}: its mean loss is {apart:.2f} nats from float32's"
+        yield from self._doubts()
         for variant in self.variants:
             if variant.remark and variant.name not in self.skipped:
                 yield f"{variant.name}: {variant.remark}"
+
+    def _doubts(self) -> Iterator[str]:
+        """What was not compared, and what differs from float32."""
+        for threads, table in self.tables.items():
+            if math.isnan(_loss(table, FLOAT)):
+                yield f"threads {threads}: {FLOAT} did not run, so no loss or token was compared"
+        for name, apart in self.apart().items():
+            if apart > COST:
+                yield f"{name}: its mean loss is {apart:.2f} nats from float32's"
 
     def apart(self) -> dict[str, float]:
         """Name → largest difference of a variant's mean loss to float32's."""

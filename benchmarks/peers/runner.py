@@ -158,10 +158,12 @@ def measure(
     loads: Mapping[str, Load],
     plan: Plan,
     say: Callable[[str], None] = lambda _: None,
+    needs: Mapping[str, int] | None = None,
 ) -> dict[str, Figures]:
     """Ask all peers in turn, length by length and round by round.
 
-    A peer that fails is asked nothing more, and its figures say why.
+    `needs` has the bytes that a model, by its path, may take when it is loaded. A peer that fails
+    is asked nothing more, and its figures say why.
     """
     figures = {name: Figures() for name in peers}
 
@@ -174,7 +176,7 @@ def measure(
                 except PeerError as error:
                     figures[name].failed = str(error)
 
-    all_of("load", _load)
+    all_of("load", partial(_first_load, needs or {}))
     all_of("warm up", partial(_warm_up, plan))
     for number in range(plan.rounds):
         for length in plan.lengths:
@@ -188,6 +190,23 @@ def measure(
     for number in range(1, plan.loads):
         all_of(f"load {number + 1} of {plan.loads}", _load)
     return figures
+
+
+def available_memory() -> int:
+    """Bytes of memory that Linux says are available."""
+    lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def _first_load(needs: Mapping[str, int], peer: Peer, found: Figures, request: Load) -> None:
+    """Load, unless the system would run out of memory and end some process."""
+    needed, available = needs.get(request["path"], 0), available_memory()
+    if needed > available:
+        raise PeerError(
+            f"load: may need {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are available; "
+            "use --only for fewer variants at once"
+        )
+    _load(peer, found, request)
 
 
 def _load(peer: Peer, found: Figures, request: Load) -> None:

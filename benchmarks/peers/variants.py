@@ -50,6 +50,7 @@ class Variant:
         artefact: What it runs, see `artefacts.artefact`.
         python: The Python that runs it, from the cache folder.
         options: Further options of the engine.
+        loading: Memory that it takes, as a multiple of its file's bytes.
         remark: What the reader has to know.
     """
 
@@ -59,6 +60,7 @@ class Variant:
     artefact: str
     python: Callable[[Path], Path] = environments.own_python
     options: Mapping[str, Any] = field(default_factory=dict)
+    loading: float = 3
     remark: str = ""
 
 
@@ -77,6 +79,7 @@ def _ours(name: str, artefact: str, *, library: bool) -> Variant:
         engine="ort",
         artefact=artefact,
         options=_LIBRARY if library else {},
+        loading=3 if library else 8,  # without it, codes are laid out again for stock kernels
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -125,6 +126,13 @@ def test_a_peer_that_fails_is_left_out() -> None:
     assert [what for name, what in asked if name == "a"] == ["load 0", "run 2"]
 
 
+def test_a_model_that_does_not_fit_is_not_loaded() -> None:
+    asked: list[tuple[str, str]] = []
+    load = {name: value for name, value in LOAD.items() if name != "do"}
+    found = measure({"a": Recording("a", asked)}, {"a": load}, PLAN, needs={"x": 1 << 60})
+    assert "GB are available" in found["a"].failed and asked == []
+
+
 def figures(per_token: float, *, loss: float = 3.0) -> Figures:
     """Two rounds, the second twice as slow."""
     rounds = [per_token, 2 * per_token]
@@ -171,6 +179,13 @@ def test_another_model_is_noticed() -> None:
     assert f"{OURS}: its mean loss is 2.00 nats" in "\n".join(other.notes())
 
 
+def test_a_missing_reference_is_noted() -> None:
+    alone = report()
+    without = {name: found for name, found in alone.tables[1].items() if name != FLOAT}
+    notes = dataclasses.replace(alone, tables={1: without}).notes()
+    assert any("no loss or token was compared" in note for note in notes)
+
+
 def test_a_failure_is_noted_and_has_no_row() -> None:
     failed = report(ours=Figures(failed="out of memory")).markdown()
     assert f"| {OURS}" not in failed and f"{OURS}, threads 1: failed, out of memory" in failed
@@ -210,7 +225,8 @@ def test_what_cannot_be_had_is_skipped(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_our_edge_runs_in_a_child(tmp_path: Path) -> None:
     source = tmp_path / "tiny"
-    llama(hidden_size=64, intermediate_size=64).save_pretrained(source)
+    model: Any = llama(hidden_size=64, intermediate_size=64)
+    model.save_pretrained(source)
     place = artefact("fast", source, tmp_path / "made", tmp_path)
     assert artefact("fast", source, tmp_path / "made", tmp_path) == place
     path = model_file("fast", place)
