@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ import onnxruntime
 import torch
 
 import qalora_compile as qc
+from benchmarks.machine import MEGABYTE, available_memory, cache_size, processor
 from benchmarks.ratios import ratios
 from qalora_compile.ir.packing.kernel_layouts import pack_groups
 from qalora_compile.runtime import kernel_level, register
@@ -41,7 +41,6 @@ EXAMPLES = """examples:
   python -m benchmarks.ort_layers                 all rows, a few minutes
   python -m benchmarks.ort_layers --rows 1 --json layers.json
 """
-MEGABYTE = 1 << 20
 COPIES = 3  # of a variant's weights: the model, its serialized form, the session
 SIDE = 4096
 WIDE = 11008
@@ -264,16 +263,6 @@ def layer_bytes(row: Row) -> int:
     return COPIES * each + (12 * weights if merged else 0)
 
 
-def available_memory() -> int:
-    """Half of the memory that the system says is available; 4 GiB where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        kilobytes = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return 4096 * MEGABYTE
-    return kilobytes * 1024 // 2
-
-
 def reach(row: Row, variant: Variant) -> float | None:
     """The design's target, where it states one."""
     if row.m > 1 or variant.level or (variant.stock and not variant.correction):
@@ -288,7 +277,7 @@ def time_row(
     row: Row, *, rounds: int, cache_bytes: int, memory_bytes: int | None = None
 ) -> list[Result]:
     """Alternate the variants of a row; stock ones come first, ratios refer to them."""
-    memory = available_memory() if memory_bytes is None else memory_bytes
+    memory = available_memory() // 2 if memory_bytes is None else memory_bytes
     layers = chain_length(row, cache_bytes, memory)
     sessions = open_chains(row, layers)
     x = np.random.default_rng(0).standard_normal((row.m, row.k)).astype(np.float32)
@@ -346,25 +335,6 @@ def rows(sizes: Sequence[int], levels: Sequence[str]) -> list[Row]:
         else:
             made += [Row(m=m, k=SIDE, n=SIDE, group_size=g, variants=few) for g in (32, 128)]
     return made
-
-
-def cache_size() -> int:
-    """Bytes of the last-level cache, 32 MiB where the system does not say."""
-    try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text("ascii").strip()
-    except OSError:
-        return 32 * MEGABYTE
-    return int(text.rstrip("KM")) * (MEGABYTE if text.endswith("M") else 1 << 10)
-
-
-def processor() -> str:
-    """The CPU's name, as the system reports it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def print_results(results: Sequence[Result]) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ort_layers import processor
+from benchmarks.machine import processor
 from benchmarks.peers import environments
 from benchmarks.peers.artefacts import ROOT, artefact, model_file, stored_bytes
 from benchmarks.peers.report import Report, Table, put_into

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from benchmarks.machine import available_memory
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -190,12 +192,6 @@ def measure(
     for number in range(1, plan.loads):
         all_of(f"load {number + 1} of {plan.loads}", _load)
     return figures
-
-
-def available_memory() -> int:
-    """Bytes of memory that Linux says are available."""
-    lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 def _first_load(needs: Mapping[str, int], peer: Peer, found: Figures, request: Load) -> None:
