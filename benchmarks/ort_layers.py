@@ -1,11 +1,13 @@
 """Time single layers in ONNX Runtime: `qalora::GroupQuantLinear` against stock MatMulNBits.
 
 Every row is a chain of equal layers, long enough that its weights do not fit into the last-level
-cache, on one thread. The variants of a row are alternated in one process. A number is the ratio of
-a variant's time to that of stock MatMulNBits (4 bits, uint8 zero-points, no adapter) of the same
-accuracy level in the same round: the median over the rounds, and the quartiles. Weights have a
-real-valued zero-point, as a folded QA-LoRA layer has it, which the stock kernel rounds. The merged
-forms on stock kernels come from this package's own exporter: MatMulNBits and a correction.
+cache, on one thread. Where the cache is so large that all variants' chains would not fit into
+memory, the chain is shorter, and the output says that its weights stay in the cache. The variants
+of a row are alternated in one process. A number is the ratio of a variant's time to that of stock
+MatMulNBits (4 bits, uint8 zero-points, no adapter) of the same accuracy level in the same round:
+the median over the rounds, and the quartiles. Weights have a real-valued zero-point, as a folded
+QA-LoRA layer has it, which the stock kernel rounds. The merged forms on stock kernels come from
+this package's own exporter: MatMulNBits and a correction.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -31,6 +32,8 @@ import onnxruntime
 import torch
 
 import qalora_compile as qc
+from benchmarks.machine import MEGABYTE, available_memory, cache_size, processor
+from benchmarks.ratios import ratios
 from qalora_compile.ir.packing.kernel_layouts import pack_groups
 from qalora_compile.runtime import kernel_level, register
 
@@ -38,7 +41,7 @@ EXAMPLES = """examples:
   python -m benchmarks.ort_layers                 all rows, a few minutes
   python -m benchmarks.ort_layers --rows 1 --json layers.json
 """
-MEGABYTE = 1 << 20
+COPIES = 3  # of a variant's weights: the model, its serialized form, the session
 SIDE = 4096
 WIDE = 11008
 REACH_MERGED = {"fp32": 1.23, "digits": 1.05}  # design: on stock kernels, g = 32, M = 1
@@ -111,6 +114,7 @@ class Result:
     low: float
     high: float
     reach: float | None
+    cached: bool
 
 
 def layer_constants(
@@ -234,13 +238,29 @@ def bandwidth() -> float:
     return values.nbytes / min(seconds(lambda: values @ values) for _ in range(7))
 
 
-def chain_length(row: Row, cache_bytes: int) -> int:
-    """Layers whose codes alone exceed twice the cache, at the narrowest width timed."""
+def chain_length(row: Row, cache_bytes: int, memory_bytes: int) -> int:
+    """Layers whose codes alone exceed twice the cache, at the narrowest width timed.
+
+    All variants' chains are in memory at once, so it limits their number; two is the least.
+    """
     if row.m > 1:
         return 2  # work per weight byte grows with M: the cache no longer decides
     bits = min(variant.bits for variant in row.variants)
     layers = -(-2 * cache_bytes // (row.k * row.n * bits // 8))
-    return layers + layers % 2
+    most = memory_bytes // layer_bytes(row)
+    return max(2, min(layers + layers % 2, most - most % 2))
+
+
+def layer_bytes(row: Row) -> int:
+    """Bytes that one layer takes in all variants, while their models are made and loaded.
+
+    Codes and parameters are held by the model, its serialized form and the session. The exporter
+    of merged forms starts from the weights in float32, and keeps their codes as well.
+    """
+    weights = row.k * row.n
+    each = sum(weights * v.bits // 8 + 8 * weights // row.group_size for v in row.variants)
+    merged = any(variant.correction for variant in row.variants)
+    return COPIES * each + (12 * weights if merged else 0)
 
 
 def reach(row: Row, variant: Variant) -> float | None:
@@ -253,9 +273,12 @@ def reach(row: Row, variant: Variant) -> float | None:
     return REACH.get(wanted) if variant.half else None
 
 
-def time_row(row: Row, *, rounds: int, cache_bytes: int) -> list[Result]:
+def time_row(
+    row: Row, *, rounds: int, cache_bytes: int, memory_bytes: int | None = None
+) -> list[Result]:
     """Alternate the variants of a row; stock ones come first, ratios refer to them."""
-    layers = chain_length(row, cache_bytes)
+    memory = available_memory() // 2 if memory_bytes is None else memory_bytes
+    layers = chain_length(row, cache_bytes, memory)
     sessions = open_chains(row, layers)
     x = np.random.default_rng(0).standard_normal((row.m, row.k)).astype(np.float32)
     times: dict[Variant, list[float]] = {variant: [] for variant in row.variants}
@@ -267,8 +290,7 @@ def time_row(row: Row, *, rounds: int, cache_bytes: int) -> list[Result]:
     results = []
     for variant, measured in times.items():
         stock = times[Variant(stock=True, compute=variant.compute)]
-        ratios = sorted(a / b for a, b in zip(measured, stock, strict=True))
-        typical = statistics.median(measured)
+        ratio, typical = ratios(measured, stock), statistics.median(measured)
         results.append(
             Result(
                 m=row.m,
@@ -278,10 +300,11 @@ def time_row(row: Row, *, rounds: int, cache_bytes: int) -> list[Result]:
                 variant=str(variant),
                 milliseconds=1e3 * typical,
                 gigabytes_per_second=sessions[variant][1] / typical / 1e9,
-                ratio=statistics.median(ratios),
-                low=ratios[len(ratios) // 4],
-                high=ratios[-1 - len(ratios) // 4],
+                ratio=ratio.median,
+                low=ratio.low,
+                high=ratio.high,
                 reach=reach(row, variant),
+                cached=sessions[variant][1] <= cache_bytes,
             )
         )
     return results
@@ -314,25 +337,6 @@ def rows(sizes: Sequence[int], levels: Sequence[str]) -> list[Row]:
     return made
 
 
-def cache_size() -> int:
-    """Bytes of the last-level cache, 32 MiB where the system does not say."""
-    try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text("ascii").strip()
-    except OSError:
-        return 32 * MEGABYTE
-    return int(text.rstrip("KM")) * (MEGABYTE if text.endswith("M") else 1 << 10)
-
-
-def processor() -> str:
-    """The CPU's name, as the system reports it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def print_results(results: Sequence[Result]) -> None:
     """One table row per variant."""
     first = results[0]
@@ -347,6 +351,10 @@ def print_results(results: Sequence[Result]) -> None:
             f"{result.ratio:6.3f} {result.low:6.3f}-{result.high:.3f}  {reach}",
             flush=True,
         )
+    cached = [result.variant for result in results if result.cached]
+    if cached:
+        which = "all weights" if len(cached) == len(results) else f"weights of {', '.join(cached)}"
+        print(f"  {which} fit into the last-level cache: not memory is measured", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import qalora_compile as qc
+from benchmarks.ratios import ratios
 from qalora_compile.runtime import kernel_level, open_session
 
 EXAMPLES = """examples:
@@ -114,7 +115,7 @@ def measure(
     taken = {name: values[1:] for name, values in times.items()}
     rows = []
     for name, _, size in sessions:
-        ratios = sorted(a / b for a, b in zip(taken[name], taken[UNMERGED], strict=True))
+        ratio = ratios(taken[name], taken[UNMERGED])
         typical = statistics.median(taken[name])
         rows.append(
             Row(
@@ -122,9 +123,9 @@ def measure(
                 level="int8" if level else "fp32",
                 form=name,
                 milliseconds=1e3 * typical,
-                ratio=statistics.median(ratios),
-                low=ratios[len(ratios) // 4],
-                high=ratios[-1 - len(ratios) // 4],
+                ratio=ratio.median,
+                low=ratio.low,
+                high=ratio.high,
                 of_float=typical / statistics.median(taken[FLOAT]),
                 megabytes=size,
             )

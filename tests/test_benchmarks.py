@@ -13,6 +13,7 @@ import pytest
 from benchmarks import export_time, llama_cpp, ort_layers, quantizers
 from benchmarks.export_time import PASSES
 from benchmarks.export_time import TOTAL as WHOLE
+from benchmarks.machine import available_memory
 from benchmarks.passes import EXPORT, NUMBERS, TOTAL, Result, main
 from benchmarks.scatter import Point, scatter_svg
 
@@ -73,6 +74,28 @@ def test_a_layer_is_timed_beside_stock() -> None:
     assert stock.ratio == 1.0
     assert ours.ratio > 0
     assert ours.reach == 0.85
+
+
+def test_memory_limits_a_chain() -> None:
+    row = next(iter(ort_layers.rows([1], ["avx2"])))
+    huge, plenty = 480 << 20, 1 << 50
+    assert ort_layers.chain_length(row, huge, plenty) * row.k * row.n // 4 >= 2 * huge
+    memory = 8 << 30
+    layers = ort_layers.chain_length(row, huge, memory)
+    assert layers >= 2 and layers * ort_layers.layer_bytes(row) <= memory
+    assert ort_layers.chain_length(row, huge, 1) == 2
+    assert available_memory() > 0
+
+
+def test_weights_in_the_cache_are_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    variants = (ort_layers.Variant(stock=True), ort_layers.Variant())
+    row = ort_layers.Row(m=1, k=64, n=32, group_size=32, variants=variants)
+    ort_layers.print_results(
+        ort_layers.time_row(row, rounds=1, cache_bytes=1 << 29, memory_bytes=0)
+    )
+    assert "all weights fit into the last-level cache" in capsys.readouterr().out
+    ort_layers.print_results(ort_layers.time_row(row, rounds=1, cache_bytes=64))
+    assert "fit into" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
