@@ -79,7 +79,7 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         choices=ACCURACY_LEVELS,
-        help="0: float32 activations, 4: int8",
+        help="0: float32 activations, 2 (target ort): two int8 digits each, 4: int8",
     )
     parser.add_argument(
         "--parameter-dtype",

@@ -13,6 +13,7 @@ from qalora_compile.config.export import (
     FUSIONS,
     ONNX_TARGETS,
     PARAMETER_DTYPES,
+    STOCK_ACCURACY_LEVELS,
     TARGETS,
     ExportSpec,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "ONNX_TARGETS",
     "PARAMETER_DTYPES",
     "POOLINGS",
+    "STOCK_ACCURACY_LEVELS",
     "SUPPORTED_BITS",
     "TARGETS",
     "ZERO_POINTS",

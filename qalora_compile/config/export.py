@@ -17,7 +17,9 @@ TARGETS = registry.TARGETS.builtin
 """The built-in targets; `extend.register_target` adds others."""
 FLOAT_TYPES = ("q8_0", "f16", "bf16", "f32")
 """How a GGUF file holds a matrix of floats, smallest first."""
-ACCURACY_LEVELS = (0, 4)
+ACCURACY_LEVELS = (0, 2, 4)
+STOCK_ACCURACY_LEVELS = (0, 4)
+"""Those of MatMulNBits; level 2 is one of GroupQuantLinear alone."""
 PARAMETER_DTYPES = ("float32", "float16")
 CORRECTIONS = ("fp32", "digits")
 FUSION_OPSETS = {"none": 18, "standard": 23, "ort": 22}
@@ -41,8 +43,9 @@ class ExportSpec(Spec):
             (docs/checkpoints.md), which take none of the options of ONNX below.
         opset: ONNX opset version of the standard domain; None takes 20, or 21 for `"onnx"`.
         accuracy_level: 0 computes in float32; 4 quantizes activations to int8, which is faster and
-            errs by about 5e-3 of the output. A file of target `"onnx"` cannot express it: the
-            runtime decides (see docs/lowering.md).
+            errs by about 5e-3 of the output. 2, for target `"ort"` only, quantizes them to two int8
+            digits, about 15 bits, which errs by about 1e-4. A file of target `"onnx"` cannot
+            express it: the runtime decides (see docs/lowering.md).
         parameter_dtype: Dtype of scale and zero-point in target `"ort"` and in checkpoints, and of
             all weights in target `"float"`: `"float32"` is exact, `"float16"` rounds, and is
             smaller and faster. `"gguf"` and `"safetensors"` leave no choice.
@@ -104,6 +107,11 @@ class ExportSpec(Spec):
         for option, known in (("fusion", FUSIONS), ("float_type", FLOAT_TYPES)):
             if getattr(self, option) is not None:
                 one_of(option, getattr(self, option), known)
+        if self.accuracy_level not in STOCK_ACCURACY_LEVELS and self.target == "ort-stock":
+            raise UserInputError(
+                f"accuracy_level is {self.accuracy_level!r} for target ort-stock",
+                hint="MatMulNBits has levels 0 and 4; target ort has level 2",
+            )
         if self.target in TARGETS:
             self._check_target()
         else:
