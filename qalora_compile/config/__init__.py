@@ -17,6 +17,7 @@ from qalora_compile.config.export import (
     TARGETS,
     ExportSpec,
 )
+from qalora_compile.config.preset import EMBEDDINGS, FLOAT, PRESETS, Preset, preset_of
 from qalora_compile.config.quant import (
     AUTO_GROUPS,
     BUDGET_UNITS,
@@ -34,6 +35,8 @@ __all__ = [
     "BUDGET_UNITS",
     "CHECKPOINT_TARGETS",
     "CORRECTIONS",
+    "EMBEDDINGS",
+    "FLOAT",
     "FLOAT_TYPES",
     "FUSIONS",
     "FUSION_OPSETS",
@@ -43,6 +46,7 @@ __all__ = [
     "ONNX_TARGETS",
     "PARAMETER_DTYPES",
     "POOLINGS",
+    "PRESETS",
     "STOCK_ACCURACY_LEVELS",
     "SUPPORTED_BITS",
     "TARGETS",
@@ -50,8 +54,10 @@ __all__ = [
     "AdapterSpec",
     "ExportSpec",
     "Pooling",
+    "Preset",
     "QuantSpec",
     "Spec",
     "check_int",
     "one_of",
+    "preset_of",
 ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from qalora_compile import registry
-from qalora_compile.config.base import Spec, one_of
+from qalora_compile.config.base import AUTO, Spec, one_of
+from qalora_compile.config.preset import PRESETS, preset_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 
 ONNX_TARGETS = tuple(registry.ONNX_TARGETS)
@@ -48,7 +49,9 @@ class ExportSpec(Spec):
             express it: the runtime decides (see docs/lowering.md).
         parameter_dtype: Dtype of scale and zero-point in target `"ort"` and in checkpoints, and of
             all weights in target `"float"`: `"float32"` is exact, `"float16"` rounds, and is
-            smaller and faster. `"gguf"` and `"safetensors"` leave no choice.
+            smaller and faster. `"gguf"` and `"safetensors"` leave no choice. `"auto"`, for target
+            `"ort"`, is float16 if that moves no weight by more than `PARAMETER_LIMIT` of its step
+            (`passes.analysis.parameter_rounding`), and float32 otherwise.
         correction: For target `"ort-stock"`: `"fp32"` is exact; `"digits"` makes it part of the
             kernel, as two or three digits of the codes' width, which is faster and rounds.
         fusion: How norms, rotary embeddings and attention of a transformer are written:
@@ -74,6 +77,32 @@ class ExportSpec(Spec):
     overwrite: bool = False
 
     OPSETS: ClassVar[tuple[int, ...]] = (18, 19, 20, 21, 22, 23)
+
+    @classmethod
+    def from_preset(cls, name: str | None, *, target: str = "ort", **given: Any) -> ExportSpec:
+        """The options of a preset, with `given` in their place; None is the default of an export.
+
+        Args:
+            name: One of `PRESETS`, or None.
+            target: As the attribute; presets are for `"ort"` and `"ort-stock"`.
+            given: Other attributes.
+
+        Raises:
+            UserInputError: there is no such preset, or options conflict with it or the target.
+        """
+        if name is not None:
+            one_of("preset", name, tuple(PRESETS))
+        chosen = preset_of(name)
+        values: dict[str, Any] = {}
+        if target in ("ort", "ort-stock"):
+            values["accuracy_level"] = chosen.accuracy_level
+        elif name is not None:
+            raise UserInputError(
+                f"preset is {name!r} for target {target}", hint="presets are for ort and ort-stock"
+            )
+        if target == "ort":
+            values["parameter_dtype"] = chosen.parameter_dtype
+        return cls(target=target, **values | given)
 
     @property
     def onnx_opset(self) -> int:
@@ -101,7 +130,8 @@ class ExportSpec(Spec):
             )
         if self.opset is not None:
             one_of("opset", self.opset, self.OPSETS)
-        one_of("parameter_dtype", self.parameter_dtype, PARAMETER_DTYPES)
+        dtypes = (*PARAMETER_DTYPES, AUTO) if self.target == "ort" else PARAMETER_DTYPES
+        one_of("parameter_dtype", self.parameter_dtype, dtypes)
         one_of("correction", self.correction, CORRECTIONS)
         one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
         for option, known in (("fusion", FUSIONS), ("float_type", FLOAT_TYPES)):
