@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,27 @@ from qalora_compile.api.edge import (
     MODEL_FILE,
     EdgeParts,
     edge_graphs,
+    is_decoder,
     lowered,
     write_edge,
 )
+from qalora_compile.api.edge_choices import EdgeChoices, chosen_for
 from qalora_compile.api.export import export_model
 from qalora_compile.api.pooling import chosen_pooling
 from qalora_compile.api.run_folder import MODEL, TOKENIZER, load_run
-from qalora_compile.config import ExportSpec
+from qalora_compile.config import AUTO, EMBEDDINGS, FLOAT, ExportSpec, one_of, preset_of
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.capability import ExportReport
 from qalora_compile.exporters.checkpoints.registry import Format
 from qalora_compile.exporters.record import write_record
 from qalora_compile.exporters.targets import get_target
 from qalora_compile.files import atomic_folder, reserve
+from qalora_compile.ir.program import Program
 from qalora_compile.progress import say
 from qalora_compile.runtime.library import library_path
 from qalora_compile.untrusted.artifacts import GGUF_FILE
 
-_FOR_ONNX = ("no_kv_cache", "last_logits", "with_library")
+_FOR_ONNX = ("no_kv_cache", "last_logits", "with_library", "preset", "embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,13 @@ class EdgeSpec:
         out: The folder to write.
         target: How the model is exported.
         no_kv_cache: Write a language model without its key-value cache.
-        last_logits: Output the logits of the last token only.
+        last_logits: Output the logits of the last token only, or of all; None: of the last one if
+            the model is a decoder that can leave out the others.
+        preset: The preset that `target` was made from (`ExportSpec.from_preset`), which decides on
+            embeddings too; None is the default.
+        embeddings: How embeddings and heads that are in float are written, one of
+            `config.EMBEDDINGS`; None takes the preset's. `"auto"` leaves them as they are in models
+            other than decoders with a key-value cache.
         with_library: The operator library to copy into the folder: a file, "" for this machine's,
             or None for none.
         pooling, normalize: How the graph pools an encoder's tokens to one vector; None: not at all.
@@ -47,13 +57,30 @@ class EdgeSpec:
     """
 
     out: Path
-    target: ExportSpec = field(default_factory=ExportSpec)
+    target: ExportSpec = field(default_factory=partial(ExportSpec.from_preset, None))
     no_kv_cache: bool = False
-    last_logits: bool = False
+    last_logits: bool | None = None
+    preset: str | None = None
+    embeddings: int | str | None = None
     with_library: str | None = None
     pooling: str | None = None
     normalize: bool = False
     overwrite: bool = False
+
+    def choose(
+        self, program: Program, description: Path
+    ) -> tuple[Program, ExportSpec, EdgeChoices]:
+        """`chosen_for` by preset and options, for a model with this description.
+
+        Raises:
+            UserInputError: see `choose_embeddings`; or an option has no such value.
+        """
+        wanted = preset_of(self.preset).embeddings if self.embeddings is None else self.embeddings
+        one_of("embeddings", wanted, EMBEDDINGS)
+        if wanted == AUTO and (self.no_kv_cache or not is_decoder(description)):
+            wanted = FLOAT
+        required = self.embeddings is not None
+        return chosen_for(program, self.target, self.preset, wanted, required=required)
 
     def library(self) -> Path | None:
         """The operator library to copy into the folder.
@@ -120,11 +147,12 @@ def _edge(spec: DeploySpec) -> EdgeResult:
     program, record = load_run(source, lazy=True)
     pooling = chosen_pooling(spec.pooling, spec.normalize, source / MODEL)
     program = pooling.apply(program)
+    program, target, choices = spec.choose(program, source / MODEL)
     graphs = {MODEL_FILE: program}
     if not spec.no_kv_cache and (source / MODEL).is_dir():
         say("capture for a device")
         graphs = edge_graphs(program, source / MODEL, last_logits=spec.last_logits)
-    graphs, target = lowered(graphs, spec.target)
+    graphs, target = lowered(graphs, target)
     say("translate to ONNX")
     parts = EdgeParts(
         description=source / MODEL,
@@ -135,6 +163,7 @@ def _edge(spec: DeploySpec) -> EdgeResult:
         library=library,
         weights=source,
         pooling=pooling,
+        choices=choices,
     )
     report, written = write_edge(spec.out, parts, overwrite=spec.overwrite)
     return EdgeResult(report=report, parts=parts, written=tuple(written))

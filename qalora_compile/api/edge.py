@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import fx
+
 from qalora_compile.api import (
     add_kv_cache,
     complete_spec,
@@ -19,6 +21,7 @@ from qalora_compile.api import (
     lower,
     split_encoder_decoder,
 )
+from qalora_compile.api.edge_choices import EdgeChoices
 from qalora_compile.api.pooling import Pooling
 from qalora_compile.api.run_folder import (
     copy_preprocessor,
@@ -46,6 +49,8 @@ from qalora_compile.ir.end_tokens import (
     ends_to_json,
     with_ends,
 )
+from qalora_compile.ir.meta import shape_of
+from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program import Program
 from qalora_compile.sealed import write_sealed
 from qalora_compile.untrusted import read_json
@@ -70,6 +75,7 @@ class EdgeParts:
         library: The operator library to add, or None.
         weights: Folder with the safetensors files that are read while the model is written.
         pooling: The pooling of a sentence encoder.
+        choices: How embeddings and parameters are written, and why.
     """
 
     description: Path
@@ -80,6 +86,7 @@ class EdgeParts:
     library: Path | None
     weights: Path
     pooling: Pooling = dataclasses.field(default_factory=Pooling)
+    choices: EdgeChoices | None = None
 
     def key(self) -> str:
         """A hash of everything the model is made from, by which an interrupted run is recognized.
@@ -124,8 +131,21 @@ def _outline(program: Program) -> list[Any]:
     return [program.history, program.signature.to_json(), tensors]
 
 
+def is_decoder(description: Path) -> bool:
+    """Whether the model in a folder, which may be missing, generates text with a decoder alone."""
+    described = (description / MODEL_CONFIG_FILE).is_file()
+    return described and generates(description) and not has_encoder(description)
+
+
+def outputs_last_logits(program: Program) -> bool:
+    """Whether a graph with a key-value cache outputs the logits of one position only."""
+    node = output_value(program.graph)[program.signature.outputs.index("logits")]
+    shape = shape_of(node) if isinstance(node, fx.Node) else None
+    return shape is not None and shape[1] == 1
+
+
 def edge_graphs(
-    program: Program, description: Path, *, last_logits: bool = False
+    program: Program, description: Path, *, last_logits: bool | None = None
 ) -> dict[str, Program]:
     """File name → graph that a device runs, for a model trained as a single forward pass.
 
@@ -176,11 +196,11 @@ def write_edge(out: Path, parts: EdgeParts, *, overwrite: bool) -> tuple[ExportR
         report = dataclasses.replace(first, path=out / MODEL_FILE)
         for other in more:
             report = report.joined(other, out)
-        written = _write_parts(folder, parts)
+        written = _write_parts(folder, parts, report.size_bytes)
     return report, written
 
 
-def _write_parts(folder: Path, parts: EdgeParts) -> list[str]:
+def _write_parts(folder: Path, parts: EdgeParts, size: int) -> list[str]:
     written = [RECORD_FILE]
     description = _description(parts.description)
     ends = _ends(parts, description)
@@ -201,7 +221,9 @@ def _write_parts(folder: Path, parts: EdgeParts) -> list[str]:
         if parts.pooling.write(folder, description["model"]):
             written.append("modules.json")
     record = _edge_record(parts, description, genai)
-    said = {"end_tokens": list(ends), "end_tokens_from": ends_to_json(ends)}
+    said: dict[str, Any] = {"end_tokens": list(ends), "end_tokens_from": ends_to_json(ends)}
+    if parts.choices is not None:
+        said["preset"] = parts.choices.record(parts.spec, size)
     write_sealed(folder / RECORD_FILE, record | said)
     return written
 
@@ -262,6 +284,14 @@ def _classes(parts: EdgeParts, model: Mapping[str, Any]) -> list[str]:
     return [str(names[key]) for key in sorted(names, key=int)]
 
 
+def _embeddings(parts: EdgeParts) -> Any:
+    """Bits and group size of embeddings and head; None if they are in float."""
+    step = None if parts.choices is None else parts.choices.embeddings.step
+    if step is None:
+        return parts.record.get("embeddings")
+    return {"bits": step.bits, "group_size": step.group_size}
+
+
 def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> dict[str, Any]:
     rows = [row for program in parts.graphs.values() for row in program.plan]
     cached = bool(parts.program.signature.cache)
@@ -283,7 +313,7 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
         "genai": genai,
         "export": parts.spec.to_json(),
         "quant": parts.record.get("quant"),
-        "embeddings": parts.record.get("embeddings"),
+        "embeddings": _embeddings(parts),
         "adapter": parts.record.get("adapter"),
         "classes": _classes(parts, model),
         "pooling": parts.pooling.record(),

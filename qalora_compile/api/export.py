@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qalora_compile.config import FUSION_OPSETS, ExportSpec
+import torch
+
+from qalora_compile.config import AUTO, FUSION_OPSETS, ExportSpec
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.exporters.capability import ExportReport
 from qalora_compile.exporters.targets import LoweredTarget, get_target
@@ -15,6 +17,7 @@ from qalora_compile.files import check_output
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import ADAPTED, ANNOTATED, FLOAT, LEGALIZED
+from qalora_compile.passes.analysis.parameter_rounding import parameter_rounding
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.passes.fusions.fuse_attention import FuseAttention
@@ -43,7 +46,7 @@ def lower(program: Program, spec: ExportSpec) -> Program:
         UserInputError: a tensor holds NaN or infinite values.
     """
     check_program(program)
-    steps = lowering(program, spec)
+    steps = lowering(program, decide_parameters(program, spec))
     if not steps:
         return program
     found: list[tuple[Pass, PassResult]] = []
@@ -124,7 +127,13 @@ def _require_complete(program: Program, spec: ExportSpec) -> None:
 
 
 def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
-    """`spec` with its open fields decided for `program`."""
+    """`spec` with its open fields decided for `program`.
+
+    Args:
+        program: As `lower` takes it.
+        spec: Its `fusion` may be None, and its `parameter_dtype` `"auto"`.
+    """
+    spec = decide_parameters(program, spec)
     if spec.fusion is not None or not spec.is_onnx:
         return spec
     fusion = "none"
@@ -133,6 +142,15 @@ def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
         choices = ("standard",) if spec.target == "onnx" else ("standard", "ort")  # faster first
         fusion = next((c for c in choices if FUSION_OPSETS[c] <= opset), "none")
     return dataclasses.replace(spec, fusion=fusion)
+
+
+def decide_parameters(program: Program, spec: ExportSpec) -> ExportSpec:
+    """`spec` with a `parameter_dtype` of `"auto"` decided: float16 if no weight moves by it."""
+    if spec.parameter_dtype != AUTO:
+        return spec
+    found = parameter_rounding(program, torch.float16)
+    dtype = "float16" if found is not None and found.negligible else "float32"
+    return dataclasses.replace(spec, parameter_dtype=dtype)
 
 
 def _lowered_target(spec: ExportSpec) -> LoweredTarget:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_kv_cache(
-    program: Program, model: nn.Module | str | Path, *, last_logits: bool = False
+    program: Program, model: nn.Module | str | Path, *, last_logits: bool | None = False
 ) -> Program:
     """The same trained language model as a graph with a key-value cache, for deployment.
 
@@ -26,7 +26,8 @@ def add_kv_cache(
         program: At any stage before lowering, made from a transformers decoder-only model by
             `capture_model`.
         model: That model, or a folder with its `config.json`. No weight of it is read.
-        last_logits: Output the logits of the last position only.
+        last_logits: Output the logits of the last position only; None: if the model can leave out
+            the others.
 
     Raises:
         PreconditionError: `program` was made from another model.

@@ -94,10 +94,11 @@ def _quantize(spec: QuantizeSpec) -> QuantizeResult:
             embeddings=embeddings,
             stored=stored,
         )
+        program, target, choices = spec.choose(program, source)
         graphs = {MODEL_FILE: program}
         if not program.signature.cache and not spec.no_kv_cache:
             graphs = edge_graphs(program, source, last_logits=spec.last_logits)
-        graphs, target = lowered(graphs, spec.target)
+        graphs, target = lowered(graphs, target)
         say("translate to ONNX, then read, quantize and write the weights")
         record = {"model": spec.model, "quant": quant.to_json()} | spec.codes.embedding_record()
         parts = EdgeParts(
@@ -109,6 +110,7 @@ def _quantize(spec: QuantizeSpec) -> QuantizeResult:
             library=library,
             weights=source,
             pooling=pooling,
+            choices=choices,
         )
         report, written = write_edge(spec.out, parts, overwrite=spec.overwrite)
     return QuantizeResult(

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 from qalora_compile.api.edge import read_edge_record
+from qalora_compile.api.edge_choices import with_recorded_embeddings
 from qalora_compile.api.forms import add_kv_cache
-from qalora_compile.api.pooling import Pooling, recorded_pooling
+from qalora_compile.api.pooling import recorded_pooling
 from qalora_compile.api.run_folder import MODEL
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.errors import UserInputError
@@ -116,7 +117,7 @@ def compare_on_inputs(spec: VerifySpec, tolerance: Tolerance) -> Compared:
         UserInputError: a path cannot be read, or neither names a program.
     """
     a, b = _Named(spec.a), _Named(spec.b)
-    sides = [_pooled_as(a.thing, b.thing), _pooled_as(b.thing, a.thing)]
+    sides = [_written_as(a.thing, b.thing), _written_as(b.thing, a.thing)]
     program = next((side for side in sides if isinstance(side, Program)), None)
     if program is None:
         raise UserInputError(
@@ -214,29 +215,33 @@ def _with_cache(folder: _Named, model: _Named) -> Program | None:
     sides = folder.graph, model.graph
     if (sides[0].dialect, sides[1].dialect) != (FX, ONNX):
         return None
-    pooling = _pooling_of(model.path)
-    if pooling.in_graph:
-        return pooling.apply(Program.load(folder.path))
+    stored = Program.load(folder.path)
+    program = _written_as(stored, model.path)
+    assert isinstance(program, Program), "a program stays one"
     has_cache = [any(name.startswith(PAST) for name, _ in s.inputs.values()) for s in sides]
     described = folder.path / MODEL
     if has_cache != [False, True] or not described.is_dir():
-        return None
+        return None if program is stored else program
     logits = next(o for o in sides[1].extra.graph.output if o.name == "logits")
     last = logits.type.tensor_type.shape.dim[1].dim_value == 1
-    return add_kv_cache(Program.load(folder.path), described, last_logits=last)
+    return add_kv_cache(program, described, last_logits=last)
 
 
-def _pooled_as(side: Program | Path, other: Program | Path) -> Program | Path:
-    """A program with the sentence embedding of the exported model `other`."""
+def _written_as(side: Program | Path, other: Program | Path) -> Program | Path:
+    """A program with what `export` adds to it for the exported model `other`.
+
+    That is the sentence embedding of an encoder, and the codes of embeddings that the program has
+    in float. The program itself if it adds nothing.
+    """
     if not isinstance(side, Program) or isinstance(other, Program):
         return side
-    return _pooling_of(other).apply(side)
-
-
-def _pooling_of(exported: Path) -> Pooling:
-    """The pooling in the record of an exported model."""
-    folder = exported if exported.is_dir() else exported.parent
-    return recorded_pooling(read_edge_record(folder))
+    record = read_edge_record(other if other.is_dir() else other.parent)
+    pooling = recorded_pooling(record)
+    pooled = pooling.apply(side) if pooling.in_graph else side
+    written = with_recorded_embeddings(pooled, record)
+    if written is not pooled:
+        say(f"note: embeddings are compared on codes, as {other.name} has them")
+    return written
 
 
 def _checkpoint(path: Path) -> Path | None:

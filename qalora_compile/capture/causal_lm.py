@@ -29,7 +29,7 @@ _SDPA = "sdpa"
 _BATCH_SIZE, _SEQUENCE_SIZE, _PAST_SIZE = 2, 3, 5
 
 
-def capture_causal_lm(model: nn.Module, *, last_logits: bool = False) -> Program:
+def capture_causal_lm(model: nn.Module, *, last_logits: bool | None = False) -> Program:
     """Capture a transformers decoder-only model with its cache to a program at stage `float`.
 
     One graph runs the prompt and each step after it:
@@ -48,14 +48,18 @@ def capture_causal_lm(model: nn.Module, *, last_logits: bool = False) -> Program
 
     Args:
         model: A transformers model in evaluation mode.
-        last_logits: Return logits of the last position only, `[batch, 1, vocabulary]`.
+        last_logits: Return logits of the last position only, `[batch, 1, vocabulary]`; None: if the
+            model can leave out the others.
 
     Raises:
         UnsupportedError: the model's cache holds something other than keys and values.
         CaptureError: `torch.export` refused the model.
     """
     layers = _cache_shapes(model)
-    cached = _with_cache(model, last_logits)
+    can = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    if last_logits and not can:
+        raise UnsupportedError(f"{type(model).__name__} cannot return only the last logits")
+    cached = _with_cache(model, can if last_logits is None else last_logits)
     kwargs = _example(model, layers)
     axes = _axes(kwargs)
     shapes = pytree.tree_map_with_path(
@@ -94,8 +98,6 @@ def _with_cache(model: nn.Module, last_logits: bool) -> nn.Module:
         present = [{"key": layer.keys, "value": layer.values} for layer in output[argument].layers]
         return {"logits": output.logits, "present": present}
 
-    if last_logits and "logits_to_keep" not in inspect.signature(base.forward).parameters:
-        raise UnsupportedError(f"{base.__name__} cannot return only the last logits")
     cached = copy.copy(model)
     cached.__class__ = type(base.__name__, (base,), {"forward": forward})
     return cached

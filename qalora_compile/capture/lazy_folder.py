@@ -30,7 +30,9 @@ from qalora_compile.untrusted import member, read_json
 _INDEX = "model.safetensors.index.json"
 
 
-def capture_checkpoint(folder: Path, *, last_logits: bool = False, cache: bool = True) -> Program:
+def capture_checkpoint(
+    folder: Path, *, last_logits: bool | None = False, cache: bool = True
+) -> Program:
     """Capture a model that reads tokens from its folder, with lazy weights.
 
     A decoder-only model is captured with its key-value cache. A model with encoder and decoder is

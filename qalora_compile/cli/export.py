@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
 from qalora_compile.api.deploy import DeploySpec, EdgeResult, EdgeSpec, export_folder
-from qalora_compile.api.edge import EdgeParts
+from qalora_compile.api.edge import EdgeParts, outputs_last_logits
 from qalora_compile.brief import megabytes
 from qalora_compile.cli.options import spec_of
+from qalora_compile.cli.quantized import add_embedding_choice
 from qalora_compile.cli.ui import console, print_summary, print_table, steps
 from qalora_compile.config import (
     ACCURACY_LEVELS,
+    AUTO,
     CHECKPOINT_TARGETS,
     CORRECTIONS,
     FLOAT_TYPES,
     FUSIONS,
     PARAMETER_DTYPES,
+    PRESETS,
     ExportSpec,
 )
 from qalora_compile.exporters.capability import ExportReport
@@ -31,8 +35,8 @@ NAME = "export"
 SUMMARY = "write a folded model as one ONNX file, or as a checkpoint of another library"
 EXAMPLES = """examples:
   qalora-compile export folded --out edge
-  qalora-compile export folded --out edge --accuracy-level 4 --parameter-dtype float16
-                                                        int8 activations: fastest, 5e-3 error
+  qalora-compile export folded --out edge --preset fast        int8 activations: 5e-3 error
+  qalora-compile export folded --out edge --preset small --embeddings 8      smallest but for one
   qalora-compile export folded --out edge --target ort-stock   no functions, MatMulNBits throughout
   qalora-compile export folded --out edge --target onnx        standard operators only
   qalora-compile export folded --out edge --with-library       for GenAI: our kernels in the folder
@@ -54,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDED", help="folder written by fold")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     add_target_arguments(parser)
+    add_embedding_choice(parser)
     add_pooling_arguments(parser)
     add_cache_argument(parser)
     parser.add_argument("--allow-unfolded", action="store_true", help="export adapters unmerged")
@@ -75,17 +80,22 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         "--opset", type=int, metavar="N", help="ONNX opset, default 20; 21 for target onnx"
     )
     parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="exact: float32 throughout; fast: int8 activations, float16 scales, 8-bit embeddings; "
+        "small: float16 scales, 4-bit embeddings; default: what changes no output noticeably",
+    )
+    parser.add_argument(
         "--accuracy-level",
         type=int,
-        default=0,
         choices=ACCURACY_LEVELS,
-        help="0: float32 activations, 4: int8",
+        help="0: float32 activations, 2 (target ort): two int8 digits each, 4: int8",
     )
     parser.add_argument(
         "--parameter-dtype",
-        default=defaults.parameter_dtype,
-        choices=PARAMETER_DTYPES,
-        help="dtype of scale and zero-point in target ort and in checkpoints; float16 rounds them",
+        choices=(*PARAMETER_DTYPES, AUTO),
+        help="dtype of scale and zero-point in target ort and in checkpoints; float16 rounds them; "
+        "auto, for target ort: float16 if no weight moves by it",
     )
     parser.add_argument(
         "--correction",
@@ -103,8 +113,22 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FLOAT_TYPES,
         help="dtype of unquantized matrices in target gguf; default: the smallest exact one",
     )
+    add_output_arguments(parser)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the folder's model outputs, and whether the folder has the library."""
     parser.add_argument(
-        "--last-logits", action="store_true", help="output the last token's logits only; with cache"
+        "--last-logits",
+        action="store_true",
+        default=None,
+        help="output the last token's logits only; the default of a decoder with a cache",
+    )
+    parser.add_argument(
+        "--all-logits",
+        dest="last_logits",
+        action="store_false",
+        help="output the logits of all tokens, for perplexity and scoring",
     )
     parser.add_argument(
         "--with-library",
@@ -128,8 +152,14 @@ def add_pooling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def target_spec(options: argparse.Namespace) -> ExportSpec:
-    """The export specification in the options of `add_target_arguments`."""
-    return spec_of(ExportSpec, options, overwrite=False)
+    """The export specification in the options of `add_target_arguments`.
+
+    Raises:
+        UserInputError: a value is out of range, or options conflict.
+    """
+    names = {field.name for field in dataclasses.fields(ExportSpec)} - {"overwrite"}
+    given = {n: v for n, v in vars(options).items() if n in names and v is not None}
+    return ExportSpec.from_preset(options.preset, **given)
 
 
 def deploy_spec(options: argparse.Namespace) -> DeploySpec:
@@ -174,19 +204,26 @@ def _show_edge(spec: DeploySpec, result: EdgeResult, parts: EdgeParts, seconds: 
             "peak memory": megabytes(peak_memory()),
             "key-value cache": _cache_state(spec, parts.program),
             **pair_rows(parts),
+            **choice_rows(parts, report),
             "next to it": ", ".join(result.written),
             "seconds": f"{seconds:.0f}",
             "written": str(report.path),
-            "next": f"qalora-compile verify {spec.folder} {spec.out} --max-abs 1e-3",
+            "next": f"qalora-compile verify {spec.folder} {spec.out} {_tolerance(report)}",
         }
         | ({"kernels": kernels()} if report.target == "ort" else {})
         | resumed(report),
     )
 
 
+def _tolerance(report: ExportReport) -> str:
+    """The tolerance that fits what the target rounds."""
+    rounds = any(capability.kind == "rounds" for capability in report.capabilities.values())
+    return "--max-rel 1e-1" if rounds else "--max-rel 1e-3"
+
+
 def _cache_state(spec: EdgeSpec, program: Program) -> str:
     if program.signature.cache:
-        return "yes, logits of the last token" if spec.last_logits else "yes"
+        return "yes, logits of the last token" if outputs_last_logits(program) else "yes"
     return "left out" if spec.no_kv_cache else "none: not a generating transformers model"
 
 
@@ -204,6 +241,11 @@ def pair_rows(parts: EdgeParts) -> dict[str, str]:
         return {}
     both = [f"{name} ({megabytes(size)})" for name, size in parts.in_both().items()]
     return {"graphs": ", ".join(parts.graphs), "in both files": ", ".join(both) or "nothing"}
+
+
+def choice_rows(parts: EdgeParts, report: ExportReport) -> dict[str, str]:
+    """Rows of the summary on the preset and its figures."""
+    return {} if parts.choices is None else parts.choices.rows(parts.spec, report.size_bytes)
 
 
 def kernels() -> str:

@@ -6,12 +6,14 @@ import argparse
 import time
 from pathlib import Path
 
+from qalora_compile.api.codes import CodesSpec
 from qalora_compile.api.quantize import QuantizeSpec, quantize_folder
 from qalora_compile.brief import megabytes
 from qalora_compile.cli.export import (
     add_cache_argument,
     add_pooling_arguments,
     add_target_arguments,
+    choice_rows,
     kernels,
     pair_rows,
     resumed,
@@ -19,10 +21,10 @@ from qalora_compile.cli.export import (
 )
 from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.quantized import (
-    add_embedding_arguments,
+    add_embedding_choice,
+    add_embedding_group,
     add_quant_arguments,
     add_stored_argument,
-    codes_of,
     print_reports,
 )
 from qalora_compile.cli.ui import print_summary, steps
@@ -49,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     add_quant_arguments(parser)
     add_stored_argument(parser)
-    add_embedding_arguments(parser)
+    add_embedding_choice(parser)
+    add_embedding_group(parser)
     add_target_arguments(parser)
     add_cache_argument(parser)
     add_pooling_arguments(parser)
@@ -62,11 +65,12 @@ def quantize_spec(options: argparse.Namespace) -> QuantizeSpec:
     Raises:
         UserInputError: a value is out of range, or options conflict.
     """
+    bits = options.embeddings if isinstance(options.embeddings, int) else None
     return spec_of(
         QuantizeSpec,
         options,
         out=Path(options.out),
-        codes=codes_of(options),
+        codes=spec_of(CodesSpec, options, embeddings=bits),
         target=target_spec(options),
     )
 
@@ -86,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
             "nodes": report.nodes,
             "size": megabytes(report.size_bytes),
             **(pair_rows(result.parts) if result.parts else {}),
+            **(choice_rows(result.parts, report) if result.parts else {}),
             "next to it": ", ".join(result.written),
             "peak memory": megabytes(peak_memory()),
             "seconds": f"{time.monotonic() - started:.0f}",

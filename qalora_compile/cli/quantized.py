@@ -13,7 +13,7 @@ from qalora_compile.api.inspect import pattern_of, ranges_of
 from qalora_compile.capture.checkpoints.gptq_zeros import ZERO_POINTS
 from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.ui import print_table
-from qalora_compile.config import AUTO, BUDGET_UNITS, SUPPORTED_BITS, QuantSpec
+from qalora_compile.config import AUTO, BUDGET_UNITS, EMBEDDINGS, SUPPORTED_BITS, QuantSpec
 from qalora_compile.passes.quantize_embeddings import BITS
 from qalora_compile.quantizers.report import QuantReport
 from qalora_compile.registry import QUANTIZERS
@@ -127,6 +127,22 @@ def _decibels(value: float) -> str:
     return "exact" if value == math.inf else f"{value:.1f}"
 
 
+def embedding_bits(text: str) -> int | str:
+    """A number of bits, `auto` or `float`."""
+    return int(text) if text.isdigit() else text
+
+
+def add_embedding_choice(parser: argparse._ActionsContainer) -> None:
+    """Declare how a file holds embeddings and head."""
+    parser.add_argument(
+        "--embeddings",
+        type=embedding_bits,
+        choices=EMBEDDINGS,
+        help="embeddings and head that are in float: bits 8 or 4, float, or auto, the default: 8 "
+        "bits in a decoder if they lose next to nothing",
+    )
+
+
 def add_embedding_arguments(parser: argparse._ActionsContainer) -> None:
     """Declare the options."""
     parser.add_argument(
@@ -137,6 +153,11 @@ def add_embedding_arguments(parser: argparse._ActionsContainer) -> None:
         help="bits of embeddings and head, 8 or 4, without adapters; stored once if tied (default: "
         "float)",
     )
+    add_embedding_group(parser)
+
+
+def add_embedding_group(parser: argparse._ActionsContainer) -> None:
+    """Declare the group size of `--embeddings` with a number of bits."""
     parser.add_argument(
         "--embeddings-group-size",
         type=int,

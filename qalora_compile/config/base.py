@@ -49,7 +49,8 @@ def one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
     Raises:
         UserInputError: the value is another, or of another type.
     """
-    if value not in allowed or type(value) is not type(allowed[0]):  # 4.0 is not 4, True not 1
+    # 4.0 is not 4, True not 1
+    if not any(value == known and type(value) is type(known) for known in allowed):
         raise UserInputError(
             f"{field} is {value!r}", hint=f"use one of {', '.join(map(str, allowed))}"
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from qalora_compile import registry
-from qalora_compile.config.base import Spec, one_of
+from qalora_compile.config.base import AUTO, Spec, one_of
+from qalora_compile.config.preset import PRESETS, preset_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 
 ONNX_TARGETS = tuple(registry.ONNX_TARGETS)
@@ -17,7 +18,9 @@ TARGETS = registry.TARGETS.builtin
 """The built-in targets; `extend.register_target` adds others."""
 FLOAT_TYPES = ("q8_0", "f16", "bf16", "f32")
 """How a GGUF file holds a matrix of floats, smallest first."""
-ACCURACY_LEVELS = (0, 4)
+ACCURACY_LEVELS = (0, 2, 4)
+STOCK_ACCURACY_LEVELS = (0, 4)
+"""Those of MatMulNBits; level 2 is one of GroupQuantLinear alone."""
 PARAMETER_DTYPES = ("float32", "float16")
 CORRECTIONS = ("fp32", "digits")
 FUSION_OPSETS = {"none": 18, "standard": 23, "ort": 22}
@@ -41,11 +44,14 @@ class ExportSpec(Spec):
             (docs/checkpoints.md), which take none of the options of ONNX below.
         opset: ONNX opset version of the standard domain; None takes 20, or 21 for `"onnx"`.
         accuracy_level: 0 computes in float32; 4 quantizes activations to int8, which is faster and
-            errs by about 5e-3 of the output. A file of target `"onnx"` cannot express it: the
-            runtime decides (see docs/lowering.md).
+            errs by about 5e-3 of the output. 2, for target `"ort"` only, quantizes them to two int8
+            digits, about 15 bits, which errs by about 1e-4. A file of target `"onnx"` cannot
+            express it: the runtime decides (see docs/lowering.md).
         parameter_dtype: Dtype of scale and zero-point in target `"ort"` and in checkpoints, and of
             all weights in target `"float"`: `"float32"` is exact, `"float16"` rounds, and is
-            smaller and faster. `"gguf"` and `"safetensors"` leave no choice.
+            smaller and faster. `"gguf"` and `"safetensors"` leave no choice. `"auto"`, for target
+            `"ort"`, is float16 if that moves no weight by more than `PARAMETER_LIMIT` of its step
+            (`passes.analysis.parameter_rounding`), and float32 otherwise.
         correction: For target `"ort-stock"`: `"fp32"` is exact; `"digits"` makes it part of the
             kernel, as two or three digits of the codes' width, which is faster and rounds.
         fusion: How norms, rotary embeddings and attention of a transformer are written:
@@ -71,6 +77,32 @@ class ExportSpec(Spec):
     overwrite: bool = False
 
     OPSETS: ClassVar[tuple[int, ...]] = (18, 19, 20, 21, 22, 23)
+
+    @classmethod
+    def from_preset(cls, name: str | None, *, target: str = "ort", **given: Any) -> ExportSpec:
+        """The options of a preset, with `given` in their place; None is the default of an export.
+
+        Args:
+            name: One of `PRESETS`, or None.
+            target: As the attribute; presets are for `"ort"` and `"ort-stock"`.
+            given: Other attributes.
+
+        Raises:
+            UserInputError: there is no such preset, or options conflict with it or the target.
+        """
+        if name is not None:
+            one_of("preset", name, tuple(PRESETS))
+        chosen = preset_of(name)
+        values: dict[str, Any] = {}
+        if target in ("ort", "ort-stock"):
+            values["accuracy_level"] = chosen.accuracy_level
+        elif name is not None:
+            raise UserInputError(
+                f"preset is {name!r} for target {target}", hint="presets are for ort and ort-stock"
+            )
+        if target == "ort":
+            values["parameter_dtype"] = chosen.parameter_dtype
+        return cls(target=target, **values | given)
 
     @property
     def onnx_opset(self) -> int:
@@ -98,12 +130,18 @@ class ExportSpec(Spec):
             )
         if self.opset is not None:
             one_of("opset", self.opset, self.OPSETS)
-        one_of("parameter_dtype", self.parameter_dtype, PARAMETER_DTYPES)
+        dtypes = (*PARAMETER_DTYPES, AUTO) if self.target == "ort" else PARAMETER_DTYPES
+        one_of("parameter_dtype", self.parameter_dtype, dtypes)
         one_of("correction", self.correction, CORRECTIONS)
         one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
         for option, known in (("fusion", FUSIONS), ("float_type", FLOAT_TYPES)):
             if getattr(self, option) is not None:
                 one_of(option, getattr(self, option), known)
+        if self.accuracy_level not in STOCK_ACCURACY_LEVELS and self.target == "ort-stock":
+            raise UserInputError(
+                f"accuracy_level is {self.accuracy_level!r} for target ort-stock",
+                hint="MatMulNBits has levels 0 and 4; target ort has level 2",
+            )
         if self.target in TARGETS:
             self._check_target()
         else:

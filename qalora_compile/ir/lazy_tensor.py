@@ -100,6 +100,12 @@ def is_placeholder(tensor: Tensor) -> bool:
     return is_lazy(tensor) and not hasattr(tensor, _RECIPE)
 
 
+def is_stored(tensor: Tensor) -> bool:
+    """Whether the values of a tensor are in memory or in a file, so that no pass computes them."""
+    recipe, _ = getattr(tensor, _RECIPE, (None, ""))
+    return not is_lazy(tensor) or isinstance(recipe, FileRecipe)
+
+
 Seen = dict[Hashable, dict[str, Tensor]]
 """Results on the meta device, by what they depend on."""
 

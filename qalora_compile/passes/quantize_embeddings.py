@@ -165,6 +165,12 @@ class QuantizeEmbeddings(Pass):
         return new
 
 
+def embedding_weights(program: Program) -> tuple[list[Use], list[Change]]:
+    """A use of each weight that the pass would quantize, and why it would keep the others."""
+    chosen, kept = _choose(program.copy_graph(), program)
+    return [members[0][0] for members in chosen], kept
+
+
 def _choose(graph: fx.Graph, program: Program) -> tuple[list[list[Member]], list[Change]]:
     """The weights to quantize, each with all uses (lookups first), and a skip for each kept one."""
     uses = find_uses(graph, program.module)

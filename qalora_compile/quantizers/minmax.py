@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qalora_compile.config import QuantSpec
 from qalora_compile.ir.affine import GroupAffine, expand_groups, group_count
@@ -31,6 +32,8 @@ def quantize_minmax(weight: Tensor, spec: QuantSpec) -> GroupAffine:
     return round_to_nearest(weight, spec, parameters)
 
 
+_LEAST_SIGNED_BITS = 4
+"""Groups of narrower signed integers are not looked for."""
 _CHUNK_ELEMENTS = 1 << 20
 """About this many weights are quantized at a time; the arithmetic takes 50 bytes per weight."""
 
@@ -41,7 +44,9 @@ def quantize_integer_zero(weight: Tensor, bits: int, group_size: int) -> GroupAf
     The range of a group is widened to contain 0, so that z is a code (as in ONNX's QuantizeLinear).
     Scales have 16 significant bits (45 in float64), so that the product with z is exact and
     `−offset / scale` returns z. Kernels with integer zero-points then need no correction. A group
-    of equal weights is reconstructed exactly.
+    of equal weights is reconstructed exactly, and so is one whose weights are already the products
+    of a scale and signed integers of at most `bits` bits (as GGUF's Q8_0, Q6_K and Q4_0 store
+    them): it keeps this scale, with the zero-point 2^(bits − 1).
 
     Args:
         weight: `[N, K]`, floating and finite.
@@ -75,5 +80,41 @@ def _quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, 
     zero_point = (-low.clamp_max(0) / scale).round().clamp(0, qmax)
     level = wide / expand_groups(scale, group_size, k)
     level = level + expand_groups(zero_point, group_size, k)
-    codes = level.round().clamp(0, qmax)
-    return codes.to(torch.uint8), scale.to(storage), (-scale * zero_point).to(storage)
+    codes = level.round().clamp(0, qmax).to(torch.uint8)
+    parts = codes, scale.to(storage), (-scale * zero_point).to(storage)
+    return _keep_symmetric(parts, wide, grouped.abs().amax(-1), bits, group_size)
+
+
+def _keep_symmetric(
+    parts: tuple[Tensor, Tensor, Tensor], wide: Tensor, peak: Tensor, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and offset, exact for the groups that are on a grid of signed integers.
+
+    The step of such a group is its largest magnitude `peak` `[n, L]` divided by the largest code,
+    which is 2^(b − 1) or one less for codes of b bits.
+    """
+    codes, scale, offset = parts
+    k, zero = wide.shape[1], 2 ** (bits - 1)
+    wide_scale, wide_offset = (expand_groups(t.double(), group_size, k) for t in (scale, offset))
+    done = _all_of_groups(codes * wide_scale + wide_offset == wide, group_size)
+    for width in range(bits, _LEAST_SIGNED_BITS - 1, -1):
+        for largest in (2 ** (width - 1) - 1, 2 ** (width - 1)):
+            step = (peak / largest).to(scale.dtype).double()
+            step = torch.where(step == 0, 1.0, step)
+            across = expand_groups(step, group_size, k)
+            level = (wide / across).round().clamp(-zero, zero - 1)
+            found = _all_of_groups(level * across == wide, group_size) & ~done
+            inside = expand_groups(found, group_size, k)
+            codes = torch.where(inside, (level + zero).to(codes.dtype), codes)
+            scale = torch.where(found, step.to(scale.dtype), scale)
+            offset = torch.where(found, (-step * zero).to(scale.dtype), offset)
+            done |= found
+    return codes, scale, offset
+
+
+def _all_of_groups(flags: Tensor, group_size: int) -> Tensor:
+    """Whether all flags of each group of a row hold: `[n, L]` of `[n, K]`."""
+    rest = -flags.shape[1] % group_size
+    padded = functional.pad(flags, (0, rest), value=True)
+    found: Tensor = padded.unflatten(1, (-1, group_size)).all(-1)
+    return found

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from qalora_compile.cli.main import main
+from qalora_compile.ir.program import Program
 from qalora_compile.runtime import kernel_level
+from tests.verify.planted import with_tensors
 
 Capture = pytest.CaptureFixture[str]
 
@@ -62,6 +65,58 @@ def test_from_training_to_the_edge(folder: Path, tmp_path: Path, capsys: Capture
     assert exported["model.embed_tokens"]["bits"] == 8
     # Codes, one scale for both planes, and two planes of zero-points.
     assert exported["model.embed_tokens"]["bytes"] == 160 * 64 + 3 * 4 * 160 * 2
+
+
+def put_table(folder: Path) -> None:
+    """Give the model of a FOLDED folder a table that 8 bits hold exactly, as GGUF's Q8_0 does."""
+    program = Program.load(folder)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (160, 2, 32), generator=generator)
+    codes[..., 0] = 127
+    table = (codes * 2.0**-11).reshape(160, 64)
+    changed = with_tensors(program, {program.plan["lm_head"].weight: lambda _: table})
+    record = (folder / "run.json").read_text("utf-8")
+    shutil.copytree(folder / "model", folder.parent / "model")
+    shutil.rmtree(folder)
+    changed.save(folder)
+    shutil.copytree(folder.parent / "model", folder / "model")
+    (folder / "run.json").write_text(record, "utf-8")
+
+
+def test_the_default_and_the_presets(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    data = tmp_path / "ids.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": [n, n + 1, n + 2]}) + "\n" for n in range(8)))
+    run, folded = str(tmp_path / "run"), str(tmp_path / "folded")
+    train = ["finetune", str(folder), "--data", str(data), "--out", run, "--steps", "2"]
+    assert main(train) == 0
+    assert main(["fold", run, "--out", folded]) == 0
+    put_table(tmp_path / "folded")
+    found = {}
+    for name, options in {
+        "default": [],
+        "exact": ["--preset", "exact"],
+        "fast": ["--preset", "fast"],
+        "small": ["--preset", "small"],
+        "mixed": ["--preset", "fast", "--accuracy-level", "0", "--embeddings", "float"],
+    }.items():
+        edge = str(tmp_path / name)
+        assert main(["export", folded, "--out", edge, *options]) == 0
+        record = json.loads((tmp_path / name / "qalora.json").read_text("utf-8"))
+        found[name] = record["preset"] | {"bits": (record["embeddings"] or {}).get("bits")}
+        tolerance = "1e-4" if name in ("default", "exact") else "1e-1"
+        assert main(["verify", folded, edge, "--max-rel", tolerance]) == 0
+    assert {name: row["bits"] for name, row in found.items()} == {
+        "default": 8, "exact": None, "fast": 8, "small": 4, "mixed": None,
+    }  # fmt: skip
+    assert found["default"]["embedding_loss"] == 0
+    assert found["small"]["embedding_loss"] > 1e-2
+    assert [found[n]["accuracy_level"] for n in found] == [0, 0, 4, 0, 0]
+    dtypes = [found[n]["parameter_dtype"] for n in found]
+    assert dtypes == ["float32", "float32", "float16", "float16", "float16"]
+    assert found["small"]["bytes"] < found["default"]["bytes"] < found["exact"]["bytes"]
+    assert found["exact"]["largest_movement"] < 1e-5 < found["fast"]["largest_movement"]
+    assert main(["verify", folded, str(tmp_path / "default"), "--prove"]) == 0
+    assert "bits per weight" in capsys.readouterr().out
 
 
 def test_quantize(folder: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -120,7 +120,7 @@ BAD: dict[str, tuple[type[Spec], dict[str, Any]]] = {
     "budget without use": (AdapterSpec, {"rank_budget": 9, "rank": 4}),
     "init": (AdapterSpec, {"init": "random"}),
     "opset": (ExportSpec, {"opset": 9}),
-    "accuracy": (ExportSpec, {"accuracy_level": 2}),
+    "accuracy": (ExportSpec, {"accuracy_level": 3}),
 }
 
 

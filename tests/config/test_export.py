@@ -22,6 +22,9 @@ def test_an_unknown_target_names_the_known_ones() -> None:
     [
         ({"target": "onnx", "opset": 20}, "target onnx needs 21"),
         ({"target": "onnx", "accuracy_level": 4}, "the session decides"),
+        ({"target": "onnx", "accuracy_level": 2}, "the session decides"),
+        ({"target": "ort-stock", "accuracy_level": 2}, "target ort has level 2"),
+        ({"target": "gguf", "accuracy_level": 2}, "option of target ort"),
         ({"target": "onnx", "fusion": "ort"}, "standard operators only"),
         ({"fusion": "standard", "opset": 20}, "opset 23"),
         ({"target": "ort", "correction": "digits"}, "option of target ort-stock"),

@@ -17,7 +17,7 @@ from qalora_compile.config import ONNX_TARGETS
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.exporters.onnx import initializers
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
-from qalora_compile.runtime import open_session
+from qalora_compile.runtime import kernel_level, open_session
 from tests.models import (
     MLP,
     TRANSFORMERS,
@@ -179,6 +179,34 @@ def test_int8_activations_are_marked_and_near(
     assert_close(run(tmp_path / "m.onnx", x), program(x), relative=5e-2)
 
 
+def test_two_digits_run_exactly_on_stock_kernels(tmp_path: Path) -> None:
+    """Without the library a file of level 2 computes in float32."""
+    program, x = folded_mlp(group=32), torch.randn(2, 3, 50)
+    report = qc.export_model(program, tmp_path / "m.onnx", qc.ExportSpec(accuracy_level=2))
+    assert str(report.capabilities["activations"]) == "rounds(int16)"
+    nodes = onnx.load(tmp_path / "m.onnx").graph.node
+    node = next(n for n in nodes if n.op_type == "GroupQuantLinear")
+    stated = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert (stated["compute"], stated["stock_accuracy_level"]) == (b"int16", 0)
+    session = open_session(tmp_path / "m.onnx", library=False)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close([torch.from_numpy(y) for y in found], program(x), relative=1e-5)
+
+
+@pytest.mark.skipif(kernel_level() is None, reason="the operator library was not built")
+def test_two_digits_are_near_with_the_library(tmp_path: Path) -> None:
+    program, x = folded_mlp(group=32), torch.randn(2, 3, 50)
+    qc.export_model(program, tmp_path / "m.onnx", qc.ExportSpec(accuracy_level=2))
+    try:
+        session = open_session(tmp_path / "m.onnx", library=True)
+    except UserInputError as refused:
+        if "compute" not in str(refused):
+            raise
+        pytest.skip(f"this library has no kernel for two digits: {refused}")
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_close([torch.from_numpy(y) for y in found], program(x), relative=5e-4)
+
+
 def test_large_weights_go_next_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initializers, "INLINE_LIMIT_BYTES", 100)
     program, x = folded_mlp(), torch.randn(2, 3, 50)
@@ -226,7 +254,7 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         qc.export_model(folded_mlp(), tmp_path / "model.bin")
     with pytest.raises(UnsupportedError, match="no export target 'tflite'"):
         qc.ExportSpec(target="tflite")
-    for values in ({"opset": 9}, {"accuracy_level": 2}):
+    for values in ({"opset": 9}, {"accuracy_level": 3}):
         with pytest.raises(UserInputError):
             qc.ExportSpec(**values)  # type: ignore[arg-type]
 

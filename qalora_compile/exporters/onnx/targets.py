@@ -13,6 +13,8 @@ from qalora_compile.exporters.targets import LoweredTarget
 from qalora_compile.ir.program import Program
 
 _SUFFIX = ".onnx"
+_INT8 = 4
+"""The accuracy level at which MatMulNBits runs on int8 activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +36,11 @@ class OnnxTarget(LoweredTarget):
 def _with_planes(program: Program, spec: ExportSpec, legalize: str) -> str:
     """The text of a pipeline: the legalize pass and the passes around it.
 
-    For kernels on float32 activations, 8-bit weights with integer zero-points become two planes.
+    8-bit weights with integer zero-points become two planes, but for kernels on int8 activations:
+    MatMulNBits has no float32 kernel of 8 bits.
     """
     wide = any(site.frozen_integer_zero and site.bits == 8 for site in program.plan)
-    planes = "split-planes," if wide and spec.accuracy_level == 0 else ""
+    planes = "split-planes," if wide and spec.accuracy_level != _INT8 else ""
     return f"{planes}{legalize},share-group-sums"
 
 

@@ -24,6 +24,9 @@ from qalora_compile.ir.site_plan import Site
 from qalora_compile.ir.stages import PLANE_NAMES
 from qalora_compile.optional import require
 
+_ACTIVATIONS = {0: EXACT, 2: rounds("int16"), 4: rounds("int8")}
+"""What each accuracy level does to activations."""
+
 
 def write_onnx(
     program: Program, path: Path, spec: ExportSpec, *, resume: str | None = None
@@ -144,7 +147,7 @@ def capabilities(spec: ExportSpec) -> dict[str, Capability]:
         zero_point = parameter
     elif spec.correction == "digits":
         zero_point = rounds("integer part and correction in digits")
-    activations = EXACT if spec.accuracy_level == 0 else rounds("int8")
+    activations = _ACTIVATIONS[spec.accuracy_level]
     if spec.target == "onnx":
         activations = Capability("exact", f"in ONNX Runtime with {QDQ_ACCURACY_KEY}=0")
     return {

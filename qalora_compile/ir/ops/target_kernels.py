@@ -61,7 +61,7 @@ def group_quant_linear(
         zero_point: `[N, L]`, as `scale`.
         bits: 2, 3, 4 or 8.
         group_size: A multiple of 16.
-        compute: `"fp32"` or `"int8"`.
+        compute: `"fp32"`, `"int16"` or `"int8"`.
     """
     weight = group_quant_weight(codes, scale, zero_point, bits, group_size, x.shape[-1])
     return functional.linear(x, weight.to(x.dtype))

@@ -22,6 +22,9 @@ from qalora_compile.ir.stages import LEGALIZED
 from qalora_compile.passes.legalize.base import Layer, LegalizePass, Lowered, add_bias, pad_input
 from qalora_compile.passes.legalize.block_layout import widen_groups
 
+_COMPUTE = {0: "fp32", 2: "int16", 4: "int8"}
+"""The attribute `compute` of GroupQuantLinear by accuracy level."""
+
 
 @dataclass(frozen=True)
 class GroupLayout:
@@ -108,7 +111,7 @@ class LegalizeOrt(LegalizePass):
         """GroupQuantLinear, then the bias, as an ONNX function has no optional inputs."""
         layout, parts = GroupLayout.choose(layer), lowered.parts
         options = layer.bits, layout.width
-        compute = "int8" if self.accuracy_level else "fp32"
+        compute = _COMPUTE[self.accuracy_level]
         x = pad_input(graph, own.x, layout.group_size, layout.width, layout.padded)
         if isinstance(own, ExpertLinear):
             group_offsets = own.group_offsets

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from qalora_compile.config import ACCURACY_LEVELS, CORRECTIONS, one_of
+from qalora_compile.config import CORRECTIONS, STOCK_ACCURACY_LEVELS, one_of
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.lazy_tensor import holds
 from qalora_compile.ir.ops.embedding import BlockEmbedding
@@ -71,7 +71,7 @@ class LegalizeOrtStock(LegalizePass):
     correction: str = "fp32"
 
     def __post_init__(self) -> None:
-        one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
+        one_of("accuracy_level", self.accuracy_level, STOCK_ACCURACY_LEVELS)
         one_of("correction", self.correction, CORRECTIONS)
 
     def layout(self, layer: Layer) -> BlockLayout:

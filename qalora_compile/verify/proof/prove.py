@@ -37,7 +37,12 @@ from qalora_compile.verify.proof.match_structure import (
 )
 from qalora_compile.verify.proof.open_graph import files_of, open_graph
 from qalora_compile.verify.proof.recheck import recheck
-from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError, remembered
+from qalora_compile.verify.proof.weights.linear_map import (
+    TWO_DIGITS,
+    Linear,
+    NotLinearError,
+    remembered,
+)
 
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
@@ -321,6 +326,16 @@ def _notes(sites: Sequence[SiteProof], structure: Structure) -> list[str]:
         notes.append(
             f"{len(inexact)} layers run on int8 activations: equal in exact arithmetic, with no "
             "bound on what rounding x changes"
+        )
+    digits = [
+        pair.site.name
+        for pair in structure.pairs
+        if pair.maps is not None and any(TWO_DIGITS in one.notes for one in pair.maps)
+    ]
+    if digits:
+        notes.append(
+            f"{len(digits)} layers run on activations of two int8 digits: equal in exact "
+            "arithmetic, and the bound of each contains what rounding x changes"
         )
     coarse = [s.name for s in sites if any(w.coarse >= _HALF_STEP for w in s.modes.values())]
     if coarse:

@@ -95,7 +95,8 @@ class CachedSteps:
         self.signature = graph.signature
         # A model that returns only the last logits runs token by token to return them all.
         logits = next(out for out in graph.session.get_outputs() if out.name == _LOGITS)
-        self._last_only = logits.shape[1] == 1
+        self.last_only = logits.shape[1] == 1
+        """Whether the model outputs the logits of the last token alone."""
         self.counts_padding = True
         """Whether padding tokens count as positions, as in most models without a position input."""
 
@@ -106,14 +107,24 @@ class CachedSteps:
     def logits(self, feed: Mapping[str, Any]) -> Tensor:
         """Logits of every token."""
         length = feed[_TOKENS].shape[1]
-        stops = range(1, length + 1) if self._last_only else stops_of(length)
+        if not self.last_only:
+            return torch.cat(self._run_steps(feed, stops_of(length)), dim=1)
+        parts = self._run_steps(feed, range(1, length + 1))
+        for stop, last in zip(
+            stops_of(length), self._run_steps(feed, stops_of(length)), strict=True
+        ):
+            parts[stop - 1] = last  # of a step of several tokens
+        return torch.cat(parts, dim=1)
+
+    def _run_steps(self, feed: Mapping[str, Any], stops: Iterable[int]) -> list[Tensor]:
+        """The logits of each step."""
         past, begin, parts = self._empty(feed), 0, []
         for stop in stops:
             values = self._graph.outputs(self._step(feed, begin, stop, past))
             parts.append(values.pop(_LOGITS))
             past = {n.replace(_PRESENT, PAST): v.numpy() for n, v in values.items()}
             begin = stop
-        return torch.cat(parts, dim=1)
+        return parts
 
     def _empty(self, feed: Mapping[str, Any]) -> dict[str, Any]:
         return empty_cache(self.signature.cache, len(feed[_TOKENS]))

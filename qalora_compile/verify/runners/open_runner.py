@@ -101,12 +101,14 @@ class OnnxRunner:
             for leaf, value in zip(self.signature.inputs, leaves, strict=True)
             if leaf.dtype is not None
         }
-        if self._cached is not None:
-            outputs = {"logits": self._cached.logits(feed)}
-            feed = self._cached.full_feed(feed)
-        else:
-            outputs = self._graph.outputs(feed)
-        return Run(outputs, self._graph.sites(feed))
+        if self._cached is None:
+            return Run(self._graph.outputs(feed), self._graph.sites(feed))
+        outputs, full = {"logits": self._cached.logits(feed)}, self._cached.full_feed(feed)
+        sites = self._graph.sites(full)
+        if self._cached.last_only:  # a head on codes is compared as the logits
+            length = full["input_ids"].shape[1]
+            sites = {n: v for n, v in sites.items() if v.shape[1:2] in ((), (length,))}
+        return Run(outputs, sites)
 
 
 def open_runner(thing: Program | str | Path, library: Path | None = None) -> Runner:

@@ -15,7 +15,7 @@ from torch import Tensor
 import qalora_compile as qc
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.ir.affine import dequantize
-from qalora_compile.ir.ops.target_kernels import group_quant_linear
+from qalora_compile.ir.ops.target_kernels import GroupQuantLinear, group_quant_linear
 from qalora_compile.ir.packing.bitstream import pack_codes
 from qalora_compile.ir.spec import GROUP_QUANT_LINEAR, validate
 from qalora_compile.passes.legalize import legalize_ort as pass_module
@@ -171,6 +171,17 @@ def test_a_weight_used_twice_is_lowered_once() -> None:
     assert [c.path for c in result.changes] == ["shared", "head"]
     assert sum(n.target is GROUP_QUANT_LINEAR for n in result.program.graph.nodes) == 3
     assert_close(result.program(x), program(x), relative=1e-5)
+
+
+@pytest.mark.parametrize(("level", "compute"), [(0, "fp32"), (2, "int16"), (4, "int8")])
+def test_an_accuracy_level_is_an_attribute_and_changes_no_reference(
+    level: int, compute: str
+) -> None:
+    program, x = folded()
+    lowered = LegalizeOrt(accuracy_level=level)(program).program
+    nodes = [n for n in lowered.graph.nodes if n.target is GROUP_QUANT_LINEAR]
+    assert {GroupQuantLinear.of(node).compute for node in nodes} == {compute}
+    assert_close(lowered(x), program(x), relative=1e-5)
 
 
 def test_unfolded_adapters_stay() -> None:

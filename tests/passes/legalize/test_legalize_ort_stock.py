@@ -216,7 +216,7 @@ def test_float64_and_other_stages_are_refused() -> None:
     with pytest.raises(PreconditionError):
         LegalizeOrtStock()(lowered)
     with pytest.raises(UserInputError):
-        LegalizeOrtStock(accuracy_level=3)
+        LegalizeOrtStock(accuracy_level=2)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

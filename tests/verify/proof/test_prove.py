@@ -18,7 +18,7 @@ from qalora_compile.api import lower
 from qalora_compile.config import POOLINGS
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.verify import Certificate, compare_structure
-from qalora_compile.verify.proof.compare_weights import compare_linears
+from qalora_compile.verify.proof.compare_weights import TWO_DIGITS_ROUNDING, compare_linears
 from qalora_compile.verify.proof.graphs.read_fx import program_graph
 from qalora_compile.verify.proof.weights.fx_layers import fx_linear
 from qalora_compile.verify.proof.weights.linear_map import NotLinearError
@@ -235,6 +235,33 @@ def test_rounded_parameters_and_int8_activations_are_said() -> None:
     assert all(s.worst is not None and s.worst[1].float32 is None for s in certificate.sites)
     nearly = with_tensors(rounded, {"q.scale": lambda s: s * (1 + 2**-9)})
     assert not qc.prove_equivalence(folded, nearly).passed
+
+
+def test_two_digits_have_a_bound_and_it_holds() -> None:
+    folded = program("folded")
+    exact, digits = (lower(folded, qc.ExportSpec(accuracy_level=level)) for level in (0, 2))
+    certificate = qc.prove_equivalence(folded, digits)
+    assert certificate.proved
+    assert any("two int8 digits" in note for note in certificate.notes)
+    other = qc.prove_equivalence(folded, exact)
+    assert not any("digits" in note for note in other.notes)
+    for site, plain in zip(certificate.sites, other.sites, strict=True):
+        wide, narrow = site.modes["operators"], plain.modes["operators"]
+        assert wide.float32 is not None
+        assert narrow.float32 is not None
+        moved = wide.float32 - narrow.float32
+        assert moved > TWO_DIGITS_ROUNDING * wide.weight_frobenius * (1 - 1e-9)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3), st.sampled_from([16, 32]))
+def test_the_rounding_to_two_digits_is_within_its_constant(
+    seed: int, power: float, block: int
+) -> None:
+    """As docs/operators.md defines it: in blocks, with a scale of the largest magnitude."""
+    x = np.random.default_rng(seed).standard_normal((8, block)) ** 3 * power
+    step = np.abs(x).max(1, keepdims=True) * 2.0**-14
+    moved = np.rint(x / step) * step - x
+    assert np.linalg.norm(moved) <= TWO_DIGITS_ROUNDING * np.linalg.norm(x)
 
 
 def test_an_offset_that_hides_a_code_is_said() -> None:

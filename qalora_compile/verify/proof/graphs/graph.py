@@ -68,7 +68,7 @@ class Node:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """A quantized use of a weight: `[N, K]`, or E of them; `path` holds its tensors."""
+    """A quantized use of a weight: `[N, K]`, or E of them; `path` owns the weight."""
 
     name: str
     path: str

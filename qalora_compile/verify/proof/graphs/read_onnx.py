@@ -64,7 +64,7 @@ def _assemble(model: Any, metadata: OnnxMetadata, path: Path) -> Graph:
     graph = _graph(model, metadata, path, (nodes, inputs, tensors))
     graph.sites |= {
         row.site: SiteRow(
-            row.site, row.site.partition("@")[0], row.k, row.n, "float32", row.experts
+            row.site, row.weight.rpartition(".")[0], row.k, row.n, "float32", row.experts
         )
         for row in metadata.layers
         if row.bits is not None

@@ -14,7 +14,7 @@ def find_lookups(graph: Graph) -> Graph:
     missing: dict[str, list[str]] = {}
     for site in graph.sites:
         if site not in graph.site_values:
-            missing.setdefault(site.partition("@")[0], []).append(site)
+            missing.setdefault(graph.sites[site].path, []).append(site)
     for path, sites in missing.items():
         found = lookup_values(graph, path)
         if len(found) == len(sites):

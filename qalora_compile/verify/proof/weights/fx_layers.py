@@ -9,6 +9,8 @@ from qalora_compile.verify.proof.graphs.graph import Graph, Node, SiteRow, Tenso
 from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 from qalora_compile.verify.proof.weights import dequantize
 from qalora_compile.verify.proof.weights.linear_map import (
+    INT8,
+    TWO_DIGITS,
     Linear,
     NotLinearError,
     Reading,
@@ -26,6 +28,8 @@ from qalora_compile.verify.proof.weights.linear_map import (
 )
 
 _UNROUNDED_STAGES = ("quantized", "adapted")
+_INT8_LEVEL = 4
+"""The accuracy level at which MatMulNBits runs on int8 activations."""
 
 
 def fx_linear(graph: Graph, site: SiteRow) -> Linear:
@@ -204,14 +208,14 @@ class _Reader:
         reading = self.reading(x)
         part = dequantize.nbits(reading, packed, scale, zero, bits, block_size)
         return self._bias(
-            applied(reading, packed.shape[0], part, notes=activations(level == 4)), bias
+            applied(reading, packed.shape[0], part, notes=activations(level=level)), bias
         )
 
     def _group_quant(self, node: Node) -> Linear:
         x, *stored, bits, group_size, compute = node.args
         packed, scale, zero = map(self._stored, stored)
         part = dequantize.group_quant(packed, scale, zero, bits, group_size)
-        notes = activations(compute == "int8")
+        notes = activations(compute)
         return applied(self.reading(x), packed.shape[0], part, notes=notes)
 
     def _blocks(self, node: Node) -> Linear:
@@ -252,7 +256,7 @@ class _Reader:
         ]
         n = self._stored(lists[0][0]).shape[0]
         base = applied(
-            reading, n, _by_expert(made), experts=len(made), notes=activations(level == 4)
+            reading, n, _by_expert(made), experts=len(made), notes=activations(level=level)
         )
         return self._corrected(base, sums, lists[3], group_offsets)
 
@@ -262,7 +266,7 @@ class _Reader:
             dequantize.group_quant(*self._three(each), bits, group_size)
             for each in zip(*lists, strict=True)
         ]
-        n, notes = self._stored(lists[0][0]).shape[0], activations(compute == "int8")
+        n, notes = self._stored(lists[0][0]).shape[0], activations(compute)
         reading = self.reading(x, group_offsets)
         return applied(reading, n, _by_expert(made), experts=len(made), notes=notes)
 
@@ -285,9 +289,16 @@ class _Reader:
         return added(base, applied(reading, base.n, _by_expert(made), experts=len(made)))
 
 
-def activations(quantized: bool) -> tuple[str, ...]:
-    """The note on a layer that rounds its input to int8 at run time."""
-    return ("int8 activations",) if quantized else ()
+def activations(compute: str = "fp32", *, level: int = 0) -> tuple[str, ...]:
+    """The note on a layer that rounds its input at run time.
+
+    Args:
+        compute: The attribute of GroupQuantLinear.
+        level: The accuracy level of MatMulNBits.
+    """
+    if compute == "int16":
+        return (TWO_DIGITS,)
+    return (INT8,) if compute == "int8" or level == _INT8_LEVEL else ()
 
 
 def _by_expert(parts: list[dequantize.Part]) -> dequantize.Part:

@@ -338,7 +338,7 @@ class _Reader:
         reading = self.reading(node["A"])
         _check_sizes(node, packed, reading.width, block_size, bits)
         part = dequantize.nbits(reading, packed, scale, zero, bits, block_size)
-        notes = activations(node.options.get("accuracy_level", 0) == 4)
+        notes = activations(level=node.options.get("accuracy_level", 0))
         linear = applied(reading, packed.shape[0], part, notes=notes)
         return linear if bias is None else with_bias(linear, self._stored(bias))
 
@@ -348,5 +348,5 @@ class _Reader:
         reading = self.reading(node["x"])
         _check_sizes(node, packed, reading.width, group_size, bits)
         part = dequantize.group_quant(packed, scale, zero, bits, group_size)
-        notes = activations(node.options.get("compute") == "int8")
+        notes = activations(node.options.get("compute", "fp32"))
         return applied(reading, packed.shape[0], part, notes=notes)

@@ -1,0 +1,47 @@
+"""Presets of an export: what `--preset` stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qalora_compile.config.base import AUTO
+
+FLOAT = "float"
+"""The choice of embeddings that stay in float."""
+EMBEDDINGS = (AUTO, FLOAT, 8, 4)
+"""How embeddings and heads may be written; `auto` takes 8 bits if that loses next to nothing."""
+DEFAULT_ACCURACY_LEVEL = 0
+"""The accuracy level of an export without a preset.
+
+It may be 2 only if the outputs of the test models stay within 1e-4 of their scale and their greedy
+tokens are torch's on all test prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Options that belong together.
+
+    Attributes:
+        accuracy_level, parameter_dtype: As in `ExportSpec`.
+        embeddings: One of `EMBEDDINGS`.
+    """
+
+    accuracy_level: int
+    parameter_dtype: str
+    embeddings: int | str
+
+
+DEFAULT_PRESET = Preset(
+    accuracy_level=DEFAULT_ACCURACY_LEVEL, parameter_dtype=AUTO, embeddings=AUTO
+)
+"""What an export does without a preset: nothing that changes an output noticeably."""
+PRESETS = {
+    "exact": Preset(accuracy_level=0, parameter_dtype="float32", embeddings=FLOAT),
+    "fast": Preset(accuracy_level=4, parameter_dtype="float16", embeddings=8),
+    "small": Preset(accuracy_level=0, parameter_dtype="float16", embeddings=4),
+}
+
+
+def preset_of(name: str | None) -> Preset:
+    """The preset of a name that `PRESETS` has, or the default."""
+    return DEFAULT_PRESET if name is None else PRESETS[name]
