@@ -57,7 +57,8 @@ def level_flags(compiler: list[str], name: str) -> tuple[str, ...]:
     if name != "avxvnni.cc" or not flags:
         return flags
     probe = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
-    return flags if subprocess.run(probe, capture_output=True).returncode == 0 else ()
+    known = subprocess.run(probe, check=False, capture_output=True).returncode == 0
+    return flags if known else ()
 
 
 def version() -> str:

@@ -56,7 +56,9 @@ def register(session_options: Any) -> None:
 
 
 def kernel_level() -> str | None:
-    """The kernels that are used on this CPU: `"scalar"`, `"avx2"`, `"avx512"` or `"neon"`.
+    """The kernels that are used on this CPU.
+
+    One of `"scalar"`, `"avx2"`, `"avxvnni"`, `"avx512"` and `"neon"`.
 
     None if the library was not built. The environment variable `QALORA_KERNEL`, which is read when
     a session is created, selects another one of `kernel_levels`.

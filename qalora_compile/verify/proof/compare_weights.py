@@ -11,6 +11,7 @@ import numpy as np
 from qalora_compile.verify.proof.graphs.stored_tensor import Array
 from qalora_compile.verify.proof.weights.linear_map import (
     INT8,
+    THREE_DIGITS,
     TWO_DIGITS,
     Linear,
     NotLinearError,
@@ -22,11 +23,14 @@ _CHUNK = 1 << 22
 _UNIT = 2.0**-24
 """u of float32."""
 _DIGIT_BLOCK = 32
-TWO_DIGITS_ROUNDING = math.sqrt(_DIGIT_BLOCK) * 2.0**-15
-"""Bounds ‖x − x̂‖₂ / ‖x‖₂ at accuracy level 2 (docs/operators.md).
+DIGITS_ROUNDING = {
+    TWO_DIGITS: math.sqrt(_DIGIT_BLOCK) / 32_000,
+    THREE_DIGITS: math.sqrt(_DIGIT_BLOCK) * 2.0**-21,
+}
+"""Bounds ‖x − x̂‖₂ / ‖x‖₂ of GroupQuantLinear (docs/operators.md).
 
-Two digits are at most half a step, 2^-14 of the largest magnitude m of a block, from each of its at
-most 32 values; and m ≤ ‖block‖₂. Blocks with m below 2^-100, which count as zero, are left out."""
+Digits are at most this part of the largest magnitude m of a block from each of its at most 32
+values; and m ≤ ‖block‖₂. Blocks with m below 2^-100, which count as zero, are left out."""
 RULE = (
     "entry by entry in float64: |W_a − W_b| ≤ r_a + r_b, where r is what storing explains: "
     "u·|offset| for an offset that was folded, scale·u·|zero_point| for a real zero-point, u·|C| "
@@ -50,8 +54,8 @@ class Coefficients:
         bias_max_abs: Largest difference of two biases, for which there is no tolerance.
         bias_norm: ‖Δb‖₂.
         float32: Bounds |computed y − exact y| in float32, for either map and any order of
-            summation: ‖·‖₂ ≤ float32 · ‖x‖₂ + γ‖b‖₂; None for int8 activations. At accuracy level
-            2 it contains `TWO_DIGITS_ROUNDING` · ‖W‖_F.
+            summation: ‖·‖₂ ≤ float32 · ‖x‖₂ + γ‖b‖₂; None for int8 activations. For operators
+            that split x into digits it contains `DIGITS_ROUNDING` · ‖W‖_F.
         terms: n of γ_n in that bound.
         coarse: The largest storage rounding relative to the scale of its group.
     """
@@ -92,7 +96,7 @@ def compare_linears(a: Linear, b: Linear) -> Coefficients:
     bias = a.biases() - b.biases()
     terms = max(a.terms, b.terms)
     notes = {*a.notes, *b.notes}
-    moved = TWO_DIGITS_ROUNDING if TWO_DIGITS in notes else 0.0
+    moved = max((DIGITS_ROUNDING.get(note, 0.0) for note in notes), default=0.0)
     gamma = terms * _UNIT / (1 - terms * _UNIT)
     norm = math.sqrt(sums.weight_square) + math.sqrt(sums.square)  # of either weight
     computed = gamma * (1 + moved) * math.sqrt(sums.size_square) + moved * norm

@@ -18,10 +18,10 @@ from qalora_compile.api import lower
 from qalora_compile.config import POOLINGS
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.verify import Certificate, compare_structure
-from qalora_compile.verify.proof.compare_weights import TWO_DIGITS_ROUNDING, compare_linears
+from qalora_compile.verify.proof.compare_weights import DIGITS_ROUNDING, compare_linears
 from qalora_compile.verify.proof.graphs.read_fx import program_graph
 from qalora_compile.verify.proof.weights.fx_layers import fx_linear
-from qalora_compile.verify.proof.weights.linear_map import NotLinearError
+from qalora_compile.verify.proof.weights.linear_map import THREE_DIGITS, TWO_DIGITS, NotLinearError
 from tests.models import MLP, OneLinear, ThreeReaders, UsedTwice, adapted, llama, token_ids
 from tests.verify.planted import SPECS, program, with_tensors
 from tests.zoo.modules import BatchedExperts, CrossAttention
@@ -249,19 +249,24 @@ def test_two_digits_have_a_bound_and_it_holds() -> None:
         wide, narrow = site.modes["operators"], plain.modes["operators"]
         assert wide.float32 is not None
         assert narrow.float32 is not None
+        two, three = DIGITS_ROUNDING[TWO_DIGITS], DIGITS_ROUNDING[THREE_DIGITS]
         moved = wide.float32 - narrow.float32
-        assert moved > TWO_DIGITS_ROUNDING * wide.weight_frobenius * (1 - 1e-9)
+        assert moved > (two - three) * wide.weight_frobenius * (1 - 1e-9)
+        assert narrow.float32 > three * narrow.weight_frobenius
 
 
+@pytest.mark.parametrize(("digits", "note"), [(2, TWO_DIGITS), (3, THREE_DIGITS)])
 @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3), st.sampled_from([16, 32]))
-def test_the_rounding_to_two_digits_is_within_its_constant(
-    seed: int, power: float, block: int
+def test_the_rounding_to_digits_is_within_its_constant(
+    digits: int, note: str, seed: int, power: float, block: int
 ) -> None:
     """As docs/operators.md defines it: in blocks, with a scale of the largest magnitude."""
-    x = np.random.default_rng(seed).standard_normal((8, block)) ** 3 * power
-    step = np.abs(x).max(1, keepdims=True) * 2.0**-14
-    moved = np.rint(x / step) * step - x
-    assert np.linalg.norm(moved) <= TWO_DIGITS_ROUNDING * np.linalg.norm(x)
+    normal = np.random.default_rng(seed).standard_normal((8, block)) ** 3 * power
+    x = normal.astype(np.float32)
+    largest, top = np.abs(x).max(1, keepdims=True), np.float32(127 * 128 ** (digits - 1))
+    step = (largest / top).astype(np.float64)
+    moved = np.rint(x * (top / largest)) * step - x
+    assert np.linalg.norm(moved) <= DIGITS_ROUNDING[note] * np.linalg.norm(x)
 
 
 def test_an_offset_that_hides_a_code_is_said() -> None:

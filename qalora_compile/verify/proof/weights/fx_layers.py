@@ -10,6 +10,7 @@ from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 from qalora_compile.verify.proof.weights import dequantize
 from qalora_compile.verify.proof.weights.linear_map import (
     INT8,
+    THREE_DIGITS,
     TWO_DIGITS,
     Linear,
     NotLinearError,
@@ -28,6 +29,7 @@ from qalora_compile.verify.proof.weights.linear_map import (
 )
 
 _UNROUNDED_STAGES = ("quantized", "adapted")
+_DIGITS = {"fp32": THREE_DIGITS, "int16": TWO_DIGITS, "int8": INT8}
 _INT8_LEVEL = 4
 """The accuracy level at which MatMulNBits runs on int8 activations."""
 
@@ -289,16 +291,16 @@ class _Reader:
         return added(base, applied(reading, base.n, _by_expert(made), experts=len(made)))
 
 
-def activations(compute: str = "fp32", *, level: int = 0) -> tuple[str, ...]:
+def activations(compute: str = "", *, level: int = 0) -> tuple[str, ...]:
     """The note on a layer that rounds its input at run time.
 
     Args:
-        compute: The attribute of GroupQuantLinear.
+        compute: The attribute of GroupQuantLinear; empty for other operators.
         level: The accuracy level of MatMulNBits.
     """
-    if compute == "int16":
-        return (TWO_DIGITS,)
-    return (INT8,) if compute == "int8" or level == _INT8_LEVEL else ()
+    if compute:
+        return (_DIGITS[compute],)
+    return (INT8,) if level == _INT8_LEVEL else ()
 
 
 def _by_expert(parts: list[dequantize.Part]) -> dequantize.Part:

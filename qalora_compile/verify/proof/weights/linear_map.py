@@ -21,6 +21,7 @@ from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor
 _ROUNDINGS = 8
 """Roundings of a coefficient that a kernel computes from codes: three, with a margin."""
 INT8, TWO_DIGITS = "int8 activations", "activations of two int8 digits"
+THREE_DIGITS = "activations of three int8 digits"
 """Notes on layers that round their input at run time."""
 
 
