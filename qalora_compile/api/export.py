@@ -24,6 +24,7 @@ from qalora_compile.passes.fusions.fuse_attention import FuseAttention
 from qalora_compile.passes.fusions.fuse_multi_head import FuseMultiHead
 from qalora_compile.passes.fusions.fuse_rms_norm import FuseRmsNorm
 from qalora_compile.passes.fusions.fuse_rotary import FuseRotary
+from qalora_compile.passes.fusions.fuse_shared_input import FuseSharedInput
 from qalora_compile.passes.fusions.fuse_skip_norm import FuseSkipNorm
 from qalora_compile.passes.legalize.widen_halves import WidenHalves, needs_widening
 
@@ -94,6 +95,9 @@ def lowering(program: Program, spec: ExportSpec) -> list[Pass]:
         steps += [FuseRmsNorm(), FuseRotary(), FuseAttention()]
     if spec.fusion == "ort":
         steps += [FuseSkipNorm(), FuseMultiHead()]
+    on_codes = program.stage not in (FLOAT, ANNOTATED)
+    if spec.fusion in ("standard", "ort") and spec.target == "ort" and on_codes:
+        steps += [FuseSharedInput()]
     return steps
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,25 +19,45 @@ from qalora_compile.errors import PreconditionError
 from qalora_compile.ir.stages import FLOAT
 from qalora_compile.passes import available_passes, get_pass
 from qalora_compile.testing import ContractError, check_pass
-from tests.models import MLP, TiedHead, adapted, llama, token_ids
+from tests.models import MLP, ThreeReaders, TiedHead, adapted, llama, token_ids
 
 X = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
 QUANT = QuantSpec(group_size=8)
 
 
+def _tied() -> qc.Program:
+    captured = qc.capture_model(TiedHead().eval(), (torch.randint(0, 48, (2, 5)),))
+    return qc.quantize_groups(captured, QUANT)
+
+
+def _tokens() -> qc.Program:
+    return qc.capture_model(llama(num_hidden_layers=1), (token_ids(2, 8),))
+
+
+def _fused() -> qc.Program:
+    steps = qc.Pipeline.parse("fuse-rms-norm,fuse-rotary,fuse-attention")
+    return steps(at_stage("tokens")).program
+
+
+def _shared() -> qc.Program:
+    program = qc.quantize_groups(qc.capture_model(ThreeReaders().eval(), (torch.randn(2, 64),)))
+    return get_pass("legalize-ort")(program).program
+
+
+_OTHERS: dict[str, Callable[[], qc.Program]] = {
+    "tied": _tied,
+    "tokens": _tokens,
+    "fused": _fused,
+    "shared": _shared,
+}
+
+
 @functools.cache
 def at_stage(stage: str) -> qc.Program:
-    """A program with a tail group, at a stage."""
+    """A program with a tail group, at a stage, or one of `_OTHERS`."""
     torch.manual_seed(0)
-    if stage == "tied":
-        captured = qc.capture_model(TiedHead().eval(), (torch.randint(0, 48, (2, 5)),))
-        return qc.quantize_groups(captured, QUANT)
-    if stage == "tokens":
-        return qc.capture_model(llama(num_hidden_layers=1), (token_ids(2, 8),))
-    if stage == "fused":
-        return qc.Pipeline.parse("fuse-rms-norm,fuse-rotary,fuse-attention")(
-            at_stage("tokens")
-        ).program
+    if stage in _OTHERS:
+        return _OTHERS[stage]()
     captured = qc.capture_model(MLP(20, 8, 4).eval(), (X,))
     if stage == FLOAT:
         return captured
@@ -59,6 +79,7 @@ WHERE: dict[str, str] = {
     **dict.fromkeys(("fuse-rms-norm", "fuse-rotary", "fuse-attention"), "tokens"),
     **dict.fromkeys(("fuse-skip-norm", "fuse-multi-head"), "fused"),
     "pool-tokens": FLOAT,
+    "fuse-shared-input": "shared",
 }
 """Where each pass is tried; the others take a folded program."""
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -70,6 +91,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 IDEMPOTENT = (
     *("canonicalize-complex", "canonicalize-clamps", "canonicalize-pointwise"),
     *("widen-halves", "fuse-rms-norm", "fuse-rotary", "fuse-attention", "share-group-sums"),
+    "fuse-shared-input",
 )
 
 

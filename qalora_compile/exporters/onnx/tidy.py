@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qalora_compile.exporters.onnx.small_types import use_small_types
+from qalora_compile.ir.joined_layers import joined_layers
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.program import Program
@@ -76,28 +77,49 @@ def name_sites(model: Any, program: Program) -> dict[str, str]:
         for value in node.inputs:
             if value is not None and value.is_initializer():
                 readers[value.name] += _products(node)
-    biases = _biases(program)
+    biases, joined = _biases(program), joined_layers(program.graph)
     used: dict[str, int] = defaultdict(int)
     for site in program.plan:
         if site.bits is None:
             continue
-        nodes = readers.get(weight := _first_weight(site, readers), [])
-        if used[weight] >= len(nodes):
-            continue
-        node = nodes[used[weight]]
-        used[weight] += 1
-        if site.kind == EMBEDDING:  # its node gathers codes, and no single node holds its output
-            continue
-        node.name = f"{site.name}/{node.op_type}"
-        last = (
-            _follow_concat(node)
-            if site.experts
-            else _follow_adds(node, site, biases.get(site.name, frozenset()))
-        )
-        if not last.outputs[0].is_graph_output():
-            last.outputs[0].name = f"{site.name}/output"
-        found[site.name] = last.outputs[0].name
+        bias = biases.get(site.name, frozenset())
+        if site.name in joined:
+            value = _part(readers[joined[site.name].codes][0], site, joined[site.name].index)
+            last = _follow_adds(value, site, bias)
+        else:
+            nodes = readers.get(weight := _first_weight(site, readers), [])
+            if used[weight] >= len(nodes):
+                continue
+            node = nodes[used[weight]]
+            used[weight] += 1
+            if site.kind == EMBEDDING:  # its node gathers codes; no single node holds its output
+                continue
+            node.name = f"{site.name}/{node.op_type}"
+            last = _last(node, site, bias)
+        if not last.is_graph_output():
+            last.name = f"{site.name}/output"
+        found[site.name] = last.name
     return found
+
+
+def _part(node: Any, site: Site, index: int) -> Any:
+    """A result of the Split of a layer that computes several; the first of them names both nodes.
+
+    The Split's axis is the last one, and is written as such: a reader need not know the rank.
+    """
+    ir = require("onnx_ir", extra="onnx", purpose="name the nodes of an ONNX model")
+    (split,) = node.outputs[0].consumers()
+    split.attributes["axis"] = ir.AttrInt64("axis", -1)
+    if index == 0:
+        node.name, split.name = f"{site.name}/{node.op_type}", f"{site.name}/Split"
+    return split.outputs[index]
+
+
+def _last(node: Any, site: Site, bias: frozenset[str]) -> Any:
+    """The output of a site, from the node of its layer, or of its first expert, on."""
+    if site.experts:
+        return _follow_concat(node)
+    return _follow_adds(node.outputs[0], site, bias)
 
 
 def _products(node: Any) -> list[Any]:
@@ -126,11 +148,11 @@ def _biases(program: Program) -> dict[str, frozenset[str]]:
 
 
 def _follow_concat(node: Any) -> Any:
-    """The Concat that joins the experts, starting from the layer of the first expert."""
+    """The result of the Concat that joins the experts, from the layer of the first expert on."""
     last = node
     while last.op_type != "Concat" and last.outputs[0].consumers():
         last = last.outputs[0].consumers()[0]
-    return last
+    return last.outputs[0]
 
 
 def _first_weight(site: Site, readers: Mapping[str, object]) -> str:
@@ -139,9 +161,8 @@ def _first_weight(site: Site, readers: Mapping[str, object]) -> str:
     return next((name for name in names if name in readers), names[0])
 
 
-def _follow_adds(node: Any, site: Site, bias: frozenset[str]) -> Any:
-    """The node that gives the site's output: the last Add of a correction, a bias or a plane."""
-    value = node.outputs[0]
+def _follow_adds(value: Any, site: Site, bias: frozenset[str]) -> Any:
+    """The site's output: that of the last Add of a correction, a bias or a plane to `value`."""
     for user in value.consumers():
         what = _operand(user, value, site, bias) if user.op_type == "Add" else None
         if what is None:
@@ -150,8 +171,8 @@ def _follow_adds(node: Any, site: Site, bias: frozenset[str]) -> Any:
         if what == "Add":
             other = next(v for v in user.inputs if v is not value)
             other.producer().name = f"{site.name}/Correction"
-        return _follow_adds(user, site, bias)
-    return node
+        return _follow_adds(user.outputs[0], site, bias)
+    return value
 
 
 def _operand(add: Any, value: Any, site: Site, bias: frozenset[str]) -> str | None:

@@ -17,6 +17,7 @@ from qalora_compile.exporters.onnx.initializers import defer_initializers, write
 from qalora_compile.exporters.onnx.model import translate
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.files import atomic_files
+from qalora_compile.ir.joined_layers import joined_layers
 from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY
 from qalora_compile.ir.onnx_metadata import OF_SITES, OnnxLayer, OnnxMetadata
 from qalora_compile.ir.program import Program
@@ -77,14 +78,21 @@ def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
     tensors = program.tensors()
     sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
     names = ("qweight", "scale", "zero_point", "correction")
+    joined = joined_layers(program.graph)
+
+    def bytes_of(site: Site) -> int:
+        if site.name in joined:
+            rows = joined[site.name]
+            return round(rows.share * sum(sizes.get(f"{rows.path}.{name}", 0) for name in names))
+        held = [site.weight] if site.bits is None else _parts(site, names)
+        return sum(sizes.get(name, 0) for name in held)
+
     layers = tuple(
         OnnxLayer(
             site=s.name,
             **{name: getattr(s, name) for name in OF_SITES},
             shape=tuple(tensors[s.weight].shape) if s.weight in tensors else None,
-            bytes=sum(
-                sizes.get(name, 0) for name in ([s.weight] if s.bits is None else _parts(s, names))
-            ),
+            bytes=bytes_of(s),
         )
         for s in program.plan
     )
@@ -126,10 +134,16 @@ def _save(
         files=sizes,
         target=spec.target,
         nodes=len(nodes),
-        quantized_layers=sum(map(_is_layer, nodes)),
+        quantized_layers=sum(map(_is_layer, nodes)) + _joined_with_others(program),
         capabilities=declared,
         kept=kept,
     )
+
+
+def _joined_with_others(program: Program) -> int:
+    """How many layers are computed by the node of another."""
+    joined = joined_layers(program.graph).values()
+    return len(joined) - len({rows.path for rows in joined})
 
 
 def _is_layer(node: Any) -> bool:

@@ -30,6 +30,7 @@ _HOMES = {
     "fuse-attention": "fusions.fuse_attention:FuseAttention",
     "fuse-skip-norm": "fusions.fuse_skip_norm:FuseSkipNorm",
     "fuse-multi-head": "fusions.fuse_multi_head:FuseMultiHead",
+    "fuse-shared-input": "fusions.fuse_shared_input:FuseSharedInput",
     "split-planes": "legalize.split_planes:SplitPlanes",
     "legalize-ort": "legalize.legalize_ort:LegalizeOrt",
     "legalize-ort-stock": "legalize.legalize_ort_stock:LegalizeOrtStock",

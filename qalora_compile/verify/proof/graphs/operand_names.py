@@ -60,6 +60,7 @@ _NAMES = {
     "onnx.ReduceSum": "data axes",
     "onnx.Reshape": "data shape",
     "onnx.Slice": "data starts ends axes steps",
+    "onnx.Split": "input split",
     "onnx.Sub": "A B",
     "onnx.Transpose": "data",
     "onnx.Unsqueeze": "data axes",

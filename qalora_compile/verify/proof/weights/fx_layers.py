@@ -23,6 +23,7 @@ from qalora_compile.verify.proof.weights.linear_map import (
     looked_up,
     pad_groups,
     padded,
+    part_of,
     scaled,
     side_by_side,
     with_bias,
@@ -59,6 +60,7 @@ class _Reader:
             "qalora.expert_linear.default": self._expert_linear,
             "qalora.pooled_adapter.default": self._pooled_adapter,
             "qalora.expert_adapter.default": self._pooled_adapter,
+            "_operator.getitem": self._part,
             "qalora.matmul_nbits.default": self._nbits,
             "qalora.expert_matmul_nbits.default": self._expert_nbits,
             "qalora.group_quant_linear.default": self._group_quant,
@@ -157,14 +159,27 @@ class _Reader:
         if isinstance(first, Tensor):
             first, second = second, first
         operand = self._graph.node(second)
-        if operand is None or operand.op not in self._readers:
+        if operand is None or operand.op not in self._readers or self._is_stored_part(operand):
             return with_bias(self.linear(first), self._vector(second))
         return added(self.linear(first), self.linear(second))
+
+    def _is_stored_part(self, node: Node) -> bool:
+        """Whether a node takes a part of a stored vector, as `_vector` reads it."""
+        split = self._graph.node(node["a"]) if node.op == "_operator.getitem" else None
+        return split is not None and isinstance(split.get("self"), Tensor)
 
     def _matmul(self, node: Node) -> Linear:
         stored = self._stored(node["other"])
         reading = self.reading(node["self"])
         return applied(reading, stored.shape[1], dequantize.correction(stored))
+
+    def _part(self, node: Node) -> Linear:
+        """One layer of several that one operator computes."""
+        split, index = self._graph.node(node["a"]), node["b"]
+        splits = split is not None and split.op == "aten.split_with_sizes.default"
+        if split is None or not splits or split.get("dim", 0) != -1:
+            raise NotLinearError(f"no linear map by stored weights: {node.line}")
+        return part_of(self.linear(split["self"]), split["split_sizes"], index)
 
     def _group_linear(self, node: Node) -> Linear:
         return self._bias(self._on_codes(node, None), node["bias"])

@@ -9,7 +9,7 @@ so that only some rows of one layer are in memory.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,6 +271,23 @@ def remembered(linear: Linear) -> Linear:
         return last[0][2]
 
     return dataclasses.replace(linear, rows=rows)
+
+
+def part_of(linear: Linear, sizes: Sequence[int], index: int) -> Linear:
+    """Part `index` of the outputs of a linear map that are split by `sizes`.
+
+    Raises:
+        NotLinearError: it has another number of outputs, a bias, or several experts.
+    """
+    fits = sum(sizes) == linear.n and min(sizes) > 0 and 0 <= index < len(sizes)
+    if not fits or linear.bias or linear.experts is not None:
+        raise NotLinearError(f"{linear.n} outputs are split into {list(sizes)}: no layers")
+    begin = sum(sizes[:index])
+
+    def rows(part: slice, expert: int) -> Rows:
+        return linear.rows(slice(begin + part.start, begin + part.stop), expert)
+
+    return dataclasses.replace(linear, n=sizes[index], rows=rows)
 
 
 def with_bias(linear: Linear, bias: StoredTensor) -> Linear:

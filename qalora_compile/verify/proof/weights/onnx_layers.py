@@ -22,6 +22,7 @@ from qalora_compile.verify.proof.weights.linear_map import (
     identity,
     pad_groups,
     padded,
+    part_of,
     scaled,
     side_by_side,
     with_bias,
@@ -128,6 +129,7 @@ class _Reader:
             "onnx.Add": self._add,
             "onnx.Mul": self._mul,
             "onnx.MatMul": self._matmul,
+            "onnx.Split": self._part,
             NBITS: self._nbits,
             GROUP_QUANT: self._group_quant,
         }
@@ -292,6 +294,13 @@ class _Reader:
         if factor is None:
             raise NotLinearError(f"no linear map by stored weights: {node.line}")
         return scaled(self.linear(first), factor)
+
+    def _part(self, node: Node) -> Linear:
+        """One layer of several that one operator computes."""
+        sizes = self._value(node.get("split"))
+        if node.options.get("axis", 0) != -1 or sizes is None:
+            raise NotLinearError(f"no linear map by stored weights: {node.line}")
+        return part_of(self.linear(node["input"]), sizes, node.output)
 
     def _matmul(self, node: Node) -> Linear:
         x, weight = node.args
