@@ -118,9 +118,11 @@ def test_verify_proves_and_checks_its_certificate(
 def test_verify_names_what_a_proof_finds(workspace: Path, tmp_path: Path, capsys: Capture) -> None:
     broken = tmp_path / "model.onnx"
     model = onnx.load(workspace / "edge" / "model.onnx")
-    name = "model.layers.1.mlp.up_proj.scale"
+    name = "model.layers.1.mlp.gate_proj.joined.scale"  # and those of up_proj below
     proto = next(t for t in model.graph.initializer if t.name == name)
-    proto.raw_data = (onnx.numpy_helper.to_array(proto) * np.float32(1.001)).tobytes()
+    scale = onnx.numpy_helper.to_array(proto).copy()
+    scale[len(scale) // 2 :] *= np.float32(1.001)
+    proto.raw_data = scale.tobytes()
     onnx.save(model, broken)
     words = ["verify", str(workspace / "folded"), str(broken), "--prove"]
     assert main(words) == 1
