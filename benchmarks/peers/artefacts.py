@@ -76,12 +76,13 @@ def _edge(edge: Edge, source: Path, target: Path) -> Path:
     """An edge folder of `quantize`."""
     if not target.is_dir():
         with _complete(target) as part:
-            codes = CodesSpec(bits=CODES.bits, group_size=CODES.group_size, **edge.codes)
+            codes = CodesSpec(bits=CODES.bits, group_size=CODES.group_size)
             quantize_folder(
                 QuantizeSpec(
                     model=str(source),
                     out=part,
-                    target=qc.ExportSpec(**edge.export),
+                    target=qc.ExportSpec.from_preset(edge.preset, **edge.export),
+                    preset=edge.preset,
                     codes=codes,
                     with_library="" if edge.library else None,
                 )

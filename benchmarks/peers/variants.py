@@ -11,7 +11,6 @@ from benchmarks.peers import environments
 from qalora_compile.runtime import kernel_level
 
 INT8: dict[str, Any] = {"accuracy_level": 4}
-FAST: dict[str, Any] = INT8 | {"parameter_dtype": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,20 +18,22 @@ class Edge:
     """How `quantize` writes an edge folder.
 
     Attributes:
+        preset: As `--preset`; None is the default.
         export: Fields of `ExportSpec`.
-        codes: Fields of `CodesSpec`.
         library: Copy the operator library into the folder, for GenAI.
     """
 
+    preset: str | None = None
     export: Mapping[str, Any] = field(default_factory=dict)
-    codes: Mapping[str, Any] = field(default_factory=dict)
     library: bool = False
 
 
 EDGES = {
     "default": Edge(),
-    "fast": Edge(export=FAST, codes={"embeddings": 8}),
-    "fast-with-library": Edge(export=FAST, codes={"embeddings": 8}, library=True),
+    "exact": Edge(preset="exact"),
+    "fast": Edge(preset="fast"),
+    "small": Edge(preset="small"),
+    "fast-with-library": Edge(preset="fast", library=True),
     "stock": Edge(export={"target": "ort-stock"}),
     "stock-int8": Edge(export={"target": "ort-stock"} | INT8),
 }
@@ -96,6 +97,8 @@ def _llama(form: str, artefact: str, remark: str = "") -> Variant:
 VARIANTS = (
     _ours("default", "default", library=True),
     _ours("default", "default", library=False),
+    _ours("exact", "exact", library=True),
+    _ours("small", "small", library=True),
     _ours("fast", "fast", library=True),
     _ours("fast", "fast", library=False),
     Variant(name="ORT stock", family="ONNX Runtime", engine="ort", artefact="stock"),
