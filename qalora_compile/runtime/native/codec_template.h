@@ -14,6 +14,9 @@
 namespace qalora {
 namespace {
 
+// A function that is the same for several callers is compiled once, not inlined into each.
+#define QALORA_ONCE __attribute__((noinline))
+
 template <int value>
 struct Index {
   static constexpr int k = value;

@@ -10,10 +10,6 @@
 namespace qalora {
 namespace {
 
-// A function that is the same for several widths of codes is in the library once, not inlined into
-// each.
-#define QALORA_ONCE __attribute__((noinline))
-
 // The columns of y that a panel is for, and what it is made of.
 struct Columns {
   int64_t n = 0;      // the first one
@@ -25,7 +21,7 @@ struct Columns {
 
 // Fills the scales and products of the columns.
 template <class V>
-inline void TransposeGroups(const Job& job, const Columns& columns) {
+QALORA_ONCE void TransposeGroups(const Job& job, const Columns& columns) {
   const int64_t groups = job.layer->groups;
   const bool half = job.half_parameters;
   for (int64_t g = 0; g < groups; g += V::kLanes) {
@@ -106,7 +102,7 @@ struct StepPanel {
 // Steps [begin, end) of the columns as bytes: for each lane of a step and each plane one vector,
 // `pitch` bytes apart. The prepared activations lie in the same order.
 template <class V, int bits>
-void PackBytes(const Job& job, const Columns& columns, int64_t begin, int64_t end, int64_t pitch,
+QALORA_ONCE void PackBytes(const Job& job, const Columns& columns, int64_t begin, int64_t end, int64_t pitch,
                uint8_t* out) {
   using C = Codec<V, bits>;
   for (int64_t step = begin; step < end; ++step) {
@@ -122,7 +118,7 @@ void PackBytes(const Job& job, const Columns& columns, int64_t begin, int64_t en
 
 // Steps [begin, end) of the columns as weights: one vector for each code, `pitch` floats apart.
 template <class V, int bits>
-void PackFloats(const Job& job, const Columns& columns, int64_t begin, int64_t end, int64_t pitch,
+QALORA_ONCE void PackFloats(const Job& job, const Columns& columns, int64_t begin, int64_t end, int64_t pitch,
                 float* out) {
   using C = Codec<V, bits>;
   const int64_t lanes_per_block = job.layer->block() / C::kLaneFields;

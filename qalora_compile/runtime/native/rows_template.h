@@ -9,7 +9,7 @@ namespace {
 
 // `wide` weight rows from n against `tall` rows of x from m.
 template <class V, int bits, int digits, int wide, int tall>
-inline void FewTile(const Job& job, int64_t n, int64_t m, const float* scale) {
+QALORA_ONCE void FewTile(const Job& job, int64_t n, int64_t m, const float* scale) {
   using C = Codec<V, bits>;
   const int64_t steps = job.plan.steps, pitch = job.plan.pitch(), size = job.plan.group_floats;
   const RowReader<V, bits> first(job, n);
@@ -49,32 +49,25 @@ inline void FewTile(const Job& job, int64_t n, int64_t m, const float* scale) {
   }
 }
 
-// `wide` weight rows from n against all rows of x.
-template <class V, int bits, int digits, int wide>
-inline void FewColumns(const Job& job, int64_t n, float* scale) {
-  const int64_t size = job.plan.group_floats;
-  for (int w = 0; w < wide; ++w) {
-    float* to = scale + w * 2 * size;
-    ExpandGroups<V>(job, n + w, 0, job.layer->groups, to, to + size);
-  }
-  int64_t m = 0;
-  for (; m + 4 <= job.rows; m += 4) FewTile<V, bits, digits, wide, 4>(job, n, m, scale);
-  switch (job.rows - m) {
-    case 1: return FewTile<V, bits, digits, wide, 1>(job, n, m, scale);
-    case 2: return FewTile<V, bits, digits, wide, 2>(job, n, m, scale);
-    case 3: return FewTile<V, bits, digits, wide, 3>(job, n, m, scale);
-    default: break;
-  }
-}
-
-// Two to seven rows of x.
+// Two to seven rows of x. A weight row that is left over takes one row of x at a time.
 template <class V, int bits, int digits>
-void FewRows(const Job& job, int64_t begin, int64_t end, float* scratch) {
+QALORA_ONCE void FewRows(const Job& job, int64_t begin, int64_t end, float* scratch) {
+  const int64_t size = job.plan.group_floats;
+  const auto expand = [&](int64_t n, float* to) {
+    ExpandGroups<V>(job, n, 0, job.layer->groups, to, to + size);
+  };
   int64_t n = begin;
   for (; n + V::kWide <= end; n += V::kWide) {
-    FewColumns<V, bits, digits, V::kWide>(job, n, scratch);
+    for (int w = 0; w < V::kWide; ++w) expand(n + w, scratch + w * 2 * size);
+    int64_t m = 0;
+    for (; m + 4 <= job.rows; m += 4) FewTile<V, bits, digits, V::kWide, 4>(job, n, m, scratch);
+    for (; m + 2 <= job.rows; m += 2) FewTile<V, bits, digits, V::kWide, 2>(job, n, m, scratch);
+    if (m < job.rows) FewTile<V, bits, digits, V::kWide, 1>(job, n, m, scratch);
   }
-  for (; n < end; ++n) FewColumns<V, bits, digits, 1>(job, n, scratch);
+  for (; n < end; ++n) {
+    expand(n, scratch);
+    for (int64_t m = 0; m < job.rows; ++m) FewTile<V, bits, digits, 1, 1>(job, n, m, scratch);
+  }
 }
 
 // For one row of x: scale times activation scale of each block of weight row n to `combined`,
@@ -106,7 +99,7 @@ inline typename V::F CombineScales(const Job& job, int64_t n, float* groups, flo
 
 // Weight row n against the one row of x.
 template <class V, int bits, int digits, int block>
-inline void OneTile(const Job& job, int64_t n, const float* combined, typename V::F zero) {
+inline __attribute__((always_inline)) void OneTile(const Job& job, int64_t n, const float* combined, typename V::F zero) {
   using C = Codec<V, bits>;
   constexpr int kLanesPerBlock = block / (4 * C::kPerByte);
   const RowReader<V, bits> reader(job, n);
@@ -125,7 +118,7 @@ inline void OneTile(const Job& job, int64_t n, const float* combined, typename V
 
 // One row of x. The scales of a weight row are combined one row ahead.
 template <class V, int bits, int digits, int block, bool half>
-void OneRow(const Job& job, int64_t begin, int64_t end, float* scratch) {
+QALORA_ONCE void OneRow(const Job& job, int64_t begin, int64_t end, float* scratch) {
   float* groups = scratch;
   float* buffers[2] = {groups + job.plan.group_floats,
                        groups + job.plan.group_floats + job.plan.block_floats};
