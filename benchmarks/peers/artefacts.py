@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import qalora_compile as qc
@@ -17,6 +15,7 @@ from qalora_compile.api.codes import CodesSpec
 from qalora_compile.api.quantize import QuantizeSpec, quantize_folder
 from qalora_compile.capture.lazy_folder import capture_checkpoint
 from qalora_compile.capture.load_source import load_source
+from qalora_compile.files import atomic_files, atomic_folder
 
 ROOT = Path(__file__).parents[2]
 CODES = qc.QuantSpec(bits=4, group_size=32)
@@ -60,41 +59,26 @@ def stored_bytes(place: Path) -> int:
     return sum(path.stat().st_size for path in place.glob("model.onnx*"))
 
 
-@contextlib.contextmanager
-def _complete(target: Path) -> Iterator[Path]:
-    """A place to write to, which becomes the target at the end."""
-    part = target.with_name(f"{target.stem}.part{target.suffix}")
-    if part.is_dir():
-        shutil.rmtree(part)
-    part.unlink(missing_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    yield part
-    part.rename(target)
-
-
 def _edge(edge: Edge, source: Path, target: Path) -> Path:
     """An edge folder of `quantize`."""
     if not target.is_dir():
-        with _complete(target) as part:
-            codes = CodesSpec(bits=CODES.bits, group_size=CODES.group_size)
-            quantize_folder(
-                QuantizeSpec(
-                    model=str(source),
-                    out=part,
-                    target=qc.ExportSpec.from_preset(edge.preset, **edge.export),
-                    preset=edge.preset,
-                    codes=codes,
-                    with_library="" if edge.library else None,
-                )
+        quantize_folder(
+            QuantizeSpec(
+                model=str(source),
+                out=target,
+                target=qc.ExportSpec.from_preset(edge.preset, **edge.export),
+                preset=edge.preset,
+                codes=CodesSpec(bits=CODES.bits, group_size=CODES.group_size),
+                with_library="" if edge.library else None,
             )
+        )
     return target
 
 
 def _float(source: Path, target: Path) -> Path:
     """The model in float32, with its cache."""
     if not target.is_dir():
-        with _complete(target) as part:
-            part.mkdir()
+        with atomic_folder(target) as part:
             spec = qc.ExportSpec(allow_unfolded=True, fusion="standard", opset=23)
             qc.export_model(capture_checkpoint(source), part / "model.onnx", spec)
     return target
@@ -103,10 +87,9 @@ def _float(source: Path, target: Path) -> Path:
 def _q4_1(source: Path, target: Path) -> Path:
     """The GGUF file of this package's exporter, its table in Q8_0 as llama.cpp has it."""
     if not target.is_file():
-        with _complete(target) as part:
-            program = qc.quantize_groups(load_source(str(source)).capture(), CODES)
-            spec = qc.ExportSpec(target="gguf", float_type="q8_0")
-            qc.export_model(program, part, spec, model=source, tokenizer=source)
+        program = qc.quantize_groups(load_source(str(source)).capture(), CODES)
+        spec = qc.ExportSpec(target="gguf", float_type="q8_0")
+        qc.export_model(program, target, spec, model=source, tokenizer=source)
     return target
 
 
@@ -114,7 +97,7 @@ def _requantized(name: str, source: Path, environments: Path) -> Path:
     """The same in another type, by llama.cpp's own quantizer."""
     target = source.with_name(f"{name}.gguf")
     if not target.is_file():
-        with _complete(target) as part:
+        with atomic_files(target) as part:
             Library(llama_folder(environments)).quantize(source, part, name)
     return target
 
@@ -127,8 +110,7 @@ def _openvino(source: Path, target: Path, environments: Path) -> Path:
     """
     if not target.is_dir():
         python = openvino_python(environments)
-        with _complete(target) as part:
-            part.mkdir()
+        with atomic_folder(target) as part:
             copy = part / source.name
             shutil.copyfile(source, copy)
             command = [str(python), "-m", "benchmarks.peers.engines.openvino", str(copy)]

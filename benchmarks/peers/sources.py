@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qalora_compile.capture.load_source import load_source
+from qalora_compile.files import atomic_folder
 from qalora_compile.untrusted import read_json
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 
@@ -28,7 +29,7 @@ def assets() -> Any:
     return module
 
 
-def write_smollm2(folder: Path) -> None:
+def write_smollm2(folder: Path, _: Path) -> None:
     """SmolLM2-135M-Instruct in float32: the values of its Q4_1 file."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,11 +43,11 @@ def write_smollm2(folder: Path) -> None:
     source.tokenizer.save_pretrained(folder)
 
 
-def write_random_1b(folder: Path) -> None:
+def write_random_1b(folder: Path, cache: Path) -> None:
     """A Llama of 1.07 billion random weights in bfloat16, with the tokenizer of SmolLM2."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    smollm2 = source_folder("smollm2", folder.parents[1])
+    smollm2 = source_folder("smollm2", cache)
     settings = {name: read_json(smollm2 / "config.json").get(name) for name in _TOKENS}
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -67,7 +68,7 @@ def write_random_1b(folder: Path) -> None:
 
 
 _TOKENS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-MODELS: dict[str, Callable[[Path], None]] = {
+MODELS: dict[str, Callable[[Path, Path], None]] = {
     "smollm2": write_smollm2,
     "random-1b": write_random_1b,
 }
@@ -79,11 +80,8 @@ def source_folder(model: str, cache: Path) -> Path:
         return Path(model)
     folder = cache / model / "source"
     if not folder.is_dir():
-        scratch = folder.with_name("source.part")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        MODELS[model](scratch)
-        scratch.rename(folder)
+        with atomic_folder(folder) as scratch:
+            MODELS[model](scratch, cache)
     return folder
 
 

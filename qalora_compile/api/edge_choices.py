@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qalora_compile.api.choose_embeddings import EmbeddingChoice, choose_embeddings
-from qalora_compile.api.export import decide_parameters
+from qalora_compile.api.export import with_parameters
 from qalora_compile.config import FLOAT, ExportSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
@@ -105,31 +105,24 @@ def chosen_for(
     choice = choose_embeddings(program, embeddings, required=required)
     if choice.step is not None:
         program = Pipeline([choice.step])(program).program
-    decided = decide_parameters(program, spec)
-    half = decided.parameter_dtype == "float16"
-    rounding = parameter_rounding(program, torch.float16 if half else torch.float32)
-    choices = EdgeChoices(
-        preset, choice, rounding, _why(program, spec, decided, rounding), _weights(program)
-    )
-    return program, decided, choices
-
-
-def _why(
-    program: Program, asked: ExportSpec, decided: ExportSpec, rounding: ParameterRounding | None
-) -> str:
-    """Why scales and zero-points have their dtype, and what that moves."""
-    moved = _UNMEASURED if rounding is None else _text(rounding)
-    if asked.parameter_dtype == decided.parameter_dtype or rounding is None:
-        return moved
+    half = None
+    if spec.parameter_dtype != "float32":
+        half = parameter_rounding(program, torch.float16)
+    decided = with_parameters(spec, half)
     if decided.parameter_dtype == "float16":
-        return moved
-    half = parameter_rounding(program, torch.float16)
-    if half is None:
+        rounding, why = half, _text(half)
+    else:
+        rounding = parameter_rounding(program, torch.float32)
+        why = _text(rounding)
+        if half is not None:
+            why = f"in float16, {_text(half)}, more than {PARAMETER_LIMIT:.1e}"
+    return program, decided, EdgeChoices(preset, choice, rounding, why, _weights(program))
+
+
+def _text(rounding: ParameterRounding | None) -> str:
+    """What storing scales and zero-points moves."""
+    if rounding is None:
         return _UNMEASURED
-    return f"in float16, {_text(half)}, more than {PARAMETER_LIMIT:.1e}"
-
-
-def _text(rounding: ParameterRounding) -> str:
     return f"no weight moves by more than {rounding.steps:.1e} of its step ({rounding.where})"
 
 

@@ -17,7 +17,10 @@ from qalora_compile.files import check_output
 from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import ADAPTED, ANNOTATED, FLOAT, LEGALIZED
-from qalora_compile.passes.analysis.parameter_rounding import parameter_rounding
+from qalora_compile.passes.analysis.parameter_rounding import (
+    ParameterRounding,
+    parameter_rounding,
+)
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.passes.fusions.fuse_attention import FuseAttention
@@ -152,8 +155,14 @@ def decide_parameters(program: Program, spec: ExportSpec) -> ExportSpec:
     """`spec` with a `parameter_dtype` of `"auto"` decided: float16 if no weight moves by it."""
     if spec.parameter_dtype != AUTO:
         return spec
-    found = parameter_rounding(program, torch.float16)
-    dtype = "float16" if found is not None and found.negligible else "float32"
+    return with_parameters(spec, parameter_rounding(program, torch.float16))
+
+
+def with_parameters(spec: ExportSpec, half: ParameterRounding | None) -> ExportSpec:
+    """`decide_parameters` for what float16 moves; None if that was not measured."""
+    if spec.parameter_dtype != AUTO:
+        return spec
+    dtype = "float16" if half is not None and half.negligible else "float32"
     return dataclasses.replace(spec, parameter_dtype=dtype)
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from qalora_compile import registry
 from qalora_compile.config.base import AUTO, Spec, one_of
-from qalora_compile.config.preset import PRESETS, preset_of
+from qalora_compile.config.preset import preset_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 
 ONNX_TARGETS = tuple(registry.ONNX_TARGETS)
@@ -90,8 +90,6 @@ class ExportSpec(Spec):
         Raises:
             UserInputError: there is no such preset, or options conflict with it or the target.
         """
-        if name is not None:
-            one_of("preset", name, tuple(PRESETS))
         chosen = preset_of(name)
         values: dict[str, Any] = {}
         if target in ("ort", "ort-stock"):

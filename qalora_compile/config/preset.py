@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qalora_compile.config.base import AUTO
+from qalora_compile.config.base import AUTO, one_of
 
 FLOAT = "float"
 """The choice of embeddings that stay in float."""
@@ -43,5 +43,12 @@ PRESETS = {
 
 
 def preset_of(name: str | None) -> Preset:
-    """The preset of a name that `PRESETS` has, or the default."""
-    return DEFAULT_PRESET if name is None else PRESETS[name]
+    """The preset of a name, or the default for None.
+
+    Raises:
+        UserInputError: there is no such preset.
+    """
+    if name is None:
+        return DEFAULT_PRESET
+    one_of("preset", name, tuple(PRESETS))
+    return PRESETS[name]

@@ -48,3 +48,8 @@ def test_only_the_exact_preset_and_the_default_leave_outputs_alone() -> None:
     exact = {n for n, p in PRESETS.items() if p.embeddings == "float" and p.accuracy_level == 0}
     assert exact == {"exact"}
     assert preset_of(None).embeddings == preset_of(None).parameter_dtype == "auto"
+
+
+def test_a_preset_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(UserInputError, match=r"preset is 'fsat'"):
+        preset_of("fsat")

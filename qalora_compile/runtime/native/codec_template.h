@@ -167,22 +167,20 @@ inline void PrefetchParameters(const Job& job, int64_t n) {
   }
 }
 
-// Scales of groups [begin, end) of row n as floats, and scale * zero_point; zeros behind them.
+// Scales of row n as floats, and scale * zero_point; zeros behind them.
 template <class V>
-inline void ExpandGroups(const Job& job, int64_t n, int64_t begin, int64_t end, float* scale,
-                         float* product) {
-  const int64_t groups = job.layer->groups;
-  const int64_t base = n * groups;
+inline void ExpandGroups(const Job& job, int64_t n, float* scale, float* product) {
+  const int64_t groups = job.layer->groups, base = n * groups;
   const bool half = job.half_parameters;
-  if (begin == 0) PrefetchParameters<V>(job, n);
-  for (int64_t g = begin; g < end; g += V::kLanes) {
-    const int64_t left = end - g;
+  PrefetchParameters<V>(job, n);
+  for (int64_t g = 0; g < groups; g += V::kLanes) {
+    const int64_t left = groups - g;
     const auto s = V::LoadParameter(job.scale, half, base + g, left);
     const auto z = V::LoadParameter(job.zero_point, half, base + g, left);
     V::StoreF(scale + g, s);
     V::StoreF(product + g, V::Mul(s, z));
   }
-  for (int64_t g = end; g < end + 16; g += V::kLanes) {
+  for (int64_t g = groups; g < groups + 16; g += V::kLanes) {
     V::StoreF(scale + g, V::ZeroF());
     V::StoreF(product + g, V::ZeroF());
   }

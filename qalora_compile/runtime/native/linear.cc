@@ -140,7 +140,8 @@ bool RunBlock(Call* call, const Parallel& parallel, Error* error) {
 }  // namespace
 
 int64_t ScratchFloats(const Layer& layer, const Plan& plan, int64_t rows) {
-  const int64_t prepare = (plan.prepared() + 64) * static_cast<int64_t>(sizeof(int32_t) / sizeof(float));
+  static_assert(sizeof(int32_t) == sizeof(float), "rounded activations lie in the scratch");
+  const int64_t prepare = plan.prepared() + 64;
   // Few rows: two rows' scales, each with its products or its blocks' scales.
   const int64_t few = 4 * plan.group_floats + 2 * plan.block_floats;
   if (rows < kPanelRows) return few > prepare ? few : prepare;

@@ -17,6 +17,7 @@ struct Columns {
   float* scale = nullptr;    // [groups, lanes]
   float* product = nullptr;  // [groups, lanes]: scale * zero_point
   int64_t ahead = 0;  // bytes from a code to the one at its place in the panel after this
+  int64_t Row(int64_t lane) const { return n + (lane < count ? lane : count - 1); }
 };
 
 // Fills the scales and products of the columns.
@@ -27,7 +28,7 @@ QALORA_ONCE void TransposeGroups(const Job& job, const Columns& columns) {
   for (int64_t g = 0; g < groups; g += V::kLanes) {
     typename V::I scale[V::kLanes], product[V::kLanes];
     for (int64_t lane = 0; lane < V::kLanes; ++lane) {
-      const int64_t n = columns.n + (lane < columns.count ? lane : columns.count - 1);
+      const int64_t n = columns.Row(lane);
       const auto s = V::LoadParameter(job.scale, half, n * groups + g, groups - g);
       const auto z = V::LoadParameter(job.zero_point, half, n * groups + g, groups - g);
       scale[lane] = V::Bits(s);
@@ -59,8 +60,7 @@ struct StepPanel {
   // Asks for the same step of the columns after these.
   StepPanel(const Job& job, const Columns& columns, int64_t step) {
     Unroll<V::kLanes>([&](auto lane) {
-      const int64_t last = columns.count - 1;
-      const RowReader<V, bits> reader(job, columns.n + (lane.k < last ? lane.k : last));
+      const RowReader<V, bits> reader(job, columns.Row(lane.k));
       const auto bytes = reader.Step(step);
       reader.Prefetch(step, columns.ahead);
       if constexpr (bits == 3) {

@@ -54,7 +54,7 @@ template <class V, int bits, int digits>
 QALORA_ONCE void FewRows(const Job& job, int64_t begin, int64_t end, float* scratch) {
   const int64_t size = job.plan.group_floats;
   const auto expand = [&](int64_t n, float* to) {
-    ExpandGroups<V>(job, n, 0, job.layer->groups, to, to + size);
+    ExpandGroups<V>(job, n, to, to + size);
   };
   int64_t n = begin;
   for (; n + V::kWide <= end; n += V::kWide) {
@@ -99,7 +99,8 @@ inline typename V::F CombineScales(const Job& job, int64_t n, float* groups, flo
 
 // Weight row n against the one row of x.
 template <class V, int bits, int digits, int block>
-inline __attribute__((always_inline)) void OneTile(const Job& job, int64_t n, const float* combined, typename V::F zero) {
+inline __attribute__((always_inline)) void OneTile(const Job& job, int64_t n,
+                                                   const float* combined, typename V::F zero) {
   using C = Codec<V, bits>;
   constexpr int kLanesPerBlock = block / (4 * C::kPerByte);
   const RowReader<V, bits> reader(job, n);

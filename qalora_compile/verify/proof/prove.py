@@ -327,14 +327,10 @@ def _notes(sites: Sequence[SiteProof], structure: Structure) -> list[str]:
             f"{len(inexact)} layers run on int8 activations: equal in exact arithmetic, with no "
             "bound on what rounding x changes"
         )
-    digits = [
-        pair.site.name
-        for pair in structure.pairs
-        if pair.maps is not None and any(TWO_DIGITS in one.notes for one in pair.maps)
-    ]
+    digits = sum(any(TWO_DIGITS in m.notes for m in p.maps or ()) for p in structure.pairs)
     if digits:
         notes.append(
-            f"{len(digits)} layers run on activations of two int8 digits: equal in exact "
+            f"{digits} layers run on activations of two int8 digits: equal in exact "
             "arithmetic, and the bound of each contains what rounding x changes"
         )
     coarse = [s.name for s in sites if any(w.coarse >= _HALF_STEP for w in s.modes.values())]
@@ -343,7 +339,7 @@ def _notes(sites: Sequence[SiteProof], structure: Structure) -> list[str]:
             f"in {len(coarse)} layers, {coarse[0]} the first, an offset is so much larger than its "
             "scale that rounding it hides a change of one code"
         )
-    maps = [one for pair in structure.pairs if pair.maps is not None for one in pair.maps]
+    maps = [one for pair in structure.pairs for one in pair.maps or ()]
     halves = {stored.name for one in maps for stored in one.bias if stored.widened}
     if halves:
         notes.append(f"{len(halves)} biases are stored in half precision and compared as widened")

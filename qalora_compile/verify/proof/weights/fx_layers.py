@@ -224,15 +224,13 @@ class _Reader:
         packed, scale, zero = map(self._stored, stored)
         reading = self.reading(x)
         part = dequantize.nbits(reading, packed, scale, zero, bits, block_size)
-        return self._bias(
-            applied(reading, packed.shape[0], part, notes=activations(level=level)), bias
-        )
+        return self._bias(applied(reading, packed.shape[0], part, notes=activations(level)), bias)
 
     def _group_quant(self, node: Node) -> Linear:
         x, *stored, bits, group_size, compute = node.args
         packed, scale, zero = map(self._stored, stored)
         part = dequantize.group_quant(packed, scale, zero, bits, group_size)
-        notes = activations(compute)
+        notes = digits_of(compute)
         return applied(self.reading(x), packed.shape[0], part, notes=notes)
 
     def _blocks(self, node: Node) -> Linear:
@@ -272,9 +270,7 @@ class _Reader:
             for each in zip(*lists[:3], strict=True)
         ]
         n = self._stored(lists[0][0]).shape[0]
-        base = applied(
-            reading, n, _by_expert(made), experts=len(made), notes=activations(level=level)
-        )
+        base = applied(reading, n, _by_expert(made), experts=len(made), notes=activations(level))
         return self._corrected(base, sums, lists[3], group_offsets)
 
     def _expert_group_quant(self, node: Node) -> Linear:
@@ -283,7 +279,7 @@ class _Reader:
             dequantize.group_quant(*self._three(each), bits, group_size)
             for each in zip(*lists, strict=True)
         ]
-        n, notes = self._stored(lists[0][0]).shape[0], activations(compute)
+        n, notes = self._stored(lists[0][0]).shape[0], digits_of(compute)
         reading = self.reading(x, group_offsets)
         return applied(reading, n, _by_expert(made), experts=len(made), notes=notes)
 
@@ -306,15 +302,13 @@ class _Reader:
         return added(base, applied(reading, base.n, _by_expert(made), experts=len(made)))
 
 
-def activations(compute: str = "", *, level: int = 0) -> tuple[str, ...]:
-    """The note on a layer that rounds its input at run time.
+def digits_of(compute: str) -> tuple[str, ...]:
+    """The note on a GroupQuantLinear with this attribute, which splits its input into digits."""
+    return (_DIGITS[compute],)
 
-    Args:
-        compute: The attribute of GroupQuantLinear; empty for other operators.
-        level: The accuracy level of MatMulNBits.
-    """
-    if compute:
-        return (_DIGITS[compute],)
+
+def activations(level: int) -> tuple[str, ...]:
+    """The note on a MatMulNBits of this accuracy level, which may round its input at run time."""
     return (INT8,) if level == _INT8_LEVEL else ()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from qalora_compile.verify.proof.graphs.graph import Graph, Node, Ref, SiteRow, Tensor
 from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 from qalora_compile.verify.proof.weights import dequantize
-from qalora_compile.verify.proof.weights.fx_layers import activations
+from qalora_compile.verify.proof.weights.fx_layers import activations, digits_of
 from qalora_compile.verify.proof.weights.linear_map import (
     Linear,
     NotLinearError,
@@ -347,7 +347,7 @@ class _Reader:
         reading = self.reading(node["A"])
         _check_sizes(node, packed, reading.width, block_size, bits)
         part = dequantize.nbits(reading, packed, scale, zero, bits, block_size)
-        notes = activations(level=node.options.get("accuracy_level", 0))
+        notes = activations(node.options.get("accuracy_level", 0))
         linear = applied(reading, packed.shape[0], part, notes=notes)
         return linear if bias is None else with_bias(linear, self._stored(bias))
 
@@ -357,5 +357,5 @@ class _Reader:
         reading = self.reading(node["x"])
         _check_sizes(node, packed, reading.width, group_size, bits)
         part = dequantize.group_quant(packed, scale, zero, bits, group_size)
-        notes = activations(node.options.get("compute", "fp32"))
+        notes = digits_of(node.options.get("compute", "fp32"))
         return applied(reading, packed.shape[0], part, notes=notes)
