@@ -179,6 +179,23 @@ def test_int8_activations_are_marked_and_near(
     assert_close(run(tmp_path / "m.onnx", x), program(x), relative=5e-2)
 
 
+def test_8_bits_are_two_planes_on_stock_float_kernels(tmp_path: Path) -> None:
+    """MatMulNBits of 8 bits dequantizes the weight in each call at accuracy level 0."""
+    program, x = folded_mlp(bits=8, group=32), torch.randn(2, 3, 50)
+    widths = {}
+    for level in (0, 4):
+        path = tmp_path / f"{level}.onnx"
+        report = qc.export_model(
+            program, path, qc.ExportSpec(target="ort-stock", accuracy_level=level)
+        )
+        assert report.quantized_layers == (4 if level == 0 else 2)
+        nodes = [n for n in onnx.load(path).graph.node if n.op_type == "MatMulNBits"]
+        widths[level] = [a.i for n in nodes for a in n.attribute if a.name == "bits"]
+    assert widths == {0: [4] * 4, 4: [8] * 2}
+    assert_close(run(tmp_path / "0.onnx", x), program(x), relative=1e-5)
+    assert qc.prove_equivalence(program, tmp_path / "0.onnx").passed
+
+
 def test_two_digits_run_exactly_on_stock_kernels(tmp_path: Path) -> None:
     """Without the library a file of level 2 computes in float32."""
     program, x = folded_mlp(group=32), torch.randn(2, 3, 50)

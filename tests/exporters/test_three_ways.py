@@ -17,9 +17,18 @@ from torch import Tensor
 
 import qalora_compile as qc
 from qalora_compile.ir.meta import QDQ_ACCURACY_KEY
+from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.runtime import library_path, open_session, register
 from tests.exporters.test_experts import Grouped
-from tests.models import MLP, OneLinear, adapted, assert_close, llama, token_ids
+from tests.models import (
+    MLP,
+    OneLinear,
+    adapted,
+    assert_close,
+    llama,
+    randomize_adapters,
+    token_ids,
+)
 
 PROVIDERS = ["CPUExecutionProvider"]
 LIBRARY = pytest.mark.parametrize("library", [False, True], ids=["stock", "library"])
@@ -64,6 +73,44 @@ def test_equal_three_ways(bits: int, group: int, parameter_dtype: str, tmp_path:
     for result in results:
         assert_close(result, program(x), relative=relative)
         assert_close(result, results[0], relative=1e-5)
+
+
+def test_layers_of_every_form_share_one_function(tmp_path: Path) -> None:
+    """ONNX Runtime takes one body for each operator: it has the steps that any layer needs."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 96)
+    captured = AnnotateLinears()(qc.capture_model(MLP(96, 96, 8).eval(), (x,))).program
+    first = next(iter(captured.plan)).name
+    plan = captured.plan.update({first: {"chosen_bits": 3, "chosen_group": 24}})
+    program = qc.quantize_groups(captured.evolve(plan=plan))
+    program = qc.fold_adapters(randomize_adapters(qc.insert_adapters(program), size=0.1))
+    assert [(site.bits, site.group_size) for site in program.plan] == [(3, 24), (4, 32)]
+    path = tmp_path / "model.onnx"
+    qc.export_model(program, path)
+    (plain,) = ReferenceEvaluator(onnx.load(path)).run(None, {"x": x.numpy()})
+    for result in (torch.from_numpy(plain), *(run(path, x, library=u) for u in (False, True))):
+        assert_close(result, program(x), relative=1e-5)
+    assert qc.prove_equivalence(program, path).passed
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "steps"),
+    [(4, 32, 11), (8, 48, 39), (3, 32, 118), (3, 48, 126)],
+)
+def test_the_function_has_no_step_that_no_layer_needs(
+    bits: int, group: int, steps: int, tmp_path: Path
+) -> None:
+    """Every step is computed for every layer when a session without the library is made."""
+    program = qc.fold_adapters(
+        adapted(
+            OneLinear(96, 8).eval(),
+            (torch.randn(2, 96),),
+            qc.QuantSpec(bits=bits, group_size=group),
+        )
+    )
+    qc.export_model(program, tmp_path / "model.onnx")
+    body = next(f for f in onnx.load(tmp_path / "model.onnx").functions if f.domain == "qalora")
+    assert len(body.node) == steps
 
 
 @LIBRARY

@@ -3,17 +3,20 @@
 A node `qalora::GroupQuantLinear` means the same in every runtime:
 
 * With this package's library, ONNX Runtime uses its kernel and ignores the functions.
-* Without it, ONNX Runtime inlines `GroupQuantLinear`: its own MatMulNBits kernel on zero-points
-  rounded to integers, and a correction of the rounding. Everything that depends on weights alone is
-  computed once, when the session is created.
+* Without it, ONNX Runtime inlines `GroupQuantLinear`: its own MatMulNBits kernel on the zero-point in
+  the middle of the codes, and a correction. Everything that depends on weights alone is computed
+  once, when the session is created; so the fewer nodes do that, the sooner a session is ready.
 * Other runtimes have no kernel for MatMulNBits and inline its function in standard operators.
 
 A callee precedes its caller in the model. Attributes that begin with `stock_` are read by the
-functions alone: they say how MatMulNBits stores codes that it does not take unchanged.
+functions alone: they say how MatMulNBits stores codes that it does not take unchanged, and state
+sizes that a function would have to compute. ONNX Runtime has one function for each operator, so the
+body has the steps that some layer of the model needs (`FunctionForm`), and no others.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from qalora_compile.optional import require
@@ -28,12 +31,12 @@ _HEAD = """
 """
 
 _MATMUL_NBITS = """
-MatMulNBits <K, N, bits, block_size, accuracy_level> (A, B, scales, zero_points) => (Y)
-{
-   zero = Constant <value = int64[1] {0}> ()
-   one = Constant <value = int64[1] {1}> ()
-   eight = Constant <value = int64[1] {8}> ()
-   last = Constant <value = int64[1] {-1}> ()
+MatMulNBits <K, N, bits, block_size, accuracy_level> ({inputs}) => (Y)
+{{
+   zero = Constant <value = int64[1] {{0}}> ()
+   one = Constant <value = int64[1] {{1}}> ()
+   eight = Constant <value = int64[1] {{8}}> ()
+   last = Constant <value = int64[1] {{-1}}> ()
    k = Constant <value_int: int = @K> ()
    n = Constant <value_int: int = @N> ()
    width = Constant <value_int: int = @bits> ()
@@ -46,14 +49,14 @@ MatMulNBits <K, N, bits, block_size, accuracy_level> (A, B, scales, zero_points)
    over = Add (k1, almost)
    blocks = Div (over, block1)
 
-   two = Constant <value = float {2.0}> ()
-   unit = Constant <value = float {1.0}> ()
+   two = Constant <value = float {{2.0}}> ()
+   unit = Constant <value = float {{1.0}}> ()
    width_f = Cast <to = 1> (width)
    levels = Pow (two, width_f)
    largest = Sub (levels, unit)
    mask = Cast <to = 2> (largest)
-   first = Constant <value = int64 {0}> ()
-   step = Constant <value = int64 {1}> ()
+   first = Constant <value = int64 {{0}}> ()
+   step = Constant <value = int64 {{1}}> ()
    per_byte1 = Div (eight, width1)
    per_byte = Squeeze (per_byte1)
    places = Range (first, per_byte, step)
@@ -66,13 +69,7 @@ MatMulNBits <K, N, bits, block_size, accuracy_level> (A, B, scales, zero_points)
    shifted = BitShift <direction = "RIGHT"> (bytes, shifts)
    masked = BitwiseAnd (shifted, mask)
    codes = Reshape (masked, by_block)
-   zero_bytes = Unsqueeze (zero_points, last)
-   zero_shifted = BitShift <direction = "RIGHT"> (zero_bytes, shifts)
-   zero_masked = BitwiseAnd (zero_shifted, mask)
-   zero_rows = Reshape (zero_masked, rows)
-   zero_codes = Slice (zero_rows, zero, blocks, one)
-   zero_by_block = Unsqueeze (zero_codes, last)
-
+{zero}
    code = CastLike (codes, A)
    zero_code = CastLike (zero_by_block, A)
    level = Sub (code, zero_code)
@@ -81,27 +78,60 @@ MatMulNBits <K, N, bits, block_size, accuracy_level> (A, B, scales, zero_points)
    scaled = Mul (level, scale)
    padded = Reshape (scaled, rows)
    weight = Slice (padded, zero, k1, one)
-   turned = Transpose <perm = [1, 0]> (weight)
-   Y = MatMul (A, turned)
-}
+   transposed = Transpose <perm = [1, 0]> (weight)
+   Y = MatMul (A, transposed)
+}}
 """
 
-# Sections: sizes; zero-points rounded to codes, and the correction; scales and zero-points per
-# block; zero-points packed to bytes; codes, widened to 4 bits if stock_bits says so (`plain` holds
-# the bytes that stay unchanged; either `plain` or `low` is empty); the layer.
+_ZERO_STORED = """
+   zero_bytes = Unsqueeze (zero_points, last)
+   zero_shifted = BitShift <direction = "RIGHT"> (zero_bytes, shifts)
+   zero_masked = BitwiseAnd (zero_shifted, mask)
+   zero_rows = Reshape (zero_masked, rows)
+   zero_codes = Slice (zero_rows, zero, blocks, one)
+   zero_by_block = Unsqueeze (zero_codes, last)
+"""
+_ZERO_MIDDLE = """
+   zero_by_block = Div (levels, two)
+"""
+
 _GROUP_QUANT_LINEAR = """
-GroupQuantLinear <K, N, bits, group_size, compute,
-                  stock_bits, stock_block_size, stock_accuracy_level>
+GroupQuantLinear <K, N, bits, group_size, compute, stock_bits, stock_block_size,
+                  stock_accuracy_level, stock_middle, stock_groups>
 (x, codes, scale, zero_point) => (y)
-{
+{{{types}
+   middle = Constant <value_float: float = @stock_middle> ()
+   rest = Sub (middle, {zero_point_f})
+   offset = Mul ({scale_f}, rest)
+   offset_t = Transpose <perm = [1, 0]> (offset)
+{sizes}{blocks}{widen}{correction}
+   product = com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = @stock_bits,
+      block_size: int = @stock_block_size, accuracy_level: int = @stock_accuracy_level>
+      ({operands})
+   by_group = Constant <value_ints: ints = @stock_groups> ()
+   axis = Constant <value_ints = [-1]> ()
+   x_groups = Reshape (x, by_group)
+   sums = ReduceSum <keepdims = 0> (x_groups, axis)
+   corrected = MatMul (sums, {correction_x})
+   y = Add (product, corrected)
+}}
+"""
+
+_TYPES_OF_PARAMETERS = """
+   scale_float = Cast <to = 1> (scale)
+   zero_point_float = Cast <to = 1> (zero_point)"""
+
+_TYPES_OF_X = """
+   scale_x = CastLike (scale, x)
+   correction = CastLike (offset_t, x)
+"""
+
+_SIZES = """
    zero = Constant <value = int64[1] {0}> ()
    one = Constant <value = int64[1] {1}> ()
    two = Constant <value = int64[1] {2}> ()
    eight = Constant <value = int64[1] {8}> ()
    last = Constant <value = int64[1] {-1}> ()
-   zero_f = Constant <value = float {0.0}> ()
-   one_f = Constant <value = float {1.0}> ()
-   two_f = Constant <value = float {2.0}> ()
    k0 = Constant <value_int: int = @K> ()
    n0 = Constant <value_int: int = @N> ()
    width0 = Constant <value_int: int = @bits> ()
@@ -117,49 +147,24 @@ GroupQuantLinear <K, N, bits, group_size, compute,
    groups = Div (k, group)
    repeats = Div (group, block)
    blocks = Mul (groups, repeats)
+"""
 
-   scale_f = Cast <to = 1> (scale)
-   zero_point_f = Cast <to = 1> (zero_point)
-   stored_f = Cast <to = 1> (stored0)
-   levels = Pow (two_f, stored_f)
-   largest = Sub (levels, one_f)
-   rounded = Round (zero_point_f)
-   at_least = Max (rounded, zero_f)
-   whole = Min (at_least, largest)
-   rest = Sub (whole, zero_point_f)
-   offset = Mul (scale_f, rest)
-   turned = Transpose <perm = [1, 0]> (offset)
-   correction = CastLike (turned, x)
-
-   by_group = Concat <axis = 0> (n, groups, one)
-   by_repeat = Concat <axis = 0> (one, one, repeats)
+# A group of several blocks: every block has the scale of its group.
+_BLOCKS = """
+   each_group = Concat <axis = 0> (n, groups, one)
+   each_block = Concat <axis = 0> (one, one, repeats)
    by_block = Concat <axis = 0> (n, blocks)
-   scale_x = CastLike (scale, x)
-   scale_group = Reshape (scale_x, by_group)
-   scale_repeat = Expand (scale_group, by_repeat)
+   scale_group = Reshape ({scale_x}, each_group)
+   scale_repeat = Expand (scale_group, each_block)
    scale_block = Reshape (scale_repeat, by_block)
-   whole_group = Reshape (whole, by_group)
-   whole_repeat = Expand (whole_group, by_repeat)
-   whole_block = Reshape (whole_repeat, by_block)
+   codes_by = Concat <axis = 0> (n, blocks, last)
+   block_codes = Reshape (codes, codes_by)
+"""
 
-   per_byte = Div (eight, stored)
-   over = Mod (blocks, per_byte)
-   short = Sub (per_byte, over)
-   missing = Mod (short, per_byte)
-   fill = Concat <axis = 0> (zero, missing)
-   filled = Pad (whole_block, fill, zero_f, last)
-   by_byte = Concat <axis = 0> (n, last, per_byte)
-   in_byte = Reshape (filled, by_byte)
-   first = Constant <value = int64 {0}> ()
-   step = Constant <value = int64 {1}> ()
-   count = Squeeze (per_byte)
-   places = Range (first, count, step)
-   places_f = Cast <to = 1> (places)
-   weights = Pow (levels, places_f)
-   weighted = Mul (in_byte, weights)
-   bytes_f = ReduceSum <keepdims = 0> (weighted, last)
-   zero_bytes = Cast <to = 2> (bytes_f)
-
+# Codes are widened to 4 bits if stock_bits says so. `plain` holds the bytes of a layer whose codes
+# stay as they are; either `plain` or `low` is empty. The zero-point of every block is `middle`, the
+# middle of the codes before they are widened, repeated in each byte.
+_WIDEN = """
    rows = Concat <axis = 0> (n, last)
    row = Reshape (codes, rows)
    as_is = Equal (width, stored)
@@ -207,22 +212,22 @@ GroupQuantLinear <K, N, bits, group_size, compute,
    by_code = Concat <axis = 0> (n, wide_codes)
    high_flat = Reshape <allowzero = 1> (high_bits, by_code)
    units = Div (wide_codes, unit_codes)
-   whole_codes = Mul (units, unit_codes)
-   tail_codes = Sub (wide_codes, whole_codes)
+   full_codes = Mul (units, unit_codes)
+   tail_codes = Sub (wide_codes, full_codes)
    tail_bytes = Div (tail_codes, four)
    by_unit = Concat <axis = 0> (n, units, four, unit_bytes)
    by_tail = Concat <axis = 0> (n, four, tail_bytes)
-   as_whole = Concat <axis = 0> (n, whole_codes)
+   as_full = Concat <axis = 0> (n, full_codes)
    as_tail = Concat <axis = 0> (n, tail_codes)
-   high_whole = Slice (high_flat, zero, whole_codes, one)
-   high_tail = Slice (high_flat, whole_codes, wide_codes, one)
-   whole_units = Reshape <allowzero = 1> (high_whole, by_unit)
+   high_whole = Slice (high_flat, zero, full_codes, one)
+   high_tail = Slice (high_flat, full_codes, wide_codes, one)
+   full_units = Reshape <allowzero = 1> (high_whole, by_unit)
    tail_unit = Reshape <allowzero = 1> (high_tail, by_tail)
-   whole_turned = Transpose <perm = [0, 1, 3, 2]> (whole_units)
-   tail_turned = Transpose <perm = [0, 2, 1]> (tail_unit)
-   whole_row = Reshape <allowzero = 1> (whole_turned, as_whole)
-   tail_row = Reshape <allowzero = 1> (tail_turned, as_tail)
-   high_row = Concat <axis = 1> (whole_row, tail_row)
+   full_swapped = Transpose <perm = [0, 1, 3, 2]> (full_units)
+   tail_swapped = Transpose <perm = [0, 2, 1]> (tail_unit)
+   full_row = Reshape <allowzero = 1> (full_swapped, as_full)
+   tail_row = Reshape <allowzero = 1> (tail_swapped, as_tail)
+   high_row = Concat <axis = 1> (full_row, tail_row)
    high_pairs = Reshape <allowzero = 1> (high_row, wide_pairs)
    high_placed = BitShift <direction = "LEFT"> (high_pairs, pair_shifts)
    high_even, high_odd = Split <axis = -1, num_outputs = 2> (high_placed)
@@ -232,28 +237,80 @@ GroupQuantLinear <K, N, bits, group_size, compute,
    stored_row = Concat <axis = 1> (plain, widened)
    stored_by = Concat <axis = 0> (n, blocks, last)
    stored_codes = Reshape (stored_row, stored_by)
-
-   product = com.microsoft.MatMulNBits <K: int = @K, N: int = @N, bits: int = @stock_bits,
-      block_size: int = @stock_block_size, accuracy_level: int = @stock_accuracy_level>
-      (x, stored_codes, scale_block, zero_bytes)
-   lead = Shape <end = -1> (x)
-   grouped = Concat <axis = 0> (lead, groups, group)
-   x_groups = Reshape (x, grouped)
-   sums = ReduceSum <keepdims = 0> (x_groups, last)
-   corrected = MatMul (sums, correction)
-   y = Add (product, corrected)
-}
+   stored_f = Cast <to = 1> (stored0)
+   two_f = Constant <value = float {2.0}> ()
+   step_f = Pow (two_f, stored_f)
+   full_f = Constant <value = float {255.0}> ()
+   one_f = Constant <value = float {1.0}> ()
+   largest_f = Sub (step_f, one_f)
+   ones_f = Div (full_f, largest_f)
+   middle_byte_f = Mul (middle, ones_f)
+   middle_byte = Cast <to = 2> (middle_byte_f)
+   zero_bits = Mul (blocks, stored)
+   seven = Sub (eight, one)
+   zero_bits_up = Add (zero_bits, seven)
+   zero_size = Div (zero_bits_up, eight)
+   zero_shape = Concat <axis = 0> (n, zero_size)
+   zero_bytes = Expand (middle_byte, zero_shape)
 """
 
 
-def layered_functions(opset: int) -> list[Any]:
+@dataclass(frozen=True, kw_only=True)
+class FunctionForm:
+    """What the layers of a model need of the function.
+
+    Attributes:
+        half_parameters: Scales and zero-points are not float32.
+        half_inputs: x is not float32, or its type is not known.
+        blocks: A group of some layer is stored as several blocks.
+        widen: MatMulNBits stores the codes of some layer in more bits.
+    """
+
+    half_parameters: bool = False
+    half_inputs: bool = False
+    blocks: bool = False
+    widen: bool = False
+
+    @property
+    def zero_points(self) -> bool:
+        """Whether MatMulNBits is given zero-points; else they are the middle of its codes."""
+        return self.widen
+
+
+def layered_functions(opset: int, form: FunctionForm) -> list[Any]:
     """The functions as `onnx.FunctionProto`, callee first.
 
     Args:
         opset: Version of the standard operators that the model imports; 18 or newer.
+        form: What the layers of the model need.
     """
     parser = require("onnx", extra="onnx", purpose="export to ONNX").parser
-    matmul = _HEAD.format(domain=MICROSOFT, opset=opset, more="") + _MATMUL_NBITS
+    matmul = _HEAD.format(domain=MICROSOFT, opset=opset, more="") + _matmul_nbits(form)
     more = f', "{MICROSOFT}" : 1'
-    linear = _HEAD.format(domain=QALORA, opset=opset, more=more) + _GROUP_QUANT_LINEAR
+    linear = _HEAD.format(domain=QALORA, opset=opset, more=more) + _group_quant_linear(form)
     return [parser.parse_function(text) for text in (matmul, linear)]
+
+
+def _matmul_nbits(form: FunctionForm) -> str:
+    inputs = ["A", "B", "scales"] + ["zero_points"] * form.zero_points
+    zero = _ZERO_STORED if form.zero_points else _ZERO_MIDDLE
+    return _MATMUL_NBITS.format(inputs=", ".join(inputs), zero=zero)
+
+
+def _group_quant_linear(form: FunctionForm) -> str:
+    types = form.half_parameters or form.half_inputs
+    suffix = "_float" if types else ""
+    scale_x = "scale_x" if form.half_inputs else f"scale{suffix}"
+    codes = "stored_codes" if form.widen else "block_codes" if form.blocks else "codes"
+    operands = ["x", codes, "scale_block" if form.blocks else scale_x]
+    return _GROUP_QUANT_LINEAR.format(
+        types=_TYPES_OF_PARAMETERS if types else "",
+        zero_point_f=f"zero_point{suffix}",
+        scale_f=f"scale{suffix}",
+        correction=_TYPES_OF_X if form.half_inputs else "",
+        correction_x="correction" if form.half_inputs else "offset_t",
+        sizes=_SIZES if form.blocks or form.widen else "",
+        blocks=_BLOCKS.format(scale_x=scale_x) if form.blocks else "",
+        widen=_WIDEN if form.widen else "",
+        operands=", ".join(operands + ["zero_bytes"] * form.zero_points),
+    )

@@ -34,7 +34,13 @@ def group_quant_linear_op() -> Any:
     return _operator(
         (QALORA, VERSION, "GroupQuantLinear"),
         {"x": "T1", "codes": "T2", "scale": "T3", "zero_point": "T3"},
-        {**dict.fromkeys(sizes, int), "compute": str, **dict.fromkeys(stock, int)},
+        {
+            **dict.fromkeys(sizes, int),
+            "compute": str,
+            **dict.fromkeys(stock, int),
+            "stock_middle": float,
+            "stock_groups": list,
+        },
         {"T1": _FLOATS[:2], "T2": _BYTES, "T3": _FLOATS[:2]},
     )
 
@@ -118,6 +124,7 @@ def _operator(
         int: schema.AttrType.INT,
         float: schema.AttrType.FLOAT,
         str: schema.AttrType.STRING,
+        list: schema.AttrType.INTS,
     }
     made = schema(
         kind,

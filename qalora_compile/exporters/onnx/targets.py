@@ -33,14 +33,14 @@ class OnnxTarget(LoweredTarget):
         return write_onnx(program, path, spec, resume=resume)
 
 
-def _with_planes(program: Program, spec: ExportSpec, legalize: str) -> str:
+def _with_planes(program: Program, spec: ExportSpec, legalize: str, options: str = "") -> str:
     """The text of a pipeline: the legalize pass and the passes around it.
 
     8-bit weights with integer zero-points become two planes, but for kernels on int8 activations:
-    MatMulNBits has no float32 kernel of 8 bits.
+    MatMulNBits has no float32 kernel of 8 bits. `options` of `split-planes` may name more layers.
     """
-    wide = any(site.frozen_integer_zero and site.bits == 8 for site in program.plan)
-    planes = "split-planes," if wide and spec.accuracy_level != _INT8 else ""
+    wide = any(site.bits == 8 and (options or site.frozen_integer_zero) for site in program.plan)
+    planes = f"split-planes{options}," if wide and spec.accuracy_level != _INT8 else ""
     return f"{planes}{legalize},share-group-sums"
 
 
@@ -51,7 +51,8 @@ def _to_ort(program: Program, spec: ExportSpec) -> str:
 
 def _to_ort_stock(program: Program, spec: ExportSpec) -> str:
     options = f"accuracy-level={spec.accuracy_level},correction={spec.correction}"
-    return _with_planes(program, spec, f"legalize-ort-stock{{{options}}}")
+    split = "{real-zero-points=true}" if spec.correction != "digits" else ""
+    return _with_planes(program, spec, f"legalize-ort-stock{{{options}}}", split)
 
 
 def _to_onnx(program: Program, spec: ExportSpec) -> str:

@@ -187,12 +187,21 @@ def _operand(add: Any, value: Any, site: Site, bias: frozenset[str]) -> str | No
     stored = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else other
     if stored.is_initializer():
         return "Bias" if stored.name in bias else None
+    low, high = (f"{site.path}.{plane}" for plane in PLANE_NAMES)
     if producer is not None and producer.op_type == "Mul":
-        layer, weight = producer.inputs[0].producer(), f"{site.path}.{PLANE_NAMES[1]}.qweight"
-        return "Planes" if layer is not None and _reads(layer, weight) else None
+        return "Planes" if _multiplies(producer.inputs[0], f"{high}.qweight") else None
     if producer is None or producer.op_type != "MatMul":
         return None
-    return "Add" if _reads(producer, f"{site.path}.correction") else None
+    corrections = (f"{site.path}.correction", f"{low}.correction")
+    return "Add" if any(_reads(producer, name) for name in corrections) else None
+
+
+def _multiplies(value: Any, weight: str) -> bool:
+    """Whether a value is the product with a weight, with or without its correction."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Add":
+        return any(_multiplies(operand, weight) for operand in producer.inputs)
+    return producer is not None and _reads(producer, weight)
 
 
 def _reads(node: Any, name: str) -> bool:

@@ -70,12 +70,14 @@ def _kernel_table(op: Any) -> Table:
         compute: str,
         k: int | None = None,
     ) -> Any:
+        # The rows of one expert are a matrix whose shape is not stated: k is given.
+        lead, columns = ([0], k) if k else (_kept_axes(x), int(x.shape[-1]))
         return group_quant_linear(
             x,
             codes,
             scale,
             zero_point,
-            K=k or int(x.shape[-1]),
+            K=columns,
             N=int(codes.shape[0]),
             bits=bits,
             group_size=group_size,
@@ -83,6 +85,8 @@ def _kernel_table(op: Any) -> Table:
             stock_bits=stored_bits(bits, narrow=compute == "int8"),
             stock_block_size=largest_block(group_size),
             stock_accuracy_level=4 if compute == "int8" else 0,
+            stock_middle=float(2 ** (bits - 1)),
+            stock_groups=[*lead, columns // group_size, group_size],
         )
 
     ops = torch.ops.qalora

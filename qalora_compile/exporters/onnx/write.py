@@ -11,6 +11,7 @@ from qalora_compile.exporters.capability import EXACT, Capability, ExportReport,
 from qalora_compile.exporters.onnx.functions import (
     MICROSOFT,
     QALORA,
+    FunctionForm,
     layered_functions,
 )
 from qalora_compile.exporters.onnx.initializers import defer_initializers, write_model
@@ -66,10 +67,24 @@ def _add_functions(model: Any) -> None:
     ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
     if QALORA not in model.opset_imports:
         return
-    for proto in layered_functions(model.opset_imports[""]):
+    layers = [node for node in model.graph.all_nodes() if node.domain == QALORA]
+    for proto in layered_functions(model.opset_imports[""], _function_form(ir, layers)):
         function = ir.serde.deserialize_function(proto)
         model.functions[function.identifier()] = function
     model.opset_imports[MICROSOFT] = 1
+
+
+def _function_form(ir: Any, layers: list[Any]) -> FunctionForm:
+    """What the function has to do for these nodes."""
+    stated = [{name: a.value for name, a in node.attributes.items()} for node in layers]
+    types = [[value.dtype for value in node.inputs] for node in layers]
+    single = ir.DataType.FLOAT
+    return FunctionForm(
+        half_parameters=any(scale != single for _, _, scale, _ in types),
+        half_inputs=any(x != single for x, *_ in types),
+        blocks=any(each["group_size"] != each["stock_block_size"] for each in stated),
+        widen=any(each["bits"] != each["stock_bits"] for each in stated),
+    )
 
 
 def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:

@@ -16,6 +16,7 @@ from qalora_compile.ir.module import erase_unread
 from qalora_compile.ir.ops.linear import GroupLinear
 from qalora_compile.ir.packing.bitstream import pack_codes, unpack_codes
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.site_plan import Site
 from qalora_compile.ir.spec import (
     GROUP_EMBEDDING,
     GROUP_LINEAR,
@@ -29,7 +30,7 @@ from qalora_compile.passes.framework.rewrite import TensorNodes
 from qalora_compile.progress import track
 
 _ADD = torch.ops.aten.add.Tensor
-_HALF_BITS, _STEP = 4, 16
+_HALF_BITS, _STEP, _MIDDLE = 4, 16, 8
 _LAYERS = (GROUP_LINEAR, GROUP_EMBEDDING)
 
 
@@ -43,17 +44,26 @@ class SplitPlanes(Pass):
              %3 = aten.add.Tensor(%1, %2, alpha=16)
 
     with `offset = −scale · z` of each plane, and one scale for both. ONNX Runtime's MatMulNBits has
-    no float32 kernel for 8 bits: it dequantizes the complete weight in every call.
+    no float32 kernel for 8 bits: it dequantizes the complete weight in every call. A real z is
+    split into z_high = 8 and z_low = z − 128 where the type of the offset holds the offset of the
+    low plane exactly, which it does for 64 ≤ z ≤ 256 (Sterbenz), and into z_high = 0 and z_low = z
+    for other groups.
 
-    Fires on: group_linear and group_embedding of 8 bits of `Site.frozen_integer_zero`.
-    Leaves alone: everything else.
+    Fires on: group_linear and group_embedding of 8 bits of `Site.frozen_integer_zero`, and with
+    `real_zero_points` on every group_linear of 8 bits.
+    Leaves alone: everything else; stacked experts keep 8 bits.
     Exactness: exact in real arithmetic. Rows that are looked up are exact in float32 as well, as
     scales of integer zero-points have 16 significant bits.
+
+    Options:
+        real_zero_points: Also split layers whose zero-points are not integers.
     """
 
     name: ClassVar[str] = "split-planes"
     consumes: ClassVar[tuple[str, ...]] = (QUANTIZED, ADAPTED, FOLDED)
     produces: ClassVar[str | None] = None
+
+    real_zero_points: bool = False
 
     def call(self, program: Program) -> PassResult:
         """Split."""
@@ -64,21 +74,30 @@ class SplitPlanes(Pass):
         for node in track([n for n in graph.nodes if n.target in _LAYERS], "split"):
             site = rows.get(site_of(node) or "")
             layer = layer_on_codes(node)
-            if site is None or not site.frozen_integer_zero or layer.bits != 2 * _HALF_BITS:
+            if site is None or layer.bits != 2 * _HALF_BITS or not self._splits(site, layer):
                 continue
             if site.path not in split:
                 parts = stored_parts(program, node, layer)
-                made = defer(_Planes(site.k), *parts, by_rows=True)
+                planes = _Planes(site.k, integer_zero_point=site.frozen_integer_zero)
+                made = defer(planes, *parts, by_rows=True)
                 tensors |= {f"{site.path}.{name}": tensor for name, tensor in made.items()}
                 split[site.path] = site.k
                 changes.append(Change(site.path, "8 bits to two planes of 4", "exact"))
             _rewrite(graph, node, layer, site.path, nodes)
         return PassResult(program.evolve(graph=graph, tensors=tensors), tuple(changes))
 
+    def _splits(self, site: Site, layer: LayerOnCodes) -> bool:
+        return site.frozen_integer_zero or (
+            self.real_zero_points and isinstance(layer, GroupLinear)
+        )
+
     def ensures(self, before: Program, after: Program) -> None:
-        """Zero-points of planes are integers of 4 bits."""
+        """Zero-points of planes are integers of 4 bits where those of the layer are integers."""
+        integer = {site.path for site in after.plan if site.frozen_integer_zero}
         for node in after.graph.nodes:
             if node.target not in _LAYERS or not _is_plane(layer := layer_on_codes(node)):
+                continue
+            if str(layer.qweight.target).rsplit(".", 2)[0] not in integer:
                 continue
             _, scale, offset = stored_parts(after, node, layer)
             if not holds(has_integer_zero_points(scale, offset, _HALF_BITS).all()):
@@ -92,21 +111,39 @@ class _Planes:
 
     Attributes:
         k: K.
+        integer_zero_point: Whether −offset / scale are integers from 0 to 255.
     """
 
     k: int
+    integer_zero_point: bool = True
 
     def __call__(self, qweight: Tensor, scale: Tensor, offset: Tensor) -> dict[str, Tensor]:
         codes = unpack_codes(qweight, 2 * _HALF_BITS, self.k)
-        zero_point = (-offset.double() / scale.double()).round()
-        high = (zero_point / _STEP).floor()
-        levels = (zero_point - _STEP * high, high)
+        split = _integer_offsets if self.integer_zero_point else _real_offsets
+        parts = zip(PLANE_NAMES, (codes % _STEP, codes // _STEP), split(scale, offset), strict=True)
         made = {}
-        for plane, q, z in zip(PLANE_NAMES, (codes % _STEP, codes // _STEP), levels, strict=True):
+        for plane, q, moved in parts:
             made[f"{plane}.qweight"] = pack_codes(q, _HALF_BITS)
             made[f"{plane}.scale"] = scale
-            made[f"{plane}.offset"] = (-scale.double() * z).to(scale.dtype)
+            made[f"{plane}.offset"] = moved
         return made
+
+
+def _integer_offsets(scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets of the low and the high plane for z = z_low + 16 z_high of 4 bits each."""
+    zero_point = (-offset.double() / scale.double()).round()
+    high = (zero_point / _STEP).floor()
+    low = zero_point - _STEP * high
+    return (-scale.double() * low).to(scale.dtype), (-scale.double() * high).to(scale.dtype)
+
+
+def _real_offsets(scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets of both planes whose sum is exactly the layer's: see `SplitPlanes`."""
+    high = -_MIDDLE * scale
+    low = offset.double() - _STEP * high.double()
+    exact = low.to(offset.dtype).double() == low
+    zero = torch.zeros_like(high)
+    return torch.where(exact, low.to(offset.dtype), offset), torch.where(exact, high, zero)
 
 
 def _is_plane(layer: LayerOnCodes) -> bool:

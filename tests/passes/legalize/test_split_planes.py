@@ -71,6 +71,28 @@ def test_other_layers_are_left_alone() -> None:
     assert not SplitPlanes()(wide).changes  # real-valued zero-points
 
 
+def test_real_zero_points_are_split_on_request() -> None:
+    program, ids = qc.quantize_groups(captured(Untied()), qc.QuantSpec(bits=8)), ids_of(3, 7)
+    result = SplitPlanes(real_zero_points=True)(program)
+    assert [change.path for change in result.changes] == ["mid", "head"]
+    torch.testing.assert_close(result.program(ids), program(ids))
+    assert "real-zero-points=true" in result.program.history[-1]
+
+
+@given(group=st.integers(1, 40), k=st.integers(1, 50), shift=st.floats(-3, 3))
+@settings(max_examples=20)
+def test_real_zero_points_are_the_exact_sum_of_two(group: int, k: int, shift: float) -> None:
+    """Groups whose zero-point is far from the codes, as after a fold, keep theirs."""
+    generator = torch.Generator().manual_seed(k)
+    scale = torch.rand(6, -(-k // group), generator=generator)
+    offset = -scale * (128 + 200 * shift * torch.rand(scale.shape, generator=generator))
+    low, high = pass_module._real_offsets(scale, offset)
+    assert torch.equal(low.double() + 16 * high.double(), offset.double())
+    assert set((-high / scale).unique().tolist()) <= {0.0, 8.0}
+    near = (-offset / scale - 160).abs() < 90
+    assert torch.equal((-high / scale)[near], torch.full_like(high, 8)[near])
+
+
 def test_a_planted_fault_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pass_module, "_STEP", 15)
     with pytest.raises(PostconditionError, match="not an integer code"):
