@@ -3,8 +3,8 @@
 A node `qalora::GroupQuantLinear` means the same in every runtime:
 
 * With this package's library, ONNX Runtime uses its kernel and ignores the functions.
-* Without it, ONNX Runtime inlines `GroupQuantLinear`: its own MatMulNBits kernel on the zero-point in
-  the middle of the codes, and a correction. Everything that depends on weights alone is computed
+* Without it, ONNX Runtime inlines `GroupQuantLinear`: its own MatMulNBits kernel on the zero-point
+  in the middle of the codes, and a correction. Everything that depends on weights alone is computed
   once, when the session is created; so the fewer nodes do that, the sooner a session is ready.
 * Other runtimes have no kernel for MatMulNBits and inline its function in standard operators.
 
