@@ -16,6 +16,8 @@ from qalora_compile.api.quantize import QuantizeSpec, quantize_folder
 from qalora_compile.capture.lazy_folder import capture_checkpoint
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.files import atomic_files, atomic_folder
+from qalora_compile.untrusted.artifacts import model_file as onnx_file
+from qalora_compile.untrusted.artifacts import onnx_parts
 
 ROOT = Path(__file__).parents[2]
 CODES = qc.QuantSpec(bits=4, group_size=32)
@@ -48,7 +50,7 @@ def artefact(name: str, source: Path, folder: Path, environments: Path) -> Path:
 
 def model_file(name: str, place: Path) -> Path:
     """What the engine of ONNX Runtime opens: a file in the folder; others take the place."""
-    return place / "model.onnx" if place.is_dir() and name != "openvino" else place
+    return onnx_file(place) if place.is_dir() and name != "openvino" else place
 
 
 def stored_bytes(place: Path) -> int:
@@ -56,7 +58,7 @@ def stored_bytes(place: Path) -> int:
     if place.is_file():
         beside = place.with_suffix(".bin")
         return place.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
-    return sum(path.stat().st_size for path in place.glob("model.onnx*"))
+    return sum(path.stat().st_size for path in onnx_parts(onnx_file(place)))
 
 
 def _edge(edge: Edge, source: Path, target: Path) -> Path:

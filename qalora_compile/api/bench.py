@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qalora_compile.api.edge import MODEL_FILE, read_edge_record
+from qalora_compile.api.edge import read_edge_record
 from qalora_compile.api.export import export_model
 from qalora_compile.api.forms import add_kv_cache
 from qalora_compile.api.run_folder import MODEL, load_run
@@ -23,7 +23,7 @@ from qalora_compile.runtime.footprint import footprint, time_tokens
 from qalora_compile.runtime.language_model import LanguageModel
 from qalora_compile.runtime.library import kernel_level
 from qalora_compile.runtime.session import open_session
-from qalora_compile.untrusted.artifacts import ENCODER_FILE
+from qalora_compile.untrusted.artifacts import encoder_decoder_files, model_file, onnx_parts
 
 LIBRARY, STOCK = "merged, operator library", "merged, stock kernels"
 UNMERGED, FLOAT = "adapters unmerged, stock kernels", "float32"
@@ -39,8 +39,7 @@ class Form:
 
     def size(self) -> int:
         """Bytes of the model's files."""
-        data = self.path.with_name(f"{self.path.name}.data")
-        return sum(f.stat().st_size for f in (self.path, data) if f.is_file())
+        return sum(file.stat().st_size for file in onnx_parts(self.path))
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def bench(spec: BenchSpec) -> list[Result]:
 @contextmanager
 def _forms(folder: Path, run_folder: Path | None) -> Iterator[list[Form]]:
     """The forms of the model; those made from RUN are deleted after the block."""
-    path = folder / MODEL_FILE
-    if (folder / ENCODER_FILE).is_file():
+    path = model_file(folder)
+    if encoder_decoder_files(folder) is not None:
         raise UnsupportedError(
             "bench measures models with a single graph, and this one has an encoder and a decoder",
             where=str(folder),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.api.edge import (
-    MODEL_FILE,
     EdgeParts,
     edge_graphs,
     is_decoder,
@@ -30,7 +29,7 @@ from qalora_compile.files import atomic_folder, reserve
 from qalora_compile.ir.program import Program
 from qalora_compile.progress import say
 from qalora_compile.runtime.library import library_path
-from qalora_compile.untrusted.artifacts import GGUF_FILE
+from qalora_compile.untrusted.artifacts import GGUF_FILE, MODEL_FILE
 
 _FOR_ONNX = ("no_kv_cache", "last_logits", "with_library", "preset", "embeddings")
 

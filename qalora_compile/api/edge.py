@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from qalora_compile.capture.skeleton import generates, has_encoder
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.capability import ExportReport
-from qalora_compile.exporters.checkpoints.hf_folder import copy_tokenizer
+from qalora_compile.exporters.checkpoints.hf_folder import copy_tokenizer, embed_chat_template
 from qalora_compile.exporters.onnx.genai_config import (
     CONFIG_FILE,
     context_length,
@@ -54,11 +54,11 @@ from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program import Program
 from qalora_compile.sealed import write_sealed
 from qalora_compile.untrusted import read_json
-from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE
+from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE, MODEL_FILE, data_file
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 
-RECORD_FILE, MODEL_FILE = "qalora.json", "model.onnx"
-MODEL_CONFIG_FILE = "config.json"
+RECORD_FILE = "qalora.json"
+MODEL_CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 FORMAT, VERSION = "qalora-edge", 2
 
 
@@ -189,11 +189,13 @@ def write_edge(out: Path, parts: EdgeParts, *, overwrite: bool) -> tuple[ExportR
     key = parts.key()
     with atomic_folder(out, overwrite=overwrite, resume=key) as folder:
         keep_parts(folder)
+        for file in parts.graphs:
+            (folder / file).parent.mkdir(exist_ok=True)
         first, *more = (
             export_model(program, folder / file, parts.spec, resume=key)
             for file, program in parts.graphs.items()
         )
-        report = dataclasses.replace(first, path=out / MODEL_FILE)
+        report = dataclasses.replace(first, path=out / next(iter(parts.graphs)))
         for other in more:
             report = report.joined(other, out)
         written = _write_parts(folder, parts, report.size_bytes)
@@ -209,23 +211,38 @@ def _write_parts(folder: Path, parts: EdgeParts, size: int) -> list[str]:
         shutil.copy2(parts.library, folder / parts.library.name)
         written.append(parts.library.name)
     written.append("tokenizer" if copy_tokenizer(parts.tokenizer, folder) else "no tokenizer")
+    embed_chat_template(folder)
     if copy_preprocessor(parts.tokenizer, folder):
         written.append("preprocessor")
     genai = "no: needs a key-value cache"
     if parts.program.signature.cache:
         genai = _write_genai(folder, parts, description)
         written.append(CONFIG_FILE if genai == "yes" else f"no {CONFIG_FILE} ({genai})")
-    elif parts.pair is None and description["model"]:  # optimum and transformers.js ask for it
-        write_json(folder / MODEL_CONFIG_FILE, description["model"])
-        written.append(MODEL_CONFIG_FILE)
-        if parts.pooling.write(folder, description["model"]):
-            written.append("modules.json")
+    written += _write_description(folder, parts, description)
     record = _edge_record(parts, description, genai)
     said: dict[str, Any] = {"end_tokens": list(ends), "end_tokens_from": ends_to_json(ends)}
     if parts.choices is not None:
         said["preset"] = parts.choices.record(parts.spec, size)
     write_sealed(folder / RECORD_FILE, record | said)
     return written
+
+
+def _write_description(
+    folder: Path, parts: EdgeParts, description: Mapping[str, Any]
+) -> Iterator[str]:
+    """Write what optimum, transformers.js and sentence-transformers ask for; yields the names."""
+    model, generation = description["model"], description["generation"]
+    if not model:
+        return
+    apart = {Path(file).name: 1 for file in parts.graphs if data_file(folder / file).is_file()}
+    for_browsers = {"dtype": "q4", "use_external_data_format": apart or False}
+    write_json(folder / MODEL_CONFIG_FILE, model | {"transformers.js_config": for_browsers})
+    yield MODEL_CONFIG_FILE
+    if generation:
+        write_json(folder / GENERATION_FILE, generation)
+        yield GENERATION_FILE
+    if parts.pair is None and parts.pooling.write(folder, model):
+        yield "modules.json"
 
 
 def _ends(parts: EdgeParts, description: Mapping[str, Any]) -> Ends:
@@ -264,7 +281,9 @@ def _write_genai(folder: Path, parts: EdgeParts, description: dict[str, Any]) ->
             files = (ENCODER_FILE, DECODER_FILE)
             value = genai_whisper_config(encoder, decoder, *described, files=files, library=library)
         else:
-            value = genai_config(parts.program.signature, *described, library=library)
+            value = genai_config(
+                parts.program.signature, *described, filename=MODEL_FILE, library=library
+            )
     except UnsupportedError as error:
         return error.what
     write_json(folder / CONFIG_FILE, value)

@@ -15,7 +15,7 @@ from qalora_compile.runtime.encoder_decoder import EncoderDecoder
 from qalora_compile.runtime.language_model import LanguageModel, Sampling
 from qalora_compile.runtime.session import open_session
 from qalora_compile.training.data.tokenize import prompt_tokens
-from qalora_compile.untrusted.artifacts import ENCODER_FILE
+from qalora_compile.untrusted.artifacts import encoder_decoder_files, model_file
 from qalora_compile.untrusted.tokenizer import load_tokenizer, render_chat
 
 
@@ -113,8 +113,8 @@ def _open(
         UserInputError: a file is missing or broken.
     """
     length = record.get("context_length")
-    if not (folder / ENCODER_FILE).is_file():
-        session = open_session(folder / "model.onnx", threads=threads)
+    if encoder_decoder_files(folder) is None:
+        session = open_session(model_file(folder), threads=threads)
         return LanguageModel(session, context_length=length)
     start = record.get("decoder_start", ())
     model = EncoderDecoder.open(folder, threads=threads, start=start, context_length=length)

@@ -17,7 +17,7 @@ from qalora_compile.ir.site_plan import Site
 from qalora_compile.ir.stages import FOLDED
 from qalora_compile.ir.view.netron import write_structure
 from qalora_compile.ir.view.svg import to_dot, to_svg
-from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE
+from qalora_compile.untrusted.artifacts import encoder_decoder_files, model_file, onnx_parts
 
 _LAYERS = "layers to "
 Row = dict[str, Any]
@@ -114,9 +114,10 @@ def inspect_exported(path: Path) -> tuple[list[Row], Row]:
     Raises:
         UserInputError: there is no model, or another package exported it.
     """
-    if not (path / ENCODER_FILE).is_file():
-        return _inspect_onnx(path / "model.onnx" if path.is_dir() else path)
-    parts = {file: _inspect_onnx(path / file) for file in (ENCODER_FILE, DECODER_FILE)}
+    halves = encoder_decoder_files(path)
+    if halves is None:
+        return _inspect_onnx(model_file(path) if path.is_dir() else path)
+    parts = {file.name: _inspect_onnx(file) for file in halves}
     rows = [row | {"file": file} for file, (found, _) in parts.items() for row in found]
     totals = [totals for _, totals in parts.values()]
     read = [{row["weight"]: row["bytes"] for row in found} for found, _ in parts.values()]
@@ -139,7 +140,7 @@ def _inspect_onnx(file: Path) -> tuple[list[Row], Row]:
     metadata = read_onnx_metadata(file)
     rows = [_onnx_row(layer, metadata.target) for layer in metadata.layers]
     decisions = Counter(row["decision"] for row in rows)
-    size = sum(f.stat().st_size for f in (file, file.with_name(f"{file.name}.data")) if f.exists())
+    size = sum(part.stat().st_size for part in onnx_parts(file))
     return rows, {
         "stage": metadata.stage,
         **{f"{_LAYERS}{name}": count for name, count in sorted(decisions.items())},

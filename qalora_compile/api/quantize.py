@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qalora_compile.api.codes import CodesSpec, stored_codes
 from qalora_compile.api.deploy import EdgeResult, EdgeSpec
-from qalora_compile.api.edge import MODEL_FILE, EdgeParts, edge_graphs, lowered, write_edge
+from qalora_compile.api.edge import EdgeParts, edge_graphs, lowered, write_edge
 from qalora_compile.api.pooling import chosen_pooling
 from qalora_compile.api.steps import quantize_groups
 from qalora_compile.capture.causal_lm import capture_causal_lm
@@ -22,6 +22,7 @@ from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.ir.program import Program
 from qalora_compile.progress import say
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
+from qalora_compile.untrusted.artifacts import MODEL_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,6 +131,12 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help="output the logits of all tokens, for perplexity and scoring",
     )
     parser.add_argument(
+        "--external-data",
+        action="store_true",
+        help="write the weights to a second file, which needs less memory to load; default: one "
+        "file, up to 1.9 GB",
+    )
+    parser.add_argument(
         "--with-library",
         nargs="?",
         const="",

@@ -61,6 +61,8 @@ class ExportSpec(Spec):
             `"standard"`, or, if the given opset is too low for it, `"ort"` or else `"none"`.
         float_type: For target `"gguf"`: the type of matrices that are not quantized, `"q8_0"`,
             `"f16"`, `"bf16"` or `"f32"`; None takes for each the smallest that keeps every value.
+        external_data: For ONNX: write the weights to a second file, `<name>_data`, which a runtime
+            maps instead of reading. False writes one file, up to 1.9 GB of weights.
         allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
             one that is not quantized at all.
         overwrite: Replace an existing file.
@@ -73,6 +75,7 @@ class ExportSpec(Spec):
     correction: str = "fp32"
     fusion: str | None = None
     float_type: str | None = None
+    external_data: bool = False
     allow_unfolded: bool = False
     overwrite: bool = False
 

@@ -164,7 +164,7 @@ def atomic_folder(
 def atomic_files(
     path: Path, *, overwrite: bool = False, resume: str | None = None
 ) -> Iterator[Path]:
-    """Like `atomic_folder` for a file and its companions (`model.onnx`, `model.onnx.data`).
+    """Like `atomic_folder` for a file and its companions (`model.onnx`, `model.onnx_data`).
 
     Yields the path to write to, in a temporary folder next to the final path. On success, each file
     in it is renamed to its place, the main file last, so that no companion of it is ever missing.

@@ -11,7 +11,7 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
 from qalora_compile.runtime.language_model import Sampling, continue_tokens, empty_cache
 from qalora_compile.runtime.session import open_session, run_values
-from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE
+from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE, encoder_decoder_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,10 +95,14 @@ class EncoderDecoder:
             UserInputError: a file is missing or broken.
             UnsupportedError: see the class.
         """
-        encoder, decoder = (
-            open_session(Path(folder) / file, threads=threads, library=library)
-            for file in (ENCODER_FILE, DECODER_FILE)
-        )
+        files = encoder_decoder_files(Path(folder))
+        if files is None:
+            raise UserInputError(
+                "the folder holds no encoder-decoder model",
+                where=str(folder),
+                hint=f"it has {ENCODER_FILE} and {DECODER_FILE}",
+            )
+        encoder, decoder = (open_session(file, threads=threads, library=library) for file in files)
         return cls(encoder, decoder, start=start, context_length=context_length)
 
     @property

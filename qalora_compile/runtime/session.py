@@ -10,6 +10,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.optional import require
 from qalora_compile.runtime.library import kernel_level, register
 from qalora_compile.untrusted import quoted
+from qalora_compile.untrusted.artifacts import model_file
 from qalora_compile.untrusted.onnx_file import check_onnx
 
 QDQ_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
@@ -26,7 +27,8 @@ def open_session(
     """An `onnxruntime.InferenceSession` on the CPU.
 
     Args:
-        path: An `.onnx` file or, if it is trusted, one in ONNX Runtime's own format (`.ort`).
+        path: An `.onnx` file; an edge folder with one graph; or, if it is trusted, a file in ONNX
+            Runtime's own format (`.ort`).
         threads: Threads inside an operator; None leaves the choice to ONNX Runtime.
         library: Run `GroupQuantLinear` with this package's operator library; None: if it was
             built. This has no effect on models without that operator.
@@ -39,10 +41,11 @@ def open_session(
         UnsupportedError: the library is asked for and was not built.
     """
     runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
-    if not Path(path).is_file():
+    path = model_file(Path(path)) if Path(path).is_dir() else Path(path)
+    if not path.is_file():
         raise UserInputError(f"there is no file {path}", where=str(path))
     if not trusted:
-        check_onnx(Path(path))
+        check_onnx(path)
     options = runtime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -54,7 +57,7 @@ def open_session(
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise UserInputError(
-            f"ONNX Runtime cannot load {Path(path).name}: {str(error).splitlines()[0]}",
+            f"ONNX Runtime cannot load {path.name}: {str(error).splitlines()[0]}",
             where=str(path),
             hint="export it again; a truncated file cannot be repaired",
         ) from error

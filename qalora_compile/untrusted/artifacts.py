@@ -9,7 +9,14 @@ from pathlib import Path
 from qalora_compile.errors import UserInputError
 
 PROGRAM_FILE = "program.json"
-MODEL_FILE, ENCODER_FILE, DECODER_FILE = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
+MODEL_FILE = "onnx/model_q4.onnx"
+ENCODER_FILE, DECODER_FILE = "onnx/encoder_model_q4.onnx", "onnx/decoder_model_q4.onnx"
+"""Where an edge folder has its graphs: transformers.js, optimum and sentence-transformers look
+there. `q4` is how transformers.js calls a graph on codes of few bits."""
+_MODELS = (MODEL_FILE, "model.onnx", "onnx/model.onnx")
+_HALVES = ((ENCODER_FILE, DECODER_FILE), ("encoder_model.onnx", "decoder_model.onnx"))
+"""Also the places of earlier versions, and of optimum."""
+_DATA_SUFFIXES = ("_data", ".data")
 CONFIG_FILE, GGUF_FILE = "config.json", "model.gguf"
 
 
@@ -36,12 +43,36 @@ class Artifact:
     path: Path
 
 
+def model_file(folder: Path) -> Path:
+    """The graph of an export folder with one graph, which may be missing."""
+    return next(
+        (folder / file for file in _MODELS if (folder / file).exists()), folder / MODEL_FILE
+    )
+
+
+def encoder_decoder_files(folder: Path) -> tuple[Path, Path] | None:
+    """Encoder and decoder of an export folder, one of which may be missing; None without both."""
+    pairs = [(folder / encoder, folder / decoder) for encoder, decoder in _HALVES]
+    return next((pair for pair in pairs if any(file.exists() for file in pair)), None)
+
+
+def data_file(model: Path) -> Path:
+    """Where the exporter writes the weights of an ONNX model that are not inside its file."""
+    return model.with_name(f"{model.name}{_DATA_SUFFIXES[0]}")
+
+
+def onnx_parts(model: Path) -> list[Path]:
+    """The files of an ONNX model that are there: the graph, and its weights if they are apart."""
+    data = [model.with_name(f"{model.name}{suffix}") for suffix in _DATA_SUFFIXES]
+    return [file for file in (model, *data) if file.is_file()]
+
+
 def find_artifact(path: str | Path) -> Artifact | None:
     """Identify an artifact by the files that are there; None if the path names nothing known.
 
     A folder is a program if it holds `program.json`, otherwise an encoder-decoder model if it holds
-    at least one of the two graphs. Otherwise `model.onnx`, `model.gguf`, safetensors or
-    `config.json` decide. No file is read.
+    at least one of the two graphs. Otherwise `onnx/model_q4.onnx` (`model.onnx`), `model.gguf`,
+    safetensors or `config.json` decide. No file is read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -50,11 +81,14 @@ def find_artifact(path: str | Path) -> Artifact | None:
         return None if kind is None else Artifact(kind, path)
     if (path / PROGRAM_FILE).exists():
         return Artifact(ArtifactKind.PROGRAM, path)
-    if any((path / file).exists() for file in (ENCODER_FILE, DECODER_FILE)):
+    if encoder_decoder_files(path) is not None:
         return Artifact(ArtifactKind.ENCODER_DECODER, path)
-    for kind, file in ((ArtifactKind.ONNX, MODEL_FILE), (ArtifactKind.GGUF, GGUF_FILE)):
-        if (path / file).exists():
-            return Artifact(kind, path / file)
+    for kind, file in (
+        (ArtifactKind.ONNX, model_file(path)),
+        (ArtifactKind.GGUF, path / GGUF_FILE),
+    ):
+        if file.exists():
+            return Artifact(kind, file)
     if (path / CONFIG_FILE).exists() or any(path.glob("*.safetensors")):
         return Artifact(ArtifactKind.CHECKPOINT, path)
     return None

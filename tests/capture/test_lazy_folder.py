@@ -139,10 +139,17 @@ def test_large_lazy_weights_go_into_an_external_file(
     program = qc.quantize_groups(capture_checkpoint(folder))
     qc.export_model(program, tmp_path / "inside.onnx")
     monkeypatch.setattr(initializers, "LAZY_INLINE_LIMIT_BYTES", 100)
-    report = qc.export_model(program, tmp_path / "external.onnx")
-    assert set(report.files) == {"external.onnx", "external.onnx.data"}
-    inside, side_by_side = (
-        {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / n).graph.initializer}
-        for n in ("inside.onnx", "external.onnx")
+    report = qc.export_model(program, tmp_path / "joined.onnx")
+    assert set(report.files) == {"joined.onnx"}
+    assert (tmp_path / "joined.onnx").stat().st_size == pytest.approx(
+        (tmp_path / "inside.onnx").stat().st_size, rel=0.01
     )
-    assert all(np.array_equal(values, side_by_side[name]) for name, values in inside.items())
+    apart = qc.ExportSpec(external_data=True)
+    report = qc.export_model(program, tmp_path / "external.onnx", apart)
+    assert set(report.files) == {"external.onnx", "external.onnx_data"}
+    inside, *others = (
+        {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / n).graph.initializer}
+        for n in ("inside.onnx", "joined.onnx", "external.onnx")
+    )
+    for stored in others:
+        assert all(np.array_equal(values, stored[name]) for name, values in inside.items())

@@ -19,6 +19,7 @@ from qalora_compile.cli.main import COMMANDS, main
 from qalora_compile.ir.safetensors_io import load_tensors
 from qalora_compile.runtime import kernel_level, library_path
 from qalora_compile.training.records.checkpoint import list_checkpoints
+from qalora_compile.untrusted.artifacts import model_file
 from tests.verify.numeric.test_decoding_calls import FAULTS, planted
 
 Capture = pytest.CaptureFixture[str]
@@ -57,7 +58,9 @@ def test_the_folders_hold_what_the_design_says(workspace: Path) -> None:
     folded = {f.name for f in (workspace / "folded").iterdir()}
     assert "quantized.safetensors" in folded
     assert "adapters.safetensors" not in folded
-    assert {"model.onnx", "tokenizer.json"} <= {f.name for f in (workspace / "edge").iterdir()}
+    edge = workspace / "edge"
+    found = {f.relative_to(edge).as_posix() for f in edge.rglob("*") if f.is_file()}
+    assert {"onnx/model_q4.onnx", "tokenizer.json", "config.json", "genai_config.json"} <= found
 
 
 @pytest.mark.parametrize(("a", "b"), [("run", "folded"), ("folded", "edge"), ("edge", "folded")])
@@ -86,7 +89,7 @@ def test_verify_runs_the_steps_of_devices_with_the_library_and_without(
         assert library_path().name in report["with_library"]["candidate"]
         assert report["with_library"]["verdict"] == "EQUAL"
     shutil.copytree(workspace / "edge", tmp_path / "edge")
-    faulty = planted(tmp_path / "edge" / "model.onnx", FAULTS["one token of the second row"])
+    faulty = planted(model_file(tmp_path / "edge"), FAULTS["one token of the second row"])
     assert main(["verify", folded, str(faulty), *words]) == 1
 
 
@@ -117,7 +120,7 @@ def test_verify_proves_and_checks_its_certificate(
 
 def test_verify_names_what_a_proof_finds(workspace: Path, tmp_path: Path, capsys: Capture) -> None:
     broken = tmp_path / "model.onnx"
-    model = onnx.load(workspace / "edge" / "model.onnx")
+    model = onnx.load(model_file(workspace / "edge"))
     name = "model.layers.1.mlp.gate_proj.joined.scale"  # and those of up_proj below
     proto = next(t for t in model.graph.initializer if t.name == name)
     scale = onnx.numpy_helper.to_array(proto).copy()
@@ -210,7 +213,9 @@ def test_without_a_cache_and_without_a_tokenizer(
     shutil.rmtree(folded / "tokenizer")
     out = tmp_path / "edge"
     assert main(["export", str(folded), "--out", str(out), "--no-kv-cache"]) == 0
-    assert {f.name for f in out.iterdir()} == {"config.json", "model.onnx", "qalora.json"}
+    names = {"config.json", "generation_config.json", "onnx", "qalora.json"}
+    assert {f.name for f in out.iterdir()} == names
+    assert [f.name for f in (out / "onnx").iterdir()] == ["model_q4.onnx"]
     assert main(["verify", str(folded), str(out), "--max-rel", "1e-4"]) == 0
     assert main(["generate", str(out), "--prompt", "red"]) == 2
     assert "no tokenizer" in capsys.readouterr().err

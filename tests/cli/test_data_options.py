@@ -14,6 +14,7 @@ from qalora_compile.capture.classifier import load_classifier
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
+from qalora_compile.untrusted.artifacts import model_file
 from tests.cli.tiny import BAD, FILLER, GOOD
 
 Capture = pytest.CaptureFixture[str]
@@ -77,7 +78,7 @@ def test_the_exported_classifier_tells_the_classes_apart(
     described = json.loads((classifier / "edge" / "config.json").read_text("utf-8"))
     assert described["id2label"] == {"0": "bad", "1": "good"}
     assert described["architectures"] == ["BertForSequenceClassification"]
-    session = onnxruntime.InferenceSession(classifier / "edge" / "model.onnx")
+    session = onnxruntime.InferenceSession(model_file(classifier / "edge"))
     tokenizer = AutoTokenizer.from_pretrained(classifier / "edge")
     lines = (classifier / "test.jsonl").read_text("utf-8").splitlines()
     texts, labels = zip(*(json.loads(line).values() for line in lines), strict=True)

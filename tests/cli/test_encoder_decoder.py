@@ -14,6 +14,7 @@ import torch
 
 from qalora_compile.cli.main import main
 from qalora_compile.runtime import EncoderDecoder
+from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE, MODEL_FILE, model_file
 from tests.cli.tiny import WORDS
 from tests.zoo.entries import ENTRIES
 
@@ -71,9 +72,9 @@ def test_training_learned_the_task(workspace: Path) -> None:
 def test_the_folder_says_what_it_holds(workspace: Path) -> None:
     edge = workspace / "edge"
     record = json.loads((edge / "qalora.json").read_text("utf-8"))
-    assert record["files"] == ["encoder_model.onnx", "decoder_model.onnx"]
+    assert record["files"] == [ENCODER_FILE, DECODER_FILE]
     assert {*record["files"], "tokenizer.json"} <= {f.name for f in edge.iterdir()}
-    assert not (edge / "model.onnx").exists()
+    assert not model_file(edge).exists()
     assert not (edge / "genai_config.json").exists()
     assert "runs only Whisper" in record["genai"]
     assert record["decoder_start"] == [0]
@@ -94,7 +95,7 @@ def test_verify_finds_them_equal(workspace: Path, library: list[str], capsys: Ca
 
 def test_verify_finds_a_fault(workspace: Path, tmp_path: Path) -> None:
     shutil.copytree(workspace / "edge", tmp_path / "edge")
-    path = tmp_path / "edge" / "decoder_model.onnx"
+    path = tmp_path / "edge" / DECODER_FILE
     model = onnx.load(path)
     bias = next(t for t in model.graph.initializer if "relative_attention_bias" in t.name)
     values = onnx.numpy_helper.to_array(bias)[::-1]
@@ -123,9 +124,9 @@ def test_inspect_lists_the_layers_of_both_files(workspace: Path, capsys: Capture
     assert main(["inspect", str(workspace / "edge"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     files = {row["path"]: row["file"] for row in found["layers"]}
-    assert files["encoder.block.1.layer.0.SelfAttention.q"] == "encoder_model.onnx"
-    assert files["decoder.block.1.layer.1.EncDecAttention.k"] == "encoder_model.onnx"
-    assert files["decoder.block.1.layer.1.EncDecAttention.q"] == "decoder_model.onnx"
+    assert files["encoder.block.1.layer.0.SelfAttention.q"] == "encoder_model_q4.onnx"
+    assert files["decoder.block.1.layer.1.EncDecAttention.k"] == "encoder_model_q4.onnx"
+    assert files["decoder.block.1.layer.1.EncDecAttention.q"] == "decoder_model_q4.onnx"
     assert found["totals"]["layers to quantize"] == 32
     assert "lm_head.weight" in found["totals"]["in both files"]
     assert main(["inspect", str(workspace / "edge"), "--group"]) == 0
@@ -167,7 +168,7 @@ def test_quantize_needs_no_training(t5_folder: Path, tmp_path: Path, capsys: Cap
     out = str(tmp_path / "edge")
     words = ["--exclude", "re:^encoder.*wi$", "--bits", "8"]
     assert main(["quantize", str(t5_folder), "--out", out, *words]) == 0
-    assert "encoder_model.onnx" in capsys.readouterr().out
+    assert "encoder_model_q4.onnx" in capsys.readouterr().out
     from transformers import T5ForConditionalGeneration
 
     model = T5ForConditionalGeneration.from_pretrained(t5_folder).eval()
@@ -186,7 +187,7 @@ def test_quantize_takes_a_bart_with_its_buffer(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "bart")
     out = tmp_path / "edge"
     assert main(["quantize", str(tmp_path / "bart"), "--out", str(out)]) == 0
-    graph = onnx.load(out / "decoder_model.onnx").graph
+    graph = onnx.load(out / DECODER_FILE).graph
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     assert np.array_equal(stored["final_logits_bias"], model.get_buffer("final_logits_bias"))
     record = json.loads((out / "qalora.json").read_text("utf-8"))
@@ -226,7 +227,7 @@ def test_an_encoder_is_exported_as_one_graph(tmp_path: Path, capsys: Capture) ->
     assert main(["export", *words]) == 0
     assert "not a generating transformers model" in capsys.readouterr().out
     record = json.loads((tmp_path / "edge" / "qalora.json").read_text("utf-8"))
-    assert (record["files"], record["kv_cache"]) == (["model.onnx"], False)
+    assert (record["files"], record["kv_cache"]) == ([MODEL_FILE], False)
     assert record["context_length"] is None
     assert "key-value cache" in record["genai"]
     paths = [str(tmp_path / "folded"), str(tmp_path / "edge")]

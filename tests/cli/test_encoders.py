@@ -19,6 +19,7 @@ from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.onnx.sentence_transformers import write_sentence_files
 from qalora_compile.ir.program import Program
+from qalora_compile.untrusted.artifacts import model_file
 
 Capture = pytest.CaptureFixture[str]
 TEXTS = ["the film is fine", "awful", "so dull and very poor the film is"]
@@ -52,7 +53,7 @@ def states(folder: Path) -> tuple[Any, torch.Tensor, torch.Tensor]:
 
 
 def run(edge: Path, encoded: Any) -> dict[str, torch.Tensor]:
-    session = onnxruntime.InferenceSession(edge / "model.onnx")
+    session = onnxruntime.InferenceSession(model_file(edge))
     feed = {i.name: encoded[i.name].numpy().astype(np.int64) for i in session.get_inputs()}
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, map(torch.from_numpy, session.run(names, feed)), strict=True))

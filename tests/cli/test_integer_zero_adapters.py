@@ -12,6 +12,7 @@ import torch
 from qalora_compile.cli.main import main
 from qalora_compile.training.forward.autocast import has_bfloat16
 from qalora_compile.training.records.log import read_log
+from qalora_compile.untrusted.artifacts import model_file
 
 
 @pytest.mark.parametrize("options", [("--adapter", "scale"), ("--zero-point", "integer")])
@@ -30,7 +31,7 @@ def test_it_is_trained_folded_exported_and_verified(
     assert main(["fold", run, "--out", folded]) == 0
     assert main(["export", folded, "--out", edge, "--target", "ort-stock"]) == 0
     assert main(["verify", folded, edge, "--max-rel", "1e-4"]) == 0
-    graph = onnx.load(tmp_path / "edge" / "model.onnx", load_external_data=False).graph
+    graph = onnx.load(model_file(tmp_path / "edge"), load_external_data=False).graph
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 15
     assert not [tensor.name for tensor in graph.initializer if "correction" in tensor.name]
     capsys.readouterr()

@@ -13,6 +13,7 @@ from qalora_compile.cli.main import main
 from qalora_compile.cli.quantized import print_reports
 from qalora_compile.quantizers.report import QuantReport
 from qalora_compile.runtime.session import open_session
+from qalora_compile.untrusted.artifacts import model_file
 from tests.capture.checkpoints.models import linears, write_folder
 from tests.capture.checkpoints.test_gptq import gptq_config, gptq_layer
 from tests.models import assert_close, llama, slow, token_ids
@@ -96,7 +97,7 @@ def test_quantize_keeps_the_codes_of_a_checkpoint(
     names = [name for name, _ in linears(model)]
     weights = {f"{n}.weight": w for n, w in zip(names, wanted, strict=True)}
     model.load_state_dict(state | weights)
-    session, ids = open_session(edge / "model.onnx", library=False, exact=True), token_ids(2, 9)
+    session, ids = open_session(model_file(edge), library=False, exact=True), token_ids(2, 9)
     ones = torch.ones_like(ids)
     feed = {"input_ids": ids.numpy(), "attention_mask": ones.numpy()}
     for value in session.get_inputs():

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 
 from qalora_compile.cli.main import main
+from qalora_compile.untrusted.artifacts import model_file
 
 EXAMPLES = str(Path(__file__).parents[2] / "examples")
 
@@ -34,7 +35,7 @@ def test_minilm_on_film_reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert main(["export", folded, "--out", edge]) == 0
     assert main(["verify", run, edge, "--max-rel", "1e-4"]) == 0
 
-    session = onnxruntime.InferenceSession(tmp_path / "edge" / "model.onnx")
+    session = onnxruntime.InferenceSession(model_file(tmp_path / "edge"))
     tokenizer = AutoTokenizer.from_pretrained(edge)
     classes = json.loads((tmp_path / "edge" / "qalora.json").read_text("utf-8"))["classes"]
     rows = [json.loads(line) for line in test.read_text("utf-8").splitlines()]

@@ -6,12 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from qalora_compile.untrusted.artifacts import Artifact, ArtifactKind, find_artifact
+from qalora_compile.untrusted.artifacts import Artifact, ArtifactKind, find_artifact, onnx_parts
 
 FOLDERS = {
     ("program.json", "quantized.safetensors"): (ArtifactKind.PROGRAM, ""),
+    ("onnx/encoder_model_q4.onnx", "onnx/decoder_model_q4.onnx"): (
+        ArtifactKind.ENCODER_DECODER,
+        "",
+    ),
     ("encoder_model.onnx", "decoder_model.onnx"): (ArtifactKind.ENCODER_DECODER, ""),
     ("decoder_model.onnx",): (ArtifactKind.ENCODER_DECODER, ""),
+    ("onnx/model_q4.onnx", "config.json"): (ArtifactKind.ONNX, "onnx/model_q4.onnx"),
+    ("onnx/model.onnx", "config.json"): (ArtifactKind.ONNX, "onnx/model.onnx"),
+    ("onnx/model_q4.onnx", "model.onnx"): (ArtifactKind.ONNX, "onnx/model_q4.onnx"),
     ("model.onnx", "config.json"): (ArtifactKind.ONNX, "model.onnx"),
     ("model.gguf",): (ArtifactKind.GGUF, "model.gguf"),
     ("part-1.safetensors",): (ArtifactKind.CHECKPOINT, ""),
@@ -22,6 +29,7 @@ FOLDERS = {
 @pytest.mark.parametrize("files", FOLDERS, ids="+".join)
 def test_a_folder_is_known_by_its_files(files: tuple[str, ...], tmp_path: Path) -> None:
     for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     kind, file = FOLDERS[files]
     assert find_artifact(str(tmp_path)) == Artifact(kind, tmp_path / file)
@@ -35,6 +43,18 @@ def test_a_file_is_known_by_its_suffix_if_it_is_there(tmp_path: Path) -> None:
     assert find_artifact(tmp_path / "a.onnx") == Artifact(ArtifactKind.ONNX, tmp_path / "a.onnx")
     assert find_artifact(tmp_path / "a.gguf") == Artifact(ArtifactKind.GGUF, tmp_path / "a.gguf")
     assert find_artifact(tmp_path / "a.txt") is None
+
+
+def test_parts_of_a_model_are_found_under_names_of_every_version(tmp_path: Path) -> None:
+    for name in ("a.onnx", "a.onnx_data", "b.onnx", "b.onnx.data", "c.onnx"):
+        (tmp_path / name).touch()
+    found = {n: [f.name for f in onnx_parts(tmp_path / f"{n}.onnx")] for n in "abcd"}
+    assert found == {
+        "a": ["a.onnx", "a.onnx_data"],
+        "b": ["b.onnx", "b.onnx.data"],
+        "c": ["c.onnx"],
+        "d": [],
+    }
 
 
 def test_an_empty_folder_is_nothing(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from qalora_compile.exporters.checkpoints.named_tensors import (
 )
 from qalora_compile.files import write_json
 from qalora_compile.ir.model_description import Description
+from qalora_compile.untrusted import read_json
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -39,6 +40,14 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     for file in files:
         shutil.copy2(file, target / file.name)
     return bool(files)
+
+
+def embed_chat_template(folder: Path) -> None:
+    """Copy `chat_template.jinja` into `tokenizer_config.json`, where transformers.js reads it."""
+    template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if template.is_file() and config.is_file():
+        value = read_json(config)
+        write_json(config, {"chat_template": template.read_text("utf-8")} | value)
 
 
 class FolderWriter:

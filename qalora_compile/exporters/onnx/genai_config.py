@@ -90,7 +90,7 @@ def genai_config(
         signature: Of the exported program, see `capture.causal_lm`.
         model: The contents of `config.json`.
         generation: The contents of `generation_config.json`; may be empty.
-        filename: Name of the model's file in the same folder.
+        filename: Path of the model's file from the folder of the configuration.
         library: Name of the operator library's file, if it is in the same folder.
 
     Raises:
@@ -134,7 +134,7 @@ def genai_whisper_config(
         decoder: Of the exported decoder.
         model: See `genai_config`.
         generation: See `genai_config`.
-        files: Names of the files of encoder and decoder, in the same folder.
+        files: Paths of encoder and decoder from the folder of the configuration.
         library: See `genai_config`.
 
     Raises:

@@ -10,14 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from qalora_compile.errors import InternalError, UserInputError
+from qalora_compile.exporters.onnx.one_file import ONE_FILE_LIMIT_BYTES
 from qalora_compile.exporters.onnx.weight_file import WeightFile
 from qalora_compile.ir.lazy_tensor import is_lazy, materialize, materialize_parts
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
 from qalora_compile.progress import announce
+from qalora_compile.untrusted.artifacts import data_file
 
 INLINE_LIMIT_BYTES = 1 << 30
-"""Weights beyond this go to `<name>.data`; a protobuf file cannot exceed 2 GiB."""
+"""Weights beyond this are written one after another to `<name>_data` first."""
 
 LAZY_INLINE_LIMIT_BYTES = 32 << 20
 """The same limit for lazy weights: inside the model's file, all would be in memory at once."""
@@ -44,8 +46,13 @@ def defer_initializers(model: Any, program: Program) -> None:
         value.const_value = ir.LazyTensor(make, dtype, shape, name=name)
 
 
-def write_model(model: Any, path: Path) -> int:
-    """Write a model, with large weights in `<name>.data` next to it.
+def write_model(model: Any, path: Path, *, external_data: bool) -> int:
+    """Write a model, with large weights in `data_file(path)`.
+
+    Args:
+        model: An `onnx_ir.Model`.
+        path: The `.onnx` file.
+        external_data: Whether the weights stay in a second file.
 
     Returns:
         How many weights an interrupted run had already written there.
@@ -57,17 +64,21 @@ def write_model(model: Any, path: Path) -> int:
     values = list(model.graph.initializers.values())
     total = sum(value.const_value.nbytes for value in values)
     deferred = any(isinstance(v.const_value, ir.LazyTensor) for v in values)
-    data = path.with_name(f"{path.name}.data")
+    data = data_file(path)
     there = data.stat().st_size if data.is_file() else 0
     free = shutil.disk_usage(path.parent).free
-    if total + _ROOM_BYTES > free + there:
+    limit = LAZY_INLINE_LIMIT_BYTES if deferred else INLINE_LIMIT_BYTES
+    apart = external_data or total > limit
+    # Joined, the weights are there twice for a moment.
+    needed = total * (2 if apart and not external_data and total <= ONE_FILE_LIMIT_BYTES else 1)
+    if needed + _ROOM_BYTES > free + there:
         raise UserInputError(
-            f"the model takes {(total - there) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+            f"the model takes {(needed - there) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
             where=str(path.parent),
             hint="make room, or write to another disk",
         )
     kept = 0
-    if total > (LAZY_INLINE_LIMIT_BYTES if deferred else INLINE_LIMIT_BYTES):
+    if apart:
         kept = _write_weights(ir, [v for v in values if v.const_value.nbytes > _SMALL], data)
     ir.save(model, path)
     return kept

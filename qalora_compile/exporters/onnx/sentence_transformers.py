@@ -25,7 +25,7 @@ def write_sentence_files(
     The layout is that of versions before 6, which later versions read as well.
 
     Args:
-        folder: Holds `model.onnx`, `config.json` and the tokenizer.
+        folder: Holds the model's `config.json` and the tokenizer.
         config: `config.json` of the encoder.
         pooling: `mean` or `cls`.
         normalize: Whether embeddings are divided by their norm.

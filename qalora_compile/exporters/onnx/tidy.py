@@ -43,8 +43,17 @@ def tidy(model: Any) -> None:
         step(model)
 
 
+_AXES = {
+    "batch": "batch_size",
+    **{name: f"{name}_length" for name in ("sequence", "past_sequence", "total_sequence")},
+    "encoder_sequence": "encoder_sequence_length",
+}
+"""Axes of a signature, by their names in files of optimum: transformers.js makes the first cache of
+a model by the name `batch_size`."""
+
+
 def name_axes(model: Any, signature: Signature) -> None:
-    """Name dynamic axes as in the signature (`batch`, `sequence`) instead of `s17`."""
+    """Name dynamic axes after the signature's, `batch_size` and not `s17`: see `_AXES`."""
     ir = require("onnx_ir", extra="onnx", purpose="name the axes of an ONNX model")
     names: dict[str, str] = {}
     leaves = {leaf.name: leaf for leaf in signature.inputs}
@@ -54,7 +63,7 @@ def name_axes(model: Any, signature: Signature) -> None:
             continue
         for size, name in zip(value.shape, leaf.shape, strict=True):
             if isinstance(size, ir.SymbolicDim) and isinstance(name, str) and size.value:
-                names[size.value] = name
+                names[size.value] = _AXES.get(name, name)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         if value.shape is not None:
             value.shape = ir.Shape(

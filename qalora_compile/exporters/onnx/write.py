@@ -16,6 +16,7 @@ from qalora_compile.exporters.onnx.functions import (
 )
 from qalora_compile.exporters.onnx.initializers import defer_initializers, write_model
 from qalora_compile.exporters.onnx.model import translate
+from qalora_compile.exporters.onnx.one_file import ONE_FILE_LIMIT_BYTES, join_weights
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.files import atomic_files
 from qalora_compile.ir.joined_layers import joined_layers
@@ -25,7 +26,9 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
 from qalora_compile.ir.stages import PLANE_NAMES
 from qalora_compile.optional import require
+from qalora_compile.untrusted.artifacts import data_file
 
+_HIGH_CODES = f".{PLANE_NAMES[1]}.qweight"
 _ACTIVATIONS = {0: EXACT, 2: rounds("int16"), 4: rounds("int8")}
 """What each accuracy level does to activations."""
 
@@ -134,11 +137,13 @@ def _save(
 ) -> ExportReport:
     onnx = require("onnx", extra="onnx", purpose="check an ONNX model")
     with atomic_files(path, overwrite=spec.overwrite, resume=resume) as scratch:
-        kept = write_model(model, scratch)
+        kept = write_model(model, scratch, external_data=spec.external_data)
         try:
             onnx.checker.check_model(str(scratch))
         except onnx.checker.ValidationError as error:
             raise InternalError(f"the ONNX checker refuses the model: {error}") from error
+        if not spec.external_data and _fits_in_one_file(data_file(scratch)):
+            join_weights(scratch)
         sizes = {f.name: f.stat().st_size for f in scratch.parent.iterdir()}
     nodes = list(model.graph.all_nodes())
     declared = capabilities(spec)
@@ -155,6 +160,10 @@ def _save(
     )
 
 
+def _fits_in_one_file(data: Path) -> bool:
+    return data.is_file() and data.stat().st_size <= ONE_FILE_LIMIT_BYTES
+
+
 def _joined_with_others(program: Program) -> int:
     """How many layers are computed by the node of another."""
     joined = joined_layers(program.graph).values()
@@ -162,7 +171,12 @@ def _joined_with_others(program: Program) -> int:
 
 
 def _is_layer(node: Any) -> bool:
-    """Whether a node is a quantized layer or dequantizes the weight of one."""
+    """Whether a node is a quantized layer or dequantizes the weight of one.
+
+    The high plane of a layer in two planes is no layer of its own.
+    """
+    if any(v is not None and (v.name or "").endswith(_HIGH_CODES) for v in node.inputs):
+        return False
     if (node.domain, node.op_type) in ((MICROSOFT, "MatMulNBits"), (QALORA, "GroupQuantLinear")):
         return True
     return node.op_type == "DequantizeLinear" and "block_size" in node.attributes

@@ -9,10 +9,9 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program_record import tensor_files
 from qalora_compile.sealed import digest_of_file
 from qalora_compile.untrusted.artifacts import (
-    DECODER_FILE,
-    ENCODER_FILE,
     PROGRAM_FILE,
     ArtifactKind,
+    encoder_decoder_files,
     find_artifact,
     unknown_artifact,
 )
@@ -23,8 +22,6 @@ from qalora_compile.verify.proof.weights.find_lookups import find_lookups
 
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
-
-_HALVES = (ENCODER_FILE, DECODER_FILE)
 
 
 def open_graph(thing: Program | Graph | str | Path) -> Graph:
@@ -45,7 +42,7 @@ def open_graph(thing: Program | Graph | str | Path) -> Graph:
     if found is not None and found.kind is ArtifactKind.ENCODER_DECODER:
         raise UserInputError(
             f"{thing} is an encoder-decoder model: two graphs, which are compared one by one",
-            where=", ".join(file for file in _HALVES if (found.path / file).exists()),
+            where=", ".join(file.name for file in encoder_decoder_files(found.path) or ()),
             hint="encoder, decoder = qc.split_encoder_decoder(program, model), then compare each "
             "with its file; or compare the outputs of both: verify A B --max-rel 1e-4",
         )
@@ -59,8 +56,8 @@ def open_graphs(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
         UserInputError: see `open_graph`.
     """
     if isinstance(thing, (str, Path)):
-        halves = [Path(thing) / file for file in _HALVES]
-        if all(half.exists() for half in halves):
+        halves = encoder_decoder_files(Path(thing))
+        if halves is not None and all(half.exists() for half in halves):
             return tuple(find_lookups(read_onnx_graph(half)) for half in halves)
     return (open_graph(thing),)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.signature import PAST, InputLeaf, Signature
-from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE
+from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE, encoder_decoder_files
 from qalora_compile.verify.runners.kv_cache import empty_cache, stops_of
 from qalora_compile.verify.runners.onnx_session import OnnxSession
 from qalora_compile.verify.runners.run import Run, Runner
@@ -33,7 +33,7 @@ class EncoderDecoderRunner:
     all tokens at once.
 
     Args:
-        folder: Contains `encoder_model.onnx` and `decoder_model.onnx`.
+        folder: Contains encoder and decoder, as `export` writes them.
         library: A library of custom operators for the sessions.
 
     Raises:
@@ -42,13 +42,15 @@ class EncoderDecoderRunner:
 
     def __init__(self, folder: Path, library: Path | None = None) -> None:
         self.label = f"{folder} with {library.name}" if library else str(folder)
-        for file in (ENCODER_FILE, DECODER_FILE):
-            if not (folder / file).is_file():
+        files = encoder_decoder_files(folder) or (folder / ENCODER_FILE, folder / DECODER_FILE)
+        for file in files:
+            if not file.is_file():
                 raise UserInputError(
-                    f"the folder has no {file}", where=str(folder), hint="export the model again"
+                    f"the folder has no {file.relative_to(folder)}",
+                    where=str(folder),
+                    hint="export the model again",
                 )
-        self._encoder = OnnxSession(folder / ENCODER_FILE, library)
-        self._decoder = OnnxSession(folder / DECODER_FILE, library)
+        self._encoder, self._decoder = (OnnxSession(file, library) for file in files)
         wanted = {leaf.name.replace(PAST, _PRESENT) for leaf in self._cross}
         if not wanted or not wanted <= set(self._encoder.signature.outputs):
             raise UserInputError(
