@@ -32,7 +32,7 @@ from qalora_compile.capture.skeleton import generates, has_encoder
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.capability import ExportReport
-from qalora_compile.exporters.checkpoints.hf_folder import copy_tokenizer, embed_chat_template
+from qalora_compile.exporters.checkpoints.hf_folder import copy_tokenizer, widen_tokenizer_config
 from qalora_compile.exporters.onnx.genai_config import (
     CONFIG_FILE,
     context_length,
@@ -211,7 +211,7 @@ def _write_parts(folder: Path, parts: EdgeParts, size: int) -> list[str]:
         shutil.copy2(parts.library, folder / parts.library.name)
         written.append(parts.library.name)
     written.append("tokenizer" if copy_tokenizer(parts.tokenizer, folder) else "no tokenizer")
-    embed_chat_template(folder)
+    widen_tokenizer_config(folder)
     if copy_preprocessor(parts.tokenizer, folder):
         written.append("preprocessor")
     genai = "no: needs a key-value cache"

@@ -93,7 +93,8 @@ def test_a_folder_of_sentence_transformers_is_read_and_written(
     parts = read_sentence_parts(edge)
     assert parts is not None and (parts.pooling, parts.normalize) == ("mean", True)
     settings = json.loads((edge / "sentence_bert_config.json").read_text("utf-8"))
-    assert settings == {"max_seq_length": 30, "do_lower_case": False}
+    opened = {"model_args": {"file_name": "model_q4.onnx"}}
+    assert settings == {"max_seq_length": 30, "do_lower_case": False} | opened
     config = json.loads((edge / "config.json").read_text("utf-8"))
     assert config["architectures"] == ["BertModel"]
     capsys.readouterr()

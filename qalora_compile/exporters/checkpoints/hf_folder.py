@@ -42,12 +42,22 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     return bool(files)
 
 
-def embed_chat_template(folder: Path) -> None:
-    """Copy `chat_template.jinja` into `tokenizer_config.json`, where transformers.js reads it."""
+def widen_tokenizer_config(folder: Path) -> None:
+    """Change `tokenizer_config.json` so that every client reads it.
+
+    transformers.js takes the chat template from there, not from `chat_template.jinja`. Releases of
+    transformers before 5 do not know `TokenizersBackend`, the class of any fast tokenizer in
+    release 5; both know its earlier name.
+    """
     template, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if template.is_file() and config.is_file():
-        value = read_json(config)
-        write_json(config, {"chat_template": template.read_text("utf-8")} | value)
+    if not config.is_file():
+        return
+    value = read_json(config)
+    if template.is_file():
+        value.setdefault("chat_template", template.read_text("utf-8"))
+    if value.get("tokenizer_class") == "TokenizersBackend":
+        value["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(config, value)
 
 
 class FolderWriter:

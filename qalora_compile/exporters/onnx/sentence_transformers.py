@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile.files import write_json
+from qalora_compile.untrusted.artifacts import MODEL_FILE
 
 _KINDS = "sentence_transformers.models"
+SETTINGS_FILE = "sentence_bert_config.json"
 _POOLING, _NORMALIZE = "1_Pooling", "2_Normalize"
 
 
@@ -51,5 +53,7 @@ def write_sentence_files(
     write_json(folder / _POOLING / "config.json", value)
     if normalize:
         write_json(folder / _NORMALIZE / "config.json", {})
-    for name, content in settings.items():
-        write_json(folder / name, dict(content))
+    # Without the name of the file sentence-transformers looks for model.onnx.
+    opened = {SETTINGS_FILE: {"model_args": {"file_name": Path(MODEL_FILE).name}}}
+    for name in {**settings, **opened}:
+        write_json(folder / name, {**settings.get(name, {}), **opened.get(name, {})})
