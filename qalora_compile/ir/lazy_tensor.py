@@ -47,11 +47,14 @@ class Recipe:
         self._part: dict[str, Tensor] = {}
         self.by_rows = by_rows and all(map(_has_rows, inputs))
 
-    def take(self, name: str) -> Tensor:
-        """The values of one tensor; each is kept until it is taken, and then computed again."""
+    def take(self, name: str) -> Tensor | None:
+        """The values of one tensor; each is kept until it is taken, and then computed again.
+
+        None if the function leaves the tensor out, now that it has values: it is all zero.
+        """
         if name not in self._made:
             self._made = dict(self._compute(*map(materialize, self.inputs)))
-        return self._made.pop(name)
+        return self._made.pop(name, None)
 
     def take_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of one tensor; those of the others are kept until rows elsewhere are taken."""
@@ -120,7 +123,8 @@ def defer(
     """The tensors of `compute(*inputs)`: computed now or, if an input is deferred, later.
 
     If an input is deferred, `compute` runs on fake tensors for the shapes and dtypes of its
-    results, so it may only make decisions on values through `holds`.
+    results, so it may only make decisions on values through `holds`. A tensor that it then leaves
+    out, computed on values, is all zero.
 
     Args:
         compute: Makes the tensors.
@@ -192,7 +196,9 @@ def materialize(tensor: Tensor) -> Tensor:
     if found is None:
         raise InternalError(f"a tensor of shape {list(tensor.shape)} was never given values")
     recipe, name = found
-    values: Tensor = recipe.take(name)
+    values: Tensor | None = recipe.take(name)
+    if values is None:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
     _check_values(tensor, list(values.shape), values.dtype)
     return values
 

@@ -133,6 +133,23 @@ def test_a_full_disk_is_seen_before_writing(
     assert not (tmp_path / "edge").exists()
 
 
+def test_a_correction_that_is_zero_is_written(tmp_path: Path) -> None:
+    """Symmetric weights have integer zero-points, which is not known before they are computed."""
+    torch.manual_seed(0)
+    model: Any = llama()
+    with torch.no_grad():
+        for weight in (w for w in model.parameters() if w.dim() == 2):
+            weight.copy_(torch.randint(-8, 8, weight.shape) / 64)
+            weight[:, ::16], weight[:, 1::16] = -8 / 64, 7 / 64
+    model.save_pretrained(tmp_path / "symmetric")
+    quant, path = qc.QuantSpec(bits=4, group_size=16), tmp_path / "model.onnx"
+    lazy = qc.quantize_groups(capture_checkpoint(tmp_path / "symmetric"), quant)
+    qc.export_model(lazy, path, qc.ExportSpec(target="ort-stock"))
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    corrections = [values for name, values in stored.items() if name.endswith(".correction")]
+    assert corrections and not any(values.any() for values in corrections)
+
+
 def test_large_lazy_weights_go_into_an_external_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

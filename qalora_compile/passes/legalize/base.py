@@ -26,7 +26,7 @@ from qalora_compile.ir.spec import (
     layer_on_codes,
     stored_parts,
 )
-from qalora_compile.ir.stages import ADAPTED, FOLDED, QUANTIZED
+from qalora_compile.ir.stages import ADAPTED, FOLDED, PLANE_NAMES, QUANTIZED
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.rewrite import TensorNodes
 from qalora_compile.progress import track
@@ -237,7 +237,8 @@ def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.node.Argument) -> fx.Node:
 
 def _layer(node: fx.Node, site: Site) -> Layer:
     own = layer_on_codes(node)
-    return Layer(own.bits, own.group_size, site.k, site.has_integer_zero_point)
+    high = str(own.qweight.target).endswith(f".{PLANE_NAMES[1]}.qweight")  # always an integer
+    return Layer(own.bits, own.group_size, site.k, site.has_integer_zero_point or high)
 
 
 def _path(node: fx.Node) -> str:

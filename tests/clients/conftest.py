@@ -1,0 +1,158 @@
+"""Real models in edge folders, and the clients that `make clients` installs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertForSequenceClassification
+
+from benchmarks.peers.sources import write_smollm2
+from qalora_compile.capture.load_source import load_source
+from qalora_compile.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+WEB = ROOT / "examples" / "web"
+PYTHON = ROOT / "build" / "clients" / "bin" / "python"
+"""Python clients: an environment of its own, as optimum-onnx wants an older transformers."""
+PROMPT = "What is the capital of France?"
+NEW_TOKENS = 24
+TEXTS = ("a film to remember", "it drags on and on, and then it ends", "music")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An edge folder, and what torch computes with the model that it was made from."""
+
+    folder: Path
+    expected: Any
+
+
+def run(command: list[str | Path]) -> Any:
+    """What a client prints on its last line, as JSON."""
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-500:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _asset(name: str) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        import assets
+
+        return Path(getattr(assets, name)())
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """SmolLM2-135M, whose GGUF file is 4 bits itself: the export has the weights that torch has."""
+    base, made = _asset("model_path"), tmp_path_factory.mktemp("clients")
+    source = load_source(str(base))
+    write_smollm2(made / "float", made)
+    folder = made / "smollm2"
+    assert main(["quantize", str(made / "float"), "--out", str(folder)]) == 0
+    chat = source.tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    model: Any = source.model
+    ids = model.generate(**chat, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return Exported(folder, ids[0].tolist())
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """all-MiniLM-L6-v2 on 8 bits, and the float model's vectors."""
+    base, folder = _asset("encoder_path"), tmp_path_factory.mktemp("clients") / "minilm"
+    words = ["--bits", "8", "--pooling", "mean", "--normalize"]
+    assert main(["quantize", str(base), "--out", str(folder), *words]) == 0
+    source = load_source(str(base))
+    encoded = source.tokenizer(list(TEXTS), padding=True, return_tensors="pt")
+    model: Any = source.model
+    with torch.no_grad():
+        hidden = model(**encoded).last_hidden_state
+    mask = encoded.attention_mask[..., None]
+    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+    return Exported(folder, vectors)
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """all-MiniLM-L6-v2 with a random head of three classes, and the float model's probabilities."""
+    base, made = _asset("encoder_path"), tmp_path_factory.mktemp("clients")
+    torch.manual_seed(0)
+    names = dict(enumerate(("bad", "so so", "good")))
+    model: Any = BertForSequenceClassification.from_pretrained(base, id2label=names, num_labels=3)
+    torch.nn.init.normal_(model.classifier.weight, std=0.3)
+    model.eval().save_pretrained(made / "float")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(made / "float")
+    words = ["--bits", "8", "--target", "ort-stock"]
+    assert main(["quantize", str(made / "float"), "--out", str(made / "classifier"), *words]) == 0
+    with torch.no_grad():
+        found = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits[0].softmax(0)
+    return Exported(made / "classifier", dict(zip(names.values(), found.tolist(), strict=True)))
+
+
+@pytest.fixture(scope="session")
+def python() -> Path:
+    """The interpreter with the Python clients."""
+    if not PYTHON.is_file():
+        pytest.skip("the Python clients are not installed: make clients")
+    return PYTHON
+
+
+@pytest.fixture(scope="session")
+def node() -> str:
+    """Node.js, with transformers.js in examples/web."""
+    found = shutil.which("node")
+    if found is None or not (WEB / "node_modules").is_dir():
+        pytest.skip("Node.js or transformers.js is not installed: make clients")
+    return found
+
+
+@pytest.fixture(scope="session")
+def chromium(python: Path, node: str) -> str:
+    """A browser, driven by playwright."""
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("there is no chromium on this machine")
+    return found
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002: the base class's name
+        """Print no line for each request."""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The address of a server of `examples/web`, and the folder of its models."""
+    for file in WEB.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    models = tmp_path / "models"
+    models.mkdir(exist_ok=True)
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", models
+        server.shutdown()
+
+
+def script(name: str) -> Path:
+    """A program of this folder that another interpreter runs."""
+    return Path(__file__).parent / name

@@ -1,0 +1,69 @@
+"""Clients that open an edge folder without an option compute what torch computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.clients.conftest import NEW_TOKENS, PROMPT, TEXTS, WEB, Exported, run, script
+
+pytestmark = pytest.mark.slow
+NEAR = 2e-2
+"""8 bits against float."""
+
+
+def test_transformers_js_in_node_generates_torch_s_tokens(
+    language_model: Exported, node: str
+) -> None:
+    words = [language_model.folder, PROMPT, str(NEW_TOKENS), "--json"]
+    found = run([node, WEB / "generate.mjs", *words])
+    assert found["ids"] == language_model.expected
+
+
+def test_optimum_generates_torch_s_tokens(language_model: Exported, python: Path) -> None:
+    words = [script("python_clients.py"), "optimum_tokens", language_model.folder]
+    found = run([python, *words, PROMPT, str(NEW_TOKENS)])
+    assert found == language_model.expected
+
+
+def test_sentence_transformers_computes_torch_s_vectors(encoder: Exported, python: Path) -> None:
+    words = [script("python_clients.py"), "sentence_vectors", encoder.folder, *TEXTS]
+    found = torch.tensor(run([python, *words]))
+    assert found.shape == encoder.expected.shape
+    assert float((found - encoder.expected).abs().max()) < NEAR
+
+
+@pytest.mark.parametrize("device", ["wasm"])
+def test_the_page_chats_in_a_browser(
+    language_model: Exported,
+    python: Path,
+    chromium: str,
+    site: tuple[str, Path],
+    device: str,
+) -> None:
+    address, models = site
+    shutil.copytree(language_model.folder, models / "edge")
+    found = run(
+        [python, script("browser.py"), chromium, f"{address}/?device={device}", "#prompt", PROMPT]
+    )
+    assert (found["state"], found["problems"], found["outside"]) == ("answered", [], [])
+    expected = language_model.expected
+    assert json.loads(found["ids"])[: len(expected)] == expected
+    assert "Paris" in found["answer"]
+    assert f"tokens/s on {device}" in found["status"]
+
+
+def test_the_page_classifies_in_a_browser(
+    classifier: Exported, python: Path, chromium: str, site: tuple[str, Path]
+) -> None:
+    address, models = site
+    shutil.copytree(classifier.folder, models / "mine")
+    page = f"{address}/classify.html?model=mine"
+    found = run([python, script("browser.py"), chromium, page, "#text", TEXTS[0]])
+    assert (found["state"], found["problems"], found["outside"]) == ("answered", [], [])
+    scores = {row["label"]: row["score"] for row in json.loads(found["found"])}
+    assert scores == pytest.approx(classifier.expected, abs=NEAR)
