@@ -4,7 +4,7 @@ What is traced is a function of the structure of a model and of the shapes of it
 values of its weights. A `Memo` keeps what was traced of a structure, and gives it with the tensors
 of the model that is captured now. Two models have one structure if everything that Python holds of
 them is equal: classes, attributes, hooks, and how tensors are shared. Whatever cannot be compared
-is traced anew, and so is all that the tests of `tests/capture` capture.
+is traced anew, and so is all that the tests of tracing itself capture (the fixture `traced_anew`).
 """
 
 from __future__ import annotations
