@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Without torch already there, a range would let pip take a CUDA build of several gigabytes.
 TORCH := torch==2.13.0
-# A file's tests run in one process, which keeps what they share.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile -q
+# A folder's tests run in one process, which keeps what they share.
+PYTEST := $(BIN)/python -m pytest -n 2 --by folder -q
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
@@ -57,7 +57,7 @@ test-arithmetic: $(VENV)/installed-dev ## run the numeric tests as on two other 
 
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
-	OMP_NUM_THREADS=1 $(PYTEST) -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) --by file -m slow $(ARGS)
 
 .PHONY: test-ended
 test-ended: $(VENV)/installed-dev ## kill commands at 50 random moments each, and fill their disk at 50 points

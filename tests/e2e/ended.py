@@ -32,8 +32,9 @@ from tqdm import tqdm
 from qalora_compile.cli.main import main as run_command
 from qalora_compile.files import recover
 from tests.capture.checkpoints.gguf_files import write_llama
-from tests.captures import Memo, remember_translations
+from tests.captures import Memo
 from tests.cli.tiny import write_data, write_model
+from tests.shortcuts import shortcuts
 
 TIMEOUT_S = 60
 STEPS = 4
@@ -264,9 +265,8 @@ def main(what: str, root: Path, count: int, seed: int, names: list[str]) -> None
     # A killed child would keep the lock that tqdm shares between processes, for good.
     tqdm.monitor_interval = 0
     tqdm.set_lock(threading.RLock())
-    with pytest.MonkeyPatch.context() as patch:
+    with shortcuts(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.export, "export", Memo(torch.export.export))
-        remember_translations(patch)
         prepare(root, names)
         _print_rows(what, root, count, seed, names)
 

@@ -70,7 +70,7 @@ def test_nothing_changes_at_the_start(kind: str) -> None:
     bits=st.sampled_from((2, 3, 4, 8)),
     half=st.sampled_from((torch.float32, torch.float64)),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_what_is_folded_is_what_was_trained_to_the_last_bit(
     kind: str, k: int, group: int, bits: int, half: torch.dtype
 ) -> None:

@@ -39,7 +39,7 @@ def test_golden(golden: Golden) -> None:
 
 
 @given(group=st.integers(1, 40), width=st.integers(1, 48))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_sharing_is_bit_identical(group: int, width: int) -> None:
     program, x = unshared(group, width)
     result = ShareGroupSums()(program)

@@ -78,7 +78,7 @@ def lost(captured: qc.Program, quantized: qc.Program, path: str) -> Tensor:
     alpha=st.sampled_from([-2.0, 0.5, 32.0]),
     calibrated=st.booleans(),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_at_full_rank_what_is_added_is_the_refinement(
     pooling: str,
     bits: int,
