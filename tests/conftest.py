@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -118,6 +118,18 @@ def captures() -> Iterator[Memo]:
     with shortcuts(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.export, "export", memo)
         yield memo
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sync() -> Iterator[Callable[[int], None]]:
+    """Nothing that a test writes has to outlive the machine: none waits for the disk.
+
+    The fixture is the real `os.fsync`, for tests of durable files.
+    """
+    real = os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield real
 
 
 @pytest.fixture(scope="session", autouse=True)

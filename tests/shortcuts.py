@@ -10,19 +10,20 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
     """All of them."""
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        stack.enter_context(_without_a_cache_of_fake_tensors())
+    with pytest.MonkeyPatch.context() as patch:
+        _look_symbolic_shapes_up_nowhere(patch)
         _share_where_nodes_are_from(patch)
         _list_operators_once(patch)
         _read_translations_once(patch)
@@ -30,19 +31,19 @@ def shortcuts() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _without_a_cache_of_fake_tensors() -> Iterator[None]:
-    """Compute shapes of results anew: making an entry of the cache takes as long, and few are hit.
+def _look_symbolic_shapes_up_nowhere(patch: pytest.MonkeyPatch) -> None:
+    """Compute symbolic shapes of results anew: an entry of their cache takes as long, few are hit.
 
-    A quarter of the time of a trace of two layers.
+    It is a quarter of the time of a trace of two layers. Shapes that are numbers are looked up.
     """
-    import torch._dynamo.config as settings
+    start = FakeTensorMode.__init__
 
-    if not hasattr(settings, "fake_tensor_cache_enabled"):
-        yield
-        return
-    with settings.patch(fake_tensor_cache_enabled=False):
-        yield
+    def begin(self: FakeTensorMode, *args: Any, **options: Any) -> None:
+        start(self, *args, **options)
+        if self.shape_env is not None:
+            self.cache_enabled = False
+
+    patch.setattr(FakeTensorMode, "__init__", begin)
 
 
 def _share_where_nodes_are_from(patch: pytest.MonkeyPatch) -> None:

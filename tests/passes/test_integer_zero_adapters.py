@@ -140,7 +140,7 @@ def test_exports_have_no_correction(
 
 @every_kind
 def test_a_transformer_and_a_weight_used_twice(kind: str, tmp_path: Path) -> None:
-    for model, x in ((bert(), token_ids(2, 8)), (UsedTwice(32), torch.randn(3, 32))):
+    for model, x in ((bert(), token_ids(2, 16)), (UsedTwice(32), torch.randn(3, 32))):
         program = adapted(kind, model, x)
         folded = qc.fold_adapters(program)
         assert worst(folded(x), program(x)) == 0.0

@@ -107,7 +107,7 @@ def test_what_is_no_order_is_refused(
 
 
 def test_a_weight_that_is_no_linear_layers_is_refused() -> None:
-    program = annotated(gpt2(), token_ids(2, 8))
+    program = annotated(gpt2(), token_ids(2, 16))
     site = next(site for site in program.plan.to_quantize() if site.kind != "linear")
     step = SortColumns(owners=(f"{site.path}={site.path}",), orders={site.path: order_of(site.k)})
     with pytest.raises(QaloraError, match="read through views"):
