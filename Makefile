@@ -49,9 +49,15 @@ NUMERIC := tests/verify tests/passes tests/quantizers tests/eager tests/runtime 
 	tests/exporters/test_three_ways.py
 
 .PHONY: test-arithmetic
-test-arithmetic: $(VENV)/installed-dev ## run the numeric tests as on two other kinds of processors
+test-arithmetic: test-scalar test-avx2 ## run the numeric tests as on two other kinds of processors
+
+.PHONY: test-scalar
+test-scalar: $(VENV)/installed-dev ## the first of them: any processor, two threads
 	ATEN_CPU_CAPABILITY=default QALORA_KERNEL=scalar OMP_NUM_THREADS=2 \
 		$(PYTEST) -m "not slow" --one-of-each scalar $(NUMERIC) $(ARGS)
+
+.PHONY: test-avx2
+test-avx2: $(VENV)/installed-dev ## the second: AVX2, one thread
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 QALORA_KERNEL=avx2 OMP_NUM_THREADS=1 \
 		$(PYTEST) -m "not slow" --one-of-each avx2 $(NUMERIC) $(ARGS)
 
