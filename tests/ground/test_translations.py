@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,6 @@ import qalora_compile as qc
 from qalora_compile.exporters.onnx import model, write
 from tests.models import MLP, adapted, llama, token_ids
 from tests.translations import Translations
-
-SPECS = [
-    qc.ExportSpec(),
-    qc.ExportSpec(target="ort-stock"),
-    qc.ExportSpec(target="onnx"),
-    qc.ExportSpec(fusion="none"),
-]
 
 
 @pytest.fixture
@@ -48,16 +43,22 @@ def contents(program: qc.Program, spec: qc.ExportSpec, folder: Path) -> dict[str
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("spec", "masked"),
-    [*((spec, True) for spec in SPECS), (SPECS[0], False)],
-    ids=["ort", "ort-stock", "onnx", "unfused", "traced again"],
-)
+MAKERS: dict[str, tuple[Callable[[int], qc.Program], qc.ExportSpec]] = {
+    "lifted": (partial(folded_llama, masked=True), qc.ExportSpec()),
+    "traced again": (partial(folded_llama, masked=False), qc.ExportSpec()),
+    "unfused": (partial(folded_llama, masked=True), qc.ExportSpec(fusion="none")),
+    "ort-stock": (folded_mlp, qc.ExportSpec(target="ort-stock")),
+    "onnx": (folded_mlp, qc.ExportSpec(target="onnx")),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
 def test_a_remembered_translation_is_a_fresh_one(
-    spec: qc.ExportSpec, masked: bool, translations: Translations, tmp_path: Path
+    name: str, translations: Translations, tmp_path: Path
 ) -> None:
-    contents(folded_llama(1, masked=masked), spec, tmp_path / "first")
-    program = folded_llama(2, masked=masked)
+    make, spec = MAKERS[name]
+    contents(make(1), spec, tmp_path / "first")
+    program = make(2)
     found = contents(program, spec, tmp_path / "again")
     assert translations.hits == 1
     with translations.off():
