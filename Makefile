@@ -7,8 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Without torch already there, a range would let pip take a CUDA build of several gigabytes.
 TORCH := torch==2.13.0
-# A file's tests run in one process, which keeps what they share.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile -q
+# A folder's tests run in one process, which keeps what they share.
+PYTEST := $(BIN)/python -m pytest -n 2 --by folder -q
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
@@ -49,15 +49,21 @@ NUMERIC := tests/verify tests/passes tests/quantizers tests/eager tests/runtime 
 	tests/exporters/test_three_ways.py
 
 .PHONY: test-arithmetic
-test-arithmetic: $(VENV)/installed-dev ## run the numeric tests as on two other kinds of processors
+test-arithmetic: test-scalar test-avx2 ## run the numeric tests as on two other kinds of processors
+
+.PHONY: test-scalar
+test-scalar: $(VENV)/installed-dev ## the first of them: any processor, two threads
 	ATEN_CPU_CAPABILITY=default QALORA_KERNEL=scalar OMP_NUM_THREADS=2 \
 		$(PYTEST) -m "not slow" --one-of-each scalar $(NUMERIC) $(ARGS)
+
+.PHONY: test-avx2
+test-avx2: $(VENV)/installed-dev ## the second: AVX2, one thread
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 QALORA_KERNEL=avx2 OMP_NUM_THREADS=1 \
 		$(PYTEST) -m "not slow" --one-of-each avx2 $(NUMERIC) $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
-	OMP_NUM_THREADS=1 $(PYTEST) -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) --by file -m slow $(ARGS)
 
 .PHONY: test-ended
 test-ended: $(VENV)/installed-dev ## kill commands at 50 random moments each, and fill their disk at 50 points

@@ -4,7 +4,7 @@ What is traced is a function of the structure of a model and of the shapes of it
 values of its weights. A `Memo` keeps what was traced of a structure, and gives it with the tensors
 of the model that is captured now. Two models have one structure if everything that Python holds of
 them is equal: classes, attributes, hooks, and how tensors are shared. Whatever cannot be compared
-is traced anew, and so is all that the tests of `tests/capture` capture.
+is traced anew, and so is all that the tests of tracing itself capture (the fixture `traced_anew`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from operator import attrgetter
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-_NOT_READ = ("_name_or_path", "name_or_path")
+_NOT_READ = (
+    *("_name_or_path", "name_or_path", "_model_name_or_path"),
+    *("_weight_conversions", "_use_kernels"),
+)
 """Attributes that say where a model is from; no forward pass reads them."""
+_VERSION = "transformers_version"
+_NOT_READ_IN_CONFIGURATIONS = (*_NOT_READ, _VERSION, "architectures", "dtype")
+"""The same of objects that have a `transformers_version`. Layers have their weights' dtype."""
 _LARGEST = 1 << 20
 """Elements of a tensor that is neither parameter nor buffer, and is compared by its values."""
 _BY_IDENTITY = (types.BuiltinFunctionType, types.CodeType, types.ModuleType)
@@ -138,6 +142,9 @@ class _Structure(pickle.Pickler):
             cells = tuple(cell.cell_contents for cell in obj.__closure__ or ())
             return tuple, ((obj.__code__, obj.__defaults__, obj.__kwdefaults__, cells, vars(obj)),)
         attributes = getattr(obj, "__dict__", {})
+        if _VERSION in attributes:
+            kept = sorted(attributes.keys() - {*_NOT_READ_IN_CONFIGURATIONS})
+            return tuple, ((type(obj), {name: attributes[name] for name in kept}),)
         if any(name in attributes for name in _NOT_READ):
             state = {name: value for name, value in attributes.items() if name not in _NOT_READ}
             return tuple, ((type(obj), state),)
@@ -198,25 +205,3 @@ def _attribute(model: Any, name: str, value: Any) -> Any:
         return attrgetter(name)(model)
     except AttributeError:
         return value.clone() if isinstance(value, Tensor) else value
-
-
-def remember_translations(patch: pytest.MonkeyPatch) -> None:
-    """Let torch read the sources of its translations to ONNX once, in place of at each export.
-
-    It is private to torch, and takes a quarter of a second; where it is gone, nothing is done.
-    """
-    try:
-        from torch.onnx._internal.exporter import _registration as registration
-    except ImportError:
-        return
-    registry: Any = getattr(registration, "ONNXRegistry", None)
-    if not hasattr(registry, "from_torchlib"):
-        return
-    read = cache(registry.from_torchlib)
-
-    def copied(*version: int, **options: int) -> Any:
-        found = copy.copy(read(*version, **options))
-        found.functions = {name: list(each) for name, each in found.functions.items()}
-        return found
-
-    patch.setattr(registry, "from_torchlib", staticmethod(copied))

@@ -1,4 +1,4 @@
-"""Here every model is traced."""
+"""What the tests of capturing itself share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from tests.captures import Memo
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _traced(captures: Memo) -> Iterator[None]:
+@pytest.fixture(scope="module")
+def traced_anew(captures: Memo) -> Iterator[None]:
+    """In a file about tracing, every model is traced."""
     with captures.off():
         yield

@@ -17,6 +17,8 @@ from qalora_compile.errors import CaptureError, UnsupportedError
 from qalora_compile.ir.lazy_tensor import is_lazy
 from tests.models import VOCABULARY, bert, gpt2, llama, token_ids
 
+pytestmark = pytest.mark.usefixtures("traced_anew")
+
 
 class Odd(LlamaForCausalLM):  # type: ignore[misc]  # transformers gives no types
     """A model that looks at values, which no capture can."""

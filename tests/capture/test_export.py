@@ -12,6 +12,8 @@ import qalora_compile as qc
 from qalora_compile.errors import CaptureError
 from tests.models import MLP, llama, scale_of, token_ids, worst
 
+pytestmark = pytest.mark.usefixtures("traced_anew")
+
 
 class FixedSequence(nn.Module):
     """Adds a table of one size: the second axis of its input cannot vary."""

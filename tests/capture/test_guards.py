@@ -13,6 +13,8 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.verify.inputs import sample_inputs
 from tests.models import llama, token_ids, worst
 
+pytestmark = pytest.mark.usefixtures("traced_anew")
+
 
 class SizeBranch(nn.Module):
     """Takes another path for long inputs, as models with a length limit do."""

@@ -15,6 +15,8 @@ import qalora_compile as qc
 from qalora_compile.errors import CaptureError, UserInputError
 from tests.models import MLP, TRANSFORMERS, OneLinear, outputs, token_ids, worst
 
+pytestmark = pytest.mark.usefixtures("traced_anew")
+
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers_equal_eager_at_other_sizes(name: str) -> None:

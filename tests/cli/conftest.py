@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Hashable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,32 @@ from tests.cli.tiny import write_data, write_encoder, write_model
 def _wide_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables as wide as where the output is no terminal, whatever COLUMNS says (xdist sets 80)."""
     monkeypatch.setattr(console, "width", WIDE)
+
+
+def _words(axes: Any) -> Hashable:
+    legend = axes.get_legend()
+    named = () if legend is None else tuple(text.get_text() for text in legend.get_texts())
+    return axes.get_xlabel(), axes.get_ylabel(), named
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _rendered_once() -> Iterator[None]:
+    """Charts are drawn, and one of each kind is rendered; tests/pages looks at what is seen."""
+    from matplotlib.figure import Figure
+
+    save, rendered = Figure.savefig, dict[Hashable, str]()
+
+    def savefig(self: Figure, file: io.StringIO, **options: Any) -> None:
+        key = tuple(map(_words, self.axes))
+        if key not in rendered:
+            text = io.StringIO()
+            save(self, text, **options)
+            rendered[key] = text.getvalue()
+        file.write(rendered[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Commands on a tiny model that are ended hard (SIGKILL, a limit on file sizes); prints JSON rows.
 
 A program of its own, `python -m tests.e2e.ended WHAT ROOT COUNT SEED COMMAND …`: it imports all
-there is once and forks a child for each run, which is safe while torch computes with one thread.
+there is and traces the model once, and forks a child for each run, which is safe while torch
+computes with one thread. What is ended is a command that loads, computes and writes.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tqdm import tqdm
 
 from qalora_compile.cli.main import main as run_command
 from qalora_compile.files import recover
 from tests.capture.checkpoints.gguf_files import write_llama
+from tests.captures import Memo
 from tests.cli.tiny import write_data, write_model
+from tests.shortcuts import shortcuts
 
 TIMEOUT_S = 60
 STEPS = 4
@@ -255,13 +259,20 @@ def _written(line: list[str]) -> dict[str, str]:
 
 
 def main(what: str, root: Path, count: int, seed: int, names: list[str]) -> None:
-    """Prepare, warm up, and print a row for each command."""
+    """Prepare, and print a row for each command."""
     assert os.environ.get("OMP_NUM_THREADS") == "1", "a fork loses the threads of its parent"
     torch.set_num_threads(1)
     # A killed child would keep the lock that tqdm shares between processes, for good.
     tqdm.monitor_interval = 0
     tqdm.set_lock(threading.RLock())
-    prepare(root, names)
+    with shortcuts(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "export", Memo(torch.export.export))
+        prepare(root, names)
+        _print_rows(what, root, count, seed, names)
+
+
+def _print_rows(what: str, root: Path, count: int, seed: int, names: list[str]) -> None:
+    """Warm up, and end each command."""
     for name in names:  # what a first run imports, the others need not
         run_command(commands(root)[name].line(root / "warm" / name))
     work = {"kills": kills, "limits": limits}[what]

@@ -19,6 +19,7 @@ from qalora_compile.exporters.onnx.exported import TranslatableProgram, lift, re
 from qalora_compile.runtime import open_session
 from tests.models import gpt2, llama, slow
 
+pytestmark = pytest.mark.usefixtures("translated_anew")
 FLOAT = qc.ExportSpec(allow_unfolded=True)
 
 

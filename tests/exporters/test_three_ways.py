@@ -126,7 +126,7 @@ def test_the_kernels_that_run(library: bool, tmp_path: Path) -> None:
 
 @LIBRARY
 def test_readers_of_one_input_share_its_group_sums(library: bool, tmp_path: Path) -> None:
-    ids = token_ids(2, 8)
+    ids = token_ids(2, 16)
     program = qc.fold_adapters(adapted(llama(), (ids,)))
     qc.export_model(program, tmp_path / "model.onnx")
     kinds = optimized_kinds(tmp_path / "model.onnx", tmp_path, library=library)

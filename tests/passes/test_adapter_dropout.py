@@ -89,7 +89,7 @@ def test_an_export_with_adapters_holds_no_dropout(tmp_path: Path, target: str) -
 
 def test_adapted_modules_drop_in_training_alone() -> None:
     torch.manual_seed(0)
-    model, ids = llama(), token_ids(2, 8)
+    model, ids = llama(), token_ids(2, 16)
     program = qc.adapt_module_(model.eval(), (ids,), {"use_cache": False}, adapter=SPEC)
     for name, parameter in program.named_adapter_parameters():
         if name.endswith("lora_B"):

@@ -21,7 +21,7 @@ Golden = Callable[[str, str], None]
 
 
 @given(bits=st.sampled_from([2, 3, 4, 8]), group=st.integers(1, 40), k=st.integers(1, 50))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_the_function_stays(bits: int, group: int, k: int) -> None:
     x = torch.randn(3, k, dtype=torch.float64)
     spec = qc.QuantSpec(bits=bits, group_size=group)

@@ -54,7 +54,7 @@ def test_golden(golden: Golden) -> None:
     times=st.integers(1, 3),
     rank=st.integers(1, 4),
 )
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_folding_is_exact_in_float64(
     pooling: str, bits: int, k: int, group: int, times: int, rank: int
 ) -> None:
@@ -178,7 +178,7 @@ def test_an_adapter_in_another_form_is_refused() -> None:
     times=st.integers(1, 3),
     k=st.integers(1, 30),
 )
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_rank_and_alpha_fold_with_either_scaling(
     rslora: bool, alpha: float, rank: int, times: int, k: int
 ) -> None:

@@ -53,7 +53,7 @@ def test_nothing_changes_at_the_start() -> None:
     rank=st.integers(1, 5),
     rslora=st.booleans(),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_the_adapter_computes_its_formula(
     pooling: str, k: int, group: int, times: int, rank: int, rslora: bool
 ) -> None:

@@ -67,7 +67,7 @@ def dequantized(model: MLP, spec: QuantSpec) -> MLP:
     k=st.integers(1, 33),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_the_program_is_the_model_with_dequantized_weights(
     bits: int, group: int, k: int, seed: int
 ) -> None:

@@ -44,7 +44,7 @@ def test_golden(golden: Golden) -> None:
     golden("canonicalize-clamps", str(program))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     low=st.sampled_from([-math.inf, -0.5, 0.0]),
     high=st.sampled_from([0.1, 0.5, math.inf, None]),

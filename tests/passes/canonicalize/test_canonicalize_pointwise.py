@@ -40,7 +40,7 @@ def test_golden(golden: Golden) -> None:
     golden("canonicalize-pointwise", str(program))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     rank=st.sampled_from([1, 2, 3]),
     channels=st.tuples(st.integers(1, 9), st.integers(1, 9)),

@@ -113,7 +113,7 @@ class Cached(nn.Module):
         }
     )
 )
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_changed_attention_fuses_to_the_same_numbers(parts: dict[str, Any]) -> None:
     x = torch.randn(2, 5, 16).double()
     past = [torch.randn(2, 2, 3, 4).double() for _ in range(2)]

@@ -89,7 +89,7 @@ class Perturbed(nn.Module):
         }
     )
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_a_changed_norm_fuses_to_the_same_numbers_or_has_a_reason(parts: dict[str, Any]) -> None:
     x = torch.randn(4, 4, 4).double()
     program = qc.capture_model(Perturbed(**parts).double().eval(), (x,))

@@ -59,7 +59,7 @@ def test_rows_of_unknown_heads_are_left_with_a_reason() -> None:
     part=st.sampled_from([4, 8, 12]),
     width=st.sampled_from([12, 16]),
 )
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_a_changed_rotation_fuses_to_the_same_numbers_or_is_left(
     odd: str, part: int, width: int
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -56,6 +56,7 @@ def test_golden(golden: Golden) -> None:
     golden("fuse-shared-input", str(FuseSharedInput()(lowered(ThreeReaders(64), 64)).program))
 
 
+@settings(max_examples=12)
 @given(
     sizes=st.lists(st.integers(1, 24), min_size=2, max_size=4).map(tuple),
     bits=st.sampled_from([2, 3, 4, 8]),

@@ -94,7 +94,7 @@ def test_the_weight_comes_back_from_its_parts(
 
 
 def test_a_transformer_and_its_counts() -> None:
-    ids = token_ids(2, 12)
+    ids = token_ids(2, 16)
     program = qc.fold_adapters(adapted(llama(), (ids,)))
     lowered = LegalizeOrt()(program).program
     assert_close(lowered(ids), program(ids), relative=1e-4)

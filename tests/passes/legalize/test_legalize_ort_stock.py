@@ -142,7 +142,7 @@ def test_half_precision_is_refused_unless_widened(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("build", [bert, llama])
 def test_transformers(build: Callable[[], torch.nn.Module]) -> None:
-    ids = token_ids(2, 12)
+    ids = token_ids(2, 16)
     program = qc.fold_adapters(adapted(build(), (ids,)))
     lowered = lower(program, qc.ExportSpec(target="ort-stock"))
     assert_close(lowered(ids), program(ids), relative=1e-4)
