@@ -1,5 +1,8 @@
 // Few rows of x against weight rows, straight from the codes; written once over a vector type V as
 // codec_template.h is.
+//
+// Four weight rows go together, so that they share the loads of x and one addition across lanes. An
+// element of y is the same sum in the same order wherever it is computed.
 #pragma once
 
 #include "codec_template.h"
@@ -7,141 +10,211 @@
 namespace qalora {
 namespace {
 
-// `wide` weight rows from n against `tall` rows of x from m.
-template <class V, int bits, int digits, int wide, int tall>
-QALORA_ONCE void FewTile(const Job& job, int64_t n, int64_t m, const float* scale) {
-  using C = Codec<V, bits>;
-  const int64_t steps = job.plan.steps, pitch = job.plan.pitch(), size = job.plan.group_floats;
-  const RowReader<V, bits> first(job, n);
-  const int64_t row_bytes = job.layer->row_bytes();
-  const int8_t* x = job.quantized + m * pitch;
-  const float* x_scale = job.lane_scale + m * steps * V::kLanes;
-  typename V::F acc[wide][tall];
-  for (auto& line : acc) {
-    for (auto& value : line) value = V::ZeroF();
-  }
-  for (int64_t step = 0; step < steps; ++step) {
-    typename C::Planes codes[wide];
-    typename V::F s[wide];
+constexpr int kQuad = 4;
+// Weight rows that all rows of x take before the next ones: their codes stay in the L1 cache.
+constexpr int64_t kRunRows = 8;
+
+// What the loop over weight rows needs of a job and some rows of x. A copy, because the compiler has
+// to assume that what is written to y changes the job.
+template <class V>
+struct FewJob {
+  const uint8_t* codes;
+  const uint8_t* scale;
+  const uint8_t* zero_point;
+  int64_t row_bytes, low_bytes, groups;
+  bool half;    // scales and zero-points are float16
+  bool spread;  // a group is more than one block
+  LaneMap blocks;
+  const int32_t* step_blocks;
+  int64_t steps, block_lanes, inside_rows;
+  const int8_t* x;
+  const float* block_scale;
+  const float* block_sum;
+  int64_t pitch, block_floats;  // from one row of x to the next
+
+  FewJob(const Job& job, int64_t m)
+      : codes(job.codes),
+        scale(static_cast<const uint8_t*>(job.scale)),
+        zero_point(static_cast<const uint8_t*>(job.zero_point)),
+        row_bytes(job.layer->row_bytes()),
+        low_bytes(job.layer->low_bytes()),
+        groups(job.layer->groups),
+        half(job.half_parameters),
+        spread(job.layer->group_size > job.layer->block()),
+        blocks(job.blocks),
+        step_blocks(job.step_blocks),
+        steps(job.plan.steps),
+        block_lanes(job.plan.block_lanes),
+        inside_rows(job.plan.inside_rows),
+        x(job.quantized + m * job.plan.pitch()),
+        block_scale(job.block_scale + m * job.plan.block_floats),
+        block_sum(job.block_sum + m * job.plan.block_floats),
+        pitch(job.plan.pitch()),
+        block_floats(job.plan.block_floats) {}
+};
+
+// `wide` weight rows, the last one again for those past the end. `inside` says that all are there, and
+// that reading a vector past the end of a row stays inside the tensors.
+template <class V, int bits, int wide, bool inside>
+struct Rows {
+  RowReader<V, bits> codes[wide];
+  int64_t parameters[wide];  // of scales before theirs
+
+  inline __attribute__((always_inline)) Rows(const FewJob<V>& job, int64_t n, int64_t last) {
     Unroll<wide>([&](auto w) {
-      RowReader<V, bits> reader = first;
-      reader.low += w.k * row_bytes;
-      reader.high += w.k * row_bytes;
-      codes[w.k] = C::Unpack(reader.Step(step));
-      reader.Prefetch(step);
-      s[w.k] = V::LaneValues(scale + w.k * 2 * size, job.steps, step);
-    });
-    typename V::Sum dot[wide][tall];
-    C::template Dot<digits, wide, tall>(codes, x + step * digits * C::kCodes, pitch, dot);
-    Unroll<tall>([&](auto c) {
-      const auto xs = V::LoadF(x_scale + (c.k * steps + step) * V::kLanes);
-      Unroll<wide>([&](auto w) {
-        acc[w.k][c.k] = V::Fma(V::ToFloat(dot[w.k][c.k]), V::Mul(s[w.k], xs), acc[w.k][c.k]);
-      });
+      const int64_t row = inside || n + w.k < last ? n + w.k : last;
+      codes[w.k] = RowReader<V, bits>(job.codes + row * job.row_bytes, job.low_bytes);
+      parameters[w.k] = row * job.groups;
     });
   }
-  for (int w = 0; w < wide; ++w) {
-    const float bias = job.bias ? job.bias[n + w] : 0.0f;
-    for (int c = 0; c < tall; ++c) {
-      const auto zero = ZeroPointTerm<V>(job, scale + (2 * w + 1) * size, m + c);
-      job.y[(m + c) * job.layer->n + n + w] = V::Reduce(V::Sub(acc[w][c], zero)) + bias;
+  // Asks for part `part` of as many rows as these: of `steps * wide` parts, each the size of a step.
+  // Rows lie one after the other, and memory is fast where it is asked for in its order.
+  inline __attribute__((always_inline)) void Prefetch(int64_t part) const {
+    const uint8_t* first = codes[0].low + kCodesAhead + part * V::kStep;
+    V::Prefetch(first);
+    if constexpr (bits == 3) {
+      V::Prefetch(first + wide * codes[0].bytes - part * V::kStep / 2);
     }
   }
+};
+
+// For vector `vector` of blocks: the scales of the weights, times those of x where that is one row, and
+// the zero-points' terms added to `acc`.
+template <class V, int bits, int wide, int tall, bool inside>
+inline __attribute__((always_inline)) void CombineScales(
+    const FewJob<V>& job, const Rows<V, bits, wide, inside>& rows, bool half, int64_t vector,
+    typename V::F (&scale)[wide], typename V::F (&acc)[wide][tall]) {
+  const int64_t first = job.blocks.first[vector], left = job.groups - first;
+  const int64_t count = inside ? V::kLanes : left, at = vector * V::kLanes;
+  const int64_t width = half ? 2 : 4;
+  // Lanes that a row leaves over have its last group's values, and blocks of x that are zero.
+  const bool permute = job.spread || left < V::kLanes;
+  typename V::F z[wide];
+  Unroll<wide>([&](auto w) {
+    const int64_t group = rows.parameters[w.k] + first;
+    scale[w.k] = V::LoadParameter(job.scale, half, group, count);
+    z[w.k] = V::LoadParameter(job.zero_point, half, group, count);
+  });
+  // The same share of what as many rows have behind these.
+  const int64_t bytes = V::kLanes * width * wide;
+  const int64_t ahead = rows.parameters[0] * width + vector * bytes + kParametersAhead;
+  for (int64_t i = 0; i < bytes; i += 64) {
+    V::Prefetch(job.scale + ahead + i);
+    V::Prefetch(job.zero_point + ahead + i);
+  }
+  if (permute) {
+    const auto lanes = V::LoadLanes(job.blocks.lane + at);
+    Unroll<wide>([&](auto w) {
+      scale[w.k] = V::Permute(scale[w.k], lanes);
+      z[w.k] = V::Permute(z[w.k], lanes);
+    });
+  }
+  Unroll<tall>([&](auto c) {
+    const int64_t block = c.k * job.block_floats + at;
+    Unroll<wide>([&](auto w) {
+      const auto both = V::Mul(scale[w.k], V::LoadF(job.block_scale + block));
+      acc[w.k][c.k] = V::Fma(V::Mul(both, z[w.k]), V::LoadF(job.block_sum + block), acc[w.k][c.k]);
+      if constexpr (tall == 1) scale[w.k] = both;
+    });
+  });
 }
 
-// Two to seven rows of x. A weight row that is left over takes one row of x at a time.
-template <class V, int bits, int digits>
-QALORA_ONCE void FewRows(const Job& job, int64_t begin, int64_t end, float* scratch) {
-  const int64_t size = job.plan.group_floats;
-  const auto expand = [&](int64_t n, float* to) {
-    ExpandGroups<V>(job, n, to, to + size);
-  };
-  int64_t n = begin;
-  for (; n + V::kWide <= end; n += V::kWide) {
-    for (int w = 0; w < V::kWide; ++w) expand(n + w, scratch + w * 2 * size);
-    int64_t m = 0;
-    for (; m + 4 <= job.rows; m += 4) FewTile<V, bits, digits, V::kWide, 4>(job, n, m, scratch);
-    for (; m + 2 <= job.rows; m += 2) FewTile<V, bits, digits, V::kWide, 2>(job, n, m, scratch);
-    if (m < job.rows) FewTile<V, bits, digits, V::kWide, 1>(job, n, m, scratch);
-  }
-  for (; n < end; ++n) {
-    expand(n, scratch);
-    for (int64_t m = 0; m < job.rows; ++m) FewTile<V, bits, digits, 1, 1>(job, n, m, scratch);
-  }
-}
-
-// For one row of x: scale times activation scale of each block of weight row n to `combined`,
-// `groups` is room for scales. Returns what ZeroPointTerm does.
-template <class V, bool half>
-inline typename V::F CombineScales(const Job& job, int64_t n, float* groups, float* combined) {
-  const int64_t count = job.layer->groups, base = n * count;
-  const bool same = job.plan.blocks == count;
-  PrefetchParameters<V>(job, n);
-  auto zero = V::ZeroF();
-  for (int64_t g = 0; g < count; g += V::kLanes) {
-    const int64_t left = count - g;
-    const auto s = V::LoadParameter(job.scale, half, base + g, left);
-    const auto z = V::LoadParameter(job.zero_point, half, base + g, left);
-    zero = V::Fma(V::Mul(s, z), V::LoadF(job.group_sum + g), zero);
-    V::StoreF(same ? combined + g : groups + g, same ? V::Mul(s, V::LoadF(job.block_scale + g)) : s);
-  }
-  if (!same) {
-    for (int64_t i = 0; i < 16; i += V::kLanes) V::StoreF(groups + count + i, V::ZeroF());
-    for (int64_t b = 0, vector = 0; b < job.plan.blocks; b += V::kLanes, ++vector) {
-      const auto s = V::LaneValues(groups, job.blocks, vector);
-      V::StoreF(combined + b, V::Mul(s, V::LoadF(job.block_scale + b)));
-    }
-  }
-  const int64_t end = job.plan.blocks;
-  for (int64_t i = 0; i < 16; i += V::kLanes) V::StoreF(combined + end + i, V::ZeroF());
-  return zero;
-}
-
-// Weight row n against the one row of x.
-template <class V, int bits, int digits, int block>
-inline __attribute__((always_inline)) void OneTile(const Job& job, int64_t n,
-                                                   const float* combined, typename V::F zero) {
+// `wide` weight rows against `tall` rows of x: `sum` are products in each lane, to be added up.
+template <class V, int bits, int digits, int wide, int tall, bool inside>
+inline __attribute__((always_inline)) void FewTile(const FewJob<V>& job,
+                                                   const Rows<V, bits, wide, inside>& rows, bool half,
+                                                   typename V::F (*sum)[tall]) {
   using C = Codec<V, bits>;
-  constexpr int kLanesPerBlock = block / (4 * C::kPerByte);
-  const RowReader<V, bits> reader(job, n);
-  const int64_t steps = job.plan.steps;
-  auto acc = V::Negate(zero);
-  for (int64_t step = 0; step < steps; ++step) {
-    const typename C::Planes codes[1] = {C::Unpack(reader.Step(step))};
-    reader.Prefetch(step);
-    typename V::Sum dot[1][1];
-    C::template Dot<digits, 1, 1>(codes, job.quantized + step * digits * C::kCodes, 0, dot);
-    const auto scale = V::template BlockValues<kLanesPerBlock>(combined, step);
-    acc = V::Fma(V::ToFloat(dot[0][0]), scale, acc);
+  const auto each = [](auto&& use) {
+    Unroll<tall>([&](auto c) { Unroll<wide>([&](auto w) { use(w, c); }); });
+  };
+  typename V::F acc[wide][tall];
+  each([&](auto w, auto c) { acc[w.k][c.k] = V::ZeroF(); });
+  for (int64_t step = 0, vector = 0; step < job.steps; ++vector) {
+    typename V::F scale[wide];
+    CombineScales<V, bits, wide, tall>(job, rows, half, vector, scale, acc);
+    const int64_t left = job.steps - step;
+    const int64_t end = step + (left < job.block_lanes ? left : job.block_lanes);
+    for (const int32_t* lane = job.step_blocks; step < end; ++step, lane += V::kLanes) {
+      typename C::Planes codes[wide];
+      Unroll<wide>([&](auto w) {
+        codes[w.k] = C::Unpack(rows.codes[w.k].Step(step, inside));
+        if constexpr (w.k * V::kStep % 64 == 0) rows.Prefetch(step * wide + w.k);
+      });
+      typename V::Sum dot[wide][tall];
+      C::template Dot<digits, wide, tall>(codes, job.x + step * digits * C::kCodes, job.pitch, dot);
+      const auto lanes = V::LoadLanes(lane);
+      typename V::F s[wide];
+      Unroll<wide>([&](auto w) { s[w.k] = V::Permute(scale[w.k], lanes); });
+      // Products with the scales of several rows of x would fill the registers.
+      Unroll<tall>([&](auto c) {
+        const float* blocks = job.block_scale + c.k * job.block_floats + vector * V::kLanes;
+        const auto x_scale = V::Permute(V::LoadF(blocks), lanes);
+        Unroll<wide>([&](auto w) {
+          const auto both = tall == 1 ? s[w.k] : V::Mul(s[w.k], x_scale);
+          acc[w.k][c.k] = V::Fma(V::ToFloat(dot[w.k][c.k]), both, acc[w.k][c.k]);
+        });
+      });
+    }
   }
-  job.y[n] = V::Reduce(acc) + (job.bias ? job.bias[n] : 0.0f);
+  each([&](auto w, auto c) { sum[w.k][c.k] = acc[w.k][c.k]; });
 }
 
-// One row of x. The scales of a weight row are combined one row ahead.
-template <class V, int bits, int digits, int block, bool half>
-QALORA_ONCE void OneRow(const Job& job, int64_t begin, int64_t end, float* scratch) {
-  float* groups = scratch;
-  float* buffers[2] = {groups + job.plan.group_floats,
-                       groups + job.plan.group_floats + job.plan.block_floats};
-  auto zero = CombineScales<V, half>(job, begin, groups, buffers[0]);
-  for (int64_t n = begin; n < end; ++n) {
-    auto next = zero;
-    if (n + 1 < end) next = CombineScales<V, half>(job, n + 1, groups, buffers[(n - begin + 1) % 2]);
-    OneTile<V, bits, digits, block>(job, n, buffers[(n - begin) % 2], zero);
-    zero = next;
+// Up to four weight rows from n, the last one before `end`, against `tall` rows of x from m.
+template <class V, int bits, int digits, int wide, int tall, bool inside>
+inline __attribute__((always_inline)) void FewQuad(const Job& job, const FewJob<V>& few, bool half,
+                                                   int64_t n, int64_t end, int64_t m) {
+  typename V::F sum[kQuad][tall];
+  Unroll<kQuad / wide>([&](auto part) __attribute__((always_inline)) {
+    const Rows<V, bits, wide, inside> rows(few, n + part.k * wide, end - 1);
+    FewTile<V, bits, digits, wide, tall>(few, rows, half, sum + part.k * wide);
+  });
+  const size_t bytes = (inside || end - n > kQuad ? kQuad : end - n) * sizeof(float);
+  Four added = {};
+  if (job.bias) std::memcpy(&added, job.bias + n, bytes);
+  for (int c = 0; c < tall; ++c) {
+    const Four line = V::Reduce4(sum[0][c], sum[1][c], sum[2][c], sum[3][c]) + added;
+    std::memcpy(job.y + (m + c) * job.layer->n + n, &line, bytes);
   }
+}
+
+// The last weight rows.
+template <class V, int bits, int digits, int wide, int tall>
+QALORA_ONCE void LastRows(const Job& job, int64_t begin, int64_t end, int64_t m) {
+  const FewJob<V> few(job, m);
+  for (int64_t n = begin; n < end; n += kQuad) {
+    FewQuad<V, bits, digits, wide, tall, false>(job, few, few.half, n, end, m);
+  }
+}
+
+// Weight rows [begin, end) against `tall` rows of x from m, `wide` at a time.
+template <class V, int bits, int digits, int wide, int tall, bool half>
+QALORA_ONCE void HalfRows(const Job& job, int64_t begin, int64_t end, int64_t m) {
+  const FewJob<V> few(job, m);
+  const int64_t inside = end < job.plan.inside_rows ? end : job.plan.inside_rows;
+  int64_t n = begin;
+  for (; n + kQuad <= inside; n += kQuad) {
+    FewQuad<V, bits, digits, wide, tall, true>(job, few, half, n, end, m);
+  }
+  if (n < end) LastRows<V, bits, digits, wide, tall>(job, n, end, m);
+}
+
+template <class V, int bits, int digits, int wide, int tall>
+void FewRows(const Job& job, int64_t begin, int64_t end, int64_t m) {
+  job.half_parameters ? HalfRows<V, bits, digits, wide, tall, true>(job, begin, end, m)
+                      : HalfRows<V, bits, digits, wide, tall, false>(job, begin, end, m);
 }
 
 template <class V, int bits, int digits>
-void RunFew(const Job& job, int64_t begin, int64_t end, float* scratch) {
-  if (job.rows > 1) return FewRows<V, bits, digits>(job, begin, end, scratch);
-  const bool half = job.half_parameters;
-  if (job.layer->block() == 32) {
-    return half ? OneRow<V, bits, digits, 32, true>(job, begin, end, scratch)
-                : OneRow<V, bits, digits, 32, false>(job, begin, end, scratch);
+void RunFew(const Job& job, int64_t begin, int64_t end) {
+  if (job.rows == 1) return FewRows<V, bits, digits, V::kWideOne, 1>(job, begin, end, 0);
+  for (int64_t n = begin; n < end; n += kRunRows) {
+    const int64_t last = n + kRunRows < end ? n + kRunRows : end;
+    int64_t m = 0;
+    for (; m + 4 <= job.rows; m += 4) FewRows<V, bits, digits, V::kWide, 4>(job, n, last, m);
+    for (; m + 2 <= job.rows; m += 2) FewRows<V, bits, digits, V::kWide, 2>(job, n, last, m);
+    if (m < job.rows) FewRows<V, bits, digits, V::kWideOne, 1>(job, n, last, m);
   }
-  return half ? OneRow<V, bits, digits, 16, true>(job, begin, end, scratch)
-              : OneRow<V, bits, digits, 16, false>(job, begin, end, scratch);
 }
 
 }  // namespace
