@@ -16,8 +16,7 @@ struct Avx2Base {
   using Lanes = __m256i;
   static constexpr int kStep = 32;
   static constexpr int kLanes = 8;
-  static constexpr int kWide = 1;
-  static constexpr int kWideOne = 2;
+  static constexpr int kWide = 2;
   static constexpr int kTall = 6;
 
   // Read once: GCC would read it for each use, and many loads lie across two cache lines.

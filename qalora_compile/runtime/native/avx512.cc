@@ -26,8 +26,7 @@ struct Avx512 {
   static constexpr int kStep = 64;
   static constexpr int kLanes = 16;
   static constexpr int kPanelDigits = 3;
-  static constexpr int kWide = 2;
-  static constexpr int kWideOne = 4;
+  static constexpr int kWide = 4;
   static constexpr int kTall = 12;
 
   // Read once: GCC would read it for each use, and most loads lie across two cache lines.

@@ -16,6 +16,8 @@ namespace {
 
 // A function that is the same for several callers is compiled once, not inlined into each.
 #define QALORA_ONCE __attribute__((noinline))
+// GCC leaves lambdas of a long function uninlined otherwise, and vectors then go through memory.
+#define QALORA_INLINE __attribute__((always_inline))
 
 // Sums of four rows.
 using Four = float __attribute__((vector_size(16)));

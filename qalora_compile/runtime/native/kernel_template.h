@@ -3,7 +3,7 @@
 // V provides: I (32-bit lanes of codes), F (float lanes), Sum (32-bit integer lanes), Acc (sums on
 // their way, which may be narrower), kStep bytes, kTall rows of x in a panel's tile,
 // kPanelDigits (KernelSet::panel_digits), kWide
-// weight rows in a tile of few rows, kWideOne in one of a single row;
+// weight rows in a tile of few rows;
 // Load, LoadPartial, Store, SetBytes, And, Shr<n>, Transpose, Bits, Floats; High, AddHigh<f>;
 // Field<width, index>, SmallByte<index>; LoadX, BroadcastX;
 // ZeroAcc, Seed<bits>, Dot<bits>, Settle<bits, more> (a total moves up by a digit where there are

@@ -20,8 +20,7 @@ struct Neon {
   static constexpr int kStep = 16;
   static constexpr int kLanes = 4;
   static constexpr int kPanelDigits = 3;
-  static constexpr int kWide = 2;
-  static constexpr int kWideOne = 4;
+  static constexpr int kWide = 4;
   static constexpr int kTall = 12;
 
   static I Load(const uint8_t* p) { return vld1q_u8(p); }

@@ -60,8 +60,8 @@ struct Rows {
   RowReader<V, bits> codes[wide];
   int64_t parameters[wide];  // of scales before theirs
 
-  inline __attribute__((always_inline)) Rows(const FewJob<V>& job, int64_t n, int64_t last) {
-    Unroll<wide>([&](auto w) {
+  inline QALORA_INLINE Rows(const FewJob<V>& job, int64_t n, int64_t last) {
+    Unroll<wide>([&](auto w) QALORA_INLINE {
       const int64_t row = inside || n + w.k < last ? n + w.k : last;
       codes[w.k] = RowReader<V, bits>(job.codes + row * job.row_bytes, job.low_bytes);
       parameters[w.k] = row * job.groups;
@@ -69,7 +69,7 @@ struct Rows {
   }
   // Asks for part `part` of as many rows as these: of `steps * wide` parts, each the size of a step.
   // Rows lie one after the other, and memory is fast where it is asked for in its order.
-  inline __attribute__((always_inline)) void Prefetch(int64_t part) const {
+  inline QALORA_INLINE void Prefetch(int64_t part) const {
     const uint8_t* first = codes[0].low + kCodesAhead + part * V::kStep;
     V::Prefetch(first);
     if constexpr (bits == 3) {
@@ -81,7 +81,7 @@ struct Rows {
 // For vector `vector` of blocks: the scales of the weights, times those of x where that is one row, and
 // the zero-points' terms added to `acc`.
 template <class V, int bits, int wide, int tall, bool inside>
-inline __attribute__((always_inline)) void CombineScales(
+inline QALORA_INLINE void CombineScales(
     const FewJob<V>& job, const Rows<V, bits, wide, inside>& rows, bool half, int64_t vector,
     typename V::F (&scale)[wide], typename V::F (&acc)[wide][tall]) {
   const int64_t first = job.blocks.first[vector], left = job.groups - first;
@@ -90,7 +90,7 @@ inline __attribute__((always_inline)) void CombineScales(
   // Lanes that a row leaves over have its last group's values, and blocks of x that are zero.
   const bool permute = job.spread || left < V::kLanes;
   typename V::F z[wide];
-  Unroll<wide>([&](auto w) {
+  Unroll<wide>([&](auto w) QALORA_INLINE {
     const int64_t group = rows.parameters[w.k] + first;
     scale[w.k] = V::LoadParameter(job.scale, half, group, count);
     z[w.k] = V::LoadParameter(job.zero_point, half, group, count);
@@ -104,14 +104,14 @@ inline __attribute__((always_inline)) void CombineScales(
   }
   if (permute) {
     const auto lanes = V::LoadLanes(job.blocks.lane + at);
-    Unroll<wide>([&](auto w) {
+    Unroll<wide>([&](auto w) QALORA_INLINE {
       scale[w.k] = V::Permute(scale[w.k], lanes);
       z[w.k] = V::Permute(z[w.k], lanes);
     });
   }
-  Unroll<tall>([&](auto c) {
+  Unroll<tall>([&](auto c) QALORA_INLINE {
     const int64_t block = c.k * job.block_floats + at;
-    Unroll<wide>([&](auto w) {
+    Unroll<wide>([&](auto w) QALORA_INLINE {
       const auto both = V::Mul(scale[w.k], V::LoadF(job.block_scale + block));
       acc[w.k][c.k] = V::Fma(V::Mul(both, z[w.k]), V::LoadF(job.block_sum + block), acc[w.k][c.k]);
       if constexpr (tall == 1) scale[w.k] = both;
@@ -121,15 +121,15 @@ inline __attribute__((always_inline)) void CombineScales(
 
 // `wide` weight rows against `tall` rows of x: `sum` are products in each lane, to be added up.
 template <class V, int bits, int digits, int wide, int tall, bool inside>
-inline __attribute__((always_inline)) void FewTile(const FewJob<V>& job,
+inline QALORA_INLINE void FewTile(const FewJob<V>& job,
                                                    const Rows<V, bits, wide, inside>& rows, bool half,
                                                    typename V::F (*sum)[tall]) {
   using C = Codec<V, bits>;
-  const auto each = [](auto&& use) {
-    Unroll<tall>([&](auto c) { Unroll<wide>([&](auto w) { use(w, c); }); });
+  const auto each = [](auto&& use) QALORA_INLINE {
+    Unroll<tall>([&](auto c) QALORA_INLINE { Unroll<wide>([&](auto w) QALORA_INLINE { use(w, c); }); });
   };
   typename V::F acc[wide][tall];
-  each([&](auto w, auto c) { acc[w.k][c.k] = V::ZeroF(); });
+  each([&](auto w, auto c) QALORA_INLINE { acc[w.k][c.k] = V::ZeroF(); });
   for (int64_t step = 0, vector = 0; step < job.steps; ++vector) {
     typename V::F scale[wide];
     CombineScales<V, bits, wide, tall>(job, rows, half, vector, scale, acc);
@@ -137,7 +137,7 @@ inline __attribute__((always_inline)) void FewTile(const FewJob<V>& job,
     const int64_t end = step + (left < job.block_lanes ? left : job.block_lanes);
     for (const int32_t* lane = job.step_blocks; step < end; ++step, lane += V::kLanes) {
       typename C::Planes codes[wide];
-      Unroll<wide>([&](auto w) {
+      Unroll<wide>([&](auto w) QALORA_INLINE {
         codes[w.k] = C::Unpack(rows.codes[w.k].Step(step, inside));
         if constexpr (w.k * V::kStep % 64 == 0) rows.Prefetch(step * wide + w.k);
       });
@@ -145,27 +145,27 @@ inline __attribute__((always_inline)) void FewTile(const FewJob<V>& job,
       C::template Dot<digits, wide, tall>(codes, job.x + step * digits * C::kCodes, job.pitch, dot);
       const auto lanes = V::LoadLanes(lane);
       typename V::F s[wide];
-      Unroll<wide>([&](auto w) { s[w.k] = V::Permute(scale[w.k], lanes); });
+      Unroll<wide>([&](auto w) QALORA_INLINE { s[w.k] = V::Permute(scale[w.k], lanes); });
       // Products with the scales of several rows of x would fill the registers.
-      Unroll<tall>([&](auto c) {
+      Unroll<tall>([&](auto c) QALORA_INLINE {
         const float* blocks = job.block_scale + c.k * job.block_floats + vector * V::kLanes;
         const auto x_scale = V::Permute(V::LoadF(blocks), lanes);
-        Unroll<wide>([&](auto w) {
+        Unroll<wide>([&](auto w) QALORA_INLINE {
           const auto both = tall == 1 ? s[w.k] : V::Mul(s[w.k], x_scale);
           acc[w.k][c.k] = V::Fma(V::ToFloat(dot[w.k][c.k]), both, acc[w.k][c.k]);
         });
       });
     }
   }
-  each([&](auto w, auto c) { sum[w.k][c.k] = acc[w.k][c.k]; });
+  each([&](auto w, auto c) QALORA_INLINE { sum[w.k][c.k] = acc[w.k][c.k]; });
 }
 
 // Up to four weight rows from n, the last one before `end`, against `tall` rows of x from m.
 template <class V, int bits, int digits, int wide, int tall, bool inside>
-inline __attribute__((always_inline)) void FewQuad(const Job& job, const FewJob<V>& few, bool half,
+inline QALORA_INLINE void FewQuad(const Job& job, const FewJob<V>& few, bool half,
                                                    int64_t n, int64_t end, int64_t m) {
   typename V::F sum[kQuad][tall];
-  Unroll<kQuad / wide>([&](auto part) __attribute__((always_inline)) {
+  Unroll<kQuad / wide>([&](auto part) QALORA_INLINE {
     const Rows<V, bits, wide, inside> rows(few, n + part.k * wide, end - 1);
     FewTile<V, bits, digits, wide, tall>(few, rows, half, sum + part.k * wide);
   });
@@ -207,13 +207,12 @@ void FewRows(const Job& job, int64_t begin, int64_t end, int64_t m) {
 
 template <class V, int bits, int digits>
 void RunFew(const Job& job, int64_t begin, int64_t end) {
-  if (job.rows == 1) return FewRows<V, bits, digits, V::kWideOne, 1>(job, begin, end, 0);
-  for (int64_t n = begin; n < end; n += kRunRows) {
-    const int64_t last = n + kRunRows < end ? n + kRunRows : end;
-    int64_t m = 0;
-    for (; m + 4 <= job.rows; m += 4) FewRows<V, bits, digits, V::kWide, 4>(job, n, last, m);
-    for (; m + 2 <= job.rows; m += 2) FewRows<V, bits, digits, V::kWide, 2>(job, n, last, m);
-    if (m < job.rows) FewRows<V, bits, digits, V::kWideOne, 1>(job, n, last, m);
+  const int64_t run = job.rows > 1 ? kRunRows : end - begin;
+  for (int64_t n = begin; n < end; n += run) {
+    const int64_t last = n + run < end ? n + run : end;
+    for (int64_t m = 0; m < job.rows; ++m) {
+      FewRows<V, bits, digits, V::kWide, 1>(job, n, last, m);
+    }
   }
 }
 

@@ -31,7 +31,6 @@ struct Scalar {
   static constexpr int kLanes = 1;
   static constexpr int kPanelDigits = 1;
   static constexpr int kWide = 1;
-  static constexpr int kWideOne = 1;
   static constexpr int kTall = 4;
 
   // The code of byte i in bits 8i and up, whatever the machine's byte order.
