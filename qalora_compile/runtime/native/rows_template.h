@@ -11,10 +11,11 @@ namespace qalora {
 namespace {
 
 constexpr int kQuad = 4;
-// Weight rows that all rows of x take before the next ones: their codes stay in the L1 cache.
+// Weight rows that all rows of x take, one after the other, before the next ones: codes stay in the
+// L1 cache.
 constexpr int64_t kRunRows = 8;
 
-// What the loop over weight rows needs of a job and some rows of x. A copy, because the compiler has
+// What the loop over weight rows needs of a job and a row of x. A copy, because the compiler has
 // to assume that what is written to y changes the job.
 template <class V>
 struct FewJob {
@@ -30,7 +31,6 @@ struct FewJob {
   const int8_t* x;
   const float* block_scale;
   const float* block_sum;
-  int64_t pitch, block_floats;  // from one row of x to the next
 
   FewJob(const Job& job, int64_t m)
       : codes(job.codes),
@@ -48,9 +48,7 @@ struct FewJob {
         inside_rows(job.plan.inside_rows),
         x(job.quantized + m * job.plan.pitch()),
         block_scale(job.block_scale + m * job.plan.block_floats),
-        block_sum(job.block_sum + m * job.plan.block_floats),
-        pitch(job.plan.pitch()),
-        block_floats(job.plan.block_floats) {}
+        block_sum(job.block_sum + m * job.plan.block_floats) {}
 };
 
 // `wide` weight rows, the last one again for those past the end. `inside` says that all are there, and
@@ -78,12 +76,12 @@ struct Rows {
   }
 };
 
-// For vector `vector` of blocks: the scales of the weights, times those of x where that is one row, and
-// the zero-points' terms added to `acc`.
-template <class V, int bits, int wide, int tall, bool inside>
+// For vector `vector` of blocks: the scales of the weights times those of x, and the zero-points'
+// terms added to `acc`.
+template <class V, int bits, int wide, bool inside>
 inline QALORA_INLINE void CombineScales(
     const FewJob<V>& job, const Rows<V, bits, wide, inside>& rows, bool half, int64_t vector,
-    typename V::F (&scale)[wide], typename V::F (&acc)[wide][tall]) {
+    typename V::F (&scale)[wide], typename V::F (&acc)[wide]) {
   const int64_t first = job.blocks.first[vector], left = job.groups - first;
   const int64_t count = inside ? V::kLanes : left, at = vector * V::kLanes;
   const int64_t width = half ? 2 : 4;
@@ -109,30 +107,23 @@ inline QALORA_INLINE void CombineScales(
       z[w.k] = V::Permute(z[w.k], lanes);
     });
   }
-  Unroll<tall>([&](auto c) QALORA_INLINE {
-    const int64_t block = c.k * job.block_floats + at;
-    Unroll<wide>([&](auto w) QALORA_INLINE {
-      const auto both = V::Mul(scale[w.k], V::LoadF(job.block_scale + block));
-      acc[w.k][c.k] = V::Fma(V::Mul(both, z[w.k]), V::LoadF(job.block_sum + block), acc[w.k][c.k]);
-      if constexpr (tall == 1) scale[w.k] = both;
-    });
+  const auto x_scale = V::LoadF(job.block_scale + at), x_sum = V::LoadF(job.block_sum + at);
+  Unroll<wide>([&](auto w) QALORA_INLINE {
+    scale[w.k] = V::Mul(scale[w.k], x_scale);
+    acc[w.k] = V::Fma(V::Mul(scale[w.k], z[w.k]), x_sum, acc[w.k]);
   });
 }
 
-// `wide` weight rows against `tall` rows of x: `sum` are products in each lane, to be added up.
-template <class V, int bits, int digits, int wide, int tall, bool inside>
-inline QALORA_INLINE void FewTile(const FewJob<V>& job,
-                                                   const Rows<V, bits, wide, inside>& rows, bool half,
-                                                   typename V::F (*sum)[tall]) {
+// `wide` weight rows against a row of x: `sum` are products in each lane, to be added up.
+template <class V, int bits, int digits, int wide, bool inside>
+inline QALORA_INLINE void FewTile(const FewJob<V>& job, const Rows<V, bits, wide, inside>& rows,
+                                  bool half, typename V::F* sum) {
   using C = Codec<V, bits>;
-  const auto each = [](auto&& use) QALORA_INLINE {
-    Unroll<tall>([&](auto c) QALORA_INLINE { Unroll<wide>([&](auto w) QALORA_INLINE { use(w, c); }); });
-  };
-  typename V::F acc[wide][tall];
-  each([&](auto w, auto c) QALORA_INLINE { acc[w.k][c.k] = V::ZeroF(); });
+  typename V::F acc[wide];
+  for (auto& value : acc) value = V::ZeroF();
   for (int64_t step = 0, vector = 0; step < job.steps; ++vector) {
     typename V::F scale[wide];
-    CombineScales<V, bits, wide, tall>(job, rows, half, vector, scale, acc);
+    CombineScales<V, bits, wide>(job, rows, half, vector, scale, acc);
     const int64_t left = job.steps - step;
     const int64_t end = step + (left < job.block_lanes ? left : job.block_lanes);
     for (const int32_t* lane = job.step_blocks; step < end; ++step, lane += V::kLanes) {
@@ -141,68 +132,59 @@ inline QALORA_INLINE void FewTile(const FewJob<V>& job,
         codes[w.k] = C::Unpack(rows.codes[w.k].Step(step, inside));
         if constexpr (w.k * V::kStep % 64 == 0) rows.Prefetch(step * wide + w.k);
       });
-      typename V::Sum dot[wide][tall];
-      C::template Dot<digits, wide, tall>(codes, job.x + step * digits * C::kCodes, job.pitch, dot);
+      typename V::Sum dot[wide][1];
+      C::template Dot<digits, wide, 1>(codes, job.x + step * digits * C::kCodes, 0, dot);
       const auto lanes = V::LoadLanes(lane);
-      typename V::F s[wide];
-      Unroll<wide>([&](auto w) QALORA_INLINE { s[w.k] = V::Permute(scale[w.k], lanes); });
-      // Products with the scales of several rows of x would fill the registers.
-      Unroll<tall>([&](auto c) QALORA_INLINE {
-        const float* blocks = job.block_scale + c.k * job.block_floats + vector * V::kLanes;
-        const auto x_scale = V::Permute(V::LoadF(blocks), lanes);
-        Unroll<wide>([&](auto w) QALORA_INLINE {
-          const auto both = tall == 1 ? s[w.k] : V::Mul(s[w.k], x_scale);
-          acc[w.k][c.k] = V::Fma(V::ToFloat(dot[w.k][c.k]), both, acc[w.k][c.k]);
-        });
+      Unroll<wide>([&](auto w) QALORA_INLINE {
+        acc[w.k] = V::Fma(V::ToFloat(dot[w.k][0]), V::Permute(scale[w.k], lanes), acc[w.k]);
       });
     }
   }
-  each([&](auto w, auto c) QALORA_INLINE { sum[w.k][c.k] = acc[w.k][c.k]; });
+  Unroll<wide>([&](auto w) QALORA_INLINE { sum[w.k] = acc[w.k]; });
 }
 
-// Up to four weight rows from n, the last one before `end`, against `tall` rows of x from m.
-template <class V, int bits, int digits, int wide, int tall, bool inside>
-inline QALORA_INLINE void FewQuad(const Job& job, const FewJob<V>& few, bool half,
-                                                   int64_t n, int64_t end, int64_t m) {
-  typename V::F sum[kQuad][tall];
+// Up to four weight rows from n, the last one before `end`, against row m of x.
+template <class V, int bits, int digits, bool inside>
+inline QALORA_INLINE void FewQuad(const Job& job, const FewJob<V>& few, bool half, int64_t n,
+                                  int64_t end, int64_t m) {
+  constexpr int wide = V::kWide;
+  typename V::F sum[kQuad];
   Unroll<kQuad / wide>([&](auto part) QALORA_INLINE {
     const Rows<V, bits, wide, inside> rows(few, n + part.k * wide, end - 1);
-    FewTile<V, bits, digits, wide, tall>(few, rows, half, sum + part.k * wide);
+    FewTile<V, bits, digits, wide>(few, rows, half, sum + part.k * wide);
   });
   const size_t bytes = (inside || end - n > kQuad ? kQuad : end - n) * sizeof(float);
   Four added = {};
   if (job.bias) std::memcpy(&added, job.bias + n, bytes);
-  for (int c = 0; c < tall; ++c) {
-    const Four line = V::Reduce4(sum[0][c], sum[1][c], sum[2][c], sum[3][c]) + added;
-    std::memcpy(job.y + (m + c) * job.layer->n + n, &line, bytes);
-  }
+  const Four line = V::Reduce4(sum[0], sum[1], sum[2], sum[3]) + added;
+  std::memcpy(job.y + m * job.layer->n + n, &line, bytes);
 }
 
 // The last weight rows.
-template <class V, int bits, int digits, int wide, int tall>
+template <class V, int bits, int digits>
 QALORA_ONCE void LastRows(const Job& job, int64_t begin, int64_t end, int64_t m) {
   const FewJob<V> few(job, m);
   for (int64_t n = begin; n < end; n += kQuad) {
-    FewQuad<V, bits, digits, wide, tall, false>(job, few, few.half, n, end, m);
+    FewQuad<V, bits, digits, false>(job, few, few.half, n, end, m);
   }
 }
 
-// Weight rows [begin, end) against `tall` rows of x from m, `wide` at a time.
-template <class V, int bits, int digits, int wide, int tall, bool half>
+// Weight rows [begin, end) against row m of x.
+template <class V, int bits, int digits, bool half>
 QALORA_ONCE void HalfRows(const Job& job, int64_t begin, int64_t end, int64_t m) {
   const FewJob<V> few(job, m);
   const int64_t inside = end < job.plan.inside_rows ? end : job.plan.inside_rows;
   int64_t n = begin;
   for (; n + kQuad <= inside; n += kQuad) {
-    FewQuad<V, bits, digits, wide, tall, true>(job, few, half, n, end, m);
+    FewQuad<V, bits, digits, true>(job, few, half, n, end, m);
   }
-  if (n < end) LastRows<V, bits, digits, wide, tall>(job, n, end, m);
+  if (n < end) LastRows<V, bits, digits>(job, n, end, m);
 }
 
-template <class V, int bits, int digits, int wide, int tall>
+template <class V, int bits, int digits>
 void FewRows(const Job& job, int64_t begin, int64_t end, int64_t m) {
-  job.half_parameters ? HalfRows<V, bits, digits, wide, tall, true>(job, begin, end, m)
-                      : HalfRows<V, bits, digits, wide, tall, false>(job, begin, end, m);
+  job.half_parameters ? HalfRows<V, bits, digits, true>(job, begin, end, m)
+                      : HalfRows<V, bits, digits, false>(job, begin, end, m);
 }
 
 template <class V, int bits, int digits>
@@ -211,7 +193,7 @@ void RunFew(const Job& job, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += run) {
     const int64_t last = n + run < end ? n + run : end;
     for (int64_t m = 0; m < job.rows; ++m) {
-      FewRows<V, bits, digits, V::kWide, 1>(job, n, last, m);
+      FewRows<V, bits, digits>(job, n, last, m);
     }
   }
 }
