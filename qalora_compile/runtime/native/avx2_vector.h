@@ -13,12 +13,18 @@ struct Avx2Base {
   using F = __m256;
   using Sum = __m256i;
   using Acc = __m256i;
+  using Lanes = __m256i;
   static constexpr int kStep = 32;
   static constexpr int kLanes = 8;
-  static constexpr int kWide = 1;
+  static constexpr int kWide = 2;
   static constexpr int kTall = 6;
 
-  static I Load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  // Read once: GCC would read it for each use, and many loads lie across two cache lines.
+  static I Load(const uint8_t* p) {
+    I a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    asm("" : "+x"(a));
+    return a;
+  }
   static I LoadPartial(const uint8_t* p, int64_t count) {
     alignas(32) uint8_t bytes[32] = {};
     std::memcpy(bytes, p, count);
@@ -55,7 +61,9 @@ struct Avx2Base {
   }
 
   static Acc ZeroAcc() { return _mm256_setzero_si256(); }
-  static I LoadX(const int8_t* x) { return Load(reinterpret_cast<const uint8_t*>(x)); }
+  static I LoadX(const int8_t* x) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  }
   static I BroadcastX(const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, sizeof four);
@@ -94,23 +102,19 @@ struct Avx2Base {
   static F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F Negate(F a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
   static F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  static float Reduce(F a) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  // The sum of the lanes of each, all in the same order.
+  static Four Reduce4(F a, F b, F c, F d) {
+    const F ab = Add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const F cd = Add(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const __m256d low = _mm256_unpacklo_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+    const __m256d high = _mm256_unpackhi_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd));
+    const F sum = Add(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
+    return _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
   }
-  static F LaneValues(const float* groups, const LaneMap& map, int64_t step) {
-    const I index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(map.lane + step * kLanes));
-    return _mm256_permutevar8x32_ps(LoadF(groups + map.first[step]), index);
+  static Lanes LoadLanes(const int32_t* lane) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
   }
-  template <int lanes>
-  static F BlockValues(const float* blocks, int64_t step) {
-    const float* from = blocks + step * kLanes / lanes;
-    if constexpr (lanes == kLanes) return _mm256_set1_ps(*from);
-    const I index = _mm256_setr_epi32(0, 1 / lanes, 2 / lanes, 3 / lanes, 4 / lanes, 5 / lanes,
-                                      6 / lanes, 7 / lanes);
-    return _mm256_permutevar8x32_ps(LoadF(from), index);
-  }
+  static F Permute(F a, Lanes lane) { return _mm256_permutevar8x32_ps(a, lane); }
   static F LoadParameter(const void* p, bool half, int64_t at, int64_t count) {
     if (count < kLanes) return LoadParameterTail(p, half, at, count);
     if (!half) return LoadF(static_cast<const float*>(p) + at);
@@ -129,7 +133,7 @@ struct Avx2Base {
   }
   // Always inlined: GCC takes a function that only prefetches for one without effect, and drops it.
   static inline __attribute__((always_inline)) void Prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA);
   }
 
   static uint32_t LargestBits16(const float* x) {

@@ -22,13 +22,19 @@ struct Avx512 {
   using F = __m512;
   using Sum = __m512i;
   using Acc = __m512i;
+  using Lanes = __m512i;
   static constexpr int kStep = 64;
   static constexpr int kLanes = 16;
   static constexpr int kPanelDigits = 3;
-  static constexpr int kWide = 2;
+  static constexpr int kWide = 4;
   static constexpr int kTall = 12;
 
-  static I Load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  // Read once: GCC would read it for each use, and most loads lie across two cache lines.
+  static I Load(const uint8_t* p) {
+    I a = _mm512_loadu_si512(p);
+    asm("" : "+v"(a));
+    return a;
+  }
   static I LoadPartial(const uint8_t* p, int64_t count) {
     return _mm512_maskz_loadu_epi8((1ull << count) - 1, p);
   }
@@ -119,18 +125,18 @@ struct Avx512 {
   static F Sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F Negate(F a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
   static F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static float Reduce(F a) { return _mm512_reduce_add_ps(a); }
-  static F LaneValues(const float* groups, const LaneMap& map, int64_t step) {
-    const I index = _mm512_loadu_si512(map.lane + step * kLanes);
-    return _mm512_permutexvar_ps(index, LoadF(groups + map.first[step]));
+  // The sum of the lanes of each, all in the same order.
+  static Four Reduce4(F a, F b, F c, F d) {
+    const F ab = Add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const F cd = Add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const F sum = Add(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   }
-  template <int lanes>
-  static F BlockValues(const float* blocks, int64_t step) {
-    const I index = _mm512_setr_epi32(
-        0, 1 / lanes, 2 / lanes, 3 / lanes, 4 / lanes, 5 / lanes, 6 / lanes, 7 / lanes, 8 / lanes,
-        9 / lanes, 10 / lanes, 11 / lanes, 12 / lanes, 13 / lanes, 14 / lanes, 15 / lanes);
-    return _mm512_permutexvar_ps(index, LoadF(blocks + step * kLanes / lanes));
-  }
+  static Lanes LoadLanes(const int32_t* lane) { return _mm512_loadu_si512(lane); }
+  static F Permute(F a, Lanes lane) { return _mm512_permutexvar_ps(lane, a); }
   static F LoadParameter(const void* p, bool half, int64_t at, int64_t count) {
     if (__builtin_expect(count < kLanes, 0)) return LoadParameterTail(p, half, at, count);
     if (!half) return LoadF(static_cast<const float*>(p) + at);
@@ -144,7 +150,7 @@ struct Avx512 {
   }
   // Always inlined: GCC takes a function that only prefetches for one without effect, and drops it.
   static inline __attribute__((always_inline)) void Prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA);
   }
 
   static uint32_t LargestBits16(const float* x) {

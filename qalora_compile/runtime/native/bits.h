@@ -45,10 +45,24 @@ struct HighWords {
     };
     return {{part(0), part(1), part(2), part(3)}};
   }
+  // As LoadTail, where a word may be read past the unit; bits that are none of the unit's are
+  // arbitrary. A field starts at a byte or in its middle.
+  static inline __attribute__((always_inline)) HighWords LoadInside(const uint8_t* unit, int64_t size,
+                                                                    int64_t first) {
+    const auto part = [=](int f) {
+      const int64_t at = f * size + first;
+      uint64_t word;
+      std::memcpy(&word, unit + at / 8, sizeof word);
+      return static_cast<Word>(word >> at % 8);
+    };
+    return {{part(0), part(1), part(2), part(3)}};
+  }
   // Of the low bytes from `first` on, in a unit that covers `size` bytes.
   static inline __attribute__((always_inline)) HighWords Load(const uint8_t* unit, int64_t size,
-                                                              int64_t first) {
-    if (__builtin_expect(size != kUnitBytes, 0)) return LoadTail(unit, size, first);
+                                                              int64_t first, bool inside) {
+    if (__builtin_expect(size != kUnitBytes, 0)) {
+      return inside ? LoadInside(unit, size, first) : LoadTail(unit, size, first);
+    }
     const auto part = [=](int f) {
       Word word;
       std::memcpy(&word, unit + f * (kUnitBytes / 8) + first / 8, sizeof word);

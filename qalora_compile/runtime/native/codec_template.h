@@ -16,6 +16,11 @@ namespace {
 
 // A function that is the same for several callers is compiled once, not inlined into each.
 #define QALORA_ONCE __attribute__((noinline))
+// GCC leaves lambdas of a long function uninlined otherwise, and vectors then go through memory.
+#define QALORA_INLINE __attribute__((always_inline))
+
+// Sums of four rows.
+using Four = float __attribute__((vector_size(16)));
 
 template <int value>
 struct Index {
@@ -129,22 +134,22 @@ struct RowReader {
   const uint8_t* high;
   int64_t bytes;  // of the low part
 
-  RowReader(const Job& job, int64_t n) {
-    low = job.codes + n * job.layer->row_bytes();
-    bytes = job.layer->low_bytes();
-    high = low + bytes;
-  }
-  // Reads no byte past the row.
-  inline __attribute__((always_inline)) Bytes Step(int64_t step) const {
+  RowReader() = default;
+  RowReader(const uint8_t* row, int64_t low_bytes)
+      : low(row), high(row + low_bytes), bytes(low_bytes) {}
+  RowReader(const Job& job, int64_t n)
+      : RowReader(job.codes + n * job.layer->row_bytes(), job.layer->low_bytes()) {}
+  // Reads no byte past the row, except where `inside` says that there are kPastRow more.
+  inline __attribute__((always_inline)) Bytes Step(int64_t step, bool inside = false) const {
     const int64_t at = step * V::kStep;
     Bytes v;
-    const bool full = __builtin_expect(at + V::kStep <= bytes, 1);
+    const bool full = __builtin_expect(inside || at + V::kStep <= bytes, 1);
     v.low = full ? V::Load(low + at) : V::LoadPartial(low + at, bytes - at);
     if constexpr (bits == 3) {
       const int64_t first = at % kUnitBytes, unit = at - first;
       const int64_t left = bytes - unit;
       const int64_t size = left < kUnitBytes ? left : kUnitBytes;
-      v.high = V::High::Load(high + unit / 2, size, first);
+      v.high = V::High::Load(high + unit / 2, size, first, inside);
     }
     return v;
   }
@@ -154,49 +159,6 @@ struct RowReader {
     if constexpr (bits == 3) V::Prefetch(high + step * V::kStep / 2 + ahead);
   }
 };
-
-// Asks for scales and zero-points, as many as row n has, kParametersAhead of it.
-template <class V>
-inline void PrefetchParameters(const Job& job, int64_t n) {
-  const int64_t width = job.half_parameters ? 2 : 4;
-  const int64_t bytes = job.layer->groups * width;
-  const int64_t begin = n * bytes + kParametersAhead;
-  for (int64_t at = 0; at < bytes; at += 64) {
-    V::Prefetch(static_cast<const uint8_t*>(job.scale) + begin + at);
-    V::Prefetch(static_cast<const uint8_t*>(job.zero_point) + begin + at);
-  }
-}
-
-// Scales of row n as floats, and scale * zero_point; zeros behind them.
-template <class V>
-inline void ExpandGroups(const Job& job, int64_t n, float* scale, float* product) {
-  const int64_t groups = job.layer->groups, base = n * groups;
-  const bool half = job.half_parameters;
-  PrefetchParameters<V>(job, n);
-  for (int64_t g = 0; g < groups; g += V::kLanes) {
-    const int64_t left = groups - g;
-    const auto s = V::LoadParameter(job.scale, half, base + g, left);
-    const auto z = V::LoadParameter(job.zero_point, half, base + g, left);
-    V::StoreF(scale + g, s);
-    V::StoreF(product + g, V::Mul(s, z));
-  }
-  for (int64_t g = groups; g < groups + 16; g += V::kLanes) {
-    V::StoreF(scale + g, V::ZeroF());
-    V::StoreF(product + g, V::ZeroF());
-  }
-}
-
-// Sums of scale * zero_point * (sum of x) over the groups of a row: the subtrahend of the
-// zero-points, distributed over the lanes of a vector.
-template <class V>
-inline typename V::F ZeroPointTerm(const Job& job, const float* product, int64_t row) {
-  const float* sum = job.group_sum + row * job.plan.group_floats;
-  auto acc = V::ZeroF();
-  for (int64_t g = 0; g < job.layer->groups; g += V::kLanes) {
-    acc = V::Fma(V::LoadF(product + g), V::LoadF(sum + g), acc);
-  }
-  return acc;
-}
 
 }  // namespace
 }  // namespace qalora

@@ -8,8 +8,8 @@
 // Field<width, index>, SmallByte<index>; LoadX, BroadcastX;
 // ZeroAcc, Seed<bits>, Dot<bits>, Settle<bits, more> (a total moves up by a digit where there are
 // more, and the sums of the next one are added: in Seed or in Settle), ToFloat;
-// ZeroF, SetF, LoadF, StoreF, Mul, Add, Sub, Negate, Fma, Reduce, LaneValues,
-// BlockValues<lanes of a block>, LoadParameter, Prefetch;
+// ZeroF, SetF, LoadF, StoreF, Mul, Add, Sub, Negate, Fma, Reduce4; Lanes, LoadLanes, Permute;
+// LoadParameter, Prefetch;
 // LargestBits16, Round16; StoreHalf.
 #pragma once
 
@@ -22,7 +22,7 @@ namespace {
 
 template <class V, int bits, int digits>
 void RunDigits(const Job& job, int64_t begin, int64_t end, float* scratch) {
-  job.few() ? RunFew<V, bits, digits>(job, begin, end, scratch)
+  job.few() ? RunFew<V, bits, digits>(job, begin, end)
             : RunMany<V, bits, digits>(job, begin, end, scratch);
 }
 

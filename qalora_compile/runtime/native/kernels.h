@@ -36,12 +36,15 @@ constexpr int64_t kPanelRows = 8;
 // Codes of a weight row in one panel: of bytes, and of floats. A panel stays in the L1 or L2 cache.
 constexpr int64_t kBytePanelCodes = 1024;
 constexpr int64_t kFloatPanelCodes = 256;
-// Floats by which per-group buffers are longer than L, so that vector loads stay inside. The slot at
-// L is 0: lanes past the end of a row read it.
+// Floats by which per-group and per-block buffers are longer, so that vector loads stay inside.
 constexpr int64_t kGroupPadding = 32;
+// Bytes of codes, and scales and zero-points, that kernels may read past a row where the tensors have
+// them: a vector.
+constexpr int64_t kPastRow = 64;
+constexpr int64_t kPastGroups = 16;
 
-// Which group each lane of a sequence of vectors belongs to; the same for all rows. L, a slot that
-// holds 0, stands for lanes past the end of a row.
+// Which group each lane of a sequence of vectors of blocks belongs to; the same for all rows. Lanes
+// past the end of a row have the last group.
 struct LaneMap {
   const int32_t* first = nullptr;  // [vectors]: lowest group of the vector
   const int32_t* lane = nullptr;   // [vectors, lanes]: group of the lane minus first
@@ -54,8 +57,10 @@ struct Plan {
   int64_t lanes = 0;         // floats in a vector of the level
   int64_t group_floats = 0;  // floats of one per-group buffer, padding included
   int64_t blocks = 0;        // of activations in a row: padded K / Layer::block()
+  int64_t block_lanes = 0;   // lanes of a step that one block takes: so many steps are a vector of blocks
   int64_t block_floats = 0;  // floats of one per-block buffer, padding included
   int64_t digits = 0;        // as Layer::digits
+  int64_t inside_rows = 0;   // weight rows that kPastRow and kPastGroups more are behind
   bool float_panels = false;  // many rows are multiplied by panels of floats
   int64_t prepared() const { return steps * step_codes; }  // activations of a row, zero-padded
   int64_t pitch() const { return prepared() * digits; }    // digits of a row
@@ -65,8 +70,9 @@ struct Plan {
 struct Job {
   const Layer* layer = nullptr;
   Plan plan;
-  LaneMap steps;   // groups of the lanes of each step
   LaneMap blocks;  // groups of blocks, a vector of lanes at a time
+  const int32_t* step_blocks = nullptr;  // [block_lanes, lanes]: of a vector of blocks, the one of each
+                                         // lane of its steps
   const uint8_t* codes = nullptr;
   const void* scale = nullptr;       // [N, L], float or half
   const void* zero_point = nullptr;  // [N, L], as scale
@@ -77,8 +83,8 @@ struct Job {
   int8_t* quantized = nullptr;  // [rows, pitch]: few rows: [steps, digits, planes of a step];
                                 // panels: [blocks, digits, codes of a block in the panel's order]
   float* block_scale = nullptr; // [rows, block_floats], of the last digit
-  float* lane_scale = nullptr;  // few rows, but more than one: [rows, steps, lanes], per lane
-  float* group_sum = nullptr;   // [rows, group_floats]: sums of the quantized x in each group
+  float* block_sum = nullptr;   // few rows: [rows, block_floats], minus the sums of the digits
+  float* group_sum = nullptr;   // panels: [rows, group_floats]: sums of the quantized x in each group
   float* y = nullptr;           // [rows, N]
   bool few() const { return rows < kPanelRows; }
   // Panels of floats take x as it is.

@@ -106,8 +106,8 @@ size_t Lay(void* base, const Tensors& tensors, int64_t rows, Call* call, float**
   const int64_t split = plan.float_panels ? few : rows;
   job.quantized = carver.Take<int8_t>(split * plan.pitch());
   job.block_scale = carver.Take<float>(split * plan.block_floats);
+  job.block_sum = carver.Take<float>(few * plan.block_floats);
   job.group_sum = carver.Take<float>(split * plan.group_floats);
-  if (rows > 1) job.lane_scale = carver.Take<float>(few * plan.steps * plan.lanes);
   if (tensors.half_x) {
     call->wide_x = carver.Take<float>(rows * layer.k);
     job.y = carver.Take<float>(rows * layer.n);
@@ -142,9 +142,7 @@ bool RunBlock(Call* call, const Parallel& parallel, Error* error) {
 int64_t ScratchFloats(const Layer& layer, const Plan& plan, int64_t rows) {
   static_assert(sizeof(int32_t) == sizeof(float), "rounded activations lie in the scratch");
   const int64_t prepare = plan.prepared() + 64;
-  // Few rows: two rows' scales, each with its products or its blocks' scales.
-  const int64_t few = 4 * plan.group_floats + 2 * plan.block_floats;
-  if (rows < kPanelRows) return few > prepare ? few : prepare;
+  if (rows < kPanelRows) return prepare;
   // A task's part of y, a panel, and the scales and products of its columns.
   const int64_t y = (rows < kMaxBlockRows ? rows : kMaxBlockRows) * kTaskRows;
   const int64_t columns = RoundUp(layer.n < kTaskRows ? layer.n : kTaskRows, 16);
@@ -153,26 +151,7 @@ int64_t ScratchFloats(const Layer& layer, const Plan& plan, int64_t rows) {
 }
 
 Linear::~Linear() {
-  for (int32_t* memory : memory_) std::free(memory);
-}
-
-int32_t* Linear::MakeMap(int64_t vectors, int64_t lane_codes, LaneMap* map) const {
-  const int64_t lanes = plan_.lanes, size = layer_.group_size;
-  const size_t count = static_cast<size_t>(vectors * (1 + lanes));
-  auto* first = static_cast<int32_t*>(std::malloc(count * sizeof(int32_t)));
-  if (!first) return nullptr;
-  int32_t* lane = first + vectors;
-  for (int64_t vector = 0; vector < vectors; ++vector) {
-    const int64_t start = vector * lanes * lane_codes;
-    first[vector] = static_cast<int32_t>(start / size);
-    for (int64_t i = 0; i < lanes; ++i) {
-      const int64_t group = (start + i * lane_codes) / size;
-      const int64_t within = group < layer_.groups ? group : layer_.groups;
-      *lane++ = static_cast<int32_t>(within) - first[vector];
-    }
-  }
-  *map = {first, first + vectors};
-  return first;
+  std::free(memory_);
 }
 
 // False where memory is short; the next call tries again.
@@ -180,10 +159,25 @@ bool Linear::MakeMaps() const {
   if (made_.load(std::memory_order_acquire)) return true;
   const std::lock_guard<std::mutex> lock(making_);
   if (made_.load(std::memory_order_relaxed)) return true;
-  const int64_t block_vectors = (plan_.blocks + plan_.lanes - 1) / plan_.lanes;
-  if (!memory_[0]) memory_[0] = MakeMap(plan_.steps, plan_.step_codes / plan_.lanes, &steps_);
-  if (!memory_[1]) memory_[1] = MakeMap(block_vectors, layer_.block(), &blocks_);
-  if (!memory_[0] || !memory_[1]) return false;
+  const int64_t lanes = plan_.lanes, vectors = (plan_.blocks + lanes - 1) / lanes;
+  const size_t count = static_cast<size_t>(vectors * (1 + lanes) + plan_.block_lanes * lanes);
+  auto* first = static_cast<int32_t*>(std::malloc(count * sizeof(int32_t)));
+  if (!first) return false;
+  int32_t* to = first + vectors;
+  blocks_ = {first, to};
+  const auto group = [&](int64_t block) {
+    const int64_t last = plan_.blocks - 1;
+    return static_cast<int32_t>((block < last ? block : last) * layer_.block() / layer_.group_size);
+  };
+  for (int64_t block = 0; block < vectors * lanes; ++block) {
+    if (block % lanes == 0) first[block / lanes] = group(block);
+    *to++ = group(block) - first[block / lanes];
+  }
+  step_blocks_ = to;
+  for (int64_t i = 0; i < plan_.block_lanes * lanes; ++i) {
+    *to++ = static_cast<int32_t>(i / plan_.block_lanes);
+  }
+  memory_ = first;
   made_.store(true, std::memory_order_release);
   return true;
 }
@@ -200,6 +194,10 @@ void Linear::Init(const Layer& layer, const KernelSet* kernels) {
   plan_.step_codes = kernels->step_bytes * 8 / layer.low_bits();
   plan_.group_floats = RoundUp(layer.groups, 16) + kGroupPadding;
   plan_.blocks = layer.padded_k() / layer.block();
+  plan_.block_lanes = layer.block() * layer.low_bits() / 32;
+  const int64_t past_row = (kPastRow + layer.row_bytes() - 1) / layer.row_bytes();
+  const int64_t past_groups = (kPastGroups + layer.groups - 1) / layer.groups;
+  plan_.inside_rows = layer.n - (past_row > past_groups ? past_row : past_groups);
   plan_.block_floats = RoundUp(plan_.blocks, 16) + kGroupPadding;
 }
 
@@ -213,8 +211,8 @@ bool Linear::Run(const Tensors& tensors, int64_t rows, const Parallel& parallel,
   Job& job = call.job;
   job.layer = &layer_;
   job.plan = plan_;
-  job.steps = steps_;
   job.blocks = blocks_;
+  job.step_blocks = step_blocks_;
   job.codes = tensors.codes;
   job.scale = tensors.scale;
   job.zero_point = tensors.zero_point;

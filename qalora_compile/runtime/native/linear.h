@@ -54,13 +54,12 @@ class Linear {
   const KernelSet* kernels_ = nullptr;
   Plan plan_;
   bool MakeMaps() const;
-  int32_t* MakeMap(int64_t vectors, int64_t lane_codes, LaneMap* map) const;
 
   mutable std::mutex making_;
   mutable std::atomic<bool> made_{false};
-  mutable int32_t* memory_[2] = {};  // of the two maps
-  mutable LaneMap steps_;
+  mutable int32_t* memory_ = nullptr;  // of what follows
   mutable LaneMap blocks_;
+  mutable const int32_t* step_blocks_ = nullptr;
 };
 
 }  // namespace qalora

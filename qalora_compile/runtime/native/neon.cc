@@ -16,10 +16,11 @@ struct Neon {
   using F = float32x4_t;
   using Sum = int32x4_t;
   using Acc = int32x4_t;
+  using Lanes = uint8x16_t;
   static constexpr int kStep = 16;
   static constexpr int kLanes = 4;
   static constexpr int kPanelDigits = 3;
-  static constexpr int kWide = 2;
+  static constexpr int kWide = 4;
   static constexpr int kTall = 12;
 
   static I Load(const uint8_t* p) { return vld1q_u8(p); }
@@ -103,20 +104,15 @@ struct Neon {
   static F Sub(F a, F b) { return vsubq_f32(a, b); }
   static F Negate(F a) { return vnegq_f32(a); }
   static F Fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
-  static float Reduce(F a) { return vaddvq_f32(a); }
-  static F LaneValues(const float* groups, const LaneMap& map, int64_t step) {
-    const float* from = groups + map.first[step];
-    const int32_t* lane = map.lane + step * kLanes;
-    if (lane[0] == lane[3]) return vdupq_n_f32(from[lane[0]]);
-    const float values[4] = {from[lane[0]], from[lane[1]], from[lane[2]], from[lane[3]]};
-    return vld1q_f32(values);
+  // The sum of the lanes of each, all in the same order.
+  static Four Reduce4(F a, F b, F c, F d) { return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)); }
+  // As the bytes of the lanes.
+  static Lanes LoadLanes(const int32_t* lane) {
+    const uint32x4_t index = vreinterpretq_u32_s32(vld1q_s32(lane));
+    return vreinterpretq_u8_u32(vmlaq_n_u32(vdupq_n_u32(0x03020100), index, 0x04040404));
   }
-  template <int lanes>
-  static F BlockValues(const float* blocks, int64_t step) {
-    const float* from = blocks + step * kLanes / lanes;
-    if constexpr (lanes >= kLanes) return vdupq_n_f32(*from);
-    if constexpr (lanes == 1) return vld1q_f32(from);
-    return vcombine_f32(vdup_n_f32(from[0]), vdup_n_f32(from[1]));
+  static F Permute(F a, Lanes lane) {
+    return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(a), lane));
   }
   static F LoadParameter(const void* p, bool half, int64_t at, int64_t count) {
     uint16_t halves[4] = {};

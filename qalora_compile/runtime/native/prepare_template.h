@@ -48,18 +48,21 @@ inline int32_t RoundBlock(const float* x, int64_t count, int32_t* out, float* sc
   return sum;
 }
 
-// Round a row of K values to `codes`, [prepared], and fill the block scales and the group sums, which
-// are those of the rounded values.
+// Round a row of K values to `codes`, [prepared], and fill the block scales, and the sums of the rounded
+// values: of blocks for few rows, of groups for panels.
 template <class V, int digits>
 inline void RoundRow(const Job& job, int64_t row, int32_t* codes) {
   const Layer& layer = *job.layer;
   const float* x = job.x + row * layer.k;
-  float* sum = job.group_sum + row * job.plan.group_floats;
+  float* block_sum = job.block_sum + row * job.plan.block_floats;
+  float* group_sum = job.group_sum + row * job.plan.group_floats;
   float* block_scale = job.block_scale + row * job.plan.block_floats;
   const int64_t block = layer.block();
-  std::memset(sum, 0, job.plan.group_floats * sizeof(float));
+  const bool few = job.few();
+  if (!few) std::memset(group_sum, 0, job.plan.group_floats * sizeof(float));
   std::memset(block_scale, 0, job.plan.block_floats * sizeof(float));
   std::memset(codes + layer.k, 0, (job.plan.prepared() - layer.k) * sizeof(int32_t));
+  if (few) std::memset(block_sum, 0, job.plan.block_floats * sizeof(float));
   int64_t group = 0, left = layer.group_size;
   for (int64_t k = 0, b = 0; k < layer.k; k += block, ++b) {
     float padded[32] = {};
@@ -69,7 +72,11 @@ inline void RoundRow(const Job& job, int64_t row, int32_t* codes) {
       from = padded;
     }
     const int32_t total = RoundBlock<V, digits>(from, block, codes + k, block_scale + b);
-    sum[group] += static_cast<float>(total) * block_scale[b];
+    if (few) {
+      block_sum[b] = -static_cast<float>(total);
+      continue;
+    }
+    group_sum[group] += static_cast<float>(total) * block_scale[b];
     left -= block;
     if (!left) {
       ++group;
@@ -78,21 +85,9 @@ inline void RoundRow(const Job& job, int64_t row, int32_t* codes) {
   }
 }
 
-// Repeat each block's scale for each lane of the block, zeros behind the row.
-template <class V, int bits>
-inline void SpreadBlocks(const Job& job, int64_t row) {
-  const int64_t lanes = job.plan.steps * V::kLanes;
-  const int64_t per_block = job.layer->block() / Codec<V, bits>::kLaneFields;
-  const float* from = job.block_scale + row * job.plan.block_floats;
-  float* to = job.lane_scale + row * lanes;
-  const int64_t used = job.plan.blocks * per_block;
-  for (int64_t i = 0; i < used; ++i) to[i] = from[i / per_block];
-  for (int64_t i = used; i < lanes; ++i) to[i] = 0.0f;
-}
-
 // Codes of one byte together -> those of each plane together, in runs of `run` bytes.
-template <int run, int per_byte>
-inline void OrderPlanes(const int32_t* from, int32_t* to) {
+template <int run, int per_byte, class T>
+inline void OrderPlanes(const T* __restrict from, T* __restrict to) {
   for (int field = 0; field < per_byte; ++field) {
     for (int i = 0; i < run; ++i) to[field * run + i] = from[i * per_byte + field];
   }
@@ -100,25 +95,29 @@ inline void OrderPlanes(const int32_t* from, int32_t* to) {
 
 // The signed digits of `count` integers, the last digit in -64 to 63, the first one first.
 template <int digits>
-inline void SplitDigits(int32_t* codes, int64_t count, int8_t* out) {
-  for (int d = digits - 1; d > 0; --d) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t low = ((codes[i] + 64) & 127) - 64;
+inline void SplitDigits(const int32_t* __restrict codes, int64_t count, int8_t* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t code = codes[i];
+    for (int d = digits - 1; d > 0; --d) {
+      const int32_t low = ((code + 64) & 127) - 64;
       out[d * count + i] = static_cast<int8_t>(low);
-      codes[i] = (codes[i] - low) >> 7;
+      code = (code - low) >> 7;
     }
+    out[i] = static_cast<int8_t>(code);
   }
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int8_t>(codes[i]);
 }
 
 // For few rows: the planes of each step.
 template <class V, int bits, int digits>
 inline void OrderSteps(const Job& job, const int32_t* codes, int8_t* out) {
   using C = Codec<V, bits>;
-  int32_t ordered[C::kCodes];
+  int8_t split[digits * C::kCodes];
   for (int64_t step = 0; step < job.plan.steps; ++step) {
-    OrderPlanes<V::kStep, C::kPerByte>(codes + step * C::kCodes, ordered);
-    SplitDigits<digits>(ordered, C::kCodes, out + step * digits * C::kCodes);
+    SplitDigits<digits>(codes + step * C::kCodes, C::kCodes, split);
+    for (int d = 0; d < digits; ++d) {
+      OrderPlanes<V::kStep, C::kPerByte>(split + d * C::kCodes, out);
+      out += C::kCodes;
+    }
   }
 }
 
@@ -142,7 +141,6 @@ inline void PrepareDigits(const Job& job, int64_t row, float* scratch) {
   RoundRow<V, digits>(job, row, codes);
   int8_t* out = job.quantized + row * job.plan.pitch();
   if (!job.few()) return OrderBlocks<V, bits, digits>(job, codes, out);
-  if (job.rows > 1) SpreadBlocks<V, bits>(job, row);
   OrderSteps<V, bits, digits>(job, codes, out);
 }
 

@@ -12,7 +12,7 @@ namespace {
 struct HighNibbles {
   uint32_t bits[4];
 
-  static HighNibbles Load(const uint8_t* unit, int64_t size, int64_t first) {
+  static HighNibbles Load(const uint8_t* unit, int64_t size, int64_t first, bool) {
     HighNibbles high;
     for (int f = 0; f < 4; ++f) {
       high.bits[f] = static_cast<uint32_t>(HighBits(unit, size, first, f, 4));
@@ -26,6 +26,7 @@ struct Scalar {
   using F = float;
   using Sum = uint32_t;  // wraps on its way, fits at the end
   using Acc = uint32_t;
+  struct Lanes {};
   static constexpr int kStep = 4;
   static constexpr int kLanes = 1;
   static constexpr int kPanelDigits = 1;
@@ -92,12 +93,9 @@ struct Scalar {
   static F Sub(F a, F b) { return a - b; }
   static F Negate(F a) { return -a; }
   static F Fma(F a, F b, F c) { return a * b + c; }
-  static float Reduce(F a) { return a; }
-  static F LaneValues(const float* groups, const LaneMap& map, int64_t step) {
-    return groups[map.first[step] + map.lane[step]];
-  }
-  template <int lanes>
-  static F BlockValues(const float* blocks, int64_t step) { return blocks[step / lanes]; }
+  static Four Reduce4(F a, F b, F c, F d) { return Four{a, b, c, d}; }
+  static Lanes LoadLanes(const int32_t*) { return {}; }
+  static F Permute(F a, Lanes) { return a; }
   static F LoadParameter(const void* p, bool half, int64_t at, int64_t) {
     return half ? HalfToFloat(static_cast<const uint16_t*>(p)[at])
                 : static_cast<const float*>(p)[at];
