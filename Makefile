@@ -55,6 +55,13 @@ test-arithmetic: $(VENV)/installed-dev ## run the numeric tests as on two other 
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 QALORA_KERNEL=avx2 OMP_NUM_THREADS=1 \
 		$(PYTEST) -m "not slow" --one-of-each avx2 $(NUMERIC) $(ARGS)
 
+# OpenVINO is in none of the other environments: its tests say so there and are skipped.
+.PHONY: test-openvino
+test-openvino: $(VENV)/installed-dev ## install OpenVINO and run its tests, SmolLM2 in OpenVINO GenAI too
+	$(PIP) -e ".[openvino]" "openvino-genai>=2026.1,<2027"
+	OMP_NUM_THREADS=1 $(PYTEST) tests/exporters/openvino tests/verify/runners/test_openvino_session.py \
+		tests/testing/test_target_contract.py tests/e2e/test_openvino.py $(ARGS)
+
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
 	OMP_NUM_THREADS=1 $(PYTEST) -m slow $(ARGS)
