@@ -61,6 +61,27 @@ test-avx2: $(VENV)/installed-dev ## the second: AVX2, one thread
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 QALORA_KERNEL=avx2 OMP_NUM_THREADS=1 \
 		$(PYTEST) -m "not slow" --one-of-each avx2 $(NUMERIC) $(ARGS)
 
+# OpenVINO is in none of the other environments: its tests say so there and are skipped.
+.PHONY: test-openvino
+test-openvino: $(VENV)/installed-dev ## install OpenVINO and run its tests, SmolLM2 in OpenVINO GenAI too
+	$(PIP) -e ".[openvino]" "openvino-genai>=2026.1,<2027"
+	OMP_NUM_THREADS=1 $(PYTEST) tests/exporters/openvino tests/verify/runners/test_openvino_session.py \
+		tests/testing/test_target_contract.py tests/e2e/test_openvino.py $(ARGS)
+
+# Other programs that open an edge folder: transformers.js (where Node.js is) in examples/web, and
+# optimum-onnx, sentence-transformers and playwright in an environment of their own.
+.PHONY: clients
+clients: ## install the clients that edge folders are tested with
+	test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
+	build/clients/bin/python -m pip -q install "torch==2.13.0" "optimum-onnx>=0.1,<0.2" \
+		"sentence-transformers>=5.7,<6" "onnxruntime>=1.23,<2" "playwright>=1.50,<2"
+	command -v npm >/dev/null || { echo 'clients: no npm here, so no transformers.js'; exit 0; } && \
+		npm --prefix examples/web install --ignore-scripts --no-audit --no-fund --no-package-lock
+
+.PHONY: test-clients
+test-clients: $(VENV)/installed-dev clients ## run edge folders in other programs; what is not there is skipped
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -rs tests/clients $(ARGS)
+
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
 	OMP_NUM_THREADS=1 $(PYTEST) --by file -m slow $(ARGS)

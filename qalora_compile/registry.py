@@ -182,6 +182,11 @@ ONNX_TARGETS = {
     "ort-stock": "qalora_compile.exporters.onnx.targets:ORT_STOCK",
     "onnx": "qalora_compile.exporters.onnx.targets:ONNX",
 }
+GRAPH_TARGETS = {
+    **ONNX_TARGETS,
+    "openvino": "qalora_compile.exporters.openvino.targets:OPENVINO",
+}
+"""The targets for which passes lower the program."""
 CHECKPOINT_TARGETS = {
     "gguf": f"{_CHECKPOINTS}.registry:GGUF",
     "mlx": f"{_CHECKPOINTS}.registry:MLX",
@@ -191,5 +196,5 @@ CHECKPOINT_TARGETS = {
     "gptq": f"{_CHECKPOINTS}.registry:GPTQ",
     "compressed-tensors": f"{_CHECKPOINTS}.registry:COMPRESSED_TENSORS",
 }
-TARGETS = Registry("target", "qalora_compile.targets", {**ONNX_TARGETS, **CHECKPOINT_TARGETS})
+TARGETS = Registry("target", "qalora_compile.targets", {**GRAPH_TARGETS, **CHECKPOINT_TARGETS})
 """The values of `ExportSpec.target`."""

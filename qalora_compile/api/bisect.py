@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qalora_compile.api.export import lowering
 from qalora_compile.capture.load_source import load_source
-from qalora_compile.config import ONNX_TARGETS, ExportSpec
+from qalora_compile.config import GRAPH_TARGETS, ExportSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
 from qalora_compile.ir.program import Program
@@ -96,11 +96,11 @@ def _load(text: str) -> Program:
 def _passes(start: Program, spec: BisectSpec) -> list[Pass]:
     if spec.passes:
         return list(Pipeline.parse(spec.passes).passes)
-    if spec.target not in ONNX_TARGETS:
+    if spec.target not in GRAPH_TARGETS:
         raise UserInputError(
-            f"no passes run for the target {spec.target}: only ONNX targets are lowered to",
+            f"no passes run for the target {spec.target}: only ONNX and OpenVINO are lowered to",
             where="--target",
-            hint=f"use one of {', '.join(ONNX_TARGETS)}; compare a checkpoint with "
+            hint=f"use one of {', '.join(GRAPH_TARGETS)}; compare a checkpoint with "
             "qalora-compile verify FOLDED CHECKPOINT --max-rel",
         )
     if start.stage not in (QUANTIZED, ADAPTED, FOLDED):

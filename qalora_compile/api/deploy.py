@@ -13,6 +13,7 @@ from qalora_compile.api.edge import (
     edge_graphs,
     is_decoder,
     lowered,
+    model_file,
     write_edge,
 )
 from qalora_compile.api.edge_choices import EdgeChoices, chosen_for
@@ -24,12 +25,12 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.capability import ExportReport
 from qalora_compile.exporters.checkpoints.registry import Format
 from qalora_compile.exporters.record import write_record
-from qalora_compile.exporters.targets import get_target
+from qalora_compile.exporters.targets import LoweredTarget, get_target
 from qalora_compile.files import atomic_folder, reserve
 from qalora_compile.ir.program import Program
 from qalora_compile.progress import say
 from qalora_compile.runtime.library import library_path
-from qalora_compile.untrusted.artifacts import GGUF_FILE, MODEL_FILE
+from qalora_compile.untrusted.artifacts import GGUF_FILE
 
 _FOR_ONNX = ("no_kv_cache", "last_logits", "with_library", "preset", "embeddings")
 
@@ -128,7 +129,7 @@ class EdgeResult:
 
 
 def export_folder(spec: DeploySpec) -> EdgeResult:
-    """Write a FOLDED folder as an edge folder (ONNX), or as a checkpoint of another library.
+    """Write a FOLDED folder as an edge folder, or as a checkpoint of another library.
 
     Raises:
         UserInputError: options conflict, a file is missing, or the output exists.
@@ -138,21 +139,23 @@ def export_folder(spec: DeploySpec) -> EdgeResult:
     """
     inputs = [spec.folder, spec.with_library or None]
     with reserve(spec.out, overwrite=spec.overwrite, inputs=inputs):
-        return _edge(spec) if spec.target.is_onnx else _other(spec)
+        return _edge(spec) if spec.target.is_graph else _other(spec)
 
 
 def _edge(spec: DeploySpec) -> EdgeResult:
     source, library = spec.folder, spec.library()
+    _check_target(spec)
     program, record = load_run(source, lazy=True)
     pooling = chosen_pooling(spec.pooling, spec.normalize, source / MODEL)
     program = pooling.apply(program)
     program, target, choices = spec.choose(program, source / MODEL)
-    graphs = {MODEL_FILE: program}
+    file = model_file(target)
+    graphs = {file: program}
     if not spec.no_kv_cache and (source / MODEL).is_dir():
         say("capture for a device")
-        graphs = edge_graphs(program, source / MODEL, last_logits=spec.last_logits)
+        graphs = edge_graphs(program, source / MODEL, last_logits=spec.last_logits, file=file)
     graphs, target = lowered(graphs, target)
-    say("translate to ONNX")
+    say("translate to ONNX" if target.is_onnx else "convert to OpenVINO IR")
     parts = EdgeParts(
         description=source / MODEL,
         tokenizer=source / TOKENIZER,
@@ -166,6 +169,17 @@ def _edge(spec: DeploySpec) -> EdgeResult:
     )
     report, written = write_edge(spec.out, parts, overwrite=spec.overwrite)
     return EdgeResult(report=report, parts=parts, written=tuple(written))
+
+
+def _check_target(spec: DeploySpec) -> None:
+    """Refuse what the target cannot write before any work.
+
+    Raises:
+        UnsupportedError: the library that the target needs is not installed.
+    """
+    target = get_target(spec.target.target)
+    assert isinstance(target, LoweredTarget), "graph targets are lowered"
+    target.check_path(spec.out / model_file(spec.target), spec.target)
 
 
 def _other(spec: DeploySpec) -> EdgeResult:

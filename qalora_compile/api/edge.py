@@ -41,6 +41,7 @@ from qalora_compile.exporters.onnx.genai_config import (
     genai_config,
     genai_whisper_config,
 )
+from qalora_compile.exporters.openvino.tokenizer import write_tokenizers
 from qalora_compile.files import atomic_folder, keep_parts, write_json
 from qalora_compile.ir.end_tokens import (
     Ends,
@@ -54,7 +55,13 @@ from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program import Program
 from qalora_compile.sealed import write_sealed
 from qalora_compile.untrusted import read_json
-from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE, MODEL_FILE, data_file
+from qalora_compile.untrusted.artifacts import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    MODEL_FILE,
+    OPENVINO_FILE,
+    data_file,
+)
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 RECORD_FILE = "qalora.json"
@@ -144,8 +151,17 @@ def outputs_last_logits(program: Program) -> bool:
     return shape is not None and shape[1] == 1
 
 
+def model_file(spec: ExportSpec) -> str:
+    """Name of the file of a model with a single graph, as its clients look for it."""
+    return MODEL_FILE if spec.is_onnx else OPENVINO_FILE
+
+
 def edge_graphs(
-    program: Program, description: Path, *, last_logits: bool | None = None
+    program: Program,
+    description: Path,
+    *,
+    last_logits: bool | None = None,
+    file: str = MODEL_FILE,
 ) -> dict[str, Program]:
     """File name → graph that a device runs, for a model trained as a single forward pass.
 
@@ -153,10 +169,11 @@ def edge_graphs(
         program: The program captured on complete sequences.
         description: Folder with the `config.json` of the transformers model.
         last_logits: As for `add_kv_cache`.
+        file: Name of the file of a single graph, see `model_file`.
 
     Raises:
-        UnsupportedError: `last_logits` is set for an encoder-decoder model; or see `add_kv_cache`
-            and `split_encoder_decoder`.
+        UnsupportedError: `last_logits` is set for an encoder-decoder model, or its target is not
+            ONNX; or see `add_kv_cache` and `split_encoder_decoder`.
     """
     if not generates(description):
         if last_logits:
@@ -164,9 +181,14 @@ def edge_graphs(
                 "the model does not generate text token by token",
                 hint="export or quantize it without --last-logits",
             )
-        return {MODEL_FILE: program}
+        return {file: program}
     if not has_encoder(description):
-        return {MODEL_FILE: add_kv_cache(program, description, last_logits=last_logits)}
+        return {file: add_kv_cache(program, description, last_logits=last_logits)}
+    if file != MODEL_FILE:
+        raise UnsupportedError(
+            "encoder-decoder models have no form in target openvino",
+            hint="export with target ort, whose folder runs in ONNX Runtime",
+        )
     if last_logits:
         raise UnsupportedError(
             "the decoder of an encoder-decoder model outputs the logits of all its tokens",
@@ -215,7 +237,10 @@ def _write_parts(folder: Path, parts: EdgeParts, size: int) -> list[str]:
     if copy_preprocessor(parts.tokenizer, folder):
         written.append("preprocessor")
     genai = "no: needs a key-value cache"
-    if parts.program.signature.cache:
+    if not parts.spec.is_onnx:
+        genai = "no: it runs ONNX models"
+        written.append(write_tokenizers(parts.tokenizer, folder))
+    elif parts.program.signature.cache:
         genai = _write_genai(folder, parts, description)
         written.append(CONFIG_FILE if genai == "yes" else f"no {CONFIG_FILE} ({genai})")
     written += _write_description(folder, parts, description)
@@ -230,18 +255,22 @@ def _write_parts(folder: Path, parts: EdgeParts, size: int) -> list[str]:
 def _write_description(
     folder: Path, parts: EdgeParts, description: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Write what optimum, transformers.js and sentence-transformers ask for; yields the names."""
+    """Write what clients ask for next to the model; yields the names of the files.
+
+    Those are optimum, transformers.js, sentence-transformers and OpenVINO GenAI.
+    """
     model, generation = description["model"], description["generation"]
     if not model:
         return
     apart = {Path(file).name: 1 for file in parts.graphs if data_file(folder / file).is_file()}
     for_browsers = {"dtype": "q4", "use_external_data_format": apart or False}
-    write_json(folder / MODEL_CONFIG_FILE, model | {"transformers.js_config": for_browsers})
+    more = {"transformers.js_config": for_browsers} if parts.spec.is_onnx else {}
+    write_json(folder / MODEL_CONFIG_FILE, model | more)
     yield MODEL_CONFIG_FILE
     if generation:
         write_json(folder / GENERATION_FILE, generation)
         yield GENERATION_FILE
-    if parts.pair is None and parts.pooling.write(folder, model):
+    if parts.spec.is_onnx and parts.pair is None and parts.pooling.write(folder, model):
         yield "modules.json"
 
 

@@ -73,7 +73,7 @@ class EdgeChoices:
             "activations": f"accuracy level {spec.accuracy_level}",
             "embeddings": self.embeddings.reason,
         }
-        if spec.target == "ort":
+        if spec.target in ("ort", "openvino"):
             shown["scale and zero-point"] = f"{spec.parameter_dtype}: {self.parameters}"
         if self.weights:
             shown["bits per weight"] = f"{8 * size / self.weights:.2f}"

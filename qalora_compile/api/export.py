@@ -220,7 +220,7 @@ def export_model(
         )
     target = _lowered_target(spec)
     target.check_path(path, spec)
-    check_output(path, overwrite=spec.overwrite, is_file=spec.is_onnx)
+    check_output(path, overwrite=spec.overwrite, is_file=spec.is_graph)
     spec = complete_spec(program, spec)
     lowered = lower(program, spec)
     report = target.export(lowered, path, spec, resume=resume)

@@ -12,12 +12,18 @@ from qalora_compile.brief import megabytes
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_files, check_output
 from qalora_compile.ir.onnx_metadata import OnnxLayer, read_onnx_metadata
+from qalora_compile.ir.openvino_metadata import openvino_metadata, read_openvino
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
 from qalora_compile.ir.stages import FOLDED
 from qalora_compile.ir.view.netron import write_structure
 from qalora_compile.ir.view.svg import to_dot, to_svg
-from qalora_compile.untrusted.artifacts import encoder_decoder_files, model_file, onnx_parts
+from qalora_compile.untrusted.artifacts import (
+    OPENVINO_FILE,
+    encoder_decoder_files,
+    model_file,
+    onnx_parts,
+)
 
 _LAYERS = "layers to "
 Row = dict[str, Any]
@@ -116,8 +122,8 @@ def inspect_exported(path: Path) -> tuple[list[Row], Row]:
     """
     halves = encoder_decoder_files(path)
     if halves is None:
-        return _inspect_onnx(model_file(path) if path.is_dir() else path)
-    parts = {file.name: _inspect_onnx(file) for file in halves}
+        return _inspect_file(_model_in(path) if path.is_dir() else path)
+    parts = {file.name: _inspect_file(file) for file in halves}
     rows = [row | {"file": file} for file, (found, _) in parts.items() for row in found]
     totals = [totals for _, totals in parts.values()]
     read = [{row["weight"]: row["bytes"] for row in found} for found, _ in parts.values()]
@@ -134,13 +140,21 @@ def inspect_exported(path: Path) -> tuple[list[Row], Row]:
     }
 
 
-def _inspect_onnx(file: Path) -> tuple[list[Row], Row]:
+def _model_in(folder: Path) -> Path:
+    """The file of a model with a single graph."""
+    other = folder / OPENVINO_FILE
+    return other if other.is_file() else model_file(folder)
+
+
+def _inspect_file(file: Path) -> tuple[list[Row], Row]:
     if not file.is_file():
         raise UserInputError(f"there is no file {file}", where=str(file))
-    metadata = read_onnx_metadata(file)
+    is_onnx = file.suffix != Path(OPENVINO_FILE).suffix
+    metadata = read_onnx_metadata(file) if is_onnx else openvino_metadata(read_openvino(file), file)
+    parts = onnx_parts(file) if is_onnx else [file, file.with_suffix(".bin")]
     rows = [_onnx_row(layer, metadata.target) for layer in metadata.layers]
     decisions = Counter(row["decision"] for row in rows)
-    size = sum(part.stat().st_size for part in onnx_parts(file))
+    size = sum(part.stat().st_size for part in parts)
     return rows, {
         "stage": metadata.stage,
         **{f"{_LAYERS}{name}": count for name, count in sorted(decisions.items())},
@@ -148,6 +162,10 @@ def _inspect_onnx(file: Path) -> tuple[list[Row], Row]:
         "size": megabytes(size),
         "passes": " → ".join(metadata.history),
     }
+
+
+_FORMS = {"openvino": "real"}
+"""How targets hold zero-points, where it is not the form of MatMulNBits."""
 
 
 def _onnx_row(layer: OnnxLayer, target: str) -> Row:
@@ -163,7 +181,7 @@ def _onnx_row(layer: OnnxLayer, target: str) -> Row:
         "K×N": matrix,
         "bits": layer.bits,
         "group": layer.group_size if quantized else None,
-        "zero-point": "integer + correction" if quantized else None,
+        "zero-point": _FORMS.get(target, "integer + correction") if quantized else None,
         "rank": None,
         "bytes": layer.bytes,
         "decision": layer.decision,

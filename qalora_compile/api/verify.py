@@ -31,7 +31,7 @@ from qalora_compile.verify.numeric.compare_nodes import compare_nodes, named_inp
 from qalora_compile.verify.numeric.decoding_calls import sequence_calls
 from qalora_compile.verify.numeric.report import NumericReport
 from qalora_compile.verify.proof.certificate import Certificate
-from qalora_compile.verify.proof.graphs.graph import FX, ONNX, Graph
+from qalora_compile.verify.proof.graphs.graph import FX, ONNX, OPENVINO, Graph
 from qalora_compile.verify.proof.open_graph import open_graph, open_graphs
 from qalora_compile.verify.proof.prove import prove_equivalence
 from qalora_compile.verify.runners.onnx_session import LEVELS, uses_library
@@ -105,9 +105,9 @@ class _Named:
 
     @property
     def exported(self) -> list[Graph]:
-        """The graphs of an ONNX model; none for anything else."""
+        """The graphs of an exported model; none for anything else."""
         graphs = open_graphs(self.path) if isinstance(self.thing, Path) else ()
-        return [graph for graph in graphs if graph.dialect == ONNX]
+        return [graph for graph in graphs if graph.dialect != FX]
 
 
 def compare_on_inputs(spec: VerifySpec, tolerance: Tolerance) -> Compared:
@@ -202,7 +202,7 @@ def _keeps_cache(graphs: list[Graph]) -> bool:
 
 def _has_own_operators(graphs: list[Graph]) -> bool:
     """Whether the graphs have operators of the library, and it can run here."""
-    own = any(uses_library(graph.extra) for graph in graphs)
+    own = any(graph.dialect == ONNX and uses_library(graph.extra) for graph in graphs)
     return own and kernel_level() is not None
 
 
@@ -213,7 +213,7 @@ def _with_cache(folder: _Named, model: _Named) -> Program | None:
     record of the exported model says. None if the program in the folder can be compared directly.
     """
     sides = folder.graph, model.graph
-    if (sides[0].dialect, sides[1].dialect) != (FX, ONNX):
+    if sides[0].dialect != FX or sides[1].dialect == FX:
         return None
     stored = Program.load(folder.path)
     program = _written_as(stored, model.path)
@@ -222,9 +222,15 @@ def _with_cache(folder: _Named, model: _Named) -> Program | None:
     described = folder.path / MODEL
     if has_cache != [False, True] or not described.is_dir():
         return None if program is stored else program
-    logits = next(o for o in sides[1].extra.graph.output if o.name == "logits")
-    last = logits.type.tensor_type.shape.dim[1].dim_value == 1
-    return add_kv_cache(program, described, last_logits=last)
+    return add_kv_cache(program, described, last_logits=_outputs_last(sides[1]))
+
+
+def _outputs_last(graph: Graph) -> bool:
+    """Whether an exported model outputs the logits of the last position only."""
+    if graph.dialect == OPENVINO:
+        return bool(graph.extra.output("logits").get_partial_shape()[1].max_length == 1)
+    logits = next(o for o in graph.extra.graph.output if o.name == "logits")
+    return bool(logits.type.tensor_type.shape.dim[1].dim_value == 1)
 
 
 def _written_as(side: Program | Path, other: Program | Path) -> Program | Path:

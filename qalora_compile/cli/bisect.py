@@ -10,7 +10,7 @@ from qalora_compile.api.bisect import BisectSpec, bisect_pipeline
 from qalora_compile.cli.exit_codes import exit_code
 from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.ui import print_json, print_summary, steps
-from qalora_compile.config import ONNX_TARGETS
+from qalora_compile.config import GRAPH_TARGETS
 from qalora_compile.verify.debug.bisect import Culprit, Step
 
 NAME = "bisect"
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--passes", metavar="TEXT", help="the pipeline, as text")
     chosen.add_argument(
         "--target",
-        help=f"all passes up to this target, as export runs them: {', '.join(ONNX_TARGETS)}",
+        help=f"all passes up to this target, as export runs them: {', '.join(GRAPH_TARGETS)}",
     )
     parser.add_argument("--out", metavar="DIR", help="folder for a minimal reproduction")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")

@@ -32,13 +32,14 @@ from qalora_compile.runtime.footprint import peak_memory
 from qalora_compile.runtime.library import kernel_level, library_path
 
 NAME = "export"
-SUMMARY = "write a folded model as one ONNX file, or as a checkpoint of another library"
+SUMMARY = "write a folded model as one ONNX file, or for OpenVINO, or as a checkpoint"
 EXAMPLES = """examples:
   qalora-compile export folded --out edge
   qalora-compile export folded --out edge --preset fast        int8 activations: 5e-3 error
   qalora-compile export folded --out edge --preset small --embeddings 8      smallest but for one
   qalora-compile export folded --out edge --target ort-stock   no functions, MatMulNBits throughout
   qalora-compile export folded --out edge --target onnx        standard operators only
+  qalora-compile export folded --out edge --target openvino    openvino_model.xml, with state
   qalora-compile export folded --out edge --with-library       for GenAI: our kernels in the folder
   qalora-compile export folded --out edge --no-kv-cache        one pass over complete sequences
   qalora-compile export folded --out edge --pooling mean --normalize     sentence embeddings
@@ -68,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_cache_argument(parser: argparse.ArgumentParser) -> None:
     """Declare options of generating models."""
     parser.add_argument("--no-kv-cache", action="store_true", help="write no key-value cache")
+    parser.add_argument(
+        "--no-state",
+        dest="stateful",
+        action="store_false",
+        default=None,
+        help="target openvino: the key-value cache as inputs and outputs, not as state",
+    )
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,8 +102,8 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parameter-dtype",
         choices=(*PARAMETER_DTYPES, AUTO),
-        help="dtype of scale and zero-point in target ort and in checkpoints; float16 rounds them; "
-        "auto, for target ort: float16 if no weight moves by it",
+        help="dtype of scale and zero-point in targets ort, openvino and in checkpoints; float16 "
+        "rounds them; auto, for ort and openvino: float16 if no weight moves by it",
     )
     parser.add_argument(
         "--correction",

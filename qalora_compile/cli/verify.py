@@ -11,6 +11,7 @@ from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.ui import console, print_json, print_summary, print_table, steps
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
+from qalora_compile.untrusted.artifacts import ArtifactKind, find_artifact
 
 if TYPE_CHECKING:  # imported lazily, so that a certificate is checked without torch
     from qalora_compile.api.verify import VerifySpec
@@ -35,7 +36,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("a", metavar="A", nargs="?", help="RUN, FOLDED, DIR, .onnx or .gguf")
+    parser.add_argument("a", metavar="A", nargs="?", help="RUN, FOLDED, DIR, .onnx, .xml or .gguf")
     parser.add_argument("b", metavar="B", nargs="?", help="likewise; one of them RUN or FOLDED")
     parser.add_argument("--max-abs", type=float, metavar="F", help="largest difference allowed")
     parser.add_argument(
@@ -247,10 +248,18 @@ def _show(report: Report, options: argparse.Namespace, *, library: bool) -> None
         {
             "A": options.a,
             "B": options.b,
-            "kernels": "with the operator library" if library else "of ONNX Runtime",
+            "kernels": _kernels((options.a, options.b), used_library=library),
             "inputs": report.inputs,
             "tolerance": report.tolerance,
             "first diverging site": report.first_divergence or "none",
             "verdict": report.verdict,
         },
     )
+
+
+def _kernels(paths: tuple[str, str], *, used_library: bool) -> str:
+    """What an exported model ran on."""
+    kinds = [found.kind for found in map(find_artifact, paths) if found is not None]
+    if ArtifactKind.OPENVINO in kinds:
+        return "of OpenVINO's CPU plugin"
+    return "with the operator library" if used_library else "of ONNX Runtime"

@@ -12,6 +12,8 @@ from qalora_compile.config.preset import preset_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 
 ONNX_TARGETS = tuple(registry.ONNX_TARGETS)
+GRAPH_TARGETS = tuple(registry.GRAPH_TARGETS)
+"""The targets for which passes lower the program: ONNX and OpenVINO."""
 CHECKPOINT_TARGETS = tuple(registry.CHECKPOINT_TARGETS)
 """Checkpoints of other libraries; the last two hold integer zero-points only."""
 TARGETS = registry.TARGETS.builtin
@@ -29,6 +31,8 @@ FUSION_OPSETS = {"none": 18, "standard": 23, "ort": 22}
 `ort` needs no operator of opset 22: ONNX Runtime releases before 1.21 do not take it, and they
 compute MultiHeadAttention wrongly for masks that differ inside a batch."""
 FUSIONS = tuple(FUSION_OPSETS)
+_AUTO_TARGETS = ("ort", "openvino")
+"""The targets with a choice of `parameter_dtype` that may be left to the export."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +44,20 @@ class ExportSpec(Spec):
             ONNX Runtime with this package's library, without it, and for other runtimes.
             `"ort-stock"`: MatMulNBits with integer zero-points and one shared group-sum
             correction, for any ONNX Runtime. `"onnx"`: blocked DequantizeLinear and the same
-            correction, standard operators only. The others are checkpoints of other libraries
-            (docs/checkpoints.md), which take none of the options of ONNX below.
+            correction, standard operators only. `"openvino"`: OpenVINO IR with real-valued
+            zero-points. The others are checkpoints of other libraries (docs/checkpoints.md), which
+            take none of the options of ONNX below.
         opset: ONNX opset version of the standard domain; None takes 20, or 21 for `"onnx"`.
         accuracy_level: 0 computes in float32; 4 quantizes activations to int8, which is faster and
             errs by about 5e-3 of the output. 2, for target `"ort"` only, quantizes them to two int8
             digits, about 15 bits, which errs by about 1e-4. A file of target `"onnx"` cannot
             express it: the runtime decides (see docs/lowering.md).
-        parameter_dtype: Dtype of scale and zero-point in target `"ort"` and in checkpoints, and of
-            all weights in target `"float"`: `"float32"` is exact, `"float16"` rounds, and is
-            smaller and faster. `"gguf"` and `"safetensors"` leave no choice. `"auto"`, for target
-            `"ort"`, is float16 if that moves no weight by more than `PARAMETER_LIMIT` of its step
-            (`passes.analysis.parameter_rounding`), and float32 otherwise.
+        parameter_dtype: Dtype of scale and zero-point in targets `"ort"` and `"openvino"` and in
+            checkpoints, and of all weights in target `"float"`: `"float32"` is exact, `"float16"`
+            rounds, and is smaller and faster. `"gguf"` and `"safetensors"` leave no choice.
+            `"auto"`, for `"ort"` and `"openvino"`, is float16 if that moves no weight by more than
+            `PARAMETER_LIMIT` of its step (`passes.analysis.parameter_rounding`), and float32
+            otherwise.
         correction: For target `"ort-stock"`: `"fp32"` is exact; `"digits"` makes it part of the
             kernel, as two or three digits of the codes' width, which is faster and rounds.
         fusion: How norms, rotary embeddings and attention of a transformer are written:
@@ -63,6 +69,8 @@ class ExportSpec(Spec):
             `"f16"`, `"bf16"` or `"f32"`; None takes for each the smallest that keeps every value.
         external_data: For ONNX: write the weights to a second file, `<name>_data`, which a runtime
             maps instead of reading. False writes one file, up to 1.9 GB of weights.
+        stateful: For target `"openvino"`: a key-value cache is state of the model, as OpenVINO
+            GenAI runs it, and not inputs and outputs. Without a cache it has no effect.
         allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
             one that is not quantized at all.
         overwrite: Replace an existing file.
@@ -76,6 +84,7 @@ class ExportSpec(Spec):
     fusion: str | None = None
     float_type: str | None = None
     external_data: bool = False
+    stateful: bool = True
     allow_unfolded: bool = False
     overwrite: bool = False
 
@@ -87,7 +96,7 @@ class ExportSpec(Spec):
 
         Args:
             name: One of `PRESETS`, or None.
-            target: As the attribute; presets are for `"ort"` and `"ort-stock"`.
+            target: As the attribute; named presets are for `"ort"` and `"ort-stock"`.
             given: Other attributes.
 
         Raises:
@@ -101,7 +110,7 @@ class ExportSpec(Spec):
             raise UserInputError(
                 f"preset is {name!r} for target {target}", hint="presets are for ort and ort-stock"
             )
-        if target == "ort":
+        if target in _AUTO_TARGETS:
             values["parameter_dtype"] = chosen.parameter_dtype
         return cls(target=target, **values | given)
 
@@ -119,6 +128,11 @@ class ExportSpec(Spec):
         return bool(getattr(registry.TARGETS.load(self.target), "on_codes", False))
 
     @property
+    def is_graph(self) -> bool:
+        """Whether the target is a graph of an inference runtime that this package writes."""
+        return self.target in GRAPH_TARGETS
+
+    @property
     def is_onnx(self) -> bool:
         """Whether the target is an ONNX model."""
         return self.target in ONNX_TARGETS
@@ -131,7 +145,7 @@ class ExportSpec(Spec):
             )
         if self.opset is not None:
             one_of("opset", self.opset, self.OPSETS)
-        dtypes = (*PARAMETER_DTYPES, AUTO) if self.target == "ort" else PARAMETER_DTYPES
+        dtypes = PARAMETER_DTYPES + ((AUTO,) if self.target in _AUTO_TARGETS else ())
         one_of("parameter_dtype", self.parameter_dtype, dtypes)
         one_of("correction", self.correction, CORRECTIONS)
         one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
@@ -153,16 +167,18 @@ class ExportSpec(Spec):
     def _check_target(self) -> None:
         """Refuse options that the target does not have."""
         no_parameters = ("ort-stock", "onnx", "gguf", "safetensors")
-        checkpoint = CHECKPOINT_TARGETS
+        checkpoint, not_onnx = CHECKPOINT_TARGETS, ("openvino", *CHECKPOINT_TARGETS)
         others = tuple(target for target in TARGETS if target != "ort-stock")
         no_floats = tuple(target for target in TARGETS if target != "gguf")
+        no_state = tuple(target for target in TARGETS if target != "openvino")
         for option, default, targets in (
             ("parameter_dtype", "float32", no_parameters),
             ("correction", "fp32", others),
             ("float_type", None, no_floats),
-            ("opset", None, checkpoint),
-            ("accuracy_level", 0, checkpoint),
-            ("fusion", None, checkpoint),
+            ("opset", None, not_onnx),
+            ("accuracy_level", 0, not_onnx),
+            ("fusion", None, not_onnx),
+            ("stateful", True, no_state),
             ("allow_unfolded", False, checkpoint),
         ):
             if getattr(self, option) != default and self.target in targets:

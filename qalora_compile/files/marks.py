@@ -26,9 +26,10 @@ GENERATOR = '<meta name="generator" content="qalora-compile">'
 GGUF_KEY = "qalora.made_by"
 """The mark in the metadata of every GGUF file."""
 PRODUCER = "qalora-compile"
-"""The mark of every ONNX model."""
+"""The mark of every ONNX model, and the name of every OpenVINO model."""
 
 _HEAD_BYTES = 1 << 16
+_OPENVINO_HEAD = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<net name=\"" + PRODUCER.encode() + rb"\"")
 _ONNX_HEAD = re.compile(rb"\x08[\x00-\x7f]\x12" + bytes([len(PRODUCER)]) + PRODUCER.encode())
 """`ir_version` and `producer_name`, as protobuf encodes them at the beginning of the file."""
 
@@ -43,12 +44,17 @@ def is_own_folder(folder: Path) -> bool:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether this package wrote a file (ONNX, GGUF, page or certificate); an empty file counts."""
+    """Whether this package wrote a file; an empty file counts.
+
+    Known are ONNX and OpenVINO models, GGUF files, pages and certificates.
+    """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if head.startswith(b"GGUF"):
         return GGUF_KEY.encode() in head
-    if GENERATOR.encode() in head or _ONNX_HEAD.match(head) or not head:
+    if any(form.match(head) for form in (_ONNX_HEAD, _OPENVINO_HEAD)):
+        return True
+    if GENERATOR.encode() in head or not head:
         return True
     return head[:1] == b"{" and _is_of(path, _CERTIFICATE)
 

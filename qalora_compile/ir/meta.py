@@ -14,6 +14,14 @@ QDQ_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 """Session configuration entry that must be 0, or ONNX Runtime fuses DequantizeLinear and MatMul
 into a MatMulNBits on int8 activations."""
 
+OPENVINO_SETTINGS = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    "KV_CACHE_PRECISION": "f32",
+}
+"""Properties with which OpenVINO computes in float32 throughout. Its defaults are bfloat16 where
+the processor has it, and a cache of 8 bits."""
+
 _SITE = "qalora_site"
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "val")
 

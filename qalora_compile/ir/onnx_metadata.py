@@ -83,6 +83,15 @@ def read_onnx_metadata(path: Path) -> OnnxMetadata:
     text = check_onnx(path).metadata.get(ONNX_METADATA_KEY)
     if text is None:
         raise UserInputError(f"{path.name} was not exported by this package", where=str(path))
+    return metadata_of(text, path)
+
+
+def metadata_of(text: str, path: Path) -> OnnxMetadata:
+    """The metadata in a text of `OnnxMetadata.to_text`.
+
+    Raises:
+        UserInputError: they are malformed.
+    """
     value = parse_json(text, path, what=f"the metadata of {path.name}", finite=True)
     with explain_metadata(path):
         return OnnxMetadata(

@@ -78,6 +78,7 @@ LEGAL_OPS: dict[str, frozenset[object]] = {
     f"{LEGALIZED}ort": _COMMON | {GROUP_QUANT_LINEAR, EXPERT_GROUP_QUANT_LINEAR, BLOCK_EMBEDDING},
     f"{LEGALIZED}ort-stock": _COMMON | {MATMUL_NBITS, EXPERT_MATMUL_NBITS, BLOCK_EMBEDDING},
     f"{LEGALIZED}onnx": _COMMON | {MATMUL_BLOCKS, EXPERT_MATMUL_BLOCKS, FLAT_EMBEDDING},
+    f"{LEGALIZED}openvino": _COMMON | {GROUP_QUANT_LINEAR, BLOCK_EMBEDDING},
 }
 """Operators of the `qalora` namespace that a program of each stage may call."""
 

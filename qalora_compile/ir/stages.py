@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qalora_compile.config import ONNX_TARGETS
+from qalora_compile.config import GRAPH_TARGETS
 
 FLOAT = "float"
 
@@ -25,7 +25,7 @@ LEGALIZED = "legalized:"
 STAGES = (FLOAT, ANNOTATED, QUANTIZED, ADAPTED, FOLDED)
 
 
-ANY_STAGE = (*STAGES, *(f"{LEGALIZED}{target}" for target in ONNX_TARGETS))
+ANY_STAGE = (*STAGES, *(f"{LEGALIZED}{target}" for target in GRAPH_TARGETS))
 
 
 CODE_NAMES = ("qweight", "scale", "offset")

@@ -18,6 +18,8 @@ _HALVES = ((ENCODER_FILE, DECODER_FILE), ("encoder_model.onnx", "decoder_model.o
 """Also the places of earlier versions, and of optimum."""
 _DATA_SUFFIXES = ("_data", ".data")
 CONFIG_FILE, GGUF_FILE = "config.json", "model.gguf"
+OPENVINO_FILE = "openvino_model.xml"
+"""The name that OpenVINO GenAI and Optimum look for; the weights are in a `.bin` file."""
 
 
 class ArtifactKind(Enum):
@@ -26,6 +28,7 @@ class ArtifactKind(Enum):
     PROGRAM = "program folder"
     ENCODER_DECODER = "exported encoder-decoder model"
     ONNX = "ONNX model"
+    OPENVINO = "OpenVINO model"
     GGUF = "GGUF file"
     CHECKPOINT = "checkpoint folder"
 
@@ -36,7 +39,7 @@ class Artifact:
 
     Attributes:
         kind: Its kind.
-        path: The `.onnx` or `.gguf` file; for the other kinds, the folder.
+        path: The `.onnx`, `.xml` or `.gguf` file; for the other kinds, the folder.
     """
 
     kind: ArtifactKind
@@ -71,12 +74,16 @@ def find_artifact(path: str | Path) -> Artifact | None:
     """Identify an artifact by the files that are there; None if the path names nothing known.
 
     A folder is a program if it holds `program.json`, otherwise an encoder-decoder model if it holds
-    at least one of the two graphs. Otherwise `onnx/model_q4.onnx` (`model.onnx`), `model.gguf`,
-    safetensors or `config.json` decide. No file is read.
+    at least one of the two graphs. Otherwise `onnx/model_q4.onnx` (`model.onnx`),
+    `openvino_model.xml`, `model.gguf`, safetensors or `config.json` decide. No file is read.
     """
     path = Path(path)
     if not path.is_dir():
-        kinds = {".onnx": ArtifactKind.ONNX, ".gguf": ArtifactKind.GGUF}
+        kinds = {
+            ".onnx": ArtifactKind.ONNX,
+            ".xml": ArtifactKind.OPENVINO,
+            ".gguf": ArtifactKind.GGUF,
+        }
         kind = kinds.get(path.suffix) if path.exists() else None
         return None if kind is None else Artifact(kind, path)
     if (path / PROGRAM_FILE).exists():
@@ -85,6 +92,7 @@ def find_artifact(path: str | Path) -> Artifact | None:
         return Artifact(ArtifactKind.ENCODER_DECODER, path)
     for kind, file in (
         (ArtifactKind.ONNX, model_file(path)),
+        (ArtifactKind.OPENVINO, path / OPENVINO_FILE),
         (ArtifactKind.GGUF, path / GGUF_FILE),
     ):
         if file.exists():

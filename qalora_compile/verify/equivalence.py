@@ -25,7 +25,7 @@ from qalora_compile.verify.numeric.rounding import RoundingReference
 from qalora_compile.verify.padding import Padding, counted, padding_of
 from qalora_compile.verify.proof.nonfinite import damages_of
 from qalora_compile.verify.runners.encoder_decoder import EncoderDecoderRunner
-from qalora_compile.verify.runners.open_runner import OnnxRunner, ProgramRunner, open_runner
+from qalora_compile.verify.runners.open_runner import ExportedRunner, ProgramRunner, open_runner
 from qalora_compile.verify.runners.run import Runner
 
 AFTER_LAST_SITE = "after the last site"
@@ -65,7 +65,7 @@ def verify_equivalence(
     extra = None if library is None else Path(library)
     a, b = open_runner(reference, extra), open_runner(candidate, extra)
     for one, other in ((a, b), (b, a)):
-        if isinstance(one, (OnnxRunner, EncoderDecoderRunner)):
+        if isinstance(one, (ExportedRunner, EncoderDecoderRunner)):
             one.meet(other)
     exact = RoundingReference.of(a, b) if tolerance.rounding else None
     outputs, sites, by_input = _compare_runs(a, b, inputs, exact)
@@ -94,7 +94,7 @@ def _compare_runs(
 ) -> tuple[_Rows, _Rows, list[Comparison]]:
     """Comparisons of every output and site by name, and of the worst output of each input."""
     outputs, sites, by_input = _Rows(), _Rows(), list[Comparison]()
-    in_steps = any(isinstance(side, OnnxRunner) and side.in_steps for side in (a, b))
+    in_steps = any(isinstance(side, ExportedRunner) and side.in_steps for side in (a, b))
     for index, call in enumerate(track(list(inputs), "verify")):
         leaves = _leaves(a, b, call)
         run_a, run_b = (side.run(side.signature.widen(leaves)) for side in (a, b))

@@ -255,12 +255,12 @@ def _edge_with_data(folder: Path) -> None:
 
 
 def _read_edge(folder: Path) -> str:
-    from qalora_compile.api.inspect import _inspect_onnx
+    from qalora_compile.api.inspect import _inspect_file
     from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
     from qalora_compile.verify.runners.onnx_session import OnnxSession
 
     path = folder / "model.onnx"
-    rows = _inspect_onnx(path)
+    rows = _inspect_file(path)
     graph = read_onnx_graph(path)
     stored = {name: tensor.digest for name, tensor in graph.tensors.items()}
     session = OnnxSession(path)

@@ -41,7 +41,7 @@ FREE = {"__init__", "__main__", "api", "cli"}
 """Rooms that join the others: they may import everything."""
 OPTIONAL = {
     "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "gguf", "peft", "accelerate",
-    "grandalf", "jinja2", "matplotlib", "re2",
+    "grandalf", "jinja2", "matplotlib", "re2", "openvino", "openvino_tokenizers",
 }  # fmt: skip
 IMPORTING_CALLS = {"import_module", "require", "__import__"}
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60

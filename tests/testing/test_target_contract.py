@@ -10,19 +10,24 @@ import pytest
 
 import qalora_compile as qc
 from qalora_compile import extend
-from qalora_compile.config import CHECKPOINT_TARGETS, ONNX_TARGETS
+from qalora_compile.config import CHECKPOINT_TARGETS, GRAPH_TARGETS, ONNX_TARGETS
 from qalora_compile.ir.program import Program
 from qalora_compile.registry import TARGETS
 from qalora_compile.testing import ContractError, check_target
 from tests.exporters.checkpoint_cases import llama_and_program, with_integer_zeros
 
 INTEGER = ("gptq", "compressed-tensors")
-NAMES = dict.fromkeys(ONNX_TARGETS, "model.onnx") | {"gguf": "model.gguf"}
+NAMES = dict.fromkeys(ONNX_TARGETS, "model.onnx") | {"gguf": "model.gguf", "openvino": "model.xml"}
 
 
 @pytest.mark.parametrize("name", ONNX_TARGETS)
 def test_every_onnx_target_keeps_the_contract(name: str) -> None:
     check_target(name, file_name=NAMES[name])
+
+
+def test_the_openvino_target_keeps_the_contract() -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    check_target("openvino", file_name=NAMES["openvino"])
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_TARGETS)
@@ -33,7 +38,7 @@ def test_every_checkpoint_target_keeps_the_contract(name: str) -> None:
 
 
 def test_these_are_all() -> None:
-    assert TARGETS.builtin == (*ONNX_TARGETS, *CHECKPOINT_TARGETS)
+    assert TARGETS.builtin == (*GRAPH_TARGETS, *CHECKPOINT_TARGETS)
 
 
 def write(program: Program, folder: Path, spec: qc.ExportSpec) -> list[extend.StoredTensor]:

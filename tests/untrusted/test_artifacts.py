@@ -20,6 +20,10 @@ FOLDERS = {
     ("onnx/model.onnx", "config.json"): (ArtifactKind.ONNX, "onnx/model.onnx"),
     ("onnx/model_q4.onnx", "model.onnx"): (ArtifactKind.ONNX, "onnx/model_q4.onnx"),
     ("model.onnx", "config.json"): (ArtifactKind.ONNX, "model.onnx"),
+    ("openvino_model.xml", "openvino_model.bin", "config.json"): (
+        ArtifactKind.OPENVINO,
+        "openvino_model.xml",
+    ),
     ("model.gguf",): (ArtifactKind.GGUF, "model.gguf"),
     ("part-1.safetensors",): (ArtifactKind.CHECKPOINT, ""),
     ("config.json",): (ArtifactKind.CHECKPOINT, ""),

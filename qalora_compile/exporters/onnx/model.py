@@ -63,7 +63,7 @@ def _to_onnx(exported: ExportedProgram, program: Program, spec: ExportSpec) -> A
             optimize=False,
             opset_version=spec.onnx_opset,
             input_names=[leaf.name for leaf in program.signature.inputs if leaf.dtype],
-            output_names=_tensor_outputs(program),
+            output_names=tensor_outputs(program),
             custom_translation_table=translation_table(spec.onnx_opset, spec.fusion),
             verbose=False,
         )
@@ -72,7 +72,7 @@ def _to_onnx(exported: ExportedProgram, program: Program, spec: ExportSpec) -> A
     return onnx_program.model
 
 
-def _tensor_outputs(program: Program) -> list[str]:
+def tensor_outputs(program: Program) -> list[str]:
     """Names of the outputs that are tensors; an output that is None is left out in ONNX."""
     values = pytree.tree_leaves(output_value(program.graph), is_leaf=lambda leaf: leaf is None)
     return [

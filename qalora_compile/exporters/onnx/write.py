@@ -61,7 +61,7 @@ def write_translated(
     sites = name_sites(model, program)
     _add_functions(model)
     model.producer_name = "qalora-compile"
-    model.metadata_props[ONNX_METADATA_KEY] = _metadata(program, spec, sites)
+    model.metadata_props[ONNX_METADATA_KEY] = metadata_text(program, spec, sites)
     return _save(model, program, path, spec, resume)
 
 
@@ -90,7 +90,8 @@ def _function_form(ir: Any, layers: list[Any]) -> FunctionForm:
     )
 
 
-def _metadata(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
+def metadata_text(program: Program, spec: ExportSpec, sites: dict[str, str]) -> str:
+    """The metadata of an exported graph, see `OnnxMetadata`; `sites` as its `site_values`."""
     from qalora_compile._version import __version__
 
     tensors = program.tensors()

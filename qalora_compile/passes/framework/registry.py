@@ -35,6 +35,7 @@ _HOMES = {
     "legalize-ort": "legalize.legalize_ort:LegalizeOrt",
     "legalize-ort-stock": "legalize.legalize_ort_stock:LegalizeOrtStock",
     "legalize-onnx": "legalize.legalize_onnx:LegalizeOnnx",
+    "legalize-openvino": "legalize.legalize_openvino:LegalizeOpenvino",
 }
 """Name → module in `qalora_compile.passes` and class."""
 PASSES = Registry(

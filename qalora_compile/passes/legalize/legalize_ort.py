@@ -126,9 +126,22 @@ class LegalizeOrt(LegalizePass):
 
 
 def lower_groups(
-    qweight: Tensor, scale: Tensor, offset: Tensor, layer: Layer, dtype: torch.dtype
+    qweight: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    layer: Layer,
+    dtype: torch.dtype,
+    stored_bits: int | None = None,
 ) -> dict[str, Tensor]:
     """Tensors of GroupQuantLinear from packed codes `[N, ·]`, scale and offset `[N, L]`.
+
+    Args:
+        qweight: Codes of `layer.bits` bits.
+        scale: Step of each group.
+        offset: Value of code 0 in each group.
+        layer: The format of the weight.
+        dtype: Of scale and zero-point.
+        stored_bits: Width in which codes are stored; None takes that of the layer.
 
     Returns:
         `qweight` `[N, L, width · bits / 8]` uint8; `scale` and `zero_point` `[N, L]` of `dtype`.
@@ -159,5 +172,6 @@ def lower_groups(
             f"a scale is too small for {dtype}".replace("torch.", ""),
             hint="export with parameter_dtype float32",
         )
-    packed = pack_groups(codes.flatten(1), bits=layer.bits, group_size=layout.width)
+    width = stored_bits or layer.bits
+    packed = pack_groups(codes.flatten(1), bits=width, group_size=layout.width)
     return {"qweight": packed} | stored

@@ -20,10 +20,9 @@ from qalora_compile.verify.proof.compare_weights import Coefficients
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Tensor
 from qalora_compile.verify.proof.graphs.read_fx import program_graph
 from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
+from qalora_compile.verify.proof.match_structure import linear_of
 from qalora_compile.verify.proof.open_graph import open_graph, open_graphs
-from qalora_compile.verify.proof.weights.fx_layers import fx_linear
 from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError
-from qalora_compile.verify.proof.weights.onnx_layers import onnx_linear
 from qalora_compile.verify.proof.weights.unpack import row_codes
 
 _LINES = 250
@@ -299,7 +298,7 @@ def effective_zero_points(
             if mine is None or row.experts is not None or row.path in found:
                 continue
             try:
-                linear = (fx_linear if graph.dialect == FX else onnx_linear)(graph, row)
+                linear = linear_of(graph, row)
             except NotLinearError:
                 continue
             packed, scale = (held.tensors.get(f"{row.path}.{p}") for p in ("qweight", "scale"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.signature import Call, split_call, widened
+from qalora_compile.ir.signature import Call, split_call
 from qalora_compile.progress import track
 from qalora_compile.untrusted.artifacts import ArtifactKind, find_artifact
 from qalora_compile.verdict import Verdict
@@ -30,17 +30,21 @@ from qalora_compile.verify.numeric.error_bound import (
     without_numbers,
 )
 from qalora_compile.verify.numeric.report import ModeReport, NumericReport, ValueRow
-from qalora_compile.verify.numeric.run_float64 import run_nodes, run_reference, working_dtype
+from qalora_compile.verify.numeric.run_candidate import (
+    Compute,
+    run_model,
+    run_openvino,
+    run_program,
+)
+from qalora_compile.verify.numeric.run_float64 import run_reference, working_dtype
 from qalora_compile.verify.padding import Padding, padding_of
-from qalora_compile.verify.proof.graphs.graph import ONNX, Graph, Ref
+from qalora_compile.verify.proof.graphs.graph import FX, OPENVINO, Graph, Ref
 from qalora_compile.verify.proof.graphs.graph import Tensor as StoredTensor
 from qalora_compile.verify.proof.match_structure import Match, match_values
 from qalora_compile.verify.proof.nonfinite import damages
 from qalora_compile.verify.proof.open_graph import open_graph
 from qalora_compile.verify.runners.onnx_session import LEVELS, OnnxSession, hides, uses_library
-
-Compute = Callable[[Program, Sequence[Any]], dict[str, Tensor]]
-"""Values of the candidate by name, for the flat inputs of the reference."""
+from qalora_compile.verify.runners.openvino_session import OpenvinoSession
 
 
 def named_inputs(program: Program, count: int, *, seed: int = 0) -> dict[str, Call]:
@@ -206,10 +210,13 @@ def _execution_modes(
     library: str | Path | None,
 ) -> tuple[list[_Candidate], list[str]]:
     names = _names(matches, 1)
-    if graph.dialect != ONNX:
+    if graph.dialect == FX:
         program = _program(candidate)
-        return [_Candidate("as a program", lambda: _run_program(program, names))], []
+        return [_Candidate("as a program", lambda: run_program(program, names))], []
     path = Path(graph.label)
+    if graph.dialect == OPENVINO:
+        name = "OpenVINO's CPU plugin, float32"
+        return [_Candidate(name, lambda: run_openvino(OpenvinoSession(path), graph, names))], []
     libraries: list[Path | None] = [None]
     notes = []
     if uses_library(graph.extra):
@@ -226,7 +233,7 @@ def _execution_modes(
             modes.append(
                 _Candidate(
                     f"optimization {level}, {kernels}",
-                    lambda level=level, one=one: _run_model(  # type: ignore[misc]
+                    lambda level=level, one=one: run_model(  # type: ignore[misc]
                         OnnxSession(path, one, level), graph, names
                     ),
                 )
@@ -235,7 +242,7 @@ def _execution_modes(
         modes.append(
             _Candidate(
                 "functions of the file instead of kernels",
-                lambda: _run_model(
+                lambda: run_model(
                     OnnxSession(path, None, "disabled", spelled_out=True), graph, names
                 ),
                 once=True,
@@ -248,32 +255,6 @@ def _names(matches: Sequence[Match], side: int) -> list[str]:
     """The values of one graph that are compared, without stored tensors."""
     operands = [match.values[side] for match in matches]
     return list(dict.fromkeys(ref.name for ref in operands if isinstance(ref, Ref)))
-
-
-def _run_program(program: Program, names: Sequence[str]) -> Compute:
-    def compute(source: Program, leaves: Sequence[Any]) -> dict[str, Tensor]:
-        return run_nodes(program, program.signature.widen(leaves), frozenset(names))
-
-    return compute
-
-
-def _run_model(session: OnnxSession, graph: Graph, names: Sequence[str]) -> Compute:
-    """Outputs come from the file as it is, inner values from a session with them as outputs."""
-    outputs = {out.name for out in session.session.get_outputs()}
-    inner = [name for name in names if name not in outputs and name not in graph.inputs]
-
-    def compute(source: Program, leaves: Sequence[Any]) -> dict[str, Tensor]:
-        feed = {
-            leaf.name: value.detach()
-            for leaf, value in zip(source.signature.inputs, leaves, strict=True)
-            if isinstance(value, Tensor)
-        }
-        wide = {name: widened(value) for name, value in feed.items()}
-        arrays = {name: value.numpy() for name, value in wide.items()}
-        found = session.outputs(arrays) | {n: v for n, v in wide.items() if n in graph.inputs}
-        return found | (session.values(inner, arrays) if inner else {})
-
-    return compute
 
 
 @dataclass(frozen=True)

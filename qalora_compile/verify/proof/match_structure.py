@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_compile.verify.proof.aliasing import refuse_hidden_writes
 from qalora_compile.verify.proof.compare_leaves import parted
-from qalora_compile.verify.proof.graphs.graph import FX, Graph, Ref, SiteRow
+from qalora_compile.verify.proof.graphs.graph import FX, ONNX, OPENVINO, Graph, Ref, SiteRow
 from qalora_compile.verify.proof.nonfinite import damages
 from qalora_compile.verify.proof.open_graph import open_graph
 from qalora_compile.verify.proof.terms.op_semantics import OPERATORS
@@ -19,6 +19,7 @@ from qalora_compile.verify.proof.terms.term import Algebra, Term, differences
 from qalora_compile.verify.proof.weights.fx_layers import fx_linear
 from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError
 from qalora_compile.verify.proof.weights.onnx_layers import function_linears, onnx_linear
+from qalora_compile.verify.proof.weights.openvino_layers import openvino_linear
 
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
@@ -240,9 +241,21 @@ def _pair(a: Graph, b: Graph, site: SiteRow) -> Pair:
     return Pair(site, (first, second), functions)
 
 
+_LINEARS = {FX: fx_linear, ONNX: onnx_linear, OPENVINO: openvino_linear}
+
+
+def linear_of(graph: Graph, site: SiteRow) -> Linear:
+    """The linear map that a site computes, in any dialect.
+
+    Raises:
+        NotLinearError: its nodes do not have a form that this package writes.
+    """
+    return _LINEARS[graph.dialect](graph, site)
+
+
 def _linear(graph: Graph, site: SiteRow) -> Linear:
     try:
-        return fx_linear(graph, site) if graph.dialect == FX else onnx_linear(graph, site)
+        return linear_of(graph, site)
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise NotLinearError(
             f"the nodes of the layer in {graph.label} do not fit their operators' definition: "

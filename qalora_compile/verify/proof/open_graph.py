@@ -18,6 +18,7 @@ from qalora_compile.untrusted.artifacts import (
 from qalora_compile.verify.proof.graphs.graph import Graph
 from qalora_compile.verify.proof.graphs.read_fx import program_graph, read_program_graph
 from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
+from qalora_compile.verify.proof.graphs.read_openvino import read_openvino_graph
 from qalora_compile.verify.proof.weights.find_lookups import find_lookups
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def open_graph(thing: Program | Graph | str | Path) -> Graph:
         return read_program_graph(found.path)
     if found is not None and found.kind is ArtifactKind.ONNX:
         return find_lookups(read_onnx_graph(found.path))
+    if found is not None and found.kind is ArtifactKind.OPENVINO:
+        return read_openvino_graph(found.path)
     if found is not None and found.kind is ArtifactKind.ENCODER_DECODER:
         raise UserInputError(
             f"{thing} is an encoder-decoder model: two graphs, which are compared one by one",
@@ -72,6 +75,9 @@ def files_of(path: Path) -> dict[str, str]:
     if found is not None and found.kind is ArtifactKind.PROGRAM:
         names = [PROGRAM_FILE, *tensor_files(path)]
         return {name: digest_of_file(path / name) for name in names}
+    if found is not None and found.kind is ArtifactKind.OPENVINO:
+        both = (found.path, found.path.with_suffix(".bin"))
+        return {file.name: digest_of_file(file) for file in both}
     if found is None or found.kind is not ArtifactKind.ONNX:
         raise unknown_artifact(path)
     model = found.path

@@ -22,7 +22,8 @@ from qalora_compile.progress import track
 from qalora_compile.verify.compare import compare
 from qalora_compile.verify.inputs import padded_inputs, sample_inputs
 from qalora_compile.verify.padding import counted, padding_of
-from qalora_compile.verify.proof.graphs.graph import Graph, Ref, reachable
+from qalora_compile.verify.proof.cut_openvino import CutOpenvino
+from qalora_compile.verify.proof.graphs.graph import ONNX, Graph, Ref, reachable
 from qalora_compile.verify.proof.graphs.onnx_subgraphs import captured
 from qalora_compile.verify.runners.onnx_session import explain_refusal, open_model, run_session
 from qalora_compile.verify.runners.open_runner import ProgramRunner
@@ -149,7 +150,7 @@ def sample(
     if program is None:
         raise UserInputError("neither graph is of a program, from which samples are drawn")
     cut = [
-        CutModel(graph, sites, [pair[i] for pair in targets])
+        _cut_model(graph)(graph, sites, [pair[i] for pair in targets])
         if owner is None
         else CutProgram(owner, graph, sites, [pair[i] for pair in targets])
         for i, (graph, owner) in enumerate(zip(graphs, programs, strict=True))
@@ -173,8 +174,12 @@ def sample(
     return worst
 
 
+def _cut_model(graph: Graph) -> type[CutModel] | type[CutOpenvino]:
+    return CutModel if graph.dialect == ONNX else CutOpenvino
+
+
 def _run(
-    part: CutProgram | CutModel,
+    part: CutProgram | CutModel | CutOpenvino,
     owner: Program | None,
     program: Program,
     leaves: Sequence[Any],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import PAST, InputLeaf, Signature
 from qalora_compile.verify.inputs import draw_leaves
-from qalora_compile.verify.runners.onnx_session import OnnxSession
 from qalora_compile.verify.runners.run import Runner
 
 _PRESENT = "present."
@@ -87,15 +86,29 @@ def empty_cache(leaves: Iterable[InputLeaf], batch: int) -> dict[str, Any]:
     return past
 
 
+class Session(Protocol):
+    """An exported graph with a runtime."""
+
+    signature: Signature
+
+    def outputs(self, feed: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Every output by name; inputs that the graph does not have are ignored."""
+
+    def sites(self, feed: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The output of every site, by its name, in graph order."""
+
+    def width(self, output: str) -> int | None:
+        """The size of an output along axis 1, if it is fixed."""
+
+
 class CachedSteps:
     """Runs a session on complete sequences in the steps of `stops_of`, with its cache."""
 
-    def __init__(self, graph: OnnxSession) -> None:
+    def __init__(self, graph: Session) -> None:
         self._graph = graph
         self.signature = graph.signature
         # A model that returns only the last logits runs token by token to return them all.
-        logits = next(out for out in graph.session.get_outputs() if out.name == _LOGITS)
-        self.last_only = logits.shape[1] == 1
+        self.last_only = graph.width(_LOGITS) == 1
         """Whether the model outputs the logits of the last token alone."""
         self.counts_padding = True
         """Whether padding tokens count as positions, as in most models without a position input."""

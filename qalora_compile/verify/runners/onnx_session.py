@@ -81,6 +81,12 @@ class OnnxSession:
         self.session = self._open_changed(()) if spelled_out else self._open(str(path))
         self._inner: tuple[frozenset[str], Any] | None = None
 
+    def width(self, output: str) -> int | None:
+        """The size of an output along axis 1, if it is fixed."""
+        found = next(out for out in self.session.get_outputs() if out.name == output)
+        size = found.shape[1]
+        return size if isinstance(size, int) else None
+
     def outputs(self, feed: Mapping[str, Any]) -> dict[str, Tensor]:
         """Every output by name; inputs that the file does not have are ignored."""
         names = [output.name for output in self.session.get_outputs()]

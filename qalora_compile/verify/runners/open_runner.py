@@ -1,4 +1,4 @@
-"""One runner interface for what can be verified: programs and exported ONNX models."""
+"""One runner interface for what can be verified: programs and exported models."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ from qalora_compile.ir.program import Program
 from qalora_compile.untrusted import quoted
 from qalora_compile.untrusted.artifacts import ArtifactKind, find_artifact, unknown_artifact
 from qalora_compile.verify.runners.encoder_decoder import EncoderDecoderRunner
-from qalora_compile.verify.runners.kv_cache import MASK, CachedSteps, counts_padding, without_cache
+from qalora_compile.verify.runners.kv_cache import (
+    MASK,
+    CachedSteps,
+    Session,
+    counts_padding,
+    without_cache,
+)
 from qalora_compile.verify.runners.onnx_session import OnnxSession
+from qalora_compile.verify.runners.openvino_session import OpenvinoSession
 from qalora_compile.verify.runners.run import Run, Runner
 
 
@@ -54,22 +61,23 @@ class ProgramRunner:
         )
 
 
-class OnnxRunner:
-    """Runs an exported model in ONNX Runtime, see `OnnxSession`.
+class ExportedRunner:
+    """Runs an exported model in a runtime, see `OnnxSession` and `OpenvinoSession`.
 
     Language models with a key-value cache run on complete sequences, see `verify.runners.kv_cache`.
 
     Args:
-        path: The `.onnx` file.
-        library: A library of custom operators for the sessions.
+        path: The `.onnx` or `.xml` file.
+        library: For ONNX: a library of custom operators for the sessions.
 
     Raises:
-        UserInputError: see `OnnxSession`; or it is one half of an encoder-decoder model.
+        UserInputError: see the sessions; or it is one half of an encoder-decoder model.
     """
 
     def __init__(self, path: Path, library: Path | None = None) -> None:
-        self.label = f"{path} with {library.name}" if library else str(path)
-        self._graph = OnnxSession(path, library)
+        is_onnx = path.suffix == ".onnx"
+        self.label = f"{path} with {library.name}" if library and is_onnx else str(path)
+        self._graph: Session = OnnxSession(path, library) if is_onnx else OpenvinoSession(path)
         self.signature = self._graph.signature
         if self.signature.cross_cache:
             raise UserInputError(
@@ -126,8 +134,8 @@ def open_runner(thing: Program | str | Path, library: Path | None = None) -> Run
     found = find_artifact(thing)
     if found is not None and found.kind is ArtifactKind.ENCODER_DECODER:
         return EncoderDecoderRunner(found.path, library)
-    if found is not None and found.kind is ArtifactKind.ONNX:
-        return OnnxRunner(found.path, library)
+    if found is not None and found.kind in (ArtifactKind.ONNX, ArtifactKind.OPENVINO):
+        return ExportedRunner(found.path, library)
     if found is not None and found.kind is ArtifactKind.PROGRAM:
         return ProgramRunner(Program.load(found.path), str(found.path))
     raise unknown_artifact(thing)

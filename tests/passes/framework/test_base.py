@@ -157,6 +157,7 @@ STEPS = {
     "legalize-ort": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-ort-stock": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-onnx": {QUANTIZED, ADAPTED, FOLDED},
+    "legalize-openvino": {QUANTIZED, ADAPTED, FOLDED},
     "fuse-shared-input": set(),
 }
 

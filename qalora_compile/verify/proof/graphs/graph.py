@@ -9,7 +9,7 @@ from typing import Any
 from qalora_compile.verify.proof.graphs.operand_names import OPERANDS
 from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 
-FX, ONNX = "fx", "onnx"
+FX, ONNX, OPENVINO = "fx", "onnx", "openvino"
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Graph:
     """A graph with its tensors.
 
     Attributes:
-        dialect: `fx` or `onnx`.
+        dialect: `fx`, `onnx` or `openvino`.
         label: What it is called in messages.
-        stage: The stage of a program, or the target of an ONNX model.
+        stage: The stage of a program, or the target of an exported model.
         nodes: Nodes by the value that they compute, in graph order.
         inputs: Value → name of the input, and its dtype (None for a constant).
         outputs: Name → the value, or None.
@@ -94,7 +94,7 @@ class Graph:
         site_values: Site → the value that holds its output.
         half: Whether the model computes in half precision.
         functions: Model-local functions of an ONNX model, by (domain, name).
-        extra: The ONNX model itself; for the body of a function, the name of its input x.
+        extra: The exported model itself; for the body of a function, the name of its input x.
     """
 
     dialect: str

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from qalora_compile.untrusted.element_types import FLOATS
-from qalora_compile.verify.proof.graphs.graph import FX, ONNX, Graph, Node, Tensor
+from qalora_compile.verify.proof.graphs.graph import FX, ONNX, OPENVINO, Graph, Node, Tensor
 from qalora_compile.verify.proof.graphs.read_onnx import ONNX_TYPES
 from qalora_compile.verify.proof.terms.semantics import OpSemantics, Semantics
 from qalora_compile.verify.proof.terms.term import (
@@ -376,5 +376,6 @@ _ONNX: dict[str, OpSemantics] = {
     "onnx.Cast": _onnx_cast,
     "onnx.Slice": _onnx_slice,
 }
-OPERATORS = {FX: _FX, ONNX: _ONNX}
+OPERATORS: dict[str, dict[str, OpSemantics]] = {FX: _FX, ONNX: _ONNX, OPENVINO: {}}
+"""OpenVINO's operators have no common form with the others: they are compared on samples."""
 """The semantics of operators, by the dialect of the graph."""

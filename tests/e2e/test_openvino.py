@@ -1,0 +1,62 @@
+"""SmolLM2-135M for OpenVINO: the folder runs in OpenVINO GenAI, with torch's tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import qalora_compile as qc
+from qalora_compile.capture.load_source import load_source
+from qalora_compile.exporters.openvino.tokenizer import (
+    DETOKENIZER_FILE,
+    TOKENIZER_FILE,
+    write_tokenizers,
+)
+from qalora_compile.files import write_json
+from tests.models import randomize_adapters
+
+openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+genai = pytest.importorskip("openvino_genai", reason="openvino-genai is not installed")
+pytest.importorskip("openvino_tokenizers", reason="openvino-tokenizers is not installed")
+pytestmark = pytest.mark.slow
+
+EXAMPLES = str(Path(__file__).parents[2] / "examples")
+PROMPT = "Water boils at a lower temperature on a mountain because"
+NEW_TOKENS = 24
+
+
+def test_genai_generates_the_tokens_of_torch(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        from assets import model_path
+
+        source = load_source(str(model_path()))
+    quantized = qc.quantize_groups(source.capture(), embeddings=qc.QuantSpec(bits=8))
+    folded = qc.fold_adapters(randomize_adapters(qc.insert_adapters(quantized), 1e-3)).eval()
+    cached = qc.add_kv_cache(folded, source.model, last_logits=None)
+    qc.export_model(cached, tmp_path / "openvino_model.xml", qc.ExportSpec(target="openvino"))
+    source.tokenizer.save_pretrained(tmp_path)
+    assert write_tokenizers(tmp_path, tmp_path) == TOKENIZER_FILE
+    assert (tmp_path / DETOKENIZER_FILE).is_file()
+    described: Any = source.model.config
+    write_json(tmp_path / "config.json", described.to_dict())
+
+    tokens = source.tokenizer(PROMPT).input_ids
+    expected = list(tokens)
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            call = torch.tensor([expected])
+            found = folded(input_ids=call, attention_mask=torch.ones_like(call))
+            expected.append(int(found.logits[0, -1].argmax()))
+    pipeline = genai.LLMPipeline(str(tmp_path), "CPU", INFERENCE_PRECISION_HINT="f32")
+    config = genai.GenerationConfig(max_new_tokens=NEW_TOKENS, ignore_eos=True, do_sample=False)
+    ids = np.array([tokens])
+    inputs = genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+    answer = pipeline.generate(inputs, config)
+    assert list(answer.tokens[0]) == expected[len(tokens) :]
+    text = pipeline.generate(PROMPT, config, apply_chat_template=False)
+    assert str(text).strip() == source.tokenizer.decode(expected[len(tokens) :]).strip()
