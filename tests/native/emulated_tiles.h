@@ -1,5 +1,5 @@
-// The tile operations of AMX as Intel's manual states them, palette 1, in plain C++. What would be a
-// fault ends the program.
+// The tile operations of AMX as Intel's manual states them, palette 1, in plain C++. What would be
+// a fault ends the program.
 #pragma once
 
 #include <cstdint>

@@ -6,8 +6,8 @@
 // Dot<sums, signed, unsigned>(), Store<tile>(to, stride).
 //
 // A panel's vectors are four codes of each column, which is how the instructions want their third
-// operand, and x lies in tiles of 16 rows. A block of 32 or 16 codes has its own scale, so that each
-// block's sums are stored and converted: the next block's products are under way meanwhile.
+// operand, and x lies in tiles of 16 rows. A block of 32 or 16 codes has its own scale, so that the
+// sums of each are stored and converted: the products of the next block are under way meanwhile.
 #pragma once
 
 #include "matrix_level.h"
@@ -55,8 +55,8 @@ void ConfigureTiles(int64_t rows, int64_t block, int64_t columns, int digits) {
   Tiles::Configure(config);
 }
 
-// Sums of products of one block: sums[d], [rows, columns], of digit d of x, [digits, rows, block], with
-// codes, [block / 4, columns, 4].
+// Sums of products of one block: sums[d], [rows, columns], of digit d of x, [digits, rows, block],
+// with codes, [block / 4, columns, 4].
 template <class Tiles, int digits, int columns>
 inline __attribute__((always_inline)) void MultiplyTiles(const int8_t* x, int64_t rows,
                                                          int64_t block, const uint8_t* codes,
@@ -128,13 +128,16 @@ struct PanelProduct<Tiled<V, Tiles>> {
   }
 };
 
-// Whether the tiles compute what they should: fixed digits and codes, all of their values among them,
-// in full and in partial tiles, bit for bit. Sums that no row has are left as they are.
+// Whether the tiles compute what plain loops do, bit for bit: products of fixed digits and codes, in
+// full and in partial tiles. Sums that no row has stay as they are.
 template <class Tiles>
 bool TilesMultiply(int64_t rows, int64_t block) {
   constexpr int kColumns = 16, kDigits = 3, kSize = kTileRows * kColumns;
   uint32_t state = 1;
-  const auto next = [&] { return static_cast<uint8_t>((state = state * 1664525 + 1013904223) >> 24); };
+  const auto next = [&] {
+    state = state * 1664525 + 1013904223;
+    return static_cast<uint8_t>(state >> 24);
+  };
   alignas(64) int8_t x[kDigits * kTileRows * 32];
   alignas(64) uint8_t codes[32 * kColumns];
   alignas(64) int32_t sums[kDigits][kSize], expected[kDigits][kSize];

@@ -12,8 +12,8 @@ namespace {
 
 struct I8mm : Neon {};
 
-// The instruction multiplies eight codes of two columns with eight digits of two rows. So eight digits
-// of a row lie next to those of the next one.
+// The instruction multiplies eight codes of two columns with eight digits of two rows. So eight
+// digits of a row lie next to those of the next one.
 constexpr int kRowsOfTile = 8;
 constexpr int kDigitsOfUnit = 8;
 
@@ -54,45 +54,53 @@ struct PanelProduct<I8mm> {
     }
   }
 
-  // y of the rows of the tile at m, in `pairs` pairs, += the panel's blocks times x. A row without a
-  // second one is its own.
+  // Calls use(Index<pair of rows>, Index<pair of columns>).
+  template <int pairs, class Use>
+  static inline __attribute__((always_inline)) void Each(Use&& use) {
+    Unroll<pairs>([&](auto p) { Unroll<kPairs>([&](auto c) { use(p, c); }); });
+  }
+
+  // Sums of products of one block. Their lanes: the first column of the pair with both rows, then
+  // the second one. `second` is where the other row of the last pair lies; 0 where there is none.
+  template <int digits, int block, int pairs>
+  static inline __attribute__((always_inline)) void Multiply(const int8_t* x, int64_t rows,
+                                                             int64_t second, const uint8_t* codes,
+                                                             int32x4_t (&total)[pairs][kPairs]) {
+    Unroll<digits>([&](auto d) {
+      Each<pairs>([&](auto p, auto c) {
+        total[p.k][c.k] = d.k ? vshlq_n_s32(total[p.k][c.k], 7) : vdupq_n_s32(0);
+      });
+      Unroll<block / kDigitsOfUnit>([&](auto j) {
+        uint8x16_t code[kPairs];
+        Unroll<kPairs>([&](auto c) { code[c.k] = vld1q_u8(codes + j.k * 64 + c.k * 16); });
+        Unroll<pairs>([&](auto p) {
+          const int8_t* from = x + 2 * p.k * kDigitsOfUnit;
+          const int8x16_t digit = p.k + 1 < pairs
+                                      ? vld1q_s8(from)
+                                      : vcombine_s8(vld1_s8(from), vld1_s8(from + second));
+          Unroll<kPairs>([&](auto c) {
+            total[p.k][c.k] = vusmmlaq_s32(total[p.k][c.k], code[c.k], digit);
+          });
+        });
+        x += rows * kDigitsOfUnit;
+      });
+    });
+  }
+
+  // y of the rows of the tile at m, in `pairs` pairs, += the panel's blocks times x.
   template <int digits, int block, int pairs>
   static QALORA_ONCE void Tile(const Job& job, const BytePanel& panel, int64_t m) {
-    const int64_t rows = job.rows - m < 2 * pairs ? job.rows - m : 2 * pairs;
-    const int64_t last = rows - 1, scale_pitch = job.plan.block_floats;
-    const int64_t second = last % 2 ? kDigitsOfUnit : 0;  // of the last pair
-    const int8_t* x = job.quantized + m * job.plan.pitch() +
-                      panel.begin * digits * block * rows;
+    const int64_t rows = TileOfRow<I8mm>(job, m).rows, last = rows - 1;
+    const int64_t scale_pitch = job.plan.block_floats;
+    const int8_t* x = job.quantized + m * job.plan.pitch();
     const float* x_scale = job.block_scale + m * scale_pitch;
-    const uint8_t* codes = panel.codes;
-    // Lanes of all sums: column 0 of the pair with rows 0 and 1, column 1 with rows 0 and 1.
     float32x4_t acc[pairs][kPairs];
-    const auto each = [](auto&& use) {
-      Unroll<pairs>([&](auto p) { Unroll<kPairs>([&](auto c) { use(p, c); }); });
-    };
-    each([&](auto p, auto c) { acc[p.k][c.k] = I8mm::ZeroF(); });
+    Each<pairs>([&](auto p, auto c) { acc[p.k][c.k] = I8mm::ZeroF(); });
     for (int64_t b = panel.begin; b < panel.end; ++b) {
       int32x4_t total[pairs][kPairs];
-      Unroll<digits>([&](auto d) {
-        each([&](auto p, auto c) {
-          total[p.k][c.k] = d.k ? vshlq_n_s32(total[p.k][c.k], 7) : vdupq_n_s32(0);
-        });
-        Unroll<block / kDigitsOfUnit>([&](auto j) {
-          uint8x16_t code[kPairs];
-          Unroll<kPairs>([&](auto c) { code[c.k] = vld1q_u8(codes + j.k * 64 + c.k * 16); });
-          Unroll<pairs>([&](auto p) {
-            const int8_t* from = x + 2 * p.k * kDigitsOfUnit;
-            const int8x16_t digit = p.k + 1 < pairs
-                                        ? vld1q_s8(from)
-                                        : vcombine_s8(vld1_s8(from), vld1_s8(from + second));
-            Unroll<kPairs>([&](auto c) {
-              total[p.k][c.k] = vusmmlaq_s32(total[p.k][c.k], code[c.k], digit);
-            });
-          });
-          x += rows * kDigitsOfUnit;
-        });
-      });
-      codes += block / kDigitsOfUnit * 64;
+      Multiply<digits, block, pairs>(x + b * digits * block * rows, rows,
+                                     last % 2 ? kDigitsOfUnit : 0,
+                                     panel.codes + (b - panel.begin) * block * 8, total);
       const int64_t group = GroupOfBlock(job, b) * I8mm::kLanes;
       float32x4_t scale[kPairs];
       Unroll<2>([&](auto v) {
@@ -110,17 +118,20 @@ struct PanelProduct<I8mm> {
         });
       });
     }
-    const auto add = [&](int64_t row, int64_t v, float32x4_t sum) {
-      float* to = panel.y + (m + row) * kTaskRows + v * I8mm::kLanes;
-      vst1q_f32(to, vaddq_f32(vld1q_f32(to), sum));
-    };
     Unroll<pairs>([&](auto p) {
-      Unroll<2>([&](auto v) {
-        const float32x4_t first = acc[p.k][2 * v.k], other = acc[p.k][2 * v.k + 1];
-        add(2 * p.k, v.k, vuzp1q_f32(first, other));
-        if (2 * p.k < last) add(2 * p.k + 1, v.k, vuzp2q_f32(first, other));
-      });
+      float* y = panel.y + (m + 2 * p.k) * kTaskRows;
+      AddRow(y, vuzp1q_f32(acc[p.k][0], acc[p.k][1]), vuzp1q_f32(acc[p.k][2], acc[p.k][3]));
+      if (2 * p.k < last) {
+        AddRow(y + kTaskRows, vuzp2q_f32(acc[p.k][0], acc[p.k][1]),
+               vuzp2q_f32(acc[p.k][2], acc[p.k][3]));
+      }
     });
+  }
+
+  static inline __attribute__((always_inline)) void AddRow(float* y, float32x4_t low,
+                                                           float32x4_t high) {
+    vst1q_f32(y, vaddq_f32(vld1q_f32(y), low));
+    vst1q_f32(y + 4, vaddq_f32(vld1q_f32(y + 4), high));
   }
 };
 

@@ -109,8 +109,8 @@ extern const KernelSet kScalarKernels;
 extern const KernelSet kAvx2Kernels;
 const KernelSet* AvxVnniKernels();  // null where the compiler does not know the instructions
 extern const KernelSet kAvx512Kernels;
-const KernelSet* AmxKernels();  // null where the compiler does not know the instructions, or not Linux
-// Asks Linux for the tiles of a CPU that has them, and tries them: null, or why they cannot be used.
+const KernelSet* AmxKernels();  // null as before, and on systems other than Linux
+// Asks Linux for the tiles of a CPU that has them and tries them: null, or why they are not used.
 const char* AmxProblem();
 #endif
 #if defined(QALORA_ARM64)

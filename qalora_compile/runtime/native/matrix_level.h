@@ -1,8 +1,6 @@
-// Levels that multiply panels of bytes by instructions on matrices, and leave everything else to the
-// level with the same vectors.
-//
-// V is that level's vector type, or one that is derived from it, with PanelLayout and PanelProduct
-// specialized; what it is for is in the level's file.
+// Levels that multiply panels of bytes by instructions on matrices, and leave everything else to
+// `base`, the level with the same vectors. V is derived from that level's vector type, and has its own
+// PanelLayout and PanelProduct.
 #pragma once
 
 #include "panel_template.h"
