@@ -34,8 +34,12 @@ LEVEL_FLAGS = {
     "avx2.cc": AVX2 if X86 else (),
     "avxvnni.cc": (*AVX2, "-mavxvnni") if X86 else (),
     "avx512.cc": AVX512 if X86 else (),
+    "amx.cc": (*AVX512, "-mamx-int8") if X86 else (),
     "neon.cc": ("-march=armv8.2-a+dotprod",) if ARM64 and sys.platform != "darwin" else (),
+    "i8mm.cc": ("-march=armv8.2-a+dotprod+i8mm",) if ARM64 else (),
 }
+# Levels whose instructions are younger than some compilers that are in use.
+YOUNG = ("amx.cc", "avxvnni.cc", "i8mm.cc")
 
 
 def find_compiler() -> list[str] | None:
@@ -51,10 +55,10 @@ def find_compiler() -> list[str] | None:
 def level_flags(compiler: list[str], name: str) -> tuple[str, ...]:
     """The flags of one file; none where the compiler is older than the instructions.
 
-    The file then compiles to a level that is not there. Only AVX-VNNI is young enough for that.
+    The file then compiles to a level that is not there.
     """
     flags = LEVEL_FLAGS.get(name, ())
-    if name != "avxvnni.cc" or not flags:
+    if name not in YOUNG or not flags:
         return flags
     probe = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
     known = subprocess.run(probe, check=False, capture_output=True).returncode == 0

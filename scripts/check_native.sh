@@ -2,7 +2,7 @@
 # The operator library's own tests, in C++.
 #
 #   scripts/check_native.sh host      sanitizers: kernels and 1,000,000 fuzz cases; and -O3 kernels
-#   scripts/check_native.sh aarch64   cross-compiled; scalar and NEON kernels under qemu-user
+#   scripts/check_native.sh aarch64   cross-compiled; scalar, NEON and i8mm kernels under qemu-user
 #
 # Tools that are missing are installed with apt-get where that is possible. Where it is not, the
 # script fails, or with QALORA_ALLOW_SKIP=1 says so and ends well.
@@ -59,8 +59,10 @@ aarch64)
     need cmake cmake make make aarch64-linux-gnu-g++ g++-aarch64-linux-gnu qemu-aarch64-static \
         qemu-user-static
     build native-aarch64 -DCMAKE_TOOLCHAIN_FILE="$PWD/$native/toolchains/aarch64-linux-gnu.cmake"
-    # A CPU with dot products, and one without, which must not take the NEON kernels.
-    at_once "qemu-aarch64-static -cpu max $builds/native-aarch64/kernel_test --quick scalar neon" \
+    # CPUs with matrix products, with dot products alone, and with neither, which must not take the NEON
+    # kernels.
+    at_once "qemu-aarch64-static -cpu max $builds/native-aarch64/kernel_test --quick scalar neon i8mm" \
+        "qemu-aarch64-static -cpu cortex-a76 $builds/native-aarch64/kernel_test --quick" \
         "qemu-aarch64-static -cpu cortex-a53 $builds/native-aarch64/kernel_test --quick" \
         "qemu-aarch64-static -cpu max $builds/native-aarch64/fuzz 1 20000"
     ;;

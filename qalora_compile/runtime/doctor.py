@@ -13,6 +13,7 @@ from qalora_compile.errors import UnsupportedError
 from qalora_compile.optional import require
 from qalora_compile.runtime.library import (
     kernel_levels,
+    kernel_note,
     library_path,
     library_version,
     register,
@@ -81,15 +82,17 @@ def _library_kernels() -> str:
     levels = kernel_levels()
     if not levels:
         return "stock: MatMulNBits and a correction"
+    note = kernel_note()
+    has = f"has {', '.join(levels)}" + (f"; {note}" if note else "")
     forced = os.environ.get("QALORA_KERNEL")
     if forced:
-        return f"{forced}, by the environment variable QALORA_KERNEL (has {', '.join(levels)})"
+        return f"{forced}, by the environment variable QALORA_KERNEL ({has})"
     try:
         runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
         register(runtime.SessionOptions())
     except UnsupportedError as error:
         return f"stock: {error}"
-    return f"GroupQuantLinear, {levels[-1]} (has {', '.join(levels)})"
+    return f"GroupQuantLinear, {levels[-1]} ({has})"
 
 
 def _stock_kernels() -> str:

@@ -58,7 +58,7 @@ def register(session_options: Any) -> None:
 def kernel_level() -> str | None:
     """The kernels that are used on this CPU.
 
-    One of `"scalar"`, `"avx2"`, `"avxvnni"`, `"avx512"` and `"neon"`.
+    One of `"scalar"`, `"avx2"`, `"avxvnni"`, `"avx512"`, `"amx"`, `"neon"` and `"i8mm"`.
 
     None if the library was not built. The environment variable `QALORA_KERNEL`, which is read when
     a session is created, selects another one of `kernel_levels`.
@@ -71,6 +71,15 @@ def kernel_levels() -> tuple[str, ...]:
     """All levels of kernels that this CPU supports, slowest first; empty without the library."""
     text = _text("QaloraKernelLevels")
     return tuple(text.split(",")) if text else ()
+
+
+def kernel_note() -> str | None:
+    """Why a level of kernels that this CPU has is not used; None if none is missing.
+
+    The level `amx` is tried before it is offered: Linux has to give the process the tiles of the
+    CPU, and a fixed product on them has to be right.
+    """
+    return _text("QaloraKernelNote") or None
 
 
 def library_version() -> str | None:

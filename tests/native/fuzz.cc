@@ -15,9 +15,19 @@
 #include <thread>
 
 #include "dispatch.h"
+#include "emulated.h"
 #include "failing_memory.h"
 #include "fake_runtime.h"
 #include "fuzz_case.h"
+
+// ChooseKernels, to which the linker adds the emulated levels.
+extern "C" const qalora::KernelSet* __real__ZN6qalora13ChooseKernelsEPNS_5ErrorE(qalora::Error*);
+extern "C" const qalora::KernelSet* __wrap__ZN6qalora13ChooseKernelsEPNS_5ErrorE(
+    qalora::Error* error) {
+  const char* forced = std::getenv("QALORA_KERNEL");
+  const qalora::KernelSet* level = forced ? qalora_test::FindLevel(forced) : nullptr;
+  return level ? level : __real__ZN6qalora13ChooseKernelsEPNS_5ErrorE(error);
+}
 
 namespace qalora_test {
 namespace {
@@ -39,6 +49,7 @@ struct Counts {
 class Fuzzer {
  public:
   Fuzzer(uint64_t seed, const Domain& domain) : seed_(seed), domain_(domain) {
+    levels_ = EmulatedNames();
     std::istringstream names(qalora::KernelNames());
     for (std::string name; std::getline(names, name, ',');) levels_.push_back(name);
     levels_.push_back("");  // unset

@@ -3,7 +3,8 @@
 //   kernel_test [--quick] [LEVEL ...]
 //
 // --quick takes a part of the grid, for emulators. Levels that are named have to be there, so that
-// none drops out of the test unseen; without names, all that the CPU has are tested.
+// none drops out of the test unseen; without names, all that the CPU has are tested, and those with
+// emulated instructions.
 
 #include <cmath>
 #include <cstdio>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "emulated.h"
 #include "half_test.h"
 #include "linear.h"
 #include "reference.h"
@@ -281,7 +283,7 @@ bool TestFailingRunner(const Level& level) {
 }
 
 std::vector<std::string> AllLevels() {
-  std::vector<std::string> all;
+  std::vector<std::string> all = EmulatedNames();
   std::istringstream names(qalora::KernelNames());
   for (std::string name; std::getline(names, name, ',');) all.push_back(name);
   return all;
@@ -291,13 +293,18 @@ int Main(bool quick, const std::vector<std::string>& names) {
   std::vector<Level> levels;
   for (const std::string& name : names) {
     levels.emplace_back();
-    levels.back().kernels = qalora::FindKernels(name.c_str());
+    levels.back().kernels = FindLevel(name.c_str());
     if (!levels.back().kernels) {
       std::printf("FAILED: no level %s, only %s\n", name.c_str(), qalora::KernelNames());
       return 1;
     }
     if (!TestFailingRunner(levels.back())) return 1;
   }
+  if (!TilesAreChecked()) {
+    std::printf("FAILED: the check of AMX tiles passes wrong ones, or fails right ones\n");
+    return 1;
+  }
+  if (*qalora::KernelNote()) std::printf("NOTE: %s\n", qalora::KernelNote());
   int64_t checks = 0;
   if (!TestHalf(quick, &checks)) return 1;
   std::printf("half: %lld conversions\n", static_cast<long long>(checks));

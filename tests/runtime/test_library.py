@@ -20,6 +20,14 @@ def test_levels_end_with_the_one_that_runs() -> None:
     assert kernel_level() == levels[-1]
 
 
+def test_a_level_is_there_or_the_library_says_why_not() -> None:
+    note = library.kernel_note()
+    if "amx" in library.kernel_levels():
+        assert note is None
+    elif note is not None:
+        assert note.startswith("amx is not used: ")
+
+
 def test_any_number_of_sessions_can_register() -> None:
     layer = Layer()
     model, x = layer.model().SerializeToString(), layer.arrays()["x"]
@@ -47,6 +55,7 @@ def test_without_the_library_everything_says_so() -> None:
         register(onnxruntime.SessionOptions())
     assert kernel_level() is None
     assert library.kernel_levels() == ()
+    assert library.kernel_note() is None
     assert library.library_version() is None
 
 

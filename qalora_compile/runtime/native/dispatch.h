@@ -18,4 +18,7 @@ const KernelSet* FindKernels(const char* name);
 // Names of the levels of this CPU, slowest first, with commas.
 const char* KernelNames();
 
+// Why a level that this CPU has is not among them; empty where none is missing.
+const char* KernelNote();
+
 }  // namespace qalora

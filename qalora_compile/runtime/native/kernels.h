@@ -1,4 +1,4 @@
-// The interface between the driver (linear.cc) and the levels (scalar, avx2, avx512, neon).
+// The interface between the driver (linear.cc) and the levels (scalar, avx2, avx512, amx, neon, ...).
 //
 // Activations are split into `digits` signed digits of 7 bits: x = s (d1 128^(digits - 1) + ... ), with
 // one scale s for each block. Products of digits with codes are exact integers. With three digits the
@@ -81,7 +81,8 @@ struct Job {
   int64_t rows = 0;             // of x in this block, 1 to kMaxBlockRows
   const float* x = nullptr;     // [rows, K], as given
   int8_t* quantized = nullptr;  // [rows, pitch]: few rows: [steps, digits, planes of a step];
-                                // panels: [blocks, digits, codes of a block in the panel's order]
+                                // panels: [blocks, digits, codes of a block in the panel's order],
+                                // or in tiles of rows, see panel_layout.h
   float* block_scale = nullptr; // [rows, block_floats], of the last digit
   float* block_sum = nullptr;   // few rows: [rows, block_floats], minus the sums of the digits
   float* group_sum = nullptr;   // panels: [rows, group_floats]: sums of the quantized x in each group
@@ -114,9 +115,13 @@ extern const KernelSet kScalarKernels;
 extern const KernelSet kAvx2Kernels;
 const KernelSet* AvxVnniKernels();  // null where the compiler does not know the instructions
 extern const KernelSet kAvx512Kernels;
+const KernelSet* AmxKernels();  // null as before, and on systems other than Linux
+// Asks Linux for the tiles of a CPU that has them and tries them: null, or why they are not used.
+const char* AmxProblem();
 #endif
 #if defined(QALORA_ARM64)
 extern const KernelSet kNeonKernels;
+const KernelSet* I8mmKernels();  // null where the compiler does not know the instructions
 #endif
 
 }  // namespace qalora

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "codec_template.h"
+#include "panel_layout.h"
 
 namespace qalora {
 namespace {
@@ -221,6 +222,28 @@ QALORA_ONCE void DigitTile(const Job& job, const float* const (&scales)[2], cons
   });
 }
 
+// A packed panel of bytes, which starts with block `begin`, and what it is multiplied into.
+struct BytePanel {
+  const float* scales[2] = {};  // of each vector of columns
+  uint8_t* codes = nullptr;
+  int64_t begin = 0, end = 0;  // blocks
+  float* y = nullptr;          // of row 0
+};
+
+// How a panel of bytes is multiplied with all rows of x. A level with instructions on matrices
+// specializes this.
+template <class V>
+struct PanelProduct {
+  static constexpr int kVectors = 2;  // of columns in a panel
+  template <int width, int digits, int block>
+  static void Run(const Job& job, const BytePanel& panel) {
+    EachTile<V::kTall / 2>(0, job.rows, [&](auto tall, int64_t m) {
+      DigitTile<V, width, digits, block, tall.k>(job, panel.scales, panel.codes, panel.begin,
+                                                 panel.end, m, panel.y + m * kTaskRows);
+    });
+  }
+};
+
 // y of `tall` rows, two vectors wide, += `length` values of x from column k times a panel of floats.
 template <class V, int tall>
 QALORA_ONCE void FloatTile(const Job& job, const float* panel, int64_t k, int64_t length, int64_t m,
@@ -311,29 +334,31 @@ void BytePanels(const Job& job, int64_t begin, int64_t end, float* scratch) {
   using C = Codec<V, bits>;
   static_assert(kBytePanelCodes % C::kCodes == 0 && kBytePanelCodes <= 4 * kFloatPanelCodes,
                 "panels are a multiple of steps and fit into their room");
-  constexpr int64_t kWide = 2 * V::kLanes;
+  using Product = PanelProduct<V>;
+  constexpr int kVectors = Product::kVectors;
+  constexpr int64_t kWide = kVectors * V::kLanes;
   constexpr int kWidth = bits == 8 ? 8 : 4;  // narrower codes are multiplied alike
   const PanelTask<V> task(job, begin, end, scratch);
-  uint8_t* panel = reinterpret_cast<uint8_t*>(task.panel);
+  BytePanel panel;
+  panel.codes = reinterpret_cast<uint8_t*>(task.panel);
   for (int64_t n = begin; n < end; n += V::kLanes) {
     EachTile<V::kTall>(0, job.rows, [&](auto tall, int64_t m) {
       ZeroTile<V, tall.k>(job, task.At(n), m, task.Y(m, n));
     });
   }
   EachChunk<V, bits>(job, kBytePanelCodes, [&](int64_t step, int64_t stop) {
-    const int64_t first = step * C::kCodes / block, all = stop * C::kCodes / block;
-    const int64_t last = all < job.plan.blocks ? all : job.plan.blocks;
+    const int64_t all = stop * C::kCodes / block;
+    panel.begin = step * C::kCodes / block;
+    panel.end = all < job.plan.blocks ? all : job.plan.blocks;
     for (int64_t n = begin; n < end; n += kWide) {
-      const float* scales[2];
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         const Columns columns = task.Of(n, v, kWide, stop - step);
-        PackBytes<V, bits>(job, columns, step, stop, 2 * V::kStep, panel + v * V::kStep);
-        scales[v] = columns.scale;
+        PackBytes<V, bits>(job, columns, step, stop, kVectors * V::kStep,
+                           panel.codes + v * V::kStep);
+        panel.scales[v] = columns.scale;
       }
-      EachTile<V::kTall / 2>(0, job.rows, [&](auto tall, int64_t m) {
-        DigitTile<V, kWidth, digits, block, tall.k>(job, scales, panel, first, last, m,
-                                                    task.Y(m, n));
-      });
+      panel.y = task.Y(0, n);
+      Product::template Run<kWidth, digits, block>(job, panel);
     }
   });
   task.Store();
@@ -363,12 +388,17 @@ void FloatPanels(const Job& job, int64_t begin, int64_t end, float* scratch) {
 }
 
 template <class V, int bits, int digits>
-void RunMany(const Job& job, int64_t begin, int64_t end, float* scratch) {
-  if (job.plan.float_panels) return FloatPanels<V, bits>(job, begin, end, scratch);
+void RunBytes(const Job& job, int64_t begin, int64_t end, float* scratch) {
   if constexpr (digits <= V::kPanelDigits && (digits < 3 || bits < 8)) {
     job.layer->block() == 32 ? BytePanels<V, bits, digits, 32>(job, begin, end, scratch)
                              : BytePanels<V, bits, digits, 16>(job, begin, end, scratch);
   }
+}
+
+template <class V, int bits, int digits>
+void RunMany(const Job& job, int64_t begin, int64_t end, float* scratch) {
+  if (job.plan.float_panels) return FloatPanels<V, bits>(job, begin, end, scratch);
+  RunBytes<V, bits, digits>(job, begin, end, scratch);
 }
 
 }  // namespace

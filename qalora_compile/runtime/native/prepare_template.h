@@ -6,6 +6,7 @@
 
 #include "half.h"
 #include "codec_template.h"
+#include "panel_layout.h"
 
 namespace qalora {
 namespace {
@@ -123,15 +124,26 @@ inline void OrderSteps(const Job& job, const int32_t* codes, int8_t* out) {
 
 // For panels: the planes of each lane, block by block.
 template <class V, int bits, int digits>
-inline void OrderBlocks(const Job& job, const int32_t* codes, int8_t* out) {
+inline void OrderBlocks(const Job& job, int64_t row, const int32_t* codes) {
   using C = Codec<V, bits>;
-  const int64_t block = job.layer->block();
+  const int64_t block = job.layer->block(), unit = PanelLayout<V>::Unit(block);
+  const RowTile tile = TileOfRow<V>(job, row);
+  int8_t* out = job.quantized + tile.first * job.plan.pitch() + (row - tile.first) * unit;
   int32_t ordered[32];
   for (int64_t b = 0; b < job.plan.blocks; ++b) {
     for (int64_t lane = 0; lane < block; lane += C::kLaneFields) {
       OrderPlanes<4, C::kPerByte>(codes + b * block + lane, ordered + lane);
     }
-    SplitDigits<digits>(ordered, block, out + b * digits * block);
+    if constexpr (PanelLayout<V>::kRows == 1) {
+      SplitDigits<digits>(ordered, block, out + b * digits * block);
+    } else {
+      int8_t split[digits * 32];
+      SplitDigits<digits>(ordered, block, split);
+      int8_t* to = out + b * digits * block * tile.rows;
+      for (int64_t at = 0; at < digits * block; at += unit) {
+        std::memcpy(to + at * tile.rows, split + at, unit);
+      }
+    }
   }
 }
 
@@ -139,9 +151,8 @@ template <class V, int bits, int digits>
 inline void PrepareDigits(const Job& job, int64_t row, float* scratch) {
   int32_t* codes = reinterpret_cast<int32_t*>(scratch);
   RoundRow<V, digits>(job, row, codes);
-  int8_t* out = job.quantized + row * job.plan.pitch();
-  if (!job.few()) return OrderBlocks<V, bits, digits>(job, codes, out);
-  OrderSteps<V, bits, digits>(job, codes, out);
+  if (!job.few()) return OrderBlocks<V, bits, digits>(job, row, codes);
+  OrderSteps<V, bits, digits>(job, codes, job.quantized + row * job.plan.pitch());
 }
 
 template <class V, int bits>

@@ -58,5 +58,8 @@ QALORA_EXPORT const char* QaloraKernelLevel() { return qalora::BestKernels()->na
 // All levels of this CPU, slowest first, with commas.
 QALORA_EXPORT const char* QaloraKernelLevels() { return qalora::KernelNames(); }
 
+// Why a level that this CPU has is not among them; empty where none is missing.
+QALORA_EXPORT const char* QaloraKernelNote() { return qalora::KernelNote(); }
+
 // The version of the package that the library was built with.
 QALORA_EXPORT const char* QaloraVersion() { return QALORA_VERSION; }
