@@ -178,6 +178,7 @@ class ExportSpec(Spec):
             ("opset", None, not_onnx),
             ("accuracy_level", 0, not_onnx),
             ("fusion", None, not_onnx),
+            ("external_data", False, not_onnx),
             ("stateful", True, no_state),
             ("allow_unfolded", False, checkpoint),
         ):

@@ -19,20 +19,20 @@ NEAR = 2e-2
 def test_transformers_js_in_node_generates_torch_s_tokens(
     language_model: Exported, node: str
 ) -> None:
-    words = [language_model.folder, PROMPT, str(NEW_TOKENS), "--json"]
+    words: list[str | Path] = [language_model.folder, PROMPT, str(NEW_TOKENS), "--json"]
     found = run([node, WEB / "generate.mjs", *words])
     assert found["ids"] == language_model.expected
 
 
 def test_optimum_generates_torch_s_tokens(language_model: Exported, python: Path) -> None:
-    words = [script("python_clients.py"), "optimum_tokens", language_model.folder]
+    words: list[str | Path] = [script("python_clients.py"), "optimum_tokens", language_model.folder]
     found = run([python, *words, PROMPT, str(NEW_TOKENS)])
     assert found == language_model.expected
 
 
 def test_sentence_transformers_computes_torch_s_vectors(encoder: Exported, python: Path) -> None:
-    words = [script("python_clients.py"), "sentence_vectors", encoder.folder, *TEXTS]
-    found = torch.tensor(run([python, *words]))
+    words = ["sentence_vectors", encoder.folder, *TEXTS]
+    found = torch.tensor(run([python, script("python_clients.py"), *words]))
     assert found.shape == encoder.expected.shape
     assert float((found - encoder.expected).abs().max()) < NEAR
 
