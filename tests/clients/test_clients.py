@@ -31,7 +31,7 @@ def test_optimum_generates_torch_s_tokens(language_model: Exported, python: Path
 
 
 def test_sentence_transformers_computes_torch_s_vectors(encoder: Exported, python: Path) -> None:
-    words = ["sentence_vectors", encoder.folder, *TEXTS]
+    words: list[str | Path] = ["sentence_vectors", encoder.folder, *TEXTS]
     found = torch.tensor(run([python, script("python_clients.py"), *words]))
     assert found.shape == encoder.expected.shape
     assert float((found - encoder.expected).abs().max()) < NEAR
