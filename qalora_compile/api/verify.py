@@ -15,8 +15,9 @@ from qalora_compile.api.run_folder import MODEL
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
+from qalora_compile.ir.meta import PAST
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.signature import PAST, Call
+from qalora_compile.ir.signature import Call
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.canonicalize.canonical_passes import canonical_passes
 from qalora_compile.passes.framework.pipeline import Pipeline

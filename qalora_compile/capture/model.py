@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from qalora_compile.capture.export import export_model_graph
 from qalora_compile.errors import CaptureError, UserInputError
+from qalora_compile.ir.meta import PAST
 from qalora_compile.ir.module import (
     ProgramModule,
     build_module,
@@ -21,7 +22,6 @@ from qalora_compile.ir.module import (
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import (
-    PAST,
     InputLeaf,
     Signature,
     SizeRange,

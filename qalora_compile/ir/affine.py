@@ -34,10 +34,13 @@ def sum_groups(x: Tensor, group_size: int) -> Tensor:
 
 
 def has_integer_zero_points(scale: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """Whether each zero-point −offset / scale is an integer from 0 to 2^bits − 1, as bool."""
+    """Whether each zero-point −offset / scale is an integer from 0 to 2^bits − 1, as bool.
+
+    A group of zeros, whose scale and offset are 0, has any.
+    """
     ratio = -offset.double() / scale.double()
     integer: Tensor = (ratio == ratio.round()) & (ratio >= 0) & (ratio <= 2**bits - 1)
-    return integer
+    return integer | ((scale == 0) & (offset == 0))
 
 
 def dequantize(

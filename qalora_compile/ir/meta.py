@@ -22,6 +22,9 @@ OPENVINO_SETTINGS = {
 """Properties with which OpenVINO computes in float32 throughout. Its defaults are bfloat16 where
 the processor has it, and a cache of 8 bits."""
 
+PAST = "past_key_values."
+"""Prefix of the names of inputs that hold past keys and values."""
+
 _SITE = "qalora_site"
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack", "val")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.ir.meta import PAST
 from qalora_compile.ir.torch_internals import CallTree, call_tree, pytree
 from qalora_compile.untrusted import check_fields, quoted
 from qalora_compile.untrusted.element_types import HALVES
@@ -18,10 +19,6 @@ Dim = int | str
 Constant = bool | int | float | str | None
 Call = Sequence[Any] | Mapping[str, Any]
 """The arguments of one call, by position or by name."""
-
-
-PAST = "past_key_values."
-"""Prefix of the names of inputs that hold past keys and values."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.end_tokens import end_tokens
-from qalora_compile.ir.signature import PAST, InputLeaf, Signature
+from qalora_compile.ir.meta import PAST
+from qalora_compile.ir.signature import InputLeaf, Signature
 
 CONFIG_FILE = "genai_config.json"
 _KNOWN_TYPES = frozenset(

@@ -8,8 +8,9 @@ import numpy as np
 
 from qalora_compile.exporters.onnx.model import tensor_outputs
 from qalora_compile.exporters.openvino.library import openvino, operators
+from qalora_compile.ir.meta import PAST
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.signature import PAST, InputLeaf
+from qalora_compile.ir.signature import InputLeaf
 
 _PRESENT, _BEAMS = "present.", "beam_idx"
 

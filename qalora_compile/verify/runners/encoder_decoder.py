@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.signature import PAST, InputLeaf, Signature
+from qalora_compile.ir.meta import PAST
+from qalora_compile.ir.signature import InputLeaf, Signature
 from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE, encoder_decoder_files
 from qalora_compile.verify.runners.kv_cache import empty_cache, stops_of
 from qalora_compile.verify.runners.onnx_session import OnnxSession

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError
+from qalora_compile.ir.meta import PAST
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.signature import PAST, InputLeaf, Signature
+from qalora_compile.ir.signature import InputLeaf, Signature
 from qalora_compile.verify.inputs import draw_leaves
 from qalora_compile.verify.runners.run import Runner
 

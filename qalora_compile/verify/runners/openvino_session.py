@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.meta import OPENVINO_SETTINGS
+from qalora_compile.ir.meta import OPENVINO_SETTINGS, PAST
 from qalora_compile.ir.onnx_metadata import explain_metadata
 from qalora_compile.ir.openvino_metadata import openvino_metadata, read_openvino
-from qalora_compile.ir.signature import PAST, Signature
+from qalora_compile.ir.signature import Signature
 from qalora_compile.optional import require
 
 _PRESENT, _BEAMS = "present.", "beam_idx"

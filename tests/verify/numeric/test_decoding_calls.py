@@ -12,7 +12,7 @@ import torch
 from onnx import helper, numpy_helper
 
 import qalora_compile as qc
-from qalora_compile.ir.signature import PAST
+from qalora_compile.ir.meta import PAST
 from qalora_compile.runtime.library import kernel_level, library_path
 from qalora_compile.verify import compare_nodes, named_inputs, sample_inputs
 from qalora_compile.verify.numeric.decoding_calls import decoding_calls, every_token, sequence_calls

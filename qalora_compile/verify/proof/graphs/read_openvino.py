@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from qalora_compile.ir.meta import PAST
 from qalora_compile.ir.onnx_metadata import OnnxMetadata, explain_metadata
 from qalora_compile.ir.openvino_metadata import openvino_metadata, read_openvino
-from qalora_compile.ir.signature import PAST
 from qalora_compile.verify.proof.graphs.graph import (
     OPENVINO,
     Graph,
