@@ -20,7 +20,7 @@ from qalora_compile.sealed import unchecked
 
 COMMANDS = (
     *("finetune", "adapt", "fold", "export", "quantize", "verify", "bisect", "inspect"),
-    *("generate", "bench"),
+    *("generate", "bench", "diff", "apply"),
     "doctor",
 )
 """Each command is a module of `qalora_compile.cli`."""

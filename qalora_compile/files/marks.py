@@ -15,6 +15,7 @@ _RECORDS = {
     "state.json": "qalora-checkpoint",
     "reproduction.json": "qalora-reproduction",
     "program.json": "qalora-program",
+    "patch.json": "qalora-patch",
 }
 """File in a folder → the `format` that it names; those that are quick to read come first."""
 _PEFT_FILE, _PEFT_MARK = "adapter_config.json", "qalora_pooling"

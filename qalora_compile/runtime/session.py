@@ -23,6 +23,7 @@ def open_session(
     library: bool | None = None,
     exact: bool = False,
     trusted: bool = False,
+    initializers: Mapping[str, Any] | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU.
 
@@ -34,6 +35,7 @@ def open_session(
             built. This has no effect on models without that operator.
         exact: Compute models of target `onnx` in float32, not on int8 activations.
         trusted: Load the file without checking it first, because you trust its source.
+        initializers: Name → `OrtValue` in the place of a tensor of the second file.
 
     Raises:
         UserInputError: the file is missing or truncated, ONNX Runtime cannot load it, or
@@ -53,6 +55,8 @@ def open_session(
         options.add_session_config_entry(QDQ_ACCURACY_KEY, "0")
     if library or (library is None and kernel_level() is not None):
         register(options)
+    if initializers:
+        options.add_external_initializers(list(initializers), list(initializers.values()))
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base class

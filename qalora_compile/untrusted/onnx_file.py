@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qalora_compile.errors import UserInputError
 from qalora_compile.untrusted import check_regular, quoted
 from qalora_compile.untrusted.onnx_tensors import (
@@ -85,6 +87,10 @@ def check_onnx(path: Path) -> OnnxFile:
     return _Walk(path).model(view)
 
 
+def _address(data: Bytes) -> int:
+    return int(np.frombuffer(data, np.uint8).__array_interface__["data"][0])
+
+
 class _Walk(MessageReader):
     """One walk over a file."""
 
@@ -92,9 +98,11 @@ class _Walk(MessageReader):
         super().__init__(path)
         self.found = OnnxFile()
         self.calls: dict[tuple[str, str], set[tuple[str, str]]] = {}
+        self.start = 0
 
     def model(self, data: Bytes) -> OnnxFile:
         graphs = []
+        self.start = _address(data)
         for number, value in self.fields(data):
             if number == 7:
                 graphs.append(value)
@@ -249,8 +257,15 @@ class _Walk(MessageReader):
         if location or external:
             raise self.broken(f"{quoted(name)} is in the file and in another")
         self.check_tensor(row, raw, stored)
+        row = self.placed(row, raw)
         small = kind == 7 and raw is not None and len(raw) <= 8 * MAX_AXES and len(raw) % 8 == 0
         return replace(row, numbers=tuple(raw.cast("q"))) if small else row
+
+    def placed(self, row: TensorRow, raw: Any) -> TensorRow:
+        """The row with the place of its raw bytes in the file."""
+        if not raw:
+            return row
+        return replace(row, inside=(_address(raw) - self.start, len(raw)))
 
     def add_place(self, external: dict[str, str], data: Any) -> None:
         key, text = self.pair(data)

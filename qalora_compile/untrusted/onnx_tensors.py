@@ -26,6 +26,7 @@ class TensorRow:
     Attributes:
         name, kind, shape: Name, element type and shape as the file says.
         external: `location`, `offset` and `length` of a tensor that is in another file.
+        inside: Offset and length of raw bytes in the model's own file.
         numbers: The values of a small int64 tensor in the file; otherwise None.
     """
 
@@ -33,6 +34,7 @@ class TensorRow:
     kind: int
     shape: tuple[int, ...]
     external: Mapping[str, str] | None = None
+    inside: tuple[int, int] | None = None
     numbers: tuple[int, ...] | None = None
 
     @property

@@ -55,6 +55,18 @@ def member(folder: Path, name: object) -> Path:
         UserInputError: the name is not a text, is absolute, or leaves the folder by `..` or by a
             link; or the file is missing or not a regular file.
     """
+    path = folder / check_name(name, folder)
+    check_regular(path)
+    check_link(path, folder)
+    return path
+
+
+def check_name(name: object, folder: Path) -> str:
+    """Refuse a name that leads out of a folder; returns it.
+
+    Raises:
+        UserInputError: it is not a text, is absolute, or contains `..`.
+    """
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserInputError(f"{name!r} is not a file name", where=str(folder))
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
@@ -69,10 +81,7 @@ def member(folder: Path, name: object) -> Path:
             where=str(folder),
             hint="a folder may refer only to its own files: get it from a source that you trust",
         )
-    path = folder / name
-    check_regular(path)
-    check_link(path, folder)
-    return path
+    return name
 
 
 def check_folder(folder: Path) -> None:
