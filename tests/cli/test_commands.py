@@ -205,6 +205,23 @@ def test_the_folder_can_carry_the_library(workspace: Path, tmp_path: Path, capsy
     assert "there is no library" in capsys.readouterr().err
 
 
+def test_weights_in_a_second_file_are_said_to_transformers_js(
+    workspace: Path, tmp_path: Path
+) -> None:
+    folded, out = str(workspace / "folded"), tmp_path / "edge"
+    assert main(["export", folded, "--out", str(out), "--external-data"]) == 0
+    assert {f.name for f in (out / "onnx").iterdir()} == {"model_q4.onnx", "model_q4.onnx_data"}
+    stated = [
+        json.loads((folder / "config.json").read_text("utf-8"))["transformers.js_config"]
+        for folder in (out, workspace / "edge")
+    ]
+    assert stated == [
+        {"dtype": "q4", "use_external_data_format": {"model_q4.onnx": 1}},
+        {"dtype": "q4", "use_external_data_format": False},
+    ]
+    assert main(["verify", folded, str(out), "--max-rel", "5e-4", "--inputs", "1"]) == 0
+
+
 def test_without_a_cache_and_without_a_tokenizer(
     workspace: Path, tmp_path: Path, capsys: Capture
 ) -> None:
