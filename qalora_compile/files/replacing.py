@@ -83,8 +83,12 @@ def remove_parts(path: Path) -> None:
 def keep_parts(folder: Path) -> None:
     """Empty the folder of an unfinished output, except for unfinished outputs inside it."""
     for entry in folder.iterdir():
-        if not (entry.is_dir() and entry.name.endswith(_PART)):
+        if not entry.is_dir() or entry.is_symlink():
             remove(entry)
+        elif not entry.name.endswith(_PART):
+            keep_parts(entry)
+            if not any(entry.iterdir()):
+                entry.rmdir()
 
 
 def replace_folder(staging: Path, path: Path) -> None:

@@ -73,7 +73,8 @@ def test_the_folder_says_what_it_holds(workspace: Path) -> None:
     edge = workspace / "edge"
     record = json.loads((edge / "qalora.json").read_text("utf-8"))
     assert record["files"] == [ENCODER_FILE, DECODER_FILE]
-    assert {*record["files"], "tokenizer.json"} <= {f.name for f in edge.iterdir()}
+    found = {f.relative_to(edge).as_posix() for f in edge.rglob("*")}
+    assert {*record["files"], "tokenizer.json"} <= found
     assert not model_file(edge).exists()
     assert not (edge / "genai_config.json").exists()
     assert "runs only Whisper" in record["genai"]

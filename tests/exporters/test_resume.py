@@ -24,6 +24,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.onnx import initializers
 from qalora_compile.exporters.onnx.weight_file import WeightFile
 from qalora_compile.files import atomic_folder
+from qalora_compile.untrusted.artifacts import MODEL_FILE
 from tests.models import llama
 
 WRITTEN = 9
@@ -47,7 +48,7 @@ def quantize(folder: Path, *options: str) -> int:
 
 
 def contents(edge: Path) -> dict[str, Any]:
-    model = onnx.load(edge / "model.onnx")
+    model = onnx.load(edge / MODEL_FILE)
     return {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
 
 
@@ -129,7 +130,7 @@ def test_the_key_tells_other_weights_and_other_options(folder: Path) -> None:
         description=folder,
         tokenizer=folder,
         record={},
-        graphs={"model.onnx": program},
+        graphs={MODEL_FILE: program},
         spec=qc.ExportSpec(),
         library=None,
         weights=folder,

@@ -15,6 +15,7 @@ from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_files, atomic_folder, check_output, recover, reserve
 from qalora_compile.files.marks import GENERATOR
+from qalora_compile.files.replacing import keep_parts
 
 RUN = '{"format": "qalora-run", "version": 1}'
 CALLS = ("rename", "replace", "rmdir", "unlink", "fsync", "mkdir")
@@ -169,3 +170,14 @@ def test_paths_without_a_name_are_no_trouble(
         recover(Path(text))
     assert os.listdir(tmp_path) == ["here"]
     assert os.listdir(tmp_path / "here") == []
+
+
+def test_unfinished_outputs_in_folders_are_kept(tmp_path: Path) -> None:
+    for name in ("a", "onnx/.m.onnx.qalora.key.part/m.onnx", "onnx/m.onnx", "other/deep/b"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "onnx")
+    keep_parts(tmp_path)
+    found = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert found == ["onnx/.m.onnx.qalora.key.part/m.onnx"]
+    assert [p.name for p in tmp_path.iterdir()] == ["onnx"]
