@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,8 @@ _NAMES = {"tuned": "a folder of its own", "patch": "a patch on the base's files"
 def _make(folder: Path) -> Any:
     """Edge folders of SmolLM2-135M with two sets of random adapters, and their patch."""
     source = load_source(str(assets().model_path()))
-    quantized = qc.quantize_groups(source.capture(), qc.QuantSpec(bits=4, group_size=32))
+    spec_of_layers, of_table = qc.QuantSpec(bits=4, group_size=32), qc.QuantSpec(bits=8)
+    quantized = qc.quantize_groups(source.capture(), spec_of_layers, embeddings=of_table)
     base = qc.insert_adapters(quantized, qc.AdapterSpec(rank=4))
     for seed, name in enumerate(("base", "tuned")):
         torch.manual_seed(seed)
@@ -79,10 +81,12 @@ def _make(folder: Path) -> Any:
 
 def _resident_of(kind: str, base: str, other: str, *, count: int) -> int:
     """Bytes of resident memory that the sessions take."""
-    tuned: Callable[[], Any] = partial(open_session, other, threads=1)
-    make = tuned if kind == "tuned" else partial(open_tuned, base, other, threads=1)
+    makes: list[Callable[[], Any]] = [partial(open_tuned, base, other, threads=1)] * count
+    if kind == "tuned":  # as many files as models: a file is mapped once
+        copies = [shutil.copytree(other, f"{other}.{index}") for index in range(count)]
+        makes = [partial(open_session, copy, threads=1) for copy in copies]
     before, kept = _resident(), []
-    for _ in range(count):
+    for make in makes:
         model = LanguageModel(make())
         list(model.generate(np.array([1, 2, 3]).tolist(), max_new_tokens=1))
         kept.append(model)
