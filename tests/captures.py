@@ -15,14 +15,15 @@ import io
 import pickle
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+
+from tests.switch import Switch
 
 _NOT_READ = (
     *("_name_or_path", "name_or_path", "_model_name_or_path"),
@@ -48,7 +49,7 @@ _INCOMPARABLE = (
 """What pickling raises for objects that it does not take, or that hold themselves."""
 
 
-class Memo:
+class Memo(Switch):
     """Stands in for `torch.export.export`.
 
     Attributes:
@@ -57,7 +58,6 @@ class Memo:
 
     def __init__(self, export: Callable[..., ExportedProgram]) -> None:
         self.hits = 0
-        self._on = True
         self._export = export
         self._traced: dict[bytes, ExportedProgram] = {}
         self._kept: dict[int, object] = {}
@@ -82,15 +82,6 @@ class Memo:
     def fresh(self) -> Memo:
         """One that has traced nothing yet."""
         return Memo(self._export)
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Trace everything anew."""
-        before, self._on = self._on, False
-        try:
-            yield
-        finally:
-            self._on = before
 
     def _key(self, model: nn.Module, *call: Any) -> bytes | None:
         """A digest of what is traced, or None where a part of it cannot be compared."""

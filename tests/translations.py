@@ -8,8 +8,7 @@ fixture `translated_anew`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
 import qalora_compile as qc
+from tests.switch import Switch
 
 _SMALL = 64
 """Elements of a tensor that the translation may hold and the program does not."""
@@ -33,7 +33,7 @@ class _Kept:
     tensors: tuple[str, ...]
 
 
-class Translations:
+class Translations(Switch):
     """Stands in for `exporters.onnx.model.translate`.
 
     Attributes:
@@ -42,7 +42,6 @@ class Translations:
 
     def __init__(self, translate: Callable[[qc.Program, qc.ExportSpec], Any]) -> None:
         self.hits = 0
-        self._on = True
         self._translate = translate
         self._kept: dict[Hashable, _Kept] = {}
         self._targets: dict[int, object] = {}
@@ -58,15 +57,6 @@ class Translations:
         if key is not None and kept is not None:
             self._kept[key] = kept
         return model
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Translate everything anew."""
-        before, self._on = self._on, False
-        try:
-            yield
-        finally:
-            self._on = before
 
     def _key(self, program: qc.Program, spec: qc.ExportSpec) -> Hashable | None:
         """All that a translation depends on; None where the graph has graphs in it."""

@@ -11,9 +11,9 @@ from typing import Any
 from qalora_compile.api.edge import (
     EdgeParts,
     edge_graphs,
+    graph_file,
     is_decoder,
     lowered,
-    model_file,
     write_edge,
 )
 from qalora_compile.api.edge_choices import EdgeChoices, chosen_for
@@ -149,7 +149,7 @@ def _edge(spec: DeploySpec) -> EdgeResult:
     pooling = chosen_pooling(spec.pooling, spec.normalize, source / MODEL)
     program = pooling.apply(program)
     program, target, choices = spec.choose(program, source / MODEL)
-    file = model_file(target)
+    file = graph_file(target)
     graphs = {file: program}
     if not spec.no_kv_cache and (source / MODEL).is_dir():
         say("capture for a device")
@@ -179,7 +179,7 @@ def _check_target(spec: DeploySpec) -> None:
     """
     target = get_target(spec.target.target)
     assert isinstance(target, LoweredTarget), "graph targets are lowered"
-    target.check_path(spec.out / model_file(spec.target), spec.target)
+    target.check_path(spec.out / graph_file(spec.target), spec.target)
 
 
 def _other(spec: DeploySpec) -> EdgeResult:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, reserve
+from qalora_compile.files.copying import copy_range
 from qalora_compile.progress import track
 from qalora_compile.sealed import digest_of_file, read_sealed, write_sealed
 from qalora_compile.untrusted import check_fields, check_folder, member, quoted
@@ -29,7 +30,6 @@ PATCH_FILE, DATA_FILE = "patch.json", "new.bin"
 FORMAT, VERSION = "qalora-patch", 1
 _LEAST_BYTES = 256
 """Equal tensors below this size are stored again: naming their place takes as much."""
-_PIECE_BYTES = 1 << 20
 Place = tuple[str, int, int]
 """File in a folder, offset and length."""
 
@@ -297,6 +297,8 @@ def read_patch(path: Path) -> tuple[dict[str, Any], dict[str, TunedFile]]:
             files[name] = TunedFile(str(row["sha256"]), parts)
         if not all(isinstance(record[k], t) for k, t in _FIELDS.items()):
             raise ValueError("a field is of another type")
+        for key, (offset, length) in record["tensors"].items():
+            check_fields(Part, {"file": None, "offset": offset, "length": length}, quoted(key))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserInputError(f"{path.name} is malformed: {error}", where=str(path)) from error
     return record, files
@@ -332,12 +334,6 @@ def _copy(spec: ApplySpec, part: Part, made: BinaryIO) -> None:
         UserInputError: its file is shorter.
     """
     path = spec.patch / DATA_FILE if part.file is None else member(spec.base, part.file)
-    left = part.length
     with path.open("rb") as source:
-        source.seek(part.offset)
-        while left:
-            piece = source.read(min(left, _PIECE_BYTES))
-            if not piece:
-                raise UserInputError(f"{path.name} ends before a part of it", where=str(path))
-            made.write(piece)
-            left -= len(piece)
+        if copy_range(source, made, part.offset, part.length) != part.length:
+            raise UserInputError(f"{path.name} ends before a part of it", where=str(path))

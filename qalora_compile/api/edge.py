@@ -151,7 +151,7 @@ def outputs_last_logits(program: Program) -> bool:
     return shape is not None and shape[1] == 1
 
 
-def model_file(spec: ExportSpec) -> str:
+def graph_file(spec: ExportSpec) -> str:
     """Name of the file of a model with a single graph, as its clients look for it."""
     return MODEL_FILE if spec.is_onnx else OPENVINO_FILE
 
@@ -169,7 +169,7 @@ def edge_graphs(
         program: The program captured on complete sequences.
         description: Folder with the `config.json` of the transformers model.
         last_logits: As for `add_kv_cache`.
-        file: Name of the file of a single graph, see `model_file`.
+        file: Name of the file of a single graph, see `graph_file`.
 
     Raises:
         UnsupportedError: `last_logits` is set for an encoder-decoder model, or its target is not

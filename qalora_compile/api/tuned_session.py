@@ -14,10 +14,12 @@ from qalora_compile.optional import require
 from qalora_compile.runtime.session import open_session
 from qalora_compile.untrusted import check_folder
 from qalora_compile.untrusted.artifacts import model_file
+from qalora_compile.untrusted.element_types import PROGRAM_TYPES
 from qalora_compile.untrusted.onnx_file import check_onnx
 
-_TYPES = {1: np.float32, 2: np.uint8, 7: np.int64, 10: np.float16}
-"""Element types of ONNX that an exported model stores."""
+_STORED = ("float32", "float16", "uint8", "int64")
+_TYPES = {t.onnx: np.dtype(t.name) for t in PROGRAM_TYPES if t.name in _STORED}
+"""Element types that an exported model stores, by their numbers in ONNX."""
 
 
 def open_tuned(
@@ -44,8 +46,8 @@ def open_tuned(
     check_origin(base, patch, record)
     model = model_file(base)
     name = model.relative_to(base).as_posix()
-    whole = (Part(name, 0, model.stat().st_size),)
-    if name not in files or files[name].parts != whole:
+    unchanged = (Part(name, 0, model.stat().st_size),)
+    if name not in files or files[name].parts != unchanged:
         raise UnsupportedError(
             f"the patch changes {name} itself, not only its weights",
             where=str(patch),
@@ -66,7 +68,7 @@ def _values(model: Path, patch: Path, record: dict[str, Any]) -> dict[str, Any]:
         row = rows.get(str(key).partition(":")[2])
         if row is None or row.kind not in _TYPES:
             raise UserInputError(f"the model has no tensor {key}", where=str(patch / PATCH_FILE))
-        count = length // np.dtype(_TYPES[row.kind]).itemsize
+        count = length // _TYPES[row.kind].itemsize
         if count != row.size or not 0 <= offset <= len(data) - length:
             raise UserInputError(f"{key} has another size", where=str(patch / PATCH_FILE))
         values = np.frombuffer(data, _TYPES[row.kind], count, offset).reshape(row.shape)

@@ -37,3 +37,5 @@ ADAPTER_NAMES = ("lora_A", "lora_B")
 
 PLANE_NAMES = ("low", "high")
 """Names of the two 4-bit planes of a weight of 8 bits, below its path."""
+HIGH_CODES = f".{PLANE_NAMES[1]}.qweight"
+"""How the name of a high plane's codes ends."""

@@ -160,6 +160,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         "malformed",
     ),
+    "a tensor without a place": (_record(lambda r: r["tensors"].update(a=5)), "malformed"),
+    "a tensor at a text": (_record(lambda r: r["tensors"].update(a=["0", 1])), "malformed"),
     "no files": (_record(lambda r: r.pop("files")), "malformed"),
 }
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from benchmarks.peers.sources import write_smollm2
+from benchmarks.peers.sources import assets, write_smollm2
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.cli.main import main
 
@@ -47,18 +47,10 @@ def run(command: list[str | Path]) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _asset(name: str) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        import assets
-
-        return Path(getattr(assets, name)())
-
-
 @pytest.fixture(scope="session")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """SmolLM2-135M, whose GGUF file is 4 bits itself: the export has the weights that torch has."""
-    base, made = _asset("model_path"), tmp_path_factory.mktemp("clients")
+    base, made = Path(assets().model_path()), tmp_path_factory.mktemp("clients")
     source = load_source(str(base))
     write_smollm2(made / "float", made)
     folder = made / "smollm2"
@@ -77,7 +69,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """all-MiniLM-L6-v2 on 8 bits, and the float model's vectors."""
-    base, folder = _asset("encoder_path"), tmp_path_factory.mktemp("clients") / "minilm"
+    base, folder = Path(assets().encoder_path()), tmp_path_factory.mktemp("clients") / "minilm"
     words = ["--bits", "8", "--pooling", "mean", "--normalize"]
     assert main(["quantize", str(base), "--out", str(folder), *words]) == 0
     source = load_source(str(base))
@@ -93,7 +85,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """all-MiniLM-L6-v2 with a random head of three classes, and the float model's probabilities."""
-    base, made = _asset("encoder_path"), tmp_path_factory.mktemp("clients")
+    base, made = Path(assets().encoder_path()), tmp_path_factory.mktemp("clients")
     torch.manual_seed(0)
     names = dict(enumerate(("bad", "so so", "good")))
     model: Any = BertForSequenceClassification.from_pretrained(base, id2label=names, num_labels=3)

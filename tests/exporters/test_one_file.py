@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from qalora_compile.exporters.onnx import one_file
 from qalora_compile.exporters.onnx.one_file import _varint, join_weights
+from qalora_compile.files import copying
 from qalora_compile.untrusted.artifacts import data_file
 
 
@@ -65,7 +65,7 @@ def test_a_write_that_fails_leaves_the_model(
 ) -> None:
     path = tmp_path / "model.onnx"
     made = with_external_data(path, [100])
-    monkeypatch.setattr(one_file, "_PIECE_BYTES", "not a size")
+    monkeypatch.setattr(copying, "PIECE_BYTES", "not a size")
     with pytest.raises(TypeError):
         join_weights(path)
     read = onnx.load(path)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qalora_compile.errors import InternalError, UserInputError
-from qalora_compile.exporters.onnx.one_file import ONE_FILE_LIMIT_BYTES
+from qalora_compile.exporters.onnx.one_file import fits_in_one_file
 from qalora_compile.exporters.onnx.weight_file import WeightFile
 from qalora_compile.ir.lazy_tensor import is_lazy, materialize, materialize_parts
 from qalora_compile.ir.program import Program
@@ -70,7 +70,7 @@ def write_model(model: Any, path: Path, *, external_data: bool) -> int:
     limit = LAZY_INLINE_LIMIT_BYTES if deferred else INLINE_LIMIT_BYTES
     apart = external_data or total > limit
     # Joined, the weights are there twice for a moment.
-    needed = total * (2 if apart and not external_data and total <= ONE_FILE_LIMIT_BYTES else 1)
+    needed = total * (2 if apart and not external_data and fits_in_one_file(total) else 1)
     if needed + _ROOM_BYTES > free + there:
         raise UserInputError(
             f"the model takes {(needed - there) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qalora_compile.errors import InternalError
+from qalora_compile.files.copying import copy_range
 from qalora_compile.optional import require
 from qalora_compile.untrusted.artifacts import data_file
 
@@ -18,7 +20,11 @@ ONE_FILE_LIMIT_BYTES = 1_900_000_000
 """Weights up to this are written into the model's file; protobuf ends at 2 GiB."""
 
 _LENGTH_DELIMITED = 2
-_PIECE_BYTES = 1 << 20
+
+
+def fits_in_one_file(size: int) -> bool:
+    """Whether weights of `size` bytes are written into the model's file."""
+    return size <= ONE_FILE_LIMIT_BYTES
 
 
 def join_weights(path: Path) -> None:
@@ -66,12 +72,8 @@ class _Tensor:
 
     def copy(self, data: BinaryIO, file: BinaryIO) -> None:
         """Copy the data, if they are external."""
-        data.seek(self._offset)
-        left = self.length
-        while left:
-            piece = data.read(min(left, _PIECE_BYTES))
-            file.write(piece)
-            left -= len(piece)
+        if copy_range(data, file, self._offset, self.length) != self.length:
+            raise InternalError("the weights that were written are shorter than the model says")
 
 
 def _header(message: Any, name: str, size: int) -> bytes:

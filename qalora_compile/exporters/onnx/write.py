@@ -16,7 +16,7 @@ from qalora_compile.exporters.onnx.functions import (
 )
 from qalora_compile.exporters.onnx.initializers import defer_initializers, write_model
 from qalora_compile.exporters.onnx.model import translate
-from qalora_compile.exporters.onnx.one_file import ONE_FILE_LIMIT_BYTES, join_weights
+from qalora_compile.exporters.onnx.one_file import fits_in_one_file, join_weights
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.files import atomic_files
 from qalora_compile.ir.joined_layers import joined_layers
@@ -24,11 +24,10 @@ from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY
 from qalora_compile.ir.onnx_metadata import OF_SITES, OnnxLayer, OnnxMetadata
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
-from qalora_compile.ir.stages import PLANE_NAMES
+from qalora_compile.ir.stages import HIGH_CODES, PLANE_NAMES
 from qalora_compile.optional import require
 from qalora_compile.untrusted.artifacts import data_file
 
-_HIGH_CODES = f".{PLANE_NAMES[1]}.qweight"
 _ACTIVATIONS = {0: EXACT, 2: rounds("int16"), 4: rounds("int8")}
 """What each accuracy level does to activations."""
 
@@ -143,7 +142,8 @@ def _save(
             onnx.checker.check_model(str(scratch))
         except onnx.checker.ValidationError as error:
             raise InternalError(f"the ONNX checker refuses the model: {error}") from error
-        if not spec.external_data and _fits_in_one_file(data_file(scratch)):
+        data = data_file(scratch)
+        if not spec.external_data and data.is_file() and fits_in_one_file(data.stat().st_size):
             join_weights(scratch)
         sizes = {f.name: f.stat().st_size for f in scratch.parent.iterdir()}
     nodes = list(model.graph.all_nodes())
@@ -161,10 +161,6 @@ def _save(
     )
 
 
-def _fits_in_one_file(data: Path) -> bool:
-    return data.is_file() and data.stat().st_size <= ONE_FILE_LIMIT_BYTES
-
-
 def _joined_with_others(program: Program) -> int:
     """How many layers are computed by the node of another."""
     joined = joined_layers(program.graph).values()
@@ -176,7 +172,7 @@ def _is_layer(node: Any) -> bool:
 
     The high plane of a layer in two planes is no layer of its own.
     """
-    if any(v is not None and (v.name or "").endswith(_HIGH_CODES) for v in node.inputs):
+    if any(v is not None and (v.name or "").endswith(HIGH_CODES) for v in node.inputs):
         return False
     if (node.domain, node.op_type) in ((MICROSOFT, "MatMulNBits"), (QALORA, "GroupQuantLinear")):
         return True

@@ -26,7 +26,7 @@ from qalora_compile.ir.spec import (
     layer_on_codes,
     stored_parts,
 )
-from qalora_compile.ir.stages import ADAPTED, FOLDED, PLANE_NAMES, QUANTIZED
+from qalora_compile.ir.stages import ADAPTED, FOLDED, HIGH_CODES, QUANTIZED
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.rewrite import TensorNodes
 from qalora_compile.progress import track
@@ -237,7 +237,7 @@ def add_bias(graph: fx.Graph, y: fx.Node, bias: fx.node.Argument) -> fx.Node:
 
 def _layer(node: fx.Node, site: Site) -> Layer:
     own = layer_on_codes(node)
-    high = str(own.qweight.target).endswith(f".{PLANE_NAMES[1]}.qweight")  # always an integer
+    high = str(own.qweight.target).endswith(HIGH_CODES)  # always an integer
     return Layer(own.bits, own.group_size, site.k, site.has_integer_zero_point or high)
 
 
