@@ -23,6 +23,7 @@ from qalora_compile.capture.peft_adapters import (
     read_peft_adapter,
 )
 from qalora_compile.config import QuantSpec
+from qalora_compile.config.choices import APPROXIMATE, MERGE, REFUSE
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, reserve
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes
@@ -35,8 +36,6 @@ from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.passes.recipes.import_lora import Updates, import_lora, losses
 from qalora_compile.progress import say
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
-
-REFUSE, APPROXIMATE, MERGE = "refuse", "approximate", "merge"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,12 @@ from typing import Any
 
 from qalora_compile.capture.load_source import Source
 from qalora_compile.config import QuantSpec, Spec
+from qalora_compile.config.choices import EMBEDDING_GROUP
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.passes.analysis.select_sites import ALL_LINEAR
 from qalora_compile.progress import say
 from qalora_compile.quantizers import needs_data
-
-EMBEDDING_GROUP = 32
-"""Default group size of embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qalora_compile.api.finetune_data import data_rows, with_task
-from qalora_compile.api.finetune_job import FINISHED, INTERRUPTED, Job, open_job
+from qalora_compile.api.finetune_job import (
+    FINISHED,
+    INTERRUPTED,
+    Job,
+    is_finished,
+    open_job,
+    resumed_record,
+)
 from qalora_compile.api.finetune_spec import FinetuneSpec
 from qalora_compile.api.finetune_train import Stopping, Watch, noting_failure, train
+from qalora_compile.api.run_folder import read_run_file
 from qalora_compile.config import AdapterSpec
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.files import reserve
@@ -84,12 +94,57 @@ def finetune(
         CaptureError: the model cannot be captured.
         OutputError: the folder cannot be written.
     """
-    spec = with_task(spec)
+    spec = with_task(_with_origin(spec))
+    spec.check_files()
     check_reporting(list(spec.report_to))
     processes = processes or find_processes()
     reserved = reserve(spec.out, overwrite=spec.overwrite, inputs=spec.inputs, go_on=spec.resume)
     with reserved if processes.is_first else nullcontext():
+        if spec.resume:
+            record = resumed_record(spec)
+            if is_finished(spec, record):
+                return _already_finished(spec, record, is_first=processes.is_first)
         return _finetune(spec, processes, watch, stopping)
+
+
+def _with_origin(spec: FinetuneSpec) -> FinetuneSpec:
+    """`spec` with the model and the task of the run that it trains on."""
+    if spec.init_from is None:
+        return spec
+    record = read_run_file(spec.out if spec.resume else spec.init_from)
+    task = (record.get("reading") or {}).get("task")
+    if spec.reading.task not in (None, task):
+        raise UserInputError(
+            f"--task is {spec.reading.task}, and the run to train on has the task {task}",
+            where=str(spec.init_from),
+        )
+    reading = dataclasses.replace(spec.reading, task=task)
+    return dataclasses.replace(spec, model=str(record.get("model")), reading=reading)
+
+
+def _already_finished(
+    spec: FinetuneSpec, record: Mapping[str, Any], *, is_first: bool
+) -> FinetuneResult:
+    """The result of a run that has nothing left to do; nothing is loaded or written."""
+    held = record.get("held_out") or {}
+    before, after = (Metrics(**held[w]) if held.get(w) else None for w in ("before", "after"))
+    step = int(record["step"])
+    facts = {
+        "model": record["model"],
+        "held-out loss": _arrow(before, after, "loss"),
+        "adapters of step": step,
+        "status": "already finished",
+    }
+    fit = FitResult(losses=(), stopped=False, step=step, kept=step)
+    return FinetuneResult(
+        folder=spec.out,
+        fit=fit,
+        before=before,
+        after=after,
+        reports=(),
+        facts=facts,
+        is_first=is_first,
+    )
 
 
 def _finetune(
@@ -98,6 +153,7 @@ def _finetune(
     started = time.monotonic()
     device = _device(spec, processes)
     job = open_job(spec, processes)
+    spec = job.spec
     job.report_data()
     with noting_failure(job, processes), job.on(device):
         before = job.before()
@@ -112,7 +168,7 @@ def _finetune(
         _finish(job, result, after)
         _save_for_peft(job)
         facts = _facts(job, result, before, after, time.monotonic() - started)
-        if reporting and read_log(job.folder / LOG_FILE):
+        if reporting and not result.stopped and read_log(job.folder / LOG_FILE):
             facts["report"] = str(job.report(dict(facts), job.answer()))
     processes.wait()
     return FinetuneResult(

@@ -17,17 +17,16 @@ from qalora_compile.capture.classifier import classes_of, linear_layers, load_cl
 from qalora_compile.capture.load_source import Source, load_source
 from qalora_compile.capture.sentence import encoder_folder
 from qalora_compile.capture.skeleton import generates
+from qalora_compile.config.choices import BY_LENGTH, CLASSIFICATION, LANGUAGE, PACKED
 from qalora_compile.errors import CaptureError, UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.progress import say
-from qalora_compile.training.data.batches import BY_LENGTH, PACKED, Batches, Packed
+from qalora_compile.training.data.batches import Batches, Packed
 from qalora_compile.training.data.dataset import Dataset
 from qalora_compile.training.data.load_examples import begins_labelled, find_classes, load_examples
 from qalora_compile.training.evaluate import check_logits
 from qalora_compile.verify.inputs import token_limits
 
-LANGUAGE, CLASSIFICATION = "language", "classification"
-TASKS = (LANGUAGE, CLASSIFICATION)
 _TOKENS = "input_ids"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,38 +10,17 @@ from typing import Any
 
 import torch
 
-from qalora_compile.api.codes import stored_codes
-from qalora_compile.api.finetune_data import (
-    arrange,
-    check_trainable,
-    excluded,
-    load_data,
-    load_files,
-    load_model,
-    reading_record,
-    recorded_classes,
-    report_data,
-)
+from qalora_compile.api.finetune_data import report_data
 from qalora_compile.api.finetune_spec import FinetuneSpec
-from qalora_compile.api.run_folder import (
-    CHECKPOINTS,
-    TOKENIZER,
-    read_run_file,
-    write_run,
-    write_run_file,
-)
-from qalora_compile.api.steps import insert_adapters, quantize_groups
-from qalora_compile.capture.load_source import Source
+from qalora_compile.api.finetune_start import reopen, start
+from qalora_compile.api.run_folder import CHECKPOINTS, TOKENIZER, read_run_file, write_run_file
 from qalora_compile.errors import UserInputError
-from qalora_compile.files import atomic_folder
-from qalora_compile.ir.finite import check_program
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import replace_adapters
 from qalora_compile.progress import say
-from qalora_compile.quantizers.report import QuantReport, collecting_reports
-from qalora_compile.training.calibration import calibration_calls
+from qalora_compile.quantizers.report import QuantReport
 from qalora_compile.training.data.batches import Batches
-from qalora_compile.training.data.dataset import Dataset, taught_ends
+from qalora_compile.training.data.dataset import Dataset
 from qalora_compile.training.data.example import Example
 from qalora_compile.training.distributed import Processes
 from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
@@ -63,7 +42,7 @@ from qalora_compile.training.records.run_identity import Identity
 from qalora_compile.training.sample_answers import answers, questions
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 
-TRAINING, INTERRUPTED, FINISHED, FAILED = "training", "interrupted", "finished", "failed"
+INTERRUPTED, FINISHED, FAILED = "interrupted", "finished", "failed"
 _ASKED = 6
 """Number of examples whose answers the report shows."""
 _WRITTEN = ("format", "version", "versions")
@@ -177,106 +156,54 @@ class Job:
         write_run_file(self.folder, rest)
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """What starting a run or opening its folder yields."""
-
-    program: Program
-    trained: Program
-    data: Dataset
-    batches: Batches
-    held_out: Dataset | None
-    reports: tuple[QuantReport, ...] = ()
-
-
-def _start(spec: FinetuneSpec) -> _Begun:
-    """Load the model, read the data, quantize, insert adapters, and write the RUN folder."""
-    codes, quant = spec.codes, spec.quant
-    say(f"load {spec.model}")
-    source, classes = load_model(spec)
-    data, held_out = load_data(spec.reading, source.tokenizer, source.decoder_start, classes)
-    say("capture")
-    captured = source.capture()
-    check_program(captured)
-    check_trainable(captured, classes, data, held_out)
-    calls = _calibration(spec, captured, data, source)
-    stored = stored_codes(codes, source)
-    with collecting_reports() as reports:
-        program = quantize_groups(
-            captured,
-            quant,
-            targets=codes.layers,
-            exclude=excluded(spec, source),
-            embeddings=codes.embedding_quant,
-            calibration=calls if spec.quantizes_by_data else None,
-            stored=stored,
-        )
-    program = insert_adapters(
-        program, spec.adapter, source=captured, calibration=calls, train=source.head
-    )
-    trained, batches = arrange(spec, program, data, source.model)
-    record = {
-        "model": spec.model,
-        "data": [str(Path(file.path).resolve()) for file in data.files],
-        "reading": reading_record(spec.reading, classes),
-        "quant": quant.to_json(),
-        "adapter": spec.adapter.to_json(),
-        "fit": spec.fit.to_json(),
-        "options": spec.decisive(),
-        "examples": len(data.examples),
-        "files": {
-            "data": [vars(file) for file in data.files],
-            "held_out": [vars(file) for file in held_out.files] if held_out else [],
-        },
-        "decoder_start": source.decoder_start,
-        "status": TRAINING,
-        "step": 0,
-    } | codes.embedding_record()
-    taught = [] if classes else taught_ends(data, source.tokenizer)
-    with atomic_folder(spec.out, overwrite=spec.overwrite) as folder:
-        write_run(folder, program, source, record, taught=taught)
-    return _Begun(program, trained, data, batches, held_out, tuple(reports))
-
-
 def open_job(spec: FinetuneSpec, processes: Processes) -> Job:
     """Start a run or, with `spec.resume`, restore its last checkpoint.
 
     Only the first process starts it; the others open the folder that it has written.
 
     Raises:
-        UserInputError: the folder was made with other options or data; the first one is named.
+        UserInputError: the folder to resume was not written by `finetune`.
     """
     begun = None
     if not spec.resume:
-        begun = _start(spec) if processes.is_first else None
+        begun = start(spec, processes.count) if processes.is_first else None
         processes.wait()
     record = read_run_file(spec.out)
-    if "options" not in record:
-        raise UserInputError("the folder was not written by finetune", where=str(spec.out))
+    begun = begun or reopen(spec, record, processes.count)
+    spec = begun.spec
     if spec.resume:
-        spec.check_resumed(record["options"])
-    begun = begun or _open(spec, record)
+        record |= {"fit": spec.fit.to_json(), "options": spec.decisive()}
     identity = Identity.of(begun.program, spec.fit, data=str(record["options"]["data"]))
     state = FitState.fresh(begun.program, spec.fit)
     if spec.resume:
         _restore(spec.out / CHECKPOINTS, begun.program, state, identity, processes)
+        say(f"goes on after step {state.step} of {spec.fit.steps}")
     return Job(
         **{f.name: getattr(begun, f.name) for f in fields(begun)},
-        spec=spec,
         record=record,
         state=state,
         identity=identity,
     )
 
 
-def _open(spec: FinetuneSpec, record: dict[str, Any]) -> _Begun:
-    """Read the program of a RUN folder, and the data."""
-    program = Program.load(spec.out)
-    tokenizer, classes = load_tokenizer(spec.out / TOKENIZER), recorded_classes(record)
-    data, held_out = load_data(spec.reading, tokenizer, record["decoder_start"], classes)
-    check_trainable(program, classes, data, held_out)
-    trained, batches = arrange(spec, program, data, spec.out)
-    return _Begun(program, trained, data, batches, held_out)
+def resumed_record(spec: FinetuneSpec) -> dict[str, Any]:
+    """The record of the run that is resumed, which was started with the same options and data.
+
+    Raises:
+        UserInputError: the folder is no run, or was made with others; the first one is named.
+    """
+    record = read_run_file(spec.out)
+    if "options" not in record:
+        raise UserInputError("the folder was not written by finetune", where=str(spec.out))
+    spec.check_resumed(record["options"])
+    return record
+
+
+def is_finished(spec: FinetuneSpec, record: Mapping[str, Any]) -> bool:
+    """Whether a resumed run has nothing left to do."""
+    then, now = record["options"], spec.decisive()
+    same = all(then.get(name) == now.get(name) for name in ("steps", "epochs"))
+    return same and record["status"] == FINISHED
 
 
 def _restore(
@@ -288,17 +215,3 @@ def _restore(
     checkpoints = list_checkpoints(folder)
     if checkpoints:
         restore_checkpoint(checkpoints[-1], program, state, identity)
-
-
-def _calibration(
-    spec: FinetuneSpec, program: Program, data: Dataset, source: Source
-) -> list[dict[str, Any]] | None:
-    """Calibration calls, if a file of them is given or a setting needs them; else None."""
-    if not spec.needs_calibration:
-        return None
-    if spec.calibration:
-        data = load_files(
-            spec.reading, spec.calibration, source.tokenizer, source.decoder_start, data.classes
-        )
-        check_trainable(program, data.classes, data)
-    return calibration_calls(program, data.examples, spec.calibration_samples)

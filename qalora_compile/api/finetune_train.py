@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from qalora_compile.api.finetune_job import FAILED, TRAINING, Job
+from qalora_compile.api.finetune_job import FAILED, Job
+from qalora_compile.api.finetune_start import TRAINING
+from qalora_compile.config.choices import TENSORBOARD
 from qalora_compile.errors import UserInputError
 from qalora_compile.progress import announce
 from qalora_compile.training.distributed import Processes
 from qalora_compile.training.fit import FitResult, FitState, StepReport, fit
 from qalora_compile.training.records.log import (
     LOG_FILE,
-    TENSORBOARD,
     JsonLog,
     Recorder,
     TensorBoardLog,

@@ -157,6 +157,7 @@ def _inspect_file(file: Path) -> tuple[list[Row], Row]:
     size = sum(part.stat().st_size for part in parts)
     return rows, {
         "stage": metadata.stage,
+        "target": metadata.target,
         **{f"{_LAYERS}{name}": count for name, count in sorted(decisions.items())},
         **_zero_points(rows),
         "size": megabytes(size),
@@ -164,7 +165,7 @@ def _inspect_file(file: Path) -> tuple[list[Row], Row]:
     }
 
 
-_FORMS = {"openvino": "real"}
+_FORMS = {"openvino": "real", "ort": "real"}
 """How targets hold zero-points, where it is not the form of MatMulNBits."""
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from qalora_compile.capture.describe_model import CONFIG_FILE
 from qalora_compile.capture.sentence import SETTINGS_FILES, SentenceParts, read_sentence_parts
+from qalora_compile.config.choices import TOKEN_POOLINGS
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.onnx.sentence_transformers import write_sentence_files
 from qalora_compile.ir.program import Program
-from qalora_compile.passes.pool_tokens import POOLINGS, PoolTokens
+from qalora_compile.passes.pool_tokens import PoolTokens
 from qalora_compile.untrusted import quoted, read_object
 
 
@@ -104,7 +105,7 @@ def chosen_pooling(asked: str | None, normalize: bool, folder: Path) -> Pooling:
 def stored_pooling(folder: Path) -> Pooling:
     """The pooling in a folder of sentence-transformers; unknown if it cannot be written again."""
     parts = read_sentence_parts(folder)
-    if parts is None or parts.others or parts.pooling not in POOLINGS:
+    if parts is None or parts.others or parts.pooling not in TOKEN_POOLINGS:
         return Pooling()
     return Pooling(parts.pooling, parts.normalize, settings=_settings(folder, parts))
 

@@ -26,14 +26,12 @@ from torch import Tensor, nn
 
 from qalora_compile.capture.peft_settings import CONFIG_FILE, PeftSettings
 from qalora_compile.config import one_of
+from qalora_compile.config.choices import MEAN, PEFT_POOLINGS, SUM
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.lora_update import LowRankUpdate, check_pools
 from qalora_compile.ir.safetensors_io import load_tensors
 
 WEIGHTS_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
-MEAN, SUM = "mean", "sum"
-POOLINGS = (MEAN, SUM)
-"""The pooling of the authors' script, and that of the paper's algorithm."""
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 
@@ -166,14 +164,14 @@ def as_pooled(adapter: PeftAdapter, model: nn.Module, pooling: str | None) -> Pe
     Args:
         adapter: The adapter as it was read.
         model: The model, whose layer widths determine the groups.
-        pooling: What A multiplies for each group, one of `POOLINGS`. None: the adapter does not
-            pool, or records how, and is returned unchanged.
+        pooling: What A multiplies for each group, one of `PEFT_POOLINGS`. None: the adapter does
+            not pool, or records how, and is returned unchanged.
 
     Raises:
         UserInputError: the adapter's shapes show pooling but `pooling` is None, or the reverse.
     """
     if pooling is not None:
-        one_of("pooling", pooling, POOLINGS)
+        one_of("pooling", pooling, PEFT_POOLINGS)
     plain = {path: update for path, update in adapter.updates.items() if update.pool is None}
     groups = {_group_of(update, *_sizes(model, path)) for path, update in plain.items()}
     group = max(1, *groups) if len(groups) == 1 else 1

@@ -7,9 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qalora_compile.api.adapt import APPROXIMATE, MERGE, REFUSE, AdaptSpec, adapt
-from qalora_compile.capture.peft_adapters import POOLINGS
-from qalora_compile.cli.options import spec_of
+from qalora_compile.cli.options import command_line, spec_of
 from qalora_compile.cli.quantized import (
     add_quant_arguments,
     add_stored_argument,
@@ -17,20 +15,21 @@ from qalora_compile.cli.quantized import (
     print_reports,
 )
 from qalora_compile.cli.ui import print_summary, steps
+from qalora_compile.config.choices import APPROXIMATE, MERGE, PEFT_POOLINGS, REFUSE
 
-NAME = "adapt"
-SUMMARY = "quantize a model and import adapters trained by PEFT; writes a RUN folder"
 EXAMPLES = """examples:
   qalora-compile adapt ./Llama --adapter ./qalora-adapter --out run
-  qalora-compile adapt ./Llama --adapter ./english ./polite --weights 1.0 0.5 --out run
+  qalora-compile adapt ./Llama --adapter ./english ./polite \\
+    --weights 1.0 0.5 --out run
   qalora-compile adapt ./Llama --adapter ./lora --plain approximate --out run
   qalora-compile adapt ./Llama --adapter ./lora --plain merge --bits 8 --out run
   then: qalora-compile fold run --out folded
 
-Adapters trained with use_qalora fold exactly if their group is a multiple of --group-size.
-Plain LoRA does not: --plain approximate takes the nearest update that does, --plain merge adds it
-to the float weights before they are quantized.
-Adapters of the QA-LoRA authors' script pool, but their settings do not say so: add --pooling mean.
+Adapters trained with use_qalora fold exactly if their group is a multiple of
+--group-size. Plain LoRA does not: --plain approximate takes the nearest
+update that does, --plain merge adds it to the float weights before they are
+quantized. Adapters of the QA-LoRA authors' script pool, but their settings do
+not say so: add --pooling mean.
 """
 
 
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pooling",
-        choices=POOLINGS,
+        choices=PEFT_POOLINGS,
         help="pooling of adapters whose lora_A is [r, K / g] without use_qalora in their settings",
     )
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
@@ -62,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from qalora_compile.api.adapt import AdaptSpec, adapt
+
     started = time.monotonic()
     spec = spec_of(AdaptSpec, options, out=Path(options.out), codes=codes_of(options))
     with steps():
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
             "full parameters put in": result.saved,
             "seconds": f"{time.monotonic() - started:.0f}",
             "written": str(spec.out),
-            "next": f"qalora-compile fold {spec.out} --out FOLDED",
+            "next": command_line("fold", spec.out, "--out", "FOLDED"),
         },
     )
     return 0

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qalora_compile.api.diff import ApplySpec, apply_diff
 from qalora_compile.brief import megabytes
-from qalora_compile.cli.options import spec_of
+from qalora_compile.cli.options import command_line, spec_of
 from qalora_compile.cli.ui import print_summary, steps
 
-NAME = "apply"
-SUMMARY = "write a tuned edge folder again, bit for bit, from its base and a patch of diff"
 EXAMPLES = """examples:
   qalora-compile apply edge patch --out edge_tuned
 """
@@ -27,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from qalora_compile.api.diff import ApplySpec, apply_diff
+
     paths = {name: Path(getattr(options, name)) for name in ("base", "patch", "out")}
     spec = spec_of(ApplySpec, options, **paths)
     with steps():
@@ -38,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
             "patch": megabytes(result.patch),
             "edge folder": megabytes(result.tuned),
             "written": str(spec.out),
-            "next": f"qalora-compile inspect {spec.out}",
+            "next": command_line("inspect", spec.out),
         },
     )
     return 0

@@ -6,22 +6,24 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qalora_compile.api.bench import BenchSpec, Result, bench
 from qalora_compile.brief import megabytes
 from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.ui import print_json, print_table, steps
 
-NAME = "bench"
-SUMMARY = (
-    "speed and memory of an exported language model, compared with its unmerged and float forms"
-)
+if TYPE_CHECKING:
+    from qalora_compile.api.bench import Result
+
 EXAMPLES = """examples:
-  qalora-compile bench edge                      merged: operator library and stock kernels
-  qalora-compile bench edge --run run            also with adapters unmerged, and in float32
+  # merged: operator library and stock kernels
+  qalora-compile bench edge
+  # also with adapters unmerged, and in float32
+  qalora-compile bench edge --run run
   qalora-compile bench edge --prompts 16 --decode 16 --rounds 3
 
-All forms alternate in one process; the memory of each is measured in a separate process.
+All forms alternate in one process; the memory of each is measured in a
+separate process.
 """
 
 
@@ -31,15 +33,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", dest="trained", metavar="RUN", help="its RUN, for the unmerged and float forms"
     )
-    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 128, 512], metavar="T")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        nargs="+",
+        default=[16, 128, 512],
+        metavar="T",
+        help="lengths of the prompts",
+    )
     parser.add_argument("--decode", type=int, default=16, metavar="N", help="new tokens per prompt")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of ONNX Runtime")
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="repetitions, of which the median counts"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads of ONNX Runtime (default: its own choice)"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from qalora_compile.api.bench import BenchSpec, bench
+
     trained = Path(options.trained) if options.trained else None
     spec = spec_of(BenchSpec, options, folder=Path(options.folder), run=trained)
     with steps():

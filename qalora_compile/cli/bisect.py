@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qalora_compile.api.bisect import BisectSpec, bisect_pipeline
 from qalora_compile.cli.exit_codes import exit_code
 from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.ui import print_json, print_summary, steps
 from qalora_compile.config import GRAPH_TARGETS
-from qalora_compile.verify.debug.bisect import Culprit, Step
 
-NAME = "bisect"
-SUMMARY = "find the first pass, site and node that changes what a program computes"
+if TYPE_CHECKING:
+    from qalora_compile.verify.debug.bisect import Culprit, Step
+
 EXAMPLES = """examples:
   qalora-compile bisect run --target ort-stock --out found
-  qalora-compile bisect folded --passes "legalize-ort,share-group-sums" --out found
-  qalora-compile bisect package.module:factory --passes "annotate-linears,quantize-groups"
-  python found/repro.py                     the minimal reproduction: two programs that differ
+  qalora-compile bisect folded --passes "legalize-ort,share-group-sums" \\
+    --out found
+  qalora-compile bisect package.module:factory \\
+    --passes "annotate-linears,quantize-groups"
+  # the minimal reproduction: two programs that differ
+  python found/repro.py
 """
 
 
@@ -35,12 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder for a minimal reproduction")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DIR")
     parser.add_argument("--inputs", type=int, default=2, metavar="N", help="random inputs to try")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from qalora_compile.api.bisect import BisectSpec, bisect_pipeline
+
     spec = spec_of(BisectSpec, options, out=Path(options.out) if options.out else None)
     with steps():
         result = bisect_pipeline(spec)

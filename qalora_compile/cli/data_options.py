@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from qalora_compile.api.finetune_data import TASKS
-from qalora_compile.api.finetune_spec import ReadingSpec
 from qalora_compile.cli.options import spec_of
+from qalora_compile.config.choices import ARRANGEMENTS, LEARN, TASKS
 from qalora_compile.errors import UserInputError
-from qalora_compile.training.data.batches import ARRANGEMENTS
-from qalora_compile.training.data.parse_line import LEARN
-from qalora_compile.training.data.row_forms import read_mapping
 
-FORMS = """data, as JSON lines (or .json, .csv, .parquet, .jsonl.gz, a folder, a saved dataset):
-  {"prompt": "2 + 2 =", "completion": " 4"}      loss on the completion; the only form for T5, BART
-  {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-  {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
+if TYPE_CHECKING:
+    from qalora_compile.api.finetune_spec import ReadingSpec
+
+FORMS = """data, as JSON lines (or .json, .csv, .parquet, .jsonl.gz, a folder, a dataset):
+  {"prompt": "2 + 2 =", "completion": " 4"}
+      loss on the completion; the only form for T5, BART
+  {"messages": [{"role": "user", "content": "…"},
+                {"role": "assistant", "content": "…"}]}
+  {"conversations": [{"from": "human", "value": "…"},
+                     {"from": "gpt", "value": "…"}]}
   {"instruction": "…", "input": "…", "output": "…"}
-  {"text": "…"}                                  loss on every token
-  {"input_ids": [1, 2, 3]}                       for models without a tokenizer
-  {"text": "…", "label": "…"}                    classification, for encoders
+  {"text": "…"}                  loss on every token
+  {"input_ids": [1, 2, 3]}       for models without a tokenizer
+  {"text": "…", "label": "…"}    classification, for encoders
 other field names: --map prompt=question,completion=answer
 """
 
@@ -38,8 +41,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--task",
         choices=TASKS,
-        help="classification trains an encoder with a new head; inferred from data and model if "
-        "left out",
+        help="classification trains an encoder with a new head; default: inferred "
+        "from data and model",
     )
     group.add_argument(
         "--map",
@@ -67,6 +70,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _mapping(text: str) -> dict[str, str]:
+    from qalora_compile.training.data.row_forms import read_mapping
+
     try:
         return read_mapping(text)
     except UserInputError as error:
@@ -75,4 +80,6 @@ def _mapping(text: str) -> dict[str, str]:
 
 def reading_of(options: argparse.Namespace) -> ReadingSpec:
     """The specification of the data."""
+    from qalora_compile.api.finetune_spec import ReadingSpec
+
     return spec_of(ReadingSpec, options)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qalora_compile.api.diff import DiffSpec, diff_folders
 from qalora_compile.brief import megabytes
-from qalora_compile.cli.options import spec_of
+from qalora_compile.cli.options import command_line, spec_of
 from qalora_compile.cli.ui import print_summary, steps
 
-NAME = "diff"
-SUMMARY = "write what a fine-tuning changed in an edge folder: a few tensors instead of a model"
 EXAMPLES = """examples:
   qalora-compile diff edge edge_tuned --out patch
   qalora-compile apply edge patch --out edge_again
@@ -28,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from qalora_compile.api.diff import DiffSpec, diff_folders
+
     paths = {name: Path(getattr(options, name)) for name in ("base", "tuned", "out")}
     spec = spec_of(DiffSpec, options, **paths)
     with steps():
@@ -39,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
             "tuned folder": megabytes(result.tuned),
             "patch": megabytes(result.patch),
             "written": str(spec.out),
-            "next": f"qalora-compile apply {spec.base} {spec.out} --out EDGE",
+            "next": command_line("apply", spec.base, spec.out, "--out", "EDGE"),
         },
     )
     return 0

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 
 from qalora_compile.cli.ui import print_json, print_summary
-from qalora_compile.runtime.doctor import describe_machine
 
-NAME = "doctor"
-SUMMARY = "show versions, CPU features and which kernels will run"
 EXAMPLES = """examples:
   qalora-compile doctor
   qalora-compile doctor --json
@@ -22,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from qalora_compile.runtime.doctor import describe_machine
+
     facts = describe_machine()
     if options.json:
         print_json(facts)

@@ -6,11 +6,10 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qalora_compile.api.deploy import DeploySpec, EdgeResult, EdgeSpec, export_folder
-from qalora_compile.api.edge import EdgeParts, outputs_last_logits
 from qalora_compile.brief import megabytes
-from qalora_compile.cli.options import spec_of
+from qalora_compile.cli.options import command_line, spec_of
 from qalora_compile.cli.quantized import add_embedding_choice
 from qalora_compile.cli.ui import console, print_summary, print_table, steps
 from qalora_compile.config import (
@@ -24,31 +23,42 @@ from qalora_compile.config import (
     PRESETS,
     ExportSpec,
 )
-from qalora_compile.exporters.capability import ExportReport
-from qalora_compile.ir.program import Program
-from qalora_compile.passes.pool_tokens import POOLINGS
+from qalora_compile.config.choices import TOKEN_POOLINGS
 from qalora_compile.registry import TARGETS
-from qalora_compile.runtime.footprint import peak_memory
-from qalora_compile.runtime.library import kernel_level, library_path
 
-NAME = "export"
-SUMMARY = "write a folded model as one ONNX file, or for OpenVINO, or as a checkpoint"
+if TYPE_CHECKING:
+    from qalora_compile.api.deploy import DeploySpec, EdgeResult, EdgeSpec
+    from qalora_compile.api.edge import EdgeParts
+    from qalora_compile.exporters.capability import ExportReport
+    from qalora_compile.ir.program import Program
+
 EXAMPLES = """examples:
   qalora-compile export folded --out edge
-  qalora-compile export folded --out edge --preset fast        int8 activations: 5e-3 error
-  qalora-compile export folded --out edge --preset small --embeddings 8      smallest but for one
-  qalora-compile export folded --out edge --target ort-stock   no functions, MatMulNBits throughout
-  qalora-compile export folded --out edge --target onnx        standard operators only
-  qalora-compile export folded --out edge --target openvino    openvino_model.xml, with state
-  qalora-compile export folded --out edge --with-library       for GenAI: our kernels in the folder
-  qalora-compile export folded --out edge --no-kv-cache        one pass over complete sequences
-  qalora-compile export folded --out edge --pooling mean --normalize     sentence embeddings
-  qalora-compile export run --out edge --allow-unfolded        keep the adapters in the graph
-  qalora-compile export folded --out edge --target gguf        model.gguf for llama.cpp
-  qalora-compile export folded --out edge --target float       Hugging Face folder, no codes
+  # int8 activations: 5e-3 error
+  qalora-compile export folded --out edge --preset fast
+  # smallest but for one
+  qalora-compile export folded --out edge --preset small --embeddings 8
+  # no functions, MatMulNBits throughout
+  qalora-compile export folded --out edge --target ort-stock
+  # standard operators only
+  qalora-compile export folded --out edge --target onnx
+  # openvino_model.xml, with state
+  qalora-compile export folded --out edge --target openvino
+  # for GenAI: our kernels in the folder
+  qalora-compile export folded --out edge --with-library
+  # one pass over complete sequences
+  qalora-compile export folded --out edge --no-kv-cache
+  # sentence embeddings
+  qalora-compile export folded --out edge --pooling mean --normalize
+  # keep the adapters in the graph
+  qalora-compile export run --out edge --allow-unfolded
+  # model.gguf for llama.cpp
+  qalora-compile export folded --out edge --target gguf
+  # Hugging Face folder, no codes
+  qalora-compile export folded --out edge --target float
 
-Language models get a key-value cache, and the folder runs unchanged in ONNX Runtime GenAI.
-Encoder-decoder models (T5, BART, Whisper) become two graphs.
+Language models get a key-value cache, and the folder runs unchanged in ONNX
+Runtime GenAI. Encoder-decoder models (T5, BART, Whisper) become two graphs.
 """
 _SHOWN = 8
 """Largest number of checkpoint tensors listed whose stored form differs from the plan."""
@@ -97,13 +107,15 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         "--accuracy-level",
         type=int,
         choices=ACCURACY_LEVELS,
-        help="0: float32 activations, 2 (target ort): two int8 digits each, 4: int8",
+        help="0: float32 activations, 2 (target ort): two int8 digits each, 4: int8 (default: "
+        "that of the preset, else 0)",
     )
     parser.add_argument(
         "--parameter-dtype",
         choices=(*PARAMETER_DTYPES, AUTO),
         help="dtype of scale and zero-point in targets ort, openvino and in checkpoints; float16 "
-        "rounds them; auto, for ort and openvino: float16 if no weight moves by it",
+        "rounds them; auto, for ort and openvino: float16 if no weight moves by it (default: "
+        "that of the preset, else auto for ort, float32 elsewhere)",
     )
     parser.add_argument(
         "--correction",
@@ -157,7 +169,7 @@ def add_pooling_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the pooling of encoders."""
     parser.add_argument(
         "--pooling",
-        choices=POOLINGS,
+        choices=TOKEN_POOLINGS,
         help="add the output sentence_embedding to an encoder: mean of the tokens, or the first",
     )
     parser.add_argument(
@@ -182,6 +194,8 @@ def deploy_spec(options: argparse.Namespace) -> DeploySpec:
     Raises:
         UserInputError: a value is out of range, or options conflict.
     """
+    from qalora_compile.api.deploy import DeploySpec
+
     return spec_of(
         DeploySpec,
         options,
@@ -193,6 +207,8 @@ def deploy_spec(options: argparse.Namespace) -> DeploySpec:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from qalora_compile.api.deploy import export_folder
+
     started, spec = time.monotonic(), deploy_spec(options)
     with steps():
         result = export_folder(spec)
@@ -207,6 +223,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _show_edge(spec: DeploySpec, result: EdgeResult, parts: EdgeParts, seconds: float) -> None:
+    from qalora_compile.runtime.footprint import peak_memory
+
     report = result.report
     print_summary(
         "export",
@@ -222,20 +240,22 @@ def _show_edge(spec: DeploySpec, result: EdgeResult, parts: EdgeParts, seconds: 
             "next to it": ", ".join(result.written),
             "seconds": f"{seconds:.0f}",
             "written": str(report.path),
-            "next": f"qalora-compile verify {spec.folder} {spec.out} {_tolerance(report)}",
+            "next": command_line("verify", spec.folder, spec.out, *_tolerance(report)),
         }
         | ({"kernels": kernels()} if report.target == "ort" else {})
         | resumed(report),
     )
 
 
-def _tolerance(report: ExportReport) -> str:
+def _tolerance(report: ExportReport) -> tuple[str, str]:
     """The tolerance that fits what the target rounds."""
     rounds = any(capability.kind == "rounds" for capability in report.capabilities.values())
-    return "--max-rel 1e-1" if rounds else "--max-rel 1e-3"
+    return ("--max-rel", "1e-1" if rounds else "1e-3")
 
 
 def _cache_state(spec: EdgeSpec, program: Program) -> str:
+    from qalora_compile.api.edge import outputs_last_logits
+
     if program.signature.cache:
         return "yes, logits of the last token" if outputs_last_logits(program) else "yes"
     return "left out" if spec.no_kv_cache else "none: not a generating transformers model"
@@ -264,6 +284,8 @@ def choice_rows(parts: EdgeParts, report: ExportReport) -> dict[str, str]:
 
 def kernels() -> str:
     """The kernels that run a model of target `ort` on this machine."""
+    from qalora_compile.runtime.library import kernel_level, library_path
+
     level = kernel_level()
     if level is None:
         return "stock, the operator library was not built: qalora-compile doctor"
@@ -271,6 +293,8 @@ def kernels() -> str:
 
 
 def _show_checkpoint(report: ExportReport, source: Path, seconds: float) -> None:
+    from qalora_compile.runtime.footprint import peak_memory
+
     for note in report.notes:
         console.print(f"note: {note}")
     odd = [row for row in report.stored if row.remark]
@@ -299,7 +323,7 @@ def _show_checkpoint(report: ExportReport, source: Path, seconds: float) -> None
             "written": str(report.path),
         }
         | (
-            {"next": f"qalora-compile verify {source} {report.path} --max-rel 1e-2"}
+            {"next": command_line("verify", source, report.path, "--max-rel", "1e-2")}
             if report.target in CHECKPOINT_TARGETS
             else {}
         ),

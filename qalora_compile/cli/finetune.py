@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qalora_compile.api.finetune import FinetuneResult, finetune
-from qalora_compile.api.finetune_spec import FinetuneSpec
 from qalora_compile.cli.data_options import FORMS, add_data_arguments, reading_of
-from qalora_compile.cli.options import spec_of
+from qalora_compile.cli.options import command_line, spec_of
 from qalora_compile.cli.quantized import (
     add_embedding_arguments,
     add_quant_arguments,
@@ -23,28 +22,45 @@ from qalora_compile.cli.training_options import (
     fit_spec,
 )
 from qalora_compile.cli.training_view import View
-from qalora_compile.cli.ui import print_summary, quiet, steps
-from qalora_compile.training.distributed import find_processes
+from qalora_compile.cli.ui import print_summary, quiet, remark, steps
 
-NAME = "finetune"
-SUMMARY = "train adapters on a model's own quantized weights; writes a RUN folder"
+if TYPE_CHECKING:
+    from qalora_compile.api.finetune import FinetuneResult
+    from qalora_compile.api.finetune_spec import FinetuneSpec
+    from qalora_compile.training.fit import StepReport
+
 EXAMPLES = (
     """examples:
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run
-  qalora-compile finetune model.gguf --data train.jsonl --eval-data test.jsonl --steps 200 --out run
-  qalora-compile finetune my_package.models:build --data ids.jsonl --bits 3 --out run
+  qalora-compile finetune model.gguf --data train.jsonl \\
+    --eval-data test.jsonl --steps 200 --out run
+  qalora-compile finetune my_package.models:build --data ids.jsonl \\
+    --bits 3 --out run
   qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --embeddings 8
-  qalora-compile finetune ./SmolLM2 --data train.jsonl --bits 3 --method gptq --out run
-  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --resume
-  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits 3 --init svd
-  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits auto --budget 3.5
-  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --rank auto --rank-budget 1000000
-  qalora-compile finetune ./SmolLM2 --data train.jsonl --eval-data test.jsonl --out run \\
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --bits 3 \\
+    --method gptq --out run
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --epochs 3
+  # after an interruption
+  qalora-compile finetune --resume --out run
+  qalora-compile finetune --init-from run --data more.jsonl --out run2
+  qalora-compile finetune --config run/run.yaml --lr 5e-4 --out run3
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run --bits 3 \\
+    --init svd
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run \\
+    --bits auto --budget 3.5
+  qalora-compile finetune ./SmolLM2 --data train.jsonl --out run \\
+    --rank auto --rank-budget 1000000
+  qalora-compile finetune ./SmolLM2 --data train.jsonl \\
+    --eval-data test.jsonl --out run \\
     --eval-every 20 --patience 3 --report-to tensorboard
-  torchrun --nproc-per-node 2 -m qalora_compile finetune ./SmolLM2 --data train.jsonl --out run
-  qalora-compile finetune ./MiniLM --data reviews.jsonl --out run             classification
-  qalora-compile finetune ./SmolLM2 --data qa.csv --map prompt=question,completion=answer --out run
-  qalora-compile finetune ./SmolLM2 --data 'chats/*.jsonl' --out run --batches packed
+  torchrun --nproc-per-node 2 -m qalora_compile finetune ./SmolLM2 \\
+    --data train.jsonl --out run
+  # classification
+  qalora-compile finetune ./MiniLM --data reviews.jsonl --out run
+  qalora-compile finetune ./SmolLM2 --data qa.csv \\
+    --map prompt=question,completion=answer --out run
+  qalora-compile finetune ./SmolLM2 --data 'chats/*.jsonl' --out run \\
+    --batches packed
 
 """
     + FORMS
@@ -54,10 +70,16 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "model", metavar="MODEL", help="HF folder, .gguf file or package.mod:factory"
+        "model", metavar="MODEL", nargs="?", help="HF folder, .gguf file or package.mod:factory"
     )
     add_data_arguments(parser)
     parser.add_argument("--out", required=True, metavar="RUN", help="folder to write")
+    parser.add_argument(
+        "--init-from",
+        metavar="RUN",
+        help="in place of MODEL: train on from the adapters of this run, in a new RUN (default: "
+        "begin with MODEL)",
+    )
     quant = parser.add_argument_group("quantization")
     add_quant_arguments(quant, auto=True)
     add_embedding_arguments(quant)
@@ -80,10 +102,14 @@ def finetune_spec(options: argparse.Namespace) -> FinetuneSpec:
     Raises:
         UserInputError: a value is out of range, or options conflict.
     """
+    from qalora_compile.api.finetune_spec import FinetuneSpec
+
     return spec_of(
         FinetuneSpec,
         options,
+        model=options.model or "",
         out=Path(options.out),
+        init_from=Path(options.init_from) if options.init_from else None,
         fit=fit_spec(options),
         adapter=adapter_spec(options),
         codes=codes_of(options),
@@ -93,10 +119,25 @@ def finetune_spec(options: argparse.Namespace) -> FinetuneSpec:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from qalora_compile.api.finetune import finetune
+    from qalora_compile.training.distributed import find_processes
+
     spec, stop, processes = finetune_spec(options), Stop(), find_processes()
     with steps() if processes.is_first else quiet() as shown:
-        watch = View(shown, spec.fit.steps).show
-        result = finetune(spec, watch=watch, stopping=lambda: stopping(stop), processes=processes)
+        view = View(shown)
+
+        def watch(report: StepReport) -> None:
+            stop.step = report.step
+            view.show(report)
+
+        try:
+            result = finetune(
+                spec, watch=watch, stopping=lambda: stopping(stop), processes=processes
+            )
+        except KeyboardInterrupt:
+            if stop.number is not None and processes.is_first:
+                remark(f"not saved after the last checkpoint; to go on: {_resume(spec.out)}")
+            raise
     if result.is_first:
         if result.reports:
             print_reports(result.reports)
@@ -104,7 +145,11 @@ def run(options: argparse.Namespace) -> int:
     return stop.exit_code if result.fit.stopped else 0
 
 
+def _resume(out: Path) -> str:
+    return command_line("finetune", "--resume", "--out", out)
+
+
 def _next(result: FinetuneResult) -> dict[str, object]:
-    go_on = "the same command with --resume"
-    fold = f"qalora-compile fold {result.folder} --out FOLDED"
+    fold = command_line("fold", result.folder, "--out", "FOLDED")
+    go_on = _resume(result.folder) + " (under the launcher of the first call, if there was one)"
     return {"written": str(result.folder), "next": go_on if result.fit.stopped else fold}

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qalora_compile.api.fold import FoldSpec, fold_run
-from qalora_compile.cli.options import spec_of
+from qalora_compile.cli.options import command_line, spec_of
 from qalora_compile.cli.ui import console, print_summary, steps
-from qalora_compile.verify.compare import worst_of
 
-NAME = "fold"
-SUMMARY = "fold the trained adapters of a RUN into its zero-points, and check that nothing changed"
 EXAMPLES = """examples:
   qalora-compile fold run --out folded
   qalora-compile fold run --out folded --overwrite
@@ -27,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from qalora_compile.api.fold import FoldSpec, fold_run
+    from qalora_compile.verify.compare import worst_of
+
     spec = spec_of(FoldSpec, options, folder=Path(options.folder), out=Path(options.out))
     with steps():
         result = fold_run(spec)
@@ -41,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
             "as a fraction of the output scale": f"{max(c.max_rel for c in report.outputs):.3g}",
             "as a multiple of its rounding error": f"{worst_of(report.outputs).rounding or 0:.3g}",
             "written": str(spec.out),
-            "next": f"qalora-compile export {spec.out} --out EDGE",
+            "next": command_line("export", spec.out, "--out", "EDGE"),
         },
     )
     return 0

@@ -4,44 +4,39 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qalora_compile.api.inspect import (
-    Row,
-    draw,
-    group_equal_rows,
-    inspect_exported,
-    inspect_program,
-)
 from qalora_compile.brief import megabytes
 from qalora_compile.cli.ui import console, print_json, print_summary, print_table
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.program import Program
-from qalora_compile.ir.site_plan import QUANTIZE
 from qalora_compile.untrusted.artifacts import PROGRAM_FILE
 
-NAME = "inspect"
-SUMMARY = "show what was quantized, how, and why, in one row per layer"
+if TYPE_CHECKING:
+    from qalora_compile.api.inspect import Row
+
 EXAMPLES = """examples:
+  # what it is, its size, bits, and how it was made
   qalora-compile inspect run
+  # … and one row for similar layers
   qalora-compile inspect folded --group
+  qalora-compile inspect folded --layers           … and one row per layer
   qalora-compile inspect edge --json
   qalora-compile inspect folded --svg layer.svg --only model.layers.0
   qalora-compile inspect run --netron run.onnx
 """
-_MANY = 40
-"""Number of rows above which the output suggests `--group`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("path", metavar="PATH", help="RUN, FOLDED, DIR or .onnx")
-    parser.add_argument(
+    parser.add_argument("path", metavar="PATH", help="RUN, FOLDED, DIR, .onnx or .xml")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
         "--group",
         action="store_true",
         help="one row for layers that differ only in numbers: layers.{0..11}.q_proj",
     )
-    parser.add_argument("--json", action="store_true", help="print rows and totals as JSON")
+    shown.add_argument("--layers", action="store_true", help="one row per layer")
+    parser.add_argument("--json", action="store_true", help="print all rows and totals as JSON")
     parser.add_argument("--text", metavar="FILE", help="write the graph as text")
     parser.add_argument("--dot", metavar="FILE", help="… as DOT, for Graphviz")
     parser.add_argument("--svg", metavar="FILE", help="… as an image")
@@ -51,34 +46,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from qalora_compile.api.inspect import group_equal_rows
+    from qalora_compile.api.overview import overview
+
     path = Path(options.path)
-    drawn = {name: getattr(options, name) for name in ("text", "dot", "svg", "netron")}
-    files = {name: Path(file) for name, file in drawn.items() if file}
-    if (path / PROGRAM_FILE).exists():
-        program = Program.load(path)
-        draw(program, files, options.only)
-        rows, totals = inspect_program(program)
-    else:
-        if files:
-            raise UserInputError(
-                f"{path} is not a RUN or FOLDED folder, so its graph cannot be written",
-                hint="an exported model can be opened in Netron directly",
-            )
-        rows, totals = inspect_exported(path)
+    rows, totals = _read(path, options)
     if options.group:
         rows = group_equal_rows(rows)
     if options.json:
         print_json({"layers": rows, "totals": totals})
         return 0
-    _print_rows(rows, grouped=options.group)
-    print_summary(str(path), totals)
-    if len(rows) > _MANY and not options.group:
-        console.print("--group shows similar layers in one row")
+    if options.group or options.layers:
+        _print_rows(rows, grouped=options.group)
+    print_summary(str(path), overview(path, rows, totals))
+    if not (options.group or options.layers):
+        console.print("--group and --layers list the layers")
     return 0
+
+
+def _read(path: Path, options: argparse.Namespace) -> tuple[list[Row], Row]:
+    """Rows and totals; the drawings that the options name are written."""
+    from qalora_compile.api.inspect import draw, inspect_exported, inspect_program
+    from qalora_compile.ir.program import Program
+
+    drawn = {name: getattr(options, name) for name in ("text", "dot", "svg", "netron")}
+    files = {name: Path(file) for name, file in drawn.items() if file}
+    if (path / PROGRAM_FILE).exists():
+        program = Program.load(path)
+        draw(program, files, options.only)
+        return inspect_program(program)
+    if files:
+        raise UserInputError(
+            f"{path} is not a RUN or FOLDED folder, so its graph cannot be written",
+            hint="an exported model can be opened in Netron directly",
+        )
+    return inspect_exported(path)
 
 
 def _print_rows(rows: list[Row], *, grouped: bool) -> None:
     """Print quantized layers, then those in float and why: two tables that fit 80 columns."""
+    from qalora_compile.ir.site_plan import QUANTIZE
+
     count = ("count",) if grouped else ()
     quantized = [row for row in rows if row["decision"] == QUANTIZE]
     kept = [row for row in rows if row["decision"] != QUANTIZE]

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     S = TypeVar("S", bound=DataclassInstance)
+
+
+def command_line(*words: object) -> str:
+    """A command of this package, quoted for the shell."""
+    return shlex.join(["qalora-compile", *map(str, words)])
 
 
 def spec_of(made: type[S], options: argparse.Namespace, /, **more: Any) -> S:

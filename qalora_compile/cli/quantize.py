@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qalora_compile.api.codes import CodesSpec
-from qalora_compile.api.quantize import QuantizeSpec, quantize_folder
 from qalora_compile.brief import megabytes
 from qalora_compile.cli.export import (
     add_cache_argument,
@@ -19,7 +18,7 @@ from qalora_compile.cli.export import (
     resumed,
     target_spec,
 )
-from qalora_compile.cli.options import spec_of
+from qalora_compile.cli.options import command_line, spec_of
 from qalora_compile.cli.quantized import (
     add_embedding_choice,
     add_embedding_group,
@@ -28,20 +27,24 @@ from qalora_compile.cli.quantized import (
     print_reports,
 )
 from qalora_compile.cli.ui import print_summary, steps
-from qalora_compile.runtime.footprint import peak_memory
 
-NAME = "quantize"
-SUMMARY = "quantize a model of any size into an edge folder, without training"
+if TYPE_CHECKING:
+    from qalora_compile.api.quantize import QuantizeSpec
+
 EXAMPLES = """examples:
   qalora-compile quantize ./Llama-7B --out edge
-  qalora-compile quantize ./Llama-7B --out edge --bits 3 --group-size 64 --parameter-dtype float16
-  qalora-compile quantize ./SmolLM2 --out edge --embeddings 8     half of a small model's bytes
+  qalora-compile quantize ./Llama-7B --out edge --bits 3 --group-size 64 \\
+    --parameter-dtype float16
+  # half of a small model's bytes
+  qalora-compile quantize ./SmolLM2 --out edge --embeddings 8
   qalora-compile quantize ./Llama-7B --out edge --bits 3 --method hqq
-  qalora-compile quantize ./MiniLM --out edge --pooling mean --normalize   sentence embeddings
+  # sentence embeddings
+  qalora-compile quantize ./MiniLM --out edge --pooling mean --normalize
 
-Weights are read, quantized and written layer by layer, so memory does not grow with the model.
-A checkpoint that is already quantized (GPTQ, AWQ, HQQ, compressed-tensors, MLX) keeps its codes;
-its weights are held in memory, in float32.
+Weights are read, quantized and written layer by layer, so memory does not
+grow with the model. A checkpoint that is already quantized (GPTQ, AWQ, HQQ,
+compressed-tensors, MLX) keeps its codes; its weights are held in memory, in
+float32.
 """
 
 
@@ -65,6 +68,9 @@ def quantize_spec(options: argparse.Namespace) -> QuantizeSpec:
     Raises:
         UserInputError: a value is out of range, or options conflict.
     """
+    from qalora_compile.api.codes import CodesSpec
+    from qalora_compile.api.quantize import QuantizeSpec
+
     bits = options.embeddings if isinstance(options.embeddings, int) else None
     return spec_of(
         QuantizeSpec,
@@ -77,6 +83,9 @@ def quantize_spec(options: argparse.Namespace) -> QuantizeSpec:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from qalora_compile.api.quantize import quantize_folder
+    from qalora_compile.runtime.footprint import peak_memory
+
     started, spec = time.monotonic(), quantize_spec(options)
     with steps():
         result = quantize_folder(spec)
@@ -95,9 +104,9 @@ def run(options: argparse.Namespace) -> int:
             "peak memory": megabytes(peak_memory()),
             "seconds": f"{time.monotonic() - started:.0f}",
             "written": str(report.path),
-            "next": f'qalora-compile generate {out} --prompt "Hello"'
+            "next": command_line("generate", out, "--prompt", "Hello")
             if result.generates
-            else f"qalora-compile inspect {out}",
+            else command_line("inspect", out),
         }
         | ({"kernels": kernels()} if report.target == "ort" else {})
         | resumed(report),

@@ -7,16 +7,17 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from qalora_compile.api.codes import EMBEDDING_GROUP, CodesSpec
-from qalora_compile.api.inspect import pattern_of, ranges_of
-from qalora_compile.capture.checkpoints.gptq_zeros import ZERO_POINTS
 from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.ui import print_table
 from qalora_compile.config import AUTO, BUDGET_UNITS, EMBEDDINGS, SUPPORTED_BITS, QuantSpec
-from qalora_compile.passes.quantize_embeddings import BITS
-from qalora_compile.quantizers.report import QuantReport
+from qalora_compile.config.choices import EMBEDDING_BITS, EMBEDDING_GROUP, STORED_ZERO_POINTS
 from qalora_compile.registry import QUANTIZERS
+
+if TYPE_CHECKING:
+    from qalora_compile.api.codes import CodesSpec
+    from qalora_compile.quantizers.report import QuantReport
 
 _COLUMNS = (
     "layers", "count", "method", "bits", "group", "weights dB", "outputs dB", "worst", "s", "notes",
@@ -39,7 +40,12 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
     )
     if auto:
         group.add_argument("--budget", type=float, metavar="X", help="budget of --bits auto")
-        group.add_argument("--budget-unit", default="bits", choices=BUDGET_UNITS)
+        group.add_argument(
+            "--budget-unit",
+            default="bits",
+            choices=BUDGET_UNITS,
+            help="unit of --budget; bits are per quantized weight",
+        )
     group.add_argument(
         "--group-size",
         type=number_or_auto if auto else int,
@@ -53,7 +59,12 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
     )
     if auto:
         add_stored_argument(group)
-    group.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to quantize")
+    group.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="PATTERN",
+        help="layers to quantize (default: all linear ones)",
+    )
     group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers to keep")
 
 
@@ -61,8 +72,9 @@ def add_stored_argument(group: argparse._ActionsContainer) -> None:
     """Declare how a quantized checkpoint is read."""
     group.add_argument(
         "--stored-zero-points",
-        choices=ZERO_POINTS,
-        help="how a GPTQ checkpoint stores them, if its tag is wrong or missing",
+        choices=STORED_ZERO_POINTS,
+        help="how a GPTQ checkpoint stores them, if its tag is wrong or missing (default: by "
+        "its tag)",
     )
 
 
@@ -72,11 +84,15 @@ def codes_of(options: argparse.Namespace) -> CodesSpec:
     Raises:
         UserInputError: options conflict.
     """
+    from qalora_compile.api.codes import CodesSpec
+
     return spec_of(CodesSpec, options)
 
 
 def print_reports(reports: Sequence[QuantReport]) -> None:
     """Print signal-to-noise ratios, with one row for layers whose paths differ only in numbers."""
+    from qalora_compile.api.inspect import pattern_of
+
     alike: dict[tuple[object, ...], list[QuantReport]] = defaultdict(list)
     for report in reports:
         notes = tuple(_NUMBER.sub("#", note) for note in report.notes)
@@ -92,6 +108,8 @@ def print_reports(reports: Sequence[QuantReport]) -> None:
 
 def _row(same: Sequence[QuantReport]) -> tuple[object, ...]:
     """The means over similar layers, the lowest value of their outputs, and their total time."""
+    from qalora_compile.api.inspect import ranges_of
+
     first = same[0]
     outputs = [r.output_sqnr_db for r in same if r.output_sqnr_db is not None]
     return (
@@ -148,7 +166,7 @@ def add_embedding_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--embeddings",
         type=int,
-        choices=BITS,
+        choices=EMBEDDING_BITS,
         metavar="BITS",
         help="bits of embeddings and head, 8 or 4, without adapters; stored once if tied (default: "
         "float)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -41,10 +42,12 @@ class Stop:
 
     Attributes:
         number: The number of the first signal; None before it.
+        step: The last step that is done.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.step: int | None = None
         self._came = 0.0
 
     def __call__(self) -> bool:
@@ -65,6 +68,9 @@ class Stop:
         now = time.monotonic()
         if self.number is None:
             self.number, self._came = number, now
+            after = "" if self.step is None else f" after step {self.step + 1}"
+            # A handler may interrupt a print, so it writes past all buffers.
+            os.write(2, f"\nsaving{after}; once more to stop at once\n".encode())
         elif now - self._came > _SAME_S:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 

@@ -7,8 +7,7 @@ import argparse
 from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.quantized import number_or_auto
 from qalora_compile.config import ADAPTER_KINDS, INITS, POOLINGS, ZERO_POINTS, AdapterSpec
-from qalora_compile.training.records.checkpoint import KEPT
-from qalora_compile.training.records.log import REPORT_TO
+from qalora_compile.config.choices import CHECKPOINTS_KEPT, REPORT_TO
 from qalora_compile.training.spec import PRECISIONS, SCHEDULES, FitSpec
 
 _ADAPTER, _FIT = AdapterSpec(), FitSpec()
@@ -17,7 +16,13 @@ _STEPS = 100
 
 def add_adapter_arguments(group: argparse._ActionsContainer) -> None:
     """Declare rank, scaling, pooling, initialization and dropout."""
-    group.add_argument("--rank", type=number_or_auto, default=_ADAPTER.rank, metavar="R")
+    group.add_argument(
+        "--rank",
+        type=number_or_auto,
+        default=_ADAPTER.rank,
+        metavar="R",
+        help="rank of the adapters, or auto, within --rank-budget",
+    )
     group.add_argument("--rank-budget", type=int, metavar="P", help="parameters for --rank auto")
     group.add_argument(
         "--init",
@@ -37,9 +42,20 @@ def add_adapter_arguments(group: argparse._ActionsContainer) -> None:
         choices=ZERO_POINTS,
         help="integer: stay integers after folding, for runtimes that take no others",
     )
-    group.add_argument("--alpha", type=float, default=_ADAPTER.alpha)
+    group.add_argument(
+        "--alpha",
+        type=float,
+        default=_ADAPTER.alpha,
+        metavar="F",
+        help="updates are scaled by alpha / rank",
+    )
     group.add_argument("--rslora", action="store_true", help="scale by alpha / √rank")
-    group.add_argument("--pooling", default=_ADAPTER.pooling, choices=POOLINGS)
+    group.add_argument(
+        "--pooling",
+        default=_ADAPTER.pooling,
+        choices=POOLINGS,
+        help="how the inputs of a group are pooled before A",
+    )
     group.add_argument(
         "--dropout", type=float, default=_ADAPTER.dropout, metavar="P", help="dropout of adapters"
     )
@@ -48,7 +64,13 @@ def add_adapter_arguments(group: argparse._ActionsContainer) -> None:
 def add_training_arguments(group: argparse._ActionsContainer) -> None:
     """Declare the fields of `FitSpec`, and what is saved and reported."""
     add = group.add_argument
-    add("--steps", type=int, default=_STEPS, metavar="N")
+    add("--steps", type=int, default=_STEPS, metavar="N", help="optimizer steps")
+    add(
+        "--epochs",
+        type=float,
+        metavar="F",
+        help="how often all examples are read, in place of --steps (default: --steps decides)",
+    )
     add("--batch-size", type=int, default=_FIT.batch_size, metavar="B", help="examples per batch")
     add(
         "--accumulate",
@@ -58,7 +80,13 @@ def add_training_arguments(group: argparse._ActionsContainer) -> None:
         help="batches per step and process",
     )
     add("--seq-len", type=int, default=512, metavar="T", help="longest example, in tokens")
-    add("--lr", type=float, default=_FIT.learning_rate, metavar="F")
+    add(
+        "--lr",
+        type=float,
+        default=_FIT.learning_rate,
+        metavar="F",
+        help="peak learning rate of AdamW",
+    )
     add(
         "--lora-plus-ratio",
         type=float,
@@ -66,29 +94,59 @@ def add_training_arguments(group: argparse._ActionsContainer) -> None:
         metavar="F",
         help="learning rate of B / that of A",
     )
-    add("--weight-decay", type=float, default=_FIT.weight_decay, metavar="F")
-    add("--schedule", default=_FIT.schedule, choices=SCHEDULES)
+    add("--weight-decay", type=float, default=_FIT.weight_decay, metavar="F", help="of AdamW")
+    add(
+        "--schedule",
+        default=_FIT.schedule,
+        choices=SCHEDULES,
+        help="how the rate falls after the warm-up; constant runs can be lengthened",
+    )
     add("--warmup", type=float, default=_FIT.warmup, metavar="F", help="fraction of the steps")
     add("--clip", type=float, default=_FIT.clip, metavar="F", help="largest gradient norm")
-    add("--precision", default=_FIT.precision, choices=PRECISIONS)
+    add(
+        "--precision",
+        default=_FIT.precision,
+        choices=PRECISIONS,
+        help="of linear maps and attention; adapters are always float32",
+    )
     add(
         "--device",
         metavar="D",
         help="cuda, cuda:1, …; default: cpu, or the device that a launcher assigns",
     )
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    add("--eval-every", type=int, default=0, metavar="N", help="in steps; needs --eval-data")
+    add(
+        "--eval-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps between evaluations on --eval-data; 0: before and after training only",
+    )
     add(
         "--patience",
         type=int,
         default=0,
         metavar="N",
-        help="stop after N evaluations without a lower held-out loss, and keep the best adapters",
+        help="stop after N evaluations without a lower held-out loss, and keep the best adapters; "
+        "0: never",
     )
-    add("--seed", type=int, default=_FIT.seed)
+    add("--seed", type=int, default=_FIT.seed, metavar="N", help="order of the data, dropout")
     add("--save-every", type=int, default=50, metavar="N", help="steps between checkpoints")
-    add("--keep", type=int, default=KEPT, metavar="N", help="keep the last N checkpoints")
-    add("--report-to", nargs="+", default=[], choices=REPORT_TO, metavar="WHERE")
+    add(
+        "--keep",
+        type=int,
+        default=CHECKPOINTS_KEPT,
+        metavar="N",
+        help="keep the last N checkpoints",
+    )
+    add(
+        "--report-to",
+        nargs="+",
+        default=[],
+        choices=REPORT_TO,
+        metavar="WHERE",
+        help=f"also log to: {', '.join(REPORT_TO)}",
+    )
     add("--resume", action="store_true", help="resume from the last checkpoint")
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 from qalora_compile.cli.ui import Steps
-from qalora_compile.training.fit import StepReport
+
+if TYPE_CHECKING:
+    from qalora_compile.training.fit import StepReport
 
 _RECENT = 10
 """Number of steps over which tokens per second are averaged."""
@@ -16,11 +19,10 @@ class View:
 
     Args:
         shown: Shows the line.
-        steps: Total number of steps.
     """
 
-    def __init__(self, shown: Steps, steps: int) -> None:
-        self._shown, self._steps = shown, steps
+    def __init__(self, shown: Steps) -> None:
+        self._shown = shown
         self._recent: deque[StepReport] = deque(maxlen=_RECENT)
         self._held_out = ""
 
@@ -34,4 +36,4 @@ class View:
         rate = sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent)
         note = f"loss {report.loss:.4f}{self._held_out}"
         note += f", lr {report.learning_rate:.2e}, {rate:.0f} tokens/s"
-        self._shown.update("train", report.step, self._steps, note)
+        self._shown.update("train", report.step, None, note)

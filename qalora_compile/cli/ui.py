@@ -15,17 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from qalora_compile.progress import listening
@@ -64,6 +66,23 @@ err_console = PlainConsole(stderr=True)
 """Progress and errors, on standard error, so that output can be piped."""
 
 _PLAIN_INTERVAL_S = 5.0
+_LEAST_TEXT = 12
+"""Columns that a name needs to be folded over several lines and still be read."""
+
+
+class _RateColumn(ProgressColumn):
+    """Steps per second, or seconds per step if that is more than one."""
+
+    def render(self, task: Task) -> Text:
+        """See `rich.progress.ProgressColumn`."""
+        return Text(rate(task.finished_speed or task.speed), style="progress.data.speed")
+
+
+def rate(speed: float | None) -> str:
+    """A speed in steps per second as text: `3.2/s`, or `4.1 s each` if it is below 1."""
+    if not speed:
+        return "?/s"
+    return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
 
 
 class Steps:
@@ -71,24 +90,31 @@ class Steps:
 
     def __init__(self, console: Console = err_console) -> None:
         self._console = console
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # only the note is ever cut
         self._bar = Progress(
-            TextColumn("{task.description:<10}", markup=False),
-            BarColumn(bar_width=30),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=max(6, min(30, console.width // 10))),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            _RateColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
+            TextColumn("{task.fields[note]}", markup=False, table_column=rest),
             console=console,
+            expand=True,
         )
         self._tasks: dict[str, TaskID] = {}
         self._live = console.is_terminal
         self._last_line = 0.0
         self._started: dict[str, float] = {}
         self._before: dict[str, int] = {}
+        self._totals: dict[str, int] = {}
 
-    def update(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` steps of `what` are done; the first call starts the bar."""
+    def update(self, what: str, done: int, total: int | None, note: str = "") -> None:
+        """Show that `done` of `total` steps of `what` are done; the first call starts the bar.
+
+        With None as the total, it is the one of the last call.
+        """
+        total = self._totals[what] = self._totals.get(what, done) if total is None else total
         begins = done == 0 or what not in self._started
         if begins:
             self._started[what], self._before[what] = time.monotonic(), done
@@ -112,10 +138,11 @@ class Steps:
             return
         self._last_line = now
         spent = now - self._started[what]
-        left = spent / max(1, done - self._before[what]) * (total - done)
-        self._console.print(
-            f"{what} {done}/{total} {spent:.0f} s, eta {left:.0f} s {note}".rstrip()
-        )
+        new = max(1, done - self._before[what])
+        speed = rate(new / spent if spent else None)
+        left = spent / new * (total - done)
+        line = f"{what} {done}/{total} {spent:.0f} s, {speed}, eta {left:.0f} s {note}"
+        self._console.print(line.rstrip(), soft_wrap=True)
 
 
 @contextmanager
@@ -139,6 +166,11 @@ def quiet() -> Iterator[Steps]:
 def complain(text: str) -> None:
     """Print an error, or that the command was stopped, on standard error."""
     err_console.print(text, style="bold red", soft_wrap=True)
+
+
+def remark(text: str) -> None:
+    """Print a line on standard error that belongs to an error."""
+    err_console.print(text, soft_wrap=True)
 
 
 def print_json(value: object) -> None:
@@ -167,9 +199,14 @@ def print_table(
 ) -> None:
     """Print a table with a header; columns of numbers are right-aligned.
 
-    Columns named in `wrap` may take several lines; None means the last column only.
+    Columns named in `wrap` may take several lines; None means the first and the last one. Where the
+    terminal is too narrow for the others, each row is printed as a table of two columns.
     """
-    wrap = columns[-1:] if wrap is None else wrap
+    wrap = (columns[0], columns[-1]) if wrap is None else wrap
+    texts = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    if _least_width(columns, texts, wrap) > console.width:
+        _print_records(title, columns, texts)
+        return
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
@@ -179,6 +216,25 @@ def print_table(
             overflow="fold",
             no_wrap=column not in wrap,
         )
-    for row in rows:
-        table.add_row(*[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row])
+    for text in texts:
+        table.add_row(*text)
     console.print(table)
+
+
+def _least_width(
+    columns: Sequence[str], texts: Sequence[Sequence[str]], wrap: Sequence[str]
+) -> int:
+    """The width of a table in which nothing is cut."""
+    total = 1
+    for index, column in enumerate(columns):
+        lines = [line for row in texts for line in row[index].splitlines()]
+        widest = max(cell_len(text) for text in (column, *lines))
+        total += 3 + (min(widest, _LEAST_TEXT) if column in wrap else widest)
+    return total
+
+
+def _print_records(title: str, columns: Sequence[str], texts: Sequence[Sequence[str]]) -> None:
+    """Print a table of two columns for each row; cells without text are left out."""
+    for number, row in enumerate(texts, 1):
+        cells = {name: text for name, text in zip(columns, row, strict=True) if text}
+        print_summary(f"{title} ({number} of {len(texts)})", cells)

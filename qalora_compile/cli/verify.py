@@ -19,17 +19,19 @@ if TYPE_CHECKING:  # imported lazily, so that a certificate is checked without t
     from qalora_compile.verify.numeric.report import ModeReport, NumericReport
     from qalora_compile.verify.proof.certificate import Certificate
 
-NAME = "verify"
-SUMMARY = "compare two programs or exported models; exit 0 equal, 1 not equal, 2 not comparable"
 EXAMPLES = """examples:
   qalora-compile verify run folded --max-abs 1e-4
   qalora-compile verify folded edge --max-rel 1e-4 --inputs 8
-  qalora-compile verify folded edge --max-rel 1e-4 --library     on the fused kernels only
+  # on the fused kernels only
+  qalora-compile verify folded edge --max-rel 1e-4 --library
   qalora-compile verify folded edge/model.onnx --max-abs 1e-3 --json
-  qalora-compile verify folded edge/model.gguf --max-rel 1e-2    read back by its own library
+  # read back by its own library
+  qalora-compile verify folded edge/model.gguf --max-rel 1e-2
   qalora-compile verify folded edge --prove --certificate equal.json
-  qalora-compile verify --certificate equal.json                 check it again, without torch
-  qalora-compile verify folded edge --numeric                    node by node, without a tolerance
+  # check it again, without torch
+  qalora-compile verify --certificate equal.json
+  # node by node, without a tolerance
+  qalora-compile verify folded edge --numeric
   qalora-compile verify folded edge --numeric --html report.html
 """
 
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-rel", type=float, metavar="F", help="… as a fraction of the output scale"
     )
     parser.add_argument("--inputs", type=int, default=4, metavar="N", help="random inputs to try")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs")
     parser.add_argument(
         "--library", action="store_true", help="run exported models with the operator library only"
     )
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--levels",
         metavar="LIST",
-        help="with --numeric: only these of disabled,basic,extended,all",
+        help="with --numeric: only these of disabled,basic,extended,all (default: all four)",
     )
     parser.add_argument("--html", metavar="FILE", help="write an HTML page of the result")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.config import one_of
+from qalora_compile.config.choices import CLS, MEAN, TOKEN_POOLINGS
 from qalora_compile.errors import PostconditionError, UserInputError
 from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program import Program
@@ -18,8 +19,6 @@ from qalora_compile.ir.torch_internals import pytree, set_output_tree
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 
 HIDDEN, MASK, EMBEDDING = "last_hidden_state", "attention_mask", "sentence_embedding"
-MEAN, CLS = "mean", "cls"
-POOLINGS = (MEAN, CLS)
 _ATEN = torch.ops.aten
 _LEAST_COUNT, _LEAST_NORM = 1e-9, 1e-12
 """Constants of sentence-transformers, for texts without tokens and vectors of length 0."""
@@ -52,7 +51,7 @@ class PoolTokens(Pass):
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        one_of("pooling", self.pooling, POOLINGS)
+        one_of("pooling", self.pooling, TOKEN_POOLINGS)
         if not isinstance(self.normalize, bool):
             raise UserInputError(f"normalize is {self.normalize!r}", hint="use true or false")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.config import one_of
+from qalora_compile.config.choices import EMBEDDING_BITS
 from qalora_compile.errors import PostconditionError, UserInputError
 from qalora_compile.ir.affine import has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import defer, holds
@@ -31,7 +32,6 @@ from qalora_compile.passes.framework.rewrite import TensorNodes
 from qalora_compile.progress import track
 from qalora_compile.quantizers.minmax import quantize_integer_zero
 
-BITS = (8, 4)
 KEPT = "embedding or head kept in float"
 _GROUP_UNIT = 16  # all kernels take multiples of it without padding
 _SMALL_ELEMENTS = 4096
@@ -78,7 +78,7 @@ class QuantizeEmbeddings(Pass):
     group_size: int = 32
 
     def __post_init__(self) -> None:
-        one_of("bits of embeddings", self.bits, BITS)
+        one_of("bits of embeddings", self.bits, EMBEDDING_BITS)
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % _GROUP_UNIT:
             raise UserInputError(

@@ -78,9 +78,22 @@ class FitSpec(Spec):
                 hint="set evaluate_every to a number of steps",
             )
 
+    def lengthens(self, steps: object) -> bool:
+        """Whether this training goes on from one of `steps` steps and otherwise the same options.
+
+        It does if every earlier step had the learning rate that it has here.
+        """
+        if not isinstance(steps, int) or steps > self.steps:
+            return False
+        same = self._warm_steps(steps) == self._warm_steps(self.steps)
+        return self.schedule == "constant" and same
+
+    def _warm_steps(self, steps: int) -> int:
+        return max(1, round(self.warmup * steps))
+
     def factor_at(self, step: int) -> float:
         """The factor of the peak rate at a step, which counts from 0; between 0 and 1."""
-        warm = max(1, round(self.warmup * self.steps))
+        warm = self._warm_steps(self.steps)
         if step < warm:
             return (step + 1) / warm
         if self.schedule == "constant":

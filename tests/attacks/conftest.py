@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qalora_compile.cli.main import COMMANDS
+from qalora_compile.cli.commands import COMMANDS
 from qalora_compile.runtime.library import kernel_level, library_path
 
 MODULES = (

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import qalora_compile as qc
 from qalora_compile.capture.peft_adapters import (
-    POOLINGS,
     WEIGHTS_FILE,
     as_pooled,
     merge_,
@@ -23,6 +22,7 @@ from qalora_compile.capture.peft_adapters import (
     read_peft_adapter,
 )
 from qalora_compile.capture.peft_settings import CONFIG_FILE, PeftSettings
+from qalora_compile.config.choices import PEFT_POOLINGS
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
@@ -340,7 +340,7 @@ def authors_adapter(
     return tensors
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", PEFT_POOLINGS)
 def test_an_adapter_of_the_authors_script_is_read_as_stated(pooling: str, tmp_path: Path) -> None:
     model, ids = base(), token_ids(2, 9)
     program = on_codes(model, ids)

@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 import pytest
 
-from qalora_compile.cli.main import COMMANDS, main
+from qalora_compile.cli.commands import COMMANDS
+from qalora_compile.cli.main import main
 from qalora_compile.ir.safetensors_io import load_tensors
 from qalora_compile.runtime import kernel_level, library_path
 from qalora_compile.training.records.checkpoint import list_checkpoints

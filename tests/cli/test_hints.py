@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import qalora_compile
-from qalora_compile.cli.main import COMMANDS, build_parser
+from qalora_compile.cli.commands import COMMANDS
+from qalora_compile.cli.parser import build_parser
 
 ROOT = Path(qalora_compile.__file__).parent
 DOORS = ("cli", "api")

@@ -79,7 +79,7 @@ def test_bytes_are_those_of_the_folder(folder: Path, capsys: Capture) -> None:
     assert sum(row["bytes"] for row in rows) == counted
 
 
-@pytest.mark.parametrize("options", [[], ["--group"]])
+@pytest.mark.parametrize("options", [["--layers"], ["--group"]])
 def test_it_fits_80_columns_and_cuts_nothing_off(
     folder: Path, options: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +94,7 @@ def test_it_fits_80_columns_and_cuts_nothing_off(
     assert f"quantized: {len(plan.to_quantize())} (linear map by a parameter)" in printed
     cells = [[c.strip() for c in line.split("│")] for line in printed.splitlines() if "│" in line]
     first = "".join(row[1] for row in cells)  # long names take several lines
-    assert options or all(site.name in first for site in plan)
+    assert "--group" in options or all(site.name in first for site in plan)
 
 
 def test_grouped_rows_add_up(folder: Path, capsys: Capture) -> None:
@@ -125,17 +125,21 @@ def test_rows_that_differ_otherwise_stay_apart() -> None:
     ]
 
 
-def test_many_rows_point_to_the_grouped_form(
-    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+def test_the_overview_lists_no_layers_and_says_how_to_see_them(
+    folder: Path, capsys: Capture
 ) -> None:
-    entry = ENTRIES["sequential"]
-    args, kwargs = entry.inputs(2, 4, 0)
-    qc.quantize_groups(qc.capture_model(entry.build(), args, kwargs)).save(tmp_path / "few")
-    assert main(["inspect", str(tmp_path / "few")]) == 0
-    assert "--group" not in capsys.readouterr().out
-    monkeypatch.setattr(command, "_MANY", 2)
-    assert main(["inspect", str(tmp_path / "few")]) == 0
-    assert "--group" in capsys.readouterr().out
+    assert main(["inspect", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    plan = qc.Program.load(folder).plan
+    assert f"{len(plan.to_quantize())} of 4 bits in groups of 32" in " ".join(printed.split())
+    assert "folded program" in printed
+    assert "real (folded)" in printed
+    assert "--group and --layers list the layers" in printed
+    assert not any(site.name in printed for site in plan.to_quantize() if "." in site.name)
+    assert main(["inspect", str(folder / "edge")]) == 0
+    printed = capsys.readouterr().out
+    assert "model for ort" in printed
+    assert "│ real" in printed, "the file holds real zero-points"
 
 
 @pytest.mark.parametrize("text", ["{", '{"layers": [{"site": "fc"}], "target": "ort-stock"}'])

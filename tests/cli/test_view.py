@@ -15,7 +15,7 @@ def shown(*, terminal: bool, begun: int = 0) -> str:
     """Ten steps, two of them with a held-out loss."""
     file = io.StringIO()
     steps = Steps(Console(file=file, force_terminal=terminal, width=160))
-    view = View(steps, begun + 10)
+    view = View(steps)
     with steps._bar if terminal else io.StringIO():
         steps.update("train", begun, begun + 10)
         for step in range(begun + 1, begun + 11):

@@ -41,7 +41,8 @@ from qalora_compile.capture.checkpoints.base import (
     take,
     unpack_stream,
 )
-from qalora_compile.capture.checkpoints.gptq_zeros import V1, V2, StoredLayer, zero_forms
+from qalora_compile.capture.checkpoints.gptq_zeros import StoredLayer, zero_forms
+from qalora_compile.config.choices import V1, V2
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.checkpoint_codes import CheckpointWeight
 from qalora_compile.untrusted import quoted
@@ -127,7 +128,7 @@ def decode_gptq(
     Args:
         tensors: Tensors by name.
         config: `config.json`.
-        zero_points: How zero-points are stored, one of `gptq_zeros.ZERO_POINTS`; None decides by
+        zero_points: How zero-points are stored, one of `STORED_ZERO_POINTS`; None decides by
             tag, numbers and weights.
 
     Raises:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from qalora_compile.config import one_of
+from qalora_compile.config.choices import FLOAT_OFFSET, FLOAT_ZERO, STORED_ZERO_POINTS, V1, V2
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.affine import expand_groups, group_count, sum_groups
 
-V1, V2, FLOAT_ZERO, FLOAT_OFFSET = "v1", "v2", "float", "offset"
-ZERO_POINTS = (V1, V2, FLOAT_ZERO, FLOAT_OFFSET)
 _OTHER = {V1: V2, V2: V1}
 _NEAR, _FAR = 0.25, 0.75
 """In steps of the codes: the largest mean of balanced weights, the least of a wrong version."""
@@ -94,14 +93,14 @@ def zero_forms(
     Args:
         layers: Layers by module.
         tag: The version according to `config.json`.
-        stated: What the caller states for all layers, one of `ZERO_POINTS`, or None.
+        stated: What the caller states for all layers, one of `STORED_ZERO_POINTS`, or None.
 
     Raises:
         UserInputError: only some layers have floating ones, they are not of the kind that the
             caller states, or their meaning cannot be determined.
     """
     if stated is not None:
-        one_of("zero_points", stated, ZERO_POINTS)
+        one_of("zero_points", stated, STORED_ZERO_POINTS)
     if not layers:
         return {}, ()
     first, one = next(iter(layers.items()))

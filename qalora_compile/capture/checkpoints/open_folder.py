@@ -65,7 +65,7 @@ def load_stored(folder: Path, *, zero_points: str | None = None) -> StoredModel:
     Args:
         folder: Contains safetensors and `config.json` with `quantization` (MLX) or
             `quantization_config`, or AutoGPTQ's `quantize_config.json` next to it.
-        zero_points: How a GPTQ checkpoint stores its zero-points (`gptq_zeros.ZERO_POINTS`), if its
+        zero_points: How a GPTQ checkpoint stores its zero-points (`STORED_ZERO_POINTS`), if its
             tag is wrong or inconclusive; None decides by tag, numbers and weights.
 
     Raises:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qalora_compile.config.choices import BY_LENGTH
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.data.example import (
     IGNORED,
@@ -22,9 +23,6 @@ from qalora_compile.training.data.example import (
     collate,
     lengths_of,
 )
-
-SHUFFLED, BY_LENGTH, PACKED = "shuffled", "by-length", "packed"
-ARRANGEMENTS = (SHUFFLED, BY_LENGTH, PACKED)
 
 _POOL = 64
 """Batches whose examples are sorted by length together: more need less padding but less random."""

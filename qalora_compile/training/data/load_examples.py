@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qalora_compile.config.choices import COMPLETIONS
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.data.dataset import LOOKED_AT, Dataset, ReadCount, require_usable
 from qalora_compile.training.data.lazy_rows import LazyExamples, RowIndex, usable_rows
-from qalora_compile.training.data.parse_line import COMPLETIONS, LineReader
+from qalora_compile.training.data.parse_line import LineReader
 from qalora_compile.training.data.read_rows import Paths, find_files, read_rows
 from qalora_compile.training.data.row_forms import class_name, fields_of, is_labelled
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from qalora_compile.config.choices import COMPLETIONS, EVERYTHING, LEARN
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.data.chats import Chat, ChatReader
 from qalora_compile.training.data.example import IGNORED, Example
@@ -21,10 +22,6 @@ from qalora_compile.training.data.row_forms import (
     string,
 )
 from qalora_compile.training.data.tokenize import Texts
-
-COMPLETIONS, EVERYTHING = "completions", "everything"
-LEARN = (COMPLETIONS, EVERYTHING)
-"""Which parts of a prompt with its completion, or of a chat, carry loss."""
 
 _CUT_AT_END = (TOKEN_IDS, TEXT, LABELLED)
 """Forms that lose their end if they are too long; the others lose their beginning."""

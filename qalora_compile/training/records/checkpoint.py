@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qalora_compile.config.choices import CHECKPOINTS_KEPT
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, recover
 from qalora_compile.ir.program import Program
@@ -25,7 +26,6 @@ ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 BEST = "best.safetensors"
 STATE = "state.json"
-KEPT = 2
 
 _PREFIX = "step-"
 _FORMAT, _VERSION = "qalora-checkpoint", 3
@@ -43,7 +43,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, program: Program, state: FitState, identity: Identity, *, keep: int = KEPT
+    folder: Path,
+    program: Program,
+    state: FitState,
+    identity: Identity,
+    *,
+    keep: int = CHECKPOINTS_KEPT,
 ) -> Checkpoint:
     """Write `folder/step-N`, completely or not at all, then remove all but the last `keep`.
 

@@ -8,14 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from qalora_compile.config.choices import TENSORBOARD
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import reporting_faults, write_text
 from qalora_compile.optional import require
 from qalora_compile.training.fit import StepReport
 
 LOG_FILE = "log.jsonl"
-TENSORBOARD = "tensorboard"
-REPORT_TO = (TENSORBOARD,)
 
 
 class Recorder(Protocol):

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import qalora_compile as qc
+from qalora_compile.config.choices import CHECKPOINTS_KEPT
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.safetensors_io import load_tensors, save_tensors
 from qalora_compile.sealed import digests_of, read_sealed, unchecked, write_sealed
 from qalora_compile.training import Example, FitSpec, FitState, StepReport, fit
 from qalora_compile.training.records.checkpoint import (
-    KEPT,
     STATE,
     Checkpoint,
     list_checkpoints,
@@ -110,7 +110,7 @@ def test_the_only_checkpoint_is_a_good_one_though_the_weights_diverge(
     assert all(torch.equal(expected[n], p) for n, p in adapters(again).items())
 
 
-@pytest.mark.parametrize("keep", [1, KEPT, 3])
+@pytest.mark.parametrize("keep", [1, CHECKPOINTS_KEPT, 3])
 def test_the_last_checkpoints_are_kept_and_hold_no_pickle(tmp_path: Path, keep: int) -> None:
     program = language_model()
     state = FitState.fresh(program, SPEC)

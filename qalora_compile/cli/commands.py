@@ -1,0 +1,26 @@
+"""The commands, each a module of `qalora_compile.cli`, with the line that says what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+COMMANDS: Mapping[str, str] = {
+    "finetune": "train adapters on a model's own quantized weights; writes a RUN folder",
+    "adapt": "quantize a model and import adapters trained by PEFT; writes a RUN folder",
+    "fold": "fold the trained adapters of a RUN into its zero-points, and check that nothing "
+    "changed",
+    "export": "write a folded model as one ONNX file, or for OpenVINO, or as a checkpoint",
+    "quantize": "quantize a model of any size into an edge folder, without training",
+    "verify": "compare two programs or exported models; exit 0 equal, 1 not equal, 2 not "
+    "comparable",
+    "bisect": "find the first pass, site and node that changes what a program computes",
+    "inspect": "show what was quantized, how, and why",
+    "generate": "continue a prompt with an exported model, greedily or by sampling",
+    "bench": "speed and memory of an exported language model, compared with its unmerged and "
+    "float forms",
+    "diff": "write what a fine-tuning changed in an edge folder: a few tensors instead of a model",
+    "apply": "write a tuned edge folder again, bit for bit, from its base and a patch of diff",
+    "doctor": "show versions, CPU features and which kernels will run",
+    "completion": "print the completion script of a shell",
+}
+"""Name → summary. Nothing else has to be imported to list or to suggest a command."""
