@@ -204,7 +204,7 @@ def _finish(job: Job, result: FitResult, after: Metrics | None) -> None:
     replace_adapters(dict(job.program.named_adapter_parameters()), job.folder)
     held_out = job.record["held_out"] | {"after": vars(after) if after else None}
     status = INTERRUPTED if result.stopped else FINISHED
-    job.note(status=status, step=result.kept, held_out=held_out)
+    job.note(status=status, step=result.kept, steps_done=result.step, held_out=held_out)
 
 
 def _save_for_peft(job: Job) -> None:

@@ -203,7 +203,10 @@ def is_finished(spec: FinetuneSpec, record: Mapping[str, Any]) -> bool:
     """Whether a resumed run has nothing left to do."""
     then, now = record["options"], spec.decisive()
     same = all(then.get(name) == now.get(name) for name in ("steps", "epochs"))
-    return same and record["status"] == FINISHED
+    if not same or record["status"] != FINISHED:
+        return False
+    checkpoints = list_checkpoints(spec.out / CHECKPOINTS)
+    return bool(checkpoints) and checkpoints[-1].step == record.get("steps_done")
 
 
 def _restore(

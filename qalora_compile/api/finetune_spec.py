@@ -13,10 +13,10 @@ from typing import Any
 from qalora_compile.api.codes import CodesSpec
 from qalora_compile.config import AUTO, AdapterSpec, QuantSpec, Spec
 from qalora_compile.config.choices import ARRANGEMENTS, CHECKPOINTS_KEPT, LEARN
+from qalora_compile.config.fit import FitSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.data.read_rows import find_files
 from qalora_compile.training.records.run_identity import file_digest
-from qalora_compile.training.spec import FitSpec
 
 _FILES = ("data", "eval_data", "calibration")
 _OPTIONS = {

@@ -188,7 +188,7 @@ def write_config(folder: Path, spec: FinetuneSpec) -> None:
     lines = [
         f"{name.replace('_', '-')}: {json.dumps(value, ensure_ascii=False)}"
         for name, value in spec.options().items()
-        if value not in (None, [], False)
+        if value is not None and value is not False and value != []
     ]
     write_text(folder / CONFIG_FILE, "\n".join([_HEAD, *lines]) + "\n")
 

@@ -27,13 +27,17 @@ _LARGEST = 1 << 20
 """Bytes of a configuration file; real ones have a few hundred."""
 
 
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare `--config`."""
-    parser.add_argument("--config", metavar="FILE", help="read options from a YAML file")
+Actions = Mapping[str, argparse.Action]
+"""The options of a command, by the names that a file gives them."""
 
 
-def apply_config(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+def apply_config(parser: argparse.ArgumentParser, actions: Actions, words: Sequence[str]) -> None:
     """Make the options in the file of `--config`, or of a resumed RUN, the parser's defaults.
+
+    Args:
+        parser: The parser of the command.
+        actions: Its options.
+        words: The command line without the command.
 
     Raises:
         UserInputError: the file cannot be read, or an option in it is unknown or has no such value.
@@ -47,10 +51,9 @@ def apply_config(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     except argparse.ArgumentError:
         return  # the complete parser says what is wrong
     if given.config:
-        _apply(parser, read_config(Path(given.config)), Path(given.config))
+        _apply(parser, actions, Path(given.config))
     elif given.resume and given.out and (Path(given.out) / RUN_CONFIG).is_file():
-        path = Path(given.out) / RUN_CONFIG
-        _apply(parser, read_config(path), path)
+        _apply(parser, actions, Path(given.out) / RUN_CONFIG)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -78,9 +81,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def _apply(parser: argparse.ArgumentParser, values: Mapping[str, Any], path: Path) -> None:
-    actions = _by_name(parser)
-    for name, value in values.items():
+def _apply(parser: argparse.ArgumentParser, actions: Actions, path: Path) -> None:
+    for name, value in read_config(path).items():
         action = actions.get(name.replace("_", "-"))
         if action is None:
             near = difflib.get_close_matches(name, actions, n=1)
@@ -95,16 +97,6 @@ def _apply(parser: argparse.ArgumentParser, values: Mapping[str, Any], path: Pat
         action.required = False
         if not action.option_strings:
             action.nargs = "?"
-
-
-def _by_name(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """The options by the names that a file gives them."""
-    found = {}
-    for action in parser._actions:
-        name = action.option_strings[-1].lstrip("-") if action.option_strings else action.dest
-        if name not in ("help", "config"):
-            found[name] = action
-    return found
 
 
 def _converted(action: argparse.Action, name: str, value: Any, path: Path) -> Any:

@@ -55,7 +55,8 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
     name = command_of(words)
     parser = build_parser([] if name is None else [name])
     if name is not None:
-        apply_config(parser.commands[name], words[1:])
+        command = parser.commands[name]
+        apply_config(command, command.by_name(), words[1:])
     return parser.parse_args(words)
 
 

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 from qalora_compile._version import __version__
 from qalora_compile.cli import exit_codes
 from qalora_compile.cli.commands import COMMANDS
-from qalora_compile.cli.config_file import add_config_argument
 
 PROGRAM = "qalora-compile"
 _WIDTH = 78
@@ -61,6 +60,16 @@ class Parser(argparse.ArgumentParser):
             value = _NARGS.get(str(action.nargs), "{}").format(name)
             words.append(f"{action.option_strings[0]} {value}" if action.option_strings else value)
         return " ".join([*words, "[options]"])
+
+    def by_name(self) -> dict[str, argparse.Action]:
+        """The options by the names that a configuration file gives them."""
+        found = {}
+        for action in self._actions:
+            names = action.option_strings
+            name = names[-1].lstrip("-") if names else action.dest
+            if name not in ("help", "config"):
+                found[name] = action
+        return found
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -119,7 +128,7 @@ def _declare(name: str, command: Parser) -> None:
     module = importlib.import_module(f"qalora_compile.cli.{name}")
     command.epilog = module.EXAMPLES
     module.add_arguments(command)
-    add_config_argument(command)
+    command.add_argument("--config", metavar="FILE", help="read options from a YAML file")
     if name in READERS:
         command.add_argument(
             "--no-verify",

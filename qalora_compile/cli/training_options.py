@@ -8,7 +8,7 @@ from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.quantized import number_or_auto
 from qalora_compile.config import ADAPTER_KINDS, INITS, POOLINGS, ZERO_POINTS, AdapterSpec
 from qalora_compile.config.choices import CHECKPOINTS_KEPT, REPORT_TO
-from qalora_compile.training.spec import PRECISIONS, SCHEDULES, FitSpec
+from qalora_compile.config.fit import PRECISIONS, SCHEDULES, FitSpec
 
 _ADAPTER, _FIT = AdapterSpec(), FitSpec()
 _STEPS = 100
@@ -63,6 +63,12 @@ def add_adapter_arguments(group: argparse._ActionsContainer) -> None:
 
 def add_training_arguments(group: argparse._ActionsContainer) -> None:
     """Declare the fields of `FitSpec`, and what is saved and reported."""
+    _add_batches(group)
+    _add_optimizer(group)
+    _add_records(group)
+
+
+def _add_batches(group: argparse._ActionsContainer) -> None:
     add = group.add_argument
     add("--steps", type=int, default=_STEPS, metavar="N", help="optimizer steps")
     add(
@@ -80,6 +86,17 @@ def add_training_arguments(group: argparse._ActionsContainer) -> None:
         help="batches per step and process",
     )
     add("--seq-len", type=int, default=512, metavar="T", help="longest example, in tokens")
+    add("--seed", type=int, default=_FIT.seed, metavar="N", help="order of the data, dropout")
+    add(
+        "--device",
+        metavar="D",
+        help="cuda, cuda:1, …; default: cpu, or the device that a launcher assigns",
+    )
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+
+
+def _add_optimizer(group: argparse._ActionsContainer) -> None:
+    add = group.add_argument
     add(
         "--lr",
         type=float,
@@ -109,12 +126,10 @@ def add_training_arguments(group: argparse._ActionsContainer) -> None:
         choices=PRECISIONS,
         help="of linear maps and attention; adapters are always float32",
     )
-    add(
-        "--device",
-        metavar="D",
-        help="cuda, cuda:1, …; default: cpu, or the device that a launcher assigns",
-    )
-    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+
+
+def _add_records(group: argparse._ActionsContainer) -> None:
+    add = group.add_argument
     add(
         "--eval-every",
         type=int,
@@ -130,7 +145,6 @@ def add_training_arguments(group: argparse._ActionsContainer) -> None:
         help="stop after N evaluations without a lower held-out loss, and keep the best adapters; "
         "0: never",
     )
-    add("--seed", type=int, default=_FIT.seed, metavar="N", help="order of the data, dropout")
     add("--save-every", type=int, default=50, metavar="N", help="steps between checkpoints")
     add(
         "--keep",

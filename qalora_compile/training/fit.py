@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qalora_compile.config.fit import FitSpec
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import ADAPTED
@@ -23,7 +24,6 @@ from qalora_compile.training.evaluate import evaluate, program_forward
 from qalora_compile.training.forward.autocast import computing
 from qalora_compile.training.forward.training_forward import TrainingForward
 from qalora_compile.training.optimizer import clip_gradients, make_optimizer, set_rates
-from qalora_compile.training.spec import FitSpec
 
 _HINT = "lower the learning rate, or look for broken examples"
 

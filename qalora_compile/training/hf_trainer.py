@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from qalora_compile.config.fit import FitSpec
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.training.data.batches import Batches, Packed
 from qalora_compile.training.data.example import Batch, Example, collate
 from qalora_compile.training.optimizer import make_optimizer, make_schedule
-from qalora_compile.training.spec import FitSpec
 
 
 def trainer_arguments(spec: FitSpec) -> dict[str, Any]:

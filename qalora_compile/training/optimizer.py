@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from qalora_compile.config.fit import FitSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import ADAPTER_NAMES
-from qalora_compile.training.spec import FitSpec
 
 _B = ADAPTER_NAMES[1]
 

@@ -141,7 +141,7 @@ def test_inspect_lists_every_layer(workspace: Path, capsys: Capture) -> None:
     assert rows["model.embed_tokens"]["decision"] == "keep"
     assert all(row["reason"] for row in rows.values())
     assert found["totals"]["layers to quantize"] == 15
-    assert main(["inspect", str(workspace / "edge")]) == 0
+    assert main(["inspect", str(workspace / "edge"), "--layers"]) == 0
     assert "model.layers.1.self_attn.q_proj" in capsys.readouterr().out
 
 
@@ -331,7 +331,7 @@ def test_bits_ranks_and_start_are_chosen_by_the_data(
     rows = json.loads(capsys.readouterr().out)["layers"]
     assert [row["bits"] for row in rows if row["decision"] == "quantize"] == chosen[0]
     assert main(["inspect", run, "--group"]) == 0
-    assert main(["inspect", run]) == 0
+    assert main(["inspect", run, "--layers"]) == 0
     assert "why" in capsys.readouterr().out
 
 

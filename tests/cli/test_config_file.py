@@ -19,7 +19,8 @@ def parsed(text: str, folder: Path, *words: str) -> argparse.Namespace:
     path.write_text(text, "utf-8")
     line = ["--config", str(path), *words]
     parser = build_parser(["finetune"])
-    apply_config(parser.commands["finetune"], line)
+    command = parser.commands["finetune"]
+    apply_config(command, command.by_name(), line)
     return parser.parse_args(["finetune", *line])
 
 

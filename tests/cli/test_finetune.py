@@ -207,6 +207,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert main([*command, "--out", str(other), "--exclude", "lm_head"]) == 0
     shutil.rmtree(mine / "checkpoints")
     shutil.copytree(other / "checkpoints", mine / "checkpoints")
+    shutil.rmtree(list_checkpoints(mine / "checkpoints")[-1].folder)
     assert main([*command, "--out", str(mine), "--resume"]) == 2
     assert "layer lm_head was absent, and is" in " ".join(capsys.readouterr().err.split())
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from qalora_compile.config.fit import FitSpec
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.training.spec import FitSpec
 
 
 def find_device(name: str) -> torch.device:

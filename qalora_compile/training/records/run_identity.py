@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qalora_compile.config.fit import FitSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.adapters.find import find_adapters
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
-from qalora_compile.training.spec import FitSpec
 
 _BLOCK = 1 << 20
 

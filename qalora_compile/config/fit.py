@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qalora_compile.config import LARGEST_SEED, Spec, check_int, one_of
+from qalora_compile.config.base import LARGEST_SEED, Spec, check_int, one_of
 from qalora_compile.errors import UserInputError
 
 SCHEDULES = ("cosine", "linear", "constant")
