@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import io
 import linecache
+import logging
+import os
 import re
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +102,30 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
 ) -> ExportedProgram:
     try:
-        with warnings.catch_warnings(), traceable_rope(model):
+        with warnings.catch_warnings(), traceable_rope(model), _without_dumps():
             # RNNs also hold their parameters in a list; tracing replaces both, which is harmless
             warnings.filterwarnings("ignore", "The tensor attributes .* were assigned")
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise _capture_error(model, error) from error
+
+
+@contextmanager
+def _without_dumps() -> Iterator[None]:
+    """Keep torch from printing graphs and tracebacks before the error that this module raises.
+
+    Whoever sets TORCH_LOGS wants to see them.
+    """
+    if "TORCH_LOGS" in os.environ:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _specialized(message: str) -> list[tuple[str, int]]:
@@ -139,21 +162,53 @@ def _leaf_shapes(leaf: Any) -> Any:
     return {axis: dim for axis, dim in axes.items() if leaf.shape[axis] > 1} or None
 
 
-def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
-    """The error with the line of the user's model at which export stopped, and a hint."""
+def check_example(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run the model on its example, in evaluation mode, so that its own errors come first.
+
+    A model without values (on the device `meta`) is not run.
+
+    Raises:
+        UserInputError: it does not run; the error names the line of the model.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return
+    modes = {name: module.training for name, module in model.named_modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()(*args, **kwargs)
+    except Exception as error:
+        raise UserInputError(
+            f"the model does not run on the example: {type(error).__name__}: {_first_line(error)}",
+            where=_line_of(model, error),
+            hint="give capture_model the inputs that the model takes",
+        ) from error
+    finally:
+        for name, module in model.named_modules():
+            module.training = modes[name]
+
+
+def _line_of(model: nn.Module, error: Exception) -> str:
+    """The last line of the user's own code in a traceback; the model's class if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith((*_NOT_THE_MODEL, "<"))]
-    where = type(model).__name__
-    if own:
-        last = own[-1]
-        code = linecache.getline(last.filename, last.lineno or 0).strip()
-        where = f"{last.filename}:{last.lineno}: {code}"
-    message = str(error).strip().splitlines()
+    if not own:
+        return type(model).__name__
+    last = own[-1]
+    code = linecache.getline(last.filename, last.lineno or 0).strip()
+    return f"{last.filename}:{last.lineno}: {code}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    """The error with the line of the user's model at which export stopped, and a hint."""
     text = f"{type(error).__name__} {error}"
     hint = next((h for keys, h in _HINTS if any(key in text for key in keys)), _HINT)
     return CaptureError(
         f"torch.export cannot capture {type(model).__name__}: "
-        f"{type(error).__name__}: {message[0] if message else 'no message'}",
-        where=where,
+        f"{type(error).__name__}: {_first_line(error)}",
+        where=_line_of(model, error),
         hint=hint,
     )

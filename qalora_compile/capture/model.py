@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from qalora_compile.capture.export import export_model_graph
+from qalora_compile.capture.export import check_example, export_model_graph
 from qalora_compile.errors import CaptureError, UserInputError
 from qalora_compile.ir.meta import PAST
 from qalora_compile.ir.module import (
@@ -74,11 +74,13 @@ def capture_model(
 
     Raises:
         CaptureError: `torch.export` refused the model; the error names the line of the model.
-        UserInputError: `model` is not a module, or no example input was given.
+        UserInputError: `model` is not a module, no example input was given, or the model does not
+            run on it.
     """
     if not isinstance(model, nn.Module):
         raise UserInputError(f"the model is a {type(model).__name__}, not a torch.nn.Module")
     args, kwargs = tuple(args), dict(kwargs or {})
+    check_example(model, args, kwargs)
     notes: list[str] = []
     module = _capture_both_modes(model, args, kwargs, dynamic_shapes, notes)
     return make_program(model, module, args, kwargs, notes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -131,7 +132,9 @@ class InsertAdapters(AdapterSpec, Pass):
         )
         tensors = program.tensors() | adapters
         frozen = [site for site in program.plan if site.frozen_integer_zero]
+        notes = (*program.notes, *self._rank_notes(program))
         made = program.evolve(graph=graph, tensors=tensors, plan=plan)
+        made = dataclasses.replace(made, notes=notes)
         return PassResult(
             made.train() if program.module.training else made,
             tuple(changes),
@@ -168,6 +171,27 @@ class InsertAdapters(AdapterSpec, Pass):
         """
         width = group_count(site.k, self.pool_of(site)) if self.kind == "scale" else site.k
         return 1.0 / (self._pooling(site) * math.sqrt(width))
+
+    def _rank_notes(self, program: Program) -> Iterator[str]:
+        """A note if ranks exceed what the pooled inputs have: `[r, L]` times `[L]` has rank L."""
+        groups = {
+            s.path: group_count(s.k, self.pool_of(s)) for s in program.plan.weights_to_adapt()
+        }
+        rank = {path: self._ranks.get(path, self.rank) for path in groups}
+        over = [path for path, count in groups.items() if int(rank[path]) > count]
+        if not over:
+            return
+        most, least = max(groups.values()), min(groups[path] for path in over)
+        if len(over) == len(groups):
+            yield (
+                f"rank {self.rank} is above the number of groups of every layer: rank {most} can "
+                "learn the same with fewer parameters"
+            )
+        else:
+            yield (
+                f"rank {self.rank} is above the number of groups of {len(over)} of {len(groups)} "
+                f"layers, which have {least} groups or more: what is above it learns nothing"
+            )
 
     @property
     def _kept(self) -> str | None:

@@ -170,7 +170,7 @@ def test_capture_leaves_the_model_as_it_was() -> None:
 
 @pytest.mark.parametrize("args", [(), (torch.randn(2, 8), torch.randn(2, 8))])
 def test_examples_that_do_not_fit_are_refused(args: tuple[Tensor, ...]) -> None:
-    with pytest.raises(UserInputError, match="do not fit the model"):
+    with pytest.raises(UserInputError, match="the model does not run on the example"):
         qc.capture_model(OneLinear(8, 4), args)
 
 
@@ -194,3 +194,24 @@ def test_the_size_of_images_is_said_to_be_fixed_and_can_vary() -> None:
     assert free.notes == ()
     other = torch.randn(2, 3, 24, 31)
     assert torch.allclose(free(other), model(other), atol=1e-6)
+
+
+class Branches(nn.Module):
+    """Decides by a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+def test_a_refusal_prints_no_graph_and_no_traceback(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_LOGS", raising=False)
+    with pytest.raises(CaptureError, match="data-dependent"):
+        qc.capture_model(Branches(), (torch.randn(2, 8),))
+    with pytest.raises(UserInputError, match="mat1 and mat2 shapes cannot be multiplied") as caught:
+        qc.capture_model(nn.Linear(8, 8), (torch.randn(2, 9),))
+    assert "does not run on the example" in caught.value.what
+    assert capfd.readouterr() == ("", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,48 @@ def test_commands_with_markup_in_paths_labels_and_notes(
     assert "".join(folded.split()) in "".join(said.split())
     assert r"edge\x1b[31m" in "".join(said.replace("│", "").split())
     assert "\x1b" not in said
+
+
+def narrow(monkeypatch: pytest.MonkeyPatch, width: int) -> io.StringIO:
+    """What is printed on a terminal of that many columns."""
+    stream = io.StringIO()
+    for console in (ui.console, ui.err_console):
+        monkeypatch.setattr(console, "_file", stream)
+        monkeypatch.setattr(console, "width", width)
+    return stream
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_numbers_are_never_cut_and_names_fold(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = narrow(monkeypatch, width)
+    name = "model.layers.{0..29}.self_attn.q_proj.of.a.very.deep.model"
+    numbers = [1.234e-17 * 7**index for index in range(8)]
+    columns = ("layer", *(f"a long title {index}" for index in range(8)))
+    ui.print_table("worst", columns, [(name, *numbers), ("short", *numbers)])
+    ui.print_table("few", ("layer", "max abs"), [(name * 2, numbers[0])])
+    text = written.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for number in numbers:
+        assert text.count(f"{number:.4g}") >= 2
+    first = (line.split("│")[1].strip() for line in text.splitlines() if "│" in line)
+    assert name * 2 in "".join(first)
+
+
+@pytest.mark.parametrize("note", ["", "loss 2.5000, held out 3.2500 (41.2% right), lr 1.00e-03"])
+def test_a_bar_in_80_columns_has_step_rate_and_time_left(note: str) -> None:
+    stream = io.StringIO()
+    console = PlainConsole(width=80)
+    console._file, console._force_terminal = stream, True
+    steps = Steps(console)
+    with steps._bar:
+        for done in range(900):
+            steps.update("train", done, 1000, note)
+        steps._bar.refresh()
+    lines = [line for line in re.split(r"[\r\n]", stream.getvalue()) if "899" in line]
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", lines[-1])
+    assert "899/1000" in shown
+    assert "/s" in shown
+    assert re.search(r"eta +\d:\d\d:\d\d", shown)
+    assert len(shown) <= 80
+    assert not note or "loss 2.5000" in shown

@@ -223,3 +223,21 @@ def test_an_adapter_without_its_pooling_factor_is_caught(monkeypatch: pytest.Mon
     assert not report.passed
     bare = quantized(model, x)
     assert_close(wrong(x) - bare(x), 8 * (right(x) - bare(x)), relative=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rank", "wanted"),
+    [
+        (2, None),
+        (3, "rank 3 is above the number of groups of 1 of 2 layers, which have 2 groups"),
+        (9, "rank 9 is above the number of groups of every layer: rank 4 can learn the same"),
+    ],
+)
+def test_a_rank_above_the_number_of_groups_is_said(rank: int, wanted: str | None) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64))
+    program = qc.quantize_groups(qc.capture_model(model, (torch.randn(2, 64),)))
+    notes = qc.insert_adapters(program, qc.AdapterSpec(rank=rank)).notes
+    assert [note for note in notes if "number of groups" in note] == [
+        note for note in notes if wanted is not None and note.startswith(wanted)
+    ]
+    assert any("number of groups" in note for note in notes) == (wanted is not None)
