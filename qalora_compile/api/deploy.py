@@ -67,6 +67,13 @@ class EdgeSpec:
     normalize: bool = False
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        if self.last_logits and self.no_kv_cache:
+            raise UserInputError(
+                "--last-logits is given with --no-kv-cache",
+                hint="leave out one of them: without a cache, all logits are outputs",
+            )
+
     def choose(
         self, program: Program, description: Path
     ) -> tuple[Program, ExportSpec, EdgeChoices]:

@@ -340,6 +340,11 @@ def _embeddings(parts: EdgeParts) -> Any:
     return {"bits": step.bits, "group_size": step.group_size}
 
 
+def _opset(spec: ExportSpec) -> dict[str, int]:
+    """The opset that is written, for the record."""
+    return {"opset": spec.onnx_opset} if spec.is_onnx else {}
+
+
 def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> dict[str, Any]:
     rows = [row for program in parts.graphs.values() for row in program.plan]
     cached = bool(parts.program.signature.cache)
@@ -359,7 +364,7 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
         "decoder_start": [] if single else decoder_start(model, generation),
         "kv_cache": cached,
         "genai": genai,
-        "export": parts.spec.to_json(),
+        "export": parts.spec.to_json() | _opset(parts.spec),
         "quant": parts.record.get("quant"),
         "embeddings": _embeddings(parts),
         "adapter": parts.record.get("adapter"),

@@ -170,6 +170,7 @@ def _finetune(
         facts = _facts(job, result, before, after, time.monotonic() - started)
         if reporting and not result.stopped and read_log(job.folder / LOG_FILE):
             facts["report"] = str(job.report(dict(facts), job.answer()))
+        facts["seconds"] = f"{time.monotonic() - started:.0f}"  # with answers and report
     processes.wait()
     return FinetuneResult(
         folder=spec.out,

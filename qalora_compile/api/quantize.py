@@ -38,6 +38,7 @@ class QuantizeSpec(EdgeSpec):
     codes: CodesSpec = field(default_factory=CodesSpec)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.codes.needs_calibration:
             raise UserInputError(
                 f"the method {self.codes.method} needs calibration data, which quantize does not "

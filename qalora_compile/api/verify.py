@@ -90,6 +90,8 @@ class _Named:
 
     def __init__(self, text: str) -> None:
         self.text, self.path = text, Path(text)
+        if not self.path.exists():
+            raise UserInputError(f"there is no file or folder {text}", where=text)
 
     @cached_property
     def thing(self) -> Program | Path:

@@ -25,7 +25,7 @@ _ALL_LINEAR = "all-linear"
 _LARGEST_ALPHA, _LARGEST_RANK, _LARGEST_POOL = 1e30, 1 << 20, 1 << 24
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 """The number of a layer: the first in a path, as in PEFT."""
-_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
 """Initializations that modify the base, so that the adapter fits only that base."""
 _OTHER_FORMS = {
     "use_dora": "DoRA scales the complete weight, which group offsets cannot represent",
@@ -246,6 +246,13 @@ def _check_kind(config: Mapping[str, Any], where: str) -> None:
                 hint="merge it into a float model with PEFT (merge_and_unload), and quantize that",
             )
     start = str(config.get("init_lora_weights", "")).lower()
+    if start == "loftq":
+        raise UnsupportedError(
+            "the adapter was initialized by LoftQ, whose base is the quantized model that it was "
+            "trained with",
+            where=where,
+            hint="merge it into that base with PEFT (merge_and_unload), save it, and quantize that",
+        )
     if start.startswith(_CHANGED_BASE):
         raise UnsupportedError(
             f"the adapter was initialized by {start!r}, which changes the base: it fits no other",

@@ -95,7 +95,11 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", default=defaults.target, help=f"one of {', '.join(TARGETS.names())}"
     )
     parser.add_argument(
-        "--opset", type=int, metavar="N", help="ONNX opset, default 20; 21 for target onnx"
+        "--opset",
+        type=int,
+        metavar="N",
+        help="ONNX opset (default: 23 with fusion standard, as with a cache; else 21 for target "
+        "onnx, 20 for others)",
     )
     parser.add_argument(
         "--preset",

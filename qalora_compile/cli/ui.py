@@ -130,7 +130,7 @@ class Steps:
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
-        self._console.print(text)
+        self._console.print(text, soft_wrap=True)
 
     def _print_plainly(self, what: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()

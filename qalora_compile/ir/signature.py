@@ -241,7 +241,16 @@ def bind(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
 
 
 def split_call(call: Call) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """(args, kwargs) of a call: a sequence of arguments, or a mapping of named ones."""
+    """(args, kwargs) of a call: a sequence of arguments, or a mapping of named ones.
+
+    Raises:
+        UserInputError: the call is a tensor.
+    """
+    if isinstance(call, Tensor):
+        raise UserInputError(
+            "a call is a tensor, not the arguments of the model",
+            hint="put the arguments of each call into a tuple: [(x,)], not [x]",
+        )
     return ((), call) if isinstance(call, Mapping) else (tuple(call), {})
 
 

@@ -448,7 +448,11 @@ def test_what_is_written_as_floats_is_declared_as_these(
     (odd,) = [row for row in report.stored if row.remark]
     kind = "exact" if dtype == "float32" else "rounds"
     assert (odd.max_abs_error > 0) == (kind == "rounds")
-    assert {report.capabilities[name].kind for name in ("groups", "tail groups")} == {kind}
+    declared = get_format(target).capabilities(qc.ExportSpec(target=target, parameter_dtype=dtype))
+    assert {declared[name].kind for name in ("groups", "tail groups")} == {kind}
+    assert report.capabilities["groups"] == declared["groups"]
+    has_tail = any(row.k % 64 for row in program.plan.to_quantize())
+    assert ("tail groups" in report.capabilities) == has_tail
 
 
 def test_narrow_floats_of_gguf_are_declared() -> None:

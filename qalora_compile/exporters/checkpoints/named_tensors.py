@@ -195,6 +195,17 @@ class Checkpoint:
         """The entry of `config.json` that unties the weights, if they are not tied any more."""
         return {"tie_word_embeddings": False} if self.is_untied else {}
 
+    def lacks(self, name: str) -> bool:
+        """Whether the program does not have one of `capability.PROPERTIES`."""
+        some = {
+            "codes of 4, 3 and 2 bits": any(layer.bits < 8 for layer in self.layers),
+            "codes of 8 bits": any(layer.bits == 8 for layer in self.layers),
+            "tail groups": any(layer.site.k % layer.group_size for layer in self.layers),
+            "activation order": any(layer.order is not None for layer in self.layers),
+            "other architectures": False,  # such a model is refused
+        }
+        return not some.get(name, True)
+
     def notes(self) -> tuple[str, ...]:
         """Notes for the report."""
         if not self.left_out:

@@ -105,7 +105,11 @@ def write_checkpoint(
         target=spec.target,
         nodes=0,
         quantized_layers=len(checkpoint.layers),
-        capabilities=dict(kind.capabilities(spec)),
+        capabilities={
+            name: capability
+            for name, capability in kind.capabilities(spec).items()
+            if not checkpoint.lacks(name)
+        },
         notes=kind.notes(checkpoint),
     )
     place = atomic_files if kind.suffix else atomic_folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qalora_compile._version import __version__
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import InternalError
 from qalora_compile.exporters.capability import EXACT, Capability, ExportReport, rounds
@@ -19,6 +20,7 @@ from qalora_compile.exporters.onnx.model import translate
 from qalora_compile.exporters.onnx.one_file import fits_in_one_file, join_weights
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.files import atomic_files
+from qalora_compile.files.marks import PRODUCER
 from qalora_compile.ir.joined_layers import joined_layers
 from qalora_compile.ir.meta import ONNX_METADATA_KEY, QDQ_ACCURACY_KEY
 from qalora_compile.ir.onnx_metadata import OF_SITES, OnnxLayer, OnnxMetadata
@@ -59,7 +61,7 @@ def write_translated(
     name_axes(model, program.signature)
     sites = name_sites(model, program)
     _add_functions(model)
-    model.producer_name = "qalora-compile"
+    model.producer_name, model.producer_version = PRODUCER, __version__
     model.metadata_props[ONNX_METADATA_KEY] = metadata_text(program, spec, sites)
     return _save(model, program, path, spec, resume)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qalora_compile._version import __version__
 from qalora_compile.files import atomic_files
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.view.outline import INPUT, OUTPUT, Box, Value, outline
@@ -50,7 +51,11 @@ def structure_model(program: Program, only: str | None = None) -> Any:
     domains = sorted({node.domain for node in nodes if node.domain})
     opsets = [helper.make_opsetid("", _OPSET), *(helper.make_opsetid(d, 1) for d in domains)]
     model = helper.make_model(
-        graph, opset_imports=opsets, producer_name="qalora-compile", ir_version=_IR_VERSION
+        graph,
+        opset_imports=opsets,
+        producer_name="qalora-compile",
+        producer_version=__version__,
+        ir_version=_IR_VERSION,
     )
     model.doc_string = f"The structure of a program at stage {program.stage}; it has no weights."
     return model
