@@ -58,13 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--numeric",
         action="store_true",
-        help="compare along the graph, relative to float64, also on unusual inputs, at every "
-        "optimization level, with the operator library and without; exit 2: UNDECIDED",
+        help="compare along the graph, relative to float64, also on unusual inputs, at the "
+        "optimization levels of --levels, with the operator library and without; Ctrl-C shows what "
+        "is done; exit 2: UNDECIDED",
     )
     parser.add_argument(
         "--levels",
         metavar="LIST",
-        help="with --numeric: only these of disabled,basic,extended,all (default: all four)",
+        help="with --numeric: of disabled,basic,extended,all (default: disabled,all)",
     )
     parser.add_argument("--html", metavar="FILE", help="write an HTML page of the result")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import Call, split_call
-from qalora_compile.progress import track
 from qalora_compile.untrusted.artifacts import ArtifactKind, find_artifact
 from qalora_compile.verdict import Verdict
 from qalora_compile.verify.inputs import sample_inputs
@@ -37,6 +37,7 @@ from qalora_compile.verify.numeric.run_candidate import (
     run_program,
 )
 from qalora_compile.verify.numeric.run_float64 import run_reference, working_dtype
+from qalora_compile.verify.numeric.work import Work
 from qalora_compile.verify.padding import Padding, padding_of
 from qalora_compile.verify.proof.graphs.graph import FX, OPENVINO, Graph, Ref
 from qalora_compile.verify.proof.graphs.graph import Tensor as StoredTensor
@@ -83,6 +84,8 @@ def compare_nodes(
 
     Outputs must have the names and shapes of the reference's; integers and booleans must be equal.
 
+    After Ctrl-C, the report has the modes that are done, and the others as undecided.
+
     Args:
         reference: A program, or the path of a program folder.
         candidate: A program or path as above, or an export folder or `.onnx` file.
@@ -108,11 +111,11 @@ def compare_nodes(
         )
     leaves = {name: program.leaves(*split_call(call)) for name, call in calls.items()}
     modes, notes = _execution_modes(candidate, graphs[1], matches, levels, library)
-    with _references(program, matches, leaves, _working(candidate)) as references:
-        found = [
-            _try(mode, references, graphs, matches, program, leaves)
-            for mode in track(modes, "compare")
-        ]
+    runs = sum(1 if mode.once else len(leaves) for mode in modes)
+    work = Work(inputs=len(leaves), runs=runs)
+    with _references(program, matches, leaves, _working(candidate), work) as references:
+        fixed = (references, graphs, matches, program, leaves, work)
+        found = [work.guard(mode.name, partial(_try, mode, *fixed)) for mode in modes]
     rest = tuple(_absent_outputs(*graphs, next(iter(calls))))
     found = [mode if mode.problem else replace(mode, rows=mode.rows + rest) for mode in found]
     found += _damaged_modes(graphs)
@@ -275,15 +278,17 @@ def _references(
     matches: Sequence[Match],
     leaves: Mapping[str, Sequence[Any]],
     working: torch.dtype,
+    work: Work,
 ) -> Iterator[_Reference]:
     """Run the reference on every input, in float64 and at the candidate's precision."""
     names = frozenset(_names(matches, 0))
     with tempfile.TemporaryDirectory() as folder:
-        for index, flat in enumerate(track(list(leaves.values()), "float64")):
+        for index, flat in enumerate(leaves.values()):
             exact, own = run_reference(program, flat, names, working)
             for side, values in (("exact", exact), ("own", own)):
                 kept = {n: v.contiguous().clone() for n, v in values.items()}
                 save_file(kept, Path(folder) / f"{index}.{side}")
+            work.reference_done()
         yield _Reference(Path(folder), UNITS[working])
 
 
@@ -294,6 +299,7 @@ def _try(
     matches: Sequence[Match],
     program: Program,
     leaves: Mapping[str, Sequence[Any]],
+    work: Work,
 ) -> ModeReport:
     """Run one mode on every input and check every value."""
     checked: dict[int, list[tuple[str, BoundCheck]]] = defaultdict(list)
@@ -309,6 +315,7 @@ def _try(
                 one = _check_value(match, graphs, (exact, own), found, references.unit, padding)
                 if one is not None:
                     checked[place].append((name, one))
+            work.run_done()
     except UserInputError as error:
         return ModeReport(mode.name, (), (), error.what)
     rows = tuple(_row(matches[place], found) for place, found in sorted(checked.items()))

@@ -49,16 +49,20 @@ class ModeReport:
         rows: The values in graph order, outputs last.
         inputs: Name of each input on which outputs were compared, and their largest ratio.
         problem: Why it did not run, or "".
+        interrupted: Whether the comparison was stopped before this mode was done.
     """
 
     name: str
     rows: tuple[ValueRow, ...]
     inputs: tuple[tuple[str, float], ...] = ()
     problem: str = ""
+    interrupted: bool = False
 
     @property
     def verdict(self) -> Verdict:
         """The worst verdict of its rows; DIFFERENT if it did not run."""
+        if self.interrupted:
+            return Verdict.UNDECIDED
         if self.problem:
             return Verdict.DIFFERENT
         return Verdict.worst(row.verdict for row in self.rows)

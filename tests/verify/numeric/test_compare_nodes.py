@@ -21,14 +21,16 @@ from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.ir.signature import InputLeaf, Signature
+from qalora_compile.progress import listening
 from qalora_compile.runtime.library import kernel_level, library_path
 from qalora_compile.verdict import Verdict
 from qalora_compile.verify import compare_nodes, named_inputs
 from qalora_compile.verify.compare import BEYOND, EXPLAINED, verdict_of
+from qalora_compile.verify.numeric import compare_nodes as compare_module
 from qalora_compile.verify.numeric.error_bound import check_bound
 from qalora_compile.verify.numeric.run_float64 import run_nodes
 from qalora_compile.verify.padding import padding_of
-from qalora_compile.verify.runners.onnx_session import LEVELS
+from qalora_compile.verify.runners.onnx_session import LEVELS, OnnxSession
 from tests.models import MLP, adapted, llama, worst
 from tests.verify.planted import SPECS, program, with_graph, with_tensors
 
@@ -498,3 +500,38 @@ def test_verdicts_are_in_order(ratio: float) -> None:
 
 def test_nothing_compared_is_no_pass() -> None:
     assert Verdict.worst([]) == Verdict.DIFFERENT
+
+
+def test_an_interrupt_keeps_the_modes_that_are_done(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def session(path: Path, library: Path | None, level: str, **options: bool) -> OnnxSession:
+        opened.append(level)
+        if len(opened) == 3:
+            raise KeyboardInterrupt
+        return OnnxSession(path, library, level, **options)
+
+    monkeypatch.setattr(compare_module, "OnnxSession", session)
+    report = compare_nodes(program("folded"), models / "onnx.onnx")
+    assert [mode.verdict for mode in report.modes] == [
+        *(Verdict.EQUAL, Verdict.EQUAL, Verdict.UNDECIDED, Verdict.UNDECIDED)
+    ]
+    assert report.verdict == Verdict.UNDECIDED
+    assert "interrupted before it was done" in str(report)
+    opened[:] = ["", ""]
+    with pytest.raises(KeyboardInterrupt):  # nothing is done yet
+        compare_nodes(program("folded"), models / "onnx.onnx")
+
+
+def test_the_time_left_covers_all_of_the_work(models: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    with listening(lambda what, done, total: seen.append((what, done, total))):
+        report = compare_nodes(program("folded"), models / "ort.onnx", levels=("all",))
+    own = [(done, total) for what, done, total in seen if what == "compare"]
+    assert len({total for _, total in own}) == 1
+    dones = [done for done, _ in own]
+    assert dones == sorted(dones)
+    assert own[0][0] == 0
+    assert own[-1][0] == own[-1][1] == len(report.inputs) * (3 + 1) + 1
