@@ -111,8 +111,7 @@ def compare_nodes(
         )
     leaves = {name: program.leaves(*split_call(call)) for name, call in calls.items()}
     modes, notes = _execution_modes(candidate, graphs[1], matches, levels, library)
-    runs = sum(1 if mode.once else len(leaves) for mode in modes)
-    work = Work(inputs=len(leaves), runs=runs)
+    work = Work(len(leaves), sum(1 if mode.once else len(leaves) for mode in modes))
     with _references(program, matches, leaves, _working(candidate), work) as references:
         fixed = (references, graphs, matches, program, leaves, work)
         found = [work.guard(mode.name, partial(_try, mode, *fixed)) for mode in modes]

@@ -21,7 +21,7 @@ class Work:
         runs: Number of runs of the candidate, over all execution modes.
     """
 
-    def __init__(self, *, inputs: int, runs: int) -> None:
+    def __init__(self, inputs: int, runs: int) -> None:
         self._done, self._total = 0, _OF_REFERENCE * inputs + runs
         self._modes, self._stopped = 0, False
         announce(_HEADING, 0, self._total)
