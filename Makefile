@@ -90,6 +90,28 @@ clients: ## install the clients that edge folders are tested with
 test-clients: $(VENV)/installed-dev clients ## run edge folders in other programs; what is not there is skipped
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -rs tests/clients $(ARGS)
 
+# Rows of docs/clients.md: each test of a client that passes writes one, and others keep theirs.
+.PHONY: clients-table
+clients-table: ## run the tests of clients, and write the table of docs/clients.md
+	rm -rf build/client-rows
+	QALORA_CLIENTS=$(CURDIR)/build/client-rows $(MAKE) test-clients test-openvino
+	QALORA_CLIENTS=$(CURDIR)/build/client-rows $(MAKE) test-slow ARGS="-k every_deployment"
+	$(BIN)/python -m scripts.write_clients build/client-rows
+
+# Each release of ONNX Runtime that `--for` knows, in an environment of its own with the numpy it needs.
+RUNTIMES := build/runtimes
+.PHONY: test-runtimes
+test-runtimes: $(VENV)/installed-dev ## install old releases of ONNX Runtime and run what --for writes for them
+	for version in $$($(BIN)/python -W ignore -m scripts.test_runtimes --list); do \
+		test -e $(RUNTIMES)/$$version/installed && continue; \
+		$(PYTHON) -m venv --without-pip $(RUNTIMES)/$$version; \
+		case $$version in 1.18.*) numpy='numpy>=1.26,<2';; *) numpy='numpy>=2,<3';; esac; \
+		$(BIN)/python -m pip --python $(RUNTIMES)/$$version/bin/python install --quiet --no-input \
+			--disable-pip-version-check --no-deps onnxruntime==$$version "$$numpy" || exit 1; \
+		touch $(RUNTIMES)/$$version/installed; \
+	done
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m scripts.test_runtimes $(RUNTIMES)
+
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
 	OMP_NUM_THREADS=1 $(PYTEST) --by file -m slow $(ARGS)

@@ -23,7 +23,12 @@ from qalora_compile.runtime.footprint import footprint, time_tokens
 from qalora_compile.runtime.language_model import LanguageModel
 from qalora_compile.runtime.library import kernel_level
 from qalora_compile.runtime.session import open_session
-from qalora_compile.untrusted.artifacts import encoder_decoder_files, model_file, onnx_parts
+from qalora_compile.untrusted.artifacts import (
+    ORT_SUFFIX,
+    encoder_decoder_files,
+    model_file,
+    onnx_parts,
+)
 
 LIBRARY, STOCK = "merged, operator library", "merged, stock kernels"
 UNMERGED, FLOAT = "adapters unmerged, stock kernels", "float32"
@@ -108,7 +113,7 @@ def _forms(folder: Path, run_folder: Path | None) -> Iterator[list[Form]]:
             hint="generate prints its speed",
         )
     forms = [Form(STOCK, path, library=False)]
-    if kernel_level() is not None:
+    if kernel_level() is not None and path.suffix != ORT_SUFFIX:  # it has stock operators alone
         forms.insert(0, Form(LIBRARY, path, library=True))
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".bench.") as scratch:
         if run_folder is not None:

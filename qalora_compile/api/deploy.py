@@ -15,6 +15,7 @@ from qalora_compile.api.edge import (
     is_decoder,
     lowered,
     write_edge,
+    written_file,
 )
 from qalora_compile.api.edge_choices import EdgeChoices, chosen_for
 from qalora_compile.api.export import export_model
@@ -98,6 +99,11 @@ class EdgeSpec:
         """
         if self.with_library is None:
             return None
+        if self.target.format == "ort":
+            raise UserInputError(
+                "--with-library has no effect with format ort, whose file holds stock operators",
+                hint="use --format onnx, or leave the library out",
+            )
         if self.target.target != "ort":
             raise UserInputError(
                 f"--with-library has no effect with target {self.target.target}",
@@ -186,7 +192,8 @@ def _check_target(spec: DeploySpec) -> None:
     """
     target = get_target(spec.target.target)
     assert isinstance(target, LoweredTarget), "graph targets are lowered"
-    target.check_path(spec.out / graph_file(spec.target), spec.target)
+    file = written_file(graph_file(spec.target), spec.target)
+    target.check_path(spec.out / file, spec.target)
 
 
 def _other(spec: DeploySpec) -> EdgeResult:

@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import fx
@@ -41,6 +41,7 @@ from qalora_compile.exporters.onnx.genai_config import (
     genai_config,
     genai_whisper_config,
 )
+from qalora_compile.exporters.onnx.write import SUFFIXES
 from qalora_compile.exporters.openvino.tokenizer import write_tokenizers
 from qalora_compile.files import atomic_folder, keep_parts, write_json
 from qalora_compile.ir.end_tokens import (
@@ -111,6 +112,11 @@ class EdgeParts:
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
+    def files(self) -> list[str]:
+        """The names under which the graphs are written."""
+        return [written_file(file, self.spec) for file in self.graphs]
+
+    @property
     def program(self) -> Program:
         """The graph that outputs logits: the only one, or the decoder."""
         return list(self.graphs.values())[-1]
@@ -154,6 +160,11 @@ def outputs_last_logits(program: Program) -> bool:
 def graph_file(spec: ExportSpec) -> str:
     """Name of the file of a model with a single graph, as its clients look for it."""
     return MODEL_FILE if spec.is_onnx else OPENVINO_FILE
+
+
+def written_file(file: str, spec: ExportSpec) -> str:
+    """The name under which the graph `file` is written, in the format of `spec`."""
+    return str(PurePosixPath(file).with_suffix(SUFFIXES["ort"])) if spec.format == "ort" else file
 
 
 def edge_graphs(
@@ -215,9 +226,9 @@ def write_edge(out: Path, parts: EdgeParts, *, overwrite: bool) -> tuple[ExportR
             (folder / file).parent.mkdir(exist_ok=True)
         first, *more = (
             export_model(program, folder / file, parts.spec, resume=key)
-            for file, program in parts.graphs.items()
+            for file, program in zip(parts.files, parts.graphs.values(), strict=True)
         )
-        report = dataclasses.replace(first, path=out / next(iter(parts.graphs)))
+        report = dataclasses.replace(first, path=out / parts.files[0])
         for other in more:
             report = report.joined(other, out)
         written = _write_parts(folder, parts, report.size_bytes)
@@ -264,13 +275,14 @@ def _write_description(
         return
     apart = {Path(file).name: 1 for file in parts.graphs if data_file(folder / file).is_file()}
     for_browsers = {"dtype": "q4", "use_external_data_format": apart or False}
-    more = {"transformers.js_config": for_browsers} if parts.spec.is_onnx else {}
+    opened = parts.spec.is_onnx and parts.spec.format == "onnx"
+    more = {"transformers.js_config": for_browsers} if opened else {}
     write_json(folder / MODEL_CONFIG_FILE, model | more)
     yield MODEL_CONFIG_FILE
     if generation:
         write_json(folder / GENERATION_FILE, generation)
         yield GENERATION_FILE
-    if parts.spec.is_onnx and parts.pair is None and parts.pooling.write(folder, model):
+    if opened and parts.pair is None and parts.pooling.write(folder, model):
         yield "modules.json"
 
 
@@ -307,11 +319,11 @@ def _write_genai(folder: Path, parts: EdgeParts, description: dict[str, Any]) ->
     try:
         if parts.pair is not None:
             encoder, decoder = (part.signature for part in parts.pair)
-            files = (ENCODER_FILE, DECODER_FILE)
+            files = (parts.files[0], parts.files[1])
             value = genai_whisper_config(encoder, decoder, *described, files=files, library=library)
         else:
             value = genai_config(
-                parts.program.signature, *described, filename=MODEL_FILE, library=library
+                parts.program.signature, *described, filename=parts.files[0], library=library
             )
     except UnsupportedError as error:
         return error.what
@@ -359,7 +371,7 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
         "model": parts.record.get("model"),
         "architecture": next(iter(model.get("architectures", [])), None),
         "context_length": limit if cached else None,
-        "files": list(parts.graphs),
+        "files": parts.files,
         "in_both_files": parts.in_both(),
         "decoder_start": [] if single else decoder_start(model, generation),
         "kv_cache": cached,

@@ -145,7 +145,8 @@ def complete_spec(program: Program, spec: ExportSpec) -> ExportSpec:
         return spec
     fusion = "none"
     if program.signature.cache:
-        opset = spec.opset or max(FUSION_OPSETS.values())
+        newest = max(FUSION_OPSETS.values()) if spec.release is None else spec.release.opset
+        opset = spec.opset or newest
         choices = ("standard",) if spec.target == "onnx" else ("standard", "ort")  # faster first
         fusion = next((c for c in choices if FUSION_OPSETS[c] <= opset), "none")
     return dataclasses.replace(spec, fusion=fusion)
@@ -190,8 +191,8 @@ def export_model(
 
     Args:
         program: Folded, or quantized without adapters.
-        path: The `.onnx` file; weights beyond 1 GiB go to `<name>.data` next to it. For target
-            `"gguf"` a `.gguf` file, for other checkpoints a folder.
+        path: The `.onnx` file, whose weights may go to `<name>_data` next to it; or the `.ort` file
+            with format `"ort"`. For target `"gguf"` a `.gguf` file, for other checkpoints a folder.
         spec: Target and options; None takes target `ort`.
         resume: A short key of everything that determines the file. An interrupted export with the
             same key is resumed. For ONNX files only.

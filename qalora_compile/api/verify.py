@@ -16,14 +16,15 @@ from qalora_compile.capture.load_source import load_source
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
 from qalora_compile.ir.meta import PAST
+from qalora_compile.ir.onnx_metadata import read_onnx_metadata
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.signature import Call
+from qalora_compile.ir.signature import Call, Signature
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.passes.canonicalize.canonical_passes import canonical_passes
 from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.progress import say
 from qalora_compile.runtime.library import kernel_level, library_path
-from qalora_compile.untrusted.artifacts import GGUF_FILE, PROGRAM_FILE
+from qalora_compile.untrusted.artifacts import GGUF_FILE, PROGRAM_FILE, ort_files
 from qalora_compile.verify.compare import Report, Tolerance
 from qalora_compile.verify.debug.report_page import Outcome, verify_page
 from qalora_compile.verify.equivalence import verify_equivalence
@@ -110,9 +111,18 @@ class _Named:
         return open_graph(self.path)
 
     @property
+    def is_cached_ort(self) -> bool:
+        """Whether this is a `.ort` file of a language model with a key-value cache."""
+        files = ort_files(self.path) if isinstance(self.thing, Path) else []
+        read = [read_onnx_metadata(file).signature for file in files]
+        return len(read) == 1 and bool(Signature.from_json(read[0]).cache)
+
+    @property
     def exported(self) -> list[Graph]:
-        """The graphs of an exported model; none for anything else."""
-        graphs = open_graphs(self.path) if isinstance(self.thing, Path) else ()
+        """The graphs of an exported model; none for anything else, or in a `.ort` file."""
+        if not isinstance(self.thing, Path) or ort_files(self.path):
+            return []
+        graphs = open_graphs(self.path)
         return [graph for graph in graphs if graph.dialect != FX]
 
 
@@ -132,7 +142,7 @@ def compare_on_inputs(spec: VerifySpec, tolerance: Tolerance) -> Compared:
         )
     calls: list[Call] = list(sample_inputs(program, spec.inputs, seed=spec.seed))
     exported = [a.exported, b.exported]
-    if any(map(_keeps_cache, exported)):
+    if any(map(_keeps_cache, exported)) or a.is_cached_ort or b.is_cached_ort:
         calls += sequence_calls(program, seed=spec.seed)
     both = not spec.library and any(map(_has_own_operators, exported))
     reports = {

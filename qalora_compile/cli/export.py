@@ -18,12 +18,14 @@ from qalora_compile.config import (
     CHECKPOINT_TARGETS,
     CORRECTIONS,
     FLOAT_TYPES,
+    FORMATS,
     FUSIONS,
     PARAMETER_DTYPES,
     PRESETS,
     ExportSpec,
 )
 from qalora_compile.config.choices import TOKEN_POOLINGS
+from qalora_compile.config.onnx_releases import RELEASES, RUNTIME
 from qalora_compile.registry import TARGETS
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ EXAMPLES = """examples:
   qalora-compile export folded --out edge --target ort-stock
   # standard operators only
   qalora-compile export folded --out edge --target onnx
+  # model_q4.ort for reduced builds of ONNX Runtime
+  qalora-compile export folded --out edge --format ort
+  # an older release of ONNX Runtime
+  qalora-compile export folded --out edge --for onnxruntime==1.18
   # openvino_model.xml, with state
   qalora-compile export folded --out edge --target openvino
   # for GenAI: our kernels in the folder
@@ -136,6 +142,19 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         "--float-type",
         choices=FLOAT_TYPES,
         help="dtype of unquantized matrices in target gguf; default: the smallest exact one",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="ort: a .ort file for reduced builds of ONNX Runtime, with the list of its operators; "
+        "default: onnx",
+    )
+    parser.add_argument(
+        "--for",
+        dest="runtime",
+        metavar="RUNTIME",
+        help=f"the release that has to run the model, {RUNTIME}=={RELEASES[0].version} to "
+        f"{RELEASES[-1].version}, or {RUNTIME}>=V; chooses opset, fusion and forms of layers",
     )
     add_output_arguments(parser)
 
@@ -246,7 +265,7 @@ def _show_edge(spec: DeploySpec, result: EdgeResult, parts: EdgeParts, seconds: 
             "written": str(report.path),
             "next": command_line("verify", spec.folder, spec.out, *_tolerance(report)),
         }
-        | ({"kernels": kernels()} if report.target == "ort" else {})
+        | kernel_rows(parts)
         | resumed(report),
     )
 
@@ -278,7 +297,7 @@ def pair_rows(parts: EdgeParts) -> dict[str, str]:
     if parts.pair is None:
         return {}
     both = [f"{name} ({megabytes(size)})" for name, size in parts.in_both().items()]
-    return {"graphs": ", ".join(parts.graphs), "in both files": ", ".join(both) or "nothing"}
+    return {"graphs": ", ".join(parts.files), "in both files": ", ".join(both) or "nothing"}
 
 
 def choice_rows(parts: EdgeParts, report: ExportReport) -> dict[str, str]:
@@ -286,14 +305,18 @@ def choice_rows(parts: EdgeParts, report: ExportReport) -> dict[str, str]:
     return {} if parts.choices is None else parts.choices.rows(parts.spec, report.size_bytes)
 
 
-def kernels() -> str:
-    """The kernels that run a model of target `ort` on this machine."""
+def kernel_rows(parts: EdgeParts) -> dict[str, str]:
+    """A row of the summary on the kernels that run a model of target `ort` on this machine."""
+    if parts.spec.target != "ort":
+        return {}
     from qalora_compile.runtime.library import kernel_level, library_path
 
     level = kernel_level()
+    if parts.spec.format == "ort":
+        return {"kernels": "stock: a .ort file has no operators of the library"}
     if level is None:
-        return "stock, the operator library was not built: qalora-compile doctor"
-    return f"stock, or {level} with the operator library: {library_path().name}"
+        return {"kernels": "stock, the operator library was not built: qalora-compile doctor"}
+    return {"kernels": f"stock, or {level} with the operator library: {library_path().name}"}
 
 
 def _show_checkpoint(report: ExportReport, source: Path, seconds: float) -> None:

@@ -13,7 +13,7 @@ from qalora_compile.cli.export import (
     add_pooling_arguments,
     add_target_arguments,
     choice_rows,
-    kernels,
+    kernel_rows,
     pair_rows,
     resumed,
     target_spec,
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
             if result.generates
             else command_line("inspect", out),
         }
-        | ({"kernels": kernels()} if report.target == "ort" else {})
+        | (kernel_rows(result.parts) if result.parts else {})
         | resumed(report),
     )
     return 0

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from qalora_compile import registry
 from qalora_compile.config.base import AUTO, Spec, one_of
+from qalora_compile.config.onnx_releases import OnnxRelease, release_of
 from qalora_compile.config.preset import preset_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 
@@ -31,6 +32,8 @@ FUSION_OPSETS = {"none": 18, "standard": 23, "ort": 22}
 `ort` needs no operator of opset 22: ONNX Runtime releases before 1.21 do not take it, and they
 compute MultiHeadAttention wrongly for masks that differ inside a batch."""
 FUSIONS = tuple(FUSION_OPSETS)
+FORMATS = ("onnx", "ort")
+"""The formats of a file for ONNX Runtime: ONNX, and its own."""
 _AUTO_TARGETS = ("ort", "openvino")
 """The targets with a choice of `parameter_dtype` that may be left to the export."""
 
@@ -69,6 +72,11 @@ class ExportSpec(Spec):
             `"f16"`, `"bf16"` or `"f32"`; None takes for each the smallest that keeps every value.
         external_data: For ONNX: write the weights to a second file, `<name>_data`, which a runtime
             maps instead of reading. False writes one file, up to 1.9 GB of weights.
+        format: Of the file of an ONNX target: `"onnx"`, or `"ort"` for ONNX Runtime's own format,
+            which its reduced builds read. A `.ort` file holds stock operators alone.
+        runtime: For ONNX: the release that has to run the model, `"onnxruntime==1.18"` or
+            `"onnxruntime>=1.20"`. It decides on opset, fusion and the form of a layer, where these
+            are left open (`config.onnx_releases`). None: the newest release.
         stateful: For target `"openvino"`: a key-value cache is state of the model, as OpenVINO
             GenAI runs it, and not inputs and outputs. Without a cache it has no effect.
         allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
@@ -84,6 +92,8 @@ class ExportSpec(Spec):
     fusion: str | None = None
     float_type: str | None = None
     external_data: bool = False
+    format: str = "onnx"
+    runtime: str | None = None
     stateful: bool = True
     allow_unfolded: bool = False
     overwrite: bool = False
@@ -121,6 +131,11 @@ class ExportSpec(Spec):
         return self.opset or max(21 if self.target == "onnx" else 20, least)
 
     @property
+    def release(self) -> OnnxRelease | None:
+        """The release that `runtime` names; None if it is left open."""
+        return None if self.runtime is None else release_of(self.runtime)
+
+    @property
     def is_checkpoint(self) -> bool:
         """Whether the target is a checkpoint of another library, which keeps the codes."""
         if self.target in TARGETS:
@@ -149,6 +164,7 @@ class ExportSpec(Spec):
         one_of("parameter_dtype", self.parameter_dtype, dtypes)
         one_of("correction", self.correction, CORRECTIONS)
         one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
+        one_of("format", self.format, FORMATS)
         for option, known in (("fusion", FUSIONS), ("float_type", FLOAT_TYPES)):
             if getattr(self, option) is not None:
                 one_of(option, getattr(self, option), known)
@@ -179,6 +195,8 @@ class ExportSpec(Spec):
             ("accuracy_level", 0, not_onnx),
             ("fusion", None, not_onnx),
             ("external_data", False, not_onnx),
+            ("format", "onnx", not_onnx),
+            ("runtime", None, not_onnx),
             ("stateful", True, no_state),
             ("allow_unfolded", False, checkpoint),
         ):
@@ -203,6 +221,11 @@ class ExportSpec(Spec):
 
     def _check_onnx(self) -> None:
         """Refuse combinations of ONNX options that are not possible."""
+        if self.external_data and self.format == "ort":
+            raise UserInputError(
+                "external_data is True for format ort", hint="a .ort file holds its weights itself"
+            )
+        self._check_release()
         if self.onnx_opset < 21 and self.target == "onnx":
             raise UserInputError(
                 f"opset is {self.opset}", hint="target onnx needs 21: DequantizeLinear in blocks"
@@ -223,4 +246,21 @@ class ExportSpec(Spec):
             raise UserInputError(
                 f"accuracy_level is {self.accuracy_level!r} for target onnx",
                 hint="a standard model cannot express it; the session decides: docs/lowering.md",
+            )
+
+    def _check_release(self) -> None:
+        """Refuse what the release that has to run the model does not take."""
+        release = self.release
+        if release is None:
+            return
+        if self.onnx_opset > release.opset:
+            raise UserInputError(
+                f"the model would be of opset {self.onnx_opset} for ONNX Runtime {release.version}",
+                hint=f"that release takes opset {release.opset}; leave out opset and fusion",
+            )
+        if self.target == "onnx" and not release.blocks:
+            raise UserInputError(
+                f"target is 'onnx' for ONNX Runtime {release.version}, whose DequantizeLinear has "
+                "no blocks",
+                hint="the nearest targets are ort-stock and ort; or name release 1.19 or newer",
             )

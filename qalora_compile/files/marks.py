@@ -30,6 +30,8 @@ PRODUCER = "qalora-compile"
 """The mark of every ONNX model, and the name of every OpenVINO model."""
 
 _HEAD_BYTES = 1 << 16
+_ORT_FORMAT = b"ORTM"
+"""Bytes 4 to 8 of a model in ONNX Runtime's own format, whose producer is named at its end."""
 _OPENVINO_HEAD = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<net name=\"" + PRODUCER.encode() + rb"\"")
 _ONNX_HEAD = re.compile(rb"\x08[\x00-\x7f]\x12" + bytes([len(PRODUCER)]) + PRODUCER.encode())
 """`ir_version` and `producer_name`, as protobuf encodes them at the beginning of the file."""
@@ -47,17 +49,26 @@ def is_own_folder(folder: Path) -> bool:
 def is_own_file(path: Path) -> bool:
     """Whether this package wrote a file; an empty file counts.
 
-    Known are ONNX and OpenVINO models, GGUF files, pages and certificates.
+    Known are ONNX models (also in ONNX Runtime's own format), OpenVINO models, GGUF files, pages
+    and certificates.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if head.startswith(b"GGUF"):
         return GGUF_KEY.encode() in head
+    if head[4:8] == _ORT_FORMAT:
+        return PRODUCER.encode() in _tail(path)
     if any(form.match(head) for form in (_ONNX_HEAD, _OPENVINO_HEAD)):
         return True
     if GENERATOR.encode() in head or not head:
         return True
     return head[:1] == b"{" and _is_of(path, _CERTIFICATE)
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _HEAD_BYTES))
+        return file.read()
 
 
 def _is_of(path: Path, kind: str) -> bool:

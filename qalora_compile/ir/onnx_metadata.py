@@ -13,7 +13,7 @@ from typing import Any
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
 from qalora_compile.untrusted import check_fields, parse_json
-from qalora_compile.untrusted.onnx_file import check_onnx
+from qalora_compile.untrusted.ort_file import check_model
 
 OF_SITES = (
     *("kind", "weight", "decision", "reason", "why_bits"),
@@ -77,10 +77,10 @@ def read_onnx_metadata(path: Path) -> OnnxMetadata:
     """The metadata of an exported model.
 
     Raises:
-        UserInputError: the file is missing or no ONNX model (`check_onnx`), was not exported by
+        UserInputError: the file is missing or no ONNX model (`check_model`), was not exported by
             this package, or its metadata are malformed.
     """
-    text = check_onnx(path).metadata.get(ONNX_METADATA_KEY)
+    text = check_model(path).metadata.get(ONNX_METADATA_KEY)
     if text is None:
         raise UserInputError(f"{path.name} was not exported by this package", where=str(path))
     return metadata_of(text, path)

@@ -11,7 +11,7 @@ from qalora_compile.optional import require
 from qalora_compile.runtime.library import kernel_level, register
 from qalora_compile.untrusted import quoted
 from qalora_compile.untrusted.artifacts import model_file
-from qalora_compile.untrusted.onnx_file import check_onnx
+from qalora_compile.untrusted.ort_file import check_model
 
 QDQ_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 
@@ -28,8 +28,8 @@ def open_session(
     """An `onnxruntime.InferenceSession` on the CPU.
 
     Args:
-        path: An `.onnx` file; an edge folder with one graph; or, if it is trusted, a file in ONNX
-            Runtime's own format (`.ort`).
+        path: An `.onnx` file, a file in ONNX Runtime's own format (`.ort`), or an edge folder with
+            one graph.
         threads: Threads inside an operator; None leaves the choice to ONNX Runtime.
         library: Run `GroupQuantLinear` with this package's operator library; None: if it was
             built. This has no effect on models without that operator.
@@ -39,7 +39,7 @@ def open_session(
 
     Raises:
         UserInputError: the file is missing or truncated, ONNX Runtime cannot load it, or
-            `onnx_file.check_onnx` refuses it.
+            `ort_file.check_model` refuses it.
         UnsupportedError: the library is asked for and was not built.
     """
     runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
@@ -47,7 +47,7 @@ def open_session(
     if not path.is_file():
         raise UserInputError(f"there is no file {path}", where=str(path))
     if not trusted:
-        check_onnx(path)
+        check_model(path)
     options = runtime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads

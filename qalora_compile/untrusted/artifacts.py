@@ -13,8 +13,17 @@ MODEL_FILE = "onnx/model_q4.onnx"
 ENCODER_FILE, DECODER_FILE = "onnx/encoder_model_q4.onnx", "onnx/decoder_model_q4.onnx"
 """Where an edge folder has its graphs: transformers.js, optimum and sentence-transformers look
 there. `q4` is how transformers.js calls a graph on codes of few bits."""
-_MODELS = (MODEL_FILE, "model.onnx", "onnx/model.onnx")
-_HALVES = ((ENCODER_FILE, DECODER_FILE), ("encoder_model.onnx", "decoder_model.onnx"))
+ORT_SUFFIX = ".ort"
+ORT_FILE, ORT_ENCODER_FILE, ORT_DECODER_FILE = (
+    f"{file.removesuffix('.onnx')}{ORT_SUFFIX}" for file in (MODEL_FILE, ENCODER_FILE, DECODER_FILE)
+)
+"""The same in ONNX Runtime's own format."""
+_MODELS = (MODEL_FILE, "model.onnx", "onnx/model.onnx", ORT_FILE, "model.ort")
+_HALVES = (
+    (ENCODER_FILE, DECODER_FILE),
+    ("encoder_model.onnx", "decoder_model.onnx"),
+    (ORT_ENCODER_FILE, ORT_DECODER_FILE),
+)
 """Also the places of earlier versions, and of optimum."""
 _DATA_SUFFIXES = ("_data", ".data")
 CONFIG_FILE, GGUF_FILE = "config.json", "model.gguf"
@@ -39,7 +48,7 @@ class Artifact:
 
     Attributes:
         kind: Its kind.
-        path: The `.onnx`, `.xml` or `.gguf` file; for the other kinds, the folder.
+        path: The `.onnx`, `.ort`, `.xml` or `.gguf` file; for the other kinds, the folder.
     """
 
     kind: ArtifactKind
@@ -81,6 +90,7 @@ def find_artifact(path: str | Path) -> Artifact | None:
     if not path.is_dir():
         kinds = {
             ".onnx": ArtifactKind.ONNX,
+            ORT_SUFFIX: ArtifactKind.ONNX,
             ".xml": ArtifactKind.OPENVINO,
             ".gguf": ArtifactKind.GGUF,
         }
@@ -100,6 +110,15 @@ def find_artifact(path: str | Path) -> Artifact | None:
     if (path / CONFIG_FILE).exists() or any(path.glob("*.safetensors")):
         return Artifact(ArtifactKind.CHECKPOINT, path)
     return None
+
+
+def ort_files(path: str | Path) -> list[Path]:
+    """The files in ONNX Runtime's own format that a path names; none for anything else."""
+    found = find_artifact(path)
+    if found is None:
+        return []
+    halves = found.kind is ArtifactKind.ENCODER_DECODER and encoder_decoder_files(found.path)
+    return [file for file in halves or (found.path,) if file.suffix == ORT_SUFFIX]
 
 
 def unknown_artifact(path: str | Path) -> UserInputError:

@@ -31,10 +31,10 @@ from qalora_compile.untrusted.protobuf import MAX_AXES, MessageReader, signed
 MAX_BYTES = (1 << 31) - 1
 """Limit of a protobuf message."""
 MAX_DEPTH, MAX_NODES = 16, 1 << 20
-_ORT_FORMAT = b"ORTM"
+ORT_FORMAT = b"ORTM"
 _CONTINUED = bytes(range(0x80, 0x100))
 """Bytes of an integer that are followed by another one."""
-_TEXT_TYPE = 8
+TEXT_TYPE = 8
 _VALUES = (4, 5, 6, 7, 10, 11)
 """Fields of a tensor that may hold its values instead of raw bytes."""
 _SINGULAR = {3, 5, 6, 22}
@@ -77,12 +77,12 @@ def check_onnx(path: Path) -> OnnxFile:
     with path.open("rb") as file:
         # The map is closed with its last view, which an error may hold.
         view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    if view[4:8] == _ORT_FORMAT:
+    if view[4:8] == ORT_FORMAT:
         raise UserInputError(
-            f"{path.name} is in ONNX Runtime's own format, which cannot be checked",
+            f"{path.name} is in ONNX Runtime's own format, in which the graph is optimized already",
             where=str(path),
-            hint="give the .onnx file that it was made from; a file that you trust is loaded by "
-            "runtime.open_session(path, trusted=True)",
+            hint="give the .onnx file that it was made from; sessions, generate, bench and verify "
+            "on inputs also read a file whose name ends in .ort",
         )
     return _Walk(path).model(view)
 
@@ -274,14 +274,14 @@ class _Walk(MessageReader):
         external[key] = text
 
     def check_shape(self, name: str, kind: int, shape: list[int]) -> None:
-        if kind not in BITS and kind != _TEXT_TYPE:
+        if kind not in BITS and kind != TEXT_TYPE:
             raise self.broken(f"{quoted(name)} is of the unknown type {kind}")
         if len(shape) > MAX_AXES or any(axis < 0 for axis in shape):
             raise self.broken(f"the shape of {quoted(name)} is {quoted(shape)}")
 
     def check_tensor(self, row: TensorRow, raw: Any, stored: Mapping[int, int]) -> None:
         """Check that a tensor in the file has as many values as its shape says."""
-        if raw is not None and (stored or row.kind == _TEXT_TYPE):
+        if raw is not None and (stored or row.kind == TEXT_TYPE):
             raise self.broken(f"{quoted(row.name)} has its values twice")
         if raw is not None:
             wanted = -(-row.size * BITS[row.kind] // 8)

@@ -10,10 +10,25 @@ import pytest
 import torch
 
 from tests.clients.conftest import NEW_TOKENS, PROMPT, TEXTS, WEB, Exported, run, script
+from tests.clients.record import record_client
 
 pytestmark = pytest.mark.slow
+SMOLLM2, MINILM = "SmolLM2-135M", "all-MiniLM-L6-v2"
+TOKENS = f"torch's {NEW_TOKENS} tokens"
 NEAR = 2e-2
 """8 bits against float."""
+
+
+def js_version() -> str:
+    """The version of transformers.js in examples/web."""
+    package = WEB / "node_modules" / "@huggingface" / "transformers" / "package.json"
+    return str(json.loads(package.read_text("utf-8"))["version"])
+
+
+def version_in(python: Path, package: str) -> str:
+    """The version of a package in another interpreter's environment."""
+    code = f"import json, importlib.metadata as m; print(json.dumps(m.version({package!r})))"
+    return str(run([python, "-c", code]))
 
 
 def test_transformers_js_in_node_generates_torch_s_tokens(
@@ -22,19 +37,29 @@ def test_transformers_js_in_node_generates_torch_s_tokens(
     words: list[str | Path] = [language_model.folder, PROMPT, str(NEW_TOKENS), "--json"]
     found = run([node, WEB / "generate.mjs", *words])
     assert found["ids"] == language_model.expected
+    record_client("transformers.js in Node.js", js_version(), "ort", SMOLLM2, TOKENS)
 
 
 def test_optimum_generates_torch_s_tokens(language_model: Exported, python: Path) -> None:
     words: list[str | Path] = [script("python_clients.py"), "optimum_tokens", language_model.folder]
     found = run([python, *words, PROMPT, str(NEW_TOKENS)])
     assert found == language_model.expected
+    record_client("optimum-onnx", version_in(python, "optimum-onnx"), "ort", SMOLLM2, TOKENS)
 
 
 def test_sentence_transformers_computes_torch_s_vectors(encoder: Exported, python: Path) -> None:
     words: list[str | Path] = ["sentence_vectors", encoder.folder, *TEXTS]
     found = torch.tensor(run([python, script("python_clients.py"), *words]))
     assert found.shape == encoder.expected.shape
-    assert float((found - encoder.expected).abs().max()) < NEAR
+    error = float((found - encoder.expected).abs().max())
+    assert error < NEAR
+    record_client(
+        "sentence-transformers",
+        version_in(python, "sentence-transformers"),
+        "ort",
+        f"{MINILM}, 8 bits",
+        f"vectors within {error:.1g} of float's",
+    )
 
 
 @pytest.mark.parametrize("device", ["wasm"])
@@ -55,6 +80,8 @@ def test_the_page_chats_in_a_browser(
     assert json.loads(found["ids"])[: len(expected)] == expected
     assert "Paris" in found["answer"]
     assert f"tokens/s on {device}" in found["status"]
+    client = f"transformers.js in Chromium, {device}"
+    record_client(client, js_version(), "ort", SMOLLM2, TOKENS, speed=found["status"])
 
 
 def test_the_page_classifies_in_a_browser(
@@ -67,3 +94,11 @@ def test_the_page_classifies_in_a_browser(
     assert (found["state"], found["problems"], found["outside"]) == ("answered", [], [])
     scores = {row["label"]: row["score"] for row in json.loads(found["found"])}
     assert scores == pytest.approx(classifier.expected, abs=NEAR)
+    error = max(abs(scores[label] - value) for label, value in classifier.expected.items())
+    record_client(
+        "transformers.js in Chromium, wasm",
+        js_version(),
+        "ort-stock",
+        f"{MINILM} with a head, 8 bits",
+        f"probabilities within {error:.1g} of float's",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qalora_compile.exporters.openvino.tokenizer import (
     write_tokenizers,
 )
 from qalora_compile.files import write_json
+from tests.clients.record import record_client
 from tests.models import randomize_adapters
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed")
@@ -60,3 +62,6 @@ def test_genai_generates_the_tokens_of_torch(tmp_path: Path) -> None:
     assert list(answer.tokens[0]) == expected[len(tokens) :]
     text = pipeline.generate(PROMPT, config, apply_chat_template=False)
     assert str(text).strip() == source.tokenizer.decode(expected[len(tokens) :]).strip()
+    version = metadata.version("openvino-genai")
+    result = f"torch's {NEW_TOKENS} tokens"
+    record_client("OpenVINO GenAI", version, "openvino", "SmolLM2-135M, folded", result)

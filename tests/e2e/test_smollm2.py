@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.packing.bitstream import unpack_codes
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
 from qalora_compile.verify import check_certificate, compare_nodes, named_inputs
+from tests.clients.record import record_client
 from tests.models import randomize_adapters, scale_of, worst
 from tests.verify.planted import SPECS
 
@@ -124,6 +126,10 @@ def test_every_deployment_generates_the_same_tokens(road: Road, tmp_path: Path) 
         assert len(set(tokens[0])) > 10, "a degenerate continuation would show nothing"
         assert _choices(road.folded, prompt, tokens[0]) == tokens[0], text
         assert all(found == tokens[0] for found in tokens), text
+    for client in ("onnxruntime", "onnxruntime-genai"):
+        result = f"torch's {NEW_TOKENS} tokens on {len(PROMPTS)} prompts, on either kernels"
+        version = metadata.version(client)
+        record_client(client, version, "ort", "SmolLM2-135M, folded", result)
 
 
 def _deployments(

@@ -18,6 +18,11 @@ from qalora_compile.ir.site_plan import EMBEDDING, Site
 from qalora_compile.ir.stages import PLANE_NAMES
 from qalora_compile.optional import require
 
+_ADD = torch.ops.aten.add.Tensor
+_ADDED = {_ADD: "other", torch.ops.qalora.matmul_nbits.default: "bias"}
+"""The operand of an operator that may be the bias of a layer."""
+_SUMS = 3
+"""A layer is a sum of at most: a product with its bias, a correction, and a high plane."""
 _FOLD_LIMIT_ELEMENTS = 4096  # folding larger constants would duplicate weights
 
 
@@ -143,10 +148,11 @@ def _biases(program: Program) -> dict[str, frozenset[str]]:
     """
     found = {}
     for node in program.graph.nodes:
-        name = site_of(node)
-        if name is None or node.target is not torch.ops.aten.add.Tensor:
+        added = _ADDED.get(node.target)
+        name = None if added is None else _site_of_sum(node)
+        if name is None or added is None:
             continue
-        operand = argument(node, "other")
+        operand = argument(node, added)
         names = set()
         if isinstance(operand, torch.fx.Node) and operand.target is torch.ops.aten.to.dtype:
             names.add(operand.name)
@@ -154,6 +160,18 @@ def _biases(program: Program) -> dict[str, frozenset[str]]:
         if isinstance(operand, torch.fx.Node) and operand.op == "get_attr":
             found[name] = frozenset({*names, str(operand.target)})
     return found
+
+
+def _site_of_sum(node: torch.fx.Node) -> str | None:
+    """The site of a layer's product or sum; its mark may be on a sum with another part of it."""
+    for _ in range(_SUMS):
+        if (name := site_of(node)) is not None:
+            return name
+        users = [user for user in node.users if user.target is _ADD]
+        if not users:
+            break
+        node = users[0]
+    return None
 
 
 def _follow_concat(node: Any) -> Any:

@@ -26,11 +26,17 @@ from qalora_compile.optional import require
 Table = dict[Callable[..., Any], Callable[..., Any]]
 
 
-def translation_table(opset: int, fusion: str | None) -> Table:
-    """Operator → function that emits its ONNX nodes, for `custom_translation_table`."""
+def translation_table(opset: int, fusion: str | None, *, bias: bool = True) -> Table:
+    """Operator → function that emits its ONNX nodes, for `custom_translation_table`.
+
+    Args:
+        opset: Version of the standard operators.
+        fusion: As `ExportSpec.fusion`.
+        bias: Whether the runtime's MatMulNBits takes a bias; else it is added to the product.
+    """
     onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
     op = onnxscript.opset18
-    kernels = _kernel_table(op)
+    kernels = _kernel_table(op, bias_inside=bias)
     table = kernels | aten_table(op) | _plain_table(op) | expert_table(op, kernels)
     table |= embedding_table(op, onnxscript.opset21)
     if opset >= 23:
@@ -38,7 +44,7 @@ def translation_table(opset: int, fusion: str | None) -> Table:
     return table | contrib_table(op) if fusion == "ort" else table
 
 
-def _kernel_table(op: Any) -> Table:
+def _kernel_table(op: Any, *, bias_inside: bool) -> Table:
     """The quantized layers of each target."""
     matmul_nbits, group_quant_linear = matmul_nbits_op(), group_quant_linear_op()
 
@@ -57,8 +63,12 @@ def _kernel_table(op: Any) -> Table:
         attributes |= {"bits": bits, "block_size": block_size}
         if accuracy_level:
             attributes["accuracy_level"] = accuracy_level
-        inputs = [x, qweight, scale, zero_point] + ([] if bias is None else [None, bias])
-        return matmul_nbits(*inputs, **attributes)
+        inputs = [x, qweight, scale, zero_point]
+        if bias is None:
+            return matmul_nbits(*inputs, **attributes)
+        if bias_inside:
+            return matmul_nbits(*inputs, None, bias, **attributes)
+        return op.Add(matmul_nbits(*inputs, **attributes), bias)
 
     def emit_group_quant_linear(
         x: Any,

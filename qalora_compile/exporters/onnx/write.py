@@ -18,6 +18,7 @@ from qalora_compile.exporters.onnx.functions import (
 from qalora_compile.exporters.onnx.initializers import defer_initializers, write_model
 from qalora_compile.exporters.onnx.model import translate
 from qalora_compile.exporters.onnx.one_file import fits_in_one_file, join_weights
+from qalora_compile.exporters.onnx.ort_format import check_ort_format, convert_to_ort
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.files import atomic_files
 from qalora_compile.files.marks import PRODUCER
@@ -30,6 +31,8 @@ from qalora_compile.ir.stages import HIGH_CODES, PLANE_NAMES
 from qalora_compile.optional import require
 from qalora_compile.untrusted.artifacts import data_file
 
+SUFFIXES = {"onnx": ".onnx", "ort": ".ort"}
+"""The suffix of a file in each of `config.FORMATS`."""
 _ACTIVATIONS = {0: EXACT, 2: rounds("int16"), 4: rounds("int8")}
 """What each accuracy level does to activations."""
 
@@ -41,14 +44,16 @@ def write_onnx(
 
     Args:
         program: Legalized for the target, or a float program (see `api.lower`).
-        path: The `.onnx` file.
+        path: The `.onnx` file, or the `.ort` file if the format is `ort`.
         spec: Options; the target determines the stage that `program` must have.
         resume: A key of everything that determines the model; an interrupted run with the same
             key is continued (see `files`).
 
     Raises:
-        UnsupportedError: torch.onnx has no translation for an operator.
+        UnsupportedError: torch.onnx has no translation for an operator; or see `check_ort_format`.
     """
+    if spec.format == "ort":
+        check_ort_format(program, spec)
     return write_translated(translate(program, spec), program, path, spec, resume)
 
 
@@ -138,16 +143,21 @@ def _save(
     model: Any, program: Program, path: Path, spec: ExportSpec, resume: str | None
 ) -> ExportReport:
     onnx = require("onnx", extra="onnx", purpose="check an ONNX model")
-    with atomic_files(path, overwrite=spec.overwrite, resume=resume) as scratch:
+    with atomic_files(path, overwrite=spec.overwrite, resume=resume) as output:
+        scratch = output.with_suffix(SUFFIXES["onnx"])
         kept = write_model(model, scratch, external_data=spec.external_data)
         try:
             onnx.checker.check_model(str(scratch))
         except onnx.checker.ValidationError as error:
             raise InternalError(f"the ONNX checker refuses the model: {error}") from error
         data = data_file(scratch)
-        if not spec.external_data and data.is_file() and fits_in_one_file(data.stat().st_size):
+        if spec.format == "ort":
+            convert_to_ort(scratch, output)
+            scratch.unlink()
+            data.unlink(missing_ok=True)
+        elif not spec.external_data and data.is_file() and fits_in_one_file(data.stat().st_size):
             join_weights(scratch)
-        sizes = {f.name: f.stat().st_size for f in scratch.parent.iterdir()}
+        sizes = {f.name: f.stat().st_size for f in output.parent.iterdir()}
     nodes = list(model.graph.all_nodes())
     declared = capabilities(spec)
     if any(step.startswith("widen-halves") for step in program.history):

@@ -15,6 +15,7 @@ from qalora_compile.ir.meta import QDQ_ACCURACY_KEY
 from qalora_compile.ir.onnx_metadata import explain_metadata, read_onnx_metadata
 from qalora_compile.ir.signature import Signature
 from qalora_compile.optional import require
+from qalora_compile.untrusted.artifacts import ORT_SUFFIX
 
 LEVELS = {
     "disabled": "ORT_DISABLE_ALL",
@@ -53,7 +54,7 @@ class OnnxSession:
     are additional outputs. Standard models compute in float32 (`QDQ_ACCURACY_KEY`).
 
     Args:
-        path: The `.onnx` file.
+        path: The `.onnx` file, or one in ONNX Runtime's own format (`.ort`).
         library: A library of custom operators for the sessions.
         level: ONNX Runtime's optimization level, one of `LEVELS`.
         spelled_out: Use the file's functions for operators for which this runtime has kernels, as
@@ -93,7 +94,12 @@ class OnnxSession:
         return dict(zip(names, map(_tensor, self._run(self.session, names, feed)), strict=True))
 
     def sites(self, feed: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The output of every site, by its name, in graph order."""
+        """The output of every site, by its name, in graph order.
+
+        A file in ONNX Runtime's own format gives none: no value can be added to its outputs.
+        """
+        if self._path.suffix == ORT_SUFFIX:
+            return {}
         found = self.values(list(self._site_values.values()), feed)
         return {site: found[name] for site, name in self._site_values.items()}
 

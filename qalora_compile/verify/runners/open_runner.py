@@ -13,7 +13,12 @@ from qalora_compile.ir.interpret import WatchingInterpreter
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.untrusted import quoted
-from qalora_compile.untrusted.artifacts import ArtifactKind, find_artifact, unknown_artifact
+from qalora_compile.untrusted.artifacts import (
+    ORT_SUFFIX,
+    ArtifactKind,
+    find_artifact,
+    unknown_artifact,
+)
 from qalora_compile.verify.runners.encoder_decoder import EncoderDecoderRunner
 from qalora_compile.verify.runners.kv_cache import (
     MASK,
@@ -67,7 +72,7 @@ class ExportedRunner:
     Language models with a key-value cache run on complete sequences, see `verify.runners.kv_cache`.
 
     Args:
-        path: The `.onnx` or `.xml` file.
+        path: The `.onnx`, `.ort` or `.xml` file.
         library: For ONNX: a library of custom operators for the sessions.
 
     Raises:
@@ -75,7 +80,7 @@ class ExportedRunner:
     """
 
     def __init__(self, path: Path, library: Path | None = None) -> None:
-        is_onnx = path.suffix == ".onnx"
+        is_onnx = path.suffix in (".onnx", ORT_SUFFIX)
         self.label = f"{path} with {library.name}" if library and is_onnx else str(path)
         self._graph: Session = OnnxSession(path, library) if is_onnx else OpenvinoSession(path)
         self.signature = self._graph.signature

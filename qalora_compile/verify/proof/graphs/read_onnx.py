@@ -10,6 +10,7 @@ import numpy as np
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.onnx_metadata import OnnxMetadata, explain_metadata, read_onnx_metadata
 from qalora_compile.optional import require
+from qalora_compile.untrusted.artifacts import ORT_SUFFIX
 from qalora_compile.untrusted.element_types import PROGRAM_TYPES
 from qalora_compile.verify.proof.graphs.graph import (
     ONNX,
@@ -37,9 +38,18 @@ def read_onnx_graph(path: Path) -> Graph:
     """The graph of an exported model; large weights stay in their file until they are read.
 
     Raises:
-        UserInputError: the file is missing, is not an ONNX model, or is not from this package.
+        UserInputError: the file is missing, is not an ONNX model, is in ONNX Runtime's own format,
+            or is not from this package.
     """
     onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
+    if path.suffix == ORT_SUFFIX:
+        raise UserInputError(
+            f"{path.name} is in ONNX Runtime's own format, in which the graph is optimized already:"
+            " its values and layers are not those of the program",
+            where=str(path),
+            hint="compare outputs, without --prove and --numeric; or export with format onnx, from "
+            "which it is made, and compare that",
+        )
     metadata = read_onnx_metadata(path)
     try:
         model = onnx.load(str(path), load_external_data=False)
