@@ -143,6 +143,12 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FLOAT_TYPES,
         help="dtype of unquantized matrices in target gguf; default: the smallest exact one",
     )
+    _add_runtime_arguments(parser)
+    add_output_arguments(parser)
+
+
+def _add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the runtime that the file is for."""
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -156,7 +162,6 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the release that has to run the model, {RUNTIME}=={RELEASES[0].version} to "
         f"{RELEASES[-1].version}, or {RUNTIME}>=V; chooses opset, fusion and forms of layers",
     )
-    add_output_arguments(parser)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

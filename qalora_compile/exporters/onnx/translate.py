@@ -64,11 +64,10 @@ def _kernel_table(op: Any, *, bias_inside: bool) -> Table:
         if accuracy_level:
             attributes["accuracy_level"] = accuracy_level
         inputs = [x, qweight, scale, zero_point]
-        if bias is None:
-            return matmul_nbits(*inputs, **attributes)
-        if bias_inside:
-            return matmul_nbits(*inputs, None, bias, **attributes)
-        return op.Add(matmul_nbits(*inputs, **attributes), bias)
+        if bias is None or not bias_inside:
+            product = matmul_nbits(*inputs, **attributes)
+            return product if bias is None else op.Add(product, bias)
+        return matmul_nbits(*inputs, None, bias, **attributes)
 
     def emit_group_quant_linear(
         x: Any,

@@ -47,8 +47,8 @@ def read_onnx_graph(path: Path) -> Graph:
             f"{path.name} is in ONNX Runtime's own format, in which the graph is optimized already:"
             " its values and layers are not those of the program",
             where=str(path),
-            hint="compare outputs, without --prove and --numeric; or export with format onnx, from "
-            "which it is made, and compare that",
+            hint="verify can compare its outputs, without --prove and --numeric; or prove the ONNX "
+            "file that it is made from: export --format onnx",
         )
     metadata = read_onnx_metadata(path)
     try:
