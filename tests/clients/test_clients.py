@@ -9,19 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.clients.conftest import NEW_TOKENS, PROMPT, TEXTS, WEB, Exported, run, script
+from tests.clients.conftest import (
+    FEW_TOKENS,
+    NEW_TOKENS,
+    PROMPT,
+    TEXTS,
+    WEB,
+    Exported,
+    run,
+    script,
+)
 
 pytestmark = pytest.mark.slow
 NEAR = 2e-2
 """8 bits against float."""
 
 
+@pytest.mark.parametrize("form", ["language_model", "web_model"])
 def test_transformers_js_in_node_generates_torch_s_tokens(
-    language_model: Exported, node: str
+    form: str, node: str, request: pytest.FixtureRequest
 ) -> None:
-    words: list[str | Path] = [language_model.folder, PROMPT, str(NEW_TOKENS), "--json"]
+    model = request.getfixturevalue(form)
+    words: list[str | Path] = [model.folder, PROMPT, str(NEW_TOKENS), "--json"]
     found = run([node, WEB / "generate.mjs", *words])
-    assert found["ids"] == language_model.expected
+    assert found["ids"] == model.expected
 
 
 def test_optimum_generates_torch_s_tokens(language_model: Exported, python: Path) -> None:
@@ -37,24 +48,29 @@ def test_sentence_transformers_computes_torch_s_vectors(encoder: Exported, pytho
     assert float((found - encoder.expected).abs().max()) < NEAR
 
 
-@pytest.mark.parametrize("device", ["wasm"])
 def test_the_page_chats_in_a_browser(
-    language_model: Exported,
-    python: Path,
-    chromium: str,
-    site: tuple[str, Path],
-    device: str,
+    web_model: Exported, python: Path, chromium: str, site: tuple[str, Path]
 ) -> None:
     address, models = site
-    shutil.copytree(language_model.folder, models / "edge")
-    found = run(
-        [python, script("browser.py"), chromium, f"{address}/?device={device}", "#prompt", PROMPT]
-    )
+    shutil.copytree(web_model.folder, models / "edge")
+    found = run([python, script("browser.py"), chromium, address, "#prompt", PROMPT])
     assert (found["state"], found["problems"], found["outside"]) == ("answered", [], [])
-    expected = language_model.expected
-    assert json.loads(found["ids"])[: len(expected)] == expected
+    assert json.loads(found["ids"])[: len(web_model.expected)] == web_model.expected
     assert "Paris" in found["answer"]
-    assert f"tokens/s on {device}" in found["status"]
+    assert "tokens/s on wasm" in found["status"]
+
+
+def test_the_page_chats_on_webgpu(
+    webgpu_model: Exported, python: Path, chromium: str, site: tuple[str, Path]
+) -> None:
+    address, models = site
+    shutil.copytree(webgpu_model.folder, models / "edge")
+    page = f"{address}/?device=webgpu&tokens={FEW_TOKENS}"
+    found = run([python, script("browser.py"), chromium, page, "#prompt", PROMPT])
+    if not found["adapter"]:
+        pytest.skip("this Chromium has no WebGPU adapter, not even SwiftShader")
+    assert (found["state"], found["problems"], found["outside"]) == ("answered", [], [])
+    assert json.loads(found["ids"]) == webgpu_model.expected
 
 
 def test_the_page_classifies_in_a_browser(

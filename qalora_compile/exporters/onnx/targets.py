@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qalora_compile.config import ExportSpec
+from qalora_compile.config import FLOAT, ExportSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.capability import ExportReport
 from qalora_compile.exporters.onnx.write import capabilities, write_onnx
@@ -36,11 +36,13 @@ class OnnxTarget(LoweredTarget):
 def _with_planes(program: Program, spec: ExportSpec, legalize: str, options: str = "") -> str:
     """The text of a pipeline: the legalize pass and the passes around it.
 
-    8-bit weights with integer zero-points become two planes, but for kernels on int8 activations:
-    MatMulNBits has no float32 kernel of 8 bits. `options` of `split-planes` may name more layers.
+    8-bit weights with integer zero-points become two planes, but for kernels on int8 activations
+    and where weights are expanded to float: MatMulNBits has no float32 kernel of 8 bits. `options`
+    of `split-planes` may name more layers.
     """
     wide = any(site.bits == 8 and (options or site.frozen_integer_zero) for site in program.plan)
-    planes = f"split-planes{options}," if wide and spec.accuracy_level != _INT8 else ""
+    wide = wide and spec.accuracy_level != _INT8 and spec.expansion != FLOAT
+    planes = f"split-planes{options}," if wide else ""
     return f"{planes}{legalize},share-group-sums"
 
 
