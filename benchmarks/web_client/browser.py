@@ -34,7 +34,7 @@ class _Handler(SimpleHTTPRequestHandler):
         self._results = results
         super().__init__(*arguments, **named)
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002: the base class's name
+    def log_message(self, format: str, *args: Any) -> None:
         """Print no line for each request."""
 
     def end_headers(self) -> None:
