@@ -35,8 +35,9 @@ PATCHES = {
     "1.23": "1.23.2", "1.24": "1.24.4", "1.25": "1.25.1", "1.31": "1.31.1",
 }  # fmt: skip
 """Release → the version that is run: the first or the last of its patches; `.0` for others."""
-FLOAT, ROUNDED = 1e-5, 5e-2
-"""Largest error relative to the largest output; the second one for int8 or float16 values."""
+FLOAT, ROUNDED = 3e-5, 5e-2
+"""Largest error relative to the largest output, for sums of two planes in float32 and for int8 or
+float16 values."""
 ROOT = Path(__file__).parents[1]
 RUNNER = ROOT / "tests" / "runtimes" / "run_models.py"
 

@@ -1,7 +1,7 @@
 // A language model that streams its answer into the page.
 
 import { AutoModelForCausalLM, AutoTokenizer, TextStreamer } from '@huggingface/transformers';
-import { device, element, model as name, reported, say } from './session.js';
+import { device, element, model as name, reported, say, tokens } from './session.js';
 
 const [tokenizer, model] = await reported(() =>
   Promise.all([
@@ -10,7 +10,7 @@ const [tokenizer, model] = await reported(() =>
   ]),
 );
 
-async function answer(prompt, tokens) {
+async function answer(prompt) {
   const inputs = tokenizer.apply_chat_template([{ role: 'user', content: prompt }], {
     add_generation_prompt: true,
     return_dict: true,
@@ -37,7 +37,7 @@ element('form').addEventListener('submit', async (event) => {
   event.preventDefault();
   element('ask').disabled = true;
   say('Answering …');
-  const ids = await reported(() => answer(element('prompt').value, 64));
+  const ids = await reported(() => answer(element('prompt').value));
   document.body.dataset.ids = JSON.stringify(ids);
   document.body.dataset.state = 'answered';
   element('ask').disabled = false;

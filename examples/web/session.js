@@ -2,11 +2,13 @@
 //
 // ?model=NAME   a folder below models/ (default: edge)
 // ?device=wasm  or webgpu (default: wasm)
+// ?tokens=N     the longest answer (default: 64)
 
 import { env } from '@huggingface/transformers';
 
 const options = new URLSearchParams(location.search);
 export const model = options.get('model') ?? 'edge';
+export const tokens = Number(options.get('tokens') ?? 64);
 export const device = options.get('device') ?? 'wasm';
 
 env.allowRemoteModels = false;

@@ -85,7 +85,9 @@ class EdgeSpec:
         """
         wanted = preset_of(self.preset).embeddings if self.embeddings is None else self.embeddings
         one_of("embeddings", wanted, EMBEDDINGS)
-        if wanted == AUTO and (self.no_kv_cache or not is_decoder(description)):
+        release = self.target.release if self.target.target == "onnx" else None
+        without = release is not None and not release.tables
+        if wanted == AUTO and (self.no_kv_cache or without or not is_decoder(description)):
             wanted = FLOAT
         required = self.embeddings is not None
         return chosen_for(program, self.target, self.preset, wanted, required=required)

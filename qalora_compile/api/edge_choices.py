@@ -10,7 +10,8 @@ import torch
 
 from qalora_compile.api.choose_embeddings import EmbeddingChoice, choose_embeddings
 from qalora_compile.api.export import with_parameters
-from qalora_compile.config import FLOAT, ExportSpec
+from qalora_compile.brief import megabytes
+from qalora_compile.config import FLOAT, ExportSpec, preset_of
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.passes.analysis.parameter_rounding import (
@@ -23,6 +24,10 @@ from qalora_compile.passes.quantize_embeddings import QuantizeEmbeddings
 from qalora_compile.untrusted import quoted
 
 _EMBEDDINGS = {"bits": int, "group_size": int}
+LOADING = 23
+"""Bytes of memory for a weight that is made in float at load; measured in docs/clients.md."""
+WASM_MEMORY = 4 << 30
+"""Bytes that WebAssembly can have."""
 _UNMEASURED = "not measured: scales are computed while the file is written"
 
 
@@ -53,7 +58,8 @@ class EdgeChoices:
             size: Bytes of its files.
         """
         rounding = self.rounding
-        return {
+        expanded = {"expansion": FLOAT} if spec.expansion == FLOAT else {}
+        return expanded | {
             "name": self.preset,
             "accuracy_level": spec.accuracy_level,
             "parameter_dtype": spec.parameter_dtype,
@@ -69,15 +75,26 @@ class EdgeChoices:
     def rows(self, spec: ExportSpec, size: int) -> dict[str, str]:
         """The same for people, as rows of a summary."""
         shown = {
-            "preset": self.preset or "none: the default",
+            "preset": self._named(),
             "activations": f"accuracy level {spec.accuracy_level}",
             "embeddings": self.embeddings.reason,
         }
+        if spec.expansion == FLOAT:
+            shown["without the library"] = (
+                f"weights in float, made at load, which takes {megabytes(LOADING * self.weights)}"
+            )
         if spec.target in ("ort", "openvino"):
             shown["scale and zero-point"] = f"{spec.parameter_dtype}: {self.parameters}"
         if self.weights:
             shown["bits per weight"] = f"{8 * size / self.weights:.2f}"
         return shown
+
+    def _named(self) -> str:
+        """The preset with its purpose."""
+        if self.preset is None:
+            return "none: the default"
+        purpose = preset_of(self.preset).purpose
+        return f"{self.preset}: {purpose}" if purpose else self.preset
 
 
 def chosen_for(
@@ -98,8 +115,10 @@ def chosen_for(
         required: It is an error if there is no embedding and no head to quantize.
 
     Raises:
-        UserInputError: see `choose_embeddings`.
+        UserInputError: see `choose_embeddings`; or WebAssembly has too little memory for the model.
     """
+    if preset == "web" and spec.expansion == FLOAT:
+        _check_memory(_weights(program))
     if not program.plan.to_quantize():
         embeddings = FLOAT
     choice = choose_embeddings(program, embeddings, required=required)
@@ -117,6 +136,17 @@ def chosen_for(
         if half is not None:
             why = f"in float16, {_text(half)}, more than {PARAMETER_LIMIT:.1e}"
     return program, decided, EdgeChoices(preset, choice, rounding, why, _weights(program))
+
+
+def _check_memory(weights: int) -> None:
+    """Refuse a model that WebAssembly cannot load in float."""
+    if weights * LOADING > WASM_MEMORY:
+        raise UserInputError(
+            f"preset is 'web' for {weights / 1e6:.0f} million weights: to load them in float takes "
+            f"{megabytes(weights * LOADING)}, and WebAssembly has {megabytes(WASM_MEMORY)}",
+            hint="--expansion nbits is for WebGPU, and loads in WebAssembly, where it is slow; or "
+            "--target onnx without a preset, with a session option: docs/clients.md",
+        )
 
 
 def _text(rounding: ParameterRounding | None) -> str:

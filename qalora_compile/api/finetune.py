@@ -170,6 +170,7 @@ def _finetune(
         facts = _facts(job, result, before, after, time.monotonic() - started)
         if reporting and not result.stopped and read_log(job.folder / LOG_FILE):
             facts["report"] = str(job.report(dict(facts), job.answer()))
+        job.note(steps_done=result.step)  # everything is written: nothing is left to a resumed run
         facts["seconds"] = f"{time.monotonic() - started:.0f}"  # with answers and report
     processes.wait()
     return FinetuneResult(
@@ -205,7 +206,7 @@ def _finish(job: Job, result: FitResult, after: Metrics | None) -> None:
     replace_adapters(dict(job.program.named_adapter_parameters()), job.folder)
     held_out = job.record["held_out"] | {"after": vars(after) if after else None}
     status = INTERRUPTED if result.stopped else FINISHED
-    job.note(status=status, step=result.kept, steps_done=result.step, held_out=held_out)
+    job.note(status=status, step=result.kept, held_out=held_out)
 
 
 def _save_for_peft(job: Job) -> None:

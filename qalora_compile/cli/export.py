@@ -17,6 +17,7 @@ from qalora_compile.config import (
     AUTO,
     CHECKPOINT_TARGETS,
     CORRECTIONS,
+    EXPANSIONS,
     FLOAT_TYPES,
     FORMATS,
     FUSIONS,
@@ -40,6 +41,8 @@ EXAMPLES = """examples:
   qalora-compile export folded --out edge --preset fast
   # smallest but for one
   qalora-compile export folded --out edge --preset small --embeddings 8
+  # for WebAssembly: weights in float, made when the file is loaded
+  qalora-compile export folded --out edge --preset web
   # no functions, MatMulNBits throughout
   qalora-compile export folded --out edge --target ort-stock
   # standard operators only
@@ -111,7 +114,8 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=tuple(PRESETS),
         help="exact: float32 throughout; fast: int8 activations, float16 scales, 8-bit embeddings; "
-        "small: float16 scales, 4-bit embeddings; default: what changes no output noticeably",
+        "small: float16 scales, 4-bit embeddings; web: for WASM, weights in float "
+        "once loaded, 8-bit embeddings; default: what changes no output noticeably",
     )
     parser.add_argument(
         "--accuracy-level",
@@ -126,6 +130,12 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype of scale and zero-point in targets ort, openvino and in checkpoints; float16 "
         "rounds them; auto, for ort and openvino: float16 if no weight moves by it (default: "
         "that of the preset, else auto for ort, float32 elsewhere)",
+    )
+    parser.add_argument(
+        "--expansion",
+        choices=EXPANSIONS,
+        help="target ort without the operator library: nbits is MatMulNBits, float products by "
+        "weights that are made from the codes at load (default: that of the preset, else nbits)",
     )
     parser.add_argument(
         "--correction",

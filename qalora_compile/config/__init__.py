@@ -19,7 +19,15 @@ from qalora_compile.config.export import (
     TARGETS,
     ExportSpec,
 )
-from qalora_compile.config.preset import EMBEDDINGS, FLOAT, PRESETS, Preset, preset_of
+from qalora_compile.config.preset import (
+    EMBEDDINGS,
+    EXPANSIONS,
+    FLOAT,
+    NBITS,
+    PRESETS,
+    Preset,
+    preset_of,
+)
 from qalora_compile.config.quant import (
     AUTO_GROUPS,
     BUDGET_UNITS,
@@ -38,6 +46,7 @@ __all__ = [
     "CHECKPOINT_TARGETS",
     "CORRECTIONS",
     "EMBEDDINGS",
+    "EXPANSIONS",
     "FLOAT",
     "FLOAT_TYPES",
     "FORMATS",
@@ -47,6 +56,7 @@ __all__ = [
     "INITS",
     "LARGEST_SEED",
     "METHODS",
+    "NBITS",
     "ONNX_TARGETS",
     "PARAMETER_DTYPES",
     "POOLINGS",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from qalora_compile import registry
 from qalora_compile.config.base import AUTO, Spec, one_of
 from qalora_compile.config.onnx_releases import OnnxRelease, release_of
-from qalora_compile.config.preset import preset_of
+from qalora_compile.config.preset import EXPANSIONS, NBITS, preset_of
 from qalora_compile.errors import UnsupportedError, UserInputError
 
 ONNX_TARGETS = tuple(registry.ONNX_TARGETS)
@@ -61,6 +61,9 @@ class ExportSpec(Spec):
             `"auto"`, for `"ort"` and `"openvino"`, is float16 if that moves no weight by more than
             `PARAMETER_LIMIT` of its step (`passes.analysis.parameter_rounding`), and float32
             otherwise.
+        expansion: For target `"ort"`: what the file runs on without the operator library. `"nbits"`
+            is MatMulNBits and a correction, on codes. `"float"` makes each weight in float when the
+            file is loaded: faster where MatMulNBits is slow, as in WebAssembly, in more memory.
         correction: For target `"ort-stock"`: `"fp32"` is exact; `"digits"` makes it part of the
             kernel, as two or three digits of the codes' width, which is faster and rounds.
         fusion: How norms, rotary embeddings and attention of a transformer are written:
@@ -88,6 +91,7 @@ class ExportSpec(Spec):
     opset: int | None = None
     accuracy_level: int = 0
     parameter_dtype: str = "float32"
+    expansion: str = NBITS
     correction: str = "fp32"
     fusion: str | None = None
     float_type: str | None = None
@@ -120,6 +124,8 @@ class ExportSpec(Spec):
             raise UserInputError(
                 f"preset is {name!r} for target {target}", hint="presets are for ort and ort-stock"
             )
+        if target == "ort":
+            values["expansion"] = chosen.expansion
         if target in _AUTO_TARGETS:
             values["parameter_dtype"] = chosen.parameter_dtype
         return cls(target=target, **values | given)
@@ -162,6 +168,7 @@ class ExportSpec(Spec):
             one_of("opset", self.opset, self.OPSETS)
         dtypes = PARAMETER_DTYPES + ((AUTO,) if self.target in _AUTO_TARGETS else ())
         one_of("parameter_dtype", self.parameter_dtype, dtypes)
+        one_of("expansion", self.expansion, EXPANSIONS)
         one_of("correction", self.correction, CORRECTIONS)
         one_of("accuracy_level", self.accuracy_level, ACCURACY_LEVELS)
         one_of("format", self.format, FORMATS)
@@ -185,10 +192,12 @@ class ExportSpec(Spec):
         no_parameters = ("ort-stock", "onnx", "gguf", "safetensors")
         checkpoint, not_onnx = CHECKPOINT_TARGETS, ("openvino", *CHECKPOINT_TARGETS)
         others = tuple(target for target in TARGETS if target != "ort-stock")
+        no_function = tuple(target for target in TARGETS if target != "ort")
         no_floats = tuple(target for target in TARGETS if target != "gguf")
         no_state = tuple(target for target in TARGETS if target != "openvino")
         for option, default, targets in (
             ("parameter_dtype", "float32", no_parameters),
+            ("expansion", NBITS, no_function),
             ("correction", "fp32", others),
             ("float_type", None, no_floats),
             ("opset", None, not_onnx),

@@ -7,7 +7,9 @@ is exported for a release has to load there and compute what the program compute
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qalora_compile.errors import UserInputError
 
@@ -26,6 +28,7 @@ class OnnxRelease:
         blocks: DequantizeLinear takes 4-bit codes, and codes in blocks.
         eight_bits: The accuracy levels at which MatMulNBits takes codes of 8 bits.
         two_bits: MatMulNBits takes codes of 2 bits on int8 activations.
+        tables: Target `onnx` may have embeddings on codes: codes that were unpacked have a Cast.
     """
 
     version: str
@@ -34,14 +37,16 @@ class OnnxRelease:
     blocks: bool = True
     eight_bits: tuple[int, ...] = (0, 2, 4)
     two_bits: bool = True
+    tables: bool = True
 
 
+_OLD: Mapping[str, Any] = {"two_bits": False, "tables": False}
 RELEASES = (
-    OnnxRelease(version="1.18", opset=21, bias=False, blocks=False, eight_bits=(), two_bits=False),
-    OnnxRelease(version="1.19", opset=21, eight_bits=(), two_bits=False),
-    OnnxRelease(version="1.20", opset=21, eight_bits=(), two_bits=False),
-    OnnxRelease(version="1.21", opset=22, eight_bits=(), two_bits=False),
-    OnnxRelease(version="1.22", opset=22, eight_bits=(4,), two_bits=False),
+    OnnxRelease(version="1.18", opset=21, bias=False, blocks=False, eight_bits=(), **_OLD),
+    OnnxRelease(version="1.19", opset=21, eight_bits=(), **_OLD),
+    OnnxRelease(version="1.20", opset=21, eight_bits=(), **_OLD),
+    OnnxRelease(version="1.21", opset=22, eight_bits=(), **_OLD),
+    OnnxRelease(version="1.22", opset=22, eight_bits=(4,), **_OLD),
     OnnxRelease(version="1.23", opset=23, two_bits=False),
     *(OnnxRelease(version=f"1.{minor}", opset=23) for minor in range(24, 33)),
 )

@@ -10,6 +10,9 @@ FLOAT = "float"
 """The choice of embeddings that stay in float."""
 EMBEDDINGS = (AUTO, FLOAT, 8, 4)
 """How embeddings and heads may be written; `auto` takes 8 bits if that loses next to nothing."""
+NBITS = "nbits"
+EXPANSIONS = (NBITS, FLOAT)
+"""What a file of target `ort` runs on without the operator library."""
 DEFAULT_ACCURACY_LEVEL = 0
 """The accuracy level of an export without a preset.
 
@@ -22,13 +25,16 @@ class Preset:
     """Options that belong together.
 
     Attributes:
-        accuracy_level, parameter_dtype: As in `ExportSpec`.
+        accuracy_level, parameter_dtype, expansion: As in `ExportSpec`.
         embeddings: One of `EMBEDDINGS`.
+        purpose: Where it is right, for the summary; "" leaves it out.
     """
 
     accuracy_level: int
     parameter_dtype: str
     embeddings: int | str
+    expansion: str = NBITS
+    purpose: str = ""
 
 
 DEFAULT_PRESET = Preset(
@@ -39,6 +45,13 @@ PRESETS = {
     "exact": Preset(accuracy_level=0, parameter_dtype="float32", embeddings=FLOAT),
     "fast": Preset(accuracy_level=4, parameter_dtype="float16", embeddings=8),
     "small": Preset(accuracy_level=0, parameter_dtype="float16", embeddings=4),
+    "web": Preset(
+        accuracy_level=0,
+        parameter_dtype=AUTO,
+        embeddings=8,
+        expansion=FLOAT,
+        purpose="WASM in a browser (docs/clients.md); for WebGPU: --expansion nbits",
+    ),
 }
 
 

@@ -98,25 +98,33 @@ def test_the_default_and_the_presets(folder: Path, tmp_path: Path, capsys: Captu
         "fast": ["--preset", "fast"],
         "small": ["--preset", "small"],
         "mixed": ["--preset", "fast", "--accuracy-level", "0", "--embeddings", "float"],
+        "web": ["--preset", "web"],
+        "webgpu": ["--preset", "web", "--expansion", "nbits"],
     }.items():
         edge = str(tmp_path / name)
         assert main(["export", folded, "--out", edge, *options]) == 0
         record = json.loads((tmp_path / name / "qalora.json").read_text("utf-8"))
         found[name] = record["preset"] | {"bits": (record["embeddings"] or {}).get("bits")}
-        tolerance = "1e-4" if name in ("default", "exact") else "1e-1"
+        tolerance = "1e-4" if name in ("default", "exact", "web", "webgpu") else "1e-1"
         assert main(["verify", folded, edge, "--max-rel", tolerance]) == 0
     assert {name: row["bits"] for name, row in found.items()} == {
-        "default": 8, "exact": None, "fast": 8, "small": 4, "mixed": None,
+        "default": 8, "exact": None, "fast": 8, "small": 4, "mixed": None, "web": 8, "webgpu": 8,
     }  # fmt: skip
     assert found["default"]["embedding_loss"] == 0
     assert found["small"]["embedding_loss"] > 1e-2
-    assert [found[n]["accuracy_level"] for n in found] == [0, 0, 4, 0, 0]
+    assert [found[n]["accuracy_level"] for n in found] == [0, 0, 4, 0, 0, 0, 0]
     dtypes = [found[n]["parameter_dtype"] for n in found]
-    assert dtypes == ["float32", "float32", "float16", "float16", "float16"]
+    assert dtypes == ["float32"] * 2 + ["float16"] * 3 + ["float32"] * 2
+    assert {n: row["expansion"] for n, row in found.items() if "expansion" in row} == {
+        "web": "float"
+    }
+    assert found["web"]["bytes"] < 1.1 * found["default"]["bytes"]
     assert found["small"]["bytes"] < found["default"]["bytes"] < found["exact"]["bytes"]
     assert found["exact"]["largest_movement"] < 1e-5 < found["fast"]["largest_movement"]
-    assert main(["verify", folded, str(tmp_path / "default"), "--prove"]) == 0
-    assert "bits per weight" in capsys.readouterr().out
+    for name in ("default", "web"):
+        assert main(["verify", folded, str(tmp_path / name), "--prove"]) == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("bits per weight", "weights in float, made at load"))
 
 
 def test_quantize(folder: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -24,6 +24,7 @@ def ask(chromium: str, url: str, field: str, text: str) -> dict[str, object]:
         outside: list[str] = []
         page.on("request", lambda r: outside.append(r.url) if "//127.0.0.1" not in r.url else None)
         page.goto(url)
+        adapter = page.evaluate("navigator.gpu?.requestAdapter().then((found) => found !== null)")
         page.wait_for_selector("body[data-state=ready], body[data-state=failed]", timeout=_MS)
         if page.get_attribute("body", "data-state") == "ready":
             page.fill(field, text)
@@ -32,6 +33,7 @@ def ask(chromium: str, url: str, field: str, text: str) -> dict[str, object]:
                 "body[data-state=answered], body[data-state=failed]", timeout=_MS
             )
         found = {
+            "adapter": bool(adapter),
             "state": page.get_attribute("body", "data-state"),
             "status": page.inner_text("#status"),
             "answer": page.inner_text("#answer"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertForSequenceClassification
+from transformers import AutoTokenizer, BertForSequenceClassification, LlamaForCausalLM
 
 from benchmarks.peers.sources import assets, write_smollm2
 from qalora_compile.capture.load_source import load_source
@@ -26,7 +26,7 @@ WEB = ROOT / "examples" / "web"
 PYTHON = ROOT / "build" / "clients" / "bin" / "python"
 """Python clients: an environment of its own, as optimum-onnx wants an older transformers."""
 PROMPT = "What is the capital of France?"
-NEW_TOKENS = 24
+NEW_TOKENS, FEW_TOKENS = 24, 4
 TEXTS = ("a film to remember", "it drags on and on, and then it ends", "music")
 
 
@@ -48,22 +48,54 @@ def run(command: list[str | Path]) -> Any:
 
 
 @pytest.fixture(scope="session")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """SmolLM2-135M, whose GGUF file is 4 bits itself: the export has the weights that torch has."""
-    base, made = Path(assets().model_path()), tmp_path_factory.mktemp("clients")
-    source = load_source(str(base))
-    write_smollm2(made / "float", made)
-    folder = made / "smollm2"
-    assert main(["quantize", str(made / "float"), "--out", str(folder)]) == 0
-    chat = source.tokenizer.apply_chat_template(
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """SmolLM2-135M in float, with the values of its GGUF file, and torch's tokens."""
+    folder = tmp_path_factory.mktemp("clients") / "float"
+    write_smollm2(folder, folder.parent)
+    return Exported(folder, generated(folder, NEW_TOKENS))
+
+
+def generated(folder: Path, tokens: int, **changed: Any) -> list[int]:
+    """Greedy tokens of torch, with those of the prompt; `changed` replaces settings."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROMPT}],
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,
     )
-    model: Any = source.model
-    ids = model.generate(**chat, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return Exported(folder, ids[0].tolist())
+    model: Any = LlamaForCausalLM.from_pretrained(folder, **changed)
+    ids = model.generate(**chat, max_new_tokens=tokens, do_sample=False)
+    return [int(token) for token in ids[0]]
+
+
+def quantized(source: Exported, folder: Path, *words: str) -> Exported:
+    """An edge folder. The GGUF file is 4 bits itself: it has the weights that torch has."""
+    assert main(["quantize", str(source.folder), "--out", str(folder), *words]) == 0
+    return Exported(folder, source.expected)
+
+
+@pytest.fixture(scope="session")
+def language_model(smollm2: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The default, without an option."""
+    return quantized(smollm2, tmp_path_factory.mktemp("clients") / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def web_model(smollm2: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The preset for WASM."""
+    return quantized(smollm2, tmp_path_factory.mktemp("clients") / "web", "--preset", "web")
+
+
+@pytest.fixture(scope="session")
+def webgpu_model(smollm2: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The preset for WebGPU, and two layers of the model: SwiftShader computes on the CPU."""
+    made, few = tmp_path_factory.mktemp("clients"), {"num_hidden_layers": 2}
+    model: Any = LlamaForCausalLM.from_pretrained(smollm2.folder, **few)
+    model.save_pretrained(made / "float")
+    AutoTokenizer.from_pretrained(smollm2.folder).save_pretrained(made / "float")
+    source = Exported(made / "float", generated(made / "float", FEW_TOKENS))
+    return quantized(source, made / "webgpu", "--preset", "web", "--expansion", "nbits")
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +125,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     model.eval().save_pretrained(made / "float")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.save_pretrained(made / "float")
-    words = ["--bits", "8", "--target", "ort-stock"]
+    words = ["--bits", "8", "--preset", "web"]
     assert main(["quantize", str(made / "float"), "--out", str(made / "classifier"), *words]) == 0
     with torch.no_grad():
         found = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits[0].softmax(0)

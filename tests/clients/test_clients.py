@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.clients.conftest import NEW_TOKENS, PROMPT, TEXTS, WEB, Exported, run, script
+from tests.clients.conftest import (
+    FEW_TOKENS,
+    NEW_TOKENS,
+    PROMPT,
+    TEXTS,
+    WEB,
+    Exported,
+    run,
+    script,
+)
 from tests.clients.record import record_client
 
 pytestmark = pytest.mark.slow
@@ -31,13 +40,16 @@ def version_in(python: Path, package: str) -> str:
     return str(run([python, "-c", code]))
 
 
+@pytest.mark.parametrize("form", ["language_model", "web_model"])
 def test_transformers_js_in_node_generates_torch_s_tokens(
-    language_model: Exported, node: str
+    form: str, node: str, request: pytest.FixtureRequest
 ) -> None:
-    words: list[str | Path] = [language_model.folder, PROMPT, str(NEW_TOKENS), "--json"]
+    model = request.getfixturevalue(form)
+    words: list[str | Path] = [model.folder, PROMPT, str(NEW_TOKENS), "--json"]
     found = run([node, WEB / "generate.mjs", *words])
-    assert found["ids"] == language_model.expected
-    record_client("transformers.js in Node.js", js_version(), "ort", SMOLLM2, TOKENS)
+    assert found["ids"] == model.expected
+    preset = "" if form == "language_model" else ", preset web"
+    record_client(f"transformers.js in Node.js{preset}", js_version(), "ort", SMOLLM2, TOKENS)
 
 
 def test_optimum_generates_torch_s_tokens(language_model: Exported, python: Path) -> None:
@@ -62,26 +74,34 @@ def test_sentence_transformers_computes_torch_s_vectors(encoder: Exported, pytho
     )
 
 
-@pytest.mark.parametrize("device", ["wasm"])
 def test_the_page_chats_in_a_browser(
-    language_model: Exported,
-    python: Path,
-    chromium: str,
-    site: tuple[str, Path],
-    device: str,
+    web_model: Exported, python: Path, chromium: str, site: tuple[str, Path]
 ) -> None:
     address, models = site
-    shutil.copytree(language_model.folder, models / "edge")
-    found = run(
-        [python, script("browser.py"), chromium, f"{address}/?device={device}", "#prompt", PROMPT]
-    )
+    shutil.copytree(web_model.folder, models / "edge")
+    found = run([python, script("browser.py"), chromium, address, "#prompt", PROMPT])
     assert (found["state"], found["problems"], found["outside"]) == ("answered", [], [])
-    expected = language_model.expected
-    assert json.loads(found["ids"])[: len(expected)] == expected
+    assert json.loads(found["ids"])[: len(web_model.expected)] == web_model.expected
     assert "Paris" in found["answer"]
-    assert f"tokens/s on {device}" in found["status"]
-    client = f"transformers.js in Chromium, {device}"
+    assert "tokens/s on wasm" in found["status"]
+    client = "transformers.js in Chromium, WASM, preset web"
     record_client(client, js_version(), "ort", SMOLLM2, TOKENS, speed=found["status"])
+
+
+def test_the_page_chats_on_webgpu(
+    webgpu_model: Exported, python: Path, chromium: str, site: tuple[str, Path]
+) -> None:
+    address, models = site
+    shutil.copytree(webgpu_model.folder, models / "edge")
+    page = f"{address}/?device=webgpu&tokens={FEW_TOKENS}"
+    found = run([python, script("browser.py"), chromium, page, "#prompt", PROMPT])
+    if not found["adapter"]:
+        pytest.skip("this Chromium has no WebGPU adapter, not even SwiftShader")
+    assert (found["state"], found["problems"], found["outside"]) == ("answered", [], [])
+    assert json.loads(found["ids"]) == webgpu_model.expected
+    client = "transformers.js in Chromium, WebGPU (SwiftShader)"
+    few = f"torch's {FEW_TOKENS} tokens, two layers"
+    record_client(client, js_version(), "ort", SMOLLM2, few)
 
 
 def test_the_page_classifies_in_a_browser(

@@ -12,7 +12,13 @@ from qalora_compile.errors import UserInputError
 
 @pytest.mark.parametrize(
     ("name", "level", "dtype"),
-    [(None, 0, "auto"), ("exact", 0, "float32"), ("fast", 4, "float16"), ("small", 0, "float16")],
+    [
+        (None, 0, "auto"),
+        ("exact", 0, "float32"),
+        ("fast", 4, "float16"),
+        ("small", 0, "float16"),
+        ("web", 0, "auto"),
+    ],
 )
 def test_a_preset_gives_what_is_not_given(name: str | None, level: int, dtype: str) -> None:
     spec = ExportSpec.from_preset(name)
@@ -24,6 +30,9 @@ def test_a_preset_gives_what_is_not_given(name: str | None, level: int, dtype: s
 def test_presets_fit_the_target() -> None:
     stock = ExportSpec.from_preset("fast", target="ort-stock")
     assert (stock.accuracy_level, stock.parameter_dtype) == (4, "float32")
+    assert ExportSpec.from_preset("web").expansion == "float"
+    assert ExportSpec.from_preset("web", expansion="nbits").expansion == "nbits"
+    assert ExportSpec.from_preset("web", target="ort-stock").expansion == "nbits"
     for target in ("onnx", "gguf", "mlx"):
         assert ExportSpec.from_preset(None, target=target) == ExportSpec(target=target)
         with pytest.raises(UserInputError, match="preset is 'fast' for target"):

@@ -8,6 +8,9 @@ A node `qalora::GroupQuantLinear` means the same in every runtime:
   once, when the session is created; so the fewer nodes do that, the sooner a session is ready.
 * Other runtimes have no kernel for MatMulNBits and inline its function in standard operators.
 
+Instead, `FunctionForm.expansion` may state the function in standard operators that make the weight
+in float: for runtimes whose MatMulNBits is slower than a product in float, as in WebAssembly.
+
 A callee precedes its caller in the model. Attributes that begin with `stock_` are read by the
 functions alone: they say how MatMulNBits stores codes that it does not take unchanged, and state
 sizes that a function would have to compute. ONNX Runtime has one function for each operator, so the
@@ -19,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qalora_compile.config import FLOAT, NBITS
 from qalora_compile.optional import require
 
 QALORA = "qalora"
@@ -28,6 +32,23 @@ VERSION = 1
 
 _HEAD = """
 <domain: "{domain}", opset_import: ["" : {opset}{more}]>
+"""
+
+# The places of the codes in a byte, and the bits of one code.
+_SHIFTS = """
+   {two} = Constant <value = float {{2.0}}> ()
+   unit = Constant <value = float {{1.0}}> ()
+   width_f = Cast <to = 1> ({width})
+   levels = Pow ({two}, width_f)
+   largest = Sub (levels, unit)
+   mask = Cast <to = 2> (largest)
+   first = Constant <value = int64 {{0}}> ()
+   step = Constant <value = int64 {{1}}> ()
+   per_byte1 = Div (eight, {width1})
+   per_byte = Squeeze (per_byte1)
+   places = Range (first, per_byte, step)
+   bit = Mul (places, {width1})
+   shifts = Cast <to = 2> (bit)
 """
 
 _MATMUL_NBITS = """
@@ -49,20 +70,7 @@ MatMulNBits <K, N, bits, block_size, accuracy_level> ({inputs}) => (Y)
    over = Add (k1, almost)
    blocks = Div (over, block1)
 
-   two = Constant <value = float {{2.0}}> ()
-   unit = Constant <value = float {{1.0}}> ()
-   width_f = Cast <to = 1> (width)
-   levels = Pow (two, width_f)
-   largest = Sub (levels, unit)
-   mask = Cast <to = 2> (largest)
-   first = Constant <value = int64 {{0}}> ()
-   step = Constant <value = int64 {{1}}> ()
-   per_byte1 = Div (eight, width1)
-   per_byte = Squeeze (per_byte1)
-   places = Range (first, per_byte, step)
-   bit = Mul (places, width1)
-   shifts = Cast <to = 2> (bit)
-
+{shifts}
    rows = Concat <axis = 0> (n1, last)
    by_block = Concat <axis = 0> (n1, blocks, block1)
    bytes = Unsqueeze (B, last)
@@ -95,10 +103,13 @@ _ZERO_MIDDLE = """
    zero_by_block = Div (levels, two)
 """
 
-_GROUP_QUANT_LINEAR = """
+_SIGNATURE = """
 GroupQuantLinear <K, N, bits, group_size, compute, stock_bits, stock_block_size,
                   stock_accuracy_level, stock_middle, stock_groups>
 (x, codes, scale, zero_point) => (y)
+"""
+
+_ON_CODES = """
 {{{types}
    middle = Constant <value_float: float = @stock_middle> ()
    rest = Sub (middle, {zero_point_f})
@@ -115,6 +126,35 @@ GroupQuantLinear <K, N, bits, group_size, compute, stock_bits, stock_block_size,
    corrected = MatMul (sums, {correction_x})
    y = Add (product, corrected)
 }}
+"""
+
+# Every node but the last depends on weights alone: a runtime that folds constants multiplies by a
+# matrix of floats, which it makes from the codes when it loads the file. Until it has folded all of
+# them, ONNX Runtime keeps what every node makes, so bytes are transposed, and not floats.
+_IN_FLOAT = """
+{{{types}{sizes}{widen}{by_group}{shifts}
+   each_byte = Unsqueeze ({codes}, last)
+   shifted = BitShift <direction = "RIGHT"> (each_byte, shifts)
+   masked = BitwiseAnd (shifted, mask)
+   by_column = Transpose <perm = [1, 2, 3, 0]> (masked)
+   code = Cast <to = 1> (by_column)
+   middle_axes = Constant <value_ints = [1, 2]> ()
+   zero_columns = Transpose <perm = [1, 0]> ({zero_point_f})
+   zero_each = Unsqueeze (zero_columns, middle_axes)
+   level = Sub (code, zero_each)
+   scale_columns = Transpose <perm = [1, 0]> ({scale_f})
+   scale_each = Unsqueeze (scale_columns, middle_axes)
+   scaled = Mul (level, scale_each)
+   columns = Concat <axis = 0> (last, n)
+   weight = Reshape (scaled, columns)
+{cast}   y = MatMul (x, {weight_x})
+}}
+"""
+
+# Widened codes by group, as their blocks may be parts of one.
+_BY_GROUP = """
+   group_bytes = Concat <axis = 0> (n, groups, last)
+   group_codes = Reshape (stored_row, group_bytes)
 """
 
 _TYPES_OF_PARAMETERS = """
@@ -237,6 +277,10 @@ _WIDEN = """
    stored_row = Concat <axis = 1> (plain, widened)
    stored_by = Concat <axis = 0> (n, blocks, last)
    stored_codes = Reshape (stored_row, stored_by)
+"""
+
+# The middle of the codes as zero-points of MatMulNBits.
+_MIDDLE_BYTES = """
    stored_f = Cast <to = 1> (stored0)
    two_f = Constant <value = float {2.0}> ()
    step_f = Pow (two_f, stored_f)
@@ -264,12 +308,14 @@ class FunctionForm:
         half_inputs: x is not float32, or its type is not known.
         blocks: A group of some layer is stored as several blocks.
         widen: MatMulNBits stores the codes of some layer in more bits.
+        expansion: As `ExportSpec.expansion`.
     """
 
     half_parameters: bool = False
     half_inputs: bool = False
     blocks: bool = False
     widen: bool = False
+    expansion: str = NBITS
 
     @property
     def zero_points(self) -> bool:
@@ -285,25 +331,46 @@ def layered_functions(opset: int, form: FunctionForm) -> list[Any]:
         form: What the layers of the model need.
     """
     parser = require("onnx", extra="onnx", purpose="export to ONNX").parser
+    more = "" if form.expansion == FLOAT else f', "{MICROSOFT}" : 1'
+    linear = _HEAD.format(domain=QALORA, opset=opset, more=more) + _SIGNATURE
+    if form.expansion == FLOAT:
+        return [parser.parse_function(linear + _in_float(form))]
     matmul = _HEAD.format(domain=MICROSOFT, opset=opset, more="") + _matmul_nbits(form)
-    more = f', "{MICROSOFT}" : 1'
-    linear = _HEAD.format(domain=QALORA, opset=opset, more=more) + _group_quant_linear(form)
-    return [parser.parse_function(text) for text in (matmul, linear)]
+    return [parser.parse_function(text) for text in (matmul, linear + _on_codes(form))]
 
 
 def _matmul_nbits(form: FunctionForm) -> str:
     inputs = ["A", "B", "scales"] + ["zero_points"] * form.zero_points
     zero = _ZERO_STORED if form.zero_points else _ZERO_MIDDLE
-    return _MATMUL_NBITS.format(inputs=", ".join(inputs), zero=zero)
+    shifts = _SHIFTS.format(two="two", width="width", width1="width1")
+    return _MATMUL_NBITS.format(inputs=", ".join(inputs), shifts=shifts, zero=zero)
 
 
-def _group_quant_linear(form: FunctionForm) -> str:
+def _in_float(form: FunctionForm) -> str:
+    types = form.half_parameters
+    suffix = "_float" if types else ""
+    cast = "   weight_x = CastLike (weight, x)\n" if form.half_inputs else ""
+    return _IN_FLOAT.format(
+        types=_TYPES_OF_PARAMETERS if types else "",
+        sizes=_SIZES,
+        widen=_WIDEN if form.widen else "",
+        by_group=_BY_GROUP if form.widen else "",
+        shifts=_SHIFTS.format(two="two_f", width="stored", width1="stored"),
+        codes="group_codes" if form.widen else "codes",
+        zero_point_f=f"zero_point{suffix}",
+        scale_f=f"scale{suffix}",
+        cast=cast,
+        weight_x="weight_x" if cast else "weight",
+    )
+
+
+def _on_codes(form: FunctionForm) -> str:
     types = form.half_parameters or form.half_inputs
     suffix = "_float" if types else ""
     scale_x = "scale_x" if form.half_inputs else f"scale{suffix}"
     codes = "stored_codes" if form.widen else "block_codes" if form.blocks else "codes"
     operands = ["x", codes, "scale_block" if form.blocks else scale_x]
-    return _GROUP_QUANT_LINEAR.format(
+    return _ON_CODES.format(
         types=_TYPES_OF_PARAMETERS if types else "",
         zero_point_f=f"zero_point{suffix}",
         scale_f=f"scale{suffix}",
@@ -311,6 +378,6 @@ def _group_quant_linear(form: FunctionForm) -> str:
         correction_x="correction" if form.half_inputs else "offset_t",
         sizes=_SIZES if form.blocks or form.widen else "",
         blocks=_BLOCKS.format(scale_x=scale_x) if form.blocks else "",
-        widen=_WIDEN if form.widen else "",
+        widen=_WIDEN + _MIDDLE_BYTES if form.widen else "",
         operands=", ".join(operands + ["zero_bytes"] * form.zero_points),
     )

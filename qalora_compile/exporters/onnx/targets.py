@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qalora_compile.config import ExportSpec
+from qalora_compile.config import FLOAT, ExportSpec
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.capability import ExportReport
 from qalora_compile.exporters.onnx.write import SUFFIXES, capabilities, write_onnx
 from qalora_compile.exporters.targets import LoweredTarget
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.site_plan import EMBEDDING
 
 _EVERY_LAYER = "{real-zero-points=true}"
 """The option of `split-planes` by which layers with real zero-points are split too."""
@@ -52,14 +53,16 @@ def _chosen_for(program: Program, spec: ExportSpec) -> list[str]:
 def _with_planes(program: Program, spec: ExportSpec, legalize: str, options: str = "") -> str:
     """The text of a pipeline: the legalize pass and the passes around it.
 
-    8-bit weights with integer zero-points become two planes, but for kernels on int8 activations:
-    MatMulNBits has no float32 kernel of 8 bits. `options` of `split-planes` may name more layers,
-    and where the runtime takes no 8 bits at all, every layer is split.
+    8-bit weights with integer zero-points become two planes, but for kernels on int8 activations
+    and where weights are expanded to float: MatMulNBits has no float32 kernel of 8 bits. `options`
+    of `split-planes` may name more layers, and where the runtime takes no 8 bits at all, every
+    layer is split.
     """
     without, on_int8 = _lacks_eight_bits(program, spec), spec.accuracy_level == _INT8
     options = _EVERY_LAYER if without else options
     wide = any(site.bits == 8 and (options or site.frozen_integer_zero) for site in program.plan)
-    planes = f"split-planes{options}," if wide and (without or not on_int8) else ""
+    wide = wide and (without or not on_int8) and spec.expansion != FLOAT
+    planes = f"split-planes{options}," if wide else ""
     return f"{planes}{legalize},share-group-sums"
 
 
@@ -99,6 +102,16 @@ def _to_ort_stock(program: Program, spec: ExportSpec) -> str:
 
 
 def _to_onnx(program: Program, spec: ExportSpec) -> str:
+    release = spec.release
+    for site in program.plan:
+        on_codes = site.kind == EMBEDDING and site.bits is not None
+        if on_codes and release is not None and not release.tables:
+            raise UnsupportedError(
+                f"ONNX Runtime {release.version} has no kernel that unpacks rows of an embedding "
+                "for target onnx",
+                where=site.name,
+                hint="keep embeddings in float (export --embeddings float), or take target ort",
+            )
     return _with_planes(program, spec, "legalize-onnx")
 
 

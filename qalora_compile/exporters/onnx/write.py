@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qalora_compile._version import __version__
-from qalora_compile.config import ExportSpec
+from qalora_compile.config import NBITS, ExportSpec
 from qalora_compile.errors import InternalError
 from qalora_compile.exporters.capability import EXACT, Capability, ExportReport, rounds
 from qalora_compile.exporters.onnx.functions import (
@@ -65,25 +65,26 @@ def write_translated(
     tidy(model)
     name_axes(model, program.signature)
     sites = name_sites(model, program)
-    _add_functions(model)
+    _add_functions(model, spec.expansion)
     model.producer_name, model.producer_version = PRODUCER, __version__
     model.metadata_props[ONNX_METADATA_KEY] = metadata_text(program, spec, sites)
     return _save(model, program, path, spec, resume)
 
 
-def _add_functions(model: Any) -> None:
+def _add_functions(model: Any, expansion: str) -> None:
     """Define GroupQuantLinear for runtimes that have no kernel for it, if the model uses it."""
     ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
     if QALORA not in model.opset_imports:
         return
     layers = [node for node in model.graph.all_nodes() if node.domain == QALORA]
-    for proto in layered_functions(model.opset_imports[""], _function_form(ir, layers)):
+    for proto in layered_functions(model.opset_imports[""], _function_form(ir, layers, expansion)):
         function = ir.serde.deserialize_function(proto)
         model.functions[function.identifier()] = function
-    model.opset_imports[MICROSOFT] = 1
+    if expansion == NBITS:
+        model.opset_imports[MICROSOFT] = 1
 
 
-def _function_form(ir: Any, layers: list[Any]) -> FunctionForm:
+def _function_form(ir: Any, layers: list[Any], expansion: str) -> FunctionForm:
     """What the function has to do for these nodes."""
     stated = [{name: a.value for name, a in node.attributes.items()} for node in layers]
     types = [[value.dtype for value in node.inputs] for node in layers]
@@ -93,6 +94,7 @@ def _function_form(ir: Any, layers: list[Any]) -> FunctionForm:
         half_inputs=any(x != single for x, *_ in types),
         blocks=any(each["group_size"] != each["stock_block_size"] for each in stated),
         widen=any(each["bits"] != each["stock_bits"] for each in stated),
+        expansion=expansion,
     )
 
 

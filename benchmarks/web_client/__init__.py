@@ -1,0 +1,1 @@
+"""What `benchmarks.web` runs in Node.js and in a browser."""
