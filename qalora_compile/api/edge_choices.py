@@ -144,8 +144,9 @@ def _check_memory(weights: int) -> None:
         raise UserInputError(
             f"preset is 'web' for {weights / 1e6:.0f} million weights: to load them in float takes "
             f"{megabytes(weights * LOADING)}, and WebAssembly has {megabytes(WASM_MEMORY)}",
-            hint="--expansion nbits is for WebGPU, and loads in WebAssembly, where it is slow; or "
-            "--target onnx without a preset, with a session option: docs/clients.md",
+            hint="export --expansion nbits is for WebGPU, and loads in WebAssembly, where it is "
+            "slow; or export --target onnx without a preset, with a session option: "
+            "docs/clients.md",
         )
 
 
