@@ -12,6 +12,7 @@ from qalora_compile.api.codes import stored_codes
 from qalora_compile.api.finetune_data import (
     arrange,
     check_trainable,
+    data_figures,
     excluded,
     load_data,
     load_files,
@@ -20,6 +21,7 @@ from qalora_compile.api.finetune_data import (
     recorded_classes,
 )
 from qalora_compile.api.finetune_spec import FinetuneSpec
+from qalora_compile.api.model_card import base_facts
 from qalora_compile.api.run_folder import (
     MODEL,
     TOKENIZER,
@@ -105,6 +107,8 @@ def _from_model(spec: FinetuneSpec, processes: int) -> Begun:
         | {
             "quant": quant.to_json(),
             "adapter": spec.adapter.to_json(),
+            "base": base_facts(spec.model),
+            "data_figures": data_figures(data, held_out, spec.decisive()),
             "decoder_start": source.decoder_start,
         }
         | codes.embedding_record()
