@@ -108,7 +108,6 @@ def _from_model(spec: FinetuneSpec, processes: int) -> Begun:
             "quant": quant.to_json(),
             "adapter": spec.adapter.to_json(),
             "base": base_facts(spec.model),
-            "data_figures": data_figures(data, held_out, spec.decisive()),
             "decoder_start": source.decoder_start,
         }
         | codes.embedding_record()
@@ -124,13 +123,15 @@ def _record(
     spec: FinetuneSpec, data: Dataset, held_out: Dataset | None, classes: tuple[str, ...]
 ) -> dict[str, Any]:
     """The entries of `run.json` on a run that begins."""
+    decisive = spec.decisive()
     return {
         "model": spec.model,
         "data": [str(Path(file.path).resolve()) for file in data.files],
         "reading": reading_record(spec.reading, classes),
         "fit": spec.fit.to_json(),
-        "options": spec.decisive(),
+        "options": decisive,
         "examples": len(data.examples),
+        "data_figures": data_figures(data, held_out, decisive),
         "files": {
             "data": [vars(file) for file in data.files],
             "held_out": [vars(file) for file in held_out.files] if held_out else [],
@@ -140,7 +141,7 @@ def _record(
     }
 
 
-_INHERITED = ("quant", "adapter", "decoder_start", "embeddings")
+_INHERITED = ("quant", "adapter", "base", "decoder_start", "embeddings")
 """Entries of the record of a run that a run from its adapters keeps."""
 
 
