@@ -199,7 +199,7 @@ def _sections(
     folder: Path, record: Mapping[str, Any], files: Mapping[str, int]
 ) -> Iterator[tuple[str, str]]:
     """Title and text of each section that has something to say."""
-    yield "Base model", _rows({"base model": _base_name(record)} | _part(record, "base"))
+    yield "Base model", _rows({"base model": _base_name(record), **_part(record, "base")})
     data = _part(record, "data_figures")
     if data:
         yield "Training data", _rows(data) + "\nThe data themselves are not in this folder.\n"
