@@ -22,6 +22,7 @@ from qalora_compile.api import (
     split_encoder_decoder,
 )
 from qalora_compile.api.edge_choices import EdgeChoices
+from qalora_compile.api.model_card import write_card
 from qalora_compile.api.pooling import Pooling
 from qalora_compile.api.run_folder import (
     copy_preprocessor,
@@ -232,6 +233,7 @@ def write_edge(out: Path, parts: EdgeParts, *, overwrite: bool) -> tuple[ExportR
         for other in more:
             report = report.joined(other, out)
         written = _write_parts(folder, parts, report.size_bytes)
+        written.append(write_card(folder, read_edge_record(folder), before=out))
     return report, written
 
 
@@ -383,6 +385,7 @@ def _edge_record(parts: EdgeParts, description: dict[str, Any], genai: str) -> d
         "classes": _classes(parts, model),
         "pooling": parts.pooling.record(),
         "steps": parts.record.get("step"),
+        **{name: parts.record.get(name) for name in ("fit", "data_figures", "base")},
         "passes": list(parts.program.history),
         "layers": {"quantized": sum(widths.values()), "by_width": dict(widths)},
         "kept_in_float": {row.name: row.reason for row in rows if row.bits is None},

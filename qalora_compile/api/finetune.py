@@ -242,13 +242,13 @@ def _facts(
     return {
         "model": job.record["model"],
         "quantized layers": len(job.program.plan.to_quantize()),
-        "adapter parameters": sum(p.numel() for p in job.program.adapter_parameters()),
+        "adapter parameters": f"{sum(p.numel() for p in job.program.adapter_parameters()):,}",
         **data_rows(job.data, job.batches),
         "cut to fit": _cut(job),
         "loss, first and last step": _ends(job),
         "held-out loss": _arrow(before, after, "loss"),
         "held-out accuracy" if job.data.classes else "held-out exact match": _arrow(
-            before, after, "exact_match"
+            before, after, "exact_match", form=".1%"
         ),
         "steps done": result.step,
         "adapters of step": result.kept,
@@ -270,7 +270,8 @@ def _ends(job: Job) -> str:
     return f"{losses[0]:.4f} → {losses[-1]:.4f}" if losses else "no step was run"
 
 
-def _arrow(before: Metrics | None, after: Metrics | None, field: str) -> str:
-    if before is None or after is None:
-        return "no --eval-data" if before is None else f"{getattr(before, field):.4f} (before)"
-    return f"{getattr(before, field):.4f} → {getattr(after, field):.4f}"
+def _arrow(before: Metrics | None, after: Metrics | None, field: str, form: str = ".4f") -> str:
+    if before is None:
+        return "no --eval-data"
+    first = f"{getattr(before, field):{form}}"
+    return f"{first} (before)" if after is None else f"{first} → {getattr(after, field):{form}}"

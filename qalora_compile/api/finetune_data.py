@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +214,21 @@ def data_rows(data: Dataset, batches: Batches) -> dict[str, object]:
         named = (f"{name} {counts[index]}" for index, name in enumerate(data.classes))
         rows["classes"] = ", ".join(named)
     return rows
+
+
+def data_figures(
+    data: Dataset, held_out: Dataset | None, decisive: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How much data a model was trained on, and their digest, for a record.
+
+    Args:
+        data: The training data.
+        held_out: The held-out data.
+        decisive: See `FinetuneSpec.decisive`.
+    """
+    figures = {"examples": len(data.examples), "files": len(data.files)}
+    if not data.is_lazy:
+        figures["tokens"] = sum(len(example.tokens) for example in data.examples)
+    if held_out is not None:
+        figures["held-out examples"] = len(held_out.examples)
+    return figures | {"SHA-256": decisive["data"]}

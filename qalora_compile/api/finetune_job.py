@@ -14,6 +14,7 @@ from qalora_compile.api.finetune_data import report_data
 from qalora_compile.api.finetune_spec import FinetuneSpec
 from qalora_compile.api.finetune_start import reopen, start
 from qalora_compile.api.run_folder import CHECKPOINTS, TOKENIZER, read_run_file, write_run_file
+from qalora_compile.api.settings import facts_of_report, settings_of, written_by
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import replace_adapters
@@ -119,18 +120,21 @@ class Job:
         """The model's answers to the first held-out examples, or else training examples."""
         return answers(self.program, self._asked(), self._tokenizer(), self.data.classes)
 
-    def report(self, facts: dict[str, object], answered: list[str]) -> Path:
+    def report(self, facts: Mapping[str, object], answered: list[str]) -> Path:
         """Write `report.html`; the answers before training come from the record."""
         asked = questions(self._asked(), self._tokenizer(), self.data.classes)
         before = self.record["answers"]
         path = self.folder / REPORT_FILE
+        inputs, results = facts_of_report(facts)
         write_report(
             path,
             read_log(self.folder / LOG_FILE),
             layer_changes(self.program),
             title=f"Training of {Path(self.record['model']).name}",
-            facts=facts,
+            settings=inputs | settings_of(self.record) | written_by(self.record),
+            results=results,
             samples=[Sample(*row) for row in zip(asked, before, answered, strict=True)],
+            classifies=bool(self.data.classes),
         )
         return path
 

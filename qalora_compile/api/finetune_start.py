@@ -12,6 +12,7 @@ from qalora_compile.api.codes import stored_codes
 from qalora_compile.api.finetune_data import (
     arrange,
     check_trainable,
+    data_figures,
     excluded,
     load_data,
     load_files,
@@ -20,6 +21,7 @@ from qalora_compile.api.finetune_data import (
     recorded_classes,
 )
 from qalora_compile.api.finetune_spec import FinetuneSpec
+from qalora_compile.api.model_card import base_facts
 from qalora_compile.api.run_folder import (
     MODEL,
     TOKENIZER,
@@ -105,6 +107,7 @@ def _from_model(spec: FinetuneSpec, processes: int) -> Begun:
         | {
             "quant": quant.to_json(),
             "adapter": spec.adapter.to_json(),
+            "base": base_facts(spec.model),
             "decoder_start": source.decoder_start,
         }
         | codes.embedding_record()
@@ -120,13 +123,15 @@ def _record(
     spec: FinetuneSpec, data: Dataset, held_out: Dataset | None, classes: tuple[str, ...]
 ) -> dict[str, Any]:
     """The entries of `run.json` on a run that begins."""
+    decisive = spec.decisive()
     return {
         "model": spec.model,
         "data": [str(Path(file.path).resolve()) for file in data.files],
         "reading": reading_record(spec.reading, classes),
         "fit": spec.fit.to_json(),
-        "options": spec.decisive(),
+        "options": decisive,
         "examples": len(data.examples),
+        "data_figures": data_figures(data, held_out, decisive),
         "files": {
             "data": [vars(file) for file in data.files],
             "held_out": [vars(file) for file in held_out.files] if held_out else [],
@@ -136,7 +141,7 @@ def _record(
     }
 
 
-_INHERITED = ("quant", "adapter", "decoder_start", "embeddings")
+_INHERITED = ("quant", "adapter", "base", "decoder_start", "embeddings")
 """Entries of the record of a run that a run from its adapters keeps."""
 
 

@@ -19,7 +19,10 @@ from qalora_compile.verify.inputs import sample_inputs
 TOLERANCE = Tolerance(max_rel=1e-4, rounding=True)
 """The tolerance for an output of the folded program: rounding only."""
 _FAILED = ".failed"
-_KEPT = ("model", "quant", "embeddings", "adapter", "reading", "status", "step", "ends")
+_KEPT = (
+    *("model", "quant", "embeddings", "adapter", "fit", "reading", "status", "step", "ends"),
+    *("base", "data_figures"),
+)
 """Entries of a run's record that its folded program keeps."""
 
 

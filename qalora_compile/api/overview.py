@@ -74,7 +74,8 @@ def _origin(record: Mapping[str, Any]) -> dict[str, object]:
     """Base model, training data and versions, from a record."""
     data, fit = record.get("data") or [], record.get("fit") or {}
     quant, versions = record.get("quant") or {}, record.get("versions") or {}
-    trained = f"{record.get('examples')} examples, {fit['steps']} steps" if fit else ""
+    examples = record.get("examples") or (record.get("data_figures") or {}).get("examples")
+    trained = f"{examples} examples, {fit['steps']} steps" if fit else ""
     return {
         "base model": record.get("model"),
         "quantized by": quant.get("method"),

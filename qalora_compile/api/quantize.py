@@ -8,6 +8,7 @@ from pathlib import Path
 from qalora_compile.api.codes import CodesSpec, stored_codes
 from qalora_compile.api.deploy import EdgeResult, EdgeSpec
 from qalora_compile.api.edge import EdgeParts, edge_graphs, lowered, write_edge
+from qalora_compile.api.model_card import base_facts
 from qalora_compile.api.pooling import chosen_pooling
 from qalora_compile.api.steps import quantize_groups
 from qalora_compile.capture.causal_lm import capture_causal_lm
@@ -102,7 +103,8 @@ def _quantize(spec: QuantizeSpec) -> QuantizeResult:
             graphs = edge_graphs(program, source, last_logits=spec.last_logits)
         graphs, target = lowered(graphs, target)
         say("translate to ONNX, then read, quantize and write the weights")
-        record = {"model": spec.model, "quant": quant.to_json()} | spec.codes.embedding_record()
+        record = {"model": spec.model, "quant": quant.to_json(), "base": base_facts(spec.model)}
+        record |= spec.codes.embedding_record()
         parts = EdgeParts(
             description=source,
             tokenizer=source,

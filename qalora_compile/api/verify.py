@@ -12,6 +12,7 @@ from qalora_compile.api.edge_choices import with_recorded_embeddings
 from qalora_compile.api.forms import add_kv_cache
 from qalora_compile.api.pooling import recorded_pooling
 from qalora_compile.api.run_folder import MODEL
+from qalora_compile.api.settings import today
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import check_output
@@ -208,7 +209,11 @@ def _write_page(spec: VerifySpec, outcome: Outcome, a: Program | Path, b: Progra
         raise UserInputError(
             "a page needs a program as A", where=spec.a, hint="give RUN or FOLDED first"
         )
-    verify_page(outcome, a, b, title=f"{spec.a} → {spec.b}").write(spec.html)
+    settings = {"inputs": spec.inputs, "seed": spec.seed, "date": today()}
+    if spec.levels:
+        settings["optimization levels"] = ", ".join(spec.levels)
+    page = verify_page(outcome, a, b, title=f"{spec.a} → {spec.b}", settings=settings)
+    page.write(spec.html)
 
 
 def _keeps_cache(graphs: list[Graph]) -> bool:

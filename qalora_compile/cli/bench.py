@@ -48,22 +48,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads of ONNX Runtime (default: its own choice)"
     )
+    parser.add_argument(
+        "--card", action="store_true", help="write the speeds into the model card of DIR"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     from qalora_compile.api.bench import BenchSpec, bench
+    from qalora_compile.api.edge import read_edge_record
+    from qalora_compile.api.model_card import add_findings
 
     trained = Path(options.trained) if options.trained else None
     spec = spec_of(BenchSpec, options, folder=Path(options.folder), run=trained)
     with steps():
         results = bench(spec)
+    if options.card:
+        add_findings(spec.folder, read_edge_record(spec.folder), speeds=_speeds(results))
     if options.json:
         print_json([asdict(result) for result in results])
     else:
         _show(results)
     return 0
+
+
+def _speeds(results: Sequence[Result]) -> list[dict[str, str]]:
+    """The rows of a model card."""
+    from qalora_compile.runtime.doctor import cpu_name
+
+    return [
+        {
+            "form": result.form,
+            **{f"prompt of {n}, tokens/s": f"{v:.0f}" for n, v in sorted(result.prompts.items())},
+            "after it, tokens/s": f"{result.decode:.1f}",
+            "memory": megabytes(result.memory),
+            "machine": cpu_name(),
+        }
+        for result in results
+    ]
 
 
 def _show(results: Sequence[Result]) -> None:

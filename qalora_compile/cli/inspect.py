@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qalora_compile.brief import megabytes
 from qalora_compile.cli.ui import console, print_json, print_summary, print_table
 from qalora_compile.errors import UserInputError
+from qalora_compile.files import check_output
 from qalora_compile.untrusted.artifacts import PROGRAM_FILE
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ EXAMPLES = """examples:
   qalora-compile inspect folded --group
   qalora-compile inspect folded --layers           … and one row per layer
   qalora-compile inspect edge --json
+  qalora-compile inspect folded --html layers.html
   qalora-compile inspect folded --svg layer.svg --only model.layers.0
   qalora-compile inspect run --netron run.onnx
 """
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one row for layers that differ only in numbers: layers.{0..11}.q_proj",
     )
     shown.add_argument("--layers", action="store_true", help="one row per layer")
+    parser.add_argument("--html", metavar="FILE", help="write all rows and totals as an HTML page")
     parser.add_argument("--json", action="store_true", help="print all rows and totals as JSON")
     parser.add_argument("--text", metavar="FILE", help="write the graph as text")
     parser.add_argument("--dot", metavar="FILE", help="… as DOT, for Graphviz")
@@ -50,7 +53,11 @@ def run(options: argparse.Namespace) -> int:
     from qalora_compile.api.overview import overview
 
     path = Path(options.path)
+    if options.html:
+        check_output(Path(options.html), overwrite=True, inputs=[path], is_file=True)
     rows, totals = _read(path, options)
+    if options.html:
+        _write_page(path, rows, totals, options.html)
     if options.group:
         rows = group_equal_rows(rows)
     if options.json:
@@ -62,6 +69,15 @@ def run(options: argparse.Namespace) -> int:
     if not (options.group or options.layers):
         console.print("--group and --layers list the layers")
     return 0
+
+
+def _write_page(path: Path, rows: list[Row], totals: Row, file: str) -> None:
+    """Write rows and totals as a page."""
+    from qalora_compile.api.inspect_page import inspect_page
+    from qalora_compile.api.overview import overview
+
+    page = inspect_page(str(path), rows, overview(path, rows, totals))
+    page.write(file)
 
 
 def _read(path: Path, options: argparse.Namespace) -> tuple[list[Row], Row]:

@@ -68,6 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --numeric: of disabled,basic,extended,all (default: disabled,all)",
     )
     parser.add_argument("--html", metavar="FILE", help="write an HTML page of the result")
+    parser.add_argument(
+        "--card",
+        action="store_true",
+        help="with --prove: write the verdict into the model card of B (README.md)",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -83,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserInputError("two things to compare are needed", hint="verify A B --max-rel 1e-4")
     if options.levels and not options.numeric:
         raise UserInputError("--levels belongs to --numeric", hint="add --numeric")
+    if options.card:
+        _check_card(options)
     spec = verify_spec(options)
     if options.prove:
         return _prove(spec, options)
@@ -137,7 +144,29 @@ def _prove(spec: VerifySpec, options: argparse.Namespace) -> int:
         certificate = prove(spec)
     if options.certificate:
         certificate.write(options.certificate)
+    if options.card:
+        from qalora_compile.api.edge import read_edge_record
+        from qalora_compile.api.model_card import add_findings
+
+        edge = Path(options.b)
+        add_findings(edge, read_edge_record(edge), certificate=certificate)
     return _answer(certificate, [], options)
+
+
+def _check_card(options: argparse.Namespace) -> None:
+    """Refuse `--card` before the work if there is nothing to write, or nowhere.
+
+    Raises:
+        UserInputError: it is not a proof, or B is no edge folder.
+    """
+    if not options.prove:
+        raise UserInputError("only a proof gives a verdict for a card", hint="add --prove")
+    if not (Path(options.b) / "qalora.json").is_file():
+        raise UserInputError(
+            f"{options.b} is no edge folder, so it has no model card",
+            where=options.b,
+            hint="give the folder that export or quantize wrote as B",
+        )
 
 
 def _numeric(spec: VerifySpec, options: argparse.Namespace) -> int:
@@ -221,6 +250,7 @@ def _show_certificate(
         "B": certificate.candidate.label,
         "verdict": certificate.verdict,
         "for all inputs": "yes" if certificate.proved else "no: see the parts tested on samples",
+        "tokenizer": certificate.tokenizer,
     }
     if options.a is None:
         rows = {name: rows[name] for name in ("A", "B")}

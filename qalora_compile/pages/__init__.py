@@ -9,7 +9,8 @@
 Needs the extra `report`. This package is independent of models: it takes numbers and texts only.
 """
 
-from qalora_compile.pages.charts import Chart, bar_chart, histogram, line_chart
-from qalora_compile.pages.page import Page
+from qalora_compile.pages.charts import Chart, histogram, line_chart
+from qalora_compile.pages.numbers import number_text, percent
+from qalora_compile.pages.page import Mark, Page
 
-__all__ = ["Chart", "Page", "bar_chart", "histogram", "line_chart"]
+__all__ = ["Chart", "Mark", "Page", "histogram", "line_chart", "number_text", "percent"]

@@ -1,4 +1,4 @@
-"""Charts as SVG text: lines, bars by name, histograms.
+"""Charts as SVG text: lines and histograms.
 
 The same numbers give the same text. Colours are variables of the page's style, so that charts
 follow its dark mode.
@@ -11,11 +11,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.optional import require
+from qalora_compile.pages.numbers import number_text
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -26,9 +26,13 @@ _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)"} | {
     colour: f"var(--series-{index})" for index, colour in enumerate(_SERIES)
 }
 """Placeholder colours of a drawing → the page's variables that replace them."""
-_NAMED_TICKS = 40
-"""With more bars, only every n-th is labelled; tooltips name them all."""
-_INCHES = (7.6, 3.0)
+_INCHES = (4.6, 2.7)
+"""Small, so that its text can be read where the page is 400 pixels wide; wide pages have several
+next to each other."""
+_FEW = 12
+"""Up to here, the points of a line are marked."""
+_DASHES = ("-", "--", "-.", ":")
+_TICKS = 6
 _BINS = 60
 """Bins of a histogram, of equal width from the smallest to the largest value."""
 _STYLE = {
@@ -46,6 +50,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.unicode_minus": False,
+    "legend.fontsize": 9,
     "grid.color": _FAINT,
     "grid.linewidth": 0.5,
     "xtick.color": _INK,
@@ -74,8 +79,9 @@ def line_chart(
     x: str,
     y: str,
     log_y: bool = False,
+    share: bool = False,
 ) -> Chart:
-    """Lines through points.
+    """Lines through points. An axis whose values are all integers has ticks at integers only.
 
     Args:
         series: Name → x values and y values. A value that is not finite leaves a gap, and so does
@@ -83,6 +89,7 @@ def line_chart(
         x: Label of the x axis.
         y: Label of the y axis.
         log_y: Whether y is logarithmic.
+        share: Whether y is a fraction, which is drawn from 0 % to 100 %.
 
     Raises:
         UserInputError: there is no series, or one is empty or has the wrong length.
@@ -99,57 +106,16 @@ def line_chart(
             kept = [_drawable(v, log_y) for v in ys]
             remarks += _left_out(name, kept, log_y)
             shown = [v if good else math.nan for v, good in zip(ys, kept, strict=True)]
-            marker = "o" if sum(kept) < 3 else ""
-            axes.plot(list(xs), shown, color=_colour(index), label=name, marker=marker)
+            marker = "o" if sum(kept) < _FEW else ""
+            style = _DASHES[index % len(_DASHES)]  # lines differ on paper without colours too
+            axes.plot(list(xs), shown, color=_colour(index), label=name, marker=marker, ls=style)
         if log_y:
             axes.set_yscale("log")
+        if all(float(v).is_integer() for xs, _ in series.values() for v in xs):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         return remarks
 
-    return _drawn(draw, x, y, legend=len(series) > 1)
-
-
-def bar_chart(
-    labels: Sequence[str], series: Mapping[str, Sequence[float]], *, y: str, log_y: bool = False
-) -> Chart:
-    """Bars by name, for example one per layer; the bars of several series are next to each other.
-
-    Args:
-        labels: Names of the bars, from left to right. Of more than 40, only some are written; the
-            tooltip of a bar shows its name and value.
-        series: Name → one value per label. Values that are not finite, or not positive on a
-            logarithmic axis, are not drawn; remarks count them.
-        y: Label of the y axis.
-        log_y: Whether y is logarithmic.
-
-    Raises:
-        UserInputError: there is no series, or one is empty or has the wrong length.
-        UnsupportedError: matplotlib is not installed.
-    """
-    _check_series(series)
-    for name, values in series.items():
-        if len(values) != len(labels):
-            raise UserInputError(f"the series {name} has {len(values)} values", where=y)
-    width, titles = 0.8 / len(series), dict[str, str]()
-
-    def draw(axes: Any) -> list[str]:
-        remarks = []
-        for index, (name, values) in enumerate(series.items()):
-            kept = [_drawable(v, log_y) for v in values]
-            remarks += _left_out(name, kept, log_y)
-            places = [i + (index - (len(series) - 1) / 2) * width for i in range(len(labels))]
-            heights = [v if good else 0.0 for v, good in zip(values, kept, strict=True)]
-            bars = axes.bar(places, heights, width, color=_colour(index), label=name)
-            for number, bar in enumerate(bars):
-                bar.set_gid(f"bar-{index}-{number}")
-                titles[f"bar-{index}-{number}"] = f"{labels[number]}: {values[number]:.4g}"
-        if log_y and any(_drawable(v, True) for values in series.values() for v in values):
-            axes.set_yscale("log")
-        step = math.ceil(len(labels) / _NAMED_TICKS)
-        axes.set_xticks(range(0, len(labels), step), labels[::step], rotation=90, fontsize=7)
-        axes.set_xlim(-0.6, len(labels) - 0.4)
-        return remarks
-
-    return _drawn(draw, "", y, legend=len(series) > 1, titles=titles)
+    return _drawn(draw, x, y, legend=len(series) > 1, share=share)
 
 
 def histogram(values: ArrayLike, *, x: str) -> Chart:
@@ -183,12 +149,7 @@ def histogram(values: ArrayLike, *, x: str) -> Chart:
 
 
 def _drawn(
-    draw: Callable[[Any], list[str]],
-    x: str,
-    y: str,
-    *,
-    legend: bool = False,
-    titles: Mapping[str, str] | None = None,
+    draw: Callable[[Any], list[str]], x: str, y: str, *, legend: bool = False, share: bool = False
 ) -> Chart:
     """The chart that `draw` draws on axes named x and y; `draw` returns remarks."""
     matplotlib = require("matplotlib", extra="report", purpose="draw charts")
@@ -199,25 +160,41 @@ def _drawn(
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         remarks = draw(axes)
+        _name_ticks(axes, share=share)
         if legend:
             axes.legend()
         written = io.StringIO()
         plain = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(written, format="svg", transparent=True, metadata=plain)
-    return Chart(_tidy(written.getvalue(), titles or {}), tuple(remarks))
+    return Chart(_tidy(written.getvalue()), tuple(remarks))
 
 
-def _tidy(svg: str, titles: Mapping[str, str]) -> str:
-    """The `<svg>` element with the page's colours and with titles for elements that have an id."""
+def _name_ticks(axes: Any, *, share: bool) -> None:
+    """Write the numbers of both axes as the tables of a page do."""
+    tickers = require("matplotlib.ticker", extra="report", purpose="draw charts")
+    axes.xaxis.set_major_formatter(tickers.FuncFormatter(lambda v, _: _tick(v)))
+    if share:
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(tickers.PercentFormatter(1.0, symbol=" %"))
+        return
+    axes.yaxis.set_major_formatter(tickers.FuncFormatter(lambda v, _: _tick(v)))
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(tickers.LogLocator(subs=(1.0, 2.0, 5.0), numticks=_TICKS))
+        axes.yaxis.set_minor_locator(tickers.NullLocator())
+
+
+def _tick(value: float) -> str:
+    return number_text(int(value) if float(value).is_integer() else float(f"{value:.6g}"))
+
+
+def _tidy(svg: str) -> str:
+    """The `<svg>` element with the page's colours."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"\s*<style.*?</style>", "", svg, flags=re.DOTALL)  # it would style the page
     svg = re.sub(r"\s*<defs>\s*</defs>", "", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page defines its own
-    for key, title in titles.items():
-        svg = svg.replace(f'<g id="{key}">', f"<g><title>{escape(title)}</title>", 1)
-    return svg
+    return re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page defines its own
 
 
 def _colour(index: int) -> str:

@@ -59,6 +59,16 @@ def cpu_features() -> list[str]:
     return [feature for feature in _FEATURES if feature in words]
 
 
+def cpu_name() -> str:
+    """The processor's name, as the operating system reports it, or else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
 def _version(package: str, extra: str) -> str:
     try:
         return importlib.metadata.version(package)

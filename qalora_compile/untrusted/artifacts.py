@@ -30,6 +30,11 @@ CONFIG_FILE, GGUF_FILE = "config.json", "model.gguf"
 OPENVINO_FILE = "openvino_model.xml"
 """The name that OpenVINO GenAI and Optimum look for; the weights are in a `.bin` file."""
 
+_TOKENIZER_FILES = (
+    *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template*"),
+)
+
 
 class ArtifactKind(Enum):
     """The kinds of artifacts that can be opened by their path."""
@@ -128,3 +133,9 @@ def unknown_artifact(path: str | Path) -> UserInputError:
         where=str(path),
         hint="give a folder written by Program.save, finetune, fold or export, or a .onnx file",
     )
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in a folder, chat templates included, each once and in order."""
+    found = {file for name in _TOKENIZER_FILES for file in folder.glob(name) if file.is_file()}
+    return sorted(found)

@@ -231,7 +231,7 @@ def test_without_a_cache_and_without_a_tokenizer(
     shutil.rmtree(folded / "tokenizer")
     out = tmp_path / "edge"
     assert main(["export", str(folded), "--out", str(out), "--no-kv-cache"]) == 0
-    names = {"config.json", "generation_config.json", "onnx", "qalora.json"}
+    names = {"README.md", "config.json", "generation_config.json", "onnx", "qalora.json"}
     assert {f.name for f in out.iterdir()} == names
     assert [f.name for f in (out / "onnx").iterdir()] == ["model_q4.onnx"]
     assert main(["verify", str(folded), str(out), "--max-rel", "1e-4"]) == 0

@@ -20,11 +20,9 @@ from transformers import AutoTokenizer, BertForSequenceClassification, LlamaForC
 from benchmarks.peers.sources import assets, write_smollm2
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.cli.main import main
+from tests.chromium import ROOT, browser, python_with_clients
 
-ROOT = Path(__file__).parents[2]
 WEB = ROOT / "examples" / "web"
-PYTHON = ROOT / "build" / "clients" / "bin" / "python"
-"""Python clients: an environment of its own, as optimum-onnx wants an older transformers."""
 PROMPT = "What is the capital of France?"
 NEW_TOKENS, FEW_TOKENS = 24, 4
 TEXTS = ("a film to remember", "it drags on and on, and then it ends", "music")
@@ -135,9 +133,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 @pytest.fixture(scope="session")
 def python() -> Path:
     """The interpreter with the Python clients."""
-    if not PYTHON.is_file():
-        pytest.skip("the Python clients are not installed: make clients")
-    return PYTHON
+    return python_with_clients()
 
 
 @pytest.fixture(scope="session")
@@ -152,10 +148,7 @@ def node() -> str:
 @pytest.fixture(scope="session")
 def chromium(python: Path, node: str) -> str:
     """A browser, driven by playwright."""
-    found = shutil.which("chromium")
-    if found is None:
-        pytest.skip("there is no chromium on this machine")
-    return found
+    return browser()
 
 
 class _Quiet(SimpleHTTPRequestHandler):

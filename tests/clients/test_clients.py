@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,45 @@ def test_sentence_transformers_computes_torch_s_vectors(encoder: Exported, pytho
         f"{MINILM}, 8 bits",
         f"vectors within {error:.1g} of float's",
     )
+
+
+def card_says(folder: Path, client: str, command: list[str]) -> str:
+    """What the code of the model card prints, run as the card says: in the folder."""
+    text = (folder / "README.md").read_text("utf-8")
+    found = re.search(rf"### {re.escape(client)}\n\n```\w+\n(.*?)```", text, re.DOTALL)
+    assert found is not None, client
+    done = subprocess.run(
+        [*command, found[1]], cwd=folder, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("client", ["ONNX Runtime", "ONNX Runtime GenAI", "optimum"])
+def test_the_code_of_the_card_generates(
+    language_model: Exported, python: Path, client: str
+) -> None:
+    interpreter = str(python) if client == "optimum" else sys.executable
+    assert "Paris" in card_says(language_model.folder, client, [interpreter, "-c"])
+
+
+def test_the_code_of_the_card_runs_in_node(
+    language_model: Exported, node: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "edge"
+    shutil.copytree(language_model.folder, folder)
+    (folder / "node_modules").symlink_to(WEB / "node_modules")
+    assert "Paris" in card_says(folder, "transformers.js", [node, "--input-type=module", "-e"])
+
+
+def test_the_code_of_the_card_embeds_and_classifies(
+    encoder: Exported, classifier: Exported, python: Path
+) -> None:
+    said = card_says(encoder.folder, "sentence-transformers", [str(python), "-c"])
+    assert "(2, 384)" in said
+    said = card_says(classifier.folder, "optimum", [str(python), "-c"])
+    assert said.strip().splitlines()[-1] in ("bad", "so so", "good")
+    assert "logits (1, 3)" in card_says(classifier.folder, "ONNX Runtime", [sys.executable, "-c"])
 
 
 def test_the_page_chats_in_a_browser(

@@ -11,13 +11,9 @@ import numpy as np
 import pytest
 
 from qalora_compile.errors import UnsupportedError, UserInputError
-from qalora_compile.pages import Chart, bar_chart, charts, histogram, line_chart
+from qalora_compile.pages import Chart, charts, histogram, line_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-def bars() -> Chart:
-    return bar_chart(["q", "k<1>"], {"A": [1.0, 2.0], "B": [3.0, 4.0]}, y="error")
 
 
 def lines() -> Chart:
@@ -34,11 +30,12 @@ def texts(chart: Chart) -> list[str]:
 
 def test_names_are_drawn_as_they_are() -> None:
     names = ["$\\frac{a}$", "</text><script>", "&amp;"]
-    chart = bar_chart(names, {"$x$": [1.0, 2.0, 3.0]}, y="error")
-    assert {*names} <= {*texts(chart)}
+    series = {name: ([0.0, 1.0], [1.0, 2.0]) for name in names}
+    chart = line_chart(series, x="$x$", y="<y>")
+    assert {*names, "$x$", "<y>"} <= {*texts(chart)}
 
 
-@pytest.mark.parametrize("draw", [bars, lines, counts])
+@pytest.mark.parametrize("draw", [lines, counts])
 def test_equal_numbers_give_equal_text_in_the_colours_of_the_page(
     draw: Callable[[], Chart],
 ) -> None:
@@ -50,36 +47,33 @@ def test_equal_numbers_give_equal_text_in_the_colours_of_the_page(
     assert "<style" not in chart.svg and "font-family" not in chart.svg
 
 
-def test_axes_legend_and_bars_are_named() -> None:
-    found = texts(bars())
-    assert {"error", "q", "k<1>", "A", "B"} <= set(found)
-    titles = [element.text for element in ET.fromstring(bars().svg).iter(f"{SVG}title")]
-    assert titles == ["q: 1", "k<1>: 2", "q: 3", "k<1>: 4"]
+def test_axes_are_named_and_one_series_needs_no_legend() -> None:
     assert {"step", "loss"} <= set(texts(lines()))
-    assert "train" not in texts(lines()), "one series needs no legend"
+    assert "train" not in texts(lines())
+    both = line_chart({"a": ([0], [1]), "b": ([0], [2])}, x="step", y="loss")
+    assert {"a", "b"} <= set(texts(both))
 
 
-def test_a_longer_bar_is_a_larger_value() -> None:
-    drawn = ET.fromstring(bar_chart(["a", "b"], {"v": [1.0, 2.0]}, y="y").svg)
-    heights = []
-    for group in drawn.iter(f"{SVG}g"):
-        if group.find(f"{SVG}title") is not None:
-            path = group.find(f"{SVG}path")
-            assert path is not None
-            ys = [float(pair.split()[2]) for pair in path.attrib["d"].splitlines() if " " in pair]
-            heights.append(max(ys) - min(ys))
-    assert heights[1] == pytest.approx(2 * heights[0], rel=1e-3)
+def test_ticks_of_steps_are_integers_and_large_numbers_are_grouped() -> None:
+    few = line_chart({"a": ([1, 2, 3], [1.0, 2.0, 3.0])}, x="step", y="loss")
+    assert {"1", "2", "3"} <= set(texts(few)) and not {"1.5", "2.5"} & set(texts(few)[:5])
+    long = line_chart({"a": ([0, 40_000], [0.0, 1.0])}, x="step", y="loss")
+    assert "40,000" in texts(long)
 
 
-def test_of_many_bars_some_are_named_below_and_all_on_pointing() -> None:
-    chart = bar_chart([f"layer{i}" for i in range(210)], {"e": [1.0] * 210}, y="e")
-    assert sum(text.startswith("layer") for text in texts(chart)) == 35
-    assert chart.svg.count("<title>") == 210
+def test_a_share_is_drawn_in_percent_from_0_to_100() -> None:
+    chart = line_chart({"a": ([1, 2], [0.4, 0.5])}, x="step", y="right", share=True)
+    assert {"0 %", "100 %"} <= set(texts(chart))
+
+
+def test_a_logarithmic_axis_has_readable_ticks() -> None:
+    chart = line_chart({"a": ([1, 2], [0.4, 5.0])}, x="step", y="norm", log_y=True)
+    assert {"0.5", "1", "2", "5"} <= set(texts(chart))
 
 
 def test_what_cannot_be_drawn_is_said() -> None:
     values = [0.0, math.nan, 1.0]
-    assert bar_chart(["a", "b", "c"], {"e": values}, y="e", log_y=True).remarks == (
+    assert line_chart({"e": ([1, 2, 3], values)}, x="x", y="y", log_y=True).remarks == (
         "e: 2 of 3 values are not drawn (not finite, or not above zero on the logarithmic axis)",
     )
     assert line_chart({"e": ([1, 2, 3], values)}, x="x", y="y").remarks == (
@@ -88,7 +82,7 @@ def test_what_cannot_be_drawn_is_said() -> None:
     assert histogram([1.0, math.inf], x="x").remarks == (
         "1 values that are not finite are not drawn",
     )
-    nothing = bar_chart(["a"], {"e": [0.0]}, y="e", log_y=True)
+    nothing = line_chart({"e": ([1], [0.0])}, x="x", y="y", log_y=True)
     assert nothing.remarks[0].startswith("e: 1 of 1")
 
 
@@ -98,7 +92,6 @@ def test_what_cannot_be_drawn_is_said() -> None:
         lambda: line_chart({}, x="x", y="y"),
         lambda: line_chart({"a": ([1], [1, 2])}, x="x", y="y"),
         lambda: line_chart({"a": ([], [])}, x="x", y="y"),
-        lambda: bar_chart(["a"], {"e": [1, 2]}, y="y"),
         lambda: histogram([], x="x"),
     ],
 )

@@ -22,21 +22,18 @@ from qalora_compile.exporters.checkpoints.named_tensors import (
 from qalora_compile.files import write_json
 from qalora_compile.ir.model_description import Description
 from qalora_compile.untrusted import read_json
+from qalora_compile.untrusted.artifacts import tokenizer_files
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
 """A file of weights is closed before it becomes larger; memory holds one file at a time."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_TOKENIZER_FILES = (
-    *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model", "chat_template*"),
-)
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
     """Copy the tokenizer's files from a folder; returns False if there are none."""
-    files = [file for name in _TOKENIZER_FILES for file in source.glob(name) if file.is_file()]
+    files = tokenizer_files(source)
     for file in files:
         shutil.copy2(file, target / file.name)
     return bool(files)

@@ -12,14 +12,12 @@ import torch
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.optional import require
-from qalora_compile.pages import Page, bar_chart, line_chart
+from qalora_compile.pages import Mark, Page, line_chart
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.training.sample_answers import Question
 
 REPORT_FILE = "report.html"
 _ACCURACY = "held_out_accuracy"
-_ROWS = 400
-"""Layers that the table lists one by one."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +97,22 @@ def write_report(
     changes: Sequence[LayerChange],
     *,
     title: str,
-    facts: Mapping[str, object],
+    settings: Mapping[str, object],
+    results: Mapping[str, object],
     samples: Sequence[Sample] = (),
+    classifies: bool = False,
 ) -> None:
-    """Write the report as one HTML file.
+    """Write the report as one HTML file: settings, what changed, the course, and each layer.
 
     Args:
         path: The file; replaced where it exists.
         log: The lines of `log.jsonl`.
         changes: See `layer_changes`.
         title: Title of the page.
-        facts: Rows of its first table.
+        settings: What the run was started with.
+        results: Its outcome.
         samples: Examples with answers.
+        classifies: Whether the answers are classes, not texts.
 
     Raises:
         UserInputError: no step was run.
@@ -118,63 +120,80 @@ def write_report(
     """
     if not log:
         raise UserInputError("there is nothing to report: no step was run")
-    page = Page(title, f"{log[-1]['step']} steps")
-    page.section("The run")
-    page.facts(facts)
-    _add_curves(page, log)
-    _add_layers(page, changes)
+    page = Page(title)
+    page.section("Settings")
+    page.facts(settings)
+    page.section("What changed")
+    page.facts(results)
     if samples:
-        page.section("Before and after", "The likeliest answers to the first held-out examples.")
-        for sample in samples:
-            page.side_by_side(
-                ("prompt", sample.question.prompt),
-                ("wanted", sample.question.wanted),
-                ("before training", sample.before),
-                ("after training", sample.after),
-            )
+        _add_answers(page, samples, classifies=classifies)
+    _add_curves(page, log, classifies=classifies)
+    if changes:
+        _add_layers(page, changes)
     page.write(path)
 
 
-def _add_curves(page: Page, log: Sequence[Mapping[str, Any]]) -> None:
-    steps = [row["step"] for row in log]
-    page.section("Loss", "Mean over the tokens that carry loss, in nats.")
-    series = {"training": (steps, [row["loss"] for row in log])}
-    held_out = [(row["step"], row["held_out"]) for row in log if "held_out" in row]
-    if held_out:
-        series["held out"] = ([s for s, _ in held_out], [v for _, v in held_out])
-    page.chart(line_chart(series, x="step", y="loss"))
-    right = [(row["step"], row[_ACCURACY]) for row in log if _ACCURACY in row]
-    if right:
-        page.section("Accuracy", "Share of held-out examples answered right to the last token.")
-        shown = {"held out": ([s for s, _ in right], [v for _, v in right])}
-        page.chart(line_chart(shown, x="step", y="accuracy"))
-    page.section("Optimisation")
-    rates = [row["learning_rate"] for row in log]
-    page.chart(line_chart({"rate": (steps, rates)}, x="step", y="learning rate of A"))
-    norms = [row["grad_norm"] for row in log]
-    page.chart(
-        line_chart({"norm": (steps, norms)}, x="step", y="gradient norm", log_y=True),
-        "Before clipping.",
+def _add_answers(page: Page, samples: Sequence[Sample], *, classifies: bool) -> None:
+    answers = "The likeliest class" if classifies else "The likeliest tokens, one by one,"
+    page.text(
+        f"{answers} before and after training, to the first held-out examples, or else "
+        "to the first examples of the training data."
     )
-    speeds = [row["tokens_per_second"] for row in log]
-    page.chart(line_chart({"speed": (steps, speeds)}, x="step", y="tokens a second"))
+    page.table(
+        ("prompt", "wanted", "before", "after"),
+        [
+            (s.question.prompt, s.question.wanted, _judged(s.before, s), _judged(s.after, s))
+            for s in samples
+        ],
+        style="asked",
+    )
+
+
+def _judged(answer: str, sample: Sample) -> Mark:
+    """An answer, right if it is the wanted one up to blanks at its ends."""
+    return Mark(answer.strip(), answer.strip() == sample.question.wanted.strip())
+
+
+def _add_curves(page: Page, log: Sequence[Mapping[str, Any]], *, classifies: bool) -> None:
+    page.section("Course of the training")
+    over = "examples" if classifies else "tokens that carry loss"
+    series = {"training": _points(log, "loss"), "held out": _points(log, "held_out")}
+    shown = {name: points for name, points in series.items() if points[0]}
+    page.chart(line_chart(shown, x="step", y="loss"), f"Mean over the {over}, in nats.")
+    right = _points(log, _ACCURACY)
+    if right[0]:
+        caption = (
+            "Held-out examples that are put into their class."
+            if classifies
+            else "Held-out examples that are answered right to the last token."
+        )
+        page.chart(line_chart({"held out": right}, x="step", y="right", share=True), caption)
+    rates = line_chart({"rate": _points(log, "learning_rate")}, x="step", y="learning rate")
+    page.chart(rates, "Of the matrices A.")
+    norms = line_chart({"norm": _points(log, "grad_norm")}, x="step", y="gradient norm", log_y=True)
+    page.chart(norms, "Before clipping; the axis is logarithmic.")
+    speeds = line_chart(
+        {"speed": _points(log, "tokens_per_second")}, x="step", y="tokens per second"
+    )
+    page.chart(speeds, "Tokens of the inputs, with the time of the complete step.")
+
+
+def _points(log: Sequence[Mapping[str, Any]], field: str) -> tuple[list[float], list[float]]:
+    """Steps and values of the lines that have a field."""
+    rows = [row for row in log if field in row]
+    return [row["step"] for row in rows], [row[field] for row in rows]
 
 
 def _add_layers(page: Page, changes: Sequence[LayerChange]) -> None:
     page.section(
         "Layers",
-        "What folding changes in scales and offsets (offset + scaling · f · B A), and how far that "
-        "moves the zero-points −offset / scale, counted in codes.",
+        "How far folding moves the zero-points −offset / scale, counted in codes: the root mean "
+        "square over each layer.",
     )
-    paths = [change.path for change in changes]
-    norms = {"norm": [change.norm for change in changes]}
-    page.chart(bar_chart(paths, norms, y="norm of the change"))
-    shifts = {
-        "root mean square": [change.shift for change in changes],
-        "largest": [change.largest for change in changes],
-    }
-    page.chart(bar_chart(paths, shifts, y="zero-point shift, codes", log_y=True))
-    rows = [tuple(vars(change).values()) for change in changes[:_ROWS]]
+    page.layer_map({change.path: change.shift for change in changes})
+    page.text(
+        "For each layer: the norm is that of what folding changes in scales and offsets (offset + "
+        "scaling · f · B A), and the shift that of its zero-points, in codes."
+    )
     columns = ("layer", "K×N", "bits", "rank", "norm", "shift", "largest shift")
-    cut = len(changes) - len(rows)
-    page.table(columns, rows, f"{cut} more layers are in the charts alone." if cut else "")
+    page.layer_tables(columns, [tuple(vars(change).values()) for change in changes])

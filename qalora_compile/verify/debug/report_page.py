@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qalora_compile._version import __version__
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.site_plan import Site
-from qalora_compile.pages import Page, bar_chart, histogram
+from qalora_compile.pages import Mark, Page, histogram
+from qalora_compile.verdict import Verdict
 from qalora_compile.verify.compare import BEYOND, EXPLAINED, Comparison, Report
+from qalora_compile.verify.debug.zero_points import effective_zero_points, zero_points
 from qalora_compile.verify.numeric.report import ModeReport, NumericReport
-from qalora_compile.verify.proof.certificate import Certificate
+from qalora_compile.verify.proof.certificate import Certificate, counts_text
 from qalora_compile.verify.proof.compare_weights import Coefficients
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Tensor
-from qalora_compile.verify.proof.graphs.read_fx import program_graph
-from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
-from qalora_compile.verify.proof.match_structure import linear_of
 from qalora_compile.verify.proof.open_graph import open_graph, open_graphs
-from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError
-from qalora_compile.verify.proof.weights.unpack import row_codes
 
 _LINES = 250
 """The largest number of lines of a graph that is shown in one piece."""
 _LAYER = re.compile(r"(?:[^./\s]+\.)*?\d+(?=[./]|$)")
-_CHUNK = 1 << 22
 _UNMOVED = 1e-4
 """In codes. Storing a real zero-point in float32 moves it by less."""
 _ROWS = 20
+_GOOD = {Verdict.EQUAL: True, Verdict.UNDECIDED: None, Verdict.DIFFERENT: False}
 Outcome = Report | NumericReport | Certificate
 
 
-def verify_page(outcome: Outcome, a: Program, b: Program | Path, *, title: str) -> Page:
+def verify_page(
+    outcome: Outcome,
+    a: Program,
+    b: Program | Path,
+    *,
+    title: str,
+    settings: Mapping[str, object] | None = None,
+) -> Page:
     """An HTML page of the findings of a check.
 
     Args:
@@ -43,8 +46,12 @@ def verify_page(outcome: Outcome, a: Program, b: Program | Path, *, title: str) 
         a: The reference.
         b: The candidate, a program or an exported model.
         title: Title of the page.
+        settings: What the check was run with, to be shown with what is known of `a`.
     """
     page = Page(title, f"qalora-compile {__version__}")
+    page.verdict(mark_of(outcome.verdict), _sentence(outcome))
+    page.section("Settings")
+    page.facts({**plan_facts(a), **(settings or {})})
     if isinstance(outcome, NumericReport):
         _numeric(page, outcome)
     elif isinstance(outcome, Certificate):
@@ -57,51 +64,97 @@ def verify_page(outcome: Outcome, a: Program, b: Program | Path, *, title: str) 
     return page
 
 
+def mark_of(verdict: Verdict) -> Mark:
+    """A verdict with its sign and colour."""
+    return Mark(str(verdict), _GOOD[verdict])
+
+
+def _sentence(outcome: Outcome) -> str:
+    if isinstance(outcome, Certificate):
+        holds = "by proof, for all inputs" if outcome.proved else "see below for what was proved"
+    elif isinstance(outcome, NumericReport):
+        holds = f"value by value, relative to float64, on {len(outcome.inputs)} inputs"
+    else:
+        holds = f"on {outcome.inputs} inputs, tolerance {outcome.tolerance}"
+    found = outcome.first_divergence if isinstance(outcome, Report) else outcome.difference
+    return f"{holds}. First difference: {found.splitlines()[0]}" if found else f"{holds}."
+
+
+def plan_facts(program: Program) -> dict[str, object]:
+    """Bits, group sizes and ranks of a program's layers, by how many layers have them."""
+    quantized = [site for site in program.plan if site.bits is not None]
+    facts: dict[str, object] = {"stage": program.stage, "quantized layers": len(quantized)}
+    for name, field in (("bits", "bits"), ("group size", "group_size"), ("rank", "rank")):
+        counts = Counter(getattr(site, field) for site in quantized)
+        counts.pop(None, None)
+        if counts:
+            facts[name] = _counted(counts)
+    return facts
+
+
+def _counted(counts: Counter[object]) -> str:
+    """`4`, or `4 (210 layers), 8 (2 layers)`."""
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{value} ({count} layers)" for value, count in counts.most_common())
+
+
 def _numeric(page: Page, report: NumericReport) -> None:
-    page.section("Verdict")
+    page.section(
+        "Execution modes",
+        "Each value of the candidate is measured by its distance from the reference in float64, as "
+        "a multiple of what rounding does to the reference itself. Up to "
+        f"{EXPLAINED:g} rounding explains it, from {BEYOND:g} on it does not.",
+    )
     page.facts(
         {
-            "verdict": report.verdict,
             "reference": f"{report.reference}, in float64",
             "candidate": report.candidate,
             "first difference": report.difference or "none",
             "notes": "\n".join(report.notes) or "none",
         }
     )
-    page.text(
-        "Each value of the candidate is measured by its distance from the reference in float64, as "
-        "a multiple of what rounding does to the reference itself. Up to "
-        f"{EXPLAINED:g} rounding explains it, from {BEYOND:g} on it does not."
-    )
     page.table(
         ("execution mode", "verdict", "values", "largest ratio", "at", "on"),
-        [(w.name, w.verdict, len(w.rows), *_worst_of(w)) for w in report.modes],
+        [(w.name, mark_of(w.verdict), len(w.rows), *_worst_of(w)) for w in report.modes],
     )
     mode = next((w for w in report.modes if w.verdict == report.verdict), report.modes[0])
-    rows = [row for row in mode.rows if row.kind in ("site", "output")]
-    if rows:
-        page.section("Errors by layer", f"Candidate: {mode.name}.")
-        names = [row.name for row in rows]
-        relative = [(row.worst.own, row.worst.error, row.worst.scale or 1.0) for row in rows]
-        page.chart(
-            bar_chart(
-                names,
-                {
-                    "reference, by rounding": [own / scale for own, _, scale in relative],
-                    "candidate": [error / scale for _, error, scale in relative],
-                },
-                y="error / largest value",
-                log_y=True,
-            ),
-            "Distance from float64 on the worst input of each layer, outputs last.",
-        )
-    worst = sorted(mode.rows, key=lambda row: -row.worst.ratio)[:_ROWS]
-    page.table(
-        ("value", "ratio", "error", "of", "input", "reference", "candidate"),
-        [(r.name, r.worst.ratio, r.worst.error, r.worst.scale, r.input, *r.lines) for r in worst],
-        f"The {len(worst)} largest ratios of {len(mode.rows)} values",
-    )
+    _numeric_layers(page, mode)
+    _worst_values(page, mode)
     _worst_inputs(page, report)
+
+
+def _numeric_layers(page: Page, mode: ModeReport) -> None:
+    rows = [row for row in mode.rows if row.kind in ("site", "output")]
+    if not rows:
+        return
+    page.section(
+        "Errors by layer",
+        f"The largest ratio of each layer's output, on its worst input. Candidate: {mode.name}.",
+    )
+    page.layer_map(
+        {row.name: row.worst.ratio for row in rows},
+        f"Rounding explains a ratio up to {EXPLAINED:g}, which has the full colour.",
+        top=EXPLAINED,
+    )
+    page.layer_tables(
+        ("layer", "ratio", "error", "largest value", "input"),
+        [(r.name, r.worst.ratio, r.worst.error, r.worst.scale, r.input) for r in rows],
+    )
+
+
+def _worst_values(page: Page, mode: ModeReport) -> None:
+    worst = sorted(mode.rows, key=lambda row: -row.worst.ratio)[:_ROWS]
+    if not worst:
+        return
+    page.section("Worst values", f"The {len(worst)} largest ratios of {len(mode.rows)} values.")
+    with page.fold("ratios", f"{len(worst)} values"):
+        page.table(
+            ("value", "ratio", "error", "largest value", "input"),
+            [(r.name, r.worst.ratio, r.worst.error, r.worst.scale, r.input) for r in worst],
+        )
+    with page.fold("the nodes of these values"):
+        page.table(("value", "reference", "candidate"), [(r.name, *r.lines) for r in worst])
 
 
 def _worst_inputs(page: Page, report: NumericReport) -> None:
@@ -116,9 +169,11 @@ def _worst_inputs(page: Page, report: NumericReport) -> None:
         return
     ratios = {mode.name: dict(mode.inputs) for mode in ran}
     order = sorted(report.inputs, key=lambda name: -max(r.get(name, 0.0) for r in ratios.values()))
-    page.table(
-        ("input", *ratios), [(name, *(r.get(name, "–") for r in ratios.values())) for name in order]
-    )
+    with page.fold("ratios", f"{len(order)} inputs"):
+        page.table(
+            ("input", *ratios),
+            [(name, *(r.get(name, "–") for r in ratios.values())) for name in order],
+        )
 
 
 def _worst_of(mode: ModeReport) -> tuple[object, str, str]:
@@ -129,36 +184,29 @@ def _worst_of(mode: ModeReport) -> tuple[object, str, str]:
 
 
 def _compared(page: Page, report: Report) -> None:
-    page.section("Verdict")
+    rows = [*report.sites, *report.outputs]
+    page.section(
+        "Errors by layer",
+        "The largest difference of each layer's output over all inputs, as a fraction of its "
+        "largest value.",
+    )
     page.facts(
         {
-            "verdict": report.verdict,
             "reference": report.reference,
             "candidate": report.candidate,
             "tolerance": report.tolerance,
-            "inputs": report.inputs,
             "first diverging site": report.first_divergence or "none",
         }
     )
-    rows = [*report.sites, *report.outputs]
-    page.section("Errors by layer")
-    page.chart(
-        bar_chart(
-            [row.name for row in rows],
-            {"difference": [row.max_rel for row in rows]},
-            y="difference / largest value",
-            log_y=True,
-        ),
-        "Largest difference of each layer's output over all inputs, outputs last.",
-    )
-    page.table(
-        ("", "max abs", "max rel", "sqnr dB", "problem"),
-        [_comparison(row) for row in sorted(rows, key=lambda c: -c.max_rel)[:_ROWS]],
-        f"The {min(_ROWS, len(rows))} largest",
-    )
+    if rows:
+        page.layer_map({row.name: row.max_rel for row in rows})
+    columns = ("layer", "max abs", "max rel", "sqnr dB", "problem")
+    page.layer_tables(columns, [_comparison(row) for row in rows])
+    worst = sorted(rows, key=lambda row: -row.max_rel)[:_ROWS]
+    page.table(("", *columns[1:]), [_comparison(row) for row in worst], f"The {len(worst)} largest")
     page.section("Worst inputs", "The largest difference of any output on each input.")
     page.table(
-        ("input", "max abs", "max rel", "sqnr dB", "problem"),
+        ("input", *columns[1:]),
         [_comparison(row) for row in sorted(report.by_input, key=lambda c: -c.max_rel)],
     )
 
@@ -168,18 +216,22 @@ def _comparison(row: Comparison) -> tuple[object, ...]:
 
 
 def _proof(page: Page, certificate: Certificate) -> None:
-    page.section("Verdict")
+    page.section("What was proved")
     page.facts(
         {
-            "verdict": certificate.verdict,
             "reference": certificate.reference.label,
             "candidate": certificate.candidate.label,
             "for all inputs": "yes" if certificate.proved else "except for sampled parts",
-            "sampled": "\n".join(certificate.sampled) or "nothing",
+            "layers": counts_text(Counter(site.status for site in certificate.sites)),
+            "between layers": counts_text(Counter(part.status for part in certificate.segments)),
+            "tokenizer": certificate.tokenizer,
             "first difference": certificate.difference or "none",
             "notes": "\n".join(certificate.notes) or "none",
         }
     )
+    if certificate.sampled:
+        with page.fold("parts that were sampled", f"{len(certificate.sampled)} parts"):
+            page.text("\n".join(certificate.sampled))
     rows = [(site.name, site.worst) for site in certificate.sites]
     shown = [(name, worst[1]) for name, worst in rows if worst is not None]
     if shown:
@@ -188,22 +240,15 @@ def _proof(page: Page, certificate: Certificate) -> None:
 
 
 def _proved_layers(page: Page, shown: Sequence[tuple[str, Coefficients]]) -> None:
-    page.section("Errors by layer")
-    page.chart(
-        bar_chart(
-            [name for name, _ in shown],
-            {"coefficients": [found.max_ratio for _, found in shown]},
-            y="|ΔW| / storage rounding",
-        ),
-        "Largest difference of a coefficient, as a multiple of the rounding of stored values.",
+    page.section(
+        "Errors by layer",
+        "The largest difference of a coefficient, as a multiple of the rounding of stored values: "
+        "up to 1 they are equal.",
     )
-    page.table(
+    page.layer_map({name: found.max_ratio for name, found in shown}, top=1.0)
+    page.layer_tables(
         ("layer", "max |ΔW|", "multiple of storage rounding", "‖Δy‖ ≤ · ‖x‖", "at"),
-        [
-            (name, f.max_abs, f.max_ratio, f.operator, str(list(f.worst)))
-            for name, f in _largest(shown)
-        ],
-        f"The {min(_ROWS, len(shown))} largest",
+        [(name, f.max_abs, f.max_ratio, f.operator, str(list(f.worst))) for name, f in shown],
     )
 
 
@@ -265,68 +310,6 @@ def _zero_points(page: Page, a: Program, b: Program | Path, graphs: Sequence[Gra
         f"What rounding the {values.size} zero-points of {len(shown)} weights would take away, and "
         f"{'B' if both else 'A'} keeps.",
     )
-
-
-def zero_points(program: Program) -> dict[str, NDArray[np.float64]]:
-    """Zero-points −offset / scale, `[N, L]`, by path of the weight, without groups of scale 0."""
-    tensors = program.tensors()
-    found = {}
-    for path in dict.fromkeys(site.path for site in program.plan if site.bits is not None):
-        names = [f"{path}.{part}" for part in ("scale", "offset")]
-        if all(name in tensors for name in names):
-            scale, offset = (tensors[n].detach().double().cpu().numpy() for n in names)
-            used = scale != 0
-            found[path] = np.where(used, -offset / np.where(used, scale, 1.0), 0.0)
-    return found
-
-
-def effective_zero_points(
-    program: Program, graphs: Sequence[Graph]
-) -> dict[str, NDArray[np.float64]]:
-    """The zero-points that the weights of `graphs` have on the codes and scales of a program.
-
-    They are `mean(q − W / scale)` of each group, with W the effective weight as a proof reads it.
-    This holds however a target stores zero-points (as real numbers, or as integers with a
-    correction or its digits). Layers that the graph lacks, layers that are not a linear map there,
-    and experts are left out.
-    """
-    held, found = program_graph(program), dict[str, NDArray[np.float64]]()
-    plan = {site.path: site for site in program.plan if site.bits is not None}
-    for graph in graphs:
-        for row in graph.sites.values():
-            mine = plan.get(row.path)
-            if mine is None or row.experts is not None or row.path in found:
-                continue
-            try:
-                linear = linear_of(graph, row)
-            except NotLinearError:
-                continue
-            packed, scale = (held.tensors.get(f"{row.path}.{p}") for p in ("qweight", "scale"))
-            if (
-                packed is not None
-                and scale is not None
-                and (linear.n, linear.k) == (mine.n, mine.k)
-            ):
-                found[row.path] = _amount_to(linear, packed, scale, mine)
-    return found
-
-
-def _amount_to(
-    linear: Linear, packed: StoredTensor, scale: StoredTensor, site: Site
-) -> NDArray[np.float64]:
-    """`mean(q − W / scale)` of each group, `[N, L]`, some rows at a time; 0 if the scale is 0."""
-    assert site.bits is not None and site.group_size is not None, "the site is quantized"
-    starts = np.arange(0, site.k, site.group_size)
-    widths = np.diff(np.append(starts, site.k))
-    parts = []
-    for start in range(0, site.n, step := max(1, _CHUNK // site.k)):
-        part = slice(start, min(start + step, site.n))
-        codes = row_codes(packed.read()[part], site.bits, site.k).astype(np.float64)
-        s = scale.values()[part].astype(np.float64)
-        weight = np.add.reduceat(linear.rows(part, -1).weight, starts, axis=1) / widths
-        middle = np.add.reduceat(codes, starts, axis=1) / widths
-        parts.append(np.where(s != 0, middle - weight / np.where(s != 0, s, 1.0), 0.0))
-    return np.concatenate(parts)
 
 
 def _graphs(page: Page, *graphs: Graph) -> None:

@@ -17,9 +17,10 @@ from qalora_compile.untrusted import quoted, read_json
 from qalora_compile.verdict import Verdict
 from qalora_compile.verify.proof.compare_weights import RULE, Coefficients
 from qalora_compile.verify.proof.match_structure import DIFFERENT, OPEN, PROVED, SAMPLED
+from qalora_compile.verify.proof.tokenizer_digests import changed_files
 
-FORMAT, VERSION = "qalora-certificate", 2
-_VERSIONS = (1, VERSION)
+FORMAT, VERSION = "qalora-certificate", 3
+_VERSIONS = range(1, VERSION + 1)
 _NONE = type(None)
 
 
@@ -35,6 +36,8 @@ class GraphRecord:
         files: SHA-256 of its files, by name.
         tensors: SHA-256 over the names and values of the tensors of a program in memory.
         graph: The graph of a program in memory whose tensors are those of the folder `path`.
+        tokenizer: See `tokenizer_digests`; None in certificates before version 3, which do not
+            bind tokenizers.
     """
 
     label: str
@@ -44,6 +47,7 @@ class GraphRecord:
     files: Mapping[str, str]
     tensors: str | None
     graph: Mapping[str, Any] | None = None
+    tokenizer: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,8 @@ class Certificate(Brief):
             "for all inputs": "yes" if self.proved else "no",
             "reference": self.reference.label,
             "candidate": self.candidate.label,
-            "layers": _counts(Counter(site.status for site in self.sites)),
-            "between them": _counts(Counter(segment.status for segment in self.segments)),
+            "layers": counts_text(Counter(site.status for site in self.sites)),
+            "between them": counts_text(Counter(segment.status for segment in self.segments)),
             "first difference": self.difference,
         }
 
@@ -147,6 +151,17 @@ class Certificate(Brief):
     def proved(self) -> bool:
         """Whether the two are equal for all inputs, without any part that was only sampled."""
         return self.passed and all(part.status == PROVED for part in self.parts)
+
+    @property
+    def tokenizer(self) -> str:
+        """What is known of the two tokenizers, as text."""
+        one, other = self.reference.tokenizer, self.candidate.tokenizer
+        if one is None or other is None:
+            return "not bound: the certificate is older"
+        if not one or not other:
+            return f"not compared: {self.candidate.label if one else self.reference.label} has none"
+        wrong = tokenizer_difference(self.reference, self.candidate)
+        return wrong or f"equal: {', '.join(sorted(one))}"
 
     @property
     def max_abs(self) -> float:
@@ -222,8 +237,9 @@ class Certificate(Brief):
         sites, parts = (Counter(p.status for p in rows) for rows in (self.sites, self.segments))
         lines = [
             f"{self.verdict}: {self.candidate.label} against {self.reference.label}",
-            f"  layers: {_counts(sites)}; largest difference of a coefficient {self.max_abs:.3g}",
-            f"  between them: {_counts(parts)}",
+            f"  layers: {counts_text(sites)}; largest difference of a coefficient "
+            f"{self.max_abs:.3g}",
+            f"  between them: {counts_text(parts)}",
         ]
         if self.sampled:
             worst = max((s.sampled or 0.0 for s in self.segments), default=0.0)
@@ -235,6 +251,14 @@ class Certificate(Brief):
             lines.append(f"  first difference: {self.difference}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def tokenizer_difference(reference: GraphRecord, candidate: GraphRecord) -> str | None:
+    """The files in which the tokenizers differ; None if they do not, or one of them is unknown."""
+    if not reference.tokenizer or not candidate.tokenizer:
+        return None
+    names = changed_files(reference.tokenizer, candidate.tokenizer)
+    return f"the tokenizers differ: {', '.join(names)}" if names else None
 
 
 def verdict_of(statuses: Iterable[str]) -> Verdict:
@@ -250,7 +274,8 @@ def verdict_of(statuses: Iterable[str]) -> Verdict:
     return Verdict.UNDECIDED if OPEN in found else Verdict.EQUAL
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def counts_text(counts: Mapping[str, int]) -> str:
+    """How many parts have each status: `3 proved, 1 sampled`."""
     order = (PROVED, SAMPLED, DIFFERENT, OPEN)
     return ", ".join(f"{counts[s]} {s}" for s in order if counts.get(s)) or "none"
 
@@ -290,6 +315,9 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
         _check_types(value[name], label=str, kind=str, stage=str, files=dict, path=(str, _NONE))
         _check_types(value[name]["files"], **dict.fromkeys(value[name]["files"], str))
         _check_types(value[name], tensors=(str, _NONE), graph=(dict, _NONE))
+        if value[name].setdefault("tokenizer", None) is not None:
+            _check_types(value[name], tokenizer=dict)
+            _check_types(value[name]["tokenizer"], **dict.fromkeys(value[name]["tokenizer"], str))
     records = [GraphRecord(**value[name]) for name in ("reference", "candidate")]
     return Certificate(
         reference=dataclasses.replace(records[0], files=dict(records[0].files)),

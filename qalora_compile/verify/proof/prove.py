@@ -20,6 +20,7 @@ from qalora_compile.verify.proof.certificate import (
     GraphRecord,
     SegmentProof,
     SiteProof,
+    tokenizer_difference,
     verdict_of,
 )
 from qalora_compile.verify.proof.compare_weights import Coefficients, compare_linears
@@ -36,7 +37,8 @@ from qalora_compile.verify.proof.match_structure import (
     compare_structure,
 )
 from qalora_compile.verify.proof.open_graph import files_of, open_graph
-from qalora_compile.verify.proof.recheck import recheck
+from qalora_compile.verify.proof.recheck import recheck, tokenizers_now
+from qalora_compile.verify.proof.tokenizer_digests import tokenizer_digests
 from qalora_compile.verify.proof.weights.linear_map import (
     TWO_DIGITS,
     Linear,
@@ -120,11 +122,12 @@ def check_certificate(path: str | Path) -> tuple[Certificate, list[str]]:
             for name in sorted(found.keys() | record.files.keys())
             if found.get(name) != record.files.get(name)
         ]
+    records, changed = tokenizers_now(stated, places)
+    problems += changed
     described = stated.reference.graph
     first = places[0] if described is None else read_program_graph(places[0], described)
     structure = compare_structure(first, places[1])
     sites = tuple(_prove_site(pair) for pair in track(list(structure.pairs), "prove"))
-    records = (stated.reference, stated.candidate)
     segments = _as_tried(structure.segments, stated)
     now = _certificate(records, structure, sites, segments, int(stated.samples["count"]))
     problems += recheck(stated, now)
@@ -251,6 +254,7 @@ def _certificate(
     segments: Sequence[Segment],
     samples: int,
 ) -> Certificate:
+    wrong = tokenizer_difference(*records)
     states = {s.status for s in segments} | {s.status for s in sites if s.modes}
     around = DIFFERENT if DIFFERENT in states else OPEN if OPEN in states else PROVED
     if around == PROVED and SAMPLED in states:
@@ -260,7 +264,8 @@ def _certificate(
         dataclasses.replace(s, status=around) if s.status == OPEN and not s.modes else s
         for s in sites
     ]
-    verdict = verdict_of(states | {s.status for s in sites})
+    statuses = states | {s.status for s in sites} | ({DIFFERENT} if wrong else set())
+    verdict = verdict_of(statuses)
     pieces = [SegmentProof(s.name, s.status, s.lines, s.sampled) for s in segments]
     return Certificate(
         reference=records[0],
@@ -268,7 +273,7 @@ def _certificate(
         verdict=verdict,
         sites=tuple(sites),
         segments=tuple(pieces),
-        difference=None if verdict == Verdict.EQUAL else _first_difference(sites, pieces, verdict),
+        difference=_first_difference(sites, pieces, verdict) or wrong,
         samples={"count": samples, "tolerance": SAMPLE_TOLERANCE},
         notes=(*structure.notes, *_notes(sites, structure)),
         versions=_versions(),
@@ -279,6 +284,8 @@ def _first_difference(
     sites: Sequence[SiteProof], segments: Sequence[SegmentProof], verdict: Verdict
 ) -> str | None:
     """The first difference in graph order: the input of a site before the site, outputs last."""
+    if verdict == Verdict.EQUAL:
+        return None
     wrong = OPEN if verdict == Verdict.UNDECIDED else DIFFERENT
     located = _located(sites, segments, wrong)
     for site in sites:
@@ -349,11 +356,27 @@ def _notes(sites: Sequence[SiteProof], structure: Structure) -> list[str]:
 def _record(thing: Program | str | Path, graph: Graph, folder: Path | None) -> GraphRecord:
     if isinstance(thing, (str, Path)):
         path = Path(thing)
-        return GraphRecord(graph.label, graph.dialect, graph.stage, str(path), files_of(path), None)
+        return GraphRecord(
+            graph.label,
+            graph.dialect,
+            graph.stage,
+            str(path),
+            files_of(path),
+            tensors=None,
+            tokenizer=tokenizer_digests(path),
+        )
     hashed = hashlib.sha256()
     for name, stored in sorted(graph.tensors.items()):
         hashed.update(f"{name} {stored.digest}\n".encode())
-    record = GraphRecord(graph.label, graph.dialect, graph.stage, None, {}, hashed.hexdigest())
+    record = GraphRecord(
+        graph.label,
+        graph.dialect,
+        graph.stage,
+        path=None,
+        files={},
+        tensors=hashed.hexdigest(),
+        tokenizer={} if folder is None else tokenizer_digests(folder),
+    )
     if folder is None or not _has_tensors(folder, graph):
         return record
     described = describe_program(thing)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from qalora_compile.verdict import Verdict
-from qalora_compile.verify.proof.certificate import Certificate, SiteProof
+from qalora_compile.verify.proof.certificate import Certificate, GraphRecord, SiteProof
 from qalora_compile.verify.proof.compare_weights import Coefficients
 from qalora_compile.verify.proof.match_structure import PROVED
+from qalora_compile.verify.proof.tokenizer_digests import changed_files, tokenizer_digests
 
 _SLACK = 1e-9
 """Relative tolerance for sums, which another numpy may compute in another order."""
@@ -84,3 +87,21 @@ def _of_mode(stated: Coefficients, now: Coefficients) -> Iterator[str]:
 def _within(found: float, stated: float, slack: float) -> bool:
     """Whether a stated bound holds; NaN never does."""
     return found <= stated * (1 + _SLACK) + slack
+
+
+def tokenizers_now(
+    stated: Certificate, places: Sequence[Path]
+) -> tuple[tuple[GraphRecord, GraphRecord], list[str]]:
+    """The records with the tokenizers that are there now, and the files that have changed."""
+    records, problems = [], []
+    for record, place in zip((stated.reference, stated.candidate), places, strict=True):
+        if record.tokenizer is None:
+            records.append(record)
+            continue
+        found = tokenizer_digests(place)
+        problems += [
+            f"{place}: the tokenizer has changed: {name}"
+            for name in changed_files(record.tokenizer, found)
+        ]
+        records.append(dataclasses.replace(record, tokenizer=found))
+    return (records[0], records[1]), problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qalora_compile.training.records.report_page import (
 )
 from qalora_compile.training.sample_answers import Question, answers, questions
 from tests.models import MLP
+from tests.pages.test_page import text_of as read
 from tests.training.test_fit import language_model
 
 LOG: list[dict[str, Any]] = [
@@ -110,23 +112,54 @@ def test_the_page_holds_curves_layers_and_answers(tmp_path: Path) -> None:
         log,
         layer_changes(program),
         title="Training of tiny",
-        facts={"model": "tiny", "examples": 6},
-        samples=[sample],
+        settings={"bits": 4, "group size": 32, "rank": 16, "learning rate": "0.001"},
+        results={"held-out accuracy": "35.0% → 90.0%", "adapter parameters": 350405},
+        samples=[sample, Sample(Question("3 + 3 =", " 6"), "6 ", "7")],
     )
     text = path.read_text("utf-8")
     assert "Training of tiny" in text
-    assert text.count("<svg") == 7
-    assert "Accuracy" in text
-    assert "held out" in text
-    assert "model.layers.1.mlp.down_proj" in text
+    assert text.count("<svg") == 5
+    found = read(path)
+    order = ["Settings", "rank 16", "What changed", "350,405", "2 + 2 = <b>", "right", "Layers"]
+    body = found.partition("Layers")[2]  # after the contents
+    spots = [body.find(part) for part in order]
+    assert -1 not in spots and spots == sorted(spots), "settings first, then what changed"
+    assert "held out" in found and "answered right to the last token" in found
+    assert "100 %" in found and "tokens that carry loss" in found
+    assert "down_proj 2 layers" in found and "model.layers.1.mlp.down_proj" in found
+    answers = [part.split("</td>")[0] for part in text.split('data-label="wanted"')[1:]]
+    marks = re.findall(r'<strong class="(good|bad) short">(.) (\w+)', text)
+    assert len(answers) == 2
+    assert marks == [
+        ("bad", "✗", "fish"), ("good", "✓", "4"), ("good", "✓", "6"), ("bad", "✗", "7"),
+    ]  # fmt: skip
     assert "2 + 2 = &lt;b&gt;" in text
-    assert "fish" in text
     assert path.stat().st_size < 400_000
+
+
+def test_classes_are_not_called_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    log = [row | {"held_out": 1.0, "held_out_accuracy": 0.5} for row in LOG]
+    sample = Sample(Question("a text", "sports"), "tech", "sports")
+    write_report(
+        path, log, [], title="t", settings={}, results={}, samples=[sample], classifies=True
+    )
+    found = read(path)
+    assert "Mean over the examples" in found and "into their class" in found
+    assert "The likeliest class" in found
+    assert "tokens that carry loss" not in found and "last token" not in found
+
+
+def test_a_long_prompt_is_shown_completely(tmp_path: Path) -> None:
+    path, prompt = tmp_path / "report.html", "word " * 300 + "end"
+    sample = Sample(Question(prompt, "x"), "y", "x")
+    write_report(path, LOG, [], title="t", settings={}, results={}, samples=[sample])
+    assert " ".join(prompt.split()) in read(path)
 
 
 def test_a_run_without_a_step_has_no_report(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="no step was run"):
-        write_report(tmp_path / "r.html", [], [], title="t", facts={})
+        write_report(tmp_path / "r.html", [], [], title="t", settings={}, results={})
     assert not list(tmp_path.iterdir())
 
 

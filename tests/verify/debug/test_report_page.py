@@ -10,11 +10,12 @@ import torch
 
 import qalora_compile as qc
 from qalora_compile.cli.main import main
-from qalora_compile.verify.debug.report_page import _by_layer, effective_zero_points, zero_points
+from qalora_compile.verify.debug.report_page import _by_layer
+from qalora_compile.verify.debug.zero_points import effective_zero_points, zero_points
 from qalora_compile.verify.proof.graphs.graph import Graph, Node, Tensor
 from qalora_compile.verify.proof.open_graph import open_graph, open_graphs
 from tests.models import MLP, adapted, randomize_adapters
-from tests.pages.test_page import Reader
+from tests.pages.test_page import text_of as read
 from tests.verify.planted import SPECS, program, with_tensors
 
 
@@ -31,20 +32,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read(path: Path) -> str:
-    reader = Reader()
-    html = path.read_text("utf-8")
-    reader.feed(html)
-    assert reader.open == [] and len(reader.ids) == len(set(reader.ids))
-    assert all(link.startswith("#") for link in reader.links), "it refers to nothing outside"
-    return " ".join(reader.text.split())
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--numeric", "--levels", "all"], ["one-hot", "optimization all"]),
-        (["--prove"], ["for all inputs", "multiple of storage rounding", "EQUAL", "1 in column"]),
+        (["--prove"], ["for all inputs", "multiple of storage rounding", "✓ EQUAL", "1 in column"]),
         (["--max-rel", "1e-3"], ["max_rel 0.001", "sqnr dB", "input 1"]),
     ],
 )
@@ -55,8 +47,10 @@ def test_each_check_writes_its_page(
     models = [str(folders / "folded"), str(folders / "model.onnx")]
     assert main(["verify", *models, *words, "--html", str(page)]) == 0
     text = read(page)
-    shown = ("Errors by layer", "Worst inputs", "distance of a zero-point", "layers.1", "onnx.Tanh")
-    for part in (*says, *shown, "shift of a zero-point", "; 0 moved by more than 0.0001"):
+    settings = ("Settings", "bits 4", "group size", "seed 0")
+    layers = ("Errors by layer", "Worst inputs", "layers.1", "onnx.Tanh")
+    moved = ("distance of a zero-point", "shift of a zero-point", "; 0 moved by more than 0.0001")
+    for part in (*settings, *says, *layers, *moved):
         assert part in text, part
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
@@ -120,7 +114,8 @@ def test_a_fault_is_on_its_page(folders: Path, tmp_path: Path) -> None:
     models = [str(folders / "adapted"), str(folders / "wrong")]
     assert main(["verify", *models, "--numeric", "--html", str(page)]) == 1
     text = read(page)
-    assert "DIFFERENT" in text and "layers.1: off by" in text
+    assert "✗ DIFFERENT" in text and "layers.1: off by" in text
+    assert 'class="verdict bad"' in page.read_text("utf-8")
 
 
 def test_a_page_that_cannot_be_made_is_refused(folders: Path, tmp_path: Path) -> None:
