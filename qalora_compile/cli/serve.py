@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"key that clients must send; better in the variable {KEY_VARIABLE}, which other users "
-        "of the machine cannot read (default: none)",
+        help=f"key that clients must send; better in the variable {KEY_VARIABLE}, which other "
+        "users of the machine cannot read (default: none)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads of ONNX Runtime (default: its own choice)"
