@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,24 +86,32 @@ def run_server(spec: ServeSpec, started: Callable[[Served, int], None]) -> None:
     """
     uvicorn = require("uvicorn", extra="serve", purpose="serve a model")
     served = open_served(spec)
-    config = uvicorn.Config(
-        create_app(served),
-        host=spec.host,
-        port=spec.port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_STOP_SECONDS,
-    )
+    with _listening(spec) as listening:
+        config = uvicorn.Config(
+            create_app(served),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_STOP_SECONDS,
+        )
+        started(served, int(listening.getsockname()[1]))
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listening(spec: ServeSpec) -> socket.socket:
+    """The socket of a server.
+
+    Raises:
+        UserInputError: the address cannot be used.
+    """
+    family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
     try:
-        socket = config.bind_socket()
-    except SystemExit as error:  # uvicorn logs the reason and exits
+        return socket.create_server((spec.host, spec.port), family=family)
+    except OSError as error:
         raise UserInputError(
-            f"cannot listen on {spec.host}, port {spec.port}", hint="give another --port"
+            f"cannot listen on {spec.host}, port {spec.port}: {error.strerror}",
+            hint="give another --port or --host",
         ) from error
-    with socket:
-        started(served, int(socket.getsockname()[1]))
-        uvicorn.Server(config).run(sockets=[socket])
 
 
 def _open(folder: Path, threads: int | None) -> TextModel | Embedder:

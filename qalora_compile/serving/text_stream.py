@@ -33,7 +33,8 @@ class TextStream:
         if text.endswith(_UNFINISHED):
             return ""
         added = text[len(self._decode(self._recent[: self._known])) :]
-        self._recent = self._recent[self._known :]
+        if added:  # otherwise, as after a special token, the one before it shows how to go on
+            self._recent = self._recent[self._known :]
         self._known = len(self._recent)
         return added
 

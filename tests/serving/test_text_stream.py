@@ -36,6 +36,11 @@ def test_a_character_appears_when_it_is_complete() -> None:
     assert written([104, 0], skip_special=False) == ["h", "\0"]
 
 
+def test_a_special_token_does_not_make_the_next_word_the_first() -> None:
+    pieces = written([*b"a", 0, 0, *b" b"])
+    assert "".join(pieces) == "a b"
+
+
 def cut(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
     strings = StopStrings(stops)
     shown = ""
