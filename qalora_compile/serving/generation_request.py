@@ -122,7 +122,7 @@ def _request(
     sampling = _sampling(fields, model.sampling)
     stop = fields.strings("stop", _MOST_STOPS)
     choices = fields.integer("n", 1, _MOST_CHOICES) or 1
-    orders = []
+    orders: list[Order] = []
     for prompt in prompts:
         count = _room(model, prompt, wanted, limits)
         for _ in range(choices):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from qalora_compile.cli import chat
 from qalora_compile.cli.main import main
+from qalora_compile.cli.ui import console
 from tests.serving.conftest import add_template, quantized, write_talker
 
 Capture = pytest.CaptureFixture[str]
@@ -71,7 +71,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(
     edge: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     printed: list[str] = []
-    write = chat.console.print
+    write = console.print
 
     def interrupted(*values: object, **options: object) -> None:
         if options.get("end") == "" and not printed:
@@ -79,7 +79,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(
         printed.append(str(values))
         write(*values, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(chat.console, "print", interrupted)
+    monkeypatch.setattr(console, "print", interrupted)
     type_lines(monkeypatch, "red is a", "two is a")
     assert main(["chat", str(edge), "--max-new-tokens", "4"]) == 0
     figures = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
