@@ -296,7 +296,7 @@ def choose_token(
         return int(logits.argmax())
     exact = logits.astype(np.float64)
     probabilities = np.exp((exact - exact.max()) / sampling.temperature)
-    order = np.argsort(-probabilities)[: sampling.top_k or None]
+    order = np.argsort(-exact)[: sampling.top_k or None]
     probabilities /= probabilities[order].sum()
     before = np.cumsum(probabilities[order]) - probabilities[order]
     kept = order[before < sampling.top_p]
