@@ -93,7 +93,8 @@ def _program(folder: Path) -> Iterator[Evaluated]:
 
 def _source(reference: str) -> Evaluated:
     source = load_source(reference)
-    model = source.model.float()  # as in training, whatever the checkpoint stores
+    # As in training, whatever a checkpoint in float stores; the others are read as float32.
+    model = source.model.float() if source.read_codes is None else source.model
 
     def forward(input_ids: Tensor, attention_mask: Tensor, *encoder: Tensor) -> Tensor:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
