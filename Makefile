@@ -76,6 +76,19 @@ test-openvino: $(VENV)/installed-dev ## install OpenVINO and run its tests, Smol
 		tests/verify/runners/test_openvino_session.py tests/testing/test_target_contract.py \
 		tests/cli/test_openvino.py tests/e2e/test_openvino.py $(ARGS)
 
+# lm-evaluation-harness is in an environment of its own, on top of the development environment's: it
+# needs many packages that nothing else here does.
+SERVE := build/serve
+.PHONY: test-serve
+test-serve: $(VENV)/installed-dev ## install lm-evaluation-harness and run the tests of chat, serve and eval
+	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+		> $$(echo $(SERVE)/lib/python3*/site-packages)/development.pth
+	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+		"lm-eval>=0.4.10,<0.5" "fastapi>=0.115,<1" "uvicorn>=0.34,<1" "httpx>=0.27,<1" "openai>=1.60,<4"
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -q -n 2 --by folder tests/serving \
+		tests/cli/test_chat.py tests/cli/test_eval.py tests/cli/test_serve.py $(ARGS)
+
 # Other programs that open an edge folder: transformers.js (where Node.js is) in examples/web, and
 # optimum-onnx, sentence-transformers and playwright in an environment of their own.
 .PHONY: clients

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from qalora_compile.api.edge import read_edge_record
+from qalora_compile.api.text_model import edge_tokenizer, stop_tokens
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.runtime.encoder_decoder import EncoderDecoder
 from qalora_compile.runtime.language_model import LanguageModel, Sampling
 from qalora_compile.runtime.session import open_session
+from qalora_compile.serving.text_stream import TextStream
 from qalora_compile.training.data.tokenize import prompt_tokens
 from qalora_compile.untrusted.artifacts import encoder_decoder_files, model_file
-from qalora_compile.untrusted.tokenizer import load_tokenizer, render_chat
+from qalora_compile.untrusted.tokenizer import render_chat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,35 +74,16 @@ def generate(spec: GenerateSpec) -> Generation:
     folder, record = spec.folder, read_edge_record(spec.folder)
     sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=spec.seed)
     model = _open(folder, record, spec.threads)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise UserInputError(
-            "the folder holds no tokenizer", where=str(folder), hint="export a model that has one"
-        )
+    tokenizer = edge_tokenizer(folder)
     decodes_alone = isinstance(model, EncoderDecoder)
     prompt = _tokens(tokenizer, spec, encodes=decodes_alone)
-    own = tokenizer.eos_token_id
-    stop = [*record.get("end_tokens", ()), *([] if own is None else [own])]
+    stop = sorted(stop_tokens(record, folder, tokenizer))
     tokens = _generate(model, prompt, spec.max_new_tokens, stop, sampling)
     return Generation(
         prompt=tuple(prompt),
-        pieces=_pieces(tokenizer, tokens, skip_special=decodes_alone),
+        pieces=map(TextStream(tokenizer, skip_special=decodes_alone).add, tokens),
         cached=isinstance(model, EncoderDecoder) or model.cached,
     )
-
-
-def _pieces(tokenizer: Any, tokens: Iterator[int], *, skip_special: bool) -> Iterator[str]:
-    """Yield the text that each token adds."""
-    found: list[int] = []
-    shown = ""
-    for token in tokens:
-        found.append(token)
-        text = tokenizer.decode(found, skip_special_tokens=skip_special)
-        if text.endswith("\ufffd"):  # a character that is not complete yet
-            yield ""
-            continue
-        yield text[len(shown) :]
-        shown = text
 
 
 def _open(

@@ -16,6 +16,9 @@ COMMANDS: Mapping[str, str] = {
     "bisect": "find the first pass, site and node that changes what a program computes",
     "inspect": "show what was quantized, how, and why",
     "generate": "continue a prompt with an exported model, greedily or by sampling",
+    "chat": "talk with an exported language model; answers appear as they are generated",
+    "serve": "serve an exported model with the OpenAI API, for chats, texts or embeddings",
+    "eval": "perplexity, exact match or accuracy of models of any form, on the same data",
     "bench": "speed and memory of an exported language model, compared with its unmerged and "
     "float forms",
     "diff": "write what a fine-tuning changed in an edge folder: a few tensors instead of a model",

@@ -44,12 +44,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="classification trains an encoder with a new head; default: inferred "
         "from data and model",
     )
-    group.add_argument(
-        "--map",
-        type=_mapping,
-        metavar="FIELD=COLUMN,…",
-        help="columns of the data to read as fields: prompt=question,completion=answer",
-    )
+    add_map_argument(group)
     group.add_argument(
         "--learn",
         default=LEARN[0],
@@ -66,6 +61,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-cache",
         metavar="DIR",
         help="tokenize once into DIR and read from there, for data larger than memory",
+    )
+
+
+def add_map_argument(group: argparse._ActionsContainer) -> None:
+    """Declare `--map`."""
+    group.add_argument(
+        "--map",
+        type=_mapping,
+        metavar="FIELD=COLUMN,…",
+        help="columns of the data to read as fields: prompt=question,completion=answer",
     )
 
 

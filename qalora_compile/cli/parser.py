@@ -17,7 +17,10 @@ PROGRAM = "qalora-compile"
 _WIDTH = 78
 _USAGE = f"{PROGRAM} COMMAND ..."
 
-READERS = ("finetune", "fold", "export", "verify", "bisect", "inspect", "generate", "bench")
+READERS = (
+    *("finetune", "fold", "export", "verify", "bisect", "inspect"),
+    *("generate", "chat", "serve", "eval", "bench"),
+)
 """Commands that read folders written by this tool."""
 _SEQUENCE = """typical sequence:
   qalora-compile finetune MODEL --data train.jsonl --out run

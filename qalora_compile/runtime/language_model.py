@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,18 +26,24 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token (greedy).
         top_p: Sample from the smallest set of tokens with this much probability together.
+        top_k: Sample from this many of the likeliest tokens at most; 0: no limit.
         seed: Seed of the sampling.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1):
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1):
             raise UserInputError(
                 f"temperature is {self.temperature} and top_p is {self.top_p}",
                 hint="use temperature 0 or more and top_p in (0, 1]",
+            )
+        if self.top_k < 0 or self.seed < 0:
+            raise UserInputError(
+                f"top_k is {self.top_k} and seed is {self.seed}", hint="use 0 or more"
             )
 
 
@@ -57,7 +64,7 @@ class LanguageModel:
         self.context_length = context_length
         self._inputs = {i.name: i for i in session.get_inputs()}
         self._past = [name for name in self._inputs if name.startswith(_PAST)]
-        outputs = {o.name: o for o in session.get_outputs()}
+        self._outputs = outputs = {o.name: o for o in session.get_outputs()}
         self._logits = _LOGITS if _LOGITS in outputs else next(iter(outputs), "nothing")
         unknown = set(self._inputs) - {_TOKENS, _MASK, _POSITIONS, *self._past}
         known = self._logits in outputs and len(outputs[self._logits].shape) == 3
@@ -71,6 +78,16 @@ class LanguageModel:
     def cached(self) -> bool:
         """Whether the model has a key-value cache."""
         return bool(self._past)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the model takes an attention mask."""
+        return _MASK in self._inputs
+
+    @property
+    def gives_last(self) -> bool:
+        """Whether the model outputs the logits of the last token alone."""
+        return bool(self._outputs[self._logits].shape[1] == 1)
 
     def empty_cache(self, batch: int = 1) -> dict[str, Any]:
         """A cache of 0 tokens, by input name, as `onnxruntime.OrtValue`."""
@@ -109,9 +126,22 @@ class LanguageModel:
     def logits(
         self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """Logits `[B, T, V]` float32 of token ids `[B, T]` int64; no mask means all ones."""
+        """Logits `[B, T, V]` float32 of token ids `[B, T]` int64; no mask means all ones.
+
+        A model that outputs the logits of the last token alone reads one token after the other.
+        """
+        import numpy as np
+
         mask = attention_mask if attention_mask is not None else input_ids * 0 + 1
-        return self.step(input_ids, mask, self.empty_cache(len(input_ids)))[0]
+        cache, length = self.empty_cache(len(input_ids)), input_ids.shape[1]
+        if not self.gives_last:
+            return self.step(input_ids, mask, cache)[0]
+        parts = []
+        for end in range(1, length + 1):
+            fresh = input_ids[:, end - 1 if self.cached else 0 : end]
+            found, cache = self.step(fresh, mask[:, :end], cache)
+            parts.append(found)
+        return np.concatenate(parts, axis=1)
 
     def generate(
         self,
@@ -120,10 +150,19 @@ class LanguageModel:
         max_new_tokens: int,
         stop: Sequence[int] = (),
         sampling: Sampling | None = None,
+        context: Context | None = None,
     ) -> Iterator[int]:
         """Yield new tokens one by one, until a stop token (not yielded) or the limit.
 
         Without a key-value cache, each token runs the entire sequence again.
+
+        Args:
+            prompt: Token ids.
+            max_new_tokens: The limit.
+            stop: Tokens that end the generation.
+            sampling: How a token is chosen; None takes the likeliest.
+            context: What the model has read before: of a prompt that begins with the same tokens,
+                only the rest is read. It is extended by the prompt and the new tokens.
 
         Raises:
             UserInputError: the prompt is empty, or it exceeds the context together with its answer.
@@ -137,26 +176,73 @@ class LanguageModel:
                 f"the {self.context_length} tokens of the model's context",
                 hint="ask for fewer new tokens, or shorten the prompt",
             )
-        return self._generate(prompt, max_new_tokens, stop, sampling)
+        context = Context(self) if context is None else context
+        return continue_tokens(context.read, context.rest(prompt), max_new_tokens, stop, sampling)
 
-    def _generate(
-        self, prompt: Sequence[int], max_new_tokens: int, stop: Sequence[int], sampling: Sampling
-    ) -> Iterator[int]:
+
+class Context:
+    """The tokens that a model has read, with their key-value cache.
+
+    Args:
+        model: The model; without a cache, every call of `read` reads all tokens again.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.tokens: list[int] = []
+        self.cache = self.model.empty_cache()
+
+    def read(self, fresh: Sequence[int]) -> NDArray[np.float32]:
+        """Read tokens, at least one, after the others; returns the logits `[V]` after them."""
+        last: NDArray[np.float32] = self._read(fresh)[-1]
+        return last
+
+    def read_each(self, fresh: Sequence[int]) -> NDArray[np.float32]:
+        """Read tokens, at least one, after the others; returns the logits `[n, V]` after each."""
         import numpy as np
 
-        cache = self.empty_cache()
-        tokens: list[int] = []
+        if self.model.gives_last:
+            return np.stack([self.read([token]) for token in fresh])
+        return self._read(fresh)[-len(fresh) :]
 
-        def step(fresh: list[int]) -> NDArray[np.float32]:
-            nonlocal cache
-            tokens.extend(fresh)
-            read = fresh if self.cached else tokens
-            mask = np.ones((1, len(tokens)), np.int64)
-            logits, cache = self.step(np.array([read], dtype=np.int64), mask, cache)
-            last: NDArray[np.float32] = logits[0, -1]
-            return last
+    def _read(self, fresh: Sequence[int]) -> NDArray[np.float32]:
+        """Read tokens; returns the logits of one step."""
+        import numpy as np
 
-        return continue_tokens(step, prompt, max_new_tokens, stop, sampling)
+        tokens = [*self.tokens, *fresh]
+        read = list(fresh) if self.model.cached else tokens
+        mask = np.ones((1, len(tokens)), np.int64)
+        logits, cache = self.model.step(np.array([read], dtype=np.int64), mask, self.cache)
+        self.tokens, self.cache = tokens, cache  # together, also if a signal interrupts
+        found: NDArray[np.float32] = logits[0]
+        return found
+
+    def rest(self, prompt: Sequence[int]) -> list[int]:
+        """Forget what a prompt does not begin with; returns its tokens that are still to read.
+
+        The last token is always read again, because its logits are needed.
+        """
+        pairs = enumerate(zip(self.tokens, prompt, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(self.tokens), len(prompt)))
+        self._keep(min(same, len(prompt) - 1))
+        return list(prompt[len(self.tokens) :])
+
+    def _keep(self, count: int) -> None:
+        """Keep the first tokens only; nothing if a layer's cache does not have all of them."""
+        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+        if count == len(self.tokens):
+            return
+        if any(value.shape()[2] != len(self.tokens) for value in self.cache.values()):
+            count = 0
+        cut = runtime.OrtValue.ortvalue_from_numpy
+        self.cache = {
+            name: cut(value.numpy()[:, :, :count].copy()) for name, value in self.cache.items()
+        }
+        self.tokens = self.tokens[:count]
 
 
 def empty_cache(inputs: Mapping[str, Any], names: Sequence[str], batch: int) -> dict[str, Any]:
@@ -208,10 +294,10 @@ def choose_token(
 
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities)
+    exact = logits.astype(np.float64)
+    probabilities = np.exp((exact - exact.max()) / sampling.temperature)
+    order = np.argsort(-exact)[: sampling.top_k or None]
+    probabilities /= probabilities[order].sum()
     before = np.cumsum(probabilities[order]) - probabilities[order]
     kept = order[before < sampling.top_p]
     weights = probabilities[kept] / probabilities[kept].sum()

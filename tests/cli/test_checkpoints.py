@@ -62,6 +62,26 @@ def test_a_float_folder_is_written_and_verified(folded: Path, tmp_path: Path) ->
     assert main(["verify", str(folded.parent / "base.gguf"), str(edge), "--max-rel", "1e-5"]) == 1
 
 
+def test_every_form_is_evaluated(folded: Path, tmp_path: Path, capsys: Capture) -> None:
+    for target in ("gguf", "float", "mlx"):
+        made = str(tmp_path / target)
+        assert main(["export", str(folded), "--out", made, "--target", target]) == 0
+    root = folded.parent
+    paths = [root / "base.gguf", root / "run", folded, *map(tmp_path.joinpath, ("gguf", "float"))]
+    paths.append(tmp_path / "mlx")
+    capsys.readouterr()
+    data = ["--data", str(root / "data.jsonl"), "--json"]
+    assert main(["eval", *map(str, paths), *data]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    forms = ["GGUF", "run", "folded", "GGUF", "float", "quantized checkpoint"]
+    assert [row["form"] for row in rows] == forms
+    trained = rows[1]["loss"]
+    for row, tolerance in zip(rows[2:], (1e-4, 1e-2, 1e-4, 1e-2), strict=True):
+        assert row["loss"] == pytest.approx(trained, rel=tolerance), row["form"]
+    assert rows[0]["loss"] > trained + 1e-3
+    assert len({row["predicted"] for row in rows}) == 1
+
+
 def test_other_folders_are_written(folded: Path, tmp_path: Path, capsys: Capture) -> None:
     for target, module in (("mlx", "mlx.core"), ("hqq", "hqq"), ("safetensors", "")):
         edge = tmp_path / target

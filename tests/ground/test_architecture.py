@@ -29,6 +29,7 @@ ALLOWED = {
     "capture": CORE | {"capture", "ir"},
     "verify": CORE | {"verify", "ir", "pages"},
     "runtime": {"runtime", "errors", "optional", "untrusted", "_version"},
+    "serving": CORE | {"serving", "runtime"},
     "pages": {"pages", "errors", "files", "optional"},
     "training": CORE | {"training", "passes", "pages", "ir"},
     "extend": CORE | {"ir", "passes", "quantizers", "exporters", "capture"},
@@ -42,6 +43,7 @@ FREE = {"__init__", "__main__", "api", "cli"}
 OPTIONAL = {
     "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "gguf", "peft", "accelerate",
     "grandalf", "jinja2", "matplotlib", "re2", "openvino", "openvino_tokenizers",
+    "fastapi", "uvicorn", "starlette", "lm_eval",
 }  # fmt: skip
 IMPORTING_CALLS = {"import_module", "require", "__import__"}
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60

@@ -71,8 +71,24 @@ def test_sampled_tokens_have_their_probabilities() -> None:
     assert cut[0] / 4000 == pytest.approx(0.5 / 0.8, abs=0.04)
 
 
+def test_the_likeliest_tokens_are_kept_in_any_heat() -> None:
+    logits = np.log(np.array([0.1, 0.5, 0.3, 0.1], dtype=np.float32))
+    generator = np.random.default_rng(0)
+    hot = Sampling(temperature=5.0, top_k=2)
+    counts = Counter(choose_token(logits, hot, generator) for _ in range(1000))
+    assert set(counts) == {1, 2}
+    assert counts[1] / 1000 == pytest.approx(0.5**0.2 / (0.5**0.2 + 0.3**0.2), abs=0.05)
+    for heat in (1e-300, 1e300):
+        one = Sampling(temperature=heat, top_k=1)
+        assert choose_token(logits, one, generator) == 1
+
+
 @pytest.mark.parametrize(
-    "values", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "values",
+    [
+        *({"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}),
+        *({"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"seed": -1}),
+    ],
 )
 def test_sampling_out_of_range_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(UserInputError):
