@@ -44,6 +44,8 @@ EXAMPLES = """examples:
   qalora-compile export folded --out edge --target onnx
   # openvino_model.xml, with state
   qalora-compile export folded --out edge --target openvino
+  # model.pt2 for torch, and model_aot.pt2 for C++
+  qalora-compile export folded --out edge --target torch --aot
   # for GenAI: our kernels in the folder
   qalora-compile export folded --out edge --with-library
   # one pass over complete sequences
@@ -136,6 +138,11 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         "--float-type",
         choices=FLOAT_TYPES,
         help="dtype of unquantized matrices in target gguf; default: the smallest exact one",
+    )
+    parser.add_argument(
+        "--aot",
+        action="store_true",
+        help="target torch: also compile with AOTInductor, to model_aot.pt2 for C++; needs g++",
     )
     add_output_arguments(parser)
 

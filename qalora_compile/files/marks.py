@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 
 from qalora_compile.errors import QaloraError
 from qalora_compile.untrusted import read_json
+from qalora_compile.untrusted.pt2_file import METADATA_FILE
 
 _RECORDS = {
     "run.json": "qalora-run",
@@ -29,7 +31,7 @@ GGUF_KEY = "qalora.made_by"
 PRODUCER = "qalora-compile"
 """The mark of every ONNX model, and the name of every OpenVINO model."""
 
-_HEAD_BYTES = 1 << 16
+_HEAD_BYTES, _ZIP = 1 << 16, b"PK\x03\x04"
 _OPENVINO_HEAD = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<net name=\"" + PRODUCER.encode() + rb"\"")
 _ONNX_HEAD = re.compile(rb"\x08[\x00-\x7f]\x12" + bytes([len(PRODUCER)]) + PRODUCER.encode())
 """`ir_version` and `producer_name`, as protobuf encodes them at the beginning of the file."""
@@ -47,10 +49,12 @@ def is_own_folder(folder: Path) -> bool:
 def is_own_file(path: Path) -> bool:
     """Whether this package wrote a file; an empty file counts.
 
-    Known are ONNX and OpenVINO models, GGUF files, pages and certificates.
+    Known are ONNX, OpenVINO and `.pt2` models, GGUF files, pages and certificates.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
+    if head.startswith(_ZIP):
+        return _is_own_archive(path)
     if head.startswith(b"GGUF"):
         return GGUF_KEY.encode() in head
     if any(form.match(head) for form in (_ONNX_HEAD, _OPENVINO_HEAD)):
@@ -58,6 +62,17 @@ def is_own_file(path: Path) -> bool:
     if GENERATOR.encode() in head or not head:
         return True
     return head[:1] == b"{" and _is_of(path, _CERTIFICATE)
+
+
+def _is_own_archive(path: Path) -> bool:
+    """Whether a `.pt2` archive holds our metadata; a compiled one is ours if its model is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            own = any(name.endswith(f"/extra/{METADATA_FILE}") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+    model = path.with_name(path.name.replace("_aot.", "."))
+    return own or (model != path and model.is_file() and is_own_file(model))
 
 
 def _is_of(path: Path, kind: str) -> bool:
