@@ -185,6 +185,7 @@ ONNX_TARGETS = {
 GRAPH_TARGETS = {
     **ONNX_TARGETS,
     "openvino": "qalora_compile.exporters.openvino.targets:OPENVINO",
+    "torch": "qalora_compile.exporters.pt2.targets:TORCH",
 }
 """The targets for which passes lower the program."""
 CHECKPOINT_TARGETS = {

@@ -33,6 +33,7 @@ from qalora_compile.progress import say
 from qalora_compile.runtime.library import library_path
 from qalora_compile.untrusted.artifacts import GGUF_FILE
 
+_TRANSLATE = {"openvino": "convert to OpenVINO IR", "torch": "export with torch"}
 _FOR_ONNX = ("no_kv_cache", "last_logits", "with_library", "preset", "embeddings")
 
 
@@ -170,7 +171,7 @@ def _edge(spec: DeploySpec) -> EdgeResult:
         say("capture for a device")
         graphs = edge_graphs(program, source / MODEL, last_logits=spec.last_logits, file=file)
     graphs, target = lowered(graphs, target)
-    say("translate to ONNX" if target.is_onnx else "convert to OpenVINO IR")
+    say(_TRANSLATE.get(target.target, "translate to ONNX"))
     parts = EdgeParts(
         description=source / MODEL,
         tokenizer=source / TOKENIZER,

@@ -62,6 +62,7 @@ from qalora_compile.untrusted.artifacts import (
     ENCODER_FILE,
     MODEL_FILE,
     OPENVINO_FILE,
+    TORCH_FILE,
     data_file,
 )
 from qalora_compile.untrusted.tokenizer import load_tokenizer
@@ -160,7 +161,7 @@ def outputs_last_logits(program: Program) -> bool:
 
 def graph_file(spec: ExportSpec) -> str:
     """Name of the file of a model with a single graph, as its clients look for it."""
-    return MODEL_FILE if spec.is_onnx else OPENVINO_FILE
+    return MODEL_FILE if spec.is_onnx else {"torch": TORCH_FILE}.get(spec.target, OPENVINO_FILE)
 
 
 def written_file(file: str, spec: ExportSpec) -> str:
@@ -198,7 +199,7 @@ def edge_graphs(
         return {file: add_kv_cache(program, description, last_logits=last_logits)}
     if file != MODEL_FILE:
         raise UnsupportedError(
-            "encoder-decoder models have no form in target openvino",
+            f"encoder-decoder models have no form in a target that writes {file}",
             hint="export with target ort, whose folder runs in ONNX Runtime",
         )
     if last_logits:
@@ -252,7 +253,8 @@ def _write_parts(folder: Path, parts: EdgeParts, size: int) -> list[str]:
     genai = "no: needs a key-value cache"
     if not parts.spec.is_onnx:
         genai = "no: it runs ONNX models"
-        written.append(write_tokenizers(parts.tokenizer, folder))
+        if parts.spec.target == "openvino":
+            written.append(write_tokenizers(parts.tokenizer, folder))
     elif parts.program.signature.cache:
         genai = _write_genai(folder, parts, description)
         written.append(CONFIG_FILE if genai == "yes" else f"no {CONFIG_FILE} ({genai})")

@@ -11,7 +11,12 @@ from typing import Any
 from qalora_compile.brief import megabytes
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_files, check_output
-from qalora_compile.ir.onnx_metadata import OnnxLayer, read_onnx_metadata
+from qalora_compile.ir.onnx_metadata import (
+    OnnxLayer,
+    OnnxMetadata,
+    metadata_of,
+    read_onnx_metadata,
+)
 from qalora_compile.ir.openvino_metadata import openvino_metadata, read_openvino
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
@@ -20,10 +25,12 @@ from qalora_compile.ir.view.netron import write_structure
 from qalora_compile.ir.view.svg import to_dot, to_svg
 from qalora_compile.untrusted.artifacts import (
     OPENVINO_FILE,
+    TORCH_FILE,
     encoder_decoder_files,
     model_file,
     onnx_parts,
 )
+from qalora_compile.untrusted.pt2_file import read_pt2
 
 _LAYERS = "layers to "
 Row = dict[str, Any]
@@ -142,16 +149,14 @@ def inspect_exported(path: Path) -> tuple[list[Row], Row]:
 
 def _model_in(folder: Path) -> Path:
     """The file of a model with a single graph."""
-    other = folder / OPENVINO_FILE
-    return other if other.is_file() else model_file(folder)
+    others = (folder / OPENVINO_FILE, folder / TORCH_FILE)
+    return next((file for file in others if file.is_file()), model_file(folder))
 
 
 def _inspect_file(file: Path) -> tuple[list[Row], Row]:
     if not file.is_file():
         raise UserInputError(f"there is no file {file}", where=str(file))
-    is_onnx = file.suffix != Path(OPENVINO_FILE).suffix
-    metadata = read_onnx_metadata(file) if is_onnx else openvino_metadata(read_openvino(file), file)
-    parts = onnx_parts(file) if is_onnx else [file, file.with_suffix(".bin")]
+    metadata, parts = _metadata_of(file)
     rows = [_onnx_row(layer, metadata.target) for layer in metadata.layers]
     decisions = Counter(row["decision"] for row in rows)
     size = sum(part.stat().st_size for part in parts)
@@ -165,7 +170,16 @@ def _inspect_file(file: Path) -> tuple[list[Row], Row]:
     }
 
 
-_FORMS = {"openvino": "real", "ort": "real"}
+def _metadata_of(file: Path) -> tuple[OnnxMetadata, list[Path]]:
+    """The metadata of an exported model, and its files."""
+    if file.suffix == Path(TORCH_FILE).suffix:
+        return metadata_of(read_pt2(file).metadata, file), [file]
+    if file.suffix == Path(OPENVINO_FILE).suffix:
+        return openvino_metadata(read_openvino(file), file), [file, file.with_suffix(".bin")]
+    return read_onnx_metadata(file), onnx_parts(file)
+
+
+_FORMS = {"openvino": "real", "ort": "real", "torch": "real"}
 """How targets hold zero-points, where it is not the form of MatMulNBits."""
 
 

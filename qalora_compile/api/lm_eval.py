@@ -123,7 +123,8 @@ class Harness:
         windows = require("lm_eval.utils", extra="lm-eval", purpose=_PURPOSE)
         found = []
         for request in _progress(requests, "loglikelihood_rolling", disable_tqdm):
-            tokens = self.tok_encode(request.args[0], False)
+            (text, *_) = request.args
+            tokens = self.tok_encode(text, False)
             parts = map(
                 windows.make_disjoint_window,
                 windows.get_rolling_token_windows(

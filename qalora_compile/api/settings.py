@@ -32,8 +32,10 @@ _ROWS = (
     ("tokens of an example, at most", "reading", "seq_len"),
 )
 """Name for people, and where a record has the value."""
-_INPUTS = ("model", "quantized layers", "adapter parameters", "examples", "read as", "packed")
-_INPUTS += ("classes", "cut to fit")
+_INPUTS = (
+    *("model", "quantized layers", "adapter parameters", "examples", "read as", "packed"),
+    *("classes", "cut to fit"),
+)
 """Rows of the summary of a training that say what it was started with."""
 
 

@@ -53,6 +53,8 @@ EXAMPLES = """examples:
   qalora-compile export folded --out edge --for onnxruntime==1.18
   # openvino_model.xml, with state
   qalora-compile export folded --out edge --target openvino
+  # model.pt2 for torch, and model_aot.pt2 for C++
+  qalora-compile export folded --out edge --target torch --aot
   # for GenAI: our kernels in the folder
   qalora-compile export folded --out edge --with-library
   # one pass over complete sequences
@@ -159,6 +161,11 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the runtime that the file is for."""
+    parser.add_argument(
+        "--aot",
+        action="store_true",
+        help="target torch: also compile with AOTInductor, to model_aot.pt2 for C++; needs g++",
+    )
     parser.add_argument(
         "--format",
         choices=FORMATS,

@@ -295,4 +295,6 @@ def _kernels(paths: tuple[str, str], *, used_library: bool) -> str:
     kinds = [found.kind for found in map(find_artifact, paths) if found is not None]
     if ArtifactKind.OPENVINO in kinds:
         return "of OpenVINO's CPU plugin"
+    if ArtifactKind.TORCH in kinds:
+        return "of torch"
     return "with the operator library" if used_library else "of ONNX Runtime"

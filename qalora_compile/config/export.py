@@ -14,7 +14,7 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 
 ONNX_TARGETS = tuple(registry.ONNX_TARGETS)
 GRAPH_TARGETS = tuple(registry.GRAPH_TARGETS)
-"""The targets for which passes lower the program: ONNX and OpenVINO."""
+"""The targets for which passes lower the program: ONNX, OpenVINO and torch."""
 CHECKPOINT_TARGETS = tuple(registry.CHECKPOINT_TARGETS)
 """Checkpoints of other libraries; the last two hold integer zero-points only."""
 TARGETS = registry.TARGETS.builtin
@@ -48,8 +48,9 @@ class ExportSpec(Spec):
             `"ort-stock"`: MatMulNBits with integer zero-points and one shared group-sum
             correction, for any ONNX Runtime. `"onnx"`: blocked DequantizeLinear and the same
             correction, standard operators only. `"openvino"`: OpenVINO IR with real-valued
-            zero-points. The others are checkpoints of other libraries (docs/checkpoints.md), which
-            take none of the options of ONNX below.
+            zero-points. `"torch"`: a `.pt2` file of `torch.export` with torch's own kernel for
+            4-bit weights, which takes real zeros. The others are checkpoints of other libraries
+            (docs/checkpoints.md), which take none of the options of ONNX below.
         opset: ONNX opset version of the standard domain; None takes 20, or 21 for `"onnx"`.
         accuracy_level: 0 computes in float32; 4 quantizes activations to int8, which is faster and
             errs by about 5e-3 of the output. 2, for target `"ort"` only, quantizes them to two int8
@@ -82,6 +83,8 @@ class ExportSpec(Spec):
             are left open (`config.onnx_releases`). None: the newest release.
         stateful: For target `"openvino"`: a key-value cache is state of the model, as OpenVINO
             GenAI runs it, and not inputs and outputs. Without a cache it has no effect.
+        aot: For target `"torch"`: also compile with AOTInductor to `<name>_aot.pt2`, which C++
+            loads. It needs g++ and runs on machines like this one.
         allow_unfolded: Export a program whose adapters are not folded (they stay in the graph), or
             one that is not quantized at all.
         overwrite: Replace an existing file.
@@ -99,6 +102,7 @@ class ExportSpec(Spec):
     format: str = "onnx"
     runtime: str | None = None
     stateful: bool = True
+    aot: bool = False
     allow_unfolded: bool = False
     overwrite: bool = False
 
@@ -189,8 +193,8 @@ class ExportSpec(Spec):
 
     def _check_target(self) -> None:
         """Refuse options that the target does not have."""
-        no_parameters = ("ort-stock", "onnx", "gguf", "safetensors")
-        checkpoint, not_onnx = CHECKPOINT_TARGETS, ("openvino", *CHECKPOINT_TARGETS)
+        no_parameters = ("ort-stock", "onnx", "torch", "gguf", "safetensors")
+        checkpoint, not_onnx = CHECKPOINT_TARGETS, ("openvino", "torch", *CHECKPOINT_TARGETS)
         others = tuple(target for target in TARGETS if target != "ort-stock")
         no_function = tuple(target for target in TARGETS if target != "ort")
         no_floats = tuple(target for target in TARGETS if target != "gguf")
@@ -207,6 +211,7 @@ class ExportSpec(Spec):
             ("format", "onnx", not_onnx),
             ("runtime", None, not_onnx),
             ("stateful", True, no_state),
+            ("aot", False, tuple(target for target in TARGETS if target != "torch")),
             ("allow_unfolded", False, checkpoint),
         ):
             if getattr(self, option) != default and self.target in targets:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 
 from qalora_compile.errors import QaloraError
 from qalora_compile.untrusted import read_json
+from qalora_compile.untrusted.pt2_file import METADATA_FILE
 
 _RECORDS = {
     "run.json": "qalora-run",
@@ -29,7 +31,7 @@ GGUF_KEY = "qalora.made_by"
 PRODUCER = "qalora-compile"
 """The mark of every ONNX model, and the name of every OpenVINO model."""
 
-_HEAD_BYTES = 1 << 16
+_HEAD_BYTES, _ZIP = 1 << 16, b"PK\x03\x04"
 _ORT_FORMAT = b"ORTM"
 """Bytes 4 to 8 of a model in ONNX Runtime's own format, whose producer is named at its end."""
 _OPENVINO_HEAD = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<net name=\"" + PRODUCER.encode() + rb"\"")
@@ -49,11 +51,13 @@ def is_own_folder(folder: Path) -> bool:
 def is_own_file(path: Path) -> bool:
     """Whether this package wrote a file; an empty file counts.
 
-    Known are ONNX models (also in ONNX Runtime's own format), OpenVINO models, GGUF files, pages
-    and certificates.
+    Known are ONNX models (also in ONNX Runtime's own format), OpenVINO and `.pt2` models, GGUF
+    files, pages and certificates.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
+    if head.startswith(_ZIP):
+        return _is_own_archive(path)
     if head.startswith(b"GGUF"):
         return GGUF_KEY.encode() in head
     if head[4:8] == _ORT_FORMAT:
@@ -69,6 +73,17 @@ def _tail(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _HEAD_BYTES))
         return file.read()
+
+
+def _is_own_archive(path: Path) -> bool:
+    """Whether a `.pt2` archive holds our metadata; a compiled one is ours if its model is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            own = any(name.endswith(f"/extra/{METADATA_FILE}") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+    model = path.with_name(path.name.replace("_aot.", "."))
+    return own or (model != path and model.is_file() and is_own_file(model))
 
 
 def _is_of(path: Path, kind: str) -> bool:

@@ -53,6 +53,7 @@ EXPERT_MATMUL_BLOCKS = QALORA.expert_matmul_blocks.default
 GROUP_EMBEDDING = QALORA.group_embedding.default
 BLOCK_EMBEDDING = QALORA.block_embedding.default
 FLAT_EMBEDDING = QALORA.flat_embedding.default
+INT4PACK_LINEAR = QALORA.int4pack_linear.default
 RMS_NORM = QALORA.rms_norm.default
 ROTARY_EMBEDDING = QALORA.rotary_embedding.default
 ATTENTION = QALORA.attention.default
@@ -79,6 +80,7 @@ LEGAL_OPS: dict[str, frozenset[object]] = {
     f"{LEGALIZED}ort-stock": _COMMON | {MATMUL_NBITS, EXPERT_MATMUL_NBITS, BLOCK_EMBEDDING},
     f"{LEGALIZED}onnx": _COMMON | {MATMUL_BLOCKS, EXPERT_MATMUL_BLOCKS, FLAT_EMBEDDING},
     f"{LEGALIZED}openvino": _COMMON | {GROUP_QUANT_LINEAR, BLOCK_EMBEDDING},
+    f"{LEGALIZED}torch": _COMMON | {INT4PACK_LINEAR, GROUP_EMBEDDING},
 }
 """Operators of the `qalora` namespace that a program of each stage may call."""
 

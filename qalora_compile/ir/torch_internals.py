@@ -61,6 +61,11 @@ ASSERTIONS = (
     _ATEN._assert_async.default,
 )
 """Run-time assertions on values in a model's own code."""
+ASSERT_TRUE = _ATEN._assert_async.msg
+"""Raises its text unless a tensor of one boolean is true."""
+PACK_INT4 = _ATEN._convert_weight_to_int4pack_for_cpu.default
+INT4_PRODUCT = _ATEN._weight_int4pack_mm_for_cpu.default
+"""Codes in the layout of torch's own kernel for 4-bit weights on this processor, and the kernel."""
 
 BatchNormBase = nn.modules.batchnorm._NormBase  # wish: a public base class
 """The layers that keep running statistics, which training updates."""
@@ -199,3 +204,18 @@ class LazyGraphModule(fx.GraphModule):
 
     def after_move(self) -> None:
         """Called after `to()`, `cuda()` and the like have moved the tensors."""
+
+
+def compile_package(exported: torch.export.ExportedProgram, path: str) -> None:
+    """Compile with AOTInductor to a `.pt2` package for C++. Wish: `torch.export.compile`."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(exported, package_path=path)
+
+
+def load_package(path: str) -> Callable[..., Any]:
+    """A compiled package, which is machine code: for files that are trusted. Wish: as above."""
+    from torch._inductor import aoti_load_package
+
+    package: Callable[..., Any] = aoti_load_package(path)
+    return package

@@ -30,7 +30,7 @@ class ShareGroupSums(Pass):
     name: ClassVar[str] = "share-group-sums"
     consumes: ClassVar[tuple[str, ...]] = (
         ADAPTED,
-        *(f"{LEGALIZED}{target}" for target in ("ort", "ort-stock", "onnx", "openvino")),
+        *(f"{LEGALIZED}{target}" for target in ("ort", "ort-stock", "onnx", "openvino", "torch")),
     )
     produces: ClassVar[str | None] = None
 

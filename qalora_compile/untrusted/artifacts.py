@@ -29,6 +29,7 @@ _DATA_SUFFIXES = ("_data", ".data")
 CONFIG_FILE, GGUF_FILE = "config.json", "model.gguf"
 OPENVINO_FILE = "openvino_model.xml"
 """The name that OpenVINO GenAI and Optimum look for; the weights are in a `.bin` file."""
+TORCH_FILE = "model.pt2"
 
 _TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
@@ -43,6 +44,7 @@ class ArtifactKind(Enum):
     ENCODER_DECODER = "exported encoder-decoder model"
     ONNX = "ONNX model"
     OPENVINO = "OpenVINO model"
+    TORCH = "torch export"
     GGUF = "GGUF file"
     CHECKPOINT = "checkpoint folder"
 
@@ -53,7 +55,7 @@ class Artifact:
 
     Attributes:
         kind: Its kind.
-        path: The `.onnx`, `.ort`, `.xml` or `.gguf` file; for the other kinds, the folder.
+        path: The `.onnx`, `.ort`, `.xml`, `.pt2` or `.gguf` file; for the other kinds, the folder.
     """
 
     kind: ArtifactKind
@@ -89,7 +91,8 @@ def find_artifact(path: str | Path) -> Artifact | None:
 
     A folder is a program if it holds `program.json`, otherwise an encoder-decoder model if it holds
     at least one of the two graphs. Otherwise `onnx/model_q4.onnx` (`model.onnx`),
-    `openvino_model.xml`, `model.gguf`, safetensors or `config.json` decide. No file is read.
+    `openvino_model.xml`, `model.pt2`, `model.gguf`, safetensors or `config.json` decide. No file is
+    read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -97,6 +100,7 @@ def find_artifact(path: str | Path) -> Artifact | None:
             ".onnx": ArtifactKind.ONNX,
             ORT_SUFFIX: ArtifactKind.ONNX,
             ".xml": ArtifactKind.OPENVINO,
+            ".pt2": ArtifactKind.TORCH,
             ".gguf": ArtifactKind.GGUF,
         }
         kind = kinds.get(path.suffix) if path.exists() else None
@@ -108,6 +112,7 @@ def find_artifact(path: str | Path) -> Artifact | None:
     for kind, file in (
         (ArtifactKind.ONNX, model_file(path)),
         (ArtifactKind.OPENVINO, path / OPENVINO_FILE),
+        (ArtifactKind.TORCH, path / TORCH_FILE),
         (ArtifactKind.GGUF, path / GGUF_FILE),
     ):
         if file.exists():

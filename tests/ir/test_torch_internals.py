@@ -6,6 +6,7 @@ When an upgrade of torch breaks one, the failing case has its name.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -273,8 +274,40 @@ def assert_scalar() -> None:
         internals.ASSERTIONS[0](0, "false")
 
 
+@case("torch.ops.aten._convert_weight_to_int4pack_for_cpu")
+def pack_int4() -> None:
+    codes = torch.arange(128 * 16, dtype=torch.int32).reshape(128, 16) % 16
+    packed = internals.PACK_INT4(codes, 1)
+    assert packed.dtype == torch.uint8 and packed.numel() == codes.numel() // 2
+
+
+@case("torch.ops.aten._weight_int4pack_mm_for_cpu")
+def int4_product() -> None:
+    codes = torch.arange(16 * 64, dtype=torch.int32).reshape(16, 64) % 16
+    pair = torch.tensor([2.0, 0.75]).expand(2, 16, 2).contiguous()
+    x = torch.eye(64)
+    found = internals.INT4_PRODUCT(x, internals.PACK_INT4(codes, 1), 32, pair)
+    assert torch.equal(found.t(), (codes - 8) * 2.0 + 0.75)
+
+
+@case("torch._inductor.aoti_compile_and_package")
+def compiles_packages() -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    assert "package_path" in inspect.signature(aoti_compile_and_package).parameters
+
+
+@case("torch._inductor.aoti_load_package")
+def loads_packages() -> None:
+    from torch._inductor import aoti_load_package
+
+    assert "path" in inspect.signature(aoti_load_package).parameters
+
+
 @case("torch.ops.aten._assert_async")
 def assert_async() -> None:
+    with pytest.raises(RuntimeError, match="not so"):
+        internals.ASSERT_TRUE(torch.tensor(data=False), "not so")
     names = {str(operator) for operator in internals.ASSERTIONS[1:]}
     assert names == {"aten._assert_async.msg", "aten._assert_async.default"}
 

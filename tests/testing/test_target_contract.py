@@ -17,7 +17,11 @@ from qalora_compile.testing import ContractError, check_target
 from tests.exporters.checkpoint_cases import llama_and_program, with_integer_zeros
 
 INTEGER = ("gptq", "compressed-tensors")
-NAMES = dict.fromkeys(ONNX_TARGETS, "model.onnx") | {"gguf": "model.gguf", "openvino": "model.xml"}
+NAMES = dict.fromkeys(ONNX_TARGETS, "model.onnx") | {
+    "gguf": "model.gguf",
+    "openvino": "model.xml",
+    "torch": "model.pt2",
+}
 
 
 @pytest.mark.parametrize("name", ONNX_TARGETS)
@@ -28,6 +32,10 @@ def test_every_onnx_target_keeps_the_contract(name: str) -> None:
 def test_the_openvino_target_keeps_the_contract() -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
     check_target("openvino", file_name=NAMES["openvino"])
+
+
+def test_the_torch_target_keeps_the_contract() -> None:
+    check_target("torch", file_name=NAMES["torch"])
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_TARGETS)

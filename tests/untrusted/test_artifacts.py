@@ -24,6 +24,7 @@ FOLDERS = {
         ArtifactKind.OPENVINO,
         "openvino_model.xml",
     ),
+    ("model.pt2", "model_aot.pt2", "config.json"): (ArtifactKind.TORCH, "model.pt2"),
     ("model.gguf",): (ArtifactKind.GGUF, "model.gguf"),
     ("part-1.safetensors",): (ArtifactKind.CHECKPOINT, ""),
     ("config.json",): (ArtifactKind.CHECKPOINT, ""),

@@ -95,8 +95,13 @@ def lift(program: Program) -> ExportedProgram | None:
     )
 
 
-def retrace(program: Program) -> ExportedProgram:
-    """Export the program again, with the dynamic dimensions of its capture."""
+def retrace(program: Program, module: fx.GraphModule | None = None) -> ExportedProgram:
+    """Export the program again, with the dynamic dimensions of its capture.
+
+    Args:
+        program: The program.
+        module: What is exported, with its inputs and outputs; None takes its own graph.
+    """
     args, kwargs = program.example
     shapes: list[Any] = [
         {a: Dim.AUTO for a, size in enumerate(leaf.shape) if isinstance(size, str)} or None
@@ -105,7 +110,8 @@ def retrace(program: Program) -> ExportedProgram:
     names = argument_names(program.graph)
     shape_args, shape_kwargs = pytree.tree_unflatten(shapes, input_spec(program.graph))
     dynamic = dict(zip(names, [*shape_args, *shape_kwargs.values()], strict=True))
-    module = program.module.rebuild(without_assertions(program), program.tensors())
+    if module is None:
+        module = program.module.rebuild(without_assertions(program), program.tensors())
     return torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic, strict=False)
 
 

@@ -36,6 +36,7 @@ _HOMES = {
     "legalize-ort-stock": "legalize.legalize_ort_stock:LegalizeOrtStock",
     "legalize-onnx": "legalize.legalize_onnx:LegalizeOnnx",
     "legalize-openvino": "legalize.legalize_openvino:LegalizeOpenvino",
+    "legalize-torch": "legalize.legalize_torch:LegalizeTorch",
 }
 """Name → module in `qalora_compile.passes` and class."""
 PASSES = Registry(

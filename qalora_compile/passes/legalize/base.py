@@ -101,19 +101,7 @@ class LegalizePass(Pass):
             UnsupportedError: it computes in float64, for which there is no kernel.
             PreconditionError: it computes in half precision, and was not widened.
         """
-        for site in program.plan.to_quantize():
-            if site.dtype == "float64":
-                raise UnsupportedError(
-                    f"{self.kernel} has no float64 kernel",
-                    where=site.name,
-                    hint="capture model.float() to export",
-                )
-            if site.dtype != "float32":
-                raise PreconditionError(
-                    f"the layer computes in {site.dtype}",
-                    where=site.name,
-                    hint="run widen-halves before: it computes the same weights in float32",
-                )
+        require_float32(program, self.kernel)
 
     def call(self, program: Program) -> PassResult:
         """Legalize."""
@@ -208,6 +196,32 @@ class LegalizePass(Pass):
         if corrected:
             each = [{"correction": corrected[0].new_zeros(corrected[0].shape)} | p for p in each]
         return {f"{e}.{name}": tensor for e, p in enumerate(each) for name, tensor in p.items()}
+
+
+def require_float32(program: Program, kernel: str) -> None:
+    """Check that every quantized layer computes in float32.
+
+    Args:
+        program: The program.
+        kernel: Name of the target's kernel, for messages.
+
+    Raises:
+        UnsupportedError: one computes in float64, for which there is no kernel.
+        PreconditionError: one computes in half precision, and was not widened.
+    """
+    for site in program.plan.to_quantize():
+        if site.dtype == "float64":
+            raise UnsupportedError(
+                f"{kernel} has no float64 kernel",
+                where=site.name,
+                hint="capture model.float() to export",
+            )
+        if site.dtype != "float32":
+            raise PreconditionError(
+                f"the layer computes in {site.dtype}",
+                where=site.name,
+                hint="run widen-halves before: it computes the same weights in float32",
+            )
 
 
 def pad_input(graph: fx.Graph, x: fx.Node, group_size: int, width: int, wanted: bool) -> fx.Node:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qalora_compile.errors import UserInputError
+from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.program_record import tensor_files
 from qalora_compile.sealed import digest_of_file
 from qalora_compile.untrusted.artifacts import (
@@ -19,6 +19,7 @@ from qalora_compile.verify.proof.graphs.graph import Graph
 from qalora_compile.verify.proof.graphs.read_fx import program_graph, read_program_graph
 from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
 from qalora_compile.verify.proof.graphs.read_openvino import read_openvino_graph
+from qalora_compile.verify.proof.graphs.read_pt2 import read_pt2_graph
 from qalora_compile.verify.proof.weights.find_lookups import find_lookups
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def open_graph(thing: Program | Graph | str | Path) -> Graph:
 
     Raises:
         UserInputError: the path is missing or of an unknown kind, or the folder holds two graphs.
+        UnsupportedError: it is a `.pt2` file, whose graph is run only.
     """
     if isinstance(thing, Graph):
         return thing
@@ -42,6 +44,12 @@ def open_graph(thing: Program | Graph | str | Path) -> Graph:
         return find_lookups(read_onnx_graph(found.path))
     if found is not None and found.kind is ArtifactKind.OPENVINO:
         return read_openvino_graph(found.path)
+    if found is not None and found.kind is ArtifactKind.TORCH:
+        raise UnsupportedError(
+            f"{found.path.name} has no form in a proof, nor in a comparison value by value",
+            where=str(found.path),
+            hint="compare its outputs and layers: verify A B --max-rel 1e-4",
+        )
     if found is not None and found.kind is ArtifactKind.ENCODER_DECODER:
         raise UserInputError(
             f"{thing} is an encoder-decoder model: two graphs, which are compared one by one",
@@ -62,6 +70,9 @@ def open_graphs(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
         halves = encoder_decoder_files(Path(thing))
         if halves is not None and all(half.exists() for half in halves):
             return tuple(find_lookups(read_onnx_graph(half)) for half in halves)
+        found = find_artifact(thing)
+        if found is not None and found.kind is ArtifactKind.TORCH:
+            return (read_pt2_graph(found.path),)
     return (open_graph(thing),)
 
 

@@ -30,6 +30,9 @@ from qalora_compile.verify.runners.kv_cache import (
 from qalora_compile.verify.runners.onnx_session import OnnxSession
 from qalora_compile.verify.runners.openvino_session import OpenvinoSession
 from qalora_compile.verify.runners.run import Run, Runner
+from qalora_compile.verify.runners.torch_session import TorchSession
+
+_EXPORTED = (ArtifactKind.ONNX, ArtifactKind.OPENVINO, ArtifactKind.TORCH)
 
 
 class ProgramRunner:
@@ -67,12 +70,12 @@ class ProgramRunner:
 
 
 class ExportedRunner:
-    """Runs an exported model in a runtime, see `OnnxSession` and `OpenvinoSession`.
+    """Runs an exported model, see `OnnxSession`, `OpenvinoSession` and `TorchSession`.
 
     Language models with a key-value cache run on complete sequences, see `verify.runners.kv_cache`.
 
     Args:
-        path: The `.onnx`, `.ort` or `.xml` file.
+        path: The `.onnx`, `.ort`, `.xml` or `.pt2` file.
         library: For ONNX: a library of custom operators for the sessions.
 
     Raises:
@@ -82,7 +85,8 @@ class ExportedRunner:
     def __init__(self, path: Path, library: Path | None = None) -> None:
         is_onnx = path.suffix in (".onnx", ORT_SUFFIX)
         self.label = f"{path} with {library.name}" if library and is_onnx else str(path)
-        self._graph: Session = OnnxSession(path, library) if is_onnx else OpenvinoSession(path)
+        other = TorchSession if path.suffix == ".pt2" else OpenvinoSession
+        self._graph: Session = OnnxSession(path, library) if is_onnx else other(path)
         self.signature = self._graph.signature
         if self.signature.cross_cache:
             raise UserInputError(
@@ -139,7 +143,7 @@ def open_runner(thing: Program | str | Path, library: Path | None = None) -> Run
     found = find_artifact(thing)
     if found is not None and found.kind is ArtifactKind.ENCODER_DECODER:
         return EncoderDecoderRunner(found.path, library)
-    if found is not None and found.kind in (ArtifactKind.ONNX, ArtifactKind.OPENVINO):
+    if found is not None and found.kind in _EXPORTED:
         return ExportedRunner(found.path, library)
     if found is not None and found.kind is ArtifactKind.PROGRAM:
         return ProgramRunner(Program.load(found.path), str(found.path))

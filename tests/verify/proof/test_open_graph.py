@@ -12,7 +12,8 @@ from onnx import numpy_helper
 import qalora_compile as qc
 from qalora_compile.errors import UserInputError
 from qalora_compile.verify import compare_nodes, named_inputs
-from qalora_compile.verify.debug.report_page import effective_zero_points, verify_page, zero_points
+from qalora_compile.verify.debug.report_page import verify_page
+from qalora_compile.verify.debug.zero_points import effective_zero_points, zero_points
 from qalora_compile.verify.proof.open_graph import open_graphs
 from tests.verify.planted import program
 from tests.zoo.entries import ENTRIES
