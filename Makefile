@@ -9,7 +9,9 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 # A folder's tests run in one process, which keeps what they share.
 PYTEST := $(BIN)/python -m pytest -n 2 --by folder -q
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+# Most modules of the dependencies are never imported, so none is compiled before it is.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --no-compile
+PIP := $(BIN)/python $(INSTALL)
 
 .DEFAULT_GOAL := help
 
@@ -70,7 +72,7 @@ test-openvino: $(VENV)/installed-dev ## install OpenVINO and run its tests, Smol
 	test -x $(OPENVINO)/bin/python || $(PYTHON) -m venv $(OPENVINO)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 		> $$(echo $(OPENVINO)/lib/python3*/site-packages)/development.pth
-	$(OPENVINO)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+	$(OPENVINO)/bin/python $(INSTALL) \
 		"openvino>=2026.1,<2027" "openvino-tokenizers>=2026.1,<2027" "openvino-genai>=2026.1,<2027"
 	OMP_NUM_THREADS=1 $(OPENVINO)/bin/python -m pytest -q -n 2 tests/exporters/openvino \
 		tests/verify/runners/test_openvino_session.py tests/testing/test_target_contract.py \
@@ -94,7 +96,7 @@ test-serve: $(VENV)/installed-dev ## install lm-evaluation-harness and run the t
 .PHONY: clients
 clients: ## install the clients that edge folders are tested with
 	test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
-	build/clients/bin/python -m pip -q install "torch==2.13.0" "optimum-onnx>=0.1,<0.2" \
+	build/clients/bin/python $(INSTALL) "torch==2.13.0" "optimum-onnx>=0.1,<0.2" \
 		"sentence-transformers>=5.7,<6" "onnxruntime>=1.23,<2" "playwright>=1.50,<2"
 	command -v npm >/dev/null || { echo 'clients: no npm here, so no transformers.js'; exit 0; } && \
 		npm --prefix examples/web install --ignore-scripts --no-audit --no-fund --no-package-lock
@@ -138,8 +140,8 @@ test-newest: $(VENV)/installed-dev ## try the newest torch, transformers, onnx a
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_newest.py
 
 .PHONY: native-check
-native-check: ## run the operator library's own tests: sanitizers, fuzzer, -O3
-	scripts/check_native.sh host
+native-check: ## run the operator library's own tests: sanitizers, fuzzer, -O3 (ARGS=--quick for less)
+	scripts/check_native.sh host $(ARGS)
 
 .PHONY: native-check-aarch64
 native-check-aarch64: ## the same for 64-bit Arm, cross-compiled, under qemu-user

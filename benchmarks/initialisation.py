@@ -80,7 +80,8 @@ class Bench:
         """Quantized as the options say, with changes."""
         spec = dataclasses.replace(self.quant, **changes)
         calls = self.calls if spec.bits == "auto" or spec.method == "gptq" else None
-        return qc.quantize_groups(self.captured, spec, calibration=calls)
+        exclude = [f"model.layers.{number}.*" for number in self.options.in_float]
+        return qc.quantize_groups(self.captured, spec, calibration=calls, exclude=exclude)
 
     def adapt(self, program: qc.Program, **adapter: Any) -> qc.Program:
         """With adapters."""
@@ -224,6 +225,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of train")
     parser.add_argument("--held-out", type=int, default=80, help="examples of train")
+    parser.add_argument("--in-float", type=int, nargs="+", default=[], help="decoder layers")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(arguments)
 

@@ -1,7 +1,7 @@
 """The complete workflow on a language model: quantize, adapt, train, fold, export, run, verify.
 
     python examples/demo.py                 six to eight minutes on two cores
-    python examples/demo.py --quick         about three minutes
+    python examples/demo.py --quick         about two minutes
     python examples/demo.py --seed 1        another order of data, other initial adapters
 
 SmolLM2-135M-Instruct learns to name the topic of a news article. Every figure of the closing table
@@ -49,13 +49,14 @@ class Size:
     train: int
     held_out: int
     steps: int
+    batch: int
     calls: int
     new_tokens: int
     rounds: int
 
 
-FULL = Size(train=480, held_out=200, steps=60, calls=16, new_tokens=64, rounds=7)
-QUICK = Size(train=160, held_out=40, steps=12, calls=3, new_tokens=16, rounds=3)
+FULL = Size(train=480, held_out=200, steps=60, batch=8, calls=16, new_tokens=64, rounds=7)
+QUICK = Size(train=160, held_out=24, steps=12, batch=4, calls=1, new_tokens=8, rounds=2)
 
 
 LLAMA_CPP = (
@@ -180,7 +181,7 @@ def train_adapters(
     program: qc.Program, train: Sequence[Example], seed: int, size: Size, shown: Steps
 ) -> None:
     """Train, with a progress bar."""
-    spec = FitSpec(steps=size.steps, batch_size=8, learning_rate=1e-3, seed=seed)
+    spec = FitSpec(steps=size.steps, batch_size=size.batch, learning_rate=1e-3, seed=seed)
     shown.update("train", 0, spec.steps)
 
     def on_step(report: Any, _: Any) -> bool:

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The operator library's own tests, in C++.
 #
-#   scripts/check_native.sh host      sanitizers: kernels and 1,000,000 fuzz cases; and -O3 kernels
-#   scripts/check_native.sh aarch64   cross-compiled; scalar, NEON and i8mm kernels under qemu-user
+#   scripts/check_native.sh host [--quick]   sanitizers: kernels and 1,000,000 fuzz cases; and -O3 kernels
+#   scripts/check_native.sh aarch64          cross-compiled; scalar, NEON and i8mm kernels under qemu-user
+#
+# --quick takes a tenth of the fuzz cases, and under the sanitizers every seventh case of each level.
 #
 # Tools that are missing are installed with apt-get where that is possible. Where it is not, the
 # script fails, or with QALORA_ALLOW_SKIP=1 says so and ends well.
@@ -47,13 +49,15 @@ at_once() { # COMMAND ...: each one string; all end before the first failure is 
 }
 
 mode=${1:-}
+part=() cases=500000
+[[ ${2:-} == --quick ]] && part=(--quick) cases=50000
 mkdir -p "$builds"
 case $mode in
 host)
     need cmake cmake make make g++ g++
     at_once "build native-sanitize -DQALORA_SANITIZE=ON" "build native-plain"
-    at_once $builds/native-sanitize/kernel_test $builds/native-plain/kernel_test \
-        "$builds/native-sanitize/fuzz 1 500000" "$builds/native-sanitize/fuzz 2 500000"
+    at_once "$builds/native-sanitize/kernel_test ${part[*]}" $builds/native-plain/kernel_test \
+        "$builds/native-sanitize/fuzz 1 $cases" "$builds/native-sanitize/fuzz 2 $cases"
     ;;
 aarch64)
     need cmake cmake make make aarch64-linux-gnu-g++ g++-aarch64-linux-gnu qemu-aarch64-static \

@@ -20,6 +20,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "qalora_compile"
 TORCH = "torch==2.13.0"
 LIBRARY = "libqalora_ort.dylib" if sys.platform == "darwin" else "libqalora_ort.so"
+# Most modules of the dependencies are never imported, so they need not be compiled.
+INSTALL = (
+    "-m",
+    "pip",
+    "install",
+    "--quiet",
+    "--no-input",
+    "--disable-pip-version-check",
+    "--no-compile",
+)
 LOAD_LIBRARY = """
 from qalora_compile.runtime import kernel_level
 print("the operator library loads; kernels:", kernel_level())
@@ -73,7 +83,9 @@ def contents_problem(names: list[str]) -> str | None:
 
 def build_wheel(folder: Path, environment: dict[str, str]) -> tuple[Path, str]:
     """Build the wheel into `folder`; returns its path and the output of the build."""
-    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would ship its old files
+    for pattern in ("bdist.*", "lib*", "temp.*"):  # setuptools would ship its old files
+        for stale in (ROOT / "build").glob(pattern):
+            shutil.rmtree(stale)
     build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder))
     done = subprocess.run(
         [sys.executable, *build],
@@ -117,9 +129,8 @@ def main() -> None:
         venv.create(folder / "venv", with_pip=True)
         binaries = folder / "venv" / "bin"
         python = str(binaries / "python")
-        quiet = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input")
-        run(python, *quiet, TORCH)
-        run(python, *quiet, str(wheel))
+        run(python, *INSTALL, TORCH)
+        run(python, *INSTALL, str(wheel))
         run(python, "-m", "pip", "check")
         modules = sum(name.endswith(".py") for name in names)
         run(python, "-I", "-c", IMPORT_ALL, str(modules), cwd=folder)

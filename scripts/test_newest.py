@@ -78,7 +78,7 @@ def make_environment(versions: dict[str, str]) -> Path:
     (Path(own) / "rest.pth").write_text(rest, "utf-8")
     wanted = [f"{name}=={version}" for name, version in versions.items()]
     # pip warns that the package requires older releases: that is the point of this script.
-    command = [*PIP, "--python", str(python), "install", *wanted]
+    command = [*PIP, "--python", str(python), "install", "--no-compile", *wanted]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     return python
 

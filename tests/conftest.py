@@ -23,8 +23,8 @@ pytest_plugins = ["pytester"]
 
 ALWAYS_CHECKED = ("ir", "passes")
 BY_TIME = (
-    *("attacks", "e2e", "cli", "exporters", "passes", "capture", "verify"),
-    *("training", "testing", "ir", "cases", "zoo", "benchmarks", "ground", "files"),
+    *("attacks", "e2e", "zoo", "cli", "exporters", "passes", "capture", "verify"),
+    *("training", "testing", "ir", "cases", "benchmarks", "ground", "files"),
 )
 """Folders in the order in which processes take them with `--by`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 from pathlib import Path
@@ -44,6 +45,8 @@ def _imported(tmp_path_factory: pytest.TempPathFactory) -> None:
         assert library_path().is_file()
     assert callable(load_source)
     assert json.loads((scratch / "HF config" / "config.json").read_text())["model_type"]
+    gc.collect()
+    gc.freeze()  # children's collectors need not look through all of this, and copy it
 
 
 @pytest.fixture

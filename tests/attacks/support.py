@@ -13,8 +13,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,32 @@ def attack(reader: Callable[[], Any], folder: Path) -> Outcome:
     Returns:
         The error of this package that it raised, or what it gave, as JSON.
     """
+    return attack_by_all({"it": reader}, folder)["it"]
+
+
+def attack_by_all(readers: Mapping[str, Callable[[], Any]], folder: Path) -> dict[str, Outcome]:
+    """`attack` by each reader, in turn, in one child; 20 seconds for all of them."""
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and not f.is_symlink())
+    said = _in_child(lambda answer: _watch(readers, answer))
+    outcomes = {name: Outcome(**outcome) for name, outcome in json.loads(said).items()}
+    assert list(outcomes) == list(readers)
+    for name, outcome in outcomes.items():
+        assert outcome.kind != "library", f"{name}: {outcome.error}"
+        _check_opened(outcome.opened, folder)
+        assert not outcome.ran, f"{name} ran {outcome.ran}"
+        allowed = max(2 * size, FREE_MEMORY)
+        grown = f"{name}: memory grew by {outcome.memory} bytes, of {allowed}"
+        assert outcome.memory <= allowed, grown
+    return outcomes
+
+
+def _in_child(work: Callable[[int], None]) -> bytes:
+    """What a forked child writes to the descriptor that it is given, until it ends."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _watch(reader, writing)
+        work(writing)
     os.close(writing)
     said, limit = b"", time.monotonic() + SECONDS
     while (left := limit - time.monotonic()) > 0:
@@ -67,23 +88,30 @@ def attack(reader: Callable[[], Any], folder: Path) -> Outcome:
     os.close(reading)
     _, status = os.waitpid(child, 0)
     assert not os.WIFSIGNALED(status), f"ended by signal {os.WTERMSIG(status)} ({SECONDS} s?)"
-    outcome = Outcome(**json.loads(said))
-    assert outcome.kind != "library", outcome.error
-    _check_opened(outcome.opened, folder)
-    assert not outcome.ran, f"ran {outcome.ran}"
-    allowed = max(2 * size, FREE_MEMORY)
-    assert outcome.memory <= allowed, f"memory grew by {outcome.memory} bytes, of {allowed}"
-    return outcome
+    return said
 
 
 def refused(reader: Callable[[], Any], folder: Path, *words: str) -> Outcome:
     """Run a reader that has to refuse a folder, in words that say why."""
-    outcome = attack(reader, folder)
-    assert outcome.kind == "typed", f"it was read: {outcome.value}"
-    for word in words:
-        assert word in outcome.error, f"{word!r} is not in: {outcome.error}"
-    assert SECRET not in outcome.error
-    return outcome
+    return refused_by_all({"it": reader}, folder, *words)["it"]
+
+
+def refused_by_all(
+    readers: Mapping[str, Callable[[], Any]], folder: Path, *words: str
+) -> dict[str, Outcome]:
+    """`refused` by each reader."""
+    outcomes = attack_by_all(readers, folder)
+    for name, outcome in outcomes.items():
+        assert outcome.kind == "typed", f"{name}: it was read: {outcome.value}"
+        for word in words:
+            assert word in outcome.error, f"{name}: {word!r} is not in: {outcome.error}"
+        assert SECRET not in outcome.error
+    return outcomes
+
+
+def given(readers: Mapping[str, Callable[[Path], Any]], path: Path) -> dict[str, Callable[[], Any]]:
+    """Readers of one path."""
+    return {name: partial(reader, path) for name, reader in readers.items()}
 
 
 def cli(*words: object) -> Callable[[], Any]:
@@ -123,10 +151,10 @@ def _check_opened(opened: list[str], folder: Path) -> None:
         assert path.startswith(free) or library, f"opened {path}"
 
 
-def _watch(reader: Callable[[], Any], answer: int) -> None:
+def _watch(readers: Mapping[str, Callable[[], Any]], answer: int) -> None:
     """In the child."""
-    _reset_peak()
-    outcome, before = Outcome(), _resident()
+    outcomes = {name: Outcome() for name in readers}
+    outcome = Outcome()
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(args[0], (str, bytes)):
@@ -139,6 +167,19 @@ def _watch(reader: Callable[[], Any], answer: int) -> None:
             outcome.ran.append(f"import {args[0]}")
 
     sys.addaudithook(hook)
+    for name, reader in readers.items():
+        _reset_peak()
+        outcome, before = outcomes[name], _resident()
+        _run(reader, outcome)
+        outcome.memory = max(0, _peak() - before) * 1024
+    try:
+        with os.fdopen(answer, "wb") as file:
+            file.write(json.dumps({name: vars(each) for name, each in outcomes.items()}).encode())
+    finally:
+        os._exit(0)
+
+
+def _run(reader: Callable[[], Any], outcome: Outcome) -> None:
     try:
         value = reader()
         outcome.kind, outcome.value = "value", value if _plain(value) else str(value)[:1000]
@@ -148,12 +189,6 @@ def _watch(reader: Callable[[], Any], answer: int) -> None:
         outcome.kind, outcome.error = "typed", str(error)
     except BaseException:
         outcome.kind, outcome.error = "library", traceback.format_exc()[-4000:]
-    outcome.memory = max(0, _peak() - before) * 1024
-    try:
-        with os.fdopen(answer, "wb") as file:
-            file.write(json.dumps(vars(outcome)).encode())
-    finally:
-        os._exit(0)
 
 
 _RUNS = (

@@ -18,7 +18,7 @@ from qalora_compile.untrusted.onnx_file import MAX_DEPTH, check_onnx
 from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
 from qalora_compile.verify.runners.onnx_session import OnnxSession
 from tests.attacks.onnx_files import X, Y, external, model, weight, write
-from tests.attacks.support import attack, cli, refused
+from tests.attacks.support import attack, attack_by_all, cli, given, refused, refused_by_all
 from tests.fuzz.seeds import folded_program
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -27,19 +27,21 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "proof": lambda path: len(read_onnx_graph(path).nodes),
     "inspect": lambda path: cli("inspect", path)(),
 }
-every_reader = pytest.mark.parametrize("reader", READERS)
 
 
 def read(reader: str, path: Path) -> Callable[[], Any]:
     return lambda: READERS[reader](path)
 
 
-@every_reader
-def test_a_valid_file_is_read(reader: str, folder: Path) -> None:
+def every(path: Path) -> dict[str, Callable[[], Any]]:
+    return given(READERS, path)
+
+
+def test_a_valid_file_is_read(folder: Path) -> None:
     (folder / "w.bin").write_bytes(np.ones((4, 4), np.float32).tobytes())
     path = write(model([external("w.bin", offset="0", length="64")]), folder)
-    outcome = attack(read(reader, path), folder)
-    assert reader == "verify" or outcome.kind == "value", outcome.error
+    for reader, outcome in attack_by_all(every(path), folder).items():
+        assert reader == "verify" or outcome.kind == "value", outcome.error
 
 
 PLACES = {
@@ -56,43 +58,36 @@ PLACES = {
 }
 
 
-@every_reader
 @pytest.mark.parametrize("kind", PLACES)
-def test_external_data_outside_the_folder_are_not_read(
-    kind: str, reader: str, folder: Path
-) -> None:
+def test_external_data_outside_the_folder_are_not_read(kind: str, folder: Path) -> None:
     """The location of a tensor leads out of the model's folder, spelled in one way or another."""
     (folder / "sub").mkdir()
     path = write(model([external(PLACES[kind])]), folder)
-    refused(read(reader, path), folder)
+    refused_by_all(every(path), folder)
 
 
-@every_reader
-def test_cve_2026_34447_a_symbolic_link_out_of_the_folder(reader: str, folder: Path) -> None:
+def test_cve_2026_34447_a_symbolic_link_out_of_the_folder(folder: Path) -> None:
     """The location is a link in the folder, and the link leads out of it."""
     (folder / "w.bin").symlink_to("../secret.txt")
-    refused(read(reader, write(model([external("w.bin")]), folder)), folder, "link")
+    refused_by_all(every(write(model([external("w.bin")]), folder)), folder, "link")
 
 
-@every_reader
-def test_cve_2026_27489_a_link_in_the_middle_of_a_path(reader: str, folder: Path) -> None:
+def test_cve_2026_27489_a_link_in_the_middle_of_a_path(folder: Path) -> None:
     """The last part of the location is a file; a folder before it is a link."""
     (folder / "sub").symlink_to("..", target_is_directory=True)
-    refused(read(reader, write(model([external("sub/secret.txt")]), folder)), folder, "link")
+    refused_by_all(every(write(model([external("sub/secret.txt")]), folder)), folder, "link")
 
 
-@every_reader
-def test_cve_2026_34446_a_hard_link_to_a_file_outside(reader: str, folder: Path) -> None:
+def test_cve_2026_34446_a_hard_link_to_a_file_outside(folder: Path) -> None:
     """A second name of a file outside looks like a file of the folder."""
     os.link(folder.parent / "secret.txt", folder / "w.bin")
-    refused(read(reader, write(model([external("w.bin")]), folder)), folder, "hard link")
+    refused_by_all(every(write(model([external("w.bin")]), folder)), folder, "hard link")
 
 
-@every_reader
-def test_a_pipe_is_not_waited_for(reader: str, folder: Path) -> None:
+def test_a_pipe_is_not_waited_for(folder: Path) -> None:
     """Opening a pipe without a writer never returns."""
     os.mkfifo(folder / "w.bin")
-    refused(read(reader, write(model([external("w.bin")]), folder)), folder, "not a regular file")
+    refused_by_all(every(write(model([external("w.bin")]), folder)), folder, "not a regular file")
 
 
 SIZES: dict[str, tuple[dict[str, Any], int]] = {
@@ -110,13 +105,12 @@ SIZES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@every_reader
 @pytest.mark.parametrize("kind", SIZES)
-def test_external_data_of_other_sizes_are_refused(kind: str, reader: str, folder: Path) -> None:
+def test_external_data_of_other_sizes_are_refused(kind: str, folder: Path) -> None:
     """What is said of a tensor's place does not fit the file there."""
     options, size = SIZES[kind]
     (folder / "w.bin").write_bytes(b"\0" * size)
-    refused(read(reader, write(model([external("w.bin", **options)]), folder)), folder)
+    refused_by_all(every(write(model([external("w.bin", **options)]), folder)), folder)
 
 
 def lying(shape: tuple[int, ...], raw: bytes, kind: int = 1) -> TensorProto:
@@ -134,13 +128,10 @@ STORED = {
 }
 
 
-@every_reader
 @pytest.mark.parametrize("kind", STORED)
-def test_weights_that_contradict_their_shape_are_refused(
-    kind: str, reader: str, folder: Path
-) -> None:
+def test_weights_that_contradict_their_shape_are_refused(kind: str, folder: Path) -> None:
     """Kernels copy and pack weights by their shape alone."""
-    refused(read(reader, write(model([STORED[kind]]), folder)), folder)
+    refused_by_all(every(write(model([STORED[kind]]), folder)), folder)
 
 
 def packed(**changes: int) -> onnx.ModelProto:
@@ -186,8 +177,7 @@ def test_our_own_operator_with_attributes_that_overstate_its_weights(
     refused(read(reader, write(made, folder)), folder, "GroupQuantLinear")
 
 
-@every_reader
-def test_bodies_nested_without_end_are_refused(reader: str, folder: Path) -> None:
+def test_bodies_nested_without_end_are_refused(folder: Path) -> None:
     """Readers recurse into bodies; CVE-2024-5187's kind of trust in a file's own structure."""
     made = model(
         [numpy_helper.from_array(np.array(True), "c")], [helper.make_node("Identity", ["x"], ["y"])]
@@ -198,7 +188,7 @@ def test_bodies_nested_without_end_are_refused(reader: str, folder: Path) -> Non
         node = helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=other)
         del made.graph.node[:]
         made.graph.node.append(node)
-    refused(read(reader, write(made, folder)), folder, "nested more than")
+    refused_by_all(every(write(made, folder)), folder, "nested more than")
 
 
 def function(name: str, *calls: str) -> Any:
@@ -219,23 +209,19 @@ FUNCTIONS = {
 }
 
 
-@every_reader
 @pytest.mark.parametrize("kind", FUNCTIONS)
-def test_functions_that_expand_without_end_are_refused(
-    kind: str, reader: str, folder: Path
-) -> None:
+def test_functions_that_expand_without_end_are_refused(kind: str, folder: Path) -> None:
     """Runtimes inline functions when a file is loaded."""
     nodes = [helper.make_node("A", ["x"], ["y"], domain="f")]
     made = model([], nodes, functions=FUNCTIONS[kind], domains=("f",))
-    refused(read(reader, write(made, folder)), folder, "function")
+    refused_by_all(every(write(made, folder)), folder, "function")
 
 
-@every_reader
-def test_constants_that_ask_for_exabytes_are_refused(reader: str, folder: Path) -> None:
+def test_constants_that_ask_for_exabytes_are_refused(folder: Path) -> None:
     """ConstantOfShape is folded when a file is loaded: sixteen bytes ask for any amount."""
     shape = numpy_helper.from_array(np.array([2**40, 2**10], np.int64), "s")
     nodes = [helper.make_node("ConstantOfShape", ["s"], ["y"])]
-    refused(read(reader, write(model([shape], nodes), folder)), folder, "ConstantOfShape")
+    refused_by_all(every(write(model([shape], nodes), folder)), folder, "ConstantOfShape")
 
 
 BYTES = {
@@ -248,31 +234,28 @@ BYTES = {
 }
 
 
-@every_reader
 @pytest.mark.parametrize("kind", BYTES)
-def test_bytes_that_are_no_model_are_refused(kind: str, reader: str, folder: Path) -> None:
+def test_bytes_that_are_no_model_are_refused(kind: str, folder: Path) -> None:
     """Not a protobuf message, or one that readers of protobuf disagree about."""
     path = folder / "model.onnx"
     path.write_bytes(BYTES[kind])
-    refused(read(reader, path), folder)
+    refused_by_all(every(path), folder)
 
 
-@every_reader
-def test_metadata_twice_are_refused(reader: str, folder: Path) -> None:
+def test_metadata_twice_are_refused(folder: Path) -> None:
     """Readers disagree on which of two entries with one key counts."""
     made = model()
     made.metadata_props.add(key=made.metadata_props[0].key, value="{}")
-    refused(read(reader, write(made, folder)), folder, "twice")
+    refused_by_all(every(write(made, folder)), folder, "twice")
 
 
-@every_reader
-def test_a_library_beside_the_model_is_not_loaded(reader: str, folder: Path) -> None:
+def test_a_library_beside_the_model_is_not_loaded(folder: Path) -> None:
     """An operator that no runtime has does not make one look for a library in the folder."""
     for name in ("custom.so", "libqalora.so", "canary.py"):
         (folder / name).write_bytes(b"\x7fELF" + b"\0" * 60)
     nodes = [helper.make_node("Canary", ["x"], ["y"], domain="custom")]
     (folder / "genai_config.json").write_text('{"model": {"custom_ops_library": "custom.so"}}')
-    attack(read(reader, write(model([], nodes, domains=("custom",)), folder)), folder)
+    attack_by_all(every(write(model([], nodes, domains=("custom",)), folder)), folder)
 
 
 def test_what_is_found_is_said(folder: Path) -> None:

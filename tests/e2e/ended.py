@@ -1,14 +1,16 @@
 """Commands on a tiny model that are ended hard (SIGKILL, a limit on file sizes); prints JSON rows.
 
-A program of its own, `python -m tests.e2e.ended WHAT ROOT COUNT SEED COMMAND …`: it imports all
-there is and traces the model once, and forks a child for each run, which is safe while torch
-computes with one thread. What is ended is a command that loads, computes and writes.
+A program of its own, `python -m tests.e2e.ended ROOT COUNT SEED END …`, where END is "kills" or
+"limits" and a command. It imports all there is and traces the model once, and forks a child for
+each run, which is safe while torch computes with one thread. What is ended is a command that loads,
+computes and writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import hashlib
 import json
 import os
@@ -258,8 +260,8 @@ def _written(line: list[str]) -> dict[str, str]:
     return contents(Path(line[line.index("--out") + 1]))
 
 
-def main(what: str, root: Path, count: int, seed: int, names: list[str]) -> None:
-    """Prepare, and print a row for each command."""
+def main(root: Path, count: int, seed: int, ends: list[str]) -> None:
+    """Prepare, and print a row for each command and kind of end."""
     assert os.environ.get("OMP_NUM_THREADS") == "1", "a fork loses the threads of its parent"
     torch.set_num_threads(1)
     # A killed child would keep the lock that tqdm shares between processes, for good.
@@ -267,21 +269,24 @@ def main(what: str, root: Path, count: int, seed: int, names: list[str]) -> None
     tqdm.set_lock(threading.RLock())
     with shortcuts(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.export, "export", Memo(torch.export.export))
-        prepare(root, names)
-        _print_rows(what, root, count, seed, names)
+        _print_rows(root, count, seed, [tuple(end.split(" ", 1)) for end in ends])
 
 
-def _print_rows(what: str, root: Path, count: int, seed: int, names: list[str]) -> None:
+def _print_rows(root: Path, count: int, seed: int, ends: list[tuple[str, ...]]) -> None:
     """Warm up, and end each command."""
+    names = list(dict.fromkeys(name for _, name in ends))
+    prepare(root, names)
     for name in names:  # what a first run imports, the others need not
         run_command(commands(root)[name].line(root / "warm" / name))
-    work = {"kills": kills, "limits": limits}[what]
-    for name in names:
+    gc.collect()
+    gc.freeze()  # children's collectors need not look through all that was imported, and copy it
+    work = {"kills": kills, "limits": limits}
+    for what, name in ends:
         started = time.monotonic()
-        row = work(root, name, count, seed)
+        row = work[what](root, name, count, seed)
         row["seconds"] = round(time.monotonic() - started)
         print(f"\n{_ROW}{json.dumps(row)}", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -14,48 +14,42 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TRIES = int(os.environ.get("QALORA_TRIES", "5"))
 """Kills, and limits, of each command; `make test-ended` takes 50."""
+COMMANDS = ("finetune", "fold", "export", "quantize")
 TARGETS = ("onnx", "gguf", "mlx", "float", "safetensors", "hqq")
+LIMITED = (*COMMANDS, *(f"export {target}" for target in TARGETS))
+
+pytestmark = pytest.mark.slow
 
 
-def ended(what: str, root: Path, count: int, *names: str, timeout: int = 1200) -> list[Any]:
-    """The rows that `tests.e2e.ended` prints."""
-    words = ["-W", "ignore", "-m", "tests.e2e.ended", what, str(root), str(count), "18", *names]
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The rows that `tests.e2e.ended` prints, of one process that ends all the commands."""
+    ends = [*(f"kills {name}" for name in COMMANDS), *(f"limits {name}" for name in LIMITED)]
+    words = [str(tmp_path_factory.mktemp("ended")), str(TRIES), "18", *ends]
     found = subprocess.run(
-        [sys.executable, *words],
+        [sys.executable, "-W", "ignore", "-m", "tests.e2e.ended", *words],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
-        timeout=timeout,
+        timeout=300 + 400 * TRIES,
     )
     assert found.returncode == 0, found.stderr[-2000:]
     lines = found.stdout.splitlines()
-    return [json.loads(line.removeprefix("row: ")) for line in lines if line.startswith("row: ")]
+    said = [json.loads(line.removeprefix("row: ")) for line in lines if line.startswith("row: ")]
+    return dict(zip(ends, said, strict=True))
 
 
-@pytest.mark.slow
-def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
-    rows = ended("limits", tmp_path, 6, "fold", "export safetensors", "quantize")
-    assert [(row["limits"], row["wrong"]) for row in rows] == [(6, [])] * 3
+@pytest.mark.parametrize("name", LIMITED)
+def test_a_disk_that_fills_up_at_any_byte_loses_nothing(rows: dict[str, Any], name: str) -> None:
+    row = rows[f"limits {name}"]
+    assert (row["command"], row["limits"], row["wrong"]) == (name, TRIES, [])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["finetune", "fold", "export", "quantize"])
-def test_a_disk_that_fills_up_at_any_byte_loses_nothing(tmp_path: Path, name: str) -> None:
-    (row,) = ended("limits", tmp_path, TRIES, name)
-    assert (row["limits"], row["wrong"]) == (TRIES, [])
-
-
-@pytest.mark.slow
-def test_a_disk_that_fills_up_is_said_by_every_format(tmp_path: Path) -> None:
-    rows = ended("limits", tmp_path, TRIES, *(f"export {target}" for target in TARGETS))
-    assert [(row["limits"], row["wrong"]) for row in rows] == [(TRIES, [])] * len(TARGETS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["finetune", "fold", "export", "quantize"])
-def test_what_is_killed_at_any_moment_ends_in_the_same_bytes(tmp_path: Path, name: str) -> None:
-    (row,) = ended("kills", tmp_path, TRIES, name)
-    assert row["wrong"] == []
-    assert row["landed"] == TRIES
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_killed_at_any_moment_ends_in_the_same_bytes(
+    rows: dict[str, Any], name: str
+) -> None:
+    row = rows[f"kills {name}"]
+    assert (row["command"], row["landed"], row["wrong"]) == (name, TRIES, [])

@@ -41,7 +41,7 @@ PROMPTS = (
 )
 IN_EVERY_MODE = 1
 """Prompts that all execution modes are given; the others are for those that come last."""
-NEW_TOKENS = 64
+NEW_TOKENS = 40
 NEVER_GENERATED = 16
 """A special token of the tokenizer that no text has: generation does not end at it."""
 TOLERANCE = qc.Tolerance(max_rel=1e-4)
@@ -76,7 +76,6 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Road:
         from assets import model_path
 
         base = model_path()
-    torch.set_num_threads(2)
     source = load_source(str(base))
     original = source.capture()
     quantized = qc.quantize_groups(original, qc.QuantSpec(bits=4, group_size=32))
@@ -194,8 +193,7 @@ def test_every_layer_is_proved(road: Road, tmp_path: Path) -> None:
 
 
 def test_every_value_along_the_graph_is_that_of_the_program(road: Road) -> None:
-    calls = named_inputs(road.folded, 1)
-    tried = {name: calls[name] for name in ("random 0", "left padding")}
+    tried = {"left padding": named_inputs(road.folded, 1)["left padding"]}
     report = compare_nodes(road.folded, road.exported, tried, levels=("all",)).check()
     sites = [row for row in report.modes[0].rows if row.kind == "site"]
     assert len(sites) >= 210
