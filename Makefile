@@ -90,6 +90,35 @@ clients: ## install the clients that edge folders are tested with
 test-clients: $(VENV)/installed-dev clients ## run edge folders in other programs; what is not there is skipped
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -rs tests/clients $(ARGS)
 
+# The site is built in an environment of its own, on top of the development packages. `docs` rebuilds
+# it whenever a page changes; `docs-check` fails at a broken link, a missing page, a wrong name.
+DOCS := build/docs
+$(DOCS)/installed: $(VENV)/installed-dev
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+		> $$(echo $(DOCS)/lib/python3*/site-packages)/development.pth
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+		"mkdocs>=1.6,<2" "mkdocs-material>=9.7,<10" "mkdocstrings[python]>=1,<2" \
+		"ipykernel>=7,<8" "nbclient>=0.10,<1" "nbformat>=5.10,<6"
+	touch $@
+
+.PHONY: docs
+docs: $(DOCS)/installed ## serve the documentation on this machine
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs serve $(ARGS)
+
+.PHONY: docs-check
+docs-check: $(DOCS)/installed ## build the documentation into build/site, strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict $(ARGS)
+
+.PHONY: docs-pages
+docs-pages: $(VENV)/installed-dev ## write the pages of commands and errors again
+	$(BIN)/python -m scripts.write_commands
+	$(BIN)/python -m scripts.write_errors
+
+.PHONY: notebooks
+notebooks: $(DOCS)/installed ## run the notebooks in small sizes (ARGS="--full --write" keeps what they print)
+	PYTHONPATH=$(CURDIR) $(DOCS)/bin/python -W ignore -m scripts.run_notebooks $(ARGS)
+
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
 	OMP_NUM_THREADS=1 $(PYTEST) --by file -m slow $(ARGS)
