@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from qalora_compile.cli.main import build_parser
+from qalora_compile.cli.parser import Parser, build_parser
 from qalora_compile.files import write_text
 
 ROOT = Path(__file__).parent.parent
@@ -29,12 +28,9 @@ USUAL = {"positional arguments": "Arguments", "options": "Options"}
 """The groups that argparse names itself."""
 
 
-def parsers() -> dict[str, argparse.ArgumentParser]:
+def parsers() -> dict[str, Parser]:
     """The parser of each command."""
-    for action in build_parser()._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    raise LookupError("the parser has no commands")
+    return build_parser().commands
 
 
 def cell(text: str) -> str:
@@ -58,20 +54,19 @@ def values(action: argparse.Action) -> str:
     return {"+": f"{word} …", "*": f"[{word} …]", "?": f"[{word}]"}.get(str(action.nargs), word)
 
 
-def default(action: argparse.Action) -> str:
-    """The value that holds where the option is left out."""
+def default(action: argparse.Action, stated: str) -> str:
+    """What holds where the option is left out: `stated` is what its help says at the end."""
     if action.required and action.nargs != "?":
         return "required"
-    if isinstance(action, argparse._HelpAction):
-        return "–"
-    value: Any = action.default
-    if action.nargs == 0 and isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list | tuple):
-        value = " ".join(str(part) for part in value)
-    if value is None or value == argparse.SUPPRESS:
-        return "as described" if "default" in (action.help or "") else "–"
-    return f"`{value}`" if str(value) else "none"
+    if action.nargs == 0:
+        return "on" if action.default is True else "off"
+    if stated:
+        return f"`{stated}`" if stated == _text(action.default) else cell(stated)
+    return "as described" if "default" in (action.help or "") else "–"
+
+
+def _text(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def row(command: argparse.ArgumentParser, action: argparse.Action) -> str:
@@ -80,10 +75,12 @@ def row(command: argparse.ArgumentParser, action: argparse.Action) -> str:
     taken = values(action)
     first = f"{names} `{taken}`" if names and taken else names or f"`{taken}`"
     said = command._get_formatter()._expand_help(action) if action.help else ""
-    return f"| {first.replace('|', chr(92) + '|')} | {cell(said)} | {default(action)} |"
+    said, _, stated = said.partition("(default: ")
+    stated = stated.rstrip().removesuffix(")")
+    return f"| {first.replace('|', chr(92) + '|')} | {cell(said)} | {default(action, stated)} |"
 
 
-def section(name: str, command: argparse.ArgumentParser) -> str:
+def section(name: str, command: Parser) -> str:
     """A command: its summary, its options by group, its examples."""
     lines = [f"\n## {name}\n", f"{sentence(cell(command.description or ''))}.\n"]
     for group in command._action_groups:
