@@ -167,7 +167,7 @@ mutation-score: $(VENV)/installed-dev ## plant every fault, and print what the p
 	$(BIN)/python -W ignore -m scripts.mutation_score $(ARGS)
 
 .PHONY: fuzz
-fuzz: $(VENV)/installed-dev ## mutate inputs of every format, 20,000 in all, and write the table of docs/security.md
+fuzz: $(VENV)/installed-dev ## mutate inputs of every format, 20,000 in all, and write the table of docs/reference/security.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --write $(ARGS)
 
 .PHONY: fuzz-quick
@@ -179,11 +179,11 @@ architectures: $(VENV)/installed-dev ## run every architecture end to end and wr
 	$(BIN)/python -m scripts.write_architectures architectures.jsonl
 
 .PHONY: known-problems
-known-problems: $(VENV)/installed-dev ## run the tests of public problems and write docs/known_problems.md
+known-problems: $(VENV)/installed-dev ## run the tests of public problems and write docs/reference/known_problems.md
 	$(BIN)/python -m scripts.write_known_problems
 
 .PHONY: supported
-supported: $(VENV)/installed-dev ## run the zoo and write docs/supported.md from what it shows
+supported: $(VENV)/installed-dev ## run the zoo and write docs/reference/supported.md from what it shows
 	$(BIN)/python -m scripts.write_supported
 
 .PHONY: clean

@@ -18,7 +18,13 @@ ROOT = Path(__file__).parent.parent
 MARK = "<!-- ci: run -->"
 BLOCK = re.compile(rf"^{MARK}\s*^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PAGES = (
-    *("README.md", "docs/guide.md", "docs/verify.md", "docs/testing.md", "docs/extending.md"),
+    *(
+        "README.md",
+        "docs/start/guide.md",
+        "docs/how-to/verify.md",
+        "docs/how-to/testing.md",
+        "docs/reference/extending.md",
+    ),
     *("docs/how-to/image_model.md", "docs/how-to/peft_adapter.md"),
     *("docs/how-to/training_loop.md", "docs/how-to/own_pass.md"),
 )

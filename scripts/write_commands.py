@@ -59,7 +59,7 @@ def default(action: argparse.Action, stated: str) -> str:
     if action.required and action.nargs != "?":
         return "required"
     if action.nargs == 0:
-        return "on" if action.default is True else "off"
+        return "off"
     if stated:
         return f"`{stated}`" if stated == _text(action.default) else cell(stated)
     return "as described" if "default" in (action.help or "") else "–"

@@ -31,11 +31,11 @@ from qalora_compile.runtime import kernel_level
 
 EXAMPLES = """examples:
   python -m benchmarks.peers --quick                       five minutes after the first run
-  python -m benchmarks.peers --write                       all lengths, into docs/benchmarks.md
+  python -m benchmarks.peers --write                       all lengths, into its page
   python -m benchmarks.peers --quick --model random-1b
   python -m benchmarks.peers --quick --only default fast llama --threads 1
 """
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "design" / "benchmarks.md"
 LENGTHS = {False: (16, 128, 512, 2048), True: (16, 128, 512)}
 DECODE = {False: (16, 512, 2048), True: (16, 512)}
 
