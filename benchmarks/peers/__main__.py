@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--cache", type=Path, default=ROOT / "build" / "peers", metavar="DIR")
     found.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     found.add_argument("--svg", type=Path, metavar="FILE", help="write the plot")
-    found.add_argument("--write", action="store_true", help=f"put both into docs/{PAGE.name}")
+    found.add_argument("--write", action="store_true", help=f"put both into {PAGE.name}")
     return found
 
 
