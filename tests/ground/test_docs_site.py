@@ -80,7 +80,7 @@ def test_the_api_pages_have_every_public_name() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text("utf-8")
-    listed = set(re.findall(r"- ([\w/-]+\.md)$", text, re.MULTILINE))
+    listed = set(re.findall(r"- (?:[\w -]+: )?([\w/-]+\.md)$", text, re.MULTILINE))
     there = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
     notebooks = {f"notebooks/{page.stem}.md" for page in (DOCS / "notebooks").glob("*.ipynb")}
     project = {f"project/{name}.md" for name in ("contributing", "security", "changelog")}
