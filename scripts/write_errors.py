@@ -110,7 +110,7 @@ def messages() -> list[Message]:
 def cell(text: str) -> str:
     """Text as it has to stand in a cell of a table."""
     plain = re.sub(r"…(?:\s*…)+", "…", " ".join(text.split()))
-    return "" if plain == "…" else re.sub(r"([\\`*_|<>\[\]])", r"\\\1", plain)
+    return "" if plain == "…" else re.sub(r"([\\`*|<>\[\]])", r"\\\1", plain)
 
 
 def page() -> str:

@@ -37,6 +37,9 @@ def accepted(words: list[str]) -> bool:
     parsers = write_commands.parsers()
     if words[0] not in parsers:
         return words[0] in {"--help", "--version"}
+    if {"--resume", "--config"} & set(words):  # what is required is then in a file
+        known = {name for option in parsers[words[0]]._actions for name in option.option_strings}
+        return {word for word in words if word.startswith("--")} <= known
     try:
         parsers[words[0]].parse_args(words[1:])
     except SystemExit as stop:
