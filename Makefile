@@ -105,9 +105,9 @@ clients: ## install the clients that edge folders are tested with
 test-clients: $(VENV)/installed-dev clients ## run edge folders in other programs; what is not there is skipped
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -rs tests/clients $(ARGS)
 
-# Rows of docs/clients.md: each test of a client that passes writes one, and others keep theirs.
+# Rows of docs/reference/clients.md: each test of a client that passes writes one, and others keep theirs.
 .PHONY: clients-table
-clients-table: ## run the tests of clients, and write the table of docs/clients.md
+clients-table: ## run the tests of clients, and write the table of docs/reference/clients.md
 	rm -rf build/client-rows
 	QALORA_CLIENTS=$(CURDIR)/build/client-rows $(MAKE) test-clients test-openvino
 	QALORA_CLIENTS=$(CURDIR)/build/client-rows $(MAKE) test-slow ARGS="-k every_deployment"
@@ -126,6 +126,35 @@ test-runtimes: $(VENV)/installed-dev ## install old releases of ONNX Runtime and
 		touch $(RUNTIMES)/$$version/installed; \
 	done
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m scripts.test_runtimes $(RUNTIMES)
+
+# The site is built in an environment of its own, on top of the development packages. `docs` rebuilds
+# it whenever a page changes; `docs-check` fails at a broken link, a missing page, a wrong name.
+DOCS := build/docs
+$(DOCS)/installed: $(VENV)/installed-dev
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+		> $$(echo $(DOCS)/lib/python3*/site-packages)/development.pth
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+		"mkdocs>=1.6,<2" "mkdocs-material>=9.7,<10" "mkdocstrings[python]>=1,<2" \
+		"ipykernel>=7,<8" "nbclient>=0.10,<1" "nbformat>=5.10,<6"
+	touch $@
+
+.PHONY: docs
+docs: $(DOCS)/installed ## serve the documentation on this machine
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs serve $(ARGS)
+
+.PHONY: docs-check
+docs-check: $(DOCS)/installed ## build the documentation into build/site, strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict $(ARGS)
+
+.PHONY: docs-pages
+docs-pages: $(VENV)/installed-dev ## write the pages of commands and errors again
+	$(BIN)/python -m scripts.write_commands
+	$(BIN)/python -m scripts.write_errors
+
+.PHONY: notebooks
+notebooks: $(DOCS)/installed ## run the notebooks in small sizes (ARGS="--full --write" keeps what they print)
+	PYTHONPATH=$(CURDIR) $(DOCS)/bin/python -W ignore -m scripts.run_notebooks $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
@@ -175,7 +204,7 @@ mutation-score: $(VENV)/installed-dev ## plant every fault, and print what the p
 	$(BIN)/python -W ignore -m scripts.mutation_score $(ARGS)
 
 .PHONY: fuzz
-fuzz: $(VENV)/installed-dev ## mutate inputs of every format, 20,000 in all, and write the table of docs/security.md
+fuzz: $(VENV)/installed-dev ## mutate inputs of every format, 20,000 in all, and write the table of docs/reference/security.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --write $(ARGS)
 
 .PHONY: fuzz-quick
@@ -187,11 +216,11 @@ architectures: $(VENV)/installed-dev ## run every architecture end to end and wr
 	$(BIN)/python -m scripts.write_architectures architectures.jsonl
 
 .PHONY: known-problems
-known-problems: $(VENV)/installed-dev ## run the tests of public problems and write docs/known_problems.md
+known-problems: $(VENV)/installed-dev ## run the tests of public problems and write docs/reference/known_problems.md
 	$(BIN)/python -m scripts.write_known_problems
 
 .PHONY: supported
-supported: $(VENV)/installed-dev ## run the zoo and write docs/supported.md from what it shows
+supported: $(VENV)/installed-dev ## run the zoo and write docs/reference/supported.md from what it shows
 	$(BIN)/python -m scripts.write_supported
 
 .PHONY: clean

@@ -267,7 +267,7 @@ def compare_speed(results: Results, models: dict[str, LanguageModel], size: Size
         first = next(iter(rates.values()))
         for name, rate in rates.items():
             results.rows[f"tokens/s, {title}, {name}"] = f"{rate:.0f} ({rate / first:.2f}×)"
-    results.rows["next to llama.cpp (docs/benchmarks.md)"] = LLAMA_CPP
+    results.rows["next to llama.cpp (docs/design/benchmarks.md)"] = LLAMA_CPP
 
 
 def session_forward(model: LanguageModel) -> Forward:

@@ -1,4 +1,4 @@
-"""The functions that register extensions, and the types to write them with: docs/extending.md.
+"""What registers extensions, and the types to write them with: docs/reference/extending.md.
 
     from qalora_compile import extend
 

@@ -111,7 +111,7 @@ class Registry:
         return ExtensionError(
             f"the {self.kind} {name!r} is not {wanted}",
             where=f"it is of {self.origin(name)}",
-            hint="docs/extending.md says what is wanted",
+            hint="docs/reference/extending.md says what is wanted",
         )
 
     def _unknown(self, name: str) -> UserInputError:

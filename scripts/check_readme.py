@@ -17,7 +17,17 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MARK = "<!-- ci: run -->"
 BLOCK = re.compile(rf"^{MARK}\s*^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = ("README.md", "docs/guide.md", "docs/verify.md", "docs/testing.md", "docs/extending.md")
+PAGES = (
+    *(
+        "README.md",
+        "docs/start/guide.md",
+        "docs/how-to/verify.md",
+        "docs/how-to/testing.md",
+        "docs/reference/extending.md",
+    ),
+    *("docs/how-to/image_model.md", "docs/how-to/peft_adapter.md"),
+    *("docs/how-to/training_loop.md", "docs/how-to/own_pass.md"),
+)
 NOT_HERE = {"demo.py", "assets.py"}
 """Examples that CI runs in a separate step, or that are not programs."""
 

@@ -1,4 +1,4 @@
-"""Write the table of architectures in docs/supported.md: which commands work for each.
+"""Write the table of architectures in docs/reference/supported.md: which commands work for each.
 
 Results are kept in a file with one JSON line per architecture, so that a run can be resumed and
 single architectures tried again. All of them take about forty minutes on one core.

@@ -1,4 +1,4 @@
-"""Write the tables of docs/checkpoints.md: what each format preserves, declared and measured.
+"""Write the tables of docs/reference/checkpoints.md: what each format preserves.
 
 python -m scripts.write_checkpoints
 """

@@ -1,4 +1,4 @@
-"""Write the table of docs/clients.md from the rows that client tests have recorded.
+"""Write the table of docs/reference/clients.md from the rows that client tests have recorded.
 
 `python -m scripts.write_clients FOLDER` takes the JSON files that `tests.clients.record` wrote to
 FOLDER. Rows of tests that were not run are kept; rows of tests that exist no longer are dropped.
@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.clients.record import ClientRow, record_client
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "clients.md"
+PAGE = ROOT / "docs" / "reference" / "clients.md"
 BEGIN, END = "<!-- clients: begin -->\n", "<!-- clients: end -->\n"
 _HEAD = ("client", "version", "target", "model", "result", "speed", "test")
 

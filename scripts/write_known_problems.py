@@ -1,4 +1,4 @@
-"""Write docs/known_problems.md: problems from public trackers, reproduced, and their tests.
+"""Write docs/reference/known_problems.md: problems of public trackers and their tests.
 
 The tests run first; if one fails, nothing is written.
 
@@ -17,7 +17,10 @@ import tomllib
 from qalora_compile.files import write_text
 
 ROOT = Path(__file__).parent.parent
-DATA, PAGE = ROOT / "tests" / "known_problems.toml", ROOT / "docs" / "known_problems.md"
+DATA, PAGE = (
+    ROOT / "tests" / "known_problems.toml",
+    ROOT / "docs" / "reference" / "known_problems.md",
+)
 INTRODUCTION = """# Known problems of the field
 
 This page lists problems that users of similar tools reported on public trackers, and what this

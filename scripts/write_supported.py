@@ -1,4 +1,4 @@
-"""Write docs/supported.md: the result of every check of the zoo on every model.
+"""Write docs/reference/supported.md: the result of every check of the zoo on every model.
 
 A failed check stops the script, and nothing is written. It takes a few minutes.
 
@@ -25,7 +25,7 @@ from qalora_compile.ir.site_plan import KEEP, QUANTIZE, Site, SitePlan
 from tests.zoo.checks import CAUSAL, CHECKS, run_checks
 from tests.zoo.entries import ENTRIES, Entry
 
-PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "supported.md"
 ARCHITECTURES = "## Architectures on the command line"
 """Heading of the section that `scripts.write_architectures` writes."""
 MODELS, REASONS, PATTERNS = "Models", "Why weights stay in float", "Operator patterns"

@@ -31,11 +31,11 @@ from qalora_compile.runtime import kernel_level
 
 EXAMPLES = """examples:
   python -m benchmarks.peers --quick                       five minutes after the first run
-  python -m benchmarks.peers --write                       all lengths, into docs/benchmarks.md
+  python -m benchmarks.peers --write                       all lengths, into its page
   python -m benchmarks.peers --quick --model random-1b
   python -m benchmarks.peers --quick --only default fast llama --threads 1
 """
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "design" / "benchmarks.md"
 LENGTHS = {False: (16, 128, 512, 2048), True: (16, 128, 512)}
 DECODE = {False: (16, 512, 2048), True: (16, 512)}
 
@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--cache", type=Path, default=ROOT / "build" / "peers", metavar="DIR")
     found.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     found.add_argument("--svg", type=Path, metavar="FILE", help="write the plot")
-    found.add_argument("--write", action="store_true", help=f"put both into docs/{PAGE.name}")
+    found.add_argument("--write", action="store_true", help=f"put both into {PAGE.name}")
     return found
 
 

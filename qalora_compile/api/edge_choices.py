@@ -25,7 +25,7 @@ from qalora_compile.untrusted import quoted
 
 _EMBEDDINGS = {"bits": int, "group_size": int}
 LOADING = 23
-"""Bytes of memory for a weight that is made in float at load; measured in docs/clients.md."""
+"""Bytes of memory for a weight that is made in float at load: docs/reference/clients.md."""
 WASM_MEMORY = 4 << 30
 """Bytes that WebAssembly can have."""
 _UNMEASURED = "not measured: scales are computed while the file is written"
@@ -146,7 +146,7 @@ def _check_memory(weights: int) -> None:
             f"{megabytes(weights * LOADING)}, and WebAssembly has {megabytes(WASM_MEMORY)}",
             hint="export --expansion nbits is for WebGPU, and loads in WebAssembly, where it is "
             "slow; or export --target onnx without a preset, with a session option: "
-            "docs/clients.md",
+            "docs/reference/clients.md",
         )
 
 

@@ -50,12 +50,12 @@ class ExportSpec(Spec):
             correction, standard operators only. `"openvino"`: OpenVINO IR with real-valued
             zero-points. `"torch"`: a `.pt2` file of `torch.export` with torch's own kernel for
             4-bit weights, which takes real zeros. The others are checkpoints of other libraries
-            (docs/checkpoints.md), which take none of the options of ONNX below.
+            (docs/reference/checkpoints.md), which take none of the options of ONNX below.
         opset: ONNX opset version of the standard domain; None takes 20, or 21 for `"onnx"`.
         accuracy_level: 0 computes in float32; 4 quantizes activations to int8, which is faster and
             errs by about 5e-3 of the output. 2, for target `"ort"` only, quantizes them to two int8
             digits, about 15 bits, which errs by about 1e-4. A file of target `"onnx"` cannot
-            express it: the runtime decides (see docs/lowering.md).
+            express it: the runtime decides (see docs/design/lowering.md).
         parameter_dtype: Dtype of scale and zero-point in targets `"ort"` and `"openvino"` and in
             checkpoints, and of all weights in target `"float"`: `"float32"` is exact, `"float16"`
             rounds, and is smaller and faster. `"gguf"` and `"safetensors"` leave no choice.
@@ -259,7 +259,8 @@ class ExportSpec(Spec):
         if self.accuracy_level != 0 and self.target == "onnx":
             raise UserInputError(
                 f"accuracy_level is {self.accuracy_level!r} for target onnx",
-                hint="a standard model cannot express it; the session decides: docs/lowering.md",
+                hint="a standard model cannot express it; the session decides: "
+                "docs/design/lowering.md",
             )
 
     def _check_release(self) -> None:

@@ -14,7 +14,7 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class FitSpec(Spec):
-    """How to train. docs/training.md says how the defaults were chosen.
+    """How to train. docs/design/training.md says how the defaults were chosen.
 
     Attributes:
         steps: Optimizer steps.

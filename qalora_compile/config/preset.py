@@ -50,7 +50,7 @@ PRESETS = {
         parameter_dtype=AUTO,
         embeddings=8,
         expansion=FLOAT,
-        purpose="WASM in a browser (docs/clients.md); for WebGPU: --expansion nbits",
+        purpose="WASM in a browser (docs/reference/clients.md); for WebGPU: --expansion nbits",
     ),
 }
 

@@ -29,8 +29,8 @@ def quantize_hqq(
     auxiliary e absorbs the outliers, `e = shrink(w − scale · q − offset)`, and `w − e` is fitted in
     closed form; the two steps alternate. Here both scale and offset, which are real, are fitted,
     starting from the range of `mse`: starting from min-max, as published, results in a larger
-    output error than `mse` (docs/quantizers.md). A group keeps the best fit among those whose
-    squared error is no larger than that of the range.
+    output error than `mse` (docs/design/quantizers.md). A group keeps the best fit among those
+    whose squared error is no larger than that of the range.
 
     A smaller error of the weights can cause a larger error of the layer's output. With
     `statistics`, each row of the weight keeps the better of the fit and the result of `mse` by the

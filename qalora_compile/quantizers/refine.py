@@ -19,7 +19,7 @@ DAMPING = 1e-4
 """Least damping, relative to the mean diagonal of the moments of the group sums."""
 _NOISE = 8.0
 """Least damping is this times L / rows: correlations from few rows are mostly noise, and offsets
-fitted to it lose more on other rows than they gain (docs/quantizers.md)."""
+fitted to it lose more on other rows than they gain (docs/design/quantizers.md)."""
 
 
 @dataclass(frozen=True)

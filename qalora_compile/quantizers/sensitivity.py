@@ -47,7 +47,7 @@ def measure_sensitivities(
     With J the Jacobian of all outputs with respect to a layer's output, and v random, independent,
     of variance 1, `‖Jᵀ v‖²` has the expectation `‖J‖²` (Hutchinson's estimator), so one backward
     pass per call serves all layers. No labels are needed. For logits, the resulting order is nearly
-    that of the Fisher information (figures in docs/adapters.md).
+    that of the Fisher information (figures in docs/design/adapters.md).
 
     Args:
         program: A program whose weights have values.

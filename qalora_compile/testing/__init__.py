@@ -7,7 +7,7 @@
         assert_equivalent(folded, tmp_path / "model.onnx")
 
 `check_pass`, `check_quantizer`, `check_target` and `check_reader` are the contracts of extensions
-(docs/extending.md). Names are imported on first use.
+(docs/reference/extending.md). Names are imported on first use.
 """
 
 from __future__ import annotations

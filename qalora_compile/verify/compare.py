@@ -264,7 +264,7 @@ def _row(comparison: Comparison) -> dict[str, Any]:
 
 EXPLAINED = 8.0
 """Up to this ratio rounding explains an error: the same sums, taken in another order, round
-otherwise. What is seen between right exports and programs stays below it (docs/verify.md)."""
+otherwise. What is seen between right exports and programs stays below it: docs/how-to/verify.md."""
 
 
 BEYOND = 64.0

@@ -1,4 +1,4 @@
-"""Rows of the table in docs/clients.md, recorded by the tests that ran the client.
+"""Rows of the table in docs/reference/clients.md, recorded by the tests that ran the client.
 
 With `QALORA_CLIENTS` set to a folder, each test that calls `record_client` writes its row there;
 `scripts/write_clients.py` (`make clients-table`) puts the rows into the page.

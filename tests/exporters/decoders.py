@@ -101,7 +101,7 @@ def compressed(folder: Path, name: str) -> Array:
 
 
 def own(folder: Path, name: str) -> Array:
-    """docs/formats.md: `scale · q + offset`, a row a little-endian bit stream padded to 8 codes.
+    """docs/reference/formats.md: `scale · q + offset`, a row a bit stream padded to 8 codes.
 
     Column `order[i]` of the weight is where the codes have column i.
     """

@@ -1,4 +1,4 @@
-"""What each format keeps, declared and measured: the table of docs/checkpoints.md.
+"""What each format keeps, declared and measured: the table of docs/reference/checkpoints.md.
 
 A format that is read adds a function to `STUDIES` that gives rows of direction `READ`.
 """
@@ -31,7 +31,7 @@ from tests.exporters.checkpoint_cases import (
 )
 from tests.exporters.decoders import DECODERS, Array
 
-PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "checkpoints.md"
 START, END = "<!-- written by scripts/write_checkpoints.py -->", "<!-- end -->"
 WRITE, READ = "write", "read"
 WIDTHS = ((4, 32), (3, 64), (8, 32))

@@ -1,4 +1,4 @@
-"""The table of docs/checkpoints.md says what is so."""
+"""The table of docs/reference/checkpoints.md says what is so."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`python -m tests.fuzz`: mutate inputs of every format, and see what becomes of each.
 
-    make fuzz                                  20,000 mutations, and the table of docs/security.md
+    make fuzz                                  20,000 mutations, and the table of their page
     make fuzz ARGS="--count 2000 --seed 7"     fewer, others
     make fuzz ARGS="--format GGUF ONNX"        these formats alone
     python -m tests.fuzz --replay fuzz-failures/GGUF-hang-1
@@ -18,7 +18,7 @@ import sys
 import warnings
 from pathlib import Path
 
-DOCS = Path(__file__).parents[2] / "docs" / "security.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "security.md"
 BEGIN, END = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
 
 
@@ -37,7 +37,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", nargs="+", choices=tuple(FORMATS), default=list(FORMATS))
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), metavar="FOLDER")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/security.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put the table into docs/reference/security.md"
+    )
     parser.add_argument("--replay", type=Path, metavar="FOLDER", help="read a kept input again")
     options = parser.parse_args()
     if options.replay:
@@ -55,7 +57,7 @@ def main() -> int:
 
 
 def write_table(lines: list[str]) -> None:
-    """Put lines between the marks of docs/security.md."""
+    """Put lines between the marks of docs/reference/security.md."""
     text = DOCS.read_text("utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]

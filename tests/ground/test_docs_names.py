@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "qalora_compile"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 HOMES = (ROOT, PACKAGE, ROOT / "docs")
 """Where the pages' paths begin."""
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*/?(?:\.(?:py|cc|h|md|toml|sh)|/)")
 MADE = re.compile(
-    r"(?:edge|run|folded|found|golden|model|tensorboard|tokenizer|adapter|checkpoints|build)/"
+    r"(?:edge|run|first|folded|models|found|golden|model|tensorboard|tokenizer|adapter|checkpoints|build)/"
     r"|qalora_compile/a/|tests/a/"
 )
 """Paths in the folders that commands write, and placeholders."""
@@ -30,7 +30,9 @@ GROUPS = {f"qalora_compile.{kind}" for kind in ("passes", "quantizers", "targets
 IMPORTED = re.compile(r"^ *from (qalora_compile[\w.]*) import (?:\(([^)]+)\)|(.+)$)", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+every_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 
 
 def spans(text: str) -> list[str]:

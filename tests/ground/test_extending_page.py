@@ -1,4 +1,4 @@
-"""docs/extending.md shows code that CI runs, or that stands in the example extension."""
+"""docs/reference/extending.md shows code that CI runs, or that stands in the example extension."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLE = ROOT / "examples" / "extension"
 
 
 def page() -> str:
-    return (ROOT / "docs" / "extending.md").read_text("utf-8")
+    return (ROOT / "docs" / "reference" / "extending.md").read_text("utf-8")
 
 
 def strange_blocks(text: str, sources: list[str]) -> list[str]:

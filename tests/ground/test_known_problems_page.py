@@ -1,4 +1,4 @@
-"""docs/known_problems.md is what the file of problems says, and every test in it exists."""
+"""docs/reference/known_problems.md is what the file says, and every test in it exists."""
 
 from __future__ import annotations
 

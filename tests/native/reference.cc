@@ -15,7 +15,7 @@ constexpr double kFloor = 1e-37;
 
 int Bit(const uint8_t* row, int64_t index) { return row[index / 8] >> (index % 8) & 1; }
 
-// Code k of a row, bit by bit as docs/operators.md and ir/group_packing.py describe the layout.
+// Code k of a row, bit by bit as docs/reference/operators.md and ir/group_packing.py describe the layout.
 int Code(const uint8_t* row, const qalora::Layer& layer, int64_t k) {
   int code = 0;
   if (layer.bits != 3) {
@@ -107,7 +107,7 @@ std::vector<double> Activations(const Spec& spec, const Data& data) {
 }
 
 // What two and three digits may lose of each value of a row: a part of the largest in its block, and
-// blocks below 2^-100 (docs/operators.md states the bounds). Kernels may lose less, many rows are
+// blocks below 2^-100 (docs/reference/operators.md states the bounds). Kernels may lose less, many rows are
 // multiplied in float32 where that is faster.
 std::vector<double> Lost(const Spec& spec, const Data& data) {
   std::vector<double> lost(spec.m * spec.k, 0.0);

@@ -124,7 +124,7 @@ def test_b_learns_at_a_rate_of_its_own() -> None:
 def test_a_pooling_is_a_rate_of_a(pooling: str) -> None:
     """A starts in units of 1 / f, and AdamW's steps have no unit: f A learns at f times the rate.
 
-    docs/training.md chooses among poolings by it.
+    docs/design/training.md chooses among poolings by it.
     """
     factor = qc.AdapterSpec(pooling=pooling).pooling_factor(32, 2)
     spec = FitSpec(steps=6, batch_size=6, learning_rate=5e-3, clip=1e6)

@@ -1,4 +1,4 @@
-"""docs/supported.md is about this zoo: its models, its checks."""
+"""docs/reference/supported.md is about this zoo: its models, its checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of codes that this package writes (`export --target safetensors`, docs/formats.md)."""
+"""Folders of codes of this package (`export --target safetensors`, docs/reference/formats.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`write_own`: unchanged codes, scales and offsets; docs/formats.md is the specification."""
+"""`write_own`: unchanged codes, scales and offsets, as docs/reference/formats.md specifies."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ MLX = Format(library="mlx-lm", capabilities=mlx.capabilities, write=mlx.write_ml
 FLOAT = Format(library="transformers", capabilities=float.capabilities, write=float.write_float)
 HQQ = Format(library="HQQ", capabilities=hqq.capabilities, write=hqq.write_hqq)
 SAFETENSORS = Format(
-    library="docs/formats.md", capabilities=qalora.capabilities, write=qalora.write_own
+    library="docs/reference/formats.md", capabilities=qalora.capabilities, write=qalora.write_own
 )
 GPTQ = Format(library="GPTQModel", capabilities=gptq.capabilities, write=gptq.write_gptq)
 COMPRESSED_TENSORS = Format(

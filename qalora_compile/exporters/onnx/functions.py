@@ -28,7 +28,7 @@ from qalora_compile.optional import require
 QALORA = "qalora"
 MICROSOFT = "com.microsoft"
 VERSION = 1
-"""Version of the operator set `qalora`, see docs/operators.md."""
+"""Version of the operator set `qalora`, see docs/reference/operators.md."""
 
 _HEAD = """
 <domain: "{domain}", opset_import: ["" : {opset}{more}]>

@@ -28,7 +28,7 @@ def matmul_nbits_op() -> Any:
 
 
 def group_quant_linear_op() -> Any:
-    """`qalora::GroupQuantLinear`, see docs/operators.md, with the attributes for its function."""
+    """`qalora::GroupQuantLinear` (docs/reference/operators.md), with its function's attributes."""
     sizes = ("K", "N", "bits", "group_size")
     stock = ("stock_bits", "stock_block_size", "stock_accuracy_level")
     return _operator(

@@ -51,8 +51,8 @@ def group_quant_linear(
 ) -> Tensor:
     """Y = x Wᵀ, `W = scale · (q − zero_point)` with real-valued zero-points.
 
-    The reference of the operator `qalora::GroupQuantLinear` (docs/operators.md), always computed
-    exactly: `compute` is only passed on to the exported node.
+    The reference of the operator `qalora::GroupQuantLinear` (docs/reference/operators.md), always
+    computed exactly: `compute` is only passed on to the exported node.
 
     Args:
         x: `[.., K]`.

@@ -10,7 +10,7 @@ first. Then come the high bits, in units that each belong to 64 bytes of the fir
 codes; the last unit of a row to the u bytes that are left): bit `f · u + i` of a unit, low bits
 first, is the high bit of code `4 i + f`, so that the bits of one field of all bytes are adjacent.
 The last two dimensions of the packed tensor only cut the row's bytes into L equal parts; see
-`docs/operators.md`.
+`docs/reference/operators.md`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 //
 // Activations are split into `digits` signed digits of 7 bits: x = s (d1 128^(digits - 1) + ... ), with
 // one scale s for each block. Products of digits with codes are exact integers. With three digits the
-// result is as good as float32's, docs/operators.md gives the bound.
+// result is as good as float32's, docs/reference/operators.md gives the bound.
 //
 // A level works in steps: `step_bytes` bytes of the low part of a row of codes, as `lanes` 32-bit
 // lanes. A lane holds codes of one group only, because a group has a multiple of 16 codes. The driver

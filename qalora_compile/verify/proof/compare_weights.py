@@ -27,7 +27,7 @@ DIGITS_ROUNDING = {
     TWO_DIGITS: math.sqrt(_DIGIT_BLOCK) / 32_000,
     THREE_DIGITS: math.sqrt(_DIGIT_BLOCK) * 2.0**-21,
 }
-"""Bounds ‖x − x̂‖₂ / ‖x‖₂ of GroupQuantLinear (docs/operators.md).
+"""Bounds ‖x − x̂‖₂ / ‖x‖₂ of GroupQuantLinear (docs/reference/operators.md).
 
 Digits are at most this part of the largest magnitude m of a block from each of its at most 32
 values; and m ≤ ‖block‖₂. Blocks with m below 2^-100, which count as zero, are left out."""

@@ -1,4 +1,4 @@
-"""What is read of each format, measured: rows of the table of docs/checkpoints.md."""
+"""What is read of each format, measured: rows of the table of docs/reference/checkpoints.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed codes of GroupQuantLinear, bit by bit as docs/operators.md says."""
+"""Packed codes of GroupQuantLinear, bit by bit as docs/reference/operators.md says."""
 
 import pytest
 import torch

@@ -260,7 +260,7 @@ def test_two_digits_have_a_bound_and_it_holds() -> None:
 def test_the_rounding_to_digits_is_within_its_constant(
     digits: int, note: str, seed: int, power: float, block: int
 ) -> None:
-    """As docs/operators.md defines it: in blocks, with a scale of the largest magnitude."""
+    """As docs/reference/operators.md has it: in blocks, with a scale of the largest magnitude."""
     normal = np.random.default_rng(seed).standard_normal((8, block)) ** 3 * power
     x = normal.astype(np.float32)
     largest, top = np.abs(x).max(1, keepdims=True), np.float32(127 * 128 ** (digits - 1))

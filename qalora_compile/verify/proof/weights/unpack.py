@@ -1,7 +1,7 @@
 """The verifier's own decoder of codes, for every layout in which this package stores them.
 
-Written for numpy from the specifications (docs/formats.md, docs/operators.md, ONNX and ONNX
-Runtime) and independently of the code that packs.
+Written for numpy from the specifications (formats.md and operators.md in docs/reference,
+ONNX and ONNX Runtime) and independently of the code that packs.
 """
 
 from __future__ import annotations
