@@ -177,7 +177,8 @@ def test_windows_of_attention_stay_exact(tmp_path: Path) -> None:
 def test_a_layer_is_written_in_few_nodes(exported: tuple[Any, qc.Program, Path]) -> None:
     kinds = Counter(node.op_type for node in onnx.load(exported[2]).graph.node)
     assert (kinds["GroupQuantLinear"], kinds["Split"]) == (8, 4)
-    assert (kinds["RMSNormalization"], kinds["RotaryEmbedding"], kinds["Attention"]) == (5, 4, 2)
+    assert (kinds["RMSNormalization"], kinds["RotaryEmbedding"]) == (5, 4)
+    assert (kinds["CachedAttention"], kinds["Attention"]) == (2, 0)
     assert kinds["Softmax"] == 0
     layers = 2
     shared = sum(kinds.values()) - layers * 16 - 1  # one norm behind the last layer
@@ -216,7 +217,7 @@ def test_a_planted_fault_in_the_cache_is_found(
     call, tolerance = [{"input_ids": token_ids(2, 9)}], qc.Tolerance(max_rel=1e-4)
     assert qc.verify_equivalence(folded, path, call, tolerance).passed
     broken = onnx.load(path)
-    node = next(n for n in broken.graph.node if n.op_type == "Attention")
+    node = next(n for n in broken.graph.node if n.op_type == "CachedAttention")
     node.input[4], node.input[5] = node.input[5], node.input[4]  # past keys for past values
     onnx.save(broken, tmp_path / "broken.onnx")
     assert not qc.verify_equivalence(folded, tmp_path / "broken.onnx", call, tolerance).passed

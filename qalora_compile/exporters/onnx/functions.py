@@ -8,6 +8,8 @@ A node `qalora::GroupQuantLinear` means the same in every runtime:
   once, when the session is created; so the fewer nodes do that, the sooner a session is ready.
 * Other runtimes have no kernel for MatMulNBits and inline its function in standard operators.
 
+`qalora::CachedAttention` is ONNX's Attention, computed by this package's library where it is there.
+
 A callee precedes its caller in the model. Attributes that begin with `stock_` are read by the
 functions alone: they say how MatMulNBits stores codes that it does not take unchanged, and state
 sizes that a function would have to compute. ONNX Runtime has one function for each operator, so the
@@ -22,6 +24,7 @@ from typing import Any
 from qalora_compile.optional import require
 
 QALORA = "qalora"
+CACHED_ATTENTION = "CachedAttention"
 MICROSOFT = "com.microsoft"
 VERSION = 1
 """Version of the operator set `qalora`, see docs/operators.md."""
@@ -115,6 +118,16 @@ GroupQuantLinear <K, N, bits, group_size, compute, stock_bits, stock_block_size,
    corrected = MatMul (sums, {correction_x})
    y = Add (product, corrected)
 }}
+"""
+
+_CACHED_ATTENTION = """
+CachedAttention <q_num_heads, kv_num_heads, scale>
+(q, k, v, mask, past_key, past_value) => (y, present_key, present_value)
+{
+   y, present_key, present_value = Attention <q_num_heads: int = @q_num_heads,
+      kv_num_heads: int = @kv_num_heads, scale: float = @scale>
+      (q, k, v, mask, past_key, past_value)
+}
 """
 
 _TYPES_OF_PARAMETERS = """
@@ -289,6 +302,18 @@ def layered_functions(opset: int, form: FunctionForm) -> list[Any]:
     more = f', "{MICROSOFT}" : 1'
     linear = _HEAD.format(domain=QALORA, opset=opset, more=more) + _group_quant_linear(form)
     return [parser.parse_function(text) for text in (matmul, linear)]
+
+
+def attention_function(opset: int) -> Any:
+    """The function of CachedAttention, ONNX's Attention, as `onnx.FunctionProto`.
+
+    Args:
+        opset: Version of the standard operators that the model imports; 23 or newer.
+    """
+    parser = require("onnx", extra="onnx", purpose="export to ONNX").parser
+    return parser.parse_function(
+        _HEAD.format(domain=QALORA, opset=opset, more="") + _CACHED_ATTENTION
+    )
 
 
 def _matmul_nbits(form: FunctionForm) -> str:

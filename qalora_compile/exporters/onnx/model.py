@@ -64,7 +64,7 @@ def _to_onnx(exported: ExportedProgram, program: Program, spec: ExportSpec) -> A
             opset_version=spec.onnx_opset,
             input_names=[leaf.name for leaf in program.signature.inputs if leaf.dtype],
             output_names=tensor_outputs(program),
-            custom_translation_table=translation_table(spec.onnx_opset, spec.fusion),
+            custom_translation_table=translation_table(spec.onnx_opset, spec.fusion, spec.target),
             verbose=False,
         )
     if onnx_program is None:

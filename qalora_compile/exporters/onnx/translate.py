@@ -26,7 +26,7 @@ from qalora_compile.optional import require
 Table = dict[Callable[..., Any], Callable[..., Any]]
 
 
-def translation_table(opset: int, fusion: str | None) -> Table:
+def translation_table(opset: int, fusion: str | None, target: str) -> Table:
     """Operator → function that emits its ONNX nodes, for `custom_translation_table`."""
     onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
     op = onnxscript.opset18
@@ -34,7 +34,7 @@ def translation_table(opset: int, fusion: str | None) -> Table:
     table = kernels | aten_table(op) | _plain_table(op) | expert_table(op, kernels)
     table |= embedding_table(op, onnxscript.opset21)
     if opset >= 23:
-        table |= fused_table(onnxscript.opset23)
+        table |= fused_table(onnxscript.opset23, library=target == "ort")
     return table | contrib_table(op) if fusion == "ort" else table
 
 

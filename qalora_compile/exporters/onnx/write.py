@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from qalora_compile.config import ExportSpec
 from qalora_compile.errors import InternalError
 from qalora_compile.exporters.capability import EXACT, Capability, ExportReport, rounds
 from qalora_compile.exporters.onnx.functions import (
+    CACHED_ATTENTION,
     MICROSOFT,
     QALORA,
     FunctionForm,
+    attention_function,
     layered_functions,
 )
 from qalora_compile.exporters.onnx.initializers import defer_initializers, write_model
@@ -67,15 +70,21 @@ def write_translated(
 
 
 def _add_functions(model: Any) -> None:
-    """Define GroupQuantLinear for runtimes that have no kernel for it, if the model uses it."""
+    """Define the operators of the library for runtimes that have no kernel for them."""
     ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
-    if QALORA not in model.opset_imports:
-        return
-    layers = [node for node in model.graph.all_nodes() if node.domain == QALORA]
-    for proto in layered_functions(model.opset_imports[""], _function_form(ir, layers)):
+    opset, ours = model.opset_imports[""], defaultdict[str, list[Any]](list)
+    for node in model.graph.all_nodes():
+        if node.domain == QALORA:
+            ours[node.op_type].append(node)
+    protos = []
+    if layers := ours.get("GroupQuantLinear"):
+        protos += layered_functions(opset, _function_form(ir, layers))
+        model.opset_imports[MICROSOFT] = 1
+    if CACHED_ATTENTION in ours:
+        protos.append(attention_function(opset))
+    for proto in protos:
         function = ir.serde.deserialize_function(proto)
         model.functions[function.identifier()] = function
-    model.opset_imports[MICROSOFT] = 1
 
 
 def _function_form(ir: Any, layers: list[Any]) -> FunctionForm:
