@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
-from qalora_compile.runtime.session import run_values
+from qalora_compile.runtime.session import run_values, shares_cache
+from qalora_compile.untrusted import quoted
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 _TOKENS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
+_ROOM = 256
+"""Tokens by which the buffers of a cache grow, at least."""
 _PAST, _PRESENT, _LOGITS = "past_key_values.", "present.", "logits"
 
 
@@ -58,12 +61,12 @@ class LanguageModel:
         self._inputs = {i.name: i for i in session.get_inputs()}
         self._past = [name for name in self._inputs if name.startswith(_PAST)]
         outputs = {o.name: o for o in session.get_outputs()}
-        self._logits = _LOGITS if _LOGITS in outputs else next(iter(outputs), "nothing")
+        self.logits_name = _LOGITS if _LOGITS in outputs else next(iter(outputs), "nothing")
         unknown = set(self._inputs) - {_TOKENS, _MASK, _POSITIONS, *self._past}
-        known = self._logits in outputs and len(outputs[self._logits].shape) == 3
+        known = self.logits_name in outputs and len(outputs[self.logits_name].shape) == 3
         if unknown or not known or _TOKENS not in self._inputs:
             raise UnsupportedError(
-                f"the model takes {', '.join(self._inputs)} and gives {self._logits}: it is "
+                f"the model takes {', '.join(self._inputs)} and gives {self.logits_name}: it is "
                 "not a causal language model exported by this package",
             )
 
@@ -93,18 +96,29 @@ class LanguageModel:
             Logits `[B, T, V]` (`[B, 1, V]` if the model was exported with the last ones only) and
             cache.
         """
+        values = self.feed(input_ids, attention_mask)
+        present = [self.present_of(name) for name in self._past]
+        found = run_values(self.session, [self.logits_name, *present], {**values, **cache})
+        logits: NDArray[np.float32] = found[0].numpy()
+        return logits, dict(zip(self._past, found[1:], strict=True))
+
+    def feed(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]
+    ) -> dict[str, Any]:
+        """The inputs of a step without its cache, by name, as `onnxruntime.OrtValue`."""
         runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
         positions = (attention_mask.cumsum(-1) - 1).clip(0)[:, -input_ids.shape[1] :]
         feed = {_TOKENS: input_ids, _MASK: attention_mask, _POSITIONS: positions}
-        values = {
+        return {
             name: runtime.OrtValue.ortvalue_from_numpy(value)
             for name, value in feed.items()
             if name in self._inputs
         }
-        present = [name.replace(_PAST, _PRESENT) for name in self._past]
-        found = run_values(self.session, [self._logits, *present], {**values, **cache})
-        logits: NDArray[np.float32] = found[0].numpy()
-        return logits, dict(zip(self._past, found[1:], strict=True))
+
+    @staticmethod
+    def present_of(past: str) -> str:
+        """The output that extends an input of the cache."""
+        return past.replace(_PAST, _PRESENT)
 
     def logits(
         self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
@@ -144,19 +158,85 @@ class LanguageModel:
     ) -> Iterator[int]:
         import numpy as np
 
-        cache = self.empty_cache()
+        decoder = Decoder(self) if self.cached else None
         tokens: list[int] = []
 
         def step(fresh: list[int]) -> NDArray[np.float32]:
-            nonlocal cache
             tokens.extend(fresh)
-            read = fresh if self.cached else tokens
-            mask = np.ones((1, len(tokens)), np.int64)
-            logits, cache = self.step(np.array([read], dtype=np.int64), mask, cache)
+            read = self.logits if decoder is None else decoder.read
+            logits = read(np.array([tokens if decoder is None else fresh], dtype=np.int64))
             last: NDArray[np.float32] = logits[0, -1]
             return last
 
         return continue_tokens(step, prompt, max_new_tokens, stop, sampling)
+
+
+class Decoder:
+    """Reads tokens call by call, and keeps the cache of those before in place.
+
+    A model of target `ort` with the operator library appends to buffers that have room for more
+    tokens. Other models copy the cache in each step, as `LanguageModel.step` does.
+
+    Args:
+        model: With a key-value cache.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model, self._cache = model, dict[str, Any](model.empty_cache())
+        self._shares = shares_cache(model.session)
+        self._count = self._room = 0
+        self._binding: Any = None
+
+    def read(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits `[1, T, V]` (`[1, 1, V]` of the last alone) of the next tokens `[1, T]`.
+
+        Raises:
+            UserInputError: ONNX Runtime cannot run the model on them.
+        """
+        import numpy as np
+
+        before, self._count = self._count, self._count + input_ids.shape[1]
+        mask = np.ones((1, self._count), np.int64)
+        if not self._shares or before == 0:
+            logits, self._cache = self._model.step(input_ids, mask, self._cache)
+            return logits
+        if self._count > self._room:
+            self._grow(before)
+        return self._append(self._model.feed(input_ids, mask))
+
+    def _append(self, feed: Mapping[str, Any]) -> NDArray[np.float32]:
+        binding = self._binding
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output(self._model.logits_name)  # the last, and anew: its shape may change
+        try:
+            self._model.session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            raise UserInputError(
+                f"ONNX Runtime cannot run the model: {quoted(str(error), 300)}",
+                hint="export it again; if that does not help, it is a bug of the exporter",
+            ) from error
+        logits: NDArray[np.float32] = binding.get_outputs()[-1].numpy()
+        return logits
+
+    def _grow(self, count: int) -> None:
+        """Buffers with room for twice as many tokens, and the first `count` of the cache."""
+        import numpy as np
+
+        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+        self._room = max(2 * count, self._count) + _ROOM
+        self._binding = self._model.session.io_binding()
+        for name, kept in self._cache.items():
+            old = kept.numpy()
+            new = np.zeros((1, old.shape[1], self._room, old.shape[3]), old.dtype)
+            new[:, :, :count] = old[:, :, :count]
+            buffer = runtime.OrtValue.ortvalue_from_shape_and_type(
+                list(new.shape), new.dtype, "cpu"
+            )
+            buffer.update_inplace(new)
+            self._cache[name] = buffer
+            self._binding.bind_ortvalue_input(name, buffer)
+            self._binding.bind_ortvalue_output(self._model.present_of(name), buffer)
 
 
 def empty_cache(inputs: Mapping[str, Any], names: Sequence[str], batch: int) -> dict[str, Any]:

@@ -22,7 +22,15 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.exporters.onnx.genai_config import CONFIG_FILE, context_length, genai_config
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import InputLeaf, Signature
-from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
+from qalora_compile.runtime import (
+    LanguageModel,
+    kernel_level,
+    language_model,
+    library_path,
+    open_session,
+)
+from qalora_compile.runtime.language_model import Decoder
+from qalora_compile.runtime.session import shares_cache
 from tests.models import adapted, gpt2, llama, slow, token_ids
 
 BUILDS = {"llama": llama, "gpt2": gpt2}
@@ -183,6 +191,31 @@ def test_a_layer_is_written_in_few_nodes(exported: tuple[Any, qc.Program, Path])
     layers = 2
     shared = sum(kinds.values()) - layers * 16 - 1  # one norm behind the last layer
     assert shared < 70, f"{shared} nodes for masks, angles and the head"
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_a_decoder_keeps_the_cache_in_place(
+    exported: tuple[Any, qc.Program, Path], library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Call by call, over buffers that grow, it gives the logits of steps that copy the cache."""
+    monkeypatch.setattr(language_model, "_ROOM", 3)
+    session = open_session(exported[2], library=library)
+    assert shares_cache(session) is library
+    model, ids = LanguageModel(session), token_ids(1, 40).numpy()
+    decoders, begin, cache = [Decoder(model), Decoder(model)], 0, model.empty_cache()
+    for end in (4, 5, 6, 7, 12, 13, 30, 31, 40):
+        part, mask = ids[:, begin:end], np.ones((1, end), np.int64)
+        expected, cache = model.step(part, mask, cache)
+        for decoder in decoders:
+            np.testing.assert_allclose(decoder.read(part), expected, rtol=1e-4, atol=1e-5)
+        begin = end
+
+
+def test_a_cache_that_something_else_reads_is_not_shared(tmp_path: Path) -> None:
+    model, folded = fold(llama)
+    spec = qc.ExportSpec(fusion="none")
+    qc.export_model(qc.add_kv_cache(folded, model), tmp_path / "model.onnx", spec)
+    assert not shares_cache(open_session(tmp_path / "model.onnx", library=True))
 
 
 def test_no_weight_is_stored_twice_or_in_float(

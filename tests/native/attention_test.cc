@@ -23,6 +23,7 @@ struct Case {
   AttentionShape shape;
   std::vector<float> q, k, v, past_key, past_value, float_mask;
   std::vector<uint8_t> bool_mask;
+  bool shared = false;  // the present buffers are the past ones
   int masked_like = 0;  // 0: none masked, 1: later keys, 2: at random, 3: all keys of some rows
 };
 
@@ -58,13 +59,17 @@ Case MakeCase(Rng* rng) {
   shape.heads = shape.kv_heads * rng->Between(1, 9);
   shape.queries = rng->Pick(kQueries);
   shape.past = rng->Pick(kPasts);
+  const bool room = rng->OneIn(2) && shape.queries;
+  c.shared = room && rng->OneIn(2);
+  shape.past_rows = room ? shape.total() + rng->Between(0, 70) : shape.past;
+  shape.present_rows = room ? shape.past_rows : shape.total();
   shape.width = rng->Pick(kWidths);
   shape.value_width = rng->OneIn(2) ? shape.width : rng->Pick(kWidths);
   shape.mask_batch = rng->OneIn(2) ? 1 : shape.batch;
   shape.mask_heads = rng->OneIn(2) ? 1 : shape.heads;
   shape.bool_mask = rng->OneIn(2);
   c.masked_like = static_cast<int>(rng->Below(4));
-  const int64_t lines = shape.batch * shape.queries, kept = shape.batch * shape.kv_heads * shape.past;
+  const int64_t lines = shape.batch * shape.queries, kept = shape.batch * shape.kv_heads * shape.past_rows;
   c.q = Floats(rng, lines * shape.heads * shape.width);
   c.k = Floats(rng, lines * shape.kv_heads * shape.width);
   c.v = Floats(rng, lines * shape.kv_heads * shape.value_width);
@@ -79,7 +84,8 @@ float CacheAt(const AttentionShape& shape, const std::vector<float>& past,
               const std::vector<float>& fresh, int64_t width, int64_t batch, int64_t head, int64_t t,
               int64_t i) {
   if (t < shape.past) {
-    return past[static_cast<size_t>(((batch * shape.kv_heads + head) * shape.past + t) * width + i)];
+    const int64_t row = (batch * shape.kv_heads + head) * shape.past_rows + t;
+    return past[static_cast<size_t>(row * width + i)];
   }
   const int64_t row = (batch * shape.queries + t - shape.past) * shape.kv_heads + head;
   return fresh[static_cast<size_t>(row * width + i)];
@@ -142,7 +148,8 @@ bool CheckPresent(const Case& c, const std::vector<float>& past, const std::vect
     for (int64_t i = 0; i < width; ++i) {
       const float wanted = CacheAt(shape, past, fresh, width, head / shape.kv_heads,
                                    head % shape.kv_heads, row % shape.total(), i);
-      if (present[row * width + i] != wanted) return false;
+      const int64_t at = head * shape.present_rows + row % shape.total();
+      if (present[at * width + i] != wanted) return false;
     }
   }
   return true;
@@ -155,7 +162,7 @@ Exact Copy(const std::vector<float>& values, size_t offset) {
 std::string RunCase(const qalora::KernelSet& level, const Case& c, size_t offset, bool threads) {
   const AttentionShape& shape = c.shape;
   const auto nans = [](int64_t count) { return std::vector<float>(static_cast<size_t>(count), NAN); };
-  const int64_t kept = shape.batch * shape.kv_heads * shape.total();
+  const int64_t kept = shape.batch * shape.kv_heads * shape.present_rows;
   const Exact q = Copy(c.q, offset), k = Copy(c.k, offset), v = Copy(c.v, offset),
               past_key = Copy(c.past_key, offset), past_value = Copy(c.past_value, offset),
               float_mask = Copy(c.float_mask, offset),
@@ -174,8 +181,8 @@ std::string RunCase(const qalora::KernelSet& level, const Case& c, size_t offset
   job.past_key = floats(past_key);
   job.past_value = floats(past_value);
   job.y = floats(y);
-  job.present_key = floats(present_key);
-  job.present_value = floats(present_value);
+  job.present_key = floats(c.shared ? past_key : present_key);
+  job.present_value = floats(c.shared ? past_value : present_value);
   qalora::Error error;
   const qalora::Parallel parallel{nullptr, threads ? RunThreads : RunSerial};
   if (!qalora::RunAttention(job, level, parallel, &error)) return error.text;
@@ -195,7 +202,7 @@ bool TestNotFinite(const qalora::KernelSet& level) {
       AttentionJob job;
       job.shape.batch = job.shape.heads = job.shape.kv_heads = job.shape.mask_batch = 1;
       job.shape.mask_heads = 1;
-      job.shape.queries = 1;
+      job.shape.queries = job.shape.present_rows = 1;
       job.shape.width = job.shape.value_width = 2;
       job.shape.bool_mask = true;
       const float fine[] = {1, 2};

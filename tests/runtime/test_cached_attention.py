@@ -126,7 +126,7 @@ def test_a_row_without_any_key_is_the_mean_of_all_as_in_the_function() -> None:
     [
         ({"q": (1, 1, 7)}, r"input 0 \(q\) has shape \[1, 1, 7\], expected a multiple of 2 heads"),
         ({"k": (1, 2, 16)}, r"input 1 \(k\) has shape \[1, 2, 16\], expected \[1, 1, 16\]"),
-        ({"mask": (1, 1, 1, 4)}, r"input 3 \(mask\) has shape .* expected \[1, 1, 1, 5\]"),
+        ({"mask": (1, 1, 1, 7)}, r"input 3 \(mask\) has shape .* expected \[1, 1, 1, 5\]"),
         ({"mask": (2, 1, 1, 5)}, r"input 3 \(mask\) has shape .* expected \[1, 1, 1, 5\]"),
         ({"past_value": (1, 1, 3, 16)}, r"input 5 \(past_value\) .* expected \[1, 1, 4, 16\]"),
     ],
@@ -138,6 +138,33 @@ def test_shapes_that_do_not_fit_are_refused(changes: dict[str, tuple[int, ...]],
     changed = {name: np.zeros(shape, np.float32) for name, shape in changes.items()}
     with pytest.raises(Exception, match=f"CachedAttention: {said}"):
         session.run(None, given | changed)
+
+
+@pytest.mark.parametrize("level", kernel_levels())
+@pytest.mark.parametrize("queries", [1, 40])
+def test_a_buffer_with_room_is_appended_to(queries: int, level: str) -> None:
+    """One buffer is past and present; what lies behind the cache stays, and is not read."""
+    given = inputs((4, 2, 16, 16), (2, queries, 9), "bool")
+    with forced(os.environ, level):
+        session = open_model(model(4, 2, 0.25, given["mask"]))
+    expected = reference(given, 4, 2, 0.25)
+    binding = session.io_binding()
+    buffers = {}
+    for name in ("key", "value"):
+        room = np.full((2, 2, 80, 16), np.nan, np.float32)
+        room[:, :, :9] = given[f"past_{name}"]
+        buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(room)
+        binding.bind_ortvalue_input(f"past_{name}", buffers[name])
+        binding.bind_ortvalue_output(f"present_{name}", buffers[name])
+    for name in ("q", "k", "v", "mask"):
+        binding.bind_cpu_input(name, given[name])
+    binding.bind_output("y")
+    session.run_with_iobinding(binding)
+    np.testing.assert_allclose(binding.get_outputs()[-1].numpy(), expected[0], atol=4e-6)
+    for name, wanted in (("key", expected[1]), ("value", expected[2])):
+        kept = buffers[name].numpy()
+        assert np.array_equal(kept[:, :, : 9 + queries], wanted)
+        assert np.isnan(kept[:, :, 9 + queries :]).all()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(0, 1), (3, 2), (2, 0), (2, 4)])

@@ -21,6 +21,7 @@ from qalora_compile.exporters.onnx.functions import (
 from qalora_compile.exporters.onnx.initializers import defer_initializers, write_model
 from qalora_compile.exporters.onnx.model import translate
 from qalora_compile.exporters.onnx.one_file import fits_in_one_file, join_weights
+from qalora_compile.exporters.onnx.shared_cache import share_cache
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.files import atomic_files
 from qalora_compile.files.marks import PRODUCER
@@ -60,6 +61,7 @@ def write_translated(
 ) -> ExportReport:
     """Tidy, name, check and write a model that torch.onnx has translated."""
     defer_initializers(model, program)
+    share_cache(model)
     tidy(model)
     name_axes(model, program.signature)
     sites = name_sites(model, program)

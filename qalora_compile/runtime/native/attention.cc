@@ -150,15 +150,20 @@ bool CheckAttentionInputs(const AttentionAttributes& attributes,
   }
   const int64_t batch = shape->batch = inputs[0].dims[0];
   const int64_t queries = shape->queries = inputs[0].dims[1];
-  const int64_t past = shape->past = inputs[4].dims[2];
+  const int64_t rows = shape->past_rows = inputs[4].dims[2];
   const int64_t k[] = {batch, queries, shape->kv_heads * shape->width};
   const int64_t v[] = {batch, queries, shape->kv_heads * shape->value_width};
-  const int64_t past_key[] = {batch, shape->kv_heads, past, shape->width};
-  const int64_t past_value[] = {batch, shape->kv_heads, past, shape->value_width};
+  const int64_t past_key[] = {batch, shape->kv_heads, rows, shape->width};
+  const int64_t past_value[] = {batch, shape->kv_heads, rows, shape->value_width};
   shape->mask_batch = inputs[3].dims[0] == 1 ? 1 : batch;
   shape->mask_heads = inputs[3].dims[1] == 1 ? 1 : shape->heads;
   shape->bool_mask = inputs[3].type == Type::kBool;
-  const int64_t mask[] = {shape->mask_batch, shape->mask_heads, queries, past + queries};
+  // A mask for fewer keys says that the past is a buffer with room for the new ones.
+  const int64_t keys = inputs[3].dims[3];
+  const bool shared = keys >= queries && keys <= rows;
+  shape->past = shared ? keys - queries : rows;
+  shape->present_rows = shared ? rows : rows + queries;
+  const int64_t mask[] = {shape->mask_batch, shape->mask_heads, queries, shape->total()};
   return CheckShape(inputs, 1, 3, k, error) && CheckShape(inputs, 2, 3, v, error) &&
          CheckShape(inputs, 4, 4, past_key, error) && CheckShape(inputs, 5, 4, past_value, error) &&
          CheckShape(inputs, 3, 4, mask, error);

@@ -62,8 +62,8 @@ Status* Output(const Api* api, ort::KernelContext* context, size_t index, const 
 Status* Outputs(const Api* api, ort::KernelContext* context, AttentionJob* job) {
   const AttentionShape& shape = job->shape;
   const int64_t y[] = {shape.batch, shape.queries, shape.heads * shape.value_width};
-  const int64_t key[] = {shape.batch, shape.kv_heads, shape.total(), shape.width};
-  const int64_t value[] = {shape.batch, shape.kv_heads, shape.total(), shape.value_width};
+  const int64_t key[] = {shape.batch, shape.kv_heads, shape.present_rows, shape.width};
+  const int64_t value[] = {shape.batch, shape.kv_heads, shape.present_rows, shape.value_width};
   if (Status* status = Output(api, context, 0, y, 3, &job->y)) return status;
   if (Status* status = Output(api, context, 1, key, 4, &job->present_key)) return status;
   return Output(api, context, 2, value, 4, &job->present_value);

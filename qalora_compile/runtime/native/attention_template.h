@@ -57,6 +57,7 @@ template <class V>
 inline void Append(const CacheRows& cache, const CacheBlock& block) {
   if (!cache.present) return;
   float* to = cache.present + block.first * cache.width;
+  if (to == block.rows) return;  // a shared buffer
   if (block.stride == cache.width) return CopyRows<V>(block.rows, to, block.count * cache.width);
   for (int64_t i = 0; i < block.count; ++i) {
     CopyRows<V>(block.rows + i * block.stride, to + i * cache.width, cache.width);
@@ -309,11 +310,19 @@ QALORA_ONCE void AttendTile(const AttentionJob& job, const AttentionPart& part, 
 inline CacheRows RowsOf(const AttentionShape& shape, const AttentionPart& part, const float* past,
                         const float* fresh, float* present, int64_t width) {
   const int64_t head = part.batch * shape.kv_heads + part.kv_head;
-  float* own = present + head * shape.total() * width;
+  float* own = present + head * shape.present_rows * width;
   if (part.appended) return {own, nullptr, shape.total(), 0, width, nullptr};
-  return {past + head * shape.past * width,
+  return {past + head * shape.past_rows * width,
           fresh + (part.batch * shape.queries * shape.kv_heads + part.kv_head) * width,
           shape.past, shape.kv_heads * width, width, part.append ? own : nullptr};
+}
+
+// The rows of a buffer that lie behind the cache, where the present buffer is another.
+template <class V>
+inline void CopyRest(const CacheRows& cache, const AttentionShape& shape) {
+  if (!cache.present || cache.present == cache.past || shape.present_rows == shape.total()) return;
+  const int64_t from = shape.total() * cache.width;
+  CopyRows<V>(cache.past + from, cache.present + from, shape.present_rows * cache.width - from);
 }
 
 template <class V>
@@ -322,6 +331,8 @@ void Attend(const AttentionJob& job, const AttentionPart& part, float* scratch) 
   CacheRows keys = RowsOf(shape, part, job.past_key, job.k, job.present_key, shape.width);
   CacheRows values =
       RowsOf(shape, part, job.past_value, job.v, job.present_value, shape.value_width);
+  CopyRest<V>(keys, shape);
+  CopyRest<V>(values, shape);
   if (part.begin == part.end) {
     EachBlock(keys, shape.total(), [&](const CacheBlock& block) { Append<V>(keys, block); });
     EachBlock(values, shape.total(), [&](const CacheBlock& block) { Append<V>(values, block); });

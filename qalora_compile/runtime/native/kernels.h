@@ -99,7 +99,9 @@ struct AttentionShape {
   int64_t kv_heads = 0;
   int64_t queries = 0;  // S, also new keys
   int64_t past = 0;     // P
-  int64_t width = 0;    // D
+  int64_t past_rows = 0;     // of past_key for each head: P, or more in a buffer that is shared
+  int64_t present_rows = 0;  // of present_key: T, or past_rows of such a buffer
+  int64_t width = 0;         // D
   int64_t value_width = 0;
   int64_t mask_batch = 0;  // 1 or batch
   int64_t mask_heads = 0;  // 1 or heads
@@ -116,11 +118,11 @@ struct AttentionJob {
   const float* k = nullptr;           // [batch, S, kv_heads * D]
   const float* v = nullptr;           // [batch, S, kv_heads * Dv]
   const void* mask = nullptr;         // [mask_batch, mask_heads, S, T], bytes or floats
-  const float* past_key = nullptr;    // [batch, kv_heads, P, D]
-  const float* past_value = nullptr;  // [batch, kv_heads, P, Dv]
+  const float* past_key = nullptr;    // [batch, kv_heads, past_rows, D]
+  const float* past_value = nullptr;  // [batch, kv_heads, past_rows, Dv]
   float* y = nullptr;                 // [batch, S, heads * Dv]
-  float* present_key = nullptr;       // [batch, kv_heads, T, D]
-  float* present_value = nullptr;     // [batch, kv_heads, T, Dv]
+  float* present_key = nullptr;       // [batch, kv_heads, present_rows, D], may be past_key
+  float* present_value = nullptr;     // [batch, kv_heads, present_rows, Dv], may be past_value
 };
 
 // A part of a call: rows [begin, end) of the queries of one head of keys. Row r is query r / sharing
