@@ -19,6 +19,7 @@ struct CacheRows {
   int64_t fresh_stride;
   int64_t width;
   float* present;  // null: nothing is copied
+  bool once;       // nothing reads them again in this call, and memory is asked for ahead
 };
 
 // `count` rows from `first` on, none of which is behind rows of the other kind.
@@ -27,6 +28,7 @@ struct CacheBlock {
   int64_t stride;
   int64_t first;
   int64_t count;
+  bool once;
 };
 
 // Calls fn(block) for all rows in order.
@@ -38,7 +40,7 @@ inline void EachBlock(const CacheRows& cache, int64_t total, Function fn) {
     const int64_t count = end - first < kAttentionBlock ? end - first : kAttentionBlock;
     const float* rows = past ? cache.past + first * cache.width
                              : cache.fresh + (first - cache.past_count) * cache.fresh_stride;
-    fn(CacheBlock{rows, past ? cache.width : cache.fresh_stride, first, count});
+    fn(CacheBlock{rows, past ? cache.width : cache.fresh_stride, first, count, cache.once});
     first += count;
   }
 }
@@ -62,6 +64,15 @@ inline void Append(const CacheRows& cache, const CacheBlock& block) {
   for (int64_t i = 0; i < block.count; ++i) {
     CopyRows<V>(block.rows + i * block.stride, to + i * cache.width, cache.width);
   }
+}
+
+// Asks for the memory that a row is ahead of, where it is read once; past the end of the rows lie those
+// of the next head.
+template <class V>
+inline __attribute__((always_inline)) void PrefetchRow(const float* row, int64_t width) {
+  const char* ahead = reinterpret_cast<const char*>(row) + kCodesAhead;
+  const int64_t bytes = width * static_cast<int64_t>(sizeof(float));
+  for (int64_t at = 0; at < bytes; at += 64) V::Prefetch(ahead + at);
 }
 
 // A vector of floats, of which the last of a row may have fewer.
@@ -113,6 +124,7 @@ void MultiplyKeys(const float* queries, int64_t query_pitch, int64_t width, cons
     const float* keys[4];
     for (int64_t i = 0; i < 4; ++i) {
       keys[i] = block.rows + (t + i < block.count ? t + i : block.count - 1) * block.stride;
+      if (block.once) PrefetchRow<V>(keys[i], width);
     }
     typename V::F acc[rows][4];
     for (auto& line : acc) {
@@ -146,6 +158,7 @@ inline void MultiplyColumns(const float* weights, int64_t pitch, const CacheBloc
   }
   const float* values = block.rows;
   for (int64_t t = block.first; t < block.first + block.count; ++t, values += block.stride) {
+    if (block.once && at == 0) PrefetchRow<V>(values, width);
     typename V::F value[columns];
     Unroll<columns>([&](auto c) QALORA_INLINE {
       const int64_t from = at + c.k * V::kLanes;
@@ -242,8 +255,9 @@ inline CacheBlock Within(const CacheBlock& block, KeyRange keys) {
   const int64_t first = block.first > keys.begin ? block.first : keys.begin;
   const int64_t stop = block.first + block.count;
   const int64_t end = stop < keys.end ? stop : keys.end;
-  if (end <= first) return {block.rows, block.stride, first, 0};
-  return {block.rows + (first - block.first) * block.stride, block.stride, first, end - first};
+  const int64_t skipped = end > first ? first - block.first : 0;
+  const int64_t count = end > first ? end - first : 0;
+  return {block.rows + skipped * block.stride, block.stride, first, count, block.once};
 }
 
 // The place of row r: of its query in q, and of its line of the mask.
@@ -311,10 +325,11 @@ inline CacheRows RowsOf(const AttentionShape& shape, const AttentionPart& part, 
                         const float* fresh, float* present, int64_t width) {
   const int64_t head = part.batch * shape.kv_heads + part.kv_head;
   float* own = present + head * shape.present_rows * width;
-  if (part.appended) return {own, nullptr, shape.total(), 0, width, nullptr};
+  if (part.appended) return {own, nullptr, shape.total(), 0, width, nullptr, false};
   return {past + head * shape.past_rows * width,
           fresh + (part.batch * shape.queries * shape.kv_heads + part.kv_head) * width,
-          shape.past, shape.kv_heads * width, width, part.append ? own : nullptr};
+          shape.past, shape.kv_heads * width, width, part.append ? own : nullptr,
+          part.end - part.begin <= kAttentionTile};
 }
 
 // The rows of a buffer that lie behind the cache, where the present buffer is another.
