@@ -197,7 +197,7 @@ class Decoder:
 
         before, self._count = self._count, self._count + input_ids.shape[1]
         mask = np.ones((1, self._count), np.int64)
-        if not self._shares or before == 0:
+        if not self._shares:
             logits, self._cache = self._model.step(input_ids, mask, self._cache)
             return logits
         if self._count > self._room:
@@ -224,16 +224,16 @@ class Decoder:
         import numpy as np
 
         runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
+        make = runtime.OrtValue.ortvalue_from_shape_and_type  # aligned, unlike numpy's memory
         self._room = max(2 * count, self._count) + _ROOM
         self._binding = self._model.session.io_binding()
         for name, kept in self._cache.items():
-            old = kept.numpy()
-            new = np.zeros((1, old.shape[1], self._room, old.shape[3]), old.dtype)
-            new[:, :, :count] = old[:, :, :count]
-            buffer = runtime.OrtValue.ortvalue_from_shape_and_type(
-                list(new.shape), new.dtype, "cpu"
-            )
-            buffer.update_inplace(new)
+            batch, heads, _, width = kept.shape()
+            buffer = make([batch, heads, self._room, width], np.float32, "cpu")
+            if count:
+                grown = np.zeros((batch, heads, self._room, width), np.float32)
+                grown[:, :, :count] = kept.numpy()[:, :, :count]
+                buffer.update_inplace(grown)
             self._cache[name] = buffer
             self._binding.bind_ortvalue_input(name, buffer)
             self._binding.bind_ortvalue_output(self._model.present_of(name), buffer)
