@@ -190,7 +190,7 @@ def test_a_layer_is_written_in_few_nodes(exported: tuple[Any, qc.Program, Path])
     assert kinds["Softmax"] == 0
     layers = 2
     shared = sum(kinds.values()) - layers * 16 - 1  # one norm behind the last layer
-    assert shared < 70, f"{shared} nodes for masks, angles and the head"
+    assert shared < 72, f"{shared} nodes for masks, angles and the head"
 
 
 @pytest.mark.parametrize("library", [True, False])

@@ -113,7 +113,9 @@ std::vector<double> Weights(const Case& c, int64_t batch, int64_t query, int64_t
     scores.push_back(score);
     largest = score > largest ? score : largest;
   }
-  for (double& score : scores) sum += score = std::exp(score - largest);
+  const bool none = shape.bool_mask && largest < -1e38;
+  for (double& score : scores) sum += score = none ? 0 : std::exp(score - largest);
+  if (none) return scores;
   for (double& score : scores) score /= sum;
   return scores;
 }

@@ -192,15 +192,16 @@ void MultiplyValues(const float* weights, int64_t pitch, int64_t width, const Ca
   }
 }
 
-// Where a masked score lies: no sum reaches it, and a row without any key weighs all alike.
+// Where a masked score lies: no sum reaches it.
 constexpr float kMasked = -3.40282347e38f;
 // What counts as no score at all, behind the last.
 constexpr float kNothing = -__builtin_inff();
 
-// Keys [begin, end) outside of which a row masks all; all keys where it masks all.
+// Keys [begin, end) outside of which a row masks all; none where it masks all.
 struct KeyRange {
   int64_t begin;
   int64_t end;
+  bool empty() const { return begin >= end; }
 };
 
 inline KeyRange KeptKeys(const AttentionJob& job, int64_t row, int64_t total) {
@@ -208,7 +209,7 @@ inline KeyRange KeptKeys(const AttentionJob& job, int64_t row, int64_t total) {
   if (!job.shape.bool_mask) return kept;
   const uint8_t* mask = static_cast<const uint8_t*>(job.mask) + row * total;
   while (kept.end > 0 && !mask[kept.end - 1]) --kept.end;
-  if (kept.end == 0) return {0, total};
+  if (kept.end == 0) return kept;
   while (!mask[kept.begin]) ++kept.begin;
   return kept;
 }
@@ -291,7 +292,7 @@ QALORA_ONCE void AttendTile(const AttentionJob& job, const AttentionPart& part, 
   for (int r = 0; r < rows; ++r) {
     places[r] = PlaceOf(shape, part, first + r);
     kept[r] = KeptKeys(job, places[r].mask, total);
-    if (kept[r].begin < all.begin) all.begin = kept[r].begin;
+    if (!kept[r].empty() && kept[r].begin < all.begin) all.begin = kept[r].begin;
     if (kept[r].end > all.end) all.end = kept[r].end;
     const float* query = job.q + places[r].vector * shape.width;
     for (int64_t i = 0; i < shape.width; ++i) queries[r * query_pitch + i] = query[i] * job.scale;
@@ -304,8 +305,11 @@ QALORA_ONCE void AttendTile(const AttentionJob& job, const AttentionPart& part, 
   float inverse[rows];
   for (int r = 0; r < rows; ++r) {
     float* line = scores + r * pitch;
-    Mask(job, places[r].mask, kept[r], total, line);
-    inverse[r] = 1.0f / Soften<V>(line, kept[r]);
+    inverse[r] = 0.0f;
+    if (!kept[r].empty()) {
+      Mask(job, places[r].mask, kept[r], total, line);
+      inverse[r] = 1.0f / Soften<V>(line, kept[r]);
+    }
     for (int64_t t = all.begin; t < kept[r].begin; ++t) line[t] = 0.0f;
     for (int64_t t = kept[r].end; t < all.end; ++t) line[t] = 0.0f;
   }
