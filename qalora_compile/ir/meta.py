@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 ONNX_METADATA_KEY = "qalora"
 """Key of an exported model's metadata under which signature, sites and history are stored."""
 
-SHARED_CACHE_KEY = "qalora_shared_cache"
-"""Key of an ONNX model's metadata whose past and present caches may be the same buffers."""
 QDQ_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 """Session configuration entry that must be 0, or ONNX Runtime fuses DequantizeLinear and MatMul
 into a MatMulNBits on int8 activations."""

@@ -8,11 +8,10 @@ from typing import Any
 from weakref import WeakSet
 
 from qalora_compile.errors import UserInputError
-from qalora_compile.ir.meta import SHARED_CACHE_KEY
 from qalora_compile.optional import require
 from qalora_compile.runtime.library import kernel_level, register
 from qalora_compile.untrusted import quoted
-from qalora_compile.untrusted.artifacts import model_file
+from qalora_compile.untrusted.artifacts import SHARED_CACHE_KEY, model_file
 from qalora_compile.untrusted.onnx_file import check_onnx
 
 _WITH_LIBRARY: WeakSet[Any] = WeakSet()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qalora_compile.exporters.onnx.functions import CACHED_ATTENTION, QALORA
-from qalora_compile.ir.meta import SHARED_CACHE_KEY
 from qalora_compile.optional import require
+from qalora_compile.untrusted.artifacts import SHARED_CACHE_KEY
 
 _TOKENS, _MASK, _PAST = "input_ids", "attention_mask", "past_key_values."
 _LENGTH = 2
