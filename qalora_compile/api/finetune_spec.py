@@ -114,7 +114,8 @@ class FinetuneSpec:
         if self.init_from is None:
             if not self.model:
                 raise UserInputError(
-                    "there is no model to train", hint="give MODEL, or a run as --init-from RUN"
+                    "there is no model to train",
+                    hint="give finetune a MODEL, or a run as finetune --init-from RUN",
                 )
         elif (self.codes, self.adapter) != (CodesSpec(), AdapterSpec()):
             raise UserInputError(
@@ -123,7 +124,9 @@ class FinetuneSpec:
                 hint="leave them out: the codes and adapters of that run are trained on",
             )
         if self.fit.evaluate_every and not self.reading.eval_data:
-            raise UserInputError("--eval-every has nothing to evaluate on", hint="give --eval-data")
+            raise UserInputError(
+                "--eval-every has nothing to evaluate on", hint="give finetune --eval-data"
+            )
 
     @property
     def inputs(self) -> list[str | None]:

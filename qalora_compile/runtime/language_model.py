@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
+from qalora_compile.runtime.decoder import Decoder
 from qalora_compile.runtime.session import run_values
 
 if TYPE_CHECKING:
@@ -65,12 +66,12 @@ class LanguageModel:
         self._inputs = {i.name: i for i in session.get_inputs()}
         self._past = [name for name in self._inputs if name.startswith(_PAST)]
         self._outputs = outputs = {o.name: o for o in session.get_outputs()}
-        self._logits = _LOGITS if _LOGITS in outputs else next(iter(outputs), "nothing")
+        self.logits_name = _LOGITS if _LOGITS in outputs else next(iter(outputs), "nothing")
         unknown = set(self._inputs) - {_TOKENS, _MASK, _POSITIONS, *self._past}
-        known = self._logits in outputs and len(outputs[self._logits].shape) == 3
+        known = self.logits_name in outputs and len(outputs[self.logits_name].shape) == 3
         if unknown or not known or _TOKENS not in self._inputs:
             raise UnsupportedError(
-                f"the model takes {', '.join(self._inputs)} and gives {self._logits}: it is "
+                f"the model takes {', '.join(self._inputs)} and gives {self.logits_name}: it is "
                 "not a causal language model exported by this package",
             )
 
@@ -87,7 +88,7 @@ class LanguageModel:
     @property
     def gives_last(self) -> bool:
         """Whether the model outputs the logits of the last token alone."""
-        return bool(self._outputs[self._logits].shape[1] == 1)
+        return bool(self._outputs[self.logits_name].shape[1] == 1)
 
     def empty_cache(self, batch: int = 1) -> dict[str, Any]:
         """A cache of 0 tokens, by input name, as `onnxruntime.OrtValue`."""
@@ -110,18 +111,29 @@ class LanguageModel:
             Logits `[B, T, V]` (`[B, 1, V]` if the model was exported with the last ones only) and
             cache.
         """
+        values = self.feed(input_ids, attention_mask)
+        present = [self.present_of(name) for name in self._past]
+        found = run_values(self.session, [self.logits_name, *present], {**values, **cache})
+        logits: NDArray[np.float32] = found[0].numpy()
+        return logits, dict(zip(self._past, found[1:], strict=True))
+
+    def feed(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]
+    ) -> dict[str, Any]:
+        """The inputs of a step without its cache, by name, as `onnxruntime.OrtValue`."""
         runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
         positions = (attention_mask.cumsum(-1) - 1).clip(0)[:, -input_ids.shape[1] :]
         feed = {_TOKENS: input_ids, _MASK: attention_mask, _POSITIONS: positions}
-        values = {
+        return {
             name: runtime.OrtValue.ortvalue_from_numpy(value)
             for name, value in feed.items()
             if name in self._inputs
         }
-        present = [name.replace(_PAST, _PRESENT) for name in self._past]
-        found = run_values(self.session, [self._logits, *present], {**values, **cache})
-        logits: NDArray[np.float32] = found[0].numpy()
-        return logits, dict(zip(self._past, found[1:], strict=True))
+
+    @staticmethod
+    def present_of(past: str) -> str:
+        """The output that extends an input of the cache."""
+        return past.replace(_PAST, _PRESENT)
 
     def logits(
         self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
@@ -189,12 +201,17 @@ class Context:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model
-        self.clear()
+        self.tokens: list[int] = []
+        self._decoder = Decoder(model) if model.cached else None
 
     def clear(self) -> None:
         """Forget all tokens."""
-        self.tokens: list[int] = []
-        self.cache = self.model.empty_cache()
+        self._keep(0)
+
+    @property
+    def cache(self) -> dict[str, Any]:
+        """The cache of the tokens, for `LanguageModel.step`; empty for a model without one."""
+        return {} if self._decoder is None else self._decoder.cache
 
     def read(self, fresh: Sequence[int]) -> NDArray[np.float32]:
         """Read tokens, at least one, after the others; returns the logits `[V]` after them."""
@@ -214,10 +231,12 @@ class Context:
         import numpy as np
 
         tokens = [*self.tokens, *fresh]
-        read = list(fresh) if self.model.cached else tokens
-        mask = np.ones((1, len(tokens)), np.int64)
-        logits, cache = self.model.step(np.array([read], dtype=np.int64), mask, self.cache)
-        self.tokens, self.cache = tokens, cache  # together, also if a signal interrupts
+        if self._decoder is None:
+            ids = np.array([tokens], dtype=np.int64)
+            logits, _ = self.model.step(ids, np.ones_like(ids), {})
+        else:
+            logits = self._decoder.read(np.array([list(fresh)], dtype=np.int64))
+        self.tokens = tokens
         found: NDArray[np.float32] = logits[0]
         return found
 
@@ -232,16 +251,10 @@ class Context:
         return list(prompt[len(self.tokens) :])
 
     def _keep(self, count: int) -> None:
-        """Keep the first tokens only; nothing if a layer's cache does not have all of them."""
-        runtime = require("onnxruntime", extra="onnx", purpose="run an ONNX model")
-        if count == len(self.tokens):
-            return
-        if any(value.shape()[2] != len(self.tokens) for value in self.cache.values()):
-            count = 0
-        cut = runtime.OrtValue.ortvalue_from_numpy
-        self.cache = {
-            name: cut(value.numpy()[:, :, :count].copy()) for name, value in self.cache.items()
-        }
+        """Keep the first tokens only; none if the cache is of others, as after an interruption."""
+        if self._decoder is not None:
+            kept = count if self._decoder.count == len(self.tokens) else 0
+            count = self._decoder.keep(kept)
         self.tokens = self.tokens[:count]
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.optional import require
 from qalora_compile.runtime.library import kernel_level, register
 from qalora_compile.untrusted import quoted
-from qalora_compile.untrusted.artifacts import model_file
+from qalora_compile.untrusted.artifacts import SHARED_CACHE_KEY, model_file
 from qalora_compile.untrusted.ort_file import check_model
 
+_WITH_LIBRARY: WeakSet[Any] = WeakSet()
+"""The sessions that were opened with the operator library."""
 QDQ_ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 
 
@@ -53,18 +56,31 @@ def open_session(
         options.intra_op_num_threads = threads
     if exact:
         options.add_session_config_entry(QDQ_ACCURACY_KEY, "0")
-    if library or (library is None and kernel_level() is not None):
+    registers = library or (library is None and kernel_level() is not None)
+    if registers:
         register(options)
     if initializers:
         options.add_external_initializers(list(initializers), list(initializers.values()))
     try:
-        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise UserInputError(
             f"ONNX Runtime cannot load {path.name}: {str(error).splitlines()[0]}",
             where=str(path),
             hint="export it again; a truncated file cannot be repaired",
         ) from error
+    if registers:
+        _WITH_LIBRARY.add(session)
+    return session
+
+
+def shares_cache(session: Any) -> bool:
+    """Whether a session takes one buffer as the past and the present of a key-value cache.
+
+    The model has to say so, and the session has to be from `open_session` with the library.
+    """
+    stated = session.get_modelmeta().custom_metadata_map
+    return session in _WITH_LIBRARY and SHARED_CACHE_KEY in stated
 
 
 def run_values(session: Any, names: Sequence[str], values: Mapping[str, Any]) -> list[Any]:

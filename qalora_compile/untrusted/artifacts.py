@@ -8,6 +8,8 @@ from pathlib import Path
 
 from qalora_compile.errors import UserInputError
 
+SHARED_CACHE_KEY = "qalora_shared_cache"
+"""Key of an ONNX model's metadata whose past and present caches may be the same buffers."""
 PROGRAM_FILE = "program.json"
 MODEL_FILE = "onnx/model_q4.onnx"
 ENCODER_FILE, DECODER_FILE = "onnx/encoder_model_q4.onnx", "onnx/decoder_model_q4.onnx"

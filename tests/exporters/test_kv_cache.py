@@ -23,6 +23,9 @@ from qalora_compile.exporters.onnx.genai_config import CONFIG_FILE, context_leng
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import InputLeaf, Signature
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
+from qalora_compile.runtime import decoder as decoder_module
+from qalora_compile.runtime.decoder import Decoder
+from qalora_compile.runtime.session import shares_cache
 from tests.models import adapted, gpt2, llama, slow, token_ids
 
 BUILDS = {"llama": llama, "gpt2": gpt2}
@@ -177,11 +180,37 @@ def test_windows_of_attention_stay_exact(tmp_path: Path) -> None:
 def test_a_layer_is_written_in_few_nodes(exported: tuple[Any, qc.Program, Path]) -> None:
     kinds = Counter(node.op_type for node in onnx.load(exported[2]).graph.node)
     assert (kinds["GroupQuantLinear"], kinds["Split"]) == (8, 4)
-    assert (kinds["RMSNormalization"], kinds["RotaryEmbedding"], kinds["Attention"]) == (5, 4, 2)
+    assert (kinds["RMSNormalization"], kinds["RotaryEmbedding"]) == (5, 4)
+    assert (kinds["CachedAttention"], kinds["Attention"]) == (2, 0)
     assert kinds["Softmax"] == 0
     layers = 2
     shared = sum(kinds.values()) - layers * 16 - 1  # one norm behind the last layer
-    assert shared < 70, f"{shared} nodes for masks, angles and the head"
+    assert shared < 72, f"{shared} nodes for masks, angles and the head"
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_a_decoder_keeps_the_cache_in_place(
+    exported: tuple[Any, qc.Program, Path], library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Call by call, over buffers that grow, it gives the logits of steps that copy the cache."""
+    monkeypatch.setattr(decoder_module, "_ROOM", 3)
+    session = open_session(exported[2], library=library)
+    assert shares_cache(session) is library
+    model, ids = LanguageModel(session), token_ids(1, 40).numpy()
+    decoders, begin, cache = [Decoder(model), Decoder(model)], 0, model.empty_cache()
+    for end in (4, 5, 6, 7, 12, 13, 30, 31, 40):
+        part, mask = ids[:, begin:end], np.ones((1, end), np.int64)
+        expected, cache = model.step(part, mask, cache)
+        for decoder in decoders:
+            np.testing.assert_allclose(decoder.read(part), expected, rtol=1e-4, atol=1e-5)
+        begin = end
+
+
+def test_a_cache_that_something_else_reads_is_not_shared(tmp_path: Path) -> None:
+    model, folded = fold(llama)
+    spec = qc.ExportSpec(fusion="none")
+    qc.export_model(qc.add_kv_cache(folded, model), tmp_path / "model.onnx", spec)
+    assert not shares_cache(open_session(tmp_path / "model.onnx", library=True))
 
 
 def test_no_weight_is_stored_twice_or_in_float(
@@ -216,7 +245,7 @@ def test_a_planted_fault_in_the_cache_is_found(
     call, tolerance = [{"input_ids": token_ids(2, 9)}], qc.Tolerance(max_rel=1e-4)
     assert qc.verify_equivalence(folded, path, call, tolerance).passed
     broken = onnx.load(path)
-    node = next(n for n in broken.graph.node if n.op_type == "Attention")
+    node = next(n for n in broken.graph.node if n.op_type == "CachedAttention")
     node.input[4], node.input[5] = node.input[5], node.input[4]  # past keys for past values
     onnx.save(broken, tmp_path / "broken.onnx")
     assert not qc.verify_equivalence(folded, tmp_path / "broken.onnx", call, tolerance).passed

@@ -14,11 +14,13 @@
 #include <sstream>
 #include <thread>
 
+#include "attention_op.h"
 #include "dispatch.h"
 #include "emulated.h"
 #include "failing_memory.h"
 #include "fake_runtime.h"
 #include "fuzz_case.h"
+#include "op.h"
 
 // ChooseKernels, to which the linker adds the emulated levels.
 extern "C" const qalora::KernelSet* __real__ZN6qalora13ChooseKernelsEPNS_5ErrorE(qalora::Error*);
@@ -124,7 +126,7 @@ class Fuzzer {
   }
 
   std::string Infer(Rng* rng, const FuzzCase& c) {
-    const CustomOp* op = domain_.ops[rng->Below(domain_.ops.size())];  // any: they infer alike
+    const CustomOp* op = domain_.ops[rng->Below(qalora::kOpVariants)];  // any: they infer alike
     InferContext context;
     context.node = &c.node;
     Arm(rng, 12);
@@ -229,9 +231,24 @@ bool DomainFails(int64_t number) {
   return child > 0 && waitpid(child, &result, 0) == child && result == 0;
 }
 
-// What the four variants say about themselves.
+// What the two variants of CachedAttention, which follow the four of GroupQuantLinear, say.
+bool AttentionDescribesItself(const Domain& domain) {
+  for (size_t variant = 0; variant < qalora::kAttentionVariants; ++variant) {
+    const CustomOp* op = domain.ops[qalora::kOpVariants + variant];
+    if (std::strcmp(op->GetName(op), "CachedAttention") != 0) return false;
+    if (op->GetInputTypeCount(op) != 6 || op->GetOutputTypeCount(op) != 3) return false;
+    for (size_t i = 0; i < 6; ++i) {
+      if (op->GetInputType(op, i) != (i == 3 && !variant ? kBool : kFloat)) return false;
+      if (op->GetInputCharacteristic(op, i) != kRequired) return false;
+    }
+  }
+  return true;
+}
+
+// What the variants say about themselves.
 bool DescribesItself(const Domain& domain) {
-  for (size_t variant = 0; variant < domain.ops.size(); ++variant) {
+  if (domain.ops.size() != qalora::kOpVariants + qalora::kAttentionVariants) return false;
+  for (size_t variant = 0; variant < qalora::kOpVariants; ++variant) {
     const CustomOp* op = domain.ops[variant];
     const ElementType x = variant & 1 ? kHalf : kFloat, parameter = variant & 2 ? kHalf : kFloat;
     const ElementType types[] = {x, kByte, parameter, parameter, x};
@@ -244,12 +261,12 @@ bool DescribesItself(const Domain& domain) {
       if (op->GetInputCharacteristic(op, i) != (i == 4 ? kOptional : kRequired)) return false;
     }
   }
-  return domain.ops.size() == 4;
+  return AttentionDescribesItself(domain);
 }
 
 // Runtimes that are too old or fail; the first that works keeps what it registers.
 bool Register(SessionOptions* options) {
-  for (int64_t number = 0; number < 5; ++number) {
+  for (int64_t number = 0; number < 7; ++number) {
     if (!DomainFails(number)) return false;
   }
   Status* status = RegisterCustomOps(options, Runtime("1.10.0", 1));

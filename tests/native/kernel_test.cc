@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "attention_test.h"
 #include "dispatch.h"
 #include "emulated.h"
 #include "half_test.h"
@@ -308,6 +309,11 @@ int Main(bool quick, const std::vector<std::string>& names) {
   int64_t checks = 0;
   if (!TestHalf(quick, &checks)) return 1;
   std::printf("half: %lld conversions\n", static_cast<long long>(checks));
+  int64_t attentions = 0;
+  for (const Level& level : levels) {
+    if (!TestAttention(*level.kernels, quick, &attentions)) return 1;
+  }
+  std::printf("attention: %lld cases\n", static_cast<long long>(attentions));
   Grid grid(quick, &levels);
   if (!TestLargeWorkspace(&levels) || !grid.Types() || !grid.Shapes()) return 1;
   for (const Level& level : levels) {

@@ -11,6 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from qalora_compile.runtime import LanguageModel, open_session
+from qalora_compile.runtime.decoder import Decoder
 
 
 class Engine:
@@ -28,14 +29,9 @@ class Engine:
 
     def reset(self) -> None:
         """Forget what was read."""
-        self._cache = self._model.empty_cache()
-        self._count = 0
+        self._decoder = Decoder(self._model)
 
     def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Read tokens; logits `[V]` of the one that follows."""
-        self._count += len(tokens)
-        mask = np.ones((1, self._count), np.int64)
-        ids = np.array([tokens], np.int64)
-        logits, self._cache = self._model.step(ids, mask, self._cache)
-        last: NDArray[np.float32] = logits[0, -1]
+        last: NDArray[np.float32] = self._decoder.read(np.array([tokens], np.int64))[0, -1]
         return last

@@ -65,7 +65,7 @@ def _to_onnx(exported: ExportedProgram, program: Program, spec: ExportSpec) -> A
             opset_version=spec.onnx_opset,
             input_names=[leaf.name for leaf in program.signature.inputs if leaf.dtype],
             output_names=tensor_outputs(program),
-            custom_translation_table=translation_table(spec.onnx_opset, spec.fusion, bias=bias),
+            custom_translation_table=translation_table(spec, bias=bias),
             verbose=False,
         )
     if onnx_program is None:

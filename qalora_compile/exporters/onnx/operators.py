@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from qalora_compile.exporters.onnx.functions import MICROSOFT, QALORA, VERSION
+from qalora_compile.exporters.onnx.attention_function import CACHED_ATTENTION
+from qalora_compile.exporters.onnx.functions import (
+    MICROSOFT,
+    QALORA,
+    VERSION,
+)
 from qalora_compile.optional import require
 
 DEQUANTIZE_BLOCKS = "DequantizeBlocks"
@@ -42,6 +47,24 @@ def group_quant_linear_op() -> Any:
             "stock_groups": list,
         },
         {"T1": _FLOATS[:2], "T2": _BYTES, "T3": _FLOATS[:2]},
+    )
+
+
+def cached_attention_op() -> Any:
+    """`qalora::CachedAttention`, see docs/reference/operators.md: result, all keys, all values."""
+    return _operator(
+        (QALORA, VERSION, CACHED_ATTENTION),
+        {
+            "q": "T1",
+            "k": "T1",
+            "v": "T1",
+            "mask": "T2",
+            "past_key": "T1",
+            "past_value": "T1",
+        },
+        {"q_num_heads": int, "kv_num_heads": int, "scale": float},
+        {"T1": _FLOATS[:1], "T2": ("tensor(bool)", *_FLOATS[:1])},
+        results=3,
     )
 
 

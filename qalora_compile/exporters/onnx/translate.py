@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qalora_compile.config import ExportSpec
 from qalora_compile.exporters.onnx.operators import (
     dequantize_blocks_op,
     group_quant_linear_op,
@@ -26,21 +27,21 @@ from qalora_compile.optional import require
 Table = dict[Callable[..., Any], Callable[..., Any]]
 
 
-def translation_table(opset: int, fusion: str | None, *, bias: bool = True) -> Table:
+def translation_table(spec: ExportSpec, *, bias: bool = True) -> Table:
     """Operator → function that emits its ONNX nodes, for `custom_translation_table`.
 
     Args:
-        opset: Version of the standard operators.
-        fusion: As `ExportSpec.fusion`.
+        spec: Target, opset and fusion.
         bias: Whether the runtime's MatMulNBits takes a bias; else it is added to the product.
     """
+    opset, fusion = spec.onnx_opset, spec.fusion
     onnxscript = require("onnxscript", extra="onnx", purpose="export to ONNX")
     op = onnxscript.opset18
     kernels = _kernel_table(op, bias_inside=bias)
     table = kernels | aten_table(op) | _plain_table(op) | expert_table(op, kernels)
     table |= embedding_table(op, onnxscript.opset21)
     if opset >= 23:
-        table |= fused_table(onnxscript.opset23)
+        table |= fused_table(onnxscript.opset23, library=spec.target == "ort")
     return table | contrib_table(op) if fusion == "ort" else table
 
 

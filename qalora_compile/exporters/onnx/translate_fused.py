@@ -7,9 +7,18 @@ from typing import Any
 
 import torch
 
+from qalora_compile.exporters.onnx.operators import cached_attention_op
+from qalora_compile.optional import require
 
-def fused_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Operator → function that emits its ONNX node; `op` is opset 23."""
+
+def fused_table(op: Any, *, library: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operator → function that emits its ONNX node.
+
+    Args:
+        op: Opset 23.
+        library: Emit the operators of the operator library where they apply.
+    """
+    cached_attention = cached_attention_op()
 
     def emit_rms_norm(x: Any, weight: Any, eps: float) -> Any:
         return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
@@ -37,6 +46,8 @@ def fused_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         inputs = [q, k, v, mask, past_key, past_value]
         sizes = {"q_num_heads": heads, "kv_num_heads": kv_heads, "scale": scale}
+        if library and _extends_a_cache(q, mask, past_key):
+            return cached_attention(*inputs, **sizes)
         return op.Attention(*inputs, **sizes)[:3]
 
     ops = torch.ops.qalora
@@ -45,3 +56,12 @@ def fused_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.rotary_embedding.default: emit_rotary_embedding,
         ops.attention.default: emit_attention,
     }
+
+
+def _extends_a_cache(q: Any, mask: Any, past_key: Any) -> bool:
+    """Whether CachedAttention takes a call: float32, with a past and a mask of all four axes."""
+    types = require("onnx_ir", extra="onnx", purpose="export to ONNX").DataType
+    if mask is None or past_key is None or mask.shape is None or q.dtype != types.FLOAT:
+        return False
+    masks = mask.dtype in (types.BOOL, types.FLOAT)
+    return masks and len(mask.shape) == 4 and bool(mask.shape[2] == q.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from qalora_compile._version import __version__
 from qalora_compile.config import NBITS, ExportSpec
 from qalora_compile.errors import InternalError
 from qalora_compile.exporters.capability import EXACT, Capability, ExportReport, rounds
+from qalora_compile.exporters.onnx.attention_function import CACHED_ATTENTION, attention_function
 from qalora_compile.exporters.onnx.functions import (
     MICROSOFT,
     QALORA,
@@ -19,6 +21,7 @@ from qalora_compile.exporters.onnx.initializers import defer_initializers, write
 from qalora_compile.exporters.onnx.model import translate
 from qalora_compile.exporters.onnx.one_file import fits_in_one_file, join_weights
 from qalora_compile.exporters.onnx.ort_format import check_ort_format, convert_to_ort
+from qalora_compile.exporters.onnx.shared_cache import share_cache
 from qalora_compile.exporters.onnx.tidy import name_axes, name_sites, tidy
 from qalora_compile.files import atomic_files
 from qalora_compile.files.marks import PRODUCER
@@ -62,6 +65,7 @@ def write_translated(
 ) -> ExportReport:
     """Tidy, name, check and write a model that torch.onnx has translated."""
     defer_initializers(model, program)
+    share_cache(model)
     tidy(model)
     name_axes(model, program.signature)
     sites = name_sites(model, program)
@@ -72,16 +76,22 @@ def write_translated(
 
 
 def _add_functions(model: Any, expansion: str) -> None:
-    """Define GroupQuantLinear for runtimes that have no kernel for it, if the model uses it."""
+    """Define the operators of the library for runtimes that have no kernel for them."""
     ir = require("onnx_ir", extra="onnx", purpose="write an ONNX model")
-    if QALORA not in model.opset_imports:
-        return
-    layers = [node for node in model.graph.all_nodes() if node.domain == QALORA]
-    for proto in layered_functions(model.opset_imports[""], _function_form(ir, layers, expansion)):
+    opset, ours = model.opset_imports[""], defaultdict[str, list[Any]](list)
+    for node in model.graph.all_nodes():
+        if node.domain == QALORA:
+            ours[node.op_type].append(node)
+    protos = []
+    if layers := ours.get("GroupQuantLinear"):
+        protos += layered_functions(opset, _function_form(ir, layers, expansion))
+        if expansion == NBITS:
+            model.opset_imports[MICROSOFT] = 1
+    if CACHED_ATTENTION in ours:
+        protos.append(attention_function(opset))
+    for proto in protos:
         function = ir.serde.deserialize_function(proto)
         model.functions[function.identifier()] = function
-    if expansion == NBITS:
-        model.opset_imports[MICROSOFT] = 1
 
 
 def _function_form(ir: Any, layers: list[Any], expansion: str) -> FunctionForm:

@@ -34,13 +34,25 @@ def int4pack_linear(
     """Y = x Wᵀ, `W = scale · (q − 8) + zero`, by torch's kernel for 4-bit weights.
 
     Args:
-        x: `[.., K]` float32.
+        x: `[.., K]` float32; the kernel does not take float64, in which the weights are expanded.
         packed: `[N', K / 2]` uint8, see `packing.int4_layout`; N' is N, rounded up to 16.
         scale_and_zero: `[K / g, N', 2]` float32.
         group_size: g: 32, 64, 128 or 256.
         n: N.
     """
+    if x.dtype == torch.float64:
+        return x @ _expanded(packed, scale_and_zero, group_size, x.shape[-1])[:, :n]
     return int4pack_rows(x, packed, scale_and_zero, group_size, n).clone()
+
+
+def _expanded(packed: Tensor, scale_and_zero: Tensor, group_size: int, k: int) -> Tensor:
+    """Wᵀ `[K, N']` in float64: the kernel's products with ones give q − 8 exactly."""
+    scale, zero = scale_and_zero.double().unbind(-1)
+    ones = torch.stack((torch.ones_like(scale), torch.zeros_like(zero)), dim=-1).float()
+    codes = INT4_PRODUCT(torch.eye(k, dtype=torch.float32), packed, group_size, ones).double()
+    step, start = (part.repeat_interleave(group_size, dim=0)[:k] for part in (scale, zero))
+    weights: Tensor = step * codes + start
+    return weights
 
 
 @int4pack_linear.register_fake

@@ -102,6 +102,9 @@ struct Avx2Base {
   static F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F Negate(F a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
   static F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F Max(F a, F b) { return _mm256_max_ps(a, b); }
+  static void StreamF(float* p, F a) { _mm256_stream_ps(p, a); }
+  static void Fence() { _mm_sfence(); }
   // The sum of the lanes of each, all in the same order.
   static Four Reduce4(F a, F b, F c, F d) {
     const F ab = Add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));

@@ -127,6 +127,9 @@ struct Avx512 {
   static F Sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F Negate(F a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
   static F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F Max(F a, F b) { return _mm512_max_ps(a, b); }
+  static void StreamF(float* p, F a) { _mm512_stream_ps(p, a); }
+  static void Fence() { _mm_sfence(); }
   // The sum of the lanes of each, all in the same order.
   static Four Reduce4(F a, F b, F c, F d) {
     const F ab = Add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));

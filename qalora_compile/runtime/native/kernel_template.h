@@ -9,10 +9,12 @@
 // ZeroAcc, Seed<bits>, Dot<bits>, Settle<bits, more> (a total moves up by a digit where there are
 // more, and the sums of the next one are added: in Seed or in Settle), ToFloat;
 // ZeroF, SetF, LoadF, StoreF, Mul, Add, Sub, Negate, Fma, Reduce4; Lanes, LoadLanes, Permute;
+// Max (the second where one is NaN), StreamF (past the caches where there is such a store), Fence;
 // LoadParameter, Prefetch;
 // LargestBits16, Round16; StoreHalf.
 #pragma once
 
+#include "attention_template.h"
 #include "panel_template.h"
 #include "prepare_template.h"
 #include "rows_template.h"
@@ -47,7 +49,8 @@ void Run(const Job& job, int64_t begin, int64_t end, float* scratch) {
 
 template <class V>
 constexpr KernelSet MakeKernels(const char* name) {
-  return {name, V::kStep, V::kLanes, V::kPanelDigits, Prepare<V>, Run<V>, Widen<V>, Narrow<V>};
+  return {name,   V::kStep, V::kLanes, V::kPanelDigits, Prepare<V>,
+          Run<V>, Widen<V>, Narrow<V>, Attend<V>};
 }
 
 }  // namespace

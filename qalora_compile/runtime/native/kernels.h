@@ -92,6 +92,57 @@ struct Job {
   bool float_panels() const { return !few() && plan.float_panels; }
 };
 
+// Sizes of one call of CachedAttention. The sizes of tensors that exist: their products fit int64.
+struct AttentionShape {
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t kv_heads = 0;
+  int64_t queries = 0;  // S, also new keys
+  int64_t past = 0;     // P
+  int64_t past_rows = 0;     // of past_key for each head: P, or more in a buffer that is shared
+  int64_t present_rows = 0;  // of present_key: T, or past_rows of such a buffer
+  int64_t width = 0;         // D
+  int64_t value_width = 0;
+  int64_t mask_batch = 0;  // 1 or batch
+  int64_t mask_heads = 0;  // 1 or heads
+  bool bool_mask = false;
+  int64_t total() const { return past + queries; }        // T
+  int64_t sharing() const { return heads / kv_heads; }    // heads of q that share one of keys
+  int64_t rows() const { return queries * sharing(); }    // of q that read one head's keys
+};
+
+struct AttentionJob {
+  AttentionShape shape;
+  float scale = 1.0f;
+  const float* q = nullptr;           // [batch, S, heads * D]
+  const float* k = nullptr;           // [batch, S, kv_heads * D]
+  const float* v = nullptr;           // [batch, S, kv_heads * Dv]
+  const void* mask = nullptr;         // [mask_batch, mask_heads, S, T], bytes or floats
+  const float* past_key = nullptr;    // [batch, kv_heads, past_rows, D]
+  const float* past_value = nullptr;  // [batch, kv_heads, past_rows, Dv]
+  float* y = nullptr;                 // [batch, S, heads * Dv]
+  float* present_key = nullptr;       // [batch, kv_heads, present_rows, D], may be past_key
+  float* present_value = nullptr;     // [batch, kv_heads, present_rows, Dv], may be past_value
+};
+
+// A part of a call: rows [begin, end) of the queries of one head of keys. Row r is query r / sharing
+// of head r % sharing among those that share the keys.
+struct AttentionPart {
+  int64_t batch = 0;
+  int64_t kv_head = 0;
+  int64_t begin = 0;
+  int64_t end = 0;
+  // Copy past and new keys and values to the present ones, on the way.
+  bool append = false;
+  // Read all keys and values from the present ones, which are complete.
+  bool appended = false;
+};
+
+// Rows of queries that share the loads of a key.
+constexpr int64_t kAttentionTile = 4;
+// Keys and values after which what was read is copied and sums are added up.
+constexpr int64_t kAttentionBlock = 64;
+
 // One instruction set's kernels. Functions touch no memory but what the job names and `scratch`.
 struct KernelSet {
   const char* name;
@@ -105,7 +156,11 @@ struct KernelSet {
   void (*run)(const Job& job, int64_t begin, int64_t end, float* scratch);
   void (*widen)(const uint16_t* from, float* to, int64_t count);
   void (*narrow)(const float* from, uint16_t* to, int64_t count);
+  void (*attend)(const AttentionJob& job, const AttentionPart& part, float* scratch);
 };
+
+// Floats that `attend` needs as scratch, 64-byte aligned.
+int64_t AttentionScratchFloats(const AttentionShape& shape);
 
 // Floats that `prepare` and `run` need as scratch, 64-byte aligned, for `rows` of x.
 int64_t ScratchFloats(const Layer& layer, const Plan& plan, int64_t rows);

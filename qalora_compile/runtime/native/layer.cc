@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "describe.h"
+
 namespace qalora {
 namespace {
 
@@ -24,37 +26,6 @@ bool Fail(Error* error, const char* format, ...) {
   return false;
 }
 
-const char* Name(Type type) {
-  switch (type) {
-    case Type::kFloat32: return "float32";
-    case Type::kFloat16: return "float16";
-    case Type::kUint8: return "uint8";
-    case Type::kOther: break;
-  }
-  return "another type";
-}
-
-// "[2, ?, 64]", cut off where the buffer ends. Dimensions beyond kMaxRank are not known.
-struct ShapeText {
-  char text[160] = "[";
-  explicit ShapeText(const TensorInfo& info) {
-    if (info.rank > kMaxRank) {
-      std::snprintf(text, sizeof text, "of rank %lld", static_cast<long long>(info.rank));
-      return;
-    }
-    size_t used = 1;
-    for (int64_t i = 0; i < info.rank && used + 24 < sizeof text; ++i) {
-      const char* comma = i ? ", " : "";
-      char* end = text + used;
-      const size_t room = sizeof text - used;
-      used += info.dims[i] == kUnknown
-                  ? std::snprintf(end, room, "%s?", comma)
-                  : std::snprintf(end, room, "%s%lld", comma, static_cast<long long>(info.dims[i]));
-    }
-    std::snprintf(text + used, sizeof text - used, "]");
-  }
-};
-
 bool CheckSide(const char* name, int64_t value, Error* error) {
   if (value >= 1 && value <= kMaxSide) return true;
   return Fail(error, "attribute %s is %lld, expected 1 to %lld", name,
@@ -65,8 +36,8 @@ bool IsFloat(Type type) { return type == Type::kFloat32 || type == Type::kFloat1
 
 bool CheckType(int index, Type type, Type wanted, Error* error) {
   if (type == wanted) return true;
-  return Fail(error, "input %d (%s) is %s, expected %s", index, kNames[index], Name(type),
-              Name(wanted));
+  return Fail(error, "input %d (%s) is %s, expected %s", index, kNames[index], TypeName(type),
+              TypeName(wanted));
 }
 
 bool CheckTypes(const TensorInfo (&inputs)[kInputs], Error* error) {
@@ -74,7 +45,7 @@ bool CheckTypes(const TensorInfo (&inputs)[kInputs], Error* error) {
   for (const int i : floats) {
     if (!IsFloat(inputs[i].type)) {
       return Fail(error, "input %d (%s) is %s, expected float32 or float16", i, kNames[i],
-                  Name(inputs[i].type));
+                  TypeName(inputs[i].type));
     }
   }
   return CheckType(1, inputs[1].type, Type::kUint8, error) &&

@@ -12,7 +12,7 @@ constexpr int kInputs = 5;     // x, codes, scale, zero_point, bias
 constexpr int kMaxRank = 16;   // of x
 constexpr int64_t kUnknown = -1;
 
-enum class Type { kFloat32, kFloat16, kUint8, kOther };
+enum class Type { kFloat32, kFloat16, kUint8, kBool, kOther };
 
 struct Error {
   char text[512] = {};

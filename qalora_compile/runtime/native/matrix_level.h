@@ -37,7 +37,7 @@ void PrepareMatrix(const Job& job, int64_t row, float* scratch) {
 template <class V, const KernelSet& base>
 KernelSet MakeMatrixKernels(const char* name) {
   return {name, V::kStep, V::kLanes, V::kPanelDigits, PrepareMatrix<V, base>, RunMatrix<V, base>,
-          base.widen, base.narrow};
+          base.widen, base.narrow, base.attend};
 }
 
 }  // namespace

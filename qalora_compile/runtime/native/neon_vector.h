@@ -101,6 +101,9 @@ struct Neon {
   static F Sub(F a, F b) { return vsubq_f32(a, b); }
   static F Negate(F a) { return vnegq_f32(a); }
   static F Fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F Max(F a, F b) { return vmaxq_f32(a, b); }
+  static void StreamF(float* p, F a) { StoreF(p, a); }
+  static void Fence() {}
   // The sum of the lanes of each, all in the same order.
   static Four Reduce4(F a, F b, F c, F d) { return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)); }
   // As the bytes of the lanes.

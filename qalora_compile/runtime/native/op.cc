@@ -6,6 +6,7 @@
 
 #include "dispatch.h"
 #include "linear.h"
+#include "ort_read.h"
 
 namespace qalora {
 namespace {
@@ -13,54 +14,13 @@ namespace {
 using ort::Api;
 using ort::Status;
 
+constexpr char kName[] = "GroupQuantLinear";
+
 // A kernel of one node.
 struct Kernel {
   const Api* api = nullptr;
   Linear linear;
 };
-
-Status* ToStatus(const Api* api, const Error& error) {
-  return api->CreateStatus(ort::kInvalidArgument, error.text);
-}
-
-// Releases a status and says whether there was one.
-bool Failed(const Api* api, Status* status) {
-  if (!status) return false;
-  api->ReleaseStatus(status);
-  return true;
-}
-
-Type FromOrt(ort::ElementType type) {
-  switch (type) {
-    case ort::kFloat: return Type::kFloat32;
-    case ort::kHalf: return Type::kFloat16;
-    case ort::kByte: return Type::kUint8;
-    default: return Type::kOther;
-  }
-}
-
-// Reads type and dimensions. An input with more than kMaxRank dimensions keeps its rank, so that the
-// checks refuse it, and no dimensions.
-bool ReadTensorInfo(const Api* api, const ort::TensorShapeInfo* info, TensorInfo* out) {
-  ort::ElementType type = ort::kUndefined;
-  size_t rank = 0;
-  if (Failed(api, api->GetTensorElementType(info, &type)) ||
-      Failed(api, api->GetDimensionsCount(info, &rank))) {
-    return false;
-  }
-  out->present = true;
-  out->type = FromOrt(type);
-  out->rank = static_cast<int64_t>(rank);
-  return rank > kMaxRank || !Failed(api, api->GetDimensions(info, out->dims, rank));
-}
-
-Status* RequiredInt(const Api* api, const ort::KernelInfo* info, const char* name, int64_t* out) {
-  if (!Failed(api, api->KernelInfoGetAttribute_int64(info, name, out))) return nullptr;
-  Error error;
-  std::snprintf(error.text, sizeof error.text,
-                "GroupQuantLinear: attribute %s is missing or no integer", name);
-  return ToStatus(api, error);
-}
 
 // The attribute `compute`, "" where absent. An attribute of that name and another type is an error:
 // the runtime reports it like an absent one, so the other types are asked for too.
@@ -119,10 +79,11 @@ Status* QALORA_CALL CreateKernel(const ort::CustomOp* base, const Api* api,
   const auto& op = *static_cast<const GroupQuantLinearOp*>(base);
   Attributes attributes;
   char compute[16];
-  if (Status* status = RequiredInt(api, info, "K", &attributes.k)) return status;
-  if (Status* status = RequiredInt(api, info, "N", &attributes.n)) return status;
-  if (Status* status = RequiredInt(api, info, "bits", &attributes.bits)) return status;
-  if (Status* status = RequiredInt(api, info, "group_size", &attributes.group_size)) return status;
+  if (Status* status = RequiredInt(api, info, kName, "K", &attributes.k)) return status;
+  if (Status* status = RequiredInt(api, info, kName, "N", &attributes.n)) return status;
+  if (Status* status = RequiredInt(api, info, kName, "bits", &attributes.bits)) return status;
+  int64_t* group_size = &attributes.group_size;
+  if (Status* status = RequiredInt(api, info, kName, "group_size", group_size)) return status;
   if (Status* status = ReadCompute(api, info, compute, sizeof compute)) return status;
   if (compute[0]) attributes.compute = compute;
 
@@ -144,47 +105,12 @@ Status* QALORA_CALL CreateKernel(const ort::CustomOp* base, const Api* api,
 
 void QALORA_CALL DestroyKernel(void* kernel) noexcept { delete static_cast<Kernel*>(kernel); }
 
-// The inputs of a call: what CheckInputs needs, and the data.
-struct Inputs {
-  TensorInfo info[kInputs];
-  void* data[kInputs] = {};
-
-  Status* Read(const Api* api, const ort::KernelContext* context) {
-    size_t count = 0;
-    if (Status* status = api->KernelContext_GetInputCount(context, &count)) return status;
-    for (size_t i = 0; i < kInputs && i < count; ++i) {
-      const ort::Value* value = nullptr;
-      if (Status* status = api->KernelContext_GetInput(context, i, &value)) return status;
-      if (!value) continue;
-      ort::TensorShapeInfo* shape = nullptr;
-      if (Status* status = api->GetTensorTypeAndShape(value, &shape)) return status;
-      const bool known = ReadTensorInfo(api, shape, &info[i]);
-      api->ReleaseTensorTypeAndShapeInfo(shape);
-      if (!known) return api->CreateStatus(ort::kFail, "GroupQuantLinear: an input has no shape");
-      // Only a read: the interface has no other function for it.
-      auto* readable = const_cast<ort::Value*>(value);
-      if (Status* status = api->GetTensorMutableData(readable, &data[i])) return status;
-    }
-    return nullptr;
-  }
-};
-
-struct Pool {
-  const Api* api;
-  const ort::KernelContext* context;
-  static bool Run(void* self, void (*fn)(void*, size_t), size_t count, void* data) {
-    const Pool& pool = *static_cast<const Pool*>(self);
-    return !Failed(pool.api,
-                   pool.api->KernelContext_ParallelFor(pool.context, fn, count, 0, data));
-  }
-};
-
 Status* QALORA_CALL Compute(void* self, ort::KernelContext* context) noexcept {
   const Kernel& kernel = *static_cast<const Kernel*>(self);
   const Api* api = kernel.api;
   const Layer& layer = kernel.linear.layer();
-  Inputs inputs;
-  if (Status* status = inputs.Read(api, context)) return status;
+  CallInputs<kInputs> inputs;
+  if (Status* status = inputs.Read(api, context, kName)) return status;
   Error error;
   int64_t rows = 0;
   if (!CheckInputs(layer, inputs.info, &error) || !CountRows(inputs.info[0], &rows, &error)) {
@@ -281,7 +207,7 @@ void MakeOp(int variant, const Api* api, bool infer_shapes, GroupQuantLinearOp* 
   op->api = api;
   op->x_type = variant & 1 ? ort::kHalf : ort::kFloat;
   op->parameter_type = variant & 2 ? ort::kHalf : ort::kFloat;
-  op->GetName = [](const CustomOp*) { return "GroupQuantLinear"; };
+  op->GetName = [](const CustomOp*) -> const char* { return kName; };
   op->GetExecutionProviderType = [](const CustomOp*) { return "CPUExecutionProvider"; };
   op->GetInputType = InputType;
   op->GetInputTypeCount = [](const CustomOp*) -> size_t { return kInputs; };

@@ -38,7 +38,7 @@ struct OpAttribute;      // an attribute of such a node
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
 // ONNX's numbers of tensor element types.
-enum ElementType : int { kUndefined = 0, kFloat = 1, kByte = 2, kHalf = 10 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kByte = 2, kBool = 9, kHalf = 10 };
 
 // Whether an input or output has to be there.
 enum Presence : int { kRequired = 0, kOptional = 1 };

@@ -1,5 +1,6 @@
 // The functions that the shared library exports.
 
+#include "attention_op.h"
 #include "dispatch.h"
 #include "op.h"
 
@@ -19,6 +20,7 @@ namespace {
 // long as they live, and the runtime has no call that says when the last one is gone.
 struct Registry {
   qalora::GroupQuantLinearOp ops[qalora::kOpVariants];
+  qalora::CachedAttentionOp attention[qalora::kAttentionVariants];
   qalora::ort::Domain* domain = nullptr;
   qalora::ort::Status* status = nullptr;
 
@@ -27,6 +29,10 @@ struct Registry {
     for (int variant = 0; !status && variant < qalora::kOpVariants; ++variant) {
       qalora::MakeOp(variant, api, infer_shapes, &ops[variant]);
       status = api->CustomOpDomain_Add(domain, &ops[variant]);
+    }
+    for (int variant = 0; !status && variant < qalora::kAttentionVariants; ++variant) {
+      qalora::MakeAttentionOp(variant, &attention[variant]);
+      status = api->CustomOpDomain_Add(domain, &attention[variant]);
     }
   }
 };

@@ -93,6 +93,9 @@ struct Scalar {
   static F Sub(F a, F b) { return a - b; }
   static F Negate(F a) { return -a; }
   static F Fma(F a, F b, F c) { return a * b + c; }
+  static F Max(F a, F b) { return a > b ? a : b; }
+  static void StreamF(float* p, F a) { *p = a; }
+  static void Fence() {}
   static Four Reduce4(F a, F b, F c, F d) { return Four{a, b, c, d}; }
   static Lanes LoadLanes(const int32_t*) { return {}; }
   static F Permute(F a, Lanes) { return a; }

@@ -129,7 +129,8 @@ def softcap(cap: float) -> Plant:
 
     def plant(model: Any) -> None:
         for node in model.graph.node:
-            if node.op_type == "Attention":
+            if node.op_type == "CachedAttention":  # its function has no such attribute
+                node.domain, node.op_type = "", "Attention"
                 kept = [each for each in node.attribute if each.name != "softcap"]
                 del node.attribute[:]
                 node.attribute.extend(kept)
