@@ -178,7 +178,7 @@ def test_the_command_line_lists_registered_methods(
 
 def test_the_command_line_lists_registered_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--help"]) == 0
-    assert "compressed-tensors, text" in " ".join(capsys.readouterr().out.split())
+    assert "compressed-tensors,text" in "".join(capsys.readouterr().out.split())
 
 
 def test_a_target_is_exported_to(tmp_path: Path) -> None:

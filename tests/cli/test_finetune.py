@@ -322,7 +322,7 @@ def test_nothing_to_evaluate_on_is_refused(
 ) -> None:
     words = ["finetune", str(model_folder), "--data", str(data_file), "--eval-every", "2"]
     assert main([*words, "--out", str(tmp_path / "run")]) == 2
-    assert "give --eval-data" in capsys.readouterr().err
+    assert "give finetune --eval-data" in capsys.readouterr().err
 
 
 @pytest.mark.slow

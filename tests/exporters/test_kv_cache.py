@@ -230,7 +230,7 @@ def test_the_last_logits_alone(exported: tuple[Any, qc.Program, Path], tmp_path:
     path = tmp_path / "last.onnx"
     qc.export_model(qc.add_kv_cache(folded, model, last_logits=True), path)
     deployed = LanguageModel(open_session(path))
-    assert deployed.logits(token_ids(2, 7).numpy()).shape == (2, 1, 128)
+    assert deployed.logits(token_ids(2, 7).numpy()).shape == (2, 7, 128), "token by token"
     assert list(deployed.generate(PROMPT, max_new_tokens=8)) == greedy(folded, 8)
     report = qc.verify_equivalence(
         folded, path, [{"input_ids": token_ids(2, 9)}], qc.Tolerance(max_rel=1e-4)

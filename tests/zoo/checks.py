@@ -225,7 +225,7 @@ def check_inspect(study: Study) -> None:
     folder = study.folder / "inspected"
     study.folded.save(folder)
     plan = study.folded.plan
-    assert len(_output("inspect", str(folder)).splitlines()) > len(plan)
+    assert len(_output("inspect", str(folder), "--layers").splitlines()) > len(plan)
     rows = json.loads(_output("inspect", str(folder), "--json"))["layers"]
     assert [(r["path"], r["decision"], r["reason"]) for r in rows] == [
         (s.name, s.decision, s.reason) for s in plan

@@ -20,6 +20,7 @@ _SHAPES = ("size", "sym_size", "Shape", "zeros_like", "ones_like", "full_like", 
 """Operators that read only the shape of an operand."""
 _RESULTS: dict[str, dict[int, tuple[int, ...]]] = {
     "onnx.Attention": {1: (1, 4), 2: (2, 5)},
+    "qalora.CachedAttention": {1: (1, 4), 2: (2, 5)},
     "com.microsoft.MultiHeadAttention": {1: (1, 3, 6), 2: (2, 3, 7)},
 }
 """Operands that a result depends on, if not all: a cache does not depend on the mask."""

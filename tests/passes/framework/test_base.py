@@ -158,6 +158,7 @@ STEPS = {
     "legalize-ort-stock": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-onnx": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-openvino": {QUANTIZED, ADAPTED, FOLDED},
+    "legalize-torch": {QUANTIZED, ADAPTED, FOLDED},
     "fuse-shared-input": set(),
 }
 
