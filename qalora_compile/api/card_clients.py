@@ -99,7 +99,7 @@ model = {kind}.from_pretrained(".")
 {use}
 """
 _OPTIMUM_GENERATE = """\
-inputs = tokenizer("The capital of France is", return_tensors="pt")
+inputs = tokenizer("The capital of France is", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"""
 _OPTIMUM_CLASSIFY = """\
 inputs = tokenizer("A sentence to read.", return_tensors="pt")
