@@ -78,6 +78,17 @@ test-openvino: $(VENV)/installed-dev ## install OpenVINO and run its tests, Smol
 		tests/verify/runners/test_openvino_session.py tests/testing/test_target_contract.py \
 		tests/cli/test_openvino.py tests/e2e/test_openvino.py $(ARGS)
 
+# coremltools is in an environment of its own too: it needs packages that nothing else here does.
+COREML := build/coreml
+.PHONY: test-coreml
+test-coreml: $(VENV)/installed-dev ## install coremltools and run the tests of target coreml, no Apple device needed
+	test -x $(COREML)/bin/python || $(PYTHON) -m venv $(COREML)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+		> $$(echo $(COREML)/lib/python3*/site-packages)/development.pth
+	$(COREML)/bin/python $(INSTALL) "coremltools>=9.0,<10"
+	OMP_NUM_THREADS=1 $(COREML)/bin/python -m pytest -q -n 2 tests/exporters/coreml \
+		tests/testing/test_target_contract.py tests/cli/test_coreml.py $(ARGS)
+
 # lm-evaluation-harness is in an environment of its own, on top of the development environment's: it
 # needs many packages that nothing else here does.
 SERVE := build/serve

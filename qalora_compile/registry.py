@@ -186,6 +186,7 @@ GRAPH_TARGETS = {
     **ONNX_TARGETS,
     "openvino": "qalora_compile.exporters.openvino.targets:OPENVINO",
     "torch": "qalora_compile.exporters.pt2.targets:TORCH",
+    "coreml": "qalora_compile.exporters.coreml.targets:COREML",
 }
 """The targets for which passes lower the program."""
 CHECKPOINT_TARGETS = {

@@ -98,7 +98,7 @@ def _passes(start: Program, spec: BisectSpec) -> list[Pass]:
         return list(Pipeline.parse(spec.passes).passes)
     if spec.target not in GRAPH_TARGETS:
         raise UserInputError(
-            f"no passes run for the target {spec.target}: only ONNX, OpenVINO and torch are",
+            f"no passes run for the target {spec.target}: only graphs are lowered",
             where="--target",
             hint=f"use one of {', '.join(GRAPH_TARGETS)}; compare a checkpoint with "
             "qalora-compile verify FOLDED CHECKPOINT --max-rel",

@@ -33,7 +33,11 @@ from qalora_compile.progress import say
 from qalora_compile.runtime.library import library_path
 from qalora_compile.untrusted.artifacts import GGUF_FILE
 
-_TRANSLATE = {"openvino": "convert to OpenVINO IR", "torch": "export with torch"}
+_TRANSLATE = {
+    "openvino": "convert to OpenVINO IR",
+    "torch": "export with torch",
+    "coreml": "convert with coremltools",
+}
 _FOR_ONNX = ("no_kv_cache", "last_logits", "with_library", "preset", "embeddings")
 
 

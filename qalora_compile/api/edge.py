@@ -58,6 +58,7 @@ from qalora_compile.ir.program import Program
 from qalora_compile.sealed import write_sealed
 from qalora_compile.untrusted import read_json
 from qalora_compile.untrusted.artifacts import (
+    COREML_FILE,
     DECODER_FILE,
     ENCODER_FILE,
     MODEL_FILE,
@@ -161,7 +162,8 @@ def outputs_last_logits(program: Program) -> bool:
 
 def graph_file(spec: ExportSpec) -> str:
     """Name of the file of a model with a single graph, as its clients look for it."""
-    return MODEL_FILE if spec.is_onnx else {"torch": TORCH_FILE}.get(spec.target, OPENVINO_FILE)
+    others = {"openvino": OPENVINO_FILE, "torch": TORCH_FILE, "coreml": COREML_FILE}
+    return others.get(spec.target, MODEL_FILE)
 
 
 def written_file(file: str, spec: ExportSpec) -> str:

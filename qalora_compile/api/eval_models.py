@@ -58,7 +58,8 @@ def opened(reference: str, threads: int | None) -> Iterator[Evaluated]:
 
     Raises:
         UserInputError: it is missing or broken.
-        UnsupportedError: it is an export for OpenVINO, or an ONNX model without a folder.
+        UnsupportedError: it is an export for OpenVINO or Core ML, or an ONNX model without its
+            folder.
     """
     found = find_artifact(reference)
     kind = None if found is None else found.kind
@@ -70,6 +71,10 @@ def opened(reference: str, threads: int | None) -> Iterator[Evaluated]:
     elif kind is ArtifactKind.OPENVINO:
         raise UnsupportedError(
             "eval does not run OpenVINO models", where=reference, hint="export with target ort"
+        )
+    elif kind is ArtifactKind.COREML:
+        raise UnsupportedError(
+            "eval does not run Core ML packages", where=reference, hint="export with target ort"
         )
     else:
         yield _source(reference if found is None else str(found.path))

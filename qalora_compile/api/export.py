@@ -221,7 +221,8 @@ def export_model(
         )
     target = _lowered_target(spec)
     target.check_path(path, spec)
-    check_output(path, overwrite=spec.overwrite, is_file=spec.is_graph)
+    is_file = spec.is_graph and not target.writes_folder
+    check_output(path, overwrite=spec.overwrite, is_file=is_file)
     spec = complete_spec(program, spec)
     lowered = lower(program, spec)
     report = target.export(lowered, path, spec, resume=resume)

@@ -11,6 +11,7 @@ from typing import Any
 from qalora_compile.brief import megabytes
 from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_files, check_output
+from qalora_compile.ir.coreml_package import coreml_metadata, read_specification
 from qalora_compile.ir.onnx_metadata import (
     OnnxLayer,
     OnnxMetadata,
@@ -24,6 +25,7 @@ from qalora_compile.ir.stages import FOLDED
 from qalora_compile.ir.view.netron import write_structure
 from qalora_compile.ir.view.svg import to_dot, to_svg
 from qalora_compile.untrusted.artifacts import (
+    COREML_FILE,
     OPENVINO_FILE,
     TORCH_FILE,
     encoder_decoder_files,
@@ -149,12 +151,14 @@ def inspect_exported(path: Path) -> tuple[list[Row], Row]:
 
 def _model_in(folder: Path) -> Path:
     """The file of a model with a single graph."""
-    others = (folder / OPENVINO_FILE, folder / TORCH_FILE)
-    return next((file for file in others if file.is_file()), model_file(folder))
+    if folder.suffix == Path(COREML_FILE).suffix:
+        return folder
+    others = (folder / OPENVINO_FILE, folder / TORCH_FILE, folder / COREML_FILE)
+    return next((file for file in others if file.exists()), model_file(folder))
 
 
 def _inspect_file(file: Path) -> tuple[list[Row], Row]:
-    if not file.is_file():
+    if not file.exists():
         raise UserInputError(f"there is no file {file}", where=str(file))
     metadata, parts = _metadata_of(file)
     rows = [_onnx_row(layer, metadata.target) for layer in metadata.layers]
@@ -172,6 +176,9 @@ def _inspect_file(file: Path) -> tuple[list[Row], Row]:
 
 def _metadata_of(file: Path) -> tuple[OnnxMetadata, list[Path]]:
     """The metadata of an exported model, and its files."""
+    if file.suffix == Path(COREML_FILE).suffix:
+        parts = [part for part in file.rglob("*") if part.is_file()]
+        return coreml_metadata(read_specification(file), file), parts
     if file.suffix == Path(TORCH_FILE).suffix:
         return metadata_of(read_pt2(file).metadata, file), [file]
     if file.suffix == Path(OPENVINO_FILE).suffix:
@@ -179,7 +186,7 @@ def _metadata_of(file: Path) -> tuple[OnnxMetadata, list[Path]]:
     return read_onnx_metadata(file), onnx_parts(file)
 
 
-_FORMS = {"openvino": "real", "ort": "real", "torch": "real"}
+_FORMS = {"openvino": "real", "ort": "real", "torch": "real", "coreml": "real"}
 """How targets hold zero-points, where it is not the form of MatMulNBits."""
 
 

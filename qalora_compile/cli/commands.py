@@ -9,7 +9,7 @@ COMMANDS: Mapping[str, str] = {
     "adapt": "quantize a model and import adapters trained by PEFT; writes a RUN folder",
     "fold": "fold the trained adapters of a RUN into its zero-points, and check that nothing "
     "changed",
-    "export": "write a folded model as ONNX, for OpenVINO or torch, or as a checkpoint",
+    "export": "write a folded model as ONNX, for OpenVINO, torch or Core ML, or as a checkpoint",
     "quantize": "quantize a model of any size into an edge folder, without training",
     "verify": "compare two programs or exported models; exit 0 equal, 1 not equal, 2 not "
     "comparable",

@@ -55,6 +55,8 @@ EXAMPLES = """examples:
   qalora-compile export folded --out edge --target openvino
   # model.pt2 for torch, and model_aot.pt2 for C++
   qalora-compile export folded --out edge --target torch --aot
+  # model.mlpackage for Apple devices, one pass over complete sequences
+  qalora-compile export folded --out edge --target coreml --no-kv-cache
   # for GenAI: our kernels in the folder
   qalora-compile export folded --out edge --with-library
   # one pass over complete sequences

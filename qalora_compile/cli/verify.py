@@ -297,4 +297,6 @@ def _kernels(paths: tuple[str, str], *, used_library: bool) -> str:
         return "of OpenVINO's CPU plugin"
     if ArtifactKind.TORCH in kinds:
         return "of torch"
+    if ArtifactKind.COREML in kinds:
+        return "none: values that coremltools infers, no Apple device"
     return "with the operator library" if used_library else "of ONNX Runtime"

@@ -14,7 +14,7 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 
 ONNX_TARGETS = tuple(registry.ONNX_TARGETS)
 GRAPH_TARGETS = tuple(registry.GRAPH_TARGETS)
-"""The targets for which passes lower the program: ONNX, OpenVINO and torch."""
+"""The targets for which passes lower the program: ONNX, OpenVINO, torch and Core ML."""
 CHECKPOINT_TARGETS = tuple(registry.CHECKPOINT_TARGETS)
 """Checkpoints of other libraries; the last two hold integer zero-points only."""
 TARGETS = registry.TARGETS.builtin
@@ -49,8 +49,10 @@ class ExportSpec(Spec):
             correction, for any ONNX Runtime. `"onnx"`: blocked DequantizeLinear and the same
             correction, standard operators only. `"openvino"`: OpenVINO IR with real-valued
             zero-points. `"torch"`: a `.pt2` file of `torch.export` with torch's own kernel for
-            4-bit weights, which takes real zeros. The others are checkpoints of other libraries
-            (docs/reference/checkpoints.md), which take none of the options of ONNX below.
+            4-bit weights, which takes real zeros. `"coreml"`: an `.mlpackage` for Apple devices
+            (iOS 18, macOS 15) with real-valued zero-points, in float32. The others are checkpoints
+            of other libraries (docs/reference/checkpoints.md), which take none of the options of
+            ONNX below.
         opset: ONNX opset version of the standard domain; None takes 20, or 21 for `"onnx"`.
         accuracy_level: 0 computes in float32; 4 quantizes activations to int8, which is faster and
             errs by about 5e-3 of the output. 2, for target `"ort"` only, quantizes them to two int8
@@ -193,8 +195,9 @@ class ExportSpec(Spec):
 
     def _check_target(self) -> None:
         """Refuse options that the target does not have."""
-        no_parameters = ("ort-stock", "onnx", "torch", "gguf", "safetensors")
-        checkpoint, not_onnx = CHECKPOINT_TARGETS, ("openvino", "torch", *CHECKPOINT_TARGETS)
+        no_parameters = ("ort-stock", "onnx", "torch", "coreml", "gguf", "safetensors")
+        checkpoint = CHECKPOINT_TARGETS
+        not_onnx = tuple(target for target in TARGETS if target not in ONNX_TARGETS)
         others = tuple(target for target in TARGETS if target != "ort-stock")
         no_function = tuple(target for target in TARGETS if target != "ort")
         no_floats = tuple(target for target in TARGETS if target != "gguf")

@@ -46,6 +46,9 @@ class LoweredTarget(Target, ABC):
             `legalized:<name of the target>`. Models in half precision are widened to float32 first.
     """
 
+    writes_folder: ClassVar[bool] = False
+    """Whether a built-in target is a folder, not a file with others next to it."""
+
     lowering: Callable[[Program, ExportSpec], str]
 
     @abstractmethod

@@ -31,6 +31,9 @@ GGUF_KEY = "qalora.made_by"
 PRODUCER = "qalora-compile"
 """The mark of every ONNX model, and the name of every OpenVINO model."""
 
+PACKAGE_SUFFIX, PACKAGE_MANIFEST = ".mlpackage", "Manifest.json"
+"""Of a Core ML package, whose manifest describes its parts as written by `PRODUCER`."""
+
 _HEAD_BYTES, _ZIP = 1 << 16, b"PK\x03\x04"
 _ORT_FORMAT = b"ORTM"
 """Bytes 4 to 8 of a model in ONNX Runtime's own format, whose producer is named at its end."""
@@ -43,9 +46,19 @@ def is_own_folder(folder: Path) -> bool:
     """Whether this package wrote a folder, according to a file in it; an empty folder counts."""
     if any(_is_of(folder / name, kind) for name, kind in _RECORDS.items()):
         return True
+    if folder.suffix == PACKAGE_SUFFIX and _is_own_manifest(folder / PACKAGE_MANIFEST):
+        return True
     settings = _read(folder / _PEFT_FILE)
     is_ours = isinstance(settings, dict) and _PEFT_MARK in settings
     return is_ours or not any(folder.iterdir())
+
+
+def _is_own_manifest(path: Path) -> bool:
+    """Whether the manifest of a Core ML package describes a part as written by this package."""
+    manifest = _read(path)
+    entries = manifest.get("itemInfoEntries") if isinstance(manifest, dict) else None
+    parts = entries.values() if isinstance(entries, dict) else ()
+    return any(PRODUCER in str(part.get("description")) for part in parts if isinstance(part, dict))
 
 
 def is_own_file(path: Path) -> bool:

@@ -30,7 +30,10 @@ class ShareGroupSums(Pass):
     name: ClassVar[str] = "share-group-sums"
     consumes: ClassVar[tuple[str, ...]] = (
         ADAPTED,
-        *(f"{LEGALIZED}{target}" for target in ("ort", "ort-stock", "onnx", "openvino", "torch")),
+        *(
+            f"{LEGALIZED}{target}"
+            for target in ("ort", "ort-stock", "onnx", "openvino", "torch", "coreml")
+        ),
     )
     produces: ClassVar[str | None] = None
 

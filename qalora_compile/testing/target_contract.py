@@ -143,7 +143,7 @@ def _check_files(
     with contract.clause("files: the report names those that are there, with their sizes"):
         path = folder / "0" / file_name
         home = path if path.is_dir() else path.parent
-        found = {file.name: file.stat().st_size for file in home.iterdir()}
+        found = {name: file.stat().st_size for name, file in _files_in(home).items()}
         assert report.files == found, f"{report.files}, not {found}"
         assert report.quantized_layers > 0, "no layer is quantized"
     with contract.clause("files: a second export has the same bytes"):
@@ -152,6 +152,12 @@ def _check_files(
             assert (home / file).read_bytes() == twin.read_bytes(), f"{file} differs"
         assert report.stored == again.stored, "the rows of the report differ"
     return report
+
+
+def _files_in(folder: Path) -> dict[str, Path]:
+    """Path below a folder → file."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file for file in files}
 
 
 def _check_capability(contract: Contract, report: ExportReport) -> None:
@@ -213,10 +219,10 @@ def _check_replacement(
 ) -> None:
     path = folder / "0" / file_name
     home = path if path.is_dir() else path.parent
-    before = {file.name: file.read_bytes() for file in home.iterdir()}
+    before = {name: file.read_bytes() for name, file in _files_in(home).items()}
     with contract.refuses("replacement: what is there, without overwrite", QaloraError):
         export(program, path)
-    now = {file.name: file.read_bytes() for file in home.iterdir()}
+    now = {name: file.read_bytes() for name, file in _files_in(home).items()}
     contract.need("replacement: what is there stays without overwrite", before == now, "it changed")
     with contract.clause("replacement: with overwrite it is replaced"):
         export(program, path, overwrite=True)

@@ -32,6 +32,8 @@ CONFIG_FILE, GGUF_FILE = "config.json", "model.gguf"
 OPENVINO_FILE = "openvino_model.xml"
 """The name that OpenVINO GenAI and Optimum look for; the weights are in a `.bin` file."""
 TORCH_FILE = "model.pt2"
+COREML_FILE = "model.mlpackage"
+"""A folder."""
 
 _TOKENIZER_FILES = (
     *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json"),
@@ -47,6 +49,7 @@ class ArtifactKind(Enum):
     ONNX = "ONNX model"
     OPENVINO = "OpenVINO model"
     TORCH = "torch export"
+    COREML = "Core ML package"
     GGUF = "GGUF file"
     CHECKPOINT = "checkpoint folder"
 
@@ -57,7 +60,8 @@ class Artifact:
 
     Attributes:
         kind: Its kind.
-        path: The `.onnx`, `.ort`, `.xml`, `.pt2` or `.gguf` file; for the other kinds, the folder.
+        path: The `.onnx`, `.ort`, `.xml`, `.pt2` or `.gguf` file, or the `.mlpackage` folder; for
+            the other kinds, the folder.
     """
 
     kind: ArtifactKind
@@ -93,8 +97,8 @@ def find_artifact(path: str | Path) -> Artifact | None:
 
     A folder is a program if it holds `program.json`, otherwise an encoder-decoder model if it holds
     at least one of the two graphs. Otherwise `onnx/model_q4.onnx` (`model.onnx`),
-    `openvino_model.xml`, `model.pt2`, `model.gguf`, safetensors or `config.json` decide. No file is
-    read.
+    `openvino_model.xml`, `model.pt2`, `model.mlpackage`, `model.gguf`, safetensors or `config.json`
+    decide. No file is read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -107,6 +111,8 @@ def find_artifact(path: str | Path) -> Artifact | None:
         }
         kind = kinds.get(path.suffix) if path.exists() else None
         return None if kind is None else Artifact(kind, path)
+    if path.suffix == Path(COREML_FILE).suffix:
+        return Artifact(ArtifactKind.COREML, path)
     if (path / PROGRAM_FILE).exists():
         return Artifact(ArtifactKind.PROGRAM, path)
     if encoder_decoder_files(path) is not None:
@@ -115,6 +121,7 @@ def find_artifact(path: str | Path) -> Artifact | None:
         (ArtifactKind.ONNX, model_file(path)),
         (ArtifactKind.OPENVINO, path / OPENVINO_FILE),
         (ArtifactKind.TORCH, path / TORCH_FILE),
+        (ArtifactKind.COREML, path / COREML_FILE),
         (ArtifactKind.GGUF, path / GGUF_FILE),
     ):
         if file.exists():

@@ -21,6 +21,7 @@ NAMES = dict.fromkeys(ONNX_TARGETS, "model.onnx") | {
     "gguf": "model.gguf",
     "openvino": "model.xml",
     "torch": "model.pt2",
+    "coreml": "model.mlpackage",
 }
 
 
@@ -36,6 +37,11 @@ def test_the_openvino_target_keeps_the_contract() -> None:
 
 def test_the_torch_target_keeps_the_contract() -> None:
     check_target("torch", file_name=NAMES["torch"])
+
+
+def test_the_coreml_target_keeps_the_contract() -> None:
+    pytest.importorskip("coremltools", reason="coremltools is not installed")
+    check_target("coreml", file_name=NAMES["coreml"])
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_TARGETS)

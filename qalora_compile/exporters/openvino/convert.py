@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,8 +18,8 @@ from qalora_compile.exporters.onnx.exported import retrace
 from qalora_compile.exporters.openvino.library import openvino
 from qalora_compile.exporters.openvino.padding import emit_pad_groups
 from qalora_compile.exporters.openvino.weights import Weights
+from qalora_compile.exporters.traced import pooled_adapter, with_values
 from qalora_compile.ir.affine import sum_groups
-from qalora_compile.ir.lazy_tensor import is_lazy, materialize
 from qalora_compile.ir.ops.embedding import BlockEmbedding
 from qalora_compile.ir.ops.target_kernels import GroupQuantLinear
 from qalora_compile.ir.program import Program
@@ -49,7 +48,7 @@ def convert(program: Program) -> tuple[Any, Weights]:
     Raises:
         UnsupportedError: the frontend has no rule for an operator; it is named.
     """
-    program = _with_values(program)
+    program = with_values(program)
     frontend = openvino("frontend").FrontEndManager().load_by_framework("pytorch")
     extension = openvino(_FRONTEND).ConversionExtension
     weights = Weights(program.tensors())
@@ -70,16 +69,6 @@ def convert(program: Program) -> tuple[Any, Weights]:
                 hint="target ort or onnx may hold the model; or replace the operator in the model",
             ) from error
     return model, weights
-
-
-def _with_values(program: Program) -> Program:
-    """The program with every tensor in memory."""
-    tensors = program.tensors()
-    if not any(map(is_lazy, tensors.values())):
-        return program
-    made = {name: materialize(tensor) for name, tensor in tensors.items()}
-    module = program.module.rebuild(program.copy_graph(), made)
-    return dataclasses.replace(program, module=module)
 
 
 def _decoder(exported: ExportedProgram, program: Program) -> Any:
@@ -103,11 +92,6 @@ def _decompositions() -> Any:
             table.pop(operator)
     table.update(_OWN)
     return table
-
-
-def _pooled_adapter(pooled: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """`qalora.pooled_adapter` in float32."""
-    return functional.linear(functional.linear(pooled, lora_a), lora_b) * scaling
 
 
 _HIDDEN = torch.finfo(torch.float32).min / 2
@@ -151,7 +135,7 @@ def _attention(
 _OWN: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
     GROUP_SUM: sum_groups,
-    POOLED_ADAPTER: _pooled_adapter,
+    POOLED_ADAPTER: pooled_adapter,
 }
 """Operators of this package that ATen has the parts of."""
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.nn import functional
 
 from qalora_compile.exporters.onnx.exported import retrace
-from qalora_compile.ir.affine import group_count, sum_groups
-from qalora_compile.ir.lazy_tensor import is_lazy, materialize
+from qalora_compile.exporters.traced import (
+    down_to_site,
+    pad_groups,
+    pooled_adapter,
+    with_values,
+)
+from qalora_compile.ir.affine import sum_groups
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.ops.int4_kernels import int4pack_rows
 from qalora_compile.ir.packing.int4_layout import layout_name, pack_int4, probe
@@ -45,7 +48,7 @@ def convert(program: Program) -> tuple[ExportedProgram, dict[str, str]]:
     Returns:
         The exported program, and site name → name of the node that computes its output.
     """
-    program = _with_values(program)
+    program = with_values(program)
     with program.evaluating(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = retrace(program, _guarded(program))
@@ -61,16 +64,6 @@ def convert(program: Program) -> tuple[ExportedProgram, dict[str, str]]:
         )  # no paths of this machine
     exported.example_inputs = None  # they would be stored as a pickle
     return exported, sites
-
-
-def _with_values(program: Program) -> Program:
-    """The program with every tensor in memory."""
-    tensors = program.tensors()
-    if not any(map(is_lazy, tensors.values())):
-        return program
-    made = {name: materialize(tensor) for name, tensor in tensors.items()}
-    module = program.module.rebuild(program.copy_graph(), made)
-    return dataclasses.replace(program, module=module)
 
 
 def _guarded(program: Program) -> fx.GraphModule:
@@ -98,32 +91,10 @@ def _carry_sites(program: Program, exported: ExportedProgram) -> None:
     made = [node for node in exported.graph.nodes if node.target in _OWN]
     old = [node for node in program.graph.nodes if node.target in _OWN]
     for call, again in zip(old, made, strict=True):
-        marked, node = _down_to_site(call, again)
+        marked, node = down_to_site(call, again)
         site = site_of(marked)
         if site is not None and marked.target == node.target:
             node.meta[_CUSTOM] = {_SITE_KEY: site}
-
-
-def _down_to_site(before: fx.Node, after: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Follow two calls through their only readers to the sums that are marked with a site."""
-    while site_of(before) is None and len(before.users) == len(after.users) == 1:
-        (before,), (after,) = before.users, after.users
-    return before, after
-
-
-def _pooled_adapter(pooled: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """`qalora.pooled_adapter` in float32."""
-    return functional.linear(functional.linear(pooled, lora_a), lora_b) * scaling
-
-
-def _pad_groups(x: Tensor, group_size: int, width: int) -> Tensor:
-    """`qalora.pad_groups`."""
-    groups = group_count(x.shape[-1], group_size)
-    padded = functional.pad(x, (0, groups * group_size - x.shape[-1]))
-    if width == group_size:
-        return padded
-    grouped = padded.unflatten(-1, (groups, group_size))
-    return functional.pad(grouped, (0, width - group_size)).flatten(-2)
 
 
 def _group_embedding(
@@ -160,7 +131,7 @@ _DECOMPOSITIONS: dict[OpOverload, Any] = {
     INT4PACK_LINEAR: int4pack_rows,
     GROUP_EMBEDDING: _group_embedding,
     GROUP_SUM: sum_groups,
-    PAD_GROUPS: _pad_groups,
-    POOLED_ADAPTER: _pooled_adapter,
+    PAD_GROUPS: pad_groups,
+    POOLED_ADAPTER: pooled_adapter,
 }
 """Operators of this package that ATen has the parts of; torch keeps all others as they are."""

@@ -37,6 +37,7 @@ _HOMES = {
     "legalize-onnx": "legalize.legalize_onnx:LegalizeOnnx",
     "legalize-openvino": "legalize.legalize_openvino:LegalizeOpenvino",
     "legalize-torch": "legalize.legalize_torch:LegalizeTorch",
+    "legalize-coreml": "legalize.legalize_coreml:LegalizeCoreml",
 }
 """Name → module in `qalora_compile.passes` and class."""
 PASSES = Registry(

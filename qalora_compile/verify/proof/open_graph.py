@@ -31,7 +31,7 @@ def open_graph(thing: Program | Graph | str | Path) -> Graph:
 
     Raises:
         UserInputError: the path is missing or of an unknown kind, or the folder holds two graphs.
-        UnsupportedError: it is a `.pt2` file, whose graph is run only.
+        UnsupportedError: it is a `.pt2` file or a Core ML package, whose graph is run only.
     """
     if isinstance(thing, Graph):
         return thing
@@ -44,7 +44,7 @@ def open_graph(thing: Program | Graph | str | Path) -> Graph:
         return find_lookups(read_onnx_graph(found.path))
     if found is not None and found.kind is ArtifactKind.OPENVINO:
         return read_openvino_graph(found.path)
-    if found is not None and found.kind is ArtifactKind.TORCH:
+    if found is not None and found.kind in (ArtifactKind.TORCH, ArtifactKind.COREML):
         raise UnsupportedError(
             f"{found.path.name} has no form in a proof, nor in a comparison value by value",
             where=str(found.path),

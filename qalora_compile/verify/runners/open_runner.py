@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from qalora_compile.untrusted.artifacts import (
     find_artifact,
     unknown_artifact,
 )
+from qalora_compile.verify.runners.coreml_session import CoremlSession
 from qalora_compile.verify.runners.encoder_decoder import EncoderDecoderRunner
 from qalora_compile.verify.runners.kv_cache import (
     MASK,
@@ -32,7 +33,12 @@ from qalora_compile.verify.runners.openvino_session import OpenvinoSession
 from qalora_compile.verify.runners.run import Run, Runner
 from qalora_compile.verify.runners.torch_session import TorchSession
 
-_EXPORTED = (ArtifactKind.ONNX, ArtifactKind.OPENVINO, ArtifactKind.TORCH)
+_EXPORTED = (
+    ArtifactKind.ONNX,
+    ArtifactKind.OPENVINO,
+    ArtifactKind.TORCH,
+    ArtifactKind.COREML,
+)
 
 
 class ProgramRunner:
@@ -70,12 +76,12 @@ class ProgramRunner:
 
 
 class ExportedRunner:
-    """Runs an exported model, see `OnnxSession`, `OpenvinoSession` and `TorchSession`.
+    """Runs an exported model, see `OnnxSession` and the other sessions.
 
     Language models with a key-value cache run on complete sequences, see `verify.runners.kv_cache`.
 
     Args:
-        path: The `.onnx`, `.ort`, `.xml` or `.pt2` file.
+        path: The `.onnx`, `.ort`, `.xml` or `.pt2` file, or the `.mlpackage` folder.
         library: For ONNX: a library of custom operators for the sessions.
 
     Raises:
@@ -85,7 +91,9 @@ class ExportedRunner:
     def __init__(self, path: Path, library: Path | None = None) -> None:
         is_onnx = path.suffix in (".onnx", ORT_SUFFIX)
         self.label = f"{path} with {library.name}" if library and is_onnx else str(path)
-        other = TorchSession if path.suffix == ".pt2" else OpenvinoSession
+        others: dict[str, Callable[[Path], Session]]
+        others = {".pt2": TorchSession, ".mlpackage": CoremlSession}
+        other = others.get(path.suffix, OpenvinoSession)
         self._graph: Session = OnnxSession(path, library) if is_onnx else other(path)
         self.signature = self._graph.signature
         if self.signature.cross_cache:
