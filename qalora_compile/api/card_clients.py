@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora_compile.api.card_text import code
-from qalora_compile.untrusted.artifacts import MODEL_FILE
+from qalora_compile.untrusted.artifacts import (
+    COREML_FILE,
+    MODEL_FILE,
+    OPENVINO_FILE,
+    TORCH_FILE,
+)
 
 _ORT = """
 # pip install onnxruntime transformers
@@ -126,6 +131,26 @@ model = openvino.Core().compile_model("openvino_model.xml", "CPU")
 for one in [*model.inputs, *model.outputs]:
     print(one.any_name, one.element_type, one.partial_shape)
 """
+_TORCH = """
+# pip install torch
+import torch
+
+model = torch.export.load("model.pt2").module()
+print(model)
+"""
+_COREML = """
+# on macOS 15 or newer: pip install coremltools
+import coremltools
+
+model = coremltools.models.MLModel("model.mlpackage")
+print(model.get_spec().description)
+"""
+_OTHERS = {
+    "openvino": ("OpenVINO", _OPENVINO_ANY),
+    "torch": ("torch", _TORCH),
+    "coreml": ("Core ML", _COREML),
+}
+"""Target → the client of its files, and how it runs them; targets of ONNX have several."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +161,7 @@ class Traits:
         task: The `pipeline_tag` of Hugging Face; None if none is known.
         library: The `library_name` of Hugging Face.
         cache: Whether it is a language model with a key-value cache in one graph.
-        openvino: Whether its target is OpenVINO.
+        form: `"onnx"`, or the target: `"openvino"`, `"torch"` or `"coreml"`.
         single: Whether it is one graph, at the place that clients look at.
         described: Whether the model is of transformers, so that there is a `config.json`.
         genai: Whether ONNX Runtime GenAI runs it.
@@ -147,7 +172,7 @@ class Traits:
     task: str | None
     library: str
     cache: bool
-    openvino: bool
+    form: str
     single: bool
     described: bool
     genai: bool
@@ -162,20 +187,21 @@ def traits_of(record: Mapping[str, Any], files: Mapping[str, int]) -> Traits:
         record: Its `qalora.json`.
         files: Name → bytes of its files.
     """
-    openvino = not any(name.endswith(".onnx") for name in files)
+    marks = {OPENVINO_FILE: "openvino", TORCH_FILE: "torch", COREML_FILE: "coreml"}
+    form = next((marks[top] for name in files if (top := name.split("/")[0]) in marks), "onnx")
     sentences = "modules.json" in files
     cache = bool(record.get("kv_cache"))
     task = _task(str(record.get("architecture")), record, cache=cache)
-    single = openvino or MODEL_FILE in files
+    single = form != "onnx" or MODEL_FILE in files
     described = "config.json" in files
-    library = "openvino" if openvino else "sentence-transformers" if sentences else "onnx"
+    library = "sentence-transformers" if sentences and form == "onnx" else form
     if library == "onnx" and described and single and task and (cache or task != _GENERATION):
         library = "transformers.js"
     return Traits(
         task=task,
         library=library,
         cache=cache and single,
-        openvino=openvino,
+        form=form,
         single=single,
         described=described,
         genai=record.get("genai") == "yes",
@@ -214,9 +240,10 @@ def client_sections(traits: Traits) -> Iterator[tuple[str, str]]:
 
     The commands run in the folder itself.
     """
-    if traits.openvino:
-        generates = traits.cache and traits.tokens
-        how = ("OpenVINO GenAI", _OPENVINO_LM) if generates else ("OpenVINO", _OPENVINO_ANY)
+    if traits.form in _OTHERS:
+        how = _OTHERS[traits.form]
+        if traits.form == "openvino" and traits.cache and traits.tokens:
+            how = ("OpenVINO GenAI", _OPENVINO_LM)
         yield how[0], code("python", how[1])
         return
     if traits.single:

@@ -162,10 +162,18 @@ def card_text(folder: Path, record: Mapping[str, Any]) -> str:
     return "\n".join(sections)
 
 
+_FORMS = {
+    "onnx": "an ONNX model",
+    "openvino": "an OpenVINO model",
+    "torch": "a `.pt2` file of torch",
+    "coreml": "a Core ML package",
+}
+
+
 def _head(record: Mapping[str, Any], traits: Traits) -> str:
     base = _part(record, "base")
     widths = _part(_part(record, "layers"), "by_width")
-    tags = ["openvino" if traits.openvino else "onnx", "quantized", "qalora-compile"]
+    tags = [traits.form, "quantized", "qalora-compile"]
     tags += ["qa-lora"] * bool(record.get("adapter"))
     tags += [f"{width.split()[0]}-bit" for width in widths if width.split()[0].isdigit()]
     return front_matter(
@@ -188,7 +196,7 @@ def _known(base: Mapping[str, Any], name: str) -> str | None:
 def _about(record: Mapping[str, Any], traits: Traits) -> str:
     made = "fine-tuned with QA-LoRA adapters, which are folded into the zero-points, and "
     trained = made if record.get("adapter") else ""
-    form = "an OpenVINO model" if traits.openvino else "an ONNX model"
+    form = _FORMS[traits.form]
     return (
         f"The model ({words(record.get('architecture') or 'of no known architecture')}) is "
         f"{trained}written as {form} by qalora-compile {__version__}.\n"

@@ -16,6 +16,7 @@ from qalora_compile.untrusted.artifacts import (
     unknown_artifact,
 )
 from qalora_compile.verify.proof.graphs.graph import Graph
+from qalora_compile.verify.proof.graphs.read_coreml import read_coreml_graph
 from qalora_compile.verify.proof.graphs.read_fx import program_graph, read_program_graph
 from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
 from qalora_compile.verify.proof.graphs.read_openvino import read_openvino_graph
@@ -73,6 +74,8 @@ def open_graphs(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
         found = find_artifact(thing)
         if found is not None and found.kind is ArtifactKind.TORCH:
             return (read_pt2_graph(found.path),)
+        if found is not None and found.kind is ArtifactKind.COREML:
+            return (read_coreml_graph(found.path),)
     return (open_graph(thing),)
 
 

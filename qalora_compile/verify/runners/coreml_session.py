@@ -7,7 +7,7 @@ in NumPy, and not what an Apple device computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,23 @@ from qalora_compile.ir.coreml_package import (
 )
 from qalora_compile.ir.onnx_metadata import explain_metadata
 from qalora_compile.ir.signature import Signature
+
+
+def _gather_nd(given: Mapping[str, Any]) -> Any:
+    if given.get("batch_dims"):
+        raise UnsupportedError(
+            "gather_nd has batch dimensions", hint="compare the model on an Apple device"
+        )
+    return given["x"][tuple(np.moveaxis(given["indices"], -1, 0))]
+
+
+def _silu(given: Mapping[str, Any]) -> Any:
+    x = torch.from_numpy(given["x"])
+    return torch.nn.functional.silu(x).numpy()
+
+
+_OWN: dict[str, Callable[[Mapping[str, Any]], Any]] = {"gather_nd": _gather_nd, "silu": _silu}
+"""Operators of language models that coremltools infers no value for."""
 
 
 class CoremlSession:
@@ -87,6 +104,8 @@ class CoremlSession:
         if op.op_type == CONSTANT:
             return [op.materialized_val_inference()]
         given = {name: _value(var, values) for name, var in op.inputs.items() if var is not None}
+        if op.op_type in _OWN:
+            return [_OWN[op.op_type](given)]
         try:
             made = getattr(builder, op.op_type)(**given)
         except Exception as error:  # of NumPy, or of the check of its operands: many types

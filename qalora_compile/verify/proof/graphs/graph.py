@@ -9,7 +9,7 @@ from typing import Any
 from qalora_compile.verify.proof.graphs.operand_names import OPERANDS
 from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 
-FX, ONNX, OPENVINO, TORCH = "fx", "onnx", "openvino", "torch"
+FX, ONNX, OPENVINO, TORCH, COREML = "fx", "onnx", "openvino", "torch", "coreml"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Graph:
     """A graph with its tensors.
 
     Attributes:
-        dialect: `fx`, `onnx`, `openvino`, or `torch`, which has no nodes.
+        dialect: `fx`, `onnx`, `openvino`, or `torch` or `coreml`, which have no nodes.
         label: What it is called in messages.
         stage: The stage of a program, or the target of an exported model.
         nodes: Nodes by the value that they compute, in graph order.
