@@ -42,7 +42,7 @@ FREE = {"__init__", "__main__", "api", "cli"}
 """Rooms that join the others: they may import everything."""
 OPTIONAL = {
     "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "gguf", "peft", "accelerate",
-    "grandalf", "jinja2", "matplotlib", "re2", "openvino", "openvino_tokenizers",
+    "grandalf", "jinja2", "matplotlib", "re2", "openvino", "openvino_tokenizers", "coremltools",
     "fastapi", "uvicorn", "starlette", "lm_eval",
 }  # fmt: skip
 IMPORTING_CALLS = {"import_module", "require", "__import__"}
