@@ -139,9 +139,10 @@ def without_bfloat16(program: Program) -> Program:
 def _decompositions() -> dict[OpOverload, Any]:
     """Torch's decompositions of operators that coremltools has no rule for, and ours."""
     table: Any = torch.export.default_decompositions()
-    registry = coremltools("converters.mil.frontend.torch.torch_op_registry")
-    known = registry._TORCH_OPS_REGISTRY.get_func
-    return {op: made for op, made in table.items() if known(str(op)) is None} | _OWN
+    names = coremltools("converters.mil.frontend.torch.torch_op_registry")
+    # the registry's own name is private, but not its class
+    (rules,) = (one for one in vars(names).values() if isinstance(one, names.TorchOpsRegistry))
+    return {op: made for op, made in table.items() if rules.get_func(str(op)) is None} | _OWN
 
 
 def _what(error: Exception) -> str:
