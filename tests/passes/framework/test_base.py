@@ -159,6 +159,7 @@ STEPS = {
     "legalize-onnx": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-openvino": {QUANTIZED, ADAPTED, FOLDED},
     "legalize-torch": {QUANTIZED, ADAPTED, FOLDED},
+    "legalize-coreml": {QUANTIZED, ADAPTED, FOLDED},
     "fuse-shared-input": set(),
 }
 
