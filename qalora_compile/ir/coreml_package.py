@@ -48,10 +48,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def operators_of(spec: Any) -> Iterator[Any]:
-    """The operators of the main function of a specification, constants included."""
+def main_block(spec: Any) -> Any:
+    """The block of the main function of a specification."""
     main = spec.mlProgram.functions["main"]
-    yield from main.block_specializations[main.opset].operations
+    return main.block_specializations[main.opset]
 
 
 def read_specification(package: Path) -> Any:

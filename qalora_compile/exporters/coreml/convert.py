@@ -12,12 +12,13 @@ import torch
 from torch.export import ExportedProgram
 
 from qalora_compile.errors import QaloraError, UnsupportedError
+from qalora_compile.exporters.coreml.package import number_values
 from qalora_compile.exporters.coreml.weights import Weights, legal_name, register
 from qalora_compile.exporters.onnx.exported import retrace
 from qalora_compile.exporters.onnx.model import tensor_outputs
 from qalora_compile.exporters.traced import down_to_site, pad_groups, pooled_adapter
 from qalora_compile.ir.affine import sum_groups
-from qalora_compile.ir.coreml_package import coremltools, operators_of, quiet
+from qalora_compile.ir.coreml_package import coremltools, main_block, quiet
 from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import (
@@ -92,9 +93,12 @@ def convert(program: Program, package: Path) -> Converted:
                 hint="target ort or onnx may hold the model; or replace the operator in the model",
             ) from error
     spec = model.get_spec()
-    made = {one.name for op in operators_of(spec) for one in op.outputs}
+    made = {one.name for op in main_block(spec).operations for one in op.outputs}
     sites = {site: name for site, name in _sites(program, exported) if name in made}
-    return Converted(spec, weights, sites)
+    signature = exported.graph_signature
+    tensors = (*signature.inputs_to_parameters, *signature.inputs_to_buffers)
+    names = number_values(spec, {*weights.made.values(), *tensors})
+    return Converted(spec, weights, {site: names.get(name, name) for site, name in sites.items()})
 
 
 def _sites(program: Program, exported: ExportedProgram) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from qalora_compile.exporters.coreml.package import describe, write_package
 from qalora_compile.exporters.onnx.write import metadata_text
 from qalora_compile.exporters.traced import with_values
 from qalora_compile.files import atomic_folder
-from qalora_compile.ir.coreml_package import operators_of
+from qalora_compile.ir.coreml_package import main_block
 from qalora_compile.ir.program import Program
 
 _SCRATCH = "converted.mlpackage"
@@ -55,7 +55,7 @@ def write_coreml(program: Program, path: Path, spec: ExportSpec) -> ExportReport
         path=path,
         files=sizes,
         target=spec.target,
-        nodes=sum(op.type != "const" for op in operators_of(model)),
+        nodes=sum(op.type != "const" for op in main_block(model).operations),
         quantized_layers=weights.layers,
         capabilities=capabilities(spec),
         notes=(same, unrun) if count else (unrun,),

@@ -19,7 +19,7 @@ from qalora_compile.errors import (
 )
 from qalora_compile.exporters.coreml.check import check_weights
 from qalora_compile.exporters.coreml.weights import Weights, legal_name
-from qalora_compile.ir.coreml_package import MODEL_PART, read_specification
+from qalora_compile.ir.coreml_package import MODEL_PART, main_block, read_specification
 from tests.exporters.coreml.running import builtin_to_string, constants, kinds, run
 from tests.models import (
     MLP,
@@ -165,6 +165,18 @@ def test_the_package_is_equal_each_time_and_names_no_path(tmp_path: Path) -> Non
     manifest = json.loads((tmp_path / "one" / NAME / "Manifest.json").read_text("utf-8"))
     root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
     assert (root["author"], root["path"]) == ("com.apple.CoreML", MODEL_PART)
+
+
+def test_values_have_names_that_do_not_depend_on_a_trace(tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    qc.export_model(folded_mlp(), path, SPEC)
+    made = [op for op in main_block(read_specification(path)).operations if op.type != "const"]
+    names = [value.name for op in made for value in op.outputs]
+    assert names[-1] == "output"
+    numbered = [name for name in names[:-1] if not name.endswith("_weight")]
+    kinds_of = {value.name: op.type for op in made for value in op.outputs}
+    assert numbered
+    assert all(name.rsplit("_", 1)[0] == kinds_of[name] for name in numbered)
 
 
 class Sorted(torch.nn.Module):
