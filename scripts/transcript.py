@@ -75,7 +75,7 @@ def main() -> None:
     page = PAGE.read_text("utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        fetch = [sys.executable, ROOT / "examples" / "fetch.py"]
+        fetch: list[str | Path] = [sys.executable, ROOT / "examples" / "fetch.py"]
         subprocess.run(fetch, cwd=folder, check=True, stdout=subprocess.DEVNULL)
         for block in BLOCK.findall(page):
             new = ""
