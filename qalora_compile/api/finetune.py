@@ -34,9 +34,10 @@ from qalora_compile.training.distributed import Processes, find_processes
 from qalora_compile.training.evaluate import Metrics
 from qalora_compile.training.fit import FitResult
 from qalora_compile.training.forward.autocast import find_device
-from qalora_compile.training.records.log import LOG_FILE, check_reporting, read_log
+from qalora_compile.training.records.log import LOG_FILE, read_log
 from qalora_compile.training.records.peft_adapters import save_peft
 from qalora_compile.training.records.report_page import REPORT_FILE, check_report
+from qalora_compile.training.records.trackers import check_reporting
 
 PEFT_FOLDER = "adapter"
 
@@ -96,7 +97,7 @@ def finetune(
     """
     spec = with_task(_with_origin(spec))
     spec.check_files()
-    check_reporting(list(spec.report_to))
+    check_reporting(spec.report_to)
     processes = processes or find_processes()
     reserved = reserve(spec.out, overwrite=spec.overwrite, inputs=spec.inputs, go_on=spec.resume)
     with reserved if processes.is_first else nullcontext():

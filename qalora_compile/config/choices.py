@@ -16,8 +16,9 @@ COMPLETIONS, EVERYTHING = "completions", "everything"
 LEARN = (COMPLETIONS, EVERYTHING)
 """Which parts of a prompt with its completion, or of a chat, carry loss."""
 
-TENSORBOARD = "tensorboard"
-REPORT_TO = (TENSORBOARD,)
+TENSORBOARD, WANDB, MLFLOW, TRACKIO = "tensorboard", "wandb", "mlflow", "trackio"
+REPORT_TO = (TENSORBOARD, WANDB, MLFLOW, TRACKIO)
+"""Where the steps of a training are logged in addition to `log.jsonl`."""
 
 CHECKPOINTS_KEPT = 2
 
