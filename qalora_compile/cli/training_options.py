@@ -121,6 +121,13 @@ def _add_optimizer(group: argparse._ActionsContainer) -> None:
     add("--warmup", type=float, default=_FIT.warmup, metavar="F", help="fraction of the steps")
     add("--clip", type=float, default=_FIT.clip, metavar="F", help="largest gradient norm")
     add(
+        "--neftune-alpha",
+        type=float,
+        default=_FIT.neftune_alpha,
+        metavar="F",
+        help="size of the noise on input embeddings in training (NEFTune), e.g. 5",
+    )
+    add(
         "--precision",
         default=_FIT.precision,
         choices=PRECISIONS,

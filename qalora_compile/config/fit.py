@@ -12,6 +12,10 @@ SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
 
 
+ADDED = {"neftune_alpha": 0.0}
+"""Options that records of earlier versions lack → what those versions did."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitSpec(Spec):
     """How to train. docs/design/training.md says how the defaults were chosen.
@@ -33,9 +37,11 @@ class FitSpec(Spec):
         patience: Number of evaluations without a new lowest held-out loss after which training
             stops. The adapters with the lowest loss are kept, also if all steps are done. 0: no
             early stop, and the last adapters are kept.
-        seed: Seed of the order of the data and of dropout.
+        seed: Seed of the order of the data, of dropout and of noise.
         gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its
             activations: less memory, about a third more time.
+        neftune_alpha: In training, the embeddings of the input tokens `[L, d]` get uniform noise in
+            ±neftune_alpha / √(L · d) (NEFTune, arXiv 2310.05914); 0: none.
     """
 
     steps: int = 60
@@ -52,6 +58,7 @@ class FitSpec(Spec):
     patience: int = 0
     seed: int = 0
     gradient_checkpointing: bool = False
+    neftune_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -66,8 +73,9 @@ class FitSpec(Spec):
         for name in ("learning_rate", "lora_plus_ratio", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserInputError(f"{name} is {getattr(self, name)}", hint="use e.g. 1e-3")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserInputError(f"weight_decay is {self.weight_decay}", hint="use e.g. 0.01")
+        for name, example in (("weight_decay", "0.01"), ("neftune_alpha", "5")):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserInputError(f"{name} is {getattr(self, name)}", hint=f"use e.g. {example}")
         if not 0 <= self.warmup <= 1:
             raise UserInputError(f"warmup is {self.warmup}", hint="give a fraction, such as 0.1")
         one_of("schedule", self.schedule, SCHEDULES)

@@ -41,8 +41,8 @@ class Best:
 class FitState:
     """The state of a training: all that a checkpoint holds in addition to the adapters.
 
-    It needs no state of a random generator: the order of the data and the dropout masks of each
-    micro-batch are drawn from the seed and the number of the micro-batch.
+    It needs no state of a random generator: the order of the data, and the dropout masks and noise
+    of each micro-batch, are drawn from the seed and the number of the micro-batch.
 
     Attributes:
         optimizer: The optimizer with its moments.
@@ -213,6 +213,7 @@ class BatchLoss(nn.Module):
                 self._program,
                 fused=self._spec.precision == "float32",
                 gradient_checkpointing=self._spec.gradient_checkpointing,
+                neftune_alpha=self._spec.neftune_alpha,
             )
         return self._training.loss(batch)
 

@@ -40,6 +40,7 @@ def trainer_arguments(spec: FitSpec) -> dict[str, Any]:
         "max_grad_norm": spec.clip,
         "gradient_checkpointing": spec.gradient_checkpointing,
         "bf16": spec.precision == "bfloat16",
+        "neftune_noise_alpha": spec.neftune_alpha or None,
         "seed": spec.seed,
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,

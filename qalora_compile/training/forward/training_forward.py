@@ -18,6 +18,7 @@ from qalora_compile.ir.stages import ADAPTED
 from qalora_compile.training.data.example import Batch
 from qalora_compile.training.evaluate import label_loss, model_inputs, rows_of
 from qalora_compile.training.forward.chunked_loss import Head, mean_loss, split_head
+from qalora_compile.training.forward.embedding_noise import add_embedding_noise
 from qalora_compile.training.forward.fuse_adapters import fuse_adapters
 from qalora_compile.training.forward.layer_checkpointing import checkpoint_graph
 from qalora_compile.training.forward.recompute_activations import recompute_activations
@@ -38,14 +39,21 @@ class TrainingForward:
             rounded together with the weight.
         gradient_checkpointing: Keep only the inputs of each layer and recompute the rest in the
             backward pass: about a third more time, and the memory of one layer instead of all.
+        neftune_alpha: Size of the noise on input embeddings in training, see `embedding_noise`.
 
     Raises:
         PreconditionError: the program has no adapters.
-        UnsupportedError: checkpointing is asked for, and no layers are found.
+        UnsupportedError: checkpointing is asked for, and no layers are found; or noise, and the
+            program looks no token up.
     """
 
     def __init__(
-        self, program: Program, *, fused: bool = True, gradient_checkpointing: bool = False
+        self,
+        program: Program,
+        *,
+        fused: bool = True,
+        gradient_checkpointing: bool = False,
+        neftune_alpha: float = 0.0,
     ) -> None:
         if program.stage != ADAPTED:
             raise PreconditionError(
@@ -56,6 +64,8 @@ class TrainingForward:
         self._checkpointed = gradient_checkpointing
         graph = fuse_adapters(program) if fused else program.copy_graph()
         self._fused = program.module.rebuild(graph, program.tensors())
+        if neftune_alpha:
+            self._fused = add_embedding_noise(self._fused, neftune_alpha)
         self._whole: ProgramModule | None = None
         self._parts: tuple[ProgramModule, Head] | None = None
 
