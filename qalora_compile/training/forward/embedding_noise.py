@@ -29,7 +29,7 @@ _RESHAPED = frozenset(
     }
 )
 """What may stand between the tokens and their lookup."""
-_INDICES = {_ATEN.embedding.default: "indices", GROUP_EMBEDDING: "ids"}
+_INDICES: dict[object, str] = {_ATEN.embedding.default: "indices", GROUP_EMBEDDING: "ids"}
 """Lookup → the operand that holds the rows to look up."""
 _NAME = "embedding_noise"
 
@@ -87,7 +87,7 @@ def _looked_up(node: fx.Node) -> fx.Node | None:
     operand = _INDICES.get(node.target)
     if operand is None:
         return None
-    source = argument(node, operand)
+    source: fx.Node = argument(node, operand)
     while source.target in _RESHAPED:
         source = source.all_input_nodes[0]
     return source
