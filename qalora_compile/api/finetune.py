@@ -248,14 +248,19 @@ def _facts(
         "cut to fit": _cut(job),
         "loss, first and last step": _ends(job),
         "held-out loss": _arrow(before, after, "loss"),
-        "held-out accuracy" if job.data.classes else "held-out exact match": _arrow(
-            before, after, "exact_match", form=".1%"
-        ),
+        _accuracy(job): _arrow(before, after, "exact_match", form=".1%"),
         "steps done": result.step,
         "adapters of step": result.kept,
         "status": job.record["status"],
         "seconds": f"{seconds:.0f}",
     }
+
+
+def _accuracy(job: Job) -> str:
+    """The name of `Metrics.exact_match` for the data of a run."""
+    if job.spec.fit.learns_pairs:
+        return "held-out pairs preferred"
+    return "held-out accuracy" if job.data.classes else "held-out exact match"
 
 
 def _cut(job: Job) -> str:

@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 
 from qalora_compile.config.base import LARGEST_SEED, Spec, check_int, one_of
+from qalora_compile.config.choices import CROSS_ENTROPY, LOSSES, PAIR_LOSSES
 from qalora_compile.errors import UserInputError
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
 
 
-ADDED = {"neftune_alpha": 0.0}
+ADDED = {"neftune_alpha": 0.0, "loss": CROSS_ENTROPY, "beta": 0.1}
 """Options that records of earlier versions lack → what those versions did."""
 
 
@@ -42,6 +43,9 @@ class FitSpec(Spec):
             activations: less memory, about a third more time.
         neftune_alpha: In training, the embeddings of the input tokens `[L, d]` get uniform noise in
             ±neftune_alpha / √(L · d) (NEFTune, arXiv 2310.05914); 0: none.
+        loss: `"cross-entropy"` of the tokens; or, of pairs of answers, `"dpo"` (arXiv 2305.18290)
+            or `"orpo"` (arXiv 2403.07691), see `training.preferences`.
+        beta: β of DPO, λ of ORPO.
     """
 
     steps: int = 60
@@ -59,6 +63,8 @@ class FitSpec(Spec):
     seed: int = 0
     gradient_checkpointing: bool = False
     neftune_alpha: float = 0.0
+    loss: str = CROSS_ENTROPY
+    beta: float = 0.1
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -70,7 +76,7 @@ class FitSpec(Spec):
         ):
             check_int(name, getattr(self, name), least=least)
         check_int("seed", self.seed, least=0, most=LARGEST_SEED)
-        for name in ("learning_rate", "lora_plus_ratio", "clip"):
+        for name in ("learning_rate", "lora_plus_ratio", "clip", "beta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserInputError(f"{name} is {getattr(self, name)}", hint="use e.g. 1e-3")
         for name, example in (("weight_decay", "0.01"), ("neftune_alpha", "5")):
@@ -80,11 +86,17 @@ class FitSpec(Spec):
             raise UserInputError(f"warmup is {self.warmup}", hint="give a fraction, such as 0.1")
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("precision", self.precision, PRECISIONS)
+        one_of("loss", self.loss, LOSSES)
         if self.patience and not self.evaluate_every:
             raise UserInputError(
                 f"patience is {self.patience}, and training does not evaluate",
                 hint="set evaluate_every to a number of steps",
             )
+
+    @property
+    def learns_pairs(self) -> bool:
+        """Whether the examples are pairs of answers."""
+        return self.loss in PAIR_LOSSES
 
     def lengthens(self, steps: object) -> bool:
         """Whether this training goes on from one of `steps` steps and otherwise the same options.
