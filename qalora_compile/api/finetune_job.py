@@ -20,13 +20,13 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import replace_adapters
 from qalora_compile.progress import say
 from qalora_compile.quantizers.report import QuantReport
-from qalora_compile.training.batch_loss import held_out_metrics
 from qalora_compile.training.data.batches import Batches
 from qalora_compile.training.data.dataset import Dataset
 from qalora_compile.training.data.example import Example
 from qalora_compile.training.distributed import Processes
 from qalora_compile.training.evaluate import Metrics
 from qalora_compile.training.fit import FitState
+from qalora_compile.training.losses import held_out_metrics
 from qalora_compile.training.records.checkpoint import (
     list_checkpoints,
     remove_unfinished,

@@ -44,7 +44,7 @@ class FitSpec(Spec):
         neftune_alpha: In training, the embeddings of the input tokens `[L, d]` get uniform noise in
             ±neftune_alpha / √(L · d) (NEFTune, arXiv 2310.05914); 0: none.
         loss: `"cross-entropy"` of the tokens; or, of pairs of answers, `"dpo"` (arXiv 2305.18290)
-            or `"orpo"` (arXiv 2403.07691), see `training.preferences`.
+            or `"orpo"` (arXiv 2403.07691), see `training.losses`.
         beta: β of DPO, λ of ORPO.
     """
 

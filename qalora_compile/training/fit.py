@@ -18,13 +18,12 @@ from qalora_compile.config.fit import FitSpec
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import ADAPTED
-from qalora_compile.training.batch_loss import BatchLoss, held_out_metrics
 from qalora_compile.training.data.batches import Batches, batch_at
 from qalora_compile.training.data.example import Batch, Example
 from qalora_compile.training.distributed import Processes
 from qalora_compile.training.forward.autocast import computing
+from qalora_compile.training.losses import BatchLoss, counts_of, held_out_metrics
 from qalora_compile.training.optimizer import clip_gradients, make_optimizer, set_rates
-from qalora_compile.training.preferences import counts_of
 
 _HINT = "lower the learning rate, or look for broken examples"
 

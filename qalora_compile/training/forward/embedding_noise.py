@@ -22,7 +22,6 @@ _RESHAPED = frozenset(
     {
         _ATEN.view.default,
         _ATEN.reshape.default,
-        _ATEN._unsafe_view.default,
         _ATEN.alias.default,
         _ATEN.contiguous.default,
         _ATEN.to.dtype,

@@ -16,14 +16,18 @@ import qalora_compile as qc
 from qalora_compile.config.choices import DPO, ORPO
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.training import Example, FitSpec, FitState, StepReport, fit
-from qalora_compile.training.batch_loss import BatchLoss, held_out_metrics
 from qalora_compile.training.data.batches import Batches, Packed
 from qalora_compile.training.data.example import IGNORED, Batch, collate
 from qalora_compile.training.distributed import Processes
 from qalora_compile.training.fit import adapters_of
 from qalora_compile.training.forward import chunked_loss
 from qalora_compile.training.hf_trainer import trainer_arguments, trainer_rows
-from qalora_compile.training.preferences import _log_one_minus_exp, evaluate_pairs
+from qalora_compile.training.losses import (
+    BatchLoss,
+    _log_one_minus_exp,
+    evaluate_pairs,
+    held_out_metrics,
+)
 from qalora_compile.training.records.checkpoint import save_checkpoint
 from qalora_compile.training.records.run_identity import Identity
 from tests.models import assert_close, llama, randomize_adapters, token_ids

@@ -1,4 +1,6 @@
-"""Losses of preferences: pairs of answers to one prompt, of which one is preferred.
+"""The loss of a batch, by `FitSpec.loss`, and that of held-out examples.
+
+DPO and ORPO are losses of preferences: of two answers to one prompt, of which one is preferred.
 
 log p(y) is the sum over the tokens of an answer y, and n(y) their number; c is the preferred
 answer, r the rejected one, q the model with which training began.
@@ -26,10 +28,102 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.progress import track
 from qalora_compile.training.data.example import Batch, Example, collate
-from qalora_compile.training.evaluate import Forward, Metrics, label_loss, program_forward
+from qalora_compile.training.evaluate import (
+    Forward,
+    Metrics,
+    evaluate,
+    label_loss,
+    program_forward,
+)
+from qalora_compile.training.forward.training_forward import TrainingForward
 
 _PAIRS = 8
 """Pairs of a batch in evaluation."""
+
+
+class BatchLoss(nn.Module):
+    """A module that computes the terms of a batch's loss; its parameters are the program's.
+
+    Args:
+        program: At stage `adapted`.
+        spec: The loss, and how it is computed.
+        reference: For DPO, the adapters of the reference model.
+    """
+
+    def __init__(
+        self, program: Program, spec: FitSpec, reference: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.module = program.module
+        self._program, self._spec, self._adapters = program, spec, reference
+        self._training: TrainingForward | None = None  # created once the module is on its device
+        self._reference: TrainingForward | None = None
+
+    def forward(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The terms, scalars in nats: their sum is the loss of this batch alone.
+
+        Each is a mean over what `counts_of` counts.
+        """
+        if self._training is None:
+            self._training = self._forward_of(
+                self._program,
+                checkpointed=self._spec.gradient_checkpointing,
+                noise=self._spec.neftune_alpha,
+            )
+        if not self._spec.learns_pairs:
+            return (self._training.loss(batch),)
+        reference = self._reference_log_probs(batch)
+        return pair_terms(self._spec, self._training.log_probs(batch), batch, reference)
+
+    def _reference_log_probs(self, batch: Batch) -> Tensor | None:
+        """The log-probabilities of the answers by the model with which training began, for DPO."""
+        if self._spec.loss != DPO:
+            return None
+        if self._reference is None:
+            self._reference = self._forward_of(reference_program(self._program, self._adapters))
+        with torch.no_grad():
+            return self._reference.log_probs(batch)
+
+    def _forward_of(
+        self, program: Program, *, checkpointed: bool = False, noise: float = 0.0
+    ) -> TrainingForward:
+        return TrainingForward(
+            program,
+            fused=self._spec.precision == "float32",
+            gradient_checkpointing=checkpointed,
+            neftune_alpha=noise,
+        )
+
+
+def counts_of(batch: Batch, spec: FitSpec) -> tuple[int, ...]:
+    """Over how many items each term of the loss is a mean: tokens that carry loss, or pairs."""
+    if not spec.learns_pairs:
+        return (int(batch.targets.sum()),)
+    if spec.loss == ORPO:
+        return batch.pairs, int(batch.targets[: batch.pairs].sum())
+    return (batch.pairs,)
+
+
+def held_out_metrics(
+    program: Program,
+    examples: Sequence[Example],
+    spec: FitSpec,
+    reference: Mapping[str, Tensor] | None,
+) -> Metrics:
+    """Figures on held-out examples; the loss is that of `spec`.
+
+    Args:
+        program: In evaluation mode.
+        examples: At least one.
+        spec: The loss.
+        reference: For DPO, the adapters of the reference model.
+
+    Raises:
+        UserInputError: the examples hold nothing to predict.
+    """
+    if spec.learns_pairs:
+        return evaluate_pairs(program, examples, spec, reference)
+    return evaluate(program_forward(program), examples)
 
 
 def reference_program(program: Program, adapters: Mapping[str, Tensor] | None) -> Program:
@@ -53,15 +147,6 @@ def reference_program(program: Program, adapters: Mapping[str, Tensor] | None) -
         for name, tensor in adapters.items()
     }
     return program.evolve(graph=program.copy_graph(), tensors=own | fixed).eval()
-
-
-def counts_of(batch: Batch, spec: FitSpec) -> tuple[int, ...]:
-    """Over how many items each term of the loss is a mean: tokens that carry loss, or pairs."""
-    if not spec.learns_pairs:
-        return (int(batch.targets.sum()),)
-    if spec.loss == ORPO:
-        return batch.pairs, int(batch.targets[: batch.pairs].sum())
-    return (batch.pairs,)
 
 
 def pair_terms(
