@@ -270,7 +270,7 @@ def test_a_model_that_gives_no_number_is_not_trained(
     def nothing(*_: Any, **__: Any) -> Metrics:
         return Metrics(float("nan"), 0.0, 0.0, None, 6)
 
-    monkeypatch.setattr("qalora_compile.api.finetune_job.evaluate", nothing)
+    monkeypatch.setattr("qalora_compile.api.finetune_job.held_out_metrics", nothing)
     out = tmp_path / "run"
     assert main([*command, "--out", str(out)]) == 2
     assert "before training the held-out loss is nan" in capsys.readouterr().err
