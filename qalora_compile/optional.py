@@ -12,12 +12,13 @@ from typing import Any
 from qalora_compile.errors import UnsupportedError
 
 
-def require(module: str, *, extra: str, purpose: str) -> Any:
-    """Import `module`, or raise an error that names the extra of this package that installs it.
+def require(module: str, *, extra: str | None, purpose: str) -> Any:
+    """Import `module`, or raise an error that says how to install it.
 
     Args:
         module: Dotted module name, for example `"onnxruntime"`.
-        extra: The extra of `qalora-compile` that depends on it.
+        extra: The extra of `qalora-compile` that depends on it; None: no extra does, and the
+            package to install has the name of the module.
         purpose: What it is needed for, to complete "… is needed to".
 
     Raises:
@@ -28,7 +29,7 @@ def require(module: str, *, extra: str, purpose: str) -> Any:
     except ImportError as error:
         raise UnsupportedError(
             f"{module} is needed to {purpose}, and it cannot be imported ({error})",
-            hint=f"pip install 'qalora-compile[{extra}]'",
+            hint=f"pip install 'qalora-compile[{extra}]'" if extra else f"pip install {module}",
         ) from error
 
 

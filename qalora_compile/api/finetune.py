@@ -34,9 +34,10 @@ from qalora_compile.training.distributed import Processes, find_processes
 from qalora_compile.training.evaluate import Metrics
 from qalora_compile.training.fit import FitResult
 from qalora_compile.training.forward.autocast import find_device
-from qalora_compile.training.records.log import LOG_FILE, check_reporting, read_log
+from qalora_compile.training.records.log import LOG_FILE, read_log
 from qalora_compile.training.records.peft_adapters import save_peft
 from qalora_compile.training.records.report_page import REPORT_FILE, check_report
+from qalora_compile.training.records.trackers import check_reporting
 
 PEFT_FOLDER = "adapter"
 
@@ -96,7 +97,7 @@ def finetune(
     """
     spec = with_task(_with_origin(spec))
     spec.check_files()
-    check_reporting(list(spec.report_to))
+    check_reporting(spec.report_to)
     processes = processes or find_processes()
     reserved = reserve(spec.out, overwrite=spec.overwrite, inputs=spec.inputs, go_on=spec.resume)
     with reserved if processes.is_first else nullcontext():
@@ -247,14 +248,19 @@ def _facts(
         "cut to fit": _cut(job),
         "loss, first and last step": _ends(job),
         "held-out loss": _arrow(before, after, "loss"),
-        "held-out accuracy" if job.data.classes else "held-out exact match": _arrow(
-            before, after, "exact_match", form=".1%"
-        ),
+        _accuracy(job): _arrow(before, after, "exact_match", form=".1%"),
         "steps done": result.step,
         "adapters of step": result.kept,
         "status": job.record["status"],
         "seconds": f"{seconds:.0f}",
     }
+
+
+def _accuracy(job: Job) -> str:
+    """The name of `Metrics.exact_match` for the data of a run."""
+    if job.spec.fit.learns_pairs:
+        return "held-out pairs preferred"
+    return "held-out accuracy" if job.data.classes else "held-out exact match"
 
 
 def _cut(job: Job) -> str:

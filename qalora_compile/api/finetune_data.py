@@ -92,13 +92,15 @@ def excluded(spec: FinetuneSpec, source: Source) -> tuple[str, ...]:
 
 
 def load_data(
-    reading: ReadingSpec, tokenizer: Any, decoder_start: int | None, classes: tuple[str, ...]
+    spec: FinetuneSpec, tokenizer: Any, decoder_start: int | None, classes: tuple[str, ...]
 ) -> tuple[Dataset, Dataset | None]:
     """Training data, and held-out data if given."""
-    data = load_files(reading, reading.data, tokenizer, decoder_start, classes)
+    reading, pairs = spec.reading, spec.fit.learns_pairs
+    given = tokenizer, decoder_start, classes
+    data = load_files(reading, reading.data, *given, pairs=pairs)
     if not reading.eval_data:
         return data, None
-    return data, load_files(reading, reading.eval_data, tokenizer, decoder_start, classes)
+    return data, load_files(reading, reading.eval_data, *given, pairs=pairs)
 
 
 def load_files(
@@ -107,6 +109,8 @@ def load_files(
     tokenizer: Any,
     decoder_start: int | None,
     classes: tuple[str, ...],
+    *,
+    pairs: bool = False,
 ) -> Dataset:
     """The examples of some files, read like the training data."""
     return load_examples(
@@ -118,6 +122,7 @@ def load_files(
         classes=classes or None,
         cache=reading.data_cache,
         mapping=reading.map,
+        pairs=pairs,
     )
 
 

@@ -24,8 +24,9 @@ from qalora_compile.training.data.batches import Batches
 from qalora_compile.training.data.dataset import Dataset
 from qalora_compile.training.data.example import Example
 from qalora_compile.training.distributed import Processes
-from qalora_compile.training.evaluate import Metrics, evaluate, program_forward
+from qalora_compile.training.evaluate import Metrics
 from qalora_compile.training.fit import FitState
+from qalora_compile.training.losses import held_out_metrics
 from qalora_compile.training.records.checkpoint import (
     list_checkpoints,
     remove_unfinished,
@@ -112,7 +113,9 @@ class Job:
         """
         if self.held_out is None:
             return None
-        found = evaluate(program_forward(self.program.eval()), self.held_out.examples)
+        found = held_out_metrics(
+            self.program.eval(), self.held_out.examples, self.spec.fit, self.state.reference
+        )
         found.check(when)
         return found
 

@@ -13,7 +13,7 @@ from typing import Any
 from qalora_compile.api.codes import CodesSpec
 from qalora_compile.config import AUTO, AdapterSpec, QuantSpec, Spec
 from qalora_compile.config.choices import ARRANGEMENTS, CHECKPOINTS_KEPT, LEARN
-from qalora_compile.config.fit import FitSpec
+from qalora_compile.config.fit import ADDED, FitSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.data.read_rows import find_files
 from qalora_compile.training.records.run_identity import file_digest
@@ -235,7 +235,7 @@ class FinetuneSpec:
             UserInputError: an option has another value, or a data file other contents; the first
                 one is named.
         """
-        now = self.decisive()
+        now, then = self.decisive(), ADDED | dict(then)
         for name in [*now, *(then.keys() - now.keys() - _UNUSED)]:
             a, b = then.get(name), now.get(name)
             if a == b or self._lengthens(name, a):

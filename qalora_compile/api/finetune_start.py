@@ -80,7 +80,7 @@ def _from_model(spec: FinetuneSpec, processes: int) -> Begun:
     codes, quant = spec.codes, spec.quant
     say(f"load {spec.model}")
     source, classes = load_model(spec)
-    data, held_out = load_data(spec.reading, source.tokenizer, source.decoder_start, classes)
+    data, held_out = load_data(spec, source.tokenizer, source.decoder_start, classes)
     say("capture")
     captured = source.capture()
     check_program(captured)
@@ -158,7 +158,7 @@ def _from_run(spec: FinetuneSpec, processes: int) -> Begun:
         )
     check_program(program)
     classes, tokenizer = recorded_classes(then), load_tokenizer(source / TOKENIZER)
-    data, held_out = load_data(spec.reading, tokenizer, then["decoder_start"], classes)
+    data, held_out = load_data(spec, tokenizer, then["decoder_start"], classes)
     check_trainable(program, classes, data, held_out)
     trained, batches = arrange(spec, program, data, source)
     spec = spec.with_steps(len(batches), processes)
@@ -205,7 +205,7 @@ def reopen(spec: FinetuneSpec, record: dict[str, Any], processes: int) -> Begun:
     """Read the program of a RUN folder, and the data."""
     program = Program.load(spec.out)
     tokenizer, classes = load_tokenizer(spec.out / TOKENIZER), recorded_classes(record)
-    data, held_out = load_data(spec.reading, tokenizer, record["decoder_start"], classes)
+    data, held_out = load_data(spec, tokenizer, record["decoder_start"], classes)
     check_trainable(program, classes, data, held_out)
     trained, batches = arrange(spec, program, data, spec.out)
     spec = spec.with_steps(len(batches), processes)
@@ -220,7 +220,12 @@ def _calibration(
         return None
     if spec.calibration:
         data = load_files(
-            spec.reading, spec.calibration, source.tokenizer, source.decoder_start, data.classes
+            spec.reading,
+            spec.calibration,
+            source.tokenizer,
+            source.decoder_start,
+            data.classes,
+            pairs=spec.fit.learns_pairs,
         )
         check_trainable(program, data.classes, data)
     return calibration_calls(program, data.examples, spec.calibration_samples)

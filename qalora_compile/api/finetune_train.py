@@ -7,17 +7,12 @@ from contextlib import AbstractContextManager, contextmanager
 
 from qalora_compile.api.finetune_job import FAILED, Job
 from qalora_compile.api.finetune_start import TRAINING
-from qalora_compile.config.choices import TENSORBOARD
 from qalora_compile.errors import UserInputError
 from qalora_compile.progress import announce
 from qalora_compile.training.distributed import Processes
 from qalora_compile.training.fit import FitResult, FitState, StepReport, fit
-from qalora_compile.training.records.log import (
-    LOG_FILE,
-    JsonLog,
-    Recorder,
-    TensorBoardLog,
-)
+from qalora_compile.training.records.log import LOG_FILE, JsonLog, Recorder
+from qalora_compile.training.records.trackers import open_recorders
 
 Watch = Callable[[StepReport], None]
 """Called after each step."""
@@ -79,8 +74,8 @@ def _recorders(job: Job, processes: Processes) -> Iterator[list[Recorder]]:
     try:
         if processes.is_first:
             recorders.append(JsonLog(job.folder / LOG_FILE, job.state.step))
-            if TENSORBOARD in job.spec.report_to:
-                recorders.append(TensorBoardLog(job.folder / TENSORBOARD, job.state.step))
+            spec, step = job.spec, job.state.step
+            recorders.extend(open_recorders(spec.report_to, job.folder, step, spec.options()))
         yield recorders
     finally:
         for recorder in recorders:

@@ -23,6 +23,7 @@ FORMS = """data, as JSON lines (or .json, .csv, .parquet, .jsonl.gz, a folder, a
   {"text": "…"}                  loss on every token
   {"input_ids": [1, 2, 3]}       for models without a tokenizer
   {"text": "…", "label": "…"}    classification, for encoders
+  {"prompt": "…", "chosen": "…", "rejected": "…"}    --loss dpo, orpo
 other field names: --map prompt=question,completion=answer
 """
 

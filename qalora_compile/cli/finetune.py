@@ -55,6 +55,8 @@ EXAMPLES = (
     --eval-every 20 --patience 3 --report-to tensorboard
   torchrun --nproc-per-node 2 -m qalora_compile finetune ./SmolLM2 \\
     --data train.jsonl --out run
+  qalora-compile finetune ./SmolLM2 --data pairs.jsonl --loss dpo \\
+    --lr 1e-4 --out run
   # classification
   qalora-compile finetune ./MiniLM --data reviews.jsonl --out run
   qalora-compile finetune ./SmolLM2 --data qa.csv \\

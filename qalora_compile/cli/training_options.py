@@ -7,7 +7,7 @@ import argparse
 from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.quantized import number_or_auto
 from qalora_compile.config import ADAPTER_KINDS, INITS, POOLINGS, ZERO_POINTS, AdapterSpec
-from qalora_compile.config.choices import CHECKPOINTS_KEPT, REPORT_TO
+from qalora_compile.config.choices import CHECKPOINTS_KEPT, LOSSES, REPORT_TO
 from qalora_compile.config.fit import PRECISIONS, SCHEDULES, FitSpec
 
 _ADAPTER, _FIT = AdapterSpec(), FitSpec()
@@ -111,6 +111,13 @@ def _add_optimizer(group: argparse._ActionsContainer) -> None:
         metavar="F",
         help="learning rate of B / that of A",
     )
+    add(
+        "--loss",
+        default=_FIT.loss,
+        choices=LOSSES,
+        help="dpo, orpo: learn to prefer chosen to rejected answers",
+    )
+    add("--beta", type=float, default=_FIT.beta, metavar="F", help="beta of dpo, lambda of orpo")
     add("--weight-decay", type=float, default=_FIT.weight_decay, metavar="F", help="of AdamW")
     add(
         "--schedule",
@@ -120,6 +127,13 @@ def _add_optimizer(group: argparse._ActionsContainer) -> None:
     )
     add("--warmup", type=float, default=_FIT.warmup, metavar="F", help="fraction of the steps")
     add("--clip", type=float, default=_FIT.clip, metavar="F", help="largest gradient norm")
+    add(
+        "--neftune-alpha",
+        type=float,
+        default=_FIT.neftune_alpha,
+        metavar="F",
+        help="size of the noise on input embeddings in training (NEFTune), e.g. 5",
+    )
     add(
         "--precision",
         default=_FIT.precision,

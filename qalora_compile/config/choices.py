@@ -16,8 +16,14 @@ COMPLETIONS, EVERYTHING = "completions", "everything"
 LEARN = (COMPLETIONS, EVERYTHING)
 """Which parts of a prompt with its completion, or of a chat, carry loss."""
 
-TENSORBOARD = "tensorboard"
-REPORT_TO = (TENSORBOARD,)
+CROSS_ENTROPY, DPO, ORPO = "cross-entropy", "dpo", "orpo"
+LOSSES = (CROSS_ENTROPY, DPO, ORPO)
+PAIR_LOSSES = (DPO, ORPO)
+"""Losses of pairs of answers, of which one is preferred."""
+
+TENSORBOARD, WANDB, MLFLOW, TRACKIO = "tensorboard", "wandb", "mlflow", "trackio"
+REPORT_TO = (TENSORBOARD, WANDB, MLFLOW, TRACKIO)
+"""Where the steps of a training are logged in addition to `log.jsonl`."""
 
 CHECKPOINTS_KEPT = 2
 

@@ -6,10 +6,15 @@ import math
 from dataclasses import dataclass
 
 from qalora_compile.config.base import LARGEST_SEED, Spec, check_int, one_of
+from qalora_compile.config.choices import CROSS_ENTROPY, LOSSES, PAIR_LOSSES
 from qalora_compile.errors import UserInputError
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
+
+
+ADDED = {"neftune_alpha": 0.0, "loss": CROSS_ENTROPY, "beta": 0.1}
+"""Options that records of earlier versions lack → what those versions did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +38,14 @@ class FitSpec(Spec):
         patience: Number of evaluations without a new lowest held-out loss after which training
             stops. The adapters with the lowest loss are kept, also if all steps are done. 0: no
             early stop, and the last adapters are kept.
-        seed: Seed of the order of the data and of dropout.
+        seed: Seed of the order of the data, of dropout and of noise.
         gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its
             activations: less memory, about a third more time.
+        neftune_alpha: In training, the embeddings of the input tokens `[L, d]` get uniform noise in
+            ±neftune_alpha / √(L · d) (NEFTune, arXiv 2310.05914); 0: none.
+        loss: `"cross-entropy"` of the tokens; or, of pairs of answers, `"dpo"` (arXiv 2305.18290)
+            or `"orpo"` (arXiv 2403.07691), see `training.losses`.
+        beta: β of DPO, λ of ORPO.
     """
 
     steps: int = 60
@@ -52,6 +62,9 @@ class FitSpec(Spec):
     patience: int = 0
     seed: int = 0
     gradient_checkpointing: bool = False
+    neftune_alpha: float = 0.0
+    loss: str = CROSS_ENTROPY
+    beta: float = 0.1
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -63,20 +76,27 @@ class FitSpec(Spec):
         ):
             check_int(name, getattr(self, name), least=least)
         check_int("seed", self.seed, least=0, most=LARGEST_SEED)
-        for name in ("learning_rate", "lora_plus_ratio", "clip"):
+        for name in ("learning_rate", "lora_plus_ratio", "clip", "beta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserInputError(f"{name} is {getattr(self, name)}", hint="use e.g. 1e-3")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserInputError(f"weight_decay is {self.weight_decay}", hint="use e.g. 0.01")
+        for name, example in (("weight_decay", "0.01"), ("neftune_alpha", "5")):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserInputError(f"{name} is {getattr(self, name)}", hint=f"use e.g. {example}")
         if not 0 <= self.warmup <= 1:
             raise UserInputError(f"warmup is {self.warmup}", hint="give a fraction, such as 0.1")
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("precision", self.precision, PRECISIONS)
+        one_of("loss", self.loss, LOSSES)
         if self.patience and not self.evaluate_every:
             raise UserInputError(
                 f"patience is {self.patience}, and training does not evaluate",
                 hint="set evaluate_every to a number of steps",
             )
+
+    @property
+    def learns_pairs(self) -> bool:
+        """Whether the examples are pairs of answers."""
+        return self.loss in PAIR_LOSSES
 
     def lengthens(self, steps: object) -> bool:
         """Whether this training goes on from one of `steps` steps and otherwise the same options.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qalora_compile.config.choices import DPO
 from qalora_compile.config.fit import FitSpec
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.program import Program
@@ -20,9 +21,8 @@ from qalora_compile.ir.stages import ADAPTED
 from qalora_compile.training.data.batches import Batches, batch_at
 from qalora_compile.training.data.example import Batch, Example
 from qalora_compile.training.distributed import Processes
-from qalora_compile.training.evaluate import evaluate, program_forward
 from qalora_compile.training.forward.autocast import computing
-from qalora_compile.training.forward.training_forward import TrainingForward
+from qalora_compile.training.losses import BatchLoss, counts_of, held_out_metrics
 from qalora_compile.training.optimizer import clip_gradients, make_optimizer, set_rates
 
 _HINT = "lower the learning rate, or look for broken examples"
@@ -41,25 +41,28 @@ class Best:
 class FitState:
     """The state of a training: all that a checkpoint holds in addition to the adapters.
 
-    It needs no state of a random generator: the order of the data and the dropout masks of each
-    micro-batch are drawn from the seed and the number of the micro-batch.
+    It needs no state of a random generator: the order of the data, and the dropout masks and noise
+    of each micro-batch, are drawn from the seed and the number of the micro-batch.
 
     Attributes:
         optimizer: The optimizer with its moments.
         step: Number of steps done; it determines the data position and the schedule.
         best: None until an evaluation with `FitSpec.patience`.
         stale: Number of evaluations since the best one.
+        reference: For DPO, the adapters with which training began: the reference model has them.
     """
 
     optimizer: torch.optim.Optimizer
     step: int = 0
     best: Best | None = None
     stale: int = 0
+    reference: dict[str, Tensor] | None = None
 
     @classmethod
     def fresh(cls, program: Program, spec: FitSpec) -> FitState:
         """The state before the first step."""
-        return cls(make_optimizer(program, spec))
+        reference = adapters_of(program) if spec.loss == DPO else None
+        return cls(make_optimizer(program, spec), reference=reference)
 
     def is_over(self, spec: FitSpec) -> bool:
         """Whether all steps are done, or the held-out loss has stopped falling."""
@@ -72,13 +75,15 @@ class StepReport:
 
     Attributes:
         step: Its number, from 1.
-        loss: Mean in nats over the tokens that carry loss, of all micro-batches and processes.
+        loss: Mean in nats over the tokens that carry loss, or over the pairs of answers, of all
+            micro-batches and processes.
         learning_rate: Learning rate of A.
         grad_norm: Norm of the gradient before clipping.
         tokens: Number of tokens that all processes read, without padding.
         seconds: Duration of the step, without evaluation.
         held_out: Loss on held-out examples, if they were evaluated after the step.
-        held_out_accuracy: `Metrics.exact_match` of the held-out examples.
+        held_out_accuracy: `Metrics.exact_match` of the held-out examples; of pairs, the share in
+            which the model prefers the preferred answer.
     """
 
     step: int
@@ -136,8 +141,9 @@ def fit(
 
     Args:
         program: A language model, with or without an encoder, or a classifier, at stage `adapted`.
-        examples: At least one example; or `Batches`, with the batch size and seed of `spec`, which
-            may be arranged by length or packed.
+        examples: At least one example, which is a pair of answers if `spec.loss` is one of pairs;
+            or `Batches`, with the batch size and seed of `spec`, which may be arranged by length or
+            packed.
         spec: Steps, batch size, learning rate, seed.
         state: The state to resume from, updated in place; None starts from the beginning.
         held_out: Examples for `spec.evaluate_every`.
@@ -148,9 +154,9 @@ def fit(
 
     Raises:
         PreconditionError: the program has no adapters.
-        UserInputError: there is no example, there is none for evaluation, or a training loss,
-            held-out loss or gradient is not finite (the step is named, and the adapters are those
-            with which it was computed).
+        UserInputError: there is no example, there is none for evaluation, or they do not suit the
+            loss; or a training loss, held-out loss or gradient is not finite (the step is named,
+            and the adapters are those with which it was computed).
         UnsupportedError: the device does not compute in `spec.precision`.
     """
     _check_trainable(program, examples, spec, held_out)
@@ -195,26 +201,13 @@ def _check_trainable(
             f"evaluate_every is {spec.evaluate_every}, and there are no held-out examples",
             hint="give held-out examples, or set evaluate_every to 0",
         )
-
-
-class BatchLoss(nn.Module):
-    """A module that computes the mean loss of a batch; its parameters are the program's."""
-
-    def __init__(self, program: Program, spec: FitSpec) -> None:
-        super().__init__()
-        self.module = program.module
-        self._program, self._spec = program, spec
-        self._training: TrainingForward | None = None  # created once the module is on its device
-
-    def forward(self, batch: Batch) -> Tensor:
-        """The loss, a scalar in nats."""
-        if self._training is None:
-            self._training = TrainingForward(
-                self._program,
-                fused=self._spec.precision == "float32",
-                gradient_checkpointing=self._spec.gradient_checkpointing,
+    for given in (examples.examples if isinstance(examples, Batches) else examples, held_out):
+        if given and (given[0].rejected is not None) != spec.learns_pairs:
+            kind = "no pairs of answers" if spec.learns_pairs else "pairs of answers"
+            raise UserInputError(
+                f"the loss is {spec.loss}, and the examples are {kind}",
+                hint="pairs are read by load_examples(…, pairs=True), and learned by dpo and orpo",
             )
-        return self._training.loss(batch)
 
 
 @dataclass
@@ -232,7 +225,8 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.begun = self.state.step
-        self.wrapped = self.processes.wrap(BatchLoss(self.program, self.spec))
+        loss = BatchLoss(self.program, self.spec, self.state.reference)
+        self.wrapped = self.processes.wrap(loss)
         self.parameters = self.program.adapter_parameters()
         self.device = self.parameters[0].device
         for moments in self.state.optimizer.state.values():  # a resumed run reads them to the CPU
@@ -267,16 +261,17 @@ class _Training:
     def _gradients(self, number: int, when: str) -> tuple[float, float, int]:
         """Loss, gradient norm and tokens of a step; the clipped gradient is left in place."""
         batches = [self._batch(number, i) for i in range(self.spec.accumulate)]
-        targets = self.processes.sum(sum(int(batch.targets.sum()) for _, batch in batches))
+        counts = zip(*(counts_of(batch, self.spec) for _, batch in batches), strict=True)
+        totals = [self.processes.sum(sum(each)) for each in counts]
         tokens = self.processes.sum(sum(b.tokens for _, b in batches))
-        if not targets:
+        if not totals[0]:
             raise UserInputError(f"the examples of step {number + 1} hold nothing to learn")
         self.state.optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for index, batch in batches:
             last = index == batches[-1][0]
             with nullcontext() if last else self.processes.apart(self.wrapped):
-                loss += self._backward(index, batch, targets)
+                loss += self._backward(index, batch, totals)
         loss = self.processes.sum(loss)
         norm = clip_gradients(self.parameters, self.spec)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -292,17 +287,20 @@ class _Training:
         batch = batch_at(self.examples, index, batch_size=spec.batch_size, seed=spec.seed)
         return index, batch
 
-    def _backward(self, index: int, batch: Batch, targets: float) -> float:
+    def _backward(self, index: int, batch: Batch, totals: Sequence[float]) -> float:
         """Add the gradient of a micro-batch's part of the loss; returns that part."""
-        own = int(batch.targets.sum())
-        if not own:
+        own = counts_of(batch, self.spec)
+        if not own[0]:
             if self.processes.count == 1:
                 return 0.0  # no targets
             batch = _any_targets(batch)  # all processes must run backward; its weight is 0
         torch.manual_seed(seed_of(self.spec.seed, index))
         with computing(self.spec, self.device):
-            mean: Tensor = self.wrapped(batch.to(self.device))
-        part = mean * (own / targets)
+            means: tuple[Tensor, ...] = self.wrapped(batch.to(self.device))
+        first, *others = (
+            mean * (count / total) for mean, count, total in zip(means, own, totals, strict=True)
+        )
+        part = sum(others, first)
         (part * self.processes.count).backward()  # type: ignore[no-untyped-call]
         return part.item()
 
@@ -316,7 +314,7 @@ class _Training:
             return None, None
         self.program.eval()
         with computing(spec, self.device):
-            own = evaluate(program_forward(self.program), self.held_out)
+            own = held_out_metrics(self.program, self.held_out, spec, state.reference)
         self.program.train()
         # All processes decide by the same number.
         loss, right = (processes.sum(v) / processes.count for v in (own.loss, own.exact_match))

@@ -26,8 +26,13 @@ def trainer_arguments(spec: FitSpec) -> dict[str, Any]:
     For early stopping, use the trainer's `EarlyStoppingCallback`.
 
     Raises:
-        UnsupportedError: `spec` asks for evaluation.
+        UnsupportedError: `spec` asks for evaluation, or for a loss of preferences.
     """
+    if spec.learns_pairs:
+        raise UnsupportedError(
+            f"these arguments are of trainers of cross-entropy, not of {spec.loss}",
+            hint="train with fit, or with TRL's own trainers",
+        )
     if spec.evaluate_every:
         raise UnsupportedError(
             "a trainer has its own options for evaluation",
@@ -40,6 +45,7 @@ def trainer_arguments(spec: FitSpec) -> dict[str, Any]:
         "max_grad_norm": spec.clip,
         "gradient_checkpointing": spec.gradient_checkpointing,
         "bf16": spec.precision == "bfloat16",
+        "neftune_noise_alpha": spec.neftune_alpha or None,
         "seed": spec.seed,
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
@@ -92,6 +98,8 @@ def _check_batch(batch: Batch) -> None:
         raise _unsupported("examples for a model with an encoder")
     if batch.labels.dim() == 1:
         raise _unsupported("classes of complete texts")
+    if batch.pairs:
+        raise _unsupported("pairs of answers")
     if bool((batch.attention_mask > 1).any()):
         raise _unsupported("packed examples")
 

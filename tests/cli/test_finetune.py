@@ -97,6 +97,17 @@ def test_without_its_libraries_a_run_has_no_report(
     assert not (out / "report.html").exists()
 
 
+def test_a_missing_tracker_is_refused_before_anything_is_loaded(
+    command: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main([*command, "--out", str(tmp_path / "run"), "--report-to", "wandb"]) == 2
+    said = capsys.readouterr().err
+    assert "pip install wandb" in said
+    assert "load " not in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_tensorboard_reads_what_was_written(run: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     accumulator = events.EventAccumulator(str(run / "tensorboard")).Reload()
@@ -259,7 +270,7 @@ def test_a_model_that_gives_no_number_is_not_trained(
     def nothing(*_: Any, **__: Any) -> Metrics:
         return Metrics(float("nan"), 0.0, 0.0, None, 6)
 
-    monkeypatch.setattr("qalora_compile.api.finetune_job.evaluate", nothing)
+    monkeypatch.setattr("qalora_compile.api.finetune_job.held_out_metrics", nothing)
     out = tmp_path / "run"
     assert main([*command, "--out", str(out)]) == 2
     assert "before training the held-out loss is nan" in capsys.readouterr().err

@@ -33,6 +33,10 @@ SILENT = Example((5, 6, 7), (-100, -100, -100))
 EXAMPLES = [Example(row, row) for row in ROWS] + [SILENT] * 6
 """Of many lengths: the mean of the means of two processes would be another loss. Some hold nothing
 to learn, and so does a micro-batch of them."""
+PAIRS = [
+    dataclasses.replace(Example(row, row), rejected=Example(row[::-1], row[::-1])) for row in ROWS
+]
+PAIR_SPEC = dataclasses.replace(SPEC, loss="dpo", neftune_alpha=1.0, patience=0)
 HELD_OUT = [Example(row[::-1], row[::-1]) for row in ROWS]
 
 
@@ -103,5 +107,10 @@ def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path: Pa
     assert first["losses"] == pytest.approx(result.losses, abs=1e-5)
     assert first["kept"] == result.kept
     assert first["adapters"] == pytest.approx(sums(program), abs=1e-3)
+    program = qc.Program.load(tmp_path / "program")
+    alone = dataclasses.replace(PAIR_SPEC, accumulate=2 * PAIR_SPEC.accumulate)
+    losses, adapted = first["pairs"]
+    assert losses == pytest.approx(fit(program, PAIRS, alone, held_out=PAIRS).losses, abs=1e-5)
+    assert adapted == pytest.approx(sums(program), abs=1e-3)
     half = fit(language_model(dropout=0.2), EXAMPLES, SPEC, held_out=HELD_OUT)
     assert first["losses"] != pytest.approx(half.losses, abs=1e-3), "one process saw all the data"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import qalora_compile as qc
 from qalora_compile.training import FitState, StepReport, find_processes, fit
-from tests.training.test_distributed import EXAMPLES, HELD_OUT, SPEC, sums
+from tests.training.test_distributed import EXAMPLES, HELD_OUT, PAIR_SPEC, PAIRS, SPEC, sums
 
 
 def main(folder: Path) -> None:
@@ -30,6 +30,9 @@ def main(folder: Path) -> None:
     stopping = dataclasses.replace(SPEC, evaluate_every=0, patience=0)
     stopped = fit(program, EXAMPLES, stopping, on_step=stop, processes=processes)
     seen["stopped"] = [stopped.stopped, stopped.step]
+    program = qc.Program.load(folder / "program")
+    preferring = fit(program, PAIRS, PAIR_SPEC, held_out=PAIRS, processes=processes)
+    seen["pairs"] = [preferring.losses, sums(program)]
     (folder / f"{processes.rank}.json").write_text(json.dumps(seen), "utf-8")
     processes.wait()
 

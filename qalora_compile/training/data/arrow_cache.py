@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_folder, write_json
 from qalora_compile.optional import require
 from qalora_compile.training.data.dataset import Dataset, FileCount, ReadCount
@@ -68,6 +69,12 @@ def load_arrow_cache(files: Sequence[Path], reader: LineReader, cache: Path) -> 
         UserInputError: see `load_examples`; nothing is then left in the cache.
         UnsupportedError: the library `datasets` is not installed.
     """
+    if reader.pairs:
+        raise UserInputError(
+            "the cache of tokenized data holds no pairs of answers",
+            where=str(cache),
+            hint="leave out --data-cache: large data are tokenized during training",
+        )
     _library()
     folder = cache / _key(files, reader)
     cache.mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,8 @@ class Packed(Examples):
     def __init__(self, examples: Sequence[Example], max_length: int) -> None:
         if not len(examples):
             raise UserInputError("there are no examples to pack")
-        if examples[0].source or examples[0].label is not None:
+        first = examples[0]
+        if first.source or first.label is not None or first.rejected is not None:
             raise UserInputError(
                 "only the texts of a decoder-only language model can be packed",
                 hint=f"use the arrangement {BY_LENGTH}",

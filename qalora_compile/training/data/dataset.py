@@ -179,7 +179,11 @@ class ReadCount:
 
     def widen(self, example: Example) -> None:
         """Extend the token range by the tokens of an example."""
-        tokens = (*example.source, *example.tokens, *_learned(example))
+        tokens = [
+            token
+            for each in example.answers
+            for token in (*each.source, *each.tokens, *_learned(each))
+        ]
         least = min(tokens)
         self.least = least if self.least is None else min(self.least, least)
         self.largest = max(self.largest, *tokens)

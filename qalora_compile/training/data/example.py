@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import torch
@@ -27,6 +27,7 @@ class Example:
         source: Token ids for the encoder, if the model has one; `tokens` are then for the decoder.
         label: The class of the text, in a classification task.
         parts: Lengths of the examples that were packed into this one; empty if it is a single one.
+        rejected: The other answer to the same prompt, of a pair of which this one is preferred.
     """
 
     tokens: tuple[int, ...]
@@ -34,16 +35,30 @@ class Example:
     source: tuple[int, ...] = ()
     label: int | None = None
     parts: tuple[int, ...] = ()
+    rejected: Example | None = None
 
     @property
     def length(self) -> int:
-        """How many positions it takes in a batch."""
-        return max(len(self.tokens), len(self.source))
+        """How many positions it takes in a batch; of a pair, the longer answer with its prompt."""
+        other = 0 if self.rejected is None else self.rejected.length
+        return max(len(self.tokens), len(self.source), other)
 
     @property
     def learns(self) -> bool:
-        """Whether any position but the first, which has no context, carries loss."""
+        """Whether any position but the first, which has no context, carries loss.
+
+        In a pair, both answers need such a position.
+        """
+        if self.rejected is not None and not self.rejected.learns:
+            return False
         return self.label is not None or any(label != IGNORED for label in self.labels[1:])
+
+    @property
+    def answers(self) -> tuple[Example, ...]:
+        """Both examples of a pair, the preferred one first, or this one alone."""
+        if self.rejected is None:
+            return (self,)
+        return replace(self, rejected=None), self.rejected
 
     def check_tokens(self, limit: int, where: str) -> None:
         """Check that a model of `limit` tokens knows every token and every label.
@@ -55,6 +70,8 @@ class Example:
         Raises:
             UserInputError: it does not.
         """
+        if self.rejected is not None:
+            self.rejected.check_tokens(limit, where)
         learned = [label for label in self.labels if label != IGNORED]
         for kind, values in (("token", (*self.source, *self.tokens)), ("label", learned)):
             odd = [value for value in values if not 0 <= value < limit]
@@ -112,12 +129,15 @@ class Batch:
             example in its row. It exceeds 1 only in packed rows.
         labels: `[B, T]` int64, `IGNORED` where there is no loss; `[B]` in a classification task.
         source: Token ids and attention mask `[B, S]` for the encoder, if the model has one.
+        pairs: Number of pairs of answers, B / 2: the preferred ones are the first half of the rows,
+            the rejected ones the second half; 0 if the rows are no pairs.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     source: tuple[Tensor, ...] = ()
+    pairs: int = 0
 
     @property
     def tokens(self) -> int:
@@ -136,11 +156,14 @@ class Batch:
         input_ids, mask, labels = (
             t.to(device) for t in (self.input_ids, self.attention_mask, self.labels)
         )
-        return Batch(input_ids, mask, labels, tuple(t.to(device) for t in self.source))
+        return Batch(input_ids, mask, labels, tuple(t.to(device) for t in self.source), self.pairs)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Right-pad examples to the longest of them."""
+    if examples[0].rejected is not None:
+        preferred, rejected = zip(*(example.answers for example in examples), strict=True)
+        return replace(collate([*preferred, *rejected]), pairs=len(examples))
     input_ids = _pad([e.tokens for e in examples], 0)
     mask = _pad([_owners(e.parts or (len(e.tokens),)) for e in examples], 0)
     source: tuple[Tensor, ...] = ()

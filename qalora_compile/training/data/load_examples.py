@@ -30,6 +30,7 @@ def load_examples(
     classes: tuple[str, ...] | None = None,
     cache: str | Path | None = None,
     mapping: Mapping[str, str] | None = None,
+    pairs: bool = False,
 ) -> Dataset:
     """Read and tokenize data files.
 
@@ -48,6 +49,7 @@ def load_examples(
         cache: A folder in which all rows are tokenized once, before training. Memory then does not
             grow with the data. Needs the library `datasets`.
         mapping: See `LineReader`.
+        pairs: See `LineReader`; pairs are not cached.
 
     Raises:
         UserInputError: a file is missing, empty or given twice, a row is malformed (its number is
@@ -62,6 +64,7 @@ def load_examples(
         learn=learn,
         classes=classes,
         mapping=mapping,
+        pairs=pairs,
     )
     files = find_files(paths)
     if cache is not None:

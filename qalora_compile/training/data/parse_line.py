@@ -13,9 +13,11 @@ from qalora_compile.training.data.chats import Chat, ChatReader
 from qalora_compile.training.data.example import IGNORED, Example
 from qalora_compile.training.data.row_forms import (
     LABELLED,
+    PREFERENCE,
     TEXT,
     TOKEN_IDS,
     Form,
+    answers_of,
     class_name,
     fields_of,
     recognise,
@@ -60,6 +62,7 @@ class LineReader:
             is to predict tokens.
         mapping: Field of a form → field of the data, see `row_forms.read_mapping`; None: the names
             are the same.
+        pairs: Whether the rows are pairs of answers, of which one is preferred.
     """
 
     tokenizer: Any
@@ -68,6 +71,7 @@ class LineReader:
     learn: str = COMPLETIONS
     classes: tuple[str, ...] | None = None
     mapping: Mapping[str, str] | None = None
+    pairs: bool = False
 
     @cached_property
     def _texts(self) -> Texts:
@@ -82,6 +86,11 @@ class LineReader:
             raise UserInputError(f"max_length is {self.max_length}", hint="use 2 or more")
         if self.learn not in LEARN:
             raise UserInputError(f"learn is {self.learn!r}", hint=f"use one of {', '.join(LEARN)}")
+        if self.pairs and (self.learn == EVERYTHING or self.classes is not None):
+            raise UserInputError(
+                "a loss of preferences compares answers alone",
+                hint=f"leave out --learn {EVERYTHING} and --task classification",
+            )
 
     def check(self, row: Any, where: str) -> bool:
         """Check a row without tokenizing it; returns False if it holds nothing to learn.
@@ -94,7 +103,11 @@ class LineReader:
             self._class_of(fields, where)
             string(fields, "text", where)
             return True
-        form = recognise(fields, where)
+        rows = answers_of(fields, where) if self.pairs else (fields,)
+        useful = [self._check_form(recognise(row, where), where) for row in rows]
+        return all(useful)
+
+    def _check_form(self, form: Form, where: str) -> bool:
         if self.decoder_start is not None:
             self._pair_of(form, where)
             return True
@@ -116,7 +129,21 @@ class LineReader:
         fields = fields_of(row, self.mapping, where)
         if self.classes is not None:
             return self._read_labelled(fields, self.classes, where)
+        if self.pairs:
+            return self._read_answers(fields, where)
         return self._read(recognise(fields, where), where)
+
+    def _read_answers(self, fields: Mapping[str, Any], where: str) -> Reading:
+        """Both answers, each read as a completion and cut to fit by itself."""
+        chosen, rejected = (
+            self._read(recognise(row, where), where) for row in answers_of(fields, where)
+        )
+        return Reading(
+            replace(chosen.example, rejected=rejected.example),
+            PREFERENCE,
+            cut=chosen.cut or rejected.cut,
+            remarks=tuple(dict.fromkeys((*chosen.remarks, *rejected.remarks))),
+        )
 
     def _read(self, form: Form, where: str) -> Reading:
         """The example of a language task, cut to fit."""

@@ -8,6 +8,7 @@ prompt and completion          texts, or both lists of messages; `tools`
 Alpaca                         `instruction`, `input` if there is one, `output`; `system`, `history`
 text                           `text`
 text and label                 the same with `label`, in a classification task
+prompt, chosen and rejected    texts, or lists of messages, for losses of preferences; `tools`
 =============================  =====================================================================
 
 Fields that are null count as missing: tables have every column in every row.
@@ -22,20 +23,22 @@ from typing import Any
 
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.data.chats import Chat, chat_of, from_sharegpt, tools_of
-from qalora_compile.training.data.tokenize import check_characters
+from qalora_compile.training.data.tokenize import check_characters, common_length
 from qalora_compile.untrusted import quoted
 
 TOKEN_IDS, TEXT, LABELLED = "token ids", "text", "text and label"
 PAIR, CHAT_PAIR, ALPACA = "prompt and completion", "prompt and completion of messages", "Alpaca"
 MESSAGES, SHAREGPT = "messages", "ShareGPT"
+PREFERENCE = "prompt, chosen and rejected"
 KNOWN = (
     '{"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"}, '
     '{"text"}, {"text", "label"}, {"input_ids"}'
 )
 _MARKS = ("input_ids", "messages", "conversations", "completion", "instruction", "text")
 """The fields that identify the form of a row."""
-_FIELDS = {*_MARKS, "labels", "tools", "prompt", "input", "output", "system", "history", "label"}
-_PREFERENCE = {"chosen", "rejected"}
+_ANSWERS = ("chosen", "rejected")
+_FIELDS = {*_MARKS, *_ANSWERS}
+_FIELDS |= {"labels", "tools", "prompt", "input", "output", "system", "history", "label"}
 
 Mapped = Mapping[str, str]
 
@@ -124,12 +127,52 @@ def recognise(fields: Mapping[str, Any], where: str) -> Form:
             + ",".join(f"{name}={name}" for name in _together(found[0], fields))
             + "; ",
         )
-    kind = " (answers to choose from are not learned)" if _PREFERENCE & set(fields) else ""
+    pair = set(_ANSWERS) & set(fields)
+    kind = " (answers to choose from are not learned)" if pair else ""
     raise _unknown(
         f"the line has none of the known forms, but {_names(fields)}{kind}",
         where,
-        "name the fields: --map prompt=question,completion=answer; ",
+        "learn to prefer one with --loss dpo or orpo; "
+        if pair
+        else "name the fields: --map prompt=question,completion=answer; ",
     )
+
+
+def answers_of(fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The preferred and the rejected answer of a row, each as a row of prompt and completion.
+
+    Prompt and answers are texts, or lists of messages. Without a list of messages as the prompt,
+    two lists of messages are complete chats, and what they share is the prompt.
+
+    Args:
+        fields: See `fields_of`.
+        where: File and line.
+
+    Raises:
+        UserInputError: an answer is missing, or prompt and answers are of different kinds.
+    """
+    prompt: Any = fields.get("prompt")
+    answers: list[Any] = [fields.get(name) for name in _ANSWERS]
+    if all(isinstance(answer, list) for answer in answers):
+        if not isinstance(prompt, list):
+            size = common_length(answers[0], answers[1])
+            prompt, answers = answers[0][:size], [answer[size:] for answer in answers]
+    elif not all(isinstance(value, str) for value in (prompt, *answers)):
+        raise UserInputError(
+            f"the line has no prompt with two answers as texts or messages; it has "
+            f"{_names(fields)}",
+            where=where,
+            hint='a loss of preferences learns from {"prompt": "…", "chosen": "…", '
+            '"rejected": "…"}; rename other fields with finetune --map '
+            "prompt=…,chosen=…,rejected=…",
+        )
+    if answers[0] == answers[1]:
+        raise UserInputError(
+            "the preferred answer is the rejected one", where=where, hint="leave the line out"
+        )
+    rest = {name: fields[name] for name in ("tools",) if name in fields}
+    chosen, rejected = ({"prompt": prompt, "completion": each} | rest for each in answers)
+    return chosen, rejected
 
 
 def class_name(fields: Mapping[str, Any], where: str) -> str:

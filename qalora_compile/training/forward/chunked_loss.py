@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.module import (
@@ -143,6 +144,28 @@ def mean_loss(rows: Tensor, targets: Tensor, head: Head) -> Tensor:
         return _sum(rows, targets, head, ())[0] / len(targets)
     total: Tensor = _ChunkedLoss.apply(rows, targets, head, *head.parameters)  # type: ignore[no-untyped-call]
     return total / len(targets)
+
+
+def token_log_probs(rows: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """The log-probability, in nats, of each target `[n]` after hidden states `[n, H]`; `[n]`.
+
+    The logits of a chunk are computed again in the backward pass, since the gradient of a chunk
+    depends on the sums over complete texts.
+    """
+    if head.module is None:
+        return _log_probs(head, rows, targets)
+    with torch.no_grad():
+        width = head(rows[:1]).shape[-1]
+    size = max(1, _CHUNK_ELEMENTS // width)
+    parts = zip(rows.split(size), targets.split(size), strict=True)
+    found: list[Tensor] = [
+        checkpoint(_log_probs, head, part, target, use_reentrant=False) for part, target in parts
+    ]
+    return torch.cat(found)
+
+
+def _log_probs(head: Head, rows: Tensor, targets: Tensor) -> Tensor:
+    return -functional.cross_entropy(head(rows), targets, reduction="none")
 
 
 class _ChunkedLoss(torch.autograd.Function):

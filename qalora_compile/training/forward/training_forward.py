@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qalora_compile.errors import PreconditionError
@@ -17,7 +18,13 @@ from qalora_compile.ir.signature import bind, flatten_inputs
 from qalora_compile.ir.stages import ADAPTED
 from qalora_compile.training.data.example import Batch
 from qalora_compile.training.evaluate import label_loss, model_inputs, rows_of
-from qalora_compile.training.forward.chunked_loss import Head, mean_loss, split_head
+from qalora_compile.training.forward.chunked_loss import (
+    Head,
+    mean_loss,
+    split_head,
+    token_log_probs,
+)
+from qalora_compile.training.forward.embedding_noise import add_embedding_noise
 from qalora_compile.training.forward.fuse_adapters import fuse_adapters
 from qalora_compile.training.forward.layer_checkpointing import checkpoint_graph
 from qalora_compile.training.forward.recompute_activations import recompute_activations
@@ -38,14 +45,21 @@ class TrainingForward:
             rounded together with the weight.
         gradient_checkpointing: Keep only the inputs of each layer and recompute the rest in the
             backward pass: about a third more time, and the memory of one layer instead of all.
+        neftune_alpha: Size of the noise on input embeddings in training, see `embedding_noise`.
 
     Raises:
         PreconditionError: the program has no adapters.
-        UnsupportedError: checkpointing is asked for, and no layers are found.
+        UnsupportedError: checkpointing is asked for, and no layers are found; or noise, and the
+            program looks no token up.
     """
 
     def __init__(
-        self, program: Program, *, fused: bool = True, gradient_checkpointing: bool = False
+        self,
+        program: Program,
+        *,
+        fused: bool = True,
+        gradient_checkpointing: bool = False,
+        neftune_alpha: float = 0.0,
     ) -> None:
         if program.stage != ADAPTED:
             raise PreconditionError(
@@ -56,6 +70,8 @@ class TrainingForward:
         self._checkpointed = gradient_checkpointing
         graph = fuse_adapters(program) if fused else program.copy_graph()
         self._fused = program.module.rebuild(graph, program.tensors())
+        if neftune_alpha:
+            self._fused = add_embedding_noise(self._fused, neftune_alpha)
         self._whole: ProgramModule | None = None
         self._parts: tuple[ProgramModule, Head] | None = None
 
@@ -78,6 +94,19 @@ class TrainingForward:
         Raises:
             UnsupportedError: the program gives no logits.
         """
+        return mean_loss(*self._hidden(batch))
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """The summed log-probability, in nats, of the tokens of each row that carry loss, `[B]`.
+
+        Raises:
+            UnsupportedError: the program gives no logits.
+        """
+        found = token_log_probs(*self._hidden(batch))
+        return torch.stack([row.sum() for row in found.split(batch.targets.tolist())])
+
+    def _hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Head]:
+        """Hidden states and targets of the positions that carry loss, and the head for them."""
         inputs = model_inputs(self.program, batch.input_ids, batch.attention_mask, *batch.source)
         if self._parts is None:
             body, head = split_head(self._fused)
@@ -86,8 +115,7 @@ class TrainingForward:
         output = self._run(body, (), inputs)
         if head.module is not None:
             head.module.train(self.program.module.training)
-        rows, targets = label_loss(rows_of(output), batch)
-        return mean_loss(rows, targets, head)
+        return *label_loss(rows_of(output), batch), head
 
     def _runnable(self, module: ProgramModule) -> ProgramModule:
         return checkpoint_graph(module) if self._checkpointed else recompute_activations(module)

@@ -25,6 +25,7 @@ from qalora_compile.untrusted import quoted
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 BEST = "best.safetensors"
+REFERENCE = "reference.safetensors"
 STATE = "state.json"
 
 _PREFIX = "step-"
@@ -73,6 +74,8 @@ def save_checkpoint(
         save_tensors(moments, staging / OPTIMIZER)
         if best is not None:
             save_tensors(best.adapters, staging / BEST)
+        if state.reference is not None:
+            save_tensors(state.reference, staging / REFERENCE)
         value = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -129,6 +132,10 @@ def restore_checkpoint(
     if value["best"] is not None:
         best = Best(adapters=load_tensors(checkpoint.folder / BEST), **value["best"])
         _check_adapters(program, best.adapters, where)
+    reference = None
+    if state.reference is not None:
+        reference = load_tensors(checkpoint.folder / REFERENCE)
+        _check_adapters(program, reference, where)
     load_adapters(program, adapters, where=where)
     for name, parameter in program.named_adapter_parameters():
         keys = [k for k in moments if k.startswith(f"{name}:")]
@@ -138,6 +145,7 @@ def restore_checkpoint(
             for key, tensor in own.items()
         }
     state.step, state.stale, state.best = value["step"], value["stale"], best
+    state.reference = reference
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Logs of training steps: JSON lines and, on request, TensorBoard."""
+"""Logs of training steps in the RUN folder: JSON lines and, on request, TensorBoard."""
 
 from __future__ import annotations
 
@@ -95,35 +95,29 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        check_reporting([TENSORBOARD])
+        require(TENSORBOARD, extra="train", purpose="write event files")
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
 
     def record(self, report: StepReport) -> None:
         """Add the values of a step."""
-        values = {
-            "train/loss": report.loss,
-            "train/learning_rate": report.learning_rate,
-            "train/grad_norm": report.grad_norm,
-            "train/tokens_per_second": report.tokens / report.seconds,
-            "held_out/loss": report.held_out,
-            "held_out/accuracy": report.held_out_accuracy,
-        }
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, report.step)
+        for name, value in figures(report).items():
+            self._writer.add_scalar(name, value, report.step)
 
     def close(self) -> None:
         """Flush and close the files."""
         self._writer.close()
 
 
-def check_reporting(names: list[str]) -> None:
-    """Check that the libraries for `--report-to` are installed.
-
-    Raises:
-        UnsupportedError: one of them is not.
-    """
-    if TENSORBOARD in names:
-        require("tensorboard", extra="train", purpose="write event files")
+def figures(report: StepReport) -> dict[str, float]:
+    """The figures of a step by the names that they have in other logs; those that there are."""
+    values = {
+        "train/loss": report.loss,
+        "train/learning_rate": report.learning_rate,
+        "train/grad_norm": report.grad_norm,
+        "train/tokens_per_second": report.tokens / report.seconds,
+        "held_out/loss": report.held_out,
+        "held_out/accuracy": report.held_out_accuracy,
+    }
+    return {name: value for name, value in values.items() if value is not None}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qalora_compile.config.fit import FitSpec
+from qalora_compile.config.fit import ADDED, FitSpec
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.adapters.find import find_adapters
 from qalora_compile.ir.program import Program
@@ -65,7 +65,9 @@ class Identity:
         """
         own = self.to_json()
         for part, what in (("plan", "layer"), ("options", "option")):
-            then, now = stored.get(part) or {}, own[part]
+            then, now = dict(stored.get(part) or {}), own[part]
+            if part == "options":
+                then = ADDED | then
             for name in [*now, *(n for n in then if n not in now)]:
                 a, b = then.get(name, "absent"), now.get(name, "absent")
                 if a != b and not (name == "steps" and self._goes_on_from(a)):

@@ -307,3 +307,14 @@ def test_a_training_that_is_killed_anywhere_ends_with_the_same_bits(tmp_path: Pa
         assert row["killed"] == 9, row
         assert row["same"], row
         assert row["resumed_at"] <= row["step"], row
+
+
+def test_a_checkpoint_of_an_earlier_version_lacks_later_options(tmp_path: Path) -> None:
+    """What did not exist then had no effect; a value with an effect is another training."""
+    program = language_model()
+    stored = Identity.of(program, SPEC).to_json()
+    del stored["options"]["neftune_alpha"]
+    Identity.of(program, SPEC).check(stored, where="here")
+    noisy = Identity.of(program, dataclasses.replace(SPEC, neftune_alpha=5.0))
+    with pytest.raises(UserInputError, match=r"option neftune_alpha was 0\.0, and is 5\.0 now"):
+        noisy.check(stored, where="here")

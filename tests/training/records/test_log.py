@@ -10,7 +10,7 @@ import pytest
 
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.training import StepReport
-from qalora_compile.training.records.log import JsonLog, TensorBoardLog, check_reporting, read_log
+from qalora_compile.training.records.log import JsonLog, TensorBoardLog, read_log
 
 
 def report(step: int, held_out: float | None = None) -> StepReport:
@@ -64,7 +64,6 @@ def test_a_log_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_tensorboard_that_is_not_there_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_reporting([])
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(UnsupportedError, match="tensorboard is needed to write event files"):
         TensorBoardLog(tmp_path / "events", 0)
