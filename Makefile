@@ -206,6 +206,10 @@ wheel-check: $(VENV)/installed-dev ## build the wheel and import all of it witho
 readme-check: $(VENV)/installed-dev ## run the commands of the README and the examples
 	$(BIN)/python scripts/check_readme.py
 
+.PHONY: transcript
+transcript: $(VENV)/installed-all ## replay docs/start/first_ten_minutes.md at 80 columns (ARGS=--write writes it)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m scripts.transcript $(ARGS)
+
 .PHONY: extension-check
 extension-check: $(VENV)/installed-dev ## install the example extension into a scratch folder, and run its tests
 	$(BIN)/python scripts/check_extension.py

@@ -73,7 +73,7 @@ def load_arrow_cache(files: Sequence[Path], reader: LineReader, cache: Path) -> 
         raise UserInputError(
             "the cache of tokenized data holds no pairs of answers",
             where=str(cache),
-            hint="leave out --data-cache: large data are tokenized during training",
+            hint="leave out --data-cache of finetune: large data are tokenized during training",
         )
     _library()
     folder = cache / _key(files, reader)

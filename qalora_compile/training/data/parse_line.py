@@ -89,7 +89,7 @@ class LineReader:
         if self.pairs and (self.learn == EVERYTHING or self.classes is not None):
             raise UserInputError(
                 "a loss of preferences compares answers alone",
-                hint=f"leave out --learn {EVERYTHING} and --task classification",
+                hint=f"leave out --learn {EVERYTHING} and --task classification of finetune",
             )
 
     def check(self, row: Any, where: str) -> bool:
