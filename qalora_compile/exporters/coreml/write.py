@@ -36,8 +36,8 @@ def write_coreml(program: Program, path: Path, spec: ExportSpec) -> ExportReport
     if program.signature.cache:
         raise UnsupportedError(
             "a key-value cache has no form in target coreml",
-            hint="write one pass over complete sequences (export --no-kv-cache); targets ort and openvino "
-            "hold a cache",
+            hint="write one pass over complete sequences (export --no-kv-cache); targets ort and "
+            "openvino hold a cache",
         )
     program = without_bfloat16(with_values(program))
     with atomic_folder(path, overwrite=spec.overwrite) as folder:
