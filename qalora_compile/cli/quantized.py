@@ -6,7 +6,7 @@ import argparse
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qalora_compile.cli.options import spec_of
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _COLUMNS = (
     "layers", "count", "method", "bits", "group", "weights dB", "outputs dB", "worst", "s", "notes",
 )  # fmt: skip
+_SETTINGS = ("method", "bits", "group")
 _DEFAULT = QuantSpec()
 _KEPT = "without bits, group size and method, a quantized checkpoint keeps its codes"
 _NUMBER = re.compile(r"\d+(\.\d+)?")
@@ -98,12 +99,27 @@ def print_reports(reports: Sequence[QuantReport]) -> None:
         notes = tuple(_NUMBER.sub("#", note) for note in report.notes)
         key = pattern_of(report.path), report.method, report.bits, report.group_size, notes
         alike[key].append(report)
+    rows = [dict(zip(_COLUMNS, _row(same), strict=True)) for same in alike.values()]
+    common, columns = _split_columns(rows)
+    of_all = f" ({', '.join(common)})" if common else ""
     print_table(
-        "quantization: signal to noise, higher is better",
-        _COLUMNS,
-        [_row(same) for same in alike.values()],
+        f"quantization: signal to noise, higher is better{of_all}",
+        columns,
+        [[row[column] for column in columns] for row in rows],
         wrap=("layers", "notes"),
     )
+
+
+def _split_columns(rows: Sequence[Mapping[str, object]]) -> tuple[list[str], list[str]]:
+    """Settings that all rows share, as text, and the columns that say more."""
+    common, columns = [], []
+    for column in _COLUMNS:
+        values = {str(row[column]) for row in rows}
+        if column in _SETTINGS and len(values) == 1:
+            common.append(f"{column} {values.pop()}")
+        elif values != {""}:
+            columns.append(column)
+    return common, columns
 
 
 def _row(same: Sequence[QuantReport]) -> tuple[object, ...]:

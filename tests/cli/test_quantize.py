@@ -31,17 +31,17 @@ def test_layers_that_are_alike_share_a_row(capsys: Capture) -> None:
     reports = [report(f"layers.{i}.fc", output_sqnr_db=20.0 - i) for i in range(4)]
     reports += [report("head", notes=("damping raised to 0.5",), weight_sqnr_db=float("inf"))]
     print_reports(reports)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "gptq" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert len(lines) == 2
     assert [cell.strip() for cell in lines[0].split("│")][1:-1] == [
-        *("layers.{0..3}.fc", "4", "gptq", "3", "32", "12.0", "18.5", "17.0", "6.0", "")
+        *("layers.{0..3}.fc", "4", "12.0", "18.5", "17.0", "6.0", "")
     ]
     assert "exact" in lines[1] and "damping raised to 0.5" in lines[1]
 
 
 def test_numbers_in_notes_do_not_part_layers(capsys: Capture) -> None:
     print_reports([report(f"a.{i}", notes=(f"damping raised to 0.{i}",)) for i in (1, 2)])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "gptq" in line]
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("│")]
     assert "e.g. damping raised to 0.1" in line
 
 
