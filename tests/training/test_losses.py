@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,7 +123,9 @@ def trl_dpo(model: nn.Module, other: nn.Module, batch: Batch, beta: float) -> Te
 
 def trl_orpo(model: nn.Module, batch: Batch, beta: float) -> Tensor:
     """TRL's loss without a trainer around it."""
-    from trl.experimental.orpo import ORPOTrainer
+    with warnings.catch_warnings():  # it says that it is experimental
+        warnings.simplefilter("ignore")
+        from trl.experimental.orpo import ORPOTrainer
 
     trainer: Any = object.__new__(ORPOTrainer)
     trainer.accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x)
