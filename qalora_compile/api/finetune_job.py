@@ -179,7 +179,7 @@ def open_job(spec: FinetuneSpec, processes: Processes) -> Job:
     begun = begun or reopen(spec, record, processes.count)
     spec = begun.spec
     if spec.resume:
-        record |= {"fit": spec.fit.to_json(), "options": spec.decisive()}
+        record |= {"fit": spec.fit.to_json(), "options": record["options"] | spec.length()}
     identity = Identity.of(begun.program, spec.fit, data=str(record["options"]["data"]))
     state = FitState.fresh(begun.program, spec.fit)
     if spec.resume:
@@ -208,8 +208,7 @@ def resumed_record(spec: FinetuneSpec) -> dict[str, Any]:
 
 def is_finished(spec: FinetuneSpec, record: Mapping[str, Any]) -> bool:
     """Whether a resumed run has nothing left to do."""
-    then, now = record["options"], spec.decisive()
-    same = all(then.get(name) == now.get(name) for name in ("steps", "epochs"))
+    same = all(record["options"].get(name) == value for name, value in spec.length().items())
     if not same or record["status"] != FINISHED:
         return False
     checkpoints = list_checkpoints(spec.out / CHECKPOINTS)

@@ -187,6 +187,12 @@ class FinetuneSpec:
         steps = math.ceil(self.epochs * batches / (self.fit.accumulate * processes))
         return dataclasses.replace(self, fit=dataclasses.replace(self.fit, steps=max(1, steps)))
 
+    def length(self) -> dict[str, Any]:
+        """The options that say how long to train, which a resumed run may raise."""
+        if self.epochs is None:
+            return {"steps": self.fit.steps, "epochs": None}
+        return {"epochs": self.epochs}
+
     def options(self) -> dict[str, Any]:
         """Option name → value, in JSON types, of all that a call of the command line states.
 

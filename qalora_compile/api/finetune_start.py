@@ -47,10 +47,10 @@ from qalora_compile.training.calibration import calibration_calls
 from qalora_compile.training.data.batches import Batches
 from qalora_compile.training.data.dataset import Dataset, taught_ends
 from qalora_compile.untrusted import read_object
+from qalora_compile.untrusted.artifacts import RUN_CONFIG
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 TRAINING = "training"
-CONFIG_FILE = "run.yaml"
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def write_config(folder: Path, spec: FinetuneSpec) -> None:
         for name, value in spec.options().items()
         if value is not None and value is not False and value != []
     ]
-    write_text(folder / CONFIG_FILE, "\n".join([_HEAD, *lines]) + "\n")
+    write_text(folder / RUN_CONFIG, "\n".join([_HEAD, *lines]) + "\n")
 
 
 _HEAD = "# Repeats this run: qalora-compile finetune --config run.yaml --out RUN2"

@@ -13,16 +13,15 @@ A file names options as the command line does, without the two dashes, and MODEL
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qalora_compile.cli.options import did_you_mean
 from qalora_compile.errors import UserInputError
 from qalora_compile.optional import require
+from qalora_compile.untrusted.artifacts import RUN_CONFIG
 
-RUN_CONFIG = "run.yaml"
-"""The file in a RUN folder that repeats the run."""
 _LARGEST = 1 << 20
 """Bytes of a configuration file; real ones have a few hundred."""
 
@@ -85,11 +84,10 @@ def _apply(parser: argparse.ArgumentParser, actions: Actions, path: Path) -> Non
     for name, value in read_config(path).items():
         action = actions.get(name.replace("_", "-"))
         if action is None:
-            near = difflib.get_close_matches(name, actions, n=1)
             raise UserInputError(
                 f"{parser.prog} has no option {name!r}",
                 where=str(path),
-                hint=f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists them",
+                hint=did_you_mean(name, actions) or f"{parser.prog} --help lists them",
             )
         if value is None:
             continue

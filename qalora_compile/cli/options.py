@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import shlex
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 def command_line(*words: object) -> str:
     """A command of this package, quoted for the shell."""
     return shlex.join(["qalora-compile", *map(str, words)])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that suggests the nearest known name; empty if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def spec_of(made: type[S], options: argparse.Namespace, /, **more: Any) -> S:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 from qalora_compile._version import __version__
 from qalora_compile.cli import exit_codes
 from qalora_compile.cli.commands import COMMANDS
+from qalora_compile.cli.options import did_you_mean
 
 PROGRAM = "qalora-compile"
 _WIDTH = 78
@@ -100,8 +100,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    question = did_you_mean(name, known)
+    return f"; {question}" if question else ""
 
 
 def build_parser(names: Iterable[str] = COMMANDS) -> Parser:

@@ -11,6 +11,8 @@ from qalora_compile.errors import UserInputError
 SHARED_CACHE_KEY = "qalora_shared_cache"
 """Key of an ONNX model's metadata whose past and present caches may be the same buffers."""
 PROGRAM_FILE = "program.json"
+RUN_CONFIG = "run.yaml"
+"""The options of a run, with which it can be repeated."""
 MODEL_FILE = "onnx/model_q4.onnx"
 ENCODER_FILE, DECODER_FILE = "onnx/encoder_model_q4.onnx", "onnx/decoder_model_q4.onnx"
 """Where an edge folder has its graphs: transformers.js, optimum and sentence-transformers look
