@@ -78,7 +78,7 @@ def test_quantize_reports_what_was_lost(
     out = str(tmp_path / "edge")
     assert main(["quantize", str(model_folder), "--method", method, "--out", out]) == 0
     printed = capsys.readouterr().out
-    assert "not measured" in printed and f" {method} " in printed
+    assert "not measured" in printed and f"(method {method}, bits 4, group 32)" in printed
     assert "model.layers.{0..1}.mlp.down_proj" in printed
 
 
