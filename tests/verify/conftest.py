@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import qalora_compile as qc
-from qalora_compile.verify.numeric import compare_nodes, rounding
+from qalora_compile.verify.numeric import references, rounding
 from qalora_compile.verify.numeric.run_float64 import Values, run_reference
 from tests.verify.planted import export_all
 
@@ -65,6 +65,6 @@ def _reference_runs() -> Iterator[None]:
     """A program that many faults are compared with runs once on the same inputs."""
     remembered = _Remembered()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (compare_nodes, rounding):
+        for module in (references, rounding):
             patch.setattr(module, "run_reference", remembered)
         yield

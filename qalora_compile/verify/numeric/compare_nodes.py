@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qalora_compile.errors import UserInputError
@@ -24,11 +21,12 @@ from qalora_compile.verify.inputs import sample_inputs
 from qalora_compile.verify.numeric.adversarial_inputs import adversarial_inputs
 from qalora_compile.verify.numeric.decoding_calls import decoding_calls, every_token
 from qalora_compile.verify.numeric.error_bound import (
-    UNITS,
     BoundCheck,
     check_bound,
+    unless_ill_conditioned,
     without_numbers,
 )
+from qalora_compile.verify.numeric.references import References, ReferenceValues, run_references
 from qalora_compile.verify.numeric.report import ModeReport, NumericReport, ValueRow
 from qalora_compile.verify.numeric.run_candidate import (
     Compute,
@@ -36,7 +34,7 @@ from qalora_compile.verify.numeric.run_candidate import (
     run_openvino,
     run_program,
 )
-from qalora_compile.verify.numeric.run_float64 import run_reference, working_dtype
+from qalora_compile.verify.numeric.run_float64 import working_dtype
 from qalora_compile.verify.numeric.work import Work
 from qalora_compile.verify.padding import Padding, padding_of
 from qalora_compile.verify.proof.graphs.graph import FX, OPENVINO, Graph, Ref
@@ -112,7 +110,8 @@ def compare_nodes(
     leaves = {name: program.leaves(*split_call(call)) for name, call in calls.items()}
     modes, notes = _execution_modes(candidate, graphs[1], matches, levels, library)
     work = Work(len(leaves), sum(1 if mode.once else len(leaves) for mode in modes))
-    with _references(program, matches, leaves, _working(candidate), work) as references:
+    names = _names(matches, 0)
+    with run_references(program, names, leaves, _working(candidate), work) as references:
         fixed = (references, graphs, matches, program, leaves, work)
         found = [work.guard(mode.name, partial(_try, mode, *fixed)) for mode in modes]
     rest = tuple(_absent_outputs(*graphs, next(iter(calls))))
@@ -259,41 +258,9 @@ def _names(matches: Sequence[Match], side: int) -> list[str]:
     return list(dict.fromkeys(ref.name for ref in operands if isinstance(ref, Ref)))
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """The reference on every input, in files: `load(index)` gives (T, max |Aᵢ − T|) by node."""
-
-    folder: Path
-    unit: float
-
-    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        both = [load_file(self.folder / f"{index}.{side}") for side in ("exact", "own")]
-        return both[0], both[1]
-
-
-@contextmanager
-def _references(
-    program: Program,
-    matches: Sequence[Match],
-    leaves: Mapping[str, Sequence[Any]],
-    working: torch.dtype,
-    work: Work,
-) -> Iterator[_Reference]:
-    """Run the reference on every input, in float64 and at the candidate's precision."""
-    names = frozenset(_names(matches, 0))
-    with tempfile.TemporaryDirectory() as folder:
-        for index, flat in enumerate(leaves.values()):
-            exact, own = run_reference(program, flat, names, working)
-            for side, values in (("exact", exact), ("own", own)):
-                kept = {n: v.contiguous().clone() for n, v in values.items()}
-                save_file(kept, Path(folder) / f"{index}.{side}")
-            work.reference_done()
-        yield _Reference(Path(folder), UNITS[working])
-
-
 def _try(
     mode: _Candidate,
-    references: _Reference,
+    references: References,
     graphs: tuple[Graph, Graph],
     matches: Sequence[Match],
     program: Program,
@@ -307,11 +274,11 @@ def _try(
         for index, (name, flat) in enumerate(leaves.items()):
             if index and mode.once:
                 break
-            exact, own = references.load(index)
+            values = references.load(index)
             padding = padding_of(program.signature, flat)
             found = compute(program, flat)
             for place, match in enumerate(matches):
-                one = _check_value(match, graphs, (exact, own), found, references.unit, padding)
+                one = _check_value(match, graphs, values, found, padding)
                 if one is not None:
                     checked[place].append((name, one))
             work.run_done()
@@ -330,26 +297,30 @@ def _try(
 def _check_value(
     match: Match,
     graphs: tuple[Graph, Graph],
-    reference: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    reference: ReferenceValues,
     found: Mapping[str, Tensor],
-    unit: float,
     padding: Padding | None,
 ) -> BoundCheck | None:
     """The check of one value on one input; None if there is no value to compare it with."""
     as_is = match.kind == "output"
     if not as_is and not all(isinstance(operand, Ref) for operand in match.values):
         return None  # a stored tensor that a site reads; the proof compares it
-    exact = _value(graphs[0], match.values[0], reference[0])
+    first = match.values[0]
+    exact = _value(graphs[0], first, reference.exact)
     value = _value(graphs[1], match.values[1], found)
     if exact is None or (value is None and not as_is):
         return None
     if value is None:
         return without_numbers("the candidate returns no tensor")
-    first = match.values[0]
-    computed = isinstance(first, Ref)
-    own = reference[1][first.name] if computed else torch.zeros(exact.shape, dtype=torch.float64)
     padded = None if padding is None else _padded(padding, exact)
-    return check_bound(exact, own, value, unit, padded, as_is=as_is)
+    check = partial(check_bound, exact, found=value, unit=reference.unit, padding=padded)
+    if not isinstance(first, Ref):
+        return check(own=torch.zeros(exact.shape, dtype=torch.float64), as_is=as_is)
+    return unless_ill_conditioned(
+        check(own=reference.own[first.name], as_is=as_is),
+        lambda: check(own=reference.sensitivity()[first.name], as_is=as_is),
+        reference.unit,
+    )
 
 
 def _value(graph: Graph, operand: Any, computed: Mapping[str, Tensor]) -> Tensor | None:

@@ -14,11 +14,20 @@ evaluation may be accurate by chance, for example if one element is far larger t
 random ones account for that (Monte Carlo arithmetic: D. S. Parker, 1997).
 
 Integers and booleans must be equal wherever every Aᵢ agrees with T.
+
+A value may be ill-conditioned on an input: a softmax over scores of 10⁵ selects one of two keys
+whose scores agree to the last bits, and other kernels, which take the sums in another order, select
+the other key. One rounding of each result may miss that. So where `error` is not explained, the
+reference runs again with every result off by 16 roundings. If that changes the value by at least
+`error`, and by more than twice what 16 roundings of a well-conditioned value would change, the
+value is not compared on this input, as where the reference itself has lost 14 bits. A mistake in a
+well-conditioned value is still found: the change is then 16 times `own`, not more.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +35,13 @@ from torch import Tensor
 
 from qalora_compile.ir.signature import dtype_name
 from qalora_compile.verdict import Verdict
-from qalora_compile.verify.compare import verdict_of
+from qalora_compile.verify.compare import EXPLAINED, verdict_of
 
 _LEAST_NORMAL = 2.0**-126
 _BITS_LOST = 14
 """Elements of which the reference itself has lost this many bits are not compared."""
+SENSITIVITY = 16
+"""How many roundings each result of the reference is off where its conditioning is measured."""
 UNITS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -106,6 +117,27 @@ def check_bound(
     error = _largest(b - t, defined)
     floor = max(own_error, unit * scale, _LEAST_NORMAL)
     return BoundCheck(own_error, error, scale, error / floor, int(defined.sum()), undefined)
+
+
+def unless_ill_conditioned(
+    check: BoundCheck, disturbed: Callable[[], BoundCheck], unit: float
+) -> BoundCheck:
+    """The check, or one that compares nothing if the value is ill-conditioned on this input.
+
+    Args:
+        check: What `check_bound` found.
+        disturbed: The same check against evaluations whose results are off by `SENSITIVITY`
+            roundings; called only if rounding does not explain the error.
+        unit: u.
+    """
+    if check.problem or check.ratio <= EXPLAINED or math.isinf(check.ratio):
+        return check
+    change = disturbed().own
+    well_conditioned = SENSITIVITY * max(check.own, unit * check.scale, _LEAST_NORMAL)
+    if change < max(check.error, 2 * well_conditioned):
+        return check
+    total = check.checked + check.undefined
+    return BoundCheck(change, check.error, check.scale, 0.0, 0, total)
 
 
 def rounding_ratio(

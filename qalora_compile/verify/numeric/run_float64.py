@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import dtype_name
 from qalora_compile.ir.torch_internals import pytree
 from qalora_compile.untrusted import quoted
-from qalora_compile.verify.numeric.error_bound import UNITS
+from qalora_compile.verify.numeric.error_bound import SENSITIVITY, UNITS
 
 Values = dict[str, Tensor]
 _ROUNDINGS = 2
 """Evaluations of the reference in which every result is rounded up or down at random."""
+_DISTURBED = 4
+"""Evaluations in which every result is off by `SENSITIVITY` roundings."""
 
 
 def run_reference(
@@ -34,13 +36,49 @@ def run_reference(
         working: The precision at which the candidate computes.
     """
     exact = run_nodes(program, leaves, names, torch.float64)
+    noises = (None, *((UNITS[working], seed) for seed in range(_ROUNDINGS)))
+    return exact, _largest_errors(program, leaves, working, exact, noises)
+
+
+def run_sensitivity(
+    program: Program,
+    leaves: Sequence[Any],
+    names: Collection[str],
+    working: torch.dtype,
+    exact: Values,
+) -> Values:
+    """The largest |Aᵢ − T| where every result of Aᵢ is off by `SENSITIVITY` roundings, up or down.
+
+    An operator that sums many products may round that often inside, in an order of its own.
+
+    Args:
+        program: The reference.
+        leaves: Checked flat inputs, in signature order.
+        names: The nodes whose values are wanted.
+        working: The precision at which the candidate computes.
+        exact: T, of `run_reference`.
+    """
+    unit = SENSITIVITY * UNITS[working]
+    wanted = {name: exact[name] for name in names if name in exact}
+    noises = [(unit, _ROUNDINGS + seed) for seed in range(_DISTURBED)]
+    return _largest_errors(program, leaves, working, wanted, noises)
+
+
+def _largest_errors(
+    program: Program,
+    leaves: Sequence[Any],
+    working: torch.dtype,
+    exact: Values,
+    noises: Iterable[tuple[float, int] | None],
+) -> Values:
+    """The largest |Aᵢ − T| over evaluations with the given noises (`run_nodes`)."""
     own = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in exact.items()}
     narrow = torch.float32 if working is torch.float32 else None
-    for noise in (None, *((UNITS[working], seed) for seed in range(_ROUNDINGS))):
-        for name, value in run_nodes(program, leaves, names, narrow, noise=noise).items():
+    for noise in noises:
+        for name, value in run_nodes(program, leaves, exact, narrow, noise=noise).items():
             error = (value.double() - exact[name].double()).abs()
             own[name] = torch.maximum(own[name], error)  # NaN stays
-    return exact, own
+    return own
 
 
 def working_dtype(program: Program) -> torch.dtype:
