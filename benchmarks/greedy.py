@@ -3,10 +3,11 @@
 python -m benchmarks.greedy FOLDED EDGE [EDGE ...]      # edges of `export FOLDED --preset …`
 python -m benchmarks.greedy FOLDED EDGE --tokens 16
 
-The exported model generates on the operator library if it is built, with its cache. torch then reads
-each prompt with the answer, in float32 on the folded program, and gives the token that it would have
-chosen at each place. An answer is equal if all choices are; otherwise the first other choice is
-printed with the distance of the two logits in torch, which shows whether it was a near tie.
+The exported model generates on the operator library if it is built, with its cache. torch then
+reads each prompt with the answer, in float32 on the folded program, and gives the token that it
+would have chosen at each place. An answer is equal if all choices are; otherwise the first other
+choice is printed with the distance of the two logits in torch, which shows whether it was a near
+tie.
 """
 
 from __future__ import annotations
