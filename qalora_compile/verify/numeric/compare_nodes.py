@@ -100,7 +100,6 @@ def compare_nodes(
     calls = named_inputs(program, 2, seed=seed) if inputs is None else dict(inputs)
     if not calls:
         raise UserInputError("no input was given to compare on", hint="pass at least one")
-    _check_levels(levels)
     graphs = (open_graph(reference), open_graph(candidate))
     matches = match_values(*graphs)
     if {m.kind for m in matches} <= {"read", "site", "node"}:
@@ -110,8 +109,8 @@ def compare_nodes(
     leaves = {name: program.leaves(*split_call(call)) for name, call in calls.items()}
     modes, notes = _execution_modes(candidate, graphs[1], matches, levels, library)
     work = Work(len(leaves), sum(1 if mode.once else len(leaves) for mode in modes))
-    names = _names(matches, 0)
-    with run_references(program, names, leaves, _working(candidate), work) as references:
+    made = run_references(program, _names(matches, 0), leaves, _working(candidate), work)
+    with made as references:
         fixed = (references, graphs, matches, program, leaves, work)
         found = [work.guard(mode.name, partial(_try, mode, *fixed)) for mode in modes]
     rest = tuple(_absent_outputs(*graphs, next(iter(calls))))
@@ -210,6 +209,7 @@ def _execution_modes(
     levels: Sequence[str],
     library: str | Path | None,
 ) -> tuple[list[_Candidate], list[str]]:
+    _check_levels(levels)
     names = _names(matches, 1)
     if graph.dialect == FX:
         program = _program(candidate)
