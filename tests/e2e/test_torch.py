@@ -1,4 +1,4 @@
-"""Target `torch`: SmolLM2-135M generates torch's tokens, and a C++ program runs a package."""
+"""Target `torch`: layers of SmolLM2-135M generate torch's tokens; C++ runs a package."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ pytestmark = pytest.mark.slow
 EXAMPLES = str(Path(__file__).parents[2] / "examples")
 PROMPT = "Water boils at a lower temperature on a mountain because"
 NEW_TOKENS = 24
+LAYERS = 4
+"""Of 30: torch computes the target's graph slowly, and later layers hold the same nodes."""
 
 
-def test_smollm2_generates_the_tokens_of_torch(tmp_path: Path) -> None:
+def test_layers_of_smollm2_generate_the_tokens_of_torch(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
         from assets import model_path
 
         source = load_source(str(model_path()))
+    model: Any = source.model
+    model.model.layers = model.model.layers[:LAYERS]
+    model.config.num_hidden_layers = LAYERS
     quantized = qc.quantize_groups(source.capture(), embeddings=qc.QuantSpec(bits=8))
     folded = qc.fold_adapters(randomize_adapters(qc.insert_adapters(quantized), 1e-3)).eval()
-    cached = qc.add_kv_cache(folded, source.model, last_logits=None)
+    cached = qc.add_kv_cache(folded, model, last_logits=None)
     path = tmp_path / "model.pt2"
     qc.export_model(cached, path, qc.ExportSpec(target="torch"))
 
@@ -41,6 +46,7 @@ def test_smollm2_generates_the_tokens_of_torch(tmp_path: Path) -> None:
             call = torch.tensor([expected])
             found = folded(input_ids=call, attention_mask=torch.ones_like(call))
             expected.append(int(found.logits[0, -1].argmax()))
+    assert len(set(expected)) > len(set(tokens)), "a degenerate continuation would show nothing"
     assert generate(path, cached, tokens) == expected
 
 
