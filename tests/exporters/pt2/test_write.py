@@ -111,6 +111,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_another_processor_gets_an_error_and_no_wrong_numbers(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     report = qc.export_model(folded_mlp(), path, SPEC)
