@@ -13,6 +13,7 @@ import torch
 
 import qalora_compile as qc
 from qalora_compile.capture.load_source import load_source
+from tests.e2e.layers import keep_layers
 from tests.models import MLP, adapted, assert_close, randomize_adapters
 
 pytestmark = pytest.mark.slow
@@ -30,12 +31,10 @@ def test_layers_of_smollm2_generate_the_tokens_of_torch(tmp_path: Path) -> None:
         from assets import model_path
 
         source = load_source(str(model_path()))
-    model: Any = source.model
-    model.model.layers = model.model.layers[:LAYERS]
-    model.config.num_hidden_layers = LAYERS
+    keep_layers(source.model, LAYERS)
     quantized = qc.quantize_groups(source.capture(), embeddings=qc.QuantSpec(bits=8))
     folded = qc.fold_adapters(randomize_adapters(qc.insert_adapters(quantized), 1e-3)).eval()
-    cached = qc.add_kv_cache(folded, model, last_logits=None)
+    cached = qc.add_kv_cache(folded, source.model, last_logits=None)
     path = tmp_path / "model.pt2"
     qc.export_model(cached, path, qc.ExportSpec(target="torch"))
 
