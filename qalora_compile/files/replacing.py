@@ -39,18 +39,13 @@ def staging_of(path: Path, resume: str | None) -> Path:
 
 
 def recover(path: Path) -> None:
-    """Restore an output that a dead process had moved aside, and remove what it left behind.
-
-    Does nothing if a writer is at work.
+    """Restore an output that a dead process had moved aside; does nothing if a writer is at work.
 
     Raises:
         OutputError: it cannot be restored.
     """
     path = Path(os.path.abspath(path))
-    if not path.name:
-        return
-    left = (_old_folder(path), _old_files(path), staging_of(path, None))
-    if any(os.path.lexists(each) for each in left):
+    if path.name and any(os.path.lexists(aside) for aside in (_old_folder(path), _old_files(path))):
         with suppress(UserInputError), held(path):
             mend(path)
 
