@@ -13,20 +13,26 @@ PYTEST := $(BIN)/python -m pytest -n 2 --by folder -q
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --no-compile
 PIP := $(BIN)/python $(INSTALL)
 
+# What is imported is compiled then, and kept: without that each of the many processes compiles torch.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 
 # What users need, and on top of it what the checks need. pip's own message about a Python that is
 # too old lists hundreds of releases, so say it first.
-$(VENV)/installed-all: pyproject.toml
+$(VENV)/torch: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The extras need Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/installed-all: $(VENV)/torch
 	$(PIP) -e ".[all]"
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed-all
-	$(PIP) -e ".[dev]"
-	touch $@
+$(VENV)/installed-dev: $(VENV)/torch
+	$(PIP) -e ".[all,dev]"
+	touch $(VENV)/installed-all $@
 
 .PHONY: help
 help: ## list the targets
@@ -97,8 +103,8 @@ test-serve: $(VENV)/installed-dev ## install lm-evaluation-harness and run the t
 	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 		> $$(echo $(SERVE)/lib/python3*/site-packages)/development.pth
-	$(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
-		"lm-eval>=0.4.10,<0.5" "fastapi>=0.115,<1" "uvicorn>=0.34,<1" "httpx>=0.27,<1" "openai>=1.60,<4"
+	$(SERVE)/bin/python $(INSTALL) "lm-eval>=0.4.10,<0.5" \
+		"fastapi>=0.115,<1" "uvicorn>=0.34,<1" "httpx>=0.27,<1" "openai>=1.60,<4"
 	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -q -n 2 --by folder tests/serving \
 		tests/cli/test_chat.py tests/cli/test_eval.py tests/cli/test_serve.py $(ARGS)
 
@@ -114,7 +120,7 @@ clients: ## install the clients that edge folders are tested with
 
 .PHONY: test-clients
 test-clients: $(VENV)/installed-dev clients ## run edge folders in other programs; what is not there is skipped
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -rs tests/clients $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/clients $(ARGS)
 
 # Rows of docs/reference/clients.md: each test of a client that passes writes one, and others keep theirs.
 .PHONY: clients-table
@@ -145,7 +151,7 @@ $(DOCS)/installed: $(VENV)/installed-dev
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 		> $$(echo $(DOCS)/lib/python3*/site-packages)/development.pth
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+	$(DOCS)/bin/python $(INSTALL) \
 		"mkdocs>=1.6,<2" "mkdocs-material>=9.7,<10" "mkdocstrings[python]>=1,<2" \
 		"ipykernel>=7,<8" "nbclient>=0.10,<1" "nbformat>=5.10,<6"
 	touch $@
@@ -167,9 +173,10 @@ docs-pages: $(VENV)/installed-dev ## write the pages of commands and errors agai
 notebooks: $(DOCS)/installed ## run the notebooks in small sizes (ARGS="--full --write" keeps what they print)
 	PYTHONPATH=$(CURDIR) $(DOCS)/bin/python -W ignore -m scripts.run_notebooks $(ARGS)
 
+# tests/clients are slow too, and have a target of their own: test-clients.
 .PHONY: test-slow
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
-	OMP_NUM_THREADS=1 $(PYTEST) --by file -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) --by file -m slow --ignore tests/clients $(ARGS)
 
 .PHONY: test-ended
 test-ended: $(VENV)/installed-dev ## kill commands at 50 random moments each, and fill their disk at 50 points
@@ -185,7 +192,7 @@ native-check: ## run the operator library's own tests: sanitizers, fuzzer, -O3 (
 
 .PHONY: native-check-aarch64
 native-check-aarch64: ## the same for 64-bit Arm, cross-compiled, under qemu-user
-	scripts/check_native.sh aarch64
+	scripts/check_native.sh aarch64 $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/installed-dev ## ruff and mypy

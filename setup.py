@@ -7,6 +7,7 @@ c++, g++ or clang++), and skipped with a notice where not. The environment varia
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -23,6 +24,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = Path("qalora_compile/runtime/native")
+OBJECTS = Path("build/objects")
+"""Compiled files of builds in this source tree, by what they were made from."""
 SWITCH = "QALORA_BUILD_LIBRARY"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -74,6 +77,15 @@ def version() -> str:
     return found.group(1)
 
 
+def made_from(compiler: list[str], options: list[str], files: list[str]) -> str:
+    """A digest of a compiler, its version and options, and the contents of files."""
+    named = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
+    digest = hashlib.sha256("\0".join([*compiler, *options]).encode() + named)
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class BuildLibrary(build_ext):
     """Compile the library with the plain compiler; it is no Python extension."""
 
@@ -115,17 +127,21 @@ class BuildLibrary(build_ext):
 
     def _compile(self, compiler: list[str], ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        work = Path(self.build_temp) / "native"
-        for folder in (work, target.parent):
+        for folder in (OBJECTS, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
 
         def compile_one(source: str) -> str:
             name = Path(source).name
-            out = str(work / f"{name}.o")
             define = f'-DQALORA_VERSION="{version()}"'
-            flags = (*FLAGS, define, *level_flags(compiler, name))
-            subprocess.run([*compiler, *flags, "-c", source, "-o", out], check=True)
-            return out
+            options = [*FLAGS, define, *level_flags(compiler, name), "-c", source]
+            out = OBJECTS / f"{name}.{made_from(compiler, options, [source, *ext.depends])}.o"
+            if not out.is_file():
+                for old in OBJECTS.glob(f"{name}.*.o"):
+                    old.unlink(missing_ok=True)
+                scratch = out.with_suffix(".part")
+                subprocess.run([*compiler, *options, "-o", str(scratch)], check=True)
+                scratch.replace(out)
+            return str(out)
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = list(pool.map(compile_one, ext.sources))

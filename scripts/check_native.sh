@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # The operator library's own tests, in C++.
 #
-#   scripts/check_native.sh host [--quick]   sanitizers: kernels and 1,000,000 fuzz cases; and -O3 kernels
-#   scripts/check_native.sh aarch64          cross-compiled; scalar, NEON and i8mm kernels under qemu-user
+#   scripts/check_native.sh host [--quick]     sanitizers: kernels and 1,000,000 fuzz cases; and -O3 kernels
+#   scripts/check_native.sh aarch64 [--quick]  cross-compiled; scalar, NEON and i8mm kernels under qemu-user
 #
-# --quick takes a tenth of the fuzz cases, and under the sanitizers every seventh case of each level.
+# Emulated are every seventh case of each level, and 20,000 fuzz cases. --quick takes every seventh
+# case with -O3, every 29th under sanitizers and emulated, and 40,000 fuzz cases under sanitizers: still
+# each width with each group, and with each combination of types, at each level.
 #
 # Tools that are missing are installed with apt-get where that is possible. Where it is not, the
 # script fails, or with QALORA_ALLOW_SKIP=1 says so and ends well.
@@ -49,14 +51,15 @@ at_once() { # COMMAND ...: each one string; all end before the first failure is 
 }
 
 mode=${1:-}
-part=() cases=500000
-[[ ${2:-} == --quick ]] && part=(--quick) cases=50000
+plain=1 sanitized=1 emulated=7 cases=500000
+[[ ${2:-} == --quick ]] && plain=7 sanitized=29 emulated=29 cases=20000
 mkdir -p "$builds"
 case $mode in
 host)
     need cmake cmake make make g++ g++
     at_once "build native-sanitize -DQALORA_SANITIZE=ON" "build native-plain"
-    at_once "$builds/native-sanitize/kernel_test ${part[*]}" $builds/native-plain/kernel_test \
+    at_once "$builds/native-sanitize/kernel_test --part $sanitized" \
+        "$builds/native-plain/kernel_test --part $plain" \
         "$builds/native-sanitize/fuzz 1 $cases" "$builds/native-sanitize/fuzz 2 $cases"
     ;;
 aarch64)
@@ -65,9 +68,9 @@ aarch64)
     build native-aarch64 -DCMAKE_TOOLCHAIN_FILE="$PWD/$native/toolchains/aarch64-linux-gnu.cmake"
     # CPUs with matrix products, with dot products alone, and with neither, which must not take the NEON
     # kernels.
-    at_once "qemu-aarch64-static -cpu max $builds/native-aarch64/kernel_test --quick scalar neon i8mm" \
-        "qemu-aarch64-static -cpu cortex-a76 $builds/native-aarch64/kernel_test --quick" \
-        "qemu-aarch64-static -cpu cortex-a53 $builds/native-aarch64/kernel_test --quick" \
+    at_once "qemu-aarch64-static -cpu max $builds/native-aarch64/kernel_test --part $emulated scalar neon i8mm" \
+        "qemu-aarch64-static -cpu cortex-a76 $builds/native-aarch64/kernel_test --part $emulated" \
+        "qemu-aarch64-static -cpu cortex-a53 $builds/native-aarch64/kernel_test --part $emulated" \
         "qemu-aarch64-static -cpu max $builds/native-aarch64/fuzz 1 20000"
     ;;
 *)

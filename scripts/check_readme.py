@@ -2,17 +2,24 @@
 
 Fenced blocks after a line `<!-- ci: run -->` run in one temporary folder: first the `python` blocks
 of a page, in order, in one Python process; then each `bash` block, with this environment first in
-PATH. Then every example that is a program runs in its own process.
+PATH. Then every example that is a program runs in its own process. Python's processes are forked
+from this one, which has imported the libraries, but nothing of the package.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
 MARK = "<!-- ci: run -->"
@@ -30,6 +37,16 @@ PAGES = (
 )
 NOT_HERE = {"demo.py", "assets.py"}
 """Examples that CI runs in a separate step, or that are not programs."""
+LIBRARIES = (
+    "torch.onnx",
+    "onnxruntime",
+    "onnxscript",
+    "transformers",
+    "transformers.modeling_utils",
+)
+"""Their import takes longer than most blocks."""
+Run = Callable[[dict[str, str], str], int]
+"""A run in an environment and a folder; gives the exit status."""
 
 
 def marked_blocks(page: str) -> list[tuple[str, str]]:
@@ -46,36 +63,78 @@ def marked_blocks(page: str) -> list[tuple[str, str]]:
     return blocks
 
 
-def page_runs(page: str) -> list[tuple[str, list[str]]]:
-    """Name and command of each run of a page's blocks."""
+def page_runs(page: str) -> list[tuple[str, Run]]:
+    """Each run of a page's blocks, with its name."""
     blocks = marked_blocks(page)
     python = "\n".join(code for kind, code in blocks if kind == "python")
-    runs: list[tuple[str, list[str]]] = []
+    runs: list[tuple[str, Run]] = []
     if python:
-        runs.append((f"{page}: python", [sys.executable, "-c", python]))
+        runs.append((f"{page}: python", partial(fork, partial(run_code, python))))
     for kind, code in blocks:
         if kind == "bash":
-            command = ["bash", "-euo", "pipefail", "-c", code]
-            runs.append((f"{page}: {code.splitlines()[0]}", command))
+            runs.append((f"{page}: {code.splitlines()[0]}", partial(run_bash, code)))
     return runs
+
+
+def run_bash(code: str, environment: dict[str, str], folder: str) -> int:
+    """Run a block of bash."""
+    command = ["bash", "-euo", "pipefail", "-c", code]
+    return subprocess.run(command, check=False, cwd=folder, env=environment).returncode
+
+
+def run_code(code: str) -> None:
+    """Run code as `python -c` does."""
+    sys.path.insert(0, "")
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    exec(compile(code, "<string>", "exec"), main.__dict__)
+
+
+def run_example(path: Path) -> None:
+    """Run a program as `python FILE` does."""
+    sys.path.insert(0, str(path.parent))
+    sys.argv = [str(path)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def fork(work: Callable[[], None], environment: dict[str, str], folder: str) -> int:
+    """Do some work in a child."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.chdir(folder)
+            os.environ.update(environment)
+            work()
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else bool(end.code)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def main() -> None:
     """Run the blocks, then the examples."""
+    for library in LIBRARIES:
+        importlib.import_module(library)
     runs = [run for page in PAGES for run in page_runs(page)]
     runs += [
-        (f"examples/{example.name}", [sys.executable, str(example)])
+        (f"examples/{example.name}", partial(fork, partial(run_example, example)))
         for example in sorted((ROOT / "examples").glob("*.py"))
         if example.name not in NOT_HERE
     ]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, command in runs:
+        for name, run in runs:
             print(f"--- {name}", flush=True)
-            done = subprocess.run(command, check=False, cwd=scratch, env=environment)
-            if done.returncode:
-                raise SystemExit(f"{name}: failed with {done.returncode}")
+            if status := run(environment, scratch):
+                raise SystemExit(f"{name}: failed with {status}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from qalora_compile.capture.model import capture_model
 from qalora_compile.capture.sentence import encoder_folder
 from qalora_compile.capture.sizes import check_gguf_sizes
 from qalora_compile.capture.skeleton import model_class, transformers_module
+from qalora_compile.capture.transformers_internals import gguf_read_once
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.ir.program import Program
@@ -204,15 +205,16 @@ def _load_gguf(reference: str, path: Path) -> Source:
     require("gguf", extra="hf", purpose="read GGUF files")
     transformers = transformers_module()
     options = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
-    try:
-        with redirect_stderr(io.StringIO()):  # the reader shows a progress bar at any verbosity
-            tokenizer = _gguf_tokenizer(transformers, path, options)
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.float32, output_loading_info=True, **options
-            )
-    except Exception as error:  # a broken offset can cause any exception in the reader
-        raise unreadable(path, error) from error
-    check_complete(header, model, found["missing_keys"], path)
+    with gguf_read_once():
+        try:
+            with redirect_stderr(io.StringIO()):  # the reader shows a progress bar at any verbosity
+                tokenizer = _gguf_tokenizer(transformers, path, options)
+                model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                    path.parent, dtype=torch.float32, output_loading_info=True, **options
+                )
+        except Exception as error:  # a broken offset can cause any exception in the reader
+            raise unreadable(path, error) from error
+        check_complete(header, model, found["missing_keys"], path)
     source = _language_model(reference, "gguf", model, tokenizer)
     return replace(source, read_codes=partial(read_gguf_codes, path))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from qalora_compile.ir.torch_internals import with_buffer
 from qalora_compile.optional import require
+from qalora_compile.untrusted.gguf_reader import open_gguf
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
@@ -50,6 +52,22 @@ def gguf_names(model: Any) -> set[str]:
     )
     processor = files.TENSOR_PROCESSORS.get(model.config.model_type, files.TensorProcessor)
     return set(files.get_gguf_hf_weights_map(model, processor(config=model.config.to_dict())))
+
+
+@contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Parse a GGUF file, and make an architecture's names, once. Wish: that `from_pretrained` does.
+
+    It parses the file three times, and makes the table of names for each module of the model: that
+    took three quarters of the time in which SmolLM2-135M was loaded.
+    """
+    gguf = require("gguf", extra="hf", purpose="read GGUF files")
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(open_gguf), cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 @contextmanager

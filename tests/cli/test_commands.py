@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from qalora_compile.ir.safetensors_io import load_tensors
 from qalora_compile.runtime import kernel_level, library_path
 from qalora_compile.training.records.checkpoint import list_checkpoints
 from qalora_compile.untrusted.artifacts import model_file
+from tests import forked
 from tests.verify.numeric.test_decoding_calls import FAULTS, planted
 
 Capture = pytest.CaptureFixture[str]
@@ -467,22 +465,21 @@ def test_a_run_with_truncated_tensors_is_refused(
 def test_ctrl_c_saves_and_resume_ends_bit_for_bit_alike(
     model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "qalora_compile", "finetune", str(model_folder)]
-    command += ["--data", str(data_file), "--steps", "400", "--lr", "1e-2", "--save-every", "5"]
-    whole = [*command, "--out", str(tmp_path / "whole")]
-    subprocess.run(whole, check=True, capture_output=True)
-    cut = [*command, "--out", str(tmp_path / "cut")]
-    process = subprocess.Popen(cut, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    steps = 150
+    command = ["finetune", str(model_folder), "--data", str(data_file)]
+    command += ["--steps", str(steps), "--lr", "1e-2", "--save-every", "5"]
+    whole, cut = ([*command, "--out", str(tmp_path / name)] for name in ("whole", "cut"))
+    assert forked.command(whole).wait()[0] == 0
+    child = forked.command(cut)
     while not list_checkpoints(tmp_path / "cut" / "checkpoints"):
-        assert process.poll() is None, "it ended before its first checkpoint"
+        assert child.running(), "it ended before its first checkpoint"
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    child.send(signal.SIGINT)
+    assert child.wait()[0] == 130
     record = json.loads((tmp_path / "cut" / "run.json").read_text("utf-8"))
     assert record["status"] == "interrupted"
-    assert 0 < record["step"] < 400
-    subprocess.run([*cut, "--resume"], check=True, capture_output=True)
+    assert 0 < record["step"] < steps
+    assert forked.command([*cut, "--resume"]).wait()[0] == 0
     ends = [load_tensors(tmp_path / name / "adapters.safetensors") for name in ("whole", "cut")]
     assert ends[0].keys() == ends[1].keys()
     assert all((ends[0][name] == ends[1][name]).all() for name in ends[0])

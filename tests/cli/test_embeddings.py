@@ -83,6 +83,7 @@ def put_table(folder: Path) -> None:
     (folder / "run.json").write_text(record, "utf-8")
 
 
+@pytest.mark.slow
 def test_the_default_and_the_presets(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     data = tmp_path / "ids.jsonl"
     data.write_text("".join(json.dumps({"input_ids": [n, n + 1, n + 2]}) + "\n" for n in range(8)))

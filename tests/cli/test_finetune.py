@@ -22,6 +22,7 @@ from qalora_compile.ir.storage import replace_adapters
 from qalora_compile.training import FitSpec, Metrics, StepReport
 from qalora_compile.training.records.checkpoint import list_checkpoints
 from qalora_compile.training.records.log import read_log
+from tests import forked
 from tests.cli import test_encoder_decoder
 
 Capture = pytest.CaptureFixture[str]
@@ -339,27 +340,20 @@ def test_nothing_to_evaluate_on_is_refused(
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(command: list[str], tmp_path: Path) -> None:
     """SIGKILL from outside, twice, wherever it hits."""
-    start = [sys.executable, "-m", "qalora_compile", *command, "--steps", "60"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = [*command, "--steps", "60"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run([*start, "--out", str(whole)], check=True, capture_output=True, env=environment)
+    assert forked.command([*start, "--out", str(whole)]).wait()[0] == 0
     resume: list[str] = []
     for _ in range(2):
-        process = subprocess.Popen(
-            [*start, "--out", str(cut), *resume],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
         begun = [c.step for c in list_checkpoints(cut / "checkpoints")][-1:]
+        child = forked.command([*start, "--out", str(cut), *resume])
         while [c.step for c in list_checkpoints(cut / "checkpoints")][-1:] == begun:
-            assert process.poll() is None, "it ended before its next checkpoint"
+            assert child.running(), "it ended before its next checkpoint"
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        child.send(signal.SIGKILL)
+        assert child.wait()[0] == -signal.SIGKILL
         resume = ["--resume"]
-    done = [*start, "--out", str(cut), "--resume"]
-    subprocess.run(done, check=True, capture_output=True, env=environment)
+    assert forked.command([*start, "--out", str(cut), "--resume"]).wait()[0] == 0
     ends = [load_tensors(folder / "adapters.safetensors") for folder in (whole, cut)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     steps = [row["step"] for row in read_log(cut / "log.jsonl")]

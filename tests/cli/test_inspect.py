@@ -18,14 +18,13 @@ from qalora_compile.cli import inspect as command
 from qalora_compile.cli import ui
 from qalora_compile.cli.main import main
 from qalora_compile.ir.meta import ONNX_METADATA_KEY
-from tests.models import OneLinear
+from tests.models import OneLinear, slow
 from tests.zoo.entries import ENTRIES
 
 Capture = pytest.CaptureFixture[str]
-MODELS = ("mixtral", "resnet", "lstm", "looped")
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["mixtral", "resnet", *slow("lstm"), "looped"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folded model of the zoo, with its export in `edge`."""
     entry = ENTRIES[request.param]

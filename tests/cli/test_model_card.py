@@ -6,8 +6,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from qalora_compile.api.model_card import add_findings, base_facts, card_text, r
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.verify import Certificate, check_certificate
+from tests import forked
 from tests.cli.tiny import WORDS
 
 Capture = pytest.CaptureFixture[str]
@@ -97,12 +96,10 @@ def test_the_card_says_what_the_model_is(made: Path, data_file: Path) -> None:
 def test_the_code_of_the_card_generates_what_generate_does(made: Path, capsys: Capture) -> None:
     code, edge = block(card(made / "edge"), "ONNX Runtime"), made / "edge"
     code = code.replace("The capital of France is", "red is a").replace("range(16)", "range(4)")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=edge, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    ended, output, errors = forked.code(code, folder=edge).wait()
+    assert ended == 0, errors[-2000:]
     assert main(["generate", str(edge), "--prompt", "red is a", "--max-new-tokens", "4"]) == 0
-    own, found = capsys.readouterr().out.split(), done.stdout.split()
+    own, found = capsys.readouterr().out.split(), output.split()
     new = found[found.index("a") + 1 :]
     new = new[: new.index("<end>")] if "<end>" in new else new
     assert " ".join(new) in " ".join(own)
@@ -118,11 +115,9 @@ def test_the_code_for_an_encoder_runs(encoder_folder: Path, tmp_path: Path) -> N
     assert "license" not in head(text) and "base_model" not in head(text), "unknown"
     assert "### sentence-transformers" in text and "### optimum" not in text
     code = block(text, "ONNX Runtime")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=edge, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "sentence_embedding (1, 32)" in done.stdout
+    ended, output, errors = forked.code(code, folder=edge).wait()
+    assert ended == 0, errors[-2000:]
+    assert "sentence_embedding (1, 32)" in output
 
 
 def test_each_target_names_the_clients_that_fit_it() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qalora_compile.cli.main import main
+from tests.models import slow
 
 Capture = pytest.CaptureFixture[str]
 
@@ -22,7 +23,7 @@ def folded(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPat
     return out
 
 
-@pytest.mark.parametrize("options", [[], ["--no-kv-cache"]])
+@pytest.mark.parametrize("options", [[], *slow(["--no-kv-cache"])])
 def test_a_folder_that_verify_runs(
     options: list[str], folded: Path, tmp_path: Path, capsys: Capture
 ) -> None:

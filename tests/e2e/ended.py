@@ -8,8 +8,6 @@ computes and writes.
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import gc
 import hashlib
 import json
@@ -20,7 +18,6 @@ import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,16 +26,15 @@ from typing import Any
 
 import pytest
 import torch
-from tqdm import tqdm
 
 from qalora_compile.cli.main import main as run_command
 from qalora_compile.files import recover
+from tests import forked
 from tests.capture.checkpoints.gguf_files import write_llama
 from tests.captures import Memo
 from tests.cli.tiny import write_data, write_model
 from tests.shortcuts import shortcuts
 
-TIMEOUT_S = 60
 STEPS = 4
 _TIMES = re.compile(rb'"(seconds|tokens_per_second)": [0-9.e+-]+')
 """Facts of a run that no other run shares."""
@@ -104,37 +100,12 @@ def run_in_child(
     line: list[str], *, kill_after: float | None = None, before: Callable[[], None] = lambda: None
 ) -> tuple[int, str]:
     """Run a command in a child; gives its exit code, less than 0 for a signal, and what it said."""
-    said, saying = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(said)
-        os.dup2(saying, 1)
-        os.dup2(saying, 2)
-        before()
-        os._exit(_run(line))
-    os.close(saying)
+    child = forked.command(line, before)
     if kill_after is not None:
         time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    text = b""
-    while piece := os.read(said, 1 << 16):
-        text += piece
-    os.close(said)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text.decode("utf-8", "replace")
-
-
-def _run(line: list[str]) -> int:
-    signal.alarm(TIMEOUT_S)  # no child outlives this
-    faulthandler.dump_traceback_later(TIMEOUT_S - 1, file=2)
-    with open(2, "w", encoding="utf-8", closefd=False) as stream:
-        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-            try:
-                code = run_command(line)
-            except BaseException as error:
-                print(f"foreign: {type(error).__name__}: {error}", flush=True)
-                code = 99
-        stream.flush()
-    return code
+        child.send(signal.SIGKILL)
+    ended, output, errors = child.wait()
+    return ended, errors + output
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -264,9 +235,6 @@ def main(root: Path, count: int, seed: int, ends: list[str]) -> None:
     """Prepare, and print a row for each command and kind of end."""
     assert os.environ.get("OMP_NUM_THREADS") == "1", "a fork loses the threads of its parent"
     torch.set_num_threads(1)
-    # A killed child would keep the lock that tqdm shares between processes, for good.
-    tqdm.monitor_interval = 0
-    tqdm.set_lock(threading.RLock())
     with shortcuts(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.export, "export", Memo(torch.export.export))
         _print_rows(root, count, seed, [tuple(end.split(" ", 1)) for end in ends])

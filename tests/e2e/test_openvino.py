@@ -1,4 +1,4 @@
-"""SmolLM2-135M for OpenVINO: the folder runs in OpenVINO GenAI, with torch's tokens."""
+"""Layers of SmolLM2-135M for OpenVINO: the folder runs in OpenVINO GenAI, with torch's tokens."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from qalora_compile.exporters.openvino.tokenizer import (
 )
 from qalora_compile.files import write_json
 from tests.clients.record import record_client
+from tests.e2e.layers import keep_layers
 from tests.models import randomize_adapters
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed")
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = str(Path(__file__).parents[2] / "examples")
 PROMPT = "Water boils at a lower temperature on a mountain because"
 NEW_TOKENS = 24
+LAYERS = 6
 
 
 def test_genai_generates_the_tokens_of_torch(tmp_path: Path) -> None:
@@ -37,6 +39,7 @@ def test_genai_generates_the_tokens_of_torch(tmp_path: Path) -> None:
         from assets import model_path
 
         source = load_source(str(model_path()))
+    keep_layers(source.model, LAYERS)
     quantized = qc.quantize_groups(source.capture(), embeddings=qc.QuantSpec(bits=8))
     folded = qc.fold_adapters(randomize_adapters(qc.insert_adapters(quantized), 1e-3)).eval()
     cached = qc.add_kv_cache(folded, source.model, last_logits=None)

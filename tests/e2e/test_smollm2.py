@@ -21,6 +21,7 @@ import torch
 import qalora_compile as qc
 from qalora_compile.api import lower
 from qalora_compile.capture.load_source import Source, load_source
+from qalora_compile.capture.transformers_internals import gguf_read_once
 from qalora_compile.exporters.onnx.genai_config import CONFIG_FILE, genai_config
 from qalora_compile.files import write_json
 from qalora_compile.files.marks import GGUF_KEY
@@ -232,9 +233,10 @@ def test_it_goes_from_gguf_to_gguf(road: Road, tmp_path: Path) -> None:
 
     from transformers import AutoModelForCausalLM
 
-    again: Any = AutoModelForCausalLM.from_pretrained(
-        tmp_path, gguf_file=path.name, dtype=torch.float32
-    )
+    with gguf_read_once():
+        again: Any = AutoModelForCausalLM.from_pretrained(
+            tmp_path, gguf_file=path.name, dtype=torch.float32
+        )
     call = road.call("The committee met on Tuesday to")
     with torch.no_grad():
         logits = folded(**call).logits

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from qalora_compile.exporters.onnx import initializers
 from qalora_compile.exporters.onnx.weight_file import WeightFile
 from qalora_compile.files import atomic_folder
 from qalora_compile.untrusted.artifacts import MODEL_FILE
+from tests import forked
 from tests.models import llama
 
 WRITTEN = 9
@@ -91,20 +91,13 @@ def test_a_killed_run_is_gone_on_with(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edge = folder.parent / "edge"
-    script = (
-        "import os\n"
-        "from qalora_compile.cli.main import main\n"
-        "from qalora_compile.exporters.onnx import initializers\n"
-        "from qalora_compile.exporters.onnx.weight_file import WeightFile\n"
-        "from tests.exporters.test_resume import ending_after\n"
-        "initializers.LAZY_INLINE_LIMIT_BYTES = 0\n"
-        f"kill = lambda: os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
-        f"WeightFile.add = ending_after({WRITTEN}, kill)\n"
-        f"main(['quantize', {str(folder)!r}, '--out', {str(edge)!r}])\n"
-    )
-    root = Path(__file__).parents[2]
-    ended = subprocess.run([sys.executable, "-c", script], cwd=root, check=False)
-    assert ended.returncode == -signal.SIGKILL
+
+    def kill_after_some() -> None:
+        kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+        WeightFile.add = ending_after(WRITTEN, kill)  # type: ignore[method-assign]  # in the child
+
+    line = ["quantize", str(folder), "--out", str(edge)]
+    assert forked.command(line, before=kill_after_some).wait()[0] == -signal.SIGKILL
     assert not edge.exists()
 
     made: set[str] = set()

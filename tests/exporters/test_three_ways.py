@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import qalora_compile as qc
 from qalora_compile.ir.meta import QDQ_ACCURACY_KEY
 from qalora_compile.passes.annotate_linears import AnnotateLinears
 from qalora_compile.runtime import library_path, open_session, register
+from tests import forked
 from tests.exporters.test_experts import Grouped
 from tests.models import (
     MLP,
@@ -188,16 +187,11 @@ def test_verify_runs_on_either_kernels(library: bool, tmp_path: Path) -> None:
 def test_conversion_to_ort_format(library: bool, tmp_path: Path) -> None:
     program, x = folded(4, 32)
     qc.export_model(program, tmp_path / "model.onnx")
-    command = [sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort"]
     extra = ["--custom_op_library", str(library_path())] if library else []
     options = ["--optimization_style", "Fixed", "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, *extra, *options, str(tmp_path / "model.onnx")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = [*extra, *options, str(tmp_path / "model.onnx")]
+    ended, _, errors = forked.module("onnxruntime.tools.convert_onnx_models_to_ort", words).wait()
+    assert ended == 0, errors[-2000:]
     (converted,) = (tmp_path / "out").glob("*.ort")
     assert_close(run(converted, x, library=library), program(x), relative=1e-5)
     if library:

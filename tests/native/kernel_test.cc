@@ -1,13 +1,14 @@
 // The kernels of every level that this CPU has, against a reference in double.
 //
-//   kernel_test [--quick] [LEVEL ...]
+//   kernel_test [--part N] [LEVEL ...]
 //
-// --quick takes a part of the grid, for emulators. Levels that are named have to be there, so that
+// --part takes every N-th case of the grid, for emulators and sanitizers. Levels that are named have to be there, so that
 // none drops out of the test unseen; without names, all that the CPU has are tested, and those with
 // emulated instructions.
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <sstream>
 #include <string>
@@ -174,7 +175,7 @@ constexpr int64_t kM[] = {0, 1, 2, 3, 4, 5, 7, 8, 16, 27, 128, 129};
 
 class Grid {
  public:
-  Grid(bool quick, std::vector<Level>* levels) : levels_(levels), part_(quick ? 7 : 1) {}
+  Grid(uint64_t part, std::vector<Level>* levels) : levels_(levels), part_(part) {}
 
   // Every width, group and number of rows with every combination of types; K, N and the kind of
   // values are drawn.
@@ -290,7 +291,8 @@ std::vector<std::string> AllLevels() {
   return all;
 }
 
-int Main(bool quick, const std::vector<std::string>& names) {
+int Main(uint64_t part, const std::vector<std::string>& names) {
+  const bool quick = part > 1;
   std::vector<Level> levels;
   for (const std::string& name : names) {
     levels.emplace_back();
@@ -314,7 +316,7 @@ int Main(bool quick, const std::vector<std::string>& names) {
     if (!TestAttention(*level.kernels, quick, &attentions)) return 1;
   }
   std::printf("attention: %lld cases\n", static_cast<long long>(attentions));
-  Grid grid(quick, &levels);
+  Grid grid(part, &levels);
   if (!TestLargeWorkspace(&levels) || !grid.Types() || !grid.Shapes()) return 1;
   for (const Level& level : levels) {
     std::printf("%s: %lld cases, worst error %.3g of the tolerance\n", level.kernels->name,
@@ -327,14 +329,18 @@ int Main(bool quick, const std::vector<std::string>& names) {
 }  // namespace qalora_test
 
 int main(int argc, char** argv) {
-  bool quick = false;
+  uint64_t part = 1;
   std::vector<std::string> levels;
   for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--quick") == 0) {
-      quick = true;
+    if (std::strcmp(argv[i], "--part") == 0 && i + 1 < argc) {
+      part = std::strtoull(argv[++i], nullptr, 10);
     } else {
       levels.push_back(argv[i]);
     }
   }
-  return qalora_test::Main(quick, levels.empty() ? qalora_test::AllLevels() : levels);
+  if (!part) {
+    std::printf("FAILED: --part needs a number above 0\n");
+    return 1;
+  }
+  return qalora_test::Main(part, levels.empty() ? qalora_test::AllLevels() : levels);
 }

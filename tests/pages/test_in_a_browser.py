@@ -16,6 +16,8 @@ from qalora_compile.training.records.report_page import LayerChange, Sample, wri
 from qalora_compile.training.sample_answers import Question
 from tests.chromium import browser, python_with_clients
 
+pytestmark = pytest.mark.slow
+
 LOOK = Path(__file__).with_name("look.py")
 PATHS = [
     f"model.decoder.layers.{i}.{kind}"

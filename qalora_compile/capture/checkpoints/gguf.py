@@ -29,6 +29,7 @@ from qalora_compile.ir.affine import GroupAffine
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes, CheckpointWeight
 from qalora_compile.optional import require
 from qalora_compile.untrusted.gguf_header import check_gguf
+from qalora_compile.untrusted.gguf_reader import open_gguf
 
 _BLOCK = 32
 _FLOAT = ("F16", "F32", "F64", "BF16")
@@ -44,11 +45,11 @@ def read_gguf_codes(path: Path) -> tuple[CheckpointCodes, tuple[str, ...]]:
         UserInputError: the file cannot be read, or a tensor is truncated.
         UnsupportedError: the package gguf is missing, or the file has another version.
     """
-    gguf = require("gguf", extra="hf", purpose="read GGUF files")
+    require("gguf", extra="hf", purpose="read GGUF files")
     found, widened, dequantized = CheckpointCodes(), Counter[str](), Counter[str]()
     check_gguf(path)
     try:
-        tensors = gguf.GGUFReader(path).tensors
+        tensors = open_gguf(path).tensors
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise UserInputError(
             f"cannot read {path.name}: {error}",

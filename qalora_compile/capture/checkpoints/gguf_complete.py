@@ -18,6 +18,7 @@ from qalora_compile.capture.transformers_internals import gguf_names
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
 from qalora_compile.untrusted.gguf_header import Header
+from qalora_compile.untrusted.gguf_reader import open_gguf
 
 _LAYER = re.compile(r"blk\.(\d+)\..*")
 _FREQUENCIES, _FACTORS = "rope_freqs.weight", "rope_factors"
@@ -66,6 +67,6 @@ def _rescales(name: str, path: Path) -> bool:
     if name != _FREQUENCIES:
         return False
     gguf = require("gguf", extra="hf", purpose="read GGUF files")
-    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
+    tensor = next(t for t in open_gguf(path).tensors if t.name == name)
     values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     return not bool((np.asarray(values) == 1).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 
 import qalora_compile as qc
+from qalora_compile.capture import transformers_internals
 from qalora_compile.capture.checkpoints.gguf import read_gguf_codes
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.cli.main import main
@@ -112,6 +114,26 @@ def test_floats_are_read_exactly(form: str, tmp_path: Path) -> None:
     assert stored.tensor_type.name == form
     embedding = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
     assert torch.equal(source.model.get_parameter("model.embed_tokens.weight"), embedding)
+
+
+def test_loading_parses_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls = write_llama(tmp_path / "llama.gguf"), Counter[str]()
+
+    def count(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    count(transformers_internals, "open_gguf")
+    count(gguf, "get_tensor_name_map")
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    load_source(str(path))
+    assert calls == {"open_gguf": 1, "get_tensor_name_map": 1}
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
 @pytest.mark.slow

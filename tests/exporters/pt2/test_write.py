@@ -111,12 +111,13 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_another_processor_gets_an_error_and_no_wrong_numbers(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     report = qc.export_model(folded_mlp(), path, SPEC)
     here = torch.backends.cpu.get_cpu_capability()
     assert report.notes == (f"4-bit weights are packed for processors with {here}",)
-    for level in ("default", "avx2", "avx512"):
+    for level in {"default", "avx2", "avx512"} - {here.lower()}:  # its own runs in other tests
         environment = os.environ | {"ATEN_CPU_CAPABILITY": level}
         done = subprocess.run(
             [sys.executable, "-c", OTHER, str(path)],
@@ -128,7 +129,7 @@ def test_another_processor_gets_an_error_and_no_wrong_numbers(tmp_path: Path) ->
         said = f"are packed for {here}" in done.stdout
         assert said or not done.stdout
         if here == "AVX512":
-            assert said is (level != "avx512")
+            assert said
 
 
 def test_the_file_names_no_path_and_is_equal_each_time(tmp_path: Path) -> None:

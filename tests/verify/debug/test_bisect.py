@@ -21,6 +21,7 @@ from qalora_compile.passes.framework.base import PassResult
 from qalora_compile.verify import named_inputs
 from qalora_compile.verify.debug.bisect import Step, bisect
 from qalora_compile.verify.debug.write_repro import write_repro
+from tests import forked
 from tests.models import MLP, adapted
 from tests.verify.planted import bisected, is_in_a_pass, program, with_tensors
 from tests.verify.program_faults import PROGRAM_FAULTS
@@ -125,7 +126,7 @@ def test_a_step_that_loses_an_output_is_found_and_reproduced(tmp_path: Path) -> 
     found = bisect(before, [Step("lose", after)])
     assert found is not None and found.row is not None and found.row.name == "output z"
     write_repro(found, tmp_path / "found")
-    assert "has no such output" in run_script(tmp_path / "found").stdout
+    assert "has no such output" in forked.script(tmp_path / "found" / "repro.py").wait()[1]
 
 
 def test_the_script_quotes_the_names_of_a_file(tmp_path: Path) -> None:
@@ -134,8 +135,9 @@ def test_the_script_quotes_the_names_of_a_file(tmp_path: Path) -> None:
     folded = qc.fold_adapters(adapted(MLP(40, 24), (torch.randn(2, 40),)))
     found = bisect(folded, [Step(name, shifted(folded, 0.1))])
     assert found is not None
-    done = run_script(write_repro(found, tmp_path / "found"))
-    assert done.returncode == 1 and name in done.stdout
+    made = write_repro(found, tmp_path / "found")
+    ended, output, _ = forked.script(made / "repro.py", folder=Path("/")).wait()
+    assert ended == 1 and name in output
     assert not marker.exists()
 
 

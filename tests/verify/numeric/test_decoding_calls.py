@@ -191,7 +191,7 @@ def test_the_comparison_along_the_graph_shows_it(
     assert report.difference
 
 
-@pytest.mark.parametrize("build", [llama, gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("build", [llama, *slow(gpt2)], ids=["llama", "gpt2"])
 def test_a_right_export_passes_in_all_steps(build: Callable[[], Any], tmp_path: Path) -> None:
     """With the operator library and without; GPT-2 has a table of positions."""
     folded, cached = made(build)

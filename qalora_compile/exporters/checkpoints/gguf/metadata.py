@@ -13,6 +13,7 @@ from qalora_compile.files.marks import GGUF_KEY
 from qalora_compile.ir.model_description import Description
 from qalora_compile.optional import require
 from qalora_compile.untrusted.gguf_header import check_gguf
+from qalora_compile.untrusted.gguf_reader import open_gguf
 
 _PURPOSE = "write GGUF files"
 _OWN = (
@@ -114,10 +115,10 @@ def _open(path: Path) -> tuple[Any, str]:
     Raises:
         UserInputError: it is not a GGUF file, or names no architecture.
     """
-    gguf = require("gguf", extra="hf", purpose=_PURPOSE)
+    require("gguf", extra="hf", purpose=_PURPOSE)
     check_gguf(path)
     try:
-        reader = gguf.GGUFReader(str(path))
+        reader = open_gguf(path)
         known = reader.fields["general.architecture"].contents()
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise UserInputError(
