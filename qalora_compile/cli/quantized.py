@@ -58,6 +58,20 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
         choices=QUANTIZERS.names(),
         help=f"how codes are chosen, default {_DEFAULT.method}; {QUANTIZERS.builtin[-1]} is best",
     )
+    group.add_argument(
+        "--learn-steps",
+        type=int,
+        metavar="N",
+        help=f"most steps of --method learned, default {_DEFAULT.learn_steps}; it stops earlier "
+        "when held-out texts gain no more",
+    )
+    group.add_argument(
+        "--learn-rate",
+        type=float,
+        metavar="X",
+        help=f"peak rate of --method learned, relative to a layer's mean scale, default "
+        f"{_DEFAULT.learn_rate}",
+    )
     if auto:
         add_stored_argument(group)
     group.add_argument(
@@ -67,6 +81,19 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
         help="layers to quantize (default: all linear ones)",
     )
     group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers to keep")
+
+
+def add_calibration_arguments(group: argparse._ActionsContainer, *, otherwise: str) -> None:
+    """Declare the calibration data; `otherwise` says what happens without any."""
+    group.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="FILE",
+        help=f"calibration data; of several files, examples are taken in turn; {otherwise}",
+    )
+    group.add_argument(
+        "--calibration-samples", type=int, default=128, metavar="N", help="use the first N examples"
+    )
 
 
 def add_stored_argument(group: argparse._ActionsContainer) -> None:
