@@ -58,6 +58,28 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
         choices=QUANTIZERS.names(),
         help=f"how codes are chosen, default {_DEFAULT.method}; {QUANTIZERS.builtin[-1]} is best",
     )
+    if auto:
+        add_stored_argument(group)
+    group.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="PATTERN",
+        help="layers to quantize (default: all linear ones)",
+    )
+    group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers to keep")
+
+
+def add_calibration_arguments(group: argparse._ActionsContainer, *, otherwise: str) -> None:
+    """Declare calibration data and `learned`; `otherwise` says what happens without any."""
+    group.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="FILE",
+        help=f"calibration data; of several files, examples are taken in turn; {otherwise}",
+    )
+    group.add_argument(
+        "--calibration-samples", type=int, default=128, metavar="N", help="use the first N examples"
+    )
     group.add_argument(
         "--learn-steps",
         type=int,
@@ -71,28 +93,6 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
         metavar="X",
         help=f"peak rate of --method learned, relative to a layer's mean scale, default "
         f"{_DEFAULT.learn_rate}",
-    )
-    if auto:
-        add_stored_argument(group)
-    group.add_argument(
-        "--targets",
-        nargs="+",
-        metavar="PATTERN",
-        help="layers to quantize (default: all linear ones)",
-    )
-    group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers to keep")
-
-
-def add_calibration_arguments(group: argparse._ActionsContainer, *, otherwise: str) -> None:
-    """Declare the calibration data; `otherwise` says what happens without any."""
-    group.add_argument(
-        "--calibration",
-        nargs="+",
-        metavar="FILE",
-        help=f"calibration data; of several files, examples are taken in turn; {otherwise}",
-    )
-    group.add_argument(
-        "--calibration-samples", type=int, default=128, metavar="N", help="use the first N examples"
     )
 
 

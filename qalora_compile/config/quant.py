@@ -62,7 +62,7 @@ class QuantSpec(Spec):
     budget: float | None = None
     budget_unit: str = "bits"
     zero_point: str = "real"
-    learn_steps: int = 96
+    learn_steps: int = 48
     learn_rate: float = 1e-3
 
     def __post_init__(self) -> None:
