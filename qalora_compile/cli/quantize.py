@@ -46,10 +46,10 @@ EXAMPLES = """examples:
   qalora-compile quantize ./MiniLM --out edge --pooling mean --normalize
 
 Weights are read, quantized and written layer by layer, so memory does not
-grow with the model; with --calibration, the model is in memory, in float32,
-since it runs on the data. A checkpoint that is already quantized (GPTQ, AWQ, HQQ,
-compressed-tensors, MLX) keeps its codes; its weights are held in memory, in
-float32.
+grow with the model. With --calibration the model runs on the data, so it is
+held in memory, in float32. A checkpoint that is already quantized (GPTQ, AWQ,
+HQQ, compressed-tensors, MLX) keeps its codes; its weights are held in memory,
+in float32.
 """
 
 

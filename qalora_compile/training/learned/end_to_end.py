@@ -121,13 +121,10 @@ def _student(quantized: Program, keep: Collection[str]) -> tuple[Program, dict[s
 
 def _with_parameters(quantized: Program, trained: dict[str, Tensor]) -> Program:
     """The program with other scales and offsets, as frozen as before."""
-    new: dict[str, Tensor] = {}
-    for name, tensor in quantized.tensors().items():
-        value = trained.get(name, tensor).detach()
-        frozen = isinstance(tensor, nn.Parameter) and name in trained
-        new[name] = nn.Parameter(value, requires_grad=False) if frozen else tensor
-        if name in trained and not frozen:
-            new[name] = value
+    new = quantized.tensors()
+    for name, value in trained.items():
+        is_parameter = isinstance(new[name], nn.Parameter)
+        new[name] = nn.Parameter(value, requires_grad=False) if is_parameter else value
     return quantized.evolve(graph=quantized.copy_graph(), tensors=new)
 
 
