@@ -237,8 +237,16 @@ def _runner(program: qc.Program) -> Run:
     return run
 
 
-def measure(subject: Subject, console: Console, method: str, bits: int, group_size: int) -> Row:
-    """Quantize and score."""
+def measure(
+    subject: Subject,
+    console: Console,
+    method: str,
+    bits: int,
+    group_size: int,
+    *,
+    exported: bool = False,
+) -> Row:
+    """Quantize and score; with `exported`, in ONNX Runtime too."""
     name, _, data = method.partition(" + ")
     calibrated = bool(data) or needs_data(name)
     annotated = AnnotateLinears()(subject.program).program
@@ -258,7 +266,17 @@ def measure(subject: Subject, console: Console, method: str, bits: int, group_si
         subject.name, method, bits, group_size, score, cosine, output_db, *size, spent, **others
     )
     console.print(f"{method}, {bits} bits, {group_size}: {score:.4g} in {spent:.0f} s")
+    if exported:
+        console.print(f"  in ONNX Runtime: {in_onnx_runtime(subject, program):.4g}")
     return row
+
+
+def in_onnx_runtime(subject: Subject, program: qc.Program) -> float:
+    """The score of the program, exported for stock ONNX Runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        qc.export_model(program, path, qc.ExportSpec(target="ort-stock", allow_unfolded=True))
+        return subject.score(_session(path))[0]
 
 
 def _mean_db(reports: Sequence[QuantReport]) -> float | None:
@@ -363,7 +381,9 @@ def run(options: argparse.Namespace, console: Console) -> list[Row]:
                 for method in options.methods:
                     if method == LEARNED and name != "smollm2":
                         continue  # it needs logits
-                    mine.append(measure(subject, console, method, bits, group))
+                    mine.append(
+                        measure(subject, console, method, bits, group, exported=options.exported)
+                    )
                     if options.json:
                         everything = [asdict(row) for row in [*rows, *mine]]
                         options.json.write_text(json.dumps(everything, indent=1), "utf-8")
@@ -388,6 +408,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="+", type=int, default=GROUPS, metavar="G")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--quick", action="store_true", help="3 bits, group 64, MiniLM, few texts")
+    parser.add_argument(
+        "--exported", action="store_true", help="score the exported model in ONNX Runtime too"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write quantizers_<model>.svg")
     options = parser.parse_args(words)
