@@ -209,6 +209,7 @@ class FinetuneSpec:
         rest = ("epochs", "calibration", "calibration_samples", "device", "save_every", "keep")
         values |= {name: getattr(self, name) for name in rest}
         values["report_to"] = list(self.report_to)
+        values["calibration"] = None if self.calibration is None else list(self.calibration)
         for name in _FILES:
             values[name] = _absolute(values[name])
         if reading["data_cache"]:
