@@ -4,8 +4,11 @@ SmolLM2-135M-Instruct (its weights are themselves 4-bit in groups of 32, so min-
 gives them back) is judged by its perplexity on news articles. all-MiniLM-L6-v2 (true float32) is
 judged by the topic accuracy of its sentence embeddings (the nearest mean of 128 articles) and by
 their cosine to the float model's. `+ data` has calibration data, by which offsets are refined;
-`gptq` always has. Calibration, means and test use different articles. The float model and its
-dynamic INT8 form by ONNX Runtime's `quantize_dynamic`, with int8 activations, are the references.
+`gptq` always has. Calibration, means and test use different articles. `learned`, of the language
+model alone, has longer data of two kinds: articles and the manual that Python carries. Texts of two
+other kinds, film reviews and torch's docstrings, show whether it fits one kind only. The float
+model and its dynamic INT8 form by ONNX Runtime (`quantize_dynamic`, int8 activations) are the
+references.
 
 Megabytes are those of the layers that are quantized, scales and offsets in float32, and of all that
 is stored; seconds are those of quantizing, including calibration and measuring what is lost.
@@ -14,6 +17,7 @@ is stored; seconds are those of quantizing, including calibration and measuring 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
@@ -22,6 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import torch
@@ -35,20 +40,28 @@ from benchmarks.scatter import Point, scatter_svg
 from qalora_compile.config import SUPPORTED_BITS
 from qalora_compile.ir.stages import CODE_NAMES
 from qalora_compile.passes.annotate_linears import AnnotateLinears
+from qalora_compile.quantizers import needs_data
 from qalora_compile.quantizers.report import QuantReport, collecting_reports
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from assets import TOPICS, articles, encoder_path, model_path
+from assets import TOPICS, articles, encoder_path, model_path, reviews
 
 EXAMPLES = """examples:
   python -m benchmarks.quantizers --quick
   python -m benchmarks.quantizers --models minilm --json minilm.json --plot docs
   python -m benchmarks.quantizers --models smollm2 --bits 3 --groups 64 --methods minmax gptq
 """
-METHODS = ("minmax", "minmax + data", "mse", "hqq", "hqq + data", "gptq")
+METHODS = ("minmax", "minmax + data", "mse", "hqq", "hqq + data", "gptq", "learned")
 BITS, GROUPS = (2, 3, 4), (32, 64, 128)
-_COLUMNS = "method", "bits", "group", "score", "cosine", "output dB", "layers MB", "all MB", "CPU s"
-_WIDTH = 100
+_COLUMNS = (
+    "method", "bits", "group", "score", "reviews", "docstrings", "cosine", "output dB",
+    "layers MB", "all MB", "CPU s",
+)  # fmt: skip
+_WIDTH = 120
+_LESSONS = 4
+"""Windows of each kind for `learned`, per window of the test."""
+_LONG = 200
+LEARNED = "learned"
 FLOAT, INT8 = "float32", "dynamic INT8"
 Run = Callable[..., Any]
 """A model: called with `input_ids` and `attention_mask`, gives its first output."""
@@ -67,6 +80,7 @@ class Row:
         layers_mb: Megabytes of the quantized layers.
         megabytes: Of everything stored.
         seconds: CPU time to quantize.
+        reviews, docstrings: The language model's perplexity on texts of other kinds.
     """
 
     model: str
@@ -79,6 +93,8 @@ class Row:
     layers_mb: float
     megabytes: float
     seconds: float
+    reviews: float | None = None
+    docstrings: float | None = None
 
 
 class Subject(ABC):
@@ -88,6 +104,14 @@ class Subject(ABC):
     better: str
     program: qc.Program
     calibration: list[dict[str, Tensor]]
+
+    def calls_for(self, method: str) -> list[dict[str, Tensor]]:
+        """The calibration calls of a method."""
+        return self.calibration
+
+    def other_scores(self, run: Run) -> dict[str, float]:
+        """Scores on texts of other kinds, by column."""
+        return {}
 
     @abstractmethod
     def score(self, run: Run) -> tuple[float, float | None]:
@@ -109,17 +133,46 @@ class LanguageModel(Subject):
             _windows(source.tokenizer, [text for text, _ in part], count, width)
             for part, count in zip(parts, (windows, windows * 2), strict=True)
         )
+        kinds = {"reviews": [text for text, _ in reviews()], "docstrings": _docstrings()}
+        self._others = {
+            kind: _windows(source.tokenizer, texts, windows, width) for kind, texts in kinds.items()
+        }
+        manual = list(topics.topics.values())
+        self._lessons = [
+            _windows(source.tokenizer, texts, windows * _LESSONS, width)
+            for texts in ([text for text, _ in parts[1]], manual)
+        ]
+
+    def calls_for(self, method: str) -> list[dict[str, Tensor]]:
+        """More for `learned`: windows of articles and of the manual in turn."""
+        if method != LEARNED:
+            return self.calibration
+        return [call for pair in zip(*self._lessons, strict=True) for call in pair]
 
     def score(self, run: Run) -> tuple[float, float | None]:
         """Perplexity."""
-        total, count = 0.0, 0
-        for call in self._test:
-            logits = run(**call)
-            targets = call["input_ids"][:, 1:].flatten()
-            rows = logits[:, :-1].flatten(0, 1).float()
-            total += float(functional.cross_entropy(rows, targets, reduction="sum"))
-            count += len(targets)
-        return float(torch.tensor(total / count).exp()), None
+        return _perplexity(run, self._test), None
+
+    def other_scores(self, run: Run) -> dict[str, float]:
+        """Perplexity on the other kinds."""
+        return {kind: _perplexity(run, calls) for kind, calls in self._others.items()}
+
+
+def _perplexity(run: Run, calls: Iterable[dict[str, Tensor]]) -> float:
+    total, count = 0.0, 0
+    for call in calls:
+        logits = run(**call)
+        targets = call["input_ids"][:, 1:].flatten()
+        rows = logits[:, :-1].flatten(0, 1).float()
+        total += float(functional.cross_entropy(rows, targets, reduction="sum"))
+        count += len(targets)
+    return float(torch.tensor(total / count).exp())
+
+
+def _docstrings() -> list[str]:
+    """The docstrings of torch.Tensor's methods."""
+    found = (inspect.getdoc(getattr(Tensor, name)) for name in dir(Tensor) if name[0] != "_")
+    return [text for text in found if text and len(text) > _LONG]
 
 
 def _windows(tokenizer: Any, texts: list[str], count: int, width: int) -> list[dict[str, Tensor]]:
@@ -184,25 +237,46 @@ def _runner(program: qc.Program) -> Run:
     return run
 
 
-def measure(subject: Subject, console: Console, method: str, bits: int, group_size: int) -> Row:
-    """Quantize and score."""
+def measure(
+    subject: Subject,
+    console: Console,
+    method: str,
+    bits: int,
+    group_size: int,
+    *,
+    exported: bool = False,
+) -> Row:
+    """Quantize and score; with `exported`, in ONNX Runtime too."""
     name, _, data = method.partition(" + ")
-    calibrated = bool(data) or name == "gptq"
+    calibrated = bool(data) or needs_data(name)
     annotated = AnnotateLinears()(subject.program).program
     started = time.process_time()
     with collecting_reports() as reports:
         program = qc.quantize_groups(
             annotated,
             qc.QuantSpec(bits=bits, group_size=group_size, method=name),
-            calibration=subject.calibration if calibrated else None,
+            calibration=subject.calls_for(name) if calibrated else None,
         )
     spent = time.process_time() - started
     score, cosine = subject.score(_runner(program))
     size = _size(program, {f".{name}" for name in CODE_NAMES}), _size(program)
-    output_db = _mean_db(reports)
-    row = Row(subject.name, method, bits, group_size, score, cosine, output_db, *size, spent)
+    output_db = None if name == LEARNED else _mean_db(reports)  # that would be of its start
+    others = subject.other_scores(_runner(program))
+    row = Row(
+        subject.name, method, bits, group_size, score, cosine, output_db, *size, spent, **others
+    )
     console.print(f"{method}, {bits} bits, {group_size}: {score:.4g} in {spent:.0f} s")
+    if exported:
+        console.print(f"  in ONNX Runtime: {in_onnx_runtime(subject, program):.4g}")
     return row
+
+
+def in_onnx_runtime(subject: Subject, program: qc.Program) -> float:
+    """The score of the program, exported for stock ONNX Runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        qc.export_model(program, path, qc.ExportSpec(target="ort-stock", allow_unfolded=True))
+        return subject.score(_session(path))[0]
 
 
 def _mean_db(reports: Sequence[QuantReport]) -> float | None:
@@ -223,7 +297,8 @@ def baselines(subject: Subject, console: Console) -> list[Row]:
     name, plan = subject.name, AnnotateLinears()(subject.program).program.plan
     weights = sum(site.n * site.k for site in plan.weights_to_quantize()) / 1e6
     size = 4 * weights, _size(subject.program)
-    rows = [Row(name, FLOAT, 0, 0, score, cosine, None, *size, 0.0)]
+    others = subject.other_scores(_runner(subject.program))
+    rows = [Row(name, FLOAT, 0, 0, score, cosine, None, *size, 0.0, **others)]
     console.print(f"{FLOAT}: {score:.4g}")
     from onnxruntime.quantization import quantize_dynamic
 
@@ -259,7 +334,10 @@ def table_of(rows: Sequence[Row], better: str) -> Table:
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name == "method" else "right")
     for r in rows:
-        optional = ["" if v is None else f"{v:.4g}" for v in (r.cosine, r.output_db)]
+        optional = [
+            "" if v is None else f"{v:.4g}"
+            for v in (r.reviews, r.docstrings, r.cosine, r.output_db)
+        ]
         shown = [str(v or "") for v in (r.bits, r.group_size)]
         numbers = [f"{r.layers_mb:.1f}", f"{r.megabytes:.1f}", f"{r.seconds:.0f}"]
         table.add_row(r.method, *shown, f"{r.score:.4f}", *optional, *numbers)
@@ -301,7 +379,11 @@ def run(options: argparse.Namespace, console: Console) -> list[Row]:
         for bits in options.bits:
             for group in options.groups:
                 for method in options.methods:
-                    mine.append(measure(subject, console, method, bits, group))
+                    if method == LEARNED and name != "smollm2":
+                        continue  # it needs logits
+                    mine.append(
+                        measure(subject, console, method, bits, group, exported=options.exported)
+                    )
                     if options.json:
                         everything = [asdict(row) for row in [*rows, *mine]]
                         options.json.write_text(json.dumps(everything, indent=1), "utf-8")
@@ -326,6 +408,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="+", type=int, default=GROUPS, metavar="G")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--quick", action="store_true", help="3 bits, group 64, MiniLM, few texts")
+    parser.add_argument(
+        "--exported", action="store_true", help="score the exported model in ONNX Runtime too"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write quantizers_<model>.svg")
     options = parser.parse_args(words)

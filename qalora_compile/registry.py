@@ -172,6 +172,7 @@ QUANTIZERS = Registry(
         "mse": f"{_QUANTIZERS}.registry:MSE",
         "hqq": f"{_QUANTIZERS}.registry:HQQ",
         "gptq": f"{_QUANTIZERS}.registry:GPTQ",
+        "learned": "qalora_compile.training.learned.method:LEARNED",
     },
 )
 """The values of `QuantSpec.method`, by falling error: usually of a layer's output; provably, up

@@ -7,7 +7,7 @@ from typing import Any
 
 from qalora_compile.capture.load_source import Source
 from qalora_compile.config import QuantSpec, Spec
-from qalora_compile.config.choices import EMBEDDING_GROUP
+from qalora_compile.config.choices import EMBEDDING_GROUP, LEARNED
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.passes.analysis.select_sites import ALL_LINEAR
@@ -23,6 +23,8 @@ class CodesSpec(Spec):
         bits, group_size, method: As in `QuantSpec`; None takes its default. If all three are None,
             a checkpoint that is already quantized keeps its codes.
         budget, budget_unit: As in `QuantSpec`, for bits `"auto"`.
+        learn_steps, learn_rate: As in `QuantSpec`, for the method `"learned"`; None takes its
+            default.
         stored_zero_points: How a GPTQ checkpoint stores its zero-points, if its tag is wrong.
         targets, exclude: Patterns of layers to quantize (None: all linear ones) and to leave out.
         embeddings: Bits of embeddings and of the head, 8 or 4; None leaves them in float.
@@ -34,6 +36,8 @@ class CodesSpec(Spec):
     method: str | None = None
     budget: float | None = None
     budget_unit: str = "bits"
+    learn_steps: int | None = None
+    learn_rate: float | None = None
     stored_zero_points: str | None = None
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
@@ -41,6 +45,11 @@ class CodesSpec(Spec):
     embeddings_group_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.method != LEARNED and (self.learn_steps, self.learn_rate) != (None, None):
+            raise UserInputError(
+                "--learn-steps and --learn-rate are for --method learned",
+                hint="give finetune or quantize --method learned too",
+            )
         if self.embeddings is None and self.embeddings_group_size is not None:
             raise UserInputError(
                 "--embeddings-group-size has no use without --embeddings",
@@ -68,7 +77,8 @@ class CodesSpec(Spec):
         Raises:
             UserInputError: a value is out of range.
         """
-        chosen = {"bits": self.bits, "group_size": self.group_size, "method": self.method}
+        names = ("bits", "group_size", "method", "learn_steps", "learn_rate")
+        chosen = {name: getattr(self, name) for name in names}
         given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
         return QuantSpec(**given, budget=self.budget, budget_unit=self.budget_unit, **more)
 

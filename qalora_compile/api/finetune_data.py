@@ -52,7 +52,8 @@ def with_task(spec: FinetuneSpec) -> FinetuneSpec:
         f"the data are texts with labels, and {problem}",
         where=f"{reading.data[0]}, {spec.model}",
         hint="to train on the labels, give an encoder such as BERT, or write the rows as "
-        '{"prompt": text, "completion": label}; to train on the texts alone, add --task language',
+        '{"prompt": text, "completion": label}; to train on the texts alone, finetune with '
+        "--task language",
     )
 
 

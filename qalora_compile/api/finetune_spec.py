@@ -76,7 +76,7 @@ class FinetuneSpec:
         epochs: How often all examples are read, in place of `fit.steps`; None takes the steps.
         init_from: A RUN folder whose program and trained adapters are trained on; its model, codes
             and adapters are kept.
-        calibration: Calibration data; None takes the training data.
+        calibration: Files of calibration data; None takes the training data.
         calibration_samples: Number of calibration examples.
         device: The device to train on; None: the CPU, or the one that a launcher assigns.
         save_every: Number of steps between two checkpoints.
@@ -94,7 +94,7 @@ class FinetuneSpec:
     fit: FitSpec = field(default_factory=FitSpec)
     epochs: float | None = None
     init_from: Path | None = None
-    calibration: str | None = None
+    calibration: tuple[str, ...] | None = None
     calibration_samples: int = 128
     device: str | None = None
     save_every: int = 50
@@ -133,7 +133,8 @@ class FinetuneSpec:
         """The paths that are read, which are never overwritten."""
         reading = self.reading
         run = None if self.init_from is None else str(self.init_from)
-        return [self.model, run, *reading.data, *(reading.eval_data or ()), self.calibration]
+        more = (*(reading.eval_data or ()), *(self.calibration or ()))
+        return [self.model, run, *reading.data, *more]
 
     @property
     def quant(self) -> QuantSpec:
@@ -208,6 +209,7 @@ class FinetuneSpec:
         rest = ("epochs", "calibration", "calibration_samples", "device", "save_every", "keep")
         values |= {name: getattr(self, name) for name in rest}
         values["report_to"] = list(self.report_to)
+        values["calibration"] = None if self.calibration is None else list(self.calibration)
         for name in _FILES:
             values[name] = _absolute(values[name])
         if reading["data_cache"]:

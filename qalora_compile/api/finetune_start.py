@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qalora_compile.api.calibration import calls_from_files, work_folder
 from qalora_compile.api.codes import stored_codes
 from qalora_compile.api.finetune_data import (
     arrange,
@@ -15,7 +16,6 @@ from qalora_compile.api.finetune_data import (
     data_figures,
     excluded,
     load_data,
-    load_files,
     load_model,
     reading_record,
     recorded_classes,
@@ -96,6 +96,7 @@ def _from_model(spec: FinetuneSpec, processes: int) -> Begun:
             embeddings=codes.embedding_quant,
             calibration=calls if spec.quantizes_by_data else None,
             stored=stored,
+            checkpoints=work_folder(spec.out),
         )
     program = insert_adapters(
         program, spec.adapter, source=captured, calibration=calls, train=source.head
@@ -219,13 +220,13 @@ def _calibration(
     if not spec.needs_calibration:
         return None
     if spec.calibration:
-        data = load_files(
-            spec.reading,
+        return calls_from_files(
+            program,
             spec.calibration,
-            source.tokenizer,
-            source.decoder_start,
-            data.classes,
+            spec.calibration_samples,
+            source,
+            spec.reading,
+            classes=data.classes,
             pairs=spec.fit.learns_pairs,
         )
-        check_trainable(program, data.classes, data)
     return calibration_calls(program, data.examples, spec.calibration_samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora_compile.config import AUTO, AdapterSpec, QuantSpec, one_of
@@ -50,6 +51,7 @@ def quantize_groups(
     embeddings: QuantSpec | None = None,
     calibration: Iterable[Call] | None = None,
     stored: CheckpointCodes | None = None,
+    checkpoints: Path | None = None,
 ) -> Program:
     """Choose the linear layers to quantize, and quantize them.
 
@@ -57,14 +59,16 @@ def quantize_groups(
         program: At stage `float`, or `annotated` (then its plan is used unchanged).
         spec: Bits, group size and method; None takes 4 bits in groups of 32, min-max.
         calibration: Arguments of calls of the program, as tuples or mappings like those of
-            capture, on which the quantization error is minimized. Method `gptq` requires it, the
-            others refine their offsets with it, and bits `"auto"` are chosen with it. Positions
-            that an `attention_mask` hides do not count.
+            capture, on which the quantization error is minimized. Methods `gptq` and `learned`
+            require it, the others refine their offsets with it, and bits `"auto"` are chosen with
+            it. Positions that an `attention_mask` hides do not count.
         targets: `"all-linear"`, or names, dotted suffixes, globs or `re:` patterns. A named site
             is quantized even if the default keeps it (a head tied to the embedding).
         exclude: Patterns of layers to keep in float.
         stored: Codes of a quantized checkpoint, read by `capture.load_source.load_source`. Its
             weights keep their codes, whatever `spec` says; None quantizes all weights.
+        checkpoints: A folder in which method `learned` saves its work every few steps; the same
+            call with the same folder goes on from there. It is not removed. None saves nothing.
         embeddings: Bits (8 or 4) and group size of embeddings and of the head, which then get
             integer zero-points and no adapter, see `passes.quantize_embeddings`; None leaves
             embeddings, and heads tied to them, in float.
@@ -72,14 +76,16 @@ def quantize_groups(
     Raises:
         UserInputError: a pattern matches nothing, a weight is not finite, there is nothing to
             quantize (or no embedding or head, if `embeddings` is given), calibration data are
-            missing, do not fit or are all padding, or the budget of bits `"auto"` is too small.
+            missing, do not fit, are too few for `learned` or are all padding, the budget of bits
+            `"auto"` is too small, or a loss of `learned` is not finite.
+        UnsupportedError: the model gives no logits, which `learned` needs.
         PreconditionError: the program is at another stage.
     """
     if program.stage != ANNOTATED:
         annotation = _annotation(targets, exclude, keep_heads=embeddings is not None)
         program = Pipeline(annotation)(program).program
     calls = None if calibration is None else as_calls(calibration)
-    steps, reasons = _coding(program, spec or QuantSpec(), calls, stored)
+    steps, reasons = _coding(program, spec or QuantSpec(), calls, stored, checkpoints)
     if embeddings is not None:
         one_of("method of embeddings", embeddings.method, (QuantSpec().method,))
         steps.append(QuantizeEmbeddings(bits=embeddings.width, group_size=embeddings.group))
@@ -100,13 +106,14 @@ def _coding(
     spec: QuantSpec,
     calls: tuple[Call, ...] | None,
     stored: CheckpointCodes | None,
+    checkpoints: Path | None,
 ) -> tuple[list[Pass], Mapping[str, str]]:
     """The passes that plan bits and quantize; and path → reason of the chosen bits.
 
     Raises:
         UserInputError: see `choose_bits`; or bits are `"auto"` and `stored` codes are given.
     """
-    quantize = QuantizeGroups(**spec.to_json(), calibration=calls)
+    quantize = QuantizeGroups(**spec.to_json(), calibration=calls, checkpoints=checkpoints)
     if stored is not None:
         if spec.bits == AUTO:
             raise UserInputError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qalora_compile.cli.data_options import FORMS, add_data_arguments, reading_of
 from qalora_compile.cli.options import command_line, spec_of
 from qalora_compile.cli.quantized import (
+    add_calibration_arguments,
     add_embedding_arguments,
     add_quant_arguments,
     codes_of,
@@ -85,13 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quant = parser.add_argument_group("quantization")
     add_quant_arguments(quant, auto=True)
     add_embedding_arguments(quant)
-    quant.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help="calibration data; by default, gptq, auto and svd use the training data",
-    )
-    quant.add_argument(
-        "--calibration-samples", type=int, default=128, metavar="N", help="use the first N examples"
+    add_calibration_arguments(
+        quant, otherwise="by default, gptq, learned, auto and svd use the training data"
     )
     add_adapter_arguments(parser.add_argument_group("adapters"))
     add_training_arguments(parser.add_argument_group("training"))

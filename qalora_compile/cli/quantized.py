@@ -69,6 +69,33 @@ def add_quant_arguments(group: argparse._ActionsContainer, *, auto: bool = False
     group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers to keep")
 
 
+def add_calibration_arguments(group: argparse._ActionsContainer, *, otherwise: str) -> None:
+    """Declare calibration data and `learned`; `otherwise` says what happens without any."""
+    group.add_argument(
+        "--calibration",
+        nargs="+",
+        metavar="FILE",
+        help=f"calibration data; of several files, examples are taken in turn; {otherwise}",
+    )
+    group.add_argument(
+        "--calibration-samples", type=int, default=128, metavar="N", help="use the first N examples"
+    )
+    group.add_argument(
+        "--learn-steps",
+        type=int,
+        metavar="N",
+        help=f"most steps of --method learned, default {_DEFAULT.learn_steps}; it stops earlier "
+        "when held-out texts gain no more",
+    )
+    group.add_argument(
+        "--learn-rate",
+        type=float,
+        metavar="X",
+        help=f"peak rate of --method learned, relative to a layer's mean scale, default "
+        f"{_DEFAULT.learn_rate}",
+    )
+
+
 def add_stored_argument(group: argparse._ActionsContainer) -> None:
     """Declare how a quantized checkpoint is read."""
     group.add_argument(

@@ -40,6 +40,9 @@ V1, V2, FLOAT_ZERO, FLOAT_OFFSET = "v1", "v2", "float", "offset"
 STORED_ZERO_POINTS = (V1, V2, FLOAT_ZERO, FLOAT_OFFSET)
 """How GPTQ checkpoints store zero-points."""
 
+LEARNED = "learned"
+"""The method that trains scales and offsets."""
+
 EMBEDDING_BITS = (8, 4)
 EMBEDDING_GROUP = 32
 """Default group size of embeddings."""

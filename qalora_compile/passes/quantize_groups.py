@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -31,6 +32,7 @@ from qalora_compile.quantizers import (
     QuantizedWeight,
     as_stored,
     data_needed,
+    get_method,
     get_quantizer,
     needs_data,
     quantize_weight,
@@ -70,6 +72,7 @@ class QuantizeGroups(QuantSpec, Pass):
     Attributes:
         calibration: Calls of the program, tuples or mappings, for whose inputs the weights are
             quantized, or None. Not an option, as text cannot carry it.
+        checkpoints: Where a method that trains may save its work, to go on with it if it is killed.
         stored: Codes that weights already have, by path (`recipes.reuse_codes`). They are kept with
             any method; assign-bits must have planned their bits and group sizes.
     """
@@ -80,13 +83,15 @@ class QuantizeGroups(QuantSpec, Pass):
     lossy: ClassVar[bool] = True
 
     calibration: tuple[Call, ...] | None = data_field(None)
+    checkpoints: Path | None = data_field(None)  # noqa: RUF009
     stored: Mapping[str, tuple[CheckpointWeight, ...]] | None = data_field(None)
 
     def requires(self, program: Program) -> None:
         """Check that there are a layer to quantize, its bits, and the data that the method needs.
 
         Raises:
-            UserInputError: there is none, or data are missing.
+            UserInputError: there is none, or data are missing, or not those that the method needs.
+            UnsupportedError: the method cannot quantize such a model.
             PreconditionError: bits are missing.
         """
         if not program.plan.to_quantize():
@@ -120,6 +125,9 @@ class QuantizeGroups(QuantSpec, Pass):
         ]
         if needed and not all(map(is_placeholder, free)):
             raise data_needed(self.method)
+        check = get_method(self.method).check
+        if check is not None and self.calibration is not None:
+            check(program, self.calibration)
 
     def call(self, program: Program) -> PassResult:
         """Quantize and rewrite."""
@@ -149,9 +157,8 @@ class QuantizeGroups(QuantSpec, Pass):
         for site in uncalibrated:
             why = f"stacked experts: quantized by their weights alone, {without_data(self).method}"
             skips.append(Change(site.name, "not calibrated", why))
-        return PassResult(
-            program.evolve(graph=graph, tensors=tensors, plan=plan), tuple(changes), tuple(skips)
-        )
+        quantized = program.evolve(graph=graph, tensors=tensors, plan=plan)
+        return PassResult(self._finish(program, quantized), tuple(changes), tuple(skips))
 
     def ensures(self, before: Program, after: Program) -> None:
         """Every `quantize` row is computed from codes of its bits and group size."""
@@ -190,6 +197,20 @@ class QuantizeGroups(QuantSpec, Pass):
 
         replace_in_order(program, calls, quantize)
         return made
+
+    def _finish(self, program: Program, quantized: Program) -> Program:
+        """What the method makes of all weights together, if it does that and there are data."""
+        finish = get_method(self.method).finish
+        if finish is None or self.calibration is None:
+            return quantized
+        return finish(
+            program,
+            quantized,
+            self,
+            self.calibration,
+            keep=frozenset(self.stored or ()),
+            checkpoints=self.checkpoints,
+        )
 
     def _by_weight(self, site: Site, linear: LinearMap, program: Program, seen: Seen) -> _Made:
         """Codes, scale and offset of a weight; experts one by one, stacked along their axis."""

@@ -116,7 +116,8 @@ FLAT = {
 }
 
 
-every_method = pytest.mark.parametrize("method", METHODS)
+every_method = pytest.mark.parametrize("method", [m for m in METHODS if m != "learned"])
+"""`learned` has the codes of `gptq`, and trains on the loss of a model."""
 
 
 def adapted_by(

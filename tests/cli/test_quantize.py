@@ -67,7 +67,47 @@ def test_quantize_refuses_what_it_cannot_calibrate(
     out = str(tmp_path / "edge")
     assert main(["quantize", str(model_folder), "--method", "gptq", "--out", out]) == 2
     printed = capsys.readouterr().err
-    assert "needs calibration data" in printed and "finetune --method gptq --steps 0" in printed
+    assert "needs calibration data" in printed and "quantize --calibration FILE" in printed
+    assert not (tmp_path / "edge").exists()
+
+
+def texts(path: Path, word: str, count: int = 12) -> Path:
+    rows = ({"text": f"{word} {at} " * (3 + at % 4)} for at in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_quantize_learns_from_files_in_turn(
+    model_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    files = [str(texts(tmp_path / f"{word}.jsonl", word, 40)) for word in ("one", "two")]
+    words = ["quantize", str(model_folder), "--bits", "3", "--calibration", *files]
+    words += ["--out", str(tmp_path / "edge"), "--no-kv-cache", "--embeddings", "float"]
+    assert main([*words, "--method", "learned", "--learn-steps", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "method learned" in printed.out and "before scales and offsets" in printed.out
+    assert "nats a token from the float model" in printed.err
+    record = json.loads((tmp_path / "edge" / "qalora.json").read_text("utf-8"))
+    assert record["quant"]["learn_steps"] == 2
+    assert not list(tmp_path.glob(".*learned*")), "the work is removed with the result complete"
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (["--method", "learned", "--calibration-samples", "2"], "8 calibration texts or more"),
+        (["--method", "gptq", "--learn-steps", "5"], "--learn-steps and --learn-rate are for"),
+        (["--method", "learned", "--learn-rate", "0"], "learn_rate is 0.0"),
+    ],
+)
+def test_quantize_refuses_to_learn_before_anything_is_written(
+    more: list[str], problem: str, model_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    data, out = texts(tmp_path / "a.jsonl", "a"), tmp_path / "edge"
+    words = ["quantize", str(model_folder), "--calibration", str(data), "--out", str(out)]
+    assert main([*words, *more]) == 2
+    assert problem in capsys.readouterr().err
+    assert not out.exists() and not list(tmp_path.glob(".*learned*"))
 
 
 @pytest.mark.slow

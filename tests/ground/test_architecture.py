@@ -31,7 +31,7 @@ ALLOWED = {
     "runtime": {"runtime", "errors", "optional", "untrusted", "_version"},
     "serving": CORE | {"serving", "runtime"},
     "pages": {"pages", "errors", "files", "optional"},
-    "training": CORE | {"training", "passes", "pages", "ir"},
+    "training": CORE | {"training", "passes", "quantizers", "pages", "ir"},
     "extend": CORE | {"ir", "passes", "quantizers", "exporters", "capture"},
     "testing": CORE
     | {"testing", "api", "verify", "passes", "quantizers", "exporters", "capture", "ir"},

@@ -37,6 +37,8 @@ def test_on_a_complete_model_data_help_and_methods_stand_in_order() -> None:
     captured = qc.capture_model(model, calls[0])
     blind, seen = {}, {}
     for method in METHODS:
+        if method == "learned":
+            continue  # it minimizes another loss (tests/training/learned)
         spec = qc.QuantSpec(bits=3, group_size=32, method=method)
         if method != "gptq":
             blind[method] = lost(model, qc.quantize_groups(captured, spec), held_out)

@@ -119,8 +119,8 @@ def group_linear(
         bits: Width of a code.
         group_size: g; L = ceil(K / g).
 
-    The backward recomputes W and keeps only the packed weight, not even x, since the base is
-    frozen.
+    The backward recomputes W and keeps only the packed weight. It keeps x too where scale or offset
+    take gradients, which those of a frozen base do not.
     """
     return linear_on_codes(x, qweight, scale, offset, bias, bits, group_size)
 
@@ -166,17 +166,30 @@ def input_grad_fake(grad: Tensor, *operands: Any) -> Tensor:
 
 def _group_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, qweight, scale, offset, _, bits, group_size = inputs
-    ctx.save_for_backward(qweight, scale, offset)
+    kept = [x] if any(ctx.needs_input_grad[2:4]) else []
+    ctx.save_for_backward(qweight, scale, offset, *kept)
     ctx.options = (bits, group_size, x.shape[-1])
 
 
 def _group_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = grad_bias = None
+    grad_x = grad_bias = grad_scale = grad_offset = None
+    qweight, scale, offset, *kept = ctx.saved_tensors
+    bits, group_size, k = ctx.options
+    rows = grad.reshape(-1, grad.shape[-1])
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.qalora.group_linear_input_grad(grad, *ctx.saved_tensors, *ctx.options)
+        grad_x = torch.ops.qalora.group_linear_input_grad(
+            grad, qweight, scale, offset, *ctx.options
+        )
+    if ctx.needs_input_grad[2]:
+        x = kept[0].reshape(-1, k)
+        by_code = torch.ops.qalora.group_code_grad(rows, x, qweight, bits, group_size)
+        grad_scale = by_code.to(scale.dtype)
+    if ctx.needs_input_grad[3]:
+        sums = sum_groups(kept[0].reshape(-1, k), group_size)
+        grad_offset = (rows.t() @ sums).to(offset.dtype)
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
-    return grad_x, None, None, None, grad_bias, None, None
+        grad_bias = rows.sum(0)
+    return grad_x, None, grad_scale, grad_offset, grad_bias, None, None
 
 
 group_linear.register_autograd(_group_linear_backward, setup_context=_group_linear_setup)

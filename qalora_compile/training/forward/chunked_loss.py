@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -136,14 +136,52 @@ def _row_wise_part(logits: fx.Node) -> tuple[tuple[fx.Node, ...], fx.Node] | Non
     return tuple(reversed(taken)), reached.pop()
 
 
+class RowLoss(Protocol):
+    """A loss that is a sum over rows of logits."""
+
+    def __call__(self, logits: Tensor, rows: slice, *, slope: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss of some rows.
+
+        Args:
+            logits: `[c, V]`, in float32 or wider, without gradients.
+            rows: Which of all rows they are.
+            slope: Whether the gradient is needed.
+
+        Returns:
+            The sum over the rows in nats, a scalar, and its gradient by the logits, `[c, V]`.
+        """
+
+
+@dataclass(frozen=True)
+class _CrossEntropy:
+    targets: Tensor
+
+    def __call__(self, logits: Tensor, rows: slice, *, slope: bool) -> tuple[Tensor, Tensor | None]:
+        target = self.targets[rows]
+        peak = torch.logsumexp(logits, -1, keepdim=True)
+        right = logits.gather(-1, target[:, None])
+        total = (peak - right).sum()
+        if not slope:
+            return total, None
+        found = (logits - peak).exp_()
+        return total, found.scatter_add_(
+            -1, target[:, None], found.new_full((len(target), 1), -1.0)
+        )
+
+
 def mean_loss(rows: Tensor, targets: Tensor, head: Head) -> Tensor:
     """Mean cross-entropy in nats of hidden states `[n, H]` against targets `[n]`; a scalar."""
     if head.module is None:
         return functional.cross_entropy(head(rows), targets)
+    return summed_loss(rows, _CrossEntropy(targets), head) / len(targets)
+
+
+def summed_loss(rows: Tensor, loss: RowLoss, head: Head) -> Tensor:
+    """The loss of hidden states `[n, H]`, summed over the rows; a scalar in nats."""
     if not torch.is_grad_enabled():
-        return _sum(rows, targets, head, ())[0] / len(targets)
-    total: Tensor = _ChunkedLoss.apply(rows, targets, head, *head.parameters)  # type: ignore[no-untyped-call]
-    return total / len(targets)
+        return _sum(rows, loss, head, ())[0]
+    total: Tensor = _ChunkedLoss.apply(rows, loss, head, *head.parameters)  # type: ignore[no-untyped-call]
+    return total
 
 
 def token_log_probs(rows: Tensor, targets: Tensor, head: Head) -> Tensor:
@@ -172,11 +210,11 @@ class _ChunkedLoss(torch.autograd.Function):
     """The sum over rows; its forward pass also computes the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, targets: Tensor, head: Head, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, loss: RowLoss, head: Head, *parameters: Tensor) -> Tensor:
         wanted = tuple(
             p for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed
         )
-        total, grads = _sum(rows, targets, head, (*wanted,), rows_too=True)
+        total, grads = _sum(rows, loss, head, (*wanted,), rows_too=True)
         ctx.save_for_backward(*grads)
         return total
 
@@ -190,7 +228,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _sum(
-    rows: Tensor, targets: Tensor, head: Head, wanted: Sequence[Tensor], *, rows_too: bool = False
+    rows: Tensor, loss: RowLoss, head: Head, wanted: Sequence[Tensor], *, rows_too: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """The summed loss and its gradients with respect to the rows and `wanted`, chunk by chunk."""
     total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
@@ -198,15 +236,13 @@ def _sum(
     row_grads = [rows[:0]]
     start, count = 0, 1  # the first chunk is one row, which shows the width of logits
     while start < len(rows):
-        part, target = rows[start : start + count].detach(), targets[start : start + count]
+        chosen = slice(start, start + count)
+        part = rows[chosen].detach()
         with torch.set_grad_enabled(rows_too):
             logits = head(part.requires_grad_(rows_too))
-        peak = torch.logsumexp(logits.detach(), -1, keepdim=True)
-        right = logits.detach().gather(-1, target[:, None])
-        total += (peak - right).sum()
-        if rows_too:
-            slope = (logits.detach() - peak).exp_()
-            slope.scatter_add_(-1, target[:, None], slope.new_full((len(target), 1), -1.0))
+        value, slope = loss(logits.detach(), chosen, slope=rows_too)
+        total += value
+        if slope is not None:
             row_grad, *others = torch.autograd.grad(logits, (part, *wanted), slope)
             row_grads.append(row_grad)
             for total_grad, grad in zip(grads, others, strict=True):

@@ -117,6 +117,37 @@ def test_every_operator_is_checked() -> None:
     assert {str(op).rpartition(".")[2] for op, _ in CHECKED.values()} == defined
 
 
+def trained_arguments(*shape: Any, **options: Any) -> tuple[Any, ...]:
+    """Arguments whose scale and offset take gradients too."""
+    arguments = list(linear_arguments(*shape, **options))
+    arguments[2:4] = [tensor.requires_grad_() for tensor in arguments[2:4]]
+    return tuple(arguments)
+
+
+@pytest.mark.parametrize("shape", [(20,), (3, 20), (2, 3, 20)])
+@pytest.mark.parametrize(("g", "bits"), [(8, 4), (32, 3), (5, 2), (1, 8)])
+def test_group_linear_gradients_by_scale_and_offset(
+    shape: tuple[int, ...], g: int, bits: int
+) -> None:
+    arguments = trained_arguments(shape, 4, bits, g, torch.float64)
+    assert torch.autograd.gradcheck(Q.group_linear, arguments, atol=1e-7)
+
+
+def test_group_linear_keeps_its_input_only_for_scales_that_train() -> None:
+    results = torch.library.opcheck(Q.group_linear.default, trained_arguments((2, 3, 20), 5, 4, 8))
+    assert set(results.values()) == {"SUCCESS"}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    arguments = trained_arguments((3, 20), 5, 4, 8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Q.group_linear(*arguments)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in arguments[:4]}
+
+
 @pytest.mark.parametrize(("k", "g", "bits"), [(20, 8, 4), (7, 16, 3), (12, 4, 2), (1, 1, 8)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_group_linear_gradients(k: int, g: int, bits: int, bias: bool) -> None:
