@@ -7,7 +7,8 @@ from pathlib import Path
 
 from qalora_compile.api.codes import CodesSpec, stored_codes
 from qalora_compile.api.deploy import EdgeResult, EdgeSpec
-from qalora_compile.api.edge import EdgeParts, edge_graphs, lowered, write_edge
+from qalora_compile.api.edge import EdgeParts, write_edge
+from qalora_compile.api.edge_graphs import check_merged, edge_graphs, lowered
 from qalora_compile.api.model_card import base_facts
 from qalora_compile.api.pooling import chosen_pooling
 from qalora_compile.api.steps import quantize_groups
@@ -84,6 +85,7 @@ def _quantize(spec: QuantizeSpec) -> QuantizeResult:
     folder = Path(spec.model)
     _check_folder(folder)
     pooling, source = chosen_pooling(spec.pooling, spec.normalize, folder), encoder_folder(folder)
+    check_merged(spec.merged, source)
     say("capture")
     with collecting_reports() as reports:
         program, stored = _captured(spec, source)
@@ -100,7 +102,7 @@ def _quantize(spec: QuantizeSpec) -> QuantizeResult:
         program, target, choices = spec.choose(program, source)
         graphs = {MODEL_FILE: program}
         if not program.signature.cache and not spec.no_kv_cache:
-            graphs = edge_graphs(program, source, last_logits=spec.last_logits)
+            graphs = edge_graphs(program, source, last_logits=spec.last_logits, merged=spec.merged)
         graphs, target = lowered(graphs, target)
         say("translate to ONNX, then read, quantize and write the weights")
         record = {"model": spec.model, "quant": quant.to_json(), "base": base_facts(spec.model)}
