@@ -81,8 +81,8 @@ def edge_graphs(
         program: The program captured on complete sequences.
         description: Folder with the `config.json` of the transformers model.
         last_logits: As for `add_kv_cache`.
-        merged: As for `split_encoder_decoder`; None: for a model with an encoder. OpenVINO's
-            decoder always is, and its cache holds the keys and values of cross-attention.
+        merged: As for `split_encoder_decoder`; None: for a model with an encoder. It has no effect
+            on the files of OpenVINO.
         file: Name of the file of a single graph, see `graph_file`.
 
     Raises:
@@ -113,7 +113,7 @@ def edge_graphs(
     names = ENCODER_FILE, DECODER_FILE if merged is False else MERGED_FILE
     if file == OPENVINO_FILE:
         names = OPENVINO_ENCODER_FILE, OPENVINO_DECODER_FILE
-    pair = split_encoder_decoder(program, description, merged=names[1] != DECODER_FILE)
+    pair = split_encoder_decoder(program, description, merged=names[1] == MERGED_FILE)
     return dict(zip(names, pair, strict=True))
 
 
