@@ -136,6 +136,9 @@ def _but_for_the_last() -> Any:
     """A layer of a cache that appends all but the last of the keys and values it is given."""
 
     class Append(_caches().DynamicLayer):  # type: ignore[misc]
+        keys: Tensor
+        values: Tensor
+
         def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             self.keys, self.values = (
                 torch.cat([old, new[:, :, :-1]], -2)
