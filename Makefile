@@ -133,8 +133,8 @@ clients-table: ## run the tests of clients, and write the table of docs/referenc
 # Each release of ONNX Runtime that `--for` knows, in an environment of its own with the numpy it needs.
 RUNTIMES := build/runtimes
 .PHONY: test-runtimes
-test-runtimes: $(VENV)/installed-dev ## install old releases of ONNX Runtime and run what --for writes for them
-	for version in $$($(BIN)/python -W ignore -m scripts.test_runtimes --list); do \
+test-runtimes: $(VENV)/installed-dev ## run what --for writes in the releases of ONNX Runtime (ARGS=--changes for fewer)
+	for version in $$($(BIN)/python -W ignore -m scripts.test_runtimes --list $(ARGS)); do \
 		test -e $(RUNTIMES)/$$version/installed && continue; \
 		$(PYTHON) -m venv --without-pip $(RUNTIMES)/$$version; \
 		case $$version in 1.18.*) numpy='numpy>=1.26,<2';; *) numpy='numpy>=2,<3';; esac; \
@@ -142,7 +142,7 @@ test-runtimes: $(VENV)/installed-dev ## install old releases of ONNX Runtime and
 			--disable-pip-version-check --no-deps onnxruntime==$$version "$$numpy" || exit 1; \
 		touch $(RUNTIMES)/$$version/installed; \
 	done
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m scripts.test_runtimes $(RUNTIMES)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m scripts.test_runtimes $(RUNTIMES) $(ARGS)
 
 # The site is built in an environment of its own, on top of the development packages. `docs` rebuilds
 # it whenever a page changes; `docs-check` fails at a broken link, a missing page, a wrong name.

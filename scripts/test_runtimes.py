@@ -3,7 +3,8 @@
 `python -m scripts.test_runtimes FOLDER [RELEASE …]` exports small models for every release of
 `config.onnx_releases`, each once for each form that the release gets, and runs them in the
 environments `FOLDER/RELEASE`, which `make test-runtimes` installs. Outputs are compared with those
-of the program. `--list` prints the releases to install instead.
+of the program. `--list` prints the releases to install instead. With `--changes`, only those
+releases are meant at which the table changes, and the newest; CI runs these.
 """
 
 from __future__ import annotations
@@ -80,17 +81,19 @@ def cases() -> Iterator[Case]:
     yield Case("Llama of 8 bits with embeddings", embeddings, _FOLDERS)
 
 
-def write_models(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def write_models(
+    folder: Path, releases: tuple[OnnxRelease, ...]
+) -> dict[str, list[dict[str, Any]]]:
     """Export every case; returns the release → its files, tolerances and what it is.
 
     Releases that get the same form share a file.
     """
-    rows: dict[str, list[dict[str, Any]]] = {release.version: [] for release in RELEASES}
+    rows: dict[str, list[dict[str, Any]]] = {release.version: [] for release in releases}
     for case in cases():
         stem = case.name.replace(" ", "-")
         _write_call(case.program, folder / f"{stem}.npz")
         made: dict[str, Path] = {}
-        for release, options in itertools.product(RELEASES, case.forms):
+        for release, options in itertools.product(releases, case.forms):
             key = _form(case.program, release, options)
             if key is None:
                 continue
@@ -135,15 +138,22 @@ def version_of(release: OnnxRelease) -> str:
     return PATCHES.get(release.version, f"{release.version}.0")
 
 
+def changes() -> tuple[str, ...]:
+    """The oldest release, each that takes something more than the one before, and the newest."""
+    pairs = itertools.pairwise(RELEASES)
+    more = [b.version for a, b in pairs if replace(a, version=b.version) != b]
+    ends = RELEASES[0].version, RELEASES[-1].version
+    return tuple(dict.fromkeys((ends[0], *more, ends[1])))
+
+
 def run(environments: Path, only: tuple[str, ...]) -> int:
     """Run every model in every environment that is there; returns how many failed."""
     failed = ran = 0
+    releases = tuple(r for r in RELEASES if not only or r.version in only)
     with tempfile.TemporaryDirectory() as scratch:
-        rows = write_models(Path(scratch))
-        for release in RELEASES:
+        rows = write_models(Path(scratch), releases)
+        for release in releases:
             python = environments / version_of(release) / "bin" / "python"
-            if only and release.version not in only:
-                continue
             listed = Path(scratch) / "models.json"
             listed.write_text(json.dumps(rows[release.version]), "utf-8")
             done = subprocess.run([python, RUNNER, listed], check=False)
@@ -158,11 +168,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("build/runtimes"))
     parser.add_argument("releases", nargs="*")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--changes", action="store_true")
     options = parser.parse_args()
+    only = (*options.releases, *(changes() if options.changes else ()))
     if options.list:
-        print("\n".join(map(version_of, RELEASES)))
+        print("\n".join(version_of(r) for r in RELEASES if not only or r.version in only))
         return 0
-    return run(options.folder, tuple(options.releases))
+    return run(options.folder, only)
 
 
 if __name__ == "__main__":

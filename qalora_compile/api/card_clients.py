@@ -10,6 +10,7 @@ from qalora_compile.api.card_text import code
 from qalora_compile.untrusted.artifacts import (
     COREML_FILE,
     MODEL_FILE,
+    OPENVINO_ENCODER_FILE,
     OPENVINO_FILE,
     TORCH_FILE,
 )
@@ -131,6 +132,14 @@ model = openvino.Core().compile_model("openvino_model.xml", "CPU")
 for one in [*model.inputs, *model.outputs]:
     print(one.any_name, one.element_type, one.partial_shape)
 """
+_OPENVINO_PAIR = """
+# pip install openvino
+import openvino
+
+for file in ("openvino_encoder_model.xml", "openvino_decoder_model.xml"):
+    model = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    print(file, [one.any_name for one in [*model.inputs, *model.outputs]])
+"""
 _TORCH = """
 # pip install torch
 import torch
@@ -187,12 +196,17 @@ def traits_of(record: Mapping[str, Any], files: Mapping[str, int]) -> Traits:
         record: Its `qalora.json`.
         files: Name → bytes of its files.
     """
-    marks = {OPENVINO_FILE: "openvino", TORCH_FILE: "torch", COREML_FILE: "coreml"}
+    marks = {
+        OPENVINO_FILE: "openvino",
+        OPENVINO_ENCODER_FILE: "openvino",
+        TORCH_FILE: "torch",
+        COREML_FILE: "coreml",
+    }
     form = next((marks[top] for name in files if (top := name.split("/")[0]) in marks), "onnx")
     sentences = "modules.json" in files
     cache = bool(record.get("kv_cache"))
     task = _task(str(record.get("architecture")), record, cache=cache)
-    single = form != "onnx" or MODEL_FILE in files
+    single = (form != "onnx" or MODEL_FILE in files) and OPENVINO_ENCODER_FILE not in files
     described = "config.json" in files
     library = "sentence-transformers" if sentences and form == "onnx" else form
     if library == "onnx" and described and single and task and (cache or task != _GENERATION):
@@ -244,6 +258,8 @@ def client_sections(traits: Traits) -> Iterator[tuple[str, str]]:
         how = _OTHERS[traits.form]
         if traits.form == "openvino" and traits.cache and traits.tokens:
             how = ("OpenVINO GenAI", _OPENVINO_LM)
+        if traits.form == "openvino" and not traits.single:
+            how = (how[0], _OPENVINO_PAIR)
         yield how[0], code("python", how[1])
         return
     if traits.single:

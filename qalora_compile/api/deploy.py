@@ -8,16 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qalora_compile.api.edge import (
-    EdgeParts,
+from qalora_compile.api.edge import EdgeParts, write_edge
+from qalora_compile.api.edge_choices import EdgeChoices, chosen_for
+from qalora_compile.api.edge_graphs import (
     edge_graphs,
     graph_file,
     is_decoder,
     lowered,
-    write_edge,
     written_file,
 )
-from qalora_compile.api.edge_choices import EdgeChoices, chosen_for
 from qalora_compile.api.export import export_model
 from qalora_compile.api.pooling import chosen_pooling
 from qalora_compile.api.run_folder import MODEL, TOKENIZER, load_run
@@ -38,7 +37,7 @@ _TRANSLATE = {
     "torch": "export with torch",
     "coreml": "convert with coremltools",
 }
-_FOR_ONNX = ("no_kv_cache", "last_logits", "with_library", "preset", "embeddings")
+_FOR_ONNX = ("no_kv_cache", "last_logits", "merged_decoder", "with_library", "preset", "embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +50,9 @@ class EdgeSpec:
         no_kv_cache: Write a language model without its key-value cache.
         last_logits: Output the logits of the last token only, or of all; None: of the last one if
             the model is a decoder that can leave out the others.
+        merged_decoder: Write an encoder-decoder model as transformers.js and optimum take it: the
+            decoder computes the keys and values of cross-attention in its first step. The preset
+            web does so too.
         preset: The preset that `target` was made from (`ExportSpec.from_preset`), which decides on
             embeddings too; None is the default.
         embeddings: How embeddings and heads that are in float are written, one of
@@ -66,6 +68,7 @@ class EdgeSpec:
     target: ExportSpec = field(default_factory=partial(ExportSpec.from_preset, None))
     no_kv_cache: bool = False
     last_logits: bool | None = None
+    merged_decoder: bool = False
     preset: str | None = None
     embeddings: int | str | None = None
     with_library: str | None = None
@@ -79,6 +82,16 @@ class EdgeSpec:
                 "--last-logits is given with --no-kv-cache",
                 hint="leave out one of them: without a cache, all logits are outputs",
             )
+        if self.merged_decoder and self.no_kv_cache:
+            raise UserInputError(
+                "--merged-decoder is given with --no-kv-cache",
+                hint="leave out one of them: without a cache, the model is one graph",
+            )
+
+    @property
+    def merged(self) -> bool | None:
+        """`merged` of `edge_graphs`: required, where there is an encoder, or no."""
+        return True if self.merged_decoder else None if self.preset == "web" else False
 
     def choose(
         self, program: Program, description: Path
@@ -173,7 +186,9 @@ def _edge(spec: DeploySpec) -> EdgeResult:
     graphs = {file: program}
     if not spec.no_kv_cache and (source / MODEL).is_dir():
         say("capture for a device")
-        graphs = edge_graphs(program, source / MODEL, last_logits=spec.last_logits, file=file)
+        graphs = edge_graphs(
+            program, source / MODEL, last_logits=spec.last_logits, merged=spec.merged, file=file
+        )
     graphs, target = lowered(graphs, target)
     say(_TRANSLATE.get(target.target, "translate to ONNX"))
     parts = EdgeParts(

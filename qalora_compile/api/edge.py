@@ -9,19 +9,12 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from torch import fx
-
-from qalora_compile.api import (
-    add_kv_cache,
-    complete_spec,
-    export_model,
-    lower,
-    split_encoder_decoder,
-)
 from qalora_compile.api.edge_choices import EdgeChoices
+from qalora_compile.api.edge_graphs import written_file
+from qalora_compile.api.export import export_model
 from qalora_compile.api.model_card import write_card
 from qalora_compile.api.pooling import Pooling
 from qalora_compile.api.run_folder import (
@@ -29,7 +22,6 @@ from qalora_compile.api.run_folder import (
     read_record,
     versions,
 )
-from qalora_compile.capture.skeleton import generates, has_encoder
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.capability import ExportReport
@@ -42,7 +34,6 @@ from qalora_compile.exporters.onnx.genai_config import (
     genai_config,
     genai_whisper_config,
 )
-from qalora_compile.exporters.onnx.write import SUFFIXES
 from qalora_compile.exporters.openvino.tokenizer import write_tokenizers
 from qalora_compile.files import atomic_folder, keep_parts, write_json
 from qalora_compile.ir.end_tokens import (
@@ -52,18 +43,11 @@ from qalora_compile.ir.end_tokens import (
     ends_to_json,
     with_ends,
 )
-from qalora_compile.ir.meta import shape_of
-from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program import Program
 from qalora_compile.sealed import write_sealed
 from qalora_compile.untrusted import read_json
 from qalora_compile.untrusted.artifacts import (
-    COREML_FILE,
-    DECODER_FILE,
-    ENCODER_FILE,
-    MODEL_FILE,
-    OPENVINO_FILE,
-    TORCH_FILE,
+    MERGED_FILE,
     data_file,
 )
 from qalora_compile.untrusted.tokenizer import load_tokenizer
@@ -127,7 +111,7 @@ class EdgeParts:
     @property
     def pair(self) -> tuple[Program, Program] | None:
         """Encoder and decoder; None for a model with a single graph."""
-        return (self.graphs[ENCODER_FILE], self.program) if len(self.graphs) > 1 else None
+        return (next(iter(self.graphs.values())), self.program) if len(self.graphs) > 1 else None
 
     def in_both(self) -> dict[str, int]:
         """Name → bytes of the weights that both files of an encoder-decoder model hold."""
@@ -145,80 +129,6 @@ def _outline(program: Program) -> list[Any]:
     """What distinguishes a program from another with the same weights."""
     tensors = {name: [str(t.dtype), *t.shape] for name, t in program.tensors().items()}
     return [program.history, program.signature.to_json(), tensors]
-
-
-def is_decoder(description: Path) -> bool:
-    """Whether the model in a folder, which may be missing, generates text with a decoder alone."""
-    described = (description / MODEL_CONFIG_FILE).is_file()
-    return described and generates(description) and not has_encoder(description)
-
-
-def outputs_last_logits(program: Program) -> bool:
-    """Whether a graph with a key-value cache outputs the logits of one position only."""
-    node = output_value(program.graph)[program.signature.outputs.index("logits")]
-    shape = shape_of(node) if isinstance(node, fx.Node) else None
-    return shape is not None and shape[1] == 1
-
-
-def graph_file(spec: ExportSpec) -> str:
-    """Name of the file of a model with a single graph, as its clients look for it."""
-    others = {"openvino": OPENVINO_FILE, "torch": TORCH_FILE, "coreml": COREML_FILE}
-    return others.get(spec.target, MODEL_FILE)
-
-
-def written_file(file: str, spec: ExportSpec) -> str:
-    """The name under which the graph `file` is written, in the format of `spec`."""
-    return str(PurePosixPath(file).with_suffix(SUFFIXES["ort"])) if spec.format == "ort" else file
-
-
-def edge_graphs(
-    program: Program,
-    description: Path,
-    *,
-    last_logits: bool | None = None,
-    file: str = MODEL_FILE,
-) -> dict[str, Program]:
-    """File name → graph that a device runs, for a model trained as a single forward pass.
-
-    Args:
-        program: The program captured on complete sequences.
-        description: Folder with the `config.json` of the transformers model.
-        last_logits: As for `add_kv_cache`.
-        file: Name of the file of a single graph, see `graph_file`.
-
-    Raises:
-        UnsupportedError: `last_logits` is set for an encoder-decoder model, or its target is not
-            ONNX; or see `add_kv_cache` and `split_encoder_decoder`.
-    """
-    if not generates(description):
-        if last_logits:
-            raise UnsupportedError(
-                "the model does not generate text token by token",
-                hint="export or quantize it without --last-logits",
-            )
-        return {file: program}
-    if not has_encoder(description):
-        return {file: add_kv_cache(program, description, last_logits=last_logits)}
-    if file != MODEL_FILE:
-        raise UnsupportedError(
-            f"encoder-decoder models have no form in a target that writes {file}",
-            hint="export with target ort, whose folder runs in ONNX Runtime",
-        )
-    if last_logits:
-        raise UnsupportedError(
-            "the decoder of an encoder-decoder model outputs the logits of all its tokens",
-            hint="export without --last-logits: its prompt is only a few tokens",
-        )
-    pair = split_encoder_decoder(program, description)
-    return dict(zip((ENCODER_FILE, DECODER_FILE), pair, strict=True))
-
-
-def lowered(
-    graphs: Mapping[str, Program], spec: ExportSpec
-) -> tuple[dict[str, Program], ExportSpec]:
-    """The graphs as exported, and `spec` with its open fields decided for them."""
-    spec = complete_spec(list(graphs.values())[-1], spec)
-    return {file: lower(program, spec) for file, program in graphs.items()}, spec
 
 
 def write_edge(out: Path, parts: EdgeParts, *, overwrite: bool) -> tuple[ExportReport, list[str]]:
@@ -253,7 +163,9 @@ def _write_parts(folder: Path, parts: EdgeParts, size: int) -> list[str]:
     if copy_preprocessor(parts.tokenizer, folder):
         written.append("preprocessor")
     genai = "no: needs a key-value cache"
-    if not parts.spec.is_onnx:
+    if MERGED_FILE in parts.graphs:
+        genai = "no: it takes the keys and values of cross-attention from the encoder"
+    elif not parts.spec.is_onnx:
         genai = "no: it runs ONNX models"
         if parts.spec.target == "openvino":
             written.append(write_tokenizers(parts.tokenizer, folder))

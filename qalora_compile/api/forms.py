@@ -71,19 +71,22 @@ def packed_form(program: Program, model: nn.Module | str | Path, *, max_length: 
 
 
 def split_encoder_decoder(
-    program: Program, model: nn.Module | str | Path
+    program: Program, model: nn.Module | str | Path, *, merged: bool = False
 ) -> tuple[Program, Program]:
     """The same trained encoder-decoder model as the two graphs that a device runs.
 
     The encoder runs once per input, and also computes the keys and values of cross-attention. The
     decoder takes these and a cache of its own, and runs token by token. For inputs and outputs see
-    `capture.encoder_decoder`. As in `add_kv_cache`, the passes that made `program` are run again
-    on each graph, and the tensors of `program` are put in.
+    `capture.encoder_decoder`. With `merged`, the decoder computes those keys and values in its
+    first step, as transformers.js and optimum expect (`capture.merged_decoder`). As in
+    `add_kv_cache`, the passes that made `program` are run again on each graph, and the tensors of
+    `program` are put in.
 
     Args:
         program: At any stage before lowering, made by `capture_model` from an encoder-decoder model
             of transformers that takes tokens (T5, BART) or log-mel features (Whisper).
         model: That model, or a folder with its `config.json`. No weight of it is read.
+        merged: Leave the keys and values of cross-attention to the decoder.
 
     Returns:
         Encoder and decoder. A weight that both read, such as an embedding, is one tensor object.
@@ -95,12 +98,14 @@ def split_encoder_decoder(
         CaptureError: `torch.export` refused the model.
     """
     from qalora_compile.capture.encoder_decoder import capture_decoder, capture_encoder
+    from qalora_compile.capture.merged_decoder import capture_merged_decoder, capture_plain_encoder
     from qalora_compile.capture.skeleton import as_skeleton
 
     skeleton = as_skeleton(model)
-    encoder, decoder = (
-        replay_part(program, capture(skeleton)) for capture in (capture_encoder, capture_decoder)
-    )
+    halves = (capture_encoder, capture_decoder)
+    if merged:
+        halves = (capture_plain_encoder, capture_merged_decoder)
+    encoder, decoder = (replay_part(program, capture(skeleton)) for capture in halves)
     paths = {row.path for part in (encoder, decoder) for row in part.plan.to_quantize()}
     lost = [row.name for row in program.plan.to_quantize() if row.path not in paths]
     if lost:

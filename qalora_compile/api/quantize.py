@@ -9,7 +9,8 @@ from typing import Any
 from qalora_compile.api.calibration import calls_from_files, work_folder
 from qalora_compile.api.codes import CodesSpec, stored_codes
 from qalora_compile.api.deploy import EdgeResult, EdgeSpec
-from qalora_compile.api.edge import EdgeParts, edge_graphs, lowered, write_edge
+from qalora_compile.api.edge import EdgeParts, write_edge
+from qalora_compile.api.edge_graphs import check_merged, edge_graphs, lowered
 from qalora_compile.api.finetune_spec import ReadingSpec
 from qalora_compile.api.model_card import base_facts
 from qalora_compile.api.pooling import chosen_pooling
@@ -97,6 +98,7 @@ def _quantize(spec: QuantizeSpec) -> QuantizeResult:
     folder = Path(spec.model)
     _check_folder(folder)
     pooling, source = chosen_pooling(spec.pooling, spec.normalize, folder), encoder_folder(folder)
+    check_merged(spec.merged, source)
     say("capture")
     with collecting_reports() as reports:
         program, stored, calls = _captured(spec, source)
@@ -115,7 +117,7 @@ def _quantize(spec: QuantizeSpec) -> QuantizeResult:
         program, target, choices = spec.choose(program, source)
         graphs = {MODEL_FILE: program}
         if not program.signature.cache and not spec.no_kv_cache:
-            graphs = edge_graphs(program, source, last_logits=spec.last_logits)
+            graphs = edge_graphs(program, source, last_logits=spec.last_logits, merged=spec.merged)
         graphs, target = lowered(graphs, target)
         say("translate to ONNX, then read, quantize and write the weights")
         record = {"model": spec.model, "quant": quant.to_json(), "base": base_facts(spec.model)}

@@ -26,7 +26,7 @@ from qalora_compile.capture.causal_lm import (
 )
 from qalora_compile.capture.export import export_model_graph
 from qalora_compile.capture.model import AxisNames, make_program, to_evaluation_module
-from qalora_compile.capture.transformers_internals import filled_cache, recording_cache
+from qalora_compile.capture.transformers_internals import filled_pair, recording_cache
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.torch_internals import pytree
@@ -34,7 +34,7 @@ from qalora_compile.optional import require
 
 ENCODER_SEQUENCE = "encoder_sequence"
 TOKENS, FEATURES, AUDIO = "input_ids", "input_features", "audio_features"
-_Past = list[dict[str, dict[str, Tensor]]]
+Past = list[dict[str, dict[str, Tensor]]]
 _FRAMES_A_POSITION = 2
 """Whisper's second convolution halves the frames."""
 _FULL_AXES = {
@@ -73,12 +73,12 @@ def capture_encoder(model: nn.Module) -> Program:
             not consist of keys and values.
         CaptureError: `torch.export` refused the model.
     """
-    layers = len(_Layout.of(model).encoder)
+    layers = len(Layout.of(model).encoder)
     kwargs, axes = (
         {AUDIO if name == FEATURES else name: value for name, value in part.items()}
-        for part in _encoder_example(model)
+        for part in encoder_example(model)
     )
-    return _capture(model, _encoder_forward(model, layers), kwargs, axes)
+    return capture_part(model, _encoder_forward(model, layers), kwargs, axes)
 
 
 def capture_decoder(model: nn.Module) -> Program:
@@ -97,9 +97,9 @@ def capture_decoder(model: nn.Module) -> Program:
 
     Args, Raises: see `capture_encoder`.
     """
-    layout = _Layout.of(model)
-    kwargs, axes = _decoder_example(model, layout)
-    return _capture(model, _decoder_forward(model, layout), kwargs, axes)
+    layout = Layout.of(model)
+    kwargs, axes = decoder_example(model, layout)
+    return capture_part(model, _decoder_forward(model, layout), kwargs, axes)
 
 
 def capture_full_forward(model: nn.Module) -> Program:
@@ -110,7 +110,7 @@ def capture_full_forward(model: nn.Module) -> Program:
     Args, Raises: see `capture_encoder`.
     """
     disable_cache(model)
-    return _capture(model, type(model).forward, full_example(model), _FULL_AXES)
+    return capture_part(model, type(model).forward, full_example(model), _FULL_AXES)
 
 
 def disable_cache(model: nn.Module) -> None:
@@ -134,7 +134,7 @@ def full_example(model: nn.Module) -> dict[str, Tensor]:
         size = (_BATCH_SIZE, length)
         return torch.randint(0, config.vocab_size, size, generator=generator)
 
-    kwargs, _ = _encoder_example(model)
+    kwargs, _ = encoder_example(model)
     if TOKENS in kwargs:
         kwargs[TOKENS] = tokens(_ENCODER_SIZE)
     else:
@@ -144,7 +144,7 @@ def full_example(model: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """The dimensions of a model's caches.
 
     Attributes:
@@ -159,13 +159,13 @@ class _Layout:
     width: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> _Layout:
+    def of(cls, model: nn.Module) -> Layout:
         """Read the dimensions from the caches of a run on one token.
 
         Raises:
             UnsupportedError: the model returns no such caches.
         """
-        kwargs, _ = _encoder_example(model)
+        kwargs, _ = encoder_example(model)
         try:
             with torch.no_grad():
                 output = model(**kwargs, decoder_input_ids=ones((_BATCH_SIZE, 1)), use_cache=True)
@@ -181,7 +181,7 @@ class _Layout:
         return cls(sizes[0], sizes[1], cross[0][0][2], hidden[-1])
 
 
-def _capture(
+def capture_part(
     model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], axes: AxisNames
 ) -> Program:
     """Capture `forward` in place of the model's own, with shared parameters."""
@@ -196,7 +196,7 @@ def _capture(
     return make_program(model, to_evaluation_module(exported), (), kwargs, axes=axes)
 
 
-def _encoder_example(model: Any) -> tuple[dict[str, Any], AxisNames]:
+def encoder_example(model: Any) -> tuple[dict[str, Any], AxisNames]:
     """Inputs of the encoder, and their dynamic axes.
 
     Raises:
@@ -211,7 +211,7 @@ def _encoder_example(model: Any) -> tuple[dict[str, Any], AxisNames]:
     positions = getattr(model.config, "max_source_positions", None)
     if kind == FEATURES and isinstance(bins, int) and isinstance(positions, int):
         shape = (_BATCH_SIZE, bins, _FRAMES_A_POSITION * positions)
-        return {FEATURES: torch.zeros(shape, dtype=_dtype(model))}, {FEATURES: {0: BATCH}}
+        return {FEATURES: torch.zeros(shape, dtype=first_dtype(model))}, {FEATURES: {0: BATCH}}
     raise UnsupportedError(
         f"{type(model).__name__} takes {kind or 'unknown inputs'}",
         hint=f"encoder-decoder models are split where they take {TOKENS} or Whisper's {FEATURES}; "
@@ -247,9 +247,9 @@ def _encoder_forward(model: nn.Module, layers: int) -> Callable[..., Any]:
     return read if getattr(model, "main_input_name", None) == TOKENS else encode_audio
 
 
-def _decoder_example(model: nn.Module, layout: _Layout) -> tuple[dict[str, Any], AxisNames]:
+def decoder_example(model: nn.Module, layout: Layout) -> tuple[dict[str, Any], AxisNames]:
     """Inputs of three tokens after five past ones; torch treats sizes 0 and 1 as constants."""
-    dtype = _dtype(model)
+    dtype = first_dtype(model)
 
     def keys_values(sizes: tuple[int, int, int], length: int) -> dict[str, Tensor]:
         heads, *widths = sizes
@@ -259,7 +259,7 @@ def _decoder_example(model: nn.Module, layout: _Layout) -> tuple[dict[str, Any],
             for name, shape in zip(("key", "value"), shapes, strict=True)
         }
 
-    reads = TOKENS in _encoder_example(model)[0]
+    reads = TOKENS in encoder_example(model)[0]
     axes: dict[str, dict[int, str]] = {
         TOKENS: {0: BATCH, 1: SEQUENCE},
         "encoder_attention_mask": {0: BATCH, 1: ENCODER_SEQUENCE},
@@ -279,27 +279,28 @@ def _decoder_example(model: nn.Module, layout: _Layout) -> tuple[dict[str, Any],
     return {**tokens, **mask, "past_key_values": past}, axes
 
 
-def _decoder_forward(model: nn.Module, layout: _Layout) -> Callable[..., Any]:
-    """The decoder with its cross-attention's keys and values in the cache."""
-    base, argument = type(model), cache_argument(model)
-    caches = require("transformers.cache_utils", extra="hf", purpose="capture with a cache")
+def encoder_output(hidden: Tensor) -> Any:
+    """What a decoder gets from its encoder, in the class that transformers has for it."""
     outputs = require("transformers.modeling_outputs", extra="hf", purpose="capture with a cache")
     # NLLB-MoE reads what no decoder needs
-    encoded = type("Encoded", (outputs.BaseModelOutput,), {"router_logits": None})
+    kind = type("Encoded", (outputs.BaseModelOutput,), {"router_logits": None})
+    return kind(last_hidden_state=hidden)
 
-    def decode(self: Any, tokens: Tensor, past: _Past, **mask: Tensor) -> dict[str, Any]:
-        own, cross = (
-            filled_cache([layer[part] for layer in past]) for part in ("decoder", "encoder")
-        )
+
+def _decoder_forward(model: nn.Module, layout: Layout) -> Callable[..., Any]:
+    """The decoder with its cross-attention's keys and values in the cache."""
+    base, argument = type(model), cache_argument(model)
+
+    def decode(self: Any, tokens: Tensor, past: Past, **mask: Tensor) -> dict[str, Any]:
         keys = past[0]["encoder"]["key"]
         # Only its length matters: the keys and values computed from it are in the cache.
         hidden = keys.new_zeros(keys.shape[0], keys.shape[2], layout.width)
         output = base.forward(
             self,
-            encoder_outputs=encoded(last_hidden_state=hidden),
+            encoder_outputs=encoder_output(hidden),
             decoder_input_ids=tokens,
             use_cache=True,
-            **{argument: caches.EncoderDecoderCache(own, cross)},
+            **{argument: filled_pair(past)},
             **mask,
         )
         layers = output[argument].self_attention_cache.layers
@@ -307,15 +308,16 @@ def _decoder_forward(model: nn.Module, layout: _Layout) -> Callable[..., Any]:
         return {"logits": output.logits, "present": present}
 
     def after_text(
-        self: Any, input_ids: Tensor, encoder_attention_mask: Tensor, past_key_values: _Past
+        self: Any, input_ids: Tensor, encoder_attention_mask: Tensor, past_key_values: Past
     ) -> dict[str, Any]:
         return decode(self, input_ids, past_key_values, attention_mask=encoder_attention_mask)
 
-    def after_features(self: Any, input_ids: Tensor, past_key_values: _Past) -> dict[str, Any]:
+    def after_features(self: Any, input_ids: Tensor, past_key_values: Past) -> dict[str, Any]:
         return decode(self, input_ids, past_key_values)
 
     return after_text if getattr(model, "main_input_name", None) == TOKENS else after_features
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def first_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter, which its inputs have too."""
     return next(p.dtype for p in model.parameters() if p.is_floating_point())

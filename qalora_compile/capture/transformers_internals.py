@@ -7,7 +7,7 @@ names the public interface that would make a private name unnecessary.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -127,6 +127,44 @@ def filled_cache(past: Iterable[Mapping[str, Tensor]]) -> Any:
         layer.keys, layer.values = tensors["key"], tensors["value"]
         cache.layers.append(layer)
     return cache
+
+
+def filled_pair(past: Sequence[Mapping[str, Mapping[str, Tensor]]], *, grows: bool = False) -> Any:
+    """The caches of a decoder's own and of its encoder's tokens, from each layer's of both.
+
+    Args:
+        past: For each layer `decoder` and `encoder`, each with `key` and `value`.
+        grows: Cross-attention appends what it computes from the encoder's states, but for the
+            last one of them, to its cache, instead of taking the cache for complete.
+
+    Wish: the argument `is_updated` for the constructor.
+    """
+    own, cross = (filled_cache([layer[part] for layer in past]) for part in ("decoder", "encoder"))
+    if grows:
+        kind = _but_for_the_last()
+        for layer in cross.layers:
+            layer.__class__ = kind
+    made = _caches().EncoderDecoderCache(own, cross)
+    if grows:
+        made.is_updated = dict.fromkeys(made.is_updated, False)
+    return made
+
+
+def _but_for_the_last() -> Any:
+    """A layer of a cache that appends all but the last of the keys and values it is given."""
+
+    class Append(_caches().DynamicLayer):  # type: ignore[misc]
+        keys: Tensor
+        values: Tensor
+
+        def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            self.keys, self.values = (
+                torch.cat([old, new[:, :, :-1]], -2)
+                for old, new in ((self.keys, keys), (self.values, values))
+            )
+            return self.keys, self.values
+
+    return Append
 
 
 def recording_cache(layers: int) -> Any:

@@ -198,6 +198,12 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help="output the logits of all tokens, for perplexity and scoring",
     )
     parser.add_argument(
+        "--merged-decoder",
+        action="store_true",
+        help="write an encoder-decoder model as transformers.js and optimum take it; default: only "
+        "with preset web",
+    )
+    parser.add_argument(
         "--external-data",
         action="store_true",
         help="write the weights to a second file, which needs less memory to load; default: one "
@@ -301,7 +307,7 @@ def _tolerance(report: ExportReport) -> tuple[str, str]:
 
 
 def _cache_state(spec: EdgeSpec, program: Program) -> str:
-    from qalora_compile.api.edge import outputs_last_logits
+    from qalora_compile.api.edge_graphs import outputs_last_logits
 
     if program.signature.cache:
         return "yes, logits of the last token" if outputs_last_logits(program) else "yes"

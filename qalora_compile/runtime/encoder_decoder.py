@@ -11,7 +11,12 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
 from qalora_compile.runtime.language_model import Sampling, continue_tokens, empty_cache
 from qalora_compile.runtime.session import open_session, run_values
-from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE, encoder_decoder_files
+from qalora_compile.untrusted.artifacts import (
+    DECODER_FILE,
+    ENCODER_FILE,
+    MERGED_FILE,
+    encoder_decoder_files,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +24,13 @@ if TYPE_CHECKING:
 
 _TOKENS, _MASK, _DECODER_MASK = "input_ids", "attention_mask", "encoder_attention_mask"
 _PAST, _PRESENT, _LOGITS = "past_key_values.", "present.", "logits"
-_OWN, _CROSS = ".decoder.", ".encoder."
+_CROSS = ".encoder."
+_STATES, _LAST_STATES = "encoder_hidden_states", "last_hidden_state"
+
+
+def _fixed(size: object) -> bool:
+    """Whether a dimension of a session is a number, and not a name."""
+    return isinstance(size, int)
 
 
 @dataclass(frozen=True)
@@ -27,8 +38,8 @@ class Encoded:
     """An encoded input: the inputs of the decoder that stay constant in all steps.
 
     Attributes:
-        values: Keys and values of cross-attention, and the mask, by name of the decoder's input, as
-            `onnxruntime.OrtValue`.
+        values: Keys and values of cross-attention, or the encoder's states where the decoder is
+            merged, and the mask, by name of the decoder's input, as `onnxruntime.OrtValue`.
         batch: The batch size.
     """
 
@@ -41,7 +52,8 @@ class EncoderDecoder:
 
     Args:
         encoder: Session of `encoder_model.onnx`, from `open_session`.
-        decoder: Session of `decoder_model.onnx`.
+        decoder: Session of `decoder_model.onnx`, or of `decoder_model_merged.onnx`, whose cache
+            holds the keys and values of cross-attention too.
         start: Tokens that the decoder begins with; empty if the model names none.
         context_length: Largest number of tokens of the decoder, including `start`; None: no limit.
 
@@ -61,22 +73,26 @@ class EncoderDecoder:
         self.start, self.context_length = tuple(start), context_length
         self._encoder_inputs = [i.name for i in encoder.get_inputs()]
         self._inputs = {i.name: i for i in decoder.get_inputs()}
-        self._past = [name for name in self._inputs if _OWN in name]
-        self._cross = [name for name in self._inputs if name.startswith(_PAST) and _CROSS in name]
+        past = [name for name in self._inputs if name.startswith(_PAST)]
+        if _STATES in self._inputs:
+            self._encoded = {_STATES: _LAST_STATES}
+        else:
+            self._encoded = {n: n.replace(_PAST, _PRESENT) for n in past if _CROSS in n}
+        self._past = [name for name in past if name not in self._encoded]
         given = {o.name: o for o in encoder.get_outputs()}
-        wanted = [name.replace(_PAST, _PRESENT) for name in self._cross]
-        known = {_TOKENS, _DECODER_MASK, *self._past, *self._cross}
-        if not self._cross or not set(wanted) <= set(given) or not set(self._inputs) <= known:
+        known = {_TOKENS, _DECODER_MASK, *self._past, *self._encoded}
+        taken = set(self._encoded.values())
+        if not taken or not taken <= set(given) or not set(self._inputs) <= known:
             raise UnsupportedError(
                 f"the decoder takes {', '.join(self._inputs)}, and the encoder gives "
                 f"{', '.join(given)}: they are not the two graphs of one model",
             )
-        for name, output in zip(self._cross, wanted, strict=True):
-            mine, theirs = (v.shape[1::2] for v in (self._inputs[name], given[output]))
-            if mine != theirs:
+        for name, output in self._encoded.items():
+            mine, theirs = self._inputs[name].shape, given[output].shape
+            if any(a != b for a, b in zip(mine, theirs, strict=True) if _fixed(a) and _fixed(b)):
                 raise UnsupportedError(
-                    f"the decoder takes {name} of {mine[0]} heads of {mine[1]}, and the encoder "
-                    f"gives {theirs[0]} of {theirs[1]}: they belong to different models"
+                    f"the decoder takes {name} of sizes {mine}, and the encoder gives {theirs}: "
+                    "they belong to different models"
                 )
 
     @classmethod
@@ -93,14 +109,20 @@ class EncoderDecoder:
 
         Raises:
             UserInputError: a file is missing or broken.
-            UnsupportedError: see the class.
+            UnsupportedError: see the class; or the folder is for OpenVINO.
         """
         files = encoder_decoder_files(Path(folder))
         if files is None:
             raise UserInputError(
                 "the folder holds no encoder-decoder model",
                 where=str(folder),
-                hint=f"it has {ENCODER_FILE} and {DECODER_FILE}",
+                hint=f"it has {ENCODER_FILE} and {DECODER_FILE}, or {MERGED_FILE}",
+            )
+        if files[0].suffix == ".xml":
+            raise UnsupportedError(
+                "the folder is for OpenVINO",
+                where=str(folder),
+                hint="run it with OpenVINO (docs/design/lowering.md), or export with target ort",
             )
         encoder, decoder = (open_session(file, threads=threads, library=library) for file in files)
         return cls(encoder, decoder, start=start, context_length=context_length)
@@ -115,7 +137,7 @@ class EncoderDecoder:
 
         Args:
             inputs: `input_ids` int64 `[B, T]` and, if there is padding, `attention_mask`; or
-                `audio_features` float32 `[B, mel bins, frames]`.
+                `audio_features` (merged: `input_features`) float32 `[B, mel bins, frames]`.
 
         Raises:
             UserInputError: an input is missing or unknown.
@@ -131,9 +153,8 @@ class EncoderDecoder:
             )
         batch = len(next(iter(feed.values())))
         values = {n: runtime.OrtValue.ortvalue_from_numpy(value) for n, value in feed.items()}
-        wanted = [name.replace(_PAST, _PRESENT) for name in self._cross]
-        found = run_values(self.encoder, wanted, values)
-        kept = dict(zip(self._cross, found, strict=True))
+        found = run_values(self.encoder, list(self._encoded.values()), values)
+        kept = dict(zip(self._encoded, found, strict=True))
         if _DECODER_MASK in self._inputs:
             kept[_DECODER_MASK] = values[_MASK]
         return Encoded(kept, batch)

@@ -15,24 +15,31 @@ RUN_CONFIG = "run.yaml"
 """The options of a run, with which it can be repeated."""
 MODEL_FILE = "onnx/model_q4.onnx"
 ENCODER_FILE, DECODER_FILE = "onnx/encoder_model_q4.onnx", "onnx/decoder_model_q4.onnx"
+MERGED_FILE = "onnx/decoder_model_merged_q4.onnx"
 """Where an edge folder has its graphs: transformers.js, optimum and sentence-transformers look
 there. `q4` is how transformers.js calls a graph on codes of few bits."""
+OPENVINO_FILE = "openvino_model.xml"
+OPENVINO_ENCODER_FILE = "openvino_encoder_model.xml"
+OPENVINO_DECODER_FILE = "openvino_decoder_model.xml"
+"""The names that OpenVINO GenAI and Optimum look for; the weights are in a `.bin` file."""
 ORT_SUFFIX = ".ort"
-ORT_FILE, ORT_ENCODER_FILE, ORT_DECODER_FILE = (
-    f"{file.removesuffix('.onnx')}{ORT_SUFFIX}" for file in (MODEL_FILE, ENCODER_FILE, DECODER_FILE)
+ORT_FILE, ORT_ENCODER_FILE, ORT_DECODER_FILE, ORT_MERGED_FILE = (
+    f"{file.removesuffix('.onnx')}{ORT_SUFFIX}"
+    for file in (MODEL_FILE, ENCODER_FILE, DECODER_FILE, MERGED_FILE)
 )
 """The same in ONNX Runtime's own format."""
 _MODELS = (MODEL_FILE, "model.onnx", "onnx/model.onnx", ORT_FILE, "model.ort")
 _HALVES = (
     (ENCODER_FILE, DECODER_FILE),
+    (ENCODER_FILE, MERGED_FILE),
     ("encoder_model.onnx", "decoder_model.onnx"),
     (ORT_ENCODER_FILE, ORT_DECODER_FILE),
+    (ORT_ENCODER_FILE, ORT_MERGED_FILE),
+    (OPENVINO_ENCODER_FILE, OPENVINO_DECODER_FILE),
 )
 """Also the places of earlier versions, and of optimum."""
 _DATA_SUFFIXES = ("_data", ".data")
 CONFIG_FILE, GGUF_FILE = "config.json", "model.gguf"
-OPENVINO_FILE = "openvino_model.xml"
-"""The name that OpenVINO GenAI and Optimum look for; the weights are in a `.bin` file."""
 TORCH_FILE = "model.pt2"
 COREML_FILE = "model.mlpackage"
 """A folder."""
@@ -80,7 +87,8 @@ def model_file(folder: Path) -> Path:
 def encoder_decoder_files(folder: Path) -> tuple[Path, Path] | None:
     """Encoder and decoder of an export folder, one of which may be missing; None without both."""
     pairs = [(folder / encoder, folder / decoder) for encoder, decoder in _HALVES]
-    return next((pair for pair in pairs if any(file.exists() for file in pair)), None)
+    best = max(pairs, key=lambda pair: sum(file.exists() for file in pair))
+    return best if any(file.exists() for file in best) else None
 
 
 def data_file(model: Path) -> Path:

@@ -51,9 +51,20 @@ class Pt2File:
     tensors: Mapping[str, Pt2Tensor]
 
     def bytes_of(self, tensor: Pt2Tensor) -> bytes:
-        """The bytes of a tensor."""
-        with zipfile.ZipFile(self.path) as archive:
-            return archive.read(tensor.entry)
+        """The bytes of a tensor.
+
+        Raises:
+            UserInputError: they are damaged.
+        """
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.read(tensor.entry)
+        except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
+            raise UserInputError(
+                f"{tensor.entry} of {self.path.name} is damaged: {error}",
+                where=str(self.path),
+                hint=_HINT,
+            ) from error
 
 
 def compiled_file(model: Path) -> Path:

@@ -56,6 +56,18 @@ def test_last_logits_without_a_cache_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_merged_decoder_is_refused_where_there_is_none(
+    folded: Path, model_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    said = "for models with an encoder and a decoder", "is given with --no-kv-cache"
+    for line in (["export", str(folded)], ["quantize", str(model_folder)]):
+        words = [*line, "--out", str(tmp_path / "edge"), "--merged-decoder"]
+        for more, expected in zip(([], ["--no-kv-cache"]), said, strict=True):
+            assert main([*words, *more]) == 2
+            assert expected in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_path_is_called_missing(folded: Path, capsys: Capture) -> None:
     for words in (["none", str(folded)], [str(folded), "none"], ["none", "nothing"]):
         for way in (["--max-rel", "1e-3"], ["--prove"], ["--numeric"]):

@@ -1,6 +1,6 @@
 """Run by the interpreter that has playwright: opens a page, asks, and prints what it says.
 
-python browser.py CHROMIUM URL FIELD TEXT
+python browser.py CHROMIUM URL [FIELD TEXT]
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from playwright.sync_api import sync_playwright
 _MS = 300_000
 
 
-def ask(chromium: str, url: str, field: str, text: str) -> dict[str, object]:
-    """The data attributes of the page and its visible texts after the answer."""
+def ask(chromium: str, url: str, field: str = "", text: str = "") -> dict[str, object]:
+    """The data attributes of the page and its visible texts after the answer.
+
+    A page that is ready gets `text` in `field`; one that asks nothing is answered by itself.
+    """
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
@@ -25,13 +28,12 @@ def ask(chromium: str, url: str, field: str, text: str) -> dict[str, object]:
         page.on("request", lambda r: outside.append(r.url) if "//127.0.0.1" not in r.url else None)
         page.goto(url)
         adapter = page.evaluate("navigator.gpu?.requestAdapter().then((found) => found !== null)")
-        page.wait_for_selector("body[data-state=ready], body[data-state=failed]", timeout=_MS)
+        ended = "body[data-state=answered], body[data-state=failed]"
+        page.wait_for_selector(f"body[data-state=ready], {ended}", timeout=_MS)
         if page.get_attribute("body", "data-state") == "ready":
             page.fill(field, text)
             page.click("#ask")
-            page.wait_for_selector(
-                "body[data-state=answered], body[data-state=failed]", timeout=_MS
-            )
+            page.wait_for_selector(ended, timeout=_MS)
         found = {
             "adapter": bool(adapter),
             "state": page.get_attribute("body", "data-state"),

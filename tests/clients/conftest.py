@@ -21,6 +21,7 @@ from benchmarks.peers.sources import assets, write_smollm2
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.cli.main import main
 from tests.chromium import ROOT, browser, python_with_clients
+from tests.clients.speed import write_float
 
 WEB = ROOT / "examples" / "web"
 PROMPT = "What is the capital of France?"
@@ -30,10 +31,16 @@ TEXTS = ("a film to remember", "it drags on and on, and then it ends", "music")
 
 @dataclass(frozen=True)
 class Exported:
-    """An edge folder, and what torch computes with the model that it was made from."""
+    """An edge folder, what torch computes with the model it was made from, and that model."""
 
     folder: Path
     expected: Any
+    source: Path
+
+    def as_float(self) -> Path:
+        """The same folder with the model as floats, next to this one; written when asked for."""
+        made = self.folder.with_name(f"{self.folder.name}-float")
+        return made if made.is_dir() else write_float(self.source, self.folder, made)
 
 
 def run(command: list[str | Path]) -> Any:
@@ -50,7 +57,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """SmolLM2-135M in float, with the values of its GGUF file, and torch's tokens."""
     folder = tmp_path_factory.mktemp("clients") / "float"
     write_smollm2(folder, folder.parent)
-    return Exported(folder, generated(folder, NEW_TOKENS))
+    return Exported(folder, generated(folder, NEW_TOKENS), folder)
 
 
 def generated(folder: Path, tokens: int, **changed: Any) -> list[int]:
@@ -70,7 +77,7 @@ def generated(folder: Path, tokens: int, **changed: Any) -> list[int]:
 def quantized(source: Exported, folder: Path, *words: str) -> Exported:
     """An edge folder. The GGUF file is 4 bits itself: it has the weights that torch has."""
     assert main(["quantize", str(source.folder), "--out", str(folder), *words]) == 0
-    return Exported(folder, source.expected)
+    return Exported(folder, source.expected, source.folder)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +99,7 @@ def webgpu_model(smollm2: Exported, tmp_path_factory: pytest.TempPathFactory) ->
     model: Any = LlamaForCausalLM.from_pretrained(smollm2.folder, **few)
     model.save_pretrained(made / "float")
     AutoTokenizer.from_pretrained(smollm2.folder).save_pretrained(made / "float")
-    source = Exported(made / "float", generated(made / "float", FEW_TOKENS))
+    source = Exported(made / "float", generated(made / "float", FEW_TOKENS), made / "float")
     return quantized(source, made / "webgpu", "--preset", "web", "--expansion", "nbits")
 
 
@@ -109,7 +116,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         hidden = model(**encoded).last_hidden_state
     mask = encoded.attention_mask[..., None]
     vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
-    return Exported(folder, vectors)
+    return Exported(folder, vectors, base)
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +134,8 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     assert main(["quantize", str(made / "float"), "--out", str(made / "classifier"), *words]) == 0
     with torch.no_grad():
         found = model(**tokenizer(TEXTS[0], return_tensors="pt")).logits[0].softmax(0)
-    return Exported(made / "classifier", dict(zip(names.values(), found.tolist(), strict=True)))
+    expected = dict(zip(names.values(), found.tolist(), strict=True))
+    return Exported(made / "classifier", expected, made / "float")
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +167,7 @@ class _Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """The address of a server of `examples/web`, and the folder of its models."""
-    for file in WEB.iterdir():
+    for file in (*WEB.iterdir(), script("turns.html"), script("turns.js")):
         (tmp_path / file.name).symlink_to(file)
     models = tmp_path / "models"
     models.mkdir(exist_ok=True)

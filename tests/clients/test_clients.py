@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -23,10 +25,13 @@ from tests.clients.conftest import (
     script,
 )
 from tests.clients.record import record_client
+from tests.clients.speed import ROUNDS, next_to_float, recording
 
 pytestmark = pytest.mark.slow
 SMOLLM2, MINILM = "SmolLM2-135M", "all-MiniLM-L6-v2"
 TOKENS = f"torch's {NEW_TOKENS} tokens"
+SPEED_TOKENS = 8
+"""The answer to the prompt is that long; the first token is not in the time."""
 NEAR = 2e-2
 """8 bits against float."""
 
@@ -43,6 +48,46 @@ def version_in(python: Path, package: str) -> str:
     return str(run([python, "-c", code]))
 
 
+def plan(kind: str, text: str, models: tuple[str, str], **more: Any) -> str:
+    """What turns.js runs, as JSON."""
+    few = {"tokens": SPEED_TOKENS, "rounds": ROUNDS}
+    return json.dumps({"kind": kind, "text": text, "models": models} | few | more)
+
+
+def speed_in_node(node: str, model: Exported) -> str:
+    """Decoding, next to float; empty where no row is recorded."""
+    if not recording():
+        return ""
+    models = (model.folder.name, model.as_float().name)
+    words: list[str | Path] = [WEB, model.folder.parent, plan("text-generation", PROMPT, models)]
+    return next_to_float(run([node, script("turns.mjs"), *words]))
+
+
+def speed_in_python(python: Path, function: str, model: Exported, *words: str) -> str:
+    """A function of python_clients.py on the model and on its float form, like the above."""
+    if not recording():
+        return ""
+    both: list[str | Path] = [model.folder, model.as_float()]
+    return next_to_float(run([python, script("python_clients.py"), function, *both, *words]))
+
+
+def speed_on_page(
+    python: Path, chromium: str, site: tuple[str, Path], model: Exported, **asked: Any
+) -> str:
+    """What turns.html measures, like the above; `asked`: kind, text and device."""
+    if not recording():
+        return ""
+    address, models = site
+    for name, folder in (("tuned", model.folder), ("float", model.as_float())):
+        (models / name).symlink_to(folder)
+    stated = plan(models=("tuned", "float"), **asked)
+    found = run(
+        [python, script("browser.py"), chromium, f"{address}/turns.html?plan={quote(stated)}"]
+    )
+    assert (found["state"], found["problems"]) == ("answered", []), found["status"]
+    return next_to_float(json.loads(found["found"]))
+
+
 @pytest.mark.parametrize("form", ["language_model", "web_model"])
 def test_transformers_js_in_node_generates_torch_s_tokens(
     form: str, node: str, request: pytest.FixtureRequest
@@ -52,14 +97,29 @@ def test_transformers_js_in_node_generates_torch_s_tokens(
     found = run([node, WEB / "generate.mjs", *words])
     assert found["ids"] == model.expected
     preset = "" if form == "language_model" else ", preset web"
-    record_client(f"transformers.js in Node.js{preset}", js_version(), "ort", SMOLLM2, TOKENS)
+    record_client(
+        f"transformers.js in Node.js{preset}",
+        js_version(),
+        "ort",
+        SMOLLM2,
+        TOKENS,
+        speed=speed_in_node(node, model),
+    )
 
 
 def test_optimum_generates_torch_s_tokens(language_model: Exported, python: Path) -> None:
     words: list[str | Path] = [script("python_clients.py"), "optimum_tokens", language_model.folder]
     found = run([python, *words, PROMPT, str(NEW_TOKENS)])
     assert found == language_model.expected
-    record_client("optimum-onnx", version_in(python, "optimum-onnx"), "ort", SMOLLM2, TOKENS)
+    few = (PROMPT, str(SPEED_TOKENS), str(ROUNDS))
+    record_client(
+        "optimum-onnx",
+        version_in(python, "optimum-onnx"),
+        "ort",
+        SMOLLM2,
+        TOKENS,
+        speed=speed_in_python(python, "optimum_seconds", language_model, *few),
+    )
 
 
 def test_sentence_transformers_computes_torch_s_vectors(encoder: Exported, python: Path) -> None:
@@ -74,6 +134,7 @@ def test_sentence_transformers_computes_torch_s_vectors(encoder: Exported, pytho
         "ort",
         f"{MINILM}, 8 bits",
         f"vectors within {error:.1g} of float's",
+        speed=speed_in_python(python, "sentence_seconds", encoder, str(ROUNDS), *TEXTS),
     )
 
 
@@ -126,8 +187,14 @@ def test_the_page_chats_in_a_browser(
     assert json.loads(found["ids"])[: len(web_model.expected)] == web_model.expected
     assert "Paris" in found["answer"]
     assert "tokens/s on wasm" in found["status"]
-    client = "transformers.js in Chromium, WASM, preset web"
-    record_client(client, js_version(), "ort", SMOLLM2, TOKENS, speed=found["status"])
+    record_client(
+        "transformers.js in Chromium, WASM, preset web",
+        js_version(),
+        "ort",
+        SMOLLM2,
+        TOKENS,
+        speed=speed_on_page(python, chromium, site, web_model, kind="text-generation", text=PROMPT),
+    )
 
 
 def test_the_page_chats_on_webgpu(
@@ -141,9 +208,15 @@ def test_the_page_chats_on_webgpu(
         pytest.skip("this Chromium has no WebGPU adapter, not even SwiftShader")
     assert (found["state"], found["problems"], found["outside"]) == ("answered", [], [])
     assert json.loads(found["ids"]) == webgpu_model.expected
-    client = "transformers.js in Chromium, WebGPU (SwiftShader)"
-    few = f"torch's {FEW_TOKENS} tokens, two layers"
-    record_client(client, js_version(), "ort", SMOLLM2, few)
+    asked = {"kind": "text-generation", "text": PROMPT, "device": "webgpu", "tokens": FEW_TOKENS}
+    record_client(
+        "transformers.js in Chromium, WebGPU (SwiftShader)",
+        js_version(),
+        "ort",
+        SMOLLM2,
+        f"torch's {FEW_TOKENS} tokens, two layers",
+        speed=speed_on_page(python, chromium, site, webgpu_model, **asked),
+    )
 
 
 def test_the_page_classifies_in_a_browser(
@@ -157,10 +230,12 @@ def test_the_page_classifies_in_a_browser(
     scores = {row["label"]: row["score"] for row in json.loads(found["found"])}
     assert scores == pytest.approx(classifier.expected, abs=NEAR)
     error = max(abs(scores[label] - value) for label, value in classifier.expected.items())
+    asked = {"kind": "text-classification", "text": TEXTS[0]}
     record_client(
-        "transformers.js in Chromium, wasm",
+        "transformers.js in Chromium, WASM, preset web",
         js_version(),
-        "ort-stock",
+        "ort",
         f"{MINILM} with a head, 8 bits",
         f"probabilities within {error:.1g} of float's",
+        speed=speed_on_page(python, chromium, site, classifier, **asked),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import qalora_compile as qc
-from qalora_compile.capture.load_source import load_source
+from qalora_compile.capture.load_source import Source, load_source
 from qalora_compile.exporters.openvino.tokenizer import (
     DETOKENIZER_FILE,
     TOKENIZER_FILE,
@@ -19,6 +21,7 @@ from qalora_compile.exporters.openvino.tokenizer import (
 )
 from qalora_compile.files import write_json
 from tests.clients.record import record_client
+from tests.clients.speed import ROUNDS, next_to_float, recording
 from tests.e2e.layers import keep_layers
 from tests.models import randomize_adapters
 
@@ -65,6 +68,27 @@ def test_genai_generates_the_tokens_of_torch(tmp_path: Path) -> None:
     assert list(answer.tokens[0]) == expected[len(tokens) :]
     text = pipeline.generate(PROMPT, config, apply_chat_template=False)
     assert str(text).strip() == source.tokenizer.decode(expected[len(tokens) :]).strip()
-    version = metadata.version("openvino-genai")
-    result = f"torch's {NEW_TOKENS} tokens"
-    record_client("OpenVINO GenAI", version, "openvino", "SmolLM2-135M, folded", result)
+    record_client(
+        "OpenVINO GenAI",
+        metadata.version("openvino-genai"),
+        "openvino",
+        "SmolLM2-135M, folded",
+        f"torch's {NEW_TOKENS} tokens",
+        speed=_speed(source, pipeline, tmp_path, lambda p: p.generate(inputs, config)),
+    )
+
+
+def _speed(source: Source, tuned: Any, edge: Path, answer: Callable[[Any], Any]) -> str:
+    """Seconds of a token, next to float's in GenAI; empty where no row is recorded."""
+    if not recording():
+        return ""
+    folder = edge / "float"
+    shutil.copytree(edge, folder, ignore=shutil.ignore_patterns("openvino_model.*", "float"))
+    floats = qc.add_kv_cache(source.capture(), source.model, last_logits=None)
+    spec = qc.ExportSpec(target="openvino", allow_unfolded=True)
+    qc.export_model(floats, folder / "openvino_model.xml", spec)
+    plain = genai.LLMPipeline(str(folder), "CPU", INFERENCE_PRECISION_HINT="f32")
+    both = (tuned, plain)
+    return next_to_float(
+        [[answer(p).perf_metrics.get_tpot().mean for p in both] for _ in range(ROUNDS)]
+    )

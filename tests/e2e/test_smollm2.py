@@ -30,6 +30,7 @@ from qalora_compile.ir.packing.bitstream import unpack_codes
 from qalora_compile.runtime import LanguageModel, kernel_level, library_path, open_session
 from qalora_compile.verify import check_certificate, compare_nodes, named_inputs
 from tests.clients.record import record_client
+from tests.clients.speed import FLOAT, in_turns, recording
 from tests.models import randomize_adapters, scale_of, worst
 from tests.verify.planted import SPECS
 
@@ -42,7 +43,8 @@ PROMPTS = (
 )
 IN_EVERY_MODE = 1
 """Prompts that all execution modes are given; the others are for those that come last."""
-NEW_TOKENS = 40
+NEW_TOKENS, TIMED_TOKENS = 40, 16
+Generate = Callable[[list[int]], Iterator[int]]
 NEVER_GENERATED = 16
 """A special token of the tokenizer that no text has: generation does not end at it."""
 TOLERANCE = qc.Tolerance(max_rel=1e-4)
@@ -114,7 +116,7 @@ def test_folded_and_exported_models_compute_the_same(road: Road) -> None:
 def test_every_deployment_generates_the_same_tokens(road: Road, tmp_path: Path) -> None:
     cached = qc.add_kv_cache(road.folded, road.source.model)
     described: Any = road.source.model.config
-    modes: list[Callable[[list[int]], list[int]]] = []
+    modes: list[Generate] = []
     for fusion in ("ort", "standard"):
         edge = tmp_path / fusion
         qc.export_model(cached, edge / "model.onnx", qc.ExportSpec(fusion=fusion))
@@ -122,19 +124,35 @@ def test_every_deployment_generates_the_same_tokens(road: Road, tmp_path: Path) 
     for number, text in enumerate(PROMPTS):
         prompt = road.source.tokenizer(text).input_ids
         # `modes` ends with the two that have the library, if there is one
-        tokens = [generate(prompt) for generate in modes[0 if number < IN_EVERY_MODE else -2 :]]
+        chosen = modes[0 if number < IN_EVERY_MODE else -2 :]
+        tokens = [list(generate(prompt)) for generate in chosen]
         assert len(set(tokens[0])) > 10, "a degenerate continuation would show nothing"
         assert _choices(road.folded, prompt, tokens[0]) == tokens[0], text
         assert all(found == tokens[0] for found in tokens), text
-    for client in ("onnxruntime", "onnxruntime-genai"):
+    half = len(modes) // 2
+    speeds = _speeds(road, modes[half - 2 : half], tmp_path / "float")
+    for client, speed in zip(("onnxruntime", "onnxruntime-genai"), speeds, strict=True):
         result = f"torch's {NEW_TOKENS} tokens on {len(PROMPTS)} prompts, on either kernels"
         version = metadata.version(client)
-        record_client(client, version, "ort", "SmolLM2-135M, folded", result)
+        record_client(client, version, "ort", "SmolLM2-135M, folded", result, speed=speed)
 
 
-def _deployments(
-    edge: Path, cached: qc.Program, description: dict[str, Any]
-) -> Iterator[Callable[[list[int]], list[int]]]:
+def _speeds(road: Road, fusion_ort: list[Generate], folder: Path) -> list[str]:
+    """Decoding of both clients with the library, if there is one, next to float in them."""
+    if not recording():
+        return [""] * len(fusion_ort)
+    floats = qc.add_kv_cache(road.original, road.source.model)
+    qc.export_model(floats, folder / "model.onnx", FLOAT)
+    described: Any = road.source.model.config
+    base = list(_deployments(folder, floats, described.to_dict()))[-2:]
+    prompt = road.source.tokenizer(PROMPTS[0]).input_ids
+    return [
+        in_turns(partial(tuned, prompt), partial(plain, prompt), TIMED_TOKENS)
+        for tuned, plain in zip(fusion_ort, base, strict=True)
+    ]
+
+
+def _deployments(edge: Path, cached: qc.Program, description: dict[str, Any]) -> Iterator[Generate]:
     """Greedy generation: ONNX Runtime and GenAI, on stock kernels and with the library."""
     genai = pytest.importorskip("onnxruntime_genai")
     for library in (None, library_path()) if kernel_level() else (None,):
@@ -152,8 +170,8 @@ def _deployments(
         yield partial(_genai_tokens, genai, genai.Model(str(edge)))
 
 
-def _tokens(model: LanguageModel, prompt: list[int]) -> list[int]:
-    return list(model.generate(prompt, max_new_tokens=NEW_TOKENS))
+def _tokens(model: LanguageModel, prompt: list[int]) -> Iterator[int]:
+    return model.generate(prompt, max_new_tokens=NEW_TOKENS)
 
 
 def _choices(folded: qc.Program, prompt: list[int], tokens: list[int]) -> list[int]:
@@ -164,14 +182,14 @@ def _choices(folded: qc.Program, prompt: list[int], tokens: list[int]) -> list[i
     return [int(token) for token in logits[0, len(prompt) - 1 : -1].argmax(-1)]
 
 
-def _genai_tokens(genai: Any, model: Any, prompt: list[int]) -> list[int]:
+def _genai_tokens(genai: Any, model: Any, prompt: list[int]) -> Iterator[int]:
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(max_length=len(prompt) + NEW_TOKENS, do_sample=False)
     generator = genai.Generator(model, parameters)
     generator.append_tokens(np.array([prompt], dtype=np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+        yield int(generator.get_sequence(0)[-1])
 
 
 def test_every_layer_is_proved(road: Road, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,10 @@ def mutate(draw: Draw, folder: Path, patterns: tuple[str, ...]) -> Mutation:
         modes += [_gguf] * 3
     elif path.suffix == ".onnx":
         modes += [mutate_onnx] * 5
+    elif path.suffix == ".ort":
+        modes += [_words] * 4
+    elif path.suffix == ".pt2":
+        modes += [_archive] * 5
     kind, detail, content = draw(st.sampled_from(modes))(draw, path)
     return Mutation(kind, str(path.relative_to(folder)), detail[:200], content)
 
@@ -152,6 +157,42 @@ def _safetensors(draw: Draw, path: Path) -> tuple[str, str, bool]:
     raw = text.encode("utf-8", "surrogatepass")
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + payload)
     return kind, detail, content
+
+
+def _words(draw: Draw, path: Path) -> tuple[str, str, bool]:
+    """A number of a FlatBuffers message: an offset, a length, or a value."""
+    data = bytearray(path.read_bytes())
+    width = draw(st.sampled_from((2, 4, 4, 8)))
+    at = draw(st.integers(0, len(data) // width - 1)) * width
+    old = int.from_bytes(data[at : at + width], "little")
+    values = (0, 1, old + 1, old - 1, old + width, old * 2, len(data), 2**31, 2**32 - 1, 2**63)
+    new = draw(st.sampled_from(values)) % 2 ** (8 * width)
+    data[at : at + width] = new.to_bytes(width, "little")
+    path.write_bytes(data)
+    return "word", f"{width} bytes at {at}: {old} → {new}", True
+
+
+def _archive(draw: Draw, path: Path) -> tuple[str, str, bool]:
+    """An entry of a zip archive, written again with its checksum: JSON, or a bit of a tensor."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(info, archive.read(info)) for info in archive.infolist()]
+    at = draw(st.sampled_from([n for n, (_, data) in enumerate(entries) if data]))
+    info, data = entries[at]
+    kind, detail, content = "drop", "", True
+    if info.filename.endswith(".json"):
+        text, detail, content = changed_json(draw, data.decode())
+        entries[at] = info, text.encode("utf-8", "surrogatepass")
+        kind = "json"
+    elif draw(st.booleans()):
+        changed = bytearray(data)
+        changed[draw(st.integers(0, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
+        entries[at], kind = (info, bytes(changed)), "payload"
+    else:
+        del entries[at]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for each, held in entries:
+            archive.writestr(each.filename, held)
+    return kind, f"{info.filename}: {detail}", content
 
 
 _WIDTHS = {0: 1, 1: 1, 7: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 10: 8, 11: 8, 12: 8}

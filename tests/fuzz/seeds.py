@@ -279,6 +279,44 @@ def _input(leaf: Any) -> Any:
     return np.linspace(0, 1, int(np.prod(shape)), dtype=np.float64).reshape(shape).astype(kind)
 
 
+def _ort(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    qc.export_model(folded_program(), folder / "model.ort", qc.ExportSpec(format="ort"))
+
+
+def _read_ort(folder: Path) -> str:
+    from qalora_compile.api.inspect import _inspect_file
+    from qalora_compile.untrusted.ort_file import check_ort
+    from qalora_compile.verify.runners.onnx_session import OnnxSession
+
+    path = folder / "model.ort"
+    found = check_ort(path)
+    rows = _inspect_file(path)
+    session = OnnxSession(path)
+    feed = {name: _input(leaf) for name, leaf in _inputs(session).items()}
+    shapes = {name: (row.kind, row.shape) for name, row in found.tensors.items()}
+    return digest(rows[0], shapes, found.nodes, session.outputs(feed))
+
+
+def _pt2(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    qc.export_model(folded_program(), folder / "model.pt2", qc.ExportSpec(target="torch"))
+
+
+def _read_pt2(folder: Path) -> str:
+    from qalora_compile.api.inspect import _inspect_file
+    from qalora_compile.verify.proof.graphs.read_pt2 import read_pt2_graph
+    from qalora_compile.verify.runners.torch_session import TorchSession
+
+    path = folder / "model.pt2"
+    rows = _inspect_file(path)
+    stored = {name: tensor.digest for name, tensor in read_pt2_graph(path).tensors.items()}
+    session = TorchSession(path)
+    x = np.linspace(0, 1, 64, dtype=np.float32).reshape(2, 32)
+    feed = {leaf.name: x for leaf in session.signature.inputs}
+    return digest(rows[0], stored, session.outputs(feed), session.sites(feed))
+
+
 def _certificate(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     folded_program().save(folder / "folded", overwrite=True)
@@ -474,6 +512,8 @@ FORMATS: dict[str, Format] = {
         Format("JSONL", _jsonl, _read_jsonl, ("*.jsonl",)),
         Format("ONNX", _edge, _read_edge, ("*.onnx",)),
         Format("ONNX data", _edge_with_data, _read_edge, ("*.data", "*.onnx")),
+        Format("ORT", _ort, _read_ort, ("*.ort",)),
+        Format("PT2", _pt2, _read_pt2, ("*.pt2",)),
     )
 }
 

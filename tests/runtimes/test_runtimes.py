@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qalora_compile.config.onnx_releases import RELEASES
-from scripts.test_runtimes import PATCHES, ROOT, run, version_of
+from scripts.test_runtimes import PATCHES, ROOT, changes, run, version_of
 
 ENVIRONMENTS = ROOT / "build" / "runtimes"
 
@@ -14,6 +16,14 @@ def test_each_release_of_the_table_is_run() -> None:
     versions = [version_of(release) for release in RELEASES]
     assert all(v.startswith(f"{r.version}.") for v, r in zip(versions, RELEASES, strict=True))
     assert PATCHES.keys() <= {release.version for release in RELEASES}
+
+
+def test_ci_runs_each_release_at_which_the_table_changes() -> None:
+    chosen, known = changes(), {release.version: release for release in RELEASES}
+    assert (chosen[0], chosen[-1]) == (RELEASES[0].version, RELEASES[-1].version)
+    for release in RELEASES:
+        before = [v for v in chosen if list(known).index(v) <= list(known).index(release.version)]
+        assert replace(known[before[-1]], version=release.version) == release
 
 
 @pytest.mark.slow

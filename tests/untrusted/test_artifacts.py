@@ -6,11 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from qalora_compile.untrusted.artifacts import Artifact, ArtifactKind, find_artifact, onnx_parts
+from qalora_compile.untrusted.artifacts import (
+    Artifact,
+    ArtifactKind,
+    encoder_decoder_files,
+    find_artifact,
+    onnx_parts,
+)
 
 FOLDERS = {
     ("program.json", "quantized.safetensors"): (ArtifactKind.PROGRAM, ""),
     ("onnx/encoder_model_q4.onnx", "onnx/decoder_model_q4.onnx"): (
+        ArtifactKind.ENCODER_DECODER,
+        "",
+    ),
+    ("onnx/encoder_model_q4.onnx", "onnx/decoder_model_merged_q4.onnx"): (
+        ArtifactKind.ENCODER_DECODER,
+        "",
+    ),
+    ("openvino_encoder_model.xml", "openvino_decoder_model.xml"): (
         ArtifactKind.ENCODER_DECODER,
         "",
     ),
@@ -60,6 +74,19 @@ def test_parts_of_a_model_are_found_under_names_of_every_version(tmp_path: Path)
         "c": ["c.onnx"],
         "d": [],
     }
+
+
+def test_the_decoder_that_is_there_goes_with_the_encoder(tmp_path: Path) -> None:
+    for encoder, decoder in (
+        ("onnx/encoder_model_q4.onnx", "onnx/decoder_model_merged_q4.onnx"),
+        ("onnx/encoder_model_q4.ort", "onnx/decoder_model_q4.ort"),
+    ):
+        folder = tmp_path / encoder.rpartition(".")[2]
+        (folder / "onnx").mkdir(parents=True)
+        for name in (encoder, decoder):
+            (folder / name).touch()
+        assert encoder_decoder_files(folder) == (folder / encoder, folder / decoder)
+    assert encoder_decoder_files(tmp_path) is None
 
 
 def test_an_empty_folder_is_nothing(tmp_path: Path) -> None:

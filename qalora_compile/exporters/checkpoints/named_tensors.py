@@ -262,7 +262,8 @@ def _layers(program: Program, tensors: dict[str, Tensor]) -> Iterator[Layer]:
             raise UnsupportedError(
                 f"a weight of kind {site.kind} ({site.weight}) cannot be stored in a checkpoint",
                 where=site.name,
-                hint=f"exclude it when the model is quantized: finetune --exclude {site.name}",
+                hint="targets ort and onnx hold it; or exclude it when the model is quantized: "
+                f"finetune --exclude {site.name}",
             )
         name = site.name if site.kind == EMBEDDING else site.weight.removesuffix(WEIGHT)
         parts = [tensors[f"{site.path}.{part}"] for part in CODE_NAMES]

@@ -52,6 +52,7 @@ _AXES = {
     "batch": "batch_size",
     **{name: f"{name}_length" for name in ("sequence", "past_sequence", "total_sequence")},
     "encoder_sequence": "encoder_sequence_length",
+    "encoder_past_sequence": "encoder_past_sequence_length",
 }
 """Axes of a signature, by their names in files of optimum: transformers.js makes the first cache of
 a model by the name `batch_size`."""

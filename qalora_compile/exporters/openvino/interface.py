@@ -44,7 +44,7 @@ def make_stateful(model: Any, program: Program) -> None:
 
     Each past becomes a variable, which is reordered by the input `beam_idx`, `[batch]` int32, when
     it is read. It is empty at first: its batch is that of the first input. This is the form that
-    OpenVINO GenAI and Optimum run.
+    OpenVINO GenAI and Optimum run. What a decoder takes from its encoder stays an input.
     """
     op, library = operators(), openvino()
     by_name = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
@@ -55,7 +55,7 @@ def make_stateful(model: Any, program: Program) -> None:
     batch = op.gather(op.shape_of(by_name[first], "i64"), op.constant(np.array([0])), axis)
     results = {result.get_friendly_name(): result for result in model.get_results()}
     sinks = []
-    for leaf in program.signature.cache:
+    for leaf in program.signature.own_cache or program.signature.cache:
         past, result = by_name[leaf.name], results[leaf.name.replace(PAST, _PRESENT)]
         name = f"{leaf.name}{result.get_friendly_name()}"
         variable = _variable(leaf, name)

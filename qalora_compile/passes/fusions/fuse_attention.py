@@ -40,13 +40,23 @@ _ATEN = torch.ops.aten
 def _keys(name: str) -> Pattern:
     """Keys or values `[B, Hk, T, D]`, with or without a past and a repetition of each head."""
     past = node(f"past_{name}").where(lambda m: m[f"past_{name}"].op == "placeholder")
-    with_past = op(_ATEN.cat.default, tensors=(past, node(name)), dim=const(-2, 2))
+    new = node(name).where(lambda m: _has_tokens(m[name]))
+    with_past = op(_ATEN.cat.default, tensors=(past, new), dim=const(-2, 2))
     each = either(with_past.named(f"all_{name}"), node(name))
     added = op(_ATEN.unsqueeze.default, self=each, dim=2)
     sizes = anything(f"{name}_sizes")
     repeated = op(*VIEWS, self=op(_ATEN.expand.default, self=added, size=sizes))
     repeated = repeated.named(f"repeated_{name}").where(lambda m: _repeats(m, name))
     return either(repeated, each, final=True)
+
+
+def _has_tokens(new: fx.Node) -> bool:
+    """Whether new keys have a token in every call, as ONNX's Attention wants.
+
+    A merged decoder computes those of its encoder in its first step alone (`s31 - s90`).
+    """
+    shape = shape_of(new)
+    return shape is None or len(shape) != 4 or "-" not in str(shape[2])
 
 
 def _repeats(found: Captured, name: str) -> bool:

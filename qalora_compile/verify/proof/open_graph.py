@@ -70,13 +70,19 @@ def open_graphs(thing: Program | Graph | str | Path) -> tuple[Graph, ...]:
     if isinstance(thing, (str, Path)):
         halves = encoder_decoder_files(Path(thing))
         if halves is not None and all(half.exists() for half in halves):
-            return tuple(find_lookups(read_onnx_graph(half)) for half in halves)
+            return tuple(map(_read_half, halves))
         found = find_artifact(thing)
         if found is not None and found.kind is ArtifactKind.TORCH:
             return (read_pt2_graph(found.path),)
         if found is not None and found.kind is ArtifactKind.COREML:
             return (read_coreml_graph(found.path),)
     return (open_graph(thing),)
+
+
+def _read_half(path: Path) -> Graph:
+    if path.suffix == ".xml":
+        return read_openvino_graph(path)
+    return find_lookups(read_onnx_graph(path))
 
 
 def files_of(path: Path) -> dict[str, str]:

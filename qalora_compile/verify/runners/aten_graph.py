@@ -41,6 +41,8 @@ _DTYPES = {
 """Element types by their numbers in torch's schema."""
 _FORMATS = {1: torch.contiguous_format, 4: torch.preserve_format}
 _STRIDED = 7
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+"""What reading malformed JSON raises."""
 _DROPPED = ("device", "layout", "pin_memory")
 """Arguments that are left to their defaults: everything runs on the CPU, in strided tensors."""
 
@@ -80,15 +82,22 @@ class AtenGraph:
         """The values of the nodes `wanted`, for inputs by the names of their placeholders.
 
         Raises:
-            UserInputError: an operator fails.
+            UserInputError: an operator fails, or a node is malformed.
         """
         values: dict[str, Any] = {**self._stored, **feed}
         kept = {*self._stored, *wanted}
         with torch.no_grad():
             for (node, call), read_last in zip(self._calls, self._read_last, strict=True):
-                found = self._call(node, call, values)
-                for output, value in zip(node["outputs"], found, strict=True):
-                    values.update(_named(output, value))
+                try:
+                    found = self._call(node, call, values)
+                    for output, value in zip(node["outputs"], found, strict=True):
+                        values.update(_named(output, value))
+                except _MALFORMED as error:
+                    raise UserInputError(
+                        f"a node of {self._file.path.name} is malformed: {str(error)[:200]}",
+                        where=str(self._file.path),
+                        hint="export the model again",
+                    ) from error
                 for name in read_last - kept:
                     values.pop(name, None)
         return {name: values[name] for name in wanted if isinstance(values.get(name), Tensor)}

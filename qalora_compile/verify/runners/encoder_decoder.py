@@ -17,6 +17,7 @@ from qalora_compile.ir.signature import InputLeaf, Signature
 from qalora_compile.untrusted.artifacts import DECODER_FILE, ENCODER_FILE, encoder_decoder_files
 from qalora_compile.verify.runners.kv_cache import empty_cache, stops_of
 from qalora_compile.verify.runners.onnx_session import OnnxSession
+from qalora_compile.verify.runners.openvino_session import OpenvinoSession
 from qalora_compile.verify.runners.run import Run, Runner
 
 _PRESENT, _LOGITS = "present.", "logits"
@@ -24,6 +25,7 @@ _TOKENS, _DECODER_TOKENS = "input_ids", "decoder_input_ids"
 _MASK, _DECODER_MASK = "attention_mask", "encoder_attention_mask"
 _AUDIO, _FEATURES = "audio_features", "input_features"
 _HIDDEN, _LAST_HIDDEN = "encoder_hidden_states", "encoder_last_hidden_state"
+_MERGED_HIDDEN = "last_hidden_state"
 
 
 class EncoderDecoderRunner:
@@ -51,8 +53,11 @@ class EncoderDecoderRunner:
                     where=str(folder),
                     hint="export the model again",
                 )
-        self._encoder, self._decoder = (OnnxSession(file, library) for file in files)
-        wanted = {leaf.name.replace(PAST, _PRESENT) for leaf in self._cross}
+        for_openvino = files[0].suffix == ".xml"
+        self._encoder, self._decoder = (
+            OpenvinoSession(file) if for_openvino else OnnxSession(file, library) for file in files
+        )
+        wanted = set(self._encoded.values())
         if not wanted or not wanted <= set(self._encoder.signature.outputs):
             raise UserInputError(
                 "the encoder's outputs do not fit the decoder: they belong to different models",
@@ -68,8 +73,17 @@ class EncoderDecoderRunner:
         self.signature = Signature((*inputs, own), (_LOGITS, _LAST_HIDDEN), ())
 
     @property
-    def _cross(self) -> tuple[InputLeaf, ...]:
-        return self._decoder.signature.cross_cache
+    def _merged(self) -> bool:
+        """Whether the decoder computes the keys and values of cross-attention."""
+        return any(leaf.name == _HIDDEN for leaf in self._decoder.signature.inputs)
+
+    @property
+    def _encoded(self) -> dict[str, str]:
+        """Input of the decoder → output of the encoder."""
+        if self._merged:
+            return {_HIDDEN: _MERGED_HIDDEN}
+        cross = self._decoder.signature.cross_cache
+        return {leaf.name: leaf.name.replace(PAST, _PRESENT) for leaf in cross}
 
     def meet(self, other: Runner) -> None:
         """Adopt the signature of `other`: its inputs, in its order, and its outputs.
@@ -97,17 +111,16 @@ class EncoderDecoderRunner:
             if leaf.dtype is not None
         }
         tokens = feed.pop(_DECODER_TOKENS)
-        if _FEATURES in feed:
+        if _FEATURES in feed and not self._merged:
             feed[_AUDIO] = feed.pop(_FEATURES)
         if _TOKENS in feed:
             feed.setdefault(_MASK, feed[_TOKENS] * 0 + 1)
         encoded = self._encoder.outputs(feed)
-        constant = {
-            leaf.name: encoded[leaf.name.replace(PAST, _PRESENT)].numpy() for leaf in self._cross
-        }
+        constant = {name: encoded[output].numpy() for name, output in self._encoded.items()}
         if _MASK in feed:
             constant[_DECODER_MASK] = feed[_MASK]
-        values = {_LOGITS: self._logits(tokens, constant), _LAST_HIDDEN: encoded[_HIDDEN]}
+        states = encoded[_MERGED_HIDDEN if self._merged else _HIDDEN]
+        values = {_LOGITS: self._logits(tokens, constant), _LAST_HIDDEN: states}
         full_feed = {_TOKENS: tokens, **constant, **self._empty(len(tokens))}
         sites = self._encoder.sites(feed) | self._decoder.sites(full_feed)
         return Run({name: values[name] for name in self.signature.outputs}, sites)
@@ -124,4 +137,5 @@ class EncoderDecoderRunner:
         return torch.cat(parts, dim=1)
 
     def _empty(self, batch: int) -> dict[str, Any]:
-        return empty_cache(self._decoder.signature.own_cache, batch)
+        signature = self._decoder.signature
+        return empty_cache(signature.cache if self._merged else signature.own_cache, batch)

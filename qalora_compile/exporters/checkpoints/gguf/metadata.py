@@ -64,6 +64,7 @@ def architecture_of(description: Description) -> Architecture:
         raise UnsupportedError(
             f"llama.cpp computes {found.name} with silu, and the model has {activation}",
             where="config.json: hidden_act",
+            hint="targets mlx and float take any activation",
         )
     _rope_type(description.settings)
     return found
@@ -80,7 +81,7 @@ def _rope_type(settings: Mapping[str, Any]) -> str:
         raise UnsupportedError(
             f"rotary embeddings of type {kind} are not written as GGUF",
             where="config.json: rope_parameters",
-            hint="known: default, linear, llama3",
+            hint="known: default, linear, llama3; targets mlx and float take any",
         )
     return str(kind)
 

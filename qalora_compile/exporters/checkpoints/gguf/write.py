@@ -214,7 +214,9 @@ class _Names:
         found = self._map.get_name(source, try_suffixes=(WEIGHT, ".bias"))
         if found is None:
             raise UnsupportedError(
-                f"llama.cpp's {self._architecture} has no tensor for {source}", where=source
+                f"llama.cpp's {self._architecture} has no tensor for {source}",
+                where=source,
+                hint="targets mlx and float take any tensor",
             )
         return str(found)
 
