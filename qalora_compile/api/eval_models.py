@@ -25,7 +25,7 @@ from qalora_compile.runtime.session import open_session, run_values
 from qalora_compile.training.evaluate import Forward, program_forward, rows_of
 from qalora_compile.untrusted import read_object
 from qalora_compile.untrusted.artifacts import ArtifactKind, encoder_decoder_files, find_artifact
-from qalora_compile.untrusted.tokenizer import load_tokenizer
+from qalora_compile.untrusted.media_processor import load_preprocessor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Evaluated:
     Attributes:
         form: `run`, `folded`, `edge`, `GGUF`, `quantized checkpoint` or `float`.
         forward: Tokens → logits.
-        tokenizer: The tokenizer, or None.
+        tokenizer: The tokenizer, a `MediaProcessor`, or None.
         decoder_start: The token with which a decoder begins that has an encoder; None without.
         classes: The classes of a classifier, in the order of its logits.
     """
@@ -90,7 +90,7 @@ def _program(folder: Path) -> Iterator[Evaluated]:
         yield Evaluated(
             form="run" if program.stage == ADAPTED else "folded",
             forward=program_forward(program),
-            tokenizer=load_tokenizer(folder / TOKENIZER),
+            tokenizer=load_preprocessor(folder / TOKENIZER),
             decoder_start=decoder_start(config, generation)[0] if encodes else None,
             classes=tuple(record.get("reading", {}).get("classes", ())),
         )
@@ -133,7 +133,7 @@ def _edge(path: Path, threads: int | None) -> Evaluated:
     return Evaluated(
         form="edge",
         forward=forward,
-        tokenizer=load_tokenizer(folder),
+        tokenizer=load_preprocessor(folder),
         decoder_start=start,
         classes=classes,
     )
@@ -159,11 +159,12 @@ def _by_pair(model: EncoderDecoder) -> Forward:
 def _by_classifier(session: Any) -> Forward:
     from onnxruntime import OrtValue
 
-    names = {each.name for each in session.get_inputs()}
+    names = [each.name for each in session.get_inputs()]
+    first = next(name for name in names if name != "attention_mask")  # or features of a file
     output = session.get_outputs()[0].name
 
     def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        feed = {"input_ids": input_ids, "attention_mask": attention_mask}
+        feed = {first: input_ids, "attention_mask": attention_mask}
         values = {n: OrtValue.ortvalue_from_numpy(t.numpy()) for n, t in feed.items() if n in names}
         return torch.from_numpy(run_values(session, [output], values)[0].numpy())
 
