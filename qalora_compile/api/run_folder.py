@@ -73,12 +73,11 @@ def _check_is_run(folder: Path) -> None:
     if not folder.is_dir():
         raise UserInputError(f"there is no folder {folder}", where=str(folder))
     if not (folder / RUN_FILE).is_file():
+        saved = (folder / PROGRAM_FILE).is_file()
         raise UserInputError(
             f"{folder} was not written by finetune or fold: it holds no {RUN_FILE}",
             where=str(folder),
-            hint=_SAVED
-            if (folder / PROGRAM_FILE).is_file()
-            else "give the folder that --out named",
+            hint=_SAVED if saved else "give the folder that --out named",
         )
 
 

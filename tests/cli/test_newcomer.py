@@ -1,4 +1,4 @@
-"""What made newcomers stop: twenty complaints and seventeen bugs, each with the test that closes it.
+"""What made newcomers stop: 20 complaints and 17 bugs, each with the test that closes it.
 
 `CLOSED` says where each is; those without a better place are tested here. The numbers are those of
 the list of complaints (`C`) and of bugs (`B`) that the first new user wrote.
@@ -163,7 +163,7 @@ CLOSED: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize(
-    "number", [f"C{n}" for n in range(1, 21)] + [f"B{n}" for n in range(1, 18)]
+    "number", [*(f"C{n}" for n in range(1, 21)), *(f"B{n}" for n in range(1, 18))]
 )
 def test_every_complaint_is_closed_by_a_test(number: str) -> None:
     tests = [each for name, each in CLOSED.items() if re.search(rf"\b{number},", name)]
