@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qalora_compile.api.edge import GENERATION_FILE, MODEL_CONFIG_FILE, read_edge_record
 from qalora_compile.api.run_folder import MODEL, TOKENIZER, load_run
-from qalora_compile.capture.classifier import classes_of
+from qalora_compile.capture.classifier import classes_of, load_media_classifier
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.onnx.genai_config import decoder_start
@@ -25,7 +25,7 @@ from qalora_compile.runtime.session import open_session, run_values
 from qalora_compile.training.evaluate import Forward, program_forward, rows_of
 from qalora_compile.untrusted import read_object
 from qalora_compile.untrusted.artifacts import ArtifactKind, encoder_decoder_files, find_artifact
-from qalora_compile.untrusted.media_processor import load_preprocessor
+from qalora_compile.untrusted.media_processor import MediaProcessor, load_preprocessor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,25 +97,27 @@ def _program(folder: Path) -> Iterator[Evaluated]:
 
 
 def _source(reference: str) -> Evaluated:
-    source = load_source(reference)
+    source = load_media_classifier(reference) or load_source(reference)
+    media = isinstance(source.tokenizer, MediaProcessor)
+    names = tuple(source.kwargs) if media else ("input_ids", "attention_mask")
     # As in training, whatever a checkpoint in float stores; the others are read as float32.
     model = source.model.float() if source.read_codes is None else source.model
 
     def forward(input_ids: Tensor, attention_mask: Tensor, *encoder: Tensor) -> Tensor:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = dict(zip(names, (input_ids, attention_mask), strict=False))
         if encoder:
             inputs = dict(zip(("input_ids", "attention_mask"), encoder, strict=True))
             inputs["decoder_input_ids"] = input_ids
         return rows_of(model(**inputs))
 
     classifies = type(model).__name__.endswith("ForSequenceClassification")
-    names = {"huggingface": "float" if source.read_codes is None else "quantized checkpoint"}
+    forms = {"huggingface": "float" if source.read_codes is None else "quantized checkpoint"}
     return Evaluated(
-        form=names.get(source.kind, {"gguf": "GGUF"}.get(source.kind, "float")),
+        form=forms.get(source.kind, {"gguf": "GGUF"}.get(source.kind, "float")),
         forward=forward,
         tokenizer=source.tokenizer,
         decoder_start=source.decoder_start,
-        classes=classes_of(source) if classifies else (),
+        classes=classes_of(source) if classifies or media else (),
     )
 
 

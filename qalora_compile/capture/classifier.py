@@ -21,6 +21,7 @@ from qalora_compile.capture.sentence import encoder_folder
 from qalora_compile.capture.skeleton import transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.progress import say
+from qalora_compile.untrusted import read_object
 from qalora_compile.untrusted.media_processor import (
     AUDIO,
     IMAGE,
@@ -48,6 +49,7 @@ class _Kind:
 
 
 TEXT = "text"
+_CONFIG = "config.json"
 _SEQUENCE = "ForSequenceClassification"
 _KINDS = {
     TEXT: _Kind(
@@ -72,7 +74,12 @@ _KINDS = {
 
 
 def load_classifier(
-    reference: str, classes: Sequence[str], *, seed: int = 0, reads: str = TEXT
+    reference: str,
+    classes: Sequence[str],
+    *,
+    seed: int = 0,
+    reads: str = TEXT,
+    complete: bool = False,
 ) -> Source:
     """Load a checkpoint with a classification head, in float32.
 
@@ -86,12 +93,41 @@ def load_classifier(
         classes: The names of the classes. `classes_of` returns their order in the model.
         seed: Seed of the random values.
         reads: `text`, `image` or `audio`.
+        complete: Whether the checkpoint must hold every parameter.
 
     Raises:
-        UserInputError: the folder does not hold a model, or its head is for other classes.
+        UserInputError: the folder does not hold a model, its head is for other classes, or it is
+            not complete.
         UnsupportedError: transformers has no such head for the architecture, or there is no
             tokenizer.
     """
+    path = _float_folder(reference)
+    transformers = transformers_module()
+    config = _config(transformers, path)
+    kind = _KINDS[reads]
+    if type(config) not in getattr(transformers, kind.mapping):
+        raise UnsupportedError(
+            f"transformers has no head for {config.model_type!r} to classify {reads} data",
+            where=str(path / _CONFIG),
+            hint=f"use an encoder, such as {kind.example}",
+        )
+    preprocessor = _preprocessor(path, reads, reference)
+    names, replaced = _in_order(config, classes, path, reads)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    _without_masking(config)
+    model, new = _loaded(getattr(transformers, kind.classes), path, config, seed, replaced)
+    if complete and new:
+        raise UserInputError(f"the checkpoint has no tensor {min(new)}", where=str(path))
+    inside = f"{model.base_model_prefix}."
+    found = [name for name, _ in model.named_parameters()]
+    head = tuple(name for name in found if name in new or not name.startswith(inside))
+    example = text_example(model) if reads == TEXT else _media_example(preprocessor)
+    return Source(reference, "huggingface", model.eval(), (), example, preprocessor, head=head)
+
+
+def _float_folder(reference: str) -> Path:
+    """The folder of an encoder in float."""
     path = encoder_folder(Path(reference))
     if not path.is_dir():
         raise UserInputError(
@@ -105,26 +141,7 @@ def load_classifier(
             where=reference,
             hint="give the model that it was made from",
         )
-    transformers = transformers_module()
-    config = _config(transformers, path)
-    kind = _KINDS[reads]
-    if type(config) not in getattr(transformers, kind.mapping):
-        raise UnsupportedError(
-            f"transformers has no head for {config.model_type!r} to classify {reads} data",
-            where=str(path / "config.json"),
-            hint=f"use an encoder, such as {kind.example}",
-        )
-    preprocessor = _preprocessor(path, reads, reference)
-    names, replaced = _in_order(config, classes, path, reads)
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: index for index, name in enumerate(names)}
-    _without_masking(config)
-    model, new = _loaded(getattr(transformers, kind.classes), path, config, seed, replaced)
-    inside = f"{model.base_model_prefix}."
-    found = [name for name, _ in model.named_parameters()]
-    head = tuple(name for name in found if name in new or not name.startswith(inside))
-    example = text_example(model) if reads == TEXT else _media_example(preprocessor)
-    return Source(reference, "huggingface", model.eval(), (), example, preprocessor, head=head)
+    return path
 
 
 def _preprocessor(path: Path, reads: str, reference: str) -> Any:
@@ -181,6 +198,31 @@ def _media_example(processor: MediaProcessor) -> dict[str, Tensor]:
     return {name: torch.stack([value, value]) for name, value in values.items()}
 
 
+def load_media_classifier(reference: str) -> Source | None:
+    """A classifier of images or audio with the head of its checkpoint; None for any other model.
+
+    Args:
+        reference: See `load_source`.
+
+    Raises:
+        UserInputError, UnsupportedError: see `load_classifier`; or a parameter is missing.
+    """
+    path = Path(reference)
+    if not (path / _CONFIG).is_file():
+        return None
+    named = read_object(path / _CONFIG).get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    kinds = [kind for kind in (IMAGE, AUDIO) if name.endswith(_KINDS[kind].endings)]
+    if not kinds:
+        return None
+    transformers = transformers_module()
+    config = _config(transformers, path)
+    if type(config) not in getattr(transformers, _KINDS[kinds[0]].mapping):
+        return None  # an encoder of texts
+    names = [str(config.id2label[index]) for index in sorted(config.id2label)]
+    return load_classifier(reference, names, reads=kinds[0], complete=True)
+
+
 def classes_of(source: Source) -> tuple[str, ...]:
     """The names of the classes of a classifier, in the order of its logits."""
     config: Any = source.model.config
@@ -221,7 +263,7 @@ def _in_order(
     if reads == TEXT:
         raise UserInputError(
             f"the checkpoint's classes are {', '.join(own)}, the data's {', '.join(classes)}",
-            where=str(path / "config.json"),
+            where=str(path / _CONFIG),
             hint="use the checkpoint's labels, or give the encoder without its head",
         )
     say(f"note: the checkpoint's head, for {len(own)} other classes, is replaced by a new one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
+from transformers import ViTForImageClassification
 
 import qalora_compile as qc
 from qalora_compile.cli.main import main
 from qalora_compile.untrusted.media_processor import load_preprocessor
 from tests.media import (
+    COLOURS,
     RATE,
     write_audio_model,
     write_image_model,
@@ -66,7 +70,9 @@ def _accuracies(root: Path, data: Path, capsys: Capture) -> list[float]:
     return [row["accuracy"] for row in json.loads(capsys.readouterr().out)]
 
 
-def test_images_from_data_to_onnx_runtime(tmp_path: Path, capsys: Capture) -> None:
+def test_images_from_data_to_onnx_runtime(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, data = write_image_model(tmp_path / "vit"), write_images(tmp_path / "data")
     edge = _road(model, data, tmp_path)
     said = capsys.readouterr()
@@ -84,8 +90,13 @@ def test_images_from_data_to_onnx_runtime(tmp_path: Path, capsys: Capture) -> No
     assert main(["inspect", str(edge)]) == 0
     assert _accuracies(tmp_path, data, capsys) == [1.0, 1.0, 1.0]
     card = (edge / "README.md").read_text("utf-8")
-    assert "image-classification" in card
-    assert "AutoImageProcessor" in card
+    assert "pipeline_tag: image-classification" in card
+    (code,) = re.findall(r"```python\n(.*?AutoImageProcessor.*?)```", card, re.DOTALL)
+    Image.open(data.parent / "images" / "0.png").save(edge / "picture.jpg")
+    monkeypatch.chdir(edge)
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "red\n"
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["no-mask", "mask"])
@@ -98,8 +109,30 @@ def test_audio_from_data_to_onnx_runtime(mask: bool, tmp_path: Path, capsys: Cap
     assert exported == ours == wanted
     assert _accuracies(tmp_path, data, capsys) == [1.0, 1.0, 1.0]
     card = (edge / "README.md").read_text("utf-8")
-    assert "audio-classification" in card
+    assert "pipeline_tag: audio-classification" in card
     assert "AutoFeatureExtractor" in card
+
+
+def test_a_checkpoint_with_its_own_head_is_evaluated(tmp_path: Path, capsys: Capture) -> None:
+    model, data = write_image_model(tmp_path / "vit", classes=3), write_images(tmp_path / "data")
+    for number, colour in enumerate(COLOURS):  # as the configuration calls its classes
+        data.write_text(data.read_text("utf-8").replace(f'"{colour}"', f'"LABEL_{number}"'))
+    capsys.readouterr()
+    assert main(["eval", str(model), "--data", str(data), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    with torch.no_grad():
+        theirs = ViTForImageClassification.from_pretrained(model).eval()
+        processor = load_preprocessor(model)
+        right = [
+            int(
+                theirs(torch.from_numpy(processor.read(path)["pixel_values"])[None]).logits.argmax()
+            )
+            == number % 3
+            for number, path in enumerate(
+                data.parent / json.loads(line)["image"] for line in data.open()
+            )
+        ]
+    assert (row["form"], row["accuracy"]) == ("float", sum(right) / 12)
 
 
 def test_an_interrupted_run_goes_on_with_the_same_files(tmp_path: Path) -> None:
