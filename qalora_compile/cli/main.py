@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_codes.FAILED
     except QaloraError as error:
         name = str(options.command)
-        _complain(in_options(error, build_parser([name]).commands[name].by_name()))
+        _complain(in_options(error, build_parser([name]).commands[name].option_names()))
         return exit_codes.USAGE
     except Exception as error:
         _complain(_of_system(error, options))

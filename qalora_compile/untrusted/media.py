@@ -27,7 +27,7 @@ from qalora_compile.untrusted.paths import check_regular
 MOST_PIXELS = 80_000_000
 """Decoded, such an image takes 240 MB; Pillow warns of more than 89 million."""
 _LONGEST = 50
-"""The limit of the ratio of the sides, since processors scale the shorter side to a given size."""
+"""The limit of width to height or height to width: processors scale the smaller one to a size."""
 MOST_SECONDS = 30.0
 """Recordings are read up to here."""
 LEAST_SECONDS = 0.05
@@ -73,14 +73,14 @@ def _opened_image(path: Path) -> Iterator[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
             with pillow.open(path, formats=_FORMATS) as image:
-                sides = sorted(image.size)
-                if sides[0] * sides[1] > MOST_PIXELS:
+                small, large = sorted(image.size)
+                if small * large > MOST_PIXELS:
                     raise too_large
-                if sides[1] > _LONGEST * sides[0]:
+                if large > _LONGEST * small:
                     raise UserInputError(
                         f"the image has {image.width} × {image.height} pixels",
                         where=str(path),
-                        hint=f"crop it: the longer side may be {_LONGEST} times the shorter one",
+                        hint=f"crop it: it may be {_LONGEST} times as long as wide",
                     )
                 yield image
     except (pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:

@@ -31,6 +31,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that the pages take for granted, and a run, folded and exported."""
     root = tmp_path_factory.mktemp("how-to")
     write_model(root / "SmolLM2")
+    template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    (root / "SmolLM2" / "chat_template.jinja").write_text(template, "utf-8")
     for name in ("train", "test", "more", "first/topics", "first/topics_test"):
         (root / name).parent.mkdir(exist_ok=True)
         write_data(root / f"{name}.jsonl")
@@ -62,7 +64,7 @@ def _write_adapter(root: Path) -> None:
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    wrapped.save_pretrained(root / "adapter")
+    wrapped.save_pretrained(str(root / "adapter"))
 
 
 def _small(words: list[str]) -> list[str]:

@@ -264,13 +264,9 @@ def test_plain_lora_is_sent_to_finetune(
 
 
 def test_passes_are_named_without_their_layers(folded: Path, capsys: Capture) -> None:
-    assert main(["inspect", str(folded), "--group", "--json"]) == 0
-    totals = capsys.readouterr().out
-    assert "quantize-groups{" in totals or "quantize-groups" in totals
     assert main(["inspect", str(folded), "--group"]) == 0
-    shown = capsys.readouterr().out
-    (row,) = [line for line in shown.splitlines() if "│ passes" in line]
-    assert "fold-adapters" in row
+    shown = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "insert-adapters → " in shown and "fold-adapters" in shown
     assert "q_proj=" not in shown
 
 
@@ -349,7 +345,10 @@ def test_a_classifier_counts_the_tokens_that_it_reads(encoder_folder: Path, tmp_
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     words = ["finetune", str(encoder_folder), "--data", str(data), "--steps", "1"]
     assert main([*words, "--out", str(tmp_path / "run")]) == 0
-    (row,) = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
+    (row,) = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "log.jsonl").read_text("utf-8").splitlines()
+    ]
     assert row["tokens"] == 2 * len(["[CLS]", "the", "film", "is", "fine", "[SEP]"])
 
 

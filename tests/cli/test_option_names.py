@@ -12,7 +12,7 @@ from qalora_compile.cli.parser import build_parser
 from qalora_compile.errors import QaloraError, UserInputError
 
 Capture = pytest.CaptureFixture[str]
-OPTIONS = build_parser(["finetune"]).commands["finetune"].by_name()
+OPTIONS = build_parser(["finetune"]).commands["finetune"].option_names()
 
 
 @pytest.mark.parametrize(
