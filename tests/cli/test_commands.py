@@ -351,7 +351,7 @@ BAD_COMMANDS = {
     ),
     "group size": (
         ["finetune", "{model}", "--data", "{data}", "--out", "{new}", "--group-size", "0"],
-        "group_size is 0",
+        "--group-size is 0",
     ),
     "budget": (
         [

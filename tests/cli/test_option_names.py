@@ -46,6 +46,9 @@ def test_a_field_is_called_by_its_option(
         UserInputError("group_size is 7", where="adapter_config.json"),
         UserInputError("the steps of step 3 hold nothing", hint="qc.insert_adapters(rank=2)"),
         UserInputError("there is no model 'bits'"),
+        UserInputError(
+            "at step 5 the loss is nan", hint="lower the rank; group_size of embeddings"
+        ),
         QaloraError("evaluate_every is 3"),
     ],
 )
