@@ -67,6 +67,7 @@ for one in [*session.get_inputs(), *session.get_outputs()]:
 _ORT_IMAGE = """
 # pip install onnxruntime pillow transformers
 import json
+from pathlib import Path
 
 import onnxruntime
 from PIL import Image
@@ -76,11 +77,13 @@ processor = AutoImageProcessor.from_pretrained(".", backend="pil")
 session = onnxruntime.InferenceSession("onnx/model_q4.onnx")
 picture = Image.open("picture.jpg").convert("RGB")
 (logits,) = session.run(None, dict(processor(images=[picture], return_tensors="np")))
-print(json.load(open("config.json"))["id2label"][str(logits.argmax())])
+classes = json.loads(Path("config.json").read_text())["id2label"]
+print(classes[str(logits.argmax())])
 """
 _ORT_AUDIO = """
 # pip install onnxruntime soundfile transformers
 import json
+from pathlib import Path
 
 import onnxruntime
 import soundfile
@@ -93,7 +96,8 @@ inputs = extractor([samples], sampling_rate=rate, return_tensors="np")
 types = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 feeds = {one.name: inputs[one.name].astype(types[one.type]) for one in session.get_inputs()}
 (logits,) = session.run(None, feeds)
-print(json.load(open("config.json"))["id2label"][str(logits.argmax())])
+classes = json.loads(Path("config.json").read_text())["id2label"]
+print(classes[str(logits.argmax())])
 """
 _OWN = """
 # pip install 'qalora-compile[onnx,hf]'
