@@ -143,7 +143,7 @@ def test_an_interrupted_run_goes_on_with_the_same_files(tmp_path: Path) -> None:
     assert main([*words, "--steps", "3", "--out", str(parts)]) == 0
     assert main(["finetune", "--resume", "--out", str(parts), "--steps", "6"]) == 0
     a, b = (dict(qc.Program.load(p).named_adapter_parameters()) for p in (at_once, parts))
-    for name in a:  # up to rounding: loaded weights lie in memory otherwise than captured ones
+    for name in a:  # up to rounding
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4, msg=name)
     assert _losses(at_once) == pytest.approx(_losses(parts), rel=1e-5)
     (log,) = {
