@@ -35,6 +35,6 @@ def _renamed(text: str, fields: dict[str, str]) -> str:
     for field, option in fields.items():
         said = rf"(?<![\w./'\"{{-]){field}"
         # A single word is a name only where its value follows: messages also speak of a loss.
-        said += r"(?= is |, with | to a )" if "_" in field else r"(?= '\w)"
+        said += r"(?= is |, with | to a | '\w)" if "_" in field else r"(?= '\w)"
         text = re.sub(rf"^{field}(?= is )|{said}", option, text)
     return _VALUE.sub(r"\1 \2", text.replace(" is None", " is not given"))
