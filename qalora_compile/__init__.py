@@ -92,4 +92,4 @@ if not TYPE_CHECKING:  # otherwise a misspelt name would pass the type checker
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted(__all__)

@@ -65,6 +65,41 @@ session = onnxruntime.InferenceSession("onnx/model_q4.onnx")
 for one in [*session.get_inputs(), *session.get_outputs()]:
     print(one.name, one.type, one.shape)
 """
+_ORT_IMAGE = """
+# pip install onnxruntime pillow transformers
+import json
+from pathlib import Path
+
+import onnxruntime
+from PIL import Image
+from transformers import AutoImageProcessor
+
+processor = AutoImageProcessor.from_pretrained(".", backend="pil")
+session = onnxruntime.InferenceSession("onnx/model_q4.onnx")
+picture = Image.open("picture.jpg").convert("RGB")
+(logits,) = session.run(None, dict(processor(images=[picture], return_tensors="np")))
+classes = json.loads(Path("config.json").read_text())["id2label"]
+print(classes[str(logits.argmax())])
+"""
+_ORT_AUDIO = """
+# pip install onnxruntime soundfile transformers
+import json
+from pathlib import Path
+
+import onnxruntime
+import soundfile
+from transformers import AutoFeatureExtractor
+
+extractor = AutoFeatureExtractor.from_pretrained(".")
+session = onnxruntime.InferenceSession("onnx/model_q4.onnx")
+samples, rate = soundfile.read("recording.wav", dtype="float32")  # of one channel
+inputs = extractor([samples], sampling_rate=rate, return_tensors="np")
+types = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+feeds = {one.name: inputs[one.name].astype(types[one.type]) for one in session.get_inputs()}
+(logits,) = session.run(None, feeds)
+classes = json.loads(Path("config.json").read_text())["id2label"]
+print(classes[str(logits.argmax())])
+"""
 _OWN = """
 # pip install 'qalora-compile[onnx,hf]'
 qalora-compile generate . --prompt "The capital of France is" --max-new-tokens 32
@@ -205,7 +240,8 @@ def traits_of(record: Mapping[str, Any], files: Mapping[str, int]) -> Traits:
     form = next((marks[top] for name in files if (top := name.split("/")[0]) in marks), "onnx")
     sentences = "modules.json" in files
     cache = bool(record.get("kv_cache"))
-    task = _task(str(record.get("architecture")), record, cache=cache)
+    reads_files = "preprocessor_config.json" in files
+    task = _task(str(record.get("architecture")), record, cache=cache, reads_files=reads_files)
     single = (form != "onnx" or MODEL_FILE in files) and OPENVINO_ENCODER_FILE not in files
     described = "config.json" in files
     library = "sentence-transformers" if sentences and form == "onnx" else form
@@ -225,28 +261,37 @@ def traits_of(record: Mapping[str, Any], files: Mapping[str, int]) -> Traits:
 
 
 _GENERATION, _CLASSIFICATION = "text-generation", "text-classification"
+_IMAGES, _AUDIO = "image-classification", "audio-classification"
 _FEATURES, _SENTENCES_TASK = "feature-extraction", "sentence-similarity"
 _TASKS = {
     "ForCausalLM": _GENERATION,
     "LMHeadModel": _GENERATION,
     "ForSequenceClassification": _CLASSIFICATION,
     "ForTokenClassification": "token-classification",
-    "ForImageClassification": "image-classification",
+    "ForImageClassification": _IMAGES,
+    "ForAudioClassification": _AUDIO,
     "WhisperForConditionalGeneration": "automatic-speech-recognition",
     "T5ForConditionalGeneration": "text2text-generation",
     "ForMaskedLM": "fill-mask",
 }
 
 
-def _task(architecture: str, record: Mapping[str, Any], *, cache: bool) -> str | None:
+def _task(
+    architecture: str, record: Mapping[str, Any], *, cache: bool, reads_files: bool
+) -> str | None:
     if record.get("pooling"):
         return _SENTENCES_TASK
+    if record.get("classes") and reads_files:
+        return _IMAGES if architecture.endswith("ForImageClassification") else _AUDIO
     if record.get("classes"):
         return _CLASSIFICATION
     named = next((task for end, task in _TASKS.items() if architecture.endswith(end)), None)
     if named is None and architecture.endswith("Model") and not cache:
         return _FEATURES
     return named
+
+
+_OF_FILES = {_IMAGES: _ORT_IMAGE, _AUDIO: _ORT_AUDIO}
 
 
 def client_sections(traits: Traits) -> Iterator[tuple[str, str]]:
@@ -275,6 +320,8 @@ def client_sections(traits: Traits) -> Iterator[tuple[str, str]]:
 def _onnx_runtime(traits: Traits) -> str:
     if traits.cache and traits.tokens:
         return _ORT_CACHE
+    if traits.task in _OF_FILES:
+        return _OF_FILES[traits.task]
     reads_texts = traits.task in (_CLASSIFICATION, _FEATURES, _SENTENCES_TASK)
     return _ORT if traits.tokens and reads_texts else _ORT_ANY
 

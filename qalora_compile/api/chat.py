@@ -7,9 +7,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from qalora_compile.api.text_model import open_text_model
+from qalora_compile.api.text_model import open_text_model, say_ignored
 from qalora_compile.errors import UserInputError
-from qalora_compile.progress import say
 from qalora_compile.runtime.language_model import Sampling
 from qalora_compile.serving.conversation import Conversation
 
@@ -65,8 +64,7 @@ def open_chat(spec: ChatSpec) -> Conversation:
         UnsupportedError: the folder holds a model of another kind.
     """
     model = open_text_model(spec.folder, threads=spec.threads)
-    if model.ignored:
-        say(f"note: without effect here, from generation_config.json: {', '.join(model.ignored)}")
+    say_ignored(model)
     return Conversation(
         model,
         system=spec.system,

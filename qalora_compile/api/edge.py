@@ -49,6 +49,7 @@ from qalora_compile.untrusted import read_json
 from qalora_compile.untrusted.artifacts import (
     MERGED_FILE,
     data_file,
+    onnx_parts,
 )
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 
@@ -174,6 +175,8 @@ def _write_parts(folder: Path, parts: EdgeParts, size: int) -> list[str]:
         written.append(CONFIG_FILE if genai == "yes" else f"no {CONFIG_FILE} ({genai})")
     written += _write_description(folder, parts, description)
     record = _edge_record(parts, description, genai)
+    apart = [part for file in parts.files for part in onnx_parts(folder / file)[1:]]
+    record["files"] += [file.relative_to(folder).as_posix() for file in apart]
     said: dict[str, Any] = {"end_tokens": list(ends), "end_tokens_from": ends_to_json(ends)}
     if parts.choices is not None:
         said["preset"] = parts.choices.record(parts.spec, size)

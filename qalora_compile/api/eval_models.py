@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qalora_compile.api.edge import GENERATION_FILE, MODEL_CONFIG_FILE, read_edge_record
 from qalora_compile.api.run_folder import MODEL, TOKENIZER, load_run
-from qalora_compile.capture.classifier import classes_of
+from qalora_compile.capture.classifier import classes_of, load_media_classifier
 from qalora_compile.capture.load_source import load_source
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.onnx.genai_config import decoder_start
@@ -25,7 +25,7 @@ from qalora_compile.runtime.session import open_session, run_values
 from qalora_compile.training.evaluate import Forward, program_forward, rows_of
 from qalora_compile.untrusted import read_object
 from qalora_compile.untrusted.artifacts import ArtifactKind, encoder_decoder_files, find_artifact
-from qalora_compile.untrusted.tokenizer import load_tokenizer
+from qalora_compile.untrusted.media_processor import MediaProcessor, load_preprocessor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Evaluated:
     Attributes:
         form: `run`, `folded`, `edge`, `GGUF`, `quantized checkpoint` or `float`.
         forward: Tokens → logits.
-        tokenizer: The tokenizer, or None.
+        tokenizer: The tokenizer, a `MediaProcessor`, or None.
         decoder_start: The token with which a decoder begins that has an encoder; None without.
         classes: The classes of a classifier, in the order of its logits.
     """
@@ -90,32 +90,34 @@ def _program(folder: Path) -> Iterator[Evaluated]:
         yield Evaluated(
             form="run" if program.stage == ADAPTED else "folded",
             forward=program_forward(program),
-            tokenizer=load_tokenizer(folder / TOKENIZER),
+            tokenizer=load_preprocessor(folder / TOKENIZER),
             decoder_start=decoder_start(config, generation)[0] if encodes else None,
             classes=tuple(record.get("reading", {}).get("classes", ())),
         )
 
 
 def _source(reference: str) -> Evaluated:
-    source = load_source(reference)
+    source = load_media_classifier(reference) or load_source(reference)
+    media = isinstance(source.tokenizer, MediaProcessor)
+    names = tuple(source.kwargs) if media else ("input_ids", "attention_mask")
     # As in training, whatever a checkpoint in float stores; the others are read as float32.
     model = source.model.float() if source.read_codes is None else source.model
 
     def forward(input_ids: Tensor, attention_mask: Tensor, *encoder: Tensor) -> Tensor:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = dict(zip(names, (input_ids, attention_mask), strict=False))
         if encoder:
             inputs = dict(zip(("input_ids", "attention_mask"), encoder, strict=True))
             inputs["decoder_input_ids"] = input_ids
         return rows_of(model(**inputs))
 
     classifies = type(model).__name__.endswith("ForSequenceClassification")
-    names = {"huggingface": "float" if source.read_codes is None else "quantized checkpoint"}
+    forms = {"huggingface": "float" if source.read_codes is None else "quantized checkpoint"}
     return Evaluated(
-        form=names.get(source.kind, {"gguf": "GGUF"}.get(source.kind, "float")),
+        form=forms.get(source.kind, {"gguf": "GGUF"}.get(source.kind, "float")),
         forward=forward,
         tokenizer=source.tokenizer,
         decoder_start=source.decoder_start,
-        classes=classes_of(source) if classifies else (),
+        classes=classes_of(source) if classifies or media else (),
     )
 
 
@@ -133,7 +135,7 @@ def _edge(path: Path, threads: int | None) -> Evaluated:
     return Evaluated(
         form="edge",
         forward=forward,
-        tokenizer=load_tokenizer(folder),
+        tokenizer=load_preprocessor(folder),
         decoder_start=start,
         classes=classes,
     )
@@ -159,11 +161,12 @@ def _by_pair(model: EncoderDecoder) -> Forward:
 def _by_classifier(session: Any) -> Forward:
     from onnxruntime import OrtValue
 
-    names = {each.name for each in session.get_inputs()}
+    names = [each.name for each in session.get_inputs()]
+    first = next(name for name in names if name != "attention_mask")  # or features of a file
     output = session.get_outputs()[0].name
 
     def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        feed = {"input_ids": input_ids, "attention_mask": attention_mask}
+        feed = {first: input_ids, "attention_mask": attention_mask}
         values = {n: OrtValue.ortvalue_from_numpy(t.numpy()) for n, t in feed.items() if n in names}
         return torch.from_numpy(run_values(session, [output], values)[0].numpy())
 

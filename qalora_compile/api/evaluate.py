@@ -17,7 +17,7 @@ from qalora_compile.config.choices import CLASSIFICATION, LANGUAGE
 from qalora_compile.errors import UserInputError
 from qalora_compile.progress import say
 from qalora_compile.training.data.example import IGNORED, Example
-from qalora_compile.training.data.load_examples import begins_labelled
+from qalora_compile.training.data.load_examples import first_labelled
 from qalora_compile.training.data.row_forms import TEXT
 from qalora_compile.training.evaluate import Metrics, evaluate
 
@@ -68,7 +68,7 @@ class EvalSpec:
         for name, default in _DEFAULTS.items():
             given = getattr(self, name)
             chosen[name] = known.get(name, default) if given is None else given
-        labelled = begins_labelled(self.data, chosen["map"])
+        labelled = first_labelled(self.data, chosen["map"]) is not None
         task = self.task or (CLASSIFICATION if labelled else LANGUAGE)
         return ReadingSpec(data=self.data, task=task, **chosen)
 
@@ -130,7 +130,7 @@ def _evaluate(spec: EvalSpec, reading: ReadingSpec, reference: str, model: Evalu
     classes = model.classes if reading.task == CLASSIFICATION else ()
     if reading.task == CLASSIFICATION and not classes:
         raise UserInputError(
-            "the data are texts with labels, and the model has no classes",
+            "the data have labels, and the model has no classes",
             where=reference,
             hint="give a classifier; or write the rows as "
             '{"prompt": text, "completion": label}; for the perplexity of the texts alone, add '

@@ -13,21 +13,24 @@ import torch
 from qalora_compile.api.finetune_spec import FinetuneSpec, ReadingSpec
 from qalora_compile.api.forms import packed_form
 from qalora_compile.api.run_folder import MODEL
-from qalora_compile.capture.classifier import classes_of, linear_layers, load_classifier
+from qalora_compile.capture.classifier import TEXT, classes_of, linear_layers, load_classifier
 from qalora_compile.capture.load_source import Source, load_source
 from qalora_compile.capture.sentence import encoder_folder
 from qalora_compile.capture.skeleton import generates
-from qalora_compile.config.choices import BY_LENGTH, CLASSIFICATION, LANGUAGE, PACKED
+from qalora_compile.config.choices import BY_LENGTH, CLASSIFICATION, EVERYTHING, LANGUAGE, PACKED
 from qalora_compile.errors import CaptureError, UnsupportedError, UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.progress import say
 from qalora_compile.training.data.batches import Batches, Packed
 from qalora_compile.training.data.dataset import Dataset
-from qalora_compile.training.data.load_examples import begins_labelled, find_classes, load_examples
+from qalora_compile.training.data.load_examples import find_classes, first_labelled, load_examples
+from qalora_compile.training.data.load_media import load_media
 from qalora_compile.training.evaluate import check_logits
+from qalora_compile.untrusted.media_processor import AUDIO, IMAGE, MediaProcessor
 from qalora_compile.verify.inputs import token_limits
 
 _TOKENS = "input_ids"
+_PLURALS = {TEXT: "texts", IMAGE: "images", AUDIO: "recordings"}
 
 
 def with_task(spec: FinetuneSpec) -> FinetuneSpec:
@@ -39,7 +42,8 @@ def with_task(spec: FinetuneSpec) -> FinetuneSpec:
     reading = spec.reading
     if reading.task is not None:
         return spec
-    if not begins_labelled(reading.data, reading.map):
+    labelled = first_labelled(reading.data, reading.map)
+    if labelled is None:
         return _with(spec, LANGUAGE)
     folder = Path(spec.model)
     if not folder.is_dir():
@@ -48,12 +52,17 @@ def with_task(spec: FinetuneSpec) -> FinetuneSpec:
         problem = "the model generates text"
     else:
         return _with(spec, CLASSIFICATION)
+    hint = "to train on the labels, give an encoder such as ViT or Wav2Vec2"
+    if labelled == TEXT:
+        hint = (
+            "to train on the labels, give an encoder such as BERT, or write the rows as "
+            '{"prompt": text, "completion": label}; to train on the texts alone, finetune '
+            "with --task language"
+        )
     raise UserInputError(
-        f"the data are texts with labels, and {problem}",
+        f"the data are {_PLURALS[labelled]} with labels, and {problem}",
         where=f"{reading.data[0]}, {spec.model}",
-        hint="to train on the labels, give an encoder such as BERT, or write the rows as "
-        '{"prompt": text, "completion": label}; to train on the texts alone, finetune with '
-        "--task language",
+        hint=hint,
     )
 
 
@@ -83,7 +92,8 @@ def load_model(spec: FinetuneSpec) -> tuple[Source, tuple[str, ...]]:
     if spec.reading.task == LANGUAGE:
         return load_source(spec.model, zero_points=spec.codes.stored_zero_points), ()
     found = find_classes(spec.reading.data, spec.reading.map)
-    source = load_classifier(spec.model, found, seed=spec.fit.seed)
+    reads = first_labelled(spec.reading.data, spec.reading.map) or TEXT
+    source = load_classifier(spec.model, found, seed=spec.fit.seed, reads=reads)
     return source, classes_of(source)
 
 
@@ -113,7 +123,16 @@ def load_files(
     *,
     pairs: bool = False,
 ) -> Dataset:
-    """The examples of some files, read like the training data."""
+    """The examples of some files, read like the training data.
+
+    Raises:
+        UserInputError: see `load_examples` and `load_media`; or an option has no meaning for images
+            and recordings.
+        UnsupportedError: see `load_examples` and `load_media`.
+    """
+    if isinstance(tokenizer, MediaProcessor):
+        _check_media(reading, pairs=pairs)
+        return load_media(files, tokenizer, classes, reading.map)
     return load_examples(
         files,
         tokenizer,
@@ -125,6 +144,22 @@ def load_files(
         mapping=reading.map,
         pairs=pairs,
     )
+
+
+def _check_media(reading: ReadingSpec, *, pairs: bool) -> None:
+    """Refuse options that are for texts."""
+    given = {
+        "--data-cache": reading.data_cache is not None,
+        f"--learn {EVERYTHING}": reading.learn == EVERYTHING,
+        f"--batches {PACKED}": reading.batches == PACKED,
+        "--loss dpo or orpo": pairs,
+    }
+    for option, wrong in given.items():
+        if wrong:
+            raise UserInputError(
+                f"{option} is for texts, and the data are images or recordings",
+                hint="leave it out",
+            )
 
 
 def check_trainable(program: Program, classes: tuple[str, ...], *datasets: Dataset | None) -> None:
@@ -216,7 +251,7 @@ def data_rows(data: Dataset, batches: Batches) -> dict[str, object]:
     if isinstance(batches.examples, Packed):
         rows["packed"] = f"{len(batches.examples)} rows, {batches.examples.fill:.0%} full"
     if data.classes and not data.is_lazy:
-        counts = Counter(example.label for example in data.examples)
+        counts = data.labels()
         named = (f"{name} {counts[index]}" for index, name in enumerate(data.classes))
         rows["classes"] = ", ".join(named)
     return rows
@@ -233,7 +268,7 @@ def data_figures(
         decisive: See `FinetuneSpec.decisive`.
     """
     figures = {"examples": len(data.examples), "files": len(data.files)}
-    if not data.is_lazy:
+    if not data.is_lazy and data.unit == "tokens":
         figures["tokens"] = sum(len(example.tokens) for example in data.examples)
     if held_out is not None:
         figures["held-out examples"] = len(held_out.examples)

@@ -42,7 +42,7 @@ from qalora_compile.training.records.report_page import (
 )
 from qalora_compile.training.records.run_identity import Identity
 from qalora_compile.training.sample_answers import answers, questions
-from qalora_compile.untrusted.tokenizer import load_tokenizer
+from qalora_compile.untrusted.media_processor import load_preprocessor
 
 INTERRUPTED, FINISHED, FAILED = "interrupted", "finished", "failed"
 _ASKED = 6
@@ -138,6 +138,7 @@ class Job:
             results=results,
             samples=[Sample(*row) for row in zip(asked, before, answered, strict=True)],
             classifies=bool(self.data.classes),
+            unit=self.data.unit,
         )
         return path
 
@@ -145,7 +146,7 @@ class Job:
         return list((self.held_out or self.data).examples[:_ASKED])
 
     def _tokenizer(self) -> Any:
-        return load_tokenizer(self.folder / TOKENIZER)
+        return load_preprocessor(self.folder / TOKENIZER)
 
     def save(self) -> None:
         """Write a checkpoint, and the adapters that a fold would use now."""

@@ -48,7 +48,7 @@ from qalora_compile.training.data.batches import Batches
 from qalora_compile.training.data.dataset import Dataset, taught_ends
 from qalora_compile.untrusted import read_object
 from qalora_compile.untrusted.artifacts import RUN_CONFIG
-from qalora_compile.untrusted.tokenizer import load_tokenizer
+from qalora_compile.untrusted.media_processor import load_preprocessor
 
 TRAINING = "training"
 
@@ -158,7 +158,7 @@ def _from_run(spec: FinetuneSpec, processes: int) -> Begun:
             hint="give the RUN folder to --init-from, not the FOLDED one",
         )
     check_program(program)
-    classes, tokenizer = recorded_classes(then), load_tokenizer(source / TOKENIZER)
+    classes, tokenizer = recorded_classes(then), load_preprocessor(source / TOKENIZER)
     data, held_out = load_data(spec, tokenizer, then["decoder_start"], classes)
     check_trainable(program, classes, data, held_out)
     trained, batches = arrange(spec, program, data, source)
@@ -205,7 +205,7 @@ _HEAD = "# Repeats this run: qalora-compile finetune --config run.yaml --out RUN
 def reopen(spec: FinetuneSpec, record: dict[str, Any], processes: int) -> Begun:
     """Read the program of a RUN folder, and the data."""
     program = Program.load(spec.out)
-    tokenizer, classes = load_tokenizer(spec.out / TOKENIZER), recorded_classes(record)
+    tokenizer, classes = load_preprocessor(spec.out / TOKENIZER), recorded_classes(record)
     data, held_out = load_data(spec, tokenizer, record["decoder_start"], classes)
     check_trainable(program, classes, data, held_out)
     trained, batches = arrange(spec, program, data, spec.out)

@@ -24,12 +24,17 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import write_program
 from qalora_compile.sealed import read_sealed, write_sealed
 from qalora_compile.untrusted import check_folder, quoted, read_object
+from qalora_compile.untrusted.artifacts import PROGRAM_FILE
 
 RUN_FILE = "run.json"
 TOKENIZER = "tokenizer"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
 _PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_SAVED = (
+    "it holds a program that was saved in Python, without tokenizer and configuration; write it "
+    'there: qc.export_model(qc.Program.load(folder), "model.onnx")'
+)
 FORMAT = "qalora-run"
 VERSION = 2
 """Version 2 has a digest; version 1, which has none, can still be read."""
@@ -68,10 +73,11 @@ def _check_is_run(folder: Path) -> None:
     if not folder.is_dir():
         raise UserInputError(f"there is no folder {folder}", where=str(folder))
     if not (folder / RUN_FILE).is_file():
+        saved = (folder / PROGRAM_FILE).is_file()
         raise UserInputError(
             f"{folder} was not written by finetune or fold: it holds no {RUN_FILE}",
             where=str(folder),
-            hint="give the folder that --out named",
+            hint=_SAVED if saved else "give the folder that --out named",
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from qalora_compile.api.edge import MODEL_CONFIG_FILE, read_edge_record
 from qalora_compile.api.pooling import recorded_pooling
-from qalora_compile.api.text_model import edge_tokenizer, open_text_model
+from qalora_compile.api.text_model import edge_tokenizer, open_text_model, say_ignored
 from qalora_compile.errors import UserInputError
 from qalora_compile.optional import require
 from qalora_compile.runtime.session import open_session
@@ -117,7 +117,9 @@ def _listening(spec: ServeSpec) -> socket.socket:
 def _open(folder: Path, threads: int | None) -> TextModel | Embedder:
     record = read_edge_record(folder)
     if record.get("kv_cache") or (not record.get("pooling") and not record.get("classes")):
-        return open_text_model(folder, threads=threads)
+        model = open_text_model(folder, threads=threads)
+        say_ignored(model)
+        return model
     pooling = recorded_pooling(record)
     path = folder / MODEL_CONFIG_FILE
     config: dict[str, Any] = read_object(path) if path.is_file() else {}

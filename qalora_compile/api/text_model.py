@@ -10,6 +10,7 @@ from typing import Any
 from qalora_compile.api.edge import GENERATION_FILE, MODEL_CONFIG_FILE, read_edge_record
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.end_tokens import end_tokens
+from qalora_compile.progress import say
 from qalora_compile.runtime.language_model import LanguageModel, Sampling
 from qalora_compile.runtime.session import open_session
 from qalora_compile.serving.text_model import TextModel
@@ -19,7 +20,6 @@ from qalora_compile.untrusted.artifacts import OPENVINO_FILE, encoder_decoder_fi
 from qalora_compile.untrusted.tokenizer import load_tokenizer
 
 _NEUTRAL: dict[str, float] = {
-    "repetition_penalty": 1.0,
     "min_p": 0.0,
     "typical_p": 1.0,
     "no_repeat_ngram_size": 0,
@@ -95,21 +95,30 @@ def folder_sampling(settings: Mapping[str, Any], where: str) -> tuple[Sampling, 
         for name, neutral in _NEUTRAL.items()
         if (value := settings.get(name)) not in (None, neutral)
     )
-    if settings.get("do_sample") is not True:
-        return Sampling(), ignored
-    found = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    for name in found:
+    known = {"repetition_penalty": 1.0}
+    if settings.get("do_sample") is True:
+        known |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    for name in known:
         value = settings.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[name] = value
+            known[name] = value
         elif value is not None:
             raise UserInputError(
                 f"{name} is {quoted(value)}, not a number", where=f"{where}/{GENERATION_FILE}"
             )
-    return (
-        Sampling(temperature=found["temperature"], top_p=found["top_p"], top_k=int(found["top_k"])),
-        ignored,
+    sampling = Sampling(
+        temperature=known.get("temperature", 0.0),
+        top_p=known.get("top_p", 1.0),
+        top_k=int(known.get("top_k", 0)),
+        repetition_penalty=known["repetition_penalty"],
     )
+    return sampling, ignored
+
+
+def say_ignored(model: TextModel) -> None:
+    """Print the folder's settings of sampling that have no effect here."""
+    if model.ignored:
+        say(f"note: without effect here, from {GENERATION_FILE}: {', '.join(model.ignored)}")
 
 
 def _settings(folder: Path, file: str) -> dict[str, Any]:

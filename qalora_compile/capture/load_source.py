@@ -68,7 +68,8 @@ class Source:
         kind: `huggingface`, `gguf` or `factory`.
         model: The model in evaluation mode.
         args, kwargs: Example inputs.
-        tokenizer: The tokenizer of a language model, or None.
+        tokenizer: The tokenizer of a language model, the `MediaProcessor` of a classifier of images
+            or audio, or None.
         decoder_start: The token with which the decoder of an encoder-decoder model begins, or None.
         read_codes: Reads the codes of a quantized checkpoint, see `stored`.
         head: Names of the parameters that the checkpoint does not hold and that must be trained.
@@ -262,7 +263,20 @@ def _language_model(reference: str, kind: str, model: Any, tokenizer: Any) -> So
 
 
 def text_example(model: Any) -> dict[str, Tensor]:
-    """Random keyword inputs of a model that reads tokens, without padding."""
+    """Random keyword inputs of a model that reads tokens, without padding.
+
+    Raises:
+        UnsupportedError: the model reads something else.
+    """
+    if getattr(model, "main_input_name", TOKENS) != TOKENS or not hasattr(
+        model.config, "vocab_size"
+    ):
+        raise UnsupportedError(
+            f"{type(model).__name__} reads {model.main_input_name}, and not texts",
+            hint='for classes of images or audio, train on rows of {"image": path, "label": …} or '
+            '{"audio": path, "label": …}; for anything else, capture it in code: '
+            "qc.capture_model(model, (), inputs)",
+        )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, _EXAMPLE_SHAPE, generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -23,6 +23,8 @@ FORMS = """data, as JSON lines (or .json, .csv, .parquet, .jsonl.gz, a folder, a
   {"text": "…"}                  loss on every token
   {"input_ids": [1, 2, 3]}       for models without a tokenizer
   {"text": "…", "label": "…"}    classification, for encoders
+  {"image": "a.jpg", "label": "…"}, {"audio": "a.wav", "label": "…"}
+      the same, for encoders of images or audio; paths start at the data file
   {"prompt": "…", "chosen": "…", "rejected": "…"}    --loss dpo, orpo
 other field names: --map prompt=question,completion=answer
 """

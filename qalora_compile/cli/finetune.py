@@ -60,6 +60,8 @@ EXAMPLES = (
     --lr 1e-4 --out run
   # classification
   qalora-compile finetune ./MiniLM --data reviews.jsonl --out run
+  # images with labels, read by the model's own processor
+  qalora-compile finetune ./vit --data images.jsonl --out run
   qalora-compile finetune ./SmolLM2 --data qa.csv \\
     --map prompt=question,completion=answer --out run
   qalora-compile finetune ./SmolLM2 --data 'chats/*.jsonl' --out run \\

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qalora_compile.cli import exit_codes
 from qalora_compile.cli.config_file import apply_config
+from qalora_compile.cli.option_names import in_options
 from qalora_compile.cli.parser import build_parser, command_of
 from qalora_compile.cli.signals import Terminated, terminable
 from qalora_compile.cli.ui import complain
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(error)
         return exit_codes.FAILED
     except QaloraError as error:
-        _complain(error)
+        name = str(options.command)
+        _complain(in_options(error, build_parser([name]).commands[name].option_names()))
         return exit_codes.USAGE
     except Exception as error:
         _complain(_of_system(error, options))

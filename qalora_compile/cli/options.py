@@ -22,8 +22,9 @@ def command_line(*words: object) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question that suggests the nearest known name; empty if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]}?" if near else ""
+    bare = {each.lstrip("-"): each for each in known}  # two dashes alone are no likeness
+    near = difflib.get_close_matches(name.lstrip("-"), bare, n=1)
+    return f"did you mean {bare[near[0]]}?" if near else ""
 
 
 def spec_of(made: type[S], options: argparse.Namespace, /, **more: Any) -> S:

@@ -74,6 +74,10 @@ class Parser(argparse.ArgumentParser):
                 found[name] = action
         return found
 
+    def option_names(self) -> list[str]:
+        """The names of the options, without dashes and without the arguments by position."""
+        return [name for name, action in self.by_name().items() if action.option_strings]
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:

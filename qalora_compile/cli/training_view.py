@@ -35,5 +35,5 @@ class View:
                 self._held_out += f" ({report.held_out_accuracy:.1%} right)"
         rate = sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent)
         note = f"loss {report.loss:.4f}{self._held_out}"
-        note += f", lr {report.learning_rate:.2e}, {rate:.0f} tokens/s"
+        note += f", lr {report.learning_rate:.2e}, {rate:.0f} {report.unit}/s"
         self._shown.update("train", report.step, None, note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,16 @@ class Sampling:
         top_p: Sample from the smallest set of tokens with this much probability together.
         top_k: Sample from this many of the likeliest tokens at most; 0: no limit.
         seed: Seed of the sampling.
+        repetition_penalty: By what the logits of tokens that the text already has are divided, or
+            multiplied where they are negative (arXiv 1909.05858); greedy choices are made of these
+            logits too. 1: not at all.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1):
@@ -45,6 +49,10 @@ class Sampling:
         if self.top_k < 0 or self.seed < 0:
             raise UserInputError(
                 f"top_k is {self.top_k} and seed is {self.seed}", hint="use 0 or more"
+            )
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserInputError(
+                f"repetition_penalty is {self.repetition_penalty}", hint="use a number above 0"
             )
 
 
@@ -189,7 +197,8 @@ class LanguageModel:
                 hint="ask for fewer new tokens, or shorten the prompt",
             )
         context = Context(self) if context is None else context
-        return continue_tokens(context.read, context.rest(prompt), max_new_tokens, stop, sampling)
+        rest = context.rest(prompt)
+        return continue_tokens(context.read, rest, max_new_tokens, stop, sampling, text=prompt)
 
 
 class Context:
@@ -285,26 +294,48 @@ def continue_tokens(
     max_new_tokens: int,
     stop: Sequence[int],
     sampling: Sampling,
+    *,
+    text: Sequence[int] | None = None,
 ) -> Iterator[int]:
-    """Yield new tokens; `step` takes the tokens since its last call and returns logits `[V]`."""
+    """Yield new tokens; `step` takes the tokens since its last call and returns logits `[V]`.
+
+    Args:
+        step: The model.
+        prompt: The tokens that it has not read.
+        max_new_tokens: The limit.
+        stop: Tokens that end the generation.
+        sampling: How a token is chosen.
+        text: All tokens so far, the prompt's included; None: the prompt's.
+    """
     import numpy as np
 
     generator = np.random.default_rng(sampling.seed)
-    fresh = list(prompt)
+    fresh, seen = list(prompt), set(prompt if text is None else text)
     for _ in range(max_new_tokens):
-        token = choose_token(step(fresh), sampling, generator)
+        token = choose_token(step(fresh), sampling, generator, seen)
         if token in stop:
             return
+        seen.add(token)
         fresh = [token]
         yield token
 
 
 def choose_token(
-    logits: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator
+    logits: NDArray[np.float32],
+    sampling: Sampling,
+    generator: np.random.Generator,
+    seen: Collection[int] = (),
 ) -> int:
-    """The next token from logits `[V]`: greedy, or nucleus sampling (arXiv 1904.09751)."""
+    """The next token from logits `[V]`: greedy, or nucleus sampling (arXiv 1904.09751).
+
+    `seen` are the tokens of the text, to which a `repetition_penalty` applies.
+    """
     import numpy as np
 
+    if sampling.repetition_penalty != 1 and seen:
+        logits, known = logits.copy(), np.fromiter(seen, np.int64, len(seen))
+        own, penalty = logits[known], np.float32(sampling.repetition_penalty)
+        logits[known] = np.where(own < 0, own * penalty, own / penalty)
     if sampling.temperature == 0:
         return int(logits.argmax())
     exact = logits.astype(np.float64)

@@ -98,11 +98,13 @@ class Job:
         self.done = self.cancelled = False
         self._stream, self._stops = model.stream(), StopStrings(order.stop)
         self._generator = np.random.default_rng(order.sampling.seed)
+        self._seen = set(order.prompt)
         self._count = 0
 
     def take(self, logits: NDArray[np.float32]) -> None:
         """Choose the next token from logits `[V]`, and send what it adds."""
-        token = choose_token(logits, self.order.sampling, self._generator)
+        token = choose_token(logits, self.order.sampling, self._generator, self._seen)
+        self._seen.add(token)
         self._count += 1
         if token in self.order.ends:
             self._finish(Piece(self._stops.rest(), tokens=0, finish=STOP))

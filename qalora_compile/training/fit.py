@@ -20,6 +20,7 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import ADAPTED
 from qalora_compile.training.data.batches import Batches, batch_at
 from qalora_compile.training.data.example import Batch, Example
+from qalora_compile.training.data.media_examples import unit_of
 from qalora_compile.training.distributed import Processes
 from qalora_compile.training.forward.autocast import computing
 from qalora_compile.training.losses import BatchLoss, counts_of, held_out_metrics
@@ -84,6 +85,7 @@ class StepReport:
         held_out: Loss on held-out examples, if they were evaluated after the step.
         held_out_accuracy: `Metrics.exact_match` of the held-out examples; of pairs, the share in
             which the model prefers the preferred answer.
+        unit: What `tokens` counts: `tokens`, or `examples` for images and recordings.
     """
 
     step: int
@@ -94,6 +96,7 @@ class StepReport:
     seconds: float
     held_out: float | None = None
     held_out_accuracy: float | None = None
+    unit: str = "tokens"
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,8 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.begun = self.state.step
+        given = self.examples
+        self.unit = unit_of(given.examples if isinstance(given, Batches) else given)
         loss = BatchLoss(self.program, self.spec, self.state.reference)
         self.wrapped = self.processes.wrap(loss)
         self.parameters = self.program.adapter_parameters()
@@ -245,7 +250,8 @@ class _Training:
         state.optimizer.step()
         state.step += 1
         seconds = time.monotonic() - started
-        return StepReport(state.step, loss, rate, norm, tokens, seconds, *self._evaluate())
+        figures = state.step, loss, rate, norm, tokens, seconds, *self._evaluate()
+        return StepReport(*figures, unit=self.unit)
 
     def prove_last(self) -> None:
         """Check that the last weights give a finite loss and gradient on the data of their step."""

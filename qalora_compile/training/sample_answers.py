@@ -35,7 +35,8 @@ def questions(
     found = []
     for example in examples:
         if example.label is not None:
-            found.append(Question(_text(example.tokens, tokenizer), classes[example.label]))
+            shown = example.media.path.name if example.media else _text(example.tokens, tokenizer)
+            found.append(Question(shown, classes[example.label]))
             continue
         begin = _begin(example)
         prompt = example.source or example.tokens[:begin]

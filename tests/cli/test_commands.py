@@ -210,6 +210,8 @@ def test_weights_in_a_second_file_are_said_to_transformers_js(
     folded, out = str(workspace / "folded"), tmp_path / "edge"
     assert main(["export", folded, "--out", str(out), "--external-data"]) == 0
     assert {f.name for f in (out / "onnx").iterdir()} == {"model_q4.onnx", "model_q4.onnx_data"}
+    record = json.loads((out / "qalora.json").read_text("utf-8"))
+    assert record["files"] == ["onnx/model_q4.onnx", "onnx/model_q4.onnx_data"]
     stated = [
         json.loads((folder / "config.json").read_text("utf-8"))["transformers.js_config"]
         for folder in (out, workspace / "edge")
@@ -347,7 +349,7 @@ BAD_COMMANDS = {
     ),
     "group size": (
         ["finetune", "{model}", "--data", "{data}", "--out", "{new}", "--group-size", "0"],
-        "group_size is 0",
+        "--group-size is 0",
     ),
     "budget": (
         [

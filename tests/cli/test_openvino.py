@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
     export = ["export", str(folded), "--out", str(out), "--target", "openvino"]
     for option, words in (
         (["--with-library"], "--with-library has no effect with target openvino"),
-        (["--preset", "fast"], "preset is 'fast' for target openvino"),
+        (["--preset", "fast"], "--preset is fast for target openvino"),
         (["--opset", "21"], "opset is 21 for target openvino"),
     ):
         assert main([*export, *option]) == 2

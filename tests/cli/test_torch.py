@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
     export = ["export", str(folded), "--out", str(out), "--target", "torch"]
     for option, words in (
         (["--with-library"], "--with-library has no effect with target torch"),
-        (["--preset", "fast"], "preset is 'fast' for target torch"),
+        (["--preset", "fast"], "--preset is fast for target torch"),
         (["--no-state"], "stateful is False for target torch"),
     ):
         assert main([*export, *option]) == 2

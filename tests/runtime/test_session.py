@@ -13,7 +13,7 @@ import torch
 import qalora_compile as qc
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.runtime import LanguageModel, Sampling, open_session
-from qalora_compile.runtime.language_model import choose_token
+from qalora_compile.runtime.language_model import choose_token, continue_tokens
 from tests.models import MLP, adapted, llama, token_ids
 
 
@@ -83,9 +83,34 @@ def test_the_likeliest_tokens_are_kept_in_any_heat() -> None:
         assert choose_token(logits, one, generator) == 1
 
 
+@pytest.mark.parametrize("penalty", [0.5, 1.3])
+def test_repetitions_are_penalized_as_by_transformers(penalty: float) -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    generator = np.random.default_rng(0)
+    logits = generator.standard_normal(50).astype(np.float32)
+    text = [3, 7, 7, int(logits.argmax()), int(logits.argmin())]
+    wanted = RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([text]), torch.from_numpy(logits.copy())[None]
+    )
+    before = logits.copy()
+    chosen = Sampling(repetition_penalty=penalty)
+    assert choose_token(logits, chosen, generator, set(text)) == int(wanted.argmax())
+    assert np.array_equal(logits, before)
+
+
+def test_new_tokens_are_penalized_too() -> None:
+    logits = np.array([2.0, 1.9, 1.0], np.float32)
+    chosen = Sampling(repetition_penalty=1.5)
+    assert list(continue_tokens(lambda _: logits, [2], 4, [], chosen)) == [0, 1, 0, 0]
+    assert list(continue_tokens(lambda _: logits, [2], 2, [], chosen, text=[0, 2])) == [1, 0]
+    assert list(continue_tokens(lambda _: logits, [2], 2, [], Sampling())) == [0, 0]
+
+
 @pytest.mark.parametrize(
     "values",
     [
+        *({"repetition_penalty": 0.0}, {"repetition_penalty": math.inf}),
         *({"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}),
         *({"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"seed": -1}),
     ],

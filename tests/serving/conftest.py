@@ -63,6 +63,6 @@ def chat_edge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_template(folder)
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text("utf-8"))
-    sampling = {"do_sample": True, "temperature": 0.5, "top_k": 5, "repetition_penalty": 1.1}
+    sampling = {"do_sample": True, "temperature": 0.5, "top_k": 5, "min_p": 0.0625}
     path.write_text(json.dumps(settings | sampling), "utf-8")
     return quantized(folder, root / "edge")

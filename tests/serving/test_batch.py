@@ -97,10 +97,10 @@ def test_every_job_has_the_tokens_that_it_has_alone(joins: bool, model: TextMode
             prompt=prompt,
             max_tokens=3 + 4 * index,
             ends=frozenset({1}),
-            sampling=Sampling(temperature=heat, seed=index),
+            sampling=Sampling(temperature=heat, seed=index, repetition_penalty=penalty),
         )
         for index, prompt in enumerate(PROMPTS)
-        for heat in (0.0, 2.0)
+        for heat, penalty in ((0.0, 1.0), (2.0, 1.0), (0.0, 1.4))
     ]
     for order, pieces in zip(orders, run(engine, model, orders), strict=True):
         alone = list(

@@ -94,12 +94,14 @@ def test_plain_text_goes_on_without_a_template(plain_edge: Path) -> None:
 
 def test_sampling_is_the_folder_s_unless_it_is_given(model: TextModel) -> None:
     assert model.sampling == Sampling(temperature=0.5, top_k=5)
-    assert model.ignored == ("repetition_penalty 1.1",)
+    assert model.ignored == ("min_p 0.0625",)
     spec = ChatSpec(folder=Path("edge"), temperature=0.0, seed=3)
     assert spec.sampling(model.sampling) == Sampling(temperature=0.0, top_k=5, seed=3)
     free = ChatSpec(folder=Path("edge"))
     assert free.sampling(model.sampling).seed != free.sampling(model.sampling).seed
     assert folder_sampling({"temperature": 0.3}, "edge") == (Sampling(), ())
+    greedy = folder_sampling({"repetition_penalty": 1.1, "top_k": "x"}, "edge")
+    assert greedy == (Sampling(repetition_penalty=1.1), ())
     with pytest.raises(UserInputError, match="top_k is 'x'|top_k is x|top_k is \"x\""):
         folder_sampling({"do_sample": True, "top_k": "x"}, "edge")
 

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qalora_compile.cli.main import main
-from tests.zoo.architectures import ENCODERS, EXPERTS, VOCABULARY, WITHOUT_CACHE, build
+from tests.media import write_rows, write_tone
+from tests.zoo.architectures import (
+    ENCODERS,
+    EXPERTS,
+    IMAGES,
+    SOUNDS,
+    VOCABULARY,
+    WITHOUT_CACHE,
+    build,
+)
 
 WORDS = ("red", "green", "blue", "one", "two", "three")
 QUANTIZE, QUANTIZED, FINETUNE, FOLD, EXPORT, VERIFY = STEPS = (
@@ -50,11 +59,18 @@ class Result:
 
 
 def write_model(name: str, folder: Path) -> None:
-    """Write a small model with a byte-level tokenizer."""
+    """Write a small model with a byte-level tokenizer, or with a processor of images or audio."""
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     build(name).save_pretrained(folder)
+    if name in IMAGES:
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+        return
+    if name in SOUNDS:
+        Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(folder)
+        return
     cutter = ByteLevelBPETokenizer()
     specials = ["<pad>", "<s>", "</s>"]
     cutter.train_from_iterator([" ".join(WORDS)], vocab_size=VOCABULARY, special_tokens=specials)
@@ -64,7 +80,10 @@ def write_model(name: str, folder: Path) -> None:
 
 
 def write_data(name: str, path: Path) -> None:
-    """Write six examples of words and their kind, as texts or labels."""
+    """Write six examples of words and their kind, as texts or labels; or four files with labels."""
+    if name in (*IMAGES, *SOUNDS):
+        _write_media(name, path)
+        return
     kinds = {word: "colour" if word in WORDS[:3] else "number" for word in WORDS}
     labels = {"colour": "LABEL_0", "number": "LABEL_1"}  # as configurations call classes
     rows = [
@@ -74,6 +93,21 @@ def write_data(name: str, path: Path) -> None:
         for word, kind in kinds.items()
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def _write_media(name: str, path: Path) -> None:
+    from PIL import Image
+
+    rows = []
+    for index in range(4):
+        medium, suffix = ("image", "png") if name in IMAGES else ("audio", "wav")
+        file = path.with_name(f"{index}.{suffix}")
+        if name in IMAGES:
+            Image.new("RGB", (40, 32), (200 * (index % 2), 60, 60)).save(file)
+        else:
+            write_tone(file, 300 + 400 * (index % 2), 1600, rate=16_000)
+        rows.append({medium: file.name, "label": f"LABEL_{index % 2}"})
+    write_rows(path, rows)
 
 
 def walk(name: str, folder: Path) -> Iterator[Result]:
@@ -96,7 +130,7 @@ def walk(name: str, folder: Path) -> Iterator[Result]:
             (VERIFY, str(folder / "folded"), str(folder / "edge"), "--max-rel", "1e-3"),
         ),
     )
-    for way in modes:
+    for way in modes[1:] if name in (*IMAGES, *SOUNDS) else modes:  # quantize reads texts
         for step, *arguments in way:
             result = _run(step, arguments)
             yield result

@@ -30,6 +30,16 @@ def test_end_to_end(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    "name", ["Dinov2ForImageClassification", "HubertForSequenceClassification"]
+)
+def test_images_and_audio_from_fine_tuning_on(name: str, tmp_path: Path) -> None:
+    results = list(walk(name, tmp_path))
+    assert [(r.step, r.code) for r in results if r.code] == [], results[-1].said
+    assert [result.step for result in results] == list(STEPS[2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("MambaForCausalLM", "only takes texts of 16 tokens"),

@@ -184,6 +184,7 @@ def _check_folds(program: Program, updates: Updates) -> None:
         + (
             "on it with finetune, which pools in that order"
             if path in orders
-            else "with use_qalora=True and a qalora_group_size that is a multiple of the group size"
+            else "with finetune, whose adapters fold; PEFT's use_qalora=True pools on GPTQ layers "
+            "alone, with a qalora_group_size that is a multiple of the group size"
         ),
     )

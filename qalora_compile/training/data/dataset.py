@@ -17,6 +17,7 @@ from typing import Any
 from qalora_compile.errors import UserInputError
 from qalora_compile.training.data.example import IGNORED, Example
 from qalora_compile.training.data.lazy_rows import LazyExamples, RowIndex
+from qalora_compile.training.data.media_examples import MediaExamples, unit_of
 from qalora_compile.training.data.parse_line import LineReader, Reading
 from qalora_compile.training.data.read_rows import read_rows
 
@@ -84,6 +85,17 @@ class Dataset:
     def is_lazy(self) -> bool:
         """Whether the examples are tokenized during training."""
         return isinstance(self.examples, LazyExamples)
+
+    @property
+    def unit(self) -> str:
+        """See `unit_of`."""
+        return unit_of(self.examples)
+
+    def labels(self) -> Counter[int | None]:
+        """How many examples have each class; no image or recording is read."""
+        if isinstance(self.examples, MediaExamples):
+            return Counter(self.examples.labels)
+        return Counter(example.label for example in self.examples)
 
     def check_tokens(self, limit: int) -> None:
         """Check that a model of `limit` tokens knows every token and every label.

@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qalora_compile.errors import UserInputError
 
 IGNORED = -100
 """The label of a position that carries no loss."""
+
+
+_MASK = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Media:
+    """An image or a recording, as a model takes it.
+
+    Attributes:
+        path: The file.
+        inputs: Input of the model → its value: float32 `[channels, height, width]` of an image,
+            `[samples]` or `[frames, bins]` of a recording; and `attention_mask` int64 `[samples]`
+            or `[frames]`, if the model takes one.
+    """
+
+    path: Path
+    inputs: Mapping[str, Tensor]
+
+    @property
+    def features(self) -> Tensor:
+        """The input that is not the mask."""
+        return next(value for name, value in self.inputs.items() if name != _MASK)
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask; if the model takes none, of a single position."""
+        return self.inputs.get(_MASK, torch.ones(1, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -28,6 +58,7 @@ class Example:
         label: The class of the text, in a classification task.
         parts: Lengths of the examples that were packed into this one; empty if it is a single one.
         rejected: The other answer to the same prompt, of a pair of which this one is preferred.
+        media: What `label` is the class of, if that is no text; `tokens` are then empty.
     """
 
     tokens: tuple[int, ...]
@@ -36,10 +67,17 @@ class Example:
     label: int | None = None
     parts: tuple[int, ...] = ()
     rejected: Example | None = None
+    media: Media | None = None
 
     @property
     def length(self) -> int:
-        """How many positions it takes in a batch; of a pair, the longer answer with its prompt."""
+        """How many positions it takes in a batch; of a pair, the longer answer with its prompt.
+
+        An image takes one, a recording those of its samples or frames.
+        """
+        if self.media is not None:
+            features = self.media.features
+            return 1 if features.dim() == 3 else len(features)
         other = 0 if self.rejected is None else self.rejected.length
         return max(len(self.tokens), len(self.source), other)
 
@@ -124,9 +162,10 @@ class Batch:
     """Right-padded tensors of B examples.
 
     Attributes:
-        input_ids: `[B, T]` int64.
+        input_ids: `[B, T]` int64; of images and recordings `Media.features` `[B, …]`, float32.
         attention_mask: `[B, T]` int64: 0 for padding, otherwise the number, from 1, of the token's
-            example in its row. It exceeds 1 only in packed rows.
+            example in its row. It exceeds 1 only in packed rows. `[B, 1]` of 1 for images and
+            recordings whose model takes no mask.
         labels: `[B, T]` int64, `IGNORED` where there is no loss; `[B]` in a classification task.
         source: Token ids and attention mask `[B, S]` for the encoder, if the model has one.
         pairs: Number of pairs of answers, B / 2: the preferred ones are the first half of the rows,
@@ -141,7 +180,12 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens without padding; only the decoder's, if there is an encoder."""
+        """The number of tokens without padding; only the decoder's, if there is an encoder.
+
+        An image or a recording counts as one.
+        """
+        if self.input_ids.is_floating_point():
+            return len(self.input_ids)
         return int((self.attention_mask != 0).sum())
 
     @property
@@ -161,6 +205,8 @@ class Batch:
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Right-pad examples to the longest of them."""
+    if examples[0].media is not None:
+        return _collate_media(examples)
     if examples[0].rejected is not None:
         preferred, rejected = zip(*(example.answers for example in examples), strict=True)
         return replace(collate([*preferred, *rejected]), pairs=len(examples))
@@ -173,6 +219,14 @@ def collate(examples: Sequence[Example]) -> Batch:
     if examples[0].label is not None:
         return Batch(input_ids, mask, torch.tensor([e.label for e in examples]), source)
     return Batch(input_ids, mask, _pad([e.labels for e in examples], IGNORED), source)
+
+
+def _collate_media(examples: Sequence[Example]) -> Batch:
+    """Features as one tensor: recordings of different lengths are padded with zeros."""
+    media = [example.media for example in examples if example.media is not None]
+    features, masks = [each.features for each in media], [each.mask for each in media]
+    labels = torch.tensor([example.label for example in examples])
+    return Batch(pad_sequence(features, True), pad_sequence(masks, True), labels)
 
 
 def _owners(parts: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from qalora_compile.training.data.dataset import LOOKED_AT, Dataset, ReadCount, 
 from qalora_compile.training.data.lazy_rows import LazyExamples, RowIndex, usable_rows
 from qalora_compile.training.data.parse_line import LineReader
 from qalora_compile.training.data.read_rows import Paths, find_files, read_rows
-from qalora_compile.training.data.row_forms import class_name, fields_of, is_labelled
+from qalora_compile.training.data.row_forms import class_name, fields_of, labelled_field
 
 _LEAST_LOOKED_AT = 10
 """At least this many examples of each file are tokenized at once, even if the others are not."""
@@ -128,13 +128,13 @@ def find_classes(paths: Paths, mapping: Mapping[str, str] | None = None) -> tupl
     return tuple(sorted(found, key=int) if numbers else sorted(found))
 
 
-def begins_labelled(paths: Paths, mapping: Mapping[str, str] | None = None) -> bool:
-    """Whether the first row of the files belongs to a classification task: a text with a label.
+def first_labelled(paths: Paths, mapping: Mapping[str, str] | None = None) -> str | None:
+    """What the first row of the files puts a label on, see `labelled_field`; None if nothing.
 
     Raises:
         UserInputError: there is no file, or the row cannot be read.
     """
     for path in find_files(paths):
         for number, row in read_rows(path):
-            return is_labelled(fields_of(row, mapping, f"{path}:{number}"))
-    return False
+            return labelled_field(fields_of(row, mapping, f"{path}:{number}"))
+    return None

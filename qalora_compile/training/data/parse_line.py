@@ -18,7 +18,7 @@ from qalora_compile.training.data.row_forms import (
     TOKEN_IDS,
     Form,
     answers_of,
-    class_name,
+    class_index,
     fields_of,
     recognise,
     string,
@@ -100,7 +100,7 @@ class LineReader:
         """
         fields = fields_of(row, self.mapping, where)
         if self.classes is not None:
-            self._class_of(fields, where)
+            class_index(fields, self.classes, where)
             string(fields, "text", where)
             return True
         rows = answers_of(fields, where) if self.pairs else (fields,)
@@ -223,7 +223,7 @@ class LineReader:
     def _read_labelled(
         self, fields: Mapping[str, Any], classes: tuple[str, ...], where: str
     ) -> Reading:
-        index = self._class_of(fields, where)
+        index = class_index(fields, classes, where)
         self._require_tokenizer(where)
         text = string(fields, "text", where)
         tokens = self._texts.encode_field(text, "text", where)
@@ -238,16 +238,6 @@ class LineReader:
                     hint="use a larger max_length",
                 )
         return Reading(Example(tuple(tokens), (), label=index), LABELLED, cut)
-
-    def _class_of(self, fields: Mapping[str, Any], where: str) -> int:
-        name, classes = class_name(fields, where), self.classes or ()
-        if name not in classes:
-            raise UserInputError(
-                f"the label {name!r} does not occur in the training data",
-                where=where,
-                hint=f"known: {', '.join(classes)}",
-            )
-        return classes.index(name)
 
 
 def _from_ids(row: Mapping[str, Any], where: str) -> Example:

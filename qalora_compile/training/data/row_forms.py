@@ -8,6 +8,7 @@ prompt and completion          texts, or both lists of messages; `tools`
 Alpaca                         `instruction`, `input` if there is one, `output`; `system`, `history`
 text                           `text`
 text and label                 the same with `label`, in a classification task
+image or audio, and label      `image` or `audio`: the path of a file; see `load_media`
 prompt, chosen and rejected    texts, or lists of messages, for losses of preferences; `tools`
 =============================  =====================================================================
 
@@ -17,7 +18,7 @@ Fields that are null count as missing: tables have every column in every row.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.training.data.chats import Chat, chat_of, from_sharegpt, tools_of
 from qalora_compile.training.data.tokenize import check_characters, common_length
 from qalora_compile.untrusted import quoted
+from qalora_compile.untrusted.media_processor import MEDIA
 
 TOKEN_IDS, TEXT, LABELLED = "token ids", "text", "text and label"
 PAIR, CHAT_PAIR, ALPACA = "prompt and completion", "prompt and completion of messages", "Alpaca"
@@ -32,13 +34,13 @@ MESSAGES, SHAREGPT = "messages", "ShareGPT"
 PREFERENCE = "prompt, chosen and rejected"
 KNOWN = (
     '{"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"}, '
-    '{"text"}, {"text", "label"}, {"input_ids"}'
+    '{"text"}, {"text", "label"}, {"image", "label"}, {"audio", "label"}, {"input_ids"}'
 )
 _MARKS = ("input_ids", "messages", "conversations", "completion", "instruction", "text")
 """The fields that identify the form of a row."""
 _ANSWERS = ("chosen", "rejected")
 _FIELDS = {*_MARKS, *_ANSWERS}
-_FIELDS |= {"labels", "tools", "prompt", "input", "output", "system", "history", "label"}
+_FIELDS |= {"labels", "tools", "prompt", "input", "output", "system", "history", "label", *MEDIA}
 
 Mapped = Mapping[str, str]
 
@@ -195,9 +197,29 @@ def class_name(fields: Mapping[str, Any], where: str) -> str:
     )
 
 
-def is_labelled(fields: Mapping[str, Any]) -> bool:
-    """Whether a row belongs to a classification task."""
-    return "label" in fields and [mark for mark in _MARKS if mark in fields] == ["text"]
+def class_index(fields: Mapping[str, Any], classes: Sequence[str], where: str) -> int:
+    """The place of a row's label among the classes.
+
+    Raises:
+        UserInputError: there is no label, or it is not among them.
+    """
+    name = class_name(fields, where)
+    if name not in classes:
+        raise UserInputError(
+            f"the label {name!r} does not occur in the training data",
+            where=where,
+            hint=f"known: {', '.join(classes)}",
+        )
+    return classes.index(name)
+
+
+def labelled_field(fields: Mapping[str, Any]) -> str | None:
+    """`text`, `image` or `audio`: what has the label, in a row of a classification task."""
+    marks = [mark for mark in _MARKS if mark in fields] or [
+        mark for mark in MEDIA if mark in fields
+    ]
+    single = marks[0] if len(marks) == 1 else None
+    return single if "label" in fields and single in (TEXT, *MEDIA) else None
 
 
 def string(fields: Mapping[str, Any], key: str, where: str) -> str:

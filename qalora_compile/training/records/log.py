@@ -50,7 +50,8 @@ class JsonLog:
         """
         row = vars(report) | {"tokens_per_second": round(report.tokens / report.seconds, 1)}
         with reporting_faults(self._path):
-            self._file.write(_line({k: v for k, v in row.items() if v is not None}))
+            kept = {k: v for k, v in row.items() if v is not None and k != "unit"}
+            self._file.write(_line(kept))
             self._file.flush()
 
     def close(self) -> None:

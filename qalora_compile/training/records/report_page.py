@@ -101,6 +101,7 @@ def write_report(
     results: Mapping[str, object],
     samples: Sequence[Sample] = (),
     classifies: bool = False,
+    unit: str = "tokens",
 ) -> None:
     """Write the report as one HTML file: settings, what changed, the course, and each layer.
 
@@ -113,6 +114,7 @@ def write_report(
         results: Its outcome.
         samples: Examples with answers.
         classifies: Whether the answers are classes, not texts.
+        unit: What the log counts as tokens: `tokens`, or `examples`.
 
     Raises:
         UserInputError: no step was run.
@@ -127,7 +129,7 @@ def write_report(
     page.facts(results)
     if samples:
         _add_answers(page, samples, classifies=classifies)
-    _add_curves(page, log, classifies=classifies)
+    _add_curves(page, log, classifies=classifies, unit=unit)
     if changes:
         _add_layers(page, changes)
     page.write(path)
@@ -154,7 +156,9 @@ def _judged(answer: str, sample: Sample) -> Mark:
     return Mark(answer.strip(), answer.strip() == sample.question.wanted.strip())
 
 
-def _add_curves(page: Page, log: Sequence[Mapping[str, Any]], *, classifies: bool) -> None:
+def _add_curves(
+    page: Page, log: Sequence[Mapping[str, Any]], *, classifies: bool, unit: str
+) -> None:
     page.section("Course of the training")
     over = "examples" if classifies else "tokens that carry loss"
     series = {"training": _points(log, "loss"), "held out": _points(log, "held_out")}
@@ -173,9 +177,9 @@ def _add_curves(page: Page, log: Sequence[Mapping[str, Any]], *, classifies: boo
     norms = line_chart({"norm": _points(log, "grad_norm")}, x="step", y="gradient norm", log_y=True)
     page.chart(norms, "Before clipping; the axis is logarithmic.")
     speeds = line_chart(
-        {"speed": _points(log, "tokens_per_second")}, x="step", y="tokens per second"
+        {"speed": _points(log, "tokens_per_second")}, x="step", y=f"{unit} per second"
     )
-    page.chart(speeds, "Tokens of the inputs, with the time of the complete step.")
+    page.chart(speeds, f"{unit.capitalize()} of the inputs, with the time of the complete step.")
 
 
 def _points(log: Sequence[Mapping[str, Any]], field: str) -> tuple[list[float], list[float]]:
