@@ -1,0 +1,42 @@
+"""Generated faults of a transformer are never proved equal; changes that keep the meaning are."""
+
+from __future__ import annotations
+
+import pytest
+
+import qalora_compile as qc
+from tests.models import slow
+from tests.verify.mutations import mutants, one_row_of_the_table, rewrites
+from tests.verify.transformer import TARGETS, Exported, export_transformer, judged
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The exports."""
+    return export_transformer(tmp_path_factory.mktemp("transformer"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_language_model_with_its_cache_is_proved(target: str, exported: Exported) -> None:
+    certificate = qc.prove_equivalence(exported.program, exported.paths[target], samples=0)
+    assert certificate.verdict == "PROVED UNDER", certificate
+    assert certificate.proved and not certificate.sampled
+    assert list(certificate.conditions) == [
+        "axis 1 of attention_mask has past_sequence + sequence elements",
+        "in each row of attention the mask allows at least one key (other rows have no value)",
+    ]
+
+
+@pytest.mark.parametrize("target", ["ort-stock", *slow("ort", "onnx")])
+def test_no_generated_fault_is_proved_equal(target: str, exported: Exported) -> None:
+    found = judged(exported, target, mutants)
+    assert len(found) >= 100
+    assert [name for name, proved in found.items() if proved] == []
+    assert not exported.is_proved(target, one_row_of_the_table(exported.model(target)))
+
+
+@pytest.mark.parametrize("target", ["ort", *slow("ort-stock", "onnx")])
+def test_changes_that_keep_the_meaning_are_proved(target: str, exported: Exported) -> None:
+    found = judged(exported, target, rewrites)
+    assert len(found) >= 15
+    assert [name for name, proved in found.items() if not proved] == []
