@@ -109,6 +109,8 @@ def _constants(model: Any) -> Iterator[Mutant]:
             continue
         if values.size and values.dtype.kind == "i" and np.abs(values).max() >= _HUGE:
             continue
+        if _only_axes(model, proto.name):
+            continue  # of slices that take everything, which are the same along any axis
         made = _changed(model)
         other = values.copy()
         if other.dtype == bool:
@@ -119,6 +121,20 @@ def _constants(model: Any) -> Iterator[Mutant]:
             other.reshape(-1)[:1] += 1
         made.graph.initializer[place].CopyFrom(numpy_helper.from_array(other, proto.name))
         yield f"the constant {proto.name} is another", made
+
+
+def _only_axes(model: Any, name: str) -> bool:
+    """Whether a constant is read as the axis of complete slices alone."""
+    huge = {
+        t.name
+        for t in model.graph.initializer
+        if t.data_type == onnx.TensorProto.INT64 and (numpy_helper.to_array(t) >= _HUGE).any()
+    }
+    readers = [node for node in model.graph.node if name in node.input]
+    return all(
+        node.op_type == "Slice" and node.input[2] in huge and list(node.input).index(name) == 3
+        for node in readers
+    )
 
 
 def _readers(model: Any) -> Iterator[Mutant]:
@@ -149,7 +165,7 @@ def _insertions(model: Any) -> Iterator[Mutant]:
     """Nodes behind a value: the six that a sampled proof once called equal are of this kind."""
     for place, node in _places(model):
         if node.op_type in ("Attention", "CachedAttention", "RotaryEmbedding", "Sigmoid"):
-            for op in ("Neg", "Tanh", "Relu"):
+            for op in ("Neg", "Tanh") if node.op_type == "Sigmoid" else ("Neg", "Tanh", "Relu"):
                 yield f"{op} behind {node.output[0]}", _behind(model, place, op)
     last = len(model.graph.node) - 1
     yield "a softcap of 1000 on the logits", _softcap(model, last)

@@ -142,7 +142,8 @@ def _symbolically(
     """Segments, with a symbolic proof of those that are open and have one."""
     if not any(segment.status == OPEN for segment in segments):
         return segments
-    read = [(p.site, p.maps) for p in pairs if p.maps is not None]
+    single = [p for p in pairs if p.site.experts is None]
+    read = [(p.site, p.maps) for p in single if p.maps is not None and len(p.maps[0].source) == 1]
     sites = tuple(
         {graph.site_values[s.name]: (s.name, maps[i].source[0], s.n) for s, maps in read}
         for i, graph in enumerate(graphs)

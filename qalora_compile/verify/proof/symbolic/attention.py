@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from qalora_compile.verify.proof.symbolic.operators import (
     at_most,
     choice,
     difference,
+    floating,
     product,
     total,
 )
@@ -51,6 +53,26 @@ def layer_norm(value: Tensor, weight: Tensor | None, bias: Tensor | None, eps: E
     found = product(centered, scale)
     found = found if weight is None else product(found, weight)
     return found if bias is None else total(found, bias)
+
+
+def gelu(value: Tensor, approximate: str) -> Tensor:
+    """0.5 x (1 + erf(x √0.5)), or with the approximation by tanh."""
+    if approximate == "none":
+        inner = elementwise(
+            lambda x: function("erf", mul(number(math.sqrt(0.5)), x)), FLOAT, floating(value)
+        )
+    elif approximate == "tanh":
+        inner = elementwise(
+            lambda x: function(
+                "tanh",
+                mul(number(math.sqrt(2 / math.pi)), add(x, mul(number(0.044715), x, x, x))),
+            ),
+            FLOAT,
+            floating(value),
+        )
+    else:
+        raise UnprovableError(f"gelu by {approximate}")
+    return elementwise(lambda x, y: mul(number(0.5), x, add(number(1), y)), FLOAT, value, inner)
 
 
 def split_heads(value: Tensor, heads: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qalora_compile.untrusted.element_types import HALVES
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Ref, refs
 from qalora_compile.verify.proof.graphs.graph import Tensor as StoredName
 from qalora_compile.verify.proof.graphs.read_onnx import onnx_nodes
@@ -51,12 +52,18 @@ class Evaluation:
         shapes: Shapes of the inputs, by name.
         sites: Value → the name of the site that it is the output of, the operand that the site
             reads, and the number of its outputs N.
+        halves: Values in half precision count as float32, because the other graph computes in it.
     """
 
     def __init__(
-        self, graph: Graph, shapes: Shapes, sites: Mapping[str, tuple[str, Any, int]]
+        self,
+        graph: Graph,
+        shapes: Shapes,
+        sites: Mapping[str, tuple[str, Any, int]],
+        *,
+        halves: bool,
     ) -> None:
-        self._graph, self._sites = graph, sites
+        self._graph, self._sites, self._halves = graph, sites, halves
         self._made: dict[str, Any] = {}
         for value, (name, dtype) in graph.inputs.items():
             self._made[value] = self._input(name, dtype, shapes)
@@ -74,7 +81,8 @@ class Evaluation:
 
     def _input(self, name: str, dtype: str | None, shapes: Shapes) -> Tensor | Unknown:
         try:
-            return _leaf(f"input {name}", shapes[name], kind_of(dtype))
+            kept = self._widened(dtype)
+            return _leaf(f"input {name}: {kept}", shapes[name], kind_of(kept))
         except (KeyError, UnprovableError) as error:
             return Unknown(f"input {name}: {error}")
 
@@ -138,8 +146,8 @@ class Evaluation:
             return Unknown(f"{node.line if node else name}: {error!r}")
 
     def _node(self, node: Node) -> Any:
-        args = [self._operand(arg) for arg in node.args]
-        options = {name: self._operand(value) for name, value in node.options.items()}
+        args = [self._widened(self._operand(arg)) for arg in node.args]
+        options = {n: self._widened(self._operand(value)) for n, value in node.options.items()}
         try:
             if self._graph.dialect == FX:
                 return ATEN.value(node.op, args, options)
@@ -147,6 +155,14 @@ class Evaluation:
         except UnprovableError as error:
             raise UnprovableError(f"{node.line}: {error}") from error
         return results[node.output] if isinstance(results, tuple) else results
+
+    def _widened(self, operand: Any) -> Any:
+        """A dtype in half precision as float32, if the graphs differ in that."""
+        return (
+            "float32"
+            if self._halves and isinstance(operand, str) and operand in HALVES
+            else operand
+        )
 
     def _onnx(self, node: Node, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
         domain, _, name = node.op.rpartition(".")

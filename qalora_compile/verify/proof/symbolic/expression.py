@@ -186,20 +186,32 @@ def _scaled(value: Expr, factor: float) -> Expr:
 
 def mul(*parts: Expr) -> Expr:
     """A product: nested products are flattened; a number is distributed over a sum."""
-    factor, powers = 1.0, dict[Expr, int]()
-    for part in parts:
-        inside = (
-            zip(part.args, part.detail[1:], strict=True) if part.op == PRODUCT else ((part, 1),)
-        )
-        factor *= part.detail[0] if part.op == PRODUCT else 1.0
-        for one, power in inside:
-            if one.op == NUMBER:
-                factor *= one.detail
-            else:
-                powers[one] = powers.get(one, 0) + power
+    factor, known, powers = 1.0, as_poly(1), dict[Expr, int]()
+    for one, power in (pair for part in parts for pair in _factors(part)):
+        if one.op == NUMBER:
+            factor *= one.detail**power
+        elif one.op == INTEGER:
+            for _ in range(power):
+                known = known * one.detail
+        else:
+            powers[one] = powers.get(one, 0) + power
     if factor == 0:
         return ZERO
+    if known.constant is not None:
+        factor *= known.constant
+    else:
+        exact = factor == int(factor)
+        powers[integer(known * int(factor) if exact else known)] = 1
+        factor = 1.0 if exact else factor
     return _make_product(factor, sorted(powers.items()))
+
+
+def _factors(value: Expr) -> Iterable[tuple[Expr, int]]:
+    if value.op == PRODUCT:
+        yield number(value.detail[0]), 1
+        yield from zip(value.args, value.detail[1:], strict=True)
+    else:
+        yield value, 1
 
 
 def _make_product(factor: float, powers: Sequence[tuple[Expr, int]]) -> Expr:
@@ -213,8 +225,6 @@ def _make_product(factor: float, powers: Sequence[tuple[Expr, int]]) -> Expr:
         if one.op == SUM:
             scaled = [number(f * factor).detail for f in one.detail]
             return _make(SUM, tuple(scaled), one.args)
-        if one.op == INTEGER and factor == int(factor):
-            return integer(one.detail * int(factor))
     detail = (factor, *(power for _, power in powers))
     return _make(PRODUCT, detail, tuple(one for one, _ in powers))
 

@@ -212,7 +212,7 @@ def _type_as(a: Arguments) -> Tensor:
 
 
 def _cast(value: Tensor, dtype: str | None) -> Tensor:
-    return value if dtype is None else o.cast(value, dtype, halves=False)
+    return value if dtype is None else o.cast(value, dtype)
 
 
 @_means("aten.dropout.default aten.dropout_.default", "input p train")
@@ -240,23 +240,34 @@ def _linear(a: Arguments) -> Tensor:
 
 @_means("aten.mean.dim", "self dim keepdim")
 def _mean(a: Arguments) -> Tensor:
-    if len(a["dim"] or ()) != 1:
-        raise UnprovableError("a mean over several axes")
-    return sums.mean(a["self"], a["dim"][0], kept=bool(a.get("keepdim", False)))
+    return _reduced(a, sums.mean)
 
 
 @_means("aten.sum.dim_IntList", "self dim keepdim")
 def _sum(a: Arguments) -> Tensor:
-    if len(a["dim"] or ()) != 1:
-        raise UnprovableError("a sum over several axes")
-    return sums.total(o.floating(a["self"]), a["dim"][0], kept=bool(a.get("keepdim", False)))
+    return _reduced(a, sums.total)
+
+
+def _reduced(a: Arguments, reduce: Any) -> Tensor:
+    value = o.floating(a["self"])
+    return sums.reduced_over(value, a["dim"] or (), reduce, kept=bool(a.get("keepdim", False)))
+
+
+@_means("aten.addmm.default", "self mat1 mat2")
+def _addmm(a: Arguments) -> Tensor:
+    return o.total(a["self"], sums.matmul(a["mat1"], a["mat2"]))
+
+
+@_means("aten.gelu.default", "self approximate")
+def _gelu(a: Arguments) -> Tensor:
+    return attention.gelu(tensor_of(a["self"]), a.get("approximate", "none"))
 
 
 @_means("aten.softmax.int", "self dim dtype")
 def _softmax(a: Arguments) -> Tensor:
     value = tensor_of(a["self"])
     if a.get("dtype") is not None:
-        value = o.cast(value, a["dtype"], halves=False)
+        value = o.cast(value, a["dtype"])
     return sums.softmax(value, a["dim"])
 
 

@@ -60,27 +60,49 @@ def _simple(op: str, most: int, make: Callable[..., Tensor]) -> None:
     _means(op, most)(lambda x, _: make(*x))
 
 
+def _typed(op: str, make: Callable[..., Tensor]) -> None:
+    """An operator whose two operands have one type, as ONNX demands."""
+    _means(op, 2)(lambda x, _: make(*_of_one_type(*x)))
+
+
+def _of_one_type(*values: Tensor) -> Sequence[Tensor]:
+    if len({value.dtype for value in values}) != 1:
+        raise UnprovableError("its operands have different types")
+    return values
+
+
+def _float(value: Tensor) -> Tensor:
+    if value.dtype != t.FLOAT:
+        raise UnprovableError(f"an operand of type {value.dtype}")
+    return value
+
+
+def _unary(name: str) -> Callable[[Tensor], Tensor]:
+    function = o.unary(name)
+    return lambda value: function(_float(value))
+
+
 for _op in _UNARY:
-    _simple(_op, 1, o.unary(_op.lower()))
-_simple("Exp", 1, lambda x: t.elementwise(exponential, t.FLOAT, o.floating(x)))
-_simple("Add", 2, o.total)
-_simple("Sub", 2, o.difference)
-_simple("Mul", 2, o.product)
+    _simple(_op, 1, _unary(_op.lower()))
+_simple("Exp", 1, lambda x: t.elementwise(exponential, t.FLOAT, _float(x)))
+_typed("Add", o.total)
+_typed("Sub", o.difference)
+_typed("Mul", o.product)
 _simple("Neg", 1, lambda x: o.scaled(x, -1))
-_simple("Reciprocal", 1, lambda x: t.elementwise(inverse, t.FLOAT, o.floating(x)))
-_simple("Pow", 2, o.power)
+_simple("Reciprocal", 1, lambda x: t.elementwise(inverse, t.FLOAT, _float(x)))
+_simple("Pow", 2, lambda x, y: o.power(_float(x), y))
 _simple("Identity", 1, lambda x: x)
-_simple("LessOrEqual", 2, o.at_most)
-_simple("GreaterOrEqual", 2, lambda x, y: o.at_most(y, x))
-_simple("Less", 2, o.less)
-_simple("Greater", 2, lambda x, y: o.less(y, x))
-_simple("Equal", 2, o.same)
-_simple("And", 2, o.conjunction)
-_simple("Or", 2, o.alternative)
+_typed("LessOrEqual", o.at_most)
+_typed("GreaterOrEqual", lambda x, y: o.at_most(y, x))
+_typed("Less", o.less)
+_typed("Greater", lambda x, y: o.less(y, x))
+_typed("Equal", o.same)
+_typed("And", o.conjunction)
+_typed("Or", o.alternative)
 _simple("Not", 1, o.complement)
-_simple("Where", 3, o.choice)
-_simple("Max", 2, o.larger)
-_simple("MatMul", 2, sums.matmul)
+_simple("Where", 3, lambda c, x, y: o.choice(c, *_of_one_type(x, y)))
+_typed("Max", o.larger)
+_typed("MatMul", sums.matmul)
 _simple("Expand", 2, lambda x, shape: t.expand(x, tuple(t.integers(shape))))
 _simple("Unsqueeze", 2, lambda x, axes: t.unsqueeze(x, _numbers(axes)))
 
@@ -95,8 +117,8 @@ def _numbers(value: Tensor) -> list[int]:
 
 @_means("Div", 2)
 def _div(x: Inputs, _: Options) -> Tensor:
-    one, other = x
-    if o.common(one, other) == t.FLOAT:
+    one, other = _of_one_type(*x)
+    if one.dtype == t.FLOAT:
         return o.divided(one, other)
 
     def element(a: Any, b: Any) -> Any:
@@ -110,7 +132,7 @@ def _div(x: Inputs, _: Options) -> Tensor:
 
 @_means("Cast", 1, "to", "saturate")
 def _cast(x: Inputs, options: Options) -> Tensor:
-    return o.cast(x[0], ONNX_TYPES.get(int(options["to"])), halves=False)
+    return o.cast(x[0], ONNX_TYPES.get(int(options["to"])))
 
 
 @_means("Shape", 1, "start", "end")
@@ -159,7 +181,8 @@ def _split(x: Inputs, options: Options) -> tuple[Tensor, ...]:
 
 @_means("Concat", 99, "axis")
 def _concat(x: Inputs, options: Options) -> Tensor:
-    return t.concatenate([value for value in x if value is not None], options["axis"])
+    values = _of_one_type(*(value for value in x if value is not None))
+    return t.concatenate(values, options["axis"])
 
 
 @_means("Transpose", 1, "perm")
@@ -192,19 +215,41 @@ def _gather_nd(x: Inputs, options: Options) -> Tensor:
 
 @_means("ReduceMean", 2, "axes", "keepdims", "noop_with_empty_axes")
 def _mean(x: Inputs, options: Options) -> Tensor:
-    return sums.mean(x[0], _one_axis(x, options), kept=bool(options.get("keepdims", 1)))
+    return _reduced(x, options, sums.mean)
 
 
 @_means("ReduceSum", 2, "axes", "keepdims", "noop_with_empty_axes")
 def _sum(x: Inputs, options: Options) -> Tensor:
-    return sums.total(x[0], _one_axis(x, options), kept=bool(options.get("keepdims", 1)))
+    return _reduced(x, options, sums.total)
 
 
-def _one_axis(x: Inputs, options: Options) -> int:
+def _reduced(x: Inputs, options: Options, reduce: Callable[..., Tensor]) -> Tensor:
     axes = _numbers(x[1]) if x[1] is not None else list(options.get("axes", ()))
-    if len(axes) != 1:
-        raise UnprovableError("it reduces several axes")
-    return axes[0]
+    kept = bool(options.get("keepdims", 1))
+    return sums.reduced_over(o.floating(x[0]), axes, reduce, kept=kept)
+
+
+@_means("Gelu", 1, "approximate")
+def _gelu(x: Inputs, options: Options) -> Tensor:
+    return attention.gelu(x[0], options.get("approximate", "none"))
+
+
+@_means("Flatten", 1, "axis")
+def _flatten(x: Inputs, options: Options) -> Tensor:
+    axis = x[0].axis(options.get("axis", 1))
+    parts = (t.product_of(x[0].shape[:axis]), t.product_of(x[0].shape[axis:]))
+    return t.reshape(x[0], parts)
+
+
+@_means("Gemm", 3, "alpha", "beta", "transA", "transB")
+def _gemm(x: Inputs, options: Options) -> Tensor:
+    if any(options.get(name, 1.0) != 1 for name in ("alpha", "beta")):
+        raise UnprovableError("it has factors")
+    names = ("transA", "transB")
+    pairs = zip(x[:2], names, strict=True)
+    one, other = (t.transpose(v, (1, 0)) if options.get(n, 0) else v for v, n in pairs)
+    found = sums.matmul(one, other)
+    return found if x[2] is None else o.total(found, x[2])
 
 
 @_means("Softmax", 1, "axis")

@@ -119,11 +119,11 @@ def element_of(value: Any, kind: str) -> Expr:
     return integer(int(value)) if kind == INT else number(float(value))
 
 
-def cast(value: Tensor, dtype: str | None, *, halves: bool) -> Tensor:
-    """A cast; between floats only those to a half precision round."""
+def cast(value: Tensor, dtype: str | None) -> Tensor:
+    """A cast that changes no value in exact arithmetic, or makes conditions of numbers."""
     kind = kind_of(dtype)
-    if kind == FLOAT and dtype in HALVES and not halves:
-        raise UnprovableError(f"a cast to {dtype}, which rounds")
+    if dtype in (*HALVES, "int32"):
+        raise UnprovableError(f"a cast to {dtype}, which rounds or wraps")
     if value.dtype == kind or (value.dtype, kind) == (INT, FLOAT):
         return Tensor(value.shape, kind, lambda index: value[index])
     if value.dtype == BOOL:

@@ -54,7 +54,11 @@ class SymbolicProof:
         if sizes >= {PAST, SEQUENCE, TOTAL} and "attention_mask" in shapes:
             shapes = {name: tuple(map(_split_total, shape)) for name, shape in shapes.items()}
             self._conditions = (CACHED,)
-        self._values = [Evaluation(g, shapes, s) for g, s in zip(graphs, sites, strict=True)]
+        halves = graphs[0].half != graphs[1].half
+        self._values = [
+            Evaluation(graph, shapes, each, halves=halves)
+            for graph, each in zip(graphs, sites, strict=True)
+        ]
 
     def conditions(self, targets: tuple[Any, Any]) -> tuple[str, ...]:
         """What two values are equal under.

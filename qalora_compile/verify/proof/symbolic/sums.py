@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from qalora_compile.verify.proof.symbolic.expression import (
     SUM,
@@ -53,6 +53,18 @@ def mean(value: Tensor, axis: int, *, kept: bool) -> Tensor:
     """The mean along an axis."""
     share = inverse(integer(value.shape[value.axis(axis)]))
     return elementwise(lambda x: mul(x, share), value.dtype, total(value, axis, kept=kept))
+
+
+def reduced_over(
+    value: Tensor, axes: Sequence[int], reduce: Callable[..., Tensor], *, kept: bool
+) -> Tensor:
+    """The sum or mean along several axes, one after the other."""
+    places = {value.axis(axis) for axis in axes}
+    if not places:
+        raise UnprovableError("the axes of a sum are not known")
+    for axis in sorted(places, reverse=True):
+        value = reduce(value, axis, kept=kept)
+    return value
 
 
 def softmax(value: Tensor, axis: int) -> Tensor:

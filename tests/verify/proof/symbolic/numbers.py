@@ -22,6 +22,7 @@ _FUNCTIONS = {
     "cos": math.cos,
     "inverse": lambda x: 1 / x,
     "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
+    "erf": math.erf,
 }
 
 

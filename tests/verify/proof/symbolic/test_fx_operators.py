@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import qalora_compile.ir.ops.transformer_fusions  # noqa: F401, registers operators
 from qalora_compile.verify.proof.symbolic.expression import leaf, truth
 from qalora_compile.verify.proof.symbolic.fx_operators import ATEN
 from qalora_compile.verify.proof.symbolic.polynomial import as_poly, size
@@ -55,6 +56,10 @@ CASES: dict[str, tuple[str, list[tuple[Any, ...]], list[Any], dict[str, Any]]] =
     "sum": ("aten.sum.dim_IntList", [("b", "s", 4)], [[1]], {}),
     "layer norm": ("aten.layer_norm.default", [("b", "s", 4), (4,), (4,)], [], {}),
     "rms norm": ("qalora.rms_norm.default", [("b", "s", 4), (4,)], [1e-3], {}),
+    "mean of two axes": ("aten.mean.dim", [("b", "s", 4)], [[0, -1]], {}),
+    "gelu": ("aten.gelu.default", [("b", "s")], [], {}),
+    "gelu by tanh": ("aten.gelu.default", [("b", "s")], [], {"approximate": "tanh"}),
+    "addmm": ("aten.addmm.default", [(3,), ("b", 4), (4, 3)], [], {}),
     "linear": ("aten.linear.default", [("b", 4), (3, 4), (3,)], [], {}),
     "silu": ("aten.silu.default", [("b", "s")], [], {}),
     "power": ("aten.pow.Tensor_Scalar", [("b", "s")], [2], {}),
