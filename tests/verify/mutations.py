@@ -59,7 +59,13 @@ def _places(model: Any) -> list[tuple[int, Any]]:
 
 
 def _operators(model: Any) -> Iterator[Mutant]:
+    zeros = {
+        t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT64
+        and not numpy_helper.to_array(t).any()
+    }  # fmt: skip
     for place, node in _places(model):
+        if node.op_type == "Add" and zeros & set(node.input):
+            continue  # x - 0 is x + 0
         for other in _REPLACED.get(node.op_type, ()):
             made = _changed(model)
             made.graph.node[place].op_type = other

@@ -138,6 +138,15 @@ def attention(
     return matmul(softmax(scores, -1), values)
 
 
+def scale_of(scale: float | None, width: Poly) -> Expr:
+    """The scale of the products; 1 / √D by default."""
+    if scale is not None:
+        return number(scale)
+    if width.constant is None:
+        raise UnprovableError("it has no known scale")
+    return number(float(width.constant**-0.5))
+
+
 def masked(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores where a boolean mask is true and -∞ elsewhere, or plus a mask of floats."""
     if mask.dtype != BOOL:
@@ -154,11 +163,11 @@ def rotated(value: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fals
     if cos.rank != 3 or cos.shape != sin.shape or cos.shape[2].constant is None:
         raise UnprovableError("tables of a rotary embedding without three axes")
     half = cos.shape[2]
-    turned = half * 2
+    rotated_width = half * 2
     c, s = (Tensor((*t.shape[:2], ONE_ELEMENT, half), FLOAT, _without_head(t)) for t in (cos, sin))
     step = 2 if interleaved else 1
     starts = (as_poly(0), as_poly(1)) if interleaved else (as_poly(0), half)
-    ends = (turned, turned) if interleaved else (half, turned)
+    ends = (rotated_width, rotated_width) if interleaved else (half, rotated_width)
     one, other = (cut(value, -1, *b, step) for b in zip(starts, ends, strict=True))
     real, imaginary = (
         difference(product(one, c), product(other, s)),
@@ -166,7 +175,7 @@ def rotated(value: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fals
     )
     if interleaved:
         pair = Tensor(
-            (*real.shape[:3], turned),
+            (*real.shape[:3], rotated_width),
             FLOAT,
             lambda i: where(
                 linear(quotient(i[3], as_poly(2)) * 2 - i[3]),
@@ -177,8 +186,8 @@ def rotated(value: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fals
         parts = [pair]
     else:
         parts = [real, imaginary]
-    if value.shape[-1] is not turned:
-        parts.append(cut(value, -1, turned, None))
+    if value.shape[-1] is not rotated_width:
+        parts.append(cut(value, -1, rotated_width, None))
     return concatenate(parts, -1)
 
 
@@ -187,12 +196,12 @@ def _without_head(value: Tensor) -> Callable[[Index], Expr]:
 
 
 def with_past(
-    a: Mapping[str, Any], heads: int, kv_heads: int, scale: float, **options: Any
+    a: Mapping[str, Any], heads: int, kv_heads: int, scale: float | None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of `[B, S, H · D]`; with all keys and values, those of the past first."""
     q = split_heads(a["q"], heads)
     k, v = split_heads(a["k"], kv_heads), split_heads(a["v"], kv_heads)
     if a.get("past_key") is not None and a.get("past_value") is not None:
         k, v = concatenate([a["past_key"], k], 2), concatenate([a["past_value"], v], 2)
-    found = attention(q, k, v, a.get("mask"), number(scale), **options)
+    found = attention(q, k, v, a.get("mask"), scale_of(scale, q.shape[-1]), **options)
     return join_heads(found), k, v

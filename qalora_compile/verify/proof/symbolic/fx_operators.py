@@ -317,10 +317,5 @@ def _sdpa(a: Arguments) -> Tensor:
     causal = bool(a.get("is_causal", False))
     if causal and mask is not None:
         raise UnprovableError("it is causal and has a mask")
-    width = q.shape[-1].constant
-    scale = a.get("scale")
-    if scale is None and width is None:
-        raise UnprovableError("it has no known scale")
-    return attention.attention(
-        q, k, a["value"], mask, number(scale if scale is not None else width**-0.5), causal=causal
-    )
+    scale = attention.scale_of(a.get("scale"), q.shape[-1])
+    return attention.attention(q, k, a["value"], mask, scale, causal=causal)

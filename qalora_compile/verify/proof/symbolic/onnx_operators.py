@@ -284,8 +284,8 @@ def _rotary(x: Inputs, options: Options) -> Tensor:
         each = t.transpose(value, (0, 2, 1, 3))
     if places is not None:
         cos, sin = (t.gather(table, 0, places) for table in (cos, sin))
-    turned = cos.shape[-1] * 2
-    if as_poly(options.get("rotary_embedding_dim", 0) or each.shape[-1]) is not turned:
+    rotated_width = cos.shape[-1] * 2
+    if as_poly(options.get("rotary_embedding_dim", 0) or each.shape[-1]) is not rotated_width:
         raise UnprovableError("the tables do not have half the rotated size")
     found = attention.rotated(each, cos, sin, interleaved=bool(options.get("interleaved", 0)))
     if value.rank == 3:
@@ -309,16 +309,12 @@ def _attention(x: Inputs, options: Options) -> tuple[Tensor, ...]:
     if (past_key is None) != (past_value is None):
         raise UnprovableError("it has only one of past keys and values")
     heads, kv_heads = options["q_num_heads"], options["kv_num_heads"]
-    width = q.shape[2].constant
-    scale = options.get("scale")
-    if scale is None and width is None:
-        raise UnprovableError("it has no known scale")
     names = ("q", "k", "v", "mask", "past_key", "past_value")
     return attention.with_past(
         dict(zip(names, x, strict=True)),
         heads,
         kv_heads,
-        scale if scale is not None else (width // heads) ** -0.5,
+        options.get("scale"),
         causal=bool(options.get("is_causal", 0)),
         softcap=options.get("softcap", 0.0),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,10 @@ def stored(value: StoredTensor) -> Tensor:
     if single is not None:
         return Tensor(shape, kind, lambda _: element_of(single, kind))
     small = value.values() if kind == INT and value.size <= _LISTED else None
-    name = f"const {digest_of(np.ascontiguousarray(value.values()).reshape(-1))}"
+
+    @cache
+    def name() -> str:
+        return f"const {digest_of(np.ascontiguousarray(value.values()).reshape(-1))}"
 
     def element(index: Index) -> Expr:
         places = [place.constant for place in index]
@@ -98,7 +102,7 @@ def stored(value: StoredTensor) -> Tensor:
         offset = as_poly(0)
         for place, size in zip(index, shape, strict=True):
             offset = offset * size + place
-        found = leaf(name, [offset])
+        found = leaf(name(), [offset])
         return truth(found) if kind == BOOL else found
 
     return Tensor(shape, kind, element)

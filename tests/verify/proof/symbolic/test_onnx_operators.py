@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from qalora_compile.verify.proof.graphs.stored_tensor import from_array
+from qalora_compile.verify.proof.graphs.stored_tensor import digest_of, from_array
 from qalora_compile.verify.proof.symbolic.onnx_operators import onnx_value
 from qalora_compile.verify.proof.symbolic.operators import stored
 from qalora_compile.verify.proof.symbolic.polynomial import size
@@ -94,10 +94,13 @@ def test_each_operator_means_what_the_standard_says(name: str, normal: bool) -> 
     torch.manual_seed(len(name))
     op, operands, options = CASES[name]
     symbolic, real = [], []
+    constants: dict[str, Any] = {}
     for place, operand in enumerate(operands):
         if isinstance(operand, np.ndarray):
             symbolic.append(stored(from_array(f"x{place}", operand)))
             real.append(operand)
+            flat = np.ascontiguousarray(operand.reshape(-1))
+            constants[f"const {digest_of(flat)}"] = flat
             continue
         pair = given(operand, f"x{place}")
         pair = sized(pair) if operand == ("b", 1, "s", 5) else pair
@@ -109,7 +112,7 @@ def test_each_operator_means_what_the_standard_says(name: str, normal: bool) -> 
         found = found[:1]
     wanted = evaluated(op, real, options, len(found))
     atoms = {atom: SIZES[n] for n in SIZES for atom in size(n).atoms}
-    leaves = {f"x{i}": values for i, values in enumerate(real)}
+    leaves = constants | {f"x{i}": values for i, values in enumerate(real)}
     for one, other in zip(found, wanted, strict=True):
         numbers = array(one, Numbers(leaves, atoms), normal=normal)
         np.testing.assert_allclose(numbers, other.astype(float), atol=3e-6)
