@@ -69,13 +69,15 @@ def _ranges(facts: Iterable[Poly]) -> list[Poly]:
 
 
 def _is_natural(atom: Atom) -> bool:
-    return atom.kind in ("size", "var")
+    return atom.kind in ("size", "filled", "var")
 
 
 def _range(atom: Atom) -> list[Poly]:
     value = of_atom(atom)
     if atom.kind == "size":
         return [value]
+    if atom.kind == "filled":
+        return [value - 1]
     if atom.kind == "var":
         return [value, atom.args[0] - 1 - value]
     if atom.kind == "div":  # there is an element, so the divisor, an axis, is at least 1

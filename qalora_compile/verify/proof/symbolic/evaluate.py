@@ -13,7 +13,7 @@ from qalora_compile.verify.proof.symbolic.expression import leaf, truth
 from qalora_compile.verify.proof.symbolic.fx_operators import ATEN
 from qalora_compile.verify.proof.symbolic.onnx_operators import onnx_value
 from qalora_compile.verify.proof.symbolic.operators import kind_of, stored
-from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly, size
+from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly
 from qalora_compile.verify.proof.symbolic.tensor import (
     BOOL,
     FLOAT,
@@ -34,14 +34,6 @@ class Unknown:
 
     def __init__(self, why: str) -> None:
         self.why = why
-
-
-def input_shapes(graph: Graph) -> dict[str, Shape]:
-    """The shapes of a graph's inputs by name; sizes of one name are equal."""
-    return {
-        name: tuple(as_poly(s) if isinstance(s, int) else size(s) for s in shape)
-        for name, shape in graph.shapes.items()
-    }
 
 
 class Evaluation:

@@ -44,6 +44,9 @@ class Expr:
     """
 
     __slots__ = ("args", "atoms", "conditions", "detail", "height", "number", "op")
+    atoms: frozenset[Atom]
+    conditions: frozenset[Expr]
+    height: int
 
     def __init__(self, op: str, detail: Any, args: tuple[Expr, ...], number: int) -> None:
         self.op, self.detail, self.args, self.number = op, detail, args, number

@@ -8,6 +8,7 @@ from typing import Any
 
 from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
+from qalora_compile.verify.proof.symbolic.expression import integer
 from qalora_compile.verify.proof.symbolic.operator_table import (
     Arguments,
     OperatorTable,
@@ -103,7 +104,7 @@ def _slice(a: Arguments) -> Tensor:
 
 @_means("aten.select.int", "self dim index")
 def _select(a: Arguments) -> Tensor:
-    return t.gather(a["self"], a["dim"], t.scalar(o.integer(size_of(a["index"])), t.INT))
+    return t.gather(a["self"], a["dim"], t.scalar(integer(size_of(a["index"])), t.INT))
 
 
 @_means("aten.cat.default", "tensors dim")

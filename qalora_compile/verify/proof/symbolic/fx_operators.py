@@ -7,7 +7,7 @@ from typing import Any
 from qalora_compile.verify.proof.symbolic import attention, sums
 from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
-from qalora_compile.verify.proof.symbolic.expression import exponential, inverse, number
+from qalora_compile.verify.proof.symbolic.expression import exponential, integer, inverse, number
 from qalora_compile.verify.proof.symbolic.fx_layout import LAYOUT
 from qalora_compile.verify.proof.symbolic.operator_table import (
     Arguments,
@@ -150,7 +150,7 @@ def _masked_fill(a: Arguments) -> Tensor:
 @_means("aten.sym_size.int", "self dim")
 def _sym_size(a: Arguments) -> Tensor:
     value = a["self"]
-    return t.scalar(o.integer(value.shape[value.axis(a["dim"])]), t.INT)
+    return t.scalar(integer(value.shape[value.axis(a["dim"])]), t.INT)
 
 
 @_means("aten.arange.default", "end dtype")

@@ -157,7 +157,8 @@ def _range(x: Inputs, _: Options) -> Tensor:
 
 @_means("Slice", 5)
 def _slice(x: Inputs, _: Options) -> Tensor:
-    value, starts, ends, axes, steps = x
+    value: Tensor = x[0]
+    _, starts, ends, axes, steps = x
     first, last = t.integers(starts), t.integers(ends)
     along = list(range(len(first))) if axes is None else _numbers(axes)
     strides = [1] * len(first) if steps is None else _numbers(steps)

@@ -19,8 +19,8 @@ class Atom:
 
     Attributes:
         name: Names it; equal names are the same unknown.
-        kind: `size` (of an axis, at least 0), `var` (an index), `div`, or `data` (an integer that a
-            tensor holds).
+        kind: `size` (of an axis, at least 0), `filled` (a size of at least 1), `var` (an index),
+            `div`, or `data` (an integer that a tensor holds).
         args: Of a variable the number of its values, of `div` the operands, of `data` the
             expression.
     """
@@ -97,9 +97,9 @@ def of_atom(atom: Atom) -> Poly:
     return poly({(atom,): 1})
 
 
-def size(name: str) -> Poly:
-    """The size of a dynamic axis, an integer of at least 0."""
-    return of_atom(Atom(name, "size"))
+def size(name: str, *, filled: bool = False) -> Poly:
+    """The size of a dynamic axis, an integer of at least 0; if it is `filled`, of at least 1."""
+    return of_atom(Atom(f"{name} ≥ 1", "filled") if filled else Atom(name, "size"))
 
 
 def variable(name: str, count: Poly) -> Atom:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.graph import Graph
-from qalora_compile.verify.proof.symbolic.evaluate import Evaluation, input_shapes
+from qalora_compile.verify.proof.symbolic.evaluate import Evaluation
 from qalora_compile.verify.proof.symbolic.expression import (
     FUNCTION,
     MASKED,
@@ -23,7 +23,6 @@ from qalora_compile.verify.proof.symbolic.polynomial import (
     as_poly,
     of_atom,
     size,
-    substitute,
     variable,
 )
 from qalora_compile.verify.proof.symbolic.tensor import ONE_ELEMENT, UnprovableError
@@ -47,26 +46,44 @@ class SymbolicProof:
     """
 
     def __init__(self, graphs: tuple[Graph, Graph], sites: tuple[Sites, Sites]) -> None:
-        described = next((graph for graph in graphs if graph.shapes), graphs[0])
-        shapes = input_shapes(described)
-        self._conditions: tuple[str, ...] = ()
-        sizes = {s for shape in described.shapes.values() for s in shape if isinstance(s, str)}
-        if sizes >= {PAST, SEQUENCE, TOTAL} and "attention_mask" in shapes:
-            shapes = {name: tuple(map(_split_total, shape)) for name, shape in shapes.items()}
-            self._conditions = (CACHED,)
-        halves = graphs[0].half != graphs[1].half
-        self._values = [
-            Evaluation(graph, shapes, each, halves=halves)
-            for graph, each in zip(graphs, sites, strict=True)
-        ]
+        self._graphs, self._sites = graphs, sites
+        self._read = {filled: self._evaluations(filled) for filled in (False, True)}
+
+    def _evaluations(self, filled: bool) -> tuple[list[Evaluation], tuple[str, ...]]:
+        """The values of both graphs, and what their shapes depend on."""
+        described = next((graph for graph in self._graphs if graph.shapes), self._graphs[0])
+        names = {s for shape in described.shapes.values() for s in shape if isinstance(s, str)}
+        known = {name: size(name, filled=filled and name != PAST) for name in names}
+        conditions = []
+        if names >= {PAST, SEQUENCE, TOTAL} and "attention_mask" in described.shapes:
+            known[TOTAL] = known[PAST] + known[SEQUENCE]
+            conditions.append(CACHED)
+        if filled:
+            axes = " and ".join(sorted(names - {PAST, TOTAL}))
+            conditions.append(f"the axes {axes} have at least 1 element")
+        shapes = {
+            name: tuple(as_poly(s) if isinstance(s, int) else known[s] for s in shape)
+            for name, shape in described.shapes.items()
+        }
+        halves = self._graphs[0].half != self._graphs[1].half
+        pairs = zip(self._graphs, self._sites, strict=True)
+        values = [Evaluation(graph, shapes, each, halves=halves) for graph, each in pairs]
+        return values, tuple(conditions)
 
     def conditions(self, targets: tuple[Any, Any]) -> tuple[str, ...]:
-        """What two values are equal under.
+        """What two values are equal under; that axes are not empty only where it is needed.
 
         Raises:
             UnprovableError: they are not shown to be equal; the text says why.
         """
-        one, other = (v.of(target) for v, target in zip(self._values, targets, strict=True))
+        try:
+            return self._proved(targets, filled=False)
+        except UnprovableError:
+            return self._proved(targets, filled=True)
+
+    def _proved(self, targets: tuple[Any, Any], *, filled: bool) -> tuple[str, ...]:
+        values, conditions = self._read[filled]
+        one, other = (v.of(target) for v, target in zip(values, targets, strict=True))
         if one.shape != other.shape or one.dtype != other.dtype:
             raise UnprovableError(f"shapes {list(one.shape)} and {list(other.shape)}")
         index = tuple(map(_index, range(one.rank), one.shape))
@@ -78,13 +95,7 @@ class SymbolicProof:
             raise UnprovableError("there are too many cases to compare") from error
         if forms[0] is not forms[1]:
             raise UnprovableError("their elements are not shown to be equal")
-        return (*self._conditions, *_needed(elements, forms[0]))
-
-
-def _split_total(axis: Poly) -> Poly:
-    total = size(TOTAL)
-    changed = size(PAST) + size(SEQUENCE)
-    return substitute(axis, lambda atom: changed if of_atom(atom) is total else of_atom(atom))
+        return (*conditions, *_needed(elements, forms[0]))
 
 
 def _index(axis: int, count: Poly) -> Poly:
