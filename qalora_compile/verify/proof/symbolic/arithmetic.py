@@ -20,7 +20,7 @@ from qalora_compile.verify.proof.symbolic.polynomial import (
     poly,
 )
 
-_LARGEST = 400
+_LARGEST = 200
 """Inequalities at which elimination gives up."""
 
 
@@ -54,7 +54,9 @@ def _ranges(facts: Iterable[Poly]) -> list[Poly]:
             continue
         seen.add((atom, monomial))
         rows = _range(atom)
-        if len(monomial) > 1:  # each bound times the other factors, which must not be negative
+        if len(monomial) > 1 and atom.kind != "div":
+            # Each bound times the other factors, which must not be negative. Those of a quotient
+            # contain it times its divisor, so they would not come to an end.
             others = list(monomial)
             others.remove(atom)
             if not all(_is_natural(other) for other in others):

@@ -65,3 +65,11 @@ def test_ranges_are_known() -> None:
     both = of_atom(m) * N + i
     assert (quotient(both, N), remainder(both, N)) == (of_atom(m), i)
     assert not holds(N - 2, (N - 1,)) and holds(N * 2 - 3, (N - 2,))
+
+
+def test_quotients_by_unknown_sizes_come_to_an_end() -> None:
+    index = of_atom(variable("c", N * size("k")))
+    rest = remainder(index, N)
+    assert holds(rest) and holds(N - 1 - rest)
+    assert holds(quotient(index, N) * N + rest - index)
+    assert not holds(rest - 1)
