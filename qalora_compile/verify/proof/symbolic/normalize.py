@@ -61,6 +61,7 @@ class Normalizer:
         return found
 
     def _made(self, value: Expr, facts: Facts, depth: int) -> Expr:
+        value = _resolved(value, facts) if facts else value
         while value.conditions:
             first = min(value.conditions, key=_order)
             known = _decided(first, facts)
@@ -93,6 +94,22 @@ class Normalizer:
             return mul(outside, inside, integer(count))
         named = variable(f"b{inside.height + 1}", count)
         return mul(outside, reduced(kind, named, _renamed(inside, level, named)))
+
+
+def _resolved(value: Expr, facts: Facts) -> Expr:
+    """With the quotients that facts decide: of an index in a part of a concatenation."""
+    known = {atom: _quotient(atom, facts) for atom in value.atoms if atom.kind == "div"}
+    found = {atom: as_poly(q) for atom, q in known.items() if q is not None}
+    return Change({}, found).of(value) if found else value
+
+
+def _quotient(atom: Atom, facts: Facts) -> int | None:
+    dividend, divisor = atom.args
+    for found in (0, -1):
+        rest = dividend - divisor * found
+        if holds(rest, facts) and holds(divisor - 1 - rest, facts):
+            return found
+    return None
 
 
 def _renamed(value: Expr, old: Atom, new: Atom) -> Expr:
