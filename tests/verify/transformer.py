@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,8 @@ def export_transformer(folder: Path) -> Exported:
 
 
 def judged(
-    exported: Exported, target: str, changes: Callable[[Any], Iterator[Mutant]]
+    exported: Exported, target: str, changes: Callable[[Any], Iterator[Mutant]], every: int = 1
 ) -> dict[str, bool]:
-    """Whether each change of an export is proved equal."""
-    model = exported.model(target)
-    return {f"{target}: {name}": exported.is_proved(target, made) for name, made in changes(model)}
+    """Whether each change of an export, or every so many-th, is proved equal."""
+    chosen = itertools.islice(changes(exported.model(target)), 0, None, every)
+    return {f"{target}: {name}": exported.is_proved(target, made) for name, made in chosen}
