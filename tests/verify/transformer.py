@@ -31,8 +31,8 @@ class Exported:
     paths: dict[str, Path]
 
     def model(self, target: str) -> Any:
-        """An export in memory, without its external weights."""
-        return onnx.load(self.paths[target], load_external_data=False)
+        """An export in memory."""
+        return onnx.load(self.paths[target])
 
     def is_proved(self, target: str, model: Any) -> bool:
         """Whether a changed export is proved equal to the program outside of its layers."""
