@@ -81,7 +81,7 @@ def _range(atom: Atom) -> list[Poly]:
     if atom.kind == "filled":
         return [value - 1]
     if atom.kind == "var":
-        return [value, atom.args[0] - 1 - value]
+        return [value, atom.first - 1 - value]
     if atom.kind == "div":  # there is an element, so the divisor, an axis, is at least 1
         dividend, divisor = atom.args
         left = dividend - value * divisor

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from qalora_compile.verify.proof.symbolic.arithmetic import holds, quotient
+from qalora_compile.verify.proof.symbolic.arithmetic import holds
 from qalora_compile.verify.proof.symbolic.polynomial import (
     Atom,
     Poly,
     as_poly,
     of_atom,
-    substitute,
 )
 
 NUMBER, INTEGER, LEAF, SUM, PRODUCT, FUNCTION = "num", "int", "leaf", "sum", "product", "fn"
@@ -50,7 +49,7 @@ class Expr:
 
     def __init__(self, op: str, detail: Any, args: tuple[Expr, ...], number: int) -> None:
         self.op, self.detail, self.args, self.number = op, detail, args, number
-        atoms = frozenset[Atom]().union(*(a.atoms for a in args), *map(_atoms, _polys(detail)))
+        atoms = frozenset[Atom]().union(*(a.atoms for a in args), *map(atoms_of, _polys(detail)))
         found = frozenset[Expr]().union(*(a.conditions for a in args))
         self.height = max((a.height for a in args), default=0)
         if op in (TRUTH, LINEAR):
@@ -61,6 +60,12 @@ class Expr:
             found = frozenset(c for c in found if bound not in c.atoms)
             self.height += 1
         self.atoms, self.conditions = atoms, found
+
+    @property
+    def operand(self) -> Expr:
+        """The first operand."""
+        found, *_ = self.args
+        return found
 
     def __lt__(self, other: Expr) -> bool:
         return self.number < other.number
@@ -78,13 +83,14 @@ def _polys(detail: Any) -> Iterable[Poly]:
     return ()
 
 
-def _atoms(value: Poly) -> frozenset[Atom]:
+def atoms_of(value: Poly) -> frozenset[Atom]:
+    """The atoms of a polynomial, and those inside of quotients and elements."""
     found = set(value.atoms)
     for atom in value.atoms:
         if atom.kind == "div":
-            found |= _atoms(atom.args[0]) | _atoms(atom.args[1])
+            found |= frozenset[Atom]().union(*map(atoms_of, atom.args))
         elif atom.kind == "data":
-            found |= atom.args[0].atoms
+            found |= atom.first.atoms
     return frozenset(found)
 
 
@@ -267,7 +273,8 @@ def truth(value: Expr) -> Expr:
     if value.op in ("true", "false", TRUTH, LINEAR):
         return value
     if value.op == WHERE:
-        return where(value.args[0], truth(value.args[1]), truth(value.args[2]))
+        condition, then, other = value.args
+        return where(condition, truth(then), truth(other))
     if value.op == NUMBER:
         return FALSE if value.detail == 0 else TRUE
     return _make(TRUTH, None, (value,))
@@ -295,6 +302,28 @@ def both(one: Expr, other: Expr) -> Expr:
     return where(one, other, FALSE)
 
 
+def _truth_of(name: str, *args: Expr) -> Expr:
+    return _make(TRUTH, None, (function(name, *args),))
+
+
+def compare(one: Expr, other: Expr) -> Expr:
+    """The condition one ≤ other."""
+    low, high = as_integer(one), as_integer(other)
+    if low is not None and high is not None:
+        return linear(high - low)
+    return _truth_of("≤", one, other)
+
+
+def equal(one: Expr, other: Expr) -> Expr:
+    """The condition one = other."""
+    low, high = as_integer(one), as_integer(other)
+    if low is not None and high is not None:
+        return both(linear(high - low), linear(low - high))
+    if one is other:
+        return TRUE
+    return _truth_of("=", *sorted((one, other)))
+
+
 def reduced(kind: str, index: Atom, body: Expr) -> Expr:
     """The `sum` or `max` of a body over an index."""
     return _make(REDUCED, (kind, index), (body,))
@@ -309,7 +338,9 @@ def rebuilt(value: Expr, args: Sequence[Expr]) -> Expr:
         powers = [a for a, p in zip(args, value.detail[1:], strict=True) for _ in range(p)]
         return mul(number(value.detail[0]), *powers)
     if value.op == FUNCTION:
-        makers: dict[str, Callable[..., Expr]] = {"exp": exponential, "inverse": inverse}
+        makers: dict[str, Callable[..., Expr]] = {
+            "exp": exponential, "inverse": inverse, "≤": compare, "=": equal
+        }  # fmt: skip
         make = makers.get(value.detail)
         return function(value.detail, *args) if make is None else make(*args)
     if value.op == WHERE:
@@ -317,69 +348,3 @@ def rebuilt(value: Expr, args: Sequence[Expr]) -> Expr:
     if value.op == TRUTH:
         return truth(*args)
     return _make(value.op, value.detail, tuple(args)) if args else value
-
-
-class Change:
-    """Replaces conditions and atoms in expressions.
-
-    Args:
-        conditions: Condition → `TRUE` or `FALSE`.
-        atoms: Atom → the polynomial in its place.
-    """
-
-    def __init__(self, conditions: dict[Expr, Expr], atoms: dict[Atom, Poly]) -> None:
-        self._conditions, self._atoms = conditions, atoms
-        self._done: dict[Expr, Expr] = {}
-
-    def of(self, value: Expr) -> Expr:
-        """The changed expression."""
-        if not self._touches(value):
-            return value
-        found = self._done.get(value)
-        if found is None:
-            found = self._done[value] = self._changed(value)
-        return found
-
-    def _touches(self, value: Expr) -> bool:
-        return not value.atoms.isdisjoint(self._atoms) or not value.conditions.isdisjoint(
-            self._conditions
-        )
-
-    def _changed(self, value: Expr) -> Expr:
-        if value in self._conditions:
-            return self._conditions[value]
-        args = [self.of(arg) for arg in value.args]
-        if value.op == LINEAR:
-            return linear(self.poly(value.detail))
-        if value.op == INTEGER:
-            return integer(self.poly(value.detail))
-        if value.op == LEAF:
-            name, *indices = value.detail
-            return leaf(name, [self.poly(index) for index in indices])
-        if value.op == REDUCED:
-            return self._reduced(value, args[0])
-        return rebuilt(value, args)
-
-    def _reduced(self, value: Expr, body: Expr) -> Expr:
-        kind, index = value.detail
-        count = self.poly(index.args[0])
-        if count is not index.args[0]:
-            renamed = Atom(f"{index.name.partition('<')[0]}<{count.name}", "var", (count,))
-            body = Change({}, {index: of_atom(renamed)}).of(body)
-            index = renamed
-        return reduced(kind, index, body)
-
-    def poly(self, value: Poly) -> Poly:
-        """The changed polynomial."""
-        if _atoms(value).isdisjoint(self._atoms) and not self._conditions:
-            return value
-        return substitute(value, self._atom)
-
-    def _atom(self, atom: Atom) -> Poly:
-        if atom in self._atoms:
-            return self._atoms[atom]
-        if atom.kind == "div":
-            return quotient(self.poly(atom.args[0]), self.poly(atom.args[1]))
-        if atom.kind == "data":
-            return index_of(self.of(atom.args[0]))
-        return of_atom(atom)

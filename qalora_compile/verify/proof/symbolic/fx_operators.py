@@ -253,6 +253,25 @@ def _reduced(a: Arguments, reduce: Any) -> Tensor:
     return sums.reduced_over(value, a["dim"] or (), reduce, kept=bool(a.get("keepdim", False)))
 
 
+@_means("aten.cumsum.default", "self dim")
+def _cumsum(a: Arguments) -> Tensor:
+    value = a["self"]
+    return sums.cumulated(o.cast(value, t.INT) if value.dtype == t.BOOL else value, a["dim"])
+
+
+@_means("aten.diff.default", "self n dim prepend append")
+def _diff(a: Arguments) -> Tensor:
+    if a.get("n", 1) != 1:
+        raise UnprovableError("differences of differences")
+    axis = a.get("dim", -1)
+    parts = [a.get("prepend"), o.floating(a["self"]), a.get("append")]
+    value = t.concatenate([part for part in parts if part is not None], axis)
+    size = value.shape[value.axis(axis)]
+    return o.difference(
+        t.cut(value, axis, as_poly(1), None), t.cut(value, axis, as_poly(0), size - 1)
+    )
+
+
 @_means("aten.addmm.default", "self mat1 mat2")
 def _addmm(a: Arguments) -> Tensor:
     return o.total(a["self"], sums.matmul(a["mat1"], a["mat2"]))

@@ -8,6 +8,7 @@ out of its sum, and bound indices are numbered from the inside.
 from __future__ import annotations
 
 from qalora_compile.verify.proof.symbolic.arithmetic import holds
+from qalora_compile.verify.proof.symbolic.change import Change
 from qalora_compile.verify.proof.symbolic.expression import (
     FALSE,
     LINEAR,
@@ -17,7 +18,6 @@ from qalora_compile.verify.proof.symbolic.expression import (
     SUM,
     TRUE,
     WHERE,
-    Change,
     Expr,
     integer,
     mul,
@@ -86,9 +86,9 @@ class Normalizer:
 
     def _sum(self, value: Expr, facts: Facts, depth: int) -> Expr:
         kind, bound = value.detail
-        count = bound.args[0]
+        count = bound.first
         level = variable(f"r{depth}", count)
-        body = self.of(_renamed(value.args[0], bound, level), facts, depth + 1)
+        body = self.of(_renamed(value.operand, bound, level), facts, depth + 1)
         outside, inside = _factored(body, level) if kind == SUM else (ONE, body)
         if kind == SUM and level not in inside.atoms:
             return mul(outside, inside, integer(count))
@@ -117,11 +117,8 @@ def _renamed(value: Expr, old: Atom, new: Atom) -> Expr:
 
 
 def _order(condition: Expr) -> tuple[bool, str, int]:
-    return (
-        (True, condition.detail.name, 0)
-        if condition.op == LINEAR
-        else (False, "", condition.number)
-    )
+    is_linear = condition.op == LINEAR  # first: they may decide others
+    return not is_linear, condition.detail.name if is_linear else "", condition.number
 
 
 def _decided(condition: Expr, facts: Facts) -> Expr | None:

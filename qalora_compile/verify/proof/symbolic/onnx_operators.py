@@ -230,6 +230,13 @@ def _reduced(x: Inputs, options: Options, reduce: Callable[..., Tensor]) -> Tens
     return sums.reduced_over(o.floating(x[0]), axes, reduce, kept=kept)
 
 
+@_means("CumSum", 2, "exclusive", "reverse")
+def _cumsum(x: Inputs, options: Options) -> Tensor:
+    if options.get("exclusive", 0) or options.get("reverse", 0):
+        raise UnprovableError("it sums in another order")
+    return sums.cumulated(o.floating(x[0]), *_numbers(x[1]))
+
+
 @_means("Gelu", 1, "approximate")
 def _gelu(x: Inputs, options: Options) -> Tensor:
     return attention.gelu(x[0], options.get("approximate", "none"))

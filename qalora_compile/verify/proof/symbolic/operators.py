@@ -18,13 +18,13 @@ from qalora_compile.verify.proof.symbolic.expression import (
     ZERO,
     Expr,
     add,
-    as_integer,
     both,
+    compare,
+    equal,
     function,
     integer,
     inverse,
     leaf,
-    linear,
     mul,
     negated,
     number,
@@ -198,24 +198,6 @@ def power(value: Tensor, exponent: Tensor) -> Tensor:
 def silu(value: Tensor) -> Tensor:
     """X · sigmoid(x)."""
     return product(value, unary("sigmoid")(value))
-
-
-def compare(one: Expr, other: Expr) -> Expr:
-    """The condition one ≤ other."""
-    low, high = as_integer(one), as_integer(other)
-    if low is not None and high is not None:
-        return linear(high - low)
-    return truth(function("≤", one, other))
-
-
-def equal(one: Expr, other: Expr) -> Expr:
-    """The condition one = other."""
-    low, high = as_integer(one), as_integer(other)
-    if low is not None and high is not None:
-        return both(linear(high - low), linear(low - high))
-    if one is other:
-        return TRUE
-    return truth(function("=", *sorted((one, other))))
 
 
 def at_most(one: Tensor, other: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ class Atom:
     kind: str = field(compare=False)
     args: tuple[Any, ...] = field(compare=False, default=(), repr=False)
 
+    @property
+    def first(self) -> Any:
+        """Its first argument: the number of values of a variable, or the integer of a tensor."""
+        found, *_ = self.args
+        return found
+
 
 class Poly:
     """A sum of products of atoms with integer coefficients; made by `poly`."""

@@ -112,9 +112,9 @@ def _needed(elements: tuple[Expr, Expr], form: Expr) -> Iterator[str]:
 
 def _is_empty_sum(value: Expr) -> bool:
     """Whether it divides by a sum of which every term may be 0."""
-    if value.op != FUNCTION or value.detail != "inverse" or value.args[0].op != REDUCED:
+    if value.op != FUNCTION or value.detail != "inverse" or value.operand.op != REDUCED:
         return False
-    return any(part.op == WHERE and ZERO in part.args for part in _parts(value.args[0].args[0]))
+    return any(part.op == WHERE and ZERO in part.args for part in _parts(value.operand.operand))
 
 
 def _stands_for_infinity(value: Expr) -> bool:

@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 
 from qalora_compile.verify.proof.symbolic.expression import (
     SUM,
+    ZERO,
     Expr,
     add,
     exponential,
     function,
     integer,
     inverse,
+    linear,
     mul,
     reduced,
+    where,
 )
 from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly, of_atom, variable
 from qalora_compile.verify.proof.symbolic.tensor import (
@@ -53,6 +56,20 @@ def mean(value: Tensor, axis: int, *, kept: bool) -> Tensor:
     """The mean along an axis."""
     share = inverse(integer(value.shape[value.axis(axis)]))
     return elementwise(lambda x: mul(x, share), value.dtype, total(value, axis, kept=kept))
+
+
+def cumulated(value: Tensor, axis: int) -> Tensor:
+    """The sums up to each place along an axis."""
+    axis = value.axis(axis)
+
+    def element(index: Index) -> Expr:
+        def term(place: Poly) -> Expr:
+            inside = value[(*index[:axis], place, *index[axis + 1 :])]
+            return where(linear(index[axis] - place), inside, ZERO)
+
+        return summed(value.shape[axis], term)
+
+    return Tensor(value.shape, value.dtype, element)
 
 
 def reduced_over(

@@ -57,6 +57,8 @@ CASES: dict[str, tuple[str, list[tuple[Any, ...]], list[Any], dict[str, Any]]] =
     "layer norm": ("aten.layer_norm.default", [("b", "s", 4), (4,), (4,)], [], {}),
     "rms norm": ("qalora.rms_norm.default", [("b", "s", 4), (4,)], [1e-3], {}),
     "mean of two axes": ("aten.mean.dim", [("b", "s", 4)], [[0, -1]], {}),
+    "sums up to each place": ("aten.cumsum.default", [("b", "s", 4)], [1], {}),
+    "differences": ("aten.diff.default", [("b", "s"), ("b", 1)], [], {}),
     "gelu": ("aten.gelu.default", [("b", "s")], [], {}),
     "gelu by tanh": ("aten.gelu.default", [("b", "s")], [], {"approximate": "tanh"}),
     "addmm": ("aten.addmm.default", [(3,), ("b", 4), (4, 3)], [], {}),
@@ -90,6 +92,8 @@ def arguments(name: str, tensors: list[Any], rest: list[Any], *, fixed: bool) ->
     """The operands of a case; `cat` takes its tensors as one of them."""
     if name == "cat":
         return [tensors, *rest]
+    if name == "differences":
+        return [tensors[0], 1, -1, tensors[1]]
     if name == "layer norm":
         return [tensors[0], [4], *tensors[1:], *rest]
     if name == "view" and not fixed:
