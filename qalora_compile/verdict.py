@@ -10,14 +10,23 @@ from typing import Protocol
 class Verdict(str, Enum):
     """The result of checking that two things compute the same, from best to worst.
 
+    A proof says PROVED, PROVED UNDER, SAMPLED, UNDECIDED or DIFFERENT; checks that run both things
+    say EQUAL, UNDECIDED or DIFFERENT.
+
     Attributes:
-        EQUAL: They agree within the stated tolerance, within rounding errors, or by proof.
+        PROVED: They are equal for every input.
+        PROVED_UNDER: They are equal for every input that meets the listed conditions.
+        EQUAL: They agree on the inputs tried, within the stated tolerance or rounding errors.
+        SAMPLED: A proof left parts open, which agree on the samples tried. Not a pass.
         UNDECIDED: Neither was shown: rounding explains only a part of the difference, or something
             could be neither proved nor tried.
         DIFFERENT: They differ, or could not both be run.
     """
 
+    PROVED = "PROVED"
+    PROVED_UNDER = "PROVED UNDER"
     EQUAL = "EQUAL"
+    SAMPLED = "SAMPLED"
     UNDECIDED = "UNDECIDED"
     DIFFERENT = "DIFFERENT"
 
@@ -43,6 +52,8 @@ class Verdict(str, Enum):
 
 
 _ORDER = tuple(Verdict)
+PROVEN = (Verdict.PROVED, Verdict.PROVED_UNDER)
+"""The verdicts of a proof that hold for all inputs."""
 
 
 class Finding(Protocol):

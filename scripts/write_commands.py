@@ -22,7 +22,7 @@ writes it from the argument parsers; do not edit it by hand. `qalora-compile COM
 the same options.
 
 Exit codes are 0 (done), 1 (a check failed), 2 (wrong usage, invalid input, or an output that cannot
-be written), 130 (Ctrl-C) and 143 (SIGTERM).
+be written), 3 (a proof with parts that were only tried on samples), 130 (Ctrl-C) and 143 (SIGTERM).
 """
 USUAL = {"positional arguments": "Arguments", "options": "Options"}
 """The groups that argparse names itself."""

@@ -40,7 +40,7 @@ def things(program: qc.Program) -> dict[str, Any]:
         ("plan", ["<SitePlan", "to quantize", "at 4 bits"]),
         ("report", ["<Report", "verdict: EQUAL", "inputs: 1", "max_abs 0", "difference: 0"]),
         ("numeric", ["<NumericReport", "verdict: EQUAL", "as a program (EQUAL)"]),
-        ("certificate", ["<Certificate", "verdict: EQUAL", "for all inputs: yes", "proved"]),
+        ("certificate", ["<Certificate", "verdict: PROVED", "for all inputs: yes", "proved"]),
     ],
 )
 def test_a_repr_is_short_and_says_what_it_is(

@@ -140,6 +140,7 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         "for all inputs": str(about["for all inputs"]),
         "layers": str(about["layers"]),
         "between layers": str(about["between them"]),
+        "conditions": "; ".join(certificate.conditions) or "none",
         "tokenizer": certificate.tokenizer,
         "first difference": str(about["first difference"] or "none"),
         **{f"SHA-256 of {name}": digest for name, digest in certificate.candidate.files.items()},
@@ -262,8 +263,8 @@ def _proof(record: Mapping[str, Any], certificate: object) -> str:
         f"{text}Verdict of the proof that this model equals the folded one: "
         f"**{words(certificate.get('verdict'))}**.\n\n{_rows(certificate)}\n"
         "Layers that are proved are equal for all inputs, coefficient by coefficient, up to the "
-        "rounding of stored values; parts that were sampled are equal on the samples that were "
-        "tried.\n"
+        "rounding of stored values. PROVED UNDER holds for inputs that meet the conditions. "
+        "SAMPLED is no proof: parts of the model agree only on the samples that were tried.\n"
     )
 
 

@@ -11,8 +11,8 @@ COMMANDS: Mapping[str, str] = {
     "changed",
     "export": "write a folded model as ONNX, for OpenVINO, torch or Core ML, or as a checkpoint",
     "quantize": "quantize a model of any size into an edge folder, without training",
-    "verify": "compare two programs or exported models; exit 0 equal, 1 not equal, 2 not "
-    "comparable",
+    "verify": "compare two programs or exported models; exit 0 equal or proved, 1 different, 2 not "
+    "comparable, 3 in part only sampled",
     "bisect": "find the first pass, site and node that changes what a program computes",
     "inspect": "show what was quantized, how, and why",
     "generate": "continue a prompt with an exported model, greedily or by sampling",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qalora_compile.cli.exit_codes import exit_code
+from qalora_compile.cli.exit_codes import FAILED, exit_code
 from qalora_compile.cli.options import spec_of
 from qalora_compile.cli.ui import console, print_json, print_summary, print_table, steps
 from qalora_compile.errors import UserInputError
@@ -28,6 +28,8 @@ EXAMPLES = """examples:
   # read back by its own library
   qalora-compile verify folded edge/model.gguf --max-rel 1e-2
   qalora-compile verify folded edge --prove --certificate equal.json
+  # parts that were only tried on samples are no failure
+  qalora-compile verify folded edge --prove --allow-sampled
   # check it again, without torch
   qalora-compile verify --certificate equal.json
   # node by node, without a tolerance
@@ -54,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--certificate", metavar="FILE", help="write a certificate; without A and B, check FILE"
+    )
+    parser.add_argument(
+        "--allow-sampled",
+        action="store_true",
+        help="a proof with parts that were only tried on samples (SAMPLED) ends with 0, not with 3",
     )
     parser.add_argument(
         "--numeric",
@@ -218,15 +225,15 @@ def _worst(mode: ModeReport) -> tuple[object, str]:
 
 
 def _answer(certificate: Certificate, problems: list[str], options: argparse.Namespace) -> int:
-    """Show a certificate; 0: equal (or the certificate holds), 1: not, 2: undecided."""
+    """Show a certificate; 0: proved, 1: different or not valid, 2: undecided, 3: sampled."""
     again = options.a is None
     if options.json:
         print_json(certificate.to_json() | {"problems": problems})
     else:
         _show_certificate(certificate, problems, options)
-    if again:
-        return 1 if problems else 0
-    return exit_code(certificate.verdict)
+    if again and problems:
+        return FAILED
+    return exit_code(certificate.verdict, allow_sampled=options.allow_sampled)
 
 
 def _show_certificate(
@@ -249,11 +256,12 @@ def _show_certificate(
         "A": certificate.reference.label,
         "B": certificate.candidate.label,
         "verdict": certificate.verdict,
-        "for all inputs": "yes" if certificate.proved else "no: see the parts tested on samples",
+        "for all inputs": certificate.scope,
+        "conditions": "\n".join(certificate.conditions) or "none",
         "tokenizer": certificate.tokenizer,
     }
     if options.a is None:
-        rows = {name: rows[name] for name in ("A", "B")}
+        rows = {name: rows[name] for name in ("A", "B", "verdict", "conditions")}
         rows["certificate"] = "does not hold" if problems else "holds"
         rows["problems"] = "\n".join(problems) or "none"
         rows["not tested again"] = f"{len(certificate.sampled)} parts that were tested on samples"

@@ -203,13 +203,19 @@ def test_a_proof_is_written_into_the_card(copy: Path) -> None:
     assert main(["verify", *models, "--prove", "--card"]) == 0
     plain = card(copy / "edge").replace("\\", "")
     digest = hashlib.sha256((copy / "edge" / "onnx" / "model_q4.onnx").read_bytes()).hexdigest()
-    for part in ("**EQUAL**", "proved", "| tokenizer | equal:", digest, "chat_template.jinja"):
+    for part in (
+        "**PROVED UNDER**",
+        "at least one key",
+        "| tokenizer | equal:",
+        digest,
+        "chat_template.jinja",
+    ):
         assert part in plain, part
     assert "No certificate" not in plain
     speeds = [{"form": "<b>", "after it, tokens/s": "12.0"}]
     add_findings(copy / "edge", read_edge_record(copy / "edge"), speeds=speeds)
     plain = card(copy / "edge")
-    assert "## Speed" in plain and "| \\<b\\> | 12.0 |" in plain and "**EQUAL**" in plain
+    assert "## Speed" in plain and "| \\<b\\> | 12.0 |" in plain and "**PROVED UNDER**" in plain
     assert read_findings(copy / "edge")["speeds"]["rows"] == [["<b>", "12.0"]]
 
 
@@ -271,7 +277,7 @@ def test_an_older_certificate_binds_no_tokenizer(copy: Path) -> None:
     models = [str(copy / "folded"), str(copy / "edge")]
     assert main(["verify", *models, "--prove", "--certificate", str(path)]) == 0
     value = json.loads(path.read_text("utf-8"))
-    assert value["version"] == 3
+    assert value["version"] == 4
     value["version"] = 2
     for side in ("reference", "candidate"):
         assert set(value[side].pop("tokenizer")) >= set(FILES)

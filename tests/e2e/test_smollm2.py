@@ -205,8 +205,7 @@ def test_every_layer_is_proved(road: Road, tmp_path: Path) -> None:
     certificate = qc.prove_equivalence(tmp_path / "folded", road.exported)
     assert certificate.passed, certificate
     assert all(site.status == "proved" and len(site.modes) == 3 for site in certificate.sites)
-    behind_attention = [f"input of model.layers.{i}.self_attn.o_proj" for i in range(30)]
-    assert list(certificate.sampled) == behind_attention
+    assert certificate.proved and certificate.sampled == ()
     certificate.write(tmp_path / "equal.json")
     assert check_certificate(tmp_path / "equal.json")[1] == []
 

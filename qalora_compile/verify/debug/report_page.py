@@ -27,7 +27,14 @@ _LAYER = re.compile(r"(?:[^./\s]+\.)*?\d+(?=[./]|$)")
 _UNMOVED = 1e-4
 """In codes. Storing a real zero-point in float32 moves it by less."""
 _ROWS = 20
-_GOOD = {Verdict.EQUAL: True, Verdict.UNDECIDED: None, Verdict.DIFFERENT: False}
+_GOOD = {
+    Verdict.PROVED: True,
+    Verdict.PROVED_UNDER: True,
+    Verdict.EQUAL: True,
+    Verdict.SAMPLED: None,
+    Verdict.UNDECIDED: None,
+    Verdict.DIFFERENT: False,
+}
 Outcome = Report | NumericReport | Certificate
 
 
@@ -71,7 +78,7 @@ def mark_of(verdict: Verdict) -> Mark:
 
 def _sentence(outcome: Outcome) -> str:
     if isinstance(outcome, Certificate):
-        holds = "by proof, for all inputs" if outcome.proved else "see below for what was proved"
+        holds = f"by proof, for all inputs: {outcome.scope}"
     elif isinstance(outcome, NumericReport):
         holds = f"value by value, relative to float64, on {len(outcome.inputs)} inputs"
     else:
@@ -221,7 +228,8 @@ def _proof(page: Page, certificate: Certificate) -> None:
         {
             "reference": certificate.reference.label,
             "candidate": certificate.candidate.label,
-            "for all inputs": "yes" if certificate.proved else "except for sampled parts",
+            "for all inputs": certificate.scope,
+            "conditions": "\n".join(certificate.conditions) or "none",
             "layers": counts_text(Counter(site.status for site in certificate.sites)),
             "between layers": counts_text(Counter(part.status for part in certificate.segments)),
             "tokenizer": certificate.tokenizer,

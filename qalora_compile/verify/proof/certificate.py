@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from qalora_compile.brief import Brief
 from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.files import atomic_files, write_json
 from qalora_compile.untrusted import quoted, read_json
-from qalora_compile.verdict import Verdict
+from qalora_compile.verdict import PROVEN, Verdict
 from qalora_compile.verify.proof.compare_weights import RULE, Coefficients
 from qalora_compile.verify.proof.match_structure import DIFFERENT, OPEN, PROVED, SAMPLED
 from qalora_compile.verify.proof.tokenizer_digests import changed_files
 
-FORMAT, VERSION = "qalora-certificate", 3
+FORMAT, VERSION = "qalora-certificate", 4
 _VERSIONS = range(1, VERSION + 1)
 _NONE = type(None)
 
@@ -87,12 +87,14 @@ class SiteProof:
 
 @dataclass(frozen=True)
 class SegmentProof:
-    """The findings for the nodes between sites; `lines` as in `match_structure.Segment`."""
+    """The findings for the nodes between sites, as in `match_structure.Segment`."""
 
     name: str
     status: str
     lines: tuple[str, str] | None
     sampled: float | None
+    conditions: tuple[str, ...] = ()
+    problem: str = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +103,7 @@ class Certificate(Brief):
 
     Attributes:
         reference, candidate: What was compared.
-        verdict: `EQUAL`, `DIFFERENT`, or `UNDECIDED` if a part could be neither proved nor sampled.
+        verdict: See `verdict_of`.
         sites: The quantized layers.
         segments: The nodes between them.
         difference: The first difference, as lines of text, or None.
@@ -124,7 +126,7 @@ class Certificate(Brief):
         """Verdict, what was compared, the statuses of its parts, and the first difference."""
         return {
             "verdict": self.verdict,
-            "for all inputs": "yes" if self.proved else "no",
+            "for all inputs": self.scope,
             "reference": self.reference.label,
             "candidate": self.candidate.label,
             "layers": counts_text(Counter(site.status for site in self.sites)),
@@ -134,8 +136,8 @@ class Certificate(Brief):
 
     @property
     def passed(self) -> bool:
-        """Whether the two are equal: proved, or on samples for the parts in `sampled`."""
-        return self.verdict == Verdict.EQUAL
+        """Whether the two are proved equal: PROVED, or PROVED UNDER `conditions`."""
+        return self.verdict in PROVEN
 
     @property
     def parts(self) -> tuple[SiteProof | SegmentProof, ...]:
@@ -148,9 +150,21 @@ class Certificate(Brief):
         return tuple(part.name for part in self.parts if part.status == SAMPLED)
 
     @property
+    def conditions(self) -> tuple[str, ...]:
+        """What inputs have to meet for the proof to hold; empty if it holds for all of them."""
+        return tuple(dict.fromkeys(c for part in self.segments for c in part.conditions))
+
+    @property
     def proved(self) -> bool:
-        """Whether the two are equal for all inputs, without any part that was only sampled."""
+        """Whether every part is proved, without any that was only sampled."""
         return self.passed and all(part.status == PROVED for part in self.parts)
+
+    @property
+    def scope(self) -> str:
+        """For which inputs the two are proved equal, as text."""
+        if not self.proved:
+            return "no"
+        return f"that meet {len(self.conditions)} conditions" if self.conditions else "yes"
 
     @property
     def tokenizer(self) -> str:
@@ -169,15 +183,23 @@ class Certificate(Brief):
         found = [s.max_abs for s in self.sites if s.modes]
         return max(found, default=0.0)
 
-    def check(self) -> Certificate:
+    def passes(self, *, allow_sampled: bool) -> bool:
+        """Whether the two are proved equal, or only tried on samples where that is allowed."""
+        return self.passed or (allow_sampled and self.verdict == Verdict.SAMPLED)
+
+    def check(self, *, allow_sampled: bool = False) -> Certificate:
         """Return self, or raise.
 
+        Args:
+            allow_sampled: Accept parts that were only tried on samples.
+
         Raises:
-            VerificationError: the verdict is not `EQUAL`.
+            VerificationError: the two are not proved equal.
         """
-        if not self.passed:
+        if not self.passes(allow_sampled=allow_sampled):
+            only = " but only tried on samples" if self.verdict == Verdict.SAMPLED else ""
             raise VerificationError(
-                f"{self.candidate.label} is not proved equal to {self.reference.label}",
+                f"{self.candidate.label} is not proved equal to {self.reference.label}{only}",
                 report=self,
                 where=self.difference,
             )
@@ -186,6 +208,7 @@ class Certificate(Brief):
     def to_json(self) -> dict[str, Any]:
         """The certificate as JSON types; infinities and NaN become text."""
         value = {"format": FORMAT, "version": VERSION, "tolerance": RULE, **_fields(self)}
+        value |= {"conditions": list(self.conditions)}
         return value | {"proved": self.proved, "sampled": list(self.sampled)}
 
     def write(self, path: str | Path) -> None:
@@ -227,7 +250,7 @@ class Certificate(Brief):
             raise UserInputError(
                 f"the certificate is malformed: {error!r}", where=str(path)
             ) from error
-        if value.get("proved") and not made.proved:
+        if (value.get("proved") or made.passed) and not made.proved:
             raise UserInputError(
                 "the certificate states proved for a part that was not", where=str(path)
             )
@@ -247,6 +270,9 @@ class Certificate(Brief):
                 f"  not proved but tried on {self.samples['count']:g} samples: "
                 f"{len(self.sampled)} parts, largest relative difference {worst:.3g}"
             )
+        problems = dict.fromkeys(s.problem for s in self.segments if s.problem)
+        lines += [f"  not proved because of {problem}" for problem in problems]
+        lines += [f"  condition: {condition}" for condition in self.conditions]
         if self.difference:
             lines.append(f"  first difference: {self.difference}")
         lines += [f"  note: {note}" for note in self.notes]
@@ -261,17 +287,18 @@ def tokenizer_difference(reference: GraphRecord, candidate: GraphRecord) -> str 
     return f"the tokenizers differ: {', '.join(names)}" if names else None
 
 
-def verdict_of(statuses: Iterable[str]) -> Verdict:
+_WORDS = {DIFFERENT: Verdict.DIFFERENT, OPEN: Verdict.UNDECIDED, SAMPLED: Verdict.SAMPLED}
+
+
+def verdict_of(statuses: Iterable[str], conditions: Collection[str] = ()) -> Verdict:
     """The verdict of a proof, from the statuses of its layers and segments.
 
     One part that differs makes the result DIFFERENT; otherwise one that could be neither proved nor
-    sampled makes it UNDECIDED. Parts that were only sampled count as equal and are named in
-    `Certificate.sampled`.
+    sampled makes it UNDECIDED, and one that was only sampled SAMPLED. What is proved is PROVED, or
+    PROVED UNDER the conditions if there are any.
     """
-    found = set(statuses)
-    if DIFFERENT in found:
-        return Verdict.DIFFERENT
-    return Verdict.UNDECIDED if OPEN in found else Verdict.EQUAL
+    proved = Verdict.PROVED_UNDER if conditions else Verdict.PROVED
+    return Verdict.worst([proved, *(_WORDS.get(status, proved) for status in statuses)])
 
 
 def counts_text(counts: Mapping[str, int]) -> str:
@@ -305,8 +332,10 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
     for row in value["segments"]:
         lines = None if row["lines"] is None else (str(row["lines"][0]), str(row["lines"][1]))
         sampled = None if row["sampled"] is None else float(row["sampled"])
-        _check_types(row, name=str, status=str)
-        segments.append(SegmentProof(**(row | {"lines": lines, "sampled": sampled})))
+        _check_types({"problem": ""} | row, name=str, status=str, problem=str)
+        conditions = tuple(map(str, row.get("conditions", ())))
+        read = {"lines": lines, "sampled": sampled, "conditions": conditions}
+        segments.append(SegmentProof(**(row | read)))
     for rows in (value["sites"], value["segments"]):
         names = Counter(row["name"] for row in rows)
         if names and max(names.values()) > 1:
@@ -322,7 +351,7 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
     return Certificate(
         reference=dataclasses.replace(records[0], files=dict(records[0].files)),
         candidate=dataclasses.replace(records[1], files=dict(records[1].files)),
-        verdict=Verdict(value["verdict"]),
+        verdict=_verdict(value["verdict"], [*sites, *segments]),
         sites=tuple(sites),
         segments=tuple(segments),
         difference=None if value["difference"] is None else str(value["difference"]),
@@ -330,6 +359,13 @@ def _certificate(value: Mapping[str, Any]) -> Certificate:
         notes=tuple(map(str, value["notes"])),
         versions={str(k): str(v) for k, v in value["versions"].items()},
     )
+
+
+def _verdict(word: str, parts: Iterable[SiteProof | SegmentProof]) -> Verdict:
+    """A stated verdict; before version 4, EQUAL is PROVED or SAMPLED by the statuses."""
+    if word == Verdict.EQUAL:
+        return verdict_of(part.status for part in parts)
+    return Verdict(word)
 
 
 def _check_types(row: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:

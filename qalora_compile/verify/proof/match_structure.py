@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,8 @@ from qalora_compile.verify.proof.compare_leaves import parted
 from qalora_compile.verify.proof.graphs.graph import FX, ONNX, OPENVINO, Graph, Ref, SiteRow
 from qalora_compile.verify.proof.nonfinite import damages
 from qalora_compile.verify.proof.open_graph import open_graph
+from qalora_compile.verify.proof.symbolic.prove_segment import SymbolicProof
+from qalora_compile.verify.proof.symbolic.tensor import UnprovableError
 from qalora_compile.verify.proof.terms.op_semantics import OPERATORS
 from qalora_compile.verify.proof.terms.semantics import Semantics
 from qalora_compile.verify.proof.terms.term import Algebra, Term, differences
@@ -40,6 +43,8 @@ class Segment:
         lines: The first two nodes that differ, or are opaque, one from each graph.
         targets: The computed operands in both graphs.
         sampled: Largest difference on samples, relative to the largest value; None if not sampled.
+        conditions: What inputs have to meet for the proof to hold.
+        problem: Why an open segment has no symbolic proof either: the operator at fault.
     """
 
     name: str
@@ -47,6 +52,8 @@ class Segment:
     lines: tuple[str, str] | None
     targets: tuple[Any, Any]
     sampled: float | None = None
+    conditions: tuple[str, ...] = ()
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,10 +129,35 @@ def compare_structure(
         _segment(name, targets, (both[0].of(targets[0]), both[1].of(targets[1])), mixed)
         for name, targets in wanted
     ]
+    segments = _symbolically((a, b), pairs, segments)
     segments += _unmatched_outputs(a, b)
     segments += [Segment(text, DIFFERENT, None, (None, None)) for text in damages((a, b))]
     notes = ["half precision is compared as widened to float32"] if widened else []
     return Structure(tuple(pairs), tuple(segments), tuple(notes))
+
+
+def _symbolically(
+    graphs: tuple[Graph, Graph], pairs: list[Pair], segments: list[Segment]
+) -> list[Segment]:
+    """Segments, with a symbolic proof of those that are open and have one."""
+    if not any(segment.status == OPEN for segment in segments):
+        return segments
+    single = [p for p in pairs if p.site.experts is None]
+    read = [(p.site, p.maps) for p in single if p.maps is not None and len(p.maps[0].source) == 1]
+    sites = tuple(
+        {graph.site_values[s.name]: (s.name, maps[i].source[0], s.n) for s, maps in read}
+        for i, graph in enumerate(graphs)
+    )
+    proof = SymbolicProof(graphs, (sites[0], sites[1]))
+    return [_tried(proof, s) if s.status == OPEN else s for s in segments]
+
+
+def _tried(proof: SymbolicProof, segment: Segment) -> Segment:
+    try:
+        conditions = proof.conditions(segment.targets)
+    except UnprovableError as error:
+        return dataclasses.replace(segment, problem=str(error))
+    return dataclasses.replace(segment, status=PROVED, lines=None, conditions=conditions)
 
 
 @dataclass(frozen=True)

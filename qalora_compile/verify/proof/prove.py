@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from qalora_compile._version import __version__
 from qalora_compile.errors import UserInputError
 from qalora_compile.progress import track
-from qalora_compile.verdict import Verdict
+from qalora_compile.verdict import PROVEN, Verdict
 from qalora_compile.verify.proof.certificate import (
     Certificate,
     GraphRecord,
@@ -25,7 +20,7 @@ from qalora_compile.verify.proof.certificate import (
 )
 from qalora_compile.verify.proof.compare_weights import Coefficients, compare_linears
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Ref
-from qalora_compile.verify.proof.graphs.read_fx import describe_program, read_program_graph
+from qalora_compile.verify.proof.graphs.read_fx import read_program_graph
 from qalora_compile.verify.proof.match_structure import (
     DIFFERENT,
     OPEN,
@@ -38,7 +33,7 @@ from qalora_compile.verify.proof.match_structure import (
 )
 from qalora_compile.verify.proof.open_graph import files_of, open_graph
 from qalora_compile.verify.proof.recheck import recheck, tokenizers_now
-from qalora_compile.verify.proof.tokenizer_digests import tokenizer_digests
+from qalora_compile.verify.proof.records import record_of, versions
 from qalora_compile.verify.proof.weights.linear_map import (
     TWO_DIGITS,
     Linear,
@@ -67,8 +62,8 @@ def prove_equivalence(
 
     Every quantized layer of both graphs is read as a linear map in float64 and compared coefficient
     by coefficient; the nodes between the layers are compared by structure. This holds for all
-    inputs. Operators without a common form in both dialects (attention, masks) are compared on
-    samples, separately from the layers, and the certificate names them.
+    inputs. Operators without a common form in both dialects are compared on samples, separately
+    from the layers, and the certificate names them.
 
     Args:
         reference: A program, or the path of a program folder, export folder or `.onnx` file.
@@ -92,8 +87,8 @@ def prove_equivalence(
     segments, refused = _sampled(structure, sites, things, graphs, samples, seed)
     structure = dataclasses.replace(structure, notes=(*structure.notes, *refused))
     records = (
-        _record(reference, graphs[0], None if folder is None else Path(folder)),
-        _record(candidate, graphs[1], None),
+        record_of(reference, graphs[0], None if folder is None else Path(folder)),
+        record_of(candidate, graphs[1], None),
     )
     return _certificate(records, structure, sites, segments, samples)
 
@@ -265,8 +260,11 @@ def _certificate(
         for s in sites
     ]
     statuses = states | {s.status for s in sites} | ({DIFFERENT} if wrong else set())
-    verdict = verdict_of(statuses)
-    pieces = [SegmentProof(s.name, s.status, s.lines, s.sampled) for s in segments]
+    pieces = [
+        SegmentProof(s.name, s.status, s.lines, s.sampled, s.conditions, s.problem)
+        for s in segments
+    ]
+    verdict = verdict_of(statuses, [c for s in segments for c in s.conditions])
     return Certificate(
         reference=records[0],
         candidate=records[1],
@@ -276,17 +274,23 @@ def _certificate(
         difference=_first_difference(sites, pieces, verdict) or wrong,
         samples={"count": samples, "tolerance": SAMPLE_TOLERANCE},
         notes=(*structure.notes, *_notes(sites, structure)),
-        versions=_versions(),
+        versions=versions(),
     )
+
+
+_WRONG = {Verdict.DIFFERENT: DIFFERENT, Verdict.UNDECIDED: OPEN, Verdict.SAMPLED: SAMPLED}
 
 
 def _first_difference(
     sites: Sequence[SiteProof], segments: Sequence[SegmentProof], verdict: Verdict
 ) -> str | None:
-    """The first difference in graph order: the input of a site before the site, outputs last."""
-    if verdict == Verdict.EQUAL:
+    """The first difference, or part without a proof, in graph order.
+
+    The input of a site comes before the site, outputs last.
+    """
+    if verdict in PROVEN:
         return None
-    wrong = OPEN if verdict == Verdict.UNDECIDED else DIFFERENT
+    wrong = _WRONG[verdict]
     located = _located(sites, segments, wrong)
     for site in sites:
         if site.problem and site.status in (wrong, DIFFERENT):
@@ -351,47 +355,3 @@ def _notes(sites: Sequence[SiteProof], structure: Structure) -> list[str]:
     if halves:
         notes.append(f"{len(halves)} biases are stored in half precision and compared as widened")
     return notes
-
-
-def _record(thing: Program | str | Path, graph: Graph, folder: Path | None) -> GraphRecord:
-    if isinstance(thing, (str, Path)):
-        path = Path(thing)
-        return GraphRecord(
-            graph.label,
-            graph.dialect,
-            graph.stage,
-            str(path),
-            files_of(path),
-            tensors=None,
-            tokenizer=tokenizer_digests(path),
-        )
-    hashed = hashlib.sha256()
-    for name, stored in sorted(graph.tensors.items()):
-        hashed.update(f"{name} {stored.digest}\n".encode())
-    record = GraphRecord(
-        graph.label,
-        graph.dialect,
-        graph.stage,
-        path=None,
-        files={},
-        tensors=hashed.hexdigest(),
-        tokenizer={} if folder is None else tokenizer_digests(folder),
-    )
-    if folder is None or not _has_tensors(folder, graph):
-        return record
-    described = describe_program(thing)
-    return dataclasses.replace(record, path=str(folder), files=files_of(folder), graph=described)
-
-
-def _has_tensors(folder: Path, graph: Graph) -> bool:
-    """Whether the tensors of a program in memory are those of a program folder."""
-    stored = read_program_graph(folder).tensors
-    return all(
-        name in stored and stored[name].digest == tensor.digest
-        for name, tensor in graph.tensors.items()
-    )
-
-
-def _versions() -> dict[str, str]:
-    found = {"qalora-compile": __version__, "python": platform.python_version()}
-    return found | {"numpy": np.__version__}

@@ -31,7 +31,7 @@ _OTHERS = {
 def recheck(stated: Certificate, now: Certificate) -> list[str]:
     """Deviations in the verdict, the set of parts, their statuses, and every bound."""
     problems = []
-    if not stated.passed:
+    if not stated.passes(allow_sampled=True):
         problems.append(f"the certificate itself states {stated.verdict}")
     if now.verdict == Verdict.DIFFERENT:
         problems.append(f"the two are different: {now.difference}")
@@ -45,6 +45,8 @@ def recheck(stated: Certificate, now: Certificate) -> list[str]:
         for name, part in said.items()
         if part.status == PROVED and name in found and found[name].status != PROVED
     ]
+    needed = [c for c in now.conditions if c not in stated.conditions]
+    problems += [f"a condition that is not stated: {condition}" for condition in needed]
     sites = {site.name: site for site in now.sites}
     for site in stated.sites:
         if site.name in sites:

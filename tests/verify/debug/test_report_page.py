@@ -36,7 +36,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "says"),
     [
         (["--numeric", "--levels", "all"], ["one-hot", "optimization all"]),
-        (["--prove"], ["for all inputs", "multiple of storage rounding", "✓ EQUAL", "1 in column"]),
+        (
+            ["--prove"],
+            ["for all inputs", "multiple of storage rounding", "✓ PROVED", "1 in column"],
+        ),
         (["--max-rel", "1e-3"], ["max_rel 0.001", "sqnr dB", "input 1"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -16,8 +17,9 @@ import torch
 from onnx import numpy_helper
 
 import qalora_compile as qc
-from qalora_compile.errors import UserInputError
+from qalora_compile.errors import UserInputError, VerificationError
 from qalora_compile.verify import Certificate, check_certificate
+from qalora_compile.verify.proof.recheck import recheck
 from tests.models import MLP, adapted
 from tests.verify.planted import program
 
@@ -68,7 +70,8 @@ def test_a_certificate_reads_as_it_was_written(stored: Path, tmp_path: Path) -> 
     certificate.write(tmp_path / "c.json")
     assert Certificate.read(tmp_path / "c.json") == certificate
     value = json.loads((tmp_path / "c.json").read_text("utf-8"))
-    assert value["verdict"] == "EQUAL"
+    assert value["verdict"] == "PROVED"
+    assert value["conditions"] == []
     assert value["proved"] is True
     assert value["sampled"] == []
     assert set(value["reference"]["files"]) == {"program.json", "quantized.safetensors"}
@@ -202,18 +205,20 @@ def test_every_bound_is_compared(field: str, copy: Path) -> None:
 def test_a_certificate_cannot_claim_a_stronger_verdict(copy: Path) -> None:
     """What was left undecided is so still, whatever the certificate says."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8))
-    quantized = qc.quantize_groups(qc.capture_model(model.eval(), (torch.randn(2, 4, 16),)))
+    model = torch.nn.Sequential(torch.nn.Softplus(), torch.nn.Linear(64, 8))
+    quantized = qc.quantize_groups(qc.capture_model(model.eval(), (torch.randn(2, 64),)))
     quantized.save(copy / "quantized")
     qc.export_model(quantized, copy / "other.onnx", qc.ExportSpec(target="ort-stock"))
     found = qc.prove_equivalence(copy / "quantized", copy / "other.onnx", samples=0)
     assert found.verdict == "UNDECIDED"
     found.write(copy / "c.json")
-    _edited(copy / "c.json", lambda value: value.update(verdict="EQUAL"))
+    _edited(copy / "c.json", lambda value: value.update(verdict="PROVED"))
+    with pytest.raises(UserInputError, match="states proved for a part"):
+        check_certificate(copy / "c.json")
+    _edited(copy / "c.json", lambda value: value.update(verdict="SAMPLED"))
     certificate, problems = check_certificate(copy / "c.json")
     assert certificate.verdict == "UNDECIDED"
-    assert not Certificate.read(copy / "c.json").proved
-    assert problems[0].startswith("stated as EQUAL, but is UNDECIDED")
+    assert problems[0].startswith("stated as SAMPLED, but is UNDECIDED")
 
     def sampled(value: dict[str, Any]) -> None:
         for row in value["segments"]:
@@ -222,6 +227,46 @@ def test_a_certificate_cannot_claim_a_stronger_verdict(copy: Path) -> None:
 
     _edited(copy / "c.json", sampled)
     assert check_certificate(copy / "c.json")[0].verdict == "UNDECIDED", "beyond the tolerance"
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_the_verdict_of_an_older_certificate_is_read_by_today_s_words(
+    version: int, copy: Path
+) -> None:
+    """Versions before 4 say EQUAL, of parts that were only tried on samples too."""
+
+    def older(value: dict[str, Any]) -> None:
+        value.update(version=version, verdict="EQUAL")
+        del value["conditions"]
+        for row in value["segments"]:
+            del row["conditions"]
+
+    _edited(copy / "equal.json", older)
+    assert Certificate.read(copy / "equal.json").verdict == "PROVED"
+
+    def sampled(value: dict[str, Any]) -> None:
+        value.update(proved=False)
+        value["segments"][0].update(status="sampled", sampled=1e-7)
+
+    _edited(copy / "equal.json", sampled)
+    read = Certificate.read(copy / "equal.json")
+    assert (read.verdict, read.passed) == ("SAMPLED", False)
+    with pytest.raises(VerificationError, match="only tried on samples"):
+        read.check()
+    assert read.check(allow_sampled=True) is read
+
+
+def test_a_condition_that_is_not_stated_is_a_deviation(copy: Path) -> None:
+    def conditional(value: dict[str, Any]) -> None:
+        value.update(verdict="PROVED UNDER")
+        value["segments"][0]["conditions"] = ["n ≥ 1"]
+
+    _edited(copy / "equal.json", conditional)
+    stated = Certificate.read(copy / "equal.json")
+    assert (stated.verdict, stated.conditions, stated.passed) == ("PROVED UNDER", ("n ≥ 1",), True)
+    assert check_certificate(copy / "equal.json")[1] == [], "it needs none of them"
+    proved = dataclasses.replace(stated, segments=())
+    assert recheck(proved, stated)[-1] == "a condition that is not stated: n ≥ 1"
 
 
 @pytest.mark.parametrize(

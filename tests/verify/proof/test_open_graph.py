@@ -51,7 +51,7 @@ def test_encoder_and_decoder_are_proved_and_compared_one_by_one(pair: Pair, tmp_
     for file, part in zip(FILES, parts, strict=True):
         calls = named_inputs(part, 1)
         tried = {name: calls[name] for name in ("random 0", "long")}
-        assert qc.prove_equivalence(part, folder / file, samples=1).passed
+        assert qc.prove_equivalence(part, folder / file, samples=1).check(allow_sampled=True)
         compare_nodes(part, folder / file, tried, levels=("all",)).check()
         model = onnx.load(folder / file)
         norm = next(t for t in model.graph.initializer if "layer_norm" in t.name)

@@ -95,6 +95,7 @@ class Graph:
         half: Whether the model computes in half precision.
         functions: Model-local functions of an ONNX model, by (domain, name).
         extra: The exported model itself; for the body of a function, the name of its input x.
+        shapes: Shapes of inputs by name, where the graph states them; dynamic axes have names.
     """
 
     dialect: str
@@ -109,6 +110,7 @@ class Graph:
     half: bool = False
     functions: dict[tuple[str, str], Any] = field(default_factory=dict)
     extra: Any = None
+    shapes: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
 
     def node(self, operand: Any) -> Node | None:
         """The node that computes an operand; None for other operands."""

@@ -126,8 +126,11 @@ def _assemble(
     fields = ("name", "path", "k", "n", "dtype", "experts")
     sites = {row["name"]: SiteRow(**{f: row[f] for f in fields}) for row in quantized}
     half = any(row["dtype"] in HALVES for row in quantized)
+    shapes = {leaf["name"]: tuple(leaf["shape"]) for leaf in signature["inputs"]}
     return Graph(
-        FX, label, value["stage"], nodes, inputs, outputs, dict(tensors), sites, site_values, half
+        *(FX, label, value["stage"], nodes, inputs, outputs, dict(tensors), sites, site_values),
+        half=half,
+        shapes=shapes,
     )
 
 

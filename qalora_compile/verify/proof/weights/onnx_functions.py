@@ -27,9 +27,7 @@ class _Split:
         self.inputs, self.result = list(proto.input), proto.output[0]
         fixed, rest, known = [], [], set(self.inputs[1:])
         for source in proto.node:
-            node = onnx.NodeProto()
-            node.CopyFrom(source)
-            _bind(onnx, node, values)
+            node = bound(source, values)
             # The type of x is fixed, so casts to it do not depend on its values.
             operands = node.input[:1] if node.op_type == "CastLike" else node.input
             if all(name in known for name in operands if name):
@@ -99,8 +97,11 @@ def _split(proto: bytes, attributes: tuple[tuple[str, Any], ...], dtype: str) ->
     return _Split(onnx.FunctionProto.FromString(proto), attributes, dtype)
 
 
-def _bind(onnx: Any, node: Any, values: dict[str, Any]) -> None:
-    """Replace references to the function's attributes by the node's values."""
+def bound(source: Any, values: dict[str, Any]) -> Any:
+    """A node of a function with the values of the caller's attributes in place of references."""
+    onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
+    node = onnx.NodeProto()
+    node.CopyFrom(source)
     kept = []
     for attribute in node.attribute:
         if not attribute.ref_attr_name:
@@ -110,3 +111,4 @@ def _bind(onnx: Any, node: Any, values: dict[str, Any]) -> None:
             kept.append(made)
     del node.attribute[:]
     node.attribute.extend(kept)
+    return node

@@ -1,0 +1,1 @@
+"""Symbolic comparison: tensors as functions from indices to real-valued expressions."""

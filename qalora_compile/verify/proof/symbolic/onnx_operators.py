@@ -1,0 +1,328 @@
+"""What ONNX's operators mean as functions of indices, by the standard's definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from qalora_compile.verify.proof.graphs.read_onnx import ONNX_TYPES
+from qalora_compile.verify.proof.symbolic import attention, sums
+from qalora_compile.verify.proof.symbolic import operators as o
+from qalora_compile.verify.proof.symbolic import tensor as t
+from qalora_compile.verify.proof.symbolic.arithmetic import holds, quotient
+from qalora_compile.verify.proof.symbolic.expression import (
+    as_integer,
+    exponential,
+    index_of,
+    integer,
+    inverse,
+    number,
+)
+from qalora_compile.verify.proof.symbolic.polynomial import as_poly
+from qalora_compile.verify.proof.symbolic.tensor import Tensor, UnprovableError
+
+Inputs = Sequence[Any]
+Options = Mapping[str, Any]
+Meaning = Callable[[Inputs, Options], Any]
+_ONNX: dict[str, tuple[int, frozenset[str], Meaning]] = {}
+_UNARY = ("Sqrt", "Log", "Tanh", "Sigmoid", "Relu", "Erf", "Sin", "Cos", "Abs")
+
+
+def _means(op: str, most: int, *options: str) -> Callable[[Meaning], Meaning]:
+    """Declare the meaning of an operator with up to `most` operands."""
+
+    def declare(meaning: Meaning) -> Meaning:
+        _ONNX[f"onnx.{op}"] = (most, frozenset(options), meaning)
+        return meaning
+
+    return declare
+
+
+def onnx_value(op: str, args: Inputs, options: Options) -> Any:
+    """The value of a node, from its operands; a tuple if it has several results.
+
+    Raises:
+        UnprovableError: the operator, an operand, or an attribute has no meaning here.
+    """
+    if op not in _ONNX:
+        raise UnprovableError("it has no symbolic form")
+    most, known, meaning = _ONNX[op]
+    if len([a for a in args if a is not None]) > most:
+        raise UnprovableError(f"it has {len(args)} operands")
+    unknown = options.keys() - known
+    if unknown:
+        raise UnprovableError(f"its attribute {sorted(unknown)[0]} is not known")
+    return meaning([*args, *[None] * (most - len(args))], options)
+
+
+def _simple(op: str, most: int, make: Callable[..., Tensor]) -> None:
+    _means(op, most)(lambda x, _: make(*x))
+
+
+def _typed(op: str, make: Callable[..., Tensor]) -> None:
+    """An operator whose two operands have one type, as ONNX demands."""
+    _means(op, 2)(lambda x, _: make(*_of_one_type(*x)))
+
+
+def _of_one_type(*values: Tensor) -> Sequence[Tensor]:
+    if len({value.dtype for value in values}) != 1:
+        raise UnprovableError("its operands have different types")
+    return values
+
+
+def _float(value: Tensor) -> Tensor:
+    if value.dtype != t.FLOAT:
+        raise UnprovableError(f"an operand of type {value.dtype}")
+    return value
+
+
+def _unary(name: str) -> Callable[[Tensor], Tensor]:
+    function = o.unary(name)
+    return lambda value: function(_float(value))
+
+
+for _op in _UNARY:
+    _simple(_op, 1, _unary(_op.lower()))
+_simple("Exp", 1, lambda x: t.elementwise(exponential, t.FLOAT, _float(x)))
+_typed("Add", o.total)
+_typed("Sub", o.difference)
+_typed("Mul", o.product)
+_simple("Neg", 1, lambda x: o.scaled(x, -1))
+_simple("Reciprocal", 1, lambda x: t.elementwise(inverse, t.FLOAT, _float(x)))
+_simple("Pow", 2, lambda x, y: o.power(_float(x), y))
+_simple("Identity", 1, lambda x: x)
+_typed("LessOrEqual", o.at_most)
+_typed("GreaterOrEqual", lambda x, y: o.at_most(y, x))
+_typed("Less", o.less)
+_typed("Greater", lambda x, y: o.less(y, x))
+_typed("Equal", o.same)
+_typed("And", o.conjunction)
+_typed("Or", o.alternative)
+_simple("Not", 1, o.complement)
+_simple("Where", 3, lambda c, x, y: o.choice(c, *_of_one_type(x, y)))
+_typed("Max", o.larger)
+_typed("MatMul", sums.matmul)
+_simple("Expand", 2, lambda x, shape: t.expand(x, tuple(t.integers(shape))))
+_simple("Unsqueeze", 2, lambda x, axes: t.unsqueeze(x, _numbers(axes)))
+
+
+def _numbers(value: Tensor) -> list[int]:
+    """A vector of known integers."""
+    found = [place.constant for place in t.integers(value)]
+    if None in found:
+        raise UnprovableError("axes are not known")
+    return [number for number in found if number is not None]
+
+
+@_means("Div", 2)
+def _div(x: Inputs, _: Options) -> Tensor:
+    one, other = _of_one_type(*x)
+    if one.dtype == t.FLOAT:
+        return o.divided(one, other)
+
+    def element(a: Any, b: Any) -> Any:
+        top, bottom = as_integer(a), as_integer(b)
+        if top is None or bottom is None or not holds(top) or not holds(bottom - 1):
+            raise UnprovableError("a division of integers that may be negative")
+        return integer(quotient(top, bottom))
+
+    return t.elementwise(element, t.INT, one, other)
+
+
+@_means("Cast", 1, "to", "saturate")
+def _cast(x: Inputs, options: Options) -> Tensor:
+    return o.cast(x[0], ONNX_TYPES.get(int(options["to"])))
+
+
+@_means("Shape", 1, "start", "end")
+def _shape(x: Inputs, options: Options) -> Tensor:
+    return t.sizes(x[0].shape[options.get("start", 0) : options.get("end")])
+
+
+@_means("Squeeze", 2)
+def _squeeze(x: Inputs, _: Options) -> Tensor:
+    return t.squeeze(x[0], None if x[1] is None else _numbers(x[1]))
+
+
+@_means("Range", 3)
+def _range(x: Inputs, _: Options) -> Tensor:
+    start, end, step = (index_of(value[()]) for value in x)
+    if step.constant != 1:
+        raise UnprovableError("a range with a step")
+    if not holds(end - start):
+        raise UnprovableError("the length of a range may be negative")
+    return o.arange(start, end)
+
+
+@_means("Slice", 5)
+def _slice(x: Inputs, _: Options) -> Tensor:
+    value: Tensor = x[0]
+    _, starts, ends, axes, steps = x
+    first, last = t.integers(starts), t.integers(ends)
+    along = list(range(len(first))) if axes is None else _numbers(axes)
+    strides = [1] * len(first) if steps is None else _numbers(steps)
+    for axis, begin, end, step in zip(along, first, last, strides, strict=True):
+        value = t.cut(value, axis, begin, end, step)
+    return value
+
+
+@_means("Split", 2, "axis", "num_outputs")
+def _split(x: Inputs, options: Options) -> tuple[Tensor, ...]:
+    value, axis = x[0], options.get("axis", 0)
+    if x[1] is None:
+        raise UnprovableError("the parts of a split have no sizes")
+    places = [as_poly(0)]
+    for length in t.integers(x[1]):
+        places.append(places[-1] + length)
+    if places[-1] is not value.shape[value.axis(axis)]:
+        raise UnprovableError("the parts of a split do not add up to its axis")
+    return tuple(t.cut(value, axis, first, last) for first, last in pairwise(places))
+
+
+@_means("Concat", 99, "axis")
+def _concat(x: Inputs, options: Options) -> Tensor:
+    values = _of_one_type(*(value for value in x if value is not None))
+    return t.concatenate(values, options["axis"])
+
+
+@_means("Transpose", 1, "perm")
+def _transpose(x: Inputs, options: Options) -> Tensor:
+    return t.transpose(x[0], options.get("perm", range(x[0].rank)[::-1]))
+
+
+@_means("Reshape", 2, "allowzero")
+def _reshape(x: Inputs, options: Options) -> Tensor:
+    value, target = x[0], t.integers(x[1])
+    if not options.get("allowzero", 0):
+        target = [value.shape[i] if size.constant == 0 else size for i, size in enumerate(target)]
+    return t.reshape(value, target)
+
+
+@_means("Gather", 2, "axis")
+def _gather(x: Inputs, options: Options) -> Tensor:
+    return t.gather(x[0], options.get("axis", 0), x[1])
+
+
+@_means("GatherND", 2, "batch_dims")
+def _gather_nd(x: Inputs, options: Options) -> Tensor:
+    value, places = x
+    width = places.shape[-1].constant
+    if options.get("batch_dims", 0) or width is None:
+        raise UnprovableError("it has axes of a batch")
+    one = [t.gather(places, -1, t.scalar(integer(i), t.INT)) for i in range(width)]
+    return o.lookup(value, one)
+
+
+@_means("ReduceMean", 2, "axes", "keepdims", "noop_with_empty_axes")
+def _mean(x: Inputs, options: Options) -> Tensor:
+    return _reduced(x, options, sums.mean)
+
+
+@_means("ReduceSum", 2, "axes", "keepdims", "noop_with_empty_axes")
+def _sum(x: Inputs, options: Options) -> Tensor:
+    return _reduced(x, options, sums.total)
+
+
+def _reduced(x: Inputs, options: Options, reduce: Callable[..., Tensor]) -> Tensor:
+    axes = _numbers(x[1]) if x[1] is not None else list(options.get("axes", ()))
+    kept = bool(options.get("keepdims", 1))
+    return sums.reduced_over(o.floating(x[0]), axes, reduce, kept=kept)
+
+
+@_means("CumSum", 2, "exclusive", "reverse")
+def _cumsum(x: Inputs, options: Options) -> Tensor:
+    if options.get("exclusive", 0) or options.get("reverse", 0):
+        raise UnprovableError("it sums in another order")
+    return sums.cumulated(o.floating(x[0]), *_numbers(x[1]))
+
+
+@_means("Gelu", 1, "approximate")
+def _gelu(x: Inputs, options: Options) -> Tensor:
+    return attention.gelu(x[0], options.get("approximate", "none"))
+
+
+@_means("Flatten", 1, "axis")
+def _flatten(x: Inputs, options: Options) -> Tensor:
+    axis = x[0].axis(options.get("axis", 1))
+    parts = (t.product_of(x[0].shape[:axis]), t.product_of(x[0].shape[axis:]))
+    return t.reshape(x[0], parts)
+
+
+@_means("Gemm", 3, "alpha", "beta", "transA", "transB")
+def _gemm(x: Inputs, options: Options) -> Tensor:
+    if any(options.get(name, 1.0) != 1 for name in ("alpha", "beta")):
+        raise UnprovableError("it has factors")
+    names = ("transA", "transB")
+    pairs = zip(x[:2], names, strict=True)
+    one, other = (t.transpose(v, (1, 0)) if options.get(n, 0) else v for v, n in pairs)
+    found = sums.matmul(one, other)
+    return found if x[2] is None else o.total(found, x[2])
+
+
+@_means("Softmax", 1, "axis")
+def _softmax(x: Inputs, options: Options) -> Tensor:
+    return sums.softmax(x[0], options.get("axis", -1))
+
+
+def _check_norm(x: Inputs, options: Options) -> None:
+    if options.get("axis", -1) not in (-1, x[0].rank - 1) or options.get("stash_type", 1) != 1:
+        raise UnprovableError("a norm over several axes, or in another precision")
+
+
+@_means("RMSNormalization", 2, "axis", "epsilon", "stash_type")
+def _rms_norm(x: Inputs, options: Options) -> Tensor:
+    _check_norm(x, options)
+    return sums.rms_norm(x[0], x[1], number(options.get("epsilon", 1e-5)))
+
+
+@_means("LayerNormalization", 3, "axis", "epsilon", "stash_type")
+def _layer_norm(x: Inputs, options: Options) -> Tensor:
+    _check_norm(x, options)
+    return attention.layer_norm(x[0], x[1], x[2], number(options.get("epsilon", 1e-5)))
+
+
+@_means("RotaryEmbedding", 4, "interleaved", "num_heads", "rotary_embedding_dim")
+def _rotary(x: Inputs, options: Options) -> Tensor:
+    value, cos, sin, places = x
+    if value.rank == 3:
+        heads = as_poly(options["num_heads"])
+        each = t.reshape(value, (*value.shape[:2], heads, as_poly(-1)))
+    else:
+        each = t.transpose(value, (0, 2, 1, 3))
+    if places is not None:
+        cos, sin = (t.gather(table, 0, places) for table in (cos, sin))
+    rotated_width = cos.shape[-1] * 2
+    if as_poly(options.get("rotary_embedding_dim", 0) or each.shape[-1]) is not rotated_width:
+        raise UnprovableError("the tables do not have half the rotated size")
+    found = attention.rotated(each, cos, sin, interleaved=bool(options.get("interleaved", 0)))
+    if value.rank == 3:
+        return t.reshape(found, value.shape)
+    return t.transpose(found, (0, 2, 1, 3))
+
+
+_ATTENTION = (
+    *("is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode"),
+    *("scale", "softcap", "softmax_precision"),
+)
+
+
+@_means("Attention", 6, *_ATTENTION)
+def _attention(x: Inputs, options: Options) -> tuple[Tensor, ...]:
+    q, *_, past_key, past_value = x
+    if options.get("qk_matmul_output_mode", 0) or options.get("softmax_precision", 1) != 1:
+        raise UnprovableError("an attribute of it has no meaning here")
+    if q.rank != 3:
+        raise UnprovableError("attention of tensors without three axes")
+    if (past_key is None) != (past_value is None):
+        raise UnprovableError("it has only one of past keys and values")
+    heads, kv_heads = options["q_num_heads"], options["kv_num_heads"]
+    names = ("q", "k", "v", "mask", "past_key", "past_value")
+    return attention.with_past(
+        dict(zip(names, x, strict=True)),
+        heads,
+        kv_heads,
+        options.get("scale"),
+        causal=bool(options.get("is_causal", 0)),
+        softcap=options.get("softcap", 0.0),
+    )

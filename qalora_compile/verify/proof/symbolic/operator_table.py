@@ -1,0 +1,66 @@
+"""Tables of ATen's operators: their operands, in order, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qalora_compile.verify.proof.symbolic.expression import index_of
+from qalora_compile.verify.proof.symbolic.operators import literal
+from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly
+from qalora_compile.verify.proof.symbolic.tensor import Tensor, UnprovableError
+
+Arguments = Mapping[str, Any]
+Meaning = Callable[[Arguments], Any]
+_PLACEMENT = ("device", "layout", "pin_memory", "non_blocking", "copy", "memory_format")
+"""Operands that change no value."""
+
+
+class OperatorTable(dict[str, tuple[tuple[str, ...], Meaning]]):
+    """Operators by name."""
+
+    def means(self, ops: str, operands: str) -> Callable[[Meaning], Meaning]:
+        """Declare the meaning of operators with these operands, in order."""
+
+        def declare(meaning: Meaning) -> Meaning:
+            for op in ops.split():
+                self[op] = (tuple(operands.split()), meaning)
+            return meaning
+
+        return declare
+
+    def value(self, op: str, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        """The value of a node, from its operands.
+
+        Raises:
+            UnprovableError: the operator, or an operand of it, has no meaning here.
+        """
+        if op not in self:
+            raise UnprovableError("it has no symbolic form")
+        names, meaning = self[op]
+        if len(args) > len(names):
+            raise UnprovableError(f"it has {len(args)} operands")
+        given = dict(zip(names, args, strict=False)) | dict(options)
+        unknown = sorted(given.keys() - {*names, *_PLACEMENT})
+        if unknown:
+            raise UnprovableError(f"its option {unknown[0]} is not known")
+        return meaning(given)
+
+
+def tensor_of(value: Any) -> Tensor:
+    """An operand that may be a Python number."""
+    return value if isinstance(value, Tensor) else literal(value)
+
+
+def size_of(value: Any) -> Poly:
+    """A size or position: a number, or a value that is known as a polynomial."""
+    if isinstance(value, int):
+        return as_poly(value)
+    if isinstance(value, Tensor) and value.rank == 0:
+        return index_of(value[()])
+    raise UnprovableError(f"the size {value!r}")
+
+
+def sizes_of(values: Sequence[Any]) -> list[Poly]:
+    """Sizes, one for each axis."""
+    return [size_of(value) for value in values]
