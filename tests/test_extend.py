@@ -164,7 +164,7 @@ def test_a_method_that_needs_data_is_refused_without() -> None:
 
 
 def test_an_unknown_method_lists_the_registered_ones() -> None:
-    with pytest.raises(UserInputError, match="minmax, mse, hqq, gptq, half"):
+    with pytest.raises(UserInputError, match="minmax, mse, hqq, gptq, learned, half"):
         qc.QuantSpec(method="third")
 
 

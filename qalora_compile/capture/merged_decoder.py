@@ -32,6 +32,7 @@ from qalora_compile.capture.encoder_decoder import (
 from qalora_compile.capture.model import AxisNames
 from qalora_compile.capture.transformers_internals import filled_pair
 from qalora_compile.ir.program import Program
+from qalora_compile.ir.torch_internals import state_size
 
 ENCODER_PAST = f"encoder_{PAST}"
 _STATES, _MASK = "encoder_hidden_states", "encoder_attention_mask"
@@ -111,7 +112,7 @@ def _forward(model: nn.Module, *, reads: bool) -> Callable[..., Any]:
 
     def decode(self: Any, tokens: Tensor, states: Tensor, past: Past, **mask: Tensor) -> Any:
         known = past[0]["encoder"]["key"].shape[2]
-        torch._check(known <= states.shape[1])
+        state_size(known <= states.shape[1])
         fresh = torch.cat([states[:, known:], states[:, :1]], 1)
         output = base.forward(
             self,

@@ -108,6 +108,11 @@ def size_bounds(size: torch.SymInt) -> Any:
     return size.node.shape_env.bound_sympy(size.node.expr)
 
 
+def state_size(condition: bool) -> None:
+    """State a relation of sizes that holds in every call of a trace. Wish: torch.check."""
+    torch._check(condition)
+
+
 def call_tree(graph: fx.Graph) -> CallTree | None:
     """The nesting of a graph's inputs and outputs; None if both are flat."""
     codegen = graph._codegen

@@ -97,7 +97,7 @@ def test_quantize_learns_from_files_in_turn(
     [
         (["--method", "learned", "--calibration-samples", "2"], "8 calibration texts or more"),
         (["--method", "gptq", "--learn-steps", "5"], "--learn-steps and --learn-rate are for"),
-        (["--method", "learned", "--learn-rate", "0"], "learn_rate is 0.0"),
+        (["--method", "learned", "--learn-rate", "0"], "--learn-rate is 0.0"),
     ],
 )
 def test_quantize_refuses_to_learn_before_anything_is_written(

@@ -101,6 +101,20 @@ def bounds_of_sizes() -> None:
     assert (int(bounds.lower), int(bounds.upper)) == (2, 9)
 
 
+@case("torch._check")
+def stated_sizes() -> None:
+    class Cut(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            internals.state_size(x.shape[0] <= y.shape[0])
+            return y[x.shape[0] :]
+
+    shapes = {"x": {0: torch.export.Dim("n")}, "y": {0: torch.export.Dim("m")}}
+    exported = torch.export.export(Cut(), (torch.ones(2), torch.ones(5)), dynamic_shapes=shapes)
+    assert exported.module()(torch.ones(3), torch.ones(7)).shape == (4,)
+    with pytest.raises(RuntimeError):
+        internals.state_size(False)
+
+
 @case("torch._ops.OpOverload")
 def overload() -> None:
     operator = ATEN.add.Tensor

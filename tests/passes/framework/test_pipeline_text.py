@@ -143,7 +143,7 @@ def test_a_complete_pipeline_parses_back() -> None:
         'annotate-linears{targets=[q_proj,"re:mlp"],exclude=[],keep-heads=false},'
         'assign-bits{choices=["a.q_proj=8/16"]},'
         "quantize-groups{bits=3,group-size=24,method=gptq,refine-offsets=false,act-order=true,"
-        "damping=0.05,budget=none,budget-unit=bits,zero-point=real},"
+        "damping=0.05,budget=none,budget-unit=bits,zero-point=real,learn-steps=48,learn-rate=0.001},"
         "insert-adapters{rank=2,alpha=4.0,pooling=mean,group-size=48,use-rslora=true,dropout=0.0,seed=5,"
         'init=zeros,rank-budget=none,kind=lora,zero-point=real,ranks=["a.q_proj=3"]},'
         "share-group-sums,fold-adapters,legalize-ort-stock{accuracy-level=4,correction=digits},"
