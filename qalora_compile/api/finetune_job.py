@@ -26,6 +26,7 @@ from qalora_compile.training.data.example import Example
 from qalora_compile.training.distributed import Processes
 from qalora_compile.training.evaluate import Metrics
 from qalora_compile.training.fit import FitState
+from qalora_compile.training.forward.align_tensors import align_tensors
 from qalora_compile.training.losses import held_out_metrics
 from qalora_compile.training.records.checkpoint import (
     list_checkpoints,
@@ -178,6 +179,7 @@ def open_job(spec: FinetuneSpec, processes: Processes) -> Job:
         processes.wait()
     record = read_run_file(spec.out)
     begun = begun or reopen(spec, record, processes.count)
+    align_tensors(begun.program)  # figures before training are of the same arithmetic
     spec = begun.spec
     if spec.resume:
         record |= {"fit": spec.fit.to_json(), "options": record["options"] | spec.length()}

@@ -22,6 +22,7 @@ from qalora_compile.training.data.batches import Batches, batch_at
 from qalora_compile.training.data.example import Batch, Example
 from qalora_compile.training.data.media_examples import unit_of
 from qalora_compile.training.distributed import Processes
+from qalora_compile.training.forward.align_tensors import align_tensors
 from qalora_compile.training.forward.autocast import computing
 from qalora_compile.training.losses import BatchLoss, counts_of, held_out_metrics
 from qalora_compile.training.optimizer import clip_gradients, make_optimizer, set_rates
@@ -163,6 +164,7 @@ def fit(
         UnsupportedError: the device does not compute in `spec.precision`.
     """
     _check_trainable(program, examples, spec, held_out)
+    align_tensors(program)
     state = state or FitState.fresh(program, spec)
     processes = processes or Processes()
     training = _Training(program, examples, spec, state, held_out, processes, on_good)
