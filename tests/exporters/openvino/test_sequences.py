@@ -75,7 +75,7 @@ def test_the_own_cache_is_state_and_the_tokens_torch_s(edge: Any) -> None:
 def test_verify_and_inspect_read_both(edge: Any, capsys: pytest.CaptureFixture[str]) -> None:
     folder = edge[2]
     paths = [str(folder / "folded"), str(folder / "edge")]
-    assert main(["verify", *paths, "--max-rel", "1e-4", "--json"]) == 0
+    assert main(["verify", *paths, "--max-rel", "1e-3", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in report["outputs"]} == {"logits", "encoder_last_hidden_state"}
     assert main(["inspect", str(folder / "edge"), "--json"]) == 0
