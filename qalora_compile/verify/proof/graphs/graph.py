@@ -96,6 +96,7 @@ class Graph:
         functions: Model-local functions of an ONNX model, by (domain, name).
         extra: The exported model itself; for the body of a function, the name of its input x.
         shapes: Shapes of inputs by name, where the graph states them; dynamic axes have names.
+        most: The largest size of a dynamic axis that the graph holds for, by name.
     """
 
     dialect: str
@@ -111,6 +112,7 @@ class Graph:
     functions: dict[tuple[str, str], Any] = field(default_factory=dict)
     extra: Any = None
     shapes: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
+    most: dict[str, int] = field(default_factory=dict)
 
     def node(self, operand: Any) -> Node | None:
         """The node that computes an operand; None for other operands."""

@@ -127,10 +127,12 @@ def _assemble(
     sites = {row["name"]: SiteRow(**{f: row[f] for f in fields}) for row in quantized}
     half = any(row["dtype"] in HALVES for row in quantized)
     shapes = {leaf["name"]: tuple(leaf["shape"]) for leaf in signature["inputs"]}
+    limits = {name: high for name, _, high in signature.get("ranges", ()) if high is not None}
     return Graph(
         *(FX, label, value["stage"], nodes, inputs, outputs, dict(tensors), sites, site_values),
         half=half,
         shapes=shapes,
+        most=limits,
     )
 
 

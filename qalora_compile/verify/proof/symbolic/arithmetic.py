@@ -76,17 +76,27 @@ def _is_natural(atom: Atom) -> bool:
 
 def _range(atom: Atom) -> list[Poly]:
     value = of_atom(atom)
-    if atom.kind == "size":
-        return [value]
-    if atom.kind == "filled":
-        return [value - 1]
+    if atom.kind in ("size", "filled"):
+        least = value - 1 if atom.kind == "filled" else value
+        return [least, *(most - value for most in atom.args)]
     if atom.kind == "var":
         return [value, atom.first - 1 - value]
     if atom.kind == "div":  # there is an element, so the divisor, an axis, is at least 1
         dividend, divisor = atom.args
         left = dividend - value * divisor
-        return [left, divisor - 1 - left]
+        return [left, divisor - 1 - left, *_range_of_quotient(value, dividend, divisor)]
     return []
+
+
+def _range_of_quotient(value: Poly, dividend: Poly, divisor: Poly) -> list[Poly]:
+    """At least 0 if the dividend is; less than m for an index that is less than m divisors."""
+    rows = [value] if holds(dividend) else []
+    only = dividend.terms[0][0] if len(dividend.terms) == 1 and dividend.terms[0][1] == 1 else ()
+    if len(only) == 1 and only[0].kind == "var":
+        multiple, rest = divided(only[0].first, divisor)
+        if not rest.terms:
+            rows.append(multiple - 1 - value)
+    return rows
 
 
 def _tight(value: Poly) -> Poly:

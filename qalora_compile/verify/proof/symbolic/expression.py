@@ -203,7 +203,10 @@ def mul(*parts: Expr) -> Expr:
             for _ in range(power):
                 known = known * one.detail
         else:
-            powers[one] = powers.get(one, 0) + power
+            lead = _common_factor(one)
+            rest = one if lead == 1 else _divided(one, lead)
+            factor *= lead**power
+            powers[rest] = powers.get(rest, 0) + power
     if factor == 0:
         return ZERO
     if known.constant is not None:
@@ -213,6 +216,20 @@ def mul(*parts: Expr) -> Expr:
         powers[integer(known * int(factor) if exact else known)] = 1
         factor = 1.0 if exact else factor
     return _make_product(factor, sorted(powers.items()))
+
+
+def _common_factor(value: Expr) -> float:
+    """The first factor of a sum without a number, if all factors are exact multiples of it."""
+    if value.op != SUM or value.detail[0]:
+        return 1.0
+    lead: float = value.detail[1]
+    shares = [factor / lead for factor in value.detail]
+    exact = (number(s).detail * lead == f for s, f in zip(shares, value.detail, strict=True))
+    return lead if all(exact) else 1.0
+
+
+def _divided(value: Expr, factor: float) -> Expr:
+    return _make(SUM, tuple(number(f / factor).detail for f in value.detail), value.args)
 
 
 def _factors(value: Expr) -> Iterable[tuple[Expr, int]]:
@@ -286,10 +303,33 @@ def where(condition: Expr, then: Expr, other: Expr) -> Expr:
         return then
     if condition is FALSE:
         return other
+    if _is_nan(condition, other) and has_value(other):
+        return other
     if condition.op == WHERE:
         first, *rest = condition.args
         return where(first, where(rest[0], then, other), where(rest[1], then, other))
     return _make(WHERE, None, (condition, then, other))
+
+
+def is_nan(value: Expr) -> Expr:
+    """The condition that an element is not a number."""
+    return _truth_of("isnan", value)
+
+
+def _is_nan(condition: Expr, value: Expr) -> bool:
+    """Whether a condition is that this value is not a number."""
+    return condition.op == TRUTH and condition.operand is function("isnan", value)
+
+
+def has_value(value: Expr) -> bool:
+    """Whether it is a share of a softmax: e^x over sums of such, a number in rows with any key."""
+    if value.op == WHERE:
+        return all(map(has_value, value.args[1:]))
+    if value.op == PRODUCT:
+        return all(map(has_value, value.args))
+    if value.op == FUNCTION and value.detail == "inverse":
+        return value.operand.op == REDUCED and has_value(value.operand.operand)
+    return value is ZERO or (value.op == FUNCTION and value.detail == "exp")
 
 
 def negated(condition: Expr) -> Expr:

@@ -155,6 +155,11 @@ def _getitem(a: Arguments) -> Any:
     return a["a"][a["b"]]
 
 
+@_means("aten.gather.default", "self dim index sparse_grad")
+def _gather(a: Arguments) -> Tensor:
+    return t.gather_elements(a["self"], a["dim"], a["index"])
+
+
 @_means("aten.index.Tensor", "self indices")
 def _index(a: Arguments) -> Tensor:
     places = list(a["indices"])

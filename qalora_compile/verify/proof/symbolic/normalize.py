@@ -17,6 +17,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     REDUCED,
     SUM,
     TRUE,
+    TRUTH,
     WHERE,
     Expr,
     integer,
@@ -24,6 +25,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     number,
     rebuilt,
     reduced,
+    truth,
     where,
 )
 from qalora_compile.verify.proof.symbolic.polynomial import Atom, Poly, as_poly, of_atom, variable
@@ -62,8 +64,14 @@ class Normalizer:
 
     def _made(self, value: Expr, facts: Facts, depth: int) -> Expr:
         value = _resolved(value, facts) if facts else value
+        normal = set[Expr]()
         while value.conditions:
             first = min(value.conditions, key=_order)
+            if first.op == TRUTH and first not in normal:
+                form = truth(self.of(first.operand, facts, depth))
+                normal |= form.conditions
+                value = Change({first: form}, {}).of(value)
+                continue
             known = _decided(first, facts)
             if known is None:
                 then, other = (
@@ -132,9 +140,21 @@ def _decided(condition: Expr, facts: Facts) -> Expr | None:
 def _factored(body: Expr, index: Atom) -> tuple[Expr, Expr]:
     """The factors of a product, or common to all cases, that do not read an index; and the rest."""
     common = [one for one in _factors(body) if index not in one.atoms]
-    if not common:
+    scale = _scale(body)
+    if not common and scale in (None, 1):
         return ONE, body
-    return mul(*common), _divided(body, common)
+    known = 1.0 if scale is None else scale
+    return mul(number(known), *common), _divided(body, common, known)
+
+
+def _scale(body: Expr) -> float | None:
+    """The number that all cases are multiplied by; None if all are 0."""
+    if _is_zero(body):
+        return None
+    if body.op == WHERE:
+        found = {_scale(case) for case in body.args[1:]} - {None}
+        return found.pop() if len(found) == 1 else 1.0
+    return float(body.detail[0]) if body.op == PRODUCT else 1.0
 
 
 def _factors(body: Expr) -> list[Expr]:
@@ -155,10 +175,14 @@ def _is_zero(value: Expr) -> bool:
     return value.op == "num" and value.detail == 0
 
 
-def _divided(body: Expr, common: list[Expr]) -> Expr:
+def _divided(body: Expr, common: list[Expr], scale: float) -> Expr:
+    if _is_zero(body):
+        return body
     if body.op == WHERE:
         condition, *cases = body.args
-        return where(condition, *(c if _is_zero(c) else _divided(c, common) for c in cases))
+        return where(condition, *(_divided(case, common, scale) for case in cases))
+    if body.op != PRODUCT:  # without common factors
+        return body
     powers = zip(body.args, body.detail[1:], strict=True)
     kept = [one for one, power in powers if one not in common for _ in range(power)]
-    return mul(number(body.detail[0]), *kept)
+    return mul(number(body.detail[0] / scale), *kept)

@@ -17,9 +17,10 @@ from qalora_compile.verify.proof.symbolic.expression import (
     index_of,
     integer,
     inverse,
+    is_nan,
     number,
 )
-from qalora_compile.verify.proof.symbolic.polynomial import as_poly
+from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly
 from qalora_compile.verify.proof.symbolic.tensor import Tensor, UnprovableError
 
 Inputs = Sequence[Any]
@@ -100,6 +101,7 @@ _typed("Equal", o.same)
 _typed("And", o.conjunction)
 _typed("Or", o.alternative)
 _simple("Not", 1, o.complement)
+_simple("IsNaN", 1, lambda x: t.elementwise(is_nan, t.BOOL, _float(x)))
 _simple("Where", 3, lambda c, x, y: o.choice(c, *_of_one_type(x, y)))
 _typed("Max", o.larger)
 _typed("MatMul", sums.matmul)
@@ -167,13 +169,19 @@ def _slice(x: Inputs, _: Options) -> Tensor:
     return value
 
 
+def _equal_parts(size: Poly, options: Options) -> Tensor:
+    count, known = options.get("num_outputs"), size.constant
+    if not count or known is None or known % count:
+        raise UnprovableError("the parts of a split have no sizes")
+    return t.sizes([as_poly(known // count)] * count)
+
+
 @_means("Split", 2, "axis", "num_outputs")
 def _split(x: Inputs, options: Options) -> tuple[Tensor, ...]:
     value, axis = x[0], options.get("axis", 0)
-    if x[1] is None:
-        raise UnprovableError("the parts of a split have no sizes")
+    lengths = _equal_parts(value.shape[value.axis(axis)], options) if x[1] is None else x[1]
     places = [as_poly(0)]
-    for length in t.integers(x[1]):
+    for length in t.integers(lengths):
         places.append(places[-1] + length)
     if places[-1] is not value.shape[value.axis(axis)]:
         raise UnprovableError("the parts of a split do not add up to its axis")
@@ -202,6 +210,11 @@ def _reshape(x: Inputs, options: Options) -> Tensor:
 @_means("Gather", 2, "axis")
 def _gather(x: Inputs, options: Options) -> Tensor:
     return t.gather(x[0], options.get("axis", 0), x[1])
+
+
+@_means("GatherElements", 2, "axis")
+def _gather_elements(x: Inputs, options: Options) -> Tensor:
+    return t.gather_elements(x[0], options.get("axis", 0), x[1])
 
 
 @_means("GatherND", 2, "batch_dims")

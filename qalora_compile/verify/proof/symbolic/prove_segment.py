@@ -53,7 +53,10 @@ class SymbolicProof:
         """The values of both graphs, and what their shapes depend on."""
         described = next((graph for graph in self._graphs if graph.shapes), self._graphs[0])
         names = {s for shape in described.shapes.values() for s in shape if isinstance(s, str)}
-        known = {name: size(name, filled=filled and name != PAST) for name in names}
+        most = described.most if filled else {}
+        known = {
+            name: size(name, filled=filled and name != PAST, most=most.get(name)) for name in names
+        }
         conditions = []
         if names >= {PAST, SEQUENCE, TOTAL} and "attention_mask" in described.shapes:
             known[TOTAL] = known[PAST] + known[SEQUENCE]
@@ -61,6 +64,8 @@ class SymbolicProof:
         if filled:
             axes = " and ".join(sorted(names - {PAST, TOTAL}))
             conditions.append(f"the axes {axes} have at least 1 element")
+            limited = sorted(names & most.keys())
+            conditions += [f"the axis {name} has at most {most[name]} elements" for name in limited]
         shapes = {
             name: tuple(as_poly(s) if isinstance(s, int) else known[s] for s in shape)
             for name, shape in described.shapes.items()

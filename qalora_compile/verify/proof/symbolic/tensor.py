@@ -323,6 +323,20 @@ def gather(value: Tensor, axis: int, places: Tensor) -> Tensor:
     return Tensor(shape, value.dtype, element)
 
 
+def gather_elements(value: Tensor, axis: int, places: Tensor) -> Tensor:
+    """Elements along an axis, at an integer for each element of the result."""
+    axis = value.axis(axis)
+    pairs = enumerate(zip(places.shape, value.shape, strict=True))
+    if not all(other == axis or holds(size - part) for other, (part, size) in pairs):
+        raise UnprovableError("more places are looked up than there are elements")
+
+    def element(index: Index) -> Expr:
+        place = wrapped(index_of(places[index]), value.shape[axis])
+        return value[(*index[:axis], place, *index[axis + 1 :])]
+
+    return Tensor(places.shape, value.dtype, element)
+
+
 def wrapped(place: Poly, size: Poly) -> Poly:
     """An index that is not negative.
 

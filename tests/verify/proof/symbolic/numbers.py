@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from qalora_compile.verify.proof.symbolic.normalize import Normalizer
 from qalora_compile.verify.proof.symbolic.polynomial import Atom, Poly, as_poly, of_atom, variable
 from qalora_compile.verify.proof.symbolic.tensor import Tensor
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[..., float]] = {
     "exp": math.exp,
     "sqrt": math.sqrt,
     "tanh": math.tanh,
@@ -23,6 +24,8 @@ _FUNCTIONS = {
     "inverse": lambda x: 1 / x,
     "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
     "erf": math.erf,
+    "isnan": math.isnan,
+    "=": operator.eq,
 }
 
 

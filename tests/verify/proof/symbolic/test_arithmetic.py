@@ -67,6 +67,22 @@ def test_ranges_are_known() -> None:
     assert not holds(N - 2, (N - 1,)) and holds(N * 2 - 3, (N - 2,))
 
 
+def test_the_largest_size_of_an_axis_is_known() -> None:
+    limited = size("m", filled=True, most=5)
+    assert holds(as_poly(5) - limited) and holds(limited - 1)
+    assert not holds(as_poly(4) - limited) and not holds(as_poly(5) - size("m", filled=True))
+    assert limited is not size("m", filled=True), "a fact of one is none of the other"
+
+
+def test_indices_of_flattened_axes_have_known_quotients() -> None:
+    k = size("k")
+    flat = of_atom(variable("c", N * k))
+    row = quotient(flat, N)
+    assert holds(row) and holds(k - 1 - row)
+    assert not holds(row - 1) and not holds(k - 2 - row)
+    assert not holds(quotient(flat - 1, N)), "a dividend below 0 has a quotient below 0"
+
+
 def test_quotients_by_unknown_sizes_come_to_an_end() -> None:
     index = of_atom(variable("c", N * size("k")))
     rest = remainder(index, N)

@@ -60,6 +60,12 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     ),
     "gather": ("Gather", [("b", 4, "s"), np.array([2, 0])], {"axis": 1}),
     "pairs gathered": ("GatherND", [(3, 4, "s"), np.array([[2, 0], [1, 3]])], {}),
+    "elements gathered": (
+        "GatherElements",
+        [(3, 4), np.array([[3, 0], [1, 1], [2, 3]])],
+        {"axis": 1},
+    ),
+    "equal parts": ("Split", [("b", 6, "s")], {"axis": 1, "num_outputs": 3}),
     "concat": ("Concat", [("b", "s", 2), ("b", "p", 2)], {"axis": 1}),
     "expand": ("Expand", [("b", 1), np.array([3, 1, 2])], {}),
     "transpose": ("Transpose", [("b", "s", 4)], {"perm": [2, 0, 1]}),
@@ -125,6 +131,12 @@ def test_what_the_standard_forbids_or_has_no_meaning_here_is_refused() -> None:
         onnx_value("onnx.Mul", [x, ids], {})
     with pytest.raises(UnprovableError, match="an operand of type int64"):
         onnx_value("onnx.Cos", [ids], {})
+    with pytest.raises(UnprovableError, match="have no sizes"):
+        onnx_value("onnx.Split", [x], {"axis": 2, "num_outputs": 3})
+    with pytest.raises(UnprovableError, match="more places"):
+        onnx_value(
+            "onnx.GatherElements", [given((1, 8), "y")[0], given((2, 8), "z")[0]], {"axis": 1}
+        )
     with pytest.raises(UnprovableError, match="its attribute auto_pad is not known"):
         onnx_value("onnx.Softmax", [x], {"auto_pad": 1})
     with pytest.raises(UnprovableError, match="only one of past"):
