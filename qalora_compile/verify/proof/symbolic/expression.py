@@ -324,7 +324,8 @@ def _is_nan(condition: Expr, value: Expr) -> bool:
 def has_value(value: Expr) -> bool:
     """Whether it is a share of a softmax: e^x over sums of such, a number in rows with any key."""
     if value.op == WHERE:
-        return all(map(has_value, value.args[1:]))
+        _, *cases = value.args
+        return all(map(has_value, cases))
     if value.op == PRODUCT:
         return all(map(has_value, value.args))
     if value.op == FUNCTION and value.detail == "inverse":

@@ -152,7 +152,8 @@ def _scale(body: Expr) -> float | None:
     if _is_zero(body):
         return None
     if body.op == WHERE:
-        found = {_scale(case) for case in body.args[1:]} - {None}
+        _, *cases = body.args
+        found = {_scale(case) for case in cases} - {None}
         return found.pop() if len(found) == 1 else 1.0
     return float(body.detail[0]) if body.op == PRODUCT else 1.0
 
