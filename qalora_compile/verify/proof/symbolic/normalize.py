@@ -29,6 +29,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     where,
 )
 from qalora_compile.verify.proof.symbolic.polynomial import Atom, Poly, as_poly, of_atom, variable
+from qalora_compile.verify.proof.symbolic.roots import squared
 
 Facts = tuple[Poly, ...]
 
@@ -84,7 +85,7 @@ class Normalizer:
             value = Change({first: known}, {}).of(value)
         if value.op == REDUCED:
             return self._sum(value, facts, depth)
-        return rebuilt(value, [self.of(arg, facts, depth) for arg in value.args])
+        return squared(rebuilt(value, [self.of(arg, facts, depth) for arg in value.args]))
 
     def _with(self, facts: Facts, condition: Expr, side: Expr) -> Facts:
         if condition.op != LINEAR:
@@ -152,7 +153,8 @@ def _scale(body: Expr) -> float | None:
     if _is_zero(body):
         return None
     if body.op == WHERE:
-        found = {_scale(case) for case in body.args[1:]} - {None}
+        _, *cases = body.args
+        found = {_scale(case) for case in cases} - {None}
         return found.pop() if len(found) == 1 else 1.0
     return float(body.detail[0]) if body.op == PRODUCT else 1.0
 
