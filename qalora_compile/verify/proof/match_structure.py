@@ -139,8 +139,8 @@ def compare_structure(
 def _symbolically(
     graphs: tuple[Graph, Graph], pairs: list[Pair], segments: list[Segment]
 ) -> list[Segment]:
-    """Segments, with a symbolic proof of those that are open and have one."""
-    if not any(segment.status == OPEN for segment in segments):
+    """Segments, with a symbolic proof of those without one by structure."""
+    if all(segment.status == PROVED for segment in segments):
         return segments
     single = [p for p in pairs if p.site.experts is None]
     read = [(p.site, p.maps) for p in single if p.maps is not None and len(p.maps[0].source) == 1]
@@ -149,14 +149,15 @@ def _symbolically(
         for i, graph in enumerate(graphs)
     )
     proof = SymbolicProof(graphs, (sites[0], sites[1]))
-    return [_tried(proof, s) if s.status == OPEN else s for s in segments]
+    return [s if s.status == PROVED else _tried(proof, s) for s in segments]
 
 
 def _tried(proof: SymbolicProof, segment: Segment) -> Segment:
     try:
         conditions = proof.conditions(segment.targets)
     except UnprovableError as error:
-        return dataclasses.replace(segment, problem=str(error))
+        problem = str(error) if segment.status == OPEN else ""
+        return dataclasses.replace(segment, problem=problem)
     return dataclasses.replace(segment, status=PROVED, lines=None, conditions=conditions)
 
 

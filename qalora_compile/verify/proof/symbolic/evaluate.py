@@ -10,6 +10,7 @@ from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Ref, refs
 from qalora_compile.verify.proof.graphs.graph import Tensor as StoredName
 from qalora_compile.verify.proof.graphs.read_onnx import onnx_nodes
 from qalora_compile.verify.proof.symbolic.expression import leaf, truth
+from qalora_compile.verify.proof.symbolic.fold_constants import FoldedConstants
 from qalora_compile.verify.proof.symbolic.fx_operators import ATEN
 from qalora_compile.verify.proof.symbolic.onnx_operators import onnx_value
 from qalora_compile.verify.proof.symbolic.operators import kind_of, stored
@@ -57,6 +58,7 @@ class Evaluation:
     ) -> None:
         self._graph, self._sites, self._halves = graph, sites, halves
         self._made: dict[str, Any] = {}
+        self._folded = FoldedConstants(graph)
         for value, (name, dtype) in graph.inputs.items():
             self._made[value] = self._input(name, dtype, shapes)
 
@@ -138,6 +140,9 @@ class Evaluation:
             return Unknown(f"{node.line if node else name}: {error!r}")
 
     def _node(self, node: Node) -> Any:
+        folded = self._folded.of(node)
+        if folded is not None:
+            return stored(folded)
         args = [self._widened(self._operand(arg)) for arg in node.args]
         options = {n: self._widened(self._operand(value)) for n, value in node.options.items()}
         try:

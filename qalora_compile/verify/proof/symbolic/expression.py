@@ -51,7 +51,8 @@ class Expr:
         self.op, self.detail, self.args, self.number = op, detail, args, number
         atoms = frozenset[Atom]().union(*(a.atoms for a in args), *map(atoms_of, _polys(detail)))
         found = frozenset[Expr]().union(*(a.conditions for a in args))
-        self.height = max((a.height for a in args), default=0)
+        inside = [atom.first.height for atom in atoms if atom.kind == "data"]
+        self.height = max([a.height for a in args] + inside, default=0)
         if op in (TRUTH, LINEAR):
             found |= {self}
         if op == REDUCED:

@@ -150,6 +150,29 @@ def _parts(value: Tensor, lengths: Sequence[Poly], axis: int) -> tuple[Tensor, .
     return tuple(t.cut(value, axis, first, last) for first, last in pairwise(places))
 
 
+@_means("aten.repeat_interleave.self_int", "self repeats dim output_size")
+def _repeat_interleave(a: Arguments) -> Tensor:
+    value, times = a["self"], a["repeats"]
+    if not isinstance(times, int) or times < 1 or a.get("dim") is None:
+        raise UnprovableError("the number of repeats is not known")
+    axis = value.axis(a["dim"])
+    size = value.shape[axis]
+    longer = t.unsqueeze(value, [axis + 1])
+    shape = (*value.shape[: axis + 1], as_poly(times), *value.shape[axis + 1 :])
+    flat = (*value.shape[:axis], size * times, *value.shape[axis + 1 :])
+    return t.reshape(t.expand(longer, shape), flat)
+
+
+@_means("aten.unbind.int", "self dim")
+def _unbind(a: Arguments) -> tuple[Tensor, ...]:
+    value, axis = a["self"], a.get("dim", 0)
+    count = value.shape[value.axis(axis)].constant
+    if count is None:
+        raise UnprovableError("the number of parts is not known")
+    places = (t.scalar(integer(place), t.INT) for place in range(count))
+    return tuple(t.gather(value, axis, place) for place in places)
+
+
 @_means("_operator.getitem", "a b")
 def _getitem(a: Arguments) -> Any:
     return a["a"][a["b"]]

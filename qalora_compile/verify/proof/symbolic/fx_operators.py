@@ -30,8 +30,13 @@ def _unary(name: str) -> Meaning:
     return lambda a: function(tensor_of(a["self"]))
 
 
-for _name in ("sqrt", "log", "tanh", "sigmoid", "relu", "erf", "sin", "cos", "abs"):
+for _name in ("sqrt", "log", "tanh", "sigmoid", "relu", "erf", "sin", "cos"):
     _means(f"aten.{_name}.default", "self")(_unary(_name))
+
+
+@_means("aten.abs.default", "self")
+def _abs(a: Arguments) -> Tensor:
+    return o.absolute(tensor_of(a["self"]))
 
 
 @_means("aten.exp.default", "self")
@@ -78,7 +83,7 @@ def _reciprocal(a: Arguments) -> Tensor:
     return t.elementwise(inverse, t.FLOAT, o.floating(tensor_of(a["self"])))
 
 
-@_means("aten.pow.Tensor_Scalar", "self exponent")
+@_means("aten.pow.Tensor_Scalar aten.pow.Tensor_Tensor", "self exponent")
 def _pow(a: Arguments) -> Tensor:
     return o.power(tensor_of(a["self"]), tensor_of(a["exponent"]))
 
@@ -147,6 +152,16 @@ def _masked_fill(a: Arguments) -> Tensor:
     return Tensor(value.shape, value.dtype, lambda index: filled[index])
 
 
+@_means("aten.minimum.default aten.min.other", "self other")
+def _minimum(a: Arguments) -> Tensor:
+    return o.smaller(tensor_of(a["self"]), tensor_of(a["other"]))
+
+
+@_means("aten.maximum.default aten.max.other", "self other")
+def _maximum(a: Arguments) -> Tensor:
+    return o.larger(tensor_of(a["self"]), tensor_of(a["other"]))
+
+
 @_means("aten.sym_size.int", "self dim")
 def _sym_size(a: Arguments) -> Tensor:
     value = a["self"]
@@ -164,7 +179,7 @@ def _arange_from(a: Arguments) -> Tensor:
 
 
 def _range(start: Poly, end: Any, dtype: str | None) -> Tensor:
-    if dtype not in (None, "int64"):
+    if dtype not in (None, "int64") and not (dtype == "int32" and isinstance(end, int)):
         raise UnprovableError(f"positions of type {dtype}")
     return o.arange(start, size_of(end))
 
@@ -189,6 +204,12 @@ def _full_of(a: Arguments) -> Tensor:
     fill = a["fill_value"]
     usual = t.BOOL if isinstance(fill, bool) else t.INT if isinstance(fill, int) else t.FLOAT
     return _full(a["size"], fill, a.get("dtype") or usual)
+
+
+@_means("aten.full_like.default", "self fill_value dtype")
+def _full_like(a: Arguments) -> Tensor:
+    kind = o.kind_of(a.get("dtype") or a["self"].dtype)
+    return Tensor(a["self"].shape, kind, lambda _: o.element_of(a["fill_value"], kind))
 
 
 def _full(size: Any, value: Any, dtype: str) -> Tensor:

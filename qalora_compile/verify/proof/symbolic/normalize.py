@@ -29,6 +29,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     where,
 )
 from qalora_compile.verify.proof.symbolic.polynomial import Atom, Poly, as_poly, of_atom, variable
+from qalora_compile.verify.proof.symbolic.roots import squared
 
 Facts = tuple[Poly, ...]
 
@@ -84,7 +85,7 @@ class Normalizer:
             value = Change({first: known}, {}).of(value)
         if value.op == REDUCED:
             return self._sum(value, facts, depth)
-        return rebuilt(value, [self.of(arg, facts, depth) for arg in value.args])
+        return squared(rebuilt(value, [self.of(arg, facts, depth) for arg in value.args]))
 
     def _with(self, facts: Facts, condition: Expr, side: Expr) -> Facts:
         if condition.op != LINEAR:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +28,7 @@ Inputs = Sequence[Any]
 Options = Mapping[str, Any]
 Meaning = Callable[[Inputs, Options], Any]
 _ONNX: dict[str, tuple[int, frozenset[str], Meaning]] = {}
-_UNARY = ("Sqrt", "Log", "Tanh", "Sigmoid", "Relu", "Erf", "Sin", "Cos", "Abs")
+_UNARY = ("Sqrt", "Log", "Tanh", "Sigmoid", "Relu", "Erf", "Sin", "Cos")
 
 
 def _means(op: str, most: int, *options: str) -> Callable[[Meaning], Meaning]:
@@ -85,6 +86,7 @@ def _unary(name: str) -> Callable[[Tensor], Tensor]:
 
 for _op in _UNARY:
     _simple(_op, 1, _unary(_op.lower()))
+_simple("Abs", 1, o.absolute)
 _simple("Exp", 1, lambda x: t.elementwise(exponential, t.FLOAT, _float(x)))
 _typed("Add", o.total)
 _typed("Sub", o.difference)
@@ -103,10 +105,18 @@ _typed("Or", o.alternative)
 _simple("Not", 1, o.complement)
 _simple("IsNaN", 1, lambda x: t.elementwise(is_nan, t.BOOL, _float(x)))
 _simple("Where", 3, lambda c, x, y: o.choice(c, *_of_one_type(x, y)))
-_typed("Max", o.larger)
 _typed("MatMul", sums.matmul)
 _simple("Expand", 2, lambda x, shape: t.expand(x, tuple(t.integers(shape))))
 _simple("Unsqueeze", 2, lambda x, axes: t.unsqueeze(x, _numbers(axes)))
+
+
+def _extreme(op: str, choose: Callable[..., Tensor]) -> None:
+    """The largest or smallest of any number of operands."""
+    _means(op, 99)(lambda x, _: reduce(choose, _of_one_type(*(v for v in x if v is not None))))
+
+
+_extreme("Max", o.larger)
+_extreme("Min", o.smaller)
 
 
 def _numbers(value: Tensor) -> list[int]:
@@ -237,10 +247,10 @@ def _sum(x: Inputs, options: Options) -> Tensor:
     return _reduced(x, options, sums.total)
 
 
-def _reduced(x: Inputs, options: Options, reduce: Callable[..., Tensor]) -> Tensor:
+def _reduced(x: Inputs, options: Options, over: Callable[..., Tensor]) -> Tensor:
     axes = _numbers(x[1]) if x[1] is not None else list(options.get("axes", ()))
     kept = bool(options.get("keepdims", 1))
-    return sums.reduced_over(o.floating(x[0]), axes, reduce, kept=kept)
+    return sums.reduced_over(o.floating(x[0]), axes, over, kept=kept)
 
 
 @_means("CumSum", 2, "exclusive", "reverse")

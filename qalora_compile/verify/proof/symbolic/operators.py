@@ -12,9 +12,12 @@ from qalora_compile.untrusted.element_types import FLOATS, HALVES
 from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor, digest_of
 from qalora_compile.verify.proof.symbolic.expression import (
     FALSE,
+    NUMBER,
     ONE,
+    REDUCED,
     TRUE,
     TRUTH,
+    WHERE,
     ZERO,
     Expr,
     add,
@@ -32,6 +35,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     where,
 )
 from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly
+from qalora_compile.verify.proof.symbolic.roots import root
 from qalora_compile.verify.proof.symbolic.tensor import (
     BOOL,
     FLOAT,
@@ -39,8 +43,12 @@ from qalora_compile.verify.proof.symbolic.tensor import (
     Index,
     Tensor,
     UnprovableError,
+    at,
+    broadcast,
     elementwise,
+    place_of,
     scalar,
+    wrapped,
 )
 
 _INTEGERS = ("int64", "int32")
@@ -87,6 +95,9 @@ def stored(value: StoredTensor) -> Tensor:
     kind = kind_of(value.dtype)
     shape = tuple(map(as_poly, value.shape))
     single = _uniform(value)
+    scale = root(single) if kind == FLOAT and value.size == 1 else None
+    if scale is not None:
+        return Tensor(shape, kind, lambda _: scale)
     if single is not None:
         return Tensor(shape, kind, lambda _: element_of(single, kind))
     small = value.values() if kind == INT and value.size <= _LISTED else None
@@ -126,8 +137,10 @@ def element_of(value: Any, kind: str) -> Expr:
 def cast(value: Tensor, dtype: str | None) -> Tensor:
     """A cast that changes no value in exact arithmetic, or makes conditions of numbers."""
     kind = kind_of(dtype)
-    if dtype in (*HALVES, "int32"):
+    if dtype in HALVES or (dtype == "int32" and value.dtype == FLOAT):
         raise UnprovableError(f"a cast to {dtype}, which rounds or wraps")
+    if dtype == "int32" and value.dtype == INT:
+        return elementwise(_counted, INT, value)
     if value.dtype == kind or (value.dtype, kind) == (INT, FLOAT):
         return Tensor(value.shape, kind, lambda index: value[index])
     if value.dtype == BOOL:
@@ -135,6 +148,20 @@ def cast(value: Tensor, dtype: str | None) -> Tensor:
     if kind == BOOL:
         return elementwise(_is_true, kind, value)
     return elementwise(lambda x: function("truncate", x), kind, value)
+
+
+def _counted(value: Expr) -> Expr:
+    """A small number, or the count of an axis's elements: these fit in 32 bits."""
+    if value.op == NUMBER or (value.op == REDUCED and _is_bit(value.operand)):
+        return value
+    raise UnprovableError("a cast to int32, which wraps")
+
+
+def _is_bit(value: Expr) -> bool:
+    if value.op == WHERE:
+        _, *cases = value.args
+        return all(map(_is_bit, cases))
+    return value in (ZERO, ONE)
 
 
 def _is_true(value: Expr) -> Expr:
@@ -193,6 +220,13 @@ def power(value: Tensor, exponent: Tensor) -> Tensor:
         return function("pow", x, e)
 
     return elementwise(element, FLOAT, floating(value), floating(exponent))
+
+
+def absolute(value: Tensor) -> Tensor:
+    """|x|, of integers by cases."""
+    if value.dtype != INT:
+        return unary("abs")(value)
+    return elementwise(lambda x: where(compare(ZERO, x), x, mul(number(-1), x)), INT, value)
 
 
 def silu(value: Tensor) -> Tensor:
@@ -256,6 +290,16 @@ def larger(one: Tensor, other: Tensor) -> Tensor:
     return elementwise(element, common(one, other), floating(one), floating(other))
 
 
+def smaller(one: Tensor, other: Tensor) -> Tensor:
+    """The smaller of two elements."""
+
+    def element(x: Expr, y: Expr) -> Expr:
+        order = compare(x, y)
+        return where(order, x, y) if order.op != TRUTH else function("min", *sorted((x, y)))
+
+    return elementwise(element, common(one, other), floating(one), floating(other))
+
+
 def arange(start: Poly, end: Poly) -> Tensor:
     """The integers from `start` to `end` - 1."""
     return Tensor((end - start,), INT, lambda index: integer(start + index[0]))
@@ -263,15 +307,12 @@ def arange(start: Poly, end: Poly) -> Tensor:
 
 def lookup(value: Tensor, places: Sequence[Tensor]) -> Tensor:
     """Elements at broadcast places along the first axes."""
-    from qalora_compile.verify.proof.symbolic.expression import index_of
-    from qalora_compile.verify.proof.symbolic.tensor import at, broadcast, wrapped
-
     lead = broadcast(*(place.shape for place in places))
     behind = value.shape[len(places) :]
 
     def element(index: Index) -> Expr:
         head, tail = index[: len(lead)], index[len(lead) :]
-        found = (index_of(at(place, head)) for place in places)
+        found = (place_of(at(place, head)) for place in places)
         pairs = zip(found, value.shape, strict=False)
         return value[(*(wrapped(place, size) for place, size in pairs), *tail)]
 

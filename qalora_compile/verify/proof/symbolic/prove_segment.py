@@ -25,6 +25,7 @@ from qalora_compile.verify.proof.symbolic.polynomial import (
     size,
     variable,
 )
+from qalora_compile.verify.proof.symbolic.roots import SQUARED, is_root
 from qalora_compile.verify.proof.symbolic.tensor import ONE_ELEMENT, UnprovableError
 
 PAST, SEQUENCE, TOTAL = "past_sequence", "sequence", "total_sequence"
@@ -113,6 +114,8 @@ def _needed(elements: tuple[Expr, Expr], form: Expr) -> Iterator[str]:
         yield ALLOWED
     if any(_stands_for_infinity(part) for element in elements for part in _parts(element)):
         yield FINITE
+    if any(is_root(part) for element in elements for part in _parts(element)):
+        yield SQUARED
 
 
 def _is_empty_sum(value: Expr) -> bool:

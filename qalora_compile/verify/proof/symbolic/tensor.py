@@ -12,11 +12,13 @@ from itertools import count, zip_longest
 from qalora_compile.verify.proof.symbolic.arithmetic import holds, quotient, remainder
 from qalora_compile.verify.proof.symbolic.expression import (
     Expr,
+    as_integer,
     index_of,
     integer,
     linear,
     where,
 )
+from qalora_compile.verify.proof.symbolic.normalize import Normalizer, TooLargeError
 from qalora_compile.verify.proof.symbolic.polynomial import (
     Poly,
     as_poly,
@@ -310,13 +312,28 @@ def _groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     return groups
 
 
+def place_of(value: Expr) -> Poly:
+    """An integer as an index, with those that tensors hold in normal form.
+
+    Raises:
+        UnprovableError: there are too many cases.
+    """
+    known = as_integer(value)
+    if known is not None:
+        return known
+    try:
+        return index_of(Normalizer().of(value))
+    except TooLargeError as error:
+        raise UnprovableError("there are too many cases of an index") from error
+
+
 def gather(value: Tensor, axis: int, places: Tensor) -> Tensor:
     """Elements along an axis, at integers that are not negative."""
     axis = value.axis(axis)
     shape = (*value.shape[:axis], *places.shape, *value.shape[axis + 1 :])
 
     def element(index: Index) -> Expr:
-        place = index_of(places[index[axis : axis + places.rank]])
+        place = place_of(places[index[axis : axis + places.rank]])
         before, behind = index[:axis], index[axis + places.rank :]
         return value[(*before, wrapped(place, value.shape[axis]), *behind)]
 
@@ -331,7 +348,7 @@ def gather_elements(value: Tensor, axis: int, places: Tensor) -> Tensor:
         raise UnprovableError("more places are looked up than there are elements")
 
     def element(index: Index) -> Expr:
-        place = wrapped(index_of(places[index]), value.shape[axis])
+        place = wrapped(place_of(places[index]), value.shape[axis])
         return value[(*index[:axis], place, *index[axis + 1 :])]
 
     return Tensor(places.shape, value.dtype, element)

@@ -26,6 +26,10 @@ _FUNCTIONS: dict[str, Callable[..., float]] = {
     "erf": math.erf,
     "isnan": math.isnan,
     "=": operator.eq,
+    "root": math.sqrt,
+    "min": min,
+    "max": max,
+    "abs": abs,
 }
 
 

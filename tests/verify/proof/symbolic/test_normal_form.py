@@ -11,6 +11,9 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Ref
+from qalora_compile.verify.proof.graphs.graph import Tensor as StoredName
+from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor, from_array
 from qalora_compile.verify.proof.symbolic import attention
 from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic.expression import (
@@ -26,11 +29,13 @@ from qalora_compile.verify.proof.symbolic.expression import (
     number,
     where,
 )
+from qalora_compile.verify.proof.symbolic.fold_constants import FoldedConstants
 from qalora_compile.verify.proof.symbolic.fx_operators import ATEN
 from qalora_compile.verify.proof.symbolic.normalize import Normalizer
 from qalora_compile.verify.proof.symbolic.onnx_operators import onnx_value
+from qalora_compile.verify.proof.symbolic.operators import stored
 from qalora_compile.verify.proof.symbolic.polynomial import as_poly, of_atom, size, variable
-from qalora_compile.verify.proof.symbolic.tensor import Tensor
+from qalora_compile.verify.proof.symbolic.tensor import Tensor, UnprovableError
 from tests.verify.proof.symbolic.numbers import Numbers, array
 from tests.verify.proof.symbolic.test_fx_operators import SIZES, given
 
@@ -88,6 +93,25 @@ def test_scores_may_be_scaled_before_or_behind_the_product() -> None:
     assert scores(0.5, 0.5, 1.0) is not scores(0.5, -0.5, 1.0)
 
 
+@pytest.mark.parametrize("width", [4, 16, 32, 64, 80, 96, 128, 256])
+def test_the_root_of_a_scale_may_stand_at_queries_and_keys(width: int) -> None:
+    q, k, v = (given(("b", 2, "s", 4), name)[0] for name in "qkv")
+    scale = number(width**-0.5)
+    wanted = form(attention.attention(q, k, v, None, scale))
+    exact = np.float32(width**-0.25)
+
+    def found(one: Any, other: Any) -> Expr:
+        factors = [stored(from_array("f", np.asarray(f, np.float32))) for f in (one, other)]
+        first, second = (o.product(x, f) for x, f in zip((q, k), factors, strict=True))
+        return form(attention.attention(first, second, v, None, number(1)))
+
+    assert found(exact, exact) is wanted
+    assert abs(float(exact) ** 2 - width**-0.5) < 2.0**-22 * width**-0.5
+    assert found(exact, exact * np.float32(1 + 2.0**-21)) is not wanted
+    assert found(exact * np.float32(1.001), exact * np.float32(1.001)) is not wanted
+    assert found(exact, np.float32(1)) is not wanted
+
+
 def test_only_exact_multiples_leave_a_sum() -> None:
     x, y = leaf("x", []), leaf("y", [])
     odd = add(mul(number(3.0), x), mul(number(1.0), y))
@@ -143,3 +167,54 @@ def test_masks_of_packed_positions_are_those_of_torch(known: bool) -> None:
 def _positions() -> Tensor:
     shape = (size("b"), size("s", filled=True))
     return Tensor(shape, "int64", lambda index: leaf("positions", index))
+
+
+@pytest.mark.parametrize("averaged", [False, True], ids=["each", "mean"])
+def test_rows_at_counted_places_are_those_of_torch(averaged: bool) -> None:
+    """Positions that count tokens, as RoBERTa has them, inside of a sum and outside."""
+    torch.manual_seed(0)
+    table, ids = torch.randn(5, 2), torch.tensor([[1, 4, 0], [3, 1, 2]])
+    weight = Tensor((as_poly(5), as_poly(2)), "float32", lambda index: leaf("table", index))
+    shape = (size("b"), size("s"))
+    tokens = Tensor(shape, "int64", lambda index: leaf("ids", index))
+    bits = o.cast(o.complement(o.same(tokens, o.literal(1))), "int32")
+    places = o.product(o.cast(ATEN.value("aten.cumsum.default", [bits, 1], {}), "int32"), bits)
+    value = ATEN.value("aten.embedding.default", [weight, o.total(places, o.literal(1))], {})
+    kept = ids != 1
+    wanted = table[kept.cumsum(1) * kept + 1]
+    if averaged:
+        weights = o.product(value, value)
+        value = ATEN.value("aten.mean.dim", [weights, [1]], {})
+        wanted = (wanted * wanted).mean(1)
+    numbers = Numbers({"table": table.numpy(), "ids": ids.numpy()}, ATOMS)
+    found = array(value, numbers, normal=True)
+    np.testing.assert_allclose(found, wanted.double().numpy(), atol=1e-6)
+
+
+def test_only_counts_and_small_numbers_fit_in_32_bits() -> None:
+    ids = Tensor((size("b"),), "int64", lambda index: leaf("ids", index))
+    with pytest.raises(UnprovableError, match="int32, which wraps"):
+        form(o.cast(ids, "int32"))
+    assert form(o.cast(ATEN.value("aten.full_like.default", [ids, 7], {}), "int32")) is number(7)
+    with pytest.raises(UnprovableError, match="rounds or wraps"):
+        o.cast(o.literal(0.5), "int32")
+
+
+def test_sums_of_stored_values_are_those_that_exports_hold() -> None:
+    values = torch.randn(64, generator=torch.Generator().manual_seed(0)).numpy()
+    kept = {"w": from_array("w", values), "h": from_array("h", values.astype(np.float16))}
+    graph = Graph(FX, "", "", {}, {}, {}, kept, {}, {})
+    folded = FoldedConstants(graph)
+
+    def of(name: str, op: str, *args: Any, **options: Any) -> StoredTensor | None:
+        return folded.of(Node(name, op, args, options, ""))
+
+    widened = of("a", "aten.to.dtype", StoredName("w"), "float32")
+    found = of("b", "aten.add.Tensor", Ref("a"), 1.0)
+    assert widened is not None and found is not None
+    wanted = torch.from_numpy(values) + 1.0
+    assert found.digest == from_array("x", wanted.numpy()).digest
+    assert of("c", "aten.add.Tensor", StoredName("h"), 1.0) is None, "float16 would round"
+    assert of("d", "aten.add.Tensor", StoredName("w"), 0.1) is None, "0.1 is no float32"
+    assert of("e", "aten.add.Tensor", StoredName("w"), 1.0, alpha=2) is None
+    assert of("f", "aten.add.Tensor", Ref("unknown"), 1.0) is None
