@@ -162,6 +162,12 @@ def _maximum(a: Arguments) -> Tensor:
     return o.larger(tensor_of(a["self"]), tensor_of(a["other"]))
 
 
+@_means("aten.clamp.default aten.clamp.Tensor aten.clamp_min.default", "self min max")
+def _clamp(a: Arguments) -> Tensor:
+    least, most = (None if a.get(b) is None else tensor_of(a[b]) for b in ("min", "max"))
+    return o.clamped(tensor_of(a["self"]), least, most)
+
+
 @_means("aten.sym_size.int", "self dim")
 def _sym_size(a: Arguments) -> Tensor:
     value = a["self"]

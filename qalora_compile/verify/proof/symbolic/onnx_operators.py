@@ -119,6 +119,13 @@ _extreme("Max", o.larger)
 _extreme("Min", o.smaller)
 
 
+@_means("Clip", 3)
+def _clip(x: Inputs, _: Options) -> Tensor:
+    _of_one_type(*(operand for operand in x if operand is not None))
+    value, least, most = x
+    return o.clamped(value, least, most)
+
+
 def _numbers(value: Tensor) -> list[int]:
     """A vector of known integers."""
     found = [place.constant for place in t.integers(value)]

@@ -300,6 +300,12 @@ def smaller(one: Tensor, other: Tensor) -> Tensor:
     return elementwise(element, common(one, other), floating(one), floating(other))
 
 
+def clamped(value: Tensor, least: Tensor | None, most: Tensor | None) -> Tensor:
+    """Elements that are not below one number and not above another one."""
+    value = value if least is None else larger(value, least)
+    return value if most is None else smaller(value, most)
+
+
 def arange(start: Poly, end: Poly) -> Tensor:
     """The integers from `start` to `end` - 1."""
     return Tensor((end - start,), INT, lambda index: integer(start + index[0]))

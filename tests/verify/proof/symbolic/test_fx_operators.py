@@ -68,6 +68,8 @@ CASES: dict[str, tuple[str, list[tuple[Any, ...]], list[Any], dict[str, Any]]] =
     "one value": ("aten.full_like.default", [("b", "s")], [7], {}),
     "smaller": ("aten.minimum.default", [("b", "s"), ("s",)], [], {}),
     "larger": ("aten.maximum.default", [("b", "s"), ("s",)], [], {}),
+    "between": ("aten.clamp.default", [("b", "s")], [-0.5, 0.5], {}),
+    "not below": ("aten.clamp.default", [("b", "s")], [0.25], {}),
     "size": ("aten.abs.default", [("b", "s")], [], {}),
     "silu": ("aten.silu.default", [("b", "s")], [], {}),
     "power": ("aten.pow.Tensor_Scalar", [("b", "s")], [2], {}),

@@ -69,6 +69,8 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "size": ("Abs", [("b", "s")], {}),
     "smallest": ("Min", [("b", "s"), ("s",), ("b", 1)], {}),
     "largest": ("Max", [("b", "s"), ("s",)], {}),
+    "between": ("Clip", [("b", "s"), np.array(-0.5, np.float32), np.array(0.5, np.float32)], {}),
+    "not below": ("Clip", [("b", "s"), np.array(0.25, np.float32)], {}),
     "equal parts": ("Split", [("b", 6, "s")], {"axis": 1, "num_outputs": 3}),
     "concat": ("Concat", [("b", "s", 2), ("b", "p", 2)], {"axis": 1}),
     "expand": ("Expand", [("b", 1), np.array([3, 1, 2])], {}),
