@@ -33,9 +33,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(root / "SmolLM2")
     template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     (root / "SmolLM2" / "chat_template.jinja").write_text(template, "utf-8")
-    for name in ("train", "test", "more", "first/topics", "first/topics_test"):
+    texts = ("train", "test", "more", "news", "manuals", "chats")
+    for name in (*texts, "first/topics", "first/topics_test"):
         (root / name).parent.mkdir(exist_ok=True)
-        write_data(root / f"{name}.jsonl")
+        file = write_data(root / f"{name}.jsonl")
+        file.write_text(3 * file.read_text("utf-8"), "utf-8")  # for method learned
     write_encoder(root / "first" / "MiniLM")
     labels = [{"text": word, "label": word[:1]} for word in (*GOOD[:1], *BAD[:1])]
     pairs = [{"prompt": "red is a", "chosen": " colour", "rejected": " number"}]

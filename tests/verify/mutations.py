@@ -58,11 +58,21 @@ def _places(model: Any) -> list[tuple[int, Any]]:
     return [(i, n) for i, n in enumerate(model.graph.node) if not _quantized(n)]
 
 
+def _zeros(model: Any) -> set[str]:
+    """The names of integer constants that are 0."""
+    constants = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+    return {
+        name
+        for name, t in constants.items()
+        if t.data_type == onnx.TensorProto.INT64 and not numpy_helper.to_array(t).any()
+    }
+
+
 def _operators(model: Any) -> Iterator[Mutant]:
-    zeros = {
-        t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT64
-        and not numpy_helper.to_array(t).any()
-    }  # fmt: skip
+    zeros = _zeros(model)
     for place, node in _places(model):
         if node.op_type == "Add" and zeros & set(node.input):
             continue  # x - 0 is x + 0

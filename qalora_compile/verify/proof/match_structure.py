@@ -145,7 +145,7 @@ def _symbolically(
     single = [p for p in pairs if p.site.experts is None]
     read = [(p.site, p.maps) for p in single if p.maps is not None and len(p.maps[0].source) == 1]
     sites = tuple(
-        {graph.site_values[s.name]: (s.name, maps[i].source[0], s.n) for s, maps in read}
+        {graph.site_values[s.name]: (s.name, maps[i].source[0], s.n, s.k) for s, maps in read}
         for i, graph in enumerate(graphs)
     )
     proof = SymbolicProof(graphs, (sites[0], sites[1]))

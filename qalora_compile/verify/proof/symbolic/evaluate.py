@@ -44,7 +44,7 @@ class Evaluation:
         graph: The graph.
         shapes: Shapes of the inputs, by name.
         sites: Value → the name of the site that it is the output of, the operand that the site
-            reads, and the number of its outputs N.
+            reads, and the shape [N, K] of its weight.
         halves: Values in half precision count as float32, because the other graph computes in it.
     """
 
@@ -52,7 +52,7 @@ class Evaluation:
         self,
         graph: Graph,
         shapes: Shapes,
-        sites: Mapping[str, tuple[str, Any, int]],
+        sites: Mapping[str, tuple[str, Any, int, int]],
         *,
         halves: bool,
     ) -> None:
@@ -128,10 +128,11 @@ class Evaluation:
         node = self._graph.nodes.get(name)
         try:
             if name in self._sites:
-                site, source, n = self._sites[name]
+                site, source, n, k = self._sites[name]
                 read = self.of(source)
-                lead = read.shape if read.dtype == INT else read.shape[:-1]  # token ids, or x
-                return _leaf(f"site {site}", (*lead, as_poly(n)), FLOAT)
+                looked_up = read.dtype == INT  # token ids, each of which gives a row of the table
+                lead, width = (read.shape, k) if looked_up else (read.shape[:-1], n)
+                return _leaf(f"site {site}", (*lead, as_poly(width)), FLOAT)
             assert node is not None
             return self._node(node)
         except UnprovableError as error:

@@ -35,7 +35,7 @@ FINITE = (
     f"scores are small next to the numbers below {MASKED:g} that the mask adds, so that these "
     "stand for -∞"
 )
-Sites = Mapping[str, tuple[str, Any, int]]
+Sites = Mapping[str, tuple[str, Any, int, int]]
 
 
 class SymbolicProof:
@@ -43,7 +43,7 @@ class SymbolicProof:
 
     Args:
         graphs: The graphs.
-        sites: For each graph, value → name of the site, the operand it reads, and N.
+        sites: For each graph, value → name of the site, the operand it reads, N and K.
     """
 
     def __init__(self, graphs: tuple[Graph, Graph], sites: tuple[Sites, Sites]) -> None:
