@@ -8,10 +8,12 @@ from typing import Any
 
 from qalora_compile.api.card_text import code
 from qalora_compile.untrusted.artifacts import (
+    CONFIG_FILE,
     COREML_FILE,
     MODEL_FILE,
     OPENVINO_ENCODER_FILE,
     OPENVINO_FILE,
+    PREPROCESSOR_FILE,
     TORCH_FILE,
 )
 
@@ -240,10 +242,10 @@ def traits_of(record: Mapping[str, Any], files: Mapping[str, int]) -> Traits:
     form = next((marks[top] for name in files if (top := name.split("/")[0]) in marks), "onnx")
     sentences = "modules.json" in files
     cache = bool(record.get("kv_cache"))
-    reads_files = "preprocessor_config.json" in files
+    reads_files = PREPROCESSOR_FILE in files
     task = _task(str(record.get("architecture")), record, cache=cache, reads_files=reads_files)
     single = (form != "onnx" or MODEL_FILE in files) and OPENVINO_ENCODER_FILE not in files
-    described = "config.json" in files
+    described = CONFIG_FILE in files
     library = "sentence-transformers" if sentences and form == "onnx" else form
     if library == "onnx" and described and single and task and (cache or task != _GENERATION):
         library = "transformers.js"

@@ -24,13 +24,13 @@ from qalora_compile.ir.program import Program
 from qalora_compile.ir.storage import write_program
 from qalora_compile.sealed import read_sealed, write_sealed
 from qalora_compile.untrusted import check_folder, quoted, read_object
-from qalora_compile.untrusted.artifacts import PROGRAM_FILE
+from qalora_compile.untrusted.artifacts import PREPROCESSOR_FILE, PROGRAM_FILE
 
 RUN_FILE = "run.json"
 TOKENIZER = "tokenizer"
 MODEL = "model"
 CHECKPOINTS = "checkpoints"
-_PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_PREPROCESSOR_FILES = (PREPROCESSOR_FILE, "processor_config.json")
 _SAVED = (
     "it holds a program that was saved in Python, without tokenizer and configuration; write it "
     'there: qc.export_model(qc.Program.load(folder), "model.onnx")'

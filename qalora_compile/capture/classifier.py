@@ -22,6 +22,7 @@ from qalora_compile.capture.skeleton import transformers_module
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.progress import say
 from qalora_compile.untrusted import read_object
+from qalora_compile.untrusted.artifacts import CONFIG_FILE
 from qalora_compile.untrusted.media_processor import (
     AUDIO,
     IMAGE,
@@ -49,7 +50,6 @@ class _Kind:
 
 
 TEXT = "text"
-_CONFIG = "config.json"
 _SEQUENCE = "ForSequenceClassification"
 _KINDS = {
     TEXT: _Kind(
@@ -108,7 +108,7 @@ def load_classifier(
     if type(config) not in getattr(transformers, kind.mapping):
         raise UnsupportedError(
             f"transformers has no head for {config.model_type!r} to classify {reads} data",
-            where=str(path / _CONFIG),
+            where=str(path / CONFIG_FILE),
             hint=f"use an encoder, such as {kind.example}",
         )
     preprocessor = _preprocessor(path, reads, reference)
@@ -208,9 +208,9 @@ def load_media_classifier(reference: str) -> Source | None:
         UserInputError, UnsupportedError: see `load_classifier`; or a parameter is missing.
     """
     path = Path(reference)
-    if not (path / _CONFIG).is_file():
+    if not (path / CONFIG_FILE).is_file():
         return None
-    named = read_object(path / _CONFIG).get("architectures")
+    named = read_object(path / CONFIG_FILE).get("architectures")
     name = str(named[0]) if isinstance(named, list) and named else ""
     kinds = [kind for kind in (IMAGE, AUDIO) if name.endswith(_KINDS[kind].endings)]
     if not kinds:
@@ -263,7 +263,7 @@ def _in_order(
     if reads == TEXT:
         raise UserInputError(
             f"the checkpoint's classes are {', '.join(own)}, the data's {', '.join(classes)}",
-            where=str(path / _CONFIG),
+            where=str(path / CONFIG_FILE),
             hint="use the checkpoint's labels, or give the encoder without its head",
         )
     say(f"note: the checkpoint's head, for {len(own)} other classes, is replaced by a new one")

@@ -40,6 +40,7 @@ _HALVES = (
 """Also the places of earlier versions, and of optimum."""
 _DATA_SUFFIXES = ("_data", ".data")
 CONFIG_FILE, GGUF_FILE = "config.json", "model.gguf"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 TORCH_FILE = "model.pt2"
 COREML_FILE = "model.mlpackage"
 """A folder."""

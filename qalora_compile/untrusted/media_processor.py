@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.optional import require
+from qalora_compile.untrusted.artifacts import PREPROCESSOR_FILE
 from qalora_compile.untrusted.fields import quoted
 from qalora_compile.untrusted.json_text import read_object
 from qalora_compile.untrusted.media import (
@@ -26,7 +27,6 @@ from qalora_compile.untrusted.tokenizer import has_tokenizer, load_tokenizer
 
 IMAGE, AUDIO = "image", "audio"
 MEDIA = (IMAGE, AUDIO)
-CONFIG_FILE = "preprocessor_config.json"
 _MASK = "attention_mask"
 _LARGEST = 2048
 """The limit of sizes in pixels, and of frames and bins of a spectrogram: arrays of some 50 MB."""
@@ -140,13 +140,14 @@ def load_media_processor(folder: Path, medium: str) -> MediaProcessor:
     """
     transformers = require("transformers", extra="hf", purpose=f"read {medium} data")
     check_folder(folder)
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / PREPROCESSOR_FILE).is_file():
         raise UserInputError(
-            f"the folder holds no {CONFIG_FILE}, which says how the model reads {medium} data",
+            f"the folder holds no {PREPROCESSOR_FILE}, which says how the model reads {medium} "
+            "data",
             where=str(folder),
             hint="give the complete folder of the model",
         )
-    settings = read_object(folder / CONFIG_FILE)
+    settings = read_object(folder / PREPROCESSOR_FILE)
     _check_sizes(settings, folder)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if medium == IMAGE:
@@ -160,7 +161,7 @@ def load_media_processor(folder: Path, medium: str) -> MediaProcessor:
         raise UserInputError(
             f"cannot load the {medium} processor: {type(error).__name__}: "
             f"{quoted(str(error), 200)}",
-            where=str(folder / CONFIG_FILE),
+            where=str(folder / PREPROCESSOR_FILE),
             hint="its file may be damaged, or it may need its own code, which is never run",
         ) from error
 
@@ -171,9 +172,9 @@ def load_preprocessor(folder: Path) -> Any:
     Raises:
         UserInputError: its files are broken or hostile.
     """
-    if has_tokenizer(folder) or not (folder / CONFIG_FILE).is_file():
+    if has_tokenizer(folder) or not (folder / PREPROCESSOR_FILE).is_file():
         return load_tokenizer(folder)
-    is_image = "image_processor_type" in read_object(folder / CONFIG_FILE)
+    is_image = "image_processor_type" in read_object(folder / PREPROCESSOR_FILE)
     return load_media_processor(folder, IMAGE if is_image else AUDIO)
 
 
@@ -182,8 +183,8 @@ def _check_sizes(settings: dict[str, Any], folder: Path) -> None:
     for name, most in _LIMITS.items():
         if any(not 0 < number <= most for number in _numbers(settings.get(name))):
             raise UserInputError(
-                f"{CONFIG_FILE} has {name} {quoted(settings[name])}; known are 1 to {most}",
-                where=str(folder / CONFIG_FILE),
+                f"{PREPROCESSOR_FILE} has {name} {quoted(settings[name])}; known are 1 to {most}",
+                where=str(folder / PREPROCESSOR_FILE),
                 hint="fetch the file again, from a source that you trust",
             )
 

@@ -34,7 +34,7 @@ from qalora_compile.training.records.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from qalora_compile.training.records.run_identity import Identity
+from qalora_compile.training.records.run_identity import Identity, tensor_digest
 
 _ROWS = 1024
 """Tokens of a step, at least."""
@@ -251,12 +251,7 @@ class _Learning:
 
 
 def _digest_of(call: Call) -> str:
-    """Digest of the tensors of a call."""
-    digest = hashlib.sha256()
+    """Digest of the arguments of a call."""
     values = call.items() if isinstance(call, dict) else enumerate(call)
-    for name, value in values:
-        shape = list(value.shape) if isinstance(value, Tensor) else value
-        digest.update(f"{name} {shape}".encode())
-        if isinstance(value, Tensor):
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    parts = [(name, tensor_digest(v) if isinstance(v, Tensor) else v) for name, v in values]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -45,7 +45,7 @@ class Identity:
         plan = {site.path: f"{_row(site)}, {adapters.get(site.path)}" for site in sites}
         trained = dict(program.named_adapter_parameters())
         frozen = {n: tensor for n, tensor in program.tensors().items() if n not in trained}
-        digests = {name: _digest(tensor) for name, tensor in frozen.items()}
+        digests = {name: tensor_digest(tensor) for name, tensor in frozen.items()}
         return cls(plan, digests, spec.to_json(), data)
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _row(site: Site) -> str:
     return f"{site.shape}, {site.bits} bits in groups of {site.group_size}, rank {site.rank}"
 
 
-def _digest(tensor: Tensor) -> str:
+def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of type, shape and values."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -318,7 +318,7 @@ def _check_value(
         return check(own=torch.zeros(exact.shape, dtype=torch.float64), as_is=as_is)
     return unless_ill_conditioned(
         check(own=reference.own[first.name], as_is=as_is),
-        lambda: check(own=reference.sensitivity()[first.name], as_is=as_is),
+        lambda: check(own=reference.sensitivity[first.name], as_is=as_is),
         reference.unit,
     )
 

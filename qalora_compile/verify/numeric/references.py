@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ class ReferenceValues:
         """Unit roundoff of the candidate's precision."""
         return UNITS[self.references.working]
 
+    @cached_property
     def sensitivity(self) -> Values:
         """The largest |Aᵢ − T| where every result is off by `SENSITIVITY` roundings, by node."""
         return self.references.sensitivity(self.index, self.exact)
