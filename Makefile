@@ -7,11 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Without torch already there, a range would let pip take a CUDA build of several gigabytes.
 TORCH := torch==2.13.0
+# Installs the other packages: scripts/install.sh.
+UV := uv>=0.9,<1
 # A folder's tests run in one process, which keeps what they share.
 PYTEST := $(BIN)/python -m pytest -n 2 --by folder -q
 # Most modules of the dependencies are never imported, so none is compiled before it is.
-INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --no-compile
-PIP := $(BIN)/python $(INSTALL)
+INSTALL := scripts/install.sh
 
 # What is imported is compiled then, and kept: without that each of the many processes compiles torch.
 unexport PYTHONDONTWRITEBYTECODE
@@ -23,15 +24,15 @@ unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/torch: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The extras need Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=/path/to/python ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)"
+	$(INSTALL) --pip $(BIN)/python "$(TORCH)" "$(UV)"
 	touch $@
 
 $(VENV)/installed-all: $(VENV)/torch
-	$(PIP) -e ".[all]"
+	$(INSTALL) $(BIN)/python -e ".[all]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/torch
-	$(PIP) -e ".[all,dev]"
+	$(INSTALL) $(BIN)/python -e ".[all,dev]"
 	touch $(VENV)/installed-all $@
 
 .PHONY: help
@@ -75,10 +76,10 @@ test-avx2: $(VENV)/installed-dev ## the second: AVX2, one thread
 OPENVINO := build/openvino
 .PHONY: test-openvino
 test-openvino: $(VENV)/installed-dev ## install OpenVINO and run its tests, SmolLM2 in OpenVINO GenAI too
-	test -x $(OPENVINO)/bin/python || $(PYTHON) -m venv $(OPENVINO)
+	test -x $(OPENVINO)/bin/python || $(PYTHON) -m venv --without-pip $(OPENVINO)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 		> $$(echo $(OPENVINO)/lib/python3*/site-packages)/development.pth
-	$(OPENVINO)/bin/python $(INSTALL) \
+	$(INSTALL) $(OPENVINO)/bin/python \
 		"openvino>=2026.1,<2027" "openvino-tokenizers>=2026.1,<2027" "openvino-genai>=2026.1,<2027"
 	OMP_NUM_THREADS=1 $(OPENVINO)/bin/python -m pytest -q -n 2 tests/exporters/openvino \
 		tests/verify/runners/test_openvino_session.py tests/testing/test_target_contract.py \
@@ -88,10 +89,10 @@ test-openvino: $(VENV)/installed-dev ## install OpenVINO and run its tests, Smol
 COREML := build/coreml
 .PHONY: test-coreml
 test-coreml: $(VENV)/installed-dev ## install coremltools and run the tests of target coreml, no Apple device needed
-	test -x $(COREML)/bin/python || $(PYTHON) -m venv $(COREML)
+	test -x $(COREML)/bin/python || $(PYTHON) -m venv --without-pip $(COREML)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 		> $$(echo $(COREML)/lib/python3*/site-packages)/development.pth
-	$(COREML)/bin/python $(INSTALL) "coremltools>=9.0,<10"
+	$(INSTALL) $(COREML)/bin/python "coremltools>=9.0,<10"
 	OMP_NUM_THREADS=1 $(COREML)/bin/python -m pytest -q -n 2 tests/exporters/coreml \
 		tests/testing/test_target_contract.py tests/cli/test_coreml.py $(ARGS)
 
@@ -100,10 +101,10 @@ test-coreml: $(VENV)/installed-dev ## install coremltools and run the tests of t
 SERVE := build/serve
 .PHONY: test-serve
 test-serve: $(VENV)/installed-dev ## install lm-evaluation-harness and run the tests of chat, serve and eval
-	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
+	test -x $(SERVE)/bin/python || $(PYTHON) -m venv --without-pip $(SERVE)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 		> $$(echo $(SERVE)/lib/python3*/site-packages)/development.pth
-	$(SERVE)/bin/python $(INSTALL) "lm-eval>=0.4.10,<0.5" \
+	$(INSTALL) --pip $(SERVE)/bin/python "lm-eval>=0.4.10,<0.5" \
 		"fastapi>=0.115,<1" "uvicorn>=0.34,<1" "httpx>=0.27,<1" "openai>=1.60,<4"
 	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest -q -n 2 --by folder tests/serving \
 		tests/cli/test_chat.py tests/cli/test_eval.py tests/cli/test_serve.py $(ARGS)
@@ -111,9 +112,10 @@ test-serve: $(VENV)/installed-dev ## install lm-evaluation-harness and run the t
 # Other programs that open an edge folder: transformers.js (where Node.js is) in examples/web, and
 # optimum-onnx, sentence-transformers and playwright in an environment of their own.
 .PHONY: clients
-clients: ## install the clients that edge folders are tested with
-	test -x build/clients/bin/python || $(PYTHON) -m venv build/clients
-	build/clients/bin/python $(INSTALL) "torch==2.13.0" "optimum-onnx>=0.1,<0.2" \
+clients: $(VENV)/installed-dev ## install the clients that edge folders are tested with
+	test -x build/clients/bin/python || $(PYTHON) -m venv --without-pip build/clients
+	$(INSTALL) --pip build/clients/bin/python "$(TORCH)"
+	$(INSTALL) build/clients/bin/python "optimum-onnx>=0.1,<0.2" \
 		"sentence-transformers>=5.7,<6" "onnxruntime>=1.23,<2" "playwright>=1.50,<2"
 	command -v npm >/dev/null || { echo 'clients: no npm here, so no transformers.js'; exit 0; } && \
 		npm --prefix examples/web install --ignore-scripts --no-audit --no-fund --no-package-lock
@@ -138,8 +140,7 @@ test-runtimes: $(VENV)/installed-dev ## run what --for writes in the releases of
 		test -e $(RUNTIMES)/$$version/installed && continue; \
 		$(PYTHON) -m venv --without-pip $(RUNTIMES)/$$version; \
 		case $$version in 1.18.*) numpy='numpy>=1.26,<2';; *) numpy='numpy>=2,<3';; esac; \
-		$(BIN)/python -m pip --python $(RUNTIMES)/$$version/bin/python install --quiet --no-input \
-			--disable-pip-version-check --no-deps onnxruntime==$$version "$$numpy" || exit 1; \
+		$(INSTALL) $(RUNTIMES)/$$version/bin/python --no-deps onnxruntime==$$version "$$numpy" || exit 1; \
 		touch $(RUNTIMES)/$$version/installed; \
 	done
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m scripts.test_runtimes $(RUNTIMES) $(ARGS)
@@ -148,10 +149,10 @@ test-runtimes: $(VENV)/installed-dev ## run what --for writes in the releases of
 # it whenever a page changes; `docs-check` fails at a broken link, a missing page, a wrong name.
 DOCS := build/docs
 $(DOCS)/installed: $(VENV)/installed-dev
-	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv --without-pip $(DOCS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 		> $$(echo $(DOCS)/lib/python3*/site-packages)/development.pth
-	$(DOCS)/bin/python $(INSTALL) \
+	$(INSTALL) $(DOCS)/bin/python \
 		"mkdocs>=1.6,<2" "mkdocs-material>=9.7,<10" "mkdocstrings[python]>=1,<2" \
 		"ipykernel>=7,<8" "nbclient>=0.10,<1" "nbformat>=5.10,<6"
 	touch $@
@@ -211,7 +212,7 @@ wheel-check: $(VENV)/installed-dev ## build the wheel and import all of it witho
 
 .PHONY: readme-check
 readme-check: $(VENV)/installed-dev ## run the commands of the README and the examples
-	$(BIN)/python scripts/check_readme.py
+	$(BIN)/python -m scripts.check_readme
 
 .PHONY: transcript
 transcript: $(VENV)/installed-all ## replay docs/start/first_ten_minutes.md at 80 columns (ARGS=--write writes it)

@@ -6,7 +6,8 @@
 #
 # Emulated are every seventh case of each level, and 20,000 fuzz cases. --quick takes every seventh
 # case with -O3, every 29th under sanitizers and emulated, and 40,000 fuzz cases under sanitizers: still
-# each width with each group, and with each combination of types, at each level.
+# each width with each group, and with each combination of types, at each level; levels whose
+# instructions are emulated under sanitizers only.
 #
 # Tools that are missing are installed with apt-get where that is possible. Where it is not, the
 # script fails, or with QALORA_ALLOW_SKIP=1 says so and ends well.
@@ -31,12 +32,12 @@ need() { # COMMAND PACKAGE ...
     exit 2
 }
 
-build() { # FOLDER OPTION ...
-    local folder=$1
-    shift
+build() { # FOLDER TARGET[,TARGET] OPTION ...
+    local folder=$1 targets=${2/,/ }
+    shift 2
     cmake -S "$native" -B "$builds/$folder" -DQALORA_TESTS=ON "$@" >"$builds/$folder.log" ||
         { cat "$builds/$folder.log"; return 1; }
-    cmake --build "$builds/$folder" --parallel 2 >>"$builds/$folder.log" ||
+    cmake --build "$builds/$folder" --parallel 2 --target $targets >>"$builds/$folder.log" ||
         { cat "$builds/$folder.log"; return 1; }
 }
 
@@ -51,13 +52,14 @@ at_once() { # COMMAND ...: each one string; all end before the first failure is 
 }
 
 mode=${1:-}
-plain=1 sanitized=1 emulated=7 cases=500000
-[[ ${2:-} == --quick ]] && plain=7 sanitized=29 emulated=29 cases=20000
+plain=1 sanitized=1 emulated=7 cases=500000 levels=ON
+[[ ${2:-} == --quick ]] && plain=7 sanitized=29 emulated=29 cases=20000 levels=OFF
 mkdir -p "$builds"
 case $mode in
 host)
     need cmake cmake make make g++ g++
-    at_once "build native-sanitize -DQALORA_SANITIZE=ON" "build native-plain"
+    at_once "build native-sanitize kernel_test,fuzz -DQALORA_SANITIZE=ON" \
+        "build native-plain kernel_test -DQALORA_EMULATED=$levels"
     at_once "$builds/native-sanitize/kernel_test --part $sanitized" \
         "$builds/native-plain/kernel_test --part $plain" \
         "$builds/native-sanitize/fuzz 1 $cases" "$builds/native-sanitize/fuzz 2 $cases"
@@ -65,7 +67,7 @@ host)
 aarch64)
     need cmake cmake make make aarch64-linux-gnu-g++ g++-aarch64-linux-gnu qemu-aarch64-static \
         qemu-user-static
-    build native-aarch64 -DCMAKE_TOOLCHAIN_FILE="$PWD/$native/toolchains/aarch64-linux-gnu.cmake"
+    build native-aarch64 kernel_test,fuzz -DCMAKE_TOOLCHAIN_FILE="$PWD/$native/toolchains/aarch64-linux-gnu.cmake"
     # CPUs with matrix products, with dot products alone, and with neither, which must not take the NEON
     # kernels.
     at_once "qemu-aarch64-static -cpu max $builds/native-aarch64/kernel_test --part $emulated scalar neon i8mm" \

@@ -8,18 +8,18 @@ from this one, which has imported the libraries, but nothing of the package.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import runpy
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+
+from scripts.forks import fork, import_libraries
 
 ROOT = Path(__file__).parent.parent
 MARK = "<!-- ci: run -->"
@@ -37,14 +37,6 @@ PAGES = (
 )
 NOT_HERE = {"demo.py", "assets.py"}
 """Examples that CI runs in a separate step, or that are not programs."""
-LIBRARIES = (
-    "torch.onnx",
-    "onnxruntime",
-    "onnxscript",
-    "transformers",
-    "transformers.modeling_utils",
-)
-"""Their import takes longer than most blocks."""
 Run = Callable[[dict[str, str], str], int]
 """A run in an environment and a folder; gives the exit status."""
 
@@ -96,32 +88,9 @@ def run_example(path: Path) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
-def fork(work: Callable[[], None], environment: dict[str, str], folder: str) -> int:
-    """Do some work in a child."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.chdir(folder)
-            os.environ.update(environment)
-            work()
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else bool(end.code)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def main() -> None:
     """Run the blocks, then the examples."""
-    for library in LIBRARIES:
-        importlib.import_module(library)
+    import_libraries()
     runs = [run for page in PAGES for run in page_runs(page)]
     runs += [
         (f"examples/{example.name}", partial(fork, partial(run_example, example)))

@@ -20,16 +20,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "qalora_compile"
 TORCH = "torch==2.13.0"
 LIBRARY = "libqalora_ort.dylib" if sys.platform == "darwin" else "libqalora_ort.so"
-# Most modules of the dependencies are never imported, so they need not be compiled.
-INSTALL = (
-    "-m",
-    "pip",
-    "install",
-    "--quiet",
-    "--no-input",
-    "--disable-pip-version-check",
-    "--no-compile",
-)
+INSTALL = str(ROOT / "scripts" / "install.sh")
 LOAD_LIBRARY = """
 from qalora_compile.runtime import kernel_level
 print("the operator library loads; kernels:", kernel_level())
@@ -126,12 +117,12 @@ def main() -> None:
         if shutil.which("c++") and not library:
             raise SystemExit(f"{log}\nthere is a C++ compiler, and no library in the wheel")
         print(f"{wheel.name}: {len(names)} files, top-level name {PACKAGE}", flush=True)
-        venv.create(folder / "venv", with_pip=True)
+        venv.create(folder / "venv")
         binaries = folder / "venv" / "bin"
         python = str(binaries / "python")
-        run(python, *INSTALL, TORCH)
-        run(python, *INSTALL, str(wheel))
-        run(python, "-m", "pip", "check")
+        run(INSTALL, "--pip", python, TORCH)
+        run(INSTALL, python, str(wheel))
+        run(sys.executable, "-m", "pip", "--python", python, "check")
         modules = sum(name.endswith(".py") for name in names)
         run(python, "-I", "-c", IMPORT_ALL, str(modules), cwd=folder)
         run(str(binaries / "qalora-compile"), "--version", cwd=folder)

@@ -14,11 +14,14 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from scripts.forks import fork, import_libraries
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "start" / "first_ten_minutes.md"
@@ -44,25 +47,28 @@ def words(text: str) -> list[str]:
 
 
 def replay(command: str, folder: Path) -> str:
-    """Standard output of a command.
+    """Standard output of a command of the package, which is run in a child.
 
     Raises:
         SystemExit: it fails, or prints a line that is too long.
     """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "COLUMNS": str(COLUMNS), "PYTHONPATH": str(ROOT)}
+    program, *arguments = shlex.split(command.replace("\\\n", " "))
+    if program != "qalora-compile":
+        raise SystemExit(f"{command}: only commands of qalora-compile are replayed")
+    printed = folder / "printed"
+
+    def work() -> None:
+        with printed.open("wb") as file:
+            os.dup2(file.fileno(), 1)
+        from qalora_compile.cli.main import main
+
+        raise SystemExit(main(arguments))
+
     print(f"--- {command}", flush=True)
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{command}: failed with {done.returncode}")
-    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    status = fork(work, {"COLUMNS": str(COLUMNS)}, str(folder))
+    if status:
+        raise SystemExit(f"{command}: failed with {status}")
+    lines = [line.rstrip() for line in printed.read_text("utf-8").splitlines()]
     long = [line for line in lines if len(line) > COLUMNS]
     if long:
         raise SystemExit(f"{command}: longer than {COLUMNS} columns:\n{long[0]}")
@@ -79,6 +85,7 @@ def main() -> None:
         folder = Path(scratch)
         fetch: list[str | Path] = [sys.executable, ROOT / "examples" / "fetch.py"]
         subprocess.run(fetch, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        import_libraries()
         for block in BLOCK.findall(page):
             new = ""
             for command, before in commands(block):

@@ -77,12 +77,55 @@ class WritesInPlace(nn.Module):
         return y
 
 
-def test_operators_that_write_are_traced_again(tmp_path: Path, retraced: list[qc.Program]) -> None:
+class WritesIntoAView(nn.Module):
+    """Adds to a row of its own intermediate value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x + 1, and the first row once more."""
+        y = x + 1
+        y[0].add_(1)
+        return y
+
+
+class WritesOfAnotherType(nn.Module):
+    """Adds numbers of a wider type, which the written tensor has no room for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Twice the integer part of x, in 32 bits."""
+        y = x.to(torch.int32) * 1
+        y.add_(x.to(torch.int64))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("build", "lifted"),
+    [(WritesInPlace, True), (WritesIntoAView, False), (WritesOfAnotherType, False)],
+)
+def test_operators_that_write_where_it_shows_are_traced_again(
+    build: type[nn.Module], lifted: bool, tmp_path: Path, retraced: list[qc.Program]
+) -> None:
     x = torch.randn(3, 4)
-    program, y = export(WritesInPlace(), x, tmp_path / "model.onnx")
-    assert lift(program) is None
-    assert len(retraced) == 1
-    np.testing.assert_allclose(y, (x + 1) * 2, rtol=1e-6)
+    program, y = export(build(), x, tmp_path / "model.onnx")
+    assert isinstance(lift(program), TranslatableProgram) == lifted
+    assert len(retraced) == (not lifted)
+    expected = build()(x)
+    assert y.dtype == expected.numpy().dtype
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+class TwoNames(nn.Module):
+    """The smaller and the larger of two tensors, by torch's second names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """min(x, x²) + max(x, 1)."""
+        return torch.min(x, x * x) + torch.max(x, torch.ones_like(x))
+
+
+def test_second_names_are_translated(tmp_path: Path, retraced: list[qc.Program]) -> None:
+    x = torch.randn(3, 4)
+    _, y = export(TwoNames(), x, tmp_path / "model.onnx")
+    assert not retraced
+    np.testing.assert_array_equal(y, TwoNames()(x))
 
 
 class Reversed(nn.Module):

@@ -4,13 +4,13 @@
 
 #include "dispatch.h"
 
-#if defined(QALORA_X86)
+#if defined(QALORA_X86) && defined(QALORA_EMULATED)
 #include "emulated_tiles.h"
 #endif
 
 namespace qalora_test {
 
-#if defined(QALORA_X86)
+#if defined(QALORA_X86) && defined(QALORA_EMULATED)
 namespace {
 
 struct Emulated {

@@ -25,6 +25,7 @@ from torch.export.graph_signature import (
 )
 
 from qalora_compile.ir.ops.views import output_value
+from qalora_compile.ir.out_of_place import write_out_of_place
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.shape_propagation import propagate, without_assertions
 from qalora_compile.ir.signature import argument_names, input_spec
@@ -51,6 +52,12 @@ _COMPOSED = frozenset(
 """Composite operators whose direct translations are tested. torch.onnx also has wrong ones (of GRU,
 for example), which it never uses."""
 
+_OTHER_NAMES: dict[object, Any] = {
+    _ATEN.min.other: _ATEN.minimum.default,
+    _ATEN.max.other: _ATEN.maximum.default,
+}
+"""Composite operators that are another one by a second name."""
+
 
 class TranslatableProgram(ExportedProgram):
     """An exported program whose operators are all translated without decomposition."""
@@ -64,10 +71,13 @@ def lift(program: Program) -> ExportedProgram | None:
     """The program's own graph with its tensors lifted to inputs; None if it must be traced again.
 
     Shapes are propagated through the entire graph, with one symbol per axis name; the shapes that
-    capture and passes recorded are not used. Graphs with subgraphs, with operators that write to
-    their inputs, or with composite operators other than `_COMPOSED` must be traced again.
+    capture and passes recorded are not used. Graphs with subgraphs, with operators that write where
+    others can see it, or with composite operators other than `_COMPOSED` must be traced again.
     """
     graph, tensors = without_assertions(program), program.tensors()
+    written = write_out_of_place(graph)
+    for node in graph.nodes:
+        node.target = _OTHER_NAMES.get(node.target, node.target)
     translatable = all(
         node.op in ("placeholder", "output")
         or (node.op == "get_attr" and str(node.target) in tensors)
@@ -79,6 +89,8 @@ def lift(program: Program) -> ExportedProgram | None:
     constants = _constants(program, graph)
     lifted = _lift_tensors(graph)
     propagate(graph, program, {node: tensors[name] for node, name in lifted.items()})
+    if any(node.meta["val"].dtype != operand.meta["val"].dtype for node, operand in written):
+        return None
     inputs = [_input(node, lifted, constants) for node in graph.nodes if node.op == "placeholder"]
     leaves = pytree.tree_leaves(output_value(graph), is_leaf=lambda leaf: leaf is None)
     graph.output_node().args = (tuple(leaves),)
