@@ -71,9 +71,10 @@ def _write_adapter(root: Path) -> None:
 
 def _small(words: list[str]) -> list[str]:
     """The words of a command, with what is here in the place of what they name."""
+    learned = ("--learn-steps", "4") if "learned" in words else ()
     return [
         SHORTER.get(before, STANDS_FOR.get(word, word))
-        for before, word in zip(["", *words], words, strict=False)
+        for before, word in zip(["", *words, *learned], [*words, *learned], strict=False)
     ]
 
 
