@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
@@ -60,6 +62,10 @@ def _counterpart(node: fx.Node) -> OpOverload | None:
 
 def _is_fresh(node: fx.Node) -> bool:
     """Whether a node computes tensors of their own: no operand, and no view of one."""
+    if node.target is operator.getitem:
+        owner = node.args[0]
+        taken = [user.args[1] for user in owner.users if user.target is operator.getitem]
+        return taken.count(node.args[1]) == 1 and _is_fresh(owner)
     if not isinstance(node.target, OpOverload):
         return False
     if is_composed(node.target) and node.target not in _FRESH:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -56,6 +58,25 @@ def test_inputs_and_what_a_view_shares_are_left() -> None:
         graph = graph_of(*calls)
         before = targets(graph)
         assert write_out_of_place(graph) == [] and targets(graph) == before
+
+
+def test_a_result_of_several_is_a_value_of_its_own() -> None:
+    calls: list[tuple[object, ...]] = [
+        (ATEN.topk.default, 0, "k"),
+        (operator.getitem, 1, "first"),
+        (ATEN.exp_.default, 2),
+    ]
+    graph = graph_of(*calls)
+    for node in graph.nodes:  # numbers, which stand for results in `graph_of`
+        node.args = tuple({"k": 2, "first": 0}.get(a, a) for a in node.args)
+    x = torch.randn(3)
+    before = run(graph, x)
+    assert len(write_out_of_place(graph)) == 1
+    torch.testing.assert_close(run(graph, x), before, rtol=0, atol=0)
+    twice = graph_of(
+        *calls[:2], (operator.getitem, 1, "first"), *calls[2:], (ATEN.add.Tensor, 3, 4)
+    )
+    assert write_out_of_place(twice) == []
 
 
 def test_an_operator_without_a_counterpart_is_left() -> None:
