@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+from typing import cast
 
 import torch
 from torch import fx
 
+from qalora_compile.ir.ops.views import argument
 from qalora_compile.ir.torch_internals import OpOverload, is_composed, schema_of
 
 _ATEN = torch.ops.aten
@@ -33,8 +35,8 @@ def write_out_of_place(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
     replaced = []
     for node in list(graph.nodes):
         target = _counterpart(node)
-        operand = node.args[0] if node.args else None
-        if target is None or not isinstance(operand, fx.Node) or not _is_fresh(operand):
+        operand = None if target is None else _written(node)
+        if target is None or operand is None or not _is_fresh(operand):
             continue
         order = {each: number for number, each in enumerate(graph.nodes)}
         before = [user for user in operand.users if order[user] < order[node]]
@@ -60,12 +62,23 @@ def _counterpart(node: fx.Node) -> OpOverload | None:
     return found if arguments[0] == arguments[1] and not schema_of(found).is_mutable else None
 
 
+def _written(node: fx.Node) -> fx.Node | None:
+    """The only operand that a call writes into."""
+    names = [
+        a.name
+        for a in schema_of(cast(OpOverload, node.target)).arguments
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    found = argument(node, names[0]) if len(names) == 1 else None
+    return found if isinstance(found, fx.Node) else None
+
+
 def _is_fresh(node: fx.Node) -> bool:
     """Whether a node computes tensors of their own: no operand, and no view of one."""
     if node.target is operator.getitem:
-        owner = node.args[0]
-        taken = [user.args[1] for user in owner.users if user.target is operator.getitem]
-        return taken.count(node.args[1]) == 1 and _is_fresh(owner)
+        owner, place = argument(node, "a"), argument(node, "b")
+        parts = [user for user in owner.users if user.target is operator.getitem]
+        return [argument(part, "b") for part in parts].count(place) == 1 and _is_fresh(owner)
     if not isinstance(node.target, OpOverload):
         return False
     if is_composed(node.target) and node.target not in _FRESH:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,10 +13,10 @@ from qalora_compile.ir.out_of_place import write_out_of_place
 ATEN = torch.ops.aten
 
 
-def graph_of(*calls: tuple[object, ...]) -> fx.Graph:
+def graph_of(*calls: tuple[Any, ...]) -> fx.Graph:
     """A graph of calls on x; a number stands for the result of an earlier one, 0 for x."""
     graph = fx.Graph()
-    values = [graph.placeholder("x")]
+    values: list[Any] = [graph.placeholder("x")]
     for target, *args in calls:
         found = [values[a] if isinstance(a, int) else a for a in args]
         values.append(graph.call_function(target, tuple(found)))
@@ -61,7 +62,7 @@ def test_inputs_and_what_a_view_shares_are_left() -> None:
 
 
 def test_a_result_of_several_is_a_value_of_its_own() -> None:
-    calls: list[tuple[object, ...]] = [
+    calls: list[tuple[Any, ...]] = [
         (ATEN.topk.default, 0, "k"),
         (operator.getitem, 1, "first"),
         (ATEN.exp_.default, 2),
