@@ -10,6 +10,7 @@ from qalora_compile.api.card_text import code
 from qalora_compile.untrusted.artifacts import (
     CONFIG_FILE,
     COREML_FILE,
+    MERGED_FILE,
     MODEL_FILE,
     OPENVINO_ENCODER_FILE,
     OPENVINO_FILE,
@@ -54,6 +55,37 @@ for _ in range(16):
     feeds = {"input_ids": ids, "attention_mask": np.ones([1, length], np.int64)}
     feeds |= {"position_ids": positions} if "position_ids" in [i.name for i in inputs] else {}
     found = dict(zip(outputs, session.run(None, feeds | cache)))
+    cache = {name: found[name.replace("past_key_values", "present")] for name in cache}
+    ids = found["logits"][:, -1:].argmax(-1)
+    text = np.concatenate([text, ids], axis=1)
+print(tokenizer.decode(text[0]))
+"""
+_ORT_PAIR = """
+# pip install onnxruntime transformers
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+files = ("onnx/encoder_model_q4.onnx", "onnx/decoder_model_merged_q4.onnx")
+encoder, decoder = map(onnxruntime.InferenceSession, files)
+encoded = tokenizer("A sentence to read.", return_tensors="np")
+read = {name: encoded[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+(states,) = encoder.run(None, read)
+constant = {"encoder_hidden_states": states, "encoder_attention_mask": read["attention_mask"]}
+outputs = [one.name for one in decoder.get_outputs()]
+cache = {
+    one.name: np.zeros([1, one.shape[1], 0, one.shape[3]], np.float32)
+    for one in decoder.get_inputs()
+    if one.name.startswith("past_key_values.")
+}
+ids = np.array([[json.loads(Path("config.json").read_text())["decoder_start_token_id"]]])
+text = ids
+for _ in range(16):
+    found = dict(zip(outputs, decoder.run(None, {"input_ids": ids} | constant | cache)))
     cache = {name: found[name.replace("past_key_values", "present")] for name in cache}
     ids = found["logits"][:, -1:].argmax(-1)
     text = np.concatenate([text, ids], axis=1)
@@ -144,6 +176,9 @@ model = {kind}.from_pretrained(".")
 _OPTIMUM_GENERATE = """\
 inputs = tokenizer("The capital of France is", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"""
+_OPTIMUM_SEQUENCE = """\
+inputs = tokenizer("A sentence to read.", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"""
 _OPTIMUM_CLASSIFY = """\
 inputs = tokenizer("A sentence to read.", return_tensors="pt")
 print(model.config.id2label[int(model(**inputs).logits.argmax(-1))])"""
@@ -209,6 +244,8 @@ class Traits:
         cache: Whether it is a language model with a key-value cache in one graph.
         form: `"onnx"`, or the target: `"openvino"`, `"torch"` or `"coreml"`.
         single: Whether it is one graph, at the place that clients look at.
+        pair: Whether it is an encoder and a decoder that read and write texts.
+        merged: Whether they are in the form of transformers.js and optimum.
         described: Whether the model is of transformers, so that there is a `config.json`.
         genai: Whether ONNX Runtime GenAI runs it.
         tokens: Whether the folder has a tokenizer.
@@ -220,6 +257,8 @@ class Traits:
     cache: bool
     form: str
     single: bool
+    pair: bool
+    merged: bool
     described: bool
     genai: bool
     tokens: bool
@@ -245,9 +284,11 @@ def traits_of(record: Mapping[str, Any], files: Mapping[str, int]) -> Traits:
     reads_files = PREPROCESSOR_FILE in files
     task = _task(str(record.get("architecture")), record, cache=cache, reads_files=reads_files)
     single = (form != "onnx" or MODEL_FILE in files) and OPENVINO_ENCODER_FILE not in files
+    pair = task == _SEQUENCES and form == "onnx" and not single
     described = CONFIG_FILE in files
     library = "sentence-transformers" if sentences and form == "onnx" else form
-    if library == "onnx" and described and single and task and (cache or task != _GENERATION):
+    opens = MERGED_FILE in files or (single and task and (cache or task != _GENERATION))
+    if library == "onnx" and described and opens:
         library = "transformers.js"
     return Traits(
         task=task,
@@ -255,6 +296,8 @@ def traits_of(record: Mapping[str, Any], files: Mapping[str, int]) -> Traits:
         cache=cache and single,
         form=form,
         single=single,
+        pair=pair,
+        merged=pair and MERGED_FILE in files,
         described=described,
         genai=record.get("genai") == "yes",
         tokens="tokenizer.json" in files,
@@ -264,6 +307,7 @@ def traits_of(record: Mapping[str, Any], files: Mapping[str, int]) -> Traits:
 
 _GENERATION, _CLASSIFICATION = "text-generation", "text-classification"
 _IMAGES, _AUDIO = "image-classification", "audio-classification"
+_SEQUENCES = "text2text-generation"
 _FEATURES, _SENTENCES_TASK = "feature-extraction", "sentence-similarity"
 _TASKS = {
     "ForCausalLM": _GENERATION,
@@ -273,7 +317,8 @@ _TASKS = {
     "ForImageClassification": _IMAGES,
     "ForAudioClassification": _AUDIO,
     "WhisperForConditionalGeneration": "automatic-speech-recognition",
-    "T5ForConditionalGeneration": "text2text-generation",
+    "T5ForConditionalGeneration": _SEQUENCES,
+    "BartForConditionalGeneration": _SEQUENCES,
     "ForMaskedLM": "fill-mask",
 }
 
@@ -311,11 +356,13 @@ def client_sections(traits: Traits) -> Iterator[tuple[str, str]]:
         return
     if traits.single:
         yield "ONNX Runtime", code("python", _onnx_runtime(traits))
-    if traits.cache and traits.tokens:
+    if traits.merged and traits.tokens:
+        yield "ONNX Runtime", code("python", _ORT_PAIR)
+    if (traits.cache or traits.pair) and traits.tokens:
         yield "qalora-compile", code("bash", _OWN)
     if traits.genai and traits.single:
         yield "ONNX Runtime GenAI", code("python", _GENAI)
-    if traits.described and traits.single and traits.tokens:
+    if traits.described and traits.tokens and (traits.single or traits.merged):
         yield from _of_transformers(traits)
 
 
@@ -335,6 +382,11 @@ def _of_transformers(traits: Traits) -> Iterator[tuple[str, str]]:
         yield "transformers.js", code("js", _JS.format(task=_GENERATION, text=text, more=more))
         use = _OPTIMUM_GENERATE
         yield "optimum", code("python", _OPTIMUM.format(kind="ORTModelForCausalLM", use=use))
+    elif traits.merged:
+        text, more = "A sentence to read.", ", { max_new_tokens: 32 }"
+        yield "transformers.js", code("js", _JS.format(task=_SEQUENCES, text=text, more=more))
+        use = _OPTIMUM_SEQUENCE
+        yield "optimum", code("python", _OPTIMUM.format(kind="ORTModelForSeq2SeqLM", use=use))
     elif traits.task == _CLASSIFICATION:
         text = "A sentence to read."
         yield "transformers.js", code("js", _JS.format(task=_CLASSIFICATION, text=text, more=""))

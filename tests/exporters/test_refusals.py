@@ -132,7 +132,7 @@ ORDER = "quantized in activation order"
 CASES = (
     *(
         Case(make=experts, target=target, reason=f"{EXPERTS_HERE} {target}", instead="ort")
-        for target in ("torch", "coreml", "openvino")
+        for target in ("torch", "coreml")
     ),
     *(
         Case(make=experts, target=target, reason="cannot be stored in a checkpoint", instead="ort")
