@@ -116,9 +116,7 @@ def edge_graphs(
     if file == OPENVINO_FILE:
         names = OPENVINO_ENCODER_FILE, OPENVINO_DECODER_FILE
     state = file == OPENVINO_FILE and stateful
-    pair = split_encoder_decoder(
-        program, description, merged=names[1] == MERGED_FILE, state=state
-    )
+    pair = split_encoder_decoder(program, description, merged=names[1] == MERGED_FILE, state=state)
     return dict(zip(names, pair, strict=True))
 
 
