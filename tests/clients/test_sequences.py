@@ -19,7 +19,7 @@ from qalora_compile.cli.main import main
 from qalora_compile.untrusted.artifacts import ENCODER_FILE, MERGED_FILE
 from tests.capture.test_merged_decoder import NEW_TOKENS, tokens_of_torch
 from tests.clients.conftest import WEB, run, script
-from tests.clients.record import record_client
+from tests.clients.record import TOY, record_client
 from tests.clients.test_clients import card_says, js_version, version_in
 from tests.exporters.test_encoder_decoder import START, build
 from tests.models import VOCABULARY, randomize_adapters
@@ -81,6 +81,7 @@ def test_transformers_js_in_node_generates_torch_s_tokens(
         "ort",
         f"{SHOWN[name]}, random weights",
         f"torch's {NEW_TOKENS} tokens",
+        speed=TOY,
     )
 
 
@@ -95,6 +96,7 @@ def test_optimum_generates_torch_s_tokens(name: str, python: Path, tmp_path: Pat
         "ort",
         f"{SHOWN[name]}, random weights",
         f"torch's {NEW_TOKENS} tokens",
+        speed=TOY,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import qalora_compile as qc
 from qalora_compile.api.run_folder import save_description, write_run_file
 from qalora_compile.cli.main import main
 from qalora_compile.untrusted.artifacts import OPENVINO_FILE
+from tests.clients.record import TOY, record_client
 from tests.exporters.openvino.running import compiled, constants, read, run
 from tests.exporters.test_experts import Grouped
 from tests.models import adapted, assert_close, outputs, randomize_adapters
@@ -133,6 +135,14 @@ def test_the_tokens_of_a_model_with_a_cache_are_torch_s(edge: Any) -> None:
             expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
     assert tokens == expected
     assert len(set(tokens[5:])) > 1, "a degenerate continuation would show nothing"
+    record_client(
+        "OpenVINO",
+        metadata.version("openvino"),
+        "openvino",
+        f"{type(model).__name__}, random weights",
+        "torch's 8 tokens",
+        speed=TOY,
+    )
 
 
 def test_verify_and_inspect_read_it(edge: Any, capsys: pytest.CaptureFixture[str]) -> None:

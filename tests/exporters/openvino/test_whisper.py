@@ -22,7 +22,7 @@ from transformers import (
 import qalora_compile as qc
 from qalora_compile.api.run_folder import TOKENIZER, save_description, write_run_file
 from qalora_compile.cli.main import main
-from tests.clients.record import record_client
+from tests.clients.record import TOY, record_client
 from tests.exporters.test_encoder_decoder import lively
 from tests.models import randomize_adapters
 
@@ -105,6 +105,7 @@ def test_the_pipeline_writes_the_tokens_of_torch(tmp_path: Path) -> None:
         "openvino",
         "Whisper, random weights",
         f"torch's {NEW_TOKENS} tokens",
+        speed=TOY,
     )
 
 
