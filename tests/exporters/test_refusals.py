@@ -122,6 +122,11 @@ def eight_bit_experts() -> Made:
     return experts(8)
 
 
+def four_bits() -> Made:
+    """Layers of 4 bits with real zero-points."""
+    return group_of(32)
+
+
 def two_bits() -> Made:
     """Layers of 2 bits."""
     return group_of(32, bits=2)
@@ -159,7 +164,7 @@ CASES = (
         for target in GRAPH_TARGETS
     ),
     Case(
-        make=real_zero_points,
+        make=four_bits,
         target="ort-stock",
         options={"accuracy_level": 2},
         reason="accuracy_level is 2 for target ort-stock",
@@ -167,7 +172,7 @@ CASES = (
         hint="target ort has level 2",
     ),
     Case(
-        make=real_zero_points,
+        make=four_bits,
         target="onnx",
         options={"runtime": "onnxruntime==1.18"},
         reason="whose DequantizeLinear has no blocks",
