@@ -72,7 +72,8 @@ def by_expert(
 
 def _is_none(output: Any) -> bool:
     """Whether an operand is None, which the frontend passes on as a node of its own."""
-    return output.get_node().get_input_size() == 0 and output.get_partial_shape().rank.is_dynamic
+    unknown: bool = output.get_partial_shape().rank.is_dynamic
+    return unknown and output.get_node().get_input_size() == 0
 
 
 def _take(x: Any, expert: int) -> Any:

@@ -85,8 +85,8 @@ class Weights:
     def _weight(self, context: Any) -> tuple[str, Any]:
         """Path and dequantized weight of a layer, whose inputs 1 to 5 hold it."""
         stored = (context.get_input(i).get_node() for i in (1, 2, 3))
-        options = (int(context.get_values_from_const_input(i)) for i in (4, 5))
-        return self._built_weight(*stored, *options)
+        bits, group = (int(context.get_values_from_const_input(i)) for i in (4, 5))
+        return self._built_weight(*stored, bits, group)
 
     def _built_weight(
         self, codes: Any, scale: Any, zero_point: Any, bits: int, group: int

@@ -85,7 +85,7 @@ def _states(model: Any) -> dict[str, Any]:
     """Name of a past → the output that holds it: the rows of a state that `beam_idx` names."""
     found = {}
     for node in model.get_ops():
-        if node.get_type_name() == "ReadValue":
+        if node.get_type_name() == "ReadValue" and CROSS not in node.get_variable_id():
             (reader,) = node.output(0).get_target_inputs()
             past = node.get_variable_id().partition(_PRESENT)[0]
             found[past] = reader.get_node().output(0)
