@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class Weights:
         """The outputs of `qalora.expert_group_quant_linear`."""
         stacks = zip(*(members(context.get_input(i)) for i in (1, 2, 3)), strict=True)
         bits, group = (int(context.get_values_from_const_input(i)) for i in (5, 6))
-        each = [self._built_weight(*parts, bits, group) for parts in stacks]
+        each = [self._built_weight(parts, bits, group) for parts in stacks]
 
         def compute(expert: int, rows: Any) -> Any:
             product = self._product(each[expert][0], rows, each[expert][1])
@@ -84,19 +84,18 @@ class Weights:
 
     def _weight(self, context: Any) -> tuple[str, Any]:
         """Path and dequantized weight of a layer, whose inputs 1 to 5 hold it."""
-        stored = (context.get_input(i).get_node() for i in (1, 2, 3))
+        stored = [context.get_input(i).get_node() for i in (1, 2, 3)]
         bits, group = (int(context.get_values_from_const_input(i)) for i in (4, 5))
-        return self._built_weight(*stored, bits, group)
+        return self._built_weight(stored, bits, group)
 
-    def _built_weight(
-        self, codes: Any, scale: Any, zero_point: Any, bits: int, group: int
-    ) -> tuple[str, Any]:
-        """Path and dequantized weight `[N, L · g]` of constants.
+    def _built_weight(self, constants: Sequence[Any], bits: int, group: int) -> tuple[str, Any]:
+        """Path and dequantized weight `[N, L · g]` of codes, scale and zero-point.
 
         Codes, scale and zero-point keep their types in the file and are converted to float32
         before any arithmetic, so that nothing is rounded.
         """
         op = operators()
+        codes, scale, zero_point = constants
         name = self._name(codes)
         path = name.removesuffix(_CODES)
         if name not in self._built:
