@@ -187,7 +187,12 @@ def _edge(spec: DeploySpec) -> EdgeResult:
     if not spec.no_kv_cache and (source / MODEL).is_dir():
         say("capture for a device")
         graphs = edge_graphs(
-            program, source / MODEL, last_logits=spec.last_logits, merged=spec.merged, file=file
+            program,
+            source / MODEL,
+            last_logits=spec.last_logits,
+            merged=spec.merged,
+            file=file,
+            stateful=target.stateful,
         )
     graphs, target = lowered(graphs, target)
     say(_TRANSLATE.get(target.target, "translate to ONNX"))

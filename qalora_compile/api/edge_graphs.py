@@ -74,6 +74,7 @@ def edge_graphs(
     last_logits: bool | None = None,
     merged: bool | None = False,
     file: str = MODEL_FILE,
+    stateful: bool = False,
 ) -> dict[str, Program]:
     """File name → graph that a device runs, for a model trained as a single forward pass.
 
@@ -84,6 +85,7 @@ def edge_graphs(
         merged: As for `split_encoder_decoder`; None: for a model with an encoder. It has no effect
             on the files of OpenVINO.
         file: Name of the file of a single graph, see `graph_file`.
+        stateful: The files of OpenVINO hold caches as state.
 
     Raises:
         UnsupportedError: `last_logits` is set for an encoder-decoder model, or its target has no
@@ -113,7 +115,8 @@ def edge_graphs(
     names = ENCODER_FILE, DECODER_FILE if merged is False else MERGED_FILE
     if file == OPENVINO_FILE:
         names = OPENVINO_ENCODER_FILE, OPENVINO_DECODER_FILE
-    pair = split_encoder_decoder(program, description, merged=names[1] == MERGED_FILE)
+    state = file == OPENVINO_FILE and stateful
+    pair = split_encoder_decoder(program, description, merged=names[1] == MERGED_FILE, state=state)
     return dict(zip(names, pair, strict=True))
 
 

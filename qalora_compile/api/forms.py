@@ -71,7 +71,7 @@ def packed_form(program: Program, model: nn.Module | str | Path, *, max_length: 
 
 
 def split_encoder_decoder(
-    program: Program, model: nn.Module | str | Path, *, merged: bool = False
+    program: Program, model: nn.Module | str | Path, *, merged: bool = False, state: bool = False
 ) -> tuple[Program, Program]:
     """The same trained encoder-decoder model as the two graphs that a device runs.
 
@@ -87,6 +87,7 @@ def split_encoder_decoder(
             of transformers that takes tokens (T5, BART) or log-mel features (Whisper).
         model: That model, or a folder with its `config.json`. No weight of it is read.
         merged: Leave the keys and values of cross-attention to the decoder.
+        state: The same, for a runtime that holds them as state: they are no inputs of the decoder.
 
     Returns:
         Encoder and decoder. A weight that both read, such as an embedding, is one tensor object.
@@ -98,13 +99,18 @@ def split_encoder_decoder(
         CaptureError: `torch.export` refused the model.
     """
     from qalora_compile.capture.encoder_decoder import capture_decoder, capture_encoder
-    from qalora_compile.capture.merged_decoder import capture_merged_decoder, capture_plain_encoder
+    from qalora_compile.capture.merged_decoder import (
+        capture_merged_decoder,
+        capture_plain_encoder,
+        capture_states_decoder,
+    )
     from qalora_compile.capture.skeleton import as_skeleton
 
     skeleton = as_skeleton(model)
     halves = (capture_encoder, capture_decoder)
-    if merged:
-        halves = (capture_plain_encoder, capture_merged_decoder)
+    if merged or state:
+        decoder_of = capture_states_decoder if state else capture_merged_decoder
+        halves = (capture_plain_encoder, decoder_of)
     encoder, decoder = (replay_part(program, capture(skeleton)) for capture in halves)
     paths = {row.path for part in (encoder, decoder) for row in part.plan.to_quantize()}
     lost = [row.name for row in program.plan.to_quantize() if row.path not in paths]

@@ -1,5 +1,7 @@
 """`capture_plain_encoder`, `capture_merged_decoder`: the two graphs of optimum's interface.
 
+`capture_states_decoder` is that of its interface for OpenVINO.
+
 transformers.js and optimum run an encoder that gives its states alone, and one decoder for the
 first step and all later ones, which computes the keys and values of cross-attention itself. Files
 of optimum have a branch for each (`use_cache_branch`); neither client asks for it. Here the decoder
@@ -86,6 +88,21 @@ def capture_merged_decoder(model: nn.Module) -> Program:
     return capture_part(model, _forward(model, reads=_MASK in kwargs), kwargs, axes)
 
 
+def capture_states_decoder(model: nn.Module) -> Program:
+    """Capture the merged decoder without `past_key_values.N.encoder.*`.
+
+    Each step computes the keys and values of cross-attention from the encoder's states; a runtime
+    that holds `present.N.encoder.*` as state does so once.
+
+    Args, Raises: see `capture.encoder_decoder.capture_encoder`.
+    """
+    kwargs, axes = _example(model)
+    for layer in kwargs["past_key_values"]:
+        del layer["encoder"]
+    axes = {name: of for name, of in axes.items() if ".encoder." not in name}
+    return capture_part(model, _forward(model, reads=_MASK in kwargs), kwargs, axes)
+
+
 def _example(model: nn.Module) -> tuple[dict[str, Any], AxisNames]:
     """The split decoder's inputs, with the encoder's states, of which some are in the cache."""
     layout = Layout.of(model)
@@ -111,9 +128,11 @@ def _forward(model: nn.Module, *, reads: bool) -> Callable[..., Any]:
     base, argument = type(model), cache_argument(model)
 
     def decode(self: Any, tokens: Tensor, states: Tensor, past: Past, **mask: Tensor) -> Any:
-        known = past[0]["encoder"]["key"].shape[2]
-        state_size(known <= states.shape[1])
-        fresh = torch.cat([states[:, known:], states[:, :1]], 1)
+        fresh = states
+        if "encoder" in past[0]:
+            known = past[0]["encoder"]["key"].shape[2]
+            state_size(known <= states.shape[1])
+            fresh = torch.cat([states[:, known:], states[:, :1]], 1)
         output = base.forward(
             self,
             encoder_outputs=encoder_output(fresh),

@@ -133,13 +133,18 @@ def filled_pair(past: Sequence[Mapping[str, Mapping[str, Tensor]]], *, grows: bo
     """The caches of a decoder's own and of its encoder's tokens, from each layer's of both.
 
     Args:
-        past: For each layer `decoder` and `encoder`, each with `key` and `value`.
+        past: For each layer `decoder` and `encoder`, each with `key` and `value`. Without
+            `encoder`, cross-attention keeps what it computes from the encoder's states.
         grows: Cross-attention appends what it computes from the encoder's states, but for the
             last one of them, to its cache, instead of taking the cache for complete.
 
     Wish: the argument `is_updated` for the constructor.
     """
-    own, cross = (filled_cache([layer[part] for layer in past]) for part in ("decoder", "encoder"))
+    own = filled_cache([layer["decoder"] for layer in past])
+    if "encoder" not in past[0]:
+        cross = recording_cache(len(past)).cross_attention_cache
+        return _caches().EncoderDecoderCache(own, cross)
+    cross = filled_cache([layer["encoder"] for layer in past])
     if grows:
         kind = _but_for_the_last()
         for layer in cross.layers:

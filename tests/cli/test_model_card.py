@@ -134,7 +134,14 @@ def test_each_target_names_the_clients_that_fit_it() -> None:
     assert clients(lm, whole) == every
     assert clients(lm, openvino) == ["OpenVINO GenAI"]
     assert clients(classes, whole) == ["ONNX Runtime", "transformers.js", "optimum"]
-    assert clients({"architecture": "T5ForConditionalGeneration"}, pair) == []
+    t5 = {"architecture": "T5ForConditionalGeneration", "kv_cache": True}
+    read = dict.fromkeys(("config.json", "tokenizer.json"), 1)
+    assert clients(t5, pair) == []
+    assert clients(t5, pair | read) == ["qalora-compile"]
+    merged = dict.fromkeys(("onnx/encoder_model_q4.onnx", "onnx/decoder_model_merged_q4.onnx"), 1)
+    everyone = ["ONNX Runtime", "qalora-compile", "transformers.js", "optimum"]
+    assert clients(t5, merged | read) == everyone
+    assert traits_of(t5, merged | read).library == "transformers.js"
     assert clients({}, {"onnx/model_q4.onnx": 1}) == ["ONNX Runtime"]
     assert traits_of({}, {"onnx/model_q4.onnx": 1}).task is None
 

@@ -39,6 +39,7 @@ def ask(chromium: str, url: str, field: str = "", text: str = "") -> dict[str, o
             "state": page.get_attribute("body", "data-state"),
             "status": page.inner_text("#status"),
             "answer": page.inner_text("#answer"),
+            "pieces": page.evaluate("document.querySelector('#answer').childNodes.length"),
             "ids": page.get_attribute("body", "data-ids"),
             "found": page.get_attribute("body", "data-found"),
             "problems": problems,

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER = "QALORA_CLIENTS"
+TOY = "not measured: toy sizes"
+"""In the column speed: what is compared is tokens, of a model whose time is the client's own."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9]+")
 
 

@@ -186,7 +186,8 @@ def test_the_page_chats_in_a_browser(
     assert (found["state"], found["problems"], found["outside"]) == ("answered", [], [])
     assert json.loads(found["ids"])[: len(web_model.expected)] == web_model.expected
     assert "Paris" in found["answer"]
-    assert "tokens/s on wasm" in found["status"]
+    assert found["pieces"] > 1, "the answer is streamed"
+    assert re.search(r"\d tokens/s on wasm", found["status"])
     record_client(
         "transformers.js in Chromium, WASM, preset web",
         js_version(),
@@ -208,14 +209,13 @@ def test_the_page_chats_on_webgpu(
         pytest.skip("this Chromium has no WebGPU adapter, not even SwiftShader")
     assert (found["state"], found["problems"], found["outside"]) == ("answered", [], [])
     assert json.loads(found["ids"]) == webgpu_model.expected
-    asked = {"kind": "text-generation", "text": PROMPT, "device": "webgpu", "tokens": FEW_TOKENS}
     record_client(
         "transformers.js in Chromium, WebGPU (SwiftShader)",
         js_version(),
         "ort",
         SMOLLM2,
         f"torch's {FEW_TOKENS} tokens, two layers",
-        speed=speed_on_page(python, chromium, site, webgpu_model, **asked),
+        speed="not measured: an emulated GPU",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,13 @@ def fold(build: Callable[[], nn.Module]) -> tuple[Any, qc.Program]:
     return model, qc.fold_adapters(adapted(model, (ids,))).eval()
 
 
-def greedy(folded: qc.Program, count: int) -> list[int]:
-    """Tokens after PROMPT, each from the full sequence, in torch."""
-    tokens = list(PROMPT)
+def greedy(folded: qc.Program, count: int, prompt: Sequence[int] = PROMPT) -> list[int]:
+    """Tokens after a prompt, each from the full sequence, in torch."""
+    tokens = list(prompt)
     for _ in range(count):
         with torch.no_grad():
             tokens.append(int(folded(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(PROMPT) :]
+    return tokens[len(prompt) :]
 
 
 @pytest.mark.parametrize(
@@ -296,6 +296,33 @@ def test_genai_generates_the_same_tokens(
         found = [int(t) for t in generator.get_sequence(0)[len(PROMPT) :]]
         assert found == greedy(folded, 12)[: len(found)]
         assert found[-1] == 0 or len(found) == 12  # 0 ends the sequence
+
+
+def test_genai_goes_on_after_an_interruption_as_the_page_says(
+    both_ways: tuple[Exported, Exported], tmp_path: Path
+) -> None:
+    """docs/reference/clients.md: go back by two tokens, and append them with the new ones."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    model, folded, path = both_ways[0]
+    (tmp_path / "model.onnx").write_bytes(path.read_bytes())
+    config = genai_config(qc.add_kv_cache(folded, model).signature, model.config.to_dict(), {})
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config), "utf-8")
+    loaded = genai.Model(str(tmp_path))
+    parameters = genai.GeneratorParams(loaded)
+    parameters.set_search_options(max_length=64, do_sample=False)
+    generator = genai.Generator(loaded, parameters)
+    generator.append_tokens(np.array([PROMPT], dtype=np.int32))
+    for _ in range(3):
+        generator.generate_next_token()
+    sequence, new = [int(token) for token in generator.get_sequence(0)], [7, 30]
+    generator.rewind_to(len(sequence) - 2)
+    generator.append_tokens(np.array([sequence[-2:] + new], dtype=np.int32))
+    for _ in range(3):
+        generator.generate_next_token()
+    asked = sequence + new
+    found = [int(token) for token in generator.get_sequence(0)]
+    assert found[: len(asked)] == asked
+    assert found[len(asked) :] == greedy(folded, 3, asked)[: len(found) - len(asked)]
 
 
 def test_the_configuration_says_what_the_model_is() -> None:

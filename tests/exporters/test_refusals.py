@@ -16,12 +16,13 @@ from torch import nn
 import qalora_compile as qc
 from qalora_compile.api import lower
 from qalora_compile.api.edge_graphs import edge_graphs, graph_file
-from qalora_compile.config import TARGETS
+from qalora_compile.config import GRAPH_TARGETS, TARGETS
 from qalora_compile.errors import QaloraError, UnsupportedError
 from tests.exporters.checkpoint_cases import causal_lm, folded, llama_and_program
 from tests.exporters.test_column_order import sorted_pair
 from tests.exporters.test_experts import Grouped
-from tests.models import MLP, SquareConv1D, adapted, bert, token_ids
+from tests.models import MLP, OneLinear, SquareConv1D, adapted, bert, token_ids
+from tests.zoo.modules import Bottleneck
 
 Made = tuple[nn.Module | None, qc.Program]
 
@@ -121,9 +122,28 @@ def eight_bit_experts() -> Made:
     return experts(8)
 
 
+def four_bits() -> Made:
+    """Layers of 4 bits with real zero-points."""
+    return group_of(32)
+
+
 def two_bits() -> Made:
     """Layers of 2 bits."""
     return group_of(32, bits=2)
+
+
+@cache
+def convolutions() -> Made:
+    """A convolution of one pixel on codes, next to one of nine in float."""
+    x = torch.randn(2, 64, 5, 5)
+    return None, qc.fold_adapters(adapted(Bottleneck(64, 1).eval(), (x,)))
+
+
+@cache
+def double_precision() -> Made:
+    """A layer that computes in float64."""
+    model, x = OneLinear(64, 32).eval().double(), torch.randn(2, 64).double()
+    return None, qc.fold_adapters(adapted(model, (x,)))
 
 
 EXPERTS_HERE = "stacked experts have no form in target"
@@ -132,7 +152,31 @@ ORDER = "quantized in activation order"
 CASES = (
     *(
         Case(make=experts, target=target, reason=f"{EXPERTS_HERE} {target}", instead="ort")
-        for target in ("torch", "coreml", "openvino")
+        for target in ("torch", "coreml")
+    ),
+    Case(make=experts, target="torch", reason=f"{EXPERTS_HERE} torch", instead="openvino"),
+    *(
+        Case(make=convolutions, target=target, reason="of kind pointwise", instead="ort")
+        for target in ("gptq", "compressed-tensors", "mlx", "hqq", "safetensors", "float")
+    ),
+    *(
+        Case(make=double_precision, target=target, reason="no float64 kernel", hint="model.float()")
+        for target in GRAPH_TARGETS
+    ),
+    Case(
+        make=four_bits,
+        target="ort-stock",
+        options={"accuracy_level": 2},
+        reason="accuracy_level is 2 for target ort-stock",
+        instead="ort",
+        hint="target ort has level 2",
+    ),
+    Case(
+        make=four_bits,
+        target="onnx",
+        options={"runtime": "onnxruntime==1.18"},
+        reason="whose DequantizeLinear has no blocks",
+        instead="ort-stock",
     ),
     *(
         Case(make=experts, target=target, reason="cannot be stored in a checkpoint", instead="ort")
@@ -164,19 +208,25 @@ CASES = (
         reason="unpacks rows of an embedding",
         instead="ort",
     ),
-    Case(
-        make=eight_bit_experts,
-        target="ort",
-        options={"runtime": "onnxruntime==1.18"},
-        reason="takes no codes of 8 bits",
-        hint="quantize to 4 bits",
+    *(
+        Case(
+            make=eight_bit_experts,
+            target=target,
+            options={"runtime": "onnxruntime==1.18"},
+            reason="takes no codes of 8 bits",
+            hint="quantize to 4 bits",
+        )
+        for target in ("ort", "ort-stock")
     ),
-    Case(
-        make=two_bits,
-        target="ort",
-        options={"runtime": "onnxruntime==1.20", "accuracy_level": 4},
-        reason="takes no codes of 2 bits",
-        hint="accuracy level 0",
+    *(
+        Case(
+            make=two_bits,
+            target=target,
+            options={"runtime": "onnxruntime==1.20", "accuracy_level": 4},
+            reason="takes no codes of 2 bits",
+            hint="accuracy level 0",
+        )
+        for target in ("ort", "ort-stock")
     ),
 )
 

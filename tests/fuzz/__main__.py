@@ -2,7 +2,7 @@
 
     make fuzz                                  20,000 mutations, and the table of their page
     make fuzz ARGS="--count 2000 --seed 7"     fewer, others
-    make fuzz ARGS="--format GGUF ONNX"        these formats alone
+    make fuzz ARGS="--format GGUF ONNX"        these formats alone, and their rows
     python -m tests.fuzz --replay fuzz-failures/GGUF-hang-1
 
 Exits with 1 if an input was read as another one, or ended in an exception of a library, a crash or
@@ -16,7 +16,13 @@ import datetime
 import os
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.fuzz.run import Table
 
 DOCS = Path(__file__).parents[2] / "docs" / "reference" / "security.md"
 BEGIN, END = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
@@ -51,17 +57,39 @@ def main() -> int:
         print(f"kept in {options.keep}/: python -m tests.fuzz --replay FOLDER")
     if options.write:
         today = datetime.datetime.now(tz=datetime.timezone.utc).date()
-        say = f"{table.total} mutations, seed {options.seed}, {table.seconds:.0f} s, {today}:"
-        write_table([say, "", *table.lines()])
+        say = f"{table.total} mutations, seed {options.seed}, {table.seconds:.0f} s, {today}"
+        text = DOCS.read_text("utf-8")
+        DOCS.write_text(with_table(text, table, say, list(FORMATS)), "utf-8")
     return 1 if table.bad else 0
 
 
-def write_table(lines: list[str]) -> None:
-    """Put lines between the marks of docs/reference/security.md."""
-    text = DOCS.read_text("utf-8")
+def with_table(text: str, table: Table, say: str, formats: Sequence[str]) -> str:
+    """The page with the rows of a run between its marks.
+
+    A run of some formats leaves the rows of the others, and its line `say` follows theirs.
+
+    Args:
+        text: The page.
+        table: The run.
+        say: What was run, when, and how long it took.
+        formats: All formats, in their order.
+    """
+    from tests.fuzz.run import OUTCOMES, Table
+
     before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    DOCS.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]), "utf-8")
+    held, after = rest.split(END)
+    said, counts = [f"{say}."], dict(table.counts)
+    if set(counts) != set(formats):
+        of = f"{', '.join(counts)}: "
+        earlier = [line for line in held.splitlines() if line and not line.startswith(("|", of))]
+        said = [*earlier, f"{of}{say}."]
+        for line in held.splitlines():
+            name, _, *cells = [cell.strip() for cell in line.split("|")[1:-1]] or ["", ""]
+            if name in formats and name not in counts:
+                counts[name] = Counter(dict(zip(OUTCOMES, map(int, cells), strict=True)))
+    rows = Table({name: counts[name] for name in formats if name in counts})
+    lines = [*(part for line in said for part in (line, "")), *rows.lines()]
+    return "\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"])
 
 
 if __name__ == "__main__":

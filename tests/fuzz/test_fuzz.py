@@ -15,6 +15,7 @@ import pytest
 
 from qalora_compile.errors import UserInputError
 from tests.fuzz import run
+from tests.fuzz.__main__ import BEGIN, END, with_table
 from tests.fuzz.mutate import Mutation
 from tests.fuzz.run import CRASH, DIFFERENT, HANG, LIBRARY, PAYLOAD, SAME, TYPED, Table, check_bound
 from tests.fuzz.seeds import Format
@@ -94,3 +95,20 @@ def test_a_short_run_over_every_format_is_clean(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "tests.fuzz", "--count", "1200", "--keep", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+def test_a_run_of_some_formats_leaves_the_rows_of_others() -> None:
+    formats = ("A", "B", "C")
+    first = Table({"A": Counter({TYPED: 2}), "B": Counter({TYPED: 3, SAME: 1})})
+    page = with_table(f"x\n{BEGIN}\n{END}\ny", first, "6 mutations", formats[:2])
+    assert "6 mutations." in page
+    for count in (1, 5):
+        page = with_table(page, Table({"C": Counter({PAYLOAD: count})}), f"{count} more", formats)
+    lines = page.splitlines()
+    assert [line for line in lines if "mutations." in line or "more" in line] == [
+        "6 mutations.",
+        "C: 5 more.",
+    ]
+    assert "| B | 4 | 3 | 1 | 0 | 0 | 0 | 0 | 0 |" in lines
+    assert "| all | 11 | 5 | 1 | 5 | 0 | 0 | 0 | 0 |" in lines
+    assert (lines[0], lines[-1]) == ("x", "y")

@@ -15,23 +15,28 @@ from torch.nn import functional
 
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.onnx.exported import retrace
+from qalora_compile.exporters.openvino.experts import emit_expert_adapter, emit_grouped_mm
 from qalora_compile.exporters.openvino.library import openvino
 from qalora_compile.exporters.openvino.padding import emit_pad_groups
 from qalora_compile.exporters.openvino.weights import Weights
 from qalora_compile.exporters.traced import pooled_adapter, with_values
 from qalora_compile.ir.affine import sum_groups
 from qalora_compile.ir.ops.embedding import BlockEmbedding
-from qalora_compile.ir.ops.target_kernels import GroupQuantLinear
+from qalora_compile.ir.ops.target_kernels import ExpertGroupQuantLinear, GroupQuantLinear
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import (
     BLOCK_EMBEDDING,
+    EXPERT_ADAPTER,
+    EXPERT_GROUP_QUANT_LINEAR,
     GROUP_QUANT_LINEAR,
     GROUP_SUM,
     PAD_GROUPS,
     POOLED_ADAPTER,
 )
+from qalora_compile.ir.torch_internals import GROUPED_MM
 
 _FRONTEND = "frontend.pytorch"
+_GROUPED_FALLBACK = "transformers.grouped_mm_fallback.default"
 _REFUSED = re.compile(r"(?:No conversion rule found for operations|failed for): ([^\n]+)")
 
 
@@ -54,6 +59,10 @@ def convert(program: Program) -> tuple[Any, Weights]:
     weights = Weights(program.tensors())
     for operator, emit in (
         (GROUP_QUANT_LINEAR, weights.emit_linear),
+        (EXPERT_GROUP_QUANT_LINEAR, weights.emit_experts),
+        (EXPERT_ADAPTER, emit_expert_adapter),
+        (GROUPED_MM, emit_grouped_mm),
+        (_GROUPED_FALLBACK, emit_grouped_mm),
         (BLOCK_EMBEDDING, weights.emit_embedding),
         (PAD_GROUPS, emit_pad_groups),
     ):
@@ -132,12 +141,29 @@ def _attention(
     )
 
 
+def _histogram(x: Tensor, bins: int = 100, low: float = 0, high: float = 0) -> Any:
+    """`aten.histc` between stated ends: how many tokens each expert has."""
+    if not low < high:
+        return NotImplemented  # the ends are those of the values
+    place = ((x.flatten() - low) * (bins / (high - low))).floor().clamp(max=bins - 1)
+    inside = ((x >= low) & (x <= high)).flatten()
+    found = place[:, None] == torch.arange(bins, dtype=x.dtype)
+    return (found & inside[:, None]).to(x.dtype).sum(0)
+
+
+def _empty(size: list[int], _: list[int], *, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+    """`aten.empty_permuted`, all of which is written afterwards."""
+    return torch.zeros(size, dtype=dtype)
+
+
 _OWN: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.aten.histc.default: _histogram,
+    torch.ops.aten.empty_permuted.default: _empty,
     GROUP_SUM: sum_groups,
     POOLED_ADAPTER: pooled_adapter,
 }
-"""Operators of this package that ATen has the parts of."""
+"""What other operators of ATen are the parts of."""
 
 
 def _operators_in(message: str) -> str:
@@ -159,6 +185,8 @@ def layers_of(program: Program) -> Iterator[tuple[fx.Node, str]]:
     for node in program.graph.nodes:
         if node.target is GROUP_QUANT_LINEAR:
             codes = GroupQuantLinear.of(node).codes
+        elif node.target is EXPERT_GROUP_QUANT_LINEAR:
+            codes = ExpertGroupQuantLinear.of(node).codes[0]
         elif node.target is BLOCK_EMBEDDING:
             codes = BlockEmbedding.of(node).codes
         else:

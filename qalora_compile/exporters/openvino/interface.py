@@ -12,7 +12,7 @@ from qalora_compile.ir.meta import PAST
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.signature import InputLeaf
 
-_PRESENT, _BEAMS = "present.", "beam_idx"
+_PRESENT, _BEAMS, _CROSS = "present.", "beam_idx", ".encoder."
 
 
 def name_interface(model: Any, program: Program) -> None:
@@ -44,7 +44,8 @@ def make_stateful(model: Any, program: Program) -> None:
 
     Each past becomes a variable, which is reordered by the input `beam_idx`, `[batch]` int32, when
     it is read. It is empty at first: its batch is that of the first input. This is the form that
-    OpenVINO GenAI and Optimum run. What a decoder takes from its encoder stays an input.
+    OpenVINO GenAI and Optimum run. The keys and values that a decoder computes from its encoder's
+    states are state too, which is computed in the first step after a reset.
     """
     op, library = operators(), openvino()
     by_name = {parameter.get_friendly_name(): parameter for parameter in model.get_parameters()}
@@ -58,7 +59,8 @@ def make_stateful(model: Any, program: Program) -> None:
     for leaf in program.signature.own_cache or program.signature.cache:
         past, result = by_name[leaf.name], results[leaf.name.replace(PAST, _PRESENT)]
         name = f"{leaf.name}{result.get_friendly_name()}"
-        variable = _variable(leaf, name)
+        sizes = [-1 if isinstance(size, str) else size for size in leaf.shape]
+        variable = _variable(openvino().PartialShape(sizes), name)
         read = operators_of_state().read_value(_empty(leaf, batch), variable)
         reordered = op.gather(read, beams, axis)
         for reader in past.output(0).get_target_inputs():
@@ -66,9 +68,23 @@ def make_stateful(model: Any, program: Program) -> None:
         sinks.append(operators_of_state().assign(_node(result.input_value(0)), variable))
         model.remove_parameter(past)
         model.remove_result(result)
+    sinks += [_kept(model, name, results[name]) for name in results if _CROSS in name]
     model.add_parameters([beams])
     model.add_sinks(sinks)
     model.validate_nodes_and_infer_types()
+
+
+def _kept(model: Any, name: str, result: Any) -> Any:
+    """Make an output a state that keeps its first value; returns what assigns it."""
+    value = result.input_value(0)
+    readers = [reader for reader in value.get_target_inputs() if reader.get_node() != result]
+    past = name.replace(_PRESENT, PAST)
+    variable = _variable(value.get_partial_shape(), f"{past}{name}")
+    read = operators_of_state().read_value(value, variable)
+    for reader in readers:
+        reader.replace_source_output(read.output(0))
+    model.remove_result(result)
+    return operators_of_state().assign(read, variable)
 
 
 def _node(output: Any) -> Any:
@@ -82,14 +98,12 @@ def operators_of_state() -> Any:
     return openvino("opset6")
 
 
-def _variable(leaf: InputLeaf, name: str) -> Any:
+def _variable(shape: Any, name: str) -> Any:
     util = openvino("op.util")
     info = util.VariableInfo()
     info.variable_id = name
     info.data_type = openvino().Type.f32
-    info.data_shape = openvino().PartialShape(
-        [-1 if isinstance(size, str) else size for size in leaf.shape]
-    )
+    info.data_shape = shape
     return util.Variable(info)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from qalora_compile.errors import InternalError
+from qalora_compile.exporters.openvino.experts import by_expert, members
 from qalora_compile.exporters.openvino.library import openvino, operators
-from qalora_compile.ir.spec import BLOCK_EMBEDDING, GROUP_QUANT_LINEAR
+from qalora_compile.ir.spec import BLOCK_EMBEDDING, EXPERT_GROUP_QUANT_LINEAR, GROUP_QUANT_LINEAR
 
 _CODES = ".qweight"
 _PRODUCT, _LOOKUP = str(GROUP_QUANT_LINEAR), str(BLOCK_EMBEDDING)
+_EXPERTS = str(EXPERT_GROUP_QUANT_LINEAR)
 
 
 class Weights:
@@ -44,11 +46,24 @@ class Weights:
 
     def emit_linear(self, context: Any) -> Any:
         """The outputs of `qalora.group_quant_linear`."""
-        op = operators()
         path, weight = self._weight(context)
-        product = op.matmul(context.get_input(0), weight, False, True)
-        self.made[path, _PRODUCT].append(product)
-        return product.outputs()
+        return self._product(path, context.get_input(0), weight).outputs()
+
+    def emit_experts(self, context: Any) -> Any:
+        """The outputs of `qalora.expert_group_quant_linear`."""
+        stacks = zip(*(members(context.get_input(i)) for i in (1, 2, 3)), strict=True)
+        bits, group = (int(context.get_values_from_const_input(i)) for i in (5, 6))
+        each = [self._built_weight(parts, bits, group) for parts in stacks]
+
+        def compute(expert: int, rows: Any) -> Any:
+            product = self._product(each[expert][0], rows, each[expert][1])
+            product.set_friendly_name(f"{each[expert][0]}/{product.get_type_name()}")
+            return product
+
+        width = int(each[0][1].get_output_shape(0)[0])
+        joined = by_expert(context, 4, len(each), width, compute)
+        self.made[each[0][0], _EXPERTS].append(joined)
+        return joined.outputs()
 
     def emit_embedding(self, context: Any) -> Any:
         """The outputs of `qalora.block_embedding`."""
@@ -62,16 +77,25 @@ class Weights:
         self.made[path, _LOOKUP].append(rows)
         return rows.outputs()
 
+    def _product(self, path: str, x: Any, weight: Any) -> Any:
+        product = operators().matmul(x, weight, False, True)
+        self.made[path, _PRODUCT].append(product)
+        return product
+
     def _weight(self, context: Any) -> tuple[str, Any]:
-        """Path and dequantized weight `[N, L · g]` of a layer, whose inputs 1 to 3 hold it.
+        """Path and dequantized weight of a layer, whose inputs 1 to 5 hold it."""
+        stored = [context.get_input(i).get_node() for i in (1, 2, 3)]
+        bits, group = (int(context.get_values_from_const_input(i)) for i in (4, 5))
+        return self._built_weight(stored, bits, group)
+
+    def _built_weight(self, constants: Sequence[Any], bits: int, group: int) -> tuple[str, Any]:
+        """Path and dequantized weight `[N, L · g]` of codes, scale and zero-point.
 
         Codes, scale and zero-point keep their types in the file and are converted to float32
         before any arithmetic, so that nothing is rounded.
         """
         op = operators()
-        codes, scale, zero_point = (context.get_input(i).get_node() for i in (1, 2, 3))
-        bits = int(context.get_values_from_const_input(4))
-        group = int(context.get_values_from_const_input(5))
+        codes, scale, zero_point = constants
         name = self._name(codes)
         path = name.removesuffix(_CODES)
         if name not in self._built:

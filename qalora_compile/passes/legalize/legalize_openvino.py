@@ -29,7 +29,8 @@ class LegalizeOpenvino(LegalizeRealGroups):
     bits. The exporter writes each weight as Constant(u4) → Convert → Subtract(zero_point) →
     Multiply(scale) → Reshape, which OpenVINO's CPU plugin makes part of the product.
 
-    Fires on: every group_linear, and every group_embedding, which becomes a
+    Fires on: every group_linear, every expert_linear, which becomes one
+    `qalora.expert_group_quant_linear`, and every group_embedding, which becomes a
     `qalora.block_embedding`. Where groups are not a multiple of 16, or K is not a multiple of the
     group size, the stored groups and x are padded (`pad_groups`). Groups above 32 that are no
     multiple of 32 are stored as several of 16, as OpenVINO's kernels compute them wrongly.
@@ -47,6 +48,7 @@ class LegalizeOpenvino(LegalizeRealGroups):
     target: ClassVar[str] = "openvino"
     stored: ClassVar[Mapping[int, int]] = {2: 2, 3: 4, 4: 4, 8: 8}
     product: ClassVar[str] = "MatMul"
+    holds_experts: ClassVar[bool] = True
 
     parameter_dtype: str = "float32"
 

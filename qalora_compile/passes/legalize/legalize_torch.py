@@ -115,7 +115,7 @@ class LegalizeTorch(Pass):
                     where=site_of(node) or node.name,
                     hint="run split-planes{real-zero-points=true} before"
                     if wide
-                    else "target ort holds them",
+                    else "targets ort and openvino hold them",
                 )
 
     def call(self, program: Program) -> PassResult:

@@ -14,7 +14,7 @@ from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.ops.embedding import BlockEmbedding
 from qalora_compile.ir.ops.experts import ExpertLinear
 from qalora_compile.ir.ops.linear import GroupLinear
-from qalora_compile.ir.ops.target_kernels import GroupQuantLinear
+from qalora_compile.ir.ops.target_kernels import ExpertGroupQuantLinear, GroupQuantLinear
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import EXPERT_LINEAR
 from qalora_compile.passes.legalize.base import Layer, LegalizePass, Lowered, add_bias, pad_input
@@ -35,6 +35,8 @@ class LegalizeRealGroups(LegalizePass):
     """Width of a code → width of the unsigned element type that holds it."""
     product: ClassVar[str]
     """The operator that multiplies by the weight, for the list of changes."""
+    holds_experts: ClassVar[bool] = False
+    """Whether stacked experts become `qalora.expert_group_quant_linear`, or are refused."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,7 +48,7 @@ class LegalizeRealGroups(LegalizePass):
         return GroupLayout.choose(layer).width
 
     def requires(self, program: Program) -> None:
-        """The model computes in float32 and has no stacked experts on codes.
+        """The model computes in float32, and has no stacked experts that the target cannot hold.
 
         Raises:
             UnsupportedError: it has stacked experts, or computes in float64.
@@ -54,11 +56,11 @@ class LegalizeRealGroups(LegalizePass):
         """
         super().requires(program)
         for node in program.graph.nodes:
-            if node.target is EXPERT_LINEAR:
+            if node.target is EXPERT_LINEAR and not self.holds_experts:
                 raise UnsupportedError(
                     f"stacked experts have no form in target {self.target}",
                     where=site_of(node) or node.name,
-                    hint="target ort holds them",
+                    hint="targets ort and openvino hold them",
                 )
 
     def lower_weight(
@@ -94,10 +96,12 @@ class LegalizeRealGroups(LegalizePass):
         self, graph: fx.Graph, own: GroupLinear | ExpertLinear, layer: Layer, lowered: Lowered
     ) -> fx.Node:
         """The product, then the bias."""
-        assert isinstance(own, GroupLinear), "stacked experts were refused"
         layout = GroupLayout.choose(layer)
         x = pad_input(graph, own.x, layout.group_size, layout.width, layout.padded)
         options = self.stored[layer.bits], self.stored_width(layer), "fp32"
+        if isinstance(own, ExpertLinear):
+            ends = own.group_offsets
+            return ExpertGroupQuantLinear.create(graph, x, *lowered.parts, ends, *options)
         return add_bias(
             graph, GroupQuantLinear.create(graph, x, *lowered.parts, *options), own.bias
         )

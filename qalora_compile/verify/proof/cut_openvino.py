@@ -12,6 +12,7 @@ from torch import Tensor
 from qalora_compile.ir.meta import OPENVINO_SETTINGS
 from qalora_compile.optional import require
 from qalora_compile.verify.proof.graphs.graph import Graph
+from qalora_compile.verify.proof.graphs.read_openvino import CROSS
 from qalora_compile.verify.runners.openvino_session import explain_openvino
 
 _PRESENT = "present."
@@ -45,6 +46,7 @@ class CutOpenvino:
         """The model with parameters in place of sites and of state."""
         library = require("openvino", extra="openvino", purpose="cut an OpenVINO model")
         op = require("openvino.opset13", extra="openvino", purpose="cut an OpenVINO model")
+        _forget_kept(model)
         nodes = {node.get_friendly_name(): node for node in model.get_ops()}
         results = [_output(nodes, value) for value in self._computed]
         cut = {value: _output(nodes, value) for value in self._cuts}
@@ -71,11 +73,19 @@ def _output(nodes: Mapping[str, Any], value: str) -> Any:
     return nodes[name].output(int(index or 0))
 
 
+def _forget_kept(model: Any) -> None:
+    """Read what a state keeps from the node that computes it first; such states have no past."""
+    for node in model.get_ops():
+        if node.get_type_name() == "ReadValue" and CROSS in node.get_variable_id():
+            for reader in node.output(0).get_target_inputs():
+                reader.replace_source_output(node.input_value(0))
+
+
 def _states(model: Any) -> dict[str, Any]:
     """Name of a past → the output that holds it: the rows of a state that `beam_idx` names."""
     found = {}
     for node in model.get_ops():
-        if node.get_type_name() == "ReadValue":
+        if node.get_type_name() == "ReadValue" and CROSS not in node.get_variable_id():
             (reader,) = node.output(0).get_target_inputs()
             past = node.get_variable_id().partition(_PRESENT)[0]
             found[past] = reader.get_node().output(0)

@@ -103,9 +103,9 @@ class OpenvinoSession:
     def _set_state(self, request: Any, feed: Mapping[str, Any]) -> None:
         """Put the past into the state of the model."""
         for state in request.query_state():
-            past = feed[_past_name(state.name)]
+            past = feed.get(_past_name(state.name))
             state.reset()
-            if past.shape[2]:
+            if past is not None and past.shape[2]:
                 state.state = self._library.Tensor(np.ascontiguousarray(past))
 
     def _state(self, request: Any) -> dict[str, Tensor]:

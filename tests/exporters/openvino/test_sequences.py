@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 
 import qalora_compile as qc
-from qalora_compile.api.run_folder import save_description, write_run_file
+from qalora_compile.api.run_folder import MODEL, load_run, save_description, write_run_file
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.ir.meta import OPENVINO_SETTINGS
 from qalora_compile.runtime import EncoderDecoder
 from qalora_compile.untrusted.artifacts import OPENVINO_DECODER_FILE, OPENVINO_ENCODER_FILE
 from tests.capture.test_merged_decoder import NEW_TOKENS, tokens_of_torch
+from tests.clients.record import TOY, record_client
 from tests.exporters.test_encoder_decoder import START, build
 from tests.models import randomize_adapters
 from tests.zoo.entries import ENTRIES
@@ -43,7 +45,7 @@ def edge(
     return request.param, model.eval(), folder
 
 
-def test_the_own_cache_is_state_and_the_tokens_torch_s(edge: Any) -> None:
+def test_both_caches_are_state_and_the_tokens_torch_s(edge: Any) -> None:
     name, model, folder = edge
     kwargs = ENTRIES[name].inputs(1, 9, 3)[1]
     kwargs.pop("decoder_input_ids")
@@ -54,15 +56,9 @@ def test_the_own_cache_is_state_and_the_tokens_torch_s(edge: Any) -> None:
     feed = {key: value.numpy() for key, value in kwargs.items()}
     if "input_ids" in feed:
         feed["attention_mask"] = np.ones_like(feed["input_ids"])
-    if name == "whisper":
-        feed = {"audio_features": feed["input_features"]}
-    encoded = {one.any_name: value for one, value in encoder(feed).items()}
+    (states,) = encoder(feed).values()
     request, tokens = decoder.create_infer_request(), [START[name]]
-    constant = {
-        key.replace("present", "past_key_values"): value
-        for key, value in encoded.items()
-        if ".encoder." in key
-    } | {"beam_idx": np.zeros(1, np.int32)}
+    constant = {"encoder_hidden_states": states, "beam_idx": np.zeros(1, np.int32)}
     if "attention_mask" in feed:
         constant["encoder_attention_mask"] = feed["attention_mask"]
     assert {one.any_name for one in decoder.inputs} == {"input_ids", *constant}
@@ -70,6 +66,14 @@ def test_the_own_cache_is_state_and_the_tokens_torch_s(edge: Any) -> None:
         (logits,) = request.infer({"input_ids": np.array([tokens[-1:]]), **constant}).values()
         tokens.append(int(logits[0, -1].argmax()))
     assert tokens[1:] == tokens_of_torch(model, kwargs, START[name])
+    record_client(
+        "OpenVINO",
+        metadata.version("openvino"),
+        "openvino",
+        f"{type(model).__name__}, random weights",
+        f"torch's {NEW_TOKENS} tokens",
+        speed=TOY,
+    )
 
 
 def test_verify_and_inspect_read_both(edge: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +87,16 @@ def test_verify_and_inspect_read_both(edge: Any, capsys: pytest.CaptureFixture[s
     files = {row["file"] for row in found["layers"]}
     assert files == {OPENVINO_ENCODER_FILE, OPENVINO_DECODER_FILE}
     assert OPENVINO_DECODER_FILE in (folder / "edge" / "README.md").read_text("utf-8")
+
+
+def test_the_layers_of_the_decoder_are_proved(edge: Any) -> None:
+    """What is state is read from the node that computes it first."""
+    folder = edge[2]
+    program, _ = load_run(folder / "folded")
+    _, decoder = qc.split_encoder_decoder(program, folder / "folded" / MODEL, state=True)
+    proof = qc.prove_equivalence(decoder, folder / "edge" / OPENVINO_DECODER_FILE)
+    assert {site.status for site in proof.sites} == {"proved"}
+    assert len(proof.sites) > 16, "the keys and values of cross-attention too"
 
 
 def test_onnx_runtime_does_not_open_it(edge: Any) -> None:

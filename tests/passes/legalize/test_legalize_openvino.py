@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import qalora_compile as qc
-from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
-from qalora_compile.ir.ops.target_kernels import GroupQuantLinear
-from qalora_compile.ir.spec import EXPERT_LINEAR, GROUP_QUANT_LINEAR, validate
+from qalora_compile.errors import PreconditionError, UserInputError
+from qalora_compile.ir.ops.target_kernels import ExpertGroupQuantLinear, GroupQuantLinear
+from qalora_compile.ir.spec import EXPERT_GROUP_QUANT_LINEAR, GROUP_QUANT_LINEAR, validate
 from qalora_compile.passes.legalize.legalize_openvino import LegalizeOpenvino
 from tests.exporters.test_experts import Grouped
 from tests.models import OneLinear, adapted, assert_close
@@ -61,8 +61,13 @@ def test_models_in_half_precision_are_widened_first() -> None:
         LegalizeOpenvino()(program)
 
 
-def test_stacked_experts_are_refused() -> None:
-    program = qc.fold_adapters(adapted(Grouped(), (torch.randn(8, 40),)))
-    assert any(node.target is EXPERT_LINEAR for node in program.graph.nodes)
-    with pytest.raises(UnsupportedError, match="stacked experts have no form in target openvino"):
-        LegalizeOpenvino()(program)
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (3, 24), (8, 8)])
+def test_each_expert_has_tensors_of_its_own(bits: int, group: int) -> None:
+    quant = qc.QuantSpec(bits=bits, group_size=group)
+    program = qc.fold_adapters(adapted(Grouped(), (torch.randn(8, 40),), quant))
+    lowered = LegalizeOpenvino()(program).program
+    validate(lowered)
+    (node,) = (n for n in lowered.graph.nodes if n.target is EXPERT_GROUP_QUANT_LINEAR)
+    assert len(ExpertGroupQuantLinear.of(node).codes) == 3
+    x = torch.randn(11, 40)
+    assert_close(lowered(x), program(x), relative=1e-5)

@@ -22,6 +22,8 @@ from qalora_compile.verify.proof.graphs.graph import (
 from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 
 _PRESENT, _BEAMS = "present.", "beam_idx"
+CROSS = ".encoder."
+"""In the name of a state that keeps what the first step computes from the encoder's states."""
 _TYPES = {
     "f32": "float32",
     "f16": "float16",
@@ -60,6 +62,7 @@ class _Reader:
         )
         self.graph.extra = model
         self._states: dict[str, str] = {}
+        self._kept: dict[str, Ref | Tensor] = {}
         self.graph.sites |= {
             row.site: SiteRow(row.site, row.weight.rpartition(".")[0], row.k, row.n, "float32")
             for row in metadata.layers
@@ -75,6 +78,8 @@ class _Reader:
         elif kind == "Parameter":
             if name != _BEAMS:
                 graph.inputs[name] = (name, _type(node))
+        elif kind == "ReadValue" and CROSS in node.get_variable_id():
+            self._kept[name] = self._operands(node)[0]
         elif kind == "ReadValue":
             past = node.get_variable_id().partition(_PRESENT)[0]
             self._states[name] = past
@@ -114,6 +119,8 @@ class _Reader:
 
     def _operand(self, output: Any) -> Ref | Tensor:
         name, index = output.get_node().get_friendly_name(), output.get_index()
+        if name in self._kept:
+            return self._kept[name]
         if name in self.graph.tensors:
             return Tensor(name)
         name = self._states.get(name, name)
