@@ -9,6 +9,7 @@ from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
 from qalora_compile.verify.proof.symbolic.expression import exponential, integer, inverse, number
 from qalora_compile.verify.proof.symbolic.fx_layout import LAYOUT
+from qalora_compile.verify.proof.symbolic.fx_spatial import SPATIAL
 from qalora_compile.verify.proof.symbolic.operator_table import (
     Arguments,
     Meaning,
@@ -20,7 +21,7 @@ from qalora_compile.verify.proof.symbolic.operator_table import (
 from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly
 from qalora_compile.verify.proof.symbolic.tensor import Tensor, UnprovableError
 
-ATEN = OperatorTable(LAYOUT)
+ATEN = OperatorTable(LAYOUT | SPATIAL)
 """All operators with a meaning."""
 _means = ATEN.means
 
@@ -302,6 +303,13 @@ def _diff(a: Arguments) -> Tensor:
 @_means("aten.addmm.default", "self mat1 mat2")
 def _addmm(a: Arguments) -> Tensor:
     return o.total(a["self"], sums.matmul(a["mat1"], a["mat2"]))
+
+
+@_means("aten.baddbmm.default", "self batch1 batch2 beta alpha")
+def _baddbmm(a: Arguments) -> Tensor:
+    product = sums.matmul(a["batch1"], a["batch2"])
+    parts = [(a["self"], a.get("beta", 1)), (product, a.get("alpha", 1))]
+    return o.total(*(o.product(x, o.literal(float(factor))) for x, factor in parts))
 
 
 @_means("aten.gelu.default", "self approximate")

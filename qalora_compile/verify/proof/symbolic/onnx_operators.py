@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.read_onnx import ONNX_TYPES
-from qalora_compile.verify.proof.symbolic import attention, sums
+from qalora_compile.verify.proof.symbolic import attention, onnx_spatial, sums
 from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
 from qalora_compile.verify.proof.symbolic.arithmetic import holds, quotient
@@ -356,3 +356,6 @@ def _attention(x: Inputs, options: Options) -> tuple[Tensor, ...]:
         causal=bool(options.get("is_causal", 0)),
         softcap=options.get("softcap", 0.0),
     )
+
+
+onnx_spatial.declare(_means)

@@ -36,7 +36,10 @@ class OperatorTable(dict[str, tuple[tuple[str, ...], Meaning]]):
             UnprovableError: the operator, or an operand of it, has no meaning here.
         """
         if op not in self:
-            raise UnprovableError("it has no symbolic form")
+            plain = _not_in_place(op)
+            if plain not in self:
+                raise UnprovableError("it has no symbolic form")
+            return _kept(args[0], self.value(plain, args, options))
         names, meaning = self[op]
         if len(args) > len(names):
             raise UnprovableError(f"it has {len(args)} operands")
@@ -45,6 +48,24 @@ class OperatorTable(dict[str, tuple[tuple[str, ...], Meaning]]):
         if unknown:
             raise UnprovableError(f"its option {unknown[0]} is not known")
         return meaning(given)
+
+
+def _not_in_place(op: str) -> str:
+    """The operator that computes what an in-place one writes, as `aten.add.Tensor`."""
+    library, _, name = op.partition(".")
+    base, _, overload = name.partition(".")
+    return f"{library}.{base.removesuffix('_')}.{overload}" if base[-2:-1] != "_" else op
+
+
+def _kept(target: Any, value: Any) -> Tensor:
+    """What is written in the place of a tensor, which keeps its shape and dtype.
+
+    That nothing reads the tensor's old values is checked before (`refuse_hidden_writes`).
+    """
+    if (value.shape, value.dtype) != (target.shape, target.dtype):
+        raise UnprovableError("it writes values of another shape or dtype in place")
+    found: Tensor = value
+    return found
 
 
 def tensor_of(value: Any) -> Tensor:
