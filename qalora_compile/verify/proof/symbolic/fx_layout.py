@@ -66,6 +66,15 @@ def _t(a: Arguments) -> Tensor:
     return t.transpose(a["self"], (1, 0))
 
 
+@_means("aten.movedim.int", "self source destination")
+def _movedim(a: Arguments) -> Tensor:
+    value = a["self"]
+    source, target = value.axis(a["source"]), value.axis(a["destination"])
+    axes = [axis for axis in range(value.rank) if axis != source]
+    axes.insert(target, source)
+    return t.transpose(value, axes)
+
+
 @_means("aten.permute.default", "self dims")
 def _permute(a: Arguments) -> Tensor:
     return t.transpose(a["self"], a["dims"])

@@ -59,7 +59,7 @@ def _sub(a: Arguments) -> Tensor:
     return o.difference(tensor_of(a["self"]), tensor_of(a["other"]))
 
 
-@_means("aten.mul.Tensor aten.mul.Scalar _operator.mul", "self other")
+@_means("aten.mul.Tensor aten.mul.Scalar _operator.mul aten.multiply.Tensor", "self other")
 def _mul(a: Arguments) -> Tensor:
     return o.product(tensor_of(a["self"]), tensor_of(a["other"]))
 
@@ -67,6 +67,11 @@ def _mul(a: Arguments) -> Tensor:
 @_means("aten.div.Tensor aten.div.Scalar", "self other")
 def _div(a: Arguments) -> Tensor:
     return o.divided(tensor_of(a["self"]), tensor_of(a["other"]))
+
+
+@_means("_operator.floordiv aten.floor_divide.default", "self other")
+def _floor_divide(a: Arguments) -> Tensor:
+    return o.floor_divided(tensor_of(a["self"]), tensor_of(a["other"]))
 
 
 @_means("aten.neg.default", "self")
@@ -211,6 +216,16 @@ def _full_of(a: Arguments) -> Tensor:
     fill = a["fill_value"]
     usual = t.BOOL if isinstance(fill, bool) else t.INT if isinstance(fill, int) else t.FLOAT
     return _full(a["size"], fill, a.get("dtype") or usual)
+
+
+@_means("aten.ones_like.default", "self dtype")
+def _ones_like(a: Arguments) -> Tensor:
+    return _full_like({**a, "fill_value": 1})
+
+
+@_means("aten.zeros_like.default", "self dtype")
+def _zeros_like(a: Arguments) -> Tensor:
+    return _full_like({**a, "fill_value": 0})
 
 
 @_means("aten.full_like.default", "self fill_value dtype")

@@ -10,6 +10,7 @@ import numpy as np
 
 from qalora_compile.untrusted.element_types import FLOATS, HALVES
 from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor, digest_of
+from qalora_compile.verify.proof.symbolic.arithmetic import holds, quotient
 from qalora_compile.verify.proof.symbolic.expression import (
     FALSE,
     NUMBER,
@@ -21,6 +22,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     ZERO,
     Expr,
     add,
+    as_integer,
     both,
     compare,
     equal,
@@ -54,6 +56,8 @@ from qalora_compile.verify.proof.symbolic.tensor import (
 _INTEGERS = ("int64", "int32")
 _UNIFORM = 1 << 20
 """Tensors of at most this many elements are searched for one value."""
+_TRANSPOSED = 1 << 24
+"""Matrices of at most this many elements are the same as their transposes."""
 _LISTED = 1 << 12
 """Integers of at most this many elements are known one by one."""
 
@@ -102,21 +106,34 @@ def stored(value: StoredTensor) -> Tensor:
         return Tensor(shape, kind, lambda _: element_of(single, kind))
     small = value.values() if kind == INT and value.size <= _LISTED else None
 
-    @cache
-    def name() -> str:
-        return f"const {digest_of(np.ascontiguousarray(value.values()).reshape(-1))}"
+    name = cache(lambda: _named(value))
 
     def element(index: Index) -> Expr:
         places = [place.constant for place in index]
         if small is not None and None not in places:
             return element_of(small[tuple(places)].item(), kind)
         offset = as_poly(0)
-        for place, size in zip(index, shape, strict=True):
+        digest, turned = name()
+        pairs = list(zip(index, shape, strict=True))
+        for place, size in pairs[::-1] if turned else pairs:
             offset = offset * size + place
-        found = leaf(name(), [offset])
+        found = leaf(f"const {digest}", [offset])
         return truth(found) if kind == BOOL else found
 
     return Tensor(shape, kind, element)
+
+
+def _named(value: StoredTensor) -> tuple[str, bool]:
+    """The digest of all values in order, and whether a matrix is read column by column.
+
+    Of both orders of a matrix, the one with the smaller digest counts: exports transpose weights.
+    """
+    values = value.values()
+    found = digest_of(np.ascontiguousarray(values).reshape(-1))
+    if len(value.shape) != 2 or value.size > _TRANSPOSED:  # noqa: PLR2004, a matrix
+        return found, False
+    other = digest_of(np.ascontiguousarray(values.T).reshape(-1))
+    return min((found, False), (other, True))
 
 
 def _uniform(value: StoredTensor) -> Any:
@@ -227,6 +244,24 @@ def absolute(value: Tensor) -> Tensor:
     if value.dtype != INT:
         return unary("abs")(value)
     return elementwise(lambda x: where(compare(ZERO, x), x, mul(number(-1), x)), INT, value)
+
+
+def floor_divided(one: Tensor, other: Tensor) -> Tensor:
+    """The quotient of two integers that are not negative, rounded down."""
+
+    def element(a: Expr, b: Expr) -> Expr:
+        top, bottom = as_integer(a), as_integer(b)
+        if top is None or bottom is None or not holds(bottom - 1):
+            raise UnprovableError("a division of integers that are not known as sizes")
+        return integer(quotient(top, bottom))
+
+    return elementwise(element, INT, _integer(one), _integer(other))
+
+
+def _integer(value: Tensor) -> Tensor:
+    if value.dtype != INT:
+        raise UnprovableError("a division of integers by numbers")
+    return value
 
 
 def silu(value: Tensor) -> Tensor:

@@ -36,6 +36,10 @@ class UnprovableError(Exception):
     """A tensor has no symbolic form; the text says why."""
 
 
+class TooShortError(UnprovableError):
+    """A tensor has no symbolic form unless an axis has more elements than is assumed."""
+
+
 class Tensor:
     """A tensor.
 
@@ -181,7 +185,7 @@ def cut(value: Tensor, axis: int, start: Poly, end: Poly | None, step: int = 1) 
     begin = _bounded(start, size)
     stop = size if end is None else _bounded(end, size)
     if step < 1 or not holds(stop - begin):
-        raise UnprovableError("a slice has no known length")
+        raise TooShortError("a slice has no known length")
     length = stop - begin if step == 1 else quotient(stop - begin + (step - 1), as_poly(step))
     shape = (*value.shape[:axis], length, *value.shape[axis + 1 :])
 
@@ -203,7 +207,7 @@ def _bounded(place: Poly, size: Poly) -> Poly:
         return place
     if holds(place - size):
         return size
-    raise UnprovableError(f"{place.name} is not known to be from 0 to {size.name}")
+    raise TooShortError(f"{place.name} is not known to be from 0 to {size.name}")
 
 
 def concatenate(values: Sequence[Tensor], axis: int) -> Tensor:
