@@ -85,6 +85,8 @@ def _range(atom: Atom) -> list[Poly]:
         dividend, divisor = atom.args
         left = dividend - value * divisor
         return [left, divisor - 1 - left, *_range_of_quotient(value, dividend, divisor)]
+    if atom.kind == "data" and len(atom.args) > 1:  # a place in an order
+        return [value, atom.args[1] - 1 - value]
     return []
 
 

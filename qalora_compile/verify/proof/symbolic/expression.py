@@ -315,6 +315,8 @@ def where(condition: Expr, then: Expr, other: Expr) -> Expr:
 
 def is_nan(value: Expr) -> Expr:
     """The condition that an element is not a number."""
+    if value.op in (INTEGER, NUMBER):
+        return FALSE
     return _truth_of("isnan", value)
 
 

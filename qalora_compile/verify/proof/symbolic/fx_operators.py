@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qalora_compile.verify.proof.symbolic import attention, sums
+from qalora_compile.verify.proof.symbolic import attention, ordering, sums
 from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
 from qalora_compile.verify.proof.symbolic.expression import exponential, integer, inverse, number
@@ -296,10 +296,45 @@ def _reduced(a: Arguments, reduce: Any) -> Tensor:
     return sums.reduced_over(value, a["dim"] or (), reduce, kept=bool(a.get("keepdim", False)))
 
 
-@_means("aten.cumsum.default", "self dim")
+@_means("aten.cumsum.default", "self dim dtype")
 def _cumsum(a: Arguments) -> Tensor:
-    value = a["self"]
+    value = _cast(a["self"], a.get("dtype"))
     return sums.cumulated(o.cast(value, t.INT) if value.dtype == t.BOOL else value, a["dim"])
+
+
+@_means("aten.topk.default", "self k dim largest sorted")
+def _topk(a: Arguments) -> tuple[Tensor, Tensor]:
+    if a.get("sorted", True) is not True:
+        raise UnprovableError("an order that is not known")
+    largest = bool(a.get("largest", True))
+    return ordering.topk(a["self"], size_of(a["k"]), a.get("dim", -1), largest=largest)
+
+
+@_means("aten.sort.default aten.sort.stable", "self dim descending stable")
+def _sort(a: Arguments) -> tuple[Tensor, Tensor]:
+    value, axis = a["self"], a.get("dim", -1)
+    count = value.shape[value.axis(axis)]
+    return ordering.topk(value, count, axis, largest=bool(a.get("descending", False)))
+
+
+@_means("aten.histc.default", "self bins min max")
+def _histc(a: Arguments) -> Tensor:
+    return ordering.counts_of(a["self"], a["bins"], a["min"], a["max"])
+
+
+@_means("aten.empty_like.default", "self dtype")
+def _empty_like(a: Arguments) -> Tensor:
+    def element(_: Any) -> Any:
+        raise UnprovableError("elements that nothing has written are read")
+
+    return Tensor(a["self"].shape, o.kind_of(a.get("dtype") or a["self"].dtype), element)
+
+
+@_means("aten.index_put.default", "self indices values accumulate")
+def _index_put(a: Arguments) -> Tensor:
+    if a.get("accumulate", False) or len(a["indices"]) != 1 or a["self"].rank != 1:
+        raise UnprovableError("elements are added, or written along several axes")
+    return ordering.inverse_order(a["indices"][0], a["values"])
 
 
 @_means("aten.diff.default", "self n dim prepend append")

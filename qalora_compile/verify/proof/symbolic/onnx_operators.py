@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.read_onnx import ONNX_TYPES
-from qalora_compile.verify.proof.symbolic import attention, onnx_spatial, sums
+from qalora_compile.verify.proof.symbolic import attention, onnx_spatial, ordering, sums
 from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
 from qalora_compile.verify.proof.symbolic.arithmetic import holds
@@ -248,6 +248,34 @@ def _gather_nd(x: Inputs, options: Options) -> Tensor:
         raise UnprovableError("it has axes of a batch")
     one = [t.gather(places, -1, t.scalar(integer(i), t.INT)) for i in range(width)]
     return o.lookup(value, one)
+
+
+@_means("TopK", 2, "axis", "largest", "sorted")
+def _topk(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    if options.get("sorted", 1) != 1:
+        raise UnprovableError("an order that is not known")
+    (k,) = t.integers(x[1])
+    largest = bool(options.get("largest", 1))
+    return ordering.topk(x[0], k, options.get("axis", -1), largest=largest)
+
+
+@_means("ScatterND", 3, "reduction")
+def _scatter(x: Inputs, options: Options) -> Tensor:
+    value, places, written = x
+    if options.get("reduction", "none") != "none" or value.rank != 1:
+        raise UnprovableError("elements are combined, or written along several axes")
+    if value.shape != written.shape:
+        raise UnprovableError("elements are written at some places only")
+    return ordering.inverse_order(t.squeeze(places, [-1]), written)
+
+
+@_means("Mod", 2, "fmod")
+def _mod(x: Inputs, options: Options) -> Tensor:
+    one, other = _of_one_type(*x)
+    if one.dtype != t.INT or options.get("fmod", 0):
+        raise UnprovableError("a remainder of floats")
+    whole = o.floor_divided(one, other)
+    return o.difference(one, o.product(whole, other))
 
 
 @_means("ReduceMean", 2, "axes", "keepdims", "noop_with_empty_axes")

@@ -16,6 +16,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     NUMBER,
     ONE,
     REDUCED,
+    SUM,
     TRUE,
     TRUTH,
     WHERE,
@@ -154,9 +155,9 @@ def element_of(value: Any, kind: str) -> Expr:
 def cast(value: Tensor, dtype: str | None) -> Tensor:
     """A cast that changes no value in exact arithmetic, or makes conditions of numbers."""
     kind = kind_of(dtype)
-    if dtype in HALVES or (dtype == "int32" and value.dtype == FLOAT):
+    if dtype in HALVES:
         raise UnprovableError(f"a cast to {dtype}, which rounds or wraps")
-    if dtype == "int32" and value.dtype == INT:
+    if dtype == "int32" and value.dtype != BOOL:
         return elementwise(_counted, INT, value)
     if value.dtype == kind or (value.dtype, kind) == (INT, FLOAT):
         return Tensor(value.shape, kind, lambda index: value[index])
@@ -169,9 +170,19 @@ def cast(value: Tensor, dtype: str | None) -> Tensor:
 
 def _counted(value: Expr) -> Expr:
     """A small number, or the count of an axis's elements: these fit in 32 bits."""
-    if value.op == NUMBER or (value.op == REDUCED and _is_bit(value.operand)):
+    if value.op == NUMBER or _is_count(value) or (value.op == SUM and _is_whole(value)):
         return value
     raise UnprovableError("a cast to int32, which wraps")
+
+
+def _is_count(value: Expr) -> bool:
+    return value.op == REDUCED and (_is_bit(value.operand) or _is_count(value.operand))
+
+
+def _is_whole(value: Expr) -> bool:
+    """A sum of counts, each of them added or subtracted once."""
+    first, *factors = value.detail
+    return first == 0 and {*factors} <= {1.0, -1.0} and all(map(_is_count, value.args))
 
 
 def _is_bit(value: Expr) -> bool:
@@ -281,6 +292,8 @@ def less(one: Tensor, other: Tensor) -> Tensor:
 
 def same(one: Tensor, other: Tensor) -> Tensor:
     """One = other."""
+    if one.dtype == other.dtype == BOOL:
+        return elementwise(lambda x, y: where(x, y, negated(y)), BOOL, one, other)
     return elementwise(equal, BOOL, floating(one), floating(other))
 
 

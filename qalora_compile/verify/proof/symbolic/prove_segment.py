@@ -10,6 +10,7 @@ from qalora_compile.verify.proof.graphs.graph import Graph
 from qalora_compile.verify.proof.symbolic.evaluate import NOT_FITTING, Evaluation
 from qalora_compile.verify.proof.symbolic.expression import (
     FUNCTION,
+    LEAF,
     MASKED,
     NUMBER,
     REDUCED,
@@ -19,6 +20,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     Expr,
 )
 from qalora_compile.verify.proof.symbolic.normalize import Normalizer, TooLargeError
+from qalora_compile.verify.proof.symbolic.ordering import TIES, OfTensor
 from qalora_compile.verify.proof.symbolic.polynomial import (
     Poly,
     as_poly,
@@ -130,6 +132,8 @@ def _needed(elements: tuple[Expr, Expr], form: Expr) -> Iterator[str]:
         yield ALLOWED
     if any(_stands_for_infinity(part) for element in elements for part in _parts(element)):
         yield FINITE
+    if any(isinstance(part.detail[0], OfTensor) for part in _parts(form) if part.op == LEAF):
+        yield TIES
     if any(is_root(part) for element in elements for part in _parts(element)):
         yield SQUARED
 
@@ -151,7 +155,16 @@ def _parts(value: Expr) -> Iterator[Expr]:
     while waiting:
         here = waiting.pop()
         yield here
-        for arg in here.args:
+        for arg in (*here.args, *_inside(here)):
             if arg not in seen:
                 seen.add(arg)
                 waiting.append(arg)
+
+
+def _inside(value: Expr) -> Iterator[Expr]:
+    """The elements of tensors that indices or names of functions depend on."""
+    if value.op == LEAF and isinstance(value.detail[0], OfTensor):
+        yield from value.detail[0].forms
+    for atom in value.atoms:
+        if atom.kind == "data":
+            yield atom.first
