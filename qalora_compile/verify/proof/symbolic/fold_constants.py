@@ -19,11 +19,13 @@ _FUNCTIONS: dict[str, Callable[..., Array]] = {
     "aten.sub.Tensor": np.subtract,
     "aten.mul.Tensor": np.multiply,
     "aten.div.Tensor": np.divide,
+    "aten.reciprocal.default": np.reciprocal,
     "aten.sqrt.default": np.sqrt,
 }
 _SAME = ("alias", "clone", "contiguous", "detach", "detach_", "lift_fresh_copy")
 _COPIES = tuple(f"aten.{op}.default" for op in _SAME)
-_WIDENED, _POWER, _RANGE = "aten.to.dtype", "aten.pow.Tensor_Tensor", "aten.arange.start"
+_POWER = ("aten.pow.Tensor_Tensor", "aten.pow.Scalar")
+_WIDENED, _RANGE = "aten.to.dtype", "aten.arange.start"
 _HALF = 0.5
 """What `frexp` calls the mantissa of a power of two."""
 _LARGEST = 1 << 20
@@ -47,7 +49,7 @@ class FoldedConstants:
         """The value of a node, if float32 or exact arithmetic finds it from known values."""
         if self._graph.dialect != FX:
             return None
-        found = self._listed(node) if node.options or node.op == _POWER else self._computed(node)
+        found = self._listed(node) if node.options or node.op in _POWER else self._computed(node)
         if found is None:
             return None
         self._known[node.name] = from_array(node.name, found)
@@ -76,7 +78,7 @@ class FoldedConstants:
         if node.op == "aten.full.default" and node.get("dtype") == "float32":
             sizes, value = node.args
             return np.asarray(value, np.float32) if sizes == () else None
-        if node.op != _POWER or node.options:
+        if node.op not in _POWER or node.options:
             return None
         base, exponent = (self._array(arg, ("float32", "int64")) for arg in node.args)
         if base is None or exponent is None or base.size * exponent.size > _LARGEST:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from qalora_compile.verify.proof.symbolic import attention, ordering, sums
+from qalora_compile.verify.proof.symbolic import attention, ordering, recurrent, sums
 from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
 from qalora_compile.verify.proof.symbolic.expression import exponential, integer, inverse, number
@@ -43,6 +44,29 @@ def _abs(a: Arguments) -> Tensor:
 @_means("aten.exp.default", "self")
 def _exp(a: Arguments) -> Tensor:
     return t.elementwise(exponential, t.FLOAT, o.floating(tensor_of(a["self"])))
+
+
+@_means("aten.expm1.default", "self")
+def _expm1(a: Arguments) -> Tensor:
+    return o.difference(_exp(a), o.literal(1.0))
+
+
+@_means("aten.square.default", "self")
+def _square(a: Arguments) -> Tensor:
+    return o.product(tensor_of(a["self"]), tensor_of(a["self"]))
+
+
+@_means("aten.argmax.default", "self dim keepdim")
+def _argmax(a: Arguments) -> Tensor:
+    value, axis = a["self"], a.get("dim")
+    if axis is None:
+        value, axis = t.reshape(value, (as_poly(-1),)), 0
+    return ordering.argmax(value, axis, kept=bool(a.get("keepdim", False)))
+
+
+@_means("aten.scatter.src", "self dim index src")
+def _scatter(a: Arguments) -> Tensor:
+    return ordering.scattered(a["self"], a["dim"], a["index"], a["src"])
 
 
 @_means("aten.add.Tensor aten.add.Scalar _operator.add", "self other alpha")
@@ -158,12 +182,12 @@ def _masked_fill(a: Arguments) -> Tensor:
     return Tensor(value.shape, value.dtype, lambda index: filled[index])
 
 
-@_means("aten.minimum.default aten.min.other", "self other")
+@_means("aten.minimum.default aten.min.other torch.sym_min", "self other")
 def _minimum(a: Arguments) -> Tensor:
     return o.smaller(tensor_of(a["self"]), tensor_of(a["other"]))
 
 
-@_means("aten.maximum.default aten.max.other", "self other")
+@_means("aten.maximum.default aten.max.other torch.sym_max", "self other")
 def _maximum(a: Arguments) -> Tensor:
     return o.larger(tensor_of(a["self"]), tensor_of(a["other"]))
 
@@ -335,6 +359,13 @@ def _index_put(a: Arguments) -> Tensor:
     if a.get("accumulate", False) or len(a["indices"]) != 1 or a["self"].rank != 1:
         raise UnprovableError("elements are added, or written along several axes")
     return ordering.inverse_order(a["indices"][0], a["values"])
+
+
+_RECURRENCE = "has_biases num_layers dropout train bidirectional batch_first"
+for _name, _kind in (("lstm", recurrent.LSTM), ("gru", recurrent.GRU)):
+    _means(f"aten.{_name}.input", f"input hx params {_RECURRENCE}")(
+        partial(recurrent.fx_recurrence, _kind)
+    )
 
 
 @_means("aten.diff.default", "self n dim prepend append")

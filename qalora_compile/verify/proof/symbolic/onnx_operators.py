@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.read_onnx import ONNX_TYPES
-from qalora_compile.verify.proof.symbolic import attention, onnx_spatial, ordering, sums
+from qalora_compile.verify.proof.symbolic import attention, onnx_spatial, ordering, recurrent, sums
 from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
 from qalora_compile.verify.proof.symbolic.arithmetic import holds
@@ -269,6 +269,21 @@ def _scatter(x: Inputs, options: Options) -> Tensor:
     return ordering.inverse_order(t.squeeze(places, [-1]), written)
 
 
+@_means("ScatterElements", 3, "axis", "reduction")
+def _scatter_elements(x: Inputs, options: Options) -> Tensor:
+    if options.get("reduction", "none") != "none":
+        raise UnprovableError("elements are combined")
+    return ordering.scattered(x[0], options.get("axis", 0), x[1], x[2])
+
+
+@_means("ArgMax", 1, "axis", "keepdims", "select_last_index")
+def _argmax(x: Inputs, options: Options) -> Tensor:
+    if options.get("select_last_index", 0):
+        raise UnprovableError("the last of equal numbers")
+    kept = bool(options.get("keepdims", 1))
+    return ordering.argmax(x[0], options.get("axis", 0), kept=kept)
+
+
 @_means("Mod", 2, "fmod")
 def _mod(x: Inputs, options: Options) -> Tensor:
     one, other = _of_one_type(*x)
@@ -404,3 +419,8 @@ def _attention(x: Inputs, options: Options) -> tuple[Tensor, ...]:
 
 
 onnx_spatial.declare(_means)
+_RECURRENT = ("direction", "hidden_size", "layout")
+_means("LSTM", 8, *_RECURRENT, "input_forget")(partial(recurrent.onnx_recurrence, recurrent.LSTM))
+_means("GRU", 6, *_RECURRENT, "linear_before_reset")(
+    partial(recurrent.onnx_recurrence, recurrent.GRU)
+)

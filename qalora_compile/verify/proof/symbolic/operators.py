@@ -102,9 +102,9 @@ def stored(value: StoredTensor) -> Tensor:
     single = _uniform(value)
     scale = root(single) if kind == FLOAT and value.size == 1 else None
     if scale is not None:
-        return Tensor(shape, kind, lambda _: scale)
+        return Tensor(shape, kind, lambda _: scale, value)
     if single is not None:
-        return Tensor(shape, kind, lambda _: element_of(single, kind))
+        return Tensor(shape, kind, lambda _: element_of(single, kind), value)
     small = value.values() if kind == INT and value.size <= _LISTED else None
 
     name = cache(lambda: _named(value))
@@ -121,7 +121,7 @@ def stored(value: StoredTensor) -> Tensor:
         found = leaf(f"const {digest}", [offset])
         return truth(found) if kind == BOOL else found
 
-    return Tensor(shape, kind, element)
+    return Tensor(shape, kind, element, value)
 
 
 def _named(value: StoredTensor) -> tuple[str, bool]:

@@ -13,6 +13,7 @@ import numpy as np
 from qalora_compile.verify.proof.graphs.stored_tensor import from_array
 from qalora_compile.verify.proof.symbolic.arithmetic import holds
 from qalora_compile.verify.proof.symbolic.expression import (
+    LEAF,
     ONE,
     ZERO,
     Expr,
@@ -49,6 +50,7 @@ TIES = (
     "where topk or sort meets equal numbers, both runtimes take them in the order of their "
     "positions (torch on CPUs and ONNX Runtime do)"
 )
+_ORDER = "order of "
 _BINS = 1 << 16
 """With more bins, rounded bounds might not lie between integers."""
 
@@ -99,15 +101,50 @@ def _places(name: OfTensor, shape: tuple[Poly, ...], count: Poly) -> Tensor:
     return Tensor(shape, INT, element)
 
 
+def is_order(value: Expr) -> bool:
+    """Whether it is a place in an order."""
+    name = value.detail[0] if value.op == LEAF else ""
+    return isinstance(name, OfTensor) and name.startswith(_ORDER)
+
+
 def topk(value: Tensor, k: Poly, axis: int, *, largest: bool) -> tuple[Tensor, Tensor]:
     """The k largest or smallest elements along an axis, in order, and their places."""
     axis = value.axis(axis)
     count = value.shape[axis]
     complete = count if k is count and value.rank == 1 else None
-    name = function_of(f"order of {k.name} along {axis}, {largest}", [value], complete)
+    name = function_of(f"{_ORDER}{k.name} along {axis}, {largest}", [value], complete)
     shape = (*value.shape[:axis], k, *value.shape[axis + 1 :])
     places = _places(name, shape, count)
     return gather_elements(value, axis, places), places
+
+
+def argmax(value: Tensor, axis: int, *, kept: bool) -> Tensor:
+    """The place of the largest element along an axis."""
+    axis = value.axis(axis)
+    count = value.shape[axis]
+    shape = (*value.shape[:axis], *value.shape[axis + 1 :])
+    found = _places(function_of(f"{_ORDER}1 along {axis}", [value]), shape, count)
+    return unsqueeze(found, [axis]) if kept else found
+
+
+def scattered(value: Tensor, axis: int, places: Tensor, written: Tensor) -> Tensor:
+    """A tensor with other elements at places along an axis, which have to be some of an order.
+
+    Raises:
+        UnprovableError: two elements may be written at one place.
+    """
+    axis = value.axis(axis)
+    index = tuple(of_atom(variable(f"h{i}", size)) for i, size in enumerate(places.shape))
+    known = as_integer(places[index])
+    atoms = [] if known is None else [atom for atom in known.atoms if atom.kind == "data"]
+    if len(atoms) != 1 or known is not of_atom(atoms[0]) or not is_order(atoms[0].first):
+        raise UnprovableError("elements are written at places that may be equal")
+    if atoms[0].first.detail[1:] != index or f"along {axis}" not in atoms[0].first.detail[0]:
+        raise UnprovableError("elements are written at places that may be equal")
+    if written.shape != places.shape or value.dtype != written.dtype:
+        raise UnprovableError("elements of another type, or at more places, are written")
+    name = function_of(f"scattered along {axis}", [value, places, written])
+    return Tensor(value.shape, value.dtype, lambda at: leaf(name, at))
 
 
 def inverse_order(places: Tensor, values: Tensor) -> Tensor:

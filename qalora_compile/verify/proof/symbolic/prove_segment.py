@@ -20,7 +20,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     Expr,
 )
 from qalora_compile.verify.proof.symbolic.normalize import Normalizer, TooLargeError
-from qalora_compile.verify.proof.symbolic.ordering import TIES, OfTensor
+from qalora_compile.verify.proof.symbolic.ordering import TIES, OfTensor, is_order
 from qalora_compile.verify.proof.symbolic.polynomial import (
     Poly,
     as_poly,
@@ -132,7 +132,7 @@ def _needed(elements: tuple[Expr, Expr], form: Expr) -> Iterator[str]:
         yield ALLOWED
     if any(_stands_for_infinity(part) for element in elements for part in _parts(element)):
         yield FINITE
-    if any(isinstance(part.detail[0], OfTensor) for part in _parts(form) if part.op == LEAF):
+    if any(is_order(part) for part in _parts(form)):
         yield TIES
     if any(is_root(part) for element in elements for part in _parts(element)):
         yield SQUARED
