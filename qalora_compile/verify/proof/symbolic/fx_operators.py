@@ -83,6 +83,11 @@ def _sub(a: Arguments) -> Tensor:
     return o.difference(tensor_of(a["self"]), tensor_of(a["other"]))
 
 
+@_means("aten.rsub.Scalar aten.rsub.Tensor", "self other alpha")
+def _rsub(a: Arguments) -> Tensor:
+    return _sub({**a, "self": a["other"], "other": a["self"]})
+
+
 @_means("aten.mul.Tensor aten.mul.Scalar _operator.mul aten.multiply.Tensor", "self other")
 def _mul(a: Arguments) -> Tensor:
     return o.product(tensor_of(a["self"]), tensor_of(a["other"]))

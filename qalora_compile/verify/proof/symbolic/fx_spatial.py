@@ -125,7 +125,8 @@ def _group_norm(a: Arguments) -> Tensor:
     return c.group_norm(a["input"], a["num_groups"], a.get("weight"), a.get("bias"), eps)
 
 
-@_means("aten.pad.default aten.constant_pad_nd.default", "self pad mode value")
+@_means("aten.constant_pad_nd.default", "self pad value")
+@_means("aten.pad.default", "self pad mode value")
 def _pad(a: Arguments) -> Tensor:
     value = a["self"]
     if a.get("mode", "constant") != "constant":

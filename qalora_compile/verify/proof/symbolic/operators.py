@@ -170,9 +170,10 @@ def cast(value: Tensor, dtype: str | None) -> Tensor:
 
 def _counted(value: Expr) -> Expr:
     """A small number, or the count of an axis's elements: these fit in 32 bits."""
-    if value.op == NUMBER or _is_count(value) or (value.op == SUM and _is_whole(value)):
+    small = value.op == NUMBER and float(value.detail).is_integer()
+    if small or _is_count(value) or (value.op == SUM and _is_whole(value)):
         return value
-    raise UnprovableError("a cast to int32, which wraps")
+    raise UnprovableError("a cast to int32, which rounds or wraps")
 
 
 def _is_count(value: Expr) -> bool:
