@@ -45,18 +45,24 @@ def _conv(x: Inputs, options: Options) -> Tensor:
     return c.convolution(_float(value), weight, bias, window, options.get("group", 1))
 
 
+def _pool_window(value: Tensor, options: Options) -> c.Window:
+    sizes = options["kernel_shape"]
+    if value.rank != len(sizes) + 2:
+        raise UnprovableError("a kernel has another number of axes than its operand")
+    return _window(options, sizes)
+
+
 def _max_pool(x: Inputs, options: Options) -> Tensor:
     if options.get("ceil_mode", 0) or options.get("storage_order", 0):
         raise UnprovableError("a pooling whose last window is cut off")
-    return c.max_pool(_float(x[0]), _window(options, options["kernel_shape"]))
+    return c.max_pool(_float(x[0]), _pool_window(x[0], options))
 
 
 def _average_pool(x: Inputs, options: Options) -> Tensor:
     if options.get("ceil_mode", 0):
         raise UnprovableError("a pooling whose last window is cut off")
     counted = bool(options.get("count_include_pad", 0))
-    window = _window(options, options["kernel_shape"])
-    return c.average_pool(_float(x[0]), window, count_padding=counted)
+    return c.average_pool(_float(x[0]), _pool_window(x[0], options), count_padding=counted)
 
 
 def _global_average(x: Inputs, _: Options) -> Tensor:

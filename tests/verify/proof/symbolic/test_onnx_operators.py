@@ -111,8 +111,9 @@ def test_each_operator_means_what_the_standard_says(name: str, normal: bool) -> 
         if isinstance(operand, np.ndarray):
             symbolic.append(stored(from_array(f"x{place}", operand)))
             real.append(operand)
-            flat = np.ascontiguousarray(operand.reshape(-1))
-            constants[f"const {digest_of(flat)}"] = flat
+            for values in (operand, operand.T):  # of both, the smaller digest names them
+                flat = np.ascontiguousarray(values.reshape(-1))
+                constants[f"const {digest_of(flat)}"] = flat
             continue
         pair = given(operand, f"x{place}")
         pair = sized(pair) if operand == ("b", 1, "s", 5) else pair
