@@ -136,13 +136,15 @@ def judged(name: str, folder: Path, faults: dict[str, Change]) -> Iterator[str]:
     (found,) = prove(name, folder)
     assert found.verdict in PROVEN, found.left
     edge = folder / "edge"
-    path = next((p for p in (edge / "model.onnx", edge / "onnx/model_q4.onnx") if p.exists()))
+    path = next(p for p in (edge / "model.onnx", edge / "onnx/model_q4.onnx") if p.exists())
     for fault, change in faults.items():
         model = onnx.load(path)
         change(model)
         onnx.save(model, folder / "changed.onnx")
         try:
-            verdict = qc.prove_equivalence(folder / "ref", folder / "changed.onnx", samples=0).verdict
+            verdict = qc.prove_equivalence(
+                folder / "ref", folder / "changed.onnx", samples=0
+            ).verdict
         except QaloraError:  # the file is refused
             continue
         if verdict in PROVEN:

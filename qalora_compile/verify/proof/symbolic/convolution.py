@@ -86,9 +86,7 @@ class Window:
         return any((*self.before, *self.behind))
 
 
-def padded(
-    places: Sequence[Poly], space: Shape, inside: Callable[[], Expr], outside: Expr
-) -> Expr:
+def padded(places: Sequence[Poly], space: Shape, inside: Callable[[], Expr], outside: Expr) -> Expr:
     """An element, or what padding has in its place."""
     within = TRUE
     for place, size in zip(places, space, strict=True):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from qalora_compile.verify.proof.symbolic import attention, ordering, recurrent, sums
+from qalora_compile.verify.proof.symbolic import attention, sums
 from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
 from qalora_compile.verify.proof.symbolic.expression import exponential, integer, inverse, number
 from qalora_compile.verify.proof.symbolic.fx_layout import LAYOUT
+from qalora_compile.verify.proof.symbolic.fx_ordering import ORDERING
 from qalora_compile.verify.proof.symbolic.fx_spatial import SPATIAL
 from qalora_compile.verify.proof.symbolic.operator_table import (
     Arguments,
@@ -22,7 +22,7 @@ from qalora_compile.verify.proof.symbolic.operator_table import (
 from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly
 from qalora_compile.verify.proof.symbolic.tensor import Tensor, UnprovableError
 
-ATEN = OperatorTable(LAYOUT | SPATIAL)
+ATEN = OperatorTable(LAYOUT | ORDERING | SPATIAL)
 """All operators with a meaning."""
 _means = ATEN.means
 
@@ -54,19 +54,6 @@ def _expm1(a: Arguments) -> Tensor:
 @_means("aten.square.default", "self")
 def _square(a: Arguments) -> Tensor:
     return o.product(tensor_of(a["self"]), tensor_of(a["self"]))
-
-
-@_means("aten.argmax.default", "self dim keepdim")
-def _argmax(a: Arguments) -> Tensor:
-    value, axis = a["self"], a.get("dim")
-    if axis is None:
-        value, axis = t.reshape(value, (as_poly(-1),)), 0
-    return ordering.argmax(value, axis, kept=bool(a.get("keepdim", False)))
-
-
-@_means("aten.scatter.src", "self dim index src")
-def _scatter(a: Arguments) -> Tensor:
-    return ordering.scattered(a["self"], a["dim"], a["index"], a["src"])
 
 
 @_means("aten.add.Tensor aten.add.Scalar _operator.add", "self other alpha")
@@ -230,31 +217,11 @@ def _new_ones(a: Arguments) -> Tensor:
     return _full(a["size"], 1, a.get("dtype") or a["self"].dtype)
 
 
-@_means("aten.ones.default", "size dtype")
-def _ones(a: Arguments) -> Tensor:
-    return _full(a["size"], 1, a.get("dtype") or t.FLOAT)
-
-
-@_means("aten.zeros.default", "size dtype")
-def _zeros(a: Arguments) -> Tensor:
-    return _full(a["size"], 0, a.get("dtype") or t.FLOAT)
-
-
 @_means("aten.full.default", "size fill_value dtype")
 def _full_of(a: Arguments) -> Tensor:
     fill = a["fill_value"]
     usual = t.BOOL if isinstance(fill, bool) else t.INT if isinstance(fill, int) else t.FLOAT
     return _full(a["size"], fill, a.get("dtype") or usual)
-
-
-@_means("aten.ones_like.default", "self dtype")
-def _ones_like(a: Arguments) -> Tensor:
-    return _full_like({**a, "fill_value": 1})
-
-
-@_means("aten.zeros_like.default", "self dtype")
-def _zeros_like(a: Arguments) -> Tensor:
-    return _full_like({**a, "fill_value": 0})
 
 
 @_means("aten.full_like.default", "self fill_value dtype")
@@ -266,6 +233,15 @@ def _full_like(a: Arguments) -> Tensor:
 def _full(size: Any, value: Any, dtype: str) -> Tensor:
     kind = o.kind_of(dtype)
     return Tensor(tuple(sizes_of(size)), kind, lambda _: o.element_of(value, kind))
+
+
+for _name, _value in (("zeros", 0), ("ones", 1)):
+    _means(f"aten.{_name}.default", "size dtype")(
+        lambda a, value=_value: _full(a["size"], value, a.get("dtype") or t.FLOAT)
+    )
+    _means(f"aten.{_name}_like.default", "self dtype")(
+        lambda a, value=_value: _full_like({**a, "fill_value": value})
+    )
 
 
 @_means("aten.to.dtype aten.to.dtype_layout", "self dtype")
@@ -329,48 +305,6 @@ def _reduced(a: Arguments, reduce: Any) -> Tensor:
 def _cumsum(a: Arguments) -> Tensor:
     value = _cast(a["self"], a.get("dtype"))
     return sums.cumulated(o.cast(value, t.INT) if value.dtype == t.BOOL else value, a["dim"])
-
-
-@_means("aten.topk.default", "self k dim largest sorted")
-def _topk(a: Arguments) -> tuple[Tensor, Tensor]:
-    if a.get("sorted", True) is not True:
-        raise UnprovableError("an order that is not known")
-    largest = bool(a.get("largest", True))
-    return ordering.topk(a["self"], size_of(a["k"]), a.get("dim", -1), largest=largest)
-
-
-@_means("aten.sort.default aten.sort.stable", "self dim descending stable")
-def _sort(a: Arguments) -> tuple[Tensor, Tensor]:
-    value, axis = a["self"], a.get("dim", -1)
-    count = value.shape[value.axis(axis)]
-    return ordering.topk(value, count, axis, largest=bool(a.get("descending", False)))
-
-
-@_means("aten.histc.default", "self bins min max")
-def _histc(a: Arguments) -> Tensor:
-    return ordering.counts_of(a["self"], a["bins"], a["min"], a["max"])
-
-
-@_means("aten.empty_like.default", "self dtype")
-def _empty_like(a: Arguments) -> Tensor:
-    def element(_: Any) -> Any:
-        raise UnprovableError("elements that nothing has written are read")
-
-    return Tensor(a["self"].shape, o.kind_of(a.get("dtype") or a["self"].dtype), element)
-
-
-@_means("aten.index_put.default", "self indices values accumulate")
-def _index_put(a: Arguments) -> Tensor:
-    if a.get("accumulate", False) or len(a["indices"]) != 1 or a["self"].rank != 1:
-        raise UnprovableError("elements are added, or written along several axes")
-    return ordering.inverse_order(a["indices"][0], a["values"])
-
-
-_RECURRENCE = "has_biases num_layers dropout train bidirectional batch_first"
-for _name, _kind in (("lstm", recurrent.LSTM), ("gru", recurrent.GRU)):
-    _means(f"aten.{_name}.input", f"input hx params {_RECURRENCE}")(
-        partial(recurrent.fx_recurrence, _kind)
-    )
 
 
 @_means("aten.diff.default", "self n dim prepend append")

@@ -36,9 +36,7 @@ def _constant_sizes(value: Tensor) -> tuple[int, ...]:
     return tuple(size for size in found if size is not None)
 
 
-@_means(
-    " ".join(f"aten.conv{n}d.default aten.conv{n}d.padding" for n in (1, 2, 3)), _CONVOLUTION
-)
+@_means(" ".join(f"aten.conv{n}d.default aten.conv{n}d.padding" for n in (1, 2, 3)), _CONVOLUTION)
 def _conv(a: Arguments) -> Tensor:
     value, weight = a["input"], a["weight"]
     sizes = _constant_sizes(weight)[2:]
@@ -81,7 +79,10 @@ def _pool_window(a: Arguments) -> c.Window:
     return c.Window(sizes, strides, padding, padding, _numbers(a.get("dilation"), axes, 1))
 
 
-@_means("aten.max_pool1d.default aten.max_pool2d.default", "self kernel_size stride padding dilation ceil_mode")
+@_means(
+    "aten.max_pool1d.default aten.max_pool2d.default",
+    "self kernel_size stride padding dilation ceil_mode",
+)
 def _max_pool(a: Arguments) -> Tensor:
     return c.max_pool(o.floating(a["self"]), _pool_window(a))
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.read_onnx import ONNX_TYPES
-from qalora_compile.verify.proof.symbolic import attention, onnx_spatial, ordering, recurrent, sums
+from qalora_compile.verify.proof.symbolic import attention, onnx_ordering, onnx_spatial, sums
 from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
 from qalora_compile.verify.proof.symbolic.arithmetic import holds
@@ -140,7 +140,6 @@ def _div(x: Inputs, _: Options) -> Tensor:
     if one.dtype == t.FLOAT:
         return o.divided(one, other)
 
-
     def element(a: Any) -> Any:
         top = as_integer(a)
         if top is not None and not holds(top):
@@ -248,40 +247,6 @@ def _gather_nd(x: Inputs, options: Options) -> Tensor:
         raise UnprovableError("it has axes of a batch")
     one = [t.gather(places, -1, t.scalar(integer(i), t.INT)) for i in range(width)]
     return o.lookup(value, one)
-
-
-@_means("TopK", 2, "axis", "largest", "sorted")
-def _topk(x: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    if options.get("sorted", 1) != 1:
-        raise UnprovableError("an order that is not known")
-    (k,) = t.integers(x[1])
-    largest = bool(options.get("largest", 1))
-    return ordering.topk(x[0], k, options.get("axis", -1), largest=largest)
-
-
-@_means("ScatterND", 3, "reduction")
-def _scatter(x: Inputs, options: Options) -> Tensor:
-    value, places, written = x
-    if options.get("reduction", "none") != "none" or value.rank != 1:
-        raise UnprovableError("elements are combined, or written along several axes")
-    if value.shape != written.shape:
-        raise UnprovableError("elements are written at some places only")
-    return ordering.inverse_order(t.squeeze(places, [-1]), written)
-
-
-@_means("ScatterElements", 3, "axis", "reduction")
-def _scatter_elements(x: Inputs, options: Options) -> Tensor:
-    if options.get("reduction", "none") != "none":
-        raise UnprovableError("elements are combined")
-    return ordering.scattered(x[0], options.get("axis", 0), x[1], x[2])
-
-
-@_means("ArgMax", 1, "axis", "keepdims", "select_last_index")
-def _argmax(x: Inputs, options: Options) -> Tensor:
-    if options.get("select_last_index", 0):
-        raise UnprovableError("the last of equal numbers")
-    kept = bool(options.get("keepdims", 1))
-    return ordering.argmax(x[0], options.get("axis", 0), kept=kept)
 
 
 @_means("Mod", 2, "fmod")
@@ -418,9 +383,5 @@ def _attention(x: Inputs, options: Options) -> tuple[Tensor, ...]:
     )
 
 
+onnx_ordering.declare(_means)
 onnx_spatial.declare(_means)
-_RECURRENT = ("direction", "hidden_size", "layout")
-_means("LSTM", 8, *_RECURRENT, "input_forget")(partial(recurrent.onnx_recurrence, recurrent.LSTM))
-_means("GRU", 6, *_RECURRENT, "linear_before_reset")(
-    partial(recurrent.onnx_recurrence, recurrent.GRU)
-)

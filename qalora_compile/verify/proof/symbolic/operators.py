@@ -131,7 +131,7 @@ def _named(value: StoredTensor) -> tuple[str, bool]:
     """
     values = value.values()
     found = digest_of(np.ascontiguousarray(values).reshape(-1))
-    if len(value.shape) != 2 or value.size > _TRANSPOSED:  # noqa: PLR2004, a matrix
+    if len(value.shape) != 2 or value.size > _TRANSPOSED:
         return found, False
     other = digest_of(np.ascontiguousarray(values.T).reshape(-1))
     return min((found, False), (other, True))

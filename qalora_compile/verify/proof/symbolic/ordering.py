@@ -184,7 +184,9 @@ def counts_of(value: Tensor, bins: int, low: float, high: float) -> Tensor:
     edges = stored(from_array("bounds", bounds.reshape(-1, 1)))
     rows = expand(unsqueeze(value, [0]), (as_poly(bins + 1), count))
     below = elementwise(
-        lambda c: where(c, ONE, ZERO), FLOAT, less(Tensor(rows.shape, FLOAT, lambda i: rows[i]), edges)
+        lambda c: where(c, ONE, ZERO),
+        FLOAT,
+        less(Tensor(rows.shape, FLOAT, lambda i: rows[i]), edges),
     )
     sums = total(below, 1, kept=False)
     return difference(cut(sums, 0, as_poly(1), None), cut(sums, 0, as_poly(0), as_poly(bins)))

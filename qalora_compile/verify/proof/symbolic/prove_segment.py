@@ -90,17 +90,20 @@ class SymbolicProof:
         Raises:
             UnprovableError: they are not shown to be equal; the text says why.
         """
+        return self._assuming(targets, (0, *_LEAST))
+
+    def _assuming(self, targets: tuple[Any, Any], sizes: tuple[int, ...]) -> tuple[str, ...]:
+        """As `conditions`, with the first of these sizes of axes under which there is a proof."""
+        least, *others = sizes
         try:
-            return self._proved(targets, 0)
+            return self._proved(targets, least)
+        except TooShortError:
+            if not others:
+                raise
         except UnprovableError:
-            pass
-        for least in _LEAST:
-            try:
-                return self._proved(targets, least)
-            except TooShortError:
-                if least == _LEAST[-1]:
-                    raise
-        raise AssertionError("one size is the last")
+            if least:
+                raise
+        return self._assuming(targets, (*others,))
 
     def _proved(self, targets: tuple[Any, Any], least: int) -> tuple[str, ...]:
         values, conditions = self._evaluations(least)

@@ -84,7 +84,9 @@ def fx_recurrence(kind: str, a: Arguments) -> tuple[Tensor, ...]:
             results.append(layer(kind, direction, (value, *ordered, *first)))
         value = concatenate([result[0] for result in results], 2)
         last += [result[1:] for result in results]
-    found = [concatenate([unsqueeze(one, [0]) for one in group], 0) for group in zip(*last, strict=True)]
+    found = [
+        concatenate([unsqueeze(one, [0]) for one in group], 0) for group in zip(*last, strict=True)
+    ]
     return transpose(value, (1, 0, 2)) if a["batch_first"] else value, *found
 
 

@@ -24,7 +24,12 @@ IMAGE, WAVE = ("b", 4, 5, 6), ("b", 4, 9)
 CHANNELS = [(4,), (4,)]
 FX: dict[str, tuple[str, list[Any], list[Any], dict[str, Any]]] = {
     "conv": ("conv2d.default", [IMAGE, (3, 4, 3, 2), (3,)], [[2, 1], [1, 0], [1, 2]], {}),
-    "conv in groups": ("conv2d.default", [IMAGE, (6, 2, 2, 2)], [None, [1, 1], [0, 0], [1, 1], 2], {}),
+    "conv in groups": (
+        "conv2d.default",
+        [IMAGE, (6, 2, 2, 2)],
+        [None, [1, 1], [0, 0], [1, 1], 2],
+        {},
+    ),
     "conv of depth": ("conv1d.default", [WAVE, (4, 1, 3), (4,)], [[2], [1], [2], 4], {}),
     "conv of one size": (
         "conv1d.padding",
@@ -32,7 +37,12 @@ FX: dict[str, tuple[str, list[Any], list[Any], dict[str, Any]]] = {
         [],
         {"padding": "same", "dilation": [2]},
     ),
-    "conv of an unknown length": ("conv1d.default", [("b", 2, "l"), (3, 2, 3)], [None, [2], [1]], {}),
+    "conv of an unknown length": (
+        "conv1d.default",
+        [("b", 2, "l"), (3, 2, 3)],
+        [None, [2], [1]],
+        {},
+    ),
     "any conv": (
         "convolution.default",
         [IMAGE, (2, 4, 3, 3), (2,)],
@@ -54,7 +64,12 @@ FX: dict[str, tuple[str, list[Any], list[Any], dict[str, Any]]] = {
     "pad": ("constant_pad_nd.default", [("b", 3, 4)], [[1, 2, 0, -1], 0.5], {}),
     "gate": ("glu.default", [("b", 6, "s")], [1], {}),
     "weight norm": ("_weight_norm.default", [(3, 4, 5), (3, 1, 1)], [0], {}),
-    "baddbmm": ("baddbmm.default", [(3, 1, 4), (3, 2, 5), (3, 5, 4)], [], {"beta": 0.5, "alpha": 2.0}),
+    "baddbmm": (
+        "baddbmm.default",
+        [(3, 1, 4), (3, 2, 5), (3, 5, 4)],
+        [],
+        {"beta": 0.5, "alpha": 2.0},
+    ),
     "in place": ("add_.Tensor", [("b", "s"), ("s",)], [], {}),
     "squares": ("square.default", [("b", "s")], [], {}),
     "e^x - 1": ("expm1.default", [("b", "s")], [], {}),
@@ -97,7 +112,9 @@ def _pair(shape: tuple[Any, ...], place: int, *, spread: bool) -> tuple[Tensor, 
     concrete = tuple(_L if axis == "l" else axis for axis in shape)
     value, real = given(concrete, f"x{place}")
     if shape != concrete:
-        sizes = tuple(size("l", least=1) if a == "l" else s for a, s in zip(shape, value.shape))
+        sizes = tuple(
+            size("l", least=1) if a == "l" else s for a, s in zip(shape, value.shape, strict=True)
+        )
         value = Tensor(sizes, value.dtype, lambda index: value_at(f"x{place}", index))
     return value, real.abs() + 0.5 if spread else real
 
@@ -110,7 +127,9 @@ def value_at(name: str, index: Any) -> Any:
 
 
 def _numbers(leaves: dict[str, Any]) -> Numbers:
-    atoms = {a: n for name, n in ALL_SIZES.items() for s in (0, 1) for a in size(name, least=s).atoms}
+    atoms = {
+        a: n for name, n in ALL_SIZES.items() for s in (0, 1) for a in size(name, least=s).atoms
+    }
     return Numbers(leaves, atoms)
 
 
@@ -158,7 +177,11 @@ def run(op: str, values: list[Any], options: dict[str, Any], results: int) -> li
     graph = helper.make_graph(
         [helper.make_node(op, [n if v is not None else "" for n, v in pairs], made, **options)],
         "one",
-        [helper.make_tensor_value_info(n, kinds[v.dtype.kind], v.shape) for n, v in pairs if v is not None],
+        [
+            helper.make_tensor_value_info(n, kinds[v.dtype.kind], v.shape)
+            for n, v in pairs
+            if v is not None
+        ],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in made],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
@@ -175,7 +198,13 @@ def test_what_has_no_meaning_here_is_refused() -> None:
     long = Tensor((as_poly(1), as_poly(2), size("l")), "float32", lambda i: value_at("l", i))
     cases = [
         (ATEN.value, "aten.conv2d.default", [image, given((3, 2, 3, 3), "k")[0]], {}, "channels"),
-        (ATEN.value, "aten.conv2d.padding", [image, weight, None, [2, 2], "same"], {}, "with steps"),
+        (
+            ATEN.value,
+            "aten.conv2d.padding",
+            [image, weight, None, [2, 2], "same"],
+            {},
+            "with steps",
+        ),
         (ATEN.value, "aten.max_pool2d.default", [image, [2, 2]], {"ceil_mode": True}, "cut off"),
         (ATEN.value, "aten.avg_pool1d.default", [wave, [3], [1], [1], False, False], {}, "leaves"),
         (ATEN.value, "aten.adaptive_avg_pool2d.default", [image, [2, 2]], {}, "one size"),
@@ -186,7 +215,13 @@ def test_what_has_no_meaning_here_is_refused() -> None:
         (onnx_value, "onnx.Conv", [image, weight], {"kernel_shape": [2, 3]}, "another size"),
         (onnx_value, "onnx.MaxPool", [image], {"kernel_shape": [2], "strides": [1]}, "axes"),
         (onnx_value, "onnx.GRU", [wave] * 6, {"hidden_size": 4}, "another layout|reset"),
-        (onnx_value, "onnx.TopK", [wave, stored(from_array("k", np.array([1])))], {"sorted": 0}, "order"),
+        (
+            onnx_value,
+            "onnx.TopK",
+            [wave, stored(from_array("k", np.array([1])))],
+            {"sorted": 0},
+            "order",
+        ),
     ]
     for meaning, op, args, options, why in cases:
         with pytest.raises(UnprovableError, match=why):
@@ -270,7 +305,17 @@ def test_a_recurrence_of_torch_is_that_of_onnx(kind: str, both_ways: bool) -> No
         hx = tuple(states) if kind == "LSTM" else states[0]
         ATEN.value(
             f"aten.{kind.lower()}.input",
-            [stored(from_array("x", x.numpy())), hx, tuple(params), True, 1, 0.0, False, both_ways, False],
+            [
+                stored(from_array("x", x.numpy())),
+                hx,
+                tuple(params),
+                True,
+                1,
+                0.0,
+                False,
+                both_ways,
+                False,
+            ],
             {},
         )
     constants = {}
@@ -285,7 +330,11 @@ def test_a_recurrence_of_torch_is_that_of_onnx(kind: str, both_ways: bool) -> No
         real = []
         for value in values:
             known = value.stored
-            one = known.values() if known is not None else array(value, _numbers(constants), normal=False)
+            one = (
+                known.values()
+                if known is not None
+                else array(value, _numbers(constants), normal=False)
+            )
             real.append(np.asarray(one, np.float32))
         seen, into, recurrence, biases, *begin = real
         options = {"hidden_size": 2, "direction": direction}
