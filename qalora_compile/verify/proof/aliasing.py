@@ -95,7 +95,8 @@ def _is_shown(
             return True
         if not owner.op.startswith("aten.") or _base(owner.op) not in _VIEWS:
             return False
-        reader, owner = owner, graph.node(owner.args[0])
+        viewed, *_ = owner.args
+        reader, owner = owner, graph.node(viewed)
     return False
 
 
@@ -117,7 +118,7 @@ def _is_part(graph: Graph, node: Node, readers: dict[str, list[str]]) -> bool:
     owner = graph.node(whole)
     if owner is None or _base(owner.op) not in _FRESH_PARTS or not owner.op.startswith("aten."):
         return False
-    taken = [graph.nodes[name].args[1] if name else index for name in readers[owner.name]]
+    taken = [graph.nodes[name].get("b") if name else index for name in readers[owner.name]]
     return taken.count(index) == 1
 
 

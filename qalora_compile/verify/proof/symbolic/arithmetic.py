@@ -85,8 +85,9 @@ def _range(atom: Atom) -> list[Poly]:
         dividend, divisor = atom.args
         left = dividend - value * divisor
         return [left, divisor - 1 - left, *_range_of_quotient(value, dividend, divisor)]
-    if atom.kind == "data" and len(atom.args) > 1:  # a place in an order
-        return [value, atom.args[1] - 1 - value]
+    if atom.kind == "data":  # a place in an order has a count
+        _, *counts = atom.args
+        return [row for count in counts for row in (value, count - 1 - value)]
     return []
 
 

@@ -83,7 +83,8 @@ class Change:
             return quotient(*map(self.poly, atom.args))
         if atom.kind == "data":
             value = self.of(atom.first)
-            if len(atom.args) > 1 and value.op == LEAF:
-                return of_atom(Atom(f"data{value.number}", "data", (value, *atom.args[1:])))
+            _, *count = atom.args
+            if count and value.op == LEAF:
+                return of_atom(Atom(f"data{value.number}", "data", (value, *count)))
             return index_of(value)
         return of_atom(atom)

@@ -58,7 +58,8 @@ class FoldedConstants:
     def _computed(self, node: Node) -> Array | None:
         """A sum, difference, product, quotient or root, each of which is rounded once."""
         if node.op in _COPIES and len(node.args) == 1:
-            return self._array(node.args[0], ("float32", "int64", "int32"))
+            (copied,) = node.args
+            return self._array(copied, ("float32", "int64", "int32"))
         if node.op == _WIDENED and len(node.args) == 2:
             operand, dtype = node.args
             return self._in_float32(operand) if dtype == "float32" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from qalora_compile.verify.proof.symbolic import attention, sums
@@ -72,7 +73,8 @@ def _sub(a: Arguments) -> Tensor:
 
 @_means("aten.rsub.Scalar aten.rsub.Tensor", "self other alpha")
 def _rsub(a: Arguments) -> Tensor:
-    return _sub({**a, "self": a["other"], "other": a["self"]})
+    found: Tensor = _sub({**a, "self": a["other"], "other": a["self"]})
+    return found
 
 
 @_means("aten.mul.Tensor aten.mul.Scalar _operator.mul aten.multiply.Tensor", "self other")
@@ -226,8 +228,7 @@ def _full_of(a: Arguments) -> Tensor:
 
 @_means("aten.full_like.default", "self fill_value dtype")
 def _full_like(a: Arguments) -> Tensor:
-    kind = o.kind_of(a.get("dtype") or a["self"].dtype)
-    return Tensor(a["self"].shape, kind, lambda _: o.element_of(a["fill_value"], kind))
+    return _filled_like(a["fill_value"], a)
 
 
 def _full(size: Any, value: Any, dtype: str) -> Tensor:
@@ -235,13 +236,17 @@ def _full(size: Any, value: Any, dtype: str) -> Tensor:
     return Tensor(tuple(sizes_of(size)), kind, lambda _: o.element_of(value, kind))
 
 
+def _filled(value: int, a: Arguments) -> Tensor:
+    return _full(a["size"], value, a.get("dtype") or t.FLOAT)
+
+
+def _filled_like(value: int, a: Arguments) -> Tensor:
+    return _full(a["self"].shape, value, a.get("dtype") or a["self"].dtype)
+
+
 for _name, _value in (("zeros", 0), ("ones", 1)):
-    _means(f"aten.{_name}.default", "size dtype")(
-        lambda a, value=_value: _full(a["size"], value, a.get("dtype") or t.FLOAT)
-    )
-    _means(f"aten.{_name}_like.default", "self dtype")(
-        lambda a, value=_value: _full_like({**a, "fill_value": value})
-    )
+    _means(f"aten.{_name}.default", "size dtype")(partial(_filled, _value))
+    _means(f"aten.{_name}_like.default", "self dtype")(partial(_filled_like, _value))
 
 
 @_means("aten.to.dtype aten.to.dtype_layout", "self dtype")

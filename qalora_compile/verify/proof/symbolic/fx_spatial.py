@@ -64,7 +64,8 @@ def _conv(a: Arguments) -> Tensor:
 def _convolution(a: Arguments) -> Tensor:
     if a["transposed"] is not False:
         raise UnprovableError("a transposed convolution")
-    return _conv(a)
+    found: Tensor = _conv(a)
+    return found
 
 
 def _pool_window(a: Arguments) -> c.Window:

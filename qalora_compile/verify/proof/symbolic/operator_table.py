@@ -75,7 +75,7 @@ def tensor_of(value: Any) -> Tensor:
 
 def size_of(value: Any) -> Poly:
     """A size or position: a number, or a value that is known as a polynomial."""
-    if isinstance(value, int):
+    if isinstance(value, (int, Poly)):
         return as_poly(value)
     if isinstance(value, Tensor) and value.rank == 0:
         return index_of(value[()])

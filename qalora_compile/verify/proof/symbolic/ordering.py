@@ -60,15 +60,15 @@ class OfTensor(str):
 
     Attributes:
         forms: The elements in normal form.
-        count: The number of elements that are ordered, each of which comes once; None otherwise.
+        complete: The number of elements that are ordered, each of which comes once; None otherwise.
     """
 
-    __slots__ = ("count", "forms")
+    __slots__ = ("complete", "forms")
     forms: tuple[Expr, ...]
-    count: Poly | None
+    complete: Poly | None
 
 
-def function_of(name: str, values: Sequence[Tensor], count: Poly | None = None) -> OfTensor:
+def function_of(name: str, values: Sequence[Tensor], complete: Poly | None = None) -> OfTensor:
     """The name of a function of tensors: the same for tensors that are equal in normal form.
 
     Raises:
@@ -87,7 +87,7 @@ def function_of(name: str, values: Sequence[Tensor], count: Poly | None = None) 
         shape = ", ".join(size.name for size in value.shape)
         shown.append(f"#{forms[-1].number}: {value.dtype}[{shape}]")
     found = OfTensor(" ".join(shown))
-    found.forms, found.count = tuple(forms), count
+    found.forms, found.complete = tuple(forms), complete
     return found
 
 
@@ -161,7 +161,7 @@ def inverse_order(places: Tensor, values: Tensor) -> Tensor:
     if counted is not index[0] or len(atoms) != 1 or known is not of_atom(atoms[0]):
         raise UnprovableError("elements are written at places that are no order")
     name, *read = atoms[0].first.detail
-    if not isinstance(name, OfTensor) or name.count is not places.shape[0] or read != [*index]:
+    if not isinstance(name, OfTensor) or name.complete is not places.shape[0] or read != [*index]:
         raise UnprovableError("elements are written at places that may be equal")
     return _places(function_of("inverse order", [places]), places.shape, places.shape[0])
 
@@ -179,7 +179,7 @@ def counts_of(value: Tensor, bins: int, low: float, high: float) -> Tensor:
     known = as_integer(value[index]) if value.rank == 1 else None
     if known is None or not holds(known) or not holds(as_poly(bins - 1) - known):
         raise UnprovableError("a histogram of numbers that are not known to be in its bins")
-    bounds = np.float32([high * i / bins for i in range(bins + 1)])
+    bounds = np.asarray([high * i / bins for i in range(bins + 1)], np.float32)
     bounds[-1] = np.nextafter(np.float32(high), np.float32(np.inf))
     edges = stored(from_array("bounds", bounds.reshape(-1, 1)))
     rows = expand(unsqueeze(value, [0]), (as_poly(bins + 1), count))

@@ -40,8 +40,14 @@ def expert_linear(graph: Graph, node: Node, linear: Callable[[Any], Linear]) -> 
         return parts[expert].rows(part, -1)
 
     notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-    made = {"source": source, "rows": rows, "experts": len(parts), "notes": notes}
-    return dataclasses.replace(parts[0], **made, terms=max(part.terms for part in parts))
+    return dataclasses.replace(
+        parts[0],
+        source=source,
+        rows=rows,
+        experts=len(parts),
+        notes=notes,
+        terms=max(part.terms for part in parts),
+    )
 
 
 def expert_rows(graph: Graph, node: Node, read: Callable[[Any], Reading]) -> Reading | None:
@@ -87,29 +93,39 @@ def _check_filler(graph: Graph, operand: Any, x: Any, last: Linear) -> None:
     """Check that the last value is zeros for the rows behind those of the last expert."""
     node = graph.node(operand)
     if node is not None and node.op in ("onnx.Cast", "onnx.CastLike"):
-        node = graph.node(node.args[0])
+        node = _first(graph, node)
     zeros = node is not None and node.op == "onnx.ConstantOfShape" and not node.options
-    size = graph.node(node.args[0]) if zeros and node is not None else None
-    rows = graph.node(size.args[0]) if size is not None and size.op == "onnx.Concat" else None
-    shape = graph.node(rows.args[0]) if rows is not None and rows.op == "onnx.Sub" else None
-    fits = (
-        size is not None
-        and rows is not None
-        and shape is not None
-        and (shape.op, shape.args) == ("onnx.Shape", (x,))
-        and (shape.options.get("start", 0), shape.options.get("end")) == (0, 1)
-        and rows.args[1] == last.source[2]
-        and [_stored_integer(graph, width) for width in size.args[1:]] == [last.n]
-    )
-    if not fits:
-        raise NotLinearError(f"no rows of zeros follow those of the last expert: {operand}")
+    size = _first(graph, node) if zeros else None
+    rows = _first(graph, size, "onnx.Concat")
+    shape = _first(graph, rows, "onnx.Sub")
+    if size is not None and rows is not None and shape is not None:
+        (_, *widths), (_, taken), (*_, end) = size.args, rows.args, last.source
+        of_x = (shape.op, shape.args) == ("onnx.Shape", (x,))
+        lead = (shape.options.get("start", 0), shape.options.get("end")) == (0, 1)
+        if (
+            of_x
+            and lead
+            and taken == end
+            and [_stored_integer(graph, w) for w in widths] == [last.n]
+        ):
+            return
+    raise NotLinearError(f"no rows of zeros follow those of the last expert: {operand}")
+
+
+def _first(graph: Graph, node: Node | None, op: str = "") -> Node | None:
+    """The node that computes the first operand of a node, if that is of this operator."""
+    if node is None or (op and node.op != op):
+        return None
+    operand, *_ = node.args
+    return graph.node(operand)
 
 
 def _unsqueezed(graph: Graph, operand: Any) -> Any:
     node = graph.node(operand)
-    if node is None or node.op != "onnx.Unsqueeze" or _stored_integer(graph, node.args[1]) != 0:
+    value, axes = (None, None) if node is None or node.op != "onnx.Unsqueeze" else node.args
+    if _stored_integer(graph, axes) != 0:
         raise NotLinearError(f"the experts are not joined along their axis: {graph.line(operand)}")
-    return node.args[0]
+    return value
 
 
 def _slice_of(graph: Graph, node: Node | None) -> tuple[Any, Any, Any]:

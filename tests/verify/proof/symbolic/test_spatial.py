@@ -196,7 +196,7 @@ def test_what_has_no_meaning_here_is_refused() -> None:
     image, wave = given(IMAGE, "x")[0], given(WAVE, "w")[0]
     weight = given((3, 4, 3, 3), "k")[0]
     long = Tensor((as_poly(1), as_poly(2), size("l")), "float32", lambda i: value_at("l", i))
-    cases = [
+    cases: list[tuple[Any, str, list[Any], dict[str, Any], str]] = [
         (ATEN.value, "aten.conv2d.default", [image, given((3, 2, 3, 3), "k")[0]], {}, "channels"),
         (
             ATEN.value,
@@ -265,7 +265,8 @@ def test_experts_are_counted_and_put_back_in_order() -> None:
     at = wanted.sort(stable=True).indices
     leaves = {_order_of(chosen): real.topk(2).indices.numpy(), _order_of(order): at.numpy()}
     counts = ATEN.value("aten.histc.default", [ids, 3, 0, 2], {})
-    edges = np.float32([0, 2 / 3, 4 / 3, np.nextafter(np.float32(2), np.float32(3))])
+    last = np.nextafter(np.float32(2), np.float32(3))
+    edges = np.asarray([0, 2 / 3, 4 / 3, last], np.float32)
     leaves |= {f"const {digest_of(edges)}": edges}
     found = array(counts, _numbers(leaves), normal=True)
     np.testing.assert_array_equal(found, torch.histc(wanted.float(), 3, 0, 2))
