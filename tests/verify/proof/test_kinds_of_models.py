@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 import qalora_compile as qc
+from qalora_compile.cli.main import main
 from qalora_compile.errors import QaloraError
 from qalora_compile.verdict import PROVEN
 from tests.zoo.proofs import prove
@@ -171,3 +172,9 @@ def test_complete_exports_are_proved(name: str, tmp_path: Path) -> None:
     for graph in graphs:
         assert graph.verdict in PROVEN, graph.left
         assert graph.parts == graph.parts_proved > graph.sites - 1
+    if len(graphs) > 1:
+        sides = [str(tmp_path / side) for side in ("folded", "edge")]
+        stated = str(tmp_path / "equal.json")
+        assert main(["verify", *sides, "--prove", "--certificate", stated]) == 0
+        for half in ("encoder", "decoder"):
+            assert main(["verify", "--certificate", str(tmp_path / f"equal-{half}.json")]) == 0
