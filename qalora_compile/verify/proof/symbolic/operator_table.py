@@ -39,7 +39,8 @@ class OperatorTable(dict[str, tuple[tuple[str, ...], Meaning]]):
             plain = _not_in_place(op)
             if plain not in self:
                 raise UnprovableError("it has no symbolic form")
-            return _kept(args[0], self.value(plain, args, options))
+            target, *_ = args
+            return _kept(target, self.value(plain, args, options))
         names, meaning = self[op]
         if len(args) > len(names):
             raise UnprovableError(f"it has {len(args)} operands")
