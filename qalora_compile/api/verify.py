@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qalora_compile.api.edge import read_edge_record
 from qalora_compile.api.edge_choices import with_recorded_embeddings
-from qalora_compile.api.forms import add_kv_cache
+from qalora_compile.api.forms import add_kv_cache, split_encoder_decoder
 from qalora_compile.api.pooling import recorded_pooling
 from qalora_compile.api.run_folder import MODEL
 from qalora_compile.api.settings import today
@@ -25,7 +25,14 @@ from qalora_compile.passes.canonicalize.canonical_passes import canonical_passes
 from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.progress import say
 from qalora_compile.runtime.library import kernel_level, library_path
-from qalora_compile.untrusted.artifacts import GGUF_FILE, PROGRAM_FILE, ort_files
+from qalora_compile.untrusted.artifacts import (
+    GGUF_FILE,
+    MERGED_FILE,
+    ORT_MERGED_FILE,
+    PROGRAM_FILE,
+    encoder_decoder_files,
+    ort_files,
+)
 from qalora_compile.verify.compare import Report, Tolerance
 from qalora_compile.verify.debug.report_page import Outcome, verify_page
 from qalora_compile.verify.equivalence import verify_equivalence
@@ -161,20 +168,66 @@ def prove(spec: VerifySpec) -> Certificate:
     """Prove equivalence: compare every coefficient, and the graph around the quantized layers.
 
     Raises:
-        UserInputError: a path cannot be read.
+        UserInputError: a path cannot be read, or is of an encoder-decoder model (`prove_all`).
     """
     a, b = _Named(spec.a), _Named(spec.b)
     cached = _with_cache(a, b)
-    certificate = prove_equivalence(
-        a.path if cached is None else cached,
-        b.path,
-        samples=spec.inputs,
-        seed=spec.seed,
-        folder=a.path if cached is not None else None,
-    )
+    certificate = _proof(spec, a.path, cached, b.path)
     if spec.html:
         _write_page(spec, certificate, cached or a.thing, b.thing)
     return certificate
+
+
+def prove_all(spec: VerifySpec) -> dict[str, Certificate]:
+    """As `prove`, graph by graph: `encoder` and `decoder`, or "" for the only one.
+
+    Raises:
+        UserInputError: a path cannot be read, or a page is asked for two graphs.
+    """
+    pairs = proof_pairs(spec.a, spec.b)
+    if set(pairs) == {""}:
+        return {"": prove(spec)}
+    if spec.html:
+        raise UserInputError(
+            "an HTML page shows one graph, and an encoder-decoder model has two",
+            where=spec.b,
+            hint="run verify --prove without --html",
+        )
+    folder = Path(spec.a)
+    return {
+        half: _proof(spec, folder, program, candidate)
+        for half, (program, candidate) in pairs.items()
+    }
+
+
+def proof_pairs(a: str, b: str) -> dict[str, tuple[Program | None, Path]]:
+    """The program and the file of each graph of B: `encoder` and `decoder`, or "" for one.
+
+    The program is captured again where B has a cache, or two graphs. It is None where A can be
+    compared as it is.
+
+    Raises:
+        UserInputError: a path cannot be read.
+    """
+    folder = Path(a)
+    halves = encoder_decoder_files(Path(b))
+    if halves is None or not (folder / MODEL).is_dir():
+        one, other = _Named(a), _Named(b)
+        return {"": (_with_cache(one, other), other.path)}
+    merged = halves[1].name in (Path(MERGED_FILE).name, Path(ORT_MERGED_FILE).name)
+    both = split_encoder_decoder(Program.load(folder), folder / MODEL, merged=merged)
+    parts = zip(("encoder", "decoder"), both, halves, strict=True)
+    return {half: (program, file) for half, program, file in parts}
+
+
+def _proof(spec: VerifySpec, folder: Path, program: Program | None, candidate: Path) -> Certificate:
+    return prove_equivalence(
+        folder if program is None else program,
+        candidate,
+        samples=spec.inputs,
+        seed=spec.seed,
+        folder=None if program is None else folder,
+    )
 
 
 def compare_along(spec: VerifySpec) -> NumericReport:

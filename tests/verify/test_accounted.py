@@ -198,6 +198,10 @@ def test_bodies_that_compute_something_else_have_other_hashes() -> None:
 
 
 CLONE = node("aten.clone.default", X, name="c")
+TURNED, AGAIN = (node("aten.transpose.int", Ref("c"), 0, 1, name=n) for n in ("t", "u"))
+TURNED_INPUT = node("aten.transpose.int", X, 0, 1, name="t")
+TOPK = node("aten.topk.default", X, 2, name="k")
+FIRST, SECOND = (node("_operator.getitem", Ref("k"), 0, name=n) for n in ("p", "q"))
 
 
 @pytest.mark.parametrize(
@@ -211,8 +215,32 @@ CLONE = node("aten.clone.default", X, name="c")
         ),
         (CLONE, node("aten.relu_.default", Ref("c"), name="r"), node("aten.neg.default", Ref("c"))),
         (node("aten.relu_.default", X),),
+        (
+            CLONE,
+            TURNED,
+            node("aten.relu_.default", Ref("t"), name="r"),
+            node("aten.neg.default", Ref("c")),
+        ),
+        (
+            CLONE,
+            TURNED,
+            AGAIN,
+            node("aten.relu_.default", Ref("t"), name="r"),
+            node("aten.neg.default", Ref("u")),
+        ),
+        (
+            TOPK,
+            FIRST,
+            SECOND,
+            node("aten.relu_.default", Ref("p"), name="r"),
+            node("aten.neg.default", Ref("q")),
+        ),
+        (TURNED_INPUT, node("aten.relu_.default", Ref("t"))),
     ],
-    ids=["into a view", "read under its old name", "into an input"],
+    ids=[
+        *("into a view", "read under its old name", "into an input", "through a view"),
+        *("read through another view", "taken twice", "through a view of an input"),
+    ],
 )
 def test_hidden_writes_are_refused(nodes: tuple[Node, ...]) -> None:
     made = graph(FX, *nodes)
@@ -227,6 +255,17 @@ def test_a_write_that_is_read_by_its_result_is_compared() -> None:
         return graph(FX, CLONE, add, drop, node("aten.relu_.default", Ref("d")))
 
     assert status(made(1.0), made(2.0)) == DIFFERENT
+
+
+@pytest.mark.parametrize(
+    "nodes", [(CLONE, TURNED), (TOPK, FIRST)], ids=["of a view", "of a result"]
+)
+def test_a_write_into_what_nothing_else_reads_is_compared(nodes: tuple[Node, ...]) -> None:
+    def made(value: float) -> Graph:
+        return graph(FX, *nodes, node("aten.add_.Tensor", Ref(nodes[-1].name), value))
+
+    assert status(made(1.0), made(2.0)) == DIFFERENT
+    assert status(made(1.0), made(1.0)) == PROVED
 
 
 def test_broken_graphs_are_our_errors() -> None:

@@ -34,7 +34,7 @@ QUANTIZE, QUANTIZED, FINETUNE, FOLD, EXPORT, VERIFY = STEPS = (
 _ROUNDING = {True: "0.9", False: "0.2"}
 """What 8 bits may change, as a part of the output: another expert is another output."""
 _GROUPS = ("--group-size", "16")
-_TRAINING = ("--steps", "1", "--rank", "4", *_GROUPS)
+TRAINING = ("--steps", "1", "--rank", "4", *_GROUPS)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def walk(name: str, folder: Path) -> Iterator[Result]:
             (QUANTIZED, str(model), str(edge), "--max-rel", _ROUNDING[expert]),
         ),
         (
-            (FINETUNE, str(model), "--data", str(data), "--out", str(folder / "run"), *_TRAINING),
+            (FINETUNE, str(model), "--data", str(data), "--out", str(folder / "run"), *TRAINING),
             (FOLD, str(folder / "run"), "--out", str(folder / "folded")),
             (EXPORT, str(folder / "folded"), "--out", str(folder / "edge"), *cache),
             (VERIFY, str(folder / "folded"), str(folder / "edge"), "--max-rel", "1e-3"),
@@ -132,13 +132,14 @@ def walk(name: str, folder: Path) -> Iterator[Result]:
     )
     for way in modes[1:] if name in (*IMAGES, *SOUNDS) else modes:  # quantize reads texts
         for step, *arguments in way:
-            result = _run(step, arguments)
+            result = run(step, arguments)
             yield result
             if result.code:
                 break
 
 
-def _run(step: str, arguments: list[str]) -> Result:
+def run(step: str, arguments: list[str]) -> Result:
+    """Run one step."""
     printed = io.StringIO()
     command = VERIFY if step == QUANTIZED else step
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

@@ -16,15 +16,18 @@ from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Ref, refs
 _FRESH = {
     "abs", "add", "addmm", "arange", "avg_pool2d", "baddbmm", "batch_norm", "bmm", "cat",
     "clone", "conv1d", "conv2d", "conv3d", "convolution", "cos", "cumsum", "div", "embedding",
-    "empty_like", "erf", "exp", "full", "full_like", "gelu", "group_norm", "hardtanh",
-    "instance_norm", "layer_norm", "leaky_relu", "linear", "log", "masked_fill", "matmul",
-    "max_pool2d", "mean", "mm", "mul", "neg", "ones", "ones_like", "pow", "reciprocal", "relu",
-    "rms_norm", "rsqrt", "sigmoid", "silu", "sin", "softmax", "sqrt", "stack", "sub", "sum",
-    "tanh", "where", "zeros", "zeros_like",
+    "empty_like", "erf", "exp", "full", "full_like", "gelu", "group_norm", "hardtanh", "index",
+    "instance_norm", "layer_norm", "leaky_relu", "lift_fresh_copy", "linear", "log", "masked_fill",
+    "matmul", "max_pool2d", "mean", "mm", "mul", "neg", "ones", "ones_like", "pow", "reciprocal",
+    "relu", "rms_norm", "rsqrt", "sigmoid", "silu", "sin", "softmax", "sqrt", "stack", "sub",
+    "sum", "tanh", "where", "zeros", "zeros_like",
 }
+_FRESH_PARTS = {"sort", "topk"}
 # fmt: on
-"""ATen operators that allocate their result."""
-_IDLE = frozenset({"dropout_"})
+"""ATen operators that allocate their result; and those that allocate each of several."""
+_VIEWS = {"movedim", "permute", "reshape", "t", "transpose", "unflatten", "unsqueeze", "view"}
+"""Operators that may return the same elements, each of them once."""
+_IDLE = frozenset({"detach_", "dropout_"})
 """In-place operators that write nothing in evaluation mode."""
 
 
@@ -86,12 +89,37 @@ def _is_shown(
     owner = graph.node(written)
     if not isinstance(written, Ref) or owner is None:
         return False
-    if owner.name not in shown and not _is_fresh(owner):
-        return False
-    others = [name for name in readers[written.name] if name != node.name]
+    reader = node
+    while owner is not None and _read_before(graph, reader, readers, place, owner.name):
+        if owner.name in shown or _is_fresh(owner) or _is_part(graph, owner, readers):
+            return True
+        if not owner.op.startswith("aten.") or _base(owner.op) not in _VIEWS:
+            return False
+        viewed, *_ = owner.args
+        reader, owner = owner, graph.node(viewed)
+    return False
+
+
+def _read_before(
+    graph: Graph, node: Node, readers: dict[str, list[str]], place: dict[str, int], value: str
+) -> bool:
+    """Whether all others that read a value do so before a node, and keep no view of it."""
+    others = [name for name in readers[value] if name != node.name]
     return all(
         name and place[name] < place[node.name] and _is_fresh(graph.nodes[name]) for name in others
     )
+
+
+def _is_part(graph: Graph, node: Node, readers: dict[str, list[str]]) -> bool:
+    """Whether it is a result of an operator that allocates several, which no other node takes."""
+    if _base(node.op) != "getitem":
+        return False
+    whole, index = node.args
+    owner = graph.node(whole)
+    if owner is None or _base(owner.op) not in _FRESH_PARTS or not owner.op.startswith("aten."):
+        return False
+    taken = [graph.nodes[name].get("b") if name else index for name in readers[owner.name]]
+    return taken.count(index) == 1
 
 
 def _is_fresh(node: Node) -> bool:

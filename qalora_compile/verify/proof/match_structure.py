@@ -142,8 +142,7 @@ def _symbolically(
     """Segments, with a symbolic proof of those without one by structure."""
     if all(segment.status == PROVED for segment in segments):
         return segments
-    single = [p for p in pairs if p.site.experts is None]
-    read = [(p.site, p.maps) for p in single if p.maps is not None and len(p.maps[0].source) == 1]
+    read = [(p.site, p.maps) for p in pairs if p.maps is not None]
     sites = tuple(
         {graph.site_values[s.name]: (s.name, maps[i].source[0], s.n, s.k) for s, maps in read}
         for i, graph in enumerate(graphs)

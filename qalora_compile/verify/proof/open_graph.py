@@ -55,8 +55,8 @@ def open_graph(thing: Program | Graph | str | Path) -> Graph:
         raise UserInputError(
             f"{thing} is an encoder-decoder model: two graphs, which are compared one by one",
             where=", ".join(file.name for file in encoder_decoder_files(found.path) or ()),
-            hint="encoder, decoder = qc.split_encoder_decoder(program, model), then compare each "
-            "with its file; or compare the outputs of both: verify A B --max-rel 1e-4",
+            hint="verify FOLDED EDGE --prove takes both; in Python, encoder, decoder = "
+            "qc.split_encoder_decoder(program, model), then compare each with its file",
         )
     raise unknown_artifact(thing)
 

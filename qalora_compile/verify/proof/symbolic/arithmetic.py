@@ -71,20 +71,23 @@ def _ranges(facts: Iterable[Poly]) -> list[Poly]:
 
 
 def _is_natural(atom: Atom) -> bool:
-    return atom.kind in ("size", "filled", "var")
+    return atom.kind in ("size", "var")
 
 
 def _range(atom: Atom) -> list[Poly]:
     value = of_atom(atom)
-    if atom.kind in ("size", "filled"):
-        least = value - 1 if atom.kind == "filled" else value
-        return [least, *(most - value for most in atom.args)]
+    if atom.kind == "size":
+        least, *largest = atom.args
+        return [value - least, *(most - value for most in largest)]
     if atom.kind == "var":
         return [value, atom.first - 1 - value]
     if atom.kind == "div":  # there is an element, so the divisor, an axis, is at least 1
         dividend, divisor = atom.args
         left = dividend - value * divisor
         return [left, divisor - 1 - left, *_range_of_quotient(value, dividend, divisor)]
+    if atom.kind == "data":  # a place in an order has a count
+        _, *counts = atom.args
+        return [row for count in counts for row in (value, count - 1 - value)]
     return []
 
 
@@ -162,5 +165,20 @@ def _parts(value: Poly, divisor: Poly) -> tuple[Poly, Poly]:
         )
     if holds(rest) and holds(divisor - 1 - rest):
         return multiple, rest
-    found = of_atom(Atom(f"div({rest.name}, {divisor.name})", "div", (rest, divisor)))
+    found = _of_quotient(rest, divisor)
+    if found is None:
+        found = of_atom(Atom(f"div({rest.name}, {divisor.name})", "div", (rest, divisor)))
     return multiple + found, rest - found * divisor
+
+
+def _of_quotient(value: Poly, divisor: Poly) -> Poly | None:
+    """⌊(⌊x / a⌋ + c) / b⌋ = ⌊(x + a c) / (a b)⌋, for known a and b of at least 1."""
+    if divisor.constant is None:
+        return None
+    for monomial, factor in value.terms:
+        if factor == 1 and len(monomial) == 1 and monomial[0].kind == "div":
+            dividend, inner = monomial[0].args
+            if inner.constant is not None:
+                offset = value - of_atom(monomial[0])
+                return quotient(dividend + offset * inner, inner * divisor)
+    return None

@@ -198,10 +198,12 @@ def _without_head(value: Tensor) -> Callable[[Index], Expr]:
 def with_past(
     a: Mapping[str, Any], heads: int, kv_heads: int, scale: float | None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of `[B, S, H · D]`; with all keys and values, those of the past first."""
-    q = split_heads(a["q"], heads)
-    k, v = split_heads(a["k"], kv_heads), split_heads(a["v"], kv_heads)
+    """Attention of `[B, S, H · D]` or `[B, H, S, D]`; with all keys and values, past ones first."""
+    q, k, v = a["q"], a["k"], a["v"]
+    apart = q.rank == k.rank == v.rank == 4
+    if not apart:
+        q, k, v = split_heads(q, heads), split_heads(k, kv_heads), split_heads(v, kv_heads)
     if a.get("past_key") is not None and a.get("past_value") is not None:
         k, v = concatenate([a["past_key"], k], 2), concatenate([a["past_value"], v], 2)
     found = attention(q, k, v, a.get("mask"), scale_of(scale, q.shape[-1]), **options)
-    return join_heads(found), k, v
+    return found if apart else join_heads(found), k, v

@@ -82,5 +82,9 @@ class Change:
         if atom.kind == "div":
             return quotient(*map(self.poly, atom.args))
         if atom.kind == "data":
-            return index_of(self.of(atom.first))
+            value = self.of(atom.first)
+            _, *count = atom.args
+            if count and value.op == LEAF:
+                return of_atom(Atom(f"data{value.number}", "data", (value, *count)))
+            return index_of(value)
         return of_atom(atom)

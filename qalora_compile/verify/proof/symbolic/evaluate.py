@@ -21,20 +21,21 @@ from qalora_compile.verify.proof.symbolic.tensor import (
     INT,
     Shape,
     Tensor,
+    TooShortError,
     UnprovableError,
 )
 from qalora_compile.verify.proof.weights.onnx_functions import bound
 
 Shapes = Mapping[str, Shape]
-_NOT_FITTING = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+NOT_FITTING = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 """What operands raise that an operator's definition does not have."""
 
 
 class Unknown:
     """A value without a symbolic form; `why` names the operator at fault."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
+    def __init__(self, why: str, *, short: bool = False) -> None:
+        self.why, self.short = why, short
 
 
 class Evaluation:
@@ -66,6 +67,7 @@ class Evaluation:
         """The tensor of an operand.
 
         Raises:
+            TooShortError: it would have one if axes had more elements.
             UnprovableError: it has no symbolic form.
         """
         found = self._operand(operand)
@@ -85,7 +87,7 @@ class Evaluation:
             self._make(operand.name)
             found = self._made[operand.name]
             if isinstance(found, Unknown):
-                raise UnprovableError(found.why)
+                raise (TooShortError if found.short else UnprovableError)(found.why)
             return found
         if isinstance(operand, StoredName):
             return self._constant(operand.name)
@@ -136,8 +138,8 @@ class Evaluation:
             assert node is not None
             return self._node(node)
         except UnprovableError as error:
-            return Unknown(f"{error}")
-        except _NOT_FITTING as error:
+            return Unknown(f"{error}", short=isinstance(error, TooShortError))
+        except NOT_FITTING as error:
             return Unknown(f"{node.line if node else name}: {error!r}")
 
     def _node(self, node: Node) -> Any:
@@ -151,7 +153,7 @@ class Evaluation:
                 return ATEN.value(node.op, args, options)
             results = self._onnx(node, args, options)
         except UnprovableError as error:
-            raise UnprovableError(f"{node.line}: {error}") from error
+            raise type(error)(f"{node.line}: {error}") from error
         return results[node.output] if isinstance(results, tuple) else results
 
     def _widened(self, operand: Any) -> Any:

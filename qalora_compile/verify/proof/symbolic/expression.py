@@ -22,6 +22,7 @@ from qalora_compile.verify.proof.symbolic.polynomial import (
 
 NUMBER, INTEGER, LEAF, SUM, PRODUCT, FUNCTION = "num", "int", "leaf", "sum", "product", "fn"
 WHERE, REDUCED, TRUTH, LINEAR = "where", "reduced", "truth", "linear"
+MAX = "max"
 INFINITE = float("inf")
 _EXACT = 1 << 24
 """float32 holds every integer up to this one."""
@@ -314,6 +315,8 @@ def where(condition: Expr, then: Expr, other: Expr) -> Expr:
 
 def is_nan(value: Expr) -> Expr:
     """The condition that an element is not a number."""
+    if value.op in (INTEGER, NUMBER):
+        return FALSE
     return _truth_of("isnan", value)
 
 
@@ -330,7 +333,8 @@ def has_value(value: Expr) -> bool:
     if value.op == PRODUCT:
         return all(map(has_value, value.args))
     if value.op == FUNCTION and value.detail == "inverse":
-        return value.operand.op == REDUCED and has_value(value.operand.operand)
+        total = value.operand
+        return total.op == REDUCED and total.detail[0] == SUM and has_value(total.operand)
     return value is ZERO or (value.op == FUNCTION and value.detail == "exp")
 
 

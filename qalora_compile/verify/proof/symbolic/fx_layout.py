@@ -45,6 +45,11 @@ def _flatten(a: Arguments) -> Tensor:
     return t.reshape(value, (*value.shape[:first], middle, *value.shape[last + 1 :]))
 
 
+@_means("aten.reshape_as.default aten.view_as.default", "self other")
+def _reshape_as(a: Arguments) -> Tensor:
+    return t.reshape(a["self"], a["other"].shape)
+
+
 @_means("aten.unflatten.int", "self dim sizes")
 def _unflatten(a: Arguments) -> Tensor:
     value = a["self"]
@@ -64,6 +69,15 @@ def _transpose(a: Arguments) -> Tensor:
 @_means("aten.t.default", "self")
 def _t(a: Arguments) -> Tensor:
     return t.transpose(a["self"], (1, 0))
+
+
+@_means("aten.movedim.int", "self source destination")
+def _movedim(a: Arguments) -> Tensor:
+    value = a["self"]
+    source, target = value.axis(a["source"]), value.axis(a["destination"])
+    axes = [axis for axis in range(value.rank) if axis != source]
+    axes.insert(target, source)
+    return t.transpose(value, axes)
 
 
 @_means("aten.permute.default", "self dims")
@@ -176,6 +190,11 @@ def _unbind(a: Arguments) -> tuple[Tensor, ...]:
 @_means("_operator.getitem", "a b")
 def _getitem(a: Arguments) -> Any:
     return a["a"][a["b"]]
+
+
+@_means("aten.index_select.default", "self dim index")
+def _index_select(a: Arguments) -> Tensor:
+    return t.gather(a["self"], a["dim"], a["index"])
 
 
 @_means("aten.gather.default", "self dim index sparse_grad")

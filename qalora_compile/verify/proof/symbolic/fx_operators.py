@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from qalora_compile.verify.proof.symbolic import attention, sums
@@ -9,6 +10,8 @@ from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
 from qalora_compile.verify.proof.symbolic.expression import exponential, integer, inverse, number
 from qalora_compile.verify.proof.symbolic.fx_layout import LAYOUT
+from qalora_compile.verify.proof.symbolic.fx_ordering import ORDERING
+from qalora_compile.verify.proof.symbolic.fx_spatial import SPATIAL
 from qalora_compile.verify.proof.symbolic.operator_table import (
     Arguments,
     Meaning,
@@ -20,7 +23,7 @@ from qalora_compile.verify.proof.symbolic.operator_table import (
 from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly
 from qalora_compile.verify.proof.symbolic.tensor import Tensor, UnprovableError
 
-ATEN = OperatorTable(LAYOUT)
+ATEN = OperatorTable(LAYOUT | ORDERING | SPATIAL)
 """All operators with a meaning."""
 _means = ATEN.means
 
@@ -44,6 +47,16 @@ def _exp(a: Arguments) -> Tensor:
     return t.elementwise(exponential, t.FLOAT, o.floating(tensor_of(a["self"])))
 
 
+@_means("aten.expm1.default", "self")
+def _expm1(a: Arguments) -> Tensor:
+    return o.difference(_exp(a), o.literal(1.0))
+
+
+@_means("aten.square.default", "self")
+def _square(a: Arguments) -> Tensor:
+    return o.product(tensor_of(a["self"]), tensor_of(a["self"]))
+
+
 @_means("aten.add.Tensor aten.add.Scalar _operator.add", "self other alpha")
 def _add(a: Arguments) -> Tensor:
     if a.get("alpha", 1) != 1:
@@ -58,7 +71,13 @@ def _sub(a: Arguments) -> Tensor:
     return o.difference(tensor_of(a["self"]), tensor_of(a["other"]))
 
 
-@_means("aten.mul.Tensor aten.mul.Scalar _operator.mul", "self other")
+@_means("aten.rsub.Scalar aten.rsub.Tensor", "self other alpha")
+def _rsub(a: Arguments) -> Tensor:
+    found: Tensor = _sub({**a, "self": a["other"], "other": a["self"]})
+    return found
+
+
+@_means("aten.mul.Tensor aten.mul.Scalar _operator.mul aten.multiply.Tensor", "self other")
 def _mul(a: Arguments) -> Tensor:
     return o.product(tensor_of(a["self"]), tensor_of(a["other"]))
 
@@ -66,6 +85,11 @@ def _mul(a: Arguments) -> Tensor:
 @_means("aten.div.Tensor aten.div.Scalar", "self other")
 def _div(a: Arguments) -> Tensor:
     return o.divided(tensor_of(a["self"]), tensor_of(a["other"]))
+
+
+@_means("_operator.floordiv aten.floor_divide.default", "self other")
+def _floor_divide(a: Arguments) -> Tensor:
+    return o.floor_divided(tensor_of(a["self"]), tensor_of(a["other"]))
 
 
 @_means("aten.neg.default", "self")
@@ -152,12 +176,12 @@ def _masked_fill(a: Arguments) -> Tensor:
     return Tensor(value.shape, value.dtype, lambda index: filled[index])
 
 
-@_means("aten.minimum.default aten.min.other", "self other")
+@_means("aten.minimum.default aten.min.other torch.sym_min", "self other")
 def _minimum(a: Arguments) -> Tensor:
     return o.smaller(tensor_of(a["self"]), tensor_of(a["other"]))
 
 
-@_means("aten.maximum.default aten.max.other", "self other")
+@_means("aten.maximum.default aten.max.other torch.sym_max", "self other")
 def _maximum(a: Arguments) -> Tensor:
     return o.larger(tensor_of(a["self"]), tensor_of(a["other"]))
 
@@ -195,16 +219,6 @@ def _new_ones(a: Arguments) -> Tensor:
     return _full(a["size"], 1, a.get("dtype") or a["self"].dtype)
 
 
-@_means("aten.ones.default", "size dtype")
-def _ones(a: Arguments) -> Tensor:
-    return _full(a["size"], 1, a.get("dtype") or t.FLOAT)
-
-
-@_means("aten.zeros.default", "size dtype")
-def _zeros(a: Arguments) -> Tensor:
-    return _full(a["size"], 0, a.get("dtype") or t.FLOAT)
-
-
 @_means("aten.full.default", "size fill_value dtype")
 def _full_of(a: Arguments) -> Tensor:
     fill = a["fill_value"]
@@ -214,13 +228,25 @@ def _full_of(a: Arguments) -> Tensor:
 
 @_means("aten.full_like.default", "self fill_value dtype")
 def _full_like(a: Arguments) -> Tensor:
-    kind = o.kind_of(a.get("dtype") or a["self"].dtype)
-    return Tensor(a["self"].shape, kind, lambda _: o.element_of(a["fill_value"], kind))
+    return _filled_like(a["fill_value"], a)
 
 
 def _full(size: Any, value: Any, dtype: str) -> Tensor:
     kind = o.kind_of(dtype)
     return Tensor(tuple(sizes_of(size)), kind, lambda _: o.element_of(value, kind))
+
+
+def _filled(value: int, a: Arguments) -> Tensor:
+    return _full(a["size"], value, a.get("dtype") or t.FLOAT)
+
+
+def _filled_like(value: int, a: Arguments) -> Tensor:
+    return _full(a["self"].shape, value, a.get("dtype") or a["self"].dtype)
+
+
+for _name, _value in (("zeros", 0), ("ones", 1)):
+    _means(f"aten.{_name}.default", "size dtype")(partial(_filled, _value))
+    _means(f"aten.{_name}_like.default", "self dtype")(partial(_filled_like, _value))
 
 
 @_means("aten.to.dtype aten.to.dtype_layout", "self dtype")
@@ -280,9 +306,9 @@ def _reduced(a: Arguments, reduce: Any) -> Tensor:
     return sums.reduced_over(value, a["dim"] or (), reduce, kept=bool(a.get("keepdim", False)))
 
 
-@_means("aten.cumsum.default", "self dim")
+@_means("aten.cumsum.default", "self dim dtype")
 def _cumsum(a: Arguments) -> Tensor:
-    value = a["self"]
+    value = _cast(a["self"], a.get("dtype"))
     return sums.cumulated(o.cast(value, t.INT) if value.dtype == t.BOOL else value, a["dim"])
 
 
@@ -302,6 +328,13 @@ def _diff(a: Arguments) -> Tensor:
 @_means("aten.addmm.default", "self mat1 mat2")
 def _addmm(a: Arguments) -> Tensor:
     return o.total(a["self"], sums.matmul(a["mat1"], a["mat2"]))
+
+
+@_means("aten.baddbmm.default", "self batch1 batch2 beta alpha")
+def _baddbmm(a: Arguments) -> Tensor:
+    product = sums.matmul(a["batch1"], a["batch2"])
+    parts = [(a["self"], a.get("beta", 1)), (product, a.get("alpha", 1))]
+    return o.total(*(o.product(x, o.literal(float(factor))) for x, factor in parts))
 
 
 @_means("aten.gelu.default", "self approximate")

@@ -8,10 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.read_onnx import ONNX_TYPES
-from qalora_compile.verify.proof.symbolic import attention, sums
+from qalora_compile.verify.proof.symbolic import attention, onnx_ordering, onnx_spatial, sums
 from qalora_compile.verify.proof.symbolic import operators as o
 from qalora_compile.verify.proof.symbolic import tensor as t
-from qalora_compile.verify.proof.symbolic.arithmetic import holds, quotient
+from qalora_compile.verify.proof.symbolic.arithmetic import holds
 from qalora_compile.verify.proof.symbolic.expression import (
     as_integer,
     exponential,
@@ -22,7 +22,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     number,
 )
 from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly
-from qalora_compile.verify.proof.symbolic.tensor import Tensor, UnprovableError
+from qalora_compile.verify.proof.symbolic.tensor import Tensor, TooShortError, UnprovableError
 
 Inputs = Sequence[Any]
 Options = Mapping[str, Any]
@@ -140,18 +140,23 @@ def _div(x: Inputs, _: Options) -> Tensor:
     if one.dtype == t.FLOAT:
         return o.divided(one, other)
 
-    def element(a: Any, b: Any) -> Any:
-        top, bottom = as_integer(a), as_integer(b)
-        if top is None or bottom is None or not holds(top) or not holds(bottom - 1):
-            raise UnprovableError("a division of integers that may be negative")
-        return integer(quotient(top, bottom))
+    def element(a: Any) -> Any:
+        top = as_integer(a)
+        if top is not None and not holds(top):
+            raise TooShortError(f"a division of {top.name}, which may be negative")
+        return a
 
-    return t.elementwise(element, t.INT, one, other)
+    return o.floor_divided(t.elementwise(element, t.INT, one), other)
 
 
 @_means("Cast", 1, "to", "saturate")
 def _cast(x: Inputs, options: Options) -> Tensor:
     return o.cast(x[0], ONNX_TYPES.get(int(options["to"])))
+
+
+@_means("CastLike", 2, "saturate")
+def _cast_like(x: Inputs, _: Options) -> Tensor:
+    return o.cast(x[0], x[1].dtype)
 
 
 @_means("Shape", 1, "start", "end")
@@ -244,6 +249,15 @@ def _gather_nd(x: Inputs, options: Options) -> Tensor:
     return o.lookup(value, one)
 
 
+@_means("Mod", 2, "fmod")
+def _mod(x: Inputs, options: Options) -> Tensor:
+    one, other = _of_one_type(*x)
+    if one.dtype != t.INT or options.get("fmod", 0):
+        raise UnprovableError("a remainder of floats")
+    whole = o.floor_divided(one, other)
+    return o.difference(one, o.product(whole, other))
+
+
 @_means("ReduceMean", 2, "axes", "keepdims", "noop_with_empty_axes")
 def _mean(x: Inputs, options: Options) -> Tensor:
     return _reduced(x, options, sums.mean)
@@ -258,6 +272,12 @@ def _reduced(x: Inputs, options: Options, over: Callable[..., Tensor]) -> Tensor
     axes = _numbers(x[1]) if x[1] is not None else list(options.get("axes", ()))
     kept = bool(options.get("keepdims", 1))
     return sums.reduced_over(o.floating(x[0]), axes, over, kept=kept)
+
+
+@_means("ReduceL2", 2, "axes", "keepdims", "noop_with_empty_axes")
+def _length(x: Inputs, options: Options) -> Tensor:
+    squares = o.product(_float(x[0]), x[0])
+    return o.unary("sqrt")(_reduced([squares, x[1]], options, sums.total))
 
 
 @_means("CumSum", 2, "exclusive", "reverse")
@@ -342,11 +362,16 @@ def _attention(x: Inputs, options: Options) -> tuple[Tensor, ...]:
     q, *_, past_key, past_value = x
     if options.get("qk_matmul_output_mode", 0) or options.get("softmax_precision", 1) != 1:
         raise UnprovableError("an attribute of it has no meaning here")
-    if q.rank != 3:
-        raise UnprovableError("attention of tensors without three axes")
     if (past_key is None) != (past_value is None):
         raise UnprovableError("it has only one of past keys and values")
-    heads, kv_heads = options["q_num_heads"], options["kv_num_heads"]
+    counts = [options.get(name) for name in ("q_num_heads", "kv_num_heads")]
+    if q.rank == 4:
+        stated = [None if n is None else as_poly(n) for n in counts]
+        if any(n not in (None, v.shape[1]) for n, v in zip(stated, x, strict=False)):
+            raise UnprovableError("it states another number of heads than its operands have")
+    elif q.rank != 3 or None in counts:
+        raise UnprovableError("attention of tensors without three or four axes")
+    heads, kv_heads = (n or 0 for n in counts)
     names = ("q", "k", "v", "mask", "past_key", "past_value")
     return attention.with_past(
         dict(zip(names, x, strict=True)),
@@ -356,3 +381,7 @@ def _attention(x: Inputs, options: Options) -> tuple[Tensor, ...]:
         causal=bool(options.get("is_causal", 0)),
         softcap=options.get("softcap", 0.0),
     )
+
+
+onnx_ordering.declare(_means)
+onnx_spatial.declare(_means)

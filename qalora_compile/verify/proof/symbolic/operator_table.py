@@ -36,7 +36,11 @@ class OperatorTable(dict[str, tuple[tuple[str, ...], Meaning]]):
             UnprovableError: the operator, or an operand of it, has no meaning here.
         """
         if op not in self:
-            raise UnprovableError("it has no symbolic form")
+            plain = _not_in_place(op)
+            if plain not in self:
+                raise UnprovableError("it has no symbolic form")
+            target, *_ = args
+            return _kept(target, self.value(plain, args, options))
         names, meaning = self[op]
         if len(args) > len(names):
             raise UnprovableError(f"it has {len(args)} operands")
@@ -47,6 +51,24 @@ class OperatorTable(dict[str, tuple[tuple[str, ...], Meaning]]):
         return meaning(given)
 
 
+def _not_in_place(op: str) -> str:
+    """The operator that computes what an in-place one writes, as `aten.add.Tensor`."""
+    library, _, name = op.partition(".")
+    base, _, overload = name.partition(".")
+    return f"{library}.{base.removesuffix('_')}.{overload}" if base[-2:-1] != "_" else op
+
+
+def _kept(target: Any, value: Any) -> Tensor:
+    """What is written in the place of a tensor, which keeps its shape and dtype.
+
+    That nothing reads the tensor's old values is checked before (`refuse_hidden_writes`).
+    """
+    if (value.shape, value.dtype) != (target.shape, target.dtype):
+        raise UnprovableError("it writes values of another shape or dtype in place")
+    found: Tensor = value
+    return found
+
+
 def tensor_of(value: Any) -> Tensor:
     """An operand that may be a Python number."""
     return value if isinstance(value, Tensor) else literal(value)
@@ -54,7 +76,7 @@ def tensor_of(value: Any) -> Tensor:
 
 def size_of(value: Any) -> Poly:
     """A size or position: a number, or a value that is known as a polynomial."""
-    if isinstance(value, int):
+    if isinstance(value, (int, Poly)):
         return as_poly(value)
     if isinstance(value, Tensor) and value.rank == 0:
         return index_of(value[()])

@@ -10,17 +10,20 @@ import numpy as np
 
 from qalora_compile.untrusted.element_types import FLOATS, HALVES
 from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor, digest_of
+from qalora_compile.verify.proof.symbolic.arithmetic import holds, quotient
 from qalora_compile.verify.proof.symbolic.expression import (
     FALSE,
     NUMBER,
     ONE,
     REDUCED,
+    SUM,
     TRUE,
     TRUTH,
     WHERE,
     ZERO,
     Expr,
     add,
+    as_integer,
     both,
     compare,
     equal,
@@ -54,6 +57,8 @@ from qalora_compile.verify.proof.symbolic.tensor import (
 _INTEGERS = ("int64", "int32")
 _UNIFORM = 1 << 20
 """Tensors of at most this many elements are searched for one value."""
+_TRANSPOSED = 1 << 24
+"""Matrices of at most this many elements are the same as their transposes."""
 _LISTED = 1 << 12
 """Integers of at most this many elements are known one by one."""
 
@@ -97,26 +102,39 @@ def stored(value: StoredTensor) -> Tensor:
     single = _uniform(value)
     scale = root(single) if kind == FLOAT and value.size == 1 else None
     if scale is not None:
-        return Tensor(shape, kind, lambda _: scale)
+        return Tensor(shape, kind, lambda _: scale, value)
     if single is not None:
-        return Tensor(shape, kind, lambda _: element_of(single, kind))
+        return Tensor(shape, kind, lambda _: element_of(single, kind), value)
     small = value.values() if kind == INT and value.size <= _LISTED else None
 
-    @cache
-    def name() -> str:
-        return f"const {digest_of(np.ascontiguousarray(value.values()).reshape(-1))}"
+    name = cache(lambda: _named(value))
 
     def element(index: Index) -> Expr:
         places = [place.constant for place in index]
         if small is not None and None not in places:
             return element_of(small[tuple(places)].item(), kind)
         offset = as_poly(0)
-        for place, size in zip(index, shape, strict=True):
+        digest, turned = name()
+        pairs = list(zip(index, shape, strict=True))
+        for place, size in pairs[::-1] if turned else pairs:
             offset = offset * size + place
-        found = leaf(name(), [offset])
+        found = leaf(f"const {digest}", [offset])
         return truth(found) if kind == BOOL else found
 
-    return Tensor(shape, kind, element)
+    return Tensor(shape, kind, element, value)
+
+
+def _named(value: StoredTensor) -> tuple[str, bool]:
+    """The digest of all values in order, and whether a matrix is read column by column.
+
+    Of both orders of a matrix, the one with the smaller digest counts: exports transpose weights.
+    """
+    values = value.values()
+    found = digest_of(np.ascontiguousarray(values).reshape(-1))
+    if len(value.shape) != 2 or value.size > _TRANSPOSED:
+        return found, False
+    other = digest_of(np.ascontiguousarray(values.T).reshape(-1))
+    return min((found, False), (other, True))
 
 
 def _uniform(value: StoredTensor) -> Any:
@@ -137,9 +155,9 @@ def element_of(value: Any, kind: str) -> Expr:
 def cast(value: Tensor, dtype: str | None) -> Tensor:
     """A cast that changes no value in exact arithmetic, or makes conditions of numbers."""
     kind = kind_of(dtype)
-    if dtype in HALVES or (dtype == "int32" and value.dtype == FLOAT):
+    if dtype in HALVES:
         raise UnprovableError(f"a cast to {dtype}, which rounds or wraps")
-    if dtype == "int32" and value.dtype == INT:
+    if dtype == "int32" and value.dtype != BOOL:
         return elementwise(_counted, INT, value)
     if value.dtype == kind or (value.dtype, kind) == (INT, FLOAT):
         return Tensor(value.shape, kind, lambda index: value[index])
@@ -152,9 +170,20 @@ def cast(value: Tensor, dtype: str | None) -> Tensor:
 
 def _counted(value: Expr) -> Expr:
     """A small number, or the count of an axis's elements: these fit in 32 bits."""
-    if value.op == NUMBER or (value.op == REDUCED and _is_bit(value.operand)):
+    small = value.op == NUMBER and float(value.detail).is_integer()
+    if small or _is_count(value) or (value.op == SUM and _is_whole(value)):
         return value
-    raise UnprovableError("a cast to int32, which wraps")
+    raise UnprovableError("a cast to int32, which rounds or wraps")
+
+
+def _is_count(value: Expr) -> bool:
+    return value.op == REDUCED and (_is_bit(value.operand) or _is_count(value.operand))
+
+
+def _is_whole(value: Expr) -> bool:
+    """A sum of counts, each of them added or subtracted once."""
+    first, *factors = value.detail
+    return first == 0 and {*factors} <= {1.0, -1.0} and all(map(_is_count, value.args))
 
 
 def _is_bit(value: Expr) -> bool:
@@ -229,6 +258,24 @@ def absolute(value: Tensor) -> Tensor:
     return elementwise(lambda x: where(compare(ZERO, x), x, mul(number(-1), x)), INT, value)
 
 
+def floor_divided(one: Tensor, other: Tensor) -> Tensor:
+    """The quotient of two integers that are not negative, rounded down."""
+
+    def element(a: Expr, b: Expr) -> Expr:
+        top, bottom = as_integer(a), as_integer(b)
+        if top is None or bottom is None or not holds(bottom - 1):
+            raise UnprovableError("a division of integers that are not known as sizes")
+        return integer(quotient(top, bottom))
+
+    return elementwise(element, INT, _integer(one), _integer(other))
+
+
+def _integer(value: Tensor) -> Tensor:
+    if value.dtype != INT:
+        raise UnprovableError("a division of integers by numbers")
+    return value
+
+
 def silu(value: Tensor) -> Tensor:
     """X · sigmoid(x)."""
     return product(value, unary("sigmoid")(value))
@@ -246,6 +293,8 @@ def less(one: Tensor, other: Tensor) -> Tensor:
 
 def same(one: Tensor, other: Tensor) -> Tensor:
     """One = other."""
+    if one.dtype == other.dtype == BOOL:
+        return elementwise(lambda x, y: where(x, y, negated(y)), BOOL, one, other)
     return elementwise(equal, BOOL, floating(one), floating(other))
 
 

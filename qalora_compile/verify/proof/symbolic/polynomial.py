@@ -19,10 +19,10 @@ class Atom:
 
     Attributes:
         name: Names it; equal names are the same unknown.
-        kind: `size` (of an axis, at least 0), `filled` (a size of at least 1), `var` (an index),
-            `div`, or `data` (an integer that a tensor holds).
-        args: Of a variable the number of its values, of a size its largest value if it has one, of
-            `div` the operands, of `data` the expression.
+        kind: `size` (of an axis), `var` (an index), `div`, or `data` (an integer that a tensor
+            holds).
+        args: Of a variable the number of its values, of a size its smallest value, and its largest
+            one if there is one, of `div` the operands, of `data` the expression.
     """
 
     name: str
@@ -103,18 +103,18 @@ def of_atom(atom: Atom) -> Poly:
     return poly({(atom,): 1})
 
 
-def size(name: str, *, filled: bool = False, most: int | None = None) -> Poly:
-    """The size of a dynamic axis, an integer of at least 0; if it is `filled`, of at least 1.
+def size(name: str, *, least: int = 0, most: int | None = None) -> Poly:
+    """The size of a dynamic axis, an integer.
 
     Args:
         name: Of the axis.
-        filled: It is not empty.
+        least: Its smallest size, at least 0.
         most: Its largest size; None for no limit.
     """
     limits = "" if most is None else f" ≤ {most}"  # in the name: it tells atoms apart
-    args = () if most is None else (as_poly(most),)
-    kind, least = ("filled", " ≥ 1") if filled else ("size", "")
-    return of_atom(Atom(f"{name}{least}{limits}", kind, args))
+    bound = f" ≥ {least}" if least else ""
+    args = (as_poly(least),) if most is None else (as_poly(least), as_poly(most))
+    return of_atom(Atom(f"{name}{bound}{limits}", "size", args))
 
 
 def variable(name: str, count: Poly) -> Atom:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.graph import Graph
-from qalora_compile.verify.proof.symbolic.evaluate import Evaluation
+from qalora_compile.verify.proof.symbolic.evaluate import NOT_FITTING, Evaluation
 from qalora_compile.verify.proof.symbolic.expression import (
     FUNCTION,
+    LEAF,
     MASKED,
     NUMBER,
     REDUCED,
@@ -18,6 +20,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     Expr,
 )
 from qalora_compile.verify.proof.symbolic.normalize import Normalizer, TooLargeError
+from qalora_compile.verify.proof.symbolic.ordering import TIES, OfTensor, is_order
 from qalora_compile.verify.proof.symbolic.polynomial import (
     Poly,
     as_poly,
@@ -26,7 +29,7 @@ from qalora_compile.verify.proof.symbolic.polynomial import (
     variable,
 )
 from qalora_compile.verify.proof.symbolic.roots import SQUARED, is_root
-from qalora_compile.verify.proof.symbolic.tensor import ONE_ELEMENT, UnprovableError
+from qalora_compile.verify.proof.symbolic.tensor import ONE_ELEMENT, TooShortError, UnprovableError
 
 PAST, SEQUENCE, TOTAL = "past_sequence", "sequence", "total_sequence"
 CACHED = f"axis 1 of attention_mask has {PAST} + {SEQUENCE} elements"
@@ -35,6 +38,10 @@ FINITE = (
     f"scores are small next to the numbers below {MASKED:g} that the mask adds, so that these "
     "stand for -∞"
 )
+_LEAST = (1, 16, 256, 4096)
+"""Sizes of axes that are assumed, one after the other, where a slice needs some elements."""
+_OF_BATCH = {PAST: 0, "batch": 1}
+"""Axes of which no more is assumed."""
 Sites = Mapping[str, tuple[str, Any, int, int]]
 
 
@@ -48,23 +55,24 @@ class SymbolicProof:
 
     def __init__(self, graphs: tuple[Graph, Graph], sites: tuple[Sites, Sites]) -> None:
         self._graphs, self._sites = graphs, sites
-        self._read = {filled: self._evaluations(filled) for filled in (False, True)}
+        self._evaluations = cache(self._evaluated)
 
-    def _evaluations(self, filled: bool) -> tuple[list[Evaluation], tuple[str, ...]]:
+    def _evaluated(self, least: int) -> tuple[list[Evaluation], tuple[str, ...]]:
         """The values of both graphs, and what their shapes depend on."""
         described = next((graph for graph in self._graphs if graph.shapes), self._graphs[0])
         names = {s for shape in described.shapes.values() for s in shape if isinstance(s, str)}
-        most = described.most if filled else {}
-        known = {
-            name: size(name, filled=filled and name != PAST, most=most.get(name)) for name in names
-        }
+        most = described.most if least else {}
+        smallest = {name: min(least, _OF_BATCH.get(name, least)) for name in names}
+        known = {name: size(name, least=smallest[name], most=most.get(name)) for name in names}
         conditions = []
         if names >= {PAST, SEQUENCE, TOTAL} and "attention_mask" in described.shapes:
             known[TOTAL] = known[PAST] + known[SEQUENCE]
             conditions.append(CACHED)
-        if filled:
+        if least:
             axes = " and ".join(sorted(names - {PAST, TOTAL}))
             conditions.append(f"the axes {axes} have at least 1 element")
+            longer = sorted(name for name in names - {TOTAL} if smallest[name] > 1)
+            conditions += [f"the axis {name} has at least {least} elements" for name in longer]
             limited = sorted(names & most.keys())
             conditions += [f"the axis {name} has at most {most[name]} elements" for name in limited]
         shapes = {
@@ -82,18 +90,31 @@ class SymbolicProof:
         Raises:
             UnprovableError: they are not shown to be equal; the text says why.
         """
-        try:
-            return self._proved(targets, filled=False)
-        except UnprovableError:
-            return self._proved(targets, filled=True)
+        return self._assuming(targets, (0, *_LEAST))
 
-    def _proved(self, targets: tuple[Any, Any], *, filled: bool) -> tuple[str, ...]:
-        values, conditions = self._read[filled]
+    def _assuming(self, targets: tuple[Any, Any], sizes: tuple[int, ...]) -> tuple[str, ...]:
+        """As `conditions`, with the first of these sizes of axes under which there is a proof."""
+        least, *others = sizes
+        try:
+            return self._proved(targets, least)
+        except TooShortError:
+            if not others:
+                raise
+        except UnprovableError:
+            if least:
+                raise
+        return self._assuming(targets, (*others,))
+
+    def _proved(self, targets: tuple[Any, Any], least: int) -> tuple[str, ...]:
+        values, conditions = self._evaluations(least)
         one, other = (v.of(target) for v, target in zip(values, targets, strict=True))
         if one.shape != other.shape or one.dtype != other.dtype:
             raise UnprovableError(f"shapes {list(one.shape)} and {list(other.shape)}")
         index = tuple(map(_index, range(one.rank), one.shape))
-        elements = one[index], other[index]
+        try:
+            elements = one[index], other[index]
+        except NOT_FITTING as error:
+            raise UnprovableError(f"operands that do not fit: {error!r}") from error
         normal = Normalizer()
         try:
             forms = [normal.of(element) for element in elements]
@@ -114,6 +135,8 @@ def _needed(elements: tuple[Expr, Expr], form: Expr) -> Iterator[str]:
         yield ALLOWED
     if any(_stands_for_infinity(part) for element in elements for part in _parts(element)):
         yield FINITE
+    if any(is_order(part) for part in _parts(form)):
+        yield TIES
     if any(is_root(part) for element in elements for part in _parts(element)):
         yield SQUARED
 
@@ -135,7 +158,16 @@ def _parts(value: Expr) -> Iterator[Expr]:
     while waiting:
         here = waiting.pop()
         yield here
-        for arg in here.args:
+        for arg in (*here.args, *_inside(here)):
             if arg not in seen:
                 seen.add(arg)
                 waiting.append(arg)
+
+
+def _inside(value: Expr) -> Iterator[Expr]:
+    """The elements of tensors that indices or names of functions depend on."""
+    if value.op == LEAF and isinstance(value.detail[0], OfTensor):
+        yield from value.detail[0].forms
+    for atom in value.atoms:
+        if atom.kind == "data":
+            yield atom.first

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qalora_compile.verify.proof.symbolic.expression import (
+    MAX,
     SUM,
     ZERO,
     Expr,
@@ -36,6 +37,14 @@ def summed(size: Poly, body: Callable[[Poly], Expr]) -> Expr:
         return body(as_poly(0))
     index = variable(fresh_name(), size)
     return reduced(SUM, index, body(of_atom(index)))
+
+
+def largest(size: Poly, body: Callable[[Poly], Expr]) -> Expr:
+    """The largest value of an expression over an index."""
+    if size is ONE_ELEMENT:
+        return body(as_poly(0))
+    index = variable(fresh_name(), size)
+    return reduced(MAX, index, body(of_atom(index)))
 
 
 def total(value: Tensor, axis: int, *, kept: bool) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import count, zip_longest
 
+from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 from qalora_compile.verify.proof.symbolic.arithmetic import holds, quotient, remainder
 from qalora_compile.verify.proof.symbolic.expression import (
     Expr,
@@ -36,6 +37,10 @@ class UnprovableError(Exception):
     """A tensor has no symbolic form; the text says why."""
 
 
+class TooShortError(UnprovableError):
+    """A tensor has no symbolic form unless an axis has more elements than is assumed."""
+
+
 class Tensor:
     """A tensor.
 
@@ -43,9 +48,17 @@ class Tensor:
         shape: Its sizes.
         dtype: Its dtype.
         element: The expression at an index.
+        stored: The stored tensor that it is, if it is one.
     """
 
-    def __init__(self, shape: Shape, dtype: str, element: Callable[[Index], Expr]) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: str,
+        element: Callable[[Index], Expr],
+        stored: StoredTensor | None = None,
+    ) -> None:
+        self.stored = stored
         self.shape, self.dtype, self._element = shape, dtype, element
         self._known: dict[Index, Expr] = {}
 
@@ -181,7 +194,7 @@ def cut(value: Tensor, axis: int, start: Poly, end: Poly | None, step: int = 1) 
     begin = _bounded(start, size)
     stop = size if end is None else _bounded(end, size)
     if step < 1 or not holds(stop - begin):
-        raise UnprovableError("a slice has no known length")
+        raise TooShortError("a slice has no known length")
     length = stop - begin if step == 1 else quotient(stop - begin + (step - 1), as_poly(step))
     shape = (*value.shape[:axis], length, *value.shape[axis + 1 :])
 
@@ -203,7 +216,7 @@ def _bounded(place: Poly, size: Poly) -> Poly:
         return place
     if holds(place - size):
         return size
-    raise UnprovableError(f"{place.name} is not known to be from 0 to {size.name}")
+    raise TooShortError(f"{place.name} is not known to be from 0 to {size.name}")
 
 
 def concatenate(values: Sequence[Tensor], axis: int) -> Tensor:

@@ -28,6 +28,7 @@ from qalora_compile.verify.proof.weights.linear_map import (
     with_bias,
 )
 from qalora_compile.verify.proof.weights.onnx_embeddings import LOOKUP_ENDS, lookup_linear
+from qalora_compile.verify.proof.weights.onnx_experts import expert_linear, expert_rows
 from qalora_compile.verify.proof.weights.onnx_functions import Body, body_of
 
 GROUP_QUANT, NBITS = "qalora.GroupQuantLinear", "com.microsoft.MatMulNBits"
@@ -125,11 +126,13 @@ class _Reader:
     ) -> None:
         self._graph, self._k, self._inlined, self._roundings = graph, k, inlined, roundings
         self._bodies = {} if subgraphs is None else subgraphs
+        self._of_experts = False
         self._readers: dict[str, Callable[[Node], Linear]] = {
             "onnx.Add": self._add,
             "onnx.Mul": self._mul,
             "onnx.MatMul": self._matmul,
             "onnx.Split": self._part,
+            "onnx.Concat": self._experts,
             NBITS: self._nbits,
             GROUP_QUANT: self._group_quant,
         }
@@ -154,6 +157,10 @@ class _Reader:
     def reading(self, operand: Any) -> Reading:
         """The value that a layer reads, as a reading of the site's input."""
         node = self._graph.node(operand)
+        if node is not None and self._of_experts:
+            rows = expert_rows(self._graph, node, self.reading)
+            if rows is not None:
+                return rows
         if node is not None:
             for read in (self._sum, self._group_pad, self._joined, self._padded):
                 found = read(node)
@@ -294,6 +301,11 @@ class _Reader:
         if factor is None:
             raise NotLinearError(f"no linear map by stored weights: {node.line}")
         return scaled(self.linear(first), factor)
+
+    def _experts(self, node: Node) -> Linear:
+        """One layer for each expert, on its own rows."""
+        self._of_experts = True
+        return expert_linear(self._graph, node, self.linear)
 
     def _part(self, node: Node) -> Linear:
         """One layer of several that one operator computes."""

@@ -105,9 +105,10 @@ class Numbers:
         return float(self.poly(value.detail) >= 0)
 
     def _reduced(self, value: Expr) -> float:
-        _, index = value.detail
+        kind, index = value.detail
         (body,) = value.args
-        return sum(self.with_atom(index, i).of(body) for i in range(self.poly(index.args[0])))
+        combine: Callable[..., float] = max if kind == "max" else sum
+        return combine(self.with_atom(index, i).of(body) for i in range(self.poly(index.args[0])))
 
 
 def array(value: Tensor, numbers: Numbers, *, normal: bool) -> Any:

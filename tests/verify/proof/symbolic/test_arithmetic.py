@@ -68,10 +68,10 @@ def test_ranges_are_known() -> None:
 
 
 def test_the_largest_size_of_an_axis_is_known() -> None:
-    limited = size("m", filled=True, most=5)
+    limited = size("m", least=1, most=5)
     assert holds(as_poly(5) - limited) and holds(limited - 1)
-    assert not holds(as_poly(4) - limited) and not holds(as_poly(5) - size("m", filled=True))
-    assert limited is not size("m", filled=True), "a fact of one is none of the other"
+    assert not holds(as_poly(4) - limited) and not holds(as_poly(5) - size("m", least=1))
+    assert limited is not size("m", least=1), "a fact of one is none of the other"
 
 
 def test_indices_of_flattened_axes_have_known_quotients() -> None:
