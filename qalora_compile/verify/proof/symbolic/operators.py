@@ -12,9 +12,11 @@ from qalora_compile.untrusted.element_types import FLOATS, HALVES
 from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor, digest_of
 from qalora_compile.verify.proof.symbolic.expression import (
     FALSE,
+    INTEGER,
     NUMBER,
     ONE,
     REDUCED,
+    SUM,
     TRUE,
     TRUTH,
     WHERE,
@@ -34,7 +36,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     truth,
     where,
 )
-from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly
+from qalora_compile.verify.proof.symbolic.polynomial import Atom, Poly, as_poly
 from qalora_compile.verify.proof.symbolic.roots import root
 from qalora_compile.verify.proof.symbolic.tensor import (
     BOOL,
@@ -52,6 +54,7 @@ from qalora_compile.verify.proof.symbolic.tensor import (
 )
 
 _INTEGERS = ("int64", "int32")
+_CODES = ("uint8", "uint4", "uint2")
 _UNIFORM = 1 << 20
 """Tensors of at most this many elements are searched for one value."""
 _LISTED = 1 << 12
@@ -92,14 +95,16 @@ def literal(value: Any) -> Tensor:
 
 def stored(value: StoredTensor) -> Tensor:
     """A stored tensor; elements are known by value, or by the digest of all values."""
-    kind = kind_of(value.dtype)
     shape = tuple(map(as_poly, value.shape))
+    if value.dtype in _CODES:
+        return Tensor(shape, value.dtype, _no_number, value)
+    kind = kind_of(value.dtype)
     single = _uniform(value)
     scale = root(single) if kind == FLOAT and value.size == 1 else None
     if scale is not None:
-        return Tensor(shape, kind, lambda _: scale)
+        return Tensor(shape, kind, lambda _: scale, value)
     if single is not None:
-        return Tensor(shape, kind, lambda _: element_of(single, kind))
+        return Tensor(shape, kind, lambda _: element_of(single, kind), value)
     small = value.values() if kind == INT and value.size <= _LISTED else None
 
     @cache
@@ -116,7 +121,11 @@ def stored(value: StoredTensor) -> Tensor:
         found = leaf(name(), [offset])
         return truth(found) if kind == BOOL else found
 
-    return Tensor(shape, kind, element)
+    return Tensor(shape, kind, element, value)
+
+
+def _no_number(_: Index) -> Expr:
+    raise UnprovableError("codes outside of a layer")
 
 
 def _uniform(value: StoredTensor) -> Any:
@@ -151,10 +160,20 @@ def cast(value: Tensor, dtype: str | None) -> Tensor:
 
 
 def _counted(value: Expr) -> Expr:
-    """A small number, or the count of an axis's elements: these fit in 32 bits."""
+    """A small number, or the count of an axis's elements and less: these fit in 32 bits."""
     if value.op == NUMBER or (value.op == REDUCED and _is_bit(value.operand)):
         return value
+    if value.op == SUM and value.detail[1:] == (1.0,) and abs(value.detail[0]) <= 1:
+        return add(number(value.detail[0]), _counted(value.operand))
+    if value.op == INTEGER and all(_is_size(*term) for term in value.detail.terms):
+        return value
     raise UnprovableError("a cast to int32, which wraps")
+
+
+def _is_size(monomial: tuple[Atom, ...], factor: int) -> bool:
+    if not monomial:
+        return abs(factor) <= _LISTED
+    return factor == 1 and len(monomial) == 1 and monomial[0].kind in ("size", "filled")
 
 
 def _is_bit(value: Expr) -> bool:

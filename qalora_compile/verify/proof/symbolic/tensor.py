@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import count, zip_longest
 
+from qalora_compile.verify.proof.graphs.stored_tensor import StoredTensor
 from qalora_compile.verify.proof.symbolic.arithmetic import holds, quotient, remainder
 from qalora_compile.verify.proof.symbolic.expression import (
     Expr,
@@ -43,10 +44,17 @@ class Tensor:
         shape: Its sizes.
         dtype: Its dtype.
         element: The expression at an index.
+        stored: The stored tensor that it is, for operators that read codes.
     """
 
-    def __init__(self, shape: Shape, dtype: str, element: Callable[[Index], Expr]) -> None:
-        self.shape, self.dtype, self._element = shape, dtype, element
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: str,
+        element: Callable[[Index], Expr],
+        stored: StoredTensor | None = None,
+    ) -> None:
+        self.shape, self.dtype, self._element, self.stored = shape, dtype, element, stored
         self._known: dict[Index, Expr] = {}
 
     def __getitem__(self, index: Index) -> Expr:
