@@ -22,6 +22,7 @@ from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
 from qalora_compile.verify.proof.graphs.read_openvino import read_openvino_graph
 from qalora_compile.verify.proof.graphs.read_pt2 import read_pt2_graph
 from qalora_compile.verify.proof.weights.find_lookups import find_lookups
+from qalora_compile.verify.proof.weights.onnx_layers import find_layers
 
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
@@ -42,7 +43,7 @@ def open_graph(thing: Program | Graph | str | Path) -> Graph:
     if found is not None and found.kind is ArtifactKind.PROGRAM:
         return read_program_graph(found.path)
     if found is not None and found.kind is ArtifactKind.ONNX:
-        return find_lookups(read_onnx_graph(found.path))
+        return find_lookups(find_layers(read_onnx_graph(found.path)))
     if found is not None and found.kind is ArtifactKind.OPENVINO:
         return read_openvino_graph(found.path)
     if found is not None and found.kind in (ArtifactKind.TORCH, ArtifactKind.COREML):

@@ -106,7 +106,12 @@ def _graph(
 
 
 def onnx_nodes(proto: Any, stored: set[str]) -> list[Node]:
-    """The nodes of an `onnx.NodeProto`, one for each of its results."""
+    """The nodes of an `onnx.NodeProto`, one for each of its results.
+
+    A fused Gemm is two: the product, and the function of it.
+    """
+    if (proto.domain, proto.op_type) == ("com.microsoft", "FusedGemm"):
+        return _unfused(proto, stored)
     args = tuple(_operand(name, stored) for name in proto.input)
     options = {a.name: _attribute(a, stored) for a in proto.attribute}
     op = f"{proto.domain or 'onnx'}.{proto.op_type}"
@@ -118,6 +123,18 @@ def onnx_nodes(proto: Any, stored: set[str]) -> list[Node]:
         for index, name in enumerate(proto.output)
         if name
     ]
+
+
+def _unfused(proto: Any, stored: set[str]) -> list[Node]:
+    helper = require("onnx", extra="onnx", purpose="read an ONNX model").helper
+    given = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
+    function = given.pop("activation", b"").decode()
+    if function not in ("Relu", "Sigmoid", "Tanh"):
+        raise UserInputError(f"FusedGemm with the activation {function!r}")
+    inner = f"{proto.output[0]}, before {function}"
+    product = helper.make_node("Gemm", list(proto.input), [inner], proto.name, **given)
+    outer = helper.make_node(function, [inner], list(proto.output), proto.name)
+    return [node for made in (product, outer) for node in onnx_nodes(made, stored)]
 
 
 def _operand(name: str, stored: set[str]) -> Any:

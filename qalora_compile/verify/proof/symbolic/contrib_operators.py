@@ -1,7 +1,8 @@
-"""What ONNX Runtime's operators (`com.microsoft`) mean as functions of indices.
+"""What operators of ONNX Runtime (`com.microsoft`) and of this package mean as functions of indices.
 
-Written from their documentation (ContribOperators.md of ONNX Runtime) and tested against what the
-runtime computes. Operands and attributes that are not named here are refused.
+Written from their documentation (ContribOperators.md of ONNX Runtime, docs/reference/operators.md)
+and tested against what the runtime computes. Operands and attributes that are not named here are
+refused.
 """
 
 from __future__ import annotations
@@ -109,17 +110,6 @@ def _fused_matmul(x: Inputs, options: Options) -> Tensor:
 def _turned(value: Tensor) -> Tensor:
     *lead, row, column = range(value.rank)
     return t.transpose(value, (*lead, column, row))
-
-
-@means("FusedGemm", 3, *_SWAPS, "alpha", "beta", "activation", domain=_DOMAIN)
-def _fused_gemm(x: Inputs, options: Options) -> Tensor:
-    _needed(all(options.get(n, 1.0) == 1 for n in ("alpha", "beta")), "it has factors")
-    named = options.get("activation", "")
-    _needed(named in ("Relu", "Tanh", "Sigmoid"), f"the activation {named!r}")
-    pairs = zip(x, _SWAPS, strict=False)
-    one, other = (_turned(value) if options.get(name, 0) else value for value, name in pairs)
-    found = sums.matmul(one, other)
-    return o.unary(named.lower())(found if x[2] is None else o.total(found, x[2]))
 
 
 @means(
@@ -249,6 +239,15 @@ def _somewhere(value: Tensor) -> t.Index:
     """A generic index."""
     pairs = enumerate(value.shape)
     return tuple(as_poly(0) if s is ONE_ELEMENT else of_atom(variable(f"g{i}", s)) for i, s in pairs)
+
+
+@means("CachedAttention", 6, "q_num_heads", "kv_num_heads", "scale", domain="qalora")
+def _cached(x: Inputs, options: Options) -> tuple[Tensor, ...]:
+    """By docs/reference/operators.md, for files without the function that exports carry for it."""
+    _needed(None not in x, "an operand is missing")
+    given = dict(zip(("q", "k", "v", "mask", "past_key", "past_value"), x, strict=True))
+    heads = (options["q_num_heads"], options["kv_num_heads"])
+    return attention.with_past(given, *heads, options["scale"])
 
 
 def _unpacked(q: Tensor, k: Any, v: Any, heads: int, kv_heads: int) -> tuple[Tensor, ...]:

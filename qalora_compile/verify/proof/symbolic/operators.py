@@ -57,6 +57,8 @@ _INTEGERS = ("int64", "int32")
 _CODES = ("uint8", "uint4", "uint2")
 _UNIFORM = 1 << 20
 """Tensors of at most this many elements are searched for one value."""
+MATRIX = 2
+"""The number of axes of a matrix."""
 _LISTED = 1 << 12
 """Integers of at most this many elements are known one by one."""
 
@@ -108,17 +110,23 @@ def stored(value: StoredTensor) -> Tensor:
     small = value.values() if kind == INT and value.size <= _LISTED else None
 
     @cache
-    def name() -> str:
-        return f"const {digest_of(np.ascontiguousarray(value.values()).reshape(-1))}"
+    def name() -> tuple[str, bool]:
+        """By the values in order, or those of a transposed matrix: the first of the two digests."""
+        values = value.values()
+        both = [values, values.T] if values.ndim == MATRIX else [values]
+        found = [digest_of(np.ascontiguousarray(one).reshape(-1)) for one in both]
+        return f"const {min(found)}", len(found) > 1 and found[1] < found[0]
 
     def element(index: Index) -> Expr:
         places = [place.constant for place in index]
         if small is not None and None not in places:
             return element_of(small[tuple(places)].item(), kind)
+        called, turned = name()
         offset = as_poly(0)
-        for place, size in zip(index, shape, strict=True):
+        pairs = list(zip(index, shape, strict=True))
+        for place, size in pairs[::-1] if turned else pairs:
             offset = offset * size + place
-        found = leaf(name(), [offset])
+        found = leaf(called, [offset])
         return truth(found) if kind == BOOL else found
 
     return Tensor(shape, kind, element, value)
