@@ -65,9 +65,7 @@ def reassociated(model: Any) -> Iterator[Mutant]:
         three = outer.input[1]
         del outer.input[:]
         outer.input.extend([one, "joined"])
-        made.graph.node.insert(
-            place, onnx.helper.make_node(node.op_type, [two, three], ["joined"])
-        )
+        made.graph.node.insert(place, onnx.helper.make_node(node.op_type, [two, three], ["joined"]))
         made.graph.node.remove(inner)
         yield f"{node.output[0]} in another grouping", made
 

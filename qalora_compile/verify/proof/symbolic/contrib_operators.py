@@ -135,9 +135,7 @@ def _rotary(x: Inputs, options: Options) -> Tensor:
     else:
         split = t.transpose(value, (0, 2, 1, 3))
     found = _turning(split, places, cos, sin, bool(options.get("interleaved", 0)), width)
-    return (
-        t.reshape(found, value.shape) if value.rank == 3 else t.transpose(found, (0, 2, 1, 3))
-    )
+    return t.reshape(found, value.shape) if value.rank == 3 else t.transpose(found, (0, 2, 1, 3))
 
 
 def _turning(
@@ -213,32 +211,34 @@ def _group_query(x: Inputs, options: Options) -> tuple[Any, ...]:
         first is every - 1 and others == [every],
         "lengths that are not known to be those of all keys: rows with padding",
     )
+    q, k, v = (_by_heads(one, n) for one, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
     if options.get("do_rotary", 0):
         if places is None:
             places = t.expand(o.arange(past, every), q.shape[:2])
         turned = bool(options.get("rotary_interleaved", 0))
-        q, k = (
-            t.reshape(
-                _turning(
-                    t.reshape(one, (*one.shape[:2], as_poly(count), as_poly(-1))),
-                    *(places, cos, sin, turned),
-                ),
-                one.shape,
-            )
-            for one, count in ((q, heads), (k, kv_heads))
-        )
-    given = {"q": q, "k": k, "v": v, "past_key": past_key, "past_value": past_value}
+        q, k = (_turning(one, places, cos, sin, turned) for one in (q, k))
+    q, k, v = (t.transpose(one, (0, 2, 1, 3)) for one in (q, k, v))
+    if past_key is not None:
+        k, v = t.concatenate([past_key, k], 2), t.concatenate([past_value, v], 2)
     window = options.get("local_window_size", -1)
     _needed(window == -1 or window > 0, f"a window of {window}")
-    given["mask"] = _below(past, q.shape[1], window)
-    scale = options.get("scale", 0.0) or None
-    return attention.with_past(given, heads, kv_heads, scale, softcap=options.get("softcap", 0.0))
+    mask = _below(past, q.shape[2], window)
+    scale = attention.scale_of(options.get("scale", 0.0) or None, q.shape[3])
+    found = attention.attention(q, k, v, mask, scale, softcap=options.get("softcap", 0.0))
+    return attention.join_heads(found), k, v
+
+
+def _by_heads(value: Tensor, heads: int) -> Tensor:
+    """`[B, S, H · D]` as `[B, S, H, D]`."""
+    return t.reshape(value, (*value.shape[:2], as_poly(heads), as_poly(-1)))
 
 
 def _somewhere(value: Tensor) -> t.Index:
     """A generic index."""
     pairs = enumerate(value.shape)
-    return tuple(as_poly(0) if s is ONE_ELEMENT else of_atom(variable(f"g{i}", s)) for i, s in pairs)
+    return tuple(
+        as_poly(0) if s is ONE_ELEMENT else of_atom(variable(f"g{i}", s)) for i, s in pairs
+    )
 
 
 @means("CachedAttention", 6, "q_num_heads", "kv_num_heads", "scale", domain="qalora")

@@ -62,6 +62,8 @@ class Evaluation:
         self._folded = FoldedConstants(graph)
         for value, (name, dtype) in graph.inputs.items():
             self._made[value] = self._input(name, dtype, shapes)
+        for value, make in graph.given.items():
+            self._made[value] = make(shapes)
 
     def of(self, operand: Any) -> Tensor:
         """The tensor of an operand.

@@ -31,9 +31,7 @@ _ONNX: dict[str, tuple[int, frozenset[str], Meaning]] = {}
 _UNARY = ("Sqrt", "Log", "Tanh", "Sigmoid", "Relu", "Erf", "Sin", "Cos")
 
 
-def means(
-    op: str, most: int, *options: str, domain: str = "onnx"
-) -> Callable[[Meaning], Meaning]:
+def means(op: str, most: int, *options: str, domain: str = "onnx") -> Callable[[Meaning], Meaning]:
     """Declare the meaning of an operator with up to `most` operands and these attributes."""
 
     def declare(meaning: Meaning) -> Meaning:
@@ -161,6 +159,11 @@ def _shape(x: Inputs, options: Options) -> Tensor:
     return t.sizes(x[0].shape[options.get("start", 0) : options.get("end")])
 
 
+@means("ConstantOfShape", 1, "value")
+def _constant_of_shape(x: Inputs, options: Options) -> Tensor:
+    return t.expand(o.literal(options.get("value", 0.0)), tuple(t.integers(x[0])))
+
+
 @means("Squeeze", 2)
 def _squeeze(x: Inputs, _: Options) -> Tensor:
     return t.squeeze(x[0], None if x[1] is None else _numbers(x[1]))
@@ -276,7 +279,8 @@ def _gelu(x: Inputs, options: Options) -> Tensor:
 
 @means("Flatten", 1, "axis")
 def _flatten(x: Inputs, options: Options) -> Tensor:
-    axis = x[0].axis(options.get("axis", 1))
+    axis = options.get("axis", 1)
+    axis = axis if axis == x[0].rank else x[0].axis(axis)
     parts = (t.product_of(x[0].shape[:axis]), t.product_of(x[0].shape[axis:]))
     return t.reshape(x[0], parts)
 

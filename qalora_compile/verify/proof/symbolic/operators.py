@@ -196,8 +196,16 @@ def _is_true(value: Expr) -> Expr:
 
 
 def unary(name: str) -> Callable[[Tensor], Tensor]:
-    """A function of which only the name is known."""
-    return lambda value: elementwise(lambda x: function(name, x), FLOAT, floating(value))
+    """A function of which only the name is known; roots of numbers are numbers, as float32 holds."""
+
+    def element(x: Expr) -> Expr:
+        if name != "sqrt" or x.op != NUMBER or x.detail < 0:
+            return function(name, x)
+        found = number(x.detail**0.5)
+        known = root(float(found.detail))
+        return found if known is None else known
+
+    return lambda value: elementwise(element, FLOAT, floating(value))
 
 
 def floating(value: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class SymbolicProof:
         known = {
             name: size(name, filled=filled and name != PAST, most=most.get(name)) for name in names
         }
-        conditions = []
+        conditions = [text for graph in self._graphs for text in graph.assumed]
         if names >= {PAST, SEQUENCE, TOTAL} and "attention_mask" in described.shapes:
             known[TOTAL] = known[PAST] + known[SEQUENCE]
             conditions.append(CACHED)

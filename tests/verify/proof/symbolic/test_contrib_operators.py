@@ -11,13 +11,13 @@ import torch
 from onnx import helper
 
 import qalora_compile.verify.proof.symbolic.contrib_operators  # noqa: F401, declares operators
-from qalora_compile.verify.proof.graphs.stored_tensor import digest_of, from_array
+from qalora_compile.verify.proof.graphs.stored_tensor import from_array
 from qalora_compile.verify.proof.symbolic.expression import integer
 from qalora_compile.verify.proof.symbolic.onnx_operators import onnx_value
 from qalora_compile.verify.proof.symbolic.operators import stored
 from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly, size
 from qalora_compile.verify.proof.symbolic.tensor import Tensor, UnprovableError
-from tests.verify.proof.symbolic.numbers import Numbers, array
+from tests.verify.proof.symbolic.numbers import Numbers, array, leaves_of
 from tests.verify.proof.symbolic.test_fx_operators import SIZES, given
 
 MICROSOFT = "com.microsoft"
@@ -196,8 +196,7 @@ def operands_of(name: str) -> tuple[list[Any], list[Any], dict[str, Any]]:
         elif isinstance(operand, np.ndarray):
             symbolic.append(stored(from_array(f"x{place}", operand)))
             real.append(operand)
-            flat = np.ascontiguousarray(operand.reshape(-1))
-            constants[f"const {digest_of(flat)}"] = flat
+            constants |= leaves_of(operand)
         else:
             pair = given(operand, f"x{place}")
             symbolic.append(pair[0])
@@ -216,8 +215,7 @@ class Codes(dict[str, Any]):
             parts = [value & 15, value >> 4] if bits == 4 else [value]
             wide = np.stack(parts, -1).reshape(len(value), -1).astype(np.float32)
             for count in range(1, wide.shape[1] + 1):
-                flat = np.ascontiguousarray(wide[:, :count]).reshape(-1)
-                self[f"const {digest_of(flat)}"] = flat
+                self |= leaves_of(wide[:, :count])
 
 
 FORMS = [
