@@ -49,7 +49,7 @@ def ordered(model: Any) -> Iterator[Mutant]:
 
 
 def reassociated(model: Any) -> Iterator[Mutant]:
-    """(a + b) + c and (a b) c as a + (b + c) and a (b c), where only one node reads the inner one."""
+    """(a + b) + c as a + (b + c), and products alike, where only one node reads the inner one."""
     given = {o.name for o in model.graph.output}
     made_by = {name: node for node in model.graph.node for name in node.output}
     read = [name for node in model.graph.node for name in node.input]
@@ -102,7 +102,7 @@ def simplified(path: Path) -> Iterator[Mutant]:
     for tool in ("onnxslim", "onnxsim") if SIMPLIFIERS.exists() else ():
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "model.onnx"
-            command = [SIMPLIFIERS, "-m", tool, path, made]
+            command: list[str | Path] = [SIMPLIFIERS, "-m", tool, path, made]
             subprocess.run(command, check=True, capture_output=True)
             yield tool, onnx.load(made)
 

@@ -50,7 +50,9 @@ class Exported:
 def _qwen3() -> nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return Qwen3ForCausalLM(Qwen3Config(**_SIZES, num_key_value_heads=2, head_dim=16)).eval()
+    config = Qwen3Config(**_SIZES, num_key_value_heads=2, head_dim=16)
+    config.use_cache = False
+    return Qwen3ForCausalLM(config).eval()
 
 
 def _distilbert() -> nn.Module:

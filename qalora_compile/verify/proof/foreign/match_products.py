@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qalora_compile.verify.proof.foreign.products import Product
+from qalora_compile.verify.proof.graphs.graph import Tensor
 from qalora_compile.verify.proof.graphs.stored_tensor import Array
 
 _ALIKE = 0.9
@@ -69,6 +70,8 @@ def _parts(left: list[Product], other: Product) -> list[Matched]:
             return []
         found.append(pair)
         first += pair.one.n
+    if len(found) > 1 and not isinstance(other.bias, Tensor | None):
+        return []
     for pair in found:
         left[:] = [one for one in left if one is not pair.one]
     return found

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Ref, Tensor, reachable
-from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor
+from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor, from_array
 from qalora_compile.verify.proof.weights import dequantize
 from qalora_compile.verify.proof.weights.linear_map import identity
 
@@ -48,7 +48,21 @@ def products_of(graph: Graph, *, lookups: bool) -> list[Product]:
     read = _of_fx if graph.dialect == FX else _of_onnx
     needed = reachable(graph, list(graph.outputs.values()), frozenset())
     found = (read(graph, node) for name, node in graph.nodes.items() if name in needed)
-    return [one for one in found if one is not None and (lookups or not one.lookup)]
+    kept = [one for one in found if one is not None and (lookups or not one.lookup)]
+    return [_with_bias(graph, one) for one in kept]
+
+
+def _with_bias(graph: Graph, product: Product) -> Product:
+    """With the stored vector that the only reader of an ONNX product adds to it."""
+    if graph.dialect == FX or product.bias is not None:
+        return product
+    value = Ref(product.value)
+    readers = [node for node in graph.nodes.values() if value in node.args]
+    if len(readers) != 1 or readers[0].op != "onnx.Add" or value in graph.outputs.values():
+        return product
+    (bias,) = [arg for arg in readers[0].args if arg != value] or [None]
+    fits = isinstance(bias, Tensor) and graph.tensors[bias.name].shape == (product.n,)
+    return dataclasses.replace(product, value=readers[0].name, bias=bias) if fits else product
 
 
 def _plain(stored: StoredTensor, *, turned: bool) -> Callable[[slice], Array]:
@@ -172,35 +186,47 @@ def _coded(
         packed, shape=shape, read=lambda: np.asarray(packed.read()).reshape(shape)
     )
     part = dequantize.nbits(identity((x,), k), codes, scale, zero, bits, block)
-    rows = lambda taken: part(taken, -1).weight  # noqa: E731
+
+    def rows(taken: slice) -> Array:
+        return part(taken, -1).weight
+
     return Product(node.name, packed.name, x, n, k, rows, bias, coded=True)
 
 
-def cut_into(graph: Graph, product: Product, count: int) -> list[str]:
-    """The values of a product's parts, one behind the other; a bias is added behind it.
+def cut_into(graph: Graph, product: Product, sizes: Sequence[int]) -> list[str]:
+    """The values of a product's parts, one behind the other, each before its share of the bias.
 
     The parts are nodes of `graph` afterwards. A product of one part without a bias is its own.
     """
-    if count == 1 and product.bias is None:
+    if len(sizes) == 1 and product.bias is None:
         return [product.value]
     old = graph.nodes[product.value]
-    names = [f"{product.value}, part {i}" for i in range(count)]
-    fx = graph.dialect == FX
-    made = [
-        Node(n, "a part of a product", (product.x,), {}, old.line, path=old.path) for n in names
-    ]
-    joined: Any = Ref(names[0])
-    if count > 1:
-        options = {"axis": -1}
-        refs = tuple(map(Ref, names))
-        name = product.value if product.bias is None else f"{product.value}, product"
-        made.append(Node(name, "onnx.Concat", refs, options, old.line))
-        joined = Ref(name)
+    names = [f"{product.value}, part {i}" for i in range(len(sizes))]
+    op, read = "a part of a product", (product.x,)
+    made = [Node(name, op, read, {}, old.line, path=old.path) for name in names]
+    joined: list[Any] = [Ref(name) for name in names]
     if product.bias is not None:
-        add = "aten.add.Tensor" if fx else "onnx.Add"
-        made.append(Node(product.value, add, (joined, product.bias), {}, old.line, path=old.path))
+        add = "aten.add.Tensor" if graph.dialect == FX else "onnx.Add"
+        last = [product.value] if len(sizes) == 1 else [f"{name}, with bias" for name in names]
+        terms = zip(joined, _bias_parts(graph, product.bias, sizes), strict=True)
+        made += [Node(n, add, both, {}, old.line) for n, both in zip(last, terms, strict=True)]
+        joined = [Ref(name) for name in last]
+    if len(sizes) > 1:
+        made.append(Node(product.value, "onnx.Concat", tuple(joined), {"axis": -1}, old.line))
     graph.nodes = dict(_replaced(graph.nodes, product.value, made))
     return names
+
+
+def _bias_parts(graph: Graph, bias: Any, sizes: Sequence[int]) -> list[Any]:
+    if len(sizes) == 1:
+        return [bias]
+    values, parts = graph.tensors[bias.name].values(), []
+    for place, size in enumerate(sizes):
+        name = f"{bias.name}, part {place}"
+        begin = sum(sizes[:place])
+        graph.tensors[name] = from_array(name, values[begin : begin + size])
+        parts.append(Tensor(name))
+    return parts
 
 
 def _replaced(nodes: dict[str, Node], old: str, made: list[Node]) -> Iterator[tuple[str, Node]]:

@@ -173,7 +173,8 @@ def _same_outputs(one: Graph, other: Graph) -> list[str]:
 
 def _pairs(one: Graph, other: Graph, found: list[Matched]) -> list[Pair]:
     """The layers of both graphs, whose values are leaves of the comparison."""
-    values = _cut(one, [m.one for m in found]), _cut(other, [m.other for m in found])
+    sizes = [m.one.n for m in found]
+    values = _cut(one, [m.one for m in found], sizes), _cut(other, [m.other for m in found], sizes)
     pairs, taken = [], dict[str, int]()
     for place, m in enumerate(found):
         path = m.one.name.removesuffix(".weight")
@@ -187,14 +188,15 @@ def _pairs(one: Graph, other: Graph, found: list[Matched]) -> list[Pair]:
     return pairs
 
 
-def _cut(graph: Graph, products: list[Product]) -> list[str]:
+def _cut(graph: Graph, products: list[Product], sizes_of: list[int]) -> list[str]:
     """The value of each product; those of one operator are parts of it."""
     groups: dict[str, list[int]] = {}
     for place, product in enumerate(products):
         groups.setdefault(product.value, []).append(place)
     names = dict[int, str]()
     for places in groups.values():
-        names |= zip(places, cut_into(graph, products[places[0]], len(places)), strict=True)
+        sizes = [sizes_of[place] for place in places]
+        names |= zip(places, cut_into(graph, products[places[0]], sizes), strict=True)
     return [names[place] for place in range(len(products))]
 
 

@@ -1,4 +1,4 @@
-"""What operators of ONNX Runtime (`com.microsoft`) and of this package mean as functions of indices.
+"""What ONNX Runtime's operators (`com.microsoft`), and our own, mean as functions of indices.
 
 Written from their documentation (ContribOperators.md of ONNX Runtime, docs/reference/operators.md)
 and tested against what the runtime computes. Operands and attributes that are not named here are
@@ -7,6 +7,7 @@ refused.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,7 @@ def _multi_head(x: Inputs, options: Options) -> tuple[Any, ...]:
         for one in (q, k, v):
             ends.append(ends[-1] + one.shape[2])
         _needed(bias.shape[0] is ends[-1], "a bias of another size")
-        parts = [t.cut(bias, 0, a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [t.cut(bias, 0, a, b) for a, b in pairwise(ends)]
         q, k, v = (o.total(one, part) for one, part in zip((q, k, v), parts, strict=True))
     given = {"q": q, "k": k, "v": v, "past_key": past_key, "past_value": past_value}
     heads = options["num_heads"]
@@ -258,7 +259,7 @@ def _unpacked(q: Tensor, k: Any, v: Any, heads: int, kv_heads: int) -> tuple[Ten
     size = width // (heads + 2 * kv_heads)
     _needed(size * (heads + 2 * kv_heads) == width, "packed queries of another size")
     ends = [as_poly(n * size) for n in (0, heads, heads + kv_heads, heads + 2 * kv_heads)]
-    one, two, three = (t.cut(q, 2, a, b) for a, b in zip(ends, ends[1:], strict=False))
+    one, two, three = (t.cut(q, 2, a, b) for a, b in pairwise(ends))
     return one, two, three
 
 

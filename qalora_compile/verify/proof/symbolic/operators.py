@@ -196,7 +196,7 @@ def _is_true(value: Expr) -> Expr:
 
 
 def unary(name: str) -> Callable[[Tensor], Tensor]:
-    """A function of which only the name is known; roots of numbers are numbers, as float32 holds."""
+    """A function of which only the name is known; the root of a number is one in float32."""
 
     def element(x: Expr) -> Expr:
         if name != "sqrt" or x.op != NUMBER or x.detail < 0:

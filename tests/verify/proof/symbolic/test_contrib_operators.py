@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,10 @@ GQA = {"num_heads": 2, "kv_num_heads": 1}
 CACHE = [(1, 1, "p", 16), (1, 1, "p", 16)]
 TABLES, WIDER = [(9, 2), (9, 2)], [(9, 8), (9, 8)]
 ROW, BLOCKS = ("b", "s", 4), np.random.default_rng(3)
+
+
+def _constant(value: Poly, _: Any) -> Any:
+    return integer(value)
 
 
 class Lengths:
@@ -189,7 +194,8 @@ def operands_of(name: str) -> tuple[list[Any], list[Any], dict[str, Any]]:
             real.append(None)
         elif isinstance(operand, Lengths):
             shape = tuple(size(n) if isinstance(n, str) else as_poly(n) for n in operand.shape)
-            symbolic.append(Tensor(shape, "int64", lambda _, o=operand: integer(o.value)))
+            known_by = partial(_constant, operand.value)
+            symbolic.append(Tensor(shape, "int64", known_by))
             known = Numbers({}, {a: SIZES[n] for n in SIZES for a in size(n).atoms})
             axes = [SIZES.get(n, n) for n in operand.shape]
             real.append(np.full(axes, known.poly(operand.value), operand.dtype))
