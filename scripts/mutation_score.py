@@ -4,8 +4,9 @@
 
 The faults written by hand are given to three checks; those that operators of mutation generate in
 the attention, masks, rotary tables, caches, norms, residuals, heads and gates of a transformer, and
-rewrites that keep its meaning, by node and by tools, to the proof. Exits with 1 if a check misses a fault that it
-should catch, or reports it under a wrong name, or if less than 95 % of the rewrites are proved.
+rewrites that keep its meaning, by node and by tools, to the proof. Exits with 1 if a check misses a
+fault that it should catch, or reports it under a wrong name, or if less than 95 % of the rewrites
+are proved.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _matrix(graph: Graph, operand: Any) -> tuple[StoredTensor, bool] | None:
     """A stored matrix, and whether it is transposed."""
     node = graph.node(operand)
     if node is not None and node.op == "onnx.Transpose":
-        inner = _matrix(graph, node.args[0])
+        inner = _matrix(graph, node["data"])
         plain = node.options.get("perm", (1, 0)) == (1, 0)
         return None if inner is None or not plain else (inner[0], not inner[1])
     if not isinstance(operand, Tensor):
@@ -138,7 +138,7 @@ def _stored(graph: Graph, operand: Any) -> StoredTensor | None:
     """A stored tensor, possibly behind a Reshape."""
     node = graph.node(operand)
     if node is not None and node.op == "onnx.Reshape":
-        operand = node.args[0]
+        operand = node["data"]
     return graph.tensors[operand.name] if isinstance(operand, Tensor) else None
 
 
