@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
 
 _OTHERS = "another program's"
+_OTHER_NODES = "other nodes, which are not shown to compute the same"
 
 
 def is_foreign(path: Path) -> bool:
@@ -106,9 +107,14 @@ def prove_foreign(program: Program, candidate: Graph, folder: Path) -> Certifica
     pairs = _pairs(reference, candidate, found)
     assume((reference, candidate))
     structure = compare_structure(reference, candidate, pairs)
-    structure = Structure(
-        structure.pairs, (*structure.segments, *extra), (*structure.notes, *notes)
-    )
+    # Another exporter writes the same in other nodes, so nodes that differ are no difference yet.
+    segments = [
+        dataclasses.replace(s, status=OPEN, problem=s.problem or _OTHER_NODES)
+        if s.status == DIFFERENT
+        else s
+        for s in structure.segments
+    ]
+    structure = Structure(structure.pairs, (*segments, *extra), (*structure.notes, *notes))
     codes = {pair.site.name for pair, one in zip(pairs, found, strict=True) if one.other.coded}
     sites = [prove_site(pair) for pair in structure.pairs]
     sites = [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,20 @@ def _saved(model: Any, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama, and what the builder makes of it, in float and in 4 bits."""
-    create_model = import_module("onnxruntime_genai.models.builder").create_model
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("decoder")
     _saved(llama(), folder / "model")
     for precision in ("fp32", "int4"):
         made = folder / precision
-        create_model("", str(folder / "model"), str(made), precision, "cpu", str(folder / "cache"))
+        command: list[str | Path] = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "onnxruntime_genai.models.builder",
+        ]
+        command += ["-i", folder / "model", "-o", made, "-c", folder / "cache"]
+        subprocess.run([*command, "-p", precision, "-e", "cpu"], check=True, capture_output=True)
     return folder
 
 
