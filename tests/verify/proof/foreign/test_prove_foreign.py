@@ -28,7 +28,7 @@ from qalora_compile.verify.proof.foreign.prove_foreign import (
 from tests.models import VOCABULARY, bert, llama, slow, token_ids
 
 MASK = "all elements of attention_mask are 1: the file reads only how many there are"
-MICROSOFT = "com.microsoft"
+BUILDER = "onnxruntime_genai.models.builder"
 
 
 def _saved(model: Any, folder: Path) -> Path:
