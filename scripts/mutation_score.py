@@ -4,8 +4,9 @@
 
 The faults written by hand are given to three checks; those that operators of mutation generate in
 the attention, masks, rotary tables, caches, norms, residuals, heads and gates of a transformer, and
-the rewrites that keep its meaning, to the proof. Exits with 1 if a check misses a fault that it
-should catch, or reports it under a wrong name, or if less than 95 % of the rewrites are proved.
+rewrites that keep its meaning, by node and by tools, to the proof. Exits with 1 if a check misses a
+fault that it should catch, or reports it under a wrong name, or if less than 95 % of the rewrites
+are proved.
 """
 
 from __future__ import annotations
@@ -18,8 +19,16 @@ from tests.verify.model_faults import MODEL_FAULTS
 from tests.verify.mutations import mutants, rewrites
 from tests.verify.planted import examine, export_all
 from tests.verify.program_faults import PROGRAM_FAULTS
+from tests.verify.rewrites import SIMPLIFIERS
 from tests.verify.score import is_right, score_line, table
-from tests.verify.transformer import TARGETS, export_transformer, judged
+from tests.verify.transformer import (
+    DECODERS,
+    ENCODERS,
+    TARGETS,
+    export_transformer,
+    judged,
+    judged_tools,
+)
 
 _LEAST = 0.95
 
@@ -47,12 +56,20 @@ def _generated() -> bool:
         for target in TARGETS:
             faults |= judged(exported, target, mutants)
             same |= judged(exported, target, rewrites)
+    for name in [*DECODERS, *ENCODERS]:
+        with tempfile.TemporaryDirectory() as folder:
+            exported = export_transformer(Path(folder), name)
+            for target in TARGETS:
+                found = judged_tools(exported, target)
+                same |= {f"{name}, {change}": proved for change, proved in found.items()}
     for change in [f for f, proved in faults.items() if proved]:
         print(f"PROVED, BUT A FAULT: {change}")
     for change in [c for c, proved in same.items() if not proved]:
         print(f"NOT PROVED: {change}")
     missed, proved = sum(faults.values()), sum(same.values())
     print(f"generated in a transformer: {len(faults)} faults, {missed} proved equal")
+    if not SIMPLIFIERS.exists():
+        print("without onnxslim and onnxsim: make simplifiers installs them")
     print(f"rewrites that keep the meaning: {len(same)}, {proved} proved equal")
     return missed == 0 and proved >= _LEAST * len(same)
 

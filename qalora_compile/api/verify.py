@@ -26,6 +26,7 @@ from qalora_compile.passes.framework.pipeline import Pipeline
 from qalora_compile.progress import say
 from qalora_compile.runtime.library import kernel_level, library_path
 from qalora_compile.untrusted.artifacts import (
+    CONFIG_FILE,
     GGUF_FILE,
     MERGED_FILE,
     ORT_MERGED_FILE,
@@ -41,6 +42,12 @@ from qalora_compile.verify.numeric.compare_nodes import compare_nodes, named_inp
 from qalora_compile.verify.numeric.decoding_calls import sequence_calls
 from qalora_compile.verify.numeric.report import NumericReport
 from qalora_compile.verify.proof.certificate import Certificate
+from qalora_compile.verify.proof.foreign.prove_foreign import (
+    is_foreign,
+    keeps_cache,
+    prove_foreign,
+    read_foreign,
+)
 from qalora_compile.verify.proof.graphs.graph import FX, ONNX, OPENVINO, Graph
 from qalora_compile.verify.proof.open_graph import open_graph, open_graphs
 from qalora_compile.verify.proof.prove import prove_equivalence
@@ -167,10 +174,14 @@ def compare_on_inputs(spec: VerifySpec, tolerance: Tolerance) -> Compared:
 def prove(spec: VerifySpec) -> Certificate:
     """Prove equivalence: compare every coefficient, and the graph around the quantized layers.
 
+    B may also be an ONNX file that another program made of the Hugging Face folder A.
+
     Raises:
         UserInputError: a path cannot be read, or is of an encoder-decoder model (`prove_all`).
     """
     a, b = _Named(spec.a), _Named(spec.b)
+    if is_foreign(b.path):
+        return _prove_foreign(spec, a, b)
     cached = _with_cache(a, b)
     certificate = _proof(spec, a.path, cached, b.path)
     if spec.html:
@@ -228,6 +239,24 @@ def _proof(spec: VerifySpec, folder: Path, program: Program | None, candidate: P
         seed=spec.seed,
         folder=None if program is None else folder,
     )
+
+
+def _prove_foreign(spec: VerifySpec, a: _Named, b: _Named) -> Certificate:
+    """Prove a model's folder and an ONNX file that another program made of it equal."""
+    if not (a.path / CONFIG_FILE).is_file() or (a.path / PROGRAM_FILE).exists():
+        raise UserInputError(
+            f"{b.path.name} was not exported by this package, and {a.text} is no model's folder",
+            where=spec.b,
+            hint="give the Hugging Face folder that the file was made from as A",
+        )
+    graph = read_foreign(b.path)
+    program = a.thing
+    assert isinstance(program, Program), "a checkpoint is read as a program"
+    if keeps_cache(graph):
+        program = add_kv_cache(program, a.path)
+    certificate = prove_foreign(program, graph, a.path)
+    _write_page(spec, certificate, program, b.path)
+    return certificate
 
 
 def compare_along(spec: VerifySpec) -> NumericReport:

@@ -108,13 +108,20 @@ class Structure:
 
 
 def compare_structure(
-    reference: Program | Graph | str | Path, candidate: Program | Graph | str | Path
+    reference: Program | Graph | str | Path,
+    candidate: Program | Graph | str | Path,
+    layers: list[Pair] | None = None,
 ) -> Structure:
     """Compare two programs, or a program and an exported model, outside of their layers.
 
     Names, the order of independent nodes and the nodes that compute a quantized site do not count.
     Constants are compared bit for bit, half precision after widening to float32; NaN, and
     infinities outside of masks, are equal to nothing.
+
+    Args:
+        reference: A program, graph or path.
+        candidate: Likewise.
+        layers: The sites of both graphs; None: those of the same names.
 
     Raises:
         UserInputError: a graph cannot be read, or writes into tensors in place such that readers
@@ -123,7 +130,7 @@ def compare_structure(
     a, b = open_graph(reference), open_graph(candidate)
     for graph in (a, b):
         refuse_hidden_writes(graph)
-    pairs, wanted, both, widened = _read(a, b)
+    pairs, wanted, both, widened = _read(a, b, layers)
     mixed = a.dialect != b.dialect
     segments = [
         _segment(name, targets, (both[0].of(targets[0]), both[1].of(targets[1])), mixed)
@@ -225,9 +232,11 @@ def _in_order(graph: Graph, matches: Iterable[Match]) -> list[Match]:
 _Wanted = list[tuple[str, tuple[Any, Any]]]
 
 
-def _read(a: Graph, b: Graph) -> tuple[list[Pair], _Wanted, list[Semantics], bool]:
+def _read(
+    a: Graph, b: Graph, layers: list[Pair] | None = None
+) -> tuple[list[Pair], _Wanted, list[Semantics], bool]:
     """The sites, the values to compare, the semantics, and whether half precision is widened."""
-    pairs = _pairs(a, b)
+    pairs = _pairs(a, b) if layers is None else layers
     cuts = {p.site.name for p in pairs if p.maps is not None}
     halves = a.half != b.half
     algebra = Algebra(single=a.dialect != b.dialect, halves=halves)

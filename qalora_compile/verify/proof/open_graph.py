@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.program_record import tensor_files
@@ -22,6 +22,7 @@ from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
 from qalora_compile.verify.proof.graphs.read_openvino import read_openvino_graph
 from qalora_compile.verify.proof.graphs.read_pt2 import read_pt2_graph
 from qalora_compile.verify.proof.weights.find_lookups import find_lookups
+from qalora_compile.verify.proof.weights.onnx_layers import find_layers
 
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
@@ -42,7 +43,7 @@ def open_graph(thing: Program | Graph | str | Path) -> Graph:
     if found is not None and found.kind is ArtifactKind.PROGRAM:
         return read_program_graph(found.path)
     if found is not None and found.kind is ArtifactKind.ONNX:
-        return find_lookups(read_onnx_graph(found.path))
+        return find_lookups(find_layers(read_onnx_graph(found.path)))
     if found is not None and found.kind is ArtifactKind.OPENVINO:
         return read_openvino_graph(found.path)
     if found is not None and found.kind in (ArtifactKind.TORCH, ArtifactKind.COREML):
@@ -100,19 +101,16 @@ def files_of(path: Path) -> dict[str, str]:
         return {file.name: digest_of_file(file) for file in both}
     if found is None or found.kind is not ArtifactKind.ONNX:
         raise unknown_artifact(path)
-    model = found.path
-    names = [model.name, *sorted(_external(model))]
-    return {name: digest_of_file(model.parent / name) for name in names}
+    return onnx_files(found.path, read_onnx_graph(found.path).extra)
 
 
-def _external(model: Path) -> set[str]:
-    """Names of the model's external data files."""
-    graph = read_onnx_graph(model)
-    rows = (
+def onnx_files(path: Path, model: Any) -> dict[str, str]:
+    """SHA-256 of the file of a loaded ONNX model and of its external data, by name."""
+    rows = {
         entry.value
-        for proto in graph.extra.graph.initializer
+        for proto in model.graph.initializer
         if proto.data_location == 1
         for entry in proto.external_data
         if entry.key == "location"
-    )
-    return set(rows)
+    }
+    return {name: digest_of_file(path.parent / name) for name in [path.name, *sorted(rows)]}

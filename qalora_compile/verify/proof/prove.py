@@ -83,14 +83,14 @@ def prove_equivalence(
     things = (reference, candidate)
     graphs = (open_graph(reference), open_graph(candidate))
     structure = compare_structure(*graphs)
-    sites = tuple(_prove_site(pair) for pair in track(list(structure.pairs), "prove"))
+    sites = tuple(prove_site(pair) for pair in track(list(structure.pairs), "prove"))
     segments, refused = _sampled(structure, sites, things, graphs, samples, seed)
     structure = dataclasses.replace(structure, notes=(*structure.notes, *refused))
     records = (
         record_of(reference, graphs[0], None if folder is None else Path(folder)),
         record_of(candidate, graphs[1], None),
     )
-    return _certificate(records, structure, sites, segments, samples)
+    return certificate_of(records, structure, sites, segments, samples)
 
 
 def check_certificate(path: str | Path) -> tuple[Certificate, list[str]]:
@@ -122,9 +122,9 @@ def check_certificate(path: str | Path) -> tuple[Certificate, list[str]]:
     described = stated.reference.graph
     first = places[0] if described is None else read_program_graph(places[0], described)
     structure = compare_structure(first, places[1])
-    sites = tuple(_prove_site(pair) for pair in track(list(structure.pairs), "prove"))
+    sites = tuple(prove_site(pair) for pair in track(list(structure.pairs), "prove"))
     segments = _as_tried(structure.segments, stated)
-    now = _certificate(records, structure, sites, segments, int(stated.samples["count"]))
+    now = certificate_of(records, structure, sites, segments, int(stated.samples["count"]))
     problems += recheck(stated, now)
     return now, problems
 
@@ -168,7 +168,8 @@ def _exists(place: Path) -> bool:
         return False
 
 
-def _prove_site(pair: Pair) -> SiteProof:
+def prove_site(pair: Pair) -> SiteProof:
+    """The findings for one site."""
     site, problem = pair.site, pair.problem
     modes: dict[str, Coefficients] = {}
     status = OPEN
@@ -242,13 +243,14 @@ def _program(thing: Program | str | Path, graph: Graph) -> Program | None:
     return Program.load(Path(thing))
 
 
-def _certificate(
+def certificate_of(
     records: tuple[GraphRecord, GraphRecord],
     structure: Structure,
     sites: Sequence[SiteProof],
     segments: Sequence[Segment],
     samples: int,
 ) -> Certificate:
+    """The certificate of what was found."""
     wrong = tokenizer_difference(*records)
     states = {s.status for s in segments} | {s.status for s in sites if s.modes}
     around = DIFFERENT if DIFFERENT in states else OPEN if OPEN in states else PROVED

@@ -97,6 +97,9 @@ class Graph:
         extra: The exported model itself; for the body of a function, the name of its input x.
         shapes: Shapes of inputs by name, where the graph states them; dynamic axes have names.
         most: The largest size of a dynamic axis that the graph holds for, by name.
+        given: Values, and stored tensors as `@name`, that are assumed to be a function of the
+            inputs' shapes.
+        assumed: What these assume, as conditions of a proof.
     """
 
     dialect: str
@@ -113,6 +116,8 @@ class Graph:
     extra: Any = None
     shapes: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
     most: dict[str, int] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
     def node(self, operand: Any) -> Node | None:
         """The node that computes an operand; None for other operands."""

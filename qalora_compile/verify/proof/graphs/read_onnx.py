@@ -30,6 +30,8 @@ from qalora_compile.verify.proof.graphs.stored_tensor import (
 )
 
 _SHOWN = 40
+_NUMBERS = ("float32", "int64", "bool")
+"""Types of which one element in an attribute is read as a number of Python's like type."""
 ONNX_TYPES = {kind.onnx: kind.name for kind in PROGRAM_TYPES}
 """The members of `onnx.TensorProto.DataType` that programs have too."""
 
@@ -56,10 +58,11 @@ def read_onnx_graph(path: Path) -> Graph:
     except Exception as error:  # protobuf's own types
         raise UserInputError(f"{path.name} is not an ONNX model", where=str(path)) from error
     with explain_metadata(path):
-        return _assemble(model, metadata, path)
+        return graph_of(model, metadata, path)
 
 
-def _assemble(model: Any, metadata: OnnxMetadata, path: Path) -> Graph:
+def graph_of(model: Any, metadata: OnnxMetadata, path: Path) -> Graph:
+    """The graph of a loaded model with these metadata."""
     tensors = {p.name: from_onnx(p, path.parent) for p in model.graph.initializer}
     nodes: dict[str, Node] = {}
     for proto in model.graph.node:
@@ -106,7 +109,12 @@ def _graph(
 
 
 def onnx_nodes(proto: Any, stored: set[str]) -> list[Node]:
-    """The nodes of an `onnx.NodeProto`, one for each of its results."""
+    """The nodes of an `onnx.NodeProto`, one for each of its results.
+
+    A fused Gemm is two: the product, and the function of it.
+    """
+    if (proto.domain, proto.op_type) == ("com.microsoft", "FusedGemm"):
+        return _unfused(proto, stored)
     args = tuple(_operand(name, stored) for name in proto.input)
     options = {a.name: _attribute(a, stored) for a in proto.attribute}
     op = f"{proto.domain or 'onnx'}.{proto.op_type}"
@@ -118,6 +126,18 @@ def onnx_nodes(proto: Any, stored: set[str]) -> list[Node]:
         for index, name in enumerate(proto.output)
         if name
     ]
+
+
+def _unfused(proto: Any, stored: set[str]) -> list[Node]:
+    helper = require("onnx", extra="onnx", purpose="read an ONNX model").helper
+    given = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
+    function = given.pop("activation", b"").decode()
+    if function not in ("Relu", "Sigmoid", "Tanh"):
+        raise UserInputError(f"FusedGemm with the activation {function!r}")
+    inner = f"{proto.output[0]}, before {function}"
+    product = helper.make_node("Gemm", list(proto.input), [inner], proto.name, **given)
+    outer = helper.make_node(function, [inner], list(proto.output), proto.name)
+    return [node for made in (product, outer) for node in onnx_nodes(made, stored)]
 
 
 def _operand(name: str, stored: set[str]) -> Any:
@@ -140,6 +160,9 @@ def _attribute(proto: Any, stored: set[str]) -> Any:
     if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value):
         return tuple(value)
     if type(value).__name__ == "TensorProto":
+        held = from_onnx(value, Path())
+        if held.size == 1 and held.dtype in _NUMBERS:
+            return held.values().reshape(-1)[0].item()
         return f"tensor {from_onnx(value, Path()).digest}"
     return f"sha256 {digest_of(np.frombuffer(proto.SerializeToString(), np.uint8))}"
 

@@ -9,6 +9,7 @@ from qalora_compile.untrusted.element_types import HALVES
 from qalora_compile.verify.proof.graphs.graph import FX, Graph, Node, Ref, refs
 from qalora_compile.verify.proof.graphs.graph import Tensor as StoredName
 from qalora_compile.verify.proof.graphs.read_onnx import onnx_nodes
+from qalora_compile.verify.proof.symbolic import contrib_operators  # noqa: F401, declares operators
 from qalora_compile.verify.proof.symbolic.expression import leaf, truth
 from qalora_compile.verify.proof.symbolic.fold_constants import FoldedConstants
 from qalora_compile.verify.proof.symbolic.fx_operators import ATEN
@@ -62,6 +63,8 @@ class Evaluation:
         self._folded = FoldedConstants(graph)
         for value, (name, dtype) in graph.inputs.items():
             self._made[value] = self._input(name, dtype, shapes)
+        for value, make in graph.given.items():
+            self._made[value] = make(shapes)
 
     def of(self, operand: Any) -> Tensor:
         """The tensor of an operand.

@@ -221,8 +221,8 @@ def mul(*parts: Expr) -> Expr:
 
 
 def _common_factor(value: Expr) -> float:
-    """The first factor of a sum without a number, if all factors are exact multiples of it."""
-    if value.op != SUM or value.detail[0]:
+    """The first factor of a sum, if its number and all factors are exact multiples of it."""
+    if value.op != SUM:
         return 1.0
     lead: float = value.detail[1]
     shares = [factor / lead for factor in value.detail]

@@ -81,11 +81,20 @@ class Normalizer:
                     )
                     for side in (TRUE, FALSE)
                 )
-                return where(first, then, other)
+                return self._needed(first, then, other, facts, depth)
             value = Change({first: known}, {}).of(value)
         if value.op == REDUCED:
             return self._sum(value, facts, depth)
         return squared(rebuilt(value, [self.of(arg, facts, depth) for arg in value.args]))
+
+    def _needed(self, condition: Expr, then: Expr, other: Expr, facts: Facts, depth: int) -> Expr:
+        """A case distinction, or one of its cases if that is right in the other one too."""
+        if condition.op == LINEAR and len(condition.atoms) > 1:
+            for one, side, rest in ((other, TRUE, then), (then, FALSE, other)):
+                under = self._with(facts, condition, side)
+                if one.conditions and self.of(one, under, depth) is rest:
+                    return one
+        return where(condition, then, other)
 
     def _with(self, facts: Facts, condition: Expr, side: Expr) -> Facts:
         if condition.op != LINEAR:

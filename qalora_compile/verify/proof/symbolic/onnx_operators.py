@@ -31,11 +31,11 @@ _ONNX: dict[str, tuple[int, frozenset[str], Meaning]] = {}
 _UNARY = ("Sqrt", "Log", "Tanh", "Sigmoid", "Relu", "Erf", "Sin", "Cos")
 
 
-def _means(op: str, most: int, *options: str) -> Callable[[Meaning], Meaning]:
-    """Declare the meaning of an operator with up to `most` operands."""
+def means(op: str, most: int, *options: str, domain: str = "onnx") -> Callable[[Meaning], Meaning]:
+    """Declare the meaning of an operator with up to `most` operands and these attributes."""
 
     def declare(meaning: Meaning) -> Meaning:
-        _ONNX[f"onnx.{op}"] = (most, frozenset(options), meaning)
+        _ONNX[f"{domain}.{op}"] = (most, frozenset(options), meaning)
         return meaning
 
     return declare
@@ -59,12 +59,12 @@ def onnx_value(op: str, args: Inputs, options: Options) -> Any:
 
 
 def _simple(op: str, most: int, make: Callable[..., Tensor]) -> None:
-    _means(op, most)(lambda x, _: make(*x))
+    means(op, most)(lambda x, _: make(*x))
 
 
 def _typed(op: str, make: Callable[..., Tensor]) -> None:
     """An operator whose two operands have one type, as ONNX demands."""
-    _means(op, 2)(lambda x, _: make(*_of_one_type(*x)))
+    means(op, 2)(lambda x, _: make(*_of_one_type(*x)))
 
 
 def _of_one_type(*values: Tensor) -> Sequence[Tensor]:
@@ -112,14 +112,14 @@ _simple("Unsqueeze", 2, lambda x, axes: t.unsqueeze(x, _numbers(axes)))
 
 def _extreme(op: str, choose: Callable[..., Tensor]) -> None:
     """The largest or smallest of any number of operands."""
-    _means(op, 99)(lambda x, _: reduce(choose, _of_one_type(*(v for v in x if v is not None))))
+    means(op, 99)(lambda x, _: reduce(choose, _of_one_type(*(v for v in x if v is not None))))
 
 
 _extreme("Max", o.larger)
 _extreme("Min", o.smaller)
 
 
-@_means("Clip", 3)
+@means("Clip", 3)
 def _clip(x: Inputs, _: Options) -> Tensor:
     _of_one_type(*(operand for operand in x if operand is not None))
     value, least, most = x
@@ -134,7 +134,7 @@ def _numbers(value: Tensor) -> list[int]:
     return [number for number in found if number is not None]
 
 
-@_means("Div", 2)
+@means("Div", 2)
 def _div(x: Inputs, _: Options) -> Tensor:
     one, other = _of_one_type(*x)
     if one.dtype == t.FLOAT:
@@ -149,27 +149,32 @@ def _div(x: Inputs, _: Options) -> Tensor:
     return o.floor_divided(t.elementwise(element, t.INT, one), other)
 
 
-@_means("Cast", 1, "to", "saturate")
+@means("Cast", 1, "to", "saturate")
 def _cast(x: Inputs, options: Options) -> Tensor:
     return o.cast(x[0], ONNX_TYPES.get(int(options["to"])))
 
 
-@_means("CastLike", 2, "saturate")
+@means("CastLike", 2, "saturate")
 def _cast_like(x: Inputs, _: Options) -> Tensor:
     return o.cast(x[0], x[1].dtype)
 
 
-@_means("Shape", 1, "start", "end")
+@means("Shape", 1, "start", "end")
 def _shape(x: Inputs, options: Options) -> Tensor:
     return t.sizes(x[0].shape[options.get("start", 0) : options.get("end")])
 
 
-@_means("Squeeze", 2)
+@means("ConstantOfShape", 1, "value")
+def _constant_of_shape(x: Inputs, options: Options) -> Tensor:
+    return t.expand(o.literal(options.get("value", 0.0)), tuple(t.integers(x[0])))
+
+
+@means("Squeeze", 2)
 def _squeeze(x: Inputs, _: Options) -> Tensor:
     return t.squeeze(x[0], None if x[1] is None else _numbers(x[1]))
 
 
-@_means("Range", 3)
+@means("Range", 3)
 def _range(x: Inputs, _: Options) -> Tensor:
     start, end, step = (index_of(value[()]) for value in x)
     if step.constant != 1:
@@ -179,7 +184,7 @@ def _range(x: Inputs, _: Options) -> Tensor:
     return o.arange(start, end)
 
 
-@_means("Slice", 5)
+@means("Slice", 5)
 def _slice(x: Inputs, _: Options) -> Tensor:
     value: Tensor = x[0]
     _, starts, ends, axes, steps = x
@@ -198,7 +203,7 @@ def _equal_parts(size: Poly, options: Options) -> Tensor:
     return t.sizes([as_poly(known // count)] * count)
 
 
-@_means("Split", 2, "axis", "num_outputs")
+@means("Split", 2, "axis", "num_outputs")
 def _split(x: Inputs, options: Options) -> tuple[Tensor, ...]:
     value, axis = x[0], options.get("axis", 0)
     lengths = _equal_parts(value.shape[value.axis(axis)], options) if x[1] is None else x[1]
@@ -210,18 +215,18 @@ def _split(x: Inputs, options: Options) -> tuple[Tensor, ...]:
     return tuple(t.cut(value, axis, first, last) for first, last in pairwise(places))
 
 
-@_means("Concat", 99, "axis")
+@means("Concat", 99, "axis")
 def _concat(x: Inputs, options: Options) -> Tensor:
     values = _of_one_type(*(value for value in x if value is not None))
     return t.concatenate(values, options["axis"])
 
 
-@_means("Transpose", 1, "perm")
+@means("Transpose", 1, "perm")
 def _transpose(x: Inputs, options: Options) -> Tensor:
     return t.transpose(x[0], options.get("perm", range(x[0].rank)[::-1]))
 
 
-@_means("Reshape", 2, "allowzero")
+@means("Reshape", 2, "allowzero")
 def _reshape(x: Inputs, options: Options) -> Tensor:
     value, target = x[0], t.integers(x[1])
     if not options.get("allowzero", 0):
@@ -229,17 +234,17 @@ def _reshape(x: Inputs, options: Options) -> Tensor:
     return t.reshape(value, target)
 
 
-@_means("Gather", 2, "axis")
+@means("Gather", 2, "axis")
 def _gather(x: Inputs, options: Options) -> Tensor:
     return t.gather(x[0], options.get("axis", 0), x[1])
 
 
-@_means("GatherElements", 2, "axis")
+@means("GatherElements", 2, "axis")
 def _gather_elements(x: Inputs, options: Options) -> Tensor:
     return t.gather_elements(x[0], options.get("axis", 0), x[1])
 
 
-@_means("GatherND", 2, "batch_dims")
+@means("GatherND", 2, "batch_dims")
 def _gather_nd(x: Inputs, options: Options) -> Tensor:
     value, places = x
     width = places.shape[-1].constant
@@ -249,7 +254,7 @@ def _gather_nd(x: Inputs, options: Options) -> Tensor:
     return o.lookup(value, one)
 
 
-@_means("Mod", 2, "fmod")
+@means("Mod", 2, "fmod")
 def _mod(x: Inputs, options: Options) -> Tensor:
     one, other = _of_one_type(*x)
     if one.dtype != t.INT or options.get("fmod", 0):
@@ -258,12 +263,12 @@ def _mod(x: Inputs, options: Options) -> Tensor:
     return o.difference(one, o.product(whole, other))
 
 
-@_means("ReduceMean", 2, "axes", "keepdims", "noop_with_empty_axes")
+@means("ReduceMean", 2, "axes", "keepdims", "noop_with_empty_axes")
 def _mean(x: Inputs, options: Options) -> Tensor:
     return _reduced(x, options, sums.mean)
 
 
-@_means("ReduceSum", 2, "axes", "keepdims", "noop_with_empty_axes")
+@means("ReduceSum", 2, "axes", "keepdims", "noop_with_empty_axes")
 def _sum(x: Inputs, options: Options) -> Tensor:
     return _reduced(x, options, sums.total)
 
@@ -274,32 +279,33 @@ def _reduced(x: Inputs, options: Options, over: Callable[..., Tensor]) -> Tensor
     return sums.reduced_over(o.floating(x[0]), axes, over, kept=kept)
 
 
-@_means("ReduceL2", 2, "axes", "keepdims", "noop_with_empty_axes")
+@means("ReduceL2", 2, "axes", "keepdims", "noop_with_empty_axes")
 def _length(x: Inputs, options: Options) -> Tensor:
     squares = o.product(_float(x[0]), x[0])
     return o.unary("sqrt")(_reduced([squares, x[1]], options, sums.total))
 
 
-@_means("CumSum", 2, "exclusive", "reverse")
+@means("CumSum", 2, "exclusive", "reverse")
 def _cumsum(x: Inputs, options: Options) -> Tensor:
     if options.get("exclusive", 0) or options.get("reverse", 0):
         raise UnprovableError("it sums in another order")
     return sums.cumulated(o.floating(x[0]), *_numbers(x[1]))
 
 
-@_means("Gelu", 1, "approximate")
+@means("Gelu", 1, "approximate")
 def _gelu(x: Inputs, options: Options) -> Tensor:
     return attention.gelu(x[0], options.get("approximate", "none"))
 
 
-@_means("Flatten", 1, "axis")
+@means("Flatten", 1, "axis")
 def _flatten(x: Inputs, options: Options) -> Tensor:
-    axis = x[0].axis(options.get("axis", 1))
+    axis = options.get("axis", 1)
+    axis = axis if axis == x[0].rank else x[0].axis(axis)
     parts = (t.product_of(x[0].shape[:axis]), t.product_of(x[0].shape[axis:]))
     return t.reshape(x[0], parts)
 
 
-@_means("Gemm", 3, "alpha", "beta", "transA", "transB")
+@means("Gemm", 3, "alpha", "beta", "transA", "transB")
 def _gemm(x: Inputs, options: Options) -> Tensor:
     if any(options.get(name, 1.0) != 1 for name in ("alpha", "beta")):
         raise UnprovableError("it has factors")
@@ -310,7 +316,7 @@ def _gemm(x: Inputs, options: Options) -> Tensor:
     return found if x[2] is None else o.total(found, x[2])
 
 
-@_means("Softmax", 1, "axis")
+@means("Softmax", 1, "axis")
 def _softmax(x: Inputs, options: Options) -> Tensor:
     return sums.softmax(x[0], options.get("axis", -1))
 
@@ -320,19 +326,19 @@ def _check_norm(x: Inputs, options: Options) -> None:
         raise UnprovableError("a norm over several axes, or in another precision")
 
 
-@_means("RMSNormalization", 2, "axis", "epsilon", "stash_type")
+@means("RMSNormalization", 2, "axis", "epsilon", "stash_type")
 def _rms_norm(x: Inputs, options: Options) -> Tensor:
     _check_norm(x, options)
     return sums.rms_norm(x[0], x[1], number(options.get("epsilon", 1e-5)))
 
 
-@_means("LayerNormalization", 3, "axis", "epsilon", "stash_type")
+@means("LayerNormalization", 3, "axis", "epsilon", "stash_type")
 def _layer_norm(x: Inputs, options: Options) -> Tensor:
     _check_norm(x, options)
     return attention.layer_norm(x[0], x[1], x[2], number(options.get("epsilon", 1e-5)))
 
 
-@_means("RotaryEmbedding", 4, "interleaved", "num_heads", "rotary_embedding_dim")
+@means("RotaryEmbedding", 4, "interleaved", "num_heads", "rotary_embedding_dim")
 def _rotary(x: Inputs, options: Options) -> Tensor:
     value, cos, sin, places = x
     if value.rank == 3:
@@ -357,7 +363,7 @@ _ATTENTION = (
 )
 
 
-@_means("Attention", 6, *_ATTENTION)
+@means("Attention", 6, *_ATTENTION)
 def _attention(x: Inputs, options: Options) -> tuple[Tensor, ...]:
     q, *_, past_key, past_value = x
     if options.get("qk_matmul_output_mode", 0) or options.get("softmax_precision", 1) != 1:
@@ -383,5 +389,5 @@ def _attention(x: Inputs, options: Options) -> tuple[Tensor, ...]:
     )
 
 
-onnx_ordering.declare(_means)
-onnx_spatial.declare(_means)
+onnx_ordering.declare(means)
+onnx_spatial.declare(means)

@@ -13,6 +13,7 @@ from qalora_compile.verify.proof.graphs.stored_tensor import Array, StoredTensor
 from qalora_compile.verify.proof.symbolic.arithmetic import holds, quotient
 from qalora_compile.verify.proof.symbolic.expression import (
     FALSE,
+    INTEGER,
     NUMBER,
     ONE,
     REDUCED,
@@ -37,7 +38,7 @@ from qalora_compile.verify.proof.symbolic.expression import (
     truth,
     where,
 )
-from qalora_compile.verify.proof.symbolic.polynomial import Poly, as_poly
+from qalora_compile.verify.proof.symbolic.polynomial import Atom, Poly, as_poly
 from qalora_compile.verify.proof.symbolic.roots import root
 from qalora_compile.verify.proof.symbolic.tensor import (
     BOOL,
@@ -55,10 +56,13 @@ from qalora_compile.verify.proof.symbolic.tensor import (
 )
 
 _INTEGERS = ("int64", "int32")
+_CODES = ("uint8", "uint4", "uint2")
 _UNIFORM = 1 << 20
 """Tensors of at most this many elements are searched for one value."""
 _TRANSPOSED = 1 << 24
 """Matrices of at most this many elements are the same as their transposes."""
+MATRIX = 2
+"""The number of axes of a matrix."""
 _LISTED = 1 << 12
 """Integers of at most this many elements are known one by one."""
 
@@ -97,8 +101,10 @@ def literal(value: Any) -> Tensor:
 
 def stored(value: StoredTensor) -> Tensor:
     """A stored tensor; elements are known by value, or by the digest of all values."""
-    kind = kind_of(value.dtype)
     shape = tuple(map(as_poly, value.shape))
+    if value.dtype in _CODES:
+        return Tensor(shape, value.dtype, _no_number, value)
+    kind = kind_of(value.dtype)
     single = _uniform(value)
     scale = root(single) if kind == FLOAT and value.size == 1 else None
     if scale is not None:
@@ -113,12 +119,12 @@ def stored(value: StoredTensor) -> Tensor:
         places = [place.constant for place in index]
         if small is not None and None not in places:
             return element_of(small[tuple(places)].item(), kind)
+        called, turned = name()
         offset = as_poly(0)
-        digest, turned = name()
         pairs = list(zip(index, shape, strict=True))
         for place, size in pairs[::-1] if turned else pairs:
             offset = offset * size + place
-        found = leaf(f"const {digest}", [offset])
+        found = leaf(f"const {called}", [offset])
         return truth(found) if kind == BOOL else found
 
     return Tensor(shape, kind, element, value)
@@ -131,10 +137,14 @@ def _named(value: StoredTensor) -> tuple[str, bool]:
     """
     values = value.values()
     found = digest_of(np.ascontiguousarray(values).reshape(-1))
-    if len(value.shape) != 2 or value.size > _TRANSPOSED:
+    if len(value.shape) != MATRIX or value.size > _TRANSPOSED:
         return found, False
     other = digest_of(np.ascontiguousarray(values.T).reshape(-1))
     return min((found, False), (other, True))
+
+
+def _no_number(_: Index) -> Expr:
+    raise UnprovableError("codes outside of a layer")
 
 
 def _uniform(value: StoredTensor) -> Any:
@@ -169,9 +179,13 @@ def cast(value: Tensor, dtype: str | None) -> Tensor:
 
 
 def _counted(value: Expr) -> Expr:
-    """A small number, or the count of an axis's elements: these fit in 32 bits."""
+    """A small number, the count of an axis's elements, or a size: these fit in 32 bits."""
     small = value.op == NUMBER and float(value.detail).is_integer()
     if small or _is_count(value) or (value.op == SUM and _is_whole(value)):
+        return value
+    if value.op == SUM and value.detail[1:] == (1.0,) and abs(value.detail[0]) <= 1:
+        return add(number(value.detail[0]), _counted(value.operand))
+    if value.op == INTEGER and all(_is_size(*term) for term in value.detail.terms):
         return value
     raise UnprovableError("a cast to int32, which rounds or wraps")
 
@@ -186,6 +200,12 @@ def _is_whole(value: Expr) -> bool:
     return first == 0 and {*factors} <= {1.0, -1.0} and all(map(_is_count, value.args))
 
 
+def _is_size(monomial: tuple[Atom, ...], factor: int) -> bool:
+    if not monomial:
+        return abs(factor) <= _LISTED
+    return factor == 1 and len(monomial) == 1 and monomial[0].kind in ("size", "filled")
+
+
 def _is_bit(value: Expr) -> bool:
     if value.op == WHERE:
         _, *cases = value.args
@@ -198,8 +218,16 @@ def _is_true(value: Expr) -> Expr:
 
 
 def unary(name: str) -> Callable[[Tensor], Tensor]:
-    """A function of which only the name is known."""
-    return lambda value: elementwise(lambda x: function(name, x), FLOAT, floating(value))
+    """A function of which only the name is known; the root of a number is one in float32."""
+
+    def element(x: Expr) -> Expr:
+        if name != "sqrt" or x.op != NUMBER or x.detail < 0:
+            return function(name, x)
+        found = number(x.detail**0.5)
+        known = root(float(found.detail))
+        return found if known is None else known
+
+    return lambda value: elementwise(element, FLOAT, floating(value))
 
 
 def floating(value: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class SymbolicProof:
         most = described.most if least else {}
         smallest = {name: min(least, _OF_BATCH.get(name, least)) for name in names}
         known = {name: size(name, least=smallest[name], most=most.get(name)) for name in names}
-        conditions = []
+        conditions = [text for graph in self._graphs for text in graph.assumed]
         if names >= {PAST, SEQUENCE, TOTAL} and "attention_mask" in described.shapes:
             known[TOTAL] = known[PAST] + known[SEQUENCE]
             conditions.append(CACHED)

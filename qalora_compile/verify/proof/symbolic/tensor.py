@@ -49,7 +49,12 @@ class Tensor:
         dtype: Its dtype.
         element: The expression at an index.
         stored: The stored tensor that it is, if it is one.
+
+    Attributes:
+        parts: Of a concatenation, its axis and what begins where.
     """
+
+    parts: tuple[int, list[tuple[Poly, Tensor]]] | None = None
 
     def __init__(
         self,
@@ -197,6 +202,9 @@ def cut(value: Tensor, axis: int, start: Poly, end: Poly | None, step: int = 1) 
         raise TooShortError("a slice has no known length")
     length = stop - begin if step == 1 else quotient(stop - begin + (step - 1), as_poly(step))
     shape = (*value.shape[:axis], length, *value.shape[axis + 1 :])
+    for first, part in value.parts[1] if value.parts and value.parts[0] == axis else ():
+        if first is begin and part.shape[axis] is length and step == 1:
+            return part
 
     def element(index: Index) -> Expr:
         place = begin + index[axis] * step
@@ -249,7 +257,9 @@ def concatenate(values: Sequence[Tensor], axis: int) -> Tensor:
 
         return of(0)
 
-    return Tensor(shape, values[0].dtype, element)
+    found = Tensor(shape, values[0].dtype, element)
+    found.parts = axis, list(zip(starts, values, strict=False))
+    return found
 
 
 def product_of(values: Sequence[Poly]) -> Poly:

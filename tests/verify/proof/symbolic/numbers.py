@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qalora_compile.verify.proof.graphs.stored_tensor import digest_of
 from qalora_compile.verify.proof.symbolic.expression import Expr
 from qalora_compile.verify.proof.symbolic.normalize import Normalizer
 from qalora_compile.verify.proof.symbolic.polynomial import Atom, Poly, as_poly, of_atom, variable
@@ -31,6 +32,12 @@ _FUNCTIONS: dict[str, Callable[..., float]] = {
     "max": max,
     "abs": abs,
 }
+
+
+def leaves_of(values: Any) -> dict[str, Any]:
+    """The values of a constant, and those of it transposed, by the names that leaves have."""
+    flat = [np.ascontiguousarray(one).reshape(-1) for one in (values, values.T)]
+    return {f"const {digest_of(one)}": one for one in flat}
 
 
 class Numbers:

@@ -11,12 +11,12 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from qalora_compile.verify.proof.graphs.stored_tensor import digest_of, from_array
+from qalora_compile.verify.proof.graphs.stored_tensor import from_array
 from qalora_compile.verify.proof.symbolic.onnx_operators import onnx_value
 from qalora_compile.verify.proof.symbolic.operators import stored
 from qalora_compile.verify.proof.symbolic.polynomial import size
 from qalora_compile.verify.proof.symbolic.tensor import UnprovableError
-from tests.verify.proof.symbolic.numbers import Numbers, array
+from tests.verify.proof.symbolic.numbers import Numbers, array, leaves_of
 from tests.verify.proof.symbolic.test_fx_operators import SIZES, given, sized
 
 OPSET = 23
@@ -111,9 +111,7 @@ def test_each_operator_means_what_the_standard_says(name: str, normal: bool) -> 
         if isinstance(operand, np.ndarray):
             symbolic.append(stored(from_array(f"x{place}", operand)))
             real.append(operand)
-            for values in (operand, operand.T):  # of both, the smaller digest names them
-                flat = np.ascontiguousarray(values.reshape(-1))
-                constants[f"const {digest_of(flat)}"] = flat
+            constants |= leaves_of(operand)
             continue
         pair = given(operand, f"x{place}")
         pair = sized(pair) if operand == ("b", 1, "s", 5) else pair

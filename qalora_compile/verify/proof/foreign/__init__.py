@@ -1,0 +1,1 @@
+"""Proofs about ONNX files that other programs wrote."""
