@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError, PreconditionError
-from qalora_compile.ir.adapters.base import DROPOUT, Adapter, AdapterSettings, Fold, Lora
+from qalora_compile.ir.adapters.base import DROPOUT, Adapter, AdapterSettings, Fold
 from qalora_compile.ir.affine import expand_groups
 from qalora_compile.ir.meta import move_site
 from qalora_compile.ir.module import erase_unread
@@ -32,7 +33,13 @@ class AddedAdapter(Adapter):
     layer_view: ClassVar[type[GroupLinear] | type[ExpertLinear]] = GroupLinear
 
     @classmethod
-    def insert(cls, graph: fx.Graph, layer: fx.Node, lora: Lora, settings: AdapterSettings) -> None:
+    def insert(
+        cls,
+        graph: fx.Graph,
+        layer: fx.Node,
+        trained: Sequence[fx.Node],
+        settings: AdapterSettings,
+    ) -> None:
         """Add an update to the layer."""
         with graph.inserting_after(layer):
             total = graph.call_function(_ADD, (layer, layer))
@@ -41,7 +48,7 @@ class AddedAdapter(Adapter):
             pooled = GroupSum.create(graph, argument(layer, "x"), settings.pool)
             if settings.dropout:
                 pooled = graph.call_function(DROPOUT, (pooled, settings.dropout, False))
-            update = cls._update(graph, layer, pooled, lora, settings.scaling)
+            update = cls._update(graph, layer, pooled, trained, settings.scaling)
         total.args = (layer, update)
         move_site(layer, total)
 
@@ -51,10 +58,11 @@ class AddedAdapter(Adapter):
         graph: fx.Graph,
         layer: fx.Node,
         pooled: fx.Node,
-        lora: Lora,
+        trained: Sequence[fx.Node],
         scaling: float,
     ) -> fx.Node:
-        return PooledAdapter.create(graph, pooled, *lora, scaling)
+        lora_a, lora_b = trained
+        return PooledAdapter.create(graph, pooled, lora_a, lora_b, scaling)
 
     @property
     def operands(self) -> PooledAdapter | ExpertAdapter:
@@ -62,7 +70,7 @@ class AddedAdapter(Adapter):
         return PooledAdapter.of(self.node)
 
     @property
-    def lora(self) -> Lora:
+    def trained(self) -> tuple[fx.Node, ...]:
         """The nodes of A and B."""
         return self.operands.lora_A, self.operands.lora_B
 
@@ -185,11 +193,12 @@ class ExpertsAdapter(AddedAdapter):
         graph: fx.Graph,
         layer: fx.Node,
         pooled: fx.Node,
-        lora: Lora,
+        trained: Sequence[fx.Node],
         scaling: float,
     ) -> fx.Node:
         group_offsets = argument(layer, "group_offsets")
-        return ExpertAdapter.create(graph, pooled, *lora, group_offsets, scaling)
+        lora_a, lora_b = trained
+        return ExpertAdapter.create(graph, pooled, lora_a, lora_b, group_offsets, scaling)
 
     @property
     def operands(self) -> ExpertAdapter:

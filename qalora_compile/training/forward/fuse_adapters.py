@@ -46,7 +46,7 @@ def fuse_adapters(program: Program) -> fx.Graph:
             continue
         assert isinstance(layer, GroupLinear), "it is plain"
         weight = layer.qweight, layer.scale, layer.offset, layer.bias
-        lora, groups = adapter.lora, (layer.bits, layer.group_size, own.pool)
+        lora, groups = adapter.trained, (layer.bits, layer.group_size, own.pool)
         with graph.inserting_before(total):
             both = AdaptedLinear.create(graph, layer.x, *weight, *lora, *groups, own.scaling)
             y = graph.call_function(operator.getitem, (both, 0))
