@@ -12,7 +12,7 @@ held-out texts of
 * `integer`: pooled adapters whose zero-points are rounded to integers while they train;
 * `affine`: as `qa-lora`, and each scale is multiplied by a trained factor;
 * `qat`: as `affine`, and the codes train as well, by straight-through rounding;
-* `adaptive`: as `qa-lora` with half as many ranks again, of which a third is taken away in training;
+* `adaptive`: as `qa-lora` with half as many ranks again, of which training takes a third away;
 * `float`: LoRA on the float weights, never quantized.
 
 All methods train on the same batches, with the same rank, alpha, steps and learning rate; heads are

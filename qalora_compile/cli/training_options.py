@@ -123,7 +123,7 @@ def _add_optimizer(group: argparse._ActionsContainer) -> None:
         "--adaptive-rank",
         type=float,
         metavar="R",
-        help="mean rank of an adapter at the end: training takes ranks from where they matter least",
+        help="mean rank of adapters at the end: training takes ranks from where they matter least",
     )
     add("--weight-decay", type=float, default=_FIT.weight_decay, metavar="F", help="of AdamW")
     add(

@@ -44,8 +44,8 @@ class FoldAdapters(Pass):
 
     An `affine_linear` is folded likewise, into scale, offset and, where codes trained, codes.
 
-    Fires on: every integer_zero_linear and affine_linear; every pooled_adapter added to a group_linear of the same
-    input, and every expert_adapter added to an expert_linear, expert by expert.
+    Fires on: every integer_zero_linear and affine_linear; every pooled_adapter added to a
+    group_linear of the same input, and every expert_adapter added to an expert_linear.
     Leaves alone: nothing; an adapter that does not fold is an error. Heads that trained with the
     adapters (`Program.trained`) are frozen again.
     Exactness: exact in real arithmetic, since the update is constant inside each group; computed

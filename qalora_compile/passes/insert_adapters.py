@@ -46,7 +46,7 @@ class InsertAdapters(AdapterSpec, Pass):
 
     Or, with kind `"affine"`, or `"qat"`, which has `@fc.adapter_shift` in the place of None:
 
-    After:   %1 = qalora.affine_linear(%x, …, 4, 32, @fc.lora_A, …, @fc.adapter_gain, None, 32, s · f)
+    After:   %1 = qalora.affine_linear(%x, …, 4, 32, @fc.lora_A, …, @fc.adapter_gain, None, …)
 
     Fires on: every group_linear, and every expert_linear, with an adapter for each expert
     (`qalora.expert_adapter`). Sites that share a weight share its adapter. With `dropout`, an

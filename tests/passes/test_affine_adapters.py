@@ -22,7 +22,9 @@ from qalora_compile.errors import (
     UserInputError,
 )
 from qalora_compile.ir.adapters import affine as adapters
-from qalora_compile.ir.ops.affine_linear import affine_parameters
+from qalora_compile.ir.affine import expand_groups
+from qalora_compile.ir.ops.affine_linear import STEP, affine_parameters
+from qalora_compile.ir.packing.bitstream import unpack_codes
 from qalora_compile.ir.spec import AFFINE_LINEAR, validate
 from qalora_compile.passes.fold_adapters import FoldAdapters
 from qalora_compile.passes.insert_adapters import InsertAdapters
@@ -175,6 +177,40 @@ def test_the_svd_start_and_the_choice_of_ranks_serve_the_offsets(kind: str) -> N
         errors[name] = (program(x) - captured(x)).square().mean().item()
     assert errors[kind] == pytest.approx(errors["lora"], rel=1e-4)
     assert errors[kind] < (base(x) - captured(x)).square().mean().item()
+
+
+@given(
+    k=st.integers(2, 40),
+    group=st.integers(1, 20),
+    bits=st.sampled_from((2, 3, 4, 8)),
+    method=st.sampled_from(("minmax", "hqq")),
+)
+@settings(max_examples=10, deadline=None)
+def test_codes_start_from_the_float_weights_and_change_nothing(
+    k: int, group: int, bits: int, method: str
+) -> None:
+    """The latent weights are the float weights, unless those are nearer to another code."""
+    x, model = torch.randn(3, k), MLP(k, 6)
+    with torch.no_grad():
+        model.get_parameter("layers.0.weight")[1] = 0.25  # groups of equal weights
+    captured = qc.capture_model(model.eval(), (x,))
+    base = qc.quantize_groups(captured, qc.QuantSpec(bits=bits, group_size=group, method=method))
+    program = qc.insert_adapters(base, qc.AdapterSpec(rank=1, kind="qat"), source=captured)
+    assert worst(program(x), base(x)) == 0.0
+    qweight, scale, offset, shift = (
+        program.tensors()[f"layers.0.{part}"].detach().double()
+        for part in ("qweight", "scale", "offset", "adapter_shift")
+    )
+    codes = unpack_codes(qweight.byte(), bits, k)
+    wide = (expand_groups(part, group, k) for part in (scale, offset))
+    step, low = wide
+    weight = model.get_parameter("layers.0.weight").detach().double()
+    latent = step * (codes + STEP * shift) + low
+    near = (weight - (step * codes + low)).abs() < 0.48 * step
+    torch.testing.assert_close(latent[near], weight[near], rtol=1e-4, atol=1e-6)
+    assert bool(near.any())
+    assert float((STEP * shift).abs().max()) <= 0.4901
+    assert not bool(shift[1].any())
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_importance_is_the_smoothed_sensitivity_times_its_uncertainty() -> None:
     allocator = RankAllocator(named.items(), target=1, steps=10)
     wanted = torch.zeros(3, dtype=torch.float64)
     mean, spread = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    for number, values in enumerate(([2.0, 1.0, 3.0], [2.0, 9.0, 3.0]), start=1):
+    for values in ([2.0, 1.0, 3.0], [2.0, 9.0, 3.0]):
         named["w.lora_B"].data.copy_(torch.tensor([values]))
         now = torch.tensor(values, dtype=torch.float64)
         mean = 0.85 * mean + 0.15 * now

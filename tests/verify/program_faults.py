@@ -334,7 +334,9 @@ PROGRAM_FAULTS = [
     Fault(
         "factor missing in the offsets",
         "program folded+affine",
-        _tensors(q__offset=lambda t: t - _part("affine", "q.offset") * _part("affine", "q.adapter_gain")),
+        _tensors(
+            q__offset=lambda t: t - _part("affine", "q.offset") * _part("affine", "q.adapter_gain")
+        ),
         "q:",
     ),
     Fault(
@@ -343,7 +345,9 @@ PROGRAM_FAULTS = [
         _tensors(k__scale=lambda t: _part("affine", "k.scale")),
         "k:",
     ),
-    Fault("factors permuted", "program folded+affine", _tensors(v__scale=lambda t: t.flip(0)), "v:"),
+    Fault(
+        "factors permuted", "program folded+affine", _tensors(v__scale=lambda t: t.flip(0)), "v:"
+    ),
     Fault(
         "factor of another site",
         "program adapted+affine",
@@ -356,7 +360,12 @@ PROGRAM_FAULTS = [
         _tensors(up__qweight=lambda t: _part("qat", "up.qweight")),
         "up:",
     ),
-    Fault("trained codes rounded down", "program folded+qat", _tensors(down__qweight=_floored), "down:"),
+    Fault(
+        "trained codes rounded down",
+        "program folded+qat",
+        _tensors(down__qweight=_floored),
+        "down:",
+    ),
     Fault("codes of one site fixed", "program adapted+qat", _graph(_fixed_codes), "q:"),
     # lowering: folded against lowered
     Fault("correction dropped", "program lowered:ort-stock", _graph(_drop_correction), "q:"),

@@ -42,9 +42,11 @@ def affine_parameters(
     """Scale' and offset', `[N, L]`, computed in float64, in the dtype of `scale`.
 
     Args:
-        scale, offset, gain: `[N, L]`.
+        scale: `[N, L]`.
+        offset: `[N, L]`.
         lora_a: `[r, L']`, L' = ceil(K / pool).
         lora_b: `[N, r]`.
+        gain: G, `[N, L]`.
         pool: Width of a pooling group, a multiple of `group_size`.
         group_size: g.
         scaling: What B A is multiplied by.

@@ -32,7 +32,9 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def adapted(kind: str) -> qc.Program:
-    spec = qc.QuantSpec(bits=4, group_size=8, zero_point="integer" if kind in INTEGER_BASE else "real")
+    spec = qc.QuantSpec(
+        bits=4, group_size=8, zero_point="integer" if kind in INTEGER_BASE else "real"
+    )
     program = qc.quantize_groups(qc.capture_model(MLP(20, 12, 5), (torch.ones(2, 20),)), spec)
     adapter = qc.AdapterSpec(rank=2, alpha=4.0, **KINDS[kind][1])
     return randomize_adapters(qc.insert_adapters(program, adapter))

@@ -126,12 +126,7 @@ def affine_linear(
 ) -> Part:
     """`W = s · q + o` with the scales, offsets and codes that an affine adapter makes.
 
-    Args:
-        stored: Codes, scale, offset, A, B and gain.
-        shift: What moves codes, in units of 16 codes, `[N, K]`.
-        bits, group_size, k: Of the codes.
-        pool: Width of a pooling group.
-        scaling: What B A is multiplied by.
+    `stored`: codes, scale, offset, A, B and gain; `shift`: what moves codes, in units of 16.
     """
     packed, scale, offset, lora_a, lora_b, gain = stored
     dtype = np.dtype(scale.dtype)
