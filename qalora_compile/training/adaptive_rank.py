@@ -32,14 +32,7 @@ _OF_A, _OF_B = -1, -2
 
 
 def budget_at(step: int, steps: int, ranks: int, target: int) -> int:
-    """How many ranks may be in use after a step, which counts from 1 (Eq. 13 of the paper).
-
-    Args:
-        step: Number of steps done.
-        steps: Of the training.
-        ranks: Of all adapters.
-        target: What is to remain of them.
-    """
+    """How many of all `ranks` may be in use after a step, which counts from 1 (Eq. 13)."""
     first, last = _FIRST * steps, _LAST * steps
     left = 1 - min(max((step - first) / (last - first), 0.0), 1.0)
     return target + round((ranks - target) * left**3)
@@ -69,7 +62,9 @@ class RankAllocator:
         paths = [n.removesuffix(first) for n in named if n.rpartition(".")[2] == first]
         self._pairs = {f"{p}{second}": (named[f"{p}{first}"], named[f"{p}{second}"]) for p in paths}
         self._steps = steps
-        kept = {n: torch.ones_like(a[..., 0], dtype=torch.uint8) for n, (a, _) in self._items()}
+        kept = {
+            n: torch.ones_like(a[..., 0], dtype=torch.uint8) for n, (a, _) in self._pairs.items()
+        }
         self._ranks = sum(mask.numel() for mask in kept.values())
         adapters = sum(mask[..., 0].numel() for mask in kept.values())
         self._target = max(1, round(target * adapters))
@@ -80,13 +75,10 @@ class RankAllocator:
                 hint="insert adapters of a larger rank: about 1.5 times adaptive_rank is usual",
             )
         self.state: dict[str, Tensor] = {f"{name}:kept": mask for name, mask in kept.items()}
-        for name, (a, b) in self._items():
+        for name, (a, b) in self._pairs.items():
             for of, tensor in (("A", a), ("B", b)):
                 for part in "IU":
                     self.state[f"{name}:{of}{part}"] = torch.zeros_like(tensor.detach())
-
-    def _items(self) -> Iterable[tuple[str, tuple[nn.Parameter, nn.Parameter]]]:
-        return self._pairs.items()
 
     @torch.no_grad()
     def step(self, number: int) -> None:
@@ -96,10 +88,10 @@ class RankAllocator:
             number: Number of steps done, this one included.
         """
         if number <= _LAST * self._steps:
-            scores = [self._score(name, *pair) for name, pair in self._items()]
+            scores = [self._score(name, *pair) for name, pair in self._pairs.items()]
             budget = budget_at(number, self._steps, self._ranks, self._target)
             self._choose(torch.cat([score.flatten() for score in scores]), budget)
-        for name, (_, b) in self._items():
+        for name, (_, b) in self._pairs.items():
             b.mul_(self.state[f"{name}:kept"].to(b.device).unsqueeze(_OF_B))
 
     def _score(self, name: str, a: nn.Parameter, b: nn.Parameter) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError, PreconditionError
-from qalora_compile.ir.adapters.base import DROPOUT, Adapter, AdapterSettings, Fold
+from qalora_compile.ir.adapters.base import DROPOUT, Adapter, AdapterSettings, Fold, Nodes
 from qalora_compile.ir.affine import expand_groups
 from qalora_compile.ir.meta import move_site
 from qalora_compile.ir.module import erase_unread
@@ -33,13 +32,7 @@ class AddedAdapter(Adapter):
     layer_view: ClassVar[type[GroupLinear] | type[ExpertLinear]] = GroupLinear
 
     @classmethod
-    def insert(
-        cls,
-        graph: fx.Graph,
-        layer: fx.Node,
-        trained: Sequence[fx.Node],
-        settings: AdapterSettings,
-    ) -> None:
+    def insert(cls, graph: fx.Graph, layer: fx.Node, own: Nodes, settings: AdapterSettings) -> None:
         """Add an update to the layer."""
         with graph.inserting_after(layer):
             total = graph.call_function(_ADD, (layer, layer))
@@ -48,7 +41,7 @@ class AddedAdapter(Adapter):
             pooled = GroupSum.create(graph, argument(layer, "x"), settings.pool)
             if settings.dropout:
                 pooled = graph.call_function(DROPOUT, (pooled, settings.dropout, False))
-            update = cls._update(graph, layer, pooled, trained, settings.scaling)
+            update = cls._update(graph, layer, pooled, own, settings.scaling)
         total.args = (layer, update)
         move_site(layer, total)
 
@@ -58,10 +51,10 @@ class AddedAdapter(Adapter):
         graph: fx.Graph,
         layer: fx.Node,
         pooled: fx.Node,
-        trained: Sequence[fx.Node],
+        own: Nodes,
         scaling: float,
     ) -> fx.Node:
-        lora_a, lora_b = trained
+        lora_a, lora_b = own
         return PooledAdapter.create(graph, pooled, lora_a, lora_b, scaling)
 
     @property
@@ -70,7 +63,7 @@ class AddedAdapter(Adapter):
         return PooledAdapter.of(self.node)
 
     @property
-    def trained(self) -> tuple[fx.Node, ...]:
+    def trained(self) -> Nodes:
         """The nodes of A and B."""
         return self.operands.lora_A, self.operands.lora_B
 
@@ -193,11 +186,11 @@ class ExpertsAdapter(AddedAdapter):
         graph: fx.Graph,
         layer: fx.Node,
         pooled: fx.Node,
-        trained: Sequence[fx.Node],
+        own: Nodes,
         scaling: float,
     ) -> fx.Node:
         group_offsets = argument(layer, "group_offsets")
-        lora_a, lora_b = trained
+        lora_a, lora_b = own
         return ExpertAdapter.create(graph, pooled, lora_a, lora_b, group_offsets, scaling)
 
     @property

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, fx
 
-from qalora_compile.ir.adapters.base import BOTH, AdapterSettings, Fold, InLayer, replace_node
+from qalora_compile.ir.adapters.base import (
+    BOTH,
+    AdapterSettings,
+    Fold,
+    InLayer,
+    Nodes,
+    replace_node,
+)
 from qalora_compile.ir.ops.affine_linear import AffineLinear, affine_parameters, moved_codes
 from qalora_compile.ir.ops.linear import GroupLinear
 from qalora_compile.ir.stages import ADAPTER_NAMES, CODE_NAMES, GAIN, SHIFT
@@ -24,21 +30,14 @@ class AffineAdapter(InLayer):
     unlike_pooled: ClassVar[str] = "train scales"
 
     @classmethod
-    def insert(
-        cls,
-        graph: fx.Graph,
-        layer: fx.Node,
-        trained: Sequence[fx.Node],
-        settings: AdapterSettings,
-    ) -> None:
+    def insert(cls, graph: fx.Graph, layer: fx.Node, own: Nodes, settings: AdapterSettings) -> None:
         """Put one operator in the place of the layer."""
-        own = GroupLinear.of(layer)
-        weight = own.qweight, own.scale, own.offset, own.bias, own.bits, own.group_size
-        lora_a, lora_b, gain, *shift = trained
+        (lora_a, lora_b, gain, *shift), plain = own, GroupLinear.of(layer)
+        weight = plain.qweight, plain.scale, plain.offset, plain.bias, plain.bits, plain.group_size
         moved = lora_a, lora_b, gain, shift[0] if shift else None
         with graph.inserting_before(layer):
             adapted = AffineLinear.create(
-                graph, own.x, *weight, *moved, settings.pool, settings.scaling
+                graph, plain.x, *weight, *moved, settings.pool, settings.scaling
             )
         replace_node(layer, adapted)
 
@@ -48,7 +47,7 @@ class AffineAdapter(InLayer):
         return AffineLinear.of(self.node)
 
     @property
-    def trained(self) -> tuple[fx.Node, ...]:
+    def trained(self) -> Nodes:
         """The nodes of A, B and G, and of U where codes train."""
         own = self.operands
         found = (own.lora_A, own.lora_B, own.gain)

@@ -20,6 +20,8 @@ from qalora_compile.ir.stages import ADAPTER_NAMES, CODE_NAMES
 
 DROPOUT = torch.ops.aten.dropout.default
 """Stands between the group-sum and an adapter that drops inputs in training."""
+Nodes = Sequence[fx.Node]
+"""The nodes of what an adapter trains."""
 Fold = Callable[..., dict[str, Tensor]]
 
 OFFSET, BOTH = ("offset",), ("scale", "offset")
@@ -58,25 +60,15 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
-    def insert(
-        cls,
-        graph: fx.Graph,
-        layer: fx.Node,
-        trained: Sequence[fx.Node],
-        settings: AdapterSettings,
-    ) -> None:
+    def insert(cls, graph: fx.Graph, layer: fx.Node, own: Nodes, settings: AdapterSettings) -> None:
         """Add an adapter to a quantized layer, whose readers then read the adapted output.
 
-        Args:
-            graph: That of the layer.
-            layer: The node of a layer on codes.
-            trained: The nodes of the tensors in `trains`.
-            settings: What it computes with.
+        `own`: the nodes of the tensors in `trains`.
         """
 
     @property
     @abstractmethod
-    def trained(self) -> tuple[fx.Node, ...]:
+    def trained(self) -> Nodes:
         """The nodes of the tensors in `trains`."""
 
     @property

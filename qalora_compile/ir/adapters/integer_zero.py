@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, fx
 
-from qalora_compile.ir.adapters.base import BOTH, AdapterSettings, Fold, InLayer, replace_node
+from qalora_compile.ir.adapters.base import (
+    BOTH,
+    AdapterSettings,
+    Fold,
+    InLayer,
+    Nodes,
+    replace_node,
+)
 from qalora_compile.ir.ops.integer_zero_linear import (
     INTEGER,
     SCALE,
@@ -28,19 +34,13 @@ class IntegerZero(InLayer):
     kind: ClassVar[str] = INTEGER
 
     @classmethod
-    def insert(
-        cls,
-        graph: fx.Graph,
-        layer: fx.Node,
-        trained: Sequence[fx.Node],
-        settings: AdapterSettings,
-    ) -> None:
+    def insert(cls, graph: fx.Graph, layer: fx.Node, own: Nodes, settings: AdapterSettings) -> None:
         """Put one operator in the place of the layer."""
-        own, (lora_a, lora_b) = GroupLinear.of(layer), trained
-        weight = own.qweight, own.scale, own.offset, own.bias, own.bits, own.group_size
+        (lora_a, lora_b), plain = own, GroupLinear.of(layer)
+        weight = plain.qweight, plain.scale, plain.offset, plain.bias, plain.bits, plain.group_size
         with graph.inserting_before(layer):
             adapted = IntegerZeroLinear.create(
-                graph, own.x, *weight, lora_a, lora_b, settings.scaling, cls.kind
+                graph, plain.x, *weight, lora_a, lora_b, settings.scaling, cls.kind
             )
         replace_node(layer, adapted)
 
@@ -50,7 +50,7 @@ class IntegerZero(InLayer):
         return IntegerZeroLinear.of(self.node)
 
     @property
-    def trained(self) -> tuple[fx.Node, ...]:
+    def trained(self) -> Nodes:
         """The nodes of A and B."""
         return self.operands.lora_A, self.operands.lora_B
 

@@ -41,15 +41,7 @@ def affine_parameters(
 ) -> tuple[Tensor, Tensor]:
     """Scale' and offset', `[N, L]`, computed in float64, in the dtype of `scale`.
 
-    Args:
-        scale: `[N, L]`.
-        offset: `[N, L]`.
-        lora_a: `[r, L']`, L' = ceil(K / pool).
-        lora_b: `[N, r]`.
-        gain: G, `[N, L]`.
-        pool: Width of a pooling group, a multiple of `group_size`.
-        group_size: g.
-        scaling: What B A is multiplied by.
+    For the arguments see `affine_linear`.
     """
     update = scaling * (lora_b.double() @ lora_a.double())
     factor = 1 + gain.double()
@@ -59,22 +51,20 @@ def affine_parameters(
 
 @torch.library.custom_op(f"{NAMESPACE}::moved_codes", mutates_args=())
 def moved_codes(qweight: Tensor, shift: Tensor, bits: int) -> Tensor:
-    """q', packed: the codes nearest to q + STEP · U.
-
-    Args:
-        qweight: `[N, ceil(K / 8) · bits]` uint8.
-        shift: U, `[N, K]`.
-        bits: Width of a code.
-    """
-    levels = (_levels(qweight, shift, bits, part) for part in tile_rows(qweight, shift.shape[1]))
-    most = 2**bits - 1
-    return torch.cat([pack_codes(v.round_().clamp_(0, most).byte(), bits) for v in levels])
+    """q', packed as `qweight` is: the codes nearest to q + STEP · U (`shift`, `[N, K]`)."""
+    parts = tile_rows(qweight, shift.shape[1])
+    moved = (nearest_codes(latent_codes(qweight[p], shift[p], bits), bits).byte() for p in parts)
+    return torch.cat([pack_codes(codes, bits) for codes in moved])
 
 
-def _levels(qweight: Tensor, shift: Tensor, bits: int, part: slice) -> Tensor:
+def latent_codes(qweight: Tensor, shift: Tensor, bits: int) -> Tensor:
     """Rows of q + STEP · U, in the dtype of U."""
-    codes = unpack_codes(qweight[part], bits, shift.shape[1]).to(shift.dtype)
-    return codes + shift[part] * STEP
+    return unpack_codes(qweight, bits, shift.shape[1]).to(shift.dtype) + shift * STEP
+
+
+def nearest_codes(latent: Tensor, bits: int) -> Tensor:
+    """The codes nearest to latent ones, in their dtype."""
+    return latent.round().clamp(0, 2**bits - 1)
 
 
 @moved_codes.register_fake
@@ -100,20 +90,9 @@ def affine_linear(
 ) -> Tensor:
     """Y = x Wᵀ + b with the W of this module, from `[.., K]` to `[.., N]`.
 
-    Args:
-        x: `[.., K]`, floating.
-        qweight: `[N, ceil(K / 8) · bits]` uint8, see `packing`.
-        scale: `[N, L]`, float32 or float64.
-        offset: `[N, L]`, as `scale`.
-        bias: `[N]` or None.
-        bits: Width of a code.
-        group_size: g; L = ceil(K / g).
-        lora_A: `[r, L']`, L' = ceil(K / pool).
-        lora_B: `[N, r]`.
-        gain: G, `[N, L]`.
-        shift: U, `[N, K]`, or None: codes do not train.
-        pool: Width of a pooling group, a multiple of g.
-        scaling: alpha / rank times the pooling factor f.
+    The arguments up to `group_size` are those of `group_linear`, and `pool` and `scaling` those of
+    `adapted_linear`: lora_A `[r, ceil(K / pool)]`, lora_B `[N, r]`. `gain` is G, `[N, L]`, and
+    `shift` U, `[N, K]`, or None where codes do not train. Floating tensors have one dtype.
 
     The backward keeps x, since the gradient of a scale depends on every product of x and a code.
     """
@@ -147,46 +126,6 @@ class AffineLinear(OperatorView):
     scaling: float
 
 
-@torch.library.custom_op(f"{NAMESPACE}::moved_code_grad", mutates_args=())
-def moved_code_grad(
-    grad: Tensor,
-    x: Tensor,
-    qweight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    bits: int,
-    group_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `affine_linear` by scale', `[N, L]`, and by U, `[N, K]`.
-
-    Args:
-        grad: `[M, N]`.
-        x: `[M, K]`.
-        qweight: q, `[N, ceil(K / 8) · bits]` uint8.
-        scale: scale', `[N, L]`.
-        shift: U, `[N, K]`.
-        bits: Width of a code.
-        group_size: g.
-    """
-    k, most, by_code = x.shape[-1], 2**bits - 1, []
-    by_shift = torch.empty_like(shift)
-    for part in tile_rows(qweight, k):
-        weight_grad = (grad[:, part].t() @ x).to(shift.dtype)
-        level = _levels(qweight, shift, bits, part)
-        inside = (level >= -0.5) & (level <= most + 0.5)
-        by_code.append(sum_groups(weight_grad * level.round().clamp(0, most), group_size))
-        step = expand_groups(scale[part] * STEP, group_size, k)
-        by_shift[part] = weight_grad * step * inside
-    return torch.cat(by_code), by_shift
-
-
-@moved_code_grad.register_fake
-def _moved_code_grad_fake(
-    grad: Tensor, x: Tensor, qweight: Tensor, scale: Tensor, shift: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    return shift.new_empty(scale.shape), torch.empty_like(shift)
-
-
 def _affine_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, qweight, scale, offset, _, bits, group_size, *trained, pool, scaling = inputs
     ctx.save_for_backward(x, qweight, scale, offset, *trained)
@@ -209,9 +148,12 @@ def _affine_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     if shift is None:
         by_code = torch.ops.qalora.group_code_grad(rows, inputs, qweight, bits, group_size)
     else:
-        by_code, by_shift = torch.ops.qalora.moved_code_grad(
-            rows, inputs, qweight, new, shift, bits, group_size
-        )
+        weight_grad = (rows.t() @ inputs).to(shift.dtype)
+        latent = latent_codes(qweight, shift, bits)
+        near = nearest_codes(latent, bits)
+        by_code = sum_groups(weight_grad * near, group_size)
+        step = expand_groups(new * STEP, group_size, x.shape[-1])
+        by_shift = weight_grad * step * ((latent - near).abs() <= 0.5)
     by_offset = (rows.t() @ sum_groups(inputs, group_size)).to(scale.dtype)
     by_gain = by_code.to(scale.dtype) * scale + by_offset * offset
     by_update = sum_groups(by_offset, pool // group_size).to(lora_a.dtype) * scaling
