@@ -39,7 +39,7 @@ from torch.nn import functional
 import qalora_compile as qc
 from benchmarks.accuracy_tasks import TASKS, load_task
 from qalora_compile.ir.affine import dequantize
-from qalora_compile.training.adaptive_rank import RankAllocator
+from qalora_compile.training.forward.adaptive_rank import RankAllocator
 from qalora_compile.training.forward.training_forward import TrainingForward
 
 EXAMPLES = """examples:
@@ -121,7 +121,7 @@ class Bench:
     def run(self, cell: Cell) -> dict[str, float]:
         """Accuracy and loss of a cell, and what folding moved."""
         torch.manual_seed(cell.seed)
-        forms = {
+        forms: dict[str, Callable[[Cell], dict[str, float]]] = {
             "float": self._float,
             "ptq": self._ptq,
             "merged": self._merged,
@@ -166,7 +166,7 @@ class Bench:
         """
         first, last = round(more * self.options.rank), self.options.rank
         spec = replace(spec, rank=first, alpha=ALPHA / RANK * first, seed=cell.seed)
-        program = qc.insert_adapters(quantized, spec)
+        program = qc.insert_adapters(quantized, spec, source=self.captured)
         ranks = None
         if first > last:
             named = program.named_adapter_parameters()

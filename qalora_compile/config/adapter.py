@@ -92,16 +92,12 @@ class AdapterSpec(Spec):
                 f"zero_point is {self.zero_point!r} with kind 'scale'",
                 hint="that kind does not change zero-points: omit the option",
             )
-        if self.kind in AFFINE_KINDS:
-            for field, given, usual in (
-                ("zero_point", self.zero_point, "real"),
-                ("dropout", self.dropout, 0.0),
-            ):
-                if given != usual:
-                    raise UserInputError(
-                        f"{field} is {given!r} with kind {self.kind!r}",
-                        hint=f"that kind has {field} {usual!r} only; kind 'lora' has others",
-                    )
+        for name in ("zero_point", "dropout") if self.kind in AFFINE_KINDS else ():
+            if getattr(self, name) not in ("real", 0):
+                raise UserInputError(
+                    f"{name} is {getattr(self, name)!r} with kind {self.kind!r}",
+                    hint="it is for kind 'lora'",
+                )
         for field, usual in (("init", "zeros"), ("group_size", None), ("dropout", 0.0)):
             if self.keeps_integer_zero_point and getattr(self, field) != usual:
                 raise UserInputError(

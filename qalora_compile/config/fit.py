@@ -48,7 +48,7 @@ class FitSpec(Spec):
         beta: β of DPO, λ of ORPO.
         adaptive_rank: Mean rank of an adapter that remains in use. Training begins with the ranks
             of the adapters, and takes them away where they matter least, see
-            `training.adaptive_rank`. None: all ranks stay.
+            `training.forward.adaptive_rank`. None: all ranks stay.
     """
 
     steps: int = 60

@@ -228,7 +228,9 @@ class InsertAdapters(AdapterSpec, Pass):
             made[f"{site.path}.lora_A"] = nn.Parameter(lora_a)
             made[f"{site.path}.lora_B"] = nn.Parameter(lora_b)
             if self.kind in AFFINE_KINDS:
-                made[f"{site.path}.{GAIN}"] = nn.Parameter(torch.zeros_like(scale))
+                made[f"{site.path}.{GAIN}"] = nn.Parameter(
+                    torch.zeros(scale.shape, dtype=scale.dtype)
+                )
             if self.kind == QAT:
                 shift = torch.zeros(site.n, site.k, dtype=scale.dtype)
                 made[f"{site.path}.{SHIFT}"] = nn.Parameter(shift)

@@ -18,11 +18,11 @@ from qalora_compile.config.fit import FitSpec
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.stages import ADAPTED
-from qalora_compile.training.adaptive_rank import RankAllocator
 from qalora_compile.training.data.batches import Batches, batch_at
 from qalora_compile.training.data.example import Batch, Example
 from qalora_compile.training.data.media_examples import unit_of
 from qalora_compile.training.distributed import Processes
+from qalora_compile.training.forward.adaptive_rank import RankAllocator
 from qalora_compile.training.forward.align_tensors import align_tensors
 from qalora_compile.training.forward.autocast import computing
 from qalora_compile.training.losses import BatchLoss, counts_of, held_out_metrics

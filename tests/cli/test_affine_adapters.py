@@ -46,7 +46,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit_and_its_report_has_the_ranks(
     class Stopped(BaseException):
         """Stands for a kill, which lets nothing be tidied up."""
 
-    from qalora_compile.training.adaptive_rank import RankAllocator
+    from qalora_compile.training.forward.adaptive_rank import RankAllocator
 
     real = RankAllocator.step
 
@@ -64,4 +64,5 @@ def test_an_interrupted_run_goes_on_bit_for_bit_and_its_report_has_the_ranks(
     used = {n: int(t.any(0).sum()) for n, t in first.items() if n.endswith("lora_B")}
     assert sum(used.values()) == round(1.5 * len(used))
     assert "rank" in text_of(once / "report.html")
-    assert finetune(model_folder, data_file, twice, "--adapter", kind, "--resume") == 2
+    other = ("--adapter", kind, "--adaptive-rank", "2", "--resume")
+    assert finetune(model_folder, data_file, twice, *other) == 2

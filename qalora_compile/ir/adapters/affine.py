@@ -24,8 +24,8 @@ from qalora_compile.ir.stages import ADAPTER_NAMES, CODE_NAMES, GAIN, SHIFT
 class AffineAdapter(InLayer):
     """`output = node = affine_linear(…)`: layer and adapter in one operator."""
 
-    trains = (*ADAPTER_NAMES, GAIN)
-    reads = (*BOTH, *trains)
+    trains: ClassVar[tuple[str, ...]] = (*ADAPTER_NAMES, GAIN)
+    reads: ClassVar[tuple[str, ...]] = (*BOTH, *trains)
     moves = BOTH
     unlike_pooled: ClassVar[str] = "train scales"
 
@@ -72,7 +72,8 @@ class AffineAdapter(InLayer):
         options = own.pool, own.group_size, own.scaling
 
         def compute(scale: Tensor, offset: Tensor, *trained: Tensor) -> dict[str, Tensor]:
-            made = affine_parameters(scale, offset, *(t.detach() for t in trained), *options)
+            lora_a, lora_b, gain = (tensor.detach() for tensor in trained)
+            made = affine_parameters(scale, offset, lora_a, lora_b, gain, *options)
             return dict(zip(BOTH, made, strict=True))
 
         return compute

@@ -24,7 +24,8 @@ Nodes = Sequence[fx.Node]
 """The nodes of what an adapter trains."""
 Fold = Callable[..., dict[str, Tensor]]
 
-OFFSET, BOTH = ("offset",), ("scale", "offset")
+OFFSET: tuple[str, ...] = ("offset",)
+BOTH: tuple[str, ...] = ("scale", "offset")
 """The parameters that most adapters are folded into."""
 
 

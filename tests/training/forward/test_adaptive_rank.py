@@ -16,7 +16,7 @@ from qalora_compile.errors import UnsupportedError, UserInputError
 from qalora_compile.ir.safetensors_io import load_tensors, save_tensors
 from qalora_compile.sealed import digests_of, read_sealed, write_sealed
 from qalora_compile.training import FitSpec, FitState, fit
-from qalora_compile.training.adaptive_rank import RankAllocator, budget_at
+from qalora_compile.training.forward.adaptive_rank import RankAllocator, budget_at
 from qalora_compile.training.hf_trainer import trainer_arguments
 from qalora_compile.training.records.checkpoint import RANKS, STATE, list_checkpoints
 from qalora_compile.training.records.report_page import layer_changes
