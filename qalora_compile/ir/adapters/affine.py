@@ -85,7 +85,7 @@ class TrainedCodes(AffineAdapter):
 
     trains = (*AffineAdapter.trains, SHIFT)
     reads = (*CODE_NAMES, *trains)
-    moves = CODE_NAMES
+    moves = (*BOTH, "qweight")
     unlike_pooled = "train codes"
 
     @property
