@@ -25,7 +25,7 @@ from qalora_compile.ir.ops.linear import NAMESPACE, linear_on_codes, tile_rows
 from qalora_compile.ir.ops.views import OperatorView, view_of
 from qalora_compile.ir.packing.bitstream import pack_codes, unpack_codes
 
-STEP = 16.0
+STEP = 4.0
 """Codes by which U = 1 moves a weight: a power of two, so that the product is exact."""
 
 

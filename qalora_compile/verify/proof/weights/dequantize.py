@@ -126,7 +126,7 @@ def affine_linear(
 ) -> Part:
     """`W = s · q + o` with the scales, offsets and codes that an affine adapter makes.
 
-    `stored`: codes, scale, offset, A, B and gain; `shift`: what moves codes, in units of 16.
+    `stored`: codes, scale, offset, A, B and gain; `shift`: what moves codes, in units of 4.
     """
     packed, scale, offset, lora_a, lora_b, gain = stored
     dtype = np.dtype(scale.dtype)
@@ -135,7 +135,7 @@ def affine_linear(
         codes = row_codes(_take(packed, part, expert), bits, k).astype(np.float64)
         if shift is not None:
             moved = _take(shift, part, expert)
-            level = codes.astype(moved.dtype) + moved * moved.dtype.type(16)
+            level = codes.astype(moved.dtype) + moved * moved.dtype.type(4)
             codes = np.clip(np.rint(level), 0, 2**bits - 1).astype(np.float64)
         s, o, g = (_wide(tensor, part, expert) for tensor in (scale, offset, gain))
         update = scaling * (_wide(lora_b, part, expert) @ _wide(lora_a, slice(None), expert))
