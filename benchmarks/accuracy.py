@@ -10,6 +10,9 @@ held-out texts of
 * `unmerged`: LoRA trained next to the quantized weights and kept in float: the upper reference;
 * `scale`: only the scales are trained; zero-points stay integers, as some runtimes require;
 * `integer`: pooled adapters whose zero-points are rounded to integers while they train;
+* `affine`: as `qa-lora`, and each scale is multiplied by a trained factor;
+* `qat`: as `affine`, and the codes train as well, by straight-through rounding;
+* `adaptive`: as `qa-lora` with half as many ranks again, of which training takes a third away;
 * `float`: LoRA on the float weights, never quantized.
 
 All methods train on the same batches, with the same rank, alpha, steps and learning rate; heads are
@@ -25,7 +28,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from torch.nn import functional
 import qalora_compile as qc
 from benchmarks.accuracy_tasks import TASKS, load_task
 from qalora_compile.ir.affine import dequantize
+from qalora_compile.training.forward.adaptive_rank import RankAllocator
 from qalora_compile.training.forward.training_forward import TrainingForward
 
 EXAMPLES = """examples:
@@ -44,7 +48,10 @@ EXAMPLES = """examples:
   python -m benchmarks.accuracy --cells accuracy.jsonl --bits 3 --seeds 0 --methods merged qa-lora
   python -m benchmarks.accuracy --cells accuracy.jsonl --table
 """
-METHODS = ("float", "ptq", "merged", "qa-lora", "unmerged", "scale", "integer")
+METHODS = (
+    *("float", "ptq", "merged", "qa-lora", "affine", "qat", "adaptive", "unmerged", "scale"),
+    "integer",
+)
 WHOLE = ("scale", "integer")
 QUANTIZERS = ("minmax", "gptq")
 RANK, ALPHA, HEAD_RATE = 16, 32, 5e-3
@@ -114,11 +121,14 @@ class Bench:
     def run(self, cell: Cell) -> dict[str, float]:
         """Accuracy and loss of a cell, and what folding moved."""
         torch.manual_seed(cell.seed)
-        forms = {
+        forms: dict[str, Callable[[Cell], dict[str, float]]] = {
             "float": self._float,
             "ptq": self._ptq,
             "merged": self._merged,
             "qa-lora": self._qa_lora,
+            "affine": partial(self._kind, kind="affine"),
+            "qat": partial(self._kind, kind="qat"),
+            "adaptive": self._adaptive,
             "unmerged": self._unmerged,
             "scale": self._scale,
             "integer": self._integer,
@@ -140,11 +150,29 @@ class Bench:
     def _qa_lora(self, cell: Cell) -> dict[str, float]:
         return self._trained(self.base(cell.group()), cell, qc.AdapterSpec())
 
-    def _trained(self, quantized: qc.Program, cell: Cell, spec: qc.AdapterSpec) -> dict[str, float]:
-        """Adapters trained on codes, and folded; `fold_moved`: how far folding moved a vector."""
-        spec = replace(spec, rank=RANK, alpha=ALPHA, seed=cell.seed)
-        program = qc.insert_adapters(quantized, spec)
-        head = self.fit(TrainingForward(program), program.adapter_parameters(), cell.seed)
+    def _kind(self, cell: Cell, kind: str) -> dict[str, float]:
+        return self._trained(self.base(cell.group()), cell, qc.AdapterSpec(kind=kind))
+
+    def _adaptive(self, cell: Cell) -> dict[str, float]:
+        return self._trained(self.base(cell.group()), cell, qc.AdapterSpec(), more=1.5)
+
+    def _trained(
+        self, quantized: qc.Program, cell: Cell, spec: qc.AdapterSpec, more: float = 1.0
+    ) -> dict[str, float]:
+        """Adapters trained on codes, and folded; `fold_moved`: how far folding moved a vector.
+
+        `more`: Factor of the rank to begin with, the scaling being the same; ranks beyond those of
+        the other methods are taken away in training.
+        """
+        first, last = round(more * self.options.rank), self.options.rank
+        spec = replace(spec, rank=first, alpha=ALPHA / RANK * first, seed=cell.seed)
+        program = qc.insert_adapters(quantized, spec, source=self.captured)
+        ranks = None
+        if first > last:
+            named = program.named_adapter_parameters()
+            ranks = RankAllocator(named, last, self.options.steps)
+        trained = program.adapter_parameters()
+        head = self.fit(TrainingForward(program), trained, cell.seed, ranks)
         folded, (ids, mask, _) = qc.fold_adapters(program), self.task.test.part(slice(0, 50))
         with torch.no_grad():
             moved = (program(ids, mask) - folded(ids, mask)).abs().max()
@@ -184,7 +212,13 @@ class Bench:
         model.inner = get_peft_model(inner, config)
         return [p for p in model.parameters() if p.requires_grad]
 
-    def fit(self, forward: Any, parameters: Iterable[nn.Parameter], seed: int) -> nn.Module:
+    def fit(
+        self,
+        forward: Any,
+        parameters: Iterable[nn.Parameter],
+        seed: int,
+        ranks: RankAllocator | None = None,
+    ) -> nn.Module:
         """Train parameters and a head; the batches depend on the seed alone."""
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
@@ -212,6 +246,8 @@ class Bench:
             loss.backward()
             nn.utils.clip_grad_norm_(adapters, 1.0)
             optimizer.step()
+            if ranks is not None:
+                ranks.step(step + 1)
             schedule.step()
         return head
 
@@ -292,6 +328,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS)
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 2, 4], choices=(2, 3, 4, 8))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rank", type=int, default=RANK, help="rank of adapters of ours")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of adapters")
     for name in ("group_size", "steps", "batch_size", "held_out"):
         shown = ", ".join(f"{model} {numbers[name]}" for model, numbers in DEFAULTS.items())
@@ -309,8 +346,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     done = options.cells.read_text("utf-8").splitlines() if options.cells.exists() else []
     lines = [json.loads(line) for line in done]
-    names = ("model", "steps", "batch_size", "rate", "held_out")
+    names = ("model", "steps", "batch_size", "rate", "held_out", "rank")
     settings = {name: getattr(options, name) for name in names}
+    lines = [{"rank": RANK} | line for line in lines]
     bench = None if options.table else Bench(options)
     for cell in dict.fromkeys(cells(options)) if bench else ():
         wanted = asdict(cell) | settings

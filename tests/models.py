@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import qalora_compile as qc
+from qalora_compile.ir.stages import TRAINED_NAMES
 
 VOCABULARY = 128
 HIDDEN = 64
@@ -185,11 +186,11 @@ def outputs(x: Any) -> list[Tensor]:
 
 
 def randomize_adapters(program: qc.Program, size: float = 0.1, seed: int = 7) -> qc.Program:
-    """Give every adapter's B random values of about `size`, as training would; returns it."""
+    """Give every adapter random values of about `size`, but A, as training would; returns it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in program.named_adapter_parameters():
-            if name.endswith("lora_B"):
+            if name.rpartition(".")[2] in TRAINED_NAMES[1:]:
                 values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(values * size)
     return program

@@ -21,7 +21,7 @@ from qalora_compile.ir.onnx_metadata import (
 from qalora_compile.ir.openvino_metadata import openvino_metadata, read_openvino
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
-from qalora_compile.ir.stages import FOLDED
+from qalora_compile.ir.stages import CODE_NAMES, FOLDED, TRAINED_NAMES
 from qalora_compile.ir.view.netron import write_structure
 from qalora_compile.ir.view.svg import to_dot, to_svg
 from qalora_compile.untrusted.artifacts import (
@@ -94,7 +94,7 @@ def _site_row(site: Site, stage: str, sizes: dict[str, int], seen: set[str]) -> 
     own = (
         [site.weight]
         if site.bits is None
-        else [f"{site.path}.{part}" for part in ("qweight", "scale", "offset", "lora_A", "lora_B")]
+        else [f"{site.path}.{part}" for part in (*CODE_NAMES, *TRAINED_NAMES)]
     )
     form = (
         "integer" if site.has_integer_zero_point else "real (folded)" if stage == FOLDED else "real"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalora_compile.config import AUTO, AdapterSpec, QuantSpec, one_of
+from qalora_compile.config.adapter import QAT
 from qalora_compile.errors import PreconditionError, UserInputError
 from qalora_compile.ir.checkpoint_codes import CheckpointCodes
 from qalora_compile.ir.program import Program
@@ -28,6 +29,7 @@ from qalora_compile.passes.recipes.lora_init import (
     annotated_source,
     choose_ranks,
     find_lora_init,
+    start_codes,
     start_from,
 )
 from qalora_compile.passes.recipes.reuse_codes import reuse_codes
@@ -158,7 +160,8 @@ def insert_adapters(
         program: At stage `quantized`.
         spec: Rank, scaling, pooling and start; None takes rank 16.
         source: The program before quantization, float or annotated; for init `"svd"` and rank
-            `"auto"`, which compare its weights with the quantized ones.
+            `"auto"`, which compare its weights with the quantized ones, and for kind `"qat"`, whose
+            codes then train from its weights and not from the codes (which needs it not).
         calibration: Arguments of a few typical calls. With them, the error of a layer's output on
             its inputs in `source` counts; without them, the error of its weights.
         train: Parameters or modules, such as a new head, to train in float together with the
@@ -171,7 +174,10 @@ def insert_adapters(
         UserInputError: calls do not fit the program, the rank budget is too small, or a pattern of
             `train` matches no parameter.
     """
-    adapted = _with_adapters(program, spec or AdapterSpec(), source, calibration)
+    spec = spec or AdapterSpec()
+    adapted = _with_adapters(program, spec, source, calibration)
+    if spec.kind == QAT and source is not None:
+        adapted = start_codes(adapted, annotated_source(source, program))
     names = as_patterns(train if isinstance(train, str) else list(train), "train")
     return TrainParameters(names=names)(adapted).program if names else adapted
 

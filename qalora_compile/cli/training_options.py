@@ -34,7 +34,8 @@ def add_adapter_arguments(group: argparse._ActionsContainer) -> None:
         "--adapter",
         default=_ADAPTER.kind,
         choices=ADAPTER_KINDS,
-        help="scale: train the scales only, zero-points stay integers",
+        help="scale: train the scales only, zero-points stay integers; affine: scales with the "
+        "offsets; qat: codes too",
     )
     group.add_argument(
         "--zero-point",
@@ -118,6 +119,12 @@ def _add_optimizer(group: argparse._ActionsContainer) -> None:
         help="dpo, orpo: learn to prefer chosen to rejected answers",
     )
     add("--beta", type=float, default=_FIT.beta, metavar="F", help="beta of dpo, lambda of orpo")
+    add(
+        "--adaptive-rank",
+        type=float,
+        metavar="R",
+        help="mean rank of adapters at the end: training takes ranks from where they matter least",
+    )
     add("--weight-decay", type=float, default=_FIT.weight_decay, metavar="F", help="of AdamW")
     add(
         "--schedule",

@@ -12,7 +12,9 @@ from qalora_compile.errors import UserInputError
 
 POOLINGS = ("sum", "mean", "mean_times_groups", "scaled_sum")
 INITS = ("zeros", "svd")
-ADAPTER_KINDS = ("lora", "scale")
+LORA, AFFINE, QAT = "lora", "affine", "qat"
+ADAPTER_KINDS = (LORA, "scale", AFFINE, QAT)
+AFFINE_KINDS = (AFFINE, QAT)
 
 Pooling = Literal["sum", "mean", "mean_times_groups", "scaled_sum"]
 
@@ -39,7 +41,8 @@ class AdapterSpec(Spec):
         rank_budget: Largest number of parameters of all adapters together, with rank `"auto"`.
         kind: `"lora"`: the update of Algorithm 1, which moves zero-points. `"scale"`: only the
             scales are trained, scale' = scale · (1 + scaling · f · B A), and zero-points stay
-            integers.
+            integers. `"affine"`: zero-points by Algorithm 1 and each scale by a factor of its own.
+            `"qat"`: as `"affine"`, and the codes, by straight-through rounding.
         zero_point: For kind `"lora"`. `"integer"`: the moved zero-points are rounded to integers
             during training, so that the deployed model is the trained one.
 
@@ -89,6 +92,12 @@ class AdapterSpec(Spec):
                 f"zero_point is {self.zero_point!r} with kind 'scale'",
                 hint="that kind does not change zero-points: omit the option",
             )
+        for name in ("zero_point", "dropout") if self.kind in AFFINE_KINDS else ():
+            if getattr(self, name) not in ("real", 0):
+                raise UserInputError(
+                    f"{name} is {getattr(self, name)!r} with kind {self.kind!r}",
+                    hint="it is for kind 'lora'",
+                )
         for field, usual in (("init", "zeros"), ("group_size", None), ("dropout", 0.0)):
             if self.keeps_integer_zero_point and getattr(self, field) != usual:
                 raise UserInputError(

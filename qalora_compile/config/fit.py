@@ -13,7 +13,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
 
 
-ADDED = {"neftune_alpha": 0.0, "loss": CROSS_ENTROPY, "beta": 0.1}
+ADDED = {"neftune_alpha": 0.0, "loss": CROSS_ENTROPY, "beta": 0.1, "adaptive_rank": None}
 """Options that records of earlier versions lack → what those versions did."""
 
 
@@ -46,6 +46,9 @@ class FitSpec(Spec):
         loss: `"cross-entropy"` of the tokens; or, of pairs of answers, `"dpo"` (arXiv 2305.18290)
             or `"orpo"` (arXiv 2403.07691), see `training.losses`.
         beta: β of DPO, λ of ORPO.
+        adaptive_rank: Mean rank of an adapter that remains in use. Training begins with the ranks
+            of the adapters, and takes them away where they matter least, see
+            `training.forward.adaptive_rank`. None: all ranks stay.
     """
 
     steps: int = 60
@@ -65,6 +68,7 @@ class FitSpec(Spec):
     neftune_alpha: float = 0.0
     loss: str = CROSS_ENTROPY
     beta: float = 0.1
+    adaptive_rank: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -82,6 +86,8 @@ class FitSpec(Spec):
         for name, example in (("weight_decay", "0.01"), ("neftune_alpha", "5")):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserInputError(f"{name} is {getattr(self, name)}", hint=f"use e.g. {example}")
+        if self.adaptive_rank is not None and not 0 < self.adaptive_rank < math.inf:
+            raise UserInputError(f"adaptive_rank is {self.adaptive_rank}", hint="use e.g. 8")
         if not 0 <= self.warmup <= 1:
             raise UserInputError(f"warmup is {self.warmup}", hint="give a fraction, such as 0.1")
         one_of("schedule", self.schedule, SCHEDULES)
@@ -101,9 +107,10 @@ class FitSpec(Spec):
     def lengthens(self, steps: object) -> bool:
         """Whether this training goes on from one of `steps` steps and otherwise the same options.
 
-        It does if every earlier step had the learning rate that it has here.
+        It does if every earlier step had the learning rate, and the budget of ranks, that it has
+        here.
         """
-        if not isinstance(steps, int) or steps > self.steps:
+        if not isinstance(steps, int) or steps > self.steps or self.adaptive_rank is not None:
             return False
         same = self._warm_steps(steps) == self._warm_steps(self.steps)
         return self.schedule == "constant" and same

@@ -131,9 +131,9 @@ def _adapted_weights(adapted: Program) -> dict[str, AdaptedWeight]:
     """How the weight of each path is computed, from the graph's own nodes."""
     found = {}
     for adapter in find_adapters(adapted.graph):
-        if adapter.keeps_integer_zero_point:
+        if adapter.unlike_pooled:
             raise UnsupportedError(
-                "modules have no adapters that keep zero-points integers",
+                f"modules have no adapters that {adapter.unlike_pooled}",
                 where=adapter.site,
                 hint="adapt the captured program: qc.insert_adapters(program, adapter)",
             )

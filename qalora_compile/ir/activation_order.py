@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.ir.lazy_tensor import materialize
+from qalora_compile.ir.ops.affine_linear import AffineLinear
 from qalora_compile.ir.ops.experts import ExpertLinear
 from qalora_compile.ir.ops.integer_zero_linear import IntegerZeroLinear
 from qalora_compile.ir.ops.linear import GroupLinear
@@ -20,7 +21,7 @@ ORDER = "order"
 """Name of an order's tensor, `[K]` int64, below the path of the first weight that has it."""
 _CODES = ".qweight"
 _SELECT = torch.ops.aten.index_select.default
-_LAYERS = (GroupLinear.target, ExpertLinear.target, IntegerZeroLinear.target)
+_LAYERS = tuple(v.target for v in (GroupLinear, ExpertLinear, IntegerZeroLinear, AffineLinear))
 
 
 def column_orders(program: Program) -> dict[str, Tensor]:

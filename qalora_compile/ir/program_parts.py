@@ -12,7 +12,7 @@ from qalora_compile.brief import Brief, megabytes
 from qalora_compile.ir.module import ProgramModule, program_tensors
 from qalora_compile.ir.signature import Signature, bind, flatten_inputs
 from qalora_compile.ir.site_plan import SitePlan
-from qalora_compile.ir.stages import ADAPTER_NAMES
+from qalora_compile.ir.stages import TRAINED_NAMES
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,8 +71,9 @@ class ProgramParts(Brief):
     def named_adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable parameters by name, in graph order.
 
-        `lora_A` [r, L] and `lora_B` [N, r] of each adapted weight, and those in `trained`.
+        `lora_A` [r, L] and `lora_B` [N, r] of each adapted weight, `adapter_gain` [N, L] and
+        `adapter_shift` [N, K] where its scales and codes train, and those in `trained`.
         """
         for name, parameter in self.module.named_parameters():
-            if name.rpartition(".")[2] in ADAPTER_NAMES or name in self.trained:
+            if name.rpartition(".")[2] in TRAINED_NAMES or name in self.trained:
                 yield name, parameter

@@ -15,10 +15,12 @@ from torch import Tensor, fx
 from qalora_compile.errors import InternalError
 from qalora_compile.ir import ops
 from qalora_compile.ir.adapters.added import AddedAdapter
+from qalora_compile.ir.adapters.affine import AffineAdapter
 from qalora_compile.ir.adapters.find import adapter_at
 from qalora_compile.ir.affine import group_count, has_integer_zero_points
 from qalora_compile.ir.lazy_tensor import holds
 from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.ops.affine_linear import AffineLinear
 from qalora_compile.ir.ops.embedding import GroupEmbedding
 from qalora_compile.ir.ops.experts import ExpertLinear
 from qalora_compile.ir.ops.integer_zero_linear import IntegerZeroLinear
@@ -33,13 +35,14 @@ from qalora_compile.ir.tensor_identity import is_finite
 from qalora_compile.ir.torch_internals import OpOverload
 
 LayerOnCodes = GroupLinear | ExpertLinear | GroupEmbedding
-_OnCodes = LayerOnCodes | IntegerZeroLinear
+_OnCodes = LayerOnCodes | IntegerZeroLinear | AffineLinear
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default
 POOLED_ADAPTER = QALORA.pooled_adapter.default
 ADAPTED_LINEAR = QALORA.adapted_linear.default
 """GROUP_LINEAR fused with its POOLED_ADAPTER: only in what training runs, at no stage."""
+AFFINE_LINEAR = QALORA.affine_linear.default
 INTEGER_ZERO_LINEAR = QALORA.integer_zero_linear.default
 PAD_GROUPS = QALORA.pad_groups.default
 MATMUL_NBITS = QALORA.matmul_nbits.default
@@ -74,7 +77,7 @@ LEGAL_OPS: dict[str, frozenset[object]] = {
     FLOAT: frozenset(),
     ANNOTATED: frozenset(),
     QUANTIZED: ON_CODES | {GROUP_EMBEDDING},
-    ADAPTED: ON_CODES | ADAPTERS | {INTEGER_ZERO_LINEAR} | {GROUP_SUM, GROUP_EMBEDDING},
+    ADAPTED: ON_CODES | ADAPTERS | {INTEGER_ZERO_LINEAR, AFFINE_LINEAR, GROUP_SUM, GROUP_EMBEDDING},
     FOLDED: ON_CODES | {GROUP_EMBEDDING},
     f"{LEGALIZED}ort": _COMMON | {GROUP_QUANT_LINEAR, EXPERT_GROUP_QUANT_LINEAR, BLOCK_EMBEDDING},
     f"{LEGALIZED}ort-stock": _COMMON | {MATMUL_NBITS, EXPERT_MATMUL_NBITS, BLOCK_EMBEDDING},
@@ -203,7 +206,7 @@ def _check_on_codes(program: Program, node: fx.Node, layer: _OnCodes) -> None:
 def _check_adapter(program: Program, node: fx.Node) -> None:
     adapter = adapter_at(node)
     assert isinstance(adapter, AddedAdapter), "by the table of checks"
-    lora_a, lora_b = (stored_tensor(program, node, operand) for operand in adapter.lora)
+    lora_a, lora_b = (stored_tensor(program, node, operand) for operand in adapter.trained)
     rank = 2 if node.target is POOLED_ADAPTER else 3
     if not (lora_a.dim() == lora_b.dim() == rank and lora_a.shape[-2] == lora_b.shape[-1]):
         raise _broken(node, f"A {list(lora_a.shape)} and B {list(lora_b.shape)} do not chain")
@@ -229,6 +232,20 @@ def _check_integer_zero_linear(program: Program, node: fx.Node) -> None:
     chained = lora_a.dim() == lora_b.dim() == 2 and lora_a.shape[0] == lora_b.shape[1]
     if not chained or (lora_b.shape[0], lora_a.shape[1]) != tuple(scale.shape):
         raise _broken(node, f"A {list(lora_a.shape)} and B {list(lora_b.shape)} do not chain")
+
+
+def _check_affine_linear(program: Program, node: fx.Node) -> None:
+    layer = AffineLinear.of(node)
+    _check_on_codes(program, node, layer)
+    scale = stored_tensor(program, node, layer.scale)
+    parts = (stored_tensor(program, node, operand) for operand in AffineAdapter(node).trained)
+    lora_a, lora_b, *moved = (tuple(part.shape) for part in parts)
+    row = program.plan[site_of(node) or ""]
+    n, groups = row.n, group_count(row.k, layer.pool)
+    if layer.pool % layer.group_size or (lora_b, lora_a) != ((n, lora_a[0]), (lora_b[1], groups)):
+        raise _broken(node, f"A {list(lora_a)} and B {list(lora_b)} do not chain")
+    if moved != [tuple(scale.shape), (n, row.k)][: len(moved)]:
+        raise _broken(node, f"gain and shift {moved} do not fit {n} rows of {row.k}")
 
 
 def _each_matrix(
@@ -309,6 +326,7 @@ _CHECKS: dict[object, Callable[[Program, fx.Node], None]] = {
     GROUP_EMBEDDING: _check_layer,
     POOLED_ADAPTER: _check_adapter,
     INTEGER_ZERO_LINEAR: _check_integer_zero_linear,
+    AFFINE_LINEAR: _check_affine_linear,
     EXPERT_ADAPTER: _check_adapter,
     MATMUL_NBITS: _NBITS,
     EXPERT_MATMUL_NBITS: _NBITS,

@@ -35,6 +35,13 @@ ADAPTER_NAMES = ("lora_A", "lora_B")
 """Names of the tensors of a quantized weight, and of its adapter, below its path."""
 
 
+GAIN, SHIFT = "adapter_gain", "adapter_shift"
+
+
+TRAINED_NAMES = (*ADAPTER_NAMES, GAIN, SHIFT)
+"""Names of all tensors that the adapters of some kind train, below the path of their weight."""
+
+
 PLANE_NAMES = ("low", "high")
 """Names of the two 4-bit planes of a weight of 8 bits, below its path."""
 HIGH_CODES = f".{PLANE_NAMES[1]}.qweight"

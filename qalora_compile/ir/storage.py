@@ -3,7 +3,7 @@
 ==========================  =================================================================
 `program.json`              format version, stage, plan, signature, history, graph, ties
 `quantized.safetensors`     every tensor but the adapters: packed codes, scale, offset, floats
-`adapters.safetensors`      what trains: `lora_A`, `lora_B`, heads; only at stage `adapted`
+`adapters.safetensors`      what trains: adapters, heads; only at stage `adapted`
 `example.safetensors`       tensors of the example inputs, by flat position
 ==========================  =================================================================
 """

@@ -16,7 +16,7 @@ from qalora_compile.ir.meta import site_of
 from qalora_compile.ir.ops.linear import GroupSum
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.spec import ON_CODES, layer_on_codes
-from qalora_compile.ir.stages import ADAPTED, ADAPTER_NAMES, FOLDED
+from qalora_compile.ir.stages import ADAPTED, FOLDED
 from qalora_compile.ir.tensor_identity import is_finite
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.rewrite import freeze
@@ -42,13 +42,16 @@ class FoldAdapters(Pass):
     Before:  %1 = qalora.integer_zero_linear(%x, @fc.qweight, @fc.scale, @fc.offset, …, integer)
     After:   %1 = qalora.group_linear(%x, @fc.qweight, @fc.scale', @fc.offset', …)
 
-    Fires on: every integer_zero_linear; every pooled_adapter added to a group_linear of the same
-    input, and every expert_adapter added to an expert_linear, expert by expert.
+    An `affine_linear` is folded likewise, into scale, offset and, where codes trained, codes.
+
+    Fires on: every integer_zero_linear and affine_linear; every pooled_adapter added to a
+    group_linear of the same input, and every expert_adapter added to an expert_linear.
     Leaves alone: nothing; an adapter that does not fold is an error. Heads that trained with the
     adapters (`Program.trained`) are frozen again.
     Exactness: exact in real arithmetic, since the update is constant inside each group; computed
-    in float64 and stored in the dtype of the offset. Codes do not change, and scales only where an
-    adapter of kind `scale` trained them. An integer_zero_linear is folded bit for bit.
+    in float64 and stored in the dtype of the offset. Codes and scales change only where an adapter
+    of kind `scale`, `affine` or `qat` trained them. What one operator computes with its adapter is
+    folded bit for bit.
     """
 
     name: ClassVar[str] = "fold-adapters"
@@ -89,8 +92,8 @@ class FoldAdapters(Pass):
         changes = []
         for adapter in track(find_adapters(graph), "fold"):
             names, own = adapter.names, adapter.settings
-            lora = tuple(names[part] for part in ADAPTER_NAMES)
-            key = (lora, own.scaling, own.pool, adapter.moves)
+            trained = tuple(names[part] for part in adapter.trains)
+            key = (trained, own.scaling, own.pool, adapter.moves)
             if names["offset"] not in folded:
                 folded[names["offset"]] = key
                 moved = _fold(adapter, names, tensors)
@@ -108,14 +111,14 @@ class FoldAdapters(Pass):
         return PassResult(after, tuple(changes))
 
     def ensures(self, before: Program, after: Program) -> None:
-        """No adapter is left, and codes and scales are the same tensors as before."""
+        """No adapter is left, and codes and scales are those from before where none trained."""
         left = [a.node for a in find_adapters(after.graph)]
         for node in (*left, *(node for node, _ in GroupSum.all_in(after.graph))):
             raise PostconditionError("an adapter node is left", where=f"node {node.name}")
         old, new = before.tensors(), after.tensors()
         moved = {a.names[part] for a in find_adapters(before.graph) for part in a.moves}
         for name, tensor in new.items():
-            fixed = name.endswith(".qweight") or (name.endswith(".scale") and name not in moved)
+            fixed = name.endswith((".qweight", ".scale")) and name not in moved
             if fixed and tensor is not old.get(name):
                 raise PostconditionError("folding changed codes or a scale", where=name)
             if name.endswith(".offset") and not is_finite(tensor):

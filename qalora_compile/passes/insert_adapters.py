@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from qalora_compile.config import AUTO, AdapterSpec
+from qalora_compile.config.adapter import AFFINE_KINDS, LORA, QAT
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
 from qalora_compile.ir.adapters.base import AdapterSettings
 from qalora_compile.ir.adapters.find import adapter_kind, find_adapters
 from qalora_compile.ir.affine import group_count
 from qalora_compile.ir.meta import site_of
-from qalora_compile.ir.ops.integer_zero_linear import INTEGER, SCALE
+from qalora_compile.ir.ops.integer_zero_linear import INTEGER
 from qalora_compile.ir.pattern import get_tensor
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
 from qalora_compile.ir.spec import ON_CODES
-from qalora_compile.ir.stages import ADAPTED, ADAPTER_NAMES, QUANTIZED
+from qalora_compile.ir.stages import ADAPTED, ADAPTER_NAMES, GAIN, QUANTIZED, SHIFT
 from qalora_compile.passes.analysis.select_sites import check_paths, parse_ranks
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
 from qalora_compile.passes.framework.rewrite import TensorNodes
@@ -42,6 +43,10 @@ class InsertAdapters(AdapterSpec, Pass):
     Or, with `zero_point="integer"` or `kind="scale"`, adapters that keep zero-points integers:
 
     After:   %1 = qalora.integer_zero_linear(%x, …, 4, 32, @fc.lora_A, @fc.lora_B, s · f, integer)
+
+    Or, with kind `"affine"`, or `"qat"`, which has `@fc.adapter_shift` in the place of None:
+
+    After:   %1 = qalora.affine_linear(%x, …, 4, 32, @fc.lora_A, …, @fc.adapter_gain, None, …)
 
     Fires on: every group_linear, and every expert_linear, with an adapter for each expert
     (`qalora.expert_adapter`). Sites that share a weight share its adapter. With `dropout`, an
@@ -85,9 +90,9 @@ class InsertAdapters(AdapterSpec, Pass):
         check_paths(self._ranks, program.plan, "ranks")
         for site in program.plan.to_adapt():
             pooled, group = self.pool_of(site), site.group_size or 1
-            if self.keeps_integer_zero_point and site.experts:
+            if self._in_layer and site.experts:
                 raise PreconditionError(
-                    "stacked experts have no adapters that keep zero-points integers",
+                    f"stacked experts have only pooled adapters, none of kind {self._in_layer!r}",
                     where=site.name,
                     hint="exclude it",
                 )
@@ -117,9 +122,9 @@ class InsertAdapters(AdapterSpec, Pass):
             site = rows.get(site_of(node) or "")
             if node.target not in ON_CODES or site is None:
                 continue
-            lora_a, lora_b = (nodes.get(f"{site.path}.{part}") for part in ADAPTER_NAMES)
-            kind = adapter_kind(node, self._kept)
-            kind.insert(graph, node, (lora_a, lora_b), self._settings_of(site))
+            kind = adapter_kind(node, self._in_layer)
+            trained = [nodes.get(f"{site.path}.{part}") for part in kind.trains]
+            kind.insert(graph, node, trained, self._settings_of(site))
             changes.append(Change(site.name, f"adapter of rank {self.rank_of(site)}", self.pooling))
         plan = program.plan.update(
             {
@@ -142,13 +147,14 @@ class InsertAdapters(AdapterSpec, Pass):
         )
 
     def ensures(self, before: Program, after: Program) -> None:
-        """Each site got one adapter, and each adapter's B is zero."""
+        """Each site got one adapter, and none changes its layer yet."""
         found = len(find_adapters(after.graph))
         wanted = len(after.plan.to_adapt())
         if found != wanted:
             raise PostconditionError(f"{found} adapters for {wanted} sites")
         for name, parameter in after.named_adapter_parameters():
-            if name.endswith("lora_B") and bool(parameter.any()):
+            begins = name.endswith(ADAPTER_NAMES[0]) or name in after.trained
+            if not begins and bool(parameter.any()):
                 raise PostconditionError("an adapter does not start at zero", where=name)
 
     def pool_of(self, site: Site) -> int:
@@ -194,11 +200,11 @@ class InsertAdapters(AdapterSpec, Pass):
             )
 
     @property
-    def _kept(self) -> str | None:
-        """The kind of adapters that keep zero-points integers; None for adapters that do not."""
-        if not self.keeps_integer_zero_point:
-            return None
-        return SCALE if self.kind == "scale" else INTEGER
+    def _in_layer(self) -> str | None:
+        """The kind of adapters that one operator computes with the layer; None for others."""
+        if self.kind != LORA:
+            return self.kind
+        return INTEGER if self.keeps_integer_zero_point else None
 
     def _settings_of(self, site: Site) -> AdapterSettings:
         return AdapterSettings(self.factor_of(site), self.pool_of(site), float(self.dropout))
@@ -208,7 +214,7 @@ class InsertAdapters(AdapterSpec, Pass):
         return self.pooling_factor(pool, group_count(site.k, pool))
 
     def _make_adapters(self, program: Program) -> dict[str, Tensor]:
-        """A: uniform within ± `start_of`; B: zero."""
+        """A: uniform within ± `start_of`; all others: zero."""
         generator = torch.Generator().manual_seed(self.seed)
         made: dict[str, Tensor] = {}
         for site in program.plan.weights_to_adapt():
@@ -221,4 +227,11 @@ class InsertAdapters(AdapterSpec, Pass):
             lora_b = torch.zeros(*lead, site.n, rank, dtype=scale.dtype)
             made[f"{site.path}.lora_A"] = nn.Parameter(lora_a)
             made[f"{site.path}.lora_B"] = nn.Parameter(lora_b)
+            if self.kind in AFFINE_KINDS:
+                made[f"{site.path}.{GAIN}"] = nn.Parameter(
+                    torch.zeros(scale.shape, dtype=scale.dtype)
+                )
+            if self.kind == QAT:
+                shift = torch.zeros(site.n, site.k, dtype=scale.dtype)
+                made[f"{site.path}.{SHIFT}"] = nn.Parameter(shift)
         return made

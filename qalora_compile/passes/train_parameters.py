@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qalora_compile.errors import PostconditionError, PreconditionError, UserInputError
 from qalora_compile.ir.lazy_tensor import is_lazy
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.stages import ADAPTED, ADAPTER_NAMES, CODE_NAMES
+from qalora_compile.ir.stages import ADAPTED, CODE_NAMES, TRAINED_NAMES
 from qalora_compile.ir.tensor_identity import memory_key
 from qalora_compile.passes.analysis.select_sites import as_patterns, match_patterns
 from qalora_compile.passes.framework.base import Change, Pass, PassResult
@@ -107,7 +107,7 @@ def _aliases(name: str) -> tuple[str, ...]:
 
 def _check_float(name: str, parameter: Tensor) -> None:
     path, _, last = name.rpartition(".")
-    if last in (*CODE_NAMES, *ADAPTER_NAMES) or not parameter.is_floating_point():
+    if last in (*CODE_NAMES, *TRAINED_NAMES) or not parameter.is_floating_point():
         raise PreconditionError(
             "the weight is quantized, so it trains through its adapter",
             where=path,

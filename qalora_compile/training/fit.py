@@ -22,6 +22,7 @@ from qalora_compile.training.data.batches import Batches, batch_at
 from qalora_compile.training.data.example import Batch, Example
 from qalora_compile.training.data.media_examples import unit_of
 from qalora_compile.training.distributed import Processes
+from qalora_compile.training.forward.adaptive_rank import RankAllocator
 from qalora_compile.training.forward.align_tensors import align_tensors
 from qalora_compile.training.forward.autocast import computing
 from qalora_compile.training.losses import BatchLoss, counts_of, held_out_metrics
@@ -52,6 +53,7 @@ class FitState:
         best: None until an evaluation with `FitSpec.patience`.
         stale: Number of evaluations since the best one.
         reference: For DPO, the adapters with which training began: the reference model has them.
+        ranks: With `FitSpec.adaptive_rank`, which ranks are in use, and what they are chosen by.
     """
 
     optimizer: torch.optim.Optimizer
@@ -59,12 +61,17 @@ class FitState:
     best: Best | None = None
     stale: int = 0
     reference: dict[str, Tensor] | None = None
+    ranks: RankAllocator | None = None
 
     @classmethod
     def fresh(cls, program: Program, spec: FitSpec) -> FitState:
         """The state before the first step."""
         reference = adapters_of(program) if spec.loss == DPO else None
-        return cls(make_optimizer(program, spec), reference=reference)
+        ranks = None
+        if spec.adaptive_rank is not None:
+            named = program.named_adapter_parameters()
+            ranks = RankAllocator(named, spec.adaptive_rank, spec.steps)
+        return cls(make_optimizer(program, spec), reference=reference, ranks=ranks)
 
     def is_over(self, spec: FitSpec) -> bool:
         """Whether all steps are done, or the held-out loss has stopped falling."""
@@ -251,6 +258,8 @@ class _Training:
         rate = set_rates(state.optimizer, spec, number)
         state.optimizer.step()
         state.step += 1
+        if state.ranks is not None:
+            state.ranks.step(state.step)
         seconds = time.monotonic() - started
         figures = state.step, loss, rate, norm, tokens, seconds, *self._evaluate()
         return StepReport(*figures, unit=self.unit)

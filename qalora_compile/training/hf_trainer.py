@@ -26,13 +26,16 @@ def trainer_arguments(spec: FitSpec) -> dict[str, Any]:
     For early stopping, use the trainer's `EarlyStoppingCallback`.
 
     Raises:
-        UnsupportedError: `spec` asks for evaluation, or for a loss of preferences.
+        UnsupportedError: `spec` asks for evaluation, for a loss of preferences, or for adaptive
+            ranks.
     """
     if spec.learns_pairs:
         raise UnsupportedError(
             f"these arguments are of trainers of cross-entropy, not of {spec.loss}",
             hint="train with fit, or with TRL's own trainers",
         )
+    if spec.adaptive_rank is not None:
+        raise UnsupportedError("a trainer does not move ranks between layers", hint="use fit")
     if spec.evaluate_every:
         raise UnsupportedError(
             "a trainer has its own options for evaluation",

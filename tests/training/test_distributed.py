@@ -37,6 +37,8 @@ PAIRS = [
     dataclasses.replace(Example(row, row), rejected=Example(row[::-1], row[::-1])) for row in ROWS
 ]
 PAIR_SPEC = dataclasses.replace(SPEC, loss="dpo", neftune_alpha=1.0, patience=0)
+RANK_SPEC = dataclasses.replace(SPEC, evaluate_every=0, patience=0, adaptive_rank=2.0)
+"""Codes train too, and ranks move: both by gradients that all processes share."""
 HELD_OUT = [Example(row[::-1], row[::-1]) for row in ROWS]
 
 
@@ -93,6 +95,7 @@ def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path: Pa
     assert 0 in [int(batches.at(index).targets.sum()) for index in range(4 * SPEC.steps)]
     program = language_model(dropout=0.2)
     program.save(tmp_path / "program")
+    language_model(kind="qat").save(tmp_path / "codes")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "tests.training.two_processes", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -111,6 +114,11 @@ def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path: Pa
     alone = dataclasses.replace(PAIR_SPEC, accumulate=2 * PAIR_SPEC.accumulate)
     losses, adapted = first["pairs"]
     assert losses == pytest.approx(fit(program, PAIRS, alone, held_out=PAIRS).losses, abs=1e-5)
+    assert adapted == pytest.approx(sums(program), abs=1e-3)
+    program = qc.Program.load(tmp_path / "codes")
+    alone = dataclasses.replace(RANK_SPEC, accumulate=2 * RANK_SPEC.accumulate)
+    losses, adapted = first["codes"]
+    assert losses == pytest.approx(fit(program, EXAMPLES, alone).losses, abs=1e-5)
     assert adapted == pytest.approx(sums(program), abs=1e-3)
     half = fit(language_model(dropout=0.2), EXAMPLES, SPEC, held_out=HELD_OUT)
     assert first["losses"] != pytest.approx(half.losses, abs=1e-3), "one process saw all the data"

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import qalora_compile as qc
 from qalora_compile.training import FitState, StepReport, find_processes, fit
-from tests.training.test_distributed import EXAMPLES, HELD_OUT, PAIR_SPEC, PAIRS, SPEC, sums
+from tests.training.test_distributed import (
+    EXAMPLES,
+    HELD_OUT,
+    PAIR_SPEC,
+    PAIRS,
+    RANK_SPEC,
+    SPEC,
+    sums,
+)
 
 
 def main(folder: Path) -> None:
@@ -33,6 +41,9 @@ def main(folder: Path) -> None:
     program = qc.Program.load(folder / "program")
     preferring = fit(program, PAIRS, PAIR_SPEC, held_out=PAIRS, processes=processes)
     seen["pairs"] = [preferring.losses, sums(program)]
+    program = qc.Program.load(folder / "codes")
+    moving = fit(program, EXAMPLES, RANK_SPEC, processes=processes)
+    seen["codes"] = [moving.losses, sums(program)]
     (folder / f"{processes.rank}.json").write_text(json.dumps(seen), "utf-8")
     processes.wait()
 

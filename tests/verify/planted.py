@@ -58,18 +58,22 @@ class Block(nn.Module):
 
 @cache
 def program(kind: str) -> qc.Program:
-    """`adapted`, `folded`, `quantized`, or `lowered:<spec>`; do not change it."""
+    """`adapted`, `folded`, `quantized`, or `lowered:<spec>`; do not change it.
+
+    `adapted+qat` and `folded+qat` have adapters of that kind.
+    """
     if kind.startswith("lowered:"):
         return lower(program("folded"), SPECS[kind.partition(":")[2]])
-    if kind == "folded":
-        return qc.fold_adapters(program("adapted"))
+    if kind.startswith("folded"):
+        return qc.fold_adapters(program(kind.replace("folded", "adapted")))
     torch.manual_seed(3)
     model = Block().eval()
     captured = qc.capture_model(model, (torch.randint(0, WORDS, (2, 6)),))
     quantized = qc.quantize_groups(captured, qc.QuantSpec(bits=4, group_size=32))
     if kind == "quantized":
         return quantized
-    adapters = qc.AdapterSpec(rank=3, alpha=6.0, pooling="mean")
+    form = kind.partition("+")[2] or "lora"
+    adapters = qc.AdapterSpec(rank=3, alpha=6.0, pooling="mean", kind=form)
     return randomize_adapters(qc.insert_adapters(quantized, adapters), size=0.3)
 
 
@@ -121,9 +125,11 @@ def examine(fault: Fault, models: Path, scratch: Path) -> Found:
     candidate: qc.Program | Path
     if fault.on.startswith("program "):
         kind = fault.on.partition(" ")[2]
-        reference = program("folded" if kind.startswith("lowered") else "adapted")
-        if kind == "adapted":
-            reference = program("folded")
+        reference = program("folded")
+        if kind.startswith("folded"):
+            reference = program(kind.replace("folded", "adapted"))
+        elif kind.startswith("adapted"):
+            reference = program(kind.replace("adapted", "folded"))
         candidate = fault.plant(program(kind))
     else:
         reference = program("folded")
@@ -172,14 +178,14 @@ def is_in_a_pass(fault: Fault) -> bool:
 def bisected(fault: Fault) -> Culprit | None:
     """What `bisect` finds in a pipeline of folding and lowering with the fault in one of them."""
     kind = fault.on.partition(" ")[2]
-    folded, spec = program("folded"), SPECS[kind.partition(":")[2] or "ort-stock"]
-    if kind == "folded":
-        folded = fault.plant(folded)
-    lowered = lower(folded, spec)
-    if kind != "folded":
+    first, folded, spec = "adapted", program("folded"), SPECS[kind.partition(":")[2] or "ort-stock"]
+    if kind.startswith("folded"):
+        first, folded = kind.replace("folded", "adapted"), fault.plant(program(kind))
+        lowered = lower(folded, spec)
+    else:
         lowered = fault.plant(program(kind))
     calls = named_inputs(program("folded"), 1, seed=1)
-    return bisect(program("adapted"), [Step("fold", folded), Step("lower", lowered)], calls)
+    return bisect(program(first), [Step("fold", folded), Step("lower", lowered)], calls)
 
 
 def along_the_graph(reference: qc.Program, candidate: qc.Program | Path) -> tuple[Verdict, str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 import qalora_compile as qc
+from qalora_compile.ir.ops.affine_linear import STEP
 from tests.verify.planted import WIDTH, Fault, find, program, with_graph, with_tensors
 
 _ATEN = torch.ops.aten
@@ -192,6 +193,22 @@ def _drop_correction(graph: fx.Graph) -> None:
     graph.erase_node(total)
 
 
+def _part(kind: str, name: str) -> Tensor:
+    return program(f"adapted+{kind}").tensors()[name].detach()
+
+
+def _floored(packed: Tensor) -> Tensor:
+    """Trained codes of `down` rounded down, not to the nearest: two codes of 4 bits to a byte."""
+    old, shift = _part("qat", "down.qweight"), _part("qat", "down.adapter_shift")
+    codes = torch.stack([old & 15, old >> 4], -1).flatten(1)
+    moved = (codes + STEP * shift).floor().clamp(0, 15).to(torch.uint8)
+    return moved[:, ::2] | moved[:, 1::2] << 4
+
+
+def _fixed_codes(graph: fx.Graph) -> None:
+    find(graph, "qalora.affine_linear").update_arg(10, None)
+
+
 def _scramble(correction: Tensor) -> Tensor:
     return correction.t().reshape(correction.shape).contiguous()
 
@@ -313,6 +330,43 @@ PROGRAM_FAULTS = [
         _graph(_argument("qalora.pooled_adapter", 3, 2.0, 1)),
         "k:",
     ),
+    # scales and codes that train
+    Fault(
+        "factor missing in the offsets",
+        "program folded+affine",
+        _tensors(
+            q__offset=lambda t: t - _part("affine", "q.offset") * _part("affine", "q.adapter_gain")
+        ),
+        "q:",
+    ),
+    Fault(
+        "factor missing in the scales",
+        "program folded+affine",
+        _tensors(k__scale=lambda t: _part("affine", "k.scale")),
+        "k:",
+    ),
+    Fault(
+        "factors permuted", "program folded+affine", _tensors(v__scale=lambda t: t.flip(0)), "v:"
+    ),
+    Fault(
+        "factor of another site",
+        "program adapted+affine",
+        _swapped(("q.adapter_gain", "k.adapter_gain")),
+        "q:",
+    ),
+    Fault(
+        "trained codes not folded",
+        "program folded+qat",
+        _tensors(up__qweight=lambda t: _part("qat", "up.qweight")),
+        "up:",
+    ),
+    Fault(
+        "trained codes rounded down",
+        "program folded+qat",
+        _tensors(down__qweight=_floored),
+        "down:",
+    ),
+    Fault("codes of one site fixed", "program adapted+qat", _graph(_fixed_codes), "q:"),
     # lowering: folded against lowered
     Fault("correction dropped", "program lowered:ort-stock", _graph(_drop_correction), "q:"),
     Fault(

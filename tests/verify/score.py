@@ -37,7 +37,7 @@ def is_bisected(found: Found) -> bool:
     fault = found.fault
     if not is_in_a_pass(fault):
         return True
-    step = "fold" if fault.on == "program folded" else "lower"
+    step = "fold" if fault.on.startswith("program folded") else "lower"
     return f"{found.bisected}:".startswith(f"{step}: {fault.node or fault.site}")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.errors import InternalError, PreconditionError
-from qalora_compile.ir.adapters.base import DROPOUT, Adapter, AdapterSettings, Fold, Lora
+from qalora_compile.ir.adapters.base import DROPOUT, Adapter, AdapterSettings, Fold, Nodes
 from qalora_compile.ir.affine import expand_groups
 from qalora_compile.ir.meta import move_site
 from qalora_compile.ir.module import erase_unread
@@ -32,7 +32,7 @@ class AddedAdapter(Adapter):
     layer_view: ClassVar[type[GroupLinear] | type[ExpertLinear]] = GroupLinear
 
     @classmethod
-    def insert(cls, graph: fx.Graph, layer: fx.Node, lora: Lora, settings: AdapterSettings) -> None:
+    def insert(cls, graph: fx.Graph, layer: fx.Node, own: Nodes, settings: AdapterSettings) -> None:
         """Add an update to the layer."""
         with graph.inserting_after(layer):
             total = graph.call_function(_ADD, (layer, layer))
@@ -41,7 +41,7 @@ class AddedAdapter(Adapter):
             pooled = GroupSum.create(graph, argument(layer, "x"), settings.pool)
             if settings.dropout:
                 pooled = graph.call_function(DROPOUT, (pooled, settings.dropout, False))
-            update = cls._update(graph, layer, pooled, lora, settings.scaling)
+            update = cls._update(graph, layer, pooled, own, settings.scaling)
         total.args = (layer, update)
         move_site(layer, total)
 
@@ -51,10 +51,11 @@ class AddedAdapter(Adapter):
         graph: fx.Graph,
         layer: fx.Node,
         pooled: fx.Node,
-        lora: Lora,
+        own: Nodes,
         scaling: float,
     ) -> fx.Node:
-        return PooledAdapter.create(graph, pooled, *lora, scaling)
+        lora_a, lora_b = own
+        return PooledAdapter.create(graph, pooled, lora_a, lora_b, scaling)
 
     @property
     def operands(self) -> PooledAdapter | ExpertAdapter:
@@ -62,7 +63,7 @@ class AddedAdapter(Adapter):
         return PooledAdapter.of(self.node)
 
     @property
-    def lora(self) -> Lora:
+    def trained(self) -> Nodes:
         """The nodes of A and B."""
         return self.operands.lora_A, self.operands.lora_B
 
@@ -185,11 +186,12 @@ class ExpertsAdapter(AddedAdapter):
         graph: fx.Graph,
         layer: fx.Node,
         pooled: fx.Node,
-        lora: Lora,
+        own: Nodes,
         scaling: float,
     ) -> fx.Node:
         group_offsets = argument(layer, "group_offsets")
-        return ExpertAdapter.create(graph, pooled, *lora, group_offsets, scaling)
+        lora_a, lora_b = own
+        return ExpertAdapter.create(graph, pooled, lora_a, lora_b, group_offsets, scaling)
 
     @property
     def operands(self) -> ExpertAdapter:

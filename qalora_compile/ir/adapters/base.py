@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,18 +12,21 @@ from torch import Tensor, fx
 
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
+from qalora_compile.ir.ops.affine_linear import AffineLinear
 from qalora_compile.ir.ops.experts import ExpertLinear
+from qalora_compile.ir.ops.integer_zero_linear import IntegerZeroLinear
 from qalora_compile.ir.ops.linear import GroupLinear
-from qalora_compile.ir.stages import ADAPTER_NAMES
+from qalora_compile.ir.stages import ADAPTER_NAMES, CODE_NAMES
 
 DROPOUT = torch.ops.aten.dropout.default
 """Stands between the group-sum and an adapter that drops inputs in training."""
-Lora = tuple[fx.Node, fx.Node]
-"""The nodes of A and B."""
+Nodes = Sequence[fx.Node]
+"""The nodes of what an adapter trains."""
 Fold = Callable[..., dict[str, Tensor]]
 
-OFFSET, BOTH = ("offset",), ("scale", "offset")
-"""The parameters that adapters are folded into."""
+OFFSET: tuple[str, ...] = ("offset",)
+BOTH: tuple[str, ...] = ("scale", "offset")
+"""The parameters that most adapters are folded into."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class Adapter(ABC):
-    """One use of an adapter: the node that reads A and B, and what surrounds it."""
+    """One use of an adapter: the node that reads what it trains, and what surrounds it."""
 
     node: fx.Node
 
@@ -51,17 +54,23 @@ class Adapter(ABC):
     """Tensors that `fold` takes, by their names below the path of the weight."""
     moves: ClassVar[tuple[str, ...]] = OFFSET
     """Parameters of the layer that folding changes."""
-    keeps_integer_zero_point: ClassVar[bool] = False
+    trains: ClassVar[tuple[str, ...]] = ADAPTER_NAMES
+    """Tensors that are trained, by their names below the path of the weight."""
+    unlike_pooled: ClassVar[str] = ""
+    """What it does that pooled adapters, which alone PEFT and modules have, do not."""
 
     @classmethod
     @abstractmethod
-    def insert(cls, graph: fx.Graph, layer: fx.Node, lora: Lora, settings: AdapterSettings) -> None:
-        """Add an adapter to a quantized layer, whose readers then read the adapted output."""
+    def insert(cls, graph: fx.Graph, layer: fx.Node, own: Nodes, settings: AdapterSettings) -> None:
+        """Add an adapter to a quantized layer, whose readers then read the adapted output.
+
+        `own`: the nodes of the tensors in `trains`.
+        """
 
     @property
     @abstractmethod
-    def lora(self) -> Lora:
-        """The nodes of A and B."""
+    def trained(self) -> Nodes:
+        """The nodes of the tensors in `trains`."""
 
     @property
     @abstractmethod
@@ -110,15 +119,15 @@ class Adapter(ABC):
 
     @property
     def path(self) -> str:
-        """Path of the weight, below which A and B lie."""
-        return str(self.lora[0].target).rpartition(".")[0]
+        """Path of the weight, below which the adapter's tensors lie."""
+        return str(self.trained[0].target).rpartition(".")[0]
 
     @property
     def names(self) -> dict[str, str]:
         """The tensors of the layer and its adapter, by their names below the path."""
         layer = self.layer
-        nodes = (layer.scale, layer.offset, *self.lora)
-        parts = (*BOTH, *ADAPTER_NAMES)
+        nodes = (layer.qweight, layer.scale, layer.offset, *self.trained)
+        parts = (*CODE_NAMES, *self.trains)
         return {part: str(node.target) for part, node in zip(parts, nodes, strict=True)}
 
     @property
@@ -132,3 +141,36 @@ def replace_node(old: fx.Node, new: fx.Node) -> None:
     move_site(old, new)
     old.replace_all_uses_with(new)
     erase_unread([old])
+
+
+@dataclass(frozen=True)
+class InLayer(Adapter):
+    """An adapter that one operator computes together with its layer."""
+
+    @property
+    @abstractmethod
+    def operands(self) -> AffineLinear | IntegerZeroLinear:
+        """The operands of the node."""
+
+    @property
+    def layer(self) -> GroupLinear:
+        """The layer without its adapter; the graph does not hold it."""
+        own = self.operands
+        parts = own.qweight, own.scale, own.offset
+        return GroupLinear(own.x, *parts, own.bias, own.bits, own.group_size)
+
+    @property
+    def layer_node(self) -> fx.Node:
+        """The node itself."""
+        return self.node
+
+    @property
+    def output(self) -> fx.Node:
+        """The node itself."""
+        return self.node
+
+    def remove(self, graph: fx.Graph) -> None:
+        """Put a quantized layer in the place of the operator."""
+        with graph.inserting_before(self.node):
+            plain = self.layer.insert(graph)
+        replace_node(self.node, plain)

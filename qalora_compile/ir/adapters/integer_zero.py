@@ -7,7 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
-from qalora_compile.ir.adapters.base import BOTH, Adapter, AdapterSettings, Fold, Lora, replace_node
+from qalora_compile.ir.adapters.base import (
+    BOTH,
+    AdapterSettings,
+    Fold,
+    InLayer,
+    Nodes,
+    replace_node,
+)
 from qalora_compile.ir.ops.integer_zero_linear import (
     INTEGER,
     SCALE,
@@ -19,21 +26,21 @@ from qalora_compile.ir.stages import ADAPTER_NAMES
 
 
 @dataclass(frozen=True)
-class IntegerZero(Adapter):
+class IntegerZero(InLayer):
     """`output = node = integer_zero_linear(…)`: layer and adapter in one operator."""
 
     reads = (*BOTH, *ADAPTER_NAMES)
-    keeps_integer_zero_point = True
+    unlike_pooled = "keep zero-points integers"
     kind: ClassVar[str] = INTEGER
 
     @classmethod
-    def insert(cls, graph: fx.Graph, layer: fx.Node, lora: Lora, settings: AdapterSettings) -> None:
+    def insert(cls, graph: fx.Graph, layer: fx.Node, own: Nodes, settings: AdapterSettings) -> None:
         """Put one operator in the place of the layer."""
-        own = GroupLinear.of(layer)
-        weight = own.qweight, own.scale, own.offset, own.bias, own.bits, own.group_size
+        (lora_a, lora_b), plain = own, GroupLinear.of(layer)
+        weight = plain.qweight, plain.scale, plain.offset, plain.bias, plain.bits, plain.group_size
         with graph.inserting_before(layer):
             adapted = IntegerZeroLinear.create(
-                graph, own.x, *weight, *lora, settings.scaling, cls.kind
+                graph, plain.x, *weight, lora_a, lora_b, settings.scaling, cls.kind
             )
         replace_node(layer, adapted)
 
@@ -43,26 +50,9 @@ class IntegerZero(Adapter):
         return IntegerZeroLinear.of(self.node)
 
     @property
-    def lora(self) -> Lora:
+    def trained(self) -> Nodes:
         """The nodes of A and B."""
         return self.operands.lora_A, self.operands.lora_B
-
-    @property
-    def layer(self) -> GroupLinear:
-        """The layer without its adapter; the graph does not hold it."""
-        own = self.operands
-        parts = own.qweight, own.scale, own.offset
-        return GroupLinear(own.x, *parts, own.bias, own.bits, own.group_size)
-
-    @property
-    def layer_node(self) -> fx.Node:
-        """The node itself."""
-        return self.node
-
-    @property
-    def output(self) -> fx.Node:
-        """The node itself."""
-        return self.node
 
     @property
     def settings(self) -> AdapterSettings:
@@ -87,12 +77,6 @@ class IntegerZero(Adapter):
             return dict(zip(BOTH, made, strict=True))
 
         return compute
-
-    def remove(self, graph: fx.Graph) -> None:
-        """Put a quantized layer in the place of the operator."""
-        with graph.inserting_before(self.node):
-            plain = self.layer.insert(graph)
-        replace_node(self.node, plain)
 
 
 @dataclass(frozen=True)

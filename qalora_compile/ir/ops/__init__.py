@@ -5,6 +5,7 @@ Importing the package registers them all.
 
 from qalora_compile.ir.ops import (
     adapted_linear,
+    affine_linear,
     autocast,
     embedding,
     experts,
@@ -17,6 +18,7 @@ from qalora_compile.ir.ops import (
 
 __all__ = [
     "adapted_linear",
+    "affine_linear",
     "autocast",
     "embedding",
     "experts",

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qalora_compile.ir.ops import experts, integer_zero_linear, linear
+from qalora_compile.ir.ops import affine_linear, experts, integer_zero_linear, linear
 from qalora_compile.ir.torch_internals import overload_of
 
 _LAYERS = (
     (overload_of(linear.group_linear), (0, 4)),
     (overload_of(integer_zero_linear.integer_zero_linear), (0, 4)),
+    (overload_of(affine_linear.affine_linear), (0, 4)),
     (overload_of(experts.expert_linear), (0,)),
 )
 """Operator → positions of the arguments that are cast: the input and a bias."""

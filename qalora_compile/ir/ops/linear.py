@@ -11,7 +11,7 @@ pass, a hand-written backward. The tests run `torch.library.opcheck` on all of t
 `matmul_nbits`         ONNX Runtime's MatMulNBits with integer zero-points
 =====================  ============================================================================
 
-`adapted_linear` and `integer_zero_linear` have files of their own.
+`adapted_linear`, `affine_linear` and `integer_zero_linear` have files of their own.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from qalora_compile.ir.pattern import (
 from qalora_compile.ir.signature import dtype_name
 from qalora_compile.ir.site_plan import EMBEDDING, KEEP, Site
 from qalora_compile.ir.spec import ON_CODES
-from qalora_compile.ir.stages import ADAPTER_NAMES, CODE_NAMES
+from qalora_compile.ir.stages import CODE_NAMES, TRAINED_NAMES
 from qalora_compile.ir.tensor_identity import memory_key, storage_key
 
 _ATEN = torch.ops.aten
@@ -195,7 +195,7 @@ def _is_taken(path: str, use: Use, paths: Mapping[str, object], tensors: Collect
     """Whether another reading has the path, or the model has a tensor where ours would go."""
     if use.reading is None:
         return False
-    own = any(f"{path}.{part}" in tensors for part in (*CODE_NAMES, *ADAPTER_NAMES))
+    own = any(f"{path}.{part}" in tensors for part in (*CODE_NAMES, *TRAINED_NAMES))
     return own or paths.get(path, use.reading) != use.reading
 
 

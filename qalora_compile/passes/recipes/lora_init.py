@@ -5,6 +5,7 @@ Codes do not tell the error, so the float weights come from the program before q
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 
 from qalora_compile.config import AUTO, AdapterSpec
 from qalora_compile.errors import PreconditionError, UserInputError
-from qalora_compile.ir.affine import dequantize
+from qalora_compile.ir.affine import dequantize, expand_groups
 from qalora_compile.ir.lazy_tensor import is_lazy
 from qalora_compile.ir.meta import site_of
+from qalora_compile.ir.ops.affine_linear import STEP
 from qalora_compile.ir.pattern import get_tensor, match_linear
 from qalora_compile.ir.program import Program
 from qalora_compile.ir.site_plan import Site
-from qalora_compile.ir.stages import ADAPTER_NAMES, ANNOTATED, CODE_NAMES, FLOAT
+from qalora_compile.ir.stages import ADAPTER_NAMES, ANNOTATED, CODE_NAMES, FLOAT, SHIFT
 from qalora_compile.passes.analysis.select_sites import format_choices
 from qalora_compile.passes.framework.base import Pass
 from qalora_compile.passes.framework.pipeline import Pipeline
@@ -32,6 +34,8 @@ from qalora_compile.quantizers.low_rank import PooledCorrection
 from qalora_compile.quantizers.statistics import ActivationStatistics
 
 QUANTIZING = "quantize-groups"
+_INSIDE = 0.49
+"""The largest distance of a latent weight from its code at the start, in codes."""
 
 
 def annotated_source(source: Program, quantized: Program) -> Program:
@@ -193,6 +197,30 @@ def _on_codes(quantized: Program, site: Site) -> Tensor:
         group_size=site.group_size,
         k=site.k,
     )
+
+
+def start_codes(adapted: Program, annotated: Program) -> Program:
+    """The program whose latent weights are the float weights, as far as they round to the codes.
+
+    The function stays the same: what is farther from a code than half a step is drawn near to it.
+
+    Args:
+        adapted: With adapters of kind `qat`.
+        annotated: See `annotated_source`.
+    """
+    tensors, weights = adapted.tensors(), float_weights(annotated)
+    for site in adapted.plan.weights_to_adapt():
+        scale = tensors[f"{site.path}.scale"].double()
+        change = weights[site.path].double() - _on_codes(adapted, site)
+        assert site.group_size is not None, "it is quantized"
+        steps = change / expand_groups(
+            scale.masked_fill(scale == 0, math.inf), site.group_size, site.k
+        )
+        shift = steps.clamp(-_INSIDE, _INSIDE) / STEP
+        tensors[f"{site.path}.{SHIFT}"] = nn.Parameter(
+            shift.to(tensors[f"{site.path}.scale"].dtype)
+        )
+    return adapted.evolve(graph=adapted.copy_graph(), tensors=tensors)
 
 
 def start_from(

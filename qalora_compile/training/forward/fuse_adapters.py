@@ -46,9 +46,11 @@ def fuse_adapters(program: Program) -> fx.Graph:
             continue
         assert isinstance(layer, GroupLinear), "it is plain"
         weight = layer.qweight, layer.scale, layer.offset, layer.bias
-        lora, groups = adapter.lora, (layer.bits, layer.group_size, own.pool)
+        (lora_a, lora_b), groups = adapter.trained, (layer.bits, layer.group_size, own.pool)
         with graph.inserting_before(total):
-            both = AdaptedLinear.create(graph, layer.x, *weight, *lora, *groups, own.scaling)
+            both = AdaptedLinear.create(
+                graph, layer.x, *weight, lora_a, lora_b, *groups, own.scaling
+            )
             y = graph.call_function(operator.getitem, (both, 0))
         move_site(total, y)
         total.replace_all_uses_with(y)

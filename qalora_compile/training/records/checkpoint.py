@@ -26,6 +26,7 @@ ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 BEST = "best.safetensors"
 REFERENCE = "reference.safetensors"
+RANKS = "ranks.safetensors"
 STATE = "state.json"
 
 _PREFIX = "step-"
@@ -76,6 +77,8 @@ def save_checkpoint(
             save_tensors(best.adapters, staging / BEST)
         if state.reference is not None:
             save_tensors(state.reference, staging / REFERENCE)
+        if state.ranks is not None:
+            save_tensors(state.ranks.state, staging / RANKS)
         value = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -136,6 +139,10 @@ def restore_checkpoint(
     if state.reference is not None:
         reference = load_tensors(checkpoint.folder / REFERENCE)
         _check_adapters(program, reference, where)
+    if state.ranks is not None:
+        ranks = load_tensors(checkpoint.folder / RANKS)
+        _check_tensors("state of the ranks", state.ranks.state, ranks, where)
+        state.ranks.state = ranks
     load_adapters(program, adapters, where=where)
     for name, parameter in program.named_adapter_parameters():
         keys = [k for k in moments if k.startswith(f"{name}:")]
@@ -214,15 +221,20 @@ def load_adapters(program: Program, adapters: dict[str, Tensor], *, where: str) 
 
 
 def _check_adapters(program: Program, adapters: dict[str, Tensor], where: str) -> None:
-    own = dict(program.named_adapter_parameters())
-    odd = sorted(own.keys() ^ adapters.keys())
+    _check_tensors("adapter", dict(program.named_adapter_parameters()), adapters, where)
+
+
+def _check_tensors(
+    what: str, own: Mapping[str, Tensor], stored: Mapping[str, Tensor], where: str
+) -> None:
+    odd = sorted(own.keys() ^ stored.keys())
     if odd:
         problem = "missing in the file" if odd[0] in own else "unknown to the program"
-        raise UserInputError(f"the adapter {odd[0]} is {problem}", where=where)
-    for name, parameter in own.items():
-        if parameter.shape != adapters[name].shape:
+        raise UserInputError(f"the {what} {odd[0]} is {problem}", where=where)
+    for name, tensor in own.items():
+        if tensor.shape != stored[name].shape:
             raise UserInputError(
-                f"the adapter {name} is {list(adapters[name].shape)} in the file and "
-                f"{list(parameter.shape)} in the program",
+                f"the {what} {name} is {list(stored[name].shape)} in the file and "
+                f"{list(tensor.shape)} in the program",
                 where=where,
             )

@@ -63,7 +63,7 @@ def save_peft(
     Raises:
         PreconditionError: the program has no adapters.
         UnsupportedError: PEFT has no such adapters: those of stacked experts, of two group sizes,
-            that keep zero-points integer, or parameters that train together with them.
+            that are not pooled adapters alone, or parameters that train together with them.
         UserInputError: the folder exists, or there is no such pooling.
     """
     one_of("pooling", pooling, POOLINGS)
@@ -161,9 +161,9 @@ def _layers(program: Program) -> dict[str, _Layer]:
         )
     found = {}
     for adapter in find_adapters(program.graph):
-        if adapter.keeps_integer_zero_point:
+        if adapter.unlike_pooled:
             raise UnsupportedError(
-                "PEFT has no adapters that keep zero-points integer",
+                f"PEFT has no adapters that {adapter.unlike_pooled}",
                 where=adapter.site,
                 hint="save the complete program: Program.save",
             )

@@ -28,7 +28,7 @@ class LayerChange:
         path: Path of the weight.
         shape: Shape as `K×N`.
         bits: Width of a code.
-        rank: Rank of the adapter.
+        rank: Ranks of the adapter that are in use: columns of B that are not all zero.
         norm: Frobenius norm of the change of scales and offsets.
         shift: Root mean square of the change of a zero-point, −offset / scale, in codes.
         largest: Its largest absolute value. Groups of equal weights, whose scale is 0, have no
@@ -56,14 +56,14 @@ def layer_changes(program: Program) -> list[LayerChange]:
         )
         used = (scale != 0) & (new_scale != 0)
         moved = (offset[used] / scale[used] - new_offset[used] / new_scale[used]).abs()
+        used_ranks = before[f"{site.path}.lora_B"].detach().flatten(0, -2).any(0)
         assert site.bits is not None
-        assert site.rank is not None
         found.append(
             LayerChange(
                 path=site.path,
                 shape=site.shape,
                 bits=site.bits,
-                rank=site.rank,
+                rank=int(used_ranks.sum()),
                 norm=float(torch.stack([new_scale - scale, new_offset - offset]).norm()),
                 shift=float(moved.square().mean().sqrt()) if moved.numel() else 0.0,
                 largest=float(moved.max()) if moved.numel() else 0.0,

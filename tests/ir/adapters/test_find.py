@@ -11,6 +11,7 @@ from torch import fx
 import qalora_compile as qc
 from qalora_compile.errors import InternalError, PreconditionError
 from qalora_compile.ir.adapters.added import AddedAdapter, ExpertsAdapter
+from qalora_compile.ir.adapters.affine import AffineAdapter, TrainedCodes
 from qalora_compile.ir.adapters.base import AdapterSettings
 from qalora_compile.ir.adapters.find import adapter_at, find_adapters
 from qalora_compile.ir.adapters.integer_zero import IntegerZero, TrainedScale
@@ -23,12 +24,17 @@ KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "pooled": (AddedAdapter, {"dropout": 0.25}),
     "integer": (IntegerZero, {"zero_point": "integer"}),
     "scale": (TrainedScale, {"kind": "scale"}),
+    "affine": (AffineAdapter, {"kind": "affine"}),
+    "qat": (TrainedCodes, {"kind": "qat"}),
 }
+INTEGER_BASE = ("integer", "scale")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def adapted(kind: str) -> qc.Program:
-    spec = qc.QuantSpec(bits=4, group_size=8, zero_point="real" if kind == "pooled" else "integer")
+    spec = qc.QuantSpec(
+        bits=4, group_size=8, zero_point="integer" if kind in INTEGER_BASE else "real"
+    )
     program = qc.quantize_groups(qc.capture_model(MLP(20, 12, 5), (torch.ones(2, 20),)), spec)
     adapter = qc.AdapterSpec(rank=2, alpha=4.0, **KINDS[kind][1])
     return randomize_adapters(qc.insert_adapters(program, adapter))
@@ -42,7 +48,8 @@ def test_each_use_is_found_with_its_kind_site_and_tensors(kind: str) -> None:
     assert [adapter.site for adapter in found] == ["layers.0", "layers.1"]
     assert [adapter.path for adapter in found] == ["layers.0", "layers.1"]
     names = found[0].names
-    assert names == {part: f"layers.0.{part}" for part in ("scale", "offset", "lora_A", "lora_B")}
+    parts = ("qweight", "scale", "offset", *found[0].trains)
+    assert names == {part: f"layers.0.{part}" for part in parts}
     assert found[0].settings.pool == 8
     assert found[0].settings.scaling == 2.0
     assert found[0].settings.dropout == (0.25 if kind == "pooled" else 0.0)

@@ -36,6 +36,9 @@ _NAMES = {
     "aten.to.dtype": "self dtype",
     "aten.transpose.int": "self dim0 dim1",
     "aten.type_as.default": "self other",
+    "qalora.affine_linear.default": (
+        f"x qweight scale offset bias {_CODES} lora_A lora_B gain shift pool scaling"
+    ),
     "qalora.expert_adapter.default": "pooled lora_A lora_B group_offsets scaling",
     "qalora.expert_linear.default": f"x qweight scale offset group_offsets {_CODES}",
     "qalora.group_embedding.default": f"ids qweight scale offset dtype {_CODES} k",

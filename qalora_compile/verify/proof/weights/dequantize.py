@@ -6,7 +6,7 @@ the radius, which is the largest error that rounding for storage explains.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -111,6 +111,40 @@ def integer_zero_linear(
         )
         radius = np.abs(level) * repeat_groups(step, group_size, k) + ARITHMETIC * size
         return Rows(repeat_groups(s, group_size, k) * level, size, radius)
+
+    return rows
+
+
+def affine_linear(
+    stored: Sequence[StoredTensor],
+    shift: StoredTensor | None,
+    bits: int,
+    group_size: int,
+    pool: int,
+    k: int,
+    scaling: float,
+) -> Part:
+    """`W = s · q + o` with the scales, offsets and codes that an affine adapter makes.
+
+    `stored`: codes, scale, offset, A, B and gain; `shift`: what moves codes, in units of 4.
+    """
+    packed, scale, offset, lora_a, lora_b, gain = stored
+    dtype = np.dtype(scale.dtype)
+
+    def rows(part: slice, expert: int) -> Rows:
+        codes = row_codes(_take(packed, part, expert), bits, k).astype(np.float64)
+        if shift is not None:
+            moved = _take(shift, part, expert)
+            level = codes.astype(moved.dtype) + moved * moved.dtype.type(4)
+            codes = np.clip(np.rint(level), 0, 2**bits - 1).astype(np.float64)
+        s, o, g = (_wide(tensor, part, expert) for tensor in (scale, offset, gain))
+        update = scaling * (_wide(lora_b, part, expert) @ _wide(lora_a, slice(None), expert))
+        s = (s * (1 + g)).astype(dtype).astype(np.float64)  # the layer computes with this number
+        o = o * (1 + g) + repeat_groups(update, pool // group_size, o.shape[1])
+        product, wide = codes * repeat_groups(s, group_size, k), repeat_groups(o, group_size, k)
+        size = np.abs(product) + np.abs(wide)
+        radius = repeat_groups(rounding(o, offset.dtype), group_size, k) + ARITHMETIC * size
+        return Rows(product + wide, size, radius)
 
     return rows
 

@@ -31,6 +31,7 @@ from qalora_compile.verify.proof.weights.linear_map import (
 
 _UNROUNDED_STAGES = ("quantized", "adapted")
 _DIGITS = {"fp32": THREE_DIGITS, "int16": TWO_DIGITS, "int8": INT8}
+_AFFINE = ("qweight", "scale", "offset", "lora_A", "lora_B", "gain")
 _INT8_LEVEL = 4
 """The accuracy level at which MatMulNBits runs on int8 activations."""
 
@@ -57,6 +58,7 @@ class _Reader:
             "aten.matmul.default": self._matmul,
             "qalora.group_linear.default": self._group_linear,
             "qalora.integer_zero_linear.default": self._integer_zero_linear,
+            "qalora.affine_linear.default": self._affine_linear,
             "qalora.expert_linear.default": self._expert_linear,
             "qalora.pooled_adapter.default": self._pooled_adapter,
             "qalora.expert_adapter.default": self._pooled_adapter,
@@ -192,6 +194,13 @@ class _Reader:
             packed, scale, offset, *lora, bits, group_size, self._site.k, scaling, kind
         )
         return self._bias(applied(self.reading(x), packed.shape[0], part), bias)
+
+    def _affine_linear(self, node: Node) -> Linear:
+        packed, *rest = (self._stored(node[name]) for name in _AFFINE)
+        shift = None if node["shift"] is None else self._stored(node["shift"])
+        sizes = node["bits"], node["group_size"], node["pool"], self._site.k
+        part = dequantize.affine_linear((packed, *rest), shift, *sizes, float(node["scaling"]))
+        return self._bias(applied(self.reading(node["x"]), packed.shape[0], part), node["bias"])
 
     def _expert_linear(self, node: Node) -> Linear:
         return self._on_codes(node, node["group_offsets"])
