@@ -136,7 +136,7 @@ struct Avx2Base {
   }
   // Always inlined: GCC takes a function that only prefetches for one without effect, and drops it.
   static inline __attribute__((always_inline)) void Prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA);
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
 
   static uint32_t LargestBits16(const float* x) {
