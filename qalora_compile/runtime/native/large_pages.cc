@@ -34,12 +34,11 @@ bool Allowed() {
 void UseLargePages(const void* data, size_t bytes) {
   static const bool allowed = Allowed();
   if (!allowed || bytes < kLeastBytes) return;
+  // Pages that the tensor shares with others are moved too; the system leaves out what does not lie
+  // within one mapping.
   const uintptr_t first = reinterpret_cast<uintptr_t>(data) & ~(kPage - 1);
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes - 1) & ~(kPage - 1);
-  for (uintptr_t page = first; page <= last; page += kPage) {
-    // One at a time: where one cannot be had, as at the end of a mapping, the others can.
-    madvise(reinterpret_cast<void*>(page), kPage, kCollapse);
-  }
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes + kPage - 1) & ~(kPage - 1);
+  madvise(reinterpret_cast<void*>(first), end - first, kCollapse);
 }
 #else
 void UseLargePages(const void*, size_t) {}
