@@ -60,9 +60,9 @@ QUICK = Size(train=160, held_out=24, steps=12, batch=4, calls=1, new_tokens=8, r
 
 
 LLAMA_CPP = (
-    "prompts at 3.7, tokens at 0.94 of Q4_1's speed; 0.84 and 0.65 of Q4_0's, which is less exact"
+    "prompts at 3.7, tokens at 1.6 of Q4_1's speed; 1.3 and 1.4 of Q4_0's, which is less exact"
 )
-"""The default export with a cache, one thread, prompt of 128, by `benchmarks.peers`."""
+"""The default export with a cache, one thread of a Xeon, prompt of 128, by `benchmarks.peers`."""
 
 
 @dataclass

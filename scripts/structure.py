@@ -151,7 +151,7 @@ LIMITS = (
     Limit("arrows inside passes", arrows("passes"), 81, 28),
     Limit("arrows inside training", arrows("training"), 56, 23),
     Limit("arguments of nodes by position", raw_args, 285, 0),
-    Limit("lines of the package", lambda p: sum(file_lengths(p)), 48053, 73_000),
+    Limit("lines of the package", lambda p: sum(file_lengths(p)), 48053, 77_000),
     Limit("median function", lambda p: statistics.median(function_lengths(p)), 9, 9),
     Limit("longest function", lambda p: max(function_lengths(p)), 60, 60),
     Limit("longest file", lambda p: max(file_lengths(p)), 499, 400),

@@ -179,18 +179,26 @@ int64_t CountBytes(ElementType type, const int64_t* dims, size_t count, int64_t 
   return bytes;
 }
 
-Status* GetOutput(KernelContext* context, size_t, const int64_t* dims, size_t count, Value** out) {
+Status* GetOutput(KernelContext* context, size_t index, const int64_t* dims, size_t count,
+                  Value** out) {
   FAULT_POINT();
   constexpr int64_t kMost = 1 << 20;
+  if (index >= 3) return Make("no such output");
   const ElementType type = context->inputs[0]->info.type;
   const int64_t bytes = CountBytes(type, dims, count, kMost);
   if (bytes > kMost) return Make(kTooLarge);
-  context->memory = std::make_unique<Exact>(static_cast<size_t>(bytes));
-  // 0x7fff and 0x7fff7fff are NaNs.
-  for (int64_t i = 0; i < bytes; ++i) context->memory->data()[i] = i % 2 ? 0x7f : 0xff;
-  context->output.info = {type, {dims, dims + count}, {}};
-  context->output.data = context->memory->data();
-  *out = &context->output;
+  auto& memory = context->memory[index];
+  Value& value = context->outputs[index];
+  value.info = {type, {dims, dims + count}, {}};
+  if (index && context->shares) {
+    value.data = context->inputs[index + 3]->data;
+  } else {
+    memory = std::make_unique<Exact>(static_cast<size_t>(bytes));
+    // 0x7fff and 0x7fff7fff are NaNs.
+    for (int64_t i = 0; i < bytes; ++i) memory->data()[i] = i % 2 ? 0x7f : 0xff;
+    value.data = memory->data();
+  }
+  *out = &value;
   return nullptr;
 }
 

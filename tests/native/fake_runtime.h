@@ -51,8 +51,10 @@ struct KernelInfo {
 };
 struct KernelContext {
   std::vector<std::unique_ptr<Value>> inputs;  // null where absent
-  Value output;
-  std::unique_ptr<qalora_test::Exact> memory;  // of the output; NaNs until something is written
+  // By number; NaNs until something is written.
+  Value outputs[3];
+  std::unique_ptr<qalora_test::Exact> memory[3];
+  bool shares = false;  // outputs 1 and 2 are inputs 4 and 5, as caches are
   bool threads = false;  // whether tasks run on other threads than the call
 };
 struct InferContext {

@@ -13,12 +13,14 @@
 #include <cstring>
 #include <sstream>
 #include <thread>
+#include <type_traits>
 
 #include "attention_op.h"
 #include "dispatch.h"
 #include "emulated.h"
 #include "failing_memory.h"
 #include "fake_runtime.h"
+#include "fuzz_attention.h"
 #include "fuzz_case.h"
 #include "op.h"
 
@@ -36,7 +38,7 @@ namespace {
 
 using namespace qalora::ort;
 
-constexpr const char* kOurs = "GroupQuantLinear: ";
+constexpr const char* kOurs[] = {"GroupQuantLinear: ", "CachedAttention: "};
 // What a kernel may take before it runs, whatever the node and its stated shapes say: far below what
 // the sizes of MakeHuge would ask for, and above what a static C library takes for itself once.
 constexpr int64_t kMostOfAKernel = int64_t{1} << 20;
@@ -59,16 +61,32 @@ class Fuzzer {
 
   bool Run(int64_t number) {
     Rng rng(seed_ * 1000003 + static_cast<uint64_t>(number));
+    if (rng.OneIn(3)) {
+      AttentionCase c;
+      MakeAttentionCase(&rng, &c);
+      return RunCase(&rng, number, &c, domain_.ops[qalora::kOpVariants + c.variant()]);
+    }
     FuzzCase c;
     MakeCase(&rng, &c);
+    return RunCase(&rng, number, &c, domain_.ops[c.variant()]);
+  }
+
+  const Counts& counts() const { return counts_; }
+
+ private:
+  template <class Case>
+  bool RunCase(Rng* random, int64_t number, Case* drawn, const CustomOp* op) {
+    Rng& rng = *random;
+    Case& c = *drawn;
     ChooseLevel(&rng, &c);
     fault_ = rng.OneIn(4) ? Fault::kCall : rng.OneIn(6) ? Fault::kMemory : Fault::kNone;
     const int64_t before = Alive();
     // Twice: what an injected fault leaves behind must not disturb the next try.
     for (int attempt = 0; attempt < (fault_ == Fault::kNone ? 1 : 2); ++attempt) {
       if (attempt) fault_ = Fault::kNone;
-      std::string problem = Infer(&rng, c);
-      if (problem.empty()) problem = CreateAndRun(&rng, &c);
+      std::string problem;
+      if constexpr (std::is_same_v<Case, FuzzCase>) problem = Infer(&rng, c);
+      if (problem.empty()) problem = CreateAndRun(&rng, &c, op);
       Disarm();
       if (problem.empty() && Alive() != before) problem = "something was not released";
       if (problem.empty()) continue;
@@ -79,10 +97,8 @@ class Fuzzer {
     return true;
   }
 
-  const Counts& counts() const { return counts_; }
-
- private:
-  void ChooseLevel(Rng* rng, FuzzCase* c) {
+  template <class Case>
+  void ChooseLevel(Rng* rng, Case* c) {
     std::string level = levels_[static_cast<size_t>(rng->Below(levels_.size()))];
     if (rng->OneIn(200)) {
       level = rng->OneIn(2) ? "avx1024" : std::string(3000, '%');
@@ -107,7 +123,9 @@ class Fuzzer {
   bool Explains(Status* status) const {
     const std::string text = status->text;
     Release(status);
-    if (text.rfind(kOurs, 0) == 0) return text.size() > std::strlen(kOurs);
+    for (const char* ours : kOurs) {
+      if (text.rfind(ours, 0) == 0) return text.size() > std::strlen(ours);
+    }
     return text == kTooLarge || (fault_ == Fault::kCall && text == kInjected);
   }
 
@@ -160,8 +178,8 @@ class Fuzzer {
     return true;
   }
 
-  std::string CreateAndRun(Rng* rng, FuzzCase* c) {
-    const CustomOp* op = domain_.ops[c->variant()];
+  template <class Case>
+  std::string CreateAndRun(Rng* rng, Case* c, const CustomOp* op) {
     void* kernel = nullptr;
     Arm(rng, 30);
     TakeAskedFor();
@@ -177,8 +195,9 @@ class Fuzzer {
     return problem;
   }
 
-  std::string Compute(Rng* rng, FuzzCase* c, const CustomOp* op, void* kernel) {
-    c->context.memory.reset();
+  template <class Case>
+  std::string Compute(Rng* rng, Case* c, const CustomOp* op, void* kernel) {
+    for (auto& memory : c->context.memory) memory.reset();
     Status* status = nullptr;
     Arm(rng, 40);
     const auto run = [&] { status = op->KernelComputeV2(kernel, &c->context); };
@@ -192,14 +211,17 @@ class Fuzzer {
     const bool success = !status;
     const std::string problem = Outcome("the call", status, c->run);
     if (!problem.empty() || !success) return problem;
-    return Written(*c) ? "" : "an element of the output was not written, or is not finite";
+    const size_t outputs = std::is_same_v<Case, FuzzCase> || c->context.shares ? 1 : 3;
+    const size_t width = c->context.inputs[0]->info.type == kHalf ? 2 : 4;
+    bool written = true;
+    for (size_t i = 0; i < outputs; ++i) written &= Written(c->context.memory[i].get(), width);
+    return written ? "" : "an element of the output was not written, or is not finite";
   }
 
-  static bool Written(const FuzzCase& c) {
-    if (!c.context.memory) return false;
-    const uint8_t* at = c.context.memory->data();
-    const size_t width = c.x == kHalf ? 2 : 4;
-    for (size_t i = 0; i < c.context.memory->bytes(); i += width) {
+  static bool Written(const Exact* memory, size_t width) {
+    if (!memory) return false;
+    const uint8_t* at = memory->data();
+    for (size_t i = 0; i < memory->bytes(); i += width) {
       uint32_t bits = 0;
       std::memcpy(&bits, at + i, width);
       const uint32_t exponent = width == 2 ? 0x7c00 : 0x7f800000;

@@ -19,6 +19,7 @@
 #include "dispatch.h"
 #include "emulated.h"
 #include "half_test.h"
+#include "large_pages.h"
 #include "linear.h"
 #include "reference.h"
 #include "support.h"
@@ -284,6 +285,23 @@ bool TestFailingRunner(const Level& level) {
   return Fail(level, spec, Way{}, "a runner that fails is no error");
 }
 
+// Memory that is moved into large pages keeps what it holds, also where it ends within a page.
+bool TestLargePages() {
+  const size_t sizes[] = {1, 70000, size_t{5} << 20};
+  for (const size_t bytes : sizes) {
+    const Exact memory(nullptr, bytes, 3);
+    for (size_t i = 0; i < bytes; ++i) memory.data()[i] = static_cast<uint8_t>(i * 31 >> 3);
+    qalora::UseLargePages(memory.data(), bytes);
+    qalora::UseLargePages(memory.data() + bytes / 2, bytes - bytes / 2);
+    for (size_t i = 0; i < bytes; ++i) {
+      if (memory.data()[i] == static_cast<uint8_t>(i * 31 >> 3)) continue;
+      std::printf("FAILED: byte %zu of %zu changes in large pages\n", i, bytes);
+      return false;
+    }
+  }
+  return true;
+}
+
 std::vector<std::string> AllLevels() {
   std::vector<std::string> all = EmulatedNames();
   std::istringstream names(qalora::KernelNames());
@@ -308,6 +326,7 @@ int Main(uint64_t part, const std::vector<std::string>& names) {
     return 1;
   }
   if (*qalora::KernelNote()) std::printf("NOTE: %s\n", qalora::KernelNote());
+  if (!TestLargePages()) return 1;
   int64_t checks = 0;
   if (!TestHalf(quick, &checks)) return 1;
   std::printf("half: %lld conversions\n", static_cast<long long>(checks));

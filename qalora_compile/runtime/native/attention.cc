@@ -11,6 +11,8 @@ namespace qalora {
 namespace {
 
 constexpr int64_t kMostHeads = int64_t{1} << 20;
+// Of an axis: sums of them stay far from overflow.
+constexpr int64_t kMostSize = int64_t{1} << 40;
 // Rows of queries of one head that are computed in the pass that also copies the keys; more are
 // computed afterwards, in tasks.
 constexpr int64_t kFewQueries = 2 * kAttentionTile;
@@ -58,12 +60,18 @@ bool CheckShape(const TensorInfo (&inputs)[kAttentionInputs], int index, int64_t
               ShapeText(input).text, ShapeText(wanted).text);
 }
 
-bool CheckRanks(const TensorInfo (&inputs)[kAttentionInputs], Error* error) {
+bool CheckSizes(const TensorInfo (&inputs)[kAttentionInputs], Error* error) {
   for (int i = 0; i < kAttentionInputs; ++i) {
     const int64_t rank = i < 3 ? 3 : 4;
-    if (inputs[i].rank == rank) continue;
-    return Fail(error, "input %d (%s) has shape %s, expected %lld axes", i, kNames[i],
-                ShapeText(inputs[i]).text, static_cast<long long>(rank));
+    if (inputs[i].rank != rank) {
+      return Fail(error, "input %d (%s) has shape %s, expected %lld axes", i, kNames[i],
+                  ShapeText(inputs[i]).text, static_cast<long long>(rank));
+    }
+    for (int64_t axis = 0; axis < rank; ++axis) {
+      if (inputs[i].dims[axis] >= 0 && inputs[i].dims[axis] <= kMostSize) continue;
+      return Fail(error, "input %d (%s) has shape %s, which no tensor in memory has", i, kNames[i],
+                  ShapeText(inputs[i]).text);
+    }
   }
   return true;
 }
@@ -141,7 +149,7 @@ bool CheckAttention(const AttentionAttributes& attributes, Error* error) {
 bool CheckAttentionInputs(const AttentionAttributes& attributes,
                           const TensorInfo (&inputs)[kAttentionInputs], AttentionShape* shape,
                           Error* error) {
-  if (!CheckTypes(inputs, error) || !CheckRanks(inputs, error)) return false;
+  if (!CheckTypes(inputs, error) || !CheckSizes(inputs, error)) return false;
   shape->heads = attributes.heads;
   shape->kv_heads = attributes.kv_heads;
   if (!HeadWidth(inputs, 0, shape->heads, &shape->width, error) ||

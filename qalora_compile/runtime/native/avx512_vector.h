@@ -154,8 +154,9 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + at));
   }
   // Always inlined: GCC takes a function that only prefetches for one without effect, and drops it.
+  // Into all caches: with the hint for data that is read once, an Intel Xeon reads memory at half speed.
   static inline __attribute__((always_inline)) void Prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA);
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
 
   static uint32_t LargestBits16(const float* x) {

@@ -5,11 +5,15 @@
 #include <cstdlib>
 
 #include "buffer.h"
+#include "large_pages.h"
 
 namespace qalora {
 namespace {
 
 int64_t RoundUp(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+constexpr int kRunsBefore = 16;
+constexpr int kTurns = 32;
 
 thread_local Buffer workspace;
 thread_local Buffer scratch;
@@ -153,6 +157,20 @@ bool Linear::MakeMaps() const {
   return true;
 }
 
+// To move weights into large pages takes as long as it gains in about 100 runs of few rows. So it waits
+// until some have been made, and the layers of a model take turns.
+void Linear::CountRun(const Tensors& tensors) const {
+  const auto turn = static_cast<int>(reinterpret_cast<uintptr_t>(this) / kAlignment % kTurns);
+  const int moves = kRunsBefore + turn;
+  if (few_runs_.load(std::memory_order_relaxed) > moves) return;
+  if (few_runs_.fetch_add(1, std::memory_order_relaxed) != moves) return;
+  const size_t parameter_bytes = tensors.half_parameters ? 2 : 4;
+  const size_t parameters = static_cast<size_t>(layer_.n * layer_.groups) * parameter_bytes;
+  UseLargePages(tensors.codes, static_cast<size_t>(layer_.n * layer_.row_bytes()));
+  UseLargePages(tensors.scale, parameters);
+  UseLargePages(tensors.zero_point, parameters);
+}
+
 void Linear::Init(const Layer& layer, const KernelSet* kernels) {
   layer_ = layer;
   kernels_ = kernels;
@@ -198,6 +216,7 @@ bool Linear::Run(const Tensors& tensors, int64_t rows, const Parallel& parallel,
     kernels_->widen(static_cast<const uint16_t*>(tensors.bias), bias, layer_.n);
     job.bias = bias;
   }
+  if (rows < kPanelRows) CountRun(tensors);
   bool done = true;
   for (int64_t row = 0; done && row < rows; row += block) {
     job.rows = rows - row < block ? rows - row : block;

@@ -54,7 +54,9 @@ class Linear {
   const KernelSet* kernels_ = nullptr;
   Plan plan_;
   bool MakeMaps() const;
+  void CountRun(const Tensors& tensors) const;
 
+  mutable std::atomic<int> few_runs_{0};  // up to the one that moves the weights into large pages
   mutable std::mutex making_;
   mutable std::atomic<bool> made_{false};
   mutable int32_t* memory_ = nullptr;  // of what follows
