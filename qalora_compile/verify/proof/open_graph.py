@@ -21,8 +21,8 @@ from qalora_compile.verify.proof.graphs.read_fx import program_graph, read_progr
 from qalora_compile.verify.proof.graphs.read_onnx import read_onnx_graph
 from qalora_compile.verify.proof.graphs.read_openvino import read_openvino_graph
 from qalora_compile.verify.proof.graphs.read_pt2 import read_pt2_graph
+from qalora_compile.verify.proof.weights.find_layers import find_layers
 from qalora_compile.verify.proof.weights.find_lookups import find_lookups
-from qalora_compile.verify.proof.weights.onnx_layers import find_layers
 
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program

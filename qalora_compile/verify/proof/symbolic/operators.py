@@ -61,8 +61,6 @@ _UNIFORM = 1 << 20
 """Tensors of at most this many elements are searched for one value."""
 _TRANSPOSED = 1 << 24
 """Matrices of at most this many elements are the same as their transposes."""
-MATRIX = 2
-"""The number of axes of a matrix."""
 _LISTED = 1 << 12
 """Integers of at most this many elements are known one by one."""
 
@@ -137,7 +135,7 @@ def _named(value: StoredTensor) -> tuple[str, bool]:
     """
     values = value.values()
     found = digest_of(np.ascontiguousarray(values).reshape(-1))
-    if len(value.shape) != MATRIX or value.size > _TRANSPOSED:
+    if len(value.shape) != 2 or value.size > _TRANSPOSED:
         return found, False
     other = digest_of(np.ascontiguousarray(values.T).reshape(-1))
     return min((found, False), (other, True))

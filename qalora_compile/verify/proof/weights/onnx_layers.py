@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from qalora_compile.verify.proof.graphs.graph import Graph, Node, Ref, SiteRow, Tensor
@@ -33,8 +32,6 @@ from qalora_compile.verify.proof.weights.onnx_experts import expert_linear, expe
 from qalora_compile.verify.proof.weights.onnx_functions import Body, body_of
 
 GROUP_QUANT, NBITS = "qalora.GroupQuantLinear", "com.microsoft.MatMulNBits"
-_ENDS = ("onnx.Add", "onnx.Gemm", "onnx.MatMul", NBITS)
-"""Operators with which a layer may end in a file that a tool rewrote."""
 _FLOAT = 1
 _BITS = {"uint2": 2, "uint4": 4, "uint8": 8}
 _BODY_ROUNDINGS = 3
@@ -48,26 +45,6 @@ def onnx_linear(graph: Graph, site: SiteRow) -> Linear:
         NotLinearError: they do not have a form that an exporter of this package writes.
     """
     return _Reader(graph, site.k).linear(_output(graph, site))
-
-
-def find_layers(graph: Graph) -> Graph:
-    """Assign layers whose value a tool renamed or fused the last value of their own tensors.
-
-    Returns `graph`. A wrong guess is no harm: its map is compared like any other.
-    """
-    for name, site in graph.sites.items():
-        if graph.site_values.get(name, "") in graph.nodes or site.experts is not None:
-            continue
-        reader, own = _Reader(graph, site.k), f"{site.path}."
-        for value, node in graph.nodes.items():
-            read = [node, *(n for n in map(graph.node, node.args) if n is not None)]
-            stored = [arg.name for one in read for arg in one.args if isinstance(arg, Tensor)]
-            if node.op not in _ENDS or not any(part.startswith(own) for part in stored):
-                continue
-            with suppress(NotLinearError, KeyError, ValueError, TypeError, IndexError):
-                if reader.linear(Ref(value)).n == site.n:
-                    graph.site_values[name] = value
-    return graph
 
 
 def function_linears(graph: Graph, site: SiteRow, stated: Linear) -> dict[str, Linear]:
