@@ -10,11 +10,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx
-
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import ONNX_METADATA_KEY, PAST
 from qalora_compile.ir.onnx_metadata import OnnxMetadata
+from qalora_compile.optional import require
 from qalora_compile.untrusted.artifacts import ArtifactKind, find_artifact
 from qalora_compile.untrusted.ort_file import check_model
 from qalora_compile.verify.proof.certificate import Certificate, GraphRecord
@@ -61,6 +60,7 @@ def read_foreign(path: Path) -> Graph:
     """
     found = find_artifact(path)
     assert found is not None
+    onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
     try:
         model = onnx.load(str(found.path), load_external_data=False)
     except Exception as error:  # protobuf's own types
