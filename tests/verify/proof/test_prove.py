@@ -411,6 +411,36 @@ class Convolved(nn.Module):
         return y
 
 
+class Tempered(nn.Module):
+    """A layer times e to a stored power, as CLIP scales its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+        self.power = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(W x + b) · e^power."""
+        y: torch.Tensor = self.linear(x)
+        return y * self.power.exp()
+
+
+def test_what_an_exporter_folded_is_not_called_different(tmp_path: Path) -> None:
+    """It computes e^power itself, and rounds: samples tell a rounded number from a wrong one."""
+    folded = qc.fold_adapters(adapted(Tempered().eval(), (torch.randn(3, 64),)))
+    path = tmp_path / "model.onnx"
+    qc.export_model(folded, path, qc.ExportSpec(target="onnx"))
+    certificate = qc.prove_equivalence(folded, path)
+    assert certificate.verdict == "SAMPLED", certificate
+    graph = onnx.load(path)
+    named = {one.name: onnx.numpy_helper.to_array(one) for one in graph.graph.initializer}
+    (name,) = [n for n, v in named.items() if v.size == 1 and abs(float(v.item()) - 2.0138) < 1e-3]
+    wrong = next(one for one in graph.graph.initializer if one.name == name)
+    wrong.CopyFrom(onnx.numpy_helper.from_array(np.float32(2.02).reshape(named[name].shape), name))
+    onnx.save(graph, path)
+    assert qc.prove_equivalence(folded, path).verdict == "DIFFERENT"
+
+
 def test_a_weight_that_samples_cannot_tell_apart_is_found(tmp_path: Path) -> None:
     torch.manual_seed(0)
     example = (torch.randn(2, 3, 8, 8),)

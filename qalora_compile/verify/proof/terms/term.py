@@ -25,6 +25,8 @@ UNKNOWN = "?"
 """An unknown dtype."""
 _COMMUTATIVE = (SUM, PRODUCT)
 _NEUTRAL = {SUM: 0, PRODUCT: 1}
+_STORED = ("const", "number")
+"""Leaves that a graph holds."""
 _EXACT = 1 << 24
 """float32 holds every integer up to this one."""
 _SMALL = 1 << 16
@@ -335,7 +337,7 @@ def _without(these: Sequence[Term], those: Sequence[Term]) -> list[Term]:
 
 def _known(a: Term | None, b: Term | None, mixed: bool) -> bool:
     """Whether a difference is certain, which opaque operators of the other dialect prevent."""
-    if mixed and a is not None and b is not None and _is_one_number(a, b):
+    if mixed and a is not None and b is not None and (_is_one_number(a, b) or _is_folded(a, b)):
         return False
     inside = frozenset[str]().union(*(t.dialects for t in (a, b) if t is not None))
     return not inside if mixed else len(inside) <= 1
@@ -347,3 +349,18 @@ def _is_one_number(a: Term, b: Term) -> bool:
     if other.op != "const" or other.stored is None or other.stored.size != 1:
         return False
     return as_number(number) == float(other.stored.wide().reshape(-1)[0])
+
+
+def _is_folded(a: Term, b: Term) -> bool:
+    """Whether one is stored and the other computed from what is stored: an exporter may fold it."""
+    stored, computed = (a, b) if not a.args else (b, a)
+    if stored.op not in _STORED or not computed.args:
+        return False
+    waiting, seen = [computed], {computed.key}
+    while waiting:
+        here = waiting.pop()
+        if not here.args and here.op not in _STORED:
+            return False
+        waiting += [arg for arg in here.args if arg.key not in seen]
+        seen |= {arg.key for arg in here.args}
+    return True
