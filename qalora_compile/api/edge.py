@@ -25,7 +25,11 @@ from qalora_compile.api.run_folder import (
 from qalora_compile.config import ExportSpec
 from qalora_compile.errors import UnsupportedError
 from qalora_compile.exporters.capability import ExportReport
-from qalora_compile.exporters.checkpoints.hf_folder import copy_tokenizer, widen_tokenizer_config
+from qalora_compile.exporters.checkpoints.hf_folder import (
+    copy_tokenizer,
+    widen_tokenizer_config,
+    with_former_names,
+)
 from qalora_compile.exporters.onnx.genai_config import (
     CONFIG_FILE,
     context_length,
@@ -198,7 +202,7 @@ def _write_description(
     for_browsers = {"dtype": "q4", "use_external_data_format": apart or False}
     opened = parts.spec.is_onnx and parts.spec.format == "onnx"
     more = {"transformers.js_config": for_browsers} if opened else {}
-    write_json(folder / MODEL_CONFIG_FILE, model | more)
+    write_json(folder / MODEL_CONFIG_FILE, with_former_names(model | more))
     yield MODEL_CONFIG_FILE
     if generation:
         write_json(folder / GENERATION_FILE, generation)

@@ -25,6 +25,7 @@ from qalora_compile.untrusted import read_json
 from qalora_compile.untrusted.artifacts import tokenizer_files
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+_PARTIAL = "partial_rotary_factor"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
 """A file of weights is closed before it becomes larger; memory holds one file at a time."""
@@ -55,6 +56,24 @@ def widen_tokenizer_config(folder: Path) -> None:
     if value.get("tokenizer_class") == "TokenizersBackend":
         value["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(config, value)
+
+
+def with_former_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` in which readers from before transformers 5 find the rotary embedding too.
+
+    transformers 5 has one entry, `rope_parameters`. Others ask for `rope_theta`, `rope_scaling` and
+    `partial_rotary_factor`: without them mistral.rs refuses a model, and a reader with a default
+    computes other angles. Entries that are there already stay. Parameters by kind of layer had no
+    former names.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope:
+        return dict(config)
+    former = {name: rope[name] for name in ("rope_theta", _PARTIAL) if name in rope}
+    scaling = {name: value for name, value in rope.items() if name not in former}
+    if scaling.get("rope_type", "default") != "default":
+        former["rope_scaling"] = scaling
+    return former | dict(config)
 
 
 class FolderWriter:
@@ -93,7 +112,7 @@ class FolderWriter:
         self._name_shards()
         config = dict(description.config if description is not None else {}) | dict(changes or {})
         if config:
-            write_json(self._folder / CONFIG_FILE, config)
+            write_json(self._folder / CONFIG_FILE, with_former_names(config))
         if description is None:
             return
         if description.generation is not None:

@@ -71,7 +71,10 @@ write_mlx = PackedFormat(
     reader="mlx-lm",
     misfit=_misfit,
     pack=_pack,
-    config=lambda layers: {"quantization": quantization(layers)},
+    # by both names, as mlx-lm writes it: mistral.rs reads the second one
+    config=lambda layers: dict.fromkeys(
+        ("quantization", "quantization_config"), quantization(layers)
+    ),
     tag="mlx",
 ).write
 """Write a folder that mlx-lm loads."""
