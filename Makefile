@@ -224,9 +224,9 @@ extension-check: $(VENV)/installed-dev ## install the example extension into a s
 
 # Tools that simplify ONNX files, as tests of the proof alone use them: not in the package's own environment.
 .PHONY: simplifiers
-simplifiers: ## install the tools whose rewrites of ONNX files the proof is tried on
-	test -x build/simplifiers/bin/python || $(PYTHON) -m venv build/simplifiers
-	build/simplifiers/bin/python $(INSTALL) "onnxslim>=0.1.90,<0.2" "onnxsim>=0.8,<0.9"
+simplifiers: $(VENV)/installed-dev ## install the tools whose rewrites of ONNX files the proof is tried on
+	test -x build/simplifiers/bin/python || $(PYTHON) -m venv --without-pip build/simplifiers
+	$(INSTALL) build/simplifiers/bin/python "onnxslim>=0.1.90,<0.2" "onnxsim>=0.8,<0.9"
 
 .PHONY: mutation-score
 mutation-score: $(VENV)/installed-dev simplifiers ## plant every fault, and print what the proof and the numeric check find
