@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ def run_server(spec: ServeSpec, started: Callable[[Served, int], None]) -> None:
     Raises:
         UserInputError: see `open_served`; or the address cannot be used.
         UnsupportedError: see `open_served`; or FastAPI or uvicorn is not installed.
+        KeyboardInterrupt: the signal was SIGINT.
     """
     uvicorn = require("uvicorn", extra="serve", purpose="serve a model")
     served = open_served(spec)
@@ -95,7 +97,25 @@ def run_server(spec: ServeSpec, started: Callable[[Served, int], None]) -> None:
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
         started(served, int(listening.getsockname()[1]))
-        uvicorn.Server(config).run(sockets=[listening])
+        if signal.SIGINT in _run(uvicorn.Server(config), listening):
+            raise KeyboardInterrupt
+
+
+def _run(server: Any, listening: socket.socket) -> list[int]:
+    """Run a server to its end; returns the signals that it was sent.
+
+    uvicorn raises a signal again when it has shut down. A SIGINT reaches asyncio then, which may
+    find its task done, and no exception comes of it.
+    """
+    found, stop = list[int](), server.handle_exit
+
+    def handle_exit(number: int, frame: Any) -> None:
+        found.append(number)
+        stop(number, frame)
+
+    server.handle_exit = handle_exit
+    server.run(sockets=[listening])
+    return found
 
 
 def _listening(spec: ServeSpec) -> socket.socket:

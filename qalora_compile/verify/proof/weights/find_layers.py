@@ -16,22 +16,20 @@ _ENDS = ("onnx.Add", "onnx.Gemm", "onnx.MatMul", NBITS)
 def find_layers(graph: Graph) -> Graph:
     """Assign layers whose value a tool renamed or fused the last value of their own tensors.
 
-    Returns `graph`. A wrong guess is no harm: its map is compared like any other.
+    Lookups have no stated value: `find_lookups` finds them. Returns `graph`. A wrong guess is no
+    harm: its map is compared like any other.
     """
-    for name, site in graph.sites.items():
-        known = graph.site_values.get(name, "")
-        if known in graph.nodes or site.experts is not None:
+    for name, stated in list(graph.site_values.items()):
+        site = graph.sites.get(name)
+        if site is None or stated in graph.nodes or site.experts is not None:
             continue
-        found = known
+        found = stated
         for value in _candidates(graph, site):
             graph.site_values[name] = value
             with suppress(NotLinearError, KeyError, ValueError, TypeError, IndexError):
                 if onnx_linear(graph, site).n == site.n:
                     found = value
-        if found:
-            graph.site_values[name] = found
-        else:
-            graph.site_values.pop(name, None)
+        graph.site_values[name] = found
     return graph
 
 
