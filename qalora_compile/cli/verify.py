@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   qalora-compile verify folded edge --prove --certificate equal.json
   # parts that were only tried on samples are no failure
   qalora-compile verify folded edge --prove --allow-sampled
-  # a model's folder, and the file that optimum, torch.onnx or GenAI's builder made of it
+  # a model's folder, and the file that optimum or GenAI's builder made of it
   qalora-compile verify model their.onnx --prove
   # check it again, without torch
   qalora-compile verify --certificate equal.json
