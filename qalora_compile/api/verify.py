@@ -195,8 +195,7 @@ def prove_all(spec: VerifySpec) -> dict[str, Certificate]:
     Raises:
         UserInputError: a path cannot be read, or a page is asked for two graphs.
     """
-    pairs = proof_pairs(spec.a, spec.b)
-    if set(pairs) == {""}:
+    if _two_graphs(spec.a, spec.b) is None:
         return {"": prove(spec)}
     if spec.html:
         raise UserInputError(
@@ -204,10 +203,9 @@ def prove_all(spec: VerifySpec) -> dict[str, Certificate]:
             where=spec.b,
             hint="run verify --prove without --html",
         )
-    folder = Path(spec.a)
     return {
-        half: _proof(spec, folder, program, candidate)
-        for half, (program, candidate) in pairs.items()
+        half: _proof(spec, Path(spec.a), program, candidate)
+        for half, (program, candidate) in proof_pairs(spec.a, spec.b).items()
     }
 
 
@@ -220,15 +218,19 @@ def proof_pairs(a: str, b: str) -> dict[str, tuple[Program | None, Path]]:
     Raises:
         UserInputError: a path cannot be read.
     """
-    folder = Path(a)
-    halves = encoder_decoder_files(Path(b))
-    if halves is None or not (folder / MODEL).is_dir():
+    halves, folder = _two_graphs(a, b), Path(a)
+    if halves is None:
         one, other = _Named(a), _Named(b)
         return {"": (_with_cache(one, other), other.path)}
     merged = halves[1].name in (Path(MERGED_FILE).name, Path(ORT_MERGED_FILE).name)
     both = split_encoder_decoder(Program.load(folder), folder / MODEL, merged=merged)
     parts = zip(("encoder", "decoder"), both, halves, strict=True)
     return {half: (program, file) for half, program, file in parts}
+
+
+def _two_graphs(a: str, b: str) -> tuple[Path, Path] | None:
+    """The files of encoder and decoder if B has both, and A describes the model."""
+    return encoder_decoder_files(Path(b)) if (Path(a) / MODEL).is_dir() else None
 
 
 def _proof(spec: VerifySpec, folder: Path, program: Program | None, candidate: Path) -> Certificate:

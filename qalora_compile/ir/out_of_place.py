@@ -32,17 +32,17 @@ def write_out_of_place(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
         Each replaced call with its operand. A write keeps the operand's dtype; a new tensor need
         not have it, and the caller has to see that it has.
     """
-    found = ((node, _write_elsewhere(graph, node)) for node in list(graph.nodes))
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    found = ((node, _write_elsewhere(node, order)) for node in order)
     return [(node, operand) for node, operand in found if operand is not None]
 
 
-def _write_elsewhere(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _write_elsewhere(node: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
     """Replace a call if it may be; returns its operand then."""
     target = _counterpart(node)
     operand = None if target is None else _written(node)
     if target is None or operand is None or not _is_fresh(operand):
         return None
-    order = {each: number for number, each in enumerate(graph.nodes)}
     before = [user for user in operand.users if order[user] < order[node]]
     if not all(_is_fresh(user) for user in before):
         return None

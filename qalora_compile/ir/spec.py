@@ -24,7 +24,7 @@ from qalora_compile.ir.ops.affine_linear import AffineLinear
 from qalora_compile.ir.ops.embedding import GroupEmbedding
 from qalora_compile.ir.ops.experts import ExpertLinear
 from qalora_compile.ir.ops.integer_zero_linear import IntegerZeroLinear
-from qalora_compile.ir.ops.linear import GroupLinear
+from qalora_compile.ir.ops.linear import GroupLinear, LinearOnCodes
 from qalora_compile.ir.ops.views import arguments
 from qalora_compile.ir.packing.bitstream import packed_width
 from qalora_compile.ir.pattern import get_tensor
@@ -35,7 +35,7 @@ from qalora_compile.ir.tensor_identity import is_finite
 from qalora_compile.ir.torch_internals import OpOverload
 
 LayerOnCodes = GroupLinear | ExpertLinear | GroupEmbedding
-_OnCodes = LayerOnCodes | IntegerZeroLinear | AffineLinear
+_OnCodes = LayerOnCodes | LinearOnCodes
 QALORA = torch.ops.qalora
 GROUP_LINEAR = QALORA.group_linear.default
 GROUP_SUM = QALORA.group_sum.default

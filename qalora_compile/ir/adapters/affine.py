@@ -33,11 +33,10 @@ class AffineAdapter(InLayer):
     def insert(cls, graph: fx.Graph, layer: fx.Node, own: Nodes, settings: AdapterSettings) -> None:
         """Put one operator in the place of the layer."""
         (lora_a, lora_b, gain, *shift), plain = own, GroupLinear.of(layer)
-        weight = plain.qweight, plain.scale, plain.offset, plain.bias, plain.bits, plain.group_size
         moved = lora_a, lora_b, gain, shift[0] if shift else None
         with graph.inserting_before(layer):
             adapted = AffineLinear.create(
-                graph, plain.x, *weight, *moved, settings.pool, settings.scaling
+                graph, plain.x, *plain.weight, *moved, settings.pool, settings.scaling
             )
         replace_node(layer, adapted)
 

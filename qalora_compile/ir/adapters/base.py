@@ -12,10 +12,8 @@ from torch import Tensor, fx
 
 from qalora_compile.ir.meta import move_site, site_of
 from qalora_compile.ir.module import erase_unread
-from qalora_compile.ir.ops.affine_linear import AffineLinear
 from qalora_compile.ir.ops.experts import ExpertLinear
-from qalora_compile.ir.ops.integer_zero_linear import IntegerZeroLinear
-from qalora_compile.ir.ops.linear import GroupLinear
+from qalora_compile.ir.ops.linear import GroupLinear, LinearOnCodes
 from qalora_compile.ir.stages import ADAPTER_NAMES, CODE_NAMES
 
 DROPOUT = torch.ops.aten.dropout.default
@@ -149,15 +147,14 @@ class InLayer(Adapter):
 
     @property
     @abstractmethod
-    def operands(self) -> AffineLinear | IntegerZeroLinear:
+    def operands(self) -> LinearOnCodes:
         """The operands of the node."""
 
     @property
     def layer(self) -> GroupLinear:
         """The layer without its adapter; the graph does not hold it."""
         own = self.operands
-        parts = own.qweight, own.scale, own.offset
-        return GroupLinear(own.x, *parts, own.bias, own.bits, own.group_size)
+        return GroupLinear(own.x, *own.weight)
 
     @property
     def layer_node(self) -> fx.Node:

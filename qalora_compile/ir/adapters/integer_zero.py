@@ -37,10 +37,9 @@ class IntegerZero(InLayer):
     def insert(cls, graph: fx.Graph, layer: fx.Node, own: Nodes, settings: AdapterSettings) -> None:
         """Put one operator in the place of the layer."""
         (lora_a, lora_b), plain = own, GroupLinear.of(layer)
-        weight = plain.qweight, plain.scale, plain.offset, plain.bias, plain.bits, plain.group_size
         with graph.inserting_before(layer):
             adapted = IntegerZeroLinear.create(
-                graph, plain.x, *weight, lora_a, lora_b, settings.scaling, cls.kind
+                graph, plain.x, *plain.weight, lora_a, lora_b, settings.scaling, cls.kind
             )
         replace_node(layer, adapted)
 

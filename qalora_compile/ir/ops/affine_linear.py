@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.ir.affine import expand_groups, sum_groups
-from qalora_compile.ir.ops.linear import NAMESPACE, linear_on_codes, tile_rows
-from qalora_compile.ir.ops.views import OperatorView, view_of
+from qalora_compile.ir.ops.linear import NAMESPACE, LinearOnCodes, linear_on_codes, tile_rows
+from qalora_compile.ir.ops.views import view_of
 from qalora_compile.ir.packing.bitstream import pack_codes, unpack_codes
 
 STEP = 4.0
@@ -108,16 +108,9 @@ def _affine_linear_fake(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
 
 @view_of(affine_linear)
 @dataclass(frozen=True)
-class AffineLinear(OperatorView):
+class AffineLinear(LinearOnCodes):
     """A node of `affine_linear`."""
 
-    x: fx.Node
-    qweight: fx.Node
-    scale: fx.Node
-    offset: fx.Node
-    bias: fx.Node | None
-    bits: int
-    group_size: int
     lora_A: fx.Node
     lora_B: fx.Node
     gain: fx.Node

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from qalora_compile.ir.affine import sum_groups
-from qalora_compile.ir.ops.linear import NAMESPACE, linear_on_codes, tile_rows
-from qalora_compile.ir.ops.views import OperatorView, view_of
+from qalora_compile.ir.ops.linear import NAMESPACE, LinearOnCodes, linear_on_codes, tile_rows
+from qalora_compile.ir.ops.views import view_of
 from qalora_compile.ir.packing.bitstream import unpack_codes
 
 INTEGER, SCALE = "integer", "scale"
@@ -135,16 +135,9 @@ def _integer_zero_linear_fake(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
 
 @view_of(integer_zero_linear)
 @dataclass(frozen=True)
-class IntegerZeroLinear(OperatorView):
+class IntegerZeroLinear(LinearOnCodes):
     """A node of `integer_zero_linear`."""
 
-    x: fx.Node
-    qweight: fx.Node
-    scale: fx.Node
-    offset: fx.Node
-    bias: fx.Node | None
-    bits: int
-    group_size: int
     lora_A: fx.Node
     lora_B: fx.Node
     scaling: float

@@ -130,10 +130,9 @@ def _group_linear_fake(x: Tensor, qweight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
-@view_of(group_linear)
 @dataclass(frozen=True)
-class GroupLinear(OperatorView):
-    """A node of `group_linear`."""
+class LinearOnCodes(OperatorView):
+    """What the operators of quantized layers have in common: `group_linear`'s operands."""
 
     x: fx.Node
     qweight: fx.Node
@@ -142,6 +141,17 @@ class GroupLinear(OperatorView):
     bias: fx.Node | None
     bits: int
     group_size: int
+
+    @property
+    def weight(self) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, int, int]:
+        """All of these operands but x."""
+        return self.qweight, self.scale, self.offset, self.bias, self.bits, self.group_size
+
+
+@view_of(group_linear)
+@dataclass(frozen=True)
+class GroupLinear(LinearOnCodes):
+    """A node of `group_linear`."""
 
 
 @torch.library.custom_op(f"{NAMESPACE}::group_linear_input_grad", mutates_args=())

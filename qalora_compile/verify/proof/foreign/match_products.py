@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qalora_compile.verify.proof.foreign.products import Product
+from qalora_compile.verify.proof.foreign.products import HEAD, Product
 from qalora_compile.verify.proof.graphs.graph import Tensor
 from qalora_compile.verify.proof.graphs.stored_tensor import Array
 
 _ALIKE = 0.9
-"""The least cosine of the first rows of codes with those that they stand for."""
-_TRIED = 16
-"""How many rows these are; a single one may be of a token that is never used."""
+"""The least cosine of the first rows of codes with those that they stand for (`HEAD`)."""
 FARTHEST = 0.5
 """The largest distance of a row of codes from that row, relative to its length."""
 _CHUNK = 1 << 22
@@ -80,7 +78,7 @@ def _parts(left: list[Product], other: Product) -> list[Matched]:
 def _equal(fits: Iterator[Product], other: Product, first: int) -> Matched | None:
     head = other.rows(slice(first, first + 1))
     for one in fits:
-        if np.array_equal(one.rows(slice(0, 1)), head) and all(
+        if np.array_equal(one.head[:1], head) and all(
             np.array_equal(one.rows(p), other.rows(slice(first + p.start, first + p.stop)))
             for p in slices(one.n, one.k)
         ):
@@ -89,11 +87,8 @@ def _equal(fits: Iterator[Product], other: Product, first: int) -> Matched | Non
 
 
 def _nearest(fits: list[Product], other: Product, first: int) -> Matched | None:
-    scored = [
-        (_cosine(one.rows(slice(0, most)), other.rows(slice(first, first + most))), i)
-        for i, one in enumerate(fits)
-        for most in [min(one.n, _TRIED)]
-    ]
+    head = other.rows(slice(first, min(first + HEAD, other.n)))
+    scored = [(_cosine(one.head, head[: len(one.head)]), i) for i, one in enumerate(fits)]
     best, place = max(scored, key=lambda pair: (pair[0], -pair[1]), default=(0.0, 0))
     if best < _ALIKE:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from qalora_compile.verify.proof.weights import dequantize
 from qalora_compile.verify.proof.weights.linear_map import identity
 
 NBITS, LOOKUP = "com.microsoft.MatMulNBits", "com.microsoft.GatherBlockQuantized"
+HEAD = 16
+"""How many rows are compared first; a single one may be of a token that is never used."""
 _MATRIX = 2
 
 
@@ -41,6 +44,11 @@ class Product:
     bias: Any = None
     coded: bool = False
     lookup: bool = False
+
+    @cached_property
+    def head(self) -> Array:
+        """The first rows, at most `HEAD` of them: by these the others are told apart."""
+        return self.rows(slice(0, min(self.n, HEAD)))
 
 
 def products_of(graph: Graph, *, lookups: bool) -> list[Product]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.meta import ONNX_METADATA_KEY, PAST
 from qalora_compile.ir.onnx_metadata import OnnxMetadata
-from qalora_compile.optional import require
 from qalora_compile.untrusted.artifacts import ArtifactKind, find_artifact
 from qalora_compile.untrusted.ort_file import check_model
 from qalora_compile.verify.proof.certificate import Certificate, GraphRecord
@@ -22,7 +21,7 @@ from qalora_compile.verify.proof.foreign.match_products import FARTHEST, Matched
 from qalora_compile.verify.proof.foreign.products import LOOKUP, Product, cut_into, products_of
 from qalora_compile.verify.proof.graphs.graph import Graph, SiteRow
 from qalora_compile.verify.proof.graphs.read_fx import program_graph
-from qalora_compile.verify.proof.graphs.read_onnx import graph_of
+from qalora_compile.verify.proof.graphs.read_onnx import graph_of, load_model
 from qalora_compile.verify.proof.match_structure import (
     DIFFERENT,
     OPEN,
@@ -60,11 +59,7 @@ def read_foreign(path: Path) -> Graph:
     """
     found = find_artifact(path)
     assert found is not None
-    onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
-    try:
-        model = onnx.load(str(found.path), load_external_data=False)
-    except Exception as error:  # protobuf's own types
-        raise UserInputError(f"{found.path.name} is not an ONNX model", where=str(path)) from error
+    model = load_model(found.path)
     nothing = OnnxMetadata(
         version="", target=_OTHERS, stage="", history=(), signature={}, layers=(), site_values={}
     )

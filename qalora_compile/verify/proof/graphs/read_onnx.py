@@ -43,7 +43,6 @@ def read_onnx_graph(path: Path) -> Graph:
         UserInputError: the file is missing, is not an ONNX model, is in ONNX Runtime's own format,
             or is not from this package.
     """
-    onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
     if path.suffix == ORT_SUFFIX:
         raise UserInputError(
             f"{path.name} is in ONNX Runtime's own format, in which the graph is optimized already:"
@@ -53,12 +52,22 @@ def read_onnx_graph(path: Path) -> Graph:
             "file that it is made from: export --format onnx",
         )
     metadata = read_onnx_metadata(path)
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's own types
-        raise UserInputError(f"{path.name} is not an ONNX model", where=str(path)) from error
+    model = load_model(path)
     with explain_metadata(path):
         return graph_of(model, metadata, path)
+
+
+def load_model(path: Path) -> Any:
+    """The protobuf message of a model, without the weights that lie in other files.
+
+    Raises:
+        UserInputError: the file is not an ONNX model.
+    """
+    onnx = require("onnx", extra="onnx", purpose="read an ONNX model")
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own types
+        raise UserInputError(f"{path.name} is not an ONNX model", where=str(path)) from error
 
 
 def graph_of(model: Any, metadata: OnnxMetadata, path: Path) -> Graph:

@@ -350,8 +350,8 @@ def _gather_codes(x: Inputs, options: Options) -> Tensor:
     table, places, scale, zero = x
     bits, block = int(options.get("bits", 4)), int(options.get("block_size", 128))
     stored = _source(table)
-    axis = table_axis(options.get("quantize_axis", 1), len(stored.shape))
-    _needed(options.get("gather_axis", 0) == 0 and len(stored.shape) == 2 and axis == 1, "its axes")
+    axis = table.axis(options.get("quantize_axis", 1))
+    _needed(options.get("gather_axis", 0) == 0 and table.rank == 2 and axis == 1, "its axes")
     rows = stored.shape[0]
     blocks = int(scale.shape[1].constant or 0)
     if stored.dtype == "uint8":
@@ -369,11 +369,6 @@ def _gather_codes(x: Inputs, options: Options) -> Tensor:
         )
     _needed(blocks == -(-count // block) and holds(as_poly(blocks)), "scales of another shape")
     return t.gather(_dequantized(codes, scale, zeros, 1, block), 0, places)
-
-
-def table_axis(axis: int, rank: int) -> int:
-    """An axis, counted from the end if negative."""
-    return axis + rank if axis < 0 else axis
 
 
 def _wide(stored: StoredTensor, bits: int) -> StoredTensor:

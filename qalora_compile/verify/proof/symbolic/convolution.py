@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -86,6 +87,18 @@ class Window:
         return any((*self.before, *self.behind))
 
 
+def kernel_sizes(weight: Tensor) -> tuple[int, ...]:
+    """The sizes of a kernel `[O, C, …]` along the axes of space.
+
+    Raises:
+        UnprovableError: one is not known.
+    """
+    found = [size.constant for size in weight.shape[2:]]
+    if None in found:
+        raise UnprovableError("the size of a kernel is not known")
+    return tuple(size for size in found if size is not None)
+
+
 def padded(places: Sequence[Poly], space: Shape, inside: Callable[[], Expr], outside: Expr) -> Expr:
     """An element, or what padding has in its place."""
     within = TRUE
@@ -145,20 +158,13 @@ def average_pool(value: Tensor, window: Window, *, count_padding: bool) -> Tenso
     """The mean under each place of a kernel; padding counts as zeros, or not at all."""
     if window.padded and not count_padding:
         raise UnprovableError("a mean that leaves padding out")
-    share = inverse(number(float(_count(window.sizes))))
+    share = inverse(number(float(math.prod(window.sizes))))
     return elementwise(lambda x: mul(x, share), FLOAT, _pooled(value, window, ZERO, summed))
 
 
 def max_pool(value: Tensor, window: Window) -> Tensor:
     """The largest element under each place of a kernel."""
     return _pooled(value, window, number(-INFINITE), largest)
-
-
-def _count(sizes: Sequence[int]) -> int:
-    found = 1
-    for size in sizes:
-        found *= size
-    return found
 
 
 def _pooled(value: Tensor, window: Window, outside: Expr, reduce: Callable[..., Expr]) -> Tensor:

@@ -29,17 +29,10 @@ def _numbers(value: Any, axes: int, default: int) -> tuple[int, ...]:
     return found
 
 
-def _constant_sizes(value: Tensor) -> tuple[int, ...]:
-    found = [size.constant for size in value.shape]
-    if None in found:
-        raise UnprovableError("the size of a kernel is not known")
-    return tuple(size for size in found if size is not None)
-
-
 @_means(" ".join(f"aten.conv{n}d.default aten.conv{n}d.padding" for n in (1, 2, 3)), _CONVOLUTION)
 def _conv(a: Arguments) -> Tensor:
     value, weight = a["input"], a["weight"]
-    sizes = _constant_sizes(weight)[2:]
+    sizes = c.kernel_sizes(weight)
     axes = len(sizes)
     steps = _numbers(a.get("dilation"), axes, 1)
     padding = a.get("padding")

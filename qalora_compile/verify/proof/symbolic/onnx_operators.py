@@ -73,27 +73,21 @@ def _of_one_type(*values: Tensor) -> Sequence[Tensor]:
     return values
 
 
-def _float(value: Tensor) -> Tensor:
-    if value.dtype != t.FLOAT:
-        raise UnprovableError(f"an operand of type {value.dtype}")
-    return value
-
-
 def _unary(name: str) -> Callable[[Tensor], Tensor]:
     function = o.unary(name)
-    return lambda value: function(_float(value))
+    return lambda value: function(t.only_floats(value))
 
 
 for _op in _UNARY:
     _simple(_op, 1, _unary(_op.lower()))
 _simple("Abs", 1, o.absolute)
-_simple("Exp", 1, lambda x: t.elementwise(exponential, t.FLOAT, _float(x)))
+_simple("Exp", 1, lambda x: t.elementwise(exponential, t.FLOAT, t.only_floats(x)))
 _typed("Add", o.total)
 _typed("Sub", o.difference)
 _typed("Mul", o.product)
 _simple("Neg", 1, lambda x: o.scaled(x, -1))
-_simple("Reciprocal", 1, lambda x: t.elementwise(inverse, t.FLOAT, _float(x)))
-_simple("Pow", 2, lambda x, y: o.power(_float(x), y))
+_simple("Reciprocal", 1, lambda x: t.elementwise(inverse, t.FLOAT, t.only_floats(x)))
+_simple("Pow", 2, lambda x, y: o.power(t.only_floats(x), y))
 _simple("Identity", 1, lambda x: x)
 _typed("LessOrEqual", o.at_most)
 _typed("GreaterOrEqual", lambda x, y: o.at_most(y, x))
@@ -103,7 +97,7 @@ _typed("Equal", o.same)
 _typed("And", o.conjunction)
 _typed("Or", o.alternative)
 _simple("Not", 1, o.complement)
-_simple("IsNaN", 1, lambda x: t.elementwise(is_nan, t.BOOL, _float(x)))
+_simple("IsNaN", 1, lambda x: t.elementwise(is_nan, t.BOOL, t.only_floats(x)))
 _simple("Where", 3, lambda c, x, y: o.choice(c, *_of_one_type(x, y)))
 _typed("MatMul", sums.matmul)
 _simple("Expand", 2, lambda x, shape: t.expand(x, tuple(t.integers(shape))))
@@ -281,7 +275,7 @@ def _reduced(x: Inputs, options: Options, over: Callable[..., Tensor]) -> Tensor
 
 @means("ReduceL2", 2, "axes", "keepdims", "noop_with_empty_axes")
 def _length(x: Inputs, options: Options) -> Tensor:
-    squares = o.product(_float(x[0]), x[0])
+    squares = o.product(t.only_floats(x[0]), x[0])
     return o.unary("sqrt")(_reduced([squares, x[1]], options, sums.total))
 
 

@@ -30,19 +30,10 @@ def _window(options: Options, sizes: Sequence[int]) -> c.Window:
     return c.Window(tuple(sizes), strides, pads[:axes], pads[axes:], dilations)
 
 
-def _float(value: Tensor) -> Tensor:
-    if value.dtype != t.FLOAT:
-        raise UnprovableError(f"an operand of type {value.dtype}")
-    return value
-
-
 def _conv(x: Inputs, options: Options) -> Tensor:
     value, weight, bias = x
-    sizes = [size.constant for size in weight.shape[2:]]
-    if None in sizes:
-        raise UnprovableError("the size of a kernel is not known")
-    window = _window(options, [size for size in sizes if size is not None])
-    return c.convolution(_float(value), weight, bias, window, options.get("group", 1))
+    window = _window(options, c.kernel_sizes(weight))
+    return c.convolution(t.only_floats(value), weight, bias, window, options.get("group", 1))
 
 
 def _pool_window(value: Tensor, options: Options) -> c.Window:
@@ -55,18 +46,18 @@ def _pool_window(value: Tensor, options: Options) -> c.Window:
 def _max_pool(x: Inputs, options: Options) -> Tensor:
     if options.get("ceil_mode", 0) or options.get("storage_order", 0):
         raise UnprovableError("a pooling whose last window is cut off")
-    return c.max_pool(_float(x[0]), _pool_window(x[0], options))
+    return c.max_pool(t.only_floats(x[0]), _pool_window(x[0], options))
 
 
 def _average_pool(x: Inputs, options: Options) -> Tensor:
     if options.get("ceil_mode", 0):
         raise UnprovableError("a pooling whose last window is cut off")
     counted = bool(options.get("count_include_pad", 0))
-    return c.average_pool(_float(x[0]), _pool_window(x[0], options), count_padding=counted)
+    return c.average_pool(t.only_floats(x[0]), _pool_window(x[0], options), count_padding=counted)
 
 
 def _global_average(x: Inputs, _: Options) -> Tensor:
-    value = _float(x[0])
+    value = t.only_floats(x[0])
     return sums.reduced_over(value, range(2, value.rank), sums.mean, kept=True)
 
 
@@ -75,7 +66,7 @@ def _batch_norm(x: Inputs, options: Options) -> Tensor:
     if options.get("training_mode", 0):
         raise UnprovableError("a norm by the statistics of the batch")
     eps = number(options.get("epsilon", 1e-5))
-    return c.batch_norm(_float(value), (weight, bias), (center, spread), eps)
+    return c.batch_norm(t.only_floats(value), (weight, bias), (center, spread), eps)
 
 
 def _instance_norm(x: Inputs, options: Options) -> Tensor:
@@ -84,7 +75,7 @@ def _instance_norm(x: Inputs, options: Options) -> Tensor:
     if channels is None:
         raise UnprovableError("the number of channels is not known")
     eps = number(options.get("epsilon", 1e-5))
-    return c.group_norm(_float(value), channels, weight, bias, eps)
+    return c.group_norm(t.only_floats(value), channels, weight, bias, eps)
 
 
 def _group_norm(x: Inputs, options: Options) -> Tensor:
@@ -92,7 +83,7 @@ def _group_norm(x: Inputs, options: Options) -> Tensor:
     if options.get("stash_type", 1) != 1 or weight.shape[0] is not value.shape[1]:
         raise UnprovableError("a norm in another precision, or with a scale for each group")
     eps = number(options.get("epsilon", 1e-5))
-    return c.group_norm(_float(value), int(options["num_groups"]), weight, bias, eps)
+    return c.group_norm(t.only_floats(value), int(options["num_groups"]), weight, bias, eps)
 
 
 def _pad(x: Inputs, options: Options) -> Tensor:

@@ -86,6 +86,13 @@ class Tensor:
         return axis
 
 
+def only_floats(value: Tensor) -> Tensor:
+    """A tensor of floats; an `UnprovableError` for others."""
+    if value.dtype != FLOAT:
+        raise UnprovableError(f"an operand of type {value.dtype}")
+    return value
+
+
 def scalar(value: Expr, dtype: str) -> Tensor:
     """A tensor without axes."""
     return Tensor((), dtype, lambda _: value)

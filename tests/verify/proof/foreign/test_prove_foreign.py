@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from qalora_compile.api.verify import VerifySpec, prove
+from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.program import Program
 from qalora_compile.verify.proof.foreign.prove_foreign import (
@@ -179,6 +180,7 @@ def test_an_encoder_of_torch_is_proved_and_matched_by_order(tmp_path: Path) -> N
     certificate = prove(VerifySpec(a=str(folder), b=str(path)))
     assert certificate.verdict == "PROVED UNDER", certificate
     assert "outputs are matched by their order" in certificate.notes[-1]
+    assert main(["verify", str(folder), str(path), "--prove"]) == 0
     made = onnx.load(path)
     weights = [t for t in made.graph.initializer if len(t.dims) == 2]
     values = numpy_helper.to_array(weights[-1]).copy()
