@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,12 +44,13 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--one-of-each`."""
-    parser.addoption(
-        "--one-of-each",
-        metavar="SALT",
-        help="run each test with one of its parameters; another salt takes other ones",
-    )
+    """Add `--one-of-each`, `--some-of-each` and `--by`."""
+    for amount, number in (("one", "one"), ("some", "about the square root of the number")):
+        parser.addoption(
+            f"--{amount}-of-each",
+            metavar="SALT",
+            help=f"run each test with {number} of its parameters; another salt takes other ones",
+        )
     parser.addoption(
         "--by",
         choices=("folder", "file"),
@@ -82,17 +85,22 @@ def _turn(item: pytest.Item) -> int:
     return BY_TIME.index(folder) if folder in BY_TIME else len(BY_TIME)
 
 
+@pytest.hookimpl(trylast=True)  # after `-m` and `-k` have left items out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Order the tests by folder, and leave out what `--one-of-each` does not take."""
+    """Order the tests by folder, and leave out what `--one-of-each` or `--some-of-each` does."""
     if config.getoption("--by"):
         items.sort(key=_turn)
-    salt = config.getoption("--one-of-each")
-    if salt is None:
+    one, some = (config.getoption(f"--{amount}-of-each") for amount in ("one", "some"))
+    if one is None and some is None:
         return
-    chosen: dict[str, pytest.Item] = {}
-    for item in sorted(items, key=lambda item: crc32(f"{salt} {item.nodeid}".encode())):
-        chosen.setdefault(item.nodeid.partition("[")[0], item)
-    kept = {item.nodeid for item in chosen.values()}
+    tests = defaultdict[str, list[pytest.Item]](list)
+    for item in sorted(items, key=lambda item: crc32(f"{one or some} {item.nodeid}".encode())):
+        tests[item.nodeid.partition("[")[0]].append(item)
+    kept = {
+        item.nodeid
+        for each in tests.values()
+        for item in each[: 1 if some is None else math.ceil(math.sqrt(len(each)))]
+    }
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
     items[:] = [item for item in items if item.nodeid in kept]
 

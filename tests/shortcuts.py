@@ -8,6 +8,7 @@ to torch; where one is gone, nothing is done.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ def shortcuts() -> Iterator[None]:
     """All of them."""
     with pytest.MonkeyPatch.context() as patch:
         _look_symbolic_shapes_up_nowhere(patch)
+        _write_no_stack_traces(patch)
         _share_where_nodes_are_from(patch)
         _list_operators_once(patch)
         _read_translations_once(patch)
@@ -44,6 +46,15 @@ def _look_symbolic_shapes_up_nowhere(patch: pytest.MonkeyPatch) -> None:
             self.cache_enabled = False
 
     patch.setattr(FakeTensorMode, "__init__", begin)
+
+
+def _write_no_stack_traces(patch: pytest.MonkeyPatch) -> None:
+    """Trace without the text of each node's call stack, a tenth of the time: no test reads it.
+
+    Errors of tracing have the stack of their exception.
+    """
+    patch.setattr(torch.fx.config, "do_not_emit_stack_traces", True, raising=False)
+    patch.setattr(logging.getLogger("torch.__trace"), "handlers", [])  # what it would log has them
 
 
 def _share_where_nodes_are_from(patch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -49,6 +49,9 @@ def propagate(
 ) -> dict[str, str]:
     """Record the fake tensor or symbolic number of each node in `meta["val"]`.
 
+    Nodes that compute the same of equal shapes share one value, as those of equal layers do: so
+    each kind of layer is computed once, which takes a thirtieth of the time in a model of thirty.
+
     Args:
         graph: The graph of the program, or a copy of it.
         program: Its signature describes the inputs; axes of one name share one symbol.
@@ -63,21 +66,51 @@ def propagate(
     given = iter(zip(program.signature.inputs, example, strict=True))
     sizes: dict[str, Any] = {}
     values: dict[fx.Node, Any] = {}
+    made: dict[Hashable, Any] = {}
     with mode, enable_python_dispatcher(), torch.no_grad():
         for node in graph.nodes:
             if (tensor := tensors.get(node)) is not None:
-                value = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                layout = _layout(tensor)
+                if layout not in made:
+                    parts = tensor.shape, tensor.stride()
+                    made[layout] = torch.empty_strided(*parts, dtype=tensor.dtype)
+                value = made[layout]
             elif node.op == "placeholder":
                 value = _fake_input(*next(given), mode, sizes)
             elif node.op == "call_function":
-                call_args, call_kwargs = fx.node.map_arg(
-                    (node.args, node.kwargs), values.__getitem__
-                )
-                value = node.target(*call_args, **call_kwargs)
+                call = node.target, _facts((node.args, node.kwargs), values)
+                if call not in made:
+                    call_args, call_kwargs = fx.node.map_arg(
+                        (node.args, node.kwargs), values.__getitem__
+                    )
+                    value = node.target(*call_args, **call_kwargs)
+                    if isinstance(value, Tensor):  # whatever computed it
+                        value = made.setdefault(_layout(value), value)
+                    made[call] = value
+                value = made[call]
             else:
                 continue
             values[node] = node.meta["val"] = value
     return {str(symbol): name for name, symbol in sizes.items()}
+
+
+def _layout(tensor: Tensor) -> Hashable:
+    """What is recorded of a tensor; sizes may be symbols."""
+    sizes = *tensor.shape, *tensor.stride(), tensor.storage_offset()
+    return tensor.dtype, tuple(map(str, sizes))
+
+
+def _facts(argument: Any, values: Mapping[fx.Node, Any]) -> Hashable:
+    """What a call depends on: which values, and what constants (`1`, `1.0` and `True` differ)."""
+    if isinstance(argument, fx.Node):
+        return "value", id(values[argument])
+    if isinstance(argument, (tuple, list)):
+        return type(argument), tuple(_facts(each, values) for each in argument)
+    if isinstance(argument, dict):
+        return dict, tuple((name, _facts(each, values)) for name, each in argument.items())
+    if isinstance(argument, slice):
+        return slice, _facts((argument.start, argument.stop, argument.step), values)
+    return type(argument), argument
 
 
 def _fake_input(leaf: InputLeaf, value: Any, mode: FakeTensorMode, sizes: dict[str, Any]) -> Any:

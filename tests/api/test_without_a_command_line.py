@@ -86,6 +86,7 @@ def test_the_way_through(trained: FinetuneResult, root: Path, capsys: Capture) -
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_model_is_quantized_without_data(root: Path, capsys: Capture) -> None:
     codes = CodesSpec(bits=3, group_size=16)
     spec = QuantizeSpec(model=str(root / "model"), out=root / "three", codes=codes)
@@ -94,6 +95,7 @@ def test_a_model_is_quantized_without_data(root: Path, capsys: Capture) -> None:
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_run_is_gone_on_with_by_an_equal_specification(
     trained: FinetuneResult, spec: FinetuneSpec
 ) -> None:

@@ -14,6 +14,7 @@ from benchmarks.logit_bound import Bound, Value, bounds, main
 from tests.models import HIDDEN, adapted, llama, token_ids
 
 
+@pytest.mark.slow
 def test_no_input_moves_the_logits_farther(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

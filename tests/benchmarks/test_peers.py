@@ -48,6 +48,7 @@ class Counting:
 LOAD = {"do": "load", "path": "x", "threads": 1, "context": 8, "options": {}}
 
 
+@pytest.mark.slow
 def test_a_child_answers_requests() -> None:
     server = Server(Counting)
     assert server.answer(LOAD)["version"] == "counting 1"
@@ -94,6 +95,7 @@ PLAN = Plan(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_peers_are_asked_in_turn() -> None:
     asked: list[tuple[str, str]] = []
     names = ("a", "b", "c")
@@ -117,6 +119,7 @@ def test_all_read_the_same_tokens() -> None:
     assert PLAN.context >= 8 + 3
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_is_left_out() -> None:
     asked: list[tuple[str, str]] = []
     made = {"a": Recording("a", asked, fails="run"), "b": Recording("b", asked)}
@@ -223,6 +226,7 @@ def test_what_cannot_be_had_is_skipped(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(skipped.values()) == {"no npm"} and len(skipped) == 3
 
 
+@pytest.mark.slow
 def test_our_edge_runs_in_a_child(tmp_path: Path) -> None:
     source = tmp_path / "tiny"
     model: Any = llama(hidden_size=64, intermediate_size=64)

@@ -60,6 +60,7 @@ def program(model: nn.Module) -> qc.Program:
     return capture_causal_lm(model)
 
 
+@pytest.mark.slow
 def test_inputs_and_outputs_have_the_names_that_runtimes_know(program: qc.Program) -> None:
     shapes = {leaf.name: leaf.shape for leaf in program.signature.inputs}
     assert shapes["input_ids"] == shapes["position_ids"] == ("batch", "sequence")
@@ -115,6 +116,7 @@ def test_padding_on_the_left_changes_nothing(program: qc.Program) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_last_logits_alone(model: nn.Module, program: qc.Program) -> None:
     last = capture_causal_lm(model, last_logits=True)
     ids, mask = token_ids(2, 5), torch.ones(2, 5).long()
@@ -139,6 +141,7 @@ def test_no_weight_is_read() -> None:
     assert all(map(is_lazy, weights.values()))
 
 
+@pytest.mark.slow
 def test_a_window_of_attention_is_kept_in_the_mask() -> None:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 

@@ -19,7 +19,7 @@ from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.exporters.onnx import initializers
 from qalora_compile.ir.lazy_tensor import is_lazy, materialize
-from tests.models import llama, slow, token_ids
+from tests.models import llama, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def test_weights_are_those_of_the_files(model: Any, folder: Path) -> None:
         assert torch.equal(materialize(tensor), parameters[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float32)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_quantizing_later_is_quantizing_now(model: Any, tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     twin = type(model)(model.config).eval().to(dtype)
@@ -68,6 +69,7 @@ def test_quantizing_later_is_quantizing_now(model: Any, tmp_path: Path, dtype: t
         assert np.array_equal(*pair), name
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_folder_that_generates(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "edge"
     assert main(["quantize", str(folder), "--out", str(out), "--bits", "3"]) == 0
@@ -133,6 +135,7 @@ def test_a_full_disk_is_seen_before_writing(
     assert not (tmp_path / "edge").exists()
 
 
+@pytest.mark.slow
 def test_a_correction_that_is_zero_is_written(tmp_path: Path) -> None:
     """Symmetric weights have integer zero-points, which is not known before they are computed."""
     torch.manual_seed(0)
@@ -150,6 +153,7 @@ def test_a_correction_that_is_zero_is_written(tmp_path: Path) -> None:
     assert corrections and not any(values.any() for values in corrections)
 
 
+@pytest.mark.slow
 def test_large_lazy_weights_go_into_an_external_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ def test_a_hugging_face_folder_is_loaded_as_it_is(folder: Path) -> None:
     assert worst(program(input_ids=ids, attention_mask=mask), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_encoder_folder_is_loaded(tmp_path: Path) -> None:
     bert().save_pretrained(tmp_path)  # type: ignore[operator]
     source = load_source(str(tmp_path))

@@ -17,7 +17,7 @@ from qalora_compile.capture.load_source import load_source
 from qalora_compile.cli.main import main
 from qalora_compile.errors import UserInputError
 from qalora_compile.ir.lazy_tensor import materialize
-from tests.models import llama
+from tests.models import llama, slow
 
 
 def saved(folder: Path, *, tied: bool = False) -> Path:
@@ -63,6 +63,7 @@ def agrees_with_transformers(folder: Path) -> tuple[str, ...]:
     return program.notes
 
 
+@pytest.mark.slow
 def test_a_head_that_is_not_the_embedding_is_used(tmp_path: Path) -> None:
     """Case 1: it became another model without a word."""
     folder = saved(tmp_path / "m", tied=True)
@@ -93,9 +94,8 @@ def floats(dtype: torch.dtype, keep: str = "") -> Any:
 @pytest.mark.parametrize(
     ("said", "held", "keep"),
     [
-        (None, torch.bfloat16, ""),
+        *slow((None, torch.bfloat16, ""), ("float32", torch.bfloat16, "")),
         ("bfloat16", torch.float32, ""),
-        ("float32", torch.bfloat16, ""),
         ("bfloat16", torch.bfloat16, "norm"),
         ("float16", torch.bfloat16, ""),
     ],

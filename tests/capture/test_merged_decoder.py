@@ -19,12 +19,13 @@ from tests.exporters.test_encoder_decoder import START, build
 from tests.models import randomize_adapters
 from tests.zoo.entries import ENTRIES
 
-SLOW = tuple(pytest.param(name, marks=pytest.mark.slow) for name in ("bart", "whisper"))
+pytestmark = pytest.mark.slow
+
 NEW_TOKENS, STATES = 8, "encoder_hidden_states"
 FORMS = ({"target": "ort"}, {"target": "ort-stock"}, {"target": "onnx"}, {"expansion": "float"})
 
 
-@pytest.fixture(scope="module", params=["t5", *SLOW])
+@pytest.fixture(scope="module", params=["t5", "bart", "whisper"])
 def split(request: pytest.FixtureRequest) -> tuple[str, Any, qc.Program, tuple[qc.Program, ...]]:
     """The name in the zoo, the model with its adapters, the program, encoder and decoder."""
     plain = build(request.param)

@@ -105,6 +105,7 @@ def test_dicts_and_nested_outputs_come_back_as_they_are() -> None:
         assert len(program.signature.outputs) == len(outputs(expected))
 
 
+@pytest.mark.slow
 def test_a_transformers_output_has_its_fields() -> None:
     program = qc.capture_model(TRANSFORMERS["llama"](), (), {"input_ids": token_ids(2, 8)})
     assert program.signature.outputs == ("logits",)

@@ -389,6 +389,7 @@ def test_an_adapter_that_does_not_pool_refuses_pooling(tmp_path: Path) -> None:
         as_pooled(odd, gpt2(), "mean")
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_model_names_the_layer(tmp_path: Path) -> None:
     trained(base(), pooled(), tmp_path)
     updates = updates_of(read_peft_adapter(tmp_path))

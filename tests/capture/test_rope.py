@@ -12,7 +12,7 @@ from torch import Tensor
 from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.capture.model import capture_model
 from qalora_compile.cli.main import main
-from tests.models import llama
+from tests.models import llama, slow
 
 TRAINED = 32
 KINDS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ def text(length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["yarn", *slow("dynamic", "longrope")])
 def test_logits_are_those_of_transformers_at_every_length(kind: str) -> None:
     """A model of transformers keeps the frequencies of the longest text: each is a new one."""
     cached = capture_causal_lm(model_of(kind)).module

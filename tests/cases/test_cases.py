@@ -322,7 +322,7 @@ def test_case_10_same_input_many_readers(tmp_path: Path) -> None:
     assert qc.verify_equivalence(folded, tmp_path / "model.onnx", [(x,)], tolerance).passed
 
 
-@pytest.mark.parametrize("name", ["llama", *slow("bert", "gpt2")])
+@pytest.mark.parametrize("name", ["bert", *slow("llama", "gpt2")])
 def test_case_11_a_batch_the_capture_never_saw(name: str, tmp_path: Path) -> None:
     model = TRANSFORMERS[name]()
     program = qc.capture_model(model, (token_ids(2, 16),))
@@ -342,7 +342,7 @@ EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Half a step at 1: the largest relative error of one rounding."""
 
 
-@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float16)], ids=str)
 @pytest.mark.parametrize("name", ["vit", *slow("llama")])
 def test_case_12_half_precision_models(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     entry = ENTRIES[name]

@@ -42,6 +42,7 @@ def model(folder: Path) -> Any:
     return LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
 
 
+@pytest.mark.slow
 def test_a_pooled_adapter_goes_to_a_folded_model(
     model_folder: Path, adapters: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -92,6 +93,7 @@ def test_plain_lora_is_refused_approximated_or_merged(
     assert float((ours - expected).abs().max()) < 0.03 * float((expected - without).abs().max())
 
 
+@pytest.mark.slow
 def test_an_update_is_merged_into_what_half_precision_rounds(
     model_folder: Path, adapters: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -133,6 +135,7 @@ def test_what_the_reader_has_to_say_is_said(plain: str, tmp_path: Path, capsys: 
     assert ("--plain merge changes their weights" in said) == (plain == "merge")
 
 
+@pytest.mark.slow
 def test_metadata_of_a_gguf_base_are_kept(tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base.gguf")
     no_table = {"save_embedding_layers": False}  # else PEFT asks the base for its configuration

@@ -20,6 +20,7 @@ def finetune(model: Path, data: Path, out: Path, *options: str) -> int:
     return main([*words, *TRAIN, *options])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["affine", "qat"])
 def test_it_is_trained_folded_exported_and_proved(
     kind: str, model_folder: Path, data_file: Path, tmp_path: Path

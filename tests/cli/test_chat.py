@@ -32,6 +32,7 @@ def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
+@pytest.mark.slow
 def test_lines_of_a_pipe_are_answered(
     edge: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

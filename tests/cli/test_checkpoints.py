@@ -34,6 +34,7 @@ def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "folded"
 
 
+@pytest.mark.slow
 def test_gguf_is_written_and_verified(folded: Path, tmp_path: Path, capsys: Capture) -> None:
     edge = tmp_path / "edge"
     assert main(["export", str(folded), "--out", str(edge), "--target", "gguf"]) == 0
@@ -82,6 +83,7 @@ def test_every_form_is_evaluated(folded: Path, tmp_path: Path, capsys: Capture) 
     assert len({row["predicted"] for row in rows}) == 1
 
 
+@pytest.mark.slow
 def test_other_folders_are_written(folded: Path, tmp_path: Path, capsys: Capture) -> None:
     for target, module in (("mlx", "mlx.core"), ("hqq", "hqq"), ("safetensors", "")):
         edge = tmp_path / target

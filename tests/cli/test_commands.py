@@ -205,6 +205,7 @@ def test_the_folder_can_carry_the_library(workspace: Path, tmp_path: Path, capsy
     assert "there is no library" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_in_a_second_file_are_said_to_transformers_js(
     workspace: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +225,7 @@ def test_weights_in_a_second_file_are_said_to_transformers_js(
     assert main(["verify", folded, str(out), "--max-rel", "5e-4", "--inputs", "1"]) == 0
 
 
+@pytest.mark.slow
 def test_without_a_cache_and_without_a_tokenizer(
     workspace: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -246,6 +248,7 @@ def test_a_context_that_is_too_long_is_refused(workspace: Path, capsys: Capture)
     assert "more than the 64" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_measures_every_form(workspace: Path, capsys: Capture) -> None:
     sizes = ["--prompts", "4", "8", "--decode", "3", "--rounds", "2", "--threads", "1"]
     run = ["--run", str(workspace / "run")]
@@ -278,6 +281,7 @@ def test_every_command_has_help_with_examples(command: str, capsys: Capture) -> 
     assert f"qalora-compile {command}" in capsys.readouterr().out.split("examples:")[1]
 
 
+@pytest.mark.slow
 def test_a_factory_trains_on_token_ids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -301,6 +305,7 @@ def test_a_factory_trains_on_token_ids(
     assert {row["bits"] for row in rows if row["decision"] == "quantize"} == {3}
 
 
+@pytest.mark.slow
 def test_bits_ranks_and_start_are_chosen_by_the_data(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:

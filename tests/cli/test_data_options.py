@@ -52,6 +52,7 @@ def record(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_its_classes(classifier: Path) -> None:
     found = record(classifier / "run")
     assert found["reading"]["classes"] == ["bad", "good"]
@@ -66,6 +67,7 @@ def test_a_classifier_learns_its_classes(classifier: Path) -> None:
     assert rows["bert.pooler.dense"].bits == 4
 
 
+@pytest.mark.slow
 def test_the_exported_classifier_tells_the_classes_apart(
     classifier: Path, encoder_folder: Path
 ) -> None:
@@ -91,6 +93,7 @@ def test_the_exported_classifier_tells_the_classes_apart(
     assert right == record(classifier / "run")["held_out"]["after"]["exact_match"] > 0.85
 
 
+@pytest.mark.slow
 def test_a_classifier_that_was_interrupted_goes_on(
     classifier: Path, encoder_folder: Path, capsys: Capture
 ) -> None:
@@ -108,6 +111,7 @@ def test_a_classifier_that_was_interrupted_goes_on(
     assert "--batches by-length, not shuffled" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -231,6 +235,7 @@ def test_labels_and_a_model_that_generates_are_refused_before_it_is_loaded(
     assert "only a model from a Hugging Face folder" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_table_with_names_of_its_own_is_learned(
     model_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -254,6 +259,7 @@ def test_a_table_with_names_of_its_own_is_learned(
     assert "4 of 4 labels are not learned" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_many_rows_are_trained_on_from_their_file(
     model_folder: Path, data_file: Path, tmp_path: Path, capsys: Capture, monkeypatch: Any
 ) -> None:

@@ -43,6 +43,7 @@ def layers(path: Path, capsys: Capture) -> dict[str, dict[str, object]]:
     return {row["path"]: row for row in json.loads(capsys.readouterr().out)["layers"]}
 
 
+@pytest.mark.slow
 def test_from_training_to_the_edge(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     data = tmp_path / "ids.jsonl"
     data.write_text("".join(json.dumps({"input_ids": [n, n + 1, n + 2]}) + "\n" for n in range(8)))

@@ -104,6 +104,7 @@ def test_a_folder_of_sentence_transformers_is_read_and_written(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_an_adapted_encoder_is_exported_with_its_pooling(
     encoder_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -167,6 +168,7 @@ def test_a_language_model_has_no_embedding_of_a_sentence(
     assert "and not last_hidden_state" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_classifier_is_quantized_with_the_names_of_its_classes(
     encoder_folder: Path, tmp_path: Path
 ) -> None:

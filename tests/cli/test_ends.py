@@ -66,6 +66,7 @@ TURN = len(WORDS) + 1
 ENDS = [0, 1, TURN]
 
 
+@pytest.mark.slow
 def test_a_run_says_where_each_end_is_from(run: Path) -> None:
     said = read(run / "run" / "run.json")["ends"]
     assert said == {
@@ -90,6 +91,7 @@ def test_a_float_folder_ends_at_all_of_them(run: Path, tmp_path: Path) -> None:
     assert read(out / "generation_config.json")["eos_token_id"] == ENDS
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_only_quantized_asks_the_tokenizer_too(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "edge"
     assert main(["quantize", str(run / "model"), "--out", str(out)]) == 0

@@ -38,6 +38,7 @@ def evaluated(capsys: Capture, *words: str) -> list[dict[str, Any]]:
     return list(json.loads(capsys.readouterr().out))
 
 
+@pytest.mark.slow
 def test_every_form_has_the_figures_of_the_training(
     workspace: Path, model_folder: Path, data_file: Path, capsys: Capture
 ) -> None:
@@ -74,6 +75,7 @@ def test_perplexity_of_texts_is_that_of_transformers(
     assert (row["predicted"], row["examples"], row["exact_match"]) == (count, 2, None)
 
 
+@pytest.mark.slow
 def test_the_table_names_models_and_figures(
     workspace: Path, data_file: Path, capsys: Capture
 ) -> None:
@@ -82,6 +84,7 @@ def test_the_table_names_models_and_figures(
     assert all(word in shown for word in ("perplexity", "exact match", "eval: 6 examples", "edge"))
 
 
+@pytest.mark.slow
 def test_a_classifier_has_an_accuracy(
     encoder_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -53,6 +53,7 @@ def record(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_says_how_it_was_trained(run: Path) -> None:
     found = record(run)
     assert (found["status"], found["step"]) == ("finished", 6)
@@ -292,6 +293,7 @@ def test_what_was_cut_is_in_the_record_and_the_summary(
     assert said in (out / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_model_with_an_encoder_is_calibrated_on_a_file(
     t5_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from tests.zoo.entries import ENTRIES
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(scope="module", params=["mixtral", "resnet", *slow("lstm"), "looped"])
+@pytest.fixture(scope="module", params=[*slow("mixtral", "lstm"), "resnet", "looped"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folded model of the zoo, with its export in `edge`."""
     entry = ENTRIES[request.param]

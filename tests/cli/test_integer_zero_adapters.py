@@ -13,9 +13,10 @@ from qalora_compile.cli.main import main
 from qalora_compile.training.forward.autocast import has_bfloat16
 from qalora_compile.training.records.log import read_log
 from qalora_compile.untrusted.artifacts import model_file
+from tests.models import slow
 
 
-@pytest.mark.parametrize("options", [("--adapter", "scale"), ("--zero-point", "integer")])
+@pytest.mark.parametrize("options", [*slow((("--adapter", "scale"),)), ("--zero-point", "integer")])
 def test_it_is_trained_folded_exported_and_verified(
     options: tuple[str, str],
     model_folder: Path,
@@ -41,6 +42,7 @@ def test_it_is_trained_folded_exported_and_verified(
     assert kinds == {"integer"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16")
 def test_it_is_trained_in_bfloat16(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     losses = []

@@ -70,6 +70,7 @@ def _accuracies(root: Path, data: Path, capsys: Capture) -> list[float]:
     return [row["accuracy"] for row in json.loads(capsys.readouterr().out)]
 
 
+@pytest.mark.slow
 def test_images_from_data_to_onnx_runtime(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +100,7 @@ def test_images_from_data_to_onnx_runtime(
     assert capsys.readouterr().out == "red\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [False, True], ids=["no-mask", "mask"])
 def test_audio_from_data_to_onnx_runtime(mask: bool, tmp_path: Path, capsys: Capture) -> None:
     model = write_audio_model(tmp_path / "wav2vec2", mask=mask)
@@ -134,6 +136,7 @@ def test_a_checkpoint_with_its_own_head_is_evaluated(tmp_path: Path, capsys: Cap
     assert (row["form"], row["accuracy"]) == ("float", right / 12)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_same_files(tmp_path: Path) -> None:
     model, data = write_image_model(tmp_path / "vit"), write_images(tmp_path / "data")
     words = ["finetune", str(model), "--data", str(data), "--batch-size", "4"]

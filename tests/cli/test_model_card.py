@@ -20,6 +20,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.verify import Certificate, check_certificate
 from tests import forked
 from tests.cli.tiny import WORDS
+from tests.models import slow
 
 Capture = pytest.CaptureFixture[str]
 yaml: Any = pytest.importorskip("yaml", reason="PyYAML, of transformers, is not installed")
@@ -64,6 +65,7 @@ def block(text: str, client: str) -> str:
     return found[1]
 
 
+@pytest.mark.slow
 def test_the_card_says_what_the_model_is(made: Path, data_file: Path) -> None:
     text = card(made / "edge")
     front = head(text)
@@ -183,6 +185,7 @@ def test_foreign_words_add_no_markup(tmp_path: Path) -> None:
     assert len(words("x" * 999)) == 200
 
 
+@pytest.mark.slow
 def test_a_card_that_a_person_wrote_is_kept(copy: Path, capsys: Capture) -> None:
     edge, again = copy / "edge", ["export", str(copy / "folded"), "--out", str(copy / "edge")]
     first = card(edge)
@@ -250,7 +253,7 @@ def change(folder: Path, name: str) -> None:
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*slow(*FILES[:2]), FILES[2]])
 def test_a_changed_tokenizer_is_found(copy: Path, name: str, capsys: Capture) -> None:
     folded, edge, path = str(copy / "folded"), str(copy / "edge"), str(copy / "equal.json")
     assert main(["verify", folded, edge, "--prove", "--certificate", path]) == 0
@@ -267,6 +270,7 @@ def test_a_changed_tokenizer_is_found(copy: Path, name: str, capsys: Capture) ->
     assert found["difference"].startswith("the tokenizers differ: ") and name in found["difference"]
 
 
+@pytest.mark.slow
 def test_a_template_that_only_one_client_reads_is_bound_too(copy: Path) -> None:
     """transformers.js reads the template in `tokenizer_config.json`."""
     settings = copy / "edge" / "tokenizer_config.json"
@@ -279,6 +283,7 @@ def test_a_template_that_only_one_client_reads_is_bound_too(copy: Path) -> None:
     assert main(["verify", *models, "--prove"]) == 1
 
 
+@pytest.mark.slow
 def test_an_older_certificate_binds_no_tokenizer(copy: Path) -> None:
     path = copy / "equal.json"
     models = [str(copy / "folded"), str(copy / "edge")]

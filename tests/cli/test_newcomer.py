@@ -351,6 +351,7 @@ def test_without_a_terminal_lines_are_wide(
     assert any(str(missing) in line for line in capsys.readouterr().err.splitlines())
 
 
+@pytest.mark.slow
 def test_a_classifier_counts_the_tokens_that_it_reads(encoder_folder: Path, tmp_path: Path) -> None:
     rows = [{"text": f"the film is {word}", "label": word} for word in ("fine", "dull")]
     data = tmp_path / "data.jsonl"

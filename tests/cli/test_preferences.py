@@ -15,7 +15,6 @@ from qalora_compile.ir.safetensors_io import load_tensors
 from qalora_compile.training.records.checkpoint import list_checkpoints
 from qalora_compile.training.records.log import read_log
 from tests.cli.tiny import WORDS
-from tests.models import slow
 
 Capture = pytest.CaptureFixture[str]
 
@@ -35,7 +34,8 @@ def record(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("loss", ["dpo", *slow("orpo")])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
 def test_a_run_learns_to_prefer_and_goes_on(
     loss: str, model_folder: Path, pairs_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -77,6 +77,7 @@ def texts(path: Path, word: str, count: int = 12) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_quantize_learns_from_files_in_turn(
     model_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -155,6 +156,7 @@ def test_quantize_keeps_the_codes_of_a_checkpoint(
     assert record["layers"]["by_width"] == {"3 bits": 14}
 
 
+@pytest.mark.slow
 def test_quantize_anew_where_bits_are_asked_for(tmp_path: Path, capsys: Capture) -> None:
     folder, edge = tmp_path / "gptq", tmp_path / "edge"
     write_folder(folder, gptq_layer([], 3), gptq_config(3))

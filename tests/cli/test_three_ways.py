@@ -58,6 +58,7 @@ def load(folder: Path, data: Path) -> tuple[Any, tuple[Example, ...], torch.Tens
     return model.eval(), tuple(examples), torch.tensor([[2, 3, 4], [5, 6, 7]])
 
 
+@pytest.mark.slow
 def test_a_plain_loop_on_a_program(
     model_folder: Path, data_file: Path, expected: list[float]
 ) -> None:
@@ -114,6 +115,7 @@ def options(folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_hugging_face_trainer(
     model_folder: Path, data_file: Path, expected: list[float], tmp_path: Path
 ) -> None:
@@ -132,6 +134,7 @@ def test_the_hugging_face_trainer(
     assert model.is_gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_the_trainer_of_trl(
     model_folder: Path, data_file: Path, expected: list[float], tmp_path: Path
 ) -> None:

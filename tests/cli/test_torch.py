@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from qalora_compile.cli.main import main
-from tests.models import slow
 
 Capture = pytest.CaptureFixture[str]
 
@@ -23,7 +22,8 @@ def folded(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPat
     return out
 
 
-@pytest.mark.parametrize("options", [[], *slow(["--no-kv-cache"])])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--no-kv-cache"]])
 def test_a_folder_that_verify_runs(
     options: list[str], folded: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -86,6 +86,7 @@ def test_a_finished_run_says_so_at_once(
     assert before == after
 
 
+@pytest.mark.slow
 def test_more_steps_at_a_constant_rate_are_those_of_one_run(
     finished: Path, command: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
@@ -124,6 +125,7 @@ def test_steps_that_would_change_earlier_ones_are_refused(
     assert record(out) == before
 
 
+@pytest.mark.slow
 def test_a_run_from_another_goes_on_with_its_adapters(
     finished: Path, model_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -125,6 +125,7 @@ def test_an_error_says_what_a_file_says(capsys: Capture, monkeypatch: pytest.Mon
     assert "\x1b" not in said
 
 
+@pytest.mark.slow
 def test_commands_with_markup_in_paths_labels_and_notes(
     encoder_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:

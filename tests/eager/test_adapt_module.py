@@ -96,6 +96,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
     assert_close(found[1], found[0], relative=1e-6)
 
 
+@pytest.mark.slow
 def test_the_hugging_face_trainer_trains_what_is_folded(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
@@ -130,6 +131,7 @@ def test_the_hugging_face_trainer_trains_what_is_folded(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoint-8" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_model_loads_into_the_program() -> None:
     torch.manual_seed(0)
     model = bert()

@@ -165,6 +165,7 @@ def folded_of(base: Path) -> tuple[Source, qc.Program]:
     return source, qc.fold_adapters(adapted)
 
 
+@pytest.mark.slow
 def test_a_folded_model_of_activation_order_is_the_same_again(tmp_path: Path) -> None:
     source, folded = folded_of(tmp_path / "base")
     spec, out = qc.ExportSpec(target="safetensors"), tmp_path / "out"

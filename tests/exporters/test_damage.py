@@ -23,7 +23,7 @@ from qalora_compile.sealed import digest_of_file
 from qalora_compile.verify import Tolerance, prove_equivalence, verify_equivalence
 from qalora_compile.verify.inputs import sample_inputs
 from qalora_compile.verify.numeric.compare_nodes import compare_nodes
-from tests.models import capture_transformer, llama
+from tests.models import capture_transformer, llama, slow
 
 NAMES = (
     "model.norm.weight",
@@ -83,7 +83,7 @@ def test_quantize_refuses_a_checkpoint_with_nan(
 
 @pytest.mark.parametrize(
     ("target", "name"),
-    [("ort", TABLE), ("float", TABLE), ("ort", OFFSET), ("safetensors", OFFSET)],
+    [*slow(("ort", TABLE)), ("float", TABLE), ("ort", OFFSET), ("safetensors", OFFSET)],
 )
 def test_export_refuses_a_folder_with_nan(
     tmp_path: Path, target: str, name: str, capsys: pytest.CaptureFixture[str]

@@ -72,7 +72,7 @@ def build(name: str) -> Any:
 
 @pytest.fixture(
     scope="module",
-    params=["t5", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bart", "whisper"))],
+    params=[pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "bart", "whisper")],
 )
 def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     plain = build(request.param)
@@ -120,6 +120,7 @@ def feed(kwargs: dict[str, Tensor]) -> dict[str, Any]:
     return {names.get(name, name): value.numpy() for name, value in kwargs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "more"), [(1, []), (3, [9, 5])])
 def test_greedy_tokens_equal_those_of_torch(
     deployed: Deployed, batch: int, more: list[int]
@@ -297,6 +298,7 @@ def t5() -> tuple[Any, qc.Program]:
     return model, qc.capture_model(model, *ENTRIES["t5"].inputs(2, 7, 0))
 
 
+@pytest.mark.slow
 def test_a_tied_head_that_was_named_is_quantized_in_the_decoder(t5: tuple[Any, qc.Program]) -> None:
     model, program = t5
     quantized = qc.quantize_groups(program, targets=["lm_head", "DenseReluDense.wo"])
@@ -325,6 +327,7 @@ def test_a_part_without_a_quantized_layer_stays_in_float(t5: tuple[Any, qc.Progr
     assert encoder.stage == decoder.stage == quantized.stage
 
 
+@pytest.mark.slow
 def test_another_model_is_refused(t5: tuple[Any, qc.Program]) -> None:
     quantized = qc.quantize_groups(t5[1])
     with pytest.raises(PreconditionError, match="has no tensor"):

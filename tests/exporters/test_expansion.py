@@ -79,6 +79,7 @@ def test_a_fault_of_the_function_is_found(tmp_path: Path) -> None:
     assert not qc.prove_equivalence(program, path).passed
 
 
+@pytest.mark.slow
 def test_a_language_model_with_embeddings_on_codes(tmp_path: Path) -> None:
     ids = token_ids(2, 16)
     program = qc.capture_model(llama(), (ids,))

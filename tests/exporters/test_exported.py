@@ -17,7 +17,7 @@ from qalora_compile.capture.causal_lm import capture_causal_lm
 from qalora_compile.exporters.onnx import exported, model
 from qalora_compile.exporters.onnx.exported import TranslatableProgram, lift, retrace
 from qalora_compile.runtime import open_session
-from tests.models import gpt2, llama, slow
+from tests.models import gpt2, llama
 
 pytestmark = pytest.mark.usefixtures("translated_anew")
 FLOAT = qc.ExportSpec(allow_unfolded=True)
@@ -45,8 +45,9 @@ def retraced(monkeypatch: pytest.MonkeyPatch) -> list[qc.Program]:
     return seen
 
 
-@pytest.mark.parametrize("fusion", ["standard", *slow("none")])
-@pytest.mark.parametrize("build", [llama, *slow(gpt2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", ["standard", "none"])
+@pytest.mark.parametrize("build", [llama, gpt2])
 def test_language_models_are_not_traced_again(
     build: Any, fusion: str, tmp_path: Path, retraced: list[qc.Program]
 ) -> None:
@@ -151,6 +152,7 @@ def test_operators_without_a_translation_are_decomposed(
     np.testing.assert_allclose(y, module(x).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_translation_that_torch_never_uses_is_not_used(
     tmp_path: Path, retraced: list[qc.Program]
 ) -> None:

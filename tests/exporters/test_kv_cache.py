@@ -51,8 +51,7 @@ def greedy(folded: qc.Program, count: int, prompt: Sequence[int] = PROMPT) -> li
     ("name", "fusion"),
     [
         ("llama", "standard"),
-        ("gpt2", "ort"),
-        *slow(("llama", "none"), ("gpt2", "standard")),
+        *slow(("llama", "none"), ("gpt2", "ort"), ("gpt2", "standard")),
     ],
 )
 def test_tokens_equal_those_of_torch(name: str, fusion: str, tmp_path: Path) -> None:
@@ -145,6 +144,7 @@ def test_the_runtimes_own_operators(both_ways: tuple[Exported, Exported]) -> Non
     assert not qc.verify_equivalence(folded, path.with_name("broken.onnx"), call, tolerance).passed
 
 
+@pytest.mark.slow
 def test_windows_of_attention_stay_exact(tmp_path: Path) -> None:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -206,6 +206,7 @@ def test_a_decoder_keeps_the_cache_in_place(
         begin = end
 
 
+@pytest.mark.slow
 def test_a_cache_that_something_else_reads_is_not_shared(tmp_path: Path) -> None:
     model, folded = fold(llama)
     spec = qc.ExportSpec(fusion="none")
@@ -225,6 +226,7 @@ def test_no_weight_is_stored_twice_or_in_float(
     assert sum(tuple(t.dims) == (128, 64) for t in model.graph.initializer) == 1  # tied
 
 
+@pytest.mark.slow
 def test_the_last_logits_alone(exported: tuple[Any, qc.Program, Path], tmp_path: Path) -> None:
     model, folded, _ = exported
     path = tmp_path / "last.onnx"

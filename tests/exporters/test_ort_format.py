@@ -144,6 +144,7 @@ def test_the_graph_is_not_compared(tmp_path: Path) -> None:
             compare(program, path)
 
 
+@pytest.mark.slow
 def test_a_folder_generates_and_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

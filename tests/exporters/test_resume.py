@@ -73,6 +73,7 @@ def fill_the_disk() -> None:
     raise OSError(28, os.strerror(28))
 
 
+@pytest.mark.slow
 def test_nothing_is_written_to_a_full_disk_and_another_plan_starts_anew(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_killed_run_is_gone_on_with(
     assert len(made) == count + WRITTEN
 
 
+@pytest.mark.slow
 def test_the_key_tells_other_weights_and_other_options(folder: Path) -> None:
     program = qc.quantize_groups(capture_checkpoint(folder))
     parts = EdgeParts(

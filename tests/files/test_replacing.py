@@ -16,6 +16,7 @@ from qalora_compile.errors import UserInputError
 from qalora_compile.files import atomic_files, atomic_folder, check_output, recover, reserve
 from qalora_compile.files.marks import GENERATOR
 from qalora_compile.files.replacing import keep_parts
+from tests.models import slow
 
 RUN = '{"format": "qalora-run", "version": 1}'
 CALLS = ("rename", "replace", "rmdir", "unlink", "fsync", "mkdir")
@@ -70,6 +71,7 @@ def write_model(path: Path, text: str, *, companion: bool = True) -> None:
             scratch.with_name(f"{path.name}.data").write_text(text, "utf-8")
 
 
+@pytest.mark.slow
 def test_a_folder_is_the_old_one_or_the_new_one_wherever_its_writer_is_killed(
     tmp_path: Path,
 ) -> None:
@@ -88,7 +90,7 @@ def test_a_folder_is_the_old_one_or_the_new_one_wherever_its_writer_is_killed(
     assert 10 < number < 90
 
 
-@pytest.mark.parametrize("old", ["both", "one file", "nothing"])
+@pytest.mark.parametrize("old", ["both", *slow("one file", "nothing")])
 def test_files_are_the_old_ones_or_the_new_ones_wherever_their_writer_is_killed(
     tmp_path: Path, old: str
 ) -> None:

@@ -78,6 +78,7 @@ def test_every_kind_of_tensor_is_that_of_the_model(memo: Memo) -> None:
         assert worst(qc.capture_model(model, (x,))(x), model(x)) == 0.0
 
 
+@pytest.mark.slow
 def test_other_structures_are_traced_anew(memo: Memo) -> None:
     x = torch.randn(3, 8)
     assert hits(memo, Shifted(1.0), Shifted(3.0), args=(x,)) == 0

@@ -404,6 +404,34 @@ def graph_of_a_module() -> None:
     assert lazy.graph.owning_module is lazy and lazy(torch.ones(1))[0].item() == 6
 
 
+@case("torch.onnx._internal.fx.passes.type_promotion._TypePromotionInterpreter")
+def type_promotion() -> None:
+    from torch.onnx._internal.fx.passes.type_promotion import InsertTypePromotion
+
+    def promoted() -> tuple[list[str], list[torch.dtype]]:
+        """A sum of integers and floats, reshaped."""
+        graph, mode = fx.Graph(), internals.symbolic_mode()
+        x, y = graph.placeholder("x"), graph.placeholder("y")
+        total = graph.call_function(ATEN.add.Tensor, (x, y))
+        flat = graph.call_function(ATEN.reshape.default, (total, [4]))
+        graph.output((flat,))
+        with mode:
+            x.meta["val"] = torch.ones(2, 2)
+            y.meta["val"] = torch.ones(2, 2, dtype=torch.int64)
+            total.meta["val"] = x.meta["val"] + y.meta["val"]
+            flat.meta["val"] = total.meta["val"].reshape(4)
+        module = fx.GraphModule({}, graph)
+        InsertTypePromotion(module).run()
+        nodes = list(module.graph.nodes)
+        values = [node.meta["val"].dtype for node in nodes if "val" in node.meta]
+        return [str(node.target) for node in nodes], values
+
+    computed = promoted()
+    with internals.quick_type_promotion():
+        assert promoted() == computed
+    assert any("_to_copy" in name or "prims.convert" in name for name in computed[0]), computed
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_private_name(name: str) -> None:
     CASES[name]()

@@ -67,6 +67,7 @@ def skeleton() -> qc.Program:
     return capture_causal_lm(skeleton_of(llama()))
 
 
+@pytest.mark.slow
 def test_a_calibrated_program_is_run_again_without_its_data(skeleton: qc.Program) -> None:
     ids = token_ids(2, 16)
     call = (ids, torch.ones_like(ids))

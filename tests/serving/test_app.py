@@ -54,6 +54,7 @@ def written(model: TextModel, tokens: list[int]) -> str:
     return str(model.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
+@pytest.mark.slow
 def test_a_chat_has_the_model_s_own_answer(client: Any, model: TextModel) -> None:
     prompt = model.chat_tokens(ASK)
     expected = greedy(model, prompt, 6, model.turn_ends())

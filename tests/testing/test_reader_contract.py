@@ -22,6 +22,7 @@ from tests.capture.checkpoints.models import write_folder
 from tests.capture.checkpoints.test_folders import config_of, hqq_layer, mlx_layer
 from tests.capture.checkpoints.test_gptq import AWQ, awq_layer, gptq_config, gptq_layer
 from tests.exporters.checkpoint_cases import affine_of, llama_and_program, with_integer_zeros
+from tests.models import slow
 
 FOREIGN: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "awq": (lambda: awq_layer([]), AWQ),
@@ -32,7 +33,7 @@ FOREIGN: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 OURS = {"qalora-weights": "safetensors", "compressed-tensors": "compressed-tensors"}
 
 
-@pytest.mark.parametrize("name", READERS.builtin)
+@pytest.mark.parametrize("name", [*(n for n in READERS.builtin if n not in OURS), *slow(*OURS)])
 def test_every_reader_keeps_the_contract(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model"
     if name in FOREIGN:

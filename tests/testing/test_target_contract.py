@@ -35,6 +35,7 @@ def test_the_openvino_target_keeps_the_contract() -> None:
     check_target("openvino", file_name=NAMES["openvino"])
 
 
+@pytest.mark.slow
 def test_the_torch_target_keeps_the_contract() -> None:
     check_target("torch", file_name=NAMES["torch"])
 

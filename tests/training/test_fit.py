@@ -334,6 +334,7 @@ def test_weights_that_diverged_are_never_good(values: dict[str, Any], said: str)
         assert state.best.step <= 3
 
 
+@pytest.mark.slow
 def test_a_step_tells_how_many_held_out_answers_are_right() -> None:
     answers = [Example(row, (*[-100] * 8, row[-1])) for row in ROWS]
     spec = FitSpec(steps=40, batch_size=6, learning_rate=5e-2, evaluate_every=5)

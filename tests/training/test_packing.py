@@ -24,7 +24,7 @@ from qalora_compile.training.data.batches import batch_at
 from qalora_compile.training.data.example import IGNORED, collate
 from qalora_compile.training.evaluate import label_loss, packed_inputs, program_forward
 from qalora_compile.training.forward.check_packed import check_packed
-from tests.models import VOCABULARY, gpt2, llama, randomize_adapters, token_ids
+from tests.models import VOCABULARY, gpt2, llama, randomize_adapters, slow, token_ids
 
 MODELS = {"llama": llama, "gpt2": gpt2}
 
@@ -224,7 +224,7 @@ def test_by_length_pads_less_and_takes_every_example_once() -> None:
     assert wasted[True] < 0.25 * wasted[False]
 
 
-@pytest.mark.parametrize("by_length", [False, True])
+@pytest.mark.parametrize("by_length", [False, *slow(True)])
 @always(90, 8)
 @given(st.integers(1, 40), st.integers(1, 9))
 def test_over_epochs_every_example_has_its_turn(

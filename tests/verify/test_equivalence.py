@@ -12,7 +12,7 @@ import qalora_compile as qc
 from qalora_compile.errors import UserInputError
 from qalora_compile.verify.equivalence import AFTER_LAST_SITE
 from qalora_compile.verify.inputs import sample_inputs
-from tests.models import MLP, bert, llama, token_ids
+from tests.models import MLP, bert, llama, slow, token_ids
 
 TIGHT = qc.Tolerance(max_rel=1e-5)
 
@@ -137,7 +137,7 @@ def test_a_difference_outside_every_site_is_said_to_be() -> None:
     assert report.first_divergence == AFTER_LAST_SITE
 
 
-@pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.parametrize("build", [bert, *slow(llama)])
 def test_onnx_runtime_is_verified_site_by_site(build: object, tmp_path: Path) -> None:
     assert callable(build)
     program = adapted(build(), token_ids(2, 16))

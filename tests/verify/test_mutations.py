@@ -27,7 +27,9 @@ def test_a_language_model_with_its_cache_is_proved(target: str, exported: Export
     ]
 
 
-@pytest.mark.parametrize(("target", "every"), [("ort-stock", 9), *slow(*((t, 1) for t in TARGETS))])
+@pytest.mark.parametrize(
+    ("target", "every"), [("ort-stock", 27), *slow(*((t, 6) for t in TARGETS))]
+)
 def test_no_generated_fault_is_proved_equal(target: str, every: int, exported: Exported) -> None:
     found = judged(exported, target, mutants, every)
     assert len(found) >= 140 // every
@@ -42,7 +44,7 @@ def test_what_samples_once_called_equal_is_not_proved(planted: str, exported: Ex
     assert not exported.is_proved("onnx", made)
 
 
-@pytest.mark.parametrize(("target", "every"), [("ort", 4), *slow(*((t, 1) for t in TARGETS))])
+@pytest.mark.parametrize(("target", "every"), [("ort", 12), *slow(*((t, 3) for t in TARGETS))])
 def test_changes_that_keep_the_meaning_are_proved(
     target: str, every: int, exported: Exported
 ) -> None:

@@ -18,7 +18,7 @@ from qalora_compile.exporters.onnx.exported import lift, retrace
 from qalora_compile.exporters.onnx.translate import translation_table
 from qalora_compile.ir.ops.views import output_value
 from qalora_compile.ir.program import Program
-from qalora_compile.ir.torch_internals import pytree
+from qalora_compile.ir.torch_internals import pytree, quick_type_promotion
 from qalora_compile.optional import quiet_logger, require
 
 _OPERATOR = re.compile(r"(?:target=torch\.ops\.|OpOverload\(op=')([\w.]+)")
@@ -54,7 +54,7 @@ def translate(program: Program, spec: ExportSpec) -> Any:
 
 def _to_onnx(exported: ExportedProgram, program: Program, spec: ExportSpec) -> Any:
     bias = spec.release is None or spec.release.bias
-    with _quiet():
+    with _quiet(), quick_type_promotion():
         onnx_program = torch.onnx.export(
             exported,
             (),

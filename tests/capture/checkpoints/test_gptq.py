@@ -340,6 +340,7 @@ def test_awq_weights(tmp_path: Path) -> None:
     check_weights(tmp_path / "model", wanted)
 
 
+@pytest.mark.slow
 def test_activation_order_goes_through_to_onnx(tmp_path: Path) -> None:
     """Permuted groups: the input is selected in their order, once for q, k and v."""
     wanted: list[Tensor] = []

@@ -53,6 +53,7 @@ def test_every_width_and_group_runs_on_the_kernel(
         assert_close(run(path, x)[0], program(x), relative=1e-5)
 
 
+@pytest.mark.slow
 def test_an_encoder_at_sizes_never_captured(tmp_path: Path) -> None:
     program = qc.fold_adapters(adapted(bert(), (token_ids(2, 16),)))
     path = tmp_path / "model.pt2"

@@ -16,7 +16,7 @@ import qalora_compile as qc
 from qalora_compile.errors import PostconditionError, PreconditionError
 from qalora_compile.passes.canonicalize import canonicalize_complex as module
 from qalora_compile.passes.canonicalize.canonicalize_complex import CanonicalizeComplex
-from tests.models import worst
+from tests.models import slow, worst
 from tests.zoo.architectures import build
 
 Golden = Callable[[str, str], None]
@@ -77,6 +77,7 @@ def test_a_table_of_complex_numbers_is_stored_as_pairs() -> None:
     assert worst(program(longer), model(longer)) < 1e-6
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(shape=st.tuples(*[st.integers(2, 5)] * 3), seed=st.integers(0, 99))
 def test_the_function_stays(shape: tuple[int, int, int], seed: int) -> None:
@@ -87,7 +88,7 @@ def test_the_function_stays(shape: tuple[int, int, int], seed: int) -> None:
     assert worst(program(x, y), Mixed()(x, y)) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["DeepseekV2ForCausalLM", "Llama4ForCausalLM"])
+@pytest.mark.parametrize("name", [*slow("DeepseekV2ForCausalLM"), "Llama4ForCausalLM"])
 def test_rotary_embeddings_of_transformers(name: str) -> None:
     model = build(name)
     ids = torch.arange(24).reshape(2, 12)

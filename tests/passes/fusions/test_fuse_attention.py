@@ -103,6 +103,7 @@ class Cached(nn.Module):
         return rows.contiguous().reshape(*x.shape), early + 1, values
 
 
+@pytest.mark.slow
 @given(
     parts=st.fixed_dictionaries(
         {

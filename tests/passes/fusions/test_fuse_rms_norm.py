@@ -76,6 +76,7 @@ class Perturbed(nn.Module):
         return y, extra.cos()
 
 
+@pytest.mark.slow
 @given(
     parts=st.fixed_dictionaries(
         {

@@ -54,6 +54,7 @@ def test_rows_of_unknown_heads_are_left_with_a_reason() -> None:
     assert skip.why == "the number of heads is not known"
 
 
+@pytest.mark.slow
 @given(
     odd=st.sampled_from(["", *REASONS, "no minus", "neighbours", "gap"]),
     part=st.sampled_from([4, 8, 12]),

@@ -56,6 +56,7 @@ def test_golden(golden: Golden) -> None:
     golden("fuse-shared-input", str(FuseSharedInput()(lowered(ThreeReaders(64), 64)).program))
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     sizes=st.lists(st.integers(1, 24), min_size=2, max_size=4).map(tuple),

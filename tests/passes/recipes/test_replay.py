@@ -69,6 +69,7 @@ def test_another_model_is_refused() -> None:
         replay(program, capture_causal_lm(skeleton_of(gpt2())))
 
 
+@pytest.mark.slow
 def test_another_size_is_refused() -> None:
     from transformers import LlamaForCausalLM
 

@@ -20,7 +20,7 @@ from qalora_compile.training.forward.adaptive_rank import RankAllocator, budget_
 from qalora_compile.training.hf_trainer import trainer_arguments
 from qalora_compile.training.records.checkpoint import RANKS, STATE, list_checkpoints
 from qalora_compile.training.records.report_page import layer_changes
-from tests.models import worst
+from tests.models import slow, worst
 from tests.training.records.test_checkpoint import go_on, stop_at
 from tests.training.test_fit import EXAMPLES, ROWS, adapters, language_model
 
@@ -114,8 +114,13 @@ def test_it_serves_the_other_kinds(kind: str) -> None:
     assert all(bool(gain.any()) for gain in gains)
 
 
-@pytest.mark.parametrize("kind", ["lora", "affine", "qat"])
-@pytest.mark.parametrize("step", [1, 8, 15])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        *[("lora", 1), ("affine", 8), ("qat", 15)],
+        *slow(("lora", 8), ("lora", 15), ("affine", 1), ("affine", 15), ("qat", 1), ("qat", 8)),
+    ],
+)
 def test_resuming_gives_the_same_weights_bit_for_bit(kind: str, step: int, tmp_path: Path) -> None:
     """Before, while and after the ranks move; with all parts that a kind trains."""
     uninterrupted = language_model(kind=kind)

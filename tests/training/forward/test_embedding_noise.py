@@ -83,6 +83,7 @@ def test_tokens_get_noise_and_positions_none(make: Any) -> None:
     assert noises(qc.insert_adapters(program, qc.AdapterSpec(rank=2))) == ["embedding"]
 
 
+@pytest.mark.slow
 def test_tables_on_codes_get_noise_too() -> None:
     program = qc.capture_model(llama(tie_word_embeddings=False).eval(), (IDS,))
     program = qc.quantize_groups(

@@ -75,6 +75,7 @@ def divergence(captured: qc.Program, program: qc.Program, calls: list[dict[str, 
     return total / len(calls)
 
 
+@pytest.mark.slow
 def test_predictions_come_closer_on_these_and_on_other_texts(
     captured: qc.Program, start: qc.Program, learned: qc.Program
 ) -> None:
@@ -83,6 +84,7 @@ def test_predictions_come_closer_on_these_and_on_other_texts(
     assert divergence(captured, learned, others) < divergence(captured, start, others)
 
 
+@pytest.mark.slow
 def test_only_scales_and_offsets_differ_from_the_start(
     start: qc.Program, learned: qc.Program
 ) -> None:
@@ -101,6 +103,7 @@ def test_only_scales_and_offsets_differ_from_the_start(
         assert float(after[str(view.scale.target)].min()) >= 0
 
 
+@pytest.mark.slow
 def test_the_result_takes_adapters_folds_and_runs_in_onnx_runtime(
     learned: qc.Program, tmp_path: Path
 ) -> None:
@@ -122,6 +125,7 @@ def test_the_result_takes_adapters_folds_and_runs_in_onnx_runtime(
     assert float((torch.from_numpy(found) - next(iter(plain.values()))).abs().max()) < 1e-3
 
 
+@pytest.mark.slow
 def test_it_is_deterministic_and_leaves_the_random_generator(
     captured: qc.Program, learned: qc.Program
 ) -> None:
@@ -137,6 +141,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_bit_exactly(
     captured: qc.Program, learned: qc.Program, tmp_path: Path
 ) -> None:
@@ -171,6 +176,7 @@ def test_work_of_another_training_is_not_taken_up(
     assert not any("goes on" in line for line in said)
 
 
+@pytest.mark.slow
 def test_held_out_texts_stop_it_and_the_best_step_is_kept(
     captured: qc.Program, start: qc.Program
 ) -> None:
@@ -224,6 +230,7 @@ def test_bad_options_are_refused(name: str, value: Any) -> None:
         qc.QuantSpec(method="learned", **{name: value})
 
 
+@pytest.mark.slow
 def test_layers_that_keep_their_codes_keep_scales_and_offsets(captured: qc.Program) -> None:
     annotated = AnnotateLinears()(captured).program
     start = qc.quantize_groups(annotated, spec("gptq"), calibration=texts())
@@ -254,6 +261,7 @@ def test_the_method_is_in_the_registry() -> None:
     assert get_method("learned").needs_data and get_method("learned").finish is not None
 
 
+@pytest.mark.slow
 def test_two_layers_without_tokens_learn_too() -> None:
     torch.manual_seed(0)
     model = MLP(32, 48, 10).eval()

@@ -68,6 +68,7 @@ def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path: Path, step: int) 
     assert all(torch.equal(expected[n], p) for n, p in adapters(again).items())
 
 
+@pytest.mark.slow
 def test_early_stopping_goes_on_where_it_was(tmp_path: Path) -> None:
     """The best adapters, and how long ago they were, are in the checkpoint."""
     spec = FitSpec(steps=60, batch_size=6, learning_rate=5e-2, evaluate_every=2, patience=3)

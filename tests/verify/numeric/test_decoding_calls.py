@@ -177,7 +177,7 @@ def test_complete_sequences_in_steps_show_it(
         assert not qc.verify_equivalence(folded, faulty, calls, TOLERANCE, library=library).passed
 
 
-QUICK = ("one token of the second row", "past 64 positions", *OF_VALUES)
+QUICK = ("one token of the second row", "past 64 positions")
 
 
 @pytest.mark.parametrize("kind", [*QUICK, *slow(*(kind for kind in FAULTS if kind not in QUICK))])

@@ -15,6 +15,7 @@ import qalora_compile as qc
 from qalora_compile.cli.main import main
 from qalora_compile.errors import QaloraError
 from qalora_compile.verdict import PROVEN
+from tests.models import slow
 from tests.zoo.proofs import prove
 
 Change = Callable[[Any], None]
@@ -152,7 +153,7 @@ def judged(name: str, folder: Path, faults: dict[str, Change]) -> Iterator[str]:
             yield fault
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", ["batched-experts", *slow("resnet", "lstm", "gru")])
 def test_no_planted_fault_is_proved(name: str, tmp_path: Path) -> None:
     assert list(judged(name, tmp_path, FAULTS[name])) == []
 

@@ -31,6 +31,7 @@ from tests.models import (
     bert,
     gpt2,
     llama,
+    slow,
     token_ids,
 )
 from tests.verify.planted import SPECS, program, with_tensors
@@ -79,7 +80,7 @@ def test_a_mask_of_packed_positions_is_proved() -> None:
     assert (certificate.verdict, certificate.sampled) == ("PROVED UNDER", ())
 
 
-@pytest.mark.parametrize("build", [bert, gpt2, llama])
+@pytest.mark.parametrize("build", [*slow(bert, gpt2), llama])
 def test_exports_without_a_cache_are_proved(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     ids = token_ids(2, 16)

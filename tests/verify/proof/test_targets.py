@@ -10,7 +10,7 @@ import torch
 import qalora_compile as qc
 from qalora_compile.config import ONNX_TARGETS, PRESETS
 from qalora_compile.verdict import PROVEN
-from tests.models import adapted, llama, token_ids
+from tests.models import adapted, llama, slow, token_ids
 
 SPECS = {
     **{
@@ -31,6 +31,14 @@ SPECS = {
     "onnx, opset 23": qc.ExportSpec(target="onnx", opset=23),
 }
 
+QUICK = (
+    "ort, fusion standard",
+    "ort-stock, fusion none",
+    "onnx, fusion standard",
+    "ort, preset fast",
+)
+"""Those of the default suite: one a target, and one in which values are rounded."""
+
 
 @pytest.fixture(scope="module")
 def program() -> qc.Program:
@@ -40,7 +48,7 @@ def program() -> qc.Program:
     return qc.add_kv_cache(qc.fold_adapters(adapted(model, (token_ids(2, 16),))), model)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*QUICK, *slow(*(n for n in SPECS if n not in QUICK))])
 def test_proved(name: str, program: qc.Program, tmp_path: Path) -> None:
     qc.export_model(program, tmp_path / "model.onnx", SPECS[name])
     found = qc.prove_equivalence(program, tmp_path / "model.onnx", samples=0)

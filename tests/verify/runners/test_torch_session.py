@@ -40,6 +40,7 @@ def test_outputs_and_sites_are_those_of_the_program(exported: tuple[qc.Program, 
     assert [site.name for site in report.sites] == [site.name for site in program.plan]
 
 
+@pytest.mark.slow
 def test_an_encoder_is_run_with_all_its_operators(tmp_path: Path) -> None:
     program = qc.fold_adapters(adapted(bert(), (token_ids(2, 16),)))
     qc.export_model(program, tmp_path / "model.pt2", SPEC)

@@ -286,6 +286,7 @@ def test_rules_for_words_are_known_by_what_they_do(tmp_path: Path) -> None:
         rule(byte_level, kind="Unigram")
 
 
+@pytest.mark.slow
 def test_what_is_not_on_codes_takes_the_smallest_exact_type(tmp_path: Path) -> None:
     model = causal_lm(tie_word_embeddings=False)
     with torch.no_grad():
@@ -310,6 +311,7 @@ def test_what_is_not_on_codes_takes_the_smallest_exact_type(tmp_path: Path) -> N
         write(model, program, tmp_path, float_type="f16")
 
 
+@pytest.mark.slow
 def test_eight_bits_and_odd_groups_are_stored_as_floats_and_said(tmp_path: Path) -> None:
     model = causal_lm(intermediate_size=80)
     captured = capture_transformer(model)
