@@ -6,6 +6,7 @@ the radius, which is the largest error that rounding for storage explains.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -187,6 +188,8 @@ def nbits(
     block_size: int,
 ) -> Part:
     """MatMulNBits: `W = scale · (q − zero_point)`, integer zero-points; digits of C among them."""
+    scale = _by_row(scale, packed.shape[0])
+    zero_point = None if zero_point is None else _by_row(zero_point, packed.shape[0])
 
     def rows(part: slice, expert: int) -> Rows:
         codes = block_codes(_take(packed, part, expert), bits)
@@ -206,6 +209,14 @@ def nbits(
         return made
 
     return rows
+
+
+def _by_row(stored: StoredTensor, n: int) -> StoredTensor:
+    """A tensor that may be stored flat, by its `n` rows."""
+    if len(stored.shape) != 1 or stored.size % n:
+        return stored
+    shape = n, stored.size // n
+    return dataclasses.replace(stored, shape=shape, read=lambda: stored.read().reshape(shape))
 
 
 def blocks(
