@@ -76,8 +76,8 @@ def _generated(planted: int, caught: int) -> bool:
     if not SIMPLIFIERS.exists():
         print("without onnxslim and onnxsim: make simplifiers installs them")
     print(
-        f"faults: {planted + len(faults)}, {planted - caught + missed} not caught, {len(faults)} of "
-        "them in attention, masks, rotary tables, caches, norms, residuals, heads and gates, "
+        f"faults: {planted + len(faults)}, {planted - caught + missed} not caught, {len(faults)} "
+        "of them in attention, masks, rotary tables, caches, norms, residuals, heads and gates, "
         f"{missed} of these proved equal; rewrites that keep the meaning: {len(same)}, {proved} "
         f"proved equal ({proved / len(same):.1%})"
     )

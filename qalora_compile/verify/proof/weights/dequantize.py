@@ -15,7 +15,7 @@ from qalora_compile.verify.proof.graphs.stored_tensor import ROUNDING, SMALLEST,
 from qalora_compile.verify.proof.weights.linear_map import NotLinearError, Reading, Rows
 from qalora_compile.verify.proof.weights.unpack import (
     block_codes,
-    flat_codes,
+    flat_columns,
     from_bits,
     group_codes,
     repeat_groups,
@@ -231,11 +231,11 @@ def blocks(
     count, n = scale.shape
 
     def rows(part: slice, expert: int) -> Rows:
-        codes = flat_codes(packed.read(), bits, (k, n))[:, part].T
-        s = scale.wide()[:, part].T
+        codes = flat_columns(packed.read(), bits, (k, n), part).T
+        s = np.asarray(scale.values()[:, part].T, np.float64)
         z = np.zeros_like(s)
         if zero_point is not None:
-            z = flat_codes(zero_point.read(), bits, (count, n))[:, part].T.astype(np.float64)
+            z = flat_columns(zero_point.read(), bits, (count, n), part).T.astype(np.float64)
         return _levels(codes, s, z, block_size, k)
 
     return rows
