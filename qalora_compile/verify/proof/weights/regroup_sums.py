@@ -62,17 +62,17 @@ class _Sums:
     def _without_bias(self, node: Node) -> Iterator[Node]:
         """A node, or the sum with its bias and the node without it."""
         op, place = _BIASED.get(node.op, ("", 0))
-        if not op or len(node.args) <= place or node.args[place] is None:
+        operands = list(node.args)
+        bias = operands.pop(place) if op and place < len(operands) else None
+        if bias is None:
             yield node
             return
-        bias = node.args[place]
-        both = [i for i in (0, 1) if i != place and i < len(node.args)]
-        at = next((i for i in both if self._owner(node.args[i]) == self._owner(bias)), 0)
-        args = list(node.args)
-        (added,) = _sum(f"{args[at].name}, with {bias.name}", [args[at], bias])
-        args[at], args[place] = Ref(added.name), None
-        yield added
-        yield dataclasses.replace(node, op=op, args=tuple(args[: place if place == 1 else None]))
+        owned = [self._owner(operand) == self._owner(bias) for operand in operands]
+        at = 1 if owned[:2] == [False, True] else 0
+        name = f"{text_of(operands[at])[1:]}, with {bias.name}"
+        yield from _sum(name, [operands[at], bias])
+        operands[at] = Ref(name)
+        yield dataclasses.replace(node, op=op, args=tuple(operands))
 
     def _leaves(self, node: Node, inner: set[str]) -> Iterator[Any]:
         """The summands of a sum, in order."""
