@@ -18,8 +18,10 @@ from qalora_compile.verify.proof.weights.linear_map import (
     Rows,
 )
 
-_CHUNK = 1 << 22
-"""How many coefficients are decoded at a time."""
+_CHUNK = 1 << 18
+"""How many coefficients are decoded at a time: a dozen arrays of 2 MB stay in a core's cache."""
+_WHOLE_BYTES = 8
+"""Rows are taken in multiples of this many, so that codes of some columns begin with a byte."""
 _UNIT = 2.0**-24
 """u of float32."""
 _DIGIT_BLOCK = 32
@@ -90,7 +92,8 @@ def compare_linears(a: Linear, b: Linear) -> Coefficients:
     sums = _Sums(a.k)
     for expert in range(a.experts or 1):
         sums.begin()
-        for start in range(0, a.n, step := max(1, _CHUNK // max(1, a.k))):
+        step = max(1, _CHUNK // max(1, a.k) // _WHOLE_BYTES) * _WHOLE_BYTES
+        for start in range(0, a.n, step):
             part, which = slice(start, min(start + step, a.n)), expert if a.experts else -1
             sums.add(a.rows(part, which), b.rows(part, which), start, which)
     bias = a.biases() - b.biases()

@@ -23,6 +23,7 @@ from qalora_compile.verify.proof.weights.fx_layers import fx_linear
 from qalora_compile.verify.proof.weights.linear_map import Linear, NotLinearError
 from qalora_compile.verify.proof.weights.onnx_layers import function_linears, onnx_linear
 from qalora_compile.verify.proof.weights.openvino_layers import openvino_linear
+from qalora_compile.verify.proof.weights.regroup_sums import regroup_sums
 
 if TYPE_CHECKING:
     from qalora_compile.ir.program import Program
@@ -130,6 +131,8 @@ def compare_structure(
     a, b = open_graph(reference), open_graph(candidate)
     for graph in (a, b):
         refuse_hidden_writes(graph)
+        if layers is None:
+            regroup_sums(graph)
     pairs, wanted, both, widened = _read(a, b, layers)
     mixed = a.dialect != b.dialect
     segments = [

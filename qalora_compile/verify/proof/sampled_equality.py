@@ -101,6 +101,13 @@ class CutModel:
         onnx = require("onnx", extra="onnx", purpose="cut an ONNX model")
         source = self._graph.extra
         makers = {name: node for node in source.graph.node for name in node.output if name}
+        known = {*makers, *(i.name for i in source.graph.input)}
+        lost = [name for name in (*self._cuts, *self._computed) if name not in known]
+        if lost:
+            raise UserInputError(
+                "the file computes no value of its own for a layer, so it is not run without it",
+                where=self._cuts.get(lost[0], lost[0]),
+            )
         wanted, waiting = dict[str, Any](), list(self._computed)
         while waiting:
             name = waiting.pop()

@@ -6,6 +6,7 @@ the radius, which is the largest error that rounding for storage explains.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from qalora_compile.verify.proof.graphs.stored_tensor import ROUNDING, SMALLEST,
 from qalora_compile.verify.proof.weights.linear_map import NotLinearError, Reading, Rows
 from qalora_compile.verify.proof.weights.unpack import (
     block_codes,
-    flat_codes,
+    flat_columns,
     from_bits,
     group_codes,
     repeat_groups,
@@ -187,6 +188,8 @@ def nbits(
     block_size: int,
 ) -> Part:
     """MatMulNBits: `W = scale · (q − zero_point)`, integer zero-points; digits of C among them."""
+    scale = _by_row(scale, packed.shape[0])
+    zero_point = None if zero_point is None else _by_row(zero_point, packed.shape[0])
 
     def rows(part: slice, expert: int) -> Rows:
         codes = block_codes(_take(packed, part, expert), bits)
@@ -208,6 +211,14 @@ def nbits(
     return rows
 
 
+def _by_row(stored: StoredTensor, n: int) -> StoredTensor:
+    """A tensor that may be stored flat, by its `n` rows."""
+    if len(stored.shape) != 1 or stored.size % n:
+        return stored
+    shape = n, stored.size // n
+    return dataclasses.replace(stored, shape=shape, read=lambda: stored.read().reshape(shape))
+
+
 def blocks(
     packed: StoredTensor,
     scale: StoredTensor,
@@ -220,11 +231,11 @@ def blocks(
     count, n = scale.shape
 
     def rows(part: slice, expert: int) -> Rows:
-        codes = flat_codes(packed.read(), bits, (k, n))[:, part].T
-        s = scale.wide()[:, part].T
+        codes = flat_columns(packed.read(), bits, (k, n), part).T
+        s = np.asarray(scale.values()[:, part].T, np.float64)
         z = np.zeros_like(s)
         if zero_point is not None:
-            z = flat_codes(zero_point.read(), bits, (count, n))[:, part].T.astype(np.float64)
+            z = flat_columns(zero_point.read(), bits, (count, n), part).T.astype(np.float64)
         return _levels(codes, s, z, block_size, k)
 
     return rows

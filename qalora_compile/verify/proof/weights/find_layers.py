@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 
-from qalora_compile.verify.proof.graphs.graph import Graph, SiteRow, Tensor
+from qalora_compile.verify.proof.graphs.graph import Graph, Node, SiteRow, Tensor
 from qalora_compile.verify.proof.weights.linear_map import NotLinearError
-from qalora_compile.verify.proof.weights.onnx_layers import NBITS, onnx_linear
+from qalora_compile.verify.proof.weights.onnx_layers import GROUP_QUANT, NBITS, onnx_linear
 
-_ENDS = ("onnx.Add", "onnx.Gemm", "onnx.MatMul", NBITS)
+PRODUCTS = ("onnx.Gemm", "onnx.MatMul", NBITS, GROUP_QUANT)
+"""Operators that multiply by a stored matrix."""
+_ENDS = ("onnx.Add", *PRODUCTS)
 """Operators with which a layer may end in a file that a tool rewrote."""
+
+_INSIDE = (*_ENDS, "onnx.DequantizeLinear", "onnx.Transpose", "onnx.Split")
+"""Operators inside of a layer."""
 
 
 def find_layers(graph: Graph) -> Graph:
@@ -34,10 +39,20 @@ def find_layers(graph: Graph) -> Graph:
 
 
 def _candidates(graph: Graph, site: SiteRow) -> Iterator[str]:
-    """Values whose node, or one that it reads, holds a tensor of the site."""
+    """Values whose node, or one close before it, holds a tensor of the site."""
     own = f"{site.path}."
     for value, node in graph.nodes.items():
-        read = [node, *(n for n in map(graph.node, node.args) if n is not None)]
-        stored = [arg.name for one in read for arg in one.args if isinstance(arg, Tensor)]
-        if node.op in _ENDS and any(part.startswith(own) for part in stored):
+        inside = [node, *below(graph, node)] if node.op in _ENDS else []
+        inside += [made for one in inside[1:] for made in below(graph, one)]
+        if any(part.startswith(own) for one in inside for part in held(one)):
             yield value
+
+
+def below(graph: Graph, node: Node) -> list[Node]:
+    """The nodes of a layer that a node reads."""
+    return [n for n in map(graph.node, node.args) if n is not None and n.op in _INSIDE]
+
+
+def held(node: Node) -> list[str]:
+    """Names of the stored tensors that a node reads."""
+    return [arg.name for arg in node.args if isinstance(arg, Tensor)]

@@ -58,6 +58,15 @@ def flat_codes(stream: Array, bits: int, shape: tuple[int, ...]) -> Array:
     return from_bits(stream.reshape(-1), bits, int(np.prod(shape))).reshape(shape)
 
 
+def flat_columns(stream: Array, bits: int, shape: tuple[int, int], part: slice) -> Array:
+    """Some columns of such a matrix; if they begin and end with a byte, no others are decoded."""
+    k, n = shape
+    if any(place * bits % 8 for place in (n, part.start, part.stop)) or part.stop > n:
+        return flat_codes(stream, bits, shape)[:, part]
+    columns = stream.reshape(k, n * bits // 8)[:, part.start * bits // 8 : part.stop * bits // 8]
+    return flat_codes(np.ascontiguousarray(columns), bits, (k, part.stop - part.start))
+
+
 def repeat_groups(values: Array, width: int, k: int) -> Array:
     """One value per group, `[N, L]`, as one per column, `[N, k]`."""
     return np.repeat(values, width, axis=1)[:, :k]

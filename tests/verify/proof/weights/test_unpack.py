@@ -19,6 +19,7 @@ from qalora_compile.verify.proof.graphs.stored_tensor import Array, from_onnx, r
 from qalora_compile.verify.proof.weights.unpack import (
     block_codes,
     flat_codes,
+    flat_columns,
     group_codes,
     row_codes,
 )
@@ -58,6 +59,8 @@ def test_small_integers_as_onnx_packs_them(shape: tuple[int, int]) -> None:
     proto = onnx.helper.make_tensor("w", onnx.TensorProto.UINT4, shape, made)
     raw = np.frombuffer(onnx.TensorProto.FromString(_raw(proto)).raw_data, np.uint8)
     assert np.array_equal(flat_codes(raw, 4, shape), made)
+    for part in (slice(0, 2), slice(2, 4), slice(1, 3)):
+        assert np.array_equal(flat_columns(raw, 4, shape, part), made[:, part])
 
 
 def _raw(proto: onnx.TensorProto) -> bytes:
