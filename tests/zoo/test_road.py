@@ -15,7 +15,7 @@ KINDS = (
     ("Lfm2ForCausalLM", 2),  # a state of convolutions
     ("OPTForCausalLM", 1),  # positions that count no padding
     ("DogeForCausalLM", 1),  # a mask that is made of values
-    ("NllbMoeForConditionalGeneration", 2),
+    ("NllbMoeForConditionalGeneration", 1),
     ("RobertaForSequenceClassification", 1),
 )
 """A class, and how many layers it needs for all kinds of layers that it has."""

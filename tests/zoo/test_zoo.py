@@ -25,7 +25,7 @@ ALIKE = {
     "gru": "lstm",  # and in tests/verify/proof/test_kinds_of_models
 }
 """Models that show what others show; `make test-complete` and `make supported` run them too."""
-ONE_LAYER = (*("phi3", "gpt2", "gpt-neox", "qwen3-moe", "mamba", "bert", "wav2vec2", "vit"),)
+ONE_LAYER = ("phi3", "gpt2", "gpt-neox", "qwen3-moe", "mamba", "bert", "wav2vec2", "vit")
 """Models whose layers are all of one kind, and share nothing: the second has the first's nodes."""
 SLOW = [name for name in ENTRIES if name not in (*QUICK, *ALIKE)]
 
