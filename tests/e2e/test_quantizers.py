@@ -98,7 +98,6 @@ def test_each_method_loses_no_more_than_the_one_before(
                     each.append(measure_sqnr(weight, chosen.affine, fresh[path])[1] or 0.0)
                 decibels[method, refine] = sum(each) / len(each)
         for refine in (False, True):
-            print("DB", bits, decibels)
             assert decibels["mse", refine] > decibels["minmax", refine] + 0.2
             assert decibels["hqq", refine] > decibels["mse", refine]
             assert decibels["gptq", refine] > decibels["hqq", refine] + 1
@@ -117,7 +116,7 @@ def test_learned_predicts_other_texts_better_than_gptq(monkeypatch: pytest.Monke
     ]
     found = {}
     for method in ("gptq", "learned"):
-        spec = qc.QuantSpec(bits=2, group_size=64, method=method, learn_steps=8)
+        spec = qc.QuantSpec(bits=2, group_size=64, method=method, learn_steps=4)
         found[method] = qc.quantize_groups(program, spec, calibration=parts[:8])
     lost = {}
     for method, quantized in found.items():
@@ -128,4 +127,4 @@ def test_learned_predicts_other_texts_better_than_gptq(monkeypatch: pytest.Monke
                 total += float((truth.exp() * (truth - guess)).sum(-1).mean())
         lost[method] = total
     print("LEARNED", lost)
-    assert lost["learned"] < 0.95 * lost["gptq"]
+    assert lost["learned"] < 0.9 * lost["gptq"]
