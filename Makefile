@@ -180,6 +180,11 @@ notebooks: $(DOCS)/installed ## run the notebooks in small sizes (ARGS="--full -
 test-slow: $(VENV)/installed-dev ## run the slow tests: a real model, the command line end to end
 	OMP_NUM_THREADS=1 $(PYTEST) --by file -m slow --ignore tests/clients $(ARGS)
 
+# Most slow tests take one variant of each kind: every architecture, and every fault, is here.
+.PHONY: test-complete
+test-complete: ## the slow tests with every variant that they have
+	QALORA_ALL=1 $(MAKE) test-slow
+
 .PHONY: test-ended
 test-ended: $(VENV)/installed-dev ## kill commands at 50 random moments each, and fill their disk at 50 points
 	QALORA_TRIES=50 $(BIN)/python -m pytest -q -m slow tests/e2e/test_ended.py $(ARGS)

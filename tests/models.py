@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from qalora_compile.ir.stages import TRAINED_NAMES
 
 VOCABULARY = 128
 HIDDEN = 64
+COMPLETE = bool(os.environ.get("QALORA_ALL"))
+"""Whether slow tests take every variant of what they show, as in `make test-complete`."""
 
 
 class MLP(nn.Module):
@@ -165,6 +168,11 @@ def slow(*values: object) -> list[Any]:
         pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
         for value in values
     ]
+
+
+def complete(*values: object) -> list[Any]:
+    """Further parameters of a kind that others show as well: `make test-complete` runs them too."""
+    return slow(*values) if COMPLETE else []
 
 
 TRANSFORMERS = {"bert": bert, "gpt2": gpt2, "llama": llama}

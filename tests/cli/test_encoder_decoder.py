@@ -25,7 +25,7 @@ TRAIN = ["--steps", "150", "--lr", "1e-2", "--rank", "8", "--alpha", "16", "--ba
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A T5 of two layers as a folder of config, safetensors and tokenizer."""
+    """A T5 of one layer as a folder of config, safetensors and tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
@@ -42,7 +42,7 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         d_model=64,
         d_kv=16,
         d_ff=96,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         decoder_start_token_id=0,
         dropout_rate=0.0,
@@ -81,7 +81,7 @@ def test_the_folder_says_what_it_holds(workspace: Path) -> None:
     assert record["decoder_start"] == [0]
     assert record["kv_cache"]
     assert record["context_length"] is None
-    assert record["layers"]["quantized"] == 32
+    assert record["layers"]["quantized"] == 16
     (size,) = record["in_both_files"].values()
     assert size == 14 * 64 * 4
 
@@ -125,10 +125,10 @@ def test_inspect_lists_the_layers_of_both_files(workspace: Path, capsys: Capture
     assert main(["inspect", str(workspace / "edge"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     files = {row["path"]: row["file"] for row in found["layers"]}
-    assert files["encoder.block.1.layer.0.SelfAttention.q"] == "encoder_model_q4.onnx"
-    assert files["decoder.block.1.layer.1.EncDecAttention.k"] == "encoder_model_q4.onnx"
-    assert files["decoder.block.1.layer.1.EncDecAttention.q"] == "decoder_model_q4.onnx"
-    assert found["totals"]["layers to quantize"] == 32
+    assert files["encoder.block.0.layer.0.SelfAttention.q"] == "encoder_model_q4.onnx"
+    assert files["decoder.block.0.layer.1.EncDecAttention.k"] == "encoder_model_q4.onnx"
+    assert files["decoder.block.0.layer.1.EncDecAttention.q"] == "decoder_model_q4.onnx"
+    assert found["totals"]["layers to quantize"] == 16
     assert "lm_head.weight" in found["totals"]["in both files"]
     assert main(["inspect", str(workspace / "edge"), "--group"]) == 0
 
@@ -183,7 +183,7 @@ def test_quantize_needs_no_training(t5_folder: Path, tmp_path: Path, capsys: Cap
 
 
 def test_quantize_takes_a_bart_with_its_buffer(tmp_path: Path) -> None:
-    model: Any = ENTRIES["bart"].build()
+    model: Any = ENTRIES["bart"].build(layers=1)
     torch.nn.init.normal_(model.get_buffer("final_logits_bias"))
     model.save_pretrained(tmp_path / "bart")
     out = tmp_path / "edge"
@@ -197,7 +197,7 @@ def test_quantize_takes_a_bart_with_its_buffer(tmp_path: Path) -> None:
 
 
 def test_whisper_is_quantized_and_not_given_text(tmp_path: Path, capsys: Capture) -> None:
-    model: Any = ENTRIES["whisper"].build()
+    model: Any = ENTRIES["whisper"].build(layers=1)
     model.save_pretrained(tmp_path / "whisper")
     (tmp_path / "whisper" / "preprocessor_config.json").write_text("{}", "utf-8")
     out = tmp_path / "edge"

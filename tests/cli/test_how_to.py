@@ -30,7 +30,7 @@ NOT_HERE = {
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that the pages take for granted, and a run, folded and exported."""
     root = tmp_path_factory.mktemp("how-to")
-    write_model(root / "SmolLM2")
+    write_model(root / "SmolLM2", layers=1)
     template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     (root / "SmolLM2" / "chat_template.jinja").write_text(template, "utf-8")
     texts = ("train", "test", "more", "news", "manuals", "chats")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -16,3 +17,12 @@ def keep_layers(model: Any, count: int) -> None:
     if not os.environ.get(FOLDER):
         model.model.layers = model.model.layers[:count]
         model.config.num_hidden_layers = count
+
+
+def first_layers(model: Any, count: int) -> Any:
+    """A copy of a model with its first layers alone."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = count
+    few = type(model)(config).eval()
+    few.load_state_dict(model.state_dict(), strict=False)
+    return few

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TRIES = int(os.environ.get("QALORA_TRIES", "5"))
+TRIES = int(os.environ.get("QALORA_TRIES", "3"))
 """Kills, and limits, of each command; `make test-ended` takes 50."""
 COMMANDS = ("finetune", "fold", "export", "quantize")
 TARGETS = ("onnx", "gguf", "mlx", "float", "safetensors", "hqq")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,19 @@ def minilm() -> tuple[qc.Program, list[dict[str, Tensor]], tuple[str, ...]]:
     return qc.capture_model(model, (), {k: v[:2] for k, v in calls[0].items()}), calls, names
 
 
+@cache
 def smollm2() -> tuple[qc.Program, list[dict[str, Tensor]], tuple[str, ...]]:
     from assets import articles, model_path
 
     source = load_source(str(model_path()))
     model: Any = source.model
-    model.model.layers = model.model.layers[:3]  # later layers are not looked at
-    model.config.num_hidden_layers = 3
+    model.model.layers = model.model.layers[:2]  # later layers are not looked at
+    model.config.num_hidden_layers = 2
     ids = source.tokenizer("\n\n".join(text for text, _ in articles()[:20])).input_ids
-    rows = torch.tensor(ids[: 16 * 256]).reshape(16, 256).split(4)
+    rows = torch.tensor(ids[: 16 * 128]).reshape(16, 128).split(4)
     calls = [{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows]
     parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
-    return source.capture(), calls, tuple(f"model.layers.2.{part}" for part in parts)
+    return source.capture(), calls, tuple(f"model.layers.1.{part}" for part in parts)
 
 
 @pytest.mark.slow
@@ -108,14 +110,14 @@ def test_learned_predicts_other_texts_better_than_gptq(monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(EXAMPLES)
     program, calls, _ = smollm2()
     parts = [
-        {name: rows[at : at + 1, :128] for name, rows in call.items()}
+        {name: rows[at : at + 1, :64] for name, rows in call.items()}
         for call in calls
         for at in range(4)
     ]
     found = {}
     for method in ("gptq", "learned"):
         spec = qc.QuantSpec(bits=2, group_size=64, method=method, learn_steps=8)
-        found[method] = qc.quantize_groups(program, spec, calibration=parts[:12])
+        found[method] = qc.quantize_groups(program, spec, calibration=parts[:8])
     lost = {}
     for method, quantized in found.items():
         total = 0.0
@@ -124,4 +126,4 @@ def test_learned_predicts_other_texts_better_than_gptq(monkeypatch: pytest.Monke
                 truth, guess = (p(**call)["logits"].log_softmax(-1) for p in (program, quantized))
                 total += float((truth.exp() * (truth - guess)).sum(-1).mean())
         lost[method] = total
-    assert lost["learned"] < 0.95 * lost["gptq"]
+    assert lost["learned"] < 0.9 * lost["gptq"]

@@ -64,10 +64,10 @@ def lively(model: Any) -> Any:
     return model
 
 
-def build(name: str) -> Any:
+def build(name: str, layers: int = 2) -> Any:
     """A model of the zoo."""
     torch.manual_seed(0)
-    return lively(ENTRIES[name].build())
+    return lively(ENTRIES[name].build(layers))
 
 
 @pytest.fixture(

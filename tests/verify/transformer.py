@@ -109,8 +109,12 @@ def judged_tools(exported: Exported, target: str) -> dict[str, bool]:
 
 
 def judged(
-    exported: Exported, target: str, changes: Callable[[Any], Iterator[Mutant]], every: int = 1
+    exported: Exported,
+    target: str,
+    changes: Callable[[Any], Iterator[Mutant]],
+    every: int = 1,
+    first: int = 0,
 ) -> dict[str, bool]:
-    """Whether each change of an export, or every so many-th, is proved equal."""
-    chosen = itertools.islice(changes(exported.model(target)), 0, None, every)
+    """Whether each change of an export, or every so many-th from `first` on, is proved equal."""
+    chosen = itertools.islice(changes(exported.model(target)), first, None, every)
     return {f"{target}: {name}": exported.is_proved(target, made) for name, made in chosen}

@@ -11,6 +11,11 @@ from typing import Any
 import torch
 
 VOCABULARY = 384
+LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("encoder_layers", "decoder_layers", "num_decoder_layers"),
+)
+"""The names of the number of layers."""
 SIZES: dict[str, Any] = {
     # widths
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim"), 64),
@@ -25,8 +30,7 @@ SIZES: dict[str, Any] = {
     "rotary_dim": 8,
     "mamba_d_state": 8,
     # numbers of parts
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 2),
-    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(LAYERS, 2),
     **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "n_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
@@ -218,14 +222,14 @@ LOADED_OTHERWISE = {"YoutuForCausalLM": "computes model.embed_tokens.weight in p
 ARCHITECTURES = (*DECODERS, *ENCODER_DECODERS, *ENCODERS, *IMAGES, *SOUNDS)
 
 
-def configuration(name: str) -> Any:
+def configuration(name: str, layers: int = 2) -> Any:
     """The small configuration of a class."""
     import transformers
 
     kind = getattr(transformers, name).config_class
     default, other = kind(), set(kind.attribute_map)
     chosen = {}
-    for setting, value in SIZES.items():
+    for setting, value in (SIZES | dict.fromkeys(LAYERS, layers)).items():
         if setting in other or not hasattr(default, setting):
             continue
         before = getattr(default, setting)
@@ -236,12 +240,12 @@ def configuration(name: str) -> Any:
     return kind(**chosen | OTHERS.get(name, {}))
 
 
-def build(name: str) -> Any:
+def build(name: str, layers: int = 2) -> Any:
     """The model with random weights, the same in every run, in evaluation mode."""
     import transformers
 
     torch.manual_seed(0)
-    model = getattr(transformers, name)(configuration(name)).eval()
+    model = getattr(transformers, name)(configuration(name, layers)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)  # a router of zeros finds all experts alike

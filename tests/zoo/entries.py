@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tests.zoo import modules
+from tests.zoo.architectures import LAYERS
 
 VOCABULARY = 128
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -21,13 +22,13 @@ class Entry:
 
     Attributes:
         name: Of the architecture.
-        build: Makes the model, in evaluation mode.
+        build: Makes the model, in evaluation mode; one of `transformers` with `layers`, if given.
         inputs: Makes arguments and keyword arguments for a batch, a sequence length and a seed.
         fixed: Axes that the model itself fixes: `batch`, `sequence`; a reason each.
     """
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     inputs: Callable[[int, int, int], Inputs]
     fixed: dict[str, str] | None = None
 
@@ -155,10 +156,11 @@ _VISION = {
 def _hf(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     """Builds a transformers model from a configuration class and its options."""
 
-    def build() -> nn.Module:
+    def build(layers: int | None = None) -> nn.Module:
         import transformers
 
-        made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**options))
+        chosen = {k: layers or v if k in LAYERS else v for k, v in options.items()}
+        made: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**chosen))
         return made.eval()
 
     return build

@@ -56,11 +56,13 @@ class Proved:
         return asdict(self)
 
 
-def prove(name: str, folder: Path) -> Iterator[Proved]:
+def prove(name: str, folder: Path, layers: int = 2) -> Iterator[Proved]:
     """Write the model and its export to a folder, unless they are there, and prove its graphs."""
     done = folder / "done"
     if not done.exists():
-        refused = _write_module(name, folder) if name in MODULES else _write_class(name, folder)
+        refused = (
+            _write_module(name, folder) if name in MODULES else _write_class(name, folder, layers)
+        )
         done.write_text(refused, "utf-8")
     refused = done.read_text("utf-8")
     if refused:
@@ -110,10 +112,10 @@ def _write_module(name: str, folder: Path) -> str:
     return ""
 
 
-def _write_class(name: str, folder: Path) -> str:
+def _write_class(name: str, folder: Path, layers: int) -> str:
     """A class of transformers by the command line: one step of training, fold, export."""
     model, data, folded = folder / "model", folder / "data.jsonl", folder / "folded"
-    write_model(name, model)
+    write_model(name, model, layers)
     write_data(name, data)
     cache = ("--no-kv-cache",) if name in WITHOUT_CACHE else ()
     training = ("--data", str(data), "--out", str(folder / "run"), *TRAINING)

@@ -58,13 +58,13 @@ class Result:
         return next(found, lines[-1] if lines else "")
 
 
-def write_model(name: str, folder: Path) -> None:
+def write_model(name: str, folder: Path, layers: int = 2) -> None:
     """Write a small model with a byte-level tokenizer, or with a processor of images or audio."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    build(name).save_pretrained(folder)
+    build(name, layers).save_pretrained(folder)
     if name in IMAGES:
         ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
         return
@@ -110,10 +110,10 @@ def _write_media(name: str, path: Path) -> None:
     write_rows(path, rows)
 
 
-def walk(name: str, folder: Path) -> Iterator[Result]:
+def walk(name: str, folder: Path, layers: int = 2) -> Iterator[Result]:
     """Run one architecture end to end; a step that fails ends what follows from it."""
     model, data = folder / "model", folder / "data.jsonl"
-    write_model(name, model)
+    write_model(name, model, layers)
     write_data(name, data)
     expert = name.removesuffix("ForCausalLM") in EXPERTS or "Moe" in name or "Switch" in name
     edge = folder / "quantized"

@@ -26,10 +26,12 @@ from qalora_compile.verify.proof.foreign.prove_foreign import (
     prove_foreign,
     read_foreign,
 )
-from tests.models import VOCABULARY, bert, llama, token_ids
+from tests.models import COMPLETE, VOCABULARY, bert, llama, token_ids
 
 MASK = "all elements of attention_mask are 1: the file reads only how many there are"
 BUILDER = "onnxruntime_genai.models.builder"
+HALVES = [("fp32", 1, 0), ("int4", 1, 0)] if COMPLETE else [("fp32", 2, 0), ("int4", 2, 1)]
+"""Each file with every second fault; most that are left out of one are in the other."""
 
 
 def _saved(model: Any, folder: Path) -> Path:
@@ -148,17 +150,21 @@ def _proved(program: Program, decoder: Path, model: Any) -> bool:
         return False
 
 
-@pytest.mark.parametrize(("precision", "every"), [("fp32", 3), ("int4", 3)])
+@pytest.mark.parametrize(("precision", "every", "first"), HALVES)
 @pytest.mark.parametrize("faults", [_attributes, _operands, _constants])
 def test_no_fault_of_such_a_file_is_proved(
     faults: Callable[[Any], Iterator[tuple[str, Any]]],
     precision: str,
     every: int,
+    first: int,
     decoder: Path,
     program: Program,
 ) -> None:
     model = onnx.load(decoder / precision / "model.onnx")
-    made = list(faults(model))[::every]
+    made = list(faults(model))
+    if every == 2:  # the second layer has the faults of the first
+        made = list({name.replace(".1", ".0"): (name, fault) for name, fault in made}.values())
+    made = made[first::every]
     assert made and _proved(program, decoder, model)
     assert [name for name, changed in made if _proved(program, decoder, changed)] == []
 
