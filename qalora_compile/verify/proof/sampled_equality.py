@@ -105,8 +105,9 @@ class CutModel:
         lost = [name for name in (*self._cuts, *self._computed) if name not in known]
         if lost:
             raise UserInputError(
-                "the file computes no value of its own for a layer, so it is not run without it",
+                "a part is run without its layers, and the file does not compute this layer alone",
                 where=self._cuts.get(lost[0], lost[0]),
+                hint="a tool has merged it with other operators: compare outputs, without --prove",
             )
         wanted, waiting = dict[str, Any](), list(self._computed)
         while waiting:
