@@ -107,7 +107,7 @@ class CutModel:
             raise UserInputError(
                 "a part is run without its layers, and the file does not compute this layer alone",
                 where=self._cuts.get(lost[0], lost[0]),
-                hint="a tool merged it with other operators: compare outputs, by verify A B --max-rel 1e-4",
+                hint="a tool merged it with others: compare outputs, verify A B --max-rel 1e-4",
             )
         wanted, waiting = dict[str, Any](), list(self._computed)
         while waiting:

@@ -80,5 +80,5 @@ def test_a_layer_whose_value_the_file_lacks_is_not_run(program: qc.Program, tmp_
     onnx.save(model, path)
     graph = open_graph(path)
     regroup_sums(graph)
-    with pytest.raises(UserInputError, match="no value of its own for a layer"):
+    with pytest.raises(UserInputError, match="does not compute this layer alone"):
         CutModel(graph, ["first"], list(graph.outputs.values()))
