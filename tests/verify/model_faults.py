@@ -291,7 +291,7 @@ MODEL_FAULTS = [
         "q:",
         unseen=(("numeric", *_NO_KERNEL),),
     ),
-    Fault("bias twice", "ort", _bias_twice, "input of up", "up"),
+    Fault("bias twice", "ort", _bias_twice, "q:", "up", node="input of up"),
     Fault("bias missing", "ort", _no_bias, "q:"),
     # MatMulNBits
     Fault(

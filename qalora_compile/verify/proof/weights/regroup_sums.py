@@ -99,6 +99,8 @@ class _Sums:
 
     def _regroup(self, root: Node, leaves: list[Any]) -> None:
         owners = list(map(self._owner, leaves))
+        if self._values.get(root.name, owners[0]) not in owners:
+            return  # the file calls this the value of a layer that is no part of it
         made, rest = list[Node](), list[Any]()
         computed = {o for o, leaf in zip(owners, leaves, strict=True) if isinstance(leaf, Ref)}
         for owner in dict.fromkeys(owners):
