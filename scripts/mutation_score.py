@@ -45,8 +45,8 @@ def main() -> int:
         if not is_right(one):
             print(f"NOT AS EXPECTED: {one}")
     print(score_line(found))
-    right = all(map(is_right, found))
-    return 0 if _generated(len(found), sum(is_right(one) for one in found)) and right else 1
+    caught = sum(map(is_right, found))
+    return 0 if _generated(len(found), caught) and caught == len(found) else 1
 
 
 def _generated(planted: int, caught: int) -> bool:

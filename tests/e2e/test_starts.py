@@ -6,7 +6,7 @@ The first six layers of thirty are quantized, so that perplexity is that of a mo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ def before(bench: Bench) -> float:
     return evaluate(program_forward(bench.captured), bench.held_out, batch_size=8).loss
 
 
-def lost(before: float, rows: Iterator[Row]) -> list[float]:
+def lost(before: float, rows: Iterable[Row]) -> list[float]:
     """By how many nats the loss of each row is larger."""
     return [math.log(row.perplexity) - before for row in rows]
 
@@ -52,7 +52,7 @@ def test_ranks_spread_over_the_layers_are_better_at_equal_parameters(
 ) -> None:
     uniform, auto = rows = list(initialisation.ranks(bench))
     assert auto.parameters <= uniform.parameters
-    one, spread = lost(before, iter(rows))
+    one, spread = lost(before, rows)
     assert spread < 0.95 * one
 
 
@@ -61,6 +61,6 @@ def test_bits_spread_over_the_layers_are_better_at_equal_bytes(bench: Bench, bef
     uniform, auto, both = rows = list(initialisation.bits(bench))
     assert auto.mean <= uniform.mean
     assert max(auto.megabytes, both.megabytes) <= uniform.megabytes
-    one, bits, bits_and_groups = lost(before, iter(rows))
+    one, bits, bits_and_groups = lost(before, rows)
     assert bits < 0.65 * one
     assert bits_and_groups < 0.6 * bits

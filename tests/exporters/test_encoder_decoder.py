@@ -20,7 +20,7 @@ import qalora_compile as qc
 from qalora_compile.errors import PreconditionError, UnsupportedError, UserInputError
 from qalora_compile.exporters.onnx.genai_config import CONFIG_FILE, genai_whisper_config
 from qalora_compile.runtime import EncoderDecoder, kernel_level, library_path
-from tests.models import VOCABULARY, randomize_adapters
+from tests.models import VOCABULARY, randomize_adapters, slow
 from tests.zoo.entries import ENTRIES
 
 LIBRARIES = (False, True) if kernel_level() else (False,)
@@ -70,10 +70,7 @@ def build(name: str, layers: int = 2) -> Any:
     return lively(ENTRIES[name].build(layers))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "bart", "whisper")],
-)
+@pytest.fixture(scope="module", params=slow("t5", "bart", "whisper"))
 def deployed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     plain = build(request.param)
     model = copy.deepcopy(plain)

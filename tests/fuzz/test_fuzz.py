@@ -92,7 +92,7 @@ def test_the_table_sums_up() -> None:
 
 @pytest.mark.slow
 def test_a_short_run_over_every_format_is_clean(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "tests.fuzz", "--count", "400", "--keep", str(tmp_path)]
+    words = [sys.executable, "-m", "tests.fuzz", "--count", "1200", "--keep", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
 

@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 
 import qalora_compile as qc
-from tests.models import slow
 from tests.verify.model_faults import MODEL_FAULTS
 from tests.verify.planted import SPECS, Fault, along_the_graph, compare, examine, program
 from tests.verify.program_faults import PROGRAM_FAULTS
 from tests.verify.score import is_bisected, is_right
 
 FAULTS = [*PROGRAM_FAULTS, *MODEL_FAULTS]
-EVERY = 4
-"""The default suite takes one in so many."""
 
 
 def test_faults_are_planted_everywhere_and_their_names_tell_them_apart() -> None:
@@ -36,11 +33,7 @@ def test_without_a_fault_every_check_finds_them_equal(name: str, models: Path) -
     assert along_the_graph(program("folded"), path) == ("EQUAL", "")
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [slow(f)[0] if number % EVERY else f for number, f in enumerate(FAULTS)],
-    ids=lambda fault: f"{fault.on}: {fault.name}",
-)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.on}: {fault.name}")
 def test_a_planted_fault_is_caught_and_named(fault: Fault, models: Path, tmp_path: Path) -> None:
     found = examine(fault, models, tmp_path)
     assert is_right(found), found
